@@ -1,0 +1,81 @@
+"""`adapter_manifest.json`: where an adapter comes from and what it was measured to do. Written last, never changed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Literal
+
+from peft_core.spec import DatasetSummary, Fingerprint, Frozen, Metrics, ModelShape, TrainingConfig
+
+MANIFEST_NAME = "adapter_manifest.json"
+
+
+class BaseRecord(Frozen):
+    """The base an adapter belongs to. No local path: the fingerprint identifies it, the name is for people."""
+
+    name: str
+    format: Literal["huggingface", "gguf"]
+    revision: str | None
+    model_type: str
+    shape: ModelShape
+    fingerprint: Fingerprint
+
+
+class DataRecord(Frozen):
+    source_kind: Literal["repository", "jsonl", "records"]
+    summary: DatasetSummary
+    languages: dict[str, int]            # examples by language
+    repository_commit: str | None = None
+    repository_dirty: bool | None = None
+
+
+class RunRecord(Frozen):
+    config: TrainingConfig               # with base_model blanked: it may be a local path
+    target_modules: tuple[str, ...]      # what 'all-linear' became, sorted
+    device: str
+    weights_dtype: str                   # of the frozen base: "float32", "bfloat16"
+    steps: int
+    stopped_early_at: int | None = None
+    best_step: int | None = None         # whose state was kept, where early stopping chose one
+
+
+class Manifest(Frozen):
+    schema_version: Literal[1] = 1
+    adapter_id: str
+    project_id: str
+    created_at: str                      # ISO 8601, UTC
+    base: BaseRecord
+    data: DataRecord
+    run: RunRecord
+    metrics: Metrics
+    environment: dict[str, str]          # versions of python, torch, transformers, peft, accelerate, peft-mcp; platform
+    files: dict[str, str]                # sha256 by file name, of everything but this manifest
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write atomically: readers see no manifest or the whole one."""
+    temporary = directory / f".{MANIFEST_NAME}.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(manifest.model_dump_json(indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(directory / MANIFEST_NAME)
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """The manifest of an adapter of ours; None where there is none or another schema's."""
+    try:
+        text = (directory / MANIFEST_NAME).read_text(encoding="utf-8")
+    except OSError:
+        return None
+    try:
+        return Manifest.model_validate_json(text)
+    except ValueError:
+        return None

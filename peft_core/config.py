@@ -1,0 +1,30 @@
+"""Settings, from environment variables with the prefix CODEBASE_GARDENER_ (shared with Codebase Gardener)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from peft_core.paths import DataPaths
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="CODEBASE_GARDENER_", frozen=True, extra="ignore")
+
+    data_dir: Annotated[Path, Field(description="Everything that is kept lies below it.")] = Path("~/.codebase-gardener")
+    default_base_model: Annotated[str | None, Field(description="Used when a request names no base model.")] = None
+    allow_downloads: Annotated[bool, Field(description="Whether a hub id that is not cached may be fetched.")] = False
+    max_memory_mb: Annotated[int | None, Field(ge=256, description="Memory that a training may take.")] = None
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @field_validator("data_dir")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    @property
+    def paths(self) -> DataPaths:
+        return DataPaths(self.data_dir)

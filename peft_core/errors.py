@@ -1,0 +1,99 @@
+"""Every failure that a user can meet.
+
+ModelError
+├── InvalidArgument      an argument of a request; names field, value and what is allowed
+├── DataError            the training data cannot be used as it is
+├── BaseModelError       the base model cannot be found or read
+├── AdapterNotFound
+├── JobNotFound
+├── JobStateError        the job exists, but not in a state for this request
+├── StorageError         the data directory: space, permissions, a newer schema
+└── TrainingError        the training itself
+
+A message says what happened and what is allowed; `suggestions` say what to do next. Both are written for the
+assistant that made the call and for the person reading along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+class ModelError(Exception):
+    """Root of the family. `code` is stable; the message is for people."""
+
+    code = "model_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        suggestions: Iterable[str] = (),
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code or type(self).code
+        self.suggestions = tuple(suggestions)
+        self.details = dict(details or {})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: {code, message, suggestions, details}."""
+        return {
+            "code": self.code,
+            "message": self.message,
+            "suggestions": list(self.suggestions),
+            "details": self.details,
+        }
+
+    def __str__(self) -> str:
+        return " ".join([self.message, *(s if s.endswith(".") else f"{s}." for s in self.suggestions)])
+
+
+class InvalidArgument(ModelError):
+    """One argument of a request is not usable. The message names the field, its value and what is allowed."""
+
+    code = "invalid_argument"
+
+    def __init__(
+        self, field: str, value: object, allowed: str, *, suggestions: Iterable[str] = (), code: str | None = None
+    ) -> None:
+        shown = repr(value)
+        if len(shown) > 120:
+            shown = f"{shown[:117]}..."
+        super().__init__(
+            f"{field} = {shown} cannot be used: {allowed.rstrip('.')}.",
+            code=code,
+            suggestions=suggestions,
+            details={"field": field, "value": shown, "allowed": allowed},
+        )
+
+
+class DataError(ModelError):
+    code = "training_data"
+
+
+class BaseModelError(ModelError):
+    code = "base_model"
+
+
+class AdapterNotFound(ModelError):
+    code = "adapter_not_found"
+
+
+class JobNotFound(ModelError):
+    code = "job_not_found"
+
+
+class JobStateError(ModelError):
+    code = "job_state"
+
+
+class StorageError(ModelError):
+    code = "storage"
+
+
+class TrainingError(ModelError):
+    code = "training"

@@ -1,0 +1,106 @@
+"""Facts about a training job, past tense. The closed union is what the child writes, the store keeps and `apply` reads."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter
+
+from peft_core.spec import DatasetSummary, Frozen, Metrics, Phase, Problem
+
+
+class JobStarted(Frozen):
+    kind: Literal["job_started"] = "job_started"
+
+
+class PhaseStarted(Frozen):
+    kind: Literal["phase_started"] = "phase_started"
+    phase: Phase
+    detail: str = ""          # "1200 of 4000 files"; shown to people as it is
+
+
+class DatasetPrepared(Frozen):
+    kind: Literal["dataset_prepared"] = "dataset_prepared"
+    dataset: DatasetSummary
+
+
+class RunPlanned(Frozen):
+    """Known once the data is prepared and the model is loaded."""
+
+    kind: Literal["run_planned"] = "run_planned"
+    device: str
+    total_steps: int
+
+
+class StepCompleted(Frozen):
+    kind: Literal["step_completed"] = "step_completed"
+    step: int                 # 1-based
+    loss: float               # nats per target token, mean over the step
+    learning_rate: float      # of LoRA A
+    tokens: int               # processed since the run began
+    tokens_per_second: float  # since training began, evaluations not counted
+    eta_s: float              # until the last step
+    memory_bytes: int         # peak of the process so far
+
+
+class HeldOutMeasured(Frozen):
+    kind: Literal["held_out_measured"] = "held_out_measured"
+    step: int                 # 0: the base itself
+    loss: float
+
+
+class CheckpointSaved(Frozen):
+    kind: Literal["checkpoint_saved"] = "checkpoint_saved"
+    step: int
+
+
+class StoppedEarly(Frozen):
+    kind: Literal["stopped_early"] = "stopped_early"
+    step: int
+    best_step: int
+
+
+class AdapterWritten(Frozen):
+    """The child's last word: the adapter lies complete in the job's directory, not yet published."""
+
+    kind: Literal["adapter_written"] = "adapter_written"
+    metrics: Metrics
+
+
+class JobCompleted(Frozen):
+    kind: Literal["job_completed"] = "job_completed"
+    adapter_path: str
+    metrics: Metrics
+
+
+class JobFailed(Frozen):
+    kind: Literal["job_failed"] = "job_failed"
+    error: Problem
+
+
+class JobCancelled(Frozen):
+    kind: Literal["job_cancelled"] = "job_cancelled"
+
+
+class JobInterrupted(Frozen):
+    kind: Literal["job_interrupted"] = "job_interrupted"
+    reason: str
+
+
+Event = Annotated[
+    JobStarted
+    | PhaseStarted
+    | DatasetPrepared
+    | RunPlanned
+    | StepCompleted
+    | HeldOutMeasured
+    | CheckpointSaved
+    | StoppedEarly
+    | AdapterWritten
+    | JobCompleted
+    | JobFailed
+    | JobCancelled
+    | JobInterrupted,
+    Field(discriminator="kind"),
+]
+EVENT: TypeAdapter[Event] = TypeAdapter(Event)

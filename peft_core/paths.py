@@ -1,0 +1,79 @@
+"""Every path under the data directory.
+
+{data_dir}/
+  peft.db                               jobs and events
+  runner.lock                           held by whoever is working on the queue
+  logs/                                 server.log, runner.log
+  base_models/{key}/                    bases converted from GGUF
+  jobs/{job_id}/                        records.jsonl, dataset/, checkpoint/, adapter/ (until published), train.log
+  projects/{project_id}/lora/
+    {adapter_id}/                       a published adapter; never changes
+    current -> {adapter_id}             moves atomically
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class JobPaths:
+    root: Path
+
+    @property
+    def records(self) -> Path:
+        return self.root / "records.jsonl"
+
+    @property
+    def dataset(self) -> Path:
+        return self.root / "dataset"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.root / "checkpoint"
+
+    @property
+    def adapter(self) -> Path:
+        return self.root / "adapter"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "train.log"
+
+
+@dataclass(frozen=True)
+class DataPaths:
+    root: Path
+
+    @property
+    def database(self) -> Path:
+        return self.root / "peft.db"
+
+    @property
+    def runner_lock(self) -> Path:
+        return self.root / "runner.lock"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def base_models(self) -> Path:
+        return self.root / "base_models"
+
+    @property
+    def projects(self) -> Path:
+        return self.root / "projects"
+
+    def job(self, job_id: str) -> JobPaths:
+        return JobPaths(self.root / "jobs" / job_id)
+
+    def adapters(self, project_id: str) -> Path:
+        return self.projects / project_id / "lora"
+
+    def adapter(self, project_id: str, adapter_id: str) -> Path:
+        return self.adapters(project_id) / adapter_id
+
+    def current(self, project_id: str) -> Path:
+        return self.adapters(project_id) / "current"

@@ -1,0 +1,331 @@
+"""Requests and results, each defined once: tool schema, database JSON and the training child's input.
+
+Descriptions are read by the assistant that fills the fields in, so they say when to change a value, not only what it is.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+ProjectId = Annotated[
+    str,
+    Field(
+        pattern=r"^[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.)){0,63}$",
+        description="Your name for the project: letters, digits, '-', '_' and single dots, at most 64 characters. "
+        "Adapters of one project are kept together; use the same id each time.",
+    ),
+]
+DeviceName = Literal["auto", "mps", "cuda", "cpu"]
+
+
+class TrainingConfig(Frozen):
+    """How to train. Every field is optional; the defaults were chosen by measurement and suit a first run."""
+
+    base_model: Annotated[
+        str | None,
+        Field(
+            description="A local Hugging Face model directory, a .gguf file, or a hub id that is in the local cache. "
+            "Null: the setting default_base_model, else the bundled SmolLM2-135M-Instruct."
+        ),
+    ] = None
+    rank: Annotated[
+        int, Field(ge=1, le=512, description="LoRA rank r. 16 suits most code bases; 32-64 for very large ones.")
+    ] = 16
+    alpha: Annotated[
+        float | None, Field(gt=0, le=4096, description="LoRA alpha; the update is scaled by alpha/rank. Null: 2 x rank.")
+    ] = None
+    dropout: Annotated[
+        float, Field(ge=0, lt=1, description="Dropout on the LoRA input. 0 is best for a single epoch.")
+    ] = 0.0
+    use_rslora: Annotated[bool, Field(description="Scale by alpha/sqrt(rank) instead: steadier for rank >= 64.")] = False
+    target_modules: Annotated[
+        Literal["all-linear"] | list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,128}$")]],
+        Field(
+            description="'all-linear' (recommended), or literal module names such as ['q_proj', 'v_proj']. "
+            "No regular expressions."
+        ),
+    ] = "all-linear"
+    learning_rate: Annotated[
+        float,
+        Field(gt=0, le=0.1, description="Peak rate of LoRA A; B gets lora_plus_ratio times this. Lower it for large bases."),
+    ] = 5e-4
+    lora_plus_ratio: Annotated[
+        float, Field(ge=1, le=64, description="LoRA+: rate of B over rate of A. 1 is plain LoRA.")
+    ] = 8.0
+    lr_scheduler: Annotated[
+        Literal["linear", "cosine", "constant"], Field(description="Shape of the rate after warm-up.")
+    ] = "linear"
+    num_epochs: Annotated[
+        float | None,
+        Field(gt=0, le=100, description="Passes over the data; 0.5 is half a pass. Give this or max_steps. Null: 1."),
+    ] = None
+    max_steps: Annotated[
+        int | None,
+        Field(ge=1, le=1_000_000, description="Optimiser steps, instead of num_epochs: a bound on time."),
+    ] = None
+    batch_size: Annotated[
+        int, Field(ge=1, le=256, description="Examples per optimiser step. Small batches learn more per token.")
+    ] = 4
+    max_length: Annotated[
+        int,
+        Field(ge=64, le=8192, description="Tokens per example at most; longer units are split at syntax boundaries."),
+    ] = 512
+    warmup_ratio: Annotated[float, Field(ge=0, le=0.5, description="Share of the steps in which the rate rises.")] = 0.05
+    weight_decay: Annotated[float, Field(ge=0, le=1, description="AdamW weight decay.")] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0, le=100, description="Gradient clipping by global norm.")] = 1.0
+    held_out_fraction: Annotated[
+        float,
+        Field(ge=0.02, le=0.5, description="Share of the files kept out of training to measure base and adapter on."),
+    ] = 0.1
+    eval_steps: Annotated[
+        int | None,
+        Field(ge=1, description="Measure the held-out loss every so many steps. Null: four times during the run."),
+    ] = None
+    early_stopping_patience: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=100,
+            description="Stop after so many held-out measurements without improvement, and keep the best state. "
+            "Null: never stop early. Use it with num_epochs > 1.",
+        ),
+    ] = None
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="Same seed, same machine, same data: same result.")] = 0
+    device: Annotated[
+        DeviceName, Field(description="'auto' takes MPS (Apple silicon), else CUDA, else the CPU.")
+    ] = "auto"
+    max_memory_mb: Annotated[
+        int | None,
+        Field(
+            ge=256,
+            description="Memory that training may take. Null: the setting max_memory_mb, else no limit. "
+            "A run that is estimated to need more is refused before it starts.",
+        ),
+    ] = None
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingConfig:
+        if self.num_epochs is not None and self.max_steps is not None:
+            raise ValueError(
+                f"num_epochs = {self.num_epochs:g} and max_steps = {self.max_steps} exclude each other: "
+                "leave one of them out"
+            )
+        if self.target_modules == []:
+            raise ValueError("target_modules is empty: name at least one module, or use 'all-linear'")
+        return self
+
+    @property
+    def lora_alpha(self) -> float:
+        """Alpha with its default filled in."""
+        return self.alpha if self.alpha is not None else 2.0 * self.rank
+
+
+class Segment(Frozen):
+    """A stretch of text. `learn=False`: context that carries no loss (a prompt)."""
+
+    text: str
+    learn: bool = True
+
+
+class Example(Frozen):
+    """One training document: segments that are tokenised in order, then end-of-text."""
+
+    segments: tuple[Segment, ...]
+    path: str                # relative to the source; "record 3" for inline records without a path
+    language: str            # "python", "text", ...
+    kind: str                # "function", "class", "method", "module", "block", "record", ...
+    start_line: int = 0      # 1-based; 0 when unknown
+    end_line: int = 0
+    tokens: int = 0          # of all segments, with the end-of-text token
+
+    @property
+    def text(self) -> str:
+        return "".join(segment.text for segment in self.segments)
+
+
+class SourceSummary(Frozen):
+    """What a data source holds, found without tokenising: cheap enough to answer a tool call with."""
+
+    kind: Literal["repository", "jsonl", "records"]
+    path: Path | None
+    files: int                       # that would be trained on
+    examples: int | None             # exact for records, None for a repository (known after preparation)
+    estimated_tokens: int
+    languages: dict[str, int]        # files by language
+    left_out: dict[str, int]         # files or records by reason
+    needs_chat_template: bool = False
+
+
+class DatasetSummary(Frozen):
+    """What was prepared, in figures."""
+
+    train_examples: int
+    held_out_examples: int
+    train_tokens: int
+    held_out_tokens: int
+    files: int
+    left_out: dict[str, int]
+    secrets_removed: int = 0
+    sha256: str = ""
+
+
+class ModelShape(Frozen):
+    """What the size of a model's work and memory depends on."""
+
+    parameters: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab_size: int
+    context_length: int
+
+
+class Fingerprint(Frozen):
+    """Which base this is: `architecture` of configuration, names and shapes; `sample` of bytes of every tensor."""
+
+    architecture: str
+    sample: str
+
+
+class Base(Frozen):
+    """Where frozen weights come from."""
+
+    ref: str                                   # as asked for: a path, a hub id, or "bundled"
+    name: str                                  # for reports: "SmolLM2-135M-Instruct"; never a local path
+    format: Literal["huggingface", "gguf"]
+    path: Path                                 # model directory, or the .gguf file
+    revision: str | None = None                # commit of a hub snapshot
+    model_type: str                            # "llama", "qwen2", ...
+    shape: ModelShape
+    size_bytes: int
+    has_chat_template: bool
+    fingerprint: Fingerprint
+
+
+class Status(StrEnum):
+    NOT_STARTED = "not_started"
+    QUEUED = "queued"
+    IN_PROGRESS = "in_progress"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    INTERRUPTED = "interrupted"
+
+    @property
+    def is_final(self) -> bool:
+        return self not in (Status.NOT_STARTED, Status.QUEUED, Status.IN_PROGRESS)
+
+
+class Phase(StrEnum):
+    """What a running job is doing, in order."""
+
+    STARTING = "starting"
+    PREPARING_DATA = "preparing_data"
+    LOADING_MODEL = "loading_model"
+    EVALUATING_BASE = "evaluating_base"
+    TRAINING = "training"
+    EVALUATING_ADAPTER = "evaluating_adapter"
+    SAVING = "saving"
+    PUBLISHING = "publishing"
+
+
+class Problem(Frozen):
+    """A failure as data."""
+
+    code: str
+    message: str
+    suggestions: tuple[str, ...] = ()
+
+
+class Estimate(Frozen):
+    """What a run will take, before it runs."""
+
+    train_tokens: int
+    steps: int
+    seconds: float | None
+    memory_bytes: int
+    basis: str               # where the figures come from, in words
+
+
+class Metrics(Frozen):
+    """What was measured. Losses in nats per target token, on the same held-out examples."""
+
+    base_loss: float | None = None
+    adapter_loss: float | None = None
+    base_perplexity: float | None = None
+    adapter_perplexity: float | None = None
+    tokens: int | None = None                 # trained on, epochs counted
+    tokens_per_second: float | None = None    # in the training phase
+    wall_s: float | None = None               # of the training process, start to end
+    peak_memory_bytes: int | None = None
+    adapter_bytes: int | None = None
+
+
+class TrainingStatus(Frozen):
+    """The truth about one training job. Null where not known yet."""
+
+    job_id: str | None
+    project_id: str
+    status: Status
+    phase: Phase | None = None
+    progress_percent: float = 0.0
+    step: int = 0
+    total_steps: int | None = None
+    loss: float | None = Field(None, description="Mean training loss of the latest step, nats per token.")
+    held_out_loss: float | None = Field(None, description="Latest loss on held-out files; base_loss in metrics is the start.")
+    tokens_per_second: float | None = None
+    eta_s: float | None = None
+    queue_position: int | None = Field(None, description="1 = next. Null when not queued.")
+    device: str | None = None
+    base_model: str | None = None
+    adapter_path: str | None = Field(None, description="The published adapter. Set only when status is 'completed'.")
+    error: Problem | None = None
+    metrics: Metrics | None = None
+    dataset: DatasetSummary | None = None
+    training_data: str | None = Field(None, description="What is trained on, in words.")
+    estimate: Estimate | None = None
+    log_path: str | None = None
+    next: str = Field("", description="What to call now.")
+
+
+class AdapterSummary(Frozen):
+    """One published adapter."""
+
+    adapter_id: str
+    project_id: str
+    current: bool = Field(description="The one that the project id stands for.")
+    created_at: str
+    base_model: str
+    base_perplexity: float | None
+    adapter_perplexity: float | None
+    adapter_bytes: int
+    adapter_path: str
+
+
+class AdapterList(Frozen):
+    adapters: list[AdapterSummary]
+    next: str
+
+
+class TrainingTask(Frozen):
+    """What the training child reads from its standard input: everything it needs, nothing it must look up."""
+
+    job_id: str
+    project_id: str
+    source: Path                    # repository directory or .jsonl file
+    source_kind: Literal["repository", "jsonl", "records"]
+    config: TrainingConfig
+    base: Base
+    job_dir: Path                   # JobPaths(job_dir) tells the rest
+    base_models_dir: Path           # cache of converted bases
