@@ -1,0 +1,35 @@
+"""The core of peft-mcp, usable from Python without MCP.
+
+    manager = PEFTManager()
+    status = await manager.train_adapter("my-project", "/path/to/repository")
+
+Nothing here imports torch; training runs in a process of its own. The names below are imported when they are first
+used: the runner and the training child live in this package too, and start without the rest of it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from peft_core.config import Settings
+    from peft_core.errors import ModelError
+    from peft_core.manager import PEFTManager
+    from peft_core.spec import TrainingConfig, TrainingStatus
+
+__all__ = ["ModelError", "PEFTManager", "Settings", "TrainingConfig", "TrainingStatus"]
+
+_HOMES = {
+    "ModelError": "errors",
+    "PEFTManager": "manager",
+    "Settings": "config",
+    "TrainingConfig": "spec",
+    "TrainingStatus": "spec",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        return getattr(import_module(f"peft_core.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'peft_core' has no attribute {name!r}")

@@ -87,6 +87,12 @@ class JobInterrupted(Frozen):
     reason: str
 
 
+class JobResumed(Frozen):
+    """Queued again; training goes on from the last checkpoint."""
+
+    kind: Literal["job_resumed"] = "job_resumed"
+
+
 Event = Annotated[
     JobStarted
     | PhaseStarted
@@ -100,7 +106,8 @@ Event = Annotated[
     | JobCompleted
     | JobFailed
     | JobCancelled
-    | JobInterrupted,
+    | JobInterrupted
+    | JobResumed,
     Field(discriminator="kind"),
 ]
 EVENT: TypeAdapter[Event] = TypeAdapter(Event)

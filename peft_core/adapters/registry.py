@@ -1,0 +1,126 @@
+"""Adapters on disk. A published adapter is a directory with a manifest; it never changes.
+
+Publishing is one rename of a complete, fsynced directory; after it the project's `current` link moves, atomically too.
+Whoever looks meanwhile sees the old state or the new one.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from peft_core.adapters.manifest import MANIFEST_NAME, Manifest, read_manifest
+from peft_core.errors import AdapterNotFound
+from peft_core.paths import DataPaths
+from peft_core.spec import AdapterSummary
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+
+class Registry:
+    """The published adapters of one data directory."""
+
+    def __init__(self, paths: DataPaths) -> None:
+        self._paths = paths
+
+    def publish(self, draft: Path, project_id: str, adapter_id: str) -> Path:
+        """Move a complete adapter from `draft` into the project and make it the current one.
+
+        `draft` must lie on the same file system (it does: a job's directory). Doing it again after a crash in between
+        finishes what was begun.
+        """
+        target = self._paths.adapter(project_id, adapter_id)
+        if not target.exists():
+            for file in draft.iterdir():
+                _sync(file)
+                file.chmod(0o444)
+            _sync(draft)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            draft.rename(target)
+            _sync(target.parent)
+        self.set_current(project_id, adapter_id)
+        return target
+
+    def set_current(self, project_id: str, adapter_id: str) -> None:
+        link = self._paths.current(project_id)
+        draft = link.with_name(f".current.{secrets.token_hex(4)}")
+        draft.symlink_to(adapter_id)
+        draft.replace(link)
+
+    def published(self, project_id: str, adapter_id: str) -> Path | None:
+        path = self._paths.adapter(project_id, adapter_id)
+        return path if (path / MANIFEST_NAME).is_file() else None
+
+    def adapters(self, project_id: str | None = None) -> list[AdapterSummary]:
+        """Newest first."""
+        found = [self._summary(path, manifest) for path, manifest in self._manifests(project_id)]
+        return sorted(found, key=lambda adapter: adapter.created_at, reverse=True)
+
+    def locate(self, adapter_path: str) -> Path:
+        """The directory that a path or a project id (its current adapter) stands for.
+
+        Raises:
+            AdapterNotFound: neither; names the projects that have adapters.
+        """
+        if (self._paths.projects / adapter_path / "lora").is_dir() and os.sep not in adapter_path:
+            current = self._paths.current(adapter_path)
+            if current.is_dir():
+                return current.resolve()
+        path = Path(adapter_path).expanduser()
+        if path.is_dir() and path.is_absolute():
+            return path.resolve() if path.name == "current" else path
+        known = sorted({project for project, _ in self._directories(None)})
+        raise AdapterNotFound(
+            f"No adapter at {adapter_path!r}: give the absolute path of an adapter's directory, or a project id. "
+            + (f"Projects with an adapter: {', '.join(known)}." if known else "No adapter has been trained yet."),
+            suggestions=["Call list_adapters to see what there is" if known else "Call train_adapter first"],
+            details={"adapter_path": adapter_path, "known": known},
+        )
+
+    def summary(self, path: Path) -> AdapterSummary | None:
+        """None for adapters that were not made here."""
+        manifest = read_manifest(path)
+        return None if manifest is None else self._summary(path, manifest)
+
+    def _manifests(self, project_id: str | None) -> Iterator[tuple[Path, Manifest]]:
+        for _, path in self._directories(project_id):
+            if manifest := read_manifest(path):
+                yield path, manifest
+
+    def _directories(self, project_id: str | None) -> Iterator[tuple[str, Path]]:
+        projects = [project_id] if project_id else _names(self._paths.projects)
+        for project in projects:
+            for name in _names(self._paths.adapters(project)):
+                if name != "current":
+                    yield project, self._paths.adapter(project, name)
+
+    def _summary(self, path: Path, manifest: Manifest) -> AdapterSummary:
+        current = self._paths.current(manifest.project_id)
+        return AdapterSummary(
+            adapter_id=manifest.adapter_id,
+            project_id=manifest.project_id,
+            current=current.is_symlink() and os.readlink(current) == manifest.adapter_id == path.name,
+            created_at=manifest.created_at,
+            base_model=manifest.base.name,
+            base_perplexity=manifest.metrics.base_perplexity,
+            adapter_perplexity=manifest.metrics.adapter_perplexity,
+            adapter_bytes=(path / WEIGHTS_NAME).stat().st_size if (path / WEIGHTS_NAME).is_file() else 0,
+            adapter_path=str(path),
+        )
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in os.scandir(directory) if not entry.name.startswith("."))
+    except OSError:
+        return []
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

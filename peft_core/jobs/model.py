@@ -1,0 +1,193 @@
+"""One training run and how facts change it. Pure: no clock, no disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from peft_core.events import (
+    AdapterWritten,
+    CheckpointSaved,
+    DatasetPrepared,
+    Event,
+    HeldOutMeasured,
+    JobCancelled,
+    JobCompleted,
+    JobFailed,
+    JobInterrupted,
+    JobResumed,
+    JobStarted,
+    PhaseStarted,
+    RunPlanned,
+    StepCompleted,
+    StoppedEarly,
+)
+from peft_core.spec import (
+    Base,
+    DatasetSummary,
+    Estimate,
+    Frozen,
+    Metrics,
+    Phase,
+    Problem,
+    SourceSummary,
+    Status,
+    TrainingConfig,
+)
+
+
+class JobRequest(Frozen):
+    """What was asked for, resolved: enough to run the job with nothing else looked up."""
+
+    source: Path
+    source_kind: Literal["repository", "jsonl", "records"]
+    config: TrainingConfig
+    base: Base
+    found: SourceSummary
+    device: str              # expected; the training process decides
+    estimate: Estimate
+
+
+class Job(Frozen):
+    """State of one training run. Times are seconds since the epoch, UTC."""
+
+    job_id: str
+    project_id: str
+    request: JobRequest
+    created_at: float
+    updated_at: float
+    started_at: float | None = None
+    finished_at: float | None = None
+    status: Status = Status.QUEUED
+    phase: Phase | None = None
+    detail: str = ""
+    device: str | None = None
+    step: int = 0
+    total_steps: int | None = None
+    loss: float | None = None
+    held_out_loss: float | None = None
+    tokens_per_second: float | None = None
+    eta_s: float | None = None
+    peak_memory_bytes: int | None = None
+    checkpoint_step: int | None = None
+    dataset: DatasetSummary | None = None
+    metrics: Metrics | None = None
+    adapter_path: str | None = None
+    error: Problem | None = None
+
+
+class IllegalTransition(Exception):  # noqa: N818 -- it names what happened; it is a bug, never a user's mistake
+    def __init__(self, job: Job, event: Event) -> None:
+        super().__init__(f"{event.kind} cannot happen to a job that is {job.status} (phase {job.phase}, step {job.step})")
+
+
+PHASES = list(Phase)
+RESUMABLE = (Status.INTERRUPTED, Status.FAILED, Status.CANCELLED)
+
+
+def apply(job: Job, event: Event, at: float) -> Job:
+    """The job after `event`.
+
+    Raises:
+        IllegalTransition: the event cannot follow the job's state.
+    """
+    change = _change(job, event)
+    if change is None:
+        raise IllegalTransition(job, event)
+    status = change.get("status", job.status)
+    if status is Status.IN_PROGRESS and job.status is not Status.IN_PROGRESS:
+        change["started_at"] = at
+    if isinstance(status, Status) and status.is_final:
+        change |= {"finished_at": at, "eta_s": None}
+    return job.model_copy(update={**change, "updated_at": at})
+
+
+def _change(job: Job, event: Event) -> dict[str, object] | None:  # noqa: PLR0911, C901 -- one line an event
+    match job.status, event:
+        case Status.QUEUED, JobStarted():
+            return {"status": Status.IN_PROGRESS, "phase": Phase.STARTING, "detail": ""}
+        case (Status.QUEUED | Status.IN_PROGRESS), JobCancelled():
+            return {"status": Status.CANCELLED}
+        case (Status.QUEUED | Status.IN_PROGRESS), JobFailed(error=error):
+            return {"status": Status.FAILED, "error": error}
+        case status, JobResumed() if status in RESUMABLE:
+            return {
+                "status": Status.QUEUED,
+                "phase": None,
+                "detail": "",
+                "error": None,
+                "finished_at": None,
+                "step": job.checkpoint_step or 0,
+            }
+        case Status.IN_PROGRESS, _:
+            return _progress(job, event)
+        case _:
+            return None
+
+
+def _progress(job: Job, event: Event) -> dict[str, object] | None:  # noqa: PLR0911, C901 -- one line an event
+    match event:
+        case PhaseStarted(phase=phase, detail=detail) if _not_before(phase, job.phase):
+            return {"phase": phase, "detail": detail}
+        case DatasetPrepared(dataset=dataset):
+            return {"dataset": dataset}
+        case RunPlanned(device=device, total_steps=total) if total >= job.step:
+            return {"device": device, "total_steps": total}
+        case StepCompleted(step=step) if job.step < step <= (job.total_steps or 0):
+            return {
+                "step": step,
+                "loss": event.loss,
+                "tokens_per_second": event.tokens_per_second,
+                "eta_s": event.eta_s,
+                "peak_memory_bytes": event.memory_bytes,
+            }
+        case HeldOutMeasured(step=0, loss=loss) if job.step == 0:
+            return {"held_out_loss": loss, "metrics": Metrics(base_loss=loss)}
+        case HeldOutMeasured(loss=loss):
+            return {"held_out_loss": loss}
+        case CheckpointSaved(step=step) if step <= job.step:
+            return {"checkpoint_step": step}
+        case StoppedEarly():
+            return {"detail": f"stopped early; the state of step {event.best_step} is kept"}
+        case AdapterWritten(metrics=metrics):
+            return {"metrics": metrics, "held_out_loss": metrics.adapter_loss or job.held_out_loss}
+        case JobCompleted(adapter_path=path, metrics=metrics):
+            return {"status": Status.COMPLETED, "adapter_path": path, "metrics": metrics}
+        case JobInterrupted(reason=reason):
+            error = Problem(
+                code="interrupted",
+                message=reason,
+                suggestions=("Resume it: what was trained up to the last checkpoint is kept.",),
+            )
+            return {"status": Status.INTERRUPTED, "error": error}
+        case _:
+            return None
+
+
+def _not_before(phase: Phase, current: Phase | None) -> bool:
+    return current is None or PHASES.index(phase) >= PHASES.index(current)
+
+
+# Where each phase begins on the way to 100 %, for a run whose training takes most of the time.
+_PHASE_BEGINS = {
+    Phase.STARTING: 0.0,
+    Phase.PREPARING_DATA: 1.0,
+    Phase.LOADING_MODEL: 4.0,
+    Phase.EVALUATING_BASE: 6.0,
+    Phase.TRAINING: 10.0,
+    Phase.EVALUATING_ADAPTER: 94.0,
+    Phase.SAVING: 98.0,
+    Phase.PUBLISHING: 99.0,
+}
+
+
+def progress_percent(job: Job) -> float:
+    """How far the whole job is, 0..100. Never falls while a job runs."""
+    if job.status is Status.COMPLETED:
+        return 100.0
+    if job.phase is None:
+        return 0.0
+    begins = _PHASE_BEGINS[job.phase]
+    if job.phase is Phase.TRAINING and job.total_steps:
+        return round(begins + (_PHASE_BEGINS[Phase.EVALUATING_ADAPTER] - begins) * job.step / job.total_steps, 2)
+    return begins

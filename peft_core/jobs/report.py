@@ -1,0 +1,138 @@
+"""A job as its users see it: the status, one sentence on what to do next, one line on how it goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft_core.jobs.model import Job, progress_percent
+from peft_core.spec import Phase, Status, TrainingStatus
+
+MAX_HEADLINE = 200  # clients show no more of a progress message
+
+PHASE_WORDS = {
+    Phase.STARTING: "starting",
+    Phase.PREPARING_DATA: "reading the code",
+    Phase.LOADING_MODEL: "loading the base model",
+    Phase.EVALUATING_BASE: "measuring the base on held-out files",
+    Phase.TRAINING: "training",
+    Phase.EVALUATING_ADAPTER: "measuring the adapter on the same held-out files",
+    Phase.SAVING: "writing the adapter",
+    Phase.PUBLISHING: "checking and publishing the adapter",
+}
+
+
+def not_started(project_id: str) -> TrainingStatus:
+    return TrainingStatus(
+        job_id=None,
+        project_id=project_id,
+        status=Status.NOT_STARTED,
+        next=f"Nothing was trained for {project_id!r} yet: call train_adapter(project_id={project_id!r}, training_data=...).",
+    )
+
+
+def status_of(job: Job, queue_position: int | None, log_path: Path) -> TrainingStatus:
+    request = job.request
+    return TrainingStatus(
+        job_id=job.job_id,
+        project_id=job.project_id,
+        status=job.status,
+        phase=job.phase if job.status is Status.IN_PROGRESS else None,
+        progress_percent=progress_percent(job),
+        step=job.step,
+        total_steps=job.total_steps or request.estimate.steps,
+        loss=job.loss,
+        held_out_loss=job.held_out_loss,
+        tokens_per_second=job.tokens_per_second,
+        eta_s=_eta(job),
+        queue_position=queue_position,
+        device=job.device or request.device,
+        base_model=request.base.name,
+        adapter_path=job.adapter_path,
+        error=job.error,
+        metrics=job.metrics,
+        dataset=job.dataset,
+        training_data=_training_data(job),
+        estimate=request.estimate,
+        log_path=str(log_path) if log_path.exists() else None,
+        next=_next(job),
+    )
+
+
+def _eta(job: Job) -> float | None:
+    """Seconds until the end of the steps, as the child reckons; before it trains, the estimate."""
+    if job.status is Status.IN_PROGRESS and job.eta_s is not None:
+        return job.eta_s
+    return None if job.status.is_final else job.request.estimate.seconds
+
+
+def _training_data(job: Job) -> str:
+    found = job.request.found
+    place = f" in {found.path}" if found.path else ""
+    if found.examples is not None:
+        return f"{found.examples} records{place}, about {found.estimated_tokens} tokens"
+    languages = ", ".join(f"{count} {name}" for name, count in sorted(found.languages.items(), key=lambda kv: -kv[1]))
+    return f"{found.files} files{place} ({languages}), about {found.estimated_tokens} tokens"
+
+
+def _next(job: Job) -> str:
+    status = f"get_training_status(project_id={job.project_id!r}, job_id={job.job_id!r}"
+    match job.status:
+        case Status.QUEUED:
+            return f"Training goes on without you. Call {status}, wait_s=20) to wait for news."
+        case Status.IN_PROGRESS:
+            return f"Training goes on without you. Call {status}, wait_s=20) to watch; cancel_training to stop it."
+        case Status.COMPLETED:
+            return f"The adapter is ready. Call get_adapter_info(adapter_path={job.project_id!r}) for all that was measured."
+        case Status.CANCELLED | Status.INTERRUPTED:
+            return f"Call resume_training(job_id={job.job_id!r}) to go on {_resume_point(job)}, or train_adapter to start anew."
+        case _:
+            advice = " ".join(f"{s.rstrip('.')}." for s in (job.error.suggestions if job.error else ()))
+            return f"{advice} Then call train_adapter again, or resume_training(job_id={job.job_id!r}).".strip()
+
+
+def _resume_point(job: Job) -> str:
+    return f"from step {job.checkpoint_step}" if job.checkpoint_step else "from the beginning"
+
+
+def headline(status: TrainingStatus) -> str:
+    """One line for people, at most 200 characters: 'training: step 120/250, loss 1.83, 145 tokens/s, 2 min 10 s left'."""
+    parts: list[str]
+    match status.status:
+        case Status.QUEUED:
+            parts = [f"queued at position {status.queue_position}" if status.queue_position else "queued"]
+        case Status.IN_PROGRESS:
+            parts = [PHASE_WORDS[status.phase] if status.phase else "in progress"]
+            if status.phase is Phase.TRAINING:
+                parts[0] += f": step {status.step}/{status.total_steps}"
+                if status.loss is not None:
+                    parts.append(f"loss {status.loss:.3f}")
+                if status.held_out_loss is not None:
+                    parts.append(f"held-out {status.held_out_loss:.3f}")
+                if status.tokens_per_second:
+                    parts.append(f"{status.tokens_per_second:.0f} tokens/s")
+                if status.eta_s is not None:
+                    parts.append(f"{in_words(status.eta_s)} left")
+        case Status.COMPLETED:
+            parts = ["completed"]
+            metrics = status.metrics
+            if metrics and metrics.base_perplexity and metrics.adapter_perplexity:
+                parts.append(
+                    f"held-out perplexity {metrics.base_perplexity:.2f} (base) -> {metrics.adapter_perplexity:.2f} (adapter)"
+                )
+        case Status.FAILED | Status.INTERRUPTED if status.error:
+            parts = [f"{status.status}: {status.error.message}"]
+        case other:
+            parts = [other.replace("_", " ")]
+    line = ", ".join(parts)
+    return line if len(line) <= MAX_HEADLINE else line[: MAX_HEADLINE - 1] + "…"
+
+
+def in_words(seconds: float) -> str:
+    """'45 s', '2 min 10 s', '1 h 5 min'."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"

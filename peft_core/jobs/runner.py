@@ -1,0 +1,247 @@
+"""The runner: a detached process without torch that works the queue off, one training at a time.
+
+    python -m peft_core.jobs.runner DATA_DIR
+
+It holds the work lock, gives each job to a training child of its own, and turns what the child says (JSON lines), how it
+ended (exit code, signal) and what it did not say into events. It is the only writer of running jobs. When the queue is
+empty it ends. A runner that finds the lock taken ends too: whoever holds it looks at the queue once more after giving
+the lock up, so a job that was inserted meanwhile is not forgotten.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import anyio
+import structlog
+from anyio.abc import ByteReceiveStream, Process
+from anyio.streams.buffered import BufferedByteReceiveStream
+
+from peft_core import logs
+from peft_core.adapters.registry import Registry
+from peft_core.adapters.verify import check_adapter
+from peft_core.errors import ModelError
+from peft_core.events import (
+    EVENT,
+    AdapterWritten,
+    Event,
+    JobCancelled,
+    JobCompleted,
+    JobFailed,
+    JobInterrupted,
+    JobStarted,
+    PhaseStarted,
+)
+from peft_core.jobs.lock import WorkLock
+from peft_core.jobs.model import IllegalTransition, Job
+from peft_core.jobs.recovery import recover
+from peft_core.jobs.store import Store
+from peft_core.paths import DataPaths, JobPaths
+from peft_core.spec import Phase, Problem, Status, TrainingTask
+
+CHILD = [sys.executable, "-P", "-m", "peft_core.training"]  # -P: the working directory is no place for modules
+LOCK_PATIENCE_S = 5.0   # longer than anybody who only probes holds the lock
+LOOK_S = 0.25           # how often a running job is looked up for a request to cancel
+GRACE_S = 20.0          # between SIGTERM and SIGKILL: time for a micro-step and a checkpoint
+MAX_LINE = 1 << 20
+
+log = structlog.get_logger()
+
+
+def run(paths: DataPaths) -> None:
+    """Work until the queue is empty, or somebody else does."""
+    store = Store(paths.database, time.time)
+    registry = Registry(paths)
+    lock = WorkLock(paths.runner_lock)
+    while lock.acquire(LOCK_PATIENCE_S):
+        with lock:
+            recover(store, registry)
+            stopped = anyio.run(Runner(store, registry, paths, lock).drain)
+        if stopped or not store.in_state(Status.QUEUED):
+            return
+
+
+class Runner:
+    def __init__(self, store: Store, registry: Registry, paths: DataPaths, lock: WorkLock) -> None:
+        self._store = store
+        self._registry = registry
+        self._paths = paths
+        self._lock = lock
+        self._stopping = False
+
+    async def drain(self) -> bool:
+        """Run the queued jobs one after the other; True when a signal ended it early."""
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._stop_on_signal)
+            while not self._stopping and (queued := self._store.in_state(Status.QUEUED)):
+                try:
+                    job = self._store.append(queued[0].job_id, JobStarted())
+                except IllegalTransition:
+                    continue  # cancelled between the look and the start
+                await self._run(job)
+            group.cancel_scope.cancel()
+        return self._stopping
+
+    async def _run(self, job: Job) -> None:
+        bound = log.bind(job_id=job.job_id)
+        bound.info("started", project_id=job.project_id)
+        paths = self._paths.job(job.job_id)
+        try:
+            last_word, code = await self._train(job, paths)
+            event = self._outcome(job, paths, last_word, code)
+        except Exception as error:  # the edge of a job: whatever went wrong, the job must not stay "in progress"
+            bound.exception("runner failed")
+            event = JobFailed(error=problem_of(error))
+        self._store.append(job.job_id, event)
+        bound.info("ended", event=event.kind)
+
+    async def _train(self, job: Job, paths: JobPaths) -> tuple[Event | None, int]:
+        """Run the training child to its end: (its last word, its exit code)."""
+        paths.root.mkdir(parents=True, exist_ok=True)
+        task = TrainingTask(
+            job_id=job.job_id,
+            project_id=job.project_id,
+            source=job.request.source,
+            source_kind=job.request.source_kind,
+            config=job.request.config,
+            base=job.request.base,
+            job_dir=paths.root,
+            base_models_dir=self._paths.base_models,
+        )
+        with paths.log.open("ab") as log_file:
+            process = await anyio.open_process(
+                CHILD,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log_file,
+                cwd=paths.root,
+                env={**os.environ, "PEFT_MCP_PARENT": str(os.getpid()), "HF_HUB_OFFLINE": "1"},
+                pass_fds=[self._lock.descriptor],
+            )
+        async with process, anyio.create_task_group() as group:
+            group.start_soon(self._end_when_asked, job.job_id, process)
+            assert process.stdin is not None  # noqa: S101 -- both were asked for as pipes
+            assert process.stdout is not None  # noqa: S101
+            try:
+                await process.stdin.send(task.model_dump_json().encode() + b"\n")
+                await process.stdin.aclose()
+            except anyio.BrokenResourceError:
+                pass  # it died at once: its exit code tells
+            last_word = await self._follow(job.job_id, process.stdout)
+            code = await process.wait()
+            group.cancel_scope.cancel()
+        return last_word, code
+
+    async def _follow(self, job_id: str, stream: ByteReceiveStream) -> Event | None:
+        """Record the child's events until it closes its output; the final one is returned, not recorded."""
+        lines = BufferedByteReceiveStream(stream)
+        last_word: Event | None = None
+        while True:
+            try:
+                line = await lines.receive_until(b"\n", MAX_LINE)
+            except (anyio.IncompleteRead, anyio.EndOfStream, anyio.DelimiterNotFound):
+                return last_word
+            try:
+                event = EVENT.validate_json(line)
+                if isinstance(event, AdapterWritten | JobFailed):
+                    last_word = event
+                else:
+                    self._store.append(job_id, event)
+            except (ValueError, IllegalTransition) as error:
+                log.error("unusable event", job_id=job_id, line=line[:200], error=str(error))
+
+    def _outcome(self, job: Job, paths: JobPaths, last_word: Event | None, code: int) -> Event:
+        """What became of a job whose child has ended."""
+        if self._store.cancel_requested(job.job_id):
+            return JobCancelled()
+        if isinstance(last_word, AdapterWritten) and code == 0:
+            return self._publish(job, paths, last_word)
+        if self._stopping:
+            return JobInterrupted(reason="The runner was asked to stop (SIGTERM), for instance at shutdown.")
+        if isinstance(last_word, JobFailed):
+            return last_word
+        return JobFailed(error=problem_of_exit(code, paths.log))
+
+    def _publish(self, job: Job, paths: JobPaths, written: AdapterWritten) -> Event:
+        self._store.append(job.job_id, PhaseStarted(phase=Phase.PUBLISHING))
+        reasons = [r for r in check_adapter(paths.adapter, job.request.base) if r.severity == "error"]
+        if reasons:
+            return JobFailed(
+                error=Problem(
+                    code="adapter_rejected",
+                    message="The adapter that training wrote did not pass the check: "
+                    + "; ".join(reason.message for reason in reasons[:3]),
+                    suggestions=(f"This is a bug: please report it with the log {paths.log}",),
+                )
+            )
+        published = self._registry.publish(paths.adapter, job.project_id, job.job_id)
+        return JobCompleted(adapter_path=str(published), metrics=written.metrics)
+
+    async def _end_when_asked(self, job_id: str, process: Process) -> None:
+        """Wait for a request to cancel, or to stop; then SIGTERM, and SIGKILL when it does not help."""
+        while not (self._stopping or self._store.cancel_requested(job_id)):
+            await anyio.sleep(LOOK_S)
+        process.terminate()
+        await anyio.sleep(GRACE_S)
+        log.warning("child did not end in time", job_id=job_id, grace_s=GRACE_S)
+        process.kill()
+
+    async def _stop_on_signal(self) -> None:
+        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for _ in signals:
+                self._stopping = True
+
+
+def problem_of(error: Exception) -> Problem:
+    if isinstance(error, ModelError):
+        return Problem(code=error.code, message=error.message, suggestions=error.suggestions)
+    return Problem(
+        code="runner_failed",
+        message=f"The runner failed: {type(error).__name__}: {error}",
+        suggestions=("Look at logs/runner.log in the data directory, and report it",),
+    )
+
+
+def problem_of_exit(code: int, log_path: Path) -> Problem:
+    """Why a child ended without a word, as far as its exit code and its log tell."""
+    tail = _tail(log_path)
+    said = f" Its last words: {tail}" if tail else ""
+    if code < 0:
+        name = signal.Signals(-code).name
+        message = f"The training process was killed by {name} (signal {-code}).{said}"
+        if -code == signal.SIGKILL:
+            return Problem(
+                code="killed",
+                message=message,
+                suggestions=(
+                    "Most often this is the operating system, out of memory: set max_memory_mb, or lower "
+                    "max_length, or use a smaller base model",
+                    "Then call train_adapter with resume=<job_id>: it goes on from the last checkpoint",
+                ),
+            )
+        return Problem(code="killed", message=message, suggestions=(f"See the log: {log_path}",))
+    return Problem(
+        code="died_silently",
+        message=f"The training process ended with exit code {code} and without a result.{said}",
+        suggestions=(f"See the log: {log_path}",),
+    )
+
+
+def _tail(path: Path, lines: int = 3) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 4096))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+    return " | ".join(line.strip()[:200] for line in text.strip().splitlines()[-lines:])
+
+
+if __name__ == "__main__":
+    logs.configure()
+    run(DataPaths(Path(sys.argv[1])))

@@ -1,0 +1,250 @@
+"""Jobs and their events in SQLite: the only module that speaks SQL.
+
+One row per job (its state as JSON, with the columns that are searched), one row per event. Appending an event and
+changing its job is one transaction; so is everything that decides on a job's state before it writes.
+Connections are opened per operation (0.2 ms): any thread and any process may call, and nothing is held open.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+from peft_core.errors import JobNotFound, JobStateError, StorageError
+from peft_core.events import EVENT, Event, JobCancelled
+from peft_core.jobs.model import Job, apply
+from peft_core.spec import Status
+
+SCHEMA_VERSION = 1
+BUSY_S = 20.0  # how long a writer waits for another one
+SCHEMA = """
+CREATE TABLE jobs (
+    job_id           TEXT PRIMARY KEY,
+    project_id       TEXT NOT NULL,
+    status           TEXT NOT NULL,
+    queued_at        REAL NOT NULL,
+    revision         INTEGER NOT NULL,                -- id of the job's latest event; 0 before the first
+    cancel_requested INTEGER NOT NULL DEFAULT 0,
+    state            TEXT NOT NULL
+) STRICT;
+CREATE INDEX jobs_by_project ON jobs (project_id, queued_at);
+CREATE INDEX jobs_by_status ON jobs (status, queued_at);
+CREATE TABLE events (
+    event_id INTEGER PRIMARY KEY AUTOINCREMENT,
+    job_id   TEXT NOT NULL REFERENCES jobs (job_id) ON DELETE CASCADE,
+    at       REAL NOT NULL,
+    event    TEXT NOT NULL
+) STRICT;
+CREATE INDEX events_by_job ON events (job_id, event_id);
+"""
+OPEN = (Status.QUEUED, Status.IN_PROGRESS)
+
+
+class Store:
+    """The jobs of one data directory. `now` gives seconds since the epoch."""
+
+    def __init__(self, path: Path, now: Callable[[], float]) -> None:
+        self._path = path
+        self._now = now
+
+    def create(self) -> None:
+        """Make the database if it is not there: complete, or not at all. Idempotent, safe among processes.
+
+        Raises:
+            StorageError: the directory cannot be written.
+        """
+        if self.exists:
+            return
+        draft = self._path.with_name(f".{self._path.name}.{os.getpid()}.{threading.get_ident()}")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with closing(sqlite3.connect(draft)) as db:
+                # WAL is a property of the file, set before anybody else can see it: switching later needs all others out.
+                db.execute("PRAGMA journal_mode = WAL")
+                db.executescript(SCHEMA)
+                db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            with suppress(FileExistsError):
+                os.link(draft, self._path)
+        except (OSError, sqlite3.OperationalError) as error:
+            raise unwritable(self._path.parent, error) from error
+        finally:
+            with suppress(OSError):
+                draft.unlink()
+
+    @property
+    def exists(self) -> bool:
+        return self._path.exists()
+
+    def insert(self, job: Job) -> None:
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO jobs (job_id, project_id, status, queued_at, revision, state) VALUES (?, ?, ?, ?, 0, ?)",
+                (job.job_id, job.project_id, job.status, job.created_at, job.model_dump_json()),
+            )
+
+    def append(self, job_id: str, event: Event) -> Job:
+        """Record a fact and the state that it leads to.
+
+        Raises:
+            JobNotFound: no such job.
+            IllegalTransition: the event cannot follow the job's state; nothing is written.
+        """
+        with self._transaction() as db:
+            return self._append(db, job_id, event)
+
+    def request_cancel(self, job_id: str) -> Job:
+        """Cancel a queued job at once; ask the runner to cancel a running one.
+
+        Raises:
+            JobStateError: the job has ended already.
+        """
+        with self._transaction() as db:
+            job = self._get(db, job_id)
+            if job.status is Status.QUEUED:
+                return self._append(db, job_id, JobCancelled())
+            if job.status.is_final:
+                raise JobStateError(
+                    f"Job {job_id} cannot be cancelled: it is {job.status}.",
+                    code="job_already_ended",
+                    suggestions=["Nothing needs to be done."],
+                )
+            db.execute("UPDATE jobs SET cancel_requested = 1 WHERE job_id = ?", (job_id,))
+            return job
+
+    def requeue(self, job_id: str, event: Event) -> Job:
+        """Put a job that ended early at the end of the queue."""
+        with self._transaction() as db:
+            job = self._append(db, job_id, event)
+            db.execute("UPDATE jobs SET queued_at = ?, cancel_requested = 0 WHERE job_id = ?", (self._now(), job_id))
+            return job
+
+    def get(self, job_id: str) -> Job:
+        with self._connection() as db:
+            return self._get(db, job_id)
+
+    def latest(self, project_id: str) -> Job | None:
+        with self._connection() as db:
+            row = db.execute(
+                "SELECT state FROM jobs WHERE project_id = ? ORDER BY queued_at DESC, rowid DESC LIMIT 1", (project_id,)
+            ).fetchone()
+        return Job.model_validate_json(row[0]) if row else None
+
+    def in_state(self, *states: Status) -> list[Job]:
+        """Jobs in one of the states, in the order in which they were queued."""
+        marks = ", ".join("?" * len(states))
+        query = f"SELECT state FROM jobs WHERE status IN ({marks}) ORDER BY queued_at, rowid"  # noqa: S608 -- marks only
+        with self._connection() as db:
+            return [Job.model_validate_json(row[0]) for row in db.execute(query, states)]
+
+    def queue_position(self, job_id: str) -> int | None:
+        """1 for the job that is next; a running job counts as ahead. None when the job is not queued."""
+        with self._connection() as db:
+            waiting = [
+                row[0]
+                for row in db.execute(
+                    "SELECT job_id FROM jobs WHERE status IN (?, ?) ORDER BY status = ?, queued_at, rowid",
+                    (*OPEN, Status.QUEUED),
+                )
+            ]
+            running = db.execute("SELECT count(*) FROM jobs WHERE status = ?", (Status.IN_PROGRESS,)).fetchone()[0]
+        position = waiting.index(job_id) + 1 if job_id in waiting else None
+        return position if position is not None and position > running else None
+
+    def cancel_requested(self, job_id: str) -> bool:
+        with self._connection() as db:
+            row = db.execute("SELECT cancel_requested FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
+        return bool(row and row[0])
+
+    def revision(self, job_id: str) -> int:
+        """Grows with each event of the job: a cheap look whether there is news."""
+        with self._connection() as db:
+            row = db.execute("SELECT revision FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
+        if row is None:
+            raise self.unknown(job_id)
+        return int(row[0])
+
+    def changed_since(self, event_id: int) -> tuple[int, list[str]]:
+        """(newest event id, jobs with events after `event_id`)."""
+        with self._connection() as db:
+            jobs = [r[0] for r in db.execute("SELECT DISTINCT job_id FROM events WHERE event_id > ?", (event_id,))]
+            newest = db.execute("SELECT coalesce(max(event_id), 0) FROM events").fetchone()[0]
+        return int(newest), jobs
+
+    def events(self, job_id: str) -> list[Event]:
+        with self._connection() as db:
+            rows = db.execute("SELECT event FROM events WHERE job_id = ? ORDER BY event_id", (job_id,)).fetchall()
+        return [EVENT.validate_json(row[0]) for row in rows]
+
+    def _append(self, db: sqlite3.Connection, job_id: str, event: Event) -> Job:
+        at = self._now()
+        job = apply(self._get(db, job_id), event, at)
+        cursor = db.execute(
+            "INSERT INTO events (job_id, at, event) VALUES (?, ?, ?)", (job_id, at, EVENT.dump_json(event).decode())
+        )
+        db.execute(
+            "UPDATE jobs SET status = ?, revision = ?, state = ? WHERE job_id = ?",
+            (job.status, cursor.lastrowid, job.model_dump_json(), job_id),
+        )
+        return job
+
+    def _get(self, db: sqlite3.Connection, job_id: str) -> Job:
+        row = db.execute("SELECT state FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
+        if row is None:
+            raise self.unknown(job_id)
+        return Job.model_validate_json(row[0])
+
+    def unknown(self, job_id: str) -> JobNotFound:
+        return JobNotFound(
+            f"No training job {job_id!r} in {self._path.parent}.",
+            suggestions=["Call get_training_status with the project_id alone: it shows the latest job of the project."],
+            details={"job_id": job_id},
+        )
+
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        try:
+            # isolation_level=None: transactions begin where this module says so, not where the driver guesses.
+            db = sqlite3.connect(f"{self._path.as_uri()}?mode=rw", uri=True, timeout=BUSY_S, isolation_level=None)
+        except sqlite3.OperationalError as error:
+            raise unwritable(self._path.parent, error) from error
+        with closing(db):
+            try:
+                version = db.execute("PRAGMA user_version").fetchone()[0]
+                if version > SCHEMA_VERSION:
+                    raise StorageError(
+                        f"{self._path} was written by a newer peft-mcp (schema {version}; this one knows up to "
+                        f"{SCHEMA_VERSION}).",
+                        code="newer_database",
+                        suggestions=["Upgrade peft-mcp: pip install --upgrade peft-mcp"],
+                    )
+                db.execute("PRAGMA synchronous = NORMAL")  # with WAL: a power cut may lose the last events, never corrupt
+                db.execute("PRAGMA foreign_keys = ON")
+                yield db
+            except sqlite3.OperationalError as error:
+                raise unwritable(self._path.parent, error) from error
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._connection() as db:
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+            except BaseException:
+                db.execute("ROLLBACK")
+                raise
+            db.execute("COMMIT")
+
+
+def unwritable(directory: Path, error: Exception) -> StorageError:
+    return StorageError(
+        f"The data directory {directory} cannot be used: {error}.",
+        code="data_directory_unwritable",
+        suggestions=[
+            "Make it a writable directory with free space, or set CODEBASE_GARDENER_DATA_DIR to another one and restart "
+            "the server"
+        ],
+    )

@@ -1,0 +1,54 @@
+"""Entry point of `peft-mcp`: the stdio server."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib.metadata import version
+
+from pydantic import ValidationError
+
+from peft_core import logs
+from peft_core.config import Settings
+
+DESCRIPTION = """\
+MCP stdio server: train a LoRA adapter on your own code base, on your own machine, and prove that it helps.
+
+It is started by an MCP client (see examples/ for the configuration of Kiro, Claude Code, Cursor and VS Code) and speaks
+JSON-RPC on standard input and output. Started by hand, it waits for a client.
+"""
+
+
+def settings_help() -> str:
+    lines = ["settings (environment variables):"]
+    for name, field in Settings.model_fields.items():
+        default = field.default if field.default is not None else "unset"
+        lines.append(f"  CODEBASE_GARDENER_{name.upper():<20} {field.description or ''} Default: {default}.")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="peft-mcp",
+        description=DESCRIPTION,
+        epilog=settings_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"peft-mcp {version('peft-mcp')}")
+    parser.parse_args()
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        for problem in error.errors():
+            name = f"CODEBASE_GARDENER_{problem['loc'][0]}".upper()
+            print(f"peft-mcp: {name} = {problem['input']!r} cannot be used: {problem['msg']}", file=sys.stderr)
+        sys.exit(2)
+    logs.configure(settings.log_level)
+
+    from server.app import build_server  # noqa: PLC0415 -- --help and --version need not import mcp
+
+    build_server(settings).run("stdio")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The MCP server: what it is called, what it can do, how it begins and ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+import anyio
+from mcp.server.mcpserver import Context, MCPServer
+from mcp.server.mcpserver.exceptions import ToolError
+from mcp.server.mcpserver.tools import Tool
+from mcp.types import CallToolResult, InputRequiredResult
+
+from peft_core.config import Settings
+from peft_core.manager import PEFTManager
+from server.errors import tool_error
+from server.resources import TrainingUpdates, add_training_resource
+from server.tools import adapters, training
+
+INSTRUCTIONS = (
+    "peft-mcp trains a LoRA adapter on one code base, on the user's machine, in the background: call train_adapter with a "
+    "project id and the repository's path, then get_training_status until it is completed. "
+    "The result says what was measured on files the adapter never saw: held-out loss and perplexity of base and adapter. "
+    "Jobs go on without you and are found again by project id; list_adapters and get_adapter_info show what there is."
+)
+
+
+class PEFTServer(MCPServer[PEFTManager]):
+    """`MCPServer` with strict arguments and errors that say what to do."""
+
+    def __init__(self, tools: list[Tool], **options: Any) -> None:
+        self._parameters = {tool.name: strict(tool).parameters for tool in tools}
+        super().__init__("peft-mcp", tools=tools, **options)
+
+    async def call_tool(
+        self, name: str, arguments: dict[str, Any], context: Context[PEFTManager, Any] | None = None
+    ) -> CallToolResult | InputRequiredResult:
+        if name not in self._parameters:
+            raise ToolError(f"There is no tool {name!r}. Tools: {', '.join(self._parameters)}.")
+        try:
+            return await super().call_tool(name, arguments, context)
+        except ToolError as error:
+            raise tool_error(error, self._parameters[name]) from error.__cause__
+
+
+def strict(tool: Tool) -> Tool:
+    """The SDK drops unknown arguments in silence; a misspelt one would do nothing. Refuse them instead."""
+    model = tool.fn_metadata.arg_model
+    model.model_config["extra"] = "forbid"
+    model.model_rebuild(force=True)
+    tool.parameters = model.model_json_schema(by_alias=True)
+    return tool
+
+
+def build_server(settings: Settings | None = None) -> PEFTServer:
+    updates = TrainingUpdates()
+
+    @asynccontextmanager
+    async def lifespan(_: MCPServer[PEFTManager]) -> AsyncIterator[PEFTManager]:
+        manager = PEFTManager(settings)
+        async with anyio.create_task_group() as group:
+            group.start_soon(_leave_on_signal)
+            group.start_soon(updates.tell, manager)
+            yield manager
+            group.cancel_scope.cancel()
+
+    server = PEFTServer(
+        [*training.TOOLS, *adapters.TOOLS],
+        title="PEFT: adapters for your code base",
+        instructions=INSTRUCTIONS,
+        version=version("peft-mcp"),
+        lifespan=lifespan,
+        subscriptions=updates.bus,
+        log_level="WARNING",
+    )
+    add_training_resource(server, updates)
+    return server
+
+
+async def _leave_on_signal() -> None:
+    """End at once. The thread that reads stdin cannot be woken, so an orderly return would wait for the client.
+
+    Nothing is lost: jobs belong to the runner, which is a process of its own.
+    """
+    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for received in signals:
+            os._exit(128 + received)

@@ -1,0 +1,80 @@
+"""`training://{job_id}`: a job's status as a resource, with update notifications in both protocol eras.
+
+Modern clients listen (`subscriptions/listen`): the SDK's bus reaches them. Older ones subscribe (`resources/subscribe`),
+for which the SDK has no public hook in `MCPServer`: the one use of its low-level server is here.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import anyio
+import structlog
+from mcp.server.context import ServerRequestContext
+from mcp.server.mcpserver import Context, MCPServer
+from mcp.server.mcpserver.exceptions import ResourceError, ResourceNotFoundError
+from mcp.server.session import ServerSession
+from mcp.server.subscriptions import InMemorySubscriptionBus, ResourceUpdated
+from mcp.types import EmptyResult, SubscribeRequestParams, UnsubscribeRequestParams
+
+from peft_core.errors import JobNotFound, ModelError
+from peft_core.manager import PEFTManager
+
+LOOK_S = 1.0  # how often the store is asked for changed jobs, and so the shortest time between two updates
+
+log = structlog.get_logger()
+
+
+class TrainingUpdates:
+    """Who wants to hear of which job, and the loop that tells them."""
+
+    def __init__(self) -> None:
+        self.bus = InMemorySubscriptionBus()
+        self._sessions: defaultdict[str, list[ServerSession]] = defaultdict(list)
+
+    async def subscribe(self, ctx: ServerRequestContext[Any], params: SubscribeRequestParams) -> EmptyResult:
+        if ctx.session not in self._sessions[str(params.uri)]:
+            self._sessions[str(params.uri)].append(ctx.session)
+        return EmptyResult()
+
+    async def unsubscribe(self, ctx: ServerRequestContext[Any], params: UnsubscribeRequestParams) -> EmptyResult:
+        self._sessions.pop(str(params.uri), None)
+        return EmptyResult()
+
+    async def tell(self, manager: PEFTManager) -> None:
+        """Until cancelled: publish each change of a job to its subscribers."""
+        cursor, _ = await manager.changed_jobs(0)
+        while True:
+            await anyio.sleep(LOOK_S)
+            try:
+                cursor, changed = await manager.changed_jobs(cursor)
+            except ModelError as error:
+                log.warning("cannot look for changed jobs", error=error.message)
+                continue
+            for job_id in changed:
+                uri = f"training://{job_id}"
+                await self.bus.publish(ResourceUpdated(uri=uri))
+                for session in self._sessions.get(uri, ()):
+                    await session.send_resource_updated(uri)
+
+
+def add_training_resource(mcp: MCPServer[PEFTManager], updates: TrainingUpdates) -> None:
+    @mcp.resource(
+        "training://{job_id}",
+        title="Training job",
+        description="Status of one training job, as get_training_status gives it. Subscribe to hear of changes.",
+        mime_type="application/json",
+    )
+    async def training(job_id: str, ctx: Context[PEFTManager, Any]) -> str:
+        try:
+            status = await ctx.request_context.lifespan_context.get_job(job_id)
+        except JobNotFound as error:
+            raise ResourceNotFoundError(str(error)) from error
+        except ModelError as error:
+            raise ResourceError(str(error)) from error
+        return status.model_dump_json(indent=2)
+
+    low_level = mcp._lowlevel_server  # noqa: SLF001 -- see the module's docstring
+    low_level.add_request_handler("resources/subscribe", SubscribeRequestParams, updates.subscribe)
+    low_level.add_request_handler("resources/unsubscribe", UnsubscribeRequestParams, updates.unsubscribe)

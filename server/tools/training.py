@@ -1,0 +1,108 @@
+"""The tools around training. Each is a translation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from mcp.server.mcpserver import Context
+from mcp.server.mcpserver.tools import Tool
+from mcp.types import CallToolResult, ToolAnnotations
+from pydantic import Field
+
+from peft_core.manager import PEFTManager
+from peft_core.spec import ProjectId, TrainingConfig, TrainingStatus
+from server.answers import status_answer
+from server.progress import stream_progress
+
+JobId = Annotated[str | None, Field(description="From train_adapter's answer. Null: the project's latest job.")]
+WaitSeconds = Annotated[
+    float,
+    Field(ge=0, le=45, description="Stay in the call so long and stream progress; it returns earlier when the job ends."),
+]
+TrainingData = Annotated[
+    str | list[dict[str, Any]],
+    Field(
+        description="Absolute path of a repository directory (its code is read, secrets are left out) or of a .jsonl file; "
+        'or a list of records, all of one form: {"text"}, {"prompt", "completion"}, {"messages": [{"role", "content"}]}, '
+        'or code chunks {"content", "language", "file_path", ...}.'
+    ),
+]
+DEFAULTS = TrainingConfig()
+
+
+async def train_adapter(
+    project_id: ProjectId,
+    training_data: TrainingData,
+    ctx: Context[PEFTManager, Any],
+    config: TrainingConfig = DEFAULTS,
+    wait_s: WaitSeconds = 0,
+) -> Annotated[CallToolResult, TrainingStatus]:
+    """Train a LoRA adapter on a code base, in the background, on this machine. Answers at once with the job, what it will
+    train on, and an estimate of time and memory; the job goes on when you and the client are gone. Minutes for a small
+    repository. Leave config out for a first run: its defaults were measured. Follow with get_training_status.
+    """  # noqa: D415
+    manager = ctx.request_context.lifespan_context
+    status = await manager.train_adapter(project_id, training_data, config)
+    if wait_s:
+        status = await stream_progress(ctx, manager.watch_training(project_id, status.job_id, timeout_s=wait_s))
+    return status_answer(status)
+
+
+async def get_training_status(
+    project_id: ProjectId, ctx: Context[PEFTManager, Any], job_id: JobId = None, wait_s: WaitSeconds = 20
+) -> Annotated[CallToolResult, TrainingStatus]:
+    """How a training goes: phase, step, loss, speed, time left; when it has ended, what was measured on held-out files
+    (base against adapter), or why it failed. Waits up to wait_s seconds for the end, streaming progress meanwhile; call it
+    again until status is completed, failed, cancelled or interrupted. wait_s = 0 answers at once.
+    """
+    watched = ctx.request_context.lifespan_context.watch_training(project_id, job_id, timeout_s=wait_s)
+    return status_answer(await stream_progress(ctx, watched))
+
+
+async def cancel_training(
+    project_id: ProjectId, ctx: Context[PEFTManager, Any], job_id: JobId = None
+) -> Annotated[CallToolResult, TrainingStatus]:
+    """Stop a training: at once while it waits in the queue, within seconds while it runs. What was trained so far stays as
+    a checkpoint (resume_training goes on from it); adapters that exist are not touched.
+    """
+    return status_answer(await ctx.request_context.lifespan_context.cancel_training(project_id, job_id))
+
+
+async def resume_training(
+    job_id: Annotated[str, Field(description="A job that is interrupted, cancelled or failed.")],
+    ctx: Context[PEFTManager, Any],
+) -> Annotated[CallToolResult, TrainingStatus]:
+    """Queue a training that ended early again. It goes on from its last checkpoint, with the same data and settings."""
+    return status_answer(await ctx.request_context.lifespan_context.resume_training(job_id))
+
+
+TOOLS = [
+    Tool.from_function(
+        train_adapter,
+        title="Train an adapter",
+        annotations=ToolAnnotations(
+            read_only_hint=False, destructive_hint=False, idempotent_hint=False, open_world_hint=False
+        ),
+    ),
+    Tool.from_function(
+        get_training_status,
+        title="Training status",
+        annotations=ToolAnnotations(
+            read_only_hint=True, destructive_hint=False, idempotent_hint=True, open_world_hint=False
+        ),
+    ),
+    Tool.from_function(
+        cancel_training,
+        title="Cancel a training",
+        annotations=ToolAnnotations(
+            read_only_hint=False, destructive_hint=True, idempotent_hint=True, open_world_hint=False
+        ),
+    ),
+    Tool.from_function(
+        resume_training,
+        title="Resume a training",
+        annotations=ToolAnnotations(
+            read_only_hint=False, destructive_hint=False, idempotent_hint=False, open_world_hint=False
+        ),
+    ),
+]

@@ -1,0 +1,74 @@
+"""Valid objects for tests that look at something else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft_core.jobs.model import Job, JobRequest
+from peft_core.spec import Base, Estimate, Fingerprint, ModelShape, SourceSummary, TrainingConfig
+
+SMOLLM2_SHAPE = ModelShape(
+    parameters=134_515_008,
+    hidden_size=576,
+    intermediate_size=1536,
+    layers=30,
+    heads=9,
+    kv_heads=3,
+    vocab_size=49152,
+    context_length=8192,
+)
+
+
+def make_base(**changes: Any) -> Base:
+    return Base(
+        **{
+            "ref": "bundled",
+            "name": "SmolLM2-135M-Instruct",
+            "format": "gguf",
+            "path": Path("/models/base.gguf"),
+            "model_type": "llama",
+            "shape": SMOLLM2_SHAPE,
+            "size_bytes": 100_000_000,
+            "has_chat_template": True,
+            "fingerprint": Fingerprint(architecture="a" * 64, sample="b" * 64),
+            **changes,
+        }
+    )
+
+
+def make_source(**changes: Any) -> SourceSummary:
+    return SourceSummary(
+        **{
+            "kind": "repository",
+            "path": Path("/code/web"),
+            "files": 12,
+            "examples": None,
+            "estimated_tokens": 20_000,
+            "languages": {"python": 10, "markdown": 2},
+            "left_out": {"binary": 1},
+            **changes,
+        }
+    )
+
+
+def make_job(job_id: str = "20260101-000000-abcdef", project_id: str = "web", **changes: Any) -> Job:
+    request = JobRequest(
+        source=Path("/code/web"),
+        source_kind="repository",
+        config=TrainingConfig(),
+        base=make_base(),
+        found=make_source(),
+        device="cpu",
+        estimate=Estimate(train_tokens=18_000, steps=24, seconds=200.0, memory_bytes=1_500_000_000, basis="a guess"),
+    )
+    return Job(
+        **{
+            "job_id": job_id,
+            "project_id": project_id,
+            "request": request,
+            "created_at": 0.0,
+            "updated_at": 0.0,
+            **changes,
+        }
+    )

@@ -1,0 +1,70 @@
+"""A training child that follows a script, for tests of what the runner makes of its ways to end.
+
+It speaks the real wire (a TrainingTask in, events out) in a real process; only the training is left out. What it does is
+chosen by the project id of its task.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+from peft_core.events import EVENT, AdapterWritten, Event, JobFailed, PhaseStarted, RunPlanned, StepCompleted
+from peft_core.spec import Metrics, Phase, Problem, TrainingTask
+
+
+def say(event: Event) -> None:
+    sys.stdout.write(EVENT.dump_json(event).decode() + "\n")
+    sys.stdout.flush()
+
+
+def train(steps: int) -> None:
+    say(PhaseStarted(phase=Phase.TRAINING))
+    say(RunPlanned(device="cpu", total_steps=1000))
+    for step in range(1, steps + 1):
+        say(
+            StepCompleted(
+                step=step, loss=2.0, learning_rate=1e-3, tokens=step, tokens_per_second=1.0, eta_s=1.0, memory_bytes=1
+            )
+        )
+
+
+def main() -> None:
+    task = TrainingTask.model_validate_json(sys.stdin.readline())
+    match task.project_id:
+        case "fails":
+            say(JobFailed(error=Problem(code="no_luck", message="No luck today.", suggestions=("Try tomorrow",))))
+            sys.exit(1)
+        case "crashes":
+            print("something odd on stderr", file=sys.stderr)
+            os.kill(os.getpid(), signal.SIGSEGV)
+        case "killed":
+            train(3)
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "silent":
+            train(2)  # ends well, but without an adapter
+        case "babbles":
+            sys.stdout.write("not json\n{}\n" + "x" * 5000 + "\n")
+            say(JobFailed(error=Problem(code="after_babble", message="Understood all the same.")))
+            sys.exit(1)
+        case "lies":
+            say(AdapterWritten(metrics=Metrics()))  # there is no adapter
+        case "hangs":
+            train(1)
+            wait_for_the_parent_to_die()
+        case "stubborn":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            train(1)
+            wait_for_the_parent_to_die()
+
+
+def wait_for_the_parent_to_die() -> None:
+    parent = int(os.environ["PEFT_MCP_PARENT"])
+    while os.getppid() == parent:
+        time.sleep(0.02)
+
+
+if __name__ == "__main__":
+    main()

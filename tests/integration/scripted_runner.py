@@ -1,0 +1,16 @@
+"""The real runner in a real process, with the scripted child: `python -m tests.integration.scripted_runner DATA_DIR`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from peft_core.jobs import runner
+from peft_core.paths import DataPaths
+
+if __name__ == "__main__":
+    runner.CHILD = [sys.executable, "-m", "tests.integration.scripted_child"]
+    runner.GRACE_S = 0.5
+    runner.LOOK_S = 0.05
+    root = Path(sys.argv[1])
+    runner.run(DataPaths(root))

@@ -1,0 +1,194 @@
+"""The runner, in a process of its own, and the truth about what its children do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from peft_core.adapters.registry import Registry
+from peft_core.jobs.lock import WorkLock
+from peft_core.jobs.model import Job
+from peft_core.jobs.recovery import recover
+from peft_core.jobs.store import Store
+from peft_core.paths import DataPaths
+from peft_core.spec import Status
+from tests.factories import make_job
+
+ROOT = Path(__file__).parents[2]
+Spawn = Callable[[], "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> DataPaths:
+    return DataPaths(tmp_path)
+
+
+@pytest.fixture
+def store(paths: DataPaths) -> Store:
+    store = Store(paths.database, time.time)
+    store.create()
+    return store
+
+
+@pytest.fixture
+def spawn(paths: DataPaths) -> Iterator[Spawn]:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start() -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "tests.integration.scripted_runner", str(paths.root)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        started.append(subprocess.Popen(command, env=environment, start_new_session=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
+        time.sleep(0.02)
+
+
+def run_one(store: Store, spawn: Spawn, project: str) -> Job:
+    store.insert(make_job("job", project))
+    assert spawn().wait(timeout=60) == 0
+    return store.get("job")
+
+
+def test_a_child_that_fails_with_a_reason_is_believed(store: Store, spawn: Spawn) -> None:
+    job = run_one(store, spawn, "fails")
+    assert job.status is Status.FAILED
+    assert job.error is not None
+    assert (job.error.code, job.error.message, job.error.suggestions) == ("no_luck", "No luck today.", ("Try tomorrow",))
+
+
+def test_a_child_that_crashes_is_reported_with_its_signal_and_last_words(store: Store, spawn: Spawn) -> None:
+    job = run_one(store, spawn, "crashes")
+    assert job.status is Status.FAILED
+    assert job.error is not None
+    assert "SIGSEGV" in job.error.message
+    assert "something odd on stderr" in job.error.message
+
+
+def test_a_killed_child_is_reported_as_likely_out_of_memory(store: Store, spawn: Spawn) -> None:
+    job = run_one(store, spawn, "killed")
+    assert (job.status, job.step) == (Status.FAILED, 3)
+    assert job.error is not None
+    assert "SIGKILL" in job.error.message
+    assert "max_memory_mb" in job.error.suggestions[0]
+
+
+def test_a_child_that_ends_well_without_an_adapter_has_not_completed(store: Store, spawn: Spawn) -> None:
+    job = run_one(store, spawn, "silent")
+    assert (job.status, job.adapter_path) == (Status.FAILED, None)
+
+
+def test_a_child_that_claims_an_adapter_that_is_not_there_has_not_completed(store: Store, spawn: Spawn) -> None:
+    job = run_one(store, spawn, "lies")
+    assert (job.status, job.adapter_path) == (Status.FAILED, None)
+
+
+def test_noise_on_the_wire_is_passed_over(store: Store, spawn: Spawn) -> None:
+    job = run_one(store, spawn, "babbles")
+    assert job.error is not None
+    assert job.error.code == "after_babble"
+
+
+def test_the_queue_goes_on_after_every_kind_of_end(store: Store, spawn: Spawn) -> None:
+    projects = ["crashes", "fails", "silent", "killed", "lies"]
+    for number, project in enumerate(projects):
+        store.insert(make_job(project, project, created_at=float(number)))
+    assert spawn().wait(timeout=60) == 0
+    assert [job.status for job in store.in_state(Status.FAILED)] == [Status.FAILED] * len(projects)
+
+
+@pytest.mark.parametrize("project", ["hangs", "stubborn"])
+def test_a_running_job_is_cancelled_even_when_its_child_ignores_sigterm(store: Store, spawn: Spawn, project: str) -> None:
+    store.insert(make_job("job", project))
+    runner = spawn()
+    wait_until(lambda: store.get("job").step == 1, "the first step")
+    store.request_cancel("job")
+    assert runner.wait(timeout=30) == 0
+    assert store.get("job").status is Status.CANCELLED
+
+
+def test_two_runners_never_train_at_once(store: Store, spawn: Spawn) -> None:
+    store.insert(make_job("first", "hangs", created_at=0.0))
+    store.insert(make_job("second", "fails", created_at=1.0))
+    spawn(), spawn(), spawn()
+    wait_until(lambda: store.get("first").step == 1, "the first step")
+    assert store.get("second").status is Status.QUEUED
+    store.request_cancel("first")
+    wait_until(lambda: store.get("second").status is Status.FAILED, "the second job")
+    assert [event.kind for event in store.events("first")].count("job_started") == 1
+
+
+def test_a_killed_runner_leaves_an_interrupted_job_and_no_child(store: Store, spawn: Spawn, paths: DataPaths) -> None:
+    store.insert(make_job("job", "hangs"))
+    runner = spawn()
+    wait_until(lambda: store.get("job").step == 1, "the first step")
+    runner.kill()
+    runner.wait()
+    lock = WorkLock(paths.runner_lock)
+    # The child shares the lock: getting it means that the child is gone as well.
+    assert lock.acquire(timeout_s=20)
+    with lock:
+        recover(store, Registry(paths))
+    job = store.get("job")
+    assert job.status is Status.INTERRUPTED
+    assert job.error is not None
+    assert "gone" in job.error.message
+
+
+def test_a_job_that_was_to_be_cancelled_when_the_runner_died_is_cancelled(
+    store: Store, spawn: Spawn, paths: DataPaths
+) -> None:
+    store.insert(make_job("job", "stubborn"))
+    runner = spawn()
+    wait_until(lambda: store.get("job").step == 1, "the first step")
+    os.kill(runner.pid, signal.SIGSTOP)
+    store.request_cancel("job")
+    runner.kill()
+    runner.wait()
+    assert (lock := WorkLock(paths.runner_lock)).acquire(timeout_s=20)
+    with lock:
+        recover(store, Registry(paths))
+    assert store.get("job").status is Status.CANCELLED
+
+
+def test_a_runner_that_is_asked_to_stop_says_so_and_takes_its_child_along(
+    store: Store, spawn: Spawn, paths: DataPaths
+) -> None:
+    store.insert(make_job("job", "hangs", created_at=0.0))
+    store.insert(make_job("waiting", "fails", created_at=1.0))
+    runner = spawn()
+    wait_until(lambda: store.get("job").step == 1, "the first step")
+    runner.terminate()
+    assert runner.wait(timeout=30) == 0
+    assert store.get("job").status is Status.INTERRUPTED
+    assert store.get("waiting").status is Status.QUEUED
+    with WorkLock(paths.runner_lock) as lock:
+        assert lock.acquire()
+
+
+def test_a_job_inserted_while_the_last_one_ends_is_not_forgotten(store: Store, spawn: Spawn) -> None:
+    for round_number in range(3):
+        store.insert(make_job(f"a{round_number}", "fails"))
+        runner = spawn()
+        wait_until(lambda n=round_number: store.get(f"a{n}").status.is_final, "the first job")
+        store.insert(make_job(f"b{round_number}", "fails"))
+        late = spawn()  # as a server would: it saw no lock, or it was held
+        assert runner.wait(timeout=30) == 0
+        assert late.wait(timeout=30) == 0
+        assert store.get(f"b{round_number}").status is Status.FAILED

@@ -1,0 +1,123 @@
+"""The state machine of a job."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_core.events import (
+    AdapterWritten,
+    CheckpointSaved,
+    Event,
+    HeldOutMeasured,
+    JobCancelled,
+    JobCompleted,
+    JobFailed,
+    JobInterrupted,
+    JobResumed,
+    JobStarted,
+    PhaseStarted,
+    RunPlanned,
+    StepCompleted,
+    StoppedEarly,
+)
+from peft_core.jobs.model import RESUMABLE, IllegalTransition, Job, apply, progress_percent
+from peft_core.spec import Metrics, Phase, Problem, Status
+from tests.factories import make_job
+
+
+def step(number: int, loss: float = 2.0) -> StepCompleted:
+    return StepCompleted(
+        step=number, loss=loss, learning_rate=1e-3, tokens=100 * number, tokens_per_second=50.0, eta_s=1.0, memory_bytes=1
+    )
+
+
+PROBLEM = Problem(code="x", message="x")
+EVENTS: st.SearchStrategy[Event] = st.one_of(
+    st.builds(JobStarted),
+    st.builds(PhaseStarted, phase=st.sampled_from(Phase)),
+    st.builds(RunPlanned, device=st.just("cpu"), total_steps=st.integers(1, 5)),
+    st.integers(1, 6).map(step),
+    st.builds(HeldOutMeasured, step=st.integers(0, 5), loss=st.floats(0, 9)),
+    st.builds(CheckpointSaved, step=st.integers(0, 6)),
+    st.builds(StoppedEarly, step=st.integers(1, 5), best_step=st.integers(1, 5)),
+    st.builds(AdapterWritten, metrics=st.just(Metrics())),
+    st.builds(JobCompleted, adapter_path=st.just("/a"), metrics=st.just(Metrics())),
+    st.builds(JobFailed, error=st.just(PROBLEM)),
+    st.builds(JobCancelled),
+    st.builds(JobInterrupted, reason=st.just("killed")),
+    st.builds(JobResumed),
+)
+
+
+def after(job: Job, *events: Event) -> Job:
+    for event in events:
+        job = apply(job, event, at=1.0)
+    return job
+
+
+@given(st.lists(EVENTS, max_size=40))
+def test_whatever_happens_a_job_never_contradicts_itself(events: list[Event]) -> None:
+    job = make_job()
+    for number, event in enumerate(events):
+        before = job
+        try:
+            job = apply(job, event, at=float(number))
+        except IllegalTransition:
+            continue
+        assert (job.adapter_path is not None) == (job.status is Status.COMPLETED)
+        assert job.error is None or job.status in (Status.FAILED, Status.INTERRUPTED)
+        assert job.step <= (job.total_steps or 0) or job.total_steps is None
+        assert (job.finished_at is not None) == job.status.is_final
+        if before.status.is_final:
+            assert isinstance(event, JobResumed)
+            assert before.status in RESUMABLE
+        if job.status is Status.IN_PROGRESS and before.status is Status.IN_PROGRESS:
+            assert progress_percent(job) >= progress_percent(before) or isinstance(event, RunPlanned)
+
+
+def test_a_run_from_queue_to_adapter() -> None:
+    job = after(
+        make_job(),
+        JobStarted(),
+        PhaseStarted(phase=Phase.PREPARING_DATA),
+        PhaseStarted(phase=Phase.LOADING_MODEL),
+        HeldOutMeasured(step=0, loss=2.5),
+        RunPlanned(device="cpu", total_steps=2),
+        PhaseStarted(phase=Phase.TRAINING),
+        step(1),
+        step(2, loss=1.5),
+    )
+    assert (job.status, job.step, job.loss, job.held_out_loss) == (Status.IN_PROGRESS, 2, 1.5, 2.5)
+    assert progress_percent(job) == 94.0
+    job = after(job, AdapterWritten(metrics=Metrics(adapter_loss=2.0)), JobCompleted(adapter_path="/a", metrics=Metrics()))
+    assert (job.status, job.adapter_path, progress_percent(job)) == (Status.COMPLETED, "/a", 100.0)
+
+
+def test_a_completed_job_stays_completed() -> None:
+    job = after(make_job(), JobStarted(), JobCompleted(adapter_path="/a", metrics=Metrics()))
+    for event in (JobStarted(), JobCancelled(), JobFailed(error=PROBLEM), JobInterrupted(reason="x"), JobResumed(), step(1)):
+        with pytest.raises(IllegalTransition, match="completed"):
+            apply(job, event, at=2.0)
+
+
+def test_steps_do_not_go_backwards() -> None:
+    job = after(make_job(), JobStarted(), RunPlanned(device="cpu", total_steps=5), step(3))
+    with pytest.raises(IllegalTransition):
+        apply(job, step(3), at=2.0)
+
+
+def test_a_resumed_job_waits_again_and_goes_on_from_its_checkpoint() -> None:
+    job = after(
+        make_job(),
+        JobStarted(),
+        RunPlanned(device="cpu", total_steps=9),
+        step(4),
+        CheckpointSaved(step=4),
+        step(5),
+        JobInterrupted(reason="killed"),
+        JobResumed(),
+    )
+    assert (job.status, job.step, job.error, job.finished_at) == (Status.QUEUED, 4, None, None)
+    assert after(job, JobStarted(), step(5)).step == 5

@@ -1,0 +1,54 @@
+"""What users read about a job."""
+
+from __future__ import annotations
+
+import pytest
+
+from peft_core.jobs.report import headline, in_words, not_started, status_of
+from peft_core.spec import Metrics, Phase, Problem, Status
+from tests.factories import make_job
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.4, "0 s"), (59.2, "59 s"), (60, "1 min"), (130, "2 min 10 s"), (3900, "1 h 5 min")]
+)
+def test_durations_are_said_as_people_say_them(seconds: float, words: str) -> None:
+    assert in_words(seconds) == words
+
+
+def test_a_training_job_shows_step_loss_speed_and_time_left(tmp_path) -> None:
+    job = make_job(
+        status=Status.IN_PROGRESS,
+        phase=Phase.TRAINING,
+        step=120,
+        total_steps=250,
+        loss=1.834,
+        held_out_loss=1.9,
+        tokens_per_second=144.6,
+        eta_s=130.0,
+    )
+    line = headline(status_of(job, None, tmp_path / "train.log"))
+    assert line == "training: step 120/250, loss 1.834, held-out 1.900, 145 tokens/s, 2 min 10 s left"
+
+
+def test_no_line_is_longer_than_clients_show(tmp_path) -> None:
+    job = make_job(status=Status.FAILED, error=Problem(code="x", message="very long " * 100))
+    assert len(headline(status_of(job, None, tmp_path / "train.log"))) == 200
+
+
+@pytest.mark.parametrize("status", list(Status))
+def test_every_status_says_what_to_call_next(status: Status, tmp_path) -> None:
+    error = Problem(code="x", message="It broke.", suggestions=("Mend it",)) if status is Status.FAILED else None
+    shown = not_started("web") if status is Status.NOT_STARTED else status_of(
+        make_job(status=status, error=error), 1 if status is Status.QUEUED else None, tmp_path / "train.log"
+    )
+    assert "(" in shown.next
+    assert "web" in shown.next or "20260101-000000-abcdef" in shown.next
+    assert headline(shown)
+
+
+def test_a_completed_job_tells_base_against_adapter(tmp_path) -> None:
+    job = make_job(
+        status=Status.COMPLETED, adapter_path="/a", metrics=Metrics(base_perplexity=9.784, adapter_perplexity=5.1)
+    )
+    assert "9.78 (base) -> 5.10 (adapter)" in headline(status_of(job, None, tmp_path / "train.log"))
