@@ -14,11 +14,15 @@ from peft_core.paths import DataPaths
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="CODEBASE_GARDENER_", frozen=True, extra="ignore")
 
-    data_dir: Annotated[Path, Field(description="Everything that is kept lies below it.")] = Path("~/.codebase-gardener")
+    data_dir: Annotated[Path, Field(description="Everything that is kept lies below it.")] = Path(
+        "~/.codebase-gardener"
+    )
     default_base_model: Annotated[str | None, Field(description="Used when a request names no base model.")] = None
     allow_downloads: Annotated[bool, Field(description="Whether a hub id that is not cached may be fetched.")] = False
     max_memory_mb: Annotated[int | None, Field(ge=256, description="Memory that a training may take.")] = None
-    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], Field(description="How much goes to stderr.")] = "INFO"
+    log_level: Annotated[
+        Literal["DEBUG", "INFO", "WARNING", "ERROR"], Field(description="How much goes to stderr.")
+    ] = "INFO"
 
     @field_validator("data_dir")
     @classmethod

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from peft_core.spec import Estimate, ModelShape, SourceSummary, TrainingConfig
 
-TOKENS_PER_EXAMPLE = 190       # mean of code units at max_length 512
-CPU_FLOPS_PER_CORE = 45e9      # useful float32 rate in training, per core
-PROCESS_BYTES = 420 << 20      # Python with torch, transformers and peft
+TOKENS_PER_EXAMPLE = 190  # mean of code units at max_length 512
+CPU_FLOPS_PER_CORE = 45e9  # useful float32 rate in training, per core
+PROCESS_BYTES = 420 << 20  # Python with torch, transformers and peft
 MICRO_TOKENS = 512
 
 

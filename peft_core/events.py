@@ -16,7 +16,7 @@ class JobStarted(Frozen):
 class PhaseStarted(Frozen):
     kind: Literal["phase_started"] = "phase_started"
     phase: Phase
-    detail: str = ""          # "1200 of 4000 files"; shown to people as it is
+    detail: str = ""  # "1200 of 4000 files"; shown to people as it is
 
 
 class DatasetPrepared(Frozen):
@@ -34,18 +34,18 @@ class RunPlanned(Frozen):
 
 class StepCompleted(Frozen):
     kind: Literal["step_completed"] = "step_completed"
-    step: int                 # 1-based
-    loss: float               # nats per target token, mean over the step
-    learning_rate: float      # of LoRA A
-    tokens: int               # processed since the run began
+    step: int  # 1-based
+    loss: float  # nats per target token, mean over the step
+    learning_rate: float  # of LoRA A
+    tokens: int  # processed since the run began
     tokens_per_second: float  # since training began, evaluations not counted
-    eta_s: float              # until the last step
-    memory_bytes: int         # peak of the process so far
+    eta_s: float  # until the last step
+    memory_bytes: int  # peak of the process so far
 
 
 class HeldOutMeasured(Frozen):
     kind: Literal["held_out_measured"] = "held_out_measured"
-    step: int                 # 0: the base itself
+    step: int  # 0: the base itself
     loss: float
 
 

@@ -19,7 +19,8 @@ class Frozen(BaseModel):
 ProjectId = Annotated[
     str,
     Field(
-        pattern=r"^[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.)){0,63}$",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*$",
+        max_length=64,
         description="Your name for the project: letters, digits, '-', '_' and single dots, at most 64 characters. "
         "Adapters of one project are kept together; use the same id each time.",
     ),
@@ -41,12 +42,15 @@ class TrainingConfig(Frozen):
         int, Field(ge=1, le=512, description="LoRA rank r. 16 suits most code bases; 32-64 for very large ones.")
     ] = 16
     alpha: Annotated[
-        float | None, Field(gt=0, le=4096, description="LoRA alpha; the update is scaled by alpha/rank. Null: 2 x rank.")
+        float | None,
+        Field(gt=0, le=4096, description="LoRA alpha; the update is scaled by alpha/rank. Null: 2 x rank."),
     ] = None
     dropout: Annotated[
         float, Field(ge=0, lt=1, description="Dropout on the LoRA input. 0 is best for a single epoch.")
     ] = 0.0
-    use_rslora: Annotated[bool, Field(description="Scale by alpha/sqrt(rank) instead: steadier for rank >= 64.")] = False
+    use_rslora: Annotated[bool, Field(description="Scale by alpha/sqrt(rank) instead: steadier for rank >= 64.")] = (
+        False
+    )
     target_modules: Annotated[
         Literal["all-linear"] | list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,128}$")]],
         Field(
@@ -56,7 +60,11 @@ class TrainingConfig(Frozen):
     ] = "all-linear"
     learning_rate: Annotated[
         float,
-        Field(gt=0, le=0.1, description="Peak rate of LoRA A; B gets lora_plus_ratio times this. Lower it for large bases."),
+        Field(
+            gt=0,
+            le=0.1,
+            description="Peak rate of LoRA A; B gets lora_plus_ratio times this. Lower it for large bases.",
+        ),
     ] = 5e-4
     lora_plus_ratio: Annotated[
         float, Field(ge=1, le=64, description="LoRA+: rate of B over rate of A. 1 is plain LoRA.")
@@ -79,7 +87,9 @@ class TrainingConfig(Frozen):
         int,
         Field(ge=64, le=8192, description="Tokens per example at most; longer units are split at syntax boundaries."),
     ] = 512
-    warmup_ratio: Annotated[float, Field(ge=0, le=0.5, description="Share of the steps in which the rate rises.")] = 0.05
+    warmup_ratio: Annotated[float, Field(ge=0, le=0.5, description="Share of the steps in which the rate rises.")] = (
+        0.05
+    )
     weight_decay: Annotated[float, Field(ge=0, le=1, description="AdamW weight decay.")] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0, le=100, description="Gradient clipping by global norm.")] = 1.0
     held_out_fraction: Annotated[
@@ -100,9 +110,9 @@ class TrainingConfig(Frozen):
         ),
     ] = None
     seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="Same seed, same machine, same data: same result.")] = 0
-    device: Annotated[
-        DeviceName, Field(description="'auto' takes MPS (Apple silicon), else CUDA, else the CPU.")
-    ] = "auto"
+    device: Annotated[DeviceName, Field(description="'auto' takes MPS (Apple silicon), else CUDA, else the CPU.")] = (
+        "auto"
+    )
     max_memory_mb: Annotated[
         int | None,
         Field(
@@ -140,12 +150,12 @@ class Example(Frozen):
     """One training document: segments that are tokenised in order, then end-of-text."""
 
     segments: tuple[Segment, ...]
-    path: str                # relative to the source; "record 3" for inline records without a path
-    language: str            # "python", "text", ...
-    kind: str                # "function", "class", "method", "module", "block", "record", ...
-    start_line: int = 0      # 1-based; 0 when unknown
+    path: str  # relative to the source; "record 3" for inline records without a path
+    language: str  # "python", "text", ...
+    kind: str  # "function", "class", "method", "module", "block", "record", ...
+    start_line: int = 0  # 1-based; 0 when unknown
     end_line: int = 0
-    tokens: int = 0          # of all segments, with the end-of-text token
+    tokens: int = 0  # of all segments, with the end-of-text token
 
     @property
     def text(self) -> str:
@@ -157,11 +167,11 @@ class SourceSummary(Frozen):
 
     kind: Literal["repository", "jsonl", "records"]
     path: Path | None
-    files: int                       # that would be trained on
-    examples: int | None             # exact for records, None for a repository (known after preparation)
+    files: int  # that would be trained on
+    examples: int | None  # exact for records, None for a repository (known after preparation)
     estimated_tokens: int
-    languages: dict[str, int]        # files by language
-    left_out: dict[str, int]         # files or records by reason
+    languages: dict[str, int]  # files by language
+    left_out: dict[str, int]  # files or records by reason
     needs_chat_template: bool = False
 
 
@@ -201,12 +211,12 @@ class Fingerprint(Frozen):
 class Base(Frozen):
     """Where frozen weights come from."""
 
-    ref: str                                   # as asked for: a path, a hub id, or "bundled"
-    name: str                                  # for reports: "SmolLM2-135M-Instruct"; never a local path
+    ref: str  # as asked for: a path, a hub id, or "bundled"
+    name: str  # for reports: "SmolLM2-135M-Instruct"; never a local path
     format: Literal["huggingface", "gguf"]
-    path: Path                                 # model directory, or the .gguf file
-    revision: str | None = None                # commit of a hub snapshot
-    model_type: str                            # "llama", "qwen2", ...
+    path: Path  # model directory, or the .gguf file
+    revision: str | None = None  # commit of a hub snapshot
+    model_type: str  # "llama", "qwen2", ...
     shape: ModelShape
     size_bytes: int
     has_chat_template: bool
@@ -255,7 +265,7 @@ class Estimate(Frozen):
     steps: int
     seconds: float | None
     memory_bytes: int
-    basis: str               # where the figures come from, in words
+    basis: str  # where the figures come from, in words
 
 
 class Metrics(Frozen):
@@ -265,9 +275,9 @@ class Metrics(Frozen):
     adapter_loss: float | None = None
     base_perplexity: float | None = None
     adapter_perplexity: float | None = None
-    tokens: int | None = None                 # trained on, epochs counted
-    tokens_per_second: float | None = None    # in the training phase
-    wall_s: float | None = None               # of the training process, start to end
+    tokens: int | None = None  # trained on, epochs counted
+    tokens_per_second: float | None = None  # in the training phase
+    wall_s: float | None = None  # of the training process, start to end
     peak_memory_bytes: int | None = None
     adapter_bytes: int | None = None
 
@@ -279,11 +289,14 @@ class TrainingStatus(Frozen):
     project_id: str
     status: Status
     phase: Phase | None = None
+    detail: str = Field("", description="More on the phase, in words.")
     progress_percent: float = 0.0
     step: int = 0
     total_steps: int | None = None
     loss: float | None = Field(None, description="Mean training loss of the latest step, nats per token.")
-    held_out_loss: float | None = Field(None, description="Latest loss on held-out files; base_loss in metrics is the start.")
+    held_out_loss: float | None = Field(
+        None, description="Latest loss on held-out files; base_loss in metrics is the start."
+    )
     tokens_per_second: float | None = None
     eta_s: float | None = None
     queue_position: int | None = Field(None, description="1 = next. Null when not queued.")
@@ -323,9 +336,9 @@ class TrainingTask(Frozen):
 
     job_id: str
     project_id: str
-    source: Path                    # repository directory or .jsonl file
+    source: Path  # repository directory or .jsonl file
     source_kind: Literal["repository", "jsonl", "records"]
     config: TrainingConfig
     base: Base
-    job_dir: Path                   # JobPaths(job_dir) tells the rest
-    base_models_dir: Path           # cache of converted bases
+    job_dir: Path  # JobPaths(job_dir) tells the rest
+    base_models_dir: Path  # cache of converted bases

@@ -41,7 +41,7 @@ def main() -> None:
     except ValidationError as error:
         for problem in error.errors():
             name = f"CODEBASE_GARDENER_{problem['loc'][0]}".upper()
-            print(f"peft-mcp: {name} = {problem['input']!r} cannot be used: {problem['msg']}", file=sys.stderr)
+            print(f"peft-mcp: {name} = {problem['input']!r} cannot be used: {problem['msg']}", file=sys.stderr)  # noqa: T201 -- stderr, before anything serves
         sys.exit(2)
     logs.configure(settings.log_level)
 

@@ -11,8 +11,8 @@ from mcp.server.mcpserver import Context
 from peft_core.jobs.report import headline
 from peft_core.spec import TrainingStatus
 
-INTERVAL_S = 1.0       # at most one notification in this time
-NUDGE = 0.01           # MCP wants `progress` to grow each time, even when only the message is new
+INTERVAL_S = 1.0  # at most one notification in this time
+NUDGE = 0.01  # MCP wants `progress` to grow each time, even when only the message is new
 
 
 async def stream_progress(ctx: Context[Any, Any], statuses: AsyncIterator[TrainingStatus]) -> TrainingStatus:

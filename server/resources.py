@@ -38,7 +38,7 @@ class TrainingUpdates:
             self._sessions[str(params.uri)].append(ctx.session)
         return EmptyResult()
 
-    async def unsubscribe(self, ctx: ServerRequestContext[Any], params: UnsubscribeRequestParams) -> EmptyResult:
+    async def unsubscribe(self, _: ServerRequestContext[Any], params: UnsubscribeRequestParams) -> EmptyResult:
         self._sessions.pop(str(params.uri), None)
         return EmptyResult()
 

@@ -23,7 +23,9 @@ class AdapterInfo(Frozen):
     rank: int | None
     alpha: float | None
     target_modules: list[str]
-    manifest: Manifest | None = Field(None, description="Base, data, run and measurements. Null: not trained by peft-mcp.")
+    manifest: Manifest | None = Field(
+        None, description="Base, data, run and measurements. Null: not trained by peft-mcp."
+    )
     next: str
 
 
@@ -76,5 +78,7 @@ def _next(manifest: Manifest | None) -> str:
     base, adapter = manifest.metrics.base_perplexity, manifest.metrics.adapter_perplexity
     if base is None or adapter is None:
         return "It was not measured on held-out files."
-    verdict = "lower is better, so it helps" if adapter < base else "lower is better, so it does NOT help: do not use it"
+    verdict = (
+        "lower is better, so it helps" if adapter < base else "lower is better, so it does NOT help: do not use it"
+    )
     return f"On files it never saw, perplexity went from {base:.2f} (base) to {adapter:.2f} (adapter): {verdict}."

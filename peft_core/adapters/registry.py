@@ -101,7 +101,7 @@ class Registry:
         return AdapterSummary(
             adapter_id=manifest.adapter_id,
             project_id=manifest.project_id,
-            current=current.is_symlink() and os.readlink(current) == manifest.adapter_id == path.name,
+            current=current.is_symlink() and current.readlink().name == manifest.adapter_id == path.name,
             created_at=manifest.created_at,
             base_model=manifest.base.name,
             base_perplexity=manifest.metrics.base_perplexity,

@@ -12,6 +12,7 @@ import os
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 POLL_S = 0.05
 
@@ -49,8 +50,10 @@ class WorkLock:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def __enter__(self) -> WorkLock:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.release()

@@ -44,7 +44,7 @@ class JobRequest(Frozen):
     config: TrainingConfig
     base: Base
     found: SourceSummary
-    device: str              # expected; the training process decides
+    device: str  # expected; the training process decides
     estimate: Estimate
 
 
@@ -76,9 +76,11 @@ class Job(Frozen):
     error: Problem | None = None
 
 
-class IllegalTransition(Exception):  # noqa: N818 -- it names what happened; it is a bug, never a user's mistake
+class IllegalTransition(Exception):
     def __init__(self, job: Job, event: Event) -> None:
-        super().__init__(f"{event.kind} cannot happen to a job that is {job.status} (phase {job.phase}, step {job.step})")
+        super().__init__(
+            f"{event.kind} cannot happen to a job that is {job.status} (phase {job.phase}, step {job.step})"
+        )
 
 
 PHASES = list(Phase)
@@ -102,13 +104,13 @@ def apply(job: Job, event: Event, at: float) -> Job:
     return job.model_copy(update={**change, "updated_at": at})
 
 
-def _change(job: Job, event: Event) -> dict[str, object] | None:  # noqa: PLR0911, C901 -- one line an event
+def _change(job: Job, event: Event) -> dict[str, object] | None:
     match job.status, event:
         case Status.QUEUED, JobStarted():
             return {"status": Status.IN_PROGRESS, "phase": Phase.STARTING, "detail": ""}
-        case (Status.QUEUED | Status.IN_PROGRESS), JobCancelled():
+        case ((Status.QUEUED | Status.IN_PROGRESS), JobCancelled()):
             return {"status": Status.CANCELLED}
-        case (Status.QUEUED | Status.IN_PROGRESS), JobFailed(error=error):
+        case ((Status.QUEUED | Status.IN_PROGRESS), JobFailed(error=error)):
             return {"status": Status.FAILED, "error": error}
         case status, JobResumed() if status in RESUMABLE:
             return {

@@ -38,6 +38,7 @@ def status_of(job: Job, queue_position: int | None, log_path: Path) -> TrainingS
         status=job.status,
         phase=job.phase if job.status is Status.IN_PROGRESS else None,
         progress_percent=progress_percent(job),
+        detail=job.detail if job.status is Status.IN_PROGRESS else "",
         step=job.step,
         total_steps=job.total_steps or request.estimate.steps,
         loss=job.loss,
@@ -81,6 +82,11 @@ def _next(job: Job) -> str:
             return f"Training goes on without you. Call {status}, wait_s=20) to wait for news."
         case Status.IN_PROGRESS:
             return f"Training goes on without you. Call {status}, wait_s=20) to watch; cancel_training to stop it."
+        case Status.COMPLETED if not _helps(job):
+            return (
+                "The adapter does NOT lower the loss on held-out files: better not use it. Try more data, more epochs, "
+                f"or a lower learning_rate; get_adapter_info(adapter_path={job.project_id!r}) shows all that was measured."
+            )
         case Status.COMPLETED:
             return f"The adapter is ready. Call get_adapter_info(adapter_path={job.project_id!r}) for all that was measured."
         case Status.CANCELLED | Status.INTERRUPTED:
@@ -90,41 +96,42 @@ def _next(job: Job) -> str:
             return f"{advice} Then call train_adapter again, or resume_training(job_id={job.job_id!r}).".strip()
 
 
+def _helps(job: Job) -> bool:
+    before, after = (job.metrics.base_loss, job.metrics.adapter_loss) if job.metrics else (None, None)
+    return before is None or after is None or after < before
+
+
 def _resume_point(job: Job) -> str:
     return f"from step {job.checkpoint_step}" if job.checkpoint_step else "from the beginning"
 
 
 def headline(status: TrainingStatus) -> str:
     """One line for people, at most 200 characters: 'training: step 120/250, loss 1.83, 145 tokens/s, 2 min 10 s left'."""
-    parts: list[str]
+    line = status.status.replace("_", " ")
     match status.status:
-        case Status.QUEUED:
-            parts = [f"queued at position {status.queue_position}" if status.queue_position else "queued"]
-        case Status.IN_PROGRESS:
-            parts = [PHASE_WORDS[status.phase] if status.phase else "in progress"]
+        case Status.QUEUED if status.queue_position:
+            line = f"queued at position {status.queue_position}"
+        case Status.IN_PROGRESS if status.phase:
+            line = ", ".join([PHASE_WORDS[status.phase], *([status.detail] if status.detail else [])])
             if status.phase is Phase.TRAINING:
-                parts[0] += f": step {status.step}/{status.total_steps}"
-                if status.loss is not None:
-                    parts.append(f"loss {status.loss:.3f}")
-                if status.held_out_loss is not None:
-                    parts.append(f"held-out {status.held_out_loss:.3f}")
-                if status.tokens_per_second:
-                    parts.append(f"{status.tokens_per_second:.0f} tokens/s")
-                if status.eta_s is not None:
-                    parts.append(f"{in_words(status.eta_s)} left")
-        case Status.COMPLETED:
-            parts = ["completed"]
-            metrics = status.metrics
-            if metrics and metrics.base_perplexity and metrics.adapter_perplexity:
-                parts.append(
-                    f"held-out perplexity {metrics.base_perplexity:.2f} (base) -> {metrics.adapter_perplexity:.2f} (adapter)"
-                )
+                line = _training_line(status)
+        case Status.COMPLETED if (metrics := status.metrics) and metrics.base_perplexity and metrics.adapter_perplexity:
+            change = f"{metrics.base_perplexity:.2f} (base) -> {metrics.adapter_perplexity:.2f} (adapter)"
+            line = f"completed, held-out perplexity {change}"
         case Status.FAILED | Status.INTERRUPTED if status.error:
-            parts = [f"{status.status}: {status.error.message}"]
-        case other:
-            parts = [other.replace("_", " ")]
-    line = ", ".join(parts)
+            line = f"{status.status}: {status.error.message}"
     return line if len(line) <= MAX_HEADLINE else line[: MAX_HEADLINE - 1] + "…"
+
+
+def _training_line(status: TrainingStatus) -> str:
+    figures = [
+        (status.loss, lambda loss: f"loss {loss:.3f}"),
+        (status.held_out_loss, lambda loss: f"held-out {loss:.3f}"),
+        (status.tokens_per_second, lambda rate: f"{rate:.0f} tokens/s"),
+        (status.eta_s, lambda left: f"{in_words(left)} left"),
+    ]
+    known = [say(figure) for figure, say in figures if figure is not None]
+    return ", ".join([f"training: step {status.step}/{status.total_steps}", *known])
 
 
 def in_words(seconds: float) -> str:

@@ -45,9 +45,9 @@ from peft_core.paths import DataPaths, JobPaths
 from peft_core.spec import Phase, Problem, Status, TrainingTask
 
 CHILD = [sys.executable, "-P", "-m", "peft_core.training"]  # -P: the working directory is no place for modules
-LOCK_PATIENCE_S = 5.0   # longer than anybody who only probes holds the lock
-LOOK_S = 0.25           # how often a running job is looked up for a request to cancel
-GRACE_S = 20.0          # between SIGTERM and SIGKILL: time for a micro-step and a checkpoint
+LOCK_PATIENCE_S = 5.0  # longer than anybody who only probes holds the lock
+LOOK_S = 0.25  # how often a running job is looked up for a request to cancel
+GRACE_S = 20.0  # between SIGTERM and SIGKILL: time for a micro-step and a checkpoint
 MAX_LINE = 1 << 20
 
 log = structlog.get_logger()
@@ -94,7 +94,7 @@ class Runner:
         try:
             last_word, code = await self._train(job, paths)
             event = self._outcome(job, paths, last_word, code)
-        except Exception as error:  # the edge of a job: whatever went wrong, the job must not stay "in progress"
+        except Exception as error:  # noqa: BLE001 -- the edge of a job, which must not stay "in progress" whatever happens
             bound.exception("runner failed")
             event = JobFailed(error=problem_of(error))
         self._store.append(job.job_id, event)
@@ -153,7 +153,7 @@ class Runner:
                 else:
                     self._store.append(job_id, event)
             except (ValueError, IllegalTransition) as error:
-                log.error("unusable event", job_id=job_id, line=line[:200], error=str(error))
+                log.warning("unusable event", job_id=job_id, line=line[:200], error=str(error))
 
     def _outcome(self, job: Job, paths: JobPaths, last_word: Event | None, code: int) -> Event:
         """What became of a job whose child has ended."""
@@ -184,7 +184,7 @@ class Runner:
 
     async def _end_when_asked(self, job_id: str, process: Process) -> None:
         """Wait for a request to cancel, or to stop; then SIGTERM, and SIGKILL when it does not help."""
-        while not (self._stopping or self._store.cancel_requested(job_id)):
+        while not (self._stopping or self._store.cancel_requested(job_id)):  # noqa: ASYNC110 -- set by other processes
             await anyio.sleep(LOOK_S)
         process.terminate()
         await anyio.sleep(GRACE_S)
@@ -219,9 +219,7 @@ def problem_of_exit(code: int, log_path: Path) -> Problem:
                 code="killed",
                 message=message,
                 suggestions=(
-                    "Most often this is the operating system, out of memory: set max_memory_mb, or lower "
-                    "max_length, or use a smaller base model",
-                    "Then call train_adapter with resume=<job_id>: it goes on from the last checkpoint",
+                    "Most often this is the operating system, out of memory: lower max_length, or use a smaller base_model",
                 ),
             )
         return Problem(code="killed", message=message, suggestions=(f"See the log: {log_path}",))

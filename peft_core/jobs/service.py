@@ -85,9 +85,7 @@ class JobService:
             device=device,
             estimate=planned,
         )
-        self._store.insert(
-            Job(job_id=job_id, project_id=project_id, request=request, created_at=now, updated_at=now)
-        )
+        self._store.insert(Job(job_id=job_id, project_id=project_id, request=request, created_at=now, updated_at=now))
         self._see_to_queue()
         return self.status(project_id, job_id)
 
@@ -144,7 +142,9 @@ class JobService:
             raise JobStateError(
                 f"Job {job_id} cannot be resumed: it is {job.status}; only interrupted, failed and cancelled jobs can.",
                 code="not_resumable",
-                suggestions=["Call get_training_status to watch it" if not job.status.is_final else "Call train_adapter"],
+                suggestions=[
+                    "Call get_training_status to watch it" if not job.status.is_final else "Call train_adapter"
+                ],
             )
         if not job.request.source.exists():
             raise InvalidArgument("job_id", job_id, f"its training data {job.request.source} is gone")
@@ -200,7 +200,9 @@ class JobService:
 
     def _device(self, config: TrainingConfig) -> str:
         if config.device == "mps" and sys.platform != "darwin":
-            raise InvalidArgument("config.device", "mps", "MPS is there on Apple silicon only; allowed here: auto, cuda, cpu")
+            raise InvalidArgument(
+                "config.device", "mps", "MPS is there on Apple silicon only; allowed here: auto, cuda, cpu"
+            )
         if config.device == "cuda" and sys.platform == "darwin":
             raise InvalidArgument("config.device", "cuda", "there is no CUDA on macOS; allowed here: auto, mps, cpu")
         return expected_device(config.device)
@@ -247,7 +249,9 @@ class JobService:
                 f"Not enough disk space for this training: it needs about {_mb(needed)} MB in {self._paths.root}, "
                 f"{_mb(free)} MB are free.",
                 code="disk_full",
-                suggestions=["Free some space, or set CODEBASE_GARDENER_DATA_DIR to a larger disk and restart the server"],
+                suggestions=[
+                    "Free some space, or set CODEBASE_GARDENER_DATA_DIR to a larger disk and restart the server"
+                ],
                 details={"needed_bytes": needed, "free_bytes": free, "path": str(self._paths.root)},
             )
 

@@ -221,7 +221,9 @@ class Store:
                         code="newer_database",
                         suggestions=["Upgrade peft-mcp: pip install --upgrade peft-mcp"],
                     )
-                db.execute("PRAGMA synchronous = NORMAL")  # with WAL: a power cut may lose the last events, never corrupt
+                db.execute(
+                    "PRAGMA synchronous = NORMAL"
+                )  # with WAL: a power cut may lose the last events, never corrupt
                 db.execute("PRAGMA foreign_keys = ON")
                 yield db
             except sqlite3.OperationalError as error:
@@ -244,7 +246,6 @@ def unwritable(directory: Path, error: Exception) -> StorageError:
         f"The data directory {directory} cannot be used: {error}.",
         code="data_directory_unwritable",
         suggestions=[
-            "Make it a writable directory with free space, or set CODEBASE_GARDENER_DATA_DIR to another one and restart "
-            "the server"
+            "Make it a writable directory with free space, or set CODEBASE_GARDENER_DATA_DIR and restart the server"
         ],
     )

@@ -17,7 +17,9 @@ from server.progress import stream_progress
 JobId = Annotated[str | None, Field(description="From train_adapter's answer. Null: the project's latest job.")]
 WaitSeconds = Annotated[
     float,
-    Field(ge=0, le=45, description="Stay in the call so long and stream progress; it returns earlier when the job ends."),
+    Field(
+        ge=0, le=45, description="Stay in the call so long and stream progress; it returns earlier when the job ends."
+    ),
 ]
 TrainingData = Annotated[
     str | list[dict[str, Any]],
@@ -40,7 +42,7 @@ async def train_adapter(
     """Train a LoRA adapter on a code base, in the background, on this machine. Answers at once with the job, what it will
     train on, and an estimate of time and memory; the job goes on when you and the client are gone. Minutes for a small
     repository. Leave config out for a first run: its defaults were measured. Follow with get_training_status.
-    """  # noqa: D415
+    """
     manager = ctx.request_context.lifespan_context
     status = await manager.train_adapter(project_id, training_data, config)
     if wait_s:

@@ -1,0 +1,103 @@
+"""`make demo`: the main job, end to end, as an assistant would do it.
+
+Starts the real stdio server, asks it to train on this project's own source, shows the progress that the server streams,
+and prints what was measured. Everything it writes goes to .demo/ beside this project.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import anyio
+from mcp.client import Client
+from mcp.client.stdio import StdioServerParameters
+from mcp.types import CallToolResult, TextContent
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = "peft-mcp-demo"
+STEPS = 60  # about 240 functions and classes: minutes on two CPU cores, and enough to see it learn
+console = Console()
+
+
+async def main() -> int:
+    data_dir = ROOT / ".demo"
+    command = shutil.which("peft-mcp", path=str(Path(sys.executable).parent)) or "peft-mcp"
+    server = StdioServerParameters(command=command, env={**os.environ, "CODEBASE_GARDENER_DATA_DIR": str(data_dir)})
+    console.print(f"Starting the stdio server: [bold]{command}[/] (data in {data_dir})")
+    began = time.monotonic()
+    async with Client(server) as client:
+        console.print(f"Connected after {time.monotonic() - began:.1f} s, protocol {client.protocol_version}.")
+        arguments = {"project_id": PROJECT, "training_data": str(ROOT), "config": {"max_steps": STEPS}}
+        started = await client.call_tool("train_adapter", arguments)
+        console.print(f"\n[bold]train_adapter[/] answered:\n{text_of(started)}\n")
+        if started.is_error:
+            return 1
+        status = await watch(client, started.structured_content or {})
+    if status["status"] != "completed":
+        console.print(f"[red]{status['status']}[/]: {status['error']}")
+        return 1
+    report(status)
+    return 0
+
+
+async def watch(client: Client, status: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Poll with wait_s, as an assistant does; the server streams progress into each open call."""
+    columns = (
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("waiting", total=100)
+
+        async def show(done: float, _total: float | None, message: str | None) -> None:
+            progress.update(bar, completed=done, description=message or "")
+
+        while status["status"] in ("queued", "in_progress"):
+            question = {"project_id": PROJECT, "job_id": status["job_id"], "wait_s": 30}
+            answer = await client.call_tool("get_training_status", question, progress_callback=show)
+            status = answer.structured_content or {}
+        progress.update(bar, completed=status["progress_percent"], description=status["status"])
+    return status
+
+
+def report(status: Mapping[str, Any]) -> None:
+    metrics, dataset = status["metrics"], status["dataset"]
+    table = Table(
+        title=f"\n{status['base_model']} on {status['device']}: files that training never saw", title_justify="left"
+    )
+    for column in ("", "base", "adapter"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("held-out loss (nats per token)", f"{metrics['base_loss']:.3f}", f"{metrics['adapter_loss']:.3f}")
+    table.add_row("held-out perplexity", f"{metrics['base_perplexity']:.2f}", f"{metrics['adapter_perplexity']:.2f}")
+    console.print(table)
+    facts = Table(show_header=False, box=None)
+    facts.add_row(
+        "trained on", f"{metrics['tokens']} tokens, {status['step']} steps ({dataset['train_examples']} examples there)"
+    )
+    facts.add_row("held out", f"{dataset['held_out_examples']} examples, {dataset['held_out_tokens']} tokens")
+    facts.add_row("left out", ", ".join(f"{count} {why}" for why, count in dataset["left_out"].items()) or "nothing")
+    facts.add_row("wall time", f"{metrics['wall_s']:.0f} s")
+    facts.add_row("speed", f"{metrics['tokens_per_second']:.0f} tokens/s")
+    facts.add_row("peak memory", f"{metrics['peak_memory_bytes'] / 1e9:.2f} GB")
+    facts.add_row("adapter", f"{metrics['adapter_bytes'] / 1e6:.1f} MB")
+    facts.add_row("", status["adapter_path"])
+    console.print(facts)
+
+
+def text_of(result: CallToolResult) -> str:
+    return next((part.text for part in result.content if isinstance(part, TextContent)), "")
+
+
+if __name__ == "__main__":
+    sys.exit(anyio.run(main))

@@ -1,0 +1,42 @@
+"""The real thing: stdio server, runner, training child, bundled model."""
+
+from __future__ import annotations
+
+import shutil
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from peft_core.bases import resolve
+from peft_core.bases.convert import materialise
+from peft_core.config import Settings
+
+
+@pytest.fixture(scope="session")
+def converted_bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled base converted once, for all data directories of this session."""
+    cache = tmp_path_factory.mktemp("bases")
+    materialise(resolve(None, Settings(data_dir=cache)), cache, lambda _: None)
+    return cache
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path, converted_bases: Path) -> Iterator[Path]:
+    """A fresh data directory that has the base already."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "base_models").symlink_to(converted_bases)
+    yield data
+    shutil.rmtree(data, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def stdlib_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real repository that is not this one: three packages of Python's standard library, without git."""
+    repository = tmp_path_factory.mktemp("stdlib")
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for package in ("json", "email", "html"):
+        shutil.copytree(library / package, repository / package, ignore=shutil.ignore_patterns("__pycache__", "test*"))
+    return repository

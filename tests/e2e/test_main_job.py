@@ -1,0 +1,259 @@
+"""The main job through the real stdio server: real repository, real model, real adapter."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from mcp.client import Client
+from mcp.server.subscriptions import ResourceUpdated
+
+from tests.clients import stdio_server, text_of
+
+pytestmark = pytest.mark.model
+MODERN = "2026-07-28"
+SHORT = {"max_steps": 3, "max_length": 128, "batch_size": 2, "held_out_fraction": 0.02}
+LONG = {**SHORT, "max_steps": 10_000}
+
+Status = dict[str, Any]
+
+
+async def call(client: Client, tool: str, **arguments: Any) -> Status:
+    result = await client.call_tool(tool, arguments)
+    assert not result.is_error, text_of(result)
+    assert result.structured_content is not None
+    return result.structured_content
+
+
+async def wait_for(client: Client, condition: Callable[[Status], object], project: str, job: str | None = None) -> Status:
+    deadline = time.monotonic() + 300
+    while True:
+        status = await call(client, "get_training_status", project_id=project, job_id=job, wait_s=0)
+        if condition(status):
+            return status
+        assert status["status"] in ("queued", "in_progress"), status
+        assert time.monotonic() < deadline, status
+        await anyio.sleep(0.2)
+
+
+def ended(status: Status) -> bool:
+    return status["status"] not in ("queued", "in_progress")
+
+
+async def test_from_a_repository_to_an_adapter_with_an_honest_report(data_dir: Path, stdlib_repository: Path) -> None:
+    heard: list[tuple[float, float, str]] = []
+
+    async def hear(progress: float, _total: float | None, message: str | None) -> None:
+        heard.append((time.monotonic(), progress, message or ""))
+
+    async with Client(stdio_server(data_dir), mode=MODERN) as client:
+        # 1. It answers at once with what it will do.
+        began = time.monotonic()
+        started = await call(client, "train_adapter", project_id="std", training_data=str(stdlib_repository), config=SHORT)
+        assert time.monotonic() - began < 10  # a tenth of that on a quiet machine; benchmarks/ measure it
+        assert started["status"] == "queued"
+        assert started["base_model"] == "SmolLM2-135M-Instruct"
+        assert started["estimate"]["steps"] == started["total_steps"] == 3
+        assert started["estimate"]["memory_bytes"] > 5e8
+        assert "python" in started["training_data"]
+        assert "get_training_status" in started["next"]
+
+        # 2. Whoever listens hears of changes; whoever waits sees progress.
+        updates = 0
+        async with client.listen(resource_subscriptions=[f"training://{started['job_id']}"]) as subscription:
+            status = started
+            while not ended(status):
+                arguments = {"project_id": "std", "job_id": started["job_id"], "wait_s": 20}
+                result = await client.call_tool("get_training_status", arguments, progress_callback=hear)
+                assert result.structured_content is not None
+                status = result.structured_content
+            async for event in subscription:
+                assert isinstance(event, ResourceUpdated)
+                updates += 1
+                break
+        assert updates
+
+        # 3. The result is true.
+        assert status["status"] == "completed", status["error"]
+        metrics, dataset = status["metrics"], status["dataset"]
+        assert 0.5 < metrics["base_loss"] < 5
+        assert 0.5 < metrics["adapter_loss"] < 5
+        assert metrics["adapter_loss"] != metrics["base_loss"]
+        assert metrics["tokens"] > 100
+        assert 3e8 < metrics["peak_memory_bytes"] < 2e9
+        assert dataset["held_out_examples"] >= 1
+        assert status["step"] == status["total_steps"] == 3
+        directory = Path(status["adapter_path"])
+        assert metrics["adapter_bytes"] == (directory / "adapter_model.safetensors").stat().st_size < 50e6
+        assert {path.name for path in directory.iterdir()} == {
+            "adapter_model.safetensors",
+            "adapter_config.json",
+            "adapter_manifest.json",
+            "README.md",
+        }
+        for name in ("adapter_config.json", "adapter_manifest.json", "README.md"):
+            text = (directory / name).read_text()
+            assert str(data_dir) not in text
+            assert str(stdlib_repository) not in text
+
+        # 4. It is found again, by project and in the list.
+        info = await call(client, "get_adapter_info", adapter_path="std")
+        assert info["adapter_path"] == str(directory)
+        assert info["manifest"]["metrics"]["adapter_loss"] == metrics["adapter_loss"]
+        (listed,) = (await call(client, "list_adapters"))["adapters"]
+        assert listed["current"]
+        resource = await client.read_resource(f"training://{started['job_id']}")
+        assert json.loads(resource.contents[0].text)["status"] == "completed"  # type: ignore[union-attr]
+
+    times, figures, messages = zip(*heard, strict=True)
+    assert list(figures) == sorted(set(figures))  # strictly increasing
+    assert all(len(message) <= 200 for message in messages)
+    assert any("step" in message and "tokens/s" in message for message in messages)
+    # One a second within a call; a call that follows at once may start with its own.
+    assert len(times) <= times[-1] - times[0] + 2 + len(messages) / 5
+
+    assert_loads_with_plain_peft(data_dir, directory)
+
+
+def assert_loads_with_plain_peft(data_dir: Path, directory: Path) -> None:
+    """As anybody would load it, in a process of its own."""
+    script = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained(sys.argv[1], local_files_only=True)
+ids = torch.arange(100, 130)[None]
+with torch.no_grad():
+    before = base(ids).logits
+    after = PeftModel.from_pretrained(base, sys.argv[2])(ids).logits
+assert torch.isfinite(after).all()
+print((before - after).abs().max().item())
+"""
+    (base,) = (path for path in (data_dir / "base_models").iterdir() if (path / "config.json").is_file())
+    command = [sys.executable, "-W", "ignore", "-c", script, str(base), str(directory)]
+    output = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert output.returncode == 0, output.stderr
+    assert float(output.stdout) > 1e-3
+
+
+async def test_a_job_goes_on_without_client_and_server_and_others_see_and_stop_it(
+    data_dir: Path, stdlib_repository: Path
+) -> None:
+    request = {"training_data": str(stdlib_repository), "config": LONG}
+    # The client starts the job and closes at once.
+    async with Client(stdio_server(data_dir), mode=MODERN) as client:
+        running = (await call(client, "train_adapter", project_id="std", **request))["job_id"]
+
+    # Two servers, of both eras, on the same data directory see it at work.
+    async with (
+        Client(stdio_server(data_dir), mode="legacy") as first,
+        Client(stdio_server(data_dir), mode=MODERN) as second,
+    ):
+        status = await wait_for(first, lambda s: s["step"] >= 1, "std")
+        assert (status["job_id"], status["status"], status["phase"]) == (running, "in_progress", "training")
+        assert status["loss"] > 0
+        assert (await call(second, "get_training_status", project_id="std", wait_s=0))["step"] >= 1
+
+        # One training at a time; the others wait in order, and can be cancelled while they do.
+        waiting = await call(second, "train_adapter", project_id="other", **request)
+        last = await call(first, "train_adapter", project_id="third", **{**request, "config": SHORT})
+        assert (waiting["queue_position"], last["queue_position"]) == (2, 3)
+        cancelled = await call(first, "cancel_training", project_id="other")
+        assert cancelled["status"] == "cancelled"
+        again = await first.call_tool("cancel_training", {"project_id": "other"})
+        assert again.is_error
+        assert "it is cancelled" in text_of(again)
+        assert (await call(second, "get_training_status", project_id="third", wait_s=0))["queue_position"] == 2
+
+        # Cancelling the one that trains frees the queue; what it reached is kept and can be resumed.
+        await call(second, "cancel_training", project_id="std", job_id=running)
+        status = await wait_for(first, ended, "std")
+        assert status["status"] == "cancelled"
+        assert "resume_training" in status["next"]
+        status = await wait_for(second, ended, "third")
+        assert status["status"] == "completed", status["error"]
+
+
+async def test_a_killed_training_is_told_truly_and_resumes_from_its_checkpoint(
+    data_dir: Path, stdlib_repository: Path
+) -> None:
+    async with Client(stdio_server(data_dir), mode="legacy") as client:
+        config = {**SHORT, "max_steps": 12}
+        request = {"project_id": "std", "training_data": str(stdlib_repository), "config": config}
+        job = (await call(client, "train_adapter", **request))["job_id"]
+        await wait_for(client, lambda s: s["step"] >= 2, "std")
+        await call(client, "cancel_training", project_id="std")
+        status = await wait_for(client, ended, "std")
+        assert status["status"] == "cancelled"
+        reached = status["step"]
+        assert 2 <= reached < 12
+
+        resumed = await call(client, "resume_training", job_id=job)
+        assert resumed["status"] == "queued"
+        status = await wait_for(client, ended, "std")
+        assert status["status"] == "completed", status["error"]
+        assert status["step"] == 12
+
+
+async def test_no_progress_is_sent_after_the_answer(data_dir: Path, stdlib_repository: Path) -> None:
+    """On the raw wire: the in-process client would deliver what stdio clients must never see."""
+    server = await anyio.open_process(
+        [sys.executable, "-m", "server"], env=stdio_server(data_dir).env, stderr=subprocess.DEVNULL
+    )
+    assert server.stdin
+    assert server.stdout
+    lines: list[dict[str, Any]] = []
+    waited = anyio.Event()
+
+    async def read() -> None:
+        buffer = b""
+        assert server.stdout
+        async for chunk in server.stdout:
+            buffer += chunk
+            *whole, buffer = buffer.split(b"\n")
+            lines.extend(json.loads(line) for line in whole)
+            if any(line.get("id") == 9 for line in lines):
+                waited.set()
+
+    def message(number: int | None, method: str, params: dict[str, Any]) -> bytes:
+        numbered = {} if number is None else {"id": number}
+        return json.dumps({"jsonrpc": "2.0", **numbered, "method": method, "params": params}).encode() + b"\n"
+
+    def tool(number: int, name: str, **arguments: Any) -> bytes:
+        params = {"name": name, "arguments": arguments, "_meta": {"progressToken": f"token-{number}"}}
+        return message(number, "tools/call", params)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(read)
+        client = {"name": "raw", "version": "0"}
+        handshake = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": client}
+        await server.stdin.send(message(0, "initialize", handshake))
+        await server.stdin.send(message(None, "notifications/initialized", {}))
+        train = {"project_id": "std", "training_data": str(stdlib_repository), "config": LONG, "wait_s": 6}
+        await server.stdin.send(tool(1, "train_adapter", **train))
+        for number in (2, 3):
+            await server.stdin.send(tool(number, "get_training_status", project_id="std", wait_s=8))
+        # The job trains on; this call outlasts the others by far, so late progress would have time to come.
+        await server.stdin.send(tool(9, "get_training_status", project_id="std", wait_s=20))
+        await waited.wait()
+        await server.stdin.send(tool(10, "cancel_training", project_id="std"))
+        await server.stdin.aclose()
+        await server.wait()
+        group.cancel_scope.cancel()
+
+    answered: set[str] = set()
+    progressed: set[str] = set()
+    for line in lines:
+        if "id" in line:
+            answered.add(f"token-{line['id']}")
+        elif line["method"] == "notifications/progress":
+            assert line["params"]["progressToken"] not in answered
+            progressed.add(line["params"]["progressToken"])
+    assert {"token-1", "token-9"} <= progressed

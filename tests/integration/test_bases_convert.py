@@ -1,0 +1,230 @@
+"""Conversion of GGUF bases: toy files for its rules, the bundled model for its truth."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader, dequantize
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from peft_core.bases import convert, resolve
+from peft_core.bases.convert import materialise
+from peft_core.bases.fingerprint import fingerprint
+from peft_core.bases.gguf_model import read_gguf_model
+from peft_core.bases.safetensors import read_header
+from peft_core.config import Settings
+from peft_core.errors import BaseModelError, StorageError
+from peft_core.spec import Base
+from tests.model_files import ARRAY, F32, GGUF_METADATA, GGUF_SHAPES, SHAPES, TEXT, U32, gguf_bytes, write_model
+
+TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abcdefghijklmnopqrstuvwxyz0123456789_():=,.+-", "ab"]
+TOY = GGUF_METADATA | {
+    "tokenizer.ggml.tokens": (ARRAY, (TEXT, TOKENS[:48])),
+    "tokenizer.ggml.token_type": (ARRAY, (U32, [3, 3, 3] + [1] * 45)),
+    "tokenizer.ggml.merges": (ARRAY, (TEXT, [])),
+}
+SAID: list[str] = []
+
+
+def toy(path: Path, shapes: dict[str, tuple[int, ...]] = GGUF_SHAPES, **metadata: tuple[int, Any]) -> Base:
+    named = {key.replace("__", "."): value for key, value in metadata.items()}
+    path.write_bytes(gguf_bytes(TOY | named, shapes))
+    return resolve(str(path), Settings())
+
+
+def test_a_hugging_face_directory_is_returned_as_it_is(tmp_path: Path) -> None:
+    base = resolve(str(write_model(tmp_path / "m")), Settings())
+    assert materialise(base, tmp_path / "cache", SAID.append) == base.path
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_base_that_has_changed_since_is_refused(tmp_path: Path) -> None:
+    base = resolve(str(write_model(tmp_path / "m")), Settings())
+    write_model(tmp_path / "m", fill=1)
+    with pytest.raises(BaseModelError, match="changed since"):
+        materialise(base, tmp_path / "cache", SAID.append)
+
+
+def test_a_conversion_is_kept_and_found_by_content(tmp_path: Path) -> None:
+    said: list[str] = []
+    base = toy(tmp_path / "a.gguf")
+    first = materialise(base, tmp_path / "cache", said.append)
+    assert {name: info.shape for name, info in read_header(first / "model.safetensors").tensors.items()} == SHAPES
+    assert materialise(toy(tmp_path / "moved.gguf"), tmp_path / "cache", said.append) == first
+    assert len(said) == 1
+    assert fingerprint(first).architecture == base.fingerprint.architecture
+
+
+def test_what_a_killed_conversion_left_behind_is_removed_by_the_next(tmp_path: Path) -> None:
+    leftover = tmp_path / "cache" / ".converting-dead"
+    leftover.mkdir(parents=True)
+    (leftover / "model.safetensors").write_bytes(b"half")
+    materialise(toy(tmp_path / "a.gguf"), tmp_path / "cache", SAID.append)
+    assert not leftover.exists()
+
+
+def test_a_failed_conversion_leaves_nothing_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    base = toy(tmp_path / "a.gguf")
+    monkeypatch.setattr(convert, "_write_weights", fail)
+    with pytest.raises(OSError, match="No space"):
+        materialise(base, tmp_path / "cache", SAID.append)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_a_full_disk_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")  # noqa: PYI024 - as shutil has it
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: usage(100, 93, 7))
+    with pytest.raises(StorageError, match=r"needs \d+ bytes in .*cache, where 7 are free"):
+        materialise(toy(tmp_path / "a.gguf"), tmp_path / "cache", SAID.append)
+
+
+def test_concurrent_conversions_agree(tmp_path: Path) -> None:
+    toy(tmp_path / "a.gguf")
+    code = (
+        "import sys, pathlib\nfrom peft_core.bases import resolve\nfrom peft_core.bases.convert import materialise\n"
+        "from peft_core.config import Settings\n"
+        "print(materialise(resolve(sys.argv[1], Settings()), pathlib.Path(sys.argv[2]), lambda _: None))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a.gguf"), str(tmp_path / "cache")]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    answers = {process.communicate()[0].strip() for process in running}
+    assert len(answers) == 1
+    assert Path(answers.pop()).is_dir()
+
+
+def test_a_tensor_that_the_model_does_not_have_is_named(tmp_path: Path) -> None:
+    base = toy(tmp_path / "a.gguf", {**GGUF_SHAPES, "blk.0.attn_k_norm.weight": (8,)})
+    with pytest.raises(BaseModelError, match=r"model\.layers\.0\.self_attn\.k_norm\.weight"):
+        materialise(base, tmp_path / "cache", SAID.append)
+
+
+def test_llama_3_s_rotary_scaling_is_recovered_from_its_factors(tmp_path: Path) -> None:
+    scaling = {
+        "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 32.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    config = LlamaConfig(hidden_size=256, num_attention_heads=4, num_hidden_layers=0, vocab_size=8,
+                         max_position_embeddings=131_072, rope_parameters=scaling)  # fmt: skip
+    plain = 1 / 500_000.0 ** (np.arange(32) / 32)
+    factors = plain / LlamaForCausalLM(config).model.rotary_emb.inv_freq.numpy()
+    path = tmp_path / "a.gguf"
+    metadata = {"llama__rope__freq_base": (F32, 500_000.0), "llama__rope__dimension_count": (U32, 64)}
+    path.write_bytes(_with_factors(metadata, factors))
+    assert read_gguf_model(path).config["rope_parameters"] == scaling
+    factors[20] *= 1.01
+    path.write_bytes(_with_factors(metadata, factors))
+    with pytest.raises(BaseModelError, match="not those of Llama 3"):
+        read_gguf_model(path)
+
+
+def _with_factors(metadata: dict[str, tuple[int, Any]], factors: Any) -> bytes:
+    named = {key.replace("__", "."): value for key, value in metadata.items()}
+    content = gguf_bytes(TOY | named, {**GGUF_SHAPES, "rope_freqs.weight": (len(factors),)})
+    raw = struct.pack(f"<{len(factors)}f", *factors)
+    return content[: -len(raw)] + raw
+
+
+@pytest.fixture(scope="session")
+def bundled() -> Base:
+    return resolve("bundled", Settings())
+
+
+@pytest.fixture(scope="session")
+def converted(bundled: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return materialise(bundled, tmp_path_factory.mktemp("base_models"), SAID.append)
+
+
+@pytest.mark.model
+def test_the_converted_model_computes_what_an_independent_reading_of_the_gguf_computes(
+    bundled: Base, converted: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(converted, local_files_only=True).eval()
+    reference = LlamaForCausalLM(_written_out_config()).eval()
+    reference.load_state_dict(_read_independently(bundled.path), strict=True)
+    tokenizer = AutoTokenizer.from_pretrained(converted, local_files_only=True)
+    ids = tokenizer("def fibonacci(n):\n    if n < 2:\n        return", return_tensors="pt").input_ids
+    with torch.no_grad():
+        difference = (model(ids).logits - reference(ids).logits).abs().max()
+        text = tokenizer.decode(model.generate(ids, max_new_tokens=20, do_sample=False)[0])
+    assert difference < 1e-4
+    assert "fibonacci(n" in text[40:]
+
+
+def _written_out_config() -> LlamaConfig:
+    """SmolLM2-135M as its authors publish it."""
+    return LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def _read_independently(path: Path) -> dict[str, torch.Tensor]:
+    """The weights by the `gguf` package's reader, names and order of rows written out by hand."""
+    names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
+    parts = {
+        "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    }  # fmt: skip
+    state: dict[str, torch.Tensor] = {}
+    for tensor in GGUFReader(path).tensors:
+        weights = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+        stem = tensor.name.removesuffix(".weight")
+        if stem in names:
+            state[f"{names[stem]}.weight"] = weights
+            continue
+        _, block, part = stem.split(".")
+        heads = {"attn_q": 9, "attn_k": 3}.get(part)
+        if heads is not None:  # the inverse of `permute` in llama.cpp's convert_hf_to_gguf.py
+            out, size = weights.shape
+            weights = weights.view(heads, out // heads // 2, 2, size).transpose(1, 2).reshape(out, size)
+        state[f"model.layers.{block}.{parts[part]}.weight"] = weights
+    return state | {"lm_head.weight": state["model.embed_tokens.weight"]}
+
+
+@pytest.mark.model
+def test_the_converted_tokenizer_is_smollm2_s(converted: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(converted, local_files_only=True)
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_end|>",
+    )
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token) == (1, 2, "<|endoftext|>")
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert rendered.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+    assert rendered.endswith("<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer("<|im_end|>").input_ids == [2]
+
+
+@pytest.mark.model
+def test_code_survives_the_tokenizer_and_digits_stand_alone(converted: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(converted, local_files_only=True)
+    odd = "x\t=\r\n  1 \u00e9\u4e2d\U0001f600 '''\n\n\n"
+    for text in (Path(__file__).read_text(), Path(struct.__file__).read_text(), odd):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+    # The spaces before a digit stay together: GPT-2's pattern alone would leave the last one to the digit.
+    assert tokenizer.tokenize("[\n    12") == ["[", "ĊĠĠĠĠ", "1", "2"]

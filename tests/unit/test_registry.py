@@ -1,0 +1,122 @@
+"""Adapters on disk: whole or not there, and never changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from peft_core.adapters.info import read_info
+from peft_core.adapters.manifest import BaseRecord, DataRecord, Manifest, RunRecord, write_manifest
+from peft_core.adapters.registry import Registry
+from peft_core.errors import AdapterNotFound, InvalidArgument
+from peft_core.paths import DataPaths
+from peft_core.spec import DatasetSummary, Metrics, TrainingConfig
+from tests.factories import make_base
+
+
+def make_manifest(adapter_id: str, project_id: str = "web") -> Manifest:
+    base = make_base()
+    return Manifest(
+        adapter_id=adapter_id,
+        project_id=project_id,
+        created_at=f"2026-01-{adapter_id[-2:]}T00:00:00Z",
+        base=BaseRecord(
+            name=base.name,
+            format=base.format,
+            revision=None,
+            model_type=base.model_type,
+            shape=base.shape,
+            fingerprint=base.fingerprint,
+        ),
+        data=DataRecord(
+            source_kind="repository",
+            summary=DatasetSummary(
+                train_examples=9, held_out_examples=1, train_tokens=900, held_out_tokens=100, files=5, left_out={}
+            ),
+            languages={"python": 10},
+        ),
+        run=RunRecord(
+            config=TrainingConfig(), target_modules=("q_proj",), device="cpu", weights_dtype="float32", steps=3
+        ),
+        metrics=Metrics(base_perplexity=9.0, adapter_perplexity=6.0),
+        environment={"python": "3.11"},
+        files={},
+    )
+
+
+def write_draft(directory: Path, adapter_id: str, project_id: str = "web") -> Path:
+    directory.mkdir(parents=True)
+    (directory / "adapter_model.safetensors").write_bytes(b"weights")
+    (directory / "adapter_config.json").write_text('{"r": 16, "lora_alpha": 32, "target_modules": ["q_proj"]}')
+    write_manifest(directory, make_manifest(adapter_id, project_id))
+    return directory
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    return Registry(DataPaths(tmp_path))
+
+
+def test_publishing_moves_the_whole_adapter_and_makes_it_the_current_one(registry: Registry, tmp_path: Path) -> None:
+    draft = write_draft(tmp_path / "jobs" / "a-01", "a-01")
+    published = registry.publish(draft, "web", "a-01")
+    assert not draft.exists()
+    assert published == tmp_path / "projects" / "web" / "lora" / "a-01"
+    assert registry.locate("web") == published
+    (only,) = registry.adapters()
+    assert (only.adapter_id, only.current, only.adapter_path) == ("a-01", True, str(published))
+
+
+def test_earlier_adapters_stay_listed_and_only_one_is_current(registry: Registry, tmp_path: Path) -> None:
+    for name in ("a-01", "a-02"):
+        registry.publish(write_draft(tmp_path / "jobs" / name, name), "web", name)
+    assert [(a.adapter_id, a.current) for a in registry.adapters("web")] == [("a-02", True), ("a-01", False)]
+    assert registry.locate("web").name == "a-02"
+    assert registry.adapters("other") == []
+
+
+def test_publishing_again_after_a_crash_in_between_finishes_it(registry: Registry, tmp_path: Path) -> None:
+    draft = write_draft(tmp_path / "jobs" / "a-01", "a-01")
+    published = registry.publish(draft, "web", "a-01")
+    (tmp_path / "projects" / "web" / "lora" / "current").unlink()  # as if killed after the rename
+    assert registry.publish(published, "web", "a-01") == published
+    assert registry.locate("web") == published
+
+
+def test_what_is_half_written_is_not_an_adapter(registry: Registry, tmp_path: Path) -> None:
+    half = tmp_path / "projects" / "web" / "lora" / "a-01"
+    half.mkdir(parents=True)
+    (half / "adapter_model.safetensors").write_bytes(b"wei")
+    assert registry.adapters() == []
+    assert registry.published("web", "a-01") is None
+
+
+def test_published_files_cannot_be_written_by_accident(registry: Registry, tmp_path: Path) -> None:
+    published = registry.publish(write_draft(tmp_path / "jobs" / "a-01", "a-01"), "web", "a-01")
+    assert {file.stat().st_mode & 0o222 for file in published.iterdir()} == {0}
+
+
+@pytest.mark.parametrize("name", ["nope", "../web", "web/../web", "", ".", "relative/path"])
+def test_what_is_no_adapter_is_refused_with_the_projects_that_have_one(
+    registry: Registry, tmp_path: Path, name: str
+) -> None:
+    registry.publish(write_draft(tmp_path / "jobs" / "a-01", "a-01"), "web", "a-01")
+    with pytest.raises(AdapterNotFound, match="Projects with an adapter: web"):
+        registry.locate(name)
+
+
+def test_an_adapter_from_elsewhere_is_described_as_far_as_its_configuration_goes(tmp_path: Path) -> None:
+    draft = write_draft(tmp_path / "foreign", "a-01")
+    (draft / "adapter_manifest.json").unlink()
+    info = read_info(draft)
+    assert (info.rank, info.alpha, info.target_modules, info.manifest) == (16, 32.0, ["q_proj"], None)
+    assert "not trained here" in info.next
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "[" * 100_000, "{" + " " * 300_000 + "}"])
+def test_a_configuration_that_is_no_sensible_json_is_refused(tmp_path: Path, text: str) -> None:
+    draft = write_draft(tmp_path / "foreign", "a-01")
+    (draft / "adapter_config.json").write_text(text)
+    with pytest.raises(InvalidArgument, match=r"adapter_config\.json"):
+        read_info(draft)
