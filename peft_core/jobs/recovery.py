@@ -27,4 +27,4 @@ def recover(store: Store, registry: Registry) -> None:
         else:
             event = JobInterrupted(reason="The process that ran this job is gone (killed, or the machine went down).")
         store.append(job.job_id, event)
-        log.warning("recovered", job_id=job.job_id, event=event.kind)
+        log.warning("recovered", job_id=job.job_id, outcome=event.kind)

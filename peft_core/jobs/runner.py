@@ -98,7 +98,7 @@ class Runner:
             bound.exception("runner failed")
             event = JobFailed(error=problem_of(error))
         self._store.append(job.job_id, event)
-        bound.info("ended", event=event.kind)
+        bound.info("ended", outcome=event.kind)
 
     async def _train(self, job: Job, paths: JobPaths) -> tuple[Event | None, int]:
         """Run the training child to its end: (its last word, its exit code)."""

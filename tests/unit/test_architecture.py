@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "server": GROUND | {"manager", "validation", "jobs", "adapters"},
 }
 HEAVY = {"torch", "transformers", "peft", "accelerate", "numpy", "gguf", "safetensors"}
-MAY_BE_HEAVY = {"training", "bases/convert.py", "bases/gguf_model.py"}  # child processes only
+MAY_BE_HEAVY = {"training", "bases/convert.py"}  # child processes only
 SQL_SPEAKER = "jobs/store.py"
 
 

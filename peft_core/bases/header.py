@@ -1,0 +1,79 @@
+"""What the headers of safetensors and GGUF files have in common: a list of tensors, and a file not to be trusted."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft_core.errors import ModelError
+
+
+class HeaderError(ModelError):
+    """A weights file that cannot be read as what it claims to be."""
+
+    code = "bad_weights_file"
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"{path.name}: {problem.rstrip('.')}.", details={"path": str(path)})
+        self.problem = problem
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor as the header states it. `start` and `size` in bytes, `start` from the beginning of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+@contextmanager
+def open_regular(path: Path, *, follow_links: bool) -> Iterator[int]:
+    """A read-only descriptor of a regular file; never blocks on a FIFO or device.
+
+    Raises:
+        HeaderError: the path is missing, unreadable, no regular file, or a link where links are not followed.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        linked = not follow_links and path.is_symlink()
+        raise HeaderError(
+            path, "is a symbolic link, which is not followed here" if linked else _reason(error)
+        ) from error
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise HeaderError(path, "is not a regular file")
+        yield descriptor
+    except OSError as error:
+        raise HeaderError(path, _reason(error)) from error
+    finally:
+        os.close(descriptor)
+
+
+def read_exactly(descriptor: int, size: int, start: int, path: Path) -> bytes:
+    """`size` bytes at `start`.
+
+    Raises:
+        HeaderError: the file ends before them.
+    """
+    parts: list[bytes] = []
+    while size > 0:
+        part = os.pread(descriptor, min(size, 1 << 30), start)
+        if not part:
+            raise HeaderError(path, "ends too early; it was truncated")
+        parts.append(part)
+        start += len(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+def _reason(error: OSError) -> str:
+    return f"cannot be read ({error.strerror or type(error).__name__})"

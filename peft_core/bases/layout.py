@@ -1,0 +1,85 @@
+"""A base model as its files describe it, whatever their format."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from peft_core.bases.header import TensorInfo
+from peft_core.errors import BaseModelError
+from peft_core.spec import ModelShape
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights and configuration of one base, read from headers only.
+
+    `config` is in Hugging Face's terms for either format. `shapes` has the modules' Hugging Face names, and leaves out
+    an output head that is the embedding. `stored` tells where each tensor lies, under its name in the file.
+    """
+
+    path: Path
+    format: Literal["huggingface", "gguf"]
+    config: Mapping[str, Any]
+    shape: ModelShape
+    shapes: Mapping[str, tuple[int, ...]]
+    stored: tuple[tuple[Path, TensorInfo], ...]
+    size_bytes: int
+    has_chat_template: bool
+    title: str | None = None  # what the file calls itself
+    pre_tokenizer: str | None = None  # GGUF's name of the rule that splits text before BPE
+
+
+def unusable(path: Path, reason: str, *suggestions: str) -> BaseModelError:
+    """The error for a base that was found but cannot be worked with."""
+    return BaseModelError(
+        f"The base model {path} cannot be used: {reason.rstrip('.')}.",
+        code="base_model_unusable",
+        suggestions=suggestions,
+        details={"path": str(path)},
+    )
+
+
+def model_shape(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelShape:
+    """The numbers that work and memory depend on.
+
+    Raises:
+        BaseModelError: the configuration lacks one of them.
+    """
+    heads = config.get("num_attention_heads")
+    numbers = {
+        "hidden_size": config.get("hidden_size"),
+        "intermediate_size": config.get("intermediate_size"),
+        "num_hidden_layers": config.get("num_hidden_layers"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads if config.get("num_key_value_heads") is None else config["num_key_value_heads"],
+        "vocab_size": config.get("vocab_size"),
+        "max_position_embeddings": config.get("max_position_embeddings"),
+    }
+    wrong = [name for name, value in numbers.items() if type(value) is not int or value < 1]
+    if wrong:
+        raise unusable(
+            path,
+            f"its configuration has no usable {', '.join(wrong)}",
+            "Use a model of the Llama, Qwen2, Qwen3, Mistral or a similar decoder family",
+        )
+    return ModelShape(
+        parameters=sum(math.prod(shape) for shape in shapes.values()),
+        hidden_size=numbers["hidden_size"],
+        intermediate_size=numbers["intermediate_size"],
+        layers=numbers["num_hidden_layers"],
+        heads=numbers["num_attention_heads"],
+        kv_heads=numbers["num_key_value_heads"],
+        vocab_size=numbers["vocab_size"],
+        context_length=numbers["max_position_embeddings"],
+    )
+
+
+def a_few(names: Iterable[str], most: int = 3) -> str:
+    """'a, b, c and 4 more'."""
+    listed = list(names)
+    rest = len(listed) - most
+    return ", ".join(listed[:most]) + (f" and {rest} more" if rest > 0 else "")
