@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Validators are built when they are first used: most processes use a few of these models.
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 ProjectId = Annotated[

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from peft_core.errors import InvalidArgument
@@ -38,6 +38,20 @@ def invalid_argument(error: ValidationError, schema: Mapping[str, Any], prefix: 
     return InvalidArgument(field, value, allowed, suggestions=[*suggestions, "Correct it and call again"])
 
 
+def refuse_unknown(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> None:
+    """Raise `InvalidArgument` for an argument that the schema does not know."""
+    for name, value in arguments.items():
+        if name not in schema["properties"]:
+            raise InvalidArgument(name, value, _no_such_field(name, schema), suggestions=["Correct it and call again"])
+
+
+def _no_such_field(name: str, schema: Mapping[str, Any]) -> str:
+    known = sorted(schema.get("properties", {}))
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"Did you mean '{near[0]}'? " if near else ""
+    return f"there is no such field. {hint}Known: {', '.join(known)}"
+
+
 def _merge_alternatives(problems: Sequence[ErrorDetails]) -> list[ErrorDetails]:
     """A field with several allowed types fails once per type: keep the first of each field."""
     seen: dict[tuple[int | str, ...], ErrorDetails] = {}
@@ -57,10 +71,7 @@ def _describe(problem: ErrorDetails, schema: Mapping[str, Any], prefix: Sequence
     parent, own = _look_up(schema, path)
     match problem["type"]:
         case "extra_forbidden":
-            known = sorted(parent.get("properties", {}))
-            near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
-            hint = f"Did you mean '{near[0]}'? " if near else ""
-            return field, problem["input"], f"there is no such field. {hint}Known: {', '.join(known)}"
+            return field, problem["input"], _no_such_field(str(path[-1]), parent)
         case "missing":
             return field, None, f"it is required. {describe_schema(own, schema)}".strip()
         case "value_error":
@@ -114,7 +125,3 @@ def describe_schema(node: Mapping[str, Any], root: Mapping[str, Any]) -> str:
     if "pattern" in node:
         words.append(f"({node.get('description') or 'matching ' + node['pattern']})")
     return " ".join(filter(None, words))
-
-
-def schema_of(model: type[BaseModel]) -> dict[str, Any]:
-    return model.model_json_schema()

@@ -8,7 +8,6 @@ from importlib.metadata import version
 
 from pydantic import ValidationError
 
-from peft_core import logs
 from peft_core.config import Settings
 
 DESCRIPTION = """\
@@ -43,8 +42,6 @@ def main() -> None:
             name = f"CODEBASE_GARDENER_{problem['loc'][0]}".upper()
             print(f"peft-mcp: {name} = {problem['input']!r} cannot be used: {problem['msg']}", file=sys.stderr)  # noqa: T201 -- stderr, before anything serves
         sys.exit(2)
-    logs.configure(settings.log_level)
-
     from server.app import build_server  # noqa: PLC0415 -- --help and --version need not import mcp
 
     build_server(settings).run("stdio")

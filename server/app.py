@@ -16,7 +16,9 @@ from mcp.server.mcpserver.tools import Tool
 from mcp.types import CallToolResult, InputRequiredResult
 
 from peft_core.config import Settings
+from peft_core.errors import ModelError
 from peft_core.manager import PEFTManager
+from peft_core.validation import refuse_unknown
 from server.errors import tool_error
 from server.resources import TrainingUpdates, add_training_resource
 from server.tools import adapters, training
@@ -33,7 +35,9 @@ class PEFTServer(MCPServer[PEFTManager]):
     """`MCPServer` with strict arguments and errors that say what to do."""
 
     def __init__(self, tools: list[Tool], **options: Any) -> None:
-        self._parameters = {tool.name: strict(tool).parameters for tool in tools}
+        self._parameters = {tool.name: tool.parameters for tool in tools}
+        for schema in self._parameters.values():
+            schema["additionalProperties"] = False
         super().__init__("peft-mcp", tools=tools, **options)
 
     async def call_tool(
@@ -41,22 +45,16 @@ class PEFTServer(MCPServer[PEFTManager]):
     ) -> CallToolResult | InputRequiredResult:
         if name not in self._parameters:
             raise ToolError(f"There is no tool {name!r}. Tools: {', '.join(self._parameters)}.")
+        parameters = self._parameters[name]
         try:
+            # The SDK drops unknown arguments in silence: a misspelt one would do nothing.
+            refuse_unknown(arguments, parameters)
             return await super().call_tool(name, arguments, context)
-        except ToolError as error:
-            raise tool_error(error, self._parameters[name]) from error.__cause__
+        except (ToolError, ModelError) as error:
+            raise tool_error(error, parameters) from error.__cause__
 
 
-def strict(tool: Tool) -> Tool:
-    """The SDK drops unknown arguments in silence; a misspelt one would do nothing. Refuse them instead."""
-    model = tool.fn_metadata.arg_model
-    model.model_config["extra"] = "forbid"
-    model.model_rebuild(force=True)
-    tool.parameters = model.model_json_schema(by_alias=True)
-    return tool
-
-
-def build_server(settings: Settings | None = None) -> PEFTServer:
+def build_server(settings: Settings) -> PEFTServer:
     updates = TrainingUpdates()
 
     @asynccontextmanager
@@ -75,7 +73,7 @@ def build_server(settings: Settings | None = None) -> PEFTServer:
         version=version("peft-mcp"),
         lifespan=lifespan,
         subscriptions=updates.bus,
-        log_level="WARNING",
+        log_level=settings.log_level,
     )
     add_training_resource(server, updates)
     return server

@@ -12,15 +12,15 @@ from peft_core.errors import ModelError
 from peft_core.validation import invalid_argument
 
 
-def tool_error(error: ToolError, parameters: Mapping[str, Any]) -> ToolError:
+def tool_error(error: ToolError | ModelError, parameters: Mapping[str, Any]) -> ToolError:
     """What the client gets for `error`. `parameters`: the tool's input schema.
 
     Arguments that fail the schema and failures of the domain say what is allowed and what to do next; a crash stays the
     SDK's own (its text is withheld, the traceback is in the log).
     """
+    if isinstance(error, ModelError):
+        return ToolError(f"{error} [{error.code}]")
     cause = error.__cause__
     if isinstance(cause, ValidationError) and not isinstance(error, UnexpectedToolError):
         cause = invalid_argument(cause, parameters)
-    if isinstance(cause, ModelError):
-        return ToolError(f"{cause} [{cause.code}]")
-    return error
+    return tool_error(cause, parameters) if isinstance(cause, ModelError) else error

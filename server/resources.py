@@ -6,11 +6,11 @@ for which the SDK has no public hook in `MCPServer`: the one use of its low-leve
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from typing import Any
 
 import anyio
-import structlog
 from mcp.server.context import ServerRequestContext
 from mcp.server.mcpserver import Context, MCPServer
 from mcp.server.mcpserver.exceptions import ResourceError, ResourceNotFoundError
@@ -23,7 +23,7 @@ from peft_core.manager import PEFTManager
 
 LOOK_S = 1.0  # how often the store is asked for changed jobs, and so the shortest time between two updates
 
-log = structlog.get_logger()
+log = logging.getLogger(__name__)  # in this process the SDK's logging decides; structlog would cost 0.1 s at the start
 
 
 class TrainingUpdates:
@@ -50,7 +50,7 @@ class TrainingUpdates:
             try:
                 cursor, changed = await manager.changed_jobs(cursor)
             except ModelError as error:
-                log.warning("cannot look for changed jobs", error=error.message)
+                log.warning("cannot look for changed jobs: %s", error.message)
                 continue
             for job_id in changed:
                 uri = f"training://{job_id}"

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import structlog
-
 from peft_core.adapters.manifest import read_manifest
 from peft_core.adapters.registry import Registry
 from peft_core.events import Event, JobCancelled, JobCompleted, JobInterrupted
 from peft_core.jobs.store import Store
 from peft_core.spec import Status
-
-log = structlog.get_logger()
 
 
 def recover(store: Store, registry: Registry) -> None:
@@ -27,4 +23,3 @@ def recover(store: Store, registry: Registry) -> None:
         else:
             event = JobInterrupted(reason="The process that ran this job is gone (killed, or the machine went down).")
         store.append(job.job_id, event)
-        log.warning("recovered", job_id=job.job_id, outcome=event.kind)

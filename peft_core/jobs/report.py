@@ -124,14 +124,16 @@ def headline(status: TrainingStatus) -> str:
 
 
 def _training_line(status: TrainingStatus) -> str:
-    figures = [
-        (status.loss, lambda loss: f"loss {loss:.3f}"),
-        (status.held_out_loss, lambda loss: f"held-out {loss:.3f}"),
-        (status.tokens_per_second, lambda rate: f"{rate:.0f} tokens/s"),
-        (status.eta_s, lambda left: f"{in_words(left)} left"),
-    ]
-    known = [say(figure) for figure, say in figures if figure is not None]
-    return ", ".join([f"training: step {status.step}/{status.total_steps}", *known])
+    parts = [f"training: step {status.step}/{status.total_steps}"]
+    if status.loss is not None:
+        parts.append(f"loss {status.loss:.3f}")
+    if status.held_out_loss is not None:
+        parts.append(f"held-out {status.held_out_loss:.3f}")
+    if status.tokens_per_second is not None:
+        parts.append(f"{status.tokens_per_second:.0f} tokens/s")
+    if status.eta_s is not None:
+        parts.append(f"{in_words(status.eta_s)} left")
+    return ", ".join(parts)
 
 
 def in_words(seconds: float) -> str:

@@ -25,6 +25,7 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 from peft_core import logs
 from peft_core.adapters.registry import Registry
 from peft_core.adapters.verify import check_adapter
+from peft_core.config import Settings
 from peft_core.errors import ModelError
 from peft_core.events import (
     EVENT,
@@ -241,5 +242,5 @@ def _tail(path: Path, lines: int = 3) -> str:
 
 
 if __name__ == "__main__":
-    logs.configure()
+    logs.configure(Settings().log_level)
     run(DataPaths(Path(sys.argv[1])))

@@ -6,7 +6,6 @@ Everything here blocks for milliseconds at most, apart from `watch`; the manager
 from __future__ import annotations
 
 import secrets
-import shutil
 import subprocess
 import sys
 import threading
@@ -16,21 +15,17 @@ from datetime import UTC, datetime
 from typing import Any
 
 from peft_core.adapters.registry import Registry
-from peft_core.bases import resolve
 from peft_core.config import Settings
-from peft_core.data import inspect, write_records
-from peft_core.errors import InvalidArgument, JobStateError, StorageError
-from peft_core.estimate import estimate, expected_device, lora_parameters, smallest_memory_bytes
+from peft_core.errors import InvalidArgument, JobStateError
 from peft_core.events import JobResumed
 from peft_core.jobs.lock import WorkLock
-from peft_core.jobs.model import RESUMABLE, Job, JobRequest
+from peft_core.jobs.model import RESUMABLE, Job
 from peft_core.jobs.recovery import recover
 from peft_core.jobs.report import not_started, status_of
-from peft_core.jobs.store import Store, unwritable
-from peft_core.spec import Base, Estimate, SourceSummary, Status, TrainingConfig, TrainingStatus
+from peft_core.jobs.store import Store
+from peft_core.spec import Base, Status, TrainingConfig, TrainingStatus
 
 RUNNER = [sys.executable, "-P", "-m", "peft_core.jobs.runner"]
-MARGIN_BYTES = 200 << 20  # disk space that is left to others
 
 
 class JobService:
@@ -51,40 +46,14 @@ class JobService:
         Raises:
             InvalidArgument, DataError, BaseModelError, StorageError: nothing was queued.
         """
-        base = resolve(config.base_model, self._settings)
-        found = inspect(training_data, held_out_fraction=config.held_out_fraction)
-        if found.needs_chat_template and not base.has_chat_template:
-            raise InvalidArgument(
-                "training_data",
-                "records with messages",
-                f"the base {base.name} has no chat template, so conversations cannot be written in its form",
-                suggestions=["Use an instruct model as base_model, or records of the form {prompt, completion}"],
-            )
-        device = self._device(config)
-        planned = estimate(config, base.shape, found, device, self._measured_speed(base, device))
-        self._check_memory(config, base, device, planned)
-        self._check_disk(config, base, found)
+        # Imported with the first job, not with the server: finding bases and reading code is of no use before.
+        from peft_core.jobs.planning import plan, write_source  # noqa: PLC0415
 
+        draft = plan(training_data, config, self._settings, self._measured_speed)
         self._store.create()
         now = time.time()
         job_id = f"{datetime.fromtimestamp(now, UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
-        source = found.path
-        if source is None:
-            source = self._paths.job(job_id).records
-            try:
-                source.parent.mkdir(parents=True)
-                write_records(training_data, source)  # type: ignore[arg-type] -- a path has a source
-            except OSError as error:
-                raise unwritable(self._paths.root, error) from error
-        request = JobRequest(
-            source=source,
-            source_kind=found.kind,
-            config=config,
-            base=base,
-            found=found,
-            device=device,
-            estimate=planned,
-        )
+        request = write_source(draft, training_data, self._paths.job(job_id).records)
         self._store.insert(Job(job_id=job_id, project_id=project_id, request=request, created_at=now, updated_at=now))
         self._see_to_queue()
         return self.status(project_id, job_id)
@@ -103,9 +72,6 @@ class JobService:
             self._see_to_queue()
             job = self._store.get(job.job_id)
         return self._report(job)
-
-    def revision(self, job_id: str) -> int:
-        return self._store.revision(job_id)
 
     def changed_since(self, event_id: int) -> tuple[int, list[str]]:
         """(newest event id, ids of the jobs that have newer events than `event_id`)."""
@@ -198,15 +164,6 @@ class JobService:
         threading.Thread(target=runner.wait, daemon=True).start()  # reaps it, should we live longer
         return runner
 
-    def _device(self, config: TrainingConfig) -> str:
-        if config.device == "mps" and sys.platform != "darwin":
-            raise InvalidArgument(
-                "config.device", "mps", "MPS is there on Apple silicon only; allowed here: auto, cuda, cpu"
-            )
-        if config.device == "cuda" and sys.platform == "darwin":
-            raise InvalidArgument("config.device", "cuda", "there is no CUDA on macOS; allowed here: auto, mps, cpu")
-        return expected_device(config.device)
-
     def _measured_speed(self, base: Base, device: str) -> float | None:
         if not self._store.exists:
             return None
@@ -215,46 +172,3 @@ class JobService:
             if same and job.metrics and job.metrics.tokens_per_second:
                 return job.metrics.tokens_per_second
         return None
-
-    def _check_memory(self, config: TrainingConfig, base: Base, device: str, planned: Estimate) -> None:
-        budget_mb = config.max_memory_mb or self._settings.max_memory_mb
-        if budget_mb is None or planned.memory_bytes <= budget_mb << 20:
-            return
-        smallest = smallest_memory_bytes(base.shape, device)
-        advice = (
-            f"Allow at least {_mb(planned.memory_bytes)} MB, or lower max_length"
-            if smallest <= budget_mb << 20
-            else f"Training {base.name} takes at least {_mb(smallest)} MB whatever the settings: use a smaller base_model"
-        )
-        raise InvalidArgument(
-            "config.max_memory_mb",
-            budget_mb,
-            f"training {base.name} with max_length {config.max_length} is estimated to take {_mb(planned.memory_bytes)} MB",
-            suggestions=[advice],
-        )
-
-    def _check_disk(self, config: TrainingConfig, base: Base, found: SourceSummary) -> None:
-        needed = (
-            (4 * base.shape.parameters if base.format == "gguf" else 0)  # the converted base, if not there yet
-            + 16 * lora_parameters(config.rank, base.shape) * 2  # adapter and two checkpoints with optimiser state
-            + 12 * found.estimated_tokens  # the dataset as JSON
-            + MARGIN_BYTES
-        )
-        place = self._paths.root
-        while not place.exists():
-            place = place.parent
-        free = shutil.disk_usage(place).free
-        if free < needed:
-            raise StorageError(
-                f"Not enough disk space for this training: it needs about {_mb(needed)} MB in {self._paths.root}, "
-                f"{_mb(free)} MB are free.",
-                code="disk_full",
-                suggestions=[
-                    "Free some space, or set CODEBASE_GARDENER_DATA_DIR to a larger disk and restart the server"
-                ],
-                details={"needed_bytes": needed, "free_bytes": free, "path": str(self._paths.root)},
-            )
-
-
-def _mb(size: int) -> int:
-    return round(size / (1 << 20))

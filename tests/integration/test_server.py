@@ -51,7 +51,12 @@ async def test_it_lists_its_tools_with_all_that_a_client_needs_to_know(connect: 
             assert tool.input_schema["additionalProperties"] is False
             hints = tool.annotations
             assert hints is not None
-            assert None not in (hints.read_only_hint, hints.destructive_hint, hints.idempotent_hint, hints.open_world_hint)
+            assert None not in (
+                hints.read_only_hint,
+                hints.destructive_hint,
+                hints.idempotent_hint,
+                hints.open_world_hint,
+            )
         assert tools["get_training_status"].annotations.read_only_hint  # type: ignore[union-attr]
         assert not tools["train_adapter"].annotations.read_only_hint  # type: ignore[union-attr]
 
@@ -119,7 +124,11 @@ BAD_INPUT: list[tuple[str, dict[str, Any], list[str]]] = [
     ("train_adapter", {"project_id": "a/b", "training_data": "CODE"}, ["project_id = 'a/b'", "letters, digits"]),
     ("train_adapter", {"project_id": "..", "training_data": "CODE"}, ["project_id = '..'", "letters, digits"]),
     ("train_adapter", {"project_id": "web", "training_data": "CODE", "epochs": 3}, ["epochs", "no such field"]),
-    ("train_adapter", {"project_id": "web", "training_data": "CODE", "config": {"rank": 0}}, ["config.rank = 0", "1 to 512"]),
+    (
+        "train_adapter",
+        {"project_id": "web", "training_data": "CODE", "config": {"rank": 0}},
+        ["config.rank = 0", "1 to 512"],
+    ),
     (
         "train_adapter",
         {"project_id": "web", "training_data": "CODE", "config": {"learnig_rate": 1e-4}},
@@ -238,8 +247,9 @@ def test_the_server_imports_nothing_heavy() -> None:
     script = """
 import sys
 from server.app import build_server
-import peft_core.manager, peft_core.data, peft_core.bases
-build_server()
+from peft_core.config import Settings
+import peft_core.jobs.planning
+build_server(Settings())
 heavy = {"torch", "transformers", "peft", "accelerate", "numpy", "tree_sitter", "detect_secrets", "huggingface_hub"}
 print(sorted(heavy & set(sys.modules)))
 """
@@ -255,6 +265,8 @@ def test_help_and_version_are_for_people() -> None:
 
 def test_a_wrong_setting_is_named_at_the_start() -> None:
     environment = {**os.environ, "CODEBASE_GARDENER_MAX_MEMORY_MB": "lots"}
-    output = subprocess.run([sys.executable, "-m", "server"], env=environment, capture_output=True, text=True, check=False)
+    output = subprocess.run(
+        [sys.executable, "-m", "server"], env=environment, capture_output=True, text=True, check=False
+    )
     assert output.returncode == 2
     assert "CODEBASE_GARDENER_MAX_MEMORY_MB = 'lots'" in output.stderr

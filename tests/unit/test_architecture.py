@@ -54,7 +54,9 @@ def test_dependencies_point_downwards() -> None:
         for module in imports_of(path):
             if module.startswith("peft_core."):
                 assert module.split(".")[1] in allowed, f"{identify(path)} imports {module}"
-            assert room == "server" or module.split(".")[0] not in {"server", "mcp"}, f"{identify(path)} imports {module}"
+            assert room == "server" or module.split(".")[0] not in {"server", "mcp"}, (
+                f"{identify(path)} imports {module}"
+            )
 
 
 def test_only_child_processes_import_what_is_heavy() -> None:

@@ -29,7 +29,13 @@ from tests.factories import make_job
 
 def step(number: int, loss: float = 2.0) -> StepCompleted:
     return StepCompleted(
-        step=number, loss=loss, learning_rate=1e-3, tokens=100 * number, tokens_per_second=50.0, eta_s=1.0, memory_bytes=1
+        step=number,
+        loss=loss,
+        learning_rate=1e-3,
+        tokens=100 * number,
+        tokens_per_second=50.0,
+        eta_s=1.0,
+        memory_bytes=1,
     )
 
 
@@ -91,13 +97,22 @@ def test_a_run_from_queue_to_adapter() -> None:
     )
     assert (job.status, job.step, job.loss, job.held_out_loss) == (Status.IN_PROGRESS, 2, 1.5, 2.5)
     assert progress_percent(job) == 94.0
-    job = after(job, AdapterWritten(metrics=Metrics(adapter_loss=2.0)), JobCompleted(adapter_path="/a", metrics=Metrics()))
+    job = after(
+        job, AdapterWritten(metrics=Metrics(adapter_loss=2.0)), JobCompleted(adapter_path="/a", metrics=Metrics())
+    )
     assert (job.status, job.adapter_path, progress_percent(job)) == (Status.COMPLETED, "/a", 100.0)
 
 
 def test_a_completed_job_stays_completed() -> None:
     job = after(make_job(), JobStarted(), JobCompleted(adapter_path="/a", metrics=Metrics()))
-    for event in (JobStarted(), JobCancelled(), JobFailed(error=PROBLEM), JobInterrupted(reason="x"), JobResumed(), step(1)):
+    for event in (
+        JobStarted(),
+        JobCancelled(),
+        JobFailed(error=PROBLEM),
+        JobInterrupted(reason="x"),
+        JobResumed(),
+        step(1),
+    ):
         with pytest.raises(IllegalTransition, match="completed"):
             apply(job, event, at=2.0)
 

@@ -39,8 +39,12 @@ def test_no_line_is_longer_than_clients_show(tmp_path) -> None:
 @pytest.mark.parametrize("status", list(Status))
 def test_every_status_says_what_to_call_next(status: Status, tmp_path) -> None:
     error = Problem(code="x", message="It broke.", suggestions=("Mend it",)) if status is Status.FAILED else None
-    shown = not_started("web") if status is Status.NOT_STARTED else status_of(
-        make_job(status=status, error=error), 1 if status is Status.QUEUED else None, tmp_path / "train.log"
+    shown = (
+        not_started("web")
+        if status is Status.NOT_STARTED
+        else status_of(
+            make_job(status=status, error=error), 1 if status is Status.QUEUED else None, tmp_path / "train.log"
+        )
     )
     assert "(" in shown.next
     assert "web" in shown.next or "20260101-000000-abcdef" in shown.next

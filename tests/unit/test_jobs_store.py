@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from peft_core.errors import JobNotFound, JobStateError, StorageError
-from peft_core.events import JobCompleted, JobInterrupted, JobResumed, JobStarted, PhaseStarted, RunPlanned, StepCompleted
+from peft_core.events import (
+    JobCompleted,
+    JobInterrupted,
+    JobResumed,
+    JobStarted,
+    PhaseStarted,
+    RunPlanned,
+    StepCompleted,
+)
 from peft_core.jobs.model import IllegalTransition
 from peft_core.jobs.store import Store
 from peft_core.spec import Metrics, Phase, Status

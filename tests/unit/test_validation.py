@@ -29,7 +29,9 @@ from peft_core.validation import describe_schema, parse_config
         ({"lr_scheduler": "square"}, ["one of 'linear', 'cosine', 'constant'"]),
     ],
 )
-def test_each_wrong_setting_is_named_with_its_value_and_what_is_allowed(config: dict[str, Any], expected: list[str]) -> None:
+def test_each_wrong_setting_is_named_with_its_value_and_what_is_allowed(
+    config: dict[str, Any], expected: list[str]
+) -> None:
     with pytest.raises(InvalidArgument) as caught:
         parse_config(config)
     message = str(caught.value)

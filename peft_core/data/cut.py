@@ -1,0 +1,245 @@
+"""Source text to units: functions, classes, methods, and the statements between them.
+
+One algorithm for all languages: lay the children of a node side by side so that they cover its rows, and open those that
+are too long. What differs between languages is a table (`languages.py`). Text that does not parse is cut all the same:
+tree-sitter's error nodes are opened like any other.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING
+
+from peft_core.data.languages import Grammar, Language, is_known
+from peft_core.data.measure import Measure
+from peft_core.data.units import Unit, merged, without_blank_edges
+
+if TYPE_CHECKING:
+    from tree_sitter import Node, Parser
+
+_HEAD_ROWS = 6  # a longer signature is no reminder any more
+_MAX_SCOPES = 8
+_MAX_WRAPPERS = 8
+_LICENCE = re.compile(rb"copyright|licen[cs]e|SPDX-", re.IGNORECASE)
+_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})[ \t]*([\w+#.-]*)")
+_WORST = 1 << 30
+
+
+def cut(lines: Sequence[str], language: Language, measure: Measure) -> list[Unit]:
+    """Units of a file, in order; only what has no members to be opened may be longer than the measure allows."""
+    if language.grammar is not None:
+        units = _syntax(lines, language.grammar, measure)
+    elif language.name == "markdown":
+        units = _fences(lines)
+    else:
+        units = _paragraphs(lines)
+    trimmed = (short for unit in units if (short := without_blank_edges(unit, lines)) is not None)
+    return list(merged(trimmed, measure))
+
+
+def whole(lines: Sequence[str], language: Language, kind: str) -> Unit:
+    """All rows as one unit, with its syntax at hand should it have to be split."""
+    nodes = () if language.grammar is None else (_parsed(lines, language.grammar),)
+    return Unit(kind=kind, start=0, end=len(lines), nodes=nodes)
+
+
+def break_ranks(lines: Sequence[str], unit: Unit, grammar: Grammar | None) -> list[int]:
+    """How bad it is to break a unit before each of its rows: the syntactic depth of what begins there."""
+    indents = [len(line) - len(line.lstrip()) for line in lines[unit.start : unit.end]]
+    if grammar is None or not unit.nodes:
+        return _indent_ranks(lines, unit, indents)
+    ranks = [_WORST] * len(indents)
+    waiting = [(node, 0) for node in unit.nodes]
+    while waiting:
+        node, rank = waiting.pop()
+        row = node.start_point.row - unit.start
+        if 0 <= row < len(ranks) and node.start_point.column <= indents[row]:
+            ranks[row] = min(ranks[row], rank)
+        if node.start_point.row == node.end_point.row:
+            continue
+        led = -1
+        for child in node.named_children:
+            # A break behind a comment or a decorator would part it from what it speaks of.
+            waiting.append((child, rank + (100 if child.start_point.row == led else 1)))
+            led = _end_row(child) if child.type in grammar.leads else -1
+    return ranks
+
+
+def _indent_ranks(lines: Sequence[str], unit: Unit, indents: Sequence[int]) -> list[int]:
+    ranks = []
+    for row, indent in enumerate(indents, unit.start):
+        after_blank = row > 0 and not lines[row - 1].strip()
+        ranks.append(indent + (0 if after_blank else 1_000) if lines[row].strip() else _WORST)
+    return ranks
+
+
+def _syntax(lines: Sequence[str], grammar: Grammar, measure: Measure) -> Iterator[Unit]:
+    root = _parsed(lines, grammar)
+    file = Unit(kind="module", start=0, end=len(lines), loose=True, body=root, nodes=(root,))
+    # A stack, not recursion: classes may be nested deeper than Python's stack allows.
+    waiting = list(reversed(_members(file, grammar)))
+    while waiting:
+        unit = waiting.pop()
+        if unit.body is None or measure.cost(unit.start, unit.end) <= measure.room(unit.scopes):
+            yield unit
+        else:
+            waiting.extend(reversed(_members(unit, grammar)))
+
+
+@dataclass(slots=True)
+class _Group:
+    """Sibling nodes that share rows, or follow a comment that speaks of them."""
+
+    start: int
+    end: int
+    nodes: list[Node]
+    main: Node | None  # None: comments only, so far
+
+
+def _members(parent: Unit, grammar: Grammar) -> list[Unit]:
+    """Units that cover the rows of a parent without gap or overlap."""
+    body = parent.body
+    first_of_file = parent.start == 0 and parent.head is None
+    groups = [] if body is None else _groups(body.named_children, grammar, of_file=first_of_file)
+    if not groups:
+        return [replace(parent, body=None)]
+    inside = parent.scopes if parent.head is None else (*parent.scopes, parent.head)[-_MAX_SCOPES:]
+    units = []
+    if groups[0].start > parent.start:
+        units.append(replace(parent, end=groups[0].start, body=None, loose=True, opening=True))
+    for group, end in zip(groups, [*(group.start for group in groups[1:]), parent.end], strict=True):
+        unit = _unit(group, end, grammar, in_class=parent.kind == "class")
+        if parent.head is not None and group.start < parent.head.stop:  # on the row of its parent's head
+            unit = replace(unit, start=max(unit.start, parent.start), scopes=parent.scopes)
+        else:
+            unit = replace(unit, scopes=inside)
+        units.append(unit)
+    return units
+
+
+def _groups(children: Iterable[Node], grammar: Grammar, *, of_file: bool) -> list[_Group]:
+    groups: list[_Group] = []
+    for child in children:
+        start, end = child.start_point.row, _end_row(child)
+        main = None if child.type in grammar.leads else child
+        last = groups[-1] if groups else None
+        if last is not None and (
+            start < last.end
+            or (last.main is None and start == last.end and not _is_licence(last, main, groups, of_file))
+        ):
+            last.nodes.append(child)
+            last.end = max(last.end, end)
+            last.main = last.main or main
+        else:
+            groups.append(_Group(start, end, [child], main))
+    return groups
+
+
+def _is_licence(group: _Group, follower: Node | None, groups: list[_Group], of_file: bool) -> bool:
+    """A licence at the top of a file stays by itself, so that the copies in other files are seen as copies."""
+    return of_file and len(groups) == 1 and follower is not None and _speaks_of_licence(group)
+
+
+def _speaks_of_licence(group: _Group) -> bool:
+    return group.main is None and any(_LICENCE.search(node.text or b"") for node in group.nodes)
+
+
+def _unit(group: _Group, end: int, grammar: Grammar, *, in_class: bool) -> Unit:
+    rest = Unit(kind="class" if in_class else "module", start=group.start, end=end, nodes=tuple(group.nodes))
+    if group.main is None:
+        return replace(rest, loose=True, alone=not in_class and group.start == 0 and _speaks_of_licence(group))
+    definition = _definition(group.main, grammar)
+    if definition.type in grammar.functions:
+        return replace(rest, kind="method" if in_class else "function", head=_head(definition))
+    if definition.type in grammar.methods:
+        return replace(rest, kind="method", head=_head(definition))
+    if definition.type in grammar.classes:
+        return replace(rest, kind="class", head=_head(definition), body=_body(definition))
+    if definition.type in grammar.scopes or definition.is_error:
+        return replace(rest, loose=True, head=_head(definition), body=_body(definition) or definition)
+    return replace(rest, loose=True)
+
+
+def _definition(node: Node, grammar: Grammar) -> Node:
+    """What is defined behind `export`, decorators, `template <...>` or `const name =`."""
+    meant = grammar.functions | grammar.classes | grammar.scopes | grammar.methods | grammar.wrappers
+    for _ in range(_MAX_WRAPPERS):
+        inner = None
+        if node.type in grammar.wrappers:
+            inner = next((child for child in node.named_children if child.type in meant), None)
+        if inner is None:
+            break
+        node = inner
+    return node
+
+
+def _body(definition: Node) -> Node | None:
+    body = definition.child_by_field_name("body")
+    if body is None and definition.named_children:  # some grammars forget the field
+        last = definition.named_children[-1]
+        body = last if last.type.endswith(("_body", "_list", "block")) else None
+    return body
+
+
+def _head(definition: Node) -> range | None:
+    """Rows from the start of a definition to where its body opens."""
+    body = _body(definition)
+    if body is None:
+        return None
+    first, opens = definition.start_point.row, body.start_point.row
+    end = opens + 1
+    if opens != first and not (body.child_count and body.children[0].type == "{"):
+        before = body.prev_sibling
+        while before is not None and before.type == "comment":
+            before = before.prev_sibling
+        end = opens if before is None else _end_row(before)
+    return range(first, end if end - first <= _HEAD_ROWS else first + 1)
+
+
+def _end_row(node: Node) -> int:
+    """The row behind a node; some nodes hold their line end."""
+    row, column = node.end_point
+    return max(row if column == 0 else row + 1, node.start_point.row + 1)
+
+
+def _paragraphs(lines: Sequence[str]) -> Iterator[Unit]:
+    """Blocks that begin at the left edge, behind a blank row."""
+    start = 0
+    for row in range(1, len(lines)):
+        if not lines[row - 1].strip() and lines[row][:1].strip():
+            yield Unit(kind="block", start=start, end=row)
+            start = row
+    yield Unit(kind="block", start=start, end=len(lines))
+
+
+def _fences(lines: Sequence[str]) -> Iterator[Unit]:
+    """Fenced code blocks of a Markdown text, those whose language is named and known."""
+    start, fence, known = -1, "", False
+    for row, line in enumerate(lines):
+        match = _FENCE.match(line)
+        if match is None:
+            continue
+        mark, label = match.groups()
+        if start < 0:
+            start, fence, known = row, mark, is_known(label)
+        elif mark.startswith(fence) and not label:
+            if known:
+                yield Unit(kind="block", start=start, end=row + 1, alone=True)
+            start = -1
+
+
+def _parsed(lines: Sequence[str], grammar: Grammar) -> Node:
+    return _parser(grammar).parse("".join(lines).encode()).root_node
+
+
+@cache
+def _parser(grammar: Grammar) -> Parser:
+    from tree_sitter import Language as TreeSitterLanguage  # noqa: PLC0415 - loaded by the first file that needs it
+    from tree_sitter import Parser  # noqa: PLC0415
+
+    package = importlib.import_module(grammar.module)
+    return Parser(TreeSitterLanguage(getattr(package, grammar.function)()))

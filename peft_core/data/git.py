@@ -1,0 +1,74 @@
+"""What git knows about a directory, asked without letting the repository run anything.
+
+A repository's own configuration can name programs (fsmonitor, hooks, content filters, transports). It may come from
+anywhere, so each of those is switched off before git looks at a file.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+TIMEOUT_S = 20.0
+_SAFE = (
+    "-c", "core.fsmonitor=false",
+    "-c", "core.hooksPath=/dev/null",
+    "-c", "protocol.allow=never",
+)  # fmt: skip
+
+
+def listed_files(root: Path) -> list[str] | None:
+    """Tracked and new files below root, ignored ones left out; None where git has nothing to say about root."""
+    output = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    if not output:  # no work tree, not to be trusted, too slow, or a directory that is itself ignored
+        return None
+    return sorted({os.fsdecode(name) for name in output.split(b"\0") if name})
+
+
+def state(root: Path) -> tuple[str | None, bool | None]:
+    """Commit of HEAD, and whether anything below root differs from it; None where it cannot be told."""
+    commit = _git(root, "rev-parse", "--verify", "--quiet", "HEAD^{commit}")
+    if not commit:
+        return None, None
+    without_filters = _no_filters(root)
+    if without_filters is None:
+        return commit.decode().strip(), None
+    status = _git(root, *without_filters, "status", "--porcelain", "-z", "--ignore-submodules=all", "--", ".")
+    return commit.decode().strip(), None if status is None else bool(status)
+
+
+def _no_filters(root: Path) -> list[str] | None:
+    """Options that empty every content filter which `status` would otherwise run on changed files."""
+    names = _git(root, "config", "--name-only", "-z", "--get-regexp", r"^filter\.", accept=(0, 1))
+    if names is None:
+        return None
+    options: list[str] = []
+    for name in {os.fsdecode(name) for name in names.split(b"\0") if name}:
+        if "=" in name:  # `-c` could not express it
+            return None
+        value = "false" if name.endswith(".required") else ""
+        options += ["-c", f"{name}={value}"]
+    return options
+
+
+def _git(root: Path, *arguments: str, accept: Sequence[int] = (0,)) -> bytes | None:
+    program = shutil.which("git")
+    if program is None:
+        return None
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment |= {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "GIT_NO_LAZY_FETCH": "1", "LC_ALL": "C"}
+    try:
+        done = subprocess.run(  # noqa: S603 - a fixed program and our own arguments
+            [program, *_SAFE, "-C", os.fspath(root), *arguments],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode in accept else None

@@ -1,0 +1,230 @@
+"""A first look at training data: does it exist, can it be used, how much is it. Nothing is tokenised or written."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from peft_core.data.codec import BYTES_PER_TOKEN, EstimatingCodec
+from peft_core.data.examples import from_file, unchanged
+from peft_core.data.records import FORMS, Form, Record, read_inline, read_jsonl
+from peft_core.data.split import MIN_EXAMPLES, MIN_FILES, Key, digest, usable
+from peft_core.data.walk import File, walk
+from peft_core.errors import DataError, InvalidArgument
+from peft_core.spec import SourceSummary
+
+MAX_JSONL_BYTES = 1_000_000_000
+ALLOWED = "a repository directory, a .jsonl file, or a list of records"
+# Files that are cut to see whether there is enough; a source that is still in doubt then is decided by its preparation.
+_PROBE_FILES = 300
+_PROBE_BYTES = 1_500_000
+_PROBE_SMALLEST = 400  # bytes; below it lie the empty __init__.py of this world
+_MARKDOWN_CODE = 0.2  # share of a Markdown file that is fenced code
+
+
+def inspect(
+    training_data: str | os.PathLike[str] | Sequence[Mapping[str, Any]],
+    *,
+    held_out_fraction: float,
+    max_length: int = 512,
+) -> SourceSummary:
+    """What a data source holds.
+
+    Raises:
+        InvalidArgument: nothing there, not readable, or neither a directory nor a .jsonl file.
+        DataError: 'training_data_empty', 'no_code', 'too_few_examples', 'broken_record', 'mixed_formats', 'too_large'.
+    """
+    if not 0 < held_out_fraction < 1:
+        raise InvalidArgument("held_out_fraction", held_out_fraction, "it must lie between 0 and 1")
+    if not isinstance(training_data, (str, os.PathLike)):
+        if not training_data:
+            raise DataError(
+                "training_data is an empty list.",
+                code="training_data_empty",
+                suggestions=(f"Give at least {MIN_EXAMPLES} records, or the path of a repository.",),
+            )
+        return _records("records", None, read_inline(training_data), max_length)
+    kind, path = _locate(os.fspath(training_data))
+    if kind == "repository":
+        return _repository(path, max_length)
+    return _records("jsonl", path, read_jsonl(path), max_length)
+
+
+def require_enough(keys: Sequence[Key], left_out: Mapping[str, int], where: str) -> None:
+    """Refuse what cannot be split into a part to train on and a part to measure on.
+
+    Raises:
+        DataError: 'too_few_examples', with the figures.
+    """
+    examples, files = usable(keys)
+    if examples >= MIN_EXAMPLES and files >= MIN_FILES:
+        return
+    raise DataError(
+        f"{where} gives {_many(examples, 'distinct example')} in {_many(files, 'file or record', 'files or records')}; "
+        f"at least {MIN_EXAMPLES} examples in {MIN_FILES} are needed, one to train on and one to measure on. "
+        f"Left out: {in_words(left_out)}.",
+        code="too_few_examples",
+        suggestions=("Give more code: a directory further up, or the whole repository",),
+        details={"examples": examples, "files": files, "left_out": dict(left_out)},
+    )
+
+
+def in_words(left_out: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items())) or "nothing"
+
+
+def _locate(given: str) -> tuple[Literal["repository", "jsonl"], Path]:
+    path, status = _found(given)
+    if stat.S_ISDIR(status.st_mode):
+        if not os.access(path, os.R_OK | os.X_OK):
+            _refuse(given, "the directory cannot be read by this user")
+        return "repository", path
+    if not stat.S_ISREG(status.st_mode):
+        _refuse(given, f"it is neither a directory nor a regular file; it must be {ALLOWED}")
+    if path.suffix.lower() not in (".jsonl", ".ndjson"):
+        _refuse(
+            given,
+            f"it is a file of another kind; a file must be .jsonl, code is given as a directory ({ALLOWED})",
+            f"Give the directory of the repository, such as {path.parent}",
+            f"Write the data as .jsonl, one JSON object a line: {Form.TEXT}",
+        )
+    if not os.access(path, os.R_OK):
+        _refuse(given, "the file cannot be read by this user")
+    if status.st_size > MAX_JSONL_BYTES:
+        raise DataError(
+            f"{path} has {status.st_size / 1e9:.1f} GB; a .jsonl file may have {MAX_JSONL_BYTES / 1e9:.0f} GB.",
+            code="too_large",
+            suggestions=("Give a part of it: a LoRA adapter learns from thousands of examples, not from millions",),
+        )
+    return "jsonl", path
+
+
+def _found(given: str) -> tuple[Path, os.stat_result]:
+    if given.lstrip()[:1] in ("[", "{"):
+        _refuse(given, "records are given as a list, not as a text that holds one")
+    if not given.strip() or "\0" in given:
+        _refuse(given, f"it must be {ALLOWED}")
+    try:
+        path = Path(given).expanduser().absolute()
+    except RuntimeError:
+        _refuse(given, "that user has no home directory here; give an absolute path")
+    try:
+        return path, path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        _refuse(given, f"there is no such file or directory; it must be {ALLOWED}", *_similar(path))
+    except (OSError, ValueError) as error:
+        _refuse(given, f"it cannot be read ({getattr(error, 'strerror', None) or error})")
+
+
+def _refuse(given: str, allowed: str, *suggestions: str) -> NoReturn:
+    raise InvalidArgument("training_data", given, allowed, suggestions=suggestions)
+
+
+def _similar(path: Path) -> list[str]:
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return ["Give an absolute path"]
+    close = difflib.get_close_matches(path.name, names[:5_000], n=1)
+    return [f"Did you mean {path.parent / close[0]}?"] if close else ["Give an absolute path"]
+
+
+def _repository(root: Path, max_length: int) -> SourceSummary:
+    tree = walk(root)
+    if not tree.files:
+        raise DataError(
+            f"{root} holds no file with code. Left out: {in_words(tree.left_out)}.",
+            code="no_code",
+            suggestions=(
+                "Give the directory that holds the source files",
+                f"For data that is not code, give a .jsonl file, {FORMS}",
+            ),
+            details={"left_out": dict(tree.left_out)},
+        )
+    _probe(tree.files, tree.left_out, root, max_length)
+    size = sum(file.size * (_MARKDOWN_CODE if file.language.name == "markdown" else 1) for file in tree.files)
+    return SourceSummary(
+        kind="repository",
+        path=root,
+        files=len(tree.files),
+        examples=None,
+        estimated_tokens=round(size / BYTES_PER_TOKEN),
+        languages=dict(Counter(file.language.name for file in tree.files).most_common()),
+        left_out=dict(tree.left_out),
+    )
+
+
+def _probe(files: Sequence[File], left_out: Counter[str], root: Path, max_length: int) -> None:
+    """Cut files until there is certainly enough; refuse only when all of them were cut and it is not."""
+    keys: list[Key] = []
+    missed = Counter(left_out)
+    codec = EstimatingCodec()
+    cut_bytes = 0
+    for number, file in enumerate(sorted(files, key=lambda file: (file.size < _PROBE_SMALLEST, file.size, file.name))):
+        if number >= _PROBE_FILES or cut_bytes > _PROBE_BYTES:
+            return
+        result = from_file(file, codec=codec, max_length=max_length, redact=unchanged)
+        cut_bytes += file.size
+        missed.update(result.left_out)
+        keys += [Key(example.path, digest(example.segments[-1].text), example.tokens) for example in result.examples]
+        if len(keys) >= MIN_EXAMPLES:
+            examples, sources = usable(keys)
+            if examples >= MIN_EXAMPLES and sources >= MIN_FILES:
+                return
+    require_enough(keys, missed, str(root))
+
+
+def _records(
+    kind: Literal["jsonl", "records"], path: Path | None, records: Iterable[Record], max_length: int
+) -> SourceSummary:
+    count = characters = 0
+    form: Form | None = None
+    languages: Counter[str] = Counter()
+    files: set[str] = set()
+    keys: list[Key] = []
+    for record in records:
+        count += 1
+        form = record.form
+        characters += len(record.content.encode())
+        file = record.path or record.name
+        if file not in files:
+            files.add(file)
+            languages[record.language] += 1
+        if len(keys) < 50 * MIN_EXAMPLES:  # enough to see that there is enough
+            keys += _expected(record, file, max_length)
+    where = str(path or "training_data")
+    if form is None:
+        raise DataError(
+            f"{where} holds no record.",
+            code="training_data_empty",
+            suggestions=(f"Give at least {MIN_EXAMPLES} records, each {FORMS}",),
+        )
+    require_enough(keys, {}, where)
+    return SourceSummary(
+        kind=kind,
+        path=path,
+        files=len(files),
+        examples=count,
+        estimated_tokens=round(characters / BYTES_PER_TOKEN),
+        languages=dict(languages.most_common()),
+        left_out={},
+        needs_chat_template=form is Form.MESSAGES,
+    )
+
+
+def _expected(record: Record, file: str, max_length: int) -> list[Key]:
+    """The examples a record will become: one, or as many as a long text is split into."""
+    whole = digest(record.content)
+    parts = 1
+    if record.form in (Form.TEXT, Form.CHUNK):
+        parts = min(MIN_EXAMPLES, 1 + int(len(record.content) / BYTES_PER_TOKEN / max_length))
+    return [Key(file, whole + bytes([part]), 1) for part in range(parts)]
+
+
+def _many(count: int, one: str, several: str = "") -> str:
+    return f"{count} {one if count == 1 else several or one + 's'}"

@@ -1,0 +1,179 @@
+"""Files of a repository that may hold code, and the count of what was left out by name, size and type.
+
+Where git knows the directory, git's list is the list. Elsewhere the directories are walked, `.gitignore` files obeyed,
+and a directory that is not entered counts as one thing left out, for counting its files would mean entering it.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peft_core.data import git
+from peft_core.data.classify import Reason, classify, classify_directory
+from peft_core.data.languages import Language
+from peft_core.errors import DataError
+
+if TYPE_CHECKING:  # pathspec takes 100 ms to import, and only directories without git need it
+    from pathspec import GitIgnoreSpec
+
+    Rules = tuple[tuple[str, GitIgnoreSpec], ...]  # directory and its .gitignore, outermost first
+
+MAX_FILE_BYTES = 1_000_000
+MAX_ENTRIES = 500_000
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    path: Path
+    name: str  # relative to the root, '/' between parts; may hold any character a file name can
+    language: Language
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    files: list[File]  # by name
+    left_out: Counter[str]
+    by_git: bool
+
+
+def walk(root: Path) -> Tree:
+    """Every file below root that may hold code.
+
+    Raises:
+        DataError: there are more entries than a code base has.
+    """
+    left_out: Counter[str] = Counter()
+    names = git.listed_files(root)
+    found = _listed(root, names, left_out) if names is not None else _scanned(root, left_out)
+    files = sorted(found, key=lambda file: file.name)
+    return Tree(files=files, left_out=left_out, by_git=names is not None)
+
+
+def _listed(root: Path, names: list[str], left_out: Counter[str]) -> Iterator[File]:
+    if len(names) > MAX_ENTRIES:
+        raise _too_many(root)
+    for name in names:
+        *directories, last = name.split("/")
+        reason = next((reason for part in directories if (reason := classify_directory(part, by_git=True))), None)
+        verdict = reason or classify(last)
+        if isinstance(verdict, Reason):
+            left_out[verdict] += 1
+            continue
+        path = root / name
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            left_out[Reason.CHANGED] += 1  # tracked, and deleted in the work tree
+            continue
+        except OSError:
+            left_out[Reason.UNREADABLE] += 1
+            continue
+        if stat.S_ISDIR(status.st_mode):
+            left_out[Reason.VENDORED] += 1  # a submodule or a repository inside: someone else's code
+            continue
+        if trouble := _trouble(status):
+            left_out[trouble] += 1
+            continue
+        yield File(path=path, name=name, language=verdict, size=status.st_size)
+
+
+def _scanned(root: Path, left_out: Counter[str]) -> Iterator[File]:
+    seen = 0
+    waiting: list[tuple[str, Rules]] = [("", ())]
+    while waiting:
+        directory, rules = waiting.pop()
+        try:
+            with os.scandir(root / directory) as listing:
+                entries = list(listing)
+        except OSError:
+            left_out[Reason.UNREADABLE] += 1
+            continue
+        seen += len(entries)
+        if seen > MAX_ENTRIES:
+            raise _too_many(root)
+        names = {entry.name for entry in entries}
+        if "pyvenv.cfg" in names:  # a virtual environment under whatever name
+            left_out[Reason.VENDORED] += 1
+            continue
+        if ".gitignore" in names:
+            rules = (*rules, (directory, _ignore_rules(root / directory / ".gitignore")))
+        for entry in entries:
+            found = _scanned_entry(entry, f"{directory}{entry.name}", rules)
+            if isinstance(found, File):
+                yield found
+            elif isinstance(found, Reason):
+                left_out[found] += 1
+            else:
+                waiting.append((found, rules))
+
+
+def _scanned_entry(entry: os.DirEntry[str], name: str, rules: Rules) -> File | Reason | str:
+    """A file to read, a directory to enter (its name with a '/'), or the reason to do neither."""
+    if entry.is_symlink():
+        return Reason.SYMLINK
+    if not entry.is_dir(follow_symlinks=False):
+        return _scanned_file(entry, name, rules)
+    directory = f"{name}/"
+    reason = classify_directory(entry.name, by_git=False)
+    return reason or (Reason.IGNORED if _is_ignored(directory, rules) else directory)
+
+
+def _scanned_file(entry: os.DirEntry[str], name: str, rules: Rules) -> File | Reason:
+    verdict = classify(entry.name)
+    if isinstance(verdict, Reason):
+        return verdict
+    if _is_ignored(name, rules):
+        return Reason.IGNORED
+    try:
+        status = entry.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return Reason.CHANGED
+    except OSError:
+        return Reason.UNREADABLE
+    return _trouble(status) or File(path=Path(entry.path), name=name, language=verdict, size=status.st_size)
+
+
+def _trouble(status: os.stat_result) -> Reason | None:
+    if stat.S_ISLNK(status.st_mode):
+        return Reason.SYMLINK
+    if not stat.S_ISREG(status.st_mode):
+        return Reason.SPECIAL
+    if status.st_size == 0:
+        return Reason.EMPTY
+    return Reason.TOO_LARGE if status.st_size > MAX_FILE_BYTES else None
+
+
+def _ignore_rules(path: Path) -> GitIgnoreSpec:
+    from pathspec import GitIgnoreSpec  # noqa: PLC0415 - slow to import, rarely needed
+
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as stream:
+            lines = stream.read(MAX_FILE_BYTES).decode("utf-8", "replace").splitlines()
+        return GitIgnoreSpec.from_lines(lines)
+    except (OSError, ValueError):  # git, too, goes on without a file it cannot read
+        return GitIgnoreSpec.from_lines([])
+
+
+def _is_ignored(name: str, rules: Rules) -> bool:
+    """The deepest `.gitignore` that says anything about the name decides, as in git."""
+    for directory, spec in reversed(rules):
+        decision = spec.check_file(name[len(directory) :]).include
+        if decision is not None:
+            return decision
+    return False
+
+
+def _too_many(root: Path) -> DataError:
+    return DataError(
+        f"{root} holds more than {MAX_ENTRIES} files, which is not one code base.",
+        code="too_many_files",
+        suggestions=("Give the directory of one project as training_data.",),
+    )

@@ -1,0 +1,124 @@
+"""From what was asked for to what will be done: base found, data inspected, time and memory estimated, limits checked.
+
+Everything that can be refused without a model is refused here, before there is a job.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft_core.bases import resolve
+from peft_core.config import Settings
+from peft_core.data.records import write_records
+from peft_core.data.source import inspect
+from peft_core.errors import InvalidArgument, StorageError
+from peft_core.estimate import estimate, expected_device, lora_parameters, smallest_memory_bytes
+from peft_core.jobs.model import JobRequest
+from peft_core.jobs.store import unwritable
+from peft_core.spec import Base, Estimate, SourceSummary, TrainingConfig
+
+MARGIN_BYTES = 200 << 20  # disk space that is left to others
+
+TrainingData = str | Sequence[Mapping[str, Any]]
+
+
+def plan(
+    training_data: TrainingData,
+    config: TrainingConfig,
+    settings: Settings,
+    measured_speed: Callable[[Base, str], float | None],
+) -> JobRequest:
+    """The resolved request. `measured_speed(base, device)`: tokens per second of an earlier run, where there was one.
+
+    Raises:
+        InvalidArgument, DataError, BaseModelError, StorageError: it cannot be done, and why.
+    """
+    device = _device(config)
+    base = resolve(config.base_model, settings)
+    found = inspect(training_data, held_out_fraction=config.held_out_fraction, max_length=config.max_length)
+    if found.needs_chat_template and not base.has_chat_template:
+        raise InvalidArgument(
+            "training_data",
+            "records with messages",
+            f"the base {base.name} has no chat template, so conversations cannot be written in its form",
+            suggestions=["Use an instruct model as base_model, or records of the form {prompt, completion}"],
+        )
+    planned = estimate(config, base.shape, found, device, measured_speed(base, device))
+    _check_memory(config, base, device, planned, config.max_memory_mb or settings.max_memory_mb)
+    _check_disk(config, base, found, settings.data_dir)
+    return JobRequest(
+        source=found.path or Path(),
+        source_kind=found.kind,
+        config=config,
+        base=base,
+        found=found,
+        device=device,
+        estimate=planned,
+    )
+
+
+def write_source(request: JobRequest, training_data: TrainingData, records: Path) -> JobRequest:
+    """Give inline records a file, so that the job can be run by another process, and again."""
+    if isinstance(training_data, str):
+        return request
+    try:
+        records.parent.mkdir(parents=True)
+        write_records(training_data, records)
+    except OSError as error:
+        raise unwritable(records.parent, error) from error
+    return request.model_copy(update={"source": records})
+
+
+def _device(config: TrainingConfig) -> str:
+    if config.device == "mps" and sys.platform != "darwin":
+        raise InvalidArgument(
+            "config.device", "mps", "MPS is there on Apple silicon only; allowed here: auto, cuda, cpu"
+        )
+    if config.device == "cuda" and sys.platform == "darwin":
+        raise InvalidArgument("config.device", "cuda", "there is no CUDA on macOS; allowed here: auto, mps, cpu")
+    return expected_device(config.device)
+
+
+def _check_memory(config: TrainingConfig, base: Base, device: str, planned: Estimate, budget_mb: int | None) -> None:
+    if budget_mb is None or planned.memory_bytes <= budget_mb << 20:
+        return
+    smallest = smallest_memory_bytes(base.shape, device)
+    advice = (
+        f"Allow at least {_mb(planned.memory_bytes)} MB, or lower max_length"
+        if smallest <= budget_mb << 20
+        else f"Training {base.name} takes at least {_mb(smallest)} MB whatever the settings: use a smaller base_model"
+    )
+    raise InvalidArgument(
+        "config.max_memory_mb",
+        budget_mb,
+        f"training {base.name} with max_length {config.max_length} is estimated to take {_mb(planned.memory_bytes)} MB",
+        suggestions=[advice],
+    )
+
+
+def _check_disk(config: TrainingConfig, base: Base, found: SourceSummary, data_dir: Path) -> None:
+    needed = (
+        (4 * base.shape.parameters if base.format == "gguf" else 0)  # the converted base, if not there yet
+        + 16 * lora_parameters(config.rank, base.shape) * 2  # adapter and two checkpoints with optimiser state
+        + 12 * found.estimated_tokens  # the dataset as JSON
+        + MARGIN_BYTES
+    )
+    place = data_dir
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise StorageError(
+            f"Not enough disk space for this training: it needs about {_mb(needed)} MB in {data_dir}, {_mb(free)} MB are free.",
+            code="disk_full",
+            suggestions=["Free some space, or set CODEBASE_GARDENER_DATA_DIR to a larger disk and restart the server"],
+            details={"needed_bytes": needed, "free_bytes": free, "path": str(data_dir)},
+        )
+
+
+def _mb(size: int) -> int:
+    return round(size / (1 << 20))

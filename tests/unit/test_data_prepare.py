@@ -1,0 +1,367 @@
+"""Source to dataset: what is held out, what never enters, and what is recorded about it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_core.data import PreparedDataset, inspect, prepare, read_examples, write_records
+from peft_core.data.secret_scan import redacted
+from peft_core.data.split import HELD_OUT_MAX_EXAMPLES, Key, split, usable
+from peft_core.data.units import rows
+from peft_core.errors import DataError
+from peft_core.spec import Example, Segment
+
+
+class Words:
+    def count(self, texts: Sequence[str]) -> list[int]:
+        return [len(re.findall(r"\w+|[^\w\s]|\s+", text)) for text in texts]
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[Segment, ...]:
+        return tuple(Segment(text=message["content"], learn=message["role"] == "assistant") for message in messages)
+
+
+def function(name: str, number: int) -> str:
+    return f"def {name}_{number}(total):\n    for index in range(10):\n        total += index * {number}\n    return total\n"
+
+
+def repository(root: Path, files: int = 10, functions: int = 20) -> Path:
+    for number in range(files):
+        path = root / f"module_{number}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n\n".join(function(f"work_{number}", n) for n in range(functions)))
+    return root
+
+
+def build(
+    source: Path,
+    directory: Path,
+    kind: Literal["repository", "jsonl", "records"] = "repository",
+    *,
+    fraction: float = 0.2,
+    said: list[str] | None = None,
+) -> PreparedDataset:
+    return prepare(
+        source=source,
+        source_kind=kind,
+        directory=directory,
+        codec=Words(),
+        max_length=128,
+        held_out_fraction=fraction,
+        seed=0,
+        report=(said if said is not None else []).append,
+    )
+
+
+def both(directory: Path) -> list[Example]:
+    return read_examples(directory / "train.jsonl") + read_examples(directory / "held_out.jsonl")
+
+
+def manifest(directory: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((directory / "manifest.json").read_text())
+    return loaded
+
+
+def test_a_repository_becomes_two_files_and_a_manifest(tmp_path: Path):
+    said: list[str] = []
+    done = build(repository(tmp_path / "r"), tmp_path / "out", said=said)
+    train, held_out = (read_examples(tmp_path / "out" / f"{name}.jsonl") for name in ("train", "held_out"))
+    assert (done.summary.train_examples, done.summary.held_out_examples) == (len(train), len(held_out))
+    assert done.summary.train_tokens == sum(example.tokens for example in train)
+    assert all(0 < example.tokens <= 128 for example in train + held_out)
+    assert {e.path for e in train}.isdisjoint({e.path for e in held_out})
+    assert done.languages == {"python": 10}
+    assert said[0] == "0 of 10 files"
+    found = manifest(tmp_path / "out")
+    assert found["held_out_files"] == sorted({example.path for example in held_out})
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "held_out.jsonl",
+        "manifest.json",
+        "train.jsonl",
+    ]
+
+
+def test_what_inspect_accepts_prepare_accepts(tmp_path: Path):
+    root = repository(tmp_path / "r", files=2, functions=40)
+    inspect(str(root), held_out_fraction=0.2)
+    assert build(root, tmp_path / "out").summary.files == 2
+
+
+def test_the_same_source_gives_the_same_dataset_wherever_it_lies(tmp_path: Path):
+    first = build(repository(tmp_path / "a"), tmp_path / "out1")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert build(tmp_path / "b", tmp_path / "out2").summary.sha256 == first.summary.sha256
+    (tmp_path / "b" / "module_0.py").write_text(function("other", 1))
+    assert build(tmp_path / "b", tmp_path / "out3").summary.sha256 != first.summary.sha256
+
+
+def test_a_resumed_job_trains_on_what_it_began_with(tmp_path: Path):
+    first = build(repository(tmp_path / "r"), tmp_path / "out")
+    shutil.rmtree(tmp_path / "r")
+    assert build(tmp_path / "r", tmp_path / "out") == first
+    with pytest.raises(DataError, match="not there any more"):
+        build(tmp_path / "r", tmp_path / "out", fraction=0.3)
+
+
+def test_a_dataset_that_was_not_finished_is_made_again(tmp_path: Path):
+    first = build(repository(tmp_path / "r"), tmp_path / "out")
+    (tmp_path / "out" / "manifest.json").write_text('{"schema": 1')
+    (tmp_path / "out" / "train.jsonl").write_text("")
+    assert build(tmp_path / "r", tmp_path / "out") == first
+
+
+def test_a_report_that_raises_stops_the_work_and_leaves_no_spool(tmp_path: Path):
+    def stop(_: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source=repository(tmp_path / "r"), source_kind="repository", directory=tmp_path / "out", codec=Words(),
+                max_length=128, held_out_fraction=0.1, seed=0, report=stop)  # fmt: skip
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_commit_and_dirtiness_of_a_git_repository_are_recorded(tmp_path: Path):
+    root = repository(tmp_path / "r")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false", "-C", root]
+    for arguments in (["init"], ["add", "."], ["commit", "-m", "one"]):
+        subprocess.run([*git, *arguments], check=True, capture_output=True)
+    clean = build(root, tmp_path / "out1")
+    assert re.fullmatch(r"[0-9a-f]{40}", clean.repository_commit or "")
+    assert clean.repository_dirty is False
+    (root / "new.py").write_text(function("new", 1))
+    assert build(root, tmp_path / "out2").repository_dirty is True
+
+
+def test_copies_are_trained_on_once_and_never_measured_on(tmp_path: Path):
+    root = repository(tmp_path / "r")
+    for number in range(5):
+        shutil.copy(root / "module_0.py", root / f"copy_{number}.py")
+    done = build(root, tmp_path / "out")
+    bodies = [" ".join(example.segments[-1].text.split()) for example in both(tmp_path / "out")]
+    assert len(bodies) == len(set(bodies))
+    assert done.summary.left_out["duplicate"] > 0
+
+
+def test_too_little_that_is_different_is_refused_with_figures(tmp_path: Path):
+    root = repository(tmp_path / "r", files=1)
+    shutil.copy(root / "module_0.py", root / "module_1.py")
+    with pytest.raises(DataError, match="in 0 files") as caught:
+        build(root, tmp_path / "out")
+    assert caught.value.code == "too_few_examples"
+
+
+def test_tiny_leftovers_are_counted(tmp_path: Path):
+    root = repository(tmp_path / "r")
+    (root / "tiny.py").write_text("x = 1\n")
+    assert build(root, tmp_path / "out").summary.left_out["tiny"] == 1
+
+
+# --- records -------------------------------------------------------------------------------------------------------
+
+
+def records_file(tmp_path: Path, records: Sequence[Mapping[str, Any]]) -> Path:
+    path = tmp_path / "records.jsonl"
+    write_records(records, path)
+    return path
+
+
+def test_a_prompt_is_given_and_a_completion_is_learned(tmp_path: Path):
+    path = records_file(tmp_path, [{"prompt": f"double {n}: ", "completion": f"it is {2 * n}"} for n in range(20)])
+    build(path, tmp_path / "out", "records")
+    example = next(e for e in both(tmp_path / "out") if e.path == "record 3")
+    assert example.segments == (Segment(text="double 2: ", learn=False), Segment(text="it is 4"))
+    assert example.tokens == sum(Words().count(["double 2: ", "it is 4"])) + 1
+
+
+def test_conversations_are_rendered_by_the_codec(tmp_path: Path):
+    records = [
+        {"messages": [{"role": "user", "content": f"q {n}"}, {"role": "assistant", "content": f"a {n}"}]}
+        for n in range(20)
+    ]
+    build(records_file(tmp_path, records), tmp_path / "out", "jsonl")
+    assert next(e for e in both(tmp_path / "out") if e.path == "line 5").segments[-1] == Segment(text="a 4")
+
+
+def test_a_pair_that_is_too_long_is_left_out_whole_and_a_text_is_split(tmp_path: Path):
+    long = " ".join(f"word{n}" for n in range(500))
+    pairs = [{"prompt": f"p {n}", "completion": f"c {n}"} for n in range(20)]
+    done = build(records_file(tmp_path, [*pairs, {"prompt": "p", "completion": long}]), tmp_path / "out1", "records")
+    assert done.summary.left_out == {"too_long": 1}
+    texts = [{"text": f"some text {n}"} for n in range(20)]
+    build(records_file(tmp_path, [*texts, {"text": long}]), tmp_path / "out2", "records")
+    parts = [example for example in both(tmp_path / "out2") if example.path == "record 21"]
+    assert len(parts) > 5
+    assert "".join(example.text for example in parts) == long
+
+
+def test_chunks_get_their_path_but_never_the_home_directory_before_it(tmp_path: Path):
+    records = [
+        {"content": f"fn f{n}() {{ body({n}); }}", "language": "rust", "chunk_type": "function", "start_line": 10,
+         "file_path": f"/home/alice/project/src/{'a' if n % 2 else 'b/c'}.rs"}
+        for n in range(20)
+    ]  # fmt: skip
+    build(records_file(tmp_path, records), tmp_path / "out", "records")
+    examples = both(tmp_path / "out")
+    assert {example.segments[0].text for example in examples} == {"// a.rs\n", "// b/c.rs\n"}
+    assert {(example.kind, example.language, example.start_line) for example in examples} == {("function", "rust", 10)}
+
+
+# --- the split -----------------------------------------------------------------------------------------------------
+
+KEYS = st.lists(
+    st.builds(Key, st.sampled_from("abcdefghij"), st.binary(min_size=1, max_size=1), st.integers(1, 500)), max_size=80
+)
+
+
+@given(keys=KEYS, seed=st.integers(0, 99), fraction=st.floats(0.02, 0.5))
+def test_files_are_on_one_side_copies_on_none_and_both_sides_are_filled(keys: list[Key], seed: int, fraction: float):
+    parts = split(keys, held_out_fraction=fraction, seed=seed)
+    kept = [*parts.train, *parts.held_out]
+    assert len(set(kept)) == len(kept) == len({key.digest for key in keys}) == len(keys) - parts.duplicates
+    assert {keys[n].file for n in parts.train}.isdisjoint({keys[n].file for n in parts.held_out})
+    if usable(keys)[1] >= 2:
+        assert parts.train
+        assert parts.held_out
+
+
+@given(keys=KEYS, seed=st.integers(0, 99))
+def test_the_split_does_not_depend_on_the_order(keys: list[Key], seed: int):
+    shuffled = keys.copy()
+    random.Random(seed).shuffle(shuffled)  # noqa: S311 - no cryptography here
+    first, second = (split(order, held_out_fraction=0.2, seed=seed).held_out_files for order in (keys, shuffled))
+    assert first == second
+
+
+def many(files: int, examples: int, tokens: int = 100) -> list[Key]:
+    return [
+        Key(f"f{f}", hashlib.sha256(f"{f} {e}".encode()).digest(), tokens)
+        for f in range(files)
+        for e in range(examples)
+    ]
+
+
+def test_about_the_fraction_asked_for_is_held_out():
+    for seed in range(20):
+        assert 0.08 <= len(split(many(60, 10), held_out_fraction=0.1, seed=seed).held_out) / 600 <= 0.13
+
+
+def test_a_file_more_does_not_reshuffle_the_others():
+    for seed in range(20):
+        before = set(split(many(100, 5), held_out_fraction=0.1, seed=seed).held_out_files)
+        after = set(split(many(101, 5), held_out_fraction=0.1, seed=seed).held_out_files)
+        assert len(before - after) <= 1
+
+
+def test_measuring_stays_cheap_however_large_the_source_is():
+    assert len(split(many(5_000, 5), held_out_fraction=0.1, seed=0).held_out) <= HELD_OUT_MAX_EXAMPLES * 1.25
+
+
+def test_another_seed_holds_out_other_files():
+    assert len({tuple(split(many(50, 5), held_out_fraction=0.1, seed=seed).held_out_files) for seed in range(10)}) > 5
+
+
+# --- secrets -------------------------------------------------------------------------------------------------------
+
+# Put together here so that no scanner takes this file for a leak.
+RANDOM = "q7Rk2ZpX9vLw4TnB8sYd1HfC6mJgA3eU5oQi"
+SECRETS = {
+    "aws": "AKIA" + "IOSFODNN7QXYZABC",
+    "github": "ghp_" + RANDOM,
+    "github fine": "github_pat_" + RANDOM,
+    "gitlab": "glpat-" + RANDOM[:20],
+    "slack": "xoxb-" + "123456789012-123456789012-" + RANDOM[:24].lower(),
+    "stripe": "sk_live_" + RANDOM[:24],
+    "openai": "sk-proj-" + RANDOM,
+    "anthropic": "sk-ant-" + "api03-" + RANDOM,
+    "hugging face": "hf_" + RANDOM,
+    "google": "AIza" + (RANDOM + RANDOM)[:35],
+    "npm": "npm_" + RANDOM,
+    "pypi": "pypi-" + "AgEIcHlwaS5vcmc" + RANDOM * 3,
+    "sendgrid": "SG." + RANDOM[:22] + "." + (RANDOM * 2)[:43],
+    "telegram": "123456789:AA" + RANDOM[:33],
+    "jwt": "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0." + RANDOM,
+    "basic auth": "https://admin:" + RANDOM[:12] + "@db.internal/x",
+    "assignment": 'DB_PASSWORD = "' + RANDOM[:24] + '"',
+}
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secret_never_reaches_the_dataset(tmp_path: Path, name: str):
+    root = repository(tmp_path / "r")
+    value = SECRETS[name]
+    literal = value if name == "assignment" else f'x = "{value}"'
+    (root / "leak.py").write_text(f"import os\n\n\nclass Client:\n    {literal}\n\n    {function('a', 1)}\n# {value}\n")
+    done = build(root, tmp_path / "out")
+    written = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir())
+    assert value.encode() not in written
+    assert RANDOM[:12].encode() not in written
+    assert done.summary.secrets_removed == 2
+    assert [(found["file"], found["line"]) for found in manifest(tmp_path / "out")["secrets"]] == [
+        ("leak.py", 5),
+        ("leak.py", 12),
+    ]
+    assert any("class Client" in example.text for example in both(tmp_path / "out")), "the code around it is kept"
+
+
+def test_no_line_of_a_private_key_reaches_the_dataset(tmp_path: Path):
+    root = repository(tmp_path / "r")
+    body = "\n".join((RANDOM * 2)[:64] for _ in range(20))
+    key = "-----BEGIN RSA PRIVATE " + f"KEY-----\n{body}\n-----END RSA PRIVATE " + "KEY-----"
+    (root / "leak.py").write_text(f'KEY = """{key}"""\n\n\n{function("after", 1)}')
+    build(root, tmp_path / "out")
+    assert all(RANDOM not in example.text for example in both(tmp_path / "out"))
+    assert any("def after_1" in example.text for example in both(tmp_path / "out"))
+
+
+def test_a_file_whose_name_is_a_secret_is_left_out_and_not_named(tmp_path: Path):
+    root = repository(tmp_path / "r")
+    (root / f"{SECRETS['hugging face']}.py").write_text(function("a", 1))
+    done = build(root, tmp_path / "out")
+    assert done.summary.left_out["secret"] == 1
+    assert all(RANDOM.encode() not in path.read_bytes() for path in (tmp_path / "out").iterdir())
+
+
+def test_a_pair_with_a_secret_is_left_out_whole(tmp_path: Path):
+    pairs = [{"prompt": f"p {n}", "completion": f"c {n}"} for n in range(20)]
+    leak = {"prompt": "token?", "completion": SECRETS["github"]}
+    done = build(records_file(tmp_path, [*pairs, leak]), tmp_path / "out", "records")
+    assert (done.summary.left_out, done.summary.secrets_removed) == ({"secret": 1}, 1)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'password = "correct horse battery staple"',
+        'token_url = "https://example.com/oauth2/token"',
+        'SECRET_KEY_NAME = "application-secret-key-name"',
+        'password = os.environ["DATABASE_PASSWORD"]',
+        'api_key = "your-api-key-goes-here-1234"',
+        'url = f"postgres://{user}:{password}@{host}/db"',
+        '"http://user:password@proxy.example.com:3128/"',
+        "sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+        'task-id = "task-management-system-for-teams"',
+        'key = "abcdefghijklmnopqrstuvwxyz0123456789"',
+    ],
+)
+def test_code_that_only_talks_about_secrets_is_kept(line: str):
+    assert redacted([f"{line}\n"])[1] == []
+
+
+@given(st.lists(st.sampled_from([*SECRETS.values(), "x = 1", "", "# text"]), max_size=12))
+def test_redacting_keeps_the_number_of_lines_and_every_clean_line(lines: list[str]):
+    given_lines = rows("\n".join(lines))
+    clean, found = redacted(given_lines)
+    flagged = {finding.row for finding in found}
+    assert len(clean) == len(given_lines)
+    assert all(clean[n] == ("\n" if n in flagged else line) for n, line in enumerate(given_lines))
