@@ -26,32 +26,32 @@ class BaseRecord(Frozen):
 class DataRecord(Frozen):
     source_kind: Literal["repository", "jsonl", "records"]
     summary: DatasetSummary
-    languages: dict[str, int]            # examples by language
+    languages: dict[str, int]  # files by language
     repository_commit: str | None = None
     repository_dirty: bool | None = None
 
 
 class RunRecord(Frozen):
-    config: TrainingConfig               # with base_model blanked: it may be a local path
-    target_modules: tuple[str, ...]      # what 'all-linear' became, sorted
+    config: TrainingConfig  # with base_model blanked: it may be a local path
+    target_modules: tuple[str, ...]  # what 'all-linear' became, sorted
     device: str
-    weights_dtype: str                   # of the frozen base: "float32", "bfloat16"
+    weights_dtype: str  # of the frozen base: "float32", "bfloat16"
     steps: int
     stopped_early_at: int | None = None
-    best_step: int | None = None         # whose state was kept, where early stopping chose one
+    best_step: int | None = None  # whose state was kept, where early stopping chose one
 
 
 class Manifest(Frozen):
     schema_version: Literal[1] = 1
     adapter_id: str
     project_id: str
-    created_at: str                      # ISO 8601, UTC
+    created_at: str  # ISO 8601, UTC
     base: BaseRecord
     data: DataRecord
     run: RunRecord
     metrics: Metrics
-    environment: dict[str, str]          # versions of python, torch, transformers, peft, accelerate, peft-mcp; platform
-    files: dict[str, str]                # sha256 by file name, of everything but this manifest
+    environment: dict[str, str]  # versions of python, torch, transformers, peft, accelerate, peft-mcp; platform
+    files: dict[str, str]  # sha256 by file name, of everything but this manifest
 
 
 def sha256_of(path: Path) -> str:

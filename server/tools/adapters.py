@@ -5,19 +5,18 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from mcp.server.mcpserver import Context
-from mcp.server.mcpserver.tools import Tool
-from mcp.types import CallToolResult, ToolAnnotations
+from mcp.types import CallToolResult
 from pydantic import Field
 
 from peft_core.adapters.info import AdapterInfo
 from peft_core.manager import PEFTManager
 from peft_core.spec import AdapterList, ProjectId
 from server.answers import answer
+from server.tools import make_tool
 
 AdapterPath = Annotated[
     str, Field(description="Absolute path of an adapter's directory, or a project id: the project's current adapter.")
 ]
-READS = ToolAnnotations(read_only_hint=True, destructive_hint=False, idempotent_hint=True, open_world_hint=False)
 
 
 async def list_adapters(
@@ -42,6 +41,6 @@ async def get_adapter_info(
 
 
 TOOLS = [
-    Tool.from_function(list_adapters, title="List adapters", annotations=READS),
-    Tool.from_function(get_adapter_info, title="Adapter details", annotations=READS),
+    make_tool(list_adapters, "List adapters", reads=True),
+    make_tool(get_adapter_info, "Adapter details", reads=True),
 ]

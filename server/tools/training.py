@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from mcp.server.mcpserver import Context
-from mcp.server.mcpserver.tools import Tool
-from mcp.types import CallToolResult, ToolAnnotations
+from mcp.types import CallToolResult
 from pydantic import Field
 
 from peft_core.manager import PEFTManager
 from peft_core.spec import ProjectId, TrainingConfig, TrainingStatus
 from server.answers import status_answer
 from server.progress import stream_progress
+from server.tools import make_tool
 
 JobId = Annotated[str | None, Field(description="From train_adapter's answer. Null: the project's latest job.")]
 WaitSeconds = Annotated[
@@ -79,32 +79,8 @@ async def resume_training(
 
 
 TOOLS = [
-    Tool.from_function(
-        train_adapter,
-        title="Train an adapter",
-        annotations=ToolAnnotations(
-            read_only_hint=False, destructive_hint=False, idempotent_hint=False, open_world_hint=False
-        ),
-    ),
-    Tool.from_function(
-        get_training_status,
-        title="Training status",
-        annotations=ToolAnnotations(
-            read_only_hint=True, destructive_hint=False, idempotent_hint=True, open_world_hint=False
-        ),
-    ),
-    Tool.from_function(
-        cancel_training,
-        title="Cancel a training",
-        annotations=ToolAnnotations(
-            read_only_hint=False, destructive_hint=True, idempotent_hint=True, open_world_hint=False
-        ),
-    ),
-    Tool.from_function(
-        resume_training,
-        title="Resume a training",
-        annotations=ToolAnnotations(
-            read_only_hint=False, destructive_hint=False, idempotent_hint=False, open_world_hint=False
-        ),
-    ),
+    make_tool(train_adapter, "Train an adapter"),
+    make_tool(get_training_status, "Training status", reads=True),
+    make_tool(cancel_training, "Cancel a training", destroys=True, repeatable=True),
+    make_tool(resume_training, "Resume a training"),
 ]

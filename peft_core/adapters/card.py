@@ -1,0 +1,114 @@
+"""The model card of an adapter: what a person or the Hub reads first. Made offline, from the manifest alone."""
+
+from __future__ import annotations
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from peft_core.adapters.manifest import Manifest
+
+CARD_NAME = "README.md"
+
+
+def render_card(manifest: Manifest) -> str:
+    """A Hub model card in Markdown with its metadata block. Names no file of the training data and no local path."""
+    data = ModelCardData(
+        base_model=manifest.base.name,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lora", "code", "peft-mcp"],
+        model_name=f"{manifest.project_id} on {manifest.base.name}",
+        eval_results=_eval_results(manifest),
+    )
+    body = "\n\n".join([_what(manifest), _effect(manifest), _use(manifest), _data(manifest), _training(manifest)])
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+    return f"{card.content}\n"
+
+
+def _eval_results(manifest: Manifest) -> list[EvalResult] | None:
+    measured = {"perplexity": manifest.metrics.adapter_perplexity, "loss": manifest.metrics.adapter_loss}
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="held-out",
+            dataset_name=f"held-out files of {manifest.project_id}",
+            metric_type=name,
+            metric_value=round(value, 4),
+        )
+        for name, value in measured.items()
+        if value is not None
+    ]
+    return results or None
+
+
+def _what(manifest: Manifest) -> str:
+    return (
+        f"# {manifest.project_id}: a LoRA adapter for {manifest.base.name}\n\n"
+        f"It specialises {manifest.base.name} ({manifest.base.model_type}, "
+        f"{manifest.base.shape.parameters / 1e6:.0f}M parameters) in the code of one project. "
+        "It was trained by peft-mcp on one machine; no data left it."
+    )
+
+
+def _effect(manifest: Manifest) -> str:
+    metrics = manifest.metrics
+    return (
+        "## Measured effect\n\n"
+        f"On {manifest.data.summary.held_out_examples} held-out examples, from files that were not trained on:\n\n"
+        "| | loss (nats per token) | perplexity |\n|---|---|---|\n"
+        f"| base | {_number(metrics.base_loss)} | {_number(metrics.base_perplexity)} |\n"
+        f"| with this adapter | {_number(metrics.adapter_loss)} | {_number(metrics.adapter_perplexity)} |"
+    )
+
+
+def _use(manifest: Manifest) -> str:
+    return (
+        "## Use\n\n"
+        "```python\n"
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'base = "path/to/{manifest.base.name}"\n'
+        "tokenizer = AutoTokenizer.from_pretrained(base)\n"
+        'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "path/to/this/adapter")\n'
+        "```\n\n"
+        "It belongs to exactly this base: on another one of the same shape it loads without a warning and does harm."
+    )
+
+
+def _data(manifest: Manifest) -> str:
+    summary = manifest.data.summary
+    languages = ", ".join(
+        f"{language} {count}" for language, count in sorted(manifest.data.languages.items(), key=lambda item: -item[1])
+    )
+    lines = [
+        f"- {summary.train_examples} training examples, {summary.train_tokens} tokens",
+        f"- {summary.held_out_examples} held-out examples, {summary.held_out_tokens} tokens",
+        f"- files by language: {languages or 'unknown'}",
+        f"- secrets removed: {summary.secrets_removed}",
+    ]
+    if manifest.data.repository_commit is not None:
+        changes = ", with uncommitted changes" if manifest.data.repository_dirty else ""
+        lines.append(f"- repository commit: {manifest.data.repository_commit}{changes}")
+    return "## Data\n\n" + "\n".join(lines)
+
+
+def _training(manifest: Manifest) -> str:
+    run, config = manifest.run, manifest.run.config
+    scaling = "alpha/sqrt(rank)" if config.use_rslora else "alpha/rank"
+    rates = f"{config.learning_rate:g} for A and {config.learning_rate * config.lora_plus_ratio:g} for B"
+    lines = [
+        f"- LoRA rank {config.rank}, alpha {config.lora_alpha:g}, scaled by {scaling}; dropout {config.dropout:g}",
+        f"- modules: {', '.join(run.target_modules)}",
+        f"- {run.steps} steps of {config.batch_size} examples, at most {config.max_length} tokens each",
+        f"- AdamW, rate {rates}, {config.lr_scheduler} after {config.warmup_ratio:.0%} warm-up, seed {config.seed}",
+        f"- on {run.device}, frozen weights in {run.weights_dtype}",
+    ]
+    if run.best_step is not None:
+        lines.append(f"- the weights are those of step {run.best_step}, the best on a held-out sample")
+    if manifest.metrics.wall_s is not None:
+        lines.append(f"- {manifest.metrics.wall_s:.0f} s in all")
+    environment = ", ".join(f"{name} {version}" for name, version in manifest.environment.items())
+    return "## Training\n\n" + "\n".join(lines) + f"\n\nMade with {environment}."
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3f}"

@@ -1,0 +1,98 @@
+"""All that a run needs to go on exactly where it was: one file of the adapter's size, replaced atomically."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+
+from peft_core.spec import DatasetSummary, TrainingTask
+
+_log = structlog.get_logger(__name__)
+
+_FILE = "state.pt"
+_FORMAT = 1
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass
+class Progress:
+    """How far a run has come. The data position follows from `step`."""
+
+    base_loss: float  # of the base itself on all held-out examples
+    step: int = 0  # completed
+    tokens: int = 0  # processed, of all processes together
+    seconds: float = 0.0  # in the steps, evaluations not counted
+    measured_at: int = 0  # step of the latest measurement during training
+    best_loss: float = float("inf")
+    best_step: int = 0
+    misses: int = 0  # measurements since the best
+    stopped_early: bool = False
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    progress: Progress
+    adapter: Tensors  # trainable weights by name
+    best: Tensors | None  # the same at the best measurement, where early stopping wants it
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+    rng: Tensors  # by device type, as of the start of the next step
+
+
+def run_key(task: TrainingTask, dataset: DatasetSummary) -> str:
+    """Identity of a run: a checkpoint made with other settings, another base or other data is not continued."""
+    parts = (task.config.model_dump_json(exclude={"device", "base_model"}), task.base.fingerprint, dataset.sha256)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def save_checkpoint(directory: Path, key: str, checkpoint: Checkpoint) -> None:
+    """Write beside the previous one, then take its place: a reader finds the old or the new, never a part."""
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = directory / f".{_FILE}.tmp"
+    document = {
+        "format": _FORMAT,
+        "key": key,
+        "progress": asdict(checkpoint.progress),
+        "adapter": {name: tensor.detach() for name, tensor in checkpoint.adapter.items()},
+        "best": checkpoint.best and dict(checkpoint.best),
+        "optimizer": checkpoint.optimizer,
+        "scheduler": checkpoint.scheduler,
+        "rng": dict(checkpoint.rng),
+    }
+    with temporary.open("wb") as file:
+        torch.save(document, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(directory / _FILE)
+
+
+def load_checkpoint(directory: Path, key: str) -> Checkpoint | None:
+    """The checkpoint of this very run, or None: absent, unreadable, or of another run. Runs no code of the file."""
+    path = directory / _FILE
+    if not path.is_file():
+        return None
+    try:
+        document = torch.load(path, map_location="cpu", weights_only=True)
+        if document["format"] != _FORMAT or document["key"] != key:
+            _log.warning("checkpoint_ignored", reason="it belongs to a run with other settings, base or data")
+            return None
+        return Checkpoint(
+            progress=Progress(**document["progress"]),
+            adapter=document["adapter"],
+            best=document["best"],
+            optimizer=document["optimizer"],
+            scheduler=document["scheduler"],
+            rng=document["rng"],
+        )
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        _log.warning("checkpoint_ignored", reason=f"it cannot be read: {error}")
+        return None

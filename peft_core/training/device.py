@@ -1,0 +1,116 @@
+"""Where to compute, and in which number formats. The only file that knows devices apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from peft_core.errors import InvalidArgument
+from peft_core.spec import DeviceName
+
+ChosenDevice = Literal["mps", "cuda", "cpu"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this computer offers to torch."""
+
+    mps: bool = False
+    mps_bfloat16: bool = False  # macOS 14 or later
+    cuda: bool = False
+    cuda_bfloat16: bool = False  # in hardware: emulation is slower than float32
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """Formats of the frozen weights and of the arithmetic; the adapter, its optimiser and losses are always float32."""
+
+    device: ChosenDevice
+    weights: torch.dtype
+    autocast: Literal["no", "bf16"]  # accelerate's name of the mixed precision
+    note: str
+
+
+def describe() -> Machine:
+    """Ask torch about this computer."""
+    mps, cuda = torch.backends.mps.is_available(), torch.cuda.is_available()
+    return Machine(
+        mps=mps,
+        mps_bfloat16=mps and torch.backends.mps.is_macos_or_newer(14, 0),
+        cuda=cuda,
+        cuda_bfloat16=cuda and torch.cuda.is_bf16_supported(including_emulation=False),
+    )
+
+
+def choose(requested: DeviceName, machine: Machine) -> DevicePlan:
+    """Decide for a machine. 'auto': MPS, else CUDA, else the CPU.
+
+    Raises:
+        InvalidArgument: the requested device is not there.
+    """
+    there: list[ChosenDevice] = ["cpu"]
+    if machine.cuda:
+        there.insert(0, "cuda")
+    if machine.mps:
+        there.insert(0, "mps")
+    if requested != "auto" and requested not in there:
+        raise InvalidArgument(
+            "config.device",
+            requested,
+            f"this machine has {', '.join(there)}",
+            suggestions=["Use device='auto': it takes the fastest one there is."],
+        )
+    match there[0] if requested == "auto" else requested:
+        case "mps" if machine.mps_bfloat16:
+            # Not float16: its range overflows in training and gives NaN on MPS. Without autocast: PEFT casts at the
+            # border between the bfloat16 base and the float32 adapter.
+            return DevicePlan("mps", torch.bfloat16, "no", "frozen weights in bfloat16, adapter in float32")
+        case "mps":
+            return DevicePlan("mps", torch.float32, "no", "float32: bfloat16 on MPS needs macOS 14")
+        case "cuda" if machine.cuda_bfloat16:
+            return DevicePlan("cuda", torch.bfloat16, "bf16", "bfloat16 arithmetic, adapter in float32")
+        case "cuda":
+            return DevicePlan("cuda", torch.float32, "no", "float32: this GPU has no bfloat16 units")
+        case _:
+            # CPUs without AMX or SME do bfloat16 arithmetic five times slower than float32.
+            return DevicePlan("cpu", torch.float32, "no", "float32")
+
+
+def device_memory_bytes(device: torch.device) -> int:
+    """Memory of the accelerator that torch holds (MPS) or held at its peak (CUDA); 0 on the CPU."""
+    match device.type:
+        case "cuda":
+            return torch.cuda.max_memory_allocated(device)
+        case "mps":
+            return torch.mps.driver_allocated_memory()
+        case _:
+            return 0
+
+
+def release_cache(device: torch.device) -> None:
+    """Return unused blocks on MPS, whose allocator keeps a pool for each shape and grows with every new length."""
+    if device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Generator states that dropout draws from, by device type."""
+    states = {"cpu": torch.get_rng_state()}
+    match device.type:
+        case "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(device)
+        case "mps":
+            states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def set_rng_state(device: torch.device, states: dict[str, torch.Tensor]) -> None:
+    """Go on drawing where `rng_state` was taken."""
+    torch.set_rng_state(states["cpu"])
+    match device.type:
+        case "cuda" if "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], device)
+        case "mps" if "mps" in states:
+            torch.mps.set_rng_state(states["mps"])

@@ -1,0 +1,215 @@
+"""One training run, from the task to the adapter's files, in numbered phases."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import structlog
+import torch
+from accelerate import Accelerator
+
+from peft_core.adapters.manifest import DataRecord
+from peft_core.bases.convert import materialise
+from peft_core.data.prepare import PreparedDataset, prepare
+from peft_core.data.read import read_examples
+from peft_core.errors import DataError
+from peft_core.events import AdapterWritten, DatasetPrepared, HeldOutMeasured, PhaseStarted, RunPlanned
+from peft_core.paths import JobPaths
+from peft_core.spec import Metrics, Phase, TrainingTask
+from peft_core.training import lora
+from peft_core.training.base import load_base
+from peft_core.training.batches import Document, plan_order
+from peft_core.training.checkpoint import Progress, load_checkpoint, run_key
+from peft_core.training.device import choose, describe, device_memory_bytes
+from peft_core.training.evaluate import held_out_loss, subset
+from peft_core.training.fused import fuse
+from peft_core.training.loop import Loop
+from peft_core.training.objective import choose_objective
+from peft_core.training.process import (
+    keep_freed_memory,
+    peak_memory_bytes,
+    return_freed_memory,
+    seconds_alive,
+    usable_cores,
+)
+from peft_core.training.saving import RunFacts, write_adapter
+from peft_core.training.stop import Stop
+from peft_core.training.tokenizer import BaseTokenizer, load_tokenizer
+from peft_core.training.wire import Emit, say_nothing
+
+_log = structlog.get_logger(__name__)
+
+
+def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
+    """Train, and leave the adapter complete in the job's directory.
+
+    Raises:
+        ModelError: what a user can mend.
+        Stopped: on request; what was reached is in the checkpoint.
+    """
+    config, paths = task.config, JobPaths(task.job_dir)
+    _set_up_process(config.seed)
+    plan = choose(config.device, describe())
+    accelerator = _accelerator(plan.device, plan.autocast)
+    if not accelerator.is_main_process:
+        emit = say_nothing
+
+    # 1. Text to documents. The base comes first: its tokenizer measures the text.
+    emit(PhaseStarted(phase=Phase.PREPARING_DATA))
+
+    def report(detail: str) -> None:
+        stop.check()
+        emit(PhaseStarted(phase=Phase.PREPARING_DATA, detail=detail))
+
+    with accelerator.main_process_first():  # the others find everything done
+        directory = materialise(task.base, task.base_models_dir, report)
+        tokenizer = load_tokenizer(directory)
+        dataset = _prepare(task, tokenizer, report)
+    train = _documents(paths.dataset / "train.jsonl", tokenizer, config.max_length)
+    held_out = _documents(paths.dataset / "held_out.jsonl", tokenizer, config.max_length)
+    emit(DatasetPrepared(dataset=dataset.summary))
+    stop.check()
+
+    # 2. The frozen base on its device.
+    emit(PhaseStarted(phase=Phase.LOADING_MODEL))
+    model = load_base(directory, plan.weights).to(accelerator.device)
+    objective = choose_objective(model, config.max_length)
+    return_freed_memory()
+    order = plan_order(
+        examples=len(train),
+        batch_size=config.batch_size,
+        num_epochs=config.num_epochs,
+        max_steps=config.max_steps,
+        seed=config.seed,
+    )
+    emit(RunPlanned(device=plan.device, total_steps=order.total_steps))
+    stop.check()
+
+    # 3. The base on all held-out examples, unless an interrupted run has measured it.
+    key = run_key(task, dataset.summary)
+    checkpoint = load_checkpoint(paths.checkpoint, key)
+    if checkpoint is None:
+        emit(PhaseStarted(phase=Phase.EVALUATING_BASE))
+        base_loss = held_out_loss(objective, held_out, accelerator, stop)
+    else:
+        base_loss = checkpoint.progress.base_loss
+    emit(HeldOutMeasured(step=0, loss=base_loss))
+
+    # 4. The adapter, trained.
+    emit(PhaseStarted(phase=Phase.TRAINING))
+    adapted = lora.attach(model, config, task.base.name)
+    fuse(adapted)
+    optimizer = lora.build_optimizer(adapted, config)
+    loop = Loop(
+        config=config,
+        accelerator=accelerator,
+        objective=objective,
+        weights=lora.weights(adapted),
+        optimizer=accelerator.prepare_optimizer(optimizer),
+        scheduler=accelerator.prepare_scheduler(lora.build_scheduler(optimizer, config, order.total_steps)),
+        documents=train,
+        order=order,
+        held_out=subset(held_out, config.seed),
+        progress=Progress(base_loss=base_loss),
+        checkpoint_directory=paths.checkpoint,
+        run_key=key,
+        emit=emit,
+        stop=stop,
+    )
+    if checkpoint is not None:
+        loop.restore(checkpoint)
+    loop.run()
+    progress = loop.progress
+
+    # 5. The adapter on all held-out examples.
+    emit(PhaseStarted(phase=Phase.EVALUATING_ADAPTER))
+    adapter_loss = held_out_loss(objective, held_out, accelerator, stop)
+    emit(HeldOutMeasured(step=progress.step, loss=adapter_loss))
+
+    # 6. Its files.
+    if not accelerator.is_main_process:
+        return
+    emit(PhaseStarted(phase=Phase.SAVING))
+    facts = RunFacts(
+        data=DataRecord(
+            source_kind=task.source_kind,
+            summary=dataset.summary,
+            languages=dataset.languages,
+            repository_commit=dataset.repository_commit,
+            repository_dirty=dataset.repository_dirty,
+        ),
+        device=plan.device,
+        weights_dtype=str(plan.weights).removeprefix("torch."),
+        steps=progress.step,
+        stopped_early_at=progress.step if progress.stopped_early else None,
+        best_step=progress.best_step if loop.best is not None else None,
+        created_at=datetime.now(UTC),
+    )
+    metrics = write_adapter(paths.adapter, adapted, task, facts, partial(_metrics, progress, adapter_loss))
+    _log.info("adapter_written", device_memory_bytes=device_memory_bytes(accelerator.device), **metrics.model_dump())
+    emit(AdapterWritten(metrics=metrics))
+
+
+def _metrics(progress: Progress, adapter_loss: float, adapter_bytes: int) -> Metrics:
+    return Metrics(
+        base_loss=progress.base_loss,
+        adapter_loss=adapter_loss,
+        base_perplexity=_perplexity(progress.base_loss),
+        adapter_perplexity=_perplexity(adapter_loss),
+        tokens=progress.tokens,
+        tokens_per_second=progress.tokens / progress.seconds,
+        wall_s=seconds_alive(),
+        peak_memory_bytes=peak_memory_bytes(),
+        adapter_bytes=adapter_bytes,
+    )
+
+
+def _accelerator(device: str, mixed_precision: str) -> Accelerator:
+    # One scheduler step for each optimiser step, however many processes share it.
+    return Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision, step_scheduler_with_optimizer=False)
+
+
+def _set_up_process(seed: int) -> None:
+    keep_freed_memory()
+    if "OMP_NUM_THREADS" not in os.environ:  # whoever set it knows better
+        torch.set_num_threads(usable_cores())
+    # Torch draws LoRA A and dropout from its global generators; everything else here has a generator of its own.
+    torch.manual_seed(seed)
+
+
+def _prepare(task: TrainingTask, tokenizer: BaseTokenizer, report: Callable[[str], None]) -> PreparedDataset:
+    config = task.config
+    return prepare(
+        source=task.source,
+        source_kind=task.source_kind,
+        directory=JobPaths(task.job_dir).dataset,
+        codec=tokenizer,
+        max_length=config.max_length,
+        held_out_fraction=config.held_out_fraction,
+        seed=config.seed,
+        report=report,
+    )
+
+
+def _documents(path: Path, tokenizer: BaseTokenizer, max_length: int) -> list[Document]:
+    """The tokenised examples that have something to learn."""
+    documents = [tokenizer.encode(example, max_length) for example in read_examples(path)]
+    useful = [document for document in documents if document.targets]
+    if not useful:
+        raise DataError(
+            f"No example in {path.name} has a token to learn within max_length = {max_length}.",
+            suggestions=["Raise max_length, or shorten the prompts."],
+        )
+    if len(useful) < len(documents):
+        _log.warning("examples_without_targets", file=path.name, left_out=len(documents) - len(useful))
+    return useful
+
+
+def _perplexity(loss: float) -> float:
+    """Exp of the loss; 1.8e308 at most, where an untrained model would overflow."""
+    return math.exp(min(loss, 709.0))

@@ -1,0 +1,154 @@
+"""PEFT's LoRA layers as single autograd functions: same mathematics, a quarter of the temporary tensors.
+
+PEFT computes W x, B A x, the scaling and the sum one by one, each into a tensor of its own. Here the update is added in
+place, and of the gated MLP only gate and up are kept for the backward pass (silu(gate) * up is recomputed). Frozen
+weights get no gradient.
+
+T tokens (all leading axes), I input features, O output features, R rank, F features of the MLP
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, TypeGuard, cast
+
+import structlog
+import torch
+from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from torch import nn
+from torch.nn.functional import linear, silu
+
+_log = structlog.get_logger(__name__)
+
+_ADAPTER = "default"  # PEFT's name of the one adapter
+
+
+class _LinearFunction(torch.autograd.Function):
+    """y = W x + bias + s B A x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TI: torch.Tensor,
+        W_OI: torch.Tensor,
+        bias_O: torch.Tensor | None,
+        A_RI: torch.Tensor,
+        B_OR: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        down_TR = x_TI @ A_RI.T
+        ctx.save_for_backward(x_TI, W_OI, A_RI, B_OR, down_TR)
+        ctx.scaling = scaling
+        return linear(x_TI, W_OI, bias_O).addmm_(down_TR, B_OR.T, alpha=scaling)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_TI, W_OI, A_RI, B_OR, down_TR = ctx.saved_tensors
+        grad_down_TR = (grad_TO @ B_OR).mul_(ctx.scaling)
+        grad_B_OR = (grad_TO.T @ down_TR).mul_(ctx.scaling)
+        grad_x_TI = (grad_TO @ W_OI).addmm_(grad_down_TR, A_RI) if ctx.needs_input_grad[0] else None
+        return grad_x_TI, None, None, grad_down_TR.T @ x_TI, grad_B_OR, None
+
+
+class _GatedFunction(torch.autograd.Function):
+    """y = (W + s B A) h with h = silu(gate) * up; h is recomputed in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate_TF: torch.Tensor,
+        up_TF: torch.Tensor,
+        W_OF: torch.Tensor,
+        A_RF: torch.Tensor,
+        B_OR: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        h_TF = silu(gate_TF).mul_(up_TF)
+        down_TR = h_TF @ A_RF.T
+        ctx.save_for_backward(gate_TF, up_TF, W_OF, A_RF, B_OR, down_TR)
+        ctx.scaling = scaling
+        return (h_TF @ W_OF.T).addmm_(down_TR, B_OR.T, alpha=scaling)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate_TF, up_TF, W_OF, A_RF, B_OR, down_TR = ctx.saved_tensors
+        grad_down_TR = (grad_TO @ B_OR).mul_(ctx.scaling)
+        grad_B_OR = (grad_TO.T @ down_TR).mul_(ctx.scaling)
+        grad_h_TF = (grad_TO @ W_OF).addmm_(grad_down_TR, A_RF)
+        silu_TF = silu(gate_TF)
+        grad_A_RF = grad_down_TR.T @ (silu_TF * up_TF)
+        grad_up_TF = silu_TF.mul_(grad_h_TF)
+        grad_gate_TF = torch.ops.aten.silu_backward(grad_h_TF.mul_(up_TF), gate_TF)
+        return grad_gate_TF, grad_up_TF, None, grad_A_RF, grad_B_OR, None
+
+
+def fuse(model: PeftModel) -> tuple[int, int]:
+    """Let the adapter's layers compute by the functions above, where that is the same mathematics.
+
+    Layers that differ (dropout, other formats than float32, another activation) stay as they are. Returns how many
+    linear layers and how many gated MLPs were changed.
+    """
+    linears = [module for module in model.modules() if _is_plain(module)]
+    for layer in linears:
+        layer.forward = partial(_linear_forward, layer)
+    gated = [module for module in model.modules() if _is_gated(module)]
+    for mlp in gated:
+        mlp.forward = partial(_gated_forward, mlp)
+    _log.info("layers_fused", linears=len(linears), gated_mlps=len(gated))
+    return len(linears), len(gated)
+
+
+def _linear_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
+    base = layer.get_base_layer()
+    out: torch.Tensor = _LinearFunction.apply(  # type: ignore[no-untyped-call]  # torch annotates no `apply`
+        x.reshape(-1, x.shape[-1]), base.weight, base.bias, *_lora(layer)
+    )
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def _gated_forward(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    gate, up = (projection(x).reshape(x.shape[:-1].numel(), -1) for projection in (mlp.gate_proj, mlp.up_proj))
+    down = mlp.down_proj
+    out: torch.Tensor = _GatedFunction.apply(  # type: ignore[no-untyped-call]  # torch annotates no `apply`
+        gate, up, down.get_base_layer().weight, *_lora(down)
+    )
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def _lora(layer: LoraLinear) -> tuple[torch.Tensor, torch.Tensor, float]:
+    return layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight, layer.scaling[_ADAPTER]
+
+
+def _is_plain(module: nn.Module) -> TypeGuard[LoraLinear]:
+    """Whether a module computes W x + bias + s B A x in float32, and nothing else."""
+    if type(module) is not LoraLinear or list(module.lora_A) != [_ADAPTER] or module.lora_variant:
+        return False
+    base, dropout = module.get_base_layer(), module.lora_dropout[_ADAPTER]
+    return (
+        type(base) is nn.Linear
+        and isinstance(dropout, nn.Identity)
+        and not module.lora_bias[_ADAPTER]
+        and base.weight.dtype == module.lora_A[_ADAPTER].weight.dtype == torch.float32
+    )
+
+
+def _is_gated(module: nn.Module) -> bool:
+    """Whether a module computes down(silu(gate(x)) * up(x)): it has the parts, and says so of a random input.
+
+    While B is zero this compares the frozen part alone; the rest is the same function for every layer.
+    """
+    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    if not all(isinstance(part, nn.Module) and _is_plain(part) for part in parts):
+        return False
+    gate, _, down = cast("list[LoraLinear]", parts)
+    if down.get_base_layer().bias is not None:
+        return False
+    weight = gate.get_base_layer().weight
+    x_TI = torch.randn(1, 4, weight.shape[1], device=weight.device, generator=_generator(weight.device))
+    with torch.no_grad():
+        return torch.allclose(module(x_TI), _gated_forward(module, x_TI), rtol=1e-4, atol=1e-5)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(0)  # of its own: the run's random numbers stay the same

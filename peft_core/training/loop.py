@@ -1,0 +1,219 @@
+"""The optimiser loop: steps, measurements, checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from peft_core.errors import TrainingError
+from peft_core.events import CheckpointSaved, HeldOutMeasured, StepCompleted, StoppedEarly
+from peft_core.spec import TrainingConfig
+from peft_core.training.batches import Document, Order, micro_batches
+from peft_core.training.checkpoint import Checkpoint, Progress, Tensors, save_checkpoint
+from peft_core.training.device import release_cache, rng_state, set_rng_state
+from peft_core.training.evaluate import held_out_loss
+from peft_core.training.objective import Objective
+from peft_core.training.process import peak_memory_bytes, return_freed_memory
+from peft_core.training.stop import Stop, Stopped
+from peft_core.training.wire import Emit
+
+_CHECKPOINT_EVERY_S = 60.0
+_MEASUREMENTS = 4  # in a run, the final one included, unless eval_steps says otherwise
+
+
+@dataclass
+class Loop:
+    """One run and everything that changes in it."""
+
+    config: TrainingConfig
+    accelerator: Accelerator
+    objective: Objective
+    weights: dict[str, nn.Parameter]  # the adapter
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    documents: Sequence[Document]
+    order: Order
+    held_out: Sequence[Document]  # measured during training; may be a subset
+    progress: Progress
+    checkpoint_directory: Path
+    run_key: str
+    emit: Emit
+    stop: Stop
+    clock: Callable[[], float] = time.monotonic
+    best: Tensors | None = None
+
+    def __post_init__(self) -> None:
+        self._rng = rng_state(self.accelerator.device)
+        self._planned_tokens = self.order.tokens([len(document) for document in self.documents])
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint as if there had been no interruption."""
+        self._set_weights(checkpoint.adapter)
+        self.optimizer.load_state_dict(checkpoint.optimizer)
+        self.scheduler.load_state_dict(checkpoint.scheduler)
+        self.progress, self.best = checkpoint.progress, checkpoint.best
+        self._rng = dict(checkpoint.rng)
+        set_rng_state(self.accelerator.device, self._rng)
+
+    def run(self) -> None:
+        """All remaining steps. Afterwards the weights are the last ones, or the best where early stopping is on.
+
+        Raises:
+            TrainingError: loss or gradient is not finite.
+            Stopped: on request; a checkpoint was written.
+        """
+        self.objective.model.train()
+        saved_at = self.clock()
+        try:
+            while True:
+                self._measure_if_due()
+                if self.progress.stopped_early or self.progress.step >= self.order.total_steps:
+                    break
+                self._complete_step()
+                if self.clock() - saved_at > _CHECKPOINT_EVERY_S:
+                    self._save()
+                    saved_at = self.clock()
+                self._check_stop()
+        except Stopped:
+            self._save()
+            raise
+        self._save()
+        if self.best is not None:
+            self._set_weights(self.best)
+
+    def _complete_step(self) -> None:
+        """One optimiser step: its examples in micro-batches, each loss weighted so that the packing does not matter."""
+        began = self.clock()
+        accelerator, step = self.accelerator, self.progress.step + 1
+        examples = [self.documents[index] for index in self.order.step(step)]
+        targets = sum(example.targets for example in examples)
+        share = examples[accelerator.process_index :: accelerator.num_processes]
+
+        # 1. Gradients of the mean over all target tokens of the step, of all processes.
+        loss = torch.zeros((), device=accelerator.device)
+        for batch in micro_batches(share, self.objective.capacity, accelerator.device):
+            with accelerator.autocast():
+                batch_loss = self.objective.loss(batch) / targets
+            accelerator.backward(batch_loss)
+            loss += batch_loss.detach()
+            return_freed_memory()  # micro-batches differ in length, and each leaves holes that the next cannot fill
+            if accelerator.num_processes == 1 and self.stop.requested:
+                self.optimizer.zero_grad()
+                raise Stopped
+        self._sum_gradients()
+        loss_value = accelerator.reduce(loss, reduction="sum").item()
+
+        # 2. The update.
+        norm = accelerator.clip_grad_norm_(list(self.weights.values()), self.config.max_grad_norm)
+        _check_finite(step, loss_value, float(norm), self.config)
+        learning_rate = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        release_cache(accelerator.device)
+
+        # 3. The facts.
+        progress = self.progress
+        progress.step = step
+        progress.tokens += sum(len(example) for example in examples)
+        progress.seconds += self.clock() - began
+        self._rng = rng_state(accelerator.device)
+        rate = progress.tokens / max(progress.seconds, 1e-9)
+        self.emit(
+            StepCompleted(
+                step=step,
+                loss=loss_value,
+                learning_rate=learning_rate,
+                tokens=progress.tokens,
+                tokens_per_second=rate,
+                eta_s=(self._planned_tokens - progress.tokens) / rate,
+                memory_bytes=peak_memory_bytes(),
+            )
+        )
+
+    def _sum_gradients(self) -> None:
+        """Add up the gradients of all processes.
+
+        Not by DistributedDataParallel: it averages, it wants the forward of a wrapper where the objective calls the
+        decoder, and a process without examples in the last step would leave the others waiting.
+        """
+        if self.accelerator.num_processes == 1:
+            return
+        parameters = list(self.weights.values())
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="sum")
+        for parameter, summed in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = summed.view_as(parameter)
+
+    def _measure_if_due(self) -> None:
+        """Held-out loss at every `eval_steps`; at the end only for early stopping, as the whole set follows anyway."""
+        progress, total, patience = self.progress, self.order.total_steps, self.config.early_stopping_patience
+        every = self.config.eval_steps or max(1, -(-total // _MEASUREMENTS))
+        at_end = progress.step == total
+        due = (progress.step % every == 0 and not at_end) or (at_end and patience is not None)
+        if not due or progress.measured_at == progress.step:
+            return
+        loss = held_out_loss(self.objective, self.held_out, self.accelerator, self.stop)
+        progress.measured_at = progress.step
+        self.emit(HeldOutMeasured(step=progress.step, loss=loss))
+        if patience is None:
+            return
+        if loss < progress.best_loss:
+            progress.best_loss, progress.best_step, progress.misses = loss, progress.step, 0
+            self.best = {name: weight.detach().clone() for name, weight in self.weights.items()}
+            return
+        progress.misses += 1
+        if progress.misses >= patience and not at_end:
+            progress.stopped_early = True
+            self.emit(StoppedEarly(step=progress.step, best_step=progress.best_step))
+
+    def _check_stop(self) -> None:
+        """Stop together: with several processes each hears of it in its own time."""
+        if self.accelerator.num_processes == 1:
+            self.stop.check()
+            return
+        asked = torch.tensor(float(self.stop.requested), device=self.accelerator.device)
+        if self.accelerator.reduce(asked, reduction="sum").item() > 0:
+            raise Stopped
+
+    def _save(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        checkpoint = Checkpoint(
+            progress=self.progress,
+            adapter=self.weights,
+            best=self.best,
+            optimizer=self.optimizer.state_dict(),
+            scheduler=self.scheduler.state_dict(),
+            rng=self._rng,
+        )
+        save_checkpoint(self.checkpoint_directory, self.run_key, checkpoint)
+        self.emit(CheckpointSaved(step=self.progress.step))
+
+    def _set_weights(self, tensors: Tensors) -> None:
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(tensors[name])
+
+
+def _check_finite(step: int, loss: float, gradient_norm: float, config: TrainingConfig) -> None:
+    infinity = float("inf")
+    if abs(loss) < infinity and gradient_norm < infinity:
+        return
+    what = f"loss is {loss}" if not abs(loss) < infinity else f"gradient norm is {gradient_norm}"
+    rates = f"learning_rate = {config.learning_rate:g}, {config.learning_rate * config.lora_plus_ratio:g} for LoRA B"
+    raise TrainingError(
+        f"At step {step} the {what}: the run diverged ({rates}).",
+        code="non_finite_loss",
+        suggestions=[
+            f"Lower learning_rate, for instance to {config.learning_rate / 4:g}.",
+            "Lower max_grad_norm, or raise warmup_ratio.",
+        ],
+        details={"step": step},
+    )

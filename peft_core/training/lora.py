@@ -1,0 +1,110 @@
+"""The adapter: PEFT's LoRA on a frozen base, its optimiser, its rate."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from peft_core.errors import InvalidArgument
+from peft_core.spec import TrainingConfig
+
+
+def attach(model: PreTrainedModel, config: TrainingConfig, base_name: str) -> PeftModel:
+    """Wrap the base; LoRA weights are float32 whatever the base is. Draws A from torch's generator; B is zero.
+
+    Raises:
+        InvalidArgument: a target module that the base does not have, or its head.
+    """
+    if config.target_modules != "all-linear":
+        _check_targets(model, config.target_modules)
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT annotates int and computes with floats
+        lora_dropout=config.dropout,
+        use_rslora=config.use_rslora,
+        target_modules=config.target_modules,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2 stores W transposed
+    )
+    wrapped = get_peft_model(model, lora, autocast_adapter_dtype=True)
+    # PEFT takes a name from the base's configuration, which may be a path on this machine.
+    lora_config(wrapped).base_model_name_or_path = base_name
+    return wrapped
+
+
+def lora_config(model: PeftModel) -> LoraConfig:
+    """PEFT's own record of the adapter."""
+    return cast("LoraConfig", model.peft_config["default"])
+
+
+def target_modules(model: PeftModel) -> tuple[str, ...]:
+    """What 'all-linear' became, sorted."""
+    targets = lora_config(model).target_modules or ()
+    return tuple(sorted({targets} if isinstance(targets, str) else targets))
+
+
+def weights(model: PeftModel) -> dict[str, nn.Parameter]:
+    """The trainable weights by name: all LoRA A and B, nothing of the base."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def build_optimizer(model: PeftModel, config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW; B learns `lora_plus_ratio` times as fast as A (LoRA+, Hayou et al., arXiv 2402.12354)."""
+    groups: dict[Literal["A", "B"], list[nn.Parameter]] = {"A": [], "B": []}
+    for name, parameter in weights(model).items():
+        groups["B" if ".lora_B." in name else "A"].append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": groups["A"], "lr": config.learning_rate},
+            {"params": groups["B"], "lr": config.learning_rate * config.lora_plus_ratio},
+        ],
+        weight_decay=config.weight_decay,
+    )
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, total_steps: int) -> LambdaLR:
+    """Warm-up, then the configured shape, for both groups."""
+    warmup = math.ceil(config.warmup_ratio * total_steps)
+    return LambdaLR(optimizer, lambda done: rate_factor(config.lr_scheduler, done, warmup=warmup, total=total_steps))
+
+
+def rate_factor(shape: Literal["linear", "cosine", "constant"], done: int, *, warmup: int, total: int) -> float:
+    """Share of the peak rate for the step after `done` completed ones: in (0, 1] for each of `total` steps.
+
+    Unlike transformers' schedules, the first step of the warm-up already moves and the last step is not lost at zero.
+    """
+    if done < warmup:
+        return (done + 1) / (warmup + 1)
+    progress = (done - warmup) / max(1, total - warmup)
+    match shape:
+        case "linear":
+            return max(0.0, 1.0 - progress)
+        case "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        case "constant":
+            return 1.0
+
+
+def _check_targets(model: PreTrainedModel, names: list[str]) -> None:
+    head = model.get_output_embeddings()  # often tied to the input embedding, where an update would hit both
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    ]
+    for name in names:
+        if not any(path == name or path.endswith(f".{name}") for path in linear):
+            known = sorted({path.rsplit(".", 1)[-1] for path in linear})
+            raise InvalidArgument(
+                "config.target_modules",
+                name,
+                f"the linear modules of this base model are {', '.join(known)}",
+                suggestions=["Use target_modules='all-linear'."],
+            )

@@ -1,0 +1,135 @@
+"""The loss of a micro-batch: the fast way where the base allows it, the model's own way elsewhere. Same value.
+
+T tokens, N positions with a target, D model size, V vocabulary
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from peft_core.training import attention
+from peft_core.training.batches import Document, MicroBatch, join, micro_capacity
+from peft_core.training.loss import frozen_head_cross_entropy
+
+_log = structlog.get_logger(__name__)
+
+_PROBE_LENGTHS = (7, 5)
+# Logits that pass through more than a matrix product after the decoder, by their names in configurations.
+_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "logits_scale", "output_multiplier")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How to compute the loss of a micro-batch with one base.
+
+    `packed`: several documents go through the decoder at once, otherwise one. `chunked_head`: the head is a plain
+    matrix, so its logits are never held as a whole.
+    """
+
+    model: PreTrainedModel  # PEFT injects the adapter into its modules, so this is base and adapter in turn
+    packed: bool
+    chunked_head: bool
+    max_length: int
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of a micro-batch at most; 0 keeps every document by itself."""
+        return micro_capacity(self.max_length) if self.packed else 0
+
+    def loss(self, batch: MicroBatch) -> torch.Tensor:
+        """Sum of -log p(target) over the N targets of a micro-batch, nats, float32 scalar."""
+        if self.chunked_head:
+            hidden_TD = _hidden(self.model, batch, packed=self.packed)
+            return frozen_head_cross_entropy(hidden_TD[batch.source_N], _head(self.model).weight, batch.target_N)
+        logits_TV = _logits(self.model, batch, packed=self.packed)
+        return cross_entropy(logits_TV[batch.source_N].float(), batch.target_N, reduction="sum")
+
+
+def choose_objective(model: PreTrainedModel, max_length: int) -> Objective:
+    """Try the fast ways on two tiny documents and keep those whose logits equal the model's own.
+
+    A proof by example covers architectures that nobody listed: ones that ignore `document_lengths`, mix neighbours by
+    convolution, cap attention or scale logits. What two short documents cannot show is read from the configuration.
+    Leaves the model's attention set accordingly.
+    """
+    device = next(model.parameters()).device
+    documents = [_probe(length) for length in _PROBE_LENGTHS]
+    with torch.no_grad():
+        own_TV = torch.cat([_logits(model, join([document], device), packed=False) for document in documents])
+        packed = _can_pack(model, max_length) and _agrees(_packed_logits(model, join(documents, device)), own_TV)
+        if not packed and model.config._attn_implementation == attention.NAME:  # noqa: SLF001 -- no public name for it
+            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")  # noqa: SLF001 -- likewise
+        chunked = _has_plain_head(model) and _agrees(_head_logits(model, documents, device), own_TV)
+    _log.info("objective_chosen", documents_packed=packed, head_in_chunks=chunked, model=type(model).__name__)
+    return Objective(model=model, packed=packed, chunked_head=chunked, max_length=max_length)
+
+
+def _can_pack(model: PreTrainedModel, max_length: int) -> bool:
+    config = model.config
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    if any(window is not None and window < max_length for window in windows) or not model._supports_attention_backend:  # noqa: SLF001 -- transformers' own flag, it has no public name
+        return False
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
+    return True
+
+
+def _packed_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor | None:
+    try:
+        return _logits(model, batch, packed=True)
+    except (TypeError, ValueError) as error:  # a forward that takes no further arguments, or refuses ours
+        _log.info("packing_refused", reason=str(error))
+        return None
+
+
+def _head_logits(model: PreTrainedModel, documents: list[Document], device: torch.device) -> torch.Tensor:
+    hidden_TD = torch.cat([_hidden(model, join([document], device), packed=False) for document in documents])
+    return hidden_TD @ _head(model).weight.T
+
+
+def _hidden(model: PreTrainedModel, batch: MicroBatch, *, packed: bool) -> torch.Tensor:
+    out = model.base_model(input_ids=batch.ids_1T, use_cache=False, **_packing(batch, packed=packed))
+    hidden_TD: torch.Tensor = out.last_hidden_state[0]
+    return hidden_TD
+
+
+def _logits(model: PreTrainedModel, batch: MicroBatch, *, packed: bool) -> torch.Tensor:
+    out = model(input_ids=batch.ids_1T, use_cache=False, **_packing(batch, packed=packed))
+    logits_TV: torch.Tensor = out.logits[0]
+    return logits_TV
+
+
+def _packing(batch: MicroBatch, *, packed: bool) -> dict[str, Any]:
+    return {"position_ids": batch.positions_1T, "document_lengths": batch.lengths} if packed else {}
+
+
+def _has_plain_head(model: PreTrainedModel) -> bool:
+    head = model.get_output_embeddings()
+    changed = any(getattr(model.config, name, None) not in (None, 1, 1.0) for name in _LOGIT_CHANGES)
+    return type(head) is nn.Linear and head.bias is None and model.base_model is not model and not changed
+
+
+def _head(model: PreTrainedModel) -> nn.Linear:
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear)  # noqa: S101 -- `_has_plain_head` was asked first
+    return head
+
+
+def _agrees(logits_TV: torch.Tensor | None, own_TV: torch.Tensor) -> bool:
+    """Equal up to rounding: 1e-4 of the largest logit in float32, 3e-2 in 16 bits."""
+    if logits_TV is None:
+        return False
+    tolerance = 1e-4 if own_TV.dtype == torch.float32 else 3e-2
+    return bool((logits_TV - own_TV).abs().max() <= tolerance * own_TV.abs().max())
+
+
+def _probe(length: int) -> Document:
+    ids_T = torch.arange(3, 3 + length, dtype=torch.int32)
+    return Document(ids_T=ids_T, learn_T=ids_T > 3)

@@ -1,0 +1,57 @@
+"""A request to stop: by signal, by the death of the parent, or because nobody reads the events any more."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+EXIT_CODE = 128 + signal.SIGTERM
+_POLL_S = 0.5
+_GRACE_S = 10.0
+
+
+class Stopped(Exception):  # noqa: N818 -- a request that was honoured, not an error
+    """Raised at the next safe point after a request to stop."""
+
+
+class Stop:
+    """Remembers that this process was asked to stop; work asks at its safe points."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    @property
+    def requested(self) -> bool:
+        return self._event.is_set()
+
+    def request(self) -> None:
+        self._event.set()
+
+    def check(self) -> None:
+        """Raise Stopped if this process was asked to stop."""
+        if self.requested:
+            raise Stopped
+
+
+def stop_on_signals(stop: Stop) -> None:
+    """SIGTERM (the runner) and SIGINT (a person at a terminal) end the run at the next micro-batch."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: stop.request())
+
+
+def stop_without_parent(stop: Stop, parent: int) -> None:
+    """Stop when `parent` (a pid) is no longer this process's parent; leave by force after a grace period.
+
+    An orphan has another parent, so the comparison cannot be fooled by a reused pid.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_POLL_S)
+        stop.request()
+        time.sleep(_GRACE_S)
+        os._exit(EXIT_CODE)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()

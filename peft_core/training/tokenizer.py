@@ -1,0 +1,185 @@
+"""The base's own tokenizer and chat template, as the data preparation and the training see them.
+
+T tokens
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import jinja2
+import torch
+from tokenizers import Tokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from peft_core.errors import BaseModelError, DataError
+from peft_core.spec import Example, Segment
+from peft_core.training.batches import Document
+
+
+@dataclass(frozen=True)
+class BaseTokenizer:
+    """Text to token ids. Loading takes 0.14 CPU-seconds, where AutoTokenizer takes 2.2."""
+
+    tokenizer: Tokenizer
+    end_of_text: int
+    beginning: tuple[int, ...]  # what the tokenizer itself puts before a text, such as a BOS token; often empty
+    chat_template: str | None
+    special_tokens: Mapping[str, str]  # "bos_token": "<s>"; templates refer to them
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, without special tokens."""
+        return [len(encoding) for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Segment, ...]:
+        """A conversation in the base's own format. Assistant turns carry loss, their end-of-turn token included.
+
+        Raises:
+            DataError: no chat template, or it refuses these messages.
+        """
+        if self.chat_template is None:
+            raise DataError(
+                "This base model has no chat template, so records with 'messages' cannot be rendered.",
+                code="no_chat_template",
+                suggestions=["Use records with 'text' or with 'prompt' and 'completion', or an instruct base model."],
+            )
+        segments: list[Segment] = []
+        done = ""
+        for index, message in enumerate(messages):
+            if message.get("role") != "assistant":
+                continue
+            before = self._render(messages[:index], add_generation_prompt=True)
+            after = self._render(messages[: index + 1])
+            if not (before.startswith(done) and after.startswith(before)):
+                return self._last_turn(messages)
+            turn = after.rstrip()  # what follows the end-of-turn token belongs to the template
+            segments += [Segment(text=before[len(done) :], learn=False), Segment(text=turn[len(before) :])]
+            done = turn
+        return tuple(segment for segment in segments if segment.text)
+
+    def encode(self, example: Example, max_length: int) -> Document:
+        """Tokenise the segments in order and end the text; cut at `max_length` tokens."""
+        ids: list[int] = []
+        learn: list[bool] = []
+        for segment in example.segments:
+            piece: list[int] = self.tokenizer.encode(segment.text, add_special_tokens=False).ids
+            ids += piece
+            learn += [segment.learn] * len(piece)
+        prefix = () if tuple(ids[: len(self.beginning)]) == self.beginning else self.beginning
+        ids, learn = [*prefix, *ids], [False] * len(prefix) + learn
+        if ids and ids[-1] != self.end_of_text:  # a chat turn may bring its own
+            ids.append(self.end_of_text)
+            learn.append(learn[-1])
+        learn[:1] = [False] * len(learn[:1])
+        return Document(
+            ids_T=torch.tensor(ids[:max_length], dtype=torch.int32),
+            learn_T=torch.tensor(learn[:max_length], dtype=torch.bool),
+        )
+
+    def _last_turn(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Segment, ...]:
+        """For templates that rewrite earlier turns (they drop old reasoning): learn the last assistant turn only."""
+        last = max(index for index, message in enumerate(messages) if message.get("role") == "assistant")
+        before = self._render(messages[:last], add_generation_prompt=True)
+        after = self._render(messages[: last + 1]).rstrip()
+        if not after.startswith(before):
+            raise DataError(
+                "This base model's chat template does not continue its own prompt, so the assistant's words "
+                "cannot be told from the rest.",
+                code="chat_template",
+                suggestions=["Use records with 'prompt' and 'completion' instead of 'messages'."],
+            )
+        return Segment(text=before, learn=False), Segment(text=after[len(before) :])
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:
+        variables: dict[str, Any] = dict(self.special_tokens)
+        try:  # transformers' own sandbox and filters: what the base was trained with
+            rendered = render_jinja_template(
+                [[dict(message) for message in messages]],
+                chat_template=self.chat_template,
+                add_generation_prompt=add_generation_prompt,
+                **variables,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise DataError(
+                f"The base model's chat template refuses a conversation: {error}",
+                code="chat_template",
+                suggestions=["Check the order of roles: most templates want user and assistant in turn."],
+            ) from error
+        texts, _ = cast("tuple[list[str], object]", rendered)  # annotated as str, which it is not
+        return texts[0]
+
+
+def load_tokenizer(directory: Path) -> BaseTokenizer:
+    """Read `tokenizer.json` and what belongs to it from a Hugging Face model directory.
+
+    Raises:
+        BaseModelError: no usable tokenizer, or nothing says which token ends a text.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    except Exception as error:  # the library raises bare Exception for a missing or broken file
+        raise BaseModelError(
+            f"The base model's tokenizer.json cannot be read: {error}",
+            suggestions=["Use a base model with a fast tokenizer (a tokenizer.json beside its weights)."],
+        ) from error
+    config = _json(directory / "tokenizer_config.json")
+    special = {
+        name: text
+        for name, value in config.items()
+        if name.endswith("_token")
+        and isinstance(text := value.get("content") if isinstance(value, dict) else value, str)
+    }
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return BaseTokenizer(
+        tokenizer=tokenizer,
+        end_of_text=_end_of_text(tokenizer, special, directory),
+        beginning=_beginning(tokenizer, special),
+        chat_template=_chat_template(directory, config),
+        special_tokens=special,
+    )
+
+
+def _end_of_text(tokenizer: Tokenizer, special: Mapping[str, str], directory: Path) -> int:
+    if (named := special.get("eos_token")) and (token := tokenizer.token_to_id(named)) is not None:
+        return int(token)
+    for name in ("generation_config.json", "config.json"):
+        value = _json(directory / name).get("eos_token_id")
+        if isinstance(value, list) and value:
+            value = value[0]
+        if isinstance(value, int):
+            return value
+    raise BaseModelError(
+        "Nothing in the base model says which token ends a text.",
+        suggestions=["Set eos_token in its tokenizer_config.json."],
+    )
+
+
+def _beginning(tokenizer: Tokenizer, special: Mapping[str, str]) -> tuple[int, ...]:
+    """What the tokenizer puts before an empty text, if that is its BOS token (others put EOS after it)."""
+    ids = tuple(tokenizer.encode("", add_special_tokens=True).ids[:1])
+    return ids if ids and ids == (tokenizer.token_to_id(special.get("bos_token", "")),) else ()
+
+
+def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"The base model's {path.name} cannot be read: {error}") from error
+    return value if isinstance(value, dict) else {}

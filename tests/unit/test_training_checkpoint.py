@@ -1,0 +1,80 @@
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peft_core.spec import DatasetSummary, TrainingConfig, TrainingTask
+from peft_core.training.checkpoint import Checkpoint, Progress, load_checkpoint, run_key, save_checkpoint
+from tests.factories import make_base
+
+DATASET = DatasetSummary(
+    train_examples=1, held_out_examples=1, train_tokens=1, held_out_tokens=1, files=1, left_out={}, sha256="d" * 64
+)
+
+
+def make_checkpoint(step: int) -> Checkpoint:
+    weight = torch.full((2, 2), float(step))
+    return Checkpoint(
+        progress=Progress(base_loss=2.5, step=step),
+        adapter={"a": weight},
+        best=None,
+        optimizer={"state": {}, "param_groups": []},
+        scheduler={"last_epoch": step},
+        rng={"cpu": torch.get_rng_state()},
+    )
+
+
+def make_task(tmp_path: Path, **changes: Any) -> TrainingTask:
+    task = TrainingTask(
+        job_id="j",
+        project_id="p",
+        source=tmp_path,
+        source_kind="repository",
+        config=TrainingConfig(),
+        base=make_base(),
+        job_dir=tmp_path,
+        base_models_dir=tmp_path,
+    )
+    return task.model_copy(update=changes)
+
+
+def test_the_newest_checkpoint_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, "key", make_checkpoint(step))
+    loaded = load_checkpoint(tmp_path, "key")
+    assert loaded is not None
+    assert loaded.progress == Progress(base_loss=2.5, step=2)
+    assert loaded.adapter["a"].tolist() == [[2.0, 2.0], [2.0, 2.0]]
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_a_half_written_checkpoint_does_not_hide_the_one_before(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, "key", make_checkpoint(1))
+    (tmp_path / ".state.pt.tmp").write_bytes(b"PK\x03\x04 half")
+    loaded = load_checkpoint(tmp_path, "key")
+    assert loaded is not None
+    assert loaded.progress.step == 1
+
+
+def test_a_damaged_checkpoint_is_as_good_as_none(tmp_path: Path) -> None:
+    assert load_checkpoint(tmp_path, "key") is None
+    save_checkpoint(tmp_path, "key", make_checkpoint(1))
+    whole = (tmp_path / "state.pt").read_bytes()
+    for damaged in (b"", b"junk", whole[: len(whole) // 2]):
+        (tmp_path / "state.pt").write_bytes(damaged)
+        assert load_checkpoint(tmp_path, "key") is None
+    torch.save({"format": 1, "key": "key", "progress": Path}, tmp_path / "state.pt")  # code, not data
+    assert load_checkpoint(tmp_path, "key") is None
+
+
+def test_the_checkpoint_of_another_run_is_left_alone(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, "key", make_checkpoint(1))
+    assert load_checkpoint(tmp_path, "other") is None
+
+
+def test_a_run_is_told_by_its_settings_base_and_data(tmp_path: Path) -> None:
+    task = make_task(tmp_path)
+    key = run_key(task, DATASET)
+    assert key == run_key(make_task(tmp_path, job_id="another", job_dir=tmp_path / "elsewhere"), DATASET)
+    assert key != run_key(make_task(tmp_path, config=TrainingConfig(rank=8)), DATASET)
+    assert key != run_key(task, DATASET.model_copy(update={"sha256": "e" * 64}))

@@ -1,0 +1,92 @@
+"""T tokens, N targets, V vocabulary."""
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.nn.functional import cross_entropy
+
+from peft_core.spec import TrainingConfig
+from peft_core.training import lora
+from peft_core.training.batches import Document, join, micro_batches
+from peft_core.training.fused import fuse
+from peft_core.training.objective import Objective, choose_objective
+from tests.toys import toy_documents, toy_model
+
+CPU = torch.device("cpu")
+LENGTHS = (40, 12, 9, 30, 3, 17)
+
+
+def with_random_adapter(architecture: str, *, fused: bool) -> tuple[Objective, PeftModel]:
+    model = toy_model(architecture)
+    objective = choose_objective(model, max_length=64)
+    adapted = lora.attach(model, TrainingConfig(rank=4), "toy")
+    torch.manual_seed(1)
+    for weight in lora.weights(adapted).values():
+        torch.nn.init.normal_(weight, std=0.1)  # B is zero at first, which would hide half of the gradient
+    if fused:
+        fuse(adapted)
+    return objective, adapted
+
+
+def gradient_of(model: PeftModel, loss: torch.Tensor) -> torch.Tensor:
+    weights = list(lora.weights(model).values())
+    return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, weights)])
+
+
+def plain_loss(model: PeftModel, documents: list[Document]) -> torch.Tensor:
+    """One document at a time through the model's own forward: what everybody would write."""
+    total = torch.zeros(())
+    for document in documents:
+        ids_1T = document.ids_T.long()[None]
+        logits_TV = model(input_ids=ids_1T).logits[0, :-1]
+        learned_T = document.learn_T[1:]
+        total = total + cross_entropy(logits_TV[learned_T], ids_1T[0, 1:][learned_T], reduction="sum")
+    return total
+
+
+@pytest.mark.parametrize(
+    ("architecture", "packed", "chunked_head"),
+    [
+        ("llama", True, True),
+        ("qwen2", True, True),
+        ("mistral_window", False, True),
+        ("gemma2", False, False),
+        ("gpt2", True, True),
+    ],
+)
+def test_the_fast_ways_are_taken_only_where_they_give_the_models_own_loss_and_gradient(
+    architecture: str, packed: bool, chunked_head: bool
+) -> None:
+    plain, reference = with_random_adapter(architecture, fused=False)
+    assert (plain.packed, plain.chunked_head) == (packed, chunked_head)
+    documents = toy_documents(LENGTHS)
+    expected = plain_loss(reference, documents)
+    expected_gradient = gradient_of(reference, expected)
+
+    objective, model = with_random_adapter(architecture, fused=True)
+    batches = list(micro_batches(documents, objective.capacity, CPU))
+    assert len(batches) == (1 if packed else len(documents))
+    loss = torch.stack([objective.loss(batch) for batch in batches]).sum()
+    gradient = gradient_of(model, loss)
+
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert (gradient - expected_gradient).norm() / expected_gradient.norm() < 1e-5
+
+
+@pytest.mark.parametrize("capacity", [0, 45, 60, 111])
+def test_how_documents_are_packed_does_not_change_the_gradient(capacity: int) -> None:
+    objective, model = with_random_adapter("llama", fused=True)
+    documents = toy_documents(LENGTHS)
+    whole = gradient_of(model, objective.loss(join(documents, CPU)))
+    parts = sum(gradient_of(model, objective.loss(batch)) for batch in micro_batches(documents, capacity, CPU))
+    assert (parts - whole).norm() / whole.norm() < 1e-5
+
+
+def test_no_document_sees_its_neighbour() -> None:
+    objective, _ = with_random_adapter("llama", fused=True)
+    first, second, other = toy_documents((20, 20, 20))
+    with torch.no_grad():
+        alone = objective.loss(join([second], CPU))
+        losses = [objective.loss(join([left, second], CPU)) - objective.loss(join([left], CPU)) for left in (first, other)]
+    for loss in losses:
+        assert loss.item() == pytest.approx(alone.item(), rel=1e-5)

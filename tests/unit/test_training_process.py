@@ -1,0 +1,88 @@
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from peft_core.errors import DataError
+from peft_core.events import EVENT, CheckpointSaved, JobStarted
+from peft_core.training.failures import problem_of
+from peft_core.training.process import (
+    keep_freed_memory,
+    peak_memory_bytes,
+    return_freed_memory,
+    seconds_alive,
+    usable_cores,
+)
+from peft_core.training.stop import Stop, Stopped
+from peft_core.training.wire import event_writer
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    reader, writer = os.pipe()
+    yield reader, writer
+    for fd in (reader, writer):
+        try:
+            os.close(fd)
+        except OSError:
+            pass  # the test closed it
+
+
+def test_events_are_one_line_each(pipe: tuple[int, int]) -> None:
+    reader, writer = pipe
+    emit = event_writer(writer, Stop())
+    events = [JobStarted(), CheckpointSaved(step=3)]
+    for event in events:
+        emit(event)
+    lines = os.read(reader, 10_000).splitlines()
+    assert [EVENT.validate_json(line) for line in lines] == events
+
+
+def test_a_reader_that_has_gone_is_a_request_to_stop(pipe: tuple[int, int]) -> None:
+    reader, writer = pipe
+    stop = Stop()
+    emit = event_writer(writer, stop)
+    os.close(reader)
+    emit(JobStarted())
+    with pytest.raises(Stopped):
+        stop.check()
+
+
+def test_nobody_asked_nothing_stops() -> None:
+    Stop().check()
+
+
+def test_an_error_of_ours_is_told_as_it_is() -> None:
+    problem = problem_of(DataError("Too few.", code="too_few", suggestions=["Give more."]))
+    assert (problem.code, problem.message, problem.suggestions) == ("too_few", "Too few.", ("Give more.",))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
+        RuntimeError("MPS backend out of memory"),
+        OSError(12, "Cannot allocate memory"),
+    ],
+)
+def test_memory_is_recognised_as_the_cause(error: Exception) -> None:
+    problem = problem_of(error)
+    assert problem.code == "out_of_memory"
+    assert any("max_length" in suggestion for suggestion in problem.suggestions)
+
+
+def test_anything_else_is_told_by_type_and_text() -> None:
+    problem = problem_of(ZeroDivisionError("division\nby zero"))
+    assert problem.code == "training_crashed"
+    assert "ZeroDivisionError: division by zero" in problem.message
+
+
+def test_the_process_knows_its_memory_time_and_cores() -> None:
+    keep_freed_memory()
+    return_freed_memory()
+    assert peak_memory_bytes() > 100_000_000  # torch is loaded
+    assert 0 < seconds_alive() < 24 * 3600
+    assert 1 <= usable_cores() <= (os.cpu_count() or 1)

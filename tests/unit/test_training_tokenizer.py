@@ -1,0 +1,100 @@
+from pathlib import Path
+
+import pytest
+
+from peft_core.errors import BaseModelError, DataError
+from peft_core.spec import Example, Segment
+from peft_core.training.tokenizer import BaseTokenizer, load_tokenizer
+from tests.toys import VOCABULARY, write_toy_tokenizer
+
+END = 0
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> BaseTokenizer:
+    write_toy_tokenizer(tmp_path)
+    return load_tokenizer(tmp_path)
+
+
+def example(*segments: Segment) -> Example:
+    return Example(segments=segments, path="a.py", language="python", kind="function")
+
+
+def learned_text(tokenizer: BaseTokenizer, segments: tuple[Segment, ...]) -> str:
+    document = tokenizer.encode(example(*segments), max_length=1000)
+    return "".join(VOCABULARY[token] for token in document.ids_T[document.learn_T])
+
+
+def test_a_text_ends_with_the_end_of_text_token_and_all_but_its_first_token_is_learned(tokenizer: BaseTokenizer) -> None:
+    document = tokenizer.encode(example(Segment(text="abc")), max_length=10)
+    assert [VOCABULARY[token] for token in document.ids_T] == ["a", "b", "c", "<end>"]
+    assert document.learn_T.tolist() == [False, True, True, True]
+    assert document.targets == 3
+
+
+def test_context_carries_no_loss(tokenizer: BaseTokenizer) -> None:
+    assert learned_text(tokenizer, (Segment(text="question ", learn=False), Segment(text="answer"))) == "answer<end>"
+
+
+def test_a_text_that_is_too_long_is_cut(tokenizer: BaseTokenizer) -> None:
+    document = tokenizer.encode(example(Segment(text="x" * 100)), max_length=64)
+    assert len(document) == 64
+    assert END not in document.ids_T
+
+
+def test_counting_counts_what_encoding_makes(tokenizer: BaseTokenizer) -> None:
+    assert tokenizer.count(["abc", "", "ab\n"]) == [3, 0, 3]
+
+
+def test_in_a_conversation_the_assistants_turns_are_learned_with_their_end(tokenizer: BaseTokenizer) -> None:
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "ho"},
+        {"role": "user", "content": "more"},
+        {"role": "assistant", "content": "no"},
+    ]
+    segments = tokenizer.render_chat(messages)
+    whole = "".join(segment.text for segment in segments)
+    assert whole == "[user]hi<end>\n[assistant]ho<end>\n[user]more<end>\n[assistant]no<end>"
+    assert learned_text(tokenizer, segments) == "ho<end>no<end>"
+
+
+def test_a_template_that_rewrites_earlier_turns_is_learned_from_its_last_turn(tmp_path: Path) -> None:
+    only_last = "{% for m in messages %}{% if loop.last or m.role == 'user' %}[{{ m.role }}]{{ m.content }}{% endif %}{% endfor %}"
+    write_toy_tokenizer(tmp_path, chat_template=only_last + "{% if add_generation_prompt %}[assistant]{% endif %}")
+    tokenizer = load_tokenizer(tmp_path)
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    segments = tokenizer.render_chat([{"role": role, "content": content} for role, content in turns])
+    assert [(segment.text, segment.learn) for segment in segments] == [("[user]a[user]c[assistant]", False), ("d", True)]
+
+
+def test_without_a_chat_template_conversations_are_refused(tmp_path: Path) -> None:
+    write_toy_tokenizer(tmp_path, chat_template=None)
+    with pytest.raises(DataError, match="no chat template"):
+        load_tokenizer(tmp_path).render_chat([{"role": "assistant", "content": "x"}])
+
+
+def test_what_a_template_refuses_is_told(tmp_path: Path) -> None:
+    write_toy_tokenizer(tmp_path, chat_template="{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(DataError, match="roles must alternate"):
+        load_tokenizer(tmp_path).render_chat([{"role": "assistant", "content": "x"}])
+
+
+def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path: Path) -> None:
+    write_toy_tokenizer(tmp_path, chat_template="{{ messages.__class__.__mro__[1].__subclasses__() }}")
+    with pytest.raises(DataError, match="unsafe"):
+        load_tokenizer(tmp_path).render_chat([{"role": "assistant", "content": "x"}])
+
+
+def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BaseModelError, match=r"tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_base_that_names_no_end_of_text_is_refused(tmp_path: Path) -> None:
+    write_toy_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(BaseModelError, match="which token ends a text"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    assert load_tokenizer(tmp_path).end_of_text == 5
