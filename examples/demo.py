@@ -24,8 +24,8 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = "peft-mcp-demo"
-# About 150 functions and classes: minutes on two CPU cores, and enough to see it learn. A real run leaves the config out.
-CONFIG = {"max_steps": 36, "held_out_fraction": 0.04, "eval_steps": 18}
+# About 100 functions and classes: minutes on two CPU cores, and enough to see it learn. A real run leaves the config out.
+CONFIG = {"max_steps": 24, "held_out_fraction": 0.03, "eval_steps": 12}
 console = Console()
 
 

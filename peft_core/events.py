@@ -44,9 +44,15 @@ class StepCompleted(Frozen):
 
 
 class HeldOutMeasured(Frozen):
+    """During training a fixed sample of a large held-out set is measured; before and after it, the whole set as well.
+
+    Figures of the sample compare with each other, and figures of the whole set with each other.
+    """
+
     kind: Literal["held_out_measured"] = "held_out_measured"
     step: int  # 0: the base itself
     loss: float
+    whole_set: bool = False
 
 
 class CheckpointSaved(Frozen):

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
-from peft_core.adapters.manifest import Manifest, read_manifest
-from peft_core.adapters.registry import WEIGHTS_NAME
-from peft_core.errors import AdapterNotFound, InvalidArgument
+from peft_core.adapters.manifest import CONFIG, WEIGHTS, Manifest, read_manifest
+from peft_core.errors import AdapterNotFound
 from peft_core.spec import Frozen
-
-CONFIG_NAME = "adapter_config.json"
-MAX_CONFIG_BYTES = 256 << 10
 
 
 class AdapterInfo(Frozen):
@@ -34,15 +28,17 @@ def read_info(path: Path) -> AdapterInfo:
 
     Raises:
         AdapterNotFound: the directory holds no adapter.
-        InvalidArgument: its configuration is not a readable JSON object.
+        HeaderError: its configuration is not a readable JSON object.
     """
-    weights, config_file = path / WEIGHTS_NAME, path / CONFIG_NAME
-    if not (weights.is_file() and config_file.is_file()):
+    weights = path / WEIGHTS
+    if not (weights.is_file() and (path / CONFIG).is_file()):
         raise AdapterNotFound(
-            f"{path} holds no adapter: {CONFIG_NAME} and {WEIGHTS_NAME} are expected there.",
+            f"{path} holds no adapter: {CONFIG} and {WEIGHTS} are expected there.",
             suggestions=["Call list_adapters to see what there is"],
         )
-    config = _read_config(config_file)
+    from peft_core.adapters.verify import read_adapter_config  # noqa: PLC0415 -- not at the server's start
+
+    config = read_adapter_config(path)
     targets = config.get("target_modules")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     manifest = read_manifest(path)
@@ -55,21 +51,6 @@ def read_info(path: Path) -> AdapterInfo:
         manifest=manifest,
         next=_next(manifest),
     )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    size = path.stat().st_size
-    if size > MAX_CONFIG_BYTES:
-        raise InvalidArgument(
-            "adapter_path", str(path), f"{CONFIG_NAME} has {size} bytes; at most {MAX_CONFIG_BYTES} are sensible"
-        )
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise InvalidArgument("adapter_path", str(path), f"{CONFIG_NAME} is not valid JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise InvalidArgument("adapter_path", str(path), f"{CONFIG_NAME} must be a JSON object")
-    return config
 
 
 def _next(manifest: Manifest | None) -> str:

@@ -10,6 +10,7 @@ from typing import Literal
 from peft_core.spec import DatasetSummary, Fingerprint, Frozen, Metrics, ModelShape, TrainingConfig
 
 MANIFEST_NAME = "adapter_manifest.json"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as PEFT calls them
 
 
 class BaseRecord(Frozen):

@@ -11,12 +11,10 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from peft_core.adapters.manifest import MANIFEST_NAME, Manifest, read_manifest
+from peft_core.adapters.manifest import MANIFEST_NAME, WEIGHTS, Manifest, read_manifest
 from peft_core.errors import AdapterNotFound
 from peft_core.paths import DataPaths
 from peft_core.spec import AdapterSummary
-
-WEIGHTS_NAME = "adapter_model.safetensors"
 
 
 class Registry:
@@ -106,7 +104,7 @@ class Registry:
             base_model=manifest.base.name,
             base_perplexity=manifest.metrics.base_perplexity,
             adapter_perplexity=manifest.metrics.adapter_perplexity,
-            adapter_bytes=(path / WEIGHTS_NAME).stat().st_size if (path / WEIGHTS_NAME).is_file() else 0,
+            adapter_bytes=(path / WEIGHTS).stat().st_size if (path / WEIGHTS).is_file() else 0,
             adapter_path=str(path),
         )
 

@@ -13,13 +13,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from peft_core.adapters.manifest import CONFIG, WEIGHTS
 from peft_core.bases.checkpoint import read_checkpoint
 from peft_core.bases.header import HeaderError, TensorInfo, open_regular, read_exactly
 from peft_core.bases.layout import a_few
 from peft_core.bases.safetensors import ADAPTER_LIMITS, read_header
 from peft_core.spec import Base, Frozen
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MAX_CONFIG_BYTES = 256 << 10
 MAX_RANK = 512
 MAX_ALPHA = 100_000.0

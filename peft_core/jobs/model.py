@@ -143,8 +143,8 @@ def _progress(job: Job, event: Event) -> dict[str, object] | None:  # noqa: PLR0
                 "eta_s": event.eta_s,
                 "peak_memory_bytes": event.memory_bytes,
             }
-        case HeldOutMeasured(step=0, loss=loss) if job.step == 0:
-            return {"held_out_loss": loss, "metrics": Metrics(base_loss=loss)}
+        case HeldOutMeasured(step=0, loss=loss, whole_set=True):
+            return {"metrics": Metrics(base_loss=loss)}
         case HeldOutMeasured(loss=loss):
             return {"held_out_loss": loss}
         case CheckpointSaved(step=step) if step <= job.step:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,17 @@ _log = structlog.get_logger(__name__)
 
 _FILE = "state.pt"
 _FORMAT = 1
+# What torch and pickle raise on damaged files; `weights_only` reports forbidden content as UnpicklingError.
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    struct.error,
+    pickle.UnpicklingError,
+)
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -93,6 +105,6 @@ def load_checkpoint(directory: Path, key: str) -> Checkpoint | None:
             scheduler=document["scheduler"],
             rng=document["rng"],
         )
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except _UNREADABLE as error:
         _log.warning("checkpoint_ignored", reason=f"it cannot be read: {error}")
         return None

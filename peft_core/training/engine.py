@@ -25,11 +25,11 @@ from peft_core.training import lora
 from peft_core.training.base import load_base
 from peft_core.training.batches import Document, plan_order
 from peft_core.training.checkpoint import Progress, load_checkpoint, run_key
-from peft_core.training.device import choose, describe, device_memory_bytes
+from peft_core.training.device import DevicePlan, choose, describe, device_memory_bytes
 from peft_core.training.evaluate import held_out_loss, subset
 from peft_core.training.fused import fuse
 from peft_core.training.loop import Loop
-from peft_core.training.objective import choose_objective
+from peft_core.training.objective import Objective, choose_objective
 from peft_core.training.process import (
     keep_freed_memory,
     peak_memory_bytes,
@@ -45,7 +45,7 @@ from peft_core.training.wire import Emit, say_nothing
 _log = structlog.get_logger(__name__)
 
 
-def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
+def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:  # noqa: PLR0915 -- six phases, told in one place
     """Train, and leave the adapter complete in the job's directory.
 
     Raises:
@@ -93,12 +93,14 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     # 3. The base on all held-out examples, unless an interrupted run has measured it.
     key = run_key(task, dataset.summary)
     checkpoint = load_checkpoint(paths.checkpoint, key)
+    sample = subset(held_out, config.seed)
     if checkpoint is None:
         emit(PhaseStarted(phase=Phase.EVALUATING_BASE))
-        base_loss = held_out_loss(objective, held_out, accelerator, stop)
+        base_loss, sample_loss = _base_losses(objective, held_out, sample, accelerator, stop)
+        emit(HeldOutMeasured(step=0, loss=sample_loss))
     else:
         base_loss = checkpoint.progress.base_loss
-    emit(HeldOutMeasured(step=0, loss=base_loss))
+    emit(HeldOutMeasured(step=0, loss=base_loss, whole_set=True))
 
     # 4. The adapter, trained.
     emit(PhaseStarted(phase=Phase.TRAINING))
@@ -114,7 +116,7 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
         scheduler=accelerator.prepare_scheduler(lora.build_scheduler(optimizer, config, order.total_steps)),
         documents=train,
         order=order,
-        held_out=subset(held_out, config.seed),
+        held_out=sample,
         progress=Progress(base_loss=base_loss),
         checkpoint_directory=paths.checkpoint,
         run_key=key,
@@ -129,13 +131,35 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     # 5. The adapter on all held-out examples.
     emit(PhaseStarted(phase=Phase.EVALUATING_ADAPTER))
     adapter_loss = held_out_loss(objective, held_out, accelerator, stop)
-    emit(HeldOutMeasured(step=progress.step, loss=adapter_loss))
+    emit(HeldOutMeasured(step=progress.step, loss=adapter_loss, whole_set=True))
 
     # 6. Its files.
     if not accelerator.is_main_process:
         return
     emit(PhaseStarted(phase=Phase.SAVING))
-    facts = RunFacts(
+    facts = _facts(task, plan, dataset, loop)
+    metrics = write_adapter(paths.adapter, adapted, task, facts, partial(_metrics, progress, adapter_loss))
+    _log.info("adapter_written", device_memory_bytes=device_memory_bytes(accelerator.device), **metrics.model_dump())
+    emit(AdapterWritten(metrics=metrics))
+
+
+def _base_losses(
+    objective: Objective, held_out: list[Document], sample: list[Document], accelerator: Accelerator, stop: Stop
+) -> tuple[float, float]:
+    """(loss on the whole held-out set, loss on the sample), each document computed once."""
+    sampled = set(map(id, sample))
+    rest = [document for document in held_out if id(document) not in sampled]
+    sample_loss = held_out_loss(objective, sample, accelerator, stop)
+    if not rest:
+        return sample_loss, sample_loss
+    weights = [sum(document.targets for document in part) for part in (sample, rest)]
+    rest_loss = held_out_loss(objective, rest, accelerator, stop)
+    return (weights[0] * sample_loss + weights[1] * rest_loss) / sum(weights), sample_loss
+
+
+def _facts(task: TrainingTask, plan: DevicePlan, dataset: PreparedDataset, loop: Loop) -> RunFacts:
+    progress = loop.progress
+    return RunFacts(
         data=DataRecord(
             source_kind=task.source_kind,
             summary=dataset.summary,
@@ -150,9 +174,6 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
         best_step=progress.best_step if loop.best is not None else None,
         created_at=datetime.now(UTC),
     )
-    metrics = write_adapter(paths.adapter, adapted, task, facts, partial(_metrics, progress, adapter_loss))
-    _log.info("adapter_written", device_memory_bytes=device_memory_bytes(accelerator.device), **metrics.model_dump())
-    emit(AdapterWritten(metrics=metrics))
 
 
 def _metrics(progress: Progress, adapter_loss: float, adapter_bytes: int) -> Metrics:

@@ -28,7 +28,7 @@ class _LinearFunction(torch.autograd.Function):
     """y = W x + bias + s B A x."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917 -- autograd passes tensors by position
         ctx: Any,
         x_TI: torch.Tensor,
         W_OI: torch.Tensor,
@@ -55,7 +55,7 @@ class _GatedFunction(torch.autograd.Function):
     """y = (W + s B A) h with h = silu(gate) * up; h is recomputed in the backward pass."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917 -- autograd passes tensors by position
         ctx: Any,
         gate_TF: torch.Tensor,
         up_TF: torch.Tensor,
@@ -91,16 +91,16 @@ def fuse(model: PeftModel) -> tuple[int, int]:
     """
     linears = [module for module in model.modules() if _is_plain(module)]
     for layer in linears:
-        layer.forward = partial(_linear_forward, layer)
+        layer.forward = partial(_linear_forward, layer)  # type: ignore[method-assign]  # of this instance only
     gated = [module for module in model.modules() if _is_gated(module)]
     for mlp in gated:
-        mlp.forward = partial(_gated_forward, mlp)
+        mlp.forward = partial(_gated_forward, mlp)  # likewise
     _log.info("layers_fused", linears=len(linears), gated_mlps=len(gated))
     return len(linears), len(gated)
 
 
 def _linear_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
-    base = layer.get_base_layer()
+    base = _frozen(layer)
     out: torch.Tensor = _LinearFunction.apply(  # type: ignore[no-untyped-call]  # torch annotates no `apply`
         x.reshape(-1, x.shape[-1]), base.weight, base.bias, *_lora(layer)
     )
@@ -108,28 +108,36 @@ def _linear_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
 
 
 def _gated_forward(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    gate, up = (projection(x).reshape(x.shape[:-1].numel(), -1) for projection in (mlp.gate_proj, mlp.up_proj))
-    down = mlp.down_proj
+    gate, up, down = _projections(mlp)
+    features = _frozen(gate).out_features
     out: torch.Tensor = _GatedFunction.apply(  # type: ignore[no-untyped-call]  # torch annotates no `apply`
-        gate, up, down.get_base_layer().weight, *_lora(down)
+        gate(x).view(-1, features), up(x).view(-1, features), _frozen(down).weight, *_lora(down)
     )
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
+def _projections(mlp: nn.Module) -> list[LoraLinear]:
+    return [cast("LoraLinear", getattr(mlp, name)) for name in ("gate_proj", "up_proj", "down_proj")]
+
+
+def _frozen(layer: LoraLinear) -> nn.Linear:
+    return cast("nn.Linear", layer.get_base_layer())
+
+
 def _lora(layer: LoraLinear) -> tuple[torch.Tensor, torch.Tensor, float]:
-    return layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight, layer.scaling[_ADAPTER]
+    a, b = (cast("nn.Linear", matrices[_ADAPTER]) for matrices in (layer.lora_A, layer.lora_B))
+    return a.weight, b.weight, layer.scaling[_ADAPTER]
 
 
-def _is_plain(module: nn.Module) -> TypeGuard[LoraLinear]:
+def _is_plain(module: nn.Module | None) -> TypeGuard[LoraLinear]:
     """Whether a module computes W x + bias + s B A x in float32, and nothing else."""
     if type(module) is not LoraLinear or list(module.lora_A) != [_ADAPTER] or module.lora_variant:
         return False
-    base, dropout = module.get_base_layer(), module.lora_dropout[_ADAPTER]
     return (
-        type(base) is nn.Linear
-        and isinstance(dropout, nn.Identity)
+        type(module.get_base_layer()) is nn.Linear
+        and isinstance(module.lora_dropout[_ADAPTER], nn.Identity)
         and not module.lora_bias[_ADAPTER]
-        and base.weight.dtype == module.lora_A[_ADAPTER].weight.dtype == torch.float32
+        and _frozen(module).weight.dtype == _lora(module)[0].dtype == torch.float32
     )
 
 
@@ -138,17 +146,12 @@ def _is_gated(module: nn.Module) -> bool:
 
     While B is zero this compares the frozen part alone; the rest is the same function for every layer.
     """
-    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    if not all(isinstance(part, nn.Module) and _is_plain(part) for part in parts):
+    if not all(_is_plain(getattr(module, name, None)) for name in ("gate_proj", "up_proj", "down_proj")):
         return False
-    gate, _, down = cast("list[LoraLinear]", parts)
-    if down.get_base_layer().bias is not None:
-        return False
-    weight = gate.get_base_layer().weight
-    x_TI = torch.randn(1, 4, weight.shape[1], device=weight.device, generator=_generator(weight.device))
+    gate, _, down = _projections(module)
+    weight = _frozen(gate).weight
+    own_generator = torch.Generator(weight.device).manual_seed(0)  # the run's random numbers stay as they are
+    x_TI = torch.randn(4, weight.shape[1], device=weight.device, generator=own_generator)
     with torch.no_grad():
-        return torch.allclose(module(x_TI), _gated_forward(module, x_TI), rtol=1e-4, atol=1e-5)
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    return torch.Generator(device).manual_seed(0)  # of its own: the run's random numbers stay the same
+        same = torch.allclose(module(x_TI), _gated_forward(module, x_TI), rtol=1e-4, atol=1e-5)
+    return same and _frozen(down).bias is None

@@ -95,9 +95,7 @@ def rate_factor(shape: Literal["linear", "cosine", "constant"], done: int, *, wa
 def _check_targets(model: PreTrainedModel, names: list[str]) -> None:
     head = model.get_output_embeddings()  # often tied to the input embedding, where an update would hit both
     linear = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+        name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head
     ]
     for name in names:
         if not any(path == name or path.endswith(f".{name}") for path in linear):

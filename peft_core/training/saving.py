@@ -53,7 +53,10 @@ def write_adapter(
     """
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    tensors = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    tensors = {
+        name: tensor.contiguous()
+        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
     save_file(tensors, directory / _WEIGHTS, metadata={"format": "pt"})
     _write_config(directory, model, task.base.name)
 

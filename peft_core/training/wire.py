@@ -22,13 +22,12 @@ def claim_stdout() -> int:
 
 def event_writer(fd: int, stop: Stop) -> Emit:
     """A function that writes one event at a time. A reader that has gone away is a request to stop."""
-    file = os.fdopen(fd, "wb", buffering=0)
 
     def emit(event: Event) -> None:
         try:
             line = memoryview(EVENT.dump_json(event) + b"\n")
             while line:
-                line = line[file.write(line) :]
+                line = line[os.write(fd, line) :]
         except BrokenPipeError:
             stop.request()
 

@@ -9,7 +9,7 @@ import pytest
 from peft_core.adapters.info import read_info
 from peft_core.adapters.manifest import BaseRecord, DataRecord, Manifest, RunRecord, write_manifest
 from peft_core.adapters.registry import Registry
-from peft_core.errors import AdapterNotFound, InvalidArgument
+from peft_core.errors import AdapterNotFound, ModelError
 from peft_core.paths import DataPaths
 from peft_core.spec import DatasetSummary, Metrics, TrainingConfig
 from tests.factories import make_base
@@ -118,5 +118,5 @@ def test_an_adapter_from_elsewhere_is_described_as_far_as_its_configuration_goes
 def test_a_configuration_that_is_no_sensible_json_is_refused(tmp_path: Path, text: str) -> None:
     draft = write_draft(tmp_path / "foreign", "a-01")
     (draft / "adapter_config.json").write_text(text)
-    with pytest.raises(InvalidArgument, match=r"adapter_config\.json"):
+    with pytest.raises(ModelError, match=r"adapter_config\.json"):
         read_info(draft)

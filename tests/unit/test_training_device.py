@@ -22,7 +22,9 @@ PLAIN = Machine()
         (Machine(mps=True, mps_bfloat16=True, cuda=True, cuda_bfloat16=True), "mps", torch.bfloat16, "no"),
     ],
 )
-def test_auto_takes_mps_then_cuda_then_the_cpu(machine: Machine, device: str, weights: torch.dtype, autocast: str) -> None:
+def test_auto_takes_mps_then_cuda_then_the_cpu(
+    machine: Machine, device: str, weights: torch.dtype, autocast: str
+) -> None:
     plan = choose("auto", machine)
     assert (plan.device, plan.weights, plan.autocast) == (device, weights, autocast)
 
@@ -34,7 +36,9 @@ def test_the_cpu_is_always_there_and_computes_in_float32(machine: Machine) -> No
 
 
 @pytest.mark.parametrize(("requested", "machine", "there"), [("mps", GPU, "cuda, cpu"), ("cuda", PLAIN, "cpu")])
-def test_a_device_that_is_not_there_is_refused_naming_those_that_are(requested: str, machine: Machine, there: str) -> None:
+def test_a_device_that_is_not_there_is_refused_naming_those_that_are(
+    requested: str, machine: Machine, there: str
+) -> None:
     with pytest.raises(InvalidArgument, match=f"config.device = '{requested}'.*this machine has {there}"):
         choose(requested, machine)
 

@@ -37,7 +37,9 @@ def test_without_gradients_only_the_loss_is_computed() -> None:
     hidden_ND, head_VD, target_N = torch.randn(5, 8), torch.randn(20, 8), torch.randint(0, 20, (5,))
     with torch.no_grad():
         loss = frozen_head_cross_entropy(hidden_ND, head_VD, target_N)
-    assert loss.item() == pytest.approx(cross_entropy(hidden_ND @ head_VD.T, target_N, reduction="sum").item(), rel=1e-6)
+    assert loss.item() == pytest.approx(
+        cross_entropy(hidden_ND @ head_VD.T, target_N, reduction="sum").item(), rel=1e-6
+    )
 
 
 def test_no_targets_no_loss() -> None:

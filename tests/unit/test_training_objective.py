@@ -87,6 +87,8 @@ def test_no_document_sees_its_neighbour() -> None:
     first, second, other = toy_documents((20, 20, 20))
     with torch.no_grad():
         alone = objective.loss(join([second], CPU))
-        losses = [objective.loss(join([left, second], CPU)) - objective.loss(join([left], CPU)) for left in (first, other)]
+        losses = [
+            objective.loss(join([left, second], CPU)) - objective.loss(join([left], CPU)) for left in (first, other)
+        ]
     for loss in losses:
         assert loss.item() == pytest.approx(alone.item(), rel=1e-5)

@@ -1,3 +1,4 @@
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -23,10 +24,8 @@ def pipe() -> Iterator[tuple[int, int]]:
     reader, writer = os.pipe()
     yield reader, writer
     for fd in (reader, writer):
-        try:
+        with contextlib.suppress(OSError):  # the test closed it
             os.close(fd)
-        except OSError:
-            pass  # the test closed it
 
 
 def test_events_are_one_line_each(pipe: tuple[int, int]) -> None:

@@ -25,7 +25,9 @@ def learned_text(tokenizer: BaseTokenizer, segments: tuple[Segment, ...]) -> str
     return "".join(VOCABULARY[token] for token in document.ids_T[document.learn_T])
 
 
-def test_a_text_ends_with_the_end_of_text_token_and_all_but_its_first_token_is_learned(tokenizer: BaseTokenizer) -> None:
+def test_a_text_ends_with_the_end_of_text_token_and_all_but_its_first_token_is_learned(
+    tokenizer: BaseTokenizer,
+) -> None:
     document = tokenizer.encode(example(Segment(text="abc")), max_length=10)
     assert [VOCABULARY[token] for token in document.ids_T] == ["a", "b", "c", "<end>"]
     assert document.learn_T.tolist() == [False, True, True, True]
@@ -60,12 +62,19 @@ def test_in_a_conversation_the_assistants_turns_are_learned_with_their_end(token
 
 
 def test_a_template_that_rewrites_earlier_turns_is_learned_from_its_last_turn(tmp_path: Path) -> None:
-    only_last = "{% for m in messages %}{% if loop.last or m.role == 'user' %}[{{ m.role }}]{{ m.content }}{% endif %}{% endfor %}"
-    write_toy_tokenizer(tmp_path, chat_template=only_last + "{% if add_generation_prompt %}[assistant]{% endif %}")
+    template = (
+        "{% for m in messages %}{% if loop.last or m.role == 'user' %}[{{ m.role }}]{{ m.content }}{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    write_toy_tokenizer(tmp_path, chat_template=template)
     tokenizer = load_tokenizer(tmp_path)
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     segments = tokenizer.render_chat([{"role": role, "content": content} for role, content in turns])
-    assert [(segment.text, segment.learn) for segment in segments] == [("[user]a[user]c[assistant]", False), ("d", True)]
+    assert [(segment.text, segment.learn) for segment in segments] == [
+        ("[user]a[user]c[assistant]", False),
+        ("d", True),
+    ]
 
 
 def test_without_a_chat_template_conversations_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,308 @@
+"""The training child as the runner sees it: a process with a task on its input, events on its output, an exit code.
+
+V vocabulary, T tokens
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from peft_core.adapters.manifest import read_manifest, sha256_of
+from peft_core.adapters.verify import check_adapter
+from peft_core.bases.resolve import resolve
+from peft_core.config import Settings
+from peft_core.events import (
+    EVENT,
+    AdapterWritten,
+    CheckpointSaved,
+    Event,
+    HeldOutMeasured,
+    JobFailed,
+    PhaseStarted,
+    StepCompleted,
+)
+from peft_core.spec import Phase, TrainingConfig, TrainingTask
+from tests.toys import write_toy_base
+
+TOY = {"rank": 4, "batch_size": 2, "max_steps": 6, "max_length": 256}
+ENDLESS = {**TOY, "max_steps": 100_000, "eval_steps": 100_000}
+
+
+@pytest.fixture(scope="module")
+def toy_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy_base(tmp_path_factory.mktemp("toy-base"))
+
+
+def make_task(directory: Path, base: str | None, **config: Any) -> TrainingTask:
+    records = directory / "records.jsonl"
+    lines = [{"text": f"def add_{n}(a, b):\n    return a + {n} * b\n", "path": f"m{n}.py"} for n in range(40)]
+    records.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return TrainingTask(
+        job_id="20260101-000000-abcdef",
+        project_id="adds",
+        source=records,
+        source_kind="jsonl",
+        config=TrainingConfig(device="cpu", **config),
+        base=resolve(base, Settings()),
+        job_dir=directory / "job",
+        base_models_dir=directory / "base_models",
+    )
+
+
+@contextmanager
+def child(task: TrainingTask | str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "peft_core.training"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+    try:
+        assert process.stdin is not None
+        process.stdin.write(task if isinstance(task, str) else task.model_dump_json())
+        process.stdin.close()
+        process.stdin = None
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def run_to_the_end(task: TrainingTask | str, **environment: str) -> tuple[int, list[Event], str]:
+    with child(task, **environment) as process:
+        out, err = process.communicate(timeout=500)
+        return process.returncode, [EVENT.validate_json(line) for line in out.splitlines()], err
+
+
+def read_until(process: subprocess.Popen[str], kind: type[Event]) -> list[Event]:
+    assert process.stdout is not None
+    events: list[Event] = []
+    for line in process.stdout:
+        events.append(EVENT.validate_json(line))
+        if isinstance(events[-1], kind):
+            return events
+    assert process.stderr is not None
+    raise AssertionError(f"{kind.__name__} never came: {process.stderr.read()}")
+
+
+def test_a_run_ends_with_a_complete_adapter_that_plain_peft_loads(tmp_path: Path, toy_base: Path) -> None:
+    task = make_task(tmp_path, str(toy_base), **TOY)
+    code, events, err = run_to_the_end(task)
+    assert code == 0, err
+
+    phases = [event.phase for event in events if isinstance(event, PhaseStarted) and not event.detail]
+    assert phases == [
+        Phase.PREPARING_DATA,
+        Phase.LOADING_MODEL,
+        Phase.EVALUATING_BASE,
+        Phase.TRAINING,
+        Phase.EVALUATING_ADAPTER,
+        Phase.SAVING,
+    ]
+    assert [event.step for event in events if isinstance(event, StepCompleted)] == [1, 2, 3, 4, 5, 6]
+    written = events[-1]
+    assert isinstance(written, AdapterWritten)
+    assert written.metrics.adapter_loss is not None
+    assert written.metrics.base_loss is not None
+    assert written.metrics.adapter_loss < written.metrics.base_loss
+
+    adapter = task.job_dir / "adapter"
+    names = {"README.md", "adapter_config.json", "adapter_manifest.json", "adapter_model.safetensors"}
+    assert {path.name for path in adapter.iterdir()} == names
+    assert [reason for reason in check_adapter(adapter, task.base) if reason.severity == "error"] == []
+    manifest = read_manifest(adapter)
+    assert manifest is not None
+    assert manifest.metrics == written.metrics
+    assert manifest.files == {name: sha256_of(adapter / name) for name in names - {"adapter_manifest.json"}}
+    for name in names - {"adapter_model.safetensors"}:
+        text = (adapter / name).read_text()
+        assert str(tmp_path) not in text
+        assert str(toy_base) not in text
+
+    base = AutoModelForCausalLM.from_pretrained(toy_base)
+    ids_1T = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        base_logits_1TV = base(ids_1T).logits
+        logits_1TV = PeftModel.from_pretrained(base, adapter)(ids_1T).logits
+    assert (logits_1TV - base_logits_1TV).abs().max() > 1e-3
+
+    checkpoint = torch.load(task.job_dir / "checkpoint" / "state.pt", weights_only=True)
+    saved = load_file(adapter / "adapter_model.safetensors")
+    assert set(saved) == {name.replace(".default", "") for name in checkpoint["adapter"]}
+    for name, tensor in checkpoint["adapter"].items():  # the weights of the last step are those on disk
+        assert torch.equal(tensor, saved[name.replace(".default", "")])
+
+
+def test_sigterm_leaves_a_checkpoint_from_which_the_next_process_goes_on(tmp_path: Path, toy_base: Path) -> None:
+    task = make_task(tmp_path, str(toy_base), **ENDLESS)
+    with child(task) as process:
+        read_until(process, StepCompleted)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+        rest = [EVENT.validate_json(line) for line in out.splitlines()]
+        assert process.returncode == 143, err
+    assert isinstance(rest[-1], CheckpointSaved)
+
+    with child(task) as process:
+        events = read_until(process, StepCompleted)
+    resumed_at = events[-1]
+    assert isinstance(resumed_at, StepCompleted)
+    assert resumed_at.step == rest[-1].step + 1
+    phases = [event.phase for event in events if isinstance(event, PhaseStarted)]
+    assert Phase.EVALUATING_BASE not in phases
+    assert any(isinstance(event, HeldOutMeasured) and event.step == 0 for event in events)
+
+
+def test_nothing_but_events_reaches_standard_output(tmp_path: Path, toy_base: Path) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import threading, time\n"
+        "def noise():\n"
+        "    time.sleep(2)\n"
+        "    print('a library that prints', flush=True)\n"
+        "threading.Thread(target=noise, daemon=True).start()\n"
+    )
+    code, events, err = run_to_the_end(make_task(tmp_path, str(toy_base), **TOY), PYTHONPATH=str(site))
+    assert code == 0
+    assert isinstance(events[-1], AdapterWritten)
+    assert "a library that prints" in err
+
+
+def test_a_bad_request_is_one_clear_failure(tmp_path: Path, toy_base: Path) -> None:
+    config = {**TOY, "target_modules": ["query"]}
+    code, events, _ = run_to_the_end(make_task(tmp_path, str(toy_base), **config))
+    failed = events[-1]
+    assert code == 1
+    assert isinstance(failed, JobFailed)
+    assert failed.error.code == "invalid_argument"
+    assert "q_proj" in failed.error.message
+
+
+def test_input_that_is_no_task_is_told() -> None:
+    code, events, _ = run_to_the_end('{"job_id": 3}')
+    assert code == 1
+    assert isinstance(events[-1], JobFailed)
+    assert "TrainingTask" in events[-1].error.message
+
+
+def test_a_child_whose_reader_has_gone_ends_with_a_checkpoint(tmp_path: Path, toy_base: Path) -> None:
+    task = make_task(tmp_path, str(toy_base), **ENDLESS)
+    with child(task) as process:
+        read_until(process, StepCompleted)
+        assert process.stdout is not None
+        process.stdout.close()
+        process.stdout = None
+        assert process.wait(timeout=60) == 143
+    assert (task.job_dir / "checkpoint" / "state.pt").is_file()
+
+
+def test_a_child_whose_parent_dies_ends_by_itself(tmp_path: Path, toy_base: Path) -> None:
+    task = make_task(tmp_path, str(toy_base), **ENDLESS)
+    (tmp_path / "task.json").write_text(task.model_dump_json())
+    parent = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import os, subprocess, sys, time\n"
+            "os.environ['PEFT_MCP_PARENT'] = str(os.getpid())\n"
+            f"with open({str(tmp_path / 'task.json')!r}) as task, open({str(tmp_path / 'events')!r}, 'w') as events:\n"
+            "    child = subprocess.Popen([sys.executable, '-m', 'peft_core.training'], stdin=task, stdout=events)\n"
+            "print(child.pid, flush=True)\n"
+            "time.sleep(600)\n",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    _wait_until(lambda: "step_completed" in (tmp_path / "events").read_text())
+    parent.kill()
+    parent.communicate()
+    _wait_until(lambda: not _runs(pid), seconds=15)
+    assert '"checkpoint_saved"' in (tmp_path / "events").read_text().splitlines()[-1]
+
+
+def test_two_processes_make_the_same_steps_as_one(tmp_path: Path, toy_base: Path) -> None:
+    config = {**TOY, "batch_size": 3, "max_steps": None, "num_epochs": 0.5}  # the last step is smaller than the others
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    code, alone, err = run_to_the_end(make_task(tmp_path / "one", str(toy_base), **config))
+    assert code == 0, err
+
+    task = make_task(tmp_path / "two", str(toy_base), **config)
+    ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    with (
+        child(task, **ranks, RANK="0", LOCAL_RANK="0") as first,
+        child(task, **ranks, RANK="1", LOCAL_RANK="1") as second,
+    ):
+        out, err = first.communicate(timeout=300)
+        silent, _ = second.communicate(timeout=60)
+    assert (first.returncode, second.returncode) == (0, 0), err
+    assert silent == ""
+    together = [EVENT.validate_json(line) for line in out.splitlines()]
+
+    def losses(events: list[Event]) -> list[float]:
+        return [event.loss for event in events if isinstance(event, (StepCompleted, HeldOutMeasured))]
+
+    assert losses(together) == pytest.approx(losses(alone), rel=1e-4)
+    adapters = [load_file(tmp_path / name / "job" / "adapter" / "adapter_model.safetensors") for name in ("one", "two")]
+    for name, tensor in adapters[0].items():
+        assert torch.allclose(tensor, adapters[1][name], atol=1e-4)
+
+
+@pytest.mark.model
+def test_the_bundled_model_learns_within_two_gigabytes(tmp_path: Path) -> None:
+    task = make_task(tmp_path, None, rank=16, batch_size=4, max_steps=4)
+    code, events, err = run_to_the_end(task)
+    assert code == 0, err
+    written = events[-1]
+    assert isinstance(written, AdapterWritten)
+    metrics = written.metrics
+    assert metrics.adapter_loss is not None
+    assert metrics.base_loss is not None
+    assert metrics.adapter_loss < metrics.base_loss
+    assert metrics.peak_memory_bytes is not None
+    assert metrics.peak_memory_bytes < 2e9
+    assert metrics.adapter_bytes is not None
+    assert metrics.adapter_bytes < 50e6
+    assert [reason for reason in check_adapter(task.job_dir / "adapter", task.base) if reason.severity == "error"] == []
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _wait_until(condition: Any, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+    return state != "Z"  # an orphan may wait for whoever adopted it

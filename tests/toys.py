@@ -1,0 +1,93 @@
+"""Language models of two layers and a tokenizer of single characters: all the algebra, none of the weight."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+
+from peft_core.training.batches import Document
+
+VOCABULARY = ["<end>", "<begin>", "<unk>", *map(chr, range(32, 127)), "\n"]
+_SIZES = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.2,  # large enough for logits that differ
+}
+TEMPLATE = (
+    "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def toy_model(architecture: str = "llama") -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(_config(architecture))
+    model.eval()
+    model.requires_grad_(requires_grad=False)
+    return model
+
+
+def toy_documents(lengths: tuple[int, ...], seed: int = 0) -> list[Document]:
+    generator = torch.Generator().manual_seed(seed)
+    documents = []
+    for length in lengths:
+        learn_T = torch.rand(length, generator=generator) > 0.2
+        learn_T[0] = False
+        ids_T = torch.randint(3, len(VOCABULARY), (length,), generator=generator, dtype=torch.int32)
+        documents.append(Document(ids_T=ids_T, learn_T=learn_T))
+    return documents
+
+
+def write_toy_base(directory: Path, *, chat_template: str | None = TEMPLATE) -> Path:
+    """A complete Hugging Face model directory."""
+    toy_model().save_pretrained(directory)
+    write_toy_tokenizer(directory, chat_template=chat_template)
+    return directory
+
+
+def write_toy_tokenizer(directory: Path, *, chat_template: str | None = TEMPLATE) -> None:
+    directory.mkdir(exist_ok=True)
+    tokenizer = Tokenizer(models.WordLevel({token: n for n, token in enumerate(VOCABULARY)}, unk_token="<unk>"))  # noqa: S106 -- a token of text
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.add_special_tokens(VOCABULARY[:3])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"eos_token": "<end>", "bos_token": {"content": "<begin>"}}
+    if chat_template is not None:
+        config["chat_template"] = chat_template
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def _config(architecture: str) -> PreTrainedConfig:
+    match architecture:
+        case "llama":
+            return LlamaConfig(**_SIZES)
+        case "qwen2":  # bias in q, k and v
+            return Qwen2Config(**_SIZES)
+        case "mistral_window":  # each token sees only the last 8
+            return MistralConfig(**_SIZES, sliding_window=8)
+        case "gemma2":  # caps attention and logits
+            return Gemma2Config(**_SIZES, head_dim=8, final_logit_softcapping=2.0, attn_logit_softcapping=2.0)
+        case _:  # learned positions, Conv1D layers
+            return GPT2Config(vocab_size=len(VOCABULARY), n_positions=256, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=0)
