@@ -39,7 +39,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=CONFIG.batch_size)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--work", type=Path, default=None, help="keeps the converted base and the dataset for the next time")
+    parser.add_argument(
+        "--work", type=Path, default=None, help="keeps the converted base and the dataset for the next time"
+    )
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contender:
@@ -261,10 +263,14 @@ def report(results: dict[str, list[dict[str, float]]], options: argparse.Namespa
     for contender, runs in results.items():
         rates = [run["tokens_per_cpu_s"] for run in runs]
         peak, loss = max(run["peak_gb"] for run in runs), runs[-1]["last_loss"]
-        print(f"{contender:10} {statistics.median(rates):8.1f} ({min(rates):.1f}-{max(rates):.1f}) {peak:9.2f} GB {loss:10.3f}")
+        print(
+            f"{contender:10} {statistics.median(rates):8.1f} ({min(rates):.1f}-{max(rates):.1f}) {peak:9.2f} GB {loss:10.3f}"
+        )
     ratios = [a["tokens_per_cpu_s"] / b["tokens_per_cpu_s"] for a, b in zip(*results.values(), strict=True)]
     memory = max(r["peak_gb"] for r in results["trainer"]) / max(r["peak_gb"] for r in results["peft-mcp"])
-    print(f"speed ratio {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}), memory ratio {memory:.2f}")
+    print(
+        f"speed ratio {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}), memory ratio {memory:.2f}"
+    )
 
 
 if __name__ == "__main__":

@@ -296,7 +296,8 @@ class TrainingStatus(Frozen):
     total_steps: int | None = None
     loss: float | None = Field(None, description="Mean training loss of the latest step, nats per token.")
     held_out_loss: float | None = Field(
-        None, description="Latest loss on held-out files: a fixed sample of them while it trains, all of them at the end."
+        None,
+        description="Latest loss on held-out files: a fixed sample of them while it trains, all of them at the end.",
     )
     tokens_per_second: float | None = None
     eta_s: float | None = None

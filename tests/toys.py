@@ -90,4 +90,12 @@ def _config(architecture: str) -> PreTrainedConfig:
         case "gemma2":  # caps attention and logits
             return Gemma2Config(**_SIZES, head_dim=8, final_logit_softcapping=2.0, attn_logit_softcapping=2.0)
         case _:  # learned positions, Conv1D layers
-            return GPT2Config(vocab_size=len(VOCABULARY), n_positions=256, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=0)
+            return GPT2Config(
+                vocab_size=len(VOCABULARY),
+                n_positions=256,
+                n_embd=32,
+                n_layer=2,
+                n_head=4,
+                bos_token_id=1,
+                eos_token_id=0,
+            )

@@ -45,7 +45,7 @@ from peft_core.training.wire import Emit, say_nothing
 _log = structlog.get_logger(__name__)
 
 
-def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:  # noqa: PLR0915 -- six phases, told in one place
+def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     """Train, and leave the adapter complete in the job's directory.
 
     Raises:

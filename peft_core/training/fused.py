@@ -28,7 +28,7 @@ class _LinearFunction(torch.autograd.Function):
     """y = W x + bias + s B A x."""
 
     @staticmethod
-    def forward(  # noqa: PLR0917 -- autograd passes tensors by position
+    def forward(
         ctx: Any,
         x_TI: torch.Tensor,
         W_OI: torch.Tensor,
@@ -55,7 +55,7 @@ class _GatedFunction(torch.autograd.Function):
     """y = (W + s B A) h with h = silu(gate) * up; h is recomputed in the backward pass."""
 
     @staticmethod
-    def forward(  # noqa: PLR0917 -- autograd passes tensors by position
+    def forward(
         ctx: Any,
         gate_TF: torch.Tensor,
         up_TF: torch.Tensor,
@@ -101,16 +101,14 @@ def fuse(model: PeftModel) -> tuple[int, int]:
 
 def _linear_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
     base = _frozen(layer)
-    out: torch.Tensor = _LinearFunction.apply(  # type: ignore[no-untyped-call]  # torch annotates no `apply`
-        x.reshape(-1, x.shape[-1]), base.weight, base.bias, *_lora(layer)
-    )
+    out: torch.Tensor = _LinearFunction.apply(x.reshape(-1, x.shape[-1]), base.weight, base.bias, *_lora(layer))
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def _gated_forward(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
     gate, up, down = _projections(mlp)
     features = _frozen(gate).out_features
-    out: torch.Tensor = _GatedFunction.apply(  # type: ignore[no-untyped-call]  # torch annotates no `apply`
+    out: torch.Tensor = _GatedFunction.apply(
         gate(x).view(-1, features), up(x).view(-1, features), _frozen(down).weight, *_lora(down)
     )
     return out.view(*x.shape[:-1], out.shape[-1])

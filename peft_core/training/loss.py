@@ -60,7 +60,5 @@ def frozen_head_cross_entropy(hidden_ND: torch.Tensor, head_VD: torch.Tensor, ta
     Peak memory is C x V instead of N x V. Only `hidden_ND` gets a gradient.
     """
     with torch.autocast(hidden_ND.device.type, enabled=False):  # the number formats are chosen above, one by one
-        loss: torch.Tensor = _FrozenHeadCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch annotates no `apply`
-            hidden_ND, head_VD, target_N
-        )
+        loss: torch.Tensor = _FrozenHeadCrossEntropy.apply(hidden_ND, head_VD, target_N)
     return loss

@@ -12,7 +12,7 @@ _POLL_S = 0.5
 _GRACE_S = 10.0
 
 
-class Stopped(Exception):  # noqa: N818 -- a request that was honoured, not an error
+class Stopped(Exception):
     """Raised at the next safe point after a request to stop."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -32,7 +33,9 @@ async def call(client: Client, tool: str, **arguments: Any) -> Status:
     return result.structured_content
 
 
-async def wait_for(client: Client, condition: Callable[[Status], object], project: str, job: str | None = None) -> Status:
+async def wait_for(
+    client: Client, condition: Callable[[Status], object], project: str, job: str | None = None
+) -> Status:
     deadline = time.monotonic() + 300
     while True:
         status = await call(client, "get_training_status", project_id=project, job_id=job, wait_s=0)
@@ -56,7 +59,9 @@ async def test_from_a_repository_to_an_adapter_with_an_honest_report(data_dir: P
     async with Client(stdio_server(data_dir), mode=MODERN) as client:
         # 1. It answers at once with what it will do.
         began = time.monotonic()
-        started = await call(client, "train_adapter", project_id="std", training_data=str(stdlib_repository), config=SHORT)
+        started = await call(
+            client, "train_adapter", project_id="std", training_data=str(stdlib_repository), config=SHORT
+        )
         assert time.monotonic() - began < 10  # a tenth of that on a quiet machine; benchmarks/ measure it
         assert started["status"] == "queued"
         assert started["base_model"] == "SmolLM2-135M-Instruct"
@@ -257,3 +262,15 @@ async def test_no_progress_is_sent_after_the_answer(data_dir: Path, stdlib_repos
             assert line["params"]["progressToken"] not in answered
             progressed.add(line["params"]["progressToken"])
     assert {"token-1", "token-9"} <= progressed
+
+
+def test_the_python_example_trains_and_prints_what_was_measured(data_dir: Path, stdlib_repository: Path) -> None:
+    example = Path(__file__).parents[2] / "examples" / "python_api.py"
+    environment = {**os.environ, "CODEBASE_GARDENER_DATA_DIR": str(data_dir)}
+    source = stdlib_repository / "json"
+    output = subprocess.run(
+        [sys.executable, str(example), str(source)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert output.returncode == 0, output.stderr
+    assert "100.0 %  completed  step 5" in output.stdout
+    assert "adapter_perplexity=" in output.stdout
