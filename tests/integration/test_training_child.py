@@ -222,12 +222,14 @@ def test_a_child_whose_parent_dies_ends_by_itself(tmp_path: Path, toy_base: Path
         [
             sys.executable,
             "-c",
-            "import os, subprocess, sys, time\n"
-            "os.environ['PEFT_MCP_PARENT'] = str(os.getpid())\n"
-            f"with open({str(tmp_path / 'task.json')!r}) as task, open({str(tmp_path / 'events')!r}, 'w') as events:\n"
-            "    child = subprocess.Popen([sys.executable, '-m', 'peft_core.training'], stdin=task, stdout=events)\n"
-            "print(child.pid, flush=True)\n"
-            "time.sleep(600)\n",
+            (
+                "import os, subprocess, sys, time\n"
+                "os.environ['PEFT_MCP_PARENT'] = str(os.getpid())\n"
+                f"with open({str(tmp_path / 'task.json')!r}) as task, open({str(tmp_path / 'events')!r}, 'w') as events:\n"
+                "    child = subprocess.Popen([sys.executable, '-m', 'peft_core.training'], stdin=task, stdout=events)\n"
+                "print(child.pid, flush=True)\n"
+                "time.sleep(600)\n"
+            ),
         ],
         stdout=subprocess.PIPE,
         text=True,
