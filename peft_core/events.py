@@ -30,6 +30,7 @@ class RunPlanned(Frozen):
     kind: Literal["run_planned"] = "run_planned"
     device: str
     total_steps: int
+    start_step: int = 0  # where a checkpoint lets it begin
 
 
 class StepCompleted(Frozen):

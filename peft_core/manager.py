@@ -79,9 +79,13 @@ class PEFTManager:
         """The status of a job whose project need not be known."""
         return await run_sync(self._jobs.by_id, job_id)
 
-    async def changed_jobs(self, since: int) -> tuple[int, list[str]]:
-        """(cursor for the next call, ids of the jobs that changed since the cursor `since`)."""
+    async def changed_jobs(self, since: int | None) -> tuple[int, list[str]]:
+        """(cursor for the next call, ids of the jobs that changed since the cursor `since`; None: from now on)."""
         return await run_sync(self._jobs.changed_since, since)
+
+    async def tend(self) -> None:
+        """Find out jobs whose process is gone, and see that somebody works on those that wait. Cheap; call it often."""
+        await run_sync(self._jobs.tend)
 
     async def cancel_training(self, project_id: str, job_id: str | None = None) -> TrainingStatus:
         """Stop a waiting job at once, a running one within seconds; its checkpoint is kept."""

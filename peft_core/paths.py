@@ -3,7 +3,7 @@
 {data_dir}/
   peft.db                               jobs and events
   runner.lock                           held by whoever is working on the queue
-  logs/                                 server.log, runner.log
+  logs/                                 runner.log
   base_models/{key}/                    bases converted from GGUF
   jobs/{job_id}/                        records.jsonl, dataset/, checkpoint/, adapter/ (until published), train.log
   projects/{project_id}/lora/

@@ -99,7 +99,7 @@ class TrainingConfig(Frozen):
     ] = 0.1
     eval_steps: Annotated[
         int | None,
-        Field(ge=1, description="Measure the held-out loss every so many steps. Null: four times during the run."),
+        Field(ge=1, description="Measure the held-out loss every so many steps. Null: after each quarter of the run."),
     ] = None
     early_stopping_patience: Annotated[
         int | None,
@@ -301,6 +301,7 @@ class TrainingStatus(Frozen):
     )
     tokens_per_second: float | None = None
     eta_s: float | None = None
+    peak_memory_bytes: int | None = Field(None, description="Of the training process so far.")
     queue_position: int | None = Field(None, description="1 = next. Null when not queued.")
     device: str | None = None
     base_model: str | None = None

@@ -44,19 +44,20 @@ class TrainingUpdates:
 
     async def tell(self, manager: PEFTManager) -> None:
         """Until cancelled: publish each change of a job to its subscribers."""
-        cursor, _ = await manager.changed_jobs(0)
+        cursor: int | None = None
         while True:
-            await anyio.sleep(LOOK_S)
             try:
+                await manager.tend()  # a job whose process was killed changes only when somebody finds out
                 cursor, changed = await manager.changed_jobs(cursor)
             except ModelError as error:
                 log.warning("cannot look for changed jobs: %s", error.message)
-                continue
+                changed = []
             for job_id in changed:
                 uri = f"training://{job_id}"
                 await self.bus.publish(ResourceUpdated(uri=uri))
                 for session in self._sessions.get(uri, ()):
                     await session.send_resource_updated(uri)
+            await anyio.sleep(LOOK_S)
 
 
 def add_training_resource(mcp: MCPServer[PEFTManager], updates: TrainingUpdates) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from peft_core.adapters.manifest import MANIFEST_NAME, WEIGHTS, Manifest, read_manifest
@@ -62,13 +63,12 @@ class Registry:
         Raises:
             AdapterNotFound: neither; names the projects that have adapters.
         """
-        if (self._paths.projects / adapter_path / "lora").is_dir() and os.sep not in adapter_path:
-            current = self._paths.current(adapter_path)
-            if current.is_dir():
-                return current.resolve()
-        path = Path(adapter_path).expanduser()
-        if path.is_dir() and path.is_absolute():
-            return path.resolve() if path.name == "current" else path
+        with suppress(OSError, RuntimeError, ValueError):  # names too long, homes of nobody, NUL bytes: not found, too
+            if os.sep not in adapter_path and self._paths.current(adapter_path).is_dir():
+                return self._paths.current(adapter_path).resolve()
+            path = Path(adapter_path).expanduser()
+            if path.is_absolute() and path.is_dir():
+                return path.resolve() if path.name == "current" else path
         known = sorted({project for project, _ in self._directories(None)})
         raise AdapterNotFound(
             f"No adapter at {adapter_path!r}: give the absolute path of an adapter's directory, or a project id. "
@@ -76,11 +76,6 @@ class Registry:
             suggestions=["Call list_adapters to see what there is" if known else "Call train_adapter first"],
             details={"adapter_path": adapter_path, "known": known},
         )
-
-    def summary(self, path: Path) -> AdapterSummary | None:
-        """None for adapters that were not made here."""
-        manifest = read_manifest(path)
-        return None if manifest is None else self._summary(path, manifest)
 
     def _manifests(self, project_id: str | None) -> Iterator[tuple[Path, Manifest]]:
         for _, path in self._directories(project_id):

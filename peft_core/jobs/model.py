@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 from peft_core.events import (
-    AdapterWritten,
     CheckpointSaved,
     DatasetPrepared,
     Event,
@@ -61,6 +60,7 @@ class Job(Frozen):
     status: Status = Status.QUEUED
     phase: Phase | None = None
     detail: str = ""
+    note: str = ""  # what stays worth knowing when the job has ended
     device: str | None = None
     step: int = 0
     total_steps: int | None = None
@@ -133,8 +133,8 @@ def _progress(job: Job, event: Event) -> dict[str, object] | None:  # noqa: PLR0
             return {"phase": phase, "detail": detail}
         case DatasetPrepared(dataset=dataset):
             return {"dataset": dataset}
-        case RunPlanned(device=device, total_steps=total) if total >= job.step:
-            return {"device": device, "total_steps": total}
+        case RunPlanned(device=device, total_steps=total, start_step=start):
+            return {"device": device, "total_steps": total, "step": start}
         case StepCompleted(step=step) if job.step < step <= (job.total_steps or 0):
             return {
                 "step": step,
@@ -150,11 +150,16 @@ def _progress(job: Job, event: Event) -> dict[str, object] | None:  # noqa: PLR0
         case CheckpointSaved(step=step) if step <= job.step:
             return {"checkpoint_step": step}
         case StoppedEarly():
-            return {"detail": f"stopped early; the state of step {event.best_step} is kept"}
-        case AdapterWritten(metrics=metrics):
-            return {"metrics": metrics, "held_out_loss": metrics.adapter_loss or job.held_out_loss}
+            return {"note": f"stopped early at step {event.step}, the state of step {event.best_step} is kept"}
         case JobCompleted(adapter_path=path, metrics=metrics):
-            return {"status": Status.COMPLETED, "adapter_path": path, "metrics": metrics}
+            held_out = metrics.adapter_loss if metrics.adapter_loss is not None else job.held_out_loss
+            return {
+                "status": Status.COMPLETED,
+                "adapter_path": path,
+                "metrics": metrics,
+                "held_out_loss": held_out,
+                "peak_memory_bytes": metrics.peak_memory_bytes or job.peak_memory_bytes,
+            }
         case JobInterrupted(reason=reason):
             error = Problem(
                 code="interrupted",

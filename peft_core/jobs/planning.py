@@ -11,12 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peft_core.adapters.verify import linear_modules
 from peft_core.bases import resolve
+from peft_core.bases.checkpoint import read_checkpoint
 from peft_core.config import Settings
 from peft_core.data.records import write_records
 from peft_core.data.source import inspect
 from peft_core.errors import InvalidArgument, StorageError
-from peft_core.estimate import estimate, expected_device, lora_parameters, smallest_memory_bytes
+from peft_core.estimate import MICRO_TOKENS, estimate, expected_device, lora_parameters, smallest_memory_bytes
 from peft_core.jobs.model import JobRequest
 from peft_core.jobs.store import unwritable
 from peft_core.spec import Base, Estimate, SourceSummary, TrainingConfig
@@ -48,7 +50,8 @@ def plan(
             suggestions=["Use an instruct model as base_model, or records of the form {prompt, completion}"],
         )
     planned = estimate(config, base.shape, found, device, measured_speed(base, device))
-    _check_memory(config, base, device, planned, config.max_memory_mb or settings.max_memory_mb)
+    _check_fit(config, base)
+    _check_memory(config, base, device, planned, settings.max_memory_mb)
     _check_disk(config, base, found, settings.data_dir)
     return JobRequest(
         source=found.path or Path(),
@@ -83,21 +86,45 @@ def _device(config: TrainingConfig) -> str:
     return expected_device(config.device)
 
 
-def _check_memory(config: TrainingConfig, base: Base, device: str, planned: Estimate, budget_mb: int | None) -> None:
-    if budget_mb is None or planned.memory_bytes <= budget_mb << 20:
-        return
-    smallest = smallest_memory_bytes(base.shape, device)
-    advice = (
-        f"Allow at least {_mb(planned.memory_bytes)} MB, or lower max_length"
-        if smallest <= budget_mb << 20
-        else f"Training {base.name} takes at least {_mb(smallest)} MB whatever the settings: use a smaller base_model"
-    )
-    raise InvalidArgument(
-        "config.max_memory_mb",
-        budget_mb,
-        f"training {base.name} with max_length {config.max_length} is estimated to take {_mb(planned.memory_bytes)} MB",
-        suggestions=[advice],
-    )
+def _check_fit(config: TrainingConfig, base: Base) -> None:
+    """Settings that this base cannot follow."""
+    if config.max_length > base.shape.context_length:
+        raise InvalidArgument(
+            "config.max_length", config.max_length, f"{base.name} knows positions up to {base.shape.context_length}"
+        )
+    if config.target_modules != "all-linear":
+        known = {name.rsplit(".", 1)[-1] for name in linear_modules(read_checkpoint(base.path).shapes)} - {"lm_head"}
+        for name in config.target_modules:
+            if name.rsplit(".", 1)[-1] not in known:
+                raise InvalidArgument(
+                    "config.target_modules",
+                    name,
+                    f"the linear modules of {base.name} are {', '.join(sorted(known))}",
+                    suggestions=["Use 'all-linear', or names from this list"],
+                )
+
+
+def _check_memory(
+    config: TrainingConfig, base: Base, device: str, planned: Estimate, settings_limit_mb: int | None
+) -> None:
+    """The tighter of the caller's and the user's limit counts."""
+    limits = [("config.max_memory_mb", config.max_memory_mb), ("CODEBASE_GARDENER_MAX_MEMORY_MB", settings_limit_mb)]
+    for field, limit_mb in limits:
+        if limit_mb is None or planned.memory_bytes <= limit_mb << 20:
+            continue
+        smallest = smallest_memory_bytes(base.shape, device)
+        if smallest > limit_mb << 20:
+            advice = f"Training {base.name} takes {_mb(smallest)} MB at least: use a smaller base_model"
+        else:
+            lower = "max_length" if config.max_length > MICRO_TOKENS else "rank"
+            advice = f"Lower {lower}, or have the limit raised to {_mb(planned.memory_bytes)}"
+        raise InvalidArgument(
+            field,
+            limit_mb,
+            f"training {base.name} with rank {config.rank} and max_length {config.max_length} is estimated to take "
+            f"{_mb(planned.memory_bytes)} MB",
+            suggestions=[advice],
+        )
 
 
 def _check_disk(config: TrainingConfig, base: Base, found: SourceSummary, data_dir: Path) -> None:

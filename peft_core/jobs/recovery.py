@@ -1,12 +1,15 @@
-"""Tell the truth about jobs whose runner is gone."""
+"""Tell the truth about jobs whose processes are gone."""
 
 from __future__ import annotations
+
+import signal
+from pathlib import Path
 
 from peft_core.adapters.manifest import read_manifest
 from peft_core.adapters.registry import Registry
 from peft_core.events import Event, JobCancelled, JobCompleted, JobInterrupted
 from peft_core.jobs.store import Store
-from peft_core.spec import Status
+from peft_core.spec import Problem, Status
 
 
 def recover(store: Store, registry: Registry) -> None:
@@ -23,3 +26,36 @@ def recover(store: Store, registry: Registry) -> None:
         else:
             event = JobInterrupted(reason="The process that ran this job is gone (killed, or the machine went down).")
         store.append(job.job_id, event)
+
+
+def problem_of_exit(code: int, log_path: Path, *, what: str = "training process") -> Problem:
+    """Why a process ended without a word, as far as its exit code and its log tell."""
+    tail = _tail(log_path)
+    said = f" Its last words: {tail}" if tail else ""
+    if code < 0:
+        name = signal.Signals(-code).name
+        message = f"The {what} was killed by {name} (signal {-code}).{said}"
+        if -code == signal.SIGKILL:
+            return Problem(
+                code="killed",
+                message=message,
+                suggestions=(
+                    "Most often this is the operating system, out of memory: close other programs, or use a smaller base_model",
+                ),
+            )
+        return Problem(code="killed", message=message, suggestions=(f"See the log: {log_path}",))
+    return Problem(
+        code="died_silently",
+        message=f"The {what} ended with exit code {code} and without a result.{said}",
+        suggestions=(f"See the log: {log_path}",),
+    )
+
+
+def _tail(path: Path, lines: int = 3) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 4096))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+    return " | ".join(line.strip()[:200] for line in text.strip().splitlines()[-lines:])

@@ -7,6 +7,13 @@ from pathlib import Path
 from peft_core.jobs.model import Job, progress_percent
 from peft_core.spec import Phase, Status, TrainingStatus
 
+RETRYABLE = (
+    "killed",
+    "died_silently",
+    "runner_failed",
+    "out_of_memory",
+    "storage",
+)  # may go well the next time, unchanged
 MAX_HEADLINE = 200  # clients show no more of a progress message
 
 PHASE_WORDS = {
@@ -38,12 +45,13 @@ def status_of(job: Job, queue_position: int | None, log_path: Path) -> TrainingS
         status=job.status,
         phase=job.phase if job.status is Status.IN_PROGRESS else None,
         progress_percent=progress_percent(job),
-        detail=job.detail if job.status is Status.IN_PROGRESS else "",
+        detail=job.detail if job.status is Status.IN_PROGRESS and job.detail else job.note,
         step=job.step,
         total_steps=job.total_steps or request.estimate.steps,
         loss=job.loss,
         held_out_loss=job.held_out_loss,
         tokens_per_second=job.tokens_per_second,
+        peak_memory_bytes=job.peak_memory_bytes,
         eta_s=_eta(job),
         queue_position=queue_position,
         device=job.device or request.device,
@@ -90,19 +98,18 @@ def _next(job: Job) -> str:
         case Status.COMPLETED:
             return f"The adapter is ready. Call get_adapter_info(adapter_path={job.project_id!r}) for all that was measured."
         case Status.CANCELLED | Status.INTERRUPTED:
-            return f"Call resume_training(job_id={job.job_id!r}) to go on {_resume_point(job)}, or train_adapter to start anew."
+            return f"Call resume_training(job_id={job.job_id!r}) to go on from its last checkpoint, or train_adapter to start anew."
         case _:
             advice = " ".join(f"{s.rstrip('.')}." for s in (job.error.suggestions if job.error else ()))
-            return f"{advice} Then call train_adapter again, or resume_training(job_id={job.job_id!r}).".strip()
+            again = f"call train_adapter(project_id={job.project_id!r}, ...) again"
+            if job.error and job.error.code in RETRYABLE:
+                again = f"call resume_training(job_id={job.job_id!r}) to go on from the last checkpoint, or {again}"
+            return f"{advice} Then {again}.".strip()
 
 
 def _helps(job: Job) -> bool:
     before, after = (job.metrics.base_loss, job.metrics.adapter_loss) if job.metrics else (None, None)
     return before is None or after is None or after < before
-
-
-def _resume_point(job: Job) -> str:
-    return f"from step {job.checkpoint_step}" if job.checkpoint_step else "from the beginning"
 
 
 def headline(status: TrainingStatus) -> str:
@@ -117,9 +124,11 @@ def headline(status: TrainingStatus) -> str:
                 line = _training_line(status)
         case Status.COMPLETED if (metrics := status.metrics) and metrics.base_perplexity and metrics.adapter_perplexity:
             change = f"{metrics.base_perplexity:.2f} (base) -> {metrics.adapter_perplexity:.2f} (adapter)"
-            line = f"completed, held-out perplexity {change}"
+            line = ", ".join(
+                ["completed", f"held-out perplexity {change}", *([status.detail] if status.detail else [])]
+            )
         case Status.FAILED | Status.INTERRUPTED if status.error:
-            line = f"{status.status}: {status.error.message}"
+            line = f"{status.status}: {status.error.message.rstrip('.')}"
     return line if len(line) <= MAX_HEADLINE else line[: MAX_HEADLINE - 1] + "…"
 
 

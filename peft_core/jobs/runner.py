@@ -1,6 +1,6 @@
 """The runner: a detached process without torch that works the queue off, one training at a time.
 
-    python -m peft_core.jobs.runner DATA_DIR
+    python -m peft_core.jobs.runner DATA_DIR LOG_LEVEL
 
 It holds the work lock, gives each job to a training child of its own, and turns what the child says (JSON lines), how it
 ended (exit code, signal) and what it did not say into events. It is the only writer of running jobs. When the queue is
@@ -11,10 +11,12 @@ the lock up, so a job that was inserted meanwhile is not forgotten.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import anyio
@@ -25,7 +27,6 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 from peft_core import logs
 from peft_core.adapters.registry import Registry
 from peft_core.adapters.verify import check_adapter
-from peft_core.config import Settings
 from peft_core.errors import ModelError
 from peft_core.events import (
     EVENT,
@@ -40,7 +41,7 @@ from peft_core.events import (
 )
 from peft_core.jobs.lock import WorkLock
 from peft_core.jobs.model import IllegalTransition, Job
-from peft_core.jobs.recovery import recover
+from peft_core.jobs.recovery import problem_of_exit, recover
 from peft_core.jobs.store import Store
 from peft_core.paths import DataPaths, JobPaths
 from peft_core.spec import Phase, Problem, Status, TrainingTask
@@ -50,11 +51,12 @@ LOCK_PATIENCE_S = 5.0  # longer than anybody who only probes holds the lock
 LOOK_S = 0.25  # how often a running job is looked up for a request to cancel
 GRACE_S = 20.0  # between SIGTERM and SIGKILL: time for a micro-step and a checkpoint
 MAX_LINE = 1 << 20
+ASKED_TO_STOP = 143  # exit code of a child that left on SIGTERM, its checkpoint written
 
 log = structlog.get_logger()
 
 
-def run(paths: DataPaths) -> None:
+def run(paths: DataPaths, log_level: str) -> None:
     """Work until the queue is empty, or somebody else does."""
     store = Store(paths.database, time.time)
     registry = Registry(paths)
@@ -62,17 +64,18 @@ def run(paths: DataPaths) -> None:
     while lock.acquire(LOCK_PATIENCE_S):
         with lock:
             recover(store, registry)
-            stopped = anyio.run(Runner(store, registry, paths, lock).drain)
+            stopped = anyio.run(Runner(store, registry, paths, lock, log_level).drain)
         if stopped or not store.in_state(Status.QUEUED):
             return
 
 
 class Runner:
-    def __init__(self, store: Store, registry: Registry, paths: DataPaths, lock: WorkLock) -> None:
+    def __init__(self, store: Store, registry: Registry, paths: DataPaths, lock: WorkLock, log_level: str) -> None:
         self._store = store
         self._registry = registry
         self._paths = paths
         self._lock = lock
+        self._log_level = log_level
         self._stopping = False
 
     async def drain(self) -> bool:
@@ -99,6 +102,8 @@ class Runner:
             bound.exception("runner failed")
             event = JobFailed(error=problem_of(error))
         self._store.append(job.job_id, event)
+        if isinstance(event, JobCompleted):
+            shutil.rmtree(paths.checkpoint, ignore_errors=True)  # a completed job is never resumed
         bound.info("ended", outcome=event.kind)
 
     async def _train(self, job: Job, paths: JobPaths) -> tuple[Event | None, int]:
@@ -121,7 +126,12 @@ class Runner:
                 stdout=subprocess.PIPE,
                 stderr=log_file,
                 cwd=paths.root,
-                env={**os.environ, "PEFT_MCP_PARENT": str(os.getpid()), "HF_HUB_OFFLINE": "1"},
+                env={
+                    **os.environ,
+                    "PEFT_MCP_PARENT": str(os.getpid()),
+                    "HF_HUB_OFFLINE": "1",
+                    "CODEBASE_GARDENER_LOG_LEVEL": self._log_level,
+                },
                 pass_fds=[self._lock.descriptor],
             )
         async with process, anyio.create_task_group() as group:
@@ -162,8 +172,8 @@ class Runner:
             return JobCancelled()
         if isinstance(last_word, AdapterWritten) and code == 0:
             return self._publish(job, paths, last_word)
-        if self._stopping:
-            return JobInterrupted(reason="The runner was asked to stop (SIGTERM), for instance at shutdown.")
+        if self._stopping or code == ASKED_TO_STOP:
+            return JobInterrupted(reason="The training was asked to stop (SIGTERM), for instance at shutdown.")
         if isinstance(last_word, JobFailed):
             return last_word
         return JobFailed(error=problem_of_exit(code, paths.log))
@@ -187,10 +197,12 @@ class Runner:
         """Wait for a request to cancel, or to stop; then SIGTERM, and SIGKILL when it does not help."""
         while not (self._stopping or self._store.cancel_requested(job_id)):  # noqa: ASYNC110 -- set by other processes
             await anyio.sleep(LOOK_S)
-        process.terminate()
+        with suppress(ProcessLookupError):
+            process.terminate()
         await anyio.sleep(GRACE_S)
         log.warning("child did not end in time", job_id=job_id, grace_s=GRACE_S)
-        process.kill()
+        with suppress(ProcessLookupError):
+            process.kill()
 
     async def _stop_on_signal(self) -> None:
         with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
@@ -199,6 +211,8 @@ class Runner:
 
 
 def problem_of(error: Exception) -> Problem:
+    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:  # a task group's wrapping
+        error = error.exceptions[0]
     if isinstance(error, ModelError):
         return Problem(code=error.code, message=error.message, suggestions=error.suggestions)
     return Problem(
@@ -208,39 +222,7 @@ def problem_of(error: Exception) -> Problem:
     )
 
 
-def problem_of_exit(code: int, log_path: Path) -> Problem:
-    """Why a child ended without a word, as far as its exit code and its log tell."""
-    tail = _tail(log_path)
-    said = f" Its last words: {tail}" if tail else ""
-    if code < 0:
-        name = signal.Signals(-code).name
-        message = f"The training process was killed by {name} (signal {-code}).{said}"
-        if -code == signal.SIGKILL:
-            return Problem(
-                code="killed",
-                message=message,
-                suggestions=(
-                    "Most often this is the operating system, out of memory: lower max_length, or use a smaller base_model",
-                ),
-            )
-        return Problem(code="killed", message=message, suggestions=(f"See the log: {log_path}",))
-    return Problem(
-        code="died_silently",
-        message=f"The training process ended with exit code {code} and without a result.{said}",
-        suggestions=(f"See the log: {log_path}",),
-    )
-
-
-def _tail(path: Path, lines: int = 3) -> str:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 4096))
-            text = file.read().decode("utf-8", "replace")
-    except OSError:
-        return ""
-    return " | ".join(line.strip()[:200] for line in text.strip().splitlines()[-lines:])
-
-
 if __name__ == "__main__":
-    logs.configure(Settings().log_level)
-    run(DataPaths(Path(sys.argv[1])))
+    data_dir, log_level = sys.argv[1:]
+    logs.configure(log_level)
+    run(DataPaths(Path(data_dir)), log_level)

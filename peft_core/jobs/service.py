@@ -1,6 +1,6 @@
-"""Training jobs as the rest of the house uses them: submit, look, watch, cancel, resume.
+"""Training jobs as the rest of the house uses them: submit, look, tend, cancel, resume.
 
-Everything here blocks for milliseconds at most, apart from `watch`; the manager calls it in threads.
+Everything here blocks, `submit` for up to a second on a large repository; the manager calls it in threads.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument, JobStateError
-from peft_core.events import JobResumed
+from peft_core.events import JobFailed, JobResumed
 from peft_core.jobs.lock import WorkLock
 from peft_core.jobs.model import RESUMABLE, Job
-from peft_core.jobs.recovery import recover
+from peft_core.jobs.recovery import problem_of_exit, recover
 from peft_core.jobs.report import not_started, status_of
 from peft_core.jobs.store import Store
 from peft_core.spec import Base, Status, TrainingConfig, TrainingStatus
@@ -35,7 +35,7 @@ class JobService:
         self._store = Store(self._paths.database, time.time)
         self._registry = Registry(self._paths)
         self._runner: subprocess.Popen[bytes] | None = None
-        self._seen_by_runner: set[str] = set()  # jobs that were queued before our runner was spawned
+        self._seen_by_runner: set[tuple[str, float]] = set()  # what waited, and since when, when it was spawned
         self._spawning = threading.Lock()
 
     def submit(
@@ -73,9 +73,17 @@ class JobService:
             job = self._store.get(job.job_id)
         return self._report(job)
 
-    def changed_since(self, event_id: int) -> tuple[int, list[str]]:
-        """(newest event id, ids of the jobs that have newer events than `event_id`)."""
-        return self._store.changed_since(event_id) if self._store.exists else (0, [])
+    def changed_since(self, event_id: int | None) -> tuple[int, list[str]]:
+        """(newest event id, ids of the jobs that have newer events than `event_id`; none for None)."""
+        if not self._store.exists:
+            return 0, []
+        newest, changed = self._store.changed_since(event_id or 0)
+        return newest, changed if event_id is not None else []
+
+    def tend(self) -> None:
+        """Do what every look at an open job does: find out dead jobs, have a runner for waiting ones."""
+        if self._store.exists and self._store.in_state(Status.QUEUED, Status.IN_PROGRESS):
+            self._see_to_queue()
 
     def by_id(self, job_id: str) -> TrainingStatus:
         self._require_database(job_id)
@@ -112,8 +120,6 @@ class JobService:
                     "Call get_training_status to watch it" if not job.status.is_final else "Call train_adapter"
                 ],
             )
-        if not job.request.source.exists():
-            raise InvalidArgument("job_id", job_id, f"its training data {job.request.source} is gone")
         self._store.requeue(job_id, JobResumed())
         self._see_to_queue()
         return self.status(job.project_id, job_id)
@@ -143,18 +149,27 @@ class JobService:
                 return  # somebody works, and looks at the queue again after giving the lock up
             with lock:
                 recover(self._store, self._registry)
-            waiting = {job.job_id for job in self._store.in_state(Status.QUEUED)}
-            starting = self._runner is not None and self._runner.poll() is None and waiting <= self._seen_by_runner
-            if waiting and not starting:
-                self._seen_by_runner = waiting
-                self._runner = self._spawn_runner()
+            queued = self._store.in_state(Status.QUEUED)
+            waiting = {(job.job_id, job.updated_at) for job in queued}
+            if not waiting:
+                return
+            code = None if self._runner is None else self._runner.poll()
+            if self._runner is not None and code is None and waiting <= self._seen_by_runner:
+                return  # it is starting, and will see them
+            if code is not None and code > 0 and waiting <= self._seen_by_runner:
+                # It could not work at all. Trying again would fail again, in silence.
+                problem = problem_of_exit(code, self._paths.logs / "runner.log", what="runner")
+                self._store.append(queued[0].job_id, JobFailed(error=problem))
+                return
+            self._seen_by_runner = waiting
+            self._runner = self._spawn_runner()
 
     def _spawn_runner(self) -> subprocess.Popen[bytes]:
         """A process of its own session: it outlives this one, and whatever kills this one's process group."""
         self._paths.logs.mkdir(parents=True, exist_ok=True)
         with (self._paths.logs / "runner.log").open("ab") as log:
             runner = subprocess.Popen(  # noqa: S603 -- our own module, by absolute interpreter
-                [*RUNNER, str(self._paths.root)],
+                [*RUNNER, str(self._paths.root), self._settings.log_level],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -27,7 +27,6 @@ CREATE TABLE jobs (
     project_id       TEXT NOT NULL,
     status           TEXT NOT NULL,
     queued_at        REAL NOT NULL,
-    revision         INTEGER NOT NULL,                -- id of the job's latest event; 0 before the first
     cancel_requested INTEGER NOT NULL DEFAULT 0,
     state            TEXT NOT NULL
 ) STRICT;
@@ -69,7 +68,7 @@ class Store:
                 db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             with suppress(FileExistsError):
                 os.link(draft, self._path)
-        except (OSError, sqlite3.OperationalError) as error:
+        except (OSError, sqlite3.DatabaseError) as error:
             raise unwritable(self._path.parent, error) from error
         finally:
             with suppress(OSError):
@@ -82,7 +81,7 @@ class Store:
     def insert(self, job: Job) -> None:
         with self._transaction() as db:
             db.execute(
-                "INSERT INTO jobs (job_id, project_id, status, queued_at, revision, state) VALUES (?, ?, ?, ?, 0, ?)",
+                "INSERT INTO jobs (job_id, project_id, status, queued_at, state) VALUES (?, ?, ?, ?, ?)",
                 (job.job_id, job.project_id, job.status, job.created_at, job.model_dump_json()),
             )
 
@@ -159,14 +158,6 @@ class Store:
             row = db.execute("SELECT cancel_requested FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
         return bool(row and row[0])
 
-    def revision(self, job_id: str) -> int:
-        """Grows with each event of the job: a cheap look whether there is news."""
-        with self._connection() as db:
-            row = db.execute("SELECT revision FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
-        if row is None:
-            raise self.unknown(job_id)
-        return int(row[0])
-
     def changed_since(self, event_id: int) -> tuple[int, list[str]]:
         """(newest event id, jobs with events after `event_id`)."""
         with self._connection() as db:
@@ -182,12 +173,11 @@ class Store:
     def _append(self, db: sqlite3.Connection, job_id: str, event: Event) -> Job:
         at = self._now()
         job = apply(self._get(db, job_id), event, at)
-        cursor = db.execute(
+        db.execute(
             "INSERT INTO events (job_id, at, event) VALUES (?, ?, ?)", (job_id, at, EVENT.dump_json(event).decode())
         )
         db.execute(
-            "UPDATE jobs SET status = ?, revision = ?, state = ? WHERE job_id = ?",
-            (job.status, cursor.lastrowid, job.model_dump_json(), job_id),
+            "UPDATE jobs SET status = ?, state = ? WHERE job_id = ?", (job.status, job.model_dump_json(), job_id)
         )
         return job
 
@@ -226,7 +216,7 @@ class Store:
                 )  # with WAL: a power cut may lose the last events, never corrupt
                 db.execute("PRAGMA foreign_keys = ON")
                 yield db
-            except sqlite3.OperationalError as error:
+            except sqlite3.DatabaseError as error:
                 raise unwritable(self._path.parent, error) from error
 
     @contextmanager

@@ -87,12 +87,13 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
         max_steps=config.max_steps,
         seed=config.seed,
     )
-    emit(RunPlanned(device=plan.device, total_steps=order.total_steps))
     stop.check()
 
     # 3. The base on all held-out examples, unless an interrupted run has measured it.
     key = run_key(task, dataset.summary)
     checkpoint = load_checkpoint(paths.checkpoint, key)
+    start = checkpoint.progress.step if checkpoint is not None else 0
+    emit(RunPlanned(device=plan.device, total_steps=order.total_steps, start_step=start))
     sample = subset(held_out, config.seed)
     if checkpoint is None:
         emit(PhaseStarted(phase=Phase.EVALUATING_BASE))

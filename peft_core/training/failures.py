@@ -17,7 +17,7 @@ def problem_of(error: Exception) -> Problem:
             code="out_of_memory",
             message=f"The training ran out of memory ({_shown(error)}).",
             suggestions=(
-                "Lower max_length (it bounds the tokens that are processed at once) or rank.",
+                "Lower rank, or max_length where it is above 512 (at most so many tokens are processed at once).",
                 "Use a smaller base model, or close other programs.",
             ),
         )
@@ -26,7 +26,7 @@ def problem_of(error: Exception) -> Problem:
         message=f"The training ended with an unexpected error: {_shown(error)}",
         suggestions=(
             "The traceback is in the job's log.",
-            "Call train_adapter again: a job with a checkpoint goes on from there.",
+            "Report it, with the log.",
         ),
     )
 

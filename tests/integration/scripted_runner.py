@@ -13,4 +13,4 @@ if __name__ == "__main__":
     runner.GRACE_S = 0.5
     runner.LOOK_S = 0.05
     root = Path(sys.argv[1])
-    runner.run(DataPaths(root))
+    runner.run(DataPaths(root), "INFO")

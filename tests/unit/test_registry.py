@@ -97,7 +97,9 @@ def test_published_files_cannot_be_written_by_accident(registry: Registry, tmp_p
     assert {file.stat().st_mode & 0o222 for file in published.iterdir()} == {0}
 
 
-@pytest.mark.parametrize("name", ["nope", "../web", "web/../web", "", ".", "relative/path"])
+@pytest.mark.parametrize(
+    "name", ["nope", "../web", "web/../web", "", ".", "relative/path", "x" * 300, "~nobody-here/x", "a\0b"]
+)
 def test_what_is_no_adapter_is_refused_with_the_projects_that_have_one(
     registry: Registry, tmp_path: Path, name: str
 ) -> None:
