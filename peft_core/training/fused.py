@@ -1,14 +1,16 @@
-"""PEFT's LoRA layers as single autograd functions: same mathematics, a quarter of the temporary tensors.
+"""LoRA layers, gated MLPs and norms as single autograd functions: same mathematics, a quarter of the temporary tensors.
 
 PEFT computes W x, B A x, the scaling and the sum one by one, each into a tensor of its own. Here the update is added in
-place, and of the gated MLP only gate and up are kept for the backward pass (silu(gate) * up is recomputed). Frozen
-weights get no gradient.
+place, of the gated MLP only gate and up are kept for the backward pass (silu(gate) * up is recomputed), and of a norm its
+input and one number a token. Frozen weights get no gradient.
 
-T tokens (all leading axes), I input features, O output features, R rank, F features of the MLP
+T tokens (all leading axes), I input features, O output features, R rank, F features of the MLP, D model size
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, TypeGuard, cast
 
@@ -83,11 +85,38 @@ class _GatedFunction(torch.autograd.Function):
         return grad_gate_TF, grad_up_TF, None, grad_A_RF, grad_B_OR, None
 
 
-def fuse(model: PeftModel) -> tuple[int, int]:
-    """Let the adapter's layers compute by the functions above, where that is the same mathematics.
+class _NormFunction(torch.autograd.Function):
+    """y = w x / rms(x) over the last axis (Zhang and Sennrich, arXiv 1910.07467); w is frozen."""
 
-    Layers that differ (dropout, other formats than float32, another activation) stay as they are. Returns how many
-    linear layers and how many gated MLPs were changed.
+    @staticmethod
+    def forward(ctx: Any, x_TD: torch.Tensor, w_D: torch.Tensor, epsilon: float) -> torch.Tensor:
+        norm_T1: torch.Tensor = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True)
+        inverse_T1 = norm_T1.square_().div_(x_TD.shape[-1]).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x_TD, w_D, inverse_T1)
+        return (x_TD * inverse_T1).mul_(w_D)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        x_TD, w_D, inverse_T1 = ctx.saved_tensors
+        scaled_TD, unit_TD = grad_TD * w_D, x_TD * inverse_T1
+        along_T1 = (scaled_TD * unit_TD).mean(dim=-1, keepdim=True)
+        return scaled_TD.addcmul_(unit_TD, along_T1, value=-1).mul_(inverse_T1), None, None
+
+
+@dataclass(frozen=True)
+class Fused:
+    """How many modules compute by one of the functions above."""
+
+    linears: int
+    gated_mlps: int
+    norms: int
+
+
+def fuse(model: PeftModel) -> Fused:
+    """Let modules compute by the functions above, where that is the same mathematics.
+
+    Those that differ (dropout, other formats than float32, another activation, a norm that adds one to its weight) stay
+    as they are.
     """
     linears = [module for module in model.modules() if _is_plain(module)]
     for layer in linears:
@@ -95,8 +124,12 @@ def fuse(model: PeftModel) -> tuple[int, int]:
     gated = [module for module in model.modules() if _is_gated(module)]
     for mlp in gated:
         mlp.forward = partial(_gated_forward, mlp)  # likewise
-    _log.info("layers_fused", linears=len(linears), gated_mlps=len(gated))
-    return len(linears), len(gated)
+    norms = [module for module in model.modules() if _is_norm(module)]
+    for norm in norms:
+        norm.forward = partial(_norm_forward, norm)  # likewise
+    fused = Fused(linears=len(linears), gated_mlps=len(gated), norms=len(norms))
+    _log.info("layers_fused", **asdict(fused))
+    return fused
 
 
 def _linear_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
@@ -112,6 +145,16 @@ def _gated_forward(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
         gate(x).view(-1, features), up(x).view(-1, features), _frozen(down).weight, *_lora(down)
     )
     return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def _norm_forward(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = _NormFunction.apply(x, norm.weight, _epsilon(norm))
+    return out
+
+
+def _epsilon(norm: nn.Module) -> float | None:
+    value = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))  # the models' two names of it
+    return value if isinstance(value, float) else None
 
 
 def _projections(mlp: nn.Module) -> list[LoraLinear]:
@@ -147,9 +190,27 @@ def _is_gated(module: nn.Module) -> bool:
     if not all(_is_plain(getattr(module, name, None)) for name in ("gate_proj", "up_proj", "down_proj")):
         return False
     gate, _, down = _projections(module)
-    weight = _frozen(gate).weight
-    own_generator = torch.Generator(weight.device).manual_seed(0)  # the run's random numbers stay as they are
-    x_TI = torch.randn(4, weight.shape[1], device=weight.device, generator=own_generator)
+    return _frozen(down).bias is None and _says_the_same(module, _gated_forward, _frozen(gate).in_features)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module computes w x / rms(x) with a frozen float32 w: it has the parts, and says so of a random input."""
+    weight = getattr(module, "weight", None)
+    return (
+        type(module).__name__.endswith("RMSNorm")
+        and isinstance(weight, nn.Parameter)
+        and weight.dtype == torch.float32
+        and not weight.requires_grad
+        and _epsilon(module) is not None
+        and _says_the_same(module, _norm_forward, weight.shape[0])
+    )
+
+
+def _says_the_same(
+    module: nn.Module, forward: Callable[[nn.Module, torch.Tensor], torch.Tensor], features: int
+) -> bool:
+    device = next(module.parameters()).device
+    own_generator = torch.Generator(device).manual_seed(0)  # the run's random numbers stay as they are
+    x_TI = torch.randn(4, features, device=device, generator=own_generator)
     with torch.no_grad():
-        same = torch.allclose(module(x_TI), _gated_forward(module, x_TI), rtol=1e-4, atol=1e-5)
-    return same and _frozen(down).bias is None
+        return torch.allclose(module(x_TI), forward(module, x_TI), rtol=1e-4, atol=1e-5)

@@ -14,7 +14,7 @@ import psutil
 # glibc's <malloc.h>
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
-_KEPT_BYTES = 1 << 20  # larger blocks go back at once; 8 MB is 8 % faster and takes 100 MB more
+_KEPT_BYTES = 8 << 20  # larger blocks (a chunk of logits) go back at once
 
 
 def peak_memory_bytes() -> int:
