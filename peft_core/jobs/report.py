@@ -98,7 +98,7 @@ def _next(job: Job) -> str:
         case Status.COMPLETED:
             return f"The adapter is ready. Call get_adapter_info(adapter_path={job.project_id!r}) for all that was measured."
         case Status.CANCELLED | Status.INTERRUPTED:
-            return f"Call resume_training(job_id={job.job_id!r}) to go on from its last checkpoint, or train_adapter to start anew."
+            return f"Call resume_training(job_id={job.job_id!r}) to go on from its checkpoint, or train_adapter to start anew."
         case _:
             advice = " ".join(f"{s.rstrip('.')}." for s in (job.error.suggestions if job.error else ()))
             again = f"call train_adapter(project_id={job.project_id!r}, ...) again"

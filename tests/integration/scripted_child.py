@@ -45,6 +45,9 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         case "silent":
             train(2)  # ends well, but without an adapter
+        case "asked to stop":  # by somebody else than the runner: a shutdown, a user's kill
+            train(2)
+            sys.exit(143)
         case "babbles":
             sys.stdout.write("not json\n{}\n" + "x" * 5000 + "\n")
             say(JobFailed(error=Problem(code="after_babble", message="Understood all the same.")))

@@ -13,9 +13,14 @@ from pathlib import Path
 import pytest
 
 from peft_core.adapters.registry import Registry
+from peft_core.config import Settings
+from peft_core.errors import StorageError
+from peft_core.jobs import service
 from peft_core.jobs.lock import WorkLock
 from peft_core.jobs.model import Job
 from peft_core.jobs.recovery import recover
+from peft_core.jobs.runner import problem_of
+from peft_core.jobs.service import JobService
 from peft_core.jobs.store import Store
 from peft_core.paths import DataPaths
 from peft_core.spec import Status
@@ -101,6 +106,30 @@ def test_a_child_that_ends_well_without_an_adapter_has_not_completed(store: Stor
 def test_a_child_that_claims_an_adapter_that_is_not_there_has_not_completed(store: Store, spawn: Spawn) -> None:
     job = run_one(store, spawn, "lies")
     assert (job.status, job.adapter_path) == (Status.FAILED, None)
+
+
+def test_a_child_that_somebody_asked_to_stop_was_interrupted(store: Store, spawn: Spawn) -> None:
+    assert run_one(store, spawn, "asked to stop").status is Status.INTERRUPTED
+
+
+def test_an_error_inside_a_run_keeps_its_text_and_advice() -> None:
+    error = ExceptionGroup(
+        "unhandled", [StorageError("The disk is full.", code="disk_full", suggestions=["Free some"])]
+    )
+    problem = problem_of(error)
+    assert (problem.code, problem.message, problem.suggestions) == ("disk_full", "The disk is full.", ("Free some",))
+
+
+def test_a_runner_that_cannot_start_fails_its_job_with_the_reason(
+    paths: DataPaths, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "RUNNER", [sys.executable, "-c", "raise SystemExit('no runner today')"])
+    store.insert(make_job("job"))
+    jobs = JobService(Settings(data_dir=paths.root))
+    wait_until(lambda: jobs.status("web").status is Status.FAILED, "the failure")
+    error = jobs.status("web").error
+    assert error is not None
+    assert "no runner today" in error.message
 
 
 def test_noise_on_the_wire_is_passed_over(store: Store, spawn: Spawn) -> None:

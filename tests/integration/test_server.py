@@ -152,6 +152,11 @@ BAD_INPUT: list[tuple[str, dict[str, Any], list[str]]] = [
         {"project_id": "web", "training_data": "CODE", "config": {"max_memory_mb": 300}},
         ["config.max_memory_mb = 300", "MB"],
     ),
+    (
+        "train_adapter",
+        {"project_id": "web", "training_data": "CODE", "config": {"target_modules": ["query"]}},
+        ["config.target_modules = 'query'", "q_proj", "all-linear"],
+    ),
     ("train_adapter", {"project_id": "web", "training_data": "CODE", "wait_s": 46}, ["wait_s = 46", "from 0 to 45"]),
     ("get_training_status", {"project_id": "web", "job_id": "nope"}, ["nope"]),
     ("cancel_training", {"project_id": "web"}, ["Nothing to cancel", "web"]),
