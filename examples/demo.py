@@ -92,8 +92,8 @@ def report(status: Mapping[str, Any]) -> None:
     facts.add_row("speed", f"{metrics['tokens_per_second']:.0f} tokens/s")
     facts.add_row("peak memory", f"{metrics['peak_memory_bytes'] / 1e9:.2f} GB")
     facts.add_row("adapter", f"{metrics['adapter_bytes'] / 1e6:.1f} MB")
-    facts.add_row("", status["adapter_path"])
     console.print(facts)
+    console.print(f" {status['adapter_path']}", soft_wrap=True)
 
 
 def text_of(result: CallToolResult) -> str:
