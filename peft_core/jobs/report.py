@@ -7,13 +7,8 @@ from pathlib import Path
 from peft_core.jobs.model import Job, progress_percent
 from peft_core.spec import Phase, Status, TrainingStatus
 
-RETRYABLE = (
-    "killed",
-    "died_silently",
-    "runner_failed",
-    "out_of_memory",
-    "storage",
-)  # may go well the next time, unchanged
+# An unchanged run may go well the next time.
+RETRYABLE = ("killed", "died_silently", "runner_failed", "disk_full", "data_directory_unwritable")
 MAX_HEADLINE = 200  # clients show no more of a progress message
 
 PHASE_WORDS = {

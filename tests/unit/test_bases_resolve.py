@@ -81,7 +81,7 @@ def test_a_gguf_file_is_described_in_the_same_terms(tmp_path: Path) -> None:
 
 def test_a_gguf_file_without_a_name_is_called_by_its_file_and_never_by_a_path(tmp_path: Path) -> None:
     assert resolve_base(str(write_gguf(tmp_path / "my.gguf", general__name=(TEXT, ""))), SETTINGS).name == "my"
-    leaky = write_gguf(tmp_path / "leaky.gguf", general__name=(TEXT, "/home/ann/models/\nTiny"))
+    leaky = write_gguf(tmp_path / "leaky.gguf", general__name=(TEXT, "/Users/ann/models/\nTiny"))
     assert resolve_base(str(leaky), SETTINGS).name == "Tiny"
 
 

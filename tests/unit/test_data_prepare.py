@@ -208,7 +208,7 @@ def test_a_pair_that_is_too_long_is_left_out_whole_and_a_text_is_split(tmp_path:
 def test_chunks_get_their_path_but_never_the_home_directory_before_it(tmp_path: Path):
     records = [
         {"content": f"fn f{n}() {{ body({n}); }}", "language": "rust", "chunk_type": "function", "start_line": 10,
-         "file_path": f"/home/alice/project/src/{'a' if n % 2 else 'b/c'}.rs"}
+         "file_path": f"/Users/alice/project/src/{'a' if n % 2 else 'b/c'}.rs"}
         for n in range(20)
     ]  # fmt: skip
     build(records_file(tmp_path, records), tmp_path / "out", "records")
