@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from peft_core.config import Settings
     from peft_core.errors import ModelError
     from peft_core.manager import PEFTManager
-    from peft_core.spec import TrainingConfig, TrainingStatus
+    from peft_core.results import TrainingStatus
+    from peft_core.spec import TrainingConfig
 
 __all__ = ["ModelError", "PEFTManager", "Settings", "TrainingConfig", "TrainingStatus"]
 
@@ -25,7 +26,7 @@ _HOMES = {
     "PEFTManager": "manager",
     "Settings": "config",
     "TrainingConfig": "spec",
-    "TrainingStatus": "spec",
+    "TrainingStatus": "results",
 }
 
 

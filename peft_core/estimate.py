@@ -12,7 +12,8 @@ import platform
 import sys
 from pathlib import Path
 
-from peft_core.spec import Estimate, ModelShape, SourceSummary, TrainingConfig
+from peft_core.results import Estimate
+from peft_core.spec import ModelShape, SourceSummary, TrainingConfig
 
 TOKENS_PER_EXAMPLE = 200  # mean of code units at max_length 512
 CPU_FLOPS_PER_CORE = 30e9  # useful float32 rate in training, per core

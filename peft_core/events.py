@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
-from peft_core.spec import DatasetSummary, Frozen, Metrics, Phase, Problem
+from peft_core.results import Metrics, Phase, Problem
+from peft_core.spec import DatasetSummary, Frozen
 
 
 class JobStarted(Frozen):

@@ -20,7 +20,8 @@ from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument
 from peft_core.jobs.service import JobService
-from peft_core.spec import AdapterList, ProjectId, TrainingConfig, TrainingStatus
+from peft_core.results import AdapterList, TrainingStatus
+from peft_core.spec import ProjectId, TrainingConfig
 from peft_core.validation import parse_config
 
 LOOK_S = 0.25  # how often a watched job is looked up

@@ -1,11 +1,10 @@
-"""Requests and results, each defined once: tool schema, database JSON and the training child's input.
+"""Requests, and what they are made of, each defined once: tool schema, database JSON and the training child's input.
 
 Descriptions are read by the assistant that fills the fields in, so they say when to change a value, not only what it is.
 """
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -203,10 +202,13 @@ class ModelShape(Frozen):
 
 
 class Fingerprint(Frozen):
-    """Which base this is: `architecture` of configuration, names and shapes; `sample` of bytes of every tensor."""
+    """Which base this is, from what every copy of a model shares to the very bytes. Hexadecimal sha256 each."""
 
-    architecture: str
-    sample: str
+    architecture: str  # configuration, names and shapes
+    sample: str  # some bytes of every tensor, as stored
+    family: str = ""  # the norm weights, which quantisation leaves alone; empty in records of 0.1.0's first days
+    storage: str = ""  # number formats and how many tensors have each: "BF16 272"
+    content: str | None = None  # every byte of the weights; known where somebody has read them all
 
 
 class Base(Frozen):
@@ -222,116 +224,6 @@ class Base(Frozen):
     size_bytes: int
     has_chat_template: bool
     fingerprint: Fingerprint
-
-
-class Status(StrEnum):
-    NOT_STARTED = "not_started"
-    QUEUED = "queued"
-    IN_PROGRESS = "in_progress"
-    COMPLETED = "completed"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-    INTERRUPTED = "interrupted"
-
-    @property
-    def is_final(self) -> bool:
-        return self not in (Status.NOT_STARTED, Status.QUEUED, Status.IN_PROGRESS)
-
-
-class Phase(StrEnum):
-    """What a running job is doing, in order."""
-
-    STARTING = "starting"
-    PREPARING_DATA = "preparing_data"
-    LOADING_MODEL = "loading_model"
-    EVALUATING_BASE = "evaluating_base"
-    TRAINING = "training"
-    EVALUATING_ADAPTER = "evaluating_adapter"
-    SAVING = "saving"
-    PUBLISHING = "publishing"
-
-
-class Problem(Frozen):
-    """A failure as data."""
-
-    code: str
-    message: str
-    suggestions: tuple[str, ...] = ()
-
-
-class Estimate(Frozen):
-    """What a run will take, before it runs."""
-
-    train_tokens: int
-    steps: int
-    seconds: float | None
-    memory_bytes: int
-    basis: str  # where the figures come from, in words
-
-
-class Metrics(Frozen):
-    """What was measured. Losses in nats per target token, on the same held-out examples."""
-
-    base_loss: float | None = None
-    adapter_loss: float | None = None
-    base_perplexity: float | None = None
-    adapter_perplexity: float | None = None
-    tokens: int | None = None  # trained on, epochs counted
-    tokens_per_second: float | None = None  # in the training phase
-    wall_s: float | None = None  # of the training process, start to end
-    peak_memory_bytes: int | None = None
-    adapter_bytes: int | None = None
-
-
-class TrainingStatus(Frozen):
-    """The truth about one training job. Null where not known yet."""
-
-    job_id: str | None
-    project_id: str
-    status: Status
-    phase: Phase | None = None
-    detail: str = Field("", description="More on the phase, in words.")
-    progress_percent: float = 0.0
-    step: int = 0
-    total_steps: int | None = None
-    loss: float | None = Field(None, description="Mean training loss of the latest step, nats per token.")
-    held_out_loss: float | None = Field(
-        None,
-        description="Latest loss on held-out files: a fixed sample of them while it trains, all of them at the end.",
-    )
-    tokens_per_second: float | None = None
-    eta_s: float | None = None
-    peak_memory_bytes: int | None = Field(None, description="Of the training process so far.")
-    queue_position: int | None = Field(None, description="1 = next. Null when not queued.")
-    device: str | None = None
-    base_model: str | None = None
-    adapter_path: str | None = Field(None, description="The published adapter. Set only when status is 'completed'.")
-    error: Problem | None = None
-    metrics: Metrics | None = None
-    dataset: DatasetSummary | None = None
-    training_data: str | None = Field(None, description="What is trained on, in words.")
-    estimate: Estimate | None = None
-    log_path: str | None = None
-    next: str = Field("", description="What to call now.")
-
-
-class AdapterSummary(Frozen):
-    """One published adapter."""
-
-    adapter_id: str
-    project_id: str
-    current: bool = Field(description="The one that the project id stands for.")
-    created_at: str
-    base_model: str
-    base_perplexity: float | None
-    adapter_perplexity: float | None
-    adapter_bytes: int
-    adapter_path: str
-
-
-class AdapterList(Frozen):
-    adapters: list[AdapterSummary]
-    next: str
 
 
 class TrainingTask(Frozen):

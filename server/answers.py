@@ -6,7 +6,7 @@ from mcp.types import CallToolResult, TextContent
 from pydantic import BaseModel
 
 from peft_core.jobs.report import headline
-from peft_core.spec import TrainingStatus
+from peft_core.results import TrainingStatus
 
 
 def answer(result: BaseModel, line: str) -> CallToolResult:

@@ -9,7 +9,7 @@ from typing import Any
 from mcp.server.mcpserver import Context
 
 from peft_core.jobs.report import headline
-from peft_core.spec import TrainingStatus
+from peft_core.results import TrainingStatus
 
 INTERVAL_S = 1.0  # at most one notification in this time
 NUDGE = 0.01  # MCP wants `progress` to grow each time, even when only the message is new

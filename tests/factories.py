@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from peft_core.jobs.model import Job, JobRequest
-from peft_core.spec import Base, Estimate, Fingerprint, ModelShape, SourceSummary, TrainingConfig
+from peft_core.results import Estimate
+from peft_core.spec import Base, Fingerprint, ModelShape, SourceSummary, TrainingConfig
 
 SMOLLM2_SHAPE = ModelShape(
     parameters=134_515_008,

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from peft_core.spec import DatasetSummary, Fingerprint, Frozen, Metrics, ModelShape, TrainingConfig
+from peft_core.results import Metrics
+from peft_core.spec import DatasetSummary, Fingerprint, Frozen, ModelShape, TrainingConfig
 
 MANIFEST_NAME = "adapter_manifest.json"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as PEFT calls them

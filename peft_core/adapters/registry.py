@@ -15,7 +15,7 @@ from pathlib import Path
 from peft_core.adapters.manifest import MANIFEST_NAME, WEIGHTS, Manifest, read_manifest
 from peft_core.errors import AdapterNotFound
 from peft_core.paths import DataPaths
-from peft_core.spec import AdapterSummary
+from peft_core.results import AdapterSummary
 
 
 class Registry:

@@ -11,14 +11,15 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from peft_core.adapters.manifest import CONFIG, WEIGHTS
 from peft_core.bases.checkpoint import read_checkpoint
 from peft_core.bases.header import HeaderError, TensorInfo, open_regular, read_exactly
 from peft_core.bases.layout import a_few
 from peft_core.bases.safetensors import ADAPTER_LIMITS, read_header
-from peft_core.spec import Base, Frozen
+from peft_core.results import Reason
+from peft_core.spec import Base
 
 MAX_CONFIG_BYTES = 256 << 10
 MAX_RANK = 512
@@ -50,18 +51,6 @@ _FREE = frozenset(
         "use_rslora",
     }
 )
-
-
-class Reason(Frozen):
-    """One finding. `where` names the file, setting or tensor; `fix` says what to do about it."""
-
-    code: str
-    severity: Literal["error", "warning"]
-    message: str
-    found: str | None = None
-    expected: str | None = None
-    where: str | None = None
-    fix: str | None = None
 
 
 def check_adapter(directory: Path, base: Base) -> list[Reason]:

@@ -21,18 +21,8 @@ from peft_core.events import (
     StepCompleted,
     StoppedEarly,
 )
-from peft_core.spec import (
-    Base,
-    DatasetSummary,
-    Estimate,
-    Frozen,
-    Metrics,
-    Phase,
-    Problem,
-    SourceSummary,
-    Status,
-    TrainingConfig,
-)
+from peft_core.results import Estimate, Metrics, Phase, Problem, Status
+from peft_core.spec import Base, DatasetSummary, Frozen, SourceSummary, TrainingConfig
 
 
 class JobRequest(Frozen):

@@ -21,7 +21,8 @@ from peft_core.errors import InvalidArgument, StorageError
 from peft_core.estimate import MICRO_TOKENS, estimate, expected_device, lora_parameters, smallest_memory_bytes
 from peft_core.jobs.model import JobRequest
 from peft_core.jobs.store import unwritable
-from peft_core.spec import Base, Estimate, SourceSummary, TrainingConfig
+from peft_core.results import Estimate
+from peft_core.spec import Base, SourceSummary, TrainingConfig
 
 MARGIN_BYTES = 200 << 20  # disk space that is left to others
 

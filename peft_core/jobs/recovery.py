@@ -9,7 +9,7 @@ from peft_core.adapters.manifest import read_manifest
 from peft_core.adapters.registry import Registry
 from peft_core.events import Event, JobCancelled, JobCompleted, JobInterrupted
 from peft_core.jobs.store import Store
-from peft_core.spec import Problem, Status
+from peft_core.results import Problem, Status
 
 
 def recover(store: Store, registry: Registry) -> None:

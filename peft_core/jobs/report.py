@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from peft_core.jobs.model import Job, progress_percent
-from peft_core.spec import Phase, Status, TrainingStatus
+from peft_core.results import Phase, Status, TrainingStatus
 
 # An unchanged run may go well the next time.
 RETRYABLE = ("killed", "died_silently", "runner_failed", "disk_full", "data_directory_unwritable")

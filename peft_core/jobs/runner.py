@@ -44,7 +44,8 @@ from peft_core.jobs.model import IllegalTransition, Job
 from peft_core.jobs.recovery import problem_of_exit, recover
 from peft_core.jobs.store import Store
 from peft_core.paths import DataPaths, JobPaths
-from peft_core.spec import Phase, Problem, Status, TrainingTask
+from peft_core.results import Phase, Problem, Status
+from peft_core.spec import TrainingTask
 
 CHILD = [sys.executable, "-P", "-m", "peft_core.training"]  # -P: the working directory is no place for modules
 LOCK_PATIENCE_S = 5.0  # longer than anybody who only probes holds the lock

@@ -23,7 +23,8 @@ from peft_core.jobs.model import RESUMABLE, Job
 from peft_core.jobs.recovery import problem_of_exit, recover
 from peft_core.jobs.report import not_started, status_of
 from peft_core.jobs.store import Store
-from peft_core.spec import Base, Status, TrainingConfig, TrainingStatus
+from peft_core.results import Status, TrainingStatus
+from peft_core.spec import Base, TrainingConfig
 
 RUNNER = [sys.executable, "-P", "-m", "peft_core.jobs.runner"]
 

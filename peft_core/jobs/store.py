@@ -17,7 +17,7 @@ from pathlib import Path
 from peft_core.errors import JobNotFound, JobStateError, StorageError
 from peft_core.events import EVENT, Event, JobCancelled
 from peft_core.jobs.model import Job, apply
-from peft_core.spec import Status
+from peft_core.results import Status
 
 SCHEMA_VERSION = 1
 BUSY_S = 20.0  # how long a writer waits for another one

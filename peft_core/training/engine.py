@@ -20,7 +20,8 @@ from peft_core.data.read import read_examples
 from peft_core.errors import DataError
 from peft_core.events import AdapterWritten, DatasetPrepared, HeldOutMeasured, PhaseStarted, RunPlanned
 from peft_core.paths import JobPaths
-from peft_core.spec import Metrics, Phase, TrainingTask
+from peft_core.results import Metrics, Phase
+from peft_core.spec import TrainingTask
 from peft_core.training import lora
 from peft_core.training.base import load_base
 from peft_core.training.batches import Document, plan_order

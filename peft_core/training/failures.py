@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peft_core.errors import ModelError
-from peft_core.spec import Problem
+from peft_core.results import Problem
 
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "cannot allocate memory")
 

@@ -22,7 +22,8 @@ from peft_core.adapters.manifest import (
     sha256_of,
     write_manifest,
 )
-from peft_core.spec import Metrics, TrainingTask
+from peft_core.results import Metrics
+from peft_core.spec import TrainingTask
 from peft_core.training.lora import lora_config, target_modules
 
 _WEIGHTS = "adapter_model.safetensors"

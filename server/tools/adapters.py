@@ -10,7 +10,8 @@ from pydantic import Field
 
 from peft_core.adapters.info import AdapterInfo
 from peft_core.manager import PEFTManager
-from peft_core.spec import AdapterList, ProjectId
+from peft_core.results import AdapterList
+from peft_core.spec import ProjectId
 from server.answers import answer
 from server.tools import make_tool
 

@@ -9,7 +9,8 @@ from mcp.types import CallToolResult
 from pydantic import Field
 
 from peft_core.manager import PEFTManager
-from peft_core.spec import ProjectId, TrainingConfig, TrainingStatus
+from peft_core.results import TrainingStatus
+from peft_core.spec import ProjectId, TrainingConfig
 from server.answers import status_answer
 from server.progress import stream_progress
 from server.tools import make_tool

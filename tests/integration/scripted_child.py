@@ -12,7 +12,8 @@ import sys
 import time
 
 from peft_core.events import EVENT, AdapterWritten, Event, JobFailed, PhaseStarted, RunPlanned, StepCompleted
-from peft_core.spec import Metrics, Phase, Problem, TrainingTask
+from peft_core.results import Metrics, Phase, Problem
+from peft_core.spec import TrainingTask
 
 
 def say(event: Event) -> None:

@@ -23,7 +23,7 @@ from peft_core.jobs.runner import problem_of
 from peft_core.jobs.service import JobService
 from peft_core.jobs.store import Store
 from peft_core.paths import DataPaths
-from peft_core.spec import Status
+from peft_core.results import Status
 from tests.factories import make_job
 
 ROOT = Path(__file__).parents[2]

@@ -37,7 +37,8 @@ from peft_core.events import (
     PhaseStarted,
     StepCompleted,
 )
-from peft_core.spec import Phase, TrainingConfig, TrainingTask
+from peft_core.results import Phase
+from peft_core.spec import TrainingConfig, TrainingTask
 from tests.toys import write_toy_base
 
 TOY = {"rank": 4, "batch_size": 2, "max_steps": 6, "max_length": 256}

@@ -22,7 +22,7 @@ from peft_core.events import (
     StoppedEarly,
 )
 from peft_core.jobs.model import RESUMABLE, IllegalTransition, Job, apply, progress_percent
-from peft_core.spec import Metrics, Phase, Problem, Status
+from peft_core.results import Metrics, Phase, Problem, Status
 from tests.factories import make_job
 
 

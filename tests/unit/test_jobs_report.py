@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from peft_core.jobs.report import headline, in_words, not_started, status_of
-from peft_core.spec import Metrics, Phase, Problem, Status
+from peft_core.results import Metrics, Phase, Problem, Status
 from tests.factories import make_job
 
 

@@ -21,7 +21,7 @@ from peft_core.events import (
 )
 from peft_core.jobs.model import IllegalTransition
 from peft_core.jobs.store import Store
-from peft_core.spec import Metrics, Phase, Status
+from peft_core.results import Metrics, Phase, Status
 from tests.factories import make_job
 
 

@@ -11,7 +11,8 @@ from peft_core.adapters.manifest import BaseRecord, DataRecord, Manifest, RunRec
 from peft_core.adapters.registry import Registry
 from peft_core.errors import AdapterNotFound, ModelError
 from peft_core.paths import DataPaths
-from peft_core.spec import DatasetSummary, Metrics, TrainingConfig
+from peft_core.results import Metrics
+from peft_core.spec import DatasetSummary, TrainingConfig
 from tests.factories import make_base
 
 
