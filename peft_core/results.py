@@ -183,7 +183,7 @@ class LoadedAdapter(Frozen):
     base_model: str
     verdict: Verdict | None = None
     reason: str | None = Field(None, description="Why it fell back.")
-    reasons: list[Reason] = []
+    reasons: list[Reason] = Field([])
     effect: Effect | None = None
     how: Literal["cold", "warm", "switched"] | None = Field(
         None, description="cold: base and adapter were loaded; warm: the base was there; switched: both were."

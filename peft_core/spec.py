@@ -206,7 +206,7 @@ class Fingerprint(Frozen):
 
     architecture: str  # configuration, names and shapes
     sample: str  # some bytes of every tensor, as stored
-    family: str = ""  # the norm weights, which quantisation leaves alone; empty in records of 0.1.0's first days
+    family: str = ""  # the norm weights, which quantisation leaves alone; empty where it was not recorded
     storage: str = ""  # number formats and how many tensors have each: "BF16 272"
     content: str | None = None  # every byte of the weights; known where somebody has read them all
 
