@@ -62,8 +62,8 @@ def main() -> None:
 def prepare_once(options: argparse.Namespace) -> None:
     """The dataset and the base on disk, the same for both."""
     from peft_core.bases.convert import materialise  # noqa: PLC0415 -- torch: not in the parent's --help
+    from peft_core.compute.tokenizer import load_tokenizer  # noqa: PLC0415 -- likewise
     from peft_core.data.prepare import prepare  # noqa: PLC0415 -- likewise
-    from peft_core.training.tokenizer import load_tokenizer  # noqa: PLC0415 -- likewise
 
     directory = materialise(resolve(None, Settings()), options.work / "base_models", lambda _detail: None)
     (options.work / "base").unlink(missing_ok=True)
@@ -110,16 +110,16 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
     import torch  # noqa: PLC0415 -- each contender loads what it needs: memory is measured
     from accelerate import Accelerator  # noqa: PLC0415 -- likewise
 
+    from peft_core.compute.base import load_base  # noqa: PLC0415 -- likewise
+    from peft_core.compute.process import keep_freed_memory  # noqa: PLC0415 -- likewise
+    from peft_core.compute.stop import Stop  # noqa: PLC0415 -- likewise
     from peft_core.events import Event, StepCompleted  # noqa: PLC0415 -- likewise
     from peft_core.training import lora  # noqa: PLC0415 -- likewise
-    from peft_core.training.base import load_base  # noqa: PLC0415 -- likewise
     from peft_core.training.batches import plan_order  # noqa: PLC0415 -- likewise
     from peft_core.training.checkpoint import Progress  # noqa: PLC0415 -- likewise
     from peft_core.training.fused import fuse  # noqa: PLC0415 -- likewise
     from peft_core.training.loop import Loop  # noqa: PLC0415 -- likewise
     from peft_core.training.objective import choose_objective  # noqa: PLC0415 -- likewise
-    from peft_core.training.process import keep_freed_memory  # noqa: PLC0415 -- likewise
-    from peft_core.training.stop import Stop  # noqa: PLC0415 -- likewise
 
     keep_freed_memory()
     torch.manual_seed(CONFIG.seed)
@@ -239,7 +239,7 @@ class StepClock:
         self._ticks.append(time.process_time())
 
     def result(self, tokens: Sequence[int], last_loss: float) -> dict[str, float]:
-        from peft_core.training.process import peak_memory_bytes  # noqa: PLC0415 -- psutil: after the run
+        from peft_core.compute.process import peak_memory_bytes  # noqa: PLC0415 -- psutil: after the run
 
         seconds = self._ticks[-1] - self._ticks[1]  # the first step warms up
         return {
@@ -251,11 +251,14 @@ class StepClock:
 
 
 def read_documents(work: Path) -> list:  # type: ignore[type-arg]  # of Document, which would import torch here
+    from peft_core.compute.tokenizer import load_tokenizer  # noqa: PLC0415 -- likewise
     from peft_core.data.read import read_examples  # noqa: PLC0415 -- children only
-    from peft_core.training.tokenizer import load_tokenizer  # noqa: PLC0415 -- likewise
+    from peft_core.training.batches import tokenise  # noqa: PLC0415 -- likewise
 
     tokenizer = load_tokenizer(work / "base")
-    return [tokenizer.encode(example, CONFIG.max_length) for example in read_examples(work / "dataset" / "train.jsonl")]
+    return [
+        tokenise(example, tokenizer, CONFIG.max_length) for example in read_examples(work / "dataset" / "train.jsonl")
+    ]
 
 
 def report(results: dict[str, list[dict[str, float]]], options: argparse.Namespace) -> None:

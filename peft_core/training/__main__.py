@@ -13,13 +13,13 @@ import structlog
 from pydantic import ValidationError
 
 from peft_core import logs
+from peft_core.compute.stop import EXIT_CODE, Stop, Stopped, stop_on_signals, stop_without_parent
+from peft_core.compute.wire import claim_stdout, line_writer
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument
 from peft_core.events import JobFailed
 from peft_core.spec import TrainingTask
 from peft_core.training.failures import problem_of
-from peft_core.training.stop import EXIT_CODE, Stop, Stopped, stop_on_signals, stop_without_parent
-from peft_core.training.wire import claim_stdout, event_writer
 
 _PARENT_VARIABLE = "PEFT_MCP_PARENT"
 _ENVIRONMENT = {
@@ -36,7 +36,7 @@ _ENVIRONMENT = {
 def main() -> int:
     # 1. The wire and the ways to stop, before anything slow.
     stop = Stop()
-    emit = event_writer(claim_stdout(), stop)
+    emit = line_writer(claim_stdout(), closed=stop.request)
     stop_on_signals(stop)
     if parent := os.environ.get(_PARENT_VARIABLE):
         stop_without_parent(stop, int(parent))

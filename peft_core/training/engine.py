@@ -15,33 +15,32 @@ from accelerate import Accelerator
 
 from peft_core.adapters.manifest import DataRecord
 from peft_core.bases.convert import materialise
-from peft_core.data.prepare import PreparedDataset, prepare
-from peft_core.data.read import read_examples
-from peft_core.errors import DataError
-from peft_core.events import AdapterWritten, DatasetPrepared, HeldOutMeasured, PhaseStarted, RunPlanned
-from peft_core.paths import JobPaths
-from peft_core.results import Metrics, Phase
-from peft_core.spec import TrainingTask
-from peft_core.training import lora
-from peft_core.training.base import load_base
-from peft_core.training.batches import Document, plan_order
-from peft_core.training.checkpoint import Progress, load_checkpoint, run_key
-from peft_core.training.device import DevicePlan, choose, describe, device_memory_bytes
-from peft_core.training.evaluate import held_out_loss, subset
-from peft_core.training.fused import fuse
-from peft_core.training.loop import Loop
-from peft_core.training.objective import Objective, choose_objective
-from peft_core.training.process import (
+from peft_core.compute.base import load_base
+from peft_core.compute.device import DevicePlan, choose, describe, device_memory_bytes
+from peft_core.compute.process import (
     keep_freed_memory,
     peak_memory_bytes,
     return_freed_memory,
     seconds_alive,
     usable_cores,
 )
+from peft_core.compute.stop import Stop
+from peft_core.compute.tokenizer import BaseTokenizer, load_tokenizer
+from peft_core.data.prepare import PreparedDataset, prepare
+from peft_core.data.read import read_examples
+from peft_core.errors import DataError
+from peft_core.events import AdapterWritten, DatasetPrepared, Emit, Event, HeldOutMeasured, PhaseStarted, RunPlanned
+from peft_core.paths import JobPaths
+from peft_core.results import Metrics, Phase
+from peft_core.spec import TrainingTask
+from peft_core.training import lora
+from peft_core.training.batches import Document, plan_order, tokenise
+from peft_core.training.checkpoint import Progress, load_checkpoint, run_key
+from peft_core.training.evaluate import held_out_loss, subset
+from peft_core.training.fused import fuse
+from peft_core.training.loop import Loop
+from peft_core.training.objective import Objective, choose_objective
 from peft_core.training.saving import RunFacts, write_adapter
-from peft_core.training.stop import Stop
-from peft_core.training.tokenizer import BaseTokenizer, load_tokenizer
-from peft_core.training.wire import Emit, say_nothing
 
 _log = structlog.get_logger(__name__)
 
@@ -58,7 +57,7 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     plan = choose(config.device, describe())
     accelerator = _accelerator(plan.device, plan.autocast)
     if not accelerator.is_main_process:
-        emit = say_nothing
+        emit = _say_nothing
 
     # 1. Text to documents. The base comes first: its tokenizer measures the text.
     emit(PhaseStarted(phase=Phase.PREPARING_DATA))
@@ -221,7 +220,7 @@ def _prepare(task: TrainingTask, tokenizer: BaseTokenizer, report: Callable[[str
 
 def _documents(path: Path, tokenizer: BaseTokenizer, max_length: int) -> list[Document]:
     """The tokenised examples that have something to learn."""
-    documents = [tokenizer.encode(example, max_length) for example in read_examples(path)]
+    documents = [tokenise(example, tokenizer, max_length) for example in read_examples(path)]
     useful = [document for document in documents if document.targets]
     if not useful:
         raise DataError(
@@ -236,3 +235,7 @@ def _documents(path: Path, tokenizer: BaseTokenizer, max_length: int) -> list[Do
 def _perplexity(loss: float) -> float:
     """Exp of the loss; 1.8e308 at most, where an untrained model would overflow."""
     return math.exp(min(loss, 709.0))
+
+
+def _say_nothing(_event: Event) -> None:
+    """What processes other than the main one do with events."""

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from accelerate import Accelerator
 
+from peft_core.compute.stop import Stop
 from peft_core.errors import TrainingError
 from peft_core.training.batches import Document, micro_batches
 from peft_core.training.objective import Objective
-from peft_core.training.stop import Stop
 
 _DURING_TRAINING_TOKENS = 8192
 

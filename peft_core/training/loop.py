@@ -11,17 +11,16 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from peft_core.compute.device import release_cache, rng_state, set_rng_state
+from peft_core.compute.process import peak_memory_bytes, return_freed_memory
+from peft_core.compute.stop import Stop, Stopped
 from peft_core.errors import TrainingError
-from peft_core.events import CheckpointSaved, HeldOutMeasured, StepCompleted, StoppedEarly
+from peft_core.events import CheckpointSaved, Emit, HeldOutMeasured, StepCompleted, StoppedEarly
 from peft_core.spec import TrainingConfig
 from peft_core.training.batches import Document, Order, micro_batches
 from peft_core.training.checkpoint import Checkpoint, Progress, Tensors, save_checkpoint
-from peft_core.training.device import release_cache, rng_state, set_rng_state
 from peft_core.training.evaluate import held_out_loss
 from peft_core.training.objective import Objective
-from peft_core.training.process import peak_memory_bytes, return_freed_memory
-from peft_core.training.stop import Stop, Stopped
-from peft_core.training.wire import Emit
 
 _CHECKPOINT_EVERY_S = 60.0
 _MEASUREMENTS = 4  # in a run, the final one included, unless eval_steps says otherwise

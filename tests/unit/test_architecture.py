@@ -16,13 +16,15 @@ MAY_IMPORT = {
     "bases": GROUND,
     "data": GROUND,
     "adapters": GROUND | {"bases"},
-    "training": GROUND | {"bases", "data", "adapters"},
+    "compute": GROUND,
+    "training": GROUND | {"bases", "data", "adapters", "compute"},
+    "inference": GROUND | {"bases", "adapters", "compute"},
     "jobs": GROUND | {"bases", "data", "adapters", "estimate"},
     "manager": GROUND | {"jobs", "adapters", "validation"},
     "server": GROUND | {"manager", "validation", "jobs", "adapters"},
 }
 HEAVY = {"torch", "transformers", "peft", "accelerate", "numpy", "gguf", "safetensors"}
-MAY_BE_HEAVY = {"training", "bases/convert.py"}  # child processes only
+MAY_BE_HEAVY = {"training", "compute", "inference/host", "bases/convert.py"}  # child processes only
 SQL_SPEAKER = "jobs/store.py"
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from peft_core.compute.stop import Stop, Stopped
 from peft_core.errors import TrainingError
 from peft_core.events import CheckpointSaved, Event, HeldOutMeasured, StepCompleted, StoppedEarly
 from peft_core.spec import TrainingConfig
@@ -14,7 +15,6 @@ from peft_core.training.checkpoint import Progress, load_checkpoint
 from peft_core.training.evaluate import held_out_loss, subset
 from peft_core.training.loop import Loop
 from peft_core.training.objective import choose_objective
-from peft_core.training.stop import Stop, Stopped
 from tests.toys import toy_documents, toy_model
 
 CONFIG = TrainingConfig(rank=4, batch_size=3, max_steps=8, max_length=64, learning_rate=5e-3, dropout=0.1, eval_steps=3)

@@ -5,18 +5,18 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from peft_core.errors import DataError
-from peft_core.events import EVENT, CheckpointSaved, JobStarted
-from peft_core.training.failures import problem_of
-from peft_core.training.process import (
+from peft_core.compute.process import (
     keep_freed_memory,
     peak_memory_bytes,
     return_freed_memory,
     seconds_alive,
     usable_cores,
 )
-from peft_core.training.stop import Stop, Stopped
-from peft_core.training.wire import event_writer
+from peft_core.compute.stop import Stop, Stopped
+from peft_core.compute.wire import line_writer
+from peft_core.errors import DataError
+from peft_core.events import EVENT, CheckpointSaved, JobStarted
+from peft_core.training.failures import problem_of
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 def test_events_are_one_line_each(pipe: tuple[int, int]) -> None:
     reader, writer = pipe
-    emit = event_writer(writer, Stop())
+    emit = line_writer(writer, Stop().request)
     events = [JobStarted(), CheckpointSaved(step=3)]
     for event in events:
         emit(event)
@@ -41,7 +41,7 @@ def test_events_are_one_line_each(pipe: tuple[int, int]) -> None:
 def test_a_reader_that_has_gone_is_a_request_to_stop(pipe: tuple[int, int]) -> None:
     reader, writer = pipe
     stop = Stop()
-    emit = event_writer(writer, stop)
+    emit = line_writer(writer, stop.request)
     os.close(reader)
     emit(JobStarted())
     with pytest.raises(Stopped):

@@ -2,9 +2,10 @@ from pathlib import Path
 
 import pytest
 
+from peft_core.compute.tokenizer import BaseTokenizer, load_tokenizer
 from peft_core.errors import BaseModelError, DataError
 from peft_core.spec import Example, Segment
-from peft_core.training.tokenizer import BaseTokenizer, load_tokenizer
+from peft_core.training.batches import tokenise
 from tests.toys import VOCABULARY, write_toy_tokenizer
 
 END = 0
@@ -21,14 +22,14 @@ def example(*segments: Segment) -> Example:
 
 
 def learned_text(tokenizer: BaseTokenizer, segments: tuple[Segment, ...]) -> str:
-    document = tokenizer.encode(example(*segments), max_length=1000)
+    document = tokenise(example(*segments), tokenizer, max_length=1000)
     return "".join(VOCABULARY[token] for token in document.ids_T[document.learn_T])
 
 
 def test_a_text_ends_with_the_end_of_text_token_and_all_but_its_first_token_is_learned(
     tokenizer: BaseTokenizer,
 ) -> None:
-    document = tokenizer.encode(example(Segment(text="abc")), max_length=10)
+    document = tokenise(example(Segment(text="abc")), tokenizer, max_length=10)
     assert [VOCABULARY[token] for token in document.ids_T] == ["a", "b", "c", "<end>"]
     assert document.learn_T.tolist() == [False, True, True, True]
     assert document.targets == 3
@@ -39,7 +40,7 @@ def test_context_carries_no_loss(tokenizer: BaseTokenizer) -> None:
 
 
 def test_a_text_that_is_too_long_is_cut(tokenizer: BaseTokenizer) -> None:
-    document = tokenizer.encode(example(Segment(text="x" * 100)), max_length=64)
+    document = tokenise(example(Segment(text="x" * 100)), tokenizer, max_length=64)
     assert len(document) == 64
     assert END not in document.ids_T
 

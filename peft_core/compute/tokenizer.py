@@ -1,24 +1,43 @@
-"""The base's own tokenizer and chat template, as the data preparation and the training see them.
-
-T tokens
-"""
+"""The base's own tokenizer and chat template. Those of an adapter are never read."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import jinja2
-import torch
 from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from peft_core.errors import BaseModelError, DataError
-from peft_core.spec import Example, Segment
-from peft_core.training.batches import Document
+from peft_core.spec import Segment
+
+
+@dataclass(frozen=True)
+class FillInTheMiddle:
+    """Special tokens that ask for the text between two others."""
+
+    prefix: str
+    suffix: str
+    middle: str
+
+    def prompt(self, before: str, after: str) -> tuple[str, ...]:
+        """The pieces to tokenise, in the order prefix, suffix, middle, in which all of these families were trained."""
+        return (self.prefix, before, self.suffix, after, self.middle)
+
+
+# Bavarian et al., arXiv 2207.14255; the tokens as each family's model card gives them.
+FILL_IN_THE_MIDDLE = (
+    FillInTheMiddle("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder, CodeGemma
+    FillInTheMiddle("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, SantaCoder's successors
+    FillInTheMiddle("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
+    FillInTheMiddle("▁<PRE>", "▁<SUF>", "▁<MID>"),  # Code Llama
+    FillInTheMiddle("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek-Coder  # noqa: RUF001
+)
 
 
 @dataclass(frozen=True)
@@ -41,12 +60,7 @@ class BaseTokenizer:
         Raises:
             DataError: no chat template, or it refuses these messages.
         """
-        if self.chat_template is None:
-            raise DataError(
-                "This base model has no chat template, so records with 'messages' cannot be rendered.",
-                code="no_chat_template",
-                suggestions=["Use records with 'text' or with 'prompt' and 'completion', or an instruct base model."],
-            )
+        self._require_template()
         segments: list[Segment] = []
         done = ""
         for index, message in enumerate(messages):
@@ -61,24 +75,44 @@ class BaseTokenizer:
             done = turn
         return tuple(segment for segment in segments if segment.text)
 
-    def encode(self, example: Example, max_length: int) -> Document:
-        """Tokenise the segments in order and end the text; cut at `max_length` tokens."""
-        ids: list[int] = []
-        learn: list[bool] = []
-        for segment in example.segments:
-            piece: list[int] = self.tokenizer.encode(segment.text, add_special_tokens=False).ids
-            ids += piece
-            learn += [segment.learn] * len(piece)
-        prefix = () if tuple(ids[: len(self.beginning)]) == self.beginning else self.beginning
-        ids, learn = [*prefix, *ids], [False] * len(prefix) + learn
-        if ids and ids[-1] != self.end_of_text:  # a chat turn may bring its own
-            ids.append(self.end_of_text)
-            learn.append(learn[-1])
-        learn[:1] = [False] * len(learn[:1])
-        return Document(
-            ids_T=torch.tensor(ids[:max_length], dtype=torch.int32),
-            learn_T=torch.tensor(learn[:max_length], dtype=torch.bool),
-        )
+    def render_prompt(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """A conversation as the base wants to see it before it answers.
+
+        Raises:
+            DataError: no chat template, or it refuses these messages.
+        """
+        self._require_template()
+        return self._render(messages, add_generation_prompt=True)
+
+    def ids(self, *texts: str) -> list[int]:
+        """Tokens of these texts, one tokenised after the other, behind what the tokenizer begins every text with.
+
+        What looks like a special token is one: a rendered conversation is made of them.
+        """
+        ids = [token for text in texts for token in self.tokenizer.encode(text, add_special_tokens=False).ids]
+        return ids if tuple(ids[: len(self.beginning)]) == self.beginning else [*self.beginning, *ids]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of tokens, special ones left out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    @cached_property
+    def fill_in_the_middle(self) -> FillInTheMiddle | None:
+        """How this base is asked for the text between two others; None where its vocabulary has no tokens for that."""
+        for tokens in FILL_IN_THE_MIDDLE:
+            if all(
+                self.tokenizer.token_to_id(token) is not None for token in (tokens.prefix, tokens.suffix, tokens.middle)
+            ):
+                return tokens
+        return None
+
+    def _require_template(self) -> None:
+        if self.chat_template is None:
+            raise DataError(
+                "This base model has no chat template: 'messages' cannot be written in its form.",
+                code="no_chat_template",
+                suggestions=["Use plain text ('prompt', and 'completion' to train on), or an instruct base model."],
+            )
 
     def _last_turn(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Segment, ...]:
         """For templates that rewrite earlier turns (they drop old reasoning): learn the last assistant turn only."""

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from peft_core.compute.device import Machine, choose, describe, rng_state, set_rng_state
 from peft_core.errors import InvalidArgument
-from peft_core.training.device import Machine, choose, describe, rng_state, set_rng_state
 
 MAC = Machine(mps=True, mps_bfloat16=True)
 OLD_MAC = Machine(mps=True)
