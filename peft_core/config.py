@@ -20,6 +20,19 @@ class Settings(BaseSettings):
     default_base_model: Annotated[str | None, Field(description="Used when a request names no base model.")] = None
     allow_downloads: Annotated[bool, Field(description="Whether a hub id that is not cached may be fetched.")] = False
     max_memory_mb: Annotated[int | None, Field(ge=256, description="Memory that a training may take.")] = None
+    max_resident_adapters: Annotated[
+        int, Field(ge=1, le=64, description="Adapters kept in memory; the least recently used goes first.")
+    ] = 3
+    idle_unload_s: Annotated[
+        float, Field(gt=0, description="The inference process ends after so many seconds without a call.")
+    ] = 900.0
+    load_during_training: Annotated[
+        Literal["if_it_fits", "never", "always"],
+        Field(
+            description="Whether a model may be loaded beside a training: when memory suffices for both, not at all, or "
+            "without looking at memory."
+        ),
+    ] = "if_it_fits"
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR"], Field(description="How much goes to stderr.")
     ] = "INFO"

@@ -5,6 +5,9 @@ ModelError
 ├── DataError            the training data cannot be used as it is
 ├── BaseModelError       the base model cannot be found or read
 ├── AdapterNotFound
+├── AdapterInUse         it is loaded, and so cannot be deleted
+├── AdapterNotLoaded     nothing, or something else, is in memory
+├── InferenceError       the inference process: no memory for it, or it died
 ├── JobNotFound
 ├── JobStateError        the job exists, but not in a state for this request
 ├── StorageError         the data directory: space, permissions, a newer schema
@@ -81,6 +84,18 @@ class BaseModelError(ModelError):
 
 class AdapterNotFound(ModelError):
     code = "adapter_not_found"
+
+
+class AdapterInUse(ModelError):
+    code = "adapter_in_use"
+
+
+class AdapterNotLoaded(ModelError):
+    code = "adapter_not_loaded"
+
+
+class InferenceError(ModelError):
+    code = "inference"
 
 
 class JobNotFound(ModelError):

@@ -27,6 +27,11 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes
 
 
+def memory_bytes() -> int:
+    """Resident memory of this process now."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def seconds_alive() -> float:
     """Since the operating system started this process: imports count."""
     return time.time() - float(psutil.Process().create_time())

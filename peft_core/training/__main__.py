@@ -13,24 +13,24 @@ import structlog
 from pydantic import ValidationError
 
 from peft_core import logs
+from peft_core.compute.environment import prepare_environment
+from peft_core.compute.failures import Work, problem_of
 from peft_core.compute.stop import EXIT_CODE, Stop, Stopped, stop_on_signals, stop_without_parent
 from peft_core.compute.wire import claim_stdout, line_writer
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument
 from peft_core.events import JobFailed
 from peft_core.spec import TrainingTask
-from peft_core.training.failures import problem_of
 
 _PARENT_VARIABLE = "PEFT_MCP_PARENT"
-_ENVIRONMENT = {
-    # Threads that wait spin for some microseconds, then give their core away. By default they spin for milliseconds, and
-    # one competing process then makes two threads slower than one (measured: 20 instead of 42 GFLOP/s; 114 and 108 on a
-    # quiet machine). People work on the machine while it trains.
-    "GOMP_SPINCOUNT": "10000",
-    "HF_HUB_OFFLINE": "1",  # everything is on this machine by now; a download here would be a mistake
-    "PYTORCH_ENABLE_MPS_FALLBACK": "1",  # a missing operation runs on the CPU instead of ending the run
-    "TOKENIZERS_PARALLELISM": "true",  # said aloud, so that the library does not warn
-}
+WORK = Work(
+    name="training",
+    log="the job's log",
+    against_memory=(
+        "Lower rank, or max_length where it is above 512 (at most so many tokens are processed at once).",
+        "Use a smaller base model, or close other programs.",
+    ),
+)
 
 
 def main() -> int:
@@ -49,8 +49,7 @@ def main() -> int:
         structlog.contextvars.bind_contextvars(job_id=task.job_id)
 
         # 3. Torch and its company take seconds, read the environment as they load, and may fail to: hence here.
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        prepare_environment()
         from peft_core.training.engine import run  # noqa: PLC0415 -- see above
 
         # 4. The run.
@@ -60,7 +59,7 @@ def main() -> int:
         return EXIT_CODE
     except Exception as error:  # the process's edge: whatever it is, it becomes an event
         log.exception("failed")
-        emit(JobFailed(error=problem_of(error)))
+        emit(JobFailed(error=problem_of(error, WORK)))
         return 1
     return 0
 

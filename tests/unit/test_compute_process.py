@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from peft_core.compute.failures import problem_of
 from peft_core.compute.process import (
     keep_freed_memory,
     peak_memory_bytes,
@@ -16,7 +17,7 @@ from peft_core.compute.stop import Stop, Stopped
 from peft_core.compute.wire import line_writer
 from peft_core.errors import DataError
 from peft_core.events import EVENT, CheckpointSaved, JobStarted
-from peft_core.training.failures import problem_of
+from peft_core.training.__main__ import WORK
 
 
 @pytest.fixture
@@ -68,13 +69,13 @@ def test_an_error_of_ours_is_told_as_it_is() -> None:
     ],
 )
 def test_memory_is_recognised_as_the_cause(error: Exception) -> None:
-    problem = problem_of(error)
+    problem = problem_of(error, WORK)
     assert problem.code == "out_of_memory"
     assert any("max_length" in suggestion for suggestion in problem.suggestions)
 
 
 def test_anything_else_is_told_by_type_and_text() -> None:
-    problem = problem_of(ZeroDivisionError("division\nby zero"))
+    problem = problem_of(ZeroDivisionError("division\nby zero"), WORK)
     assert problem.code == "training_crashed"
     assert "ZeroDivisionError: division by zero" in problem.message
 

@@ -1,6 +1,8 @@
-"""What went wrong, as data for the person who reads the status."""
+"""What went wrong in a computing process, as data for the person who reads the answer."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from peft_core.errors import ModelError
 from peft_core.results import Problem
@@ -8,26 +10,29 @@ from peft_core.results import Problem
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "cannot allocate memory")
 
 
-def problem_of(error: Exception) -> Problem:
-    """The failure of a run: an error of ours as it is, memory recognised, anything else by type and text."""
+@dataclass(frozen=True)
+class Work:
+    """What was being done, for the words of its failure."""
+
+    name: str  # "training"
+    log: str  # where the traceback is
+    against_memory: tuple[str, ...]  # what helps when memory ran out
+
+
+def problem_of(error: Exception, work: Work) -> Problem:
+    """An error of ours as it is, memory recognised, anything else by type and text."""
     if isinstance(error, ModelError):
         return Problem(code=error.code, message=error.message, suggestions=error.suggestions)
     if _is_out_of_memory(error):
         return Problem(
             code="out_of_memory",
-            message=f"The training ran out of memory ({_shown(error)}).",
-            suggestions=(
-                "Lower rank, or max_length where it is above 512 (at most so many tokens are processed at once).",
-                "Use a smaller base model, or close other programs.",
-            ),
+            message=f"The {work.name} ran out of memory ({_shown(error)}).",
+            suggestions=work.against_memory,
         )
     return Problem(
-        code="training_crashed",
-        message=f"The training ended with an unexpected error: {_shown(error)}",
-        suggestions=(
-            "The traceback is in the job's log.",
-            "Report it, with the log.",
-        ),
+        code=f"{work.name}_crashed",
+        message=f"The {work.name} ended with an unexpected error: {_shown(error)}",
+        suggestions=(f"The traceback is in {work.log}.", "Report it, with the log."),
     )
 
 
