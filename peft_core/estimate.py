@@ -102,6 +102,13 @@ def memory_bytes(config: TrainingConfig, shape: ModelShape, device: str) -> int:
     )
 
 
+def inference_memory_bytes(shape: ModelShape, device: str) -> int:
+    """Estimated memory of the inference process with one base and a few adapters; of the device's memory elsewhere."""
+    weight_bytes = 4 if device == "cpu" else 2
+    cache = 2 * shape.layers * shape.hidden_size // shape.heads * shape.kv_heads * 2048 * weight_bytes
+    return PROCESS_BYTES + shape.parameters * weight_bytes + cache + 4 * lora_parameters(32, shape)
+
+
 def lora_parameters(rank: int, shape: ModelShape) -> int:
     """Of an adapter on all linear layers of a Llama-like block."""
     kv_size = shape.hidden_size // shape.heads * shape.kv_heads

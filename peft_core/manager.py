@@ -1,7 +1,7 @@
 """PEFTManager: every verb of the product, async. A thin front; it delegates.
 
-Verbs take milliseconds: what computes runs in processes of its own. Their blocking parts run in threads, so that the
-caller's event loop stays free.
+What computes runs in processes of its own: most verbs take milliseconds, those that use a model wait for it. Their
+blocking parts run in threads, so that the caller's event loop stays free.
 """
 
 from __future__ import annotations
@@ -9,20 +9,30 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import anyio
 from anyio.to_thread import run_sync
 from pydantic import TypeAdapter, ValidationError
 
-from peft_core.adapters.info import AdapterInfo, read_info
+from peft_core.adapters.info import AdapterDocument, AdapterInfo, read_document, read_info
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument
+from peft_core.inference.client import Report
+from peft_core.inference.service import InferenceService, TrainingNeed
 from peft_core.jobs.service import JobService
-from peft_core.results import AdapterList, TrainingStatus
-from peft_core.spec import ProjectId, TrainingConfig
-from peft_core.validation import parse_config
+from peft_core.results import (
+    AdapterList,
+    Compatibility,
+    DeletedAdapter,
+    Generation,
+    LoadedAdapter,
+    TrainingStatus,
+    UnloadedAdapter,
+)
+from peft_core.spec import GenerationRequest, ProjectId, TrainingConfig
+from peft_core.validation import parse_config, parse_generation
 
 LOOK_S = 0.25  # how often a watched job is looked up
 
@@ -39,6 +49,7 @@ class PEFTManager:
         self.settings = settings or Settings()
         self._jobs = JobService(self.settings)
         self._registry = Registry(self.settings.paths)
+        self._inference = InferenceService(self.settings, self._registry, self._jobs.base_of, self._training_need)
 
     async def train_adapter(
         self,
@@ -97,11 +108,20 @@ class PEFTManager:
         return await run_sync(self._jobs.resume, job_id)
 
     async def list_adapters(self, project_id: str | None = None) -> AdapterList:
-        """Published adapters, newest first."""
-        adapters = await run_sync(self._registry.adapters, None if project_id is None else _project_id(project_id))
+        """Published adapters, newest first, and what of them is in memory."""
+        found = await run_sync(self._registry.adapters, None if project_id is None else _project_id(project_id))
+        loaded = self._inference.resident
+        active = {adapter.adapter_path: adapter.active for adapter in loaded.adapters}
+        adapters = [
+            adapter.model_copy(
+                update={"resident": adapter.adapter_path in active, "active": active.get(adapter.adapter_path, False)}
+            )
+            for adapter in found
+        ]
         return AdapterList(
             adapters=adapters,
-            next="Call get_adapter_info(adapter_path=...) for what was measured."
+            loaded=loaded,
+            next="Call get_adapter_info(adapter_path=...) for what was measured, load_adapter(adapter_path=...) to use one."
             if adapters
             else "There is no adapter yet: call train_adapter(project_id=..., training_data=...).",
         )
@@ -109,6 +129,87 @@ class PEFTManager:
     async def get_adapter_info(self, adapter_path: str) -> AdapterInfo:
         """What is known of an adapter; `adapter_path` is a directory or a project id (its current adapter)."""
         return await run_sync(lambda: read_info(self._registry.locate(adapter_path)))
+
+    async def read_card(self, project_id: str) -> AdapterDocument:
+        """Manifest and model card of a project's current adapter."""
+        return await run_sync(lambda: read_document(self._registry.locate(_project_id(project_id))))
+
+    async def delete_adapter(self, project_id: str, adapter_id: str) -> DeletedAdapter:
+        """Delete an adapter that was trained here; refused while it is loaded."""
+        return await run_sync(self._inference.delete, _project_id(project_id), adapter_id)
+
+    async def verify_adapter_compatibility(
+        self, adapter_path: str, base_model: str | None = None, *, scan_weights: bool = False
+    ) -> Compatibility:
+        """Whether an adapter belongs to a base, by headers and configuration: milliseconds, nothing is loaded.
+
+        Args:
+            adapter_path: a directory, or a project id (its current adapter).
+            base_model: None: the base it was trained on, where it is on this machine.
+            scan_weights: read the weights too, for numbers that are none and adapters that do nothing.
+        """
+        return await run_sync(partial(self._inference.verify, adapter_path, base_model, scan_weights=scan_weights))
+
+    async def load_adapter(
+        self,
+        adapter_path: str,
+        base_model: str | None = None,
+        *,
+        accept_unproven_base: bool = False,
+        report: Report | None = None,
+    ) -> LoadedAdapter:
+        """Verify an adapter, load it with its base (seconds; under one where the base is in memory), make it active.
+
+        Where it cannot be loaded, the answer's status is 'fallback': what was active still is, else the base alone.
+
+        Args:
+            adapter_path: a directory, or a project id (its current adapter).
+            base_model: None: the base it was trained on, where it is on this machine.
+            accept_unproven_base: load although only the shapes fit (verdict 'shape_only').
+            report: awaited with (done, total, message) while it takes long.
+        """
+        return await self._inference.load(
+            adapter_path, base_model, accept_unproven_base=accept_unproven_base, report=report
+        )
+
+    async def unload_adapter(self, adapter_path: str | None = None) -> UnloadedAdapter:
+        """Take the active adapter off, or the named one. With none left the base goes too, and the memory back."""
+        return await self._inference.unload(adapter_path)
+
+    async def generate(
+        self,
+        request: GenerationRequest | Mapping[str, Any],
+        *,
+        adapter_path: str | None = None,
+        use_base: bool = False,
+        report: Report | None = None,
+    ) -> Generation:
+        """Write text with the active adapter, the named one of those in memory, or the base alone (`use_base`).
+
+        Args:
+            request: `GenerationRequest` or its fields.
+            adapter_path: None: the active one.
+            use_base: answer without adapter; loads the default base where none is in memory.
+            report: awaited with (tokens so far, at most, message).
+        """
+        return await self._inference.generate(parse_generation(request), adapter_path, use_base=use_base, report=report)
+
+    async def aclose(self) -> None:
+        """End the inference process, if one runs. Trainings go on."""
+        await self._inference.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def _training_need(self) -> TrainingNeed | None:
+        status = self._jobs.at_work()
+        if status is None or status.estimate is None:
+            return None
+        taken = status.peak_memory_bytes or 0
+        return TrainingNeed(status.project_id, max(0, status.estimate.memory_bytes - taken))
 
 
 def _project_id(value: str) -> str:

@@ -171,6 +171,7 @@ class Resident(Frozen):
     """What the inference process holds in memory."""
 
     base_model: str | None = None
+    base_path: str | None = None
     adapters: list[ResidentAdapter] = Field([], description="Least recently used first.")
     memory_bytes: int = Field(0, description="Of the inference process as the operating system sees it; 0: none runs.")
 

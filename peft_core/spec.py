@@ -211,6 +211,9 @@ class Fingerprint(Frozen):
     content: str | None = None  # every byte of the weights; known where somebody has read them all
 
 
+BUNDLED = "bundled"  # the base that comes as a Python package
+
+
 class Base(Frozen):
     """Where frozen weights come from."""
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from peft_core.errors import InvalidArgument
-from peft_core.spec import TrainingConfig
+from peft_core.spec import GenerationRequest, TrainingConfig
 
 MAX_LISTED = 5
 
@@ -27,6 +27,20 @@ def parse_config(config: TrainingConfig | Mapping[str, Any] | None) -> TrainingC
         return TrainingConfig.model_validate(dict(config or {}))
     except ValidationError as error:
         raise invalid_argument(error, TrainingConfig.model_json_schema(), prefix=("config",)) from error
+
+
+def parse_generation(request: GenerationRequest | Mapping[str, Any]) -> GenerationRequest:
+    """A GenerationRequest from what a caller may pass.
+
+    Raises:
+        InvalidArgument: no prompt, or several; an unknown key; a value out of range.
+    """
+    if isinstance(request, GenerationRequest):
+        return request
+    try:
+        return GenerationRequest.model_validate(dict(request))
+    except ValidationError as error:
+        raise invalid_argument(error, GenerationRequest.model_json_schema()) from error
 
 
 def invalid_argument(error: ValidationError, schema: Mapping[str, Any], prefix: Sequence[str] = ()) -> InvalidArgument:

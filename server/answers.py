@@ -6,7 +6,7 @@ from mcp.types import CallToolResult, TextContent
 from pydantic import BaseModel
 
 from peft_core.jobs.report import headline
-from peft_core.results import TrainingStatus
+from peft_core.results import Compatibility, Generation, LoadedAdapter, TrainingStatus, UnloadedAdapter
 
 
 def answer(result: BaseModel, line: str) -> CallToolResult:
@@ -18,6 +18,46 @@ def answer(result: BaseModel, line: str) -> CallToolResult:
         ],
         structured_content=result.model_dump(mode="json"),
     )
+
+
+def compatibility_answer(found: Compatibility) -> CallToolResult:
+    graver = [reason for reason in found.reasons if reason.severity == "error"] or found.reasons
+    why = "".join(f" {reason.message}" for reason in graver[:3])
+    more = f" ({len(graver) - 3} more reasons below.)" if len(graver) > 3 else ""
+    base = found.base_model or "an unknown base"
+    return answer(found, f"{found.verdict.upper()}: {found.adapter_path} with {base}.{why}{more} {found.next}")
+
+
+def loaded_answer(loaded: LoadedAdapter) -> CallToolResult:
+    if loaded.status == "fallback":
+        return answer(loaded, f"NOT LOADED: {loaded.reason} {loaded.next}")
+    effect = f"logits change by up to {loaded.effect.max_logit_change:.2f}" if loaded.effect else "effect unknown"
+    gone = f" Taken out of memory: {', '.join(loaded.evicted)}." if loaded.evicted else ""
+    return answer(
+        loaded,
+        f"Loaded {loaded.adapter_path} on {loaded.base_model} in {loaded.elapsed_s:.2f} s ({loaded.how}; verdict "
+        f"{loaded.verdict}; {effect}); {loaded.memory_bytes / 1e6:.0f} MB in use.{gone} {loaded.next}",
+    )
+
+
+def unloaded_answer(unloaded: UnloadedAdapter) -> CallToolResult:
+    if unloaded.status == "nothing_loaded":
+        return answer(unloaded, unloaded.next)
+    what = " and ".join(filter(None, [unloaded.adapter_path, "the base model" if unloaded.base_unloaded else None]))
+    before, after = unloaded.memory_before_bytes / 1e6, unloaded.memory_after_bytes / 1e6
+    return answer(unloaded, f"Unloaded {what}: {before:.0f} MB before, {after:.0f} MB now. {unloaded.next}")
+
+
+def generation_answer(written: Generation) -> CallToolResult:
+    """The text itself, then where it comes from."""
+    who = f"{written.base_model} with {written.adapter_path}" if written.adapter_path else f"{written.base_model} alone"
+    facts = (
+        f"({who}; {written.prompt_tokens} + {written.completion_tokens} tokens, {written.finish_reason}, "
+        f"{written.tokens_per_second:.0f} tokens/s)"
+    )
+    if written.base_text is None or written.adapter_path is None:
+        return answer(written, f"{written.text}\n\n{facts}")
+    return answer(written, f"With the adapter:\n{written.text}\n\nThe base alone:\n{written.base_text}\n\n{facts}")
 
 
 def status_answer(status: TrainingStatus) -> CallToolResult:

@@ -20,14 +20,15 @@ from peft_core.errors import ModelError
 from peft_core.manager import PEFTManager
 from peft_core.validation import refuse_unknown
 from server.errors import tool_error
-from server.resources import TrainingUpdates, add_training_resource
-from server.tools import adapters, training
+from server.resources import TrainingUpdates, add_adapter_resource, add_training_resource
+from server.tools import adapters, inference, training
 
 INSTRUCTIONS = (
     "peft-mcp trains a LoRA adapter on one code base, on the user's machine, in the background: call train_adapter with a "
     "project id and the repository's path, then get_training_status until it is completed. "
-    "The result says what was measured on files the adapter never saw: held-out loss and perplexity of base and adapter. "
-    "Jobs go on without you and are found again by project id; list_adapters and get_adapter_info show what there is."
+    "The result says what was measured on files the adapter never saw; then load_adapter with the project id, and generate "
+    "writes with it (compare_with_base=true shows what it changes), until unload_adapter frees the memory. "
+    "Jobs go on without you and are found again by project id; list_adapters shows what there is and what is loaded."
 )
 
 
@@ -59,15 +60,14 @@ def build_server(settings: Settings) -> PEFTServer:
 
     @asynccontextmanager
     async def lifespan(_: MCPServer[PEFTManager]) -> AsyncIterator[PEFTManager]:
-        manager = PEFTManager(settings)
-        async with anyio.create_task_group() as group:
+        async with PEFTManager(settings) as manager, anyio.create_task_group() as group:
             group.start_soon(_leave_on_signal)
             group.start_soon(updates.tell, manager)
             yield manager
             group.cancel_scope.cancel()
 
     server = PEFTServer(
-        [*training.TOOLS, *adapters.TOOLS],
+        [*training.TOOLS, *adapters.TOOLS, *inference.TOOLS],
         title="PEFT: adapters for your code base",
         instructions=INSTRUCTIONS,
         version=version("peft-mcp"),
@@ -76,6 +76,7 @@ def build_server(settings: Settings) -> PEFTServer:
         log_level=settings.log_level,
     )
     add_training_resource(server, updates)
+    add_adapter_resource(server)
     return server
 
 

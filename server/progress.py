@@ -1,9 +1,9 @@
-"""Job status → progress notifications, while a call is open and never after it."""
+"""What long work says → progress notifications, while a call is open and never after it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from mcp.server.mcpserver import Context
@@ -13,6 +13,21 @@ from peft_core.results import TrainingStatus
 
 INTERVAL_S = 1.0  # at most one notification in this time
 NUDGE = 0.01  # MCP wants `progress` to grow each time, even when only the message is new
+
+
+def relay(ctx: Context[Any, Any]) -> Callable[[float, float | None, str], Awaitable[None]]:
+    """A function that forwards (done, total, message) as progress: each new stage at once, growth once a second."""
+    stage, sent, sent_at = "", -NUDGE, float("-inf")
+
+    async def report(done: float, total: float | None, message: str) -> None:
+        nonlocal stage, sent, sent_at
+        now = time.monotonic()
+        if now - sent_at < INTERVAL_S and (done > 0 or message == stage):
+            return
+        sent, stage, sent_at = max(done, sent + NUDGE), message, now
+        await ctx.report_progress(sent, total, message)
+
+    return report
 
 
 async def stream_progress(ctx: Context[Any, Any], statuses: AsyncIterator[TrainingStatus]) -> TrainingStatus:

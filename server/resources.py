@@ -1,4 +1,5 @@
-"""`training://{job_id}`: a job's status as a resource, with update notifications in both protocol eras.
+"""Resources: `training://{job_id}`, a job's status with update notifications in both protocol eras, and
+`adapter://{project_id}`, what is recorded about a project's adapter.
 
 Modern clients listen (`subscriptions/listen`): the SDK's bus reaches them. Older ones subscribe (`resources/subscribe`),
 for which the SDK has no public hook in `MCPServer`: the one use of its low-level server is here.
@@ -18,7 +19,7 @@ from mcp.server.session import ServerSession
 from mcp.server.subscriptions import InMemorySubscriptionBus, ResourceUpdated
 from mcp.types import EmptyResult, SubscribeRequestParams, UnsubscribeRequestParams
 
-from peft_core.errors import JobNotFound, ModelError
+from peft_core.errors import AdapterNotFound, InvalidArgument, JobNotFound, ModelError
 from peft_core.manager import PEFTManager
 
 LOOK_S = 1.0  # how often the store is asked for changed jobs, and so the shortest time between two updates
@@ -58,6 +59,23 @@ class TrainingUpdates:
                 for session in self._sessions.get(uri, ()):
                     await session.send_resource_updated(uri)
             await anyio.sleep(LOOK_S)
+
+
+def add_adapter_resource(mcp: MCPServer[PEFTManager]) -> None:
+    @mcp.resource(
+        "adapter://{project_id}",
+        title="Adapter",
+        description="A project's current adapter: where it is, its manifest (base, data, run, measurements) and its card.",
+        mime_type="application/json",
+    )
+    async def adapter(project_id: str, ctx: Context[PEFTManager, Any]) -> str:
+        try:
+            document = await ctx.request_context.lifespan_context.read_card(project_id)
+        except (AdapterNotFound, InvalidArgument) as error:
+            raise ResourceNotFoundError(str(error)) from error
+        except ModelError as error:
+            raise ResourceError(str(error)) from error
+        return document.model_dump_json(indent=2)
 
 
 def add_training_resource(mcp: MCPServer[PEFTManager], updates: TrainingUpdates) -> None:

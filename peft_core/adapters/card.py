@@ -6,8 +6,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from peft_core.adapters.manifest import Manifest
 
-CARD_NAME = "README.md"
-
 
 def render_card(manifest: Manifest) -> str:
     """A Hub model card in Markdown with its metadata block. Names no file of the training data and no local path."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from peft_core.adapters.manifest import CONFIG, WEIGHTS, Manifest, read_manifest
+from peft_core.adapters.manifest import CARD_NAME, CONFIG, WEIGHTS, Manifest, read_manifest
 from peft_core.errors import AdapterNotFound
 from peft_core.spec import Frozen
 
@@ -21,6 +21,22 @@ class AdapterInfo(Frozen):
         None, description="Base, data, run and measurements. Null: not trained by peft-mcp."
     )
     next: str
+
+
+class AdapterDocument(Frozen):
+    """What an adapter says of itself."""
+
+    adapter_path: str
+    manifest: Manifest | None
+    card: str | None = Field(description="Markdown.")
+
+
+def read_document(path: Path) -> AdapterDocument:
+    try:
+        card = (path / CARD_NAME).read_text(encoding="utf-8")
+    except OSError:
+        card = None
+    return AdapterDocument(adapter_path=str(path), manifest=read_manifest(path), card=card)
 
 
 def read_info(path: Path) -> AdapterInfo:

@@ -11,6 +11,7 @@ from peft_core.results import Metrics
 from peft_core.spec import DatasetSummary, Fingerprint, Frozen, ModelShape, TrainingConfig
 
 MANIFEST_NAME = "adapter_manifest.json"
+CARD_NAME = "README.md"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as PEFT calls them
 
 

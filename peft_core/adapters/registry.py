@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from peft_core.adapters.manifest import MANIFEST_NAME, WEIGHTS, Manifest, read_manifest
+from peft_core.adapters.manifest import CONFIG, MANIFEST_NAME, WEIGHTS, Manifest, read_manifest
 from peft_core.errors import AdapterNotFound
 from peft_core.paths import DataPaths
-from peft_core.results import AdapterSummary
+from peft_core.results import AdapterSummary, DeletedAdapter
 
 
 class Registry:
@@ -52,6 +53,53 @@ class Registry:
         path = self._paths.adapter(project_id, adapter_id)
         return path if (path / MANIFEST_NAME).is_file() else None
 
+    def require(self, project_id: str, adapter_id: str) -> Path:
+        """The directory of a published adapter of this project.
+
+        Raises:
+            AdapterNotFound: names those there are.
+        """
+        known = _names(self._paths.adapters(project_id))
+        if adapter_id in known and adapter_id != "current":  # a listed name is one path component, not '..' or a path
+            return self._paths.adapter(project_id, adapter_id)
+        there = ", ".join(name for name in known if name != "current") or "none"
+        raise AdapterNotFound(
+            f"Project {project_id!r} has no adapter {adapter_id!r}. Its adapters: {there}.",
+            suggestions=["Call list_adapters for the ids"],
+            details={"project_id": project_id, "known": known},
+        )
+
+    def delete(self, project_id: str, adapter_id: str) -> DeletedAdapter:
+        """Remove an adapter of this project; where it was the current one, its newest other takes its place.
+
+        It vanishes by one rename; only then are its files removed.
+
+        Raises:
+            AdapterNotFound: there is none of this id.
+        """
+        path = self.require(project_id, adapter_id)
+        link = self._paths.current(project_id)
+        if link.is_symlink() and link.readlink().name == adapter_id:
+            others = [adapter for adapter in self.adapters(project_id) if adapter.adapter_id != adapter_id]
+            if others:
+                self.set_current(project_id, others[0].adapter_id)
+            else:
+                link.unlink()
+        freed = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+        doomed = path.with_name(f".deleted.{adapter_id}.{secrets.token_hex(4)}")
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+        current = link.readlink().name if link.is_symlink() else None
+        return DeletedAdapter(
+            adapter_id=adapter_id,
+            project_id=project_id,
+            freed_bytes=freed,
+            current=current,
+            next=f"{project_id!r} stands for {current} now."
+            if current
+            else f"Project {project_id!r} has no adapter left.",
+        )
+
     def adapters(self, project_id: str | None = None) -> list[AdapterSummary]:
         """Newest first."""
         found = [self._summary(path, manifest) for path, manifest in self._manifests(project_id)]
@@ -69,6 +117,12 @@ class Registry:
             path = Path(adapter_path).expanduser()
             if path.is_absolute() and path.is_dir():
                 return path.resolve() if path.name == "current" else path
+            if path.is_absolute() and path.is_file():
+                raise AdapterNotFound(
+                    f"{adapter_path} is a file; an adapter is the directory that holds {CONFIG} and {WEIGHTS}.",
+                    suggestions=[f"Give {path.parent}"],
+                    details={"adapter_path": adapter_path},
+                )
         known = sorted({project for project, _ in self._directories(None)})
         raise AdapterNotFound(
             f"No adapter at {adapter_path!r}: give the absolute path of an adapter's directory, or a project id. "

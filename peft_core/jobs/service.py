@@ -16,7 +16,7 @@ from typing import Any
 
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
-from peft_core.errors import InvalidArgument, JobStateError
+from peft_core.errors import InvalidArgument, JobNotFound, JobStateError
 from peft_core.events import JobFailed, JobResumed
 from peft_core.jobs.lock import WorkLock
 from peft_core.jobs.model import RESUMABLE, Job
@@ -24,7 +24,7 @@ from peft_core.jobs.recovery import problem_of_exit, recover
 from peft_core.jobs.report import not_started, status_of
 from peft_core.jobs.store import Store
 from peft_core.results import Status, TrainingStatus
-from peft_core.spec import Base, TrainingConfig
+from peft_core.spec import BUNDLED, Base, TrainingConfig
 
 RUNNER = [sys.executable, "-P", "-m", "peft_core.jobs.runner"]
 
@@ -124,6 +124,20 @@ class JobService:
         self._store.requeue(job_id, JobResumed())
         self._see_to_queue()
         return self.status(job.project_id, job_id)
+
+    def at_work(self) -> TrainingStatus | None:
+        """The job that is being worked on; None when nobody works."""
+        self.tend()
+        running = self._store.in_state(Status.IN_PROGRESS) if self._store.exists else []
+        return self._report(running[0]) if running else None
+
+    def base_of(self, job_id: str) -> str | None:
+        """What to call the base that a job trained on; None where this data directory has no such job."""
+        try:
+            base = self._store.get(job_id).request.base if self._store.exists else None
+        except JobNotFound:
+            return None
+        return None if base is None else base.ref if base.ref == BUNDLED else str(base.path)
 
     def _find(self, project_id: str, job_id: str | None) -> Job | None:
         if job_id is None:

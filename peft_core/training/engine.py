@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
@@ -16,13 +15,12 @@ from accelerate import Accelerator
 from peft_core.adapters.manifest import DataRecord
 from peft_core.bases.convert import materialise
 from peft_core.compute.base import load_base
-from peft_core.compute.device import DevicePlan, choose, describe, device_memory_bytes
+from peft_core.compute.device import DevicePlan, choose, describe, device_memory_bytes, use_cores
 from peft_core.compute.process import (
     keep_freed_memory,
     peak_memory_bytes,
     return_freed_memory,
     seconds_alive,
-    usable_cores,
 )
 from peft_core.compute.stop import Stop
 from peft_core.compute.tokenizer import BaseTokenizer, load_tokenizer
@@ -198,8 +196,7 @@ def _accelerator(device: str, mixed_precision: str) -> Accelerator:
 
 def _set_up_process(seed: int) -> None:
     keep_freed_memory()
-    if "OMP_NUM_THREADS" not in os.environ:  # whoever set it knows better
-        torch.set_num_threads(usable_cores())
+    use_cores()
     # Torch draws LoRA A and dropout from its global generators; everything else here has a generator of its own.
     torch.manual_seed(seed)
 

@@ -13,8 +13,9 @@ from platform import platform, python_version
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from peft_core.adapters.card import CARD_NAME, render_card
+from peft_core.adapters.card import render_card
 from peft_core.adapters.manifest import (
+    CARD_NAME,
     BaseRecord,
     DataRecord,
     Manifest,

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from peft_core.adapters.info import AdapterInfo
 from peft_core.manager import PEFTManager
-from peft_core.results import AdapterList
+from peft_core.results import AdapterList, DeletedAdapter
 from peft_core.spec import ProjectId
 from server.answers import answer
 from server.tools import make_tool
@@ -41,7 +41,22 @@ async def get_adapter_info(
     return answer(info, f"{info.adapter_path}: rank {info.rank}, {info.adapter_bytes / 1e6:.1f} MB. {info.next}")
 
 
+async def delete_adapter(
+    project_id: ProjectId,
+    adapter_id: Annotated[
+        str, Field(description="Spelled out, as list_adapters gives it; the project id is not enough.")
+    ],
+    ctx: Context[PEFTManager, Any],
+) -> Annotated[CallToolResult, DeletedAdapter]:
+    """Delete one adapter that was trained on this machine, for good. Refused while it is loaded. Where it was the project's
+    current one, the newest of the others takes its place.
+    """
+    deleted = await ctx.request_context.lifespan_context.delete_adapter(project_id, adapter_id)
+    return answer(deleted, f"Deleted {adapter_id}: {deleted.freed_bytes / 1e6:.1f} MB freed. {deleted.next}")
+
+
 TOOLS = [
+    make_tool(delete_adapter, "Delete an adapter", destroys=True),
     make_tool(list_adapters, "List adapters", reads=True),
     make_tool(get_adapter_info, "Adapter details", reads=True),
 ]

@@ -18,9 +18,9 @@ MAY_IMPORT = {
     "adapters": GROUND | {"bases"},
     "compute": GROUND,
     "training": GROUND | {"bases", "data", "adapters", "compute"},
-    "inference": GROUND | {"bases", "adapters", "compute"},
+    "inference": GROUND | {"bases", "adapters", "compute", "estimate"},
     "jobs": GROUND | {"bases", "data", "adapters", "estimate"},
-    "manager": GROUND | {"jobs", "adapters", "validation"},
+    "manager": GROUND | {"jobs", "adapters", "inference", "validation"},
     "server": GROUND | {"manager", "validation", "jobs", "adapters"},
 }
 HEAVY = {"torch", "transformers", "peft", "accelerate", "numpy", "gguf", "safetensors"}

@@ -54,7 +54,7 @@ def test_nobody_asked_nothing_stops() -> None:
 
 
 def test_an_error_of_ours_is_told_as_it_is() -> None:
-    problem = problem_of(DataError("Too few.", code="too_few", suggestions=["Give more."]))
+    problem = problem_of(DataError("Too few.", code="too_few", suggestions=["Give more."]), WORK)
     assert (problem.code, problem.message, problem.suggestions) == ("too_few", "Too few.", ("Give more.",))
 
 

@@ -44,7 +44,7 @@ class ResidentModel:
     causal: PreTrainedModel  # PEFT replaces its linear layers in place, and puts them back
     probe_1T: torch.Tensor
     base_logits_TV: torch.Tensor  # of the probe
-    _wrapped: PeftModel | None = None  # while there is an adapter
+    _wrapped: Any = None  # a PeftModel while there is an adapter; its methods carry no types
     _adapters: set[str] = field(default_factory=set)
 
     @classmethod
@@ -55,7 +55,8 @@ class ResidentModel:
             BaseModelError: it cannot be loaded.
         """
         tokenizer = load_tokenizer(directory)
-        causal = load_base(directory, plan.weights).to(plan.device).eval()
+        causal = load_base(directory, plan.weights)
+        causal.to(torch.device(plan.device)).eval()  # type: ignore[arg-type]  # a decorator hides the signature
         ends = _end_tokens(causal, tokenizer)
         # The base's own defaults (sampling, repetition penalties) would mix into what was asked for.
         causal.generation_config = GenerationConfig(eos_token_id=list(ends), pad_token_id=ends[0])
@@ -87,7 +88,7 @@ class ResidentModel:
             self._adapters.add(name)
             # PEFT creates float32 matrices and then takes what it is given: 16-bit ones would be computed in 16 bits.
             given = {key: tensor.to(self.causal.device, torch.float32) for key, tensor in tensors.items()}
-            outcome = set_peft_model_state_dict(self._wrapped, given, adapter_name=name, low_cpu_mem_usage=True)
+            outcome: Any = set_peft_model_state_dict(self._wrapped, given, adapter_name=name, low_cpu_mem_usage=True)
             unmatched = len(outcome.unexpected_keys) + sum(f".{name}." in key for key in outcome.missing_keys)
             self.select(name)
             change = float((_logits(self.causal, self.probe_1T) - self.base_logits_TV).abs().max())
@@ -130,7 +131,7 @@ class ResidentModel:
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=settings.rank,
-            lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT annotates int and computes with floats
+            lora_alpha=settings.alpha,
             target_modules=list(settings.target_modules),
             use_rslora=settings.use_rslora,
             rank_pattern=dict(settings.rank_pattern),

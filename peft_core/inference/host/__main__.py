@@ -1,0 +1,127 @@
+"""The inference host: requests (JSON lines) on standard input, answers on standard output; see inference/protocol.py.
+
+It ends when its standard input does, because then the server is gone, and after a while without requests.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import structlog
+from pydantic import BaseModel, ValidationError
+
+from peft_core import logs
+from peft_core.compute.environment import prepare_environment
+from peft_core.compute.failures import Work, problem_of
+from peft_core.compute.wire import claim_stdout, line_writer
+from peft_core.inference.protocol import IDLE_EXIT, TO_HOST, Answered, Ask, Cancel, Failed, HostConfig, Progress
+from peft_core.results import Problem
+
+PROGRESS_S = 0.25  # between two notes of progress
+EMPTY_IDLE_S = 60.0  # without anything in memory it is not kept for long
+WORK = Work(
+    name="inference",
+    log="logs/inference.log in the data directory",
+    against_memory=("Call unload_adapter, or use a smaller base model, or close other programs.",),
+)
+
+log = structlog.get_logger(__name__)
+
+
+ABANDONED = Problem(code="cancelled", message="The request was cancelled.")
+
+
+class Abandoned(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class Inbox:
+    """Requests in order of arrival, and those among them that were cancelled meanwhile."""
+
+    def __init__(self) -> None:
+        self._waiting: queue.SimpleQueue[Ask] = queue.SimpleQueue()
+        self._cancelled: set[int] = set()
+
+    def follow(self) -> None:
+        """Read standard input until it ends, and the process with it: what is in memory serves nobody then."""
+        for line in sys.stdin:
+            try:
+                said = TO_HOST.validate_json(line)
+            except ValidationError:
+                log.exception("unusable request")
+                continue
+            if isinstance(said, Cancel):
+                self._cancelled.add(said.id)
+            else:
+                self._waiting.put(said)
+        os._exit(0)
+
+    def next(self, timeout_s: float) -> Ask | None:
+        try:
+            return self._waiting.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+
+    def check(self, ask: Ask) -> None:
+        """Raise `Abandoned` when this request was cancelled."""
+        if ask.id in self._cancelled:
+            raise Abandoned
+
+
+def main() -> int:
+    # 1. The wire, before anything slow: a server that goes away meanwhile is noticed.
+    write = line_writer(claim_stdout(), closed=lambda: os._exit(0))
+    config = HostConfig.model_validate_json(sys.argv[1])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at a terminal reaches the server too, which ends this
+    logs.configure(config.log_level)
+    inbox = Inbox()
+    threading.Thread(target=inbox.follow, name="inbox", daemon=True).start()
+
+    # 2. Torch and its company.
+    prepare_environment()
+    from peft_core.compute.device import choose, describe, use_cores  # noqa: PLC0415 -- seconds: hence here
+    from peft_core.inference.host.desk import Desk  # noqa: PLC0415 -- likewise
+
+    use_cores()
+    desk = Desk(config, choose(config.device, describe()))
+
+    # 3. Requests.
+    while True:
+        idle_s = min(config.idle_s, EMPTY_IDLE_S) if desk.holds_nothing else config.idle_s
+        ask = inbox.next(idle_s)
+        if ask is None:
+            log.info("idle", seconds=idle_s)
+            return IDLE_EXIT
+        try:
+            inbox.check(ask)
+            answer = desk.answer(ask.request, _reporter(ask, inbox, write))
+            write(Answered(id=ask.id, answer=answer.model_dump(mode="json"), resident=desk.resident))
+        except Abandoned:
+            log.info("abandoned", request=ask.request.kind)
+            write(Failed(id=ask.id, problem=ABANDONED, resident=desk.resident))
+        except Exception as error:  # the process's edge: whatever it is, it becomes an answer
+            log.exception("failed", request=ask.request.kind)
+            write(Failed(id=ask.id, problem=problem_of(error, WORK), resident=desk.resident))
+
+
+def _reporter(ask: Ask, inbox: Inbox, write: Callable[[BaseModel], None]) -> Callable[[float, float | None, str], None]:
+    said_at = float("-inf")
+
+    def report(done: float, total: float | None, message: str) -> None:
+        nonlocal said_at
+        inbox.check(ask)
+        if (now := time.monotonic()) - said_at >= PROGRESS_S or not done:  # each stage once, tokens now and then
+            said_at = now
+            write(Progress(id=ask.id, done=done, total=total, message=message))
+
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""Adapters in use, as the rest of the house asks for them: verify, load, unload, generate.
+
+What only reads headers happens here; what computes, in the host.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from anyio.to_thread import run_sync
+
+from peft_core.adapters.registry import Registry
+from peft_core.config import Settings
+from peft_core.errors import AdapterInUse, AdapterNotFound, AdapterNotLoaded, InferenceError, InvalidArgument
+from peft_core.estimate import expected_device, inference_memory_bytes
+from peft_core.inference.client import InferenceHost, Report
+from peft_core.inference.protocol import Generate, HostConfig, Load, Unload
+from peft_core.results import (
+    Compatibility,
+    DeletedAdapter,
+    Generation,
+    LoadedAdapter,
+    Resident,
+    UnloadedAdapter,
+)
+from peft_core.spec import Base, GenerationRequest
+
+
+@dataclass(frozen=True)
+class TrainingNeed:
+    """Memory that a running training is still going to take."""
+
+    project_id: str
+    bytes: int
+
+
+class InferenceService:
+    """`trained_on(adapter_id)` tells where the base of a job's adapter was; `training()` what a running job needs."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        registry: Registry,
+        trained_on: Callable[[str], str | None],
+        training: Callable[[], TrainingNeed | None],
+    ) -> None:
+        self._settings = settings
+        self._registry = registry
+        self._trained_on = trained_on
+        self._training = training
+        config = HostConfig(
+            base_models_dir=settings.paths.base_models,
+            max_resident_adapters=settings.max_resident_adapters,
+            idle_s=settings.idle_unload_s,
+            log_level=settings.log_level,
+        )
+        self._host = InferenceHost(config, settings.paths.logs / "inference.log")
+
+    @property
+    def resident(self) -> Resident:
+        return self._host.resident
+
+    async def aclose(self) -> None:
+        await self._host.aclose()
+
+    def verify(self, adapter_path: str, base_model: str | None, *, scan_weights: bool) -> Compatibility:
+        """Blocks for milliseconds; with `scan_weights` for as long as reading the weights takes.
+
+        Raises:
+            AdapterNotFound: no such directory.
+            InvalidArgument, BaseModelError, HeaderError: the named base cannot be found or read.
+        """
+        from peft_core.adapters.verify import verify  # noqa: PLC0415 -- not at the server's start
+
+        directory = self._registry.locate(adapter_path)
+        return verify(directory, self._base(directory, base_model), scan_weights=scan_weights)
+
+    async def load(
+        self, adapter_path: str, base_model: str | None, *, accept_unproven_base: bool, report: Report | None
+    ) -> LoadedAdapter:
+        """The host verifies the bytes that it loads; here the base is found and memory looked at.
+
+        Raises:
+            AdapterNotFound, InvalidArgument, BaseModelError, HeaderError: as `verify`.
+            InferenceError: no memory for it, or the host died.
+        """
+        request = await run_sync(self._load_request, adapter_path, base_model, accept_unproven_base)
+        return await self._host.ask(request, LoadedAdapter, report)
+
+    async def unload(self, adapter_path: str | None) -> UnloadedAdapter:
+        """Take off the named adapter, or the active one.
+
+        Raises:
+            AdapterNotLoaded: the named one is not in memory.
+        """
+        if not self._host.runs:
+            if adapter_path is not None:
+                raise self._nothing_loaded(f"{adapter_path!r} is not in memory")
+            return UnloadedAdapter(
+                status="nothing_loaded",
+                adapter_path=None,
+                base_unloaded=False,
+                resident=Resident(),
+                memory_before_bytes=0,
+                memory_after_bytes=0,
+                elapsed_s=0.0,
+                next="Nothing was loaded. Call load_adapter to use an adapter.",
+            )
+        path = None if adapter_path is None else self._loaded_path(adapter_path)
+        return await self._host.ask(Unload(adapter_path=path), UnloadedAdapter)
+
+    async def generate(
+        self, request: GenerationRequest, adapter_path: str | None, *, use_base: bool, report: Report | None
+    ) -> Generation:
+        """Write with the active adapter, the named resident one, or the base alone.
+
+        Raises:
+            AdapterNotLoaded: nothing is active, or the named one is not in memory.
+            InvalidArgument: the prompt is too long, or of a form that the base does not know.
+        """
+        if use_base and adapter_path is not None:
+            raise InvalidArgument("use_base", use_base, f"adapter_path = {adapter_path!r} asks for an adapter")
+        if not (use_base or self._host.runs):
+            raise self._nothing_loaded("No adapter is loaded")
+        path = None if adapter_path is None else self._loaded_path(adapter_path)
+        base = await run_sync(self._base_alone) if use_base else None
+        return await self._host.ask(
+            Generate(request=request, adapter_path=path, without_adapter=base), Generation, report
+        )
+
+    def delete(self, project_id: str, adapter_id: str) -> DeletedAdapter:
+        """Delete an adapter that was trained here.
+
+        Raises:
+            AdapterNotFound: the project has none of this id; names those it has.
+            AdapterInUse: it is loaded.
+        """
+        path = self._registry.require(project_id, adapter_id)
+        if str(path) in {adapter.adapter_path for adapter in self.resident.adapters}:
+            raise AdapterInUse(
+                f"Adapter {adapter_id} is loaded, and so is not deleted.",
+                suggestions=[f"Call unload_adapter(adapter_path={str(path)!r}) first"],
+            )
+        return self._registry.delete(project_id, adapter_id)
+
+    # -- what a request needs ------------------------------------------------------------------------------------------
+
+    def _load_request(self, adapter_path: str, base_model: str | None, insist: bool) -> Load:
+        directory = self._registry.locate(adapter_path)
+        base = self._base(directory, base_model)
+        if base is None:
+            raise InvalidArgument(
+                "base_model",
+                base_model,
+                "this adapter does not say on which base it was trained, or that base is not on this machine; "
+                "a base that its configuration merely names is not looked for",
+                suggestions=["Give base_model: a model directory, a .gguf file or a cached hub id"],
+            )
+        self._require_memory(base)
+        return Load(adapter_path=directory, base=base, insist=insist)
+
+    def _base(self, directory: Path, base_model: str | None) -> Base | None:
+        """The named base; else the one the adapter was trained on, where it can be found on this machine."""
+        from peft_core.bases import resolve  # noqa: PLC0415 -- not at the server's start
+
+        if base_model is not None:
+            return resolve(base_model, self._settings)
+        from peft_core.adapters.identity import find_base, read_record  # noqa: PLC0415 -- likewise
+        from peft_core.bases.resolve import candidates  # noqa: PLC0415 -- likewise
+
+        record = read_record(directory)
+        if record is None:
+            return None
+        known = self._trained_on(directory.name)
+
+        def places() -> Iterable[Callable[[], Base]]:
+            if known is not None:
+                yield lambda: resolve(known, self._settings)
+            yield from candidates(record.name, record.revision, self._settings)
+
+        return find_base(record, places())
+
+    def _base_alone(self) -> Base:
+        """For answers without an adapter, where no base is resident: the default one."""
+        from peft_core.bases import resolve  # noqa: PLC0415 -- not at the server's start
+
+        base = resolve(self.resident.base_path, self._settings)
+        self._require_memory(base)
+        return base
+
+    def _require_memory(self, base: Base) -> None:
+        """That base and process fit beside what runs.
+
+        Raises:
+            InferenceError: with the figures.
+        """
+        rule = self._settings.load_during_training
+        if self.resident.base_path == str(base.path) or rule == "always":
+            return
+        training = self._training()
+        if training is not None and rule == "never":
+            raise InferenceError(
+                f"Project {training.project_id!r} is training, and the setting load_during_training = 'never' keeps models "
+                "out of memory meanwhile.",
+                code="training_runs",
+                suggestions=[_wait_for(training), "Or set CODEBASE_GARDENER_LOAD_DURING_TRAINING=if_it_fits"],
+            )
+        needed = inference_memory_bytes(base.shape, expected_device("auto"))
+        free = available_memory_bytes()
+        reserved = training.bytes if training is not None else 0
+        if needed <= free - reserved:
+            return
+        reserve = (
+            f", of which the training of {training.project_id!r} is going to take {_gb(reserved)}" if training else ""
+        )
+        there = f"; {self.resident.base_model} is in memory" if self.resident.base_model else ""
+        raise InferenceError(
+            f"Not enough memory to load {base.name}: it takes about {_gb(needed)}, {_gb(free)} are free{reserve}{there}.",
+            code="not_enough_memory",
+            suggestions=[
+                *([_wait_for(training)] if training else []),
+                *(["Call unload_adapter first"] if self.resident.base_model else []),
+                "Close other programs, or use a smaller base_model",
+                "Or set CODEBASE_GARDENER_LOAD_DURING_TRAINING=always to load without looking at memory",
+            ],
+            details={"needed_bytes": needed, "free_bytes": free, "training_bytes": reserved},
+        )
+
+    def _loaded_path(self, adapter_path: str) -> Path:
+        """The resident adapter that a path or a project id stands for."""
+        loaded = [Path(adapter.adapter_path) for adapter in self.resident.adapters]
+        try:
+            directory = self._registry.locate(adapter_path)
+        except AdapterNotFound:
+            directory = Path(adapter_path)  # deleted since, perhaps
+        if directory in loaded or os.sep in adapter_path:
+            return directory
+        # A project whose current adapter has changed since: the one of it that is loaded is meant.
+        of_project = [path for path in loaded if path.parent == self._settings.paths.adapters(adapter_path)]
+        return of_project[0] if len(of_project) == 1 else directory
+
+    def _nothing_loaded(self, what: str) -> AdapterNotLoaded:
+        before = f" {self._host.obituary}: what it held is gone." if self._host.obituary else ""
+        return AdapterNotLoaded(
+            f"{what}.{before}",
+            suggestions=[
+                "Call load_adapter(adapter_path=...) first; list_adapters shows what there is",
+                "Or call generate with use_base=true to have the base answer without an adapter",
+            ],
+        )
+
+
+def available_memory_bytes() -> int:
+    """Memory that a new process can take without pushing others out, as the operating system reckons."""
+    import psutil  # noqa: PLC0415 -- not at the server's start
+
+    return int(psutil.virtual_memory().available)
+
+
+def _wait_for(training: TrainingNeed) -> str:
+    return f"Wait for the training: get_training_status(project_id={training.project_id!r}), or stop it with cancel_training"
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
