@@ -163,8 +163,10 @@ def storage_of(checkpoint: Checkpoint) -> str:
 
 
 def _content_by_name(checkpoint: Checkpoint) -> str | None:
-    """What `content_hash` would give, where the files are links into a Hugging Face cache: there a blob that came
-    through LFS, as weights do, is named by its sha256. None elsewhere."""
+    """What `content_hash` would give, where the files are links into a Hugging Face cache; None elsewhere.
+
+    There a blob that came through LFS, as weights do, is named by its sha256.
+    """
     snapshot = checkpoint.path if checkpoint.format == "huggingface" else checkpoint.path.parent
     if snapshot_at(snapshot) is None:
         return None
