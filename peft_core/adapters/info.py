@@ -52,7 +52,7 @@ def read_info(path: Path) -> AdapterInfo:
             f"{path} holds no adapter: {CONFIG} and {WEIGHTS} are expected there.",
             suggestions=["Call list_adapters to see what there is"],
         )
-    from peft_core.adapters.verify import read_adapter_config  # noqa: PLC0415 -- not at the server's start
+    from peft_core.adapters.files import read_adapter_config  # noqa: PLC0415 -- not at the server's start
 
     config = read_adapter_config(path)
     targets = config.get("target_modules")

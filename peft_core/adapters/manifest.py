@@ -12,6 +12,7 @@ from peft_core.spec import DatasetSummary, Fingerprint, Frozen, ModelShape, Trai
 
 MANIFEST_NAME = "adapter_manifest.json"
 CARD_NAME = "README.md"
+MAX_MANIFEST_BYTES = 1 << 20
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as PEFT calls them
 
 
@@ -73,12 +74,13 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """The manifest of an adapter of ours; None where there is none or another schema's."""
+    """The manifest of an adapter of ours; None where there is none or another schema's.
+
+    It is a claim by whoever wrote it, and read with the care that this takes: no link, no more than 1 MB.
+    """
+    from peft_core.bases.header import HeaderError, read_small  # noqa: PLC0415 -- not at the server's start
+
     try:
-        text = (directory / MANIFEST_NAME).read_text(encoding="utf-8")
-    except OSError:
-        return None
-    try:
-        return Manifest.model_validate_json(text)
-    except ValueError:
+        return Manifest.model_validate_json(read_small(directory / MANIFEST_NAME, MAX_MANIFEST_BYTES))
+    except (HeaderError, ValueError):
         return None

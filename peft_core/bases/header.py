@@ -17,8 +17,8 @@ class HeaderError(ModelError):
 
     code = "bad_weights_file"
 
-    def __init__(self, path: Path, problem: str) -> None:
-        super().__init__(f"{path.name}: {problem.rstrip('.')}.", details={"path": str(path)})
+    def __init__(self, path: Path, problem: str, *, code: str | None = None) -> None:
+        super().__init__(f"{path.name}: {problem.rstrip('.')}.", code=code, details={"path": str(path)})
         self.problem = problem
 
 
@@ -73,6 +73,19 @@ def read_exactly(descriptor: int, size: int, start: int, path: Path) -> bytes:
         start += len(part)
         size -= len(part)
     return b"".join(parts)
+
+
+def read_small(path: Path, limit: int) -> bytes:
+    """All of a small file of unknown origin, which must be no link.
+
+    Raises:
+        HeaderError: missing, no regular file, a link, or larger than `limit` bytes.
+    """
+    with open_regular(path, follow_links=False) as descriptor:
+        size = os.fstat(descriptor).st_size
+        if size > limit:
+            raise HeaderError(path, f"has {size} bytes, more than the {limit} that are read")
+        return read_exactly(descriptor, size, 0, path)
 
 
 def _reason(error: OSError) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from peft_core.bases.checkpoint import read_checkpoint
@@ -55,6 +56,23 @@ def resolve(ref: str | None, settings: Settings) -> Base:
         raise InvalidArgument(field, wanted, f"no such path; allowed is {_ALLOWED}", suggestions=_hints(wanted))
     snapshot = find_snapshot(hub_ref) or _fetch(hub_ref, field, settings)
     return _from_snapshot(str(hub_ref), snapshot)
+
+
+def candidates(name: str, revision: str | None, settings: Settings) -> Iterator[Callable[[], Base]]:
+    """Local bases that a recorded one may be, likeliest first: each a call that resolves it, or raises ModelError.
+
+    Nothing is ever downloaded, and `name` never taken for a path: it comes from a file that anybody may have written.
+    """
+    hub_ref = parse_hub_ref(name)
+    if hub_ref is not None and "/" in name and hub_ref.revision is None:
+        exact = parse_hub_ref(f"{name}@{revision}") if revision is not None else None
+        for ref in (exact, hub_ref):
+            snapshot = find_snapshot(ref) if ref is not None else None
+            if snapshot is not None:
+                yield functools.partial(_from_snapshot, str(ref), snapshot)
+    if settings.default_base_model is not None:
+        yield functools.partial(resolve, None, settings.model_copy(update={"allow_downloads": False}))
+    yield functools.partial(resolve, BUNDLED, settings)
 
 
 def bundled_path() -> Path:

@@ -55,15 +55,30 @@ def read_header(path: Path, *, limits: HeaderLimits = BASE_LIMITS, follow_links:
         HeaderError: not a safetensors file, or one that is not sound in every detail.
     """
     with open_regular(path, follow_links=follow_links) as descriptor:
-        size = os.fstat(descriptor).st_size
-        if size < 10:  # the length and '{}'
-            raise HeaderError(path, f"has {size} bytes, too few for a safetensors file")
-        length = int.from_bytes(read_exactly(descriptor, 8, 0, path), "little")
-        if length > size - 8:
-            raise HeaderError(path, _not_safetensors(read_exactly(descriptor, min(size, 64), 0, path)))
-        if length > limits.header_bytes:
-            raise HeaderError(path, f"its header has {length} bytes, more than the {limits.header_bytes} that are read")
-        raw = read_exactly(descriptor, length, 8, path)
+        return header_of(descriptor, path, limits=limits)
+
+
+def header_of(opened: int | bytes, path: Path, *, limits: HeaderLimits = BASE_LIMITS) -> SafetensorsHeader:
+    """The same of a file that is open already, by its descriptor, or of a file's content. `path` is for messages.
+
+    Raises:
+        HeaderError: not a safetensors file, or one that is not sound in every detail.
+    """
+    size = os.fstat(opened).st_size if isinstance(opened, int) else len(opened)
+
+    def read(length: int, start: int) -> bytes:
+        if isinstance(opened, int):
+            return read_exactly(opened, length, start, path)
+        return opened[start : start + length]
+
+    if size < 10:  # the length and '{}'
+        raise HeaderError(path, f"has {size} bytes, too few for a safetensors file")
+    length = int.from_bytes(read(8, 0), "little")
+    if length > size - 8:
+        raise _not_safetensors(read(min(size, 64), 0), path)
+    if length > limits.header_bytes:
+        raise HeaderError(path, f"its header has {length} bytes, more than the {limits.header_bytes} that are read")
+    raw = read(length, 8)
     entries = _parse_json(raw, path)
     metadata = _metadata(entries.pop("__metadata__", {}), path)
     if len(entries) > limits.tensors:
@@ -74,10 +89,11 @@ def read_header(path: Path, *, limits: HeaderLimits = BASE_LIMITS, follow_links:
     return SafetensorsHeader(tensors, metadata, size)
 
 
-def _not_safetensors(start: bytes) -> str:
+def _not_safetensors(start: bytes, path: Path) -> HeaderError:
     if start.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
-    return "is not a safetensors file, or it was truncated (its header is longer than the file)"
+        problem = "is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
+        return HeaderError(path, problem, code="git_lfs_pointer")
+    return HeaderError(path, "is not a safetensors file, or it was truncated (its header is longer than the file)")
 
 
 def _parse_json(raw: bytes, path: Path) -> dict[str, Any]:

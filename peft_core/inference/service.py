@@ -12,6 +12,7 @@ from pathlib import Path
 
 from anyio.to_thread import run_sync
 
+from peft_core.adapters.manifest import read_manifest
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
 from peft_core.errors import AdapterInUse, AdapterNotFound, AdapterNotLoaded, InferenceError, InvalidArgument
@@ -168,12 +169,13 @@ class InferenceService:
 
         if base_model is not None:
             return resolve(base_model, self._settings)
-        from peft_core.adapters.identity import find_base, read_record  # noqa: PLC0415 -- likewise
+        from peft_core.adapters.identity import find_base  # noqa: PLC0415 -- likewise
         from peft_core.bases.resolve import candidates  # noqa: PLC0415 -- likewise
 
-        record = read_record(directory)
-        if record is None:
+        manifest = read_manifest(directory)
+        if manifest is None:
             return None
+        record = manifest.base
         known = self._trained_on(directory.name)
 
         def places() -> Iterable[Callable[[], Base]]:

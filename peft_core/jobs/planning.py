@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_core.adapters.verify import linear_modules
+from peft_core.adapters.tensors import linear_modules
 from peft_core.bases import resolve
 from peft_core.bases.checkpoint import read_checkpoint
 from peft_core.config import Settings

@@ -26,7 +26,7 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 
 from peft_core import logs
 from peft_core.adapters.registry import Registry
-from peft_core.adapters.verify import check_adapter
+from peft_core.adapters.verify import verify
 from peft_core.errors import ModelError
 from peft_core.events import (
     EVENT,
@@ -181,7 +181,7 @@ class Runner:
 
     def _publish(self, job: Job, paths: JobPaths, written: AdapterWritten) -> Event:
         self._store.append(job.job_id, PhaseStarted(phase=Phase.PUBLISHING))
-        reasons = [r for r in check_adapter(paths.adapter, job.request.base) if r.severity == "error"]
+        reasons = [r for r in verify(paths.adapter, job.request.base).reasons if r.severity == "error"]
         if reasons:
             return JobFailed(
                 error=Problem(

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peft_core.adapters.manifest import read_manifest, sha256_of
-from peft_core.adapters.verify import check_adapter
+from peft_core.adapters.verify import verify
 from peft_core.bases.resolve import resolve
 from peft_core.config import Settings
 from peft_core.events import (
@@ -128,7 +128,7 @@ def test_a_run_ends_with_a_complete_adapter_that_plain_peft_loads(tmp_path: Path
     adapter = task.job_dir / "adapter"
     names = {"README.md", "adapter_config.json", "adapter_manifest.json", "adapter_model.safetensors"}
     assert {path.name for path in adapter.iterdir()} == names
-    assert [reason for reason in check_adapter(adapter, task.base) if reason.severity == "error"] == []
+    assert [reason for reason in verify(adapter, task.base).reasons if reason.severity == "error"] == []
     manifest = read_manifest(adapter)
     assert manifest is not None
     assert manifest.metrics == written.metrics
@@ -287,7 +287,9 @@ def test_the_bundled_model_learns_within_two_gigabytes(tmp_path: Path) -> None:
     assert metrics.peak_memory_bytes < 2e9
     assert metrics.adapter_bytes is not None
     assert metrics.adapter_bytes < 50e6
-    assert [reason for reason in check_adapter(task.job_dir / "adapter", task.base) if reason.severity == "error"] == []
+    assert [
+        reason for reason in verify(task.job_dir / "adapter", task.base).reasons if reason.severity == "error"
+    ] == []
 
 
 def _free_port() -> int:

@@ -1,0 +1,166 @@
+"""The files of an adapter, read once: headers and configuration, or the weights whole.
+
+They are taken as hostile: no link is followed, nothing is opened that is no regular file, sizes are bounded. Problems are
+gathered instead of stopping at the first. With `whole`, what is checked and what is loaded are the same bytes: a file
+that is exchanged after the check changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft_core.adapters.manifest import CONFIG, WEIGHTS, Manifest, read_manifest
+from peft_core.adapters.reasons import error
+from peft_core.adapters.settings import LoraSettings, check_settings
+from peft_core.bases.header import HeaderError, TensorInfo, open_regular, read_exactly, read_small
+from peft_core.bases.safetensors import ADAPTER_LIMITS, header_of
+from peft_core.results import Reason
+
+MAX_CONFIG_BYTES = 256 << 10
+MAX_WEIGHTS_BYTES = 4 << 30  # of a file that is read whole; a file with holes costs its maker nothing
+MLX_WEIGHTS = "adapters.safetensors"
+
+
+@dataclass(frozen=True, repr=False)
+class AdapterFiles:
+    """What lies in an adapter's directory. Null is what is missing or was refused; `reasons` says why."""
+
+    directory: Path
+    settings: LoraSettings | None
+    tensors: Mapping[str, TensorInfo] | None
+    weights: bytes | None  # the whole file, of which `tensors` is the header
+    manifest: Manifest | None
+    base_hint: str | None  # what the configuration says of its base: for people, and never followed
+    reasons: tuple[Reason, ...]
+
+    def bytes_of(self, tensor: TensorInfo) -> bytes:
+        """A tensor's bytes, of a file that was read whole."""
+        assert self.weights is not None, "read_adapter(…, whole=True) reads them"  # noqa: S101 - a caller's mistake
+        return self.weights[tensor.start : tensor.start + tensor.size]
+
+
+def read_adapter(directory: Path, *, whole: bool = False) -> AdapterFiles:
+    """Everything that the check looks at, each file opened once. Never raises because of what it finds.
+
+    With `whole`, the weights' bytes come into memory, unless their header is unsound.
+    """
+    reasons = _missing(directory)
+    manifest = read_manifest(directory)
+    recorded = manifest.files if manifest is not None else {}
+
+    config: dict[str, Any] | None = None
+    settings: LoraSettings | None = None
+    if os.path.lexists(directory / CONFIG):
+        try:
+            raw = read_small(directory / CONFIG, MAX_CONFIG_BYTES)
+            reasons += _altered(CONFIG, raw, recorded)
+            config = _parsed(raw, directory / CONFIG)
+        except HeaderError as problem:
+            reasons.append(_unreadable(problem, CONFIG))
+        else:
+            settings, wrong = check_settings(config)
+            reasons += wrong
+
+    tensors: Mapping[str, TensorInfo] | None = None
+    weights: bytes | None = None
+    if os.path.lexists(directory / WEIGHTS):
+        try:
+            tensors, weights = _read_weights(directory / WEIGHTS, whole=whole)
+        except HeaderError as problem:
+            reasons.append(_unreadable(problem, WEIGHTS))
+        if weights is not None:
+            reasons += _altered(WEIGHTS, weights, recorded)
+
+    hint = config.get("base_model_name_or_path") if config is not None else None
+    return AdapterFiles(
+        directory=directory,
+        settings=settings,
+        tensors=tensors,
+        weights=weights,
+        manifest=manifest,
+        base_hint=hint if isinstance(hint, str) and hint else None,
+        reasons=tuple(reasons),
+    )
+
+
+def read_adapter_config(directory: Path) -> dict[str, Any]:
+    """The adapter's configuration as it stands, unchecked.
+
+    Raises:
+        HeaderError: missing, a link, larger than 256 KB, or not a JSON object whose names are unique.
+    """
+    path = directory / CONFIG
+    return _parsed(read_small(path, MAX_CONFIG_BYTES), path)
+
+
+def _read_weights(path: Path, *, whole: bool) -> tuple[Mapping[str, TensorInfo], bytes | None]:
+    with open_regular(path, follow_links=False) as descriptor:
+        header = header_of(descriptor, path, limits=ADAPTER_LIMITS)
+        if not whole:
+            return header.tensors, None
+        if header.size > MAX_WEIGHTS_BYTES:
+            raise HeaderError(path, f"has {header.size} bytes, more than the {MAX_WEIGHTS_BYTES} that are loaded")
+        weights = read_exactly(descriptor, header.size, 0, path)
+    # Parsed again, of the bytes themselves: somebody may have written to the file in between.
+    return header_of(weights, path, limits=ADAPTER_LIMITS).tensors, weights
+
+
+def _parsed(raw: bytes, path: Path) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise HeaderError(path, "a setting occurs twice, and readers differ in which one counts")
+        return result
+
+    try:
+        config = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as problem:
+        raise HeaderError(path, "is not JSON") from problem
+    if not isinstance(config, dict):
+        raise HeaderError(path, "is not a JSON object")
+    return config
+
+
+def _missing(directory: Path) -> list[Reason]:
+    missing = [name for name in (WEIGHTS, CONFIG) if not os.path.lexists(directory / name)]
+    if not missing:
+        return []
+    reasons: list[Reason] = []
+    if WEIGHTS in missing:
+        pickles = [name for name in ("adapter_model.bin", "adapter_model.pt") if os.path.lexists(directory / name)]
+        if pickles:
+            message = (
+                "The adapter's weights are a pickle, which can run code when it is loaded, and are never opened here."
+            )
+            reasons.append(error("pickle", message, where=pickles[0], fix=f"Save it again as {WEIGHTS}"))
+            missing.remove(WEIGHTS)
+    if missing:
+        names = " and ".join(missing)
+        fix = "Name the directory of an adapter"
+        if WEIGHTS in missing and os.path.lexists(directory / MLX_WEIGHTS):
+            fix = f"{MLX_WEIGHTS} is MLX's form of an adapter: convert it to PEFT's"
+        reasons.append(error("missing_file", f"There is no {names} in {directory}.", where=names, fix=fix))
+    return reasons
+
+
+def _altered(name: str, raw: bytes, recorded: Mapping[str, str]) -> list[Reason]:
+    """Against the manifest, which was written when the adapter was: a changed alpha shows nowhere else."""
+    found, expected = hashlib.sha256(raw).hexdigest(), recorded.get(name)
+    if expected is None or found == expected:
+        return []
+    message = f"{name} is not the file that training wrote: its sha256 differs from the one in the manifest."
+    fix = "Restore the file, or train again"
+    return [error("altered", message, found=found, expected=expected[:64], where=name, fix=fix)]
+
+
+def _unreadable(problem: HeaderError, name: str) -> Reason:
+    if problem.code == "git_lfs_pointer":
+        fix = "Fetch the file itself with `git lfs pull`"
+        return error("git_lfs_pointer", problem.message, where=name, fix=fix)
+    return error("bad_file", problem.message, where=name, fix="Fetch the adapter again, or train it again")
