@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -18,7 +20,10 @@ from transformers import (
     Qwen2Config,
 )
 
+from peft_core.bases import resolve
+from peft_core.config import Settings
 from peft_core.training.batches import Document
+from tests.factories import record_base
 
 VOCABULARY = ["<end>", "<begin>", "<unk>", *map(chr, range(32, 127)), "\n"]
 _SIZES = {
@@ -64,6 +69,20 @@ def write_toy_base(directory: Path, *, chat_template: str | None = TEMPLATE) -> 
     """A complete Hugging Face model directory."""
     toy_model().save_pretrained(directory)
     write_toy_tokenizer(directory, chat_template=chat_template)
+    return directory
+
+
+def write_toy_adapter(directory: Path, base: Path, seed: int, *, scale: float = 0.3, **config: Any) -> Path:
+    """A LoRA adapter as PEFT saves it, with a manifest that names its base; `scale` 0 leaves B zero, as untrained."""
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], **config}
+    model = get_peft_model(toy_model(), LoraConfig(task_type="CAUSAL_LM", **settings))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            factor = scale if "lora_B" in name else 0.3
+            parameter.data = factor * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(str(directory), save_embedding_layers=False)
+    record_base(directory, resolve(str(base), Settings()))
     return directory
 
 

@@ -63,6 +63,12 @@ class InferenceHost:
         return self._resident
 
     @property
+    def pid(self) -> int | None:
+        """Of the host, where one runs."""
+        self._notice_death()
+        return self._process.pid if self._process is not None else None
+
+    @property
     def runs(self) -> bool:
         self._notice_death()
         return self._process is not None

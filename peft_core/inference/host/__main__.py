@@ -5,6 +5,7 @@ It ends when its standard input does, because then the server is gone, and after
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import signal
@@ -89,6 +90,7 @@ def main() -> int:
     from peft_core.inference.host.desk import Desk  # noqa: PLC0415 -- likewise
 
     use_cores()
+    gc.freeze()  # hundreds of thousands of objects of the libraries: not to be looked through at every unload
     desk = Desk(config, choose(config.device, describe()))
 
     # 3. Requests.

@@ -38,6 +38,8 @@ from peft_core.spec import Base
 Report = Callable[[float, float | None, str], None]  # done, total, message; raises when nobody waits any more
 FileState = tuple[tuple[int, int, int, int], ...]
 
+_EMPTY = "Nothing is loaded now; the process that remains ends in a minute, unless load_adapter needs it."
+
 log = structlog.get_logger(__name__)
 
 
@@ -99,11 +101,11 @@ class Desk:
             return self._loaded(slot, "switched", [], began)
 
         report(0, None, "checking the adapter")
-        files = read_adapter(path, whole=True)
-        verdict = judge(files, request.base, scan_weights=True)
-        insisted = request.insist and verdict.verdict is Verdict.SHAPE_ONLY
-        if not (verdict.compatible or insisted):
-            return self._fall_back(request.base, verdict, _why(verdict), began, report)
+        for whole in (False, True):  # headers first: they bound what is read then
+            files = read_adapter(path, whole=whole)
+            verdict = judge(files, request.base, scan_weights=whole)
+            if not (verdict.compatible or (request.insist and verdict.verdict is Verdict.SHAPE_ONLY)):
+                return self._fall_back(request.base, verdict, _why(verdict), began, report)
 
         model, how = self._model_for(request.base, report)
         report(0, None, "loading the adapter")
@@ -159,7 +161,7 @@ class Desk:
             resident=self.resident,
             elapsed_s=_since(began),
             memory_bytes=memory_bytes(),
-            next=f"{active}. {_advice(verdict)}",
+            next=f"{active}. {_advice(verdict)}".strip(),
         )
 
     def _loaded(
@@ -248,7 +250,7 @@ class Desk:
             memory_before_bytes=before,
             memory_after_bytes=after,
             elapsed_s=_since(began),
-            next=left or "Nothing is loaded. Call load_adapter to use an adapter again.",
+            next=left or _EMPTY if something else "Nothing was loaded. Call load_adapter to use an adapter.",
         )
 
     # -- generate ------------------------------------------------------------------------------------------------------
@@ -318,10 +320,7 @@ def _why(verdict: Compatibility) -> str:
 
 def _advice(verdict: Compatibility) -> str:
     if verdict.verdict is Verdict.SHAPE_ONLY:
-        return (
-            "Nothing proves that this adapter belongs to this base: name the base it was trained on, or insist with "
-            "accept_unproven_base=true."
-        )
+        return "Name the base that it was trained on as base_model, or insist with accept_unproven_base=true."
     fixes = [reason.fix for reason in verdict.reasons if reason.fix and reason.severity == "error"]
     return f"{fixes[0].rstrip('.')}." if fixes else "Call verify_adapter_compatibility to see every reason."
 

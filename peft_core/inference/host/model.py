@@ -116,6 +116,7 @@ class ResidentModel:
         if self._wrapped is None:
             return
         if self._adapters:
+            self.select(min(self._adapters))  # PEFT would choose another for the one it loses, and warn
             if name in self._wrapped.peft_config:
                 self._wrapped.delete_adapter(name)
             self.select(None)
@@ -131,7 +132,7 @@ class ResidentModel:
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=settings.rank,
-            lora_alpha=settings.alpha,
+            lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT annotates int and computes with floats
             target_modules=list(settings.target_modules),
             use_rslora=settings.use_rslora,
             rank_pattern=dict(settings.rank_pattern),

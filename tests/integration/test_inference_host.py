@@ -1,0 +1,257 @@
+"""The inference host as a process: its deaths, its turns, its memory. Toy models, real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import psutil
+import pytest
+from anyio.abc import Process
+
+from peft_core.config import Settings
+from peft_core.errors import AdapterNotLoaded, InferenceError, ModelError
+from peft_core.inference.client import InferenceHost
+from peft_core.inference.protocol import HostConfig, Unload
+from peft_core.manager import PEFTManager
+from peft_core.results import UnloadedAdapter
+from tests.toys import write_toy_adapter, write_toy_base
+
+SCRIPTED = Path(__file__).with_name("scripted_host.py")
+LONG = {"prompt": "x", "max_new_tokens": 200, "temperature": 1.0}
+SHORT = {"prompt": "def f", "max_new_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_toy_base(tmp_path_factory.mktemp("toy") / "base"))
+
+
+@pytest.fixture(scope="module")
+def adapters(base: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    place = tmp_path_factory.mktemp("adapters")
+    return [str(write_toy_adapter(place / name, Path(base), seed)) for seed, name in enumerate("ab")]
+
+
+@pytest.fixture
+async def manager(data_dir: Path) -> AsyncIterator[PEFTManager]:
+    async with PEFTManager(Settings(data_dir=data_dir, log_level="WARNING")) as opened:
+        yield opened
+
+
+def started_host(manager: PEFTManager) -> Process:
+    process = manager._inference._host._process
+    assert process is not None
+    return process
+
+
+def host_pid(manager: PEFTManager) -> int:
+    return started_host(manager).pid
+
+
+async def texts_of_single_use(manager: PEFTManager, adapters: list[str], base: str) -> list[str]:
+    texts = []
+    for adapter in adapters:
+        await manager.load_adapter(adapter, base)
+        texts.append((await manager.generate(SHORT)).text)
+    return texts
+
+
+async def test_outputs_under_concurrent_switches_are_those_of_single_use(
+    manager: PEFTManager, adapters: list[str], base: str
+) -> None:
+    expected = await texts_of_single_use(manager, adapters, base)
+    assert expected[0] != expected[1]
+    wrong: list[str] = []
+
+    async def ask(which: int) -> None:
+        answer = await manager.generate({**SHORT, "compare_with_base": True}, adapter_path=adapters[which])
+        if answer.text != expected[which]:
+            wrong.append(answer.text)
+
+    async def switch(which: int) -> None:
+        await manager.load_adapter(adapters[which], base)
+
+    async with anyio.create_task_group() as group:
+        for turn in range(40):
+            group.start_soon(ask, turn % 2)
+            group.start_soon(switch, turn // 2 % 2)
+    assert wrong == []
+
+
+async def test_two_hundred_cycles_over_two_adapters_do_not_grow(
+    manager: PEFTManager, adapters: list[str], base: str
+) -> None:
+    sizes = []
+    for _ in range(200):
+        await manager.load_adapter(adapters[0], base)
+        await manager.load_adapter(adapters[1], base)
+        assert (await manager.load_adapter(adapters[0], base)).how == "switched"
+        await manager.unload_adapter()
+        sizes.append((await manager.unload_adapter(adapters[1])).memory_after_bytes)
+    assert sizes[-1] - sizes[20] < 4 << 20
+
+
+CALLS: dict[str, Callable[[PEFTManager, str, str], Awaitable[Any]]] = {
+    "load": lambda manager, adapter, base: manager.load_adapter(adapter, base),
+    "generate": lambda manager, adapter, base: manager.generate(SHORT),
+    "unload": lambda manager, adapter, base: manager.unload_adapter(),
+}
+
+
+@pytest.mark.parametrize("kind", CALLS)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+async def test_a_host_that_dies_during_a_call_is_an_error_and_the_next_load_starts_a_fresh_one(
+    manager: PEFTManager, adapters: list[str], base: str, kind: str, number: signal.Signals
+) -> None:
+    await manager.load_adapter(adapters[0], base)
+    before = (await manager.generate(SHORT)).text
+    pid = host_pid(manager)
+    os.kill(pid, signal.SIGSTOP)  # so that the call is under way when it dies
+    died: list[InferenceError] = []
+
+    async def call() -> None:
+        try:
+            await CALLS[kind](manager, adapters[1], base)
+        except InferenceError as error:
+            died.append(error)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(call)
+        await anyio.wait_all_tasks_blocked()
+        os.kill(pid, number)
+        os.kill(pid, signal.SIGCONT)
+    assert [error.code for error in died] == ["host_died"]
+    assert f"({kind})" in died[0].message
+    assert number.name in died[0].message
+    assert "load_adapter again" in str(died[0])
+    assert (await manager.list_adapters()).loaded.base_model is None
+    with pytest.raises(AdapterNotLoaded):
+        await manager.generate(SHORT)
+    assert (await manager.load_adapter(adapters[0], base)).status == "loaded"
+    assert (await manager.generate(SHORT)).text == before
+
+
+async def test_a_host_killed_while_it_starts_is_an_error_too(
+    manager: PEFTManager, adapters: list[str], base: str
+) -> None:
+    async def kill(_done: float, _total: float | None, _message: str) -> None:
+        os.kill(host_pid(manager), signal.SIGKILL)
+
+    with pytest.raises(InferenceError, match="SIGKILL") as caught:
+        await manager.load_adapter(adapters[0], base, report=kill)
+    assert caught.value.code == "host_died"
+    assert (await manager.load_adapter(adapters[0], base)).status == "loaded"
+
+
+async def test_a_host_that_died_between_calls_is_told_of(manager: PEFTManager, adapters: list[str], base: str) -> None:
+    await manager.load_adapter(adapters[0], base)
+    process = psutil.Process(host_pid(manager))
+    process.kill()
+    await started_host(manager).wait()
+    with pytest.raises(AdapterNotLoaded, match=r"died \(killed by SIGKILL.*what it held is gone"):
+        await manager.generate(SHORT)
+    with pytest.raises(AdapterNotLoaded):
+        await manager.unload_adapter(adapters[0])
+    assert (await manager.unload_adapter()).status == "nothing_loaded"
+    assert (await manager.list_adapters()).loaded.adapters == []
+
+
+async def test_a_host_that_was_idle_for_long_ends_and_a_fresh_one_is_started_when_needed(
+    data_dir: Path, adapters: list[str], base: str
+) -> None:
+    async with PEFTManager(Settings(data_dir=data_dir, idle_unload_s=0.2)) as manager:
+        await manager.load_adapter(adapters[0], base)
+        with anyio.fail_after(20):
+            await started_host(manager).wait()
+        with pytest.raises(AdapterNotLoaded, match=r"ended after 0\.2 s without a call"):
+            await manager.generate(SHORT)
+        assert (await manager.load_adapter(adapters[0], base)).how == "cold"
+
+
+async def test_a_call_that_finds_the_host_just_gone_to_sleep_wakes_another(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peft_core.inference.client.HOST", [sys.executable, str(SCRIPTED)])
+    config = HostConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=1)
+    host = InferenceHost(config, data_dir / "host.log")
+    pids = []
+    for number in (1, 2, 3):
+        answer = await host.ask(Unload(), UnloadedAdapter)
+        assert answer.memory_before_bytes == number  # the answer to this very request
+        pids.append(host.pid)
+    assert len(set(pids)) == 3
+    await host.aclose()
+
+
+async def test_a_cancelled_answer_stops_at_once_and_the_next_is_not_confused(
+    manager: PEFTManager, adapters: list[str], base: str
+) -> None:
+    await manager.load_adapter(adapters[0], base)
+    expected = (await manager.generate(SHORT)).text
+    for _ in range(3):
+        with anyio.CancelScope() as scope:
+
+            async def leave(
+                _done: float, _total: float | None, _message: str, leaving: anyio.CancelScope = scope
+            ) -> None:
+                leaving.cancel()
+
+            await manager.generate(LONG, report=leave)
+        assert scope.cancelled_caught
+        heard: list[str] = []
+
+        async def hear(_done: float, _total: float | None, message: str, into: list[str] = heard) -> None:
+            into.append(message)
+
+        answer = await manager.generate(SHORT, report=hear)
+        assert answer.text == expected
+        assert all("tokens by the adapter" in message for message in heard)
+    assert [adapter.active for adapter in (await manager.list_adapters()).loaded.adapters] == [True]
+
+
+async def test_who_waits_for_its_turn_is_told(manager: PEFTManager, adapters: list[str], base: str) -> None:
+    await manager.load_adapter(adapters[0], base)
+    heard: list[str] = []
+
+    async def hear(_done: float, _total: float | None, message: str) -> None:
+        heard.append(message)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(manager.generate, LONG)
+        await anyio.wait_all_tasks_blocked()
+        await manager.generate(SHORT, report=hear)
+    assert heard[0] == "waiting for another call to the model"
+
+
+async def test_the_host_ends_with_its_manager_and_with_the_process_that_started_it(
+    data_dir: Path, adapters: list[str], base: str
+) -> None:
+    async with PEFTManager(Settings(data_dir=data_dir)) as manager:
+        await manager.load_adapter(adapters[0], base)
+        process = psutil.Process(host_pid(manager))
+    assert not process.is_running()
+    other = PEFTManager(Settings(data_dir=data_dir))
+    await other.load_adapter(adapters[0], base)
+    process = psutil.Process(host_pid(other))
+    started = started_host(other)
+    assert started.stdin is not None
+    await started.stdin.aclose()  # what the operating system does to the pipe of a server that was killed
+    with anyio.fail_after(10):
+        await started.wait()
+    await other.aclose()
+
+
+@pytest.mark.parametrize("path", ["missing", "file"])
+async def test_a_path_that_is_no_adapter_starts_nothing(
+    manager: PEFTManager, adapters: list[str], base: str, path: str
+) -> None:
+    wrong = f"{adapters[0]}/adapter_model.safetensors" if path == "file" else "/no/such/adapter"
+    with pytest.raises(ModelError, match="is a file" if path == "file" else "No adapter at"):
+        await manager.load_adapter(wrong, base)
+    assert not manager._inference._host.runs
