@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import structlog
+import torch
 from safetensors.torch import load as tensors_of
 
 from peft_core.adapters.files import AdapterFiles, read_adapter
@@ -21,6 +22,7 @@ from peft_core.compute.process import memory_bytes
 from peft_core.errors import AdapterNotLoaded, InferenceError
 from peft_core.inference.host.generation import Completion, complete, encode
 from peft_core.inference.host.model import ResidentModel, release_memory
+from peft_core.inference.host.pace import Pace
 from peft_core.inference.protocol import Generate, HostConfig, Load, Request, Unload
 from peft_core.results import (
     Compatibility,
@@ -57,6 +59,7 @@ class Desk:
     def __init__(self, config: HostConfig, plan: DevicePlan) -> None:
         self._config = config
         self._plan = plan
+        self._pace = Pace(torch.get_num_threads())
         self._model: ResidentModel | None = None
         self._slots: OrderedDict[Path, Slot] = OrderedDict()  # least recently used first
         self._active: Path | None = None
@@ -266,7 +269,11 @@ class Desk:
         def write(adapter: str | None, before: int, who: str) -> Completion:
             model.select(adapter)
             return complete(
-                model, prompt, wanted, lambda done: report(before + done, total, f"{done} tokens by the {who}")
+                model,
+                prompt,
+                wanted,
+                self._pace,
+                lambda done: report(before + done, total, f"{done} tokens by the {who}"),
             )
 
         try:

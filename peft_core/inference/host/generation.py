@@ -15,6 +15,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from peft_core.compute.tokenizer import BaseTokenizer
 from peft_core.errors import InvalidArgument
 from peft_core.inference.host.model import ResidentModel
+from peft_core.inference.host.pace import Pace
 from peft_core.spec import GenerationRequest
 
 PromptFormat = Literal["text", "chat_template", "fill_in_the_middle"]
@@ -68,16 +69,21 @@ def encode(request: GenerationRequest, tokenizer: BaseTokenizer, base_name: str,
 
 
 def complete(
-    model: ResidentModel, prompt: EncodedPrompt, request: GenerationRequest, on_token: Callable[[int], None]
+    model: ResidentModel,
+    prompt: EncodedPrompt,
+    request: GenerationRequest,
+    pace: Pace,
+    on_token: Callable[[int], None],
 ) -> Completion:
     """Write with whatever adapter is selected. `on_token(n)` after each token; what it raises ends the writing."""
     room = model.base.shape.context_length - len(prompt.ids)
-    watch = _Watch(model.tokenizer, len(prompt.ids), request.stop, on_token)
+    watch = _Watch(model.tokenizer, len(prompt.ids), request.stop, pace, on_token)
     sampling: dict[str, Any] = {"do_sample": False}
     if request.temperature > 0:
         sampling = {"do_sample": True, "temperature": request.temperature, "top_p": request.top_p, "top_k": 0}
     ids_1T = torch.tensor([prompt.ids], device=model.causal.device)
     torch.manual_seed(request.seed)
+    pace.prompt()
     with torch.inference_mode():
         written_1T = model.causal.generate(  # type: ignore[operator]  # a mixin's method
             input_ids=ids_1T,
@@ -107,18 +113,25 @@ class _Watch(StoppingCriteria):
     """Looks at every new token: counts it, and ends the writing at a stop text."""
 
     def __init__(
-        self, tokenizer: BaseTokenizer, prompt_tokens: int, stop: Sequence[str], on_token: Callable[[int], None]
+        self,
+        tokenizer: BaseTokenizer,
+        prompt_tokens: int,
+        stop: Sequence[str],
+        pace: Pace,
+        on_token: Callable[[int], None],
     ) -> None:
         self._tokenizer = tokenizer
         self._start = prompt_tokens
         self._stop = stop
         # A token has one byte at least, so a stop text lies within as many of the last ones; some more for its middle.
         self._tail = max((len(text.encode()) for text in stop), default=0) + 4
+        self._pace = pace
         self._on_token = on_token
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:  # noqa: ARG002 -- transformers' signature
         written = input_ids[0, self._start :]
         self._on_token(len(written))
+        self._pace.token()
         found = False
         if self._stop:
             found = earliest(self._tokenizer.text(written[-self._tail :].tolist()), self._stop) is not None

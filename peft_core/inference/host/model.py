@@ -87,7 +87,7 @@ class ResidentModel:
                 self._wrapped.add_adapter(name, config, low_cpu_mem_usage=True)
             self._adapters.add(name)
             # PEFT creates float32 matrices and then takes what it is given: 16-bit ones would be computed in 16 bits.
-            given = {key: tensor.to(self.causal.device, torch.float32) for key, tensor in tensors.items()}
+            given = {key: tensor.to(self.causal.device, torch.float32, copy=True) for key, tensor in tensors.items()}
             outcome: Any = set_peft_model_state_dict(self._wrapped, given, adapter_name=name, low_cpu_mem_usage=True)
             unmatched = len(outcome.unexpected_keys) + sum(f".{name}." in key for key in outcome.missing_keys)
             self.select(name)
