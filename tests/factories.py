@@ -5,9 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from peft_core.adapters.manifest import (
+    CONFIG,
+    WEIGHTS,
+    BaseRecord,
+    DataRecord,
+    Manifest,
+    RunRecord,
+    sha256_of,
+    write_manifest,
+)
 from peft_core.jobs.model import Job, JobRequest
-from peft_core.results import Estimate
-from peft_core.spec import Base, Fingerprint, ModelShape, SourceSummary, TrainingConfig
+from peft_core.results import Estimate, Metrics
+from peft_core.spec import Base, DatasetSummary, Fingerprint, ModelShape, SourceSummary, TrainingConfig
 
 SMOLLM2_SHAPE = ModelShape(
     parameters=134_515_008,
@@ -73,3 +83,35 @@ def make_job(job_id: str = "20260101-000000-abcdef", project_id: str = "web", **
             **changes,
         }
     )
+
+
+def make_manifest(
+    adapter_id: str, project_id: str = "web", *, base: Base | None = None, files: dict[str, str] | None = None
+) -> Manifest:
+    trained_on = base or make_base()
+    return Manifest(
+        adapter_id=adapter_id,
+        project_id=project_id,
+        created_at=f"2026-01-{adapter_id[-2:]}T00:00:00Z",
+        base=BaseRecord.model_validate(trained_on.model_dump(include=set(BaseRecord.model_fields))),
+        data=DataRecord(
+            source_kind="repository",
+            summary=DatasetSummary(
+                train_examples=9, held_out_examples=1, train_tokens=900, held_out_tokens=100, files=5, left_out={}
+            ),
+            languages={"python": 10},
+        ),
+        run=RunRecord(
+            config=TrainingConfig(), target_modules=("q_proj",), device="cpu", weights_dtype="float32", steps=3
+        ),
+        metrics=Metrics(base_perplexity=9.0, adapter_perplexity=6.0),
+        environment={"python": "3.11"},
+        files=files or {},
+    )
+
+
+def record_base(directory: Path, base: Base) -> Path:
+    """Put a manifest beside an adapter: trained on this base, its files as they are now."""
+    files = {name: sha256_of(directory / name) for name in (CONFIG, WEIGHTS)}
+    write_manifest(directory, make_manifest("adapter-01", base=base, files=files))
+    return directory
