@@ -124,12 +124,12 @@ def safetensors_bytes(
 ) -> bytes:
     """A file of tensors of one type: of these values, or every byte of it `fill`."""
     entries: dict[str, Any] = {}
-    data = b""
+    data = bytearray()
     for name, shape in shapes.items():
         size = math.prod(shape) * DTYPE_BITS[dtype] // 8
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [len(data), len(data) + size]}
         data += encoded(values[name], dtype) if values is not None else bytes([fill]) * size
-    return with_length(json.dumps(entries).encode(), data)
+    return with_length(json.dumps(entries).encode(), bytes(data))
 
 
 def write_model(
