@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peft_core.bases.gguf_model import hugging_face_name
 from peft_core.bases.safetensors import DTYPE_BITS
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -26,22 +29,31 @@ CONFIG: dict[str, Any] = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
 }
-_BLOCK_SHAPES = {
-    "input_layernorm": (32,),
-    "self_attn.q_proj": (32, 32),
-    "self_attn.k_proj": (16, 32),
-    "self_attn.v_proj": (16, 32),
-    "self_attn.o_proj": (32, 32),
-    "post_attention_layernorm": (32,),
-    "mlp.gate_proj": (64, 32),
-    "mlp.up_proj": (64, 32),
-    "mlp.down_proj": (32, 64),
-}
-SHAPES: dict[str, tuple[int, ...]] = {
-    "model.embed_tokens.weight": (48, 32),
-    "model.norm.weight": (32,),
-    **{f"model.layers.{i}.{name}.weight": shape for i in range(2) for name, shape in _BLOCK_SHAPES.items()},
-}
+
+
+def model_shapes(
+    *, layers: int = 2, hidden: int = 32, kv_rows: int = 16, vocab: int = 48
+) -> dict[str, tuple[int, ...]]:
+    """Tensors of the toy model, or of one that differs in these sizes."""
+    block = {
+        "input_layernorm": (hidden,),
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (kv_rows, hidden),
+        "self_attn.v_proj": (kv_rows, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "post_attention_layernorm": (hidden,),
+        "mlp.gate_proj": (64, hidden),
+        "mlp.up_proj": (64, hidden),
+        "mlp.down_proj": (hidden, 64),
+    }
+    return {
+        "model.embed_tokens.weight": (vocab, hidden),
+        "model.norm.weight": (hidden,),
+        **{f"model.layers.{i}.{name}.weight": shape for i in range(layers) for name, shape in block.items()},
+    }
+
+
+SHAPES = model_shapes()
 _GGUF_BLOCK = (
     ("attn_norm", "input_layernorm"),
     ("attn_q", "self_attn.q_proj"),
@@ -56,7 +68,11 @@ _GGUF_BLOCK = (
 GGUF_SHAPES: dict[str, tuple[int, ...]] = {
     "token_embd.weight": (48, 32),
     "output_norm.weight": (32,),
-    **{f"blk.{i}.{gguf}.weight": _BLOCK_SHAPES[name] for i in range(2) for gguf, name in _GGUF_BLOCK},
+    **{
+        f"blk.{i}.{gguf}.weight": SHAPES[f"model.layers.{i}.{name}.weight"]
+        for i in range(2)
+        for gguf, name in _GGUF_BLOCK
+    },
 }
 U32, F32, TEXT, ARRAY = 4, 6, 8, 9
 GGUF_METADATA: dict[str, tuple[int, Any]] = {
@@ -83,48 +99,113 @@ def with_length(header: bytes, data: bytes = b"") -> bytes:
     return struct.pack("<Q", len(header)) + header + data
 
 
-def safetensors_bytes(shapes: Shapes, dtype: str = "F32", fill: int = 0) -> bytes:
-    entries: dict[str, Any] = {}
-    position = 0
+def encoded(numbers: Sequence[float], dtype: str) -> bytes:
+    """Numbers as a file stores them: F32, F16 or BF16 (cut off, not rounded)."""
+    if dtype == "BF16":
+        wide = struct.pack(f"<{len(numbers)}f", *numbers)
+        return bytes(byte for place, byte in enumerate(wide) if place % 4 >= 2)
+    return struct.pack(f"<{len(numbers)}{'f' if dtype == 'F32' else 'e'}", *numbers)
+
+
+def weights(seed: int = 0, norms: int = 0, shapes: Shapes = SHAPES) -> dict[str, list[float]]:
+    """Values for every tensor of the toy model, the same in float32, float16 and bfloat16.
+
+    `seed` tells one set of weights from another, `norms` likewise for the norm vectors alone.
+    """
+    values: dict[str, list[float]] = {}
     for name, shape in shapes.items():
-        end = position + math.prod(shape) * DTYPE_BITS[dtype] // 8
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
-        position = end
-    return with_length(json.dumps(entries).encode(), bytes([fill]) * position)
+        start = zlib.crc32(name.encode()) + (norms if len(shape) == 1 else seed)
+        values[name] = [((start + 7 * place) % 61 - 30) / 16 for place in range(math.prod(shape))]
+    return values
 
 
-def write_model(directory: Path, *, shards: int = 1, dtype: str = "F32", fill: int = 0, **config: Any) -> Path:
+def safetensors_bytes(
+    shapes: Shapes, dtype: str = "F32", fill: int = 0, values: Mapping[str, Sequence[float]] | None = None
+) -> bytes:
+    """A file of tensors of one type: of these values, or every byte of it `fill`."""
+    entries: dict[str, Any] = {}
+    data = bytearray()
+    for name, shape in shapes.items():
+        size = math.prod(shape) * DTYPE_BITS[dtype] // 8
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [len(data), len(data) + size]}
+        data += encoded(values[name], dtype) if values is not None else bytes([fill]) * size
+    return with_length(json.dumps(entries).encode(), bytes(data))
+
+
+def write_model(
+    directory: Path,
+    *,
+    shards: int = 1,
+    dtype: str = "F32",
+    fill: int = 0,
+    values: Mapping[str, Sequence[float]] | None = None,
+    shapes: Shapes = SHAPES,
+    **config: Any,
+) -> Path:
     """A Hugging Face directory of the toy model; `config` overrides entries of config.json."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps({**CONFIG, **config}))
     (directory / "tokenizer.json").write_text("{}")
     if shards == 1:
-        (directory / "model.safetensors").write_bytes(safetensors_bytes(SHAPES, dtype, fill))
+        (directory / "model.safetensors").write_bytes(safetensors_bytes(shapes, dtype, fill, values))
         return directory
     weight_map: dict[str, str] = {}
     for number in range(shards):
         file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
-        part = {name: SHAPES[name] for name in list(SHAPES)[number::shards]}
-        (directory / file).write_bytes(safetensors_bytes(part, dtype, fill))
+        part = {name: shapes[name] for name in list(shapes)[number::shards]}
+        (directory / file).write_bytes(safetensors_bytes(part, dtype, fill, values))
         weight_map |= dict.fromkeys(part, file)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return directory
 
 
+def write_cached(cache: Path, repo_id: str, commit: str, model: Path) -> Path:
+    """The snapshot of a model directory in a Hugging Face cache: links to blobs, those of weights named by their sha256."""
+    repository = cache / f"models--{repo_id.replace('/', '--')}"
+    snapshot, blobs = repository / "snapshots" / commit, repository / "blobs"
+    for directory in (snapshot, blobs, repository / "refs"):
+        directory.mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / "main").write_text(commit)
+    for file in model.iterdir():
+        content = file.read_bytes()
+        is_large = file.suffix in (".safetensors", ".gguf")
+        name = hashlib.sha256(content).hexdigest() if is_large else hashlib.sha1(content).hexdigest()  # noqa: S324 - git's
+        (blobs / name).write_bytes(content)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / name)
+    return snapshot
+
+
 def gguf_bytes(
-    metadata: Mapping[str, tuple[int, Any]] = GGUF_METADATA, shapes: Shapes = GGUF_SHAPES, *, version: int = 3
+    metadata: Mapping[str, tuple[int, Any]] = GGUF_METADATA,
+    shapes: Shapes = GGUF_SHAPES,
+    *,
+    version: int = 3,
+    values: Mapping[str, Sequence[float]] | None = None,
+    quantised: bool = False,
 ) -> bytes:
-    """A GGUF file of F32 tensors, all zero."""
-    entries, offset = b"", 0
+    """A GGUF file of F32 tensors: all zero, or of values by Hugging Face names.
+
+    `quantised` makes the matrices Q8_0, with blocks that are not those numbers: nobody here decodes them.
+    """
+    entries, data = b"", b""
     for name, shape in shapes.items():
         dims = b"".join(struct.pack("<Q", axis) for axis in reversed(shape))
-        entries += _text(name) + struct.pack("<I", len(shape)) + dims + struct.pack("<IQ", 0, offset)
-        offset += -(-4 * math.prod(shape) // 32) * 32
+        blocks = quantised and len(shape) == 2
+        entries += (
+            _text(name) + struct.pack("<I", len(shape)) + dims + struct.pack("<IQ", 8 if blocks else 0, len(data))
+        )
+        if blocks:
+            data += bytes([zlib.crc32(name.encode()) % 251]) * (math.prod(shape) // 32 * 34)
+        elif values is not None:
+            data += encoded(values[hugging_face_name(name) or ""], "F32")
+        else:
+            data += bytes(4 * math.prod(shape))
+        data += bytes(-len(data) % 32)
     pairs = b"".join(
         _text(key) + struct.pack("<I", kind) + _value(kind, value) for key, (kind, value) in metadata.items()
     )
     header = b"GGUF" + struct.pack("<IQQ", version, len(shapes), len(metadata)) + pairs + entries
-    return header + bytes(-len(header) % 32) + bytes(offset)
+    return header + bytes(-len(header) % 32) + data
 
 
 def _text(text: str) -> bytes:
@@ -155,15 +236,17 @@ def write_adapter(
         **config,
     }
     (directory / "adapter_config.json").write_text(json.dumps(settings))
-    (directory / "adapter_model.safetensors").write_bytes(safetensors_bytes(adapter_shapes(targets, rank)))
+    (directory / "adapter_model.safetensors").write_bytes(safetensors_bytes(adapter_shapes(targets, rank), fill=1))
     return directory
 
 
-def adapter_shapes(targets: Sequence[str] = ("q_proj", "v_proj"), rank: int = 4) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in SHAPES.items():
+def adapter_shapes(
+    targets: Sequence[str] = ("q_proj", "v_proj"), rank: int = 4, shapes: Shapes = SHAPES
+) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
         module = name.removesuffix(".weight")
         if module.rpartition(".")[2] in targets:
-            shapes[f"base_model.model.{module}.lora_A.weight"] = (rank, shape[1])
-            shapes[f"base_model.model.{module}.lora_B.weight"] = (shape[0], rank)
-    return shapes
+            found[f"base_model.model.{module}.lora_A.weight"] = (rank, shape[1])
+            found[f"base_model.model.{module}.lora_B.weight"] = (shape[0], rank)
+    return found

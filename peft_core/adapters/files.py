@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_core.adapters.manifest import CONFIG, WEIGHTS, Manifest, read_manifest
-from peft_core.adapters.reasons import error
+from peft_core.adapters.reasons import error, shown
 from peft_core.adapters.settings import LoraSettings, check_settings
 from peft_core.bases.header import HeaderError, TensorInfo, open_regular, read_exactly, read_small
 from peft_core.bases.safetensors import ADAPTER_LIMITS, header_of
@@ -156,7 +156,7 @@ def _altered(name: str, raw: bytes, recorded: Mapping[str, str]) -> list[Reason]
         return []
     message = f"{name} is not the file that training wrote: its sha256 differs from the one in the manifest."
     fix = "Restore the file, or train again"
-    return [error("altered", message, found=found, expected=expected[:64], where=name, fix=fix)]
+    return [error("altered", message, found=found, expected=shown(expected), where=name, fix=fix)]
 
 
 def _unreadable(problem: HeaderError, name: str) -> Reason:

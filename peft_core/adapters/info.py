@@ -52,7 +52,9 @@ def read_info(path: Path) -> AdapterInfo:
             f"{path} holds no adapter: {CONFIG} and {WEIGHTS} are expected there.",
             suggestions=["Call list_adapters to see what there is"],
         )
-    from peft_core.adapters.files import read_adapter_config  # noqa: PLC0415 -- not at the server's start
+    # Not at the server's start:
+    from peft_core.adapters.files import read_adapter_config  # noqa: PLC0415
+    from peft_core.adapters.settings import is_alpha, is_rank  # noqa: PLC0415
 
     config = read_adapter_config(path)
     targets = config.get("target_modules")
@@ -61,8 +63,8 @@ def read_info(path: Path) -> AdapterInfo:
     return AdapterInfo(
         adapter_path=str(path),
         adapter_bytes=weights.stat().st_size,
-        rank=rank if isinstance(rank, int) else None,
-        alpha=float(alpha) if isinstance(alpha, int | float) else None,
+        rank=rank if is_rank(rank) else None,
+        alpha=float(alpha) if is_alpha(alpha) else None,
         target_modules=[str(name) for name in targets] if isinstance(targets, list) else [],
         manifest=manifest,
         next=_next(manifest),

@@ -12,7 +12,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from peft_core.adapters.manifest import CONFIG
 from peft_core.adapters.reasons import error, shown
@@ -144,9 +144,9 @@ def _by_pattern(pattern: Mapping[str, _T], order: Mapping[str, int], module: str
 def _wrong_values(config: Mapping[str, Any]) -> Iterator[Reason]:
     if config.get("peft_type") != "LORA":
         yield _refusal(config, "peft_type", "'LORA'", "not_lora", "Only LoRA adapters are used here")
-    if not _is_rank(config.get("r")):
+    if not is_rank(config.get("r")):
         yield _refusal(config, "r", f"an integer from 1 to {MAX_RANK}")
-    if not _is_alpha(config.get("lora_alpha")):
+    if not is_alpha(config.get("lora_alpha")):
         yield _refusal(config, "lora_alpha", f"a finite number above 0, at most {MAX_ALPHA:g}")
     if type(config.get("use_rslora", False)) is not bool:
         yield _refusal(config, "use_rslora", "true or false")
@@ -154,8 +154,8 @@ def _wrong_values(config: Mapping[str, Any]) -> Iterator[Reason]:
     if not isinstance(targets, list) or not 0 < len(targets) <= MAX_NAMES or not all(map(is_literal, targets)):
         fix = "Replace the expression by the names of the modules that have weights"
         yield _refusal(config, "target_modules", "a list of literal module names", "targets_not_literal", fix)
-    yield from _wrong_pattern(config, "rank_pattern", _is_rank, f"integers from 1 to {MAX_RANK}")
-    yield from _wrong_pattern(config, "alpha_pattern", _is_alpha, f"numbers above 0, at most {MAX_ALPHA:g}")
+    yield from _wrong_pattern(config, "rank_pattern", is_rank, f"integers from 1 to {MAX_RANK}")
+    yield from _wrong_pattern(config, "alpha_pattern", is_alpha, f"numbers above 0, at most {MAX_ALPHA:g}")
     layers = config.get("layers_to_transform")
     if layers is not None and not _are_layers(layers):
         yield _refusal(config, "layers_to_transform", "the numbers of layers")
@@ -224,11 +224,11 @@ def _is_unset(value: object) -> bool:
     return value is None or value is False or (isinstance(value, str | list | dict) and not value)
 
 
-def _is_rank(value: object) -> bool:
+def is_rank(value: object) -> TypeGuard[int]:
     return type(value) is int and 1 <= value <= MAX_RANK
 
 
-def _is_alpha(value: object) -> bool:
+def is_alpha(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and type(value) is not bool and 0 < value <= MAX_ALPHA  # NaN is not, either
 
 

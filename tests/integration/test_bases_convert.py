@@ -22,7 +22,7 @@ from peft_core.bases.gguf_model import read_gguf_model
 from peft_core.bases.safetensors import read_header
 from peft_core.config import Settings
 from peft_core.errors import BaseModelError, StorageError
-from peft_core.spec import Base
+from peft_core.spec import Base, Fingerprint
 from tests.model_files import ARRAY, F32, GGUF_METADATA, GGUF_SHAPES, SHAPES, TEXT, U32, gguf_bytes, write_model
 
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abcdefghijklmnopqrstuvwxyz0123456789_():=,.+-", "ab"]
@@ -51,6 +51,12 @@ def test_a_base_that_has_changed_since_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path / "m", fill=1)
     with pytest.raises(BaseModelError, match="changed since"):
         materialise(base, tmp_path / "cache", SAID.append)
+
+
+def test_a_base_that_was_recorded_with_fewer_fingerprints_is_still_the_same(tmp_path: Path) -> None:
+    base = resolve(str(write_model(tmp_path / "m")), Settings())
+    old = Fingerprint(architecture=base.fingerprint.architecture, sample=base.fingerprint.sample)
+    assert materialise(base.model_copy(update={"fingerprint": old}), tmp_path / "cache", SAID.append) == base.path
 
 
 def test_a_conversion_is_kept_and_found_by_content(tmp_path: Path) -> None:

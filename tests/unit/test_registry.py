@@ -7,43 +7,11 @@ from pathlib import Path
 import pytest
 
 from peft_core.adapters.info import read_info
-from peft_core.adapters.manifest import BaseRecord, DataRecord, Manifest, RunRecord, write_manifest
+from peft_core.adapters.manifest import write_manifest
 from peft_core.adapters.registry import Registry
 from peft_core.errors import AdapterNotFound, ModelError
 from peft_core.paths import DataPaths
-from peft_core.results import Metrics
-from peft_core.spec import DatasetSummary, TrainingConfig
-from tests.factories import make_base
-
-
-def make_manifest(adapter_id: str, project_id: str = "web") -> Manifest:
-    base = make_base()
-    return Manifest(
-        adapter_id=adapter_id,
-        project_id=project_id,
-        created_at=f"2026-01-{adapter_id[-2:]}T00:00:00Z",
-        base=BaseRecord(
-            name=base.name,
-            format=base.format,
-            revision=None,
-            model_type=base.model_type,
-            shape=base.shape,
-            fingerprint=base.fingerprint,
-        ),
-        data=DataRecord(
-            source_kind="repository",
-            summary=DatasetSummary(
-                train_examples=9, held_out_examples=1, train_tokens=900, held_out_tokens=100, files=5, left_out={}
-            ),
-            languages={"python": 10},
-        ),
-        run=RunRecord(
-            config=TrainingConfig(), target_modules=("q_proj",), device="cpu", weights_dtype="float32", steps=3
-        ),
-        metrics=Metrics(base_perplexity=9.0, adapter_perplexity=6.0),
-        environment={"python": "3.11"},
-        files={},
-    )
+from tests.factories import make_manifest
 
 
 def write_draft(directory: Path, adapter_id: str, project_id: str = "web") -> Path:
