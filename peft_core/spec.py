@@ -210,6 +210,10 @@ class Fingerprint(Frozen):
     storage: str = ""  # number formats and how many tensors have each: "BF16 272"
     content: str | None = None  # every byte of the weights; known where somebody has read them all
 
+    def same_weights(self, other: Fingerprint) -> bool:
+        """As far as both know: older records lack the later fields."""
+        return (self.architecture, self.sample) == (other.architecture, other.sample)
+
 
 BUNDLED = "bundled"  # the base that comes as a Python package
 

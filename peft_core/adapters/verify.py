@@ -85,8 +85,8 @@ def _next(verdict: Verdict, reasons: list[Reason], files: AdapterFiles) -> str:
             return f"Do not load it. {'; '.join(list(fixes)[:3])}."
         case Verdict.SHAPE_ONLY:
             return (
-                "It fits, but was not trained on these weights as far as is known: load_adapter takes it only when it is "
-                "told to insist. Better name the base that it was trained on."
+                "It fits, but was not trained on these weights as far as is known: name the base that it was trained on, or "
+                "insist with load_adapter(..., accept_unproven_base=true)."
             )
         case _:
             return f"Call load_adapter(adapter_path={str(files.directory)!r})."

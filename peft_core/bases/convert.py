@@ -29,7 +29,7 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from peft_core.bases.checkpoint import read_checkpoint
-from peft_core.bases.fingerprint import fingerprint, same_weights
+from peft_core.bases.fingerprint import fingerprint
 from peft_core.bases.gguf_model import hugging_face_name, permuted_heads
 from peft_core.bases.header import TensorInfo
 from peft_core.bases.layout import Checkpoint, a_few, unusable
@@ -53,7 +53,7 @@ def materialise(base: Base, cache_dir: Path, report: Callable[[str], None]) -> P
         BaseModelError: the files are not those that were resolved, or cannot be converted.
         StorageError: no room for the converted weights.
     """
-    if not same_weights(fingerprint(base.path), base.fingerprint):
+    if not fingerprint(base.path).same_weights(base.fingerprint):
         raise unusable(base.path, "its files have changed since the request", "Ask again")
     if base.format == "huggingface":
         return base.path

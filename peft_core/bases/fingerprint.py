@@ -63,11 +63,6 @@ def fingerprint(path: Path) -> Fingerprint:
     return _fingerprint(path, file_states(path))
 
 
-def same_weights(first: Fingerprint, second: Fingerprint) -> bool:
-    """Whether two fingerprints are of the same weights, as far as both know: older ones lack the later fields."""
-    return (first.architecture, first.sample) == (second.architecture, second.sample)
-
-
 def content_hash(path: Path) -> str:
     """sha256 (hexadecimal) over every byte of the weights, whatever their files are called: seconds per gigabyte.
 

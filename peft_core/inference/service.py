@@ -77,7 +77,13 @@ class InferenceService:
         from peft_core.adapters.verify import verify  # noqa: PLC0415 -- not at the server's start
 
         directory = self._registry.locate(adapter_path)
-        return verify(directory, self._base(directory, base_model), scan_weights=scan_weights)
+        base = self._base(directory, base_model)
+        if scan_weights and base is not None:
+            from peft_core.bases.fingerprint import content_hash  # noqa: PLC0415 -- not at the server's start
+
+            known = base.fingerprint.model_copy(update={"content": content_hash(base.path)})
+            base = base.model_copy(update={"fingerprint": known})
+        return verify(directory, base, scan_weights=scan_weights)
 
     async def load(
         self, adapter_path: str, base_model: str | None, *, accept_unproven_base: bool, report: Report | None

@@ -198,7 +198,7 @@ class JobService:
         if not self._store.exists:
             return None
         for job in reversed(self._store.in_state(Status.COMPLETED)):
-            same = job.request.base.fingerprint == base.fingerprint and job.device == device
+            same = job.request.base.fingerprint.same_weights(base.fingerprint) and job.device == device
             if same and job.metrics and job.metrics.tokens_per_second:
                 return job.metrics.tokens_per_second
         return None

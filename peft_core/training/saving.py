@@ -23,8 +23,9 @@ from peft_core.adapters.manifest import (
     sha256_of,
     write_manifest,
 )
+from peft_core.bases.fingerprint import content_hash
 from peft_core.results import Metrics
-from peft_core.spec import TrainingTask
+from peft_core.spec import Base, TrainingTask
 from peft_core.training.lora import lora_config, target_modules
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -67,7 +68,7 @@ def write_adapter(
         adapter_id=task.job_id,
         project_id=task.project_id,
         created_at=facts.created_at.isoformat(timespec="seconds"),
-        base=BaseRecord.model_validate(task.base.model_dump(include=set(BaseRecord.model_fields))),
+        base=_base_record(task.base),
         data=facts.data,
         run=RunRecord(
             config=task.config.model_copy(update={"base_model": None}),
@@ -86,6 +87,13 @@ def write_adapter(
     files = {path.name: sha256_of(path) for path in sorted(directory.iterdir())}
     write_manifest(directory, manifest.model_copy(update={"files": files}))
     return measured
+
+
+def _base_record(base: Base) -> BaseRecord:
+    """The base with the hash of all its weights, which only a training has the time to compute."""
+    known = base.fingerprint.model_copy(update={"content": content_hash(base.path)})
+    record = BaseRecord.model_validate(base.model_dump(include=set(BaseRecord.model_fields)))
+    return record.model_copy(update={"fingerprint": known})
 
 
 def _write_config(directory: Path, model: PeftModel, base_name: str) -> None:

@@ -214,7 +214,7 @@ class Desk:
             self._model.select(self._slots[self._active].name if self._active else None)
 
     def _is_resident(self, base: Base) -> bool:
-        return self._model is not None and self._model.base.fingerprint == base.fingerprint
+        return self._model is not None and self._model.base.fingerprint.same_weights(base.fingerprint)
 
     def _forget(self) -> None:
         self._model = None
