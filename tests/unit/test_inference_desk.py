@@ -151,15 +151,15 @@ def test_the_least_recently_used_goes_when_too_many_are_there(tmp_path: Path, ad
 
 def test_taking_adapters_off_restores_the_base_bit_for_bit(desk: Desk, adapters: list[Path], base: Base) -> None:
     before = generate(desk, without_adapter=base).text
-    assert desk._model is not None
-    weights = {name: parameter.clone() for name, parameter in desk._model.causal.named_parameters()}
+    assert desk._residents.model is not None
+    weights = {name: parameter.clone() for name, parameter in desk._residents.model.causal.named_parameters()}
     for adapter in adapters:
         load(desk, adapter, base)
     for adapter in adapters[:2]:
         unload(desk, adapter)
-    desk._take_off(adapters[2])
+    desk._residents.take_off(adapters[2])
     assert generate(desk, without_adapter=base).text == before
-    after = dict(desk._model.causal.named_parameters())
+    after = dict(desk._residents.model.causal.named_parameters())
     assert after.keys() == weights.keys()
     assert all(torch.equal(after[name], weights[name]) for name in weights)
 
@@ -168,8 +168,8 @@ def test_nothing_asks_for_gradients(desk: Desk, adapters: list[Path], base: Base
     load(desk, adapters[0], base)
     load(desk, adapters[1], base)
     load(desk, adapters[0], base)
-    assert desk._model is not None
-    assert not any(parameter.requires_grad for parameter in desk._model.causal.parameters())
+    assert desk._residents.model is not None
+    assert not any(parameter.requires_grad for parameter in desk._residents.model.causal.parameters())
 
 
 def test_sixteen_bit_weights_rank_and_alpha_patterns_and_rslora_mean_what_they_mean_to_peft(
@@ -189,11 +189,11 @@ def test_sixteen_bit_weights_rank_and_alpha_patterns_and_rslora_mean_what_they_m
     record_base(adapter, base)
     answer = load(desk, adapter, base)
     assert answer.status == "loaded", answer.reasons
-    assert desk._model is not None
-    ids_1T = desk._model.probe_1T
+    assert desk._residents.model is not None
+    ids_1T = desk._residents.model.probe_1T
     reference = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_directory), str(adapter))
     with torch.inference_mode():
-        torch.testing.assert_close(desk._model.causal(ids_1T).logits, reference(ids_1T).logits)
+        torch.testing.assert_close(desk._residents.model.causal(ids_1T).logits, reference(ids_1T).logits)
 
 
 # -- loads that fail -----------------------------------------------------------------------------------------------
@@ -414,10 +414,10 @@ def test_the_earliest_stop_text_counts() -> None:
 
 def test_an_end_token_ends_it_and_is_not_shown(desk: Desk, base: Base) -> None:
     generate(desk, without_adapter=base)
-    assert desk._model is not None
+    assert desk._residents.model is not None
     first = generate(desk, without_adapter=base, prompt="def f", max_new_tokens=1)
     token = VOCABULARY.index(first.text)
-    desk._model.ends = (0, token)
+    desk._residents.model.ends = (0, token)
     answer = generate(desk, without_adapter=base)
     assert (answer.text, answer.completion_tokens, answer.finish_reason) == ("", 1, "stop")
 

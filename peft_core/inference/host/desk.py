@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -14,15 +12,15 @@ import torch
 from safetensors.torch import load as tensors_of
 
 from peft_core.adapters.files import AdapterFiles, read_adapter
-from peft_core.adapters.manifest import CONFIG, WEIGHTS
 from peft_core.adapters.verify import judge
 from peft_core.bases.convert import materialise
 from peft_core.compute.device import DevicePlan
 from peft_core.compute.process import memory_bytes
-from peft_core.errors import AdapterNotLoaded, InferenceError
+from peft_core.errors import InferenceError
 from peft_core.inference.host.generation import Completion, complete, encode
 from peft_core.inference.host.model import ResidentModel, release_memory
 from peft_core.inference.host.pace import Pace
+from peft_core.inference.host.residents import Residents, Slot, file_state
 from peft_core.inference.protocol import Generate, HostConfig, Load, Request, Unload
 from peft_core.results import (
     Compatibility,
@@ -31,28 +29,15 @@ from peft_core.results import (
     GenerationSettings,
     LoadedAdapter,
     Resident,
-    ResidentAdapter,
     UnloadedAdapter,
     Verdict,
 )
 from peft_core.spec import Base
 
 Report = Callable[[float, float | None, str], None]  # done, total, message; raises when nobody waits any more
-FileState = tuple[tuple[int, int, int, int], ...]
-
-_EMPTY = "Nothing is loaded now; the process that remains ends in a minute, unless load_adapter needs it."
+How = Literal["cold", "warm", "switched"]
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A resident adapter."""
-
-    name: str  # in the model
-    state: FileState  # of its files when they were read
-    effect: Effect
-    compatibility: Compatibility
 
 
 class Desk:
@@ -60,23 +45,15 @@ class Desk:
         self._config = config
         self._plan = plan
         self._pace = Pace(torch.get_num_threads())
-        self._model: ResidentModel | None = None
-        self._slots: OrderedDict[Path, Slot] = OrderedDict()  # least recently used first
-        self._active: Path | None = None
-        self._base_answers = False  # after a load fell back: without being asked each time
+        self._residents = Residents(config.max_resident_adapters)
 
     @property
     def holds_nothing(self) -> bool:
-        return self._model is None
+        return self._residents.model is None
 
     @property
     def resident(self) -> Resident:
-        return Resident(
-            base_model=self._model.base.name if self._model else None,
-            base_path=str(self._model.base.path) if self._model else None,
-            adapters=[ResidentAdapter(adapter_path=str(path), active=path == self._active) for path in self._slots],
-            memory_bytes=memory_bytes(),
-        )
+        return self._residents.summary
 
     def answer(self, request: Request, report: Report) -> LoadedAdapter | UnloadedAdapter | Generation:
         """Do what is asked.
@@ -96,11 +73,11 @@ class Desk:
 
     def _load(self, request: Load, report: Report) -> LoadedAdapter:
         began = time.monotonic()
-        path = request.adapter_path
-        state = _state(path)
-        slot = self._slots.get(path)
-        if slot is not None and slot.state == state and self._is_resident(request.base):
-            self._activate(path)
+        path, residents = request.adapter_path, self._residents
+        state = file_state(path)
+        slot = residents.slots.get(path)
+        if slot is not None and slot.state == state and residents.is_on(request.base):
+            residents.activate(path)
             return self._loaded(slot, "switched", [], began)
 
         report(0, None, "checking the adapter")
@@ -115,136 +92,88 @@ class Desk:
         try:
             name, effect = self._put_on(model, files)
         except InferenceError as error:
-            self._model = self._model or model
+            if residents.model is None:
+                residents.settle(model)
             return self._fall_back(request.base, verdict, error.message, began, report)
         finally:
-            self._select_active()
-        if model is not self._model:  # a new base, whose adapter has proved itself: the old one goes with all on it
-            self._forget()
-            self._model = model
-            release_memory()
-        if slot is not None and path in self._slots:  # its files have changed since
-            model.remove(self._slots.pop(path).name)
-        self._slots[path] = Slot(name, state, effect, verdict)
-        self._activate(path)
-        return self._loaded(self._slots[path], how, self._evict(), began)
+            residents.select_active()
+        residents.settle(model)  # a new base goes in the old one's place only now that its adapter has proved itself
+        slot = Slot(name, state, effect, verdict)
+        return self._loaded(slot, how, residents.put(path, slot), began)
 
-    def _model_for(self, base: Base, report: Report) -> tuple[ResidentModel, Literal["cold", "warm"]]:
+    def _model_for(self, base: Base, report: Report) -> tuple[ResidentModel, How]:
         """The resident model where it is of this base, else a new one beside it."""
-        if self._model is not None and self._is_resident(base):
-            return self._model, "warm"
+        if self._residents.model is not None and self._residents.is_on(base):
+            return self._residents.model, "warm"
         report(0, None, f"loading {base.name}")
         directory = materialise(base, self._config.base_models_dir, lambda message: report(0, None, message))
         return ResidentModel.load(base, directory, self._plan), "cold"
 
     def _put_on(self, model: ResidentModel, files: AdapterFiles) -> tuple[str, Effect]:
         if files.settings is None or files.weights is None:
-            raise InferenceError("The adapter's files could not be read whole.")  # judged compatible: cannot be
+            raise InferenceError("The adapter's files could not be read whole.")  # judged usable: cannot be
         return model.add(files.settings, tensors_of(files.weights))
 
     def _fall_back(
         self, base: Base, verdict: Compatibility, reason: str, began: float, report: Report
     ) -> LoadedAdapter:
         """What was active stays; where nothing was, the base answers."""
-        if self._model is None:
-            self._model, _ = self._model_for(base, report)
-        if self._active is None:
-            self._base_answers = True
+        residents = self._residents
+        model = residents.model or self._model_for(base, report)[0]
+        residents.settle(model)
+        residents.base_answers = residents.active is None
         log.warning("adapter not loaded", reason=reason)
-        active = (
-            f"{self._active} is still active" if self._active else f"{self._model.base.name} answers without adapter"
+        who = (
+            f"{residents.active} is still active" if residents.active else f"{model.base.name} answers without adapter"
         )
         return LoadedAdapter(
             status="fallback",
-            adapter_path=str(self._active) if self._active else None,
-            base_model=self._model.base.name,
+            adapter_path=str(residents.active) if residents.active else None,
+            base_model=model.base.name,
             verdict=verdict.verdict,
             reason=reason,
             reasons=verdict.reasons,
             resident=self.resident,
             elapsed_s=_since(began),
             memory_bytes=memory_bytes(),
-            next=f"{active}. {_advice(verdict)}".strip(),
+            next=f"{who}. {_advice(verdict)}",
         )
 
-    def _loaded(
-        self, slot: Slot, how: Literal["cold", "warm", "switched"], evicted: list[str], began: float
-    ) -> LoadedAdapter:
-        assert self._model is not None  # noqa: S101 -- there is an adapter on it
+    def _loaded(self, slot: Slot, how: How, evicted: list[Path], began: float) -> LoadedAdapter:
+        resident = self.resident
         return LoadedAdapter(
             status="loaded",
-            adapter_path=str(self._active),
-            base_model=self._model.base.name,
+            adapter_path=str(self._residents.active),
+            base_model=resident.base_model or "",
             verdict=slot.compatibility.verdict,
             reasons=slot.compatibility.reasons,
             effect=slot.effect,
             how=how,
-            evicted=evicted,
-            resident=self.resident,
+            evicted=[str(path) for path in evicted],
+            resident=resident,
             elapsed_s=_since(began),
-            memory_bytes=memory_bytes(),
+            memory_bytes=resident.memory_bytes,
             next="Call generate to use it; compare_with_base=true shows what it changes. unload_adapter takes it off.",
         )
-
-    def _activate(self, path: Path) -> None:
-        assert self._model is not None  # noqa: S101
-        self._slots.move_to_end(path)
-        self._active = path
-        self._select_active()
-        self._base_answers = False
-
-    def _evict(self) -> list[str]:
-        """Take off what was not used for longest, until as many are left as may stay."""
-        evicted = []
-        while len(self._slots) > self._config.max_resident_adapters:
-            path = next(iter(self._slots))
-            self._take_off(path)
-            evicted.append(str(path))
-        return evicted
-
-    def _take_off(self, path: Path) -> None:
-        assert self._model is not None  # noqa: S101
-        self._model.remove(self._slots.pop(path).name)
-        if path == self._active:
-            self._active = None
-        self._select_active()
-
-    def _select_active(self) -> None:
-        if self._model is not None:
-            self._model.select(self._slots[self._active].name if self._active else None)
-
-    def _is_resident(self, base: Base) -> bool:
-        return self._model is not None and self._model.base.fingerprint.same_weights(base.fingerprint)
-
-    def _forget(self) -> None:
-        self._model = None
-        self._slots.clear()
-        self._active = None
-        self._base_answers = False
 
     # -- unload --------------------------------------------------------------------------------------------------------
 
     def _unload(self, request: Unload) -> UnloadedAdapter:
         began, before = time.monotonic(), memory_bytes()
-        path = request.adapter_path or self._active
-        if request.adapter_path is not None and path not in self._slots:
-            raise _not_loaded(request.adapter_path, self.resident)
-        if path is None and self._slots:
-            raise AdapterNotLoaded(
-                f"No adapter is active. In memory: {', '.join(map(str, self._slots))}.",
-                suggestions=["Call unload_adapter(adapter_path=...) with one of these"],
-            )
-        something = self._model is not None
+        residents = self._residents
+        path = request.adapter_path or residents.active
+        if request.adapter_path is not None:
+            residents.require(request.adapter_path)
+        elif path is None and residents.slots:
+            raise residents.not_loaded("No adapter is active, so name the one to unload")
+        something = residents.model is not None
         if path is not None:
-            self._take_off(path)
-        base_unloaded = something and not self._slots
+            residents.take_off(path)
+        base_unloaded = something and not residents.slots
         if base_unloaded:
-            self._forget()
+            residents.forget()
             release_memory()
         after = memory_bytes()
-        left = (
-            f"Still in memory: {', '.join(map(str, self._slots))}; load_adapter switches to it." if self._slots else ""
-        )
         return UnloadedAdapter(
             status="unloaded" if something else "nothing_loaded",
             adapter_path=str(path) if path else None,
@@ -253,7 +182,7 @@ class Desk:
             memory_before_bytes=before,
             memory_after_bytes=after,
             elapsed_s=_since(began),
-            next=left or _EMPTY if something else "Nothing was loaded. Call load_adapter to use an adapter.",
+            next=_what_is_left(residents, something),
         )
 
     # -- generate ------------------------------------------------------------------------------------------------------
@@ -266,8 +195,9 @@ class Desk:
         both = wanted.compare_with_base and path is not None
         total = wanted.max_new_tokens * (2 if both else 1)
 
-        def write(adapter: str | None, before: int, who: str) -> Completion:
+        def write(adapter: str | None, before: int) -> Completion:
             model.select(adapter)
+            who = "adapter" if adapter else "base"
             return complete(
                 model,
                 prompt,
@@ -277,13 +207,14 @@ class Desk:
             )
 
         try:
-            text = write(self._slots[path].name, 0, "adapter") if path else write(None, 0, "base")
-            seconds = time.monotonic() - began
-            base_text = write(None, text.tokens, "base").text if both else None
+            writing_since = time.monotonic()
+            text = write(self._residents.slots[path].name if path else None, 0)
+            seconds = time.monotonic() - writing_since
+            base_text = write(None, text.tokens).text if both else None
         finally:
-            self._select_active()
+            self._residents.select_active()
         if path is not None:
-            self._slots.move_to_end(path)
+            self._residents.touch(path)
         return Generation(
             text=text.text,
             base_text=text.text if wanted.compare_with_base and path is None else base_text,
@@ -302,18 +233,29 @@ class Desk:
 
     def _who_answers(self, request: Generate, report: Report) -> tuple[ResidentModel, Path | None]:
         """(the model, the adapter's path; None: the base alone)."""
+        residents = self._residents
         if request.without_adapter is not None:
-            if self._model is None:
-                self._model, _ = self._model_for(request.without_adapter, report)
-            return self._model, None
-        if self._model is not None:
-            if request.adapter_path is not None:
-                if request.adapter_path not in self._slots:
-                    raise _not_loaded(request.adapter_path, self.resident)
-                return self._model, request.adapter_path
-            if self._active is not None or self._base_answers:
-                return self._model, self._active
-        raise _not_loaded(request.adapter_path, self.resident)
+            if residents.model is None:
+                residents.settle(self._model_for(request.without_adapter, report)[0])
+            path = None
+        elif request.adapter_path is not None:
+            residents.require(request.adapter_path)
+            path = request.adapter_path
+        else:
+            path = residents.active
+            if path is None and not residents.base_answers:
+                raise residents.not_loaded("No adapter is active")
+        if residents.model is None:
+            raise residents.not_loaded("Nothing is loaded")
+        return residents.model, path
+
+
+def _what_is_left(residents: Residents, something: bool) -> str:
+    if residents.slots:
+        return f"Still in memory: {', '.join(map(str, residents.slots))}; load_adapter switches to it."
+    if something:
+        return "Nothing is loaded now; the process that remains ends in a minute, unless load_adapter needs it."
+    return "Nothing was loaded. Call load_adapter to use an adapter."
 
 
 def _why(verdict: Compatibility) -> str:
@@ -330,31 +272,6 @@ def _advice(verdict: Compatibility) -> str:
         return "Name the base that it was trained on as base_model, or insist with accept_unproven_base=true."
     fixes = [reason.fix for reason in verdict.reasons if reason.fix and reason.severity == "error"]
     return f"{fixes[0].rstrip('.')}." if fixes else "Call verify_adapter_compatibility to see every reason."
-
-
-def _not_loaded(path: Path | None, resident: Resident) -> AdapterNotLoaded:
-    there = ", ".join(adapter.adapter_path for adapter in resident.adapters)
-    what = f"{path} is not in memory" if path else "No adapter is active"
-    return AdapterNotLoaded(
-        f"{what}. In memory: {there or 'none'}.",
-        suggestions=[
-            f"Call load_adapter(adapter_path={str(path) if path else '...'!r}) first",
-            "Or pass use_base=true to have the base answer without an adapter",
-        ],
-        details={"resident": [adapter.adapter_path for adapter in resident.adapters]},
-    )
-
-
-def _state(directory: Path) -> FileState:
-    """What changes when the adapter's files do. Taken before they are read."""
-    states = []
-    for name in (CONFIG, WEIGHTS):
-        try:
-            stat = (directory / name).lstat()
-        except OSError:
-            continue
-        states.append((stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
-    return tuple(states)
 
 
 def _since(began: float) -> float:
