@@ -110,8 +110,8 @@ def make_manifest(
     )
 
 
-def record_base(directory: Path, base: Base) -> Path:
+def record_base(directory: Path, base: Base, adapter_id: str = "adapter-01") -> Path:
     """Put a manifest beside an adapter: trained on this base, its files as they are now."""
     files = {name: sha256_of(directory / name) for name in (CONFIG, WEIGHTS)}
-    write_manifest(directory, make_manifest("adapter-01", base=base, files=files))
+    write_manifest(directory, make_manifest(adapter_id, base=base, files=files))
     return directory

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from anyio.to_thread import run_sync
@@ -94,7 +95,7 @@ class InferenceService:
             AdapterNotFound, InvalidArgument, BaseModelError, HeaderError: as `verify`.
             InferenceError: no memory for it, or the host died.
         """
-        request = await run_sync(self._load_request, adapter_path, base_model, accept_unproven_base)
+        request = await run_sync(partial(self._load_request, adapter_path, base_model, insist=accept_unproven_base))
         return await self._host.ask(request, LoadedAdapter, report)
 
     async def unload(self, adapter_path: str | None) -> UnloadedAdapter:
@@ -155,7 +156,7 @@ class InferenceService:
 
     # -- what a request needs ------------------------------------------------------------------------------------------
 
-    def _load_request(self, adapter_path: str, base_model: str | None, insist: bool) -> Load:
+    def _load_request(self, adapter_path: str, base_model: str | None, *, insist: bool) -> Load:
         directory = self._registry.locate(adapter_path)
         base = self._base(directory, base_model)
         if base is None:
