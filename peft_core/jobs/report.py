@@ -33,6 +33,7 @@ def not_started(project_id: str) -> TrainingStatus:
 
 
 def status_of(job: Job, queue_position: int | None, log_path: Path) -> TrainingStatus:
+    adapter = job.adapter_path if job.adapter_path and Path(job.adapter_path).is_dir() else None  # it may be deleted
     request = job.request
     return TrainingStatus(
         job_id=job.job_id,
@@ -51,14 +52,14 @@ def status_of(job: Job, queue_position: int | None, log_path: Path) -> TrainingS
         queue_position=queue_position,
         device=job.device or request.device,
         base_model=request.base.name,
-        adapter_path=job.adapter_path,
+        adapter_path=adapter,
         error=job.error,
         metrics=job.metrics,
         dataset=job.dataset,
         training_data=_training_data(job),
         estimate=request.estimate,
         log_path=str(log_path) if log_path.exists() else None,
-        next=_next(job),
+        next=_next(job, adapter),
     )
 
 
@@ -78,20 +79,15 @@ def _training_data(job: Job) -> str:
     return f"{found.files} files{place} ({languages}), about {found.estimated_tokens} tokens"
 
 
-def _next(job: Job) -> str:
+def _next(job: Job, adapter: str | None) -> str:
     status = f"get_training_status(project_id={job.project_id!r}, job_id={job.job_id!r}"
     match job.status:
         case Status.QUEUED:
             return f"Training goes on without you. Call {status}, wait_s=20) to wait for news."
         case Status.IN_PROGRESS:
             return f"Training goes on without you. Call {status}, wait_s=20) to watch; cancel_training to stop it."
-        case Status.COMPLETED if not _helps(job):
-            return (
-                "The adapter does NOT lower the loss on held-out files: better not use it. Try more data, more epochs, "
-                f"or a lower learning_rate; get_adapter_info(adapter_path={job.project_id!r}) shows all that was measured."
-            )
         case Status.COMPLETED:
-            return f"The adapter is ready. Call get_adapter_info(adapter_path={job.project_id!r}) for all that was measured."
+            return _next_of_completed(job, adapter)
         case Status.CANCELLED | Status.INTERRUPTED:
             return f"Call resume_training(job_id={job.job_id!r}) to go on from its checkpoint, or train_adapter to start anew."
         case _:
@@ -100,6 +96,18 @@ def _next(job: Job) -> str:
             if job.error and job.error.code in RETRYABLE:
                 again = f"call resume_training(job_id={job.job_id!r}) to go on from the last checkpoint, or {again}"
             return f"{advice} Then {again}.".strip()
+
+
+def _next_of_completed(job: Job, adapter: str | None) -> str:
+    if adapter is None:
+        return f"Its adapter was deleted since. Call train_adapter(project_id={job.project_id!r}, ...) for a new one."
+    all_measured = f"get_adapter_info(adapter_path={job.project_id!r}) shows all that was measured."
+    if _helps(job):
+        return f"The adapter is ready. Call load_adapter(adapter_path={job.project_id!r}) to use it; {all_measured}"
+    return (
+        "The adapter does NOT lower the loss on held-out files: better not use it. Try more data, more epochs, or a lower "
+        f"learning_rate; {all_measured}"
+    )
 
 
 def _helps(job: Job) -> bool:

@@ -7,11 +7,14 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+import anyio
 import pytest
 
 from peft_core.bases import resolve
 from peft_core.bases.convert import materialise
 from peft_core.config import Settings
+from peft_core.manager import PEFTManager
+from peft_core.results import Status
 
 
 @pytest.fixture(scope="session")
@@ -40,3 +43,24 @@ def stdlib_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for package in ("json", "email", "html"):
         shutil.copytree(library / package, repository / package, ignore=shutil.ignore_patterns("__pycache__", "test*"))
     return repository
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, converted_bases: Path, stdlib_repository: Path) -> Path:
+    """A data directory with two trained adapters, of the projects 'mail' and 'json'."""
+    data = tmp_path_factory.mktemp("trained")
+    (data / "base_models").symlink_to(converted_bases)
+    config = {"max_steps": 3, "max_length": 128, "batch_size": 2, "held_out_fraction": 0.02}
+    sources = {"mail": stdlib_repository / "email", "json": stdlib_repository / "json"}
+
+    async def train() -> None:
+        manager = PEFTManager(Settings(data_dir=data))
+        for project, source in sources.items():
+            await manager.train_adapter(project, str(source), config)
+        for project in sources:
+            async for status in manager.watch_training(project):
+                last = status
+            assert last.status is Status.COMPLETED, last.error
+
+    anyio.run(train)
+    return data

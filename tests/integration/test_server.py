@@ -16,9 +16,12 @@ import pytest
 from mcp.client import Client
 from mcp.shared.exceptions import MCPError
 
+from peft_core.bases import resolve
 from peft_core.config import Settings
 from server.app import build_server
 from tests.clients import stdio_server, text_of
+from tests.factories import make_base, record_base
+from tests.model_files import write_adapter, write_model
 
 Connect = Callable[[], AbstractAsyncContextManager[Client]]
 
@@ -29,6 +32,11 @@ TOOLS = {
     "resume_training",
     "list_adapters",
     "get_adapter_info",
+    "delete_adapter",
+    "verify_adapter_compatibility",
+    "load_adapter",
+    "unload_adapter",
+    "generate",
 }
 
 
@@ -163,6 +171,29 @@ BAD_INPUT: list[tuple[str, dict[str, Any], list[str]]] = [
     ("resume_training", {"job_id": "nope"}, ["nope"]),
     ("get_adapter_info", {"adapter_path": "nope"}, ["nope", "train_adapter"]),
     ("get_adapter_info", {"adapter_path": "/"}, ["adapter_config.json"]),
+    ("verify_adapter_compatibility", {"adapter_path": "web"}, ["No adapter at 'web'", "train_adapter"]),
+    ("verify_adapter_compatibility", {"adapter_path": __file__}, ["is a file", str(Path(__file__).parent)]),
+    (
+        "verify_adapter_compatibility",
+        {"adapter_path": "ADAPTER", "base_model": "/no/such"},
+        ["base_model = '/no/such'"],
+    ),
+    ("load_adapter", {"adapter_path": "web"}, ["No adapter at 'web'"]),
+    ("load_adapter", {"adapter_path": "ADAPTER"}, ["base_model = None", "Give base_model"]),
+    ("load_adapter", {"adapter_path": "ADAPTER", "base": "x"}, ["base = 'x'", "Did you mean 'base_model'?"]),
+    ("unload_adapter", {"adapter_path": "web"}, ["'web' is not in memory", "load_adapter"]),
+    ("generate", {"prompt": "x"}, ["No adapter is loaded", "load_adapter", "use_base=true"]),
+    ("generate", {}, ["nothing to write from", "prompt, or messages, or prefix with suffix"]),
+    ("generate", {"prompt": "x", "messages": [{"role": "user", "content": "y"}]}, ["exclude each other"]),
+    ("generate", {"prefix": "x"}, ["prefix and suffix belong together"]),
+    ("generate", {"prompt": ""}, ["prompt is empty"]),
+    ("generate", {"messages": [{"role": "robot", "content": "x"}]}, ["messages.0.role = 'robot'", "'system', 'user'"]),
+    ("generate", {"prompt": "x", "max_new_tokens": 0}, ["max_new_tokens = 0", "1 to 4096"]),
+    ("generate", {"prompt": "x", "temperature": 3}, ["temperature = 3", "0 to 2"]),
+    ("generate", {"prompt": "x", "stop": [""]}, ["stop"]),
+    ("generate", {"prompt": "x", "use_base": True, "adapter_path": "web"}, ["use_base = True", "asks for an adapter"]),
+    ("delete_adapter", {"project_id": "web", "adapter_id": "current"}, ["no adapter 'current'", "list_adapters"]),
+    ("delete_adapter", {"project_id": "web"}, ["adapter_id", "required"]),
 ]
 
 
@@ -172,6 +203,8 @@ async def test_bad_input_gets_one_clear_error_and_makes_no_job(
 ) -> None:
     if arguments.get("training_data") == "CODE":
         arguments = {**arguments, "training_data": str(code)}
+    if arguments.get("adapter_path") == "ADAPTER":
+        arguments = {**arguments, "adapter_path": str(write_adapter(code / "adapter"))}
     async with connect() as client:
         result = await client.call_tool(tool, arguments)
         assert result.is_error
@@ -185,6 +218,49 @@ async def test_bad_input_gets_one_clear_error_and_makes_no_job(
         assert status.structured_content is not None
         assert status.structured_content["status"] == "not_started"
     assert not (data_dir / "jobs").exists()
+
+
+async def test_an_adapter_is_judged_in_words_and_in_data(connect: Connect, tmp_path: Path) -> None:
+    base = write_model(tmp_path / "tiny")
+    adapter = record_base(write_adapter(tmp_path / "adapter"), resolve(str(base), Settings()))
+    async with connect() as client:
+        result = await client.call_tool(
+            "verify_adapter_compatibility", {"adapter_path": str(adapter), "base_model": str(base)}
+        )
+        assert result.structured_content is not None
+        assert (result.structured_content["verdict"], result.structured_content["compatible"]) == ("sampled", True)
+        assert text_of(result).startswith(f"SAMPLED: {adapter} with tiny. Call load_adapter")
+        write_model(base, hidden_size=64)
+        (adapter / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
+        result = await client.call_tool(
+            "verify_adapter_compatibility", {"adapter_path": str(adapter), "base_model": str(base)}
+        )
+        assert not result.is_error
+        assert result.structured_content is not None
+        assert result.structured_content["verdict"] == "incompatible"
+        assert {"not_lora", "altered"} <= {reason["code"] for reason in result.structured_content["reasons"]}
+        assert "INCOMPATIBLE" in text_of(result)
+
+
+async def test_an_adapter_s_manifest_and_card_are_a_resource(connect: Connect, data_dir: Path) -> None:
+    lora = data_dir / "projects" / "web" / "lora"
+    record_base(write_adapter(lora / "adapter-01"), make_base())
+    (lora / "adapter-01" / "README.md").write_text("# A card")
+    (lora / "current").symlink_to("adapter-01")
+    async with connect() as client:
+        resource = await client.read_resource("adapter://web")
+        document = json.loads(resource.contents[0].text)  # type: ignore[union-attr]
+        assert document["manifest"]["adapter_id"] == "adapter-01"
+        assert document["card"] == "# A card"
+        with pytest.raises(MCPError, match="No adapter at 'nope'"):
+            await client.read_resource("adapter://nope")
+        listed = await client.call_tool("list_adapters", {})
+        assert listed.structured_content is not None
+        assert listed.structured_content["adapters"][0]["resident"] is False
+        assert listed.structured_content["loaded"]["base_model"] is None
+        deleted = await client.call_tool("delete_adapter", {"project_id": "web", "adapter_id": "adapter-01"})
+        assert "Project 'web' has no adapter left" in text_of(deleted)
+    assert list(lora.iterdir()) == []
 
 
 def test_an_unwritable_data_directory_is_named(tmp_path: Path, code: Path) -> None:
@@ -252,6 +328,7 @@ def test_the_server_imports_nothing_heavy() -> None:
     script = """
 import sys
 from server.app import build_server
+from peft_core.bases import resolve
 from peft_core.config import Settings
 import peft_core.jobs.planning
 build_server(Settings())
