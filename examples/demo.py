@@ -1,7 +1,8 @@
 """`make demo`: the main job, end to end, as an assistant would do it.
 
 Starts the real stdio server, asks it to train on this project's own source, shows the progress that the server streams,
-and prints what was measured. Everything it writes goes to .demo/ beside this project.
+prints what was measured, then loads the adapter and asks it and the base about
+this code, side by side. Everything it writes goes to .demo/ beside this project.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from mcp.client import Client
 from mcp.client.stdio import StdioServerParameters
 from mcp.types import CallToolResult, TextContent
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -26,6 +28,23 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = "peft-mcp-demo"
 # About 100 functions and classes: minutes on two CPU cores, and enough to see it learn. A real run leaves the config out.
 CONFIG = {"max_steps": 24, "held_out_fraction": 0.03, "eval_steps": 12}
+# One in the base's chat form, one as code to go on with, under a path as the training examples have it.
+QUESTIONS: list[dict[str, Any]] = [
+    {
+        "messages": [
+            {
+                "role": "user",
+                "content": "In this project, write a function that raises an error when the rank is larger than 512.",
+            }
+        ],
+        "max_new_tokens": 64,
+    },
+    {
+        "prompt": "# peft_core/manager.py\n\nclass PEFTManager:\n    async def export_adapter(self, adapter_path: str",
+        "max_new_tokens": 64,
+        "stop": ["\n\n"],
+    },
+]
 console = Console()
 
 
@@ -43,10 +62,11 @@ async def main() -> int:
         if started.is_error:
             return 1
         status = await watch(client, started.structured_content or {})
-    if status["status"] != "completed":
-        console.print(f"[red]{status['status']}[/]: {status['error']}")
-        return 1
-    report(status)
+        if status["status"] != "completed":
+            console.print(f"[red]{status['status']}[/]: {status['error']}")
+            return 1
+        report(status)
+        await use(client)
     return 0
 
 
@@ -94,6 +114,23 @@ def report(status: Mapping[str, Any]) -> None:
     facts.add_row("adapter", f"{metrics['adapter_bytes'] / 1e6:.1f} MB")
     console.print(facts)
     console.print(f" {status['adapter_path']}", soft_wrap=True)
+
+
+async def use(client: Client) -> None:
+    """Load the adapter and have it asked about this project's code, beside the base."""
+    loaded = await client.call_tool("load_adapter", {"adapter_path": PROJECT})
+    console.print(f"\n[bold]load_adapter[/] answered:\n{text_of(loaded)}", soft_wrap=True)
+    console.print("\n[bold]generate[/], with and without the adapter (greedy, so the same every time):")
+    for asked in QUESTIONS:
+        answer = await client.call_tool("generate", {**asked, "compare_with_base": True})
+        written = answer.structured_content or {}
+        table = Table(title="\n" + escape(asked.get("prompt") or asked["messages"][0]["content"]), title_justify="left")
+        table.add_column(f"{written['base_model']} alone", ratio=1)
+        table.add_column("with the adapter", ratio=1)
+        table.add_row(escape(written["base_text"].strip()), escape(written["text"].strip()))
+        console.print(table)
+    unloaded = await client.call_tool("unload_adapter", {})
+    console.print(f"\n[bold]unload_adapter[/] answered:\n{text_of(unloaded)}", soft_wrap=True)
 
 
 def text_of(result: CallToolResult) -> str:

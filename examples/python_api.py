@@ -1,4 +1,4 @@
-"""The Python API in ten lines: train on the directory given, print what was measured.
+"""The Python API in a page: train on the directory given, print what was measured, use the adapter.
 
 Five steps show that it works; leave `max_steps` out for a real run.
 """
@@ -11,11 +11,18 @@ from peft_core import PEFTManager
 
 
 async def main(directory: str) -> None:
-    manager = PEFTManager()
-    job = await manager.train_adapter("example", directory, {"max_steps": 5})
-    async for status in manager.watch_training("example", job.job_id):
-        print(f"{status.progress_percent:5.1f} %  {status.status}  step {status.step}  loss {status.loss}")
-    print(status.error or await manager.get_adapter_info("example"))
+    async with PEFTManager() as manager:  # on leaving, the model goes out of memory; trainings go on
+        job = await manager.train_adapter("example", directory, {"max_steps": 5})
+        async for status in manager.watch_training("example", job.job_id):
+            print(f"{status.progress_percent:5.1f} %  {status.status}  step {status.step}  loss {status.loss}")
+        if status.error:
+            sys.exit(status.error.message)
+        print(await manager.get_adapter_info("example"))
+
+        loaded = await manager.load_adapter("example")
+        print(f"{loaded.status} on {loaded.base_model}: {loaded.reason or loaded.effect}")
+        answer = await manager.generate({"prompt": "def main(", "max_new_tokens": 40, "compare_with_base": True})
+        print(f"--- with the adapter\n{answer.text}\n--- the base alone\n{answer.base_text}")
 
 
 if __name__ == "__main__":

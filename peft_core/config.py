@@ -29,8 +29,8 @@ class Settings(BaseSettings):
     load_during_training: Annotated[
         Literal["if_it_fits", "never", "always"],
         Field(
-            description="Whether a model may be loaded beside a training: when memory suffices for both, not at all, or "
-            "without looking at memory."
+            description="Loading a model while a training runs: 'if_it_fits', when memory suffices for both; 'never'; "
+            "'always', without looking at memory."
         ),
     ] = "if_it_fits"
     log_level: Annotated[

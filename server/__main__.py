@@ -22,7 +22,7 @@ def settings_help() -> str:
     lines = ["settings (environment variables):"]
     for name, field in Settings.model_fields.items():
         default = field.default if field.default is not None else "unset"
-        lines.append(f"  CODEBASE_GARDENER_{name.upper():<20} {field.description or ''} Default: {default}.")
+        lines.append(f"  CODEBASE_GARDENER_{name.upper():<22} {field.description or ''} Default: {default}.")
     return "\n".join(lines)
 
 

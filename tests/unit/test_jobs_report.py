@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from peft_core.jobs.report import headline, in_words, not_started, status_of
@@ -49,6 +51,15 @@ def test_every_status_says_what_to_call_next(status: Status, tmp_path) -> None:
     assert "(" in shown.next
     assert "web" in shown.next or "20260101-000000-abcdef" in shown.next
     assert headline(shown)
+
+
+def test_an_adapter_that_was_deleted_since_is_not_named(tmp_path: Path) -> None:
+    job = make_job(status=Status.COMPLETED, adapter_path=str(tmp_path))
+    assert "load_adapter" in status_of(job, None, tmp_path / "train.log").next
+    job = make_job(status=Status.COMPLETED, adapter_path=str(tmp_path / "gone"))
+    shown = status_of(job, None, tmp_path / "train.log")
+    assert shown.adapter_path is None
+    assert "deleted" in shown.next
 
 
 def test_a_completed_job_tells_base_against_adapter(tmp_path) -> None:
