@@ -6,7 +6,15 @@ from mcp.types import CallToolResult, TextContent
 from pydantic import BaseModel
 
 from peft_core.jobs.report import headline
-from peft_core.results import Compatibility, Generation, LoadedAdapter, TrainingStatus, UnloadedAdapter
+from peft_core.results import Compatibility, Generation, LoadedAdapter, TrainingStatus, UnloadedAdapter, Verdict
+
+VERDICTS = {
+    Verdict.EXACT: "the very weights it was trained on",
+    Verdict.SAMPLED: "samples of every tensor of the base are those it was trained on",
+    Verdict.SAME_FAMILY: "the base it was trained on, in another number format",
+    Verdict.SHAPE_ONLY: "it fits, and nothing proves that it belongs",
+    Verdict.INCOMPATIBLE: "it must not be loaded",
+}
 
 
 def answer(result: BaseModel, line: str) -> CallToolResult:
@@ -25,7 +33,10 @@ def compatibility_answer(found: Compatibility) -> CallToolResult:
     why = "".join(f" {reason.message}" for reason in graver[:3])
     more = f" ({len(graver) - 3} more reasons below.)" if len(graver) > 3 else ""
     base = found.base_model or "an unknown base"
-    return answer(found, f"{found.verdict.upper()}: {found.adapter_path} with {base}.{why}{more} {found.next}")
+    meaning = VERDICTS[found.verdict]
+    return answer(
+        found, f"{found.verdict.upper()} ({meaning}): {found.adapter_path} with {base}.{why}{more} {found.next}"
+    )
 
 
 def loaded_answer(loaded: LoadedAdapter) -> CallToolResult:

@@ -229,7 +229,8 @@ async def test_an_adapter_is_judged_in_words_and_in_data(connect: Connect, tmp_p
         )
         assert result.structured_content is not None
         assert (result.structured_content["verdict"], result.structured_content["compatible"]) == ("sampled", True)
-        assert text_of(result).startswith(f"SAMPLED: {adapter} with tiny. Call load_adapter")
+        assert text_of(result).startswith("SAMPLED (samples of every tensor")
+        assert f": {adapter} with tiny. Call load_adapter" in text_of(result)
         write_model(base, hidden_size=64)
         (adapter / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
         result = await client.call_tool(
