@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -80,11 +81,12 @@ class InferenceHost:
         return self._obituary
 
     async def ask(self, request: Request, answer_type: type[AnswerT], report: Report | None = None) -> AnswerT:
-        """One request, in its turn; starts the host if there is none.
+        """One request, in its turn; starts the host if there is none. `elapsed_s` of the answer is what the caller waited.
 
         Raises:
             ModelError: the host refused, with its own code; or it died (`host_died`), and with it all that was loaded.
         """
+        began = time.monotonic()
         if report is not None and self._turn.locked():
             await report(0, None, "waiting for another call to the model")
         async with self._turn:
@@ -99,7 +101,7 @@ class InferenceHost:
                     await self._start()
                     reply = await self._exchange(Ask(id=self._last_id, request=request), report)
                     code = await self._exit_code() if reply is None else None
-            except anyio.get_cancelled_exc_class():
+            except BaseException:  # cancelled, mostly: whatever it is, nobody waits any more
                 with anyio.CancelScope(shield=True):
                     await self._send(Cancel(id=self._last_id))
                 raise
@@ -108,7 +110,8 @@ class InferenceHost:
             self._resident = reply.resident
             if isinstance(reply, Failed):
                 raise _error(reply)
-            return answer_type.model_validate(reply.answer)
+            waited = round(time.monotonic() - began, 3)
+            return answer_type.model_validate({**reply.answer, "elapsed_s": waited})
 
     async def aclose(self) -> None:
         """End the host. It has nothing to save."""
@@ -122,18 +125,26 @@ class InferenceHost:
             await process.aclose()
 
     async def _start(self) -> bool:
+        """True when there was no host."""
         if self._process is not None:
             return False
-        self._log_path.parent.mkdir(parents=True, exist_ok=True)
-        with self._log_path.open("ab") as log_file:
-            self._process = await anyio.open_process(
-                [*HOST, self._config.model_dump_json()],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log_file,
-                cwd=self._log_path.parent,
-                env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            )
+        try:
+            self._log_path.parent.mkdir(parents=True, exist_ok=True)
+            with self._log_path.open("ab") as log_file, anyio.CancelScope(shield=True):  # no host that nobody knows of
+                self._process = await anyio.open_process(
+                    [*HOST, self._config.model_dump_json()],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log_file,
+                    cwd=self._log_path.parent,
+                    env={**os.environ, "HF_HUB_OFFLINE": "1"},
+                )
+        except OSError as error:
+            raise InferenceError(
+                f"The inference process cannot be started: {error.strerror or error} ({error.filename or HOST[0]}).",
+                code="host_start",
+                suggestions=["Check that CODEBASE_GARDENER_DATA_DIR is writable and that the machine has memory left"],
+            ) from error
         assert self._process.stdout is not None  # noqa: S101 -- asked for as a pipe
         self._lines = BufferedByteReceiveStream(self._process.stdout)
         self._resident, self._obituary = Resident(), None

@@ -215,6 +215,14 @@ async def test_a_cancelled_answer_stops_at_once_and_the_next_is_not_confused(
     assert [adapter.active for adapter in (await manager.list_adapters()).loaded.adapters] == [True]
 
 
+async def test_a_host_that_cannot_be_started_says_what_to_check(tmp_path: Path, adapters: list[str], base: str) -> None:
+    (tmp_path / "logs").write_text("in the way")
+    async with PEFTManager(Settings(data_dir=tmp_path)) as manager:
+        with pytest.raises(InferenceError, match="CODEBASE_GARDENER_DATA_DIR") as caught:
+            await manager.load_adapter(adapters[0], base)
+    assert caught.value.code == "host_start"
+
+
 async def test_who_waits_for_its_turn_is_told(manager: PEFTManager, adapters: list[str], base: str) -> None:
     await manager.load_adapter(adapters[0], base)
     heard: list[str] = []
