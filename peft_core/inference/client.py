@@ -145,6 +145,7 @@ class InferenceHost:
                 code="host_start",
                 suggestions=["Check that CODEBASE_GARDENER_DATA_DIR is writable and that the machine has memory left"],
             ) from error
+        assert self._process is not None  # noqa: S101 -- mypy believes that the shield may swallow what failed
         assert self._process.stdout is not None  # noqa: S101 -- asked for as a pipe
         self._lines = BufferedByteReceiveStream(self._process.stdout)
         self._resident, self._obituary = Resident(), None
