@@ -6,7 +6,15 @@ from mcp.types import CallToolResult, TextContent
 from pydantic import BaseModel
 
 from peft_core.jobs.report import headline
-from peft_core.results import Compatibility, Generation, LoadedAdapter, TrainingStatus, UnloadedAdapter, Verdict
+from peft_core.results import (
+    AdapterList,
+    Compatibility,
+    Generation,
+    LoadedAdapter,
+    TrainingStatus,
+    UnloadedAdapter,
+    Verdict,
+)
 
 VERDICTS = {
     Verdict.EXACT: "the very weights it was trained on",
@@ -26,6 +34,18 @@ def answer(result: BaseModel, line: str) -> CallToolResult:
         ],
         structured_content=result.model_dump(mode="json"),
     )
+
+
+def adapters_answer(found: AdapterList) -> CallToolResult:
+    count = f"{len(found.adapters)} adapter{'s'[: len(found.adapters) != 1]}"
+    loaded = found.loaded
+    held = ", ".join(f"{adapter.adapter_path}{' (active)' * adapter.active}" for adapter in loaded.adapters)
+    memory = (
+        f" In memory: {loaded.base_model} with {held or 'no adapter'}, {loaded.memory_bytes / 1e6:.0f} MB."
+        if loaded.base_model
+        else ""
+    )
+    return answer(found, f"{count}.{memory} {found.next}")
 
 
 def compatibility_answer(found: Compatibility) -> CallToolResult:

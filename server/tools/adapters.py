@@ -12,7 +12,7 @@ from peft_core.adapters.info import AdapterInfo
 from peft_core.manager import PEFTManager
 from peft_core.results import AdapterList, DeletedAdapter
 from peft_core.spec import ProjectId
-from server.answers import answer
+from server.answers import adapters_answer, answer
 from server.tools import make_tool
 
 AdapterPath = Annotated[
@@ -25,10 +25,10 @@ async def list_adapters(
     project_id: Annotated[ProjectId | None, Field(description="Only this project's. Null: all.")] = None,
 ) -> Annotated[CallToolResult, AdapterList]:
     """The adapters trained on this machine, newest first: base, held-out perplexity of base and adapter, size, path. Each
-    project has one current adapter, the one its project id stands for; earlier ones stay.
+    project has one current adapter, the one its project id stands for; earlier ones stay. Says which are in memory now.
     """
     found = await ctx.request_context.lifespan_context.list_adapters(project_id)
-    return answer(found, f"{len(found.adapters)} adapter{'s'[: len(found.adapters) != 1]}. {found.next}")
+    return adapters_answer(found)
 
 
 async def get_adapter_info(
