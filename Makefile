@@ -23,6 +23,7 @@ lint: $(READY)
 benchmark: $(READY)  ## against peers, as ratios within one run
 	$(BIN)/python benchmarks/server_start.py
 	$(BIN)/python benchmarks/training_speed.py
+	$(BIN)/python benchmarks/inference.py
 
 # torch comes first and alone: what depends on it would otherwise choose a build of its own.
 $(READY): pyproject.toml constraints.txt
