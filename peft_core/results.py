@@ -227,8 +227,8 @@ class Generation(Frozen):
     prompt_tokens: int
     completion_tokens: int
     finish_reason: Literal["stop", "length"]
-    elapsed_s: float
-    tokens_per_second: float
+    elapsed_s: float = Field(description="Of the whole call, waiting for its turn included.")
+    tokens_per_second: float = Field(description="Of text, reading the prompt included, base_text not.")
 
 
 class DeletedAdapter(Frozen):

@@ -46,6 +46,7 @@ class ResidentModel:
     base_logits_TV: torch.Tensor  # of the probe
     _wrapped: Any = None  # a PeftModel while there is an adapter; its methods carry no types
     _adapters: set[str] = field(default_factory=set)
+    _selected: tuple[str | None] | None = None  # what PEFT is set to; None: not known
 
     @classmethod
     def load(cls, base: Base, directory: Path, plan: DevicePlan) -> ResidentModel:
@@ -79,6 +80,7 @@ class ResidentModel:
             InferenceError: it has no effect, an incomplete one, or one that is not a number.
         """
         name = next(_names)
+        self._selected = None
         config = self._peft_config(settings)
         try:
             if self._wrapped is None:
@@ -102,17 +104,22 @@ class ResidentModel:
 
     def select(self, name: str | None) -> None:
         """Answer with this adapter from here on; None: with the base alone."""
-        if self._wrapped is None:
+        if self._wrapped is None or self._selected == (name,):
             return
+        perhaps_off = self._selected in (None, (None,))
+        self._selected = None  # not known, should one of these fail: each walks through all layers
         if name is None:
             self._wrapped.base_model.disable_adapter_layers()
-            return
-        self._wrapped.base_model.enable_adapter_layers()
-        self._wrapped.set_adapter(name, inference_mode=True)  # else it would ask for gradients
+        else:
+            if perhaps_off:
+                self._wrapped.base_model.enable_adapter_layers()
+            self._wrapped.set_adapter(name, inference_mode=True)  # else it would ask for gradients
+        self._selected = (name,)
 
     def remove(self, name: str) -> None:
         """Take an adapter off; afterwards none is selected."""
         self._adapters.discard(name)
+        self._selected = None
         if self._wrapped is None:
             return
         if self._adapters:
