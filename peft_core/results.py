@@ -207,6 +207,19 @@ class UnloadedAdapter(Frozen):
     next: str = ""
 
 
+def nothing_was_loaded(memory_bytes: int) -> UnloadedAdapter:
+    return UnloadedAdapter(
+        status="nothing_loaded",
+        adapter_path=None,
+        base_unloaded=False,
+        resident=Resident(memory_bytes=memory_bytes),
+        memory_before_bytes=memory_bytes,
+        memory_after_bytes=memory_bytes,
+        elapsed_s=0.0,
+        next="Nothing was loaded. Call load_adapter to use an adapter.",
+    )
+
+
 class GenerationSettings(Frozen):
     """What was applied, defaults filled in."""
 

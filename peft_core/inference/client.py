@@ -1,7 +1,8 @@
 """This process's end of the inference host: start it, ask it, notice its death.
 
 A call talks to the host from the task that makes it; nothing runs in the background. Calls take turns. One that is
-cancelled tells the host so and leaves; what the host still says about it is skipped by the next one.
+cancelled tells the host so and leaves; what the host still says about it is skipped by the next one. Only the call whose
+turn it is changes anything here: whoever else looks, from another task or thread, only reads.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +23,7 @@ from anyio.abc import Process
 from anyio.streams.buffered import BufferedByteReceiveStream
 from pydantic import BaseModel
 
-from peft_core.errors import InferenceError, ModelError
+from peft_core.errors import AdapterNotLoaded, InferenceError
 from peft_core.inference.protocol import (
     FROM_HOST,
     IDLE_EXIT,
@@ -29,19 +31,36 @@ from peft_core.inference.protocol import (
     Ask,
     Cancel,
     Failed,
+    Generate,
     HostConfig,
+    Load,
     Progress,
     Request,
 )
 from peft_core.results import Resident
 
 HOST = [sys.executable, "-P", "-m", "peft_core.inference.host"]  # -P: the working directory is no place for modules
-MAX_LINE = 16 << 20
+MAX_LINE = 64 << 20
 GRACE_S = 1.0
 TAIL_BYTES = 2000
+MAX_LOG_BYTES = 4 << 20
 
 Report = Callable[[float, float | None, str], Awaitable[None]]  # done, total, message
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
+
+
+@dataclass
+class _Host:
+    """A host process, and what it has said of itself."""
+
+    process: Process
+    lines: BufferedByteReceiveStream
+    log_start: int  # where in the log file its words begin
+    resident: Resident
+
+    @property
+    def ended(self) -> bool:
+        return self.process.returncode is not None
 
 
 class InferenceHost:
@@ -51,178 +70,185 @@ class InferenceHost:
         self._config = config
         self._log_path = log_path
         self._turn = anyio.Lock()
-        self._process: Process | None = None
-        self._lines: BufferedByteReceiveStream | None = None
+        self._host: _Host | None = None
         self._last_id = 0
-        self._resident = Resident()
-        self._obituary: str | None = None
+        self._closed = False
+        self._obituary: str | None = None  # of the last host that was lost with something in memory
 
     @property
     def resident(self) -> Resident:
         """What the host holds in memory, as far as it has said; nothing when it does not run."""
-        self._notice_death()
-        return self._resident
+        host = self._host
+        return Resident() if host is None or host.ended else host.resident
 
     @property
     def pid(self) -> int | None:
         """Of the host, where one runs."""
-        self._notice_death()
-        return self._process.pid if self._process is not None else None
-
-    @property
-    def runs(self) -> bool:
-        self._notice_death()
-        return self._process is not None
-
-    @property
-    def obituary(self) -> str | None:
-        """How the last host ended, if it did and none was started since. For errors that say that nothing is loaded."""
-        self._notice_death()
-        return self._obituary
+        host = self._host
+        return None if host is None or host.ended else host.process.pid
 
     async def ask(self, request: Request, answer_type: type[AnswerT], report: Report | None = None) -> AnswerT:
-        """One request, in its turn; starts the host if there is none. `elapsed_s` of the answer is what the caller waited.
+        """One request, in its turn. `elapsed_s` of the answer is what the caller waited.
+
+        Starts a host where there is none and the request can do with an empty one.
 
         Raises:
+            AdapterNotLoaded: there is no host, and so nothing that the request asks for.
             ModelError: the host refused, with its own code; or it died (`host_died`), and with it all that was loaded.
         """
         began = time.monotonic()
         if report is not None and self._turn.locked():
             await report(0, None, "waiting for another call to the model")
         async with self._turn:
-            self._notice_death()
-            started = await self._start()
-            self._last_id += 1
-            try:
-                reply = await self._exchange(Ask(id=self._last_id, request=request), report)
-                code = await self._exit_code() if reply is None else None
-                if code == IDLE_EXIT and not started:
-                    # It had just gone to sleep: nothing was begun.
-                    await self._start()
-                    reply = await self._exchange(Ask(id=self._last_id, request=request), report)
-                    code = await self._exit_code() if reply is None else None
-            except BaseException:  # cancelled, mostly: whatever it is, nobody waits any more
-                with anyio.CancelScope(shield=True):
-                    await self._send(Cancel(id=self._last_id))
-                raise
+            host = await self._ready(request, report)
+            reply = await self._exchange(host, request, report)
+            if reply is None and await _exit_code(host) == IDLE_EXIT:
+                # It had just gone to sleep: nothing was begun.
+                host = await self._ready(request, report)
+                reply = await self._exchange(host, request, report)
             if reply is None:
-                raise self._death(request, code)
-            self._resident = reply.resident
+                raise await self._death(host, request)
+            host.resident = reply.resident
             if isinstance(reply, Failed):
-                raise _error(reply)
+                problem = reply.problem
+                raise InferenceError(problem.message, code=problem.code, suggestions=problem.suggestions)
+            self._obituary = None
             waited = round(time.monotonic() - began, 3)
             return answer_type.model_validate({**reply.answer, "elapsed_s": waited})
 
-    async def aclose(self) -> None:
-        """End the host. It has nothing to save."""
-        process, self._process = self._process, None
-        self._resident = Resident()
-        if process is None:
-            return
-        with anyio.CancelScope(shield=True):
-            with suppress(ProcessLookupError):
-                process.kill()
-            await process.aclose()
+    def nothing_loaded(self, what: str = "No adapter is loaded") -> AdapterNotLoaded:
+        """The error of a request that needs what is not there; says how it was lost."""
+        host = self._host
+        lost = self._words_on(host) if host is not None and host.ended else self._obituary
+        return AdapterNotLoaded(
+            f"{what}.{f' {lost}: what it held is gone.' if lost else ''}",
+            suggestions=[
+                "Call load_adapter(adapter_path=...) first; list_adapters shows what there is",
+                "Or call generate with use_base=true to have the base answer without an adapter",
+            ],
+        )
 
-    async def _start(self) -> bool:
-        """True when there was no host."""
-        if self._process is not None:
-            return False
+    async def aclose(self) -> None:
+        """End the host, which has nothing to save. No other is started afterwards."""
+        self._closed = True
+        host, self._host = self._host, None
+        if host is not None:
+            with anyio.CancelScope(shield=True):
+                with suppress(ProcessLookupError):
+                    host.process.kill()
+                await host.process.aclose()
+
+    async def _ready(self, request: Request, report: Report | None) -> _Host:
+        """The host that runs, or a fresh one."""
+        if self._closed:
+            raise InferenceError("The manager is closed.", code="closed")
+        if self._host is not None:
+            if not self._host.ended:
+                return self._host
+            self._obituary = self._words_on(self._host) or self._obituary
+            await self._host.process.aclose()
+            self._host = None
+        if not (isinstance(request, Load) or (isinstance(request, Generate) and request.without_adapter)):
+            raise self.nothing_loaded()
+        if report is not None:
+            await report(0, None, "starting the inference process")
+        self._host = await self._start()
+        return self._host
+
+    async def _start(self) -> _Host:
         try:
             self._log_path.parent.mkdir(parents=True, exist_ok=True)
-            with self._log_path.open("ab") as log_file, anyio.CancelScope(shield=True):  # no host that nobody knows of
-                self._process = await anyio.open_process(
+            if self._log_path.exists() and self._log_path.stat().st_size > MAX_LOG_BYTES:
+                self._log_path.replace(self._log_path.with_suffix(".old.log"))
+            with self._log_path.open("ab") as log, anyio.CancelScope(shield=True):  # no host that nobody knows of
+                process = await anyio.open_process(
                     [*HOST, self._config.model_dump_json()],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
-                    stderr=log_file,
+                    stderr=log,
                     cwd=self._log_path.parent,
                     env={**os.environ, "HF_HUB_OFFLINE": "1"},
                 )
+                assert process.stdout is not None  # noqa: S101 -- asked for as a pipe
+                return _Host(process, BufferedByteReceiveStream(process.stdout), log.tell(), Resident())
         except OSError as error:
             raise InferenceError(
                 f"The inference process cannot be started: {error.strerror or error} ({error.filename or HOST[0]}).",
                 code="host_start",
                 suggestions=["Check that CODEBASE_GARDENER_DATA_DIR is writable and that the machine has memory left"],
             ) from error
-        assert self._process is not None  # noqa: S101 -- mypy believes that the shield may swallow what failed
-        assert self._process.stdout is not None  # noqa: S101 -- asked for as a pipe
-        self._lines = BufferedByteReceiveStream(self._process.stdout)
-        self._resident, self._obituary = Resident(), None
-        return True
+        raise AssertionError("the shield lets nothing through")
 
-    async def _exchange(self, ask: Ask, report: Report | None) -> Answered | Failed | None:
+    async def _exchange(self, host: _Host, request: Request, report: Report | None) -> Answered | Failed | None:
         """Send and follow until the answer; None when the host ends before."""
-        await self._send(ask)
-        while True:
-            reply = await self._receive()
-            if reply is None or (reply.id == ask.id and not isinstance(reply, Progress)):
-                return reply
-            if isinstance(reply, Progress):
-                if reply.id == ask.id and report is not None:
-                    await report(reply.done, reply.total, reply.message)
-            else:
-                self._resident = reply.resident  # of a call that nobody waited for
-
-    async def _send(self, said: Ask | Cancel) -> None:
-        if self._process is None or self._process.stdin is None:
-            return
-        with suppress(
-            anyio.BrokenResourceError, anyio.ClosedResourceError
-        ):  # dead: the answer will not come, and tells
-            await self._process.stdin.send(said.model_dump_json().encode() + b"\n")
-
-    async def _receive(self) -> Progress | Answered | Failed | None:
-        assert self._lines is not None  # noqa: S101 -- there is a process
+        self._last_id += 1
+        number = self._last_id
         try:
-            line = await self._lines.receive_until(b"\n", MAX_LINE)
-        except (anyio.IncompleteRead, anyio.EndOfStream, anyio.BrokenResourceError):
-            return None
-        return FROM_HOST.validate_json(line)
+            await _send(host, Ask(id=number, request=request))
+            while True:
+                reply = await _receive(host)
+                if reply is None or (reply.id == number and not isinstance(reply, Progress)):
+                    return reply
+                if not isinstance(reply, Progress):
+                    host.resident = reply.resident  # of a call that nobody waited for
+                elif reply.id == number and report is not None:
+                    await report(reply.done, reply.total, reply.message)
+        except BaseException:  # cancelled, mostly: whatever it is, nobody waits any more
+            with anyio.CancelScope(shield=True):
+                await _send(host, Cancel(id=number))
+            raise
 
-    async def _exit_code(self) -> int:
-        """Of a host that has closed its output."""
-        assert self._process is not None  # noqa: S101 -- it was asked
-        with anyio.move_on_after(GRACE_S):
-            await self._process.wait()
-        if self._process.returncode is None:
-            self._process.kill()
-        code = await self._process.wait()
-        self._notice_death()
-        return code
-
-    def _death(self, request: Request, code: int | None) -> InferenceError:
-        how = "it closed its output" if code is None else how_it_ended(code)
-        last = f" Its last words: {words}" if code is not None and code > 0 and (words := self._last_words()) else ""
+    async def _death(self, host: _Host, request: Request) -> InferenceError:
+        code = await _exit_code(host)
+        last = f" Its last words: {words}" if code > 0 and (words := self._last_words(host)) else ""
         return InferenceError(
-            f"The inference process died during this call ({request.kind}): {how}.{last} Nothing is loaded now.",
+            f"The inference process died during this call ({request.kind}): {how_it_ended(code)}.{last} "
+            "Nothing is loaded now.",
             code="host_died",
-            suggestions=[
-                "Call load_adapter again: a fresh process starts",
-                f"The log is {self._log_path}",
-            ],
+            suggestions=["Call load_adapter again: a fresh process starts", f"The log is {self._log_path}"],
             details={"exit_code": code, "log_path": str(self._log_path)},
         )
 
-    def _notice_death(self) -> None:
-        if self._process is None or self._process.returncode is None:
-            return
-        code = self._process.returncode
-        lost = bool(self._resident.base_model)
-        self._process, self._lines, self._resident = None, None, Resident()
-        if lost:
-            self._obituary = (
-                f"The inference process was ended after {self._config.idle_s:g} s without a call"
-                if code == IDLE_EXIT
-                else f"The inference process died ({how_it_ended(code)})"
-            )
+    def _words_on(self, host: _Host) -> str | None:
+        """How it ended; None where nothing was lost by it."""
+        if host.resident.base_model is None or host.process.returncode is None:
+            return None
+        if host.process.returncode == IDLE_EXIT:
+            return f"The inference process was ended after {self._config.idle_s:g} s without a call"
+        return f"The inference process died ({how_it_ended(host.process.returncode)})"
 
-    def _last_words(self) -> str:
+    def _last_words(self, host: _Host) -> str:
         try:
-            tail = self._log_path.read_bytes()[-TAIL_BYTES:].decode("utf-8", "replace").strip()
+            with self._log_path.open("rb") as log:
+                end = log.seek(0, os.SEEK_END)
+                log.seek(max(min(host.log_start, end), end - TAIL_BYTES))
+                tail = log.read().decode("utf-8", "replace").strip()
         except OSError:
             return ""
         return tail.splitlines()[-1][:300] if tail else ""
+
+
+async def _send(host: _Host, said: Ask | Cancel) -> None:
+    assert host.process.stdin is not None  # noqa: S101 -- asked for as a pipe
+    with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):  # dead: no answer will come, and that tells
+        await host.process.stdin.send(said.model_dump_json().encode() + b"\n")
+
+
+async def _receive(host: _Host) -> Progress | Answered | Failed | None:
+    try:
+        line = await host.lines.receive_until(b"\n", MAX_LINE)
+    except (anyio.IncompleteRead, anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
+        return None
+    return FROM_HOST.validate_json(line)
+
+
+async def _exit_code(host: _Host) -> int:
+    """Of a host that has closed its output."""
+    with anyio.move_on_after(GRACE_S):
+        return await host.process.wait()
+    with suppress(ProcessLookupError):
+        host.process.kill()
+    return await host.process.wait()
 
 
 def how_it_ended(code: int) -> str:
@@ -234,8 +260,3 @@ def how_it_ended(code: int) -> str:
     except ValueError:
         name = f"signal {-code}"
     return f"killed by {name}" + (", perhaps because memory ran out" if code == -signal.SIGKILL else "")
-
-
-def _error(reply: Failed) -> ModelError:
-    problem = reply.problem
-    return InferenceError(problem.message, code=problem.code, suggestions=problem.suggestions)

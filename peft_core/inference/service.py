@@ -6,6 +6,7 @@ What only reads headers happens here; what computes, in the host.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -27,8 +28,11 @@ from peft_core.results import (
     LoadedAdapter,
     Resident,
     UnloadedAdapter,
+    nothing_was_loaded,
 )
 from peft_core.spec import Base, GenerationRequest
+
+CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class InferenceService:
         self._registry = registry
         self._trained_on = trained_on
         self._training = training
+        self._loading: Counter[Path] = Counter()  # being loaded now
         config = HostConfig(
             base_models_dir=settings.paths.base_models,
             max_resident_adapters=settings.max_resident_adapters,
@@ -104,21 +109,13 @@ class InferenceService:
         Raises:
             AdapterNotLoaded: the named one is not in memory.
         """
-        if not self._host.runs:
-            if adapter_path is not None:
-                raise self._nothing_loaded(f"{adapter_path!r} is not in memory")
-            return UnloadedAdapter(
-                status="nothing_loaded",
-                adapter_path=None,
-                base_unloaded=False,
-                resident=Resident(),
-                memory_before_bytes=0,
-                memory_after_bytes=0,
-                elapsed_s=0.0,
-                next="Nothing was loaded. Call load_adapter to use an adapter.",
-            )
         path = None if adapter_path is None else self._loaded_path(adapter_path)
-        return await self._host.ask(Unload(adapter_path=path), UnloadedAdapter)
+        try:
+            return await self._host.ask(Unload(adapter_path=path), UnloadedAdapter)
+        except AdapterNotLoaded:
+            if adapter_path is not None:
+                raise self._host.nothing_loaded(f"{adapter_path!r} is not in memory") from None
+            return nothing_was_loaded(memory_bytes=0)
 
     async def generate(
         self, request: GenerationRequest, adapter_path: str | None, *, use_base: bool, report: Report | None
@@ -131,8 +128,6 @@ class InferenceService:
         """
         if use_base and adapter_path is not None:
             raise InvalidArgument("use_base", use_base, f"adapter_path = {adapter_path!r} asks for an adapter")
-        if not (use_base or self._host.runs):
-            raise self._nothing_loaded("No adapter is loaded")
         path = None if adapter_path is None else self._loaded_path(adapter_path)
         base = await run_sync(self._base_alone) if use_base else None
         return await self._host.ask(
@@ -147,7 +142,7 @@ class InferenceService:
             AdapterInUse: it is loaded.
         """
         path = self._registry.require(project_id, adapter_id)
-        if str(path) in {adapter.adapter_path for adapter in self.resident.adapters}:
+        if path in self._loading or str(path) in {adapter.adapter_path for adapter in self.resident.adapters}:
             raise AdapterInUse(
                 f"Adapter {adapter_id} is loaded, and so is not deleted.",
                 suggestions=[f"Call unload_adapter(adapter_path={str(path)!r}) first"],
@@ -160,6 +155,7 @@ class InferenceService:
         directory = self._registry.locate(adapter_path)
         base = self._base(directory, base_model)
         if base is None:
+            self._require_readable(adapter_path, directory)
             raise InvalidArgument(
                 "base_model",
                 base_model,
@@ -169,6 +165,21 @@ class InferenceService:
             )
         self._require_memory(base)
         return Load(adapter_path=directory, base=base, insist=insist)
+
+    def _require_readable(self, adapter_path: str, directory: Path) -> None:
+        """That the directory holds an adapter at all: the check says so without a base, too."""
+        from peft_core.adapters.verify import verify  # noqa: PLC0415 -- not at the server's start
+
+        wrong = [r for r in verify(directory, None).reasons if r.severity == "error" and r.code != "base_unknown"]
+        if wrong:
+            allowed = " ".join(reason.message for reason in wrong[:3])
+            raise InvalidArgument(
+                "adapter_path",
+                adapter_path,
+                allowed,
+                suggestions=[r.fix for r in wrong[:1] if r.fix],
+                code=wrong[0].code,
+            )
 
     def _base(self, directory: Path, base_model: str | None) -> Base | None:
         """The named base; else the one the adapter was trained on, where it can be found on this machine."""
@@ -184,10 +195,11 @@ class InferenceService:
             return None
         record = manifest.base
         known = self._trained_on(directory.name)
+        local = self._settings.model_copy(update={"allow_downloads": False})
 
         def places() -> Iterable[Callable[[], Base]]:
             if known is not None:
-                yield lambda: resolve(known, self._settings)
+                yield lambda: resolve(known, local)
             yield from candidates(record.name, record.revision, self._settings)
 
         return find_base(record, places())
@@ -251,22 +263,18 @@ class InferenceService:
         of_project = [path for path in loaded if path.parent == self._settings.paths.adapters(adapter_path)]
         return of_project[0] if len(of_project) == 1 else directory
 
-    def _nothing_loaded(self, what: str) -> AdapterNotLoaded:
-        before = f" {self._host.obituary}: what it held is gone." if self._host.obituary else ""
-        return AdapterNotLoaded(
-            f"{what}.{before}",
-            suggestions=[
-                "Call load_adapter(adapter_path=...) first; list_adapters shows what there is",
-                "Or call generate with use_base=true to have the base answer without an adapter",
-            ],
-        )
-
 
 def available_memory_bytes() -> int:
-    """Memory that a new process can take without pushing others out, as the operating system reckons."""
+    """Memory that a new process can take without pushing others out: of the machine, and of the container's share."""
     import psutil  # noqa: PLC0415 -- not at the server's start
 
-    return int(psutil.virtual_memory().available)
+    available = int(psutil.virtual_memory().available)
+    try:  # cgroup v2; "max" where there is no limit
+        limit = int((CGROUP / "memory.max").read_text())
+        available = min(available, limit - int((CGROUP / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    return max(0, available)
 
 
 def _wait_for(training: TrainingNeed) -> str:

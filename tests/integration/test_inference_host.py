@@ -17,9 +17,10 @@ from anyio.abc import Process
 from peft_core.config import Settings
 from peft_core.errors import AdapterNotLoaded, InferenceError, ModelError
 from peft_core.inference.client import InferenceHost
-from peft_core.inference.protocol import HostConfig, Unload
+from peft_core.inference.protocol import HostConfig, Load
 from peft_core.manager import PEFTManager
 from peft_core.results import UnloadedAdapter
+from tests.factories import make_base
 from tests.toys import write_toy_adapter, write_toy_base
 
 SCRIPTED = Path(__file__).with_name("scripted_host.py")
@@ -45,9 +46,9 @@ async def manager(data_dir: Path) -> AsyncIterator[PEFTManager]:
 
 
 def started_host(manager: PEFTManager) -> Process:
-    process = manager._inference._host._process
-    assert process is not None
-    return process
+    host = manager._inference._host._host
+    assert host is not None
+    return host.process
 
 
 def host_pid(manager: PEFTManager) -> int:
@@ -141,7 +142,8 @@ async def test_a_host_killed_while_it_starts_is_an_error_too(
     manager: PEFTManager, adapters: list[str], base: str
 ) -> None:
     async def kill(_done: float, _total: float | None, _message: str) -> None:
-        os.kill(host_pid(manager), signal.SIGKILL)
+        if manager._inference._host.pid is not None:
+            os.kill(host_pid(manager), signal.SIGKILL)
 
     with pytest.raises(InferenceError, match="SIGKILL") as caught:
         await manager.load_adapter(adapters[0], base, report=kill)
@@ -181,8 +183,9 @@ async def test_a_call_that_finds_the_host_just_gone_to_sleep_wakes_another(
     config = HostConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=1)
     host = InferenceHost(config, data_dir / "host.log")
     pids = []
-    for number in (1, 2, 3):
-        answer = await host.ask(Unload(), UnloadedAdapter)
+    request = Load(adapter_path=data_dir, base=make_base())
+    for number in (1, 3, 5):  # 2 and 4 were asked of hosts that ended
+        answer = await host.ask(request, UnloadedAdapter)
         assert answer.memory_before_bytes == number  # the answer to this very request
         pids.append(host.pid)
     assert len(set(pids)) == 3
@@ -262,4 +265,4 @@ async def test_a_path_that_is_no_adapter_starts_nothing(
     wrong = f"{adapters[0]}/adapter_model.safetensors" if path == "file" else "/no/such/adapter"
     with pytest.raises(ModelError, match="is a file" if path == "file" else "No adapter at"):
         await manager.load_adapter(wrong, base)
-    assert not manager._inference._host.runs
+    assert manager._inference._host.pid is None

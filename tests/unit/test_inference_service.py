@@ -149,7 +149,7 @@ async def test_nothing_in_memory_means_no_process_and_a_plain_answer(data_dir: P
     assert (await service.unload(None)).status == "nothing_loaded"
     with pytest.raises(AdapterNotLoaded, match="'web' is not in memory"):
         await service.unload("web")
-    assert not service._host.runs
+    assert service._host.pid is None
 
 
 # -- delete --------------------------------------------------------------------------------------------------------

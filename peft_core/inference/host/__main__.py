@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import structlog
 from pydantic import BaseModel, ValidationError
@@ -23,6 +24,9 @@ from peft_core.compute.failures import Work, problem_of
 from peft_core.compute.wire import claim_stdout, line_writer
 from peft_core.inference.protocol import IDLE_EXIT, TO_HOST, Answered, Ask, Cancel, Failed, HostConfig, Progress
 from peft_core.results import Problem
+
+if TYPE_CHECKING:  # it imports torch
+    from peft_core.inference.host.desk import Desk
 
 PROGRESS_S = 0.25  # between two notes of progress
 EMPTY_IDLE_S = 60.0  # without anything in memory it is not kept for long
@@ -100,16 +104,28 @@ def main() -> int:
         if ask is None:
             log.info("idle", seconds=idle_s)
             return IDLE_EXIT
-        try:
-            inbox.check(ask)
-            answer = desk.answer(ask.request, _reporter(ask, inbox, write))
-            write(Answered(id=ask.id, answer=answer.model_dump(mode="json"), resident=desk.resident))
-        except Abandoned:
-            log.info("abandoned", request=ask.request.kind)
-            write(Failed(id=ask.id, problem=ABANDONED, resident=desk.resident))
-        except Exception as error:  # the process's edge: whatever it is, it becomes an answer
-            log.exception("failed", request=ask.request.kind)
-            write(Failed(id=ask.id, problem=problem_of(error, WORK), resident=desk.resident))
+        problem = _work(desk, ask, inbox, write)
+        if problem is not None:
+            write(Failed(id=ask.id, problem=problem, resident=desk.resident))
+
+
+def _work(desk: Desk, ask: Ask, inbox: Inbox, write: Callable[[BaseModel], None]) -> Problem | None:
+    """Answer one request; what went wrong, if something did.
+
+    A function of its own, so that the frame goes that held the exception: with its traceback it would keep the model in
+    memory, whatever is unloaded later.
+    """
+    try:
+        inbox.check(ask)
+        answer = desk.answer(ask.request, _reporter(ask, inbox, write))
+        write(Answered(id=ask.id, answer=answer.model_dump(mode="json"), resident=desk.resident))
+    except Abandoned:
+        log.info("abandoned", request=ask.request.kind)
+        return ABANDONED
+    except Exception as error:  # the process's edge: whatever it is, it becomes an answer
+        log.exception("failed", request=ask.request.kind)
+        return problem_of(error, WORK)
+    return None
 
 
 def _reporter(ask: Ask, inbox: Inbox, write: Callable[[BaseModel], None]) -> Callable[[float, float | None, str], None]:

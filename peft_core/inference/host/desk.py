@@ -31,11 +31,14 @@ from peft_core.results import (
     Resident,
     UnloadedAdapter,
     Verdict,
+    nothing_was_loaded,
 )
 from peft_core.spec import Base
 
 Report = Callable[[float, float | None, str], None]  # done, total, message; raises when nobody waits any more
 How = Literal["cold", "warm", "switched"]
+
+_EMPTY = "Nothing is loaded now; the process that remains ends in a minute, unless load_adapter needs it."
 
 log = structlog.get_logger(__name__)
 
@@ -59,7 +62,7 @@ class Desk:
         """Do what is asked.
 
         Raises:
-            ModelError: why not; everything is as it was before.
+            ModelError: why not; what was in memory still is, and answers as before.
         """
         match request:
             case Load():
@@ -76,7 +79,8 @@ class Desk:
         path, residents = request.adapter_path, self._residents
         state = file_state(path)
         slot = residents.slots.get(path)
-        if slot is not None and slot.state == state and residents.is_on(request.base):
+        accepted = slot is not None and (slot.compatibility.compatible or request.insist)
+        if slot is not None and accepted and slot.state == state and residents.is_on(request.base):
             residents.activate(path)
             return self._loaded(slot, "switched", [], began)
 
@@ -90,7 +94,7 @@ class Desk:
         model, how = self._model_for(request.base, report)
         report(0, None, "loading the adapter")
         try:
-            name, effect = self._put_on(model, files)
+            name, effect = self._put_on(model, files, report)
         except InferenceError as error:
             if residents.model is None:
                 residents.settle(model)
@@ -109,10 +113,16 @@ class Desk:
         directory = materialise(base, self._config.base_models_dir, lambda message: report(0, None, message))
         return ResidentModel.load(base, directory, self._plan), "cold"
 
-    def _put_on(self, model: ResidentModel, files: AdapterFiles) -> tuple[str, Effect]:
+    def _put_on(self, model: ResidentModel, files: AdapterFiles, report: Report) -> tuple[str, Effect]:
         if files.settings is None or files.weights is None:
             raise InferenceError("The adapter's files could not be read whole.")  # judged usable: cannot be
-        return model.add(files.settings, tensors_of(files.weights))
+        name, effect = model.add(files.settings, tensors_of(files.weights))
+        try:
+            report(0, None, "the adapter takes effect")
+        except BaseException:  # nobody waits any more: a load that was called off changes nothing
+            model.remove(name)
+            raise
+        return name, effect
 
     def _fall_back(
         self, base: Base, verdict: Compatibility, reason: str, began: float, report: Report
@@ -161,28 +171,28 @@ class Desk:
     def _unload(self, request: Unload) -> UnloadedAdapter:
         began, before = time.monotonic(), memory_bytes()
         residents = self._residents
+        if residents.model is None and request.adapter_path is None:
+            return nothing_was_loaded(before)
         path = request.adapter_path or residents.active
-        if request.adapter_path is not None:
-            residents.require(request.adapter_path)
-        elif path is None and residents.slots:
-            raise residents.not_loaded("No adapter is active, so name the one to unload")
-        something = residents.model is not None
+        if path is None and residents.slots:
+            raise residents.not_loaded("No adapter is active, so name the one to unload", verb="unload_adapter")
         if path is not None:
+            residents.require(path, verb="unload_adapter")
             residents.take_off(path)
-        base_unloaded = something and not residents.slots
+        base_unloaded = not residents.slots
         if base_unloaded:
             residents.forget()
             release_memory()
-        after = memory_bytes()
+        left = f"Still in memory: {', '.join(map(str, residents.slots))}; load_adapter switches to it."
         return UnloadedAdapter(
-            status="unloaded" if something else "nothing_loaded",
+            status="unloaded",
             adapter_path=str(path) if path else None,
             base_unloaded=base_unloaded,
             resident=self.resident,
             memory_before_bytes=before,
-            memory_after_bytes=after,
+            memory_after_bytes=memory_bytes(),
             elapsed_s=_since(began),
-            next=_what_is_left(residents, something),
+            next=_EMPTY if base_unloaded else left,
         )
 
     # -- generate ------------------------------------------------------------------------------------------------------
@@ -248,14 +258,6 @@ class Desk:
         if residents.model is None:
             raise residents.not_loaded("Nothing is loaded")
         return residents.model, path
-
-
-def _what_is_left(residents: Residents, something: bool) -> str:
-    if residents.slots:
-        return f"Still in memory: {', '.join(map(str, residents.slots))}; load_adapter switches to it."
-    if something:
-        return "Nothing is loaded now; the process that remains ends in a minute, unless load_adapter needs it."
-    return "Nothing was loaded. Call load_adapter to use an adapter."
 
 
 def _why(verdict: Compatibility) -> str:

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft_core.adapters.manifest import CONFIG, WEIGHTS
+from peft_core.adapters.manifest import CONFIG, MANIFEST_NAME, WEIGHTS
 from peft_core.compute.process import memory_bytes
 from peft_core.errors import AdapterNotLoaded
 from peft_core.inference.host.model import ResidentModel, release_memory
@@ -95,25 +95,30 @@ class Residents:
         self.active = None
         self.base_answers = False
 
-    def require(self, path: Path) -> Slot:
+    def require(self, path: Path, verb: str = "load_adapter") -> Slot:
         """The slot of an adapter.
 
         Raises:
             AdapterNotLoaded: it is not in memory; names what is.
         """
         if path not in self.slots:
-            raise self.not_loaded(f"{path} is not in memory", path)
+            raise self.not_loaded(f"{path} is not in memory", path, verb=verb)
         return self.slots[path]
 
-    def not_loaded(self, what: str, path: Path | None = None) -> AdapterNotLoaded:
+    def not_loaded(self, what: str, path: Path | None = None, verb: str = "load_adapter") -> AdapterNotLoaded:
+        """The error of a request for what is not there. `verb`: the tool to call instead."""
         there = [str(resident) for resident in self.slots]
-        wanted = str(path) if path else there[-1] if there else "..."
-        return AdapterNotLoaded(
-            f"{what}. In memory: {', '.join(there) or 'none'}.",
-            suggestions=[
+        if verb == "unload_adapter":
+            advice = [f"Call unload_adapter(adapter_path={there[-1]!r})"] if there else []
+        else:
+            wanted = str(path) if path else there[-1] if there else "..."
+            advice = [
                 f"Call load_adapter(adapter_path={wanted!r}) first",
                 "Or call generate with use_base=true to have the base answer without an adapter",
-            ],
+            ]
+        return AdapterNotLoaded(
+            f"{what}. In memory: {', '.join(there) or 'none'}.",
+            suggestions=advice,
             details={"resident": there},
         )
 
@@ -121,7 +126,7 @@ class Residents:
 def file_state(directory: Path) -> FileState:
     """What changes when the adapter's files do. Take it before they are read."""
     states = []
-    for name in (CONFIG, WEIGHTS):
+    for name in (CONFIG, WEIGHTS, MANIFEST_NAME):
         try:
             stat = (directory / name).lstat()
         except OSError:
