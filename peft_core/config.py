@@ -24,7 +24,8 @@ class Settings(BaseSettings):
         int, Field(ge=1, le=64, description="Adapters kept in memory; the least recently used goes first.")
     ] = 3
     idle_unload_s: Annotated[
-        float, Field(gt=0, description="The inference process ends after so many seconds without a call.")
+        float,
+        Field(gt=0, le=30 * 86_400, description="The inference process ends after so many seconds without a call."),
     ] = 900.0
     load_during_training: Annotated[
         Literal["if_it_fits", "never", "always"],
@@ -40,7 +41,7 @@ class Settings(BaseSettings):
     @field_validator("data_dir")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().absolute()
+        return value.expanduser().resolve()  # one form of each path: they are compared
 
     @property
     def paths(self) -> DataPaths:

@@ -128,7 +128,12 @@ class PEFTManager:
 
     async def get_adapter_info(self, adapter_path: str) -> AdapterInfo:
         """What is known of an adapter; `adapter_path` is a directory or a project id (its current adapter)."""
-        return await run_sync(lambda: read_info(self._registry.locate(adapter_path)))
+
+        def read() -> AdapterInfo:
+            path = self._registry.locate(adapter_path)
+            return read_info(path, trained_here=path.is_relative_to(self.settings.paths.projects))
+
+        return await run_sync(read)
 
     async def read_card(self, project_id: str) -> AdapterDocument:
         """Manifest and model card of a project's current adapter."""

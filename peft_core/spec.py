@@ -233,23 +233,35 @@ class Base(Frozen):
     fingerprint: Fingerprint
 
 
+MAX_TEXT = 2_000_000  # characters; no context is as long
+
+
 class ChatMessage(Frozen):
     role: Literal["system", "user", "assistant"]
-    content: str
+    content: Annotated[str, Field(max_length=MAX_TEXT)]
 
 
-Prompt = Annotated[str | None, Field(description="Text to continue, such as the beginning of a function.")]
+Prompt = Annotated[
+    str | None, Field(max_length=MAX_TEXT, description="Text to continue, such as the beginning of a function.")
+]
 Messages = Annotated[
     list[ChatMessage] | None,
     Field(description="Or a conversation, the question last; it is written in the base's own chat template."),
 ]
-Prefix = Annotated[str | None, Field(description="Or the code before the cursor, with suffix the code after it.")]
+Prefix = Annotated[
+    str | None, Field(max_length=MAX_TEXT, description="Or the code before the cursor; suffix: after it.")
+]
 Suffix = Annotated[
     str | None,
-    Field(description="Code after the cursor. Only for bases with fill-in-the-middle tokens (Qwen2.5-Coder)."),
+    Field(
+        max_length=MAX_TEXT,
+        description="Code after the cursor; for bases with fill-in-the-middle tokens (Qwen2.5-Coder).",
+    ),
 ]
 MaxNewTokens = Annotated[int, Field(ge=1, le=4096, description="Tokens to write at most. A CPU writes 10-40 a second.")]
-Temperature = Annotated[float, Field(ge=0, le=2, description="0: always the likeliest token. Higher: more variety.")]
+Temperature = Annotated[
+    float, Field(ge=0, le=2, description="0 (below 0.01): always the likeliest token. Higher: more variety.")
+]
 TopP = Annotated[float, Field(gt=0, le=1, description="Sample from the likeliest tokens that make up this share.")]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1, description="Same seed, same machine, same request: same answer.")]
 Stop = Annotated[

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, to_jsonable_python
 
 from peft_core.errors import InvalidArgument
 from peft_core.spec import GenerationRequest, TrainingConfig
@@ -87,9 +87,13 @@ def _describe(problem: ErrorDetails, schema: Mapping[str, Any], prefix: Sequence
         case "extra_forbidden":
             return field, problem["input"], _no_such_field(str(path[-1]), parent)
         case "missing":
-            return field, None, f"it is required. {describe_schema(own, schema)}".strip()
+            return field, None, f"it is required: {describe_schema(own, schema)}".rstrip(": ")
         case "value_error":
-            return field, problem["input"], str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
+            return (
+                field,
+                _given(problem["input"], own),
+                str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"],
+            )
         case _:
             return field, problem["input"], describe_schema(own, schema) or problem["msg"]
 
@@ -100,6 +104,9 @@ def _look_up(schema: Mapping[str, Any], path: Sequence[int | str]) -> tuple[Mapp
     node = _resolve(schema, schema)
     for part in path:
         parent = node
+        for alternative in node.get("anyOf", [node]):  # a list or null
+            if isinstance(part, int) == ("items" in alternative):
+                node = alternative
         child = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
         node = _resolve(child, schema)
     return parent, node
@@ -128,14 +135,34 @@ def describe_schema(node: Mapping[str, Any], root: Mapping[str, Any]) -> str:
     words = [names.get(node.get("type", ""), "")]
     if node.get("type") == "array" and (items := describe_schema(node.get("items", {}), root)):
         words.append(f"with items each {items}")
-    if "minimum" in node:
-        words.append(f"from {node['minimum']:g}")
-    if "exclusiveMinimum" in node:
-        words.append(f"greater than {node['exclusiveMinimum']:g}")
-    if "maximum" in node:
-        words.append(f"to {node['maximum']:g}" if "minimum" in node else f"and at most {node['maximum']:g}")
-    if "exclusiveMaximum" in node:
-        words.append(f"and less than {node['exclusiveMaximum']:g}")
+    words += _bounds(node)
     if "pattern" in node:
         words.append(f"({node.get('description') or 'matching ' + node['pattern']})")
     return " ".join(filter(None, words))
+
+
+def _bounds(node: Mapping[str, Any]) -> list[str]:
+    words = []
+    if "minLength" in node or "maxLength" in node:
+        words.append(f"of {node.get('minLength', 0)} to {node.get('maxLength', 'any number of')} characters")
+    if "minimum" in node:
+        words.append(f"from {_number(node['minimum'])}")
+    if "exclusiveMinimum" in node:
+        words.append(f"greater than {_number(node['exclusiveMinimum'])}")
+    if "maximum" in node:
+        words.append(f"{'to' if 'minimum' in node else 'and at most'} {_number(node['maximum'])}")
+    if "exclusiveMaximum" in node:
+        words.append(f"and less than {_number(node['exclusiveMaximum'])}")
+    return words
+
+
+def _given(value: object, schema: Mapping[str, Any]) -> object:
+    """Of an object, what differs from the defaults: the caller wrote no more."""
+    if not isinstance(value, Mapping):
+        return value
+    defaults = {name: node.get("default") for name, node in schema.get("properties", {}).items()}
+    return {name: to_jsonable_python(given) for name, given in value.items() if given != defaults.get(name)}
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"

@@ -16,6 +16,7 @@ from peft_core.results import (
     Verdict,
 )
 
+TEXTS = frozenset({"text", "base_text"})
 VERDICTS = {
     Verdict.EXACT: "the very weights it was trained on",
     Verdict.SAMPLED: "samples of every tensor of the base are those it was trained on",
@@ -25,12 +26,15 @@ VERDICTS = {
 }
 
 
-def answer(result: BaseModel, line: str) -> CallToolResult:
-    """`line` first, so that whoever reads along need not read JSON. Nulls are left out of the text, not of the data."""
+def answer(result: BaseModel, line: str, *, said: frozenset[str] = frozenset()) -> CallToolResult:
+    """`line` first, so that whoever reads along need not read JSON.
+
+    Nulls are left out of the text, and so are the fields `said`, which the line has already; the data has all.
+    """
     return CallToolResult(
         content=[
             TextContent(type="text", text=line),
-            TextContent(type="text", text=result.model_dump_json(exclude_none=True)),
+            TextContent(type="text", text=result.model_dump_json(exclude_none=True, exclude=set(said))),
         ],
         structured_content=result.model_dump(mode="json"),
     )
@@ -87,7 +91,7 @@ def generation_answer(written: Generation) -> CallToolResult:
         f"{written.tokens_per_second:.0f} tokens/s)"
     )
     if written.base_text is None or written.adapter_path is None:
-        return answer(written, f"{written.text}\n\n{facts}")
+        return answer(written, f"{written.text}\n\n{facts}", said=TEXTS)
     return answer(written, f"With the adapter:\n{written.text}\n\nThe base alone:\n{written.base_text}\n\n{facts}")
 
 

@@ -39,6 +39,11 @@ class AdapterFiles:
     base_hint: str | None  # what the configuration says of its base: for people, and never followed
     reasons: tuple[Reason, ...]
 
+    @property
+    def weights_size(self) -> int:
+        """Of all tensors, in bytes, as the header has it."""
+        return sum(tensor.size for tensor in (self.tensors or {}).values())
+
     def bytes_of(self, tensor: TensorInfo) -> bytes:
         """A tensor's bytes, of a file that was read whole."""
         assert self.weights is not None, "read_adapter(…, whole=True) reads them"  # noqa: S101 - a caller's mistake

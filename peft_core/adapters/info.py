@@ -10,6 +10,8 @@ from peft_core.adapters.manifest import CARD_NAME, CONFIG, WEIGHTS, Manifest, re
 from peft_core.errors import AdapterNotFound
 from peft_core.spec import Frozen
 
+MAX_CARD_BYTES = 256 << 10
+
 
 class AdapterInfo(Frozen):
     adapter_path: str
@@ -32,15 +34,18 @@ class AdapterDocument(Frozen):
 
 
 def read_document(path: Path) -> AdapterDocument:
+    # Not at the server's start:
+    from peft_core.bases.header import HeaderError, read_small  # noqa: PLC0415
+
     try:
-        card = (path / CARD_NAME).read_text(encoding="utf-8")
-    except OSError:
+        card = read_small(path / CARD_NAME, MAX_CARD_BYTES).decode("utf-8", "replace")
+    except HeaderError:
         card = None
     return AdapterDocument(adapter_path=str(path), manifest=read_manifest(path), card=card)
 
 
-def read_info(path: Path) -> AdapterInfo:
-    """Reads configuration and manifest; the weights are not opened.
+def read_info(path: Path, *, trained_here: bool = True) -> AdapterInfo:
+    """Reads configuration and manifest; the weights are not opened. `trained_here`: nobody else wrote its manifest.
 
     Raises:
         AdapterNotFound: the directory holds no adapter.
@@ -54,7 +59,7 @@ def read_info(path: Path) -> AdapterInfo:
         )
     # Not at the server's start:
     from peft_core.adapters.files import read_adapter_config  # noqa: PLC0415
-    from peft_core.adapters.settings import is_alpha, is_rank  # noqa: PLC0415
+    from peft_core.adapters.settings import is_alpha, is_literal, is_rank  # noqa: PLC0415
 
     config = read_adapter_config(path)
     targets = config.get("target_modules")
@@ -65,13 +70,13 @@ def read_info(path: Path) -> AdapterInfo:
         adapter_bytes=weights.stat().st_size,
         rank=rank if is_rank(rank) else None,
         alpha=float(alpha) if is_alpha(alpha) else None,
-        target_modules=[str(name) for name in targets] if isinstance(targets, list) else [],
+        target_modules=[name for name in targets if is_literal(name)] if isinstance(targets, list) else [],
         manifest=manifest,
-        next=_next(manifest),
+        next=_next(manifest, trained_here=trained_here),
     )
 
 
-def _next(manifest: Manifest | None) -> str:
+def _next(manifest: Manifest | None, *, trained_here: bool) -> str:
     if manifest is None:
         return "This adapter was not trained here: nothing is known of how it was measured."
     base, adapter = manifest.metrics.base_perplexity, manifest.metrics.adapter_perplexity
@@ -80,4 +85,9 @@ def _next(manifest: Manifest | None) -> str:
     verdict = (
         "lower is better, so it helps" if adapter < base else "lower is better, so it does NOT help: do not use it"
     )
+    if not trained_here:
+        return (
+            f"Its manifest claims that perplexity went from {base:.2f} (base) to {adapter:.2f} (adapter) on files it never "
+            "saw. It was not trained here."
+        )
     return f"On files it never saw, perplexity went from {base:.2f} (base) to {adapter:.2f} (adapter): {verdict}."

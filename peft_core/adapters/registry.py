@@ -116,7 +116,7 @@ class Registry:
                 return self._paths.current(adapter_path).resolve()
             path = Path(adapter_path).expanduser()
             if path.is_absolute() and path.is_dir():
-                return path.resolve() if path.name == "current" else path
+                return path.resolve()
             if path.is_absolute() and path.is_file():
                 raise AdapterNotFound(
                     f"{adapter_path} is a file; an adapter is the directory that holds {CONFIG} and {WEIGHTS}.",
@@ -144,11 +144,12 @@ class Registry:
                     yield project, self._paths.adapter(project, name)
 
     def _summary(self, path: Path, manifest: Manifest) -> AdapterSummary:
-        current = self._paths.current(manifest.project_id)
+        project_id = path.parent.parent.name  # where it lies decides, whatever its manifest says
+        current = self._paths.current(project_id)
         return AdapterSummary(
-            adapter_id=manifest.adapter_id,
-            project_id=manifest.project_id,
-            current=current.is_symlink() and current.readlink().name == manifest.adapter_id == path.name,
+            adapter_id=path.name,
+            project_id=project_id,
+            current=current.is_symlink() and current.readlink().name == path.name,
             created_at=manifest.created_at,
             base_model=manifest.base.name,
             base_perplexity=manifest.metrics.base_perplexity,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ def read_directory(path: Path) -> Checkpoint:
         HeaderError: a weights file is not sound.
     """
     config = _config(path)
+    refuse_adapter(path)
     files = _weight_files(path)
     stored: dict[str, tuple[Path, TensorInfo]] = {}
     size = 0
@@ -59,6 +61,20 @@ def read_directory(path: Path) -> Checkpoint:
         size_bytes=size,
         has_chat_template=_has_chat_template(path),
     )
+
+
+def refuse_adapter(path: Path) -> None:
+    """Transformers loads an adapter that lies beside a base together with it, unverified and in silence.
+
+    Raises:
+        BaseModelError: there is one.
+    """
+    if os.path.lexists(path / "adapter_config.json"):
+        raise unusable(
+            path,
+            "it holds an adapter too (adapter_config.json), which would be loaded with it",
+            "Move the adapter into a directory of its own",
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

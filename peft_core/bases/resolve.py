@@ -134,7 +134,7 @@ def _fetch(ref: HubRef, field: str, settings: Settings) -> Snapshot:
             *_hints(ref.repo_id),
             f"Fetch it with `hf download {ref.repo_id}{f' --revision {ref.revision}' if ref.revision else ''}`",
             "Or set CODEBASE_GARDENER_ALLOW_DOWNLOADS=true",
-            "Or leave base_model out to use the bundled one",
+            "Or leave base_model out",
         ),
     )
 

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from peft_core.bases.huggingface import refuse_adapter
 from peft_core.errors import BaseModelError
 
 
@@ -15,8 +16,9 @@ def load_base(directory: Path, weights: torch.dtype) -> PreTrainedModel:
     """Load a Hugging Face model directory, frozen, on the CPU; memory-mapped where the file's type is `weights`.
 
     Raises:
-        BaseModelError: unreadable, or an architecture that this transformers does not know by itself.
+        BaseModelError: unreadable, an architecture that this transformers does not know by itself, or an adapter in it.
     """
+    refuse_adapter(directory)
     transformers_logging.disable_progress_bar()  # a bar redrawn in a log file is noise
     try:
         model = AutoModelForCausalLM.from_pretrained(

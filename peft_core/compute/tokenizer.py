@@ -96,6 +96,12 @@ class BaseTokenizer:
         """The text of tokens, special ones left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def continuation(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """The text of tokens that go on after `before`: some tokenizers drop the space with which a text begins."""
+        tail = before[-8:]
+        whole, head = self.text([*tail, *ids]), self.text(tail)
+        return whole[len(head) :] if whole.startswith(head) else self.text(ids)
+
     @cached_property
     def fill_in_the_middle(self) -> FillInTheMiddle | None:
         """How this base is asked for the text between two others; None where its vocabulary has no tokens for that."""

@@ -16,7 +16,7 @@ from server.progress import relay
 from server.tools import make_tool
 from server.tools.adapters import AdapterPath
 
-BaseModel = Annotated[
+BaseRef = Annotated[
     str | None,
     Field(
         description="A model directory, a .gguf file, a cached hub id, or 'bundled'. Null: the base that the adapter was "
@@ -28,7 +28,7 @@ BaseModel = Annotated[
 async def verify_adapter_compatibility(
     adapter_path: AdapterPath,
     ctx: Context[PEFTManager, Any],
-    base_model: BaseModel = None,
+    base_model: BaseRef = None,
     scan_weights: Annotated[
         bool, Field(description="Read the weights too: numbers that are none, an adapter that does nothing.")
     ] = False,
@@ -46,7 +46,7 @@ async def verify_adapter_compatibility(
 async def load_adapter(
     adapter_path: AdapterPath,
     ctx: Context[PEFTManager, Any],
-    base_model: BaseModel = None,
+    base_model: BaseRef = None,
     accept_unproven_base: Annotated[
         bool, Field(description="Load although nothing proves that the adapter belongs to this base (shape_only).")
     ] = False,

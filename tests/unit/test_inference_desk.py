@@ -416,7 +416,7 @@ def test_an_end_token_ends_it_and_is_not_shown(desk: Desk, base: Base) -> None:
     generate(desk, without_adapter=base)
     assert desk._residents.model is not None
     first = generate(desk, without_adapter=base, prompt="def f", max_new_tokens=1)
-    token = VOCABULARY.index(first.text)
+    token = VOCABULARY.index(first.text.strip())
     desk._residents.model.ends = (0, token)
     answer = generate(desk, without_adapter=base)
     assert (answer.text, answer.completion_tokens, answer.finish_reason) == ("", 1, "stop")

@@ -25,6 +25,7 @@ from peft_core.compute.wire import claim_stdout, line_writer
 from peft_core.inference.protocol import IDLE_EXIT, TO_HOST, Answered, Ask, Cancel, Failed, HostConfig, Progress
 from peft_core.results import Problem
 
+EX_SOFTWARE = 70
 if TYPE_CHECKING:  # it imports torch
     from peft_core.inference.host.desk import Desk
 
@@ -115,6 +116,8 @@ def _work(desk: Desk, ask: Ask, inbox: Inbox, write: Callable[[BaseModel], None]
     A function of its own, so that the frame goes that held the exception: with its traceback it would keep the model in
     memory, whatever is unloaded later.
     """
+    from peft_core.inference.host.model import BaseDamaged  # noqa: PLC0415 -- torch, which `main` has imported
+
     try:
         inbox.check(ask)
         answer = desk.answer(ask.request, _reporter(ask, inbox, write))
@@ -122,6 +125,10 @@ def _work(desk: Desk, ask: Ask, inbox: Inbox, write: Callable[[BaseModel], None]
     except Abandoned:
         log.info("abandoned", request=ask.request.kind)
         return ABANDONED
+    except BaseDamaged:
+        log.exception("damaged", request=ask.request.kind)
+        sys.stderr.flush()
+        os._exit(EX_SOFTWARE)  # wrong answers would be worse than none: the client tells, and starts a fresh process
     except Exception as error:  # the process's edge: whatever it is, it becomes an answer
         log.exception("failed", request=ask.request.kind)
         return problem_of(error, WORK)

@@ -213,7 +213,9 @@ class Desk:
                 prompt,
                 wanted,
                 self._pace,
-                lambda done: report(before + done, total, f"{done} tokens by the {who}"),
+                lambda done: report(
+                    before + done, total, f"{done} tokens by the {who}" if done else f"the {who} reads the prompt"
+                ),
             )
 
         try:

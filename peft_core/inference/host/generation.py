@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from peft_core.compute.tokenizer import BaseTokenizer
 from peft_core.errors import InvalidArgument
 from peft_core.inference.host.model import ResidentModel
 from peft_core.inference.host.pace import Pace
 from peft_core.spec import GenerationRequest
+
+_GREEDY_BELOW = 0.01  # of temperature: such a division leaves one token anyway, or overflows
+_PIECE = 512  # tokens of a prompt that are read at once
 
 PromptFormat = Literal["text", "chat_template", "fill_in_the_middle"]
 
@@ -75,16 +78,19 @@ def complete(
     pace: Pace,
     on_token: Callable[[int], None],
 ) -> Completion:
-    """Write with whatever adapter is selected. `on_token(n)` after each token; what it raises ends the writing."""
+    """Write with whatever adapter is selected. `on_token(n)` after each token, and with 0 while
+    a long prompt is read; what it raises ends the writing.
+    """
     room = model.base.shape.context_length - len(prompt.ids)
     watch = _Watch(model.tokenizer, len(prompt.ids), request.stop, pace, on_token)
     sampling: dict[str, Any] = {"do_sample": False}
-    if request.temperature > 0:
+    if request.temperature >= _GREEDY_BELOW:
         sampling = {"do_sample": True, "temperature": request.temperature, "top_p": request.top_p, "top_k": 0}
     ids_1T = torch.tensor([prompt.ids], device=model.causal.device)
-    torch.manual_seed(request.seed)
     pace.prompt()
     with torch.inference_mode():
+        read = _read(model, ids_1T, on_token)
+        torch.manual_seed(request.seed)
         written_1T = model.causal.generate(  # type: ignore[operator]  # a mixin's method
             input_ids=ids_1T,
             attention_mask=torch.ones_like(ids_1T),
@@ -95,13 +101,29 @@ def complete(
                 **sampling,
             ),
             stopping_criteria=StoppingCriteriaList([watch]),
+            **({} if read is None else {"past_key_values": read}),
         )
     ids = written_1T[0, len(prompt.ids) :].tolist()
     ended = bool(ids) and ids[-1] in model.ends
-    text = model.tokenizer.text(ids[:-1] if ended else ids)
+    said = ids[:-1] if ended else ids
+    is_turn = prompt.format == "chat_template"  # which begins anew; anything else goes on
+    text = model.tokenizer.text(said) if is_turn else model.tokenizer.continuation(prompt.ids, said)
     cut = earliest(text, request.stop)
     stopped = ended or cut is not None
     return Completion(text if cut is None else text[:cut], len(ids), "stop" if stopped else "length")
+
+
+def _read(model: ResidentModel, ids_1T: torch.Tensor, on_token: Callable[[int], None]) -> DynamicCache | None:
+    """Read a long prompt piece by piece, all but the last one: whoever called it off need not wait for the end."""
+    if ids_1T.shape[1] <= _PIECE:
+        return None
+    cache = DynamicCache(config=model.causal.config)
+    for start in range(0, ids_1T.shape[1] - _PIECE, _PIECE):
+        on_token(0)
+        model.causal(  # a forward pass
+            input_ids=ids_1T[:, start : start + _PIECE], past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+    return cache
 
 
 def earliest(text: str, stop: Sequence[str]) -> int | None:

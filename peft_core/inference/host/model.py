@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -30,6 +33,11 @@ from peft_core.spec import Base
 PROBE = 'def read(path: str) -> list[str]:\n    """Lines of a file."""\n    with open(path) as file:\n        return'
 _PROBE_TOKENS = 24
 _ENDS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "</s>")  # beside what the base itself names
+
+
+class BaseDamaged(Exception):
+    """This process can no longer be trusted to answer; it must end."""
+
 
 _names = (f"adapter_{number}" for number in itertools.count())  # PEFT misbehaves on dots and on names of its own
 
@@ -81,6 +89,7 @@ class ResidentModel:
         """
         name = next(_names)
         self._selected = None
+        self._require_linear(settings)
         config = self._peft_config(settings)
         try:
             if self._wrapped is None:
@@ -99,6 +108,7 @@ class ResidentModel:
             # What failed half-way stays registered with PEFT, and could be selected.
             self._adapters.add(name)
             self.remove(name)
+            self._require_undamaged()
             raise
         return name, Effect(unmatched_keys=unmatched, max_logit_change=change)
 
@@ -121,8 +131,8 @@ class ResidentModel:
         self._adapters.discard(name)
         self._selected = None
         if self._wrapped is None:
-            return
-        if self._adapters:
+            _unwrap(self.causal)
+        elif self._adapters:
             self.select(min(self._adapters))  # PEFT would choose another for the one it loses, and warn
             if name in self._wrapped.peft_config:
                 self._wrapped.delete_adapter(name)
@@ -133,6 +143,23 @@ class ResidentModel:
             if hasattr(self.causal, "peft_config"):
                 del self.causal.peft_config
         release_memory()
+
+    def _require_linear(self, settings: LoraSettings) -> None:
+        """PEFT wraps the layers of a model one by one, and stops half-way at one that it does not know."""
+        for name, module in self.causal.named_modules():
+            inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            if ".base_layer" not in name and settings.targets(name) and not isinstance(inner, nn.Linear | Conv1D):
+                raise InferenceError(
+                    f"The adapter is for {name[:120]}, which in this model is no linear layer but a {type(inner).__name__}.",
+                    code="adapter_not_applied",
+                    suggestions=["Train it again without this target module"],
+                )
+
+    def _require_undamaged(self) -> None:
+        """That the base alone says what it said at first, to the bit."""
+        self.select(None)
+        if not torch.equal(_logits(self.causal, self.probe_1T), self.base_logits_TV):
+            raise BaseDamaged("an adapter that failed to load has left its traces in the base")
 
     def _peft_config(self, settings: LoraSettings) -> LoraConfig:
         """From verified values alone: nothing else of the adapter's file reaches PEFT."""
@@ -148,6 +175,14 @@ class ResidentModel:
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in self.causal.modules()),
             inference_mode=True,
         )
+
+
+def _unwrap(model: nn.Module) -> None:
+    """Put back the layers that PEFT had replaced when it failed, before it had anything to undo it with."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())
 
 
 def release_memory() -> None:
@@ -170,9 +205,9 @@ def _require_effect(unmatched: int, change: float) -> None:
             code="adapter_not_applied",
             suggestions=["Call verify_adapter_compatibility to see every reason"],
         )
-    if change != change:  # noqa: PLR0124 -- not a number
+    if not math.isfinite(change):
         raise InferenceError(
-            "The adapter was taken off again: with it the model answers with numbers that are none (NaN).",
+            "The adapter was taken off again: with it the model answers with numbers that are none (NaN or infinity).",
             code="adapter_not_finite",
             suggestions=["Train it again, with a lower learning_rate"],
         )
