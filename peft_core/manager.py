@@ -110,6 +110,7 @@ class PEFTManager:
     async def list_adapters(self, project_id: str | None = None) -> AdapterList:
         """Published adapters, newest first, and what of them is in memory."""
         found = await run_sync(self._registry.adapters, None if project_id is None else _project_id(project_id))
+        await self._inference.catch_up()
         loaded = self._inference.resident
         active = {adapter.adapter_path: adapter.active for adapter in loaded.adapters}
         adapters = [
@@ -141,6 +142,7 @@ class PEFTManager:
 
     async def delete_adapter(self, project_id: str, adapter_id: str) -> DeletedAdapter:
         """Delete an adapter that was trained here; refused while it is loaded."""
+        await self._inference.catch_up()
         return await run_sync(self._inference.delete, _project_id(project_id), adapter_id)
 
     async def verify_adapter_compatibility(

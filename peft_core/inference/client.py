@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -42,6 +42,7 @@ from peft_core.results import Resident
 HOST = [sys.executable, "-P", "-m", "peft_core.inference.host"]  # -P: the working directory is no place for modules
 MAX_LINE = 64 << 20
 GRACE_S = 1.0
+CATCH_UP_S = 2.0
 TAIL_BYTES = 2000
 MAX_LOG_BYTES = 4 << 20
 
@@ -57,6 +58,7 @@ class _Host:
     lines: BufferedByteReceiveStream
     log_start: int  # where in the log file its words begin
     resident: Resident
+    unheard: set[int] = field(default_factory=set)  # requests that were given up, and are still to be answered
 
     @property
     def ended(self) -> bool:
@@ -115,6 +117,17 @@ class InferenceHost:
             self._obituary = None
             waited = round(time.monotonic() - began, 3)
             return answer_type.model_validate({**reply.answer, "elapsed_s": waited})
+
+    async def catch_up(self) -> None:
+        """Hear what became of calls that were given up, so that `resident` is true; not for long."""
+        host = self._host
+        if host is None or not host.unheard or self._turn.locked():
+            return
+        async with self._turn:
+            with anyio.move_on_after(CATCH_UP_S):
+                while host.unheard and (reply := await _receive(host)) is not None:
+                    if not isinstance(reply, Progress):
+                        _hear(host, reply)
 
     def nothing_loaded(self, what: str = "No adapter is loaded") -> AdapterNotLoaded:
         """The error of a request that needs what is not there; says how it was lost."""
@@ -190,10 +203,11 @@ class InferenceHost:
                 if reply is None or (reply.id == number and not isinstance(reply, Progress)):
                     return reply
                 if not isinstance(reply, Progress):
-                    host.resident = reply.resident  # of a call that nobody waited for
+                    _hear(host, reply)
                 elif reply.id == number and report is not None:
                     await report(reply.done, reply.total, reply.message)
         except BaseException:  # cancelled, mostly: whatever it is, nobody waits any more
+            host.unheard.add(number)
             with anyio.CancelScope(shield=True):
                 await _send(host, Cancel(id=number))
             raise
@@ -226,6 +240,12 @@ class InferenceHost:
         except OSError:
             return ""
         return tail.splitlines()[-1][:300] if tail else ""
+
+
+def _hear(host: _Host, reply: Answered | Failed) -> None:
+    """Take note of the answer to a call that was given up."""
+    host.resident = reply.resident
+    host.unheard.discard(reply.id)
 
 
 async def _send(host: _Host, said: Ask | Cancel) -> None:

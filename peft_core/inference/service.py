@@ -70,6 +70,10 @@ class InferenceService:
     def resident(self) -> Resident:
         return self._host.resident
 
+    async def catch_up(self) -> None:
+        """Let `resident` take in what calls have done that were given up."""
+        await self._host.catch_up()
+
     async def aclose(self) -> None:
         await self._host.aclose()
 

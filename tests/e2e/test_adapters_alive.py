@@ -91,7 +91,11 @@ async def test_from_a_trained_adapter_to_other_words_and_back(trained: Path, era
             "json": (True, False),
         }
 
-        # 5. Off, one after the other; with the last the base goes, and its memory back to the operating system.
+        # 5. A request that fails keeps nothing in memory.
+        assert (await client.call_tool("generate", {"prompt": "word " * 9000})).is_error
+        assert (await client.call_tool("generate", {"prefix": "a", "suffix": "b"})).is_error
+
+        # 6. Off, one after the other; with the last the base goes, and its memory back to the operating system.
         unloaded = await call(client, "unload_adapter")
         assert (unloaded["adapter_path"], unloaded["base_unloaded"]) == (loaded["adapter_path"], False)
         unloaded = await call(client, "unload_adapter", adapter_path="json")

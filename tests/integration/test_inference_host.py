@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import psutil
 import pytest
 from anyio.abc import Process
@@ -122,9 +123,15 @@ async def test_a_host_that_dies_during_a_call_is_an_error_and_the_next_load_star
         except InferenceError as error:
             died.append(error)
 
+    async def look() -> None:
+        while not died:
+            assert (await manager.list_adapters()).adapters == []
+            await anyio.lowlevel.checkpoint()
+
     async with anyio.create_task_group() as group:
         group.start_soon(call)
         await anyio.wait_all_tasks_blocked()
+        group.start_soon(look)
         os.kill(pid, number)
         os.kill(pid, signal.SIGCONT)
     assert [error.code for error in died] == ["host_died"]
@@ -216,6 +223,24 @@ async def test_a_cancelled_answer_stops_at_once_and_the_next_is_not_confused(
         assert answer.text == expected
         assert all("tokens by the adapter" in message for message in heard)
     assert [adapter.active for adapter in (await manager.list_adapters()).loaded.adapters] == [True]
+
+
+@pytest.mark.parametrize("stage", ["checking the adapter", "loading the adapter", "the adapter takes effect"])
+async def test_after_a_load_that_was_given_up_the_list_tells_what_is_so(
+    manager: PEFTManager, adapters: list[str], base: str, stage: str
+) -> None:
+    await manager.load_adapter(adapters[0], base)
+    with anyio.CancelScope() as scope:
+
+        async def leave(_done: float, _total: float | None, message: str) -> None:
+            if message == stage:
+                scope.cancel()
+
+        await manager.load_adapter(adapters[1], base, report=leave)
+    assert scope.cancelled_caught
+    loaded = (await manager.list_adapters()).loaded
+    active = next(adapter.adapter_path for adapter in loaded.adapters if adapter.active)
+    assert (await manager.generate(SHORT)).adapter_path == active
 
 
 async def test_a_host_that_cannot_be_started_says_what_to_check(tmp_path: Path, adapters: list[str], base: str) -> None:

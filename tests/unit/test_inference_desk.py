@@ -284,6 +284,78 @@ def test_a_first_load_that_breaks_half_way_leaves_the_base_as_it_was(
     assert load(desk, adapters[0], base).status == "loaded"
 
 
+@pytest.mark.parametrize("others", [0, 1])
+def test_nothing_is_left_of_an_adapter_that_peft_stops_at(
+    desk: Desk, adapters: list[Path], base: Base, monkeypatch: pytest.MonkeyPatch, others: int
+) -> None:
+    """PEFT replaces layers one by one: at an error some are replaced, and it has nothing to undo that with."""
+    before = generate(desk, without_adapter=base).text
+    for adapter in adapters[:others]:
+        load(desk, adapter, base)
+
+    def stops_half_way(self: Any, *_: object, **__: object) -> None:
+        raise ValueError("no such layer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("peft.tuners.lora.model.LoraModel._mark_only_adapters_as_trainable", stops_half_way)
+        with pytest.raises(ValueError, match="no such layer"):
+            load(desk, adapters[1], base)
+    assert generate(desk, without_adapter=base).text == before
+    assert load(desk, adapters[1], base).status == "loaded"
+    assert loaded_paths(desk) == ["a", "b"][1 - others :]
+
+
+def test_a_base_that_is_not_restored_ends_the_process(
+    desk: Desk, adapters: list[Path], base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate(desk, without_adapter=base)
+
+    def damages(model: Any, *_: object, **__: object) -> None:
+        with torch.no_grad():
+            next(model.parameters()).add_(1.0)
+        raise RuntimeError("half-way")
+
+    monkeypatch.setattr(model_module, "set_peft_model_state_dict", damages)
+    with pytest.raises(model_module.BaseDamaged):
+        load(desk, adapters[0], base)
+
+
+def test_a_target_that_is_no_linear_layer_is_refused_before_anything_is_touched(
+    desk: Desk, adapters: list[Path], base: Base
+) -> None:
+    generate(desk, without_adapter=base)
+    assert desk._residents.model is not None
+    desk._residents.model.causal.model.layers[0].mlp.down_proj = torch.nn.Identity()  # type: ignore[union-attr]
+    answer = load(desk, adapters[0], base)
+    assert answer.status == "fallback"
+    assert "no linear layer but a Identity" in (answer.reason or "")
+
+
+def test_a_load_that_was_called_off_changes_nothing(desk: Desk, adapters: list[Path], base: Base) -> None:
+    load(desk, adapters[0], base)
+    before = generate(desk).text
+
+    class Gone(Exception):
+        """Nobody waits."""
+
+    def leave(_done: float, _total: float | None, message: str) -> None:
+        if message == "the adapter takes effect":
+            raise Gone
+
+    with pytest.raises(Gone):
+        desk.answer(Load(adapter_path=adapters[1], base=base), leave)
+    assert loaded_paths(desk) == ["a"]
+    assert generate(desk).text == before
+
+
+def test_once_insisted_is_not_for_ever(desk: Desk, base: Base, base_directory: Path, tmp_path: Path) -> None:
+    adapter = write_toy_adapter(tmp_path / "foreign", base_directory, seed=1)
+    (adapter / "adapter_manifest.json").unlink()
+    assert load(desk, adapter, base, insist=True).status == "loaded"
+    assert load(desk, adapter, base).status == "fallback"
+    assert load(desk, adapter, base, insist=True).how == "switched"
+
+
 def test_an_unproven_adapter_must_be_insisted_on(desk: Desk, base: Base, base_directory: Path, tmp_path: Path) -> None:
     adapter = write_toy_adapter(tmp_path / "foreign", base_directory, seed=1)
     (adapter / "adapter_manifest.json").unlink()
@@ -336,7 +408,6 @@ def test_the_active_one_is_taken_off_and_the_base_goes_with_the_last(
         generate(desk)
     answer = unload(desk, adapters[0])
     assert (answer.adapter_path, answer.base_unloaded) == (str(adapters[0]), True)
-    assert answer.memory_before_bytes > 0 < answer.memory_after_bytes
     assert desk.holds_nothing
     assert unload(desk).status == "nothing_loaded"
 
@@ -451,6 +522,25 @@ def test_a_base_without_template_or_middle_tokens_says_so(desk: Desk, tmp_path: 
         generate(desk, without_adapter=plain, messages=[ChatMessage(role="user", content="hi")])
     with pytest.raises(InvalidArgument, match="filling in the middle"):
         generate(desk, without_adapter=plain, prefix="a", suffix="b")
+
+
+def test_a_long_prompt_is_read_in_pieces_to_the_same_effect(
+    desk: Desk, adapters: list[Path], base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(desk, adapters[0], base)
+    asked = {"prompt": "def f(x): return x" * 6, "max_new_tokens": 20}
+    whole = generate(desk, **asked).text
+    monkeypatch.setattr("peft_core.inference.host.generation._PIECE", 16)
+    heard: list[str] = []
+    pieces = generate(desk, report=lambda _done, _total, message: heard.append(message), **asked)
+    assert pieces.text == whole
+    assert heard[:6] == ["the adapter reads the prompt"] * 6
+    assert pieces.prompt_tokens == 108
+
+
+def test_a_temperature_next_to_nothing_is_greedy(desk: Desk, adapters: list[Path], base: Base) -> None:
+    load(desk, adapters[0], base)
+    assert generate(desk, **HELLO, temperature=1e-40).text == generate(desk).text
 
 
 def test_who_stops_listening_is_not_written_for(desk: Desk, adapters: list[Path], base: Base) -> None:
