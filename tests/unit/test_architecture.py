@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "bases": GROUND,
     "data": GROUND,
     "adapters": GROUND | {"bases"},
-    "compute": GROUND,
+    "compute": GROUND | {"bases"},
     "training": GROUND | {"bases", "data", "adapters", "compute"},
     "inference": GROUND | {"bases", "adapters", "compute", "estimate"},
     "jobs": GROUND | {"bases", "data", "adapters", "estimate"},
