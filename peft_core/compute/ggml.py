@@ -1,8 +1,8 @@
 """Weights in ggml's block formats to float32, in plain torch, on any device.
 
 Layouts: `block_*` in https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h; arithmetic: `dequantize_row_*` in
-src/ggml-quants.c beside it. A weight is scale * q + offset, with scales of 16 bits and q of at most 8: every product is
-exact in float32 and the sum is rounded once, so each bit agrees with ggml and with gguf.quants on any hardware.
+src/ggml-quants.c beside it. A weight is scale * q + offset. The factors have so few bits that every product is exact in
+float32; only the sum is rounded, once. So each bit agrees with gguf.quants, fused multiply-add or not.
 
 q is put together eight at a time, in words of 64 bits (little-endian, as all that torch runs on): torch shifts bytes
 slowly. Then three passes over the result: convert, multiply, add.
@@ -20,6 +20,8 @@ import torch
 from peft_core.bases.gguf import GGML_TYPES
 from peft_core.errors import BaseModelError
 
+# Weights, on a CPU: the temporary tensors, two bytes a weight, stay in its caches and out of the peak of memory.
+_AT_A_TIME = 1 << 20
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -54,13 +56,18 @@ def dequantise(blocks: torch.Tensor, kind: str, columns: int, *, out: torch.Tens
         return plain.float() if out is None else out.copy_(plain)
     if out is None:
         out = torch.empty(rows, columns, dtype=torch.float32, device=blocks.device)
-    q_BC, scale_BS, offset_BS = _DECODERS[kind](blocks.reshape(-1, block_bytes))
-    parts = (len(q_BC), scale_BS.shape[1], per_block // scale_BS.shape[1])
-    out.view(-1, per_block).copy_(q_BC)
-    out_BSP = out.view(parts).mul_(scale_BS[:, :, None])
-    if offset_BS is not None:
-        out_BSP.add_(offset_BS[:, :, None])
+    step = max(1, _AT_A_TIME // max(columns, 1)) if blocks.is_cpu else max(1, rows)
+    for some, target in zip(blocks.split(step), out.split(step), strict=True):
+        _scaled(_DECODERS[kind](some.reshape(-1, block_bytes)), target.view(-1, per_block))
     return out
+
+
+def _scaled(decoded: _Decoded, out_BC: torch.Tensor) -> None:
+    """Write scale * q + offset."""
+    q_BC, scale_BS, offset_BS = decoded
+    parts = out_BC.copy_(q_BC).unflatten(1, (scale_BS.shape[1], -1)).mul_(scale_BS[:, :, None])
+    if offset_BS is not None:
+        parts.add_(offset_BS[:, :, None])
 
 
 def require_supported(kind: str) -> None:

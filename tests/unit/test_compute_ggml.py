@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_core.bases.gguf import GGML_TYPES
+from peft_core.compute import ggml
 from peft_core.compute.ggml import SUPPORTED, bytes_per_row, dequantise
 from peft_core.errors import BaseModelError
 
@@ -82,6 +83,13 @@ def test_bytes_may_begin_anywhere(kind: str, start: int) -> None:
 def test_rows_need_not_lie_together(kind: str) -> None:
     stored = random_rows(kind, 9, 256, 3)
     assert_same_bits(dequantise(stored[::2], kind, 256), reference(stored[::2], kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_matrix_that_is_taken_in_several_steps_has_no_seams(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ggml, "_AT_A_TIME", 3 * 256)
+    stored = random_rows(kind, 11, 256, 5)
+    assert_same_bits(dequantise(stored, kind, 256), reference(stored, kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
