@@ -1,0 +1,164 @@
+"""Frozen weights as their files have them, memory-mapped; one matrix at a time becomes float32 when it is computed with.
+
+A mapped page belongs to the operating system's cache: it counts once for all processes, is never written, and goes when
+memory is short.
+
+O output features or rows, I input features or columns, N chosen rows
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from peft_core.bases.gguf_model import hugging_face_name, permuted_heads
+from peft_core.bases.header import HeaderError, TensorInfo
+from peft_core.bases.layout import Checkpoint, a_few, unusable
+from peft_core.compute.ggml import SUPPORTED, dequantise
+
+_KIND_OF = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True, eq=False)
+class StoredMatrix:
+    """A frozen weight W [O, I] in its stored form: bytes, and how to read them."""
+
+    blocks: torch.Tensor
+    """uint8 [O, bytes of a row]"""
+
+    kind: str
+    """ggml's name of the format, one of `ggml.SUPPORTED`."""
+
+    columns: int
+
+    heads: int | None = None
+    """The rows of each of so many heads are interleaved, as llama.cpp's converter leaves q and k: the two halves of a head
+    in turn. None: they are in order."""
+
+    @classmethod
+    def of(cls, weights_OI: torch.Tensor) -> StoredMatrix:
+        """Weights in memory, float32, float16 or bfloat16; shared, not copied, where they are contiguous."""
+        if weights_OI.dtype not in _KIND_OF or weights_OI.dim() != 2:
+            raise ValueError(
+                f"not a matrix of float32, float16 or bfloat16: {weights_OI.dtype}, {weights_OI.dim()} axes"
+            )
+        blocks = weights_OI.detach().contiguous().view(torch.uint8)
+        return cls(blocks, _KIND_OF[weights_OI.dtype], weights_OI.shape[1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.blocks), self.columns
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored form."""
+        return self.blocks.numel()
+
+    def whole(self, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """W in float32 [O, I], not to be written to: of float32 storage it is the stored weights themselves.
+
+        `out`, contiguous float32 [O, I], is memory that the result may take; use what is returned.
+        """
+        blocks = self.blocks
+        if self.heads is not None:  # the rows as they are stored, for they are smaller than what they become
+            blocks = blocks.unflatten(0, (self.heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+        if self.kind == "F32":
+            out = None
+        return dequantise(blocks, self.kind, self.columns, out=out)
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """W[start:stop] in float32, not to be written to."""
+        if self.heads is not None:
+            return self.select(torch.arange(*slice(start, stop).indices(len(self.blocks)), device=self.blocks.device))
+        return dequantise(self.blocks[start:stop], self.kind, self.columns)
+
+    def select(self, indices_N: torch.Tensor) -> torch.Tensor:
+        """W[indices] in float32 [N, I], new memory. Only the pages of these rows are read."""
+        if self.heads is not None:
+            size = len(self.blocks) // self.heads
+            within = indices_N % size
+            indices_N = indices_N - within + 2 * (within % (size // 2)) + within // (size // 2)
+        return dequantise(self.blocks.index_select(0, indices_N), self.kind, self.columns)
+
+
+class StoredWeights(NamedTuple):
+    """All weights of a base by Hugging Face's parameter names; an output head that is the embedding is left out."""
+
+    matrices: dict[str, StoredMatrix]
+
+    vectors: dict[str, torch.Tensor]
+    """Norms and biases in float32, copied: a small tensor that lies in a mapped file keeps all of its pages resident."""
+
+
+def open_stored(checkpoint: Checkpoint) -> StoredWeights:
+    """Map the files of a base. Nothing but the vectors is read or copied.
+
+    Raises:
+        BaseModelError: tensors in a format that cannot be computed with, or of more than two axes.
+        HeaderError: a file cannot be mapped, or has become shorter since its header was read.
+    """
+    wanted = [
+        (path, tensor, name)
+        for path, tensor in checkpoint.stored
+        if (name := _parameter(checkpoint, tensor)) in checkpoint.shapes
+    ]
+    _check(checkpoint, [tensor for _, tensor, _ in wanted])
+    ends: dict[Path, int] = {}
+    for path, tensor, _ in wanted:
+        ends[path] = max(ends.get(path, 0), tensor.start + tensor.size)
+    files = {path: _mapped(path, end) for path, end in ends.items()}
+    stored = StoredWeights({}, {})
+    for path, tensor, name in wanted:
+        raw = files[path][tensor.start : tensor.start + tensor.size]
+        heads = permuted_heads(checkpoint.config, tensor.name) if checkpoint.format == "gguf" else None
+        if len(tensor.shape) == 1:
+            stored.vectors[name] = _vector(raw, tensor, heads)
+        elif tensor.dtype == "F64":
+            stored.matrices[name] = StoredMatrix.of(_from_float64(raw).view(tensor.shape))
+        else:
+            stored.matrices[name] = StoredMatrix(raw.view(tensor.shape[0], -1), tensor.dtype, tensor.shape[1], heads)
+    return stored
+
+
+def _parameter(checkpoint: Checkpoint, tensor: TensorInfo) -> str:
+    return tensor.name if checkpoint.format == "huggingface" else hugging_face_name(tensor.name) or ""
+
+
+def _check(checkpoint: Checkpoint, tensors: list[TensorInfo]) -> None:
+    readable = SUPPORTED | {"F64"} if checkpoint.format == "huggingface" else SUPPORTED
+    odd = [f"{tensor.name} ({tensor.dtype})" for tensor in tensors if tensor.dtype not in readable]
+    if odd:
+        raise unusable(
+            checkpoint.path,
+            f"it has weights in formats that cannot be computed with: {a_few(odd)}",
+            "Use a GGUF file of another quantisation, such as Q8_0 or Q4_K_M, or the model's Hugging Face directory",
+        )
+    deep = [f"{tensor.name} {tensor.shape}" for tensor in tensors if len(tensor.shape) not in (1, 2)]
+    if deep:
+        raise unusable(checkpoint.path, f"it has weights that are neither matrices nor vectors: {a_few(deep)}")
+
+
+def _mapped(path: Path, end: int) -> torch.Tensor:
+    """The first `end` bytes of a file, mapped. Private: whoever wrote to them would change a copy, not the file."""
+    try:
+        size = path.stat().st_size
+        if size >= end:
+            return torch.from_file(str(path), shared=False, size=end, dtype=torch.uint8)
+    except (OSError, RuntimeError) as error:
+        raise HeaderError(path, "cannot be mapped into memory") from error
+    raise HeaderError(path, f"ends at byte {size}, before its last tensor does; it has changed")
+
+
+def _vector(raw: torch.Tensor, tensor: TensorInfo, heads: int | None) -> torch.Tensor:
+    raw = raw.clone()
+    if tensor.dtype == "F64":
+        return _from_float64(raw)
+    values = dequantise(raw[None], tensor.dtype, tensor.shape[0])[0]
+    return values if heads is None else values.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten()
+
+
+def _from_float64(raw: torch.Tensor) -> torch.Tensor:
+    return raw.clone().view(torch.float64).float()
