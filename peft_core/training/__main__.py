@@ -1,13 +1,16 @@
-"""The training child: one TrainingTask (JSON) on standard input, events (JSON lines) on standard output.
+"""The training child: one TrainingTask (JSON) from a file or standard input, events (JSON lines) on standard output.
 
 Exit codes: 0 after `AdapterWritten`, 1 after `JobFailed`, 143 when asked to stop (a checkpoint was written if training
-had begun). By hand: `python -m peft_core.training < task.json`.
+had begun). By hand: `python -m peft_core.training [TASK_FILE]`. Under a launcher (torchrun, `accelerate launch`) several
+processes make one run: each needs the task, so it must be a file, and only the first of them has a say.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
+from pathlib import Path
 
 import structlog
 from pydantic import ValidationError
@@ -19,7 +22,7 @@ from peft_core.compute.stop import EXIT_CODE, Stop, Stopped, stop_on_signals, st
 from peft_core.compute.wire import claim_stdout, line_writer
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument
-from peft_core.events import JobFailed
+from peft_core.events import Event, JobFailed
 from peft_core.spec import TrainingTask
 
 _PARENT_VARIABLE = "PEFT_MCP_PARENT"
@@ -37,15 +40,19 @@ def main() -> int:
     # 1. The wire and the ways to stop, before anything slow.
     stop = Stop()
     emit = line_writer(claim_stdout(), closed=stop.request)
+    if os.environ.get("RANK", "0") != "0":  # which of a launcher's processes this is
+        emit = _say_nothing
     stop_on_signals(stop)
-    if parent := os.environ.get(_PARENT_VARIABLE):
+    if "LOCAL_RANK" in os.environ:  # the parent is a launcher; the runner's death is heard of by the closed pipe
+        stop_without_parent(stop, os.getppid())
+    elif parent := os.environ.get(_PARENT_VARIABLE):
         stop_without_parent(stop, int(parent))
     logs.configure(Settings().log_level)
     log = structlog.get_logger(__name__)
 
     try:
         # 2. The task.
-        task = _read_task(sys.stdin.read())
+        task = _read_task(sys.argv[1:])
         structlog.contextvars.bind_contextvars(job_id=task.job_id)
 
         # 3. Torch and its company take seconds, read the environment as they load, and may fail to: hence here.
@@ -64,11 +71,19 @@ def main() -> int:
     return 0
 
 
-def _read_task(text: str) -> TrainingTask:
+def _read_task(arguments: list[str]) -> TrainingTask:
+    parser = argparse.ArgumentParser(prog="python -m peft_core.training")
+    parser.add_argument("task_file", nargs="?", type=Path, help="a TrainingTask as JSON; without it, standard input")
+    file: Path | None = parser.parse_args(arguments).task_file
+    text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
     try:
         return TrainingTask.model_validate_json(text)
     except ValidationError as error:
-        raise InvalidArgument("standard input", text, f"one TrainingTask as JSON ({error})") from error
+        raise InvalidArgument(str(file or "standard input"), text, f"one TrainingTask as JSON ({error})") from error
+
+
+def _say_nothing(_event: Event) -> None:
+    """What processes other than the first do with events."""
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from peft_core.compute.tokenizer import BaseTokenizer, load_tokenizer
 from peft_core.data.prepare import PreparedDataset, prepare
 from peft_core.data.read import read_examples
 from peft_core.errors import DataError
-from peft_core.events import AdapterWritten, DatasetPrepared, Emit, Event, HeldOutMeasured, PhaseStarted, RunPlanned
+from peft_core.events import AdapterWritten, DatasetPrepared, Emit, HeldOutMeasured, PhaseStarted, RunPlanned
 from peft_core.paths import JobPaths
 from peft_core.results import Metrics, Phase
 from peft_core.spec import TrainingTask
@@ -54,8 +54,6 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     _set_up_process(config.seed)
     plan = choose(config.device, describe())
     accelerator = _accelerator(plan.device, plan.autocast)
-    if not accelerator.is_main_process:
-        emit = _say_nothing
 
     # 1. Text to documents. The base comes first: its tokenizer measures the text.
     emit(PhaseStarted(phase=Phase.PREPARING_DATA))
@@ -133,13 +131,13 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     emit(HeldOutMeasured(step=progress.step, loss=adapter_loss, whole_set=True))
 
     # 6. Its files.
-    if not accelerator.is_main_process:
-        return
-    emit(PhaseStarted(phase=Phase.SAVING))
-    facts = _facts(task, plan, dataset, loop)
-    metrics = write_adapter(paths.adapter, adapted, task, facts, partial(_metrics, progress, adapter_loss))
-    _log.info("adapter_written", device_memory_bytes=device_memory_bytes(accelerator.device), **metrics.model_dump())
-    emit(AdapterWritten(metrics=metrics))
+    if accelerator.is_main_process:
+        emit(PhaseStarted(phase=Phase.SAVING))
+        facts = _facts(task, plan, dataset, loop)
+        metrics = write_adapter(paths.adapter, adapted, task, facts, partial(_metrics, progress, adapter_loss))
+        _log.info("adapter_written", device_memory_bytes=device_memory_bytes(accelerator.device), **metrics.model_dump())
+        emit(AdapterWritten(metrics=metrics))
+    accelerator.end_training()  # a process that leaves its group unclosed may end with SIGABRT
 
 
 def _base_losses(
@@ -232,7 +230,3 @@ def _documents(path: Path, tokenizer: BaseTokenizer, max_length: int) -> list[Do
 def _perplexity(loss: float) -> float:
     """Exp of the loss; 1.8e308 at most, where an untrained model would overflow."""
     return math.exp(min(loss, 709.0))
-
-
-def _say_nothing(_event: Event) -> None:
-    """What processes other than the main one do with events."""
