@@ -34,6 +34,9 @@ class Settings(BaseSettings):
             "'always', without looking at memory."
         ),
     ] = "if_it_fits"
+    launcher: Annotated[
+        str | None, Field(description="Command that starts each training, for several GPUs: 'accelerate launch …'.")
+    ] = None
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR"], Field(description="How much goes to stderr.")
     ] = "INFO"

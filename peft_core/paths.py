@@ -5,7 +5,7 @@
   runner.lock                           held by whoever is working on the queue
   logs/                                 runner.log
   base_models/{key}/                    bases converted from GGUF
-  jobs/{job_id}/                        records.jsonl, dataset/, checkpoint/, adapter/ (until published), train.log
+  jobs/{job_id}/                        task.json, records.jsonl, dataset/, checkpoint/, adapter/ (until published), train.log
   projects/{project_id}/lora/
     {adapter_id}/                       a published adapter; never changes
     current -> {adapter_id}             moves atomically
@@ -20,6 +20,10 @@ from pathlib import Path
 @dataclass(frozen=True)
 class JobPaths:
     root: Path
+
+    @property
+    def task(self) -> Path:
+        return self.root / "task.json"
 
     @property
     def records(self) -> Path:

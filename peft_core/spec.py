@@ -300,7 +300,7 @@ class GenerationRequest(Frozen):
 
 
 class TrainingTask(Frozen):
-    """What the training child reads from its standard input: everything it needs, nothing it must look up."""
+    """What the training child reads: everything it needs, nothing it must look up."""
 
     job_id: str
     project_id: str

@@ -1,6 +1,6 @@
 """The runner: a detached process without torch that works the queue off, one training at a time.
 
-    python -m peft_core.jobs.runner DATA_DIR LOG_LEVEL
+    python -m peft_core.jobs.runner DATA_DIR LOG_LEVEL LAUNCHER
 
 It holds the work lock, gives each job to a training child of its own, and turns what the child says (JSON lines), how it
 ended (exit code, signal) and what it did not say into events. It is the only writer of running jobs. When the queue is
@@ -11,6 +11,7 @@ the lock up, so a job that was inserted meanwhile is not forgotten.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -47,7 +48,7 @@ from peft_core.paths import DataPaths, JobPaths
 from peft_core.results import Phase, Problem, Status
 from peft_core.spec import TrainingTask
 
-CHILD = [sys.executable, "-P", "-m", "peft_core.training"]  # -P: the working directory is no place for modules
+CHILD = ["-m", "peft_core.training"]
 LOCK_PATIENCE_S = 5.0  # longer than anybody who only probes holds the lock
 LOOK_S = 0.25  # how often a running job is looked up for a request to cancel
 GRACE_S = 20.0  # between SIGTERM and SIGKILL: time for a micro-step and a checkpoint
@@ -57,26 +58,29 @@ ASKED_TO_STOP = 143  # exit code of a child that left on SIGTERM, its checkpoint
 log = structlog.get_logger()
 
 
-def run(paths: DataPaths, log_level: str) -> None:
-    """Work until the queue is empty, or somebody else does."""
+def run(paths: DataPaths, log_level: str, launcher: str = "") -> None:
+    """Work until the queue is empty, or somebody else does. `launcher` is the setting of that name."""
     store = Store(paths.database, time.time)
     registry = Registry(paths)
     lock = WorkLock(paths.runner_lock)
     while lock.acquire(LOCK_PATIENCE_S):
         with lock:
             recover(store, registry)
-            stopped = anyio.run(Runner(store, registry, paths, lock, log_level).drain)
+            stopped = anyio.run(Runner(store, registry, paths, lock, log_level=log_level, launcher=launcher).drain)
         if stopped or not store.in_state(Status.QUEUED):
             return
 
 
 class Runner:
-    def __init__(self, store: Store, registry: Registry, paths: DataPaths, lock: WorkLock, log_level: str) -> None:
+    def __init__(
+        self, store: Store, registry: Registry, paths: DataPaths, lock: WorkLock, *, log_level: str, launcher: str
+    ) -> None:
         self._store = store
         self._registry = registry
         self._paths = paths
         self._lock = lock
         self._log_level = log_level
+        self._launcher = shlex.split(launcher) or [sys.executable]
         self._stopping = False
 
     async def drain(self) -> bool:
@@ -120,16 +124,18 @@ class Runner:
             job_dir=paths.root,
             base_models_dir=self._paths.base_models,
         )
+        paths.task.write_text(task.model_dump_json(), encoding="utf-8")
         with paths.log.open("ab") as log_file:
             process = await anyio.open_process(
-                CHILD,
-                stdin=subprocess.PIPE,
+                [*self._launcher, *CHILD, str(paths.task)],
+                stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log_file,
                 cwd=paths.root,
                 env={
                     **os.environ,
                     "PEFT_MCP_PARENT": str(os.getpid()),
+                    "PYTHONSAFEPATH": "1",  # the working directory is no place for modules
                     "HF_HUB_OFFLINE": "1",
                     "CODEBASE_GARDENER_LOG_LEVEL": self._log_level,
                 },
@@ -137,13 +143,7 @@ class Runner:
             )
         async with process, anyio.create_task_group() as group:
             group.start_soon(self._end_when_asked, job.job_id, process)
-            assert process.stdin is not None  # noqa: S101 -- both were asked for as pipes
-            assert process.stdout is not None  # noqa: S101
-            try:
-                await process.stdin.send(task.model_dump_json().encode() + b"\n")
-                await process.stdin.aclose()
-            except anyio.BrokenResourceError:
-                pass  # it died at once: its exit code tells
+            assert process.stdout is not None  # noqa: S101 -- it was asked for as a pipe
             last_word = await self._follow(job.job_id, process.stdout)
             code = await process.wait()
             group.cancel_scope.cancel()
@@ -224,6 +224,6 @@ def problem_of(error: Exception) -> Problem:
 
 
 if __name__ == "__main__":
-    data_dir, log_level = sys.argv[1:]
+    data_dir, log_level, launcher = sys.argv[1:]
     logs.configure(log_level)
-    run(DataPaths(Path(data_dir)), log_level)
+    run(DataPaths(Path(data_dir)), log_level, launcher)

@@ -184,7 +184,7 @@ class JobService:
         self._paths.logs.mkdir(parents=True, exist_ok=True)
         with (self._paths.logs / "runner.log").open("ab") as log:
             runner = subprocess.Popen(  # noqa: S603 -- our own module, by absolute interpreter
-                [*RUNNER, str(self._paths.root), self._settings.log_level],
+                [*RUNNER, str(self._paths.root), self._settings.log_level, self._settings.launcher or ""],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

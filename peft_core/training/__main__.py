@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import structlog
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from peft_core import logs
 from peft_core.compute.environment import prepare_environment
@@ -22,7 +22,7 @@ from peft_core.compute.stop import EXIT_CODE, Stop, Stopped, stop_on_signals, st
 from peft_core.compute.wire import claim_stdout, line_writer
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument
-from peft_core.events import Event, JobFailed
+from peft_core.events import JobFailed
 from peft_core.spec import TrainingTask
 
 _PARENT_VARIABLE = "PEFT_MCP_PARENT"
@@ -82,7 +82,7 @@ def _read_task(arguments: list[str]) -> TrainingTask:
         raise InvalidArgument(str(file or "standard input"), text, f"one TrainingTask as JSON ({error})") from error
 
 
-def _say_nothing(_event: Event) -> None:
+def _say_nothing(_said: BaseModel) -> None:
     """What processes other than the first do with events."""
 
 

@@ -135,7 +135,9 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
         emit(PhaseStarted(phase=Phase.SAVING))
         facts = _facts(task, plan, dataset, loop)
         metrics = write_adapter(paths.adapter, adapted, task, facts, partial(_metrics, progress, adapter_loss))
-        _log.info("adapter_written", device_memory_bytes=device_memory_bytes(accelerator.device), **metrics.model_dump())
+        _log.info(
+            "adapter_written", device_memory_bytes=device_memory_bytes(accelerator.device), **metrics.model_dump()
+        )
         emit(AdapterWritten(metrics=metrics))
     accelerator.end_training()  # a process that leaves its group unclosed may end with SIGABRT
 

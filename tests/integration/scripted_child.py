@@ -1,7 +1,7 @@
 """A training child that follows a script, for tests of what the runner makes of its ways to end.
 
-It speaks the real wire (a TrainingTask in, events out) in a real process; only the training is left out. What it does is
-chosen by the project id of its task.
+It speaks the real wire (the file of a TrainingTask in, events out) in a real process; only the training is left out.
+What it does is chosen by the project id of its task.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 from peft_core.events import EVENT, AdapterWritten, Event, JobFailed, PhaseStarted, RunPlanned, StepCompleted
 from peft_core.results import Metrics, Phase, Problem
@@ -33,7 +34,7 @@ def train(steps: int) -> None:
 
 
 def main() -> None:
-    task = TrainingTask.model_validate_json(sys.stdin.readline())
+    task = TrainingTask.model_validate_json(Path(sys.argv[1]).read_text())
     match task.project_id:
         case "fails":
             say(JobFailed(error=Problem(code="no_luck", message="No luck today.", suggestions=("Try tomorrow",))))

@@ -9,7 +9,7 @@ from peft_core.jobs import runner
 from peft_core.paths import DataPaths
 
 if __name__ == "__main__":
-    runner.CHILD = [sys.executable, "-m", "tests.integration.scripted_child"]
+    runner.CHILD = ["-m", "tests.integration.scripted_child"]
     runner.GRACE_S = 0.5
     runner.LOOK_S = 0.05
     root = Path(sys.argv[1])
