@@ -80,7 +80,7 @@ class Runner:
         self._paths = paths
         self._lock = lock
         self._log_level = log_level
-        self._launcher = shlex.split(launcher) or [sys.executable]
+        self._launcher = shlex.split(launcher)
         self._stopping = False
 
     async def drain(self) -> bool:
@@ -127,14 +127,14 @@ class Runner:
         paths.task.write_text(task.model_dump_json(), encoding="utf-8")
         with paths.log.open("ab") as log_file:
             process = await anyio.open_process(
-                [*self._launcher, *CHILD, str(paths.task)],
+                [*(self._launcher or [sys.executable]), *CHILD, str(paths.task)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log_file,
                 cwd=paths.root,
                 env={
                     **os.environ,
-                    "PEFT_MCP_PARENT": str(os.getpid()),
+                    "PEFT_MCP_PARENT": "launcher" if self._launcher else str(os.getpid()),
                     "PYTHONSAFEPATH": "1",  # the working directory is no place for modules
                     "HF_HUB_OFFLINE": "1",
                     "CODEBASE_GARDENER_LOG_LEVEL": self._log_level,

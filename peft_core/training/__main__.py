@@ -25,6 +25,7 @@ from peft_core.errors import InvalidArgument
 from peft_core.events import JobFailed
 from peft_core.spec import TrainingTask
 
+# The runner's pid; or "launcher", when one stands between: the runner's death is then heard of by the closed pipe.
 _PARENT_VARIABLE = "PEFT_MCP_PARENT"
 WORK = Work(
     name="training",
@@ -43,10 +44,8 @@ def main() -> int:
     if os.environ.get("RANK", "0") != "0":  # which of a launcher's processes this is
         emit = _say_nothing
     stop_on_signals(stop)
-    if "LOCAL_RANK" in os.environ:  # the parent is a launcher; the runner's death is heard of by the closed pipe
-        stop_without_parent(stop, os.getppid())
-    elif parent := os.environ.get(_PARENT_VARIABLE):
-        stop_without_parent(stop, int(parent))
+    if parent := os.environ.get(_PARENT_VARIABLE):
+        stop_without_parent(stop, os.getppid() if parent == "launcher" else int(parent))
     logs.configure(Settings().log_level)
     log = structlog.get_logger(__name__)
 

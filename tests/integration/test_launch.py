@@ -34,6 +34,7 @@ LAUNCHER = [
     *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),  # 0: any that is free
 ]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+WATCHED = {"PEFT_MCP_PARENT": "launcher"}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def launched(task: TrainingTask) -> Iterator[subprocess.Popen[str]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **ENVIRONMENT},
+        env={**os.environ, **ENVIRONMENT, **WATCHED},
     )
     try:
         yield process
@@ -125,17 +126,20 @@ def test_launched_processes_end_with_their_launcher_and_a_checkpoint(
     assert psutil.wait_procs(processes, timeout=20)[1] == []
 
 
+@pytest.mark.parametrize("processes", [1, 2])
 async def test_a_job_is_trained_under_the_launcher_of_the_settings(
-    tmp_path: Path, toy_base: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, toy_base: Path, monkeypatch: pytest.MonkeyPatch, processes: int
 ) -> None:
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     records = make_task(tmp_path, str(toy_base), **TOY).source
-    settings = Settings(data_dir=tmp_path / "data", launcher=" ".join(LAUNCHER))
+    settings = Settings(
+        data_dir=tmp_path / "data", launcher=" ".join(LAUNCHER if processes == 2 else [*LAUNCHER[:3], "--cpu"])
+    )
     async with PEFTManager(settings) as manager:
         job = await manager.train_adapter("adds", str(records), {**TOY, "base_model": str(toy_base)})
         async for status in manager.watch_training("adds", job.job_id):
             last = status
     log = DataPaths(tmp_path / "data").job(job.job_id).log.read_text()
     assert last.status is Status.COMPLETED, log
-    assert log.count("event=layers_fused") == 2
+    assert log.count("event=layers_fused") == processes
