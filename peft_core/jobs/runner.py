@@ -119,6 +119,7 @@ class Runner:
             base=job.request.base,
             job_dir=paths.root,
             base_models_dir=self._paths.base_models,
+            weights_in=job.request.weights_in,
         )
         with paths.log.open("ab") as log_file:
             process = await anyio.open_process(
