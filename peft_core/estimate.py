@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from peft_core.results import Estimate
-from peft_core.spec import ModelShape, SourceSummary, TrainingConfig
+from peft_core.spec import Base, ModelShape, SourceSummary, TrainingConfig, WeightsIn
 
 TOKENS_PER_EXAMPLE = 200  # mean of code units at max_length 512
 CPU_FLOPS_PER_CORE = 30e9  # useful float32 rate in training, per core
@@ -32,7 +32,7 @@ def expected_device(requested: str) -> str:
 
 def estimate(
     config: TrainingConfig,
-    shape: ModelShape,
+    base: Base,
     source: SourceSummary,
     device: str,
     measured_tokens_per_second: float | None = None,
@@ -55,7 +55,7 @@ def estimate(
         rate, basis = measured_tokens_per_second, "speed of your last run on this base and device"
     elif device == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        rate = cores * CPU_FLOPS_PER_CORE / flops_per_token(shape)
+        rate = cores * CPU_FLOPS_PER_CORE / flops_per_token(base.shape)
         basis = f"rule of thumb for {cores} CPU cores; the status shows the measured speed"
     else:
         rate, basis = None, f"no run on this base and {device} yet; the status shows the measured speed"
@@ -65,7 +65,7 @@ def estimate(
         train_tokens=round(tokens),
         steps=steps,
         seconds=None if seconds is None else round(seconds, 1),
-        memory_bytes=memory_bytes(config, shape, device),
+        memory_bytes=memory_bytes(config, base, device),
         basis=basis,
     )
 
@@ -78,13 +78,15 @@ def flops_per_token(shape: ModelShape) -> float:
     return 4.4 * shape.parameters
 
 
-def smallest_memory_bytes(shape: ModelShape, device: str) -> int:
+def smallest_memory_bytes(base: Base, device: str) -> int:
     """What no setting but another base gets below."""
-    return memory_bytes(TrainingConfig(rank=1, max_length=64), shape, device)
+    smallest = TrainingConfig(rank=1, max_length=64)
+    return min(memory_bytes(smallest, base, device, weights_in) for weights_in in ("memory", "file"))
 
 
-def memory_bytes(config: TrainingConfig, shape: ModelShape, device: str) -> int:
-    """Estimated peak of the training process, on CPU; of the device's memory elsewhere."""
+def memory_bytes(config: TrainingConfig, base: Base, device: str, weights_in: WeightsIn = "memory") -> int:
+    """Estimated peak of the training process, on CPU; of the device's memory elsewhere, where all weights are in it."""
+    shape = base.shape
     weight_bytes = 4 if device == "cpu" else 2
     micro_tokens = max(MICRO_TOKENS, config.max_length)
     # Per token and layer, in units of the hidden and the intermediate size. Fused layers keep half as much for backward.
@@ -93,9 +95,10 @@ def memory_bytes(config: TrainingConfig, shape: ModelShape, device: str) -> int:
         shape.layers * (hidden * shape.hidden_size + intermediate * shape.intermediate_size) * weight_bytes
     )
     logits = 256 * shape.vocab_size * 4 * 2
+    unpacked, head = shape.parameters * weight_bytes, shape.vocab_size * shape.hidden_size * 4
     return round(
         PROCESS_BYTES
-        + shape.parameters * weight_bytes
+        + (unpacked if device != "cpu" or weights_in == "memory" else base.size_bytes + head)
         + micro_tokens * saved_per_token
         + logits
         + lora_parameters(config.rank, shape) * 4 * 5  # weights, gradients, two Adam moments, best state

@@ -299,6 +299,11 @@ class GenerationRequest(Frozen):
         return self
 
 
+# Where the frozen weights are while it trains: unpacked in memory, or in their file, of which each matrix is read when it
+# is computed with. The second is slower and leaner; both are the same numbers.
+WeightsIn = Literal["memory", "file"]
+
+
 class TrainingTask(Frozen):
     """What the training child reads: everything it needs, nothing it must look up."""
 
@@ -310,3 +315,4 @@ class TrainingTask(Frozen):
     base: Base
     job_dir: Path  # JobPaths(job_dir) tells the rest
     base_models_dir: Path  # cache of converted bases
+    weights_in: WeightsIn = "memory"

@@ -22,7 +22,7 @@ from peft_core.events import (
     StoppedEarly,
 )
 from peft_core.results import Estimate, Metrics, Phase, Problem, Status
-from peft_core.spec import Base, DatasetSummary, Frozen, SourceSummary, TrainingConfig
+from peft_core.spec import Base, DatasetSummary, Frozen, SourceSummary, TrainingConfig, WeightsIn
 
 
 class JobRequest(Frozen):
@@ -35,6 +35,7 @@ class JobRequest(Frozen):
     found: SourceSummary
     device: str  # expected; the training process decides
     estimate: Estimate
+    weights_in: WeightsIn = "memory"
 
 
 class Job(Frozen):

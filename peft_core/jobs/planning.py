@@ -18,11 +18,18 @@ from peft_core.config import Settings
 from peft_core.data.records import write_records
 from peft_core.data.source import inspect
 from peft_core.errors import InvalidArgument, StorageError
-from peft_core.estimate import MICRO_TOKENS, estimate, expected_device, lora_parameters, smallest_memory_bytes
+from peft_core.estimate import (
+    MICRO_TOKENS,
+    estimate,
+    expected_device,
+    lora_parameters,
+    memory_bytes,
+    smallest_memory_bytes,
+)
 from peft_core.jobs.model import JobRequest
 from peft_core.jobs.store import unwritable
 from peft_core.results import Estimate
-from peft_core.spec import Base, SourceSummary, TrainingConfig
+from peft_core.spec import Base, SourceSummary, TrainingConfig, WeightsIn
 
 MARGIN_BYTES = 200 << 20  # disk space that is left to others
 
@@ -50,9 +57,9 @@ def plan(
             f"the base {base.name} has no chat template, so conversations cannot be written in its form",
             suggestions=["Use an instruct model as base_model, or records of the form {prompt, completion}"],
         )
-    planned = estimate(config, base.shape, found, device, measured_speed(base, device))
+    planned = estimate(config, base, found, device, measured_speed(base, device))
     _check_fit(config, base)
-    _check_memory(config, base, device, planned, settings.max_memory_mb)
+    planned, weights_in = _fit_memory(config, base, device, planned, settings.max_memory_mb)
     _check_disk(config, base, found, settings.data_dir)
     return JobRequest(
         source=found.path or Path(),
@@ -62,6 +69,7 @@ def plan(
         found=found,
         device=device,
         estimate=planned,
+        weights_in=weights_in,
     )
 
 
@@ -105,27 +113,32 @@ def _check_fit(config: TrainingConfig, base: Base) -> None:
                 )
 
 
-def _check_memory(
+def _fit_memory(
     config: TrainingConfig, base: Base, device: str, planned: Estimate, settings_limit_mb: int | None
-) -> None:
-    """The tighter of the caller's and the user's limit counts."""
+) -> tuple[Estimate, WeightsIn]:
+    """The fastest way to train within the limit: the tighter of the caller's and the user's counts."""
     limits = [("config.max_memory_mb", config.max_memory_mb), ("CODEBASE_GARDENER_MAX_MEMORY_MB", settings_limit_mb)]
-    for field, limit_mb in limits:
-        if limit_mb is None or planned.memory_bytes <= limit_mb << 20:
-            continue
-        smallest = smallest_memory_bytes(base.shape, device)
-        if smallest > limit_mb << 20:
-            advice = f"Training {base.name} takes {_mb(smallest)} MB at least: use a smaller base_model"
-        else:
-            lower = "max_length" if config.max_length > MICRO_TOKENS else "rank"
-            advice = f"Lower {lower}, or have the limit raised to {_mb(planned.memory_bytes)}"
-        raise InvalidArgument(
-            field,
-            limit_mb,
-            f"training {base.name} with rank {config.rank} and max_length {config.max_length} is estimated to take "
-            f"{_mb(planned.memory_bytes)} MB",
-            suggestions=[advice],
-        )
+    given = [(limit_mb, field) for field, limit_mb in limits if limit_mb is not None]
+    if not given or planned.memory_bytes <= min(given)[0] << 20:
+        return planned, "memory"
+    limit_mb, field = min(given)
+    lean = memory_bytes(config, base, device, "file")
+    if lean <= limit_mb << 20:
+        basis = f"{planned.basis}; the base's weights stay in their file, to keep within {field} = {limit_mb}"
+        return planned.model_copy(update={"memory_bytes": lean, "basis": basis}), "file"
+    smallest = smallest_memory_bytes(base, device)
+    if smallest > limit_mb << 20:
+        advice = f"Training {base.name} takes {_mb(smallest)} MB at least: use a smaller base_model"
+    else:
+        lower = "max_length" if config.max_length > MICRO_TOKENS else "rank"
+        advice = f"Lower {lower}, or have the limit raised to {_mb(lean)}"
+    raise InvalidArgument(
+        field,
+        limit_mb,
+        f"training {base.name} with rank {config.rank} and max_length {config.max_length} is estimated to take "
+        f"{_mb(lean)} MB",
+        suggestions=[advice],
+    )
 
 
 def _check_disk(config: TrainingConfig, base: Base, found: SourceSummary, data_dir: Path) -> None:

@@ -123,6 +123,7 @@ class Runner:
             base=job.request.base,
             job_dir=paths.root,
             base_models_dir=self._paths.base_models,
+            weights_in=job.request.weights_in,
         )
         paths.task.write_text(task.model_dump_json(), encoding="utf-8")
         with paths.log.open("ab") as log_file:

@@ -16,6 +16,7 @@ from peft_core.adapters.manifest import DataRecord
 from peft_core.bases.convert import materialise
 from peft_core.compute.base import load_base
 from peft_core.compute.device import DevicePlan, choose, describe, device_memory_bytes, use_cores
+from peft_core.compute.frozen import load_frozen
 from peft_core.compute.process import (
     keep_freed_memory,
     peak_memory_bytes,
@@ -73,7 +74,8 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
 
     # 2. The frozen base on its device.
     emit(PhaseStarted(phase=Phase.LOADING_MODEL))
-    model = load_base(directory, plan.weights).to(accelerator.device)
+    mapped = load_frozen(task.base, directory) if plan.device == "cpu" and task.weights_in == "file" else None
+    model = mapped or load_base(directory, plan.weights).to(accelerator.device)
     objective = choose_objective(model, config.max_length)
     return_freed_memory()
     order = plan_order(

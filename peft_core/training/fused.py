@@ -2,7 +2,7 @@
 
 PEFT computes W x, B A x, the scaling and the sum one by one, each into a tensor of its own. Here the update is added in
 place, of the gated MLP only gate and up are kept for the backward pass (silu(gate) * up is recomputed), and of a norm its
-input and one number a token. Frozen weights get no gradient.
+input and one number a token. Frozen weights get no gradient, and are read from their stored form when they are needed.
 
 T tokens (all leading axes), I input features, O output features, R rank, F features of the MLP, D model size
 """
@@ -21,6 +21,9 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from torch.nn.functional import linear, silu
 
+from peft_core.compute.frozen import FrozenLinear, matrix_of
+from peft_core.compute.stored import StoredMatrix
+
 _log = structlog.get_logger(__name__)
 
 _ADAPTER = "default"  # PEFT's name of the one adapter
@@ -33,23 +36,23 @@ class _LinearFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x_TI: torch.Tensor,
-        W_OI: torch.Tensor,
+        W: StoredMatrix,
         bias_O: torch.Tensor | None,
         A_RI: torch.Tensor,
         B_OR: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
         down_TR = x_TI @ A_RI.T
-        ctx.save_for_backward(x_TI, W_OI, A_RI, B_OR, down_TR)
-        ctx.scaling = scaling
-        return linear(x_TI, W_OI, bias_O).addmm_(down_TR, B_OR.T, alpha=scaling)
+        ctx.save_for_backward(x_TI, A_RI, B_OR, down_TR)
+        ctx.W, ctx.scaling = W, scaling
+        return linear(x_TI, W.whole(), bias_O).addmm_(down_TR, B_OR.T, alpha=scaling)
 
     @staticmethod
     def backward(ctx: Any, grad_TO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_TI, W_OI, A_RI, B_OR, down_TR = ctx.saved_tensors
+        x_TI, A_RI, B_OR, down_TR = ctx.saved_tensors
         grad_down_TR = (grad_TO @ B_OR).mul_(ctx.scaling)
         grad_B_OR = (grad_TO.T @ down_TR).mul_(ctx.scaling)
-        grad_x_TI = (grad_TO @ W_OI).addmm_(grad_down_TR, A_RI) if ctx.needs_input_grad[0] else None
+        grad_x_TI = (grad_TO @ ctx.W.whole()).addmm_(grad_down_TR, A_RI) if ctx.needs_input_grad[0] else None
         return grad_x_TI, None, None, grad_down_TR.T @ x_TI, grad_B_OR, None
 
 
@@ -61,23 +64,23 @@ class _GatedFunction(torch.autograd.Function):
         ctx: Any,
         gate_TF: torch.Tensor,
         up_TF: torch.Tensor,
-        W_OF: torch.Tensor,
+        W: StoredMatrix,
         A_RF: torch.Tensor,
         B_OR: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
         h_TF = silu(gate_TF).mul_(up_TF)
         down_TR = h_TF @ A_RF.T
-        ctx.save_for_backward(gate_TF, up_TF, W_OF, A_RF, B_OR, down_TR)
-        ctx.scaling = scaling
-        return (h_TF @ W_OF.T).addmm_(down_TR, B_OR.T, alpha=scaling)
+        ctx.save_for_backward(gate_TF, up_TF, A_RF, B_OR, down_TR)
+        ctx.W, ctx.scaling = W, scaling
+        return (h_TF @ W.whole().T).addmm_(down_TR, B_OR.T, alpha=scaling)
 
     @staticmethod
     def backward(ctx: Any, grad_TO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gate_TF, up_TF, W_OF, A_RF, B_OR, down_TR = ctx.saved_tensors
+        gate_TF, up_TF, A_RF, B_OR, down_TR = ctx.saved_tensors
         grad_down_TR = (grad_TO @ B_OR).mul_(ctx.scaling)
         grad_B_OR = (grad_TO.T @ down_TR).mul_(ctx.scaling)
-        grad_h_TF = (grad_TO @ W_OF).addmm_(grad_down_TR, A_RF)
+        grad_h_TF = (grad_TO @ ctx.W.whole()).addmm_(grad_down_TR, A_RF)
         silu_TF = silu(gate_TF)
         grad_A_RF = grad_down_TR.T @ (silu_TF * up_TF)
         grad_up_TF = silu_TF.mul_(grad_h_TF)
@@ -134,7 +137,7 @@ def fuse(model: PeftModel) -> Fused:
 
 def _linear_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
     base = _frozen(layer)
-    out: torch.Tensor = _LinearFunction.apply(x.reshape(-1, x.shape[-1]), base.weight, base.bias, *_lora(layer))
+    out: torch.Tensor = _LinearFunction.apply(x.reshape(-1, x.shape[-1]), matrix_of(base), base.bias, *_lora(layer))
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -142,7 +145,7 @@ def _gated_forward(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
     gate, up, down = _projections(mlp)
     features = _frozen(gate).out_features
     out: torch.Tensor = _GatedFunction.apply(
-        gate(x).view(-1, features), up(x).view(-1, features), _frozen(down).weight, *_lora(down)
+        gate(x).view(-1, features), up(x).view(-1, features), matrix_of(_frozen(down)), *_lora(down)
     )
     return out.view(*x.shape[:-1], out.shape[-1])
 
@@ -175,7 +178,7 @@ def _is_plain(module: nn.Module | None) -> TypeGuard[LoraLinear]:
     if type(module) is not LoraLinear or list(module.lora_A) != [_ADAPTER] or module.lora_variant:
         return False
     return (
-        type(module.get_base_layer()) is nn.Linear
+        type(module.get_base_layer()) in (nn.Linear, FrozenLinear)
         and isinstance(module.lora_dropout[_ADAPTER], nn.Identity)
         and not module.lora_bias[_ADAPTER]
         and _frozen(module).weight.dtype == _lora(module)[0].dtype == torch.float32

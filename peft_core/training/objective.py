@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from peft_core.compute.frozen import FrozenLinear
 from peft_core.training import attention
 from peft_core.training.batches import Document, MicroBatch, join, micro_capacity
 from peft_core.training.loss import frozen_head_cross_entropy
@@ -47,7 +48,7 @@ class Objective:
         """Sum of -log p(target) over the N targets of a micro-batch, nats, float32 scalar."""
         if self.chunked_head:
             hidden_TD = _hidden(self.model, batch, packed=self.packed)
-            return frozen_head_cross_entropy(hidden_TD[batch.source_N], _head(self.model).weight, batch.target_N)
+            return frozen_head_cross_entropy(hidden_TD[batch.source_N], _head_weights(self.model), batch.target_N)
         logits_TV = _logits(self.model, batch, packed=self.packed)
         return cross_entropy(logits_TV[batch.source_N].float(), batch.target_N, reduction="sum")
 
@@ -91,7 +92,7 @@ def _packed_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor | 
 
 def _head_logits(model: PreTrainedModel, documents: list[Document], device: torch.device) -> torch.Tensor:
     hidden_TD = torch.cat([_hidden(model, join([document], device), packed=False) for document in documents])
-    return hidden_TD @ _head(model).weight.T
+    return hidden_TD @ _head_weights(model).T
 
 
 def _hidden(model: PreTrainedModel, batch: MicroBatch, *, packed: bool) -> torch.Tensor:
@@ -113,13 +114,15 @@ def _packing(batch: MicroBatch, *, packed: bool) -> dict[str, Any]:
 def _has_plain_head(model: PreTrainedModel) -> bool:
     head = model.get_output_embeddings()
     changed = any(getattr(model.config, name, None) not in (None, 1, 1.0) for name in _LOGIT_CHANGES)
-    return type(head) is nn.Linear and head.bias is None and model.base_model is not model and not changed
+    return (
+        type(head) in (nn.Linear, FrozenLinear) and head.bias is None and model.base_model is not model and not changed
+    )
 
 
-def _head(model: PreTrainedModel) -> nn.Linear:
+def _head_weights(model: PreTrainedModel) -> torch.Tensor:
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear)  # noqa: S101 -- `_has_plain_head` was asked first
-    return head
+    return head.stored.whole() if isinstance(head, FrozenLinear) else head.weight
 
 
 def _agrees(logits_TV: torch.Tensor | None, own_TV: torch.Tensor) -> bool:

@@ -16,6 +16,8 @@ from peft_core.config import Settings
 from peft_core.manager import PEFTManager
 from peft_core.results import Status
 
+SHORT = {"max_steps": 3, "max_length": 128, "batch_size": 2, "held_out_fraction": 0.02}
+
 
 @pytest.fixture(scope="session")
 def converted_bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -50,13 +52,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory, converted_bases: Path, std
     """A data directory with two trained adapters, of the projects 'mail' and 'json'."""
     data = tmp_path_factory.mktemp("trained")
     (data / "base_models").symlink_to(converted_bases)
-    config = {"max_steps": 3, "max_length": 128, "batch_size": 2, "held_out_fraction": 0.02}
     sources = {"mail": stdlib_repository / "email", "json": stdlib_repository / "json"}
 
     async def train() -> None:
         manager = PEFTManager(Settings(data_dir=data))
         for project, source in sources.items():
-            await manager.train_adapter(project, str(source), config)
+            await manager.train_adapter(project, str(source), SHORT)
         for project in sources:
             async for status in manager.watch_training(project):
                 last = status

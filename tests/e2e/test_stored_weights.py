@@ -14,6 +14,9 @@ from peft_core.bases.gguf_model import read_gguf_model
 from peft_core.bases.resolve import bundled_path
 from peft_core.compute.stored import open_stored
 from peft_core.config import Settings
+from peft_core.manager import PEFTManager
+from peft_core.results import Status
+from tests.e2e.conftest import SHORT
 
 pytestmark = pytest.mark.model
 
@@ -27,3 +30,25 @@ def test_the_bundled_file_holds_bit_for_bit_the_weights_of_its_conversion(conver
         for name in file.keys():  # noqa: SIM118 - not a mapping
             found = matrices[name].whole() if name in matrices else vectors[name]
             assert torch.equal(found.view(torch.int32), file.get_tensor(name).view(torch.int32)), name
+
+
+async def test_a_memory_limit_is_kept_by_leaving_the_weights_in_their_file(
+    trained: Path, data_dir: Path, stdlib_repository: Path
+) -> None:
+    """The run of the project 'json' again, under a limit that the unpacked weights would break: the same figures."""
+    unlimited = (await PEFTManager(Settings(data_dir=trained)).get_training_status("json")).metrics
+    manager = PEFTManager(Settings(data_dir=data_dir, max_memory_mb=1600))
+    queued = await manager.train_adapter("json", str(stdlib_repository / "json"), SHORT)
+    assert queued.estimate is not None
+    assert "stay in their file, to keep within CODEBASE_GARDENER_MAX_MEMORY_MB = 1600" in queued.estimate.basis
+    async for status in manager.watch_training("json"):
+        last = status
+    assert last.status is Status.COMPLETED, last.error
+    assert last.metrics is not None
+    assert unlimited is not None
+    assert last.metrics.base_loss == pytest.approx(unlimited.base_loss, rel=1e-6)
+    assert last.metrics.adapter_loss == pytest.approx(unlimited.adapter_loss, rel=1e-6)
+    assert last.metrics.peak_memory_bytes is not None
+    assert unlimited.peak_memory_bytes is not None
+    assert last.metrics.peak_memory_bytes < 1600 << 20
+    assert last.metrics.peak_memory_bytes < unlimited.peak_memory_bytes - 200e6

@@ -93,6 +93,21 @@ def run_to_the_end(task: TrainingTask | str, **environment: str) -> tuple[int, l
         return process.returncode, [EVENT.validate_json(line) for line in out.splitlines()], err
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])  # with it the layers are PEFT's own
+def test_weights_that_stay_in_their_file_give_the_same_run_to_the_bit(
+    tmp_path: Path, toy_base: Path, dropout: float
+) -> None:
+    curves = []
+    for weights_in in ("memory", "file"):
+        (tmp_path / weights_in).mkdir()
+        task = make_task(tmp_path / weights_in, str(toy_base), **TOY, dropout=dropout)
+        code, events, err = run_to_the_end(task.model_copy(update={"weights_in": weights_in}))
+        assert code == 0, err
+        assert ("base_mapped" in err) == (weights_in == "file")
+        curves.append([event.loss for event in events if isinstance(event, StepCompleted | HeldOutMeasured)])
+    assert curves[0] == curves[1]
+
+
 def read_until(process: subprocess.Popen[str], kind: type[Event]) -> list[Event]:
     assert process.stdout is not None
     events: list[Event] = []

@@ -1,0 +1,135 @@
+"""Layers whose weights stay in their stored form, and a base made of them.
+
+T tokens (all leading axes), I input features, O output features
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from peft_core.bases.checkpoint import read_checkpoint
+from peft_core.bases.huggingface import refuse_adapter
+from peft_core.compute.stored import StoredMatrix, StoredWeights, open_stored
+from peft_core.errors import BaseModelError
+from peft_core.spec import Base
+
+_log = structlog.get_logger(__name__)
+
+
+class FrozenLinear(nn.Linear):
+    """y = W x + bias. `weight` has W's shape and type for whoever asks, and no memory."""
+
+    def __init__(self, stored: StoredMatrix, bias_O: torch.Tensor | None) -> None:
+        super().__init__(stored.shape[1], stored.shape[0], bias=False, device="meta")
+        self.stored = stored
+        self.weight = _placeholder(stored)
+        if bias_O is not None:
+            self.bias = nn.Parameter(bias_O, requires_grad=False)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 -- torch's name
+        out: torch.Tensor = _Product.apply(input, self.stored, self.bias)
+        return out
+
+
+class FrozenEmbedding(nn.Embedding):
+    """Rows of a stored table."""
+
+    def __init__(self, stored: StoredMatrix) -> None:
+        super().__init__(*stored.shape, device="meta")
+        self.stored = stored
+        self.weight = _placeholder(stored)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 -- torch's name
+        return self.stored.select(input.flatten()).view(*input.shape, -1)
+
+
+class _Product(torch.autograd.Function):
+    """What backward needs of W it reads again: autograd would keep all of them in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: torch.Tensor, stored: StoredMatrix, bias_O: torch.Tensor | None) -> torch.Tensor:
+        ctx.stored = stored
+        return linear(x_TI, stored.whole(), bias_O)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TO: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return grad_TO @ ctx.stored.whole(), None, None
+
+
+def matrix_of(layer: nn.Linear) -> StoredMatrix:
+    """The weights of a frozen layer, whichever kind it is."""
+    return layer.stored if isinstance(layer, FrozenLinear) else StoredMatrix.of(layer.weight)
+
+
+def load_frozen(base: Base, directory: Path) -> PreTrainedModel | None:
+    """A base whose matrices are those of its own files, mapped: a GGUF's as they are, quantised.
+
+    `directory` is the base as a Hugging Face directory, for the configuration. None where the model has weights that are
+    neither linear layers, embeddings nor vectors, or is of a kind that is not read here: load it as a whole then.
+    """
+    refuse_adapter(directory)
+    try:
+        stored = open_stored(read_checkpoint(base.path))
+    except BaseModelError as error:
+        _log.info("base_not_mapped", reason=error.message)
+        return None
+    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    with no_init_weights():  # memory that nobody writes to is none
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if not _put_in(model, stored):
+        _log.info("base_not_mapped", reason="it has weights of other kinds", model=type(model).__name__)
+        return None
+    model.requires_grad_(requires_grad=False)
+    kinds = sorted({matrix.kind for matrix in stored.matrices.values()})
+    _log.info("base_mapped", formats=kinds, megabytes=round(sum(m.nbytes for m in stored.matrices.values()) / 1e6))
+    model.eval()
+    return model
+
+
+def _put_in(model: PreTrainedModel, stored: StoredWeights) -> bool:
+    """Fill the model with the stored weights, where all of it can be."""
+    matrices, vectors = dict(stored.matrices), stored.vectors
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if model.config.tie_word_embeddings:
+        names = {module: name for name, module in model.named_modules()}
+        if tied := matrices.get(f"{names[embedding]}.weight"):
+            matrices[f"{names[head]}.weight"] = tied
+    modules = dict(model.named_modules())
+    layers = {name: module for name, module in modules.items() if type(module) in (nn.Linear, nn.Embedding) and name}
+    for name, layer in layers.items():
+        matrix = matrices.get(f"{name}.weight")
+        if matrix is None or matrix.shape != tuple(layer.weight.shape):
+            return False
+    rest = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.removesuffix(".weight") not in layers and name not in vectors
+    }
+    if any(name.rpartition(".")[0] not in layers for name in rest):
+        return False
+    for name, layer in layers.items():
+        matrix = matrices[f"{name}.weight"]
+        frozen = (
+            FrozenLinear(matrix, vectors.get(f"{name}.bias"))
+            if isinstance(layer, nn.Linear)
+            else FrozenEmbedding(matrix)
+        )
+        parent, _, child = name.rpartition(".")
+        setattr(modules[parent], child, frozen)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in vectors:
+                parameter.copy_(vectors[name])
+    return True
+
+
+def _placeholder(stored: StoredMatrix) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(()).expand(stored.shape), requires_grad=False)

@@ -1,0 +1,67 @@
+"""Weights that stay in their stored form compute what those in memory do.
+
+T tokens, I input features, O output features
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from peft_core.bases import resolve
+from peft_core.compute.base import load_base
+from peft_core.compute.frozen import FrozenEmbedding, FrozenLinear, load_frozen
+from peft_core.compute.stored import StoredMatrix
+from peft_core.config import Settings
+from tests.toys import toy_model, write_toy_base
+
+
+def test_a_frozen_layer_is_the_linear_one_with_the_same_gradient() -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(6, 4).requires_grad_(requires_grad=False)
+    frozen = FrozenLinear(StoredMatrix.of(plain.weight), plain.bias)
+    x_TI = torch.randn(5, 6, requires_grad=True)
+    (expected,) = torch.autograd.grad(plain(x_TI).square().sum(), x_TI)
+    (found,) = torch.autograd.grad(frozen(x_TI).square().sum(), x_TI)
+    assert torch.equal(frozen(x_TI), plain(x_TI))
+    assert torch.equal(found, expected)
+    assert frozen.weight.shape == plain.weight.shape
+    assert frozen.weight.untyped_storage().nbytes() == 4
+
+
+def test_a_frozen_table_gives_its_rows() -> None:
+    table = nn.Embedding(7, 3)
+    ids_12 = torch.tensor([[6, 0]])
+    assert torch.equal(FrozenEmbedding(StoredMatrix.of(table.weight))(ids_12), table(ids_12))
+
+
+def test_a_mapped_base_says_what_the_loaded_one_says(tmp_path: Path) -> None:
+    directory = write_toy_base(tmp_path / "toy")
+    mapped = load_frozen(resolve(str(directory), Settings()), directory)
+    assert mapped is not None
+    loaded = load_base(directory, torch.float32)
+    ids_1T = torch.arange(3, 12)[None]
+    with torch.inference_mode():
+        assert torch.equal(mapped(ids_1T).logits, loaded(ids_1T).logits)
+    assert sum(isinstance(module, FrozenLinear) for module in mapped.modules()) == 15  # the tied head too
+    assert not any(parameter.requires_grad for parameter in mapped.parameters())
+
+
+def test_layers_with_a_bias_are_mapped_too(tmp_path: Path) -> None:
+    directory = write_toy_base(tmp_path / "toy")
+    toy_model("qwen2").save_pretrained(directory)
+    mapped = load_frozen(resolve(str(directory), Settings()), directory)
+    assert mapped is not None
+    assert mapped.get_submodule("model.layers.0.self_attn.q_proj").bias is not None
+    ids_1T = torch.arange(3, 12)[None]
+    with torch.inference_mode():
+        assert torch.equal(mapped(ids_1T).logits, load_base(directory, torch.float32)(ids_1T).logits)
+
+
+def test_a_model_whose_layers_are_of_other_kinds_is_not_mapped(tmp_path: Path) -> None:
+    directory = write_toy_base(tmp_path / "toy")
+    base = resolve(str(directory), Settings())
+    toy_model("gpt2").config.save_pretrained(directory)  # Conv1D layers, under other names
+    assert load_frozen(base, directory) is None
