@@ -98,7 +98,9 @@ def memory_bytes(config: TrainingConfig, shape: ModelShape, device: str) -> int:
         + shape.parameters * weight_bytes
         + micro_tokens * saved_per_token
         + logits
-        + lora_parameters(config.rank, shape) * 4 * 5  # weights, gradients, two Adam moments, best state
+        + lora_parameters(config.rank, shape)
+        * 4
+        * 8  # weights, gradients, two Adam moments, best state; weights and moments of the last good state
     )
 
 
