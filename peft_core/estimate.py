@@ -98,9 +98,8 @@ def memory_bytes(config: TrainingConfig, shape: ModelShape, device: str) -> int:
         + shape.parameters * weight_bytes
         + micro_tokens * saved_per_token
         + logits
-        + lora_parameters(config.rank, shape)
-        * 4
-        * 8  # weights, gradients, two Adam moments, best state; weights and moments of the last good state
+        # Weights, gradients, two Adam moments, the best weights; weights and moments of the last good state.
+        + lora_parameters(config.rank, shape) * 4 * 8
     )
 
 

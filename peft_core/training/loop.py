@@ -229,8 +229,9 @@ class Loop:
 
     def _go_back(self, fault: _Diverged) -> None:
         """To the last good state with a lower rate; the same examples follow in the same order."""
+        updates = self.progress.step - self._good.progress.step
         if len(self.lowered) == _TRIES:
-            raise _failure(fault, self.lowered, self.config) from fault
+            raise _failure(fault, updates, self.lowered, self.config, self.accelerator.device.type) from fault
         self.optimizer.zero_grad()
         self.restore(self._good)
         for group in self.optimizer.param_groups:
@@ -269,27 +270,32 @@ def _check_finite(step: int, loss: float, gradient_norm: float) -> None:
         raise _Diverged(step, f"the gradient norm is {gradient_norm}")
 
 
-def _failure(fault: _Diverged, lowered: tuple[RateLowered, ...], config: TrainingConfig) -> TrainingError:
-    """What happened, what was tried, and the likelier cause: where lower rates end at the same step, not the rate."""
+def _failure(
+    fault: _Diverged, updates: int, lowered: tuple[RateLowered, ...], config: TrainingConfig, device: str
+) -> TrainingError:
+    """What happened, what was tried, and the likely cause. `updates`: since the good state."""
     rates = f"learning_rate = {config.learning_rate:g}, {config.learning_rate * config.lora_plus_ratio:g} for LoRA B"
     tried = "; ".join(
         f"1/{1 / event.factor:g} of the rate from step {event.back_to_step}, after step {event.step}, where {event.reason}"
         for event in lowered
     )
-    if all(event.step == fault.step for event in lowered):
-        cause = (
-            "It is the same step at any rate: its examples or the arithmetic are the likely cause, not learning_rate."
-        )
-        suggestions = [
-            "Try device='cpu', which computes in float32.",
-            "Try a smaller max_length or another seed: the examples are then cut or ordered differently.",
-        ]
+    data = [
+        "Try a smaller max_length or another seed: the examples are then cut or ordered differently.",
+        *(["Try device='cpu', which computes in float32."] if device != "cpu" else []),
+    ]
+    rate = [
+        f"Lower learning_rate, for instance to {config.learning_rate * lowered[-1].factor:g} from the start.",
+        "Lower max_grad_norm, or raise warmup_ratio.",
+    ]
+    if updates == 0:
+        cause = "No update lies between: not the rate, but the examples of this step or the arithmetic are the cause."
+        suggestions = data
+    elif all(event.step == fault.step for event in lowered):
+        cause = "The likely cause is too high a rate; as it is the same step each time, it may be its examples as well."
+        suggestions = rate + data
     else:
         cause = "The likely cause is too high a rate."
-        suggestions = [
-            f"Lower learning_rate, for instance to {config.learning_rate * lowered[-1].factor:g} from the start.",
-            "Lower max_grad_norm, or raise warmup_ratio.",
-        ]
+        suggestions = rate
     return TrainingError(
         f"At step {fault.step} {fault.what}: the run diverged ({rates}). Tried in vain: {tried}. {cause}",
         code=NotFinite.code,
