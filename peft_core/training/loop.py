@@ -29,8 +29,9 @@ _MEASUREMENTS = 4  # in a run, the final one included, unless eval_steps says ot
 # that is too high is seldom so by more than that; what still overflows then is no matter of the rate.
 _LOWER_BY = 0.25
 _TRIES = 2
-# The good state is renewed every so many steps: copying three times the adapter is then nothing beside the steps, and
-# no more than these are done again. Counted, not timed, so that the same run goes back to the same step.
+# The good state is renewed every so many steps: seldom, as the steps just before a fault are lost already (on a toy model
+# the norm went from 0.06 to infinity in one step, at a loss that looked well), and often enough that little is done again.
+# Counted, not timed, so that the same run goes back to the same step.
 _GOOD_EVERY = 50
 # Weights that run away pass through finite losses first. A step this much above the base shows them: perplexity times e.
 _GOOD_LOSS_ABOVE_BASE = 1.0
@@ -60,7 +61,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self._rng = rng_state(self.accelerator.device)
-        self._good = self._state().copy()  # the adapter has no effect yet, and the loss of the base is finite
+        self._good = self._start = self._state().copy()  # without effect yet, and the loss of the base is finite
         self._planned_tokens = self.order.tokens([len(document) for document in self.documents])
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -70,7 +71,7 @@ class Loop:
         self.scheduler.load_state_dict(checkpoint.scheduler)
         self.progress, self.best = checkpoint.progress, checkpoint.best
         self._rng, self.lowered = dict(checkpoint.rng), checkpoint.lowered
-        self._good = checkpoint.good or self._state().copy()
+        self._good = checkpoint.good or self._start
         set_rng_state(self.accelerator.device, self._rng)
 
     def run(self) -> None:
@@ -90,7 +91,7 @@ class Loop:
                         break
                     self._complete_step()
                 except _Diverged as fault:
-                    self._go_back(fault)
+                    self._go_back(fault)  # raises where that was tried often enough
                 if self.clock() - saved_at > _CHECKPOINT_EVERY_S:
                     self._save()
                     saved_at = self.clock()
@@ -228,27 +229,65 @@ class Loop:
             self._good = self._state().copy()
 
     def _go_back(self, fault: _Diverged) -> None:
-        """To the last good state with a lower rate; the same examples follow in the same order."""
-        updates = self.progress.step - self._good.progress.step
-        if len(self.lowered) == _TRIES:
-            raise _failure(fault, updates, self.lowered, self.config, self.accelerator.device.type) from fault
+        """To the last good state with a lower rate; the same examples follow in the same order.
+
+        A state from which a lower rate diverges as well was not good: the next way back from there is to the start.
+        """
+        tried = self.lowered
+        if len(tried) == _TRIES:
+            raise self._failure(fault)
+        lost = tried and tried[-1].back_to_step == self._good.progress.step
+        good = self._start if lost else self._good
         self.optimizer.zero_grad()
-        self.restore(self._good)
-        for group in self.optimizer.param_groups:
-            group["lr"] *= _LOWER_BY
-            group["initial_lr"] *= _LOWER_BY
-        rates = self.scheduler.state_dict()
-        rates |= {name: [rate * _LOWER_BY for rate in rates[name]] for name in ("base_lrs", "_last_lr")}
-        self.scheduler.load_state_dict(rates)
-        event = RateLowered(
-            step=fault.step,
-            back_to_step=self.progress.step,
-            factor=_LOWER_BY ** (len(self.lowered) + 1),
-            reason=fault.what,
-        )
-        self.lowered = (*self.lowered, event)
-        self._good = self._state().copy()  # with the lowered rate, should it not be enough
+        self.restore(replace(good.copy(), good=good))
+        factor = _LOWER_BY ** (len(tried) + 1)
+        self._multiply_rates(factor / (self.lowered[-1].factor if self.lowered else 1.0))
+        event = RateLowered(step=fault.step, back_to_step=self.progress.step, factor=factor, reason=fault.what)
+        self.lowered = (*tried, event)
         self.emit(event)
+
+    def _multiply_rates(self, by: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] *= by
+            group["initial_lr"] *= by
+        rates = self.scheduler.state_dict()
+        rates |= {name: [rate * by for rate in rates[name]] for name in ("base_lrs", "_last_lr")}
+        self.scheduler.load_state_dict(rates)
+
+    def _failure(self, fault: _Diverged) -> TrainingError:
+        """What happened, what was tried, and the likely cause."""
+        config = self.config
+        tried = "; ".join(
+            f"after step {event.step}, where {event.reason}, 1/{1 / event.factor:g} of the rate from step {event.back_to_step}"
+            for event in self.lowered
+        )
+        other_rate = [
+            f"Lower learning_rate, for instance to {config.learning_rate * self.lowered[-1].factor:g}.",
+            "Lower max_grad_norm, or raise warmup_ratio.",
+        ]
+        other_data = ["Try a smaller max_length or another seed: the examples are then cut or ordered differently."]
+        if self.accelerator.device.type != "cpu":
+            other_data.append("Try device='cpu', which computes in float32.")
+        if self.progress.step == self.lowered[-1].back_to_step:
+            cause = (
+                "No update lies between: not the rate, but the examples of this step or the arithmetic are the cause."
+            )
+            suggestions = other_data
+        elif all(event.step == fault.step for event in self.lowered):
+            cause = "The likely cause is too high a rate, or, as it is the same step each time, its examples."
+            suggestions = other_rate + other_data
+        else:
+            cause = "The likely cause is too high a rate."
+            suggestions = other_rate
+        rates = (
+            f"learning_rate = {config.learning_rate:g}, {config.learning_rate * config.lora_plus_ratio:g} for LoRA B"
+        )
+        return TrainingError(
+            f"At step {fault.step} {fault.what}: the run diverged ({rates}). {cause} Tried in vain: {tried}.",
+            code=NotFinite.code,
+            suggestions=suggestions,
+            details={"step": fault.step, "tried": [event.model_dump(exclude={"kind"}) for event in self.lowered]},
+        )
 
     def _set_weights(self, tensors: Tensors) -> None:
         with torch.no_grad():
@@ -268,37 +307,3 @@ def _check_finite(step: int, loss: float, gradient_norm: float) -> None:
         raise _Diverged(step, f"the loss is {loss}")
     if not gradient_norm < infinity:
         raise _Diverged(step, f"the gradient norm is {gradient_norm}")
-
-
-def _failure(
-    fault: _Diverged, updates: int, lowered: tuple[RateLowered, ...], config: TrainingConfig, device: str
-) -> TrainingError:
-    """What happened, what was tried, and the likely cause. `updates`: since the good state."""
-    rates = f"learning_rate = {config.learning_rate:g}, {config.learning_rate * config.lora_plus_ratio:g} for LoRA B"
-    tried = "; ".join(
-        f"1/{1 / event.factor:g} of the rate from step {event.back_to_step}, after step {event.step}, where {event.reason}"
-        for event in lowered
-    )
-    data = [
-        "Try a smaller max_length or another seed: the examples are then cut or ordered differently.",
-        *(["Try device='cpu', which computes in float32."] if device != "cpu" else []),
-    ]
-    rate = [
-        f"Lower learning_rate, for instance to {config.learning_rate * lowered[-1].factor:g} from the start.",
-        "Lower max_grad_norm, or raise warmup_ratio.",
-    ]
-    if updates == 0:
-        cause = "No update lies between: not the rate, but the examples of this step or the arithmetic are the cause."
-        suggestions = data
-    elif all(event.step == fault.step for event in lowered):
-        cause = "The likely cause is too high a rate; as it is the same step each time, it may be its examples as well."
-        suggestions = rate + data
-    else:
-        cause = "The likely cause is too high a rate."
-        suggestions = rate
-    return TrainingError(
-        f"At step {fault.step} {fault.what}: the run diverged ({rates}). Tried in vain: {tried}. {cause}",
-        code=NotFinite.code,
-        suggestions=suggestions,
-        details={"step": fault.step, "tried": [event.model_dump(exclude={"kind"}) for event in lowered]},
-    )
