@@ -12,6 +12,7 @@ ModelError
 ├── JobStateError        the job exists, but not in a state for this request
 ├── StorageError         the data directory: space, permissions, a newer schema
 └── TrainingError        the training itself
+    └── NotFinite        a loss or gradient is infinite or no number
 
 A message says what happened and what is allowed; `suggestions` say what to do next. Both are written for the
 assistant that made the call and for the person reading along.
@@ -112,3 +113,15 @@ class StorageError(ModelError):
 
 class TrainingError(ModelError):
     code = "training"
+
+
+class NotFinite(TrainingError):
+    """`what` says it in a few words: "the loss is nan"."""
+
+    code = "non_finite_loss"
+
+    def __init__(self, what: str, *, suggestions: Iterable[str] = ()) -> None:
+        super().__init__(
+            f"{what[0].upper()}{what[1:]}: the weights or the arithmetic overflowed.", suggestions=suggestions
+        )
+        self.what = what

@@ -101,7 +101,8 @@ def memory_bytes(config: TrainingConfig, base: Base, device: str, weights_in: We
         + (unpacked if device != "cpu" or weights_in == "memory" else base.size_bytes + head)
         + micro_tokens * saved_per_token
         + logits
-        + lora_parameters(config.rank, shape) * 4 * 5  # weights, gradients, two Adam moments, best state
+        # Weights, gradients, two Adam moments, the best weights; weights and moments of the last good state.
+        + lora_parameters(config.rank, shape) * 4 * 8
     )
 
 

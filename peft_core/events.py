@@ -69,6 +69,16 @@ class StoppedEarly(Frozen):
     best_step: int
 
 
+class RateLowered(Frozen):
+    """The run diverged, and trains again from its last good state."""
+
+    kind: Literal["rate_lowered"] = "rate_lowered"
+    step: int  # where it diverged
+    back_to_step: int
+    factor: Annotated[float, Field(gt=0)]  # share of the configured rate from here on: 0.25, then 0.0625
+    reason: str  # "the loss is nan"
+
+
 class AdapterWritten(Frozen):
     """The child's last word: the adapter lies complete in the job's directory, not yet published."""
 
@@ -111,6 +121,7 @@ Event = Annotated[
     | HeldOutMeasured
     | CheckpointSaved
     | StoppedEarly
+    | RateLowered
     | AdapterWritten
     | JobCompleted
     | JobFailed

@@ -100,6 +100,11 @@ def _training(manifest: Manifest) -> str:
         f"- AdamW, rate {rates}, {config.lr_scheduler} after {config.warmup_ratio:.0%} warm-up, seed {config.seed}",
         f"- on {run.device}, frozen weights in {run.weights_dtype}",
     ]
+    lines += [
+        f"- at step {event.step} {event.reason}: trained again from step {event.back_to_step} "
+        f"with 1/{1 / event.factor:g} of the rate"
+        for event in run.rate_lowered
+    ]
     if run.best_step is not None:
         lines.append(f"- the weights are those of step {run.best_step}, the best on a held-out sample")
     if manifest.metrics.wall_s is not None:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from peft_core.events import RateLowered
 from peft_core.results import Metrics
 from peft_core.spec import DatasetSummary, Fingerprint, Frozen, ModelShape, TrainingConfig
 
@@ -43,6 +44,7 @@ class RunRecord(Frozen):
     steps: int
     stopped_early_at: int | None = None
     best_step: int | None = None  # whose state was kept, where early stopping chose one
+    rate_lowered: tuple[RateLowered, ...] = ()  # where the run diverged, and went on from before
 
 
 class Manifest(Frozen):

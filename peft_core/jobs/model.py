@@ -17,6 +17,7 @@ from peft_core.events import (
     JobResumed,
     JobStarted,
     PhaseStarted,
+    RateLowered,
     RunPlanned,
     StepCompleted,
     StoppedEarly,
@@ -141,7 +142,13 @@ def _progress(job: Job, event: Event) -> dict[str, object] | None:  # noqa: PLR0
         case CheckpointSaved(step=step) if step <= job.step:
             return {"checkpoint_step": step}
         case StoppedEarly():
-            return {"note": f"stopped early at step {event.step}, the state of step {event.best_step} is kept"}
+            text = f"stopped early at step {event.step}, the state of step {event.best_step} is kept"
+            return {"note": _noted(job.note, text)}
+        case RateLowered(step=step, back_to_step=back) if back <= job.step:
+            text = (
+                f"at step {step} {event.reason}: back to step {back} with 1/{1 / event.factor:g} of the learning rate"
+            )
+            return {"step": back, "note": _noted(job.note, text)}
         case JobCompleted(adapter_path=path, metrics=metrics):
             held_out = metrics.adapter_loss if metrics.adapter_loss is not None else job.held_out_loss
             return {
@@ -162,6 +169,13 @@ def _progress(job: Job, event: Event) -> dict[str, object] | None:  # noqa: PLR0
             return None
 
 
+def _noted(note: str, text: str) -> str:
+    """Both; once only, as a resumed run may meet the same again."""
+    if text in note:
+        return note
+    return f"{note}; {text}" if note else text
+
+
 def _not_before(phase: Phase, current: Phase | None) -> bool:
     return current is None or PHASES.index(phase) >= PHASES.index(current)
 
@@ -180,7 +194,7 @@ _PHASE_BEGINS = {
 
 
 def progress_percent(job: Job) -> float:
-    """How far the whole job is, 0..100. Never falls while a job runs."""
+    """How far the whole job is, 0..100. Falls only where a run that diverged goes back."""
     if job.status is Status.COMPLETED:
         return 100.0
     if job.phase is None:

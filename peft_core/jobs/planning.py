@@ -144,7 +144,9 @@ def _fit_memory(
 def _check_disk(config: TrainingConfig, base: Base, found: SourceSummary, data_dir: Path) -> None:
     needed = (
         (4 * base.shape.parameters if base.format == "gguf" else 0)  # the converted base, if not there yet
-        + 16 * lora_parameters(config.rank, base.shape) * 2  # adapter and two checkpoints with optimiser state
+        + 28
+        * lora_parameters(config.rank, base.shape)
+        * 2  # adapter and two checkpoints, each of two states and the best
         + 12 * found.estimated_tokens  # the dataset as JSON
         + MARGIN_BYTES
     )

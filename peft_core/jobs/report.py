@@ -145,6 +145,8 @@ def _training_line(status: TrainingStatus) -> str:
         parts.append(f"{status.tokens_per_second:.0f} tokens/s")
     if status.eta_s is not None:
         parts.append(f"{in_words(status.eta_s)} left")
+    if status.detail:
+        parts.append(status.detail)
     return ", ".join(parts)
 
 

@@ -7,13 +7,15 @@ import os
 import pickle
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import structlog
 import torch
 
+from peft_core.events import RateLowered
 from peft_core.spec import DatasetSummary, TrainingTask
 
 _log = structlog.get_logger(__name__)
@@ -58,6 +60,18 @@ class Checkpoint:
     optimizer: dict[str, Any]
     scheduler: dict[str, Any]
     rng: Tensors  # by device type, as of the start of the next step
+    lowered: tuple[RateLowered, ...] = ()  # the rates of optimizer and scheduler are the lowered ones
+    good: Checkpoint | None = None  # where the run goes back to if it diverges; None in files of older versions
+
+    def copy(self) -> Checkpoint:
+        """What the next steps do not change. `best` is shared: it is replaced, never written to."""
+        return replace(
+            self,
+            progress=replace(self.progress),
+            adapter={name: tensor.detach().clone() for name, tensor in self.adapter.items()},
+            optimizer=deepcopy(self.optimizer),
+            scheduler=deepcopy(self.scheduler),
+        )
 
 
 def run_key(task: TrainingTask, dataset: DatasetSummary) -> str:
@@ -70,16 +84,7 @@ def save_checkpoint(directory: Path, key: str, checkpoint: Checkpoint) -> None:
     """Write beside the previous one, then take its place: a reader finds the old or the new, never a part."""
     directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / f".{_FILE}.tmp"
-    document = {
-        "format": _FORMAT,
-        "key": key,
-        "progress": asdict(checkpoint.progress),
-        "adapter": {name: tensor.detach() for name, tensor in checkpoint.adapter.items()},
-        "best": checkpoint.best and dict(checkpoint.best),
-        "optimizer": checkpoint.optimizer,
-        "scheduler": checkpoint.scheduler,
-        "rng": dict(checkpoint.rng),
-    }
+    document = {"format": _FORMAT, "key": key, **_to_document(checkpoint)}
     with temporary.open("wb") as file:
         torch.save(document, file)
         file.flush()
@@ -97,14 +102,34 @@ def load_checkpoint(directory: Path, key: str) -> Checkpoint | None:
         if document["format"] != _FORMAT or document["key"] != key:
             _log.warning("checkpoint_ignored", reason="it belongs to a run with other settings, base or data")
             return None
-        return Checkpoint(
-            progress=Progress(**document["progress"]),
-            adapter=document["adapter"],
-            best=document["best"],
-            optimizer=document["optimizer"],
-            scheduler=document["scheduler"],
-            rng=document["rng"],
-        )
+        return _from_document(document)
     except _UNREADABLE as error:
         _log.warning("checkpoint_ignored", reason=f"it cannot be read: {error}")
         return None
+
+
+def _to_document(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "progress": asdict(checkpoint.progress),
+        "adapter": {name: tensor.detach() for name, tensor in checkpoint.adapter.items()},
+        "best": checkpoint.best and dict(checkpoint.best),
+        "optimizer": checkpoint.optimizer,
+        "scheduler": checkpoint.scheduler,
+        "rng": dict(checkpoint.rng),
+        "lowered": [event.model_dump() for event in checkpoint.lowered],
+        "good": checkpoint.good and _to_document(checkpoint.good),
+    }
+
+
+def _from_document(document: Mapping[str, Any]) -> Checkpoint:
+    good = document.get("good")
+    return Checkpoint(
+        progress=Progress(**document["progress"]),
+        adapter=document["adapter"],
+        best=document["best"],
+        optimizer=document["optimizer"],
+        scheduler=document["scheduler"],
+        rng=document["rng"],
+        lowered=tuple(RateLowered.model_validate(event) for event in document.get("lowered", ())),
+        good=good and _from_document(good),
+    )

@@ -173,6 +173,7 @@ def _facts(task: TrainingTask, plan: DevicePlan, dataset: PreparedDataset, loop:
         steps=progress.step,
         stopped_early_at=progress.step if progress.stopped_early else None,
         best_step=progress.best_step if loop.best is not None else None,
+        rate_lowered=loop.lowered,
         created_at=datetime.now(UTC),
     )
 

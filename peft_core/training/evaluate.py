@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from peft_core.compute.stop import Stop
-from peft_core.errors import TrainingError
+from peft_core.errors import NotFinite
 from peft_core.training.batches import Document, micro_batches
 from peft_core.training.objective import Objective
 
@@ -20,7 +20,7 @@ def held_out_loss(objective: Objective, documents: Sequence[Document], accelerat
     """Mean over all target tokens of -log p, nats. Each process takes its share of the documents.
 
     Raises:
-        TrainingError: the loss is not a finite number.
+        NotFinite: the loss.
         Stopped: on request; only where there is one process, as others would wait for this one.
     """
     share = sorted(documents, key=len, reverse=True)[accelerator.process_index :: accelerator.num_processes]
@@ -36,9 +36,8 @@ def held_out_loss(objective: Objective, documents: Sequence[Document], accelerat
     total = accelerator.reduce(total, reduction="sum")
     loss = float(total.item()) / sum(document.targets for document in documents)
     if not abs(loss) < float("inf"):
-        raise TrainingError(
-            f"The loss on the held-out examples is {loss}: the weights or the arithmetic overflowed.",
-            code="non_finite_loss",
+        raise NotFinite(
+            f"the loss on the held-out examples is {loss}",
             suggestions=["Lower learning_rate.", "Try device='cpu', which computes in float32."],
         )
     return loss

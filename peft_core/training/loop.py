@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,8 +14,8 @@ from torch import nn
 from peft_core.compute.device import release_cache, rng_state, set_rng_state
 from peft_core.compute.process import peak_memory_bytes, return_freed_memory
 from peft_core.compute.stop import Stop, Stopped
-from peft_core.errors import TrainingError
-from peft_core.events import CheckpointSaved, Emit, HeldOutMeasured, StepCompleted, StoppedEarly
+from peft_core.errors import NotFinite, TrainingError
+from peft_core.events import CheckpointSaved, Emit, HeldOutMeasured, RateLowered, StepCompleted, StoppedEarly
 from peft_core.spec import TrainingConfig
 from peft_core.training.batches import Document, Order, micro_batches
 from peft_core.training.checkpoint import Checkpoint, Progress, Tensors, save_checkpoint
@@ -24,6 +24,17 @@ from peft_core.training.objective import Objective
 
 _CHECKPOINT_EVERY_S = 60.0
 _MEASUREMENTS = 4  # in a run, the final one included, unless eval_steps says otherwise
+
+# A run that diverges goes back to its last good state with a quarter of the rate, twice: together a sixteenth. A rate
+# that is too high is seldom so by more than that; what still overflows then is no matter of the rate.
+_LOWER_BY = 0.25
+_TRIES = 2
+# The good state is renewed every so many steps: seldom, as the steps just before a fault are lost already (on a toy model
+# the norm went from 0.06 to infinity in one step, at a loss that looked well), and often enough that little is done again.
+# Counted, not timed, so that the same run goes back to the same step.
+_GOOD_EVERY = 50
+# Weights that run away pass through finite losses first. A step this much above the base shows them: perplexity times e.
+_GOOD_LOSS_ABOVE_BASE = 1.0
 
 
 @dataclass
@@ -46,9 +57,11 @@ class Loop:
     stop: Stop
     clock: Callable[[], float] = time.monotonic
     best: Tensors | None = None
+    lowered: tuple[RateLowered, ...] = ()
 
     def __post_init__(self) -> None:
         self._rng = rng_state(self.accelerator.device)
+        self._good = self._start = self._state().copy()  # without effect yet, and the loss of the base is finite
         self._planned_tokens = self.order.tokens([len(document) for document in self.documents])
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -57,24 +70,28 @@ class Loop:
         self.optimizer.load_state_dict(checkpoint.optimizer)
         self.scheduler.load_state_dict(checkpoint.scheduler)
         self.progress, self.best = checkpoint.progress, checkpoint.best
-        self._rng = dict(checkpoint.rng)
+        self._rng, self.lowered = dict(checkpoint.rng), checkpoint.lowered
+        self._good = checkpoint.good or self._start
         set_rng_state(self.accelerator.device, self._rng)
 
     def run(self) -> None:
         """All remaining steps. Afterwards the weights are the last ones, or the best where early stopping is on.
 
         Raises:
-            TrainingError: loss or gradient is not finite.
+            TrainingError: loss or gradient is not finite, and lower rates did not help.
             Stopped: on request; a checkpoint was written.
         """
         self.objective.model.train()
         saved_at = self.clock()
         try:
             while True:
-                self._measure_if_due()
-                if self.progress.stopped_early or self.progress.step >= self.order.total_steps:
-                    break
-                self._complete_step()
+                try:
+                    self._measure_if_due()
+                    if self.progress.stopped_early or self.progress.step >= self.order.total_steps:
+                        break
+                    self._complete_step()
+                except _Diverged as fault:
+                    self._go_back(fault)  # raises where that was tried often enough
                 if self.clock() - saved_at > _CHECKPOINT_EVERY_S:
                     self._save()
                     saved_at = self.clock()
@@ -110,7 +127,8 @@ class Loop:
 
         # 2. The update.
         norm = accelerator.clip_grad_norm_(list(self.weights.values()), self.config.max_grad_norm)
-        _check_finite(step, loss_value, float(norm), self.config)
+        _check_finite(step, loss_value, float(norm))
+        self._keep_if_good(loss_value)
         learning_rate = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.scheduler.step()
@@ -158,7 +176,10 @@ class Loop:
         due = (progress.step % every == 0 and not at_end) or (at_end and patience is not None)
         if not due or progress.measured_at == progress.step:
             return
-        loss = held_out_loss(self.objective, self.held_out, self.accelerator, self.stop)
+        try:
+            loss = held_out_loss(self.objective, self.held_out, self.accelerator, self.stop)
+        except NotFinite as error:
+            raise _Diverged(progress.step, error.what) from error
         progress.measured_at = progress.step
         self.emit(HeldOutMeasured(step=progress.step, loss=loss))
         if patience is None:
@@ -184,16 +205,89 @@ class Loop:
     def _save(self) -> None:
         if not self.accelerator.is_main_process:
             return
-        checkpoint = Checkpoint(
+        save_checkpoint(self.checkpoint_directory, self.run_key, replace(self._state(), good=self._good))
+        self.emit(CheckpointSaved(step=self.progress.step))
+
+    def _state(self) -> Checkpoint:
+        return Checkpoint(
             progress=self.progress,
             adapter=self.weights,
             best=self.best,
             optimizer=self.optimizer.state_dict(),
             scheduler=self.scheduler.state_dict(),
             rng=self._rng,
+            lowered=self.lowered,
         )
-        save_checkpoint(self.checkpoint_directory, self.run_key, checkpoint)
-        self.emit(CheckpointSaved(step=self.progress.step))
+
+    def _keep_if_good(self, loss: float) -> None:
+        """Between gradients and update: the state is that of the step before, and `loss` is what shows it to be good.
+
+        All processes decide the same, as they have the same summed loss.
+        """
+        due = self.progress.step >= self._good.progress.step + _GOOD_EVERY
+        if due and loss <= self.progress.base_loss + _GOOD_LOSS_ABOVE_BASE:
+            self._good = self._state().copy()
+
+    def _go_back(self, fault: _Diverged) -> None:
+        """To the last good state with a lower rate; the same examples follow in the same order.
+
+        A state from which a lower rate diverges as well was not good: the next way back from there is to the start.
+        """
+        tried = self.lowered
+        if len(tried) == _TRIES:
+            raise self._failure(fault)
+        lost = tried and tried[-1].back_to_step == self._good.progress.step
+        good = self._start if lost else self._good
+        self.optimizer.zero_grad()
+        self.restore(replace(good.copy(), good=good))
+        factor = _LOWER_BY ** (len(tried) + 1)
+        self._multiply_rates(factor / (self.lowered[-1].factor if self.lowered else 1.0))
+        event = RateLowered(step=fault.step, back_to_step=self.progress.step, factor=factor, reason=fault.what)
+        self.lowered = (*tried, event)
+        self.emit(event)
+
+    def _multiply_rates(self, by: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] *= by
+            group["initial_lr"] *= by
+        rates = self.scheduler.state_dict()
+        rates |= {name: [rate * by for rate in rates[name]] for name in ("base_lrs", "_last_lr")}
+        self.scheduler.load_state_dict(rates)
+
+    def _failure(self, fault: _Diverged) -> TrainingError:
+        """What happened, what was tried, and the likely cause."""
+        config = self.config
+        tried = "; ".join(
+            f"after step {event.step}, where {event.reason}, 1/{1 / event.factor:g} of the rate from step {event.back_to_step}"
+            for event in self.lowered
+        )
+        other_rate = [
+            f"Lower learning_rate, for instance to {config.learning_rate * self.lowered[-1].factor:g}.",
+            "Lower max_grad_norm, or raise warmup_ratio.",
+        ]
+        other_data = ["Try a smaller max_length or another seed: the examples are then cut or ordered differently."]
+        if self.accelerator.device.type != "cpu":
+            other_data.append("Try device='cpu', which computes in float32.")
+        if self.progress.step == self.lowered[-1].back_to_step:
+            cause = (
+                "No update lies between: not the rate, but the examples of this step or the arithmetic are the cause."
+            )
+            suggestions = other_data
+        elif all(event.step == fault.step for event in self.lowered):
+            cause = "The likely cause is too high a rate, or, as it is the same step each time, its examples."
+            suggestions = other_rate + other_data
+        else:
+            cause = "The likely cause is too high a rate."
+            suggestions = other_rate
+        rates = (
+            f"learning_rate = {config.learning_rate:g}, {config.learning_rate * config.lora_plus_ratio:g} for LoRA B"
+        )
+        return TrainingError(
+            f"At step {fault.step} {fault.what}: the run diverged ({rates}). {cause} Tried in vain: {tried}.",
+            code=NotFinite.code,
+            suggestions=suggestions,
+            details={"step": fault.step, "tried": [event.model_dump(exclude={"kind"}) for event in self.lowered]},
+        )
 
     def _set_weights(self, tensors: Tensors) -> None:
         with torch.no_grad():
@@ -201,18 +295,15 @@ class Loop:
                 weight.copy_(tensors[name])
 
 
-def _check_finite(step: int, loss: float, gradient_norm: float, config: TrainingConfig) -> None:
+class _Diverged(Exception):
+    def __init__(self, step: int, what: str) -> None:
+        super().__init__(f"at step {step} {what}")
+        self.step, self.what = step, what
+
+
+def _check_finite(step: int, loss: float, gradient_norm: float) -> None:
     infinity = float("inf")
-    if abs(loss) < infinity and gradient_norm < infinity:
-        return
-    what = f"loss is {loss}" if not abs(loss) < infinity else f"gradient norm is {gradient_norm}"
-    rates = f"learning_rate = {config.learning_rate:g}, {config.learning_rate * config.lora_plus_ratio:g} for LoRA B"
-    raise TrainingError(
-        f"At step {step} the {what}: the run diverged ({rates}).",
-        code="non_finite_loss",
-        suggestions=[
-            f"Lower learning_rate, for instance to {config.learning_rate / 4:g}.",
-            "Lower max_grad_norm, or raise warmup_ratio.",
-        ],
-        details={"step": step},
-    )
+    if not abs(loss) < infinity:
+        raise _Diverged(step, f"the loss is {loss}")
+    if not gradient_norm < infinity:
+        raise _Diverged(step, f"the gradient norm is {gradient_norm}")

@@ -24,6 +24,7 @@ from peft_core.adapters.manifest import (
     write_manifest,
 )
 from peft_core.bases.fingerprint import content_hash
+from peft_core.events import RateLowered
 from peft_core.results import Metrics
 from peft_core.spec import Base, TrainingTask
 from peft_core.training.lora import lora_config, target_modules
@@ -43,6 +44,7 @@ class RunFacts:
     steps: int
     stopped_early_at: int | None
     best_step: int | None
+    rate_lowered: tuple[RateLowered, ...]
     created_at: datetime  # with a time zone
 
 
@@ -78,6 +80,7 @@ def write_adapter(
             steps=facts.steps,
             stopped_early_at=facts.stopped_early_at,
             best_step=facts.best_step,
+            rate_lowered=facts.rate_lowered,
         ),
         metrics=measured,
         environment=_environment(),

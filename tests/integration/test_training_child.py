@@ -35,6 +35,7 @@ from peft_core.events import (
     HeldOutMeasured,
     JobFailed,
     PhaseStarted,
+    RateLowered,
     StepCompleted,
 )
 from peft_core.results import Phase
@@ -285,6 +286,64 @@ def test_two_processes_make_the_same_steps_as_one(tmp_path: Path, toy_base: Path
     adapters = [load_file(tmp_path / name / "job" / "adapter" / "adapter_model.safetensors") for name in ("one", "two")]
     for name, tensor in adapters[0].items():
         assert torch.allclose(tensor, adapters[1][name], atol=1e-4)
+
+
+# In the interpreter of a child: its third training loss is NaN, on the process of rank 0 alone.
+_FAULT = """
+import os, sys
+from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
+
+class Finder(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name != "peft_core.training.objective" or os.environ.get("RANK", "0") != "0":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        execute = spec.loader.exec_module
+        def exec_module(module):
+            execute(module)
+            plain, calls = module.Objective.loss, []
+            def loss(self, batch):
+                calls.extend([1] if self.model.training else [])
+                return plain(self, batch) * (float("nan") if self.model.training and len(calls) == 3 else 1.0)
+            module.Objective.loss = loss
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_diverged_says_so_in_its_manifest_and_its_card(
+    tmp_path: Path, toy_base: Path, processes: int
+) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(_FAULT)
+    environment = {"PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
+    task = make_task(tmp_path, str(toy_base), **TOY)
+    if processes == 1:
+        code, events, err = run_to_the_end(task, **environment)
+    else:
+        environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        with (
+            child(task, **environment, RANK="0", LOCAL_RANK="0") as first,
+            child(task, **environment, RANK="1", LOCAL_RANK="1") as second,
+        ):
+            out, err = first.communicate(timeout=300)
+            second.communicate(timeout=60)
+        code, events = first.returncode, [EVENT.validate_json(line) for line in out.splitlines()]
+    assert code == 0, err
+    lowered = RateLowered(step=3, back_to_step=0, factor=0.25, reason="the loss is nan")
+    assert [event for event in events if isinstance(event, RateLowered)] == [lowered]
+    assert [event.step for event in events if isinstance(event, StepCompleted)] == [1, 2, 1, 2, 3, 4, 5, 6]
+    manifest = read_manifest(task.job_dir / "adapter")
+    assert manifest is not None
+    assert manifest.run.rate_lowered == (lowered,)
+    card = (task.job_dir / "adapter" / "README.md").read_text()
+    assert "at step 3 the loss is nan: trained again from step 0 with 1/4 of the rate" in card
 
 
 @pytest.mark.model

@@ -17,6 +17,7 @@ from peft_core.events import (
     JobResumed,
     JobStarted,
     PhaseStarted,
+    RateLowered,
     RunPlanned,
     StepCompleted,
     StoppedEarly,
@@ -47,6 +48,13 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.builds(HeldOutMeasured, step=st.integers(0, 5), loss=st.floats(0, 9), whole_set=st.booleans()),
     st.builds(CheckpointSaved, step=st.integers(0, 6)),
     st.builds(StoppedEarly, step=st.integers(1, 5), best_step=st.integers(1, 5)),
+    st.builds(
+        RateLowered,
+        step=st.integers(1, 5),
+        back_to_step=st.integers(0, 5),
+        factor=st.just(0.25),
+        reason=st.just("the loss is nan"),
+    ),
     st.builds(JobCompleted, adapter_path=st.just("/a"), metrics=st.just(Metrics())),
     st.builds(JobFailed, error=st.just(PROBLEM)),
     st.builds(JobCancelled),
@@ -78,7 +86,7 @@ def test_whatever_happens_a_job_never_contradicts_itself(events: list[Event]) ->
             assert isinstance(event, JobResumed)
             assert before.status in RESUMABLE
         if job.status is Status.IN_PROGRESS and before.status is Status.IN_PROGRESS:
-            assert progress_percent(job) >= progress_percent(before) or isinstance(event, RunPlanned)
+            assert progress_percent(job) >= progress_percent(before) or isinstance(event, RunPlanned | RateLowered)
 
 
 def test_a_run_from_queue_to_adapter() -> None:
@@ -119,6 +127,28 @@ def test_steps_do_not_go_backwards() -> None:
     job = after(make_job(), JobStarted(), RunPlanned(device="cpu", total_steps=5), step(3))
     with pytest.raises(IllegalTransition):
         apply(job, step(3), at=2.0)
+
+
+def test_a_run_that_diverges_counts_its_steps_again_and_keeps_a_note() -> None:
+    once = RateLowered(step=4, back_to_step=1, factor=0.25, reason="the loss is nan")
+    twice = RateLowered(step=3, back_to_step=0, factor=0.0625, reason="the gradient norm is inf")
+    job = after(make_job(), JobStarted(), RunPlanned(device="cpu", total_steps=5), step(3), once)
+    assert (job.status, job.step) == (Status.IN_PROGRESS, 1)
+    assert job.note == "at step 4 the loss is nan: back to step 1 with 1/4 of the learning rate"
+    job = after(job, step(2), twice, step(1))
+    assert (job.step, job.note.count("back to step")) == (1, 2)
+    assert "back to step 0 with 1/16 of the learning rate" in job.note
+
+    again = after(job, step(2), CheckpointSaved(step=2), JobInterrupted(reason="x"), JobResumed(), JobStarted())
+    assert after(again, twice).note == job.note  # met once more after the checkpoint
+    stopped = after(again, StoppedEarly(step=5, best_step=2))
+    assert stopped.note == f"{job.note}; stopped early at step 5, the state of step 2 is kept"
+
+
+def test_a_run_does_not_go_back_to_a_step_that_it_has_not_made() -> None:
+    job = after(make_job(), JobStarted(), RunPlanned(device="cpu", total_steps=5), step(3))
+    with pytest.raises(IllegalTransition):
+        apply(job, RateLowered(step=5, back_to_step=4, factor=0.25, reason="x"), at=2.0)
 
 
 def test_a_resumed_job_waits_again_and_goes_on_from_its_checkpoint() -> None:

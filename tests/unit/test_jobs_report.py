@@ -33,6 +33,17 @@ def test_a_training_job_shows_step_loss_speed_and_time_left(tmp_path) -> None:
     assert line == "training: step 120/250, loss 1.834, held-out 1.900, 145 tokens/s, 2 min 10 s left"
 
 
+def test_a_run_that_went_back_says_so_while_it_trains_and_afterwards(tmp_path) -> None:
+    note = "at step 4 the loss is nan: back to step 1 with 1/4 of the learning rate"
+    training = make_job(status=Status.IN_PROGRESS, phase=Phase.TRAINING, step=2, total_steps=9, note=note)
+    status = status_of(training, None, tmp_path / "train.log")
+    assert status.detail == note
+    assert headline(status) == f"training: step 2/9, 3 min 20 s left, {note}"
+    metrics = Metrics(base_perplexity=9.78, adapter_perplexity=5.1)
+    completed = make_job(status=Status.COMPLETED, metrics=metrics, note=note)
+    assert headline(status_of(completed, None, tmp_path / "train.log")).endswith(note)
+
+
 def test_no_line_is_longer_than_clients_show(tmp_path) -> None:
     job = make_job(status=Status.FAILED, error=Problem(code="x", message="very long " * 100))
     assert len(headline(status_of(job, None, tmp_path / "train.log"))) == 200

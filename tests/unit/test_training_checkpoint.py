@@ -1,8 +1,10 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from peft_core.events import RateLowered
 from peft_core.spec import DatasetSummary, TrainingConfig, TrainingTask
 from peft_core.training.checkpoint import Checkpoint, Progress, load_checkpoint, run_key, save_checkpoint
 from tests.factories import make_base
@@ -46,6 +48,27 @@ def test_the_newest_checkpoint_takes_the_place_of_the_one_before(tmp_path: Path)
     assert loaded.progress == Progress(base_loss=2.5, step=2)
     assert loaded.adapter["a"].tolist() == [[2.0, 2.0], [2.0, 2.0]]
     assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_the_good_state_and_the_lowered_rates_are_part_of_it(tmp_path: Path) -> None:
+    lowered = (RateLowered(step=7, back_to_step=1, factor=0.25, reason="the loss is nan"),)
+    save_checkpoint(tmp_path, "key", replace(make_checkpoint(5), lowered=lowered, good=make_checkpoint(1)))
+    loaded = load_checkpoint(tmp_path, "key")
+    assert loaded is not None
+    assert loaded.lowered == lowered
+    assert loaded.good is not None
+    assert (loaded.good.progress.step, loaded.good.lowered) == (1, ())
+    assert loaded.good.adapter["a"].tolist() == [[1.0, 1.0], [1.0, 1.0]]
+
+
+def test_a_checkpoint_from_before_runs_went_back_is_read(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, "key", make_checkpoint(5))
+    document = torch.load(tmp_path / "state.pt", weights_only=True)
+    del document["lowered"], document["good"]
+    torch.save(document, tmp_path / "state.pt")
+    loaded = load_checkpoint(tmp_path, "key")
+    assert loaded is not None
+    assert (loaded.progress.step, loaded.lowered, loaded.good) == (5, (), None)
 
 
 def test_a_half_written_checkpoint_does_not_hide_the_one_before(tmp_path: Path) -> None:

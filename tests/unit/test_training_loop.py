@@ -1,4 +1,6 @@
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -7,14 +9,14 @@ from accelerate import Accelerator
 
 from peft_core.compute.stop import Stop, Stopped
 from peft_core.errors import TrainingError
-from peft_core.events import CheckpointSaved, Event, HeldOutMeasured, StepCompleted, StoppedEarly
+from peft_core.events import CheckpointSaved, Event, HeldOutMeasured, RateLowered, StepCompleted, StoppedEarly
 from peft_core.spec import TrainingConfig
 from peft_core.training import lora
-from peft_core.training.batches import plan_order
+from peft_core.training.batches import MicroBatch, plan_order
 from peft_core.training.checkpoint import Progress, load_checkpoint
 from peft_core.training.evaluate import held_out_loss, subset
 from peft_core.training.loop import Loop
-from peft_core.training.objective import choose_objective
+from peft_core.training.objective import Objective, choose_objective
 from tests.toys import toy_documents, toy_model
 
 CONFIG = TrainingConfig(rank=4, batch_size=3, max_steps=8, max_length=64, learning_rate=5e-3, dropout=0.1, eval_steps=3)
@@ -23,7 +25,7 @@ HELD_OUT = toy_documents((25, 12, 30), seed=2)
 
 
 class Recorder:
-    """Takes events; may ask to stop after a step."""
+    """Takes events; may ask to stop after a step, counted with those that are done again."""
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.events: list[Event] = []
@@ -32,11 +34,18 @@ class Recorder:
 
     def __call__(self, event: Event) -> None:
         self.events.append(event)
-        if isinstance(event, StepCompleted) and event.step == self._stop_after:
+        if isinstance(event, StepCompleted) and len(self.steps()) == self._stop_after:
             self.stop.request()
 
+    def steps(self) -> list[StepCompleted]:
+        return [event for event in self.events if isinstance(event, StepCompleted)]
+
     def losses(self) -> dict[int, float]:
-        return {event.step: event.loss for event in self.events if isinstance(event, StepCompleted)}
+        return {event.step: event.loss for event in self.steps()}
+
+    def lowered(self) -> list[tuple[int, int, float]]:
+        """Where it diverged, where it went on, share of the rate."""
+        return [(e.step, e.back_to_step, e.factor) for e in self.events if isinstance(e, RateLowered)]
 
     def held_out(self) -> dict[int, float]:
         return {event.step: event.loss for event in self.events if isinstance(event, HeldOutMeasured)}
@@ -66,7 +75,7 @@ def make_loop(directory: Path, recorder: Recorder, config: TrainingConfig = CONF
         documents=TRAIN,
         order=order,
         held_out=HELD_OUT,
-        progress=Progress(base_loss=1.0),
+        progress=Progress(base_loss=5.0),
         checkpoint_directory=directory,
         run_key="this run",
         emit=recorder,
@@ -161,13 +170,186 @@ def test_without_patience_the_last_measurement_is_left_to_the_whole_set(tmp_path
     assert list(recorder.held_out()) == [2, 4, 6]
 
 
-def test_a_run_that_diverges_fails_with_the_step_and_what_to_do(tmp_path: Path) -> None:
-    loop = make_loop(tmp_path, Recorder())
-    next(iter(loop.weights.values())).data.fill_(math.inf)
-    with pytest.raises(TrainingError, match="step 1") as caught:
-        loop.run()
-    assert caught.value.code == "non_finite_loss"
-    assert "learning_rate" in str(caught.value)
+@dataclass(frozen=True)
+class Narrow(Objective):
+    """Overflows as a narrow number format would: where a weight of the adapter's B has grown beyond the limit."""
+
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    limit: float = math.inf
+
+    def loss(self, batch: MicroBatch) -> torch.Tensor:
+        largest = max(float(weight.detach().abs().max()) for name, weight in self.weights.items() if "lora_B" in name)
+        return super().loss(batch) * (math.inf if largest > self.limit else 1.0)
+
+
+@dataclass(frozen=True)
+class Faulty(Objective):
+    """Gives NaN in the calls of these numbers, counted from 0; in training, or in measurements."""
+
+    calls: tuple[int, ...] = ()
+    training: bool = True
+    made: list[bool] = field(default_factory=list)
+
+    def loss(self, batch: MicroBatch) -> torch.Tensor:
+        loss = super().loss(batch)
+        if self.model.training != self.training:
+            return loss
+        self.made.append(True)
+        return loss * math.nan if len(self.made) - 1 in self.calls else loss
+
+
+def narrow(loop: Loop, limit: float) -> Loop:
+    loop.objective = Narrow(**vars(loop.objective), weights=loop.weights, limit=limit)
+    return loop
+
+
+def faulty(loop: Loop, *calls: int, training: bool = True) -> Loop:
+    loop.objective = Faulty(**vars(loop.objective), calls=calls, training=training)
+    return loop
+
+
+@pytest.fixture
+def good_every_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft_core.training.loop._GOOD_EVERY", 2)
+
+
+def test_a_run_that_diverges_goes_back_and_completes_with_a_quarter_of_the_rate(tmp_path: Path) -> None:
+    expected = uninterrupted(tmp_path / "wide")[0].steps()
+    recorder = Recorder()
+    loop = narrow(make_loop(tmp_path / "narrow", recorder), limit=0.1)
+    loop.run()
+
+    [(diverged_at, back_to, factor)] = recorder.lowered()
+    assert (back_to, factor) == (0, 0.25)
+    before, again = recorder.steps()[: diverged_at - 1], recorder.steps()[diverged_at - 1 :]
+    assert len(before) > 1
+    assert [event.loss for event in before] == [event.loss for event in expected[: diverged_at - 1]]
+    assert [event.step for event in again] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert again[0].loss == expected[0].loss  # the same examples, the same dropout
+    assert [event.learning_rate for event in again] == [event.learning_rate / 4 for event in expected]
+    assert again[-1].tokens == expected[-1].tokens
+    assert [event.factor for event in loop.lowered] == [0.25]
+
+
+def test_a_rate_that_is_still_too_high_is_lowered_once_more(tmp_path: Path) -> None:
+    expected = uninterrupted(tmp_path / "wide")[0].steps()
+    recorder = Recorder()
+    narrow(make_loop(tmp_path / "narrow", recorder), limit=0.03).run()
+    assert [factor for _, _, factor in recorder.lowered()] == [0.25, 0.0625]
+    assert [event.learning_rate for event in recorder.steps()[-8:]] == [e.learning_rate / 16 for e in expected]
+
+
+def test_after_two_tries_a_run_fails_with_the_step_the_tries_and_the_cause(tmp_path: Path) -> None:
+    recorder = Recorder()
+    with pytest.raises(TrainingError) as caught:
+        narrow(make_loop(tmp_path, recorder), limit=0.006).run()
+    error = caught.value
+    assert error.code == "non_finite_loss"
+    assert [factor for _, _, factor in recorder.lowered()] == [0.25, 0.0625]
+    step = error.details["step"]
+    assert step == recorder.steps()[-1].step + 1
+    assert f"At step {step} the loss is inf" in error.message
+    assert "1/4 of the rate from step 0" in error.message
+    assert "1/16 of the rate from step 0" in error.message
+    assert "The likely cause is too high a rate" in error.message
+    assert any("learning_rate" in suggestion for suggestion in error.suggestions)
+
+
+def test_an_absurd_rate_fails_after_two_tries(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"learning_rate": 1e20})
+    recorder = Recorder()
+    with pytest.raises(TrainingError, match="too high a rate"):
+        make_loop(tmp_path, recorder, config).run()
+    assert [(back, factor) for _, back, factor in recorder.lowered()] == [(0, 0.25), (0, 0.0625)]
+
+
+def test_where_no_update_lies_between_the_rate_is_not_blamed(tmp_path: Path) -> None:
+    recorder = Recorder()
+    with pytest.raises(TrainingError, match="not the rate") as caught:
+        narrow(make_loop(tmp_path, recorder), limit=-1.0).run()
+    assert recorder.lowered() == [(1, 0, 0.25), (1, 0, 0.0625)]
+    assert not any("learning_rate" in suggestion for suggestion in caught.value.suggestions)
+
+
+@pytest.mark.usefixtures("good_every_two")
+def test_a_run_goes_back_to_the_last_state_that_was_seen_to_be_good(tmp_path: Path) -> None:
+    expected = uninterrupted(tmp_path / "wide")[0].steps()
+    recorder = Recorder()
+    loop = faulty(make_loop(tmp_path / "faulty", recorder), 5)  # one micro-batch a step: step 6
+    loop.run()
+    assert recorder.lowered() == [(6, 4, 0.25)]
+    steps = recorder.steps()
+    assert [event.step for event in steps] == [1, 2, 3, 4, 5, 5, 6, 7, 8]
+    assert steps[5].loss == steps[4].loss
+    assert [event.learning_rate for event in steps[5:]] == [event.learning_rate / 4 for event in expected[4:]]
+    assert steps[5].tokens == steps[4].tokens
+
+
+@pytest.mark.usefixtures("good_every_two")
+def test_a_state_from_which_a_lower_rate_diverges_as_well_was_not_good(tmp_path: Path) -> None:
+    recorder = Recorder()
+    faulty(make_loop(tmp_path, recorder), 5, 7).run()  # the second in the second step after going back
+    assert recorder.lowered() == [(6, 4, 0.25), (6, 0, 0.0625)]
+    assert recorder.steps()[-1].step == 8
+
+
+@pytest.mark.usefixtures("good_every_two")
+def test_the_second_way_back_ends_at_a_newer_good_state_where_there_is_one(tmp_path: Path) -> None:
+    expected = uninterrupted(tmp_path / "wide")[0].steps()
+    recorder = Recorder()
+    faulty(make_loop(tmp_path / "faulty", recorder), 2, 7).run()  # steps 1 2 x, 1 2 3 4 x, 3 and so on
+    assert recorder.lowered() == [(3, 0, 0.25), (5, 2, 0.0625)]
+    assert recorder.steps()[-1].learning_rate == expected[-1].learning_rate / 16
+
+
+@pytest.mark.usefixtures("good_every_two")
+def test_a_state_with_a_loss_far_above_the_base_is_not_kept(tmp_path: Path) -> None:
+    recorder = Recorder()
+    loop = faulty(make_loop(tmp_path, recorder), 5)
+    loop.progress.base_loss = 1.0
+    loop.run()
+    assert recorder.lowered() == [(6, 0, 0.25)]
+
+
+def test_a_measurement_that_is_not_finite_sends_a_run_back_as_well(tmp_path: Path) -> None:
+    recorder = Recorder()
+    faulty(make_loop(tmp_path, recorder), 0, training=False).run()
+    assert recorder.lowered() == [(3, 0, 0.25)]
+    assert list(recorder.held_out()) == [3, 6]
+    reasons = [event.reason for event in recorder.events if isinstance(event, RateLowered)]
+    assert reasons == ["the loss on the held-out examples is nan"]
+
+
+@pytest.mark.usefixtures("good_every_two")
+@pytest.mark.parametrize("stop_after", range(1, 12))
+def test_a_run_that_diverged_is_resumed_as_if_it_had_not_been_interrupted(tmp_path: Path, stop_after: int) -> None:
+    """Before the first fault, between the two, and after them."""
+    limit = 0.03
+    expected = Recorder()
+    whole = narrow(make_loop(tmp_path / "whole", expected), limit)
+    whole.run()
+    assert len(expected.lowered()) == 2
+    assert len(expected.steps()) >= 11
+
+    first = Recorder(stop_after)
+    with pytest.raises(Stopped):
+        narrow(make_loop(tmp_path / "parts", first), limit).run()
+    checkpoint = load_checkpoint(tmp_path / "parts", "this run")
+    assert checkpoint is not None
+    second = Recorder()
+    loop = narrow(make_loop(tmp_path / "parts", second), limit)
+    torch.rand(100)
+    loop.restore(checkpoint)
+    loop.run()
+
+    def facts(*recorders: Recorder) -> list[tuple[float, ...]]:
+        steps = [(event.step, event.loss, event.learning_rate) for r in recorders for event in r.steps()]
+        return [*steps, *(lowered for r in recorders for lowered in r.lowered())]
+
+    assert facts(first, second) == facts(expected)
+    assert loop.lowered == whole.lowered
+    for name, weight in loop.weights.items():
+        assert torch.equal(weight, whole.weights[name])
 
 
 def test_a_held_out_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
