@@ -118,7 +118,7 @@ class TrainingConfig(Frozen):
         Field(
             ge=256,
             description="Memory that training may take. Null: the setting max_memory_mb, else no limit. "
-            "A run that is estimated to need more is refused before it starts.",
+            "A run that is estimated to need more leaves the base's weights in their file (slower), or is refused at once.",
         ),
     ] = None
 
