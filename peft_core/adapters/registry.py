@@ -120,7 +120,7 @@ class Registry:
             if path.is_absolute() and path.is_file():
                 raise AdapterNotFound(
                     f"{adapter_path} is a file; an adapter is the directory that holds {CONFIG} and {WEIGHTS}.",
-                    suggestions=[f"Give {path.parent}"],
+                    suggestions=[f"Give {path.parent}"] if (path.parent / CONFIG).is_file() else [],
                     details={"adapter_path": adapter_path},
                 )
         known = sorted({project for project, _ in self._directories(None)})

@@ -129,8 +129,8 @@ class InferenceHost:
                     if not isinstance(reply, Progress):
                         _hear(host, reply)
 
-    def nothing_loaded(self, what: str = "No adapter is loaded") -> AdapterNotLoaded:
-        """The error of a request that needs what is not there; says how it was lost."""
+    def nothing_loaded(self, what: str = "No adapter is loaded", *, needed: bool = True) -> AdapterNotLoaded:
+        """The error of a request for what is not there; says how it was lost, and where it was needed, what to do."""
         host = self._host
         lost = self._words_on(host) if host is not None and host.ended else self._obituary
         return AdapterNotLoaded(
@@ -138,7 +138,9 @@ class InferenceHost:
             suggestions=[
                 "Call load_adapter(adapter_path=...) first; list_adapters shows what there is",
                 "Or call generate with use_base=true to have the base answer without an adapter",
-            ],
+            ]
+            if needed
+            else [],
         )
 
     async def aclose(self) -> None:

@@ -118,7 +118,9 @@ class InferenceService:
             return await self._host.ask(Unload(adapter_path=path), UnloadedAdapter)
         except AdapterNotLoaded:
             if adapter_path is not None:
-                raise self._host.nothing_loaded(f"{adapter_path!r} is not in memory") from None
+                raise self._host.nothing_loaded(
+                    f"{adapter_path!r} is not in memory, nor is anything else: there is nothing to unload", needed=False
+                ) from None
             return nothing_was_loaded(memory_bytes=0)
 
     async def generate(
