@@ -81,9 +81,13 @@ def load_frozen(base: Base, directory: Path) -> PreTrainedModel | None:
     except BaseModelError as error:
         _log.info("base_not_mapped", reason=error.message)
         return None
-    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    with no_init_weights():  # memory that nobody writes to is none
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        with no_init_weights():  # memory that nobody writes to is none
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        _log.info("base_not_mapped", reason=str(error))
+        return None
     if not _put_in(model, stored):
         _log.info("base_not_mapped", reason="it has weights of other kinds", model=type(model).__name__)
         return None
@@ -108,12 +112,7 @@ def _put_in(model: PreTrainedModel, stored: StoredWeights) -> bool:
         matrix = matrices.get(f"{name}.weight")
         if matrix is None or matrix.shape != tuple(layer.weight.shape):
             return False
-    rest = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if name.removesuffix(".weight") not in layers and name not in vectors
-    }
-    if any(name.rpartition(".")[0] not in layers for name in rest):
+    if any(name.removesuffix(".weight") not in layers and name not in vectors for name, _ in model.named_parameters()):
         return False
     for name, layer in layers.items():
         matrix = matrices[f"{name}.weight"]

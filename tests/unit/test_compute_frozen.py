@@ -5,6 +5,7 @@ T tokens, I input features, O output features
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -65,3 +66,10 @@ def test_a_model_whose_layers_are_of_other_kinds_is_not_mapped(tmp_path: Path) -
     base = resolve(str(directory), Settings())
     toy_model("gpt2").config.save_pretrained(directory)  # Conv1D layers, under other names
     assert load_frozen(base, directory) is None
+
+
+def test_a_bias_that_the_files_lack_is_not_passed_over(tmp_path: Path) -> None:
+    directory = write_toy_base(tmp_path / "toy")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "attention_bias": True}))
+    assert load_frozen(resolve(str(directory), Settings()), directory) is None
