@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -23,6 +23,8 @@ class Machine:
     mps_bfloat16: bool = False  # macOS 14 or later
     cuda: bool = False
     cuda_bfloat16: bool = False  # in hardware: emulation is slower than float32
+    mps_flops: float | None = None  # floating point operations per second, where both were timed (speed.py)
+    cpu_flops: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def describe() -> Machine:
 
 
 def choose(requested: DeviceName, machine: Machine) -> DevicePlan:
-    """Decide for a machine. 'auto': MPS, else CUDA, else the CPU.
+    """Decide for a machine. 'auto': MPS, else CUDA, else the CPU; of MPS and CPU the faster, where both were timed.
 
     Raises:
         InvalidArgument: the requested device is not there.
@@ -64,6 +66,10 @@ def choose(requested: DeviceName, machine: Machine) -> DevicePlan:
             f"this machine has {', '.join(there)}",
             suggestions=["Use device='auto': it takes the fastest one there is."],
         )
+    if requested == "auto" and there[0] == "mps" and machine.mps_flops is not None and machine.cpu_flops is not None:
+        plan = choose("mps" if machine.mps_flops >= machine.cpu_flops else "cpu", machine)
+        speeds = f"MPS {machine.mps_flops / 1e12:.1f} TFLOP/s, CPU {machine.cpu_flops / 1e12:.1f} TFLOP/s"
+        return replace(plan, note=f"{plan.note}; {speeds}")
     match there[0] if requested == "auto" else requested:
         case "mps" if machine.mps_bfloat16:
             # Not float16: its range overflows in training and gives NaN on MPS. Without autocast: PEFT casts at the

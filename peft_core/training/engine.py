@@ -23,7 +23,9 @@ from peft_core.compute.process import (
     return_freed_memory,
     seconds_alive,
 )
+from peft_core.compute.speed import timed
 from peft_core.compute.stop import Stop
+from peft_core.compute.threads import Threads
 from peft_core.compute.tokenizer import BaseTokenizer, load_tokenizer
 from peft_core.data.prepare import PreparedDataset, prepare
 from peft_core.data.read import read_examples
@@ -53,8 +55,10 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     """
     config, paths = task.config, JobPaths(task.job_dir)
     _set_up_process(config.seed)
-    plan = choose(config.device, describe())
+    plan = choose(config.device, timed(config.device, describe()))
+    _log.info("device_chosen", device=plan.device, formats=plan.note)
     accelerator = _accelerator(plan.device, plan.autocast)
+    threads = Threads.for_training(plan.device)
 
     # 1. Text to documents. The base comes first: its tokenizer measures the text.
     emit(PhaseStarted(phase=Phase.PREPARING_DATA))
@@ -95,6 +99,7 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     sample = subset(held_out, config.seed)
     if checkpoint is None:
         emit(PhaseStarted(phase=Phase.EVALUATING_BASE))
+        threads.keep_up()
         base_loss, sample_loss = _base_losses(objective, held_out, sample, accelerator, stop)
         emit(HeldOutMeasured(step=0, loss=sample_loss))
     else:
@@ -121,6 +126,7 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
         run_key=key,
         emit=emit,
         stop=stop,
+        between_steps=threads.keep_up,
     )
     if checkpoint is not None:
         loop.restore(checkpoint)
@@ -129,6 +135,7 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
 
     # 5. The adapter on all held-out examples.
     emit(PhaseStarted(phase=Phase.EVALUATING_ADAPTER))
+    threads.keep_up()
     adapter_loss = held_out_loss(objective, held_out, accelerator, stop)
     emit(HeldOutMeasured(step=progress.step, loss=adapter_loss, whole_set=True))
 

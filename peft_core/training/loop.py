@@ -56,6 +56,7 @@ class Loop:
     emit: Emit
     stop: Stop
     clock: Callable[[], float] = time.monotonic
+    between_steps: Callable[[], None] = lambda: None  # what the machine needs then
     best: Tensors | None = None
     lowered: tuple[RateLowered, ...] = ()
 
@@ -96,6 +97,7 @@ class Loop:
                     self._save()
                     saved_at = self.clock()
                 self._check_stop()
+                self.between_steps()
         except Stopped:
             self._save()
             raise

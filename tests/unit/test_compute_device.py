@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -41,6 +43,21 @@ def test_a_device_that_is_not_there_is_refused_naming_those_that_are(
 ) -> None:
     with pytest.raises(InvalidArgument, match=f"config.device = '{requested}'.*this machine has {there}"):
         choose(requested, machine)
+
+
+@pytest.mark.parametrize(
+    ("mps", "cpu", "device"), [(2.4e12, 1.1e12, "mps"), (1.1e12, 2.4e12, "cpu"), (2e12, 2e12, "mps")]
+)
+def test_of_mps_and_cpu_auto_takes_the_faster_and_says_why(mps: float, cpu: float, device: str) -> None:
+    plan = choose("auto", replace(MAC, mps_flops=mps, cpu_flops=cpu))
+    assert replace(plan, note="") == replace(choose(device, MAC), note="")
+    assert plan.note.endswith(f"; MPS {mps / 1e12:.1f} TFLOP/s, CPU {cpu / 1e12:.1f} TFLOP/s")
+
+
+@pytest.mark.parametrize("device", ["mps", "cpu"])
+def test_who_names_a_device_gets_it_however_slow(device: str) -> None:
+    speeds = {"mps_flops": 1.0, "cpu_flops": 1.0} | {f"{device}_flops": 0.1}
+    assert choose(device, replace(MAC, **speeds)) == choose(device, MAC)
 
 
 def test_float16_is_never_chosen() -> None:
