@@ -214,7 +214,6 @@ def run_peer(peer: str, place: Workplace, *, steps: int | None) -> Figures:
         learning_rate=PEER_RATE,
         rank=config.rank,
         alpha=config.lora_alpha,
-        max_length=config.max_length,
     )
     file = place.root / "peer.json"
     file.write_text(json.dumps(asdict(task)), encoding="utf-8")

@@ -33,7 +33,6 @@ class PeerTask:
     learning_rate: float
     rank: int
     alpha: float
-    max_length: int
 
 
 def main() -> None:

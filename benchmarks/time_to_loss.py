@@ -37,6 +37,8 @@ def main() -> int:
     parser.add_argument("--epochs", type=float, default=1.0, help="ours; less than 1 only shows that it works")
     parser.add_argument("--really", action="store_true", help="train the whole epoch with Trainer (takes an hour)")
     options = parser.parse_args()
+    if options.really and options.epochs != 1:
+        parser.error("--really compares whole epochs: leave --epochs out")
     pin(options.threads)
 
     defaults = TrainingConfig(
