@@ -154,7 +154,10 @@ def measuring(trainer_class: Any, task: PeerTask) -> Any:
 
         def _get_train_sampler(self, *arguments: Any) -> Any:
             sampler = super()._get_train_sampler(*arguments)
-            return sampler if task.steps is None else spread(list(sampler), task.batch_size, task.steps)
+            if task.steps is None:
+                return sampler
+            lengths = [len(example["input_ids"]) for example in self.train_dataset]
+            return spread(list(sampler), lengths, task.batch_size, task.steps)
 
         def training_step(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
             mask = inputs.get("attention_mask")  # none where documents are packed without padding
@@ -180,14 +183,15 @@ def measuring(trainer_class: Any, task: PeerTask) -> Any:
     return Measuring
 
 
-def spread(order: Sequence[int], batch_size: int, steps: int) -> list[int]:
-    """The epoch's first batch, to warm up, and `steps` batches evenly from all over it.
+def spread(order: Sequence[int], lengths: Sequence[int], batch_size: int, steps: int) -> list[int]:
+    """Of an epoch's batches the largest, to warm up, and `steps` that stand for all: evenly from smallest to largest.
 
-    A sampler that groups by length puts the longest batch first, and long ones before short ones: the first few would
-    not stand for the epoch, and without the very first its peak memory would be missed.
+    The first few would not do: a sampler that groups by length begins with the longest. The largest of all is there for
+    the epoch's peak memory. `lengths` are those of the dataset, in tokens.
     """
     batches = [order[i : i + batch_size] for i in range(0, len(order) - batch_size + 1, batch_size)]
-    chosen = [0, *(int((step + 0.5) * len(batches) / steps) for step in range(steps))]
+    batches.sort(key=lambda batch: sum(lengths[index] for index in batch))
+    chosen = [-1, *(int((step + 0.5) * len(batches) / steps) for step in range(steps))]
     return [index for number in chosen for index in batches[number]]
 
 

@@ -1,11 +1,11 @@
 """Our training against `transformers.Trainer` with PEFT and against TRL: real tokens a CPU-second, and peak memory.
 
 Same base, same examples, same LoRA (rank 16 on all linear layers). Ours is the product's own child process, planned as the
-manager plans a job, with default settings (batch 4). Peers take batches of 8 from all over an epoch (a sampler that groups
-by length begins with the longest). All are pinned to `--threads` cores and alternate, so that what else runs on the
-machine disturbs all; ratios are those within a round. CPU-seconds are of the optimiser steps, the first one left out.
-Only tokens that are no padding count. Peak memory is that of the process's whole life: for ours that includes converting
-the base, for it is a user's first job.
+manager plans a job, with default settings (batch 4). Peers take batches of 8: some that stand for an epoch's, short and
+long, as a sampler that groups by length begins with the longest. All are pinned to `--threads` cores and alternate, so
+that what else runs on the machine disturbs all; ratios are those within a round. CPU-seconds are of the optimiser steps,
+the first one left out. Only tokens that are no padding count. Peak memory is that of the process's whole life: for ours
+that includes converting the base, for it is a user's first job.
 
 "GEMM" multiplies the base's matrices with 512 tokens, forward and for the gradient of the input, and nothing else: what a
 training that never left its matrix products would reach. "lean" is ours at the smallest `max_memory_mb` that the planner
