@@ -3,8 +3,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+PEERS  := .venv-peers
 
-.PHONY: demo test test-fast lint benchmark clean
+.PHONY: demo test test-fast lint benchmark peers clean
 
 demo: $(READY)  ## train an adapter on this project's own source, through the real stdio server
 	$(BIN)/python examples/demo.py
@@ -20,10 +21,22 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-benchmark: $(READY)  ## against peers, as ratios within one run
+benchmark: $(READY) peers  ## against peers, as ratios within one run (an hour and a half)
 	$(BIN)/python benchmarks/server_start.py
 	$(BIN)/python benchmarks/training_speed.py
+	$(BIN)/python benchmarks/time_to_loss.py
 	$(BIN)/python benchmarks/inference.py
+
+# Peers that the project does not need get an environment of their own, which borrows torch and its company from $(VENV).
+peers: $(PEERS)/.ready  ## TRL, for the benchmarks
+
+$(PEERS)/.ready: $(READY) benchmarks/requirements.txt constraints.txt
+	@echo "==> peers in $(PEERS)"
+	@$(BIN)/python -m venv $(PEERS)
+	@site() { "$$1" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'; }; \
+		site $(BIN)/python > "$$(site $(PEERS)/bin/python)/borrowed.pth"
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement benchmarks/requirements.txt
+	@touch $@
 
 # torch comes first and alone: what depends on it would otherwise choose a build of its own.
 $(READY): pyproject.toml constraints.txt
@@ -40,4 +53,4 @@ $(READY): pyproject.toml constraints.txt
 	@echo "==> ready"
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info .mypy_cache .ruff_cache

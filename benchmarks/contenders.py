@@ -1,0 +1,248 @@
+"""What the training benchmarks share: the same code to train on, our training as a user's job runs it, and its peers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import psutil
+from peers import Figures, PeerTask
+
+from peft_core.config import Settings
+from peft_core.errors import InvalidArgument
+from peft_core.events import EVENT, AdapterWritten, CheckpointSaved, Event, HeldOutMeasured, JobFailed, StepCompleted
+from peft_core.jobs.model import JobRequest
+from peft_core.jobs.planning import plan
+from peft_core.jobs.runner import CHILD
+from peft_core.paths import DataPaths
+from peft_core.results import Metrics
+from peft_core.spec import Base, ModelShape, TrainingConfig, TrainingTask
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("uvicorn", "structlog", "pathspec", "httpcore2")  # of site-packages: about 1170 functions and classes
+PEER_BATCH = 8
+PEER_RATE = 2e-4  # the usual one of LoRA; Trainer's own default, 5e-5, would learn less
+TRL_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What all contenders begin with."""
+
+    root: Path
+    source: Path  # repository
+    base: Base
+    base_directory: Path  # the same in Hugging Face's form, for the peers
+    examples: Path  # what our training prepares from the repository, tokenised for the peers
+    lengths: list[int]  # in tokens, of the examples to train on
+
+
+@dataclass(frozen=True)
+class Seen:
+    event: Event
+    at_s: float  # since the process was started
+    cpu_s: float  # of the process so far
+
+
+def pin(threads: int) -> None:
+    """This process and what it starts: as many cores as threads."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    else:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+@contextmanager
+def workplace(held_out_fraction: float) -> Iterator[Workplace]:
+    """Copy the code, convert the base, prepare and tokenise the examples."""
+    from peft_core.bases.convert import materialise  # noqa: PLC0415 -- torch: not for --help
+    from peft_core.compute.tokenizer import load_tokenizer  # noqa: PLC0415 -- likewise
+    from peft_core.data.prepare import prepare  # noqa: PLC0415 -- likewise
+    from peft_core.data.read import read_examples  # noqa: PLC0415 -- likewise
+
+    with tempfile.TemporaryDirectory(prefix="peft-mcp-benchmark-") as temporary:
+        root = Path(temporary)
+        source = root / "source"
+        for package in PACKAGES:
+            for file in (Path(sysconfig.get_paths()["purelib"]) / package).rglob("*.py"):
+                copy = source / file.relative_to(sysconfig.get_paths()["purelib"])
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
+        config = TrainingConfig(held_out_fraction=held_out_fraction)
+        base = planned(config, source, root).base
+        directory = materialise(base, root / "base_models", lambda _detail: None)
+        tokenizer = load_tokenizer(directory)
+        prepare(
+            source=source,
+            source_kind="repository",
+            directory=root / "dataset",
+            codec=tokenizer,
+            max_length=config.max_length,
+            held_out_fraction=config.held_out_fraction,
+            seed=config.seed,
+            report=lambda _detail: None,
+        )
+        examples: dict[str, list[dict[str, list[int]]]] = {"train": [], "held_out": []}
+        for part, into in examples.items():
+            for example in read_examples(root / "dataset" / f"{part}.jsonl"):
+                ids, labels = list(tokenizer.beginning), [-100] * len(tokenizer.beginning)
+                for segment in example.segments:
+                    piece: list[int] = tokenizer.tokenizer.encode(segment.text, add_special_tokens=False).ids
+                    ids += piece
+                    labels += piece if segment.learn else [-100] * len(piece)
+                ids, labels = ([*x, tokenizer.end_of_text][: config.max_length] for x in (ids, labels))
+                into.append({"input_ids": ids, "labels": labels})
+        (root / "examples.json").write_text(json.dumps(examples), encoding="utf-8")
+        lengths = [len(example["input_ids"]) for example in examples["train"]]
+        print(f"# {len(lengths)} examples to train on, {sum(lengths)} tokens; {len(examples['held_out'])} held out")
+        yield Workplace(root, source, base, directory, root / "examples.json", lengths)
+
+
+def planned(config: TrainingConfig, source: Path, root: Path) -> JobRequest:
+    """As the manager plans a job; settings of whoever runs this play no part."""
+    settings = Settings(data_dir=root, default_base_model=None, max_memory_mb=None)
+    return plan(str(source), config, settings, lambda _base, _device: None)
+
+
+def smallest_limit_mb(config: TrainingConfig, place: Workplace) -> int:
+    """The least `max_memory_mb` that is accepted; nothing is trained."""
+    request = planned(config, place.source, place.root)
+    refused, accepted = 255, max(256, -(-request.estimate.memory_bytes >> 20) + 1)
+    while accepted - refused > 1:
+        limit_mb = (refused + accepted) // 2
+        try:
+            planned(config.model_copy(update={"max_memory_mb": limit_mb}), place.source, place.root)
+        except InvalidArgument:
+            refused = limit_mb
+        else:
+            accepted = limit_mb
+    return accepted
+
+
+def train(config: TrainingConfig, place: Workplace) -> list[Seen]:
+    """One job in a data directory of its own, as the first job of a user is: planned, then run by the training child."""
+    request = planned(config, place.source, place.root)
+    with tempfile.TemporaryDirectory(dir=place.root) as data_dir:
+        paths = DataPaths(Path(data_dir))
+        job = paths.job("benchmark")
+        job.root.mkdir(parents=True)
+        own = {
+            "job_id": "benchmark",
+            "project_id": "benchmark",
+            "job_dir": job.root,
+            "base_models_dir": paths.base_models,
+        }
+        asked = {name: getattr(request, name) for name in JobRequest.model_fields if name in TrainingTask.model_fields}
+        job.task.write_text(TrainingTask.model_validate({**asked, **own}).model_dump_json(), encoding="utf-8")
+        environment = {
+            **os.environ,
+            "PEFT_MCP_PARENT": str(os.getpid()),
+            "PYTHONSAFEPATH": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        began, seen = time.perf_counter(), list[Seen]()
+        with (
+            job.log.open("wb") as log,
+            subprocess.Popen(
+                [sys.executable, *CHILD, str(job.task)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                cwd=job.root,
+                env=environment,
+            ) as process,
+        ):
+            watched = psutil.Process(process.pid)
+            assert process.stdout is not None
+            for line in process.stdout:
+                at_s = time.perf_counter() - began
+                try:
+                    times = watched.cpu_times()
+                    cpu_s = times.user + times.system
+                except psutil.NoSuchProcess:  # it ended with these words
+                    cpu_s = seen[-1].cpu_s
+                seen.append(Seen(EVENT.validate_json(line), at_s, cpu_s))
+        last = seen[-1].event if seen else None
+        if isinstance(last, JobFailed):
+            raise SystemExit(f"peft-mcp failed: {last.error.message}")
+        if not isinstance(last, AdapterWritten):
+            raise SystemExit(f"peft-mcp ended with {process.returncode}:\n{job.log.read_text()[-2000:]}")
+    return seen
+
+
+def tokens_per_cpu_s(seen: Sequence[Seen]) -> float:
+    """Over optimiser steps, without the first one, held-out measurements and checkpoints."""
+    steps = [number for number, s in enumerate(seen) if isinstance(s.event, StepCompleted)]
+    first, last = steps[0], steps[-1]
+    seconds = sum(
+        seen[number].cpu_s - seen[number - 1].cpu_s
+        for number in range(first + 1, last + 1)
+        if not isinstance(seen[number].event, HeldOutMeasured | CheckpointSaved)
+    )
+    done = [s.event.tokens for s in (seen[first], seen[last]) if isinstance(s.event, StepCompleted)]
+    return (done[1] - done[0]) / seconds
+
+
+def metrics(seen: Sequence[Seen]) -> Metrics:
+    last = seen[-1].event
+    assert isinstance(last, AdapterWritten)
+    return last.metrics
+
+
+def run_peer(peer: str, place: Workplace, *, steps: int | None) -> Figures:
+    """In a process of its own. Raises SystemExit when it fails."""
+    config = TrainingConfig()
+    task = PeerTask(
+        peer=peer,
+        base=str(place.base_directory),
+        examples=str(place.examples),
+        output=str(place.root / "peer"),
+        linears=linears(place.base.shape),
+        steps=steps,
+        batch_size=PEER_BATCH,
+        learning_rate=PEER_RATE,
+        rank=config.rank,
+        alpha=config.lora_alpha,
+    )
+    file = place.root / "peer.json"
+    file.write_text(json.dumps(asdict(task)), encoding="utf-8")
+    python = str(TRL_PYTHON) if peer.startswith("TRL") else sys.executable
+    done = subprocess.run(
+        [python, str(Path(__file__).with_name("peers.py")), str(file)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"{peer} failed:\n{done.stderr[-3000:]}")
+    figures: Figures = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def linears(shape: ModelShape) -> list[tuple[int, int, int]]:
+    """(how often, inputs, outputs) of a Llama-like model's matrices, its head included."""
+    hidden, kv_size = shape.hidden_size, shape.hidden_size // shape.heads * shape.kv_heads
+    return [
+        (2 * shape.layers, hidden, hidden),  # query, output
+        (2 * shape.layers, hidden, kv_size),  # key, value
+        (2 * shape.layers, hidden, shape.intermediate_size),  # gate, up
+        (shape.layers, shape.intermediate_size, hidden),  # down
+        (1, hidden, shape.vocab_size),
+    ]
+
+
+def spread_of(values: Sequence[float], form: str) -> str:
+    """Median (least-most)."""
+    return f"{median(values):{form}} ({min(values):{form}}-{max(values):{form}})"

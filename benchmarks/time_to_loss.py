@@ -1,0 +1,102 @@
+"""How soon our defaults reach the held-out loss that `transformers.Trainer` with PEFT ends with, and an epoch's whole time.
+
+Trainer's settings: batch 8, rate 2e-4, linear, no warm-up, plain LoRA, one epoch of 1000 examples.
+
+1. The loss to reach: our training child with Trainer's settings. The mathematics is the same, as tests show; the order of
+   the examples is not. `--really` trains with Trainer itself as well, and moves the loss to reach by the difference
+   between the two on the whole held-out set.
+2. Trainer's time: the epoch's tokens over its tokens a second, measured here over some steps before and after our runs.
+   That is an extrapolation, and leaves its start and imports out. With `--really` it is measured.
+3. Our time: from the start of the process (imports, preparing the data, converting the base, measuring the base included)
+   until a measurement of the held-out loss is at or below the loss to reach. It is measured more often than by default,
+   which takes time too. All held-out losses here are those of the same sample, which is measured during training.
+
+    python benchmarks/time_to_loss.py [--threads 2] [--steps 6] [--eval-steps 25] [--epochs 1] [--really]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from contenders import PEER_BATCH, PEER_RATE, Seen, metrics, pin, run_peer, spread_of, train, workplace
+
+from peft_core.events import HeldOutMeasured
+from peft_core.spec import TrainingConfig
+
+HELD_OUT_FRACTION = 0.13  # leaves 1000 examples to train on
+BAR_RATIO, BAR_MINUTES = 8.0, 20.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=6, help="of Trainer, measured twice")
+    parser.add_argument("--eval-steps", type=int, default=25, help="ours, between measurements of the held-out loss")
+    parser.add_argument("--epochs", type=float, default=1.0, help="ours; less than 1 only shows that it works")
+    parser.add_argument("--really", action="store_true", help="train the whole epoch with Trainer (takes an hour)")
+    options = parser.parse_args()
+    if options.really and options.epochs != 1:
+        parser.error("--really compares whole epochs: leave --epochs out")
+    pin(options.threads)
+
+    defaults = TrainingConfig(
+        device="cpu", held_out_fraction=HELD_OUT_FRACTION, num_epochs=options.epochs, eval_steps=options.eval_steps
+    )
+    as_trainer = defaults.model_copy(
+        update={
+            "batch_size": PEER_BATCH,
+            "learning_rate": PEER_RATE,
+            "lora_plus_ratio": 1.0,
+            "warmup_ratio": 0.0,
+            "eval_steps": 1_000_000,
+            "early_stopping_patience": 100,  # never reached; with it, the sample is measured at the end too
+        }
+    )
+    with workplace(HELD_OUT_FRACTION) as place:
+        tokens = round(options.epochs * sum(place.lengths))
+        some = [run_peer("Trainer", place, steps=options.steps)]
+        ours = train(defaults, place)
+        same_settings = train(as_trainer, place)
+        some.append(run_peer("Trainer", place, steps=options.steps))
+        real = run_peer("Trainer", place, steps=None) if options.really else None
+
+    # 1. The loss to reach.
+    goal = sample_losses(same_settings)[-1][1]
+    print(f"\nheld-out loss with Trainer's settings, {options.epochs:g} epoch(s): {goal:.3f} on the sample", end="")
+    if real is not None:
+        whole = metrics(same_settings).adapter_loss or 0.0
+        print(f", {whole:.3f} on the whole set; Trainer itself {real['held_out_loss']:.3f} on the whole set", end="")
+        goal += real["held_out_loss"] - whole
+    print()
+
+    # 2. Trainer's time.
+    speeds = [f["tokens"] / f["wall_s"] for f in some]
+    trainer_s = tokens / (sum(speeds) / len(speeds))
+    how = f"extrapolated: {tokens} tokens at {spread_of(speeds, '.1f')} tokens/s"
+    if real is not None:
+        trainer_s, how = real["wall_s"] * tokens / real["tokens"], f"measured; {how} gives {trainer_s:.0f} s"
+    print(f"Trainer's time: {trainer_s:.0f} s ({how})")
+
+    # 3. Ours.
+    print("ours, time and held-out loss:", ", ".join(f"{at_s:.0f} s {loss:.3f}" for at_s, loss in sample_losses(ours)))
+    reached_s = next((at_s for at_s, loss in sample_losses(ours) if loss <= goal), None)
+    whole_s = ours[-1].at_s
+    ratio = trainer_s / reached_s if reached_s is not None else 0.0
+    reached = "never" if reached_s is None else f"after {reached_s:.0f} s"
+    print(f"\nloss {goal:.3f} reached: {reached}; Trainer's time over ours {ratio:.1f} (bar {BAR_RATIO:g})")
+    print(
+        f"one run of {options.epochs:g} epoch(s): {whole_s / 60:.1f} minutes with {options.threads} thread(s)", end=""
+    )
+    print(f" (bar {BAR_MINUTES:g})")
+    return int(ratio < BAR_RATIO or whole_s > BAR_MINUTES * 60)
+
+
+def sample_losses(seen: Sequence[Seen]) -> list[tuple[float, float]]:
+    """(seconds since the process was started, loss) of the held-out sample."""
+    return [(s.at_s, s.event.loss) for s in seen if isinstance(s.event, HeldOutMeasured) and not s.event.whole_set]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
