@@ -106,7 +106,7 @@ def sweep(options: argparse.Namespace, work: Path) -> None:
         (code_base, seed): {recipe: configure(recipe, seed, fractions[code_base], options) for recipe in recipes}
         for seed, code_base in product(options.seeds, options.code_bases)
     }
-    failed = 0
+    failed = ran = 0
     with ThreadPoolExecutor(options.jobs) as pool:
         for (code_base, seed), configs in rounds.items():
             # By key: two recipes may be the same run, when the defaults have moved.
@@ -116,9 +116,11 @@ def sweep(options: argparse.Namespace, work: Path) -> None:
             say(f"# {code_base}, seed {seed}: {len(missing)} runs")
             outcomes = list(pool.map(partial(train, code_base, work=work, results=options.results), missing.values()))
             results |= {outcome.key: outcome for outcome in outcomes if outcome is not None}
+            ran += len(outcomes)
             failed += outcomes.count(None)
             report(results, rounds, recipes)
-    report(results, rounds, recipes)
+    if not ran:
+        report(results, rounds, recipes)
     if failed:
         raise SystemExit(f"{failed} runs failed, see above; the same command tries them again")
 
