@@ -1,0 +1,248 @@
+"""Which settings learn most from the same tokens: recipes against the present defaults, by held-out loss.
+
+Each run is a training child as the product starts it, with one thread. A recipe is compared with the defaults on the same
+code base and seed. The seed chooses the held-out files, the order and the initial weights; given a seed, all recipes are
+shown the very same examples (`--examples` of them, however many make a step) and measured on the same files. Rounds, that
+is one seed of one code base with all recipes, follow one another, so the table is fair after each of them. Finished runs
+are in the results file: a sweep that was interrupted goes on, and new seeds, recipes or code bases extend it.
+
+    python benchmarks/recipes.py --results FILE [--seeds 0 1 2] [--jobs 1] [--recipes NAME ...] [--code-bases PATH ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from peft_core.config import Settings
+from peft_core.events import EVENT, AdapterWritten, DatasetPrepared, JobFailed, RateLowered
+from peft_core.jobs.planning import plan
+from peft_core.spec import BUNDLED, Frozen, TrainingConfig, TrainingTask
+
+NOW = TrainingConfig()
+DEFAULTS = "defaults"
+RECIPES: dict[str, dict[str, Any]] = {  # what differs from the defaults
+    DEFAULTS: {},
+    "rate x0.5": {"learning_rate": 0.5 * NOW.learning_rate},
+    "rate x2": {"learning_rate": 2 * NOW.learning_rate},
+    "plain LoRA, 2e-3": {"lora_plus_ratio": 1.0, "learning_rate": 2e-3},
+    "LoRA+ 16": {"lora_plus_ratio": 16.0},
+    "batch 2": {"batch_size": 2},
+    "batch 8": {"batch_size": 8},
+    "batch 8, rate x1.5": {"batch_size": 8, "learning_rate": 1.5 * NOW.learning_rate},
+    "warm-up 0": {"warmup_ratio": 0.0},
+    "warm-up 0.1": {"warmup_ratio": 0.1},
+    "cosine": {"lr_scheduler": "cosine"},
+    "constant": {"lr_scheduler": "constant"},
+    "rank 8": {"rank": 8},
+    "rank 32": {"rank": 32},
+    "rsLoRA": {"use_rslora": True},
+    "clip 0.3": {"max_grad_norm": 0.3},
+    "usual": {"batch_size": 8, "learning_rate": 2e-4, "lora_plus_ratio": 1.0},
+}
+# Newer than the bundled base's pre-training data, or rewritten since; 300 to 650 units each.
+CODE_BASES = ("mcp/server", "pydantic_settings", "huggingface_hub/cli")
+EXAMPLES = 88  # about 21k tokens; a multiple of every batch size
+# The product measures during training as well, on about as many; more would cost more than the training itself.
+HELD_OUT_TOKENS = 8000
+
+
+class Outcome(Frozen):
+    """One finished run: a line of the results file."""
+
+    code_base: str
+    config: TrainingConfig  # whole, so that it stays what it was when the defaults move
+    dataset: str  # sha256 of both parts
+    base_loss: float  # nats per target token on the held-out examples, as the next
+    adapter_loss: float
+    tokens: int  # trained on
+    tokens_per_second: float
+    wall_s: float
+    rates_lowered: int  # times that it diverged and went on with a lower rate
+
+    @property
+    def key(self) -> str:
+        return key_of(self.code_base, self.config)
+
+
+Results = dict[str, Outcome]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, required=True, help="JSON lines; runs that are there are not run again")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME")
+    parser.add_argument(
+        "--code-bases", nargs="+", default=CODE_BASES, metavar="PATH", help="below site-packages, or /…"
+    )
+    parser.add_argument("--examples", type=int, default=EXAMPLES, help="that each run is shown")
+    parser.add_argument("--held-out-tokens", type=int, default=HELD_OUT_TOKENS, help="to measure on, about")
+    parser.add_argument("--base", default=BUNDLED, help="base model")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
+    parser.add_argument("--work", type=Path, default=None, help="keeps the converted base for the next time")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        sweep(options, (options.work or Path(temporary)).resolve())
+
+
+def sweep(options: argparse.Namespace, work: Path) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    results = read(options.results)
+    recipes: list[str] = list(dict.fromkeys([DEFAULTS, *options.recipes]))
+    fractions = {code_base: held_out_fraction(code_base, options) for code_base in options.code_bases}
+    rounds = {
+        (code_base, seed): {recipe: configure(recipe, seed, fractions[code_base], options) for recipe in recipes}
+        for seed, code_base in product(options.seeds, options.code_bases)
+    }
+    failed = ran = 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for (code_base, seed), configs in rounds.items():
+            # By key: two recipes may be the same run, when the defaults have moved.
+            missing = {key: config for config in configs.values() if (key := key_of(code_base, config)) not in results}
+            if not missing:
+                continue
+            say(f"# {code_base}, seed {seed}: {len(missing)} runs")
+            outcomes = list(pool.map(partial(train, code_base, work=work, results=options.results), missing.values()))
+            results |= {outcome.key: outcome for outcome in outcomes if outcome is not None}
+            ran += len(outcomes)
+            failed += outcomes.count(None)
+            report(results, rounds, recipes)
+    if not ran:
+        report(results, rounds, recipes)
+    if failed:
+        raise SystemExit(f"{failed} runs failed, see above; the same command tries them again")
+
+
+def source_of(code_base: str) -> Path:
+    return Path(sysconfig.get_paths()["purelib"]) / code_base
+
+
+def key_of(code_base: str, config: TrainingConfig) -> str:
+    return f"{code_base} {config.model_dump_json()}"
+
+
+def read(path: Path) -> Results:
+    if not path.exists():
+        return {}
+    outcomes = [Outcome.model_validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {outcome.key: outcome for outcome in outcomes}
+
+
+def held_out_fraction(code_base: str, options: argparse.Namespace) -> float:
+    """That makes about as many tokens to measure on of each code base."""
+    draft = plan(str(source_of(code_base)), TrainingConfig(base_model=options.base), Settings(), lambda *_: None)
+    wanted: int = options.held_out_tokens
+    return round(min(0.5, max(0.02, wanted / draft.found.estimated_tokens)), 3)
+
+
+def configure(recipe: str, seed: int, fraction: float, options: argparse.Namespace) -> TrainingConfig:
+    given = {"base_model": options.base, "seed": seed, "held_out_fraction": fraction, **RECIPES[recipe]}
+    steps, rest = divmod(options.examples, given.get("batch_size", NOW.batch_size))
+    if rest or not steps:
+        raise SystemExit(f"--examples {options.examples} is no multiple of the batch size of '{recipe}'")
+    # Measured at the end only: early stopping is off, so what is measured on the way decides nothing.
+    return TrainingConfig.model_validate(NOW.model_dump() | given | {"max_steps": steps, "eval_steps": steps})
+
+
+def train(code_base: str, config: TrainingConfig, *, work: Path, results: Path) -> Outcome | None:
+    """One run in a child; its outcome is in the file when this returns. None: it failed, and why was said."""
+    request = plan(str(source_of(code_base)), config, Settings(data_dir=work), lambda *_: None)
+    with tempfile.TemporaryDirectory(dir=work, prefix="job-") as directory:
+        task = TrainingTask(
+            job_id=Path(directory).name,
+            project_id="recipes",
+            source=request.source,
+            source_kind=request.source_kind,
+            config=request.config,
+            base=request.base,
+            job_dir=Path(directory),
+            base_models_dir=work / "base_models",
+            weights_in=request.weights_in,
+        )
+        task_file = Path(directory) / "task.json"
+        task_file.write_text(task.model_dump_json(), encoding="utf-8")
+        child = {"OMP_NUM_THREADS": "1", "PEFT_MCP_PARENT": str(os.getpid()), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-m", "peft_core.training", str(task_file)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, **child},
+        )
+    events = [EVENT.validate_json(line) for line in done.stdout.splitlines()]
+    metrics = next((event.metrics for event in events if isinstance(event, AdapterWritten)), None)
+    if metrics is None or done.returncode != 0:
+        why = next((event.error.message for event in events if isinstance(event, JobFailed)), done.stderr[-2000:])
+        say(f"# failed with exit code {done.returncode}: {config}\n{why}")
+        return None
+    outcome = Outcome.model_validate(
+        metrics.model_dump(include=set(Outcome.model_fields))
+        | {
+            "code_base": code_base,
+            "config": config,
+            "dataset": next(event.dataset.sha256 for event in events if isinstance(event, DatasetPrepared)),
+            "rates_lowered": sum(isinstance(event, RateLowered) for event in events),
+        }
+    )
+    with results.open("a", encoding="utf-8") as stream:
+        stream.write(outcome.model_dump_json() + "\n")  # one write: other threads append as well
+    return outcome
+
+
+def report(results: Results, rounds: dict[tuple[str, int], dict[str, TrainingConfig]], recipes: Sequence[str]) -> None:
+    """Differences of held-out loss to the defaults, best first; negative is better."""
+    found = {
+        (*place, recipe): outcome
+        for place, configs in rounds.items()
+        for recipe in recipes
+        if (outcome := results.get(key_of(place[0], configs[recipe]))) is not None
+    }
+    code_bases = list(dict.fromkeys(code_base for code_base, _ in rounds))
+    print(f"\n{'held-out loss':22} {'base':>8} {DEFAULTS:>9}   runs")
+    for code_base in code_bases:
+        if own := [run for (name, _, recipe), run in found.items() if (name, recipe) == (code_base, DEFAULTS)]:
+            base, adapter = mean([run.base_loss for run in own]), mean([run.adapter_loss for run in own])
+            print(f"{code_base:22} {base:8.3f} {adapter:9.3f} {len(own):6}")
+
+    rows: list[tuple[float, str]] = []
+    for recipe in recipes:
+        differences: dict[str, list[float]] = {code_base: [] for code_base in code_bases}
+        lowered = 0
+        for code_base, seed in rounds:
+            run, default = found.get((code_base, seed, recipe)), found.get((code_base, seed, DEFAULTS))
+            if run and default and run.dataset == default.dataset and recipe != DEFAULTS:
+                differences[code_base].append(run.adapter_loss - default.adapter_loss)
+                lowered += run.rates_lowered
+        if every := [value for values in differences.values() for value in values]:
+            error = f"{statistics.stdev(every) / len(every) ** 0.5:8.4f}" if len(every) > 1 else f"{'':8}"
+            means = " ".join(f"{mean(values):+20.4f}" if values else f"{'':20}" for values in differences.values())
+            note = f"   lowered its rate {lowered} times" if lowered else ""
+            rows.append((mean(every), f"{recipe:22} {mean(every):+8.4f} {error} {len(every):6} {means}{note}"))
+    print(
+        f"\n{'against the defaults':22} {'mean':>8} {'s.e.':>8} {'pairs':>6} {' '.join(f'{c:>20}' for c in code_bases)}"
+    )
+    print("\n".join(row for _, row in sorted(rows)), flush=True)
+
+
+def mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
