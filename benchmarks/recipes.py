@@ -51,7 +51,7 @@ RECIPES: dict[str, dict[str, Any]] = {  # what differs from the defaults
     "clip 0.3": {"max_grad_norm": 0.3},
     "usual": {"batch_size": 8, "learning_rate": 2e-4, "lora_plus_ratio": 1.0},
 }
-# Newer than the bundled base's pre-training data, or rewritten since; 300 to 650 units each.
+# Recent, or little copied, so that the bundled base hardly knows them; 300 to 650 units each.
 CODE_BASES = ("mcp/server", "pydantic_settings", "huggingface_hub/cli")
 EXAMPLES = 88  # about 21k tokens; a multiple of every batch size
 # The product measures during training as well, on about as many; more would cost more than the training itself.
