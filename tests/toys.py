@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from peft_core.bases import resolve
@@ -98,12 +99,16 @@ def write_toy_tokenizer(directory: Path, *, chat_template: str | None = TEMPLATE
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def _config(architecture: str) -> PreTrainedConfig:
+def _config(architecture: str) -> PreTrainedConfig:  # noqa: PLR0911 -- one for each architecture
     match architecture:
         case "llama":
             return LlamaConfig(**_SIZES)
         case "qwen2":  # bias in q, k and v
             return Qwen2Config(**_SIZES)
+        case "qwen3":  # a norm for each query and key head
+            return Qwen3Config(**_SIZES, head_dim=8)
+        case "mistral":
+            return MistralConfig(**_SIZES, sliding_window=None)
         case "mistral_window":  # each token sees only the last 8
             return MistralConfig(**_SIZES, sliding_window=8)
         case "gemma2":  # caps attention and logits

@@ -5,13 +5,13 @@ T tokens (all leading axes), I input features, O output features
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import structlog
 import torch
 from torch import nn
-from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -57,16 +57,19 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TI: torch.Tensor, stored: StoredMatrix, bias_O: torch.Tensor | None) -> torch.Tensor:
         ctx.stored = stored
-        return linear(x_TI, stored.whole(), bias_O)
+        return stored.times(x_TI.reshape(-1, x_TI.shape[-1]), bias_O).view(*x_TI.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad_TO: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return grad_TO @ ctx.stored.whole(), None, None
+        grad_TI = ctx.stored.times_transposed(grad_TO.reshape(-1, grad_TO.shape[-1]))
+        return grad_TI.view(*grad_TO.shape[:-1], -1), None, None
 
 
 def matrix_of(layer: nn.Linear) -> StoredMatrix:
-    """The weights of a frozen layer, whichever kind it is."""
-    return layer.stored if isinstance(layer, FrozenLinear) else StoredMatrix.of(layer.weight)
+    """The weights of a frozen layer, whichever kind it is. A model held in bfloat16 is computed in it."""
+    if isinstance(layer, FrozenLinear):
+        return layer.stored
+    return replace(StoredMatrix.of(layer.weight), in_bfloat16=layer.weight.dtype == torch.bfloat16)
 
 
 def load_frozen(base: Base, directory: Path) -> PreTrainedModel | None:

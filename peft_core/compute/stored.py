@@ -3,16 +3,17 @@
 A mapped page belongs to the operating system's cache: it counts once for all processes, is never written, and goes when
 memory is short.
 
-O output features or rows, I input features or columns, N chosen rows
+T tokens, O output features or rows, I input features or columns, N chosen rows
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import linear
 
 from peft_core.bases.gguf_model import hugging_face_name, permuted_heads
 from peft_core.bases.header import HeaderError, TensorInfo
@@ -37,6 +38,10 @@ class StoredMatrix:
     heads: int | None = None
     """The rows of each of so many heads are interleaved, as llama.cpp's converter leaves q and k: the two halves of a head
     in turn. None: they are in order."""
+
+    in_bfloat16: bool = False
+    """Products are computed in bfloat16, summed in float32: W is of the kind BF16, and x is rounded. Where a device has units
+    for it that is several times faster; elsewhere it is slower."""
 
     @classmethod
     def of(cls, weights_OI: torch.Tensor) -> StoredMatrix:
@@ -68,6 +73,28 @@ class StoredMatrix:
         if self.kind == "F32":
             out = None
         return dequantise(blocks, self.kind, self.columns, out=out)
+
+    def times(self, x_TI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+        """W x + bias: float32 [T, O] of float32 [T, I], new memory."""
+        if not self.in_bfloat16:
+            return linear(x_TI, self.whole(), bias_O)
+        out_TO = linear(x_TI.bfloat16(), self.blocks.view(torch.bfloat16)).float()
+        return out_TO if bias_O is None else out_TO.add_(bias_O)
+
+    def times_transposed(self, grad_TO: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+        """The gradient of x where `grad_TO` is that of W x: float32 [T, I], added to `into` if given."""
+        if not self.in_bfloat16:
+            return grad_TO @ self.whole() if into is None else into.addmm_(grad_TO, self.whole())
+        grad_TI = grad_TO.bfloat16() @ self.blocks.view(torch.bfloat16)
+        return grad_TI.float() if into is None else into.add_(grad_TI)
+
+    def in_memory(self) -> StoredMatrix:
+        """The same, ready for many products in a row: nothing is left to dequantise."""
+        return self if self.in_bfloat16 or self.kind == "F32" else StoredMatrix.of(self.whole())
+
+    def rounded(self) -> StoredMatrix:
+        """A copy in memory for products in bfloat16."""
+        return replace(StoredMatrix.of(self.whole().bfloat16()), in_bfloat16=True)
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """W[start:stop] in float32, not to be written to."""

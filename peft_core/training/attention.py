@@ -5,6 +5,7 @@ B batch (always 1), H heads, K key/value heads, T tokens of all documents, L tok
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -38,20 +39,80 @@ def attend_within_documents(
     purely causal. Work is the sum of L^2 instead of T^2.
     """
     del module, attention_mask
+    lengths = document_lengths or (query_BHTD.shape[2],)
+    if query_BHTD.is_cpu and query_BHTD.dtype == torch.float32 and dropout == 0.0:
+        scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
+        return _DocumentAttention.apply(query_BHTD, key_BKTD, value_BKTD, lengths, scale), None
     if query_BHTD.device.type == "mps":  # no grouped attention there before torch 2.13
-        groups = query_BHTD.shape[1] // key_BKTD.shape[1]
-        key_BKTD, value_BKTD = (x.repeat_interleave(groups, dim=1) for x in (key_BKTD, value_BKTD))
+        key_BKTD, value_BKTD = (_repeated(x, query_BHTD.shape[1]) for x in (key_BKTD, value_BKTD))
     grouped = query_BHTD.shape[1] != key_BKTD.shape[1]
-    lengths = list(document_lengths or (query_BHTD.shape[2],))
     out_BLHD = [
         scaled_dot_product_attention(
             query_BHLD, key_BKLD, value_BKLD, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
         ).transpose(1, 2)
-        for query_BHLD, key_BKLD, value_BKLD in zip(
-            query_BHTD.split(lengths, 2), key_BKTD.split(lengths, 2), value_BKTD.split(lengths, 2), strict=True
-        )
+        for query_BHLD, key_BKLD, value_BKLD in _documents(lengths, query_BHTD, key_BKTD, value_BKTD)
     ]
     return torch.cat(out_BLHD, dim=1), None
+
+
+class _DocumentAttention(torch.autograd.Function):
+    """What `scaled_dot_product_attention` does on a CPU, by the kernels behind it, all documents in one.
+
+    Autograd would keep keys and values once for each query head, and the result twice: for each document and joined.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_BHTD: torch.Tensor,
+        key_BKTD: torch.Tensor,
+        value_BKTD: torch.Tensor,
+        lengths: tuple[int, ...],
+        scale: float,
+    ) -> torch.Tensor:
+        batch, heads, tokens, size = query_BHTD.shape
+        out_BTHD = torch.empty(batch, tokens, heads, size)
+        sums_BHL = []
+        parts = _documents(lengths, query_BHTD, key_BKTD, value_BKTD, out_BTHD.transpose(1, 2))
+        for query_BHLD, key_BKLD, value_BKLD, out_BHLD in parts:
+            out, sums = _ATTEND(query_BHLD, key_BKLD, value_BKLD, 0.0, True, scale=scale)
+            out_BHLD.copy_(out)
+            sums_BHL.append(sums)
+        ctx.save_for_backward(query_BHTD, key_BKTD, value_BKTD, out_BTHD, *sums_BHL)
+        ctx.lengths, ctx.scale = lengths, scale
+        return out_BTHD
+
+    @staticmethod
+    def backward(ctx: Any, grad_BTHD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query_BHTD, key_BKTD, value_BKTD, out_BTHD, *sums_BHL = ctx.saved_tensors
+        inputs = (query_BHTD, key_BKTD, value_BKTD)
+        # In memory a token's heads lie together, as the layers before want it.
+        gradients = [x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in inputs]
+        parts = _documents(ctx.lengths, *inputs, out_BTHD.transpose(1, 2), grad_BTHD.transpose(1, 2), *gradients)
+        heads, groups = query_BHTD.shape[1], key_BKTD.shape[1]
+        for (query, key, value, out, grad_out, grad_query, grad_key, grad_value), sums in zip(
+            parts, sums_BHL, strict=True
+        ):
+            repeated = (_repeated(x, heads) for x in (key, value))
+            found = _ATTEND_BACKWARD(grad_out, query, *repeated, out, sums, 0.0, True, scale=ctx.scale)
+            grad_query.copy_(found[0])
+            for target, by_query_head in zip((grad_key, grad_value), found[1:], strict=True):
+                target.copy_(by_query_head.unflatten(1, (groups, -1)).sum(2))
+        return *gradients, None, None
+
+
+_ATTEND = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 -- what the public function calls
+_ATTEND_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # noqa: SLF001 -- its derivative
+
+
+def _documents(lengths: tuple[int, ...], *tensors_BHTD: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The part of each document, along the tokens."""
+    return zip(*(tensor.split(list(lengths), 2) for tensor in tensors_BHTD), strict=True)
+
+
+def _repeated(x_BKTD: torch.Tensor, heads: int) -> torch.Tensor:
+    """Keys or values once for each query head."""
+    return x_BKTD if x_BKTD.shape[1] == heads else x_BKTD.repeat_interleave(heads // x_BKTD.shape[1], dim=1)
 
 
 def _no_mask(*_args: Any, **_kwargs: Any) -> None:

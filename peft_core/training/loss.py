@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from peft_core.compute.stored import StoredMatrix
+
 _CHUNK = 256  # positions; 50 MB of logits at a vocabulary of 49152
 
 
@@ -16,9 +18,10 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
     """The head is frozen, so all that backward needs is the gradient of the hidden states: forward computes it."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: torch.Tensor, head_VD: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, hidden_ND: torch.Tensor, head_VD: StoredMatrix, target_N: torch.Tensor) -> torch.Tensor:
         grad_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        head_VD = head_VD.in_memory()
         for start in range(0, hidden_ND.shape[0], _CHUNK):
             chunk = slice(start, start + _CHUNK)
             grad_CD = None if grad_ND is None else grad_ND[chunk]
@@ -34,14 +37,14 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
 
 
 def _chunk_loss(
-    hidden_CD: torch.Tensor, head_VD: torch.Tensor, target_C: torch.Tensor, grad_CD: torch.Tensor | None
+    hidden_CD: torch.Tensor, head_VD: StoredMatrix, target_C: torch.Tensor, grad_CD: torch.Tensor | None
 ) -> torch.Tensor:
     """Sum of the losses; the gradient of the hidden states goes into `grad_CD` if given.
 
     A function of its own so that one chunk's logits are gone before the next chunk's are made.
     """
     target_C1 = target_C[:, None]
-    logits_CV = (hidden_CD.to(head_VD.dtype) @ head_VD.T).float()
+    logits_CV = head_VD.times(hidden_CD.float())
     top_C1, top_at_C1 = logits_CV.max(dim=-1, keepdim=True)
     margin_C1 = top_C1 - logits_CV.gather(1, target_C1)
     probability_CV = torch.softmax(logits_CV, dim=-1, out=logits_CV)
@@ -50,11 +53,11 @@ def _chunk_loss(
     if grad_CD is not None:
         # d loss / d logits = softmax - one-hot
         probability_CV.scatter_add_(1, target_C1, torch.full_like(margin_C1, -1.0))
-        grad_CD.copy_(probability_CV.to(head_VD.dtype) @ head_VD)
+        grad_CD.copy_(head_VD.times_transposed(probability_CV))
     return loss
 
 
-def frozen_head_cross_entropy(hidden_ND: torch.Tensor, head_VD: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
+def frozen_head_cross_entropy(hidden_ND: torch.Tensor, head_VD: StoredMatrix, target_N: torch.Tensor) -> torch.Tensor:
     """Sum over N of -log softmax(hidden @ head.T)[target], nats, float32; exact, no sampling.
 
     Peak memory is C x V instead of N x V. Only `hidden_ND` gets a gradient.

@@ -1,26 +1,50 @@
 """T tokens, D model size."""
 
+from typing import Any
+
+import pytest
 import torch
 
 from peft_core.spec import TrainingConfig
 from peft_core.training import lora
 from peft_core.training.fused import Fused, fuse
+from peft_core.training.objective import choose_objective
 from tests.toys import toy_model
 
 
-def test_all_plain_layers_gated_mlps_and_norms_are_fused() -> None:
-    model = lora.attach(toy_model("qwen2"), TrainingConfig(rank=4), "toy")
-    assert fuse(model) == Fused(linears=14, gated_mlps=2, norms=5)
+def fused(architecture: str, **config: Any) -> Fused:
+    model = toy_model(architecture)
+    choose_objective(model, max_length=64)  # sets the attention
+    return fuse(lora.attach(model, TrainingConfig(rank=4, **config), "toy"))
 
 
-def test_linear_layers_with_dropout_stay_as_they_are() -> None:
-    model = lora.attach(toy_model(), TrainingConfig(rank=4, dropout=0.1), "toy")
-    assert fuse(model) == Fused(linears=0, gated_mlps=0, norms=5)
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+def test_blocks_of_the_llama_kind_are_fused(architecture: str) -> None:
+    assert fused(architecture) == Fused(blocks=2, linears=0)
 
 
-def test_an_mlp_with_another_activation_and_norms_with_an_offset_keep_their_own_forward() -> None:
-    model = lora.attach(toy_model("gemma2"), TrainingConfig(rank=4), "toy")
-    assert fuse(model) == Fused(linears=14, gated_mlps=0, norms=0)
+def test_a_block_that_is_adapted_in_part_is_fused() -> None:
+    assert fused("llama", target_modules=["q_proj", "v_proj"]) == Fused(blocks=2, linears=0)
+
+
+def test_layers_with_dropout_stay_as_they_are() -> None:
+    assert fused("llama", dropout=0.1) == Fused(blocks=0, linears=0)
+
+
+def test_blocks_of_another_kind_keep_their_forward_and_their_linear_layers_are_fused() -> None:
+    assert fused("gemma2") == Fused(blocks=0, linears=14)
+
+
+def test_blocks_with_another_attention_keep_their_forward() -> None:
+    assert fused("mistral_window") == Fused(blocks=0, linears=14)
+
+
+def test_a_block_that_says_something_else_keeps_its_forward() -> None:
+    model = toy_model()
+    choose_objective(model, max_length=64)
+    model.model.layers[1].self_attn.scaling *= 1.5
+    model.model.layers[1].self_attn.register_forward_hook(lambda _module, _inputs, out: (out[0] * 1.1, out[1]))
+    assert fuse(lora.attach(model, TrainingConfig(rank=4), "toy")) == Fused(blocks=1, linears=7)
 
 
 def test_fusing_draws_no_random_numbers() -> None:

@@ -1,5 +1,7 @@
 """T tokens, N targets, V vocabulary."""
 
+from typing import Literal
+
 import pytest
 import torch
 from peft import PeftModel
@@ -16,10 +18,12 @@ CPU = torch.device("cpu")
 LENGTHS = (40, 12, 9, 30, 3, 17)
 
 
-def with_random_adapter(architecture: str, *, fused: bool) -> tuple[Objective, PeftModel]:
+def with_random_adapter(
+    architecture: str, *, fused: bool, targets: Literal["all-linear"] | list[str] = "all-linear"
+) -> tuple[Objective, PeftModel]:
     model = toy_model(architecture)
     objective = choose_objective(model, max_length=64)
-    adapted = lora.attach(model, TrainingConfig(rank=4), "toy")
+    adapted = lora.attach(model, TrainingConfig(rank=4, target_modules=targets), "toy")
     torch.manual_seed(1)
     for weight in lora.weights(adapted).values():
         torch.nn.init.normal_(weight, std=0.1)  # B is zero at first, which would hide half of the gradient
@@ -49,6 +53,8 @@ def plain_loss(model: PeftModel, documents: list[Document]) -> torch.Tensor:
     [
         ("llama", True, True),
         ("qwen2", True, True),
+        ("qwen3", True, True),
+        ("mistral", True, True),
         ("mistral_window", False, True),
         ("gemma2", False, False),
         ("gpt2", True, True),
@@ -71,6 +77,25 @@ def test_the_fast_ways_are_taken_only_where_they_give_the_models_own_loss_and_gr
 
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert (gradient - expected_gradient).norm() / expected_gradient.norm() < 1e-5
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["down_proj"], ["gate_proj", "o_proj"]])
+def test_blocks_that_are_adapted_in_part_give_the_models_own_gradient(targets: list[str]) -> None:
+    documents = toy_documents(LENGTHS)
+    _, reference = with_random_adapter("qwen3", fused=False, targets=targets)
+    expected_gradient = gradient_of(reference, plain_loss(reference, documents))
+    objective, model = with_random_adapter("qwen3", fused=True, targets=targets)
+    gradient = gradient_of(model, objective.loss(join(documents, CPU)))
+    assert (gradient - expected_gradient).norm() / expected_gradient.norm() < 1e-5
+
+
+def test_layers_computed_again_in_the_backward_pass_give_the_same_gradient() -> None:
+    objective, model = with_random_adapter("qwen2", fused=True)
+    batch = join(toy_documents(LENGTHS), CPU)
+    kept = gradient_of(model, objective.loss(batch))
+    objective.recompute_layers()
+    again = gradient_of(model, objective.loss(batch))
+    assert torch.equal(kept, again)
 
 
 @pytest.mark.parametrize("capacity", [0, 45, 60, 111])
