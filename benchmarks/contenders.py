@@ -200,7 +200,7 @@ def metrics(seen: Sequence[Seen]) -> Metrics:
     return last.metrics
 
 
-def run_peer(peer: str, place: Workplace, *, steps: int | None) -> Figures:
+def run_peer(peer: str, place: Workplace, *, steps: int | None, seed: int = 0) -> Figures:
     """In a process of its own. Raises SystemExit when it fails."""
     config = TrainingConfig()
     task = PeerTask(
@@ -214,6 +214,7 @@ def run_peer(peer: str, place: Workplace, *, steps: int | None) -> Figures:
         learning_rate=PEER_RATE,
         rank=config.rank,
         alpha=config.lora_alpha,
+        seed=seed,
     )
     file = place.root / "peer.json"
     file.write_text(json.dumps(asdict(task)), encoding="utf-8")

@@ -33,6 +33,7 @@ class PeerTask:
     learning_rate: float
     rank: int
     alpha: float
+    seed: int = 42  # of the order of the examples
 
 
 def main() -> None:
@@ -129,6 +130,7 @@ def common(task: PeerTask) -> dict[str, Any]:
         "per_device_train_batch_size": task.batch_size,
         "learning_rate": task.learning_rate,
         "save_strategy": "no",
+        "seed": task.seed,
         "report_to": [],
         "use_cpu": True,
         "disable_tqdm": True,

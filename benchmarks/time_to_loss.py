@@ -56,10 +56,10 @@ def main() -> int:
     )
     with workplace(HELD_OUT_FRACTION) as place:
         tokens = round(options.epochs * sum(place.lengths))
-        some = [run_peer("Trainer", place, steps=options.steps)]
+        some = [run_peer("Trainer", place, steps=options.steps, seed=0)]
         ours = train(defaults, place)
         same_settings = train(as_trainer, place)
-        some.append(run_peer("Trainer", place, steps=options.steps))
+        some.append(run_peer("Trainer", place, steps=options.steps, seed=1))
         real = run_peer("Trainer", place, steps=None) if options.really else None
 
     # 1. The loss to reach.
@@ -73,7 +73,7 @@ def main() -> int:
 
     # 2. Trainer's time.
     speeds = [f["tokens"] / f["wall_s"] for f in some]
-    trainer_s = tokens / (sum(speeds) / len(speeds))
+    trainer_s = tokens * sum(f["wall_s"] for f in some) / sum(f["tokens"] for f in some)
     how = f"extrapolated: {tokens} tokens at {spread_of(speeds, '.1f')} tokens/s"
     if real is not None:
         trainer_s, how = real["wall_s"] * tokens / real["tokens"], f"measured; {how} gives {trainer_s:.0f} s"

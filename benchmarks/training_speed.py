@@ -20,7 +20,6 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from statistics import median
 
 from contenders import (
@@ -76,7 +75,7 @@ def main() -> int:
         results: Results = {name: [] for name in names}
         for number in range(options.repeats):
             for name in names if number % 2 == 0 else names[::-1]:
-                results[name].append(contenders[name]())
+                results[name].append(contenders[name](number))
                 print(f"# {name}: {results[name][-1]}", file=sys.stderr, flush=True)
         flops = flops_per_token(place)
     print(f"\n{options.repeats} x {options.steps} steps of {PEER_BATCH} examples, {options.threads} thread(s)\n")
@@ -90,16 +89,17 @@ def there(name: str) -> bool:
     return True
 
 
-def contender(name: str, place: Workplace, steps: int) -> Callable[[], Figures]:
+def contender(name: str, place: Workplace, steps: int) -> Callable[[int], Figures]:
+    """What runs it once, given the number of the round."""
     if name not in (OURS, LEAN):
-        return partial(run_peer, name, place, steps=steps)
+        return lambda number: run_peer(name, place, steps=steps, seed=number)  # so padding differs from round to round
     all_steps = -(-(1 + steps) * PEER_BATCH // CONFIG.batch_size)  # as many examples
     config = CONFIG.model_copy(update={"max_steps": all_steps, "eval_steps": all_steps})
     if name == LEAN:
         limit_mb = smallest_limit_mb(config, place)
         print(f"# {LEAN}: max_memory_mb = {limit_mb}")
         config = config.model_copy(update={"max_memory_mb": limit_mb})
-    return partial(ours, config, place)
+    return lambda _number: ours(config, place)
 
 
 def ours(config: TrainingConfig, place: Workplace) -> Figures:
