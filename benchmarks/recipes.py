@@ -169,7 +169,7 @@ def train(code_base: str, config: TrainingConfig, *, work: Path, results: Path) 
             base=request.base,
             job_dir=Path(directory),
             base_models_dir=work / "base_models",
-            weights_in=request.weights_in,
+            execution=request.execution,
         )
         task_file = Path(directory) / "task.json"
         task_file.write_text(task.model_dump_json(), encoding="utf-8")

@@ -8,26 +8,17 @@ from __future__ import annotations
 
 import math
 import os
-import platform
-import sys
-from pathlib import Path
 
 from peft_core.results import Estimate
-from peft_core.spec import Base, ModelShape, SourceSummary, TrainingConfig, WeightsIn
+from peft_core.spec import Base, Execution, ModelShape, SourceSummary, TrainingConfig
 
 TOKENS_PER_EXAMPLE = 200  # mean of code units at max_length 512
 CPU_FLOPS_PER_CORE = 30e9  # useful float32 rate in training, per core
 PROCESS_BYTES = 420 << 20  # Python with torch, transformers and peft
-MICRO_TOKENS = 512
-
-
-def expected_device(requested: str) -> str:
-    """The device that training will most likely take; the training process decides, with torch at hand."""
-    if requested != "auto":
-        return requested
-    if sys.platform == "darwin" and platform.machine() == "arm64":
-        return "mps"
-    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+MICRO_TOKENS = 512  # processed at once, unless one document has more
+KERNELS_BYTES = 96 << 20  # oneDNN's programs for products in bfloat16
+UNPACKED_BYTES = 32 << 20  # of weights that stay in their file
+LOSS_POSITIONS = 256  # whose logits are held at once
 
 
 def estimate(
@@ -35,6 +26,8 @@ def estimate(
     base: Base,
     source: SourceSummary,
     device: str,
+    execution: Execution,
+    *,
     measured_tokens_per_second: float | None = None,
 ) -> Estimate:
     """`measured_tokens_per_second`: of an earlier run on this base and device, where there was one."""
@@ -65,7 +58,7 @@ def estimate(
         train_tokens=round(tokens),
         steps=steps,
         seconds=None if seconds is None else round(seconds, 1),
-        memory_bytes=memory_bytes(config, base, device),
+        memory_bytes=memory_bytes(config, base, device, execution),
         basis=basis,
     )
 
@@ -78,29 +71,43 @@ def flops_per_token(shape: ModelShape) -> float:
     return 4.4 * shape.parameters
 
 
-def smallest_memory_bytes(base: Base, device: str) -> int:
-    """What no setting but another base gets below."""
-    smallest = TrainingConfig(rank=1, max_length=64)
-    return min(memory_bytes(smallest, base, device, weights_in) for weights_in in ("memory", "file"))
+def executions(config: TrainingConfig, device: str, *, cpu_bfloat16: bool) -> list[Execution]:
+    """Ways to compute a run, the fastest first."""
+    if device != "cpu":
+        return [Execution(), Execution(recompute_layers=True)]
+    ways = [Execution(weights="file"), Execution(weights="file", recompute_layers=True)]
+    if cpu_bfloat16 and config.precision == "auto":
+        return [Execution(weights="bfloat16"), Execution(weights="bfloat16", recompute_layers=True), *ways]
+    return [Execution(), *ways]
 
 
-def memory_bytes(config: TrainingConfig, base: Base, device: str, weights_in: WeightsIn = "memory") -> int:
+def memory_bytes(config: TrainingConfig, base: Base, device: str, execution: Execution) -> int:
     """Estimated peak of the training process, on CPU; of the device's memory elsewhere, where all weights are in it."""
     shape = base.shape
-    weight_bytes = 4 if device == "cpu" else 2
+    narrow = device != "cpu" or execution.weights == "bfloat16"
+    weights = {
+        "float32": 4 * shape.parameters,
+        "bfloat16": 2 * shape.parameters + (KERNELS_BYTES if device == "cpu" else 0),
+        "file": base.size_bytes + UNPACKED_BYTES,
+    }["bfloat16" if narrow else execution.weights]
+    if device == "cpu" and config.dropout == 0:
+        # Of a fused layer, a token: its two inputs and the attention's result, queries, keys, values, gate and up.
+        wide = (4 + 2 * shape.kv_heads / shape.heads) * shape.hidden_size
+        kept_per_token = 4 * wide + (4 if narrow else 8) * shape.intermediate_size
+    else:
+        kept_per_token = (2 if narrow else 4) * (14 * shape.hidden_size + 6 * shape.intermediate_size)
     micro_tokens = max(MICRO_TOKENS, config.max_length)
-    # Per token and layer, in units of the hidden and the intermediate size. Fused layers keep half as much for backward.
-    hidden, intermediate = (8, 3.5) if device == "cpu" and config.dropout == 0 else (14, 6)
-    saved_per_token = (
-        shape.layers * (hidden * shape.hidden_size + intermediate * shape.intermediate_size) * weight_bytes
-    )
-    logits = 256 * shape.vocab_size * 4 * 2
-    unpacked, head = shape.parameters * weight_bytes, shape.vocab_size * shape.hidden_size * 4
+    per_layer = micro_tokens * kept_per_token
+    kept = shape.layers * per_layer
+    if execution.recompute_layers:
+        kept = per_layer + shape.layers * micro_tokens * 4 * shape.hidden_size
+    temporary = micro_tokens * 4 * 6 * shape.intermediate_size
+    logits = LOSS_POSITIONS * shape.vocab_size * (8 if narrow else 4)
     return round(
         PROCESS_BYTES
-        + (unpacked if device != "cpu" or weights_in == "memory" else base.size_bytes + head)
-        + micro_tokens * saved_per_token
-        + logits
+        + weights
+        + kept
+        + max(temporary, logits)
         # Weights, gradients, two Adam moments, the best weights; weights and moments of the last good state.
         + lora_parameters(config.rank, shape) * 4 * 8
     )

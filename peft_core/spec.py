@@ -113,12 +113,19 @@ class TrainingConfig(Frozen):
     device: Annotated[DeviceName, Field(description="'auto' takes MPS (Apple silicon), else CUDA, else the CPU.")] = (
         "auto"
     )
+    precision: Annotated[
+        Literal["auto", "float32"],
+        Field(
+            description="Arithmetic of products with the base's weights. 'auto' takes bfloat16 where the processor has units "
+            "for it, else float32. The adapter, its gradients and the losses are float32 always."
+        ),
+    ] = "auto"
     max_memory_mb: Annotated[
         int | None,
         Field(
             ge=256,
-            description="Memory that training may take. Null: the setting max_memory_mb, else no limit. "
-            "A run that is estimated to need more leaves the base's weights in their file (slower), or is refused at once.",
+            description="Memory that training may take. Null: the setting max_memory_mb, else what is available now. "
+            "A run that is estimated to need more computes in a leaner and slower way, or is refused at once.",
         ),
     ] = None
 
@@ -299,9 +306,16 @@ class GenerationRequest(Frozen):
         return self
 
 
-# Where the frozen weights are while it trains: unpacked in memory, or in their file, of which each matrix is read when it
-# is computed with. The second is slower and leaner; both are the same numbers.
-WeightsIn = Literal["memory", "file"]
+class Execution(Frozen):
+    """How a run computes: the fastest way within the memory it may take, chosen before it starts."""
+
+    weights: Literal["float32", "bfloat16", "file"] = "float32"
+    """Frozen weights on a CPU. In memory, for products in float32 or in bfloat16; or in their file, from which each matrix
+    is unpacked when it is computed with: the same numbers as float32, leaner and slower. Other devices have formats of their
+    own."""
+
+    recompute_layers: bool = False
+    """Whether what a layer computes is thrown away, and computed again for the gradients: leaner still, a third slower."""
 
 
 class TrainingTask(Frozen):
@@ -315,4 +329,5 @@ class TrainingTask(Frozen):
     base: Base
     job_dir: Path  # JobPaths(job_dir) tells the rest
     base_models_dir: Path  # cache of converted bases
-    weights_in: WeightsIn = "memory"
+    execution: Execution = Execution()
+    estimated_memory_bytes: int | None = None  # that the way to compute was chosen by

@@ -9,7 +9,7 @@ from typing import Literal
 
 from peft_core.events import RateLowered
 from peft_core.results import Metrics
-from peft_core.spec import DatasetSummary, Fingerprint, Frozen, ModelShape, TrainingConfig
+from peft_core.spec import DatasetSummary, Execution, Fingerprint, Frozen, ModelShape, TrainingConfig
 
 MANIFEST_NAME = "adapter_manifest.json"
 CARD_NAME = "README.md"
@@ -36,6 +36,17 @@ class DataRecord(Frozen):
     repository_dirty: bool | None = None
 
 
+class Computation(Frozen):
+    """How the engine computed, and how well its memory was foreseen: compare `metrics.peak_memory_bytes`."""
+
+    execution: Execution
+    documents_packed: bool  # several in one pass, or each by itself
+    head_in_chunks: bool  # the logits of all positions are never there at once
+    fused_blocks: int
+    fused_linears: int  # outside of fused blocks
+    estimated_memory_bytes: int | None
+
+
 class RunRecord(Frozen):
     config: TrainingConfig  # with base_model blanked: it may be a local path
     target_modules: tuple[str, ...]  # what 'all-linear' became, sorted
@@ -44,6 +55,7 @@ class RunRecord(Frozen):
     steps: int
     stopped_early_at: int | None = None
     best_step: int | None = None  # whose state was kept, where early stopping chose one
+    computation: Computation | None = None  # None: of an earlier build, which did not tell
     rate_lowered: tuple[RateLowered, ...] = ()  # where the run diverged, and went on from before
 
 

@@ -72,8 +72,10 @@ def matrix_of(layer: nn.Linear) -> StoredMatrix:
     return replace(StoredMatrix.of(layer.weight), in_bfloat16=layer.weight.dtype == torch.bfloat16)
 
 
-def load_frozen(base: Base, directory: Path) -> PreTrainedModel | None:
+def load_frozen(base: Base, directory: Path, *, in_bfloat16: bool = False) -> PreTrainedModel | None:
     """A base whose matrices are those of its own files, mapped: a GGUF's as they are, quantised.
+
+    `in_bfloat16`: in memory instead, for products in bfloat16.
 
     `directory` is the base as a Hugging Face directory, for the configuration. None where the model has weights that are
     neither linear layers, embeddings nor vectors, or is of a kind that is not read here: load it as a whole then.
@@ -84,6 +86,8 @@ def load_frozen(base: Base, directory: Path) -> PreTrainedModel | None:
     except BaseModelError as error:
         _log.info("base_not_mapped", reason=error.message)
         return None
+    if in_bfloat16:
+        stored = stored._replace(matrices={name: matrix.rounded() for name, matrix in stored.matrices.items()})
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         with no_init_weights():  # memory that nobody writes to is none
@@ -95,8 +99,11 @@ def load_frozen(base: Base, directory: Path) -> PreTrainedModel | None:
         _log.info("base_not_mapped", reason="it has weights of other kinds", model=type(model).__name__)
         return None
     model.requires_grad_(requires_grad=False)
-    kinds = sorted({matrix.kind for matrix in stored.matrices.values()})
-    _log.info("base_mapped", formats=kinds, megabytes=round(sum(m.nbytes for m in stored.matrices.values()) / 1e6))
+    _log.info(
+        "base_in_memory" if in_bfloat16 else "base_mapped",
+        formats=sorted({matrix.kind for matrix in stored.matrices.values()}),
+        megabytes=round(sum(matrix.nbytes for matrix in stored.matrices.values()) / 1e6),
+    )
     model.eval()
     return model
 

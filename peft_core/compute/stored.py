@@ -20,6 +20,7 @@ from peft_core.bases.header import HeaderError, TensorInfo
 from peft_core.bases.layout import Checkpoint, a_few, unusable
 from peft_core.compute.ggml import SUPPORTED, dequantise
 
+_UNPACKED_AT_ONCE = 4 << 20  # weights of a large matrix: 16 MB in float32
 _KIND_OF = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -76,21 +77,34 @@ class StoredMatrix:
 
     def times(self, x_TI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
         """W x + bias: float32 [T, O] of float32 [T, I], new memory."""
-        if not self.in_bfloat16:
+        if self.in_bfloat16:
+            out_TO = linear(x_TI.bfloat16(), self.blocks.view(torch.bfloat16)).float()
+        elif (parts := self._parts()) is None:
             return linear(x_TI, self.whole(), bias_O)
-        out_TO = linear(x_TI.bfloat16(), self.blocks.view(torch.bfloat16)).float()
+        else:
+            out_TO = torch.empty(len(x_TI), len(self.blocks), device=x_TI.device)
+            for start, stop in parts:
+                out_TO[:, start:stop] = x_TI @ self.rows(start, stop).T
         return out_TO if bias_O is None else out_TO.add_(bias_O)
 
     def times_transposed(self, grad_TO: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
         """The gradient of x where `grad_TO` is that of W x: float32 [T, I], added to `into` if given."""
-        if not self.in_bfloat16:
+        if self.in_bfloat16:
+            grad_TI = grad_TO.bfloat16() @ self.blocks.view(torch.bfloat16)
+            return grad_TI.float() if into is None else into.add_(grad_TI)
+        if (parts := self._parts()) is None:
             return grad_TO @ self.whole() if into is None else into.addmm_(grad_TO, self.whole())
-        grad_TI = grad_TO.bfloat16() @ self.blocks.view(torch.bfloat16)
-        return grad_TI.float() if into is None else into.add_(grad_TI)
+        into = torch.zeros(len(grad_TO), self.columns, device=grad_TO.device) if into is None else into
+        for start, stop in parts:
+            into.addmm_(grad_TO[:, start:stop], self.rows(start, stop))
+        return into
 
-    def in_memory(self) -> StoredMatrix:
-        """The same, ready for many products in a row: nothing is left to dequantise."""
-        return self if self.in_bfloat16 or self.kind == "F32" else StoredMatrix.of(self.whole())
+    def _parts(self) -> list[tuple[int, int]] | None:
+        """Ranges of rows to unpack one after the other: a large W, such as an output head, is never there as a whole."""
+        if self.kind == "F32" or len(self.blocks) * self.columns <= 2 * _UNPACKED_AT_ONCE:
+            return None
+        step = max(1, _UNPACKED_AT_ONCE // self.columns)
+        return [(start, min(start + step, len(self.blocks))) for start in range(0, len(self.blocks), step)]
 
     def rounded(self) -> StoredMatrix:
         """A copy in memory for products in bfloat16."""

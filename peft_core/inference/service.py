@@ -18,9 +18,10 @@ from peft_core.adapters.manifest import read_manifest
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
 from peft_core.errors import AdapterInUse, AdapterNotFound, AdapterNotLoaded, InferenceError, InvalidArgument
-from peft_core.estimate import expected_device, inference_memory_bytes
+from peft_core.estimate import inference_memory_bytes
 from peft_core.inference.client import InferenceHost, Report
 from peft_core.inference.protocol import Generate, HostConfig, Load, Unload
+from peft_core.machine import available_memory_bytes, expected_device
 from peft_core.results import (
     Compatibility,
     DeletedAdapter,
@@ -31,8 +32,6 @@ from peft_core.results import (
     nothing_was_loaded,
 )
 from peft_core.spec import Base, GenerationRequest
-
-CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -268,19 +267,6 @@ class InferenceService:
         # A project whose current adapter has changed since: the one of it that is loaded is meant.
         of_project = [path for path in loaded if path.parent == self._settings.paths.adapters(adapter_path)]
         return of_project[0] if len(of_project) == 1 else directory
-
-
-def available_memory_bytes() -> int:
-    """Memory that a new process can take without pushing others out: of the machine, and of the container's share."""
-    import psutil  # noqa: PLC0415 -- not at the server's start
-
-    available = int(psutil.virtual_memory().available)
-    try:  # cgroup v2; "max" where there is no limit
-        limit = int((CGROUP / "memory.max").read_text())
-        available = min(available, limit - int((CGROUP / "memory.current").read_text()))
-    except (OSError, ValueError):
-        pass
-    return max(0, available)
 
 
 def _wait_for(training: TrainingNeed) -> str:

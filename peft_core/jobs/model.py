@@ -23,7 +23,7 @@ from peft_core.events import (
     StoppedEarly,
 )
 from peft_core.results import Estimate, Metrics, Phase, Problem, Status
-from peft_core.spec import Base, DatasetSummary, Frozen, SourceSummary, TrainingConfig, WeightsIn
+from peft_core.spec import Base, DatasetSummary, Execution, Frozen, SourceSummary, TrainingConfig
 
 
 class JobRequest(Frozen):
@@ -36,7 +36,7 @@ class JobRequest(Frozen):
     found: SourceSummary
     device: str  # expected; the training process decides
     estimate: Estimate
-    weights_in: WeightsIn = "memory"
+    execution: Execution = Execution()
 
 
 class Job(Frozen):

@@ -18,18 +18,11 @@ from peft_core.config import Settings
 from peft_core.data.records import write_records
 from peft_core.data.source import inspect
 from peft_core.errors import InvalidArgument, StorageError
-from peft_core.estimate import (
-    MICRO_TOKENS,
-    estimate,
-    expected_device,
-    lora_parameters,
-    memory_bytes,
-    smallest_memory_bytes,
-)
+from peft_core.estimate import MICRO_TOKENS, estimate, executions, lora_parameters, memory_bytes
 from peft_core.jobs.model import JobRequest
 from peft_core.jobs.store import unwritable
-from peft_core.results import Estimate
-from peft_core.spec import Base, SourceSummary, TrainingConfig, WeightsIn
+from peft_core.machine import available_memory_bytes, cpu_multiplies_bfloat16, expected_device
+from peft_core.spec import Base, Execution, SourceSummary, TrainingConfig
 
 MARGIN_BYTES = 200 << 20  # disk space that is left to others
 
@@ -57,9 +50,10 @@ def plan(
             f"the base {base.name} has no chat template, so conversations cannot be written in its form",
             suggestions=["Use an instruct model as base_model, or records of the form {prompt, completion}"],
         )
-    planned = estimate(config, base, found, device, measured_speed(base, device))
     _check_fit(config, base)
-    planned, weights_in = _fit_memory(config, base, device, planned, settings.max_memory_mb)
+    execution, cost = _choose_execution(config, base, device, settings.max_memory_mb)
+    planned = estimate(config, base, found, device, execution, measured_tokens_per_second=measured_speed(base, device))
+    planned = planned.model_copy(update={"basis": planned.basis + cost})
     _check_disk(config, base, found, settings.data_dir)
     return JobRequest(
         source=found.path or Path(),
@@ -69,7 +63,7 @@ def plan(
         found=found,
         device=device,
         estimate=planned,
-        weights_in=weights_in,
+        execution=execution,
     )
 
 
@@ -113,20 +107,33 @@ def _check_fit(config: TrainingConfig, base: Base) -> None:
                 )
 
 
-def _fit_memory(
-    config: TrainingConfig, base: Base, device: str, planned: Estimate, settings_limit_mb: int | None
-) -> tuple[Estimate, WeightsIn]:
-    """The fastest way to train within the limit: the tighter of the caller's and the user's counts."""
+def _choose_execution(
+    config: TrainingConfig, base: Base, device: str, settings_limit_mb: int | None
+) -> tuple[Execution, str]:
+    """The fastest way to train within the limit, and in words what it costs to keep it.
+
+    The limit is the tighter of the caller's and the user's; where there is none, what is available on this machine.
+    """
+    ways = executions(config, device, cpu_bfloat16=cpu_multiplies_bfloat16())
+    needs = [memory_bytes(config, base, device, way) for way in ways]
     limits = [("config.max_memory_mb", config.max_memory_mb), ("CODEBASE_GARDENER_MAX_MEMORY_MB", settings_limit_mb)]
     given = [(limit_mb, field) for field, limit_mb in limits if limit_mb is not None]
-    if not given or planned.memory_bytes <= min(given)[0] << 20:
-        return planned, "memory"
-    limit_mb, field = min(given)
-    lean = memory_bytes(config, base, device, "file")
-    if lean <= limit_mb << 20:
-        basis = f"{planned.basis}; the base's weights stay in their file, to keep within {field} = {limit_mb}"
-        return planned.model_copy(update={"memory_bytes": lean, "basis": basis}), "file"
-    smallest = smallest_memory_bytes(base, device)
+    if not given and device != "cpu":
+        return ways[0], ""  # what the device has is not known here
+    limit_mb, field = min(given) if given else (_mb(available_memory_bytes()), "the memory available now")
+    for way, need in zip(ways, needs, strict=True):
+        if need <= limit_mb << 20:
+            return way, "" if way == ways[0] else f"; {_described(way)}, to keep within {field} = {limit_mb} MB"
+    lean = min(needs)
+    if not given:  # it may be otherwise when the job's turn comes
+        way = ways[needs.index(lean)]
+        return (
+            way,
+            f"; more than {field}, {limit_mb} MB, even so: {_described(way)}. Close other programs before it starts",
+        )
+    smallest = min(
+        memory_bytes(config.model_copy(update={"rank": 1, "max_length": 64}), base, device, way) for way in ways
+    )
     if smallest > limit_mb << 20:
         advice = f"Training {base.name} takes {_mb(smallest)} MB at least: use a smaller base_model"
     else:
@@ -136,9 +143,15 @@ def _fit_memory(
         field,
         limit_mb,
         f"training {base.name} with rank {config.rank} and max_length {config.max_length} is estimated to take "
-        f"{_mb(lean)} MB",
+        f"{_mb(lean)} MB at least",
         suggestions=[advice],
     )
+
+
+def _described(way: Execution) -> str:
+    parts = ["the base's weights stay in their file"] if way.weights == "file" else []
+    parts += ["layers are computed twice"] if way.recompute_layers else []
+    return " and ".join(parts)
 
 
 def _check_disk(config: TrainingConfig, base: Base, found: SourceSummary, data_dir: Path) -> None:

@@ -123,7 +123,8 @@ class Runner:
             base=job.request.base,
             job_dir=paths.root,
             base_models_dir=self._paths.base_models,
-            weights_in=job.request.weights_in,
+            execution=job.request.execution,
+            estimated_memory_bytes=job.request.estimate.memory_bytes,
         )
         paths.task.write_text(task.model_dump_json(), encoding="utf-8")
         with paths.log.open("ab") as log_file:

@@ -11,8 +11,9 @@ from pathlib import Path
 import structlog
 import torch
 from accelerate import Accelerator
+from transformers import PreTrainedModel
 
-from peft_core.adapters.manifest import DataRecord
+from peft_core.adapters.manifest import Computation, DataRecord
 from peft_core.bases.convert import materialise
 from peft_core.compute.base import load_base
 from peft_core.compute.device import DevicePlan, choose, describe, device_memory_bytes, use_cores
@@ -38,7 +39,7 @@ from peft_core.training import lora
 from peft_core.training.batches import Document, plan_order, tokenise
 from peft_core.training.checkpoint import Progress, load_checkpoint, run_key
 from peft_core.training.evaluate import held_out_loss, subset
-from peft_core.training.fused import fuse
+from peft_core.training.fused import Fused, fuse
 from peft_core.training.loop import Loop
 from peft_core.training.objective import Objective, choose_objective
 from peft_core.training.saving import RunFacts, write_adapter
@@ -78,8 +79,7 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
 
     # 2. The frozen base on its device.
     emit(PhaseStarted(phase=Phase.LOADING_MODEL))
-    mapped = load_frozen(task.base, directory) if plan.device == "cpu" and task.weights_in == "file" else None
-    model = mapped or load_base(directory, plan.weights).to(accelerator.device)
+    model = _load(task, directory, plan).to(accelerator.device)
     objective = choose_objective(model, config.max_length)
     return_freed_memory()
     order = plan_order(
@@ -109,7 +109,9 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     # 4. The adapter, trained.
     emit(PhaseStarted(phase=Phase.TRAINING))
     adapted = lora.attach(model, config, task.base.name)
-    fuse(adapted)
+    fused = fuse(adapted)
+    if task.execution.recompute_layers:
+        objective.recompute_layers()
     optimizer = lora.build_optimizer(adapted, config)
     loop = Loop(
         config=config,
@@ -142,13 +144,22 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     # 6. Its files.
     if accelerator.is_main_process:
         emit(PhaseStarted(phase=Phase.SAVING))
-        facts = _facts(task, plan, dataset, loop)
+        facts = _facts(task, plan, dataset, loop, fused)
         metrics = write_adapter(paths.adapter, adapted, task, facts, partial(_metrics, progress, adapter_loss))
         _log.info(
             "adapter_written", device_memory_bytes=device_memory_bytes(accelerator.device), **metrics.model_dump()
         )
         emit(AdapterWritten(metrics=metrics))
     accelerator.end_training()  # a process that leaves its group unclosed may end with SIGABRT
+
+
+def _load(task: TrainingTask, directory: Path, plan: DevicePlan) -> PreTrainedModel:
+    """The frozen base as the task says, or as a whole where it cannot be had so."""
+    weights = task.execution.weights
+    if plan.device != "cpu" or weights == "float32":
+        return load_base(directory, plan.weights)
+    frozen = load_frozen(task.base, directory, in_bfloat16=weights == "bfloat16")
+    return load_base(directory, plan.weights) if frozen is None else frozen
 
 
 def _base_losses(
@@ -165,8 +176,8 @@ def _base_losses(
     return (weights[0] * sample_loss + weights[1] * rest_loss) / sum(weights), sample_loss
 
 
-def _facts(task: TrainingTask, plan: DevicePlan, dataset: PreparedDataset, loop: Loop) -> RunFacts:
-    progress = loop.progress
+def _facts(task: TrainingTask, plan: DevicePlan, dataset: PreparedDataset, loop: Loop, fused: Fused) -> RunFacts:
+    progress, objective = loop.progress, loop.objective
     return RunFacts(
         data=DataRecord(
             source_kind=task.source_kind,
@@ -176,7 +187,15 @@ def _facts(task: TrainingTask, plan: DevicePlan, dataset: PreparedDataset, loop:
             repository_dirty=dataset.repository_dirty,
         ),
         device=plan.device,
-        weights_dtype=str(plan.weights).removeprefix("torch."),
+        computation=Computation(
+            execution=task.execution,
+            documents_packed=objective.packed,
+            head_in_chunks=objective.chunked_head,
+            fused_blocks=fused.blocks,
+            fused_linears=fused.linears,
+            estimated_memory_bytes=task.estimated_memory_bytes,
+        ),
+        weights_dtype="bfloat16" if task.execution.weights == "bfloat16" else str(plan.weights).removeprefix("torch."),
         steps=progress.step,
         stopped_early_at=progress.step if progress.stopped_early else None,
         best_step=progress.best_step if loop.best is not None else None,

@@ -21,7 +21,6 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden_ND: torch.Tensor, head_VD: StoredMatrix, target_N: torch.Tensor) -> torch.Tensor:
         grad_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-        head_VD = head_VD.in_memory()
         for start in range(0, hidden_ND.shape[0], _CHUNK):
             chunk = slice(start, start + _CHUNK)
             grad_CD = None if grad_ND is None else grad_ND[chunk]

@@ -17,6 +17,7 @@ from peft_core.adapters.card import render_card
 from peft_core.adapters.manifest import (
     CARD_NAME,
     BaseRecord,
+    Computation,
     DataRecord,
     Manifest,
     RunRecord,
@@ -41,6 +42,7 @@ class RunFacts:
     data: DataRecord
     device: str
     weights_dtype: str  # "float32", "bfloat16"
+    computation: Computation
     steps: int
     stopped_early_at: int | None
     best_step: int | None
@@ -77,6 +79,7 @@ def write_adapter(
             target_modules=target_modules(model),
             device=facts.device,
             weights_dtype=facts.weights_dtype,
+            computation=facts.computation,
             steps=facts.steps,
             stopped_early_at=facts.stopped_early_at,
             best_step=facts.best_step,

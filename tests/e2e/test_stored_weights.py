@@ -32,23 +32,29 @@ def test_the_bundled_file_holds_bit_for_bit_the_weights_of_its_conversion(conver
             assert torch.equal(found.view(torch.int32), file.get_tensor(name).view(torch.int32)), name
 
 
-async def test_a_memory_limit_is_kept_by_leaving_the_weights_in_their_file(
+async def test_a_memory_limit_is_kept_and_the_estimate_is_near_what_was_measured(
     trained: Path, data_dir: Path, stdlib_repository: Path
 ) -> None:
-    """The run of the project 'json' again, under a limit that the unpacked weights would break: the same figures."""
-    unlimited = (await PEFTManager(Settings(data_dir=trained)).get_training_status("json")).metrics
-    manager = PEFTManager(Settings(data_dir=data_dir, max_memory_mb=1600))
+    """The run of the project 'json' again, under a limit that only the leanest way keeps: the same figures.
+
+    Where the first run computed in bfloat16 they differ by its rounding.
+    """
+    unlimited = await PEFTManager(Settings(data_dir=trained)).get_training_status("json")
+    manager = PEFTManager(Settings(data_dir=data_dir, max_memory_mb=900))
     queued = await manager.train_adapter("json", str(stdlib_repository / "json"), SHORT)
     assert queued.estimate is not None
-    assert "stay in their file, to keep within CODEBASE_GARDENER_MAX_MEMORY_MB = 1600" in queued.estimate.basis
+    assert "weights stay in their file and layers are computed twice" in queued.estimate.basis
+    assert "to keep within CODEBASE_GARDENER_MAX_MEMORY_MB = 900" in queued.estimate.basis
     async for status in manager.watch_training("json"):
         last = status
     assert last.status is Status.COMPLETED, last.error
+    for run in (unlimited, last):
+        assert run.metrics is not None
+        assert run.estimate is not None
+        assert run.metrics.peak_memory_bytes == pytest.approx(run.estimate.memory_bytes, rel=0.15)
     assert last.metrics is not None
-    assert unlimited is not None
-    assert last.metrics.base_loss == pytest.approx(unlimited.base_loss, rel=1e-6)
-    assert last.metrics.adapter_loss == pytest.approx(unlimited.adapter_loss, rel=1e-6)
+    assert unlimited.metrics is not None
+    assert last.metrics.base_loss == pytest.approx(unlimited.metrics.base_loss, rel=0.005)
+    assert last.metrics.adapter_loss == pytest.approx(unlimited.metrics.adapter_loss, rel=0.005)
     assert last.metrics.peak_memory_bytes is not None
-    assert unlimited.peak_memory_bytes is not None
-    assert last.metrics.peak_memory_bytes < 1600 << 20
-    assert last.metrics.peak_memory_bytes < unlimited.peak_memory_bytes - 200e6
+    assert last.metrics.peak_memory_bytes < 900 << 20

@@ -39,7 +39,7 @@ from peft_core.events import (
     StepCompleted,
 )
 from peft_core.results import Phase
-from peft_core.spec import TrainingConfig, TrainingTask
+from peft_core.spec import Execution, TrainingConfig, TrainingTask
 from tests.toys import write_toy_base
 
 TOY = {"rank": 4, "batch_size": 2, "max_steps": 6, "max_length": 256}
@@ -94,19 +94,33 @@ def run_to_the_end(task: TrainingTask | str, **environment: str) -> tuple[int, l
         return process.returncode, [EVENT.validate_json(line) for line in out.splitlines()], err
 
 
+def losses(directory: Path, base: Path, execution: Execution, **config: Any) -> tuple[list[float], str]:
+    """(every loss of a run, its log)."""
+    directory.mkdir()
+    task = make_task(directory, str(base), **TOY, **config)
+    code, events, err = run_to_the_end(task.model_copy(update={"execution": execution}))
+    assert code == 0, err
+    return [event.loss for event in events if isinstance(event, StepCompleted | HeldOutMeasured)], err
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])  # with it the layers are PEFT's own
-def test_weights_that_stay_in_their_file_give_the_same_run_to_the_bit(
+def test_weights_that_stay_in_their_file_and_layers_computed_twice_give_the_same_run_to_the_bit(
     tmp_path: Path, toy_base: Path, dropout: float
 ) -> None:
-    curves = []
-    for weights_in in ("memory", "file"):
-        (tmp_path / weights_in).mkdir()
-        task = make_task(tmp_path / weights_in, str(toy_base), **TOY, dropout=dropout)
-        code, events, err = run_to_the_end(task.model_copy(update={"weights_in": weights_in}))
-        assert code == 0, err
-        assert ("base_mapped" in err) == (weights_in == "file")
-        curves.append([event.loss for event in events if isinstance(event, StepCompleted | HeldOutMeasured)])
-    assert curves[0] == curves[1]
+    plain, log = losses(tmp_path / "memory", toy_base, Execution(), dropout=dropout)
+    assert "base_mapped" not in log
+    leanest = Execution(weights="file", recompute_layers=True)
+    lean, log = losses(tmp_path / "file", toy_base, leanest, dropout=dropout)
+    assert "base_mapped" in log
+    assert lean == plain
+
+
+def test_products_in_bfloat16_give_nearly_the_same_run(tmp_path: Path, toy_base: Path) -> None:
+    plain, _ = losses(tmp_path / "float32", toy_base, Execution())
+    rounded, log = losses(tmp_path / "bfloat16", toy_base, Execution(weights="bfloat16"))
+    assert "base_in_memory" in log
+    assert rounded == pytest.approx(plain, rel=0.01)
+    assert rounded != plain
 
 
 def read_until(process: subprocess.Popen[str], kind: type[Event]) -> list[Event]:

@@ -1,0 +1,44 @@
+"""This computer as far as it can be known without torch: what a plan rests on."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from pathlib import Path
+
+CGROUP = Path("/sys/fs/cgroup")
+_CPU_INFO = Path("/proc/cpuinfo")
+
+
+def expected_device(requested: str) -> str:
+    """The device that training will most likely take; the training process decides, with torch at hand."""
+    if requested != "auto":
+        return requested
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        return "mps"
+    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+
+
+def cpu_multiplies_bfloat16(cpu_info: Path = _CPU_INFO) -> bool:
+    """Whether the CPU has matrix units for bfloat16 (Intel's AMX): products are then several times faster than in float32.
+
+    Not so with AVX-512 BF16 or by emulation: what the narrower format gains is lost again in converting.
+    """
+    try:
+        with cpu_info.open(encoding="ascii", errors="replace") as lines:
+            return any("amx_bf16" in line.split() for line in lines if line.startswith("flags"))
+    except OSError:  # not Linux
+        return False
+
+
+def available_memory_bytes() -> int:
+    """Memory that a new process can take without pushing others out: of the machine, and of the container's share."""
+    import psutil  # noqa: PLC0415 -- not at the server's start
+
+    available = int(psutil.virtual_memory().available)
+    try:  # cgroup v2; "max" where there is no limit
+        limit = int((CGROUP / "memory.max").read_text())
+        available = min(available, limit - int((CGROUP / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    return max(0, available)
