@@ -16,7 +16,7 @@ TOKENS_PER_EXAMPLE = 200  # mean of code units at max_length 512
 CPU_FLOPS_PER_CORE = 30e9  # useful float32 rate in training, per core
 PROCESS_BYTES = 420 << 20  # Python with torch, transformers and peft
 MICRO_TOKENS = 512  # processed at once, unless one document has more
-KERNELS_BYTES = 96 << 20  # oneDNN's programs for products in bfloat16
+KERNELS_BYTES = 200 << 20  # oneDNN's programs for products in bfloat16
 UNPACKED_BYTES = 32 << 20  # of weights that stay in their file
 LOSS_POSITIONS = 256  # whose logits are held at once
 

@@ -79,6 +79,25 @@ class RateLowered(Frozen):
     reason: str  # "the loss is nan"
 
 
+class MemorySaved(Frozen):
+    """Memory ran out in a step, which is done again in a leaner way; the following ones, too."""
+
+    kind: Literal["memory_saved"] = "memory_saved"
+    step: int
+    tokens_at_once: int  # from here on, at most; 0: one document
+    layers_computed_twice: bool  # instead of keeping what they compute
+    reason: str  # what the allocator said
+
+    @property
+    def way(self) -> str:
+        """In words."""
+        return (
+            "layers are computed twice"
+            if self.layers_computed_twice
+            else f"at most {self.tokens_at_once} tokens at once"
+        )
+
+
 class AdapterWritten(Frozen):
     """The child's last word: the adapter lies complete in the job's directory, not yet published."""
 
@@ -122,6 +141,7 @@ Event = Annotated[
     | CheckpointSaved
     | StoppedEarly
     | RateLowered
+    | MemorySaved
     | AdapterWritten
     | JobCompleted
     | JobFailed

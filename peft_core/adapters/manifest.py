@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from peft_core.events import RateLowered
+from peft_core.events import MemorySaved, RateLowered
 from peft_core.results import Metrics
 from peft_core.spec import DatasetSummary, Execution, Fingerprint, Frozen, ModelShape, TrainingConfig
 
@@ -56,6 +56,7 @@ class RunRecord(Frozen):
     stopped_early_at: int | None = None
     best_step: int | None = None  # whose state was kept, where early stopping chose one
     computation: Computation | None = None  # None: of an earlier build, which did not tell
+    memory_saved: tuple[MemorySaved, ...] = ()  # where memory ran out, and what was done about it
     rate_lowered: tuple[RateLowered, ...] = ()  # where the run diverged, and went on from before
 
 

@@ -11,7 +11,7 @@ ENVIRONMENT = {
     "GOMP_SPINCOUNT": "10000",
     # oneDNN, which multiplies bfloat16, keeps a program for each shape it has seen, 1024 by default. Micro-batches differ in
     # length, so these are hundreds of megabytes; a new one costs 3 ms.
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
     "HF_HUB_OFFLINE": "1",  # everything is on this machine by now; a download here would be a mistake
     "PYTORCH_ENABLE_MPS_FALLBACK": "1",  # a missing operation runs on the CPU instead of ending the run
     "TOKENIZERS_PARALLELISM": "true",  # said aloud, so that the library does not warn

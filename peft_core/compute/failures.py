@@ -23,26 +23,28 @@ def problem_of(error: Exception, work: Work) -> Problem:
     """An error of ours as it is, memory recognised, anything else by type and text."""
     if isinstance(error, ModelError):
         return Problem(code=error.code, message=error.message, suggestions=error.suggestions)
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return Problem(
             code="out_of_memory",
-            message=f"The {work.name} ran out of memory ({_shown(error)}).",
+            message=f"The {work.name} ran out of memory ({shown(error)}).",
             suggestions=work.against_memory,
         )
     return Problem(
         code=f"{work.name}_crashed",
-        message=f"The {work.name} ended with an unexpected error: {_shown(error)}",
+        message=f"The {work.name} ended with an unexpected error: {shown(error)}",
         suggestions=(f"The traceback is in {work.log}.", "Report it, with the log."),
     )
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation was refused, by the system or by a device."""
     # torch.OutOfMemoryError by name: this module must work where torch failed to import.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, (RuntimeError, OSError)) and any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)
 
 
-def _shown(error: Exception) -> str:
+def shown(error: Exception) -> str:
+    """Type and text in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__

@@ -16,6 +16,7 @@ from peft_core.events import (
     JobInterrupted,
     JobResumed,
     JobStarted,
+    MemorySaved,
     PhaseStarted,
     RateLowered,
     RunPlanned,
@@ -119,7 +120,7 @@ def _change(job: Job, event: Event) -> dict[str, object] | None:
             return None
 
 
-def _progress(job: Job, event: Event) -> dict[str, object] | None:  # noqa: PLR0911, C901 -- one line an event
+def _progress(job: Job, event: Event) -> dict[str, object] | None:  # noqa: PLR0911, PLR0912, C901 -- one line an event
     match event:
         case PhaseStarted(phase=phase, detail=detail) if _not_before(phase, job.phase):
             return {"phase": phase, "detail": detail}
@@ -149,6 +150,8 @@ def _progress(job: Job, event: Event) -> dict[str, object] | None:  # noqa: PLR0
                 f"at step {step} {event.reason}: back to step {back} with 1/{1 / event.factor:g} of the learning rate"
             )
             return {"step": back, "note": _noted(job.note, text)}
+        case MemorySaved(step=step):
+            return {"note": _noted(job.note, f"memory ran out at step {step}: {event.way} from there on")}
         case JobCompleted(adapter_path=path, metrics=metrics):
             held_out = metrics.adapter_loss if metrics.adapter_loss is not None else job.held_out_loss
             return {

@@ -15,7 +15,7 @@ from typing import Any
 import structlog
 import torch
 
-from peft_core.events import RateLowered
+from peft_core.events import MemorySaved, RateLowered
 from peft_core.spec import DatasetSummary, TrainingTask
 
 _log = structlog.get_logger(__name__)
@@ -61,6 +61,7 @@ class Checkpoint:
     scheduler: dict[str, Any]
     rng: Tensors  # by device type, as of the start of the next step
     lowered: tuple[RateLowered, ...] = ()  # the rates of optimizer and scheduler are the lowered ones
+    memory_saved: tuple[MemorySaved, ...] = ()
     good: Checkpoint | None = None  # where the run goes back to if it diverges; None in files of older versions
 
     def copy(self) -> Checkpoint:
@@ -116,6 +117,7 @@ def _to_document(checkpoint: Checkpoint) -> dict[str, Any]:
         "optimizer": checkpoint.optimizer,
         "scheduler": checkpoint.scheduler,
         "rng": dict(checkpoint.rng),
+        "memory_saved": [event.model_dump() for event in checkpoint.memory_saved],
         "lowered": [event.model_dump() for event in checkpoint.lowered],
         "good": checkpoint.good and _to_document(checkpoint.good),
     }
@@ -130,6 +132,7 @@ def _from_document(document: Mapping[str, Any]) -> Checkpoint:
         optimizer=document["optimizer"],
         scheduler=document["scheduler"],
         rng=document["rng"],
+        memory_saved=tuple(MemorySaved.model_validate(event) for event in document.get("memory_saved", ())),
         lowered=tuple(RateLowered.model_validate(event) for event in document.get("lowered", ())),
         good=good and _from_document(good),
     )

@@ -200,6 +200,7 @@ def _facts(task: TrainingTask, plan: DevicePlan, dataset: PreparedDataset, loop:
         stopped_early_at=progress.step if progress.stopped_early else None,
         best_step=progress.best_step if loop.best is not None else None,
         rate_lowered=loop.lowered,
+        memory_saved=loop.memory_saved,
         created_at=datetime.now(UTC),
     )
 

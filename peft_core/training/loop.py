@@ -12,13 +12,23 @@ from accelerate import Accelerator
 from torch import nn
 
 from peft_core.compute.device import release_cache, rng_state, set_rng_state
+from peft_core.compute.failures import is_out_of_memory, shown
 from peft_core.compute.process import peak_memory_bytes, return_freed_memory
 from peft_core.compute.stop import Stop, Stopped
-from peft_core.errors import NotFinite, TrainingError
-from peft_core.events import CheckpointSaved, Emit, HeldOutMeasured, RateLowered, StepCompleted, StoppedEarly
+from peft_core.errors import NotFinite
+from peft_core.events import (
+    CheckpointSaved,
+    Emit,
+    HeldOutMeasured,
+    MemorySaved,
+    RateLowered,
+    StepCompleted,
+    StoppedEarly,
+)
 from peft_core.spec import TrainingConfig
 from peft_core.training.batches import Document, Order, micro_batches
 from peft_core.training.checkpoint import Checkpoint, Progress, Tensors, save_checkpoint
+from peft_core.training.divergence import Diverged, check_finite, failure_of
 from peft_core.training.evaluate import held_out_loss
 from peft_core.training.objective import Objective
 
@@ -59,10 +69,12 @@ class Loop:
     between_steps: Callable[[], None] = lambda: None  # what the machine needs then
     best: Tensors | None = None
     lowered: tuple[RateLowered, ...] = ()
+    memory_saved: tuple[MemorySaved, ...] = ()
 
     def __post_init__(self) -> None:
         self._rng = rng_state(self.accelerator.device)
         self._good = self._start = self._state().copy()  # without effect yet, and the loss of the base is finite
+        self._longest = max(map(len, self.documents))
         self._planned_tokens = self.order.tokens([len(document) for document in self.documents])
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -72,6 +84,11 @@ class Loop:
         self.scheduler.load_state_dict(checkpoint.scheduler)
         self.progress, self.best = checkpoint.progress, checkpoint.best
         self._rng, self.lowered = dict(checkpoint.rng), checkpoint.lowered
+        if len(checkpoint.memory_saved) > len(self.memory_saved):  # fewer: this run has gone back to before it saved
+            self.memory_saved = checkpoint.memory_saved
+            self.objective.capacity = self.memory_saved[-1].tokens_at_once
+            if self.memory_saved[-1].layers_computed_twice:
+                self.objective.recompute_layers()
         self._good = checkpoint.good or self._start
         set_rng_state(self.accelerator.device, self._rng)
 
@@ -91,7 +108,7 @@ class Loop:
                     if self.progress.stopped_early or self.progress.step >= self.order.total_steps:
                         break
                     self._complete_step()
-                except _Diverged as fault:
+                except Diverged as fault:
                     self._go_back(fault)  # raises where that was tried often enough
                 if self.clock() - saved_at > _CHECKPOINT_EVERY_S:
                     self._save()
@@ -114,22 +131,16 @@ class Loop:
         share = examples[accelerator.process_index :: accelerator.num_processes]
 
         # 1. Gradients of the mean over all target tokens of the step, of all processes.
-        loss = torch.zeros((), device=accelerator.device)
-        for batch in micro_batches(share, self.objective.capacity, accelerator.device):
-            with accelerator.autocast():
-                batch_loss = self.objective.loss(batch) / targets
-            accelerator.backward(batch_loss)
-            loss += batch_loss.detach()
-            return_freed_memory()  # micro-batches differ in length, and each leaves holes that the next cannot fill
-            if accelerator.num_processes == 1 and self.stop.requested:
-                self.optimizer.zero_grad()
-                raise Stopped
+        while (loss := self._gradients(share, targets)) is None:
+            self.optimizer.zero_grad()
+            return_freed_memory()
+            release_cache(accelerator.device)
         self._sum_gradients()
         loss_value = accelerator.reduce(loss, reduction="sum").item()
 
         # 2. The update.
         norm = accelerator.clip_grad_norm_(list(self.weights.values()), self.config.max_grad_norm)
-        _check_finite(step, loss_value, float(norm))
+        check_finite(step, loss_value, float(norm))
         self._keep_if_good(loss_value)
         learning_rate = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
@@ -156,6 +167,36 @@ class Loop:
             )
         )
 
+    def _gradients(self, examples: Sequence[Document], targets: int) -> torch.Tensor | None:
+        """Leave this process's gradients in the weights. Its part of the loss; None: memory ran out, and less is taken now."""
+        accelerator = self.accelerator
+        loss = torch.zeros((), device=accelerator.device)
+        try:
+            for batch in micro_batches(examples, self.objective.capacity, accelerator.device):
+                with accelerator.autocast():
+                    batch_loss = self.objective.loss(batch) / targets
+                accelerator.backward(batch_loss)
+                loss += batch_loss.detach()
+                return_freed_memory()  # micro-batches differ in length, and each leaves holes that the next cannot fill
+                if accelerator.num_processes == 1 and self.stop.requested:
+                    self.optimizer.zero_grad()
+                    raise Stopped
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or not self.objective.save_memory(batch.tokens, self._longest):
+                raise
+            reason = shown(error)
+        else:
+            return loss
+        event = MemorySaved(
+            step=self.progress.step + 1,
+            tokens_at_once=self.objective.capacity,
+            layers_computed_twice=self.objective.recomputes,
+            reason=reason,
+        )
+        self.memory_saved = (*self.memory_saved, event)
+        self.emit(event)
+        return None
+
     def _sum_gradients(self) -> None:
         """Add up the gradients of all processes.
 
@@ -181,7 +222,7 @@ class Loop:
         try:
             loss = held_out_loss(self.objective, self.held_out, self.accelerator, self.stop)
         except NotFinite as error:
-            raise _Diverged(progress.step, error.what) from error
+            raise Diverged(progress.step, error.what) from error
         progress.measured_at = progress.step
         self.emit(HeldOutMeasured(step=progress.step, loss=loss))
         if patience is None:
@@ -219,6 +260,7 @@ class Loop:
             scheduler=self.scheduler.state_dict(),
             rng=self._rng,
             lowered=self.lowered,
+            memory_saved=self.memory_saved,
         )
 
     def _keep_if_good(self, loss: float) -> None:
@@ -230,14 +272,14 @@ class Loop:
         if due and loss <= self.progress.base_loss + _GOOD_LOSS_ABOVE_BASE:
             self._good = self._state().copy()
 
-    def _go_back(self, fault: _Diverged) -> None:
+    def _go_back(self, fault: Diverged) -> None:
         """To the last good state with a lower rate; the same examples follow in the same order.
 
         A state from which a lower rate diverges as well was not good: the next way back from there is to the start.
         """
         tried = self.lowered
         if len(tried) == _TRIES:
-            raise self._failure(fault)
+            raise failure_of(fault, tried, self.config, self.progress.step, self.accelerator.device)
         lost = tried and tried[-1].back_to_step == self._good.progress.step
         good = self._start if lost else self._good
         self.optimizer.zero_grad()
@@ -256,56 +298,7 @@ class Loop:
         rates |= {name: [rate * by for rate in rates[name]] for name in ("base_lrs", "_last_lr")}
         self.scheduler.load_state_dict(rates)
 
-    def _failure(self, fault: _Diverged) -> TrainingError:
-        """What happened, what was tried, and the likely cause."""
-        config = self.config
-        tried = "; ".join(
-            f"after step {event.step}, where {event.reason}, 1/{1 / event.factor:g} of the rate from step {event.back_to_step}"
-            for event in self.lowered
-        )
-        other_rate = [
-            f"Lower learning_rate, for instance to {config.learning_rate * self.lowered[-1].factor:g}.",
-            "Lower max_grad_norm, or raise warmup_ratio.",
-        ]
-        other_data = ["Try a smaller max_length or another seed: the examples are then cut or ordered differently."]
-        if self.accelerator.device.type != "cpu":
-            other_data.append("Try device='cpu', which computes in float32.")
-        if self.progress.step == self.lowered[-1].back_to_step:
-            cause = (
-                "No update lies between: not the rate, but the examples of this step or the arithmetic are the cause."
-            )
-            suggestions = other_data
-        elif all(event.step == fault.step for event in self.lowered):
-            cause = "The likely cause is too high a rate, or, as it is the same step each time, its examples."
-            suggestions = other_rate + other_data
-        else:
-            cause = "The likely cause is too high a rate."
-            suggestions = other_rate
-        rates = (
-            f"learning_rate = {config.learning_rate:g}, {config.learning_rate * config.lora_plus_ratio:g} for LoRA B"
-        )
-        return TrainingError(
-            f"At step {fault.step} {fault.what}: the run diverged ({rates}). {cause} Tried in vain: {tried}.",
-            code=NotFinite.code,
-            suggestions=suggestions,
-            details={"step": fault.step, "tried": [event.model_dump(exclude={"kind"}) for event in self.lowered]},
-        )
-
     def _set_weights(self, tensors: Tensors) -> None:
         with torch.no_grad():
             for name, weight in self.weights.items():
                 weight.copy_(tensors[name])
-
-
-class _Diverged(Exception):
-    def __init__(self, step: int, what: str) -> None:
-        super().__init__(f"at step {step} {what}")
-        self.step, self.what = step, what
-
-
-def _check_finite(step: int, loss: float, gradient_norm: float) -> None:
-    infinity = float("inf")
-    if not abs(loss) < infinity:
-        raise _Diverged(step, f"the loss is {loss}")
-    if not gradient_norm < infinity:
-        raise _Diverged(step, f"the gradient norm is {gradient_norm}")

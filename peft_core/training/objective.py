@@ -30,7 +30,7 @@ _PROBE_LENGTHS = (7, 5)
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "logits_scale", "output_multiplier")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Objective:
     """How to compute the loss of a micro-batch with one base.
 
@@ -41,12 +41,21 @@ class Objective:
     model: PreTrainedModel  # PEFT injects the adapter into its modules, so this is base and adapter in turn
     packed: bool
     chunked_head: bool
-    max_length: int
+    capacity: int  # tokens of a micro-batch at most; 0 keeps every document by itself
+    recomputes: bool = False  # what layers compute is not kept
 
-    @property
-    def capacity(self) -> int:
-        """Tokens of a micro-batch at most; 0 keeps every document by itself."""
-        return micro_capacity(self.max_length) if self.packed else 0
+    def save_memory(self, tokens: int, longest: int) -> bool:
+        """Compute the same in a leaner way from now on, if there is one left.
+
+        `tokens`: of the micro-batch that was too large. `longest`: of the longest document, which is not divided.
+        """
+        if tokens > longest:
+            self.capacity = max(longest, tokens // 2)
+        elif not self.recomputes:
+            self.recompute_layers()
+        else:
+            return False
+        return True
 
     def recompute_layers(self) -> None:
         """From now on keep of each layer its input alone, and compute the rest again when gradients need it.
@@ -54,6 +63,9 @@ class Objective:
         Costs a third of the speed, and frees most of what grows with the tokens of a micro-batch (Chen et al., arXiv
         1604.06174).
         """
+        if self.recomputes:
+            return
+        self.recomputes = True
         for module in self.model.modules():
             if isinstance(
                 module, GradientCheckpointingLayer
@@ -85,7 +97,8 @@ def choose_objective(model: PreTrainedModel, max_length: int) -> Objective:
             model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")  # noqa: SLF001 -- likewise
         chunked = _has_plain_head(model) and _agrees(_head_logits(model, documents, device), own_TV)
     _log.info("objective_chosen", documents_packed=packed, head_in_chunks=chunked, model=type(model).__name__)
-    return Objective(model=model, packed=packed, chunked_head=chunked, max_length=max_length)
+    capacity = micro_capacity(max_length) if packed else 0
+    return Objective(model=model, packed=packed, chunked_head=chunked, capacity=capacity)
 
 
 def _can_pack(model: PreTrainedModel, max_length: int) -> bool:

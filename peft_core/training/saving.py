@@ -25,7 +25,7 @@ from peft_core.adapters.manifest import (
     write_manifest,
 )
 from peft_core.bases.fingerprint import content_hash
-from peft_core.events import RateLowered
+from peft_core.events import MemorySaved, RateLowered
 from peft_core.results import Metrics
 from peft_core.spec import Base, TrainingTask
 from peft_core.training.lora import lora_config, target_modules
@@ -47,6 +47,7 @@ class RunFacts:
     stopped_early_at: int | None
     best_step: int | None
     rate_lowered: tuple[RateLowered, ...]
+    memory_saved: tuple[MemorySaved, ...]
     created_at: datetime  # with a time zone
 
 
@@ -84,6 +85,7 @@ def write_adapter(
             stopped_early_at=facts.stopped_early_at,
             best_step=facts.best_step,
             rate_lowered=facts.rate_lowered,
+            memory_saved=facts.memory_saved,
         ),
         metrics=measured,
         environment=_environment(),

@@ -18,8 +18,8 @@ MAY_IMPORT = {
     "adapters": GROUND | {"bases"},
     "compute": GROUND | {"bases"},
     "training": GROUND | {"bases", "data", "adapters", "compute"},
-    "inference": GROUND | {"bases", "adapters", "compute", "estimate"},
-    "jobs": GROUND | {"bases", "data", "adapters", "estimate"},
+    "inference": GROUND | {"bases", "adapters", "compute", "estimate", "machine"},
+    "jobs": GROUND | {"bases", "data", "adapters", "estimate", "machine"},
     "manager": GROUND | {"jobs", "adapters", "inference", "validation"},
     "server": GROUND | {"manager", "validation", "jobs", "adapters"},
 }

@@ -22,8 +22,8 @@ def memory(config: TrainingConfig | None = None, way: Execution = FLOAT32, devic
     ("way", "measured"),
     [
         (FLOAT32, 1.58e9),
-        (BFLOAT16, 1.36e9),
-        (Execution(weights="bfloat16", recompute_layers=True), 1.08e9),
+        (BFLOAT16, 1.42e9),
+        (Execution(weights="bfloat16", recompute_layers=True), 1.13e9),
         (FILE, 1.15e9),
         (LEANEST, 0.82e9),
     ],

@@ -7,11 +7,21 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from peft_core.compute.failures import problem_of
 from peft_core.compute.stop import Stop, Stopped
 from peft_core.errors import TrainingError
-from peft_core.events import CheckpointSaved, Event, HeldOutMeasured, RateLowered, StepCompleted, StoppedEarly
+from peft_core.events import (
+    CheckpointSaved,
+    Event,
+    HeldOutMeasured,
+    MemorySaved,
+    RateLowered,
+    StepCompleted,
+    StoppedEarly,
+)
 from peft_core.spec import TrainingConfig
 from peft_core.training import lora
+from peft_core.training.__main__ import WORK
 from peft_core.training.batches import MicroBatch, plan_order
 from peft_core.training.checkpoint import Progress, load_checkpoint
 from peft_core.training.evaluate import held_out_loss, subset
@@ -170,7 +180,7 @@ def test_without_patience_the_last_measurement_is_left_to_the_whole_set(tmp_path
     assert list(recorder.held_out()) == [2, 4, 6]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Narrow(Objective):
     """Overflows as a narrow number format would: where a weight of the adapter's B has grown beyond the limit."""
 
@@ -182,7 +192,7 @@ class Narrow(Objective):
         return super().loss(batch) * (math.inf if largest > self.limit else 1.0)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Faulty(Objective):
     """Gives NaN in the calls of these numbers, counted from 0; in training, or in measurements."""
 
@@ -196,6 +206,24 @@ class Faulty(Objective):
             return loss
         self.made.append(True)
         return loss * math.nan if len(self.made) - 1 in self.calls else loss
+
+
+@dataclass
+class Tight(Objective):
+    """Has the allocator refuse memory for micro-batches of more tokens than `room`; layers computed twice take a quarter."""
+
+    room: int = 1 << 60
+
+    def loss(self, batch: MicroBatch) -> torch.Tensor:
+        loss = super().loss(batch)
+        if self.model.training and batch.tokens > self.room * (4 if self.recomputes else 1):
+            loss = loss + torch.empty(1 << 50).sum()  # a petabyte
+        return loss
+
+
+def tight(loop: Loop, room: int) -> Loop:
+    loop.objective = Tight(**vars(loop.objective), room=room)
+    return loop
 
 
 def narrow(loop: Loop, limit: float) -> Loop:
@@ -350,6 +378,50 @@ def test_a_run_that_diverged_is_resumed_as_if_it_had_not_been_interrupted(tmp_pa
     assert loop.lowered == whole.lowered
     for name, weight in loop.weights.items():
         assert torch.equal(weight, whole.weights[name])
+
+
+PLAIN = CONFIG.model_copy(update={"dropout": 0.0})  # dropout draws by micro-batch
+
+
+@pytest.mark.parametrize(("room", "ways"), [(45, [(40, False)]), (11, [(40, False), (40, True)])])
+def test_when_memory_runs_out_a_step_is_done_again_in_a_leaner_way_with_the_same_result(
+    tmp_path: Path, room: int, ways: list[tuple[int, bool]]
+) -> None:
+    expected, whole = uninterrupted(tmp_path / "roomy", PLAIN)
+    recorder = Recorder()
+    loop = tight(make_loop(tmp_path / "tight", recorder, PLAIN), room)
+    loop.run()
+    saved = [event for event in recorder.events if isinstance(event, MemorySaved)]
+    assert [(event.tokens_at_once, event.layers_computed_twice) for event in saved] == ways
+    assert "you tried to allocate" in saved[0].reason
+    assert loop.memory_saved == tuple(saved)
+    assert recorder.losses() == pytest.approx(expected.losses(), rel=1e-5)
+    for name, weight in loop.weights.items():
+        assert torch.allclose(weight, whole.weights[name], atol=1e-4)
+
+
+def test_memory_that_is_short_for_the_leanest_way_ends_the_run(tmp_path: Path) -> None:
+    recorder = Recorder()
+    with pytest.raises(RuntimeError, match="you tried to allocate") as caught:
+        tight(make_loop(tmp_path, recorder, PLAIN), 9).run()
+    problem = problem_of(caught.value, WORK)
+    assert problem.code == "out_of_memory"
+    assert "Lower rank" in problem.suggestions[0]
+
+
+def test_a_resumed_run_computes_in_the_leaner_way_at_once(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        tight(make_loop(tmp_path, Recorder(stop_after=3), PLAIN), 11).run()
+    checkpoint = load_checkpoint(tmp_path, "this run")
+    assert checkpoint is not None
+    assert len(checkpoint.memory_saved) == 2
+    recorder = Recorder()
+    loop = tight(make_loop(tmp_path, recorder, PLAIN), 11)
+    loop.restore(checkpoint)
+    assert (loop.objective.capacity, loop.objective.recomputes) == (40, True)
+    loop.run()
+    assert not [event for event in recorder.events if isinstance(event, MemorySaved)]
+    assert loop.memory_saved == checkpoint.memory_saved
 
 
 def test_a_held_out_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
