@@ -139,7 +139,7 @@ def _choose_execution(
     if smallest > limit_mb << 20:
         advice = f"Training {base.name} takes {_mb(smallest)} MB at least: use a smaller base_model"
     else:
-        lower = "max_length" if config.max_length > MICRO_TOKENS else "rank"
+        lower = "max_length" if config.max_length > MICRO_TOKENS[device] else "rank"
         advice = f"Lower {lower}, or have the limit raised to {_mb(lean)}"
     raise InvalidArgument(
         field,

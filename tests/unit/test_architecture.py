@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "data": GROUND,
     "adapters": GROUND | {"bases"},
     "compute": GROUND | {"bases"},
-    "training": GROUND | {"bases", "data", "adapters", "compute", "recipe"},
+    "training": GROUND | {"bases", "data", "adapters", "compute", "estimate", "recipe"},
     "inference": GROUND | {"bases", "adapters", "compute", "estimate", "machine"},
     "jobs": GROUND | {"bases", "data", "adapters", "estimate", "machine", "recipe"},
     "manager": GROUND | {"jobs", "adapters", "inference", "validation"},
