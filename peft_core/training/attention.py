@@ -47,10 +47,9 @@ def attend_within_documents(
         scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
         return _DocumentAttention.apply(query_BHTD, key_BKTD, value_BKTD, lengths, scale), None
     if fixed_shapes(query_BHTD.device) is not None:
-        repeated = (
-            _repeated(x, query_BHTD.shape[1]) for x in (key_BKTD, value_BKTD)
-        )  # MPS: not grouped before torch 2.13
-        return attend_at_once(query_BHTD, *repeated, lengths, dropout=dropout, scaling=scaling), None
+        heads = query_BHTD.shape[1]  # MPS: not grouped before torch 2.13
+        key_BHTD, value_BHTD = _repeated(key_BKTD, heads), _repeated(value_BKTD, heads)
+        return attend_at_once(query_BHTD, key_BHTD, value_BHTD, lengths, dropout=dropout, scaling=scaling), None
     grouped = query_BHTD.shape[1] != key_BKTD.shape[1]
     out_BLHD = [
         scaled_dot_product_attention(
