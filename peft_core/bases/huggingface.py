@@ -7,12 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from peft_core.bases.header import TensorInfo
+from peft_core.bases.header import TensorInfo, refuse_json_bomb
 from peft_core.bases.layout import Checkpoint, a_few, model_shape, unusable
 from peft_core.bases.safetensors import read_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_JSON_BYTES = 32 << 20  # the index of a very large model has a few megabytes
+MAX_JSON_VALUES = 1_000_000
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
@@ -82,6 +83,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         BaseModelError: unreadable, too large, or something else.
+        HeaderError: small, and large when it is parsed.
     """
     try:
         with path.open("rb") as file:
@@ -90,6 +92,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise unusable(path.parent, f"{path.name} cannot be read ({error.strerror})") from error
     if len(raw) > MAX_JSON_BYTES:
         raise unusable(path.parent, f"{path.name} is larger than {MAX_JSON_BYTES} bytes")
+    refuse_json_bomb(raw, path, MAX_JSON_VALUES)
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError) as error:
