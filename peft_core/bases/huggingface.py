@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,25 @@ def _config(path: Path) -> dict[str, Any]:
         raise unusable(path, f"it is quantised ({method or 'unknown method'})", _UNQUANTISED)
     if not isinstance(config.get("model_type"), str):
         raise unusable(path, "its config.json names no model_type", _download_again(path))
+    odd = _odd_settings(config)
+    if odd:
+        raise unusable(path, f"its config.json has no usable {a_few(odd)}", _download_again(path))
     return config
+
+
+def _odd_settings(config: Mapping[str, Any]) -> list[str]:
+    """Settings that are computed with, and are no numbers."""
+    ropes = {name: config.get(name) or {} for name in ("rope_parameters", "rope_scaling")}
+    odd = [name for name, rope in ropes.items() if not isinstance(rope, dict)]
+    numbers = {name: config.get(name) for name in ("rms_norm_eps", "rope_theta", "head_dim")}
+    for rope in ropes.values():
+        if isinstance(rope, dict) and "rope_theta" in rope:
+            numbers["rope_theta in the rotary embedding"] = rope["rope_theta"]
+    return odd + [name for name, value in numbers.items() if value is not None and not _is_number(value)]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e30  # NaN is not, either
 
 
 def _no_config(path: Path) -> Exception:
