@@ -81,7 +81,7 @@ def model_shape(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tupl
             "Use a model of the Llama, Qwen2, Qwen3, Mistral or a similar decoder family",
         )
     layers = 1 + max((int(match[1]) for name in shapes if (match := _NUMBERED.search(name))), default=-1)
-    if numbers["num_hidden_layers"] > layers:
+    if config["num_hidden_layers"] > layers:
         raise unusable(
             path, f"its configuration has {numbers['num_hidden_layers']} layers, its weights {layers}", "Fetch it again"
         )

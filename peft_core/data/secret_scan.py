@@ -54,6 +54,7 @@ _KEY_ENDS = re.compile(r"END [A-Z0-9 ]{0,40}PRIVATE KEY|Private-MAC:")
 # What may stand between the two: base64 (in a string, too), header lines, nothing. Code that only names the marker goes on.
 _KEY_MATERIAL = re.compile(r"[A-Za-z0-9+/=]{16,}|^\W*[A-Za-z0-9+/=]*\W*$|^\W*[A-Za-z-]+: ")
 _PIECE = 2_048  # characters; half of it is longer than what a detector needs to see of a value
+_MOST_SEARCHED = 1_000  # values that are looked for elsewhere in their file
 _KEY_ROWS = 200  # a key that never ends is as long as the longest that does
 
 # password = "…" is taken for a secret only when the literal looks drawn by lot: most such literals in code are names of
@@ -86,13 +87,16 @@ def redacted(lines: Sequence[str]) -> tuple[list[str], list[Finding]]:
     """
     text = "".join(lines)
     found: dict[int, str] = dict.fromkeys(_private_key_rows(lines, text), "Private Key")
+    searched: set[str] = set()
     for detector in _detectors():
         if detector.may_match(text):
             for row, value in _values(detector, lines):
                 found.setdefault(row, detector.type)
-                # The same value again, where nothing around it gives it away.
-                for other in _rows_with(value, lines, text):
-                    found.setdefault(other, detector.type)
+                if value not in searched and len(searched) < _MOST_SEARCHED:
+                    # The same value again, where nothing around it gives it away.
+                    searched.add(value)
+                    for other in _rows_with(value, lines, text):
+                        found.setdefault(other, detector.type)
     clean = ["\n" if row in found else line for row, line in enumerate(lines)] if found else list(lines)
     return clean, [Finding(row, found[row]) for row in sorted(found)]
 
