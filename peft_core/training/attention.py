@@ -43,13 +43,13 @@ def attend_within_documents(
     """
     del module, attention_mask
     lengths = document_lengths or (query_BHTD.shape[2],)
-    if query_BHTD.is_cpu and query_BHTD.dtype == torch.float32 and dropout == 0.0:
-        scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
-        return _DocumentAttention.apply(query_BHTD, key_BKTD, value_BKTD, lengths, scale), None
     if fixed_shapes(query_BHTD.device) is not None:
         heads = query_BHTD.shape[1]  # MPS: not grouped before torch 2.13
         key_BHTD, value_BHTD = _repeated(key_BKTD, heads), _repeated(value_BKTD, heads)
         return attend_at_once(query_BHTD, key_BHTD, value_BHTD, lengths, dropout=dropout, scaling=scaling), None
+    if query_BHTD.is_cpu and query_BHTD.dtype == torch.float32 and dropout == 0.0:
+        scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
+        return _DocumentAttention.apply(query_BHTD, key_BKTD, value_BKTD, lengths, scale), None
     grouped = query_BHTD.shape[1] != key_BKTD.shape[1]
     out_BLHD = [
         scaled_dot_product_attention(

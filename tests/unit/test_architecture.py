@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 MODULES = sorted([*(ROOT / "server").rglob("*.py"), *(ROOT / "peft_core").rglob("*.py")])
 
-GROUND = {"spec", "results", "events", "errors", "paths", "config", "logs"}  # what everything may stand on
+GROUND = {"spec", "results", "events", "errors", "paths", "config", "logs", "places"}  # what everything may stand on
 MAY_IMPORT = {
     "validation": GROUND,
     "estimate": GROUND,
