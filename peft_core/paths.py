@@ -42,6 +42,10 @@ class JobPaths:
         return self.root / "adapter"
 
     @property
+    def base_scores(self) -> Path:
+        return self.root / "base_scores.json"
+
+    @property
     def log(self) -> Path:
         return self.root / "train.log"
 

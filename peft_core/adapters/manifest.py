@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from peft_core.events import MemorySaved, RateLowered
-from peft_core.results import Metrics
+from peft_core.results import Evaluation, Metrics
 from peft_core.spec import DatasetSummary, Execution, Fingerprint, Frozen, ModelShape, TrainingConfig
 
 MANIFEST_NAME = "adapter_manifest.json"
@@ -69,6 +69,7 @@ class Manifest(Frozen):
     data: DataRecord
     run: RunRecord
     metrics: Metrics
+    evaluation: Evaluation | None = None  # in figures alone; None: of an earlier build
     environment: dict[str, str]  # versions of python, torch, transformers, peft, accelerate, peft-mcp; platform
     files: dict[str, str]  # sha256 by file name, of everything but this manifest
 

@@ -8,6 +8,7 @@ from typing import Literal
 from peft_core.events import (
     CheckpointSaved,
     DatasetPrepared,
+    Evaluated,
     Event,
     HeldOutMeasured,
     JobCancelled,
@@ -23,7 +24,7 @@ from peft_core.events import (
     StepCompleted,
     StoppedEarly,
 )
-from peft_core.results import Estimate, Metrics, Phase, Problem, Status
+from peft_core.results import Estimate, Evaluation, Metrics, Phase, Problem, Status
 from peft_core.spec import Base, DatasetSummary, Execution, Frozen, SourceSummary, TrainingConfig
 
 
@@ -65,6 +66,7 @@ class Job(Frozen):
     checkpoint_step: int | None = None
     dataset: DatasetSummary | None = None
     metrics: Metrics | None = None
+    evaluation: Evaluation | None = None  # in figures; the texts are in the event
     adapter_path: str | None = None
     error: Problem | None = None
 
@@ -140,6 +142,8 @@ def _progress(job: Job, event: Event) -> dict[str, object] | None:  # noqa: PLR0
             return {"metrics": Metrics(base_loss=loss)}
         case HeldOutMeasured(loss=loss):
             return {"held_out_loss": loss}
+        case Evaluated(evaluation=evaluation):
+            return {"evaluation": evaluation.in_figures}
         case CheckpointSaved(step=step) if step <= job.step:
             return {"checkpoint_step": step}
         case StoppedEarly():

@@ -21,7 +21,7 @@ from peft_core.compute.frozen import FrozenLinear, matrix_of
 from peft_core.compute.stored import StoredMatrix
 from peft_core.training import attention
 from peft_core.training.batches import Document, MicroBatch, join, micro_capacity
-from peft_core.training.loss import frozen_head_cross_entropy
+from peft_core.training.loss import frozen_head_cross_entropy, frozen_head_scores, logit_scores
 
 _log = structlog.get_logger(__name__)
 
@@ -79,6 +79,14 @@ class Objective:
             return frozen_head_cross_entropy(hidden_TD[batch.source_N], _head(self.model), batch.target_N)
         logits_TV = _logits(self.model, batch, packed=self.packed)
         return cross_entropy(logits_TV[batch.source_N].float(), batch.target_N, reduction="sum")
+
+    def scores(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(-log p(target) in nats, the likeliest token instead), each [N]. Without gradients."""
+        if self.chunked_head:
+            hidden_TD = _hidden(self.model, batch, packed=self.packed)
+            return frozen_head_scores(hidden_TD[batch.source_N], _head(self.model), batch.target_N)
+        logits_TV = _logits(self.model, batch, packed=self.packed)
+        return logit_scores(logits_TV[batch.source_N].float(), batch.target_N)
 
 
 def choose_objective(model: PreTrainedModel, max_length: int) -> Objective:

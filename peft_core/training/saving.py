@@ -26,7 +26,7 @@ from peft_core.adapters.manifest import (
 )
 from peft_core.bases.fingerprint import content_hash
 from peft_core.events import MemorySaved, RateLowered
-from peft_core.results import Metrics
+from peft_core.results import Evaluation, Metrics
 from peft_core.spec import Base, TrainingTask
 from peft_core.training.lora import lora_config, target_modules
 
@@ -49,6 +49,7 @@ class RunFacts:
     rate_lowered: tuple[RateLowered, ...]
     memory_saved: tuple[MemorySaved, ...]
     created_at: datetime  # with a time zone
+    evaluation: Evaluation
 
 
 def write_adapter(
@@ -88,6 +89,7 @@ def write_adapter(
             memory_saved=facts.memory_saved,
         ),
         metrics=measured,
+        evaluation=facts.evaluation.in_figures,
         environment=_environment(),
         files={},
     )
