@@ -120,6 +120,13 @@ class TrainingConfig(Frozen):
             "for it, else float32. The adapter, its gradients and the losses are float32 always."
         ),
     ] = "auto"
+    make_current: Annotated[
+        Literal["unless_it_harms", "always", "never"],
+        Field(
+            description="Whether the project id stands for the new adapter. 'unless_it_harms': not when it raises the "
+            "held-out loss; it is kept all the same."
+        ),
+    ] = "unless_it_harms"
     max_memory_mb: Annotated[
         int | None,
         Field(
