@@ -26,6 +26,7 @@ from anyio.abc import ByteReceiveStream, Process
 from anyio.streams.buffered import BufferedByteReceiveStream
 
 from peft_core import logs
+from peft_core.adapters.manifest import read_manifest
 from peft_core.adapters.registry import Registry
 from peft_core.adapters.verify import verify
 from peft_core.errors import ModelError
@@ -193,8 +194,20 @@ class Runner:
                     suggestions=(f"This is a bug: please report it with the log {paths.log}",),
                 )
             )
+        self._report(job, paths)
         published = self._registry.publish(paths.adapter, job.project_id, job.job_id)
         return JobCompleted(adapter_path=str(published), metrics=written.metrics)
+
+    def _report(self, job: Job, paths: JobPaths) -> None:
+        """The page beside the manifest. An adapter without it is an adapter."""
+        from peft_core.adapters.report import write_report  # noqa: PLC0415 -- jinja2, once in a runner's life
+
+        manifest = read_manifest(paths.adapter)
+        try:
+            if manifest is not None:
+                write_report(paths.adapter, manifest, self._store.events(job.job_id))
+        except Exception:
+            log.exception("no report", job_id=job.job_id)
 
     async def _end_when_asked(self, job_id: str, process: Process) -> None:
         """Wait for a request to cancel, or to stop; then SIGTERM, and SIGKILL when it does not help."""

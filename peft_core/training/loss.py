@@ -83,6 +83,8 @@ def frozen_head_scores(
 
 
 def logit_scores(logits_NV: torch.Tensor, target_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(-log p(target) in nats, the likeliest token), each [N]; float32 logits."""
-    loss_N = torch.nn.functional.cross_entropy(logits_NV, target_N, reduction="none")
-    return loss_N, logits_NV.argmax(dim=-1)
+    """(-log p(target) in nats, the likeliest token), each [N]; float32 logits, which are overwritten: no second copy."""
+    top_N, likeliest_N = logits_NV.max(dim=-1)
+    margin_N = top_N - logits_NV.gather(1, target_N[:, None])[:, 0]
+    loss_N = margin_N + logits_NV.sub_(top_N[:, None]).exp_().sum(dim=-1).log()
+    return loss_N, likeliest_N
