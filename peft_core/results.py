@@ -146,6 +146,7 @@ class TrainingStatus(Frozen):
 
     job_id: str | None
     project_id: str
+    kind: Literal["training", "evaluation"] = "training"
     status: Status
     phase: Phase | None = None
     detail: str = Field("", description="More on the phase, in words.")
@@ -163,7 +164,9 @@ class TrainingStatus(Frozen):
     queue_position: int | None = Field(None, description="1 = next. Null when not queued.")
     device: str | None = None
     base_model: str | None = None
-    adapter_path: str | None = Field(None, description="The published adapter. Set only when status is 'completed'.")
+    adapter_path: str | None = Field(
+        None, description="The published or evaluated adapter. Set only when status is 'completed'."
+    )
     error: Problem | None = None
     metrics: Metrics | None = None
     evaluation: Evaluation | None = Field(None, description="Base against adapter on held-out files, with a verdict.")

@@ -325,6 +325,13 @@ class Execution(Frozen):
     """Whether what a layer computes is thrown away, and computed again for the gradients: leaner still, a third slower."""
 
 
+class EvaluatedAdapter(Frozen):
+    """What is to be evaluated instead of trained."""
+
+    adapter_path: Path
+    accept_unproven_base: bool = False
+
+
 class TrainingTask(Frozen):
     """What the training child reads: everything it needs, nothing it must look up."""
 
@@ -338,3 +345,4 @@ class TrainingTask(Frozen):
     base_models_dir: Path  # cache of converted bases
     execution: Execution = Execution()
     estimated_memory_bytes: int | None = None  # that the way to compute was chosen by
+    evaluated: EvaluatedAdapter | None = None  # for the evaluation child, which trains nothing

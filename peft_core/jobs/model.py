@@ -25,7 +25,7 @@ from peft_core.events import (
     StoppedEarly,
 )
 from peft_core.results import Estimate, Evaluation, Metrics, Phase, Problem, Status
-from peft_core.spec import Base, DatasetSummary, Execution, Frozen, SourceSummary, TrainingConfig
+from peft_core.spec import Base, DatasetSummary, EvaluatedAdapter, Execution, Frozen, SourceSummary, TrainingConfig
 
 
 class JobRequest(Frozen):
@@ -39,6 +39,7 @@ class JobRequest(Frozen):
     device: str  # expected; the training process decides
     estimate: Estimate
     execution: Execution = Execution()
+    evaluated: EvaluatedAdapter | None = None  # an adapter to evaluate, instead of training one
 
 
 class Job(Frozen):

@@ -8,8 +8,9 @@ from pathlib import Path
 from peft_core.adapters.manifest import read_manifest
 from peft_core.adapters.registry import Registry
 from peft_core.events import Event, JobCancelled, JobCompleted, JobInterrupted
+from peft_core.jobs.model import Job
 from peft_core.jobs.store import Store
-from peft_core.results import Problem, Status
+from peft_core.results import Metrics, Problem, Status
 
 
 def recover(store: Store, registry: Registry) -> None:
@@ -21,11 +22,27 @@ def recover(store: Store, registry: Registry) -> None:
         if published and manifest:
             registry.publish(published, job.project_id, job.job_id)
             event = JobCompleted(adapter_path=str(published), metrics=manifest.metrics)
+        elif (completed := completed_evaluation(job)) is not None:
+            event = completed
         elif store.cancel_requested(job.job_id):
             event = JobCancelled()
         else:
             event = JobInterrupted(reason="The process that ran this job is gone (killed, or the machine went down).")
         store.append(job.job_id, event)
+
+
+def completed_evaluation(job: Job) -> JobCompleted | None:
+    """The end of a job that evaluates, once it has; None for any other."""
+    evaluated, found = job.request.evaluated, job.evaluation
+    if evaluated is None or found is None:
+        return None
+    metrics = Metrics(
+        base_loss=found.loss.base,
+        adapter_loss=found.loss.adapter,
+        base_perplexity=found.base_perplexity,
+        adapter_perplexity=found.adapter_perplexity,
+    )
+    return JobCompleted(adapter_path=str(evaluated.adapter_path), metrics=metrics)
 
 
 def problem_of_exit(code: int, log_path: Path, *, what: str = "training process") -> Problem:

@@ -39,6 +39,7 @@ def status_of(job: Job, queue_position: int | None, log_path: Path) -> TrainingS
     return TrainingStatus(
         job_id=job.job_id,
         project_id=job.project_id,
+        kind="training" if request.evaluated is None else "evaluation",
         status=job.status,
         phase=job.phase if job.status is Status.IN_PROGRESS else None,
         progress_percent=progress_percent(job),
@@ -57,7 +58,7 @@ def status_of(job: Job, queue_position: int | None, log_path: Path) -> TrainingS
         error=job.error,
         metrics=job.metrics,
         evaluation=job.evaluation,
-        report_path=_report_path(adapter),
+        report_path=_report_path(log_path.parent if request.evaluated else adapter),
         dataset=job.dataset,
         training_data=_training_data(job),
         estimate=request.estimate,
@@ -83,6 +84,8 @@ def _training_data(job: Job) -> str:
 
 
 def _next(job: Job, adapter: str | None) -> str:
+    if job.request.evaluated is not None:
+        return _next_of_evaluation(job)
     status = f"get_training_status(project_id={job.project_id!r}, job_id={job.job_id!r}"
     match job.status:
         case Status.QUEUED:
@@ -129,6 +132,32 @@ def _next_of_completed(job: Job, adapter: str | None) -> str:
             )
 
 
+def _next_of_evaluation(job: Job) -> str:
+    path = str(job.request.evaluated.adapter_path) if job.request.evaluated else ""
+    match job.status:
+        case Status.QUEUED | Status.IN_PROGRESS:
+            status = f"get_training_status(project_id={job.project_id!r}, job_id={job.job_id!r}, wait_s=20)"
+            return f"The evaluation goes on without you. Call {status} to wait for it; cancel_training to stop it."
+        case Status.COMPLETED:
+            overlap = job.evaluation.seen_in_training if job.evaluation else None
+            flag = (
+                " It is not recorded what this adapter was trained on: if it was this data, the figures flatter it."
+                if overlap is None
+                else ""
+            )
+            use = {
+                Benefit.HELPS: f"The adapter helps. load_adapter(adapter_path={path!r}) uses it.",
+                Benefit.NO_DIFFERENCE: "No difference could be shown on this data.",
+                Benefit.HARMS: "The adapter HARMS on this data: better not use it for it.",
+            }[_verdict(job)]
+            return f"{use}{flag}"
+        case Status.FAILED:
+            advice = " ".join(f"{s.rstrip('.')}." for s in (job.error.suggestions if job.error else ()))
+            return f"{advice} Then call evaluate_adapter(adapter_path={path!r}, ...) again.".strip()
+        case _:
+            return f"Call resume_training(job_id={job.job_id!r}), which begins it anew, or evaluate_adapter."
+
+
 def _verdict(job: Job) -> Benefit:
     if job.evaluation is not None:
         return job.evaluation.verdict
@@ -140,8 +169,8 @@ def _reason(job: Job) -> str:
     return job.evaluation.reason if job.evaluation else "the loss on held-out files is not lower than the base's"
 
 
-def _report_path(adapter: str | None) -> str | None:
-    path = Path(adapter) / REPORT_NAME if adapter else None
+def _report_path(directory: str | Path | None) -> str | None:
+    path = Path(directory) / REPORT_NAME if directory else None
     return str(path) if path is not None and path.is_file() else None
 
 

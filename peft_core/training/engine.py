@@ -41,6 +41,7 @@ from peft_core.events import (
 )
 from peft_core.paths import JobPaths
 from peft_core.proof.evaluation import perplexity
+from peft_core.proof.overlap import TrainedOn
 from peft_core.results import Evaluation, Metrics, Phase
 from peft_core.spec import TrainingTask
 from peft_core.training import lora
@@ -224,6 +225,10 @@ def _facts(
         memory_saved=loop.memory_saved,
         created_at=datetime.now(UTC),
         evaluation=evaluation,
+        trained_on=TrainedOn.of(
+            "".join(segment.text for segment in example.segments if segment.learn)
+            for example in read_examples(JobPaths(task.job_dir).dataset / "train.jsonl")
+        ),
     )
 
 

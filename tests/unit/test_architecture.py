@@ -19,13 +19,14 @@ MAY_IMPORT = {
     "compute": GROUND | {"bases"},
     "proof": GROUND,
     "training": GROUND | {"bases", "data", "adapters", "compute", "proof"},
+    "evaluation": GROUND | {"bases", "data", "adapters", "compute", "proof", "training", "inference"},
     "inference": GROUND | {"bases", "adapters", "compute", "estimate", "machine"},
     "jobs": GROUND | {"bases", "data", "adapters", "estimate", "machine", "proof"},
     "manager": GROUND | {"jobs", "adapters", "inference", "validation"},
     "server": GROUND | {"manager", "validation", "jobs", "adapters"},
 }
 HEAVY = {"torch", "transformers", "peft", "accelerate", "numpy", "gguf", "safetensors"}
-MAY_BE_HEAVY = {"training", "compute", "inference/host", "bases/convert.py"}  # child processes only
+MAY_BE_HEAVY = {"training", "evaluation", "compute", "inference/host", "bases/convert.py"}  # child processes only
 SQL_SPEAKER = "jobs/store.py"
 
 

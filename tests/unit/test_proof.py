@@ -14,6 +14,7 @@ from peft_core.proof.bootstrap import MIN_UNITS, Tally, by_file, compare, unit_f
 from peft_core.proof.evaluation import Measured, Score, Written, evaluate
 from peft_core.proof.general_code import general_examples
 from peft_core.proof.lines import choose, cuts_of, lines_of
+from peft_core.proof.overlap import MAX_BYTES, TrainedOn
 from peft_core.proof.similarity import edit_similarity
 from peft_core.proof.verdict import FORGETS, MIN_EFFECT, judge
 from peft_core.results import Benefit, Comparison
@@ -203,3 +204,30 @@ def test_the_general_code_is_there_and_parses() -> None:
     assert len(examples) == 16
     for example in examples:
         compile(example.text, example.path, "exec")
+
+
+TEXT = "def f(a):\n    b = a + 1\n    c = b * 2\n    return c\n"
+
+
+def test_trained_on_text_is_known_again_however_it_is_indented_and_other_text_is_not() -> None:
+    known = TrainedOn.from_bytes(TrainedOn.of([TEXT, "x = 1\n"]).to_bytes())
+    assert known is not None
+    assert known.share_of(TEXT) == 1
+    assert known.share_of("# header\n" + TEXT.replace("    ", "\t\t")) == pytest.approx(2 / 3)
+    assert known.share_of("x = 1") == 1
+    assert known.share_of(TEXT.replace("a", "z")) == 0
+    assert known.share_of("") == 0
+
+
+def test_of_much_text_a_sample_is_kept_that_both_sides_choose_alike() -> None:
+    many = [f"a = {n}\nb = {n}\nc = {n}\n" for n in range(70_000)]
+    known = TrainedOn.of(many)
+    assert known.every > 1
+    assert len(known.to_bytes()) < MAX_BYTES
+    assert {known.share_of(text) for text in many[::100]} <= {0.0, 1.0}
+    assert any(known.share_of(text) == 1 for text in many[::100])
+
+
+@given(st.binary(max_size=64))
+def test_what_is_no_record_of_training_is_none(raw: bytes) -> None:
+    assert TrainedOn.from_bytes(raw) is None
