@@ -43,7 +43,7 @@ def facts_of(manifest: Manifest) -> dict[str, dict[str, str]]:
         "secrets removed": str(summary.secrets_removed),
         "commit": manifest.data.repository_commit or "",
     }
-    rates = f"{config.learning_rate:g} for A, {config.learning_rate * config.lora_plus_ratio:g} for B"
+    rates = "unknown" if config.learning_rate is None else "{:g} for A, {:g} for B".format(*config.rates)
     training = {
         "base": f"{manifest.base.name}, {manifest.base.shape.parameters / 1e6:.0f}M parameters",
         "LoRA": f"rank {config.rank}, alpha {config.lora_alpha:g}, on {', '.join(run.target_modules)}",

@@ -201,12 +201,18 @@ _PHASE_BEGINS = {
 }
 
 
+# Of a job that evaluates: half of its time for each model.
+_EVALUATION_BEGINS = {**_PHASE_BEGINS, Phase.EVALUATING_BASE: 10.0, Phase.EVALUATING_ADAPTER: 50.0}
+
+
 def progress_percent(job: Job) -> float:
     """How far the whole job is, 0..100. Falls only where a run that diverged goes back."""
     if job.status is Status.COMPLETED:
         return 100.0
     if job.phase is None:
         return 0.0
+    if job.request.evaluated is not None:
+        return _EVALUATION_BEGINS[job.phase]
     begins = _PHASE_BEGINS[job.phase]
     if job.phase is Phase.TRAINING and job.total_steps:
         return round(begins + (_PHASE_BEGINS[Phase.EVALUATING_ADAPTER] - begins) * job.step / job.total_steps, 2)

@@ -22,6 +22,7 @@ from peft_core.estimate import MICRO_TOKENS, estimate, executions, lora_paramete
 from peft_core.jobs.model import JobRequest
 from peft_core.jobs.store import unwritable
 from peft_core.machine import available_memory_bytes, cpu_multiplies_bfloat16, expected_device
+from peft_core.recipe import filled_in
 from peft_core.spec import Base, Execution, SourceSummary, TrainingConfig
 
 MARGIN_BYTES = 200 << 20  # disk space that is left to others
@@ -51,6 +52,7 @@ def plan(
             suggestions=["Use an instruct model as base_model, or records of the form {prompt, completion}"],
         )
     _check_fit(config, base)
+    config = filled_in(config, base.shape)
     execution, cost = _choose_execution(config, base, device, settings.max_memory_mb)
     planned = estimate(config, base, found, device, execution, measured_tokens_per_second=measured_speed(base, device))
     planned = planned.model_copy(update={"basis": planned.basis + cost})

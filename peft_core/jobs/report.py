@@ -116,7 +116,7 @@ def _next_of_completed(job: Job, adapter: str | None) -> str:
             return f"The adapter helps. Call load_adapter(adapter_path={job.project_id!r}) to use it; {all_measured}"
         case Benefit.NO_DIFFERENCE:
             return (
-                f"No difference could be shown on held-out files: {_reason(job)}. Try more data or more epochs; "
+                "No difference could be shown on held-out files. Try more data or more epochs; "
                 f"load_adapter(adapter_path={adapter!r}) uses it all the same."
             )
         case _:
@@ -126,7 +126,7 @@ def _next_of_completed(job: Job, adapter: str | None) -> str:
                 else f"It is kept, and was not made current: {job.project_id!r} stands for what it stood for before"
             )
             return (
-                f"The adapter HARMS: {_reason(job)}. Better not use it. {kept}. "
+                f"The adapter HARMS: better not use it. {kept}. "
                 f"Try a lower learning_rate, fewer epochs or more data; get_adapter_info(adapter_path={adapter!r}) "
                 "shows all that was measured."
             )
@@ -163,10 +163,6 @@ def _verdict(job: Job) -> Benefit:
         return job.evaluation.verdict
     before, after = (job.metrics.base_loss, job.metrics.adapter_loss) if job.metrics else (None, None)
     return Benefit.HELPS if before is None or after is None or after < before else Benefit.HARMS
-
-
-def _reason(job: Job) -> str:
-    return job.evaluation.reason if job.evaluation else "the loss on held-out files is not lower than the base's"
 
 
 def _report_path(directory: str | Path | None) -> str | None:

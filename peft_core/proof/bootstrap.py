@@ -17,6 +17,7 @@ from peft_core.results import Comparison
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+_DIGITS = 6  # what is told; the rest is rounding
 MIN_UNITS = 5  # drawing from fewer tells nothing
 
 
@@ -61,9 +62,9 @@ def compare(tallies: Sequence[Tally], *, seed: int = 0) -> Comparison | None:
     low, high = _interval(tallies, seed) if len(tallies) >= MIN_UNITS else (None, None)
     if low is not None and high is not None:  # rounding of sums must not put the change outside
         low, high = min(low, change), max(high, change)
-    return Comparison(
-        base=total.base / total.weight, adapter=total.adapter / total.weight, change=change, low=low, high=high
-    )
+    figures = {"base": total.base / total.weight, "adapter": total.adapter / total.weight, "change": change}
+    figures |= {"low": low, "high": high} if low is not None and high is not None else {}
+    return Comparison(**{name: round(value, _DIGITS) for name, value in figures.items()})
 
 
 def _change(tally: Tally) -> float:

@@ -13,15 +13,16 @@ GROUND = {"spec", "results", "events", "errors", "paths", "config", "logs"}  # w
 MAY_IMPORT = {
     "validation": GROUND,
     "estimate": GROUND,
+    "recipe": GROUND,
     "bases": GROUND,
     "data": GROUND,
     "adapters": GROUND | {"bases", "proof"},
     "compute": GROUND | {"bases"},
     "proof": GROUND,
-    "training": GROUND | {"bases", "data", "adapters", "compute", "proof"},
+    "training": GROUND | {"bases", "data", "adapters", "compute", "proof", "recipe"},
     "evaluation": GROUND | {"bases", "data", "adapters", "compute", "proof", "training", "inference"},
     "inference": GROUND | {"bases", "adapters", "compute", "estimate", "machine"},
-    "jobs": GROUND | {"bases", "data", "adapters", "estimate", "machine", "proof"},
+    "jobs": GROUND | {"bases", "data", "adapters", "estimate", "machine", "proof", "recipe"},
     "manager": GROUND | {"jobs", "adapters", "inference", "validation"},
     "server": GROUND | {"manager", "validation", "jobs", "adapters"},
 }
