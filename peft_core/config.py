@@ -35,6 +35,10 @@ class Settings(BaseSettings):
             "'always', without looking at memory."
         ),
     ] = "if_it_fits"
+    keep_runs: Annotated[
+        int,
+        Field(ge=1, description="Ended trainings whose files, log and history are kept; older ones go, adapters stay."),
+    ] = 100
     launcher: Annotated[
         str | None, Field(description="Command that starts each training, for several GPUs: 'accelerate launch …'.")
     ] = None

@@ -23,6 +23,7 @@ from peft_core.jobs.model import JobRequest
 from peft_core.jobs.store import unwritable
 from peft_core.machine import available_memory_bytes, cpu_multiplies_bfloat16, expected_device
 from peft_core.places import require_training_place
+from peft_core.recipe import filled_in
 from peft_core.spec import Base, Execution, SourceSummary, TrainingConfig
 
 MARGIN_BYTES = 200 << 20  # disk space that is left to others
@@ -54,6 +55,7 @@ def plan(
             suggestions=["Use an instruct model as base_model, or records of the form {prompt, completion}"],
         )
     _check_fit(config, base)
+    config = filled_in(config, base.shape)
     execution, cost = _choose_execution(config, base, device, settings.max_memory_mb)
     planned = estimate(config, base, found, device, execution, measured_tokens_per_second=measured_speed(base, device))
     planned = planned.model_copy(update={"basis": planned.basis + cost})
@@ -148,7 +150,7 @@ def _choose_execution(
     if smallest > limit_mb << 20:
         advice = f"Training {base.name} takes {_mb(smallest)} MB at least: use a smaller base_model"
     else:
-        lower = "max_length" if config.max_length > MICRO_TOKENS else "rank"
+        lower = "max_length" if config.max_length > MICRO_TOKENS[device] else "rank"
         advice = f"Lower {lower}, or have the limit raised to {_mb(lean)}"
     raise InvalidArgument(
         field,

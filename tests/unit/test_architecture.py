@@ -13,13 +13,14 @@ GROUND = {"spec", "results", "events", "errors", "paths", "config", "logs", "pla
 MAY_IMPORT = {
     "validation": GROUND,
     "estimate": GROUND,
+    "recipe": GROUND,
     "bases": GROUND,
     "data": GROUND,
     "adapters": GROUND | {"bases"},
     "compute": GROUND | {"bases"},
-    "training": GROUND | {"bases", "data", "adapters", "compute"},
+    "training": GROUND | {"bases", "data", "adapters", "compute", "estimate", "recipe"},
     "inference": GROUND | {"bases", "adapters", "compute", "estimate", "machine"},
-    "jobs": GROUND | {"bases", "data", "adapters", "estimate", "machine"},
+    "jobs": GROUND | {"bases", "data", "adapters", "estimate", "machine", "recipe"},
     "manager": GROUND | {"jobs", "adapters", "inference", "validation"},
     "server": GROUND | {"manager", "validation", "jobs", "adapters"},
 }
