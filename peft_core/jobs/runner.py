@@ -210,7 +210,7 @@ class Runner:
         Raises:
             StorageError: the data directory was removed; others may be working in a new one of that name.
         """
-        while not (self._stopping or self._store.cancel_requested(job_id)):  # noqa: ASYNC110 -- set by other processes
+        while not (self._stopping or self._store.cancel_requested(job_id)):
             await anyio.sleep(LOOK_S)
             if not self._lock.still_there:
                 raise StorageError(f"The data directory {self._paths.root} was removed.", code="data_directory_gone")
