@@ -161,6 +161,22 @@ def _choose_execution(
     )
 
 
+def require_memory(needed: int, base: Base, device: str, settings: Settings) -> None:
+    """That evaluating a base fits the user's limit, where there is one.
+
+    Raises:
+        InvalidArgument: with the figures.
+    """
+    limit_mb = settings.max_memory_mb
+    if device == "cpu" and limit_mb is not None and needed > limit_mb << 20:
+        raise InvalidArgument(
+            "CODEBASE_GARDENER_MAX_MEMORY_MB",
+            limit_mb,
+            f"evaluating on {base.name} is estimated to take {_mb(needed)} MB",
+            suggestions=[f"Have the limit raised to {_mb(needed)}, or use a smaller base_model"],
+        )
+
+
 def _described(way: Execution) -> str:
     parts = ["the base's weights stay in their file"] if way.weights == "file" else []
     parts += ["layers are computed twice"] if way.recompute_layers else []
