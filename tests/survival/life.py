@@ -83,7 +83,8 @@ class Life:
             self.jobs.resume(self.job_id)
         else:
             self.job_id = self.submit(self.project)
-            self.waiting = self.submit("next")  # behind it
+            if self.project != "real":
+                self.waiting = self.submit("next")  # behind it
 
     def arm(self, point: Point, deed: str) -> Path:
         """The file that will hold the pid of the process that came to the point."""

@@ -28,6 +28,8 @@ from tests.factories import make_job
 from tests.survival.life import Kill, Life, gone, until
 from tests.survival.points import SMALL_CHILD
 
+pytestmark = pytest.mark.survival
+
 FIRST_STEP = next(point for point in SMALL_CHILD if point.what == "before the first step")
 
 

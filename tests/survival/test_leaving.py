@@ -14,6 +14,8 @@ from tests.survival.life import Kill, Life, gone, until
 from tests.survival.points import SMALL_CHILD
 from tests.survival.wire import Server, server
 
+pytestmark = pytest.mark.survival
+
 ROUNDS = int(os.environ.get("PEFT_SURVIVAL_LEAVINGS", "3"))  # of each way
 WAYS = ["end of input", "SIGTERM", "SIGINT", "SIGKILL"]
 ASKED = {"project_id": "small"}

@@ -11,10 +11,14 @@ from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any
 
+import pytest
+
 from peft_core.jobs.store import Store
 from peft_core.results import Status
 from tests.survival.life import Life, until
 from tests.survival.wire import Server, server
+
+pytestmark = pytest.mark.survival
 
 SERVERS = 4
 CALLS = int(os.environ.get("PEFT_SURVIVAL_CALLS", "200"))
