@@ -15,10 +15,15 @@ from peft_core.spec import Base, Execution, ModelShape, SourceSummary, TrainingC
 TOKENS_PER_EXAMPLE = 200  # mean of code units at max_length 512
 CPU_FLOPS_PER_CORE = 30e9  # useful float32 rate in training, per core
 PROCESS_BYTES = 420 << 20  # Python with torch, transformers and peft
-MICRO_TOKENS = 512  # processed at once, unless one document has more
+# Processed at once, unless one document has more. On a CPU more are no faster, and take 0.9 GB more (512 against a whole
+# step); CUDA wants more work at a time; on MPS attention keeps a number for each pair of them.
+MICRO_TOKENS = {"cpu": 512, "mps": 512, "cuda": 4096}
 KERNELS_BYTES = 200 << 20  # oneDNN's programs for products in bfloat16
 UNPACKED_BYTES = 32 << 20  # of weights that stay in their file
 LOSS_POSITIONS = 256  # whose logits are held at once
+MEASURED_EXAMPLES = 200  # held-out ones, at most
+GENERAL_TOKENS = 2600  # of code that belongs to no project
+WRITTEN_TOKENS = 12_000 + GENERAL_TOKENS  # that a model reads and writes from prompts, at most
 
 
 def estimate(
@@ -41,19 +46,13 @@ def estimate(
         epochs = config.num_epochs or 1.0
         steps = max(1, math.ceil(examples * epochs / config.batch_size))
         tokens *= epochs
-    held_out_tokens = min(source.estimated_tokens * config.held_out_fraction, 200 * TOKENS_PER_EXAMPLE)
+    held_out_tokens = min(source.estimated_tokens * config.held_out_fraction, MEASURED_EXAMPLES * TOKENS_PER_EXAMPLE)
 
-    rate: float | None
-    if measured_tokens_per_second:
-        rate, basis = measured_tokens_per_second, "speed of your last run on this base and device"
-    elif device == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        rate = cores * CPU_FLOPS_PER_CORE / flops_per_token(base.shape)
-        basis = f"rule of thumb for {cores} CPU cores; the status shows the measured speed"
-    else:
-        rate, basis = None, f"no run on this base and {device} yet; the status shows the measured speed"
-    # Measuring the held-out loss is a forward pass, a third of a training step: twice, and as much again in between.
-    seconds = None if rate is None else 15 + (tokens + held_out_tokens) / rate
+    rate, basis = _rate(base, device, measured_tokens_per_second)
+    # Measuring the held-out loss is a forward pass, a third of a training step: twice, and as much again in between. Writing
+    # from prompts is a tenth of the training at most, and little of a long one.
+    written = 2 / 3 * min(WRITTEN_TOKENS, 0.15 * tokens + GENERAL_TOKENS)
+    seconds = None if rate is None else 15 + (tokens + held_out_tokens + written) / rate
     return Estimate(
         train_tokens=round(tokens),
         steps=steps,
@@ -61,6 +60,32 @@ def estimate(
         memory_bytes=memory_bytes(config, base, device, execution),
         basis=basis,
     )
+
+
+def evaluation_estimate(
+    base: Base, source: SourceSummary, device: str, *, measured_tokens_per_second: float | None = None
+) -> Estimate:
+    """Of base and adapter on the same text: each a forward pass, a third of a training step."""
+    tokens = 2 * (min(source.estimated_tokens, MEASURED_EXAMPLES * TOKENS_PER_EXAMPLE) + WRITTEN_TOKENS)
+    rate, basis = _rate(base, device, measured_tokens_per_second)
+    return Estimate(
+        train_tokens=0,
+        steps=0,
+        seconds=None if rate is None else round(20 + tokens / 3 / rate, 1),
+        memory_bytes=inference_memory_bytes(base.shape, device),
+        basis=basis,
+    )
+
+
+def _rate(base: Base, device: str, measured_tokens_per_second: float | None) -> tuple[float | None, str]:
+    """(training tokens per second, where that is from)."""
+    if measured_tokens_per_second:
+        return measured_tokens_per_second, "speed of your last run on this base and device"
+    if device == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        rate = cores * CPU_FLOPS_PER_CORE / flops_per_token(base.shape)
+        return rate, f"rule of thumb for {cores} CPU cores; the status shows the measured speed"
+    return None, f"no run on this base and {device} yet; the status shows the measured speed"
 
 
 def flops_per_token(shape: ModelShape) -> float:
@@ -96,8 +121,9 @@ def memory_bytes(config: TrainingConfig, base: Base, device: str, execution: Exe
         kept_per_token = 4 * wide + (4 if narrow else 8) * shape.intermediate_size
     else:
         kept_per_token = (2 if narrow else 4) * (14 * shape.hidden_size + 6 * shape.intermediate_size)
-    micro_tokens = min(max(MICRO_TOKENS, config.max_length), config.batch_size * config.max_length)
-    per_layer = micro_tokens * kept_per_token
+    micro_tokens = min(micro_capacity(config.max_length, device), config.batch_size * config.max_length)
+    pairs = shape.heads * micro_tokens**2 if device == "mps" else 0  # in float32, as its attention has no own backward
+    per_layer = micro_tokens * kept_per_token + 4 * pairs
     kept = shape.layers * per_layer
     if execution.recompute_layers:
         kept = per_layer + shape.layers * micro_tokens * 4 * shape.hidden_size
@@ -111,6 +137,11 @@ def memory_bytes(config: TrainingConfig, base: Base, device: str, execution: Exe
         # Weights, gradients, two Adam moments, the best weights; weights and moments of the last good state.
         + lora_parameters(config.rank, shape) * 4 * 8
     )
+
+
+def micro_capacity(max_length: int, device: str) -> int:
+    """Tokens of one micro-batch at most; the longest document always fits."""
+    return max(MICRO_TOKENS[device], max_length)
 
 
 def inference_memory_bytes(shape: ModelShape, device: str) -> int:

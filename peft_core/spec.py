@@ -59,13 +59,14 @@ class TrainingConfig(Frozen):
         ),
     ] = "all-linear"
     learning_rate: Annotated[
-        float,
+        float | None,
         Field(
             gt=0,
             le=0.1,
-            description="Peak rate of LoRA A; B gets lora_plus_ratio times this. Lower it for large bases.",
+            description="Peak rate of LoRA A; B gets lora_plus_ratio times this. Null: 5e-4 for the bundled base, less for "
+            "larger ones.",
         ),
-    ] = 5e-4
+    ] = None
     lora_plus_ratio: Annotated[
         float, Field(ge=1, le=64, description="LoRA+: rate of B over rate of A. 1 is plain LoRA.")
     ] = 8.0
@@ -120,6 +121,13 @@ class TrainingConfig(Frozen):
             "for it, else float32. The adapter, its gradients and the losses are float32 always."
         ),
     ] = "auto"
+    make_current: Annotated[
+        Literal["unless_it_harms", "always", "never"],
+        Field(
+            description="Whether the project id stands for the new adapter. 'unless_it_harms': not when it raises the "
+            "held-out loss; it is kept all the same."
+        ),
+    ] = "unless_it_harms"
     max_memory_mb: Annotated[
         int | None,
         Field(
@@ -144,6 +152,13 @@ class TrainingConfig(Frozen):
     def lora_alpha(self) -> float:
         """Alpha with its default filled in."""
         return self.alpha if self.alpha is not None else 2.0 * self.rank
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Peak learning rates of LoRA A and of B, once `recipe.filled_in` has chosen the first."""
+        if self.learning_rate is None:
+            raise ValueError("learning_rate is still open")
+        return self.learning_rate, self.learning_rate * self.lora_plus_ratio
 
 
 class Segment(Frozen):
@@ -318,6 +333,13 @@ class Execution(Frozen):
     """Whether what a layer computes is thrown away, and computed again for the gradients: leaner still, a third slower."""
 
 
+class EvaluatedAdapter(Frozen):
+    """What is to be evaluated instead of trained."""
+
+    adapter_path: Path
+    accept_unproven_base: bool = False
+
+
 class TrainingTask(Frozen):
     """What the training child reads: everything it needs, nothing it must look up."""
 
@@ -331,3 +353,4 @@ class TrainingTask(Frozen):
     base_models_dir: Path  # cache of converted bases
     execution: Execution = Execution()
     estimated_memory_bytes: int | None = None  # that the way to compute was chosen by
+    evaluated: EvaluatedAdapter | None = None  # for the evaluation child, which trains nothing

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from mcp.types import CallToolResult, TextContent
+from base64 import b64encode
+
+from mcp.types import CallToolResult, ImageContent, TextContent
 from pydantic import BaseModel
 
 from peft_core.jobs.report import headline
 from peft_core.results import (
     AdapterList,
+    Comparison,
     Compatibility,
+    Evaluation,
     Generation,
     LoadedAdapter,
+    Status,
     TrainingStatus,
     UnloadedAdapter,
     Verdict,
@@ -95,13 +100,43 @@ def generation_answer(written: Generation) -> CallToolResult:
     return answer(written, f"With the adapter:\n{written.text}\n\nThe base alone:\n{written.base_text}\n\n{facts}")
 
 
-def status_answer(status: TrainingStatus) -> CallToolResult:
+def status_answer(status: TrainingStatus, picture: bytes | None = None) -> CallToolResult:
+    """`picture`: a PNG of the loss curve, behind the text."""
     parts = [f"{status.project_id}: {headline(status)}."]
     if status.training_data and not status.status.is_final and status.step == 0:
-        parts.append(f"Training data: {status.training_data}. Base: {status.base_model} on {status.device}.")
+        what = "Training data" if status.kind == "training" else "Measured on"
+        parts.append(f"{what}: {status.training_data}. Base: {status.base_model} on {status.device}.")
         if estimate := status.estimate:
             time = f"about {max(1, round(estimate.seconds / 60))} min" if estimate.seconds else "unknown time"
-            parts.append(
-                f"Estimate: {estimate.steps} steps, {time}, {estimate.memory_bytes / 1e9:.1f} GB of memory ({estimate.basis})."
-            )
-    return answer(status, " ".join([*parts, status.next]))
+            steps = f"{estimate.steps} steps, " if estimate.steps else ""
+            memory = f"{estimate.memory_bytes / 1e9:.1f} GB of memory"
+            parts.append(f"Estimate: {steps}{time}, {memory} ({estimate.basis}).")
+    if status.evaluation and status.status is Status.COMPLETED:
+        parts.append(evaluation_line(status.evaluation))
+        if status.report_path:
+            parts.append(f"Report: {status.report_path}.")
+    result = answer(status, " ".join([*parts, status.next]))
+    if picture is not None:
+        image = ImageContent(type="image", data=b64encode(picture).decode(), mime_type="image/png")
+        result.content.append(image)
+    return result
+
+
+def evaluation_line(evaluation: Evaluation) -> str:
+    """What was measured, in one sentence; the verdict's reason has the loss."""
+    parts = [
+        f"{name} {100 * one.base:.1f} -> {100 * one.adapter:.1f} %{_interval(one, percent=True)}"
+        for name, one in (("next lines exact", evaluation.next_line), ("edit similarity", evaluation.edit_similarity))
+        if one is not None
+    ]
+    if evaluation.general_loss is not None:
+        general = evaluation.general_loss
+        parts.append(f"loss on general code {general.base:.3f} -> {general.adapter:.3f}{_interval(general)}")
+    reason = evaluation.reason[:1].upper() + evaluation.reason[1:]
+    return f"{reason}; {', '.join(parts)}; {evaluation.files} files, {evaluation.examples} examples."
+
+
+def _interval(one: Comparison, *, percent: bool = False) -> str:
+    if one.low is None or one.high is None:
+        return ""
+    return f" ({100 * one.low:+.1f} to {100 * one.high:+.1f})" if percent else f" ({one.low:+.3f} to {one.high:+.3f})"

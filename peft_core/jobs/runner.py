@@ -25,6 +25,7 @@ from anyio.abc import ByteReceiveStream, Process
 from anyio.streams.buffered import BufferedByteReceiveStream
 
 from peft_core import logs
+from peft_core.adapters.manifest import read_manifest
 from peft_core.adapters.registry import Registry
 from peft_core.adapters.verify import verify
 from peft_core.config import Settings
@@ -43,13 +44,14 @@ from peft_core.events import (
 from peft_core.jobs.lock import WorkLock
 from peft_core.jobs.model import IllegalTransition, Job
 from peft_core.jobs.pruning import prune
-from peft_core.jobs.recovery import completed_by, problem_of_exit, recover
+from peft_core.jobs.recovery import completed_by, completed_evaluation, problem_of_exit, recover
 from peft_core.jobs.store import Store
 from peft_core.paths import JobPaths
 from peft_core.results import Phase, Problem, Status
 from peft_core.spec import TrainingTask
 
 CHILD = ["-m", "peft_core.training"]
+EVALUATION_CHILD = ["-m", "peft_core.evaluation"]
 LOCK_PATIENCE_S = 5.0  # longer than anybody who only probes holds the lock
 LOOK_S = 0.25  # how often a running job is looked up for a request to cancel
 GRACE_S = 20.0  # between SIGTERM and SIGKILL: time for a micro-step and a checkpoint
@@ -132,18 +134,20 @@ class Runner:
             base_models_dir=self._paths.base_models,
             execution=job.request.execution,
             estimated_memory_bytes=job.request.estimate.memory_bytes,
+            evaluated=job.request.evaluated,
         )
         paths.task.write_text(task.model_dump_json(), encoding="utf-8")
+        launcher, child = (self._launcher, CHILD) if task.evaluated is None else ([], EVALUATION_CHILD)
         with paths.log.open("ab") as log_file:
             process = await anyio.open_process(
-                [*(self._launcher or [sys.executable]), *CHILD, str(paths.task)],
+                [*(launcher or [sys.executable]), *child, str(paths.task)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log_file,
                 cwd=paths.root,
                 env={
                     **os.environ,
-                    "PEFT_MCP_PARENT": "launcher" if self._launcher else str(os.getpid()),
+                    "PEFT_MCP_PARENT": "launcher" if launcher else str(os.getpid()),
                     "PYTHONSAFEPATH": "1",  # the working directory is no place for modules
                     "HF_HUB_OFFLINE": "1",
                     "CODEBASE_GARDENER_LOG_LEVEL": self._log_level,
@@ -187,6 +191,9 @@ class Runner:
             return JobCancelled()
         if isinstance(last_word, AdapterWritten) and code == 0:
             return self._publish(job, paths, last_word)
+        if code == 0 and (completed := completed_evaluation(self._store.get(job.job_id))) is not None:
+            self._report(job, paths)
+            return completed
         if self._stopping or code == ASKED_TO_STOP:
             return JobInterrupted(reason="The training was asked to stop (SIGTERM), for instance at shutdown.")
         if isinstance(last_word, JobFailed):
@@ -205,8 +212,23 @@ class Runner:
                     suggestions=(f"This is a bug: please report it with the log {paths.log}",),
                 )
             )
+        self._report(job, paths)
         published = self._registry.publish(paths.adapter, job.project_id, job.job_id)
         return JobCompleted(adapter_path=str(published), metrics=written.metrics)
+
+    def _report(self, job: Job, paths: JobPaths) -> None:
+        """The page beside the manifest. An adapter without it is an adapter."""
+        # jinja2, once in a runner's life:
+        from peft_core.adapters.report import write_report  # noqa: PLC0415
+        from peft_core.jobs.evaluations import write_evaluation_report  # noqa: PLC0415
+
+        try:
+            if job.request.evaluated is not None:
+                write_evaluation_report(paths.root, job.request, self._store.events(job.job_id))
+            elif (manifest := read_manifest(paths.adapter)) is not None:
+                write_report(paths.adapter, manifest, self._store.events(job.job_id))
+        except Exception:
+            log.exception("no report", job_id=job.job_id)
 
     async def _end_when_asked(self, job_id: str, process: Process) -> None:
         """Wait for a request to cancel, or to stop; then end the child.

@@ -27,6 +27,7 @@ Connect = Callable[[], AbstractAsyncContextManager[Client]]
 
 TOOLS = {
     "train_adapter",
+    "evaluate_adapter",
     "get_training_status",
     "cancel_training",
     "resume_training",
