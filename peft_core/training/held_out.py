@@ -64,7 +64,7 @@ def measure(
     with torch.no_grad(), accelerator.autocast():
         for group in pack([len(trials[index].document) for index in share], objective.capacity):
             some = [trials[share[position]] for position in group]
-            batch = join([trial.document for trial in some], accelerator.device)
+            batch = join([trial.document for trial in some], accelerator.device, objective.multiple_of)
             loss_N, likeliest_N = (values.cpu() for values in objective.scores(batch))
             sizes = [trial.document.targets for trial in some]
             parts = zip(group, some, loss_N.split(sizes), likeliest_N.split(sizes), strict=True)
