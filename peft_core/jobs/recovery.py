@@ -21,13 +21,30 @@ def recover(store: Store, registry: Registry) -> None:
     """
     for job in store.in_state(Status.IN_PROGRESS):
         event: Event
-        if completed := completed_by(job, registry) or completed_evaluation(job):
+        if completed := completed_by(job, registry):
             event = completed
         elif store.cancel_requested(job.job_id):
             event = JobCancelled()
         else:
             event = JobInterrupted(reason="The process that ran this job is gone (killed, or the machine went down).")
         store.append(job.job_id, event)
+
+
+def completed_by(job: Job, registry: Registry) -> JobCompleted | None:
+    """What makes a job completed is its published adapter, or its evaluation, whatever happened to the process behind it.
+
+    Raises:
+        StorageError: it cannot be made the current one.
+    """
+    published = registry.published(job.project_id, job.job_id)
+    manifest = read_manifest(published) if published else None
+    if published is None or manifest is None:
+        return completed_evaluation(job)
+    try:
+        registry.publish(published, job.project_id, job.job_id)
+    except OSError as error:
+        raise unwritable(published.parent, error) from error
+    return JobCompleted(adapter_path=str(published), metrics=manifest.metrics)
 
 
 def completed_evaluation(job: Job) -> JobCompleted | None:
@@ -42,23 +59,6 @@ def completed_evaluation(job: Job) -> JobCompleted | None:
         adapter_perplexity=found.adapter_perplexity,
     )
     return JobCompleted(adapter_path=str(evaluated.adapter_path), metrics=metrics)
-
-
-def completed_by(job: Job, registry: Registry) -> JobCompleted | None:
-    """What makes a job completed is its published adapter, whatever happened to the process that published it.
-
-    Raises:
-        StorageError: it cannot be made the current one.
-    """
-    published = registry.published(job.project_id, job.job_id)
-    manifest = read_manifest(published) if published else None
-    if published is None or manifest is None:
-        return None
-    try:
-        registry.publish(published, job.project_id, job.job_id)
-    except OSError as error:
-        raise unwritable(published.parent, error) from error
-    return JobCompleted(adapter_path=str(published), metrics=manifest.metrics)
 
 
 def problem_of_exit(code: int, log_path: Path, *, what: str = "training process") -> Problem:

@@ -89,14 +89,16 @@ class Objective:
         return cross_entropy(logits_TV[batch.source_N].float(), batch.target_N, reduction="sum", ignore_index=IGNORED)
 
     def scores(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(-log p(target) in nats, the likeliest token instead), each [N], ignored ones left out. Without gradients."""
-        there_N = batch.target_N != IGNORED
-        source_N, target_N = batch.source_N[there_N], batch.target_N[there_N]
+        """(-log p(target) in nats, the likeliest token instead), one of each for a target. Without gradients."""
+        learned_N = batch.target_N != IGNORED
+        target_N = batch.target_N.clamp(min=0)
         if self.chunked_head:
             hidden_TD = _hidden(self.model, batch, packed=self.packed)
-            return frozen_head_scores(hidden_TD[source_N], _head(self.model), target_N)
-        logits_TV = _logits(self.model, batch, packed=self.packed)
-        return logit_scores(logits_TV[source_N].float(), target_N)
+            loss_N, likeliest_N = frozen_head_scores(hidden_TD[batch.source_N], _head(self.model), target_N)
+        else:
+            logits_TV = _logits(self.model, batch, packed=self.packed)
+            loss_N, likeliest_N = logit_scores(logits_TV[batch.source_N].float(), target_N)
+        return loss_N[learned_N], likeliest_N[learned_N]
 
 
 def choose_objective(model: PreTrainedModel, max_length: int) -> Objective:

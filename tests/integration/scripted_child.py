@@ -14,7 +14,7 @@ from pathlib import Path
 
 from peft_core.events import EVENT, AdapterWritten, Evaluated, Event, JobFailed, PhaseStarted, RunPlanned, StepCompleted
 from peft_core.results import Metrics, Phase, Problem
-from peft_core.spec import TrainingTask
+from peft_core.task import TrainingTask
 from tests.factories import make_evaluation
 
 
