@@ -338,19 +338,3 @@ class EvaluatedAdapter(Frozen):
 
     adapter_path: Path
     accept_unproven_base: bool = False
-
-
-class TrainingTask(Frozen):
-    """What the training child reads: everything it needs, nothing it must look up."""
-
-    job_id: str
-    project_id: str
-    source: Path  # repository directory or .jsonl file
-    source_kind: Literal["repository", "jsonl", "records"]
-    config: TrainingConfig
-    base: Base
-    job_dir: Path  # JobPaths(job_dir) tells the rest
-    base_models_dir: Path  # cache of converted bases
-    execution: Execution = Execution()
-    estimated_memory_bytes: int | None = None  # that the way to compute was chosen by
-    evaluated: EvaluatedAdapter | None = None  # for the evaluation child, which trains nothing

@@ -13,7 +13,7 @@ from peft_core.errors import DataError, InvalidArgument
 from peft_core.estimate import evaluation_estimate
 from peft_core.events import Evaluated, Event
 from peft_core.jobs.model import JobRequest
-from peft_core.jobs.planning import TrainingData, require_memory
+from peft_core.jobs.planning import TrainingData, require_memory, require_place
 from peft_core.machine import expected_device
 from peft_core.proof.report import render
 from peft_core.results import Verdict
@@ -40,10 +40,14 @@ def plan_evaluation(
     used = manifest.run.config if manifest is not None else TrainingConfig()
     config = TrainingConfig(max_length=min(used.max_length, base.shape.context_length), seed=used.seed)
     try:
+        if isinstance(evaluation_data, str):
+            require_place(evaluation_data, settings)
         found = inspect(evaluation_data, held_out_fraction=_FRACTION, max_length=config.max_length)
     except InvalidArgument as error:  # the look at a source names the argument of training
         allowed = str(error.details["allowed"])
-        raise InvalidArgument("evaluation_data", evaluation_data, allowed, suggestions=error.suggestions) from error
+        raise InvalidArgument(
+            "evaluation_data", evaluation_data, allowed, suggestions=error.suggestions, code=error.code
+        ) from error
     except DataError as error:
         message = error.message.replace("training_data", "evaluation_data")
         raise DataError(message, code=error.code, suggestions=error.suggestions, details=error.details) from error

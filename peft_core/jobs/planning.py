@@ -44,7 +44,7 @@ def plan(
     """
     device = _device(config)
     if isinstance(training_data, str):
-        _require_place(training_data, settings)
+        require_place(training_data, settings)
     base = resolve(config.base_model, settings)
     found = inspect(training_data, held_out_fraction=config.held_out_fraction, max_length=config.max_length)
     if found.needs_chat_template and not base.has_chat_template:
@@ -72,7 +72,8 @@ def plan(
     )
 
 
-def _require_place(training_data: str, settings: Settings) -> None:
+def require_place(training_data: str, settings: Settings) -> None:
+    """That data may be read from there; see `places`."""
     try:
         path = Path(training_data).expanduser().absolute()
     except RuntimeError:  # a home directory that is not known; the inspection says so

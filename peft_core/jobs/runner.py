@@ -48,7 +48,7 @@ from peft_core.jobs.recovery import completed_by, completed_evaluation, problem_
 from peft_core.jobs.store import Store
 from peft_core.paths import JobPaths
 from peft_core.results import Phase, Problem, Status
-from peft_core.spec import TrainingTask
+from peft_core.task import TrainingTask
 
 CHILD = ["-m", "peft_core.training"]
 EVALUATION_CHILD = ["-m", "peft_core.evaluation"]

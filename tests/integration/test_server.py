@@ -179,6 +179,13 @@ BAD_INPUT: list[tuple[str, dict[str, Any], list[str]]] = [
         {"adapter_path": "ADAPTER", "base_model": "/no/such"},
         ["base_model = '/no/such'"],
     ),
+    ("evaluate_adapter", {"adapter_path": "web", "evaluation_data": "/x"}, ["No adapter at 'web'"]),
+    (
+        "evaluate_adapter",
+        {"adapter_path": "ADAPTER", "evaluation_data": "/x"},
+        ["base_model = None", "Give base_model"],
+    ),
+    ("evaluate_adapter", {"adapter_path": "web"}, ["evaluation_data", "required"]),
     ("load_adapter", {"adapter_path": "web"}, ["No adapter at 'web'"]),
     ("load_adapter", {"adapter_path": "ADAPTER"}, ["base_model = None", "Give base_model"]),
     ("load_adapter", {"adapter_path": "/"}, ["adapter_path = '/'", "adapter_config.json"]),
