@@ -119,7 +119,7 @@ def code(tmp_path: Path) -> Path:
     for name in ("alpha", "beta", "gamma", "delta"):
         functions = [
             f"def {name}_{number}(value):\n"
-            + "".join(f"    value = value * {number} + {line} - len('{name}')\n" for line in range(25))
+            + "".join(f"    {name}_{line} = value * {number} + {line} - len('{name}_{number}')\n" for line in range(25))
             + "    return value\n"
             for number in range(6)
         ]
