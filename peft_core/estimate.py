@@ -43,15 +43,7 @@ def estimate(
         tokens *= epochs
     held_out_tokens = min(source.estimated_tokens * config.held_out_fraction, 200 * TOKENS_PER_EXAMPLE)
 
-    rate: float | None
-    if measured_tokens_per_second:
-        rate, basis = measured_tokens_per_second, "speed of your last run on this base and device"
-    elif device == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        rate = cores * CPU_FLOPS_PER_CORE / flops_per_token(base.shape)
-        basis = f"rule of thumb for {cores} CPU cores; the status shows the measured speed"
-    else:
-        rate, basis = None, f"no run on this base and {device} yet; the status shows the measured speed"
+    rate, basis = tokens_per_second(base, device, measured_tokens_per_second)
     # Measuring the held-out loss is a forward pass, a third of a training step: twice, and as much again in between.
     seconds = None if rate is None else 15 + (tokens + held_out_tokens) / rate
     return Estimate(
@@ -61,6 +53,17 @@ def estimate(
         memory_bytes=memory_bytes(config, base, device, execution),
         basis=basis,
     )
+
+
+def tokens_per_second(base: Base, device: str, measured: float | None) -> tuple[float | None, str]:
+    """The rate to reckon with, None where nothing is known; and where it comes from, in words."""
+    if measured:
+        return measured, "speed of your last run on this base and device"
+    if device == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        rate = cores * CPU_FLOPS_PER_CORE / flops_per_token(base.shape)
+        return rate, f"rule of thumb for {cores} CPU cores; the status shows the measured speed"
+    return None, f"no run on this base and {device} yet; the status shows the measured speed"
 
 
 def flops_per_token(shape: ModelShape) -> float:

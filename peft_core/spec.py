@@ -39,7 +39,10 @@ class TrainingConfig(Frozen):
         ),
     ] = None
     rank: Annotated[
-        int, Field(ge=1, le=512, description="LoRA rank r. 16 suits most code bases; 32-64 for very large ones.")
+        int,
+        Field(
+            ge=1, le=512, description="LoRA rank r. Left out: from the size of the code base, 16 for most, up to 64."
+        ),
     ] = 16
     alpha: Annotated[
         float | None,
@@ -74,7 +77,12 @@ class TrainingConfig(Frozen):
     ] = "linear"
     num_epochs: Annotated[
         float | None,
-        Field(gt=0, le=100, description="Passes over the data; 0.5 is half a pass. Give this or max_steps. Null: 1."),
+        Field(
+            gt=0,
+            le=100,
+            description="Passes over the data; 0.5 is half a pass. Give this or max_steps. Neither: chosen from the size of "
+            "the code base, 1 to 3 passes, and about two hours at most.",
+        ),
     ] = None
     max_steps: Annotated[
         int | None,
@@ -109,6 +117,9 @@ class TrainingConfig(Frozen):
             "Null: never stop early. Use it with num_epochs > 1.",
         ),
     ] = None
+    allow_little_data: Annotated[
+        bool, Field(description="Train although there are fewer than 50 units, which is refused otherwise.")
+    ] = False
     seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="Same seed, same machine, same data: same result.")] = 0
     device: Annotated[DeviceName, Field(description="'auto' takes MPS (Apple silicon), else CUDA, else the CPU.")] = (
         "auto"

@@ -21,7 +21,7 @@ MIN_EXAMPLES = 8  # fewer teach nothing that could be measured
 MIN_FILES = 2  # one to train on, one to measure on
 # One file gives at most a tenth of what is trained on; but these tokens at least, for small projects are made of few files.
 FILE_SHARE = 0.1
-FILE_MIN_TOKENS = 20_000
+FILE_MIN_TOKENS = 50_000
 _OVERSHOOT = 1.25  # of what is asked for: a file that leads beyond that is trained on
 
 

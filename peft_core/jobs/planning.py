@@ -18,7 +18,8 @@ from peft_core.config import Settings
 from peft_core.data.records import write_records
 from peft_core.data.source import inspect
 from peft_core.errors import InvalidArgument, StorageError
-from peft_core.estimate import MICRO_TOKENS, estimate, executions, lora_parameters, memory_bytes
+from peft_core.estimate import MICRO_TOKENS, estimate, executions, lora_parameters, memory_bytes, tokens_per_second
+from peft_core.jobs.advice import advise
 from peft_core.jobs.model import JobRequest
 from peft_core.jobs.store import unwritable
 from peft_core.machine import available_memory_bytes, cpu_multiplies_bfloat16, expected_device
@@ -50,10 +51,12 @@ def plan(
             f"the base {base.name} has no chat template, so conversations cannot be written in its form",
             suggestions=["Use an instruct model as base_model, or records of the form {prompt, completion}"],
         )
+    measured = measured_speed(base, device)
+    config, chosen = advise(config, base.shape, found, tokens_per_second(base, device, measured)[0])
     _check_fit(config, base)
     execution, cost = _choose_execution(config, base, device, settings.max_memory_mb)
-    planned = estimate(config, base, found, device, execution, measured_tokens_per_second=measured_speed(base, device))
-    planned = planned.model_copy(update={"basis": planned.basis + cost})
+    planned = estimate(config, base, found, device, execution, measured_tokens_per_second=measured)
+    planned = planned.model_copy(update={"basis": planned.basis + cost, "chosen": chosen})
     _check_disk(config, base, found, settings.data_dir)
     return JobRequest(
         source=found.path or Path(),

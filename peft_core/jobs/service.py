@@ -23,7 +23,7 @@ from peft_core.jobs.model import RESUMABLE, Job
 from peft_core.jobs.recovery import problem_of_exit, recover
 from peft_core.jobs.report import not_started, status_of
 from peft_core.jobs.store import Store
-from peft_core.results import Status, TrainingStatus
+from peft_core.results import Status, TrainingDataReport, TrainingStatus
 from peft_core.spec import BUNDLED, Base, TrainingConfig
 
 RUNNER = [sys.executable, "-P", "-m", "peft_core.jobs.runner"]
@@ -58,6 +58,16 @@ class JobService:
         self._store.insert(Job(job_id=job_id, project_id=project_id, request=request, created_at=now, updated_at=now))
         self._see_to_queue()
         return self.status(project_id, job_id)
+
+    def inspect(self, training_data: str | Sequence[Mapping[str, Any]], config: TrainingConfig) -> TrainingDataReport:
+        """What `submit` would do, without doing it.
+
+        Raises:
+            InvalidArgument, DataError, BaseModelError, StorageError: it would be refused.
+        """
+        from peft_core.jobs.inspection import inspect_training_data  # noqa: PLC0415 -- as in submit
+
+        return inspect_training_data(training_data, config, self._settings, self._measured_speed)
 
     def status(self, project_id: str, job_id: str | None = None) -> TrainingStatus:
         """The truth about the named job, or the project's latest. A job whose process is gone is found out here.
