@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PEERS  := .venv-peers
 
-.PHONY: demo test test-fast lint benchmark peers clean
+.PHONY: demo test test-fast lint fuzz benchmark peers clean
 
 demo: $(READY)  ## train an adapter on this project's own source, through the real stdio server
 	$(BIN)/python examples/demo.py
@@ -20,6 +20,14 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+FUZZ_S ?= 600
+
+fuzz: $(READY)  ## the parsers of untrusted files, coverage-guided, ten minutes each (Linux)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt atheris
+	@for target in gguf safetensors adapter_config; do \
+		$(BIN)/python tests/attacks/fuzz_headers.py $$target .fuzz/$$target -max_total_time=$(FUZZ_S) || exit 1; \
+	done
 
 benchmark: $(READY) peers  ## against peers, as ratios within one run (an hour and a half)
 	$(BIN)/python benchmarks/server_start.py

@@ -28,19 +28,21 @@ from typing import Any
 from peft_core.config import Settings
 from peft_core.events import EVENT, AdapterWritten, DatasetPrepared, JobFailed, RateLowered
 from peft_core.jobs.planning import plan
+from peft_core.recipe import MEASURED_RATE
 from peft_core.spec import BUNDLED, Frozen, TrainingConfig, TrainingTask
 
-NOW = TrainingConfig()
+NOW = TrainingConfig(learning_rate=MEASURED_RATE)
 DEFAULTS = "defaults"
 RECIPES: dict[str, dict[str, Any]] = {  # what differs from the defaults
     DEFAULTS: {},
-    "rate x0.5": {"learning_rate": 0.5 * NOW.learning_rate},
-    "rate x2": {"learning_rate": 2 * NOW.learning_rate},
+    "rate x0.5": {"learning_rate": 0.5 * MEASURED_RATE},
+    "rate x2": {"learning_rate": 2 * MEASURED_RATE},
     "plain LoRA, 2e-3": {"lora_plus_ratio": 1.0, "learning_rate": 2e-3},
     "LoRA+ 16": {"lora_plus_ratio": 16.0},
     "batch 2": {"batch_size": 2},
+    "batch 2, rate x0.7": {"batch_size": 2, "learning_rate": 0.5**0.5 * MEASURED_RATE},
     "batch 8": {"batch_size": 8},
-    "batch 8, rate x1.5": {"batch_size": 8, "learning_rate": 1.5 * NOW.learning_rate},
+    "batch 8, rate x1.4": {"batch_size": 8, "learning_rate": 2**0.5 * MEASURED_RATE},
     "warm-up 0": {"warmup_ratio": 0.0},
     "warm-up 0.1": {"warmup_ratio": 0.1},
     "cosine": {"lr_scheduler": "cosine"},

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from peft_core.paths import DataPaths
 
@@ -34,8 +35,20 @@ class Settings(BaseSettings):
             "'always', without looking at memory."
         ),
     ] = "if_it_fits"
+    keep_runs: Annotated[
+        int,
+        Field(ge=1, description="Ended trainings whose files, log and history are kept; older ones go, adapters stay."),
+    ] = 100
     launcher: Annotated[
         str | None, Field(description="Command that starts each training, for several GPUs: 'accelerate launch …'.")
+    ] = None
+    allowed_roots: Annotated[
+        tuple[Path, ...] | None,
+        NoDecode,
+        Field(
+            description="Directories, separated as in PATH: training data, adapters and base models are read from nowhere "
+            "else. Unset: from anywhere but places for credentials."
+        ),
     ] = None
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR"], Field(description="How much goes to stderr.")
@@ -45,6 +58,20 @@ class Settings(BaseSettings):
     @classmethod
     def _absolute(cls, value: Path) -> Path:
         return value.expanduser().resolve()  # one form of each path: they are compared
+
+    @field_validator("allowed_roots", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        return [part for part in value.split(os.pathsep) if part.strip()] or None if isinstance(value, str) else value
+
+    @field_validator("allowed_roots")
+    @classmethod
+    def _roots(cls, value: tuple[Path, ...] | None) -> tuple[Path, ...] | None:
+        roots = None if value is None else tuple(root.expanduser() for root in value)
+        for root in roots or ():
+            if not root.is_absolute():
+                raise ValueError(f"{root} is no absolute path")
+        return None if roots is None else tuple(root.resolve() for root in roots)
 
     @property
     def paths(self) -> DataPaths:

@@ -23,6 +23,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+MAX_MESSAGE = 1_500
+
 
 class ModelError(Exception):
     """Root of the family. `code` is stable; the message is for people."""
@@ -37,10 +39,10 @@ class ModelError(Exception):
         suggestions: Iterable[str] = (),
         details: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = readable(message)
+        super().__init__(self.message)
         self.code = code or type(self).code
-        self.suggestions = tuple(suggestions)
+        self.suggestions = tuple(map(readable, suggestions))
         self.details = dict(details or {})
 
     def to_dict(self) -> dict[str, Any]:
@@ -54,6 +56,15 @@ class ModelError(Exception):
 
     def __str__(self) -> str:
         return " ".join([self.message, *(s if s.endswith(".") else f"{s}." for s in self.suggestions)])
+
+
+def readable(text: str) -> str:
+    """Text that may quote what somebody gave us: printable, so that it cannot play with a terminal, and of bearable length."""
+    if len(text) > MAX_MESSAGE:
+        text = f"{text[: MAX_MESSAGE // 2]} … {text[-MAX_MESSAGE // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(character if character.isprintable() or character in "\n\t" else "?" for character in text)
 
 
 class InvalidArgument(ModelError):

@@ -49,7 +49,7 @@ class PEFTManager:
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
         self._jobs = JobService(self.settings)
-        self._registry = Registry(self.settings.paths)
+        self._registry = Registry(self.settings.paths, self.settings.allowed_roots)
         self._inference = InferenceService(self.settings, self._registry, self._jobs.base_of, self._training_need)
 
     async def train_adapter(

@@ -39,10 +39,7 @@ class TrainingConfig(Frozen):
         ),
     ] = None
     rank: Annotated[
-        int,
-        Field(
-            ge=1, le=512, description="LoRA rank r. Left out: from the size of the code base, 16 for most, up to 64."
-        ),
+        int, Field(ge=1, le=512, description="LoRA rank r. Left out: by the size of the code base, 16 for most.")
     ] = 16
     alpha: Annotated[
         float | None,
@@ -62,13 +59,14 @@ class TrainingConfig(Frozen):
         ),
     ] = "all-linear"
     learning_rate: Annotated[
-        float,
+        float | None,
         Field(
             gt=0,
             le=0.1,
-            description="Peak rate of LoRA A; B gets lora_plus_ratio times this. Lower it for large bases.",
+            description="Peak rate of LoRA A; B gets lora_plus_ratio times this. Null: 5e-4 for the bundled base, less for "
+            "larger ones.",
         ),
-    ] = 5e-4
+    ] = None
     lora_plus_ratio: Annotated[
         float, Field(ge=1, le=64, description="LoRA+: rate of B over rate of A. 1 is plain LoRA.")
     ] = 8.0
@@ -155,6 +153,13 @@ class TrainingConfig(Frozen):
     def lora_alpha(self) -> float:
         """Alpha with its default filled in."""
         return self.alpha if self.alpha is not None else 2.0 * self.rank
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Peak learning rates of LoRA A and of B, once `recipe.filled_in` has chosen the first."""
+        if self.learning_rate is None:
+            raise ValueError("learning_rate is still open")
+        return self.learning_rate, self.learning_rate * self.lora_plus_ratio
 
 
 class Segment(Frozen):

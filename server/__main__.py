@@ -43,8 +43,11 @@ def main() -> None:
             print(f"peft-mcp: {name} = {problem['input']!r} cannot be used: {problem['msg']}", file=sys.stderr)  # noqa: T201 -- stderr, before anything serves
         sys.exit(2)
     from server.app import build_server  # noqa: PLC0415 -- --help and --version need not import mcp
+    from server.leaving import leave_with_client  # noqa: PLC0415 -- likewise
 
-    build_server(settings).run("stdio")
+    server = build_server(settings)
+    leave_with_client(sys.stdin.fileno())
+    server.run("stdio")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -20,6 +18,7 @@ from peft_core.errors import ModelError
 from peft_core.manager import PEFTManager
 from peft_core.validation import refuse_unknown
 from server.errors import tool_error
+from server.leaving import leave_on_signal
 from server.resources import TrainingUpdates, add_adapter_resource, add_training_resource
 from server.tools import adapters, inference, training
 
@@ -61,7 +60,7 @@ def build_server(settings: Settings) -> PEFTServer:
     @asynccontextmanager
     async def lifespan(_: MCPServer[PEFTManager]) -> AsyncIterator[PEFTManager]:
         async with PEFTManager(settings) as manager, anyio.create_task_group() as group:
-            group.start_soon(_leave_on_signal)
+            group.start_soon(leave_on_signal)
             group.start_soon(updates.tell, manager)
             yield manager
             group.cancel_scope.cancel()
@@ -78,13 +77,3 @@ def build_server(settings: Settings) -> PEFTServer:
     add_training_resource(server, updates)
     add_adapter_resource(server)
     return server
-
-
-async def _leave_on_signal() -> None:
-    """End at once. The thread that reads stdin cannot be woken, so an orderly return would wait for the client.
-
-    Nothing is lost: jobs belong to the runner, which is a process of its own.
-    """
-    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for received in signals:
-            os._exit(128 + received)

@@ -46,13 +46,16 @@ class TrainingUpdates:
     async def tell(self, manager: PEFTManager) -> None:
         """Until cancelled: publish each change of a job to its subscribers."""
         cursor: int | None = None
+        warned = ""
         while True:
             try:
                 await manager.tend()  # a job whose process was killed changes only when somebody finds out
                 cursor, changed = await manager.changed_jobs(cursor)
+                warned = ""
             except ModelError as error:
-                log.warning("cannot look for changed jobs: %s", error.message)
-                changed = []
+                if error.message != warned:  # once, not every second for as long as a disk is full
+                    log.warning("cannot look for changed jobs: %s", error.message)
+                changed, warned = [], error.message
             for job_id in changed:
                 uri = f"training://{job_id}"
                 await self.bus.publish(ResourceUpdated(uri=uri))

@@ -92,7 +92,7 @@ def _data(manifest: Manifest) -> str:
 def _training(manifest: Manifest) -> str:
     run, config = manifest.run, manifest.run.config
     scaling = "alpha/sqrt(rank)" if config.use_rslora else "alpha/rank"
-    rates = f"{config.learning_rate:g} for A and {config.learning_rate * config.lora_plus_ratio:g} for B"
+    rates = "{:g} for A and {:g} for B".format(*config.rates)
     lines = [
         f"- LoRA rank {config.rank}, alpha {config.lora_alpha:g}, scaled by {scaling}; dropout {config.dropout:g}",
         f"- modules: {', '.join(run.target_modules)}",

@@ -9,21 +9,23 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from peft_core.adapters.manifest import CONFIG, MANIFEST_NAME, WEIGHTS, Manifest, read_manifest
 from peft_core.errors import AdapterNotFound
 from peft_core.paths import DataPaths
+from peft_core.places import require_allowed
 from peft_core.results import AdapterSummary, DeletedAdapter
 
 
 class Registry:
     """The published adapters of one data directory."""
 
-    def __init__(self, paths: DataPaths) -> None:
+    def __init__(self, paths: DataPaths, allowed_roots: Sequence[Path] | None = None) -> None:
         self._paths = paths
+        self._allowed_roots = allowed_roots  # for adapters that were not trained here; None: everywhere
 
     def publish(self, draft: Path, project_id: str, adapter_id: str) -> Path:
         """Move a complete adapter from `draft` into the project and make it the current one.
@@ -110,11 +112,14 @@ class Registry:
 
         Raises:
             AdapterNotFound: neither; names the projects that have adapters.
+            InvalidArgument: it lies outside of the allowed roots.
         """
         with suppress(OSError, RuntimeError, ValueError):  # names too long, homes of nobody, NUL bytes: not found, too
             if os.sep not in adapter_path and self._paths.current(adapter_path).is_dir():
                 return self._paths.current(adapter_path).resolve()
             path = Path(adapter_path).expanduser()
+            if path.is_absolute():
+                require_allowed("adapter_path", path, self._allowed_roots, also=[self._paths.projects])
             if path.is_absolute() and path.is_dir():
                 return path.resolve()
             if path.is_absolute() and path.is_file():

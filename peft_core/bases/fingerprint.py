@@ -105,7 +105,7 @@ def architecture_hash(config: Mapping[str, Any], shapes: Mapping[str, tuple[int,
         "head_dim": config.get("head_dim") or (hidden // heads if heads and hidden else None),
         "rms_norm_eps": f"{config.get('rms_norm_eps') or 0:.6g}",  # GGUF has it in 32 bits
         # transformers < 5 kept it beside the scaling, transformers 5 inside
-        "rope_theta": float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
+        "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
         "rope_type": rope.get("rope_type", rope.get("type", "default")),
     }
     tensors = sorted((name, list(shape)) for name, shape in shapes.items())

@@ -41,6 +41,8 @@ MAX_HEADER_BYTES = 128 << 20
 MAX_PAIRS = 1 << 16
 MAX_TENSORS = 1 << 17
 MAX_ARRAY_ITEMS = 4_000_000  # of all arrays of one file: 262k tokens are the largest vocabularies, merges twice that
+MAX_TEXT_BYTES = 1 << 20  # of one text that is kept; a longer one (a whole tokenizer.json) is skipped
+MAX_KEPT_BYTES = 16 << 20  # of all texts that are kept, keys and names among them
 MAX_KEY_BYTES = (1 << 16) - 1
 MAX_NAME_BYTES = 256
 MAX_DIMENSIONS = 4
@@ -50,7 +52,7 @@ MAX_ELEMENTS = 1 << 48
 
 @dataclass(frozen=True, slots=True)
 class ArrayInfo:
-    """An array that was skipped. `kind` is GGUF's number of the element type."""
+    """An array that was skipped, or a text as long as one. `kind` is GGUF's number of the element type."""
 
     kind: int
     count: int
@@ -138,23 +140,30 @@ def _placed(entries: list[TensorInfo], data_start: int, alignment: int, reader: 
 
 
 class _Reader:
-    """A cursor over the beginning of a file; reads more of it when asked for more, never beyond its end."""
+    """A cursor over the beginning of a file. In memory is the piece that is being read, never the header whole."""
 
     def __init__(self, descriptor: int, path: Path) -> None:
         self.size = os.fstat(descriptor).st_size
         self.position = 0
         self._descriptor = descriptor
         self._path = path
-        self._buffer = bytearray()
+        self._buffer = b""
+        self._start = 0  # of the buffer, in the file
         self._items_left = MAX_ARRAY_ITEMS
+        self._kept_left = MAX_KEPT_BYTES
 
     def error(self, problem: str) -> HeaderError:
         return HeaderError(self._path, problem)
 
     def take(self, size: int) -> bytes:
         self._need(size)
+        begin = self.position - self._start
         self.position += size
-        return bytes(self._buffer[self.position - size : self.position])
+        return self._buffer[begin : begin + size]
+
+    def skip(self, size: int) -> None:
+        self.position += size
+        self._check_end(self.position)
 
     def u32(self) -> int:
         return int.from_bytes(self.take(4), "little")
@@ -162,16 +171,26 @@ class _Reader:
     def u64(self) -> int:
         return int.from_bytes(self.take(8), "little")
 
-    def string(self, limit: int = MAX_HEADER_BYTES) -> str:
-        size = self.u64()
+    def string(self, limit: int = MAX_TEXT_BYTES) -> str:
+        return self._text(self.u64(), limit)
+
+    def _text(self, size: int, limit: int = MAX_TEXT_BYTES) -> str:
         if size > limit:
             raise self.error(f"a string of {size} bytes is longer than the {limit} that are read")
+        self._kept_left -= size
+        if self._kept_left < 0:
+            raise self.error(f"its texts have more than the {MAX_KEPT_BYTES} bytes that are kept")
         # Not strict: llama.cpp is not either, and a stray byte in a description is no reason to refuse a model.
         return self.take(size).decode("utf-8", "replace")
 
     def value(self, *, keep: bool) -> Value:
         kind = self.u32()
-        return self._array(keep=keep) if kind == _ARRAY else self._single(kind)
+        if kind == _ARRAY:
+            return self._array(keep=keep)
+        if kind == _STRING and (size := self.u64()) > MAX_TEXT_BYTES:
+            self.skip(size)
+            return ArrayInfo(_STRING, size)
+        return self._text(size) if kind == _STRING else self._single(kind)
 
     def tensor(self) -> TensorInfo:
         """One entry; its `start` is relative to the data."""
@@ -212,31 +231,33 @@ class _Reader:
         if kind == _STRING:
             self._skip_strings(count)
         else:
-            size = count * _SCALARS[kind].size
-            self._need(size)
-            self.position += size
+            self.skip(count * _SCALARS[kind].size)
         return ArrayInfo(kind, count)
 
     def _skip_strings(self, count: int) -> None:
         """Pass over `count` strings: the one hot loop, hence the local names."""
-        unpack, position, available = _U64.unpack_from, self.position, len(self._buffer)
+        unpack, position, available = _U64.unpack_from, self.position - self._start, len(self._buffer)
         for _ in range(count):
             if position + 8 > available:
-                self.position = position
+                self.position = self._start + position
                 self._need(8)
-                available = len(self._buffer)
+                position, available = self.position - self._start, len(self._buffer)
             position += 8 + unpack(self._buffer, position)[0]
-        self.position = position
-        self._need(0)
+        self.position = self._start + position
+        self._check_end(self.position)
 
     def _need(self, size: int) -> None:
+        """Have so many bytes from the cursor on in the buffer."""
         end = self.position + size
-        missing = end - len(self._buffer)
-        if missing <= 0:
+        if end <= self._start + len(self._buffer):
             return
+        self._check_end(end)
+        self._start = self.position
+        more = min(max(size, _CHUNK), self.size - self._start)
+        self._buffer = read_exactly(self._descriptor, more, self._start, self._path)
+
+    def _check_end(self, end: int) -> None:
         if end > self.size:
             raise self.error("ends inside its header; it was truncated")
         if end > MAX_HEADER_BYTES:
             raise self.error(f"its header is longer than the {MAX_HEADER_BYTES} bytes that are read")
-        start = len(self._buffer)
-        self._buffer += read_exactly(self._descriptor, min(max(missing, _CHUNK), self.size - start), start, self._path)

@@ -18,7 +18,10 @@ class HeaderError(ModelError):
     code = "bad_weights_file"
 
     def __init__(self, path: Path, problem: str, *, code: str | None = None) -> None:
-        super().__init__(f"{path.name}: {problem.rstrip('.')}.", code=code, details={"path": str(path)})
+        fix = "Fetch the file itself with `git lfs pull`" if code == "git_lfs_pointer" else "Fetch the file again"
+        super().__init__(
+            f"{path.name}: {problem.rstrip('.')}.", code=code, suggestions=(fix,), details={"path": str(path)}
+        )
         self.problem = problem
 
 
@@ -86,6 +89,16 @@ def read_small(path: Path, limit: int) -> bytes:
         if size > limit:
             raise HeaderError(path, f"has {size} bytes, more than the {limit} that are read")
         return read_exactly(descriptor, size, 0, path)
+
+
+def refuse_json_bomb(raw: bytes, path: Path, most_values: int) -> None:
+    """That JSON stays small when it is parsed: a megabyte of empty lists takes twenty-five in memory.
+
+    Raises:
+        HeaderError: it may hold more than `most_values` names, values and containers.
+    """
+    if sum(raw.count(mark) for mark in (b"[", b"{", b",", b":")) > most_values:
+        raise HeaderError(path, f"its JSON holds more than the {most_values} names and values that are read")
 
 
 def _reason(error: OSError) -> str:

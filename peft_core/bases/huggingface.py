@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft_core.bases.header import TensorInfo
+from peft_core.bases.header import TensorInfo, refuse_json_bomb
 from peft_core.bases.layout import Checkpoint, a_few, model_shape, unusable
 from peft_core.bases.safetensors import read_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_JSON_BYTES = 32 << 20  # the index of a very large model has a few megabytes
+MAX_JSON_VALUES = 1_000_000
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
@@ -82,6 +84,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         BaseModelError: unreadable, too large, or something else.
+        HeaderError: small, and large when it is parsed.
     """
     try:
         with path.open("rb") as file:
@@ -90,6 +93,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise unusable(path.parent, f"{path.name} cannot be read ({error.strerror})") from error
     if len(raw) > MAX_JSON_BYTES:
         raise unusable(path.parent, f"{path.name} is larger than {MAX_JSON_BYTES} bytes")
+    refuse_json_bomb(raw, path, MAX_JSON_VALUES)
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -125,7 +129,25 @@ def _config(path: Path) -> dict[str, Any]:
         raise unusable(path, f"it is quantised ({method or 'unknown method'})", _UNQUANTISED)
     if not isinstance(config.get("model_type"), str):
         raise unusable(path, "its config.json names no model_type", _download_again(path))
+    odd = _odd_settings(config)
+    if odd:
+        raise unusable(path, f"its config.json has no usable {a_few(odd)}", _download_again(path))
     return config
+
+
+def _odd_settings(config: Mapping[str, Any]) -> list[str]:
+    """Settings that are computed with, and are no numbers."""
+    ropes = {name: config.get(name) or {} for name in ("rope_parameters", "rope_scaling")}
+    odd = [name for name, rope in ropes.items() if not isinstance(rope, dict)]
+    numbers = {name: config.get(name) for name in ("rms_norm_eps", "rope_theta", "head_dim")}
+    for rope in ropes.values():
+        if isinstance(rope, dict) and "rope_theta" in rope:
+            numbers["rope_theta in the rotary embedding"] = rope["rope_theta"]
+    return odd + [name for name, value in numbers.items() if value is not None and not _is_number(value)]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e30  # NaN is not, either
 
 
 def _no_config(path: Path) -> Exception:

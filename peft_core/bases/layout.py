@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,19 @@ class Checkpoint:
     pre_tokenizer: str | None = None  # GGUF's name of the rule that splits text before BPE
 
 
+# Far above every real model; what is beyond would only make somebody build it.
+MOST = {
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "num_hidden_layers": 1 << 10,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "vocab_size": 1 << 22,
+    "max_position_embeddings": 1 << 30,
+}
+_NUMBERED = re.compile(r"\.(\d{1,6})\.", re.ASCII)
+
+
 def unusable(path: Path, reason: str, *suggestions: str) -> BaseModelError:
     """The error for a base that was found but cannot be worked with."""
     return BaseModelError(
@@ -59,12 +73,17 @@ def model_shape(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tupl
         "vocab_size": config.get("vocab_size"),
         "max_position_embeddings": config.get("max_position_embeddings"),
     }
-    wrong = [name for name, value in numbers.items() if type(value) is not int or value < 1]
+    wrong = [name for name, value in numbers.items() if type(value) is not int or not 1 <= value <= MOST[name]]
     if wrong:
         raise unusable(
             path,
             f"its configuration has no usable {', '.join(wrong)}",
             "Use a model of the Llama, Qwen2, Qwen3, Mistral or a similar decoder family",
+        )
+    layers = 1 + max((int(match[1]) for name in shapes if (match := _NUMBERED.search(name))), default=-1)
+    if config["num_hidden_layers"] > layers:
+        raise unusable(
+            path, f"its configuration has {numbers['num_hidden_layers']} layers, its weights {layers}", "Fetch it again"
         )
     return ModelShape(
         parameters=sum(math.prod(shape) for shape in shapes.values()),

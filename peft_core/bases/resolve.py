@@ -14,6 +14,7 @@ from peft_core.bases.fingerprint import fingerprint
 from peft_core.bases.hub_cache import (
     HubRef,
     Snapshot,
+    cache_directory,
     cached_models,
     download,
     find_snapshot,
@@ -23,6 +24,7 @@ from peft_core.bases.hub_cache import (
 )
 from peft_core.config import Settings
 from peft_core.errors import BaseModelError, InvalidArgument
+from peft_core.places import require_allowed
 from peft_core.spec import BUNDLED, Base
 
 BUNDLED_NAME = "SmolLM2-135M-Instruct"
@@ -48,6 +50,9 @@ def resolve(ref: str | None, settings: Settings) -> Base:
     wanted = (wanted or "").strip()
     if wanted == BUNDLED:
         return _base(BUNDLED, bundled_path(), BUNDLED_NAME)
+    path = _path(wanted)
+    if ref is not None and path is not None and (_looks_like_path(wanted) or _existing_path(wanted)):
+        require_allowed(field, path.absolute(), settings.allowed_roots, also=_always_allowed(settings))
     path = _existing_path(wanted)
     if path is not None:
         return _from_path(wanted, path, field)
@@ -73,6 +78,17 @@ def candidates(name: str, revision: str | None, settings: Settings) -> Iterator[
     if settings.default_base_model is not None:
         yield functools.partial(resolve, None, settings.model_copy(update={"allow_downloads": False}))
     yield functools.partial(resolve, BUNDLED, settings)
+
+
+def _always_allowed(settings: Settings) -> list[Path]:
+    """Where bases lie that the user, not a request, has put there or named."""
+    default = _path(settings.default_base_model or "")
+    bundled = importlib.util.find_spec(_BUNDLED_PACKAGE)
+    return [
+        cache_directory(),
+        *([default.absolute()] if default is not None else []),
+        *map(Path, (bundled.submodule_search_locations or ()) if bundled is not None else ()),
+    ]
 
 
 def bundled_path() -> Path:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from peft_core.bases.header import HeaderError, TensorInfo, open_regular, read_exactly
+from peft_core.bases.header import HeaderError, TensorInfo, open_regular, read_exactly, refuse_json_bomb
 
 # Bits per element. Sub-byte types exist in the format; a tensor of them must fill whole bytes.
 DTYPE_BITS = {
@@ -32,9 +32,14 @@ class HeaderLimits:
     header_bytes: int
     tensors: int
 
+    @property
+    def json_values(self) -> int:
+        """An entry has some fifteen names, values and containers; metadata has some, too."""
+        return 20 * self.tensors + 20_000
+
 
 ADAPTER_LIMITS = HeaderLimits(header_bytes=8 << 20, tensors=20_000)
-BASE_LIMITS = HeaderLimits(header_bytes=64 << 20, tensors=200_000)
+BASE_LIMITS = HeaderLimits(header_bytes=32 << 20, tensors=100_000)
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ def header_of(opened: int | bytes, path: Path, *, limits: HeaderLimits = BASE_LI
     if length > limits.header_bytes:
         raise HeaderError(path, f"its header has {length} bytes, more than the {limits.header_bytes} that are read")
     raw = read(length, 8)
+    refuse_json_bomb(raw, path, limits.json_values)
     entries = _parse_json(raw, path)
     metadata = _metadata(entries.pop("__metadata__", {}), path)
     if len(entries) > limits.tensors:

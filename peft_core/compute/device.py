@@ -14,6 +14,8 @@ from peft_core.spec import DeviceName
 
 ChosenDevice = Literal["mps", "cuda", "cpu"]
 
+_MPS_MULTIPLE = 256  # tokens: two shapes at the default max_length, and about a tenth of the work for nothing
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -101,6 +103,11 @@ def device_memory_bytes(device: torch.device) -> int:
             return torch.mps.driver_allocated_memory()
         case _:
             return 0
+
+
+def fixed_shapes(device: torch.device) -> int | None:
+    """What numbers of tokens must be multiples of: MPS's allocator keeps a pool for each shape, so there are to be few."""
+    return _MPS_MULTIPLE if device.type == "mps" else None
 
 
 def release_cache(device: torch.device) -> None:

@@ -55,12 +55,14 @@ _KEY_BEGINS = re.compile(r"BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY|PuTTY-User-Key-File-
 _KEY_ENDS = re.compile(r"END [A-Z0-9 ]{0,40}PRIVATE KEY|Private-MAC:")
 # What may stand between the two: base64 (in a string, too), header lines, nothing. Code that only names the marker goes on.
 _KEY_MATERIAL = re.compile(r"[A-Za-z0-9+/=]{16,}|^\W*[A-Za-z0-9+/=]*\W*$|^\W*[A-Za-z-]+: ")
+_PIECE = 2_048  # characters; half of it is longer than what a detector needs to see of a value
+_MOST_SEARCHED = 1_000  # values that are looked for elsewhere in their file
 _KEY_ROWS = 200  # a key that never ends is as long as the longest that does
 
 # password = "…" is taken for a secret only when the literal looks drawn by lot: most such literals in code are names of
 # fields, prompts and test words.
 _ASSIGNED = re.compile(
-    r"""(?:passw(?:or)?d|passphrase|secret|token|api_?key|access_?key|auth_?key|private_?key|credential)s?\w*["']?\]?
+    r"""(?:passw(?:or)?d|passphrase|secret|token|api_?key|access_?key|auth_?key|private_?key|credential)s?\w{0,40}["']?\]?
         \s*(?:=|:|:=|=>|,)\s*[bruf]{0,2}["']([A-Za-z0-9+/=_.!@\#$%^&*~-]{16,200})["']""",
     re.IGNORECASE | re.VERBOSE,
 )
@@ -88,22 +90,26 @@ def redacted(lines: Sequence[str]) -> tuple[list[str], list[Finding]]:
     text = "".join(lines)
     found: dict[int, str] = dict.fromkeys(_private_key_rows(lines, text), "Private Key")
     starts: list[int] = []  # of rows in the text
+    searched: set[str] = set()
     for detector in _detectors():
         if detector.may_match(text):
             starts = starts or [0, *accumulate(map(len, lines))]
             for row, value in _values(detector, lines, text, starts):
                 found.setdefault(row, detector.type)
-                # The same value again, where nothing around it gives it away.
-                for other in _rows_with(value, lines, text):
-                    found.setdefault(other, detector.type)
+                if value not in searched and len(searched) < _MOST_SEARCHED:
+                    # The same value again, where nothing around it gives it away.
+                    searched.add(value)
+                    for other in _rows_with(value, lines, text):
+                        found.setdefault(other, detector.type)
     clean = ["\n" if row in found else line for row, line in enumerate(lines)] if found else list(lines)
     return clean, [Finding(row, found[row]) for row in sorted(found)]
 
 
 def _values(detector: _Detector, lines: Sequence[str], text: str, starts: Sequence[int]) -> Iterator[tuple[int, str]]:
     for row in sorted({row for marker in detector.markers for row in _rows_of(marker, text, starts)}):
-        for value in detector.values(lines[row]):
-            yield row, value
+        for piece in _pieces(lines[row]):
+            for value in detector.values(piece):
+                yield row, value
 
 
 def _rows_of(marker: str, text: str, starts: Sequence[int]) -> Iterator[int]:
@@ -113,6 +119,15 @@ def _rows_of(marker: str, text: str, starts: Sequence[int]) -> Iterator[int]:
         row = bisect_right(starts, at) - 1
         yield row
         at = text.find(marker, starts[row + 1])
+
+
+def _pieces(line: str) -> Iterator[str]:
+    """A line, a long one in pieces that overlap: some of the detectors take the square of its length."""
+    if len(line) <= _PIECE:
+        yield line
+        return
+    for start in range(0, len(line), _PIECE // 2):
+        yield line[start : start + _PIECE]
 
 
 def _rows_with(value: str, lines: Sequence[str], text: str) -> list[int]:

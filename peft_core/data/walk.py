@@ -6,6 +6,7 @@ and a directory that is not entered counts as one thing left out, for counting i
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat
 from collections import Counter
@@ -59,8 +60,12 @@ def walk(root: Path) -> Tree:
 def _listed(root: Path, names: list[str], left_out: Counter[str]) -> Iterator[File]:
     if len(names) > MAX_ENTRIES:
         raise _too_many(root)
+    inside = _Inside(root)
     for name in names:
         *directories, last = name.split("/")
+        if not inside.holds(name):
+            left_out[Reason.SYMLINK] += 1
+            continue
         reason = next((reason for part in directories if (reason := classify_directory(part, by_git=True))), None)
         verdict = reason or classify(last)
         if isinstance(verdict, Reason):
@@ -84,6 +89,23 @@ def _listed(root: Path, names: list[str], left_out: Counter[str]) -> Iterator[Fi
         yield File(path=path, name=name, language=verdict, size=status.st_size)
 
 
+class _Inside:
+    """Whether names lead to below a root. Git's list is the repository's word: it may name what lies behind a link."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = os.path.realpath(root)
+        self._known: dict[str, bool] = {"": True}
+
+    def holds(self, name: str) -> bool:
+        directory = name.rpartition("/")[0]
+        if name.startswith("/"):
+            return False
+        if directory not in self._known:
+            path = os.path.join(self._root, directory)  # noqa: PTH118 - as many as there are directories
+            self._known[directory] = os.path.realpath(path) == path
+        return self._known[directory]
+
+
 def _scanned(root: Path, left_out: Counter[str]) -> Iterator[File]:
     seen = 0
     waiting: list[tuple[str, Rules]] = [("", ())]
@@ -91,7 +113,7 @@ def _scanned(root: Path, left_out: Counter[str]) -> Iterator[File]:
         directory, rules = waiting.pop()
         try:
             with os.scandir(root / directory) as listing:
-                entries = list(listing)
+                entries = list(itertools.islice(listing, MAX_ENTRIES + 1 - seen))
         except OSError:
             left_out[Reason.UNREADABLE] += 1
             continue

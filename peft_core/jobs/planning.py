@@ -23,6 +23,8 @@ from peft_core.jobs.advice import advise
 from peft_core.jobs.model import JobRequest
 from peft_core.jobs.store import unwritable
 from peft_core.machine import available_memory_bytes, cpu_multiplies_bfloat16, expected_device
+from peft_core.places import require_training_place
+from peft_core.recipe import filled_in
 from peft_core.spec import Base, Execution, SourceSummary, TrainingConfig
 
 MARGIN_BYTES = 200 << 20  # disk space that is left to others
@@ -42,6 +44,8 @@ def plan(
         InvalidArgument, DataError, BaseModelError, StorageError: it cannot be done, and why.
     """
     device = _device(config)
+    if isinstance(training_data, str):
+        _require_place(training_data, settings)
     base = resolve(config.base_model, settings)
     found = inspect(training_data, held_out_fraction=config.held_out_fraction, max_length=config.max_length)
     if found.needs_chat_template and not base.has_chat_template:
@@ -54,6 +58,7 @@ def plan(
     measured = measured_speed(base, device)
     config, chosen = advise(config, base.shape, found, tokens_per_second(base, device, measured)[0])
     _check_fit(config, base)
+    config = filled_in(config, base.shape)
     execution, cost = _choose_execution(config, base, device, settings.max_memory_mb)
     planned = estimate(config, base, found, device, execution, measured_tokens_per_second=measured)
     planned = planned.model_copy(update={"basis": planned.basis + cost, "chosen": chosen})
@@ -68,6 +73,14 @@ def plan(
         estimate=planned,
         execution=execution,
     )
+
+
+def _require_place(training_data: str, settings: Settings) -> None:
+    try:
+        path = Path(training_data).expanduser().absolute()
+    except RuntimeError:  # a home directory that is not known; the inspection says so
+        return
+    require_training_place(path, data_dir=settings.data_dir, allowed_roots=settings.allowed_roots)
 
 
 def write_source(request: JobRequest, training_data: TrainingData, records: Path) -> JobRequest:
@@ -140,7 +153,7 @@ def _choose_execution(
     if smallest > limit_mb << 20:
         advice = f"Training {base.name} takes {_mb(smallest)} MB at least: use a smaller base_model"
     else:
-        lower = "max_length" if config.max_length > MICRO_TOKENS else "rank"
+        lower = "max_length" if config.max_length > MICRO_TOKENS[device] else "rank"
         advice = f"Lower {lower}, or have the limit raised to {_mb(lean)}"
     raise InvalidArgument(
         field,

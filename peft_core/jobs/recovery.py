@@ -8,24 +8,43 @@ from pathlib import Path
 from peft_core.adapters.manifest import read_manifest
 from peft_core.adapters.registry import Registry
 from peft_core.events import Event, JobCancelled, JobCompleted, JobInterrupted
-from peft_core.jobs.store import Store
+from peft_core.jobs.model import Job
+from peft_core.jobs.store import Store, unwritable
 from peft_core.results import Problem, Status
 
 
 def recover(store: Store, registry: Registry) -> None:
-    """Give every job that says "in progress" the end that it had. Only for a holder of the work lock: it works alone."""
+    """Give every job that says "in progress" the end that it had. Only for a holder of the work lock: it works alone.
+
+    Raises:
+        StorageError: the data directory cannot be written; it is tried again the next time.
+    """
     for job in store.in_state(Status.IN_PROGRESS):
-        published = registry.published(job.project_id, job.job_id)
-        manifest = read_manifest(published) if published else None
         event: Event
-        if published and manifest:
-            registry.publish(published, job.project_id, job.job_id)
-            event = JobCompleted(adapter_path=str(published), metrics=manifest.metrics)
+        if completed := completed_by(job, registry):
+            event = completed
         elif store.cancel_requested(job.job_id):
             event = JobCancelled()
         else:
             event = JobInterrupted(reason="The process that ran this job is gone (killed, or the machine went down).")
         store.append(job.job_id, event)
+
+
+def completed_by(job: Job, registry: Registry) -> JobCompleted | None:
+    """What makes a job completed is its published adapter, whatever happened to the process that published it.
+
+    Raises:
+        StorageError: it cannot be made the current one.
+    """
+    published = registry.published(job.project_id, job.job_id)
+    manifest = read_manifest(published) if published else None
+    if published is None or manifest is None:
+        return None
+    try:
+        registry.publish(published, job.project_id, job.job_id)
+    except OSError as error:
+        raise unwritable(published.parent, error) from error
+    return JobCompleted(adapter_path=str(published), metrics=manifest.metrics)
 
 
 def problem_of_exit(code: int, log_path: Path, *, what: str = "training process") -> Problem:

@@ -1,6 +1,6 @@
 """The runner: a detached process without torch that works the queue off, one training at a time.
 
-    python -m peft_core.jobs.runner DATA_DIR LOG_LEVEL LAUNCHER
+    python -m peft_core.jobs.runner SETTINGS_AS_JSON
 
 It holds the work lock, gives each job to a training child of its own, and turns what the child says (JSON lines), how it
 ended (exit code, signal) and what it did not say into events. It is the only writer of running jobs. When the queue is
@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import anyio
 import structlog
@@ -28,7 +27,8 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 from peft_core import logs
 from peft_core.adapters.registry import Registry
 from peft_core.adapters.verify import verify
-from peft_core.errors import ModelError
+from peft_core.config import Settings
+from peft_core.errors import ModelError, StorageError
 from peft_core.events import (
     EVENT,
     AdapterWritten,
@@ -42,9 +42,10 @@ from peft_core.events import (
 )
 from peft_core.jobs.lock import WorkLock
 from peft_core.jobs.model import IllegalTransition, Job
-from peft_core.jobs.recovery import problem_of_exit, recover
+from peft_core.jobs.pruning import prune
+from peft_core.jobs.recovery import completed_by, problem_of_exit, recover
 from peft_core.jobs.store import Store
-from peft_core.paths import DataPaths, JobPaths
+from peft_core.paths import JobPaths
 from peft_core.results import Phase, Problem, Status
 from peft_core.spec import TrainingTask
 
@@ -58,29 +59,29 @@ ASKED_TO_STOP = 143  # exit code of a child that left on SIGTERM, its checkpoint
 log = structlog.get_logger()
 
 
-def run(paths: DataPaths, log_level: str, launcher: str = "") -> None:
-    """Work until the queue is empty, or somebody else does. `launcher` is the setting of that name."""
+def run(settings: Settings) -> None:
+    """Work until the queue is empty, or somebody else does."""
+    paths = settings.paths
     store = Store(paths.database, time.time)
     registry = Registry(paths)
     lock = WorkLock(paths.runner_lock)
     while lock.acquire(LOCK_PATIENCE_S):
         with lock:
             recover(store, registry)
-            stopped = anyio.run(Runner(store, registry, paths, lock, log_level=log_level, launcher=launcher).drain)
+            stopped = anyio.run(Runner(store, registry, lock, settings).drain)
         if stopped or not store.in_state(Status.QUEUED):
             return
 
 
 class Runner:
-    def __init__(
-        self, store: Store, registry: Registry, paths: DataPaths, lock: WorkLock, *, log_level: str, launcher: str
-    ) -> None:
+    def __init__(self, store: Store, registry: Registry, lock: WorkLock, settings: Settings) -> None:
         self._store = store
         self._registry = registry
-        self._paths = paths
+        self._paths = settings.paths
         self._lock = lock
-        self._log_level = log_level
-        self._launcher = shlex.split(launcher)
+        self._log_level = settings.log_level
+        self._keep_runs = settings.keep_runs
+        self._launcher = shlex.split(settings.launcher or "")
         self._stopping = False
 
     async def drain(self) -> bool:
@@ -93,6 +94,7 @@ class Runner:
                 except IllegalTransition:
                     continue  # cancelled between the look and the start
                 await self._run(job)
+                prune(self._store, self._registry, self._paths, keep=self._keep_runs)
             group.cancel_scope.cancel()
         return self._stopping
 
@@ -105,10 +107,11 @@ class Runner:
             event = self._outcome(job, paths, last_word, code)
         except Exception as error:  # noqa: BLE001 -- the edge of a job, which must not stay "in progress" whatever happens
             bound.exception("runner failed")
-            event = JobFailed(error=problem_of(error))
+            # Raising here leaves the job to whoever looks next: what cannot be recorded cannot be told.
+            event = completed_by(job, self._registry) or JobFailed(error=problem_of(error))
         self._store.append(job.job_id, event)
         if isinstance(event, JobCompleted):
-            shutil.rmtree(paths.checkpoint, ignore_errors=True)  # a completed job is never resumed
+            clean_up(paths)
         bound.info("ended", outcome=event.kind)
 
     async def _train(self, job: Job, paths: JobPaths) -> tuple[Event | None, int]:
@@ -143,12 +146,17 @@ class Runner:
                 },
                 pass_fds=[self._lock.descriptor],
             )
-        async with process, anyio.create_task_group() as group:
-            group.start_soon(self._end_when_asked, job.job_id, process)
-            assert process.stdout is not None  # noqa: S101 -- it was asked for as a pipe
-            last_word = await self._follow(job.job_id, process.stdout)
-            code = await process.wait()
-            group.cancel_scope.cancel()
+        async with process:
+            try:
+                async with anyio.create_task_group() as group:
+                    group.start_soon(self._end_when_asked, job.job_id, process)
+                    assert process.stdout is not None  # noqa: S101 -- it was asked for as a pipe
+                    last_word = await self._follow(job.job_id, process.stdout)
+                    code = await process.wait()
+                    group.cancel_scope.cancel()
+            except BaseException:  # whatever it was, nobody follows this child any more
+                await _end(process)
+                raise
         return last_word, code
 
     async def _follow(self, job_id: str, stream: ByteReceiveStream) -> Event | None:
@@ -197,20 +205,39 @@ class Runner:
         return JobCompleted(adapter_path=str(published), metrics=written.metrics)
 
     async def _end_when_asked(self, job_id: str, process: Process) -> None:
-        """Wait for a request to cancel, or to stop; then SIGTERM, and SIGKILL when it does not help."""
+        """Wait for a request to cancel, or to stop; then end the child.
+
+        Raises:
+            StorageError: the data directory was removed; others may be working in a new one of that name.
+        """
         while not (self._stopping or self._store.cancel_requested(job_id)):  # noqa: ASYNC110 -- set by other processes
             await anyio.sleep(LOOK_S)
-        with suppress(ProcessLookupError):
-            process.terminate()
-        await anyio.sleep(GRACE_S)
-        log.warning("child did not end in time", job_id=job_id, grace_s=GRACE_S)
-        with suppress(ProcessLookupError):
-            process.kill()
+            if not self._lock.still_there:
+                raise StorageError(f"The data directory {self._paths.root} was removed.", code="data_directory_gone")
+        await _end(process)
 
     async def _stop_on_signal(self) -> None:
         with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async for _ in signals:
                 self._stopping = True
+
+
+async def _end(process: Process) -> None:
+    """SIGTERM, and SIGKILL when it does not help."""
+    with anyio.CancelScope(shield=True):
+        with suppress(ProcessLookupError):
+            process.terminate()
+        with anyio.move_on_after(GRACE_S):
+            await process.wait()
+            return
+        log.warning("child did not end in time", grace_s=GRACE_S)
+        with suppress(ProcessLookupError):
+            process.kill()
+
+
+def clean_up(paths: JobPaths) -> None:
+    """Of a completed job, which is never resumed."""
+    shutil.rmtree(paths.checkpoint, ignore_errors=True)
 
 
 def problem_of(error: Exception) -> Problem:
@@ -225,7 +252,11 @@ def problem_of(error: Exception) -> Problem:
     )
 
 
+def main(arguments: list[str]) -> None:
+    settings = Settings.model_validate_json(arguments[0])
+    logs.configure(settings.log_level)
+    run(settings)
+
+
 if __name__ == "__main__":
-    data_dir, log_level, launcher = sys.argv[1:]
-    logs.configure(log_level)
-    run(DataPaths(Path(data_dir)), log_level, launcher)
+    main(sys.argv[1:])

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, BinaryIO
 
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
@@ -22,11 +22,12 @@ from peft_core.jobs.lock import WorkLock
 from peft_core.jobs.model import RESUMABLE, Job
 from peft_core.jobs.recovery import problem_of_exit, recover
 from peft_core.jobs.report import not_started, status_of
-from peft_core.jobs.store import Store
+from peft_core.jobs.store import Store, unwritable
 from peft_core.results import Status, TrainingDataReport, TrainingStatus
 from peft_core.spec import BUNDLED, Base, TrainingConfig
 
 RUNNER = [sys.executable, "-P", "-m", "peft_core.jobs.runner"]
+MAX_LOG_BYTES = 4 << 20
 
 
 class JobService:
@@ -88,8 +89,7 @@ class JobService:
         """(newest event id, ids of the jobs that have newer events than `event_id`; none for None)."""
         if not self._store.exists:
             return 0, []
-        newest, changed = self._store.changed_since(event_id or 0)
-        return newest, changed if event_id is not None else []
+        return self._store.changed_since(event_id)
 
     def tend(self) -> None:
         """Do what every look at an open job does: find out dead jobs, have a runner for waiting ones."""
@@ -181,9 +181,10 @@ class JobService:
             code = None if self._runner is None else self._runner.poll()
             if self._runner is not None and code is None and waiting <= self._seen_by_runner:
                 return  # it is starting, and will see them
-            if code is not None and code > 0 and waiting <= self._seen_by_runner:
-                # It could not work at all. Trying again would fail again, in silence.
+            if code is not None and code > 0 and waiting >= self._seen_by_runner > set():
+                # It could not work at all: nothing of what it saw was even begun. Trying again would fail again, in silence.
                 problem = problem_of_exit(code, self._paths.logs / "runner.log", what="runner")
+                self._seen_by_runner = set()
                 self._store.append(queued[0].job_id, JobFailed(error=problem))
                 return
             self._seen_by_runner = waiting
@@ -191,10 +192,9 @@ class JobService:
 
     def _spawn_runner(self) -> subprocess.Popen[bytes]:
         """A process of its own session: it outlives this one, and whatever kills this one's process group."""
-        self._paths.logs.mkdir(parents=True, exist_ok=True)
-        with (self._paths.logs / "runner.log").open("ab") as log:
+        with self._runner_log() as log:
             runner = subprocess.Popen(  # noqa: S603 -- our own module, by absolute interpreter
-                [*RUNNER, str(self._paths.root), self._settings.log_level, self._settings.launcher or ""],
+                [*RUNNER, self._settings.model_dump_json()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -203,6 +203,16 @@ class JobService:
             )
         threading.Thread(target=runner.wait, daemon=True).start()  # reaps it, should we live longer
         return runner
+
+    def _runner_log(self) -> BinaryIO:
+        path = self._paths.logs / "runner.log"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and path.stat().st_size > MAX_LOG_BYTES:
+                path.replace(path.with_suffix(".old.log"))
+            return path.open("ab")
+        except OSError as error:
+            raise unwritable(self._paths.root, error) from error
 
     def _measured_speed(self, base: Base, device: str) -> float | None:
         if not self._store.exists:

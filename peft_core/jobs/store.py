@@ -19,19 +19,19 @@ from peft_core.events import EVENT, Event, JobCancelled
 from peft_core.jobs.model import Job, apply
 from peft_core.results import Status
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_S = 20.0  # how long a writer waits for another one
 SCHEMA = """
 CREATE TABLE jobs (
     job_id           TEXT PRIMARY KEY,
     project_id       TEXT NOT NULL,
     status           TEXT NOT NULL,
-    queued_at        REAL NOT NULL,
+    turn             INTEGER NOT NULL,  -- the queue's order; counted, as clocks jump
     cancel_requested INTEGER NOT NULL DEFAULT 0,
     state            TEXT NOT NULL
 ) STRICT;
-CREATE INDEX jobs_by_project ON jobs (project_id, queued_at);
-CREATE INDEX jobs_by_status ON jobs (status, queued_at);
+CREATE INDEX jobs_by_project ON jobs (project_id, turn);
+CREATE INDEX jobs_by_status ON jobs (status, turn);
 CREATE TABLE events (
     event_id INTEGER PRIMARY KEY AUTOINCREMENT,
     job_id   TEXT NOT NULL REFERENCES jobs (job_id) ON DELETE CASCADE,
@@ -40,6 +40,23 @@ CREATE TABLE events (
 ) STRICT;
 CREATE INDEX events_by_job ON events (job_id, event_id);
 """
+# From each older version to the next one: statements that run in one transaction.
+MIGRATIONS: dict[int, tuple[str, ...]] = {
+    1: (
+        "ALTER TABLE jobs ADD COLUMN turn INTEGER NOT NULL DEFAULT 0",
+        """
+        UPDATE jobs SET turn = ranked.turn
+        FROM (SELECT job_id, row_number() OVER (ORDER BY queued_at, rowid) AS turn FROM jobs) AS ranked
+        WHERE jobs.job_id = ranked.job_id
+        """,
+        "DROP INDEX jobs_by_project",
+        "DROP INDEX jobs_by_status",
+        "ALTER TABLE jobs DROP COLUMN queued_at",
+        "CREATE INDEX jobs_by_project ON jobs (project_id, turn)",
+        "CREATE INDEX jobs_by_status ON jobs (status, turn)",
+    ),
+}
+NEXT_TURN = "(SELECT coalesce(max(turn), 0) + 1 FROM jobs)"
 OPEN = (Status.QUEUED, Status.IN_PROGRESS)
 
 
@@ -81,8 +98,8 @@ class Store:
     def insert(self, job: Job) -> None:
         with self._transaction() as db:
             db.execute(
-                "INSERT INTO jobs (job_id, project_id, status, queued_at, state) VALUES (?, ?, ?, ?, ?)",
-                (job.job_id, job.project_id, job.status, job.created_at, job.model_dump_json()),
+                f"INSERT INTO jobs (job_id, project_id, status, turn, state) VALUES (?, ?, ?, {NEXT_TURN}, ?)",  # noqa: S608 -- ours
+                (job.job_id, job.project_id, job.status, job.model_dump_json()),
             )
 
     def append(self, job_id: str, event: Event) -> Job:
@@ -118,7 +135,7 @@ class Store:
         """Put a job that ended early at the end of the queue."""
         with self._transaction() as db:
             job = self._append(db, job_id, event)
-            db.execute("UPDATE jobs SET queued_at = ?, cancel_requested = 0 WHERE job_id = ?", (self._now(), job_id))
+            db.execute(f"UPDATE jobs SET turn = {NEXT_TURN}, cancel_requested = 0 WHERE job_id = ?", (job_id,))  # noqa: S608 -- ours
             return job
 
     def get(self, job_id: str) -> Job:
@@ -128,14 +145,14 @@ class Store:
     def latest(self, project_id: str) -> Job | None:
         with self._connection() as db:
             row = db.execute(
-                "SELECT state FROM jobs WHERE project_id = ? ORDER BY queued_at DESC, rowid DESC LIMIT 1", (project_id,)
+                "SELECT state FROM jobs WHERE project_id = ? ORDER BY turn DESC LIMIT 1", (project_id,)
             ).fetchone()
         return Job.model_validate_json(row[0]) if row else None
 
     def in_state(self, *states: Status) -> list[Job]:
         """Jobs in one of the states, in the order in which they were queued."""
         marks = ", ".join("?" * len(states))
-        query = f"SELECT state FROM jobs WHERE status IN ({marks}) ORDER BY queued_at, rowid"  # noqa: S608 -- marks only
+        query = f"SELECT state FROM jobs WHERE status IN ({marks}) ORDER BY turn"  # noqa: S608 -- marks only
         with self._connection() as db:
             return [Job.model_validate_json(row[0]) for row in db.execute(query, states)]
 
@@ -145,7 +162,7 @@ class Store:
             waiting = [
                 row[0]
                 for row in db.execute(
-                    "SELECT job_id FROM jobs WHERE status IN (?, ?) ORDER BY status = ?, queued_at, rowid",
+                    "SELECT job_id FROM jobs WHERE status IN (?, ?) ORDER BY status = ?, turn",
                     (*OPEN, Status.QUEUED),
                 )
             ]
@@ -158,17 +175,42 @@ class Store:
             row = db.execute("SELECT cancel_requested FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
         return bool(row and row[0])
 
-    def changed_since(self, event_id: int) -> tuple[int, list[str]]:
-        """(newest event id, jobs with events after `event_id`)."""
+    def changed_since(self, event_id: int | None) -> tuple[int, list[str]]:
+        """(newest event id, jobs with events after `event_id`; none for None)."""
         with self._connection() as db:
-            jobs = [r[0] for r in db.execute("SELECT DISTINCT job_id FROM events WHERE event_id > ?", (event_id,))]
-            newest = db.execute("SELECT coalesce(max(event_id), 0) FROM events").fetchone()[0]
-        return int(newest), jobs
+            newest = int(db.execute("SELECT coalesce(max(event_id), 0) FROM events").fetchone()[0])
+            after = newest if event_id is None else event_id
+            between = (after, newest)  # one that comes meanwhile is told the next time
+            jobs = db.execute("SELECT DISTINCT job_id FROM events WHERE event_id > ? AND event_id <= ?", between)
+            return newest, [row[0] for row in jobs]
 
     def events(self, job_id: str) -> list[Event]:
         with self._connection() as db:
             rows = db.execute("SELECT event FROM events WHERE job_id = ? ORDER BY event_id", (job_id,)).fetchall()
         return [EVENT.validate_json(row[0]) for row in rows]
+
+    def job_ids(self) -> set[str]:
+        with self._connection() as db:
+            return {row[0] for row in db.execute("SELECT job_id FROM jobs")}
+
+    def ended_beyond(self, keep: int) -> list[Job]:
+        """Jobs that ended, but for the newest `keep` of them, as far as their history is still there."""
+        query = """
+            SELECT state FROM (SELECT * FROM jobs WHERE status NOT IN (?, ?) ORDER BY turn DESC LIMIT -1 OFFSET ?)
+            AS old WHERE EXISTS (SELECT 1 FROM events WHERE events.job_id = old.job_id) ORDER BY turn
+        """
+        with self._connection() as db:
+            return [Job.model_validate_json(row[0]) for row in db.execute(query, (*OPEN, keep))]
+
+    def forget_events(self, job_id: str) -> None:
+        with self._transaction() as db:
+            db.execute("DELETE FROM events WHERE job_id = ?", (job_id,))
+
+    def delete_ended(self, job_id: str) -> bool:
+        """Forget a job; False where it is waiting or running again."""
+        with self._transaction() as db:
+            deleted = db.execute("DELETE FROM jobs WHERE job_id = ? AND status NOT IN (?, ?)", (job_id, *OPEN))
+            return deleted.rowcount > 0
 
     def _append(self, db: sqlite3.Connection, job_id: str, event: Event) -> Job:
         at = self._now()
@@ -203,32 +245,57 @@ class Store:
             raise unwritable(self._path.parent, error) from error
         with closing(db):
             try:
-                version = db.execute("PRAGMA user_version").fetchone()[0]
-                if version > SCHEMA_VERSION:
-                    raise StorageError(
-                        f"{self._path} was written by a newer peft-mcp (schema {version}; this one knows up to "
-                        f"{SCHEMA_VERSION}).",
-                        code="newer_database",
-                        suggestions=["Upgrade peft-mcp: pip install --upgrade peft-mcp"],
-                    )
-                db.execute(
-                    "PRAGMA synchronous = NORMAL"
-                )  # with WAL: a power cut may lose the last events, never corrupt
+                self._require_schema(db)
+                # With WAL: a power cut may lose the last events, never corrupt.
+                db.execute("PRAGMA synchronous = NORMAL")
                 db.execute("PRAGMA foreign_keys = ON")
                 yield db
             except sqlite3.DatabaseError as error:
                 raise unwritable(self._path.parent, error) from error
 
+    def _require_schema(self, db: sqlite3.Connection) -> None:
+        """Bring an older database up to date.
+
+        Raises:
+            StorageError: it is a newer one.
+        """
+        if (version := _version(db)) == SCHEMA_VERSION:
+            return
+        if version > SCHEMA_VERSION:
+            raise StorageError(
+                f"{self._path} was written by a newer peft-mcp (schema {version}; this one knows up to {SCHEMA_VERSION}).",
+                code="newer_database",
+                suggestions=[
+                    "Upgrade peft-mcp (pip install --upgrade peft-mcp) and restart the server",
+                    "Or set CODEBASE_GARDENER_DATA_DIR to another directory",
+                ],
+            )
+        with _transaction(db):
+            for old in range(_version(db), SCHEMA_VERSION):  # read again: another process may have been first
+                for statement in MIGRATIONS[old]:
+                    db.execute(statement)
+                db.execute(f"PRAGMA user_version = {old + 1}")
+
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._connection() as db:
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-            except BaseException:
-                db.execute("ROLLBACK")
-                raise
-            db.execute("COMMIT")
+        with self._connection() as db, _transaction(db):
+            yield db
+
+
+@contextmanager
+def _transaction(db: sqlite3.Connection) -> Iterator[None]:
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        if db.in_transaction:  # a full disk has ended it already
+            db.execute("ROLLBACK")
+        raise
+    db.execute("COMMIT")
+
+
+def _version(db: sqlite3.Connection) -> int:
+    return int(db.execute("PRAGMA user_version").fetchone()[0])
 
 
 def unwritable(directory: Path, error: Exception) -> StorageError:

@@ -6,11 +6,14 @@ B batch (always 1), H heads, K key/value heads, T tokens of all documents, L tok
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
+
+from peft_core.compute.device import fixed_shapes
 
 NAME = "peft_mcp_documents"
 
@@ -40,11 +43,13 @@ def attend_within_documents(
     """
     del module, attention_mask
     lengths = document_lengths or (query_BHTD.shape[2],)
+    if fixed_shapes(query_BHTD.device) is not None:
+        heads = query_BHTD.shape[1]  # MPS: not grouped before torch 2.13
+        key_BHTD, value_BHTD = _repeated(key_BKTD, heads), _repeated(value_BKTD, heads)
+        return attend_at_once(query_BHTD, key_BHTD, value_BHTD, lengths, dropout=dropout, scaling=scaling), None
     if query_BHTD.is_cpu and query_BHTD.dtype == torch.float32 and dropout == 0.0:
         scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
         return _DocumentAttention.apply(query_BHTD, key_BKTD, value_BKTD, lengths, scale), None
-    if query_BHTD.device.type == "mps":  # no grouped attention there before torch 2.13
-        key_BKTD, value_BKTD = (_repeated(x, query_BHTD.shape[1]) for x in (key_BKTD, value_BKTD))
     grouped = query_BHTD.shape[1] != key_BKTD.shape[1]
     out_BLHD = [
         scaled_dot_product_attention(
@@ -53,6 +58,30 @@ def attend_within_documents(
         for query_BHLD, key_BKLD, value_BKLD in _documents(lengths, query_BHTD, key_BKTD, value_BKTD)
     ]
     return torch.cat(out_BLHD, dim=1), None
+
+
+def attend_at_once(
+    query_BHTD: torch.Tensor,
+    key_BHTD: torch.Tensor,
+    value_BHTD: torch.Tensor,
+    lengths: tuple[int, ...],
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+) -> torch.Tensor:
+    """The same by one product with a mask: T^2 work, but shapes that do not depend on the documents. Returns [B, T, H, D]."""
+    mask_TT = _mask(lengths, query_BHTD.device)
+    out_BHTD = scaled_dot_product_attention(
+        query_BHTD, key_BHTD, value_BHTD, attn_mask=mask_TT, dropout_p=dropout, scale=scaling
+    )
+    return out_BHTD.transpose(1, 2)
+
+
+@lru_cache(maxsize=1)  # the layers of one micro-batch
+def _mask(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Which tokens [T, T] see which: themselves and earlier ones of their document. No row is empty, which gives NaN on MPS."""
+    document_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return (document_T[:, None] == document_T[None]).tril().to(device)
 
 
 class _DocumentAttention(torch.autograd.Function):

@@ -16,7 +16,7 @@ import torch
 from peft_core.compute.tokenizer import BaseTokenizer
 from peft_core.spec import Example
 
-_MICRO_TOKENS = 512  # processed at once: full speed on a CPU, and 0.9 GB less than a whole step at once
+IGNORED = -100  # no target; torch's own number for it
 _PACKED_TOGETHER = 64  # documents, where many are packed: first-fit is quadratic
 
 
@@ -58,35 +58,41 @@ def tokenise(example: Example, tokenizer: BaseTokenizer, max_length: int) -> Doc
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """Documents laid end to end. No padding, so every position is a real token."""
+    """Documents laid end to end. No padding, but for devices that want few different shapes."""
 
     ids_1T: torch.Tensor  # int64
     positions_1T: torch.Tensor  # int64; begin at 0 in each document
     lengths: tuple[int, ...]  # of the documents; sum T
     source_N: torch.Tensor  # int64; positions in T whose next token is a target
-    target_N: torch.Tensor  # int64; token ids
+    target_N: torch.Tensor  # int64; token ids, or IGNORED
 
     @property
     def tokens(self) -> int:
         return self.ids_1T.shape[1]
 
 
-def micro_capacity(max_length: int) -> int:
-    """Tokens of one micro-batch at most; the longest document always fits."""
-    return max(_MICRO_TOKENS, max_length)
+def join(documents: Sequence[Document], device: torch.device, multiple_of: int | None = None) -> MicroBatch:
+    """Lay documents end to end.
 
-
-def join(documents: Sequence[Document], device: torch.device) -> MicroBatch:
-    """Lay documents end to end."""
+    `multiple_of`: T and N are the same multiple of it, for devices that want few different shapes. What is filled up is one
+    more document, of which nothing is learned.
+    """
+    if multiple_of is not None and (rest := -sum(map(len, documents)) % multiple_of):
+        nothing_T = torch.zeros(rest, dtype=torch.int32)
+        documents = [*documents, Document(ids_T=nothing_T, learn_T=nothing_T.bool())]
     ids_T = torch.cat([document.ids_T for document in documents]).long()
     positions_T = torch.cat([torch.arange(len(document)) for document in documents])
     target_at_N = torch.cat([document.learn_T for document in documents]).nonzero()[:, 0]
+    source_N, target_N = target_at_N - 1, ids_T[target_at_N]
+    if multiple_of is not None:
+        target_N = torch.full_like(ids_T, IGNORED).index_copy_(0, source_N, target_N)
+        source_N = torch.arange(len(ids_T))
     return MicroBatch(
         ids_1T=ids_T[None].to(device),
         positions_1T=positions_T[None].to(device),
         lengths=tuple(len(document) for document in documents),
-        source_N=(target_at_N - 1).to(device),
-        target_N=ids_T[target_at_N].to(device),
+        source_N=source_N.to(device),
+        target_N=target_N.to(device),
     )
 
 
@@ -110,12 +116,14 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return groups
 
 
-def micro_batches(documents: Iterable[Document], capacity: int, device: torch.device) -> Iterator[MicroBatch]:
-    """All documents, each once, in micro-batches of at most `capacity` tokens."""
+def micro_batches(
+    documents: Iterable[Document], capacity: int, device: torch.device, multiple_of: int | None = None
+) -> Iterator[MicroBatch]:
+    """All documents, each once, in micro-batches of at most `capacity` tokens, filled up as `join` says."""
     stream = iter(documents)
     while some := list(islice(stream, _PACKED_TOGETHER)):
         for group in pack([len(document) for document in some], capacity):
-            yield join([some[index] for index in group], device)
+            yield join([some[index] for index in group], device, multiple_of)
 
 
 @dataclass(frozen=True)

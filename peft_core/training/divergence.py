@@ -36,8 +36,9 @@ def failure_of(
         f"after step {event.step}, where {event.reason}, 1/{1 / event.factor:g} of the rate from step {event.back_to_step}"
         for event in lowered
     )
+    rate_A, rate_B = config.rates
     other_rate = [
-        f"Lower learning_rate, for instance to {config.learning_rate * lowered[-1].factor:g}.",
+        f"Lower learning_rate, for instance to {rate_A * lowered[-1].factor:g}.",
         "Lower max_grad_norm, or raise warmup_ratio.",
     ]
     other_data = ["Try a smaller max_length or another seed: the examples are then cut or ordered differently."]
@@ -52,7 +53,7 @@ def failure_of(
     else:
         cause = "The likely cause is too high a rate."
         suggestions = other_rate
-    rates = f"learning_rate = {config.learning_rate:g}, {config.learning_rate * config.lora_plus_ratio:g} for LoRA B"
+    rates = f"learning_rate = {rate_A:g}, {rate_B:g} for LoRA B"
     return TrainingError(
         f"At step {fault.step} {fault.what}: the run diverged ({rates}). {cause} Tried in vain: {tried}.",
         code=NotFinite.code,

@@ -33,6 +33,7 @@ from peft_core.data.read import read_examples
 from peft_core.errors import DataError
 from peft_core.events import AdapterWritten, DatasetPrepared, Emit, HeldOutMeasured, PhaseStarted, RunPlanned
 from peft_core.paths import JobPaths
+from peft_core.recipe import filled_in
 from peft_core.results import Metrics, Phase
 from peft_core.spec import TrainingTask
 from peft_core.training import lora
@@ -54,7 +55,8 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
         ModelError: what a user can mend.
         Stopped: on request; what was reached is in the checkpoint.
     """
-    config, paths = task.config, JobPaths(task.job_dir)
+    config = filled_in(task.config, task.base.shape)  # a task written by hand may leave things open
+    task, paths = task.model_copy(update={"config": config}), JobPaths(task.job_dir)
     _set_up_process(config.seed)
     plan = choose(config.device, timed(config.device, describe()))
     _log.info("device_chosen", device=plan.device, formats=plan.note)

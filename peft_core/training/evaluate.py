@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from peft_core.compute.stop import Stop
 from peft_core.errors import NotFinite
-from peft_core.training.batches import Document, micro_batches
+from peft_core.training.batches import Document
 from peft_core.training.objective import Objective
 
 _DURING_TRAINING_TOKENS = 8192
@@ -28,7 +28,7 @@ def held_out_loss(objective: Objective, documents: Sequence[Document], accelerat
     objective.model.eval()
     total = torch.zeros((), device=accelerator.device)
     with torch.no_grad(), accelerator.autocast():
-        for batch in micro_batches(share, objective.capacity, accelerator.device):
+        for batch in objective.batches(share, accelerator.device):
             total += objective.loss(batch)
             if accelerator.num_processes == 1:
                 stop.check()

@@ -26,7 +26,7 @@ from peft_core.events import (
     StoppedEarly,
 )
 from peft_core.spec import TrainingConfig
-from peft_core.training.batches import Document, Order, micro_batches
+from peft_core.training.batches import Document, Order
 from peft_core.training.checkpoint import Checkpoint, Progress, Tensors, save_checkpoint
 from peft_core.training.divergence import Diverged, check_finite, failure_of
 from peft_core.training.evaluate import held_out_loss
@@ -172,7 +172,7 @@ class Loop:
         accelerator = self.accelerator
         loss = torch.zeros((), device=accelerator.device)
         try:
-            for batch in micro_batches(examples, self.objective.capacity, accelerator.device):
+            for batch in self.objective.batches(examples, accelerator.device):
                 with accelerator.autocast():
                     batch_loss = self.objective.loss(batch) / targets
                 accelerator.backward(batch_loss)

@@ -60,11 +60,9 @@ def build_optimizer(model: PeftModel, config: TrainingConfig) -> torch.optim.Ada
     groups: dict[Literal["A", "B"], list[nn.Parameter]] = {"A": [], "B": []}
     for name, parameter in weights(model).items():
         groups["B" if ".lora_B." in name else "A"].append(parameter)
+    rate_A, rate_B = config.rates
     return torch.optim.AdamW(
-        [
-            {"params": groups["A"], "lr": config.learning_rate},
-            {"params": groups["B"], "lr": config.learning_rate * config.lora_plus_ratio},
-        ],
+        [{"params": groups["A"], "lr": rate_A}, {"params": groups["B"], "lr": rate_B}],
         weight_decay=config.weight_decay,
     )
 

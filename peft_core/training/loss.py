@@ -42,24 +42,26 @@ def _chunk_loss(
 
     A function of its own so that one chunk's logits are gone before the next chunk's are made.
     """
-    target_C1 = target_C[:, None]
+    learn_C1 = (target_C >= 0)[:, None]  # IGNORED is negative
+    target_C1 = target_C.clamp(min=0)[:, None]
     logits_CV = head_VD.times(hidden_CD.float())
     top_C1, top_at_C1 = logits_CV.max(dim=-1, keepdim=True)
     margin_C1 = top_C1 - logits_CV.gather(1, target_C1)
     probability_CV = torch.softmax(logits_CV, dim=-1, out=logits_CV)
     # -log softmax(z)_t = max(z) - z_t - log softmax(z)_max: no exp can underflow here
-    loss = (margin_C1 - probability_CV.gather(1, top_at_C1).log()).sum()
+    loss_C1 = margin_C1 - probability_CV.gather(1, top_at_C1).log()
+    loss = torch.where(learn_C1, loss_C1, 0.0).sum()
     if grad_CD is not None:
         # d loss / d logits = softmax - one-hot
         probability_CV.scatter_add_(1, target_C1, torch.full_like(margin_C1, -1.0))
-        grad_CD.copy_(head_VD.times_transposed(probability_CV))
+        grad_CD.copy_(head_VD.times_transposed(probability_CV) * learn_C1)
     return loss
 
 
 def frozen_head_cross_entropy(hidden_ND: torch.Tensor, head_VD: StoredMatrix, target_N: torch.Tensor) -> torch.Tensor:
     """Sum over N of -log softmax(hidden @ head.T)[target], nats, float32; exact, no sampling.
 
-    Peak memory is C x V instead of N x V. Only `hidden_ND` gets a gradient.
+    Peak memory is C x V instead of N x V. Only `hidden_ND` gets a gradient. Negative targets are left out.
     """
     with torch.autocast(hidden_ND.device.type, enabled=False):  # the number formats are chosen above, one by one
         loss: torch.Tensor = _FrozenHeadCrossEntropy.apply(hidden_ND, head_VD, target_N)

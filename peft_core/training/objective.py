@@ -5,6 +5,7 @@ T tokens, N positions with a target, D model size, V vocabulary
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,10 +18,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from peft_core.compute.device import fixed_shapes
 from peft_core.compute.frozen import FrozenLinear, matrix_of
 from peft_core.compute.stored import StoredMatrix
+from peft_core.estimate import micro_capacity
 from peft_core.training import attention
-from peft_core.training.batches import Document, MicroBatch, join, micro_capacity
+from peft_core.training.batches import IGNORED, Document, MicroBatch, join, micro_batches
 from peft_core.training.loss import frozen_head_cross_entropy
 
 _log = structlog.get_logger(__name__)
@@ -42,7 +45,12 @@ class Objective:
     packed: bool
     chunked_head: bool
     capacity: int  # tokens of a micro-batch at most; 0 keeps every document by itself
+    multiple_of: int | None = None  # tokens of every micro-batch, on devices that want few different shapes
     recomputes: bool = False  # what layers compute is not kept
+
+    def batches(self, documents: Iterable[Document], device: torch.device) -> Iterator[MicroBatch]:
+        """All documents, each once, as many at a time as are computed at once."""
+        return micro_batches(documents, self.capacity, device, self.multiple_of)
 
     def save_memory(self, tokens: int, longest: int) -> bool:
         """Compute the same in a leaner way from now on, if there is one left.
@@ -78,7 +86,7 @@ class Objective:
             hidden_TD = _hidden(self.model, batch, packed=self.packed)
             return frozen_head_cross_entropy(hidden_TD[batch.source_N], _head(self.model), batch.target_N)
         logits_TV = _logits(self.model, batch, packed=self.packed)
-        return cross_entropy(logits_TV[batch.source_N].float(), batch.target_N, reduction="sum")
+        return cross_entropy(logits_TV[batch.source_N].float(), batch.target_N, reduction="sum", ignore_index=IGNORED)
 
 
 def choose_objective(model: PreTrainedModel, max_length: int) -> Objective:
@@ -97,8 +105,13 @@ def choose_objective(model: PreTrainedModel, max_length: int) -> Objective:
             model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")  # noqa: SLF001 -- likewise
         chunked = _has_plain_head(model) and _agrees(_head_logits(model, documents, device), own_TV)
     _log.info("objective_chosen", documents_packed=packed, head_in_chunks=chunked, model=type(model).__name__)
-    capacity = micro_capacity(max_length) if packed else 0
-    return Objective(model=model, packed=packed, chunked_head=chunked, capacity=capacity)
+    return Objective(
+        model=model,
+        packed=packed,
+        chunked_head=chunked,
+        capacity=micro_capacity(max_length, device.type) if packed else 0,
+        multiple_of=fixed_shapes(device),
+    )
 
 
 def _can_pack(model: PreTrainedModel, max_length: int) -> bool:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from peft_core.config import Settings
 from peft_core.jobs import runner
-from peft_core.paths import DataPaths
 
 if __name__ == "__main__":
     runner.CHILD = ["-m", "tests.integration.scripted_child"]
     runner.GRACE_S = 0.5
     runner.LOOK_S = 0.05
-    root = Path(sys.argv[1])
-    runner.run(DataPaths(root), "INFO")
+    runner.run(Settings(data_dir=Path(sys.argv[1])))

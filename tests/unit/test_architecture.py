@@ -9,17 +9,18 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 MODULES = sorted([*(ROOT / "server").rglob("*.py"), *(ROOT / "peft_core").rglob("*.py")])
 
-GROUND = {"spec", "results", "events", "errors", "paths", "config", "logs"}  # what everything may stand on
+GROUND = {"spec", "results", "events", "errors", "paths", "config", "logs", "places"}  # what everything may stand on
 MAY_IMPORT = {
     "validation": GROUND,
     "estimate": GROUND,
+    "recipe": GROUND,
     "bases": GROUND,
     "data": GROUND,
     "adapters": GROUND | {"bases"},
     "compute": GROUND | {"bases"},
-    "training": GROUND | {"bases", "data", "adapters", "compute"},
+    "training": GROUND | {"bases", "data", "adapters", "compute", "estimate", "recipe"},
     "inference": GROUND | {"bases", "adapters", "compute", "estimate", "machine"},
-    "jobs": GROUND | {"bases", "data", "adapters", "estimate", "machine"},
+    "jobs": GROUND | {"bases", "data", "adapters", "estimate", "machine", "recipe"},
     "manager": GROUND | {"jobs", "adapters", "inference", "validation"},
     "server": GROUND | {"manager", "validation", "jobs", "adapters"},
 }

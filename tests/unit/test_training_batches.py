@@ -4,7 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_core.training.batches import join, micro_batches, micro_capacity, pack, plan_order
+from peft_core.estimate import micro_capacity
+from peft_core.training.batches import IGNORED, join, micro_batches, pack, plan_order
 from tests.toys import toy_documents
 
 CPU = torch.device("cpu")
@@ -72,5 +73,18 @@ def test_micro_batches_hold_every_token_within_the_capacity() -> None:
 
 
 def test_the_longest_document_fits_into_a_micro_batch() -> None:
-    assert micro_capacity(128) == 512
-    assert micro_capacity(2048) == 2048
+    assert micro_capacity(128, "cpu") == 512
+    assert micro_capacity(2048, "cpu") == 2048
+
+
+@given(st.lists(st.integers(2, 90), min_size=1, max_size=20))
+def test_a_device_that_wants_few_shapes_gets_few_and_the_same_targets(lengths: list[int]) -> None:
+    documents = toy_documents(tuple(lengths))
+    own = list(micro_batches(documents, 128, CPU))
+    filled = list(micro_batches(documents, 128, CPU, multiple_of=64))
+    assert {tuple(batch.ids_1T.shape) for batch in filled} <= {(1, 64), (1, 128)}
+    for plain, batch in zip(own, filled, strict=True):
+        assert sum(batch.lengths) == batch.tokens == len(batch.source_N) == len(batch.target_N)
+        learned_N = batch.target_N != IGNORED
+        assert torch.equal(batch.source_N[learned_N], plain.source_N)
+        assert torch.equal(batch.target_N[learned_N], plain.target_N)

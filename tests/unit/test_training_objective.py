@@ -8,7 +8,8 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 
 from peft_core.spec import TrainingConfig
-from peft_core.training import lora
+from peft_core.training import attention, lora
+from peft_core.training import objective as objective_module
 from peft_core.training.batches import Document, join, micro_batches
 from peft_core.training.fused import fuse
 from peft_core.training.objective import Objective, choose_objective
@@ -105,6 +106,25 @@ def test_how_documents_are_packed_does_not_change_the_gradient(capacity: int) ->
     whole = gradient_of(model, objective.loss(join(documents, CPU)))
     parts = sum(gradient_of(model, objective.loss(batch)) for batch in micro_batches(documents, capacity, CPU))
     assert (parts - whole).norm() / whole.norm() < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral_window", "gemma2", "gpt2"])
+def test_few_shapes_do_not_change_loss_or_gradient(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on MPS: micro-batches are filled up, and attention sees the documents through a mask."""
+    documents = toy_documents(LENGTHS)
+    _, reference = with_random_adapter(architecture, fused=False)
+    expected = plain_loss(reference, documents)
+    expected_gradient = gradient_of(reference, expected)
+
+    for module in (objective_module, attention):
+        monkeypatch.setattr(module, "fixed_shapes", lambda _device: 32)
+    objective, model = with_random_adapter(architecture, fused=False)
+    batches = list(objective.batches(documents, CPU))
+    assert all(batch.tokens % 32 == 0 for batch in batches)
+    loss = torch.stack([objective.loss(batch) for batch in batches]).sum()
+    gradient = gradient_of(model, loss)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert (gradient - expected_gradient).norm() / expected_gradient.norm() < 1e-5
 
 
 def test_no_document_sees_its_neighbour() -> None:

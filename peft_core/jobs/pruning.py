@@ -1,0 +1,51 @@
+"""Old runs go, by a rule that the user sets (`keep_runs`): their working files, log and history. Adapters never do."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from peft_core.adapters.registry import Registry
+from peft_core.jobs.store import Store
+from peft_core.paths import DataPaths
+
+LEFT_BEHIND_S = 86_400.0  # what nobody knows of and nobody touched for so long was left by a process that was killed
+
+
+def prune(store: Store, registry: Registry, paths: DataPaths, *, keep: int) -> None:
+    """Remove all but the newest `keep` runs that have ended. Only for a holder of the work lock.
+
+    Of a run whose adapter is still there the record stays: it knows where the base lies. Killed at any point, the next
+    time finishes it.
+    """
+    for job in store.ended_beyond(keep):
+        files = paths.job(job.job_id).root
+        if registry.published(job.project_id, job.job_id) is not None:
+            shutil.rmtree(files, ignore_errors=True)
+            store.forget_events(job.job_id)
+        elif store.delete_ended(job.job_id):  # unless it was resumed a moment ago
+            shutil.rmtree(files, ignore_errors=True)
+    known = store.job_ids()
+    for path in _left_behind(paths, known, now=time.time()):
+        shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _left_behind(paths: DataPaths, known: set[str], *, now: float) -> Iterator[Path]:
+    """Files of jobs that were never queued or are forgotten, and the drafts of moves that were never made."""
+    jobs = (path for path in paths.root.glob("jobs/*") if path.name not in known)
+    drafts = paths.root.glob(".peft.db.*")
+    moves = (
+        path
+        for place in paths.projects.glob("*/lora")
+        for name in (".current.*", ".deleted.*")
+        for path in place.glob(name)
+    )
+    for path in (*jobs, *drafts, *moves):
+        with suppress(OSError):
+            if now - path.lstat().st_mtime > LEFT_BEHIND_S:
+                yield path

@@ -1,0 +1,103 @@
+"""Which places on this machine may be read from: what holds credentials is never training data, whoever asks for it.
+
+The request may come from an assistant that a text in some repository has talked into it. Looked at is where a path leads,
+every link followed; nothing is said of what is there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from peft_core.errors import InvalidArgument
+
+_AT_HOME = (
+    ".ssh", ".gnupg", ".aws", ".azure", ".kube", ".docker", ".config/gcloud", ".config/gh", ".config/op", ".config/hub",
+    ".config/rclone", ".config/sops", ".password-store", ".vault-token", ".terraform.d", ".cargo/credentials.toml",
+    ".local/share/keyrings", ".local/share/kwalletd", ".local/share/gnome-keyring", ".pki", ".cert", ".netrc", ".npmrc",
+    ".pypirc", ".git-credentials", ".cache/huggingface/token", ".huggingface",
+    # browsers and mail: cookies, passwords, letters
+    ".mozilla", ".config/google-chrome", ".config/chromium", ".config/BraveSoftware", ".config/microsoft-edge",
+    ".config/vivaldi", ".config/opera", ".thunderbird", "snap/firefox", "snap/chromium", ".var/app",
+    "Library/Keychains", "Library/Cookies", "Library/Mail", "Library/Messages", "Library/Safari",
+    "Library/Application Support/Google", "Library/Application Support/Firefox", "Library/Application Support/BraveSoftware",
+    "Library/Application Support/1Password", "Library/Group Containers",
+)  # fmt: skip
+_OF_THE_SYSTEM = (
+    "/etc", "/proc", "/sys", "/dev", "/boot", "/run/user", "/run/secrets", "/run/credentials", "/var/lib", "/var/log",
+    "/var/spool", "/var/mail", "/private/etc", "/private/var/db", "/private/var/log", "/Library/Keychains", "/System",
+)  # fmt: skip
+_MEMORY = "/dev/shm"  # noqa: S108 - a disk in memory, where people do work
+# Wherever they lie: in another user's home, in a backup.
+_NAMES = frozenset({".ssh", ".gnupg", ".aws", ".azure", ".kube", ".docker", ".password-store", ".mozilla", "keychains"})
+_ALLOWED = "the directory of one project, or a .jsonl file"
+
+
+def require_training_place(path: Path, *, data_dir: Path, allowed_roots: Sequence[Path] | None) -> None:
+    """That training data may be read from here.
+
+    Raises:
+        InvalidArgument: it leads to where credentials, private data or the system's files are, to the data directory, to a
+            whole home directory, or out of the allowed roots. Whether anything is there is not looked at.
+    """
+    require_allowed("training_data", path, allowed_roots)
+    place = real(path)
+    reason = _reason(place, real(data_dir))
+    if reason is not None:
+        raise InvalidArgument(
+            "training_data",
+            str(path),
+            f"{reason}, which is never training data; allowed is {_ALLOWED}",
+            code="sensitive_place",
+            suggestions=("Give the directory of the project itself, or copy what is meant into one",),
+        )
+
+
+def require_allowed(field: str, path: Path, allowed_roots: Sequence[Path] | None, also: Sequence[Path] = ()) -> None:
+    """That a path lies in one of the setting's directories, or in one of `also`. None: everywhere is allowed.
+
+    Raises:
+        InvalidArgument: it does not.
+    """
+    if allowed_roots is None:
+        return
+    place = real(path)
+    if any(place.is_relative_to(real(root)) for root in (*allowed_roots, *also)):
+        return
+    roots = ", ".join(map(str, allowed_roots)) or "nowhere"
+    raise InvalidArgument(
+        field,
+        str(path),
+        f"the setting allowed_roots lets files be read from {roots} only",
+        code="outside_allowed_roots",
+        suggestions=("Give a path in one of these", "Or have CODEBASE_GARDENER_ALLOWED_ROOTS extended by the user"),
+    )
+
+
+def real(path: Path) -> Path:
+    """Where a path leads; of one that leads nowhere, as far as it does."""
+    try:
+        return Path(os.path.realpath(path))
+    except (OSError, ValueError):  # a NUL in it, for one
+        return path
+
+
+def _reason(place: Path, data_dir: Path) -> str | None:
+    home = real(Path.home())
+    if place in (home, *home.parents):
+        return "this is a whole home directory, or holds one"
+    if place.is_relative_to(data_dir):
+        return "this is the data directory of peft-mcp itself"
+    if data_dir.is_relative_to(place) and not any(part.startswith(".") for part in data_dir.relative_to(place).parts):
+        return "this holds the data directory of peft-mcp itself"
+    if _NAMES & {part.lower() for part in place.parts} or _is_below(place, [home / name for name in _AT_HOME]):
+        return "this is a place for credentials or private data"
+    at_home = home != Path("/") and place.is_relative_to(home)  # of a daemon, below /var/lib
+    if _is_below(place, map(Path, _OF_THE_SYSTEM)) and not at_home and not place.is_relative_to(_MEMORY):
+        return "this belongs to the operating system"
+    return None
+
+
+def _is_below(place: Path, roots: Iterable[Path]) -> bool:
+    return any(place.is_relative_to(form) for root in roots for form in (root, real(root)))

@@ -1,0 +1,218 @@
+"""Arguments drawn from the tools' own schemas, and beside them: a clean answer or a clean error, and a server that lives.
+
+ATTACK_CALLS=5000 for the long run; ATTACK_SEED to repeat one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mcp.client import Client
+from mcp.client.stdio import StdioServerParameters
+from mcp.types import CallToolResult
+
+from peft_core.config import Settings
+from server.app import build_server
+from tests.clients import stdio_server, text_of
+from tests.factories import make_base, record_base
+from tests.model_files import write_adapter
+
+CALLS = int(os.environ.get("ATTACK_CALLS", "600"))
+SEED = int(os.environ.get("ATTACK_SEED", str(random.SystemRandom().randrange(2**32))))
+PLANTED = "hf_plantedPLANTEDplanted0123456789abcdef"
+TEXTS = [
+    "", " ", "web", "WEB", "current", "..", ".", "../..", "/", "//", "~", "~root", "~nobody_here/x", "/etc/passwd", "/dev/zero",
+    "/proc/self/mem", "a/b", "a\0b", "\n", "\x1b[31m", "x" * 300, "x" * 20_000, "é" * 200, "日本", "\u202e", "'; DROP x;--",
+    "%s%n", "${HOME}", "$(touch /tmp/x)", "{{7*7}}", "{0.__class__}", "-rf", "--help", "null", "[]", '[{"text": "x"}]', "1e999",
+    "org/name", "org/name@main", "org/name@../../x", "file:///etc/passwd", "http://127.0.0.1/x", "ollama:x", "x.gguf", "C:\\x",
+    "(a+)+$", "q_proj", "all-linear", "system", "user", "auto", "cuda", "linear", "20260101-000000-abcdef", "adapter-01",
+]  # fmt: skip
+NUMBERS = [
+    0,
+    1,
+    -1,
+    2,
+    3,
+    0.5,
+    -0.0,
+    1e-300,
+    1e300,
+    2**31,
+    2**53 + 1,
+    2**63,
+    2**64,
+    10**30,
+    -(2**63),
+    512,
+    513,
+    4096,
+    45,
+    45.1,
+]
+
+
+class Drawn:
+    """Arguments for a tool: mostly of the schema's shape, with values that nobody sensible would give."""
+
+    def __init__(self, seed: int, paths: list[str]) -> None:
+        self.random = random.Random(seed)  # noqa: S311 -- no secret
+        self.texts = [*TEXTS, *paths]
+        self.wild = 0.0  # how often a value is of no shape at all
+
+    def arguments(self, schema: Mapping[str, Any]) -> dict[str, Any]:
+        properties, required = schema["properties"], schema.get("required", [])
+        drawn = {
+            name: self.value(node, schema)
+            for name, node in properties.items()
+            if self.random.random() < (0.95 if name in required else 0.35)
+        }
+        if self.random.random() < 0.05:
+            drawn[self.random.choice([*self.texts, *(name + "s" for name in properties)])] = self.anything(2)
+        if "wait_s" in drawn and isinstance(drawn["wait_s"], int | float):
+            drawn["wait_s"] = min(drawn["wait_s"], 0.01) if self.random.random() < 0.5 else drawn["wait_s"]
+        return drawn
+
+    def value(self, node: Mapping[str, Any], root: Mapping[str, Any]) -> Any:  # noqa: PLR0911 -- one for each kind
+        if self.random.random() < self.wild:
+            return self.anything(3)
+        if "$ref" in node:
+            return self.value(root["$defs"][node["$ref"].rsplit("/", 1)[-1]], root)
+        if "anyOf" in node:
+            return self.value(self.random.choice(node["anyOf"]), root)
+        if "enum" in node or "const" in node:
+            return self.random.choice([*node.get("enum", [node.get("const")]), "other"])
+        match node.get("type"):
+            case "string":
+                return self.random.choice(self.texts)
+            case "integer" | "number":
+                bounds = [node[key] for key in ("minimum", "maximum", "exclusiveMinimum") if key in node]
+                near = [bound + step for bound in bounds for step in (-1, 0, 1)]
+                return self.random.choice([*NUMBERS, *near, *near])
+            case "boolean":
+                return self.random.random() < 0.5
+            case "array":
+                return [self.value(node.get("items", {}), root) for _ in range(self.random.choice([0, 1, 1, 2, 9]))]
+            case "object" if "properties" in node:
+                return self.arguments({**node, "$defs": root.get("$defs", {})})
+            case "object":
+                keys = ["text", "prompt", "completion", "messages", "content", "language", "file_path", "role", "x"]
+                return {key: self.anything(2) for key in self.random.sample(keys, self.random.randrange(4))}
+            case _:
+                return self.anything(2)
+
+    def anything(self, depth: int) -> Any:
+        kinds = [
+            lambda: None,
+            lambda: self.random.random() < 0.5,
+            lambda: self.random.choice(NUMBERS),
+            lambda: self.random.choice(self.texts),
+            lambda: [self.anything(depth - 1) for _ in range(self.random.randrange(3))] if depth else [],
+            lambda: {self.random.choice(self.texts): self.anything(depth - 1)} if depth else {},
+            self.deep,
+        ]
+        return self.random.choice(kinds)()
+
+    def deep(self) -> Any:
+        value: Any = "x"
+        for _ in range(self.random.choice([5, 60])):
+            value = [value] if self.random.random() < 0.5 else {"a": value}
+        return value
+
+
+def clean(name: str, arguments: Mapping[str, Any], result: CallToolResult, home: Path) -> None:
+    said = text_of(result)
+    context = f"seed {SEED}: {name}({json.dumps(arguments)[:600]}) -> {said[:600]}"
+    assert PLANTED not in said, context
+    assert "~" in json.dumps(arguments) or str(home) not in said, context
+    assert not re.search(r"Traceback|File \"|Error executing|nternal error|object at 0x", said), context
+    if result.is_error:
+        assert re.search(r"\[[a-z_]+\]$", said) or said.startswith("There is no tool"), context
+        assert len(said) < 6_000, context
+        assert all(character.isprintable() or character == "\n" for character in said), context
+    else:
+        assert result.structured_content is not None, context
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    home = tmp_path / "homes" / "planted-user"
+    home.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("HF_TOKEN", PLANTED)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", PLANTED)
+    # Nothing here is to load a model or to train: no base is found.
+    monkeypatch.setenv("CODEBASE_GARDENER_DEFAULT_BASE_MODEL", str(tmp_path / "no-base"))
+    return home
+
+
+@pytest.fixture
+def paths(data_dir: Path, tmp_path: Path) -> list[str]:
+    """Things that are there."""
+    adapter = record_base(write_adapter(Settings(data_dir=data_dir).paths.adapter("web", "adapter-01")), make_base())
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "a.py").write_text("x = 1\n")
+    (tmp_path / "x.jsonl").write_text('{"text": "x"}\n{"prompt": 1}\n')
+    os.mkfifo(tmp_path / "pipe")
+    return [str(adapter), str(data_dir), *(str(tmp_path / name) for name in ("code", "x.jsonl", "pipe", "missing"))]
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("transport", ["in process", "stdio"])
+async def test_whatever_arguments_a_tool_is_given_it_answers_cleanly_and_lives(
+    transport: str, era: str, data_dir: Path, home: Path, paths: list[str]
+) -> None:
+    drawn = Drawn(SEED, paths)
+    server: Any = build_server(Settings(data_dir=data_dir)) if transport == "in process" else stdio_server(data_dir)
+    async with Client(server, mode=era) as client:
+        tools = {tool.name: tool.input_schema for tool in (await client.list_tools()).tools}
+        outcomes = {name: [0, 0] for name in tools}
+        for number in range(CALLS // 4):
+            name = sorted(tools)[number % len(tools)]
+            drawn.wild = drawn.random.choice([0.0, 0.02, 0.15])
+            arguments = drawn.arguments(tools[name])
+            result = await client.call_tool(name, arguments)
+            clean(name, arguments, result, home)
+            outcomes[name][bool(result.is_error)] += 1
+        assert set(tools) == {tool.name for tool in (await client.list_tools()).tools}
+        assert not (await client.call_tool("list_adapters", {})).is_error
+    print(f"seed {SEED}: (answers, errors) of {outcomes}")
+
+
+async def test_arguments_of_a_thousand_levels_end_in_an_error_and_the_server_lives(data_dir: Path, home: Path) -> None:
+    async with Client(stdio_server(data_dir), mode="2026-07-28") as client:
+        value: Any = "x"
+        for _ in range(150):
+            value = [value]
+        for name, arguments in {
+            "train_adapter": {"project_id": "web", "training_data": [{"text": value}]},
+            "generate": {"messages": value},
+            "get_adapter_info": {"adapter_path": value},
+        }.items():
+            result = await client.call_tool(name, arguments)
+            assert result.is_error
+            clean(name, arguments, result, home)
+        assert not (await client.call_tool("list_adapters", {})).is_error
+
+
+async def test_standard_error_has_no_secret_whatever_is_asked(data_dir: Path, home: Path, tmp_path: Path) -> None:
+    parameters: StdioServerParameters = stdio_server(data_dir)
+    from mcp.client.stdio import stdio_client  # noqa: PLC0415 -- only here, with a file for standard error
+
+    with (tmp_path / "stderr").open("w+") as errors:
+        async with Client(stdio_client(parameters, errlog=errors), mode="legacy") as client:
+            drawn = Drawn(SEED, [PLANTED, f"/x/{PLANTED}"])
+            tools = {tool.name: tool.input_schema for tool in (await client.list_tools()).tools}
+            for number in range(40):
+                name = sorted(tools)[number % len(tools)]
+                await client.call_tool(name, drawn.arguments(tools[name]))
+        errors.seek(0)
+        said = errors.read()
+    assert PLANTED not in said
+    assert "Traceback" not in said

@@ -1,0 +1,172 @@
+"""Places for credentials and private data are never training data, however named; and what is allowed besides."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peft_core.config import Settings
+from peft_core.errors import InvalidArgument, ModelError
+from peft_core.manager import PEFTManager
+from tests.attacks.test_repositories import CODE
+from tests.model_files import write_adapter, write_model
+
+PRIVATE = [
+    ".ssh", ".ssh/keys/old", ".gnupg", ".aws", ".config/gh", ".config/gcloud", ".kube", ".docker", ".password-store",
+    ".local/share/keyrings", ".mozilla/firefox/x.default", ".config/google-chrome/Default", ".config/chromium",
+    ".thunderbird", "Library/Keychains", "Library/Application Support/Google/Chrome", "backup/alice/.ssh", ".SSH",
+]  # fmt: skip
+
+
+def filled(directory: Path) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in "abcd":
+        (directory / f"{name}.py").write_text(CODE.replace("total", f"total_{name}"))
+    (directory / "x.jsonl").write_text("".join(json.dumps({"text": f"{CODE} {n}"}) + "\n" for n in range(20)))
+    return directory
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    home = tmp_path / "home" / "ada"
+    home.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    return home
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> PEFTManager:
+    return PEFTManager(Settings(data_dir=tmp_path / "data"))
+
+
+async def refused(manager: PEFTManager, training_data: str, code: str = "sensitive_place") -> InvalidArgument:
+    with pytest.raises(InvalidArgument) as caught:
+        await manager.train_adapter("web", training_data, {"max_steps": 1})
+    assert caught.value.code == code, str(caught.value)
+    assert caught.value.suggestions
+    assert not manager.settings.paths.database.exists()  # nothing was queued
+    return caught.value
+
+
+@pytest.mark.parametrize("place", PRIVATE)
+async def test_a_private_place_is_refused_named_linked_or_as_a_file(
+    home: Path, tmp_path: Path, manager: PEFTManager, place: str
+) -> None:
+    private = filled(home / place)
+    (tmp_path / "innocent").symlink_to(private)
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "src").symlink_to(tmp_path / "innocent")
+    for name in (
+        private,
+        f"~/{place}",
+        tmp_path / "innocent",
+        tmp_path / "project" / "src",
+        f"{private}/../{private.name}",
+    ):
+        await refused(manager, str(name))
+    await refused(manager, str(private / "x.jsonl"))
+    await refused(manager, str(tmp_path / "innocent" / "x.jsonl"))
+
+
+async def test_what_is_not_there_is_refused_alike(home: Path, manager: PEFTManager) -> None:
+    filled(home / ".ssh")
+    (home / ".ssh" / "id_ed25519_of_ada").touch()
+    there = await refused(manager, str(home / ".ssh" / "id_ed25519_of_ada"))
+    missing = await refused(manager, str(home / ".ssh" / "id_ed25519_of_adx"))
+    assert str(there).replace("ada", "") == str(missing).replace("ada", "").replace("adx", "")
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["/etc", "/proc/self", "/sys/class", "/dev", "/boot", "/var/log", "/var/lib", "/run/secrets", "/", "~", "~/.."],
+)
+async def test_the_system_and_whole_homes_are_refused(home: Path, manager: PEFTManager, place: str) -> None:
+    filled(home)
+    await refused(manager, place)
+
+
+async def test_the_data_directory_is_refused_from_inside_and_from_above(manager: PEFTManager, tmp_path: Path) -> None:
+    await refused(manager, str(filled(manager.settings.data_dir / "jobs" / "1" / "dataset")), "sensitive_place")
+    await refused(manager, str(filled(tmp_path)))
+
+
+async def test_a_private_place_below_a_repository_is_left_out(home: Path, manager: PEFTManager) -> None:
+    from peft_core.data.walk import walk  # noqa: PLC0415 -- only here
+
+    project = filled(home / "project")
+    for name in (".ssh", ".aws", ".env.d"):
+        filled(project / name)
+    for name in ("id_rsa", "server.pem", ".env", "credentials.json", ".netrc", "secrets.yaml"):
+        (project / name).write_text("x")
+    assert {file.name for file in walk(project).files} == {"a.py", "b.py", "c.py", "d.py"}
+
+
+async def test_records_that_are_given_need_no_place(manager: PEFTManager) -> None:
+    with pytest.raises(ModelError, match="examples"):
+        await manager.train_adapter("web", [{"text": "x"}])
+
+
+# -- allowed roots -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "models").mkdir()
+    monkeypatch.setenv(
+        "CODEBASE_GARDENER_ALLOWED_ROOTS", os.pathsep.join(map(str, (tmp_path / "code", tmp_path / "models")))
+    )
+    return Settings(data_dir=tmp_path / "data")
+
+
+async def test_with_roots_nothing_outside_is_read_whatever_it_is(roots: Settings, tmp_path: Path) -> None:
+    manager = PEFTManager(roots)
+    outside = filled(tmp_path / "outside")
+    (tmp_path / "code" / "link").symlink_to(outside)
+    for path in (
+        outside,
+        outside / "x.jsonl",
+        outside / "missing",
+        tmp_path / "code" / "link",
+        tmp_path / "code/../outside",
+    ):
+        await refused(manager, str(path), "outside_allowed_roots")
+    model, adapter = write_model(outside / "model"), write_adapter(outside / "adapter")
+    calls: list[Any] = [
+        lambda: manager.train_adapter("web", str(filled(tmp_path / "code")), {"base_model": str(model)}),
+        lambda: manager.train_adapter("web", str(filled(tmp_path / "code")), {"base_model": "/no/such.gguf"}),
+        lambda: manager.verify_adapter_compatibility(str(adapter), "bundled"),
+        lambda: manager.load_adapter(str(adapter), "bundled"),
+        lambda: manager.get_adapter_info(str(adapter)),
+        lambda: manager.get_adapter_info(str(outside / "missing")),
+    ]
+    for call in calls:
+        with pytest.raises(InvalidArgument) as caught:
+            await call()
+        assert caught.value.code == "outside_allowed_roots"
+        assert str(tmp_path / "models") in caught.value.message
+
+
+async def test_with_roots_what_lies_inside_is_read(roots: Settings, tmp_path: Path) -> None:
+    manager = PEFTManager(roots)
+    model, adapter = write_model(tmp_path / "models" / "m"), write_adapter(tmp_path / "models" / "a")
+    assert (await manager.verify_adapter_compatibility(str(adapter), str(model))).verdict == "shape_only"
+    own = write_adapter(roots.paths.adapter("web", "adapter-01"))
+    assert (await manager.get_adapter_info(str(own))).rank == 4  # trained here
+    (tmp_path / "code" / "a.py").write_text("x = 1\n")
+    with pytest.raises(ModelError) as caught:  # it was looked into
+        await manager.train_adapter("web", str(tmp_path / "code"), {"base_model": str(model)})
+    assert caught.value.code == "too_few_examples"
+
+
+def test_roots_are_absolute_and_none_means_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings().allowed_roots is None
+    monkeypatch.setenv("CODEBASE_GARDENER_ALLOWED_ROOTS", "  ")
+    assert Settings().allowed_roots is None
+    monkeypatch.setenv("CODEBASE_GARDENER_ALLOWED_ROOTS", "relative")
+    with pytest.raises(ValueError, match="no absolute path"):
+        Settings()

@@ -1,0 +1,342 @@
+"""Repositories that somebody made to do harm: nothing of them is run, nothing outside is read, nothing waits or swells."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_core.data import git as asked
+from peft_core.data import walk as walk_module
+from peft_core.data.classify import Reason
+from peft_core.data.file_text import decode, read_text
+from peft_core.data.git import state
+from peft_core.data.secret_scan import redacted
+from peft_core.data.source import inspect
+from peft_core.data.walk import walk
+from peft_core.errors import DataError, ModelError
+
+CODE = "\n\n".join(
+    f"def work_{name}(total):\n"
+    + "".join(f"    total = total * {n} + len('{name}{n}')\n" for n in range(40))
+    + "    return total\n"
+    for name in "abcd"
+)
+
+
+def git(root: Path, *arguments: str) -> str:
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+    done = subprocess.run(["git", *identity, "-C", root, *arguments], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A repository with one commit."""
+    root = tmp_path / "repository"
+    for number in range(4):
+        path = root / "src" / f"module_{number}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(CODE.replace("work", f"work_{number}").replace("total", f"total_{number}"))
+    git(root, "init")
+    git(root, "add", ".")
+    git(root, "commit", "-m", "one")
+    return root
+
+
+def names(root: Path) -> set[str]:
+    return {file.name for file in walk(root).files}
+
+
+MODULES = {f"src/module_{number}.py" for number in range(4)}
+
+
+def configured(*keys: str) -> Callable[[Path, str], None]:
+    def spoil(root: Path, command: str) -> None:
+        for key in keys:
+            git(root, "config", key, command)
+
+    return spoil
+
+
+def filters(root: Path, command: str) -> None:
+    for key in (
+        "filter.evil.clean",
+        "filter.evil.smudge",
+        "filter.evil.process",
+        "diff.evil.textconv",
+        "merge.evil.driver",
+    ):
+        git(root, "config", key, command)
+    git(root, "config", "filter.evil.required", "true")
+    (root / ".gitattributes").write_text("* filter=evil diff=evil merge=evil\n")
+
+
+def included(root: Path, command: str) -> None:
+    (root / "more").write_text(f'[core]\n\tfsmonitor = "{command}"\n[filter "evil"]\n\tclean = "{command}"\n')
+    (root / ".gitattributes").write_text("* filter=evil\n")
+    git(root, "config", "include.path", str(root / "more"))
+
+
+def hooks(root: Path, command: str) -> None:
+    place = root / ".git" / "hooks"
+    place.mkdir(exist_ok=True)
+    for name in ("post-index-change", "fsmonitor-watchman", "pre-auto-gc", "post-checkout", "reference-transaction"):
+        (place / name).write_text(f"#!/bin/sh\n{command}\n")
+        (place / name).chmod(0o755)
+    git(root, "config", "core.hooksPath", str(place))
+
+
+def lazy_fetch(root: Path, command: str) -> None:
+    """Objects that are missing, and a remote that promises them, through a program."""
+    (root / "program").write_text(f"#!/bin/sh\n{command}\n")
+    (root / "program").chmod(0o755)
+    for key, value in {
+        "core.repositoryformatversion": "1",
+        "extensions.partialClone": "origin",
+        "remote.origin.url": f"ext::{root / 'program'}",
+        "remote.origin.promisor": "true",
+        "remote.origin.partialclonefilter": "blob:none",
+        "protocol.ext.allow": "always",
+        "protocol.allow": "always",
+    }.items():
+        git(root, "config", key, value)
+    tree = git(root, "rev-parse", "HEAD^{tree}")
+    (root / ".git" / "objects" / tree[:2] / tree[2:]).unlink()
+
+
+TRAPS: dict[str, Callable[[Path, str], None]] = {
+    "programs in the configuration": configured(
+        "core.fsmonitor", "core.sshCommand", "core.pager", "core.editor", "core.askPass", "core.gitProxy",
+        "core.alternateRefsCommand", "diff.external", "credential.helper", "gpg.program", "alias.ls-files", "alias.status",
+        "uploadpack.packObjectsHook", "interactive.diffFilter", "sequence.editor", "trace2.eventTarget",
+    ),
+    "content filters": filters,
+    "an included configuration": included,
+    "hooks": hooks,
+    "objects that would be fetched by a program": lazy_fetch,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("trap", TRAPS.values(), ids=list(TRAPS))
+def test_a_repository_cannot_make_git_run_anything(
+    root: Path, tmp_path: Path, trap: Callable[[Path, str], None]
+) -> None:
+    marker = tmp_path / "it_ran"
+    trap(root, f"touch {marker}; cat")
+    (root / "src" / "module_0.py").write_text(CODE)  # changed: git has to look at it
+    assert names(root) >= MODULES
+    state(root)
+    inspect(str(root), held_out_fraction=0.1)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("file", ["config", "index", "HEAD", "info/exclude", "objects/info/alternates"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 4096, b"[" * 4096, b"../../../..\n/etc\n/dev/zero\n", os.urandom(4096)]
+)
+def test_a_damaged_git_directory_does_no_harm(root: Path, file: str, content: bytes) -> None:
+    path = root / ".git" / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    found = names(root)
+    assert found in (MODULES, set())
+    state(root)
+
+
+@pytest.mark.parametrize("file", ["config", "info/exclude"])
+def test_git_does_not_wait_for_a_pipe_for_ever(root: Path, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asked, "TIMEOUT_S", 0.5)
+    (root / ".git" / file).unlink(missing_ok=True)
+    os.mkfifo(root / ".git" / file)
+    started = time.monotonic()
+    assert names(root) == MODULES  # the directory is walked instead
+    assert time.monotonic() - started < 5
+
+
+def test_an_index_of_names_without_end_is_not_taken_into_memory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asked, "MAX_OUTPUT_BYTES", 10)
+    assert asked.listed_files(root) is None
+    assert names(root) == MODULES
+
+
+@pytest.mark.parametrize("by_git", [True, False])
+def test_links_lead_nowhere(root: Path, tmp_path: Path, by_git: bool) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "private.py").write_text(CODE)
+    (root / "link.py").symlink_to(outside / "private.py")
+    (root / "directory").symlink_to(outside)
+    (root / "up").symlink_to("..")
+    (root / "loop").symlink_to("loop")
+    if by_git:
+        # The index is the repository's word: files behind a link, and names that no honest git would list.
+        blob = git(root, "hash-object", "-w", "src/module_0.py")
+        for name in ("trap/private.py", "src/deep/private.py"):
+            git(root, "update-index", "--add", "--cacheinfo", f"100644,{blob},{name}")
+        (root / "trap").symlink_to(outside)
+        (root / "src" / "deep").symlink_to("../../outside")
+    else:
+        (root / ".git").rename(tmp_path / "git")
+    assert names(root) == MODULES
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd.py", "../outside/private.py", "a/../../outside/private.py", "//x.py"])
+def test_names_that_lead_out_are_not_followed_whoever_lists_them(
+    root: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "private.py").write_text(CODE)
+    monkeypatch.setattr(asked, "listed_files", lambda _: [name, "src/module_0.py"])
+    assert names(root) == {"src/module_0.py"}
+
+
+@pytest.mark.parametrize("by_git", [True, False])
+def test_what_is_no_file_is_counted_and_never_opened(root: Path, by_git: bool, tmp_path: Path) -> None:
+    if not by_git:
+        (root / ".git").rename(tmp_path / "git")
+    os.mkfifo(root / "pipe.py")
+    os.chdir(root)
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind("socket.py")
+    listening.close()
+    try:
+        os.mknod(root / "device.py", stat.S_IFCHR | 0o666, os.makedev(1, 5))  # /dev/zero
+    except PermissionError:
+        (root / "device.py").symlink_to("/dev/zero")
+    assert names(root) == MODULES
+    for name in ("pipe.py", "socket.py", "device.py"):
+        assert isinstance(read_text(root / name), Reason)
+
+
+HARD_NAMES = ["new\nline.py", "tab\t.py", "\x1b[2J.py", "\u202eyp.py", "quote'\".py", "-rf.py", os.fsdecode(b"\xff\xfe.py"),
+              "%s%n.py", "x" * 240 + ".py", ":(glob)**.py", "con.py", " .py"]  # fmt: skip
+
+
+@pytest.mark.parametrize("by_git", [True, False])
+def test_names_of_any_characters_are_only_names(root: Path, tmp_path: Path, by_git: bool) -> None:
+    if not by_git:
+        (root / ".git").rename(tmp_path / "git")
+    for name in HARD_NAMES:
+        (root / name).write_text(CODE)
+    assert names(root) == MODULES | set(HARD_NAMES)
+    assert inspect(str(root), held_out_fraction=0.1).files == len(MODULES) + len(HARD_NAMES)
+
+
+def test_directories_deeper_than_a_path_may_be_long(root: Path, tmp_path: Path) -> None:
+    here = Path.cwd()
+    (root / ".git").rename(tmp_path / "git")
+    os.chdir(root)
+    try:
+        for _ in range(60):  # 6 000 characters; a path may have 4 096
+            Path("d" * 100).mkdir()
+            os.chdir("d" * 100)
+        Path("deep.py").write_text(CODE)
+    finally:
+        os.chdir(here)
+    found = walk(root)
+    assert {file.name for file in found.files} == MODULES
+    assert found.left_out == {"unreadable": 1}
+    subprocess.run(["rm", "-rf", root], check=True)
+
+
+def test_more_files_than_a_code_base_has_are_refused_with_a_message(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(walk_module, "MAX_ENTRIES", 3)
+    for _ in range(2):
+        with pytest.raises(DataError, match="holds more than 3 files"):
+            walk(root)
+        if (root / ".git").exists():
+            (root / ".git").rename(root.parent / "git")
+
+
+@pytest.mark.model  # not with a model, but as long
+@pytest.mark.parametrize("by_git", [True, False])
+def test_a_million_files_are_refused_within_bounds(tmp_path: Path, by_git: bool) -> None:
+    place = tmp_path / "million"
+    place.mkdir()
+    for directory in range(20):
+        (place / str(directory)).mkdir()
+        (first := place / str(directory) / "first.py").write_text("x = 1\n")
+        for number in range(50_000):
+            os.link(first, place / str(directory) / f"{number}.py")
+    if by_git:
+        git(place, "init")
+    program = (
+        "import resource, sys\nfrom peft_core.data.source import inspect\nfrom peft_core.errors import DataError\n"
+        "try:\n    inspect(sys.argv[1], held_out_fraction=0.1)\nexcept DataError as error:\n"
+        "    print(error.code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program, place], capture_output=True, text=True, check=True)
+    code, kilobytes = done.stdout.split()
+    assert code == "too_many_files"
+    assert int(kilobytes) < 512 << 10
+    assert time.monotonic() - started < 60
+
+
+def test_a_file_that_changes_while_it_is_read_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fstat
+    changes: dict[str, Callable[[Path], object]] = {
+        "truncated": lambda path: os.truncate(path, 10),
+        "longer": lambda path: path.write_text(CODE + "x = 1\n"),
+        "other": lambda path: path.write_text(CODE[::-1]),
+    }
+    for name, change in changes.items():
+        path = tmp_path / f"{name}.py"
+        path.write_text(CODE)
+        os.utime(path, ns=(1, 1))
+        waiting = [change]
+
+        def looked_at(descriptor: int, *, path: Path = path, waiting: list[Any] = waiting) -> os.stat_result:
+            status = real(descriptor)
+            if waiting:
+                waiting.pop()(path)
+            return status
+
+        monkeypatch.setattr(os, "fstat", looked_at)
+        assert read_text(path) is Reason.CHANGED
+
+
+@settings(max_examples=300, deadline=5000)
+@given(st.binary(max_size=200) | st.text(max_size=100).map(lambda text: text.encode("utf-8", "surrogatepass")))
+def test_bytes_of_any_encoding_become_text_or_a_reason(content: bytes) -> None:
+    text = decode(content)
+    if not isinstance(text, Reason):
+        text.encode()
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["eyJ", "password_a", "password=", "://a", "AKIA", "xoxb-", "aws secret key ", "BEGIN ", "sk-", "a1", ":AA"],
+)
+def test_the_search_for_secrets_takes_time_in_proportion(piece: str) -> None:
+    line = piece * (400_000 // len(piece)) + "\n"
+    started = time.process_time()
+    redacted([line])
+    assert time.process_time() - started < 15
+
+
+def test_a_secret_in_a_line_of_any_length_is_found() -> None:
+    for before in (0, 1000, 2040, 2048, 5000, 100_000):
+        secret = "ghp_" + "aB3dE6gH9jK2mN5pQ8sT1vW4yZ7bC0dF3gH6"
+        lines, found = redacted(["x" * before + f" {secret} " + "y" * before + "\n"])
+        assert [finding.row for finding in found] == [0]
+        assert secret not in lines[0]
+
+
+def test_a_line_of_a_record_as_long_as_a_file_is_refused_or_read(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "' + "x" * 17_000_000)
+    with pytest.raises(ModelError, match="longer than"):
+        inspect(str(tmp_path / "x.jsonl"), held_out_fraction=0.1)

@@ -1,0 +1,38 @@
+"""A training child for many kills: all of the job but torch, in half a second.
+
+The wire, the ways to stop, the data preparation and the form of the files are the product's; the numbers are made up. Where
+the project is called "real", it is the real child.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+from peft_core.compute.stop import EXIT_CODE, Stop, Stopped, stop_on_signals, stop_without_parent
+from peft_core.compute.wire import claim_stdout, line_writer
+from peft_core.spec import TrainingTask
+
+
+def main() -> int:
+    if len(sys.argv) > 1 and json.loads(Path(sys.argv[1]).read_text())["project_id"] == "real":
+        runpy.run_module("peft_core.training", run_name="__main__", alter_sys=True)
+        return 0  # never reached: it exits
+    from tests.survival import small_job  # noqa: PLC0415 -- here, so that its functions can be points
+
+    stop = Stop()
+    emit = line_writer(claim_stdout(), closed=stop.request)
+    stop_on_signals(stop)
+    stop_without_parent(stop, int(os.environ["PEFT_MCP_PARENT"]))
+    try:
+        small_job.run(TrainingTask.model_validate_json(Path(sys.argv[1]).read_text()), emit, stop)
+    except Stopped:
+        return EXIT_CODE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

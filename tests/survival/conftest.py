@@ -1,0 +1,56 @@
+"""What the tests of this room share."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from peft_core.jobs import service
+from tests.model_files import write_model
+from tests.survival.life import Life
+
+ROOT = Path(__file__).parents[2]
+SITE = Path(__file__).parent / "site"
+RUNNER = [sys.executable, "-P", "-m", "tests.survival.runner"]
+
+
+@pytest.fixture(autouse=True)
+def _our_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All processes that a test starts come by the points, and their runner's child is the one of this room."""
+    monkeypatch.setattr(service, "RUNNER", RUNNER)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(SITE), str(ROOT)]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("source") / "records.jsonl"
+    lines = [{"text": f"def add_{n}(a, b):\n    return a + {n} * b\n", "path": f"m{n}.py"} for n in range(40)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("small-base"))
+
+
+@pytest.fixture
+def life(tmp_path: Path, source: Path, small_base: Path) -> Life:
+    """A data directory in which a project has an adapter from earlier on."""
+    return live(tmp_path, source, small_base)
+
+
+def live(root: Path, source: Path, base: Path) -> Life:
+    life = Life(root, source, base)
+    life.config |= {"max_length": 128}
+    life.job_id, life.project = None, "earlier"
+    life.start()
+    life.finish()
+    life.expect_the_queue_goes_on()
+    life.job_id, life.project = None, "small"
+    return life

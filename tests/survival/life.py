@@ -1,0 +1,235 @@
+"""A data directory that is to survive: its jobs, what is done to their processes, and what must hold afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import psutil
+
+from peft_core.adapters.manifest import read_manifest, sha256_of
+from peft_core.adapters.registry import Registry
+from peft_core.adapters.verify import verify
+from peft_core.bases import resolve
+from peft_core.config import Settings
+from peft_core.jobs.lock import WorkLock
+from peft_core.jobs.service import JobService
+from peft_core.results import Status, TrainingStatus
+from peft_core.spec import TrainingConfig
+from tests.survival.points import Point
+
+TRUE_WITHIN_S = 5.0
+PATIENCE_S = 90.0  # of a machine that does other things as well
+MEMORY = "memory"
+
+
+@dataclass(frozen=True)
+class Kill:
+    """`victim` is killed in this `way` ("SIGKILL", "SIGTERM", "memory") when `point` is reached."""
+
+    point: Point
+    victim: str
+    way: str
+
+    def __str__(self) -> str:
+        return f"{self.victim} by {self.way}, at: {self.point}"
+
+
+@dataclass
+class Life:
+    root: Path
+    source: Path
+    base: Path
+    project: str = "small"
+    config: dict[str, object] = field(default_factory=lambda: {"device": "cpu"})
+    job_id: str | None = None
+    waiting: str | None = None
+    kills: int = 0
+    _marks: int = 0
+
+    def __post_init__(self) -> None:
+        self.settings = Settings(data_dir=self.root / "data", log_level="WARNING")
+        self.paths = self.settings.paths
+        self.jobs = JobService(self.settings)
+        self.registry = Registry(self.paths)
+
+    # -- what happens -------------------------------------------------------------------------------------------------
+
+    def submit(self, project: str) -> str:
+        config = TrainingConfig.model_validate({"base_model": str(self.base), **self.config})
+        job_id = self.jobs.submit(project, str(self.source), config).job_id
+        assert job_id is not None
+        return job_id
+
+    def status(self, job_id: str | None = None) -> TrainingStatus:
+        return self.jobs.by_id(job_id or self.current)
+
+    @property
+    def current(self) -> str:
+        assert self.job_id is not None
+        return self.job_id
+
+    def start(self) -> None:
+        """Let the job be worked on: the same again where it can be resumed, else a new one."""
+        if self.job_id is not None and self.status().status is not Status.COMPLETED:
+            self.jobs.resume(self.job_id)
+        else:
+            self.job_id = self.submit(self.project)
+            self.waiting = self.submit("next")  # behind it
+
+    def arm(self, point: Point, deed: str) -> Path:
+        """The file that will hold the pid of the process that came to the point."""
+        self._marks += 1
+        mark = self.root / f"mark-{self._marks}"
+        (self.root / "point.json").write_text(json.dumps({**asdict(point), "deed": deed, "mark": str(mark)}))
+        return mark.with_suffix(".reached")
+
+    def disarm(self) -> None:
+        (self.root / "point.json").unlink(missing_ok=True)
+
+    def reach(self, kill: Kill, mark: Path) -> int:
+        """Run the job until some process comes to the point; its pid."""
+        for _ in range(2):  # a resumed job may have passed the point; a new one has not
+            self.start()
+            until(lambda: mark.exists() or self.status().status.is_final, f"the job to get anywhere ({kill})")
+            if mark.exists():
+                return int(mark.read_text())
+        raise AssertionError(f"the point was never reached: {kill}; {self.status()}")
+
+    def suffer(self, kill: Kill) -> TrainingStatus:
+        """The job is killed as said, and its status afterwards true in time."""
+        self.kills += 1
+        if self.job_id is not None:
+            until(lambda: self.status().status.is_final, "what the last kill left to be done")
+        own = kill.point.process == kill.victim
+        mark = self.arm(kill.point, kill.way if own else "SIGSTOP")
+        pid = self.reach(kill, mark)
+        victim = process = pid
+        if not own:
+            until(lambda: state(pid) == psutil.STATUS_STOPPED, f"it to stop ({kill})")
+            victim = self._other(kill, pid)
+            os.kill(victim, signal.Signals[kill.way])
+            if kill.way == "SIGKILL":
+                until(lambda: gone(victim), f"the victim to die ({kill})")
+            os.kill(process, signal.SIGCONT)
+        if kill.way != MEMORY:
+            until(lambda: gone(victim), f"the victim to end ({kill})")
+        self.disarm()
+        deadline = PATIENCE_S if kill.way == MEMORY else TRUE_WITHIN_S
+        until(lambda: self._told(kill, victim), f"the true status ({kill})", deadline)
+        self.check()
+        return self.status()
+
+    def _other(self, kill: Kill, pid: int) -> int:
+        held = psutil.Process(pid)
+        if kill.victim == "runner":
+            return int(held.ppid())
+        child = [p for p in held.children() if p.status() != psutil.STATUS_ZOMBIE]
+        assert len(child) == 1, (kill, child)
+        return int(child[0].pid)
+
+    def _told(self, kill: Kill, victim: int) -> bool:
+        """The job is over, or somebody else works on it."""
+        if self.status().status.is_final:
+            return True
+        return kill.victim != "child" and any(pid != victim for pid in self.runners())
+
+    def finish(self) -> None:
+        """Whatever was done to it, the same job gets to its end, and the queue to its own."""
+        if not self.status().status.is_final or self.status().status is Status.COMPLETED:
+            until(lambda: self.status().status.is_final, "the end")
+        if self.status().status is not Status.COMPLETED:
+            self.jobs.resume(self.current)
+        until(lambda: self.status().status.is_final, "the end of the resumed job")
+        assert self.status().status is Status.COMPLETED, self.status()
+        self.check()
+
+    def expect_the_queue_goes_on(self) -> None:
+        if (job_id := self.waiting) is not None:
+            until(lambda: self.status(job_id).status.is_final, "the next job")
+            assert self.status(job_id).status is Status.COMPLETED, self.status(job_id)
+            self.waiting = None
+
+    def expect_nobody(self) -> None:
+        until(lambda: not self.processes(), "all processes to end", 15.0)
+
+    # -- what must hold -----------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Every adapter that can be seen is complete, fits its base, and is of a completed job; and the other way round."""
+        base = resolve(str(self.base), self.settings)
+        for project in (self.project, "earlier", "next"):
+            place = self.paths.adapters(project)
+            listed = {adapter.adapter_id for adapter in self.registry.adapters(project)}
+            seen = (
+                {entry.name for entry in place.iterdir() if not entry.name.startswith(".")} if place.exists() else set()
+            )
+            assert seen - {"current"} == listed
+            for name in listed:
+                self._check_adapter(project, name, base)
+            current = self.paths.current(project)
+            if project == "earlier":
+                assert current.resolve().name in listed
+            if current.is_symlink():
+                assert current.resolve().name in listed
+        if self.job_id is not None:
+            status = self.status()
+            published = self.registry.published(self.project, self.job_id)
+            if status.status is Status.COMPLETED:
+                assert published is not None
+                assert self.paths.current(self.project).resolve() == published
+            elif status.status.is_final:
+                assert published is None, status
+
+    def _check_adapter(self, project: str, name: str, base: object) -> None:
+        directory = self.paths.adapter(project, name)
+        manifest = read_manifest(directory)
+        assert manifest is not None
+        assert manifest.files == {
+            path.name: sha256_of(path) for path in directory.iterdir() if path.name in manifest.files
+        }
+        assert not [r for r in verify(directory, base).reasons if r.severity == "error"]  # type: ignore[arg-type]
+
+    # -- who is there -------------------------------------------------------------------------------------------------
+
+    def processes(self) -> dict[int, str]:
+        """Runners and children of this data directory: they work in it."""
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                place = (entry / "cwd").readlink()
+                if place.is_relative_to(self.paths.root) and not gone(int(entry.name)):
+                    found[int(entry.name)] = str(place)
+            except OSError:
+                continue
+        return found
+
+    def runners(self) -> list[int]:
+        return [pid for pid, place in self.processes().items() if Path(place) == self.paths.root]
+
+    def somebody_works(self) -> bool:
+        with WorkLock(self.paths.runner_lock) as lock:
+            return not lock.acquire()
+
+
+def until(condition: Callable[[], object], what: str, timeout_s: float = PATIENCE_S) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
+        time.sleep(0.02)
+
+
+def state(pid: int) -> str:
+    try:
+        return str(psutil.Process(pid).status())
+    except psutil.NoSuchProcess:
+        return "gone"
+
+
+def gone(pid: int) -> bool:
+    return state(pid) in ("gone", psutil.STATUS_ZOMBIE)

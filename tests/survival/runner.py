@@ -1,0 +1,14 @@
+"""The real runner, with the child of this room: `python -P -m tests.survival.runner ...`."""
+
+from __future__ import annotations
+
+import sys
+
+from peft_core.jobs import runner
+
+CHILD = ["-m", "tests.survival.child"]
+
+if __name__ == "__main__":
+    runner.CHILD = CHILD
+    runner.LOOK_S = 0.05
+    runner.main(sys.argv[1:])
