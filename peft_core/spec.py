@@ -76,10 +76,7 @@ class TrainingConfig(Frozen):
     num_epochs: Annotated[
         float | None,
         Field(
-            gt=0,
-            le=100,
-            description="Passes over the data; 0.5 is half a pass. Give this or max_steps. Neither: chosen from the size of "
-            "the code base, 1 to 3 passes, and about two hours at most.",
+            gt=0, le=100, description="Passes over the data, or give max_steps. Neither: by the size, 2 hours at most."
         ),
     ] = None
     max_steps: Annotated[
@@ -102,6 +99,9 @@ class TrainingConfig(Frozen):
         float,
         Field(ge=0.02, le=0.5, description="Share of the files kept out of training to measure base and adapter on."),
     ] = 0.1
+    held_out_by: Annotated[
+        Literal["file", "time"], Field(description="Which files: drawn by lot, or those changed last in git's history.")
+    ] = "file"
     eval_steps: Annotated[
         int | None,
         Field(ge=1, description="Measure the held-out loss every so many steps. Null: after each quarter of the run."),

@@ -24,7 +24,8 @@ from pydantic import ValidationError
 from peft_core.data import git
 from peft_core.data.classify import Reason
 from peft_core.data.codec import Codec
-from peft_core.data.examples import Yield, from_file, from_record, may_be_like_others
+from peft_core.data.examples import Yield, from_file, from_record, may_be_like_others, printable
+from peft_core.data.history import last_changes
 from peft_core.data.near import RULE, Signatures
 from peft_core.data.records import Record, read_jsonl
 from peft_core.data.secret_scan import redacted
@@ -96,6 +97,7 @@ def prepare(
     seed: int,
     report: Callable[[str], None],
     enough_examples: int | None = None,
+    held_out_by: Literal["file", "time"] = "file",
 ) -> PreparedDataset:
     """Write train.jsonl, held_out.jsonl and manifest.json into the directory.
 
@@ -112,6 +114,7 @@ def prepare(
         "held_out_fraction": held_out_fraction,
         "seed": seed,
         "enough_examples": enough_examples,
+        "held_out_by": held_out_by,
     }
     if (done := _finished(directory, request)) is not None:
         return done
@@ -127,7 +130,10 @@ def prepare(
     (directory / "manifest.json").unlink(missing_ok=True)
     spool = directory / "examples.partial"
     try:
-        enough = enough_examples
+        changed: dict[str, int] | None = None
+        if held_out_by == "time" and source_kind == "repository":
+            changed = {printable(name): at for name, at in last_changes(source).items()}
+        enough = enough_examples if changed is None else None  # the newest may be anywhere
         if enough is not None:
             enough = max(_AT_LEAST, round(_SPARE * enough / (1 - held_out_fraction)))
         draw = Draw(enough, seed)
@@ -136,7 +142,7 @@ def prepare(
         )
         where = str(source) if source_kind != "records" else "training_data"
         require_enough(merged(found.keys, found.signatures), found.left_out, where)
-        parts = split(found.keys, found.signatures, held_out_fraction=held_out_fraction, seed=seed)
+        parts = split(found.keys, found.signatures, held_out_fraction=held_out_fraction, seed=seed, changed=changed)
         if source_kind == "repository":
             train = capped(found.keys, parts.train)
             found.left_out[Reason.OVER_FILE_SHARE] += len(parts.train) - len(train)

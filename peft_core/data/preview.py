@@ -32,6 +32,7 @@ class PreviewRequest(Frozen):
     max_length: int
     held_out_fraction: float
     seed: int
+    held_out_by: Literal["file", "time"]
 
 
 class Preview(Frozen):

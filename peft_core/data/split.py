@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ MIN_FILES = 2  # one to train on, one to measure on
 # One file gives at most a tenth of what is trained on; but these tokens at least, for small projects are made of few files.
 FILE_SHARE = 0.1
 FILE_MIN_TOKENS = 50_000
+_NOW = 1 << 62  # later than any commit
 _OVERSHOOT = 1.25  # of what is asked for: a file that leads beyond that is trained on
 
 
@@ -65,13 +66,21 @@ def usable(keys: Iterable[Key]) -> tuple[int, int]:
     return len(owners), len({file for file in owners.values() if file is not None})
 
 
-def split(keys: Sequence[Key], signatures: Signatures, *, held_out_fraction: float, seed: int) -> Split:
+def split(
+    keys: Sequence[Key],
+    signatures: Signatures,
+    *,
+    held_out_fraction: float,
+    seed: int,
+    changed: Mapping[str, int] | None = None,
+) -> Split:
     """About that fraction of the tokens in whole files; at least one file on either side if there are two.
 
     Files are taken in the order of their hash until enough is held out. A file that would lead far beyond that is passed
-    over; if all would, the smallest is held out.
+    over; if all would, the smallest is held out. `changed`: when each file was changed last; then the newest are taken first,
+    those that are not in it before all others.
     """
-    held_out_files = _choose(merged(keys, signatures), held_out_fraction, seed)
+    held_out_files = _choose(merged(keys, signatures), held_out_fraction, seed, changed or {})
     train = [position for position, key in enumerate(keys) if key.file not in held_out_files]
     held_out = [position for position, key in enumerate(keys) if key.file in held_out_files]
     parts = _distinct(keys, signatures, train, held_out)
@@ -120,7 +129,7 @@ def _distinct(keys: Sequence[Key], signatures: Signatures, first: list[int], sec
     )
 
 
-def _choose(keys: Sequence[Key], fraction: float, seed: int) -> set[str]:
+def _choose(keys: Sequence[Key], fraction: float, seed: int, changed: Mapping[str, int]) -> set[str]:
     costs: dict[bytes, int] = defaultdict(int)
     for key in keys:  # copies may differ in white space, and then in tokens
         costs[key.digest] = max(costs[key.digest], key.tokens)
@@ -132,7 +141,7 @@ def _choose(keys: Sequence[Key], fraction: float, seed: int) -> set[str]:
             tokens[file] += costs[text]
             examples[file] += 1
     wanted = fraction * sum(tokens.values())
-    order = sorted(tokens, key=lambda file: drawn(file, seed))
+    order = sorted(tokens, key=lambda file: (-changed.get(file, _NOW), drawn(file, seed)))
     chosen: set[str] = set()
     taken_tokens = taken_examples = 0
     for file in order:

@@ -49,6 +49,7 @@ def _looked_at(request: JobRequest) -> Preview:
         max_length=config.max_length,
         held_out_fraction=config.held_out_fraction,
         seed=config.seed,
+        held_out_by=config.held_out_by,
     )
     try:
         done = subprocess.run(  # noqa: S603 - our own module

@@ -15,6 +15,7 @@ from peft_core.adapters.tensors import linear_modules
 from peft_core.bases import resolve
 from peft_core.bases.checkpoint import read_checkpoint
 from peft_core.config import Settings
+from peft_core.data.history import require_history
 from peft_core.data.records import write_records
 from peft_core.data.source import inspect
 from peft_core.errors import InvalidArgument, StorageError
@@ -48,6 +49,10 @@ def plan(
         _require_place(training_data, settings)
     base = resolve(config.base_model, settings)
     found = inspect(training_data, held_out_fraction=config.held_out_fraction, max_length=config.max_length)
+    if config.held_out_by == "time":
+        if found.kind != "repository" or found.path is None:
+            raise InvalidArgument("config.held_out_by", "time", "records have no history; 'file' is allowed for them")
+        require_history(found.path)
     if found.needs_chat_template and not base.has_chat_template:
         raise InvalidArgument(
             "training_data",

@@ -247,7 +247,7 @@ async def test_training_data_is_shown_before_anything_is_trained(connect: Connec
         assert tool.annotations.read_only_hint
     report, text = TrainingDataReport.model_validate(result.structured_content), text_of(result)
     assert (report.files, report.languages, report.secrets_removed) == (4, {"python": 4}, 1)
-    assert report.left_out == {"licence": 1, "tiny": 1}
+    assert report.left_out == {"licence": 1}
     assert report.train_examples > report.held_out_examples >= 1
     assert 0 < report.estimate.memory_bytes < 3e9
     assert report.config.num_epochs == 3, "a small code base"

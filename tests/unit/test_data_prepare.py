@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -356,3 +357,26 @@ def test_redacting_keeps_the_number_of_lines_and_every_clean_line(lines: list[st
     flagged = {finding.row for finding in found}
     assert len(clean) == len(given_lines)
     assert all(clean[n] == ("\n" if n in flagged else line) for n, line in enumerate(given_lines))
+
+
+def test_the_files_changed_last_are_held_out_on_request(tmp_path: Path):
+    root = repository(tmp_path / "r")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false", "-C", root]
+    for day, touched in ((1, None), (2, "module_4.py"), (3, "module_7.py")):
+        if touched:
+            (root / touched).write_text((root / touched).read_text().replace("return total", "return total + 1", 1))
+        at = {**os.environ, "GIT_COMMITTER_DATE": f"2026-01-0{day}T00:00:00Z"}
+        for arguments in (["init"], ["add", "."], ["commit", "-m", "one"]):
+            subprocess.run([*git, *arguments], check=True, capture_output=True, env=at)
+    prepare(
+        source=root,
+        source_kind="repository",
+        directory=tmp_path / "out",
+        codec=Words(),
+        max_length=128,
+        held_out_fraction=0.2,
+        seed=0,
+        report=lambda _: None,
+        held_out_by="time",
+    )
+    assert manifest(tmp_path / "out")["held_out_files"] == ["module_4.py", "module_7.py"]

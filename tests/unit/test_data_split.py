@@ -5,17 +5,22 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json.decoder
+import os
 import random
 import re
+import subprocess
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peft_core.data.history import last_changes
 from peft_core.data.near import THRESHOLD, Signatures
 from peft_core.data.split import HELD_OUT_MAX_EXAMPLES, Key, Split, split, usable
+from peft_core.errors import DataError
 
 
 def parted(keys: Sequence[Key], *, held_out_fraction: float, seed: int) -> Split:
@@ -218,3 +223,55 @@ def test_a_thousand_variations_of_one_text_cost_no_thousand_times_a_thousand():
     texts = [" ".join([*words[:n], f"x{n}", *words[n + 1 :]]) for n in range(300)] * 10
     leaders = signatures_of(texts).leaders(range(len(texts)))
     assert set(leaders.values()) == {0}
+
+
+# --- by time -------------------------------------------------------------------------------------------------------
+
+
+def test_by_time_the_newest_files_are_held_out_and_what_was_never_committed_before_them():
+    keys = many(20, 5)
+    changed = {f"f{n}": 1000 + n for n in range(20) if n != 3}
+    parts = split(keys, signatures_of([None] * len(keys)), held_out_fraction=0.15, seed=0, changed=changed)
+    assert set(parts.held_out_files) == {"f3", "f19", "f18"}
+
+
+def committed(root: Path, *commits: Sequence[str]) -> Path:
+    root.mkdir()
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false", "-C", root]
+    subprocess.run([*git, "init"], check=True, capture_output=True)
+    for number, names in enumerate(commits):
+        for name in names:
+            (root / name).parent.mkdir(exist_ok=True)
+            (root / name).write_text(f"{name} = {number}\n")
+        at = {**os.environ, "GIT_COMMITTER_DATE": f"2026-01-{number + 1:02}T00:00:00Z"}
+        subprocess.run([*git, "add", "."], check=True, capture_output=True)
+        subprocess.run([*git, "commit", "-m", "x"], check=True, capture_output=True, env=at)
+    return root
+
+
+def test_history_tells_when_each_file_was_changed_last(tmp_path: Path):
+    names = ["a.py", "with space.py", "ünïcode.py", "sub/b.py"]
+    root = committed(tmp_path / "r", names, ["a.py"], ["sub/b.py", "line\nend.py"])
+    (root / "new.py").write_text("new = 1\n")
+    found = last_changes(root)
+    order = sorted(found, key=lambda name: (found[name], name))
+    assert order == ["with space.py", "ünïcode.py", "a.py", "line\nend.py", "sub/b.py"]
+    assert set(last_changes(root)) == set(found)
+    with pytest.raises(DataError, match="one commit was the last"):
+        last_changes(root / "sub")
+
+
+def test_without_a_history_a_split_by_time_is_refused_with_what_to_do(tmp_path: Path):
+    (tmp_path / "plain").mkdir()
+    with pytest.raises(DataError, match=r"has none.*held_out_by = 'file'") as caught:
+        last_changes(tmp_path / "plain")
+    assert caught.value.code == "no_history"
+
+
+def test_a_shallow_history_is_refused(tmp_path: Path):
+    root = committed(tmp_path / "r", ["a.py"], ["b.py"], ["a.py"])
+    clone = ["git", "clone", "--depth", "1", f"file://{root}", str(tmp_path / "clone")]
+    subprocess.run(clone, check=True, capture_output=True)
+    with pytest.raises(DataError, match="fetch --unshallow") as caught:
+        last_changes(tmp_path / "clone")
+    assert caught.value.code == "shallow_history"
