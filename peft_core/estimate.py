@@ -113,7 +113,7 @@ def memory_bytes(config: TrainingConfig, base: Base, device: str, execution: Exe
     weights = {
         "float32": 4 * shape.parameters,
         "bfloat16": 2 * shape.parameters + (KERNELS_BYTES if device == "cpu" else 0),
-        "file": base.size_bytes + UNPACKED_BYTES,
+        "file": base.size_bytes + UNPACKED_BYTES + execution.unpacked_bytes,
     }["bfloat16" if narrow else execution.weights]
     if device == "cpu" and config.dropout == 0:
         # Of a fused layer, a token: its two inputs and the attention's result, queries, keys, values, gate and up.

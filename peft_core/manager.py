@@ -19,6 +19,7 @@ from peft_core.adapters.info import AdapterDocument, AdapterInfo, read_document,
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument
+from peft_core.generation import Generation, GenerationRequest
 from peft_core.inference.client import Report
 from peft_core.inference.service import InferenceService, TrainingNeed
 from peft_core.jobs.service import JobService
@@ -26,13 +27,12 @@ from peft_core.results import (
     AdapterList,
     Compatibility,
     DeletedAdapter,
-    Generation,
     LoadedAdapter,
     TrainingDataReport,
     TrainingStatus,
     UnloadedAdapter,
 )
-from peft_core.spec import EvaluatedAdapter, GenerationRequest, ProjectId, TrainingConfig
+from peft_core.spec import EvaluatedAdapter, ProjectId, TrainingConfig
 from peft_core.validation import parse_config, parse_generation
 
 LOOK_S = 0.25  # how often a watched job is looked up

@@ -334,30 +334,6 @@ def nothing_was_loaded(memory_bytes: int) -> UnloadedAdapter:
     )
 
 
-class GenerationSettings(Frozen):
-    """What was applied, defaults filled in."""
-
-    prompt_format: Literal["text", "chat_template", "fill_in_the_middle"]
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
-    stop: list[str]
-
-
-class Generation(Frozen):
-    text: str
-    base_text: str | None = Field(None, description="The base's own answer, where it was asked for.")
-    base_model: str
-    adapter_path: str | None = Field(description="Null: the base alone answered.")
-    applied: GenerationSettings
-    prompt_tokens: int
-    completion_tokens: int
-    finish_reason: Literal["stop", "length"]
-    elapsed_s: float = Field(description="Of the whole call, waiting for its turn included.")
-    tokens_per_second: float = Field(description="Of text, reading the prompt included, base_text not.")
-
-
 class DeletedAdapter(Frozen):
     adapter_id: str
     project_id: str

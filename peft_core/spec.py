@@ -263,72 +263,6 @@ class Base(Frozen):
     fingerprint: Fingerprint
 
 
-MAX_TEXT = 2_000_000  # characters; no context is as long
-
-
-class ChatMessage(Frozen):
-    role: Literal["system", "user", "assistant"]
-    content: Annotated[str, Field(max_length=MAX_TEXT)]
-
-
-Prompt = Annotated[
-    str | None, Field(max_length=MAX_TEXT, description="Text to continue, such as the beginning of a function.")
-]
-Messages = Annotated[
-    list[ChatMessage] | None,
-    Field(description="Or a conversation, the question last; it is written in the base's own chat template."),
-]
-Prefix = Annotated[
-    str | None, Field(max_length=MAX_TEXT, description="Or the code before the cursor; suffix: after it.")
-]
-Suffix = Annotated[
-    str | None,
-    Field(
-        max_length=MAX_TEXT,
-        description="Code after the cursor; for bases with fill-in-the-middle tokens (Qwen2.5-Coder).",
-    ),
-]
-MaxNewTokens = Annotated[int, Field(ge=1, le=4096, description="Tokens to write at most. A CPU writes 10-40 a second.")]
-Temperature = Annotated[
-    float, Field(ge=0, le=2, description="0 (below 0.01): always the likeliest token. Higher: more variety.")
-]
-TopP = Annotated[float, Field(gt=0, le=1, description="Sample from the likeliest tokens that make up this share.")]
-Seed = Annotated[int, Field(ge=0, le=2**32 - 1, description="Same seed, same machine, same request: same answer.")]
-Stop = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=200)]],
-    Field(max_length=8, description="End before any of these texts; they are not part of the answer."),
-]
-
-
-class GenerationRequest(Frozen):
-    """What to write, and how. One of `prompt`, `messages`, or `prefix` with `suffix`."""
-
-    prompt: Prompt = None
-    messages: Messages = None
-    prefix: Prefix = None
-    suffix: Suffix = None
-    max_new_tokens: MaxNewTokens = 256
-    temperature: Temperature = 0.0
-    top_p: TopP = 1.0
-    seed: Seed = 0
-    stop: Stop = Field([])
-    compare_with_base: bool = False
-
-    @model_validator(mode="after")
-    def _one_form(self) -> GenerationRequest:
-        forms = {"prompt": self.prompt is not None, "messages": self.messages is not None}
-        forms["prefix and suffix"] = self.prefix is not None or self.suffix is not None
-        given = [name for name, there in forms.items() if there]
-        if len(given) != 1:
-            found = f"{' and '.join(given)} exclude each other" if given else "nothing to write from"
-            raise ValueError(f"{found}: give prompt, or messages, or prefix with suffix")
-        if forms["prefix and suffix"] and (self.prefix is None or self.suffix is None):
-            raise ValueError("prefix and suffix belong together: give both, one of them may be empty")
-        if not (self.prompt or self.messages or self.prefix or self.suffix):
-            raise ValueError(f"{given[0]} is empty: give the text to continue, or a question")
-        return self
-
-
 class Execution(Frozen):
     """How a run computes: the fastest way within the memory it may take, chosen before it starts."""
 
@@ -336,6 +270,10 @@ class Execution(Frozen):
     """Frozen weights on a CPU. In memory, for products in float32 or in bfloat16; or in their file, from which each matrix
     is unpacked when it is computed with: the same numbers as float32, leaner and slower. Other devices have formats of their
     own."""
+
+    unpacked_bytes: int = 0
+    """Of weights that stay in their file, at most so many are in memory as float32 all the same: what the limit leaves room
+    for."""
 
     recompute_layers: bool = False
     """Whether what a layer computes is thrown away, and computed again for the gradients: leaner still, a third slower."""

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails, to_jsonable_python
 
 from peft_core.errors import InvalidArgument
-from peft_core.spec import GenerationRequest, TrainingConfig
+from peft_core.generation import GenerationRequest
+from peft_core.spec import TrainingConfig
 
 MAX_LISTED = 5
 

@@ -7,6 +7,7 @@ from base64 import b64encode
 from mcp.types import CallToolResult, ImageContent, TextContent
 from pydantic import BaseModel
 
+from peft_core.generation import Generation
 from peft_core.jobs.report import headline
 from peft_core.results import (
     AdapterList,
@@ -14,7 +15,6 @@ from peft_core.results import (
     Compatibility,
     Estimate,
     Evaluation,
-    Generation,
     LoadedAdapter,
     Status,
     TrainingDataReport,

@@ -72,10 +72,13 @@ def matrix_of(layer: nn.Linear) -> StoredMatrix:
     return replace(StoredMatrix.of(layer.weight), in_bfloat16=layer.weight.dtype == torch.bfloat16)
 
 
-def load_frozen(base: Base, directory: Path, *, in_bfloat16: bool = False) -> PreTrainedModel | None:
+def load_frozen(
+    base: Base, directory: Path, *, in_bfloat16: bool = False, unpacked_bytes: int = 0
+) -> PreTrainedModel | None:
     """A base whose matrices are those of its own files, mapped: a GGUF's as they are, quantised.
 
-    `in_bfloat16`: in memory instead, for products in bfloat16.
+    `in_bfloat16`: in memory instead, for products in bfloat16. `unpacked_bytes`: in memory in float32, as many of them as
+    take no more than that.
 
     `directory` is the base as a Hugging Face directory, for the configuration. None where the model has weights that are
     neither linear layers, embeddings nor vectors, or is of a kind that is not read here: load it as a whole then.
@@ -86,8 +89,12 @@ def load_frozen(base: Base, directory: Path, *, in_bfloat16: bool = False) -> Pr
     except BaseModelError as error:
         _log.info("base_not_mapped", reason=error.message)
         return None
+    unpacked = _chosen(stored, unpacked_bytes)
     if in_bfloat16:
         stored = stored._replace(matrices={name: matrix.rounded() for name, matrix in stored.matrices.items()})
+    elif unpacked:
+        in_memory = {name: StoredMatrix.of(stored.matrices[name].whole()) for name in unpacked}
+        stored = stored._replace(matrices=stored.matrices | in_memory)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         with no_init_weights():  # memory that nobody writes to is none
@@ -103,9 +110,24 @@ def load_frozen(base: Base, directory: Path, *, in_bfloat16: bool = False) -> Pr
         "base_in_memory" if in_bfloat16 else "base_mapped",
         formats=sorted({matrix.kind for matrix in stored.matrices.values()}),
         megabytes=round(sum(matrix.nbytes for matrix in stored.matrices.values()) / 1e6),
+        unpacked=len(unpacked),
     )
     model.eval()
     return model
+
+
+def _chosen(stored: StoredWeights, room: int) -> list[str]:
+    """The matrices to unpack once and for all within `room` bytes of float32.
+
+    The largest first: a head is unpacked anew for each chunk of the loss, the others twice for a micro-batch.
+    """
+    chosen = []
+    for name, matrix in sorted(stored.matrices.items(), key=lambda item: -item[1].shape[0] * item[1].shape[1]):
+        size = 4 * matrix.shape[0] * matrix.shape[1]
+        if matrix.kind != "F32" and size <= room:
+            chosen.append(name)
+            room -= size
+    return chosen
 
 
 def _put_in(model: PreTrainedModel, stored: StoredWeights) -> bool:

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
+from peft_core.generation import GenerationRequest
 from peft_core.results import Problem, Resident
-from peft_core.spec import Base, DeviceName, Frozen, GenerationRequest
+from peft_core.spec import Base, DeviceName, Frozen
 
 IDLE_EXIT = 75  # exit code of a host that ended because nobody asked for anything
 

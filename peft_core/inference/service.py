@@ -19,19 +19,19 @@ from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
 from peft_core.errors import AdapterInUse, AdapterNotFound, AdapterNotLoaded, InferenceError, InvalidArgument
 from peft_core.estimate import inference_memory_bytes
+from peft_core.generation import Generation, GenerationRequest
 from peft_core.inference.client import InferenceHost, Report
 from peft_core.inference.protocol import Generate, HostConfig, Load, Unload
 from peft_core.machine import available_memory_bytes, expected_device
 from peft_core.results import (
     Compatibility,
     DeletedAdapter,
-    Generation,
     LoadedAdapter,
     Resident,
     UnloadedAdapter,
     nothing_was_loaded,
 )
-from peft_core.spec import Base, GenerationRequest
+from peft_core.spec import Base
 
 
 @dataclass(frozen=True)

@@ -144,8 +144,10 @@ def _choose_execution(
         return ways[0], ""  # what the device has is not known here
     limit_mb, field = min(given) if given else (_mb(available_memory_bytes()), "the memory available now")
     for way, need in zip(ways, needs, strict=True):
-        if need <= limit_mb << 20:
-            return way, "" if way == ways[0] else f"; {_described(way)}, to keep within {field} = {limit_mb} MB"
+        room = (limit_mb << 20) - need
+        if room >= 0:
+            chosen = _filled_up(way, room - need // 20, base)  # estimates are not that exact
+            return chosen, "" if way == ways[0] else f"; {_described(chosen)}, to keep within {field} = {limit_mb} MB"
     lean = min(needs)
     if not given:  # it may be otherwise when the job's turn comes
         way = ways[needs.index(lean)]
@@ -186,8 +188,16 @@ def require_memory(needed: int, base: Base, device: str, settings: Settings) -> 
         )
 
 
+def _filled_up(way: Execution, room: int, base: Base) -> Execution:
+    """With as many weights in memory as there is room for: those that stay in their file cost time."""
+    if way.weights != "file" or room <= 0:
+        return way
+    return way.model_copy(update={"unpacked_bytes": min(room, 4 * base.shape.parameters)})
+
+
 def _described(way: Execution) -> str:
-    parts = ["the base's weights stay in their file"] if way.weights == "file" else []
+    which = f"all but {_mb(way.unpacked_bytes)} MB of " if way.unpacked_bytes else ""
+    parts = [f"{which}the base's weights stay in their file"] if way.weights == "file" else []
     parts += ["layers are computed twice"] if way.recompute_layers else []
     return " and ".join(parts)
 

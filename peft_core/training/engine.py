@@ -179,10 +179,10 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
 
 def _load(task: TrainingTask, directory: Path, plan: DevicePlan) -> PreTrainedModel:
     """The frozen base as the task says, or as a whole where it cannot be had so."""
-    weights = task.execution.weights
-    if plan.device != "cpu" or weights == "float32":
+    way = task.execution
+    if plan.device != "cpu" or way.weights == "float32":
         return load_base(directory, plan.weights)
-    frozen = load_frozen(task.base, directory, in_bfloat16=weights == "bfloat16")
+    frozen = load_frozen(task.base, directory, in_bfloat16=way.weights == "bfloat16", unpacked_bytes=way.unpacked_bytes)
     return load_base(directory, plan.weights) if frozen is None else frozen
 
 

@@ -8,9 +8,20 @@ from mcp.server.mcpserver import Context
 from mcp.types import CallToolResult
 from pydantic import Field
 
+from peft_core.generation import (
+    Generation,
+    MaxNewTokens,
+    Messages,
+    Prefix,
+    Prompt,
+    Seed,
+    Stop,
+    Suffix,
+    Temperature,
+    TopP,
+)
 from peft_core.manager import PEFTManager
-from peft_core.results import Compatibility, Generation, LoadedAdapter, UnloadedAdapter
-from peft_core.spec import MaxNewTokens, Messages, Prefix, Prompt, Seed, Stop, Suffix, Temperature, TopP
+from peft_core.results import Compatibility, LoadedAdapter, UnloadedAdapter
 from server.answers import compatibility_answer, generation_answer, loaded_answer, unloaded_answer
 from server.progress import relay
 from server.tools import make_tool

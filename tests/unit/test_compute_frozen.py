@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -48,6 +49,26 @@ def test_a_mapped_base_says_what_the_loaded_one_says(tmp_path: Path) -> None:
         assert torch.equal(mapped(ids_1T).logits, loaded(ids_1T).logits)
     assert sum(isinstance(module, FrozenLinear) for module in mapped.modules()) == 15  # the tied head too
     assert not any(parameter.requires_grad for parameter in mapped.parameters())
+
+
+@pytest.mark.parametrize("room", [0, 5000, 1 << 20])
+def test_what_is_unpacked_once_says_the_same(tmp_path: Path, room: int) -> None:
+    directory = write_toy_base(tmp_path / "toy")
+    toy_model("llama").bfloat16().save_pretrained(directory)
+    base = resolve(str(directory), Settings())
+    mapped = load_frozen(base, directory, unpacked_bytes=room)
+    assert mapped is not None
+    kinds = [module.stored.kind for module in mapped.modules() if isinstance(module, FrozenLinear)]
+    assert ("F32" in kinds, "BF16" in kinds) == (room > 0, room < 1 << 20)
+    in_memory = {
+        id(m.stored): m.stored.nbytes
+        for m in mapped.modules()
+        if isinstance(m, FrozenLinear) and m.stored.kind == "F32"
+    }
+    assert sum(in_memory.values()) <= room
+    ids_1T = torch.arange(3, 12)[None]
+    with torch.inference_mode():
+        assert torch.equal(mapped(ids_1T).logits, load_base(directory, torch.float32)(ids_1T).logits)
 
 
 def test_layers_with_a_bias_are_mapped_too(tmp_path: Path) -> None:

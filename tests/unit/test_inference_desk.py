@@ -17,12 +17,13 @@ from peft_core.bases import resolve
 from peft_core.compute.device import Machine, choose
 from peft_core.config import Settings
 from peft_core.errors import AdapterNotLoaded, DataError, InvalidArgument
+from peft_core.generation import ChatMessage, Generation, GenerationRequest
 from peft_core.inference.host import model as model_module
 from peft_core.inference.host.desk import Desk
 from peft_core.inference.host.generation import earliest
 from peft_core.inference.protocol import Generate, HostConfig, Load, Unload
-from peft_core.results import Generation, LoadedAdapter, UnloadedAdapter, Verdict
-from peft_core.spec import Base, ChatMessage, GenerationRequest
+from peft_core.results import LoadedAdapter, UnloadedAdapter, Verdict
+from peft_core.spec import Base
 from tests.factories import record_base
 from tests.toys import VOCABULARY, toy_model, write_toy_adapter, write_toy_base
 

@@ -17,6 +17,7 @@ from peft_core.bases.convert import materialise
 from peft_core.compute.device import DevicePlan
 from peft_core.compute.process import memory_bytes
 from peft_core.errors import InferenceError
+from peft_core.generation import Generation, GenerationSettings
 from peft_core.inference.host.generation import Completion, complete, encode
 from peft_core.inference.host.model import ResidentModel, release_memory
 from peft_core.inference.host.pace import Pace
@@ -25,8 +26,6 @@ from peft_core.inference.protocol import Generate, HostConfig, Load, Request, Un
 from peft_core.results import (
     Compatibility,
     Effect,
-    Generation,
-    GenerationSettings,
     LoadedAdapter,
     Resident,
     UnloadedAdapter,

@@ -14,9 +14,9 @@ from transformers import DynamicCache, GenerationConfig, StoppingCriteria, Stopp
 
 from peft_core.compute.tokenizer import BaseTokenizer
 from peft_core.errors import InvalidArgument
+from peft_core.generation import GenerationRequest
 from peft_core.inference.host.model import ResidentModel
 from peft_core.inference.host.pace import Pace
-from peft_core.spec import GenerationRequest
 
 _GREEDY_BELOW = 0.01  # of temperature: such a division leaves one token anyway, or overflows
 _PIECE = 512  # tokens of a prompt that are read at once
