@@ -13,7 +13,7 @@ from peft_core.errors import DataError, InvalidArgument
 from peft_core.estimate import evaluation_estimate
 from peft_core.events import Evaluated, Event
 from peft_core.jobs.model import JobRequest
-from peft_core.jobs.planning import TrainingData, require_memory
+from peft_core.jobs.planning import TrainingData, require_memory, require_place
 from peft_core.machine import expected_device
 from peft_core.proof.report import render
 from peft_core.results import Verdict
@@ -35,6 +35,7 @@ def plan_evaluation(
         InvalidArgument: the adapter does not fit the base, or the data is not there.
         DataError: the data is empty or too little.
     """
+    require_place("evaluation_data", evaluation_data, settings)
     _require_fit(evaluated, base)
     manifest = read_manifest(evaluated.adapter_path)
     used = manifest.run.config if manifest is not None else TrainingConfig()
