@@ -116,7 +116,7 @@ def held_out_of(work: Path, status: TrainingStatus, source: Path) -> Path:
     """The files that a training held out, as records: both adapters are measured on the same text."""
     assert status.job_id is not None
     manifest: dict[str, Any] = json.loads((work / "jobs" / status.job_id / "dataset" / "manifest.json").read_bytes())
-    data = work / "held_out" / f"{status.project_id}.jsonl"
+    data = work.with_name(f"{work.name}-held-out") / f"{status.project_id}.jsonl"
     data.parent.mkdir(exist_ok=True)
     with data.open("w", encoding="utf-8") as lines:
         for name in manifest["held_out_files"]:

@@ -64,7 +64,7 @@ def make_source(**changes: Any) -> SourceSummary:
 
 
 def make_job(job_id: str = "20260101-000000-abcdef", project_id: str = "web", **changes: Any) -> Job:
-    request = JobRequest(
+    request = changes.pop("request", None) or JobRequest(
         source=Path("/code/web"),
         source_kind="repository",
         config=TrainingConfig(),

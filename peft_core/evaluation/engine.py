@@ -27,7 +27,8 @@ from peft_core.inference.host.model import ResidentModel
 from peft_core.paths import JobPaths
 from peft_core.proof import overlap
 from peft_core.results import Phase, Verdict
-from peft_core.spec import Example, TrainingTask
+from peft_core.spec import Example
+from peft_core.task import TrainingTask
 from peft_core.training.assess import Exam
 from peft_core.training.completions import make_plain
 from peft_core.training.held_out import mean_loss, trials_of

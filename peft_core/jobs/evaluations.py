@@ -44,7 +44,9 @@ def plan_evaluation(
         found = inspect(evaluation_data, held_out_fraction=_FRACTION, max_length=config.max_length)
     except InvalidArgument as error:  # the look at a source names the argument of training
         allowed = str(error.details["allowed"])
-        raise InvalidArgument("evaluation_data", evaluation_data, allowed, suggestions=error.suggestions) from error
+        raise InvalidArgument(
+            "evaluation_data", evaluation_data, allowed, suggestions=error.suggestions, code=error.code
+        ) from error
     except DataError as error:
         message = error.message.replace("training_data", "evaluation_data")
         raise DataError(message, code=error.code, suggestions=error.suggestions, details=error.details) from error

@@ -24,7 +24,7 @@ from peft_core.compute.wire import claim_stdout, line_writer
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument
 from peft_core.events import JobFailed
-from peft_core.spec import TrainingTask
+from peft_core.task import TrainingTask
 
 # The runner's pid; or "launcher", when one stands between: the runner's death is then heard of by the closed pipe.
 _PARENT_VARIABLE = "PEFT_MCP_PARENT"

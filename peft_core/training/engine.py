@@ -44,7 +44,7 @@ from peft_core.proof.evaluation import perplexity
 from peft_core.proof.overlap import TrainedOn
 from peft_core.recipe import filled_in
 from peft_core.results import Evaluation, Metrics, Phase
-from peft_core.spec import TrainingTask
+from peft_core.task import TrainingTask
 from peft_core.training import lora
 from peft_core.training.assess import Exam, Scores, keep_scores, kept_scores, writing_budget
 from peft_core.training.batches import Document, plan_order, tokenise
@@ -271,6 +271,8 @@ def _prepare(task: TrainingTask, tokenizer: BaseTokenizer, report: Callable[[str
         held_out_fraction=config.held_out_fraction,
         seed=config.seed,
         report=report,
+        held_out_by=config.held_out_by,
+        enough_examples=None if config.max_steps is None else config.max_steps * config.batch_size,
     )
 
 

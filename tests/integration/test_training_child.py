@@ -39,7 +39,8 @@ from peft_core.events import (
     StepCompleted,
 )
 from peft_core.results import Phase
-from peft_core.spec import Execution, TrainingConfig, TrainingTask
+from peft_core.spec import Execution, TrainingConfig
+from peft_core.task import TrainingTask
 from tests.toys import write_toy_base
 
 TOY = {"rank": 4, "batch_size": 2, "max_steps": 6, "max_length": 256}

@@ -9,7 +9,17 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 MODULES = sorted([*(ROOT / "server").rglob("*.py"), *(ROOT / "peft_core").rglob("*.py")])
 
-GROUND = {"spec", "results", "events", "errors", "paths", "config", "logs", "places"}  # what everything may stand on
+GROUND = {
+    "spec",
+    "task",
+    "results",
+    "events",
+    "errors",
+    "paths",
+    "config",
+    "logs",
+    "places",
+}  # what everything may stand on
 MAY_IMPORT = {
     "validation": GROUND,
     "estimate": GROUND,
