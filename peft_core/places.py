@@ -34,19 +34,21 @@ _NAMES = frozenset({".ssh", ".gnupg", ".aws", ".azure", ".kube", ".docker", ".pa
 _ALLOWED = "the directory of one project, or a .jsonl file"
 
 
-def require_training_place(path: Path, *, data_dir: Path, allowed_roots: Sequence[Path] | None) -> None:
-    """That training data may be read from here.
+def require_data_place(
+    path: Path, *, data_dir: Path, allowed_roots: Sequence[Path] | None, field: str = "training_data"
+) -> None:
+    """That data to train or to measure on may be read from here.
 
     Raises:
         InvalidArgument: it leads to where credentials, private data or the system's files are, to the data directory, to a
             whole home directory, or out of the allowed roots. Whether anything is there is not looked at.
     """
-    require_allowed("training_data", path, allowed_roots)
+    require_allowed(field, path, allowed_roots)
     place = real(path)
     reason = _reason(place, real(data_dir))
     if reason is not None:
         raise InvalidArgument(
-            "training_data",
+            field,
             str(path),
             f"{reason}, which is never training data; allowed is {_ALLOWED}",
             code="sensitive_place",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from peft_core.bases.checkpoint import read_checkpoint
@@ -40,8 +41,10 @@ def load_base(directory: Path, weights: torch.dtype) -> PreTrainedModel:
 def _require_weights_for_all(directory: Path) -> None:
     """That the configuration describes no more than the weights hold: the rest would be made up, in any amount of memory."""
     config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        described = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    with torch.device("meta"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    described = sum(parameter.numel() for parameter in model.parameters())
     stored = read_checkpoint(directory).shape.parameters
     if described > stored:
         problem = f"its configuration describes {described} parameters, its weights hold {stored}"

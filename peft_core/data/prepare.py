@@ -33,7 +33,7 @@ from peft_core.data.source import require_enough
 from peft_core.data.split import FILE_MIN_TOKENS, FILE_SHARE, Key, Split, capped, digest, drawn, merged, split
 from peft_core.data.walk import File, walk
 from peft_core.errors import DataError
-from peft_core.places import require_training_place
+from peft_core.places import require_data_place
 from peft_core.spec import DatasetSummary, Example, Frozen
 
 SourceKind = Literal["repository", "jsonl", "records"]
@@ -119,7 +119,7 @@ def prepare(
     if (done := _finished(directory, request)) is not None:
         return done
     if source_kind != "records":  # once more: a link on the way may lead elsewhere by now
-        require_training_place(source, data_dir=directory, allowed_roots=None)
+        require_data_place(source, data_dir=directory, allowed_roots=None)
     if not source.exists():
         raise DataError(
             f"{source} is not there any more.",

@@ -35,13 +35,12 @@ def plan_evaluation(
         InvalidArgument: the adapter does not fit the base, or the data is not there.
         DataError: the data is empty or too little.
     """
+    require_place("evaluation_data", evaluation_data, settings)
     _require_fit(evaluated, base)
     manifest = read_manifest(evaluated.adapter_path)
     used = manifest.run.config if manifest is not None else TrainingConfig()
     config = TrainingConfig(max_length=min(used.max_length, base.shape.context_length), seed=used.seed)
     try:
-        if isinstance(evaluation_data, str):
-            require_place(evaluation_data, settings)
         found = inspect(evaluation_data, held_out_fraction=_FRACTION, max_length=config.max_length)
     except InvalidArgument as error:  # the look at a source names the argument of training
         allowed = str(error.details["allowed"])

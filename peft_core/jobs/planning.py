@@ -24,7 +24,7 @@ from peft_core.jobs.advice import advise
 from peft_core.jobs.model import JobRequest
 from peft_core.jobs.store import unwritable
 from peft_core.machine import available_memory_bytes, cpu_multiplies_bfloat16, expected_device
-from peft_core.places import require_training_place
+from peft_core.places import require_data_place
 from peft_core.recipe import filled_in
 from peft_core.spec import Base, Execution, SourceSummary, TrainingConfig
 
@@ -45,8 +45,7 @@ def plan(
         InvalidArgument, DataError, BaseModelError, StorageError: it cannot be done, and why.
     """
     device = _device(config)
-    if isinstance(training_data, str):
-        require_place(training_data, settings)
+    require_place("training_data", training_data, settings)
     base = resolve(config.base_model, settings)
     found = inspect(training_data, held_out_fraction=config.held_out_fraction, max_length=config.max_length)
     if config.held_out_by == "time":
@@ -80,13 +79,19 @@ def plan(
     )
 
 
-def require_place(training_data: str, settings: Settings) -> None:
-    """That data may be read from there; see `places`."""
+def require_place(field: str, data: TrainingData, settings: Settings) -> None:
+    """That data named by a path may be read from there. `field`: what the request calls it.
+
+    Raises:
+        InvalidArgument: 'sensitive_place', 'outside_allowed_roots'.
+    """
+    if not isinstance(data, str):
+        return
     try:
-        path = Path(training_data).expanduser().absolute()
+        path = Path(data).expanduser().absolute()
     except RuntimeError:  # a home directory that is not known; the inspection says so
         return
-    require_training_place(path, data_dir=settings.data_dir, allowed_roots=settings.allowed_roots)
+    require_data_place(path, data_dir=settings.data_dir, allowed_roots=settings.allowed_roots, field=field)
 
 
 def write_source(request: JobRequest, training_data: TrainingData, records: Path) -> JobRequest:

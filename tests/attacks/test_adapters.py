@@ -81,6 +81,15 @@ async def load_without_a_base(place: Place) -> None:
     await refused(place.manager.load_adapter(str(place.adapter)))
 
 
+async def evaluate(place: Place) -> None:
+    call = place.manager.evaluate_adapter(
+        str(place.adapter), "/no/such", str(place.base.path), accept_unproven_base=True
+    )
+    error = await refused(call)
+    fits = place.attack.code is None or place.attack.scanned  # the process that measures reads the weights
+    assert error.details["field"] == ("evaluation_data" if fits else "adapter_path")
+
+
 async def train_on_it_as_a_base(place: Place) -> None:
     await refused(place.manager.train_adapter("web", "/no/such", {"base_model": str(place.adapter)}))
 
@@ -146,6 +155,7 @@ DOORS: list[Callable[[Place], Awaitable[None]]] = [
     verify_with_its_weights,
     verify_as_a_base,
     load_without_a_base,
+    evaluate,
     train_on_it_as_a_base,
     train_on_a_base_that_holds_it,
     train_on_it_as_data,

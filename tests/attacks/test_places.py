@@ -72,6 +72,13 @@ async def test_a_private_place_is_refused_named_linked_or_as_a_file(
     await refused(manager, str(tmp_path / "innocent" / "x.jsonl"))
 
 
+async def test_nothing_is_measured_on_a_private_place_either(home: Path, manager: PEFTManager, tmp_path: Path) -> None:
+    model, adapter = write_model(tmp_path / "model"), write_adapter(tmp_path / "adapter")
+    with pytest.raises(InvalidArgument) as caught:
+        await manager.evaluate_adapter(str(adapter), str(filled(home / ".aws")), str(model), accept_unproven_base=True)
+    assert (caught.value.code, caught.value.details["field"]) == ("sensitive_place", "evaluation_data")
+
+
 async def test_what_is_not_there_is_refused_alike(home: Path, manager: PEFTManager) -> None:
     filled(home / ".ssh")
     (home / ".ssh" / "id_ed25519_of_ada").touch()
