@@ -48,7 +48,7 @@ def estimate(
         tokens *= epochs
     held_out_tokens = min(source.estimated_tokens * config.held_out_fraction, MEASURED_EXAMPLES * TOKENS_PER_EXAMPLE)
 
-    rate, basis = _rate(base, device, measured_tokens_per_second)
+    rate, basis = tokens_per_second(base, device, measured_tokens_per_second)
     # Measuring the held-out loss is a forward pass, a third of a training step: twice, and as much again in between. Writing
     # from prompts is a tenth of the training at most, and little of a long one.
     written = 2 / 3 * min(WRITTEN_TOKENS, 0.15 * tokens + GENERAL_TOKENS)
@@ -67,7 +67,7 @@ def evaluation_estimate(
 ) -> Estimate:
     """Of base and adapter on the same text: each a forward pass, a third of a training step."""
     tokens = 2 * (min(source.estimated_tokens, MEASURED_EXAMPLES * TOKENS_PER_EXAMPLE) + WRITTEN_TOKENS)
-    rate, basis = _rate(base, device, measured_tokens_per_second)
+    rate, basis = tokens_per_second(base, device, measured_tokens_per_second)
     return Estimate(
         train_tokens=0,
         steps=0,
@@ -77,10 +77,10 @@ def evaluation_estimate(
     )
 
 
-def _rate(base: Base, device: str, measured_tokens_per_second: float | None) -> tuple[float | None, str]:
-    """(training tokens per second, where that is from)."""
-    if measured_tokens_per_second:
-        return measured_tokens_per_second, "speed of your last run on this base and device"
+def tokens_per_second(base: Base, device: str, measured: float | None) -> tuple[float | None, str]:
+    """The rate to reckon with, None where nothing is known; and where it comes from, in words."""
+    if measured:
+        return measured, "speed of your last run on this base and device"
     if device == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         rate = cores * CPU_FLOPS_PER_CORE / flops_per_token(base.shape)

@@ -28,6 +28,7 @@ from peft_core.results import (
     DeletedAdapter,
     Generation,
     LoadedAdapter,
+    TrainingDataReport,
     TrainingStatus,
     UnloadedAdapter,
 )
@@ -66,6 +67,14 @@ class PEFTManager:
         """
         project_id, parsed = _project_id(project_id), parse_config(config)
         return await run_sync(partial(self._jobs.submit, project_id, training_data, parsed))
+
+    async def inspect_training_data(
+        self,
+        training_data: str | Sequence[Mapping[str, Any]],
+        config: TrainingConfig | Mapping[str, Any] | None = None,
+    ) -> TrainingDataReport:
+        """What `train_adapter` would train on and do, with sample examples and reasons; nothing is trained. Seconds."""
+        return await run_sync(partial(self._jobs.inspect, training_data, parse_config(config)))
 
     async def get_training_status(self, project_id: str, job_id: str | None = None) -> TrainingStatus:
         """The truth about the named job, or the project's latest one."""

@@ -39,7 +39,7 @@ class TrainingConfig(Frozen):
         ),
     ] = None
     rank: Annotated[
-        int, Field(ge=1, le=512, description="LoRA rank r. 16 suits most code bases; 32-64 for very large ones.")
+        int, Field(ge=1, le=512, description="LoRA rank r. Left out: by the size of the code base, 16 for most.")
     ] = 16
     alpha: Annotated[
         float | None,
@@ -75,7 +75,9 @@ class TrainingConfig(Frozen):
     ] = "linear"
     num_epochs: Annotated[
         float | None,
-        Field(gt=0, le=100, description="Passes over the data; 0.5 is half a pass. Give this or max_steps. Null: 1."),
+        Field(
+            gt=0, le=100, description="Passes over the data, or give max_steps. Neither: by the size, 2 hours at most."
+        ),
     ] = None
     max_steps: Annotated[
         int | None,
@@ -97,6 +99,9 @@ class TrainingConfig(Frozen):
         float,
         Field(ge=0.02, le=0.5, description="Share of the files kept out of training to measure base and adapter on."),
     ] = 0.1
+    held_out_by: Annotated[
+        Literal["file", "time"], Field(description="Which files: drawn by lot, or those changed last in git's history.")
+    ] = "file"
     eval_steps: Annotated[
         int | None,
         Field(ge=1, description="Measure the held-out loss every so many steps. Null: after each quarter of the run."),
@@ -110,6 +115,9 @@ class TrainingConfig(Frozen):
             "Null: never stop early. Use it with num_epochs > 1.",
         ),
     ] = None
+    allow_little_data: Annotated[
+        bool, Field(description="Train although there are fewer than 50 units, which is refused otherwise.")
+    ] = False
     seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="Same seed, same machine, same data: same result.")] = 0
     device: Annotated[DeviceName, Field(description="'auto' takes MPS (Apple silicon), else CUDA, else the CPU.")] = (
         "auto"

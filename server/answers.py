@@ -12,10 +12,12 @@ from peft_core.results import (
     AdapterList,
     Comparison,
     Compatibility,
+    Estimate,
     Evaluation,
     Generation,
     LoadedAdapter,
     Status,
+    TrainingDataReport,
     TrainingStatus,
     UnloadedAdapter,
     Verdict,
@@ -100,17 +102,45 @@ def generation_answer(written: Generation) -> CallToolResult:
     return answer(written, f"With the adapter:\n{written.text}\n\nThe base alone:\n{written.base_text}\n\n{facts}")
 
 
+def inspection_answer(report: TrainingDataReport) -> CallToolResult:
+    """A page for people; the samples as they are, for escaped line ends make code unreadable."""
+    left_out = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in report.left_out.items())
+    secrets = f" {report.secrets_removed} lines with credentials are blanked." if report.secrets_removed else ""
+    unread = f" {report.unread_files} more files were not looked at." if report.unread_files else ""
+    held_out = ", ".join(report.held_out_files[:5]) + (" …" if len(report.held_out_files) > 5 else "")
+    lines = [
+        f"{report.training_data}, {report.files} files.{unread}",
+        f"To train on: {report.train_examples} examples, about {report.train_tokens} tokens.",
+        f"To measure on: {report.held_out_examples} examples, about {report.held_out_tokens} tokens.",
+        f"Held out: {held_out}.",
+        f"Left out: {left_out or 'nothing'}.{secrets}",
+        f"Base: {report.base_model} on {report.device}. {estimate_line(report.estimate)}",
+        *(
+            f"\nSample: {sample.path}:{sample.start_line}-{sample.end_line} ({sample.kind}, about {sample.tokens} tokens)\n"
+            f"--- given ---\n{sample.given.rstrip()}\n--- learned ---\n{sample.learned.rstrip()}"
+            for sample in report.samples
+        ),
+        f"\n{report.next}",
+    ]
+    return answer(report, "\n".join(lines), said=frozenset({"samples", "held_out_files", "left_out"}))
+
+
+def estimate_line(estimate: Estimate) -> str:
+    time = f"about {max(1, round(estimate.seconds / 60))} min" if estimate.seconds else "unknown time"
+    steps = f"{estimate.steps} steps, " if estimate.steps else ""
+    chosen = f" {estimate.chosen}" if estimate.chosen else ""
+    memory = f"{estimate.memory_bytes / 1e9:.1f} GB of memory"
+    return f"Estimate: {steps}{time}, {memory} ({estimate.basis}).{chosen}"
+
+
 def status_answer(status: TrainingStatus, picture: bytes | None = None) -> CallToolResult:
     """`picture`: a PNG of the loss curve, behind the text."""
     parts = [f"{status.project_id}: {headline(status)}."]
     if status.training_data and not status.status.is_final and status.step == 0:
         what = "Training data" if status.kind == "training" else "Measured on"
         parts.append(f"{what}: {status.training_data}. Base: {status.base_model} on {status.device}.")
-        if estimate := status.estimate:
-            time = f"about {max(1, round(estimate.seconds / 60))} min" if estimate.seconds else "unknown time"
-            steps = f"{estimate.steps} steps, " if estimate.steps else ""
-            memory = f"{estimate.memory_bytes / 1e9:.1f} GB of memory"
-            parts.append(f"Estimate: {steps}{time}, {memory} ({estimate.basis}).")
+        if status.estimate:
+            parts.append(estimate_line(status.estimate))
     if status.evaluation and status.status is Status.COMPLETED:
         parts.append(evaluation_line(status.evaluation))
         if status.report_path:

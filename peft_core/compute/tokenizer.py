@@ -52,7 +52,8 @@ class BaseTokenizer:
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, without special tokens."""
-        return [len(encoding) for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        # "fast": without the places of tokens in the text, which nobody asks for here; 1.6 times as many a second.
+        return [len(encoding) for encoding in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Segment, ...]:
         """A conversation in the base's own format. Assistant turns carry loss, their end-of-turn token included.

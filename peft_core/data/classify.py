@@ -14,14 +14,19 @@ class Reason(StrEnum):
 
     BINARY = "binary"
     CHANGED = "changed"  # or gone, while it was read
+    DATA = "data"  # a table, not code
     DUPLICATE = "duplicate"
     EMPTY = "empty"
     GENERATED = "generated"
     HIDDEN = "hidden"
     IGNORED = "ignored"
+    LICENCE = "licence"
     LOCK_FILE = "lock_file"
     MINIFIED = "minified"
+    NEAR_DUPLICATE = "near_duplicate"
+    OVER_FILE_SHARE = "over_file_share"  # of a file so large that it would drown the others
     NO_CODE = "no_code"
+    NOT_NEEDED = "not_needed"  # the run ends before it would come to them
     NOT_TEXT = "not_text"
     SECRET = "secret"  # noqa: S105 - the name of a reason
     SENSITIVE = "sensitive"

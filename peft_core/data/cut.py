@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from peft_core.data.languages import Grammar, Language, is_known
 from peft_core.data.measure import Measure
-from peft_core.data.units import Unit, merged, without_blank_edges
+from peft_core.data.units import LICENCE, Unit, merged, without_blank_edges
 
 if TYPE_CHECKING:
     from tree_sitter import Node, Parser
@@ -25,6 +25,7 @@ _HEAD_ROWS = 6  # a longer signature is no reminder any more
 _MAX_SCOPES = 8
 _MAX_WRAPPERS = 8
 _LICENCE = re.compile(rb"copyright|licen[cs]e|SPDX-", re.IGNORECASE)
+_COMMENT = re.compile(r"\s*(#|//|--|;|%|/?\*|<!--|$)")  # how a row of a comment begins, whatever the language
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})[ \t]*([\w+#.-]*)")
 _WORST = 1 << 30
 
@@ -151,7 +152,8 @@ def _speaks_of_licence(group: _Group) -> bool:
 def _unit(group: _Group, end: int, grammar: Grammar, *, in_class: bool) -> Unit:
     rest = Unit(kind="class" if in_class else "module", start=group.start, end=end, nodes=tuple(group.nodes))
     if group.main is None:
-        return replace(rest, loose=True, alone=not in_class and group.start == 0 and _speaks_of_licence(group))
+        licence = not in_class and group.start == 0 and _speaks_of_licence(group)
+        return replace(rest, kind=LICENCE if licence else rest.kind, loose=True, alone=licence)
     definition = _definition(group.main, grammar)
     if definition.type in grammar.functions:
         return replace(rest, kind="method" if in_class else "function", head=_head(definition))
@@ -209,11 +211,15 @@ def _end_row(node: Node) -> int:
 def _paragraphs(lines: Sequence[str]) -> Iterator[Unit]:
     """Blocks that begin at the left edge, behind a blank row."""
     start = 0
-    for row in range(1, len(lines)):
-        if not lines[row - 1].strip() and lines[row][:1].strip():
-            yield Unit(kind="block", start=start, end=row)
+    for row in (*range(1, len(lines)), len(lines)):
+        if row == len(lines) or (not lines[row - 1].strip() and lines[row][:1].strip()):
+            licence = start == 0 and _is_licence_text(lines[:row])
+            yield Unit(kind=LICENCE if licence else "block", start=start, end=row, alone=licence)
             start = row
-    yield Unit(kind="block", start=start, end=len(lines))
+
+
+def _is_licence_text(lines: Sequence[str]) -> bool:
+    return all(map(_COMMENT.match, lines)) and _LICENCE.search("".join(lines).encode()) is not None
 
 
 def _fences(lines: Sequence[str]) -> Iterator[Unit]:

@@ -12,7 +12,8 @@ from peft_core.data.codec import Codec
 from peft_core.data.file_text import read_text
 from peft_core.data.fit import MIN_TOKENS, RESERVED, file_pieces, whole_pieces
 from peft_core.data.languages import named
-from peft_core.data.records import Form, Record
+from peft_core.data.quality import trouble
+from peft_core.data.records import RECORD, Form, Record
 from peft_core.data.secret_scan import Finding
 from peft_core.data.units import rows
 from peft_core.data.walk import File
@@ -52,6 +53,8 @@ def from_file(file: File, *, codec: Codec, max_length: int, redact: Redact) -> Y
     for piece in pieces:
         if piece.body_tokens < MIN_TOKENS:
             result.left_out[Reason.TINY] += 1
+        elif why := trouble(piece.unit, piece.body):
+            result.left_out[why] += 1
         else:
             result.examples.append(piece.example(path, file.language))
     return result
@@ -81,6 +84,13 @@ def from_record(record: Record, *, codec: Codec, max_length: int, redact: Redact
     first_line = max(1, record.start_line)
     result.examples += [piece.example(path or record.name, language, first_line=first_line) for piece in pieces]
     return result
+
+
+def may_be_like_others(example: Example) -> bool:
+    """Whether its near duplicates teach nothing new. Pairs are left alone, except by equal ones: answers to different
+    questions may be nearly the same, and questions may share most of a long instruction.
+    """
+    return example.kind != RECORD or all(segment.learn for segment in example.segments)
 
 
 def printable(name: str) -> str:

@@ -43,6 +43,26 @@ def state(root: Path) -> tuple[str | None, bool | None]:
     return commit.decode().strip(), None if status is None else bool(status)
 
 
+def is_shallow(root: Path) -> bool:
+    return _git(root, "rev-parse", "--is-shallow-repository") == b"true\n"
+
+
+def last_changes(root: Path) -> dict[str, int] | None:
+    """Of files below root, when the latest commit that changed them was made; None where git does not tell."""
+    wanted = ("--no-show-signature", "--no-renames", "--name-only", "-z", "--relative", "--format=%x01%ct")
+    output = _git(root, "log", *wanted, "HEAD", "--", ".")
+    if output is None:
+        return None
+    changes: dict[str, int] = {}
+    at = 0
+    for part in output.split(b"\0"):  # "\x01TIME", then the files of a commit, the first behind a line end
+        if part.startswith(b"\x01") and part[1:].isdigit():
+            at = int(part[1:])
+        elif name := os.fsdecode(part.removeprefix(b"\n")):
+            changes.setdefault(name, at)
+    return changes
+
+
 def _no_filters(root: Path) -> list[str] | None:
     """Options that empty every content filter which `status` would otherwise run on changed files."""
     names = _git(root, "config", "--name-only", "-z", "--get-regexp", r"^filter\.", accept=(0, 1))

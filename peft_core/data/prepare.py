@@ -14,8 +14,8 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,19 +24,24 @@ from pydantic import ValidationError
 from peft_core.data import git
 from peft_core.data.classify import Reason
 from peft_core.data.codec import Codec
-from peft_core.data.examples import Yield, from_file, from_record
+from peft_core.data.examples import Yield, from_file, from_record, may_be_like_others, printable
+from peft_core.data.history import last_changes
+from peft_core.data.near import RULE, Signatures
 from peft_core.data.records import Record, read_jsonl
 from peft_core.data.secret_scan import redacted
 from peft_core.data.source import require_enough
-from peft_core.data.split import Key, Split, digest, split
-from peft_core.data.walk import walk
+from peft_core.data.split import FILE_MIN_TOKENS, FILE_SHARE, Key, Split, capped, digest, drawn, merged, split
+from peft_core.data.walk import File, walk
 from peft_core.errors import DataError
 from peft_core.places import require_training_place
-from peft_core.spec import DatasetSummary, Frozen
+from peft_core.spec import DatasetSummary, Example, Frozen
 
 SourceKind = Literal["repository", "jsonl", "records"]
 _MANIFEST_SCHEMA = 1
 _REPORT_EVERY_S = 0.5
+_SPARE = 1.5  # times as many examples as a run needs: some of them will be near duplicates of others
+# However short the run, what it sees is drawn from so many: from all of a code base that is not huge. Ten seconds of reading.
+_AT_LEAST = 10_000
 
 
 class PreparedDataset(Frozen):
@@ -51,11 +56,34 @@ class _Found:
     """What stays in memory of the examples that were spooled."""
 
     keys: list[Key] = field(default_factory=list)
+    distinct: set[bytes] = field(default_factory=set)
+    signatures: Signatures = field(default_factory=Signatures)
     sorts: list[tuple[str, str]] = field(default_factory=list)  # language and kind of each
     left_out: Counter[str] = field(default_factory=Counter)
     secrets: list[tuple[str, int, str]] = field(default_factory=list)
     commit: str | None = None
     dirty: bool | None = None
+
+    def take(self, example: Example, source_kind: SourceKind) -> None:
+        learned = "\0".join(segment.text for segment in example.segments if segment.learn)
+        given = "" if source_kind == "repository" else "\0".join(s.text for s in example.segments if not s.learn)
+        self.keys.append(Key(example.path, digest(f"{given}\0{learned}"), example.tokens))
+        self.distinct.add(self.keys[-1].digest)
+        self.signatures.add(learned if may_be_like_others(example) else None)
+        self.sorts.append((example.language, example.kind))
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How many examples are enough, and in which order files are read to find them."""
+
+    enough: int | None
+    seed: int
+
+    def order(self, files: Sequence[File]) -> Sequence[File]:
+        if self.enough is None:
+            return files
+        return sorted(files, key=lambda file: drawn(file.name, self.seed))
 
 
 def prepare(
@@ -68,8 +96,13 @@ def prepare(
     held_out_fraction: float,
     seed: int,
     report: Callable[[str], None],
+    enough_examples: int | None = None,
+    held_out_by: Literal["file", "time"] = "file",
 ) -> PreparedDataset:
     """Write train.jsonl, held_out.jsonl and manifest.json into the directory.
+
+    `enough_examples`: more than so many are not trained on. Of a repository whole files are then read in an order drawn by lot
+    until there are enough, ten thousand at least: twenty thousand files need not be cut for a run of a hundred steps.
 
     Raises:
         DataError: too little to split, a broken record, or a source that is gone.
@@ -80,6 +113,8 @@ def prepare(
         "max_length": max_length,
         "held_out_fraction": held_out_fraction,
         "seed": seed,
+        "enough_examples": enough_examples,
+        "held_out_by": held_out_by,
     }
     if (done := _finished(directory, request)) is not None:
         return done
@@ -95,10 +130,25 @@ def prepare(
     (directory / "manifest.json").unlink(missing_ok=True)
     spool = directory / "examples.partial"
     try:
-        found = _spool(source, source_kind, spool, codec=codec, max_length=max_length, progress=_Progress(report))
-        require_enough(found.keys, found.left_out, str(source) if source_kind != "records" else "training_data")
-        parts = split(found.keys, held_out_fraction=held_out_fraction, seed=seed)
+        changed: dict[str, int] | None = None
+        if held_out_by == "time" and source_kind == "repository":
+            changed = {printable(name): at for name, at in last_changes(source).items()}
+        enough = enough_examples if changed is None else None  # the newest may be anywhere
+        if enough is not None:
+            enough = max(_AT_LEAST, round(_SPARE * enough / (1 - held_out_fraction)))
+        draw = Draw(enough, seed)
+        found = _spool(
+            source, source_kind, spool, codec=codec, max_length=max_length, draw=draw, progress=_Progress(report)
+        )
+        where = str(source) if source_kind != "records" else "training_data"
+        require_enough(merged(found.keys, found.signatures), found.left_out, where)
+        parts = split(found.keys, found.signatures, held_out_fraction=held_out_fraction, seed=seed, changed=changed)
+        if source_kind == "repository":
+            train = capped(found.keys, parts.train)
+            found.left_out[Reason.OVER_FILE_SHARE] += len(parts.train) - len(train)
+            parts = replace(parts, train=train)
         found.left_out[Reason.DUPLICATE] += parts.duplicates
+        found.left_out[Reason.NEAR_DUPLICATE] += parts.near_duplicates
         sha256 = _write_parts(spool, directory, parts)
     finally:
         spool.unlink(missing_ok=True)
@@ -108,11 +158,18 @@ def prepare(
 
 
 def _spool(
-    source: Path, source_kind: SourceKind, spool: Path, *, codec: Codec, max_length: int, progress: _Progress
+    source: Path,
+    source_kind: SourceKind,
+    spool: Path,
+    *,
+    codec: Codec,
+    max_length: int,
+    draw: Draw,
+    progress: _Progress,
 ) -> _Found:
     found = _Found()
     if source_kind == "repository":
-        yields = _from_repository(source, found, codec, max_length, progress)
+        yields = _from_repository(source, found, codec=codec, max_length=max_length, draw=draw, progress=progress)
     else:
         yields = _from_records(source, source_kind, codec, max_length, progress)
     with spool.open("w", encoding="utf-8", newline="\n") as stream:
@@ -121,21 +178,21 @@ def _spool(
             found.secrets += result.secrets
             for example in result.examples:
                 stream.write(example.model_dump_json() + "\n")
-                learned = "\0".join(segment.text for segment in example.segments if segment.learn)
-                given = (
-                    "" if source_kind == "repository" else "\0".join(s.text for s in example.segments if not s.learn)
-                )
-                found.keys.append(Key(example.path, digest(f"{given}\0{learned}"), example.tokens))
-                found.sorts.append((example.language, example.kind))
+                found.take(example, source_kind)
     return found
 
 
-def _from_repository(root: Path, found: _Found, codec: Codec, max_length: int, progress: _Progress) -> Iterator[Yield]:
+def _from_repository(
+    root: Path, found: _Found, *, codec: Codec, max_length: int, draw: Draw, progress: _Progress
+) -> Iterator[Yield]:
     tree = walk(root)
     found.left_out.update(tree.left_out)
     if tree.by_git:
         found.commit, found.dirty = git.state(root)
-    for number, file in enumerate(tree.files):
+    for number, file in enumerate(draw.order(tree.files)):
+        if draw.enough is not None and len(found.distinct) >= draw.enough:
+            found.left_out[Reason.NOT_NEEDED] += len(tree.files) - number
+            return
         progress(f"{number} of {len(tree.files)} files")
         yield from_file(file, codec=codec, max_length=max_length, redact=redacted)
 
@@ -209,6 +266,8 @@ def _write_manifest(
         "examples_by_language": dict(Counter(language for language, _ in kept).most_common()),
         "examples_by_kind": dict(Counter(kind for _, kind in kept).most_common()),
         "held_out_files": parts.held_out_files,
+        "file_cap": {"share_of_tokens": FILE_SHARE, "but_tokens_at_least": FILE_MIN_TOKENS},
+        "near_duplicates": {"rule": RULE, "held_out_but_seen_in_training": parts.seen_in_training},
         "secrets": [{"file": file, "line": line, "type": kind} for file, line, kind in found.secrets],
     }
     partial = path.with_suffix(".partial")

@@ -17,6 +17,7 @@ from peft_core.data.languages import named, of_file
 from peft_core.errors import DataError
 
 MAX_LINE_BYTES = 16_000_000
+RECORD = "record"  # the kind of what is no chunk of code
 CHUNK_TYPES = ("function", "class", "method", "module", "import", "variable", "comment", "interface", "type", "block")
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -51,7 +52,7 @@ class Record:
     messages: tuple[dict[str, str], ...] = ()
     path: str = ""
     language: str = "text"
-    kind: str = "record"
+    kind: str = RECORD
     start_line: int = 0
 
     @property

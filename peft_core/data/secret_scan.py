@@ -12,10 +12,12 @@ from __future__ import annotations
 import importlib
 import math
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 _PLUGINS: dict[tuple[str, str], tuple[str, ...]] = {
@@ -87,10 +89,12 @@ def redacted(lines: Sequence[str]) -> tuple[list[str], list[Finding]]:
     """
     text = "".join(lines)
     found: dict[int, str] = dict.fromkeys(_private_key_rows(lines, text), "Private Key")
+    starts: list[int] = []  # of rows in the text
     searched: set[str] = set()
     for detector in _detectors():
         if detector.may_match(text):
-            for row, value in _values(detector, lines):
+            starts = starts or [0, *accumulate(map(len, lines))]
+            for row, value in _values(detector, lines, text, starts):
                 found.setdefault(row, detector.type)
                 if value not in searched and len(searched) < _MOST_SEARCHED:
                     # The same value again, where nothing around it gives it away.
@@ -101,12 +105,20 @@ def redacted(lines: Sequence[str]) -> tuple[list[str], list[Finding]]:
     return clean, [Finding(row, found[row]) for row in sorted(found)]
 
 
-def _values(detector: _Detector, lines: Sequence[str]) -> Iterator[tuple[int, str]]:
-    for row, line in enumerate(lines):
-        if detector.may_match(line):
-            for piece in _pieces(line):
-                for value in detector.values(piece):
-                    yield row, value
+def _values(detector: _Detector, lines: Sequence[str], text: str, starts: Sequence[int]) -> Iterator[tuple[int, str]]:
+    for row in sorted({row for marker in detector.markers for row in _rows_of(marker, text, starts)}):
+        for piece in _pieces(lines[row]):
+            for value in detector.values(piece):
+                yield row, value
+
+
+def _rows_of(marker: str, text: str, starts: Sequence[int]) -> Iterator[int]:
+    """Rows that hold a marker, found in the text as a whole: many times as fast as row by row."""
+    at = text.find(marker)
+    while at >= 0:
+        row = bisect_right(starts, at) - 1
+        yield row
+        at = text.find(marker, starts[row + 1])
 
 
 def _pieces(line: str) -> Iterator[str]:

@@ -12,8 +12,9 @@ from typing import Any, Literal, NoReturn
 
 from peft_core.data.codec import BYTES_PER_TOKEN, EstimatingCodec
 from peft_core.data.examples import from_file, unchanged
+from peft_core.data.near import Signatures
 from peft_core.data.records import FORMS, Form, Record, read_inline, read_jsonl
-from peft_core.data.split import MIN_EXAMPLES, MIN_FILES, Key, digest, usable
+from peft_core.data.split import MIN_EXAMPLES, MIN_FILES, Key, digest, merged, usable
 from peft_core.data.walk import File, walk
 from peft_core.errors import DataError, InvalidArgument
 from peft_core.spec import SourceSummary
@@ -162,6 +163,7 @@ def _repository(root: Path, max_length: int) -> SourceSummary:
 def _probe(files: Sequence[File], left_out: Counter[str], root: Path, max_length: int) -> None:
     """Cut files until there is certainly enough; refuse only when all of them were cut and it is not."""
     keys: list[Key] = []
+    signatures = Signatures()
     missed = Counter(left_out)
     codec = EstimatingCodec()
     cut_bytes = 0
@@ -171,12 +173,14 @@ def _probe(files: Sequence[File], left_out: Counter[str], root: Path, max_length
         result = from_file(file, codec=codec, max_length=max_length, redact=unchanged)
         cut_bytes += file.size
         missed.update(result.left_out)
-        keys += [Key(example.path, digest(example.segments[-1].text), example.tokens) for example in result.examples]
+        for example in result.examples:
+            keys.append(Key(example.path, digest(example.segments[-1].text), example.tokens))
+            signatures.add(example.segments[-1].text)
         if len(keys) >= MIN_EXAMPLES:
-            examples, sources = usable(keys)
+            examples, sources = usable(merged(keys, signatures))
             if examples >= MIN_EXAMPLES and sources >= MIN_FILES:
                 return
-    require_enough(keys, missed, str(root))
+    require_enough(merged(keys, signatures), missed, str(root))
 
 
 def _records(

@@ -1,21 +1,28 @@
 """Held out or trained on: whole files, chosen by a hash of their name.
 
 A file keeps its place in the order whatever else is added or removed, so that the next training of a project measures on
-nearly the same files. Of exact copies one is kept; a copy that is trained on is never measured on.
+nearly the same files. Of copies and near duplicates one is kept, and training comes first: what is like anything that is
+trained on is never measured on.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
+
+from peft_core.data.near import Signatures
 
 # Measuring base and adapter on more examples costs minutes and moves the figure by less than its noise.
 HELD_OUT_MAX_EXAMPLES = 200
 MIN_EXAMPLES = 8  # fewer teach nothing that could be measured
 MIN_FILES = 2  # one to train on, one to measure on
+# One file gives at most a tenth of what is trained on; but these tokens at least, for small projects are made of few files.
+FILE_SHARE = 0.1
+FILE_MIN_TOKENS = 50_000
+_NOW = 1 << 62  # later than any commit
 _OVERSHOOT = 1.25  # of what is asked for: a file that leads beyond that is trained on
 
 
@@ -32,12 +39,25 @@ class Split:
     train: list[int]  # positions in the sequence of keys
     held_out: list[int]
     held_out_files: list[str]
-    duplicates: int
+    duplicates: int = 0  # left out, for they are equal to one that is kept
+    near_duplicates: int = 0  # left out, for they are nearly so
+    seen_in_training: int = 0  # of both, those of held-out files that are like one that is trained on
 
 
 def digest(text: str) -> bytes:
     """Equal for texts that differ in white space only."""
     return hashlib.blake2b(" ".join(text.split()).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def drawn(file: str, seed: int) -> bytes:
+    """By which files are put into an order that depends on nothing but their names."""
+    return hashlib.sha256(f"{seed}\0{file}".encode("utf-8", "surrogatepass")).digest()
+
+
+def merged(keys: Sequence[Key], signatures: Signatures) -> list[Key]:
+    """Near duplicates with the digest of the first of them: equal, for who counts what there is."""
+    leaders = signatures.leaders(range(len(keys)))
+    return [key._replace(digest=keys[leaders[position]].digest) for position, key in enumerate(keys)]
 
 
 def usable(keys: Iterable[Key]) -> tuple[int, int]:
@@ -46,25 +66,70 @@ def usable(keys: Iterable[Key]) -> tuple[int, int]:
     return len(owners), len({file for file in owners.values() if file is not None})
 
 
-def split(keys: Sequence[Key], *, held_out_fraction: float, seed: int) -> Split:
+def split(
+    keys: Sequence[Key],
+    signatures: Signatures,
+    *,
+    held_out_fraction: float,
+    seed: int,
+    changed: Mapping[str, int] | None = None,
+) -> Split:
     """About that fraction of the tokens in whole files; at least one file on either side if there are two.
 
     Files are taken in the order of their hash until enough is held out. A file that would lead far beyond that is passed
-    over; if all would, the smallest is held out.
+    over; if all would, the smallest is held out. `changed`: when each file was changed last; then the newest are taken first,
+    those that are not in it before all others.
     """
-    held_out_files = _choose(keys, held_out_fraction, seed)
-    seen: set[bytes] = set()
-    train: list[int] = []
-    held_out: list[int] = []
-    for chosen, keep in ((False, train), (True, held_out)):
-        for position, key in enumerate(keys):
-            if (key.file in held_out_files) is chosen and key.digest not in seen:
-                seen.add(key.digest)
-                keep.append(position)
-    return Split(train, held_out, sorted(held_out_files), len(keys) - len(train) - len(held_out))
+    held_out_files = _choose(merged(keys, signatures), held_out_fraction, seed, changed or {})
+    train = [position for position, key in enumerate(keys) if key.file not in held_out_files]
+    held_out = [position for position, key in enumerate(keys) if key.file in held_out_files]
+    parts = _distinct(keys, signatures, train, held_out)
+    if held_out and not parts.held_out:
+        # A near duplicate of a near duplicate may be trained on for each of them. Then measuring comes first.
+        other = _distinct(keys, signatures, held_out, train)
+        parts = replace(other, train=other.held_out, held_out=other.train, seen_in_training=0)
+    return replace(parts, held_out_files=sorted(held_out_files))
 
 
-def _choose(keys: Sequence[Key], fraction: float, seed: int) -> set[str]:
+def capped(keys: Sequence[Key], train: Sequence[int]) -> list[int]:
+    """Without what giant files have too much of; what is kept of them is taken evenly from their beginning to their end."""
+    of_file: dict[str, list[int]] = defaultdict(list)
+    for position in train:
+        of_file[keys[position].file].append(position)
+    limit = max(FILE_MIN_TOKENS, int(FILE_SHARE * sum(keys[position].tokens for position in train)))
+    kept: list[int] = []
+    for positions in of_file.values():
+        ratio = min(1.0, limit / max(1, sum(keys[position].tokens for position in positions)))
+        # The n-th is kept when the count that should be kept by then has grown by one.
+        kept += [position for n, position in enumerate(positions) if int((n + 1) * ratio) > int(n * ratio)]
+    return sorted(kept)
+
+
+def _distinct(keys: Sequence[Key], signatures: Signatures, first: list[int], second: list[int]) -> Split:
+    """What is kept of the first and of the second part: nothing that is like something that is kept before it."""
+    equal: dict[bytes, int] = {}
+    copies = {
+        position: known
+        for position in (*first, *second)
+        if (known := equal.setdefault(keys[position].digest, position)) != position
+    }
+    leaders = signatures.leaders(position for position in (*first, *second) if position not in copies)
+    kept_first, kept_second = (
+        [position for position in part if leaders.get(position) == position] for part in (first, second)
+    )
+    in_first = set(first)
+    like = [leaders.get(copies.get(position, position)) for position in second]
+    return Split(
+        train=kept_first,
+        held_out=kept_second,
+        held_out_files=[],
+        duplicates=len(copies),
+        near_duplicates=len(leaders) - len(kept_first) - len(kept_second),
+        seen_in_training=sum(leader in in_first for leader in like),
+    )
+
+
+def _choose(keys: Sequence[Key], fraction: float, seed: int, changed: Mapping[str, int]) -> set[str]:
     costs: dict[bytes, int] = defaultdict(int)
     for key in keys:  # copies may differ in white space, and then in tokens
         costs[key.digest] = max(costs[key.digest], key.tokens)
@@ -76,7 +141,7 @@ def _choose(keys: Sequence[Key], fraction: float, seed: int) -> set[str]:
             tokens[file] += costs[text]
             examples[file] += 1
     wanted = fraction * sum(tokens.values())
-    order = sorted(tokens, key=lambda file: hashlib.sha256(f"{seed}\0{file}".encode("utf-8", "surrogatepass")).digest())
+    order = sorted(tokens, key=lambda file: (-changed.get(file, _NOW), drawn(file, seed)))
     chosen: set[str] = set()
     taken_tokens = taken_examples = 0
     for file in order:

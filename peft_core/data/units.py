@@ -21,13 +21,14 @@ if TYPE_CHECKING:  # tree-sitter is loaded by the first file that needs it
 MERGE_SHARE = 3
 MERGE_MAX_TOKENS = 256
 _BARE_HEAD_TOKENS = 32
+LICENCE = "licence"
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
     """Rows [start, end) that belong together."""
 
-    kind: str  # function, class, method, module, block
+    kind: str  # function, class, method, module, block, licence
     start: int
     end: int
     scopes: tuple[range, ...] = ()  # rows of the heads of the definitions around it, outermost first

@@ -15,10 +15,12 @@ from peft_core.adapters.tensors import linear_modules
 from peft_core.bases import resolve
 from peft_core.bases.checkpoint import read_checkpoint
 from peft_core.config import Settings
+from peft_core.data.history import require_history
 from peft_core.data.records import write_records
 from peft_core.data.source import inspect
 from peft_core.errors import InvalidArgument, StorageError
-from peft_core.estimate import MICRO_TOKENS, estimate, executions, lora_parameters, memory_bytes
+from peft_core.estimate import MICRO_TOKENS, estimate, executions, lora_parameters, memory_bytes, tokens_per_second
+from peft_core.jobs.advice import advise
 from peft_core.jobs.model import JobRequest
 from peft_core.jobs.store import unwritable
 from peft_core.machine import available_memory_bytes, cpu_multiplies_bfloat16, expected_device
@@ -47,6 +49,10 @@ def plan(
         require_place(training_data, settings)
     base = resolve(config.base_model, settings)
     found = inspect(training_data, held_out_fraction=config.held_out_fraction, max_length=config.max_length)
+    if config.held_out_by == "time":
+        if found.kind != "repository" or found.path is None:
+            raise InvalidArgument("config.held_out_by", "time", "records have no history; 'file' is allowed for them")
+        require_history(found.path)
     if found.needs_chat_template and not base.has_chat_template:
         raise InvalidArgument(
             "training_data",
@@ -54,11 +60,13 @@ def plan(
             f"the base {base.name} has no chat template, so conversations cannot be written in its form",
             suggestions=["Use an instruct model as base_model, or records of the form {prompt, completion}"],
         )
+    measured = measured_speed(base, device)
+    config, chosen = advise(config, base.shape, found, tokens_per_second(base, device, measured)[0])
     _check_fit(config, base)
     config = filled_in(config, base.shape)
     execution, cost = _choose_execution(config, base, device, settings.max_memory_mb)
-    planned = estimate(config, base, found, device, execution, measured_tokens_per_second=measured_speed(base, device))
-    planned = planned.model_copy(update={"basis": planned.basis + cost})
+    planned = estimate(config, base, found, device, execution, measured_tokens_per_second=measured)
+    planned = planned.model_copy(update={"basis": planned.basis + cost, "chosen": chosen})
     _check_disk(config, base, found, settings.data_dir)
     return JobRequest(
         source=found.path or Path(),

@@ -88,17 +88,21 @@ class Runner:
 
     async def drain(self) -> bool:
         """Run the queued jobs one after the other; True when a signal ended it early."""
-        async with anyio.create_task_group() as group:
-            group.start_soon(self._stop_on_signal)
-            while not self._stopping and (queued := self._store.in_state(Status.QUEUED)):
-                try:
-                    job = self._store.append(queued[0].job_id, JobStarted())
-                except IllegalTransition:
-                    continue  # cancelled between the look and the start
-                await self._run(job)
-                prune(self._store, self._registry, self._paths, keep=self._keep_runs)
-            group.cancel_scope.cancel()
+        # Plain handlers: they set the flag at once, where a task would hear of the signal only when the loop turns, and the
+        # next job would have been started by then.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _number, _frame: self._stop())
+        while not self._stopping and (queued := self._store.in_state(Status.QUEUED)):
+            try:
+                job = self._store.append(queued[0].job_id, JobStarted())
+            except IllegalTransition:
+                continue  # cancelled between the look and the start
+            await self._run(job)
+            prune(self._store, self._registry, self._paths, keep=self._keep_runs)
         return self._stopping
+
+    def _stop(self) -> None:
+        self._stopping = True
 
     async def _run(self, job: Job) -> None:
         bound = log.bind(job_id=job.job_id)
@@ -237,11 +241,6 @@ class Runner:
             if not self._lock.still_there:
                 raise StorageError(f"The data directory {self._paths.root} was removed.", code="data_directory_gone")
         await _end(process)
-
-    async def _stop_on_signal(self) -> None:
-        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            async for _ in signals:
-                self._stopping = True
 
 
 async def _end(process: Process) -> None:

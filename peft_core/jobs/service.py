@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,11 +21,11 @@ from peft_core.config import Settings
 from peft_core.errors import InvalidArgument, JobNotFound, JobStateError
 from peft_core.events import JobFailed, JobResumed
 from peft_core.jobs.lock import WorkLock
-from peft_core.jobs.model import RESUMABLE, Job, JobRequest
+from peft_core.jobs.model import IllegalTransition, Job, JobRequest
 from peft_core.jobs.recovery import problem_of_exit, recover
 from peft_core.jobs.report import headline, not_started, status_of
 from peft_core.jobs.store import Store, unwritable
-from peft_core.results import Status, TrainingStatus
+from peft_core.results import Status, TrainingDataReport, TrainingStatus
 from peft_core.spec import BUNDLED, Base, EvaluatedAdapter, TrainingConfig
 
 ELSEWHERE = "elsewhere"  # the project of evaluations of adapters that were not trained here
@@ -83,6 +84,16 @@ class JobService:
 
         draft = plan_evaluation(evaluated, evaluation_data, base, self._settings, self._measured_speed)
         return self._queue(self._project_of(evaluated.adapter_path), draft, evaluation_data)
+
+    def inspect(self, training_data: str | Sequence[Mapping[str, Any]], config: TrainingConfig) -> TrainingDataReport:
+        """What `submit` would do, without doing it.
+
+        Raises:
+            InvalidArgument, DataError, BaseModelError, StorageError: it would be refused.
+        """
+        from peft_core.jobs.inspection import inspect_training_data  # noqa: PLC0415 -- as in submit
+
+        return inspect_training_data(training_data, config, self._settings, self._measured_speed)
 
     def status(self, project_id: str, job_id: str | None = None) -> TrainingStatus:
         """The truth about the named job, or the project's latest. A job whose process is gone is found out here.
@@ -147,16 +158,15 @@ class JobService:
             JobStateError: it is running, waiting or completed.
         """
         self._require_database(job_id)
-        job = self._store.get(job_id)
-        if job.status not in RESUMABLE:
+        try:
+            job = self._store.requeue(job_id, JobResumed())
+        except IllegalTransition:  # asked of the database itself: another server may resume it at this moment
+            status = self._store.get(job_id).status
             raise JobStateError(
-                f"Job {job_id} cannot be resumed: it is {job.status}; only interrupted, failed and cancelled jobs can.",
+                f"Job {job_id} cannot be resumed: it is {status}; only interrupted, failed and cancelled jobs can.",
                 code="not_resumable",
-                suggestions=[
-                    "Call get_training_status to watch it" if not job.status.is_final else "Call train_adapter"
-                ],
-            )
-        self._store.requeue(job_id, JobResumed())
+                suggestions=["Call get_training_status to watch it" if not status.is_final else "Call train_adapter"],
+            ) from None
         self._see_to_queue()
         return self.status(job.project_id, job_id)
 
@@ -215,7 +225,8 @@ class JobService:
                 # It could not work at all: nothing of what it saw was even begun. Trying again would fail again, in silence.
                 problem = problem_of_exit(code, self._paths.logs / "runner.log", what="runner")
                 self._seen_by_runner = set()
-                self._store.append(queued[0].job_id, JobFailed(error=problem))
+                with suppress(IllegalTransition):  # cancelled a moment ago
+                    self._store.append(queued[0].job_id, JobFailed(error=problem))
                 return
             self._seen_by_runner = waiting
             self._runner = self._spawn_runner()

@@ -271,6 +271,8 @@ def _prepare(task: TrainingTask, tokenizer: BaseTokenizer, report: Callable[[str
         held_out_fraction=config.held_out_fraction,
         seed=config.seed,
         report=report,
+        held_out_by=config.held_out_by,
+        enough_examples=None if config.max_steps is None else config.max_steps * config.batch_size,
     )
 
 

@@ -9,9 +9,9 @@ from mcp.types import CallToolResult
 from pydantic import Field
 
 from peft_core.manager import PEFTManager
-from peft_core.results import TrainingStatus
+from peft_core.results import TrainingDataReport, TrainingStatus
 from peft_core.spec import ProjectId, TrainingConfig
-from server.answers import status_answer
+from server.answers import inspection_answer, status_answer
 from server.progress import stream_progress
 from server.tools import make_tool
 from server.tools.adapters import AdapterPath
@@ -51,6 +51,16 @@ async def train_adapter(
     if wait_s:
         status = await stream_progress(ctx, manager.watch_training(project_id, status.job_id, timeout_s=wait_s))
     return status_answer(status)
+
+
+async def inspect_training_data(
+    training_data: TrainingData, ctx: Context[PEFTManager, Any], config: TrainingConfig = DEFAULTS
+) -> Annotated[CallToolResult, TrainingDataReport]:
+    """What train_adapter would do with this data, without training: how much it would train on, what is left out and why, the
+    held-out files, three sample examples, and the settings, time and memory it would take. Changes nothing; takes seconds,
+    up to a minute for a huge repository. Use it before a first or a long training, or when a report surprises.
+    """
+    return inspection_answer(await ctx.request_context.lifespan_context.inspect_training_data(training_data, config))
 
 
 async def evaluate_adapter(
@@ -119,6 +129,7 @@ async def resume_training(
 
 TOOLS = [
     make_tool(train_adapter, "Train an adapter"),
+    make_tool(inspect_training_data, "Inspect training data", reads=True),
     make_tool(evaluate_adapter, "Evaluate an adapter"),
     make_tool(get_training_status, "Training status", reads=True),
     make_tool(cancel_training, "Cancel a training", destroys=True, repeatable=True),

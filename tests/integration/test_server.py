@@ -18,6 +18,8 @@ from mcp.shared.exceptions import MCPError
 
 from peft_core.bases import resolve
 from peft_core.config import Settings
+from peft_core.manager import PEFTManager
+from peft_core.results import TrainingDataReport
 from server.app import build_server
 from tests.clients import stdio_server, text_of
 from tests.factories import make_base, record_base
@@ -26,6 +28,7 @@ from tests.model_files import write_adapter, write_model
 Connect = Callable[[], AbstractAsyncContextManager[Client]]
 
 TOOLS = {
+    "inspect_training_data",
     "train_adapter",
     "evaluate_adapter",
     "get_training_status",
@@ -120,7 +123,7 @@ def code(tmp_path: Path) -> Path:
     for name in ("alpha", "beta", "gamma", "delta"):
         functions = [
             f"def {name}_{number}(value):\n"
-            + "".join(f"    value = value * {number} + {line} - len('{name}')\n" for line in range(25))
+            + "".join(f"    {name}_{line} = value * {number} + {line} - len('{name}_{number}')\n" for line in range(40))
             + "    return value\n"
             for number in range(6)
         ]
@@ -128,6 +131,8 @@ def code(tmp_path: Path) -> Path:
     return directory
 
 
+CREDENTIAL = 'KEY = "' + "AKIA" + "IOSFODNN7QXYZABC" + '"\n'
+FEW_RECORDS = [{"text": f"the {n}. of few records that say little: {n * n}"} for n in range(30)]
 BAD_INPUT: list[tuple[str, dict[str, Any], list[str]]] = [
     ("train_adapter", {"project_id": "web"}, ["training_data", "required"]),
     ("train_adapter", {"project_id": "a/b", "training_data": "CODE"}, ["project_id = 'a/b'", "letters, digits"]),
@@ -167,6 +172,15 @@ BAD_INPUT: list[tuple[str, dict[str, Any], list[str]]] = [
         ["config.target_modules = 'query'", "q_proj", "all-linear"],
     ),
     ("train_adapter", {"project_id": "web", "training_data": "CODE", "wait_s": 46}, ["wait_s = 46", "from 0 to 45"]),
+    (
+        "train_adapter",
+        {"project_id": "web", "training_data": FEW_RECORDS},
+        ["Too little data", "30 records", "at least 50", "Retrieval", "config.allow_little_data = true"],
+    ),
+    ("inspect_training_data", {"training_data": FEW_RECORDS}, ["Too little data", "config.allow_little_data = true"]),
+    ("inspect_training_data", {"training_data": "/no/such/place"}, ["training_data", "/no/such/place"]),
+    ("inspect_training_data", {"training_data": "CODE", "config": {"rank": 0}}, ["config.rank = 0", "1 to 512"]),
+    ("inspect_training_data", {"project_id": "web", "training_data": "CODE"}, ["project_id", "no such field"]),
     ("get_training_status", {"project_id": "web", "job_id": "nope"}, ["nope"]),
     ("cancel_training", {"project_id": "web"}, ["Nothing to cancel", "web"]),
     ("resume_training", {"job_id": "nope"}, ["nope"]),
@@ -229,6 +243,43 @@ async def test_bad_input_gets_one_clear_error_and_makes_no_job(
         assert status.structured_content is not None
         assert status.structured_content["status"] == "not_started"
     assert not (data_dir / "jobs").exists()
+
+
+async def test_training_data_is_shown_before_anything_is_trained(connect: Connect, code: Path, data_dir: Path) -> None:
+    (code / "licence.py").write_text("# Copyright 2026 Some One, all rights reserved, more or less\n" + CREDENTIAL)
+    async with connect() as client:
+        result = await client.call_tool("inspect_training_data", {"training_data": str(code)})
+        assert not result.is_error, text_of(result)
+        tool = next(t for t in (await client.list_tools()).tools if t.name == "inspect_training_data")
+        assert tool.annotations is not None
+        assert tool.annotations.read_only_hint
+    report, text = TrainingDataReport.model_validate(result.structured_content), text_of(result)
+    assert (report.files, report.languages, report.secrets_removed) == (4, {"python": 4}, 1)
+    assert report.left_out == {"licence": 1}
+    assert report.train_examples > report.held_out_examples >= 1
+    assert 0 < report.estimate.memory_bytes < 3e9
+    assert report.config.num_epochs == 3, "a small code base"
+    assert report.config.rank == 16
+    assert "units" in report.estimate.chosen
+    assert report.estimate.chosen in text
+    assert len(report.samples) == 3
+    for sample in report.samples:
+        assert sample.path not in report.held_out_files
+        assert f"{sample.path}:{sample.start_line}-{sample.end_line}" in text
+        assert sample.learned.rstrip() in text, "code as it is, not as JSON"
+        assert sample.learned.split("\n")[0] in (code / sample.path).read_text()
+    assert "train_adapter" in report.next
+    assert not (data_dir / "jobs").exists()
+    assert not (data_dir / "peft.db").exists()
+
+
+async def test_records_are_shown_as_they_would_be_trained_on(data_dir: Path) -> None:
+    records = [{"prompt": f"What is {n} + {n}?", "completion": f"It is {n + n}, {n} twice."} for n in range(60)]
+    async with PEFTManager(Settings(data_dir=data_dir)) as manager:
+        report = await manager.inspect_training_data(records, {"max_steps": 5})
+    assert report.train_examples + report.held_out_examples == 60
+    assert report.estimate.steps == 5
+    assert all(sample.given.startswith("What is") and "twice" in sample.learned for sample in report.samples)
 
 
 async def test_an_adapter_is_judged_in_words_and_in_data(connect: Connect, tmp_path: Path) -> None:
@@ -342,6 +393,8 @@ import sys
 from server.app import build_server
 from peft_core.bases import resolve
 from peft_core.config import Settings
+from peft_core.manager import PEFTManager
+from peft_core.results import TrainingDataReport
 import peft_core.jobs.planning
 build_server(Settings())
 heavy = {"torch", "transformers", "peft", "accelerate", "numpy", "tree_sitter", "detect_secrets", "huggingface_hub"}

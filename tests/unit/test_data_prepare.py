@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import random
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from peft_core.data import PreparedDataset, inspect, prepare, read_examples, write_records
 from peft_core.data.secret_scan import redacted
-from peft_core.data.split import HELD_OUT_MAX_EXAMPLES, Key, split, usable
 from peft_core.data.units import rows
 from peft_core.errors import DataError
 from peft_core.spec import Example, Segment
@@ -33,7 +32,7 @@ class Words:
 
 
 def function(name: str, number: int) -> str:
-    return f"def {name}_{number}(total):\n    for index in range(10):\n        total += index * {number}\n    return total\n"
+    return f"def {name}_{number}(total):\n    for {name} in range(10):\n        total += {name} * {number}\n    return total\n"
 
 
 def repository(root: Path, files: int = 10, functions: int = 20) -> Path:
@@ -153,6 +152,53 @@ def test_copies_are_trained_on_once_and_never_measured_on(tmp_path: Path):
     assert done.summary.left_out["duplicate"] > 0
 
 
+def test_near_copies_are_kept_once_and_counted(tmp_path: Path):
+    root = repository(tmp_path / "r")
+    body = "\n".join(f"    total += weight_{n}" for n in range(11))
+    for number in range(10):
+        near = f"def weigh(values, weights):\n{body}\n    return total + {number}\n"
+        (root / f"near_{number}.py").write_text(near)
+    done = build(root, tmp_path / "out")
+    assert done.summary.left_out == {"near_duplicate": 9}
+    held_out = read_examples(tmp_path / "out" / "held_out.jsonl")
+    assert sum("def weigh" in example.text for example in both(tmp_path / "out")) == 1
+    assert not any("def weigh" in example.text for example in held_out), "what several files hold is no measure"
+    assert "Jaccard" in manifest(tmp_path / "out")["near_duplicates"]["rule"]
+
+
+def test_pairs_with_the_same_long_instruction_are_no_duplicates(tmp_path: Path):
+    instruction = " ".join(f"rule {n}: brief." for n in range(8))
+    pairs = [{"prompt": f"{instruction} Double {n}!", "completion": "It is even."} for n in range(20)]
+    done = build(records_file(tmp_path, pairs), tmp_path / "out", "records")
+    assert done.summary.left_out == {}
+
+
+def test_of_a_huge_repository_only_as_much_is_read_as_a_run_can_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys.modules["peft_core.data.prepare"], "_AT_LEAST", 40)
+    root = repository(tmp_path / "r", files=40, functions=6)
+
+    def drawn(directory: str, examples: int | None) -> PreparedDataset:
+        return prepare(
+            source=root,
+            source_kind="repository",
+            directory=tmp_path / directory,
+            codec=Words(),
+            max_length=128,
+            held_out_fraction=0.2,
+            seed=0,
+            report=lambda _: None,
+            enough_examples=examples,
+        )
+
+    everything, part, again = drawn("all", None), drawn("part", 4), drawn("again", 4)
+    assert part.summary.sha256 == again.summary.sha256
+    assert part.summary.left_out["not_needed"] > 20
+    assert part.summary.train_examples >= 20
+    held_out = [set(manifest(tmp_path / name)["held_out_files"]) for name in ("part", "all")]
+    assert held_out[0] <= held_out[1], "what is measured on are the same files, fewer of them"
+    assert drawn("more", 1000).summary.train_examples == everything.summary.train_examples
+
+
 def test_too_little_that_is_different_is_refused_with_figures(tmp_path: Path):
     root = repository(tmp_path / "r", files=1)
     shutil.copy(root / "module_0.py", root / "module_1.py")
@@ -215,60 +261,6 @@ def test_chunks_get_their_path_but_never_the_home_directory_before_it(tmp_path: 
     examples = both(tmp_path / "out")
     assert {example.segments[0].text for example in examples} == {"// a.rs\n", "// b/c.rs\n"}
     assert {(example.kind, example.language, example.start_line) for example in examples} == {("function", "rust", 10)}
-
-
-# --- the split -----------------------------------------------------------------------------------------------------
-
-KEYS = st.lists(
-    st.builds(Key, st.sampled_from("abcdefghij"), st.binary(min_size=1, max_size=1), st.integers(1, 500)), max_size=80
-)
-
-
-@given(keys=KEYS, seed=st.integers(0, 99), fraction=st.floats(0.02, 0.5))
-def test_files_are_on_one_side_copies_on_none_and_both_sides_are_filled(keys: list[Key], seed: int, fraction: float):
-    parts = split(keys, held_out_fraction=fraction, seed=seed)
-    kept = [*parts.train, *parts.held_out]
-    assert len(set(kept)) == len(kept) == len({key.digest for key in keys}) == len(keys) - parts.duplicates
-    assert {keys[n].file for n in parts.train}.isdisjoint({keys[n].file for n in parts.held_out})
-    if usable(keys)[1] >= 2:
-        assert parts.train
-        assert parts.held_out
-
-
-@given(keys=KEYS, seed=st.integers(0, 99))
-def test_the_split_does_not_depend_on_the_order(keys: list[Key], seed: int):
-    shuffled = keys.copy()
-    random.Random(seed).shuffle(shuffled)  # noqa: S311 - no cryptography here
-    first, second = (split(order, held_out_fraction=0.2, seed=seed).held_out_files for order in (keys, shuffled))
-    assert first == second
-
-
-def many(files: int, examples: int, tokens: int = 100) -> list[Key]:
-    return [
-        Key(f"f{f}", hashlib.sha256(f"{f} {e}".encode()).digest(), tokens)
-        for f in range(files)
-        for e in range(examples)
-    ]
-
-
-def test_about_the_fraction_asked_for_is_held_out():
-    for seed in range(20):
-        assert 0.08 <= len(split(many(60, 10), held_out_fraction=0.1, seed=seed).held_out) / 600 <= 0.13
-
-
-def test_a_file_more_does_not_reshuffle_the_others():
-    for seed in range(20):
-        before = set(split(many(100, 5), held_out_fraction=0.1, seed=seed).held_out_files)
-        after = set(split(many(101, 5), held_out_fraction=0.1, seed=seed).held_out_files)
-        assert len(before - after) <= 1
-
-
-def test_measuring_stays_cheap_however_large_the_source_is():
-    assert len(split(many(5_000, 5), held_out_fraction=0.1, seed=0).held_out) <= HELD_OUT_MAX_EXAMPLES * 1.25
-
-
-def test_another_seed_holds_out_other_files():
-    assert len({tuple(split(many(50, 5), held_out_fraction=0.1, seed=seed).held_out_files) for seed in range(10)}) > 5
 
 
 # --- secrets -------------------------------------------------------------------------------------------------------
@@ -365,3 +357,26 @@ def test_redacting_keeps_the_number_of_lines_and_every_clean_line(lines: list[st
     flagged = {finding.row for finding in found}
     assert len(clean) == len(given_lines)
     assert all(clean[n] == ("\n" if n in flagged else line) for n, line in enumerate(given_lines))
+
+
+def test_the_files_changed_last_are_held_out_on_request(tmp_path: Path):
+    root = repository(tmp_path / "r")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false", "-C", root]
+    for day, touched in ((1, None), (2, "module_4.py"), (3, "module_7.py")):
+        if touched:
+            (root / touched).write_text((root / touched).read_text().replace("return total", "return total + 1", 1))
+        at = {**os.environ, "GIT_COMMITTER_DATE": f"2026-01-0{day}T00:00:00Z"}
+        for arguments in (["init"], ["add", "."], ["commit", "-m", "one"]):
+            subprocess.run([*git, *arguments], check=True, capture_output=True, env=at)
+    prepare(
+        source=root,
+        source_kind="repository",
+        directory=tmp_path / "out",
+        codec=Words(),
+        max_length=128,
+        held_out_fraction=0.2,
+        seed=0,
+        report=lambda _: None,
+        held_out_by="time",
+    )
+    assert manifest(tmp_path / "out")["held_out_files"] == ["module_4.py", "module_7.py"]

@@ -1,0 +1,89 @@
+"""What a training would be given, found out in a process of its own: a PreviewRequest (JSON) in, a Preview or a Problem out.
+
+It is the preparation that the training child makes, with estimated tokens, of at most the ten thousand examples at which
+a preparation may stop. Grammars and the scanner for secrets so stay out of the process that asks. By hand:
+`python -m peft_core.data.preview < request.json`.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Literal
+
+from peft_core.data.classify import Reason
+from peft_core.data.codec import EstimatingCodec
+from peft_core.data.prepare import prepare
+from peft_core.data.read import read_examples
+from peft_core.errors import ModelError
+from peft_core.results import Problem
+from peft_core.spec import DatasetSummary, Example, Frozen
+
+SAMPLES = 3
+LARGEST = 3
+
+
+class PreviewRequest(Frozen):
+    source: Path
+    source_kind: Literal["repository", "jsonl", "records"]
+    max_length: int
+    held_out_fraction: float
+    seed: int
+    held_out_by: Literal["file", "time"]
+
+
+class Preview(Frozen):
+    dataset: DatasetSummary
+    languages: dict[str, int]
+    unread_files: int  # that would only be read by a longer run
+    held_out_files: list[str]
+    largest_files: dict[str, int]  # tokens to train on, of the files that have the most
+    samples: list[Example]
+
+
+def preview(request: PreviewRequest) -> Preview:
+    """Prepare, look, and leave nothing behind.
+
+    Raises:
+        DataError: as `prepare`.
+    """
+    with tempfile.TemporaryDirectory(prefix="peft-mcp-preview-") as temporary:
+        directory = Path(temporary)
+        prepared = prepare(
+            **request.model_dump(),
+            directory=directory,
+            codec=EstimatingCodec(),
+            report=lambda _detail: None,
+            enough_examples=1,
+        )
+        train = read_examples(directory / "train.jsonl")
+        held_out = read_examples(directory / "held_out.jsonl")
+    tokens: Counter[str] = Counter()
+    for example in train:
+        tokens[example.path] += example.tokens
+    dataset = prepared.summary
+    left_out = {reason: count for reason, count in dataset.left_out.items() if reason != Reason.NOT_NEEDED}
+    return Preview(
+        dataset=dataset.model_copy(update={"left_out": left_out}),
+        languages=prepared.languages,
+        unread_files=dataset.left_out.get(Reason.NOT_NEEDED, 0),
+        held_out_files=sorted({example.path for example in held_out}),
+        largest_files=dict(tokens.most_common(LARGEST)),
+        samples=random.Random(request.seed).sample(train, min(SAMPLES, len(train))),  # noqa: S311 - no cryptography here
+    )
+
+
+def main() -> int:
+    try:
+        answer: Preview | Problem = preview(PreviewRequest.model_validate_json(sys.stdin.read()))
+    except ModelError as error:
+        answer = Problem(code=error.code, message=error.message, suggestions=error.suggestions)
+    sys.stdout.write(answer.model_dump_json())
+    return 0 if isinstance(answer, Preview) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""A training that is planned and not run: what it would be given, what it would do, how long it would take."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from peft_core.config import Settings
+from peft_core.data.preview import Preview, PreviewRequest
+from peft_core.errors import DataError
+from peft_core.jobs.model import JobRequest
+from peft_core.jobs.planning import TrainingData, plan, write_source
+from peft_core.results import DataSample, Problem, TrainingDataReport
+from peft_core.spec import Base, Example, TrainingConfig
+
+TIMEOUT_S = 120.0
+CHILD = [sys.executable, "-P", "-m", "peft_core.data.preview"]
+_SHOWN = 1200  # characters of a sample
+
+
+def inspect_training_data(
+    training_data: TrainingData,
+    config: TrainingConfig,
+    settings: Settings,
+    measured_speed: Callable[[Base, str], float | None],
+) -> TrainingDataReport:
+    """Everything that `train_adapter` would check and choose, and a look at the examples. Seconds; nothing is kept.
+
+    Raises:
+        InvalidArgument, DataError, BaseModelError, StorageError: it could not be trained, and why.
+    """
+    draft = plan(training_data, config, settings, measured_speed)
+    with tempfile.TemporaryDirectory(prefix="peft-mcp-inspect-") as temporary:
+        request = write_source(draft, training_data, Path(temporary) / "source" / "records.jsonl")
+        found = _looked_at(request)
+    return _report(request, found, given=training_data if isinstance(training_data, str) else "these records")
+
+
+def _looked_at(request: JobRequest) -> Preview:
+    config = request.config
+    asked = PreviewRequest(
+        source=request.source,
+        source_kind=request.source_kind,
+        max_length=config.max_length,
+        held_out_fraction=config.held_out_fraction,
+        seed=config.seed,
+        held_out_by=config.held_out_by,
+    )
+    try:
+        done = subprocess.run(  # noqa: S603 - our own module
+            CHILD, input=asked.model_dump_json().encode(), capture_output=True, timeout=TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise DataError(
+            f"Looking at the examples took longer than {TIMEOUT_S:.0f} s, and was stopped.",
+            code="inspection_timeout",
+            suggestions=("Inspect a directory of it", "train_adapter itself has no such limit"),
+        ) from error
+    if done.returncode == 0:
+        return Preview.model_validate_json(done.stdout)
+    try:
+        problem = Problem.model_validate_json(done.stdout)
+    except ValidationError as error:
+        last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise DataError(f"Looking at the examples failed: {last}", code="inspection_failed") from error
+    raise DataError(problem.message, code=problem.code, suggestions=problem.suggestions)
+
+
+def _report(request: JobRequest, found: Preview, *, given: str) -> TrainingDataReport:
+    dataset = found.dataset
+    return TrainingDataReport(
+        training_data=given,
+        base_model=request.base.name,
+        device=request.device,
+        train_examples=dataset.train_examples,
+        held_out_examples=dataset.held_out_examples,
+        train_tokens=dataset.train_tokens,
+        held_out_tokens=dataset.held_out_tokens,
+        files=dataset.files,
+        unread_files=found.unread_files,
+        languages=found.languages,
+        left_out=dataset.left_out,
+        secrets_removed=dataset.secrets_removed,
+        held_out_files=found.held_out_files,
+        largest_files=found.largest_files,
+        samples=[_sample(example) for example in found.samples],
+        config=request.config,
+        estimate=request.estimate,
+        next="To train on this, call train_adapter(project_id=..., training_data=...) with the same config.",
+    )
+
+
+def _sample(example: Example) -> DataSample:
+    given = "".join(segment.text for segment in example.segments if not segment.learn)
+    learned = "".join(segment.text for segment in example.segments if segment.learn)
+    return DataSample(
+        path=example.path,
+        start_line=example.start_line,
+        end_line=example.end_line,
+        kind=example.kind,
+        language=example.language,
+        tokens=example.tokens,
+        given=_cut(given),
+        learned=_cut(learned),
+    )
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}\n… ({len(text) - _SHOWN} more characters)"

@@ -1,0 +1,73 @@
+"""What is chosen where the request leaves it open, and what is said about it."""
+
+from __future__ import annotations
+
+import pytest
+
+from peft_core.errors import DataError
+from peft_core.jobs.advice import MIN_UNITS, PATIENCE_S, RANKS, advise
+from peft_core.spec import SourceSummary, TrainingConfig
+from tests.factories import SMOLLM2_SHAPE, make_source
+
+
+def source(units: int) -> SourceSummary:
+    return make_source().model_copy(update={"examples": None, "estimated_tokens": 200 * units})
+
+
+def advised(
+    units: int, config: TrainingConfig | None = None, speed: float | None = 150.0
+) -> tuple[TrainingConfig, str]:
+    return advise(config or TrainingConfig(), SMOLLM2_SHAPE, source(units), speed)
+
+
+@pytest.mark.parametrize(("units", "passes"), [(60, 3), (100, 3), (150, 2), (250, 2), (300, 1), (2000, 1)])
+def test_a_small_code_base_is_passed_over_more_than_once(units: int, passes: int):
+    config, why = advised(units)
+    assert (config.num_epochs, config.max_steps) == (passes, None)
+    assert f"about {units} units" in why
+
+
+@pytest.mark.parametrize("units", [5_000, 100_000, 2_000_000])
+@pytest.mark.parametrize("speed", [20.0, 150.0])
+def test_nobody_waits_for_days_without_having_asked_for_it(units: int, speed: float):
+    config, why = advised(units, speed=speed)
+    if config.max_steps is not None:
+        assert "set num_epochs = 1 for all" in why
+        seconds = config.max_steps * config.batch_size * 200 / speed
+    else:
+        seconds = units * 200 * (1 - config.held_out_fraction) / speed
+    assert seconds <= PATIENCE_S * 1.01
+
+
+def test_what_the_caller_says_is_done():
+    asked = TrainingConfig(rank=4, max_steps=7)
+    assert advised(100_000, asked) == (asked, "")
+    asked = TrainingConfig(rank=16, num_epochs=5)
+    assert advised(2_000_000, asked) == (asked, "")
+
+
+def test_a_rank_has_room_for_what_there_is_to_learn():
+    ranks = [advised(units, TrainingConfig(num_epochs=1))[0].rank for units in (100, 10_000, 80_000, 1_000_000)]
+    assert ranks == sorted(ranks)
+    assert (ranks[0], ranks[-1]) == (RANKS[0], RANKS[-1])
+    assert advised(1_000_000, TrainingConfig(max_steps=100))[0].rank == RANKS[0], "a short run sees little of it"
+
+
+def test_a_device_of_unknown_speed_makes_one_pass():
+    config, why = advised(100_000, speed=None)
+    assert config.num_epochs == 1
+    assert "One pass" in why
+
+
+def test_too_little_is_refused_with_figures_unless_it_is_insisted_on():
+    with pytest.raises(DataError, match=rf"about 49 units .* at least {MIN_UNITS} .*Retrieval") as caught:
+        advised(49)
+    assert caught.value.code == "too_little_data"
+    assert advised(50)[0].num_epochs == 3
+    assert advised(10, TrainingConfig(allow_little_data=True))[0].num_epochs == 3
+
+
+def test_records_are_counted_as_they_are():
+    few = make_source().model_copy(update={"examples": 30, "estimated_tokens": 1_000_000})
+    with pytest.raises(DataError, match="about 30 records"):
+        advise(TrainingConfig(), SMOLLM2_SHAPE, few, None)
