@@ -8,12 +8,11 @@ from mcp.types import CallToolResult, ImageContent, TextContent
 from pydantic import BaseModel
 
 from peft_core.jobs.report import headline
+from peft_core.measurements import Comparison, Evaluation
 from peft_core.results import (
     AdapterList,
-    Comparison,
     Compatibility,
     Estimate,
-    Evaluation,
     Generation,
     LoadedAdapter,
     Status,

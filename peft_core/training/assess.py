@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from peft_core.compute.stop import Stop
 from peft_core.compute.tokenizer import BaseTokenizer
+from peft_core.measurements import Evaluation
 from peft_core.proof.evaluation import Measured, Score, Written, evaluate
 from peft_core.proof.general_code import general_examples
-from peft_core.results import Evaluation
 from peft_core.spec import Frozen
 from peft_core.training.completions import Prompt, choose_prompts, write
 from peft_core.training.held_out import Trial, measure, trials_of
