@@ -19,7 +19,7 @@ async def main(directory: str) -> None:
             sys.exit(status.error.message)
         print(await manager.get_adapter_info("example"))
 
-        loaded = await manager.load_adapter("example")
+        loaded = await manager.load_adapter(str(status.adapter_path))
         print(f"{loaded.status} on {loaded.base_model}: {loaded.reason or loaded.effect}")
         answer = await manager.generate({"prompt": "def main(", "max_new_tokens": 40, "compare_with_base": True})
         print(f"--- with the adapter\n{answer.text}\n--- the base alone\n{answer.base_text}")

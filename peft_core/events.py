@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
-from peft_core.results import Evaluation, Metrics, Phase, Problem
+from peft_core.measurements import Evaluation
+from peft_core.results import Metrics, Phase, Problem
 from peft_core.spec import DatasetSummary, Frozen
 
 

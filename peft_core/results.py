@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from peft_core.measurements import Benefit, Evaluation
 from peft_core.spec import DatasetSummary, Frozen, TrainingConfig
 
 
@@ -109,75 +110,6 @@ class Metrics(Frozen):
     wall_s: float | None = None  # of the training process, start to end
     peak_memory_bytes: int | None = None
     adapter_bytes: int | None = None
-
-
-class Benefit(StrEnum):
-    """What an adapter does on text that it never saw, by the rule of `proof/verdict.py`."""
-
-    HELPS = "helps"
-    NO_DIFFERENCE = "no_difference"  # none that could be shown
-    HARMS = "harms"
-
-
-class Comparison(Frozen):
-    """One figure of the base and of base with adapter, measured on the same text."""
-
-    base: float
-    adapter: float
-    change: float = Field(description="Adapter minus base.")
-    low: float | None = Field(None, description="95 % confidence interval of the change. Null: too little to tell.")
-    high: float | None = None
-
-
-class Continuation(Frozen):
-    """What base and adapter wrote where a held-out text goes on; both wrote the likeliest tokens."""
-
-    file: str
-    line: int = Field(description="Of the first expected line, 1-based; 0: unknown.")
-    prompt: str = Field(description="The last lines before.")
-    expected: str
-    base: str
-    adapter: str
-    base_similarity: float = Field(description="Edit similarity with what is expected: 1 is equal.")
-    adapter_similarity: float
-
-
-class Evaluation(Frozen):
-    """Base against adapter on text that training did not see."""
-
-    verdict: Benefit
-    reason: str = Field(description="Why, in one sentence.")
-    loss: Comparison = Field(description="Nats per token of held-out text; lower is better. It decides the verdict.")
-    base_perplexity: float
-    adapter_perplexity: float
-    next_line: Comparison | None = Field(
-        None, description="Share of held-out lines that are written exactly, given all lines before; higher is better."
-    )
-    edit_similarity: Comparison | None = Field(
-        None, description="Of up to three lines written from a prompt, with the real ones, 0 to 1; higher is better."
-    )
-    general_loss: Comparison | None = Field(
-        None, description="Nats per token of general Python code that belongs to no project: what the adapter forgets."
-    )
-    forgets: bool = Field(False, description="The loss on general code has risen markedly.")
-    files: int
-    examples: int
-    tokens: int
-    lines: int = 0
-    prompts: int = 0
-    general_tokens: int = 0
-    resampled: Literal["files", "examples"] = Field(description="What the intervals were drawn over (bootstrap).")
-    seen_in_training: float | None = Field(
-        None, description="Share of the measured examples that the adapter was trained on. Null: not known."
-    )
-    seconds: float = Field(0.0, description="That writing from prompts and the general code took.")
-    gains: tuple[Continuation, ...] = Field((), description="Where the adapter wrote better by most.")
-    losses: tuple[Continuation, ...] = Field((), description="Where it wrote worse by most.")
-
-    @property
-    def in_figures(self) -> Evaluation:
-        """Without the texts: what may travel with the adapter."""
-        return self.model_copy(update={"gains": (), "losses": ()})
 
 
 class TrainingStatus(Frozen):

@@ -9,12 +9,11 @@ from pydantic import BaseModel
 
 from peft_core.generation import Generation
 from peft_core.jobs.report import headline
+from peft_core.measurements import Comparison, Evaluation
 from peft_core.results import (
     AdapterList,
-    Comparison,
     Compatibility,
     Estimate,
-    Evaluation,
     LoadedAdapter,
     Status,
     TrainingDataReport,

@@ -16,7 +16,8 @@ from peft_core.adapters.manifest import (
     write_manifest,
 )
 from peft_core.jobs.model import Job, JobRequest
-from peft_core.results import Benefit, Comparison, Continuation, Estimate, Evaluation, Metrics
+from peft_core.measurements import Benefit, Comparison, Continuation, Evaluation
+from peft_core.results import Estimate, Metrics
 from peft_core.spec import Base, DatasetSummary, Fingerprint, ModelShape, SourceSummary, TrainingConfig
 
 SMOLLM2_SHAPE = ModelShape(

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from peft_core.adapters.manifest import CARD_NAME, CONFIG, REPORT_NAME, WEIGHTS, Manifest, read_manifest
 from peft_core.errors import AdapterNotFound
-from peft_core.results import Benefit
+from peft_core.measurements import Benefit
 from peft_core.spec import Frozen
 
 MAX_CARD_BYTES = 256 << 10

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from peft_core.events import MemorySaved, RateLowered
-from peft_core.results import Benefit, Evaluation, Metrics
+from peft_core.measurements import Benefit, Evaluation
+from peft_core.results import Metrics
 from peft_core.spec import DatasetSummary, Execution, Fingerprint, Frozen, ModelShape, TrainingConfig
 
 MANIFEST_NAME = "adapter_manifest.json"

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from peft_core.adapters.manifest import CONFIG, MANIFEST_NAME, WEIGHTS, Manifest, read_manifest
 from peft_core.errors import AdapterNotFound
+from peft_core.measurements import Benefit
 from peft_core.paths import DataPaths
 from peft_core.places import require_allowed
-from peft_core.results import AdapterSummary, Benefit, DeletedAdapter
+from peft_core.results import AdapterSummary, DeletedAdapter
 
 
 class Registry:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from peft_core.adapters.manifest import REPORT_NAME, Manifest
 from peft_core.events import Evaluated, Event
+from peft_core.measurements import Evaluation
 from peft_core.proof.curve import curve_of
 from peft_core.proof.report import render
-from peft_core.results import Evaluation
 
 
 def write_report(directory: Path, manifest: Manifest, events: Iterable[Event]) -> Path | None:

@@ -24,7 +24,8 @@ from peft_core.events import (
     StepCompleted,
     StoppedEarly,
 )
-from peft_core.results import Estimate, Evaluation, Metrics, Phase, Problem, Status
+from peft_core.measurements import Evaluation
+from peft_core.results import Estimate, Metrics, Phase, Problem, Status
 from peft_core.spec import Base, DatasetSummary, EvaluatedAdapter, Execution, Frozen, SourceSummary, TrainingConfig
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from peft_core.adapters.manifest import REPORT_NAME
 from peft_core.jobs.model import Job, progress_percent
-from peft_core.results import Benefit, Phase, Status, TrainingStatus
+from peft_core.measurements import Benefit
+from peft_core.results import Phase, Status, TrainingStatus
 
 # An unchanged run may go well the next time.
 RETRYABLE = ("killed", "died_silently", "runner_failed", "disk_full", "data_directory_unwritable")

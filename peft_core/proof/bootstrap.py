@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
 
-from peft_core.results import Comparison
+from peft_core.measurements import Comparison
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from peft_core.measurements import Comparison, Continuation, Evaluation
 from peft_core.proof.bootstrap import Tally, Unit, by_file, compare, unit_for
 from peft_core.proof.similarity import edit_similarity
 from peft_core.proof.verdict import forgets, judge
-from peft_core.results import Comparison, Continuation, Evaluation
 from peft_core.spec import Frozen
 
 _SHOWN = 3  # continuations in which the adapter gains most, and in which it loses most

@@ -12,9 +12,9 @@ from importlib.resources import files
 
 import jinja2
 
+from peft_core.measurements import Benefit, Comparison, Evaluation
 from peft_core.proof.chart import HEIGHT, WIDTH, Chart, lay_out
 from peft_core.proof.curve import Curve
-from peft_core.results import Benefit, Comparison, Evaluation
 
 _WORDS = {
     Benefit.HELPS: "The adapter helps",

@@ -12,7 +12,7 @@ and a loss that falls while they do not is the common case of a small model.
 
 from __future__ import annotations
 
-from peft_core.results import Benefit, Comparison
+from peft_core.measurements import Benefit, Comparison
 
 MIN_EFFECT = 0.01  # nats per token: one per cent of perplexity, below the noise between two seeds
 FORGETS = 0.3  # nats per token: perplexity on general code up by a third

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 
 from peft_core.compute.stop import Stop
 from peft_core.compute.tokenizer import BaseTokenizer
+from peft_core.measurements import Evaluation
 from peft_core.proof.evaluation import Measured, Score, Written, evaluate
 from peft_core.proof.general_code import general_examples
-from peft_core.results import Evaluation
 from peft_core.spec import Frozen
-from peft_core.training.completions import choose_prompts, write
+from peft_core.training.completions import Prompt, choose_prompts, write
 from peft_core.training.held_out import Trial, measure, trials_of
 from peft_core.training.objective import Objective
 
@@ -76,17 +76,8 @@ class Exam:
         by_adapter = write(causal, prompts, self._tokenizer, stop)
         with without_adapter():
             by_base = write(causal, prompts, self._tokenizer, stop)
-        written = [
-            Written(
-                file=prompt.trial.example.path,
-                line=prompt.line,
-                prompt=prompt.shown(self._tokenizer),
-                expected=prompt.cut.expected,
-                base=base_text,
-                adapter=adapter_text,
-            )
-            for prompt, base_text, adapter_text in zip(prompts, by_base, by_adapter, strict=True)
-        ]
+        texts = zip(prompts, by_base, by_adapter, strict=True)
+        written = [self._written(prompt, base_text, adapter_text) for prompt, base_text, adapter_text in texts]
         seconds = time.monotonic() - began
         evaluation = evaluate(
             _measured(self.held_out, base.held_out, adapter.held_out),
@@ -96,6 +87,17 @@ class Exam:
         ).model_copy(update={"seconds": round(seconds, 1)})
         _log.info("evaluated", **evaluation.in_figures.model_dump(exclude={"gains", "losses"}))
         return evaluation
+
+    def _written(self, prompt: Prompt, base_text: str, adapter_text: str) -> Written:
+        before, indentation = prompt.shown(self._tokenizer)
+        return Written(
+            file=prompt.trial.example.path,
+            line=prompt.line,
+            prompt=before,
+            expected=prompt.cut.expected,
+            base=indentation + base_text,
+            adapter=indentation + adapter_text,
+        )
 
 
 def keep_scores(path: Path, scores: Scores) -> None:

@@ -35,8 +35,11 @@ class Prompt:
         start = self.trial.example.start_line
         return start + self.cut.row if start else 0
 
-    def shown(self, tokenizer: BaseTokenizer) -> str:
-        return "\n".join(tokenizer.text(self.ids).splitlines()[-_SHOWN_LINES:])
+    def shown(self, tokenizer: BaseTokenizer) -> tuple[str, str]:
+        """(the last lines, the indentation at which the next one begins)."""
+        text = tokenizer.text(self.ids)
+        visible = text.rstrip(" \t")
+        return "\n".join(visible.splitlines()[-_SHOWN_LINES:]), text[len(visible) :]
 
 
 def choose_prompts(

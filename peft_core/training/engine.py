@@ -39,11 +39,12 @@ from peft_core.events import (
     PhaseStarted,
     RunPlanned,
 )
+from peft_core.measurements import Evaluation
 from peft_core.paths import JobPaths
 from peft_core.proof.evaluation import perplexity
 from peft_core.proof.overlap import TrainedOn
 from peft_core.recipe import filled_in
-from peft_core.results import Evaluation, Metrics, Phase
+from peft_core.results import Metrics, Phase
 from peft_core.task import TrainingTask
 from peft_core.training import lora
 from peft_core.training.assess import Exam, Scores, keep_scores, kept_scores, writing_budget

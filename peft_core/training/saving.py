@@ -26,8 +26,9 @@ from peft_core.adapters.manifest import (
 )
 from peft_core.bases.fingerprint import content_hash
 from peft_core.events import MemorySaved, RateLowered
+from peft_core.measurements import Evaluation
 from peft_core.proof.overlap import FILE_NAME, TrainedOn
-from peft_core.results import Evaluation, Metrics
+from peft_core.results import Metrics
 from peft_core.spec import Base
 from peft_core.task import TrainingTask
 from peft_core.training.lora import lora_config, target_modules

@@ -20,7 +20,8 @@ from tests.clients import stdio_server, text_of
 
 pytestmark = pytest.mark.model
 MODERN = "2026-07-28"
-SHORT = {"max_steps": 3, "max_length": 128, "batch_size": 2, "held_out_fraction": 0.02}
+# Three steps may well harm; the tests want the adapter all the same.
+SHORT = {"max_steps": 3, "max_length": 128, "batch_size": 2, "held_out_fraction": 0.02, "make_current": "always"}
 LONG = {**SHORT, "max_steps": 10_000}
 
 Status = dict[str, Any]
@@ -103,11 +104,19 @@ async def test_from_a_repository_to_an_adapter_with_an_honest_report(data_dir: P
             "adapter_config.json",
             "adapter_manifest.json",
             "README.md",
+            "trained_on.bin",
+            "report.html",
         }
-        for name in ("adapter_config.json", "adapter_manifest.json", "README.md"):
+        for name in ("adapter_config.json", "adapter_manifest.json", "README.md", "report.html"):
             text = (directory / name).read_text()
             assert str(data_dir) not in text
             assert str(stdlib_repository) not in text
+
+        evaluation = status["evaluation"]
+        assert evaluation["verdict"] in ("helps", "no_difference", "harms")
+        assert evaluation["loss"]["change"] == pytest.approx(metrics["adapter_loss"] - metrics["base_loss"], abs=1e-5)
+        assert evaluation["general_tokens"] > 1000
+        assert status["report_path"] == str(directory / "report.html")
 
         # 4. It is found again, by project and in the list.
         info = await call(client, "get_adapter_info", adapter_path="std")

@@ -17,8 +17,8 @@ from peft_core.compute.stop import Stop
 from peft_core.compute.tokenizer import load_tokenizer
 from peft_core.config import Settings
 from peft_core.events import EVENT, DatasetPrepared, Evaluated, Event, JobFailed
+from peft_core.measurements import Benefit
 from peft_core.proof.overlap import FILE_NAME, TrainedOn
-from peft_core.results import Benefit
 from peft_core.spec import EvaluatedAdapter, Example, Segment, TrainingConfig
 from peft_core.task import TrainingTask
 from peft_core.training.completions import choose_prompts, write

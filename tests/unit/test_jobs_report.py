@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from peft_core.jobs.report import headline, in_words, not_started, status_of
-from peft_core.results import Benefit, Metrics, Phase, Problem, Status
+from peft_core.measurements import Benefit
+from peft_core.results import Metrics, Phase, Problem, Status
 from tests.factories import make_evaluation, make_job
 
 

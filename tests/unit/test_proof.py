@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peft_core.measurements import Benefit, Comparison
 from peft_core.proof.bootstrap import MIN_UNITS, Tally, by_file, compare, unit_for
 from peft_core.proof.evaluation import Measured, Score, Written, evaluate
 from peft_core.proof.general_code import general_examples
@@ -17,7 +18,6 @@ from peft_core.proof.lines import choose, cuts_of, lines_of
 from peft_core.proof.overlap import MAX_BYTES, TrainedOn
 from peft_core.proof.similarity import edit_similarity
 from peft_core.proof.verdict import FORGETS, MIN_EFFECT, judge
-from peft_core.results import Benefit, Comparison
 
 tallies = st.builds(
     Tally,

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from peft_core.adapters.report import write_report
 from peft_core.events import Evaluated, Event, HeldOutMeasured, RateLowered, StepCompleted
+from peft_core.measurements import Benefit, Continuation
 from peft_core.proof.chart import HEIGHT, WIDTH, lay_out
 from peft_core.proof.curve import MAX_POINTS, Curve, curve_of
 from peft_core.proof.picture import draw
 from peft_core.proof.report import render, shown
-from peft_core.results import Benefit, Continuation
 from tests.factories import make_evaluation, make_manifest
 
 VOID = {"meta", "br", "hr", "line", "circle", "polyline"}

@@ -13,8 +13,8 @@ from peft_core.adapters.info import read_document, read_info
 from peft_core.adapters.manifest import write_manifest
 from peft_core.adapters.registry import Registry
 from peft_core.errors import AdapterNotFound, ModelError
+from peft_core.measurements import Benefit
 from peft_core.paths import DataPaths
-from peft_core.results import Benefit
 from peft_core.spec import TrainingConfig
 from tests.factories import make_evaluation, make_manifest
 
