@@ -27,7 +27,8 @@ from peft_core.jobs.planning import plan
 from peft_core.jobs.runner import CHILD
 from peft_core.paths import DataPaths
 from peft_core.results import Metrics
-from peft_core.spec import Base, ModelShape, TrainingConfig, TrainingTask
+from peft_core.spec import Base, ModelShape, TrainingConfig
+from peft_core.task import TrainingTask
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("uvicorn", "structlog", "pathspec", "httpcore2")  # of site-packages: about 1170 functions and classes

@@ -29,7 +29,8 @@ from peft_core.config import Settings
 from peft_core.events import EVENT, AdapterWritten, DatasetPrepared, JobFailed, RateLowered
 from peft_core.jobs.planning import plan
 from peft_core.recipe import MEASURED_RATE
-from peft_core.spec import BUNDLED, Frozen, TrainingConfig, TrainingTask
+from peft_core.spec import BUNDLED, Frozen, TrainingConfig
+from peft_core.task import TrainingTask
 
 NOW = TrainingConfig(learning_rate=MEASURED_RATE)
 DEFAULTS = "defaults"

@@ -21,6 +21,9 @@ MICRO_TOKENS = {"cpu": 512, "mps": 512, "cuda": 4096}
 KERNELS_BYTES = 200 << 20  # oneDNN's programs for products in bfloat16
 UNPACKED_BYTES = 32 << 20  # of weights that stay in their file
 LOSS_POSITIONS = 256  # whose logits are held at once
+MEASURED_EXAMPLES = 200  # held-out ones, at most
+GENERAL_TOKENS = 2600  # of code that belongs to no project
+WRITTEN_TOKENS = 12_000 + GENERAL_TOKENS  # that a model reads and writes from prompts, at most
 
 
 def estimate(
@@ -43,16 +46,33 @@ def estimate(
         epochs = config.num_epochs or 1.0
         steps = max(1, math.ceil(examples * epochs / config.batch_size))
         tokens *= epochs
-    held_out_tokens = min(source.estimated_tokens * config.held_out_fraction, 200 * TOKENS_PER_EXAMPLE)
+    held_out_tokens = min(source.estimated_tokens * config.held_out_fraction, MEASURED_EXAMPLES * TOKENS_PER_EXAMPLE)
 
     rate, basis = tokens_per_second(base, device, measured_tokens_per_second)
-    # Measuring the held-out loss is a forward pass, a third of a training step: twice, and as much again in between.
-    seconds = None if rate is None else 15 + (tokens + held_out_tokens) / rate
+    # Measuring the held-out loss is a forward pass, a third of a training step: twice, and as much again in between. Writing
+    # from prompts is a tenth of the training at most, and little of a long one.
+    written = 2 / 3 * min(WRITTEN_TOKENS, 0.15 * tokens + GENERAL_TOKENS)
+    seconds = None if rate is None else 15 + (tokens + held_out_tokens + written) / rate
     return Estimate(
         train_tokens=round(tokens),
         steps=steps,
         seconds=None if seconds is None else round(seconds, 1),
         memory_bytes=memory_bytes(config, base, device, execution),
+        basis=basis,
+    )
+
+
+def evaluation_estimate(
+    base: Base, source: SourceSummary, device: str, *, measured_tokens_per_second: float | None = None
+) -> Estimate:
+    """Of base and adapter on the same text: each a forward pass, a third of a training step."""
+    tokens = 2 * (min(source.estimated_tokens, MEASURED_EXAMPLES * TOKENS_PER_EXAMPLE) + WRITTEN_TOKENS)
+    rate, basis = tokens_per_second(base, device, measured_tokens_per_second)
+    return Estimate(
+        train_tokens=0,
+        steps=0,
+        seconds=None if rate is None else round(20 + tokens / 3 / rate, 1),
+        memory_bytes=inference_memory_bytes(base.shape, device),
         basis=basis,
     )
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
-from peft_core.results import Metrics, Phase, Problem
+from peft_core.results import Evaluation, Metrics, Phase, Problem
 from peft_core.spec import DatasetSummary, Frozen
 
 
@@ -98,6 +98,13 @@ class MemorySaved(Frozen):
         )
 
 
+class Evaluated(Frozen):
+    """Base and adapter were compared on text that was not trained on."""
+
+    kind: Literal["evaluated"] = "evaluated"
+    evaluation: Evaluation
+
+
 class AdapterWritten(Frozen):
     """The child's last word: the adapter lies complete in the job's directory, not yet published."""
 
@@ -142,6 +149,7 @@ Event = Annotated[
     | StoppedEarly
     | RateLowered
     | MemorySaved
+    | Evaluated
     | AdapterWritten
     | JobCompleted
     | JobFailed

@@ -21,6 +21,7 @@ from peft_core.config import Settings
 from peft_core.errors import InvalidArgument
 from peft_core.inference.client import Report
 from peft_core.inference.service import InferenceService, TrainingNeed
+from peft_core.jobs.data_report import TrainingDataReport
 from peft_core.jobs.service import JobService
 from peft_core.results import (
     AdapterList,
@@ -28,11 +29,10 @@ from peft_core.results import (
     DeletedAdapter,
     Generation,
     LoadedAdapter,
-    TrainingDataReport,
     TrainingStatus,
     UnloadedAdapter,
 )
-from peft_core.spec import GenerationRequest, ProjectId, TrainingConfig
+from peft_core.spec import EvaluatedAdapter, GenerationRequest, ProjectId, TrainingConfig
 from peft_core.validation import parse_config, parse_generation
 
 LOOK_S = 0.25  # how often a watched job is looked up
@@ -95,6 +95,10 @@ class PEFTManager:
             if newer != status:
                 status = newer
                 yield status
+
+    async def draw_training(self, project_id: str, job_id: str | None = None) -> bytes | None:
+        """The loss curve of a job so far, a PNG; None where it has none yet."""
+        return await run_sync(self._jobs.picture, _project_id(project_id), job_id)
 
     async def get_job(self, job_id: str) -> TrainingStatus:
         """The status of a job whose project need not be known."""
@@ -187,6 +191,31 @@ class PEFTManager:
         return await self._inference.load(
             adapter_path, base_model, accept_unproven_base=accept_unproven_base, report=report
         )
+
+    async def evaluate_adapter(
+        self,
+        adapter_path: str,
+        evaluation_data: str | Sequence[Mapping[str, Any]],
+        base_model: str | None = None,
+        *,
+        accept_unproven_base: bool = False,
+    ) -> TrainingStatus:
+        """Queue a comparison of base and adapter in the background and answer at once; follow it like a training.
+
+        Args:
+            adapter_path: a directory, or a project id (its current adapter).
+            evaluation_data: a repository directory, a `.jsonl` file, or records. What an adapter of ours was trained on is
+                left out.
+            base_model: None: the base it was trained on, where it is on this machine.
+            accept_unproven_base: measure although only the shapes fit (verdict 'shape_only').
+        """
+
+        def queue() -> TrainingStatus:
+            directory, base = self._inference.adapter_and_base(adapter_path, base_model)
+            evaluated = EvaluatedAdapter(adapter_path=directory, accept_unproven_base=accept_unproven_base)
+            return self._jobs.evaluate(evaluated, base, evaluation_data)
+
+        return await run_sync(queue)
 
     async def unload_adapter(self, adapter_path: str | None = None) -> UnloadedAdapter:
         """Take the active adapter off, or the named one. With none left the base goes too, and the memory back."""

@@ -5,7 +5,8 @@
   runner.lock                           held by whoever is working on the queue
   logs/                                 runner.log
   base_models/{key}/                    bases converted from GGUF
-  jobs/{job_id}/                        task.json, records.jsonl, dataset/, checkpoint/, adapter/ (until published), train.log
+  jobs/{job_id}/                        task.json, records.jsonl, dataset/, base_scores.json, checkpoint/,
+                                        adapter/ (until published), report.html (of an evaluation), train.log
   projects/{project_id}/lora/
     {adapter_id}/                       a published adapter; never changes
     current -> {adapter_id}             moves atomically
@@ -40,6 +41,10 @@ class JobPaths:
     @property
     def adapter(self) -> Path:
         return self.root / "adapter"
+
+    @property
+    def base_scores(self) -> Path:
+        return self.root / "base_scores.json"
 
     @property
     def log(self) -> Path:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from peft_core.spec import DatasetSummary, Frozen, TrainingConfig
+from peft_core.spec import DatasetSummary, Frozen
 
 
 class Status(StrEnum):
@@ -59,44 +59,6 @@ class Estimate(Frozen):
     chosen: str = Field("", description="What was chosen where the request left it open, and why.")
 
 
-class DataSample(Frozen):
-    """One example, as it would be trained on."""
-
-    path: str
-    start_line: int = Field(description="1-based; 0 where it is not known.")
-    end_line: int
-    kind: str
-    language: str
-    tokens: int
-    given: str = Field(description="Context that carries no loss: the path, the heads around the code, a prompt.")
-    learned: str
-
-
-class TrainingDataReport(Frozen):
-    """What a training would be given and would do. Tokens are estimated; a training counts them with the base's tokenizer."""
-
-    training_data: str
-    base_model: str
-    device: str
-    train_examples: int
-    held_out_examples: int
-    train_tokens: int
-    held_out_tokens: int
-    files: int = Field(description="That examples come from, held-out ones included.")
-    unread_files: int = Field(
-        0, description="Not looked at, because there are enough others; the figures are without them."
-    )
-    languages: dict[str, int] = Field(description="Files by language.")
-    left_out: dict[str, int] = Field(description="Files and pieces of files by reason.")
-    secrets_removed: int
-    held_out_files: list[str] = Field(description="Kept out of training, to measure base and adapter on.")
-    largest_files: dict[str, int] = Field(description="Tokens to train on, of the files that have the most.")
-    samples: list[DataSample]
-    config: TrainingConfig = Field(description="With what was left open filled in.")
-    estimate: Estimate
-    next: str = ""
-
-
 class Metrics(Frozen):
     """What was measured. Losses in nats per target token, on the same held-out examples."""
 
@@ -111,11 +73,81 @@ class Metrics(Frozen):
     adapter_bytes: int | None = None
 
 
+class Benefit(StrEnum):
+    """What an adapter does on text that it never saw, by the rule of `proof/verdict.py`."""
+
+    HELPS = "helps"
+    NO_DIFFERENCE = "no_difference"  # none that could be shown
+    HARMS = "harms"
+
+
+class Comparison(Frozen):
+    """One figure of the base and of base with adapter, measured on the same text."""
+
+    base: float
+    adapter: float
+    change: float = Field(description="Adapter minus base.")
+    low: float | None = Field(None, description="95 % confidence interval of the change. Null: too little to tell.")
+    high: float | None = None
+
+
+class Continuation(Frozen):
+    """What base and adapter wrote where a held-out text goes on; both wrote the likeliest tokens."""
+
+    file: str
+    line: int = Field(description="Of the first expected line, 1-based; 0: unknown.")
+    prompt: str = Field(description="The last lines before.")
+    expected: str
+    base: str
+    adapter: str
+    base_similarity: float = Field(description="Edit similarity with what is expected: 1 is equal.")
+    adapter_similarity: float
+
+
+class Evaluation(Frozen):
+    """Base against adapter on text that training did not see."""
+
+    verdict: Benefit
+    reason: str = Field(description="Why, in one sentence.")
+    loss: Comparison = Field(description="Nats per token of held-out text; lower is better. It decides the verdict.")
+    base_perplexity: float
+    adapter_perplexity: float
+    next_line: Comparison | None = Field(
+        None, description="Share of held-out lines that are written exactly, given all lines before; higher is better."
+    )
+    edit_similarity: Comparison | None = Field(
+        None, description="Of up to three lines written from a prompt, with the real ones, 0 to 1; higher is better."
+    )
+    general_loss: Comparison | None = Field(
+        None, description="Nats per token of general Python code that belongs to no project: what the adapter forgets."
+    )
+    forgets: bool = Field(False, description="The loss on general code has risen markedly.")
+    files: int
+    examples: int
+    tokens: int
+    lines: int = 0
+    prompts: int = 0
+    general_tokens: int = 0
+    resampled: Literal["files", "examples"] = Field(description="What the intervals were drawn over (bootstrap).")
+    seen_in_training: float | None = Field(
+        None, description="Share of the measured examples that the adapter was trained on. Null: not known."
+    )
+    seconds: float = Field(0.0, description="That writing from prompts and the general code took.")
+    gains: tuple[Continuation, ...] = Field((), description="Where the adapter wrote better by most.")
+    losses: tuple[Continuation, ...] = Field((), description="Where it wrote worse by most.")
+
+    @property
+    def in_figures(self) -> Evaluation:
+        """Without the texts: what may travel with the adapter."""
+        return self.model_copy(update={"gains": (), "losses": ()})
+
+
 class TrainingStatus(Frozen):
     """The truth about one training job. Null where not known yet."""
 
     job_id: str | None
     project_id: str
+    kind: Literal["training", "evaluation"] = "training"
     status: Status
     phase: Phase | None = None
     detail: str = Field("", description="More on the phase, in words.")
@@ -133,9 +165,13 @@ class TrainingStatus(Frozen):
     queue_position: int | None = Field(None, description="1 = next. Null when not queued.")
     device: str | None = None
     base_model: str | None = None
-    adapter_path: str | None = Field(None, description="The published adapter. Set only when status is 'completed'.")
+    adapter_path: str | None = Field(
+        None, description="The published or evaluated adapter. Set only when status is 'completed'."
+    )
     error: Problem | None = None
     metrics: Metrics | None = None
+    evaluation: Evaluation | None = Field(None, description="Base against adapter on held-out files, with a verdict.")
+    report_path: str | None = Field(None, description="A page to open in a browser: curves, intervals, examples.")
     dataset: DatasetSummary | None = None
     training_data: str | None = Field(None, description="What is trained on, in words.")
     estimate: Estimate | None = None
@@ -153,6 +189,7 @@ class AdapterSummary(Frozen):
     base_model: str
     base_perplexity: float | None
     adapter_perplexity: float | None
+    verdict: Benefit | None = Field(None, description="On held-out files. Null: trained before there were verdicts.")
     adapter_bytes: int
     adapter_path: str
     resident: bool = Field(False, description="In memory, so that load_adapter only switches to it.")

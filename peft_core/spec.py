@@ -129,6 +129,13 @@ class TrainingConfig(Frozen):
             "for it, else float32. The adapter, its gradients and the losses are float32 always."
         ),
     ] = "auto"
+    make_current: Annotated[
+        Literal["unless_it_harms", "always", "never"],
+        Field(
+            description="Whether the project id stands for the new adapter. 'unless_it_harms': not when it raises the "
+            "held-out loss; it is kept all the same."
+        ),
+    ] = "unless_it_harms"
     max_memory_mb: Annotated[
         int | None,
         Field(
@@ -334,16 +341,8 @@ class Execution(Frozen):
     """Whether what a layer computes is thrown away, and computed again for the gradients: leaner still, a third slower."""
 
 
-class TrainingTask(Frozen):
-    """What the training child reads: everything it needs, nothing it must look up."""
+class EvaluatedAdapter(Frozen):
+    """What is to be evaluated instead of trained."""
 
-    job_id: str
-    project_id: str
-    source: Path  # repository directory or .jsonl file
-    source_kind: Literal["repository", "jsonl", "records"]
-    config: TrainingConfig
-    base: Base
-    job_dir: Path  # JobPaths(job_dir) tells the rest
-    base_models_dir: Path  # cache of converted bases
-    execution: Execution = Execution()
-    estimated_memory_bytes: int | None = None  # that the way to compute was chosen by
+    adapter_path: Path
+    accept_unproven_base: bool = False

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from mcp.types import CallToolResult, TextContent
+from base64 import b64encode
+
+from mcp.types import CallToolResult, ImageContent, TextContent
 from pydantic import BaseModel
 
+from peft_core.jobs.data_report import TrainingDataReport
 from peft_core.jobs.report import headline
 from peft_core.results import (
     AdapterList,
+    Comparison,
     Compatibility,
     Estimate,
+    Evaluation,
     Generation,
     LoadedAdapter,
-    TrainingDataReport,
+    Status,
     TrainingStatus,
     UnloadedAdapter,
     Verdict,
@@ -124,13 +129,44 @@ def estimate_line(estimate: Estimate) -> str:
     time = f"about {max(1, round(estimate.seconds / 60))} min" if estimate.seconds else "unknown time"
     chosen = f" {estimate.chosen}" if estimate.chosen else ""
     memory = f"{estimate.memory_bytes / 1e9:.1f} GB of memory"
-    return f"Estimate: {estimate.steps} steps, {time}, {memory} ({estimate.basis}).{chosen}"
+    steps = f"{estimate.steps} steps, " if estimate.steps else ""
+    return f"Estimate: {steps}{time}, {memory} ({estimate.basis}).{chosen}"
 
 
-def status_answer(status: TrainingStatus) -> CallToolResult:
+def status_answer(status: TrainingStatus, picture: bytes | None = None) -> CallToolResult:
+    """`picture`: a PNG of the loss curve, behind the text."""
     parts = [f"{status.project_id}: {headline(status)}."]
     if status.training_data and not status.status.is_final and status.step == 0:
-        parts.append(f"Training data: {status.training_data}. Base: {status.base_model} on {status.device}.")
+        what = "Training data" if status.kind == "training" else "Measured on"
+        parts.append(f"{what}: {status.training_data}. Base: {status.base_model} on {status.device}.")
         if status.estimate:
             parts.append(estimate_line(status.estimate))
-    return answer(status, " ".join([*parts, status.next]))
+    if status.evaluation and status.status is Status.COMPLETED:
+        parts.append(evaluation_line(status.evaluation))
+        if status.report_path:
+            parts.append(f"Report: {status.report_path}.")
+    result = answer(status, " ".join([*parts, status.next]))
+    if picture is not None:
+        image = ImageContent(type="image", data=b64encode(picture).decode(), mime_type="image/png")
+        result.content.append(image)
+    return result
+
+
+def evaluation_line(evaluation: Evaluation) -> str:
+    """What was measured, in one sentence; the verdict's reason has the loss."""
+    parts = [
+        f"{name} {100 * one.base:.1f} -> {100 * one.adapter:.1f} %{_interval(one, percent=True)}"
+        for name, one in (("next lines exact", evaluation.next_line), ("edit similarity", evaluation.edit_similarity))
+        if one is not None
+    ]
+    if evaluation.general_loss is not None:
+        general = evaluation.general_loss
+        parts.append(f"loss on general code {general.base:.3f} -> {general.adapter:.3f}{_interval(general)}")
+    reason = evaluation.reason[:1].upper() + evaluation.reason[1:]
+    return f"{reason}; {', '.join(parts)}; {evaluation.files} files, {evaluation.examples} examples."
+
+
+def _interval(one: Comparison, *, percent: bool = False) -> str:
+    if one.low is None or one.high is None:
+        return ""
+    return f" ({100 * one.low:+.1f} to {100 * one.high:+.1f})" if percent else f" ({one.low:+.3f} to {one.high:+.3f})"

@@ -25,8 +25,8 @@ from server.tools import adapters, inference, training
 INSTRUCTIONS = (
     "peft-mcp trains a LoRA adapter on one code base, on the user's machine, in the background: call train_adapter with a "
     "project id and the repository's path, then get_training_status until it is completed. "
-    "The result says what was measured on files the adapter never saw; then load_adapter with the project id, and generate "
-    "writes with it (compare_with_base=true shows what it changes), until unload_adapter frees the memory. "
+    "The result says whether the adapter helps, measured on files it never saw; then load_adapter with the project id, and "
+    "generate writes with it (compare_with_base=true shows what it changes), until unload_adapter frees the memory. "
     "Jobs go on without you and are found again by project id; list_adapters shows what there is and what is loaded."
 )
 

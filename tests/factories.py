@@ -16,7 +16,7 @@ from peft_core.adapters.manifest import (
     write_manifest,
 )
 from peft_core.jobs.model import Job, JobRequest
-from peft_core.results import Estimate, Metrics
+from peft_core.results import Benefit, Comparison, Continuation, Estimate, Evaluation, Metrics
 from peft_core.spec import Base, DatasetSummary, Fingerprint, ModelShape, SourceSummary, TrainingConfig
 
 SMOLLM2_SHAPE = ModelShape(
@@ -64,7 +64,7 @@ def make_source(**changes: Any) -> SourceSummary:
 
 
 def make_job(job_id: str = "20260101-000000-abcdef", project_id: str = "web", **changes: Any) -> Job:
-    request = JobRequest(
+    request = changes.pop("request", None) or JobRequest(
         source=Path("/code/web"),
         source_kind="repository",
         config=TrainingConfig(),
@@ -85,8 +85,51 @@ def make_job(job_id: str = "20260101-000000-abcdef", project_id: str = "web", **
     )
 
 
+def make_evaluation(verdict: Benefit = Benefit.HELPS, **changes: Any) -> Evaluation:
+    sign = 1 if verdict is Benefit.HARMS else -1
+    written = Continuation(
+        file="src/app.py",
+        line=12,
+        prompt="def add(a, b):",
+        expected="    return a + b",
+        base="    return a",
+        adapter="    return a + b",
+        base_similarity=0.6,
+        adapter_similarity=1.0,
+    )
+    return Evaluation(
+        **{
+            "verdict": verdict,
+            "reason": "the held-out loss moved",
+            "loss": Comparison(
+                base=2.2, adapter=2.2 + sign * 0.4, change=sign * 0.4, low=sign * 0.4 - 0.1, high=sign * 0.4 + 0.1
+            ),
+            "base_perplexity": 9.0,
+            "adapter_perplexity": 6.0,
+            "next_line": Comparison(base=0.1, adapter=0.15, change=0.05, low=0.01, high=0.09),
+            "edit_similarity": Comparison(base=0.4, adapter=0.5, change=0.1),
+            "general_loss": Comparison(base=1.0, adapter=1.05, change=0.05, low=0.01, high=0.08),
+            "files": 6,
+            "examples": 40,
+            "tokens": 8000,
+            "lines": 300,
+            "prompts": 24,
+            "general_tokens": 2000,
+            "resampled": "files",
+            "gains": (written,),
+            **changes,
+        }
+    )
+
+
 def make_manifest(
-    adapter_id: str, project_id: str = "web", *, base: Base | None = None, files: dict[str, str] | None = None
+    adapter_id: str,
+    project_id: str = "web",
+    *,
+    base: Base | None = None,
+    files: dict[str, str] | None = None,
+    config: TrainingConfig | None = None,
+    evaluation: Evaluation | None = None,
 ) -> Manifest:
     trained_on = base or make_base()
     return Manifest(
@@ -102,9 +145,14 @@ def make_manifest(
             languages={"python": 10},
         ),
         run=RunRecord(
-            config=TrainingConfig(), target_modules=("q_proj",), device="cpu", weights_dtype="float32", steps=3
+            config=config or TrainingConfig(),
+            target_modules=("q_proj",),
+            device="cpu",
+            weights_dtype="float32",
+            steps=3,
         ),
         metrics=Metrics(base_perplexity=9.0, adapter_perplexity=6.0),
+        evaluation=evaluation,
         environment={"python": "3.11"},
         files=files or {},
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from peft_core.adapters.manifest import Manifest
+from peft_core.results import Comparison, Evaluation
 
 
 def render_card(manifest: Manifest) -> str:
@@ -55,7 +56,36 @@ def _effect(manifest: Manifest) -> str:
         "| | loss (nats per token) | perplexity |\n|---|---|---|\n"
         f"| base | {_number(metrics.base_loss)} | {_number(metrics.base_perplexity)} |\n"
         f"| with this adapter | {_number(metrics.adapter_loss)} | {_number(metrics.adapter_perplexity)} |"
+        f"{_evaluation(manifest.evaluation)}"
     )
+
+
+def _evaluation(evaluation: Evaluation | None) -> str:
+    """The further figures, with the intervals of their changes."""
+    if evaluation is None:
+        return ""
+    figures = {
+        "loss": evaluation.loss,
+        "next line exact": evaluation.next_line,
+        "edit similarity": evaluation.edit_similarity,
+        "loss on general code": evaluation.general_loss,
+    }
+    rows = [
+        f"| {name} | {_number(one.base)} | {_number(one.adapter)} | {one.change:+.3f} | {_interval(one)} |"
+        for name, one in figures.items()
+        if one is not None
+    ]
+    return (
+        f"\n\nVerdict: **{evaluation.verdict}**, as {evaluation.reason}.\n\n"
+        "| | base | with this adapter | change | 95 % interval |\n|---|---|---|---|---|\n"
+        + "\n".join(rows)
+        + f"\n\nIntervals: paired bootstrap over {evaluation.resampled} ({evaluation.files} files, "
+        f"{evaluation.examples} examples, {evaluation.lines} lines, {evaluation.prompts} prompts)."
+    )
+
+
+def _interval(one: Comparison) -> str:
+    return "too little to tell" if one.low is None or one.high is None else f"{one.low:+.3f} to {one.high:+.3f}"
 
 
 def _use(manifest: Manifest) -> str:

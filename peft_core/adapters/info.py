@@ -6,11 +6,17 @@ from pathlib import Path
 
 from pydantic import Field
 
-from peft_core.adapters.manifest import CARD_NAME, CONFIG, WEIGHTS, Manifest, read_manifest
+from peft_core.adapters.manifest import CARD_NAME, CONFIG, REPORT_NAME, WEIGHTS, Manifest, read_manifest
 from peft_core.errors import AdapterNotFound
+from peft_core.results import Benefit
 from peft_core.spec import Frozen
 
 MAX_CARD_BYTES = 256 << 10
+SENTENCES = {
+    Benefit.HELPS: "it helps",
+    Benefit.NO_DIFFERENCE: "no difference could be shown",
+    Benefit.HARMS: "it HARMS, do not use it",
+}
 
 
 class AdapterInfo(Frozen):
@@ -22,6 +28,7 @@ class AdapterInfo(Frozen):
     manifest: Manifest | None = Field(
         None, description="Base, data, run and measurements. Null: not trained by peft-mcp."
     )
+    report_path: str | None = Field(None, description="A page to open in a browser: curves, intervals, examples.")
     next: str
 
 
@@ -72,6 +79,7 @@ def read_info(path: Path, *, trained_here: bool = True) -> AdapterInfo:
         alpha=float(alpha) if is_alpha(alpha) else None,
         target_modules=[name for name in targets if is_literal(name)] if isinstance(targets, list) else [],
         manifest=manifest,
+        report_path=str(path / REPORT_NAME) if trained_here and (path / REPORT_NAME).is_file() else None,
         next=_next(manifest, trained_here=trained_here),
     )
 
@@ -82,12 +90,12 @@ def _next(manifest: Manifest | None, *, trained_here: bool) -> str:
     base, adapter = manifest.metrics.base_perplexity, manifest.metrics.adapter_perplexity
     if base is None or adapter is None:
         return "It was not measured on held-out files."
-    verdict = (
-        "lower is better, so it helps" if adapter < base else "lower is better, so it does NOT help: do not use it"
-    )
     if not trained_here:
         return (
             f"Its manifest claims that perplexity went from {base:.2f} (base) to {adapter:.2f} (adapter) on files it never "
             "saw. It was not trained here."
         )
-    return f"On files it never saw, perplexity went from {base:.2f} (base) to {adapter:.2f} (adapter): {verdict}."
+    went = f"On files it never saw, perplexity went from {base:.2f} (base) to {adapter:.2f} (adapter)"
+    if manifest.evaluation is None:
+        return f"{went}: lower is better, so it {'helps' if adapter < base else 'does NOT help: do not use it'}."
+    return f"{went}: {SENTENCES[manifest.evaluation.verdict]}, as {manifest.evaluation.reason}."

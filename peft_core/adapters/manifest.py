@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 from peft_core.events import MemorySaved, RateLowered
-from peft_core.results import Metrics
+from peft_core.results import Benefit, Evaluation, Metrics
 from peft_core.spec import DatasetSummary, Execution, Fingerprint, Frozen, ModelShape, TrainingConfig
 
 MANIFEST_NAME = "adapter_manifest.json"
 CARD_NAME = "README.md"
+REPORT_NAME = "report.html"
 MAX_MANIFEST_BYTES = 1 << 20
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as PEFT calls them
 
@@ -69,8 +70,19 @@ class Manifest(Frozen):
     data: DataRecord
     run: RunRecord
     metrics: Metrics
+    evaluation: Evaluation | None = None  # in figures alone; None: of an earlier build
     environment: dict[str, str]  # versions of python, torch, transformers, peft, accelerate, peft-mcp; platform
-    files: dict[str, str]  # sha256 by file name, of everything but this manifest
+    files: dict[str, str]  # sha256 by file name, of everything but this manifest and the report
+
+    @property
+    def harms(self) -> bool:
+        return self.evaluation is not None and self.evaluation.verdict is Benefit.HARMS
+
+    @property
+    def wants_to_be_current(self) -> bool:
+        """Whether the project id is to stand for it, once it is published."""
+        wish = self.run.config.make_current
+        return wish == "always" or (wish == "unless_it_harms" and not self.harms)
 
 
 def sha256_of(path: Path) -> str:

@@ -17,7 +17,7 @@ from peft_core.adapters.manifest import CONFIG, MANIFEST_NAME, WEIGHTS, Manifest
 from peft_core.errors import AdapterNotFound
 from peft_core.paths import DataPaths
 from peft_core.places import require_allowed
-from peft_core.results import AdapterSummary, DeletedAdapter
+from peft_core.results import AdapterSummary, Benefit, DeletedAdapter
 
 
 class Registry:
@@ -28,7 +28,7 @@ class Registry:
         self._allowed_roots = allowed_roots  # for adapters that were not trained here; None: everywhere
 
     def publish(self, draft: Path, project_id: str, adapter_id: str) -> Path:
-        """Move a complete adapter from `draft` into the project and make it the current one.
+        """Move a complete adapter from `draft` into the project; make it the current one, unless its manifest says no.
 
         `draft` must lie on the same file system (it does: a job's directory). Doing it again after a crash in between
         finishes what was begun.
@@ -42,7 +42,9 @@ class Registry:
             target.parent.mkdir(parents=True, exist_ok=True)
             draft.rename(target)
             _sync(target.parent)
-        self.set_current(project_id, adapter_id)
+        manifest = read_manifest(target)
+        if manifest is None or manifest.wants_to_be_current:
+            self.set_current(project_id, adapter_id)
         return target
 
     def set_current(self, project_id: str, adapter_id: str) -> None:
@@ -72,7 +74,7 @@ class Registry:
         )
 
     def delete(self, project_id: str, adapter_id: str) -> DeletedAdapter:
-        """Remove an adapter of this project; where it was the current one, its newest other takes its place.
+        """Remove an adapter of this project; where it was the current one, its newest other takes its place that does no harm.
 
         It vanishes by one rename; only then are its files removed.
 
@@ -82,7 +84,11 @@ class Registry:
         path = self.require(project_id, adapter_id)
         link = self._paths.current(project_id)
         if link.is_symlink() and link.readlink().name == adapter_id:
-            others = [adapter for adapter in self.adapters(project_id) if adapter.adapter_id != adapter_id]
+            others = [
+                adapter
+                for adapter in self.adapters(project_id)
+                if adapter.adapter_id != adapter_id and adapter.verdict is not Benefit.HARMS
+            ]
             if others:
                 self.set_current(project_id, others[0].adapter_id)
             else:
@@ -99,7 +105,7 @@ class Registry:
             current=current,
             next=f"{project_id!r} stands for {current} now."
             if current
-            else f"Project {project_id!r} has no adapter left.",
+            else f"{project_id!r} stands for no adapter now.",
         )
 
     def adapters(self, project_id: str | None = None) -> list[AdapterSummary]:
@@ -128,6 +134,17 @@ class Registry:
                     suggestions=[f"Give {path.parent}"] if (path.parent / CONFIG).is_file() else [],
                     details={"adapter_path": adapter_path},
                 )
+        if others := [
+            name for project, name in [(p, path.name) for p, path in self._directories(None)] if project == adapter_path
+        ]:
+            raise AdapterNotFound(
+                f"Project {adapter_path!r} has no current adapter: {', '.join(others)} "
+                f"{'was' if len(others) == 1 else 'were'} not made current (what harms is not, unless it is wished).",
+                suggestions=[
+                    "Give an adapter's directory: list_adapters has it, and get_adapter_info what was measured"
+                ],
+                details={"adapter_path": adapter_path, "adapters": others},
+            )
         known = sorted({project for project, _ in self._directories(None)})
         raise AdapterNotFound(
             f"No adapter at {adapter_path!r}: give the absolute path of an adapter's directory, or a project id. "
@@ -159,6 +176,7 @@ class Registry:
             base_model=manifest.base.name,
             base_perplexity=manifest.metrics.base_perplexity,
             adapter_perplexity=manifest.metrics.adapter_perplexity,
+            verdict=manifest.evaluation.verdict if manifest.evaluation else None,
             adapter_bytes=(path / WEIGHTS).stat().st_size if (path / WEIGHTS).is_file() else 0,
             adapter_path=str(path),
         )

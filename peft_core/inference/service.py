@@ -139,6 +139,25 @@ class InferenceService:
             Generate(request=request, adapter_path=path, without_adapter=base), Generation, report
         )
 
+    def adapter_and_base(self, adapter_path: str, base_model: str | None) -> tuple[Path, Base]:
+        """The directory that is meant, and the named base; else the one it was trained on, where it is on this machine.
+
+        Raises:
+            AdapterNotFound, InvalidArgument, BaseModelError, HeaderError: as `load`.
+        """
+        directory = self._registry.locate(adapter_path)
+        base = self._base(directory, base_model)
+        if base is None:
+            self._require_readable(adapter_path, directory)
+            raise InvalidArgument(
+                "base_model",
+                base_model,
+                "this adapter does not say on which base it was trained, or that base is not on this machine; "
+                "a base that its configuration merely names is not looked for",
+                suggestions=["Give base_model: a model directory, a .gguf file or a cached hub id"],
+            )
+        return directory, base
+
     def delete(self, project_id: str, adapter_id: str) -> DeletedAdapter:
         """Delete an adapter that was trained here.
 
@@ -157,17 +176,7 @@ class InferenceService:
     # -- what a request needs ------------------------------------------------------------------------------------------
 
     def _load_request(self, adapter_path: str, base_model: str | None, *, insist: bool) -> Load:
-        directory = self._registry.locate(adapter_path)
-        base = self._base(directory, base_model)
-        if base is None:
-            self._require_readable(adapter_path, directory)
-            raise InvalidArgument(
-                "base_model",
-                base_model,
-                "this adapter does not say on which base it was trained, or that base is not on this machine; "
-                "a base that its configuration merely names is not looked for",
-                suggestions=["Give base_model: a model directory, a .gguf file or a cached hub id"],
-            )
+        directory, base = self.adapter_and_base(adapter_path, base_model)
         self._require_memory(base)
         return Load(adapter_path=directory, base=base, insist=insist)
 

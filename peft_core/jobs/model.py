@@ -8,6 +8,7 @@ from typing import Literal
 from peft_core.events import (
     CheckpointSaved,
     DatasetPrepared,
+    Evaluated,
     Event,
     HeldOutMeasured,
     JobCancelled,
@@ -23,8 +24,8 @@ from peft_core.events import (
     StepCompleted,
     StoppedEarly,
 )
-from peft_core.results import Estimate, Metrics, Phase, Problem, Status
-from peft_core.spec import Base, DatasetSummary, Execution, Frozen, SourceSummary, TrainingConfig
+from peft_core.results import Estimate, Evaluation, Metrics, Phase, Problem, Status
+from peft_core.spec import Base, DatasetSummary, EvaluatedAdapter, Execution, Frozen, SourceSummary, TrainingConfig
 
 
 class JobRequest(Frozen):
@@ -38,6 +39,7 @@ class JobRequest(Frozen):
     device: str  # expected; the training process decides
     estimate: Estimate
     execution: Execution = Execution()
+    evaluated: EvaluatedAdapter | None = None  # an adapter to evaluate, instead of training one
 
 
 class Job(Frozen):
@@ -65,6 +67,7 @@ class Job(Frozen):
     checkpoint_step: int | None = None
     dataset: DatasetSummary | None = None
     metrics: Metrics | None = None
+    evaluation: Evaluation | None = None  # in figures; the texts are in the event
     adapter_path: str | None = None
     error: Problem | None = None
 
@@ -140,6 +143,8 @@ def _progress(job: Job, event: Event) -> dict[str, object] | None:  # noqa: PLR0
             return {"metrics": Metrics(base_loss=loss)}
         case HeldOutMeasured(loss=loss):
             return {"held_out_loss": loss}
+        case Evaluated(evaluation=evaluation):
+            return {"evaluation": evaluation.in_figures}
         case CheckpointSaved(step=step) if step <= job.step:
             return {"checkpoint_step": step}
         case StoppedEarly():
@@ -196,12 +201,18 @@ _PHASE_BEGINS = {
 }
 
 
+# Of a job that evaluates: half of its time for each model.
+_EVALUATION_BEGINS = {**_PHASE_BEGINS, Phase.EVALUATING_BASE: 10.0, Phase.EVALUATING_ADAPTER: 50.0}
+
+
 def progress_percent(job: Job) -> float:
     """How far the whole job is, 0..100. Falls only where a run that diverged goes back."""
     if job.status is Status.COMPLETED:
         return 100.0
     if job.phase is None:
         return 0.0
+    if job.request.evaluated is not None:
+        return _EVALUATION_BEGINS[job.phase]
     begins = _PHASE_BEGINS[job.phase]
     if job.phase is Phase.TRAINING and job.total_steps:
         return round(begins + (_PHASE_BEGINS[Phase.EVALUATING_ADAPTER] - begins) * job.step / job.total_steps, 2)

@@ -46,7 +46,7 @@ def plan(
     """
     device = _device(config)
     if isinstance(training_data, str):
-        _require_place(training_data, settings)
+        require_place(training_data, settings)
     base = resolve(config.base_model, settings)
     found = inspect(training_data, held_out_fraction=config.held_out_fraction, max_length=config.max_length)
     if config.held_out_by == "time":
@@ -80,7 +80,8 @@ def plan(
     )
 
 
-def _require_place(training_data: str, settings: Settings) -> None:
+def require_place(training_data: str, settings: Settings) -> None:
+    """That data may be read from there; see `places`."""
     try:
         path = Path(training_data).expanduser().absolute()
     except RuntimeError:  # a home directory that is not known; the inspection says so
@@ -167,6 +168,22 @@ def _choose_execution(
         f"{_mb(lean)} MB at least",
         suggestions=[advice],
     )
+
+
+def require_memory(needed: int, base: Base, device: str, settings: Settings) -> None:
+    """That evaluating a base fits the user's limit, where there is one.
+
+    Raises:
+        InvalidArgument: with the figures.
+    """
+    limit_mb = settings.max_memory_mb
+    if device == "cpu" and limit_mb is not None and needed > limit_mb << 20:
+        raise InvalidArgument(
+            "CODEBASE_GARDENER_MAX_MEMORY_MB",
+            limit_mb,
+            f"evaluating on {base.name} is estimated to take {_mb(needed)} MB",
+            suggestions=[f"Have the limit raised to {_mb(needed)}, or use a smaller base_model"],
+        )
 
 
 def _described(way: Execution) -> str:

@@ -10,7 +10,7 @@ from peft_core.adapters.registry import Registry
 from peft_core.events import Event, JobCancelled, JobCompleted, JobInterrupted
 from peft_core.jobs.model import Job
 from peft_core.jobs.store import Store, unwritable
-from peft_core.results import Problem, Status
+from peft_core.results import Metrics, Problem, Status
 
 
 def recover(store: Store, registry: Registry) -> None:
@@ -31,7 +31,7 @@ def recover(store: Store, registry: Registry) -> None:
 
 
 def completed_by(job: Job, registry: Registry) -> JobCompleted | None:
-    """What makes a job completed is its published adapter, whatever happened to the process that published it.
+    """What makes a job completed is its published adapter, or its evaluation, whatever happened to the process behind it.
 
     Raises:
         StorageError: it cannot be made the current one.
@@ -39,12 +39,26 @@ def completed_by(job: Job, registry: Registry) -> JobCompleted | None:
     published = registry.published(job.project_id, job.job_id)
     manifest = read_manifest(published) if published else None
     if published is None or manifest is None:
-        return None
+        return completed_evaluation(job)
     try:
         registry.publish(published, job.project_id, job.job_id)
     except OSError as error:
         raise unwritable(published.parent, error) from error
     return JobCompleted(adapter_path=str(published), metrics=manifest.metrics)
+
+
+def completed_evaluation(job: Job) -> JobCompleted | None:
+    """The end of a job that evaluates, once it has; None for any other."""
+    evaluated, found = job.request.evaluated, job.evaluation
+    if evaluated is None or found is None:
+        return None
+    metrics = Metrics(
+        base_loss=found.loss.base,
+        adapter_loss=found.loss.adapter,
+        base_perplexity=found.base_perplexity,
+        adapter_perplexity=found.adapter_perplexity,
+    )
+    return JobCompleted(adapter_path=str(evaluated.adapter_path), metrics=metrics)
 
 
 def problem_of_exit(code: int, log_path: Path, *, what: str = "training process") -> Problem:

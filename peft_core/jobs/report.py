@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from peft_core.adapters.manifest import REPORT_NAME
 from peft_core.jobs.model import Job, progress_percent
-from peft_core.results import Phase, Status, TrainingStatus
+from peft_core.results import Benefit, Phase, Status, TrainingStatus
 
 # An unchanged run may go well the next time.
 RETRYABLE = ("killed", "died_silently", "runner_failed", "disk_full", "data_directory_unwritable")
@@ -38,6 +39,7 @@ def status_of(job: Job, queue_position: int | None, log_path: Path) -> TrainingS
     return TrainingStatus(
         job_id=job.job_id,
         project_id=job.project_id,
+        kind="training" if request.evaluated is None else "evaluation",
         status=job.status,
         phase=job.phase if job.status is Status.IN_PROGRESS else None,
         progress_percent=progress_percent(job),
@@ -55,6 +57,8 @@ def status_of(job: Job, queue_position: int | None, log_path: Path) -> TrainingS
         adapter_path=adapter,
         error=job.error,
         metrics=job.metrics,
+        evaluation=job.evaluation,
+        report_path=_report_path(log_path.parent if request.evaluated else adapter),
         dataset=job.dataset,
         training_data=_training_data(job),
         estimate=request.estimate,
@@ -80,6 +84,8 @@ def _training_data(job: Job) -> str:
 
 
 def _next(job: Job, adapter: str | None) -> str:
+    if job.request.evaluated is not None:
+        return _next_of_evaluation(job)
     status = f"get_training_status(project_id={job.project_id!r}, job_id={job.job_id!r}"
     match job.status:
         case Status.QUEUED:
@@ -102,17 +108,66 @@ def _next_of_completed(job: Job, adapter: str | None) -> str:
     if adapter is None:
         return f"Its adapter was deleted since. Call train_adapter(project_id={job.project_id!r}, ...) for a new one."
     all_measured = f"get_adapter_info(adapter_path={job.project_id!r}) shows all that was measured."
-    if _helps(job):
-        return f"The adapter is ready. Call load_adapter(adapter_path={job.project_id!r}) to use it; {all_measured}"
-    return (
-        "The adapter does NOT lower the loss on held-out files: better not use it. Try more data, more epochs, or a lower "
-        f"learning_rate; {all_measured}"
-    )
+    config = job.request.config
+    match _verdict(job):
+        case Benefit.HELPS if config.make_current == "never":
+            return f"The adapter helps, and was not made current, as asked. load_adapter(adapter_path={adapter!r}) loads it."
+        case Benefit.HELPS:
+            return f"The adapter helps. Call load_adapter(adapter_path={job.project_id!r}) to use it; {all_measured}"
+        case Benefit.NO_DIFFERENCE:
+            return (
+                "No difference could be shown on held-out files. Try more data or more epochs; "
+                f"load_adapter(adapter_path={adapter!r}) uses it all the same."
+            )
+        case _:
+            kept = (
+                "It was made current all the same, as asked"
+                if config.make_current == "always"
+                else f"It is kept, and was not made current: {job.project_id!r} stands for what it stood for before"
+            )
+            return (
+                f"The adapter HARMS: better not use it. {kept}. "
+                f"Try a lower learning_rate, fewer epochs or more data; get_adapter_info(adapter_path={adapter!r}) "
+                "shows all that was measured."
+            )
 
 
-def _helps(job: Job) -> bool:
+def _next_of_evaluation(job: Job) -> str:
+    path = str(job.request.evaluated.adapter_path) if job.request.evaluated else ""
+    match job.status:
+        case Status.QUEUED | Status.IN_PROGRESS:
+            status = f"get_training_status(project_id={job.project_id!r}, job_id={job.job_id!r}, wait_s=20)"
+            return f"The evaluation goes on without you. Call {status} to wait for it; cancel_training to stop it."
+        case Status.COMPLETED:
+            overlap = job.evaluation.seen_in_training if job.evaluation else None
+            flag = (
+                " It is not recorded what this adapter was trained on: if it was this data, the figures flatter it."
+                if overlap is None
+                else ""
+            )
+            use = {
+                Benefit.HELPS: f"The adapter helps. load_adapter(adapter_path={path!r}) uses it.",
+                Benefit.NO_DIFFERENCE: "No difference could be shown on this data.",
+                Benefit.HARMS: "The adapter HARMS on this data: better not use it for it.",
+            }[_verdict(job)]
+            return f"{use}{flag}"
+        case Status.FAILED:
+            advice = " ".join(f"{s.rstrip('.')}." for s in (job.error.suggestions if job.error else ()))
+            return f"{advice} Then call evaluate_adapter(adapter_path={path!r}, ...) again.".strip()
+        case _:
+            return f"Call resume_training(job_id={job.job_id!r}), which begins it anew, or evaluate_adapter."
+
+
+def _verdict(job: Job) -> Benefit:
+    if job.evaluation is not None:
+        return job.evaluation.verdict
     before, after = (job.metrics.base_loss, job.metrics.adapter_loss) if job.metrics else (None, None)
-    return before is None or after is None or after < before
+    return Benefit.HELPS if before is None or after is None or after < before else Benefit.HARMS
+
+
+def _report_path(directory: str | Path | None) -> str | None:
+    path = Path(directory) / REPORT_NAME if directory else None
+    return str(path) if path is not None and path.is_file() else None
 
 
 def headline(status: TrainingStatus) -> str:
@@ -127,8 +182,9 @@ def headline(status: TrainingStatus) -> str:
                 line = _training_line(status)
         case Status.COMPLETED if (metrics := status.metrics) and metrics.base_perplexity and metrics.adapter_perplexity:
             change = f"{metrics.base_perplexity:.2f} (base) -> {metrics.adapter_perplexity:.2f} (adapter)"
+            verdict = [status.evaluation.verdict.replace("_", " ")] if status.evaluation else []
             line = ", ".join(
-                ["completed", f"held-out perplexity {change}", *([status.detail] if status.detail else [])]
+                ["completed", *verdict, f"held-out perplexity {change}", *([status.detail] if status.detail else [])]
             )
         case Status.FAILED | Status.INTERRUPTED if status.error:
             line = f"{status.status}: {status.error.message.rstrip('.')}"

@@ -25,6 +25,7 @@ from anyio.abc import ByteReceiveStream, Process
 from anyio.streams.buffered import BufferedByteReceiveStream
 
 from peft_core import logs
+from peft_core.adapters.manifest import read_manifest
 from peft_core.adapters.registry import Registry
 from peft_core.adapters.verify import verify
 from peft_core.config import Settings
@@ -43,13 +44,14 @@ from peft_core.events import (
 from peft_core.jobs.lock import WorkLock
 from peft_core.jobs.model import IllegalTransition, Job
 from peft_core.jobs.pruning import prune
-from peft_core.jobs.recovery import completed_by, problem_of_exit, recover
+from peft_core.jobs.recovery import completed_by, completed_evaluation, problem_of_exit, recover
 from peft_core.jobs.store import Store
 from peft_core.paths import JobPaths
 from peft_core.results import Phase, Problem, Status
-from peft_core.spec import TrainingTask
+from peft_core.task import TrainingTask
 
 CHILD = ["-m", "peft_core.training"]
+EVALUATION_CHILD = ["-m", "peft_core.evaluation"]
 LOCK_PATIENCE_S = 5.0  # longer than anybody who only probes holds the lock
 LOOK_S = 0.25  # how often a running job is looked up for a request to cancel
 GRACE_S = 20.0  # between SIGTERM and SIGKILL: time for a micro-step and a checkpoint
@@ -86,17 +88,21 @@ class Runner:
 
     async def drain(self) -> bool:
         """Run the queued jobs one after the other; True when a signal ended it early."""
-        async with anyio.create_task_group() as group:
-            group.start_soon(self._stop_on_signal)
-            while not self._stopping and (queued := self._store.in_state(Status.QUEUED)):
-                try:
-                    job = self._store.append(queued[0].job_id, JobStarted())
-                except IllegalTransition:
-                    continue  # cancelled between the look and the start
-                await self._run(job)
-                prune(self._store, self._registry, self._paths, keep=self._keep_runs)
-            group.cancel_scope.cancel()
+        # Plain handlers: they set the flag at once, where a task would hear of the signal only when the loop turns, and the
+        # next job would have been started by then.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _number, _frame: self._stop())
+        while not self._stopping and (queued := self._store.in_state(Status.QUEUED)):
+            try:
+                job = self._store.append(queued[0].job_id, JobStarted())
+            except IllegalTransition:
+                continue  # cancelled between the look and the start
+            await self._run(job)
+            prune(self._store, self._registry, self._paths, keep=self._keep_runs)
         return self._stopping
+
+    def _stop(self) -> None:
+        self._stopping = True
 
     async def _run(self, job: Job) -> None:
         bound = log.bind(job_id=job.job_id)
@@ -128,18 +134,20 @@ class Runner:
             base_models_dir=self._paths.base_models,
             execution=job.request.execution,
             estimated_memory_bytes=job.request.estimate.memory_bytes,
+            evaluated=job.request.evaluated,
         )
         paths.task.write_text(task.model_dump_json(), encoding="utf-8")
+        launcher, child = (self._launcher, CHILD) if task.evaluated is None else ([], EVALUATION_CHILD)
         with paths.log.open("ab") as log_file:
             process = await anyio.open_process(
-                [*(self._launcher or [sys.executable]), *CHILD, str(paths.task)],
+                [*(launcher or [sys.executable]), *child, str(paths.task)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log_file,
                 cwd=paths.root,
                 env={
                     **os.environ,
-                    "PEFT_MCP_PARENT": "launcher" if self._launcher else str(os.getpid()),
+                    "PEFT_MCP_PARENT": "launcher" if launcher else str(os.getpid()),
                     "PYTHONSAFEPATH": "1",  # the working directory is no place for modules
                     "HF_HUB_OFFLINE": "1",
                     "CODEBASE_GARDENER_LOG_LEVEL": self._log_level,
@@ -183,6 +191,9 @@ class Runner:
             return JobCancelled()
         if isinstance(last_word, AdapterWritten) and code == 0:
             return self._publish(job, paths, last_word)
+        if code == 0 and (completed := completed_evaluation(self._store.get(job.job_id))) is not None:
+            self._report(job, paths)
+            return completed
         if self._stopping or code == ASKED_TO_STOP:
             return JobInterrupted(reason="The training was asked to stop (SIGTERM), for instance at shutdown.")
         if isinstance(last_word, JobFailed):
@@ -201,8 +212,23 @@ class Runner:
                     suggestions=(f"This is a bug: please report it with the log {paths.log}",),
                 )
             )
+        self._report(job, paths)
         published = self._registry.publish(paths.adapter, job.project_id, job.job_id)
         return JobCompleted(adapter_path=str(published), metrics=written.metrics)
+
+    def _report(self, job: Job, paths: JobPaths) -> None:
+        """The page beside the manifest. An adapter without it is an adapter."""
+        # jinja2, once in a runner's life:
+        from peft_core.adapters.report import write_report  # noqa: PLC0415
+        from peft_core.jobs.evaluations import write_evaluation_report  # noqa: PLC0415
+
+        try:
+            if job.request.evaluated is not None:
+                write_evaluation_report(paths.root, job.request, self._store.events(job.job_id))
+            elif (manifest := read_manifest(paths.adapter)) is not None:
+                write_report(paths.adapter, manifest, self._store.events(job.job_id))
+        except Exception:
+            log.exception("no report", job_id=job.job_id)
 
     async def _end_when_asked(self, job_id: str, process: Process) -> None:
         """Wait for a request to cancel, or to stop; then end the child.
@@ -210,16 +236,11 @@ class Runner:
         Raises:
             StorageError: the data directory was removed; others may be working in a new one of that name.
         """
-        while not (self._stopping or self._store.cancel_requested(job_id)):  # noqa: ASYNC110 -- set by other processes
+        while not (self._stopping or self._store.cancel_requested(job_id)):
             await anyio.sleep(LOOK_S)
             if not self._lock.still_there:
                 raise StorageError(f"The data directory {self._paths.root} was removed.", code="data_directory_gone")
         await _end(process)
-
-    async def _stop_on_signal(self) -> None:
-        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            async for _ in signals:
-                self._stopping = True
 
 
 async def _end(process: Process) -> None:

@@ -11,21 +11,25 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument, JobNotFound, JobStateError
 from peft_core.events import JobFailed, JobResumed
+from peft_core.jobs.data_report import TrainingDataReport
 from peft_core.jobs.lock import WorkLock
-from peft_core.jobs.model import RESUMABLE, Job
+from peft_core.jobs.model import IllegalTransition, Job, JobRequest
 from peft_core.jobs.recovery import problem_of_exit, recover
-from peft_core.jobs.report import not_started, status_of
+from peft_core.jobs.report import headline, not_started, status_of
 from peft_core.jobs.store import Store, unwritable
-from peft_core.results import Status, TrainingDataReport, TrainingStatus
-from peft_core.spec import BUNDLED, Base, TrainingConfig
+from peft_core.results import Status, TrainingStatus
+from peft_core.spec import BUNDLED, Base, EvaluatedAdapter, TrainingConfig
 
+ELSEWHERE = "elsewhere"  # the project of evaluations of adapters that were not trained here
 RUNNER = [sys.executable, "-P", "-m", "peft_core.jobs.runner"]
 MAX_LOG_BYTES = 4 << 20
 
@@ -49,13 +53,18 @@ class JobService:
             InvalidArgument, DataError, BaseModelError, StorageError: nothing was queued.
         """
         # Imported with the first job, not with the server: finding bases and reading code is of no use before.
-        from peft_core.jobs.planning import plan, write_source  # noqa: PLC0415
+        from peft_core.jobs.planning import plan  # noqa: PLC0415
 
         draft = plan(training_data, config, self._settings, self._measured_speed)
+        return self._queue(project_id, draft, training_data)
+
+    def _queue(self, project_id: str, draft: JobRequest, data: str | Sequence[Mapping[str, Any]]) -> TrainingStatus:
+        from peft_core.jobs.planning import write_source  # noqa: PLC0415 -- see `submit`
+
         self._store.create()
         now = time.time()
         job_id = f"{datetime.fromtimestamp(now, UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
-        request = write_source(draft, training_data, self._paths.job(job_id).records)
+        request = write_source(draft, data, self._paths.job(job_id).records)
         self._store.insert(Job(job_id=job_id, project_id=project_id, request=request, created_at=now, updated_at=now))
         self._see_to_queue()
         return self.status(project_id, job_id)
@@ -69,6 +78,23 @@ class JobService:
         from peft_core.jobs.inspection import inspect_training_data  # noqa: PLC0415 -- as in submit
 
         return inspect_training_data(training_data, config, self._settings, self._measured_speed)
+
+    def evaluate(
+        self,
+        evaluated: EvaluatedAdapter,
+        base: Base,
+        evaluation_data: str | Sequence[Mapping[str, Any]],
+    ) -> TrainingStatus:
+        """Queue a job that compares a base with and without an adapter. It belongs to the project of the adapter.
+
+        Raises:
+            InvalidArgument, DataError, StorageError: nothing was queued.
+        """
+        # Imported with the first job, as for `submit`.
+        from peft_core.jobs.evaluations import plan_evaluation  # noqa: PLC0415
+
+        draft = plan_evaluation(evaluated, evaluation_data, base, self._settings, self._measured_speed)
+        return self._queue(self._project_of(evaluated.adapter_path), draft, evaluation_data)
 
     def status(self, project_id: str, job_id: str | None = None) -> TrainingStatus:
         """The truth about the named job, or the project's latest. A job whose process is gone is found out here.
@@ -84,6 +110,17 @@ class JobService:
             self._see_to_queue()
             job = self._store.get(job.job_id)
         return self._report(job)
+
+    def picture(self, project_id: str, job_id: str | None = None) -> bytes | None:
+        """The loss curve so far as PNG; None where no step was made."""
+        job = self._find(project_id, job_id)
+        if job is None:
+            return None
+        from peft_core.proof.curve import curve_of  # noqa: PLC0415 -- not at the server's start
+        from peft_core.proof.picture import draw  # noqa: PLC0415 -- likewise
+
+        curve = curve_of(self._store.events(job.job_id))
+        return None if curve.is_empty else draw(curve, f"{project_id}: {headline(self._report(job))}")
 
     def changed_since(self, event_id: int | None) -> tuple[int, list[str]]:
         """(newest event id, ids of the jobs that have newer events than `event_id`; none for None)."""
@@ -122,16 +159,15 @@ class JobService:
             JobStateError: it is running, waiting or completed.
         """
         self._require_database(job_id)
-        job = self._store.get(job_id)
-        if job.status not in RESUMABLE:
+        try:
+            job = self._store.requeue(job_id, JobResumed())
+        except IllegalTransition:  # asked of the database itself: another server may resume it at this moment
+            status = self._store.get(job_id).status
             raise JobStateError(
-                f"Job {job_id} cannot be resumed: it is {job.status}; only interrupted, failed and cancelled jobs can.",
+                f"Job {job_id} cannot be resumed: it is {status}; only interrupted, failed and cancelled jobs can.",
                 code="not_resumable",
-                suggestions=[
-                    "Call get_training_status to watch it" if not job.status.is_final else "Call train_adapter"
-                ],
-            )
-        self._store.requeue(job_id, JobResumed())
+                suggestions=["Call get_training_status to watch it" if not status.is_final else "Call train_adapter"],
+            ) from None
         self._see_to_queue()
         return self.status(job.project_id, job_id)
 
@@ -148,6 +184,11 @@ class JobService:
         except JobNotFound:
             return None
         return None if base is None else base.ref if base.ref == BUNDLED else str(base.path)
+
+    def _project_of(self, adapter: Path) -> str:
+        """Where a published adapter lies; adapters from elsewhere share a name."""
+        home = adapter.parent.parent
+        return home.name if home.parent == self._paths.projects else ELSEWHERE
 
     def _find(self, project_id: str, job_id: str | None) -> Job | None:
         if job_id is None:
@@ -185,7 +226,8 @@ class JobService:
                 # It could not work at all: nothing of what it saw was even begun. Trying again would fail again, in silence.
                 problem = problem_of_exit(code, self._paths.logs / "runner.log", what="runner")
                 self._seen_by_runner = set()
-                self._store.append(queued[0].job_id, JobFailed(error=problem))
+                with suppress(IllegalTransition):  # cancelled a moment ago
+                    self._store.append(queued[0].job_id, JobFailed(error=problem))
                 return
             self._seen_by_runner = waiting
             self._runner = self._spawn_runner()

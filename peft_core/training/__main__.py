@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import structlog
@@ -23,7 +24,7 @@ from peft_core.compute.wire import claim_stdout, line_writer
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument
 from peft_core.events import JobFailed
-from peft_core.spec import TrainingTask
+from peft_core.task import TrainingTask
 
 # The runner's pid; or "launcher", when one stands between: the runner's death is then heard of by the closed pipe.
 _PARENT_VARIABLE = "PEFT_MCP_PARENT"
@@ -37,7 +38,8 @@ WORK = Work(
 )
 
 
-def main() -> int:
+def main(work: Work = WORK, engine: str = "peft_core.training.engine") -> int:
+    """`engine`: the module whose `run` does the work."""
     # 1. The wire and the ways to stop, before anything slow.
     stop = Stop()
     emit = line_writer(claim_stdout(), closed=stop.request)
@@ -56,7 +58,7 @@ def main() -> int:
 
         # 3. Torch and its company take seconds, read the environment as they load, and may fail to: hence here.
         prepare_environment()
-        from peft_core.training.engine import run  # noqa: PLC0415 -- see above
+        run = import_module(engine).run
 
         # 4. The run.
         run(task, emit, stop)
@@ -65,7 +67,7 @@ def main() -> int:
         return EXIT_CODE
     except Exception as error:  # the process's edge: whatever it is, it becomes an event
         log.exception("failed")
-        emit(JobFailed(error=problem_of(error, WORK)))
+        emit(JobFailed(error=problem_of(error, work)))
         return 1
     return 0
 

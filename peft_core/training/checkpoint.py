@@ -16,7 +16,8 @@ import structlog
 import torch
 
 from peft_core.events import MemorySaved, RateLowered
-from peft_core.spec import DatasetSummary, TrainingTask
+from peft_core.spec import DatasetSummary
+from peft_core.task import TrainingTask
 
 _log = structlog.get_logger(__name__)
 

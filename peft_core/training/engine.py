@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
@@ -31,18 +30,31 @@ from peft_core.compute.tokenizer import BaseTokenizer, load_tokenizer
 from peft_core.data.prepare import PreparedDataset, prepare
 from peft_core.data.read import read_examples
 from peft_core.errors import DataError
-from peft_core.events import AdapterWritten, DatasetPrepared, Emit, HeldOutMeasured, PhaseStarted, RunPlanned
+from peft_core.events import (
+    AdapterWritten,
+    DatasetPrepared,
+    Emit,
+    Evaluated,
+    HeldOutMeasured,
+    PhaseStarted,
+    RunPlanned,
+)
 from peft_core.paths import JobPaths
+from peft_core.proof.evaluation import perplexity
+from peft_core.proof.overlap import TrainedOn
 from peft_core.recipe import filled_in
-from peft_core.results import Metrics, Phase
-from peft_core.spec import TrainingTask
+from peft_core.results import Evaluation, Metrics, Phase
+from peft_core.task import TrainingTask
 from peft_core.training import lora
+from peft_core.training.assess import Exam, Scores, keep_scores, kept_scores, writing_budget
 from peft_core.training.batches import Document, plan_order, tokenise
 from peft_core.training.checkpoint import Progress, load_checkpoint, run_key
-from peft_core.training.evaluate import held_out_loss, subset
+from peft_core.training.completions import make_plain
+from peft_core.training.evaluate import subset
 from peft_core.training.fused import Fused, fuse
+from peft_core.training.held_out import mean_loss, trials_of
 from peft_core.training.loop import Loop
-from peft_core.training.objective import Objective, choose_objective
+from peft_core.training.objective import choose_objective
 from peft_core.training.saving import RunFacts, write_adapter
 
 _log = structlog.get_logger(__name__)
@@ -75,7 +87,9 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
         tokenizer = load_tokenizer(directory)
         dataset = _prepare(task, tokenizer, report)
     train = _documents(paths.dataset / "train.jsonl", tokenizer, config.max_length)
-    held_out = _documents(paths.dataset / "held_out.jsonl", tokenizer, config.max_length)
+    trials = trials_of(read_examples(paths.dataset / "held_out.jsonl"), tokenizer, config.max_length)
+    held_out = _useful([trial.document for trial in trials], "held_out.jsonl", config.max_length)
+    exam = Exam(trials, tokenizer, config.max_length, seed=config.seed)
     emit(DatasetPrepared(dataset=dataset.summary))
     stop.check()
 
@@ -99,13 +113,15 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     start = checkpoint.progress.step if checkpoint is not None else 0
     emit(RunPlanned(device=plan.device, total_steps=order.total_steps, start_step=start))
     sample = subset(held_out, config.seed)
-    if checkpoint is None:
+    base_scores = kept_scores(paths.base_scores, key, len(trials)) if checkpoint is not None else None
+    if base_scores is None:
         emit(PhaseStarted(phase=Phase.EVALUATING_BASE))
         threads.keep_up()
-        base_loss, sample_loss = _base_losses(objective, held_out, sample, accelerator, stop)
-        emit(HeldOutMeasured(step=0, loss=sample_loss))
-    else:
-        base_loss = checkpoint.progress.base_loss
+        base_scores = exam.score(objective, accelerator, stop, key=key)
+        if accelerator.is_main_process:
+            keep_scores(paths.base_scores, base_scores)
+        emit(HeldOutMeasured(step=0, loss=_loss_on(sample, exam, base_scores)))
+    base_loss = mean_loss(trials, base_scores.held_out)
     emit(HeldOutMeasured(step=0, loss=base_loss, whole_set=True))
 
     # 4. The adapter, trained.
@@ -140,13 +156,19 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     # 5. The adapter on all held-out examples.
     emit(PhaseStarted(phase=Phase.EVALUATING_ADAPTER))
     threads.keep_up()
-    adapter_loss = held_out_loss(objective, held_out, accelerator, stop)
+    adapter_scores = exam.score(objective, accelerator, stop)
+    adapter_loss = mean_loss(trials, adapter_scores.held_out)
     emit(HeldOutMeasured(step=progress.step, loss=adapter_loss, whole_set=True))
 
     # 6. Its files.
     if accelerator.is_main_process:
+        emit(PhaseStarted(phase=Phase.EVALUATING_ADAPTER, detail="both write from held-out prompts"))
+        make_plain(adapted, model)
+        budget = writing_budget(progress.tokens)
+        evaluation = exam.compare(base_scores, adapter_scores, model, adapted.disable_adapter, budget=budget, stop=stop)
+        emit(Evaluated(evaluation=evaluation))
         emit(PhaseStarted(phase=Phase.SAVING))
-        facts = _facts(task, plan, dataset, loop, fused)
+        facts = _facts(task, plan, dataset, loop, fused, evaluation)
         metrics = write_adapter(paths.adapter, adapted, task, facts, partial(_metrics, progress, adapter_loss))
         _log.info(
             "adapter_written", device_memory_bytes=device_memory_bytes(accelerator.device), **metrics.model_dump()
@@ -164,21 +186,21 @@ def _load(task: TrainingTask, directory: Path, plan: DevicePlan) -> PreTrainedMo
     return load_base(directory, plan.weights) if frozen is None else frozen
 
 
-def _base_losses(
-    objective: Objective, held_out: list[Document], sample: list[Document], accelerator: Accelerator, stop: Stop
-) -> tuple[float, float]:
-    """(loss on the whole held-out set, loss on the sample), each document computed once."""
+def _loss_on(sample: list[Document], exam: Exam, scores: Scores) -> float:
+    """The mean over the documents that are measured during training as well."""
     sampled = set(map(id, sample))
-    rest = [document for document in held_out if id(document) not in sampled]
-    sample_loss = held_out_loss(objective, sample, accelerator, stop)
-    if not rest:
-        return sample_loss, sample_loss
-    weights = [sum(document.targets for document in part) for part in (sample, rest)]
-    rest_loss = held_out_loss(objective, rest, accelerator, stop)
-    return (weights[0] * sample_loss + weights[1] * rest_loss) / sum(weights), sample_loss
+    chosen = [(t, s) for t, s in zip(exam.held_out, scores.held_out, strict=True) if id(t.document) in sampled]
+    return mean_loss([trial for trial, _ in chosen], [score for _, score in chosen])
 
 
-def _facts(task: TrainingTask, plan: DevicePlan, dataset: PreparedDataset, loop: Loop, fused: Fused) -> RunFacts:
+def _facts(
+    task: TrainingTask,
+    plan: DevicePlan,
+    dataset: PreparedDataset,
+    loop: Loop,
+    fused: Fused,
+    evaluation: Evaluation,
+) -> RunFacts:
     progress, objective = loop.progress, loop.objective
     return RunFacts(
         data=DataRecord(
@@ -204,6 +226,11 @@ def _facts(task: TrainingTask, plan: DevicePlan, dataset: PreparedDataset, loop:
         rate_lowered=loop.lowered,
         memory_saved=loop.memory_saved,
         created_at=datetime.now(UTC),
+        evaluation=evaluation,
+        trained_on=TrainedOn.of(
+            "".join(segment.text for segment in example.segments if segment.learn)
+            for example in read_examples(JobPaths(task.job_dir).dataset / "train.jsonl")
+        ),
     )
 
 
@@ -211,8 +238,8 @@ def _metrics(progress: Progress, adapter_loss: float, adapter_bytes: int) -> Met
     return Metrics(
         base_loss=progress.base_loss,
         adapter_loss=adapter_loss,
-        base_perplexity=_perplexity(progress.base_loss),
-        adapter_perplexity=_perplexity(adapter_loss),
+        base_perplexity=perplexity(progress.base_loss),
+        adapter_perplexity=perplexity(adapter_loss),
         tokens=progress.tokens,
         tokens_per_second=progress.tokens / progress.seconds,
         wall_s=seconds_alive(),
@@ -252,17 +279,17 @@ def _prepare(task: TrainingTask, tokenizer: BaseTokenizer, report: Callable[[str
 def _documents(path: Path, tokenizer: BaseTokenizer, max_length: int) -> list[Document]:
     """The tokenised examples that have something to learn."""
     documents = [tokenise(example, tokenizer, max_length) for example in read_examples(path)]
+    return _useful(documents, path.name, max_length)
+
+
+def _useful(documents: list[Document], name: str, max_length: int) -> list[Document]:
+    """Those that have something to learn."""
     useful = [document for document in documents if document.targets]
     if not useful:
         raise DataError(
-            f"No example in {path.name} has a token to learn within max_length = {max_length}.",
+            f"No example in {name} has a token to learn within max_length = {max_length}.",
             suggestions=["Raise max_length, or shorten the prompts."],
         )
     if len(useful) < len(documents):
-        _log.warning("examples_without_targets", file=path.name, left_out=len(documents) - len(useful))
+        _log.warning("examples_without_targets", file=name, left_out=len(documents) - len(useful))
     return useful
-
-
-def _perplexity(loss: float) -> float:
-    """Exp of the loss; 1.8e308 at most, where an untrained model would overflow."""
-    return math.exp(min(loss, 709.0))

@@ -66,3 +66,27 @@ def frozen_head_cross_entropy(hidden_ND: torch.Tensor, head_VD: StoredMatrix, ta
     with torch.autocast(hidden_ND.device.type, enabled=False):  # the number formats are chosen above, one by one
         loss: torch.Tensor = _FrozenHeadCrossEntropy.apply(hidden_ND, head_VD, target_N)
     return loss
+
+
+def frozen_head_scores(
+    hidden_ND: torch.Tensor, head_VD: StoredMatrix, target_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(-log p(target) in nats, the likeliest token), each [N]. Without gradients, logits in chunks."""
+    losses, likeliest = [], []
+    with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
+        for start in range(0, hidden_ND.shape[0], _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            loss_C, likeliest_C = logit_scores(head_VD.times(hidden_ND[chunk].float()), target_N[chunk])
+            losses.append(loss_C)
+            likeliest.append(likeliest_C)
+    if not losses:
+        return torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+    return torch.cat(losses), torch.cat(likeliest)
+
+
+def logit_scores(logits_NV: torch.Tensor, target_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(-log p(target) in nats, the likeliest token), each [N]; float32 logits, which are overwritten: no second copy."""
+    top_N, likeliest_N = logits_NV.max(dim=-1)
+    margin_N = top_N - logits_NV.gather(1, target_N[:, None])[:, 0]
+    loss_N = margin_N + logits_NV.sub_(top_N[:, None]).exp_().sum(dim=-1).log()
+    return loss_N, likeliest_N

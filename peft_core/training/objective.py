@@ -24,7 +24,7 @@ from peft_core.compute.stored import StoredMatrix
 from peft_core.estimate import micro_capacity
 from peft_core.training import attention
 from peft_core.training.batches import IGNORED, Document, MicroBatch, join, micro_batches
-from peft_core.training.loss import frozen_head_cross_entropy
+from peft_core.training.loss import frozen_head_cross_entropy, frozen_head_scores, logit_scores
 
 _log = structlog.get_logger(__name__)
 
@@ -87,6 +87,18 @@ class Objective:
             return frozen_head_cross_entropy(hidden_TD[batch.source_N], _head(self.model), batch.target_N)
         logits_TV = _logits(self.model, batch, packed=self.packed)
         return cross_entropy(logits_TV[batch.source_N].float(), batch.target_N, reduction="sum", ignore_index=IGNORED)
+
+    def scores(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(-log p(target) in nats, the likeliest token instead), one of each for a target. Without gradients."""
+        learned_N = batch.target_N != IGNORED
+        target_N = batch.target_N.clamp(min=0)
+        if self.chunked_head:
+            hidden_TD = _hidden(self.model, batch, packed=self.packed)
+            loss_N, likeliest_N = frozen_head_scores(hidden_TD[batch.source_N], _head(self.model), target_N)
+        else:
+            logits_TV = _logits(self.model, batch, packed=self.packed)
+            loss_N, likeliest_N = logit_scores(logits_TV[batch.source_N].float(), target_N)
+        return loss_N[learned_N], likeliest_N[learned_N]
 
 
 def choose_objective(model: PreTrainedModel, max_length: int) -> Objective:

@@ -26,8 +26,10 @@ from peft_core.adapters.manifest import (
 )
 from peft_core.bases.fingerprint import content_hash
 from peft_core.events import MemorySaved, RateLowered
-from peft_core.results import Metrics
-from peft_core.spec import Base, TrainingTask
+from peft_core.proof.overlap import FILE_NAME, TrainedOn
+from peft_core.results import Evaluation, Metrics
+from peft_core.spec import Base
+from peft_core.task import TrainingTask
 from peft_core.training.lora import lora_config, target_modules
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -49,6 +51,8 @@ class RunFacts:
     rate_lowered: tuple[RateLowered, ...]
     memory_saved: tuple[MemorySaved, ...]
     created_at: datetime  # with a time zone
+    evaluation: Evaluation
+    trained_on: TrainedOn
 
 
 def write_adapter(
@@ -88,9 +92,11 @@ def write_adapter(
             memory_saved=facts.memory_saved,
         ),
         metrics=measured,
+        evaluation=facts.evaluation.in_figures,
         environment=_environment(),
         files={},
     )
+    (directory / FILE_NAME).write_bytes(facts.trained_on.to_bytes())
     (directory / CARD_NAME).write_text(render_card(manifest), encoding="utf-8")
     files = {path.name: sha256_of(path) for path in sorted(directory.iterdir())}
     write_manifest(directory, manifest.model_copy(update={"files": files}))

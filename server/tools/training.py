@@ -8,12 +8,15 @@ from mcp.server.mcpserver import Context
 from mcp.types import CallToolResult
 from pydantic import Field
 
+from peft_core.jobs.data_report import TrainingDataReport
 from peft_core.manager import PEFTManager
-from peft_core.results import TrainingDataReport, TrainingStatus
+from peft_core.results import TrainingStatus
 from peft_core.spec import ProjectId, TrainingConfig
 from server.answers import inspection_answer, status_answer
 from server.progress import stream_progress
 from server.tools import make_tool
+from server.tools.adapters import AdapterPath
+from server.tools.inference import BaseRef
 
 JobId = Annotated[str | None, Field(description="From train_adapter's answer. Null: the project's latest job.")]
 WaitSeconds = Annotated[
@@ -61,15 +64,51 @@ async def inspect_training_data(
     return inspection_answer(await ctx.request_context.lifespan_context.inspect_training_data(training_data, config))
 
 
-async def get_training_status(
-    project_id: ProjectId, ctx: Context[PEFTManager, Any], job_id: JobId = None, wait_s: WaitSeconds = 20
+async def evaluate_adapter(
+    adapter_path: AdapterPath,
+    evaluation_data: Annotated[
+        TrainingData,
+        Field(
+            description="Code to measure on, as for train_adapter. The adapter's own repository will do: what it was trained "
+            "on is left out, where that is recorded."
+        ),
+    ],
+    *,
+    ctx: Context[PEFTManager, Any],
+    base_model: BaseRef = None,
+    accept_unproven_base: Annotated[
+        bool, Field(description="Measure although nothing proves that the adapter belongs to this base.")
+    ] = False,
+    wait_s: WaitSeconds = 0,
 ) -> Annotated[CallToolResult, TrainingStatus]:
-    """How a training goes: phase, step, loss, speed, time left; when it has ended, what was measured on held-out files
-    (base against adapter), or why it failed. Waits up to wait_s seconds for the end, streaming progress meanwhile; call it
-    again until status is completed, failed, cancelled or interrupted. wait_s = 0 answers at once.
+    """Measure whether an adapter helps, ours or anyone's, on any code: base against adapter, with confidence intervals, a
+    verdict (helps, no_difference, harms) and a report. Takes minutes in the background, in the same queue as trainings:
+    answers at once, follow with get_training_status. Not needed after a training, which ends with the same measurement.
     """
-    watched = ctx.request_context.lifespan_context.watch_training(project_id, job_id, timeout_s=wait_s)
-    return status_answer(await stream_progress(ctx, watched))
+    manager = ctx.request_context.lifespan_context
+    status = await manager.evaluate_adapter(
+        adapter_path, evaluation_data, base_model, accept_unproven_base=accept_unproven_base
+    )
+    if wait_s:
+        watched = manager.watch_training(status.project_id, status.job_id, timeout_s=wait_s)
+        status = await stream_progress(ctx, watched)
+    return status_answer(status)
+
+
+async def get_training_status(
+    project_id: ProjectId,
+    ctx: Context[PEFTManager, Any],
+    job_id: JobId = None,
+    wait_s: WaitSeconds = 20,
+    picture: Annotated[bool, Field(description="Add the loss curve as an image.")] = False,
+) -> Annotated[CallToolResult, TrainingStatus]:
+    """How a training or an evaluation goes: phase, step, loss, speed, time left; at its end whether the adapter helps,
+    measured on held-out files (base against adapter), or why it failed. Waits up to wait_s seconds for the end, streaming
+    progress meanwhile; call it again until status is completed, failed, cancelled or interrupted. wait_s = 0 answers at once.
+    """
+    manager = ctx.request_context.lifespan_context
+    status = await stream_progress(ctx, manager.watch_training(project_id, job_id, timeout_s=wait_s))
+    return status_answer(status, await manager.draw_training(project_id, status.job_id) if picture else None)
 
 
 async def cancel_training(
@@ -92,6 +131,7 @@ async def resume_training(
 TOOLS = [
     make_tool(train_adapter, "Train an adapter"),
     make_tool(inspect_training_data, "Inspect training data", reads=True),
+    make_tool(evaluate_adapter, "Evaluate an adapter"),
     make_tool(get_training_status, "Training status", reads=True),
     make_tool(cancel_training, "Cancel a training", destroys=True, repeatable=True),
     make_tool(resume_training, "Resume a training"),

@@ -12,9 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-from peft_core.events import EVENT, AdapterWritten, Event, JobFailed, PhaseStarted, RunPlanned, StepCompleted
+from peft_core.events import EVENT, AdapterWritten, Evaluated, Event, JobFailed, PhaseStarted, RunPlanned, StepCompleted
 from peft_core.results import Metrics, Phase, Problem
-from peft_core.spec import TrainingTask
+from peft_core.task import TrainingTask
+from tests.factories import make_evaluation
 
 
 def say(event: Event) -> None:
@@ -56,6 +57,8 @@ def main() -> None:
             sys.exit(1)
         case "lies":
             say(AdapterWritten(metrics=Metrics()))  # there is no adapter
+        case "evaluates":
+            say(Evaluated(evaluation=make_evaluation()))
         case "hangs":
             train(1)
             wait_for_the_parent_to_die()

@@ -24,7 +24,8 @@ from peft_core.jobs.service import JobService
 from peft_core.jobs.store import Store
 from peft_core.paths import DataPaths
 from peft_core.results import Status
-from tests.factories import make_job
+from peft_core.spec import EvaluatedAdapter
+from tests.factories import make_evaluation, make_job
 
 ROOT = Path(__file__).parents[2]
 Spawn = Callable[[], "subprocess.Popen[bytes]"]
@@ -156,6 +157,24 @@ def test_a_running_job_is_cancelled_even_when_its_child_ignores_sigterm(
     store.request_cancel("job")
     assert runner.wait(timeout=30) == 0
     assert store.get("job").status is Status.CANCELLED
+
+
+def test_a_job_that_evaluates_ends_with_its_verdict_and_a_page(
+    store: Store, spawn: Spawn, paths: DataPaths, tmp_path: Path
+) -> None:
+    job = make_job("job", "evaluates")
+    evaluated = EvaluatedAdapter(adapter_path=tmp_path / "adapter")
+    request = job.request.model_copy(update={"evaluated": evaluated})
+    store.insert(job.model_copy(update={"request": request}))
+    assert spawn().wait(timeout=60) == 0
+    job = store.get("job")
+    assert (job.status, job.adapter_path) == (Status.COMPLETED, str(tmp_path / "adapter"))
+    assert job.evaluation == make_evaluation().in_figures
+    assert "return a + b" in (paths.job("job").root / "report.html").read_text()
+
+
+def test_a_training_that_evaluated_and_wrote_no_adapter_has_not_completed(store: Store, spawn: Spawn) -> None:
+    assert run_one(store, spawn, "evaluates").status is Status.FAILED
 
 
 def test_two_runners_never_train_at_once(store: Store, spawn: Spawn) -> None:

@@ -18,8 +18,8 @@ from mcp.shared.exceptions import MCPError
 
 from peft_core.bases import resolve
 from peft_core.config import Settings
+from peft_core.jobs.data_report import TrainingDataReport
 from peft_core.manager import PEFTManager
-from peft_core.results import TrainingDataReport
 from server.app import build_server
 from tests.clients import stdio_server, text_of
 from tests.factories import make_base, record_base
@@ -30,6 +30,7 @@ Connect = Callable[[], AbstractAsyncContextManager[Client]]
 TOOLS = {
     "inspect_training_data",
     "train_adapter",
+    "evaluate_adapter",
     "get_training_status",
     "cancel_training",
     "resume_training",
@@ -192,6 +193,13 @@ BAD_INPUT: list[tuple[str, dict[str, Any], list[str]]] = [
         {"adapter_path": "ADAPTER", "base_model": "/no/such"},
         ["base_model = '/no/such'"],
     ),
+    ("evaluate_adapter", {"adapter_path": "web", "evaluation_data": "/x"}, ["No adapter at 'web'"]),
+    (
+        "evaluate_adapter",
+        {"adapter_path": "ADAPTER", "evaluation_data": "/x"},
+        ["base_model = None", "Give base_model"],
+    ),
+    ("evaluate_adapter", {"adapter_path": "web"}, ["evaluation_data", "required"]),
     ("load_adapter", {"adapter_path": "web"}, ["No adapter at 'web'"]),
     ("load_adapter", {"adapter_path": "ADAPTER"}, ["base_model = None", "Give base_model"]),
     ("load_adapter", {"adapter_path": "/"}, ["adapter_path = '/'", "adapter_config.json"]),
@@ -386,7 +394,7 @@ from server.app import build_server
 from peft_core.bases import resolve
 from peft_core.config import Settings
 from peft_core.manager import PEFTManager
-from peft_core.results import TrainingDataReport
+from peft_core.jobs.data_report import TrainingDataReport
 import peft_core.jobs.planning
 build_server(Settings())
 heavy = {"torch", "transformers", "peft", "accelerate", "numpy", "tree_sitter", "detect_secrets", "huggingface_hub"}

@@ -39,7 +39,8 @@ from peft_core.events import (
     StepCompleted,
 )
 from peft_core.results import Phase
-from peft_core.spec import Execution, TrainingConfig, TrainingTask
+from peft_core.spec import Execution, TrainingConfig
+from peft_core.task import TrainingTask
 from tests.toys import write_toy_base
 
 TOY = {"rank": 4, "batch_size": 2, "max_steps": 6, "max_length": 256}
@@ -156,14 +157,20 @@ def test_a_run_ends_with_a_complete_adapter_that_plain_peft_loads(tmp_path: Path
     assert written.metrics.adapter_loss < written.metrics.base_loss
 
     adapter = task.job_dir / "adapter"
-    names = {"README.md", "adapter_config.json", "adapter_manifest.json", "adapter_model.safetensors"}
+    names = {
+        "README.md",
+        "adapter_config.json",
+        "adapter_manifest.json",
+        "adapter_model.safetensors",
+        "trained_on.bin",
+    }
     assert {path.name for path in adapter.iterdir()} == names
     assert [reason for reason in verify(adapter, task.base).reasons if reason.severity == "error"] == []
     manifest = read_manifest(adapter)
     assert manifest is not None
     assert manifest.metrics == written.metrics
     assert manifest.files == {name: sha256_of(adapter / name) for name in names - {"adapter_manifest.json"}}
-    for name in names - {"adapter_model.safetensors"}:
+    for name in names - {"adapter_model.safetensors", "trained_on.bin"}:
         text = (adapter / name).read_text()
         assert str(tmp_path) not in text
         assert str(toy_base) not in text

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from peft_core.compute.stop import EXIT_CODE, Stop, Stopped, stop_on_signals, stop_without_parent
 from peft_core.compute.wire import claim_stdout, line_writer
-from peft_core.spec import TrainingTask
+from peft_core.task import TrainingTask
 
 
 def main() -> int:

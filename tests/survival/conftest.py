@@ -47,10 +47,9 @@ def life(tmp_path: Path, source: Path, small_base: Path) -> Life:
 
 def live(root: Path, source: Path, base: Path) -> Life:
     life = Life(root, source, base)
-    life.config |= {"max_length": 128}
     life.job_id, life.project = None, "earlier"
     life.start()
     life.finish()
     life.expect_the_queue_goes_on()
-    life.job_id, life.project = None, "small"
+    life.job_id, life.project, life.has_earlier = None, "small", True
     return life

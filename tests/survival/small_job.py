@@ -22,7 +22,7 @@ from peft_core.events import (
 )
 from peft_core.paths import JobPaths
 from peft_core.results import Metrics, Phase
-from peft_core.spec import TrainingTask
+from peft_core.task import TrainingTask
 from tests.factories import make_manifest
 from tests.model_files import write_adapter
 

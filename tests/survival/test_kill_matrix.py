@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 
 import pytest
 
-from tests.survival.life import Kill, Life
-from tests.survival.points import RUNNER, SMALL_CHILD
+from peft_core.results import Status
+from tests.survival.life import MEMORY, Kill, Life, gone, until
+from tests.survival.points import RUNNER, SERVER, SMALL_CHILD
+from tests.survival.wire import server
+
+pytestmark = pytest.mark.survival
 
 SEED = int(os.environ.get("PEFT_SURVIVAL_SEED", random.SystemRandom().randrange(10**6)))
 ROUNDS = int(os.environ.get("PEFT_SURVIVAL_ROUNDS", "1"))
@@ -41,6 +46,44 @@ def test_the_child_is_killed(life: Life, way: str) -> None:
 @pytest.mark.parametrize("way", ["SIGKILL", "SIGTERM", "memory"])
 def test_the_runner_is_killed(life: Life, way: str) -> None:
     survive(life, shuffled([Kill(point, "runner", way) for point in RUNNER], f"runner {way}"))
+
+
+@pytest.mark.parametrize("way", ["SIGKILL", "SIGTERM", "memory"])
+def test_the_server_is_killed_while_it_is_asked_to_train(life: Life, way: str) -> None:
+    """Whatever it had begun is found and finished by the next one; what the client was told is so."""
+    for number, kill in enumerate(shuffled([Kill(point, "server", way) for point in SERVER], f"server {way}"), 1):
+        print(f"{number:3} of {len(SERVER)}: {kill}", flush=True)
+        mark = life.arm(kill.point, kill.way)
+        with server(life.paths.root, cwd=life.root) as victim:
+            config = {"base_model": str(life.base), **life.config}
+            answer = victim.call("train_adapter", project_id="small", training_data=str(life.source), config=config)
+            until(mark.exists, f"the point ({kill})")
+            if way != MEMORY:
+                until(lambda killed=victim.process.pid: gone(killed), "the server to die", 2.0)
+        life.disarm()
+        told = (answer.get("structuredContent") or {}).get("job_id")
+        life.job_id = told or life.jobs.status("small").job_id
+        if life.job_id is not None:
+            life.finish()
+        life.expect_nobody()
+
+
+@pytest.mark.parametrize("way", ["SIGKILL", "SIGTERM"])
+def test_the_server_is_killed_while_a_job_goes_on(life: Life, way: str) -> None:
+    for number, point in enumerate(SMALL_CHILD, 1):
+        kill = Kill(point, "server", way)
+        print(f"{number:3} of {len(SMALL_CHILD)}: {kill}", flush=True)
+        mark = life.arm(point, "SIGSTOP")
+        child = life.reach(kill, mark)
+        with server(life.paths.root, cwd=life.root) as victim:
+            victim.call("get_training_status", project_id="small", wait_s=0)
+            victim.process.send_signal(signal.Signals[way])
+            victim.process.wait(2.0)
+        assert life.status().status is Status.IN_PROGRESS
+        life.disarm()
+        os.kill(child, signal.SIGCONT)
+        life.finish()
+        life.expect_nobody()
 
 
 @pytest.mark.parametrize("way", ["SIGKILL", "SIGTERM"])

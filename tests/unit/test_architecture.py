@@ -9,23 +9,35 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 MODULES = sorted([*(ROOT / "server").rglob("*.py"), *(ROOT / "peft_core").rglob("*.py")])
 
-GROUND = {"spec", "results", "events", "errors", "paths", "config", "logs", "places"}  # what everything may stand on
+GROUND = {
+    "spec",
+    "task",
+    "results",
+    "events",
+    "errors",
+    "paths",
+    "config",
+    "logs",
+    "places",
+}  # what everything may stand on
 MAY_IMPORT = {
     "validation": GROUND,
     "estimate": GROUND,
     "recipe": GROUND,
     "bases": GROUND,
     "data": GROUND,
-    "adapters": GROUND | {"bases"},
+    "adapters": GROUND | {"bases", "proof"},
     "compute": GROUND | {"bases"},
-    "training": GROUND | {"bases", "data", "adapters", "compute", "estimate", "recipe"},
+    "proof": GROUND,
+    "training": GROUND | {"bases", "data", "adapters", "compute", "estimate", "proof", "recipe"},
+    "evaluation": GROUND | {"bases", "data", "adapters", "compute", "proof", "training", "inference"},
     "inference": GROUND | {"bases", "adapters", "compute", "estimate", "machine"},
-    "jobs": GROUND | {"bases", "data", "adapters", "estimate", "machine", "recipe"},
+    "jobs": GROUND | {"bases", "data", "adapters", "estimate", "machine", "proof", "recipe"},
     "manager": GROUND | {"jobs", "adapters", "inference", "validation"},
     "server": GROUND | {"manager", "validation", "jobs", "adapters"},
 }
 HEAVY = {"torch", "transformers", "peft", "accelerate", "numpy", "gguf", "safetensors"}
-MAY_BE_HEAVY = {"training", "compute", "inference/host", "bases/convert.py"}  # child processes only
+MAY_BE_HEAVY = {"training", "evaluation", "compute", "inference/host", "bases/convert.py"}  # child processes only
 SQL_SPEAKER = "jobs/store.py"
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from peft_core.events import (
     CheckpointSaved,
+    Evaluated,
     Event,
     HeldOutMeasured,
     JobCancelled,
@@ -25,7 +26,7 @@ from peft_core.events import (
 )
 from peft_core.jobs.model import RESUMABLE, IllegalTransition, Job, apply, progress_percent
 from peft_core.results import Metrics, Phase, Problem, Status
-from tests.factories import make_job
+from tests.factories import make_evaluation, make_job
 
 
 def step(number: int, loss: float = 2.0) -> StepCompleted:
@@ -63,6 +64,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
         layers_computed_twice=st.booleans(),
         reason=st.just("cannot allocate"),
     ),
+    st.builds(Evaluated, evaluation=st.just(make_evaluation())),
     st.builds(JobCompleted, adapter_path=st.just("/a"), metrics=st.just(Metrics())),
     st.builds(JobFailed, error=st.just(PROBLEM)),
     st.builds(JobCancelled),

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from peft_core.jobs.report import headline, in_words, not_started, status_of
-from peft_core.results import Metrics, Phase, Problem, Status
-from tests.factories import make_job
+from peft_core.results import Benefit, Metrics, Phase, Problem, Status
+from tests.factories import make_evaluation, make_job
 
 
 @pytest.mark.parametrize(
@@ -78,3 +78,23 @@ def test_a_completed_job_tells_base_against_adapter(tmp_path) -> None:
         status=Status.COMPLETED, adapter_path="/a", metrics=Metrics(base_perplexity=9.784, adapter_perplexity=5.1)
     )
     assert "9.78 (base) -> 5.10 (adapter)" in headline(status_of(job, None, tmp_path / "train.log"))
+
+
+@pytest.mark.parametrize(
+    ("verdict", "said", "advice"),
+    [
+        (Benefit.HELPS, "The adapter helps.", "load_adapter(adapter_path='web')"),
+        (Benefit.NO_DIFFERENCE, "No difference could be shown", "more data"),
+        (Benefit.HARMS, "The adapter HARMS", "was not made current"),
+    ],
+)
+def test_a_completed_job_says_its_verdict_and_what_follows(
+    verdict: Benefit, said: str, advice: str, tmp_path: Path
+) -> None:
+    metrics = Metrics(base_perplexity=9.0, adapter_perplexity=6.0)
+    evaluation = make_evaluation(verdict)
+    job = make_job(status=Status.COMPLETED, adapter_path=str(tmp_path), metrics=metrics, evaluation=evaluation)
+    shown = status_of(job, None, tmp_path / "train.log")
+    assert said in shown.next
+    assert advice in shown.next
+    assert f"completed, {verdict.replace('_', ' ')}, held-out perplexity" in headline(shown)

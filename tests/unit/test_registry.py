@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,14 +14,16 @@ from peft_core.adapters.manifest import write_manifest
 from peft_core.adapters.registry import Registry
 from peft_core.errors import AdapterNotFound, ModelError
 from peft_core.paths import DataPaths
-from tests.factories import make_manifest
+from peft_core.results import Benefit
+from peft_core.spec import TrainingConfig
+from tests.factories import make_evaluation, make_manifest
 
 
-def write_draft(directory: Path, adapter_id: str, project_id: str = "web") -> Path:
+def write_draft(directory: Path, adapter_id: str, project_id: str = "web", **manifest: Any) -> Path:
     directory.mkdir(parents=True)
     (directory / "adapter_model.safetensors").write_bytes(b"weights")
     (directory / "adapter_config.json").write_text('{"r": 16, "lora_alpha": 32, "target_modules": ["q_proj"]}')
-    write_manifest(directory, make_manifest(adapter_id, project_id))
+    write_manifest(directory, make_manifest(adapter_id, project_id, **manifest))
     return directory
 
 
@@ -124,3 +127,41 @@ def test_where_an_adapter_lies_decides_whose_it_is(registry: Registry, tmp_path:
     }
     assert registry.delete("web", "a-01").current == "backup"
     assert registry.locate("web").name == "backup"
+
+
+HARMS = make_evaluation(Benefit.HARMS)
+
+
+def test_an_adapter_that_harms_is_kept_and_flagged_and_not_made_current(registry: Registry, tmp_path: Path) -> None:
+    registry.publish(write_draft(tmp_path / "jobs" / "a-01", "a-01"), "web", "a-01")
+    harmful = registry.publish(write_draft(tmp_path / "jobs" / "a-02", "a-02", evaluation=HARMS), "web", "a-02")
+    assert registry.locate("web").name == "a-01"
+    assert [(a.adapter_id, a.current, a.verdict) for a in registry.adapters("web")] == [
+        ("a-02", False, Benefit.HARMS),
+        ("a-01", True, None),
+    ]
+    assert "it HARMS" in read_info(harmful).next
+    assert registry.delete("web", "a-01").current is None  # nor does it take another's place
+
+
+def test_a_project_whose_only_adapter_harms_says_so(registry: Registry, tmp_path: Path) -> None:
+    registry.publish(write_draft(tmp_path / "jobs" / "a-01", "a-01", evaluation=HARMS), "web", "a-01")
+    with pytest.raises(AdapterNotFound, match="no current adapter: a-01 was not made current"):
+        registry.locate("web")
+
+
+@pytest.mark.parametrize(
+    ("wish", "verdict", "current"),
+    [
+        ("always", Benefit.HARMS, True),
+        ("never", Benefit.HELPS, False),
+        ("unless_it_harms", Benefit.NO_DIFFERENCE, True),
+        ("unless_it_harms", Benefit.HARMS, False),
+    ],
+)
+def test_whoever_trains_decides_what_becomes_current(
+    registry: Registry, tmp_path: Path, wish: Any, verdict: Benefit, current: bool
+) -> None:
+    manifest = {"evaluation": make_evaluation(verdict), "config": TrainingConfig(make_current=wish)}
+    registry.publish(write_draft(tmp_path / "jobs" / "a-01", "a-01", **manifest), "web", "a-01")
+    assert registry.adapters("web")[0].current is current

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from peft_core.events import RateLowered
-from peft_core.spec import DatasetSummary, TrainingConfig, TrainingTask
+from peft_core.spec import DatasetSummary, TrainingConfig
+from peft_core.task import TrainingTask
 from peft_core.training.checkpoint import Checkpoint, Progress, load_checkpoint, run_key, save_checkpoint
 from tests.factories import make_base
 

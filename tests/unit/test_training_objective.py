@@ -125,6 +125,10 @@ def test_few_shapes_do_not_change_loss_or_gradient(architecture: str, monkeypatc
     gradient = gradient_of(model, loss)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert (gradient - expected_gradient).norm() / expected_gradient.norm() < 1e-5
+    with torch.no_grad():
+        scores = torch.cat([objective.scores(batch)[0] for batch in batches])
+    assert len(scores) == sum(document.targets for document in documents)
+    assert scores.sum().item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_no_document_sees_its_neighbour() -> None:

@@ -51,15 +51,15 @@ def act(point: dict[str, Any]) -> None:
 
 
 class Finder(MetaPathFinder):
-    """Wraps the named function as soon as its module is there."""
+    """Changes a module as soon as it is there."""
 
-    def __init__(self, point: dict[str, Any]) -> None:
-        self.point = point
-        self.calls = 0
-        self.lock = threading.Lock()
+    module: str
+
+    def change(self, module: Any) -> None:
+        raise NotImplementedError
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != self.point["module"]:
+        if name != self.module:
             return None
         sys.meta_path.remove(self)
         spec = find_spec(name)
@@ -69,12 +69,31 @@ class Finder(MetaPathFinder):
 
         def exec_module(module: Any) -> None:
             execute(module)
-            self.wrap(module)
+            self.change(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
-    def wrap(self, module: Any) -> None:
+
+class SmallRunner(Finder):
+    """Has a server start the runner of this room, whose child is small."""
+
+    module = "peft_core.jobs.service"
+
+    def change(self, module: Any) -> None:
+        module.RUNNER = [sys.executable, "-P", "-m", "tests.survival.runner"]
+
+
+class AtThePoint(Finder):
+    """Wraps the named function."""
+
+    def __init__(self, point: dict[str, Any]) -> None:
+        self.module = point["module"]
+        self.point = point
+        self.calls = 0
+        self.lock = threading.Lock()
+
+    def change(self, module: Any) -> None:
         *owners, name = self.point["function"].split(".")
         holder = functools.reduce(getattr, owners, module)
         plain = getattr(holder, name)
@@ -104,8 +123,9 @@ def arm() -> None:
             point = json.loads((directory / "point.json").read_text())
         except OSError:
             continue
-        sys.meta_path.insert(0, Finder(point))
+        sys.meta_path.insert(0, AtThePoint(point))
         return
 
 
 arm()
+sys.meta_path.insert(0, SmallRunner())

@@ -1,0 +1,167 @@
+"""Does it help? Three real code bases: base against adapter with intervals, and another code base's adapter as the control.
+
+Each code base is trained on with the product's defaults, through the manager, and its own report is the first row. Then its
+adapter and that of another code base are evaluated on the same held-out files: what the other one gains there is what any
+Python code teaches; the rest is knowledge of the project. Trainings and evaluations that are in `--work` are not done again.
+
+    python benchmarks/proof.py --work DIR [--steps N] [--code-bases PATH ...] [--base BASE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sysconfig
+from dataclasses import dataclass
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from peft_core import PEFTManager, Settings, TrainingStatus
+from peft_core.results import Comparison, Evaluation, Status
+
+# Of packages whose present form is of 2026, as far as their versions tell; the base read code of 2024 and before.
+CODE_BASES = ("mcp/server", "huggingface_hub/cli", "httpx2")
+BAR_S = 15 * 60
+
+
+@dataclass
+class Row:
+    """One adapter on one code base."""
+
+    code_base: str
+    adapter: str
+    evaluation: Evaluation
+    seconds: float | None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="data directory; what is there is not done again")
+    parser.add_argument("--steps", type=int, default=None, help="of each training; default: one pass over the code")
+    parser.add_argument(
+        "--code-bases", nargs="+", default=CODE_BASES, metavar="PATH", help="below site-packages, or /…"
+    )
+    parser.add_argument("--base", default=None, help="base model; default: the bundled one")
+    anyio.run(prove, parser.parse_args())
+
+
+async def prove(options: argparse.Namespace) -> None:
+    work = options.work.resolve()
+    rows: list[Row] = []
+    async with PEFTManager(Settings(data_dir=work)) as manager:
+        trained = {code_base: await train(manager, code_base, options) for code_base in options.code_bases}
+        for number, code_base in enumerate(options.code_bases):
+            status = trained[code_base]
+            assert status.evaluation is not None
+            assert status.metrics is not None
+            rows.append(Row(code_base, "own, as trained", status.evaluation, status.metrics.wall_s))
+            data = held_out_of(work, status, source_of(code_base))
+            other = options.code_bases[number - 1]
+            for name in dict.fromkeys([code_base, other]):
+                path = trained[name].adapter_path
+                evaluation = await evaluated(manager, work, path, data, options.base)
+                rows.append(Row(code_base, "own" if name == code_base else f"of {name}", evaluation, None))
+    show(rows, options.code_bases)
+
+
+def source_of(code_base: str) -> Path:
+    return Path(sysconfig.get_paths()["purelib"]) / code_base  # an absolute path stays what it is
+
+
+def project_of(code_base: str, steps: int | None) -> str:
+    return f"{code_base.strip('/').replace('/', '-')}-{steps or 'epoch'}"[-60:].strip("-")
+
+
+async def train(manager: PEFTManager, code_base: str, options: argparse.Namespace) -> TrainingStatus:
+    """The finished training of a code base, of an earlier call or of now."""
+    project = project_of(code_base, options.steps)
+    for adapter in (await manager.list_adapters(project)).adapters:
+        return await manager.get_training_status(project, adapter.adapter_id)
+    config = {"max_steps": options.steps, "base_model": options.base, "make_current": "always"}
+    status = await manager.get_training_status(project)
+    if status.status in (Status.NOT_STARTED, Status.FAILED):
+        status = await manager.train_adapter(project, str(source_of(code_base)), config)
+    elif status.status in (Status.CANCELLED, Status.INTERRUPTED):
+        status = await manager.resume_training(str(status.job_id))
+    return await ended(manager, status)
+
+
+async def evaluated(manager: PEFTManager, work: Path, adapter: str | None, data: Path, base: str | None) -> Evaluation:
+    """Of an earlier call or of now."""
+    assert adapter is not None
+    kept = work / "evaluations" / f"{Path(adapter).name}-on-{data.stem}.json"
+    if not kept.exists():
+        status = await ended(manager, await manager.evaluate_adapter(adapter, str(data), base))
+        assert status.evaluation is not None
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text(status.evaluation.model_dump_json(), encoding="utf-8")
+    return Evaluation.model_validate_json(kept.read_bytes())
+
+
+async def ended(manager: PEFTManager, status: TrainingStatus) -> TrainingStatus:
+    said = ""
+    latest = status
+    async for latest in manager.watch_training(status.project_id, status.job_id):
+        if latest.phase and latest.phase != said:
+            said = latest.phase
+            print(f"# {latest.project_id}: {latest.kind}, {said}", flush=True)
+    assert latest.status is Status.COMPLETED, latest.error
+    return latest
+
+
+def held_out_of(work: Path, status: TrainingStatus, source: Path) -> Path:
+    """The files that a training held out, as records: both adapters are measured on the same text."""
+    assert status.job_id is not None
+    manifest: dict[str, Any] = json.loads((work / "jobs" / status.job_id / "dataset" / "manifest.json").read_bytes())
+    data = work.with_name(f"{work.name}-held-out") / f"{status.project_id}.jsonl"
+    data.parent.mkdir(exist_ok=True)
+    with data.open("w", encoding="utf-8") as lines:
+        for name in manifest["held_out_files"]:
+            text = (source / name).read_text(encoding="utf-8")
+            lines.write(json.dumps({"content": text, "language": "python", "file_path": name}) + "\n")
+    return data
+
+
+def show(rows: list[Row], code_bases: list[str]) -> None:
+    distributions = packages_distributions()
+    for code_base in code_bases:
+        for name in distributions.get(code_base.split("/")[0], [])[:1]:
+            print(f"{code_base}: {name} {version(name)}")
+    print("\n| code base | adapter | verdict | loss | change | next line | edit similarity | general code | time |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        found = row.evaluation
+        loss = found.loss
+        time = "" if row.seconds is None else f"{row.seconds:.0f} s"
+        figures = [percent(found.next_line), percent(found.edit_similarity), nats(found.general_loss)]
+        cells = [f"`{row.code_base}`", row.adapter, found.verdict, f"{loss.base:.3f} -> {loss.adapter:.3f}", nats(loss)]
+        print(f"| {' | '.join([*cells, *figures, time])} |")
+    print()
+    for code_base in code_bases:
+        own, other = (
+            [row for row in rows if row.code_base == code_base and row.adapter.startswith(kind)][-1]
+            for kind in ("own", "of ")
+        )
+        left = other.evaluation.loss.change / own.evaluation.loss.change if own.evaluation.loss.change else float("nan")
+        seconds = max(row.seconds or 0 for row in rows if row.code_base == code_base)
+        within = "met" if seconds < BAR_S else "NOT met"
+        print(f"{code_base}: the other adapter has {left:.0%} of the gain (bar: under half); 15 minutes: {within}")
+
+
+def nats(one: Comparison | None) -> str:
+    return "" if one is None else f"{one.change:+.3f}{span(one.low, one.high, 1, 3)}"
+
+
+def percent(one: Comparison | None) -> str:
+    return "" if one is None else f"{100 * one.change:+.1f} %{span(one.low, one.high, 100, 1)}"
+
+
+def span(low: float | None, high: float | None, factor: int, digits: int) -> str:
+    return "" if low is None or high is None else f" ({factor * low:+.{digits}f} to {factor * high:+.{digits}f})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The child process that evaluates an adapter which exists already, ours or anyone's."""

@@ -1,0 +1,173 @@
+"""One evaluation, from the task to the comparison, in numbered phases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import structlog
+from accelerate import Accelerator
+from safetensors.torch import load as tensors_of
+
+from peft_core.adapters.files import AdapterFiles, read_adapter
+from peft_core.adapters.verify import judge
+from peft_core.bases.convert import materialise
+from peft_core.bases.header import HeaderError, read_small
+from peft_core.compute.device import choose, describe, use_cores
+from peft_core.compute.process import keep_freed_memory, return_freed_memory
+from peft_core.compute.speed import timed
+from peft_core.compute.stop import Stop
+from peft_core.compute.tokenizer import load_tokenizer
+from peft_core.data.prepare import prepare
+from peft_core.data.read import read_examples
+from peft_core.errors import DataError, InferenceError
+from peft_core.events import DatasetPrepared, Emit, Evaluated, HeldOutMeasured, PhaseStarted, RunPlanned
+from peft_core.inference.host.model import ResidentModel
+from peft_core.paths import JobPaths
+from peft_core.proof import overlap
+from peft_core.results import Phase, Verdict
+from peft_core.spec import Example
+from peft_core.task import TrainingTask
+from peft_core.training.assess import Exam
+from peft_core.training.completions import make_plain
+from peft_core.training.held_out import mean_loss, trials_of
+from peft_core.training.objective import choose_objective
+
+# The measured part of a source: as much as may be, for nothing is trained. Files come in the order of the training's
+# split, so an adapter of ours meets what was held out first.
+SHARE = 0.95
+WRITING_TOKENS = 12_000  # that each model may read and write from prompts
+MIN_EXAMPLES = 5  # fewer show nothing
+
+_log = structlog.get_logger(__name__)
+
+
+def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
+    """Measure base and adapter on text that the adapter was not trained on.
+
+    Raises:
+        ModelError: what a user can mend.
+        Stopped: on request.
+    """
+    assert task.evaluated is not None, "a task of the training child"  # noqa: S101 -- the runner's mistake
+    config, paths, directory_of_adapter = task.config, JobPaths(task.job_dir), task.evaluated.adapter_path
+    keep_freed_memory()
+    use_cores()
+    plan = choose(config.device, timed(config.device, describe()))
+    accelerator = Accelerator(cpu=plan.device == "cpu", mixed_precision=plan.autocast)
+
+    # 1. Text that was not trained on.
+    emit(PhaseStarted(phase=Phase.PREPARING_DATA))
+
+    def report(detail: str) -> None:
+        stop.check()
+        emit(PhaseStarted(phase=Phase.PREPARING_DATA, detail=detail))
+
+    directory = materialise(task.base, task.base_models_dir, report)
+    tokenizer = load_tokenizer(directory)
+    dataset = prepare(
+        source=task.source,
+        source_kind=task.source_kind,
+        directory=paths.dataset,
+        codec=tokenizer,
+        max_length=config.max_length,
+        held_out_fraction=SHARE,
+        seed=config.seed,
+        report=report,
+    )
+    found = read_examples(paths.dataset / "held_out.jsonl")
+    known = _trained_on(directory_of_adapter)
+    unseen = found if known is None else [one for one in found if known.share_of(learned(one)) < overlap.SEEN]
+    trials = trials_of(unseen, tokenizer, config.max_length)
+    if len(trials) < MIN_EXAMPLES:
+        raise _too_little(len(found), len(found) - len(unseen), len(trials))
+    summary = dataset.summary.model_copy(
+        update={
+            "train_examples": 0,
+            "train_tokens": 0,
+            "held_out_examples": len(trials),
+            "held_out_tokens": sum(len(trial.document) for trial in trials),
+            "left_out": {**dataset.summary.left_out, "trained_on": len(found) - len(unseen)},
+        }
+    )
+    emit(DatasetPrepared(dataset=summary))
+    exam = Exam(trials, tokenizer, config.max_length, seed=config.seed)
+    stop.check()
+
+    # 2. Base and adapter: the bytes that are checked are those that are loaded.
+    emit(PhaseStarted(phase=Phase.LOADING_MODEL))
+    model = ResidentModel.load(task.base, directory, plan)
+    emit(RunPlanned(device=plan.device, total_steps=0))
+    files = _checked(directory_of_adapter, task)
+    assert files.settings is not None, "judged usable"  # noqa: S101 -- cannot be
+    assert files.weights is not None, "judged usable"  # noqa: S101 -- likewise
+    name, effect = model.add(files.settings, tensors_of(files.weights))
+    _log.info("adapter_loaded", **effect.model_dump())
+    objective = choose_objective(model.causal, config.max_length)  # with the adapter on: it may change the head
+    return_freed_memory()
+    stop.check()
+
+    # 3. The base, then the adapter.
+    emit(PhaseStarted(phase=Phase.EVALUATING_BASE))
+    model.select(None)
+    base = exam.score(objective, accelerator, stop)
+    emit(HeldOutMeasured(step=0, loss=mean_loss(trials, base.held_out), whole_set=True))
+    emit(PhaseStarted(phase=Phase.EVALUATING_ADAPTER))
+    model.select(name)
+    adapter = exam.score(objective, accelerator, stop)
+
+    # 4. What both write, and the sum of it all.
+    emit(PhaseStarted(phase=Phase.EVALUATING_ADAPTER, detail="both write from held-out prompts"))
+    make_plain(model.causal, model.causal)
+
+    @contextmanager
+    def without_adapter() -> Iterator[None]:
+        model.select(None)
+        yield
+        model.select(name)
+
+    evaluation = exam.compare(base, adapter, model.causal, without_adapter, budget=WRITING_TOKENS, stop=stop)
+    seen = None if known is None else 0.0  # those that were are left out
+    emit(Evaluated(evaluation=evaluation.model_copy(update={"seen_in_training": seen})))
+
+
+def learned(example: Example) -> str:
+    """The part of an example that carries loss."""
+    return "".join(segment.text for segment in example.segments if segment.learn)
+
+
+def _trained_on(adapter: Path) -> overlap.TrainedOn | None:
+    try:
+        return overlap.TrainedOn.from_bytes(read_small(adapter / overlap.FILE_NAME, overlap.MAX_BYTES))
+    except HeaderError:
+        return None
+
+
+def _checked(directory: Path, task: TrainingTask) -> AdapterFiles:
+    files = read_adapter(directory, whole=True)
+    found = judge(files, task.base, scan_weights=True)
+    insists = task.evaluated is not None and task.evaluated.accept_unproven_base
+    if not (found.compatible or (insists and found.verdict is Verdict.SHAPE_ONLY)):
+        why = "; ".join(reason.message for reason in found.reasons[:3]) or found.verdict
+        raise InferenceError(
+            f"The adapter cannot be put on {task.base.name}: {why}",
+            code="adapter_rejected",
+            suggestions=["Call verify_adapter_compatibility to see every reason"],
+        )
+    return files
+
+
+def _too_little(found: int, seen: int, usable: int) -> DataError:
+    if seen:
+        return DataError(
+            f"The evaluation data overlaps the training data: of {found} examples the adapter was trained on {seen}, which "
+            f"leaves {usable}; at least {MIN_EXAMPLES} are needed.",
+            code="evaluation_overlaps_training",
+            suggestions=["Give code that the adapter was not trained on: newer files, or another part of the project"],
+        )
+    return DataError(
+        f"The evaluation data gives {usable} examples; at least {MIN_EXAMPLES} are needed.",
+        code="too_few_examples",
+        suggestions=["Give more code: a directory further up, or the whole repository"],
+    )

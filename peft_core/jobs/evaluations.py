@@ -1,0 +1,117 @@
+"""Jobs that evaluate an adapter instead of training one: what is checked before, and the page that is left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from peft_core.adapters.manifest import REPORT_NAME, read_manifest
+from peft_core.adapters.verify import verify
+from peft_core.config import Settings
+from peft_core.data.source import inspect
+from peft_core.errors import DataError, InvalidArgument
+from peft_core.estimate import evaluation_estimate
+from peft_core.events import Evaluated, Event
+from peft_core.jobs.model import JobRequest
+from peft_core.jobs.planning import TrainingData, require_memory, require_place
+from peft_core.machine import expected_device
+from peft_core.proof.report import render
+from peft_core.results import Verdict
+from peft_core.spec import Base, EvaluatedAdapter, TrainingConfig
+
+_FRACTION = 0.95  # of the data that is measured on, for a first look
+
+
+def plan_evaluation(
+    evaluated: EvaluatedAdapter,
+    evaluation_data: TrainingData,
+    base: Base,
+    settings: Settings,
+    measured_speed: Callable[[Base, str], float | None],
+) -> JobRequest:
+    """The resolved request; what an adapter of ours was trained with decides how text is cut and split.
+
+    Raises:
+        InvalidArgument: the adapter does not fit the base, or the data is not there.
+        DataError: the data is empty or too little.
+    """
+    _require_fit(evaluated, base)
+    manifest = read_manifest(evaluated.adapter_path)
+    used = manifest.run.config if manifest is not None else TrainingConfig()
+    config = TrainingConfig(max_length=min(used.max_length, base.shape.context_length), seed=used.seed)
+    try:
+        if isinstance(evaluation_data, str):
+            require_place(evaluation_data, settings)
+        found = inspect(evaluation_data, held_out_fraction=_FRACTION, max_length=config.max_length)
+    except InvalidArgument as error:  # the look at a source names the argument of training
+        allowed = str(error.details["allowed"])
+        raise InvalidArgument(
+            "evaluation_data", evaluation_data, allowed, suggestions=error.suggestions, code=error.code
+        ) from error
+    except DataError as error:
+        message = error.message.replace("training_data", "evaluation_data")
+        raise DataError(message, code=error.code, suggestions=error.suggestions, details=error.details) from error
+    if found.needs_chat_template and not base.has_chat_template:
+        raise InvalidArgument(
+            "evaluation_data", "records with messages", f"the base {base.name} has no chat template to write them in"
+        )
+    device = expected_device("auto")
+    estimate = evaluation_estimate(base, found, device, measured_tokens_per_second=measured_speed(base, device))
+    require_memory(estimate.memory_bytes, base, device, settings)
+    return JobRequest(
+        source=found.path or Path(),
+        source_kind=found.kind,
+        config=config,
+        base=base,
+        found=found,
+        device=device,
+        estimate=estimate,
+        evaluated=evaluated,
+    )
+
+
+def write_evaluation_report(directory: Path, request: JobRequest, events: Iterable[Event]) -> None:
+    """`report.html` in the job's directory: a published adapter never changes."""
+    evaluations = [event.evaluation for event in events if isinstance(event, Evaluated)]
+    if request.evaluated is None or not evaluations:
+        return
+    manifest = read_manifest(request.evaluated.adapter_path)
+    trained_on = f"{manifest.base.name}, project {manifest.project_id}" if manifest else "not recorded"
+    facts = {
+        "adapter": str(request.evaluated.adapter_path),
+        "trained on": trained_on,
+        "measured with base": request.base.name,
+        "data": str(request.found.path or "records"),
+        "trained-on examples": "left out" if evaluations[-1].seen_in_training is not None else "not known",
+    }
+    page = render(
+        title=f"{request.evaluated.adapter_path.name} on {request.base.name}",
+        subtitle=f"Measured on {request.found.path or 'records'}",
+        evaluation=evaluations[-1],
+        curve=None,
+        facts={"What was measured": facts},
+    )
+    (directory / REPORT_NAME).write_text(page, encoding="utf-8")
+
+
+def _require_fit(evaluated: EvaluatedAdapter, base: Base) -> None:
+    found = verify(evaluated.adapter_path, base)
+    if found.verdict is Verdict.INCOMPATIBLE:
+        wrong = [reason for reason in found.reasons if reason.severity == "error"]
+        raise InvalidArgument(
+            "adapter_path",
+            str(evaluated.adapter_path),
+            f"it does not fit {base.name}: {' '.join(reason.message for reason in wrong[:3])}",
+            suggestions=[reason.fix for reason in wrong[:2] if reason.fix]
+            or ["Call verify_adapter_compatibility to see every reason"],
+        )
+    if not found.compatible and not evaluated.accept_unproven_base:
+        raise InvalidArgument(
+            "base_model",
+            base.name,
+            "the adapter fits it, and nothing proves that it was trained on it",
+            suggestions=[
+                "Name the base that it was trained on",
+                "Or insist with accept_unproven_base=true: the figures will show whether it belongs",
+            ],
+        )

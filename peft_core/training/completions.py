@@ -1,0 +1,114 @@
+"""What a model writes where held-out text goes on: greedy, some prompts at a time.
+
+B prompts, T tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from peft_core.compute.stop import Stop
+from peft_core.compute.tokenizer import BaseTokenizer
+from peft_core.proof.lines import EXPECTED_LINES, Cut, choose
+from peft_core.training.held_out import Trial
+
+MAX_NEW_TOKENS = 32
+_PROMPT_TOKENS = 192  # nearest to the cut
+_AT_ONCE = 12
+_SHOWN_LINES = 6  # of a prompt, in the report
+
+
+@dataclass(frozen=True)
+class Prompt:
+    trial: Trial
+    cut: Cut
+    ids: tuple[int, ...]
+
+    @property
+    def line(self) -> int:
+        start = self.trial.example.start_line
+        return start + self.cut.row if start else 0
+
+    def shown(self, tokenizer: BaseTokenizer) -> str:
+        return "\n".join(tokenizer.text(self.ids).splitlines()[-_SHOWN_LINES:])
+
+
+def choose_prompts(
+    trials: Sequence[Trial], most: int, max_tokens: int, seed: int, tokenizer: BaseTokenizer
+) -> list[Prompt]:
+    """At most so many prompts, and no more than cost `max_tokens`, read and written by one model."""
+    prompts: list[Prompt] = []
+    for index, cut in choose([trial.cuts for trial in trials], most, seed):
+        ids = trials[index].document.ids_T[: cut.first].tolist()
+        if len(ids) > _PROMPT_TOKENS:
+            ids = [*tokenizer.beginning, *ids[-_PROMPT_TOKENS:]]
+        max_tokens -= len(ids) + MAX_NEW_TOKENS
+        if max_tokens < 0:
+            break
+        prompts.append(Prompt(trials[index], cut, tuple(ids)))
+    return prompts
+
+
+def make_plain(model: nn.Module, causal: PreTrainedModel) -> None:
+    """Undo what training did to the layers: writing wants caches, which theirs do without. Not to be trained on after."""
+    for module in model.modules():
+        module.__dict__.pop("forward", None)  # fused layers and such that compute twice are of the instance alone
+    causal.set_attn_implementation("sdpa" if causal._supports_sdpa else "eager")  # noqa: SLF001 -- no public name
+    model.eval()
+
+
+def write(causal: PreTrainedModel, prompts: Sequence[Prompt], tokenizer: BaseTokenizer, stop: Stop) -> list[str]:
+    """Up to three lines behind each prompt, by whatever adapter is on."""
+    end = tokenizer.end_of_text
+    # The base's own defaults (sampling, repetition penalties) would mix into what is compared.
+    causal.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)
+    texts = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))  # little padding
+    for start in range(0, len(order), _AT_ONCE):
+        stop.check()
+        some = order[start : start + _AT_ONCE]
+        written = _write_some(causal, [prompts[index].ids for index in some], tokenizer)
+        for index, ids in zip(some, written, strict=True):
+            text = tokenizer.continuation(prompts[index].ids, ids)
+            texts[index] = "".join(text.splitlines(keepends=True)[:EXPECTED_LINES])
+    return texts
+
+
+def _write_some(causal: PreTrainedModel, prompts: Sequence[Sequence[int]], tokenizer: BaseTokenizer) -> list[list[int]]:
+    device, end = causal.device, tokenizer.end_of_text
+    longest = max(map(len, prompts))
+    ids_BT = torch.full((len(prompts), longest), end, device=device)
+    mask_BT = torch.zeros_like(ids_BT)
+    for row, prompt in enumerate(prompts):  # padded on the left: all go on from the same column
+        ids_BT[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
+        mask_BT[row, longest - len(prompt) :] = 1
+    with torch.inference_mode():
+        written_BT = causal.generate(  # type: ignore[operator]  # a mixin's method
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            generation_config=GenerationConfig(
+                max_new_tokens=MAX_NEW_TOKENS, do_sample=False, eos_token_id=end, pad_token_id=end
+            ),
+            stopping_criteria=StoppingCriteriaList([_Lines(tokenizer, longest)]),
+        )
+    rows: list[list[int]] = written_BT[:, longest:].tolist()
+    return [row[: row.index(end)] if end in row else row for row in rows]
+
+
+class _Lines(StoppingCriteria):
+    """Ends a text at its third line end."""
+
+    def __init__(self, tokenizer: BaseTokenizer, start: int) -> None:
+        self._tokenizer = tokenizer
+        self._start = start
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:  # noqa: ARG002 -- transformers' signature
+        texts = [self._tokenizer.text(row) for row in input_ids[:, self._start :].tolist()]
+        ended = [text.count("\n") >= EXPECTED_LINES for text in texts]
+        return torch.tensor(ended, dtype=torch.bool, device=input_ids.device)

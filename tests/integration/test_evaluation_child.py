@@ -1,0 +1,135 @@
+"""The evaluation child: base against an adapter that exists already, on any data."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from peft_core.bases.resolve import resolve
+from peft_core.compute.stop import Stop
+from peft_core.compute.tokenizer import load_tokenizer
+from peft_core.config import Settings
+from peft_core.events import EVENT, DatasetPrepared, Evaluated, Event, JobFailed
+from peft_core.proof.overlap import FILE_NAME, TrainedOn
+from peft_core.results import Benefit
+from peft_core.spec import EvaluatedAdapter, Example, Segment, TrainingConfig
+from peft_core.task import TrainingTask
+from peft_core.training.completions import choose_prompts, write
+from peft_core.training.evaluate import held_out_loss
+from peft_core.training.held_out import mean_loss, measure, trials_of
+from peft_core.training.objective import choose_objective
+from tests.toys import toy_model, write_toy_adapter, write_toy_base
+
+
+def code(number: int) -> str:
+    return f"def add_{number}(a, b):\n    first = a + {number}\n    second = b * {number}\n    return first + second\n"
+
+
+@pytest.fixture(scope="module")
+def toy_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy_base(tmp_path_factory.mktemp("toy-base"))
+
+
+def make_task(directory: Path, base: Path, adapter: Path, examples: int = 12) -> TrainingTask:
+    records = directory / "records.jsonl"
+    records.write_text("".join(json.dumps({"text": code(n), "path": f"m{n}.py"}) + "\n" for n in range(examples)))
+    return TrainingTask(
+        job_id="20260101-000000-abcdef",
+        project_id="adds",
+        source=records,
+        source_kind="jsonl",
+        config=TrainingConfig(device="cpu", max_length=256),
+        base=resolve(str(base), Settings()),
+        job_dir=directory / "job",
+        base_models_dir=directory / "base_models",
+        evaluated=EvaluatedAdapter(adapter_path=adapter),
+    )
+
+
+def run_child(task: TrainingTask) -> tuple[int, list[Event], str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "peft_core.evaluation"],
+        input=task.model_dump_json(),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    return done.returncode, [EVENT.validate_json(line) for line in done.stdout.splitlines()], done.stderr
+
+
+def test_any_adapter_is_measured_against_its_base(tmp_path: Path, toy_base: Path) -> None:
+    adapter = write_toy_adapter(tmp_path / "adapter", toy_base, seed=1)
+    code_, events, err = run_child(make_task(tmp_path, toy_base, adapter))
+    assert code_ == 0, err
+    last = events[-1]
+    assert isinstance(last, Evaluated)
+    found = last.evaluation
+    assert found.loss.change != 0
+    assert found.verdict in set(Benefit)
+    assert (found.resampled, found.files, found.examples, found.seen_in_training) == ("files", 11, 11, None)
+    assert found.lines == 33  # all but each first one
+    assert found.general_tokens > 1000
+    assert found.prompts > 5
+
+
+def test_what_the_adapter_was_trained_on_is_left_out_and_nothing_else(tmp_path: Path, toy_base: Path) -> None:
+    adapter = write_toy_adapter(tmp_path / "adapter", toy_base, seed=1)
+    (adapter / FILE_NAME).write_bytes(TrainedOn.of([code(n) for n in range(3)]).to_bytes())
+    exit_code, events, err = run_child(make_task(tmp_path, toy_base, adapter))
+    assert exit_code == 0, err
+    (prepared,) = [event for event in events if isinstance(event, DatasetPrepared)]
+    assert prepared.dataset.left_out["trained_on"] in (2, 3)  # one file is never measured on
+    assert isinstance(events[-1], Evaluated)
+    assert events[-1].evaluation.seen_in_training == 0
+
+
+def test_data_that_was_all_trained_on_is_refused_with_the_overlap(tmp_path: Path, toy_base: Path) -> None:
+    adapter = write_toy_adapter(tmp_path / "adapter", toy_base, seed=1)
+    (adapter / FILE_NAME).write_bytes(TrainedOn.of([code(n) for n in range(12)]).to_bytes())
+    exit_code, events, _ = run_child(make_task(tmp_path, toy_base, adapter))
+    assert exit_code == 1
+    failed = events[-1]
+    assert isinstance(failed, JobFailed)
+    assert failed.error.code == "evaluation_overlaps_training"
+    assert "of 11 examples the adapter was trained on 11" in failed.error.message
+
+
+def test_scores_of_examples_sum_up_to_the_loss_and_greedy_lines_are_counted(toy_base: Path) -> None:
+    tokenizer = load_tokenizer(toy_base)
+    model = toy_model()
+    objective = choose_objective(model, 256)
+    examples = [
+        Example(segments=(Segment(text=code(n)),), path=f"m{n}.py", language="python", kind="function")
+        for n in range(5)
+    ]
+    trials = trials_of(examples, tokenizer, 256)
+    accelerator = Accelerator(cpu=True)
+    scores = measure(objective, trials, tokenizer, accelerator, Stop())
+    whole = held_out_loss(objective, [trial.document for trial in trials], accelerator, Stop())
+    assert mean_loss(trials, scores) == pytest.approx(whole, rel=1e-5)
+    assert {len(trial.lines) for trial in trials} == {3}
+    assert [score.lines for score in scores] == [0] * 5  # an untrained model writes none
+
+
+def test_what_is_written_in_a_batch_is_what_is_written_alone(toy_base: Path) -> None:
+    tokenizer = load_tokenizer(toy_base)
+    model = toy_model()
+    examples = [
+        Example(segments=(Segment(text=code(n) * (1 + n % 2)),), path=f"m{n}.py", language="python", kind="function")
+        for n in range(6)
+    ]
+    prompts = choose_prompts(trials_of(examples, tokenizer, 256), 6, 10_000, 0, tokenizer)
+    assert len(prompts) == 6
+    together = write(model, prompts, tokenizer, Stop())
+    with torch.no_grad():
+        alone = [write(model, [prompt], tokenizer, Stop())[0] for prompt in prompts]
+    assert together == alone
+    assert choose_prompts(trials_of(examples, tokenizer, 256), 6, 100, 0, tokenizer) == []

@@ -1,0 +1,259 @@
+"""A data directory that is full, read-only, removed, without locks, of a newer or an older version; and clocks that jump."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from peft_core.config import Settings
+from peft_core.errors import StorageError
+from peft_core.events import JobCancelled, JobResumed, JobStarted
+from peft_core.jobs import planning
+from peft_core.jobs.pruning import LEFT_BEHIND_S, prune
+from peft_core.jobs.service import JobService
+from peft_core.jobs.store import SCHEMA_VERSION, Store
+from peft_core.results import Status
+from tests.factories import make_job
+from tests.survival.life import Kill, Life, gone, until
+from tests.survival.points import SMALL_CHILD
+
+pytestmark = pytest.mark.survival
+
+FIRST_STEP = next(point for point in SMALL_CHILD if point.what == "before the first step")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a few megabytes."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(place)], check=False).returncode:
+        pytest.skip("only root can mount")
+    yield place
+    until(lambda: not subprocess.run(["umount", str(place)], check=False).returncode, "the disk to be free")
+
+
+def held(life: Life) -> int:
+    """A job that stands still in its first step; the pid of its child."""
+    mark = life.arm(FIRST_STEP, "SIGSTOP")
+    return life.reach(Kill(FIRST_STEP, "child", "SIGSTOP"), mark)
+
+
+def go_on(life: Life, pid: int) -> None:
+    life.disarm()
+    os.kill(pid, signal.SIGCONT)
+
+
+def fill(ballast: Path) -> None:
+    """Take all the space there is."""
+    with ballast.open("wb", buffering=0) as file:
+        while True:
+            try:
+                file.write(bytes(1 << 10))
+            except OSError as error:
+                if error.errno == errno.ENOSPC:
+                    return
+                raise
+
+
+def test_a_full_disk_is_told_and_the_job_goes_on_when_there_is_space(
+    small_disk: Path, source: Path, small_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "_check_disk", lambda *_: None)  # it would refuse: here it fills up later
+    life = Life(small_disk, source, small_base)
+    pid = held(life)
+    ballast = small_disk / "ballast"
+    fill(ballast)
+    go_on(life, pid)
+    until(lambda: not life.processes(), "runner and child to give up")
+    with pytest.raises(StorageError, match="cannot be used") as told:
+        life.status()
+    assert "free space" in str(told.value)
+    ballast.unlink()
+    assert life.status().status in (Status.INTERRUPTED, Status.FAILED)
+    life.finish()
+
+
+def test_a_disk_that_is_full_from_the_start_is_refused_with_figures(
+    small_disk: Path, source: Path, small_base: Path
+) -> None:
+    with pytest.raises(StorageError, match="MB are free") as told:
+        Life(small_disk, source, small_base).submit("web")
+    assert told.value.code == "disk_full"
+
+
+def test_a_read_only_data_directory_is_told(small_disk: Path, source: Path, small_base: Path) -> None:
+    life = Life(small_disk, source, small_base)
+    Store(life.paths.database, time.time).create()
+    Store(life.paths.database, time.time).insert(make_job("waits"))
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    try:
+        for ask in (lambda: life.jobs.by_id("waits"), lambda: life.jobs.cancel("web", None), life.jobs.tend):
+            with pytest.raises(StorageError, match="cannot be used"):
+                ask()
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+
+
+def test_a_data_directory_that_is_removed_while_a_job_runs_takes_the_job_along(life: Life) -> None:
+    pid = held(life)
+    working = set(life.processes())
+    assert pid in working
+    shutil.rmtree(life.paths.root)
+    go_on(life, pid)
+    until(lambda: not any(not gone(number) for number in working), "them to end")
+    assert life.jobs.status("small").status is Status.NOT_STARTED
+    assert not life.paths.root.exists()  # nobody made it anew
+    life.job_id, life.has_earlier = None, False
+    life.start()
+    life.finish()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_refused_with_the_reason(
+    life: Life, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(StorageError, match="cannot lock files") as told:
+        life.submit("web")
+    assert told.value.code == "no_file_locks"
+    assert "local disk" in str(told.value)
+
+
+@pytest.mark.parametrize("jump_s", [-86_400 * 365, 86_400 * 365])
+def test_a_clock_that_jumps_changes_no_order(tmp_path: Path, jump_s: float) -> None:
+    now = 1_800_000_000.0
+    store = Store(tmp_path / "peft.db", lambda: now)
+    store.create()
+    store.insert(make_job("first", created_at=now))
+    store.append("first", JobCancelled())
+    now += jump_s
+    store.insert(make_job("second", created_at=now))
+    latest = store.latest("web")
+    assert latest is not None
+    assert latest.job_id == "second"
+    store.requeue("first", JobResumed())
+    assert [job.job_id for job in store.in_state(Status.QUEUED)] == ["second", "first"]
+
+
+# -- versions ---------------------------------------------------------------------------------------------------------
+
+VERSION_1 = """
+CREATE TABLE jobs (job_id TEXT PRIMARY KEY, project_id TEXT NOT NULL, status TEXT NOT NULL, queued_at REAL NOT NULL,
+    cancel_requested INTEGER NOT NULL DEFAULT 0, state TEXT NOT NULL) STRICT;
+CREATE INDEX jobs_by_project ON jobs (project_id, queued_at);
+CREATE INDEX jobs_by_status ON jobs (status, queued_at);
+CREATE TABLE events (event_id INTEGER PRIMARY KEY AUTOINCREMENT, job_id TEXT NOT NULL REFERENCES jobs (job_id)
+    ON DELETE CASCADE, at REAL NOT NULL, event TEXT NOT NULL) STRICT;
+CREATE INDEX events_by_job ON events (job_id, event_id);
+PRAGMA user_version = 1;
+"""
+
+
+def shape(path: Path) -> list[tuple[str, ...]]:
+    with closing(sqlite3.connect(path)) as db:
+        columns = db.execute(
+            "SELECT m.name, c.name, c.type FROM sqlite_master m, pragma_table_info(m.name) c ORDER BY 1, 2"
+        ).fetchall()
+        return [*columns, *db.execute("SELECT name, tbl_name FROM sqlite_master WHERE type = 'index' ORDER BY 1")]
+
+
+def test_a_database_of_version_1_is_brought_up_to_date_with_all_that_is_in_it(tmp_path: Path) -> None:
+    path = tmp_path / "peft.db"
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.executescript(VERSION_1)
+        for queued_at, name in ((3.0, "third"), (1.0, "first"), (2.0, "second")):
+            job = make_job(name, created_at=queued_at)
+            row = (name, "web", "queued", queued_at, job.model_dump_json())
+            db.execute("INSERT INTO jobs (job_id, project_id, status, queued_at, state) VALUES (?, ?, ?, ?, ?)", row)
+        db.commit()
+    store = Store(path, lambda: 0.0)
+    assert [job.job_id for job in store.in_state(Status.QUEUED)] == ["first", "second", "third"]
+    store.insert(make_job("fourth"))
+    assert store.queue_position("fourth") == 4
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
+    fresh = Store(tmp_path / "fresh" / "peft.db", lambda: 0.0)
+    fresh.create()
+    assert shape(path) == shape(tmp_path / "fresh" / "peft.db")
+
+
+def test_an_older_server_on_a_newer_database_refuses_every_verb_politely(life: Life) -> None:
+    with closing(sqlite3.connect(life.paths.database)) as db:
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+    jobs = JobService(life.settings)
+    for ask in (
+        lambda: jobs.status("earlier"),
+        lambda: jobs.by_id("x"),
+        lambda: jobs.cancel("earlier", None),
+        lambda: jobs.resume("x"),
+        jobs.tend,
+        jobs.at_work,
+        lambda: life.submit("web"),
+    ):
+        with pytest.raises(StorageError, match="newer peft-mcp") as told:
+            ask()
+        assert told.value.code == "newer_database"
+        assert "pip install --upgrade" in str(told.value)
+    assert life.registry.adapters("earlier")  # what needs no database works on
+
+
+# -- pruning ----------------------------------------------------------------------------------------------------------
+
+
+def test_old_runs_go_by_the_rule_and_adapters_stay(life: Life) -> None:
+    first = life.registry.adapters("earlier")[0]
+    store = Store(life.paths.database, time.time)
+    for number in range(5):
+        name = f"failed-{number}"
+        store.insert(make_job(name))
+        store.append(name, JobStarted())
+        store.append(name, JobCancelled())
+        life.paths.job(name).root.mkdir()
+    store.insert(make_job("waits"))
+    life.paths.job("waits").root.mkdir()
+    stray = life.paths.job("never-queued").root
+    stray.mkdir()
+
+    prune(store, life.registry, life.paths, keep=2)
+    left = {path.name for path in life.paths.root.glob("jobs/*")}
+    assert left == {"failed-3", "failed-4", "waits", "never-queued"}
+    assert store.job_ids() == {"failed-3", "failed-4", "waits", first.adapter_id, *next_jobs(store)}
+    assert store.events(first.adapter_id) == []
+    assert life.jobs.by_id(first.adapter_id).adapter_path == first.adapter_path
+    assert life.jobs.base_of(first.adapter_id) == str(life.base)  # where its base lies is still known
+    life.check()
+
+    os.utime(stray, (0, time.time() - LEFT_BEHIND_S - 60))
+    prune(store, life.registry, life.paths, keep=2)
+    assert not stray.exists()
+
+
+def next_jobs(store: Store) -> set[str]:
+    """Those that the fixture ran behind the first one: their adapters are there, too."""
+    return {job.job_id for job in store.in_state(Status.COMPLETED) if job.project_id == "next"}
+
+
+def test_the_runner_keeps_as_many_runs_as_the_setting_says(tmp_path: Path, source: Path, small_base: Path) -> None:
+    life = Life(tmp_path, source, small_base, settings=Settings(data_dir=tmp_path / "data", keep_runs=2))
+    for number in range(4):
+        life.submit(f"p{number}")
+    until(lambda: all(life.jobs.status(f"p{n}").status is Status.COMPLETED for n in range(4)), "all four")
+    life.expect_nobody()
+    assert len(list(life.paths.root.glob("jobs/*"))) == 2
+    assert len(life.registry.adapters()) == 4

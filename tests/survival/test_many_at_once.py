@@ -1,0 +1,95 @@
+"""Several servers and many calls on one data directory."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections import Counter
+from contextlib import ExitStack
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from peft_core.jobs.store import Store
+from peft_core.results import Status
+from tests.survival.life import Life, until
+from tests.survival.wire import Server, server
+
+pytestmark = pytest.mark.survival
+
+SERVERS = 4
+CALLS = int(os.environ.get("PEFT_SURVIVAL_CALLS", "200"))
+SEED = int(os.environ.get("PEFT_SURVIVAL_SEED", "0"))
+CLEAN = ("job_already_ended", "not_resumable", "job_not_found", "nothing_to_cancel", "adapter_not_found")
+
+
+def test_many_servers_lose_nothing_and_run_nothing_twice(life: Life) -> None:
+    said: list[tuple[str, dict[str, Any]]] = []
+    submitted: list[str] = []
+
+    def call(left: Server, number: int, lot: random.Random) -> None:
+        project = f"p{number % 6}"
+        tool = lot.choices(
+            ["train_adapter", "get_training_status", "list_adapters", "cancel_training", "resume_training"],
+            [8, 50, 20, 8, 14],
+        )[0]
+        arguments: dict[str, Any] = {"project_id": project}
+        if tool == "train_adapter":
+            arguments |= {"training_data": str(life.source), "config": {"base_model": str(life.base), **life.config}}
+        elif tool == "get_training_status":
+            arguments["wait_s"] = 0
+        elif tool == "resume_training":
+            arguments = {"job_id": lot.choice(submitted) if submitted else "none"}
+        answer = left.call(tool, **arguments)
+        said.append((tool, answer))
+        if tool == "train_adapter" and not answer.get("isError"):
+            submitted.append(answer["structuredContent"]["job_id"])
+
+    def work(left: Server, numbers: range) -> None:
+        lot = random.Random(f"{SEED} {numbers}")  # noqa: S311 -- an order, no secret
+        for number in numbers:
+            call(left, number, lot)
+
+    with ExitStack() as stack:
+        servers = [stack.enter_context(server(life.paths.root, cwd=life.root)) for _ in range(SERVERS)]
+        # Two threads to each server: its calls overlap, too.
+        threads = [
+            threading.Thread(target=work, args=(servers[n % SERVERS], range(n, CALLS, 2 * SERVERS)))
+            for n in range(2 * SERVERS)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    # They are gone; what they left is for the next.
+    until(lambda: all(life.status(job).status.is_final for job in submitted), "all jobs to end", 240)
+    life.expect_nobody()
+
+    errors = [str(answer) for _, answer in said if answer.get("isError")]
+    assert len(said) == CALLS
+    assert [error for error in errors if not any(f"[{code}]" in error for code in CLEAN)] == []
+    print(Counter(tool for tool, _ in said), f"{len(submitted)} jobs, {len(errors)} refusals")
+    expect_one_at_a_time(life, submitted)
+    for job in submitted:
+        status = life.status(job)
+        assert status.status in (Status.COMPLETED, Status.CANCELLED), status
+        published = life.registry.published(status.project_id, job)
+        assert (published is not None) == (status.status is Status.COMPLETED)
+    life.check()
+
+
+def expect_one_at_a_time(life: Life, jobs: list[str]) -> None:
+    """No run began before the one before it had ended, and each began as often as it was queued."""
+    store = Store(life.paths.database, time.time)
+    spans = []
+    for job in jobs:
+        kinds = [event.kind for event in store.events(job)]
+        assert kinds.count("job_started") <= 1 + kinds.count("job_resumed")
+        state = store.get(job)
+        if state.started_at is not None and state.finished_at is not None and state.status is Status.COMPLETED:
+            spans.append((state.started_at, state.finished_at))
+    for (_, ended), (began, _) in pairwise(sorted(spans)):
+        assert ended <= began
