@@ -22,13 +22,13 @@ from peft_core.errors import InvalidArgument
 from peft_core.generation import Generation, GenerationRequest
 from peft_core.inference.client import Report
 from peft_core.inference.service import InferenceService, TrainingNeed
+from peft_core.jobs.data_report import TrainingDataReport
 from peft_core.jobs.service import JobService
 from peft_core.results import (
     AdapterList,
     Compatibility,
     DeletedAdapter,
     LoadedAdapter,
-    TrainingDataReport,
     TrainingStatus,
     UnloadedAdapter,
 )

@@ -8,6 +8,7 @@ from mcp.types import CallToolResult, ImageContent, TextContent
 from pydantic import BaseModel
 
 from peft_core.generation import Generation
+from peft_core.jobs.data_report import TrainingDataReport
 from peft_core.jobs.report import headline
 from peft_core.measurements import Comparison, Evaluation
 from peft_core.results import (
@@ -16,7 +17,6 @@ from peft_core.results import (
     Estimate,
     LoadedAdapter,
     Status,
-    TrainingDataReport,
     TrainingStatus,
     UnloadedAdapter,
     Verdict,

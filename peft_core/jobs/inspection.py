@@ -13,9 +13,10 @@ from pydantic import ValidationError
 from peft_core.config import Settings
 from peft_core.data.preview import Preview, PreviewRequest
 from peft_core.errors import DataError
+from peft_core.jobs.data_report import DataSample, TrainingDataReport
 from peft_core.jobs.model import JobRequest
 from peft_core.jobs.planning import TrainingData, plan, write_source
-from peft_core.results import DataSample, Problem, TrainingDataReport
+from peft_core.results import Problem
 from peft_core.spec import Base, Example, TrainingConfig
 
 TIMEOUT_S = 120.0

@@ -20,12 +20,13 @@ from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument, JobNotFound, JobStateError
 from peft_core.events import JobFailed, JobResumed
+from peft_core.jobs.data_report import TrainingDataReport
 from peft_core.jobs.lock import WorkLock
 from peft_core.jobs.model import IllegalTransition, Job, JobRequest
 from peft_core.jobs.recovery import problem_of_exit, recover
 from peft_core.jobs.report import headline, not_started, status_of
 from peft_core.jobs.store import Store, unwritable
-from peft_core.results import Status, TrainingDataReport, TrainingStatus
+from peft_core.results import Status, TrainingStatus
 from peft_core.spec import BUNDLED, Base, EvaluatedAdapter, TrainingConfig
 
 ELSEWHERE = "elsewhere"  # the project of evaluations of adapters that were not trained here
@@ -68,6 +69,16 @@ class JobService:
         self._see_to_queue()
         return self.status(project_id, job_id)
 
+    def inspect(self, training_data: str | Sequence[Mapping[str, Any]], config: TrainingConfig) -> TrainingDataReport:
+        """What `submit` would do, without doing it.
+
+        Raises:
+            InvalidArgument, DataError, BaseModelError, StorageError: it would be refused.
+        """
+        from peft_core.jobs.inspection import inspect_training_data  # noqa: PLC0415 -- as in submit
+
+        return inspect_training_data(training_data, config, self._settings, self._measured_speed)
+
     def evaluate(
         self,
         evaluated: EvaluatedAdapter,
@@ -84,16 +95,6 @@ class JobService:
 
         draft = plan_evaluation(evaluated, evaluation_data, base, self._settings, self._measured_speed)
         return self._queue(self._project_of(evaluated.adapter_path), draft, evaluation_data)
-
-    def inspect(self, training_data: str | Sequence[Mapping[str, Any]], config: TrainingConfig) -> TrainingDataReport:
-        """What `submit` would do, without doing it.
-
-        Raises:
-            InvalidArgument, DataError, BaseModelError, StorageError: it would be refused.
-        """
-        from peft_core.jobs.inspection import inspect_training_data  # noqa: PLC0415 -- as in submit
-
-        return inspect_training_data(training_data, config, self._settings, self._measured_speed)
 
     def status(self, project_id: str, job_id: str | None = None) -> TrainingStatus:
         """The truth about the named job, or the project's latest. A job whose process is gone is found out here.

@@ -8,8 +8,9 @@ from mcp.server.mcpserver import Context
 from mcp.types import CallToolResult
 from pydantic import Field
 
+from peft_core.jobs.data_report import TrainingDataReport
 from peft_core.manager import PEFTManager
-from peft_core.results import TrainingDataReport, TrainingStatus
+from peft_core.results import TrainingStatus
 from peft_core.spec import ProjectId, TrainingConfig
 from server.answers import inspection_answer, status_answer
 from server.progress import stream_progress

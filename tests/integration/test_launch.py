@@ -137,7 +137,9 @@ async def test_a_job_is_trained_under_the_launcher_of_the_settings(
         data_dir=tmp_path / "data", launcher=" ".join(LAUNCHER if processes == 2 else [*LAUNCHER[:3], "--cpu"])
     )
     async with PEFTManager(settings) as manager:
-        job = await manager.train_adapter("adds", str(records), {**TOY, "base_model": str(toy_base)})
+        job = await manager.train_adapter(
+            "adds", str(records), {**TOY, "base_model": str(toy_base), "allow_little_data": True}
+        )
         async for status in manager.watch_training("adds", job.job_id):
             last = status
     log = DataPaths(tmp_path / "data").job(job.job_id).log.read_text()

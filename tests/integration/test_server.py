@@ -18,8 +18,8 @@ from mcp.shared.exceptions import MCPError
 
 from peft_core.bases import resolve
 from peft_core.config import Settings
+from peft_core.jobs.data_report import TrainingDataReport
 from peft_core.manager import PEFTManager
-from peft_core.results import TrainingDataReport
 from server.app import build_server
 from tests.clients import stdio_server, text_of
 from tests.factories import make_base, record_base
@@ -394,7 +394,7 @@ from server.app import build_server
 from peft_core.bases import resolve
 from peft_core.config import Settings
 from peft_core.manager import PEFTManager
-from peft_core.results import TrainingDataReport
+from peft_core.jobs.data_report import TrainingDataReport
 import peft_core.jobs.planning
 build_server(Settings())
 heavy = {"torch", "transformers", "peft", "accelerate", "numpy", "tree_sitter", "detect_secrets", "huggingface_hub"}

@@ -21,7 +21,7 @@ from peft_core.validation import describe_schema, parse_config
         ({"max_steps": -5}, ["config.max_steps = -5", "an integer from 1"]),
         ({"learnig_rate": 1e-4}, ["config.learnig_rate", "Did you mean 'learning_rate'?"]),
         ({"lora_rank": 8}, ["config.lora_rank", "Did you mean 'rank'?"]),
-        ({"zzz": 1}, ["config.zzz", "Known: alpha, base_model"]),
+        ({"zzz": 1}, ["config.zzz", "Known: allow_little_data, alpha, base_model"]),
         ({"num_epochs": 2, "max_steps": 10}, ["num_epochs = 2 and max_steps = 10 exclude each other"]),
         ({"device": "tpu"}, ["config.device = 'tpu'", "'mps', 'cuda', 'cpu'"]),
         ({"target_modules": [".*(a+)+"]}, ["config.target_modules"]),
