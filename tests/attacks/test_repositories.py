@@ -115,6 +115,21 @@ def lazy_fetch(root: Path, command: str) -> None:
     (root / ".git" / "objects" / tree[:2] / tree[2:]).unlink()
 
 
+def signatures(root: Path, command: str) -> None:
+    """A signed commit, and a program that is to check it."""
+    program = root / "program"
+    program.write_text(f"#!/bin/sh\n{command}\n")
+    program.chmod(0o755)
+    for key in ("gpg.program", "gpg.openpgp.program", "gpg.ssh.program", "gpg.x509.program"):
+        git(root, "config", key, str(program))
+    git(root, "config", "log.showSignature", "true")
+    text = git(root, "cat-file", "commit", "HEAD")
+    head, _, message = text.partition("\n\n")
+    signature = "gpgsig -----BEGIN PGP SIGNATURE-----\n \n iQ\n -----END PGP SIGNATURE-----"
+    (root / "commit").write_text(f"{head}\n{signature}\n\n{message}\n")
+    git(root, "update-ref", "HEAD", git(root, "hash-object", "-t", "commit", "-w", str(root / "commit")))
+
+
 TRAPS: dict[str, Callable[[Path, str], None]] = {
     "programs in the configuration": configured(
         "core.fsmonitor", "core.sshCommand", "core.pager", "core.editor", "core.askPass", "core.gitProxy",
@@ -124,6 +139,7 @@ TRAPS: dict[str, Callable[[Path, str], None]] = {
     "content filters": filters,
     "an included configuration": included,
     "hooks": hooks,
+    "signatures that a program checks": signatures,
     "objects that would be fetched by a program": lazy_fetch,
 }  # fmt: skip
 
@@ -137,6 +153,8 @@ def test_a_repository_cannot_make_git_run_anything(
     (root / "src" / "module_0.py").write_text(CODE)  # changed: git has to look at it
     assert names(root) >= MODULES
     state(root)
+    asked.is_shallow(root)
+    asked.last_changes(root)
     inspect(str(root), held_out_fraction=0.1)
     assert not marker.exists()
 
