@@ -11,7 +11,7 @@ EXIT_CODE = 128 + signal.SIGTERM
 # Within five seconds of its parent's death this process is gone, and whoever asks is told so. A step and a checkpoint take
 # less, mostly; where they do not, the checkpoint before it stands.
 _POLL_S = 0.25
-_GRACE_S = 4.0
+_GRACE_S = 3.0
 
 
 class Stopped(Exception):
