@@ -17,7 +17,14 @@ from peft_core.manager import PEFTManager
 from peft_core.results import Status
 
 # Three steps may well harm; the tests want the adapters all the same.
-SHORT = {"max_steps": 3, "max_length": 128, "batch_size": 2, "held_out_fraction": 0.02, "make_current": "always"}
+SHORT = {
+    "max_steps": 3,
+    "max_length": 128,
+    "batch_size": 2,
+    "held_out_fraction": 0.02,
+    "make_current": "always",
+    "allow_little_data": True,
+}
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,9 @@ class Life:
     source: Path
     base: Path
     project: str = "small"
-    config: dict[str, object] = field(default_factory=lambda: {"device": "cpu", "max_length": 128})
+    config: dict[str, object] = field(
+        default_factory=lambda: {"device": "cpu", "max_length": 128, "allow_little_data": True}
+    )
     settings: Settings | None = None
     job_id: str | None = None
     waiting: str | None = None

@@ -61,7 +61,11 @@ def test_a_call_in_the_middle_of_long_work_holds_nobody_up(life: Life, tmp_path:
     with pipe.open("w") as file:
         file.writelines(f'{{"text": "def add_{n}(a, b):\\n    return a + {n} * b\\n"}}\n' for n in range(400_000))
     with server(life.paths.root, cwd=life.root) as left:
-        arguments = {"project_id": "big", "training_data": str(pipe), "config": {"base_model": str(life.base)}}
+        arguments = {
+            "project_id": "big",
+            "training_data": str(pipe),
+            "config": {"base_model": str(life.base), **life.config},
+        }
         left.send("tools/call", {"name": "train_adapter", "arguments": arguments})
         until(lambda: pipe.name in opened(left.process.pid), "it to read")
         assert leave(left, "end of input") < GONE_WITHIN_S

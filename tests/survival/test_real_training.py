@@ -18,7 +18,15 @@ from tests.toys import write_toy_base
 
 pytestmark = pytest.mark.survival
 
-CONFIG = {"device": "cpu", "precision": "float32", "rank": 4, "batch_size": 2, "max_steps": 6, "max_length": 256}
+CONFIG = {
+    "device": "cpu",
+    "precision": "float32",
+    "rank": 4,
+    "batch_size": 2,
+    "max_steps": 6,
+    "max_length": 256,
+    "allow_little_data": True,
+}
 ENDS = [("child", "SIGKILL"), ("runner", "SIGKILL"), ("child", "SIGTERM")]
 
 
