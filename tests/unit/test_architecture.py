@@ -12,6 +12,7 @@ MODULES = sorted([*(ROOT / "server").rglob("*.py"), *(ROOT / "peft_core").rglob(
 GROUND = {
     "spec",
     "task",
+    "generation",
     "measurements",
     "results",
     "events",
