@@ -112,7 +112,7 @@ def workplace(held_out_fraction: float) -> Iterator[Workplace]:
 
 def planned(config: TrainingConfig, source: Path, root: Path) -> JobRequest:
     """As the manager plans a job; settings of whoever runs this play no part."""
-    settings = Settings(data_dir=root, default_base_model=None, max_memory_mb=None)
+    settings = Settings(data_dir=root / "data", default_base_model=None, max_memory_mb=None)
     return plan(str(source), config, settings, lambda _base, _device: None)
 
 

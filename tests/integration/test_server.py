@@ -322,7 +322,7 @@ async def test_an_adapter_s_manifest_and_card_are_a_resource(connect: Connect, d
         assert listed.structured_content["adapters"][0]["resident"] is False
         assert listed.structured_content["loaded"]["base_model"] is None
         deleted = await client.call_tool("delete_adapter", {"project_id": "web", "adapter_id": "adapter-01"})
-        assert "Project 'web' has no adapter left" in text_of(deleted)
+        assert "'web' stands for no adapter now" in text_of(deleted)
     assert list(lora.iterdir()) == []
 
 
