@@ -62,7 +62,7 @@ class PEFTManager:
 
         Args:
             project_id: names the project; its adapters are kept together.
-            training_data: a repository directory, a `.jsonl` file, or records.
+            training_data: a repository directory, a `.jsonl` file, a LanceDB table (`NAME.lance`), or records.
             config: `TrainingConfig` or its fields.
         """
         project_id, parsed = _project_id(project_id), parse_config(config)

@@ -31,7 +31,7 @@ _OF_THE_SYSTEM = (
 _MEMORY = "/dev/shm"  # noqa: S108 - a disk in memory, where people do work
 # Wherever they lie: in another user's home, in a backup.
 _NAMES = frozenset({".ssh", ".gnupg", ".aws", ".azure", ".kube", ".docker", ".password-store", ".mozilla", "keychains"})
-_ALLOWED = "the directory of one project, or a .jsonl file"
+_ALLOWED = "the directory of one project, a .jsonl file, or a LanceDB table"
 
 
 def require_data_place(

@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
+from peft_core.data.child import problem_of
 from peft_core.data.classify import Reason
 from peft_core.data.codec import EstimatingCodec
 from peft_core.data.prepare import prepare
@@ -80,7 +81,7 @@ def main() -> int:
     try:
         answer: Preview | Problem = preview(PreviewRequest.model_validate_json(sys.stdin.read()))
     except ModelError as error:
-        answer = Problem(code=error.code, message=error.message, suggestions=error.suggestions)
+        answer = problem_of(error)
     sys.stdout.write(answer.model_dump_json())
     return 0 if isinstance(answer, Preview) else 1
 

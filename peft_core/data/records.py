@@ -70,7 +70,12 @@ def read_jsonl(path: Path, *, called: str = "line") -> Iterator[Record]:
 
 
 def read_inline(records: Sequence[Mapping[str, Any]]) -> Iterator[Record]:
-    return _one_form((parse(record, f"record {number}") for number, record in enumerate(records, 1)), where="")
+    return numbered(records, "record")
+
+
+def numbered(records: Iterable[Mapping[str, Any]], called: str, *, where: str = "") -> Iterator[Record]:
+    parsed = (parse(record, f"{called} {number}", where=where) for number, record in enumerate(records, 1))
+    return _one_form(parsed, where=where)
 
 
 def write_records(records: Iterable[Mapping[str, Any]], path: Path) -> None:

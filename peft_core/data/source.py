@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from peft_core.data import table
 from peft_core.data.codec import BYTES_PER_TOKEN, EstimatingCodec
 from peft_core.data.examples import from_file, unchanged
 from peft_core.data.near import Signatures
@@ -20,7 +21,7 @@ from peft_core.errors import DataError, InvalidArgument
 from peft_core.spec import SourceSummary
 
 MAX_JSONL_BYTES = 1_000_000_000
-ALLOWED = "a repository directory, a .jsonl file, or a list of records"
+ALLOWED = "a repository directory, a .jsonl file, a LanceDB table (.lance), or a list of records"
 # Files that are cut to see whether there is enough; a source that is still in doubt then is decided by its preparation.
 _PROBE_FILES = 300
 _PROBE_BYTES = 1_500_000
@@ -37,8 +38,9 @@ def inspect(
     """What a data source holds.
 
     Raises:
-        InvalidArgument: nothing there, not readable, or neither a directory nor a .jsonl file.
-        DataError: 'training_data_empty', 'no_code', 'too_few_examples', 'broken_record', 'mixed_formats', 'too_large'.
+        InvalidArgument: nothing there, not readable, or neither a directory, a table nor a .jsonl file.
+        DataError: 'training_data_empty', 'no_code', 'too_few_examples', 'broken_record', 'mixed_formats', 'too_large'; of a
+            table also what `table_rows` says.
     """
     if not 0 < held_out_fraction < 1:
         raise InvalidArgument("held_out_fraction", held_out_fraction, "it must lie between 0 and 1")
@@ -49,11 +51,13 @@ def inspect(
                 code="training_data_empty",
                 suggestions=(f"Give at least {MIN_EXAMPLES} records, or the path of a repository.",),
             )
-        return _records("records", None, read_inline(training_data), max_length)
+        return sum_up("records", None, read_inline(training_data), max_length)
     kind, path = _locate(os.fspath(training_data))
+    if kind == "table":
+        return table.look(path, max_length)
     if kind == "repository":
         return _repository(path, max_length)
-    return _records("jsonl", path, read_jsonl(path), max_length)
+    return sum_up("jsonl", path, read_jsonl(path), max_length)
 
 
 def require_enough(keys: Sequence[Key], left_out: Mapping[str, int], where: str) -> None:
@@ -79,11 +83,14 @@ def in_words(left_out: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items())) or "nothing"
 
 
-def _locate(given: str) -> tuple[Literal["repository", "jsonl"], Path]:
+def _locate(given: str) -> tuple[Literal["repository", "jsonl", "table"], Path]:
     path, status = _found(given)
     if stat.S_ISDIR(status.st_mode):
         if not os.access(path, os.R_OK | os.X_OK):
             _refuse(given, "the directory cannot be read by this user")
+        if path.suffix.lower() == table.SUFFIX:
+            table.require_table(path, given)
+            return "table", path
         return "repository", path
     if not stat.S_ISREG(status.st_mode):
         _refuse(given, f"it is neither a directory nor a regular file; it must be {ALLOWED}")
@@ -183,9 +190,10 @@ def _probe(files: Sequence[File], left_out: Counter[str], root: Path, max_length
     require_enough(merged(keys, signatures), missed, str(root))
 
 
-def _records(
+def sum_up(
     kind: Literal["jsonl", "records"], path: Path | None, records: Iterable[Record], max_length: int
 ) -> SourceSummary:
+    """What records hold. `path`: the file or table that they are from."""
     count = characters = 0
     form: Form | None = None
     languages: Counter[str] = Counter()

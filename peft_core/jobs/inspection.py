@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from peft_core.config import Settings
+from peft_core.data.child import ask
 from peft_core.data.preview import Preview, PreviewRequest
-from peft_core.errors import DataError
 from peft_core.jobs.data_report import DataSample, TrainingDataReport
 from peft_core.jobs.model import JobRequest
 from peft_core.jobs.planning import TrainingData, plan, write_source
-from peft_core.results import Problem
 from peft_core.spec import Base, Example, TrainingConfig
 
 TIMEOUT_S = 120.0
-CHILD = [sys.executable, "-P", "-m", "peft_core.data.preview"]
+CHILD = "peft_core.data.preview"
 _SHOWN = 1200  # characters of a sample
 
 
@@ -52,24 +47,14 @@ def _looked_at(request: JobRequest) -> Preview:
         seed=config.seed,
         held_out_by=config.held_out_by,
     )
-    try:
-        done = subprocess.run(  # noqa: S603 - our own module
-            CHILD, input=asked.model_dump_json().encode(), capture_output=True, timeout=TIMEOUT_S, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        raise DataError(
-            f"Looking at the examples took longer than {TIMEOUT_S:.0f} s, and was stopped.",
-            code="inspection_timeout",
-            suggestions=("Inspect a directory of it", "train_adapter itself has no such limit"),
-        ) from error
-    if done.returncode == 0:
-        return Preview.model_validate_json(done.stdout)
-    try:
-        problem = Problem.model_validate_json(done.stdout)
-    except ValidationError as error:
-        last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        raise DataError(f"Looking at the examples failed: {last}", code="inspection_failed") from error
-    raise DataError(problem.message, code=problem.code, suggestions=problem.suggestions)
+    return ask(
+        CHILD,
+        asked,
+        Preview,
+        timeout_s=TIMEOUT_S,
+        doing="Looking at the examples",
+        else_do=("Inspect a directory of it", "train_adapter itself has no such limit"),
+    )
 
 
 def _report(request: JobRequest, found: Preview, *, given: str) -> TrainingDataReport:

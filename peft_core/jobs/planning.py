@@ -15,10 +15,11 @@ from peft_core.adapters.tensors import linear_modules
 from peft_core.bases import resolve
 from peft_core.bases.checkpoint import read_checkpoint
 from peft_core.config import Settings
+from peft_core.data import table
 from peft_core.data.history import require_history
 from peft_core.data.records import write_records
 from peft_core.data.source import inspect
-from peft_core.errors import InvalidArgument, StorageError
+from peft_core.errors import DataError, InvalidArgument, StorageError
 from peft_core.estimate import MICRO_TOKENS, estimate, executions, lora_parameters, memory_bytes, tokens_per_second
 from peft_core.jobs.advice import advise
 from peft_core.jobs.model import JobRequest
@@ -95,14 +96,24 @@ def require_place(field: str, data: TrainingData, settings: Settings) -> None:
 
 
 def write_source(request: JobRequest, training_data: TrainingData, records: Path) -> JobRequest:
-    """Give inline records a file, so that the job can be run by another process, and again."""
-    if isinstance(training_data, str):
+    """Give inline records and the rows of a table a file, so that the job can be run by another process, and again.
+
+    Raises:
+        StorageError, DataError: nothing is left behind.
+    """
+    if isinstance(training_data, str) and request.source_kind != "records":
         return request
     try:
         records.parent.mkdir(parents=True)
-        write_records(training_data, records)
+        if isinstance(training_data, str):
+            table.copy(request.source, records)
+        else:
+            write_records(training_data, records)
     except OSError as error:
         raise unwritable(records.parent, error) from error
+    except DataError:
+        shutil.rmtree(records.parent, ignore_errors=True)
+        raise
     return request.model_copy(update={"source": records})
 
 

@@ -28,7 +28,8 @@ WaitSeconds = Annotated[
 TrainingData = Annotated[
     str | list[dict[str, Any]],
     Field(
-        description="Absolute path of a repository directory (its code is read, secrets are left out) or of a .jsonl file; "
+        description="Absolute path of a repository directory (its code is read, secrets are left out), of a .jsonl file "
+        "or of a LanceDB table of code chunks (NAME.lance, columns content, language, file_path, ...); "
         'or a list of records, all of one form: {"text"}, {"prompt", "completion"}, {"messages": [{"role", "content"}]}, '
         'or code chunks {"content", "language", "file_path", ...}.'
     ),

@@ -38,8 +38,15 @@ MAY_IMPORT = {
     "manager": GROUND | {"jobs", "adapters", "inference", "validation"},
     "server": GROUND | {"manager", "validation", "jobs", "adapters"},
 }
-HEAVY = {"torch", "transformers", "peft", "accelerate", "numpy", "gguf", "safetensors"}
-MAY_BE_HEAVY = {"training", "evaluation", "compute", "inference/host", "bases/convert.py"}  # child processes only
+HEAVY = {"torch", "transformers", "peft", "accelerate", "numpy", "gguf", "safetensors", "lance", "pyarrow"}
+MAY_BE_HEAVY = {
+    "training",
+    "evaluation",
+    "compute",
+    "inference/host",
+    "bases/convert.py",
+    "data/table_rows.py",
+}  # child processes only
 SQL_SPEAKER = "jobs/store.py"
 
 
