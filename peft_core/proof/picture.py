@@ -12,7 +12,7 @@ _PAPER, _INK, _GRID = "#ffffff", "#555555", "#e6e6e6"
 _LINES: dict[Kind, tuple[str, int, str]] = {
     "step": ("#c9d8ea", 1, ""),
     "smooth": ("#2563a8", 2, "training loss"),
-    "held_out": ("#c2571a", 2, "held-out loss"),
+    "held_out": ("#b5500f", 2, "held-out loss"),
 }
 
 
