@@ -5,16 +5,20 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PEERS  := .venv-peers
 
+# Tests at once. Some train: more than two want more cores, and 2 GB of memory each.
+WORKERS  ?= 2
+PARALLEL  = --numprocesses $(WORKERS) --dist loadgroup --maxschedchunk 1
+
 .PHONY: demo test test-fast lint fuzz benchmark peers clean
 
 demo: $(READY)  ## train an adapter on this project's own source, through the real stdio server
 	$(BIN)/python examples/demo.py
 
 test: lint  ## everything: style, types, fast tests, tests with the bundled model
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: lint  ## without the tests that train, and those that kill
-	$(BIN)/python -m pytest -m "not model and not survival"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not model and not survival"
 
 lint: $(READY)
 	$(BIN)/ruff check .

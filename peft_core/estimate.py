@@ -19,7 +19,7 @@ PROCESS_BYTES = 420 << 20  # Python with torch, transformers and peft
 # step); CUDA wants more work at a time; on MPS attention keeps a number for each pair of them.
 MICRO_TOKENS = {"cpu": 512, "mps": 512, "cuda": 4096}
 KERNELS_BYTES = 200 << 20  # oneDNN's programs for products in bfloat16
-UNPACKED_BYTES = 32 << 20  # of weights that stay in their file
+UNPACKED_BYTES = 16 << 20  # of weights that stay in their file, a few at a time
 LOSS_POSITIONS = 256  # whose logits are held at once
 MEASURED_EXAMPLES = 200  # held-out ones, at most
 GENERAL_TOKENS = 2600  # of code that belongs to no project
@@ -113,7 +113,7 @@ def memory_bytes(config: TrainingConfig, base: Base, device: str, execution: Exe
     weights = {
         "float32": 4 * shape.parameters,
         "bfloat16": 2 * shape.parameters + (KERNELS_BYTES if device == "cpu" else 0),
-        "file": base.size_bytes + UNPACKED_BYTES + execution.unpacked_bytes,
+        "file": base.size_bytes + UNPACKED_BYTES + min(execution.repacked_bytes, repacked_bytes(base)),
     }["bfloat16" if narrow else execution.weights]
     if device == "cpu" and config.dropout == 0:
         # Of a fused layer, a token: its two inputs and the attention's result, queries, keys, values, gate and up.
@@ -137,6 +137,12 @@ def memory_bytes(config: TrainingConfig, base: Base, device: str, execution: Exe
         # Weights, gradients, two Adam moments, the best weights; weights and moments of the last good state.
         + lora_parameters(config.rank, shape) * 4 * 8
     )
+
+
+def repacked_bytes(base: Base) -> int:
+    """Of all weights in the form that is unpacked fast (`compute/repacked.py`); 0 where they are not quantised."""
+    quantised = base.size_bytes < 1.9 * base.shape.parameters
+    return round(1.25 * base.shape.parameters) if quantised else 0
 
 
 def micro_capacity(max_length: int, device: str) -> int:

@@ -271,9 +271,9 @@ class Execution(Frozen):
     is unpacked when it is computed with: the same numbers as float32, leaner and slower. Other devices have formats of their
     own."""
 
-    unpacked_bytes: int = 0
-    """Of weights that stay in their file, at most so many are in memory as float32 all the same: what the limit leaves room
-    for."""
+    repacked_bytes: int = 0
+    """Of quantised weights that stay in their file, so many bytes at most are in memory all the same, in a form that is
+    unpacked faster: what the limit leaves room for."""
 
     recompute_layers: bool = False
     """Whether what a layer computes is thrown away, and computed again for the gradients: leaner still, a third slower."""

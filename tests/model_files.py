@@ -195,7 +195,7 @@ def gguf_bytes(
             _text(name) + struct.pack("<I", len(shape)) + dims + struct.pack("<IQ", 8 if blocks else 0, len(data))
         )
         if blocks:
-            data += bytes([zlib.crc32(name.encode()) % 251]) * (math.prod(shape) // 32 * 34)
+            data += bytes([zlib.crc32(name.encode()) % 100]) * (math.prod(shape) // 32 * 34)
         elif values is not None:
             data += encoded(values[hugging_face_name(name) or ""], "F32")
         else:

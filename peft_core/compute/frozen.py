@@ -17,6 +17,7 @@ from transformers.initialization import no_init_weights
 
 from peft_core.bases.checkpoint import read_checkpoint
 from peft_core.bases.huggingface import refuse_adapter
+from peft_core.compute.repacked import BYTES_PER_WEIGHT
 from peft_core.compute.stored import StoredMatrix, StoredWeights, open_stored
 from peft_core.errors import BaseModelError
 from peft_core.spec import Base
@@ -73,12 +74,12 @@ def matrix_of(layer: nn.Linear) -> StoredMatrix:
 
 
 def load_frozen(
-    base: Base, directory: Path, *, in_bfloat16: bool = False, unpacked_bytes: int = 0
+    base: Base, directory: Path, *, in_bfloat16: bool = False, repacked_bytes: int = 0
 ) -> PreTrainedModel | None:
     """A base whose matrices are those of its own files, mapped: a GGUF's as they are, quantised.
 
-    `in_bfloat16`: in memory instead, for products in bfloat16. `unpacked_bytes`: in memory in float32, as many of them as
-    take no more than that.
+    `in_bfloat16`: in memory instead, for products in bfloat16. `repacked_bytes`: in memory in a form that is unpacked faster,
+    as many of them as take no more than that.
 
     `directory` is the base as a Hugging Face directory, for the configuration. None where the model has weights that are
     neither linear layers, embeddings nor vectors, or is of a kind that is not read here: load it as a whole then.
@@ -89,12 +90,11 @@ def load_frozen(
     except BaseModelError as error:
         _log.info("base_not_mapped", reason=error.message)
         return None
-    unpacked = _chosen(stored, unpacked_bytes)
     if in_bfloat16:
-        stored = stored._replace(matrices={name: matrix.rounded() for name, matrix in stored.matrices.items()})
-    elif unpacked:
-        in_memory = {name: StoredMatrix.of(stored.matrices[name].whole()) for name in unpacked}
-        stored = stored._replace(matrices=stored.matrices | in_memory)
+        in_memory = {name: matrix.rounded() for name, matrix in stored.matrices.items()}
+    else:
+        in_memory = _repacked(stored, repacked_bytes)
+    stored = stored._replace(matrices=stored.matrices | in_memory)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         with no_init_weights():  # memory that nobody writes to is none
@@ -107,27 +107,30 @@ def load_frozen(
         return None
     model.requires_grad_(requires_grad=False)
     _log.info(
-        "base_in_memory" if in_bfloat16 else "base_mapped",
-        formats=sorted({matrix.kind for matrix in stored.matrices.values()}),
+        "base_mapped",
+        formats=sorted({str(matrix.kind) for matrix in stored.matrices.values()}),
         megabytes=round(sum(matrix.nbytes for matrix in stored.matrices.values()) / 1e6),
-        unpacked=len(unpacked),
+        in_memory=len(in_memory),
+        of_matrices=len(stored.matrices),
     )
     model.eval()
     return model
 
 
-def _chosen(stored: StoredWeights, room: int) -> list[str]:
-    """The matrices to unpack once and for all within `room` bytes of float32.
+def _repacked(stored: StoredWeights, room: int) -> dict[str, StoredMatrix]:
+    """Copies of as many matrices as `room` bytes hold, of those that are faster so.
 
     The largest first: a head is unpacked anew for each chunk of the loss, the others twice for a micro-batch.
     """
-    chosen = []
+    repacked = {}
     for name, matrix in sorted(stored.matrices.items(), key=lambda item: -item[1].shape[0] * item[1].shape[1]):
-        size = 4 * matrix.shape[0] * matrix.shape[1]
-        if matrix.kind != "F32" and size <= room:
-            chosen.append(name)
-            room -= size
-    return chosen
+        if matrix.shape[0] * matrix.shape[1] * BYTES_PER_WEIGHT > room:
+            continue
+        copy = matrix.repacked()
+        if copy is not matrix:
+            repacked[name] = copy
+            room -= copy.nbytes
+    return repacked
 
 
 def _put_in(model: PreTrainedModel, stored: StoredWeights) -> bool:

@@ -21,12 +21,12 @@ from peft_core.bases.gguf import GGML_TYPES
 from peft_core.errors import BaseModelError
 
 # Weights, on a CPU: the temporary tensors, two bytes a weight, stay in its caches and out of the peak of memory.
-_AT_A_TIME = 1 << 20
-_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+AT_A_TIME = 1 << 20
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class _Decoded(NamedTuple):
-    """Factors of one tensor's weights: `scale` and `offset` in float32, q in integers of one byte."""
+class Decoded(NamedTuple):
+    """Factors of one tensor's weights: `scale` and `offset` in float32, q in integers of one byte, none above 127."""
 
     q_BC: torch.Tensor
     scale_BS: torch.Tensor
@@ -51,18 +51,23 @@ def dequantise(blocks: torch.Tensor, kind: str, columns: int, *, out: torch.Tens
         raise ValueError(f"out must be contiguous float32 [{rows}, {columns}]")
     _, per_block, block_bytes = _SIZES[kind]
     blocks = _aligned(blocks, 4 if kind == "F32" else 2)
-    if kind in _PLAIN:
-        plain = blocks.view(_PLAIN[kind])
+    if kind in PLAIN:
+        plain = blocks.view(PLAIN[kind])
         return plain.float() if out is None else out.copy_(plain)
     if out is None:
         out = torch.empty(rows, columns, dtype=torch.float32, device=blocks.device)
-    step = max(1, _AT_A_TIME // max(columns, 1)) if blocks.is_cpu else max(1, rows)
+    step = max(1, AT_A_TIME // max(columns, 1)) if blocks.is_cpu else max(1, rows)
     for some, target in zip(blocks.split(step), out.split(step), strict=True):
-        _scaled(_DECODERS[kind](some.reshape(-1, block_bytes)), target.view(-1, per_block))
+        write(_DECODERS[kind](some.reshape(-1, block_bytes)), target.view(-1, per_block))
     return out
 
 
-def _scaled(decoded: _Decoded, out_BC: torch.Tensor) -> None:
+def decode(blocks: torch.Tensor, kind: str) -> Decoded:
+    """What the blocks of uint8 [rows, bytes of a row] hold, row after row; of a format that has blocks."""
+    return _DECODERS[kind](_aligned(blocks, 2).reshape(-1, _SIZES[kind][2]))
+
+
+def write(decoded: Decoded, out_BC: torch.Tensor) -> None:
     """Write scale * q + offset."""
     q_BC, scale_BS, offset_BS = decoded
     parts = out_BC.copy_(q_BC).unflatten(1, (scale_BS.shape[1], -1)).mul_(scale_BS[:, :, None])
@@ -134,49 +139,49 @@ def _bits(words: torch.Tensor, groups: int, width: int) -> torch.Tensor:
     return torch.stack([(words << by if by > 0 else words >> -by).bitwise_and_(mask) for by in shifts], -2)
 
 
-def _q4_0(blocks: torch.Tensor) -> _Decoded:
+def _q4_0(blocks: torch.Tensor) -> Decoded:
     """d, 16 bytes of nibbles: d * (q - 8)."""
     q = _nibbles(_packed(blocks[:, 2:])).view(torch.int8).sub_(8)
-    return _Decoded(q, _half(blocks, 0))
+    return Decoded(q, _half(blocks, 0))
 
 
-def _q4_1(blocks: torch.Tensor) -> _Decoded:
+def _q4_1(blocks: torch.Tensor) -> Decoded:
     """d, m, 16 bytes of nibbles: d * q + m."""
     q = _nibbles(_packed(blocks[:, 4:])).view(torch.uint8)
-    return _Decoded(q, _half(blocks, 0), _half(blocks, 2))
+    return Decoded(q, _half(blocks, 0), _half(blocks, 2))
 
 
-def _q5_0(blocks: torch.Tensor) -> _Decoded:
+def _q5_0(blocks: torch.Tensor) -> Decoded:
     """d, 4 bytes of fifth bits, 16 bytes of nibbles: d * (q - 16)."""
     q = _nibbles(_packed(blocks[:, 6:])).bitwise_or_(_spread(blocks[:, 2:6]))
-    return _Decoded(q.view(torch.int8).sub_(16), _half(blocks, 0))
+    return Decoded(q.view(torch.int8).sub_(16), _half(blocks, 0))
 
 
-def _q5_1(blocks: torch.Tensor) -> _Decoded:
+def _q5_1(blocks: torch.Tensor) -> Decoded:
     """d, m, 4 bytes of fifth bits, 16 bytes of nibbles: d * q + m."""
     q = _nibbles(_packed(blocks[:, 8:])).bitwise_or_(_spread(blocks[:, 4:8]))
-    return _Decoded(q.view(torch.uint8), _half(blocks, 0), _half(blocks, 2))
+    return Decoded(q.view(torch.uint8), _half(blocks, 0), _half(blocks, 2))
 
 
-def _q8_0(blocks: torch.Tensor) -> _Decoded:
+def _q8_0(blocks: torch.Tensor) -> Decoded:
     """d, 32 signed bytes: d * q."""
-    return _Decoded(blocks[:, 2:].view(torch.int8), _half(blocks, 0))
+    return Decoded(blocks[:, 2:].view(torch.int8), _half(blocks, 0))
 
 
-def _q4_k(blocks: torch.Tensor) -> _Decoded:
+def _q4_k(blocks: torch.Tensor) -> Decoded:
     """d, dmin, 12 bytes of scales, 4 x 32 bytes of nibbles, for 8 parts: d * scale * q - dmin * min."""
     q = _nibbles(_packed(blocks[:, 16:]).view(-1, 4, 4)).view(torch.uint8)
-    return _Decoded(q.view(-1, 256), *_k_scales(blocks))
+    return Decoded(q.view(-1, 256), *_k_scales(blocks))
 
 
-def _q5_k(blocks: torch.Tensor) -> _Decoded:
+def _q5_k(blocks: torch.Tensor) -> Decoded:
     """As Q4_K, with 32 bytes of fifth bits before the nibbles: bit s of each is of part s."""
     low = _nibbles(_packed(blocks[:, 48:]).view(-1, 4, 4)).view(-1, 8, 4)
     q = low.bitwise_or_(_bits(_packed(blocks[:, 16:48]), 8, 1)).view(torch.uint8)
-    return _Decoded(q.view(-1, 256), *_k_scales(blocks))
+    return Decoded(q.view(-1, 256), *_k_scales(blocks))
 
 
-def _q6_k(blocks: torch.Tensor) -> _Decoded:
+def _q6_k(blocks: torch.Tensor) -> Decoded:
     """2 x 64 bytes of nibbles, 2 x 32 bytes of higher bits, 16 signed scales, d: d * scale * (q - 32).
 
     The q of each half are four groups of 32: low nibbles of its first and last 32 bytes, then their high ones.
@@ -184,7 +189,7 @@ def _q6_k(blocks: torch.Tensor) -> _Decoded:
     low = _nibbles(_packed(blocks[:, :128]).view(-1, 2, 8)).view(-1, 2, 4, 4)
     q = low.bitwise_or_(_bits(_packed(blocks[:, 128:192]).view(-1, 2, 4), 4, 2)).view(torch.int8).sub_(32)
     scale = blocks[:, 192:208].view(torch.int8).float().mul_(_half(blocks, 208))
-    return _Decoded(q.view(-1, 256), scale)
+    return Decoded(q.view(-1, 256), scale)
 
 
 def _k_scales(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -200,9 +205,9 @@ def _k_scales(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return scale_BS.mul_(_half(blocks, 0)), least_BS.mul_(_half(blocks, 2)).neg_()
 
 
-_DECODERS: dict[str, Callable[[torch.Tensor], _Decoded]] = {
+_DECODERS: dict[str, Callable[[torch.Tensor], Decoded]] = {
     "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0,
     "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
 }  # fmt: skip
-SUPPORTED = frozenset(_PLAIN) | frozenset(_DECODERS)
+SUPPORTED = frozenset(PLAIN) | frozenset(_DECODERS)
 _SIZES = {kind[0]: kind for kind in GGML_TYPES.values()}

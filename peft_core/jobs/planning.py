@@ -20,7 +20,15 @@ from peft_core.data.history import require_history
 from peft_core.data.records import write_records
 from peft_core.data.source import inspect
 from peft_core.errors import DataError, InvalidArgument, StorageError
-from peft_core.estimate import MICRO_TOKENS, estimate, executions, lora_parameters, memory_bytes, tokens_per_second
+from peft_core.estimate import (
+    MICRO_TOKENS,
+    estimate,
+    executions,
+    lora_parameters,
+    memory_bytes,
+    repacked_bytes,
+    tokens_per_second,
+)
 from peft_core.jobs.advice import advise
 from peft_core.jobs.model import JobRequest
 from peft_core.jobs.store import unwritable
@@ -205,15 +213,15 @@ def require_memory(needed: int, base: Base, device: str, settings: Settings) -> 
 
 
 def _filled_up(way: Execution, room: int, base: Base) -> Execution:
-    """With as many weights in memory as there is room for: those that stay in their file cost time."""
+    """With as many weights in memory as there is room for: unpacking them from their file costs more time."""
     if way.weights != "file" or room <= 0:
         return way
-    return way.model_copy(update={"unpacked_bytes": min(room, 4 * base.shape.parameters)})
+    return way.model_copy(update={"repacked_bytes": min(room, repacked_bytes(base))})
 
 
 def _described(way: Execution) -> str:
-    which = f"all but {_mb(way.unpacked_bytes)} MB of " if way.unpacked_bytes else ""
-    parts = [f"{which}the base's weights stay in their file"] if way.weights == "file" else []
+    held = f", {_mb(way.repacked_bytes)} MB of them in memory" if way.repacked_bytes else ""
+    parts = [f"the base's weights are kept quantised{held}"] if way.weights == "file" else []
     parts += ["layers are computed twice"] if way.recompute_layers else []
     return " and ".join(parts)
 

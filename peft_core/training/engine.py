@@ -183,7 +183,7 @@ def _load(task: TrainingTask, directory: Path, plan: DevicePlan) -> PreTrainedMo
     way = task.execution
     if plan.device != "cpu" or way.weights == "float32":
         return load_base(directory, plan.weights)
-    frozen = load_frozen(task.base, directory, in_bfloat16=way.weights == "bfloat16", unpacked_bytes=way.unpacked_bytes)
+    frozen = load_frozen(task.base, directory, in_bfloat16=way.weights == "bfloat16", repacked_bytes=way.repacked_bytes)
     return load_base(directory, plan.weights) if frozen is None else frozen
 
 

@@ -15,6 +15,7 @@ from peft_core.bases.convert import materialise
 from peft_core.config import Settings
 from peft_core.manager import PEFTManager
 from peft_core.results import Status
+from tests.toys import write_toy_base
 
 # Three steps may well harm; the tests want the adapters all the same.
 SHORT = {
@@ -33,6 +34,12 @@ def converted_bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache = tmp_path_factory.mktemp("bases")
     materialise(resolve(None, Settings(data_dir=cache)), cache, lambda _: None)
     return cache
+
+
+@pytest.fixture(scope="session")
+def toy_base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """For what is about processes, not about the model."""
+    return str(write_toy_base(tmp_path_factory.mktemp("toy-base")))
 
 
 @pytest.fixture

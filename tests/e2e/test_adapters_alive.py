@@ -16,7 +16,7 @@ from mcp.client import Client
 from tests.clients import stdio_server, text_of
 from tests.model_files import write_adapter
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.xdist_group("trained")]
 MODERN = "2026-07-28"
 CODE = {"prompt": 'def parse(text):\n    """Parse a header.', "max_new_tokens": 24}
 

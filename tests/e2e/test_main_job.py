@@ -159,9 +159,10 @@ print((before - after).abs().max().item())
 
 
 async def test_a_job_goes_on_without_client_and_server_and_others_see_and_stop_it(
-    data_dir: Path, stdlib_repository: Path
+    data_dir: Path, stdlib_repository: Path, toy_base: str
 ) -> None:
-    request = {"training_data": str(stdlib_repository), "config": LONG}
+    short, long = ({**config, "base_model": toy_base} for config in (SHORT, LONG))
+    request = {"training_data": str(stdlib_repository), "config": long}
     # The client starts the job and closes at once.
     async with Client(stdio_server(data_dir), mode=MODERN) as client:
         running = (await call(client, "train_adapter", project_id="std", **request))["job_id"]
@@ -178,7 +179,7 @@ async def test_a_job_goes_on_without_client_and_server_and_others_see_and_stop_i
 
         # One training at a time; the others wait in order, and can be cancelled while they do.
         waiting = await call(second, "train_adapter", project_id="other", **request)
-        last = await call(first, "train_adapter", project_id="third", **{**request, "config": SHORT})
+        last = await call(first, "train_adapter", project_id="third", **{**request, "config": short})
         assert (waiting["queue_position"], last["queue_position"]) == (2, 3)
         cancelled = await call(first, "cancel_training", project_id="other")
         assert cancelled["status"] == "cancelled"
@@ -197,10 +198,11 @@ async def test_a_job_goes_on_without_client_and_server_and_others_see_and_stop_i
 
 
 async def test_a_killed_training_is_told_truly_and_resumes_from_its_checkpoint(
-    data_dir: Path, stdlib_repository: Path
+    data_dir: Path, stdlib_repository: Path, toy_base: str
 ) -> None:
+    steps = 400
     async with Client(stdio_server(data_dir), mode="legacy") as client:
-        config = {**SHORT, "max_steps": 12}
+        config = {**SHORT, "max_steps": steps, "base_model": toy_base}
         request = {"project_id": "std", "training_data": str(stdlib_repository), "config": config}
         job = (await call(client, "train_adapter", **request))["job_id"]
         await wait_for(client, lambda s: s["step"] >= 2, "std")
@@ -208,13 +210,13 @@ async def test_a_killed_training_is_told_truly_and_resumes_from_its_checkpoint(
         status = await wait_for(client, ended, "std")
         assert status["status"] == "cancelled"
         reached = status["step"]
-        assert 2 <= reached < 12
+        assert 2 <= reached < steps
 
         resumed = await call(client, "resume_training", job_id=job)
         assert resumed["status"] == "queued"
         status = await wait_for(client, ended, "std")
         assert status["status"] == "completed", status["error"]
-        assert status["step"] == 12
+        assert status["step"] == steps
 
 
 async def test_no_progress_is_sent_after_the_answer(data_dir: Path, stdlib_repository: Path) -> None:

@@ -12,7 +12,7 @@ from mcp.client import Client
 from tests.clients import stdio_server, text_of
 from tests.e2e.test_main_job import call, ended, wait_for
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.xdist_group("trained")]
 
 
 async def measured(client: Client, adapter: str, data: object) -> dict[str, Any]:
@@ -22,14 +22,14 @@ async def measured(client: Client, adapter: str, data: object) -> dict[str, Any]
 
 
 async def test_an_adapter_is_measured_on_other_code_and_not_on_its_own(
-    trained: Path, stdlib_repository: Path, tmp_path: Path, era: str
+    trained: Path, stdlib_repository: Path, tmp_path: Path
 ) -> None:
     html = (stdlib_repository / "html" / "parser.py").read_text().split("\n    def ")
     chunks = [{"content": f"    def {part}", "language": "python", "file_path": "html/parser.py"} for part in html[1:]]
     unseen = tmp_path / "unseen.jsonl"
     unseen.write_text("".join(json.dumps(chunk) + "\n" for chunk in chunks[:8]))
 
-    async with Client(stdio_server(trained), mode=era) as client:
+    async with Client(stdio_server(trained), mode="legacy") as client:
         # 1. Code that it never saw: figures of base and adapter, a verdict, a page.
         status = await measured(client, "mail", str(unseen))
         assert status["status"] == "completed", status["error"]

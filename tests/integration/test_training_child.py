@@ -119,7 +119,7 @@ def test_weights_that_stay_in_their_file_and_layers_computed_twice_give_the_same
 def test_products_in_bfloat16_give_nearly_the_same_run(tmp_path: Path, toy_base: Path) -> None:
     plain, _ = losses(tmp_path / "float32", toy_base, Execution())
     rounded, log = losses(tmp_path / "bfloat16", toy_base, Execution(weights="bfloat16"))
-    assert "base_in_memory" in log
+    assert "base_mapped" in log
     assert rounded == pytest.approx(plain, rel=0.01)
     assert rounded != plain
 

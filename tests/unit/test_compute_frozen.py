@@ -15,8 +15,10 @@ from torch import nn
 from peft_core.bases import resolve
 from peft_core.compute.base import load_base
 from peft_core.compute.frozen import FrozenEmbedding, FrozenLinear, load_frozen
+from peft_core.compute.repacked import Form
 from peft_core.compute.stored import StoredMatrix
 from peft_core.config import Settings
+from tests.model_files import gguf_bytes, write_model
 from tests.toys import toy_model, write_toy_base
 
 
@@ -52,23 +54,22 @@ def test_a_mapped_base_says_what_the_loaded_one_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("room", [0, 5000, 1 << 20])
-def test_what_is_unpacked_once_says_the_same(tmp_path: Path, room: int) -> None:
-    directory = write_toy_base(tmp_path / "toy")
-    toy_model("llama").bfloat16().save_pretrained(directory)
-    base = resolve(str(directory), Settings())
-    mapped = load_frozen(base, directory, unpacked_bytes=room)
+def test_what_is_repacked_says_the_same(tmp_path: Path, room: int) -> None:
+    (tmp_path / "toy.gguf").write_bytes(gguf_bytes(quantised=True))
+    base = resolve(str(tmp_path / "toy.gguf"), Settings())
+    directory = write_model(tmp_path / "same")  # for the configuration
+    mapped = load_frozen(base, directory)
+    repacked = load_frozen(base, directory, repacked_bytes=room)
     assert mapped is not None
-    kinds = [module.stored.kind for module in mapped.modules() if isinstance(module, FrozenLinear)]
-    assert ("F32" in kinds, "BF16" in kinds) == (room > 0, room < 1 << 20)
-    in_memory = {
-        id(m.stored): m.stored.nbytes
-        for m in mapped.modules()
-        if isinstance(m, FrozenLinear) and m.stored.kind == "F32"
-    }
+    assert repacked is not None
+    layers = [m.stored for m in repacked.modules() if isinstance(m, FrozenLinear)]
+    in_memory = {id(stored): stored.nbytes for stored in layers if isinstance(stored.kind, Form)}
+    assert bool(in_memory) == (room > 0)
+    assert (len(in_memory) == len(layers)) == (room == 1 << 20)
     assert sum(in_memory.values()) <= room
     ids_1T = torch.arange(3, 12)[None]
     with torch.inference_mode():
-        assert torch.equal(mapped(ids_1T).logits, load_base(directory, torch.float32)(ids_1T).logits)
+        assert torch.equal(mapped(ids_1T).logits, repacked(ids_1T).logits)
 
 
 def test_layers_with_a_bias_are_mapped_too(tmp_path: Path) -> None:
