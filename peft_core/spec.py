@@ -6,7 +6,7 @@ Descriptions are read by the assistant that fills the fields in, so they say whe
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -26,6 +26,35 @@ ProjectId = Annotated[
     ),
 ]
 DeviceName = Literal["auto", "mps", "cuda", "cpu"]
+
+
+class Mixture(Frozen):
+    """How much of the code is told in another way than as plain text. The rest, and all that is measured on, is plain."""
+
+    fill_in_the_middle: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="Share of the units told as a gap between what is before and after it, for completion in editors. "
+            "0.5 is usual. Only for bases with tokens for it, such as Qwen2.5-Coder or StarCoder2.",
+        ),
+    ] = 0.0
+    instructions: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="Share of the units told as the answer to their docstring, in the base's chat template, where they "
+            "have one. For a model that is asked in words.",
+        ),
+    ] = 0.0
+
+    @model_validator(mode="after")
+    def _one_way_each(self) -> Mixture:
+        if self.fill_in_the_middle + self.instructions > 1:
+            raise ValueError("fill_in_the_middle and instructions are shares of the same units: at most 1 together")
+        return self
 
 
 class TrainingConfig(Frozen):
@@ -115,6 +144,9 @@ class TrainingConfig(Frozen):
             "Null: never stop early. Use it with num_epochs > 1.",
         ),
     ] = None
+    mixture: Annotated[
+        Mixture, Field(description="Units of code that are told in another way than as plain text. Left out: none.")
+    ] = Mixture()
     allow_little_data: Annotated[
         bool, Field(description="Train although there are fewer than 50 units, which is refused otherwise.")
     ] = False
@@ -176,6 +208,19 @@ class Segment(Frozen):
     learn: bool = True
 
 
+class FillInTheMiddle(NamedTuple):
+    """Special tokens that ask for the text between two others."""
+
+    prefix: str
+    suffix: str
+    middle: str
+    end: str = ""  # what ends the gap, where that is not the end of the text
+
+    def prompt(self, before: str, after: str) -> tuple[str, ...]:
+        """The pieces to tokenise, in the order prefix, suffix, middle, in which all of these families were trained."""
+        return (self.prefix, before, self.suffix, after, self.middle)
+
+
 class Example(Frozen):
     """One training document: segments that are tokenised in order, then end-of-text."""
 
@@ -215,6 +260,9 @@ class DatasetSummary(Frozen):
     files: int
     left_out: dict[str, int]
     secrets_removed: int = 0
+    told: dict[
+        str, int
+    ] = {}  # examples to train on by how they tell their code: plainly, fill_in_the_middle, instruction
     sha256: str = ""
 
 

@@ -14,28 +14,14 @@ from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from peft_core.errors import BaseModelError, DataError
-from peft_core.spec import Segment
-
-
-@dataclass(frozen=True)
-class FillInTheMiddle:
-    """Special tokens that ask for the text between two others."""
-
-    prefix: str
-    suffix: str
-    middle: str
-
-    def prompt(self, before: str, after: str) -> tuple[str, ...]:
-        """The pieces to tokenise, in the order prefix, suffix, middle, in which all of these families were trained."""
-        return (self.prefix, before, self.suffix, after, self.middle)
-
+from peft_core.spec import FillInTheMiddle, Segment
 
 # Bavarian et al., arXiv 2207.14255; the tokens as each family's model card gives them.
 FILL_IN_THE_MIDDLE = (
     FillInTheMiddle("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder, CodeGemma
     FillInTheMiddle("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, SantaCoder's successors
     FillInTheMiddle("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
-    FillInTheMiddle("▁<PRE>", "▁<SUF>", "▁<MID>"),  # Code Llama
+    FillInTheMiddle("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"),  # Code Llama
     FillInTheMiddle("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek-Coder  # noqa: RUF001
 )
 

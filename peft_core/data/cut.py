@@ -239,7 +239,12 @@ def _fences(lines: Sequence[str]) -> Iterator[Unit]:
 
 
 def _parsed(lines: Sequence[str], grammar: Grammar) -> Node:
-    return _parser(grammar).parse("".join(lines).encode()).root_node
+    return parsed("".join(lines).encode(), grammar)
+
+
+def parsed(raw: bytes, grammar: Grammar) -> Node:
+    """The root of a text's syntax tree, in UTF-8."""
+    return _parser(grammar).parse(raw).root_node
 
 
 @cache

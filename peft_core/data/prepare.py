@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,16 +29,18 @@ from peft_core.data.examples import Yield, from_file, from_record, may_be_like_o
 from peft_core.data.history import last_changes
 from peft_core.data.near import RULE, Signatures
 from peft_core.data.records import Record, read_jsonl
+from peft_core.data.retell import Told, require_means, retell
 from peft_core.data.secret_scan import redacted
 from peft_core.data.source import require_enough
 from peft_core.data.split import FILE_MIN_TOKENS, FILE_SHARE, Key, Split, capped, digest, drawn, merged, split
 from peft_core.data.walk import File, walk
 from peft_core.errors import DataError
 from peft_core.places import require_data_place
-from peft_core.spec import DatasetSummary, Example, Frozen
+from peft_core.spec import DatasetSummary, Example, Frozen, Mixture
 
 SourceKind = Literal["repository", "jsonl", "records"]
 _MANIFEST_SCHEMA = 1
+_PLAIN = Mixture()
 _REPORT_EVERY_S = 0.5
 _SPARE = 1.5  # times as many examples as a run needs: some of them will be near duplicates of others
 # However short the run, what it sees is drawn from so many: from all of a code base that is not huge. Ten seconds of reading.
@@ -98,6 +101,7 @@ def prepare(
     report: Callable[[str], None],
     enough_examples: int | None = None,
     held_out_by: Literal["file", "time"] = "file",
+    mixture: Mixture = _PLAIN,
 ) -> PreparedDataset:
     """Write train.jsonl, held_out.jsonl and manifest.json into the directory.
 
@@ -105,7 +109,7 @@ def prepare(
     until there are enough, ten thousand at least: twenty thousand files need not be cut for a run of a hundred steps.
 
     Raises:
-        DataError: too little to split, a broken record, or a source that is gone.
+        DataError: too little to split, a broken record, a source that is gone, or a base without tokens for the mixture.
     """
     request = {
         "source": os.fspath(source),
@@ -115,6 +119,7 @@ def prepare(
         "seed": seed,
         "enough_examples": enough_examples,
         "held_out_by": held_out_by,
+        "mixture": mixture.model_dump(),
     }
     if (done := _finished(directory, request)) is not None:
         return done
@@ -126,6 +131,7 @@ def prepare(
             code="training_data_gone",
             suggestions=("Call train_adapter again with the present place of the training data",),
         )
+    require_means(mixture, codec)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "manifest.json").unlink(missing_ok=True)
     spool = directory / "examples.partial"
@@ -149,10 +155,12 @@ def prepare(
             parts = replace(parts, train=train)
         found.left_out[Reason.DUPLICATE] += parts.duplicates
         found.left_out[Reason.NEAR_DUPLICATE] += parts.near_duplicates
-        sha256 = _write_parts(spool, directory, parts)
+        written = _write_parts(
+            spool, directory, parts, partial(retell, mixture=mixture, codec=codec, max_length=max_length, seed=seed)
+        )
     finally:
         spool.unlink(missing_ok=True)
-    prepared = _prepared(found, parts, sha256)
+    prepared = _prepared(found, parts, written)
     _write_manifest(directory / "manifest.json", request, prepared, found, parts)
     return prepared
 
@@ -219,35 +227,60 @@ def _common_root(records: Iterator[Record]) -> str:
     return root
 
 
-def _write_parts(spool: Path, directory: Path, parts: Split) -> str:
-    """The spooled lines into their files; the hash of all of them, trained on first."""
+@dataclass(slots=True)
+class _Written:
+    """What went into the two files."""
+
+    sha256: str = ""  # of all lines, those to train on first
+    tokens: Counter[str] = field(default_factory=Counter)  # by part
+    told: Counter[Told] = field(default_factory=Counter)  # to train on
+
+
+def _write_parts(
+    spool: Path, directory: Path, parts: Split, retold: Callable[[Example], tuple[Example, Told]]
+) -> _Written:
+    """The spooled examples into their files, those to train on as the mixture tells them."""
     place = dict.fromkeys(parts.train, "train") | dict.fromkeys(parts.held_out, "held_out")
     hashes = {name: hashlib.sha256() for name in ("train", "held_out")}
-    partial = {name: directory / f"{name}.partial" for name in hashes}
-    with spool.open("rb") as lines, partial["train"].open("wb") as train, partial["held_out"].open("wb") as held_out:
+    unfinished = {name: directory / f"{name}.partial" for name in hashes}
+    written = _Written()
+    with (
+        spool.open("rb") as lines,
+        unfinished["train"].open("wb") as train,
+        unfinished["held_out"].open("wb") as held_out,
+    ):
         streams = {"train": train, "held_out": held_out}
         for position, line in enumerate(lines):
-            if (name := place.get(position)) is not None:
-                streams[name].write(line)
-                hashes[name].update(line)
-    for name, path in partial.items():
+            if (name := place.get(position)) is None:
+                continue
+            example, told = Example.model_validate_json(line), Told.PLAINLY
+            if name == "train":
+                example, told = retold(example)
+                written.told[told] += 1
+            row = line if told is Told.PLAINLY else example.model_dump_json().encode() + b"\n"
+            written.tokens[name] += example.tokens
+            streams[name].write(row)
+            hashes[name].update(row)
+    for name, path in unfinished.items():
         path.replace(directory / f"{name}.jsonl")
-    return hashlib.sha256(hashes["train"].digest() + hashes["held_out"].digest()).hexdigest()
+    written.sha256 = hashlib.sha256(hashes["train"].digest() + hashes["held_out"].digest()).hexdigest()
+    return written
 
 
-def _prepared(found: _Found, parts: Split, sha256: str) -> PreparedDataset:
+def _prepared(found: _Found, parts: Split, written: _Written) -> PreparedDataset:
     kept = [*parts.train, *parts.held_out]
     language_of = {found.keys[position].file: found.sorts[position][0] for position in kept}
     return PreparedDataset(
         summary=DatasetSummary(
             train_examples=len(parts.train),
             held_out_examples=len(parts.held_out),
-            train_tokens=sum(found.keys[position].tokens for position in parts.train),
-            held_out_tokens=sum(found.keys[position].tokens for position in parts.held_out),
+            train_tokens=written.tokens["train"],
+            held_out_tokens=written.tokens["held_out"],
             files=len(language_of),
             left_out={reason: count for reason, count in sorted(found.left_out.items()) if count},
             secrets_removed=len(found.secrets),
-            sha256=sha256,
+            told=dict(sorted(written.told.items())),
+            sha256=written.sha256,
         ),
         languages=dict(Counter(language_of.values()).most_common()),
         repository_commit=found.commit,

@@ -21,7 +21,7 @@ from peft_core.data.prepare import prepare
 from peft_core.data.read import read_examples
 from peft_core.errors import ModelError
 from peft_core.results import Problem
-from peft_core.spec import DatasetSummary, Example, Frozen
+from peft_core.spec import DatasetSummary, Example, Frozen, Mixture
 
 SAMPLES = 3
 LARGEST = 3
@@ -34,6 +34,7 @@ class PreviewRequest(Frozen):
     held_out_fraction: float
     seed: int
     held_out_by: Literal["file", "time"]
+    mixture: Mixture = Mixture()
 
 
 class Preview(Frozen):
@@ -54,7 +55,7 @@ def preview(request: PreviewRequest) -> Preview:
     with tempfile.TemporaryDirectory(prefix="peft-mcp-preview-") as temporary:
         directory = Path(temporary)
         prepared = prepare(
-            **request.model_dump(),
+            **dict(request),
             directory=directory,
             codec=EstimatingCodec(),
             report=lambda _detail: None,

@@ -46,6 +46,7 @@ def _looked_at(request: JobRequest) -> Preview:
         held_out_fraction=config.held_out_fraction,
         seed=config.seed,
         held_out_by=config.held_out_by,
+        mixture=config.mixture,
     )
     return ask(
         CHILD,

@@ -68,6 +68,13 @@ def plan(
             f"the base {base.name} has no chat template, so conversations cannot be written in its form",
             suggestions=["Use an instruct model as base_model, or records of the form {prompt, completion}"],
         )
+    if config.mixture.instructions and not base.has_chat_template:
+        raise InvalidArgument(
+            "config.mixture.instructions",
+            config.mixture.instructions,
+            f"the base {base.name} has no chat template, so nothing can be told as an instruction; 0 is allowed",
+            suggestions=["Use an instruct model as base_model"],
+        )
     measured = measured_speed(base, device)
     config, chosen = advise(config, base.shape, found, tokens_per_second(base, device, measured)[0])
     _check_fit(config, base)

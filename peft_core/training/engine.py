@@ -273,6 +273,7 @@ def _prepare(task: TrainingTask, tokenizer: BaseTokenizer, report: Callable[[str
         seed=config.seed,
         report=report,
         held_out_by=config.held_out_by,
+        mixture=config.mixture,
         enough_examples=None if config.max_steps is None else config.max_steps * config.batch_size,
     )
 

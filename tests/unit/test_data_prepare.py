@@ -27,6 +27,8 @@ class Words:
     def count(self, texts: Sequence[str]) -> list[int]:
         return [len(re.findall(r"\w+|[^\w\s]|\s+", text)) for text in texts]
 
+    fill_in_the_middle = None
+
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[Segment, ...]:
         return tuple(Segment(text=message["content"], learn=message["role"] == "assistant") for message in messages)
 

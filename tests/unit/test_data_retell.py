@@ -1,0 +1,187 @@
+"""Units told as gaps and as answers: nothing of the code is lost, and what is measured on stays as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_core.compute.tokenizer import FILL_IN_THE_MIDDLE
+from peft_core.data import prepare, read_examples
+from peft_core.data.codec import EstimatingCodec
+from peft_core.data.retell import Told, require_means, retell
+from peft_core.errors import DataError
+from peft_core.spec import Example, FillInTheMiddle, Mixture, Segment
+from tests.unit.test_data_prepare import Words, repository
+
+GAPS, ANSWERS = Mixture(fill_in_the_middle=1), Mixture(instructions=1)
+FUNCTION = '''def load(path, strict):
+    """Read a configuration file from the given path."""
+    values = parse(path.read_text(), comments=True)
+    if strict and values.unknown:
+        raise ValueError(f"unknown: {values.unknown}")
+    return values
+'''
+METHOD = "".join(f"    {line}" for line in FUNCTION.splitlines(keepends=True))
+JAVASCRIPT = """/**
+ * Adds up the prices of a whole basket.
+ */
+export function total(basket) {
+  return basket.items.reduce((sum, item) => sum + item.price * item.count, 0);
+}
+"""
+
+
+def example_of(text: str, *, language: str = "python", kind: str = "function", context: str = "# a/b.py\n") -> Example:
+    given = (Segment(text=context, learn=False),) if context else ()
+    return Example(segments=(*given, Segment(text=text)), path="a/b.py", language=language, kind=kind, start_line=7)
+
+
+def told(example: Example, mixture: Mixture, *, seed: int = 0, max_length: int = 512) -> tuple[Example, Told]:
+    return retell(example, mixture, EstimatingCodec(), max_length=max_length, seed=seed)
+
+
+def put_together(example: Example, tokens: FillInTheMiddle) -> str:
+    """The plain text of a gap, from its pieces in the order in which they are given."""
+    prefix, rest = example.text.removeprefix(tokens.prefix).split(tokens.suffix)
+    suffix, middle = rest.split(tokens.middle)
+    return prefix + middle.removesuffix(tokens.end) + suffix
+
+
+@pytest.mark.parametrize("tokens", FILL_IN_THE_MIDDLE)
+@pytest.mark.parametrize("code", [FUNCTION, METHOD])
+@given(seed=st.integers(0, 1000))
+def test_before_gap_and_after_are_the_unit_in_every_familys_format(
+    tokens: FillInTheMiddle, code: str, seed: int
+) -> None:
+    class Coder(EstimatingCodec):
+        fill_in_the_middle = tokens
+
+    found, way = retell(example_of(code), GAPS, Coder(), max_length=512, seed=seed)
+    assert way is Told.AS_GAP
+    assert put_together(found, tokens) == "# a/b.py\n" + code
+    marks = [segment for segment in found.segments if segment.text in (tokens.prefix, tokens.suffix, tokens.middle)]
+    assert [mark.text for mark in marks] == [tokens.prefix, tokens.suffix, tokens.middle]
+    assert not any(mark.learn for mark in marks)
+    gap = found.segments[-1]
+    assert gap.learn
+    assert 12 <= len(gap.text.removesuffix(tokens.end)) <= len(code) / 2
+
+
+@given(st.text(max_size=300), st.sampled_from(["python", "javascript", "c", "text"]), st.integers(0, 99))
+def test_any_text_is_told_whole_or_left_alone(text: str, language: str, seed: int) -> None:
+    plain = example_of(text or "x", language=language)
+    found, way = told(plain, GAPS, seed=seed)
+    if way is Told.PLAINLY:
+        assert found == plain
+    else:
+        learned = [segment.text for segment in found.segments if segment.learn]
+        assert sorted("".join(learned)) == sorted(plain.segments[-1].text)
+
+
+def test_gaps_are_syntax_and_the_lot_is_drawn_anew_for_each_seed() -> None:
+    gaps = {told(example_of(FUNCTION), GAPS, seed=seed)[0].segments[-1].text for seed in range(60)}
+    assert "return values" in gaps
+    assert len(gaps) > 5
+    for gap in gaps:
+        assert gap.count("(") == gap.count(")")
+    assert told(example_of(FUNCTION), GAPS, seed=3) == told(example_of(FUNCTION), GAPS, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("code", "language", "kind", "asked"),
+    [
+        (FUNCTION, "python", "function", "Write the python function `load` of a/b.py.\n\nRead a configuration file"),
+        (METHOD, "python", "method", "Write the python method `load` of a/b.py.\n\nRead a configuration file"),
+        (
+            JAVASCRIPT,
+            "javascript",
+            "function",
+            "Write the javascript function `total` of a/b.py.\n\nAdds up the prices",
+        ),
+    ],
+)
+def test_a_docstring_asks_and_the_unit_answers(code: str, language: str, kind: str, asked: str) -> None:
+    found, way = told(example_of(code, language=language, kind=kind), ANSWERS)
+    assert way is Told.AS_ANSWER
+    question, answer = found.segments
+    assert question.text.startswith(asked)
+    assert not question.learn
+    assert answer == Segment(text=code.rstrip("\n"))
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        example_of("def add(a, b):\n    return a + b\n"),
+        example_of('def add(a, b):\n    "Adds."\n    return a + b\n'),
+        example_of("some words that are no code\n", language="text"),
+        example_of(FUNCTION, kind="record"),
+    ],
+    ids=["no docstring", "one word", "no code", "a record"],
+)
+def test_what_answers_nothing_stays_plain(example: Example) -> None:
+    assert told(example, ANSWERS) == (example, Told.PLAINLY)
+
+
+@pytest.mark.parametrize("mixture", [GAPS, ANSWERS])
+def test_what_would_be_too_long_stays_plain(mixture: Mixture) -> None:
+    found, way = told(example_of(FUNCTION), mixture)
+    assert way is not Told.PLAINLY
+    assert (
+        told(example_of(FUNCTION), mixture, max_length=found.tokens + 1)[1] is way
+    )  # with the token that begins a text
+    assert told(example_of(FUNCTION), mixture, max_length=found.tokens)[1] is Told.PLAINLY
+
+
+def test_shares_are_those_asked_for() -> None:
+    mixture = Mixture(fill_in_the_middle=0.5, instructions=0.25)
+    ways = [told(example_of(FUNCTION.replace("load", f"load_{n}")), mixture)[1] for n in range(400)]
+    assert ways.count(Told.AS_GAP) == pytest.approx(200, abs=40)
+    assert ways.count(Told.AS_ANSWER) == pytest.approx(100, abs=40)
+
+
+def test_a_base_without_the_tokens_is_refused_in_words() -> None:
+    require_means(ANSWERS, Words())
+    with pytest.raises(DataError, match="fill_in_the_middle = 1 needs a base with tokens") as caught:
+        require_means(GAPS, Words())
+    assert caught.value.code == "no_fill_in_the_middle"
+    assert "Qwen2.5-Coder" in caught.value.suggestions[1]
+
+
+def test_two_shares_of_more_than_all_are_refused() -> None:
+    with pytest.raises(ValueError, match="at most 1 together"):
+        Mixture(fill_in_the_middle=0.7, instructions=0.4)
+
+
+def test_a_dataset_counts_how_its_code_is_told_and_measures_on_plain_text(tmp_path: Path) -> None:
+    source = repository(tmp_path / "source")
+
+    def prepared(name: str, mixture: Mixture) -> dict[str, Any]:
+        found = prepare(
+            source=source,
+            source_kind="repository",
+            directory=tmp_path / name,
+            codec=EstimatingCodec(),
+            max_length=256,
+            held_out_fraction=0.2,
+            seed=0,
+            report=lambda _detail: None,
+            mixture=mixture,
+        )
+        return found.summary.model_dump()
+
+    plain, half = prepared("plain", Mixture()), prepared("half", Mixture(fill_in_the_middle=0.5))
+    assert plain["told"] == {"plainly": plain["train_examples"]}
+    assert sum(half["told"].values()) == half["train_examples"] == plain["train_examples"]
+    assert half["told"]["fill_in_the_middle"] == pytest.approx(half["train_examples"] / 2, rel=0.3)
+    assert half["sha256"] != plain["sha256"]
+    train = read_examples(tmp_path / "half" / "train.jsonl")
+    assert half["train_tokens"] == sum(example.tokens for example in train)
+    held_out = [(tmp_path / name / "held_out.jsonl").read_bytes() for name in ("plain", "half")]
+    assert held_out[0] == held_out[1]
+    assert prepared("half", Mixture(fill_in_the_middle=0.5)) == half  # taken as it is
+    assert prepared("half", Mixture()) == plain  # another request
