@@ -7,7 +7,7 @@ PEERS  := .venv-peers
 
 # Tests at once. Some train: more than two want more cores, and 2 GB of memory each.
 WORKERS  ?= 2
-PARALLEL  = --numprocesses $(WORKERS) --dist loadgroup --maxschedchunk 1
+PARALLEL  = --numprocesses $(WORKERS) --maxschedchunk 1
 
 .PHONY: demo test test-fast lint fuzz benchmark peers clean
 

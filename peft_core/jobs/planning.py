@@ -35,7 +35,7 @@ from peft_core.jobs.store import unwritable
 from peft_core.machine import available_memory_bytes, cpu_multiplies_bfloat16, expected_device
 from peft_core.places import require_data_place
 from peft_core.recipe import filled_in
-from peft_core.spec import Base, Execution, SourceSummary, TrainingConfig
+from peft_core.spec import BUNDLED, Base, Execution, SourceSummary, TrainingConfig
 
 MARGIN_BYTES = 200 << 20  # disk space that is left to others
 
@@ -108,6 +108,17 @@ def require_place(field: str, data: TrainingData, settings: Settings) -> None:
     except RuntimeError:  # a home directory that is not known; the inspection says so
         return
     require_data_place(path, data_dir=settings.data_dir, allowed_roots=settings.allowed_roots, field=field)
+
+
+def require_sources(request: JobRequest, settings: Settings) -> None:
+    """That a job of earlier may still read what it was made from: the setting `allowed_roots` may have changed since.
+
+    Raises:
+        InvalidArgument, BaseModelError: it may not, or the base is gone.
+    """
+    if request.source_kind != "records":  # those are a file of our own
+        require_place("training_data", str(request.source), settings)
+    resolve(request.base.ref if request.base.ref == BUNDLED else str(request.base.path), settings)
 
 
 def write_source(request: JobRequest, training_data: TrainingData, records: Path) -> JobRequest:

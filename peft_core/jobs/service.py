@@ -157,8 +157,12 @@ class JobService:
 
         Raises:
             JobStateError: it is running, waiting or completed.
+            InvalidArgument, BaseModelError: its data or base may not be read any more.
         """
+        from peft_core.jobs.planning import require_sources  # noqa: PLC0415 -- as in submit
+
         self._require_database(job_id)
+        require_sources(self._store.get(job_id).request, self._settings)
         try:
             job = self._store.requeue(job_id, JobResumed())
         except IllegalTransition:  # asked of the database itself: another server may resume it at this moment

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from peft_core.bases import resolve
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument, ModelError
+from peft_core.events import JobCancelled
+from peft_core.jobs.store import Store
 from peft_core.manager import PEFTManager
+from peft_core.results import Status
 from tests.attacks.test_repositories import CODE
+from tests.factories import make_job
 from tests.model_files import write_adapter, write_model
 
 PRIVATE = [
@@ -168,6 +174,27 @@ async def test_with_roots_what_lies_inside_is_read(roots: Settings, tmp_path: Pa
     with pytest.raises(ModelError) as caught:  # it was looked into
         await manager.train_adapter("web", str(tmp_path / "code"), {"base_model": str(model)})
     assert caught.value.code == "too_few_examples"
+
+
+@pytest.mark.parametrize("taken", ["code", "models"])
+async def test_a_root_that_was_taken_away_stops_what_is_resumed(
+    roots: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: str
+) -> None:
+    model = write_model(tmp_path / "models" / "m")
+    request = make_job().request.model_copy(
+        update={"source": filled(tmp_path / "code" / "web"), "base": resolve(str(model), roots)}
+    )
+    store = Store(roots.paths.database, time.time)
+    store.create()
+    store.insert(make_job("job", request=request))
+    store.append("job", JobCancelled())
+    left = "models" if taken == "code" else "code"
+    monkeypatch.setenv("CODEBASE_GARDENER_ALLOWED_ROOTS", str(tmp_path / left))
+    with pytest.raises(InvalidArgument) as caught:
+        await PEFTManager(Settings(data_dir=roots.data_dir)).resume_training("job")
+    assert caught.value.code == "outside_allowed_roots"
+    assert str(tmp_path / left) in caught.value.message
+    assert store.get("job").status is Status.CANCELLED
 
 
 def test_roots_are_absolute_and_none_means_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:

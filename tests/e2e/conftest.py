@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import anyio
 import pytest
+from filelock import FileLock
 
 from peft_core.bases import resolve
 from peft_core.bases.convert import materialise
@@ -29,11 +31,32 @@ SHORT = {
 
 
 @pytest.fixture(scope="session")
-def converted_bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of this session, the same for all processes that share its tests (pytest-xdist)."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+def made_once(directory: Path, make: Callable[[Path], None]) -> Path:
+    """The directory, made by whoever comes first; the others wait."""
+    made = directory.with_suffix(".made")
+    with FileLock(directory.with_suffix(".lock")):
+        if not made.exists():
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir()
+            make(directory)
+            made.touch()
+    return directory
+
+
+@pytest.fixture(scope="session")
+def converted_bases(shared: Path) -> Path:
     """The bundled base converted once, for all data directories of this session."""
-    cache = tmp_path_factory.mktemp("bases")
-    materialise(resolve(None, Settings(data_dir=cache)), cache, lambda _: None)
-    return cache
+
+    def convert(cache: Path) -> None:
+        materialise(resolve(None, Settings(data_dir=cache)), cache, lambda _: None)
+
+    return made_once(shared / "bases", convert)
 
 
 @pytest.fixture(scope="session")
@@ -57,26 +80,29 @@ def stdlib_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real repository that is not this one: three packages of Python's standard library, without git."""
     repository = tmp_path_factory.mktemp("stdlib")
     library = Path(sysconfig.get_paths()["stdlib"])
-    for package in ("json", "email", "html"):
+    for package in ("json", "wsgiref", "html"):
         shutil.copytree(library / package, repository / package, ignore=shutil.ignore_patterns("__pycache__", "test*"))
     return repository
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory, converted_bases: Path, stdlib_repository: Path) -> Path:
-    """A data directory with two trained adapters, of the projects 'mail' and 'json'."""
-    data = tmp_path_factory.mktemp("trained")
-    (data / "base_models").symlink_to(converted_bases)
-    sources = {"mail": stdlib_repository / "email", "json": stdlib_repository / "json"}
+@pytest.fixture
+def trained(trained_once: Path, tmp_path: Path) -> Path:
+    """A data directory with two trained adapters, of the projects 'web' and 'json'; a test's own."""
+    return shutil.copytree(trained_once, tmp_path / "trained", symlinks=True)
 
-    async def train() -> None:
+
+@pytest.fixture(scope="session")
+def trained_once(shared: Path, converted_bases: Path, stdlib_repository: Path) -> Path:
+    """The original of `trained`."""
+
+    async def train(data: Path) -> None:
+        (data / "base_models").symlink_to(converted_bases)
         manager = PEFTManager(Settings(data_dir=data))
-        for project, source in sources.items():
-            await manager.train_adapter(project, str(source), SHORT)
-        for project in sources:
+        for project in ("web", "json"):
+            await manager.train_adapter(project, str(stdlib_repository / project.replace("web", "wsgiref")), SHORT)
+        for project in ("web", "json"):
             async for status in manager.watch_training(project):
                 last = status
             assert last.status is Status.COMPLETED, last.error
 
-    anyio.run(train)
-    return data
+    return made_once(shared / "trained", lambda data: anyio.run(train, data))

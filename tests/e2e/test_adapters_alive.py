@@ -16,7 +16,7 @@ from mcp.client import Client
 from tests.clients import stdio_server, text_of
 from tests.model_files import write_adapter
 
-pytestmark = [pytest.mark.model, pytest.mark.xdist_group("trained")]
+pytestmark = pytest.mark.model
 MODERN = "2026-07-28"
 CODE = {"prompt": 'def parse(text):\n    """Parse a header.', "max_new_tokens": 24}
 
@@ -48,14 +48,14 @@ async def test_from_a_trained_adapter_to_other_words_and_back(trained: Path, era
 
     async with Client(stdio_server(trained), mode=era) as client:
         # 1. It belongs to its base, and the base is found without being named.
-        found = await call(client, "verify_adapter_compatibility", adapter_path="mail", scan_weights=True)
+        found = await call(client, "verify_adapter_compatibility", adapter_path="web", scan_weights=True)
         assert (found["verdict"], found["compatible"], found["scanned"]) == ("exact", True, True)
         assert found["reasons"] == []
-        found = await call(client, "verify_adapter_compatibility", adapter_path="mail")
+        found = await call(client, "verify_adapter_compatibility", adapter_path="web")
         assert (found["verdict"], found["base_model"]) == ("sampled", "SmolLM2-135M-Instruct")
 
         # 2. Loaded, with proof.
-        result = await client.call_tool("load_adapter", {"adapter_path": "mail"}, progress_callback=hear)
+        result = await client.call_tool("load_adapter", {"adapter_path": "web"}, progress_callback=hear)
         loaded = result.structured_content
         assert loaded is not None
         assert (loaded["status"], loaded["how"], loaded["verdict"]) == ("loaded", "cold", "sampled")
@@ -83,11 +83,11 @@ async def test_from_a_trained_adapter_to_other_words_and_back(trained: Path, era
         # 4. A second one beside it; the first is switched back to, and writes as before.
         assert (await call(client, "load_adapter", adapter_path="json"))["how"] == "warm"
         assert (await call(client, "generate", **CODE))["text"] != both["text"]
-        assert (await call(client, "load_adapter", adapter_path="mail"))["how"] == "switched"
+        assert (await call(client, "load_adapter", adapter_path="web"))["how"] == "switched"
         assert (await call(client, "generate", **CODE))["text"] == both["text"]
         listed = await call(client, "list_adapters")
         assert {a["project_id"]: (a["resident"], a["active"]) for a in listed["adapters"]} == {
-            "mail": (True, True),
+            "web": (True, True),
             "json": (True, False),
         }
 
@@ -132,7 +132,7 @@ async def test_an_adapter_of_another_base_is_not_loaded_and_the_base_answers(tra
 
 async def test_a_cancelled_call_and_a_killed_host_leave_a_server_that_serves(trained: Path, era: str) -> None:
     async with Client(stdio_server(trained), mode=era) as client:
-        await call(client, "load_adapter", adapter_path="mail")
+        await call(client, "load_adapter", adapter_path="web")
         expected = await call(client, "generate", **CODE)
 
         with anyio.CancelScope() as scope:
@@ -156,17 +156,17 @@ async def test_a_cancelled_call_and_a_killed_host_leave_a_server_that_serves(tra
         host.suspend()  # so that the call is under way when it dies
         async with anyio.create_task_group() as group:
             group.start_soon(generate_long)
-            await call(client, "get_training_status", project_id="mail", wait_s=0)  # answered while the model is busy
+            await call(client, "get_training_status", project_id="web", wait_s=0)  # answered while the model is busy
             os.kill(host.pid, signal.SIGKILL)
         assert "died during this call (generate): killed by SIGKILL" in failed[0]
         assert "host_died" in failed[0]
         assert (await call(client, "list_adapters"))["loaded"]["adapters"] == []
-        assert (await call(client, "load_adapter", adapter_path="mail"))["how"] == "cold"
+        assert (await call(client, "load_adapter", adapter_path="web"))["how"] == "cold"
         assert (await call(client, "generate", **CODE))["text"] == expected["text"]
 
 
 async def test_an_adapter_that_was_changed_after_publishing_is_refused(trained: Path, tmp_path: Path) -> None:
-    published = (trained / "projects" / "mail" / "lora" / "current").resolve()
+    published = (trained / "projects" / "web" / "lora" / "current").resolve()
     altered = tmp_path / "altered"
     altered.mkdir()
     for file in published.iterdir():

@@ -291,7 +291,7 @@ def test_the_python_example_trains_and_prints_what_was_measured(data_dir: Path, 
         [sys.executable, str(example), str(source)], env=environment, capture_output=True, text=True, check=False
     )
     assert output.returncode == 0, output.stderr
-    assert "100.0 %  completed  step 5" in output.stdout
+    assert "100.0 %  completed  step 3" in output.stdout
     assert "adapter_perplexity=" in output.stdout
     assert "loaded on SmolLM2-135M-Instruct: unmatched_keys=0" in output.stdout
     assert "--- the base alone" in output.stdout

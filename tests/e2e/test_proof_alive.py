@@ -12,7 +12,7 @@ from mcp.client import Client
 from tests.clients import stdio_server, text_of
 from tests.e2e.test_main_job import call, ended, wait_for
 
-pytestmark = [pytest.mark.model, pytest.mark.xdist_group("trained")]
+pytestmark = pytest.mark.model
 
 
 async def measured(client: Client, adapter: str, data: object) -> dict[str, Any]:
@@ -24,34 +24,37 @@ async def measured(client: Client, adapter: str, data: object) -> dict[str, Any]
 async def test_an_adapter_is_measured_on_other_code_and_not_on_its_own(
     trained: Path, stdlib_repository: Path, tmp_path: Path
 ) -> None:
-    html = (stdlib_repository / "html" / "parser.py").read_text().split("\n    def ")
-    chunks = [{"content": f"    def {part}", "language": "python", "file_path": "html/parser.py"} for part in html[1:]]
+    html = (stdlib_repository / "html" / "parser.py").read_text().split("\n    def ")[1:]
+    chunks = [
+        {"content": f"    def {part}", "language": "python", "file_path": f"html/part_{number % 4}.py"}
+        for number, part in enumerate(html)
+    ]
     unseen = tmp_path / "unseen.jsonl"
-    unseen.write_text("".join(json.dumps(chunk) + "\n" for chunk in chunks[:8]))
+    unseen.write_text("".join(json.dumps(chunk) + "\n" for chunk in chunks))
 
     async with Client(stdio_server(trained), mode="legacy") as client:
         # 1. Code that it never saw: figures of base and adapter, a verdict, a page.
-        status = await measured(client, "mail", str(unseen))
+        status = await measured(client, "web", str(unseen))
         assert status["status"] == "completed", status["error"]
         evaluation = status["evaluation"]
         assert evaluation["verdict"] in ("helps", "no_difference", "harms")
         assert 0.5 < evaluation["loss"]["base"] < 5
         assert evaluation["loss"]["adapter"] != evaluation["loss"]["base"]
-        assert evaluation["examples"] == 8
+        assert evaluation["examples"] == len(chunks)
         assert evaluation["seen_in_training"] == 0
         report = Path(status["report_path"]).read_text()
-        assert "html/parser.py" in report
+        assert "html/part_" in report
         assert str(trained) not in report
 
         # 2. What it was trained on: refused, with the overlap.
         seen = tmp_path / "seen.jsonl"
-        seen.write_text("".join(json.dumps({"text": text}) + "\n" for text in trained_on(trained, "mail")[:8]))
-        status = await measured(client, "mail", str(seen))
+        seen.write_text("".join(json.dumps({"text": text}) + "\n" for text in trained_on(trained, "web")[:8]))
+        status = await measured(client, "web", str(seen))
         assert (status["status"], status["error"]["code"]) == ("failed", "evaluation_overlaps_training")
         assert "of 8 examples the adapter was trained on 8" in status["error"]["message"]
 
         # 3. Nothing to measure on: refused before it is queued.
-        empty = await client.call_tool("evaluate_adapter", {"adapter_path": "mail", "evaluation_data": []})
+        empty = await client.call_tool("evaluate_adapter", {"adapter_path": "web", "evaluation_data": []})
         assert empty.is_error
         assert "evaluation_data" in text_of(empty)
 
