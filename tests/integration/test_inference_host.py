@@ -86,11 +86,11 @@ async def test_outputs_under_concurrent_switches_are_those_of_single_use(
     assert wrong == []
 
 
-async def test_two_hundred_cycles_over_two_adapters_do_not_grow(
+async def test_a_hundred_cycles_over_two_adapters_do_not_grow(
     manager: PEFTManager, adapters: list[str], base: str
 ) -> None:
     sizes = []
-    for _ in range(200):
+    for _ in range(100):
         await manager.load_adapter(adapters[0], base)
         await manager.load_adapter(adapters[1], base)
         assert (await manager.load_adapter(adapters[0], base)).how == "switched"

@@ -171,6 +171,20 @@ BAD_INPUT: list[tuple[str, dict[str, Any], list[str]]] = [
         {"project_id": "web", "training_data": "CODE", "config": {"target_modules": ["query"]}},
         ["config.target_modules = 'query'", "q_proj", "all-linear"],
     ),
+    (
+        "train_adapter",
+        {
+            "project_id": "web",
+            "training_data": "CODE",
+            "config": {"mixture": {"fill_in_the_middle": 0.7, "instructions": 0.6}},
+        },
+        ["config.mixture", "at most 1 together"],
+    ),
+    (
+        "train_adapter",
+        {"project_id": "web", "training_data": "CODE", "config": {"mixture": {"instructions": 1.5}}},
+        ["config.mixture.instructions = 1.5", "0 to 1"],
+    ),
     ("train_adapter", {"project_id": "web", "training_data": "CODE", "wait_s": 46}, ["wait_s = 46", "from 0 to 45"]),
     (
         "train_adapter",
@@ -222,23 +236,21 @@ BAD_INPUT: list[tuple[str, dict[str, Any], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("tool", "arguments", "expected"), BAD_INPUT)
 async def test_bad_input_gets_one_clear_error_and_makes_no_job(
-    connect: Connect, code: Path, data_dir: Path, tool: str, arguments: dict[str, Any], expected: list[str]
+    connect: Connect, code: Path, data_dir: Path, subtests: pytest.Subtests
 ) -> None:
-    if arguments.get("training_data") == "CODE":
-        arguments = {**arguments, "training_data": str(code)}
-    if arguments.get("adapter_path") == "ADAPTER":
-        arguments = {**arguments, "adapter_path": str(write_adapter(code / "adapter"))}
+    adapter = str(write_adapter(code / "adapter"))
     async with connect() as client:
-        result = await client.call_tool(tool, arguments)
-        assert result.is_error
-        message = text_of(result)
-        for part in expected:
-            assert part in message
-        assert "pydantic" not in message
-        assert "Traceback" not in message
-        assert "Error executing tool" not in message
+        for tool, given, expected in BAD_INPUT:
+            arguments = {name: {"CODE": str(code), "ADAPTER": adapter}.get(str(v), v) for name, v in given.items()}
+            with subtests.test(tool=tool, arguments=arguments):
+                result = await client.call_tool(tool, arguments)
+                assert result.is_error
+                message = text_of(result)
+                for part in expected:
+                    assert part in message
+                for never in ("pydantic", "Traceback", "Error executing tool"):
+                    assert never not in message
         status = await client.call_tool("get_training_status", {"project_id": "web", "wait_s": 0})
         assert status.structured_content is not None
         assert status.structured_content["status"] == "not_started"
