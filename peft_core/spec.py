@@ -206,6 +206,9 @@ class Segment(Frozen):
 
     text: str
     learn: bool = True
+    literal: bool = False
+    """Whether what looks like a special token in it is text all the same, as in source code. Otherwise it is one, as in a
+    rendered conversation."""
 
 
 class FillInTheMiddle(NamedTuple):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import jinja2
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from peft_core.errors import BaseModelError, DataError
@@ -79,6 +79,11 @@ class BaseTokenizer:
         ids = [token for text in texts for token in self.tokenizer.encode(text, add_special_tokens=False).ids]
         return ids if tuple(ids[: len(self.beginning)]) == self.beginning else [*self.beginning, *ids]
 
+    def encode(self, segment: Segment) -> Encoding:
+        """The tokens of a segment, and their places in it."""
+        tokenizer = self._literally if segment.literal else self.tokenizer
+        return tokenizer.encode(segment.text, add_special_tokens=False)
+
     def text(self, ids: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -98,6 +103,13 @@ class BaseTokenizer:
             ):
                 return tokens
         return None
+
+    @cached_property
+    def _literally(self) -> Tokenizer:
+        """Takes what looks like a special token for text."""
+        tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
+        tokenizer.encode_special_tokens = True
+        return tokenizer
 
     def _require_template(self) -> None:
         if self.chat_template is None:

@@ -82,7 +82,10 @@ def from_record(record: Record, *, codec: Codec, max_length: int, redact: Redact
     header = path if record.form is Form.CHUNK else ""
     pieces = whole_pieces(lines, path=header, language=language, kind=record.kind, codec=codec, max_length=max_length)
     first_line = max(1, record.start_line)
-    result.examples += [piece.example(path or record.name, language, first_line=first_line) for piece in pieces]
+    literal = record.form is Form.CHUNK  # the text of other records may have been rendered for this very base
+    result.examples += [
+        piece.example(path or record.name, language, first_line=first_line, literal=literal) for piece in pieces
+    ]
     return result
 
 

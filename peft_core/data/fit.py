@@ -34,10 +34,10 @@ class Piece:
     body_tokens: int
     tokens: int  # of everything, with end-of-text
 
-    def example(self, path: str, language: Language, *, first_line: int = 1) -> Example:
-        given = (Segment(text=self.context, learn=False),) if self.context else ()
+    def example(self, path: str, language: Language, *, first_line: int = 1, literal: bool = True) -> Example:
+        given = (Segment(text=self.context, learn=False, literal=literal),) if self.context else ()
         return Example(
-            segments=(*given, Segment(text=self.body)),
+            segments=(*given, Segment(text=self.body, literal=literal)),
             path=path,
             language=language.name,
             kind=self.unit.kind,

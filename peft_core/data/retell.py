@@ -98,11 +98,12 @@ def _gap(example: Example, codec: Codec, lot: random.Random) -> tuple[Segment, .
     return (
         Segment(text=tokens.prefix, learn=False),
         *context,
-        *_segments(before),
+        *_segments(before, body),
         Segment(text=tokens.suffix, learn=False),
-        *_segments(after),
+        *_segments(after, body),
         Segment(text=tokens.middle, learn=False),
-        Segment(text=gap + tokens.end),
+        *_segments(gap, body),
+        *_segments(tokens.end),
     )
 
 
@@ -123,7 +124,8 @@ def _answer(example: Example, codec: Codec) -> tuple[Segment, ...] | None:
     kind = "method" if example.kind == "method" and kind == "function" else kind
     asked = f"Write the {example.language} {kind} `{name.text.decode()}` of {example.path}.\n\n{words}"
     body = example.segments[-1].text.rstrip("\n")
-    return codec.render_chat([{"role": "user", "content": asked}, {"role": "assistant", "content": body}])
+    said = codec.render_chat([{"role": "user", "content": asked}, {"role": "assistant", "content": body}])
+    return _apart(said, asked, body) if example.segments[-1].literal else said
 
 
 def _tree(example: Example) -> tuple[Node | None, int]:
@@ -171,5 +173,17 @@ def _leading_comment(definition: Node, grammar: Grammar) -> str:
     return inspect.cleandoc(_COMMENT_MARKS.sub("", "\n".join(lines)))
 
 
-def _segments(text: str) -> tuple[Segment, ...]:
-    return (Segment(text=text),) if text else ()
+def _apart(said: tuple[Segment, ...], asked: str, body: str) -> tuple[Segment, ...] | None:
+    """The words of the code apart from those of the template, whose special tokens they must not add to."""
+    if len(said) != 2 or asked not in said[0].text or body not in said[1].text:
+        return None  # the template rewrote them
+    found: list[Segment] = []
+    for segment, words in zip(said, (asked, body), strict=True):
+        before, _, after = segment.text.partition(words)
+        parts = (Segment(text=before), Segment(text=words, literal=True), Segment(text=after))
+        found += [part.model_copy(update={"learn": segment.learn}) for part in parts if part.text]
+    return tuple(found)
+
+
+def _segments(text: str, like: Segment | None = None) -> tuple[Segment, ...]:
+    return (Segment(text=text, literal=like is not None and like.literal),) if text else ()

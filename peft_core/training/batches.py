@@ -41,7 +41,7 @@ def tokenise(example: Example, tokenizer: BaseTokenizer, max_length: int) -> Doc
     ids: list[int] = []
     learn: list[bool] = []
     for segment in example.segments:
-        piece: list[int] = tokenizer.tokenizer.encode(segment.text, add_special_tokens=False).ids
+        piece: list[int] = tokenizer.encode(segment).ids
         ids += piece
         learn += [segment.learn] * len(piece)
     prefix = () if tuple(ids[: len(tokenizer.beginning)]) == tokenizer.beginning else tokenizer.beginning

@@ -45,6 +45,17 @@ def test_a_text_that_is_too_long_is_cut(tokenizer: BaseTokenizer) -> None:
     assert END not in document.ids_T
 
 
+def test_code_that_spells_a_special_token_brings_none(tokenizer: BaseTokenizer) -> None:
+    text = "a<|fim_prefix|>b<end>"
+    tokenizer.tokenizer.add_special_tokens(["<|fim_prefix|>", "<end>"])
+    special = {tokenizer.tokenizer.token_to_id("<|fim_prefix|>"), END}
+    code = tokenise(example(Segment(text=text, literal=True)), tokenizer, max_length=100).ids_T.tolist()
+    assert special.isdisjoint(code[:-1])
+    assert tokenizer.tokenizer.decode(code[:-1], skip_special_tokens=False).replace(" ", "") == text
+    rendered = tokenise(example(Segment(text=text)), tokenizer, max_length=100).ids_T.tolist()
+    assert special <= set(rendered)
+
+
 def test_counting_counts_what_encoding_makes(tokenizer: BaseTokenizer) -> None:
     assert tokenizer.count(["abc", "", "ab\n"]) == [3, 0, 3]
 

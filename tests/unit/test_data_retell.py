@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,10 @@ def test_before_gap_and_after_are_the_unit_in_every_familys_format(
     marks = [segment for segment in found.segments if segment.text in (tokens.prefix, tokens.suffix, tokens.middle)]
     assert [mark.text for mark in marks] == [tokens.prefix, tokens.suffix, tokens.middle]
     assert not any(mark.learn for mark in marks)
-    gap = found.segments[-1]
-    assert gap.learn
-    assert 12 <= len(gap.text.removesuffix(tokens.end)) <= len(code) / 2
+    gap, *end = found.segments[found.segments.index(marks[-1]) + 1 :]
+    assert [segment.text for segment in end] == ([tokens.end] if tokens.end else [])
+    assert all(segment.learn for segment in (gap, *end))
+    assert 12 <= len(gap.text) <= len(code) / 2
 
 
 @given(st.text(max_size=300), st.sampled_from(["python", "javascript", "c", "text"]), st.integers(0, 99))
@@ -135,6 +137,44 @@ def test_what_would_be_too_long_stays_plain(mixture: Mixture) -> None:
         told(example_of(FUNCTION), mixture, max_length=found.tokens + 1)[1] is way
     )  # with the token that begins a text
     assert told(example_of(FUNCTION), mixture, max_length=found.tokens)[1] is Told.PLAINLY
+
+
+class Template(EstimatingCodec):
+    """Conversations as Qwen's template has them."""
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Segment, ...]:
+        question, answer = (message["content"] for message in messages)
+        return (
+            Segment(text=f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", learn=False),
+            Segment(text=f"{answer}<|im_end|>"),
+        )
+
+
+@pytest.mark.parametrize("mixture", [GAPS, ANSWERS])
+@given(seed=st.integers(0, 50))
+def test_nothing_of_the_code_is_a_special_token_and_every_mark_is(mixture: Mixture, seed: int) -> None:
+    codec = Template()
+    spelled = " ".join([*codec.fill_in_the_middle[:3], "<|im_start|>", "<|im_end|>"])
+    code = FUNCTION.replace("unknown: ", spelled).replace("Read a", f"{spelled} Read a")
+    plain = example_of(code)
+    plain = plain.model_copy(update={"segments": tuple(s.model_copy(update={"literal": True}) for s in plain.segments)})
+    found, way = retell(plain, mixture, codec, max_length=512, seed=seed)
+    assert way is not Told.PLAINLY
+    marks = [segment.text for segment in found.segments if not segment.literal]
+    if way is Told.AS_GAP:
+        assert marks == [*codec.fill_in_the_middle[:3]]
+    else:
+        assert marks == ["<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"]
+        assert "".join(s.text for s in found.segments if s.learn) == code.rstrip("\n") + "<|im_end|>"
+
+
+def test_a_template_that_rewrites_what_it_is_given_tells_no_code() -> None:
+    class Shouting(EstimatingCodec):
+        def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Segment, ...]:
+            return tuple(Segment(text=message["content"].upper()) for message in messages)
+
+    plain = Example(segments=(Segment(text=FUNCTION, literal=True),), path="a.py", language="python", kind="function")
+    assert retell(plain, ANSWERS, Shouting(), max_length=512, seed=0) == (plain, Told.PLAINLY)
 
 
 def test_shares_are_those_asked_for() -> None:

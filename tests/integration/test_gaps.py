@@ -1,0 +1,41 @@
+"""A training child that learns to fill gaps, with a base whose tokenizer has marks for them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from peft_core.bases.resolve import resolve
+from peft_core.config import Settings
+from peft_core.events import DatasetPrepared
+from peft_core.spec import Mixture, TrainingConfig
+from peft_core.task import TrainingTask
+from tests.integration.test_training_child import TOY, run_to_the_end
+from tests.toys import write_toy_base
+from tests.unit.test_data_prepare import repository
+
+
+def test_a_base_with_marks_is_trained_on_gaps(tmp_path: Path) -> None:
+    base = write_toy_base(tmp_path / "base")
+    tokenizer = base / "tokenizer.json"
+    settings = json.loads(tokenizer.read_text())
+    vocabulary = settings["model"]["vocab"]
+    for character, mark in zip("`~^", ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"), strict=True):
+        vocabulary[mark] = vocabulary.pop(character)
+        settings["added_tokens"].append({**settings["added_tokens"][0], "id": vocabulary[mark], "content": mark})
+    tokenizer.write_text(json.dumps(settings))
+
+    task = TrainingTask(
+        job_id="20260101-000000-abcdef",
+        project_id="gaps",
+        source=repository(tmp_path / "code", files=6, functions=8),
+        source_kind="repository",
+        config=TrainingConfig(device="cpu", allow_little_data=True, mixture=Mixture(fill_in_the_middle=1), **TOY),
+        base=resolve(str(base), Settings()),
+        job_dir=tmp_path / "job",
+        base_models_dir=tmp_path / "base_models",
+    )
+    code, events, err = run_to_the_end(task)
+    assert code == 0, err
+    told = next(event.dataset.told for event in events if isinstance(event, DatasetPrepared))
+    assert told["fill_in_the_middle"] > told.get("plainly", 0)
