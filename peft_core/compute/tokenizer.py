@@ -81,8 +81,11 @@ class BaseTokenizer:
 
     def encode(self, segment: Segment) -> Encoding:
         """The tokens of a segment, and their places in it."""
-        tokenizer = self._literally if segment.literal else self.tokenizer
-        return tokenizer.encode(segment.text, add_special_tokens=False)
+        self.tokenizer.encode_special_tokens = segment.literal  # a second tokenizer would take 20 MB more
+        try:
+            return self.tokenizer.encode(segment.text, add_special_tokens=False)
+        finally:
+            self.tokenizer.encode_special_tokens = False
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""
@@ -103,13 +106,6 @@ class BaseTokenizer:
             ):
                 return tokens
         return None
-
-    @cached_property
-    def _literally(self) -> Tokenizer:
-        """Takes what looks like a special token for text."""
-        tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
-        tokenizer.encode_special_tokens = True
-        return tokenizer
 
     def _require_template(self) -> None:
         if self.chat_template is None:
