@@ -22,6 +22,7 @@ from peft_core.spec import SourceSummary
 
 MAX_JSONL_BYTES = 1_000_000_000
 ALLOWED = "a repository directory, a .jsonl file, a LanceDB table (.lance), or a list of records"
+FOR_BOTH_PARTS = ", one to train on and one to measure on"
 # Files that are cut to see whether there is enough; a source that is still in doubt then is decided by its preparation.
 _PROBE_FILES = 300
 _PROBE_BYTES = 1_500_000
@@ -71,7 +72,7 @@ def require_enough(keys: Sequence[Key], left_out: Mapping[str, int], where: str)
         return
     raise DataError(
         f"{where} gives {_many(examples, 'distinct example')} in {_many(files, 'file or record', 'files or records')}; "
-        f"at least {MIN_EXAMPLES} examples in {MIN_FILES} are needed, one to train on and one to measure on. "
+        f"at least {MIN_EXAMPLES} examples in {MIN_FILES} are needed{FOR_BOTH_PARTS}. "
         f"Left out: {in_words(left_out)}.",
         code="too_few_examples",
         suggestions=("Give more code: a directory further up, or the whole repository",),

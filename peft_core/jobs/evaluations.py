@@ -8,7 +8,7 @@ from pathlib import Path
 from peft_core.adapters.manifest import REPORT_NAME, read_manifest
 from peft_core.adapters.verify import verify
 from peft_core.config import Settings
-from peft_core.data.source import inspect
+from peft_core.data.source import FOR_BOTH_PARTS, inspect
 from peft_core.errors import DataError, InvalidArgument
 from peft_core.estimate import evaluation_estimate
 from peft_core.events import Evaluated, Event
@@ -48,7 +48,7 @@ def plan_evaluation(
             "evaluation_data", evaluation_data, allowed, suggestions=error.suggestions, code=error.code
         ) from error
     except DataError as error:
-        message = error.message.replace("training_data", "evaluation_data")
+        message = error.message.replace("training_data", "evaluation_data").replace(FOR_BOTH_PARTS, "")
         raise DataError(message, code=error.code, suggestions=error.suggestions, details=error.details) from error
     if found.needs_chat_template and not base.has_chat_template:
         raise InvalidArgument(
