@@ -46,6 +46,18 @@ def curve(life: Life) -> list[tuple[str, int, float]]:
     return [(e.kind, e.step, e.loss) for e in events if isinstance(e, (StepCompleted, HeldOutMeasured))]
 
 
+def unheard_steps(life: Life) -> set[int]:
+    """Steps that a child may have done after its runner had died: they are in the checkpoint, and were told to nobody."""
+    unheard: set[int] = set()
+    told = 0
+    for event in Store(life.paths.database, time.time).events(life.current):
+        if isinstance(event, StepCompleted):
+            told = event.step
+        elif isinstance(event, RunPlanned):
+            unheard.update(range(told, event.start_step + 1))
+    return unheard - {0}
+
+
 @pytest.mark.timeout(1200)
 def test_a_training_that_is_killed_everywhere_computes_what_an_undisturbed_one_does(real: Life) -> None:
     real.job_id = real.submit("real")
