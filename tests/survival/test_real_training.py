@@ -13,7 +13,7 @@ from peft_core.jobs.store import Store
 from peft_core.results import Status
 from tests.survival.life import Kill, Life, until
 from tests.survival.points import REAL_CHILD
-from tests.survival.test_kill_matrix import shuffled
+from tests.survival.test_kill_matrix import ROUNDS, shuffled
 from tests.toys import write_toy_base
 
 pytestmark = pytest.mark.survival
@@ -27,6 +27,7 @@ CONFIG = {
     "max_length": 256,
     "allow_little_data": True,
 }
+FEW = 3  # kills by default: each starts torch twice
 ENDS = [("child", "SIGKILL"), ("runner", "SIGKILL"), ("child", "SIGTERM")]
 
 
@@ -69,7 +70,10 @@ def test_a_training_that_is_killed_everywhere_computes_what_an_undisturbed_one_d
     real.job_id = None
     ends = cycle(ENDS)
     kills = [Kill(point, *next(ends)) for point in REAL_CHILD]
-    for number, kill in enumerate(shuffled(kills, "real"), 1):
+    kills = shuffled(kills, "real")
+    if ROUNDS < 1:
+        kills = kills[:FEW]
+    for number, kill in enumerate(kills, 1):
         status = real.suffer(kill)
         print(f"{number:3} of {len(kills)}: {kill}\n      {status.status}, step {status.step}", flush=True)
         assert set(curve(real)) <= undisturbed
@@ -81,7 +85,8 @@ def test_a_training_that_is_killed_everywhere_computes_what_an_undisturbed_one_d
         curve(real)
     )  # computed when the runner was dead already: in the checkpoint, told to nobody
     assert all(step <= went_on_from for _, step, _ in untold)
-    assert any(isinstance(event, JobResumed) for event in events)
+    if status.status is not Status.COMPLETED:  # as it may be after a kill at its very end
+        assert any(isinstance(event, JobResumed) for event in events)
     real.expect_nobody()
 
 
