@@ -19,6 +19,9 @@ ENVIRONMENT = {
 
 
 def prepare_environment() -> None:
-    """Call it before torch is imported. What the user has set stays."""
+    """Call it before torch is imported. What the user has set stays, but for one."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # tokenizers, out of memory: with a backtrace to print it runs out again while it holds the lock of all printing, and waits
+    # for itself for ever. Without, it ends.
+    os.environ["RUST_BACKTRACE"] = "0"

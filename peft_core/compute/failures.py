@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from peft_core.errors import ModelError
 from peft_core.results import Problem
 
-_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "cannot allocate memory")
+# The last is C++'s own, where an allocation of torch's fails that is none of a tensor.
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "out of memory",
+    "not enough memory",
+    "cannot allocate memory",
+    "std::bad_alloc",
+)
 
 
 @dataclass(frozen=True)

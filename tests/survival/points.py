@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Process = Literal["server", "runner", "child"]
+Process = Literal["server", "runner", "child", "host"]
 
 
 @dataclass(frozen=True)
@@ -96,3 +96,28 @@ REAL_CHILD = [
     Point("child", "peft_core.adapters.manifest", "write_manifest", "after", "adapter complete, not yet told"),
     Point("child", _ENGINE, "run", "after", "last word said"),
 ]
+
+_DESK, _MODEL, _RESIDENTS = (f"peft_core.inference.host.{name}" for name in ("desk", "model", "residents"))
+_ADD_WEIGHTS = "set_peft_model_state_dict"
+HOST = {  # by the tool whose call is under way
+    "load_adapter": [
+        Point("host", "peft_core.compute.environment", "prepare_environment", "before", "starting"),
+        Point("host", _MODEL, "ResidentModel.load", "before", "about to load the base"),
+        Point("host", _MODEL, "load_base", "after", "base loaded"),
+        Point("host", _MODEL, "ResidentModel.add", "before", "about to load the adapter"),
+        Point("host", _MODEL, _ADD_WEIGHTS, "before", "layers wrapped, without the adapter's weights"),
+        Point("host", _MODEL, "_require_effect", "before", "proving the effect"),
+        Point("host", _DESK, "Desk._put_on", "after", "effect proved, adapter not active"),
+        Point("host", _DESK, "Desk._load", "after", "loaded, not answered yet"),
+    ],
+    "generate": [
+        Point("host", _DESK, "Desk._generate", "before", "asked to generate"),
+        Point("host", "peft_core.inference.host.generation", "_Watch.__call__", "before", "writing", count=3),
+        Point("host", _DESK, "Desk._generate", "after", "written, not answered yet"),
+    ],
+    "unload_adapter": [
+        Point("host", _RESIDENTS, "Residents.take_off", "before", "asked to unload"),
+        Point("host", _MODEL, "ResidentModel.remove", "after", "adapter off, base still there"),
+        Point("host", _DESK, "Desk._unload", "after", "unloaded, not answered yet"),
+    ],
+}
