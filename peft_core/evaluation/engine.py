@@ -29,7 +29,7 @@ from peft_core.proof import overlap
 from peft_core.results import Phase, Verdict
 from peft_core.spec import Example
 from peft_core.task import TrainingTask
-from peft_core.training.assess import Exam
+from peft_core.training.assess import WRITING_TOKENS, Exam
 from peft_core.training.completions import make_plain
 from peft_core.training.held_out import mean_loss, trials_of
 from peft_core.training.objective import choose_objective
@@ -37,7 +37,6 @@ from peft_core.training.objective import choose_objective
 # The measured part of a source: as much as may be, for nothing is trained. Files come in the order of the training's
 # split, so an adapter of ours meets what was held out first.
 SHARE = 0.95
-WRITING_TOKENS = 12_000  # that each model may read and write from prompts
 MIN_EXAMPLES = 5  # fewer show nothing
 
 _log = structlog.get_logger(__name__)
@@ -127,7 +126,9 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
         yield
         model.select(name)
 
-    evaluation = exam.compare(base, adapter, model.causal, without_adapter, budget=WRITING_TOKENS, stop=stop)
+    least, most = WRITING_TOKENS
+    budget = min(most, max(least, 2 * summary.held_out_tokens))  # of each model
+    evaluation = exam.compare(base, adapter, model.causal, without_adapter, budget=budget, stop=stop)
     seen = None if known is None else 0.0  # those that were are left out
     emit(Evaluated(evaluation=evaluation.model_copy(update={"seen_in_training": seen})))
 

@@ -25,14 +25,14 @@ from peft_core.training.objective import Objective
 MAX_PROMPTS = 48
 # Writing from prompts may cost a tenth of what training did: two models, and a trained token costs three that are read.
 _SHARE = 0.1 * 3 / 2
-_TOKENS = (1200, 12_000)  # of one model; fewer show nothing, more change nothing
+WRITING_TOKENS = (1200, 12_000)  # of one model; fewer show nothing, more change nothing
 
 _log = structlog.get_logger(__name__)
 
 
 def writing_budget(trained_tokens: int) -> int:
     """Tokens that each model may read and write from prompts."""
-    least, most = _TOKENS
+    least, most = WRITING_TOKENS
     return round(min(most, max(least, _SHARE * trained_tokens)))
 
 
