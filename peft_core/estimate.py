@@ -19,7 +19,7 @@ PROCESS_BYTES = 420 << 20  # Python with torch, transformers and peft
 # step); CUDA wants more work at a time; on MPS attention keeps a number for each pair of them.
 MICRO_TOKENS = {"cpu": 512, "mps": 512, "cuda": 4096}
 KERNELS_BYTES = 200 << 20  # oneDNN's programs for products in bfloat16
-UNPACKED_BYTES = 16 << 20  # of weights that stay in their file, a few at a time
+UNPACKED_BYTES = 32 << 20  # of weights that stay in their file, a few at a time
 LOSS_POSITIONS = 256  # whose logits are held at once
 MEASURED_EXAMPLES = 200  # held-out ones, at most
 GENERAL_TOKENS = 2600  # of code that belongs to no project
