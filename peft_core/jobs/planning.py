@@ -188,7 +188,7 @@ def _choose_execution(
     for way, need in zip(ways, needs, strict=True):
         room = (limit_mb << 20) - need
         if room >= 0:
-            chosen = _filled_up(way, room - need // 20, base)  # estimates are not that exact
+            chosen = _filled_up(way, room - need // 10, base)  # estimates are not that exact
             return chosen, "" if way == ways[0] else f"; {_described(chosen)}, to keep within {field} = {limit_mb} MB"
     lean = min(needs)
     if not given:  # it may be otherwise when the job's turn comes
