@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from peft_core.errors import ModelError
 from peft_core.results import Problem
 
-# The last is C++'s own, where an allocation of torch's fails that is none of a tensor.
+# The C++ library's own, where an allocation of torch's fails that is none of a tensor; a tokenizer's regular expressions'.
 _OUT_OF_MEMORY = (
     "can't allocate memory",
     "out of memory",
     "not enough memory",
     "cannot allocate memory",
     "std::bad_alloc",
+    "oniguruma error: fail to initialize",
+    "oniguruma error: fail to memory allocation",
 )
 
 
@@ -48,7 +50,8 @@ def is_out_of_memory(error: Exception) -> bool:
     # torch.OutOfMemoryError by name: this module must work where torch failed to import.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, (RuntimeError, OSError)) and any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)
+    known = isinstance(error, (RuntimeError, OSError)) or type(error) is Exception  # all that tokenizers ever raises
+    return known and any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)
 
 
 def shown(error: Exception) -> str:

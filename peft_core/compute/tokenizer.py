@@ -13,6 +13,7 @@ import jinja2
 from tokenizers import Encoding, Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from peft_core.compute.failures import is_out_of_memory
 from peft_core.errors import BaseModelError, DataError
 from peft_core.spec import FillInTheMiddle, Segment
 
@@ -157,6 +158,8 @@ def load_tokenizer(directory: Path) -> BaseTokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     except Exception as error:  # the library raises bare Exception for a missing or broken file
+        if is_out_of_memory(error):
+            raise
         raise BaseModelError(
             f"The base model's tokenizer.json cannot be read: {error}",
             suggestions=["Use a base model with a fast tokenizer (a tokenizer.json beside its weights)."],

@@ -40,6 +40,7 @@ from peft_core.events import (
     JobInterrupted,
     JobStarted,
     PhaseStarted,
+    RunPlanned,
 )
 from peft_core.jobs.lock import WorkLock
 from peft_core.jobs.model import IllegalTransition, Job
@@ -168,7 +169,11 @@ class Runner:
         return last_word, code
 
     async def _follow(self, job_id: str, stream: ByteReceiveStream) -> Event | None:
-        """Record the child's events until it closes its output; the final one is returned, not recorded."""
+        """Record the child's events until it closes its output; the final one is returned, not recorded.
+
+        A run that goes on begins by telling again what it told last: what is known of that is not recorded twice.
+        """
+        known: set[str] | None = {event.model_dump_json() for event in self._store.events(job_id)}
         lines = BufferedByteReceiveStream(stream)
         last_word: Event | None = None
         while True:
@@ -178,9 +183,11 @@ class Runner:
                 return last_word
             try:
                 event = EVENT.validate_json(line)
+                if isinstance(event, RunPlanned):
+                    known = None
                 if isinstance(event, AdapterWritten | JobFailed):
                     last_word = event
-                else:
+                elif known is None or isinstance(event, PhaseStarted) or event.model_dump_json() not in known:
                     self._store.append(job_id, event)
             except (ValueError, IllegalTransition) as error:
                 log.warning("unusable event", job_id=job_id, line=line[:200], error=str(error))

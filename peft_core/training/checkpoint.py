@@ -15,7 +15,7 @@ from typing import Any
 import structlog
 import torch
 
-from peft_core.events import MemorySaved, RateLowered
+from peft_core.events import EVENT, Event, MemorySaved, RateLowered
 from peft_core.spec import DatasetSummary
 from peft_core.task import TrainingTask
 
@@ -63,6 +63,7 @@ class Checkpoint:
     rng: Tensors  # by device type, as of the start of the next step
     lowered: tuple[RateLowered, ...] = ()  # the rates of optimizer and scheduler are the lowered ones
     memory_saved: tuple[MemorySaved, ...] = ()
+    recent: tuple[Event, ...] = ()  # what was told last, for a run that goes on: it may have reached nobody
     good: Checkpoint | None = None  # where the run goes back to if it diverges; None in files of older versions
 
     def copy(self) -> Checkpoint:
@@ -120,6 +121,7 @@ def _to_document(checkpoint: Checkpoint) -> dict[str, Any]:
         "rng": dict(checkpoint.rng),
         "memory_saved": [event.model_dump() for event in checkpoint.memory_saved],
         "lowered": [event.model_dump() for event in checkpoint.lowered],
+        "recent": [event.model_dump(mode="json") for event in checkpoint.recent],
         "good": checkpoint.good and _to_document(checkpoint.good),
     }
 
@@ -135,5 +137,6 @@ def _from_document(document: Mapping[str, Any]) -> Checkpoint:
         rng=document["rng"],
         memory_saved=tuple(MemorySaved.model_validate(event) for event in document.get("memory_saved", ())),
         lowered=tuple(RateLowered.model_validate(event) for event in document.get("lowered", ())),
+        recent=tuple(EVENT.validate_python(event) for event in document.get("recent", ())),
         good=good and _from_document(good),
     )

@@ -112,6 +112,8 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     key = run_key(task, dataset.summary)
     checkpoint = load_checkpoint(paths.checkpoint, key)
     start = checkpoint.progress.step if checkpoint is not None else 0
+    for event in checkpoint.recent if checkpoint is not None else ():
+        emit(event)  # once more: the process that should have heard may have been killed before this one
     emit(RunPlanned(device=plan.device, total_steps=order.total_steps, start_step=start))
     sample = subset(held_out, config.seed)
     base_scores = kept_scores(paths.base_scores, key, len(trials)) if checkpoint is not None else None
@@ -121,7 +123,7 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
         base_scores = exam.score(objective, accelerator, stop, key=key)
         if accelerator.is_main_process:
             keep_scores(paths.base_scores, base_scores)
-        emit(HeldOutMeasured(step=0, loss=_loss_on(sample, exam, base_scores)))
+    emit(HeldOutMeasured(step=0, loss=_loss_on(sample, exam, base_scores)))
     base_loss = mean_loss(trials, base_scores.held_out)
     emit(HeldOutMeasured(step=0, loss=base_loss, whole_set=True))
 

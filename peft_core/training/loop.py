@@ -19,6 +19,7 @@ from peft_core.errors import NotFinite
 from peft_core.events import (
     CheckpointSaved,
     Emit,
+    Event,
     HeldOutMeasured,
     MemorySaved,
     RateLowered,
@@ -72,6 +73,9 @@ class Loop:
     memory_saved: tuple[MemorySaved, ...] = ()
 
     def __post_init__(self) -> None:
+        # Since the last checkpoint, and between that and the one before it: whoever should have heard may have died meanwhile.
+        self._told: list[Event] = []
+        self._told_before: list[Event] = []
         self._rng = rng_state(self.accelerator.device)
         self._good = self._start = self._state().copy()  # without effect yet, and the loss of the base is finite
         self._longest = max(map(len, self.documents))
@@ -122,6 +126,10 @@ class Loop:
         if self.best is not None:
             self._set_weights(self.best)
 
+    def _tell(self, event: Event) -> None:
+        self._told.append(event)
+        self.emit(event)
+
     def _complete_step(self) -> None:
         """One optimiser step: its examples in micro-batches, each loss weighted so that the packing does not matter."""
         began = self.clock()
@@ -155,7 +163,7 @@ class Loop:
         progress.seconds += self.clock() - began
         self._rng = rng_state(accelerator.device)
         rate = progress.tokens / max(progress.seconds, 1e-9)
-        self.emit(
+        self._tell(
             StepCompleted(
                 step=step,
                 loss=loss_value,
@@ -194,7 +202,7 @@ class Loop:
             reason=reason,
         )
         self.memory_saved = (*self.memory_saved, event)
-        self.emit(event)
+        self._tell(event)
         return None
 
     def _sum_gradients(self) -> None:
@@ -224,7 +232,7 @@ class Loop:
         except NotFinite as error:
             raise Diverged(progress.step, error.what) from error
         progress.measured_at = progress.step
-        self.emit(HeldOutMeasured(step=progress.step, loss=loss))
+        self._tell(HeldOutMeasured(step=progress.step, loss=loss))
         if patience is None:
             return
         if loss < progress.best_loss:
@@ -234,7 +242,7 @@ class Loop:
         progress.misses += 1
         if progress.misses >= patience and not at_end:
             progress.stopped_early = True
-            self.emit(StoppedEarly(step=progress.step, best_step=progress.best_step))
+            self._tell(StoppedEarly(step=progress.step, best_step=progress.best_step))
 
     def _check_stop(self) -> None:
         """Stop together: with several processes each hears of it in its own time."""
@@ -248,7 +256,9 @@ class Loop:
     def _save(self) -> None:
         if not self.accelerator.is_main_process:
             return
-        save_checkpoint(self.checkpoint_directory, self.run_key, replace(self._state(), good=self._good))
+        recent = (*self._told_before, *self._told)
+        save_checkpoint(self.checkpoint_directory, self.run_key, replace(self._state(), good=self._good, recent=recent))
+        self._told_before, self._told = self._told, []
         self.emit(CheckpointSaved(step=self.progress.step))
 
     def _state(self) -> Checkpoint:
@@ -288,7 +298,7 @@ class Loop:
         self._multiply_rates(factor / (self.lowered[-1].factor if self.lowered else 1.0))
         event = RateLowered(step=fault.step, back_to_step=self.progress.step, factor=factor, reason=fault.what)
         self.lowered = (*tried, event)
-        self.emit(event)
+        self._tell(event)
 
     def _multiply_rates(self, by: float) -> None:
         for group in self.optimizer.param_groups:

@@ -23,15 +23,17 @@ def say(event: Event) -> None:
     sys.stdout.flush()
 
 
-def train(steps: int) -> None:
+def step_completed(step: int) -> StepCompleted:
+    return StepCompleted(
+        step=step, loss=2.0, learning_rate=1e-3, tokens=step, tokens_per_second=1.0, eta_s=1.0, memory_bytes=1
+    )
+
+
+def train(steps: int, *, after: int = 0) -> None:
     say(PhaseStarted(phase=Phase.TRAINING))
-    say(RunPlanned(device="cpu", total_steps=1000))
-    for step in range(1, steps + 1):
-        say(
-            StepCompleted(
-                step=step, loss=2.0, learning_rate=1e-3, tokens=step, tokens_per_second=1.0, eta_s=1.0, memory_bytes=1
-            )
-        )
+    say(RunPlanned(device="cpu", total_steps=1000, start_step=after))
+    for step in range(after + 1, after + steps + 1):
+        say(step_completed(step))
 
 
 def main() -> None:
@@ -46,6 +48,11 @@ def main() -> None:
         case "killed":
             train(3)
             os.kill(os.getpid(), signal.SIGKILL)
+        case "goes on":  # from step 4, of which the last two were told to a runner that was dead
+            for step in (1, 2, 3, 4):
+                say(step_completed(step))
+            train(2, after=4)
+            sys.exit(143)
         case "silent":
             train(2)  # ends well, but without an adapter
         case "asked to stop":  # by somebody else than the runner: a shutdown, a user's kill

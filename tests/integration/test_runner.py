@@ -15,6 +15,7 @@ import pytest
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
 from peft_core.errors import StorageError
+from peft_core.events import JobInterrupted, JobResumed, JobStarted, RunPlanned, StepCompleted
 from peft_core.jobs import service
 from peft_core.jobs.lock import WorkLock
 from peft_core.jobs.model import Job
@@ -26,6 +27,7 @@ from peft_core.paths import DataPaths
 from peft_core.results import Status
 from peft_core.spec import EvaluatedAdapter
 from tests.factories import make_evaluation, make_job
+from tests.integration.scripted_child import step_completed
 
 ROOT = Path(__file__).parents[2]
 Spawn = Callable[[], "subprocess.Popen[bytes]"]
@@ -70,6 +72,20 @@ def run_one(store: Store, spawn: Spawn, project: str) -> Job:
     store.insert(make_job("job", project))
     assert spawn().wait(timeout=60) == 0
     return store.get("job")
+
+
+def test_a_run_that_goes_on_tells_what_nobody_heard_and_the_rest_is_not_recorded_twice(
+    store: Store, spawn: Spawn
+) -> None:
+    store.insert(make_job("job", "goes on"))
+    heard = (step_completed(1), step_completed(2))
+    for event in (JobStarted(), RunPlanned(device="cpu", total_steps=1000), *heard, JobInterrupted(reason="killed")):
+        store.append("job", event)
+    store.requeue("job", JobResumed())
+    assert spawn().wait(timeout=60) == 0
+    steps = [event.step for event in store.events("job") if isinstance(event, StepCompleted)]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert store.get("job").step == 6
 
 
 def test_a_child_that_fails_with_a_reason_is_believed(store: Store, spawn: Spawn) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_core.events import HeldOutMeasured, JobResumed, RunPlanned, StepCompleted
+from peft_core.events import HeldOutMeasured, JobResumed, StepCompleted
 from peft_core.jobs.store import Store
 from peft_core.results import Status
 from tests.survival.life import Kill, Life, until
@@ -47,18 +47,6 @@ def curve(life: Life) -> list[tuple[str, int, float]]:
     return [(e.kind, e.step, e.loss) for e in events if isinstance(e, (StepCompleted, HeldOutMeasured))]
 
 
-def unheard_steps(life: Life) -> set[int]:
-    """Steps that a child may have done after its runner had died: they are in the checkpoint, and were told to nobody."""
-    unheard: set[int] = set()
-    told = 0
-    for event in Store(life.paths.database, time.time).events(life.current):
-        if isinstance(event, StepCompleted):
-            told = event.step
-        elif isinstance(event, RunPlanned):
-            unheard.update(range(told, event.start_step + 1))
-    return unheard - {0}
-
-
 @pytest.mark.timeout(1200)
 def test_a_training_that_is_killed_everywhere_computes_what_an_undisturbed_one_does(real: Life) -> None:
     real.job_id = real.submit("real")
@@ -78,13 +66,8 @@ def test_a_training_that_is_killed_everywhere_computes_what_an_undisturbed_one_d
         print(f"{number:3} of {len(kills)}: {kill}\n      {status.status}, step {status.step}", flush=True)
         assert set(curve(real)) <= undisturbed
     real.finish()
+    assert set(curve(real)) == undisturbed  # bit by bit: float32 on a CPU
     events = Store(real.paths.database, time.time).events(real.current)
-    went_on_from = max(event.start_step for event in events if isinstance(event, RunPlanned))
-    assert set(curve(real)) <= undisturbed  # bit by bit: float32 on a CPU
-    untold = undisturbed - set(
-        curve(real)
-    )  # computed when the runner was dead already: in the checkpoint, told to nobody
-    assert all(step <= went_on_from for _, step, _ in untold)
     if status.status is not Status.COMPLETED:  # as it may be after a kill at its very end
         assert any(isinstance(event, JobResumed) for event in events)
     real.expect_nobody()

@@ -66,6 +66,7 @@ def test_an_error_of_ours_is_told_as_it_is() -> None:
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
         RuntimeError("MPS backend out of memory"),
         RuntimeError("std::bad_alloc"),
+        Exception("Oniguruma error: fail to initialize at line 42 column 3"),
         OSError(12, "Cannot allocate memory"),
     ],
 )

@@ -51,12 +51,13 @@ def test_the_newest_checkpoint_takes_the_place_of_the_one_before(tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
 
 
-def test_the_good_state_and_the_lowered_rates_are_part_of_it(tmp_path: Path) -> None:
+def test_the_good_state_the_lowered_rates_and_what_was_told_are_part_of_it(tmp_path: Path) -> None:
     lowered = (RateLowered(step=7, back_to_step=1, factor=0.25, reason="the loss is nan"),)
-    save_checkpoint(tmp_path, "key", replace(make_checkpoint(5), lowered=lowered, good=make_checkpoint(1)))
+    told = replace(make_checkpoint(5), lowered=lowered, recent=lowered, good=make_checkpoint(1))
+    save_checkpoint(tmp_path, "key", told)
     loaded = load_checkpoint(tmp_path, "key")
     assert loaded is not None
-    assert loaded.lowered == lowered
+    assert loaded.lowered == loaded.recent == lowered
     assert loaded.good is not None
     assert (loaded.good.progress.step, loaded.good.lowered) == (1, ())
     assert loaded.good.adapter["a"].tolist() == [[1.0, 1.0], [1.0, 1.0]]
@@ -65,7 +66,7 @@ def test_the_good_state_and_the_lowered_rates_are_part_of_it(tmp_path: Path) -> 
 def test_a_checkpoint_from_before_runs_went_back_is_read(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, "key", make_checkpoint(5))
     document = torch.load(tmp_path / "state.pt", weights_only=True)
-    del document["lowered"], document["good"]
+    del document["lowered"], document["good"], document["recent"]
     torch.save(document, tmp_path / "state.pt")
     loaded = load_checkpoint(tmp_path, "key")
     assert loaded is not None
