@@ -263,9 +263,7 @@ class DatasetSummary(Frozen):
     files: int
     left_out: dict[str, int]
     secrets_removed: int = 0
-    told: dict[
-        str, int
-    ] = {}  # examples to train on by how they tell their code: plainly, fill_in_the_middle, instruction
+    told: dict[str, int] = {}  # examples to train on by the way they are told: plainly, fill_in_the_middle, instruction
     sha256: str = ""
 
 

@@ -131,7 +131,7 @@ def test_an_old_record_without_a_family_never_reaches_it(tmp_path: Path) -> None
     ("hint", "said"),
     [
         (None, "there is no readable adapter_manifest.json"),
-        ("/home/somebody/models/Tiny/", "which may be this base"),
+        ("/models/Tiny/", "which may be this base"),
         ("meta/Llama-3-70B", "which looks like another base"),
     ],
 )
