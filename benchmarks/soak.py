@@ -1,11 +1,11 @@
 """Many small jobs and many status calls through one server: what grows, how slow it gets.
 
-    python benchmarks/soak.py [--jobs 500] [--calls 1000] [--keep-runs 20]
+    python benchmarks/soak.py [--jobs 500] [--calls 1000] [--keep-runs 20] [--steps 20]
 
 The server, the runner, the store and the registry are the product's; the training child is the small one of
 tests/survival (no torch, half a second), so that a day of jobs fits into minutes. Prints one line every so many jobs:
-memory and file handles of the server, sizes of database and job directories; then the latency of status calls while a
-job runs.
+memory and file handles of the server, sizes of database and job directories. Then the bundled base is trained: during every
+second step the status is asked for again and again, and these steps are compared with the others.
 """
 
 from __future__ import annotations
@@ -14,14 +14,19 @@ import argparse
 import json
 import os
 import sys
+import sysconfig
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
+from statistics import mean, quantiles
 
 import psutil
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from peft_core.events import StepCompleted  # noqa: E402 -- this tree's, installed or not
+from peft_core.jobs.store import Store  # noqa: E402 -- likewise
 from tests.model_files import write_model  # noqa: E402 -- the tests are no installed package
 from tests.survival.wire import Server, server  # noqa: E402 -- likewise
 
@@ -57,41 +62,73 @@ def wait(left: Server, number: int, job: str) -> None:
             return
 
 
+def many_jobs(root: Path, jobs: int, keep_runs: int) -> None:
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests" / "survival" / "site"), str(ROOT)])
+    base, source, data = write_model(root / "base"), root / "records.jsonl", root / "data"
+    lines = [{"text": f"def add_{n}(a, b):\n    return a + {n} * b\n", "path": f"m{n}.py"} for n in range(60)]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with server(data, cwd=root, CODEBASE_GARDENER_KEEP_RUNS=str(keep_runs)) as left:
+        began = time.monotonic()
+        for number in range(jobs):
+            wait(left, number, train(left, number, source, base))
+            if number in (0, 4) or (number + 1) % max(1, jobs // 10) == 0:
+                report(left, data, number + 1)
+        print(f"{jobs} jobs in {time.monotonic() - began:.0f} s", flush=True)
+
+
+def many_calls(root: Path, calls: int, steps: int) -> None:
+    """Status calls beside a real training, during its even steps."""
+    os.environ["PYTHONPATH"] = str(ROOT)
+    config = {"max_steps": steps, "batch_size": 4, "eval_steps": steps, "held_out_fraction": 0.02}
+    source, data = Path(sysconfig.get_paths()["purelib"]) / "mcp" / "server", root / "real"
+    with server(data, cwd=root) as left:
+        answer = left.call("train_adapter", project_id="real", training_data=str(source), config=config)
+        job = str(answer["structuredContent"]["job_id"])
+        store = Store(data / "peft.db", time.time)
+        took: list[float] = []
+        at_once = -(-calls // (steps // 2))
+
+        def done() -> list[StepCompleted]:
+            return [event for event in store.events(job) if isinstance(event, StepCompleted)]
+
+        asked = 0  # the last step during which it was
+        while len(completed := done()) < steps:
+            assert not store.get(job).status.is_final, store.get(job)
+            now = len(completed) + 1
+            if completed and now % 2 == 0 and now != asked:
+                asked = now
+                for _ in range(at_once):
+                    before = time.perf_counter()
+                    left.call("get_training_status", project_id="real", wait_s=0)
+                    took.append(time.perf_counter() - before)
+            time.sleep(0.1)
+        seconds = [
+            later.tokens / later.tokens_per_second - one.tokens / one.tokens_per_second
+            for one, later in pairwise(done())
+        ]
+        tokens = [later.tokens - one.tokens for one, later in pairwise(done())]  # of step 2 and on
+        beside, alone = (mean(seconds[part::2]) / mean(tokens[part::2]) for part in (0, 1))
+        p50, p99 = (quantiles(took, n=100)[part] * 1e3 for part in (49, 98))
+        print(
+            f"{len(took)} status calls beside a training: median {p50:.1f} ms, p99 {p99:.1f} ms, "
+            f"longest {max(took) * 1e3:.1f} ms; its steps with {at_once} calls each took {beside / alone - 1:+.1%} "
+            f"({mean(seconds[::2]):.1f} s against {mean(seconds[1::2]):.1f} s)"
+        )
+        left.call("cancel_training", project_id="real")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=500)
     parser.add_argument("--calls", type=int, default=1000)
     parser.add_argument("--keep-runs", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=20, help="of the real training")
     options = parser.parse_args()
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests" / "survival" / "site"), str(ROOT)])
     with tempfile.TemporaryDirectory() as place:
-        root = Path(place)
-        base, source, data = write_model(root / "base"), root / "records.jsonl", root / "data"
-        lines = [{"text": f"def add_{n}(a, b):\n    return a + {n} * b\n", "path": f"m{n}.py"} for n in range(40)]
-        source.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        with server(data, cwd=root, CODEBASE_GARDENER_KEEP_RUNS=str(options.keep_runs)) as left:
-            began = time.monotonic()
-            for number in range(options.jobs):
-                wait(left, number, train(left, number, source, base))
-                if number in (0, 4) or (number + 1) % max(1, options.jobs // 10) == 0:
-                    report(left, data, number + 1)
-            print(f"{options.jobs} jobs in {time.monotonic() - began:.0f} s")
-
-            jobs = [train(left, number, source, base) for number in range(8)]
-            took = []
-            for number in range(options.calls):
-                asked = time.perf_counter()
-                left.call("get_training_status", project_id=f"p{number % 5}", wait_s=0)
-                took.append(time.perf_counter() - asked)
-            took.sort()
-            p50, p99 = took[len(took) // 2], took[len(took) * 99 // 100]
-            print(
-                f"{len(took)} status calls beside running jobs: median {p50 * 1e3:.1f} ms, p99 {p99 * 1e3:.1f} ms, "
-                f"longest {took[-1] * 1e3:.1f} ms"
-            )
-            for number, job in enumerate(jobs):
-                wait(left, number, job)
-            report(left, data, options.jobs + len(jobs))
+        if options.jobs:
+            many_jobs(Path(place), options.jobs, options.keep_runs)
+        if options.calls:
+            many_calls(Path(place), options.calls, options.steps)
 
 
 if __name__ == "__main__":
