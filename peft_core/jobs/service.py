@@ -32,6 +32,7 @@ from peft_core.spec import BUNDLED, Base, EvaluatedAdapter, TrainingConfig
 ELSEWHERE = "elsewhere"  # the project of evaluations of adapters that were not trained here
 RUNNER = [sys.executable, "-P", "-m", "peft_core.jobs.runner"]
 MAX_LOG_BYTES = 4 << 20
+SPEED_FROM = 50  # newest completed trainings among which one on the same base and device tells how fast this machine is
 
 
 class JobService:
@@ -263,7 +264,7 @@ class JobService:
     def _measured_speed(self, base: Base, device: str) -> float | None:
         if not self._store.exists:
             return None
-        for job in reversed(self._store.in_state(Status.COMPLETED)):
+        for job in self._store.last_completed(SPEED_FROM):
             same = job.request.base.fingerprint.same_weights(base.fingerprint) and job.device == device
             if same and job.metrics and job.metrics.tokens_per_second:
                 return job.metrics.tokens_per_second

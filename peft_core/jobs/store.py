@@ -156,6 +156,12 @@ class Store:
         with self._connection() as db:
             return [Job.model_validate_json(row[0]) for row in db.execute(query, states)]
 
+    def last_completed(self, count: int) -> list[Job]:
+        """The newest completed jobs, newest first."""
+        query = "SELECT state FROM jobs WHERE status = ? ORDER BY turn DESC LIMIT ?"
+        with self._connection() as db:
+            return [Job.model_validate_json(row[0]) for row in db.execute(query, (Status.COMPLETED, count))]
+
     def queue_position(self, job_id: str) -> int | None:
         """1 for the job that is next; a running job counts as ahead. None when the job is not queued."""
         with self._connection() as db:

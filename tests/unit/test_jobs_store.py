@@ -98,6 +98,15 @@ def test_a_resumed_job_goes_to_the_end_of_the_queue_and_forgets_the_request_to_c
     assert not store.cancel_requested("a")
 
 
+def test_the_newest_completed_jobs_come_newest_first_and_no_more_than_asked_for(store: Store) -> None:
+    for name in ("a", "b", "c", "running"):
+        store.insert(make_job(name))
+        store.append(name, JobStarted())
+    for name in ("a", "c", "b"):
+        store.append(name, JobCompleted(adapter_path="/x", metrics=Metrics()))
+    assert [job.job_id for job in store.last_completed(2)] == ["c", "b"]
+
+
 def test_an_unknown_job_is_an_error_that_says_what_to_call(store: Store) -> None:
     with pytest.raises(JobNotFound, match="get_training_status"):
         store.get("nope")
