@@ -13,18 +13,10 @@ import jinja2
 from tokenizers import Encoding, Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from peft_core.bases import infill
 from peft_core.compute.failures import is_out_of_memory
 from peft_core.errors import BaseModelError, DataError
 from peft_core.spec import FillInTheMiddle, Segment
-
-# Bavarian et al., arXiv 2207.14255; the tokens as each family's model card gives them.
-FILL_IN_THE_MIDDLE = (
-    FillInTheMiddle("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder, CodeGemma
-    FillInTheMiddle("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, SantaCoder's successors
-    FillInTheMiddle("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
-    FillInTheMiddle("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"),  # Code Llama
-    FillInTheMiddle("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek-Coder  # noqa: RUF001
-)
 
 
 @dataclass(frozen=True)
@@ -101,12 +93,7 @@ class BaseTokenizer:
     @cached_property
     def fill_in_the_middle(self) -> FillInTheMiddle | None:
         """How this base is asked for the text between two others; None where its vocabulary has no tokens for that."""
-        for tokens in FILL_IN_THE_MIDDLE:
-            if all(
-                self.tokenizer.token_to_id(token) is not None for token in (tokens.prefix, tokens.suffix, tokens.middle)
-            ):
-                return tokens
-        return None
+        return infill.fill_in_the_middle(lambda token: self.tokenizer.token_to_id(token) is not None)
 
     def _require_template(self) -> None:
         if self.chat_template is None:

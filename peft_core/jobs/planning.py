@@ -14,6 +14,7 @@ from typing import Any
 from peft_core.adapters.tensors import linear_modules
 from peft_core.bases import resolve
 from peft_core.bases.checkpoint import read_checkpoint
+from peft_core.bases.infill import fills_in
 from peft_core.config import Settings
 from peft_core.data import table
 from peft_core.data.history import require_history
@@ -74,6 +75,13 @@ def plan(
             config.mixture.instructions,
             f"the base {base.name} has no chat template, so nothing can be told as an instruction; 0 is allowed",
             suggestions=["Use an instruct model as base_model"],
+        )
+    if config.mixture.fill_in_the_middle and not fills_in(base.path):
+        raise InvalidArgument(
+            "config.mixture.fill_in_the_middle",
+            config.mixture.fill_in_the_middle,
+            f"the vocabulary of the base {base.name} has no tokens for gaps; 0 is allowed",
+            suggestions=["Use a base for code completion, such as Qwen2.5-Coder or StarCoder2"],
         )
     measured = measured_speed(base, device)
     config, chosen = advise(config, base.shape, found, tokens_per_second(base, device, measured)[0])

@@ -185,6 +185,11 @@ BAD_INPUT: list[tuple[str, dict[str, Any], list[str]]] = [
         {"project_id": "web", "training_data": "CODE", "config": {"mixture": {"instructions": 1.5}}},
         ["config.mixture.instructions = 1.5", "0 to 1"],
     ),
+    (
+        "train_adapter",
+        {"project_id": "web", "training_data": "CODE", "config": {"mixture": {"fill_in_the_middle": 0.5}}},
+        ["config.mixture.fill_in_the_middle = 0.5", "no tokens for gaps", "0 is allowed"],
+    ),
     ("train_adapter", {"project_id": "web", "training_data": "CODE", "wait_s": 46}, ["wait_s = 46", "from 0 to 45"]),
     (
         "train_adapter",

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_core.compute.tokenizer import FILL_IN_THE_MIDDLE
+from peft_core.bases.infill import FAMILIES
 from peft_core.data import prepare, read_examples
 from peft_core.data.codec import EstimatingCodec
 from peft_core.data.retell import Told, require_means, retell
@@ -52,7 +52,7 @@ def put_together(example: Example, tokens: FillInTheMiddle) -> str:
     return prefix + middle.removesuffix(tokens.end) + suffix
 
 
-@pytest.mark.parametrize("tokens", FILL_IN_THE_MIDDLE)
+@pytest.mark.parametrize("tokens", FAMILIES)
 @pytest.mark.parametrize("code", [FUNCTION, METHOD])
 @given(seed=st.integers(0, 1000))
 def test_before_gap_and_after_are_the_unit_in_every_familys_format(
