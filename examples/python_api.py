@@ -1,6 +1,6 @@
 """The Python API in a page: train on the directory given, print what was measured, use the adapter.
 
-Three steps show that it works; leave `max_steps` out for a real run.
+Three short steps show that it works; leave QUICK out for a real run.
 """
 
 import sys
@@ -9,10 +9,12 @@ import anyio
 
 from peft_core import PEFTManager
 
+QUICK = {"max_steps": 3, "max_length": 128}
+
 
 async def main(directory: str) -> None:
     async with PEFTManager() as manager:  # on leaving, the model goes out of memory; trainings go on
-        job = await manager.train_adapter("example", directory, {"max_steps": 3})
+        job = await manager.train_adapter("example", directory, QUICK)
         async for status in manager.watch_training("example", job.job_id):
             print(f"{status.progress_percent:5.1f} %  {status.status}  step {status.step}  loss {status.loss}")
         if status.error:

@@ -18,16 +18,17 @@ LEFT_BEHIND_S = 86_400.0  # what nobody knows of and nobody touched for so long 
 def prune(store: Store, registry: Registry, paths: DataPaths, *, keep: int) -> None:
     """Remove all but the newest `keep` runs that have ended. Only for a holder of the work lock.
 
-    Of a run whose adapter is still there the record stays: it knows where the base lies. Killed at any point, the next
-    time finishes it.
+    Of a run whose adapter is still there the record stays, for it knows where the base lies; it goes with its adapter. Killed
+    at any point, the next time finishes it.
     """
     for job in store.ended_beyond(keep):
         files = paths.job(job.job_id).root
-        if registry.published(job.project_id, job.job_id) is not None:
+        if registry.published(job.project_id, job.job_id) is None:
+            if store.delete_ended(job.job_id):  # unless it was resumed a moment ago
+                shutil.rmtree(files, ignore_errors=True)
+        elif job.has_history:
             shutil.rmtree(files, ignore_errors=True)
             store.forget_events(job.job_id)
-        elif store.delete_ended(job.job_id):  # unless it was resumed a moment ago
-            shutil.rmtree(files, ignore_errors=True)
     known = store.job_ids()
     for path in _left_behind(paths, known, now=time.time()):
         shutil.rmtree(path, ignore_errors=True)

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from peft_core.errors import JobNotFound, JobStateError, StorageError
 from peft_core.events import EVENT, Event, JobCancelled
@@ -58,6 +59,14 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
 }
 NEXT_TURN = "(SELECT coalesce(max(turn), 0) + 1 FROM jobs)"
 OPEN = (Status.QUEUED, Status.IN_PROGRESS)
+
+
+class EndedJob(NamedTuple):
+    """What pruning needs to know of a job."""
+
+    job_id: str
+    project_id: str
+    has_history: bool
 
 
 class Store:
@@ -199,14 +208,15 @@ class Store:
         with self._connection() as db:
             return {row[0] for row in db.execute("SELECT job_id FROM jobs")}
 
-    def ended_beyond(self, keep: int) -> list[Job]:
-        """Jobs that ended, but for the newest `keep` of them, as far as their history is still there."""
+    def ended_beyond(self, keep: int) -> list[EndedJob]:
+        """Jobs that ended, but for the newest `keep` of them."""
         query = """
-            SELECT state FROM (SELECT * FROM jobs WHERE status NOT IN (?, ?) ORDER BY turn DESC LIMIT -1 OFFSET ?)
-            AS old WHERE EXISTS (SELECT 1 FROM events WHERE events.job_id = old.job_id) ORDER BY turn
+            SELECT job_id, project_id, EXISTS (SELECT 1 FROM events WHERE events.job_id = jobs.job_id)
+            FROM jobs WHERE status NOT IN (?, ?) ORDER BY turn DESC LIMIT -1 OFFSET ?
         """
         with self._connection() as db:
-            return [Job.model_validate_json(row[0]) for row in db.execute(query, (*OPEN, keep))]
+            rows = db.execute(query, (*OPEN, keep)).fetchall()
+        return [EndedJob(job_id, project_id, bool(has_history)) for job_id, project_id, has_history in rows]
 
     def forget_events(self, job_id: str) -> None:
         with self._transaction() as db:

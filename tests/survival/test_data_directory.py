@@ -241,8 +241,10 @@ def test_old_runs_go_by_the_rule_and_adapters_stay(life: Life) -> None:
     life.check()
 
     os.utime(stray, (0, time.time() - LEFT_BEHIND_S - 60))
+    life.registry.delete("earlier", first.adapter_id)
     prune(store, life.registry, life.paths, keep=2)
     assert not stray.exists()
+    assert first.adapter_id not in store.job_ids()  # the record goes with its adapter
 
 
 def next_jobs(store: Store) -> set[str]:
