@@ -2,8 +2,8 @@
 
 Trainer's settings: batch 8, rate 2e-4, linear, no warm-up, plain LoRA, one epoch of 1000 examples.
 
-1. The loss to reach: our training child with Trainer's settings. The mathematics is the same, as tests show; the order of
-   the examples is not. `--really` trains with Trainer itself as well, and moves the loss to reach by the difference
+1. The loss to reach: our training child with Trainer's settings. Its loss and gradients are those of plain PEFT (a test
+   holds them to it); the order of the examples is not Trainer's. `--really` trains with Trainer itself as well, and moves the loss to reach by the difference
    between the two on the whole held-out set.
 2. Trainer's time: the epoch's tokens over its tokens a second, measured here over some steps before and after our runs.
    That is an extrapolation, and leaves its start and imports out. With `--really` it is measured.
