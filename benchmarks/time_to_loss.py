@@ -3,8 +3,8 @@
 Trainer's settings: batch 8, rate 2e-4, linear, no warm-up, plain LoRA, one epoch of 1000 examples.
 
 1. The loss to reach: our training child with Trainer's settings. Its loss and gradients are those of plain PEFT (a test
-   holds them to it); the order of the examples is not Trainer's. `--really` trains with Trainer itself as well, and moves the loss to reach by the difference
-   between the two on the whole held-out set.
+   holds them to it); the order of the examples is not Trainer's. `--really` trains with Trainer itself as well, and moves
+   the loss to reach by the difference between the two on the whole held-out set.
 2. Trainer's time: the epoch's tokens over its tokens a second, measured here over some steps before and after our runs.
    That is an extrapolation, and leaves its start and imports out. With `--really` it is measured.
 3. Our time: from the start of the process (imports, preparing the data, converting the base, measuring the base included)
