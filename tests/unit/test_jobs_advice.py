@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 
 from peft_core.errors import DataError
+from peft_core.estimate import TOKENS_PER_EXAMPLE
 from peft_core.jobs.advice import MIN_UNITS, PATIENCE_S, RANKS, advise
 from peft_core.spec import SourceSummary, TrainingConfig
 from tests.factories import SMOLLM2_SHAPE, make_source
 
 
 def source(units: int) -> SourceSummary:
-    return make_source().model_copy(update={"examples": None, "estimated_tokens": 200 * units})
+    return make_source().model_copy(update={"examples": None, "estimated_tokens": TOKENS_PER_EXAMPLE * units})
 
 
 def advised(
@@ -33,9 +34,9 @@ def test_nobody_waits_for_days_without_having_asked_for_it(units: int, speed: fl
     config, why = advised(units, speed=speed)
     if config.max_steps is not None:
         assert "set num_epochs = 1 for all" in why
-        seconds = config.max_steps * config.batch_size * 200 / speed
+        seconds = config.max_steps * config.batch_size * TOKENS_PER_EXAMPLE / speed
     else:
-        seconds = units * 200 * (1 - config.held_out_fraction) / speed
+        seconds = units * TOKENS_PER_EXAMPLE * (1 - config.held_out_fraction) / speed
     assert seconds <= PATIENCE_S * 1.01
 
 
