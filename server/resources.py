@@ -52,10 +52,11 @@ class TrainingUpdates:
                 await manager.tend()  # a job whose process was killed changes only when somebody finds out
                 cursor, changed = await manager.changed_jobs(cursor)
                 warned = ""
-            except ModelError as error:
-                if error.message != warned:  # once, not every second for as long as a disk is full
-                    log.warning("cannot look for changed jobs: %s", error.message)
-                changed, warned = [], error.message
+            except Exception as error:  # noqa: BLE001 -- whatever it is, it must not end the session; it looks again soon
+                problem = error.message if isinstance(error, ModelError) else repr(error)
+                if problem != warned:  # once, not every second for as long as a disk is full
+                    log.warning("cannot look for changed jobs: %s", problem)
+                changed, warned = [], problem
             for job_id in changed:
                 uri = f"training://{job_id}"
                 await self.bus.publish(ResourceUpdated(uri=uri))

@@ -25,7 +25,7 @@ MAX_NAMES = 20_000  # as many as an adapter may have tensors
 PEFT_SHORTENS_FROM = 20
 
 _LITERAL = re.compile(r"[A-Za-z0-9_.]{1,128}", re.ASCII)
-_LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.", re.ASCII)
+_LAYER = re.compile(r".*?\.[^.]*\.(\d{1,6})\.", re.ASCII)
 # Settings that may have these values beside being unset.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "bias": ("none",),

@@ -256,8 +256,8 @@ def _other_layers(found: _Sorted, settings: LoraSettings | None, modules: Module
 
 
 def _range(layers: Iterable[int]) -> str:
-    numbers = sorted(layers)
-    if numbers == list(range(numbers[0], numbers[-1] + 1)) and len(numbers) > 1:
+    numbers = sorted(set(layers))
+    if numbers[-1] - numbers[0] + 1 == len(numbers) > 1:  # counted, not listed: a hostile name may say layer 999999
         return f"layers {numbers[0]}-{numbers[-1]}"
     return f"{'layers' if len(numbers) > 1 else 'layer'} {a_few(map(str, numbers), 6)}"
 
@@ -270,12 +270,15 @@ def _sizes(found: _Sorted, modules: Modules, fix: str) -> Iterator[Reason]:
         for tensor, axis, expected in ((found.a.get(module), 1, inputs), (found.b.get(module), 0, outputs)):
             if tensor is not None and len(tensor.shape) == 2 and tensor.shape[axis] != expected:
                 wrong.append((tensor, module, tensor.shape[axis], expected))
-    heads = [entry for entry in wrong if entry[1].rpartition(".")[2] == "lm_head" and entry[3] == _vocabulary(modules)]
+    heads: list[tuple[TensorInfo, str, int, int]] = []
+    rest: list[tuple[TensorInfo, str, int, int]] = []
+    for entry in wrong:
+        is_head = entry[1].rpartition(".")[2] == "lm_head" and entry[3] == _vocabulary(modules)
+        (heads if is_head else rest).append(entry)
     if heads:
         what, advice = _FOREIGN["vocabulary_resized"]
         sizes = {"found": str(heads[0][2]), "expected": str(heads[0][3])}
         yield from about("vocabulary_resized", what, [entry[0].name for entry in heads], fix=advice, **sizes)
-    rest = [entry for entry in wrong if entry not in heads]
     if rest:
         difference = _difference(rest, modules)
         yield from about(

@@ -66,7 +66,10 @@ def problem_of_exit(code: int, log_path: Path, *, what: str = "training process"
     tail = _tail(log_path)
     said = f" Its last words: {tail}" if tail else ""
     if code < 0:
-        name = signal.Signals(-code).name
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:  # real-time signals have no name
+            name = "a signal"
         message = f"The {what} was killed by {name} (signal {-code}).{said}"
         if -code == signal.SIGKILL:
             return Problem(

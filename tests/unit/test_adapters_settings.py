@@ -161,3 +161,11 @@ def test_no_json_makes_it_raise(config: dict[str, Any]) -> None:
             assert 1 <= settings.rank_of(Q.format(0)) <= 512
             assert settings.alpha_of(Q.format(0)) > 0
             settings.targets(Q.format(0))
+
+
+def test_a_number_that_no_layer_has_is_none() -> None:
+    """Verification reckons with layers: a name must not decide how much."""
+    assert layer_of("model.layers.11.self_attn.q_proj") == 11
+    assert layer_of("model.layers.999999.self_attn.q_proj") == 999_999
+    assert layer_of(f"model.layers.{10**8}.self_attn.q_proj") is None
+    assert layer_of(f"model.layers.{'9' * 5000}.self_attn.q_proj") is None
