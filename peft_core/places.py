@@ -7,7 +7,8 @@ every link followed; nothing is said of what is there.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import pwd
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from peft_core.errors import InvalidArgument
@@ -28,6 +29,7 @@ _OF_THE_SYSTEM = (
     "/etc", "/proc", "/sys", "/dev", "/boot", "/run/user", "/run/secrets", "/run/credentials", "/var/lib", "/var/log",
     "/var/spool", "/var/mail", "/private/etc", "/private/var/db", "/private/var/log", "/Library/Keychains", "/System",
 )  # fmt: skip
+_HOMES, _ROOTS_HOME = (Path("/home"), Path("/Users")), Path("/root")
 _MEMORY = "/dev/shm"  # noqa: S108 - a disk in memory, where people do work
 # Wherever they lie: in another user's home, in a backup.
 _NAMES = frozenset({".ssh", ".gnupg", ".aws", ".azure", ".kube", ".docker", ".password-store", ".mozilla", "keychains"})
@@ -45,7 +47,7 @@ def require_data_place(
     """
     require_allowed(field, path, allowed_roots)
     place = real(path)
-    reason = _reason(place, real(data_dir))
+    reason = next(_reasons(place, real(data_dir)), None)
     if reason is not None:
         raise InvalidArgument(
             field,
@@ -85,20 +87,38 @@ def real(path: Path) -> Path:
         return path
 
 
-def _reason(place: Path, data_dir: Path) -> str | None:
+def _reasons(place: Path, data_dir: Path) -> Iterator[str]:
     home = real(Path.home())
-    if place in (home, *home.parents):
-        return "this is a whole home directory, or holds one"
+    if place in (home, *home.parents) or place in _homes_of_others():
+        yield "this is a whole home directory, or holds one"
     if place.is_relative_to(data_dir):
-        return "this is the data directory of peft-mcp itself"
-    if data_dir.is_relative_to(place) and not any(part.startswith(".") for part in data_dir.relative_to(place).parts):
-        return "this holds the data directory of peft-mcp itself"
-    if _NAMES & {part.lower() for part in place.parts} or _is_below(place, [home / name for name in _AT_HOME]):
-        return "this is a place for credentials or private data"
+        yield "this is the data directory of peft-mcp itself"
+    if _would_be_read(data_dir, place):
+        yield "this holds the data directory of peft-mcp itself"
+    private = [home / name for name in _AT_HOME]
+    if _NAMES & {part.lower() for part in place.parts} or _is_below(place, private):
+        yield "this is a place for credentials or private data"
+    if any(_would_be_read(one, place) for one in private):
+        yield "this holds places for credentials or private data"
     at_home = home != Path("/") and place.is_relative_to(home)  # of a daemon, below /var/lib
     if _is_below(place, map(Path, _OF_THE_SYSTEM)) and not at_home and not place.is_relative_to(_MEMORY):
-        return "this belongs to the operating system"
-    return None
+        yield "this belongs to the operating system"
+    if any(_would_be_read(Path(one), place) for one in _OF_THE_SYSTEM):
+        yield "this holds directories of the operating system"
+
+
+def _would_be_read(private: Path, place: Path) -> bool:
+    """Whether who reads all of `place` comes to `private`: what is hidden below it is left out."""
+    return any(
+        form.is_relative_to(place) and not any(part.startswith(".") for part in form.relative_to(place).parts)
+        for form in (private, real(private))
+    )
+
+
+def _homes_of_others() -> set[Path]:
+    """Where homes usually are: service accounts have /var/www and the like, where projects are."""
+    known = {Path(user.pw_dir) for user in pwd.getpwall()}
+    return {_ROOTS_HOME} | {home for home in known if home.parent in _HOMES}
 
 
 def _is_below(place: Path, roots: Iterable[Path]) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import time
 from pathlib import Path
+from pwd import struct_passwd
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from peft_core.errors import InvalidArgument, ModelError
 from peft_core.events import JobCancelled
 from peft_core.jobs.store import Store
 from peft_core.manager import PEFTManager
+from peft_core.places import require_data_place
 from peft_core.results import Status
 from tests.attacks.test_repositories import CODE
 from tests.factories import make_job
@@ -85,6 +88,34 @@ async def test_nothing_is_measured_on_a_private_place_either(home: Path, manager
     assert (caught.value.code, caught.value.details["field"]) == ("sensitive_place", "evaluation_data")
 
 
+@pytest.mark.parametrize(
+    "parent",
+    [
+        ".config", ".local", ".local/share", ".cache", ".cache/huggingface", ".cargo", "Library", "snap", ".var",
+        "Library/Application Support",
+    ],
+)  # fmt: skip
+async def test_what_holds_a_private_place_is_refused_too(home: Path, manager: PEFTManager, parent: str) -> None:
+    filled(home / parent)
+    await refused(manager, str(home / parent))
+
+
+@pytest.mark.parametrize("place", [".cache/project", ".local/share/project", "Library/project", ".config/nvim"])
+async def test_what_lies_beside_a_private_place_is_allowed(home: Path, manager: PEFTManager, place: str) -> None:
+    require_data_place(filled(home / place), data_dir=manager.settings.data_dir, allowed_roots=None)
+
+
+async def test_the_home_of_somebody_else_is_refused_and_a_service_directory_is_not(
+    home: Path, manager: PEFTManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nobody = pwd.getpwuid(0)
+    there = [struct_passwd((*nobody[:5], directory, nobody[6])) for directory in ("/home/bob", "/var/www", "/")]
+    monkeypatch.setattr(pwd, "getpwall", lambda: there)
+    await refused(manager, "/home/bob")
+    for place in ("/home/bob/project", "/home/project", "/var/www", "/srv/project"):
+        require_data_place(Path(place), data_dir=manager.settings.data_dir, allowed_roots=None)
+
+
 async def test_what_is_not_there_is_refused_alike(home: Path, manager: PEFTManager) -> None:
     filled(home / ".ssh")
     (home / ".ssh" / "id_ed25519_of_ada").touch()
@@ -95,8 +126,11 @@ async def test_what_is_not_there_is_refused_alike(home: Path, manager: PEFTManag
 
 @pytest.mark.parametrize(
     "place",
-    ["/etc", "/proc/self", "/sys/class", "/dev", "/boot", "/var/log", "/var/lib", "/run/secrets", "/", "~", "~/.."],
-)
+    [
+        "/etc", "/proc/self", "/sys/class", "/dev", "/boot", "/var/log", "/var/lib", "/run/secrets", "/", "~", "~/..",
+        "/var", "/run", "/private", "/private/var", "/Library", "/root",
+    ],
+)  # fmt: skip
 async def test_the_system_and_whole_homes_are_refused(home: Path, manager: PEFTManager, place: str) -> None:
     filled(home)
     await refused(manager, place)
