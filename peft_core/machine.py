@@ -20,15 +20,17 @@ def expected_device(requested: str) -> str:
 
 
 def cpu_multiplies_bfloat16(cpu_info: Path = _CPU_INFO) -> bool:
-    """Whether the CPU has matrix units for bfloat16 (Intel's AMX): products are then several times faster than in float32.
+    """Whether the CPU has units for products in bfloat16, with which a whole training is half as fast again as in float32.
 
-    Not so with AVX-512 BF16 or by emulation: what the narrower format gains is lost again in converting.
+    Matrix units (Intel's AMX) or vector units (AVX-512 BF16, AMD since Zen 4): their products were measured 7 and 2.1 times as
+    fast as float32's. By emulation they are five times slower.
     """
     try:
         with cpu_info.open(encoding="ascii", errors="replace") as lines:
-            return any("amx_bf16" in line.split() for line in lines if line.startswith("flags"))
+            flags = next((line.split() for line in lines if line.startswith("flags")), [])
     except OSError:  # not Linux
         return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
 def available_memory_bytes() -> int:
