@@ -11,8 +11,10 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     Gemma2Config,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -113,6 +115,15 @@ def _config(architecture: str) -> PreTrainedConfig:  # noqa: PLR0911 -- one for 
             return MistralConfig(**_SIZES, sliding_window=8)
         case "gemma2":  # caps attention and logits
             return Gemma2Config(**_SIZES, head_dim=8, final_logit_softcapping=2.0, attn_logit_softcapping=2.0)
+        case "gpt_oss":  # a sink for attention; experts
+            return GptOssConfig(**_SIZES, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
+        case "deepseek_v3":  # values narrower than keys; experts from the second layer on
+            heads = {"num_key_value_heads": 4, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+            ranks = {"q_lora_rank": 16, "kv_lora_rank": 16}
+            experts = {"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
+            return DeepseekV3Config(
+                **_SIZES | heads, **ranks, **experts, moe_intermediate_size=16, first_k_dense_replace=1
+            )
         case _:  # learned positions, Conv1D layers
             return GPT2Config(
                 vocab_size=len(VOCABULARY),

@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from peft_core.compute.device import fixed_shapes
 
 NAME = "peft_mcp_documents"
+_NOT_DONE_HERE = ("softcap", "s_aux")  # capped scores (Gemma 2), a sink for attention (GPT-OSS)
 
 
 def register() -> None:
@@ -34,20 +35,26 @@ def attend_within_documents(
     dropout: float = 0.0,
     scaling: float | None = None,
     document_lengths: tuple[int, ...] | None = None,
-    **_others: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as transformers calls it; `document_lengths` comes through the model's keyword arguments.
 
     Returns [B, T, H, D]. Without lengths the whole sequence is one document. Masks are not needed: each document is
     purely causal. Work is the sum of L^2 instead of T^2.
+
+    Raises:
+        NotImplementedError: the model wants more of its attention. To leave that out would be another model.
     """
     del module, attention_mask
+    if more := [name for name in _NOT_DONE_HERE if others.get(name) is not None]:
+        raise NotImplementedError(f"attention with {', '.join(more)}")
     lengths = document_lengths or (query_BHTD.shape[2],)
     if fixed_shapes(query_BHTD.device) is not None:
         heads = query_BHTD.shape[1]  # MPS: not grouped before torch 2.13
         key_BHTD, value_BHTD = _repeated(key_BKTD, heads), _repeated(value_BKTD, heads)
         return attend_at_once(query_BHTD, key_BHTD, value_BHTD, lengths, dropout=dropout, scaling=scaling), None
-    if query_BHTD.is_cpu and query_BHTD.dtype == torch.float32 and dropout == 0.0:
+    same_size = value_BKTD.shape[-1] == query_BHTD.shape[-1]  # DeepSeek's values are narrower
+    if query_BHTD.is_cpu and query_BHTD.dtype == torch.float32 and dropout == 0.0 and same_size:
         scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
         return _DocumentAttention.apply(query_BHTD, key_BKTD, value_BKTD, lengths, scale), None
     grouped = query_BHTD.shape[1] != key_BKTD.shape[1]

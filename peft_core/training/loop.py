@@ -143,6 +143,8 @@ class Loop:
             self.optimizer.zero_grad()
             return_freed_memory()
             release_cache(accelerator.device)
+            if accelerator.num_processes == 1:
+                self.stop.check()
         self._sum_gradients()
         loss_value = accelerator.reduce(loss, reduction="sum").item()
 
@@ -179,8 +181,10 @@ class Loop:
         """Leave this process's gradients in the weights. Its part of the loss; None: memory ran out, and less is taken now."""
         accelerator = self.accelerator
         loss = torch.zeros((), device=accelerator.device)
+        tokens = self.objective.capacity
         try:
             for batch in self.objective.batches(examples, accelerator.device):
+                tokens = batch.tokens
                 with accelerator.autocast():
                     batch_loss = self.objective.loss(batch) / targets
                 accelerator.backward(batch_loss)
@@ -190,7 +194,7 @@ class Loop:
                     self.optimizer.zero_grad()
                     raise Stopped
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or not self.objective.save_memory(batch.tokens, self._longest):
+            if not is_out_of_memory(error) or not self.objective.save_memory(tokens, self._longest):
                 raise
             reason = shown(error)
         else:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from peft_core.compute.device import fixed_shapes
+from peft_core.compute.failures import is_out_of_memory, shown
 from peft_core.compute.frozen import FrozenLinear, matrix_of
 from peft_core.compute.stored import StoredMatrix
 from peft_core.estimate import micro_capacity
@@ -57,28 +58,26 @@ class Objective:
 
         `tokens`: of the micro-batch that was too large. `longest`: of the longest document, which is not divided.
         """
-        if tokens > longest:
-            self.capacity = max(longest, tokens // 2)
-        elif not self.recomputes:
-            self.recompute_layers()
-        else:
-            return False
-        return True
+        least = longest if self.multiple_of is None else -(-longest // self.multiple_of) * self.multiple_of
+        if self.packed and tokens > least:  # a document by itself stays by itself
+            self.capacity = max(least, tokens // 2)
+            return True
+        return self.recompute_layers()
 
-    def recompute_layers(self) -> None:
+    def recompute_layers(self) -> bool:
         """From now on keep of each layer its input alone, and compute the rest again when gradients need it.
 
         Costs a third of the speed, and frees most of what grows with the tokens of a micro-batch (Chen et al., arXiv
-        1604.06174).
+        1604.06174). False where that is so already, or the model has no layers that can be computed again.
         """
-        if self.recomputes:
-            return
+        # transformers' mark of a layer; ours may have replaced its forward
+        layers = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if self.recomputes or not layers:
+            return False
         self.recomputes = True
-        for module in self.model.modules():
-            if isinstance(
-                module, GradientCheckpointingLayer
-            ):  # transformers' mark of a layer; ours may have replaced its forward
-                module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        return True
 
     def loss(self, batch: MicroBatch) -> torch.Tensor:
         """Sum of -log p(target) over the N targets of a micro-batch, nats, float32 scalar."""
@@ -139,8 +138,14 @@ def _can_pack(model: PreTrainedModel, max_length: int) -> bool:
 def _packed_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor | None:
     try:
         return _logits(model, batch, packed=True)
-    except (TypeError, ValueError) as error:  # a forward that takes no further arguments, or refuses ours
-        _log.info("packing_refused", reason=str(error))
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # it takes no further arguments, or our attention is none for it
+        if is_out_of_memory(error):
+            raise
+        _log.info("packing_refused", reason=shown(error))
         return None
 
 

@@ -400,6 +400,18 @@ def test_when_memory_runs_out_a_step_is_done_again_in_a_leaner_way_with_the_same
         assert torch.allclose(weight, whole.weights[name], atol=1e-4)
 
 
+def test_memory_that_is_short_before_the_first_micro_batch_is_told_as_such(tmp_path: Path) -> None:
+    loop = make_loop(tmp_path, Recorder(), PLAIN)
+
+    def no_room(*_: object) -> None:
+        torch.empty(1 << 50)
+
+    loop.objective.batches = no_room  # type: ignore[method-assign,assignment]  # the petabyte is really asked for
+    with pytest.raises(RuntimeError, match="you tried to allocate"):
+        loop.run()
+    assert loop.objective.recomputes
+
+
 def test_memory_that_is_short_for_the_leanest_way_ends_the_run(tmp_path: Path) -> None:
     recorder = Recorder()
     with pytest.raises(RuntimeError, match="you tried to allocate") as caught:

@@ -141,3 +141,40 @@ def test_no_document_sees_its_neighbour() -> None:
         ]
     for loss in losses:
         assert loss.item() == pytest.approx(alone.item(), rel=1e-5)
+
+
+def test_documents_that_go_through_the_model_alone_stay_alone_when_memory_is_short() -> None:
+    objective = choose_objective(toy_model("mistral_window"), max_length=64)
+    assert objective.save_memory(tokens=60, longest=40)
+    assert (objective.capacity, objective.recomputes) == (0, True)
+
+
+def test_saving_memory_comes_to_an_end_where_micro_batches_are_filled_up_to_few_shapes() -> None:
+    objective = choose_objective(toy_model(), max_length=1024)
+    objective.multiple_of = 256
+    assert objective.save_memory(tokens=1024, longest=300)
+    assert (objective.capacity, objective.recomputes) == (512, False)
+    assert objective.save_memory(tokens=512, longest=300)
+    assert (objective.capacity, objective.recomputes) == (512, True)
+    assert not objective.save_memory(tokens=512, longest=300)
+
+
+def test_layers_that_cannot_be_computed_twice_save_no_memory() -> None:
+    objective = choose_objective(toy_model(), max_length=64)
+    objective.model = torch.nn.Linear(1, 1)  # type: ignore[assignment]  # no layer of transformers in it
+    assert not objective.save_memory(tokens=40, longest=40)
+
+
+@pytest.mark.parametrize(("architecture", "packed"), [("gemma2", False), ("gpt_oss", False), ("deepseek_v3", True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_that_does_more_than_ours_is_left_to_the_model(
+    architecture: str, packed: bool, dtype: torch.dtype
+) -> None:
+    """In bfloat16 rounding hides what is left out: no comparison of logits would find it."""
+    model = toy_model(architecture).to(dtype)
+    objective = choose_objective(model, max_length=64)
+    assert objective.packed is packed
+    documents = toy_documents((9, 30))
+    together = sum(objective.loss(batch) for batch in micro_batches(documents, objective.capacity, CPU))
+    alone = plain_loss(model, documents)  # type: ignore[arg-type]  # as good as one with an adapter
+    assert float(together) == pytest.approx(float(alone), rel=1e-5 if dtype == torch.float32 else 1e-2)
