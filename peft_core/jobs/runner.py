@@ -29,7 +29,7 @@ from peft_core.adapters.manifest import read_manifest
 from peft_core.adapters.registry import Registry
 from peft_core.adapters.verify import verify
 from peft_core.config import Settings
-from peft_core.errors import ModelError, StorageError
+from peft_core.errors import ModelError, StorageError, TrainingError
 from peft_core.events import (
     EVENT,
     AdapterWritten,
@@ -59,7 +59,7 @@ GRACE_S = 20.0  # between SIGTERM and SIGKILL: time for a micro-step and a check
 MAX_LINE = 1 << 20
 ASKED_TO_STOP = 143  # exit code of a child that left on SIGTERM, its checkpoint written
 
-log = structlog.get_logger()
+log = structlog.get_logger(__name__)
 
 
 def run(settings: Settings) -> None:
@@ -172,6 +172,9 @@ class Runner:
         """Record the child's events until it closes its output; the final one is returned, not recorded.
 
         A run that goes on begins by telling again what it told last: what is known of that is not recorded twice.
+
+        Raises:
+            TrainingError: an event without an end. Where the next one begins cannot be known.
         """
         known: set[str] | None = {event.model_dump_json() for event in self._store.events(job_id)}
         lines = BufferedByteReceiveStream(stream)
@@ -179,8 +182,14 @@ class Runner:
         while True:
             try:
                 line = await lines.receive_until(b"\n", MAX_LINE)
-            except (anyio.IncompleteRead, anyio.EndOfStream, anyio.DelimiterNotFound):
+            except (anyio.IncompleteRead, anyio.EndOfStream):
                 return last_word
+            except anyio.DelimiterNotFound:
+                raise TrainingError(
+                    f"The training process told of something in more than {MAX_LINE} bytes, and was ended.",
+                    code="endless_event",
+                    suggestions=["This is a bug: please report it with the log of the job"],
+                ) from None
             try:
                 event = EVENT.validate_json(line)
                 if isinstance(event, RunPlanned):

@@ -102,7 +102,10 @@ class Store:
 
     @property
     def exists(self) -> bool:
-        return self._path.exists()
+        try:
+            return self._path.exists()
+        except OSError as error:  # a directory that may not be searched
+            raise unwritable(self._path.parent, error) from error
 
     def insert(self, job: Job) -> None:
         with self._transaction() as db:
