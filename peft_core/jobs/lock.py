@@ -16,8 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from peft_core.errors import StorageError
-from peft_core.jobs.store import unwritable
+from peft_core.errors import StorageError, unwritable
 
 POLL_S = 0.05
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)

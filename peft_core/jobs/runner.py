@@ -57,6 +57,7 @@ LOCK_PATIENCE_S = 5.0  # longer than anybody who only probes holds the lock
 LOOK_S = 0.25  # how often a running job is looked up for a request to cancel
 GRACE_S = 20.0  # between SIGTERM and SIGKILL: time for a micro-step and a checkpoint
 MAX_LINE = 1 << 20
+TOLD_AGAIN = 2000  # events that a run which goes on may tell again, at most
 ASKED_TO_STOP = 143  # exit code of a child that left on SIGTERM, its checkpoint written
 
 log = structlog.get_logger(__name__)
@@ -115,7 +116,7 @@ class Runner:
         except Exception as error:  # noqa: BLE001 -- the edge of a job, which must not stay "in progress" whatever happens
             bound.exception("runner failed")
             # Raising here leaves the job to whoever looks next: what cannot be recorded cannot be told.
-            event = completed_by(job, self._registry) or JobFailed(error=problem_of(error))
+            event = completed_by(self._store.get(job.job_id), self._registry) or JobFailed(error=problem_of(error))
         self._store.append(job.job_id, event)
         if isinstance(event, JobCompleted):
             clean_up(paths)
@@ -176,7 +177,7 @@ class Runner:
         Raises:
             TrainingError: an event without an end. Where the next one begins cannot be known.
         """
-        known: set[str] | None = {event.model_dump_json() for event in self._store.events(job_id)}
+        known: set[str] | None = {event.model_dump_json() for event in self._store.newest_events(job_id, TOLD_AGAIN)}
         lines = BufferedByteReceiveStream(stream)
         last_word: Event | None = None
         while True:

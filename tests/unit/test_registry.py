@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from peft_core.adapters.info import read_document, read_info
-from peft_core.adapters.manifest import write_manifest
+from peft_core.adapters.manifest import read_manifest, write_manifest
 from peft_core.adapters.registry import Registry
 from peft_core.errors import AdapterNotFound, ModelError
 from peft_core.measurements import Benefit
@@ -108,6 +108,25 @@ def test_a_card_that_is_a_link_is_not_followed_and_a_foreign_manifest_only_claim
     assert read_document(draft).card == "# \N{REPLACEMENT CHARACTER}"
     assert "claims" in read_info(draft, trained_here=False).next
     assert "claims" not in read_info(draft).next
+
+
+def test_a_manifest_of_a_version_that_says_more_is_read_as_far_as_it_is_known(tmp_path: Path) -> None:
+    draft = write_draft(tmp_path / "adapter", "a-01", evaluation=make_evaluation())
+    known = read_manifest(draft)
+
+    def say_more(value: Any) -> Any:
+        if isinstance(value, list):
+            return [say_more(part) for part in value]
+        if not isinstance(value, dict):
+            return value
+        more = {"to_come": [1]} if "sha256" not in value and not value.keys() <= {"python"} else {}
+        return {name: say_more(part) for name, part in value.items()} | more
+
+    path = draft / "adapter_manifest.json"
+    path.write_text(json.dumps(say_more(json.loads(path.read_text()))))
+    assert path.read_text().count("to_come") > 8
+    assert known is not None
+    assert read_manifest(draft) == known
 
 
 def test_names_that_are_no_module_s_are_not_shown(tmp_path: Path) -> None:
