@@ -10,10 +10,12 @@
   projects/{project_id}/lora/
     {adapter_id}/                       a published adapter; never changes
     current -> {adapter_id}             moves atomically
+    .lock                               held by whoever publishes or deletes
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +75,8 @@ class DataPaths:
 
     @property
     def projects(self) -> Path:
-        return self.root / "projects"
+        """Its one form, links followed: paths below it are compared."""
+        return Path(os.path.realpath(self.root / "projects"))
 
     def job(self, job_id: str) -> JobPaths:
         return JobPaths(self.root / "jobs" / job_id)

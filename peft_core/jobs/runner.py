@@ -42,11 +42,11 @@ from peft_core.events import (
     PhaseStarted,
     RunPlanned,
 )
-from peft_core.jobs.lock import WorkLock
 from peft_core.jobs.model import IllegalTransition, Job
 from peft_core.jobs.pruning import prune
 from peft_core.jobs.recovery import completed_by, completed_evaluation, problem_of_exit, recover
 from peft_core.jobs.store import Store
+from peft_core.lock import FileLock
 from peft_core.paths import JobPaths
 from peft_core.results import Phase, Problem, Status
 from peft_core.task import TrainingTask
@@ -68,7 +68,7 @@ def run(settings: Settings) -> None:
     paths = settings.paths
     store = Store(paths.database, time.time)
     registry = Registry(paths)
-    lock = WorkLock(paths.runner_lock)
+    lock = FileLock(paths.runner_lock)
     while lock.acquire(LOCK_PATIENCE_S):
         with lock:
             recover(store, registry)
@@ -78,7 +78,7 @@ def run(settings: Settings) -> None:
 
 
 class Runner:
-    def __init__(self, store: Store, registry: Registry, lock: WorkLock, settings: Settings) -> None:
+    def __init__(self, store: Store, registry: Registry, lock: FileLock, settings: Settings) -> None:
         self._store = store
         self._registry = registry
         self._paths = settings.paths

@@ -13,10 +13,10 @@ from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
 from peft_core.errors import StorageError
 from peft_core.events import JobFailed
-from peft_core.jobs.lock import WorkLock
 from peft_core.jobs.model import IllegalTransition, Job
 from peft_core.jobs.recovery import problem_of_exit, recover
 from peft_core.jobs.store import Store
+from peft_core.lock import FileLock
 from peft_core.results import Status
 
 RUNNER = [sys.executable, "-P", "-m", "peft_core.jobs.runner"]
@@ -47,7 +47,7 @@ class Tender:
             StorageError: files cannot be locked, or the directory cannot be written.
         """
         # Who finds it taken at this moment leaves a job in the queue without a runner: until the next look, within seconds.
-        with WorkLock(self._paths.runner_lock) as lock:
+        with FileLock(self._paths.runner_lock) as lock:
             lock.acquire()
 
     def tend(self) -> None:
@@ -57,7 +57,7 @@ class Tender:
             StorageError: the data directory cannot be used; or no runner can be started (`NO_RUNNER`).
         """
         with self._one_at_a_time:
-            lock = WorkLock(self._paths.runner_lock)
+            lock = FileLock(self._paths.runner_lock)
             if not lock.acquire():
                 return  # somebody works, and looks at the queue again after giving the lock up
             with lock:

@@ -18,12 +18,12 @@ from peft_core.config import Settings
 from peft_core.errors import StorageError
 from peft_core.events import JobInterrupted, JobResumed, JobStarted, RunPlanned, StepCompleted
 from peft_core.jobs import tending
-from peft_core.jobs.lock import WorkLock
 from peft_core.jobs.model import Job
 from peft_core.jobs.recovery import recover
 from peft_core.jobs.runner import problem_of
 from peft_core.jobs.service import JobService
 from peft_core.jobs.store import Store
+from peft_core.lock import FileLock
 from peft_core.paths import DataPaths
 from peft_core.results import Status
 from peft_core.spec import EvaluatedAdapter, TrainingConfig
@@ -273,7 +273,7 @@ def test_a_killed_runner_leaves_an_interrupted_job_and_no_child(store: Store, sp
     wait_until(lambda: store.get("job").step == 1, "the first step")
     runner.kill()
     runner.wait()
-    lock = WorkLock(paths.runner_lock)
+    lock = FileLock(paths.runner_lock)
     # The child shares the lock: getting it means that the child is gone as well.
     assert lock.acquire(timeout_s=20)
     with lock:
@@ -294,7 +294,7 @@ def test_a_job_that_was_to_be_cancelled_when_the_runner_died_is_cancelled(
     store.request_cancel("job")
     runner.kill()
     runner.wait()
-    lock = WorkLock(paths.runner_lock)
+    lock = FileLock(paths.runner_lock)
     assert lock.acquire(timeout_s=20)
     with lock:
         recover(store, Registry(paths))
@@ -312,7 +312,7 @@ def test_a_runner_that_is_asked_to_stop_says_so_and_takes_its_child_along(
     assert runner.wait(timeout=30) == 0
     assert store.get("job").status is Status.INTERRUPTED
     assert store.get("waiting").status is Status.QUEUED
-    with WorkLock(paths.runner_lock) as lock:
+    with FileLock(paths.runner_lock) as lock:
         assert lock.acquire()
 
 

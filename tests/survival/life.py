@@ -17,9 +17,9 @@ from peft_core.adapters.registry import Registry
 from peft_core.adapters.verify import verify
 from peft_core.bases import resolve
 from peft_core.config import Settings
-from peft_core.jobs.lock import WorkLock
 from peft_core.jobs.service import JobService
 from peft_core.jobs.store import Store
+from peft_core.lock import FileLock
 from peft_core.results import Status, TrainingStatus
 from peft_core.spec import TrainingConfig
 from tests.survival.points import Point
@@ -221,7 +221,7 @@ class Life:
         return [pid for pid, place in self.processes().items() if Path(place) == self.paths.root]
 
     def somebody_works(self) -> bool:
-        with WorkLock(self.paths.runner_lock) as lock:
+        with FileLock(self.paths.runner_lock) as lock:
             return not lock.acquire()
 
 

@@ -19,6 +19,7 @@ GROUND = {
     "errors",
     "paths",
     "config",
+    "lock",
     "logs",
     "places",
 }  # what everything may stand on
