@@ -91,7 +91,7 @@ class Registry:
                 self.require(project_id, adapter_id)  # again: another may have been faster
                 if self._current(project_id) == adapter_id:
                     self._point_elsewhere(project_id, adapter_id)
-                freed = sum(map(_size, path.iterdir()))
+                freed = sum(map(size_of, path.iterdir()))
                 path.rename(doomed)
                 current = self._current(project_id)
         except FileNotFoundError:  # removed by hand
@@ -212,7 +212,7 @@ class Registry:
             base_perplexity=manifest.metrics.base_perplexity,
             adapter_perplexity=manifest.metrics.adapter_perplexity,
             verdict=manifest.evaluation.verdict if manifest.evaluation else None,
-            adapter_bytes=_size(path / WEIGHTS),
+            adapter_bytes=size_of(path / WEIGHTS),
             adapter_path=str(path),
         )
 
@@ -226,7 +226,7 @@ def _unknown(project_id: str, adapter_id: str, known: list[str]) -> AdapterNotFo
     )
 
 
-def _size(path: Path) -> int:
+def size_of(path: Path) -> int:
     """Of a file; nothing else counts, and no link is followed."""
     try:
         found = path.lstat()

@@ -111,6 +111,12 @@ def test_a_card_that_is_a_link_is_not_followed_and_a_foreign_manifest_only_claim
     assert read_document(draft).card == "# \N{REPLACEMENT CHARACTER}"
     assert "claims" in read_info(draft, trained_here=False).next
     assert "claims" not in read_info(draft).next
+    assert read_info(draft, trained_here=False).manifest is None
+    weights = draft / "adapter_model.safetensors"
+    assert read_info(draft).adapter_bytes == weights.stat().st_size
+    weights.unlink()
+    weights.symlink_to(tmp_path / "secret")
+    assert read_info(draft).adapter_bytes == 0
 
 
 def test_a_manifest_of_a_version_that_says_more_is_read_as_far_as_it_is_known(tmp_path: Path) -> None:
