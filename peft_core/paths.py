@@ -4,6 +4,7 @@
   peft.db                               jobs and events
   runner.lock                           held by whoever is working on the queue
   logs/                                 runner.log
+  inspections/                          of inspect_training_data, while it looks
   base_models/{key}/                    bases converted from GGUF
   jobs/{job_id}/                        task.json, records.jsonl, dataset/, base_scores.json, checkpoint/,
                                         adapter/ (until published), report.html (of an evaluation), train.log
@@ -68,6 +69,10 @@ class DataPaths:
     @property
     def logs(self) -> Path:
         return self.root / "logs"
+
+    @property
+    def inspections(self) -> Path:
+        return self.root / "inspections"
 
     @property
     def base_models(self) -> Path:

@@ -291,6 +291,7 @@ def problem_of(error: Exception) -> Problem:
 
 
 def main(arguments: list[str]) -> None:
+    os.umask(0o077)  # its children inherit it: what they write is private code, or made from it
     settings = Settings.model_validate_json(arguments[0])
     logs.configure(settings.log_level)
     run(settings)

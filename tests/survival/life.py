@@ -19,7 +19,6 @@ from peft_core.bases import resolve
 from peft_core.config import Settings
 from peft_core.jobs.service import JobService
 from peft_core.jobs.store import Store
-from peft_core.lock import FileLock
 from peft_core.results import Status, TrainingStatus
 from peft_core.spec import TrainingConfig
 from tests.survival.points import Point
@@ -219,10 +218,6 @@ class Life:
 
     def runners(self) -> list[int]:
         return [pid for pid, place in self.processes().items() if Path(place) == self.paths.root]
-
-    def somebody_works(self) -> bool:
-        with FileLock(self.paths.runner_lock) as lock:
-            return not lock.acquire()
 
 
 def until(condition: Callable[[], object], what: str, timeout_s: float = PATIENCE_S) -> None:

@@ -85,6 +85,7 @@ class Inbox:
 
 
 def main() -> int:
+    os.umask(0o077)
     # 1. The wire, before anything slow: a server that goes away meanwhile is noticed.
     write = line_writer(claim_stdout(), closed=lambda: os._exit(0))
     config = HostConfig.model_validate_json(sys.argv[1])
