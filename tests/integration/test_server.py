@@ -340,7 +340,7 @@ async def test_an_adapter_s_manifest_and_card_are_a_resource(connect: Connect, d
         assert listed.structured_content["loaded"]["base_model"] is None
         deleted = await client.call_tool("delete_adapter", {"project_id": "web", "adapter_id": "adapter-01"})
         assert "'web' stands for no adapter now" in text_of(deleted)
-    assert list(lora.iterdir()) == []
+    assert [path.name for path in lora.iterdir()] == [".lock"]
 
 
 def test_an_unwritable_data_directory_is_named(tmp_path: Path, code: Path) -> None:
