@@ -21,6 +21,7 @@ assistant that made the call and for the person reading along.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 MAX_MESSAGE = 1_500
@@ -120,6 +121,17 @@ class JobStateError(ModelError):
 
 class StorageError(ModelError):
     code = "storage"
+
+
+def unwritable(directory: Path, error: Exception) -> StorageError:
+    """The data directory cannot be used: what the operating system, or SQLite, said."""
+    return StorageError(
+        f"The data directory {directory} cannot be used: {error}.",
+        code="data_directory_unwritable",
+        suggestions=[
+            "Make it a writable directory with free space, or set CODEBASE_GARDENER_DATA_DIR and restart the server"
+        ],
+    )
 
 
 class TrainingError(ModelError):

@@ -4,16 +4,19 @@
   peft.db                               jobs and events
   runner.lock                           held by whoever is working on the queue
   logs/                                 runner.log
+  inspections/                          of inspect_training_data, while it looks
   base_models/{key}/                    bases converted from GGUF
   jobs/{job_id}/                        task.json, records.jsonl, dataset/, base_scores.json, checkpoint/,
                                         adapter/ (until published), report.html (of an evaluation), train.log
   projects/{project_id}/lora/
     {adapter_id}/                       a published adapter; never changes
     current -> {adapter_id}             moves atomically
+    .lock                               held by whoever publishes or deletes
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,12 +71,17 @@ class DataPaths:
         return self.root / "logs"
 
     @property
+    def inspections(self) -> Path:
+        return self.root / "inspections"
+
+    @property
     def base_models(self) -> Path:
         return self.root / "base_models"
 
     @property
     def projects(self) -> Path:
-        return self.root / "projects"
+        """Its one form, links followed: paths below it are compared."""
+        return Path(os.path.realpath(self.root / "projects"))
 
     def job(self, job_id: str) -> JobPaths:
         return JobPaths(self.root / "jobs" / job_id)

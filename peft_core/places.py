@@ -17,7 +17,10 @@ _AT_HOME = (
     ".ssh", ".gnupg", ".aws", ".azure", ".kube", ".docker", ".config/gcloud", ".config/gh", ".config/op", ".config/hub",
     ".config/rclone", ".config/sops", ".password-store", ".vault-token", ".terraform.d", ".cargo/credentials.toml",
     ".local/share/keyrings", ".local/share/kwalletd", ".local/share/gnome-keyring", ".pki", ".cert", ".netrc", ".npmrc",
-    ".pypirc", ".git-credentials", ".cache/huggingface/token", ".huggingface",
+    ".pypirc", ".git-credentials", ".cache/huggingface/token", ".huggingface", ".ollama/id_ed25519",
+    # assistants: keys, and what was said to them; work trees that they keep at home are projects
+    ".claude.json", ".claude/.credentials.json", ".claude/projects", ".claude/history.jsonl", ".codex/auth.json",
+    ".codex/sessions", ".gemini/oauth_creds.json", ".gemini/tmp", ".cursor/projects", ".cursor/chats",
     # browsers and mail: cookies, passwords, letters
     ".mozilla", ".config/google-chrome", ".config/chromium", ".config/BraveSoftware", ".config/microsoft-edge",
     ".config/vivaldi", ".config/opera", ".thunderbird", "snap/firefox", "snap/chromium", ".var/app",
@@ -79,6 +82,12 @@ def require_allowed(field: str, path: Path, allowed_roots: Sequence[Path] | None
     )
 
 
+def is_private(path: Path) -> bool:
+    """Whether this is a place for credentials or private data, or lies in one."""
+    place = real(path)
+    return bool(_NAMES & {part.lower() for part in place.parts}) or _is_below(place, _private())
+
+
 def real(path: Path) -> Path:
     """Where a path leads; of one that leads nowhere, as far as it does."""
     try:
@@ -95,16 +104,20 @@ def _reasons(place: Path, data_dir: Path) -> Iterator[str]:
         yield "this is the data directory of peft-mcp itself"
     if _would_be_read(data_dir, place):
         yield "this holds the data directory of peft-mcp itself"
-    private = [home / name for name in _AT_HOME]
-    if _NAMES & {part.lower() for part in place.parts} or _is_below(place, private):
+    if is_private(place):
         yield "this is a place for credentials or private data"
-    if any(_would_be_read(one, place) for one in private):
+    if any(_would_be_read(one, place) for one in _private()):
         yield "this holds places for credentials or private data"
     at_home = home != Path("/") and place.is_relative_to(home)  # of a daemon, below /var/lib
     if _is_below(place, map(Path, _OF_THE_SYSTEM)) and not at_home and not place.is_relative_to(_MEMORY):
         yield "this belongs to the operating system"
     if any(_would_be_read(Path(one), place) for one in _OF_THE_SYSTEM):
         yield "this holds directories of the operating system"
+
+
+def _private() -> list[Path]:
+    home = real(Path.home())
+    return [home / name for name in _AT_HOME]
 
 
 def _would_be_read(private: Path, place: Path) -> bool:

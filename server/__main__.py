@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from importlib.metadata import version
 
@@ -45,6 +46,7 @@ def main() -> None:
     from server.app import build_server  # noqa: PLC0415 -- --help and --version need not import mcp
     from server.leaving import leave_with_client  # noqa: PLC0415 -- likewise
 
+    os.umask(0o077)  # whatever is written, here and in the processes that are started, is private code or made from it
     server = build_server(settings)
     leave_with_client(sys.stdin.fileno())
     server.run("stdio")

@@ -58,11 +58,23 @@ class TrainingUpdates:
                     log.warning("cannot look for changed jobs: %s", problem)
                 changed, warned = [], problem
             for job_id in changed:
-                uri = f"training://{job_id}"
-                await self.bus.publish(ResourceUpdated(uri=uri))
-                for session in self._sessions.get(uri, ()):
-                    await session.send_resource_updated(uri)
+                await self._publish(f"training://{job_id}")
             await anyio.sleep(LOOK_S)
+
+    async def _publish(self, uri: str) -> None:
+        """To all who listen; who cannot be reached any more is not told again."""
+        try:
+            await self.bus.publish(ResourceUpdated(uri=uri))
+        except Exception as error:  # noqa: BLE001 -- as in `tell`
+            log.warning("cannot publish %s: %r", uri, error)
+        for session in list(self._sessions.get(uri, ())):
+            try:
+                await session.send_resource_updated(uri)
+            except Exception as error:  # noqa: BLE001 -- a session that was closed must not end the others
+                log.warning("cannot tell of %s: %r", uri, error)
+                for sessions in self._sessions.values():
+                    if session in sessions:
+                        sessions.remove(session)
 
 
 def add_adapter_resource(mcp: MCPServer[PEFTManager]) -> None:

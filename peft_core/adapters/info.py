@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from pydantic import Field
 
 from peft_core.adapters.manifest import CARD_NAME, CONFIG, REPORT_NAME, WEIGHTS, Manifest, read_manifest
+from peft_core.adapters.registry import size_of
 from peft_core.errors import AdapterNotFound
 from peft_core.measurements import Benefit
 from peft_core.spec import Frozen
@@ -25,9 +27,7 @@ class AdapterInfo(Frozen):
     rank: int | None
     alpha: float | None
     target_modules: list[str]
-    manifest: Manifest | None = Field(
-        None, description="Base, data, run and measurements. Null: not trained by peft-mcp."
-    )
+    manifest: Manifest | None = Field(None, description="Base, data, run and measurements. Null: not trained here.")
     report_path: str | None = Field(None, description="A page to open in a browser: curves, intervals, examples.")
     next: str
 
@@ -58,8 +58,7 @@ def read_info(path: Path, *, trained_here: bool = True) -> AdapterInfo:
         AdapterNotFound: the directory holds no adapter.
         HeaderError: its configuration is not a readable JSON object.
     """
-    weights = path / WEIGHTS
-    if not (weights.is_file() and (path / CONFIG).is_file()):
+    if not (os.path.lexists(path / WEIGHTS) and os.path.lexists(path / CONFIG)):
         raise AdapterNotFound(
             f"{path} holds no adapter: {CONFIG} and {WEIGHTS} are expected there.",
             suggestions=["Call list_adapters to see what there is"],
@@ -74,11 +73,11 @@ def read_info(path: Path, *, trained_here: bool = True) -> AdapterInfo:
     manifest = read_manifest(path)
     return AdapterInfo(
         adapter_path=str(path),
-        adapter_bytes=weights.stat().st_size,
+        adapter_bytes=size_of(path / WEIGHTS),
         rank=rank if is_rank(rank) else None,
         alpha=float(alpha) if is_alpha(alpha) else None,
         target_modules=[name for name in targets if is_literal(name)] if isinstance(targets, list) else [],
-        manifest=manifest,
+        manifest=manifest if trained_here else None,  # a megabyte of what a stranger wrote is no answer of ours
         report_path=str(path / REPORT_NAME) if trained_here and (path / REPORT_NAME).is_file() else None,
         next=_next(manifest, trained_here=trained_here),
     )

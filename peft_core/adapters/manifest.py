@@ -104,11 +104,12 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 def read_manifest(directory: Path) -> Manifest | None:
     """The manifest of an adapter of ours; None where there is none or another schema's.
 
-    It is a claim by whoever wrote it, and read with the care that this takes: no link, no more than 1 MB.
+    It is a claim by whoever wrote it, and read with the care that this takes: no link, no more than 1 MB. Fields that are
+    not known here are passed over: an adapter outlives the version that wrote it, and an older one may be asked about it.
     """
     from peft_core.bases.header import HeaderError, read_small  # noqa: PLC0415 -- not at the server's start
 
     try:
-        return Manifest.model_validate_json(read_small(directory / MANIFEST_NAME, MAX_MANIFEST_BYTES))
+        return Manifest.model_validate_json(read_small(directory / MANIFEST_NAME, MAX_MANIFEST_BYTES), extra="ignore")
     except (HeaderError, ValueError):
         return None

@@ -9,16 +9,20 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from peft_core.adapters.manifest import CONFIG, MANIFEST_NAME, WEIGHTS, Manifest, read_manifest
-from peft_core.errors import AdapterNotFound
+from peft_core.errors import AdapterNotFound, StorageError, unwritable
+from peft_core.lock import FileLock
 from peft_core.measurements import Benefit
 from peft_core.paths import DataPaths
 from peft_core.places import require_allowed
 from peft_core.results import AdapterSummary, DeletedAdapter
+
+PATIENCE_S = 10.0  # with who else changes a project's adapters: that takes milliseconds
 
 
 class Registry:
@@ -40,12 +44,14 @@ class Registry:
                 _sync(file)
                 file.chmod(0o444)
             _sync(draft)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            draft.rename(target)
-            _sync(target.parent)
-        manifest = read_manifest(target)
-        if manifest is None or manifest.wants_to_be_current:
-            self.set_current(project_id, adapter_id)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with self._alone(project_id):
+            if not target.exists():
+                draft.rename(target)
+                _sync(target.parent)
+            manifest = read_manifest(target)
+            if manifest is None or manifest.wants_to_be_current:
+                self.set_current(project_id, adapter_id)
         return target
 
     def set_current(self, project_id: str, adapter_id: str) -> None:
@@ -67,12 +73,7 @@ class Registry:
         known = _names(self._paths.adapters(project_id))
         if adapter_id in known and adapter_id != "current":  # a listed name is one path component, not '..' or a path
             return self._paths.adapter(project_id, adapter_id)
-        there = ", ".join(name for name in known if name != "current") or "none"
-        raise AdapterNotFound(
-            f"Project {project_id!r} has no adapter {adapter_id!r}. Its adapters: {there}.",
-            suggestions=["Call list_adapters for the ids"],
-            details={"project_id": project_id, "known": known},
-        )
+        raise _unknown(project_id, adapter_id, known)
 
     def delete(self, project_id: str, adapter_id: str) -> DeletedAdapter:
         """Remove an adapter of this project; where it was the current one, its newest other takes its place that does no harm.
@@ -81,24 +82,23 @@ class Registry:
 
         Raises:
             AdapterNotFound: there is none of this id.
+            StorageError: the directory cannot be written, or somebody keeps it locked.
         """
         path = self.require(project_id, adapter_id)
-        link = self._paths.current(project_id)
-        if link.is_symlink() and link.readlink().name == adapter_id:
-            others = [
-                adapter
-                for adapter in self.adapters(project_id)
-                if adapter.adapter_id != adapter_id and adapter.verdict is not Benefit.HARMS
-            ]
-            if others:
-                self.set_current(project_id, others[0].adapter_id)
-            else:
-                link.unlink()
-        freed = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
         doomed = path.with_name(f".deleted.{adapter_id}.{secrets.token_hex(4)}")
-        path.rename(doomed)
+        try:
+            with self._alone(project_id):
+                self.require(project_id, adapter_id)  # again: another may have been faster
+                if self._current(project_id) == adapter_id:
+                    self._point_elsewhere(project_id, adapter_id)
+                freed = sum(map(size_of, path.iterdir()))
+                path.rename(doomed)
+                current = self._current(project_id)
+        except FileNotFoundError:  # removed by hand
+            raise _unknown(project_id, adapter_id, _names(path.parent)) from None
+        except OSError as error:
+            raise unwritable(path.parent, error) from error
         shutil.rmtree(doomed, ignore_errors=True)
-        current = link.readlink().name if link.is_symlink() else None
         return DeletedAdapter(
             adapter_id=adapter_id,
             project_id=project_id,
@@ -108,6 +108,41 @@ class Registry:
             if current
             else f"{project_id!r} stands for no adapter now.",
         )
+
+    @contextmanager
+    def _alone(self, project_id: str) -> Iterator[None]:
+        """While nobody else changes which adapters the project has, and for which of them it stands.
+
+        Raises:
+            StorageError: somebody else is at it, and does not come to an end.
+        """
+        place = self._paths.adapters(project_id)
+        with FileLock(place / ".lock") as lock:
+            if not lock.acquire(PATIENCE_S):
+                raise StorageError(
+                    f"Another process has been changing the adapters of {project_id!r} for more than {PATIENCE_S:g} s.",
+                    code="adapters_busy",
+                    suggestions=["Try again; if it persists, look for a peft-mcp process that was stopped"],
+                )
+            yield
+
+    def _point_elsewhere(self, project_id: str, adapter_id: str) -> None:
+        others = [
+            adapter
+            for adapter in self.adapters(project_id)
+            if adapter.adapter_id != adapter_id and adapter.verdict is not Benefit.HARMS
+        ]
+        if others:
+            self.set_current(project_id, others[0].adapter_id)
+        else:
+            self._paths.current(project_id).unlink()
+
+    def _current(self, project_id: str) -> str | None:
+        """The id of the adapter for which the project stands."""
+        try:
+            return self._paths.current(project_id).readlink().name
+        except OSError:
+            return None
 
     def adapters(self, project_id: str | None = None) -> list[AdapterSummary]:
         """Newest first."""
@@ -168,19 +203,36 @@ class Registry:
 
     def _summary(self, path: Path, manifest: Manifest) -> AdapterSummary:
         project_id = path.parent.parent.name  # where it lies decides, whatever its manifest says
-        current = self._paths.current(project_id)
         return AdapterSummary(
             adapter_id=path.name,
             project_id=project_id,
-            current=current.is_symlink() and current.readlink().name == path.name,
+            current=self._current(project_id) == path.name,
             created_at=manifest.created_at,
             base_model=manifest.base.name,
             base_perplexity=manifest.metrics.base_perplexity,
             adapter_perplexity=manifest.metrics.adapter_perplexity,
             verdict=manifest.evaluation.verdict if manifest.evaluation else None,
-            adapter_bytes=(path / WEIGHTS).stat().st_size if (path / WEIGHTS).is_file() else 0,
+            adapter_bytes=size_of(path / WEIGHTS),
             adapter_path=str(path),
         )
+
+
+def _unknown(project_id: str, adapter_id: str, known: list[str]) -> AdapterNotFound:
+    there = ", ".join(name for name in known if name != "current") or "none"
+    return AdapterNotFound(
+        f"Project {project_id!r} has no adapter {adapter_id!r}. Its adapters: {there}.",
+        suggestions=["Call list_adapters for the ids"],
+        details={"project_id": project_id, "known": known},
+    )
+
+
+def size_of(path: Path) -> int:
+    """Of a file; nothing else counts, and no link is followed."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
 
 def _names(directory: Path) -> list[str]:

@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from peft_core.bases.checkpoint import read_checkpoint
 from peft_core.bases.fingerprint import fingerprint
 from peft_core.bases.gguf_model import hugging_face_name, permuted_heads
-from peft_core.bases.header import TensorInfo
+from peft_core.bases.header import TensorInfo, open_regular, read_exactly
 from peft_core.bases.layout import Checkpoint, a_few, unusable
 from peft_core.bases.pre_tokenizer import SPLIT_RULES, SplitRule
 from peft_core.errors import StorageError
@@ -71,6 +71,8 @@ def materialise(base: Base, cache_dir: Path, report: Callable[[str], None]) -> P
         temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=cache_dir))
         try:
             _convert(read_checkpoint(base.path), temporary)
+            if cache_dir / conversion_key(base) != target:
+                raise unusable(base.path, "its files have changed while they were converted", "Ask again")
             _sync(temporary)
             temporary.rename(target)
             _sync_directory(cache_dir)
@@ -80,9 +82,28 @@ def materialise(base: Base, cache_dir: Path, report: Callable[[str], None]) -> P
 
 
 def conversion_key(base: Base) -> str:
-    """Name of a conversion: the same for the same content, wherever it lies."""
-    content = [FORMAT, base.fingerprint.architecture, base.fingerprint.sample, base.size_bytes]
+    """Name of a conversion: the same for the same content, wherever it lies.
+
+    Of a GGUF file all that is before its weights counts, vocabulary and chat template as well: a file with somebody's weights
+    and its own template must not become what that somebody's name stands for.
+    """
+    content = [
+        FORMAT,
+        base.fingerprint.architecture,
+        base.fingerprint.sample,
+        base.size_bytes,
+        _hash_of_header(base.path),
+    ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
+
+
+def _hash_of_header(path: Path) -> str:
+    end = min(tensor.start for _, tensor in read_checkpoint(path).stored)
+    hashed = hashlib.sha256()
+    with open_regular(path, follow_links=True) as descriptor:
+        for start in range(0, end, BLOCK_BYTES):
+            hashed.update(read_exactly(descriptor, min(BLOCK_BYTES, end - start), start, path))
+    return hashed.hexdigest()
 
 
 @contextmanager

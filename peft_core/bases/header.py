@@ -11,6 +11,8 @@ from pathlib import Path
 
 from peft_core.errors import ModelError
 
+_AT_ONCE = 0x7FFFF000  # bytes: Linux reads no more
+
 
 class HeaderError(ModelError):
     """A weights file that cannot be read as what it claims to be."""
@@ -69,13 +71,13 @@ def read_exactly(descriptor: int, size: int, start: int, path: Path) -> bytes:
     """
     parts: list[bytes] = []
     while size > 0:
-        part = os.pread(descriptor, min(size, 1 << 30), start)
+        part = os.pread(descriptor, min(size, _AT_ONCE), start)
         if not part:
             raise HeaderError(path, "ends too early; it was truncated")
         parts.append(part)
         start += len(part)
         size -= len(part)
-    return b"".join(parts)
+    return b"".join(parts)  # of one part: itself, not a copy
 
 
 def read_small(path: Path, limit: int) -> bytes:

@@ -24,7 +24,7 @@ from peft_core.bases.hub_cache import (
 )
 from peft_core.config import Settings
 from peft_core.errors import BaseModelError, InvalidArgument
-from peft_core.places import require_allowed
+from peft_core.places import is_private, require_allowed
 from peft_core.spec import BUNDLED, Base
 
 BUNDLED_NAME = "SmolLM2-135M-Instruct"
@@ -180,16 +180,21 @@ def _hints(wanted: str) -> tuple[str, ...]:
     """Names near the one that was not found: in the cache, and beside the path."""
     near = _nearest(wanted, cached_models())
     path = _path(wanted) if _looks_like_path(wanted) else None
-    if path is not None:
-        near += [str(path.parent / name) for name in _nearest(path.name, _names_in(path.parent))]
+    if path is not None and not is_private(path):
+        near += [str(path.parent / name) for name in _nearest(path.name, _bases_in(path.parent))]
     return (f"Close: {', '.join(near)}",) if near else ()
 
 
-def _names_in(directory: Path) -> list[str]:
+def _bases_in(directory: Path) -> list[str]:
+    """What may be a base by its name: nothing is said of other files."""
     try:
-        return [path.name for path in directory.iterdir()]
+        return [path.name for path in directory.iterdir() if _may_be_base(path)]
     except OSError:
         return []
+
+
+def _may_be_base(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf" or (path / "config.json").is_file()
 
 
 def _nearest(wanted: str, known: Iterable[str]) -> list[str]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from pydantic import ValidationError
@@ -14,12 +18,21 @@ from peft_core.results import Problem
 from peft_core.spec import Frozen
 
 Answer = TypeVar("Answer", bound=Frozen)
+_PARENT = "PEFT_MCP_PARENT"
+_LOOK_S = 0.25
 
 
 def ask(
-    module: str, request: Frozen, answer: type[Answer], *, timeout_s: float, doing: str, else_do: Sequence[str]
+    module: str,
+    request: Frozen,
+    answer: type[Answer],
+    *,
+    timeout_s: float,
+    doing: str,
+    else_do: Sequence[str],
+    scratch: Path | None = None,
 ) -> Answer:
-    """`doing`: what it does, in words. `else_do`: what to do when that takes too long.
+    """`doing`: what it does, in words. `else_do`: what to do when that takes too long. `scratch`: for its temporary files.
 
     Raises:
         DataError: as the child says; or 'inspection_timeout', 'inspection_failed'.
@@ -31,6 +44,11 @@ def ask(
             capture_output=True,
             timeout=timeout_s,
             check=False,
+            env={
+                **os.environ,
+                _PARENT: str(os.getpid()),
+                **({} if scratch is None else {"TMPDIR": str(scratch)}),
+            },
         )
     except subprocess.TimeoutExpired as error:
         raise DataError(
@@ -46,6 +64,19 @@ def ask(
         last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         raise DataError(f"{doing} failed: {last}", code="inspection_failed") from error
     raise DataError(problem.message, code=problem.code, suggestions=problem.suggestions)
+
+
+def begin() -> None:
+    """What the child does first: its files are its user's alone, and it ends with whoever asked. By hand nobody did."""
+    os.umask(0o077)
+    if (parent := os.environ.get(_PARENT)) is not None:
+        threading.Thread(target=_end_without, args=(int(parent),), name="parent-watch", daemon=True).start()
+
+
+def _end_without(parent: int) -> None:
+    while os.getppid() == parent:  # an orphan has another one
+        time.sleep(_LOOK_S)
+    os._exit(1)
 
 
 def problem_of(error: ModelError) -> Problem:

@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
-from peft_core.data.child import problem_of
+from peft_core.data.child import begin, problem_of
 from peft_core.data.classify import Reason
 from peft_core.data.codec import EstimatingCodec
 from peft_core.data.prepare import prepare
@@ -79,6 +79,7 @@ def preview(request: PreviewRequest) -> Preview:
 
 
 def main() -> int:
+    begin()
     try:
         answer: Preview | Problem = preview(PreviewRequest.model_validate_json(sys.stdin.read()))
     except ModelError as error:

@@ -17,6 +17,7 @@ from peft_core.data.languages import named, of_file
 from peft_core.errors import DataError
 
 MAX_LINE_BYTES = 16_000_000
+MAX_PATH = 4096  # characters of a file_path, which is told in reports
 RECORD = "record"  # the kind of what is no chunk of code
 CHUNK_TYPES = ("function", "class", "method", "module", "import", "variable", "comment", "interface", "type", "block")
 ROLES = ("system", "user", "assistant", "tool")
@@ -100,6 +101,8 @@ def parse(value: object, name: str, *, where: str = "") -> Record:
         raise _broken(at, f"'file_path' is {_kind(path)}, it must be text or null")
     record_path = "" if path is None else os.fspath(path).replace("\\", "/")
     _encodable(record_path, "file_path", at)
+    if len(record_path) > MAX_PATH:
+        raise _broken(at, f"'file_path' has {len(record_path)} characters, at most {MAX_PATH} are allowed")
     if form is Form.MESSAGES:
         return Record(name, form, (), messages=_messages(value["messages"], at), path=record_path)
     keys = _KEYS[form]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from peft_core.data.child import problem_of
+from peft_core.data.child import begin, problem_of
 from peft_core.data.records import FORMS, numbered, write_records
 from peft_core.data.source import MAX_JSONL_BYTES, sum_up
 from peft_core.data.table import Copied, TableRequest
@@ -138,6 +138,7 @@ def _too_large(table: Path) -> DataError:
 
 
 def main() -> int:
+    begin()
     request = TableRequest.model_validate_json(sys.stdin.read())
     try:
         said = answer(request)

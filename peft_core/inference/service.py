@@ -104,7 +104,12 @@ class InferenceService:
             InferenceError: no memory for it, or the host died.
         """
         request = await run_sync(partial(self._load_request, adapter_path, base_model, insist=accept_unproven_base))
-        return await self._host.ask(request, LoadedAdapter, report)
+        path = request.adapter_path
+        self._loading[path] += 1
+        try:
+            return await self._host.ask(request, LoadedAdapter, report)
+        finally:
+            self._loading[path] -= 1
 
     async def unload(self, adapter_path: str | None) -> UnloadedAdapter:
         """Take off the named adapter, or the active one.
@@ -163,10 +168,19 @@ class InferenceService:
 
         Raises:
             AdapterNotFound: the project has none of this id; names those it has.
-            AdapterInUse: it is loaded.
+            AdapterInUse: it is loaded, or being loaded.
         """
         path = self._registry.require(project_id, adapter_id)
-        if path in self._loading or str(path) in {adapter.adapter_path for adapter in self.resident.adapters}:
+        directory = path.resolve()  # as it was loaded
+        if self._loading[directory] or self._host.is_still_loading(directory):
+            raise AdapterInUse(
+                f"Adapter {adapter_id} is being loaded, and so is not deleted.",
+                suggestions=[
+                    "Wait for load_adapter to answer; a call that was cancelled may take as long to come to its end",
+                    f"Then call unload_adapter(adapter_path={str(path)!r}), and delete_adapter again",
+                ],
+            )
+        if str(directory) in {adapter.adapter_path for adapter in self.resident.adapters}:
             raise AdapterInUse(
                 f"Adapter {adapter_id} is loaded, and so is not deleted.",
                 suggestions=[f"Call unload_adapter(adapter_path={str(path)!r}) first"],

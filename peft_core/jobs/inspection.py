@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from peft_core.config import Settings
 from peft_core.data.child import ask
 from peft_core.data.preview import Preview, PreviewRequest
+from peft_core.errors import unwritable
 from peft_core.jobs.data_report import DataSample, TrainingDataReport
 from peft_core.jobs.model import JobRequest
 from peft_core.jobs.planning import TrainingData, plan, write_source
+from peft_core.jobs.pruning import prune_inspections
+from peft_core.paths import DataPaths
 from peft_core.spec import Base, Example, TrainingConfig
 
 TIMEOUT_S = 120.0
@@ -31,13 +35,27 @@ def inspect_training_data(
         InvalidArgument, DataError, BaseModelError, StorageError: it could not be trained, and why.
     """
     draft = plan(training_data, config, settings, measured_speed)
-    with tempfile.TemporaryDirectory(prefix="peft-mcp-inspect-") as temporary:
-        request = write_source(draft, training_data, Path(temporary) / "source" / "records.jsonl")
-        found = _looked_at(request)
+    with _scratch(settings.paths) as scratch:
+        request = write_source(draft, training_data, scratch / "source" / "records.jsonl")
+        found = _looked_at(request, scratch)
     return _report(request, found, given=training_data if isinstance(training_data, str) else "these records")
 
 
-def _looked_at(request: JobRequest) -> Preview:
+@contextmanager
+def _scratch(paths: DataPaths) -> Iterator[Path]:
+    """A directory for copies of what is looked at: not where all temporary files are, for the server may end meanwhile."""
+    prune_inspections(paths)
+    try:
+        paths.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        paths.inspections.mkdir(mode=0o700, exist_ok=True)
+        directory = tempfile.TemporaryDirectory(dir=paths.inspections, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise unwritable(paths.root, error) from error
+    with directory as scratch:
+        yield Path(scratch)
+
+
+def _looked_at(request: JobRequest, scratch: Path) -> Preview:
     config = request.config
     asked = PreviewRequest(
         source=request.source,
@@ -55,6 +73,7 @@ def _looked_at(request: JobRequest) -> Preview:
         timeout_s=TIMEOUT_S,
         doing="Looking at the examples",
         else_do=("Inspect a directory of it", "train_adapter itself has no such limit"),
+        scratch=scratch,
     )
 
 

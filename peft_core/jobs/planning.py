@@ -20,7 +20,7 @@ from peft_core.data import table
 from peft_core.data.history import require_history
 from peft_core.data.records import write_records
 from peft_core.data.source import inspect
-from peft_core.errors import DataError, InvalidArgument, StorageError
+from peft_core.errors import DataError, InvalidArgument, StorageError, unwritable
 from peft_core.estimate import (
     MICRO_TOKENS,
     estimate,
@@ -32,7 +32,6 @@ from peft_core.estimate import (
 )
 from peft_core.jobs.advice import advise
 from peft_core.jobs.model import JobRequest
-from peft_core.jobs.store import unwritable
 from peft_core.machine import available_memory_bytes, cpu_multiplies_bfloat16, expected_device
 from peft_core.places import require_data_place
 from peft_core.recipe import filled_in

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from peft_core.adapters.registry import Registry
 from peft_core.jobs.store import Store
 from peft_core.paths import DataPaths
 
+LEFT_BEHIND_INSPECTION_S = 3_600.0  # as below; one takes minutes
 LEFT_BEHIND_S = 86_400.0  # what nobody knows of and nobody touched for so long was left by a process that was killed
 
 
@@ -30,14 +31,7 @@ def prune(store: Store, registry: Registry, paths: DataPaths, *, keep: int) -> N
             shutil.rmtree(files, ignore_errors=True)
             store.forget_events(job.job_id)
     known = store.job_ids()
-    for path in _left_behind(paths, known, now=time.time()):
-        shutil.rmtree(path, ignore_errors=True)
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
-
-
-def _left_behind(paths: DataPaths, known: set[str], *, now: float) -> Iterator[Path]:
-    """Files of jobs that were never queued or are forgotten, and the drafts of moves that were never made."""
+    # Of jobs that were never queued or are forgotten, and the drafts of moves that were never made.
     jobs = (path for path in paths.root.glob("jobs/*") if path.name not in known)
     drafts = paths.root.glob(".peft.db.*")
     moves = (
@@ -46,7 +40,19 @@ def _left_behind(paths: DataPaths, known: set[str], *, now: float) -> Iterator[P
         for name in (".current.*", ".deleted.*")
         for path in place.glob(name)
     )
-    for path in (*jobs, *drafts, *moves):
+    _remove_older((*jobs, *drafts, *moves), LEFT_BEHIND_S)
+    prune_inspections(paths)
+
+
+def prune_inspections(paths: DataPaths) -> None:
+    """Remove what inspections have left whose server went away in the middle. For anybody."""
+    _remove_older(paths.inspections.glob("*"), LEFT_BEHIND_INSPECTION_S)
+
+
+def _remove_older(paths: Iterable[Path], seconds: float) -> None:
+    now = time.time()
+    for path in paths:
         with suppress(OSError):
-            if now - path.lstat().st_mtime > LEFT_BEHIND_S:
-                yield path
+            if now - path.lstat().st_mtime > seconds:
+                shutil.rmtree(path, ignore_errors=True)
+                path.unlink(missing_ok=True)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from peft_core.adapters.manifest import read_manifest
 from peft_core.adapters.registry import Registry
+from peft_core.errors import unwritable
 from peft_core.events import Event, JobCancelled, JobCompleted, JobInterrupted
 from peft_core.jobs.model import Job
-from peft_core.jobs.store import Store, unwritable
+from peft_core.jobs.store import Store
 from peft_core.results import Metrics, Problem, Status
 
 
@@ -37,14 +38,15 @@ def completed_by(job: Job, registry: Registry) -> JobCompleted | None:
         StorageError: it cannot be made the current one.
     """
     published = registry.published(job.project_id, job.job_id)
-    manifest = read_manifest(published) if published else None
-    if published is None or manifest is None:
+    if published is None:
         return completed_evaluation(job)
     try:
         registry.publish(published, job.project_id, job.job_id)
     except OSError as error:
         raise unwritable(published.parent, error) from error
-    return JobCompleted(adapter_path=str(published), metrics=manifest.metrics)
+    manifest = read_manifest(published)  # that it cannot be read does not undo what was done
+    metrics = manifest.metrics if manifest is not None else job.metrics or Metrics()
+    return JobCompleted(adapter_path=str(published), metrics=metrics)
 
 
 def completed_evaluation(job: Job) -> JobCompleted | None:

@@ -108,13 +108,14 @@ def _next(job: Job, adapter: str | None) -> str:
 def _next_of_completed(job: Job, adapter: str | None) -> str:
     if adapter is None:
         return f"Its adapter was deleted since. Call train_adapter(project_id={job.project_id!r}, ...) for a new one."
-    all_measured = f"get_adapter_info(adapter_path={job.project_id!r}) shows all that was measured."
+    name = job.project_id if _is_current(Path(adapter)) else adapter
+    all_measured = f"get_adapter_info(adapter_path={name!r}) shows all that was measured."
     config = job.request.config
     match _verdict(job):
         case Benefit.HELPS if config.make_current == "never":
             return f"The adapter helps, and was not made current, as asked. load_adapter(adapter_path={adapter!r}) loads it."
         case Benefit.HELPS:
-            return f"The adapter helps. Call load_adapter(adapter_path={job.project_id!r}) to use it; {all_measured}"
+            return f"The adapter helps. Call load_adapter(adapter_path={name!r}) to use it; {all_measured}"
         case Benefit.NO_DIFFERENCE:
             return (
                 "No difference could be shown on held-out files. Try more data or more epochs; "
@@ -131,6 +132,14 @@ def _next_of_completed(job: Job, adapter: str | None) -> str:
                 f"Try a lower learning_rate, fewer epochs or more data; get_adapter_info(adapter_path={adapter!r}) "
                 "shows all that was measured."
             )
+
+
+def _is_current(adapter: Path) -> bool:
+    """Whether the project id stands for it: another one may have come after it."""
+    try:
+        return adapter.with_name("current").readlink().name == adapter.name
+    except OSError:
+        return False
 
 
 def _next_of_evaluation(job: Job) -> str:

@@ -29,7 +29,7 @@ from peft_core.adapters.manifest import read_manifest
 from peft_core.adapters.registry import Registry
 from peft_core.adapters.verify import verify
 from peft_core.config import Settings
-from peft_core.errors import ModelError, StorageError
+from peft_core.errors import ModelError, StorageError, TrainingError
 from peft_core.events import (
     EVENT,
     AdapterWritten,
@@ -42,11 +42,11 @@ from peft_core.events import (
     PhaseStarted,
     RunPlanned,
 )
-from peft_core.jobs.lock import WorkLock
 from peft_core.jobs.model import IllegalTransition, Job
 from peft_core.jobs.pruning import prune
 from peft_core.jobs.recovery import completed_by, completed_evaluation, problem_of_exit, recover
 from peft_core.jobs.store import Store
+from peft_core.lock import FileLock
 from peft_core.paths import JobPaths
 from peft_core.results import Phase, Problem, Status
 from peft_core.task import TrainingTask
@@ -57,9 +57,10 @@ LOCK_PATIENCE_S = 5.0  # longer than anybody who only probes holds the lock
 LOOK_S = 0.25  # how often a running job is looked up for a request to cancel
 GRACE_S = 20.0  # between SIGTERM and SIGKILL: time for a micro-step and a checkpoint
 MAX_LINE = 1 << 20
+TOLD_AGAIN = 2000  # events that a run which goes on may tell again, at most
 ASKED_TO_STOP = 143  # exit code of a child that left on SIGTERM, its checkpoint written
 
-log = structlog.get_logger()
+log = structlog.get_logger(__name__)
 
 
 def run(settings: Settings) -> None:
@@ -67,7 +68,7 @@ def run(settings: Settings) -> None:
     paths = settings.paths
     store = Store(paths.database, time.time)
     registry = Registry(paths)
-    lock = WorkLock(paths.runner_lock)
+    lock = FileLock(paths.runner_lock)
     while lock.acquire(LOCK_PATIENCE_S):
         with lock:
             recover(store, registry)
@@ -77,7 +78,7 @@ def run(settings: Settings) -> None:
 
 
 class Runner:
-    def __init__(self, store: Store, registry: Registry, lock: WorkLock, settings: Settings) -> None:
+    def __init__(self, store: Store, registry: Registry, lock: FileLock, settings: Settings) -> None:
         self._store = store
         self._registry = registry
         self._paths = settings.paths
@@ -115,7 +116,7 @@ class Runner:
         except Exception as error:  # noqa: BLE001 -- the edge of a job, which must not stay "in progress" whatever happens
             bound.exception("runner failed")
             # Raising here leaves the job to whoever looks next: what cannot be recorded cannot be told.
-            event = completed_by(job, self._registry) or JobFailed(error=problem_of(error))
+            event = completed_by(self._store.get(job.job_id), self._registry) or JobFailed(error=problem_of(error))
         self._store.append(job.job_id, event)
         if isinstance(event, JobCompleted):
             clean_up(paths)
@@ -172,15 +173,24 @@ class Runner:
         """Record the child's events until it closes its output; the final one is returned, not recorded.
 
         A run that goes on begins by telling again what it told last: what is known of that is not recorded twice.
+
+        Raises:
+            TrainingError: an event without an end. Where the next one begins cannot be known.
         """
-        known: set[str] | None = {event.model_dump_json() for event in self._store.events(job_id)}
+        known: set[str] | None = {event.model_dump_json() for event in self._store.newest_events(job_id, TOLD_AGAIN)}
         lines = BufferedByteReceiveStream(stream)
         last_word: Event | None = None
         while True:
             try:
                 line = await lines.receive_until(b"\n", MAX_LINE)
-            except (anyio.IncompleteRead, anyio.EndOfStream, anyio.DelimiterNotFound):
+            except (anyio.IncompleteRead, anyio.EndOfStream):
                 return last_word
+            except anyio.DelimiterNotFound:
+                raise TrainingError(
+                    f"The training process told of something in more than {MAX_LINE} bytes, and was ended.",
+                    code="endless_event",
+                    suggestions=["This is a bug: please report it with the log of the job"],
+                ) from None
             try:
                 event = EVENT.validate_json(line)
                 if isinstance(event, RunPlanned):
@@ -281,6 +291,7 @@ def problem_of(error: Exception) -> Problem:
 
 
 def main(arguments: list[str]) -> None:
+    os.umask(0o077)  # its children inherit it: what they write is private code, or made from it
     settings = Settings.model_validate_json(arguments[0])
     logs.configure(settings.log_level)
     run(settings)

@@ -6,32 +6,25 @@ Everything here blocks, `submit` for up to a second on a large repository; the m
 from __future__ import annotations
 
 import secrets
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument, JobNotFound, JobStateError
-from peft_core.events import JobFailed, JobResumed
+from peft_core.events import JobResumed
 from peft_core.jobs.data_report import TrainingDataReport
-from peft_core.jobs.lock import WorkLock
 from peft_core.jobs.model import IllegalTransition, Job, JobRequest
-from peft_core.jobs.recovery import problem_of_exit, recover
 from peft_core.jobs.report import headline, not_started, status_of
-from peft_core.jobs.store import Store, unwritable
+from peft_core.jobs.store import Store
+from peft_core.jobs.tending import Tender
 from peft_core.results import Status, TrainingStatus
 from peft_core.spec import BUNDLED, Base, EvaluatedAdapter, TrainingConfig
 
 ELSEWHERE = "elsewhere"  # the project of evaluations of adapters that were not trained here
-RUNNER = [sys.executable, "-P", "-m", "peft_core.jobs.runner"]
-MAX_LOG_BYTES = 4 << 20
 SPEED_FROM = 50  # newest completed trainings among which one on the same base and device tells how fast this machine is
 
 
@@ -41,9 +34,7 @@ class JobService:
         self._paths = settings.paths
         self._store = Store(self._paths.database, time.time)
         self._registry = Registry(self._paths)
-        self._runner: subprocess.Popen[bytes] | None = None
-        self._seen_by_runner: set[tuple[str, float]] = set()  # what waited, and since when, when it was spawned
-        self._spawning = threading.Lock()
+        self._tender = Tender(settings, self._store, self._registry)
 
     def submit(
         self, project_id: str, training_data: str | Sequence[Mapping[str, Any]], config: TrainingConfig
@@ -63,12 +54,17 @@ class JobService:
         from peft_core.jobs.planning import write_source  # noqa: PLC0415 -- see `submit`
 
         self._store.create()
+        self._tender.require_locks()
         now = time.time()
         job_id = f"{datetime.fromtimestamp(now, UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
         request = write_source(draft, data, self._paths.job(job_id).records)
         self._store.insert(Job(job_id=job_id, project_id=project_id, request=request, created_at=now, updated_at=now))
-        self._see_to_queue()
-        return self.status(project_id, job_id)
+        return self._queued(job_id)
+
+    def _queued(self, job_id: str) -> TrainingStatus:
+        """Its status, with a runner on its way. What is recorded will be done, and an error would say the opposite."""
+        self._tender.tend_if_possible()
+        return self._report(self._store.get(job_id))
 
     def inspect(self, training_data: str | Sequence[Mapping[str, Any]], config: TrainingConfig) -> TrainingDataReport:
         """What `submit` would do, without doing it.
@@ -108,7 +104,7 @@ class JobService:
         if job is None:
             return not_started(project_id)
         if not job.status.is_final:
-            self._see_to_queue()
+            self._tender.tend()
             job = self._store.get(job.job_id)
         return self._report(job)
 
@@ -132,7 +128,7 @@ class JobService:
     def tend(self) -> None:
         """Do what every look at an open job does: find out dead jobs, have a runner for waiting ones."""
         if self._store.exists and self._store.in_state(Status.QUEUED, Status.IN_PROGRESS):
-            self._see_to_queue()
+            self._tender.tend()
 
     def by_id(self, job_id: str) -> TrainingStatus:
         self._require_database(job_id)
@@ -149,9 +145,9 @@ class JobService:
             raise JobStateError(
                 f"Nothing to cancel: no training was started for project {project_id!r}.", code="nothing_to_cancel"
             )
-        self._see_to_queue()
+        self._tender.tend_if_possible()
         self._store.request_cancel(job.job_id)
-        return self.status(project_id, job.job_id)
+        return self._report(self._store.get(job.job_id))
 
     def resume(self, job_id: str) -> TrainingStatus:
         """Queue a job that ended early again; it goes on from its last checkpoint.
@@ -173,8 +169,7 @@ class JobService:
                 code="not_resumable",
                 suggestions=["Call get_training_status to watch it" if not status.is_final else "Call train_adapter"],
             ) from None
-        self._see_to_queue()
-        return self.status(job.project_id, job_id)
+        return self._queued(job.job_id)
 
     def at_work(self) -> TrainingStatus | None:
         """The job that is being worked on; None when nobody works."""
@@ -211,55 +206,6 @@ class JobService:
     def _report(self, job: Job) -> TrainingStatus:
         position = self._store.queue_position(job.job_id) if job.status is Status.QUEUED else None
         return status_of(job, position, self._paths.job(job.job_id).log)
-
-    def _see_to_queue(self) -> None:
-        """Find out jobs that nobody works on any more, and have a runner for those that wait."""
-        with self._spawning:
-            lock = WorkLock(self._paths.runner_lock)
-            if not lock.acquire():
-                return  # somebody works, and looks at the queue again after giving the lock up
-            with lock:
-                recover(self._store, self._registry)
-            queued = self._store.in_state(Status.QUEUED)
-            waiting = {(job.job_id, job.updated_at) for job in queued}
-            if not waiting:
-                return
-            code = None if self._runner is None else self._runner.poll()
-            if self._runner is not None and code is None and waiting <= self._seen_by_runner:
-                return  # it is starting, and will see them
-            if code is not None and code > 0 and waiting >= self._seen_by_runner > set():
-                # It could not work at all: nothing of what it saw was even begun. Trying again would fail again, in silence.
-                problem = problem_of_exit(code, self._paths.logs / "runner.log", what="runner")
-                self._seen_by_runner = set()
-                with suppress(IllegalTransition):  # cancelled a moment ago
-                    self._store.append(queued[0].job_id, JobFailed(error=problem))
-                return
-            self._seen_by_runner = waiting
-            self._runner = self._spawn_runner()
-
-    def _spawn_runner(self) -> subprocess.Popen[bytes]:
-        """A process of its own session: it outlives this one, and whatever kills this one's process group."""
-        with self._runner_log() as log:
-            runner = subprocess.Popen(  # noqa: S603 -- our own module, by absolute interpreter
-                [*RUNNER, self._settings.model_dump_json()],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=self._paths.root,
-                start_new_session=True,
-            )
-        threading.Thread(target=runner.wait, daemon=True).start()  # reaps it, should we live longer
-        return runner
-
-    def _runner_log(self) -> BinaryIO:
-        path = self._paths.logs / "runner.log"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists() and path.stat().st_size > MAX_LOG_BYTES:
-                path.replace(path.with_suffix(".old.log"))
-            return path.open("ab")
-        except OSError as error:
-            raise unwritable(self._paths.root, error) from error
 
     def _measured_speed(self, base: Base, device: str) -> float | None:
         if not self._store.exists:

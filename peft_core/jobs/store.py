@@ -1,4 +1,4 @@
-"""Jobs and their events in SQLite: the only module that speaks SQL.
+"""Jobs and their events in SQLite: with `schema`, the only module that speaks SQL.
 
 One row per job (its state as JSON, with the columns that are searched), one row per event. Appending an event and
 changing its job is one transaction; so is everything that decides on a job's state before it writes.
@@ -7,56 +7,24 @@ Connections are opened per operation (0.2 ms): any thread and any process may ca
 
 from __future__ import annotations
 
-import os
 import sqlite3
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from peft_core.errors import JobNotFound, JobStateError, StorageError
+from pydantic import ValidationError
+
+from peft_core.errors import JobNotFound, JobStateError, StorageError, unwritable
 from peft_core.events import EVENT, Event, JobCancelled
+from peft_core.jobs import schema
 from peft_core.jobs.model import Job, apply
 from peft_core.results import Status
 
-SCHEMA_VERSION = 2
 BUSY_S = 20.0  # how long a writer waits for another one
-SCHEMA = """
-CREATE TABLE jobs (
-    job_id           TEXT PRIMARY KEY,
-    project_id       TEXT NOT NULL,
-    status           TEXT NOT NULL,
-    turn             INTEGER NOT NULL,  -- the queue's order; counted, as clocks jump
-    cancel_requested INTEGER NOT NULL DEFAULT 0,
-    state            TEXT NOT NULL
-) STRICT;
-CREATE INDEX jobs_by_project ON jobs (project_id, turn);
-CREATE INDEX jobs_by_status ON jobs (status, turn);
-CREATE TABLE events (
-    event_id INTEGER PRIMARY KEY AUTOINCREMENT,
-    job_id   TEXT NOT NULL REFERENCES jobs (job_id) ON DELETE CASCADE,
-    at       REAL NOT NULL,
-    event    TEXT NOT NULL
-) STRICT;
-CREATE INDEX events_by_job ON events (job_id, event_id);
-"""
-# From each older version to the next one: statements that run in one transaction.
-MIGRATIONS: dict[int, tuple[str, ...]] = {
-    1: (
-        "ALTER TABLE jobs ADD COLUMN turn INTEGER NOT NULL DEFAULT 0",
-        """
-        UPDATE jobs SET turn = ranked.turn
-        FROM (SELECT job_id, row_number() OVER (ORDER BY queued_at, rowid) AS turn FROM jobs) AS ranked
-        WHERE jobs.job_id = ranked.job_id
-        """,
-        "DROP INDEX jobs_by_project",
-        "DROP INDEX jobs_by_status",
-        "ALTER TABLE jobs DROP COLUMN queued_at",
-        "CREATE INDEX jobs_by_project ON jobs (project_id, turn)",
-        "CREATE INDEX jobs_by_status ON jobs (status, turn)",
-    ),
-}
+MOST_OF_A_KIND = (
+    2000  # events that are read at once, of a job that may have a million: more than a curve or a report shows
+)
 NEXT_TURN = "(SELECT coalesce(max(turn), 0) + 1 FROM jobs)"
 OPEN = (Status.QUEUED, Status.IN_PROGRESS)
 
@@ -77,32 +45,20 @@ class Store:
         self._now = now
 
     def create(self) -> None:
-        """Make the database if it is not there: complete, or not at all. Idempotent, safe among processes.
+        """Make the database where there is none. Idempotent, safe among processes.
 
         Raises:
             StorageError: the directory cannot be written.
         """
-        if self.exists:
-            return
-        draft = self._path.with_name(f".{self._path.name}.{os.getpid()}.{threading.get_ident()}")
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with closing(sqlite3.connect(draft)) as db:
-                # WAL is a property of the file, set before anybody else can see it: switching later needs all others out.
-                db.execute("PRAGMA journal_mode = WAL")
-                db.executescript(SCHEMA)
-                db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            with suppress(FileExistsError):
-                os.link(draft, self._path)
-        except (OSError, sqlite3.DatabaseError) as error:
-            raise unwritable(self._path.parent, error) from error
-        finally:
-            with suppress(OSError):
-                draft.unlink()
+        if not self.exists:
+            schema.create(self._path)
 
     @property
     def exists(self) -> bool:
-        return self._path.exists()
+        try:
+            return self._path.exists()
+        except OSError as error:  # a directory that may not be searched
+            raise unwritable(self._path.parent, error) from error
 
     def insert(self, job: Job) -> None:
         with self._transaction() as db:
@@ -152,38 +108,29 @@ class Store:
             return self._get(db, job_id)
 
     def latest(self, project_id: str) -> Job | None:
+        query = "SELECT job_id, state FROM jobs WHERE project_id = ? ORDER BY turn DESC LIMIT 1"
         with self._connection() as db:
-            row = db.execute(
-                "SELECT state FROM jobs WHERE project_id = ? ORDER BY turn DESC LIMIT 1", (project_id,)
-            ).fetchone()
-        return Job.model_validate_json(row[0]) if row else None
+            row = db.execute(query, (project_id,)).fetchone()
+        return _job(*row) if row else None
 
     def in_state(self, *states: Status) -> list[Job]:
         """Jobs in one of the states, in the order in which they were queued."""
         marks = ", ".join("?" * len(states))
-        query = f"SELECT state FROM jobs WHERE status IN ({marks}) ORDER BY turn"  # noqa: S608 -- marks only
+        query = f"SELECT job_id, state FROM jobs WHERE status IN ({marks}) ORDER BY turn"  # noqa: S608 -- marks only
         with self._connection() as db:
-            return [Job.model_validate_json(row[0]) for row in db.execute(query, states)]
+            return _readable(db.execute(query, states))
 
     def last_completed(self, count: int) -> list[Job]:
         """The newest completed jobs, newest first."""
-        query = "SELECT state FROM jobs WHERE status = ? ORDER BY turn DESC LIMIT ?"
+        query = "SELECT job_id, state FROM jobs WHERE status = ? ORDER BY turn DESC LIMIT ?"
         with self._connection() as db:
-            return [Job.model_validate_json(row[0]) for row in db.execute(query, (Status.COMPLETED, count))]
+            return _readable(db.execute(query, (Status.COMPLETED, count)))
 
     def queue_position(self, job_id: str) -> int | None:
         """1 for the job that is next; a running job counts as ahead. None when the job is not queued."""
-        with self._connection() as db:
-            waiting = [
-                row[0]
-                for row in db.execute(
-                    "SELECT job_id FROM jobs WHERE status IN (?, ?) ORDER BY status = ?, turn",
-                    (*OPEN, Status.QUEUED),
-                )
-            ]
-            running = db.execute("SELECT count(*) FROM jobs WHERE status = ?", (Status.IN_PROGRESS,)).fetchone()[0]
-        position = waiting.index(job_id) + 1 if job_id in waiting else None
-        return position if position is not None and position > running else None
+        jobs = self.in_state(*OPEN)
+        waiting = [job.job_id for job in jobs if job.status is Status.QUEUED]
+        return len(jobs) - len(waiting) + waiting.index(job_id) + 1 if job_id in waiting else None
 
     def cancel_requested(self, job_id: str) -> bool:
         with self._connection() as db:
@@ -195,14 +142,33 @@ class Store:
         with self._connection() as db:
             newest = int(db.execute("SELECT coalesce(max(event_id), 0) FROM events").fetchone()[0])
             after = newest if event_id is None else event_id
+            if after > newest:  # the database was removed, and another one counts anew
+                after = 0
             between = (after, newest)  # one that comes meanwhile is told the next time
             jobs = db.execute("SELECT DISTINCT job_id FROM events WHERE event_id > ? AND event_id <= ?", between)
             return newest, [row[0] for row in jobs]
 
     def events(self, job_id: str) -> list[Event]:
+        """What happened to a job, in order; of each kind `MOST_OF_A_KIND` at most, evenly spread, the newest among them."""
+        rank = "PARTITION BY CASE WHEN json_valid(event) THEN json_extract(event, '$.kind') END"
+        thinned = f"""
+            SELECT event FROM events WHERE event_id IN (
+                SELECT event_id FROM (
+                    SELECT event_id, count(*) OVER ({rank}) AS many, row_number() OVER ({rank} ORDER BY event_id DESC) AS age
+                    FROM events WHERE job_id = ?
+                ) WHERE (age - 1) % ((many + {MOST_OF_A_KIND - 1}) / {MOST_OF_A_KIND}) = 0
+            ) ORDER BY event_id
+        """  # noqa: S608 -- ours
         with self._connection() as db:
-            rows = db.execute("SELECT event FROM events WHERE job_id = ? ORDER BY event_id", (job_id,)).fetchall()
-        return [EVENT.validate_json(row[0]) for row in rows]
+            many = db.execute("SELECT count(*) FROM events WHERE job_id = ?", (job_id,)).fetchone()[0]
+            all_ = "SELECT event FROM events WHERE job_id = ? ORDER BY event_id"
+            return _events(db.execute(thinned if many > MOST_OF_A_KIND else all_, (job_id,)))
+
+    def newest_events(self, job_id: str, count: int) -> list[Event]:
+        """The last that happened to a job, newest first."""
+        query = "SELECT event FROM events WHERE job_id = ? ORDER BY event_id DESC LIMIT ?"
+        with self._connection() as db:
+            return _events(db.execute(query, (job_id, count)))
 
     def job_ids(self) -> set[str]:
         with self._connection() as db:
@@ -240,10 +206,10 @@ class Store:
         return job
 
     def _get(self, db: sqlite3.Connection, job_id: str) -> Job:
-        row = db.execute("SELECT state FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
+        row = db.execute("SELECT job_id, state FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
         if row is None:
             raise self.unknown(job_id)
-        return Job.model_validate_json(row[0])
+        return _job(*row)
 
     def unknown(self, job_id: str) -> JobNotFound:
         return JobNotFound(
@@ -261,7 +227,7 @@ class Store:
             raise unwritable(self._path.parent, error) from error
         with closing(db):
             try:
-                self._require_schema(db)
+                schema.bring_up_to_date(db, self._path)
                 # With WAL: a power cut may lose the last events, never corrupt.
                 db.execute("PRAGMA synchronous = NORMAL")
                 db.execute("PRAGMA foreign_keys = ON")
@@ -269,56 +235,46 @@ class Store:
             except sqlite3.DatabaseError as error:
                 raise unwritable(self._path.parent, error) from error
 
-    def _require_schema(self, db: sqlite3.Connection) -> None:
-        """Bring an older database up to date.
-
-        Raises:
-            StorageError: it is a newer one.
-        """
-        if (version := _version(db)) == SCHEMA_VERSION:
-            return
-        if version > SCHEMA_VERSION:
-            raise StorageError(
-                f"{self._path} was written by a newer peft-mcp (schema {version}; this one knows up to {SCHEMA_VERSION}).",
-                code="newer_database",
-                suggestions=[
-                    "Upgrade peft-mcp (pip install --upgrade peft-mcp) and restart the server",
-                    "Or set CODEBASE_GARDENER_DATA_DIR to another directory",
-                ],
-            )
-        with _transaction(db):
-            for old in range(_version(db), SCHEMA_VERSION):  # read again: another process may have been first
-                for statement in MIGRATIONS[old]:
-                    db.execute(statement)
-                db.execute(f"PRAGMA user_version = {old + 1}")
-
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._connection() as db, _transaction(db):
+        with self._connection() as db, schema.transaction(db):
             yield db
 
 
-@contextmanager
-def _transaction(db: sqlite3.Connection) -> Iterator[None]:
-    db.execute("BEGIN IMMEDIATE")
+def _job(job_id: str, state: str) -> Job:
+    """A row.
+
+    Raises:
+        StorageError: it is of a peft-mcp that wrote other fields under the same version, or somebody changed it.
+    """
     try:
-        yield
-    except BaseException:
-        if db.in_transaction:  # a full disk has ended it already
-            db.execute("ROLLBACK")
-        raise
-    db.execute("COMMIT")
+        return Job.model_validate_json(state)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        raise StorageError(
+            f"The record of job {job_id} cannot be read: {'.'.join(map(str, first['loc']))}: {first['msg']}.",
+            code="unreadable_job",
+            suggestions=[
+                "Call train_adapter to train anew: other jobs, and adapters that were published, are not concerned",
+                "Or, if another version of peft-mcp wrote it, restart the server with that one",
+            ],
+            details={"job_id": job_id},
+        ) from error
 
 
-def _version(db: sqlite3.Connection) -> int:
-    return int(db.execute("PRAGMA user_version").fetchone()[0])
+def _readable(rows: Iterable[tuple[str, str]]) -> list[Job]:
+    """Those that can be read: one that cannot is told of to whoever asks for it, and stops no other."""
+    jobs = []
+    for job_id, state in rows:
+        with suppress(StorageError):
+            jobs.append(_job(job_id, state))
+    return jobs
 
 
-def unwritable(directory: Path, error: Exception) -> StorageError:
-    return StorageError(
-        f"The data directory {directory} cannot be used: {error}.",
-        code="data_directory_unwritable",
-        suggestions=[
-            "Make it a writable directory with free space, or set CODEBASE_GARDENER_DATA_DIR and restart the server"
-        ],
-    )
+def _events(rows: Iterable[tuple[str]]) -> list[Event]:
+    """Those that can be read, as for jobs: the state of a job is told by its own row."""
+    events = []
+    for (event,) in rows:
+        with suppress(ValidationError):
+            events.append(EVENT.validate_json(event))
+    return events

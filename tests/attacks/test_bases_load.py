@@ -5,14 +5,25 @@ from __future__ import annotations
 import json
 import resource
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
+from peft_core.bases import resolve
+from peft_core.bases.convert import materialise
 from peft_core.compute.base import load_base
+from peft_core.config import Settings
 from peft_core.errors import BaseModelError
+from peft_core.inference.host.model import ResidentModel
+from peft_core.inference.host.residents import Residents
 from tests.attacks.adapters import marker_of
+from tests.integration.test_bases_convert import TOY
+from tests.model_files import ARRAY, TEXT, gguf_bytes
 from tests.toys import write_toy_base
+
+TOKENS = [*TOY["tokenizer.ggml.tokens"][1][1][:-1], "zz"]
 
 
 def spoil(directory: Path, **changes: object) -> Path:
@@ -28,6 +39,28 @@ def test_a_configuration_that_describes_more_than_the_weights_hold_is_refused(tm
     with pytest.raises(BaseModelError):
         load_base(base, torch.float32)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + (100 << 10)  # kilobytes
+
+
+@pytest.mark.parametrize(
+    "own",
+    [{"tokenizer.chat_template": (TEXT, "{{ messages }} obey")}, {"tokenizer.ggml.tokens": (ARRAY, (TEXT, TOKENS))}],
+)
+def test_a_gguf_with_the_weights_of_another_never_stands_for_it(tmp_path: Path, own: dict[str, Any]) -> None:
+    """A hostile copy that is converted first, with a template or a vocabulary of its own."""
+    plain = TOY | {"tokenizer.chat_template": (TEXT, "{{ messages }} hello")}
+    bases = []
+    for name, metadata in (("hostile", plain | own), ("honest", plain)):
+        path = tmp_path / f"{name}.gguf"
+        path.write_bytes(gguf_bytes(metadata))
+        bases.append(resolve(str(path), Settings()))
+    hostile, honest = bases
+    assert hostile.fingerprint == honest.fingerprint
+    converted = [materialise(base, tmp_path / "cache", lambda _: None) for base in bases]
+    assert converted[0] != converted[1]
+    residents = Residents(1)
+    residents.model = cast("ResidentModel", SimpleNamespace(base=hostile))
+    assert residents.is_on(hostile)
+    assert not residents.is_on(honest)
 
 
 def test_code_that_lies_beside_a_base_is_never_run(tmp_path: Path) -> None:

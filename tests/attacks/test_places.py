@@ -28,6 +28,7 @@ PRIVATE = [
     ".ssh", ".ssh/keys/old", ".gnupg", ".aws", ".config/gh", ".config/gcloud", ".kube", ".docker", ".password-store",
     ".local/share/keyrings", ".mozilla/firefox/x.default", ".config/google-chrome/Default", ".config/chromium",
     ".thunderbird", "Library/Keychains", "Library/Application Support/Google/Chrome", "backup/alice/.ssh", ".SSH",
+    ".claude/projects/-home-ada-web", ".codex/sessions", ".gemini/tmp",
 ]  # fmt: skip
 
 
@@ -50,6 +51,21 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def manager(tmp_path: Path) -> PEFTManager:
     return PEFTManager(Settings(data_dir=tmp_path / "data"))
+
+
+@pytest.mark.parametrize("place", [".ssh", "notes"])
+def test_names_near_a_base_that_is_not_there_are_those_of_bases_alone(home: Path, place: str) -> None:
+    (home / place).mkdir()
+    for name in ("id_ed25519_work", "id_ed25519.gguf"):
+        (home / place / name).touch()
+    write_model(home / place / "id_ed25519_model")
+    (home / place / "id_ed2551_diary").mkdir()
+    with pytest.raises(InvalidArgument) as caught:
+        resolve(f"~/{place}/id_ed25519", Settings())
+    told = str(caught.value)
+    assert "id_ed25519_work" not in told
+    assert "diary" not in told
+    assert ("id_ed25519.gguf" in told) is (place == "notes")
 
 
 async def refused(manager: PEFTManager, training_data: str, code: str = "sensitive_place") -> InvalidArgument:

@@ -36,7 +36,7 @@ def train(steps: int, *, after: int = 0) -> None:
         say(step_completed(step))
 
 
-def main() -> None:
+def main() -> None:  # noqa: PLR0912 -- one end a case
     task = TrainingTask.model_validate_json(Path(sys.argv[1]).read_text())
     match task.project_id:
         case "fails":
@@ -62,6 +62,11 @@ def main() -> None:
             sys.stdout.write("not json\n{}\n" + "x" * 5000 + "\n")
             say(JobFailed(error=Problem(code="after_babble", message="Understood all the same.")))
             sys.exit(1)
+        case "never ends a line":
+            train(1)
+            sys.stdout.write("x" * (2 << 20))
+            sys.stdout.flush()
+            wait_for_the_parent_to_die()
         case "lies":
             say(AdapterWritten(metrics=Metrics()))  # there is no adapter
         case "evaluates":

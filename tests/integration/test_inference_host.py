@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -18,7 +19,8 @@ from anyio.abc import Process
 from peft_core.config import Settings
 from peft_core.errors import AdapterNotLoaded, InferenceError, ModelError
 from peft_core.inference.client import InferenceHost
-from peft_core.inference.protocol import HostConfig, Load
+from peft_core.inference.process import HOST
+from peft_core.inference.protocol import FROM_HOST, Ask, Failed, HostConfig, Load, Progress, Unload
 from peft_core.manager import PEFTManager
 from peft_core.results import UnloadedAdapter
 from tests.factories import make_base
@@ -186,7 +188,7 @@ async def test_a_host_that_was_idle_for_long_ends_and_a_fresh_one_is_started_whe
 async def test_a_call_that_finds_the_host_just_gone_to_sleep_wakes_another(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peft_core.inference.client.HOST", [sys.executable, str(SCRIPTED)])
+    monkeypatch.setattr("peft_core.inference.process.HOST", [sys.executable, str(SCRIPTED)])
     config = HostConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=1)
     host = InferenceHost(config, data_dir / "host.log")
     pids = []
@@ -197,6 +199,103 @@ async def test_a_call_that_finds_the_host_just_gone_to_sleep_wakes_another(
         pids.append(host.pid)
     assert len(set(pids)) == 3
     await host.aclose()
+
+
+@pytest.fixture
+async def scripted(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[InferenceHost]:
+    monkeypatch.setattr("peft_core.inference.process.HOST", [sys.executable, str(SCRIPTED)])
+    config = HostConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=1)
+    host = InferenceHost(config, data_dir / "host.log")
+    yield host
+    await host.aclose()
+
+
+async def give_up(host: InferenceHost, adapter: Path) -> int:
+    """Cancel a load that has begun; the pid of the host that is busy with it."""
+    with anyio.CancelScope() as scope:
+
+        async def leave(_done: float, _total: float | None, message: str) -> None:
+            if message == "begun":
+                scope.cancel()
+
+        await host.ask(Load(adapter_path=adapter, base=make_base()), UnloadedAdapter, leave)
+    assert scope.cancelled_caught
+    assert host.pid is not None
+    return host.pid
+
+
+async def test_a_host_that_does_not_come_back_from_a_cancelled_call_is_ended_and_told_of(
+    scripted: InferenceHost, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peft_core.inference.process.LOAD_PATIENCE_S", 0.2)
+    with anyio.fail_after(60):
+        stubborn = await give_up(scripted, data_dir / "endless")
+        assert scripted.is_still_loading(data_dir / "endless")
+        with pytest.raises(AdapterNotLoaded, match=r"0\.2 s after a call was cancelled \(load\) it was still busy"):
+            await scripted.ask(Unload(), UnloadedAdapter)
+        assert scripted.pid is None
+        assert not scripted.is_still_loading(data_dir / "endless")
+        with pytest.raises(ProcessLookupError):
+            os.kill(stubborn, 0)
+        stubborn = await give_up(scripted, data_dir / "endless")
+        heard: list[str] = []
+
+        async def hear(_done: float, _total: float | None, message: str) -> None:
+            heard.append(message)
+
+        await scripted.ask(Load(adapter_path=data_dir, base=make_base()), UnloadedAdapter, hear)
+        assert scripted.pid != stubborn
+    assert heard[0] == "waiting for the end of a call that was cancelled"
+
+
+async def test_a_host_that_dies_of_a_cancelled_call_is_replaced_by_the_next(
+    scripted: InferenceHost, data_dir: Path
+) -> None:
+    with anyio.fail_after(60):
+        doomed = await give_up(scripted, data_dir / "doomed")
+        await scripted.ask(Load(adapter_path=data_dir, base=make_base()), UnloadedAdapter)
+    assert scripted.pid != doomed
+
+
+async def test_a_host_whose_line_does_not_end_is_ended(
+    scripted: InferenceHost, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peft_core.inference.process.MAX_LINE", 10)
+    with anyio.fail_after(60), pytest.raises(InferenceError, match="killed by SIGKILL"):
+        await scripted.ask(Load(adapter_path=data_dir / "babbling", base=make_base()), UnloadedAdapter)
+    assert scripted.pid is None
+
+
+async def test_a_manager_that_is_closed_while_a_host_starts_leaves_none_behind(
+    scripted: InferenceHost, data_dir: Path
+) -> None:
+    before = set(psutil.Process().children())
+
+    async def close(*_: object) -> None:
+        await scripted.aclose()
+
+    with anyio.fail_after(60), pytest.raises(InferenceError, match="closed"):
+        await scripted.ask(Load(adapter_path=data_dir, base=make_base()), UnloadedAdapter, close)
+    assert set(psutil.Process().children()) == before
+
+
+def test_a_host_that_is_told_nonsense_answers_the_next_request(data_dir: Path) -> None:
+    config = HostConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=60)
+    command = [*HOST, config.model_dump_json()]
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii:strict"}
+    request = Ask(id=7, request=Load(adapter_path=data_dir / "nichts-für-ungut", base=make_base())).model_dump_json()
+    told = b"\xff\xfe not utf-8\n" + b"[" * 100_000 + b"\n" + request.encode() + b"\n"
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as host:
+        assert host.stdin is not None
+        assert host.stdout is not None
+        host.stdin.write(told)
+        host.stdin.flush()
+        while isinstance(reply := FROM_HOST.validate_json(host.stdout.readline()), Progress):
+            pass
+        host.stdin.close()
+        assert host.wait(timeout=30) == 0
+    assert isinstance(reply, Failed)
+    assert reply.id == 7
 
 
 async def test_a_cancelled_answer_stops_at_once_and_the_next_is_not_confused(
@@ -221,7 +320,7 @@ async def test_a_cancelled_answer_stops_at_once_and_the_next_is_not_confused(
 
         answer = await manager.generate(SHORT, report=hear)
         assert answer.text == expected
-        assert all("tokens by the adapter" in message for message in heard)
+        assert all("tokens by the adapter" in message for message in heard if "waiting for the end" not in message)
     assert [adapter.active for adapter in (await manager.list_adapters()).loaded.adapters] == [True]
 
 

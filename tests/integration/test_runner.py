@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,18 +17,19 @@ from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
 from peft_core.errors import StorageError
 from peft_core.events import JobInterrupted, JobResumed, JobStarted, RunPlanned, StepCompleted
-from peft_core.jobs import service
-from peft_core.jobs.lock import WorkLock
+from peft_core.jobs import tending
 from peft_core.jobs.model import Job
 from peft_core.jobs.recovery import recover
 from peft_core.jobs.runner import problem_of
 from peft_core.jobs.service import JobService
 from peft_core.jobs.store import Store
+from peft_core.lock import FileLock
 from peft_core.paths import DataPaths
 from peft_core.results import Status
-from peft_core.spec import EvaluatedAdapter
+from peft_core.spec import EvaluatedAdapter, TrainingConfig
 from tests.factories import make_evaluation, make_job
 from tests.integration.scripted_child import step_completed
+from tests.model_files import write_model
 
 ROOT = Path(__file__).parents[2]
 Spawn = Callable[[], "subprocess.Popen[bytes]"]
@@ -107,6 +109,16 @@ def test_a_child_that_crashes_is_reported_with_its_signal_and_last_words(store: 
     assert "something odd on stderr" in job.error.message
 
 
+def test_a_child_whose_line_does_not_end_is_ended_and_the_queue_goes_on(store: Store, spawn: Spawn) -> None:
+    store.insert(make_job("job", "never ends a line"))
+    store.insert(make_job("next", "fails"))
+    assert spawn().wait(timeout=60) == 0
+    error = store.get("job").error
+    assert error is not None
+    assert (error.code, store.get("next").status) == ("endless_event", Status.FAILED)
+    assert error.suggestions
+
+
 def test_a_killed_child_is_reported_as_likely_out_of_memory(store: Store, spawn: Spawn) -> None:
     job = run_one(store, spawn, "killed")
     assert (job.status, job.step) == (Status.FAILED, 3)
@@ -140,13 +152,64 @@ def test_an_error_inside_a_run_keeps_its_text_and_advice() -> None:
 def test_a_runner_that_cannot_start_fails_its_job_with_the_reason(
     paths: DataPaths, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "RUNNER", [sys.executable, "-c", "raise SystemExit('no runner today')"])
+    monkeypatch.setattr(tending, "RUNNER", [sys.executable, "-c", "raise SystemExit('no runner today')"])
     store.insert(make_job("job"))
     jobs = JobService(Settings(data_dir=paths.root))
     wait_until(lambda: jobs.status("web").status is Status.FAILED, "the failure")
     error = jobs.status("web").error
     assert error is not None
     assert "no runner today" in error.message
+
+
+def test_a_runner_that_is_killed_each_time_it_starts_fails_its_job_instead_of_being_started_for_ever(
+    paths: DataPaths, store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    starts = tmp_path / "starts"
+    script = f"import os; open({str(starts)!r}, 'a').write('x'); os.kill(os.getpid(), 9)"
+    monkeypatch.setattr(tending, "RUNNER", [sys.executable, "-c", script])
+    store.insert(make_job("job"))
+    jobs = JobService(Settings(data_dir=paths.root))
+    wait_until(lambda: jobs.status("web").status is Status.FAILED, "the failure")
+    error = jobs.status("web").error
+    assert error is not None
+    assert "runner was killed by SIGKILL" in error.message
+    assert starts.read_text() == "x" * tending.MOST_KILLED
+
+
+def test_where_no_process_can_be_started_a_job_waits_and_can_be_cancelled(
+    paths: DataPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tending, "RUNNER", [str(tmp_path / "no such program")])
+    base = write_model(tmp_path / "base")
+    records = [{"text": f"def add_{n}(a, b):\n    return a + {n} * b\n"} for n in range(60)]
+    jobs = JobService(Settings(data_dir=paths.root))
+    queued = jobs.submit("web", records, TrainingConfig(base_model=str(base), max_length=128))
+    assert queued.status is Status.QUEUED
+    with pytest.raises(StorageError, match="What waits stays queued") as told:
+        jobs.status("web")
+    assert told.value.code == "runner_start"
+    assert jobs.cancel("web", None).status is Status.CANCELLED
+    assert queued.job_id is not None
+    assert jobs.resume(queued.job_id).status is Status.QUEUED
+
+
+def test_a_runner_works_where_no_thread_can_be_had_to_wait_for_its_end(
+    paths: DataPaths, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_thread(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(tending, "RUNNER", [sys.executable, "-c", "raise SystemExit('no runner today')"])
+    store.insert(make_job("job"))
+    jobs = JobService(Settings(data_dir=paths.root))
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", no_thread)
+        assert jobs.status("web").status is Status.QUEUED
+    runner = jobs._tender._runner
+    assert runner is not None
+    wait_until(lambda: jobs.status("web").status is Status.FAILED, "the failure")
+    with pytest.raises(ProcessLookupError):
+        os.kill(runner.pid, 0)  # reaped all the same
 
 
 def test_noise_on_the_wire_is_passed_over(store: Store, spawn: Spawn) -> None:
@@ -210,7 +273,7 @@ def test_a_killed_runner_leaves_an_interrupted_job_and_no_child(store: Store, sp
     wait_until(lambda: store.get("job").step == 1, "the first step")
     runner.kill()
     runner.wait()
-    lock = WorkLock(paths.runner_lock)
+    lock = FileLock(paths.runner_lock)
     # The child shares the lock: getting it means that the child is gone as well.
     assert lock.acquire(timeout_s=20)
     with lock:
@@ -231,7 +294,7 @@ def test_a_job_that_was_to_be_cancelled_when_the_runner_died_is_cancelled(
     store.request_cancel("job")
     runner.kill()
     runner.wait()
-    lock = WorkLock(paths.runner_lock)
+    lock = FileLock(paths.runner_lock)
     assert lock.acquire(timeout_s=20)
     with lock:
         recover(store, Registry(paths))
@@ -249,7 +312,7 @@ def test_a_runner_that_is_asked_to_stop_says_so_and_takes_its_child_along(
     assert runner.wait(timeout=30) == 0
     assert store.get("job").status is Status.INTERRUPTED
     assert store.get("waiting").status is Status.QUEUED
-    with WorkLock(paths.runner_lock) as lock:
+    with FileLock(paths.runner_lock) as lock:
         assert lock.acquire()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_core.jobs import service
+from peft_core.jobs import tending
 from tests.model_files import write_model
 from tests.survival.life import Life
 
@@ -21,7 +21,7 @@ RUNNER = [sys.executable, "-P", "-m", "tests.survival.runner"]
 @pytest.fixture(autouse=True)
 def _our_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """All processes that a test starts come by the points, and their runner's child is the one of this room."""
-    monkeypatch.setattr(service, "RUNNER", RUNNER)
+    monkeypatch.setattr(tending, "RUNNER", RUNNER)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(SITE), str(ROOT)]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 

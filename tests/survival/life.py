@@ -17,7 +17,6 @@ from peft_core.adapters.registry import Registry
 from peft_core.adapters.verify import verify
 from peft_core.bases import resolve
 from peft_core.config import Settings
-from peft_core.jobs.lock import WorkLock
 from peft_core.jobs.service import JobService
 from peft_core.jobs.store import Store
 from peft_core.results import Status, TrainingStatus
@@ -219,10 +218,6 @@ class Life:
 
     def runners(self) -> list[int]:
         return [pid for pid, place in self.processes().items() if Path(place) == self.paths.root]
-
-    def somebody_works(self) -> bool:
-        with WorkLock(self.paths.runner_lock) as lock:
-            return not lock.acquire()
 
 
 def until(condition: Callable[[], object], what: str, timeout_s: float = PATIENCE_S) -> None:

@@ -21,15 +21,15 @@ class Point:
         return f"{self.process}, {self.what}"
 
 
-_SERVICE, _STORE = "peft_core.jobs.service", "peft_core.jobs.store"
+_SERVICE, _TENDING, _STORE = (f"peft_core.jobs.{name}" for name in ("service", "tending", "store"))
 SERVER = [
     Point("server", "peft_core.jobs.planning", "plan", "before", "asked to train"),
     Point("server", "peft_core.jobs.planning", "plan", "after", "planned, nothing is written"),
     Point("server", _STORE, "Store.create", "after", "database is there"),
     Point("server", _STORE, "Store.insert", "before", "just before the job is queued"),
     Point("server", _STORE, "Store.insert", "after", "queued, nobody works"),
-    Point("server", _SERVICE, "JobService._spawn_runner", "before", "queued, about to start a runner"),
-    Point("server", _SERVICE, "JobService._spawn_runner", "after", "runner started, not answered yet"),
+    Point("server", _TENDING, "Tender._spawn_runner", "before", "queued, about to start a runner"),
+    Point("server", _TENDING, "Tender._spawn_runner", "after", "runner started, not answered yet"),
     Point("server", _SERVICE, "JobService._report", "before", "about to answer"),
 ]
 

@@ -21,8 +21,9 @@ from peft_core.errors import StorageError
 from peft_core.events import JobCancelled, JobResumed, JobStarted
 from peft_core.jobs import planning
 from peft_core.jobs.pruning import LEFT_BEHIND_S, prune
+from peft_core.jobs.schema import SCHEMA_VERSION
 from peft_core.jobs.service import JobService
-from peft_core.jobs.store import SCHEMA_VERSION, Store
+from peft_core.jobs.store import Store
 from peft_core.results import Status
 from tests.factories import make_job
 from tests.survival.life import Kill, Life, gone, until

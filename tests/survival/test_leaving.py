@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -10,8 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.survival.life import Kill, Life, gone, until
-from tests.survival.points import SMALL_CHILD
+from peft_core.jobs.pruning import LEFT_BEHIND_INSPECTION_S
+from tests.survival.life import TRUE_WITHIN_S, Kill, Life, gone, until
+from tests.survival.points import SMALL_CHILD, Point
 from tests.survival.wire import Server, server
 
 pytestmark = pytest.mark.survival
@@ -45,9 +47,14 @@ def test_the_server_is_gone_and_the_training_goes_on(life: Life, way: str) -> No
                 == "in_progress"
             )
             left.send("tools/call", {"name": "get_training_status", "arguments": {"project_id": "small", "wait_s": 45}})
-            started = psutil.Process(left.process.pid).children(recursive=True)
+            left.send("tools/call", {"name": "load_adapter", "arguments": {"adapter_path": "earlier"}})
+            server_process = psutil.Process(left.process.pid)
+            until(server_process.children, "the inference process")
+            started = server_process.children(recursive=True)
             assert leave(left, way) < GONE_WITHIN_S
-            assert all(gone(process.pid) for process in started)
+            until(
+                lambda pids=[process.pid for process in started]: all(map(gone, pids)), "it to be gone", TRUE_WITHIN_S
+            )
         assert not gone(child)
     life.disarm()
     os.kill(child, signal.SIGCONT)
@@ -69,6 +76,29 @@ def test_a_call_in_the_middle_of_long_work_holds_nobody_up(life: Life, tmp_path:
         left.send("tools/call", {"name": "train_adapter", "arguments": arguments})
         until(lambda: pipe.name in opened(left.process.pid), "it to read")
         assert leave(left, "end of input") < GONE_WITHIN_S
+
+
+def test_a_look_at_data_ends_with_the_server_and_what_it_left_is_removed_by_the_next(life: Life) -> None:
+    point = Point("child", "peft_core.data.prepare", "_spool", "after", "data spooled for an inspection")
+    mark = life.arm(point, "hang")
+    lines = life.source.read_text().splitlines()
+    config = {"base_model": str(life.base), "max_length": 128, "allow_little_data": True}
+    asked = {"training_data": [json.loads(line) for line in lines], "config": config}
+    with server(life.paths.root, cwd=life.root) as left:
+        left.send("tools/call", {"name": "inspect_training_data", "arguments": asked})
+        until(mark.exists, "the look at the data")
+        looking = int(mark.read_text())
+        assert looking != left.process.pid
+        (scratch,) = life.paths.inspections.iterdir()
+        assert list(scratch.rglob("*.jsonl"))  # the records, and what was made of them
+        assert leave(left, "SIGTERM") < GONE_WITHIN_S
+    until(lambda: gone(looking), "the process that looks to be gone", TRUE_WITHIN_S)
+    life.disarm()
+    os.utime(scratch, (0, time.time() - LEFT_BEHIND_INSPECTION_S - 60))
+    with server(life.paths.root, cwd=life.root) as next_:
+        answer = next_.call("inspect_training_data", **asked)
+        assert answer["structuredContent"]["train_examples"] > 0
+    assert list(life.paths.inspections.iterdir()) == []
 
 
 def opened(pid: int) -> list[str]:

@@ -321,6 +321,7 @@ def test_a_mark_carriage_returns_and_blank_lines_are_tolerated(tmp_path: Path):
         ({"content": "x", "language": "python", "complexity_score": float("nan")}, "'complexity_score'"),
         ({"content": "x", "language": "python", "dependencies": "os"}, "it must be a list"),
         ({"content": "x", "language": "python", "file_path": 3}, "'file_path' is a number"),
+        ({"content": "x", "language": "python", "file_path": "x" * 5000}, "'file_path' has 5000 characters, at most"),
         ([1], "it is a list"),
         (None, "it is null"),
     ],

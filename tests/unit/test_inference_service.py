@@ -13,6 +13,7 @@ from peft_core.config import Settings
 from peft_core.errors import AdapterInUse, AdapterNotFound, AdapterNotLoaded, InferenceError, InvalidArgument
 from peft_core.inference import service as service_module
 from peft_core.inference.service import InferenceService, TrainingNeed
+from peft_core.manager import PEFTManager
 from peft_core.results import Resident, ResidentAdapter, Verdict
 from tests.factories import record_base
 from tests.model_files import write_adapter, write_model
@@ -171,7 +172,50 @@ def test_a_loaded_adapter_is_not_deleted(data_dir: Path, base: Path, monkeypatch
     assert not (lora / "adapter-02").exists()
     assert (lora / "current").resolve() == lora / "adapter-01"
     assert service.delete("web", "adapter-01").current is None
-    assert list(lora.iterdir()) == []
+    assert [path.name for path in lora.iterdir()] == [".lock"]
+
+
+async def test_an_adapter_that_is_being_loaded_is_not_deleted(
+    data_dir: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = make_service(data_dir)
+    lora = data_dir / "projects" / "web" / "lora"
+    path = record_base(write_adapter(lora / "adapter-01"), resolve(str(base), Settings()))
+    refused: list[bool] = []
+
+    async def try_to_delete(*_: object) -> None:
+        with pytest.raises(AdapterInUse, match="is being loaded"):
+            service.delete("web", "adapter-01")
+        refused.append(True)
+        raise InferenceError("it does not matter how it goes on")
+
+    monkeypatch.setattr(service._host, "ask", try_to_delete)
+    with pytest.raises(InferenceError):
+        await service.load(str(path), str(base), accept_unproven_base=False, report=None)
+    assert refused
+    monkeypatch.setattr(service._host, "is_still_loading", lambda adapter: adapter == path)  # it was given up
+    with pytest.raises(AdapterInUse, match="is being loaded"):
+        service.delete("web", "adapter-01")
+    monkeypatch.undo()
+    service.delete("web", "adapter-01")
+
+
+async def test_a_loaded_adapter_is_not_deleted_where_the_projects_lie_on_another_disk(
+    data_dir: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "another disk"
+    elsewhere.mkdir()
+    data_dir.mkdir()
+    (data_dir / "projects").symlink_to(elsewhere)
+    lora = data_dir / "projects" / "web" / "lora"
+    record_base(write_adapter(lora / "adapter-01"), resolve(str(base), Settings()))
+    (lora / "current").symlink_to("adapter-01")
+    service = make_service(data_dir)
+    hold(service, monkeypatch, service._registry.locate("web"))
+    with pytest.raises(AdapterInUse):
+        service.delete("web", "adapter-01")
+    async with PEFTManager(Settings(data_dir=data_dir)) as manager:
+        assert (await manager.get_adapter_info("web")).manifest is not None
 
 
 @pytest.mark.parametrize("wrong", ["current", "..", "../../x", "", "web", "adapter-0", ".deleted.x"])

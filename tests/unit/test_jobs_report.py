@@ -94,8 +94,21 @@ def test_a_completed_job_says_its_verdict_and_what_follows(
 ) -> None:
     metrics = Metrics(base_perplexity=9.0, adapter_perplexity=6.0)
     evaluation = make_evaluation(verdict)
-    job = make_job(status=Status.COMPLETED, adapter_path=str(tmp_path), metrics=metrics, evaluation=evaluation)
+    adapter = tmp_path / "a-01"
+    adapter.mkdir()
+    (tmp_path / "current").symlink_to("a-01")
+    job = make_job(status=Status.COMPLETED, adapter_path=str(adapter), metrics=metrics, evaluation=evaluation)
     shown = status_of(job, None, tmp_path / "train.log")
     assert said in shown.next
     assert advice in shown.next
     assert f"completed, {verdict.replace('_', ' ')}, held-out perplexity" in headline(shown)
+
+
+def test_an_adapter_after_which_another_came_is_named_by_its_path(tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "current").symlink_to("new")
+    job = make_job(status=Status.COMPLETED, adapter_path=str(tmp_path / "old"), evaluation=make_evaluation())
+    told = status_of(job, None, tmp_path / "train.log").next
+    assert told.count(f"adapter_path={str(tmp_path / 'old')!r}") == 2
+    assert "'web'" not in told

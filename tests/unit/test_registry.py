@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from peft_core.adapters.info import read_document, read_info
-from peft_core.adapters.manifest import write_manifest
+from peft_core.adapters.manifest import read_manifest, write_manifest
 from peft_core.adapters.registry import Registry
-from peft_core.errors import AdapterNotFound, ModelError
+from peft_core.errors import AdapterNotFound, ModelError, StorageError
+from peft_core.lock import FileLock
 from peft_core.measurements import Benefit
 from peft_core.paths import DataPaths
+from peft_core.results import AdapterSummary
 from peft_core.spec import TrainingConfig
 from tests.factories import make_evaluation, make_manifest
 
@@ -108,6 +111,31 @@ def test_a_card_that_is_a_link_is_not_followed_and_a_foreign_manifest_only_claim
     assert read_document(draft).card == "# \N{REPLACEMENT CHARACTER}"
     assert "claims" in read_info(draft, trained_here=False).next
     assert "claims" not in read_info(draft).next
+    assert read_info(draft, trained_here=False).manifest is None
+    weights = draft / "adapter_model.safetensors"
+    assert read_info(draft).adapter_bytes == weights.stat().st_size
+    weights.unlink()
+    weights.symlink_to(tmp_path / "secret")
+    assert read_info(draft).adapter_bytes == 0
+
+
+def test_a_manifest_of_a_version_that_says_more_is_read_as_far_as_it_is_known(tmp_path: Path) -> None:
+    draft = write_draft(tmp_path / "adapter", "a-01", evaluation=make_evaluation())
+    known = read_manifest(draft)
+
+    def say_more(value: Any) -> Any:
+        if isinstance(value, list):
+            return [say_more(part) for part in value]
+        if not isinstance(value, dict):
+            return value
+        more = {"to_come": [1]} if "sha256" not in value and not value.keys() <= {"python"} else {}
+        return {name: say_more(part) for name, part in value.items()} | more
+
+    path = draft / "adapter_manifest.json"
+    path.write_text(json.dumps(say_more(json.loads(path.read_text()))))
+    assert path.read_text().count("to_come") > 8
+    assert known is not None
+    assert read_manifest(draft) == known
 
 
 def test_names_that_are_no_module_s_are_not_shown(tmp_path: Path) -> None:
@@ -127,6 +155,56 @@ def test_where_an_adapter_lies_decides_whose_it_is(registry: Registry, tmp_path:
     }
     assert registry.delete("web", "a-01").current == "backup"
     assert registry.locate("web").name == "backup"
+
+
+def test_two_deletes_at_once_leave_no_project_that_stands_for_what_is_gone(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a-01", "a-02", "a-03"):
+        registry.publish(write_draft(tmp_path / "jobs" / name, name), "web", name)
+    plain = registry.adapters
+    other = threading.Thread(target=Registry(DataPaths(tmp_path)).delete, args=("web", "a-02"))
+
+    def adapters(project_id: str | None = None) -> list[AdapterSummary]:
+        """Another delete comes between what is there and what is made of it: it has to wait."""
+        found = plain(project_id)
+        other.start()
+        other.join(timeout=0.3)
+        return found
+
+    monkeypatch.setattr(registry, "adapters", adapters)
+    registry.delete("web", "a-03")
+    other.join()
+    assert registry.locate("web").name == "a-01"
+
+
+def test_an_adapter_that_is_removed_by_hand_meanwhile_is_not_found(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a-01", "a-02"):
+        registry.publish(write_draft(tmp_path / "jobs" / name, name), "web", name)
+    plain = registry.set_current
+
+    def remove(project_id: str, adapter_id: str) -> None:
+        plain(project_id, adapter_id)
+        shutil.rmtree(tmp_path / "projects" / "web" / "lora" / "a-02")
+
+    monkeypatch.setattr(registry, "set_current", remove)
+    with pytest.raises(AdapterNotFound, match="Its adapters: a-01"):
+        registry.delete("web", "a-02")
+
+
+def test_who_does_not_come_to_an_end_with_a_project_is_not_waited_for_for_ever(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = registry.publish(write_draft(tmp_path / "jobs" / "a-01", "a-01"), "web", "a-01")
+    monkeypatch.setattr("peft_core.adapters.registry.PATIENCE_S", 0.1)
+    with FileLock(published.with_name(".lock")) as lock:
+        assert lock.acquire()
+        with pytest.raises(StorageError) as told:
+            registry.delete("web", "a-01")
+    assert told.value.code == "adapters_busy"
+    assert registry.locate("web") == published
 
 
 HARMS = make_evaluation(Benefit.HARMS)

@@ -56,16 +56,20 @@ class Inbox:
 
     def follow(self) -> None:
         """Read standard input until it ends, and the process with it: what is in memory serves nobody then."""
-        for line in sys.stdin:
-            try:
-                said = TO_HOST.validate_json(line)
-            except ValidationError:
-                log.exception("unusable request")
-                continue
-            if isinstance(said, Cancel):
-                self._cancelled.add(said.id)
-            else:
-                self._waiting.put(said)
+        try:
+            for line in sys.stdin.buffer:
+                try:
+                    said = TO_HOST.validate_json(line)
+                except ValidationError:
+                    log.exception("unusable request")
+                    continue
+                if isinstance(said, Cancel):
+                    self._cancelled.add(said.id)
+                else:
+                    self._waiting.put(said)
+        except BaseException:  # a thread that ended in silence would leave a process that nobody can reach
+            log.exception("reader failed")
+            os._exit(EX_SOFTWARE)
         os._exit(0)
 
     def next(self, timeout_s: float) -> Ask | None:
@@ -81,6 +85,7 @@ class Inbox:
 
 
 def main() -> int:
+    os.umask(0o077)
     # 1. The wire, before anything slow: a server that goes away meanwhile is noticed.
     write = line_writer(claim_stdout(), closed=lambda: os._exit(0))
     config = HostConfig.model_validate_json(sys.argv[1])
@@ -149,4 +154,6 @@ def _reporter(ask: Ask, inbox: Inbox, write: Callable[[BaseModel], None]) -> Cal
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # the interpreter's own way out fails over the standard input that another thread reads

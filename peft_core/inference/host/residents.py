@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +45,13 @@ class Residents:
         )
 
     def is_on(self, base: Base) -> bool:
-        """Whether the resident base is this one."""
-        return self.model is not None and self.model.base.fingerprint.same_weights(base.fingerprint)
+        """Whether the resident base is this one: another place may have another vocabulary beside the same weights."""
+        there = None if self.model is None else self.model.base
+        return (
+            there is not None
+            and there.fingerprint.same_weights(base.fingerprint)
+            and os.path.realpath(there.path) == os.path.realpath(base.path)
+        )
 
     def settle(self, model: ResidentModel) -> None:
         """Have this base in memory, and no other; what was on another goes with it."""

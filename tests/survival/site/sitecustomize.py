@@ -2,7 +2,8 @@
 
 Python imports this module by itself where its directory is in PYTHONPATH. The product knows nothing of it: the place is a
 function of the product (`module`, `function`), before or after its `count`-th call, and what is done there is real: a signal
-to the process itself, a stop (for the test to act meanwhile), or all memory taken under a real limit. It is done once, in
+to the process itself, a stop (for the test to act meanwhile), a call that does not return, or all memory taken under a
+real limit. It is done once, in
 one process: the file `mark` says which.
 """
 
@@ -47,6 +48,8 @@ def act(point: dict[str, Any]) -> None:
     draft.rename(mark.with_suffix(".reached"))
     if point["deed"] == "memory":
         out_of_memory()
+    elif point["deed"] == "hang":  # this thread; the others go on
+        threading.Event().wait()
     else:
         os.kill(os.getpid(), signal.Signals[point["deed"]])
 
@@ -79,7 +82,7 @@ class Finder(MetaPathFinder):
 class SmallRunner(Finder):
     """Has a server start the runner of this room, whose child is small."""
 
-    module = "peft_core.jobs.service"
+    module = "peft_core.jobs.tending"
 
     def change(self, module: Any) -> None:
         module.RUNNER = [sys.executable, "-P", "-m", "tests.survival.runner"]

@@ -1,9 +1,9 @@
-"""The lock that says "somebody is working on this queue".
+"""A lock among processes: "somebody is working on this queue", "somebody is changing what this project has".
 
 The operating system's `flock`, used directly and not through a library, because the descriptor is handed down: the
-training child inherits it, so the lock stays held until the runner *and* its child are gone. It is given up by closing,
-never by unlocking, and the kernel closes for processes that were killed. A pid or a clock has no say in it, so neither a
-pid that was given to another process nor a clock that jumps can make a dead runner look alive.
+training child inherits the queue's, so the lock stays held until the runner *and* its child are gone. It is given up by
+closing, never by unlocking, and the kernel closes for processes that were killed. A pid or a clock has no say in it, so
+neither a pid that was given to another process nor a clock that jumps can make a dead runner look alive.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from peft_core.errors import StorageError
-from peft_core.jobs.store import unwritable
+from peft_core.errors import StorageError, unwritable
 
 POLL_S = 0.05
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
-class WorkLock:
+class FileLock:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor: int | None = None
