@@ -24,7 +24,7 @@ from peft_core.errors import InvalidArgument
 from peft_core.events import EVENT, AdapterWritten, CheckpointSaved, Event, HeldOutMeasured, JobFailed, StepCompleted
 from peft_core.jobs.model import JobRequest
 from peft_core.jobs.planning import plan
-from peft_core.jobs.runner import CHILD
+from peft_core.jobs.runner import CHILD, child_environment
 from peft_core.paths import DataPaths
 from peft_core.results import Metrics
 from peft_core.spec import Base, ModelShape, TrainingConfig
@@ -146,12 +146,6 @@ def train(config: TrainingConfig, place: Workplace) -> list[Seen]:
         }
         asked = {name: getattr(request, name) for name in JobRequest.model_fields if name in TrainingTask.model_fields}
         job.task.write_text(TrainingTask.model_validate({**asked, **own}).model_dump_json(), encoding="utf-8")
-        environment = {
-            **os.environ,
-            "PEFT_MCP_PARENT": str(os.getpid()),
-            "PYTHONSAFEPATH": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
         began, seen = time.perf_counter(), list[Seen]()
         with (
             job.log.open("wb") as log,
@@ -161,7 +155,7 @@ def train(config: TrainingConfig, place: Workplace) -> list[Seen]:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 cwd=job.root,
-                env=environment,
+                env=child_environment(str(os.getpid())),
             ) as process,
         ):
             watched = psutil.Process(process.pid)

@@ -28,6 +28,7 @@ from typing import Any
 from peft_core.config import Settings
 from peft_core.events import EVENT, AdapterWritten, DatasetPrepared, JobFailed, RateLowered
 from peft_core.jobs.planning import plan
+from peft_core.jobs.runner import child_environment
 from peft_core.recipe import MEASURED_RATE
 from peft_core.spec import BUNDLED, Frozen, Mixture, TrainingConfig
 from peft_core.task import TrainingTask
@@ -178,13 +179,13 @@ def train(code_base: str, config: TrainingConfig, *, work: Path, results: Path) 
         )
         task_file = Path(directory) / "task.json"
         task_file.write_text(task.model_dump_json(), encoding="utf-8")
-        child = {"OMP_NUM_THREADS": "1", "PEFT_MCP_PARENT": str(os.getpid()), "HF_HUB_OFFLINE": "1"}
+        child = {**child_environment(str(os.getpid())), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [sys.executable, "-m", "peft_core.training", str(task_file)],
             capture_output=True,
             text=True,
             check=False,
-            env={**os.environ, **child},
+            env=child,
         )
     events = [EVENT.validate_json(line) for line in done.stdout.splitlines()]
     metrics = next((event.metrics for event in events if isinstance(event, AdapterWritten)), None)

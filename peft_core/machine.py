@@ -40,7 +40,12 @@ def available_memory_bytes() -> int:
     available = int(psutil.virtual_memory().available)
     try:  # cgroup v2; "max" where there is no limit
         limit = int((CGROUP / "memory.max").read_text())
-        available = min(available, limit - int((CGROUP / "memory.current").read_text()))
+        used = int((CGROUP / "memory.current").read_text())
+        lines = (CGROUP / "memory.stat").read_text().splitlines()
+        used -= next(
+            (int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0
+        )  # read files, let go
+        available = min(available, limit - used)
     except (OSError, ValueError):
         pass
     return max(0, available)

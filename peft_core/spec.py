@@ -278,6 +278,24 @@ class ModelShape(Frozen):
     kv_heads: int
     vocab_size: int
     context_length: int
+    head_size: int | None = None  # features of one head; None: hidden_size / heads
+    linear_features: int | None = None
+    """Inputs and outputs of all linear layers together: an adapter of rank r on all of them has r times as many weights. None:
+    those of a Llama-like block."""
+
+    @property
+    def query_size(self) -> int:
+        """Features of all query heads together."""
+        return self.heads * self.features_of_head
+
+    @property
+    def kv_size(self) -> int:
+        """Features of all key heads together; as many have the values."""
+        return self.kv_heads * self.features_of_head
+
+    @property
+    def features_of_head(self) -> int:
+        return self.hidden_size // self.heads if self.head_size is None else self.head_size
 
 
 class Fingerprint(Frozen):

@@ -17,10 +17,14 @@ from transformers import (
     GptOssConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
+    PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
+    Starcoder2Config,
 )
 
 from peft_core.bases import resolve
@@ -68,9 +72,15 @@ def toy_documents(lengths: tuple[int, ...], seed: int = 0) -> list[Document]:
     return documents
 
 
-def write_toy_base(directory: Path, *, chat_template: str | None = TEMPLATE) -> Path:
+def write_toy_base(
+    directory: Path,
+    architecture: str = "llama",
+    *,
+    chat_template: str | None = TEMPLATE,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
     """A complete Hugging Face model directory."""
-    toy_model().save_pretrained(directory)
+    toy_model(architecture).to(dtype).save_pretrained(directory)
     write_toy_tokenizer(directory, chat_template=chat_template)
     return directory
 
@@ -101,7 +111,7 @@ def write_toy_tokenizer(directory: Path, *, chat_template: str | None = TEMPLATE
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def _config(architecture: str) -> PreTrainedConfig:  # noqa: PLR0911 -- one for each architecture
+def _config(architecture: str) -> PreTrainedConfig:  # noqa: C901, PLR0911 -- one for each architecture
     match architecture:
         case "llama":
             return LlamaConfig(**_SIZES)
@@ -115,6 +125,14 @@ def _config(architecture: str) -> PreTrainedConfig:  # noqa: PLR0911 -- one for 
             return MistralConfig(**_SIZES, sliding_window=8)
         case "gemma2":  # caps attention and logits
             return Gemma2Config(**_SIZES, head_dim=8, final_logit_softcapping=2.0, attn_logit_softcapping=2.0)
+        case "smollm3":  # every fourth layer without positions
+            return SmolLM3Config(**_SIZES)
+        case "starcoder2":
+            return Starcoder2Config(**_SIZES, sliding_window=None)
+        case "phi":
+            return PhiConfig(**_SIZES | {"tie_word_embeddings": False})
+        case "phi3":  # query, key and value in one
+            return Phi3Config(**_SIZES, sliding_window=None)
         case "gpt_oss":  # a sink for attention; experts
             return GptOssConfig(**_SIZES, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
         case "deepseek_v3":  # values narrower than keys; experts from the second layer on

@@ -80,6 +80,7 @@ def model_shape(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tupl
             f"its configuration has no usable {', '.join(wrong)}",
             "Use a model of the Llama, Qwen2, Qwen3, Mistral or a similar decoder family",
         )
+    head_size = config.get("head_dim")
     layers = 1 + max((int(match[1]) for name in shapes if (match := _NUMBERED.search(name))), default=-1)
     if config["num_hidden_layers"] > layers:
         raise unusable(
@@ -94,6 +95,13 @@ def model_shape(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tupl
         kv_heads=numbers["num_key_value_heads"],
         vocab_size=numbers["vocab_size"],
         context_length=numbers["max_position_embeddings"],
+        head_size=head_size if type(head_size) is int and 1 <= head_size <= MOST["hidden_size"] else None,
+        linear_features=sum(
+            sum(shape)
+            for name, shape in shapes.items()
+            if len(shape) == 2 and name.endswith(".weight") and _NUMBERED.search(name)
+        )
+        or None,
     )
 
 

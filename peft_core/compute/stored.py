@@ -104,7 +104,9 @@ class StoredMatrix:
         return [(start, min(start + step, len(self.blocks))) for start in range(0, len(self.blocks), step)]
 
     def rounded(self) -> StoredMatrix:
-        """A copy in memory for products in bfloat16."""
+        """For products in bfloat16: a copy in memory, or itself where it is stored so."""
+        if self.kind == "BF16" and self.heads is None:
+            return replace(self, in_bfloat16=True)
         return replace(StoredMatrix.of(self.whole().bfloat16()), in_bfloat16=True)
 
     def repacked(self) -> StoredMatrix:

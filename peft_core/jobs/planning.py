@@ -185,7 +185,7 @@ def _choose_execution(
 
     The limit is the tighter of the caller's and the user's; where there is none, what is available on this machine.
     """
-    ways = executions(config, device, cpu_bfloat16=cpu_multiplies_bfloat16())
+    ways = executions(config, base, device, cpu_bfloat16=cpu_multiplies_bfloat16())
     needs = [memory_bytes(config, base, device, way) for way in ways]
     limits = [("config.max_memory_mb", config.max_memory_mb), ("CODEBASE_GARDENER_MAX_MEMORY_MB", settings_limit_mb)]
     given = [(limit_mb, field) for field, limit_mb in limits if limit_mb is not None]
@@ -246,7 +246,7 @@ def _filled_up(way: Execution, room: int, base: Base) -> Execution:
 
 def _described(way: Execution) -> str:
     held = f", {_mb(way.repacked_bytes)} MB of them in memory" if way.repacked_bytes else ""
-    parts = [f"the base's weights are kept quantised{held}"] if way.weights == "file" else []
+    parts = [f"the base's weights stay in their file{held}"] if way.weights == "file" else []
     parts += ["layers are computed twice"] if way.recompute_layers else []
     return " and ".join(parts)
 

@@ -45,6 +45,7 @@ from peft_core.proof.evaluation import perplexity
 from peft_core.proof.overlap import TrainedOn
 from peft_core.recipe import filled_in
 from peft_core.results import Metrics, Phase
+from peft_core.spec import Execution
 from peft_core.task import TrainingTask
 from peft_core.training import lora
 from peft_core.training.assess import Exam, Scores, keep_scores, kept_scores, writing_budget
@@ -98,7 +99,8 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
 
     # 2. The frozen base on its device.
     emit(PhaseStarted(phase=Phase.LOADING_MODEL))
-    model = _load(task, directory, plan).to(accelerator.device)
+    model, execution = _load(task, directory, plan)
+    model = model.to(accelerator.device)
     objective = choose_objective(model, config.max_length)
     return_freed_memory()
     order = plan_order(
@@ -133,7 +135,7 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     emit(PhaseStarted(phase=Phase.TRAINING))
     adapted = lora.attach(model, config, task.base.name)
     fused = fuse(adapted)
-    if task.execution.recompute_layers:
+    if execution.recompute_layers:
         objective.recompute_layers()
     optimizer = lora.build_optimizer(adapted, config)
     loop = Loop(
@@ -174,7 +176,7 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
         evaluation = exam.compare(base_scores, adapter_scores, model, adapted.disable_adapter, budget=budget, stop=stop)
         emit(Evaluated(evaluation=evaluation))
         emit(PhaseStarted(phase=Phase.SAVING))
-        facts = _facts(task, plan, dataset, loop, fused, evaluation)
+        facts = _facts(task, plan, execution, dataset, loop, fused, evaluation)
         metrics = write_adapter(paths.adapter, adapted, task, facts, partial(_metrics, progress, adapter_loss))
         _log.info(
             "adapter_written", device_memory_bytes=device_memory_bytes(accelerator.device), **metrics.model_dump()
@@ -183,13 +185,17 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     accelerator.end_training()  # a process that leaves its group unclosed may end with SIGABRT
 
 
-def _load(task: TrainingTask, directory: Path, plan: DevicePlan) -> PreTrainedModel:
-    """The frozen base as the task says, or as a whole where it cannot be had so."""
+def _load(task: TrainingTask, directory: Path, plan: DevicePlan) -> tuple[PreTrainedModel, Execution]:
+    """The frozen base as the task says, or as a whole where it cannot be had so; and how it is."""
     way = task.execution
+    whole = way.model_copy(update={"weights": "float32", "repacked_bytes": 0})
     if plan.device != "cpu" or way.weights == "float32":
-        return load_base(directory, plan.weights)
+        return load_base(directory, plan.weights), whole
     frozen = load_frozen(task.base, directory, in_bfloat16=way.weights == "bfloat16", repacked_bytes=way.repacked_bytes)
-    return load_base(directory, plan.weights) if frozen is None else frozen
+    if frozen is not None:
+        return frozen, way
+    _log.warning("base_loaded_whole", planned=way.weights, model_type=task.base.model_type)
+    return load_base(directory, plan.weights), whole
 
 
 def _loss_on(sample: list[Document], exam: Exam, scores: Scores) -> float:
@@ -202,6 +208,7 @@ def _loss_on(sample: list[Document], exam: Exam, scores: Scores) -> float:
 def _facts(
     task: TrainingTask,
     plan: DevicePlan,
+    execution: Execution,
     dataset: PreparedDataset,
     loop: Loop,
     fused: Fused,
@@ -218,14 +225,14 @@ def _facts(
         ),
         device=plan.device,
         computation=Computation(
-            execution=task.execution,
+            execution=execution,
             documents_packed=objective.packed,
             head_in_chunks=objective.chunked_head,
             fused_blocks=fused.blocks,
             fused_linears=fused.linears,
             estimated_memory_bytes=task.estimated_memory_bytes,
         ),
-        weights_dtype="bfloat16" if task.execution.weights == "bfloat16" else str(plan.weights).removeprefix("torch."),
+        weights_dtype="bfloat16" if execution.weights == "bfloat16" else str(plan.weights).removeprefix("torch."),
         steps=progress.step,
         stopped_early_at=progress.step if progress.stopped_early else None,
         best_step=progress.best_step if loop.best is not None else None,

@@ -33,7 +33,7 @@ def test_memory_is_near_what_the_bundled_base_was_measured_to_take(way: Executio
 
 
 def test_ways_to_compute_come_with_the_fastest_first_and_end_with_the_leanest() -> None:
-    plain, units = (executions(TrainingConfig(), "cpu", cpu_bfloat16=there) for there in (False, True))
+    plain, units = (executions(TrainingConfig(), make_base(), "cpu", cpu_bfloat16=there) for there in (False, True))
     assert (plain[0], units[0]) == (FLOAT32, BFLOAT16)
     for ways in (plain, units):
         assert ways[-1] == LEANEST
@@ -41,8 +41,16 @@ def test_ways_to_compute_come_with_the_fastest_first_and_end_with_the_leanest() 
 
 
 def test_precision_float32_is_kept_where_bfloat16_would_be_faster() -> None:
-    ways = executions(TrainingConfig(precision="float32"), "cpu", cpu_bfloat16=True)
+    ways = executions(TrainingConfig(precision="float32"), make_base(), "cpu", cpu_bfloat16=True)
     assert {way.weights for way in ways} == {"float32", "file"}
+
+
+def test_a_base_of_an_unknown_kind_is_planned_as_a_whole_and_with_room() -> None:
+    unknown = make_base(model_type="gemma3_text", format="huggingface", size_bytes=2 * SMOLLM2_SHAPE.parameters)
+    assert {way.weights for way in executions(TrainingConfig(), unknown, "cpu", cpu_bfloat16=True)} == {"float32"}
+    # Its file is mapped while it becomes float32, its blocks keep more, and its logits are there as a whole.
+    more = memory_bytes(TrainingConfig(), unknown, "cpu", FLOAT32) - memory()
+    assert more > 2 * SMOLLM2_SHAPE.parameters + 4 * 3 * 512 * SMOLLM2_SHAPE.vocab_size
 
 
 def test_the_adapter_has_as_many_parameters_as_peft_makes() -> None:
