@@ -225,7 +225,7 @@ class FillInTheMiddle(NamedTuple):
 
 
 class Example(Frozen):
-    """One training document: segments that are tokenised in order, then end-of-text."""
+    """One training document: segments that are tokenised in order, then end-of-text where the text ends."""
 
     segments: tuple[Segment, ...]
     path: str  # relative to the source; "record 3" for inline records without a path
@@ -233,7 +233,10 @@ class Example(Frozen):
     kind: str  # "function", "class", "method", "module", "block", "record", ...
     start_line: int = 0  # 1-based; 0 when unknown
     end_line: int = 0
-    tokens: int = 0  # of all segments, with the end-of-text token
+    tokens: int = 0  # of all segments, with the end-of-text token where there is one
+    ends: bool = True
+    """False for what breaks off in the middle of a longer text, as a unit does that is too long for one example. Nothing is
+    learned of an end there: the model would learn to stop within functions."""
 
     @property
     def text(self) -> str:

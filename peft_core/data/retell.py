@@ -75,7 +75,8 @@ def retell(example: Example, mixture: Mixture, codec: Codec, *, max_length: int,
     tokens = sum(codec.count([segment.text for segment in segments])) + 1
     if tokens + RESERVED - 1 > max_length:
         return example, Told.PLAINLY
-    return example.model_copy(update={"segments": segments, "tokens": tokens}), told
+    # A gap ends where its unit goes on, and a whole unit is answered.
+    return example.model_copy(update={"segments": segments, "tokens": tokens, "ends": True}), told
 
 
 def _gap(example: Example, codec: Codec, lot: random.Random) -> tuple[Segment, ...] | None:
@@ -111,7 +112,7 @@ def _answer(example: Example, codec: Codec) -> tuple[Segment, ...] | None:
     """A conversation in the base's own template: what is to be written, and the unit. Only the answer is learned."""
     grammar = named(example.language).grammar
     root, start = _tree(example)
-    if root is None or grammar is None:
+    if root is None or grammar is None or not example.ends:
         return None
     definition = next((node for node in _definitions(root, grammar) if node.start_byte >= start), None)
     name = None if definition is None else definition.child_by_field_name("name")

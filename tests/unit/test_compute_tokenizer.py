@@ -35,6 +35,13 @@ def test_a_text_ends_with_the_end_of_text_token_and_all_but_its_first_token_is_l
     assert document.targets == 3
 
 
+def test_a_text_that_breaks_off_has_no_end_to_learn(tokenizer: BaseTokenizer) -> None:
+    broken_off = example(Segment(text="abc")).model_copy(update={"ends": False})
+    document = tokenise(broken_off, tokenizer, max_length=10)
+    assert [VOCABULARY[token] for token in document.ids_T] == ["a", "b", "c"]
+    assert document.learn_T.tolist() == [False, True, True]
+
+
 def test_context_carries_no_loss(tokenizer: BaseTokenizer) -> None:
     assert learned_text(tokenizer, (Segment(text="question ", learn=False), Segment(text="answer"))) == "answer<end>"
 

@@ -73,6 +73,13 @@ def test_before_gap_and_after_are_the_unit_in_every_familys_format(
     assert 12 <= len(gap.text) <= len(code) / 2
 
 
+def test_a_gap_ends_and_a_part_of_a_unit_is_nobodys_answer() -> None:
+    part = example_of(FUNCTION).model_copy(update={"ends": False})
+    gap, way = told(part, GAPS)
+    assert (way, gap.ends) == (Told.AS_GAP, True)
+    assert told(part, ANSWERS) == (part, Told.PLAINLY)
+
+
 @given(st.text(max_size=300), st.sampled_from(["python", "javascript", "c", "text"]), st.integers(0, 99))
 def test_any_text_is_told_whole_or_left_alone(text: str, language: str, seed: int) -> None:
     plain = example_of(text or "x", language=language)
