@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -97,6 +97,24 @@ def write_toy_tokenizer(directory: Path, *, chat_template: str | None = TEMPLATE
     if chat_template is not None:
         config["chat_template"] = chat_template
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_sentencepiece_tokenizer(directory: Path, *, dummy_space: str) -> None:
+    """Of Llama's kind: a space before every text. `dummy_space`: which part puts it there, "prepend" or "metaspace"."""
+    directory.mkdir(exist_ok=True)
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "\u2581\u2581"]
+    tokens += [*map(chr, range(33, 127)), "de", "def", "\u2581d", "\u2581de", "\u2581def"]
+    merges = [("\u2581", "\u2581"), ("d", "e"), ("de", "f"), ("\u2581", "d"), ("\u2581", "de"), ("\u2581", "def")]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))  # noqa: S106 -- a token of text
+    if dummy_space == "prepend":
+        parts = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        tokenizer.normalizer = normalizers.Sequence(parts)  # type: ignore[assignment]  # typed as read-only
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", "\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text('{"eos_token": "</s>", "bos_token": "<s>"}')
 
 
 def _config(architecture: str) -> PreTrainedConfig:  # noqa: PLR0911 -- one for each architecture

@@ -100,7 +100,7 @@ def _trial(example: Example, document: Document, tokenizer: BaseTokenizer) -> Tr
     """Lines and cuts of the segments that are learned, where they lie in the document."""
     lines: list[Line] = []
     cuts: list[Cut] = []
-    encodings = [tokenizer.encode(segment) for segment in example.segments]
+    encodings = tokenizer.encode(example.segments)
     # `tokenise` puts what the tokenizer begins with before the segments, and the end of the text behind them.
     first = encodings[0].ids if encodings else []
     begin = 0 if tuple(first[: len(tokenizer.beginning)]) == tokenizer.beginning else len(tokenizer.beginning)
