@@ -33,11 +33,11 @@ def inspect_training_data(
     draft = plan(training_data, config, settings, measured_speed)
     with tempfile.TemporaryDirectory(prefix="peft-mcp-inspect-") as temporary:
         request = write_source(draft, training_data, Path(temporary) / "source" / "records.jsonl")
-        found = _looked_at(request)
+        found = _looked_at(request, settings)
     return _report(request, found, given=training_data if isinstance(training_data, str) else "these records")
 
 
-def _looked_at(request: JobRequest) -> Preview:
+def _looked_at(request: JobRequest, settings: Settings) -> Preview:
     config = request.config
     asked = PreviewRequest(
         source=request.source,
@@ -47,6 +47,8 @@ def _looked_at(request: JobRequest) -> Preview:
         seed=config.seed,
         held_out_by=config.held_out_by,
         mixture=config.mixture,
+        data_dir=settings.data_dir,
+        allowed_roots=settings.allowed_roots,
     )
     return ask(
         CHILD,

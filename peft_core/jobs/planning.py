@@ -57,7 +57,7 @@ def plan(
     device = _device(config)
     require_place("training_data", training_data, settings)
     base = resolve(config.base_model, settings)
-    found = inspect(training_data, held_out_fraction=config.held_out_fraction, max_length=config.max_length)
+    found = inspect(training_data, max_length=config.max_length)
     if config.held_out_by == "time":
         if found.kind != "repository" or found.path is None:
             raise InvalidArgument("config.held_out_by", "time", "records have no history; 'file' is allowed for them")

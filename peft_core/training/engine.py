@@ -27,7 +27,9 @@ from peft_core.compute.speed import timed
 from peft_core.compute.stop import Stop
 from peft_core.compute.threads import Threads
 from peft_core.compute.tokenizer import BaseTokenizer, load_tokenizer
-from peft_core.data.prepare import PreparedDataset, prepare
+from peft_core.data.dataset import PreparedDataset
+from peft_core.data.overlap import FILE_NAME
+from peft_core.data.prepare import prepare
 from peft_core.data.read import read_examples
 from peft_core.errors import DataError
 from peft_core.events import (
@@ -42,7 +44,6 @@ from peft_core.events import (
 from peft_core.measurements import Evaluation
 from peft_core.paths import JobPaths
 from peft_core.proof.evaluation import perplexity
-from peft_core.proof.overlap import TrainedOn
 from peft_core.recipe import filled_in
 from peft_core.results import Metrics, Phase
 from peft_core.task import TrainingTask
@@ -230,10 +231,7 @@ def _facts(
         memory_saved=loop.memory_saved,
         created_at=datetime.now(UTC),
         evaluation=evaluation,
-        trained_on=TrainedOn.of(
-            "".join(segment.text for segment in example.segments if segment.learn)
-            for example in read_examples(JobPaths(task.job_dir).dataset / "train.jsonl")
-        ),
+        trained_on=(JobPaths(task.job_dir).dataset / FILE_NAME).read_bytes(),
     )
 
 
@@ -277,6 +275,7 @@ def _prepare(task: TrainingTask, tokenizer: BaseTokenizer, report: Callable[[str
         held_out_by=config.held_out_by,
         mixture=config.mixture,
         enough_examples=None if config.max_steps is None else config.max_steps * config.batch_size,
+        may_read=task.require_place,
     )
 
 

@@ -42,8 +42,8 @@ def git(root: Path, *arguments: str) -> None:
     subprocess.run(["git", *identity, "-C", root, *arguments], check=True, capture_output=True)
 
 
-def look(training_data: Any, fraction: float = 0.1) -> Any:
-    return inspect(training_data, held_out_fraction=fraction)
+def look(training_data: Any) -> Any:
+    return inspect(training_data)
 
 
 def names(root: Path) -> set[str]:
@@ -125,11 +125,6 @@ def test_too_little_code_is_refused_with_figures(tmp_path: Path, files: dict[str
     with pytest.raises(DataError, match="at least 8 examples in 2") as caught:
         look(str(tmp_path))
     assert caught.value.code == "too_few_examples"
-
-
-def test_a_fraction_outside_of_its_range_is_refused():
-    with pytest.raises(InvalidArgument):
-        look([], 1.5)
 
 
 def test_links_pipes_and_giants_are_counted_and_never_opened(tmp_path: Path):

@@ -56,7 +56,7 @@ def test_what_it_was_trained_with_decides_how_text_is_cut_and_split(tmp_path: Pa
     ("data", "said"),
     [
         ([], "evaluation_data is an empty list"),
-        (RECORDS[:3], "at least 8 examples"),
+        (RECORDS[:3], "evaluation_data gives 3 .* at least 5 examples are needed to measure on"),
         ("/no/such/place", "evaluation_data = '/no/such/place' cannot be used"),
     ],
 )

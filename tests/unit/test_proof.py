@@ -7,15 +7,15 @@ import random
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peft_core.data.overlap import MAX_BYTES, TrainedOn, shares_seen
 from peft_core.measurements import Benefit, Comparison
 from peft_core.proof.bootstrap import MIN_UNITS, Tally, by_file, compare, unit_for
 from peft_core.proof.evaluation import Measured, Score, Written, evaluate
 from peft_core.proof.general_code import general_examples
 from peft_core.proof.lines import choose, cuts_of, lines_of
-from peft_core.proof.overlap import MAX_BYTES, TrainedOn
 from peft_core.proof.similarity import edit_similarity
 from peft_core.proof.verdict import FORGETS, MIN_EFFECT, judge
 
@@ -224,8 +224,22 @@ def test_of_much_text_a_sample_is_kept_that_both_sides_choose_alike() -> None:
     known = TrainedOn.of(many)
     assert known.every > 1
     assert len(known.to_bytes()) < MAX_BYTES
-    assert {known.share_of(text) for text in many[::100]} <= {0.0, 1.0}
-    assert any(known.share_of(text) == 1 for text in many[::100])
+    assert {known.share_of(text) for text in many[::100]} == {None, 1.0}, "nothing that was trained on counts as unseen"
+
+
+@settings(max_examples=5, deadline=None)
+@given(lines=st.integers(1, 12), seed=st.integers(0, 99))
+def test_of_twenty_thousand_examples_each_is_known_again(lines: int, seed: int) -> None:
+    many = ["\n".join(f"x_{line} = {n + seed}" for line in range(lines)) for n in range(20_000)]
+    known = TrainedOn.from_bytes(TrainedOn.of(many).to_bytes())
+    assert known is not None
+    assert {known.share_of(text) for text in many} == {1.0}
+    assert {known.share_of(text.replace("x_", "y_")) for text in many[:1000]} <= {0.0, None}
+
+
+def test_what_is_shared_is_counted_exactly() -> None:
+    shares = shares_seen({3: TEXT, 5: "x = 1\n", 9: TEXT + "print(1)\n"}, ["# header\n" + TEXT, "y = 1\n"])
+    assert shares == {3: 1.0, 5: 0.0, 9: pytest.approx(2 / 3)}
 
 
 @given(st.binary(max_size=64))
