@@ -103,6 +103,22 @@ def test_data_that_was_all_trained_on_is_refused_with_the_overlap(tmp_path: Path
     assert "of 12 examples the adapter was trained on 12" in failed.error.message
 
 
+@pytest.mark.parametrize(("moved", "field"), [("data", "evaluation_data"), ("adapter", "adapter_path")])
+def test_what_lies_out_of_the_roots_when_the_job_begins_is_not_read(
+    tmp_path: Path, toy_base: Path, moved: str, field: str
+) -> None:
+    adapter = write_toy_adapter(tmp_path / "adapters" / "a", toy_base, seed=1)
+    (tmp_path / "code").mkdir()
+    task = make_task(tmp_path / "code", toy_base, adapter)
+    left = tmp_path / ("adapters" if moved == "data" else "code")
+    task = task.model_copy(update={"data_dir": tmp_path / "data", "allowed_roots": (left,)})
+    exit_code, events, _ = run_child(task)
+    assert exit_code == 1
+    failed = events[-1]
+    assert isinstance(failed, JobFailed)
+    assert (failed.error.code, failed.error.message.partition(" ")[0]) == ("outside_allowed_roots", field)
+
+
 def test_scores_of_examples_sum_up_to_the_loss_and_greedy_lines_are_counted(toy_base: Path) -> None:
     tokenizer = load_tokenizer(toy_base)
     model = toy_model()

@@ -296,13 +296,21 @@ def test_windows_that_slide_over_a_file_are_not_measured_on_where_they_are_train
     assert ("seen_in_training" in done.summary.left_out) == (step < 9)
 
 
+def trained_on(directory: Path) -> TrainedOn:
+    known = TrainedOn.from_bytes((directory / "trained_on.bin").read_bytes())
+    assert known is not None
+    return known
+
+
+def measured(root: Path, directory: Path, known: TrainedOn) -> PreparedDataset:
+    return prepare(source=root, source_kind="repository", directory=directory, codec=Words(), max_length=128,
+                   held_out_fraction=1, seed=1, report=lambda _: None, purpose=MEASURING, known=known)  # fmt: skip
+
+
 def test_what_was_trained_on_before_is_left_out_before_anything_is_chosen(tmp_path: Path):
     root = repository(tmp_path / "r", files=10, functions=60)
     build(root, tmp_path / "out")
-    known = TrainedOn.from_bytes((tmp_path / "out" / "trained_on.bin").read_bytes())
-    assert known is not None
-    found = prepare(source=root, source_kind="repository", directory=tmp_path / "again", codec=Words(), max_length=128,
-                    held_out_fraction=1, seed=1, report=lambda _: None, purpose=MEASURING, known=known)  # fmt: skip
+    found = measured(root, tmp_path / "again", trained_on(tmp_path / "out"))
     first, second = (
         {example.text for example in read_examples(tmp_path / name / "held_out.jsonl")} for name in ("out", "again")
     )
@@ -461,3 +469,8 @@ def test_the_files_changed_last_are_held_out_on_request(tmp_path: Path):
         held_out_by="time",
     )
     assert manifest(tmp_path / "out")["held_out_files"] == ["module_4.py", "module_7.py"]
+
+    # An evaluation draws files by lot, and finds all that the training held out.
+    found = measured(root, tmp_path / "again", trained_on(tmp_path / "out"))
+    assert manifest(tmp_path / "again")["held_out_files"] == ["module_4.py", "module_7.py"]
+    assert found.summary.held_out_examples == len(read_examples(tmp_path / "out" / "held_out.jsonl"))

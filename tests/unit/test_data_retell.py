@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from peft_core.bases.infill import FAMILIES
 from peft_core.data import prepare, read_examples
 from peft_core.data.codec import EstimatingCodec
+from peft_core.data.examples import taught
+from peft_core.data.overlap import TrainedOn
 from peft_core.data.retell import Told, require_means, retell
 from peft_core.errors import DataError
 from peft_core.spec import Example, FillInTheMiddle, Mixture, Segment
@@ -71,6 +73,38 @@ def test_before_gap_and_after_are_the_unit_in_every_familys_format(
     assert [segment.text for segment in end] == ([tokens.end] if tokens.end else [])
     assert all(segment.learn for segment in (gap, *end))
     assert 12 <= len(gap.text) <= len(code) / 2
+
+
+def test_what_was_trained_on_as_gaps_is_known_again(tmp_path: Path) -> None:
+    class Coder(Words):
+        fill_in_the_middle = FAMILIES[0]
+
+    found = prepare(
+        source=repository(tmp_path / "code", files=10, functions=20),
+        source_kind="repository",
+        directory=tmp_path / "out",
+        codec=Coder(),
+        max_length=256,
+        held_out_fraction=0.2,
+        seed=0,
+        report=lambda _: None,
+        mixture=GAPS,
+    )
+    assert found.summary.told["fill_in_the_middle"] > found.summary.train_examples / 2
+    plainly = prepare(
+        source=tmp_path / "code",
+        source_kind="repository",
+        directory=tmp_path / "plain",
+        codec=Coder(),
+        max_length=256,
+        held_out_fraction=0.2,
+        seed=0,
+        report=lambda _: None,
+    )
+    known = TrainedOn.from_bytes((tmp_path / "out" / "trained_on.bin").read_bytes())
+    assert known is not None
+    assert plainly.summary.told.keys() == {"plainly"}
+    assert {known.share_of(taught(one)) for one in read_examples(tmp_path / "plain" / "train.jsonl")} == {1.0}
 
 
 def test_a_gap_ends_and_a_part_of_a_unit_is_nobodys_answer() -> None:
