@@ -18,7 +18,8 @@ from peft_core.data.purpose import TRAINING, Purpose
 
 # Measuring base and adapter on more examples costs minutes and moves the figure by less than its noise.
 HELD_OUT_MAX_EXAMPLES = 200
-# One file gives at most a tenth of what is trained on; but these tokens at least, for small projects are made of few files.
+# One file gives at most a tenth of what is trained on in the end; but these tokens at least, for small projects are made
+# of few files.
 FILE_SHARE = 0.1
 FILE_MIN_TOKENS = 50_000
 _NOW = 1 << 62  # later than any commit
@@ -101,13 +102,32 @@ def capped(keys: Sequence[Key], train: Sequence[int]) -> list[int]:
     of_file: dict[str, list[int]] = defaultdict(list)
     for position in train:
         of_file[keys[position].file].append(position)
-    limit = max(FILE_MIN_TOKENS, int(FILE_SHARE * sum(keys[position].tokens for position in train)))
+    tokens = {file: sum(keys[position].tokens for position in positions) for file, positions in of_file.items()}
+    limit = file_limit(tokens.values())
     kept: list[int] = []
-    for positions in of_file.values():
-        ratio = min(1.0, limit / max(1, sum(keys[position].tokens for position in positions)))
+    for file, positions in of_file.items():
+        ratio = min(1.0, limit / max(1, tokens[file]))
         # The n-th is kept when the count that should be kept by then has grown by one.
         kept += [position for n, position in enumerate(positions) if int((n + 1) * ratio) > int(n * ratio)]
     return sorted(kept)
+
+
+def file_limit(tokens: Iterable[int]) -> float:
+    """Tokens that a file may give at most: a tenth of what all files give together, when none gives more than that.
+
+    With k files cut to the limit L and the others whole, L = share * (k * L + others). Taken is the first k that leaves no
+    larger file whole; from ten on there is none, and what is certain to be given decides.
+    """
+    largest_first = sorted(tokens, reverse=True)
+    others = sum(largest_first)
+    for cut, largest in enumerate(largest_first):
+        if FILE_SHARE * cut >= 1:
+            break
+        limit = FILE_SHARE * others / (1 - FILE_SHARE * cut)
+        if limit >= largest:
+            return max(FILE_MIN_TOKENS, limit)
+        others -= largest
+    return FILE_MIN_TOKENS
 
 
 def _distinct(keys: Sequence[Key], signatures: Signatures, first: list[int], second: list[int]) -> Split:
