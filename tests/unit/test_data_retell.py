@@ -156,6 +156,36 @@ def test_a_docstring_asks_and_the_unit_answers(code: str, language: str, kind: s
     assert answer == Segment(text=code.rstrip("\n"))
 
 
+OTHERS = {
+    "python": "def other(a):\n    return a + 1\n",
+    "javascript": "function other(a) {\n  return a + 1;\n}\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("code", "language"),
+    [(FUNCTION, "python"), (METHOD, "python"), (JAVASCRIPT, "javascript")],
+    ids=["py", "method", "js"],
+)
+@pytest.mark.parametrize("before", [True, False])
+def test_more_than_was_asked_for_is_no_answer(code: str, language: str, *, before: bool) -> None:
+    indent = "    " if code.startswith(" ") else ""
+    other = "".join(f"{indent}{line}" for line in OTHERS[language].splitlines(keepends=True))
+    joined = example_of(f"{other}\n{code}" if before else f"{code}\n{other}", language=language)
+    assert told(joined, ANSWERS) == (joined, Told.PLAINLY)
+    loose = example_of(f"{code}{indent}limit = 3\n", language=language)
+    assert told(loose, ANSWERS) == (loose, Told.PLAINLY)
+
+
+@pytest.mark.parametrize("lead", ["@cache\n", "# How it is read.\n", "@cache\n@other(1)\n"])
+@pytest.mark.parametrize("indent", ["", "    "])
+def test_what_leads_to_a_definition_belongs_to_it(lead: str, indent: str) -> None:
+    code = "".join(f"{indent}{line}" for line in (lead + FUNCTION).splitlines(keepends=True))
+    found, way = told(example_of(code), ANSWERS)
+    assert way is Told.AS_ANSWER
+    assert found.segments[-1].text == code.rstrip("\n")
+
+
 @pytest.mark.parametrize(
     "example",
     [
