@@ -18,9 +18,10 @@ from peft_core.bases.infill import fills_in
 from peft_core.config import Settings
 from peft_core.data import table
 from peft_core.data.history import require_history
+from peft_core.data.purpose import MEASURING, TRAINING
 from peft_core.data.records import write_records
 from peft_core.data.source import inspect
-from peft_core.errors import DataError, InvalidArgument, StorageError
+from peft_core.errors import InvalidArgument, StorageError
 from peft_core.estimate import (
     MICRO_TOKENS,
     estimate,
@@ -55,7 +56,7 @@ def plan(
         InvalidArgument, DataError, BaseModelError, StorageError: it cannot be done, and why.
     """
     device = _device(config)
-    require_place("training_data", training_data, settings)
+    require_place(TRAINING.field, training_data, settings)
     base = resolve(config.base_model, settings)
     found = inspect(training_data, max_length=config.max_length)
     if config.held_out_by == "time":
@@ -125,7 +126,8 @@ def require_sources(request: JobRequest, settings: Settings) -> None:
         InvalidArgument, BaseModelError: it may not, or the base is gone.
     """
     if request.source_kind != "records":  # those are a file of our own
-        require_place("training_data", str(request.source), settings)
+        purpose = TRAINING if request.evaluated is None else MEASURING
+        require_place(purpose.field, str(request.source), settings)
     resolve(request.base.ref if request.base.ref == BUNDLED else str(request.base.path), settings)
 
 
@@ -139,14 +141,17 @@ def write_source(request: JobRequest, training_data: TrainingData, records: Path
         return request
     try:
         records.parent.mkdir(parents=True)
+    except OSError as error:
+        raise unwritable(records.parent, error) from error
+    try:
         if isinstance(training_data, str):
             table.copy(request.source, records)
         else:
             write_records(training_data, records)
-    except OSError as error:
-        raise unwritable(records.parent, error) from error
-    except DataError:
+    except BaseException as error:
         shutil.rmtree(records.parent, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise unwritable(records.parent, error) from error
         raise
     return request.model_copy(update={"source": records})
 
