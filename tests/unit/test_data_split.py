@@ -289,6 +289,15 @@ def test_history_tells_when_each_file_was_changed_last(tmp_path: Path):
         last_changes(root / "sub")
 
 
+def test_files_that_are_gone_tell_nobody_apart(tmp_path: Path):
+    root = committed(tmp_path / "r", ["old.py"], ["a.py", "b.py"])
+    assert set(last_changes(root)) == {"old.py", "a.py", "b.py"}
+    (root / "old.py").unlink()
+    with pytest.raises(DataError, match="one commit was the last to change all of them") as caught:
+        last_changes(root)
+    assert caught.value.code == "no_history"
+
+
 def test_without_a_history_a_split_by_time_is_refused_with_what_to_do(tmp_path: Path):
     (tmp_path / "plain").mkdir()
     with pytest.raises(DataError, match=r"has none.*held_out_by = 'file'") as caught:
