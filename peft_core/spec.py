@@ -216,11 +216,13 @@ class FillInTheMiddle(NamedTuple):
 
     prefix: str
     suffix: str
-    middle: str
+    middle: str  # empty: the suffix comes first, and the gap follows the prefix
     end: str = ""  # what ends the gap, where that is not the end of the text
 
     def prompt(self, before: str, after: str) -> tuple[str, ...]:
-        """The pieces to tokenise, in the order prefix, suffix, middle, in which all of these families were trained."""
+        """The pieces to tokenise, in the order in which the family was trained."""
+        if not self.middle:
+            return (self.suffix, after, self.prefix, before)
         return (self.prefix, before, self.suffix, after, self.middle)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def write_toy_tokenizer(directory: Path, *, chat_template: str | None = TEMPLATE
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def write_sentencepiece_tokenizer(directory: Path, *, dummy_space: str) -> None:
+def write_sentencepiece_tokenizer(directory: Path, *, dummy_space: str, marks: Sequence[str] = ()) -> None:
     """Of Llama's kind: a space before every text. `dummy_space`: which part puts it there, "prepend" or "metaspace"."""
     directory.mkdir(exist_ok=True)
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "\u2581\u2581"]
@@ -112,7 +113,7 @@ def write_sentencepiece_tokenizer(directory: Path, *, dummy_space: str) -> None:
         tokenizer.normalizer = normalizers.Sequence(parts)  # type: ignore[assignment]  # typed as read-only
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", "\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>"])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", *marks])
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text('{"eos_token": "</s>", "bos_token": "<s>"}')
 

@@ -88,13 +88,18 @@ class BaseTokenizer:
         """The tokens of each segment of one text.
 
         SentencePiece puts a space before a text, and would put one before every segment. It belongs before the first words
-        alone: Code Llama was trained without one before suffix and middle (Roziere et al., arXiv 2308.12950, section 2.3).
+        alone: Code Llama was trained without one before suffix and middle (Roziere et al., arXiv 2308.12950, section 2.3),
+        Codestral without one before a suffix, which it reads first.
         """
+        marks = self.fill_in_the_middle
         found: list[Tokens] = []
-        begun = False  # special tokens, such as the mark before a prefix, are no words
+        begun = False
         for segment in segments:
             found.append(self._behind(segment) if begun and self._own_tokens is not None else self._alone(segment))
-            begun = begun or not self._added.issuperset(found[-1].ids)
+            if marks is not None and segment.text in (marks.prefix, marks.suffix) and not segment.literal:
+                begun = segment.text == marks.suffix
+            else:
+                begun = begun or not self._added.issuperset(found[-1].ids)  # special tokens are no words
         return found
 
     def text(self, ids: Sequence[int]) -> str:

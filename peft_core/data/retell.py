@@ -50,7 +50,7 @@ def require_means(mixture: Mixture, codec: Codec) -> None:
     if mixture.fill_in_the_middle and codec.fill_in_the_middle is None:
         raise DataError(
             f"mixture.fill_in_the_middle = {mixture.fill_in_the_middle:g} needs a base with tokens for it, and this base's "
-            "vocabulary has none.",
+            "vocabulary has none of a form that is known here.",
             code="no_fill_in_the_middle",
             suggestions=[
                 "Set mixture.fill_in_the_middle to 0",
@@ -96,16 +96,10 @@ def _gap(example: Example, codec: Codec, lot: random.Random) -> tuple[Segment, .
         return None
     ((first, last),) = lot.choices(spans, weights=[b - a for a, b in spans])
     before, gap, after = (part.decode() for part in (raw[:first], raw[first:last], raw[last:]))
-    return (
-        Segment(text=tokens.prefix, learn=False),
-        *context,
-        *_segments(before, body),
-        Segment(text=tokens.suffix, learn=False),
-        *_segments(after, body),
-        Segment(text=tokens.middle, learn=False),
-        *_segments(gap, body),
-        *_segments(tokens.end),
-    )
+    above = (Segment(text=tokens.prefix, learn=False), *context, *_segments(before, body))
+    below = (Segment(text=tokens.suffix, learn=False), *_segments(after, body))
+    around = (*above, *below, Segment(text=tokens.middle, learn=False)) if tokens.middle else (*below, *above)
+    return (*around, *_segments(gap, body), *_segments(tokens.end))
 
 
 def _answer(example: Example, codec: Codec) -> tuple[Segment, ...] | None:

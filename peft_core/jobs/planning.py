@@ -81,7 +81,7 @@ def plan(
         raise InvalidArgument(
             "config.mixture.fill_in_the_middle",
             config.mixture.fill_in_the_middle,
-            f"the vocabulary of the base {base.name} has no tokens for gaps; 0 is allowed",
+            f"the vocabulary of the base {base.name} has no tokens for gaps of a form that is known here; 0 is allowed",
             suggestions=["Use a base for code completion, such as Qwen2.5-Coder or StarCoder2"],
         )
     measured = measured_speed(base, device)

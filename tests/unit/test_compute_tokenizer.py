@@ -97,7 +97,8 @@ def test_segments_of_a_text_are_tokenised_as_the_text_is(words: list[str]) -> No
 
 
 def test_code_around_a_gap_is_tokenised_as_code_llama_was_trained(tmp_path: Path) -> None:
-    write_sentencepiece_tokenizer(tmp_path, dummy_space="prepend")
+    known = ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>")
+    write_sentencepiece_tokenizer(tmp_path, dummy_space="prepend", marks=known)
     tokenizer = load_tokenizer(tmp_path)
     marks = tokenizer.fill_in_the_middle
     assert marks is not None
@@ -106,6 +107,15 @@ def test_code_around_a_gap_is_tokenised_as_code_llama_was_trained(tmp_path: Path
         *("\u2581<SUF>", "def"),
         "\u2581<MID>",
     ]
+
+
+def test_code_around_a_gap_is_tokenised_as_codestral_was_trained(tmp_path: Path) -> None:
+    write_sentencepiece_tokenizer(tmp_path, dummy_space="prepend", marks=["[PREFIX]", "[MIDDLE]", "[SUFFIX]"])
+    tokenizer = load_tokenizer(tmp_path)
+    marks = tokenizer.fill_in_the_middle
+    assert marks is not None
+    pieces = [*marks.prompt("def", "def"), "def"]  # the gap goes on behind the prefix
+    assert named(tokenizer, tokenizer.ids(*pieces)) == ["[SUFFIX]", "def", "[PREFIX]", "\u2581def", "def"]
 
 
 def test_counting_counts_what_encoding_makes(tokenizer: BaseTokenizer) -> None:

@@ -49,6 +49,9 @@ def told(example: Example, mixture: Mixture, *, seed: int = 0, max_length: int =
 
 def put_together(example: Example, tokens: FillInTheMiddle) -> str:
     """The plain text of a gap, from its pieces in the order in which they are given."""
+    if not tokens.middle:
+        suffix, rest = example.text.removeprefix(tokens.suffix).split(tokens.prefix)
+        return rest + suffix
     prefix, rest = example.text.removeprefix(tokens.prefix).split(tokens.suffix)
     suffix, middle = rest.split(tokens.middle)
     return prefix + middle.removesuffix(tokens.end) + suffix
@@ -67,9 +70,10 @@ def test_before_gap_and_after_are_the_unit_in_every_familys_format(
     assert way is Told.AS_GAP
     assert put_together(found, tokens) == "# a/b.py\n" + code
     marks = [segment for segment in found.segments if segment.text in (tokens.prefix, tokens.suffix, tokens.middle)]
-    assert [mark.text for mark in marks] == [tokens.prefix, tokens.suffix, tokens.middle]
+    order = [tokens.prefix, tokens.suffix, tokens.middle] if tokens.middle else [tokens.suffix, tokens.prefix]
+    assert [mark.text for mark in marks] == order
     assert not any(mark.learn for mark in marks)
-    gap, *end = found.segments[found.segments.index(marks[-1]) + 1 :]
+    gap, *end = found.segments[-2:] if tokens.end else found.segments[-1:]
     assert [segment.text for segment in end] == ([tokens.end] if tokens.end else [])
     assert all(segment.learn for segment in (gap, *end))
     assert 12 <= len(gap.text) <= len(code) / 2
