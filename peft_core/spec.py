@@ -126,7 +126,12 @@ class TrainingConfig(Frozen):
     max_grad_norm: Annotated[float, Field(gt=0, le=100, description="Gradient clipping by global norm.")] = 1.0
     held_out_fraction: Annotated[
         float,
-        Field(ge=0.02, le=0.5, description="Share of the files kept out of training to measure base and adapter on."),
+        Field(
+            ge=0.02,
+            le=0.5,
+            description="Share of the tokens, in whole files, kept out of training to measure base and adapter on; "
+            "about 200 examples at most.",
+        ),
     ] = 0.1
     held_out_by: Annotated[
         Literal["file", "time"], Field(description="Which files: drawn by lot, or those changed last in git's history.")
@@ -140,8 +145,8 @@ class TrainingConfig(Frozen):
         Field(
             ge=1,
             le=100,
-            description="Stop after so many held-out measurements without improvement, and keep the best state. "
-            "Null: never stop early. Use it with num_epochs > 1.",
+            description="Stop after so many held-out measurements without improvement, and keep the best state (by a sample "
+            "of what is reported in the end). Null: never stop early. Use it with num_epochs > 1.",
         ),
     ] = None
     mixture: Annotated[
@@ -165,7 +170,7 @@ class TrainingConfig(Frozen):
         Literal["unless_it_harms", "always", "never"],
         Field(
             description="Whether the project id stands for the new adapter. 'unless_it_harms': not when it raises the "
-            "held-out loss; it is kept all the same."
+            "held-out loss, or forgets more of general code than it gains; it is kept all the same."
         ),
     ] = "unless_it_harms"
     max_memory_mb: Annotated[

@@ -170,6 +170,9 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
         make_plain(adapted, model)
         budget = writing_budget(progress.tokens)
         evaluation = exam.compare(base_scores, adapter_scores, model, adapted.disable_adapter, budget=budget, stop=stop)
+        # `prepare` kept apart what is held out; early stopping looked at a part of it.
+        chosen_on_part = config.early_stopping_patience is not None
+        evaluation = evaluation.model_copy(update={"seen_in_training": 0.0, "chosen_on_part": chosen_on_part})
         emit(Evaluated(evaluation=evaluation))
         emit(PhaseStarted(phase=Phase.SAVING))
         facts = _facts(task, plan, dataset, loop, fused, evaluation)

@@ -167,6 +167,15 @@ def test_prompts_end_inside_a_block_and_are_the_same_for_the_same_seed() -> None
     assert choose([], 5, seed=0) == []
 
 
+def test_all_that_is_held_out_is_resampled_alike() -> None:
+    held_out = [measured(f"f{n}.py", 2.0, 1.5) for n in range(6)]
+    written = [Written(f"f{n % 2}.py", 3, "x = 1\n", "return x", "return y", "return x") for n in range(8)]
+    evaluation = evaluate(held_out, [], written)
+    assert (evaluation.resampled, evaluation.prompts) == ("files", 8)
+    assert evaluation.edit_similarity is not None
+    assert evaluation.edit_similarity.low is None, "two files are too few"
+
+
 @given(st.text(max_size=40), st.text(max_size=40))
 def test_edit_similarity_is_a_share(written: str, expected: str) -> None:
     assert 0 <= edit_similarity(written, expected) <= 1
