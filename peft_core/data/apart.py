@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from peft_core.data.examples import taught
-from peft_core.data.overlap import SEEN, shares_seen
+from peft_core.data.overlap import SEEN, runs_of, shares_a_run, shares_seen
 from peft_core.data.split import Split
 from peft_core.errors import DataError
 from peft_core.spec import Example
@@ -30,8 +30,8 @@ def kept_apart(parts: Split, spool: Path) -> Split:
     kept = [position for position in parts.held_out if seen[position] < SEEN]
     if kept:
         return replace(parts, held_out=kept, seen_as_lines=len(parts.held_out) - len(kept))
-    shares = shares_seen(dict(_texts(spool, parts.train)), held_out.values())
-    train = [position for position in parts.train if not shares[position]]
+    runs = runs_of(held_out.values())
+    train = [position for position, text in _texts(spool, parts.train) if not shares_a_run(text, runs)]
     if not (train and held_out):
         raise DataError(
             "All examples hold the same lines or the same answer: whatever is held out is trained on as well, and nothing can "

@@ -110,9 +110,10 @@ def answer(example: Example) -> str | None:
 
 def taught(example: Example) -> str:
     """The text by which it is told whether something was trained on."""
-    if example.kind == RECORD and answer(example) is None:
-        return " ".join(example.text.split())  # one line: questions may have most of theirs in common
-    return "".join(segment.text for segment in example.segments if segment.learn)
+    learned = "".join(segment.text for segment in example.segments if segment.learn)
+    if example.kind != RECORD or learned == example.text or answer(example) is not None:
+        return learned
+    return " ".join(example.text.split())  # one line: questions may have most of theirs in common
 
 
 def printable(name: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 FILE_NAME = "trained_on.bin"
@@ -33,7 +33,7 @@ class TrainedOn:
     def of(cls, texts: Iterable[str]) -> TrainedOn:
         sample, smallest = _Sample(_MOST), _Sample(_MOST_SMALLEST)
         for text in texts:
-            found = set(_hashes(text))
+            found = runs_of([text])
             sample.add(found)
             smallest.add({min(found)})
         return cls(sample.every, smallest.every, frozenset(sample.kept | smallest.kept))
@@ -61,9 +61,18 @@ class TrainedOn:
         return cls(every, every_smallest, frozenset(struct.unpack(f"<{len(body) // 8}Q", body)))
 
 
+def runs_of(texts: Iterable[str]) -> set[int]:
+    """The hashes of all runs of lines in these texts."""
+    return {value for text in texts for value in _hashes(text)}
+
+
+def shares_a_run(text: str, runs: Collection[int]) -> bool:
+    return any(value in runs for value in _hashes(text))
+
+
 def shares_seen(measured: Mapping[int, str], trained: Iterable[str]) -> dict[int, float]:
     """How much of each of these texts is among others, 0 to 1. Exact, in memory that follows `measured` alone."""
-    runs = {position: set(_hashes(text)) for position, text in measured.items()}
+    runs = {position: runs_of([text]) for position, text in measured.items()}
     wanted = set().union(*runs.values())
     seen = {value for text in trained for value in _hashes(text) if value in wanted}
     return {position: len(found & seen) / len(found) for position, found in runs.items()}

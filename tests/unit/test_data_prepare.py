@@ -271,6 +271,24 @@ def test_one_long_answer_to_every_question_leaves_nothing_to_measure(tmp_path: P
         build(records, tmp_path / "out", "records")
 
 
+@pytest.mark.parametrize(
+    ("given", "learned", "text"),
+    [
+        ("", "a = 1\nb = 2\n", "a = 1\nb = 2\n"),
+        ("Is 2\neven?", "yes", "Is 2 even?yes"),
+        (
+            "Write it!\n",
+            "def f(a):\n    return (a + 1) * (a + 2) * 3\n",
+            "def f(a):\n    return (a + 1) * (a + 2) * 3\n",
+        ),
+    ],
+)
+def test_a_short_answer_is_told_by_its_question_and_all_else_by_itself(given: str, learned: str, text: str):
+    segments = (*((Segment(text=given, learn=False),) if given else ()), Segment(text=learned))
+    record = Example(segments=segments, path="record 1", language="text", kind="record")
+    assert taught(record) == text
+
+
 def shared(tmp_path: Path) -> list[float]:
     """Of each held-out example, how much is trained on."""
     train, held_out = (
