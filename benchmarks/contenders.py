@@ -71,6 +71,7 @@ def workplace(held_out_fraction: float) -> Iterator[Workplace]:
     from peft_core.compute.tokenizer import load_tokenizer  # noqa: PLC0415 -- likewise
     from peft_core.data.prepare import prepare  # noqa: PLC0415 -- likewise
     from peft_core.data.read import read_examples  # noqa: PLC0415 -- likewise
+    from peft_core.training.batches import tokenise  # noqa: PLC0415 -- likewise
 
     with tempfile.TemporaryDirectory(prefix="peft-mcp-benchmark-") as temporary:
         root = Path(temporary)
@@ -97,13 +98,10 @@ def workplace(held_out_fraction: float) -> Iterator[Workplace]:
         examples: dict[str, list[dict[str, list[int]]]] = {"train": [], "held_out": []}
         for part, into in examples.items():
             for example in read_examples(root / "dataset" / f"{part}.jsonl"):
-                ids, labels = list(tokenizer.beginning), [-100] * len(tokenizer.beginning)
-                for segment in example.segments:
-                    piece: list[int] = tokenizer.tokenizer.encode(segment.text, add_special_tokens=False).ids
-                    ids += piece
-                    labels += piece if segment.learn else [-100] * len(piece)
-                ids, labels = ([*x, tokenizer.end_of_text][: config.max_length] for x in (ids, labels))
-                into.append({"input_ids": ids, "labels": labels})
+                document = tokenise(example, tokenizer, config.max_length)
+                pairs = zip(document.ids_T.tolist(), document.learn_T.tolist(), strict=True)
+                labels = [token if learned else -100 for token, learned in pairs]
+                into.append({"input_ids": document.ids_T.tolist(), "labels": labels})
         (root / "examples.json").write_text(json.dumps(examples), encoding="utf-8")
         lengths = [len(example["input_ids"]) for example in examples["train"]]
         print(f"# {len(lengths)} examples to train on, {sum(lengths)} tokens; {len(examples['held_out'])} held out")

@@ -62,19 +62,38 @@ class Evaluation(Frozen):
         None, description="Nats per token of general Python code that belongs to no project: what the adapter forgets."
     )
     forgets: bool = Field(False, description="The loss on general code has risen markedly.")
+    chosen_on_part: bool = Field(
+        False, description="Early stopping chose the state that is measured on a part of these very examples."
+    )
     files: int
     examples: int
     tokens: int
     lines: int = 0
     prompts: int = 0
     general_tokens: int = 0
-    resampled: Literal["files", "examples"] = Field(description="What the intervals were drawn over (bootstrap).")
+    resampled: Literal["files", "examples"] = Field(
+        description="What the intervals were drawn over (bootstrap); those of general code over its functions."
+    )
     seen_in_training: float | None = Field(
-        None, description="Share of the measured examples that the adapter was trained on. Null: not known."
+        None,
+        description="Share of the measured examples that the adapter was trained on: 0, for those are left out. Null: it is "
+        "not recorded what it was trained on.",
     )
     seconds: float = Field(0.0, description="That writing from prompts and the general code took.")
     gains: tuple[Continuation, ...] = Field((), description="Where the adapter wrote better by most.")
     losses: tuple[Continuation, ...] = Field((), description="Where it wrote worse by most.")
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """What the verdict does not say, in sentences."""
+        found = []
+        if self.forgets and self.general_loss is not None:
+            found.append(
+                f"It forgets: the loss on general code rises by {self.general_loss.change:.3f} nats per token."
+            )
+        if self.chosen_on_part:
+            found.append("Early stopping chose the best state on a part of these examples, which flatters it a little.")
+        return tuple(found)
 
     @property
     def in_figures(self) -> Evaluation:

@@ -126,7 +126,12 @@ class TrainingConfig(Frozen):
     max_grad_norm: Annotated[float, Field(gt=0, le=100, description="Gradient clipping by global norm.")] = 1.0
     held_out_fraction: Annotated[
         float,
-        Field(ge=0.02, le=0.5, description="Share of the files kept out of training to measure base and adapter on."),
+        Field(
+            ge=0.02,
+            le=0.5,
+            description="Share of the tokens, in whole files, kept out of training to measure base and adapter on; "
+            "about 200 examples at most.",
+        ),
     ] = 0.1
     held_out_by: Annotated[
         Literal["file", "time"], Field(description="Which files: drawn by lot, or those changed last in git's history.")
@@ -140,8 +145,8 @@ class TrainingConfig(Frozen):
         Field(
             ge=1,
             le=100,
-            description="Stop after so many held-out measurements without improvement, and keep the best state. "
-            "Null: never stop early. Use it with num_epochs > 1.",
+            description="Stop after so many held-out measurements without improvement, and keep the best state (by a sample "
+            "of what is reported in the end). Null: never stop early. Use it with num_epochs > 1.",
         ),
     ] = None
     mixture: Annotated[
@@ -165,7 +170,7 @@ class TrainingConfig(Frozen):
         Literal["unless_it_harms", "always", "never"],
         Field(
             description="Whether the project id stands for the new adapter. 'unless_it_harms': not when it raises the "
-            "held-out loss; it is kept all the same."
+            "held-out loss, or forgets more of general code than it gains; it is kept all the same."
         ),
     ] = "unless_it_harms"
     max_memory_mb: Annotated[
@@ -216,16 +221,18 @@ class FillInTheMiddle(NamedTuple):
 
     prefix: str
     suffix: str
-    middle: str
+    middle: str  # empty: the suffix comes first, and the gap follows the prefix
     end: str = ""  # what ends the gap, where that is not the end of the text
 
     def prompt(self, before: str, after: str) -> tuple[str, ...]:
-        """The pieces to tokenise, in the order prefix, suffix, middle, in which all of these families were trained."""
+        """The pieces to tokenise, in the order in which the family was trained."""
+        if not self.middle:
+            return (self.suffix, after, self.prefix, before)
         return (self.prefix, before, self.suffix, after, self.middle)
 
 
 class Example(Frozen):
-    """One training document: segments that are tokenised in order, then end-of-text."""
+    """One training document: segments that are tokenised in order, then end-of-text where the text ends."""
 
     segments: tuple[Segment, ...]
     path: str  # relative to the source; "record 3" for inline records without a path
@@ -233,7 +240,10 @@ class Example(Frozen):
     kind: str  # "function", "class", "method", "module", "block", "record", ...
     start_line: int = 0  # 1-based; 0 when unknown
     end_line: int = 0
-    tokens: int = 0  # of all segments, with the end-of-text token
+    tokens: int = 0  # of all segments, with the end-of-text token where there is one
+    ends: bool = True
+    """False for what breaks off in the middle of a longer text, as a unit does that is too long for one example. Nothing is
+    learned of an end there: the model would learn to stop within functions."""
 
     @property
     def text(self) -> str:

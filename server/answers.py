@@ -22,6 +22,7 @@ from peft_core.results import (
     Verdict,
 )
 
+_NAMED = 5  # held-out files, in the line for people
 TEXTS = frozenset({"text", "base_text"})
 VERDICTS = {
     Verdict.EXACT: "the very weights it was trained on",
@@ -106,7 +107,8 @@ def inspection_answer(report: TrainingDataReport) -> CallToolResult:
     left_out = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in report.left_out.items())
     secrets = f" {report.secrets_removed} lines with credentials are blanked." if report.secrets_removed else ""
     unread = f" {report.unread_files} more files were not looked at." if report.unread_files else ""
-    held_out = ", ".join(report.held_out_files[:5]) + (" …" if len(report.held_out_files) > 5 else "")
+    held_out = ", ".join(report.held_out_files[:_NAMED]) + (" …" if len(report.held_out_files) > _NAMED else "")
+    said = {"samples", "left_out"} | ({"held_out_files"} if len(report.held_out_files) <= _NAMED else set())
     lines = [
         f"{report.training_data}, {report.files} files.{unread}",
         f"To train on: {report.train_examples} examples, about {report.train_tokens} tokens.",
@@ -121,7 +123,7 @@ def inspection_answer(report: TrainingDataReport) -> CallToolResult:
         ),
         f"\n{report.next}",
     ]
-    return answer(report, "\n".join(lines), said=frozenset({"samples", "held_out_files", "left_out"}))
+    return answer(report, "\n".join(lines), said=frozenset(said))
 
 
 def estimate_line(estimate: Estimate) -> str:
@@ -152,7 +154,7 @@ def status_answer(status: TrainingStatus, picture: bytes | None = None) -> CallT
 
 
 def evaluation_line(evaluation: Evaluation) -> str:
-    """What was measured, in one sentence; the verdict's reason has the loss."""
+    """What was measured, in one sentence, and what the verdict does not say; its reason has the loss."""
     parts = [
         f"{name} {100 * one.base:.1f} -> {100 * one.adapter:.1f} %{_interval(one, percent=True)}"
         for name, one in (("next lines exact", evaluation.next_line), ("edit similarity", evaluation.edit_similarity))
@@ -162,7 +164,8 @@ def evaluation_line(evaluation: Evaluation) -> str:
         general = evaluation.general_loss
         parts.append(f"loss on general code {general.base:.3f} -> {general.adapter:.3f}{_interval(general)}")
     reason = evaluation.reason[:1].upper() + evaluation.reason[1:]
-    return f"{reason}; {', '.join(parts)}; {evaluation.files} files, {evaluation.examples} examples."
+    caveats = "".join(f" {caveat}" for caveat in evaluation.caveats)
+    return f"{reason}; {', '.join(parts)}; {evaluation.files} files, {evaluation.examples} examples.{caveats}"
 
 
 def _interval(one: Comparison, *, percent: bool = False) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -111,7 +112,25 @@ def write_toy_tokenizer(directory: Path, *, chat_template: str | None = TEMPLATE
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def _config(architecture: str) -> PreTrainedConfig:  # noqa: PLR0911 -- one for each architecture
+def write_sentencepiece_tokenizer(directory: Path, *, dummy_space: str, marks: Sequence[str] = ()) -> None:
+    """Of Llama's kind: a space before every text. `dummy_space`: which part puts it there, "prepend" or "metaspace"."""
+    directory.mkdir(exist_ok=True)
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "\u2581\u2581"]
+    tokens += [*map(chr, range(33, 127)), "de", "def", "\u2581d", "\u2581de", "\u2581def"]
+    merges = [("\u2581", "\u2581"), ("d", "e"), ("de", "f"), ("\u2581", "d"), ("\u2581", "de"), ("\u2581", "def")]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))  # noqa: S106 -- a token of text
+    if dummy_space == "prepend":
+        parts = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        tokenizer.normalizer = normalizers.Sequence(parts)  # type: ignore[assignment]  # typed as read-only
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", *marks])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text('{"eos_token": "</s>", "bos_token": "<s>"}')
+
+
+def _config(architecture: str) -> PreTrainedConfig:  # noqa: PLR0911, PLR0912 -- one for each architecture
     match architecture:
         case "llama":
             return LlamaConfig(**_SIZES)

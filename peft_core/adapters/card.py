@@ -75,12 +75,13 @@ def _evaluation(evaluation: Evaluation | None) -> str:
         for name, one in figures.items()
         if one is not None
     ]
+    caveats = "".join(f" {caveat}" for caveat in evaluation.caveats)
     return (
-        f"\n\nVerdict: **{evaluation.verdict}**, as {evaluation.reason}.\n\n"
+        f"\n\nVerdict: **{evaluation.verdict}**, as {evaluation.reason}.{caveats}\n\n"
         "| | base | with this adapter | change | 95 % interval |\n|---|---|---|---|---|\n"
         + "\n".join(rows)
-        + f"\n\nIntervals: paired bootstrap over {evaluation.resampled} ({evaluation.files} files, "
-        f"{evaluation.examples} examples, {evaluation.lines} lines, {evaluation.prompts} prompts)."
+        + f"\n\nIntervals: paired bootstrap over {evaluation.resampled}, those of general code over its functions "
+        f"({evaluation.files} files, {evaluation.examples} examples, {evaluation.lines} lines, {evaluation.prompts} prompts)."
     )
 
 

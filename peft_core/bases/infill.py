@@ -18,6 +18,7 @@ FAMILIES = (
     FillInTheMiddle("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
     FillInTheMiddle("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"),  # Code Llama
     FillInTheMiddle("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek-Coder  # noqa: RUF001
+    FillInTheMiddle("[PREFIX]", "[SUFFIX]", ""),  # Codestral; as mistral-common writes it
 )
 MAX_TOKENIZER_BYTES = 128 << 20  # four times Gemma's, of 256k tokens
 _TOKENS = "tokenizer.ggml.tokens"
@@ -26,7 +27,7 @@ _TOKENS = "tokenizer.ggml.tokens"
 def fill_in_the_middle(knows: Callable[[str], bool]) -> FillInTheMiddle | None:
     """The family whose tokens a vocabulary has, `knows` telling of each; None where it has none for this."""
     for family in FAMILIES:
-        if all(knows(token) for token in (family.prefix, family.suffix, family.middle)):
+        if all(knows(token) for token in (family.prefix, family.suffix, family.middle) if token):
             return family
     return None
 

@@ -5,7 +5,8 @@ pathspec, charset-normalizer and detect-secrets are loaded by the first file tha
 """
 
 from peft_core.data.codec import Codec
-from peft_core.data.prepare import PreparedDataset, prepare
+from peft_core.data.dataset import PreparedDataset
+from peft_core.data.prepare import prepare
 from peft_core.data.read import read_examples
 from peft_core.data.records import write_records
 from peft_core.data.source import inspect

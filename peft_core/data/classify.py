@@ -22,6 +22,7 @@ class Reason(StrEnum):
     IGNORED = "ignored"
     LICENCE = "licence"
     LOCK_FILE = "lock_file"
+    MAYBE_TRAINED_ON = "maybe_trained_on"  # by the adapter that is measured; what is known of that is a sample
     MINIFIED = "minified"
     NEAR_DUPLICATE = "near_duplicate"
     OVER_FILE_SHARE = "over_file_share"  # of a file so large that it would drown the others
@@ -29,12 +30,14 @@ class Reason(StrEnum):
     NOT_NEEDED = "not_needed"  # the run ends before it would come to them
     NOT_TEXT = "not_text"
     SECRET = "secret"  # noqa: S105 - the name of a reason
+    SEEN_IN_TRAINING = "seen_in_training"  # held out, and half of its lines are trained on elsewhere
     SENSITIVE = "sensitive"
     SPECIAL = "special"
     SYMLINK = "symlink"
     TINY = "tiny"
     TOO_LARGE = "too_large"
     TOO_LONG = "too_long"
+    TRAINED_ON = "trained_on"  # by the adapter that is measured
     UNREADABLE = "unreadable"
     VENDORED = "vendored"
 

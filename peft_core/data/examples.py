@@ -19,6 +19,8 @@ from peft_core.data.units import rows
 from peft_core.data.walk import File
 from peft_core.spec import Example, Segment
 
+MIN_ANSWER_WORDS = 8
+
 # Lines in, lines without secrets and the findings out: `secret_scan.redacted`, or `unchanged` for a first look.
 Redact = Callable[[Sequence[str]], tuple[list[str], list[Finding]]]
 
@@ -94,6 +96,24 @@ def may_be_like_others(example: Example) -> bool:
     questions may be nearly the same, and questions may share most of a long instruction.
     """
     return example.kind != RECORD or all(segment.learn for segment in example.segments)
+
+
+def answer(example: Example) -> str | None:
+    """What a record teaches, whatever it is asked; None for code, and for an answer so short that it is one only together
+    with its question: a label, yes or no.
+    """
+    if example.kind != RECORD:
+        return None
+    learned = "".join(segment.text for segment in example.segments if segment.learn)
+    return learned if len(learned.split()) >= MIN_ANSWER_WORDS else None
+
+
+def taught(example: Example) -> str:
+    """The text by which it is told whether something was trained on."""
+    learned = "".join(segment.text for segment in example.segments if segment.learn)
+    if example.kind != RECORD or learned == example.text or answer(example) is not None:
+        return learned
+    return " ".join(example.text.split())  # one line: questions may have most of theirs in common
 
 
 def printable(name: str) -> str:

@@ -32,7 +32,8 @@ class Piece:
     start: int  # row
     end: int
     body_tokens: int
-    tokens: int  # of everything, with end-of-text
+    tokens: int  # of everything, with end-of-text where the unit ends
+    ends: bool  # whether this is the last of the unit
 
     def example(self, path: str, language: Language, *, first_line: int = 1, literal: bool = True) -> Example:
         given = (Segment(text=self.context, learn=False, literal=literal),) if self.context else ()
@@ -44,6 +45,7 @@ class Piece:
             start_line=first_line + self.start,
             end_line=first_line + self.end - 1,
             tokens=self.tokens,
+            ends=self.ends,
         )
 
 
@@ -87,10 +89,12 @@ def fitted(
     for (unit, context, part), body, context_tokens, body_tokens in zip(
         drafts, bodies, counts, counts[len(drafts) :], strict=False
     ):
-        row = part.start
+        row, rest = part.start, len(body)
         for text, tokens in _halved(body, body_tokens, max(1, measure.max_length - context_tokens - RESERVED), codec):
             end = row + text.count("\n") + (not text.endswith("\n"))
-            result.append(Piece(unit, context, text, row, end, tokens, context_tokens + tokens + 1))
+            rest -= len(text)
+            ends = part.stop == unit.end and rest == 0
+            result.append(Piece(unit, context, text, row, end, tokens, context_tokens + tokens + ends, ends))
             row = end if text.endswith("\n") else end - 1
     return result
 

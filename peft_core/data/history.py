@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from peft_core.data import git
@@ -39,11 +40,13 @@ def last_changes(root: Path) -> dict[str, int]:
     """
     require_history(root)
     changes = git.last_changes(root)
-    if len(set((changes or {}).values())) < 2:
+    # History tells of files that are gone as well, and their times tell nobody apart.
+    there = {name: at for name, at in (changes or {}).items() if os.path.lexists(root / name)}
+    if len(set(there.values())) < 2:
         raise DataError(
             f"config.held_out_by = 'time' cannot tell files of {root} apart: "
             + ("git did not answer in time." if changes is None else "one commit was the last to change all of them."),
             code="no_history",
             suggestions=(_BY_FILE,),
         )
-    return changes or {}
+    return there

@@ -1,16 +1,15 @@
 """Source to dataset: cut, cleaned, split into a part to train on and a part to measure on, all of it recorded.
 
 1. Every file or record becomes examples, spooled to disk as they come; in memory stays a key of each.
-2. The keys decide: duplicates go, whole files are held out.
-3. The spool is read once more into train.jsonl and held_out.jsonl.
-4. manifest.json is written last. Where it exists already for the same request, the dataset is taken as it is: a job that
+2. The keys decide: duplicates go, whole files are held out, and nothing of them that is trained on elsewhere.
+3. The spool is read once more into the files of the dataset.
+4. Its manifest is written last. Where it exists already for the same request, the dataset is taken as it is: a job that
    is resumed trains on what it began with, whatever has become of the repository.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections import Counter
@@ -20,26 +19,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
 from peft_core.data import git
+from peft_core.data.apart import kept_apart
 from peft_core.data.classify import Reason
 from peft_core.data.codec import Codec
-from peft_core.data.examples import Yield, from_file, from_record, may_be_like_others, printable
+from peft_core.data.dataset import PreparedDataset, Written, finished, write_manifest, write_parts
+from peft_core.data.examples import Yield, answer, from_file, from_record, may_be_like_others, printable, taught
 from peft_core.data.history import last_changes
 from peft_core.data.near import RULE, Signatures
+from peft_core.data.overlap import SEEN, TrainedOn
+from peft_core.data.purpose import TRAINING, Purpose
 from peft_core.data.records import Record, read_jsonl
-from peft_core.data.retell import Told, require_means, retell
+from peft_core.data.retell import require_means, retell
 from peft_core.data.secret_scan import redacted
 from peft_core.data.source import require_enough
 from peft_core.data.split import FILE_MIN_TOKENS, FILE_SHARE, Key, Split, capped, digest, drawn, merged, split
 from peft_core.data.walk import File, walk
 from peft_core.errors import DataError
-from peft_core.places import require_data_place
-from peft_core.spec import DatasetSummary, Example, Frozen, Mixture
+from peft_core.spec import DatasetSummary, Example, Mixture
 
 SourceKind = Literal["repository", "jsonl", "records"]
-_MANIFEST_SCHEMA = 1
 _PLAIN = Mixture()
 _REPORT_EVERY_S = 0.5
 _SPARE = 1.5  # times as many examples as a run needs: some of them will be near duplicates of others
@@ -47,17 +46,11 @@ _SPARE = 1.5  # times as many examples as a run needs: some of them will be near
 _AT_LEAST = 10_000
 
 
-class PreparedDataset(Frozen):
-    summary: DatasetSummary
-    languages: dict[str, int]  # files by language
-    repository_commit: str | None = None
-    repository_dirty: bool | None = None
-
-
 @dataclass(slots=True)
 class _Found:
     """What stays in memory of the examples that were spooled."""
 
+    known: TrainedOn | None = None  # what was trained on before, and is not measured on
     keys: list[Key] = field(default_factory=list)
     distinct: set[bytes] = field(default_factory=set)
     signatures: Signatures = field(default_factory=Signatures)
@@ -67,13 +60,21 @@ class _Found:
     commit: str | None = None
     dirty: bool | None = None
 
-    def take(self, example: Example, source_kind: SourceKind) -> None:
+    def takes(self, example: Example, source_kind: SourceKind) -> bool:
+        """Whether it is one to be spooled; then it is remembered."""
+        share = 0.0 if self.known is None else self.known.share_of(taught(example))
+        if share is None or share >= SEEN:
+            self.left_out[Reason.MAYBE_TRAINED_ON if share is None else Reason.TRAINED_ON] += 1
+            return False
         learned = "\0".join(segment.text for segment in example.segments if segment.learn)
         given = "" if source_kind == "repository" else "\0".join(s.text for s in example.segments if not s.learn)
-        self.keys.append(Key(example.path, digest(f"{given}\0{learned}"), example.tokens))
+        said = answer(example)
+        same_side = b"" if said is None else digest(said)
+        self.keys.append(Key(example.path, digest(f"{given}\0{learned}"), example.tokens, same_side))
         self.distinct.add(self.keys[-1].digest)
         self.signatures.add(learned if may_be_like_others(example) else None)
         self.sorts.append((example.language, example.kind))
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +103,16 @@ def prepare(
     enough_examples: int | None = None,
     held_out_by: Literal["file", "time"] = "file",
     mixture: Mixture = _PLAIN,
+    purpose: Purpose = TRAINING,
+    known: TrainedOn | None = None,
+    may_read: Callable[[Path], None] = lambda _source: None,
 ) -> PreparedDataset:
-    """Write train.jsonl, held_out.jsonl and manifest.json into the directory.
+    """Write train.jsonl, held_out.jsonl, trained_on.bin and manifest.json into the directory.
 
     `enough_examples`: more than so many are not trained on. Of a repository whole files are then read in an order drawn by lot
     until there are enough, ten thousand at least: twenty thousand files need not be cut for a run of a hundred steps.
+    `known`: what was trained on before is left out, before anything is chosen to be measured on. `may_read` raises where the
+    source may not be read.
 
     Raises:
         DataError: too little to split, a broken record, a source that is gone, or a base without tokens for the mixture.
@@ -120,16 +126,18 @@ def prepare(
         "enough_examples": enough_examples,
         "held_out_by": held_out_by,
         "mixture": mixture.model_dump(),
+        "purpose": purpose.field,
+        "known": None if known is None else hashlib.sha256(known.to_bytes()).hexdigest(),
     }
-    if (done := _finished(directory, request)) is not None:
+    if (done := finished(directory, request)) is not None:
         return done
     if source_kind != "records":  # once more: a link on the way may lead elsewhere by now
-        require_data_place(source, data_dir=directory, allowed_roots=None)
+        may_read(source)
     if not source.exists():
         raise DataError(
             f"{source} is not there any more.",
             code="training_data_gone",
-            suggestions=("Call train_adapter again with the present place of the training data",),
+            suggestions=(f"Call {purpose.tool} again with its present place",),
         )
     require_means(mixture, codec)
     directory.mkdir(parents=True, exist_ok=True)
@@ -143,25 +151,36 @@ def prepare(
         if enough is not None:
             enough = max(_AT_LEAST, round(_SPARE * enough / (1 - held_out_fraction)))
         draw = Draw(enough, seed)
-        found = _spool(
-            source, source_kind, spool, codec=codec, max_length=max_length, draw=draw, progress=_Progress(report)
+        found = _Found(known)
+        progress = _Progress(report)
+        _spool(source, source_kind, spool, found, codec=codec, max_length=max_length, draw=draw, progress=progress)
+        where = str(source) if source_kind != "records" else purpose.field
+        if purpose.trains:  # who measures says what was trained on
+            require_enough(merged(found.keys, found.signatures), found.left_out, where)
+        parts = split(
+            found.keys,
+            found.signatures,
+            held_out_fraction=held_out_fraction,
+            seed=seed,
+            changed=changed,
+            purpose=purpose,
         )
-        where = str(source) if source_kind != "records" else "training_data"
-        require_enough(merged(found.keys, found.signatures), found.left_out, where)
-        parts = split(found.keys, found.signatures, held_out_fraction=held_out_fraction, seed=seed, changed=changed)
-        if source_kind == "repository":
+        if source_kind == "repository" and purpose.trains:
             train = capped(found.keys, parts.train)
             found.left_out[Reason.OVER_FILE_SHARE] += len(parts.train) - len(train)
             parts = replace(parts, train=train)
+        if purpose.trains:
+            parts = kept_apart(parts, spool)
+        found.left_out[Reason.SEEN_IN_TRAINING] += parts.seen_as_lines
         found.left_out[Reason.DUPLICATE] += parts.duplicates
         found.left_out[Reason.NEAR_DUPLICATE] += parts.near_duplicates
-        written = _write_parts(
+        written = write_parts(
             spool, directory, parts, partial(retell, mixture=mixture, codec=codec, max_length=max_length, seed=seed)
         )
     finally:
         spool.unlink(missing_ok=True)
     prepared = _prepared(found, parts, written)
-    _write_manifest(directory / "manifest.json", request, prepared, found, parts)
+    write_manifest(directory, request, prepared, _told(found, parts))
     return prepared
 
 
@@ -169,13 +188,13 @@ def _spool(
     source: Path,
     source_kind: SourceKind,
     spool: Path,
+    found: _Found,
     *,
     codec: Codec,
     max_length: int,
     draw: Draw,
     progress: _Progress,
-) -> _Found:
-    found = _Found()
+) -> None:
     if source_kind == "repository":
         yields = _from_repository(source, found, codec=codec, max_length=max_length, draw=draw, progress=progress)
     else:
@@ -185,9 +204,8 @@ def _spool(
             found.left_out.update(result.left_out)
             found.secrets += result.secrets
             for example in result.examples:
-                stream.write(example.model_dump_json() + "\n")
-                found.take(example, source_kind)
-    return found
+                if found.takes(example, source_kind):
+                    stream.write(example.model_dump_json() + "\n")
 
 
 def _from_repository(
@@ -227,47 +245,7 @@ def _common_root(records: Iterator[Record]) -> str:
     return root
 
 
-@dataclass(slots=True)
-class _Written:
-    """What went into the two files."""
-
-    sha256: str = ""  # of all lines, those to train on first
-    tokens: Counter[str] = field(default_factory=Counter)  # by part
-    told: Counter[Told] = field(default_factory=Counter)  # to train on
-
-
-def _write_parts(
-    spool: Path, directory: Path, parts: Split, retold: Callable[[Example], tuple[Example, Told]]
-) -> _Written:
-    """The spooled examples into their files, those to train on as the mixture tells them."""
-    place = dict.fromkeys(parts.train, "train") | dict.fromkeys(parts.held_out, "held_out")
-    hashes = {name: hashlib.sha256() for name in ("train", "held_out")}
-    unfinished = {name: directory / f"{name}.partial" for name in hashes}
-    written = _Written()
-    with (
-        spool.open("rb") as lines,
-        unfinished["train"].open("wb") as train,
-        unfinished["held_out"].open("wb") as held_out,
-    ):
-        streams = {"train": train, "held_out": held_out}
-        for position, line in enumerate(lines):
-            if (name := place.get(position)) is None:
-                continue
-            example, told = Example.model_validate_json(line), Told.PLAINLY
-            if name == "train":
-                example, told = retold(example)
-                written.told[told] += 1
-            row = line if told is Told.PLAINLY else example.model_dump_json().encode() + b"\n"
-            written.tokens[name] += example.tokens
-            streams[name].write(row)
-            hashes[name].update(row)
-    for name, path in unfinished.items():
-        path.replace(directory / f"{name}.jsonl")
-    written.sha256 = hashlib.sha256(hashes["train"].digest() + hashes["held_out"].digest()).hexdigest()
-    return written
-
-
-def _prepared(found: _Found, parts: Split, written: _Written) -> PreparedDataset:
+def _prepared(found: _Found, parts: Split, written: Written) -> PreparedDataset:
     kept = [*parts.train, *parts.held_out]
     language_of = {found.keys[position].file: found.sorts[position][0] for position in kept}
     return PreparedDataset(
@@ -288,39 +266,18 @@ def _prepared(found: _Found, parts: Split, written: _Written) -> PreparedDataset
     )
 
 
-def _write_manifest(
-    path: Path, request: dict[str, Any], prepared: PreparedDataset, found: _Found, parts: Split
-) -> None:
+def _told(found: _Found, parts: Split) -> dict[str, Any]:
+    """What the manifest tells beside the figures: the rules, and how they came out."""
     kept = [found.sorts[position] for position in (*parts.train, *parts.held_out)]
-    manifest = {
-        "schema": _MANIFEST_SCHEMA,
-        "request": request,
-        "dataset": prepared.model_dump(mode="json"),
+    return {
         "examples_by_language": dict(Counter(language for language, _ in kept).most_common()),
         "examples_by_kind": dict(Counter(kind for _, kind in kept).most_common()),
         "held_out_files": parts.held_out_files,
         "file_cap": {"share_of_tokens": FILE_SHARE, "but_tokens_at_least": FILE_MIN_TOKENS},
         "near_duplicates": {"rule": RULE, "held_out_but_seen_in_training": parts.seen_in_training},
+        "kept_apart": {"rule": f"less than {SEEN:g} of the runs of three lines are trained on"},
         "secrets": [{"file": file, "line": line, "type": kind} for file, line, kind in found.secrets],
     }
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        json.dump(manifest, stream, indent=1, ensure_ascii=False)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
-
-
-def _finished(directory: Path, request: dict[str, Any]) -> PreparedDataset | None:
-    try:
-        manifest = json.loads((directory / "manifest.json").read_bytes())
-        if manifest["schema"] != _MANIFEST_SCHEMA or manifest["request"] != request:
-            return None
-        if not all((directory / f"{name}.jsonl").is_file() for name in ("train", "held_out")):
-            return None
-        return PreparedDataset.model_validate(manifest["dataset"])
-    except (OSError, ValueError, KeyError, TypeError, ValidationError):
-        return None
 
 
 class _Progress:

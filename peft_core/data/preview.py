@@ -11,6 +11,7 @@ import random
 import sys
 import tempfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -18,8 +19,10 @@ from peft_core.data.child import begin, problem_of
 from peft_core.data.classify import Reason
 from peft_core.data.codec import EstimatingCodec
 from peft_core.data.prepare import prepare
+from peft_core.data.purpose import TRAINING
 from peft_core.data.read import read_examples
 from peft_core.errors import ModelError
+from peft_core.places import require_data_place
 from peft_core.results import Problem
 from peft_core.spec import DatasetSummary, Example, Frozen, Mixture
 
@@ -35,6 +38,8 @@ class PreviewRequest(Frozen):
     seed: int
     held_out_by: Literal["file", "time"]
     mixture: Mixture = Mixture()
+    data_dir: Path  # where nothing is read from, nor out of the allowed roots
+    allowed_roots: tuple[Path, ...] | None = None
 
 
 class Preview(Frozen):
@@ -55,7 +60,16 @@ def preview(request: PreviewRequest) -> Preview:
     with tempfile.TemporaryDirectory(prefix="peft-mcp-preview-") as temporary:
         directory = Path(temporary)
         prepared = prepare(
-            **dict(request),
+            source=request.source,
+            source_kind=request.source_kind,
+            max_length=request.max_length,
+            held_out_fraction=request.held_out_fraction,
+            seed=request.seed,
+            held_out_by=request.held_out_by,
+            mixture=request.mixture,
+            may_read=partial(
+                require_data_place, data_dir=request.data_dir, allowed_roots=request.allowed_roots, field=TRAINING.field
+            ),
             directory=directory,
             codec=EstimatingCodec(),
             report=lambda _detail: None,

@@ -6,6 +6,7 @@ All records of one source have the same form; what is wrong with one is said wit
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,12 @@ _KEYS = {
     Form.MESSAGES: ("messages",),
     Form.CHUNK: ("content", "language"),
 }
+_PLACES = (("start_line", "end_line"), ("start_byte", "end_byte"))
+_READ = (
+    *dict.fromkeys(key for keys in _KEYS.values() for key in keys),
+    *("file_path", "chunk_type"),
+    *(key for keys in _PLACES for key in keys),
+)
 FORMS = "one of " + ", ".join(Form)
 
 
@@ -80,10 +87,24 @@ def numbered(records: Iterable[Mapping[str, Any]], called: str, *, where: str = 
 
 
 def write_records(records: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Inline records as a .jsonl file, one record a line, so that line N is record N."""
+    """Inline records as a .jsonl file, one record a line, so that line N is record N.
+
+    Of each the fields that are read: others may hold what JSON cannot.
+
+    Raises:
+        DataError: 'broken_record', one that was not read before.
+    """
     with path.open("w", encoding="utf-8") as stream:
-        for record in records:
-            stream.write(json.dumps(dict(record), default=os.fspath) + "\n")
+        for number, record in enumerate(records, 1):
+            try:
+                fields = {name: record[name] for name in _READ if name in record}
+                if "messages" in fields:
+                    fields["messages"] = [
+                        {"role": one["role"], "content": one["content"]} for one in fields["messages"]
+                    ]
+                stream.write(json.dumps(fields, default=os.fspath) + "\n")
+            except (TypeError, ValueError, LookupError) as error:
+                raise _broken(f"record {number}", f"it cannot be written as JSON: {error}") from error
 
 
 def parse(value: object, name: str, *, where: str = "") -> Record:
@@ -200,16 +221,13 @@ def _chunk(value: Mapping[str, Any], name: str, at: str, path: str) -> Record:
     """A CodeChunk of Codebase Gardener."""
     _text(value["content"], "content", at)
     _text(value["language"], "language", at)
-    kind = value.get("chunk_type", "block")
-    if kind not in CHUNK_TYPES:
-        raise _broken(at, f"'chunk_type' is {kind!r:.80}, it must be one of {', '.join(CHUNK_TYPES)}")
-    for low, high in (("start_line", "end_line"), ("start_byte", "end_byte")):
-        for key in (low, high):
-            number = value.get(key, 0)
-            if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-                raise _broken(at, f"'{key}' is {number!r:.80}, it must be a whole number of at least 0")
-        if low in value and high in value and value[low] > value[high]:
-            raise _broken(at, f"'{low}' ({value[low]}) is behind '{high}' ({value[high]})")
+    kind = value.get("chunk_type")
+    if kind is not None and not isinstance(kind, str):
+        raise _broken(at, f"'chunk_type' is {_kind(kind)}, it must be text, such as {', '.join(CHUNK_TYPES)}")
+    for low, high in _PLACES:
+        first, last = _whole_number(value, low, at), _whole_number(value, high, at)
+        if first is not None and last is not None and first > last:
+            raise _broken(at, f"'{low}' ({first}) is behind '{high}' ({last})")
     score = value.get("complexity_score", 0.0)
     if not isinstance(score, (int, float)) or isinstance(score, bool) or not score >= 0:
         raise _broken(at, f"'complexity_score' is {score!r:.80}, it must be a number of at least 0")
@@ -223,9 +241,19 @@ def _chunk(value: Mapping[str, Any], name: str, at: str, path: str) -> Record:
         ((value["content"], True),),
         path=path,
         language=named(value["language"]).name,
-        kind=str(kind),
-        start_line=value.get("start_line", 0),
+        kind=kind if kind in CHUNK_TYPES else "block",  # other tools have names of their own for what they cut
+        start_line=_whole_number(value, "start_line", at) or 0,
     )
+
+
+def _whole_number(value: Mapping[str, Any], key: str, at: str) -> int | None:
+    """None where it is not given, or given as what tables make of that. They also make floats of all numbers beside it."""
+    number = value.get(key)
+    if number is None or (isinstance(number, float) and math.isnan(number)):
+        return None
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or number < 0 or number % 1:
+        raise _broken(at, f"'{key}' is {number!r:.80}, it must be a whole number of at least 0")
+    return int(number)
 
 
 def _kind(value: object) -> str:

@@ -50,7 +50,7 @@ def require_means(mixture: Mixture, codec: Codec) -> None:
     if mixture.fill_in_the_middle and codec.fill_in_the_middle is None:
         raise DataError(
             f"mixture.fill_in_the_middle = {mixture.fill_in_the_middle:g} needs a base with tokens for it, and this base's "
-            "vocabulary has none.",
+            "vocabulary has none of a form that is known here.",
             code="no_fill_in_the_middle",
             suggestions=[
                 "Set mixture.fill_in_the_middle to 0",
@@ -75,7 +75,8 @@ def retell(example: Example, mixture: Mixture, codec: Codec, *, max_length: int,
     tokens = sum(codec.count([segment.text for segment in segments])) + 1
     if tokens + RESERVED - 1 > max_length:
         return example, Told.PLAINLY
-    return example.model_copy(update={"segments": segments, "tokens": tokens}), told
+    # A gap ends where its unit goes on, and a whole unit is answered.
+    return example.model_copy(update={"segments": segments, "tokens": tokens, "ends": True}), told
 
 
 def _gap(example: Example, codec: Codec, lot: random.Random) -> tuple[Segment, ...] | None:
@@ -95,25 +96,19 @@ def _gap(example: Example, codec: Codec, lot: random.Random) -> tuple[Segment, .
         return None
     ((first, last),) = lot.choices(spans, weights=[b - a for a, b in spans])
     before, gap, after = (part.decode() for part in (raw[:first], raw[first:last], raw[last:]))
-    return (
-        Segment(text=tokens.prefix, learn=False),
-        *context,
-        *_segments(before, body),
-        Segment(text=tokens.suffix, learn=False),
-        *_segments(after, body),
-        Segment(text=tokens.middle, learn=False),
-        *_segments(gap, body),
-        *_segments(tokens.end),
-    )
+    above = (Segment(text=tokens.prefix, learn=False), *context, *_segments(before, body))
+    below = (Segment(text=tokens.suffix, learn=False), *_segments(after, body))
+    around = (*above, *below, Segment(text=tokens.middle, learn=False)) if tokens.middle else (*below, *above)
+    return (*around, *_segments(gap, body), *_segments(tokens.end))
 
 
 def _answer(example: Example, codec: Codec) -> tuple[Segment, ...] | None:
     """A conversation in the base's own template: what is to be written, and the unit. Only the answer is learned."""
     grammar = named(example.language).grammar
     root, start = _tree(example)
-    if root is None or grammar is None:
+    if root is None or grammar is None or not example.ends:
         return None
-    definition = next((node for node in _definitions(root, grammar) if node.start_byte >= start), None)
+    definition = _only_definition(root, start, grammar)
     name = None if definition is None else definition.child_by_field_name("name")
     if definition is None or name is None or name.text is None:
         return None
@@ -145,9 +140,26 @@ def _nodes(root: Node) -> Iterator[Node]:
         waiting.extend(reversed(node.named_children))
 
 
-def _definitions(root: Node, grammar: Grammar) -> Iterator[Node]:
+def _only_definition(root: Node, start: int, grammar: Grammar) -> Node | None:
+    """The definition that a unit is, with what leads to it. None where more was joined to it: nobody asked for that."""
     meant = grammar.functions | grammar.methods | grammar.classes
-    return (node for node in _nodes(root) if node.type in meant)
+    definition = next((node for node in _nodes(root) if node.start_byte >= start and node.type in meant), None)
+    if definition is None:
+        return None
+    outermost = _wrapped(definition, grammar)
+    place = root if not start else root.named_children[0].child_by_field_name("body")  # of what methods are parsed in
+    if place is None or outermost.parent != place or (start and root.named_child_count > 1):
+        return None
+    others = [node for node in place.named_children if node != outermost]
+    leads = all(node.type in grammar.leads and node.end_byte <= outermost.start_byte for node in others)
+    return definition if leads else None
+
+
+def _wrapped(definition: Node, grammar: Grammar) -> Node:
+    """With `export`, `const name =` or the decorators around it."""
+    while definition.parent is not None and definition.parent.type in grammar.wrappers:
+        definition = definition.parent
+    return definition
 
 
 def _docstring(definition: Node) -> str:
@@ -163,10 +175,8 @@ def _docstring(definition: Node) -> str:
 
 
 def _leading_comment(definition: Node, grammar: Grammar) -> str:
-    node, lines = definition, list[str]()
-    while node.parent is not None and node.parent.type in grammar.wrappers:  # `export`, `const name =`
-        node = node.parent
-    before = node.prev_named_sibling
+    lines = list[str]()
+    before = _wrapped(definition, grammar).prev_named_sibling
     while before is not None and "comment" in before.type and before.text is not None:
         lines.insert(0, before.text.decode())
         before = before.prev_named_sibling

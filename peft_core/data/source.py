@@ -14,15 +14,15 @@ from peft_core.data import table
 from peft_core.data.codec import BYTES_PER_TOKEN, EstimatingCodec
 from peft_core.data.examples import from_file, unchanged
 from peft_core.data.near import Signatures
+from peft_core.data.purpose import TRAINING, Purpose
 from peft_core.data.records import FORMS, Form, Record, read_inline, read_jsonl
-from peft_core.data.split import MIN_EXAMPLES, MIN_FILES, Key, digest, merged, usable
+from peft_core.data.split import Key, digest, merged, usable
 from peft_core.data.walk import File, walk
 from peft_core.errors import DataError, InvalidArgument
 from peft_core.spec import SourceSummary
 
 MAX_JSONL_BYTES = 1_000_000_000
 ALLOWED = "a repository directory, a .jsonl file, a LanceDB table (.lance), or a list of records"
-FOR_BOTH_PARTS = ", one to train on and one to measure on"
 # Files that are cut to see whether there is enough; a source that is still in doubt then is decided by its preparation.
 _PROBE_FILES = 300
 _PROBE_BYTES = 1_500_000
@@ -31,10 +31,10 @@ _MARKDOWN_CODE = 0.2  # share of a Markdown file that is fenced code
 
 
 def inspect(
-    training_data: str | os.PathLike[str] | Sequence[Mapping[str, Any]],
+    data: str | os.PathLike[str] | Sequence[Mapping[str, Any]],
     *,
-    held_out_fraction: float,
     max_length: int = 512,
+    purpose: Purpose = TRAINING,
 ) -> SourceSummary:
     """What a data source holds.
 
@@ -43,36 +43,35 @@ def inspect(
         DataError: 'training_data_empty', 'no_code', 'too_few_examples', 'broken_record', 'mixed_formats', 'too_large'; of a
             table also what `table_rows` says.
     """
-    if not 0 < held_out_fraction < 1:
-        raise InvalidArgument("held_out_fraction", held_out_fraction, "it must lie between 0 and 1")
-    if not isinstance(training_data, (str, os.PathLike)):
-        if not training_data:
+    if not isinstance(data, (str, os.PathLike)):
+        if not data:
             raise DataError(
-                "training_data is an empty list.",
+                f"{purpose.field} is an empty list.",
                 code="training_data_empty",
-                suggestions=(f"Give at least {MIN_EXAMPLES} records, or the path of a repository.",),
+                suggestions=(f"Give at least {purpose.examples} records, or the path of a repository.",),
             )
-        return sum_up("records", None, read_inline(training_data), max_length)
-    kind, path = _locate(os.fspath(training_data))
+        return sum_up("records", None, read_inline(data), max_length, purpose)
+    kind, path = _locate(os.fspath(data), purpose)
     if kind == "table":
-        return table.look(path, max_length)
+        return table.look(path, max_length, purpose)
     if kind == "repository":
-        return _repository(path, max_length)
-    return sum_up("jsonl", path, read_jsonl(path), max_length)
+        return _repository(path, max_length, purpose)
+    return sum_up("jsonl", path, read_jsonl(path), max_length, purpose)
 
 
-def require_enough(keys: Sequence[Key], left_out: Mapping[str, int], where: str) -> None:
-    """Refuse what cannot be split into a part to train on and a part to measure on.
+def require_enough(keys: Sequence[Key], left_out: Mapping[str, int], where: str, purpose: Purpose = TRAINING) -> None:
+    """Refuse what is too little: to be split into a part to train on and a part to measure on, for one.
 
     Raises:
         DataError: 'too_few_examples', with the figures.
     """
     examples, files = usable(keys)
-    if examples >= MIN_EXAMPLES and files >= MIN_FILES:
+    if examples >= purpose.examples and files >= purpose.files:
         return
+    among = f" in {purpose.files}" if purpose.files > 1 else ""
     raise DataError(
         f"{where} gives {_many(examples, 'distinct example')} in {_many(files, 'file or record', 'files or records')}; "
-        f"at least {MIN_EXAMPLES} examples in {MIN_FILES} are needed{FOR_BOTH_PARTS}. "
+        f"at least {purpose.examples} examples{among} are needed{purpose.parts}. "
         f"Left out: {in_words(left_out)}.",
         code="too_few_examples",
         suggestions=("Give more code: a directory further up, or the whole repository",),
@@ -84,26 +83,27 @@ def in_words(left_out: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items())) or "nothing"
 
 
-def _locate(given: str) -> tuple[Literal["repository", "jsonl", "table"], Path]:
-    path, status = _found(given)
+def _locate(given: str, purpose: Purpose) -> tuple[Literal["repository", "jsonl", "table"], Path]:
+    path, status = _found(given, purpose)
     if stat.S_ISDIR(status.st_mode):
         if not os.access(path, os.R_OK | os.X_OK):
-            _refuse(given, "the directory cannot be read by this user")
+            _refuse(purpose, given, "the directory cannot be read by this user")
         if path.suffix.lower() == table.SUFFIX:
-            table.require_table(path, given)
+            table.require_table(path, given, purpose)
             return "table", path
         return "repository", path
     if not stat.S_ISREG(status.st_mode):
-        _refuse(given, f"it is neither a directory nor a regular file; it must be {ALLOWED}")
+        _refuse(purpose, given, f"it is neither a directory nor a regular file; it must be {ALLOWED}")
     if path.suffix.lower() not in (".jsonl", ".ndjson"):
         _refuse(
+            purpose,
             given,
             f"it is a file of another kind; a file must be .jsonl, code is given as a directory ({ALLOWED})",
             f"Give the directory of the repository, such as {path.parent}",
             f"Write the data as .jsonl, one JSON object a line: {Form.TEXT}",
         )
     if not os.access(path, os.R_OK):
-        _refuse(given, "the file cannot be read by this user")
+        _refuse(purpose, given, "the file cannot be read by this user")
     if status.st_size > MAX_JSONL_BYTES:
         raise DataError(
             f"{path} has {status.st_size / 1e9:.1f} GB; a .jsonl file may have {MAX_JSONL_BYTES / 1e9:.0f} GB.",
@@ -113,25 +113,25 @@ def _locate(given: str) -> tuple[Literal["repository", "jsonl", "table"], Path]:
     return "jsonl", path
 
 
-def _found(given: str) -> tuple[Path, os.stat_result]:
+def _found(given: str, purpose: Purpose) -> tuple[Path, os.stat_result]:
     if given.lstrip()[:1] in ("[", "{"):
-        _refuse(given, "records are given as a list, not as a text that holds one")
+        _refuse(purpose, given, "records are given as a list, not as a text that holds one")
     if not given.strip() or "\0" in given:
-        _refuse(given, f"it must be {ALLOWED}")
+        _refuse(purpose, given, f"it must be {ALLOWED}")
     try:
         path = Path(given).expanduser().absolute()
     except RuntimeError:
-        _refuse(given, "that user has no home directory here; give an absolute path")
+        _refuse(purpose, given, "that user has no home directory here; give an absolute path")
     try:
         return path, path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        _refuse(given, f"there is no such file or directory; it must be {ALLOWED}", *_similar(path))
+        _refuse(purpose, given, f"there is no such file or directory; it must be {ALLOWED}", *_similar(path))
     except (OSError, ValueError) as error:
-        _refuse(given, f"it cannot be read ({getattr(error, 'strerror', None) or error})")
+        _refuse(purpose, given, f"it cannot be read ({getattr(error, 'strerror', None) or error})")
 
 
-def _refuse(given: str, allowed: str, *suggestions: str) -> NoReturn:
-    raise InvalidArgument("training_data", given, allowed, suggestions=suggestions)
+def _refuse(purpose: Purpose, given: str, allowed: str, *suggestions: str) -> NoReturn:
+    raise InvalidArgument(purpose.field, given, allowed, suggestions=suggestions)
 
 
 def _similar(path: Path) -> list[str]:
@@ -143,7 +143,7 @@ def _similar(path: Path) -> list[str]:
     return [f"Did you mean {path.parent / close[0]}?"] if close else ["Give an absolute path"]
 
 
-def _repository(root: Path, max_length: int) -> SourceSummary:
+def _repository(root: Path, max_length: int, purpose: Purpose) -> SourceSummary:
     tree = walk(root)
     if not tree.files:
         raise DataError(
@@ -155,7 +155,7 @@ def _repository(root: Path, max_length: int) -> SourceSummary:
             ),
             details={"left_out": dict(tree.left_out)},
         )
-    _probe(tree.files, tree.left_out, root, max_length)
+    _probe(tree.files, tree.left_out, root, max_length, purpose)
     size = sum(file.size * (_MARKDOWN_CODE if file.language.name == "markdown" else 1) for file in tree.files)
     return SourceSummary(
         kind="repository",
@@ -168,7 +168,7 @@ def _repository(root: Path, max_length: int) -> SourceSummary:
     )
 
 
-def _probe(files: Sequence[File], left_out: Counter[str], root: Path, max_length: int) -> None:
+def _probe(files: Sequence[File], left_out: Counter[str], root: Path, max_length: int, purpose: Purpose) -> None:
     """Cut files until there is certainly enough; refuse only when all of them were cut and it is not."""
     keys: list[Key] = []
     signatures = Signatures()
@@ -184,15 +184,15 @@ def _probe(files: Sequence[File], left_out: Counter[str], root: Path, max_length
         for example in result.examples:
             keys.append(Key(example.path, digest(example.segments[-1].text), example.tokens))
             signatures.add(example.segments[-1].text)
-        if len(keys) >= MIN_EXAMPLES:
+        if len(keys) >= purpose.examples:
             examples, sources = usable(merged(keys, signatures))
-            if examples >= MIN_EXAMPLES and sources >= MIN_FILES:
+            if examples >= purpose.examples and sources >= purpose.files:
                 return
-    require_enough(merged(keys, signatures), missed, str(root))
+    require_enough(merged(keys, signatures), missed, str(root), purpose)
 
 
 def sum_up(
-    kind: Literal["jsonl", "records"], path: Path | None, records: Iterable[Record], max_length: int
+    kind: Literal["jsonl", "records"], path: Path | None, records: Iterable[Record], max_length: int, purpose: Purpose
 ) -> SourceSummary:
     """What records hold. `path`: the file or table that they are from."""
     count = characters = 0
@@ -208,16 +208,16 @@ def sum_up(
         if file not in files:
             files.add(file)
             languages[record.language] += 1
-        if len(keys) < 50 * MIN_EXAMPLES:  # enough to see that there is enough
-            keys += _expected(record, file, max_length)
-    where = str(path or "training_data")
+        if len(keys) < 50 * purpose.examples:  # enough to see that there is enough
+            keys += _expected(record, file, max_length, purpose)
+    where = str(path or purpose.field)
     if form is None:
         raise DataError(
             f"{where} holds no record.",
             code="training_data_empty",
-            suggestions=(f"Give at least {MIN_EXAMPLES} records, each {FORMS}",),
+            suggestions=(f"Give at least {purpose.examples} records, each {FORMS}",),
         )
-    require_enough(keys, {}, where)
+    require_enough(keys, {}, where, purpose)
     return SourceSummary(
         kind=kind,
         path=path,
@@ -230,12 +230,12 @@ def sum_up(
     )
 
 
-def _expected(record: Record, file: str, max_length: int) -> list[Key]:
+def _expected(record: Record, file: str, max_length: int, purpose: Purpose) -> list[Key]:
     """The examples a record will become: one, or as many as a long text is split into."""
     whole = digest(record.content)
     parts = 1
     if record.form in (Form.TEXT, Form.CHUNK):
-        parts = min(MIN_EXAMPLES, 1 + int(len(record.content) / BYTES_PER_TOKEN / max_length))
+        parts = min(purpose.examples, 1 + int(len(record.content) / BYTES_PER_TOKEN / max_length))
     return [Key(file, whole + bytes([part]), 1) for part in range(parts)]
 
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from peft_core.data.near import Signatures
+from peft_core.data.purpose import TRAINING, Purpose
 
 # Measuring base and adapter on more examples costs minutes and moves the figure by less than its noise.
 HELD_OUT_MAX_EXAMPLES = 200
-MIN_EXAMPLES = 8  # fewer teach nothing that could be measured
-MIN_FILES = 2  # one to train on, one to measure on
-# One file gives at most a tenth of what is trained on; but these tokens at least, for small projects are made of few files.
+# One file gives at most a tenth of what is trained on in the end; but these tokens at least, for small projects are made
+# of few files.
 FILE_SHARE = 0.1
 FILE_MIN_TOKENS = 50_000
 _NOW = 1 << 62  # later than any commit
@@ -32,6 +32,7 @@ class Key(NamedTuple):
     file: str
     digest: bytes  # of the body, white space normalised
     tokens: int
+    answer: bytes = b""  # digest of what a record teaches; the same answer is on one side; empty: it has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Split:
     duplicates: int = 0  # left out, for they are equal to one that is kept
     near_duplicates: int = 0  # left out, for they are nearly so
     seen_in_training: int = 0  # of both, those of held-out files that are like one that is trained on
+    seen_as_lines: int = 0  # left out, for half of their lines are on the other side
 
 
 def digest(text: str) -> bytes:
@@ -73,18 +75,22 @@ def split(
     held_out_fraction: float,
     seed: int,
     changed: Mapping[str, int] | None = None,
+    purpose: Purpose = TRAINING,
 ) -> Split:
     """About that fraction of the tokens in whole files; at least one file on either side if there are two.
 
     Files are taken in the order of their hash until enough is held out. A file that would lead far beyond that is passed
     over; if all would, the smallest is held out. `changed`: when each file was changed last; then the newest are taken first,
-    those that are not in it before all others.
+    those that are not in it before all others. Who only measures trains on nothing.
     """
-    held_out_files = _choose(merged(keys, signatures), held_out_fraction, seed, changed or {})
-    train = [position for position, key in enumerate(keys) if key.file not in held_out_files]
+    sides = _sides(keys)
+    grouped = [key._replace(file=sides[key.file]) for key in merged(keys, signatures)]
+    chosen = _choose(grouped, held_out_fraction, seed, changed or {}, spared=1 if purpose.trains else 0)
+    held_out_files = {file for file, side in sides.items() if side in chosen}
+    train = [position for position, key in enumerate(keys) if purpose.trains and key.file not in held_out_files]
     held_out = [position for position, key in enumerate(keys) if key.file in held_out_files]
     parts = _distinct(keys, signatures, train, held_out)
-    if held_out and not parts.held_out:
+    if train and held_out and not parts.held_out:
         # A near duplicate of a near duplicate may be trained on for each of them. Then measuring comes first.
         other = _distinct(keys, signatures, held_out, train)
         parts = replace(other, train=other.held_out, held_out=other.train, seen_in_training=0)
@@ -96,13 +102,32 @@ def capped(keys: Sequence[Key], train: Sequence[int]) -> list[int]:
     of_file: dict[str, list[int]] = defaultdict(list)
     for position in train:
         of_file[keys[position].file].append(position)
-    limit = max(FILE_MIN_TOKENS, int(FILE_SHARE * sum(keys[position].tokens for position in train)))
+    tokens = {file: sum(keys[position].tokens for position in positions) for file, positions in of_file.items()}
+    limit = file_limit(tokens.values())
     kept: list[int] = []
-    for positions in of_file.values():
-        ratio = min(1.0, limit / max(1, sum(keys[position].tokens for position in positions)))
+    for file, positions in of_file.items():
+        ratio = min(1.0, limit / max(1, tokens[file]))
         # The n-th is kept when the count that should be kept by then has grown by one.
         kept += [position for n, position in enumerate(positions) if int((n + 1) * ratio) > int(n * ratio)]
     return sorted(kept)
+
+
+def file_limit(tokens: Iterable[int]) -> float:
+    """Tokens that a file may give at most: a tenth of what all files give together, when none gives more than that.
+
+    With k files cut to the limit L and the others whole, L = share * (k * L + others). Taken is the first k that leaves no
+    larger file whole; from ten on there is none, and what is certain to be given decides.
+    """
+    largest_first = sorted(tokens, reverse=True)
+    others = sum(largest_first)
+    for cut, largest in enumerate(largest_first):
+        if FILE_SHARE * cut >= 1:
+            break
+        limit = FILE_SHARE * others / (1 - FILE_SHARE * cut)
+        if limit >= largest:
+            return max(FILE_MIN_TOKENS, limit)
+        others -= largest
+    return FILE_MIN_TOKENS
 
 
 def _distinct(keys: Sequence[Key], signatures: Signatures, first: list[int], second: list[int]) -> Split:
@@ -129,14 +154,33 @@ def _distinct(keys: Sequence[Key], signatures: Signatures, first: list[int], sec
     )
 
 
-def _choose(keys: Sequence[Key], fraction: float, seed: int, changed: Mapping[str, int]) -> set[str]:
+def _sides(keys: Sequence[Key]) -> dict[str, str]:
+    """Files that give the same answers go to one side: of each file, the first by name of those that it goes with."""
+    leaders = {key.file: key.file for key in keys}
+
+    def leader(file: str) -> str:
+        while leaders[file] != file:
+            leaders[file] = file = leaders[leaders[file]]
+        return file
+
+    first: dict[bytes, str] = {}
+    for key in keys:
+        if key.answer:
+            one, other = sorted((leader(key.file), leader(first.setdefault(key.answer, key.file))))
+            leaders[other] = one
+    return {file: leader(file) for file in leaders}
+
+
+def _choose(keys: Sequence[Key], fraction: float, seed: int, changed: Mapping[str, int], *, spared: int) -> set[str]:
+    """`spared`: files that are held out in no case."""
     costs: dict[bytes, int] = defaultdict(int)
     for key in keys:  # copies may differ in white space, and then in tokens
         costs[key.digest] = max(costs[key.digest], key.tokens)
     tokens: dict[str, int] = defaultdict(int)
     examples: Counter[str] = Counter()
-    for text, file in _owners(keys).items():
-        # What other files hold as well could not be measured on: it may be trained on there.
+    # What other files hold as well could not be measured on: it may be trained on there, if anything is.
+    owners: Mapping[bytes, str | None] = _owners(keys) if spared else _first_holders(keys)
+    for text, file in owners.items():
         if file is not None:
             tokens[file] += costs[text]
             examples[file] += 1
@@ -145,14 +189,24 @@ def _choose(keys: Sequence[Key], fraction: float, seed: int, changed: Mapping[st
     chosen: set[str] = set()
     taken_tokens = taken_examples = 0
     for file in order:
-        if taken_tokens >= wanted or taken_examples >= HELD_OUT_MAX_EXAMPLES or len(chosen) == len(order) - 1:
+        if taken_tokens >= wanted or taken_examples >= HELD_OUT_MAX_EXAMPLES or len(chosen) == len(order) - spared:
             break
         fits = taken_tokens + tokens[file] <= _OVERSHOOT * wanted
         if fits and taken_examples + examples[file] <= _OVERSHOOT * HELD_OUT_MAX_EXAMPLES:
             chosen.add(file)
             taken_tokens += tokens[file]
             taken_examples += examples[file]
-    return chosen or ({min(order, key=lambda file: (tokens[file], order.index(file)))} if len(order) > 1 else set())
+    if chosen or len(order) <= spared:
+        return chosen
+    return {min(order, key=lambda file: (tokens[file], order.index(file)))}
+
+
+def _first_holders(keys: Iterable[Key]) -> dict[bytes, str]:
+    """Of the files that hold a text the first by name."""
+    first: dict[bytes, str] = {}
+    for key in keys:
+        first[key.digest] = min(key.file, first.get(key.digest, key.file))
+    return first
 
 
 def _owners(keys: Iterable[Key]) -> dict[bytes, str | None]:

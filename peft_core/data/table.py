@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from peft_core.data.child import Answer, ask
+from peft_core.data.purpose import TRAINING, Purpose
 from peft_core.errors import DataError, InvalidArgument
 from peft_core.spec import Frozen, SourceSummary
 
@@ -22,6 +23,7 @@ _CHILD = "peft_core.data.table_rows"
 class TableRequest(Frozen):
     table: Path
     max_length: int = 512
+    purpose: Purpose = TRAINING
     records: Path | None = None  # where to write; None: look only
 
 
@@ -29,7 +31,7 @@ class Copied(Frozen):
     rows: int
 
 
-def require_table(path: Path, given: str) -> None:
+def require_table(path: Path, given: str, purpose: Purpose) -> None:
     """That a directory looks like a table, as far as its names tell.
 
     Raises:
@@ -37,7 +39,7 @@ def require_table(path: Path, given: str) -> None:
     """
     if not (path / "_versions").is_dir():
         raise InvalidArgument(
-            "training_data",
+            purpose.field,
             given,
             f"a directory whose name ends in {SUFFIX} must be a LanceDB table, and this one is none: it holds no _versions",
             suggestions=("Give the table itself, DATABASE/NAME.lance", "Rename a repository that is called so"),
@@ -46,7 +48,7 @@ def require_table(path: Path, given: str) -> None:
         for name in (*directories, *files):
             if os.path.islink(os.path.join(parent, name)):  # noqa: PTH114, PTH118 - thousands of them, quickly
                 raise InvalidArgument(
-                    "training_data",
+                    purpose.field,
                     given,
                     f"it holds a link, {os.path.relpath(os.path.join(parent, name), path)}; "  # noqa: PTH118
                     "a table must hold its data itself",
@@ -54,13 +56,13 @@ def require_table(path: Path, given: str) -> None:
                 )
 
 
-def look(path: Path, max_length: int) -> SourceSummary:
+def look(path: Path, max_length: int, purpose: Purpose) -> SourceSummary:
     """What the table holds.
 
     Raises:
         DataError: as `table_rows`; or the records are too few or broken.
     """
-    return _ask(TableRequest(table=path, max_length=max_length), SourceSummary)
+    return _ask(TableRequest(table=path, max_length=max_length, purpose=purpose), SourceSummary)
 
 
 def copy(path: Path, records: Path) -> int:

@@ -85,7 +85,7 @@ def rows(table: Path) -> Iterator[dict[str, Any]]:
 def answer(request: TableRequest) -> Frozen:
     if request.records is None:
         records = numbered(rows(request.table), "row", where=str(request.table))
-        return sum_up("records", request.table, records, request.max_length)
+        return sum_up("records", request.table, records, request.max_length, request.purpose)
     written = Counted(rows(request.table))
     write_records(written, request.records)
     return Copied(rows=written.count)

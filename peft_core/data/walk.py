@@ -197,5 +197,5 @@ def _too_many(root: Path) -> DataError:
     return DataError(
         f"{root} holds more than {MAX_ENTRIES} files, which is not one code base.",
         code="too_many_files",
-        suggestions=("Give the directory of one project as training_data.",),
+        suggestions=("Give the directory of one project.",),
     )

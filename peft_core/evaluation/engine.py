@@ -19,25 +19,22 @@ from peft_core.compute.process import keep_freed_memory, return_freed_memory
 from peft_core.compute.speed import timed
 from peft_core.compute.stop import Stop
 from peft_core.compute.tokenizer import load_tokenizer
+from peft_core.data.classify import Reason
+from peft_core.data.overlap import FILE_NAME, MAX_BYTES, TrainedOn
 from peft_core.data.prepare import prepare
+from peft_core.data.purpose import MEASURING
 from peft_core.data.read import read_examples
 from peft_core.errors import DataError, InferenceError
 from peft_core.events import DatasetPrepared, Emit, Evaluated, HeldOutMeasured, PhaseStarted, RunPlanned
 from peft_core.inference.host.model import ResidentModel
 from peft_core.paths import JobPaths
-from peft_core.proof import overlap
 from peft_core.results import Phase, Verdict
-from peft_core.spec import Example
+from peft_core.spec import DatasetSummary
 from peft_core.task import TrainingTask
 from peft_core.training.assess import WRITING_TOKENS, Exam
 from peft_core.training.completions import make_plain
 from peft_core.training.held_out import mean_loss, trials_of
 from peft_core.training.objective import choose_objective
-
-# The measured part of a source: as much as may be, for nothing is trained. Files come in the order of the training's
-# split, so an adapter of ours meets what was held out first.
-SHARE = 0.95
-MIN_EXAMPLES = 5  # fewer show nothing
 
 _log = structlog.get_logger(__name__)
 
@@ -63,6 +60,8 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
         stop.check()
         emit(PhaseStarted(phase=Phase.PREPARING_DATA, detail=detail))
 
+    task.require_adapter_place(directory_of_adapter)
+    known = _trained_on(directory_of_adapter)
     directory = materialise(task.base, task.base_models_dir, report)
     tokenizer = load_tokenizer(directory)
     dataset = prepare(
@@ -71,23 +70,20 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
         directory=paths.dataset,
         codec=tokenizer,
         max_length=config.max_length,
-        held_out_fraction=SHARE,
+        held_out_fraction=1.0,
         seed=config.seed,
         report=report,
+        purpose=MEASURING,
+        known=known,
+        may_read=task.require_place,
     )
-    found = read_examples(paths.dataset / "held_out.jsonl")
-    known = _trained_on(directory_of_adapter)
-    unseen = found if known is None else [one for one in found if known.share_of(learned(one)) < overlap.SEEN]
-    trials = trials_of(unseen, tokenizer, config.max_length)
-    if len(trials) < MIN_EXAMPLES:
-        raise _too_little(len(found), len(found) - len(unseen), len(trials))
+    trials = trials_of(read_examples(paths.dataset / "held_out.jsonl"), tokenizer, config.max_length)
+    if len(trials) < MEASURING.examples:
+        raise _too_little(dataset.summary, len(trials))
     summary = dataset.summary.model_copy(
         update={
-            "train_examples": 0,
-            "train_tokens": 0,
             "held_out_examples": len(trials),
             "held_out_tokens": sum(len(trial.document) for trial in trials),
-            "left_out": {**dataset.summary.left_out, "trained_on": len(found) - len(unseen)},
         }
     )
     emit(DatasetPrepared(dataset=summary))
@@ -133,14 +129,9 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     emit(Evaluated(evaluation=evaluation.model_copy(update={"seen_in_training": seen})))
 
 
-def learned(example: Example) -> str:
-    """The part of an example that carries loss."""
-    return "".join(segment.text for segment in example.segments if segment.learn)
-
-
-def _trained_on(adapter: Path) -> overlap.TrainedOn | None:
+def _trained_on(adapter: Path) -> TrainedOn | None:
     try:
-        return overlap.TrainedOn.from_bytes(read_small(adapter / overlap.FILE_NAME, overlap.MAX_BYTES))
+        return TrainedOn.from_bytes(read_small(adapter / FILE_NAME, MAX_BYTES))
     except HeaderError:
         return None
 
@@ -159,16 +150,19 @@ def _checked(directory: Path, task: TrainingTask) -> AdapterFiles:
     return files
 
 
-def _too_little(found: int, seen: int, usable: int) -> DataError:
-    if seen:
+def _too_little(summary: DatasetSummary, usable: int) -> DataError:
+    seen = summary.left_out.get(Reason.TRAINED_ON, 0)
+    unclear = summary.left_out.get(Reason.MAYBE_TRAINED_ON, 0)
+    if seen or unclear:
+        also = f" and perhaps on {unclear}" if unclear else ""
         return DataError(
-            f"The evaluation data overlaps the training data: of {found} examples the adapter was trained on {seen}, which "
-            f"leaves {usable}; at least {MIN_EXAMPLES} are needed.",
+            f"The evaluation data overlaps the training data: of {seen + unclear + usable} examples the adapter was trained "
+            f"on {seen}{also}, which leaves {usable}; at least {MEASURING.examples} are needed.",
             code="evaluation_overlaps_training",
             suggestions=["Give code that the adapter was not trained on: newer files, or another part of the project"],
         )
     return DataError(
-        f"The evaluation data gives {usable} examples; at least {MIN_EXAMPLES} are needed.",
+        f"The evaluation data gives {usable} examples; at least {MEASURING.examples} are needed.",
         code="too_few_examples",
         suggestions=["Give more code: a directory further up, or the whole repository"],
     )

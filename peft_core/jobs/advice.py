@@ -21,6 +21,7 @@ VERY_FEW_STEPS = 25  # and one of fewer three times
 PATIENCE_S = 2 * 3600.0
 RANKS = (16, 32, 64)
 TOKENS_PER_WEIGHT = 2.0
+_PASSES = {1: "One pass", 2: "Two passes", 3: "Three passes"}
 
 
 def advise(
@@ -61,20 +62,24 @@ def _with_length(
         return config, ""
     train_units = max(1.0, units * (1 - config.held_out_fraction))
     steps = math.ceil(train_units / config.batch_size)
-    passes = 3 if steps < VERY_FEW_STEPS else 2 if steps < FEW_STEPS else 1
-    seconds = passes * tokens * (1 - config.held_out_fraction) / tokens_per_second if tokens_per_second else 0.0
-    if seconds > PATIENCE_S:
-        affordable = max(1, int(steps * PATIENCE_S / seconds))
+    suited = 3 if steps < VERY_FEW_STEPS else 2 if steps < FEW_STEPS else 1
+    pass_s = tokens * (1 - config.held_out_fraction) / tokens_per_second if tokens_per_second else 0.0
+    if pass_s > PATIENCE_S:
+        affordable = max(1, int(steps * PATIENCE_S / pass_s))
         return config.model_copy(update={"max_steps": affordable}), (
-            f"{affordable} of the {steps} steps of a whole pass, because that would take about {seconds / 3600:.0f} hours and "
-            f"nobody said that it may take more than {PATIENCE_S / 3600:.0f}; set num_epochs = 1 for all."
+            f"{affordable} of the {steps} steps of a whole pass, because that would take about {_hours(pass_s)} and nobody "
+            f"said that it may take more than {_hours(PATIENCE_S)}; set num_epochs = 1 for all."
         )
-    why = {
-        1: f"One pass, because about {units} units make {steps} steps.",
-        2: f"Two passes, because about {units} units make only {steps} steps each.",
-        3: f"Three passes, because about {units} units make only {steps} steps each.",
-    }[passes]
-    return config.model_copy(update={"num_epochs": float(passes)}), why
+    passes = next(count for count in range(suited, 0, -1) if count * pass_s <= PATIENCE_S)
+    only = "" if suited == 1 else "only "
+    each = "" if suited == 1 else " each"
+    why = f"{_PASSES[passes]}, because about {units} units make {only}{steps} steps{each}"
+    if passes < suited:
+        why += (
+            f"; no more than that, because {_PASSES[suited].lower()} would take about {_hours(suited * pass_s)} and nobody "
+            f"said that it may take more than {_hours(PATIENCE_S)}"
+        )
+    return config.model_copy(update={"num_epochs": float(passes)}), f"{why}."
 
 
 def _with_rank(config: TrainingConfig, shape: ModelShape, units: int, tokens: int) -> tuple[TrainingConfig, str]:
@@ -89,6 +94,11 @@ def _with_rank(config: TrainingConfig, shape: ModelShape, units: int, tokens: in
         f"Rank {rank}, because its {lora_parameters(rank, shape) / 1e6:.1f} million weights have room for what "
         f"{_rounded(different)} tokens teach."
     )
+
+
+def _hours(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{hours:.1f} hours" if hours < 10 and round(hours, 1) % 1 else f"{hours:.0f} hours"
 
 
 def _rounded(tokens: float) -> str:

@@ -9,7 +9,7 @@ from peft_core.spec import Frozen, TrainingConfig
 
 
 class DataSample(Frozen):
-    """One example, as it would be trained on."""
+    """One example, as it would be trained on, but for the marks around gaps and turns: those will be the base's own."""
 
     path: str
     start_line: int = Field(description="1-based; 0 where it is not known.")

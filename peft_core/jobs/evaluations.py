@@ -8,8 +8,9 @@ from pathlib import Path
 from peft_core.adapters.manifest import REPORT_NAME, read_manifest
 from peft_core.adapters.verify import verify
 from peft_core.config import Settings
-from peft_core.data.source import FOR_BOTH_PARTS, inspect
-from peft_core.errors import DataError, InvalidArgument
+from peft_core.data.purpose import MEASURING
+from peft_core.data.source import inspect
+from peft_core.errors import InvalidArgument
 from peft_core.estimate import evaluation_estimate
 from peft_core.events import Evaluated, Event
 from peft_core.jobs.model import JobRequest
@@ -18,8 +19,6 @@ from peft_core.machine import expected_device
 from peft_core.proof.report import render
 from peft_core.results import Verdict
 from peft_core.spec import Base, EvaluatedAdapter, TrainingConfig
-
-_FRACTION = 0.95  # of the data that is measured on, for a first look
 
 
 def plan_evaluation(
@@ -35,21 +34,12 @@ def plan_evaluation(
         InvalidArgument: the adapter does not fit the base, or the data is not there.
         DataError: the data is empty or too little.
     """
-    require_place("evaluation_data", evaluation_data, settings)
+    require_place(MEASURING.field, evaluation_data, settings)
     _require_fit(evaluated, base)
     manifest = read_manifest(evaluated.adapter_path)
     used = manifest.run.config if manifest is not None else TrainingConfig()
     config = TrainingConfig(max_length=min(used.max_length, base.shape.context_length), seed=used.seed)
-    try:
-        found = inspect(evaluation_data, held_out_fraction=_FRACTION, max_length=config.max_length)
-    except InvalidArgument as error:  # the look at a source names the argument of training
-        allowed = str(error.details["allowed"])
-        raise InvalidArgument(
-            "evaluation_data", evaluation_data, allowed, suggestions=error.suggestions, code=error.code
-        ) from error
-    except DataError as error:
-        message = error.message.replace("training_data", "evaluation_data").replace(FOR_BOTH_PARTS, "")
-        raise DataError(message, code=error.code, suggestions=error.suggestions, details=error.details) from error
+    found = inspect(evaluation_data, max_length=config.max_length, purpose=MEASURING)
     if found.needs_chat_template and not base.has_chat_template:
         raise InvalidArgument(
             "evaluation_data", "records with messages", f"the base {base.name} has no chat template to write them in"

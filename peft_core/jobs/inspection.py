@@ -37,7 +37,7 @@ def inspect_training_data(
     draft = plan(training_data, config, settings, measured_speed)
     with _scratch(settings.paths) as scratch:
         request = write_source(draft, training_data, scratch / "source" / "records.jsonl")
-        found = _looked_at(request, scratch)
+        found = _looked_at(request, scratch, settings)
     return _report(request, found, given=training_data if isinstance(training_data, str) else "these records")
 
 
@@ -55,7 +55,7 @@ def _scratch(paths: DataPaths) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def _looked_at(request: JobRequest, scratch: Path) -> Preview:
+def _looked_at(request: JobRequest, scratch: Path, settings: Settings) -> Preview:
     config = request.config
     asked = PreviewRequest(
         source=request.source,
@@ -65,6 +65,8 @@ def _looked_at(request: JobRequest, scratch: Path) -> Preview:
         seed=config.seed,
         held_out_by=config.held_out_by,
         mixture=config.mixture,
+        data_dir=settings.data_dir,
+        allowed_roots=settings.allowed_roots,
     )
     return ask(
         CHILD,

@@ -18,9 +18,10 @@ from peft_core.bases.infill import fills_in
 from peft_core.config import Settings
 from peft_core.data import table
 from peft_core.data.history import require_history
+from peft_core.data.purpose import MEASURING, TRAINING
 from peft_core.data.records import write_records
 from peft_core.data.source import inspect
-from peft_core.errors import DataError, InvalidArgument, StorageError, unwritable
+from peft_core.errors import InvalidArgument, StorageError, unwritable
 from peft_core.estimate import (
     MICRO_TOKENS,
     estimate,
@@ -54,9 +55,9 @@ def plan(
         InvalidArgument, DataError, BaseModelError, StorageError: it cannot be done, and why.
     """
     device = _device(config)
-    require_place("training_data", training_data, settings)
+    require_place(TRAINING.field, training_data, settings)
     base = resolve(config.base_model, settings)
-    found = inspect(training_data, held_out_fraction=config.held_out_fraction, max_length=config.max_length)
+    found = inspect(training_data, max_length=config.max_length)
     if config.held_out_by == "time":
         if found.kind != "repository" or found.path is None:
             raise InvalidArgument("config.held_out_by", "time", "records have no history; 'file' is allowed for them")
@@ -79,7 +80,7 @@ def plan(
         raise InvalidArgument(
             "config.mixture.fill_in_the_middle",
             config.mixture.fill_in_the_middle,
-            f"the vocabulary of the base {base.name} has no tokens for gaps; 0 is allowed",
+            f"the vocabulary of the base {base.name} has no tokens for gaps of a form that is known here; 0 is allowed",
             suggestions=["Use a base for code completion, such as Qwen2.5-Coder or StarCoder2"],
         )
     measured = measured_speed(base, device)
@@ -124,7 +125,8 @@ def require_sources(request: JobRequest, settings: Settings) -> None:
         InvalidArgument, BaseModelError: it may not, or the base is gone.
     """
     if request.source_kind != "records":  # those are a file of our own
-        require_place("training_data", str(request.source), settings)
+        purpose = TRAINING if request.evaluated is None else MEASURING
+        require_place(purpose.field, str(request.source), settings)
     resolve(request.base.ref if request.base.ref == BUNDLED else str(request.base.path), settings)
 
 
@@ -138,14 +140,17 @@ def write_source(request: JobRequest, training_data: TrainingData, records: Path
         return request
     try:
         records.parent.mkdir(parents=True)
+    except OSError as error:
+        raise unwritable(records.parent, error) from error
+    try:
         if isinstance(training_data, str):
             table.copy(request.source, records)
         else:
             write_records(training_data, records)
-    except OSError as error:
-        raise unwritable(records.parent, error) from error
-    except DataError:
+    except BaseException as error:
         shutil.rmtree(records.parent, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise unwritable(records.parent, error) from error
         raise
     return request.model_copy(update={"source": records})
 

@@ -99,6 +99,7 @@ class Runner:
         self._lock = lock
         self._log_level = settings.log_level
         self._keep_runs = settings.keep_runs
+        self._allowed_roots = settings.allowed_roots
         self._launcher = shlex.split(settings.launcher or "")
         self._stopping = False
 
@@ -151,6 +152,8 @@ class Runner:
             execution=job.request.execution,
             estimated_memory_bytes=job.request.estimate.memory_bytes,
             evaluated=job.request.evaluated,
+            data_dir=self._paths.root,
+            allowed_roots=self._allowed_roots,
         )
         paths.task.write_text(task.model_dump_json(), encoding="utf-8")
         launcher, child = (self._launcher, CHILD) if task.evaluated is None else ([], EVALUATION_CHILD)

@@ -65,7 +65,7 @@ def evaluate(
         base_perplexity=perplexity(loss.base),
         adapter_perplexity=perplexity(loss.adapter),
         next_line=_compare(held_out, lambda e: Tally(e.base.lines, e.adapter.lines, e.lines), unit, seed),
-        edit_similarity=_compare_similarity(shown, seed),
+        edit_similarity=_compare_similarity(shown, unit, seed),
         general_loss=general_loss,
         forgets=forgets(general_loss),
         files=len({example.file for example in held_out}),
@@ -92,10 +92,9 @@ def _compare(
     return compare(by_file(tallies) if unit == "files" else [one for _, one in tallies], seed=seed)
 
 
-def _compare_similarity(written: Sequence[Continuation], seed: int) -> Comparison | None:
+def _compare_similarity(written: Sequence[Continuation], unit: Unit, seed: int) -> Comparison | None:
     tallies = [(one.file, Tally(one.base_similarity, one.adapter_similarity, 1)) for one in written]
-    by_files = unit_for(one.file for one in written) == "files"
-    return compare(by_file(tallies) if by_files else [tally for _, tally in tallies], seed=seed)
+    return compare(by_file(tallies) if unit == "files" else [tally for _, tally in tallies], seed=seed)
 
 
 def _continuation(written: Written) -> Continuation:

@@ -37,16 +37,15 @@ class Document:
 
 
 def tokenise(example: Example, tokenizer: BaseTokenizer, max_length: int) -> Document:
-    """The segments in order and the end of the text, cut at `max_length` tokens."""
+    """The segments in order and the end of the text, where it ends; cut at `max_length` tokens."""
     ids: list[int] = []
     learn: list[bool] = []
-    for segment in example.segments:
-        piece: list[int] = tokenizer.encode(segment).ids
-        ids += piece
-        learn += [segment.learn] * len(piece)
+    for segment, tokens in zip(example.segments, tokenizer.encode(example.segments), strict=True):
+        ids += tokens.ids
+        learn += [segment.learn] * len(tokens.ids)
     prefix = () if tuple(ids[: len(tokenizer.beginning)]) == tokenizer.beginning else tokenizer.beginning
     ids, learn = [*prefix, *ids], [False] * len(prefix) + learn
-    if ids and ids[-1] != tokenizer.end_of_text:  # a chat turn may bring its own
+    if example.ends and ids and ids[-1] != tokenizer.end_of_text:  # a chat turn may bring its own
         ids.append(tokenizer.end_of_text)
         learn.append(learn[-1])
     learn[:1] = [False] * len(learn[:1])

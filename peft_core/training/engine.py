@@ -27,7 +27,9 @@ from peft_core.compute.speed import timed
 from peft_core.compute.stop import Stop
 from peft_core.compute.threads import Threads
 from peft_core.compute.tokenizer import BaseTokenizer, load_tokenizer
-from peft_core.data.prepare import PreparedDataset, prepare
+from peft_core.data.dataset import PreparedDataset
+from peft_core.data.overlap import FILE_NAME
+from peft_core.data.prepare import prepare
 from peft_core.data.read import read_examples
 from peft_core.errors import DataError
 from peft_core.events import (
@@ -42,7 +44,6 @@ from peft_core.events import (
 from peft_core.measurements import Evaluation
 from peft_core.paths import JobPaths
 from peft_core.proof.evaluation import perplexity
-from peft_core.proof.overlap import TrainedOn
 from peft_core.recipe import filled_in
 from peft_core.results import Metrics, Phase
 from peft_core.spec import Execution
@@ -174,6 +175,9 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
         make_plain(adapted, model)
         budget = writing_budget(progress.tokens)
         evaluation = exam.compare(base_scores, adapter_scores, model, adapted.disable_adapter, budget=budget, stop=stop)
+        # `prepare` kept apart what is held out; early stopping looked at a part of it.
+        chosen_on_part = config.early_stopping_patience is not None
+        evaluation = evaluation.model_copy(update={"seen_in_training": 0.0, "chosen_on_part": chosen_on_part})
         emit(Evaluated(evaluation=evaluation))
         emit(PhaseStarted(phase=Phase.SAVING))
         facts = _facts(task, plan, execution, dataset, loop, fused, evaluation)
@@ -240,10 +244,7 @@ def _facts(
         memory_saved=loop.memory_saved,
         created_at=datetime.now(UTC),
         evaluation=evaluation,
-        trained_on=TrainedOn.of(
-            "".join(segment.text for segment in example.segments if segment.learn)
-            for example in read_examples(JobPaths(task.job_dir).dataset / "train.jsonl")
-        ),
+        trained_on=(JobPaths(task.job_dir).dataset / FILE_NAME).read_bytes(),
     )
 
 
@@ -287,6 +288,7 @@ def _prepare(task: TrainingTask, tokenizer: BaseTokenizer, report: Callable[[str
         held_out_by=config.held_out_by,
         mixture=config.mixture,
         enough_examples=None if config.max_steps is None else config.max_steps * config.batch_size,
+        may_read=task.require_place,
     )
 
 

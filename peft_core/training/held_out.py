@@ -16,7 +16,7 @@ from peft_core.compute.stop import Stop
 from peft_core.compute.tokenizer import BaseTokenizer
 from peft_core.errors import NotFinite
 from peft_core.proof.evaluation import Score
-from peft_core.proof.lines import Cut, Line, cuts_of, lines_of
+from peft_core.proof.lines import EXPECTED_LINES, Cut, Line, cuts_of, lines_of
 from peft_core.spec import Example
 from peft_core.training.batches import Document, join, pack, tokenise
 from peft_core.training.objective import Objective
@@ -100,7 +100,7 @@ def _trial(example: Example, document: Document, tokenizer: BaseTokenizer) -> Tr
     """Lines and cuts of the segments that are learned, where they lie in the document."""
     lines: list[Line] = []
     cuts: list[Cut] = []
-    encodings = [tokenizer.encode(segment) for segment in example.segments]
+    encodings = tokenizer.encode(example.segments)
     # `tokenise` puts what the tokenizer begins with before the segments, and the end of the text behind them.
     first = encodings[0].ids if encodings else []
     begin = 0 if tuple(first[: len(tokenizer.beginning)]) == tokenizer.beginning else len(tokenizer.beginning)
@@ -110,13 +110,18 @@ def _trial(example: Example, document: Document, tokenizer: BaseTokenizer) -> Tr
                 Line(line.row, begin + line.first, begin + line.last, line.holds_end)
                 for line in lines_of(segment.text, encoding.offsets)
             ]
-            cuts += [Cut(cut.row, begin + cut.first, cut.expected) for cut in cuts_of(segment.text, encoding.offsets)]
+            cuts += [
+                Cut(cut.row, begin + cut.first, cut.expected)
+                for cut in cuts_of(segment.text, encoding.offsets)
+                # Where the text breaks off, it is not known what comes next, and both models would write on.
+                if example.ends or cut.expected.count("\n") == EXPECTED_LINES
+            ]
         begin += len(encoding.ids)
     room = len(document)
     return Trial(
         example,
         document,
-        lines=tuple(line for line in lines if line.last < room),
+        lines=tuple(line for line in lines if line.last - line.holds_end < room),
         cuts=tuple(cut for cut in cuts if cut.first < room),
     )
 

@@ -25,9 +25,9 @@ from peft_core.adapters.manifest import (
     write_manifest,
 )
 from peft_core.bases.fingerprint import content_hash
+from peft_core.data.overlap import FILE_NAME
 from peft_core.events import MemorySaved, RateLowered
 from peft_core.measurements import Evaluation
-from peft_core.proof.overlap import FILE_NAME, TrainedOn
 from peft_core.results import Metrics
 from peft_core.spec import Base
 from peft_core.task import TrainingTask
@@ -53,7 +53,7 @@ class RunFacts:
     memory_saved: tuple[MemorySaved, ...]
     created_at: datetime  # with a time zone
     evaluation: Evaluation
-    trained_on: TrainedOn
+    trained_on: bytes  # of `data.overlap`
 
 
 def write_adapter(
@@ -97,7 +97,7 @@ def write_adapter(
         environment=_environment(),
         files={},
     )
-    (directory / FILE_NAME).write_bytes(facts.trained_on.to_bytes())
+    (directory / FILE_NAME).write_bytes(facts.trained_on)
     (directory / CARD_NAME).write_text(render_card(manifest), encoding="utf-8")
     files = {path.name: sha256_of(path) for path in sorted(directory.iterdir())}
     write_manifest(directory, manifest.model_copy(update={"files": files}))

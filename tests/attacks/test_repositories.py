@@ -155,7 +155,7 @@ def test_a_repository_cannot_make_git_run_anything(
     state(root)
     asked.is_shallow(root)
     asked.last_changes(root)
-    inspect(str(root), held_out_fraction=0.1)
+    inspect(str(root))
     assert not marker.exists()
 
 
@@ -248,7 +248,7 @@ def test_names_of_any_characters_are_only_names(root: Path, tmp_path: Path, by_g
     for name in HARD_NAMES:
         (root / name).write_text(CODE)
     assert names(root) == MODULES | set(HARD_NAMES)
-    assert inspect(str(root), held_out_fraction=0.1).files == len(MODULES) + len(HARD_NAMES)
+    assert inspect(str(root)).files == len(MODULES) + len(HARD_NAMES)
 
 
 def test_directories_deeper_than_a_path_may_be_long(root: Path, tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_a_million_files_are_refused_within_bounds(tmp_path: Path, by_git: bool)
         git(place, "init")
     program = (
         "import resource, sys\nfrom peft_core.data.source import inspect\nfrom peft_core.errors import DataError\n"
-        "try:\n    inspect(sys.argv[1], held_out_fraction=0.1)\nexcept DataError as error:\n"
+        "try:\n    inspect(sys.argv[1])\nexcept DataError as error:\n"
         "    print(error.code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
     )
     started = time.monotonic()
@@ -357,4 +357,4 @@ def test_a_secret_in_a_line_of_any_length_is_found() -> None:
 def test_a_line_of_a_record_as_long_as_a_file_is_refused_or_read(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"text": "' + "x" * 17_000_000)
     with pytest.raises(ModelError, match="longer than"):
-        inspect(str(tmp_path / "x.jsonl"), held_out_fraction=0.1)
+        inspect(str(tmp_path / "x.jsonl"))

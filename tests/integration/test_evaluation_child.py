@@ -16,9 +16,9 @@ from peft_core.bases.resolve import resolve
 from peft_core.compute.stop import Stop
 from peft_core.compute.tokenizer import load_tokenizer
 from peft_core.config import Settings
+from peft_core.data.overlap import FILE_NAME, TrainedOn
 from peft_core.events import EVENT, DatasetPrepared, Evaluated, Event, JobFailed
 from peft_core.measurements import Benefit
-from peft_core.proof.overlap import FILE_NAME, TrainedOn
 from peft_core.spec import EvaluatedAdapter, Example, Segment, TrainingConfig
 from peft_core.task import TrainingTask
 from peft_core.training.completions import choose_prompts, write
@@ -74,8 +74,8 @@ def test_any_adapter_is_measured_against_its_base(tmp_path: Path, toy_base: Path
     found = last.evaluation
     assert found.loss.change != 0
     assert found.verdict in set(Benefit)
-    assert (found.resampled, found.files, found.examples, found.seen_in_training) == ("files", 11, 11, None)
-    assert found.lines == 33  # all but each first one
+    assert (found.resampled, found.files, found.examples, found.seen_in_training) == ("files", 12, 12, None)
+    assert found.lines == 36  # all but each first one
     assert found.general_tokens > 1000
     assert found.prompts > 5
 
@@ -86,7 +86,8 @@ def test_what_the_adapter_was_trained_on_is_left_out_and_nothing_else(tmp_path: 
     exit_code, events, err = run_child(make_task(tmp_path, toy_base, adapter))
     assert exit_code == 0, err
     (prepared,) = [event for event in events if isinstance(event, DatasetPrepared)]
-    assert prepared.dataset.left_out["trained_on"] in (2, 3)  # one file is never measured on
+    assert prepared.dataset.left_out["trained_on"] == 3
+    assert (prepared.dataset.train_examples, prepared.dataset.held_out_examples) == (0, 9)
     assert isinstance(events[-1], Evaluated)
     assert events[-1].evaluation.seen_in_training == 0
 
@@ -99,7 +100,23 @@ def test_data_that_was_all_trained_on_is_refused_with_the_overlap(tmp_path: Path
     failed = events[-1]
     assert isinstance(failed, JobFailed)
     assert failed.error.code == "evaluation_overlaps_training"
-    assert "of 11 examples the adapter was trained on 11" in failed.error.message
+    assert "of 12 examples the adapter was trained on 12" in failed.error.message
+
+
+@pytest.mark.parametrize(("moved", "field"), [("data", "evaluation_data"), ("adapter", "adapter_path")])
+def test_what_lies_out_of_the_roots_when_the_job_begins_is_not_read(
+    tmp_path: Path, toy_base: Path, moved: str, field: str
+) -> None:
+    adapter = write_toy_adapter(tmp_path / "adapters" / "a", toy_base, seed=1)
+    (tmp_path / "code").mkdir()
+    task = make_task(tmp_path / "code", toy_base, adapter)
+    left = tmp_path / ("adapters" if moved == "data" else "code")
+    task = task.model_copy(update={"data_dir": tmp_path / "data", "allowed_roots": (left,)})
+    exit_code, events, _ = run_child(task)
+    assert exit_code == 1
+    failed = events[-1]
+    assert isinstance(failed, JobFailed)
+    assert (failed.error.code, failed.error.message.partition(" ")[0]) == ("outside_allowed_roots", field)
 
 
 def test_scores_of_examples_sum_up_to_the_loss_and_greedy_lines_are_counted(toy_base: Path) -> None:

@@ -27,6 +27,7 @@ from peft_core.lock import FileLock
 from peft_core.paths import DataPaths
 from peft_core.results import Status
 from peft_core.spec import EvaluatedAdapter, TrainingConfig
+from peft_core.task import TrainingTask
 from tests.factories import make_evaluation, make_job
 from tests.integration.scripted_child import step_completed
 from tests.model_files import write_model
@@ -74,6 +75,13 @@ def run_one(store: Store, spawn: Spawn, project: str) -> Job:
     store.insert(make_job("job", project))
     assert spawn().wait(timeout=60) == 0
     return store.get("job")
+
+
+def test_a_child_is_told_where_it_may_read(store: Store, spawn: Spawn, paths: DataPaths) -> None:
+    run_one(store, spawn, "goes on")
+    task = TrainingTask.model_validate_json(paths.job("job").task.read_text())
+    assert task.data_dir == paths.root
+    assert task.allowed_roots is None
 
 
 def test_a_run_that_goes_on_tells_what_nobody_heard_and_the_rest_is_not_recorded_twice(

@@ -69,6 +69,28 @@ def make_task(directory: Path, base: str | None, **config: Any) -> TrainingTask:
     )
 
 
+def test_a_link_that_leads_elsewhere_when_the_job_begins_is_not_followed(tmp_path: Path, toy_base: Path) -> None:
+    task = make_task(tmp_path, str(toy_base), **TOY)
+    data_dir, outside = tmp_path / "data", tmp_path / "outside"
+    for place in (data_dir / "projects" / "other", outside):
+        place.mkdir(parents=True)
+        (place / "records.jsonl").write_text(task.source.read_text())
+    link = tmp_path / "inside" / "link"
+    link.parent.mkdir()
+    places = {"data_dir": data_dir, "allowed_roots": (tmp_path / "inside", data_dir)}
+    task = task.model_copy(update={"source": link / "records.jsonl", **places})
+    for target, code in ((data_dir / "projects" / "other", "sensitive_place"), (outside, "outside_allowed_roots")):
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        exit_code, events, _ = run_to_the_end(task)
+        assert exit_code == 1
+        failed = events[-1]
+        assert isinstance(failed, JobFailed)
+        assert failed.error.code == code
+        assert failed.error.message.startswith("training_data = ")
+        assert not (task.job_dir / "dataset").exists()
+
+
 @contextmanager
 def child(task: TrainingTask | str, **environment: str) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(

@@ -32,6 +32,7 @@ def directory_with(path: Path, *tokens: str, ensure_ascii: bool = False) -> Path
 def test_every_family_is_known_by_its_tokens_in_either_format(family: FillInTheMiddle, tmp_path: Path) -> None:
     tokens = [token for token in family if token]
     assert fills_in(gguf_with(tmp_path / "model.gguf", *tokens))
+    assert family.prompt("before", "after").index("before") == family.prompt("before", "after").index(family.prefix) + 1
     assert fills_in(directory_with(tmp_path / "plain", *tokens))
     assert fills_in(directory_with(tmp_path / "escaped", *tokens, ensure_ascii=True))
 

@@ -1,12 +1,16 @@
+from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from peft_core.compute.tokenizer import BaseTokenizer, load_tokenizer
 from peft_core.errors import BaseModelError, DataError
 from peft_core.spec import Example, Segment
 from peft_core.training.batches import tokenise
-from tests.toys import VOCABULARY, write_toy_tokenizer
+from tests.toys import VOCABULARY, write_sentencepiece_tokenizer, write_toy_tokenizer
 
 END = 0
 
@@ -35,6 +39,13 @@ def test_a_text_ends_with_the_end_of_text_token_and_all_but_its_first_token_is_l
     assert document.targets == 3
 
 
+def test_a_text_that_breaks_off_has_no_end_to_learn(tokenizer: BaseTokenizer) -> None:
+    broken_off = example(Segment(text="abc")).model_copy(update={"ends": False})
+    document = tokenise(broken_off, tokenizer, max_length=10)
+    assert [VOCABULARY[token] for token in document.ids_T] == ["a", "b", "c"]
+    assert document.learn_T.tolist() == [False, True, True]
+
+
 def test_context_carries_no_loss(tokenizer: BaseTokenizer) -> None:
     assert learned_text(tokenizer, (Segment(text="question ", learn=False), Segment(text="answer"))) == "answer<end>"
 
@@ -54,6 +65,57 @@ def test_code_that_spells_a_special_token_brings_none(tokenizer: BaseTokenizer) 
     assert tokenizer.tokenizer.decode(code[:-1], skip_special_tokens=False).replace(" ", "") == text
     rendered = tokenise(example(Segment(text=text)), tokenizer, max_length=100).ids_T.tolist()
     assert special <= set(rendered)
+
+
+def named(tokenizer: BaseTokenizer, ids: Sequence[int]) -> list[str]:
+    return [str(tokenizer.tokenizer.id_to_token(token)) for token in ids]
+
+
+@pytest.mark.parametrize("dummy_space", ["prepend", "metaspace"])
+def test_a_dummy_space_stands_before_a_text_and_before_none_of_its_further_segments(
+    tmp_path: Path, dummy_space: str
+) -> None:
+    write_sentencepiece_tokenizer(tmp_path, dummy_space=dummy_space)
+    tokenizer = load_tokenizer(tmp_path)
+    parts = (Segment(text="def\n", learn=False), Segment(text="def", literal=True), Segment(text=" def"))
+    ids = tokenise(example(*parts), tokenizer, max_length=100).ids_T.tolist()
+    assert named(tokenizer, ids) == ["\u2581def", "<0x0A>", "def", "\u2581def", "</s>"]
+    assert [tokens.offsets for tokens in tokenizer.encode(parts)] == [[(0, 3), (3, 4)], [(0, 3)], [(0, 4)]]
+
+
+@given(words=st.lists(st.sampled_from(["def", " def", "\n", "  ", "x(", "\N{SNOWMAN}", ""]), min_size=1, max_size=6))
+def test_segments_of_a_text_are_tokenised_as_the_text_is(words: list[str]) -> None:
+    with TemporaryDirectory() as directory:
+        write_sentencepiece_tokenizer(Path(directory), dummy_space="metaspace")
+        tokenizer = load_tokenizer(Path(directory))
+    # Characters that no merge of this vocabulary crosses stand between.
+    segments = [Segment(text=f"{word};") for word in words]
+    first, *others = tokenizer.encode(segments)
+    whole = Segment(text="".join(segment.text for segment in segments))
+    assert [token for tokens in (first, *others) for token in tokens.ids] == tokenizer.encode([whole])[0].ids
+    assert tokenizer.count([segment.text for segment in segments[1:]]) == [len(tokens.ids) for tokens in others]
+
+
+def test_code_around_a_gap_is_tokenised_as_code_llama_was_trained(tmp_path: Path) -> None:
+    known = ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>")
+    write_sentencepiece_tokenizer(tmp_path, dummy_space="prepend", marks=known)
+    tokenizer = load_tokenizer(tmp_path)
+    marks = tokenizer.fill_in_the_middle
+    assert marks is not None
+    assert named(tokenizer, tokenizer.ids(*marks.prompt("def", "def"))) == [
+        *("\u2581<PRE>", "\u2581def"),
+        *("\u2581<SUF>", "def"),
+        "\u2581<MID>",
+    ]
+
+
+def test_code_around_a_gap_is_tokenised_as_codestral_was_trained(tmp_path: Path) -> None:
+    write_sentencepiece_tokenizer(tmp_path, dummy_space="prepend", marks=["[PREFIX]", "[MIDDLE]", "[SUFFIX]"])
+    tokenizer = load_tokenizer(tmp_path)
+    marks = tokenizer.fill_in_the_middle
+    assert marks is not None
+    pieces = [*marks.prompt("def", "def"), "def"]  # the gap goes on behind the prefix
+    assert named(tokenizer, tokenizer.ids(*pieces)) == ["[SUFFIX]", "def", "[PREFIX]", "\u2581def", "def"]
 
 
 def test_counting_counts_what_encoding_makes(tokenizer: BaseTokenizer) -> None:

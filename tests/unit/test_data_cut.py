@@ -203,6 +203,20 @@ def test_the_pieces_of_a_unit_joined_are_the_unit(text: str, language: Language,
 
 
 @settings(max_examples=100, deadline=None)
+@given(text=CODE, language=st.sampled_from(CUTTABLE), max_length=st.sampled_from([64, 100]))
+def test_of_a_units_pieces_only_the_last_ends(text: str, language: Language, max_length: int):
+    pieces = pieces_of(text, language, max_length)
+    for _, group in groupby(pieces, key=lambda piece: id(piece.unit)):
+        *others, last = group
+        assert last.ends
+        assert not any(piece.ends for piece in others)
+    for piece in pieces:
+        example = piece.example("src/app.x", language)
+        assert example.ends is piece.ends
+        assert example.tokens == sum(Words().count([segment.text for segment in example.segments])) + piece.ends
+
+
+@settings(max_examples=100, deadline=None)
 @given(text=CODE, language=st.sampled_from(CUTTABLE))
 def test_line_numbers_say_where_a_piece_begins(text: str, language: Language):
     lines = rows(text)

@@ -17,6 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_core.data import PreparedDataset, inspect, prepare, read_examples, write_records
+from peft_core.data.examples import taught
+from peft_core.data.overlap import TrainedOn, shares_seen
+from peft_core.data.purpose import MEASURING
 from peft_core.data.secret_scan import redacted
 from peft_core.data.units import rows
 from peft_core.errors import DataError
@@ -90,12 +93,13 @@ def test_a_repository_becomes_two_files_and_a_manifest(tmp_path: Path):
         "held_out.jsonl",
         "manifest.json",
         "train.jsonl",
+        "trained_on.bin",
     ]
 
 
 def test_what_inspect_accepts_prepare_accepts(tmp_path: Path):
     root = repository(tmp_path / "r", files=2, functions=40)
-    inspect(str(root), held_out_fraction=0.2)
+    inspect(str(root))
     assert build(root, tmp_path / "out").summary.files == 2
 
 
@@ -230,6 +234,107 @@ def test_a_prompt_is_given_and_a_completion_is_learned(tmp_path: Path):
     example = next(e for e in both(tmp_path / "out") if e.path == "record 3")
     assert example.segments == (Segment(text="double 2: ", learn=False), Segment(text="it is 4"))
     assert example.tokens == sum(Words().count(["double 2: ", "it is 4"])) + 1
+
+
+def paraphrased(answers: int, prompts: int) -> list[dict[str, str]]:
+    return [
+        {"prompt": f"{how} add_{n}!", "completion": f"def add_{n}(a, b):\n    c = a + {n}\n    return b + c * {n}\n"}
+        for n in range(answers)
+        for how in ("Write", "Give me", "Show", "Please write", "I need")[:prompts]
+    ]
+
+
+def test_an_answer_to_several_questions_is_on_one_side(tmp_path: Path):
+    done = build(records_file(tmp_path, paraphrased(30, 5)), tmp_path / "out", "records")
+    train, held_out = (
+        {example.segments[-1].text for example in read_examples(tmp_path / "out" / f"{part}.jsonl")}
+        for part in ("train", "held_out")
+    )
+    assert held_out
+    assert train.isdisjoint(held_out)
+    assert done.summary.train_examples + done.summary.held_out_examples == 150
+    assert len(manifest(tmp_path / "out")["held_out_files"]) == done.summary.held_out_examples
+
+
+def test_yes_and_no_are_answers_to_many_questions(tmp_path: Path):
+    labels = [{"prompt": f"Is {n} even?", "completion": "yes" if n % 2 == 0 else "no"} for n in range(40)]
+    done = build(records_file(tmp_path, labels), tmp_path / "out", "records")
+    assert done.summary.left_out == {}
+    assert 4 <= done.summary.held_out_examples <= 12
+    assert {e.segments[-1].text for e in read_examples(tmp_path / "out" / "train.jsonl")} == {"yes", "no"}
+
+
+def test_one_long_answer_to_every_question_leaves_nothing_to_measure(tmp_path: Path):
+    (only,) = paraphrased(1, 1)
+    records = records_file(tmp_path, [{**only, "prompt": f"question {n}"} for n in range(20)])
+    with pytest.raises(DataError, match="the same answer"):
+        build(records, tmp_path / "out", "records")
+
+
+@pytest.mark.parametrize(
+    ("given", "learned", "text"),
+    [
+        ("", "a = 1\nb = 2\n", "a = 1\nb = 2\n"),
+        ("Is 2\neven?", "yes", "Is 2 even?yes"),
+        (
+            "Write it!\n",
+            "def f(a):\n    return (a + 1) * (a + 2) * 3\n",
+            "def f(a):\n    return (a + 1) * (a + 2) * 3\n",
+        ),
+    ],
+)
+def test_a_short_answer_is_told_by_its_question_and_all_else_by_itself(given: str, learned: str, text: str):
+    segments = (*((Segment(text=given, learn=False),) if given else ()), Segment(text=learned))
+    record = Example(segments=segments, path="record 1", language="text", kind="record")
+    assert taught(record) == text
+
+
+def shared(tmp_path: Path) -> list[float]:
+    """Of each held-out example, how much is trained on."""
+    train, held_out = (
+        [taught(example) for example in read_examples(tmp_path / "out" / f"{part}.jsonl")]
+        for part in ("train", "held_out")
+    )
+    return list(shares_seen(dict(enumerate(held_out)), train).values())
+
+
+@pytest.mark.parametrize(("width", "step"), [(12, 9), (12, 6), (12, 3)])
+def test_windows_that_slide_over_a_file_are_not_measured_on_where_they_are_trained_on(
+    tmp_path: Path, width: int, step: int
+):
+    lines = [f"value_{n} = compute(value_{n - 1}, {n * n})" for n in range(600)]
+    chunks = [
+        {"content": "\n".join(lines[start : start + width]), "language": "python"}
+        for start in range(0, len(lines), step)
+    ]
+    done = build(records_file(tmp_path, chunks), tmp_path / "out", "records")
+    assert done.summary.held_out_examples
+    assert done.summary.train_examples
+    assert max(shared(tmp_path)) < 0.5
+    assert ("seen_in_training" in done.summary.left_out) == (step < 9)
+
+
+def trained_on(directory: Path) -> TrainedOn:
+    known = TrainedOn.from_bytes((directory / "trained_on.bin").read_bytes())
+    assert known is not None
+    return known
+
+
+def measured(root: Path, directory: Path, known: TrainedOn) -> PreparedDataset:
+    return prepare(source=root, source_kind="repository", directory=directory, codec=Words(), max_length=128,
+                   held_out_fraction=1, seed=1, report=lambda _: None, purpose=MEASURING, known=known)  # fmt: skip
+
+
+def test_what_was_trained_on_before_is_left_out_before_anything_is_chosen(tmp_path: Path):
+    root = repository(tmp_path / "r", files=10, functions=60)
+    build(root, tmp_path / "out")
+    found = measured(root, tmp_path / "again", trained_on(tmp_path / "out"))
+    first, second = (
+        {example.text for example in read_examples(tmp_path / name / "held_out.jsonl")} for name in ("out", "again")
+    )
+    assert second == first
+    assert found.summary.train_examples == 0
+    assert found.summary.left_out["trained_on"] == len(read_examples(tmp_path / "out" / "train.jsonl"))
 
 
 def test_conversations_are_rendered_by_the_codec(tmp_path: Path):
@@ -382,3 +487,8 @@ def test_the_files_changed_last_are_held_out_on_request(tmp_path: Path):
         held_out_by="time",
     )
     assert manifest(tmp_path / "out")["held_out_files"] == ["module_4.py", "module_7.py"]
+
+    # An evaluation draws files by lot, and finds all that the training held out.
+    found = measured(root, tmp_path / "again", trained_on(tmp_path / "out"))
+    assert manifest(tmp_path / "again")["held_out_files"] == ["module_4.py", "module_7.py"]
+    assert found.summary.held_out_examples == len(read_examples(tmp_path / "out" / "held_out.jsonl"))

@@ -17,7 +17,7 @@ from peft_core.data.codec import EstimatingCodec
 from peft_core.data.examples import Yield, from_file, unchanged
 from peft_core.data.languages import of_file
 from peft_core.data.quality import is_data
-from peft_core.data.split import FILE_MIN_TOKENS, FILE_SHARE, Key, capped
+from peft_core.data.split import FILE_MIN_TOKENS, FILE_SHARE, Key, capped, file_limit
 from peft_core.data.walk import File
 
 
@@ -119,8 +119,10 @@ def test_a_giant_file_does_not_drown_the_others():
     keys = keys_of({"giant": [500] * 4000, **{f"f{n}": [200] * 20 for n in range(100)}})
     kept = capped(keys, range(len(keys)))
     of_giant = [position for position in kept if keys[position].file == "giant"]
-    everything = sum(key.tokens for key in keys)
-    assert sum(keys[position].tokens for position in of_giant) == pytest.approx(FILE_SHARE * everything, rel=0.02)
+    everything = sum(keys[position].tokens for position in kept)
+    assert sum(keys[position].tokens for position in of_giant) == pytest.approx(
+        max(FILE_MIN_TOKENS, FILE_SHARE * everything), rel=0.02
+    )
     assert len(kept) - len(of_giant) == 2000
     assert of_giant[0] < 40, "from its beginning"
     assert of_giant[-1] > 3960, "to its end"
@@ -132,12 +134,31 @@ def test_small_projects_are_made_of_few_files():
     assert capped(keys, range(len(keys))) == list(range(len(keys)))
 
 
+SIZES = st.lists(st.integers(1, 100_000_000) | st.integers(1, 200_000), min_size=1, max_size=60)
+
+
+@given(SIZES)
+def test_the_limit_is_the_largest_by_which_no_file_gives_more_than_a_tenth(sizes: list[int]):
+    def allowed(limit: float) -> float:
+        return max(FILE_MIN_TOKENS, FILE_SHARE * sum(min(size, limit) for size in sizes))
+
+    limit = file_limit(sizes)
+    assert limit <= allowed(limit) * (1 + 1e-9)
+    if limit < max(sizes):
+        assert all(allowed(limit * more) < limit * more for more in (1.001, 1.5, 10, 1000))
+
+
+def test_a_giant_beside_little_gives_what_is_certain_to_be_given():
+    assert file_limit([900_000, *[1_000] * 100]) == FILE_MIN_TOKENS
+    assert file_limit([9_000_000, *[10_000] * 100]) == pytest.approx(1_000_000 / 9)
+
+
 @settings(deadline=None)
 @given(st.dictionaries(st.sampled_from("abcdef"), st.lists(st.integers(8, 8192), max_size=200), min_size=1))
 def test_no_file_gives_much_more_than_its_share(files: dict[str, list[int]]):
     keys = keys_of(files)
     kept = capped(keys, range(len(keys)))
-    limit = max(FILE_MIN_TOKENS, FILE_SHARE * sum(key.tokens for key in keys))
+    limit = file_limit([sum(sizes) for sizes in files.values()])
     for file, sizes in files.items():
         count = sum(keys[position].file == file for position in kept)
         assert count == len(sizes) or count <= len(sizes) * limit / sum(sizes)

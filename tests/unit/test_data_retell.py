@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from peft_core.bases.infill import FAMILIES
 from peft_core.data import prepare, read_examples
 from peft_core.data.codec import EstimatingCodec
+from peft_core.data.examples import taught
+from peft_core.data.overlap import TrainedOn
 from peft_core.data.retell import Told, require_means, retell
 from peft_core.errors import DataError
 from peft_core.spec import Example, FillInTheMiddle, Mixture, Segment
@@ -47,6 +49,9 @@ def told(example: Example, mixture: Mixture, *, seed: int = 0, max_length: int =
 
 def put_together(example: Example, tokens: FillInTheMiddle) -> str:
     """The plain text of a gap, from its pieces in the order in which they are given."""
+    if not tokens.middle:
+        suffix, rest = example.text.removeprefix(tokens.suffix).split(tokens.prefix)
+        return rest + suffix
     prefix, rest = example.text.removeprefix(tokens.prefix).split(tokens.suffix)
     suffix, middle = rest.split(tokens.middle)
     return prefix + middle.removesuffix(tokens.end) + suffix
@@ -65,12 +70,52 @@ def test_before_gap_and_after_are_the_unit_in_every_familys_format(
     assert way is Told.AS_GAP
     assert put_together(found, tokens) == "# a/b.py\n" + code
     marks = [segment for segment in found.segments if segment.text in (tokens.prefix, tokens.suffix, tokens.middle)]
-    assert [mark.text for mark in marks] == [tokens.prefix, tokens.suffix, tokens.middle]
+    order = [tokens.prefix, tokens.suffix, tokens.middle] if tokens.middle else [tokens.suffix, tokens.prefix]
+    assert [mark.text for mark in marks] == order
     assert not any(mark.learn for mark in marks)
-    gap, *end = found.segments[found.segments.index(marks[-1]) + 1 :]
+    gap, *end = found.segments[-2:] if tokens.end else found.segments[-1:]
     assert [segment.text for segment in end] == ([tokens.end] if tokens.end else [])
     assert all(segment.learn for segment in (gap, *end))
     assert 12 <= len(gap.text) <= len(code) / 2
+
+
+def test_what_was_trained_on_as_gaps_is_known_again(tmp_path: Path) -> None:
+    class Coder(Words):
+        fill_in_the_middle = FAMILIES[0]
+
+    found = prepare(
+        source=repository(tmp_path / "code", files=10, functions=20),
+        source_kind="repository",
+        directory=tmp_path / "out",
+        codec=Coder(),
+        max_length=256,
+        held_out_fraction=0.2,
+        seed=0,
+        report=lambda _: None,
+        mixture=GAPS,
+    )
+    assert found.summary.told["fill_in_the_middle"] > found.summary.train_examples / 2
+    plainly = prepare(
+        source=tmp_path / "code",
+        source_kind="repository",
+        directory=tmp_path / "plain",
+        codec=Coder(),
+        max_length=256,
+        held_out_fraction=0.2,
+        seed=0,
+        report=lambda _: None,
+    )
+    known = TrainedOn.from_bytes((tmp_path / "out" / "trained_on.bin").read_bytes())
+    assert known is not None
+    assert plainly.summary.told.keys() == {"plainly"}
+    assert {known.share_of(taught(one)) for one in read_examples(tmp_path / "plain" / "train.jsonl")} == {1.0}
+
+
+def test_a_gap_ends_and_a_part_of_a_unit_is_nobodys_answer() -> None:
+    part = example_of(FUNCTION).model_copy(update={"ends": False})
+    gap, way = told(part, GAPS)
+    assert (way, gap.ends) == (Told.AS_GAP, True)
+    assert told(part, ANSWERS) == (part, Told.PLAINLY)
 
 
 @given(st.text(max_size=300), st.sampled_from(["python", "javascript", "c", "text"]), st.integers(0, 99))
@@ -113,6 +158,36 @@ def test_a_docstring_asks_and_the_unit_answers(code: str, language: str, kind: s
     assert question.text.startswith(asked)
     assert not question.learn
     assert answer == Segment(text=code.rstrip("\n"))
+
+
+OTHERS = {
+    "python": "def other(a):\n    return a + 1\n",
+    "javascript": "function other(a) {\n  return a + 1;\n}\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("code", "language"),
+    [(FUNCTION, "python"), (METHOD, "python"), (JAVASCRIPT, "javascript")],
+    ids=["py", "method", "js"],
+)
+@pytest.mark.parametrize("before", [True, False])
+def test_more_than_was_asked_for_is_no_answer(code: str, language: str, *, before: bool) -> None:
+    indent = "    " if code.startswith(" ") else ""
+    other = "".join(f"{indent}{line}" for line in OTHERS[language].splitlines(keepends=True))
+    joined = example_of(f"{other}\n{code}" if before else f"{code}\n{other}", language=language)
+    assert told(joined, ANSWERS) == (joined, Told.PLAINLY)
+    loose = example_of(f"{code}{indent}limit = 3\n", language=language)
+    assert told(loose, ANSWERS) == (loose, Told.PLAINLY)
+
+
+@pytest.mark.parametrize("lead", ["@cache\n", "# How it is read.\n", "@cache\n@other(1)\n"])
+@pytest.mark.parametrize("indent", ["", "    "])
+def test_what_leads_to_a_definition_belongs_to_it(lead: str, indent: str) -> None:
+    code = "".join(f"{indent}{line}" for line in (lead + FUNCTION).splitlines(keepends=True))
+    found, way = told(example_of(code), ANSWERS)
+    assert way is Told.AS_ANSWER
+    assert found.segments[-1].text == code.rstrip("\n")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ def git(root: Path, *arguments: str) -> None:
     subprocess.run(["git", *identity, "-C", root, *arguments], check=True, capture_output=True)
 
 
-def look(training_data: Any, fraction: float = 0.1) -> Any:
-    return inspect(training_data, held_out_fraction=fraction)
+def look(training_data: Any) -> Any:
+    return inspect(training_data)
 
 
 def names(root: Path) -> set[str]:
@@ -125,11 +126,6 @@ def test_too_little_code_is_refused_with_figures(tmp_path: Path, files: dict[str
     with pytest.raises(DataError, match="at least 8 examples in 2") as caught:
         look(str(tmp_path))
     assert caught.value.code == "too_few_examples"
-
-
-def test_a_fraction_outside_of_its_range_is_refused():
-    with pytest.raises(InvalidArgument):
-        look([], 1.5)
 
 
 def test_links_pipes_and_giants_are_counted_and_never_opened(tmp_path: Path):
@@ -293,6 +289,33 @@ def test_each_form_of_record_is_taken_inline_and_from_a_file(tmp_path: Path, for
     assert from_file.estimated_tokens == inline.estimated_tokens
 
 
+@pytest.mark.parametrize(
+    ("fields", "kind", "line"),
+    [
+        ({"start_line": 12.0, "end_line": 14.0}, "block", 12),
+        ({"start_line": float("nan"), "end_line": None}, "block", 0),
+        ({"chunk_type": "enum", "start_line": 3}, "block", 3),
+        ({"chunk_type": None}, "block", 0),
+        ({"chunk_type": "method"}, "method", 0),
+    ],
+)
+def test_what_tables_and_other_tools_make_of_a_chunk_is_taken(fields: dict[str, Any], kind: str, line: int):
+    record = parse({"content": "x = 1", "language": "python", **fields}, "record 1")
+    assert (record.kind, record.start_line) == (kind, line)
+
+
+def test_fields_that_nobody_reads_may_hold_anything(tmp_path: Path):
+    records = [{**RECORDS["chunk"](n), "metadata": {"at": datetime.now(UTC)}, "vector": b"\0"} for n in range(10)]
+    turns = [
+        {"messages": [{"role": "assistant", "content": f"a {n}", "at": datetime.now(UTC)}], "tags": {1, 2}}
+        for n in range(10)
+    ]
+    for name, given_records in (("chunks", records), ("turns", turns)):
+        assert look(given_records).examples == 10
+        write_records(given_records, tmp_path / name)
+        assert len(list(read_jsonl(tmp_path / name))) == 10
+
+
 def test_a_mark_carriage_returns_and_blank_lines_are_tolerated(tmp_path: Path):
     path = tmp_path / "data.jsonl"
     lines = [json.dumps(RECORDS["text"](n)) for n in range(9)]
@@ -314,7 +337,9 @@ def test_a_mark_carriage_returns_and_blank_lines_are_tolerated(tmp_path: Path):
         ({"messages": [{"role": "robot", "content": "x"}]}, "one of system, user"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no message has the role 'assistant'"),
         ({"messages": [{"role": "assistant", "content": None}]}, "'content' of message '1' is null"),
-        ({"content": "x", "language": "python", "chunk_type": "poem"}, "'chunk_type' is 'poem'"),
+        ({"content": "x", "language": "python", "chunk_type": 3}, "'chunk_type' is a number, it must be text"),
+        ({"content": "x", "language": "python", "start_line": 1.5}, "'start_line' is 1.5, it must be a whole number"),
+        ({"content": "x", "language": "python", "start_line": float("inf")}, "'start_line' is inf"),
         ({"content": "x", "language": "python", "start_line": 5, "end_line": 2}, r"'start_line' \(5\) is behind"),
         ({"content": "x", "language": "python", "start_byte": -1}, "at least 0"),
         ({"content": "x", "language": "python", "complexity_score": -0.5}, "'complexity_score'"),

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from peft_core.data.history import last_changes
 from peft_core.data.near import THRESHOLD, Signatures
+from peft_core.data.purpose import MEASURING
 from peft_core.data.split import HELD_OUT_MAX_EXAMPLES, Key, Split, split, usable
 from peft_core.errors import DataError
 
@@ -36,7 +37,18 @@ def signatures_of(texts: Sequence[str | None]) -> Signatures:
 
 
 KEYS = st.lists(
-    st.builds(Key, st.sampled_from("abcdefghij"), st.binary(min_size=1, max_size=1), st.integers(1, 500)), max_size=80
+    st.builds(Key, st.sampled_from("abcdefghij"), st.binary(min_size=1, max_size=1), st.integers(1, 500), st.just(b"")),
+    max_size=80,
+)
+ANSWERS = st.lists(
+    st.builds(
+        Key,
+        st.integers(0, 40).map("record {}".format),
+        st.binary(min_size=2, max_size=2),
+        st.integers(1, 500),
+        st.sampled_from([b"", b"a", b"b", b"c", b"d"]),
+    ),
+    max_size=80,
 )
 
 
@@ -51,7 +63,23 @@ def test_files_are_on_one_side_copies_on_none_and_both_sides_are_filled(keys: li
         assert parts.held_out
 
 
-@given(keys=KEYS, seed=st.integers(0, 99))
+@given(keys=ANSWERS, seed=st.integers(0, 99), fraction=st.floats(0.02, 0.5))
+def test_no_answer_is_on_both_sides(keys: list[Key], seed: int, fraction: float):
+    parts = parted(keys, held_out_fraction=fraction, seed=seed)
+    trained, held_out = ({keys[n].answer for n in part} - {b""} for part in (parts.train, parts.held_out))
+    assert trained.isdisjoint(held_out)
+    assert {keys[n].file for n in parts.train}.isdisjoint({keys[n].file for n in parts.held_out})
+
+
+@given(keys=st.one_of(KEYS, ANSWERS), seed=st.integers(0, 99))
+def test_who_only_measures_trains_on_nothing(keys: list[Key], seed: int):
+    signatures = signatures_of([None] * len(keys))
+    parts = split(keys, signatures, held_out_fraction=1, seed=seed, purpose=MEASURING)
+    assert parts.train == []
+    assert len(parts.held_out) == len({key.digest for key in keys})
+
+
+@given(keys=st.one_of(KEYS, ANSWERS), seed=st.integers(0, 99))
 def test_the_split_does_not_depend_on_the_order(keys: list[Key], seed: int):
     shuffled = keys.copy()
     random.Random(seed).shuffle(shuffled)  # noqa: S311 - no cryptography here
@@ -259,6 +287,15 @@ def test_history_tells_when_each_file_was_changed_last(tmp_path: Path):
     assert set(last_changes(root)) == set(found)
     with pytest.raises(DataError, match="one commit was the last"):
         last_changes(root / "sub")
+
+
+def test_files_that_are_gone_tell_nobody_apart(tmp_path: Path):
+    root = committed(tmp_path / "r", ["old.py"], ["a.py", "b.py"])
+    assert set(last_changes(root)) == {"old.py", "a.py", "b.py"}
+    (root / "old.py").unlink()
+    with pytest.raises(DataError, match="one commit was the last to change all of them") as caught:
+        last_changes(root)
+    assert caught.value.code == "no_history"
 
 
 def test_without_a_history_a_split_by_time_is_refused_with_what_to_do(tmp_path: Path):

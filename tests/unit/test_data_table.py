@@ -46,7 +46,7 @@ def write(path: Path, rows: list[dict[str, Any]], schema: Any = None) -> str:
 
 
 def look(data: Any) -> Any:
-    return inspect(data, held_out_fraction=0.1)
+    return inspect(data)
 
 
 def test_a_table_is_what_its_rows_are_inline(tmp_path: Path):
@@ -72,7 +72,7 @@ async def test_a_table_is_inspected_and_queued_like_records(tmp_path: Path):
 def test_the_process_that_asks_imports_nothing_heavy(tmp_path: Path):
     table = write(tmp_path / "chunks.lance", CHUNKS)
     code = (
-        "import sys; from peft_core.data import inspect; inspect(sys.argv[1], held_out_fraction=0.1);"
+        "import sys; from peft_core.data import inspect; inspect(sys.argv[1]);"
         "sys.exit(str({'lance', 'pyarrow', 'numpy', 'torch'} & set(sys.modules)) if "
         "{'lance', 'pyarrow', 'numpy', 'torch'} & set(sys.modules) else 0)"
     )

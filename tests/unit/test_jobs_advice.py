@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from peft_core.errors import DataError
 from peft_core.estimate import TOKENS_PER_EXAMPLE
@@ -38,6 +42,35 @@ def test_nobody_waits_for_days_without_having_asked_for_it(units: int, speed: fl
     else:
         seconds = units * TOKENS_PER_EXAMPLE * (1 - config.held_out_fraction) / speed
     assert seconds <= PATIENCE_S * 1.01
+
+
+@given(units=st.integers(50, 400), speed=st.floats(0.5, 50))
+def test_passes_are_given_up_before_a_pass_is_cut(units: int, speed: float):
+    config, why = advised(units, speed=speed)
+    share = 1 - config.held_out_fraction
+    pass_s = units * TOKENS_PER_EXAMPLE * share / speed
+    if pass_s > PATIENCE_S:
+        assert config.max_steps is not None
+        assert config.max_steps == max(1, int(math.ceil(units * share / config.batch_size) * PATIENCE_S / pass_s))
+    else:
+        assert config.max_steps is None
+        assert config.num_epochs is not None
+        suited = advised(units, speed=None)[0].num_epochs
+        assert suited is not None
+        assert config.num_epochs == min(suited, PATIENCE_S // pass_s)
+        assert ("nobody said" in why) == (config.num_epochs < suited)
+
+
+def test_what_is_said_of_the_time_is_so():
+    units = 100
+    speed = units * TOKENS_PER_EXAMPLE * 0.9 / (1.96 * 3600)  # one pass takes 1.96 hours
+    config, why = advised(units, speed=speed)
+    assert (config.num_epochs, config.max_steps) == (1, None)
+    assert "One pass, because about 100 units make only 23 steps each" in why
+    assert "three passes would take about 5.9 hours and nobody said that it may take more than 2 hours" in why
+    config, why = advised(units, speed=speed / 2)
+    assert config.max_steps == 11
+    assert "11 of the 23 steps of a whole pass, because that would take about 3.9 hours" in why
 
 
 def test_what_the_caller_says_is_done():

@@ -10,6 +10,9 @@ import pytest
 from peft_core.adapters.manifest import write_manifest
 from peft_core.bases import resolve
 from peft_core.config import Settings
+from peft_core.data import prepare
+from peft_core.data.codec import EstimatingCodec
+from peft_core.data.purpose import MEASURING
 from peft_core.errors import DataError, InvalidArgument
 from peft_core.events import Evaluated
 from peft_core.jobs.evaluations import plan_evaluation, write_evaluation_report
@@ -56,13 +59,31 @@ def test_what_it_was_trained_with_decides_how_text_is_cut_and_split(tmp_path: Pa
     ("data", "said"),
     [
         ([], "evaluation_data is an empty list"),
-        (RECORDS[:3], "at least 8 examples"),
+        (RECORDS[:3], "evaluation_data gives 3 .* at least 5 examples are needed to measure on"),
         ("/no/such/place", "evaluation_data = '/no/such/place' cannot be used"),
     ],
 )
 def test_data_that_cannot_be_measured_on_is_refused(tmp_path: Path, data: Any, said: str) -> None:
     with pytest.raises((DataError, InvalidArgument), match=said):
         planned(tmp_path, data)
+
+
+def test_a_place_is_named_as_it_was_given(tmp_path: Path) -> None:
+    place = tmp_path / "training_data_old"
+    place.mkdir()
+    with pytest.raises(DataError) as caught:
+        planned(tmp_path, str(place))
+    assert str(place) in caught.value.message
+    with pytest.raises(InvalidArgument) as refused:
+        planned(tmp_path, str(place / "training_data"))
+    assert refused.value.message.startswith(f"evaluation_data = '{place / 'training_data'}' ")
+
+
+def test_data_that_is_gone_when_it_is_measured_on_is_asked_for_by_the_right_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        prepare(source=tmp_path / "gone", source_kind="repository", directory=tmp_path / "out", codec=EstimatingCodec(),
+                max_length=64, held_out_fraction=1, seed=0, report=lambda _: None, purpose=MEASURING)  # fmt: skip
+    assert "evaluate_adapter" in caught.value.suggestions[0]
 
 
 def test_an_adapter_that_does_not_fit_is_refused_with_the_reason(tmp_path: Path) -> None:

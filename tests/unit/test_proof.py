@@ -7,15 +7,15 @@ import random
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peft_core.data.overlap import MAX_BYTES, TrainedOn, shares_seen
 from peft_core.measurements import Benefit, Comparison
 from peft_core.proof.bootstrap import MIN_UNITS, Tally, by_file, compare, unit_for
 from peft_core.proof.evaluation import Measured, Score, Written, evaluate
 from peft_core.proof.general_code import general_examples
 from peft_core.proof.lines import choose, cuts_of, lines_of
-from peft_core.proof.overlap import MAX_BYTES, TrainedOn
 from peft_core.proof.similarity import edit_similarity
 from peft_core.proof.verdict import FORGETS, MIN_EFFECT, judge
 
@@ -167,6 +167,15 @@ def test_prompts_end_inside_a_block_and_are_the_same_for_the_same_seed() -> None
     assert choose([], 5, seed=0) == []
 
 
+def test_all_that_is_held_out_is_resampled_alike() -> None:
+    held_out = [measured(f"f{n}.py", 2.0, 1.5) for n in range(6)]
+    written = [Written(f"f{n % 2}.py", 3, "x = 1\n", "return x", "return y", "return x") for n in range(8)]
+    evaluation = evaluate(held_out, [], written)
+    assert (evaluation.resampled, evaluation.prompts) == ("files", 8)
+    assert evaluation.edit_similarity is not None
+    assert evaluation.edit_similarity.low is None, "two files are too few"
+
+
 @given(st.text(max_size=40), st.text(max_size=40))
 def test_edit_similarity_is_a_share(written: str, expected: str) -> None:
     assert 0 <= edit_similarity(written, expected) <= 1
@@ -224,8 +233,22 @@ def test_of_much_text_a_sample_is_kept_that_both_sides_choose_alike() -> None:
     known = TrainedOn.of(many)
     assert known.every > 1
     assert len(known.to_bytes()) < MAX_BYTES
-    assert {known.share_of(text) for text in many[::100]} <= {0.0, 1.0}
-    assert any(known.share_of(text) == 1 for text in many[::100])
+    assert {known.share_of(text) for text in many[::100]} == {None, 1.0}, "nothing that was trained on counts as unseen"
+
+
+@settings(max_examples=5, deadline=None)
+@given(lines=st.integers(1, 12), seed=st.integers(0, 99))
+def test_of_twenty_thousand_examples_each_is_known_again(lines: int, seed: int) -> None:
+    many = ["\n".join(f"x_{line} = {n + seed}" for line in range(lines)) for n in range(20_000)]
+    known = TrainedOn.from_bytes(TrainedOn.of(many).to_bytes())
+    assert known is not None
+    assert {known.share_of(text) for text in many} == {1.0}
+    assert {known.share_of(text.replace("x_", "y_")) for text in many[:1000]} <= {0.0, None}
+
+
+def test_what_is_shared_is_counted_exactly() -> None:
+    shares = shares_seen({3: TEXT, 5: "x = 1\n", 9: TEXT + "print(1)\n"}, ["# header\n" + TEXT, "y = 1\n"])
+    assert shares == {3: 1.0, 5: 0.0, 9: pytest.approx(2 / 3)}
 
 
 @given(st.binary(max_size=64))

@@ -11,13 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peft_core.adapters.card import render_card
 from peft_core.adapters.report import write_report
 from peft_core.events import Evaluated, Event, HeldOutMeasured, RateLowered, StepCompleted
-from peft_core.measurements import Benefit, Continuation
+from peft_core.measurements import Benefit, Comparison, Continuation
 from peft_core.proof.chart import HEIGHT, WIDTH, lay_out
 from peft_core.proof.curve import MAX_POINTS, Curve, curve_of
 from peft_core.proof.picture import draw
 from peft_core.proof.report import render, shown
+from peft_core.spec import TrainingConfig
+from server.answers import evaluation_line
 from tests.factories import make_evaluation, make_manifest
 
 VOID = {"meta", "br", "hr", "line", "circle", "polyline"}
@@ -128,11 +131,29 @@ def test_whatever_is_shown_can_be_printed_and_keeps_its_lines(text: str) -> None
 
 def test_what_was_not_measured_leaves_no_hole() -> None:
     bare = make_evaluation(
-        next_line=None, edit_similarity=None, general_loss=None, gains=(), losses=(), seen_in_training=0.25
+        next_line=None, edit_similarity=None, general_loss=None, gains=(), losses=(), seen_in_training=None
     )
     text, page = page_of(evaluation=bare, curve=None)
     assert "Loss while it trained" not in text
-    assert "25 % of these examples were trained on" in page.text
+    assert "It is not recorded what the adapter was trained on" in page.text
+    assert "not\ntrained on" not in text
+
+
+def test_what_the_verdict_does_not_say_is_said_beside_it() -> None:
+    general = Comparison(base=1.0, adapter=1.4, change=0.4, low=0.3, high=0.5)
+    evaluation = make_evaluation(general_loss=general, forgets=True, chosen_on_part=True, seen_in_training=0.0)
+    _, page = page_of(evaluation=evaluation)
+    for caveat in (
+        "It forgets: the loss on general code rises by 0.400",
+        "Early stopping chose the best state on a part",
+    ):
+        assert caveat in page.text
+        assert caveat in evaluation_line(evaluation)
+        assert caveat in render_card(
+            make_manifest("a-01", config=TrainingConfig(learning_rate=5e-4), evaluation=evaluation)
+        )
+    assert "not recorded" not in page.text
+    assert make_evaluation().caveats == ()
 
 
 def test_a_curve_follows_a_run_that_went_back() -> None:

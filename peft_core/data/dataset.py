@@ -1,0 +1,110 @@
+"""A dataset as it lies in a job's directory: the examples of both parts, what is trained on as hashes, and a manifest.
+
+The manifest is written last; a dataset without one is not finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from peft_core.data.examples import taught
+from peft_core.data.overlap import FILE_NAME, TrainedOn
+from peft_core.data.retell import Told
+from peft_core.data.split import Split
+from peft_core.spec import DatasetSummary, Example, Frozen
+
+_MANIFEST_SCHEMA = 1
+_FILES = ("train.jsonl", "held_out.jsonl", FILE_NAME)
+
+
+class PreparedDataset(Frozen):
+    summary: DatasetSummary
+    languages: dict[str, int]  # files by language
+    repository_commit: str | None = None
+    repository_dirty: bool | None = None
+
+
+@dataclass(slots=True)
+class Written:
+    """What went into the files."""
+
+    sha256: str = ""  # of all lines, those to train on first
+    tokens: Counter[str] = field(default_factory=Counter)  # by part
+    told: Counter[Told] = field(default_factory=Counter)  # to train on
+
+
+def write_parts(
+    spool: Path, directory: Path, parts: Split, retold: Callable[[Example], tuple[Example, Told]]
+) -> Written:
+    """The spooled examples into their files, those to train on as the mixture tells them."""
+    place = dict.fromkeys(parts.train, "train") | dict.fromkeys(parts.held_out, "held_out")
+    hashes = {name: hashlib.sha256() for name in ("train", "held_out")}
+    unfinished = {name: directory / f"{name}.partial" for name in hashes}
+    written = Written()
+    with (
+        spool.open("rb") as lines,
+        unfinished["train"].open("wb") as train,
+        unfinished["held_out"].open("wb") as held_out,
+    ):
+        streams = {"train": train, "held_out": held_out}
+
+        def to_train_on() -> Iterator[str]:
+            for position, line in enumerate(lines):
+                if (name := place.get(position)) is None:
+                    continue
+                example, told = Example.model_validate_json(line), Told.PLAINLY
+                if name == "train":
+                    yield taught(example)  # as it was, for a gap tears its lines apart
+                    example, told = retold(example)
+                    written.told[told] += 1
+                row = line if told is Told.PLAINLY else example.model_dump_json().encode() + b"\n"
+                written.tokens[name] += example.tokens
+                streams[name].write(row)
+                hashes[name].update(row)
+
+        trained_on = TrainedOn.of(to_train_on())
+    (directory / FILE_NAME).write_bytes(trained_on.to_bytes())
+    for name, path in unfinished.items():
+        path.replace(directory / f"{name}.jsonl")
+    written.sha256 = hashlib.sha256(hashes["train"].digest() + hashes["held_out"].digest()).hexdigest()
+    return written
+
+
+def write_manifest(
+    directory: Path, request: Mapping[str, Any], prepared: PreparedDataset, further: Mapping[str, Any]
+) -> None:
+    """`further`: what else people may want to know of it."""
+    manifest = {
+        "schema": _MANIFEST_SCHEMA,
+        "request": request,
+        "dataset": prepared.model_dump(mode="json"),
+        **further,
+    }
+    partial = directory / "manifest.partial"
+    with partial.open("w", encoding="utf-8") as stream:
+        json.dump(manifest, stream, indent=1, ensure_ascii=False)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(directory / "manifest.json")
+
+
+def finished(directory: Path, request: Mapping[str, Any]) -> PreparedDataset | None:
+    """What was prepared there for this very request, where it is all there."""
+    try:
+        manifest = json.loads((directory / "manifest.json").read_bytes())
+        if manifest["schema"] != _MANIFEST_SCHEMA or manifest["request"] != request:
+            return None
+        if not all((directory / name).is_file() for name in _FILES):
+            return None
+        return PreparedDataset.model_validate(manifest["dataset"])
+    except (OSError, ValueError, KeyError, TypeError, ValidationError):
+        return None
