@@ -9,7 +9,7 @@ from pathlib import Path
 
 from peft_core.bases.gguf import read_gguf_header
 from peft_core.bases.header import HeaderError, open_regular, read_exactly
-from peft_core.spec import FillInTheMiddle
+from peft_core.example import FillInTheMiddle
 
 # Bavarian et al., arXiv 2207.14255; the tokens as each family's model card gives them.
 FAMILIES = (

@@ -80,7 +80,7 @@ def model_shape(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tupl
             f"its configuration has no usable {', '.join(wrong)}",
             "Use a model of the Llama, Qwen2, Qwen3, Mistral or a similar decoder family",
         )
-    head_size = config.get("head_dim")
+    head_size, usual_head_size = config.get("head_dim"), config["hidden_size"] // config["num_attention_heads"]
     layers = 1 + max((int(match[1]) for name in shapes if (match := _NUMBERED.search(name))), default=-1)
     if config["num_hidden_layers"] > layers:
         raise unusable(
@@ -95,7 +95,7 @@ def model_shape(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tupl
         kv_heads=numbers["num_key_value_heads"],
         vocab_size=numbers["vocab_size"],
         context_length=numbers["max_position_embeddings"],
-        head_size=head_size if type(head_size) is int and 1 <= head_size <= MOST["hidden_size"] else None,
+        head_size=head_size if type(head_size) is int and 1 <= head_size <= MOST["hidden_size"] else usual_head_size,
         linear_features=sum(
             sum(shape)
             for name, shape in shapes.items()

@@ -16,7 +16,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from peft_core.bases import infill
 from peft_core.compute.failures import is_out_of_memory
 from peft_core.errors import BaseModelError, DataError
-from peft_core.spec import FillInTheMiddle, Segment
+from peft_core.example import FillInTheMiddle, Segment
 
 # Of the private use area: in no vocabulary, so it merges with nothing that stands behind it.
 _SENTINEL = "\ue000"

@@ -14,7 +14,7 @@ from peft_core.data.examples import taught
 from peft_core.data.overlap import SEEN, runs_of, shares_a_run, shares_seen
 from peft_core.data.split import Split
 from peft_core.errors import DataError
-from peft_core.spec import Example
+from peft_core.example import Example
 
 
 def kept_apart(parts: Split, spool: Path) -> Split:

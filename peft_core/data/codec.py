@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from peft_core.spec import FillInTheMiddle, Segment
+from peft_core.example import FillInTheMiddle, Segment
 
 # SmolLM2's tokenizer: 3.7 bytes a token over 60 files of Python's standard library, 4.1 over the `mcp` package, 3.2 over
 # JavaScript, 2.8 over torch's C++ headers. Path headers, repeated context and end-of-text are not in those figures.

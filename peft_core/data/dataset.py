@@ -20,7 +20,8 @@ from peft_core.data.examples import taught
 from peft_core.data.overlap import FILE_NAME, TrainedOn
 from peft_core.data.retell import Told
 from peft_core.data.split import Split
-from peft_core.spec import DatasetSummary, Example, Frozen
+from peft_core.example import Example
+from peft_core.spec import DatasetSummary, Frozen
 
 _MANIFEST_SCHEMA = 1
 _FILES = ("train.jsonl", "held_out.jsonl", FILE_NAME)

@@ -17,7 +17,7 @@ from peft_core.data.records import RECORD, Form, Record
 from peft_core.data.secret_scan import Finding
 from peft_core.data.units import rows
 from peft_core.data.walk import File
-from peft_core.spec import Example, Segment
+from peft_core.example import Example, Segment
 
 MIN_ANSWER_WORDS = 8
 

@@ -15,7 +15,7 @@ from peft_core.data.cut import break_ranks, cut, whole
 from peft_core.data.languages import Language
 from peft_core.data.measure import Measure
 from peft_core.data.units import Unit
-from peft_core.spec import Example, Segment
+from peft_core.example import Example, Segment
 
 MIN_TOKENS = 8  # of a text that is worth learning
 RESERVED = 2  # end-of-text, and the beginning-of-text token that some bases want

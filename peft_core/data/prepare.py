@@ -36,7 +36,8 @@ from peft_core.data.source import require_enough
 from peft_core.data.split import FILE_MIN_TOKENS, FILE_SHARE, Key, Split, capped, digest, drawn, merged, split
 from peft_core.data.walk import File, walk
 from peft_core.errors import DataError
-from peft_core.spec import DatasetSummary, Example, Mixture
+from peft_core.example import Example
+from peft_core.spec import DatasetSummary, Mixture
 
 SourceKind = Literal["repository", "jsonl", "records"]
 _PLAIN = Mixture()

@@ -22,9 +22,10 @@ from peft_core.data.prepare import prepare
 from peft_core.data.purpose import TRAINING
 from peft_core.data.read import read_examples
 from peft_core.errors import ModelError
+from peft_core.example import Example
 from peft_core.places import require_data_place
 from peft_core.results import Problem
-from peft_core.spec import DatasetSummary, Example, Frozen, Mixture
+from peft_core.spec import DatasetSummary, Frozen, Mixture
 
 SAMPLES = 3
 LARGEST = 3

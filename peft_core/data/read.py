@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from peft_core.errors import DataError
-from peft_core.spec import Example
+from peft_core.example import Example
 
 
 def read_examples(path: Path) -> list[Example]:

@@ -19,7 +19,8 @@ from peft_core.data.fit import RESERVED
 from peft_core.data.languages import Grammar, named
 from peft_core.data.records import RECORD
 from peft_core.errors import DataError
-from peft_core.spec import Example, Mixture, Segment
+from peft_core.example import Example, Segment
+from peft_core.spec import Mixture
 
 if TYPE_CHECKING:
     from tree_sitter import Node

@@ -11,12 +11,13 @@ from peft_core.config import Settings
 from peft_core.data.child import ask
 from peft_core.data.preview import Preview, PreviewRequest
 from peft_core.errors import unwritable
+from peft_core.example import Example
 from peft_core.jobs.data_report import DataSample, TrainingDataReport
 from peft_core.jobs.model import JobRequest
 from peft_core.jobs.planning import TrainingData, plan, write_source
 from peft_core.jobs.pruning import prune_inspections
 from peft_core.paths import DataPaths
-from peft_core.spec import Base, Example, TrainingConfig
+from peft_core.spec import Base, TrainingConfig
 
 TIMEOUT_S = 120.0
 CHILD = "peft_core.data.preview"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from importlib.resources import files
 
-from peft_core.spec import Example, Segment
+from peft_core.example import Example, Segment
 
 
 def general_examples() -> list[Example]:

@@ -14,7 +14,7 @@ from itertools import islice
 import torch
 
 from peft_core.compute.tokenizer import BaseTokenizer
-from peft_core.spec import Example
+from peft_core.example import Example
 
 IGNORED = -100  # no target; torch's own number for it
 _PACKED_TOGETHER = 64  # documents, where many are packed: first-fit is quadratic

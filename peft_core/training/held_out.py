@@ -15,9 +15,9 @@ from peft_core.compute.process import return_freed_memory
 from peft_core.compute.stop import Stop
 from peft_core.compute.tokenizer import BaseTokenizer
 from peft_core.errors import NotFinite
+from peft_core.example import Example
 from peft_core.proof.evaluation import Score
 from peft_core.proof.lines import EXPECTED_LINES, Cut, Line, cuts_of, lines_of
-from peft_core.spec import Example
 from peft_core.training.batches import Document, join, pack, tokenise
 from peft_core.training.objective import Objective
 

@@ -18,8 +18,9 @@ from peft_core.compute.tokenizer import load_tokenizer
 from peft_core.config import Settings
 from peft_core.data.overlap import FILE_NAME, TrainedOn
 from peft_core.events import EVENT, DatasetPrepared, Evaluated, Event, JobFailed
+from peft_core.example import Example, Segment
 from peft_core.measurements import Benefit
-from peft_core.spec import EvaluatedAdapter, Example, Segment, TrainingConfig
+from peft_core.spec import EvaluatedAdapter, TrainingConfig
 from peft_core.task import TrainingTask
 from peft_core.training.completions import choose_prompts, write
 from peft_core.training.evaluate import held_out_loss

@@ -11,6 +11,7 @@ MODULES = sorted([*(ROOT / "server").rglob("*.py"), *(ROOT / "peft_core").rglob(
 
 GROUND = {
     "spec",
+    "example",
     "task",
     "generation",
     "measurements",

@@ -9,7 +9,7 @@ import pytest
 
 from peft_core.bases.header import HeaderError
 from peft_core.bases.infill import FAMILIES, fills_in
-from peft_core.spec import FillInTheMiddle
+from peft_core.example import FillInTheMiddle
 from tests.model_files import ARRAY, GGUF_METADATA, TEXT, gguf_bytes, write_model
 
 VOCABULARY = "tokenizer.ggml.tokens"

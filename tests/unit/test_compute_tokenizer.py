@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from peft_core.compute.tokenizer import BaseTokenizer, load_tokenizer
 from peft_core.errors import BaseModelError, DataError
-from peft_core.spec import Example, Segment
+from peft_core.example import Example, Segment
 from peft_core.training.batches import tokenise
 from tests.toys import VOCABULARY, write_sentencepiece_tokenizer, write_toy_tokenizer
 

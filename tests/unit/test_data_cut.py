@@ -16,7 +16,7 @@ from peft_core.data.fit import Piece, file_pieces, whole_pieces
 from peft_core.data.languages import LANGUAGES, Language, named, of_file
 from peft_core.data.measure import Measure
 from peft_core.data.units import rows
-from peft_core.spec import Segment
+from peft_core.example import Segment
 
 SNIPPETS = {
     "python": """# Copyright 2024 Someone

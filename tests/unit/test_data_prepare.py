@@ -23,7 +23,7 @@ from peft_core.data.purpose import MEASURING
 from peft_core.data.secret_scan import redacted
 from peft_core.data.units import rows
 from peft_core.errors import DataError
-from peft_core.spec import Example, Segment
+from peft_core.example import Example, Segment
 
 
 class Words:

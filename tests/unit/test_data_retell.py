@@ -17,7 +17,8 @@ from peft_core.data.examples import taught
 from peft_core.data.overlap import TrainedOn
 from peft_core.data.retell import Told, require_means, retell
 from peft_core.errors import DataError
-from peft_core.spec import Example, FillInTheMiddle, Mixture, Segment
+from peft_core.example import Example, FillInTheMiddle, Segment
+from peft_core.spec import Mixture
 from tests.unit.test_data_prepare import Words, repository
 
 GAPS, ANSWERS = Mixture(fill_in_the_middle=1), Mixture(instructions=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from peft_core.compute.tokenizer import BaseTokenizer, load_tokenizer
-from peft_core.spec import Example, Segment
+from peft_core.example import Example, Segment
 from peft_core.training.held_out import Trial, trials_of
 from tests.toys import write_toy_tokenizer
 
