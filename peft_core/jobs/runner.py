@@ -65,15 +65,11 @@ log = structlog.get_logger(__name__)
 
 def child_environment(parent: str) -> dict[str, str]:
     """What a training child is started with. `parent`: whose end is its own, a pid or "launcher"."""
-    tunables = [os.environ.get("GLIBC_TUNABLES", ""), "glibc.malloc.hugetlb=1"]
     return {
         **os.environ,
         "PEFT_MCP_PARENT": parent,
         "PYTHONSAFEPATH": "1",  # the working directory is no place for modules
         "HF_HUB_OFFLINE": "1",
-        # Huge pages for what it allocates: each micro-batch takes and frees hundreds of megabytes, and in small pages the
-        # kernel's work for that is a tenth of the time. glibc reads this before the first instruction of ours.
-        "GLIBC_TUNABLES": ":".join(filter(None, tunables)),
     }
 
 

@@ -60,8 +60,6 @@ from peft_core.training.loop import Loop
 from peft_core.training.objective import choose_objective
 from peft_core.training.saving import RunFacts, write_adapter
 
-_ROOM = 0.92  # of the estimated memory: what a micro-batch takes above what it found is not yet there when this is looked at
-
 _log = structlog.get_logger(__name__)
 
 
@@ -155,7 +153,6 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
         emit=emit,
         stop=stop,
         between_steps=threads.keep_up,
-        room_bytes=round(_ROOM * (task.estimated_memory_bytes or 0)),
     )
     if checkpoint is not None:
         loop.restore(checkpoint)

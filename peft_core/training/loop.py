@@ -68,7 +68,6 @@ class Loop:
     stop: Stop
     clock: Callable[[], float] = time.monotonic
     between_steps: Callable[[], None] = lambda: None  # what the machine needs then
-    room_bytes: int = 0  # what the process may hold before it gives back what it does not need now
     best: Tensors | None = None
     lowered: tuple[RateLowered, ...] = ()
     memory_saved: tuple[MemorySaved, ...] = ()
@@ -190,9 +189,7 @@ class Loop:
                     batch_loss = self.objective.loss(batch) / targets
                 accelerator.backward(batch_loss)
                 loss += batch_loss.detach()
-                # Micro-batches differ in length, and each leaves holes that the next cannot fill. To keep them where there is
-                # room for them is a tenth faster.
-                return_freed_memory(above=self.room_bytes)
+                return_freed_memory()  # micro-batches differ in length, and each leaves holes that the next cannot fill
                 if accelerator.num_processes == 1 and self.stop.requested:
                     self.optimizer.zero_grad()
                     raise Stopped
