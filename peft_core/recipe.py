@@ -1,9 +1,10 @@
 """What is filled in where a caller leaves training settings open, from the base and nothing else. No torch.
 
-The rate was measured on the bundled base (benchmarks/recipes.py). Other sizes and batches follow the rule of "LoRA Without
-Regret" (Schulman et al., Thinking Machines Lab, 2025): proportional to hidden_size^-p and to sqrt(batch_size). They publish
-p = 0.781 for Llama and 0.0775 for Qwen. The larger one is taken for all: too low a rate learns somewhat less, too high a
-rate harms. Nor is the rate raised for bases that are smaller than the one it was measured on.
+The rate was measured on the bundled base (benchmarks/recipes.py). Other sizes follow the rule that Thinking Machines Lab
+published with "LoRA Without Regret" (Schulman et al., 2025): proportional to hidden_size^-p, with p = 0.781 for Llama and
+0.0775 for Qwen. The larger one is taken for all: too low a rate learns somewhat less, too high a rate harms. Nor is the rate
+raised for bases that are smaller than the one it was measured on. With the batch it grows by the square root, as is usual for
+Adam (Malladi et al., arXiv 2205.10287).
 """
 
 from __future__ import annotations

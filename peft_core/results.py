@@ -71,6 +71,7 @@ class Metrics(Frozen):
     tokens_per_second: float | None = None  # in the training phase
     wall_s: float | None = None  # of the training process, start to end
     peak_memory_bytes: int | None = None
+    device_memory_bytes: int | None = None  # of a GPU, which the estimate is of there; null on a CPU
     adapter_bytes: int | None = None
 
 

@@ -58,7 +58,7 @@ class Mixture(Frozen):
 
 
 class TrainingConfig(Frozen):
-    """How to train. Every field is optional; the defaults were chosen by measurement and suit a first run."""
+    """How to train. Every field is optional; the defaults suit a first run."""
 
     base_model: Annotated[
         str | None,

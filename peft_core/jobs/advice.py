@@ -83,17 +83,23 @@ def _with_length(
 
 
 def _with_rank(config: TrainingConfig, shape: ModelShape, units: int, tokens: int) -> tuple[TrainingConfig, str]:
-    if "rank" in config.model_fields_set:
+    if (
+        "rank" in config.model_fields_set or config.target_modules != "all-linear"
+    ):  # what some modules hold is not known here
         return config, ""
     share = 1.0
     if config.max_steps is not None:
         share = min(1.0, config.max_steps * config.batch_size / max(1, units))
     different = tokens * share  # passes do not make them more
-    rank = next((rank for rank in RANKS if lora_parameters(rank, shape) * TOKENS_PER_WEIGHT >= different), RANKS[-1])
-    return config.model_copy(update={"rank": rank}), (
-        f"Rank {rank}, because its {lora_parameters(rank, shape) / 1e6:.1f} million weights have room for what "
-        f"{_rounded(different)} tokens teach."
+    roomy = [rank for rank in RANKS if lora_parameters(rank, shape) * TOKENS_PER_WEIGHT >= different]
+    rank = roomy[0] if roomy else RANKS[-1]
+    weights = f"{lora_parameters(rank, shape) / 1e6:.1f} million weights"
+    why = (
+        f"because its {weights} have room for what {_rounded(different)} tokens teach"
+        if roomy
+        else f"the most that is chosen: {weights}, for a part of what {_rounded(different)} tokens teach"
     )
+    return config.model_copy(update={"rank": rank}), f"Rank {rank}, {why}."
 
 
 def _hours(seconds: float) -> str:

@@ -1,4 +1,7 @@
-"""All that a run needs to go on exactly where it was: one file of the adapter's size, replaced atomically."""
+"""All that a run needs to go on exactly where it was: one file, replaced atomically.
+
+Three times the adapter (weights and Adam's moments); with a good state to go back to and the best one, seven.
+"""
 
 from __future__ import annotations
 

@@ -178,10 +178,9 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
         emit(Evaluated(evaluation=evaluation))
         emit(PhaseStarted(phase=Phase.SAVING))
         facts = _facts(task, plan, execution, dataset, loop, fused, evaluation)
-        metrics = write_adapter(paths.adapter, adapted, task, facts, partial(_metrics, progress, adapter_loss))
-        _log.info(
-            "adapter_written", device_memory_bytes=device_memory_bytes(accelerator.device), **metrics.model_dump()
-        )
+        measured = partial(_metrics, progress, adapter_loss, accelerator.device)
+        metrics = write_adapter(paths.adapter, adapted, task, facts, measured)
+        _log.info("adapter_written", **metrics.model_dump())
         emit(AdapterWritten(metrics=metrics))
     accelerator.end_training()  # a process that leaves its group unclosed may end with SIGABRT
 
@@ -245,7 +244,7 @@ def _facts(
     )
 
 
-def _metrics(progress: Progress, adapter_loss: float, adapter_bytes: int) -> Metrics:
+def _metrics(progress: Progress, adapter_loss: float, device: torch.device, adapter_bytes: int) -> Metrics:
     return Metrics(
         base_loss=progress.base_loss,
         adapter_loss=adapter_loss,
@@ -255,6 +254,7 @@ def _metrics(progress: Progress, adapter_loss: float, adapter_bytes: int) -> Met
         tokens_per_second=progress.tokens / progress.seconds,
         wall_s=seconds_alive(),
         peak_memory_bytes=peak_memory_bytes(),
+        device_memory_bytes=device_memory_bytes(device) or None,
         adapter_bytes=adapter_bytes,
     )
 

@@ -105,3 +105,19 @@ def test_records_are_counted_as_they_are():
     few = make_source().model_copy(update={"examples": 30, "estimated_tokens": 1_000_000})
     with pytest.raises(DataError, match="about 30 records"):
         advise(TrainingConfig(), SMOLLM2_SHAPE, few, None)
+
+
+def test_no_rank_is_explained_where_only_some_modules_are_adapted() -> None:
+    config, why = advise(
+        TrainingConfig(target_modules=["q_proj"]), SMOLLM2_SHAPE, make_source(estimated_tokens=90_000), 100.0
+    )
+    assert config.rank == 16
+    assert "Rank" not in why
+
+
+def test_a_rank_that_does_not_hold_all_is_not_said_to() -> None:
+    config, why = advise(TrainingConfig(), SMOLLM2_SHAPE, make_source(estimated_tokens=900_000_000), 1e7)
+    assert config.rank == 64
+    assert (
+        "Rank 64, the most that is chosen: 19.5 million weights, for a part of what 900.0 million tokens teach." in why
+    )
