@@ -43,7 +43,7 @@ async def test_a_memory_limit_is_kept_and_the_estimate_is_near_what_was_measured
     manager = PEFTManager(Settings(data_dir=data_dir, max_memory_mb=900))
     queued = await manager.train_adapter("json", str(stdlib_repository / "json"), SHORT)
     assert queued.estimate is not None
-    assert "the base's weights are kept quantised" in queued.estimate.basis
+    assert "the base's weights stay in their file" in queued.estimate.basis
     assert "layers are computed twice" in queued.estimate.basis
     assert "to keep within CODEBASE_GARDENER_MAX_MEMORY_MB = 900" in queued.estimate.basis
     async for status in manager.watch_training("json"):

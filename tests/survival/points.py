@@ -54,12 +54,12 @@ RUNNER = [
     Point("runner", _RUNNER, "clean_up", "before", "completed, checkpoint still there"),
 ]
 
-_SMALL, _PREPARE = "tests.survival.small_job", "peft_core.data.prepare"
+_SMALL, _PREPARE, _DATASET = "tests.survival.small_job", "peft_core.data.prepare", "peft_core.data.dataset"
 SMALL_CHILD = [
     Point("child", _SMALL, "run", "before", "starting"),
     Point("child", _SMALL, "prepare_data", "before", "about to prepare data"),
     Point("child", _PREPARE, "_spool", "after", "data spooled"),
-    Point("child", _PREPARE, "_write_parts", "after", "data split, without manifest"),
+    Point("child", _DATASET, "write_parts", "after", "data split, without manifest"),
     Point("child", _SMALL, "prepare_data", "after", "data prepared"),
     Point("child", _SMALL, "load", "before", "loading"),
     Point("child", _SMALL, "evaluate", "before", "evaluating the base"),
@@ -78,9 +78,9 @@ SMALL_CHILD = [
 _LOOP, _ENGINE, _CHECKPOINT = "peft_core.training.loop", "peft_core.training.engine", "peft_core.training.checkpoint"
 REAL_CHILD = [
     Point("child", "peft_core.compute.environment", "prepare_environment", "before", "starting"),
-    Point("child", _PREPARE, "_write_parts", "after", "data split, without manifest"),
-    Point("child", "peft_core.compute.base", "load_base", "before", "about to load the base"),
-    Point("child", "peft_core.compute.base", "load_base", "after", "base loaded"),
+    Point("child", _DATASET, "write_parts", "after", "data split, without manifest"),
+    Point("child", _ENGINE, "_load", "before", "about to load the base"),
+    Point("child", _ENGINE, "_load", "after", "base loaded"),
     Point("child", "peft_core.training.evaluate", "held_out_loss", "before", "evaluating the base"),
     Point("child", "peft_core.training.lora", "attach", "after", "adapter attached"),
     Point("child", _LOOP, "Loop._complete_step", "before", "before a step", count=2),
