@@ -97,7 +97,23 @@ def flops_per_token(shape: ModelShape) -> float:
 
 
 # Families (`model_type`) whose every weight can stay in its file, or be held in bfloat16. A test builds one of each.
-MAPPED = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3", "starcoder2", "phi", "phi3"})
+MAPPED = frozenset(
+    {
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+        "starcoder2",
+        "phi",
+        "phi3",
+        "granite",
+        "olmo",
+        "olmo2",
+        "stablelm",
+    }
+    | {"glm", "glm4", "cohere", "helium", "exaone4", "gpt_neox", "seed_oss", "ernie4_5", "arcee"}
+)
 # Of these, whose blocks compute as `training.functions` has them, with the logits in chunks: what they keep is known.
 FUSED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _NORMED_HEADS = frozenset({"qwen3"})  # queries and keys are kept before and after their norms

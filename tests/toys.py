@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     DeepseekV3Config,
     Gemma2Config,
@@ -161,6 +162,8 @@ def _config(architecture: str) -> PreTrainedConfig:  # noqa: PLR0911, PLR0912 --
             return DeepseekV3Config(
                 **_SIZES | heads, **ranks, **experts, moe_intermediate_size=16, first_k_dense_replace=1
             )
+        case other if other != "gpt2":
+            return AutoConfig.for_model(other, **_SIZES)
         case _:  # learned positions, Conv1D layers
             return GPT2Config(
                 vocab_size=len(VOCABULARY),

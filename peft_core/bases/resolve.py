@@ -194,7 +194,8 @@ def _bases_in(directory: Path) -> list[str]:
 
 
 def _may_be_base(path: Path) -> bool:
-    return path.suffix.lower() == ".gguf" or (path / "config.json").is_file()
+    # Not Path.is_file, which raises where it may not be looked at: one such directory would hide all names.
+    return path.suffix.lower() == ".gguf" or os.path.isfile(path / "config.json")  # noqa: PTH113
 
 
 def _nearest(wanted: str, known: Iterable[str]) -> list[str]:

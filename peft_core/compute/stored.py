@@ -105,7 +105,8 @@ class StoredMatrix:
 
     def rounded(self) -> StoredMatrix:
         """For products in bfloat16: a copy in memory, or itself where it is stored so."""
-        if self.kind == "BF16" and self.heads is None:
+        in_place = self.blocks.storage_offset() % 2 == 0  # a file may begin with a header of any length
+        if self.kind == "BF16" and self.heads is None and in_place:
             return replace(self, in_bfloat16=True)
         return replace(StoredMatrix.of(self.whole().bfloat16()), in_bfloat16=True)
 

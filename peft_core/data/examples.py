@@ -99,10 +99,10 @@ def may_be_like_others(example: Example) -> bool:
 
 
 def answer(example: Example) -> str | None:
-    """What a record teaches, whatever it is asked; None for code, and for an answer so short that it is one only together
-    with its question: a label, yes or no.
+    """What a record teaches, whatever it is asked; None where it is asked nothing, and for an answer so short that it is one
+    only together with its question: a label, yes or no.
     """
-    if example.kind != RECORD:
+    if example.kind != RECORD or all(segment.learn for segment in example.segments):
         return None
     learned = "".join(segment.text for segment in example.segments if segment.learn)
     return learned if len(learned.split()) >= MIN_ANSWER_WORDS else None

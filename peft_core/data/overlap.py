@@ -20,7 +20,7 @@ _MOST = 1 << 16  # hashes that are kept
 _MOST_SMALLEST = 60_000  # and of the smallest of each example
 _ROWS = 3
 _HEAD = struct.Struct("<8sQQ")
-_MAGIC = b"peftsee2"
+_MAGIC, _OLD_MAGIC = b"peftsee2", b"peftseen"
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class TrainedOn:
     @classmethod
     def from_bytes(cls, raw: bytes) -> TrainedOn | None:
         """None for what is not such a file. It may come from a stranger: nothing in it is more than a number."""
+        if raw[:8] == _OLD_MAGIC:  # of earlier builds, without the smallest: as good as none of them were kept
+            raw = _MAGIC + raw[8:16] + b"\xff" * 8 + raw[16:]
         body = raw[_HEAD.size :]
         if len(raw) < _HEAD.size or len(body) % 8:
             return None

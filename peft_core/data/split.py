@@ -84,6 +84,8 @@ def split(
     those that are not in it before all others. Who only measures trains on nothing.
     """
     sides = _sides(keys)
+    if len(set(sides.values())) == 1:  # an answer that all give: then what is held out is kept apart one by one, later
+        sides = {file: file for file in sides}
     grouped = [key._replace(file=sides[key.file]) for key in merged(keys, signatures)]
     chosen = _choose(grouped, held_out_fraction, seed, changed or {}, spared=1 if purpose.trains else 0)
     held_out_files = {file for file, side in sides.items() if side in chosen}
@@ -94,7 +96,14 @@ def split(
         # A near duplicate of a near duplicate may be trained on for each of them. Then measuring comes first.
         other = _distinct(keys, signatures, held_out, train)
         parts = replace(other, train=other.held_out, held_out=other.train, seen_in_training=0)
+    if not purpose.trains:  # one file may hold any number
+        parts = replace(parts, held_out=_evenly(parts.held_out, HELD_OUT_MAX_EXAMPLES))
     return replace(parts, held_out_files=sorted(held_out_files))
+
+
+def _evenly(positions: list[int], most: int) -> list[int]:
+    """At most so many of them, from the first to the last."""
+    return [positions[n * len(positions) // most] for n in range(most)] if len(positions) > most else positions
 
 
 def capped(keys: Sequence[Key], train: Sequence[int]) -> list[int]:

@@ -130,11 +130,14 @@ class InferenceHost:
         """The host that runs, or a fresh one."""
         if self._closed:
             raise _closed()
-        if self._host is not None:
-            if not self._host.ended and await self._is_free(self._host, report):
-                return self._host
-            self._obituary = self._words_on(self._host) or self._obituary
-            await self._host.aclose()
+        if (host := self._host) is not None:
+            free = not host.ended and await self._is_free(host, report)
+            if self._closed:  # meanwhile
+                raise _closed()
+            if free:
+                return host
+            self._obituary = self._words_on(host) or self._obituary
+            await host.aclose()
             self._host = None
         if not (isinstance(request, Load) or (isinstance(request, Generate) and request.without_adapter)):
             raise self.nothing_loaded()

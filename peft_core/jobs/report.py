@@ -10,7 +10,7 @@ from peft_core.measurements import Benefit
 from peft_core.results import Phase, Status, TrainingStatus
 
 # An unchanged run may go well the next time.
-RETRYABLE = ("killed", "died_silently", "runner_failed", "disk_full", "data_directory_unwritable")
+RETRYABLE = ("killed", "died_silently", "runner_failed", "disk_full", "data_directory_unwritable", "adapters_busy")
 MAX_HEADLINE = 200  # clients show no more of a progress message
 
 PHASE_WORDS = {

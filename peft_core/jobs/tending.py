@@ -81,7 +81,7 @@ class Tender:
         try:
             self.tend()
         except StorageError as error:
-            if error.code != NO_RUNNER:
+            if error.code not in (NO_RUNNER, "adapters_busy"):  # both pass by themselves
                 raise
             log.warning("%s", error.message)
 

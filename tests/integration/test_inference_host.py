@@ -390,3 +390,42 @@ async def test_a_path_that_is_no_adapter_starts_nothing(
     with pytest.raises(ModelError, match="is a file" if path == "file" else "No adapter at"):
         await manager.load_adapter(wrong, base)
     assert manager._inference._host.pid is None
+
+
+def test_a_host_whose_torch_is_broken_says_so_with_its_last_words(data_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libtorch_cpu.so: cannot open shared object file')\n")
+    config = HostConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=60)
+    with subprocess.Popen(
+        [sys.executable, "-m", "peft_core.inference.host", config.model_dump_json()],
+        stdin=subprocess.PIPE,  # open to the end: without its client a host ends well
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    ) as host:
+        assert host.stderr is not None
+        said = host.stderr.read()
+        assert host.wait(timeout=60) == 1
+    assert "cannot open shared object file" in said.splitlines()[-1]
+
+
+async def test_closing_while_a_call_waits_for_one_that_was_given_up_is_told_to_it(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peft_core.inference.process.HOST", [sys.executable, str(SCRIPTED)])
+    host = InferenceHost(HostConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=1), data_dir / "host.log")
+    with anyio.CancelScope() as scope:
+
+        async def leave(_done: float, _total: float | None, message: str) -> None:
+            if message == "begun":
+                scope.cancel()
+
+        await host.ask(Load(adapter_path=data_dir / "endless", base=make_base()), UnloadedAdapter, leave)
+
+    async def close(_done: float, _total: float | None, message: str) -> None:
+        if message.startswith("waiting"):
+            group.start_soon(host.aclose)
+
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as group:
+            with pytest.raises(InferenceError, match="closed"):
+                await host.ask(Load(adapter_path=data_dir, base=make_base()), UnloadedAdapter, close)

@@ -194,3 +194,11 @@ def test_a_file_that_is_gone_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").unlink()
     with pytest.raises(HeaderError, match="cannot be mapped"):
         open_stored(checkpoint)
+
+
+def test_weights_of_16_bits_at_an_odd_byte_of_their_file_are_copied() -> None:
+    weights_OI = torch.randn(6, 4).bfloat16()
+    raw = torch.cat([torch.zeros(1, dtype=torch.uint8), weights_OI.view(torch.uint8).flatten()])
+    stored = StoredMatrix(raw[1:].view(6, -1), "BF16", 4)
+    x_TI = torch.randn(3, 4)
+    assert torch.equal(stored.rounded().times(x_TI), (x_TI.bfloat16() @ weights_OI.T).float())

@@ -65,10 +65,28 @@ def test_files_are_on_one_side_copies_on_none_and_both_sides_are_filled(keys: li
 
 @given(keys=ANSWERS, seed=st.integers(0, 99), fraction=st.floats(0.02, 0.5))
 def test_no_answer_is_on_both_sides(keys: list[Key], seed: int, fraction: float):
+    keys = [*keys, Key("apart", b"apart", 100, b"")]  # so that not all go together
     parts = parted(keys, held_out_fraction=fraction, seed=seed)
     trained, held_out = ({keys[n].answer for n in part} - {b""} for part in (parts.train, parts.held_out))
     assert trained.isdisjoint(held_out)
     assert {keys[n].file for n in parts.train}.isdisjoint({keys[n].file for n in parts.held_out})
+
+
+def test_an_answer_that_all_files_give_keeps_nobody_from_measuring():
+    files = [f"file {n}" for n in range(10)]
+    own = [Key(file, f"{file} {n}".encode(), 50, f"{file} {n}".encode()) for file in files for n in range(10)]
+    parts = parted(
+        [*own, *(Key(file, f"stock {file}".encode(), 50, b"stock") for file in files)], held_out_fraction=0.1, seed=0
+    )
+    assert len(parts.held_out_files) == 1
+    assert len(parts.train) == 99
+
+
+def test_of_one_large_file_no_more_is_measured_than_of_many():
+    keys = [Key("all in one", str(n).encode(), 50, b"") for n in range(1500)]
+    parts = split(keys, signatures_of([None] * len(keys)), held_out_fraction=1.0, seed=0, purpose=MEASURING)
+    assert len(parts.held_out) == HELD_OUT_MAX_EXAMPLES
+    assert (parts.held_out[0], parts.held_out[-1] > 1400) == (0, True)
 
 
 @given(keys=st.one_of(KEYS, ANSWERS), seed=st.integers(0, 99))

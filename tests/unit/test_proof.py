@@ -254,3 +254,13 @@ def test_what_is_shared_is_counted_exactly() -> None:
 @given(st.binary(max_size=64))
 def test_what_is_no_record_of_training_is_none(raw: bytes) -> None:
     assert TrainedOn.from_bytes(raw) is None
+
+
+def test_what_an_earlier_build_recorded_is_still_known() -> None:
+    """Its head had no number for the smallest, and none of them were kept."""
+    new = TrainedOn.of([TEXT])
+    raw = new.to_bytes()
+    known = TrainedOn.from_bytes(b"peftseen" + raw[8:16] + raw[24:])
+    assert known is not None
+    assert known.share_of(TEXT) == 1.0
+    assert known.share_of("nothing\nof\nthat") == 0.0

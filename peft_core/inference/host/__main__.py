@@ -154,6 +154,10 @@ def _reporter(ask: Ask, inbox: Inbox, write: Callable[[BaseModel], None]) -> Cal
 
 
 if __name__ == "__main__":
-    code = main()
+    try:
+        code = main()
+    except BaseException:  # noqa: BLE001 -- the process's edge: its last words are what the client tells
+        sys.excepthook(*sys.exc_info())
+        code = 1
     sys.stderr.flush()
     os._exit(code)  # the interpreter's own way out fails over the standard input that another thread reads
