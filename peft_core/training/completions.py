@@ -20,9 +20,8 @@ from peft_core.training.held_out import Trial
 
 MAX_NEW_TOKENS = 32
 _PROMPT_TOKENS = 192  # nearest to the cut
-_TOKENS_AT_ONCE = (
-    1024  # read and written; caches and what is computed from prompts take 0.1 MB a token of the bundled base
-)
+# Read and written; caches and what is computed from prompts take 0.1 MB a token of the bundled base.
+_TOKENS_AT_ONCE = 1024
 _SHOWN_LINES = 6  # of a prompt, in the report
 
 

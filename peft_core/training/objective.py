@@ -138,11 +138,8 @@ def _can_pack(model: PreTrainedModel, max_length: int) -> bool:
 def _packed_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor | None:
     try:
         return _logits(model, batch, packed=True)
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # it takes no further arguments, or our attention is none for it
+    except (TypeError, ValueError, RuntimeError) as error:
+        # It takes no further arguments, or our attention is none for it.
         if is_out_of_memory(error):
             raise
         _log.info("packing_refused", reason=shown(error))
