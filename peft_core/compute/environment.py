@@ -9,9 +9,11 @@ ENVIRONMENT = {
     # one competing process then makes two threads slower than one (measured: 20 instead of 42 GFLOP/s; 114 and 108 on a
     # quiet machine). People work on the machine while it trains.
     "GOMP_SPINCOUNT": "10000",
-    # oneDNN, which multiplies bfloat16, keeps a program for each shape it has seen, 1024 by default. Micro-batches differ in
-    # length, so these are hundreds of megabytes; a new one costs 3 ms.
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
+    # oneDNN, which multiplies bfloat16, keeps a program for each shape it has seen, and torch keeps them once more, 1024 each by
+    # default. Micro-batches differ in length, so both together grew by 660 MB over an epoch's shapes. One micro-batch uses
+    # up to a hundred; a new one costs less than a millisecond.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+    "LRU_CACHE_CAPACITY": "1",
     "HF_HUB_OFFLINE": "1",  # everything is on this machine by now; a download here would be a mistake
     "PYTORCH_ENABLE_MPS_FALLBACK": "1",  # a missing operation runs on the CPU instead of ending the run
     "TOKENIZERS_PARALLELISM": "true",  # said aloud, so that the library does not warn
