@@ -9,8 +9,8 @@ ENVIRONMENT = {
     # one competing process then makes two threads slower than one (measured: 20 instead of 42 GFLOP/s; 114 and 108 on a
     # quiet machine). People work on the machine while it trains.
     "GOMP_SPINCOUNT": "10000",
-    # oneDNN, which multiplies bfloat16, keeps a program for each shape it has seen, and torch keeps them once more, 1024 each by
-    # default. Micro-batches differ in length, so both together grew by 660 MB over an epoch's shapes. One micro-batch uses
+    # oneDNN, which multiplies bfloat16, keeps a program for each shape it has seen, and torch keeps it once more, 1024 each by
+    # default. Micro-batches differ in length: both together grew by 660 MB over the shapes of an epoch. One micro-batch uses
     # up to a hundred; a new one costs less than a millisecond.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
     "LRU_CACHE_CAPACITY": "1",

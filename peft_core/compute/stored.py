@@ -19,6 +19,7 @@ from peft_core.bases.gguf_model import hugging_face_name, permuted_heads
 from peft_core.bases.header import HeaderError, TensorInfo
 from peft_core.bases.layout import Checkpoint, a_few, unusable
 from peft_core.compute.ggml import PLAIN, SUPPORTED, dequantise
+from peft_core.compute.process import page_out
 from peft_core.compute.repacked import Form, repack, unpack
 
 # Weights of a large matrix: 4 MB in float32, which stay in a cache, and in memory that the allocator has already.
@@ -48,13 +49,13 @@ class StoredMatrix:
 
     @classmethod
     def of(cls, weights_OI: torch.Tensor) -> StoredMatrix:
-        """Weights in memory, float32, float16 or bfloat16; shared, not copied, where they are contiguous."""
+        """Weights in memory, float32, float16 or bfloat16; shared, not copied, where each row is contiguous."""
         if weights_OI.dtype not in _KIND_OF or weights_OI.dim() != 2:
             raise ValueError(
                 f"not a matrix of float32, float16 or bfloat16: {weights_OI.dtype}, {weights_OI.dim()} axes"
             )
-        blocks = weights_OI.detach().contiguous().view(torch.uint8)
-        return cls(blocks, _KIND_OF[weights_OI.dtype], weights_OI.shape[1])
+        weights_OI = weights_OI.detach() if weights_OI.stride(1) == 1 else weights_OI.detach().contiguous()
+        return cls(weights_OI.view(torch.uint8), _KIND_OF[weights_OI.dtype], weights_OI.shape[1])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -65,41 +66,44 @@ class StoredMatrix:
         """Bytes of the stored form."""
         return self.blocks.numel()
 
-    def whole(self, *, out: torch.Tensor | None = None) -> torch.Tensor:
-        """W in float32 [O, I], not to be written to: of float32 storage it is the stored weights themselves.
+    @property
+    def bfloat16(self) -> torch.Tensor:
+        """W [O, I] where it is `in_bfloat16`: the stored weights themselves."""
+        return self.blocks.view(torch.bfloat16)
 
-        `out`, contiguous float32 [O, I], is memory that the result may take; use what is returned.
-        """
-        return self._unpacked(self._in_order(), None if self.kind == "F32" else out)
+    def whole(self) -> torch.Tensor:
+        """W in float32 [O, I], not to be written to: of float32 storage it is the stored weights themselves."""
+        return self._unpacked(self._in_order())
 
-    def times(self, x_TI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
-        """W x + bias: float32 [T, O] of float32 [T, I], new memory."""
+    def times(
+        self, x_TI: torch.Tensor, bias_O: torch.Tensor | None = None, *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """W x + bias: float32 [T, O] of float32 [T, I], in `out` where that is given."""
+        out_TO = torch.empty(len(x_TI), len(self.blocks), device=x_TI.device) if out is None else out
         if self.in_bfloat16:
-            out_TO = linear(x_TI.bfloat16(), self.blocks.view(torch.bfloat16)).float()
-        elif (parts := self._parts()) is None:
-            return linear(x_TI, self.whole(), bias_O)
+            out_TO.copy_(linear(x_TI.bfloat16(), self.bfloat16))
         else:
-            out_TO = torch.empty(len(x_TI), len(self.blocks), device=x_TI.device)
-            for start, stop in parts:
+            for start, stop in self._parts():
                 torch.mm(x_TI, self.rows(start, stop).T, out=out_TO[:, start:stop])
         return out_TO if bias_O is None else out_TO.add_(bias_O)
 
     def times_transposed(self, grad_TO: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
         """The gradient of x where `grad_TO` is that of W x: float32 [T, I], added to `into` if given."""
         if self.in_bfloat16:
-            grad_TI = grad_TO.bfloat16() @ self.blocks.view(torch.bfloat16)
+            grad_TI = grad_TO.bfloat16() @ self.bfloat16
             return grad_TI.float() if into is None else into.add_(grad_TI)
-        if (parts := self._parts()) is None:
-            return grad_TO @ self.whole() if into is None else into.addmm_(grad_TO, self.whole())
-        into = torch.zeros(len(grad_TO), self.columns, device=grad_TO.device) if into is None else into
-        for start, stop in parts:
-            into.addmm_(grad_TO[:, start:stop], self.rows(start, stop))
-        return into
+        for start, stop in self._parts():
+            part_PI = self.rows(start, stop)
+            if into is None:
+                into = grad_TO[:, start:stop] @ part_PI
+            else:
+                into.addmm_(grad_TO[:, start:stop], part_PI)
+        return into  # type: ignore[return-value]  # a matrix has rows
 
-    def _parts(self) -> list[tuple[int, int]] | None:
+    def _parts(self) -> list[tuple[int, int]]:
         """Ranges of rows to unpack one after the other: a large W, such as an output head, is never there as a whole."""
         if self.kind == "F32" or len(self.blocks) * self.columns <= 2 * _UNPACKED_AT_ONCE:
-            return None
+            return [(0, len(self.blocks))]
         step = max(1, _UNPACKED_AT_ONCE // self.columns)
         return [(start, min(start + step, len(self.blocks))) for start in range(0, len(self.blocks), step)]
 
@@ -108,13 +112,22 @@ class StoredMatrix:
         in_place = self.blocks.storage_offset() % 2 == 0  # a file may begin with a header of any length
         if self.kind == "BF16" and self.heads is None and in_place:
             return replace(self, in_bfloat16=True)
-        return replace(StoredMatrix.of(self.whole().bfloat16()), in_bfloat16=True)
+        copy = replace(StoredMatrix.of(self.whole().bfloat16()), in_bfloat16=True)
+        self.page_out()
+        return copy
 
     def repacked(self) -> StoredMatrix:
         """A copy in memory that is unpacked several times faster, to the same weights. Itself where nothing is faster."""
         if not isinstance(self.kind, str) or self.kind in PLAIN:
             return self
-        return StoredMatrix(*repack(self._in_order(), self.kind), self.columns)
+        copy = StoredMatrix(*repack(self._in_order(), self.kind), self.columns)
+        self.page_out()
+        return copy
+
+    def page_out(self) -> None:
+        """It is not needed for now: where it lies in a file, its pages need not count as memory of this process."""
+        if self.blocks.is_cpu:
+            page_out(self.blocks.data_ptr(), self.nbytes)
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """W[start:stop] in float32, not to be written to."""
@@ -137,11 +150,11 @@ class StoredMatrix:
         halves: torch.Tensor = self.blocks.unflatten(0, (self.heads, -1, 2))
         return halves.transpose(1, 2).flatten(0, 2)
 
-    def _unpacked(self, blocks: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def _unpacked(self, blocks: torch.Tensor) -> torch.Tensor:
         """Some of the rows in float32."""
         if isinstance(self.kind, Form):
-            return unpack(blocks, self.kind, self.columns, out=out)
-        return dequantise(blocks, self.kind, self.columns, out=out)
+            return unpack(blocks, self.kind, self.columns)
+        return dequantise(blocks, self.kind, self.columns)
 
 
 class StoredWeights(NamedTuple):

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from peft_core.compute.device import fixed_shapes
+from peft_core.training.narrow_attention import NarrowAttention
 
 NAME = "peft_mcp_documents"
 _NOT_DONE_HERE = ("softcap", "s_aux")  # capped scores (Gemma 2), a sink for attention (GPT-OSS)
@@ -54,9 +55,9 @@ def attend_within_documents(
         key_BHTD, value_BHTD = _repeated(key_BKTD, heads), _repeated(value_BKTD, heads)
         return attend_at_once(query_BHTD, key_BHTD, value_BHTD, lengths, dropout=dropout, scaling=scaling), None
     same_size = value_BKTD.shape[-1] == query_BHTD.shape[-1]  # DeepSeek's values are narrower
-    if query_BHTD.is_cpu and query_BHTD.dtype == torch.float32 and dropout == 0.0 and same_size:
+    if query_BHTD.is_cpu and query_BHTD.dtype in _ON_CPU and dropout == 0.0 and same_size:
         scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
-        return _DocumentAttention.apply(query_BHTD, key_BKTD, value_BKTD, lengths, scale), None
+        return _ON_CPU[query_BHTD.dtype].apply(query_BHTD, key_BKTD, value_BKTD, lengths, scale), None
     grouped = query_BHTD.shape[1] != key_BKTD.shape[1]
     out_BLHD = [
         scaled_dot_product_attention(
@@ -114,7 +115,10 @@ class _DocumentAttention(torch.autograd.Function):
             out, sums = _ATTEND(query_BHLD, key_BKLD, value_BKLD, 0.0, True, scale=scale)
             out_BHLD.copy_(out)
             sums_BHL.append(sums)
-        ctx.save_for_backward(query_BHTD, key_BKTD, value_BKTD, out_BTHD, *sums_BHL)
+        own_value = (
+            value_BKTD.transpose(1, 2).contiguous().transpose(1, 2)
+        )  # not the query and key it was computed with
+        ctx.save_for_backward(query_BHTD, key_BKTD, own_value, out_BTHD, *sums_BHL)
         ctx.lengths, ctx.scale = lengths, scale
         return out_BTHD
 
@@ -137,6 +141,7 @@ class _DocumentAttention(torch.autograd.Function):
         return *gradients, None, None
 
 
+_ON_CPU = {torch.float32: _DocumentAttention, torch.bfloat16: NarrowAttention}
 _ATTEND = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 -- what the public function calls
 _ATTEND_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # noqa: SLF001 -- its derivative
 

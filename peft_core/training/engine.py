@@ -74,6 +74,8 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     task, paths = task.model_copy(update={"config": config}), JobPaths(task.job_dir)
     _set_up_process(config.seed)
     plan = choose(config.device, timed(config.device, describe()))
+    if plan.device == "cpu" and task.estimated_memory_bytes is not None:
+        keep_freed_memory(up_to_bytes=task.estimated_memory_bytes)
     _log.info("device_chosen", device=plan.device, formats=plan.note)
     accelerator = _accelerator(plan.device, plan.autocast)
     threads = Threads.for_training(plan.device)
@@ -134,6 +136,7 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     emit(PhaseStarted(phase=Phase.TRAINING))
     adapted = lora.attach(model, config, task.base.name)
     fused = fuse(adapted)
+    return_freed_memory()
     if execution.recompute_layers:
         objective.recompute_layers()
     optimizer = lora.build_optimizer(adapted, config)
@@ -227,7 +230,7 @@ def _facts(
         computation=Computation(
             execution=execution,
             documents_packed=objective.packed,
-            head_in_chunks=objective.chunked_head,
+            head_in_chunks=objective.head is not None,
             fused_blocks=fused.blocks,
             fused_linears=fused.linears,
             estimated_memory_bytes=task.estimated_memory_bytes,

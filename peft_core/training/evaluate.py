@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from accelerate import Accelerator
 
+from peft_core.compute.process import return_surplus_memory
 from peft_core.compute.stop import Stop
 from peft_core.errors import NotFinite
 from peft_core.training.batches import Document
@@ -30,6 +31,7 @@ def held_out_loss(objective: Objective, documents: Sequence[Document], accelerat
     with torch.no_grad(), accelerator.autocast():
         for batch in objective.batches(share, accelerator.device):
             total += objective.loss(batch)
+            return_surplus_memory()
             if accelerator.num_processes == 1:
                 stop.check()
     objective.model.train(was_training)

@@ -26,9 +26,9 @@ from peft_core.training.functions import (
     NormFunction,
     NormGatedFunction,
     NormLinearsFunction,
-    Projection,
     RotationFunction,
 )
+from peft_core.training.projections import Layer, Projections, Woven, project
 
 _log = structlog.get_logger(__name__)
 
@@ -59,7 +59,7 @@ def fuse(model: PeftModel) -> Fused:
     inside = {id(layer) for block in blocks for layer in block.module.modules()}
     linears = [module for module in model.modules() if id(module) not in inside and _is_plain(module)]
     for layer in linears:
-        layer.forward = partial(_linear_forward, layer)  # type: ignore[method-assign]  # likewise
+        layer.forward = partial(_linear_forward, _together(layer))  # type: ignore[method-assign]  # likewise
     fused = Fused(blocks=len(blocks), linears=len(linears))
     _log.info("layers_fused", **asdict(fused))
     return fused
@@ -71,20 +71,29 @@ class _Norm(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
+class _Linears:
+    """Linear layers that have one input, as they are computed together."""
+
+    modules: tuple[nn.Module, ...]
+    projections: Projections
+
+    @property
+    def adapters(self) -> tuple[torch.Tensor | None, ...]:
+        return tuple(matrix for module in self.modules for matrix in _adapter(module))
+
+
+@dataclass(frozen=True, eq=False)
 class _Block:
-    """A decoder block: x + o(attend(q, k, v)) and x + down(silu(gate) * up), each of the normed x."""
+    """A decoder block: x + output(attend(q, k, v)) and x + down(silu(gate) * up), each of the normed x."""
 
     module: nn.Module
     attention: nn.Module
     first: _Norm
     second: _Norm
-    query: nn.Module
-    key: nn.Module
-    value: nn.Module
-    output: nn.Module
-    gate: nn.Module
-    up: nn.Module
-    down: nn.Module
+    query_key_value: _Linears
+    output: _Linears
+    gate_and_up: _Linears
+    down: _Linears
     head_size: int
     scaling: float
     heads: tuple[_Norm, _Norm] | None  # norms of each query and key head, where there are any
@@ -126,13 +135,10 @@ def _block_of(module: nn.Module) -> _Block | None:
         attention=parts["self_attn"],
         first=first,
         second=second,
-        query=attend["q_proj"],
-        key=attend["k_proj"],
-        value=attend["v_proj"],
-        output=attend["o_proj"],
-        gate=mlp["gate_proj"],
-        up=mlp["up_proj"],
-        down=mlp["down_proj"],
+        query_key_value=_together(attend["q_proj"], attend["k_proj"], attend["v_proj"]),
+        output=_together(attend["o_proj"]),
+        gate_and_up=_together(mlp["gate_proj"], mlp["up_proj"]),
+        down=_together(mlp["down_proj"]),
         head_size=head_size,
         scaling=scaling,
         heads=cast("tuple[_Norm, _Norm]", tuple(head_norms)) if head_norms else None,
@@ -145,9 +151,10 @@ def _block_forward(block: _Block, hidden_1TD: torch.Tensor, **others: Any) -> to
     tokens = x_TD.shape[0]
 
     # 1. Queries, keys and values, with their positions.
+    together = block.query_key_value
+    qkv_TO = NormLinearsFunction.apply(x_TD, *block.first, together.projections, *together.adapters)
     query, key, value = (
-        out_TO.view(tokens, -1, block.head_size)
-        for out_TO in NormLinearsFunction.apply(x_TD, *block.first, *_projections(block.query, block.key, block.value))
+        qkv_TO[:, outputs].unflatten(1, (-1, block.head_size)) for outputs in together.projections.outputs
     )
     if block.heads is not None:
         query, key = (NormFunction.apply(x, *norm) for x, norm in zip((query, key), block.heads, strict=True))
@@ -165,32 +172,40 @@ def _block_forward(block: _Block, hidden_1TD: torch.Tensor, **others: Any) -> to
         scaling=block.scaling,
         document_lengths=others.get("document_lengths"),
     )
-    x_TD = x_TD + _linear(block.output, out_1THE.reshape(tokens, -1))
+    output = block.output
+    x_TD = x_TD + LinearFunction.apply(out_1THE.reshape(tokens, -1), output.projections, *output.adapters)
 
     # 3. The gated MLP.
-    x_TD = x_TD + NormGatedFunction.apply(x_TD, *block.second, *_projections(block.gate, block.up, block.down))
+    first, last = block.gate_and_up, block.down
+    x_TD = x_TD + NormGatedFunction.apply(
+        x_TD, *block.second, first.projections, last.projections, *first.adapters, *last.adapters
+    )
     return cast("torch.Tensor", x_TD.view_as(hidden_1TD))
 
 
-def _linear_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
-    out = _linear(layer, x.reshape(-1, x.shape[-1]))
-    return out.view(*x.shape[:-1], out.shape[-1])
+def _linear_forward(linear: _Linears, x: torch.Tensor) -> torch.Tensor:
+    x_TI = x.reshape(-1, x.shape[-1]).to(linear.projections.dtype)
+    out_TO = LinearFunction.apply(x_TI, linear.projections, *linear.adapters)
+    return cast("torch.Tensor", out_TO.to(x.dtype).view(*x.shape[:-1], -1))
 
 
-def _linear(layer: nn.Module, x_TI: torch.Tensor) -> torch.Tensor:
-    out_TO: torch.Tensor = LinearFunction.apply(x_TI, _projection(layer), *_adapter(layer))
-    return out_TO
-
-
-def _projections(*layers: nn.Module) -> tuple[Any, ...]:
-    """(their frozen halves, A, B, A, B, ...) as the functions take them."""
-    return tuple(map(_projection, layers)), *(matrix for layer in layers for matrix in _adapter(layer))
-
-
-def _projection(layer: nn.Module) -> Projection:
-    frozen = _frozen(layer)
-    scaling = layer.scaling[_ADAPTER] if isinstance(layer, LoraLinear) else 0.0
-    return Projection(matrix_of(frozen), frozen.bias, scaling)
+def _together(*modules: nn.Module) -> _Linears:
+    """Such layers, whose weights are moved to where they are computed with."""
+    frozen = [_frozen(module) for module in modules]
+    layers = [
+        Layer(
+            W=matrix_of(base),
+            bias_O=base.bias,
+            rank=module.r[_ADAPTER] if isinstance(module, LoraLinear) else 0,
+            scaling=module.scaling[_ADAPTER] if isinstance(module, LoraLinear) else 0.0,
+        )
+        for module, base in zip(modules, frozen, strict=True)
+    ]
+    projections = project(layers)
+    if isinstance(projections, Woven):
+        for base, stored in zip(frozen, projections.stored(), strict=True):
+            cast("FrozenLinear", base).stored = stored
+    return _Linears(modules, projections)
 
 
 def _adapter(layer: nn.Module) -> _Matrices:
@@ -240,7 +255,7 @@ def _says_the_same(block: _Block, rotary: nn.Module) -> bool:
     own_generator = torch.Generator(w_D.device).manual_seed(0)  # the run's random numbers stay as they are
     x_1TD = torch.randn(1, sum(_PROBE_LENGTHS), len(w_D), device=w_D.device, generator=own_generator)
     positions_1T = torch.cat([torch.arange(length, device=w_D.device) for length in _PROBE_LENGTHS])[None]
-    tolerance = 2e-2 if matrix_of(_frozen(block.gate)).in_bfloat16 else 1e-4
+    tolerance = 2e-2 if block.down.projections.dtype == torch.bfloat16 else 1e-4
     with torch.no_grad():
         others: Mapping[str, Any] = {
             "attention_mask": None,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from peft_core.compute.process import return_freed_memory
+from peft_core.compute.process import return_surplus_memory
 from peft_core.compute.stop import Stop
 from peft_core.compute.tokenizer import BaseTokenizer
 from peft_core.errors import NotFinite
@@ -71,7 +71,7 @@ def measure(
             for position, trial, loss_n, likeliest_n in parts:
                 lines = _lines_written(trial, likeliest_n, ends_line_V)
                 sums_D2[share[position]] = torch.tensor([float(loss_n.double().sum()), lines])
-            return_freed_memory()  # micro-batches differ in length, and each leaves holes that the next cannot fill
+            return_surplus_memory()
             if accelerator.num_processes == 1:
                 stop.check()
     objective.model.train(was_training)

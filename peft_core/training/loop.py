@@ -13,7 +13,7 @@ from torch import nn
 
 from peft_core.compute.device import release_cache, rng_state, set_rng_state
 from peft_core.compute.failures import is_out_of_memory, shown
-from peft_core.compute.process import peak_memory_bytes, return_freed_memory
+from peft_core.compute.process import peak_memory_bytes, return_freed_memory, return_surplus_memory
 from peft_core.compute.stop import Stop, Stopped
 from peft_core.errors import NotFinite
 from peft_core.events import (
@@ -189,7 +189,7 @@ class Loop:
                     batch_loss = self.objective.loss(batch) / targets
                 accelerator.backward(batch_loss)
                 loss += batch_loss.detach()
-                return_freed_memory()  # micro-batches differ in length, and each leaves holes that the next cannot fill
+                return_surplus_memory()
                 if accelerator.num_processes == 1 and self.stop.requested:
                     self.optimizer.zero_grad()
                     raise Stopped

@@ -14,17 +14,66 @@ from peft_core.compute.stored import StoredMatrix
 _CHUNK = 256  # positions; 50 MB of logits at a vocabulary of 49152
 
 
-class _FrozenHeadCrossEntropy(torch.autograd.Function):
+class FrozenHead:
+    """An output head W, and room for the logits of one chunk, which stays: fresh memory for each would take a tenth longer."""
+
+    def __init__(self, W_VD: StoredMatrix) -> None:
+        self._W_VD = W_VD
+        self._logits_CV = self._narrow_CV = torch.empty(0, len(W_VD.blocks))
+
+    def cross_entropy(self, hidden_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
+        """Sum over N of -log softmax(hidden @ W.T)[target], nats, float32; exact, no sampling.
+
+        Peak memory is C x V instead of N x V. Only `hidden_ND` gets a gradient. Negative targets are left out.
+        """
+        with torch.autocast(hidden_ND.device.type, enabled=False):  # the number formats are chosen here, one by one
+            loss: torch.Tensor = _CrossEntropy.apply(hidden_ND, self, target_N)
+        return loss
+
+    def scores(self, hidden_ND: torch.Tensor, target_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(-log p(target) in nats, the likeliest token), each [N]. Without gradients, logits in chunks."""
+        losses, likeliest = [], []
+        with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
+            for hidden_CD, target_C in zip(hidden_ND.split(_CHUNK), target_N.split(_CHUNK), strict=True):
+                loss_C, likeliest_C = logit_scores(self.logits(hidden_CD), target_C)
+                losses.append(loss_C)
+                likeliest.append(likeliest_C)
+        return torch.cat(losses), torch.cat(likeliest)
+
+    def logits(self, hidden_CD: torch.Tensor) -> torch.Tensor:
+        """float32 [C, V], in memory that the next chunk takes again."""
+        logits_CV = self._room(len(hidden_CD), hidden_CD.device)
+        if self._W_VD.in_bfloat16:
+            narrow_CV = self._narrow_CV[: len(hidden_CD)]
+            return logits_CV.copy_(torch.mm(hidden_CD.bfloat16(), self._W_VD.bfloat16.T, out=narrow_CV))
+        return self._W_VD.times(hidden_CD.float(), out=logits_CV)
+
+    def gradient(self, grad_CV: torch.Tensor) -> torch.Tensor:
+        """That of the hidden states, float32 [C, D], where `grad_CV` is that of the logits."""
+        if self._W_VD.in_bfloat16:
+            return (self._narrow_CV[: len(grad_CV)].copy_(grad_CV) @ self._W_VD.bfloat16).float()
+        return self._W_VD.times_transposed(grad_CV)
+
+    def _room(self, positions: int, device: torch.device) -> torch.Tensor:
+        if len(self._logits_CV) < positions:
+            size = (min(_CHUNK, max(positions, 2 * len(self._logits_CV))), len(self._W_VD.blocks))
+            self._logits_CV = torch.empty(size, device=device)
+            if self._W_VD.in_bfloat16:
+                self._narrow_CV = torch.empty(size, dtype=torch.bfloat16, device=device)
+        return self._logits_CV[:positions]
+
+
+class _CrossEntropy(torch.autograd.Function):
     """The head is frozen, so all that backward needs is the gradient of the hidden states: forward computes it."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: torch.Tensor, head_VD: StoredMatrix, target_N: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, hidden_ND: torch.Tensor, head: FrozenHead, target_N: torch.Tensor) -> torch.Tensor:
         grad_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         for start in range(0, hidden_ND.shape[0], _CHUNK):
             chunk = slice(start, start + _CHUNK)
             grad_CD = None if grad_ND is None else grad_ND[chunk]
-            total += _chunk_loss(hidden_ND[chunk], head_VD, target_N[chunk], grad_CD)
+            total += _chunk_loss(hidden_ND[chunk], head, target_N[chunk], grad_CD)
         if grad_ND is not None:
             ctx.save_for_backward(grad_ND)
         return total
@@ -36,15 +85,12 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
 
 
 def _chunk_loss(
-    hidden_CD: torch.Tensor, head_VD: StoredMatrix, target_C: torch.Tensor, grad_CD: torch.Tensor | None
+    hidden_CD: torch.Tensor, head: FrozenHead, target_C: torch.Tensor, grad_CD: torch.Tensor | None
 ) -> torch.Tensor:
-    """Sum of the losses; the gradient of the hidden states goes into `grad_CD` if given.
-
-    A function of its own so that one chunk's logits are gone before the next chunk's are made.
-    """
+    """Sum of the losses; the gradient of the hidden states goes into `grad_CD` if given."""
     learn_C1 = (target_C >= 0)[:, None]  # IGNORED is negative
     target_C1 = target_C.clamp(min=0)[:, None]
-    logits_CV = head_VD.times(hidden_CD.float())
+    logits_CV = head.logits(hidden_CD)
     top_C1, top_at_C1 = logits_CV.max(dim=-1, keepdim=True)
     margin_C1 = top_C1 - logits_CV.gather(1, target_C1)
     probability_CV = torch.softmax(logits_CV, dim=-1, out=logits_CV)
@@ -54,34 +100,8 @@ def _chunk_loss(
     if grad_CD is not None:
         # d loss / d logits = softmax - one-hot
         probability_CV.scatter_add_(1, target_C1, torch.full_like(margin_C1, -1.0))
-        grad_CD.copy_(head_VD.times_transposed(probability_CV) * learn_C1)
+        grad_CD.copy_(head.gradient(probability_CV) * learn_C1)
     return loss
-
-
-def frozen_head_cross_entropy(hidden_ND: torch.Tensor, head_VD: StoredMatrix, target_N: torch.Tensor) -> torch.Tensor:
-    """Sum over N of -log softmax(hidden @ head.T)[target], nats, float32; exact, no sampling.
-
-    Peak memory is C x V instead of N x V. Only `hidden_ND` gets a gradient. Negative targets are left out.
-    """
-    with torch.autocast(hidden_ND.device.type, enabled=False):  # the number formats are chosen above, one by one
-        loss: torch.Tensor = _FrozenHeadCrossEntropy.apply(hidden_ND, head_VD, target_N)
-    return loss
-
-
-def frozen_head_scores(
-    hidden_ND: torch.Tensor, head_VD: StoredMatrix, target_N: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(-log p(target) in nats, the likeliest token), each [N]. Without gradients, logits in chunks."""
-    losses, likeliest = [], []
-    with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
-        for start in range(0, hidden_ND.shape[0], _CHUNK):
-            chunk = slice(start, start + _CHUNK)
-            loss_C, likeliest_C = logit_scores(head_VD.times(hidden_ND[chunk].float()), target_N[chunk])
-            losses.append(loss_C)
-            likeliest.append(likeliest_C)
-    if not losses:
-        return torch.zeros(0), torch.zeros(0, dtype=torch.int64)
-    return torch.cat(losses), torch.cat(likeliest)
 
 
 def logit_scores(logits_NV: torch.Tensor, target_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,7 +25,7 @@ from peft_core.compute.stored import StoredMatrix
 from peft_core.estimate import micro_capacity
 from peft_core.training import attention
 from peft_core.training.batches import IGNORED, Document, MicroBatch, join, micro_batches
-from peft_core.training.loss import frozen_head_cross_entropy, frozen_head_scores, logit_scores
+from peft_core.training.loss import FrozenHead, logit_scores
 
 _log = structlog.get_logger(__name__)
 
@@ -38,13 +38,13 @@ _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "l
 class Objective:
     """How to compute the loss of a micro-batch with one base.
 
-    `packed`: several documents go through the decoder at once, otherwise one. `chunked_head`: the head is a plain
-    matrix, so its logits are never held as a whole.
+    `packed`: several documents go through the decoder at once, otherwise one. `head`: where it is a plain matrix, so that
+    logits are never held as a whole.
     """
 
     model: PreTrainedModel  # PEFT injects the adapter into its modules, so this is base and adapter in turn
     packed: bool
-    chunked_head: bool
+    head: FrozenHead | None
     capacity: int  # tokens of a micro-batch at most; 0 keeps every document by itself
     multiple_of: int | None = None  # tokens of every micro-batch, on devices that want few different shapes
     recomputes: bool = False  # what layers compute is not kept
@@ -81,9 +81,9 @@ class Objective:
 
     def loss(self, batch: MicroBatch) -> torch.Tensor:
         """Sum of -log p(target) over the N targets of a micro-batch, nats, float32 scalar."""
-        if self.chunked_head:
+        if self.head is not None:
             hidden_TD = _hidden(self.model, batch, packed=self.packed)
-            return frozen_head_cross_entropy(hidden_TD[batch.source_N], _head(self.model), batch.target_N)
+            return self.head.cross_entropy(hidden_TD[batch.source_N], batch.target_N)
         logits_TV = _logits(self.model, batch, packed=self.packed)
         return cross_entropy(logits_TV[batch.source_N].float(), batch.target_N, reduction="sum", ignore_index=IGNORED)
 
@@ -91,9 +91,9 @@ class Objective:
         """(-log p(target) in nats, the likeliest token instead), one of each for a target. Without gradients."""
         learned_N = batch.target_N != IGNORED
         target_N = batch.target_N.clamp(min=0)
-        if self.chunked_head:
+        if self.head is not None:
             hidden_TD = _hidden(self.model, batch, packed=self.packed)
-            loss_N, likeliest_N = frozen_head_scores(hidden_TD[batch.source_N], _head(self.model), target_N)
+            loss_N, likeliest_N = self.head.scores(hidden_TD[batch.source_N], target_N)
         else:
             logits_TV = _logits(self.model, batch, packed=self.packed)
             loss_N, likeliest_N = logit_scores(logits_TV[batch.source_N].float(), target_N)
@@ -114,12 +114,14 @@ def choose_objective(model: PreTrainedModel, max_length: int) -> Objective:
         packed = _can_pack(model, max_length) and _agrees(_packed_logits(model, join(documents, device)), own_TV)
         if not packed and model.config._attn_implementation == attention.NAME:  # noqa: SLF001 -- no public name for it
             model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")  # noqa: SLF001 -- likewise
-        chunked = _has_plain_head(model) and _agrees(_head_logits(model, documents, device), own_TV)
-    _log.info("objective_chosen", documents_packed=packed, head_in_chunks=chunked, model=type(model).__name__)
+        head = FrozenHead(_head(model)) if _has_plain_head(model) else None
+        if head is not None and not _agrees(_head_logits(model, head, documents, device), own_TV):
+            head = None
+    _log.info("objective_chosen", documents_packed=packed, head_in_chunks=head is not None, model=type(model).__name__)
     return Objective(
         model=model,
         packed=packed,
-        chunked_head=chunked,
+        head=head,
         capacity=micro_capacity(max_length, device.type) if packed else 0,
         multiple_of=fixed_shapes(device),
     )
@@ -146,9 +148,11 @@ def _packed_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor | 
         return None
 
 
-def _head_logits(model: PreTrainedModel, documents: list[Document], device: torch.device) -> torch.Tensor:
+def _head_logits(
+    model: PreTrainedModel, head: FrozenHead, documents: list[Document], device: torch.device
+) -> torch.Tensor:
     hidden_TD = torch.cat([_hidden(model, join([document], device), packed=False) for document in documents])
-    return _head(model).times(hidden_TD.float())
+    return head.logits(hidden_TD)
 
 
 def _hidden(model: PreTrainedModel, batch: MicroBatch, *, packed: bool) -> torch.Tensor:

@@ -39,7 +39,7 @@ def test_of_a_fused_family_every_block_is_fused_and_keeps_what_the_plan_says(fam
     adapted = lora.attach(model, CONFIG, "toy")
     assert fuse(adapted).blocks == base.shape.layers
     assert objective.packed
-    assert objective.chunked_head
+    assert objective.head is not None
     assert sum(weight.numel() for weight in lora.weights(adapted).values()) == lora_parameters(CONFIG.rank, base.shape)
 
     weights = {parameter.untyped_storage().data_ptr() for parameter in adapted.parameters()}

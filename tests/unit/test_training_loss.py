@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from peft_core.compute.stored import StoredMatrix
-from peft_core.training.loss import frozen_head_cross_entropy
+from peft_core.training.loss import FrozenHead
 
 
 @pytest.mark.parametrize("positions", [1, 256, 700])
@@ -15,7 +15,7 @@ def test_loss_and_gradient_equal_those_of_plain_cross_entropy(positions: int) ->
     head_VD = torch.randn(1000, 32)
     target_N = torch.randint(0, 1000, (positions,))
 
-    loss = frozen_head_cross_entropy(hidden_ND, StoredMatrix.of(head_VD), target_N)
+    loss = FrozenHead(StoredMatrix.of(head_VD)).cross_entropy(hidden_ND, target_N)
     (grad_ND,) = torch.autograd.grad(3.0 * loss, hidden_ND)
     expected = cross_entropy(hidden_ND @ head_VD.T, target_N, reduction="sum")
     (expected_ND,) = torch.autograd.grad(3.0 * expected, hidden_ND)
@@ -27,7 +27,7 @@ def test_loss_and_gradient_equal_those_of_plain_cross_entropy(positions: int) ->
 def test_a_target_of_vanishing_probability_has_a_finite_loss_and_gradient() -> None:
     hidden_ND = torch.tensor([[1.0]], requires_grad=True)
     head_VD = torch.tensor([[300.0], [0.0]])  # softmax of the second is below the smallest float32
-    loss = frozen_head_cross_entropy(hidden_ND, StoredMatrix.of(head_VD), torch.tensor([1]))
+    loss = FrozenHead(StoredMatrix.of(head_VD)).cross_entropy(hidden_ND, torch.tensor([1]))
     loss.backward()
     assert loss.item() == pytest.approx(300.0)
     assert hidden_ND.grad is not None
@@ -37,14 +37,14 @@ def test_a_target_of_vanishing_probability_has_a_finite_loss_and_gradient() -> N
 def test_without_gradients_only_the_loss_is_computed() -> None:
     hidden_ND, head_VD, target_N = torch.randn(5, 8), torch.randn(20, 8), torch.randint(0, 20, (5,))
     with torch.no_grad():
-        loss = frozen_head_cross_entropy(hidden_ND, StoredMatrix.of(head_VD), target_N)
+        loss = FrozenHead(StoredMatrix.of(head_VD)).cross_entropy(hidden_ND, target_N)
     assert loss.item() == pytest.approx(
         cross_entropy(hidden_ND @ head_VD.T, target_N, reduction="sum").item(), rel=1e-6
     )
 
 
 def test_no_targets_no_loss() -> None:
-    loss = frozen_head_cross_entropy(
-        torch.randn(0, 8), StoredMatrix.of(torch.randn(20, 8)), torch.zeros(0, dtype=torch.long)
+    loss = FrozenHead(StoredMatrix.of(torch.randn(20, 8))).cross_entropy(
+        torch.randn(0, 8), torch.zeros(0, dtype=torch.long)
     )
     assert loss.item() == 0.0
