@@ -18,7 +18,7 @@ PROCESS_BYTES = 420 << 20  # Python with torch, transformers and peft
 # Processed at once, unless one document has more. On a CPU more are no faster, and take 0.9 GB more (512 against a whole
 # step); CUDA wants more work at a time; on MPS attention keeps a number for each pair of them.
 MICRO_TOKENS = {"cpu": 512, "mps": 512, "cuda": 4096}
-KERNELS_BYTES = 200 << 20  # oneDNN's programs for products in bfloat16
+KERNELS_BYTES = 40 << 20  # oneDNN's programs for products in bfloat16
 UNPACKED_BYTES = 32 << 20  # of weights that stay in their file, a few at a time
 LOSS_POSITIONS = 256  # whose logits are held at once
 MEASURED_EXAMPLES = 200  # held-out ones, at most
@@ -140,8 +140,7 @@ def executions(config: TrainingConfig, base: Base, device: str, *, cpu_bfloat16:
 def memory_bytes(config: TrainingConfig, base: Base, device: str, execution: Execution) -> int:
     """Estimated peak of the training process, on CPU; of the device's memory elsewhere, where all weights are in it.
 
-    For the families of FUSED near what a few dozen steps take (a whole epoch in bfloat16 was measured to take 19 % more); for
-    others what they take at most.
+    For the families of FUSED near what they take; for others what they take at most.
     """
     shape = base.shape
     narrow = device != "cpu" or execution.weights == "bfloat16"
@@ -160,14 +159,16 @@ def memory_bytes(config: TrainingConfig, base: Base, device: str, execution: Exe
     kept = shape.layers * per_layer
     if execution.recompute_layers:
         kept = per_layer + shape.layers * micro_tokens * 4 * shape.hidden_size
+    holes = kept // 3 if device == "cpu" else 0  # in the heap, after micro-batches of many lengths
     temporary = micro_tokens * 4 * 6 * shape.intermediate_size
-    logits = LOSS_POSITIONS * shape.vocab_size * (8 if narrow else 4)
+    logits = LOSS_POSITIONS * shape.vocab_size * (6 if narrow else 4)
     if not known:  # a head that does more than a product is computed as a whole: logits, two copies, their gradient
         logits = max(logits, 4 * 4 * micro_tokens * shape.vocab_size)
     return round(
         PROCESS_BYTES
         + weights
         + kept
+        + holes
         + max(temporary, logits)
         # Weights, gradients, two Adam moments, the best weights; weights and moments of the last good state.
         + lora_parameters(config.rank, shape) * 4 * 8
@@ -181,10 +182,11 @@ def kept_bytes(config: TrainingConfig, base: Base, device: str, *, narrow: bool)
     if device != "cpu" or config.dropout or not known:
         per_token = (2 if narrow else 4) * (14 * shape.hidden_size + 6 * shape.intermediate_size)
         return per_token if known else 2 * per_token
-    # Its two inputs, queries, keys, values, the attention's result, gate and up; A x of each.
-    wide = 2 * shape.hidden_size + 2 * shape.query_size + 2 * shape.kv_size + 7 * config.rank
-    wide += shape.query_size + shape.kv_size if base.model_type in _NORMED_HEADS else 0
-    return 4 * wide + (4 if narrow else 8) * shape.intermediate_size
+    # Its two inputs, in float32; queries, keys, values, the attention's result, gate and up; A x of each.
+    size = 2 if narrow else 4
+    between = 2 * (shape.query_size + shape.kv_size + shape.intermediate_size) + 7 * config.rank
+    between += shape.query_size + 2 * shape.kv_size if base.model_type in _NORMED_HEADS else 0
+    return 4 * 2 * shape.hidden_size + size * between
 
 
 def repacked_bytes(base: Base) -> int:
