@@ -64,7 +64,7 @@ class Projections(ABC):
 
     def forward(self, x_TI: torch.Tensor, adapters: Adapters) -> tuple[torch.Tensor, torch.Tensor]:
         """Outputs [T, O] of all layers side by side, and A x [T, R] for `backward`. `x_TI` as `room` gave it."""
-        down_TR = x_TI @ self._downward(adapters).T if self.rank else x_TI[:, :0]
+        down_TR = x_TI @ self._downward(adapters).T if self.rank else x_TI.new_empty(len(x_TI), 0)
         return self._product(x_TI, down_TR, adapters), down_TR
 
     def backward(

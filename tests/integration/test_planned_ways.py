@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from torch.autograd.graph import saved_tensors_hooks
 
 from peft_core.bases import resolve
@@ -13,11 +14,11 @@ from peft_core.compute.base import load_base
 from peft_core.compute.frozen import load_frozen
 from peft_core.config import Settings
 from peft_core.estimate import FUSED, MAPPED, kept_bytes, lora_parameters
-from peft_core.spec import TrainingConfig
+from peft_core.spec import Base, TrainingConfig
 from peft_core.training import lora
 from peft_core.training.batches import join
 from peft_core.training.fused import fuse
-from peft_core.training.objective import choose_objective
+from peft_core.training.objective import Objective, choose_objective
 from tests.toys import toy_documents, write_toy_base
 
 CONFIG = TrainingConfig(rank=4)
@@ -31,18 +32,32 @@ def test_every_weight_of_a_mapped_family_can_stay_in_its_file_or_be_in_bfloat16(
         assert load_frozen(base, base.path, in_bfloat16=in_bfloat16) is not None
 
 
-@pytest.mark.parametrize("family", sorted(FUSED))
-def test_of_a_fused_family_every_block_is_fused_and_keeps_what_the_plan_says(family: str, tmp_path: Path) -> None:
-    base = resolve(str(write_toy_base(tmp_path / "base", family)), Settings())
-    model = load_base(base.path, torch.float32)
+def adapted(base: Base, *, in_bfloat16: bool) -> tuple[PeftModel, Objective]:
+    """With an adapter of random weights: B is zero at first, which would hide half of the gradient."""
+    model = load_frozen(base, base.path, in_bfloat16=True) if in_bfloat16 else load_base(base.path, torch.float32)
+    assert model is not None
     objective = choose_objective(model, max_length=512)
-    adapted = lora.attach(model, CONFIG, "toy")
-    assert fuse(adapted).blocks == base.shape.layers
+    with_adapter = lora.attach(model, CONFIG, "toy")
+    torch.manual_seed(1)
+    for weight in lora.weights(with_adapter).values():
+        torch.nn.init.normal_(weight, std=0.05)
+    assert fuse(with_adapter).blocks == base.shape.layers
+    model.train()
+    return with_adapter, objective
+
+
+@pytest.mark.parametrize("in_bfloat16", [False, True])
+@pytest.mark.parametrize("family", sorted(FUSED))
+def test_of_a_fused_family_every_block_is_fused_and_keeps_what_the_plan_says(
+    family: str, in_bfloat16: bool, tmp_path: Path
+) -> None:
+    base = resolve(str(write_toy_base(tmp_path / "base", family)), Settings())
+    model, objective = adapted(base, in_bfloat16=in_bfloat16)
     assert objective.packed
     assert objective.head is not None
-    assert sum(weight.numel() for weight in lora.weights(adapted).values()) == lora_parameters(CONFIG.rank, base.shape)
+    assert sum(weight.numel() for weight in lora.weights(model).values()) == lora_parameters(CONFIG.rank, base.shape)
 
-    weights = {parameter.untyped_storage().data_ptr() for parameter in adapted.parameters()}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -51,14 +66,27 @@ def test_of_a_fused_family_every_block_is_fused_and_keeps_what_the_plan_says(fam
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    batch = join(toy_documents((200, 56)), torch.device("cpu"))
-    model.train()
+    batch = join(toy_documents((192, 64)), torch.device("cpu"))
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = objective.loss(batch)
     loss.backward()
-    planned = base.shape.layers * batch.tokens * kept_bytes(CONFIG, base, "cpu", narrow=False)
+    planned = base.shape.layers * batch.tokens * kept_bytes(CONFIG, base, "cpu", narrow=in_bfloat16)
     beside_layers = batch.tokens * 4 * 3 * base.shape.hidden_size  # the last norm, and the hidden states of the head
     assert sum(kept.values()) == pytest.approx(planned + beside_layers, rel=0.15)
+
+
+@pytest.mark.parametrize("family", sorted(FUSED))
+def test_in_bfloat16_loss_and_gradient_are_those_of_float32_up_to_its_digits(family: str, tmp_path: Path) -> None:
+    base = resolve(str(write_toy_base(tmp_path / "base", family, dtype=torch.bfloat16)), Settings())
+    found = []
+    for in_bfloat16 in (False, True):
+        model, objective = adapted(base, in_bfloat16=in_bfloat16)
+        loss = objective.loss(join(toy_documents((70, 40, 9)), torch.device("cpu")))
+        gradients = torch.autograd.grad(loss, list(lora.weights(model).values()))
+        found.append((loss.item(), torch.cat([gradient.flatten() for gradient in gradients])))
+    (loss, gradient), (narrow_loss, narrow_gradient) = found
+    assert narrow_loss == pytest.approx(loss, rel=5e-3)
+    assert (narrow_gradient - gradient).norm() < 0.05 * gradient.norm()
 
 
 def test_weights_of_16_bits_are_used_where_they_lie(tmp_path: Path) -> None:

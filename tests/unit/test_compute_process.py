@@ -1,15 +1,21 @@
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from peft_core.compute import process
 from peft_core.compute.failures import problem_of
 from peft_core.compute.process import (
     keep_freed_memory,
+    memory_bytes,
+    page_out,
     peak_memory_bytes,
     return_freed_memory,
+    return_surplus_memory,
     seconds_alive,
     usable_cores,
 )
@@ -88,3 +94,27 @@ def test_the_process_knows_its_memory_time_and_cores() -> None:
     assert peak_memory_bytes() > 100_000_000  # torch is loaded
     assert 0 < seconds_alive() < 24 * 3600
     assert 1 <= usable_cores() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS takes no such advice")
+def test_what_was_read_from_a_mapped_file_can_be_let_go_of_and_read_again(tmp_path: Path) -> None:
+    size = 32 << 20
+    (tmp_path / "weights").write_bytes(bytes([1]) * size)
+    before = memory_bytes()
+    mapped = torch.from_file(str(tmp_path / "weights"), shared=False, size=size, dtype=torch.uint8)
+    assert mapped.sum() == size
+    assert memory_bytes() - before > size // 2
+    page_out(mapped.data_ptr() + 1, size - 1)  # no whole pages at its ends
+    assert memory_bytes() - before < size // 2
+    assert mapped.sum() == size
+
+
+def test_freed_memory_is_returned_above_what_may_be_kept_and_not_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    returned = list[int]()
+    monkeypatch.setattr(process, "return_freed_memory", lambda: returned.append(process._kept_up_to_bytes))
+    for kept in (memory_bytes() + (1 << 30), 1 << 20):
+        keep_freed_memory(up_to_bytes=kept)
+        return_surplus_memory()
+    keep_freed_memory()
+    return_surplus_memory()
+    assert returned == [1 << 20, 0]
