@@ -33,29 +33,24 @@ class Decoded(NamedTuple):
     offset_BS: torch.Tensor | None = None
 
 
-def dequantise(blocks: torch.Tensor, kind: str, columns: int, *, out: torch.Tensor | None = None) -> torch.Tensor:
+def dequantise(blocks: torch.Tensor, kind: str, columns: int) -> torch.Tensor:
     """float32 [rows, columns] of uint8 [rows, bytes of a row], which are in ggml's format `kind`.
 
-    The result is `out` where that is given: float32, contiguous. Otherwise it is new memory, but for F32, whose bytes are
-    the weights: that comes back as a view of `blocks`.
+    New memory, but for F32, whose bytes are the weights: that comes back as a view of `blocks`.
 
     Raises:
         BaseModelError: a format that is not in `SUPPORTED`.
-        ValueError: bytes or `out` of another shape or type.
+        ValueError: bytes of another shape or type.
     """
     require_supported(kind)
     rows = blocks.shape[0]
     if blocks.dtype != torch.uint8 or blocks.shape != (rows, bytes_per_row(kind, columns)):
         raise ValueError(f"{kind} [{rows}, {columns}] is not stored as {blocks.dtype} {list(blocks.shape)}")
-    if out is not None and (out.dtype != torch.float32 or out.shape != (rows, columns) or not out.is_contiguous()):
-        raise ValueError(f"out must be contiguous float32 [{rows}, {columns}]")
     _, per_block, block_bytes = _SIZES[kind]
     blocks = _aligned(blocks, 4 if kind == "F32" else 2)
     if kind in PLAIN:
-        plain = blocks.view(PLAIN[kind])
-        return plain.float() if out is None else out.copy_(plain)
-    if out is None:
-        out = torch.empty(rows, columns, dtype=torch.float32, device=blocks.device)
+        return blocks.view(PLAIN[kind]).float()
+    out = torch.empty(rows, columns, dtype=torch.float32, device=blocks.device)
     step = max(1, AT_A_TIME // max(columns, 1)) if blocks.is_cpu else max(1, rows)
     for some, target in zip(blocks.split(step), out.split(step), strict=True):
         write(_DECODERS[kind](some.reshape(-1, block_bytes)), target.view(-1, per_block))

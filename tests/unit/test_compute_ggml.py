@@ -63,14 +63,6 @@ def test_every_byte_is_right_under_zero_tiny_huge_and_infinite_scales(kind: str,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_buffer_is_filled_and_returned(kind: str) -> None:
-    stored = random_rows(kind, 7, 256, 1)
-    out = torch.full((7, 256), 3.0)
-    assert dequantise(stored, kind, 256, out=out) is out
-    assert_same_bits(out, reference(stored, kind))
-
-
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("start", [1, 2, 3])
 def test_bytes_may_begin_anywhere(kind: str, start: int) -> None:
     stored = random_rows(kind, 3, 256, 2)
@@ -108,17 +100,13 @@ def test_another_format_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stored", "columns", "out"),
+    ("stored", "columns"),
     [
-        (torch.zeros(2, 33, dtype=torch.uint8), 32, None),
-        (torch.zeros(2, 34, dtype=torch.int8), 32, None),
-        (torch.zeros(2, 34, dtype=torch.uint8), 40, None),
-        (torch.zeros(2, 34, dtype=torch.uint8), 32, torch.zeros(2, 32, dtype=torch.float16)),
-        (torch.zeros(2, 34, dtype=torch.uint8), 32, torch.zeros(32, 2).T),
+        (torch.zeros(2, 33, dtype=torch.uint8), 32),
+        (torch.zeros(2, 34, dtype=torch.int8), 32),
+        (torch.zeros(2, 34, dtype=torch.uint8), 40),
     ],
 )
-def test_bytes_and_buffers_of_another_shape_are_refused(
-    stored: torch.Tensor, columns: int, out: torch.Tensor | None
-) -> None:
-    with pytest.raises(ValueError, match=r"Q8_0|float32"):
-        dequantise(stored, "Q8_0", columns, out=out)
+def test_bytes_of_another_shape_are_refused(stored: torch.Tensor, columns: int) -> None:
+    with pytest.raises(ValueError, match="Q8_0"):
+        dequantise(stored, "Q8_0", columns)
