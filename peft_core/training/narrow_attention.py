@@ -57,13 +57,13 @@ class NarrowAttention(torch.autograd.Function):
         for queries, keys in _blocks(ctx.lengths):
             query_KQD, grad_KQD = (x[:, queries].flatten(1, 2) for x in (query_KPMD, grad_KPMD))
             weights_KQC = _weights(query_KPMD[:, queries], key_KPD[:, keys], ctx.scale)
-            grad_value_KPD[:, keys] += weights_KQC.bfloat16().mT @ grad_KQD
+            grad_value_KPD[:, keys].add_(weights_KQC.bfloat16().mT @ grad_KQD)
             grad_weights_KQC = (grad_KQD @ value_KPD[:, keys].mT).float()
             grad_scores_KQC = _softmax_backward(grad_weights_KQC, weights_KQC, -1, torch.float32)
             grad_scores_KQC = grad_scores_KQC.mul_(ctx.scale).bfloat16()
             grad_query_KQD = grad_scores_KQC @ key_KPD[:, keys]
             grad_query_KPMD[:, queries] = grad_query_KQD.view_as(grad_query_KPMD[:, queries])
-            grad_key_KPD[:, keys] += grad_scores_KQC.mT @ query_KQD
+            grad_key_KPD[:, keys].add_(grad_scores_KQC.mT @ query_KQD)
         grad_query_1HTD = _gathered(grad_query_KPMD, ctx.lengths).flatten(1, 2)[None].transpose(1, 2)
         grad_key_1KTD, grad_value_1KTD = (
             _gathered(x_KPD.bfloat16(), ctx.lengths)[None].transpose(1, 2) for x_KPD in (grad_key_KPD, grad_value_KPD)
@@ -76,18 +76,17 @@ _softmax_backward = torch._softmax_backward_data  # noqa: SLF001 -- the derivati
 
 def _weights(query_KQMD: torch.Tensor, key_KCD: torch.Tensor, scale: float) -> torch.Tensor:
     """Attention weights of a block in float32 [K, Q M, C]; its queries are those of the last keys."""
-    _, tokens, each, _ = query_KQMD.shape
-    mask_QC = _mask(tokens, each, key_KCD.shape[1])
-    scores_KQC = torch.baddbmm(mask_QC, query_KQMD.flatten(1, 2).float(), key_KCD.float().mT, alpha=scale)
+    tokens, each = query_KQMD.shape[1:3]
+    scores_KQC = (query_KQMD.flatten(1, 2).float() * scale) @ key_KCD.float().mT
+    scores_KQC[:, :, -tokens:].add_(_mask(tokens, each))
     weights_KQC: torch.Tensor = torch.softmax(scores_KQC, -1, out=scores_KQC)
     return weights_KQC
 
 
-@lru_cache(maxsize=64)  # 0.8 MB at 512 keys
-def _mask(tokens: int, each: int, keys: int) -> torch.Tensor:
-    """0 where a query sees a key, -inf elsewhere; float32 [tokens x each, keys]."""
-    later = torch.full((tokens, keys), -torch.inf).triu(keys - tokens + 1)
-    return later.repeat_interleave(each, 0)
+@lru_cache(maxsize=_BLOCK // _ALIGNED)
+def _mask(tokens: int, each: int) -> torch.Tensor:
+    """0 where a query sees a key, -inf elsewhere; float32 [tokens x each, tokens]."""
+    return torch.full((tokens, tokens), -torch.inf).triu(1).repeat_interleave(each, 0)
 
 
 class _Place(NamedTuple):
