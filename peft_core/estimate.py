@@ -146,7 +146,7 @@ def memory_bytes(config: TrainingConfig, base: Base, device: str, execution: Exe
     narrow = device != "cpu" or execution.weights == "bfloat16"
     weights = {
         "float32": 4 * shape.parameters,
-        "bfloat16": 2 * shape.parameters + (KERNELS_BYTES if device == "cpu" else 0),
+        "bfloat16": 2 * shape.parameters + (KERNELS_BYTES + woven_bytes(config.rank, shape) if device == "cpu" else 0),
         "file": base.size_bytes + UNPACKED_BYTES + min(execution.repacked_bytes, repacked_bytes(base)),
     }["bfloat16" if narrow else execution.weights]
     if device == "cpu" and base.model_type not in MAPPED and base.size_bytes < 3 * shape.parameters:
@@ -169,7 +169,7 @@ def memory_bytes(config: TrainingConfig, base: Base, device: str, execution: Exe
         + weights
         + kept
         + holes
-        + max(temporary, logits)
+        + (temporary + logits if known else max(temporary, logits))  # room for the logits of a chunk stays
         # Weights, gradients, two Adam moments, the best weights; weights and moments of the last good state.
         + lora_parameters(config.rank, shape) * 4 * 8
     )
@@ -187,6 +187,13 @@ def kept_bytes(config: TrainingConfig, base: Base, device: str, *, narrow: bool)
     between = 2 * (shape.query_size + shape.kv_size + shape.intermediate_size) + 7 * config.rank
     between += shape.query_size + 2 * shape.kv_size if base.model_type in _NORMED_HEADS else 0
     return 4 * 2 * shape.hidden_size + size * between
+
+
+def woven_bytes(rank: int, shape: ModelShape) -> int:
+    """Of the columns that stand beside the weights for LoRA's B (`training/projections.py`)."""
+    attention = 3 * (shape.query_size + 2 * shape.kv_size) + shape.hidden_size
+    mlp = 2 * 2 * shape.intermediate_size + shape.hidden_size
+    return 2 * shape.layers * rank * (attention + mlp)
 
 
 def repacked_bytes(base: Base) -> int:

@@ -15,7 +15,7 @@ import psutil
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _MADV_PAGEOUT = 21  # Linux's <sys/mman.h>
-_KEPT_BYTES = 8 << 20  # larger blocks (a chunk of logits) go back at once
+_KEPT_BYTES = 8 << 20  # larger blocks go back at once
 
 
 def peak_memory_bytes() -> int:
@@ -77,10 +77,7 @@ def return_surplus_memory() -> None:
 
 
 def page_out(address: int, size: int) -> None:
-    """Let go of memory that was read from a mapped file, where the system can. What is read again comes from the file.
-
-    Other memory keeps what it holds: it goes to swap, if there is any.
-    """
+    """Let go of memory that was read from a mapped file, where the system can. What is read again comes from the file."""
     page = os.sysconf("SC_PAGE_SIZE") if sys.platform == "linux" else 0
     if (libc := _glibc()) is not None and page:
         first, end = -(-address // page) * page, (address + size) // page * page

@@ -47,6 +47,9 @@ class StoredMatrix:
     """Products are computed in bfloat16, summed in float32: W is of the kind BF16, and x is rounded. Where a device has units
     for it that is several times faster; elsewhere it is slower."""
 
+    mapped: bool = False
+    """It lies in a file, whose pages are read when they are needed."""
+
     @classmethod
     def of(cls, weights_OI: torch.Tensor) -> StoredMatrix:
         """Weights in memory, float32, float16 or bfloat16; shared, not copied, where each row is contiguous."""
@@ -126,7 +129,7 @@ class StoredMatrix:
 
     def page_out(self) -> None:
         """It is not needed for now: where it lies in a file, its pages need not count as memory of this process."""
-        if self.blocks.is_cpu:
+        if self.mapped:
             page_out(self.blocks.data_ptr(), self.nbytes)
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
@@ -192,7 +195,8 @@ def open_stored(checkpoint: Checkpoint) -> StoredWeights:
         elif tensor.dtype == "F64":
             stored.matrices[name] = StoredMatrix.of(_from_float64(raw).view(tensor.shape))
         else:
-            stored.matrices[name] = StoredMatrix(raw.view(tensor.shape[0], -1), tensor.dtype, tensor.shape[1], heads)
+            blocks = raw.view(tensor.shape[0], -1)
+            stored.matrices[name] = StoredMatrix(blocks, tensor.dtype, tensor.shape[1], heads, mapped=True)
     return stored
 
 

@@ -49,18 +49,29 @@ def fuse(model: PeftModel) -> Fused:
     """Let modules compute by hand-written functions where that is the same mathematics; the others stay as they are.
 
     Others are those with dropout, with weights in another format than float32 or a stored one, with another activation or
-    norm, or whose attention is not the one for documents laid end to end.
+    norm, or whose attention is not the one for documents laid end to end. On MPS all are: results are written into columns
+    of larger matrices, and older versions of it leave those unwritten without a word.
     """
-    blocks = [block for module in model.modules() if (block := _block_of(module)) is not None]
+    if next(model.parameters()).device.type == "mps":
+        return Fused(blocks=0, linears=0)
     rotary = next((module for name, module in model.named_modules() if name.endswith("rotary_emb")), None)
-    blocks = [block for block in blocks if rotary is not None and _says_the_same(block, rotary)]
-    for block in blocks:
-        block.module.forward = partial(_block_forward, block)  # of this instance only
-    inside = {id(layer) for block in blocks for layer in block.module.modules()}
-    linears = [module for module in model.modules() if id(module) not in inside and _is_plain(module)]
-    for layer in linears:
-        layer.forward = partial(_linear_forward, _together(layer))  # type: ignore[method-assign]  # likewise
-    fused = Fused(blocks=len(blocks), linears=len(linears))
+    inside = set[int]()
+    blocks = 0
+    for module in list(model.modules()):
+        block = _block_of(module) if rotary is not None else None
+        if block is None or rotary is None or not _says_the_same(block, rotary):
+            continue
+        for linears in (block.query_key_value, block.output, block.gate_and_up, block.down):
+            linears.take_over()
+        module.forward = partial(_block_forward, block)  # of this instance only
+        inside.update(map(id, module.modules()))
+        blocks += 1
+    alone = [module for module in model.modules() if id(module) not in inside and _is_plain(module)]
+    for layer in alone:
+        linears = _together(layer)
+        linears.take_over()
+        layer.forward = partial(_linear_forward, linears)  # type: ignore[method-assign]  # likewise
+    fused = Fused(blocks=blocks, linears=len(alone))
     _log.info("layers_fused", **asdict(fused))
     return fused
 
@@ -80,6 +91,14 @@ class _Linears:
     @property
     def adapters(self) -> tuple[torch.Tensor | None, ...]:
         return tuple(matrix for module in self.modules for matrix in _adapter(module))
+
+    def take_over(self) -> None:
+        """The weights are here from now on: the modules look at them where they are computed with."""
+        if isinstance(self.projections, Woven):
+            for module, stored in zip(self.modules, self.projections.stored(), strict=True):
+                base = cast("FrozenLinear", _frozen(module))
+                base.stored.page_out()
+                base.stored = stored
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +173,7 @@ def _block_forward(block: _Block, hidden_1TD: torch.Tensor, **others: Any) -> to
     together = block.query_key_value
     qkv_TO = NormLinearsFunction.apply(x_TD, *block.first, together.projections, *together.adapters)
     query, key, value = (
-        qkv_TO[:, outputs].unflatten(1, (-1, block.head_size)) for outputs in together.projections.outputs
+        out_TO.unflatten(1, (-1, block.head_size)) for out_TO in qkv_TO.split(together.projections.sizes, 1)
     )
     if block.heads is not None:
         query, key = (NormFunction.apply(x, *norm) for x, norm in zip((query, key), block.heads, strict=True))
@@ -190,7 +209,6 @@ def _linear_forward(linear: _Linears, x: torch.Tensor) -> torch.Tensor:
 
 
 def _together(*modules: nn.Module) -> _Linears:
-    """Such layers, whose weights are moved to where they are computed with."""
     frozen = [_frozen(module) for module in modules]
     layers = [
         Layer(
@@ -201,11 +219,7 @@ def _together(*modules: nn.Module) -> _Linears:
         )
         for module, base in zip(modules, frozen, strict=True)
     ]
-    projections = project(layers)
-    if isinstance(projections, Woven):
-        for base, stored in zip(frozen, projections.stored(), strict=True):
-            cast("FrozenLinear", base).stored = stored
-    return _Linears(modules, projections)
+    return _Linears(modules, project(layers))
 
 
 def _adapter(layer: nn.Module) -> _Matrices:

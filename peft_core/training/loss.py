@@ -19,7 +19,7 @@ class FrozenHead:
 
     def __init__(self, W_VD: StoredMatrix) -> None:
         self._W_VD = W_VD
-        self._logits_CV = self._narrow_CV = torch.empty(0, len(W_VD.blocks))
+        self._logits_CV, self._narrow_CV = self._rooms(0, torch.device("cpu"))
 
     def cross_entropy(self, hidden_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
         """Sum over N of -log softmax(hidden @ W.T)[target], nats, float32; exact, no sampling.
@@ -55,12 +55,20 @@ class FrozenHead:
         return self._W_VD.times_transposed(grad_CV)
 
     def _room(self, positions: int, device: torch.device) -> torch.Tensor:
-        if len(self._logits_CV) < positions:
-            size = (min(_CHUNK, max(positions, 2 * len(self._logits_CV))), len(self._W_VD.blocks))
-            self._logits_CV = torch.empty(size, device=device)
-            if self._W_VD.in_bfloat16:
-                self._narrow_CV = torch.empty(size, dtype=torch.bfloat16, device=device)
+        if len(self._logits_CV) < positions or self._logits_CV.device != device:
+            enough = min(_CHUNK, max(positions, 2 * len(self._logits_CV)))
+            self._logits_CV, self._narrow_CV = self._rooms(0, device)
+            self._logits_CV, self._narrow_CV = self._rooms(enough, device)  # both, or neither
         return self._logits_CV[:positions]
+
+    def _rooms(self, positions: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """For logits in float32, and for what is multiplied in bfloat16 where it is."""
+        vocabulary = len(self._W_VD.blocks)
+        narrow = positions if self._W_VD.in_bfloat16 else 0
+        return (
+            torch.empty(positions, vocabulary, device=device),
+            torch.empty(narrow, vocabulary, dtype=torch.bfloat16, device=device),
+        )
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -35,21 +35,21 @@ class NarrowAttention(torch.autograd.Function):
         lengths: tuple[int, ...],
         scale: float,
     ) -> torch.Tensor:
-        groups = key_1KTD.shape[1]
-        query_KPMD = _spread(query_1HTD[0].unflatten(0, (groups, -1)).transpose(1, 2), lengths)
-        key_KPD, value_KPD = (_spread(x_1KTD[0], lengths) for x_1KTD in (key_1KTD, value_1KTD))
+        query_KPMD, key_KPD, value_KPD = _inputs(query_1HTD, key_1KTD, value_1KTD, lengths)
         out_KPMD = torch.empty_like(query_KPMD)
         for queries, keys in _blocks(lengths):
             weights_KQC = _weights(query_KPMD[:, queries], key_KPD[:, keys], scale)
             out_KQD = weights_KQC.bfloat16() @ value_KPD[:, keys]
             out_KPMD[:, queries] = out_KQD.view_as(out_KPMD[:, queries])
-        ctx.save_for_backward(query_KPMD, key_KPD, value_KPD)
+        own_value = value_1KTD.clone()  # without the query and key it was computed with
+        ctx.save_for_backward(query_1HTD, key_1KTD, own_value)
         ctx.lengths, ctx.scale = lengths, scale
         return _gathered(out_KPMD, lengths).flatten(1, 2)[None]
 
     @staticmethod
     def backward(ctx: Any, grad_1THD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query_KPMD, key_KPD, value_KPD = ctx.saved_tensors
+        query_1HTD, key_1KTD, value_1KTD = ctx.saved_tensors
+        query_KPMD, key_KPD, value_KPD = _inputs(query_1HTD, key_1KTD, value_1KTD, ctx.lengths)
         grad_KTMD = grad_1THD[0].unflatten(1, (len(key_KPD), -1)).transpose(0, 1)
         grad_KPMD = _spread(grad_KTMD, ctx.lengths)
         grad_query_KPMD = torch.empty_like(query_KPMD)
@@ -69,6 +69,14 @@ class NarrowAttention(torch.autograd.Function):
             _gathered(x_KPD.bfloat16(), ctx.lengths)[None].transpose(1, 2) for x_KPD in (grad_key_KPD, grad_value_KPD)
         )
         return grad_query_1HTD, grad_key_1KTD, grad_value_1KTD, None, None
+
+
+def _inputs(
+    query_1HTD: torch.Tensor, key_1KTD: torch.Tensor, value_1KTD: torch.Tensor, lengths: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query [K, P, M, D], key and value [K, P, D]."""
+    query_KTMD = query_1HTD[0].unflatten(0, (key_1KTD.shape[1], -1)).transpose(1, 2)
+    return _spread(query_KTMD, lengths), _spread(key_1KTD[0], lengths), _spread(value_1KTD[0], lengths)
 
 
 _softmax_backward = torch._softmax_backward_data  # noqa: SLF001 -- the derivative behind torch.softmax

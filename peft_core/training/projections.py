@@ -1,7 +1,7 @@
-"""Linear layers with LoRA that read the same input, computed as one: y = W x + bias + s B A x of each, side by side.
+"""Linear layers with LoRA that read the same input, computed together: y = W x + bias + s B A x of each, side by side.
 
-PEFT computes W x, B A x, the scaling and the sum one by one for each layer, and autograd keeps each result. Here it is one
-product with A of all layers, and one with all that comes after it.
+PEFT computes W x, B A x, the scaling and the sum one by one for each layer, and autograd keeps each result. Here A of all
+layers is one product; in bfloat16, so is all that comes after it.
 
 T tokens, I input features, O output features and R ranks of all layers together, X = I + R
 """
@@ -40,7 +40,8 @@ class Projections(ABC):
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.scalings = [layer.scaling for layer in layers]
         self.inputs = layers[0].W.shape[1]
-        self.outputs = _ranges([layer.W.shape[0] for layer in layers])  # of each layer, in O
+        self.sizes = [layer.W.shape[0] for layer in layers]
+        self.outputs = _ranges(self.sizes)  # of each layer, in O
         self.ranks = _ranges([layer.rank for layer in layers])  # of each layer, in R
         self.rank = self.ranks[-1].stop
 
@@ -129,8 +130,8 @@ class Apart(Projections):
 class Woven(Projections):
     """Weights in bfloat16, in one matrix [W | s B]: with [x | A x] that is all of y, and its transpose all of the gradient.
 
-    Products this slim take as long as their memory does; as columns of a large one they cost next to nothing. `forward`
-    writes B into it anew.
+    Products this slim take as long as their memory does; as columns of a large one they cost next to nothing, while ranks are
+    small against the inputs. `forward` writes B into it anew.
     """
 
     dtype = torch.bfloat16
@@ -143,7 +144,6 @@ class Woven(Projections):
         )  # B of one layer is nothing to the others
         for layer, outputs in zip(layers, self.outputs, strict=True):
             self._W_OX[outputs, : self.inputs] = layer.W.bfloat16
-            layer.W.page_out()  # what lies in a file would be in memory twice
         biases = [
             torch.zeros(layer.W.shape[0], device=device) if layer.bias_O is None else layer.bias_O for layer in layers
         ]
