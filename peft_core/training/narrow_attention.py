@@ -36,39 +36,39 @@ class NarrowAttention(torch.autograd.Function):
         scale: float,
     ) -> torch.Tensor:
         query_KPMD, key_KPD, value_KPD = _inputs(query_1HTD, key_1KTD, value_1KTD, lengths)
-        out_KPMD = torch.empty_like(query_KPMD)
+        scaled_KPMD, wide_key_KPD = query_KPMD.float().mul_(scale), key_KPD.float()
+        outs_KQMD = []
         for queries, keys in _blocks(lengths):
-            weights_KQC = _weights(query_KPMD[:, queries], key_KPD[:, keys], scale)
-            out_KQD = weights_KQC.bfloat16() @ value_KPD[:, keys]
-            out_KPMD[:, queries] = out_KQD.view_as(out_KPMD[:, queries])
+            weights_KQC = _weights(scaled_KPMD[:, queries], wide_key_KPD[:, keys])
+            out_KQD = torch.bmm(weights_KQC.bfloat16(), value_KPD[:, keys])
+            outs_KQMD.append(out_KQD.view_as(query_KPMD[:, queries]))
         own_value = value_1KTD.clone()  # without the query and key it was computed with
         ctx.save_for_backward(query_1HTD, key_1KTD, own_value)
         ctx.lengths, ctx.scale = lengths, scale
-        return _gathered(out_KPMD, lengths).flatten(1, 2)[None]
+        return _gathered(torch.cat(outs_KQMD, 1), lengths).flatten(1, 2)[None]
 
     @staticmethod
     def backward(ctx: Any, grad_1THD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query_1HTD, key_1KTD, value_1KTD = ctx.saved_tensors
         query_KPMD, key_KPD, value_KPD = _inputs(query_1HTD, key_1KTD, value_1KTD, ctx.lengths)
-        grad_KTMD = grad_1THD[0].unflatten(1, (len(key_KPD), -1)).transpose(0, 1)
-        grad_KPMD = _spread(grad_KTMD, ctx.lengths)
-        grad_query_KPMD = torch.empty_like(query_KPMD)
+        scaled_KPMD, wide_key_KPD = query_KPMD.float().mul_(ctx.scale), key_KPD.float()
+        grad_KPMD = _spread(grad_1THD[0].unflatten(1, (len(key_KPD), -1)).transpose(0, 1), ctx.lengths)
         grad_key_KPD, grad_value_KPD = (torch.zeros(x.shape, device=x.device) for x in (key_KPD, value_KPD))
+        grad_queries_KQMD = []
         for queries, keys in _blocks(ctx.lengths):
             query_KQD, grad_KQD = (x[:, queries].flatten(1, 2) for x in (query_KPMD, grad_KPMD))
-            weights_KQC = _weights(query_KPMD[:, queries], key_KPD[:, keys], ctx.scale)
-            grad_value_KPD[:, keys].add_(weights_KQC.bfloat16().mT @ grad_KQD)
-            grad_weights_KQC = (grad_KQD @ value_KPD[:, keys].mT).float()
-            grad_scores_KQC = _softmax_backward(grad_weights_KQC, weights_KQC, -1, torch.float32)
-            grad_scores_KQC = grad_scores_KQC.mul_(ctx.scale).bfloat16()
-            grad_query_KQD = grad_scores_KQC @ key_KPD[:, keys]
-            grad_query_KPMD[:, queries] = grad_query_KQD.view_as(grad_query_KPMD[:, queries])
-            grad_key_KPD[:, keys].add_(grad_scores_KQC.mT @ query_KQD)
-        grad_query_1HTD = _gathered(grad_query_KPMD, ctx.lengths).flatten(1, 2)[None].transpose(1, 2)
-        grad_key_1KTD, grad_value_1KTD = (
-            _gathered(x_KPD.bfloat16(), ctx.lengths)[None].transpose(1, 2) for x_KPD in (grad_key_KPD, grad_value_KPD)
-        )
-        return grad_query_1HTD, grad_key_1KTD, grad_value_1KTD, None, None
+            weights_KQC = _weights(scaled_KPMD[:, queries], wide_key_KPD[:, keys])
+            grad_value_KPD[:, keys].add_(torch.bmm(weights_KQC.bfloat16().mT, grad_KQD))
+            grad_weights_KQC = torch.bmm(grad_KQD, value_KPD[:, keys].mT).float()
+            grad_scores_KQC = _softmax_backward(grad_weights_KQC, weights_KQC, -1, torch.float32).bfloat16()
+            grad_query_KQD = torch.bmm(grad_scores_KQC, key_KPD[:, keys])
+            grad_queries_KQMD.append(grad_query_KQD.view_as(query_KPMD[:, queries]))
+            grad_key_KPD[:, keys].add_(torch.bmm(grad_scores_KQC.mT, query_KQD))
+        grad_query_TKMD = _gathered(torch.cat(grad_queries_KQMD, 1).mul_(ctx.scale), ctx.lengths)
+        grad_key_TKD = _gathered(grad_key_KPD.mul_(ctx.scale).bfloat16(), ctx.lengths)
+        grad_value_TKD = _gathered(grad_value_KPD.bfloat16(), ctx.lengths)
+        gradients = (grad_query_TKMD.flatten(1, 2), grad_key_TKD, grad_value_TKD)
+        return *(x_THD[None].transpose(1, 2) for x_THD in gradients), None, None
 
 
 def _inputs(
@@ -82,10 +82,10 @@ def _inputs(
 _softmax_backward = torch._softmax_backward_data  # noqa: SLF001 -- the derivative behind torch.softmax
 
 
-def _weights(query_KQMD: torch.Tensor, key_KCD: torch.Tensor, scale: float) -> torch.Tensor:
-    """Attention weights of a block in float32 [K, Q M, C]; its queries are those of the last keys."""
-    tokens, each = query_KQMD.shape[1:3]
-    scores_KQC = (query_KQMD.flatten(1, 2).float() * scale) @ key_KCD.float().mT
+def _weights(scaled_KQMD: torch.Tensor, key_KCD: torch.Tensor) -> torch.Tensor:
+    """Attention weights of a block in float32 [K, Q M, C]; its queries are those of the last keys. Of float32."""
+    tokens, each = scaled_KQMD.shape[1:3]
+    scores_KQC = torch.bmm(scaled_KQMD.flatten(1, 2), key_KCD.mT)
     scores_KQC[:, :, -tokens:].add_(_mask(tokens, each))
     weights_KQC: torch.Tensor = torch.softmax(scores_KQC, -1, out=scores_KQC)
     return weights_KQC
