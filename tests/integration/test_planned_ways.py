@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from peft_core.estimate import FUSED, MAPPED, kept_bytes, lora_parameters
 from peft_core.spec import Base, TrainingConfig
 from peft_core.training import lora
 from peft_core.training.batches import join
-from peft_core.training.fused import fuse
+from peft_core.training.fused import Fused, fuse
 from peft_core.training.objective import Objective, choose_objective
 from tests.toys import toy_documents, write_toy_base
 
@@ -32,12 +33,12 @@ def test_every_weight_of_a_mapped_family_can_stay_in_its_file_or_be_in_bfloat16(
         assert load_frozen(base, base.path, in_bfloat16=in_bfloat16) is not None
 
 
-def adapted(base: Base, *, in_bfloat16: bool) -> tuple[PeftModel, Objective]:
+def adapted(base: Base, *, in_bfloat16: bool, config: TrainingConfig = CONFIG) -> tuple[PeftModel, Objective]:
     """With an adapter of random weights: B is zero at first, which would hide half of the gradient."""
     model = load_frozen(base, base.path, in_bfloat16=True) if in_bfloat16 else load_base(base.path, torch.float32)
     assert model is not None
     objective = choose_objective(model, max_length=512)
-    with_adapter = lora.attach(model, CONFIG, "toy")
+    with_adapter = lora.attach(model, config, "toy")
     torch.manual_seed(1)
     for weight in lora.weights(with_adapter).values():
         torch.nn.init.normal_(weight, std=0.05)
@@ -75,18 +76,42 @@ def test_of_a_fused_family_every_block_is_fused_and_keeps_what_the_plan_says(
     assert sum(kept.values()) == pytest.approx(planned + beside_layers, rel=0.15)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["up_proj", "o_proj"], ["down_proj"]])
 @pytest.mark.parametrize("family", sorted(FUSED))
-def test_in_bfloat16_loss_and_gradient_are_those_of_float32_up_to_its_digits(family: str, tmp_path: Path) -> None:
+def test_in_bfloat16_loss_and_gradient_are_those_of_float32_up_to_its_digits(
+    family: str, targets: Literal["all-linear"] | list[str], recompute: bool, tmp_path: Path
+) -> None:
     base = resolve(str(write_toy_base(tmp_path / "base", family, dtype=torch.bfloat16)), Settings())
+    config = CONFIG.model_copy(update={"target_modules": targets})
     found = []
     for in_bfloat16 in (False, True):
-        model, objective = adapted(base, in_bfloat16=in_bfloat16)
+        model, objective = adapted(base, in_bfloat16=in_bfloat16, config=config)
+        if recompute:
+            objective.recompute_layers()
         loss = objective.loss(join(toy_documents((70, 40, 9)), torch.device("cpu")))
         gradients = torch.autograd.grad(loss, list(lora.weights(model).values()))
         found.append((loss.item(), torch.cat([gradient.flatten() for gradient in gradients])))
     (loss, gradient), (narrow_loss, narrow_gradient) = found
     assert narrow_loss == pytest.approx(loss, rel=5e-3)
     assert (narrow_gradient - gradient).norm() < 0.05 * gradient.norm()
+
+
+def test_a_block_that_is_not_fused_in_bfloat16_keeps_its_weights_where_they_were(tmp_path: Path) -> None:
+    base = resolve(str(write_toy_base(tmp_path / "base", dtype=torch.bfloat16)), Settings())
+    model = load_frozen(base, base.path, in_bfloat16=True)
+    assert model is not None
+    choose_objective(model, max_length=512)
+    layer = model.get_submodule("model.layers.1")
+    layer.self_attn.register_forward_hook(lambda _module, _inputs, out: (out[0] * 1.5, out[1]))
+    file = layer.self_attn.k_proj.stored.blocks.untyped_storage().data_ptr()
+    fused = fuse(lora.attach(model, TrainingConfig(rank=4, target_modules=["q_proj", "gate_proj"]), "toy"))
+    assert fused == Fused(blocks=1, linears=2)
+    assert layer.self_attn.k_proj.stored.blocks.untyped_storage().data_ptr() == file
+    query = layer.self_attn.q_proj.base_layer.stored
+    assert (
+        query.blocks.untyped_storage().nbytes() == query.nbytes + 2 * query.shape[0] * 4
+    )  # its own columns for B alone
 
 
 def test_weights_of_16_bits_are_used_where_they_lie(tmp_path: Path) -> None:
