@@ -32,6 +32,7 @@ from peft_core.data.overlap import FILE_NAME
 from peft_core.data.prepare import prepare
 from peft_core.data.read import read_examples
 from peft_core.errors import DataError
+from peft_core.estimate import narrow_blocks
 from peft_core.events import (
     AdapterWritten,
     DatasetPrepared,
@@ -102,7 +103,8 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     emit(PhaseStarted(phase=Phase.LOADING_MODEL))
     model, execution = _load(task, directory, plan)
     model = model.to(accelerator.device)
-    objective = choose_objective(model, config.max_length)
+    narrow = narrow_blocks(task.base, execution)
+    objective = choose_objective(model, config.max_length, narrow_blocks=narrow)
     return_freed_memory()
     order = plan_order(
         examples=len(train),

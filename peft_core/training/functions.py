@@ -1,8 +1,8 @@
 """What a decoder block computes, as few autograd functions: forward and backward written by hand, little kept between.
 
 Of a norm its input and one number a token are kept, of the gated MLP gate and up, of LoRA what A makes of the input;
-everything else is computed again in the backward pass. Frozen weights get no gradient. Between products numbers are of the
-projections' own type, the hidden states of the model are float32.
+everything else is computed again in the backward pass. Frozen weights get no gradient. The hidden states of the model are
+float32; between products, and for the backward pass, numbers are of the projections' own type.
 
 T tokens, D model size, I input features, O output features, F features of the MLP, H heads, E head size
 """
@@ -53,7 +53,7 @@ class NormLinearsFunction(torch.autograd.Function):
         inverse_T1 = _inverse_rms(x_TD, epsilon)
         y_TD = _scaled(x_TD, inverse_T1, w_D, out=projections.room(x_TD))
         out_TO, down_TR = projections.forward(y_TD, adapters)
-        ctx.save_for_backward(x_TD, w_D, inverse_T1, down_TR, *adapters)
+        ctx.save_for_backward(x_TD.to(projections.dtype), w_D, inverse_T1, down_TR, *adapters)
         ctx.projections = projections
         return out_TO
 
@@ -87,7 +87,8 @@ class NormGatedFunction(torch.autograd.Function):
         gate_TF, up_TF = (gate_up_TO[:, features] for features in gate_and_up.outputs)
         h_TF = torch.mul(silu(gate_TF), up_TF, out=down.room(gate_TF))
         out_TD, second_down_TR = down.forward(h_TF, adapters[4:])
-        ctx.save_for_backward(x_TD, w_D, inverse_T1, gate_up_TO, first_down_TR, second_down_TR, *adapters)
+        kept_TD = x_TD.to(gate_and_up.dtype)
+        ctx.save_for_backward(kept_TD, w_D, inverse_T1, gate_up_TO, first_down_TR, second_down_TR, *adapters)
         ctx.gate_and_up, ctx.down = gate_and_up, down
         return out_TD
 

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from peft_core.compute.stored import StoredMatrix
-
-_CHUNK = 256  # positions; 50 MB of logits at a vocabulary of 49152
+from peft_core.estimate import LOSS_POSITIONS
 
 
 class FrozenHead:
@@ -34,7 +33,9 @@ class FrozenHead:
         """(-log p(target) in nats, the likeliest token), each [N]. Without gradients, logits in chunks."""
         losses, likeliest = [], []
         with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
-            for hidden_CD, target_C in zip(hidden_ND.split(_CHUNK), target_N.split(_CHUNK), strict=True):
+            for hidden_CD, target_C in zip(
+                hidden_ND.split(LOSS_POSITIONS), target_N.split(LOSS_POSITIONS), strict=True
+            ):
                 loss_C, likeliest_C = logit_scores(self.logits(hidden_CD), target_C)
                 losses.append(loss_C)
                 likeliest.append(likeliest_C)
@@ -56,7 +57,7 @@ class FrozenHead:
 
     def _room(self, positions: int, device: torch.device) -> torch.Tensor:
         if len(self._logits_CV) < positions or self._logits_CV.device != device:
-            enough = min(_CHUNK, max(positions, 2 * len(self._logits_CV)))
+            enough = min(LOSS_POSITIONS, max(positions, 2 * len(self._logits_CV)))
             self._logits_CV, self._narrow_CV = self._rooms(0, device)
             self._logits_CV, self._narrow_CV = self._rooms(enough, device)  # both, or neither
         return self._logits_CV[:positions]
@@ -78,8 +79,8 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden_ND: torch.Tensor, head: FrozenHead, target_N: torch.Tensor) -> torch.Tensor:
         grad_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-        for start in range(0, hidden_ND.shape[0], _CHUNK):
-            chunk = slice(start, start + _CHUNK)
+        for start in range(0, hidden_ND.shape[0], LOSS_POSITIONS):
+            chunk = slice(start, start + LOSS_POSITIONS)
             grad_CD = None if grad_ND is None else grad_ND[chunk]
             total += _chunk_loss(hidden_ND[chunk], head, target_N[chunk], grad_CD)
         if grad_ND is not None:

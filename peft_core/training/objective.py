@@ -103,12 +103,12 @@ class Objective:
         return loss_N[learned_N], likeliest_N[learned_N]
 
 
-def choose_objective(model: PreTrainedModel, max_length: int) -> Objective:
+def choose_objective(model: PreTrainedModel, max_length: int, *, narrow_blocks: bool = False) -> Objective:
     """Try the fast ways on two tiny documents and keep those whose logits equal the model's own.
 
     A proof by example covers architectures that nobody listed: ones that ignore `document_lengths`, mix neighbours by
     convolution, cap attention or scale logits. What two short documents cannot show is read from the configuration.
-    Leaves the model's attention set accordingly.
+    Leaves the model's attention set accordingly. `narrow_blocks`: they will be computed in bfloat16 on a CPU.
     """
     device = next(model.parameters()).device
     documents = [_probe(length) for length in _PROBE_LENGTHS]
@@ -125,7 +125,7 @@ def choose_objective(model: PreTrainedModel, max_length: int) -> Objective:
         model=model,
         packed=packed,
         head=head,
-        capacity=micro_capacity(max_length, device.type) if packed else 0,
+        capacity=micro_capacity(max_length, device.type, narrow_blocks=narrow_blocks) if packed else 0,
         multiple_of=fixed_shapes(device),
     )
 
