@@ -50,7 +50,7 @@ _kept_up_to_bytes = 0
 
 
 def keep_freed_memory(up_to_bytes: int = 0) -> None:
-    """Let glibc reuse freed activations instead of asking the kernel for zeroed pages each time: a sixth of the speed.
+    """Let glibc reuse freed activations instead of asking the kernel for zeroed pages each time: +7-12 % speed.
 
     `up_to_bytes`: of the whole process, for `return_surplus_memory`.
     """
