@@ -1,7 +1,8 @@
 """Attention within documents in bfloat16 on a CPU, by plain products.
 
 Torch's own kernel takes longer for bfloat16 there than for float32. Here scores and their softmax are float32, the other
-products bfloat16, on processors with units for it in two thirds of the time (measured for 60 to 470 tokens).
+products bfloat16. On a processor with units for it that takes, forward and backward, 1.1, 0.9, 0.7 and 0.6 of the time of
+torch's kernel for float32, for documents of 60, 120, 235 and 470 tokens.
 
 H heads, K key/value heads, M = H / K query heads for each, T tokens of all documents, P with gaps between them, D head size,
 Q rows of a block: its queries, M for each token; C keys that a block looks at
