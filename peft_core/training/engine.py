@@ -175,6 +175,9 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     if accelerator.is_main_process:
         emit(PhaseStarted(phase=Phase.EVALUATING_ADAPTER, detail="both write from held-out prompts"))
         make_plain(adapted, model)
+        if objective.head is not None:
+            objective.head.release()
+        return_freed_memory()
         budget = writing_budget(progress.tokens)
         evaluation = exam.compare(base_scores, adapter_scores, model, adapted.disable_adapter, budget=budget, stop=stop)
         # `prepare` kept apart what is held out; early stopping looked at a part of it.

@@ -18,7 +18,7 @@ class FrozenHead:
 
     def __init__(self, W_VD: StoredMatrix) -> None:
         self._W_VD = W_VD
-        self._logits_CV, self._narrow_CV = self._rooms(0, torch.device("cpu"))
+        self.release()
 
     def cross_entropy(self, hidden_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
         """Sum over N of -log softmax(hidden @ W.T)[target], nats, float32; exact, no sampling.
@@ -54,6 +54,10 @@ class FrozenHead:
         if self._W_VD.in_bfloat16:
             return (self._narrow_CV[: len(grad_CV)].copy_(grad_CV) @ self._W_VD.bfloat16).float()
         return self._W_VD.times_transposed(grad_CV)
+
+    def release(self) -> None:
+        """Give up the room for logits; it is made anew when it is needed."""
+        self._logits_CV, self._narrow_CV = self._rooms(0, torch.device("cpu"))
 
     def _room(self, positions: int, device: torch.device) -> torch.Tensor:
         if len(self._logits_CV) < positions or self._logits_CV.device != device:
