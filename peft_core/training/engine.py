@@ -75,7 +75,7 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     task, paths = task.model_copy(update={"config": config}), JobPaths(task.job_dir)
     _set_up_process(config.seed)
     plan = choose(config.device, timed(config.device, describe()))
-    if plan.device == "cpu":
+    if plan.device == "cpu" and not task.execution.recompute_layers:  # else memory is scarce from the start
         keep_freed_memory(up_to_bytes=task.estimated_memory_bytes or 0)
     _log.info("device_chosen", device=plan.device, formats=plan.note)
     accelerator = _accelerator(plan.device, plan.autocast)
