@@ -18,7 +18,7 @@ PROCESS_BYTES = 420 << 20  # Python with torch, transformers and peft
 # Processed at once, unless one document has more. In float32 on a CPU more are no faster, and take 0.9 GB more (512 against a
 # whole step); CUDA wants more work at a time; on MPS attention keeps a number for each pair of them.
 MICRO_TOKENS = {"cpu": 512, "mps": 512, "cuda": 4096}
-# Of blocks computed in bfloat16, which keep a third of that: a twentieth faster than 512, in 0.1 GB more.
+# Of blocks computed in bfloat16, which keep half as much of each: a twentieth faster than 512, in 0.1 GB more.
 NARROW_MICRO_TOKENS = 704
 KERNELS_BYTES = 40 << 20  # oneDNN's programs for products in bfloat16
 UNPACKED_BYTES = 32 << 20  # of weights that stay in their file, a few at a time
@@ -155,7 +155,7 @@ def memory_bytes(config: TrainingConfig, base: Base, device: str, execution: Exe
         weights += base.size_bytes  # its file, of 16 bits a weight, is mapped while it becomes float32
     known = base.model_type in FUSED
     kept_per_token = kept_bytes(config, base, device, narrow=narrow)
-    capacity = micro_capacity(config.max_length, device, narrow_blocks=narrow_blocks(base, execution))
+    capacity = micro_capacity(config.max_length, device, narrow_blocks=narrow_blocks(config, base, execution))
     micro_tokens = min(capacity, config.batch_size * config.max_length)
     pairs = shape.heads * micro_tokens**2 if device == "mps" else 0  # in float32, as its attention has no own backward
     per_layer = micro_tokens * kept_per_token + 4 * pairs
@@ -204,9 +204,9 @@ def repacked_bytes(base: Base) -> int:
     return round(1.25 * base.shape.parameters) if quantised else 0
 
 
-def narrow_blocks(base: Base, execution: Execution) -> bool:
+def narrow_blocks(config: TrainingConfig, base: Base, execution: Execution) -> bool:
     """Whether whole blocks are computed in bfloat16 on a CPU."""
-    return execution.weights == "bfloat16" and base.model_type in FUSED
+    return execution.weights == "bfloat16" and base.model_type in FUSED and not config.dropout
 
 
 def micro_capacity(max_length: int, device: str, *, narrow_blocks: bool = False) -> int:

@@ -16,6 +16,7 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _MADV_PAGEOUT = 21  # Linux's <sys/mman.h>
 _KEPT_BYTES = 8 << 20  # larger blocks go back at once
+_SPARING_BYTES = 1 << 20  # the same where memory is scarce
 
 
 def peak_memory_bytes() -> int:
@@ -59,6 +60,13 @@ def keep_freed_memory(up_to_bytes: int = 0) -> None:
     if (libc := _glibc()) is not None:
         libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
         libc.mallopt(_M_TRIM_THRESHOLD, 2 * _KEPT_BYTES)
+
+
+def spare_memory() -> None:
+    """From now on give what is freed back at once: slower, and without the holes that large blocks leave in glibc's heap."""
+    keep_freed_memory(up_to_bytes=0)
+    if (libc := _glibc()) is not None:
+        libc.mallopt(_M_MMAP_THRESHOLD, _SPARING_BYTES)
 
 
 def return_freed_memory() -> None:

@@ -75,7 +75,7 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     task, paths = task.model_copy(update={"config": config}), JobPaths(task.job_dir)
     _set_up_process(config.seed)
     plan = choose(config.device, timed(config.device, describe()))
-    if plan.device == "cpu" and not task.execution.recompute_layers:  # else memory is scarce from the start
+    if plan.device == "cpu":
         keep_freed_memory(up_to_bytes=task.estimated_memory_bytes or 0)
     _log.info("device_chosen", device=plan.device, formats=plan.note)
     accelerator = _accelerator(plan.device, plan.autocast)
@@ -103,7 +103,7 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     emit(PhaseStarted(phase=Phase.LOADING_MODEL))
     model, execution = _load(task, directory, plan)
     model = model.to(accelerator.device)
-    narrow = narrow_blocks(task.base, execution)
+    narrow = narrow_blocks(config, task.base, execution)
     objective = choose_objective(model, config.max_length, narrow_blocks=narrow)
     return_freed_memory()
     order = plan_order(

@@ -7,7 +7,7 @@ T tokens (all leading axes), D model size, E head size; 1 is the batch dimension
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeGuard, cast
@@ -54,17 +54,13 @@ def fuse(model: PeftModel) -> Fused:
     """
     if next(model.parameters()).device.type == "mps":
         return Fused(blocks=0, linears=0)
-    rotary = next((module for name, module in model.named_modules() if name.endswith("rotary_emb")), None)
     inside = set[int]()
     blocks = 0
-    for module in list(model.modules()):
-        block = _block_of(module) if rotary is not None else None
-        if block is None or rotary is None or not _says_the_same(block, rotary):
-            continue
+    for block in _proven_blocks(model):
         for linears in (block.query_key_value, block.output, block.gate_and_up, block.down):
             linears.take_over()
-        module.forward = partial(_block_forward, block)  # of this instance only
-        inside.update(map(id, module.modules()))
+        block.module.forward = partial(_block_forward, block)  # of this instance only
+        inside.update(map(id, block.module.modules()))
         blocks += 1
     alone = [module for module in model.modules() if id(module) not in inside and _is_plain(module)]
     for layer in alone:
@@ -74,6 +70,15 @@ def fuse(model: PeftModel) -> Fused:
     fused = Fused(blocks=blocks, linears=len(alone))
     _log.info("layers_fused", **asdict(fused))
     return fused
+
+
+def _proven_blocks(model: PeftModel) -> Iterator[_Block]:
+    """One after the other: until it is proven and taken over, or neither, a block has its weights twice."""
+    rotary = next((module for name, module in model.named_modules() if name.endswith("rotary_emb")), None)
+    for module in list(model.modules()):
+        block = _block_of(module)
+        if block is not None and rotary is not None and _says_the_same(block, rotary):
+            yield block
 
 
 class _Norm(NamedTuple):

@@ -13,7 +13,7 @@ from torch import nn
 
 from peft_core.compute.device import release_cache, rng_state, set_rng_state
 from peft_core.compute.failures import is_out_of_memory, shown
-from peft_core.compute.process import keep_freed_memory, peak_memory_bytes, return_freed_memory, return_surplus_memory
+from peft_core.compute.process import peak_memory_bytes, return_freed_memory, return_surplus_memory, spare_memory
 from peft_core.compute.stop import Stop, Stopped
 from peft_core.errors import NotFinite
 from peft_core.events import (
@@ -90,7 +90,7 @@ class Loop:
         self._rng, self.lowered = dict(checkpoint.rng), checkpoint.lowered
         if len(checkpoint.memory_saved) > len(self.memory_saved):  # fewer: this run has gone back to before it saved
             self.memory_saved = checkpoint.memory_saved
-            keep_freed_memory(up_to_bytes=0)
+            spare_memory()
             self.objective.capacity = self.memory_saved[-1].tokens_at_once
             if self.memory_saved[-1].layers_computed_twice:
                 self.objective.recompute_layers()

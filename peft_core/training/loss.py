@@ -14,7 +14,7 @@ from peft_core.estimate import LOSS_POSITIONS
 
 
 class FrozenHead:
-    """An output head W, and room for the logits of one chunk, which stays: fresh memory for each would take a tenth longer."""
+    """An output head W, and room for the logits of a chunk, which stays: fresh memory for each takes a quarter longer."""
 
     def __init__(self, W_VD: StoredMatrix) -> None:
         self._W_VD = W_VD

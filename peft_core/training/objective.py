@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from peft_core.compute.device import fixed_shapes
 from peft_core.compute.failures import is_out_of_memory, shown
 from peft_core.compute.frozen import FrozenLinear, matrix_of
-from peft_core.compute.process import keep_freed_memory
+from peft_core.compute.process import spare_memory
 from peft_core.compute.stored import StoredMatrix
 from peft_core.estimate import micro_capacity
 from peft_core.training import attention
@@ -59,7 +59,7 @@ class Objective:
 
         `tokens`: of the micro-batch that was too large. `longest`: of the longest document, which is not divided.
         """
-        keep_freed_memory(up_to_bytes=0)  # memory is scarce from now on
+        spare_memory()
         least = longest if self.multiple_of is None else -(-longest // self.multiple_of) * self.multiple_of
         if self.packed and tokens > least:  # a document by itself stays by itself
             self.capacity = max(least, tokens // 2)
@@ -77,7 +77,7 @@ class Objective:
         if self.recomputes or not layers:
             return False
         self.recomputes = True
-        keep_freed_memory(up_to_bytes=0)  # this is done where memory is scarce
+        spare_memory()
         for layer in layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         return True

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from peft_core import places
 from peft_core.bases import resolve
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument, ModelError
@@ -124,12 +125,12 @@ async def test_what_lies_beside_a_private_place_is_allowed(home: Path, manager: 
 async def test_the_home_of_somebody_else_is_refused_and_a_service_directory_is_not(
     home: Path, manager: PEFTManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nobody = pwd.getpwuid(0)
-    there = [struct_passwd((*nobody[:5], directory, nobody[6])) for directory in ("/home/bob", "/var/www", "/")]
+    nobody, homes, sites = pwd.getpwuid(0), places._HOMES[0], Path("/sites")
+    there = [struct_passwd((*nobody[:5], str(directory), nobody[6])) for directory in (homes / "bob", sites, "/")]
     monkeypatch.setattr(pwd, "getpwall", lambda: there)
-    await refused(manager, "/home/bob")
-    for place in ("/home/bob/project", "/home/project", "/var/www", "/srv/project"):
-        require_data_place(Path(place), data_dir=manager.settings.data_dir, allowed_roots=None)
+    await refused(manager, str(homes / "bob"))
+    for place in (homes / "bob" / "project", homes / "project", sites, Path("/srv/project")):
+        require_data_place(place, data_dir=manager.settings.data_dir, allowed_roots=None)
 
 
 async def test_what_is_not_there_is_refused_alike(home: Path, manager: PEFTManager) -> None:

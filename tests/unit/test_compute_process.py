@@ -17,6 +17,7 @@ from peft_core.compute.process import (
     return_freed_memory,
     return_surplus_memory,
     seconds_alive,
+    spare_memory,
     usable_cores,
 )
 from peft_core.compute.stop import Stop, Stopped
@@ -115,6 +116,8 @@ def test_freed_memory_is_returned_above_what_may_be_kept_and_not_below(monkeypat
     for kept in (memory_bytes() + (1 << 30), 1 << 20):
         keep_freed_memory(up_to_bytes=kept)
         return_surplus_memory()
-    keep_freed_memory()
+    keep_freed_memory(up_to_bytes=memory_bytes() + (1 << 30))
+    spare_memory()
     return_surplus_memory()
+    keep_freed_memory()
     assert returned == [1 << 20, 0]

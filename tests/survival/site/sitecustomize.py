@@ -60,7 +60,7 @@ class Finder(MetaPathFinder):
     module: str
 
     def change(self, module: Any) -> None:
-        raise NotImplementedError
+        raise NotImplementedError  # each of the finders below has its own
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != self.module:
