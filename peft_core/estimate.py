@@ -13,7 +13,8 @@ from peft_core.results import Estimate
 from peft_core.spec import Base, Execution, ModelShape, SourceSummary, TrainingConfig
 
 TOKENS_PER_EXAMPLE = 235  # mean of 9700 code units at max_length 512, of 480 files drawn from 20 000 Python files
-CPU_FLOPS_PER_CORE = 30e9  # useful float32 rate in training, per core
+# Useful rates in training, per core: half of what was measured on servers' cores, which few others reach.
+CPU_FLOPS_PER_CORE = {"float32": 30e9, "bfloat16": 60e9}
 PROCESS_BYTES = 420 << 20  # Python with torch, transformers and peft
 # Processed at once, unless one document has more. In float32 on a CPU more are no faster, and take 0.9 GB more (512 against a
 # whole step); CUDA wants more work at a time; on MPS attention keeps a number for each pair of them.
@@ -50,7 +51,7 @@ def estimate(
         tokens *= epochs
     held_out_tokens = min(source.estimated_tokens * config.held_out_fraction, MEASURED_EXAMPLES * TOKENS_PER_EXAMPLE)
 
-    rate, basis = tokens_per_second(base, device, measured_tokens_per_second)
+    rate, basis = tokens_per_second(base, device, execution, measured_tokens_per_second)
     # Measuring the held-out loss is a forward pass, a third of a training step: twice, and as much again in between. Writing
     # from prompts is a tenth of the training at most, and little of a long one.
     written = 2 / 3 * min(WRITTEN_TOKENS, 0.15 * tokens + GENERAL_TOKENS)
@@ -69,7 +70,7 @@ def evaluation_estimate(
 ) -> Estimate:
     """Of base and adapter on the same text: each a forward pass, a third of a training step."""
     tokens = 2 * (min(source.estimated_tokens, MEASURED_EXAMPLES * TOKENS_PER_EXAMPLE) + WRITTEN_TOKENS)
-    rate, basis = tokens_per_second(base, device, measured_tokens_per_second)
+    rate, basis = tokens_per_second(base, device, Execution(), measured_tokens_per_second)
     return Estimate(
         train_tokens=0,
         steps=0,
@@ -79,13 +80,16 @@ def evaluation_estimate(
     )
 
 
-def tokens_per_second(base: Base, device: str, measured: float | None) -> tuple[float | None, str]:
+def tokens_per_second(
+    base: Base, device: str, execution: Execution, measured: float | None
+) -> tuple[float | None, str]:
     """The rate to reckon with, None where nothing is known; and where it comes from, in words."""
     if measured:
         return measured, "speed of your last run on this base and device"
     if device == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        rate = cores * CPU_FLOPS_PER_CORE / flops_per_token(base.shape)
+        arithmetic = "bfloat16" if execution.weights == "bfloat16" and base.model_type in FUSED else "float32"
+        rate = cores * CPU_FLOPS_PER_CORE[arithmetic] / flops_per_token(base.shape)
         return rate, f"rule of thumb for {cores} CPU cores; the status shows the measured speed"
     return None, f"no run on this base and {device} yet; the status shows the measured speed"
 
@@ -140,15 +144,17 @@ def executions(config: TrainingConfig, base: Base, device: str, *, cpu_bfloat16:
 
 
 def memory_bytes(config: TrainingConfig, base: Base, device: str, execution: Execution) -> int:
-    """Estimated peak of the training process, on CPU; of the device's memory elsewhere, where all weights are in it.
+    """Estimated peak of the training process, on a CPU; of what torch takes of the device's memory, elsewhere.
 
     For the families of FUSED near what they take; for others what they take at most.
     """
     shape = base.shape
-    narrow = device != "cpu" or execution.weights == "bfloat16"
+    narrow = execution.weights == "bfloat16" or (device != "cpu" and config.precision == "auto")
     weights = {
         "float32": 4 * shape.parameters,
-        "bfloat16": 2 * shape.parameters + (KERNELS_BYTES + woven_bytes(config.rank, shape) if device == "cpu" else 0),
+        "bfloat16": 2 * shape.parameters
+        + (0 if device == "mps" else woven_bytes(config.rank, shape))
+        + (KERNELS_BYTES if device == "cpu" else 0),
         "file": base.size_bytes + UNPACKED_BYTES + min(execution.repacked_bytes, repacked_bytes(base)),
     }["bfloat16" if narrow else execution.weights]
     if device == "cpu" and base.model_type not in MAPPED and base.size_bytes < 3 * shape.parameters:
@@ -162,13 +168,15 @@ def memory_bytes(config: TrainingConfig, base: Base, device: str, execution: Exe
     kept = shape.layers * per_layer
     if execution.recompute_layers:
         kept = per_layer + shape.layers * micro_tokens * 4 * shape.hidden_size
-    holes = kept // 3 if device == "cpu" else 0  # in the heap, after micro-batches of many lengths
+    holes = kept // {"cpu": 3, "cuda": 10}.get(
+        device, 8
+    )  # between blocks of memory, after micro-batches of many lengths
     temporary = micro_tokens * 4 * 6 * shape.intermediate_size
     logits = LOSS_POSITIONS * shape.vocab_size * (6 if narrow else 4)
     if not known:  # a head that does more than a product is computed as a whole: logits, two copies, their gradient
         logits = max(logits, 4 * 4 * micro_tokens * shape.vocab_size)
     return round(
-        PROCESS_BYTES
+        (0 if device == "cuda" else PROCESS_BYTES)  # MPS has the process's own memory
         + weights
         + kept
         + holes
@@ -182,8 +190,9 @@ def kept_bytes(config: TrainingConfig, base: Base, device: str, *, narrow: bool)
     """What a layer keeps of a token until its gradients are computed. `narrow`: products are computed in 16 bits."""
     shape = base.shape
     known = base.model_type in FUSED
-    if device != "cpu" or config.dropout or not known:
-        per_token = (2 if narrow else 4) * (14 * shape.hidden_size + 6 * shape.intermediate_size)
+    if device == "mps" or config.dropout or not known:
+        in_16_bits = narrow and device == "cpu"  # on accelerators, what flows between layers that are not fused is float32
+        per_token = (2 if in_16_bits else 4) * (14 * shape.hidden_size + 6 * shape.intermediate_size)
         return per_token if known else 2 * per_token
     # Its two inputs, queries, keys, values, the attention's result, gate and up; A x of each.
     numbers = 2 * (shape.hidden_size + shape.query_size + shape.kv_size + shape.intermediate_size) + 7 * config.rank

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from peft_core.spec import ModelShape, TrainingConfig
 
-MEASURED_RATE = 5e-4  # of LoRA A, at the two sizes below
+MEASURED_RATE = 1e-3  # of LoRA A, at the two sizes below
 _MEASURED_HIDDEN_SIZE = 576
 _MEASURED_BATCH = 4
 _EXPONENT = 0.781

@@ -26,6 +26,7 @@ ProjectId = Annotated[
     ),
 ]
 DeviceName = Literal["auto", "mps", "cuda", "cpu"]
+Precision = Literal["auto", "float32"]
 
 
 class Mixture(Frozen):
@@ -92,7 +93,7 @@ class TrainingConfig(Frozen):
         Field(
             gt=0,
             le=0.1,
-            description="Peak rate of LoRA A; B gets lora_plus_ratio times this. Null: 5e-4 for the bundled base, less for "
+            description="Peak rate of LoRA A; B gets lora_plus_ratio times this. Null: 1e-3 for the bundled base, less for "
             "larger ones.",
         ),
     ] = None
@@ -160,7 +161,7 @@ class TrainingConfig(Frozen):
         "auto"
     )
     precision: Annotated[
-        Literal["auto", "float32"],
+        Precision,
         Field(
             description="Arithmetic of products with the base's weights. 'auto' takes bfloat16 where the processor has units "
             "for it, else float32. The adapter, its gradients and the losses are float32 always."

@@ -10,10 +10,15 @@ import torch
 
 from peft_core.compute.process import usable_cores
 from peft_core.errors import InvalidArgument
-from peft_core.spec import DeviceName
+from peft_core.spec import DeviceName, Precision
 
 ChosenDevice = Literal["mps", "cuda", "cpu"]
 
+_WHY_FLOAT32: dict[ChosenDevice, str] = {
+    "mps": "float32: bfloat16 on MPS needs macOS 14",
+    "cuda": "float32: this GPU has no bfloat16 units",
+    "cpu": "float32",  # unless the task says otherwise: a CPU without units for bfloat16 is five times slower in it
+}
 _MPS_MULTIPLE = 256  # tokens: two shapes at the default max_length, and about a tenth of the work for nothing
 
 
@@ -50,7 +55,7 @@ def describe() -> Machine:
     )
 
 
-def choose(requested: DeviceName, machine: Machine) -> DevicePlan:
+def choose(requested: DeviceName, machine: Machine, precision: Precision = "auto") -> DevicePlan:
     """Decide for a machine. 'auto': MPS, else CUDA, else the CPU; of MPS and CPU the faster, where both were timed.
 
     Raises:
@@ -69,23 +74,20 @@ def choose(requested: DeviceName, machine: Machine) -> DevicePlan:
             suggestions=["Use device='auto': it takes the fastest one there is."],
         )
     if requested == "auto" and there[0] == "mps" and machine.mps_flops is not None and machine.cpu_flops is not None:
-        plan = choose("mps" if machine.mps_flops >= machine.cpu_flops else "cpu", machine)
+        plan = choose("mps" if machine.mps_flops >= machine.cpu_flops else "cpu", machine, precision)
         speeds = f"MPS {machine.mps_flops / 1e12:.1f} TFLOP/s, CPU {machine.cpu_flops / 1e12:.1f} TFLOP/s"
         return replace(plan, note=f"{plan.note}; {speeds}")
-    match there[0] if requested == "auto" else requested:
+    device = there[0] if requested == "auto" else requested
+    if precision == "float32":
+        return DevicePlan(device, torch.float32, "no", "float32, as asked for")
+    match device:
         case "mps" if machine.mps_bfloat16:
-            # Not float16: its range overflows in training and gives NaN on MPS. Without autocast: PEFT casts at the
-            # border between the bfloat16 base and the float32 adapter.
+            # Not float16: its range overflows in training and gives NaN on MPS.
             return DevicePlan("mps", torch.bfloat16, "no", "frozen weights in bfloat16, adapter in float32")
-        case "mps":
-            return DevicePlan("mps", torch.float32, "no", "float32: bfloat16 on MPS needs macOS 14")
         case "cuda" if machine.cuda_bfloat16:
             return DevicePlan("cuda", torch.bfloat16, "bf16", "bfloat16 arithmetic, adapter in float32")
-        case "cuda":
-            return DevicePlan("cuda", torch.float32, "no", "float32: this GPU has no bfloat16 units")
         case _:
-            # CPUs without AMX or SME do bfloat16 arithmetic five times slower than float32.
-            return DevicePlan("cpu", torch.float32, "no", "float32")
+            return DevicePlan(device, torch.float32, "no", _WHY_FLOAT32[device])
 
 
 def use_cores() -> None:

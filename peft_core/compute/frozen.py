@@ -73,6 +73,17 @@ def matrix_of(layer: nn.Linear) -> StoredMatrix:
     return replace(StoredMatrix.of(layer.weight), in_bfloat16=layer.weight.dtype == torch.bfloat16)
 
 
+def move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """A base on its device, stored matrices too; what two layers share stays one."""
+    moved: dict[int, StoredMatrix] = {}
+    for module in model.modules():
+        if isinstance(module, FrozenLinear | FrozenEmbedding) and module.stored.blocks.device != device:
+            stored = moved.setdefault(id(module.stored), module.stored.on(device))
+            module.stored, module.weight = stored, _placeholder(stored)
+    model.to(device)  # type: ignore[arg-type]  # a decorator hides the signature
+    return model
+
+
 def load_frozen(
     base: Base, directory: Path, *, in_bfloat16: bool = False, repacked_bytes: int = 0
 ) -> PreTrainedModel | None:
@@ -166,4 +177,4 @@ def _put_in(model: PreTrainedModel, stored: StoredWeights) -> bool:
 
 
 def _placeholder(stored: StoredMatrix) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(()).expand(stored.shape), requires_grad=False)
+    return nn.Parameter(torch.zeros((), device=stored.blocks.device).expand(stored.shape), requires_grad=False)

@@ -32,7 +32,7 @@ class StoredMatrix:
     """A frozen weight W [O, I] in its stored form: bytes, and how to read them."""
 
     blocks: torch.Tensor
-    """uint8 [O, bytes of a row]"""
+    """uint8 [O, bytes of a row]; bfloat16 [O, I] of a matrix that was moved to a device to be computed with so."""
 
     kind: str | Form
     """ggml's name of the format, one of `ggml.SUPPORTED`; or the form in which it was repacked."""
@@ -67,7 +67,7 @@ class StoredMatrix:
     @property
     def nbytes(self) -> int:
         """Bytes of the stored form."""
-        return self.blocks.numel()
+        return self.blocks.nbytes
 
     @property
     def bfloat16(self) -> torch.Tensor:
@@ -127,6 +127,11 @@ class StoredMatrix:
         self.page_out()
         return copy
 
+    def on(self, device: torch.device) -> StoredMatrix:
+        """A copy on another device. What is bfloat16 is no bytes there: not every device looks at memory as another type."""
+        blocks = self.bfloat16 if self.in_bfloat16 else self.blocks
+        return replace(self, blocks=blocks.to(device), mapped=False)
+
     def page_out(self) -> None:
         """It is not needed for now: where it lies in a file, its pages need not count as memory of this process."""
         if self.mapped:
@@ -155,6 +160,8 @@ class StoredMatrix:
 
     def _unpacked(self, blocks: torch.Tensor) -> torch.Tensor:
         """Some of the rows in float32."""
+        if self.in_bfloat16:
+            return blocks.view(torch.bfloat16).float()
         if isinstance(self.kind, Form):
             return unpack(blocks, self.kind, self.columns)
         return dequantise(blocks, self.kind, self.columns)

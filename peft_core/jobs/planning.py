@@ -84,7 +84,8 @@ def plan(
             suggestions=["Use a base for code completion, such as Qwen2.5-Coder or StarCoder2"],
         )
     measured = measured_speed(base, device)
-    config, chosen = advise(config, base.shape, found, tokens_per_second(base, device, measured)[0])
+    fastest = executions(config, base, device, cpu_bfloat16=cpu_multiplies_bfloat16())[0]
+    config, chosen = advise(config, base.shape, found, tokens_per_second(base, device, fastest, measured)[0])
     _check_fit(config, base)
     config = filled_in(config, base.shape)
     execution, cost = _choose_execution(config, base, device, settings.max_memory_mb)

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
+import structlog
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from peft_core.compute.device import fixed_shapes
+from peft_core.compute.failures import shown
 from peft_core.training.narrow_attention import NarrowAttention
+
+_log = structlog.get_logger(__name__)
 
 NAME = "peft_mcp_documents"
 _NOT_DONE_HERE = ("softcap", "s_aux")  # capped scores (Gemma 2), a sink for attention (GPT-OSS)
@@ -58,6 +63,8 @@ def attend_within_documents(
     if query_BHTD.is_cpu and query_BHTD.dtype in _ON_CPU and dropout == 0.0 and same_size:
         scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
         return _ON_CPU[query_BHTD.dtype].apply(query_BHTD, key_BKTD, value_BKTD, lengths, scale), None
+    if dropout == 0.0 and same_size and _runs_flash(query_BHTD):
+        return _flash(query_BHTD, key_BKTD, value_BKTD, lengths, scaling), None
     grouped = query_BHTD.shape[1] != key_BKTD.shape[1]
     out_BLHD = [
         scaled_dot_product_attention(
@@ -66,6 +73,48 @@ def attend_within_documents(
         for query_BHLD, key_BKLD, value_BKLD in _documents(lengths, query_BHTD, key_BKTD, value_BKTD)
     ]
     return torch.cat(out_BLHD, dim=1), None
+
+
+def _runs_flash(query_BHTD: torch.Tensor) -> bool:
+    """Whether flash attention's kernel takes it: GPUs with units for bfloat16, and of head sizes all that models have."""
+    size = query_BHTD.shape[-1]
+    fits = query_BHTD.is_cuda and query_BHTD.dtype == torch.bfloat16 and size % 8 == 0 and size <= 128
+    return fits and _has_flash(query_BHTD.device)
+
+
+@lru_cache
+def _has_flash(device: torch.device) -> bool:
+    """Whether this build of torch has the kernel, for this GPU: by a tiny document, there and back."""
+    x_1HTD = torch.zeros(1, 1, 8, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
+    try:
+        with torch.enable_grad():
+            _flash(x_1HTD, x_1HTD, x_1HTD, (5, 3), None).sum().backward()
+    except RuntimeError as error:
+        _log.info("flash_attention_refused", reason=shown(error))
+        return False
+    return True
+
+
+def _flash(
+    query_1HTD: torch.Tensor,
+    key_1KTD: torch.Tensor,
+    value_1KTD: torch.Tensor,
+    lengths: tuple[int, ...],
+    scaling: float | None,
+) -> torch.Tensor:
+    """All documents by one call (Dao, arXiv 2307.08691): a kernel each would cost a GPU more than their work. [1, T, H, D]."""
+    query_THD, key_TKD, value_TKD = (x[0].transpose(0, 1) for x in (query_1HTD, key_1KTD, value_1KTD))
+    ends, longest = _ends(lengths, query_THD.device), max(lengths)
+    out_THD: torch.Tensor = _FLASH(
+        query_THD, key_TKD, value_TKD, ends, ends, longest, longest, 0.0, True, False, scale=scaling
+    )[0]
+    return out_THD[None]
+
+
+@lru_cache(maxsize=1)  # the layers of one micro-batch
+def _ends(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Where each document begins and ends among all tokens; int32 [documents + 1]."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def attend_at_once(
@@ -143,6 +192,7 @@ class _DocumentAttention(torch.autograd.Function):
 
 _ON_CPU = {torch.float32: _DocumentAttention, torch.bfloat16: NarrowAttention}
 _ATTEND = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 -- what the public function calls
+_FLASH = torch.ops.aten._flash_attention_forward  # noqa: SLF001 -- torch.nn.attention.varlen's, which older versions lack
 _ATTEND_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # noqa: SLF001 -- its derivative
 
 

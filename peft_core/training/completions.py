@@ -15,13 +15,15 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 
 from peft_core.compute.stop import Stop
 from peft_core.compute.tokenizer import BaseTokenizer
+from peft_core.estimate import MICRO_TOKENS
 from peft_core.proof.lines import EXPECTED_LINES, Cut, choose
 from peft_core.training.held_out import Trial
 
 MAX_NEW_TOKENS = 32
 _PROMPT_TOKENS = 192  # nearest to the cut
-# Read and written; caches and what is computed from prompts take 0.1 MB a token of the bundled base.
-_TOKENS_AT_ONCE = 1024
+# Read and written; caches and what is computed from prompts take 0.1 MB a token of the bundled base. A GPU takes as many as
+# it trains on: each further group takes it as long as the first.
+_TOKENS_AT_ONCE = {"cpu": 1024, "mps": 1024, "cuda": MICRO_TOKENS["cuda"]}
 _SHOWN_LINES = 6  # of a prompt, in the report
 
 
@@ -74,7 +76,8 @@ def write(causal: PreTrainedModel, prompts: Sequence[Prompt], tokenizer: BaseTok
     causal.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)
     texts = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))  # little padding
-    for some in _groups(order, [len(prompt.ids) + MAX_NEW_TOKENS for prompt in prompts]):
+    lengths = [len(prompt.ids) + MAX_NEW_TOKENS for prompt in prompts]
+    for some in _groups(order, lengths, _TOKENS_AT_ONCE[causal.device.type]):
         stop.check()
         written = _write_some(causal, [prompts[index].ids for index in some], tokenizer)
         for index, ids in zip(some, written, strict=True):
@@ -83,11 +86,11 @@ def write(causal: PreTrainedModel, prompts: Sequence[Prompt], tokenizer: BaseTok
     return texts
 
 
-def _groups(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+def _groups(order: Sequence[int], lengths: Sequence[int], at_once: int) -> Iterator[list[int]]:
     """Texts that are written together, in this order, in which none is shorter than the one before."""
     group: list[int] = []
     for index in order:
-        if group and (len(group) + 1) * lengths[index] > _TOKENS_AT_ONCE:
+        if group and (len(group) + 1) * lengths[index] > at_once:
             yield group
             group = []
         group.append(index)

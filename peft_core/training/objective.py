@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import structlog
 import torch
@@ -111,14 +111,15 @@ def choose_objective(model: PreTrainedModel, max_length: int, *, narrow_blocks: 
     Leaves the model's attention set accordingly. `narrow_blocks`: they will be computed in bfloat16 on a CPU.
     """
     device = next(model.parameters()).device
-    documents = [_probe(length) for length in _PROBE_LENGTHS]
+    vocabulary = len(cast("nn.Embedding", model.get_input_embeddings()).weight)
+    documents = [_probe(length, vocabulary) for length in _PROBE_LENGTHS]
     with torch.no_grad():
         own_TV = torch.cat([_logits(model, join([document], device), packed=False) for document in documents])
-        packed = _can_pack(model, max_length) and _agrees(_packed_logits(model, join(documents, device)), own_TV)
+        packed = _can_pack(model, max_length) and _agrees(model, _packed_logits(model, join(documents, device)), own_TV)
         if not packed and model.config._attn_implementation == attention.NAME:  # noqa: SLF001 -- no public name for it
             model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")  # noqa: SLF001 -- likewise
         head = FrozenHead(_head(model)) if _has_plain_head(model) else None
-        if head is not None and not _agrees(_head_logits(model, head, documents, device), own_TV):
+        if head is not None and not _agrees(model, _head_logits(model, head, documents, device), own_TV):
             head = None
     _log.info("objective_chosen", documents_packed=packed, head_in_chunks=head is not None, model=type(model).__name__)
     return Objective(
@@ -188,14 +189,29 @@ def _head(model: PreTrainedModel) -> StoredMatrix:
     return matrix_of(head)
 
 
-def _agrees(logits_TV: torch.Tensor | None, own_TV: torch.Tensor) -> bool:
-    """Equal up to rounding: 1e-4 of the largest logit in float32, 3e-2 in 16 bits."""
+def _agrees(model: PreTrainedModel, logits_TV: torch.Tensor | None, own_TV: torch.Tensor) -> bool:
+    """Equal up to rounding: 1e-4 of the largest logit in float32, 3e-2 of their root mean square in 16 bits.
+
+    In 16 bits, attention by another kernel moves the bundled base's logits by 1e-2 (r.m.s.); documents that see each other, by
+    15e-2.
+    """
     if logits_TV is None:
         return False
-    tolerance = 1e-4 if own_TV.dtype == torch.float32 else 3e-2
-    return bool((logits_TV - own_TV).abs().max() <= tolerance * own_TV.abs().max())
+    difference_TV = (logits_TV - own_TV).float()
+    if _computes_in_16_bits(model):
+        return bool(difference_TV.square().mean() <= (3e-2) ** 2 * own_TV.float().square().mean())
+    return bool(difference_TV.abs().max() <= 1e-4 * own_TV.abs().max())
 
 
-def _probe(length: int) -> Document:
-    ids_T = torch.arange(3, 3 + length, dtype=torch.int32)
-    return Document(ids_T=ids_T, learn_T=ids_T > 3)
+def _computes_in_16_bits(model: PreTrainedModel) -> bool:
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    return any(
+        layer.stored.in_bfloat16 if isinstance(layer, FrozenLinear) else layer.weight.dtype != torch.float32
+        for layer in layers
+    )
+
+
+def _probe(length: int, vocabulary: int) -> Document:
+    """Tokens from all over the vocabulary: the first ones are marks of a dialogue, over which bases are at a loss."""
+    ids_T = torch.linspace(0.05 * vocabulary, 0.95 * vocabulary, length).int()
+    return Document(ids_T=ids_T, learn_T=torch.arange(length) > 0)

@@ -11,12 +11,14 @@ from peft import PeftModel
 from torch.autograd.graph import saved_tensors_hooks
 
 from peft_core.bases import resolve
+from peft_core.bases.convert import materialise
 from peft_core.compute.base import load_base
 from peft_core.compute.frozen import load_frozen
 from peft_core.config import Settings
 from peft_core.estimate import FUSED, MAPPED, kept_bytes, lora_parameters
 from peft_core.spec import Base, TrainingConfig
-from peft_core.training import lora
+from peft_core.training import attention, lora
+from peft_core.training import objective as objective_module
 from peft_core.training.batches import join
 from peft_core.training.fused import Fused, fuse
 from peft_core.training.objective import Objective, choose_objective
@@ -128,3 +130,21 @@ def test_a_base_that_cannot_be_mapped_is_told_as_what_it_is(tmp_path: Path) -> N
     base = resolve(str(write_toy_base(tmp_path / "base", "gemma2")), Settings())
     assert base.model_type not in MAPPED
     assert load_frozen(base, base.path) is None
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("see_each_other", [False, True])
+def test_rounding_to_16_bits_is_told_from_documents_that_see_each_other(
+    see_each_other: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an accelerator, whose attention for many documents is another kernel than that for one."""
+    monkeypatch.setattr(attention, "fixed_shapes", lambda _device: 256)  # one product with a mask
+    if see_each_other:
+        monkeypatch.setattr(objective_module, "_packing", lambda _batch, *, packed: {})
+    base = resolve(None, Settings(data_dir=tmp_path))
+    directory = materialise(base, tmp_path, lambda _: None)
+    for model in (load_frozen(base, directory, in_bfloat16=True), load_base(directory, torch.bfloat16)):
+        assert model is not None
+        objective = choose_objective(model, max_length=512)
+        assert objective.packed is not see_each_other
+        assert objective.head is not None

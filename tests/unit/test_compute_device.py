@@ -37,6 +37,14 @@ def test_the_cpu_is_always_there_and_computes_in_float32(machine: Machine) -> No
     assert (plan.device, plan.weights, plan.autocast) == ("cpu", torch.float32, "no")
 
 
+@pytest.mark.parametrize(
+    ("machine", "device"), [(MAC, "mps"), (OLD_MAC, "mps"), (GPU, "cuda"), (OLD_GPU, "cuda"), (PLAIN, "cpu")]
+)
+def test_precision_float32_is_kept_on_every_device(machine: Machine, device: str) -> None:
+    plan = choose("auto", machine, "float32")
+    assert (plan.device, plan.weights, plan.autocast) == (device, torch.float32, "no")
+
+
 @pytest.mark.parametrize(("requested", "machine", "there"), [("mps", GPU, "cuda, cpu"), ("cuda", PLAIN, "cpu")])
 def test_a_device_that_is_not_there_is_refused_naming_those_that_are(
     requested: str, machine: Machine, there: str

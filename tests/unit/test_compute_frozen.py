@@ -14,7 +14,7 @@ from torch import nn
 
 from peft_core.bases import resolve
 from peft_core.compute.base import load_base
-from peft_core.compute.frozen import FrozenEmbedding, FrozenLinear, load_frozen
+from peft_core.compute.frozen import FrozenEmbedding, FrozenLinear, load_frozen, move
 from peft_core.compute.repacked import Form
 from peft_core.compute.stored import StoredMatrix
 from peft_core.config import Settings
@@ -70,6 +70,34 @@ def test_what_is_repacked_says_the_same(tmp_path: Path, room: int) -> None:
     ids_1T = torch.arange(3, 12)[None]
     with torch.inference_mode():
         assert torch.equal(mapped(ids_1T).logits, repacked(ids_1T).logits)
+
+
+@pytest.mark.parametrize("in_bfloat16", [False, True])
+def test_a_base_moves_to_its_device_with_all_that_is_stored_and_what_is_shared_stays_one(
+    tmp_path: Path, in_bfloat16: bool
+) -> None:
+    directory = write_toy_base(tmp_path / "toy")
+    base = load_frozen(resolve(str(directory), Settings()), directory, in_bfloat16=in_bfloat16)
+    assert base is not None
+    moved = move(base, torch.device("meta"))
+    assert {parameter.device.type for parameter in moved.parameters()} == {"meta"}
+    layers = [module for module in moved.modules() if isinstance(module, FrozenLinear | FrozenEmbedding)]
+    assert {layer.stored.blocks.device.type for layer in layers} == {"meta"}
+    assert {layer.stored.blocks.dtype for layer in layers} == {torch.bfloat16 if in_bfloat16 else torch.uint8}
+    assert all(layer.weight.untyped_storage().nbytes() == 4 for layer in layers)
+    assert moved.get_output_embeddings().stored is moved.get_input_embeddings().stored
+
+
+def test_weights_that_were_moved_in_16_bits_are_the_same() -> None:
+    matrix = StoredMatrix.of(torch.randn(6, 4)).rounded()
+    moved = matrix.on(torch.device("cpu"))
+    assert moved.blocks.dtype == torch.bfloat16
+    assert (moved.shape, moved.nbytes) == (matrix.shape, matrix.nbytes)
+    assert torch.equal(moved.whole(), matrix.whole())
+    assert torch.equal(moved.select(torch.tensor([4, 1])), matrix.select(torch.tensor([4, 1])))
+    x_TI, grad_TO = torch.randn(3, 4), torch.randn(3, 6)
+    assert torch.equal(moved.times(x_TI), matrix.times(x_TI))
+    assert torch.equal(moved.times_transposed(grad_TO), matrix.times_transposed(grad_TO))
 
 
 def test_layers_with_a_bias_are_mapped_too(tmp_path: Path) -> None:

@@ -32,6 +32,16 @@ def test_memory_is_near_what_the_bundled_base_was_measured_to_take(way: Executio
     assert memory(way=way) == pytest.approx(measured, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    ("config", "measured"),
+    [(TrainingConfig(batch_size=32), 2.24e9), (TrainingConfig(precision="float32"), 2.33e9)],
+)
+def test_memory_on_a_gpu_is_near_what_torch_took_of_one(config: TrainingConfig, measured: float) -> None:
+    assert memory(config, device="cuda") == pytest.approx(
+        measured, rel=0.15
+    )  # an H200; of the default batch at most this
+
+
 def test_ways_to_compute_come_with_the_fastest_first_and_end_with_the_leanest() -> None:
     plain, units = (executions(TrainingConfig(), make_base(), "cpu", cpu_bfloat16=there) for there in (False, True))
     assert (plain[0], units[0]) == (FLOAT32, BFLOAT16)
@@ -78,4 +88,7 @@ def test_a_measured_speed_replaces_the_guess_and_no_speed_is_invented_for_other_
     assert guessed.seconds is not None
     assert measured.seconds < guessed.seconds
     assert "your last run" in measured.basis
+    narrow = estimate(TrainingConfig(), make_base(), source, "cpu", BFLOAT16)
+    assert narrow.seconds is not None
+    assert narrow.seconds < guessed.seconds
     assert estimate(TrainingConfig(), make_base(), source, "mps", FLOAT32).seconds is None

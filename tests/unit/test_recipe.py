@@ -31,7 +31,7 @@ def test_a_rate_that_was_asked_for_stays() -> None:
     assert filled_in(TrainingConfig(learning_rate=3e-3), shape(4096)).learning_rate == 3e-3
 
 
-@pytest.mark.parametrize(("hidden_size", "rate"), [(896, 3.5e-4), (1536, 2.3e-4), (2048, 1.9e-4), (4096, 1.1e-4)])
+@pytest.mark.parametrize(("hidden_size", "rate"), [(896, 7.1e-4), (1536, 4.6e-4), (2048, 3.7e-4), (4096, 2.2e-4)])
 def test_larger_bases_get_a_lower_rate(hidden_size: int, rate: float) -> None:
     assert suited_rate(hidden_size, 4) == rate
 
