@@ -22,6 +22,7 @@ MICRO_TOKENS = {"cpu": 512, "mps": 512, "cuda": 4096}
 # Of blocks computed in bfloat16, which keep half as much of each: a twentieth faster than 512, in 0.1 GB more.
 NARROW_MICRO_TOKENS = 704
 KERNELS_BYTES = 40 << 20  # oneDNN's programs for products in bfloat16
+_HOLES = {"cpu": 3, "mps": 8, "cuda": 10}  # what is kept costs one in so many more, between blocks of many lengths
 UNPACKED_BYTES = 32 << 20  # of weights that stay in their file, a few at a time
 LOSS_POSITIONS = 192  # whose logits are held at once
 MEASURED_EXAMPLES = 200  # held-out ones, at most
@@ -168,9 +169,7 @@ def memory_bytes(config: TrainingConfig, base: Base, device: str, execution: Exe
     kept = shape.layers * per_layer
     if execution.recompute_layers:
         kept = per_layer + shape.layers * micro_tokens * 4 * shape.hidden_size
-    holes = kept // {"cpu": 3, "cuda": 10}.get(
-        device, 8
-    )  # between blocks of memory, after micro-batches of many lengths
+    holes = kept // _HOLES[device]
     temporary = micro_tokens * 4 * 6 * shape.intermediate_size
     logits = LOSS_POSITIONS * shape.vocab_size * (6 if narrow else 4)
     if not known:  # a head that does more than a product is computed as a whole: logits, two copies, their gradient
@@ -191,7 +190,9 @@ def kept_bytes(config: TrainingConfig, base: Base, device: str, *, narrow: bool)
     shape = base.shape
     known = base.model_type in FUSED
     if device == "mps" or config.dropout or not known:
-        in_16_bits = narrow and device == "cpu"  # on accelerators, what flows between layers that are not fused is float32
+        in_16_bits = (
+            narrow and device == "cpu"
+        )  # on accelerators, what flows between layers that are not fused is float32
         per_token = (2 if in_16_bits else 4) * (14 * shape.hidden_size + 6 * shape.intermediate_size)
         return per_token if known else 2 * per_token
     # Its two inputs, queries, keys, values, the attention's result, gate and up; A x of each.

@@ -163,8 +163,8 @@ class TrainingConfig(Frozen):
     precision: Annotated[
         Precision,
         Field(
-            description="Arithmetic of products with the base's weights. 'auto' takes bfloat16 where the processor has units "
-            "for it, else float32. The adapter, its gradients and the losses are float32 always."
+            description="Arithmetic of products with the base's weights. 'auto' takes bfloat16 where CPU or GPU has units for "
+            "it, else float32. The adapter, its gradients and the losses are float32 always."
         ),
     ] = "auto"
     make_current: Annotated[
