@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_core.config import Settings
-from peft_core.events import EVENT, AdapterWritten, DatasetPrepared, JobFailed, RateLowered
+from peft_core.events import EVENT, AdapterWritten, DatasetPrepared, Evaluated, JobFailed, RateLowered
 from peft_core.jobs.planning import plan
 from peft_core.jobs.runner import child_environment
 from peft_core.recipe import MEASURED_RATE
@@ -47,6 +47,7 @@ RECIPES: dict[str, dict[str, Any]] = {  # what differs from the defaults
     "LoRA+ 16": {"lora_plus_ratio": 16.0},
     "LoRA+ 16, rate x0.5": {"lora_plus_ratio": 16.0, "learning_rate": 0.5 * MEASURED_RATE},
     "batch 2": {"batch_size": 2},
+    "batch 2, rate x0.5": {"batch_size": 2, "learning_rate": 0.5 * MEASURED_RATE},
     "batch 2, rate x0.7": {"batch_size": 2, "learning_rate": 0.5**0.5 * MEASURED_RATE},
     "batch 8": {"batch_size": 8},
     "batch 8, rate x1.4": {"batch_size": 8, "learning_rate": 2**0.5 * MEASURED_RATE},
@@ -55,6 +56,7 @@ RECIPES: dict[str, dict[str, Any]] = {  # what differs from the defaults
     "cosine": {"lr_scheduler": "cosine"},
     "constant": {"lr_scheduler": "constant"},
     "rank 8": {"rank": 8},
+    "rank 8, rate x0.5": {"rank": 8, "learning_rate": 0.5 * MEASURED_RATE},
     "rank 32": {"rank": 32},
     "rank 32, rate x0.5": {"rank": 32, "learning_rate": 0.5 * MEASURED_RATE},
     "rsLoRA": {"use_rslora": True},
@@ -78,6 +80,7 @@ class Outcome(Frozen):
     dataset: str  # sha256 of both parts
     base_loss: float  # nats per target token on the held-out examples, as the next
     adapter_loss: float
+    general_change: float  # of the loss on code that belongs to no project: what is forgotten
     tokens: int  # trained on
     tokens_per_second: float
     wall_s: float
@@ -205,6 +208,11 @@ def train(code_base: str, config: TrainingConfig, *, work: Path, results: Path) 
             "code_base": code_base,
             "config": config,
             "dataset": next(event.dataset.sha256 for event in events if isinstance(event, DatasetPrepared)),
+            "general_change": next(
+                event.evaluation.general_loss.change
+                for event in events
+                if isinstance(event, Evaluated) and event.evaluation.general_loss is not None
+            ),
             "rates_lowered": sum(isinstance(event, RateLowered) for event in events),
         }
     )
@@ -214,7 +222,7 @@ def train(code_base: str, config: TrainingConfig, *, work: Path, results: Path) 
 
 
 def report(results: Results, rounds: dict[tuple[str, int], dict[str, TrainingConfig]], recipes: Sequence[str]) -> None:
-    """Differences of held-out loss to the defaults, best first; negative is better."""
+    """Differences of held-out loss to the defaults, best first; negative is better. General code: against the base."""
     found = {
         (*place, recipe): outcome
         for place, configs in rounds.items()
@@ -222,29 +230,32 @@ def report(results: Results, rounds: dict[tuple[str, int], dict[str, TrainingCon
         if (outcome := results.get(key_of(place[0], configs[recipe]))) is not None
     }
     code_bases = list(dict.fromkeys(code_base for code_base, _ in rounds))
-    print(f"\n{'held-out loss':22} {'base':>8} {DEFAULTS:>9}   runs")
+    print(f"\n{'held-out loss':22} {'base':>8} {DEFAULTS:>9}   runs  general code")
     for code_base in code_bases:
         if own := [run for (name, _, recipe), run in found.items() if (name, recipe) == (code_base, DEFAULTS)]:
             base, adapter = mean([run.base_loss for run in own]), mean([run.adapter_loss for run in own])
-            print(f"{code_base:22} {base:8.3f} {adapter:9.3f} {len(own):6}")
+            general = mean([run.general_change for run in own])
+            print(f"{code_base:22} {base:8.3f} {adapter:9.3f} {len(own):6} {general:+13.3f}")
 
     rows: list[tuple[float, str]] = []
     for recipe in recipes:
         differences: dict[str, list[float]] = {code_base: [] for code_base in code_bases}
+        forgotten = []
         lowered = 0
         for code_base, seed in rounds:
             run, default = found.get((code_base, seed, recipe)), found.get((code_base, seed, DEFAULTS))
             if run and default and measured_alike(run, default) and recipe != DEFAULTS:
                 differences[code_base].append(run.adapter_loss - default.adapter_loss)
+                forgotten.append(run.general_change)
                 lowered += run.rates_lowered
         if every := [value for values in differences.values() for value in values]:
             error = f"{statistics.stdev(every) / len(every) ** 0.5:8.4f}" if len(every) > 1 else f"{'':8}"
             means = " ".join(f"{mean(values):+20.4f}" if values else f"{'':20}" for values in differences.values())
             note = f"   lowered its rate {lowered} times" if lowered else ""
-            rows.append((mean(every), f"{recipe:22} {mean(every):+8.4f} {error} {len(every):6} {means}{note}"))
-    print(
-        f"\n{'against the defaults':22} {'mean':>8} {'s.e.':>8} {'pairs':>6} {' '.join(f'{c:>20}' for c in code_bases)}"
-    )
+            row = f"{recipe:22} {mean(every):+8.4f} {error} {len(every):6} {means} {mean(forgotten):+8.3f}{note}"
+            rows.append((mean(every), row))
+    columns = " ".join(f"{code_base:>20}" for code_base in code_bases)
+    print(f"\n{'against the defaults':22} {'mean':>8} {'s.e.':>8} {'pairs':>6} {columns}  general code")
     print("\n".join(row for _, row in sorted(rows)), flush=True)
 
 

@@ -52,7 +52,8 @@ def estimate(
         tokens *= epochs
     held_out_tokens = min(source.estimated_tokens * config.held_out_fraction, MEASURED_EXAMPLES * TOKENS_PER_EXAMPLE)
 
-    rate, basis = tokens_per_second(base, device, execution, measured_tokens_per_second)
+    narrow = narrow_blocks(config, base, execution)
+    rate, basis = tokens_per_second(base, device, measured_tokens_per_second, narrow_blocks=narrow)
     # Measuring the held-out loss is a forward pass, a third of a training step: twice, and as much again in between. Writing
     # from prompts is a tenth of the training at most, and little of a long one.
     written = 2 / 3 * min(WRITTEN_TOKENS, 0.15 * tokens + GENERAL_TOKENS)
@@ -71,7 +72,7 @@ def evaluation_estimate(
 ) -> Estimate:
     """Of base and adapter on the same text: each a forward pass, a third of a training step."""
     tokens = 2 * (min(source.estimated_tokens, MEASURED_EXAMPLES * TOKENS_PER_EXAMPLE) + WRITTEN_TOKENS)
-    rate, basis = tokens_per_second(base, device, Execution(), measured_tokens_per_second)
+    rate, basis = tokens_per_second(base, device, measured_tokens_per_second)
     return Estimate(
         train_tokens=0,
         steps=0,
@@ -82,15 +83,14 @@ def evaluation_estimate(
 
 
 def tokens_per_second(
-    base: Base, device: str, execution: Execution, measured: float | None
+    base: Base, device: str, measured: float | None, *, narrow_blocks: bool = False
 ) -> tuple[float | None, str]:
     """The rate to reckon with, None where nothing is known; and where it comes from, in words."""
     if measured:
         return measured, "speed of your last run on this base and device"
     if device == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        arithmetic = "bfloat16" if execution.weights == "bfloat16" and base.model_type in FUSED else "float32"
-        rate = cores * CPU_FLOPS_PER_CORE[arithmetic] / flops_per_token(base.shape)
+        rate = cores * CPU_FLOPS_PER_CORE["bfloat16" if narrow_blocks else "float32"] / flops_per_token(base.shape)
         return rate, f"rule of thumb for {cores} CPU cores; the status shows the measured speed"
     return None, f"no run on this base and {device} yet; the status shows the measured speed"
 

@@ -10,17 +10,18 @@ import torch
 
 from peft_core.compute.device import Machine, choose
 from peft_core.compute.threads import SHAPE
-from peft_core.spec import DeviceName
+from peft_core.spec import DeviceName, Precision
 
 _AT_MOST_S = 1.0
 _TOGETHER = 8  # products handed over before waiting: one by one a GPU would mostly wait, and training does not
 
 
-def timed(requested: DeviceName, machine: Machine) -> Machine:
+def timed(requested: DeviceName, machine: Machine, precision: Precision = "auto") -> Machine:
     """The machine with the speeds of MPS and CPU, where there is a choice between them; two seconds at most."""
     if requested != "auto" or not machine.mps:
         return machine
-    mps, cpu = (flops(plan.device, plan.weights) for plan in (choose("mps", machine), choose("cpu", machine)))
+    plans = choose("mps", machine, precision), choose("cpu", machine, precision)
+    mps, cpu = (flops(plan.device, plan.weights) for plan in plans)
     return replace(machine, mps_flops=mps, cpu_flops=cpu)
 
 

@@ -130,7 +130,9 @@ class StoredMatrix:
     def on(self, device: torch.device) -> StoredMatrix:
         """A copy on another device. What is bfloat16 is no bytes there: not every device looks at memory as another type."""
         blocks = self.bfloat16 if self.in_bfloat16 else self.blocks
-        return replace(self, blocks=blocks.to(device), mapped=False)
+        copy = replace(self, blocks=blocks.to(device, copy=True), mapped=False)
+        self.page_out()
+        return copy
 
     def page_out(self) -> None:
         """It is not needed for now: where it lies in a file, its pages need not count as memory of this process."""

@@ -50,7 +50,7 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     config, paths, directory_of_adapter = task.config, JobPaths(task.job_dir), task.evaluated.adapter_path
     keep_freed_memory()
     use_cores()
-    plan = choose(config.device, timed(config.device, describe()))
+    plan = choose(config.device, timed(config.device, describe(), config.precision), config.precision)
     accelerator = Accelerator(cpu=plan.device == "cpu", mixed_precision=plan.autocast)
 
     # 1. Text that was not trained on.

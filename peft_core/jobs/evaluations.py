@@ -38,7 +38,9 @@ def plan_evaluation(
     _require_fit(evaluated, base)
     manifest = read_manifest(evaluated.adapter_path)
     used = manifest.run.config if manifest is not None else TrainingConfig()
-    config = TrainingConfig(max_length=min(used.max_length, base.shape.context_length), seed=used.seed)
+    config = TrainingConfig(
+        max_length=min(used.max_length, base.shape.context_length), seed=used.seed, precision=used.precision
+    )
     found = inspect(evaluation_data, max_length=config.max_length, purpose=MEASURING)
     if found.needs_chat_template and not base.has_chat_template:
         raise InvalidArgument(

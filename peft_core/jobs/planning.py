@@ -28,6 +28,7 @@ from peft_core.estimate import (
     executions,
     lora_parameters,
     memory_bytes,
+    narrow_blocks,
     repacked_bytes,
     tokens_per_second,
 )
@@ -85,7 +86,9 @@ def plan(
         )
     measured = measured_speed(base, device)
     fastest = executions(config, base, device, cpu_bfloat16=cpu_multiplies_bfloat16())[0]
-    config, chosen = advise(config, base.shape, found, tokens_per_second(base, device, fastest, measured)[0])
+    narrow = narrow_blocks(config, base, fastest)
+    rate, _ = tokens_per_second(base, device, measured, narrow_blocks=narrow)
+    config, chosen = advise(config, base.shape, found, rate)
     _check_fit(config, base)
     config = filled_in(config, base.shape)
     execution, cost = _choose_execution(config, base, device, settings.max_memory_mb)

@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from peft_core.compute.device import fixed_shapes
-from peft_core.compute.failures import shown
+from peft_core.compute.failures import is_out_of_memory, shown
 from peft_core.training.narrow_attention import NarrowAttention
 
 _log = structlog.get_logger(__name__)
@@ -65,6 +65,8 @@ def attend_within_documents(
         return _ON_CPU[query_BHTD.dtype].apply(query_BHTD, key_BKTD, value_BKTD, lengths, scale), None
     if dropout == 0.0 and same_size and _runs_flash(query_BHTD):
         return _flash(query_BHTD, key_BKTD, value_BKTD, lengths, scaling), None
+    if query_BHTD.dtype == torch.float32:  # GPUs' kernels for it that keep no T x T know no groups
+        key_BKTD, value_BKTD = (_repeated(x, query_BHTD.shape[1]) for x in (key_BKTD, value_BKTD))
     grouped = query_BHTD.shape[1] != key_BKTD.shape[1]
     out_BLHD = [
         scaled_dot_product_attention(
@@ -84,12 +86,15 @@ def _runs_flash(query_BHTD: torch.Tensor) -> bool:
 
 @lru_cache
 def _has_flash(device: torch.device) -> bool:
-    """Whether this build of torch has the kernel, for this GPU: by a tiny document, there and back."""
-    x_1HTD = torch.zeros(1, 1, 8, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
+    """Whether this build of torch has the kernel, for this GPU: by two tiny documents, there and back."""
+    query_1HTD = torch.zeros(1, 2, 8, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
+    key_1KTD = query_1HTD[:, :1]
     try:
         with torch.enable_grad():
-            _flash(x_1HTD, x_1HTD, x_1HTD, (5, 3), None).sum().backward()
+            _flash(query_1HTD, key_1KTD, key_1KTD, (5, 3), None).sum().backward()
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         _log.info("flash_attention_refused", reason=shown(error))
         return False
     return True
@@ -104,6 +109,7 @@ def _flash(
 ) -> torch.Tensor:
     """All documents by one call (Dao, arXiv 2307.08691): a kernel each would cost a GPU more than their work. [1, T, H, D]."""
     query_THD, key_TKD, value_TKD = (x[0].transpose(0, 1) for x in (query_1HTD, key_1KTD, value_1KTD))
+    value_TKD = value_TKD.clone()  # what is kept of it would keep the query and key that it was computed with
     ends, longest = _ends(lengths, query_THD.device), max(lengths)
     out_THD: torch.Tensor = _FLASH(
         query_THD, key_TKD, value_TKD, ends, ends, longest, longest, 0.0, True, False, scale=scaling

@@ -5,6 +5,7 @@ B prompts, T tokens
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from peft_core.compute.failures import is_out_of_memory
 from peft_core.compute.stop import Stop
 from peft_core.compute.tokenizer import BaseTokenizer
 from peft_core.estimate import MICRO_TOKENS
@@ -77,9 +79,17 @@ def write(causal: PreTrainedModel, prompts: Sequence[Prompt], tokenizer: BaseTok
     texts = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))  # little padding
     lengths = [len(prompt.ids) + MAX_NEW_TOKENS for prompt in prompts]
-    for some in _groups(order, lengths, _TOKENS_AT_ONCE[causal.device.type]):
+    groups = deque(_groups(order, lengths, _TOKENS_AT_ONCE[causal.device.type]))
+    while groups:
         stop.check()
-        written = _write_some(causal, [prompts[index].ids for index in some], tokenizer)
+        some = groups.popleft()
+        try:
+            written = _write_some(causal, [prompts[index].ids for index in some], tokenizer)
+        except (RuntimeError, MemoryError) as error:
+            if len(some) == 1 or not is_out_of_memory(error):
+                raise
+            groups.extendleft((some[len(some) // 2 :], some[: len(some) // 2]))
+            continue
         for index, ids in zip(some, written, strict=True):
             text = tokenizer.continuation(prompts[index].ids, ids)
             texts[index] = "".join(text.splitlines(keepends=True)[:EXPECTED_LINES])

@@ -10,13 +10,11 @@ from pathlib import Path
 import structlog
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedModel
 
 from peft_core.adapters.manifest import Computation, DataRecord
 from peft_core.bases.convert import materialise
-from peft_core.compute.base import load_base
 from peft_core.compute.device import DevicePlan, choose, describe, device_memory_bytes, use_cores
-from peft_core.compute.frozen import load_frozen, move
+from peft_core.compute.frozen import load_planned, move
 from peft_core.compute.process import (
     keep_freed_memory,
     peak_memory_bytes,
@@ -74,7 +72,7 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     config = filled_in(task.config, task.base.shape)  # a task written by hand may leave things open
     task, paths = task.model_copy(update={"config": config}), JobPaths(task.job_dir)
     _set_up_process(config.seed)
-    plan = choose(config.device, timed(config.device, describe()), config.precision)
+    plan = choose(config.device, timed(config.device, describe(), config.precision), config.precision)
     if plan.device == "cpu":
         keep_freed_memory(up_to_bytes=task.estimated_memory_bytes or 0)
     _log.info("device_chosen", device=plan.device, formats=plan.note)
@@ -101,7 +99,7 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
 
     # 2. The frozen base on its device.
     emit(PhaseStarted(phase=Phase.LOADING_MODEL))
-    model, execution = _load(task, directory, plan)
+    model, execution = load_planned(task.base, directory, task.execution, plan)
     model = move(model, accelerator.device)
     narrow = narrow_blocks(config, task.base, execution)
     objective = choose_objective(model, config.max_length, narrow_blocks=narrow)
@@ -193,25 +191,6 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     accelerator.end_training()  # a process that leaves its group unclosed may end with SIGABRT
 
 
-def _load(task: TrainingTask, directory: Path, plan: DevicePlan) -> tuple[PreTrainedModel, Execution]:
-    """The frozen base as the task says, or as a whole where it cannot be had so; and how it is.
-
-    On an accelerator its own formats decide. Weights alone are in 16 bits there too: what flows between layers is float32, as
-    with all of it in 16 bits the bundled base's logits move by a third when documents are merely attended to in another order.
-    """
-    way = task.execution
-    whole = way.model_copy(update={"weights": "float32", "repacked_bytes": 0})
-    if plan.device != "cpu":
-        way = whole.model_copy(update={"weights": str(plan.weights).removeprefix("torch.")})
-    if way.weights == "float32":
-        return load_base(directory, plan.weights), whole
-    frozen = load_frozen(task.base, directory, in_bfloat16=way.weights == "bfloat16", repacked_bytes=way.repacked_bytes)
-    if frozen is not None:
-        return frozen, way
-    _log.warning("base_loaded_whole", planned=way.weights, model_type=task.base.model_type)
-    return load_base(directory, plan.weights), whole
-
-
 def _loss_on(sample: list[Document], exam: Exam, scores: Scores) -> float:
     """The mean over the documents that are measured during training as well."""
     sampled = set(map(id, sample))
@@ -246,7 +225,7 @@ def _facts(
             fused_linears=fused.linears,
             estimated_memory_bytes=task.estimated_memory_bytes,
         ),
-        weights_dtype="bfloat16" if execution.weights == "bfloat16" else str(plan.weights).removeprefix("torch."),
+        weights_dtype="bfloat16" if execution.weights == "bfloat16" else "float32",
         steps=progress.step,
         stopped_early_at=progress.step if progress.stopped_early else None,
         best_step=progress.best_step if loop.best is not None else None,

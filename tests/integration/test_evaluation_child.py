@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -137,7 +138,7 @@ def test_scores_of_examples_sum_up_to_the_loss_and_greedy_lines_are_counted(toy_
     assert [score.lines for score in scores] == [0] * 5  # an untrained model writes none
 
 
-def test_what_is_written_in_a_batch_is_what_is_written_alone(toy_base: Path) -> None:
+def test_what_is_written_in_a_batch_is_what_is_written_alone(toy_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = load_tokenizer(toy_base)
     model = toy_model()
     examples = [
@@ -150,4 +151,17 @@ def test_what_is_written_in_a_batch_is_what_is_written_alone(toy_base: Path) -> 
     with torch.no_grad():
         alone = [write(model, [prompt], tokenizer, Stop())[0] for prompt in prompts]
     assert together == alone
+
+    generate = model.generate
+
+    def in_little_memory(input_ids: torch.Tensor, **others: Any) -> Any:
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return generate(input_ids=input_ids, **others)
+
+    monkeypatch.setattr(model, "generate", in_little_memory)
+    assert write(model, prompts, tokenizer, Stop()) == alone
+    monkeypatch.setattr(model, "generate", lambda **_: in_little_memory(torch.zeros(3, 1)))
+    with pytest.raises(torch.OutOfMemoryError):
+        write(model, prompts, tokenizer, Stop())
     assert choose_prompts(trials_of(examples, tokenizer, 256), 6, 100, 0, tokenizer) == []

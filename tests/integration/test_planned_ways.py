@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,12 +14,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from peft_core.bases import resolve
 from peft_core.bases.convert import materialise
 from peft_core.compute.base import load_base
-from peft_core.compute.frozen import load_frozen
+from peft_core.compute.device import Machine, choose
+from peft_core.compute.frozen import FrozenLinear, load_frozen, load_planned
 from peft_core.config import Settings
 from peft_core.estimate import FUSED, MAPPED, kept_bytes, lora_parameters
-from peft_core.spec import Base, TrainingConfig
+from peft_core.spec import Base, Execution, TrainingConfig
 from peft_core.training import attention, lora
-from peft_core.training import objective as objective_module
 from peft_core.training.batches import join
 from peft_core.training.fused import Fused, fuse
 from peft_core.training.objective import Objective, choose_objective
@@ -132,19 +133,44 @@ def test_a_base_that_cannot_be_mapped_is_told_as_what_it_is(tmp_path: Path) -> N
     assert load_frozen(base, base.path) is None
 
 
+@pytest.mark.parametrize("family", ["qwen2", "gpt_neox", "gemma2"])
+def test_on_an_accelerator_a_base_is_loaded_in_its_formats_whatever_was_planned(family: str, tmp_path: Path) -> None:
+    """The loading is done by the CPU, for whichever device."""
+    base = resolve(str(write_toy_base(tmp_path / "base", family)), Settings())
+    gpu, old_gpu = (choose("cuda", Machine(cuda=True, cuda_bfloat16=there)) for there in (True, False))
+    model, way = load_planned(base, base.path, Execution(weights="file"), gpu)
+    assert way == Execution(weights="bfloat16")
+    known = family in MAPPED
+    assert model.dtype == (torch.float32 if known else torch.bfloat16)
+    assert isinstance(model.get_output_embeddings(), FrozenLinear) == known
+    model, way = load_planned(base, base.path, Execution(weights="bfloat16"), old_gpu)
+    assert way == Execution(weights="float32")
+    assert model.dtype == torch.float32
+
+
 @pytest.mark.model
-@pytest.mark.parametrize("see_each_other", [False, True])
+@pytest.mark.parametrize("leak", ["none", "one layer", "every layer"])
 def test_rounding_to_16_bits_is_told_from_documents_that_see_each_other(
-    see_each_other: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    leak: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on an accelerator, whose attention for many documents is another kernel than that for one."""
-    monkeypatch.setattr(attention, "fixed_shapes", lambda _device: 256)  # one product with a mask
-    if see_each_other:
-        monkeypatch.setattr(objective_module, "_packing", lambda _batch, *, packed: {})
     base = resolve(None, Settings(data_dir=tmp_path))
     directory = materialise(base, tmp_path, lambda _: None)
+    calls = count()
+
+    def attend(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...], **others: Any
+    ) -> torch.Tensor:
+        layer = next(calls) % base.shape.layers
+        leaks = leak == "every layer" or (leak == "one layer" and layer == 15)
+        return own(query, key, value, (sum(lengths),) if leaks else lengths, **others)
+
+    own = attention.attend_at_once
+    monkeypatch.setattr(attention, "attend_at_once", attend)
+    monkeypatch.setattr(attention, "fixed_shapes", lambda _device: 256)  # takes the way of one product with a mask
     for model in (load_frozen(base, directory, in_bfloat16=True), load_base(directory, torch.bfloat16)):
         assert model is not None
         objective = choose_objective(model, max_length=512)
-        assert objective.packed is not see_each_other
+        assert objective.packed == (leak == "none")
         assert objective.head is not None
+    assert next(calls) > 0

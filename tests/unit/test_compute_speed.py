@@ -31,6 +31,8 @@ def test_both_are_timed_in_the_formats_that_they_would_compute_in(monkeypatch: p
     machine = timed("auto", MAC)
     assert asked == [("mps", torch.bfloat16), ("cpu", torch.float32)]
     assert (machine.mps_flops, machine.cpu_flops) == (2.4e12, 1.1e12)
+    timed("auto", MAC, "float32")
+    assert asked[2:] == [("mps", torch.float32), ("cpu", torch.float32)]
 
 
 @pytest.mark.parametrize(
