@@ -20,6 +20,7 @@ ProjectId = Annotated[
     str,
     Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*$",
+        min_length=1,
         max_length=64,
         description="Your name for the project: letters, digits, '-', '_' and single dots, at most 64 characters. "
         "Adapters of one project are kept together; use the same id each time.",
