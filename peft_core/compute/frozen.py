@@ -17,13 +17,10 @@ from transformers.initialization import no_init_weights
 
 from peft_core.bases.checkpoint import read_checkpoint
 from peft_core.bases.huggingface import refuse_adapter
-from peft_core.compute.base import load_base
-from peft_core.compute.device import DevicePlan
 from peft_core.compute.repacked import BYTES_PER_WEIGHT
 from peft_core.compute.stored import StoredMatrix, StoredWeights, open_stored
 from peft_core.errors import BaseModelError
-from peft_core.estimate import MAPPED
-from peft_core.spec import Base, Execution
+from peft_core.spec import Base
 
 _log = structlog.get_logger(__name__)
 
@@ -74,28 +71,6 @@ def matrix_of(layer: nn.Linear) -> StoredMatrix:
     if isinstance(layer, FrozenLinear):
         return layer.stored
     return replace(StoredMatrix.of(layer.weight), in_bfloat16=layer.weight.dtype == torch.bfloat16)
-
-
-def load_planned(base: Base, directory: Path, way: Execution, plan: DevicePlan) -> tuple[PreTrainedModel, Execution]:
-    """The frozen base on the CPU, in the way that was planned or as a whole where it cannot be had so; and how it is.
-
-    On an accelerator the device's own formats decide. Of most families weights alone are in 16 bits there: what flows between
-    layers is float32, as on a CPU, and so they have the same fused blocks. (Rounding then costs the bundled base 0.0006 nats a
-    token on four files; with all of it in 16 bits, 0.0015.)
-
-    Raises:
-        BaseModelError: as `load_base`.
-    """
-    whole = way.model_copy(update={"weights": str(plan.weights).removeprefix("torch."), "repacked_bytes": 0})
-    if plan.device != "cpu":
-        way = whole
-    if way.weights == "float32" or (plan.device != "cpu" and base.model_type not in MAPPED):
-        return load_base(directory, plan.weights), whole
-    frozen = load_frozen(base, directory, in_bfloat16=way.weights == "bfloat16", repacked_bytes=way.repacked_bytes)
-    if frozen is not None:
-        return frozen, way
-    _log.warning("base_loaded_whole", planned=way.weights, model_type=base.model_type)
-    return load_base(directory, plan.weights), whole
 
 
 def move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from peft_core.adapters.manifest import Computation, DataRecord
 from peft_core.bases.convert import materialise
 from peft_core.compute.device import DevicePlan, choose, describe, device_memory_bytes, use_cores
-from peft_core.compute.frozen import load_planned, move
+from peft_core.compute.frozen import move
 from peft_core.compute.process import (
     keep_freed_memory,
     peak_memory_bytes,
@@ -55,6 +55,7 @@ from peft_core.training.completions import make_plain
 from peft_core.training.evaluate import subset
 from peft_core.training.fused import Fused, fuse
 from peft_core.training.held_out import mean_loss, trials_of
+from peft_core.training.load import load_planned
 from peft_core.training.loop import Loop
 from peft_core.training.objective import choose_objective
 from peft_core.training.saving import RunFacts, write_adapter

@@ -15,13 +15,14 @@ from peft_core.bases import resolve
 from peft_core.bases.convert import materialise
 from peft_core.compute.base import load_base
 from peft_core.compute.device import Machine, choose
-from peft_core.compute.frozen import FrozenLinear, load_frozen, load_planned
+from peft_core.compute.frozen import FrozenLinear, load_frozen
 from peft_core.config import Settings
 from peft_core.estimate import FUSED, MAPPED, kept_bytes, lora_parameters
 from peft_core.spec import Base, Execution, TrainingConfig
 from peft_core.training import attention, lora
 from peft_core.training.batches import join
 from peft_core.training.fused import Fused, fuse
+from peft_core.training.load import load_planned
 from peft_core.training.objective import Objective, choose_objective
 from tests.toys import toy_documents, write_toy_base
 

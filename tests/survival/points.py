@@ -79,8 +79,8 @@ _LOOP, _ENGINE, _CHECKPOINT = "peft_core.training.loop", "peft_core.training.eng
 REAL_CHILD = [
     Point("child", "peft_core.compute.environment", "prepare_environment", "before", "starting"),
     Point("child", _DATASET, "write_parts", "after", "data split, without manifest"),
-    Point("child", _ENGINE, "_load", "before", "about to load the base"),
-    Point("child", _ENGINE, "_load", "after", "base loaded"),
+    Point("child", _ENGINE, "load_planned", "before", "about to load the base"),
+    Point("child", _ENGINE, "load_planned", "after", "base loaded"),
     Point("child", "peft_core.training.evaluate", "held_out_loss", "before", "evaluating the base"),
     Point("child", "peft_core.training.lora", "attach", "after", "adapter attached"),
     Point("child", _LOOP, "Loop._complete_step", "before", "before a step", count=2),
