@@ -20,8 +20,7 @@ def load_planned(base: Base, directory: Path, way: Execution, plan: DevicePlan) 
     """The frozen base on the CPU, in the way that was planned or as a whole where it cannot be had so; and how it is.
 
     On an accelerator the device's own formats decide. Of most families weights alone are in 16 bits there: what flows between
-    layers is float32, as on a CPU, and so they have the same fused blocks. (Rounding then costs the bundled base 0.0006 nats a
-    token on four files; with all of it in 16 bits, 0.0015.)
+    layers is float32, as on a CPU, and so they have the same fused blocks.
 
     Raises:
         BaseModelError: as `load_base`.
