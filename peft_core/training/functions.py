@@ -136,12 +136,12 @@ class RotationFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_THE: torch.Tensor, cos_T1E: torch.Tensor, sin_T1E: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(cos_T1E, sin_T1E)
+        ctx.angles = cos_T1E, sin_T1E  # of all layers: kept for none of them by itself
         return _rotated(x_THE, cos_T1E, sin_T1E, sign=1.0)
 
     @staticmethod
     def backward(ctx: Any, grad_THE: torch.Tensor) -> Grads:
-        return _rotated(grad_THE, *ctx.saved_tensors, sign=-1.0), None, None
+        return _rotated(grad_THE, *ctx.angles, sign=-1.0), None, None
 
 
 def _rotated(x_THE: torch.Tensor, cos_T1E: torch.Tensor, sin_T1E: torch.Tensor, *, sign: float) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from peft_core.training.checkpoint import Checkpoint, Progress, Tensors, save_ch
 from peft_core.training.divergence import Diverged, check_finite, failure_of
 from peft_core.training.evaluate import held_out_loss
 from peft_core.training.objective import Objective
+from peft_core.training.saved_tensors import SavedTensors
 
 _CHECKPOINT_EVERY_S = 60.0
 _MEASUREMENTS = 4  # in a run, the final one included, unless eval_steps says otherwise
@@ -68,6 +70,7 @@ class Loop:
     stop: Stop
     clock: Callable[[], float] = time.monotonic
     between_steps: Callable[[], None] = lambda: None  # what the machine needs then
+    saved: SavedTensors | None = None  # while memory is not scarce
     best: Tensors | None = None
     lowered: tuple[RateLowered, ...] = ()
     memory_saved: tuple[MemorySaved, ...] = ()
@@ -91,6 +94,7 @@ class Loop:
         if len(checkpoint.memory_saved) > len(self.memory_saved):  # fewer: this run has gone back to before it saved
             self.memory_saved = checkpoint.memory_saved
             spare_memory()
+            self.saved = None
             self.objective.capacity = self.memory_saved[-1].tokens_at_once
             if self.memory_saved[-1].layers_computed_twice:
                 self.objective.recompute_layers()
@@ -124,6 +128,7 @@ class Loop:
             self._save()
             raise
         self._save()
+        self.saved = None
         if self.best is not None:
             self._set_weights(self.best)
 
@@ -186,7 +191,7 @@ class Loop:
         try:
             for batch in self.objective.batches(examples, accelerator.device):
                 tokens = batch.tokens
-                with accelerator.autocast():
+                with self.saved.of_one_pass() if self.saved else nullcontext(), accelerator.autocast():
                     batch_loss = self.objective.loss(batch) / targets
                 accelerator.backward(batch_loss)
                 loss += batch_loss.detach()
@@ -200,6 +205,7 @@ class Loop:
             reason = shown(error)
         else:
             return loss
+        self.saved = None
         event = MemorySaved(
             step=self.progress.step + 1,
             tokens_at_once=self.objective.capacity,

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import pytest
 import torch
 from peft import PeftModel
-from torch.autograd.graph import saved_tensors_hooks
 
 from peft_core.bases import resolve
 from peft_core.bases.convert import materialise
@@ -24,6 +23,7 @@ from peft_core.training.batches import join
 from peft_core.training.fused import Fused, fuse
 from peft_core.training.load import load_planned
 from peft_core.training.objective import Objective, choose_objective
+from peft_core.training.saved_tensors import SavedTensors
 from tests.toys import toy_documents, write_toy_base
 
 CONFIG = TrainingConfig(rank=4)
@@ -62,22 +62,33 @@ def test_of_a_fused_family_every_block_is_fused_and_keeps_what_the_plan_says(
     assert objective.head is not None
     assert sum(weight.numel() for weight in lora.weights(model).values()) == lora_parameters(CONFIG.rank, base.shape)
 
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     batch = join(toy_documents((192, 64)), torch.device("cpu"))
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
+    saved = SavedTensors(model)
+    with saved.of_one_pass():
         loss = objective.loss(batch)
     loss.backward()
     planned = base.shape.layers * batch.tokens * kept_bytes(CONFIG, base, "cpu", narrow=in_bfloat16)
     beside_layers = batch.tokens * 4 * 3 * base.shape.hidden_size  # the last norm, and the hidden states of the head
-    assert sum(kept.values()) == pytest.approx(planned + beside_layers, rel=0.15)
+    assert saved.nbytes == pytest.approx(planned + beside_layers, rel=0.15)
+
+
+@pytest.mark.parametrize("in_bfloat16", [False, True])
+@pytest.mark.parametrize("family", sorted(FUSED))
+def test_where_saved_tensors_lie_changes_no_bit_of_loss_and_gradient(
+    family: str, in_bfloat16: bool, tmp_path: Path
+) -> None:
+    base = resolve(str(write_toy_base(tmp_path / "base", family)), Settings())
+    model, objective = adapted(base, in_bfloat16=in_bfloat16)
+    weights = list(lora.weights(model).values())
+    saved = SavedTensors(model)
+    for lengths in ((70, 40, 9), (5,), (96, 90)):  # each takes the room of the one before
+        batch = join(toy_documents(lengths), torch.device("cpu"))
+        in_heap = objective.loss(batch)
+        expected = torch.autograd.grad(in_heap, weights)
+        with saved.of_one_pass():
+            loss = objective.loss(batch)
+        assert torch.equal(loss, in_heap)
+        assert all(map(torch.equal, torch.autograd.grad(loss, weights), expected))
 
 
 @pytest.mark.parametrize("recompute", [False, True])

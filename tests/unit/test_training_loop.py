@@ -27,6 +27,7 @@ from peft_core.training.checkpoint import Progress, load_checkpoint
 from peft_core.training.evaluate import held_out_loss, subset
 from peft_core.training.loop import Loop
 from peft_core.training.objective import Objective, choose_objective
+from peft_core.training.saved_tensors import SavedTensors
 from tests.toys import toy_documents, toy_model
 
 CONFIG = TrainingConfig(rank=4, batch_size=3, max_steps=8, max_length=64, learning_rate=5e-3, dropout=0.1, eval_steps=3)
@@ -390,7 +391,9 @@ def test_when_memory_runs_out_a_step_is_done_again_in_a_leaner_way_with_the_same
     expected, whole = uninterrupted(tmp_path / "roomy", PLAIN)
     recorder = Recorder()
     loop = tight(make_loop(tmp_path / "tight", recorder, PLAIN), room)
+    loop.saved = SavedTensors(loop.objective.model)
     loop.run()
+    assert loop.saved is None
     saved = [event for event in recorder.events if isinstance(event, MemorySaved)]
     assert [(event.tokens_at_once, event.layers_computed_twice) for event in saved] == ways
     assert "you tried to allocate" in saved[0].reason
@@ -398,6 +401,17 @@ def test_when_memory_runs_out_a_step_is_done_again_in_a_leaner_way_with_the_same
     assert recorder.losses() == pytest.approx(expected.losses(), rel=1e-5)
     for name, weight in loop.weights.items():
         assert torch.allclose(weight, whole.weights[name], atol=1e-4)
+
+
+def test_saved_tensors_in_a_place_of_their_own_change_no_number_of_a_run(tmp_path: Path) -> None:
+    expected, whole = uninterrupted(tmp_path / "heap")
+    recorder = Recorder()
+    loop = make_loop(tmp_path / "own", recorder)
+    loop.saved = own = SavedTensors(loop.objective.model)
+    loop.run()
+    assert own.nbytes > 0
+    assert recorder.losses() == expected.losses()
+    assert all(torch.equal(weight, whole.weights[name]) for name, weight in loop.weights.items())
 
 
 def test_memory_that_is_short_before_the_first_micro_batch_is_told_as_such(tmp_path: Path) -> None:
