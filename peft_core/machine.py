@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import platform
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+_DEVICES = Path("/dev")
 CGROUP = Path("/sys/fs/cgroup")
 _CPU_INFO = Path("/proc/cpuinfo")
 
@@ -16,7 +18,24 @@ def expected_device(requested: str) -> str:
         return requested
     if sys.platform == "darwin" and platform.machine() == "arm64":
         return "mps"
-    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+    return "cuda" if why_no_cuda() is None else "cpu"
+
+
+def why_no_cuda(devices: Path = _DEVICES, torch: str | None = None) -> str | None:
+    """What keeps torch from a GPU that it calls "cuda", in words; None where nothing is seen to. `torch`: its version."""
+    if sys.platform == "darwin":
+        return "there is no CUDA on macOS"
+    try:
+        build = (torch or version("torch")).partition("+")[2]  # "" of PyPI's, which is for CUDA
+    except PackageNotFoundError:
+        return "torch is not installed"
+    if build.startswith("cpu"):
+        return "the installed torch is built for CPUs alone (pytorch.org/get-started has the other builds)"
+    if build.startswith("rocm"):
+        return None if (devices / "kfd").exists() else "there is no AMD GPU with a driver (/dev/kfd is missing)"
+    drivers = ("nvidiactl", "dxg")  # dxg: Windows's driver, behind WSL 2
+    there = any((devices / driver).exists() for driver in drivers)
+    return None if there else "there is no NVIDIA GPU with a driver (/dev/nvidiactl is missing)"
 
 
 def cpu_multiplies_bfloat16(cpu_info: Path = _CPU_INFO) -> bool:

@@ -34,7 +34,7 @@ from peft_core.estimate import (
 )
 from peft_core.jobs.advice import advise
 from peft_core.jobs.model import JobRequest
-from peft_core.machine import available_memory_bytes, cpu_multiplies_bfloat16, expected_device
+from peft_core.machine import available_memory_bytes, cpu_multiplies_bfloat16, expected_device, why_no_cuda
 from peft_core.places import require_data_place
 from peft_core.recipe import filled_in
 from peft_core.spec import BUNDLED, Base, Execution, SourceSummary, TrainingConfig
@@ -164,8 +164,9 @@ def _device(config: TrainingConfig) -> str:
         raise InvalidArgument(
             "config.device", "mps", "MPS is there on Apple silicon only; allowed here: auto, cuda, cpu"
         )
-    if config.device == "cuda" and sys.platform == "darwin":
-        raise InvalidArgument("config.device", "cuda", "there is no CUDA on macOS; allowed here: auto, mps, cpu")
+    if config.device == "cuda" and (why := why_no_cuda()) is not None:
+        others = "auto, mps, cpu" if sys.platform == "darwin" else "auto, cpu"
+        raise InvalidArgument("config.device", "cuda", f"{why}; allowed here: {others}")
     return expected_device(config.device)
 
 

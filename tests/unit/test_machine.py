@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
-from peft_core.machine import available_memory_bytes, cpu_multiplies_bfloat16, expected_device
+from peft_core.machine import available_memory_bytes, cpu_multiplies_bfloat16, expected_device, why_no_cuda
 
 
 def test_a_device_that_was_asked_for_is_taken_at_its_word() -> None:
     assert expected_device("cuda") == "cuda"
     assert expected_device("auto") in ("mps", "cuda", "cpu")
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="there is none whatever is looked for")
+@pytest.mark.parametrize(
+    ("torch", "driver", "missing"),
+    [
+        ("2.13.0", "nvidiactl", None),
+        ("2.13.0+cu130", "dxg", None),
+        ("2.13.0+cu130", "kfd", "no NVIDIA GPU"),
+        ("2.13.0+rocm7.0", "kfd", None),
+        ("2.13.0+rocm7.0", "nvidiactl", "no AMD GPU"),
+        ("2.13.0+cpu", "nvidiactl", "built for CPUs alone"),
+        ("2.13.0", "null", "no NVIDIA GPU"),
+    ],
+)
+def test_a_gpu_is_expected_where_torchs_build_and_the_driver_are_for_the_same(
+    tmp_path: Path, torch: str, driver: str, missing: str | None
+) -> None:
+    (tmp_path / driver).touch()
+    found = why_no_cuda(tmp_path, torch)
+    assert found is None if missing is None else missing in str(found)
 
 
 @pytest.mark.parametrize(
