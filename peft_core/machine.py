@@ -3,39 +3,50 @@
 from __future__ import annotations
 
 import platform
+import re
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Collection
+from importlib.util import find_spec
 from pathlib import Path
 
-_DEVICES = Path("/dev")
+_ROOT = Path("/")
+# What torch can be built for, with files that are there where such a GPU works. Behind WSL 2 NVIDIA's library is the sign.
+_DRIVERS = {"cuda": ("dev/nvidiactl", "usr/lib/wsl/lib/libcuda.so.1"), "hip": ("dev/kfd",)}
+# Of a GPU that may be: WSL 2's device for any maker's, Jetson's, a driver whose device files are not made yet.
+_SIGNS = ("dev/dxg", "dev/nvhost-gpu", "dev/nvmap", "proc/driver/nvidia/version")
 CGROUP = Path("/sys/fs/cgroup")
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
-def expected_device(requested: str) -> str:
+def expected_device(requested: str, root: Path = _ROOT, builds: Collection[str] | None = None) -> str:
     """The device that training will most likely take; the training process decides, with torch at hand."""
     if requested != "auto":
         return requested
     if sys.platform == "darwin" and platform.machine() == "arm64":
         return "mps"
-    return "cuda" if why_no_cuda() is None else "cpu"
+    builds = torch_builds() if builds is None else builds
+    drivers = (driver for build in builds for driver in _DRIVERS[build])
+    return "cuda" if any((root / driver).exists() for driver in drivers) else "cpu"
 
 
-def why_no_cuda(devices: Path = _DEVICES, torch: str | None = None) -> str | None:
-    """What keeps torch from a GPU that it calls "cuda", in words; None where nothing is seen to. `torch`: its version."""
+def why_no_cuda(root: Path = _ROOT, builds: Collection[str] | None = None) -> str | None:
+    """What keeps torch from a GPU for certain, in words. None: it may find one, which it calls "cuda" whoever made it."""
     if sys.platform == "darwin":
         return "there is no CUDA on macOS"
-    try:
-        build = (torch or version("torch")).partition("+")[2]  # "" of PyPI's, which is for CUDA
-    except PackageNotFoundError:
-        return "torch is not installed"
-    if build.startswith("cpu"):
+    if not (torch_builds() if builds is None else builds):
         return "the installed torch is built for CPUs alone (pytorch.org/get-started has the other builds)"
-    if build.startswith("rocm"):
-        return None if (devices / "kfd").exists() else "there is no AMD GPU with a driver (/dev/kfd is missing)"
-    drivers = ("nvidiactl", "dxg")  # dxg: Windows's driver, behind WSL 2
-    there = any((devices / driver).exists() for driver in drivers)
-    return None if there else "there is no NVIDIA GPU with a driver (/dev/nvidiactl is missing)"
+    if any((root / sign).exists() for drivers in _DRIVERS.values() for sign in (*drivers, *_SIGNS)):
+        return None
+    return "there is no sign of a GPU's driver, such as /dev/nvidiactl or /dev/kfd"
+
+
+def torch_builds() -> set[str]:
+    """Of `_DRIVERS`, what the installed torch is built for: read from its version.py, as torch is not imported here."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return set()
+    text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
+    return {build for build in _DRIVERS if re.search(rf"^{build}\b[^=\n]*= *['\"]", text, re.MULTILINE)}
 
 
 def cpu_multiplies_bfloat16(cpu_info: Path = _CPU_INFO) -> bool:

@@ -57,7 +57,7 @@ from peft_core.training.fused import Fused, fuse
 from peft_core.training.held_out import mean_loss, trials_of
 from peft_core.training.load import load_planned
 from peft_core.training.loop import Loop
-from peft_core.training.objective import choose_objective
+from peft_core.training.objective import Objective, choose_objective
 from peft_core.training.saved_tensors import SavedTensors
 from peft_core.training.saving import RunFacts, write_adapter
 
@@ -158,7 +158,7 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
         emit=emit,
         stop=stop,
         between_steps=threads.keep_up,
-        saved=SavedTensors(adapted) if plan.device == "cpu" and fused.blocks and not objective.recomputes else None,
+        saved=SavedTensors(adapted) if _saves_little(plan, fused, objective) else None,
     )
     if checkpoint is not None:
         loop.restore(checkpoint)
@@ -192,6 +192,12 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
         _log.info("adapter_written", **metrics.model_dump())
         emit(AdapterWritten(metrics=metrics))
     accelerator.end_training()  # a process that leaves its group unclosed may end with SIGABRT
+
+
+def _saves_little(plan: DevicePlan, fused: Fused, objective: Objective) -> bool:
+    """Whether all that a pass saves is what fused blocks save, and worth a place of its own."""
+    all_fused = fused.blocks > 0 and fused.linears == 0 and objective.head is not None
+    return plan.device == "cpu" and all_fused and not objective.recomputes
 
 
 def _loss_on(sample: list[Document], exam: Exam, scores: Scores) -> float:

@@ -136,7 +136,7 @@ class RotationFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_THE: torch.Tensor, cos_T1E: torch.Tensor, sin_T1E: torch.Tensor) -> torch.Tensor:
-        ctx.angles = cos_T1E, sin_T1E  # of all layers: kept for none of them by itself
+        ctx.angles = cos_T1E, sin_T1E  # all layers share them: saved, they would be copied for each
         return _rotated(x_THE, cos_T1E, sin_T1E, sign=1.0)
 
     @staticmethod

@@ -70,7 +70,7 @@ class Loop:
     stop: Stop
     clock: Callable[[], float] = time.monotonic
     between_steps: Callable[[], None] = lambda: None  # what the machine needs then
-    saved: SavedTensors | None = None  # while memory is not scarce
+    saved: SavedTensors | None = None  # where it pays, and until memory runs out
     best: Tensors | None = None
     lowered: tuple[RateLowered, ...] = ()
     memory_saved: tuple[MemorySaved, ...] = ()

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from peft_core.config import Settings
 from peft_core.data import table
-from peft_core.errors import DataError, ModelError, StorageError
+from peft_core.errors import DataError, InvalidArgument, ModelError, StorageError
 from peft_core.jobs import planning
-from peft_core.jobs.planning import write_source
+from peft_core.jobs.planning import plan, write_source
+from peft_core.spec import TrainingConfig
 from tests.factories import make_job
 
 RECORDS = [{"content": f"x = {n}", "language": "python", "metadata": {"at": object()}} for n in range(10)]
@@ -53,3 +55,21 @@ def test_a_directory_that_was_there_is_not_removed(tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         write(tmp_path)
     assert (tmp_path / "job" / "others.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("device", "system", "why_no_cuda", "told"),
+    [
+        ("cuda", "linux", "no driver", "no driver; allowed here: auto, cpu"),
+        ("cuda", "darwin", "no CUDA on macOS", "no CUDA on macOS; allowed here: auto, mps, cpu"),
+        ("mps", "linux", None, "on Apple silicon only; allowed here: auto, cuda, cpu"),
+    ],
+)
+def test_a_device_that_cannot_be_there_is_refused_before_anything_is_read(
+    monkeypatch: pytest.MonkeyPatch, device: Any, system: str, why_no_cuda: str | None, told: str
+) -> None:
+    monkeypatch.setattr(planning.sys, "platform", system)
+    monkeypatch.setattr(planning, "why_no_cuda", lambda: why_no_cuda)
+    with pytest.raises(InvalidArgument, match=told) as caught:
+        plan("/no/such/place", TrainingConfig(device=device), Settings(), lambda *_: None)
+    assert caught.value.details["field"] == "config.device"

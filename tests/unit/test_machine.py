@@ -7,33 +7,61 @@ from pathlib import Path
 
 import pytest
 
-from peft_core.machine import available_memory_bytes, cpu_multiplies_bfloat16, expected_device, why_no_cuda
+from peft_core.machine import (
+    available_memory_bytes,
+    cpu_multiplies_bfloat16,
+    expected_device,
+    torch_builds,
+    why_no_cuda,
+)
 
 
 def test_a_device_that_was_asked_for_is_taken_at_its_word() -> None:
     assert expected_device("cuda") == "cuda"
-    assert expected_device("auto") in ("mps", "cuda", "cpu")
 
 
-@pytest.mark.skipif(sys.platform == "darwin", reason="there is none whatever is looked for")
+@pytest.mark.skipif(sys.platform == "darwin", reason="there is no CUDA whatever is looked for")
 @pytest.mark.parametrize(
-    ("torch", "driver", "missing"),
+    ("builds", "file", "expected", "missing"),
     [
-        ("2.13.0", "nvidiactl", None),
-        ("2.13.0+cu130", "dxg", None),
-        ("2.13.0+cu130", "kfd", "no NVIDIA GPU"),
-        ("2.13.0+rocm7.0", "kfd", None),
-        ("2.13.0+rocm7.0", "nvidiactl", "no AMD GPU"),
-        ("2.13.0+cpu", "nvidiactl", "built for CPUs alone"),
-        ("2.13.0", "null", "no NVIDIA GPU"),
+        ({"cuda"}, "dev/nvidiactl", "cuda", None),
+        ({"cuda"}, "usr/lib/wsl/lib/libcuda.so.1", "cuda", None),
+        ({"hip"}, "dev/kfd", "cuda", None),
+        ({"cuda"}, "dev/dxg", "cpu", None),  # WSL 2 with whatever GPU
+        ({"hip"}, "dev/dxg", "cpu", None),
+        ({"cuda"}, "dev/nvhost-gpu", "cpu", None),
+        ({"cuda"}, "dev/null", "cpu", "no sign of a GPU's driver"),
+        (set(), "dev/nvidiactl", "cpu", "built for CPUs alone"),
     ],
 )
-def test_a_gpu_is_expected_where_torchs_build_and_the_driver_are_for_the_same(
-    tmp_path: Path, torch: str, driver: str, missing: str | None
+def test_a_gpu_is_expected_where_one_works_and_refused_only_where_none_can(
+    tmp_path: Path, builds: set[str], file: str, expected: str, missing: str | None
 ) -> None:
-    (tmp_path / driver).touch()
-    found = why_no_cuda(tmp_path, torch)
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).touch()
+    assert expected_device("auto", tmp_path, builds) == expected
+    found = why_no_cuda(tmp_path, builds)
     assert found is None if missing is None else missing in str(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "builds"),
+    [
+        ("cuda: Optional[str] = None\nhip: Optional[str] = None\n", set()),
+        ("cuda: Optional[str] = '13.0'\nhip: Optional[str] = None\n", {"cuda"}),
+        ("cuda = None\nhip = '7.0.51831'\n", {"hip"}),
+    ],
+)
+def test_what_torch_is_built_for_is_read_without_importing_it(
+    text: str, builds: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "torch"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise AssertionError('it was imported')")
+    (package / "version.py").write_text(f"__all__ = ['cuda', 'hip']\n{text}")
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert torch_builds() == builds
 
 
 @pytest.mark.parametrize(

@@ -392,8 +392,16 @@ def test_when_memory_runs_out_a_step_is_done_again_in_a_leaner_way_with_the_same
     recorder = Recorder()
     loop = tight(make_loop(tmp_path / "tight", recorder, PLAIN), room)
     loop.saved = SavedTensors(loop.objective.model)
+    places: list[SavedTensors | None] = []
+
+    def look(event: Event) -> None:
+        recorder(event)
+        if isinstance(event, MemorySaved):
+            places.append(loop.saved)
+
+    loop.emit = look
     loop.run()
-    assert loop.saved is None
+    assert places == [None] * len(ways)
     saved = [event for event in recorder.events if isinstance(event, MemorySaved)]
     assert [(event.tokens_at_once, event.layers_computed_twice) for event in saved] == ways
     assert "you tried to allocate" in saved[0].reason
@@ -443,7 +451,9 @@ def test_a_resumed_run_computes_in_the_leaner_way_at_once(tmp_path: Path) -> Non
     assert len(checkpoint.memory_saved) == 2
     recorder = Recorder()
     loop = tight(make_loop(tmp_path, recorder, PLAIN), 11)
+    loop.saved = SavedTensors(loop.objective.model)
     loop.restore(checkpoint)
+    assert loop.saved is None
     assert (loop.objective.capacity, loop.objective.recomputes) == (40, True)
     loop.run()
     assert not [event for event in recorder.events if isinstance(event, MemorySaved)]
