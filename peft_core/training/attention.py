@@ -173,13 +173,13 @@ class _DocumentAttention(torch.autograd.Function):
         own_value = (
             value_BKTD.transpose(1, 2).contiguous().transpose(1, 2)
         )  # not the query and key it was computed with
-        ctx.save_for_backward(query_BHTD, key_BKTD, own_value, *sums_BHL, out_BTHD)
+        ctx.save_for_backward(query_BHTD, key_BKTD, own_value, out_BTHD, *sums_BHL)
         ctx.lengths, ctx.scale = lengths, scale
         return out_BTHD
 
     @staticmethod
     def backward(ctx: Any, grad_BTHD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query_BHTD, key_BKTD, value_BKTD, *sums_BHL, out_BTHD = ctx.saved_tensors
+        query_BHTD, key_BKTD, value_BKTD, out_BTHD, *sums_BHL = ctx.saved_tensors
         inputs = (query_BHTD, key_BKTD, value_BKTD)
         # In memory a token's heads lie together, as the layers before want it.
         gradients = [x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in inputs]

@@ -24,36 +24,16 @@ class _Saved:
     of_pass: int
 
 
-@dataclass(frozen=True)
-class _Copy:
-    """While the original is held, nothing else can be in its place."""
-
-    original: torch.Tensor
-    version: int
-    copy: torch.Tensor
-
-    def is_of(self, tensor: torch.Tensor) -> bool:
-        """Whether these are the same numbers in the same order, maybe in another shape."""
-        return (
-            tensor.data_ptr() == self.original.data_ptr()
-            and (tensor.dtype, tensor.numel()) == (self.copy.dtype, self.copy.numel())
-            and _version(tensor) == self.version
-            and tensor.is_contiguous()
-            and self.original.is_contiguous()
-        )
-
-
 class SavedTensors:
     """Room for the saved tensors of one forward pass at a time, which stays until this object goes.
 
-    Every saved tensor is copied, each time it is saved, unless it was the last one: for models that save few and seldom one
-    of them again, as fused blocks do. Weights, which are there anyway, are not.
+    Every saved tensor is copied, each time it is saved: for models that save few and none twice, as blocks in bfloat16 do.
+    Weights, which are there anyway, are not.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._weights = {_memory(weight) for weight in (*model.parameters(), *model.buffers())}
         self._blocks: list[torch.Tensor] = []
-        self._last: _Copy | None = None
         self._pass = 0
         self._block = self._used = 0
         self.nbytes = 0  # of what the last pass saved
@@ -63,20 +43,13 @@ class SavedTensors:
         """What is saved within lies here until this is entered again: the backward pass comes before that."""
         self._pass += 1
         self._block = self._used = self.nbytes = 0
-        try:
-            with saved_tensors_hooks(self._save, self._saved):
-                yield
-        finally:
-            self._last = None
+        with saved_tensors_hooks(self._save, self._saved):
+            yield
 
     def _save(self, tensor: torch.Tensor) -> _Saved:
         if not tensor.is_cpu or _memory(tensor) in self._weights:
             return _Saved(tensor, self._pass)
-        if self._last is not None and self._last.is_of(tensor):
-            return _Saved(self._last.copy.view(tensor.shape), self._pass)
-        copy = self._room_like(tensor).copy_(tensor)
-        self._last = _Copy(tensor, _version(tensor), copy)
-        return _Saved(copy, self._pass)
+        return _Saved(self._room_like(tensor).copy_(tensor), self._pass)
 
     def _saved(self, saved: _Saved) -> torch.Tensor:
         if saved.of_pass != self._pass:
@@ -104,9 +77,3 @@ class SavedTensors:
 
 def _memory(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """Another one once it has been written to; of all views of it."""
-    version: int = tensor._version  # noqa: SLF001 -- torch has no public name for it
-    return version

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from peft import PeftModel
+from torch.autograd.graph import saved_tensors_hooks
 
 from peft_core.bases import resolve
 from peft_core.bases.convert import materialise
@@ -62,14 +63,22 @@ def test_of_a_fused_family_every_block_is_fused_and_keeps_what_the_plan_says(
     assert objective.head is not None
     assert sum(weight.numel() for weight in lora.weights(model).values()) == lora_parameters(CONFIG.rank, base.shape)
 
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
     batch = join(toy_documents((192, 64)), torch.device("cpu"))
-    saved = SavedTensors(model)
-    with saved.of_one_pass():
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = objective.loss(batch)
     loss.backward()
     planned = base.shape.layers * batch.tokens * kept_bytes(CONFIG, base, "cpu", narrow=in_bfloat16)
     beside_layers = batch.tokens * 4 * 3 * base.shape.hidden_size  # the last norm, and the hidden states of the head
-    assert saved.nbytes == pytest.approx(planned + beside_layers, rel=0.08)
+    assert sum(kept.values()) == pytest.approx(planned + beside_layers, rel=0.15)
 
 
 @pytest.mark.parametrize("in_bfloat16", [False, True])
