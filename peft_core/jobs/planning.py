@@ -160,13 +160,13 @@ def write_source(request: JobRequest, training_data: TrainingData, records: Path
 
 
 def _device(config: TrainingConfig) -> str:
-    if config.device == "mps" and sys.platform != "darwin":
-        raise InvalidArgument(
-            "config.device", "mps", "MPS is there on Apple silicon only; allowed here: auto, cuda, cpu"
-        )
-    if config.device == "cuda" and (why := why_no_cuda()) is not None:
-        others = "auto, mps, cpu" if sys.platform == "darwin" else "auto, cpu"
-        raise InvalidArgument("config.device", "cuda", f"{why}; allowed here: {others}")
+    why_not = {
+        "mps": None if sys.platform == "darwin" else "MPS is there on Apple silicon only",
+        "cuda": why_no_cuda(),
+    }
+    if (why := why_not.get(config.device)) is not None:
+        allowed = ["auto", *(device for device, reason in why_not.items() if reason is None), "cpu"]
+        raise InvalidArgument("config.device", config.device, f"{why}; allowed here: {', '.join(allowed)}")
     return expected_device(config.device)
 
 

@@ -63,6 +63,7 @@ def test_a_directory_that_was_there_is_not_removed(tmp_path: Path) -> None:
         ("cuda", "linux", "no driver", "no driver; allowed here: auto, cpu"),
         ("cuda", "darwin", "no CUDA on macOS", "no CUDA on macOS; allowed here: auto, mps, cpu"),
         ("mps", "linux", None, "on Apple silicon only; allowed here: auto, cuda, cpu"),
+        ("mps", "linux", "no driver", "on Apple silicon only; allowed here: auto, cpu"),
     ],
 )
 def test_a_device_that_cannot_be_there_is_refused_before_anything_is_read(
