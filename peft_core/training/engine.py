@@ -143,10 +143,10 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     return_freed_memory()
     # What blocks in bfloat16 save, where nothing else is. In float32 nothing is gained: results of the backward pass are as
     # large as what has been used by then, whose room they take.
-    alone = narrow and fused.linears == 0 and objective.head is not None and not execution.recompute_layers
-    saved = SavedTensors(adapted) if alone else None
+    apart = narrow and fused.linears == 0 and objective.head is not None and not execution.recompute_layers
     if plan.device == "cpu":
-        keep_freed_memory(up_to_bytes=_kept_bytes(task, saved))
+        kept_share = 1.0 if apart else _KEPT_SHARE
+        keep_freed_memory(up_to_bytes=round(kept_share * (task.estimated_memory_bytes or 0)))
     if execution.recompute_layers:
         objective.recompute_layers()
     optimizer = lora.build_optimizer(adapted, config)
@@ -166,7 +166,7 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
         emit=emit,
         stop=stop,
         between_steps=threads.keep_up,
-        saved=saved,
+        saved=SavedTensors(adapted) if apart else None,  # nobody else holds it: the loop gives it up
     )
     if checkpoint is not None:
         loop.restore(checkpoint)
@@ -200,11 +200,6 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
         _log.info("adapter_written", **metrics.model_dump())
         emit(AdapterWritten(metrics=metrics))
     accelerator.end_training()  # a process that leaves its group unclosed may end with SIGABRT
-
-
-def _kept_bytes(task: TrainingTask, saved: SavedTensors | None) -> int:
-    """How much memory the process may hold between micro-batches."""
-    return round((1.0 if saved else _KEPT_SHARE) * (task.estimated_memory_bytes or 0))
 
 
 def _loss_on(sample: list[Document], exam: Exam, scores: Scores) -> float:

@@ -5,6 +5,7 @@ V vocabulary, T tokens
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ from transformers import AutoModelForCausalLM
 from peft_core.adapters.manifest import read_manifest, sha256_of
 from peft_core.adapters.verify import verify
 from peft_core.bases.resolve import resolve
+from peft_core.compute.stop import Stop
 from peft_core.config import Settings
 from peft_core.events import (
     EVENT,
@@ -42,6 +44,8 @@ from peft_core.events import (
 from peft_core.results import Phase
 from peft_core.spec import Execution, TrainingConfig
 from peft_core.task import TrainingTask
+from peft_core.training import engine
+from peft_core.training.saved_tensors import SavedTensors
 from tests.toys import write_toy_base
 
 TOY = {"rank": 4, "batch_size": 2, "max_steps": 6, "max_length": 256}
@@ -145,6 +149,23 @@ def test_products_in_bfloat16_give_nearly_the_same_run(tmp_path: Path, toy_base:
     assert "base_mapped" in log
     assert rounded == pytest.approx(plain, rel=0.01)
     assert rounded != plain
+
+
+@pytest.mark.parametrize(("weights", "there"), [("bfloat16", True), ("float32", False)])
+def test_the_room_for_saved_tensors_is_there_while_blocks_in_bfloat16_train_and_no_longer(
+    tmp_path: Path, toy_base: Path, weights: Any, there: bool
+) -> None:
+    found: dict[str, int] = {}
+
+    def emit(event: Event) -> None:
+        if isinstance(event, StepCompleted | PhaseStarted):
+            rooms = [thing for thing in gc.get_objects() if type(thing) is SavedTensors]
+            found[event.kind if isinstance(event, StepCompleted) else event.phase] = len(rooms)
+
+    task = make_task(tmp_path, str(toy_base), **TOY)
+    engine.run(task.model_copy(update={"execution": Execution(weights=weights)}), emit, Stop())
+    assert found["step_completed"] == there
+    assert found[Phase.EVALUATING_ADAPTER] == 0
 
 
 def read_until(process: subprocess.Popen[str], kind: type[Event]) -> list[Event]:
