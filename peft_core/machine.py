@@ -35,9 +35,9 @@ def why_no_cuda(root: Path = _ROOT, builds: Collection[str] | None = None) -> st
         return "there is no CUDA on macOS"
     if not (torch_builds() if builds is None else builds):
         return "the installed torch is built for CPUs alone (pytorch.org/get-started has the other builds)"
-    if any((root / sign).exists() for drivers in _DRIVERS.values() for sign in (*drivers, *_SIGNS)):
-        return None
-    return "there is no sign of a GPU's driver, such as /dev/nvidiactl or /dev/kfd"
+    signs = (*_DRIVERS["cuda"], *_DRIVERS["hip"], *_SIGNS)
+    there = any((root / sign).exists() for sign in signs)
+    return None if there else "there is no sign of a GPU's driver, such as /dev/nvidiactl or /dev/kfd"
 
 
 def torch_builds() -> set[str]:

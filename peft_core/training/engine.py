@@ -141,8 +141,8 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     adapted = lora.attach(model, config, task.base.name)
     fused = fuse(adapted)
     return_freed_memory()
-    # What blocks in bfloat16 save, where nothing else is. In float32 nothing is gained: results of the backward pass are as
-    # large as what has been used by then, whose room they take.
+    # Where nothing is saved but what blocks in bfloat16 save. In float32 neither memory nor speed was gained: the backward pass
+    # needs much room there, and in the heap finds it in what it has used.
     apart = narrow and fused.linears == 0 and objective.head is not None and not execution.recompute_layers
     if plan.device == "cpu":
         kept_share = 1.0 if apart else _KEPT_SHARE
