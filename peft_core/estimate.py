@@ -180,8 +180,8 @@ def memory_bytes(config: TrainingConfig, base: Base, device: str, execution: Exe
         + kept
         + holes
         + (temporary + logits if known else max(temporary, logits))  # room for the logits of a chunk stays
-        # Weights, gradients, two Adam moments, the best weights; weights and moments of the last good state.
-        + lora_parameters(config.rank, shape) * 4 * 8
+        # Weights, gradients, two Adam moments, the best weights.
+        + lora_parameters(config.rank, shape) * 4 * 5
     )
 
 

@@ -264,9 +264,8 @@ def _described(way: Execution) -> str:
 def _check_disk(config: TrainingConfig, base: Base, found: SourceSummary, data_dir: Path) -> None:
     needed = (
         (4 * base.shape.parameters if base.format == "gguf" else 0)  # the converted base, if not there yet
-        + 28
-        * lora_parameters(config.rank, base.shape)
-        * 2  # adapter and two checkpoints, each of two states and the best
+        # The adapter and its start; the checkpoint and the good state, each of four, old and new side by side.
+        + 4 * lora_parameters(config.rank, base.shape) * 18
         + 12 * found.estimated_tokens  # the dataset as JSON
         + MARGIN_BYTES
     )

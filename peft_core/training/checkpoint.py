@@ -1,6 +1,6 @@
 """All that a run needs to go on exactly where it was: one file, replaced atomically.
 
-Three times the adapter (weights and Adam's moments); with a good state to go back to and the best one, seven.
+Three times the adapter (weights and Adam's moments); four where early stopping keeps the best weights.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ import os
 import pickle
 import struct
 from collections.abc import Mapping
-from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 import torch
 
+from peft_core.errors import TrainingError
 from peft_core.events import EVENT, Event, MemorySaved, RateLowered
 from peft_core.spec import DatasetSummary
 from peft_core.task import TrainingTask
 
 _log = structlog.get_logger(__name__)
 
-_FILE = "state.pt"
+_LATEST = "state.pt"
 _FORMAT = 1
 # What torch and pickle raise on damaged files; `weights_only` reports forbidden content as UnpicklingError.
 _UNREADABLE = (
@@ -56,6 +56,20 @@ class Progress:
     stopped_early: bool = False
 
 
+class Mark(NamedTuple):
+    """A state that a run passes through. The same step comes again when it goes back, with another rate."""
+
+    step: int  # completed ones
+    times_lowered: int  # the rate
+
+    @property
+    def file(self) -> str:
+        return f"good-{self.step}-{self.times_lowered}.pt"
+
+
+START = Mark(0, 0)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     progress: Progress
@@ -67,17 +81,7 @@ class Checkpoint:
     lowered: tuple[RateLowered, ...] = ()  # the rates of optimizer and scheduler are the lowered ones
     memory_saved: tuple[MemorySaved, ...] = ()
     recent: tuple[Event, ...] = ()  # what was told last, for a run that goes on: it may have reached nobody
-    good: Checkpoint | None = None  # where the run goes back to if it diverges; None in files of older versions
-
-    def copy(self) -> Checkpoint:
-        """What the next steps do not change. `best` is shared: it is replaced, never written to."""
-        return replace(
-            self,
-            progress=replace(self.progress),
-            adapter={name: tensor.detach().clone() for name, tensor in self.adapter.items()},
-            optimizer=deepcopy(self.optimizer),
-            scheduler=deepcopy(self.scheduler),
-        )
+    good: Mark = START  # where the run goes back to if it diverges
 
 
 def run_key(task: TrainingTask, dataset: DatasetSummary) -> str:
@@ -86,21 +90,21 @@ def run_key(task: TrainingTask, dataset: DatasetSummary) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def save_checkpoint(directory: Path, key: str, checkpoint: Checkpoint) -> None:
+def save_checkpoint(directory: Path, key: str, checkpoint: Checkpoint, file: str = _LATEST) -> None:
     """Write beside the previous one, then take its place: a reader finds the old or the new, never a part."""
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f".{_FILE}.tmp"
+    temporary = directory / f".{file}.tmp"
     document = {"format": _FORMAT, "key": key, **_to_document(checkpoint)}
-    with temporary.open("wb") as file:
-        torch.save(document, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(directory / _FILE)
+    with temporary.open("wb") as out:
+        torch.save(document, out)
+        out.flush()
+        os.fsync(out.fileno())
+    temporary.replace(directory / file)
 
 
-def load_checkpoint(directory: Path, key: str) -> Checkpoint | None:
+def load_checkpoint(directory: Path, key: str, file: str = _LATEST) -> Checkpoint | None:
     """The checkpoint of this very run, or None: absent, unreadable, or of another run. Runs no code of the file."""
-    path = directory / _FILE
+    path = directory / file
     if not path.is_file():
         return None
     try:
@@ -114,6 +118,47 @@ def load_checkpoint(directory: Path, key: str) -> Checkpoint | None:
         return None
 
 
+class GoodStates:
+    """Where a run can go back to: its start, and the last state that was seen to be good.
+
+    In files beside the checkpoint, which names one of them: they are seldom read, and would take three times the adapter's
+    memory each.
+    """
+
+    def __init__(self, directory: Path, key: str) -> None:
+        self._directory, self._key = directory, key
+
+    def keep(self, state: Checkpoint) -> None:
+        """Under its own name. What was kept before stays: the checkpoint on disk may still name it."""
+        save_checkpoint(self._directory, self._key, state, mark_of(state).file)
+
+    def at(self, mark: Mark) -> Checkpoint:
+        """A state that was kept.
+
+        Raises:
+            TrainingError: it is gone or damaged.
+        """
+        state = load_checkpoint(self._directory, self._key, mark.file)
+        if state is None:
+            path = self._directory / mark.file
+            raise TrainingError(
+                f"The run diverged, and its state after step {mark.step}, to go back to, cannot be read: {path} is missing or "
+                "damaged.",
+                suggestions=["Start the training anew, with a lower learning_rate."],
+            )
+        return state
+
+    def forget_all_but(self, mark: Mark) -> None:
+        """And the start. For when the checkpoint on disk names `mark`."""
+        for path in self._directory.glob("good-*.pt"):
+            if path.name not in (mark.file, START.file):
+                path.unlink(missing_ok=True)
+
+
+def mark_of(state: Checkpoint) -> Mark:
+    return Mark(state.progress.step, len(state.lowered))
+
+
 def _to_document(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "progress": asdict(checkpoint.progress),
@@ -125,12 +170,11 @@ def _to_document(checkpoint: Checkpoint) -> dict[str, Any]:
         "memory_saved": [event.model_dump() for event in checkpoint.memory_saved],
         "lowered": [event.model_dump() for event in checkpoint.lowered],
         "recent": [event.model_dump(mode="json") for event in checkpoint.recent],
-        "good": checkpoint.good and _to_document(checkpoint.good),
+        "good_state": tuple(checkpoint.good),
     }
 
 
 def _from_document(document: Mapping[str, Any]) -> Checkpoint:
-    good = document.get("good")
     return Checkpoint(
         progress=Progress(**document["progress"]),
         adapter=document["adapter"],
@@ -141,5 +185,5 @@ def _from_document(document: Mapping[str, Any]) -> Checkpoint:
         memory_saved=tuple(MemorySaved.model_validate(event) for event in document.get("memory_saved", ())),
         lowered=tuple(RateLowered.model_validate(event) for event in document.get("lowered", ())),
         recent=tuple(EVENT.validate_python(event) for event in document.get("recent", ())),
-        good=good and _from_document(good),
+        good=Mark(*document.get("good_state", START)),  # older files name none
     )

@@ -29,7 +29,7 @@ from peft_core.events import (
 )
 from peft_core.spec import TrainingConfig
 from peft_core.training.batches import Document, Order
-from peft_core.training.checkpoint import Checkpoint, Progress, Tensors, save_checkpoint
+from peft_core.training.checkpoint import START, Checkpoint, GoodStates, Progress, Tensors, mark_of, save_checkpoint
 from peft_core.training.divergence import Diverged, check_finite, failure_of
 from peft_core.training.evaluate import held_out_loss
 from peft_core.training.objective import Objective
@@ -80,7 +80,8 @@ class Loop:
         self._told: list[Event] = []
         self._told_before: list[Event] = []
         self._rng = rng_state(self.accelerator.device)
-        self._good = self._start = self._state().copy()  # without effect yet, and the loss of the base is finite
+        self._good = START
+        self._good_states = GoodStates(self.checkpoint_directory, self.run_key)
         self._longest = max(map(len, self.documents))
         self._planned_tokens = self.order.tokens([len(document) for document in self.documents])
 
@@ -98,7 +99,7 @@ class Loop:
             self.objective.capacity = self.memory_saved[-1].tokens_at_once
             if self.memory_saved[-1].layers_computed_twice:
                 self.objective.recompute_layers()
-        self._good = checkpoint.good or self._start
+        self._good = checkpoint.good
         set_rng_state(self.accelerator.device, self._rng)
 
     def run(self) -> None:
@@ -109,6 +110,8 @@ class Loop:
             Stopped: on request; a checkpoint was written.
         """
         self.objective.model.train()
+        if mark_of(self._state()) == START:
+            self._keep_as_good()  # without effect yet, and the loss of the base is finite
         saved_at = self.clock()
         try:
             while True:
@@ -268,7 +271,8 @@ class Loop:
         if not self.accelerator.is_main_process:
             return
         recent = (*self._told_before, *self._told)
-        save_checkpoint(self.checkpoint_directory, self.run_key, replace(self._state(), good=self._good, recent=recent))
+        save_checkpoint(self.checkpoint_directory, self.run_key, replace(self._state(), recent=recent))
+        self._good_states.forget_all_but(self._good)
         self._told_before, self._told = self._told, []
         self.emit(CheckpointSaved(step=self.progress.step))
 
@@ -282,6 +286,7 @@ class Loop:
             rng=self._rng,
             lowered=self.lowered,
             memory_saved=self.memory_saved,
+            good=self._good,
         )
 
     def _keep_if_good(self, loss: float) -> None:
@@ -289,9 +294,15 @@ class Loop:
 
         All processes decide the same, as they have the same summed loss.
         """
-        due = self.progress.step >= self._good.progress.step + _GOOD_EVERY
+        due = self.progress.step >= self._good.step + _GOOD_EVERY
         if due and loss <= self.progress.base_loss + _GOOD_LOSS_ABOVE_BASE:
-            self._good = self._state().copy()
+            self._keep_as_good()
+
+    def _keep_as_good(self) -> None:
+        state = self._state()
+        if self.accelerator.is_main_process:  # the others read it after the next sum over all processes, if ever
+            self._good_states.keep(state)
+        self._good = mark_of(state)
 
     def _go_back(self, fault: Diverged) -> None:
         """To the last good state with a lower rate; the same examples follow in the same order.
@@ -301,10 +312,10 @@ class Loop:
         tried = self.lowered
         if len(tried) == _TRIES:
             raise failure_of(fault, tried, self.config, self.progress.step, self.accelerator.device)
-        lost = tried and tried[-1].back_to_step == self._good.progress.step
-        good = self._start if lost else self._good
+        lost = tried and tried[-1].back_to_step == self._good.step
+        good = START if lost else self._good
         self.optimizer.zero_grad()
-        self.restore(replace(good.copy(), good=good))
+        self.restore(replace(self._good_states.at(good), good=good))
         factor = _LOWER_BY ** (len(tried) + 1)
         self._multiply_rates(factor / (self.lowered[-1].factor if self.lowered else 1.0))
         event = RateLowered(step=fault.step, back_to_step=self.progress.step, factor=factor, reason=fault.what)

@@ -1,13 +1,26 @@
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from peft_core.errors import TrainingError
 from peft_core.events import RateLowered
 from peft_core.spec import DatasetSummary, TrainingConfig
 from peft_core.task import TrainingTask
-from peft_core.training.checkpoint import Checkpoint, Progress, load_checkpoint, run_key, save_checkpoint
+from peft_core.training.checkpoint import (
+    START,
+    Checkpoint,
+    GoodStates,
+    Mark,
+    Progress,
+    load_checkpoint,
+    mark_of,
+    run_key,
+    save_checkpoint,
+)
 from tests.factories import make_base
 
 DATASET = DatasetSummary(
@@ -51,26 +64,48 @@ def test_the_newest_checkpoint_takes_the_place_of_the_one_before(tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
 
 
-def test_the_good_state_the_lowered_rates_and_what_was_told_are_part_of_it(tmp_path: Path) -> None:
+def test_the_mark_to_go_back_to_the_lowered_rates_and_what_was_told_are_part_of_it(tmp_path: Path) -> None:
     lowered = (RateLowered(step=7, back_to_step=1, factor=0.25, reason="the loss is nan"),)
-    told = replace(make_checkpoint(5), lowered=lowered, recent=lowered, good=make_checkpoint(1))
+    told = replace(make_checkpoint(5), lowered=lowered, recent=lowered, good=Mark(1, 0))
     save_checkpoint(tmp_path, "key", told)
     loaded = load_checkpoint(tmp_path, "key")
     assert loaded is not None
     assert loaded.lowered == loaded.recent == lowered
-    assert loaded.good is not None
-    assert (loaded.good.progress.step, loaded.good.lowered) == (1, ())
-    assert loaded.good.adapter["a"].tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    assert loaded.good == Mark(1, 0)
 
 
 def test_a_checkpoint_from_before_runs_went_back_is_read(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, "key", make_checkpoint(5))
     document = torch.load(tmp_path / "state.pt", weights_only=True)
-    del document["lowered"], document["good"], document["recent"]
+    del document["lowered"], document["good_state"], document["recent"]
     torch.save(document, tmp_path / "state.pt")
     loaded = load_checkpoint(tmp_path, "key")
     assert loaded is not None
-    assert (loaded.progress.step, loaded.lowered, loaded.good) == (5, (), None)
+    assert (loaded.progress.step, loaded.lowered, loaded.good) == (5, (), START)
+
+
+def test_good_states_stay_until_no_checkpoint_names_them_and_the_start_stays_for_good(tmp_path: Path) -> None:
+    states = GoodStates(tmp_path, "key")
+    lowered = (RateLowered(step=7, back_to_step=0, factor=0.25, reason="the loss is nan"),)
+    again = replace(make_checkpoint(50), lowered=lowered)  # the same step, on another way
+    for state in (make_checkpoint(0), make_checkpoint(50), again):
+        states.keep(state)
+    assert [states.at(mark).lowered for mark in (Mark(50, 0), Mark(50, 1))] == [(), lowered]
+    assert states.at(Mark(50, 0)).adapter["a"].tolist() == [[50.0, 50.0], [50.0, 50.0]]
+    states.forget_all_but(mark_of(again))
+    assert {path.name for path in tmp_path.iterdir()} == {"good-0-0.pt", "good-50-1.pt"}
+    assert states.at(START).progress.step == 0
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"PK\x03\x04 half")])
+def test_a_good_state_that_cannot_be_read_is_told_with_its_path(
+    tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    states = GoodStates(tmp_path, "key")
+    states.keep(make_checkpoint(50))
+    damage(tmp_path / "good-50-0.pt")
+    with pytest.raises(TrainingError, match=r"state after step 50.*good-50-0\.pt is missing or damaged"):
+        states.at(Mark(50, 0))
 
 
 def test_a_half_written_checkpoint_does_not_hide_the_one_before(tmp_path: Path) -> None:

@@ -315,6 +315,12 @@ def test_a_run_goes_back_to_the_last_state_that_was_seen_to_be_good(tmp_path: Pa
 
 
 @pytest.mark.usefixtures("good_every_two")
+def test_a_run_leaves_the_states_to_go_back_to_beside_its_checkpoint(tmp_path: Path) -> None:
+    uninterrupted(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"state.pt", "good-0-0.pt", "good-6-0.pt"}
+
+
+@pytest.mark.usefixtures("good_every_two")
 def test_a_state_from_which_a_lower_rate_diverges_as_well_was_not_good(tmp_path: Path) -> None:
     recorder = Recorder()
     faulty(make_loop(tmp_path, recorder), 5, 7).run()  # the second in the second step after going back
