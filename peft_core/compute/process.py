@@ -15,8 +15,9 @@ import psutil
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _MADV_PAGEOUT = 21  # Linux's <sys/mman.h>
-_KEPT_BYTES = 8 << 20  # larger blocks go back at once
-_SPARING_BYTES = 1 << 20  # the same where memory is scarce
+# Larger blocks go back at once. Where memory is scarce even the inputs of layers are such, of short micro-batches too: in the
+# heap each is surrounded by holes of what was freed beside it.
+_KEPT_BYTES, _SPARING_BYTES = 8 << 20, 512 << 10
 
 
 def peak_memory_bytes() -> int:
@@ -57,16 +58,23 @@ def keep_freed_memory(up_to_bytes: int = 0) -> None:
     """
     global _kept_up_to_bytes  # noqa: PLW0603 -- there is one heap in a process
     _kept_up_to_bytes = up_to_bytes
-    if (libc := _glibc()) is not None:
-        libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2 * _KEPT_BYTES)
+    _map_from(_KEPT_BYTES)
 
 
 def spare_memory() -> None:
-    """From now on give what is freed back at once: slower, and without the holes that large blocks leave in glibc's heap."""
-    keep_freed_memory(up_to_bytes=0)
+    """From now on give what is freed back at once: slower, and without the holes that large blocks leave in glibc's heap.
+
+    Best before anything large is allocated: room that the heap has taken once is filled first, whatever the size.
+    """
+    global _kept_up_to_bytes  # noqa: PLW0603 -- likewise
+    _kept_up_to_bytes = 0
+    _map_from(_SPARING_BYTES)
+
+
+def _map_from(size: int) -> None:
     if (libc := _glibc()) is not None:
-        libc.mallopt(_M_MMAP_THRESHOLD, _SPARING_BYTES)
+        libc.mallopt(_M_MMAP_THRESHOLD, size)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2 * size)
 
 
 def return_freed_memory() -> None:

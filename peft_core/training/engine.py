@@ -20,6 +20,7 @@ from peft_core.compute.process import (
     peak_memory_bytes,
     return_freed_memory,
     seconds_alive,
+    spare_memory,
 )
 from peft_core.compute.speed import timed
 from peft_core.compute.stop import Stop
@@ -77,7 +78,7 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     """
     config = filled_in(task.config, task.base.shape)  # a task written by hand may leave things open
     task, paths = task.model_copy(update={"config": config}), JobPaths(task.job_dir)
-    _set_up_process(config.seed)
+    _set_up_process(config.seed, task.execution)
     plan = choose(config.device, timed(config.device, describe(), config.precision), config.precision)
     _log.info("device_chosen", device=plan.device, formats=plan.note)
     accelerator = _accelerator(plan.device, plan.autocast)
@@ -144,11 +145,11 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     # Where nothing is saved but what blocks in bfloat16 save. In float32 neither memory nor speed was gained: the backward pass
     # needs much room there, and in the heap finds it in what it has used.
     apart = narrow and fused.linears == 0 and objective.head is not None and not execution.recompute_layers
-    if plan.device == "cpu":
-        kept_share = 1.0 if apart else _KEPT_SHARE
-        keep_freed_memory(up_to_bytes=round(kept_share * (task.estimated_memory_bytes or 0)))
     if execution.recompute_layers:
         objective.recompute_layers()
+    elif plan.device == "cpu":
+        kept_share = 1.0 if apart else _KEPT_SHARE
+        keep_freed_memory(up_to_bytes=round(kept_share * (task.estimated_memory_bytes or 0)))
     optimizer = lora.build_optimizer(adapted, config)
     loop = Loop(
         config=config,
@@ -268,8 +269,11 @@ def _accelerator(device: str, mixed_precision: str) -> Accelerator:
     return Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision, step_scheduler_with_optimizer=False)
 
 
-def _set_up_process(seed: int) -> None:
-    keep_freed_memory()
+def _set_up_process(seed: int, way: Execution) -> None:
+    if way.recompute_layers:
+        spare_memory()
+    else:
+        keep_freed_memory()
     use_cores()
     # Torch draws LoRA A and dropout from its global generators; everything else here has a generator of its own.
     torch.manual_seed(seed)
