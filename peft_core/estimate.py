@@ -24,7 +24,11 @@ NARROW_MICRO_TOKENS = 704
 KERNELS_BYTES = 40 << 20  # oneDNN's programs for products in bfloat16
 _HOLES = {"cpu": 3, "mps": 8, "cuda": 10}  # what is kept costs one in so many more, between blocks of many lengths
 UNPACKED_BYTES = 32 << 20  # of weights that stay in their file, a few at a time
-LOSS_POSITIONS = 192  # whose logits are held at once
+# Whose logits are held at once, by the type that the head is computed with: more were no faster.
+LOSS_POSITIONS = {"float32": 192, "bfloat16": 256}
+LOGITS_IN_FLOAT32 = (
+    2 << 20
+)  # at once on a CPU, of a head computed in bfloat16: what passes over them finds them in a cache
 MEASURED_EXAMPLES = 200  # held-out ones, at most
 GENERAL_TOKENS = 2600  # of code that belongs to no project
 WRITTEN_TOKENS = 12_000 + GENERAL_TOKENS  # that a model reads and writes from prompts, at most
@@ -171,7 +175,12 @@ def memory_bytes(config: TrainingConfig, base: Base, device: str, execution: Exe
         kept = per_layer + shape.layers * micro_tokens * 4 * shape.hidden_size
     holes = kept // _HOLES[device]
     temporary = micro_tokens * 4 * 6 * shape.intermediate_size
-    logits = LOSS_POSITIONS * shape.vocab_size * (6 if narrow else 4)
+    if narrow:
+        positions = LOSS_POSITIONS["bfloat16"]
+        logits = 2 * positions * shape.vocab_size
+        logits += 4 * (max(LOGITS_IN_FLOAT32, shape.vocab_size) if device == "cpu" else positions * shape.vocab_size)
+    else:
+        logits = 4 * LOSS_POSITIONS["float32"] * shape.vocab_size
     if not known:  # a head that does more than a product is computed as a whole: logits, two copies, their gradient
         logits = max(logits, 4 * 4 * micro_tokens * shape.vocab_size)
     return round(

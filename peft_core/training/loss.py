@@ -1,16 +1,17 @@
 """Cross-entropy against a frozen head, without ever holding the logits of all positions.
 
-N positions with a target, C positions of one chunk, D model size, V vocabulary
+N positions with a target, C positions of one chunk, R of them at a time, D model size, V vocabulary
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from peft_core.compute.stored import StoredMatrix
-from peft_core.estimate import LOSS_POSITIONS
+from peft_core.estimate import LOGITS_IN_FLOAT32, LOSS_POSITIONS
 
 
 class FrozenHead:
@@ -18,6 +19,7 @@ class FrozenHead:
 
     def __init__(self, W_VD: StoredMatrix) -> None:
         self._W_VD = W_VD
+        self.positions = LOSS_POSITIONS["bfloat16" if W_VD.in_bfloat16 else "float32"]  # of a chunk
         self.release()
 
     def cross_entropy(self, hidden_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
@@ -34,46 +36,53 @@ class FrozenHead:
         losses, likeliest = [], []
         with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
             for hidden_CD, target_C in zip(
-                hidden_ND.split(LOSS_POSITIONS), target_N.split(LOSS_POSITIONS), strict=True
+                hidden_ND.split(self.positions), target_N.split(self.positions), strict=True
             ):
-                loss_C, likeliest_C = logit_scores(self.logits(hidden_CD), target_C)
-                losses.append(loss_C)
-                likeliest.append(likeliest_C)
+                for rows, logits_RV in self.in_float32(self.logits(hidden_CD)):
+                    loss_R, likeliest_R = logit_scores(logits_RV, target_C[rows])
+                    losses.append(loss_R)
+                    likeliest.append(likeliest_R)
         return torch.cat(losses), torch.cat(likeliest)
 
     def logits(self, hidden_CD: torch.Tensor) -> torch.Tensor:
-        """float32 [C, V], in memory that the next chunk takes again."""
+        """[C, V] in the type that W is computed with, in memory that the next chunk takes again."""
         logits_CV = self._room(len(hidden_CD), hidden_CD.device)
         if self._W_VD.in_bfloat16:
-            narrow_CV = self._narrow_CV[: len(hidden_CD)]
-            return logits_CV.copy_(torch.mm(hidden_CD.bfloat16(), self._W_VD.bfloat16.T, out=narrow_CV))
+            return torch.mm(hidden_CD.bfloat16(), self._W_VD.bfloat16.T, out=logits_CV)
         return self._W_VD.times(hidden_CD.float(), out=logits_CV)
 
+    def in_float32(self, logits_CV: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """R rows at a time: those of float32 themselves, and at once; others in memory that the next ones take again."""
+        if logits_CV.dtype == torch.float32:
+            yield slice(None), logits_CV
+            return
+        step = max(1, LOGITS_IN_FLOAT32 // logits_CV.shape[1]) if logits_CV.is_cpu else len(logits_CV)
+        room_RV = torch.empty(min(step, len(logits_CV)), logits_CV.shape[1], device=logits_CV.device)
+        for start in range(0, len(logits_CV), step):
+            rows = slice(start, start + step)
+            some_RV = logits_CV[rows]
+            yield rows, room_RV[: len(some_RV)].copy_(some_RV)
+
     def gradient(self, grad_CV: torch.Tensor) -> torch.Tensor:
-        """That of the hidden states, float32 [C, D], where `grad_CV` is that of the logits."""
+        """That of the hidden states, float32 [C, D], where `grad_CV` is that of the logits, in their type."""
         if self._W_VD.in_bfloat16:
-            return (self._narrow_CV[: len(grad_CV)].copy_(grad_CV) @ self._W_VD.bfloat16).float()
+            return (grad_CV @ self._W_VD.bfloat16).float()
         return self._W_VD.times_transposed(grad_CV)
 
     def release(self) -> None:
         """Give up the room for logits; it is made anew when it is needed."""
-        self._logits_CV, self._narrow_CV = self._rooms(0, torch.device("cpu"))
+        self._logits_CV = self._empty(0, torch.device("cpu"))
 
     def _room(self, positions: int, device: torch.device) -> torch.Tensor:
         if len(self._logits_CV) < positions or self._logits_CV.device != device:
-            enough = min(LOSS_POSITIONS, max(positions, 2 * len(self._logits_CV)))
-            self._logits_CV, self._narrow_CV = self._rooms(0, device)
-            self._logits_CV, self._narrow_CV = self._rooms(enough, device)  # both, or neither
+            enough = min(self.positions, max(positions, 2 * len(self._logits_CV)))
+            self.release()  # before there is another
+            self._logits_CV = self._empty(enough, device)
         return self._logits_CV[:positions]
 
-    def _rooms(self, positions: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """For logits in float32, and for what is multiplied in bfloat16 where it is."""
-        vocabulary = len(self._W_VD.blocks)
-        narrow = positions if self._W_VD.in_bfloat16 else 0
-        return (
-            torch.empty(positions, vocabulary, device=device),
-            torch.empty(narrow, vocabulary, dtype=torch.bfloat16, device=device),
-        )
+    def _empty(self, positions: int, device: torch.device) -> torch.Tensor:
+        dtype = torch.bfloat16 if self._W_VD.in_bfloat16 else torch.float32
+        return torch.empty(positions, len(self._W_VD.blocks), dtype=dtype, device=device)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -83,8 +92,8 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden_ND: torch.Tensor, head: FrozenHead, target_N: torch.Tensor) -> torch.Tensor:
         grad_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-        for start in range(0, hidden_ND.shape[0], LOSS_POSITIONS):
-            chunk = slice(start, start + LOSS_POSITIONS)
+        for start in range(0, hidden_ND.shape[0], head.positions):
+            chunk = slice(start, start + head.positions)
             grad_CD = None if grad_ND is None else grad_ND[chunk]
             total += _chunk_loss(hidden_ND[chunk], head, target_N[chunk], grad_CD)
         if grad_ND is not None:
@@ -104,17 +113,22 @@ def _chunk_loss(
     learn_C1 = (target_C >= 0)[:, None]  # IGNORED is negative
     target_C1 = target_C.clamp(min=0)[:, None]
     logits_CV = head.logits(hidden_CD)
-    top_C1, top_at_C1 = logits_CV.max(dim=-1, keepdim=True)
-    margin_C1 = top_C1 - logits_CV.gather(1, target_C1)
-    probability_CV = torch.softmax(logits_CV, dim=-1, out=logits_CV)
-    # -log softmax(z)_t = max(z) - z_t - log softmax(z)_max: no exp can underflow here
-    loss_C1 = margin_C1 - probability_CV.gather(1, top_at_C1).log()
-    loss = torch.where(learn_C1, loss_C1, 0.0).sum()
+    losses = []
+    for rows, logits_RV in head.in_float32(logits_CV):
+        target_R1 = target_C1[rows]
+        top_R1, top_at_R1 = logits_RV.max(dim=-1, keepdim=True)
+        margin_R1 = top_R1 - logits_RV.gather(1, target_R1)
+        probability_RV = torch.softmax(logits_RV, dim=-1, out=logits_RV)
+        # -log softmax(z)_t = max(z) - z_t - log softmax(z)_max: no exp can underflow here
+        losses.append(margin_R1 - probability_RV.gather(1, top_at_R1).log())
+        if grad_CD is not None:
+            # d loss / d logits = softmax - one-hot
+            probability_RV.scatter_add_(1, target_R1, torch.full_like(margin_R1, -1.0))
+            if logits_CV.dtype != torch.float32:
+                logits_CV[rows] = probability_RV
     if grad_CD is not None:
-        # d loss / d logits = softmax - one-hot
-        probability_CV.scatter_add_(1, target_C1, torch.full_like(margin_C1, -1.0))
-        grad_CD.copy_(head.gradient(probability_CV) * learn_C1)
-    return loss
+        grad_CD.copy_(head.gradient(logits_CV) * learn_C1)
+    return torch.where(learn_C1, torch.cat(losses), 0.0).sum()
 
 
 def logit_scores(logits_NV: torch.Tensor, target_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

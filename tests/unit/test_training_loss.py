@@ -1,10 +1,14 @@
 """N positions, D model size, V vocabulary."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
 from peft_core.compute.stored import StoredMatrix
+from peft_core.estimate import LOGITS_IN_FLOAT32
+from peft_core.training.batches import IGNORED
 from peft_core.training.loss import FrozenHead
 
 
@@ -22,6 +26,33 @@ def test_loss_and_gradient_equal_those_of_plain_cross_entropy(positions: int) ->
 
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert (grad_ND - expected_ND).norm() / expected_ND.norm() < 1e-5
+
+
+@pytest.mark.parametrize(("positions", "vocabulary"), [(600, 1000), (7, LOGITS_IN_FLOAT32 // 3)])
+def test_a_head_in_bfloat16_rounds_the_logits_and_their_gradient_and_nothing_else(
+    positions: int, vocabulary: int
+) -> None:
+    """Chunk after chunk; and one chunk in parts, as the vocabulary is large."""
+    torch.manual_seed(0)
+    hidden_ND = torch.randn(positions, 8, requires_grad=True)
+    head_VD = torch.randn(vocabulary, 8).bfloat16()
+    target_N = torch.randint(0, vocabulary, (positions,))
+    target_N[1] = IGNORED
+
+    head = FrozenHead(replace(StoredMatrix.of(head_VD), in_bfloat16=True))
+    loss = head.cross_entropy(hidden_ND, target_N)
+    (grad_ND,) = torch.autograd.grad(loss, hidden_ND)
+    logits_NV = (hidden_ND.detach().bfloat16() @ head_VD.T).float().requires_grad_()
+    expected = cross_entropy(logits_NV, target_N, reduction="sum", ignore_index=IGNORED)
+    (grad_NV,) = torch.autograd.grad(expected, logits_NV)
+    expected_ND = (grad_NV.bfloat16() @ head_VD).float()
+    with torch.no_grad():
+        losses_N, likeliest_N = head.scores(hidden_ND, target_N.clamp(min=0))
+
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert (grad_ND - expected_ND).norm() / expected_ND.norm() < 1e-3
+    assert losses_N[target_N >= 0].sum().item() == pytest.approx(loss.item(), rel=1e-5)
+    assert torch.equal(likeliest_N, logits_NV.argmax(-1))
 
 
 def test_a_target_of_vanishing_probability_has_a_finite_loss_and_gradient() -> None:
