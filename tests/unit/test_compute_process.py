@@ -1,5 +1,6 @@
 import contextlib
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,3 +127,22 @@ def test_freed_memory_is_returned_above_what_may_be_kept_and_not_below(monkeypat
     return_surplus_memory()
     keep_freed_memory()
     assert returned == [1 << 20, 0]
+
+
+_HALF_FREED = """
+import torch
+from peft_core.compute.process import keep_freed_memory, memory_bytes, spare_memory
+{mode}()
+tensors = [torch.ones(150_000) for _ in range(100)]  # 60 MB
+whole = memory_bytes()
+del tensors[::2]
+print(whole - memory_bytes())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc's heap")
+@pytest.mark.parametrize(("mode", "goes_back"), [("spare_memory", True), ("keep_freed_memory", False)])
+def test_what_is_freed_between_what_stays_goes_back_at_once_where_memory_is_spared(mode: str, goes_back: bool) -> None:
+    script = _HALF_FREED.format(mode=mode)
+    freed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert (int(freed) > 25_000_000) == goes_back
