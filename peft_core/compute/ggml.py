@@ -33,10 +33,10 @@ class Decoded(NamedTuple):
     offset_BS: torch.Tensor | None = None
 
 
-def dequantise(blocks: torch.Tensor, kind: str, columns: int) -> torch.Tensor:
+def dequantise(blocks: torch.Tensor, kind: str, columns: int, out: torch.Tensor | None = None) -> torch.Tensor:
     """float32 [rows, columns] of uint8 [rows, bytes of a row], which are in ggml's format `kind`.
 
-    New memory, but for F32, whose bytes are the weights: that comes back as a view of `blocks`.
+    In `out` or new memory, but for F32, whose bytes are the weights: that comes back as a view of `blocks`.
 
     Raises:
         BaseModelError: a format that is not in `SUPPORTED`.
@@ -48,9 +48,11 @@ def dequantise(blocks: torch.Tensor, kind: str, columns: int) -> torch.Tensor:
         raise ValueError(f"{kind} [{rows}, {columns}] is not stored as {blocks.dtype} {list(blocks.shape)}")
     _, per_block, block_bytes = _SIZES[kind]
     blocks = _aligned(blocks, 4 if kind == "F32" else 2)
+    if kind == "F32":
+        return blocks.view(torch.float32)
+    out = torch.empty(rows, columns, dtype=torch.float32, device=blocks.device) if out is None else out
     if kind in PLAIN:
-        return blocks.view(PLAIN[kind]).float()
-    out = torch.empty(rows, columns, dtype=torch.float32, device=blocks.device)
+        return out.copy_(blocks.view(PLAIN[kind]))
     step = max(1, AT_A_TIME // max(columns, 1)) if blocks.is_cpu else max(1, rows)
     for some, target in zip(blocks.split(step), out.split(step), strict=True):
         write(_DECODERS[kind](some.reshape(-1, block_bytes)), target.view(-1, per_block))

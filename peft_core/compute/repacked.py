@@ -36,9 +36,9 @@ def repack(blocks: torch.Tensor, kind: str) -> tuple[torch.Tensor, Form]:
     return torch.cat(joined, dim=1), Form(scale_OS.shape[1], offsets=offset_OS is not None)
 
 
-def unpack(rows_OX: torch.Tensor, form: Form, columns: int) -> torch.Tensor:
-    """float32 [O, I]."""
-    out = torch.empty(len(rows_OX), columns, device=rows_OX.device)
+def unpack(rows_OX: torch.Tensor, form: Form, columns: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """float32 [O, I], in `out` or new memory."""
+    out = torch.empty(len(rows_OX), columns, device=rows_OX.device) if out is None else out
     step = max(1, AT_A_TIME // columns) if rows_OX.is_cpu else max(1, len(rows_OX))
     for some_OX, target_OI in zip(rows_OX.split(step), out.split(step), strict=True):
         write(_decoded(some_OX, form, columns), target_OI)

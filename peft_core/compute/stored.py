@@ -8,6 +8,7 @@ T tokens, O output features or rows, I input features or columns, N chosen rows
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -87,7 +88,7 @@ class StoredMatrix:
             out_TO.copy_(linear(x_TI.bfloat16(), self.bfloat16))
         else:
             for start, stop in self._parts():
-                torch.mm(x_TI, self.rows(start, stop).T, out=out_TO[:, start:stop])
+                torch.mm(x_TI, self._part(start, stop).T, out=out_TO[:, start:stop])
         return out_TO if bias_O is None else out_TO.add_(bias_O)
 
     def times_transposed(self, grad_TO: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
@@ -96,7 +97,7 @@ class StoredMatrix:
             grad_TI = grad_TO.bfloat16() @ self.bfloat16
             return grad_TI.float() if into is None else into.add_(grad_TI)
         for start, stop in self._parts():
-            part_PI = self.rows(start, stop)
+            part_PI = self._part(start, stop)
             if into is None:
                 into = grad_TO[:, start:stop] @ part_PI
             else:
@@ -109,6 +110,12 @@ class StoredMatrix:
             return [(0, len(self.blocks))]
         step = max(1, _UNPACKED_AT_ONCE // self.columns)
         return [(start, min(start + step, len(self.blocks))) for start in range(0, len(self.blocks), step)]
+
+    def _part(self, start: int, stop: int) -> torch.Tensor:
+        """W[start:stop] in float32, for as long as this thread unpacks no other."""
+        if self.kind == "F32" or not self.blocks.is_cpu:
+            return self.rows(start, stop)
+        return self.rows(start, stop, _room.of(stop - start, self.columns))
 
     def rounded(self) -> StoredMatrix:
         """For products in bfloat16: a copy in memory, or itself where it is stored so."""
@@ -139,19 +146,20 @@ class StoredMatrix:
         if self.mapped:
             page_out(self.blocks.data_ptr(), self.nbytes)
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
+    def rows(self, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
         """W[start:stop] in float32, not to be written to."""
         if self.heads is not None:
-            return self.select(torch.arange(*slice(start, stop).indices(len(self.blocks)), device=self.blocks.device))
-        return self._unpacked(self.blocks[start:stop])
+            chosen_N = torch.arange(*slice(start, stop).indices(len(self.blocks)), device=self.blocks.device)
+            return self.select(chosen_N, out)
+        return self._unpacked(self.blocks[start:stop], out)
 
-    def select(self, indices_N: torch.Tensor) -> torch.Tensor:
-        """W[indices] in float32 [N, I], new memory. Only the pages of these rows are read."""
+    def select(self, indices_N: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """W[indices] in float32 [N, I], in `out` or new memory. Only the pages of these rows are read."""
         if self.heads is not None:
             size = len(self.blocks) // self.heads
             within = indices_N % size
             indices_N = indices_N - within + 2 * (within % (size // 2)) + within // (size // 2)
-        return self._unpacked(self.blocks.index_select(0, indices_N))
+        return self._unpacked(self.blocks.index_select(0, indices_N), out)
 
     def _in_order(self) -> torch.Tensor:
         """The rows in order, as they are stored: smaller than what they become."""
@@ -160,13 +168,28 @@ class StoredMatrix:
         halves: torch.Tensor = self.blocks.unflatten(0, (self.heads, -1, 2))
         return halves.transpose(1, 2).flatten(0, 2)
 
-    def _unpacked(self, blocks: torch.Tensor) -> torch.Tensor:
+    def _unpacked(self, blocks: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Some of the rows in float32."""
         if self.in_bfloat16:
             return blocks.view(torch.bfloat16).float()
         if isinstance(self.kind, Form):
-            return unpack(blocks, self.kind, self.columns)
-        return dequantise(blocks, self.kind, self.columns)
+            return unpack(blocks, self.kind, self.columns, out)
+        return dequantise(blocks, self.kind, self.columns, out)
+
+
+class _Room(threading.local):
+    """Where a thread unpacks the weights that it computes with: fresh pages each time cost half as much again."""
+
+    def __init__(self) -> None:
+        self._weights = torch.empty(0)
+
+    def of(self, rows: int, columns: int) -> torch.Tensor:
+        if len(self._weights) < rows * columns:
+            self._weights = torch.empty(rows * columns)
+        return self._weights[: rows * columns].view(rows, columns)
+
+
+_room = _Room()
 
 
 class StoredWeights(NamedTuple):

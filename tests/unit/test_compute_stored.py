@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from peft_core.bases.convert import _rows
 from peft_core.bases.gguf_model import hugging_face_name, permuted_heads, read_gguf_model
 from peft_core.bases.header import HeaderError
 from peft_core.bases.layout import Checkpoint
+from peft_core.compute.ggml import PLAIN, bytes_per_row
 from peft_core.compute.stored import StoredMatrix, open_stored
 from peft_core.errors import BaseModelError
 from tests.model_files import GGUF_SHAPES, SHAPES, gguf_bytes, weights, write_model
@@ -138,6 +140,29 @@ def test_weights_in_memory_are_shared(dtype: torch.dtype) -> None:
     assert matrix.blocks.data_ptr() == weights_OI.data_ptr()
     assert_same_bits(matrix.whole(), weights_OI.float())
     assert_same_bits(StoredMatrix.of(weights_OI.T).whole(), weights_OI.T.float())
+
+
+@pytest.mark.parametrize("form", ["F32", "BF16", "Q4_1", "repacked"])
+def test_products_in_several_threads_at_once_are_those_of_the_whole_weights(form: str) -> None:
+    """Each unpacks into memory of its own, which it takes again for the next matrix."""
+    torch.manual_seed(0)
+    matrices = []
+    for rows in (3000, 5000, 4000, 2000):  # of more than is unpacked at once
+        kind = "Q4_1" if form == "repacked" else form
+        blocks = torch.randint(0, 256, (rows, bytes_per_row(kind, 512)), dtype=torch.uint8)
+        if kind != "Q4_1":
+            blocks = torch.randn(rows, 512).to(PLAIN[kind]).view(torch.uint8)
+        else:  # small scales and offsets; others may be infinite
+            blocks.view(rows, -1, 20)[..., :4] = torch.rand(rows, 16, 2).half().view(torch.uint8)
+        matrix = StoredMatrix(blocks, kind, 512)
+        matrices.append(matrix.repacked() if form == "repacked" else matrix)
+    x_TI = torch.randn(3, 512)
+    with ThreadPoolExecutor(4) as threads:
+        products = list(threads.map(lambda matrix: matrix.times(x_TI), matrices * 5))
+        gradients = list(threads.map(StoredMatrix.times_transposed, matrices * 5, products))
+    for matrix, product, gradient in zip(matrices * 5, products, gradients, strict=True):
+        assert torch.allclose(product, x_TI @ matrix.whole().T, rtol=1e-4, atol=1e-3)
+        assert torch.allclose(gradient, product @ matrix.whole(), rtol=1e-4, atol=1.0)
 
 
 def test_integers_are_no_weights() -> None:
