@@ -165,6 +165,15 @@ def test_products_in_several_threads_at_once_are_those_of_the_whole_weights(form
         assert torch.allclose(gradient, product @ matrix.whole(), rtol=1e-4, atol=1.0)
 
 
+def test_what_was_computed_in_inference_mode_can_be_computed_outside_of_it() -> None:
+    matrix, x_TI = StoredMatrix.of(torch.randn(6, 10).bfloat16()), torch.randn(2, 10)
+    with ThreadPoolExecutor(1) as thread:  # a new one, which has unpacked nothing yet
+        inside, outside = (
+            thread.submit(torch.inference_mode(mode)(matrix.times), x_TI).result() for mode in (True, False)
+        )
+    assert torch.equal(inside, outside)
+
+
 def test_integers_are_no_weights() -> None:
     with pytest.raises(ValueError, match="not a matrix of float32"):
         StoredMatrix.of(torch.zeros(2, 2, dtype=torch.int64))
