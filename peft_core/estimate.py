@@ -26,9 +26,8 @@ _HOLES = {"cpu": 3, "mps": 8, "cuda": 10}  # what is kept costs one in so many m
 UNPACKED_BYTES = 32 << 20  # of weights that stay in their file, a few at a time
 # Whose logits are held at once, by the type that the head is computed with: more were no faster.
 LOSS_POSITIONS = {"float32": 192, "bfloat16": 256}
-LOGITS_IN_FLOAT32 = (
-    2 << 20
-)  # at once on a CPU, of a head computed in bfloat16: what passes over them finds them in a cache
+# At once on a CPU, of a head computed in bfloat16: what passes over them finds them in a cache.
+LOGITS_IN_FLOAT32 = 1 << 20
 MEASURED_EXAMPLES = 200  # held-out ones, at most
 GENERAL_TOKENS = 2600  # of code that belongs to no project
 WRITTEN_TOKENS = 12_000 + GENERAL_TOKENS  # that a model reads and writes from prompts, at most
