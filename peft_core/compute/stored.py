@@ -147,14 +147,14 @@ class StoredMatrix:
             page_out(self.blocks.data_ptr(), self.nbytes)
 
     def rows(self, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
-        """W[start:stop] in float32, not to be written to."""
+        """W[start:stop] in float32, not to be written to; in `out`, or elsewhere where it need not be unpacked."""
         if self.heads is not None:
             chosen_N = torch.arange(*slice(start, stop).indices(len(self.blocks)), device=self.blocks.device)
             return self.select(chosen_N, out)
         return self._unpacked(self.blocks[start:stop], out)
 
     def select(self, indices_N: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """W[indices] in float32 [N, I], in `out` or new memory. Only the pages of these rows are read."""
+        """W[indices] in float32 [N, I], in `out`, or elsewhere as `rows`. Only the pages of these rows are read."""
         if self.heads is not None:
             size = len(self.blocks) // self.heads
             within = indices_N % size
@@ -183,12 +183,12 @@ class _Room(threading.local):
     """
 
     def __init__(self) -> None:
-        self._weights = torch.empty(0)
+        self._weights = torch.empty(0, dtype=torch.float32)
 
     def of(self, rows: int, columns: int) -> torch.Tensor:
         if len(self._weights) < rows * columns:
             with torch.inference_mode(mode=False):  # else it could be written to in that mode alone
-                self._weights = torch.empty(rows * columns)
+                self._weights = torch.empty(rows * columns, dtype=torch.float32)
         return self._weights[: rows * columns].view(rows, columns)
 
 

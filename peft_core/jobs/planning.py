@@ -264,7 +264,7 @@ def _described(way: Execution) -> str:
 def _check_disk(config: TrainingConfig, base: Base, found: SourceSummary, data_dir: Path) -> None:
     needed = (
         (4 * base.shape.parameters if base.format == "gguf" else 0)  # the converted base, if not there yet
-        # The adapter and its start; the checkpoint and the good state, each of four, old and new side by side.
+        # The adapter and its start; the checkpoint and two good states, each of four, and one that is being written.
         + 4 * lora_parameters(config.rank, base.shape) * 18
         + 12 * found.estimated_tokens  # the dataset as JSON
         + MARGIN_BYTES

@@ -1,6 +1,6 @@
-"""All that a run needs to go on exactly where it was: one file, replaced atomically.
+"""All that a run needs to go on exactly where it was, in one file that is replaced atomically; and states to go back to.
 
-Three times the adapter (weights and Adam's moments); four where early stopping keeps the best weights.
+Each is three times the adapter (weights and Adam's moments); four where early stopping keeps the best weights.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from peft_core.task import TrainingTask
 _log = structlog.get_logger(__name__)
 
 _LATEST = "state.pt"
+_BEING_WRITTEN = ".state.pt.tmp"  # whichever it becomes: what a killed process leaves is overwritten
 _FORMAT = 1
 # What torch and pickle raise on damaged files; `weights_only` reports forbidden content as UnpicklingError.
 _UNREADABLE = (
@@ -93,7 +94,7 @@ def run_key(task: TrainingTask, dataset: DatasetSummary) -> str:
 def save_checkpoint(directory: Path, key: str, checkpoint: Checkpoint, file: str = _LATEST) -> None:
     """Write beside the previous one, then take its place: a reader finds the old or the new, never a part."""
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f".{file}.tmp"
+    temporary = directory / _BEING_WRITTEN
     document = {"format": _FORMAT, "key": key, **_to_document(checkpoint)}
     with temporary.open("wb") as out:
         torch.save(document, out)
@@ -127,31 +128,40 @@ class GoodStates:
 
     def __init__(self, directory: Path, key: str) -> None:
         self._directory, self._key = directory, key
+        self._named = START  # by the checkpoint on disk
 
     def keep(self, state: Checkpoint) -> None:
-        """Under its own name. What was kept before stays: the checkpoint on disk may still name it."""
+        """Besides the start and the one that the checkpoint on disk names."""
         save_checkpoint(self._directory, self._key, state, mark_of(state).file)
+        self._forget_all_but(mark_of(state))
+
+    def are_named(self, mark: Mark) -> None:
+        """The checkpoint on disk names this one from now on."""
+        self._named = mark
+        self._forget_all_but(mark)
+
+    def has(self, mark: Mark) -> bool:
+        return (self._directory / mark.file).is_file()
 
     def at(self, mark: Mark) -> Checkpoint:
-        """A state that was kept.
+        """The state of that mark; the start, where it cannot be read.
 
         Raises:
-            TrainingError: it is gone or damaged.
+            TrainingError: nor can that.
         """
-        state = load_checkpoint(self._directory, self._key, mark.file)
-        if state is None:
-            path = self._directory / mark.file
-            raise TrainingError(
-                f"The run diverged, and its state after step {mark.step}, to go back to, cannot be read: {path} is missing or "
-                "damaged.",
-                suggestions=["Start the training anew, with a lower learning_rate."],
-            )
-        return state
+        for there in (mark, START):
+            state = load_checkpoint(self._directory, self._key, there.file)
+            if state is not None:
+                return state
+        raise TrainingError(
+            f"The run diverged, and no state to go back to can be read: {self._directory / START.file} is missing or damaged.",
+            suggestions=["Start the training anew, with a lower learning_rate."],
+        )
 
-    def forget_all_but(self, mark: Mark) -> None:
-        """And the start. For when the checkpoint on disk names `mark`."""
+    def _forget_all_but(self, mark: Mark) -> None:
+        kept = {START.file, self._named.file, mark.file}
         for path in self._directory.glob("good-*.pt"):
-            if path.name not in (mark.file, START.file):
+            if path.name not in kept:
                 path.unlink(missing_ok=True)
 
 

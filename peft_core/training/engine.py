@@ -171,6 +171,7 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     )
     if checkpoint is not None:
         loop.restore(checkpoint)
+    del checkpoint  # as much as the adapter, or more
     loop.run()
     progress = loop.progress
 

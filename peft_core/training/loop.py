@@ -29,7 +29,16 @@ from peft_core.events import (
 )
 from peft_core.spec import TrainingConfig
 from peft_core.training.batches import Document, Order
-from peft_core.training.checkpoint import START, Checkpoint, GoodStates, Progress, Tensors, mark_of, save_checkpoint
+from peft_core.training.checkpoint import (
+    START,
+    Checkpoint,
+    GoodStates,
+    Mark,
+    Progress,
+    Tensors,
+    mark_of,
+    save_checkpoint,
+)
 from peft_core.training.divergence import Diverged, check_finite, failure_of
 from peft_core.training.evaluate import held_out_loss
 from peft_core.training.objective import Objective
@@ -86,7 +95,13 @@ class Loop:
         self._planned_tokens = self.order.tokens([len(document) for document in self.documents])
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint as if there had been no interruption."""
+        """Go on from the checkpoint on disk as if there had been no interruption."""
+        if not self._good_states.has(START):  # an older version kept it elsewhere
+            self._keep_as_good()
+        self._good_states.are_named(checkpoint.good)
+        self._take_on(checkpoint)
+
+    def _take_on(self, checkpoint: Checkpoint) -> None:
         self._set_weights(checkpoint.adapter)
         self.optimizer.load_state_dict(checkpoint.optimizer)
         self.scheduler.load_state_dict(checkpoint.scheduler)
@@ -110,7 +125,7 @@ class Loop:
             Stopped: on request; a checkpoint was written.
         """
         self.objective.model.train()
-        if mark_of(self._state()) == START:
+        if self._mark == START:
             self._keep_as_good()  # without effect yet, and the loss of the base is finite
         saved_at = self.clock()
         try:
@@ -160,7 +175,7 @@ class Loop:
         # 2. The update.
         norm = accelerator.clip_grad_norm_(list(self.weights.values()), self.config.max_grad_norm)
         check_finite(step, loss_value, float(norm))
-        self._keep_if_good(loss_value)
+        began += self._keep_if_good(loss_value)
         learning_rate = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.scheduler.step()
@@ -272,7 +287,7 @@ class Loop:
             return
         recent = (*self._told_before, *self._told)
         save_checkpoint(self.checkpoint_directory, self.run_key, replace(self._state(), recent=recent))
-        self._good_states.forget_all_but(self._good)
+        self._good_states.are_named(self._good)
         self._told_before, self._told = self._told, []
         self.emit(CheckpointSaved(step=self.progress.step))
 
@@ -289,20 +304,25 @@ class Loop:
             good=self._good,
         )
 
-    def _keep_if_good(self, loss: float) -> None:
+    def _keep_if_good(self, loss: float) -> float:
         """Between gradients and update: the state is that of the step before, and `loss` is what shows it to be good.
 
-        All processes decide the same, as they have the same summed loss.
+        All processes decide the same, as they have the same summed loss. Seconds that it took, which are none of the step's.
         """
+        began = self.clock()
         due = self.progress.step >= self._good.step + _GOOD_EVERY
         if due and loss <= self.progress.base_loss + _GOOD_LOSS_ABOVE_BASE:
             self._keep_as_good()
+        return self.clock() - began
 
     def _keep_as_good(self) -> None:
-        state = self._state()
         if self.accelerator.is_main_process:  # the others read it after the next sum over all processes, if ever
-            self._good_states.keep(state)
-        self._good = mark_of(state)
+            self._good_states.keep(self._state())
+        self._good = self._mark
+
+    @property
+    def _mark(self) -> Mark:
+        return Mark(self.progress.step, len(self.lowered))
 
     def _go_back(self, fault: Diverged) -> None:
         """To the last good state with a lower rate; the same examples follow in the same order.
@@ -313,9 +333,11 @@ class Loop:
         if len(tried) == _TRIES:
             raise failure_of(fault, tried, self.config, self.progress.step, self.accelerator.device)
         lost = tried and tried[-1].back_to_step == self._good.step
-        good = START if lost else self._good
         self.optimizer.zero_grad()
-        self.restore(replace(self._good_states.at(good), good=good))
+        self.optimizer.state.clear()  # before there is another
+        self.best = None
+        good = self._good_states.at(START if lost else self._good)
+        self._take_on(replace(good, good=mark_of(good)))
         factor = _LOWER_BY ** (len(tried) + 1)
         self._multiply_rates(factor / (self.lowered[-1].factor if self.lowered else 1.0))
         event = RateLowered(step=fault.step, back_to_step=self.progress.step, factor=factor, reason=fault.what)

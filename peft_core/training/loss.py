@@ -56,9 +56,10 @@ class FrozenHead:
         if logits_CV.dtype == torch.float32:
             yield slice(None), logits_CV
             return
-        step = max(1, LOGITS_IN_FLOAT32 // logits_CV.shape[1]) if logits_CV.is_cpu else len(logits_CV)
-        room_RV = torch.empty(min(step, len(logits_CV)), logits_CV.shape[1], device=logits_CV.device)
-        for start in range(0, len(logits_CV), step):
+        positions, vocabulary = logits_CV.shape
+        step = max(1, LOGITS_IN_FLOAT32 // vocabulary if logits_CV.is_cpu else positions)
+        room_RV = torch.empty(min(step, positions), vocabulary, device=logits_CV.device)
+        for start in range(0, max(1, positions), step):  # once where there are none
             rows = slice(start, start + step)
             some_RV = logits_CV[rows]
             yield rows, room_RV[: len(some_RV)].copy_(some_RV)

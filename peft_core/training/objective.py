@@ -184,7 +184,7 @@ def _head_logits(
     model: PreTrainedModel, head: FrozenHead, documents: list[Document], device: torch.device
 ) -> torch.Tensor:
     hidden_TD = torch.cat([_hidden(model, join([document], device), packed=False) for document in documents])
-    return head.logits(hidden_TD).clone()
+    return head.logits(hidden_TD)
 
 
 def _hidden(model: PreTrainedModel, batch: MicroBatch, *, packed: bool) -> torch.Tensor:

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 from peft_core.adapters.manifest import read_manifest, sha256_of
 from peft_core.adapters.verify import verify
 from peft_core.bases.resolve import resolve
+from peft_core.compute import process
 from peft_core.compute.stop import Stop
 from peft_core.config import Settings
 from peft_core.events import (
@@ -166,6 +167,20 @@ def test_the_room_for_saved_tensors_is_there_while_blocks_in_bfloat16_train_and_
     engine.run(task.model_copy(update={"execution": Execution(weights=weights)}), emit, Stop())
     assert found["step_completed"] == there
     assert found[Phase.EVALUATING_ADAPTER] == 0
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_memory_is_spared_from_the_start_and_throughout_where_layers_are_computed_twice(
+    tmp_path: Path, toy_base: Path, monkeypatch: pytest.MonkeyPatch, recompute: bool
+) -> None:
+    sizes: list[int] = []
+    map_from = process._map_from
+    monkeypatch.setattr(process, "_map_from", lambda size: (sizes.append(size), map_from(size)))
+    task = make_task(tmp_path, str(toy_base), **TOY)
+    way = Execution(weights="file", recompute_layers=recompute)
+    engine.run(task.model_copy(update={"execution": way}), lambda _event: None, Stop())
+    assert set(sizes) == {process._SPARING_BYTES if recompute else process._KEPT_BYTES}
+    process.keep_freed_memory()  # as the other tests have it
 
 
 def read_until(process: subprocess.Popen[str], kind: type[Event]) -> list[Event]:

@@ -17,7 +17,6 @@ from peft_core.training.checkpoint import (
     Mark,
     Progress,
     load_checkpoint,
-    mark_of,
     run_key,
     save_checkpoint,
 )
@@ -84,27 +83,42 @@ def test_a_checkpoint_from_before_runs_went_back_is_read(tmp_path: Path) -> None
     assert (loaded.progress.step, loaded.lowered, loaded.good) == (5, (), START)
 
 
-def test_good_states_stay_until_no_checkpoint_names_them_and_the_start_stays_for_good(tmp_path: Path) -> None:
+def test_good_states_stay_while_the_checkpoint_names_them_and_the_start_for_good(tmp_path: Path) -> None:
     states = GoodStates(tmp_path, "key")
     lowered = (RateLowered(step=7, back_to_step=0, factor=0.25, reason="the loss is nan"),)
     again = replace(make_checkpoint(50), lowered=lowered)  # the same step, on another way
-    for state in (make_checkpoint(0), make_checkpoint(50), again):
+    for state in (make_checkpoint(0), make_checkpoint(50)):
         states.keep(state)
+    states.are_named(Mark(50, 0))
+    for state in (make_checkpoint(100), make_checkpoint(150), again):
+        states.keep(state)
+    assert {path.name for path in tmp_path.iterdir()} == {"good-0-0.pt", "good-50-0.pt", "good-50-1.pt"}
     assert [states.at(mark).lowered for mark in (Mark(50, 0), Mark(50, 1))] == [(), lowered]
     assert states.at(Mark(50, 0)).adapter["a"].tolist() == [[50.0, 50.0], [50.0, 50.0]]
-    states.forget_all_but(mark_of(again))
+    states.are_named(Mark(50, 1))
     assert {path.name for path in tmp_path.iterdir()} == {"good-0-0.pt", "good-50-1.pt"}
     assert states.at(START).progress.step == 0
 
 
+def test_a_good_state_whose_writing_was_cut_short_is_overwritten(tmp_path: Path) -> None:
+    states = GoodStates(tmp_path, "key")
+    states.keep(make_checkpoint(0))
+    (tmp_path / ".state.pt.tmp").write_bytes(b"PK\x03\x04 half")
+    states.keep(make_checkpoint(50))
+    assert {path.name for path in tmp_path.iterdir()} == {"good-0-0.pt", "good-50-0.pt"}
+
+
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"PK\x03\x04 half")])
-def test_a_good_state_that_cannot_be_read_is_told_with_its_path(
+def test_where_a_good_state_cannot_be_read_the_start_is_and_where_that_cannot_be_it_is_told(
     tmp_path: Path, damage: Callable[[Path], object]
 ) -> None:
     states = GoodStates(tmp_path, "key")
+    states.keep(make_checkpoint(0))
     states.keep(make_checkpoint(50))
     damage(tmp_path / "good-50-0.pt")
-    with pytest.raises(TrainingError, match=r"state after step 50.*good-50-0\.pt is missing or damaged"):
+    assert states.at(Mark(50, 0)).progress.step == 0
+    damage(tmp_path / "good-0-0.pt")
+    with pytest.raises(TrainingError, match=r"good-0-0\.pt is missing or damaged"):
         states.at(Mark(50, 0))
 
 

@@ -387,6 +387,51 @@ def test_a_run_that_diverged_is_resumed_as_if_it_had_not_been_interrupted(tmp_pa
         assert torch.equal(weight, whole.weights[name])
 
 
+class Killed(Exception):
+    """As if by SIGKILL: nothing is saved."""
+
+
+@pytest.mark.usefixtures("good_every_two")
+@pytest.mark.parametrize(("saved_after", "killed_after"), [(1, 4), (3, 9), (6, 8), (6, 12)])
+@pytest.mark.parametrize("older", [False, True])
+def test_a_killed_run_goes_on_from_a_checkpoint_that_is_older_than_its_good_states(
+    tmp_path: Path, saved_after: int, killed_after: int, older: bool
+) -> None:
+    """`older`: of a version that kept good states elsewhere."""
+    limit = 0.03
+    expected = Recorder()
+    narrow(make_loop(tmp_path / "whole", expected), limit).run()
+    assert len(expected.lowered()) == 2
+
+    first = Recorder()
+    loop = narrow(make_loop(tmp_path / "parts", first), limit)
+
+    def emit(event: Event) -> None:
+        first(event)
+        if len(first.steps()) == killed_after:
+            raise Killed
+
+    loop.emit = emit
+    loop.clock = lambda: 100.0 * (len(first.steps()) >= saved_after)  # one checkpoint is due, and no other
+    with pytest.raises(Killed):
+        loop.run()
+    if older:
+        for path in (tmp_path / "parts").glob("good-*.pt"):
+            path.unlink()
+    checkpoint = load_checkpoint(tmp_path / "parts", "this run")
+    assert checkpoint is not None
+
+    second = Recorder()
+    loop = narrow(make_loop(tmp_path / "parts", second), limit)
+    loop.restore(checkpoint)
+    loop.run()
+    steps, whole = ([(event.step, event.loss, event.learning_rate) for event in r.steps()] for r in (second, expected))
+    assert len(loop.lowered) == 2
+    assert steps[-1][0] == 8
+    if not older:
+        assert steps == whole[saved_after:]
+
+
 PLAIN = CONFIG.model_copy(update={"dropout": 0.0})  # dropout draws by micro-batch
 
 

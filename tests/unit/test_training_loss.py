@@ -74,8 +74,10 @@ def test_without_gradients_only_the_loss_is_computed() -> None:
     )
 
 
-def test_no_targets_no_loss() -> None:
-    loss = FrozenHead(StoredMatrix.of(torch.randn(20, 8))).cross_entropy(
-        torch.randn(0, 8), torch.zeros(0, dtype=torch.long)
-    )
-    assert loss.item() == 0.0
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_targets_no_loss(dtype: torch.dtype) -> None:
+    head_VD = torch.randn(20, 8).to(dtype)
+    head = FrozenHead(replace(StoredMatrix.of(head_VD), in_bfloat16=dtype == torch.bfloat16))
+    none_N = torch.zeros(0, dtype=torch.long)
+    assert head.cross_entropy(torch.randn(0, 8), none_N).item() == 0.0
+    assert [len(scores) for scores in head.scores(torch.randn(0, 8), none_N)] == [0, 0]
