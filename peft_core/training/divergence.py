@@ -1,4 +1,4 @@
-"""A run whose numbers are no longer finite: how it is noticed, and what is said when lower rates did not help."""
+"""A run whose numbers are no longer finite: how it is noticed, lower rates, and what is said when they did not help."""
 
 from __future__ import annotations
 
@@ -26,6 +26,18 @@ def check_finite(step: int, loss: float, gradient_norm: float) -> None:
         raise Diverged(step, f"the loss is {loss}")
     if not gradient_norm < infinity:
         raise Diverged(step, f"the gradient norm is {gradient_norm}")
+
+
+def multiply_rates(
+    optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler, by: float
+) -> None:
+    """Those of now and all that the schedule has to come."""
+    for group in optimizer.param_groups:
+        group["lr"] *= by
+        group["initial_lr"] *= by
+    rates = scheduler.state_dict()
+    rates |= {name: [rate * by for rate in rates[name]] for name in ("base_lrs", "_last_lr")}
+    scheduler.load_state_dict(rates)
 
 
 def failure_of(

@@ -39,7 +39,7 @@ from peft_core.training.checkpoint import (
     mark_of,
     save_checkpoint,
 )
-from peft_core.training.divergence import Diverged, check_finite, failure_of
+from peft_core.training.divergence import Diverged, check_finite, failure_of, multiply_rates
 from peft_core.training.evaluate import held_out_loss
 from peft_core.training.objective import Objective
 from peft_core.training.saved_tensors import SavedTensors
@@ -339,18 +339,10 @@ class Loop:
         good = self._good_states.at(START if lost else self._good)
         self._take_on(replace(good, good=mark_of(good)))
         factor = _LOWER_BY ** (len(tried) + 1)
-        self._multiply_rates(factor / (self.lowered[-1].factor if self.lowered else 1.0))
+        multiply_rates(self.optimizer, self.scheduler, factor / (self.lowered[-1].factor if self.lowered else 1.0))
         event = RateLowered(step=fault.step, back_to_step=self.progress.step, factor=factor, reason=fault.what)
         self.lowered = (*tried, event)
         self._tell(event)
-
-    def _multiply_rates(self, by: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] *= by
-            group["initial_lr"] *= by
-        rates = self.scheduler.state_dict()
-        rates |= {name: [rate * by for rate in rates[name]] for name in ("base_lrs", "_last_lr")}
-        self.scheduler.load_state_dict(rates)
 
     def _set_weights(self, tensors: Tensors) -> None:
         with torch.no_grad():
