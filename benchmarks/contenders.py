@@ -21,14 +21,22 @@ from peers import Figures, PeerTask
 
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument
-from peft_core.events import EVENT, AdapterWritten, CheckpointSaved, Event, HeldOutMeasured, JobFailed, StepCompleted
-from peft_core.jobs.model import JobRequest
-from peft_core.jobs.planning import plan
 from peft_core.jobs.runner import CHILD, child_environment
 from peft_core.paths import DataPaths
-from peft_core.results import Metrics
-from peft_core.spec import Base, ModelShape, TrainingConfig
-from peft_core.task import TrainingTask
+from peft_core.planning.planner import plan
+from peft_core.schemas.base_model import Base, ModelShape
+from peft_core.schemas.events import (
+    EVENT,
+    AdapterWritten,
+    CheckpointSaved,
+    Event,
+    HeldOutMeasured,
+    JobFailed,
+    StepCompleted,
+)
+from peft_core.schemas.results import Metrics
+from peft_core.schemas.task import JobRequest, TrainingTask
+from peft_core.schemas.training import TrainingConfig
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("uvicorn", "structlog", "pathspec", "httpcore2")  # of site-packages: about 1170 functions and classes
@@ -67,11 +75,11 @@ def pin(threads: int) -> None:
 @contextmanager
 def workplace(held_out_fraction: float) -> Iterator[Workplace]:
     """Copy the code, convert the base, prepare and tokenise the examples."""
-    from peft_core.bases.convert import materialise  # noqa: PLC0415 -- torch: not for --help
-    from peft_core.compute.tokenizer import load_tokenizer  # noqa: PLC0415 -- likewise
+    from peft_core.data.dataset import read_examples  # noqa: PLC0415 -- likewise
     from peft_core.data.prepare import prepare  # noqa: PLC0415 -- likewise
-    from peft_core.data.read import read_examples  # noqa: PLC0415 -- likewise
-    from peft_core.training.batches import tokenise  # noqa: PLC0415 -- likewise
+    from peft_core.modeling.batches import tokenise  # noqa: PLC0415 -- likewise
+    from peft_core.modeling.convert import ensure_hf_directory  # noqa: PLC0415 -- torch: not for --help
+    from peft_core.modeling.tokenizer import load_tokenizer  # noqa: PLC0415 -- likewise
 
     with tempfile.TemporaryDirectory(prefix="peft-mcp-benchmark-") as temporary:
         root = Path(temporary)
@@ -83,7 +91,7 @@ def workplace(held_out_fraction: float) -> Iterator[Workplace]:
                 shutil.copyfile(file, copy)
         config = TrainingConfig(held_out_fraction=held_out_fraction)
         base = planned(config, source, root).base
-        directory = materialise(base, root / "base_models", lambda _detail: None)
+        directory = ensure_hf_directory(base, root / "base_models", lambda _detail: None)
         tokenizer = load_tokenizer(directory)
         prepare(
             source=source,

@@ -38,8 +38,8 @@ from anyio.abc import Process
 from anyio.streams.buffered import BufferedByteReceiveStream
 
 from peft_core import PEFTManager, Settings
-from peft_core.bases import resolve
-from peft_core.spec import BUNDLED
+from peft_core.base_models.resolve import resolve
+from peft_core.schemas.base_model import BUNDLED
 
 PLAIN = """
 import gc, json, sys
@@ -155,7 +155,7 @@ def prepare(work: Path, base_cache: Path | None) -> Path:
     from transformers import AutoModelForCausalLM  # noqa: PLC0415 -- likewise
     from transformers.utils import logging  # noqa: PLC0415 -- likewise
 
-    from peft_core.bases.convert import materialise  # noqa: PLC0415 -- likewise
+    from peft_core.modeling.convert import ensure_hf_directory  # noqa: PLC0415 -- likewise
 
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # PEFT asks by the old name
@@ -166,7 +166,7 @@ def prepare(work: Path, base_cache: Path | None) -> Path:
         base_cache.mkdir(parents=True, exist_ok=True)
         (data / "base_models").symlink_to(base_cache)
     base = resolve(BUNDLED, Settings(data_dir=data))
-    directory = materialise(base, data / "base_models", lambda detail: print(f"# {detail}", file=sys.stderr))
+    directory = ensure_hf_directory(base, data / "base_models", lambda detail: print(f"# {detail}", file=sys.stderr))
     lora = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32), lora)
     for seed, adapter in enumerate(adapters_in(work)):
@@ -211,7 +211,7 @@ class Ours:
         assert not any(reason.severity == "error" for reason in found.reasons), found.reasons
 
     def memory_mb(self) -> float:
-        host = next(p for p in psutil.Process().children() if "peft_core.inference.host" in p.cmdline())
+        host = next(p for p in psutil.Process().children() if "peft_core.inference.worker" in p.cmdline())
         return float(host.memory_info().rss / 1e6)
 
     async def aclose(self) -> None:

@@ -20,11 +20,11 @@ import gguf
 import numpy as np
 
 from peft_core import PEFTManager
-from peft_core.bases.resolve import bundled_path
+from peft_core.base_models.resolve import bundled_path
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument
-from peft_core.results import Status
-from peft_core.spec import TrainingConfig
+from peft_core.schemas.results import Status
+from peft_core.schemas.training import TrainingConfig
 
 RANKS = (16, 8, 4)
 UNITS = 24  # functions to train on and to measure on: a few steps' worth

@@ -2,6 +2,7 @@
 
 Stands alone: no module of peft-mcp is imported, so it runs in any environment that has the peer.
 """
+
 # ruff: noqa: PLC0415 -- each peer loads what it needs: its memory is measured
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from typing import Any
 import anyio
 
 from peft_core import PEFTManager, Settings, TrainingStatus
-from peft_core.measurements import Comparison, Evaluation
-from peft_core.results import Status
+from peft_core.schemas.evaluation import Comparison, Evaluation
+from peft_core.schemas.results import Status
 
 # Of packages whose present form is of 2026, as far as their versions tell; the base read code of 2024 and before.
 CODE_BASES = ("mcp/server", "huggingface_hub/cli", "httpx2")

@@ -26,12 +26,14 @@ from pathlib import Path
 from typing import Any
 
 from peft_core.config import Settings
-from peft_core.events import EVENT, AdapterWritten, DatasetPrepared, Evaluated, JobFailed, RateLowered
-from peft_core.jobs.planning import plan
 from peft_core.jobs.runner import child_environment
-from peft_core.recipe import MEASURED_RATE
-from peft_core.spec import BUNDLED, Frozen, Mixture, TrainingConfig
-from peft_core.task import TrainingTask
+from peft_core.planning.defaults import MEASURED_RATE
+from peft_core.planning.planner import plan
+from peft_core.schemas.base_model import BUNDLED
+from peft_core.schemas.events import EVENT, AdapterWritten, DatasetPrepared, Evaluated, JobFailed, RateLowered
+from peft_core.schemas.frozen import FrozenModel
+from peft_core.schemas.task import TrainingTask
+from peft_core.schemas.training import TaskMixture, TrainingConfig
 
 NOW = TrainingConfig(learning_rate=MEASURED_RATE)
 DEFAULTS = "defaults"
@@ -61,8 +63,8 @@ RECIPES: dict[str, dict[str, Any]] = {  # what differs from the defaults
     "rank 32, rate x0.5": {"rank": 32, "learning_rate": 0.5 * MEASURED_RATE},
     "rsLoRA": {"use_rslora": True},
     "clip 0.3": {"max_grad_norm": 0.3},
-    "instructions 0.2": {"mixture": Mixture(instructions=0.2)},
-    "instructions 0.5": {"mixture": Mixture(instructions=0.5)},
+    "instructions 0.2": {"mixture": TaskMixture(instructions=0.2)},
+    "instructions 0.5": {"mixture": TaskMixture(instructions=0.5)},
     "usual": {"batch_size": 8, "learning_rate": 2e-4, "lora_plus_ratio": 1.0},
 }
 # Recent, or little copied, so that the bundled base hardly knows them; 300 to 650 units each.
@@ -72,7 +74,7 @@ EXAMPLES = 88  # about 21k tokens; a multiple of every batch size
 HELD_OUT_TOKENS = 8000
 
 
-class Outcome(Frozen):
+class Outcome(FrozenModel):
     """One finished run: a line of the results file."""
 
     code_base: str

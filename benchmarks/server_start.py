@@ -37,13 +37,13 @@ CALLS = 200
 
 
 @dataclass
-class Measured:
+class PairedScore:
     start_s: list[float]
     idle_mb: list[float]
     call_ms: list[float]
 
 
-async def measure(server: StdioServerParameters, tool: str, into: Measured) -> None:
+async def measure(server: StdioServerParameters, tool: str, into: PairedScore) -> None:
     began = time.perf_counter()
     async with Client(server, mode="legacy") as client:
         into.start_s.append(time.perf_counter() - began)  # the handshake was answered
@@ -81,8 +81,8 @@ async def main(repeats: int) -> int:
             ),
         }
         for server, tool in servers.values():  # once uncounted: byte code and disk caches
-            await measure(server, tool, Measured([], [], []))
-        results = {name: Measured([], [], []) for name in servers}
+            await measure(server, tool, PairedScore([], [], []))
+        results = {name: PairedScore([], [], []) for name in servers}
         for _ in range(repeats):
             for name, (server, tool) in servers.items():
                 await measure(server, tool, results[name])

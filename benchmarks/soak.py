@@ -25,8 +25,8 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from peft_core.events import StepCompleted  # noqa: E402 -- this tree's, installed or not
 from peft_core.jobs.store import Store  # noqa: E402 -- likewise
+from peft_core.schemas.events import StepCompleted  # noqa: E402 -- this tree's, installed or not
 from tests.model_files import write_model  # noqa: E402 -- the tests are no installed package
 from tests.survival.wire import Server, server  # noqa: E402 -- likewise
 

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 
 from contenders import PEER_BATCH, PEER_RATE, Seen, metrics, pin, run_peer, spread_of, train, workplace
 
-from peft_core.events import HeldOutMeasured
-from peft_core.spec import TrainingConfig
+from peft_core.schemas.events import HeldOutMeasured
+from peft_core.schemas.training import TrainingConfig
 
 HELD_OUT_FRACTION = 0.13  # leaves 1000 examples to train on
 BAR_RATIO, BAR_MINUTES = 8.0, 20.0

@@ -38,8 +38,8 @@ from contenders import (
 )
 from peers import PEERS, Figures
 
-from peft_core.estimate import lora_parameters
-from peft_core.spec import TrainingConfig
+from peft_core.planning.cost_model import lora_parameters
+from peft_core.schemas.training import TrainingConfig
 
 OURS, LEAN = "peft-mcp", "peft-mcp, lean"
 SPEED_BARS = {"Trainer": 3.0, "Trainer, group_by_length": 1.4, "TRL": 4.0, "TRL, packing": 2.0}

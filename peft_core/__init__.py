@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from peft_core.config import Settings
-    from peft_core.errors import ModelError
+    from peft_core.errors import PeftMcpError
     from peft_core.manager import PEFTManager
-    from peft_core.results import TrainingStatus
-    from peft_core.spec import TrainingConfig
+    from peft_core.schemas.results import TrainingStatus
+    from peft_core.schemas.training import TrainingConfig
 
-__all__ = ["ModelError", "PEFTManager", "Settings", "TrainingConfig", "TrainingStatus"]
+__all__ = ["PEFTManager", "PeftMcpError", "Settings", "TrainingConfig", "TrainingStatus"]
 
 _HOMES = {
-    "ModelError": "errors",
+    "PeftMcpError": "errors",
     "PEFTManager": "manager",
     "Settings": "config",
-    "TrainingConfig": "spec",
-    "TrainingStatus": "results",
+    "TrainingConfig": "schemas.training",
+    "TrainingStatus": "schemas.results",
 }
 
 

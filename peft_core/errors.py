@@ -27,7 +27,7 @@ from typing import Any
 MAX_MESSAGE = 1_500
 
 
-class ModelError(Exception):
+class PeftMcpError(Exception):
     """Root of the family. `code` is stable; the message is for people."""
 
     code = "model_error"
@@ -68,7 +68,7 @@ def readable(text: str) -> str:
     return "".join(character if character.isprintable() or character in "\n\t" else "?" for character in text)
 
 
-class InvalidArgument(ModelError):
+class InvalidArgument(PeftMcpError):
     """One argument of a request is not usable. The message names the field, its value and what is allowed."""
 
     code = "invalid_argument"
@@ -87,39 +87,39 @@ class InvalidArgument(ModelError):
         )
 
 
-class DataError(ModelError):
+class DataError(PeftMcpError):
     code = "training_data"
 
 
-class BaseModelError(ModelError):
+class BaseCheckpointError(PeftMcpError):
     code = "base_model"
 
 
-class AdapterNotFound(ModelError):
+class AdapterNotFound(PeftMcpError):
     code = "adapter_not_found"
 
 
-class AdapterInUse(ModelError):
+class AdapterInUse(PeftMcpError):
     code = "adapter_in_use"
 
 
-class AdapterNotLoaded(ModelError):
+class AdapterNotLoaded(PeftMcpError):
     code = "adapter_not_loaded"
 
 
-class InferenceError(ModelError):
+class InferenceError(PeftMcpError):
     code = "inference"
 
 
-class JobNotFound(ModelError):
+class JobNotFound(PeftMcpError):
     code = "job_not_found"
 
 
-class JobStateError(ModelError):
+class JobStateError(PeftMcpError):
     code = "job_state"
 
 
-class StorageError(ModelError):
+class StorageError(PeftMcpError):
     code = "storage"
 
 
@@ -134,11 +134,11 @@ def unwritable(directory: Path, error: Exception) -> StorageError:
     )
 
 
-class TrainingError(ModelError):
+class TrainingError(PeftMcpError):
     code = "training"
 
 
-class NotFinite(TrainingError):
+class NonFiniteError(TrainingError):
     """`what` says it in a few words: "the loss is nan"."""
 
     code = "non_finite_loss"
@@ -148,3 +148,16 @@ class NotFinite(TrainingError):
             f"{what[0].upper()}{what[1:]}: the weights or the arithmetic overflowed.", suggestions=suggestions
         )
         self.what = what
+
+
+class HeaderError(PeftMcpError):
+    """A weights file that cannot be read as what it claims to be."""
+
+    code = "bad_weights_file"
+
+    def __init__(self, path: Path, problem: str, *, code: str | None = None) -> None:
+        fix = "Fetch the file itself with `git lfs pull`" if code == "git_lfs_pointer" else "Fetch the file again"
+        super().__init__(
+            f"{path.name}: {problem.rstrip('.')}.", code=code, suggestions=(fix,), details={"path": str(path)}
+        )
+        self.problem = problem

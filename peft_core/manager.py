@@ -19,23 +19,23 @@ from peft_core.adapters.info import AdapterDocument, AdapterInfo, read_document,
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument
-from peft_core.generation import Generation, GenerationRequest
-from peft_core.inference.client import Report
+from peft_core.inference.client import ProgressCallback
 from peft_core.inference.service import InferenceService, TrainingNeed
-from peft_core.jobs.data_report import TrainingDataReport
 from peft_core.jobs.service import JobService
-from peft_core.results import (
+from peft_core.schemas.generation import Generation, GenerationRequest
+from peft_core.schemas.results import (
     AdapterList,
     Compatibility,
     DeletedAdapter,
     LoadedAdapter,
+    TrainingDataReport,
     TrainingStatus,
     UnloadedAdapter,
 )
-from peft_core.spec import EvaluatedAdapter, ProjectId, TrainingConfig
-from peft_core.validation import parse_config, parse_generation
+from peft_core.schemas.training import EvaluatedAdapter, ProjectId, TrainingConfig
+from peft_core.schemas.validation import parse_config, parse_generation
 
-LOOK_S = 0.25  # how often a watched job is looked up
+POLL_INTERVAL_S = 0.25  # how often a watched job is looked up
 
 PROJECT_ID: TypeAdapter[str] = TypeAdapter(ProjectId)
 
@@ -90,7 +90,7 @@ class PEFTManager:
         while status.job_id is not None and not status.status.is_final:
             if deadline is not None and time.monotonic() >= deadline:
                 return
-            await anyio.sleep(LOOK_S)
+            await anyio.sleep(POLL_INTERVAL_S)
             newer = await self.get_training_status(project_id, status.job_id)
             if newer != status:
                 status = newer
@@ -108,9 +108,9 @@ class PEFTManager:
         """(cursor for the next call, ids of the jobs that changed since the cursor `since`; None: from now on)."""
         return await run_sync(self._jobs.changed_since, since)
 
-    async def tend(self) -> None:
+    async def ensure_runner(self) -> None:
         """Find out jobs whose process is gone, and see that somebody works on those that wait. Cheap; call it often."""
-        await run_sync(self._jobs.tend)
+        await run_sync(self._jobs.ensure_runner)
 
     async def cancel_training(self, project_id: str, job_id: str | None = None) -> TrainingStatus:
         """Stop a waiting job at once, a running one within seconds; its checkpoint is kept."""
@@ -123,7 +123,7 @@ class PEFTManager:
     async def list_adapters(self, project_id: str | None = None) -> AdapterList:
         """Published adapters, newest first, and what of them is in memory."""
         found = await run_sync(self._registry.adapters, None if project_id is None else _project_id(project_id))
-        await self._inference.catch_up()
+        await self._inference.sync()
         loaded = self._inference.resident
         active = {adapter.adapter_path: adapter.active for adapter in loaded.adapters}
         adapters = [
@@ -155,7 +155,7 @@ class PEFTManager:
 
     async def delete_adapter(self, project_id: str, adapter_id: str) -> DeletedAdapter:
         """Delete an adapter that was trained here; refused while it is loaded."""
-        await self._inference.catch_up()
+        await self._inference.sync()
         return await run_sync(self._inference.delete, _project_id(project_id), adapter_id)
 
     async def verify_adapter_compatibility(
@@ -176,7 +176,7 @@ class PEFTManager:
         base_model: str | None = None,
         *,
         accept_unproven_base: bool = False,
-        report: Report | None = None,
+        report: ProgressCallback | None = None,
     ) -> LoadedAdapter:
         """Verify an adapter, load it with its base (seconds; under one where the base is in memory), make it active.
 
@@ -227,7 +227,7 @@ class PEFTManager:
         *,
         adapter_path: str | None = None,
         use_base: bool = False,
-        report: Report | None = None,
+        report: ProgressCallback | None = None,
     ) -> Generation:
         """Write text with the active adapter, the named one of those in memory, or the base alone (`use_base`).
 

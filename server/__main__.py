@@ -43,12 +43,14 @@ def main() -> None:
             name = f"CODEBASE_GARDENER_{problem['loc'][0]}".upper()
             print(f"peft-mcp: {name} = {problem['input']!r} cannot be used: {problem['msg']}", file=sys.stderr)  # noqa: T201 -- stderr, before anything serves
         sys.exit(2)
-    from server.app import build_server  # noqa: PLC0415 -- --help and --version need not import mcp
-    from server.leaving import leave_with_client  # noqa: PLC0415 -- likewise
+    from server.app import (  # noqa: PLC0415 -- --help and --version need not import mcp
+        build_server,
+        exit_when_stdin_closes,
+    )
 
     os.umask(0o077)  # whatever is written, here and in the processes that are started, is private code or made from it
     server = build_server(settings)
-    leave_with_client(sys.stdin.fileno())
+    exit_when_stdin_closes(sys.stdin.fileno())
     server.run("stdio")
 
 

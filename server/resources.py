@@ -19,10 +19,10 @@ from mcp.server.session import ServerSession
 from mcp.server.subscriptions import InMemorySubscriptionBus, ResourceUpdated
 from mcp.types import EmptyResult, SubscribeRequestParams, UnsubscribeRequestParams
 
-from peft_core.errors import AdapterNotFound, InvalidArgument, JobNotFound, ModelError
+from peft_core.errors import AdapterNotFound, InvalidArgument, JobNotFound, PeftMcpError
 from peft_core.manager import PEFTManager
 
-LOOK_S = 1.0  # how often the store is asked for changed jobs, and so the shortest time between two updates
+POLL_INTERVAL_S = 1.0  # how often the store is asked for changed jobs, and so the shortest time between two updates
 
 log = logging.getLogger(__name__)  # in this process the SDK's logging decides; structlog would cost 0.1 s at the start
 
@@ -49,17 +49,17 @@ class TrainingUpdates:
         warned = ""
         while True:
             try:
-                await manager.tend()  # a job whose process was killed changes only when somebody finds out
+                await manager.ensure_runner()  # a job whose process was killed changes only when somebody finds out
                 cursor, changed = await manager.changed_jobs(cursor)
                 warned = ""
             except Exception as error:  # noqa: BLE001 -- whatever it is, it must not end the session; it looks again soon
-                problem = error.message if isinstance(error, ModelError) else repr(error)
+                problem = error.message if isinstance(error, PeftMcpError) else repr(error)
                 if problem != warned:  # once, not every second for as long as a disk is full
                     log.warning("cannot look for changed jobs: %s", problem)
                 changed, warned = [], problem
             for job_id in changed:
                 await self._publish(f"training://{job_id}")
-            await anyio.sleep(LOOK_S)
+            await anyio.sleep(POLL_INTERVAL_S)
 
     async def _publish(self, uri: str) -> None:
         """To all who listen; who cannot be reached any more is not told again."""
@@ -89,7 +89,7 @@ def add_adapter_resource(mcp: MCPServer[PEFTManager]) -> None:
             document = await ctx.request_context.lifespan_context.read_card(project_id)
         except (AdapterNotFound, InvalidArgument) as error:
             raise ResourceNotFoundError(str(error)) from error
-        except ModelError as error:
+        except PeftMcpError as error:
             raise ResourceError(str(error)) from error
         return document.model_dump_json(indent=2)
 
@@ -106,7 +106,7 @@ def add_training_resource(mcp: MCPServer[PEFTManager], updates: TrainingUpdates)
             status = await ctx.request_context.lifespan_context.get_job(job_id)
         except JobNotFound as error:
             raise ResourceNotFoundError(str(error)) from error
-        except ModelError as error:
+        except PeftMcpError as error:
             raise ResourceError(str(error)) from error
         return status.model_dump_json(indent=2)
 

@@ -15,10 +15,13 @@ from peft_core.adapters.manifest import (
     sha256_of,
     write_manifest,
 )
-from peft_core.jobs.model import Job, JobRequest
-from peft_core.measurements import Benefit, Comparison, Continuation, Evaluation
-from peft_core.results import Estimate, Metrics
-from peft_core.spec import Base, DatasetSummary, Fingerprint, ModelShape, SourceSummary, TrainingConfig
+from peft_core.jobs.state import Job
+from peft_core.schemas.base_model import Base, Fingerprint, ModelShape
+from peft_core.schemas.dataset import DatasetSummary, SourceSummary
+from peft_core.schemas.evaluation import Comparison, Continuation, Evaluation, Verdict
+from peft_core.schemas.results import Estimate, Metrics
+from peft_core.schemas.task import JobRequest
+from peft_core.schemas.training import TrainingConfig
 
 SMOLLM2_SHAPE = ModelShape(
     parameters=134_515_008,
@@ -86,8 +89,8 @@ def make_job(job_id: str = "20260101-000000-abcdef", project_id: str = "web", **
     )
 
 
-def make_evaluation(verdict: Benefit = Benefit.HELPS, **changes: Any) -> Evaluation:
-    sign = 1 if verdict is Benefit.HARMS else -1
+def make_evaluation(verdict: Verdict = Verdict.HELPS, **changes: Any) -> Evaluation:
+    sign = 1 if verdict is Verdict.HARMS else -1
     written = Continuation(
         file="src/app.py",
         line=12,

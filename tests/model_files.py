@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_core.bases.gguf_model import hugging_face_name
-from peft_core.bases.safetensors import DTYPE_BITS
+from peft_core.base_models.gguf_model import hugging_face_name
+from peft_core.base_models.safetensors import DTYPE_BITS
 
 Shapes = Mapping[str, tuple[int, ...]]
 CONFIG: dict[str, Any] = {

@@ -29,9 +29,9 @@ from transformers import (
     Starcoder2Config,
 )
 
-from peft_core.bases import resolve
+from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
-from peft_core.training.batches import Document
+from peft_core.modeling.batches import Document
 from tests.factories import record_base
 
 VOCABULARY = ["<end>", "<begin>", "<unk>", *map(chr, range(32, 127)), "\n"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from peft_core.adapters.manifest import Manifest
-from peft_core.measurements import Comparison, Evaluation
+from peft_core.schemas.evaluation import Comparison, Evaluation
 
 
 def render_card(manifest: Manifest) -> str:

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_core.adapters.config_check import LoraSettings, check_settings
+from peft_core.adapters.findings import error, shown
 from peft_core.adapters.manifest import CONFIG, WEIGHTS, Manifest, read_manifest
-from peft_core.adapters.reasons import error, shown
-from peft_core.adapters.settings import LoraSettings, check_settings
-from peft_core.bases.header import HeaderError, TensorInfo, open_regular, read_exactly, read_small
-from peft_core.bases.safetensors import ADAPTER_LIMITS, header_of
-from peft_core.results import Reason
+from peft_core.base_models.checkpoint_info import TensorInfo
+from peft_core.base_models.safetensors import ADAPTER_LIMITS, header_of
+from peft_core.errors import HeaderError
+from peft_core.schemas.results import Reason
+from peft_core.system.files import open_regular, read_exactly, read_small
 
 MAX_CONFIG_BYTES = 256 << 10
 MAX_WEIGHTS_BYTES = 4 << 30  # of a file that is read whole; a file with holes costs its maker nothing

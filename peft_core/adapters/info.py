@@ -10,18 +10,18 @@ from pydantic import Field
 from peft_core.adapters.manifest import CARD_NAME, CONFIG, REPORT_NAME, WEIGHTS, Manifest, read_manifest
 from peft_core.adapters.registry import size_of
 from peft_core.errors import AdapterNotFound
-from peft_core.measurements import Benefit
-from peft_core.spec import Frozen
+from peft_core.schemas.evaluation import Verdict
+from peft_core.schemas.frozen import FrozenModel
 
 MAX_CARD_BYTES = 256 << 10
 SENTENCES = {
-    Benefit.HELPS: "it helps",
-    Benefit.NO_DIFFERENCE: "no difference could be shown",
-    Benefit.HARMS: "it HARMS, do not use it",
+    Verdict.HELPS: "it helps",
+    Verdict.NO_DIFFERENCE: "no difference could be shown",
+    Verdict.HARMS: "it HARMS, do not use it",
 }
 
 
-class AdapterInfo(Frozen):
+class AdapterInfo(FrozenModel):
     adapter_path: str
     adapter_bytes: int
     rank: int | None
@@ -32,7 +32,7 @@ class AdapterInfo(Frozen):
     next: str
 
 
-class AdapterDocument(Frozen):
+class AdapterDocument(FrozenModel):
     """What an adapter says of itself."""
 
     adapter_path: str
@@ -42,7 +42,8 @@ class AdapterDocument(Frozen):
 
 def read_document(path: Path) -> AdapterDocument:
     # Not at the server's start:
-    from peft_core.bases.header import HeaderError, read_small  # noqa: PLC0415
+    from peft_core.errors import HeaderError  # noqa: PLC0415
+    from peft_core.system.files import read_small  # noqa: PLC0415
 
     try:
         card = read_small(path / CARD_NAME, MAX_CARD_BYTES).decode("utf-8", "replace")
@@ -64,8 +65,8 @@ def read_info(path: Path, *, trained_here: bool = True) -> AdapterInfo:
             suggestions=["Call list_adapters to see what there is"],
         )
     # Not at the server's start:
+    from peft_core.adapters.config_check import is_alpha, is_literal, is_rank  # noqa: PLC0415
     from peft_core.adapters.files import read_adapter_config  # noqa: PLC0415
-    from peft_core.adapters.settings import is_alpha, is_literal, is_rank  # noqa: PLC0415
 
     config = read_adapter_config(path)
     targets = config.get("target_modules")

@@ -7,10 +7,14 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from peft_core.events import MemorySaved, RateLowered
-from peft_core.measurements import Benefit, Evaluation
-from peft_core.results import Metrics
-from peft_core.spec import DatasetSummary, Execution, Fingerprint, Frozen, ModelShape, TrainingConfig
+from peft_core.schemas.base_model import Fingerprint, ModelShape
+from peft_core.schemas.dataset import DatasetSummary
+from peft_core.schemas.evaluation import Evaluation, Verdict
+from peft_core.schemas.events import MemorySaved, RateLowered
+from peft_core.schemas.frozen import FrozenModel
+from peft_core.schemas.results import Metrics
+from peft_core.schemas.task import ComputePlan
+from peft_core.schemas.training import TrainingConfig
 
 MANIFEST_NAME = "adapter_manifest.json"
 CARD_NAME = "README.md"
@@ -19,7 +23,7 @@ MAX_MANIFEST_BYTES = 1 << 20
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as PEFT calls them
 
 
-class BaseRecord(Frozen):
+class BaseRecord(FrozenModel):
     """The base an adapter belongs to. No local path: the fingerprint identifies it, the name is for people."""
 
     name: str
@@ -30,7 +34,7 @@ class BaseRecord(Frozen):
     fingerprint: Fingerprint
 
 
-class DataRecord(Frozen):
+class DataRecord(FrozenModel):
     source_kind: Literal["repository", "jsonl", "records"]
     summary: DatasetSummary
     languages: dict[str, int]  # files by language
@@ -38,10 +42,10 @@ class DataRecord(Frozen):
     repository_dirty: bool | None = None
 
 
-class Computation(Frozen):
+class Computation(FrozenModel):
     """How the engine computed, and how well its memory was foreseen: compare `metrics.peak_memory_bytes`."""
 
-    execution: Execution
+    execution: ComputePlan
     documents_packed: bool  # several in one pass, or each by itself
     head_in_chunks: bool  # the logits of all positions are never there at once
     fused_blocks: int
@@ -49,7 +53,7 @@ class Computation(Frozen):
     estimated_memory_bytes: int | None
 
 
-class RunRecord(Frozen):
+class RunRecord(FrozenModel):
     config: TrainingConfig  # with base_model blanked: it may be a local path
     target_modules: tuple[str, ...]  # what 'all-linear' became, sorted
     device: str
@@ -62,7 +66,7 @@ class RunRecord(Frozen):
     rate_lowered: tuple[RateLowered, ...] = ()  # where the run diverged, and went on from before
 
 
-class Manifest(Frozen):
+class Manifest(FrozenModel):
     schema_version: Literal[1] = 1
     adapter_id: str
     project_id: str
@@ -77,7 +81,7 @@ class Manifest(Frozen):
 
     @property
     def harms(self) -> bool:
-        return self.evaluation is not None and self.evaluation.verdict is Benefit.HARMS
+        return self.evaluation is not None and self.evaluation.verdict is Verdict.HARMS
 
     @property
     def wants_to_be_current(self) -> bool:
@@ -107,7 +111,8 @@ def read_manifest(directory: Path) -> Manifest | None:
     It is a claim by whoever wrote it, and read with the care that this takes: no link, no more than 1 MB. Fields that are
     not known here are passed over: an adapter outlives the version that wrote it, and an older one may be asked about it.
     """
-    from peft_core.bases.header import HeaderError, read_small  # noqa: PLC0415 -- not at the server's start
+    from peft_core.errors import HeaderError  # noqa: PLC0415 -- not at the server's start
+    from peft_core.system.files import read_small  # noqa: PLC0415 -- not at the server's start
 
     try:
         return Manifest.model_validate_json(read_small(directory / MANIFEST_NAME, MAX_MANIFEST_BYTES), extra="ignore")

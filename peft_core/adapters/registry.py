@@ -16,11 +16,11 @@ from pathlib import Path
 
 from peft_core.adapters.manifest import CONFIG, MANIFEST_NAME, WEIGHTS, Manifest, read_manifest
 from peft_core.errors import AdapterNotFound, StorageError, unwritable
-from peft_core.lock import FileLock
-from peft_core.measurements import Benefit
 from peft_core.paths import DataPaths
-from peft_core.places import require_allowed
-from peft_core.results import AdapterSummary, DeletedAdapter
+from peft_core.schemas.evaluation import Verdict
+from peft_core.schemas.results import AdapterSummary, DeletedAdapter
+from peft_core.system.allowed_paths import require_allowed
+from peft_core.system.lock import FileLock
 
 PATIENCE_S = 10.0  # with who else changes a project's adapters: that takes milliseconds
 
@@ -45,7 +45,7 @@ class Registry:
                 file.chmod(0o444)
             _sync(draft)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with self._alone(project_id):
+        with self._project_lock(project_id):
             if not target.exists():
                 draft.rename(target)
                 _sync(target.parent)
@@ -87,10 +87,10 @@ class Registry:
         path = self.require(project_id, adapter_id)
         doomed = path.with_name(f".deleted.{adapter_id}.{secrets.token_hex(4)}")
         try:
-            with self._alone(project_id):
+            with self._project_lock(project_id):
                 self.require(project_id, adapter_id)  # again: another may have been faster
                 if self._current(project_id) == adapter_id:
-                    self._point_elsewhere(project_id, adapter_id)
+                    self._repoint_current(project_id, adapter_id)
                 freed = sum(map(size_of, path.iterdir()))
                 path.rename(doomed)
                 current = self._current(project_id)
@@ -110,7 +110,7 @@ class Registry:
         )
 
     @contextmanager
-    def _alone(self, project_id: str) -> Iterator[None]:
+    def _project_lock(self, project_id: str) -> Iterator[None]:
         """While nobody else changes which adapters the project has, and for which of them it stands.
 
         Raises:
@@ -126,11 +126,11 @@ class Registry:
                 )
             yield
 
-    def _point_elsewhere(self, project_id: str, adapter_id: str) -> None:
+    def _repoint_current(self, project_id: str, adapter_id: str) -> None:
         others = [
             adapter
             for adapter in self.adapters(project_id)
-            if adapter.adapter_id != adapter_id and adapter.verdict is not Benefit.HARMS
+            if adapter.adapter_id != adapter_id and adapter.verdict is not Verdict.HARMS
         ]
         if others:
             self.set_current(project_id, others[0].adapter_id)

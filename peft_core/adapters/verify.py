@@ -9,16 +9,15 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from peft_core.adapters.base_match import identify
 from peft_core.adapters.files import AdapterFiles, read_adapter
-from peft_core.adapters.identity import identify
-from peft_core.adapters.reasons import error
-from peft_core.adapters.scan import scan
-from peft_core.adapters.tensors import check_tensors, modules_of
-from peft_core.results import Compatibility, Reason, Verdict
-from peft_core.spec import Base
+from peft_core.adapters.findings import error
+from peft_core.adapters.tensor_check import base_modules, check_tensors, scan
+from peft_core.schemas.base_model import Base
+from peft_core.schemas.results import BaseMatch, Compatibility, Reason
 
 SMALL_BYTES = 64 << 20
-_COMPATIBLE = frozenset({Verdict.EXACT, Verdict.SAMPLED, Verdict.SAME_FAMILY})
+_COMPATIBLE = frozenset({BaseMatch.EXACT, BaseMatch.SAMPLED, BaseMatch.SAME_FAMILY})
 
 
 def verify(directory: Path, base: Base | None, *, scan_weights: bool = False) -> Compatibility:
@@ -34,7 +33,7 @@ def verify(directory: Path, base: Base | None, *, scan_weights: bool = False) ->
     files = read_adapter(directory)
     judged = judge(files, base, scan_weights=False)
     # The headers of an adapter that fits bound how much is read; of another, only what is small is worth it.
-    if scan_weights and (judged.verdict is not Verdict.INCOMPATIBLE or files.weights_size <= SMALL_BYTES):
+    if scan_weights and (judged.verdict is not BaseMatch.INCOMPATIBLE or files.weights_size <= SMALL_BYTES):
         judged = judge(read_adapter(directory, whole=True), base, scan_weights=True)
     return judged.model_copy(update={"elapsed_ms": _milliseconds_since(started)})
 
@@ -50,18 +49,18 @@ def judge(files: AdapterFiles, base: Base | None, *, scan_weights: bool) -> Comp
     started = time.perf_counter()
     reasons = list(files.reasons)
     if files.tensors is not None:
-        reasons += check_tensors(files.tensors, files.settings, modules_of(base) if base is not None else None)
+        reasons += check_tensors(files.tensors, files.settings, base_modules(base) if base is not None else None)
     scanned = scan_weights and files.tensors is not None and files.weights is not None
     if scanned and files.tensors is not None:
         reasons += scan(files.tensors.values(), files.bytes_of)
-    verdict = Verdict.INCOMPATIBLE
+    verdict = BaseMatch.INCOMPATIBLE
     if base is None:
         reasons.append(_base_unknown(files))
     else:
         verdict, doubts = identify(files.manifest.base if files.manifest else None, base, files.base_hint)
         reasons += doubts
     if any(reason.severity == "error" for reason in reasons):
-        verdict = Verdict.INCOMPATIBLE
+        verdict = BaseMatch.INCOMPATIBLE
     return Compatibility(
         verdict=verdict,
         compatible=verdict in _COMPATIBLE,
@@ -83,12 +82,12 @@ def _base_unknown(files: AdapterFiles) -> Reason:
     )
 
 
-def _next(verdict: Verdict, reasons: list[Reason], files: AdapterFiles) -> str:
+def _next(verdict: BaseMatch, reasons: list[Reason], files: AdapterFiles) -> str:
     match verdict:
-        case Verdict.INCOMPATIBLE:
+        case BaseMatch.INCOMPATIBLE:
             fixes = dict.fromkeys(reason.fix for reason in reasons if reason.severity == "error" and reason.fix)
             return f"Do not load it. {'; '.join(list(fixes)[:3])}."
-        case Verdict.SHAPE_ONLY:
+        case BaseMatch.SHAPE_ONLY:
             return (
                 "It fits, but was not trained on these weights as far as is known: name the base that it was trained on, or "
                 "insist with load_adapter(..., accept_unproven_base=true)."

@@ -16,18 +16,19 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from peft_core.data.examples import taught
-from peft_core.data.overlap import FILE_NAME, TrainedOn
-from peft_core.data.retell import Told
+from peft_core.data.augment import ExampleFormat
+from peft_core.data.examples import learned_text
+from peft_core.data.leakage import FILE_NAME, TrainingFingerprint
 from peft_core.data.split import Split
-from peft_core.example import Example
-from peft_core.spec import DatasetSummary, Frozen
+from peft_core.errors import DataError
+from peft_core.schemas.dataset import DatasetSummary, Example
+from peft_core.schemas.frozen import FrozenModel
 
 _MANIFEST_SCHEMA = 1
 _FILES = ("train.jsonl", "held_out.jsonl", FILE_NAME)
 
 
-class PreparedDataset(Frozen):
+class PreparedDataset(FrozenModel):
     summary: DatasetSummary
     languages: dict[str, int]  # files by language
     repository_commit: str | None = None
@@ -35,22 +36,22 @@ class PreparedDataset(Frozen):
 
 
 @dataclass(slots=True)
-class Written:
+class WriteStats:
     """What went into the files."""
 
     sha256: str = ""  # of all lines, those to train on first
     tokens: Counter[str] = field(default_factory=Counter)  # by part
-    told: Counter[Told] = field(default_factory=Counter)  # to train on
+    told: Counter[ExampleFormat] = field(default_factory=Counter)  # to train on
 
 
 def write_parts(
-    spool: Path, directory: Path, parts: Split, retold: Callable[[Example], tuple[Example, Told]]
-) -> Written:
+    spool: Path, directory: Path, parts: Split, retold: Callable[[Example], tuple[Example, ExampleFormat]]
+) -> WriteStats:
     """The spooled examples into their files, those to train on as the mixture tells them."""
     place = dict.fromkeys(parts.train, "train") | dict.fromkeys(parts.held_out, "held_out")
     hashes = {name: hashlib.sha256() for name in ("train", "held_out")}
     unfinished = {name: directory / f"{name}.partial" for name in hashes}
-    written = Written()
+    written = WriteStats()
     with (
         spool.open("rb") as lines,
         unfinished["train"].open("wb") as train,
@@ -62,17 +63,17 @@ def write_parts(
             for position, line in enumerate(lines):
                 if (name := place.get(position)) is None:
                     continue
-                example, told = Example.model_validate_json(line), Told.PLAINLY
+                example, told = Example.model_validate_json(line), ExampleFormat.PLAINLY
                 if name == "train":
-                    yield taught(example)  # as it was, for a gap tears its lines apart
+                    yield learned_text(example)  # as it was, for a gap tears its lines apart
                     example, told = retold(example)
                     written.told[told] += 1
-                row = line if told is Told.PLAINLY else example.model_dump_json().encode() + b"\n"
+                row = line if told is ExampleFormat.PLAINLY else example.model_dump_json().encode() + b"\n"
                 written.tokens[name] += example.tokens
                 streams[name].write(row)
                 hashes[name].update(row)
 
-        trained_on = TrainedOn.of(to_train_on())
+        trained_on = TrainingFingerprint.of(to_train_on())
     (directory / FILE_NAME).write_bytes(trained_on.to_bytes())
     for name, path in unfinished.items():
         path.replace(directory / f"{name}.jsonl")
@@ -109,3 +110,26 @@ def finished(directory: Path, request: Mapping[str, Any]) -> PreparedDataset | N
         return PreparedDataset.model_validate(manifest["dataset"])
     except (OSError, ValueError, KeyError, TypeError, ValidationError):
         return None
+
+
+# FOLDED FROM peft_core.data.dataset: Examples as they lie on disk: one `Example` in JSON a line.
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Examples that `prepare` wrote.
+
+    Raises:
+        DataError: 'broken_dataset', the file is not what `prepare` writes.
+    """
+    examples = []
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                examples.append(Example.model_validate_json(line))
+            except ValidationError as error:
+                raise DataError(
+                    f"Line {number} of {path} is no example.",
+                    code="broken_dataset",
+                    suggestions=("Delete the job's dataset directory and start the job again.",),
+                ) from error
+    return examples

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from peft_core.data.classify import Reason
-from peft_core.data.codec import Codec
-from peft_core.data.file_text import read_text
-from peft_core.data.fit import MIN_TOKENS, RESERVED, file_pieces, whole_pieces
-from peft_core.data.languages import named
-from peft_core.data.quality import trouble
-from peft_core.data.records import RECORD, Form, Record
-from peft_core.data.secret_scan import Finding
-from peft_core.data.units import rows
-from peft_core.data.walk import File
-from peft_core.example import Example, Segment
+from peft_core.data.chunking import LICENCE, CodeUnit, TokenBudget, break_ranks, cut, rows, whole
+from peft_core.data.languages import Language, named
+from peft_core.data.read_text import read_text
+from peft_core.data.records import RECORD, Record, RecordFormat
+from peft_core.data.secrets import Finding
+from peft_core.data.token_counter import TokenCounter
+from peft_core.data.walk import File, Reason
+from peft_core.schemas.dataset import Example, Segment
 
 MIN_ANSWER_WORDS = 8
 
@@ -26,7 +25,7 @@ Redact = Callable[[Sequence[str]], tuple[list[str], list[Finding]]]
 
 
 @dataclass(slots=True)
-class Yield:
+class FileResult:
     """What came of a file or a record."""
 
     examples: list[Example] = field(default_factory=list)
@@ -38,8 +37,8 @@ def unchanged(lines: Sequence[str]) -> tuple[list[str], list[Finding]]:
     return list(lines), []
 
 
-def from_file(file: File, *, codec: Codec, max_length: int, redact: Redact) -> Yield:
-    result = Yield()
+def from_file(file: File, *, codec: TokenCounter, max_length: int, redact: Redact) -> FileResult:
+    result = FileResult()
     path = printable(file.name)
     if _name_is_secret(path, result, redact):
         return result
@@ -55,23 +54,23 @@ def from_file(file: File, *, codec: Codec, max_length: int, redact: Redact) -> Y
     for piece in pieces:
         if piece.body_tokens < MIN_TOKENS:
             result.left_out[Reason.TINY] += 1
-        elif why := trouble(piece.unit, piece.body):
+        elif why := rejection_reason(piece.unit, piece.body):
             result.left_out[why] += 1
         else:
             result.examples.append(piece.example(path, file.language))
     return result
 
 
-def from_record(record: Record, *, codec: Codec, max_length: int, redact: Redact, root: str = "") -> Yield:
+def from_record(record: Record, *, codec: TokenCounter, max_length: int, redact: Redact, root: str = "") -> FileResult:
     """`root`: what absolute paths of records begin with; it is nobody's business and stays out."""
-    result = Yield()
+    result = FileResult()
     path = os.path.relpath(record.path, root) if root and record.path.startswith("/") else record.path
     path = printable(path.lstrip("/"))
     if path and _name_is_secret(path, result, redact):
         return result
     lines, findings = redact(rows(record.content))
     result.secrets += [(path or record.name, finding.row + 1, finding.type) for finding in findings]
-    if record.form not in (Form.TEXT, Form.CHUNK):
+    if record.form not in (RecordFormat.TEXT, RecordFormat.CHUNK):
         if findings:  # a pair with a hole in it teaches the hole
             result.left_out[Reason.SECRET] += 1
         else:
@@ -81,17 +80,17 @@ def from_record(record: Record, *, codec: Codec, max_length: int, redact: Redact
         result.left_out[Reason.SECRET] += 1
         return result
     language = named(record.language)
-    header = path if record.form is Form.CHUNK else ""
+    header = path if record.form is RecordFormat.CHUNK else ""
     pieces = whole_pieces(lines, path=header, language=language, kind=record.kind, codec=codec, max_length=max_length)
     first_line = max(1, record.start_line)
-    literal = record.form is Form.CHUNK  # the text of other records may have been rendered for this very base
+    literal = record.form is RecordFormat.CHUNK  # the text of other records may have been rendered for this very base
     result.examples += [
         piece.example(path or record.name, language, first_line=first_line, literal=literal) for piece in pieces
     ]
     return result
 
 
-def may_be_like_others(example: Example) -> bool:
+def is_dedupable(example: Example) -> bool:
     """Whether its near duplicates teach nothing new. Pairs are left alone, except by equal ones: answers to different
     questions may be nearly the same, and questions may share most of a long instruction.
     """
@@ -108,7 +107,7 @@ def answer(example: Example) -> str | None:
     return learned if len(learned.split()) >= MIN_ANSWER_WORDS else None
 
 
-def taught(example: Example) -> str:
+def learned_text(example: Example) -> str:
     """The text by which it is told whether something was trained on."""
     learned = "".join(segment.text for segment in example.segments if segment.learn)
     if example.kind != RECORD or learned == example.text or answer(example) is not None:
@@ -121,7 +120,7 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _whole_record(record: Record, path: str, result: Yield, codec: Codec, max_length: int) -> None:
+def _whole_record(record: Record, path: str, result: FileResult, codec: TokenCounter, max_length: int) -> None:
     if record.messages:
         segments = codec.render_chat(record.messages)
     else:
@@ -134,9 +133,197 @@ def _whole_record(record: Record, path: str, result: Yield, codec: Codec, max_le
     result.examples.append(example)
 
 
-def _name_is_secret(path: str, result: Yield, redact: Redact) -> bool:
+def _name_is_secret(path: str, result: FileResult, redact: Redact) -> bool:
     _, findings = redact([path])
     if findings:
         result.left_out[Reason.SECRET] += 1
         result.secrets += [("(a file whose name holds it)", 0, finding.type) for finding in findings]
     return bool(findings)
+
+
+# FOLDED FROM peft_core.data.examples: Units to examples of at most max_length tokens: a path header, the heads around
+# the unit, its text.
+#
+# Header and context are given, not learned (`learn=False`): they say where the text stands, and a head that is repeated over
+# each of twenty methods must not be learned twenty times.
+#
+
+MIN_TOKENS = 8  # of a text that is worth learning
+RESERVED = 2  # end-of-text, and the beginning-of-text token that some bases want
+_HEADER_SHARE = 4  # of max_length, at most, for the path
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A unit, or the part of it that fits; the bodies of a unit's pieces, joined, are the unit."""
+
+    unit: CodeUnit
+    context: str
+    body: str
+    start: int  # row
+    end: int
+    body_tokens: int
+    tokens: int  # of everything, with end-of-text where the unit ends
+    ends: bool  # whether this is the last of the unit
+
+    def example(self, path: str, language: Language, *, first_line: int = 1, literal: bool = True) -> Example:
+        given = (Segment(text=self.context, learn=False, literal=literal),) if self.context else ()
+        return Example(
+            segments=(*given, Segment(text=self.body, literal=literal)),
+            path=path,
+            language=language.name,
+            kind=self.unit.kind,
+            start_line=first_line + self.start,
+            end_line=first_line + self.end - 1,
+            tokens=self.tokens,
+            ends=self.ends,
+        )
+
+
+def file_pieces(
+    lines: Sequence[str], *, path: str, language: Language, codec: TokenCounter, max_length: int
+) -> list[Chunk]:
+    """Cut a file into pieces that fit, header and end-of-text counted."""
+    header, measure = _measured(lines, path, language, codec, max_length)
+    return fitted(lines, cut(lines, language, measure), measure, language, codec, header=header)
+
+
+def whole_pieces(
+    lines: Sequence[str], *, path: str, language: Language, kind: str, codec: TokenCounter, max_length: int
+) -> list[Chunk]:
+    """A text that somebody else has cut already: one piece, unless it is too long."""
+    header, measure = _measured(lines, path, language, codec, max_length)
+    return fitted(lines, [whole(lines, language, kind)], measure, language, codec, header=header)
+
+
+def _measured(
+    lines: Sequence[str], path: str, language: Language, codec: TokenCounter, max_length: int
+) -> tuple[str, TokenBudget]:
+    header = path_header(path, language, codec, max_length)
+    header_cost, *costs = codec.count([header, *lines])
+    return header, TokenBudget.of(costs, max_length=max_length, overhead=header_cost + RESERVED)
+
+
+def fitted(
+    lines: Sequence[str],
+    units: Sequence[CodeUnit],
+    measure: TokenBudget,
+    language: Language,
+    codec: TokenCounter,
+    *,
+    header: str,
+) -> list[Chunk]:
+    """Pieces of units; what rows cost one by one is near enough to split by, the last word is a count of the whole."""
+    drafts: list[tuple[CodeUnit, str, range]] = []
+    for unit in units:
+        for part in _parts(lines, unit, measure, language):
+            scopes = unit.scopes
+            if unit.head is not None and part.start >= unit.head.stop:
+                scopes = (*scopes, unit.head)
+            heads = "".join("".join(lines[head.start : head.stop]) for head in measure.context(scopes))
+            drafts.append((unit, header + heads, part))
+    bodies = ["".join(lines[part.start : part.stop]) for _, _, part in drafts]
+    counts = codec.count([*(context for _, context, _ in drafts), *bodies])
+    result: list[Chunk] = []
+    for (unit, context, part), body, context_tokens, body_tokens in zip(
+        drafts, bodies, counts, counts[len(drafts) :], strict=False
+    ):
+        row, rest = part.start, len(body)
+        for text, tokens in _halved(body, body_tokens, max(1, measure.max_length - context_tokens - RESERVED), codec):
+            end = row + text.count("\n") + (not text.endswith("\n"))
+            rest -= len(text)
+            ends = part.stop == unit.end and rest == 0
+            result.append(Chunk(unit, context, text, row, end, tokens, context_tokens + tokens + ends, ends))
+            row = end if text.endswith("\n") else end - 1
+    return result
+
+
+def path_header(path: str, language: Language, codec: TokenCounter, max_length: int) -> str:
+    """The path as a comment; the last parts of it where the whole would take too much room."""
+    if not path:
+        return ""
+    opens, closes = language.comment
+    printable = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in path)
+    for mark in ("-->", "*/"):
+        printable = printable.replace(mark, "\N{REPLACEMENT CHARACTER}")
+    parts = printable.split("/")
+    candidates = [f"{opens}{printable}{closes}\n"]
+    candidates += [
+        f"{opens}\N{HORIZONTAL ELLIPSIS}/{'/'.join(parts[start:])}{closes}\n" for start in range(1, len(parts))
+    ]
+    candidates += [f"{opens}\N{HORIZONTAL ELLIPSIS}{parts[-1][-keep:]}{closes}\n" for keep in (24, 8)]
+    allowed = max_length // _HEADER_SHARE
+    return next((header for header in candidates if codec.count([header])[0] <= allowed), "")
+
+
+def _parts(lines: Sequence[str], unit: CodeUnit, measure: TokenBudget, language: Language) -> Iterator[range]:
+    """Row ranges that fit, broken at the best place in the second half of what would fit."""
+    if measure.cost(unit.start, unit.end) <= measure.room(unit.scopes):
+        yield range(unit.start, unit.end)
+        return
+    room = measure.room(unit.scopes if unit.head is None else (*unit.scopes, unit.head))
+    ranks = break_ranks(lines, unit, language.grammar)
+    start = unit.start
+    while measure.cost(start, unit.end) > room:
+        furthest = bisect_right(measure.totals, measure.totals[start] + room, lo=start) - 1
+        middle = bisect_right(measure.totals, measure.totals[start] + room // 2, lo=start)
+        end = start + 1
+        if furthest > start:
+            late = range(max(middle, start + 1), furthest + 1) or range(start + 1, furthest + 1)
+            end = min(late, key=lambda row: (ranks[row - unit.start], -row))
+        if end >= unit.end:
+            break
+        yield range(start, end)
+        start = end
+    yield range(start, unit.end)
+
+
+def _halved(text: str, tokens: int, room: int, codec: TokenCounter) -> Iterator[tuple[str, int]]:
+    """Text in stretches that fit by an exact count: halved at a line end, a line that is too long by itself anywhere."""
+    waiting = [(text, tokens)]
+    while waiting:
+        text, tokens = waiting.pop()
+        if tokens <= room or len(text) == 1:
+            yield text, tokens
+            continue
+        middle = len(text) // 2
+        line_end = text.rfind("\n", 0, middle) + 1 or text.find("\n", middle) + 1
+        at = line_end if 0 < line_end < len(text) else middle
+        parts = (text[:at], text[at:])
+        waiting.extend(zip(reversed(parts), reversed(codec.count(parts)), strict=True))
+
+
+# FOLDED FROM quality: Which pieces of code are worth learning.
+#
+# Files that are generated, minified or no text never come this far. What remains are the parts of
+# good files that teach no code: the licence at the top, and tables of data.
+#
+
+# Of Python's standard library, tests included, these leave out a sixth of the code that stands outside of functions and classes
+# (1091 of 6560 pieces: encodings, entities, tables of the tests), 11 of 3869 functions and 351 of 29 935 methods (test data).
+_MIN_WORDS = 40
+_MIN_ROWS = 12
+_NUMBERS = 0.5  # share of words that begin with a digit
+_LITERAL_ROWS = 0.8  # share of rows that begin with a literal
+_LONGEST_WORD = 200  # characters: encoded bytes, not a name
+_WORD = re.compile(r"\w+")
+_LITERAL = re.compile(r"""\s*[bruf]{0,2}["'`\d([{}\])+-]""", re.IGNORECASE)
+_UNBROKEN = re.compile(rf"[A-Za-z0-9+/=\\]{{{_LONGEST_WORD},}}")
+
+
+def rejection_reason(unit: CodeUnit, body: str) -> Reason | None:
+    """Why a piece of a file should not be learned from."""
+    if unit.kind == LICENCE:
+        return Reason.LICENCE
+    return Reason.DATA if is_data(body) else None
+
+
+def is_data(text: str) -> bool:
+    """A table of numbers or literals, or bytes written as text."""
+    if _UNBROKEN.search(text):
+        return True
+    words = _WORD.findall(text)
+    if len(words) >= _MIN_WORDS and sum(word[0].isdigit() for word in words) > _NUMBERS * len(words):
+        return True
+    rows = [row for row in text.split("\n") if row.strip()]
+    return len(rows) >= _MIN_ROWS and sum(_LITERAL.match(row) is not None for row in rows) > _LITERAL_ROWS * len(rows)

@@ -14,6 +14,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from peft_core.errors import DataError
+
 TIMEOUT_S = 20.0
 MAX_OUTPUT_BYTES = 128 << 20  # half a million names, each twice as long as names are
 _SAFE = (
@@ -47,7 +49,7 @@ def is_shallow(root: Path) -> bool:
     return _git(root, "rev-parse", "--is-shallow-repository") == b"true\n"
 
 
-def last_changes(root: Path) -> dict[str, int] | None:
+def commit_times(root: Path) -> dict[str, int] | None:
     """Of files below root, when the latest commit that changed them was made; None where git does not tell."""
     wanted = ("--no-show-signature", "--no-renames", "--name-only", "-z", "--relative", "--format=%x01%ct")
     output = _git(root, "log", *wanted, "HEAD", "--", ".")
@@ -116,3 +118,49 @@ def _bounded_output(process: subprocess.Popen[bytes], deadline: float) -> bytes 
                 return bytes(output)
             output += piece
     return None
+
+
+# FOLDED FROM peft_core.data.git: When files were last changed, as git's history tells: what a split by time is made of.
+
+_BY_FILE = "Or set config.held_out_by = 'file', which needs no history"
+
+
+def require_history(root: Path) -> None:
+    """Refuse early what `last_changes` would refuse.
+
+    Raises:
+        DataError: 'no_history', 'shallow_history'.
+    """
+    if state(root)[0] is None:
+        raise DataError(
+            f"config.held_out_by = 'time' needs a git history, and {root} has none.",
+            code="no_history",
+            suggestions=("Give the directory of a git repository with commits", _BY_FILE),
+        )
+    if is_shallow(root):
+        raise DataError(
+            f"The git history of {root} is shallow: it was cut off when it was cloned, and most files seem to be changed last "
+            "where it begins.",
+            code="shallow_history",
+            suggestions=(f"Run `git -C {root} fetch --unshallow`", _BY_FILE),
+        )
+
+
+def last_changes(root: Path) -> dict[str, int]:
+    """Seconds since the epoch of the latest commit that touched a file; files without any were never committed.
+
+    Raises:
+        DataError: 'no_history', 'shallow_history'; or all files are of one time.
+    """
+    require_history(root)
+    changes = commit_times(root)
+    # History tells of files that are gone as well, and their times tell nobody apart.
+    there = {name: at for name, at in (changes or {}).items() if os.path.lexists(root / name)}
+    if len(set(there.values())) < 2:
+        raise DataError(
+            f"config.held_out_by = 'time' cannot tell files of {root} apart: "
+            + ("git did not answer in time." if changes is None else "one commit was the last to change all of them."),
+            code="no_history",
+            suggestions=(_BY_FILE,),
+        )
+    return there

@@ -20,27 +20,34 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peft_core.data import git
-from peft_core.data.apart import kept_apart
-from peft_core.data.classify import Reason
-from peft_core.data.codec import Codec
-from peft_core.data.dataset import PreparedDataset, Written, finished, write_manifest, write_parts
-from peft_core.data.examples import Yield, answer, from_file, from_record, may_be_like_others, printable, taught
-from peft_core.data.history import last_changes
-from peft_core.data.near import RULE, Signatures
-from peft_core.data.overlap import SEEN, TrainedOn
-from peft_core.data.purpose import TRAINING, Purpose
+from peft_core.data.augment import reformat_example, require_fim_tokens
+from peft_core.data.dataset import PreparedDataset, WriteStats, finished, write_manifest, write_parts
+from peft_core.data.examples import FileResult, answer, from_file, from_record, is_dedupable, learned_text, printable
+from peft_core.data.git import last_changes
+from peft_core.data.leakage import SEEN, TrainingFingerprint, remove_overlap
+from peft_core.data.minhash import RULE, MinHashIndex
 from peft_core.data.records import Record, read_jsonl
-from peft_core.data.retell import require_means, retell
-from peft_core.data.secret_scan import redacted
-from peft_core.data.source import require_enough
-from peft_core.data.split import FILE_MIN_TOKENS, FILE_SHARE, Key, Split, capped, digest, drawn, merged, split
-from peft_core.data.walk import File, walk
+from peft_core.data.secrets import redacted
+from peft_core.data.split import (
+    FILE_MIN_TOKENS,
+    FILE_SHARE,
+    ExampleKey,
+    Split,
+    cap_per_file,
+    digest,
+    merged,
+    order_key,
+    split,
+)
+from peft_core.data.summarise import require_enough
+from peft_core.data.token_counter import TokenCounter
+from peft_core.data.walk import File, Reason, walk
 from peft_core.errors import DataError
-from peft_core.example import Example
-from peft_core.spec import DatasetSummary, Mixture
+from peft_core.schemas.dataset import TRAINING, DatasetSummary, Example, Purpose
+from peft_core.schemas.training import TaskMixture
 
 SourceKind = Literal["repository", "jsonl", "records"]
-_PLAIN = Mixture()
+_PLAIN = TaskMixture()
 _REPORT_EVERY_S = 0.5
 _SPARE = 1.5  # times as many examples as a run needs: some of them will be near duplicates of others
 # However short the run, what it sees is drawn from so many: from all of a code base that is not huge. Ten seconds of reading.
@@ -48,13 +55,13 @@ _AT_LEAST = 10_000
 
 
 @dataclass(slots=True)
-class _Found:
+class DatasetBuilder:
     """What stays in memory of the examples that were spooled."""
 
-    known: TrainedOn | None = None  # what was trained on before, and is not measured on
-    keys: list[Key] = field(default_factory=list)
+    known: TrainingFingerprint | None = None  # what was trained on before, and is not measured on
+    keys: list[ExampleKey] = field(default_factory=list)
     distinct: set[bytes] = field(default_factory=set)
-    signatures: Signatures = field(default_factory=Signatures)
+    signatures: MinHashIndex = field(default_factory=MinHashIndex)
     sorts: list[tuple[str, str]] = field(default_factory=list)  # language and kind of each
     left_out: Counter[str] = field(default_factory=Counter)
     secrets: list[tuple[str, int, str]] = field(default_factory=list)
@@ -63,7 +70,7 @@ class _Found:
 
     def takes(self, example: Example, source_kind: SourceKind) -> bool:
         """Whether it is one to be spooled; then it is remembered."""
-        share = 0.0 if self.known is None else self.known.share_of(taught(example))
+        share = 0.0 if self.known is None else self.known.share_of(learned_text(example))
         if share is None or share >= SEEN:
             self.left_out[Reason.MAYBE_TRAINED_ON if share is None else Reason.TRAINED_ON] += 1
             return False
@@ -71,15 +78,15 @@ class _Found:
         given = "" if source_kind == "repository" else "\0".join(s.text for s in example.segments if not s.learn)
         said = answer(example)
         same_side = b"" if said is None else digest(said)
-        self.keys.append(Key(example.path, digest(f"{given}\0{learned}"), example.tokens, same_side))
+        self.keys.append(ExampleKey(example.path, digest(f"{given}\0{learned}"), example.tokens, same_side))
         self.distinct.add(self.keys[-1].digest)
-        self.signatures.add(learned if may_be_like_others(example) else None)
+        self.signatures.add(learned if is_dedupable(example) else None)
         self.sorts.append((example.language, example.kind))
         return True
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
+class SamplingPlan:
     """How many examples are enough, and in which order files are read to find them."""
 
     enough: int | None
@@ -88,7 +95,7 @@ class Draw:
     def order(self, files: Sequence[File]) -> Sequence[File]:
         if self.enough is None:
             return files
-        return sorted(files, key=lambda file: drawn(file.name, self.seed))
+        return sorted(files, key=lambda file: order_key(file.name, self.seed))
 
 
 def prepare(
@@ -96,16 +103,16 @@ def prepare(
     source: Path,
     source_kind: SourceKind,
     directory: Path,
-    codec: Codec,
+    codec: TokenCounter,
     max_length: int,
     held_out_fraction: float,
     seed: int,
     report: Callable[[str], None],
     enough_examples: int | None = None,
     held_out_by: Literal["file", "time"] = "file",
-    mixture: Mixture = _PLAIN,
+    mixture: TaskMixture = _PLAIN,
     purpose: Purpose = TRAINING,
-    known: TrainedOn | None = None,
+    known: TrainingFingerprint | None = None,
     may_read: Callable[[Path], None] = lambda _source: None,
 ) -> PreparedDataset:
     """Write train.jsonl, held_out.jsonl, trained_on.bin and manifest.json into the directory.
@@ -140,7 +147,7 @@ def prepare(
             code="training_data_gone",
             suggestions=(f"Call {purpose.tool} again with its present place",),
         )
-    require_means(mixture, codec)
+    require_fim_tokens(mixture, codec)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "manifest.json").unlink(missing_ok=True)
     spool = directory / "examples.partial"
@@ -151,8 +158,8 @@ def prepare(
         enough = enough_examples if changed is None else None  # the newest may be anywhere
         if enough is not None:
             enough = max(_AT_LEAST, round(_SPARE * enough / (1 - held_out_fraction)))
-        draw = Draw(enough, seed)
-        found = _Found(known)
+        draw = SamplingPlan(enough, seed)
+        found = DatasetBuilder(known)
         progress = _Progress(report)
         _spool(source, source_kind, spool, found, codec=codec, max_length=max_length, draw=draw, progress=progress)
         where = str(source) if source_kind != "records" else purpose.field
@@ -167,16 +174,19 @@ def prepare(
             purpose=purpose,
         )
         if source_kind == "repository" and purpose.trains:
-            train = capped(found.keys, parts.train)
+            train = cap_per_file(found.keys, parts.train)
             found.left_out[Reason.OVER_FILE_SHARE] += len(parts.train) - len(train)
             parts = replace(parts, train=train)
         if purpose.trains:
-            parts = kept_apart(parts, spool)
+            parts = remove_overlap(parts, spool)
         found.left_out[Reason.SEEN_IN_TRAINING] += parts.seen_as_lines
         found.left_out[Reason.DUPLICATE] += parts.duplicates
         found.left_out[Reason.NEAR_DUPLICATE] += parts.near_duplicates
         written = write_parts(
-            spool, directory, parts, partial(retell, mixture=mixture, codec=codec, max_length=max_length, seed=seed)
+            spool,
+            directory,
+            parts,
+            partial(reformat_example, mixture=mixture, codec=codec, max_length=max_length, seed=seed),
         )
     finally:
         spool.unlink(missing_ok=True)
@@ -189,11 +199,11 @@ def _spool(
     source: Path,
     source_kind: SourceKind,
     spool: Path,
-    found: _Found,
+    found: DatasetBuilder,
     *,
-    codec: Codec,
+    codec: TokenCounter,
     max_length: int,
-    draw: Draw,
+    draw: SamplingPlan,
     progress: _Progress,
 ) -> None:
     if source_kind == "repository":
@@ -210,8 +220,8 @@ def _spool(
 
 
 def _from_repository(
-    root: Path, found: _Found, *, codec: Codec, max_length: int, draw: Draw, progress: _Progress
-) -> Iterator[Yield]:
+    root: Path, found: DatasetBuilder, *, codec: TokenCounter, max_length: int, draw: SamplingPlan, progress: _Progress
+) -> Iterator[FileResult]:
     tree = walk(root)
     found.left_out.update(tree.left_out)
     if tree.by_git:
@@ -225,8 +235,8 @@ def _from_repository(
 
 
 def _from_records(
-    path: Path, source_kind: SourceKind, codec: Codec, max_length: int, progress: _Progress
-) -> Iterator[Yield]:
+    path: Path, source_kind: SourceKind, codec: TokenCounter, max_length: int, progress: _Progress
+) -> Iterator[FileResult]:
     called = "line" if source_kind == "jsonl" else "record"
     root = _common_root(read_jsonl(path, called=called))
     for number, record in enumerate(read_jsonl(path, called=called)):
@@ -246,7 +256,7 @@ def _common_root(records: Iterator[Record]) -> str:
     return root
 
 
-def _prepared(found: _Found, parts: Split, written: Written) -> PreparedDataset:
+def _prepared(found: DatasetBuilder, parts: Split, written: WriteStats) -> PreparedDataset:
     kept = [*parts.train, *parts.held_out]
     language_of = {found.keys[position].file: found.sorts[position][0] for position in kept}
     return PreparedDataset(
@@ -267,7 +277,7 @@ def _prepared(found: _Found, parts: Split, written: Written) -> PreparedDataset:
     )
 
 
-def _told(found: _Found, parts: Split) -> dict[str, Any]:
+def _told(found: DatasetBuilder, parts: Split) -> dict[str, Any]:
     """What the manifest tells beside the figures: the rules, and how they came out."""
     kept = [found.sorts[position] for position in (*parts.train, *parts.held_out)]
     return {
@@ -276,7 +286,7 @@ def _told(found: _Found, parts: Split) -> dict[str, Any]:
         "held_out_files": parts.held_out_files,
         "file_cap": {"share_of_tokens": FILE_SHARE, "but_tokens_at_least": FILE_MIN_TOKENS},
         "near_duplicates": {"rule": RULE, "held_out_but_seen_in_training": parts.seen_in_training},
-        "kept_apart": {"rule": f"less than {SEEN:g} of the runs of three lines are trained on"},
+        "remove_overlap": {"rule": f"less than {SEEN:g} of the runs of three lines are trained on"},
         "secrets": [{"file": file, "line": line, "type": kind} for file, line, kind in found.secrets],
     }
 

@@ -15,35 +15,35 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from peft_core.data.child import begin, problem_of
-from peft_core.data.classify import Reason
-from peft_core.data.codec import EstimatingCodec
+from peft_core.data.dataset import read_examples
 from peft_core.data.prepare import prepare
-from peft_core.data.purpose import TRAINING
-from peft_core.data.read import read_examples
-from peft_core.errors import ModelError
-from peft_core.example import Example
-from peft_core.places import require_data_place
-from peft_core.results import Problem
-from peft_core.spec import DatasetSummary, Frozen, Mixture
+from peft_core.data.token_counter import EstimatingCodec
+from peft_core.data.walk import Reason
+from peft_core.errors import PeftMcpError
+from peft_core.schemas.dataset import TRAINING, DatasetSummary, Example
+from peft_core.schemas.frozen import FrozenModel
+from peft_core.schemas.results import ErrorInfo
+from peft_core.schemas.training import TaskMixture
+from peft_core.system.allowed_paths import require_data_place
+from peft_core.system.child_process import begin, problem_of
 
 SAMPLES = 3
 LARGEST = 3
 
 
-class PreviewRequest(Frozen):
+class PreviewRequest(FrozenModel):
     source: Path
     source_kind: Literal["repository", "jsonl", "records"]
     max_length: int
     held_out_fraction: float
     seed: int
     held_out_by: Literal["file", "time"]
-    mixture: Mixture = Mixture()
+    mixture: TaskMixture = TaskMixture()
     data_dir: Path  # where nothing is read from, nor out of the allowed roots
     allowed_roots: tuple[Path, ...] | None = None
 
 
-class Preview(Frozen):
+class Preview(FrozenModel):
     dataset: DatasetSummary
     languages: dict[str, int]
     unread_files: int  # that would only be read by a longer run
@@ -96,8 +96,8 @@ def preview(request: PreviewRequest) -> Preview:
 def main() -> int:
     begin()
     try:
-        answer: Preview | Problem = preview(PreviewRequest.model_validate_json(sys.stdin.read()))
-    except ModelError as error:
+        answer: Preview | ErrorInfo = preview(PreviewRequest.model_validate_json(sys.stdin.read()))
+    except PeftMcpError as error:
         answer = problem_of(error)
     sys.stdout.write(answer.model_dump_json())
     return 0 if isinstance(answer, Preview) else 1

@@ -24,7 +24,7 @@ CHUNK_TYPES = ("function", "class", "method", "module", "import", "variable", "c
 ROLES = ("system", "user", "assistant", "tool")
 
 
-class Form(StrEnum):
+class RecordFormat(StrEnum):
     """What a record looks like; the value is the example that messages show."""
 
     TEXT = '{"text": "def add(a, b): …"}'
@@ -35,11 +35,11 @@ class Form(StrEnum):
 
 
 _KEYS = {
-    Form.TEXT: ("text",),
-    Form.COMPLETION: ("prompt", "completion"),
-    Form.OUTPUT: ("input", "output"),
-    Form.MESSAGES: ("messages",),
-    Form.CHUNK: ("content", "language"),
+    RecordFormat.TEXT: ("text",),
+    RecordFormat.COMPLETION: ("prompt", "completion"),
+    RecordFormat.OUTPUT: ("input", "output"),
+    RecordFormat.MESSAGES: ("messages",),
+    RecordFormat.CHUNK: ("content", "language"),
 }
 _PLACES = (("start_line", "end_line"), ("start_byte", "end_byte"))
 _READ = (
@@ -47,7 +47,7 @@ _READ = (
     *("file_path", "chunk_type"),
     *(key for keys in _PLACES for key in keys),
 )
-FORMS = "one of " + ", ".join(Form)
+FORMS = "one of " + ", ".join(RecordFormat)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Record:
     """A valid record. `texts` are (text, learn) in order; empty for messages, which a chat template puts in order."""
 
     name: str  # "record 17", "line 17"
-    form: Form
+    form: RecordFormat
     texts: tuple[tuple[str, bool], ...]
     messages: tuple[dict[str, str], ...] = ()
     path: str = ""
@@ -124,10 +124,10 @@ def parse(value: object, name: str, *, where: str = "") -> Record:
     _encodable(record_path, "file_path", at)
     if len(record_path) > MAX_PATH:
         raise _broken(at, f"'file_path' has {len(record_path)} characters, at most {MAX_PATH} are allowed")
-    if form is Form.MESSAGES:
+    if form is RecordFormat.MESSAGES:
         return Record(name, form, (), messages=_messages(value["messages"], at), path=record_path)
     keys = _KEYS[form]
-    if form is Form.CHUNK:
+    if form is RecordFormat.CHUNK:
         return _chunk(value, name, at, record_path)
     for key in keys:
         _text(value[key], key, at, may_be_blank=key in {"prompt", "input"})
@@ -178,7 +178,7 @@ def _one_form(records: Iterable[Record], *, where: str) -> Iterator[Record]:
         yield record
 
 
-def _form(value: Mapping[str, Any], at: str) -> Form:
+def _form(value: Mapping[str, Any], at: str) -> RecordFormat:
     forms = [form for form, keys in _KEYS.items() if all(key in value for key in keys)]
     if len(forms) == 1:
         return forms[0]
@@ -237,7 +237,7 @@ def _chunk(value: Mapping[str, Any], name: str, at: str, path: str) -> Record:
         raise _broken(at, f"'dependencies' is {_kind(value['dependencies'])}, it must be a list")
     return Record(
         name,
-        Form.CHUNK,
+        RecordFormat.CHUNK,
         ((value["content"], True),),
         path=path,
         language=named(value["language"]).name,

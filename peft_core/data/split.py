@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from peft_core.data.near import Signatures
-from peft_core.data.purpose import TRAINING, Purpose
+from peft_core.data.minhash import MinHashIndex
+from peft_core.schemas.dataset import TRAINING, Purpose
 
 # Measuring base and adapter on more examples costs minutes and moves the figure by less than its noise.
 HELD_OUT_MAX_EXAMPLES = 200
@@ -26,7 +26,7 @@ _NOW = 1 << 62  # later than any commit
 _OVERSHOOT = 1.25  # of what is asked for: a file that leads beyond that is trained on
 
 
-class Key(NamedTuple):
+class ExampleKey(NamedTuple):
     """What the split needs to know of an example."""
 
     file: str
@@ -51,26 +51,26 @@ def digest(text: str) -> bytes:
     return hashlib.blake2b(" ".join(text.split()).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def drawn(file: str, seed: int) -> bytes:
+def order_key(file: str, seed: int) -> bytes:
     """By which files are put into an order that depends on nothing but their names."""
     return hashlib.sha256(f"{seed}\0{file}".encode("utf-8", "surrogatepass")).digest()
 
 
-def merged(keys: Sequence[Key], signatures: Signatures) -> list[Key]:
+def merged(keys: Sequence[ExampleKey], signatures: MinHashIndex) -> list[ExampleKey]:
     """Near duplicates with the digest of the first of them: equal, for who counts what there is."""
-    leaders = signatures.leaders(range(len(keys)))
-    return [key._replace(digest=keys[leaders[position]].digest) for position, key in enumerate(keys)]
+    representatives = signatures.representatives(range(len(keys)))
+    return [key._replace(digest=keys[representatives[position]].digest) for position, key in enumerate(keys)]
 
 
-def usable(keys: Iterable[Key]) -> tuple[int, int]:
+def count_distinct(keys: Iterable[ExampleKey]) -> tuple[int, int]:
     """Distinct examples, and files that hold an example that no other file holds."""
     owners = _owners(keys)
     return len(owners), len({file for file in owners.values() if file is not None})
 
 
 def split(
-    keys: Sequence[Key],
-    signatures: Signatures,
+    keys: Sequence[ExampleKey],
+    signatures: MinHashIndex,
     *,
     held_out_fraction: float,
     seed: int,
@@ -106,7 +106,7 @@ def _evenly(positions: list[int], most: int) -> list[int]:
     return [positions[n * len(positions) // most] for n in range(most)] if len(positions) > most else positions
 
 
-def capped(keys: Sequence[Key], train: Sequence[int]) -> list[int]:
+def cap_per_file(keys: Sequence[ExampleKey], train: Sequence[int]) -> list[int]:
     """Without what giant files have too much of; what is kept of them is taken evenly from their beginning to their end."""
     of_file: dict[str, list[int]] = defaultdict(list)
     for position in train:
@@ -139,7 +139,7 @@ def file_limit(tokens: Iterable[int]) -> float:
     return FILE_MIN_TOKENS
 
 
-def _distinct(keys: Sequence[Key], signatures: Signatures, first: list[int], second: list[int]) -> Split:
+def _distinct(keys: Sequence[ExampleKey], signatures: MinHashIndex, first: list[int], second: list[int]) -> Split:
     """What is kept of the first and of the second part: nothing that is like something that is kept before it."""
     equal: dict[bytes, int] = {}
     copies = {
@@ -147,40 +147,42 @@ def _distinct(keys: Sequence[Key], signatures: Signatures, first: list[int], sec
         for position in (*first, *second)
         if (known := equal.setdefault(keys[position].digest, position)) != position
     }
-    leaders = signatures.leaders(position for position in (*first, *second) if position not in copies)
+    representatives = signatures.representatives(position for position in (*first, *second) if position not in copies)
     kept_first, kept_second = (
-        [position for position in part if leaders.get(position) == position] for part in (first, second)
+        [position for position in part if representatives.get(position) == position] for part in (first, second)
     )
     in_first = set(first)
-    like = [leaders.get(copies.get(position, position)) for position in second]
+    like = [representatives.get(copies.get(position, position)) for position in second]
     return Split(
         train=kept_first,
         held_out=kept_second,
         held_out_files=[],
         duplicates=len(copies),
-        near_duplicates=len(leaders) - len(kept_first) - len(kept_second),
+        near_duplicates=len(representatives) - len(kept_first) - len(kept_second),
         seen_in_training=sum(leader in in_first for leader in like),
     )
 
 
-def _sides(keys: Sequence[Key]) -> dict[str, str]:
+def _sides(keys: Sequence[ExampleKey]) -> dict[str, str]:
     """Files that give the same answers go to one side: of each file, the first by name of those that it goes with."""
-    leaders = {key.file: key.file for key in keys}
+    representatives = {key.file: key.file for key in keys}
 
     def leader(file: str) -> str:
-        while leaders[file] != file:
-            leaders[file] = file = leaders[leaders[file]]
+        while representatives[file] != file:
+            representatives[file] = file = representatives[representatives[file]]
         return file
 
     first: dict[bytes, str] = {}
     for key in keys:
         if key.answer:
             one, other = sorted((leader(key.file), leader(first.setdefault(key.answer, key.file))))
-            leaders[other] = one
-    return {file: leader(file) for file in leaders}
+            representatives[other] = one
+    return {file: leader(file) for file in representatives}
 
 
-def _choose(keys: Sequence[Key], fraction: float, seed: int, changed: Mapping[str, int], *, spared: int) -> set[str]:
+def _choose(
+    keys: Sequence[ExampleKey], fraction: float, seed: int, changed: Mapping[str, int], *, spared: int
+) -> set[str]:
     """`spared`: files that are held out in no case."""
     costs: dict[bytes, int] = defaultdict(int)
     for key in keys:  # copies may differ in white space, and then in tokens
@@ -194,7 +196,7 @@ def _choose(keys: Sequence[Key], fraction: float, seed: int, changed: Mapping[st
             tokens[file] += costs[text]
             examples[file] += 1
     wanted = fraction * sum(tokens.values())
-    order = sorted(tokens, key=lambda file: (-changed.get(file, _NOW), drawn(file, seed)))
+    order = sorted(tokens, key=lambda file: (-changed.get(file, _NOW), order_key(file, seed)))
     chosen: set[str] = set()
     taken_tokens = taken_examples = 0
     for file in order:
@@ -210,7 +212,7 @@ def _choose(keys: Sequence[Key], fraction: float, seed: int, changed: Mapping[st
     return {min(order, key=lambda file: (tokens[file], order.index(file)))}
 
 
-def _first_holders(keys: Iterable[Key]) -> dict[bytes, str]:
+def _first_holders(keys: Iterable[ExampleKey]) -> dict[bytes, str]:
     """Of the files that hold a text the first by name."""
     first: dict[bytes, str] = {}
     for key in keys:
@@ -218,7 +220,7 @@ def _first_holders(keys: Iterable[Key]) -> dict[bytes, str]:
     return first
 
 
-def _owners(keys: Iterable[Key]) -> dict[bytes, str | None]:
+def _owners(keys: Iterable[ExampleKey]) -> dict[bytes, str | None]:
     """The only file that holds a text, None where several do."""
     owners: dict[bytes, str | None] = {}
     for key in keys:

@@ -1,1 +1,1 @@
-"""The child process that evaluates an adapter which exists already, ours or anyone's."""
+"""Whether an adapter helps: from measurements of base and adapter to a verdict, a report and a loss curve."""

@@ -1,1 +1,1 @@
-"""Using adapters: a child process that holds base and adapters in memory (host/), and this process's end of it."""
+"""Using adapters: the client side of the inference worker. The worker itself is `inference/worker/`."""

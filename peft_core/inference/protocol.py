@@ -11,14 +11,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
-from peft_core.generation import GenerationRequest
-from peft_core.results import Problem, Resident
-from peft_core.spec import Base, DeviceName, Frozen
+from peft_core.schemas.base_model import Base
+from peft_core.schemas.frozen import FrozenModel
+from peft_core.schemas.generation import GenerationRequest
+from peft_core.schemas.results import ErrorInfo, MemoryState
+from peft_core.schemas.training import DeviceName
 
 IDLE_EXIT = 75  # exit code of a host that ended because nobody asked for anything
 
 
-class HostConfig(Frozen):
+class HostConfig(FrozenModel):
     """The host's one command-line argument, as JSON."""
 
     base_models_dir: Path  # cache of converted bases
@@ -28,7 +30,7 @@ class HostConfig(Frozen):
     log_level: str = "INFO"
 
 
-class Load(Frozen):
+class Load(FrozenModel):
     """Verify the adapter's bytes, load them onto the base, make them active, prove the effect."""
 
     kind: Literal["load"] = "load"
@@ -37,37 +39,37 @@ class Load(Frozen):
     insist: bool = False  # load with the verdict 'shape_only', too
 
 
-class Unload(Frozen):
+class Unload(FrozenModel):
     """Take one adapter off; None: the active one."""
 
     kind: Literal["unload"] = "unload"
     adapter_path: Path | None = None
 
 
-class Generate(Frozen):
+class Generate(FrozenModel):
     kind: Literal["generate"] = "generate"
     request: GenerationRequest
     adapter_path: Path | None = None  # None: the active one
     without_adapter: Base | None = None  # the base alone answers; this one is loaded where none is resident
 
 
-Request = Annotated[Load | Unload | Generate, Field(discriminator="kind")]
+Command = Annotated[Load | Unload | Generate, Field(discriminator="kind")]
 
 
-class Ask(Frozen):
+class Request(FrozenModel):
     kind: Literal["ask"] = "ask"
     id: int
-    request: Request
+    request: Command
 
 
-class Cancel(Frozen):
+class Cancel(FrozenModel):
     """Nobody waits for the answer to this Ask any more."""
 
     kind: Literal["cancel"] = "cancel"
     id: int
 
 
-class Progress(Frozen):
+class Progress(FrozenModel):
     kind: Literal["progress"] = "progress"
     id: int
     done: float
@@ -75,23 +77,23 @@ class Progress(Frozen):
     message: str
 
 
-class Answered(Frozen):
+class Response(FrozenModel):
     kind: Literal["answered"] = "answered"
     id: int
     answer: dict[str, Any]  # LoadedAdapter, UnloadedAdapter or Generation, by the request
-    resident: Resident
+    resident: MemoryState
 
 
-class Failed(Frozen):
+class ErrorResponse(FrozenModel):
     kind: Literal["failed"] = "failed"
     id: int
-    problem: Problem
-    resident: Resident
+    problem: ErrorInfo
+    resident: MemoryState
 
 
-TO_HOST: TypeAdapter[Ask | Cancel] = TypeAdapter(
-    Annotated[Ask | Cancel, Field(discriminator="kind")], config=ConfigDict(defer_build=True)
+TO_HOST: TypeAdapter[Request | Cancel] = TypeAdapter(
+    Annotated[Request | Cancel, Field(discriminator="kind")], config=ConfigDict(defer_build=True)
 )
-FROM_HOST: TypeAdapter[Progress | Answered | Failed] = TypeAdapter(
-    Annotated[Progress | Answered | Failed, Field(discriminator="kind")], config=ConfigDict(defer_build=True)
+FROM_HOST: TypeAdapter[Progress | Response | ErrorResponse] = TypeAdapter(
+    Annotated[Progress | Response | ErrorResponse, Field(discriminator="kind")], config=ConfigDict(defer_build=True)
 )

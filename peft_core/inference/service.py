@@ -18,20 +18,20 @@ from peft_core.adapters.manifest import read_manifest
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
 from peft_core.errors import AdapterInUse, AdapterNotFound, AdapterNotLoaded, InferenceError, InvalidArgument
-from peft_core.estimate import inference_memory_bytes
-from peft_core.generation import Generation, GenerationRequest
-from peft_core.inference.client import InferenceHost, Report
+from peft_core.inference.client import InferenceClient, ProgressCallback
 from peft_core.inference.protocol import Generate, HostConfig, Load, Unload
-from peft_core.machine import available_memory_bytes, expected_device
-from peft_core.results import (
+from peft_core.planning.cost_model import inference_memory_bytes
+from peft_core.schemas.base_model import Base
+from peft_core.schemas.generation import Generation, GenerationRequest
+from peft_core.schemas.results import (
     Compatibility,
     DeletedAdapter,
     LoadedAdapter,
-    Resident,
+    MemoryState,
     UnloadedAdapter,
     nothing_was_loaded,
 )
-from peft_core.spec import Base
+from peft_core.system.machine import available_memory_bytes, expected_device
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,15 @@ class InferenceService:
             idle_s=settings.idle_unload_s,
             log_level=settings.log_level,
         )
-        self._host = InferenceHost(config, settings.paths.logs / "inference.log")
+        self._host = InferenceClient(config, settings.paths.logs / "inference.log")
 
     @property
-    def resident(self) -> Resident:
+    def resident(self) -> MemoryState:
         return self._host.resident
 
-    async def catch_up(self) -> None:
+    async def sync(self) -> None:
         """Let `resident` take in what calls have done that were given up."""
-        await self._host.catch_up()
+        await self._host.sync()
 
     async def aclose(self) -> None:
         await self._host.aclose()
@@ -88,14 +88,14 @@ class InferenceService:
         directory = self._registry.locate(adapter_path)
         base = self._base(directory, base_model)
         if scan_weights and base is not None:
-            from peft_core.bases.fingerprint import content_hash  # noqa: PLC0415 -- not at the server's start
+            from peft_core.base_models.fingerprint import content_hash  # noqa: PLC0415 -- not at the server's start
 
             known = base.fingerprint.model_copy(update={"content": content_hash(base.path)})
             base = base.model_copy(update={"fingerprint": known})
         return verify(directory, base, scan_weights=scan_weights)
 
     async def load(
-        self, adapter_path: str, base_model: str | None, *, accept_unproven_base: bool, report: Report | None
+        self, adapter_path: str, base_model: str | None, *, accept_unproven_base: bool, report: ProgressCallback | None
     ) -> LoadedAdapter:
         """The host verifies the bytes that it loads; here the base is found and memory looked at.
 
@@ -128,7 +128,7 @@ class InferenceService:
             return nothing_was_loaded(memory_bytes=0)
 
     async def generate(
-        self, request: GenerationRequest, adapter_path: str | None, *, use_base: bool, report: Report | None
+        self, request: GenerationRequest, adapter_path: str | None, *, use_base: bool, report: ProgressCallback | None
     ) -> Generation:
         """Write with the active adapter, the named resident one, or the base alone.
 
@@ -211,12 +211,12 @@ class InferenceService:
 
     def _base(self, directory: Path, base_model: str | None) -> Base | None:
         """The named base; else the one the adapter was trained on, where it can be found on this machine."""
-        from peft_core.bases import resolve  # noqa: PLC0415 -- not at the server's start
+        from peft_core.base_models.resolve import resolve  # noqa: PLC0415 -- not at the server's start
 
         if base_model is not None:
             return resolve(base_model, self._settings)
-        from peft_core.adapters.identity import find_base  # noqa: PLC0415 -- likewise
-        from peft_core.bases.resolve import candidates  # noqa: PLC0415 -- likewise
+        from peft_core.adapters.base_match import find_base  # noqa: PLC0415 -- likewise
+        from peft_core.base_models.resolve import candidates  # noqa: PLC0415 -- likewise
 
         manifest = read_manifest(directory)
         if manifest is None:
@@ -234,7 +234,7 @@ class InferenceService:
 
     def _base_alone(self) -> Base:
         """For answers without an adapter, where no base is resident: the default one."""
-        from peft_core.bases import resolve  # noqa: PLC0415 -- not at the server's start
+        from peft_core.base_models.resolve import resolve  # noqa: PLC0415 -- not at the server's start
 
         base = resolve(self.resident.base_path, self._settings)
         self._require_memory(base)

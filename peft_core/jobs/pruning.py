@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Iterable
-from contextlib import suppress
-from pathlib import Path
 
 from peft_core.adapters.registry import Registry
 from peft_core.jobs.store import Store
 from peft_core.paths import DataPaths
+from peft_core.system.cleanup import prune_inspections, remove_older
 
-LEFT_BEHIND_INSPECTION_S = 3_600.0  # as below; one takes minutes
 LEFT_BEHIND_S = 86_400.0  # what nobody knows of and nobody touched for so long was left by a process that was killed
 
 
@@ -40,19 +36,5 @@ def prune(store: Store, registry: Registry, paths: DataPaths, *, keep: int) -> N
         for name in (".current.*", ".deleted.*")
         for path in place.glob(name)
     )
-    _remove_older((*jobs, *drafts, *moves), LEFT_BEHIND_S)
+    remove_older((*jobs, *drafts, *moves), LEFT_BEHIND_S)
     prune_inspections(paths)
-
-
-def prune_inspections(paths: DataPaths) -> None:
-    """Remove what inspections have left whose server went away in the middle. For anybody."""
-    _remove_older(paths.inspections.glob("*"), LEFT_BEHIND_INSPECTION_S)
-
-
-def _remove_older(paths: Iterable[Path], seconds: float) -> None:
-    now = time.time()
-    for path in paths:
-        with suppress(OSError):
-            if now - path.lstat().st_mtime > seconds:
-                shutil.rmtree(path, ignore_errors=True)
-                path.unlink(missing_ok=True)

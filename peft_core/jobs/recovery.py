@@ -8,10 +8,10 @@ from pathlib import Path
 from peft_core.adapters.manifest import read_manifest
 from peft_core.adapters.registry import Registry
 from peft_core.errors import unwritable
-from peft_core.events import Event, JobCancelled, JobCompleted, JobInterrupted
-from peft_core.jobs.model import Job
+from peft_core.jobs.state import Job
 from peft_core.jobs.store import Store
-from peft_core.results import Metrics, Problem, Status
+from peft_core.schemas.events import Event, JobCancelled, JobCompleted, JobInterrupted
+from peft_core.schemas.results import ErrorInfo, Metrics, Status
 
 
 def recover(store: Store, registry: Registry) -> None:
@@ -63,7 +63,7 @@ def completed_evaluation(job: Job) -> JobCompleted | None:
     return JobCompleted(adapter_path=str(evaluated.adapter_path), metrics=metrics)
 
 
-def problem_of_exit(code: int, log_path: Path, *, what: str = "training process") -> Problem:
+def problem_of_exit(code: int, log_path: Path, *, what: str = "training process") -> ErrorInfo:
     """Why a process ended without a word, as far as its exit code and its log tell."""
     tail = _tail(log_path)
     said = f" Its last words: {tail}" if tail else ""
@@ -74,15 +74,15 @@ def problem_of_exit(code: int, log_path: Path, *, what: str = "training process"
             name = "a signal"
         message = f"The {what} was killed by {name} (signal {-code}).{said}"
         if -code == signal.SIGKILL:
-            return Problem(
+            return ErrorInfo(
                 code="killed",
                 message=message,
                 suggestions=(
                     "Most often this is the operating system, out of memory: close other programs, or use a smaller base_model",
                 ),
             )
-        return Problem(code="killed", message=message, suggestions=(f"See the log: {log_path}",))
-    return Problem(
+        return ErrorInfo(code="killed", message=message, suggestions=(f"See the log: {log_path}",))
+    return ErrorInfo(
         code="died_silently",
         message=f"The {what} ended with exit code {code} and without a result.{said}",
         suggestions=(f"See the log: {log_path}",),

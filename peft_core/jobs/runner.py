@@ -24,13 +24,17 @@ import structlog
 from anyio.abc import ByteReceiveStream, Process
 from anyio.streams.buffered import BufferedByteReceiveStream
 
-from peft_core import logs
 from peft_core.adapters.manifest import read_manifest
 from peft_core.adapters.registry import Registry
 from peft_core.adapters.verify import verify
 from peft_core.config import Settings
-from peft_core.errors import ModelError, StorageError, TrainingError
-from peft_core.events import (
+from peft_core.errors import PeftMcpError, StorageError, TrainingError
+from peft_core.jobs.pruning import prune
+from peft_core.jobs.recovery import completed_by, completed_evaluation, problem_of_exit, recover
+from peft_core.jobs.state import IllegalTransition, Job
+from peft_core.jobs.store import Store
+from peft_core.paths import JobPaths
+from peft_core.schemas.events import (
     EVENT,
     AdapterWritten,
     Event,
@@ -42,22 +46,18 @@ from peft_core.events import (
     PhaseStarted,
     RunPlanned,
 )
-from peft_core.jobs.model import IllegalTransition, Job
-from peft_core.jobs.pruning import prune
-from peft_core.jobs.recovery import completed_by, completed_evaluation, problem_of_exit, recover
-from peft_core.jobs.store import Store
-from peft_core.lock import FileLock
-from peft_core.paths import JobPaths
-from peft_core.results import Phase, Problem, Status
-from peft_core.task import TrainingTask
+from peft_core.schemas.results import ErrorInfo, Phase, Status
+from peft_core.schemas.task import TrainingTask
+from peft_core.system import logs
+from peft_core.system.lock import FileLock
 
 CHILD = ["-m", "peft_core.training"]
 EVALUATION_CHILD = ["-m", "peft_core.evaluation"]
 LOCK_PATIENCE_S = 5.0  # longer than anybody who only probes holds the lock
-LOOK_S = 0.25  # how often a running job is looked up for a request to cancel
+POLL_INTERVAL_S = 0.25  # how often a running job is looked up for a request to cancel
 GRACE_S = 20.0  # between SIGTERM and SIGKILL: time for a micro-step and a checkpoint
 MAX_LINE = 1 << 20
-TOLD_AGAIN = 2000  # events that a run which goes on may tell again, at most
+MAX_REPLAYED_EVENTS = 2000  # events that a run which goes on may tell again, at most
 ASKED_TO_STOP = 143  # exit code of a child that left on SIGTERM, its checkpoint written
 
 log = structlog.get_logger(__name__)
@@ -187,7 +187,9 @@ class Runner:
         Raises:
             TrainingError: an event without an end. Where the next one begins cannot be known.
         """
-        known: set[str] | None = {event.model_dump_json() for event in self._store.newest_events(job_id, TOLD_AGAIN)}
+        known: set[str] | None = {
+            event.model_dump_json() for event in self._store.newest_events(job_id, MAX_REPLAYED_EVENTS)
+        }
         lines = BufferedByteReceiveStream(stream)
         last_word: Event | None = None
         while True:
@@ -232,7 +234,7 @@ class Runner:
         reasons = [r for r in verify(paths.adapter, job.request.base).reasons if r.severity == "error"]
         if reasons:
             return JobFailed(
-                error=Problem(
+                error=ErrorInfo(
                     code="adapter_rejected",
                     message="The adapter that training wrote did not pass the check: "
                     + "; ".join(reason.message for reason in reasons[:3]),
@@ -246,8 +248,10 @@ class Runner:
     def _report(self, job: Job, paths: JobPaths) -> None:
         """The page beside the manifest. An adapter without it is an adapter."""
         # jinja2, once in a runner's life:
-        from peft_core.adapters.report import write_report  # noqa: PLC0415
-        from peft_core.jobs.evaluations import write_evaluation_report  # noqa: PLC0415
+        from peft_core.evaluation.report import (  # noqa: PLC0415
+            write_evaluation_report,
+            write_report,
+        )
 
         try:
             if job.request.evaluated is not None:
@@ -264,7 +268,7 @@ class Runner:
             StorageError: the data directory was removed; others may be working in a new one of that name.
         """
         while not (self._stopping or self._store.cancel_requested(job_id)):
-            await anyio.sleep(LOOK_S)
+            await anyio.sleep(POLL_INTERVAL_S)
             if not self._lock.still_there:
                 raise StorageError(f"The data directory {self._paths.root} was removed.", code="data_directory_gone")
         await _end(process)
@@ -288,12 +292,12 @@ def clean_up(paths: JobPaths) -> None:
     shutil.rmtree(paths.checkpoint, ignore_errors=True)
 
 
-def problem_of(error: Exception) -> Problem:
+def problem_of(error: Exception) -> ErrorInfo:
     while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:  # a task group's wrapping
         error = error.exceptions[0]
-    if isinstance(error, ModelError):
-        return Problem(code=error.code, message=error.message, suggestions=error.suggestions)
-    return Problem(
+    if isinstance(error, PeftMcpError):
+        return ErrorInfo(code=error.code, message=error.message, suggestions=error.suggestions)
+    return ErrorInfo(
         code="runner_failed",
         message=f"The runner failed: {type(error).__name__}: {error}",
         suggestions=("Look at logs/runner.log in the data directory, and report it",),

@@ -15,16 +15,17 @@ from typing import Any
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument, JobNotFound, JobStateError
-from peft_core.events import JobResumed
-from peft_core.jobs.data_report import TrainingDataReport
-from peft_core.jobs.model import IllegalTransition, Job, JobRequest
-from peft_core.jobs.report import headline, not_started, status_of
+from peft_core.jobs.state import IllegalTransition, Job
+from peft_core.jobs.status import headline, not_started, status_of
 from peft_core.jobs.store import Store
-from peft_core.jobs.tending import Tender
-from peft_core.results import Status, TrainingStatus
-from peft_core.spec import BUNDLED, Base, EvaluatedAdapter, TrainingConfig
+from peft_core.jobs.supervisor import RunnerSupervisor
+from peft_core.schemas.base_model import BUNDLED, Base
+from peft_core.schemas.events import JobResumed
+from peft_core.schemas.results import Status, TrainingDataReport, TrainingStatus
+from peft_core.schemas.task import JobRequest
+from peft_core.schemas.training import EvaluatedAdapter, TrainingConfig
 
-ELSEWHERE = "elsewhere"  # the project of evaluations of adapters that were not trained here
+EXTERNAL_PROJECT = "elsewhere"  # the project of evaluations of adapters that were not trained here
 SPEED_FROM = 50  # newest completed trainings among which one on the same base and device tells how fast this machine is
 
 
@@ -34,7 +35,7 @@ class JobService:
         self._paths = settings.paths
         self._store = Store(self._paths.database, time.time)
         self._registry = Registry(self._paths)
-        self._tender = Tender(settings, self._store, self._registry)
+        self._tender = RunnerSupervisor(settings, self._store, self._registry)
 
     def submit(
         self, project_id: str, training_data: str | Sequence[Mapping[str, Any]], config: TrainingConfig
@@ -45,13 +46,13 @@ class JobService:
             InvalidArgument, DataError, BaseModelError, StorageError: nothing was queued.
         """
         # Imported with the first job, not with the server: finding bases and reading code is of no use before.
-        from peft_core.jobs.planning import plan  # noqa: PLC0415
+        from peft_core.planning.planner import plan  # noqa: PLC0415
 
         draft = plan(training_data, config, self._settings, self._measured_speed)
         return self._queue(project_id, draft, training_data)
 
     def _queue(self, project_id: str, draft: JobRequest, data: str | Sequence[Mapping[str, Any]]) -> TrainingStatus:
-        from peft_core.jobs.planning import write_source  # noqa: PLC0415 -- see `submit`
+        from peft_core.planning.planner import write_source  # noqa: PLC0415 -- see `submit`
 
         self._store.create()
         self._tender.require_locks()
@@ -72,7 +73,7 @@ class JobService:
         Raises:
             InvalidArgument, DataError, BaseModelError, StorageError: it would be refused.
         """
-        from peft_core.jobs.inspection import inspect_training_data  # noqa: PLC0415 -- as in submit
+        from peft_core.planning.inspection import inspect_training_data  # noqa: PLC0415 -- as in submit
 
         return inspect_training_data(training_data, config, self._settings, self._measured_speed)
 
@@ -88,7 +89,7 @@ class JobService:
             InvalidArgument, DataError, StorageError: nothing was queued.
         """
         # Imported with the first job, as for `submit`.
-        from peft_core.jobs.evaluations import plan_evaluation  # noqa: PLC0415
+        from peft_core.planning.evaluation import plan_evaluation  # noqa: PLC0415
 
         draft = plan_evaluation(evaluated, evaluation_data, base, self._settings, self._measured_speed)
         return self._queue(self._project_of(evaluated.adapter_path), draft, evaluation_data)
@@ -104,7 +105,7 @@ class JobService:
         if job is None:
             return not_started(project_id)
         if not job.status.is_final:
-            self._tender.tend()
+            self._tender.ensure_runner()
             job = self._store.get(job.job_id)
         return self._report(job)
 
@@ -113,8 +114,10 @@ class JobService:
         job = self._find(project_id, job_id)
         if job is None:
             return None
-        from peft_core.proof.curve import curve_of  # noqa: PLC0415 -- not at the server's start
-        from peft_core.proof.picture import draw  # noqa: PLC0415 -- likewise
+        from peft_core.evaluation.loss_curve import (  # noqa: PLC0415 -- likewise
+            curve_of,
+            draw,
+        )
 
         curve = curve_of(self._store.events(job.job_id))
         return None if curve.is_empty else draw(curve, f"{project_id}: {headline(self._report(job))}")
@@ -125,10 +128,10 @@ class JobService:
             return 0, []
         return self._store.changed_since(event_id)
 
-    def tend(self) -> None:
+    def ensure_runner(self) -> None:
         """Do what every look at an open job does: find out dead jobs, have a runner for waiting ones."""
         if self._store.exists and self._store.in_state(Status.QUEUED, Status.IN_PROGRESS):
-            self._tender.tend()
+            self._tender.ensure_runner()
 
     def by_id(self, job_id: str) -> TrainingStatus:
         self._require_database(job_id)
@@ -156,7 +159,7 @@ class JobService:
             JobStateError: it is running, waiting or completed.
             InvalidArgument, BaseModelError: its data or base may not be read any more.
         """
-        from peft_core.jobs.planning import require_sources  # noqa: PLC0415 -- as in submit
+        from peft_core.planning.planner import require_sources  # noqa: PLC0415 -- as in submit
 
         self._require_database(job_id)
         require_sources(self._store.get(job_id).request, self._settings)
@@ -173,7 +176,7 @@ class JobService:
 
     def at_work(self) -> TrainingStatus | None:
         """The job that is being worked on; None when nobody works."""
-        self.tend()
+        self.ensure_runner()
         running = self._store.in_state(Status.IN_PROGRESS) if self._store.exists else []
         return self._report(running[0]) if running else None
 
@@ -188,7 +191,7 @@ class JobService:
     def _project_of(self, adapter: Path) -> str:
         """Where a published adapter lies; adapters from elsewhere share a name."""
         home = adapter.parent.parent
-        return home.name if home.parent == self._paths.projects else ELSEWHERE
+        return home.name if home.parent == self._paths.projects else EXTERNAL_PROJECT
 
     def _find(self, project_id: str, job_id: str | None) -> Job | None:
         if job_id is None:

@@ -16,19 +16,19 @@ from pathlib import Path
 import structlog
 from pydantic import BaseModel, ValidationError
 
-from peft_core import logs
-from peft_core.compute.environment import prepare_environment
-from peft_core.compute.failures import Work, problem_of
-from peft_core.compute.stop import EXIT_CODE, Stop, Stopped, stop_on_signals, stop_without_parent
-from peft_core.compute.wire import claim_stdout, line_writer
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument
-from peft_core.events import JobFailed
-from peft_core.task import TrainingTask
+from peft_core.modeling.environment import prepare_environment
+from peft_core.schemas.events import JobFailed
+from peft_core.schemas.task import TrainingTask
+from peft_core.system import logs
+from peft_core.system.cancellation import EXIT_CODE, Cancelled, StopFlag, stop_on_signals, stop_without_parent
+from peft_core.system.child_process import line_writer, redirect_stdout
+from peft_core.system.failures import TaskKind, problem_of
 
 # The runner's pid; or "launcher", when one stands between: the runner's death is then heard of by the closed pipe.
 _PARENT_VARIABLE = "PEFT_MCP_PARENT"
-WORK = Work(
+WORK = TaskKind(
     name="training",
     log="the job's log",
     against_memory=(
@@ -38,11 +38,11 @@ WORK = Work(
 )
 
 
-def main(work: Work = WORK, engine: str = "peft_core.training.engine") -> int:
+def main(work: TaskKind = WORK, engine: str = "peft_core.training.run") -> int:
     """`engine`: the module whose `run` does the work."""
     # 1. The wire and the ways to stop, before anything slow.
-    stop = Stop()
-    emit = line_writer(claim_stdout(), closed=stop.request)
+    stop = StopFlag()
+    emit = line_writer(redirect_stdout(), closed=stop.request)
     if os.environ.get("RANK", "0") != "0":  # which of a launcher's processes this is
         emit = _say_nothing
     stop_on_signals(stop)
@@ -62,7 +62,7 @@ def main(work: Work = WORK, engine: str = "peft_core.training.engine") -> int:
 
         # 4. The run.
         run(task, emit, stop)
-    except Stopped:
+    except Cancelled:
         log.info("stopped")
         return EXIT_CODE
     except Exception as error:  # the process's edge: whatever it is, it becomes an event

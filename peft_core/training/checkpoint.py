@@ -18,9 +18,9 @@ import structlog
 import torch
 
 from peft_core.errors import TrainingError
-from peft_core.events import EVENT, Event, MemorySaved, RateLowered
-from peft_core.spec import DatasetSummary
-from peft_core.task import TrainingTask
+from peft_core.schemas.dataset import DatasetSummary
+from peft_core.schemas.events import EVENT, Event, MemorySaved, RateLowered
+from peft_core.schemas.task import TrainingTask
 
 _log = structlog.get_logger(__name__)
 
@@ -57,7 +57,7 @@ class Progress:
     stopped_early: bool = False
 
 
-class Mark(NamedTuple):
+class StateId(NamedTuple):
     """A state that a run passes through. The same step comes again when it goes back, with another rate."""
 
     step: int  # completed ones
@@ -68,7 +68,7 @@ class Mark(NamedTuple):
         return f"good-{self.step}-{self.times_lowered}.pt"
 
 
-START = Mark(0, 0)
+START = StateId(0, 0)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Checkpoint:
     lowered: tuple[RateLowered, ...] = ()  # the rates of optimizer and scheduler are the lowered ones
     memory_saved: tuple[MemorySaved, ...] = ()
     recent: tuple[Event, ...] = ()  # what was told last, for a run that goes on: it may have reached nobody
-    good: Mark = START  # where the run goes back to if it diverges
+    good: StateId = START  # where the run goes back to if it diverges
 
 
 def run_key(task: TrainingTask, dataset: DatasetSummary) -> str:
@@ -119,7 +119,7 @@ def load_checkpoint(directory: Path, key: str, file: str = _LATEST) -> Checkpoin
         return None
 
 
-class GoodStates:
+class RollbackStates:
     """Where a run can go back to: its start, and the last state that was seen to be good.
 
     In files beside the checkpoint, which names one of them: they are seldom read, and would take three times the adapter's
@@ -135,15 +135,15 @@ class GoodStates:
         save_checkpoint(self._directory, self._key, state, mark_of(state).file)
         self._forget_all_but(mark_of(state))
 
-    def are_named(self, mark: Mark) -> None:
+    def set_checkpointed(self, mark: StateId) -> None:
         """The checkpoint on disk names this one from now on."""
         self._named = mark
         self._forget_all_but(mark)
 
-    def has(self, mark: Mark) -> bool:
+    def has(self, mark: StateId) -> bool:
         return (self._directory / mark.file).is_file()
 
-    def at(self, mark: Mark) -> Checkpoint:
+    def at(self, mark: StateId) -> Checkpoint:
         """The state of that mark; the start, where it cannot be read.
 
         Raises:
@@ -158,15 +158,15 @@ class GoodStates:
             suggestions=["Start the training anew, with a lower learning_rate."],
         )
 
-    def _forget_all_but(self, mark: Mark) -> None:
+    def _forget_all_but(self, mark: StateId) -> None:
         kept = {START.file, self._named.file, mark.file}
         for path in self._directory.glob("good-*.pt"):
             if path.name not in kept:
                 path.unlink(missing_ok=True)
 
 
-def mark_of(state: Checkpoint) -> Mark:
-    return Mark(state.progress.step, len(state.lowered))
+def mark_of(state: Checkpoint) -> StateId:
+    return StateId(state.progress.step, len(state.lowered))
 
 
 def _to_document(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -195,5 +195,5 @@ def _from_document(document: Mapping[str, Any]) -> Checkpoint:
         memory_saved=tuple(MemorySaved.model_validate(event) for event in document.get("memory_saved", ())),
         lowered=tuple(RateLowered.model_validate(event) for event in document.get("lowered", ())),
         recent=tuple(EVENT.validate_python(event) for event in document.get("recent", ())),
-        good=Mark(*document.get("good_state", START)),  # older files name none
+        good=StateId(*document.get("good_state", START)),  # older files name none
     )

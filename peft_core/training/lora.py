@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_core.errors import InvalidArgument
-from peft_core.spec import TrainingConfig
+from peft_core.schemas.training import TrainingConfig
 
 
 def attach(model: PreTrainedModel, config: TrainingConfig, base_name: str) -> PeftModel:

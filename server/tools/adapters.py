@@ -10,9 +10,9 @@ from pydantic import Field
 
 from peft_core.adapters.info import AdapterInfo
 from peft_core.manager import PEFTManager
-from peft_core.results import AdapterList, DeletedAdapter
-from peft_core.spec import ProjectId
-from server.answers import adapters_answer, answer
+from peft_core.schemas.results import AdapterList, DeletedAdapter
+from peft_core.schemas.training import ProjectId
+from server.format_results import adapters_answer, answer
 from server.tools import make_tool
 
 AdapterPath = Annotated[

@@ -8,21 +8,21 @@ from mcp.server.mcpserver import Context
 from mcp.types import CallToolResult
 from pydantic import Field
 
-from peft_core.generation import (
+from peft_core.manager import PEFTManager
+from peft_core.schemas.generation import (
     Generation,
     MaxNewTokens,
     Messages,
     Prefix,
     Prompt,
     Seed,
-    Stop,
+    StopFlag,
     Suffix,
     Temperature,
     TopP,
 )
-from peft_core.manager import PEFTManager
-from peft_core.results import Compatibility, LoadedAdapter, UnloadedAdapter
-from server.answers import compatibility_answer, generation_answer, loaded_answer, unloaded_answer
+from peft_core.schemas.results import Compatibility, LoadedAdapter, UnloadedAdapter
+from server.format_results import compatibility_answer, generation_answer, loaded_answer, unloaded_answer
 from server.progress import relay
 from server.tools import make_tool
 from server.tools.adapters import AdapterPath
@@ -98,7 +98,7 @@ async def generate(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
-    stop: Annotated[Stop, Field()] = [],  # noqa: B006 -- read by pydantic, never changed
+    stop: Annotated[StopFlag, Field()] = [],  # noqa: B006 -- read by pydantic, never changed
     compare_with_base: Annotated[
         bool, Field(description="Write twice, with and without adapter; see base_text.")
     ] = False,

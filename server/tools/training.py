@@ -8,11 +8,10 @@ from mcp.server.mcpserver import Context
 from mcp.types import CallToolResult
 from pydantic import Field
 
-from peft_core.jobs.data_report import TrainingDataReport
 from peft_core.manager import PEFTManager
-from peft_core.results import TrainingStatus
-from peft_core.spec import ProjectId, TrainingConfig
-from server.answers import inspection_answer, status_answer
+from peft_core.schemas.results import TrainingDataReport, TrainingStatus
+from peft_core.schemas.training import ProjectId, TrainingConfig
+from server.format_results import inspection_answer, status_answer
 from server.progress import stream_progress
 from server.tools import make_tool
 from server.tools.adapters import AdapterPath

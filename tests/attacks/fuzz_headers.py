@@ -19,12 +19,12 @@ from pathlib import Path
 import atheris
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-with atheris.instrument_imports(include=["peft_core.bases", "peft_core.adapters", "json"]):
+with atheris.instrument_imports(include=["peft_core.base_models", "peft_core.adapters", "json"]):
     from peft_core.adapters.files import read_adapter
-    from peft_core.adapters.tensors import check_tensors
-    from peft_core.bases.gguf_model import read_gguf_model
-    from peft_core.bases.safetensors import ADAPTER_LIMITS, header_of
-    from peft_core.errors import ModelError
+    from peft_core.adapters.tensor_check import check_tensors
+    from peft_core.base_models.gguf_model import read_gguf_model
+    from peft_core.base_models.safetensors import ADAPTER_LIMITS, header_of
+    from peft_core.errors import PeftMcpError
 from tests.model_files import adapter_shapes, gguf_bytes, model_shapes, safetensors_bytes
 
 SCRATCH = Path(tempfile.mkdtemp(prefix="fuzz-"))
@@ -76,7 +76,7 @@ def main() -> None:
     def one(data: bytes) -> None:
         try:
             target(data)
-        except ModelError as error:
+        except PeftMcpError as error:
             assert len(str(error)) < 5_000, "a message as long as the file"  # noqa: PT017 - a fuzzer's finding
 
     options = [

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from peft_core.adapters.manifest import CARD_NAME, CONFIG
-from peft_core.bases import resolve
+from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
-from peft_core.errors import ModelError
+from peft_core.errors import PeftMcpError
 from peft_core.manager import PEFTManager
-from peft_core.results import Compatibility, Verdict
-from peft_core.spec import Base
+from peft_core.schemas.base_model import Base
+from peft_core.schemas.results import BaseMatch, Compatibility
 from tests.attacks.adapters import ATTACKS, Attack, marker_of
 from tests.factories import record_base
 from tests.model_files import weights, write_adapter, write_model
@@ -62,7 +62,7 @@ async def verify(place: Place) -> None:
 
 async def verify_without_a_base(place: Place) -> None:
     found = await place.manager.verify_adapter_compatibility(str(place.adapter))
-    assert found.verdict is Verdict.INCOMPATIBLE
+    assert found.verdict is BaseMatch.INCOMPATIBLE
 
 
 async def verify_with_its_weights(place: Place) -> None:
@@ -110,7 +110,7 @@ async def train_on_it_as_data(place: Place) -> None:
 async def info(place: Place) -> None:
     try:
         found = await place.manager.get_adapter_info(str(place.adapter))
-    except ModelError as error:
+    except PeftMcpError as error:
         in_words(error)
         return
     assert found.rank is None or 1 <= found.rank <= 512
@@ -186,24 +186,24 @@ def judged(place: Place, found: Compatibility, *, scanned: bool = False) -> None
     errors = [reason.code for reason in found.reasons if reason.severity == "error"]
     if attack.code is None or (attack.scanned and not scanned):
         assert errors == []
-        assert found.verdict is Verdict.SHAPE_ONLY  # nothing proves that it belongs to the base
+        assert found.verdict is BaseMatch.SHAPE_ONLY  # nothing proves that it belongs to the base
         return
     assert attack.code in errors
-    assert found.verdict is Verdict.INCOMPATIBLE
+    assert found.verdict is BaseMatch.INCOMPATIBLE
     for reason in found.reasons:
         assert reason.severity == "warning" or reason.fix
         assert all(text.isprintable() for text in (reason.message, reason.found or "", reason.where or ""))
         assert len(reason.message) < 800
 
 
-async def refused(call: Awaitable[object]) -> ModelError:
-    with pytest.raises(ModelError) as caught:
+async def refused(call: Awaitable[object]) -> PeftMcpError:
+    with pytest.raises(PeftMcpError) as caught:
         await call
     in_words(caught.value)
     return caught.value
 
 
-def in_words(error: ModelError) -> None:
+def in_words(error: PeftMcpError) -> None:
     assert str(error).replace("\n", "").isprintable()
     assert len(str(error)) < 2500
     assert error.suggestions

@@ -69,16 +69,16 @@ class Drawn:
 
     def arguments(self, schema: Mapping[str, Any]) -> dict[str, Any]:
         properties, required = schema["properties"], schema.get("required", [])
-        drawn = {
+        order_key = {
             name: self.value(node, schema)
             for name, node in properties.items()
             if self.random.random() < (0.95 if name in required else 0.35)
         }
         if self.random.random() < self.wild / 2:
-            drawn[self.random.choice([*self.texts, *(name + "s" for name in properties)])] = self.anything(2)
-        if "wait_s" in drawn and isinstance(drawn["wait_s"], int | float):
-            drawn["wait_s"] = min(drawn["wait_s"], 0.01) if self.random.random() < 0.5 else drawn["wait_s"]
-        return drawn
+            order_key[self.random.choice([*self.texts, *(name + "s" for name in properties)])] = self.anything(2)
+        if "wait_s" in order_key and isinstance(order_key["wait_s"], int | float):
+            order_key["wait_s"] = min(order_key["wait_s"], 0.01) if self.random.random() < 0.5 else order_key["wait_s"]
+        return order_key
 
     def value(self, node: Mapping[str, Any], root: Mapping[str, Any]) -> Any:  # noqa: PLR0911, PLR0912 -- one for each kind
         if self.random.random() < self.wild:
@@ -194,15 +194,15 @@ def paths(data_dir: Path, tmp_path: Path) -> list[str]:
 async def test_whatever_arguments_a_tool_is_given_it_answers_cleanly_and_lives(
     transport: str, era: str, data_dir: Path, home: Path, paths: list[str]
 ) -> None:
-    drawn = Drawn(f"{SEED} {transport} {era}", paths)
+    order_key = Drawn(f"{SEED} {transport} {era}", paths)
     server: Any = build_server(Settings(data_dir=data_dir)) if transport == "in process" else stdio_server(data_dir)
     async with Client(server, mode=era) as client:
         tools = {tool.name: tool.input_schema for tool in (await client.list_tools()).tools}
         outcomes = {name: [0, 0] for name in tools}
         for number in range(CALLS // 4):
             name = sorted(tools)[number % len(tools)]
-            drawn.wild = drawn.random.choice([0.0, 0.0, 0.02, 0.15])  # at 0 most calls pass the schema
-            arguments = drawn.arguments(tools[name])
+            order_key.wild = order_key.random.choice([0.0, 0.0, 0.02, 0.15])  # at 0 most calls pass the schema
+            arguments = order_key.arguments(tools[name])
             result = await client.call_tool(name, arguments)
             clean(name, arguments, result, home)
             outcomes[name][bool(result.is_error)] += 1
@@ -233,11 +233,11 @@ async def test_standard_error_has_no_secret_whatever_is_asked(data_dir: Path, ho
 
     with (tmp_path / "stderr").open("w+") as errors:
         async with Client(stdio_client(parameters, errlog=errors), mode="legacy") as client:
-            drawn = Drawn(str(SEED), [PLANTED, f"/x/{PLANTED}"])
+            order_key = Drawn(str(SEED), [PLANTED, f"/x/{PLANTED}"])
             tools = {tool.name: tool.input_schema for tool in (await client.list_tools()).tools}
             for number in range(40):
                 name = sorted(tools)[number % len(tools)]
-                await client.call_tool(name, drawn.arguments(tools[name]))
+                await client.call_tool(name, order_key.arguments(tools[name]))
         errors.seek(0)
         said = errors.read()
     assert PLANTED not in said

@@ -17,11 +17,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from peft_core.bases import resolve
-from peft_core.bases.gguf import MAX_TENSORS
-from peft_core.bases.safetensors import BASE_LIMITS
+from peft_core.base_models.gguf import MAX_TENSORS
+from peft_core.base_models.resolve import resolve
+from peft_core.base_models.safetensors import BASE_LIMITS
 from peft_core.config import Settings
-from peft_core.errors import ModelError
+from peft_core.errors import PeftMcpError
 from tests.model_files import ARRAY, CONFIG, GGUF_METADATA, TEXT, U32, gguf_bytes, with_length, write_model
 
 ANYTHING = st.recursive(
@@ -45,7 +45,7 @@ ROPE = st.dictionaries(st.sampled_from(["rope_theta", "rope_type", "type", "fact
 def refused_or_fine(path: Path) -> None:
     try:
         resolve(str(path), Settings())
-    except ModelError as error:
+    except PeftMcpError as error:
         said = str(error)
     else:
         return
@@ -95,12 +95,12 @@ def test_whatever_an_index_or_a_tokenizer_configuration_holds(tmp_path: Path, co
 @pytest.mark.parametrize("key", ["llama.block_count", "llama.context_length", "llama.attention.head_count"])
 def test_a_count_beyond_every_model_is_refused_before_a_model_is_built_of_it(tmp_path: Path, key: str) -> None:
     (tmp_path / "x.gguf").write_bytes(gguf_bytes(GGUF_METADATA | {key: (U32, 2**32 - 1)}))
-    with pytest.raises(ModelError, match="no usable"):
+    with pytest.raises(PeftMcpError, match="no usable"):
         resolve(str(tmp_path / "x.gguf"), Settings())
 
 
 def test_more_layers_than_there_are_weights_for_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="1000 layers, its weights 2"):
+    with pytest.raises(PeftMcpError, match="1000 layers, its weights 2"):
         resolve(str(write_model(tmp_path / "model", num_hidden_layers=1000)), Settings())
 
 
@@ -176,7 +176,7 @@ def test_what_swells_is_refused_within_the_memory_of_a_small_process(tmp_path: P
     program = """
         import sys
         from pathlib import Path
-        from peft_core.bases import resolve
+        from peft_core.base_models.resolve import resolve
         from peft_core.config import Settings
         from peft_core.errors import ModelError
         for path in sorted(Path(sys.argv[1]).glob("*.gguf")):

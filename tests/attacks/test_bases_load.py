@@ -11,13 +11,13 @@ from typing import Any, cast
 import pytest
 import torch
 
-from peft_core.bases import resolve
-from peft_core.bases.convert import materialise
-from peft_core.compute.base import load_base
+from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
-from peft_core.errors import BaseModelError
-from peft_core.inference.host.model import ResidentModel
-from peft_core.inference.host.residents import Residents
+from peft_core.errors import BaseCheckpointError
+from peft_core.inference.worker.adapter_cache import AdapterCache
+from peft_core.modeling.adapter_model import ResidentModel
+from peft_core.modeling.convert import ensure_hf_directory
+from peft_core.modeling.load import load_base
 from tests.attacks.adapters import marker_of
 from tests.integration.test_bases_convert import TOY
 from tests.model_files import ARRAY, TEXT, gguf_bytes
@@ -36,7 +36,7 @@ def spoil(directory: Path, **changes: object) -> Path:
 def test_a_configuration_that_describes_more_than_the_weights_hold_is_refused(tmp_path: Path, setting: str) -> None:
     base = spoil(write_toy_base(tmp_path / "base"), **{setting: 1 << 17})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(BaseModelError):
+    with pytest.raises(BaseCheckpointError):
         load_base(base, torch.float32)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + (100 << 10)  # kilobytes
 
@@ -55,9 +55,9 @@ def test_a_gguf_with_the_weights_of_another_never_stands_for_it(tmp_path: Path, 
         bases.append(resolve(str(path), Settings()))
     hostile, honest = bases
     assert hostile.fingerprint == honest.fingerprint
-    converted = [materialise(base, tmp_path / "cache", lambda _: None) for base in bases]
+    converted = [ensure_hf_directory(base, tmp_path / "cache", lambda _: None) for base in bases]
     assert converted[0] != converted[1]
-    residents = Residents(1)
+    residents = AdapterCache(1)
     residents.model = cast("ResidentModel", SimpleNamespace(base=hostile))
     assert residents.is_on(hostile)
     assert not residents.is_on(honest)
@@ -72,6 +72,6 @@ def test_code_that_lies_beside_a_base_is_never_run(tmp_path: Path) -> None:
     for changes in ({"auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}, {"model_type": "evil"}):
         try:
             load_base(spoil(base, **changes), torch.float32)
-        except BaseModelError:
+        except BaseCheckpointError:
             assert "model_type" in changes
         assert not marker_of(base).exists()

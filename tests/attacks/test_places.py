@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from peft_core import places
-from peft_core.bases import resolve
+from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
-from peft_core.errors import InvalidArgument, ModelError
-from peft_core.events import JobCancelled
+from peft_core.errors import InvalidArgument, PeftMcpError
 from peft_core.jobs.store import Store
 from peft_core.manager import PEFTManager
-from peft_core.places import require_data_place
-from peft_core.results import Status
+from peft_core.schemas.events import JobCancelled
+from peft_core.schemas.results import Status
+from peft_core.system import allowed_paths as places
+from peft_core.system.allowed_paths import require_data_place
 from tests.attacks.test_repositories import CODE
 from tests.factories import make_job
 from tests.model_files import write_adapter, write_model
@@ -170,7 +170,7 @@ async def test_a_private_place_below_a_repository_is_left_out(home: Path, manage
 
 
 async def test_records_that_are_given_need_no_place(manager: PEFTManager) -> None:
-    with pytest.raises(ModelError, match="examples"):
+    with pytest.raises(PeftMcpError, match="examples"):
         await manager.train_adapter("web", [{"text": "x"}])
 
 
@@ -222,7 +222,7 @@ async def test_with_roots_what_lies_inside_is_read(roots: Settings, tmp_path: Pa
     own = write_adapter(roots.paths.adapter("web", "adapter-01"))
     assert (await manager.get_adapter_info(str(own))).rank == 4  # trained here
     (tmp_path / "code" / "a.py").write_text("x = 1\n")
-    with pytest.raises(ModelError) as caught:  # it was looked into
+    with pytest.raises(PeftMcpError) as caught:  # it was looked into
         await manager.train_adapter("web", str(tmp_path / "code"), {"base_model": str(model)})
     assert caught.value.code == "too_few_examples"
 

@@ -18,13 +18,12 @@ from hypothesis import strategies as st
 
 from peft_core.data import git as asked
 from peft_core.data import walk as walk_module
-from peft_core.data.classify import Reason
-from peft_core.data.file_text import decode, read_text
 from peft_core.data.git import state
-from peft_core.data.secret_scan import redacted
-from peft_core.data.source import inspect
-from peft_core.data.walk import walk
-from peft_core.errors import DataError, ModelError
+from peft_core.data.read_text import decode, read_text
+from peft_core.data.secrets import redacted
+from peft_core.data.summarise import summarise_source
+from peft_core.data.walk import Reason, walk
+from peft_core.errors import DataError, PeftMcpError
 
 CODE = "\n\n".join(
     f"def work_{name}(total):\n"
@@ -154,8 +153,8 @@ def test_a_repository_cannot_make_git_run_anything(
     assert names(root) >= MODULES
     state(root)
     asked.is_shallow(root)
-    asked.last_changes(root)
-    inspect(str(root))
+    asked.commit_times(root)
+    summarise_source(str(root))
     assert not marker.exists()
 
 
@@ -248,7 +247,7 @@ def test_names_of_any_characters_are_only_names(root: Path, tmp_path: Path, by_g
     for name in HARD_NAMES:
         (root / name).write_text(CODE)
     assert names(root) == MODULES | set(HARD_NAMES)
-    assert inspect(str(root)).files == len(MODULES) + len(HARD_NAMES)
+    assert summarise_source(str(root)).files == len(MODULES) + len(HARD_NAMES)
 
 
 def test_directories_deeper_than_a_path_may_be_long(root: Path, tmp_path: Path) -> None:
@@ -292,7 +291,7 @@ def test_a_million_files_are_refused_within_bounds(tmp_path: Path, by_git: bool)
     if by_git:
         git(place, "init")
     program = (
-        "import resource, sys\nfrom peft_core.data.source import inspect\nfrom peft_core.errors import DataError\n"
+        "import resource, sys\nfrom peft_core.data.summarise import inspect\nfrom peft_core.errors import DataError\n"
         "try:\n    inspect(sys.argv[1])\nexcept DataError as error:\n"
         "    print(error.code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
     )
@@ -356,5 +355,5 @@ def test_a_secret_in_a_line_of_any_length_is_found() -> None:
 
 def test_a_line_of_a_record_as_long_as_a_file_is_refused_or_read(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"text": "' + "x" * 17_000_000)
-    with pytest.raises(ModelError, match="longer than"):
-        inspect(str(tmp_path / "x.jsonl"))
+    with pytest.raises(PeftMcpError, match="longer than"):
+        summarise_source(str(tmp_path / "x.jsonl"))

@@ -12,11 +12,11 @@ import anyio
 import pytest
 from filelock import FileLock
 
-from peft_core.bases import resolve
-from peft_core.bases.convert import materialise
+from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
 from peft_core.manager import PEFTManager
-from peft_core.results import Status
+from peft_core.modeling.convert import ensure_hf_directory
+from peft_core.schemas.results import Status
 from tests.toys import write_toy_base
 
 # Three steps may well harm; the tests want the adapters all the same.
@@ -54,7 +54,7 @@ def converted_bases(shared: Path) -> Path:
     """The bundled base converted once, for all data directories of this session."""
 
     def convert(cache: Path) -> None:
-        materialise(resolve(None, Settings(data_dir=cache)), cache, lambda _: None)
+        ensure_hf_directory(resolve(None, Settings(data_dir=cache)), cache, lambda _: None)
 
     return made_once(shared / "bases", convert)
 

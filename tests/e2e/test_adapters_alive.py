@@ -34,7 +34,7 @@ def host_of(data_dir: Path) -> psutil.Process:
         process
         for process in psutil.process_iter(["cmdline"])
         if any(str(data_dir) in part for part in process.info["cmdline"] or ())
-        and "peft_core.inference.host" in process.info["cmdline"]
+        and "peft_core.inference.worker" in process.info["cmdline"]
     ]
     assert len(found) == 1
     return found[0]

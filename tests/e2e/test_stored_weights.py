@@ -8,21 +8,20 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from peft_core.bases import resolve
-from peft_core.bases.convert import materialise
-from peft_core.bases.gguf_model import read_gguf_model
-from peft_core.bases.resolve import bundled_path
-from peft_core.compute.stored import open_stored
+from peft_core.base_models.gguf_model import read_gguf_model
+from peft_core.base_models.resolve import bundled_path, resolve
 from peft_core.config import Settings
 from peft_core.manager import PEFTManager
-from peft_core.results import Status
+from peft_core.modeling.convert import ensure_hf_directory
+from peft_core.modeling.quantised import open_stored
+from peft_core.schemas.results import Status
 from tests.e2e.conftest import SHORT
 
 pytestmark = pytest.mark.model
 
 
 def test_the_bundled_file_holds_bit_for_bit_the_weights_of_its_conversion(converted_bases: Path) -> None:
-    converted = materialise(resolve("bundled", Settings()), converted_bases, lambda _: None)
+    converted = ensure_hf_directory(resolve("bundled", Settings()), converted_bases, lambda _: None)
     matrices, vectors = open_stored(read_gguf_model(bundled_path()))
     assert {matrix.kind for matrix in matrices.values()} == {"Q4_1", "Q8_0"}
     with safe_open(converted / "model.safetensors", "pt") as file:

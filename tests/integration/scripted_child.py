@@ -12,9 +12,18 @@ import sys
 import time
 from pathlib import Path
 
-from peft_core.events import EVENT, AdapterWritten, Evaluated, Event, JobFailed, PhaseStarted, RunPlanned, StepCompleted
-from peft_core.results import Metrics, Phase, Problem
-from peft_core.task import TrainingTask
+from peft_core.schemas.events import (
+    EVENT,
+    AdapterWritten,
+    Evaluated,
+    Event,
+    JobFailed,
+    PhaseStarted,
+    RunPlanned,
+    StepCompleted,
+)
+from peft_core.schemas.results import ErrorInfo, Metrics, Phase
+from peft_core.schemas.task import TrainingTask
 from tests.factories import make_evaluation
 
 
@@ -40,7 +49,7 @@ def main() -> None:  # noqa: PLR0912 -- one end a case
     task = TrainingTask.model_validate_json(Path(sys.argv[1]).read_text())
     match task.project_id:
         case "fails":
-            say(JobFailed(error=Problem(code="no_luck", message="No luck today.", suggestions=("Try tomorrow",))))
+            say(JobFailed(error=ErrorInfo(code="no_luck", message="No luck today.", suggestions=("Try tomorrow",))))
             sys.exit(1)
         case "crashes":
             print("something odd on stderr", file=sys.stderr)
@@ -60,7 +69,7 @@ def main() -> None:  # noqa: PLR0912 -- one end a case
             sys.exit(143)
         case "babbles":
             sys.stdout.write("not json\n{}\n" + "x" * 5000 + "\n")
-            say(JobFailed(error=Problem(code="after_babble", message="Understood all the same.")))
+            say(JobFailed(error=ErrorInfo(code="after_babble", message="Understood all the same.")))
             sys.exit(1)
         case "never ends a line":
             train(1)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import signal
 import sys
 
-from peft_core.inference.protocol import IDLE_EXIT, TO_HOST, Answered, Ask, Load, Progress
-from peft_core.results import Resident, UnloadedAdapter
+from peft_core.inference.protocol import IDLE_EXIT, TO_HOST, Load, Progress, Request, Response
+from peft_core.schemas.results import MemoryState, UnloadedAdapter
 
 answered = False
 for line in sys.stdin:
     ask = TO_HOST.validate_json(line)
-    if not isinstance(ask, Ask):
+    if not isinstance(ask, Request):
         continue
     if answered:
         sys.exit(IDLE_EXIT)
@@ -35,10 +35,10 @@ for line in sys.stdin:
         status="nothing_loaded",
         adapter_path=None,
         base_unloaded=False,
-        resident=Resident(),
+        resident=MemoryState(),
         memory_before_bytes=ask.id,
         memory_after_bytes=0,
         elapsed_s=0,
     )
-    sys.stdout.write(Answered(id=ask.id, answer=answer.model_dump(), resident=Resident()).model_dump_json() + "\n")
+    sys.stdout.write(Response(id=ask.id, answer=answer.model_dump(), resident=MemoryState()).model_dump_json() + "\n")
     sys.stdout.flush()

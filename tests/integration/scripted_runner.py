@@ -12,5 +12,5 @@ if __name__ == "__main__":
     runner.CHILD = ["-m", "tests.integration.scripted_child"]
     runner.EVALUATION_CHILD = runner.CHILD
     runner.GRACE_S = 0.5
-    runner.LOOK_S = 0.05
+    runner.POLL_INTERVAL_S = 0.05
     runner.run(Settings(data_dir=Path(sys.argv[1])))

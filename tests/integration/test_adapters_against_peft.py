@@ -9,7 +9,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from peft_core.adapters.settings import check_settings
+from peft_core.adapters.config_check import check_settings
 
 _PARTS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.experts.3.up_proj")
 MODULES = [*(f"model.layers.{layer}.{part}" for layer in range(12) for part in _PARTS), "lm_head", "model.q_proj"]

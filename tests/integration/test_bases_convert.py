@@ -15,14 +15,15 @@ import torch
 from gguf import GGUFReader, dequantize
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from peft_core.bases import convert, resolve
-from peft_core.bases.convert import materialise
-from peft_core.bases.fingerprint import fingerprint
-from peft_core.bases.gguf_model import read_gguf_model
-from peft_core.bases.safetensors import read_header
+from peft_core.base_models.fingerprint import fingerprint
+from peft_core.base_models.gguf_model import read_gguf_model
+from peft_core.base_models.resolve import resolve
+from peft_core.base_models.safetensors import read_header
 from peft_core.config import Settings
-from peft_core.errors import BaseModelError, StorageError
-from peft_core.spec import Base, Fingerprint
+from peft_core.errors import BaseCheckpointError, StorageError
+from peft_core.modeling import convert
+from peft_core.modeling.convert import ensure_hf_directory
+from peft_core.schemas.base_model import Base, Fingerprint
 from tests.model_files import ARRAY, F32, GGUF_METADATA, GGUF_SHAPES, SHAPES, TEXT, U32, gguf_bytes, write_model
 
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abcdefghijklmnopqrstuvwxyz0123456789_():=,.+-", "ab"]
@@ -42,29 +43,31 @@ def toy(path: Path, shapes: dict[str, tuple[int, ...]] = GGUF_SHAPES, **metadata
 
 def test_a_hugging_face_directory_is_returned_as_it_is(tmp_path: Path) -> None:
     base = resolve(str(write_model(tmp_path / "m")), Settings())
-    assert materialise(base, tmp_path / "cache", SAID.append) == base.path
+    assert ensure_hf_directory(base, tmp_path / "cache", SAID.append) == base.path
     assert not (tmp_path / "cache").exists()
 
 
 def test_a_base_that_has_changed_since_is_refused(tmp_path: Path) -> None:
     base = resolve(str(write_model(tmp_path / "m")), Settings())
     write_model(tmp_path / "m", fill=1)
-    with pytest.raises(BaseModelError, match="changed since"):
-        materialise(base, tmp_path / "cache", SAID.append)
+    with pytest.raises(BaseCheckpointError, match="changed since"):
+        ensure_hf_directory(base, tmp_path / "cache", SAID.append)
 
 
 def test_a_base_that_was_recorded_with_fewer_fingerprints_is_still_the_same(tmp_path: Path) -> None:
     base = resolve(str(write_model(tmp_path / "m")), Settings())
     old = Fingerprint(architecture=base.fingerprint.architecture, sample=base.fingerprint.sample)
-    assert materialise(base.model_copy(update={"fingerprint": old}), tmp_path / "cache", SAID.append) == base.path
+    assert (
+        ensure_hf_directory(base.model_copy(update={"fingerprint": old}), tmp_path / "cache", SAID.append) == base.path
+    )
 
 
 def test_a_conversion_is_kept_and_found_by_content(tmp_path: Path) -> None:
     said: list[str] = []
     base = toy(tmp_path / "a.gguf")
-    first = materialise(base, tmp_path / "cache", said.append)
+    first = ensure_hf_directory(base, tmp_path / "cache", said.append)
     assert {name: info.shape for name, info in read_header(first / "model.safetensors").tensors.items()} == SHAPES
-    assert materialise(toy(tmp_path / "moved.gguf"), tmp_path / "cache", said.append) == first
+    assert ensure_hf_directory(toy(tmp_path / "moved.gguf"), tmp_path / "cache", said.append) == first
     assert len(said) == 1
     assert fingerprint(first).architecture == base.fingerprint.architecture
 
@@ -73,7 +76,7 @@ def test_what_a_killed_conversion_left_behind_is_removed_by_the_next(tmp_path: P
     leftover = tmp_path / "cache" / ".converting-dead"
     leftover.mkdir(parents=True)
     (leftover / "model.safetensors").write_bytes(b"half")
-    materialise(toy(tmp_path / "a.gguf"), tmp_path / "cache", SAID.append)
+    ensure_hf_directory(toy(tmp_path / "a.gguf"), tmp_path / "cache", SAID.append)
     assert not leftover.exists()
 
 
@@ -84,7 +87,7 @@ def test_a_failed_conversion_leaves_nothing_visible(tmp_path: Path, monkeypatch:
     base = toy(tmp_path / "a.gguf")
     monkeypatch.setattr(convert, "_write_weights", fail)
     with pytest.raises(OSError, match="No space"):
-        materialise(base, tmp_path / "cache", SAID.append)
+        ensure_hf_directory(base, tmp_path / "cache", SAID.append)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
@@ -92,15 +95,16 @@ def test_a_full_disk_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest
     usage = namedtuple("usage", "total used free")  # noqa: PYI024 - as shutil has it
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: usage(100, 93, 7))
     with pytest.raises(StorageError, match=r"needs \d+ bytes in .*cache, where 7 are free"):
-        materialise(toy(tmp_path / "a.gguf"), tmp_path / "cache", SAID.append)
+        ensure_hf_directory(toy(tmp_path / "a.gguf"), tmp_path / "cache", SAID.append)
 
 
 def test_concurrent_conversions_agree(tmp_path: Path) -> None:
     toy(tmp_path / "a.gguf")
     code = (
-        "import sys, pathlib\nfrom peft_core.bases import resolve\nfrom peft_core.bases.convert import materialise\n"
+        "import sys, pathlib\nfrom peft_core.base_models.resolve import resolve\n"
+        "from peft_core.modeling.convert import ensure_hf_directory\n"
         "from peft_core.config import Settings\n"
-        "print(materialise(resolve(sys.argv[1], Settings()), pathlib.Path(sys.argv[2]), lambda _: None))"
+        "print(ensure_hf_directory(resolve(sys.argv[1], Settings()), pathlib.Path(sys.argv[2]), lambda _: None))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "a.gguf"), str(tmp_path / "cache")]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -111,8 +115,8 @@ def test_concurrent_conversions_agree(tmp_path: Path) -> None:
 
 def test_a_tensor_that_the_model_does_not_have_is_named(tmp_path: Path) -> None:
     base = toy(tmp_path / "a.gguf", {**GGUF_SHAPES, "blk.0.attn_k_norm.weight": (8,)})
-    with pytest.raises(BaseModelError, match=r"model\.layers\.0\.self_attn\.k_norm\.weight"):
-        materialise(base, tmp_path / "cache", SAID.append)
+    with pytest.raises(BaseCheckpointError, match=r"model\.layers\.0\.self_attn\.k_norm\.weight"):
+        ensure_hf_directory(base, tmp_path / "cache", SAID.append)
 
 
 def test_llama_3_s_rotary_scaling_is_recovered_from_its_factors(tmp_path: Path) -> None:
@@ -130,7 +134,7 @@ def test_llama_3_s_rotary_scaling_is_recovered_from_its_factors(tmp_path: Path) 
     assert read_gguf_model(path).config["rope_parameters"] == scaling
     factors[20] *= 1.01
     path.write_bytes(_with_factors(metadata, factors))
-    with pytest.raises(BaseModelError, match="not those of Llama 3"):
+    with pytest.raises(BaseCheckpointError, match="not those of Llama 3"):
         read_gguf_model(path)
 
 
@@ -148,7 +152,7 @@ def bundled() -> Base:
 
 @pytest.fixture(scope="session")
 def converted(bundled: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return materialise(bundled, tmp_path_factory.mktemp("base_models"), SAID.append)
+    return ensure_hf_directory(bundled, tmp_path_factory.mktemp("base_models"), SAID.append)
 
 
 @pytest.mark.model

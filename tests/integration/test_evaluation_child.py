@@ -13,20 +13,19 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from peft_core.bases.resolve import resolve
-from peft_core.compute.stop import Stop
-from peft_core.compute.tokenizer import load_tokenizer
+from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
-from peft_core.data.overlap import FILE_NAME, TrainedOn
-from peft_core.events import EVENT, DatasetPrepared, Evaluated, Event, JobFailed
-from peft_core.example import Example, Segment
-from peft_core.measurements import Benefit
-from peft_core.spec import EvaluatedAdapter, TrainingConfig
-from peft_core.task import TrainingTask
-from peft_core.training.completions import choose_prompts, write
-from peft_core.training.evaluate import held_out_loss
-from peft_core.training.held_out import mean_loss, measure, trials_of
-from peft_core.training.objective import choose_objective
+from peft_core.data.leakage import FILE_NAME, TrainingFingerprint
+from peft_core.evaluation.worker.completions import choose_prompts, write
+from peft_core.evaluation.worker.scoring import held_out_examples_of, held_out_loss, mean_loss, measure
+from peft_core.modeling.objective import probe_fast_paths
+from peft_core.modeling.tokenizer import load_tokenizer
+from peft_core.schemas.dataset import Example, Segment
+from peft_core.schemas.evaluation import Verdict
+from peft_core.schemas.events import EVENT, DatasetPrepared, Evaluated, Event, JobFailed
+from peft_core.schemas.task import TrainingTask
+from peft_core.schemas.training import EvaluatedAdapter, TrainingConfig
+from peft_core.system.cancellation import StopFlag
 from tests.toys import toy_model, write_toy_adapter, write_toy_base
 
 
@@ -75,7 +74,7 @@ def test_any_adapter_is_measured_against_its_base(tmp_path: Path, toy_base: Path
     assert isinstance(last, Evaluated)
     found = last.evaluation
     assert found.loss.change != 0
-    assert found.verdict in set(Benefit)
+    assert found.verdict in set(Verdict)
     assert (found.resampled, found.files, found.examples, found.seen_in_training) == ("files", 12, 12, None)
     assert found.lines == 36  # all but each first one
     assert found.general_tokens > 1000
@@ -84,7 +83,7 @@ def test_any_adapter_is_measured_against_its_base(tmp_path: Path, toy_base: Path
 
 def test_what_the_adapter_was_trained_on_is_left_out_and_nothing_else(tmp_path: Path, toy_base: Path) -> None:
     adapter = write_toy_adapter(tmp_path / "adapter", toy_base, seed=1)
-    (adapter / FILE_NAME).write_bytes(TrainedOn.of([code(n) for n in range(3)]).to_bytes())
+    (adapter / FILE_NAME).write_bytes(TrainingFingerprint.of([code(n) for n in range(3)]).to_bytes())
     exit_code, events, err = run_child(make_task(tmp_path, toy_base, adapter))
     assert exit_code == 0, err
     (prepared,) = [event for event in events if isinstance(event, DatasetPrepared)]
@@ -96,7 +95,7 @@ def test_what_the_adapter_was_trained_on_is_left_out_and_nothing_else(tmp_path: 
 
 def test_data_that_was_all_trained_on_is_refused_with_the_overlap(tmp_path: Path, toy_base: Path) -> None:
     adapter = write_toy_adapter(tmp_path / "adapter", toy_base, seed=1)
-    (adapter / FILE_NAME).write_bytes(TrainedOn.of([code(n) for n in range(12)]).to_bytes())
+    (adapter / FILE_NAME).write_bytes(TrainingFingerprint.of([code(n) for n in range(12)]).to_bytes())
     exit_code, events, _ = run_child(make_task(tmp_path, toy_base, adapter))
     assert exit_code == 1
     failed = events[-1]
@@ -124,15 +123,15 @@ def test_what_lies_out_of_the_roots_when_the_job_begins_is_not_read(
 def test_scores_of_examples_sum_up_to_the_loss_and_greedy_lines_are_counted(toy_base: Path) -> None:
     tokenizer = load_tokenizer(toy_base)
     model = toy_model()
-    objective = choose_objective(model, 256)
+    objective = probe_fast_paths(model, 256)
     examples = [
         Example(segments=(Segment(text=code(n)),), path=f"m{n}.py", language="python", kind="function")
         for n in range(5)
     ]
-    trials = trials_of(examples, tokenizer, 256)
+    trials = held_out_examples_of(examples, tokenizer, 256)
     accelerator = Accelerator(cpu=True)
-    scores = measure(objective, trials, tokenizer, accelerator, Stop())
-    whole = held_out_loss(objective, [trial.document for trial in trials], accelerator, Stop())
+    scores = measure(objective, trials, tokenizer, accelerator, StopFlag())
+    whole = held_out_loss(objective, [trial.document for trial in trials], accelerator, StopFlag())
     assert mean_loss(trials, scores) == pytest.approx(whole, rel=1e-5)
     assert {len(trial.lines) for trial in trials} == {3}
     assert [score.lines for score in scores] == [0] * 5  # an untrained model writes none
@@ -145,11 +144,11 @@ def test_what_is_written_in_a_batch_is_what_is_written_alone(toy_base: Path, mon
         Example(segments=(Segment(text=code(n) * (1 + n % 2)),), path=f"m{n}.py", language="python", kind="function")
         for n in range(6)
     ]
-    prompts = choose_prompts(trials_of(examples, tokenizer, 256), 6, 10_000, 0, tokenizer)
+    prompts = choose_prompts(held_out_examples_of(examples, tokenizer, 256), 6, 10_000, 0, tokenizer)
     assert len(prompts) == 6
-    together = write(model, prompts, tokenizer, Stop())
+    together = write(model, prompts, tokenizer, StopFlag())
     with torch.no_grad():
-        alone = [write(model, [prompt], tokenizer, Stop())[0] for prompt in prompts]
+        alone = [write(model, [prompt], tokenizer, StopFlag())[0] for prompt in prompts]
     assert together == alone
 
     generate = model.generate
@@ -160,8 +159,8 @@ def test_what_is_written_in_a_batch_is_what_is_written_alone(toy_base: Path, mon
         return generate(input_ids=input_ids, **others)
 
     monkeypatch.setattr(model, "generate", in_little_memory)
-    assert write(model, prompts, tokenizer, Stop()) == alone
+    assert write(model, prompts, tokenizer, StopFlag()) == alone
     monkeypatch.setattr(model, "generate", lambda **_: in_little_memory(torch.zeros(3, 1)))
     with pytest.raises(torch.OutOfMemoryError):
-        write(model, prompts, tokenizer, Stop())
-    assert choose_prompts(trials_of(examples, tokenizer, 256), 6, 100, 0, tokenizer) == []
+        write(model, prompts, tokenizer, StopFlag())
+    assert choose_prompts(held_out_examples_of(examples, tokenizer, 256), 6, 100, 0, tokenizer) == []

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from peft_core.bases.resolve import resolve
+from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
-from peft_core.events import DatasetPrepared
-from peft_core.spec import Mixture, TrainingConfig
-from peft_core.task import TrainingTask
+from peft_core.schemas.events import DatasetPrepared
+from peft_core.schemas.task import TrainingTask
+from peft_core.schemas.training import TaskMixture, TrainingConfig
 from tests.integration.test_training_child import TOY, run_to_the_end
 from tests.toys import write_toy_base
-from tests.unit.test_data_prepare import repository
+from tests.unit.data.test_prepare import repository
 
 
 def test_a_base_with_marks_is_trained_on_gaps(tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_a_base_with_marks_is_trained_on_gaps(tmp_path: Path) -> None:
         project_id="gaps",
         source=repository(tmp_path / "code", files=6, functions=8),
         source_kind="repository",
-        config=TrainingConfig(device="cpu", allow_little_data=True, mixture=Mixture(fill_in_the_middle=1), **TOY),
+        config=TrainingConfig(device="cpu", allow_little_data=True, mixture=TaskMixture(fill_in_the_middle=1), **TOY),
         base=resolve(str(base), Settings()),
         job_dir=tmp_path / "job",
         base_models_dir=tmp_path / "base_models",

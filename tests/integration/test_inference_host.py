@@ -17,12 +17,11 @@ import pytest
 from anyio.abc import Process
 
 from peft_core.config import Settings
-from peft_core.errors import AdapterNotLoaded, InferenceError, ModelError
-from peft_core.inference.client import InferenceHost
-from peft_core.inference.process import HOST
-from peft_core.inference.protocol import FROM_HOST, Ask, Failed, HostConfig, Load, Progress, Unload
+from peft_core.errors import AdapterNotLoaded, InferenceError, PeftMcpError
+from peft_core.inference.client import HOST, InferenceClient
+from peft_core.inference.protocol import FROM_HOST, ErrorResponse, HostConfig, Load, Progress, Request, Unload
 from peft_core.manager import PEFTManager
-from peft_core.results import UnloadedAdapter
+from peft_core.schemas.results import UnloadedAdapter
 from tests.factories import make_base
 from tests.toys import write_toy_adapter, write_toy_base
 
@@ -188,9 +187,9 @@ async def test_a_host_that_was_idle_for_long_ends_and_a_fresh_one_is_started_whe
 async def test_a_call_that_finds_the_host_just_gone_to_sleep_wakes_another(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peft_core.inference.process.HOST", [sys.executable, str(SCRIPTED)])
+    monkeypatch.setattr("peft_core.inference.client.HOST", [sys.executable, str(SCRIPTED)])
     config = HostConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=1)
-    host = InferenceHost(config, data_dir / "host.log")
+    host = InferenceClient(config, data_dir / "host.log")
     pids = []
     request = Load(adapter_path=data_dir, base=make_base())
     for number in (1, 3, 5):  # 2 and 4 were asked of hosts that ended
@@ -202,15 +201,15 @@ async def test_a_call_that_finds_the_host_just_gone_to_sleep_wakes_another(
 
 
 @pytest.fixture
-async def scripted(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[InferenceHost]:
-    monkeypatch.setattr("peft_core.inference.process.HOST", [sys.executable, str(SCRIPTED)])
+async def scripted(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[InferenceClient]:
+    monkeypatch.setattr("peft_core.inference.client.HOST", [sys.executable, str(SCRIPTED)])
     config = HostConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=1)
-    host = InferenceHost(config, data_dir / "host.log")
+    host = InferenceClient(config, data_dir / "host.log")
     yield host
     await host.aclose()
 
 
-async def give_up(host: InferenceHost, adapter: Path) -> int:
+async def abandon(host: InferenceClient, adapter: Path) -> int:
     """Cancel a load that has begun; the pid of the host that is busy with it."""
     with anyio.CancelScope() as scope:
 
@@ -225,11 +224,11 @@ async def give_up(host: InferenceHost, adapter: Path) -> int:
 
 
 async def test_a_host_that_does_not_come_back_from_a_cancelled_call_is_ended_and_told_of(
-    scripted: InferenceHost, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+    scripted: InferenceClient, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peft_core.inference.process.LOAD_PATIENCE_S", 0.2)
+    monkeypatch.setattr("peft_core.inference.client.LOAD_PATIENCE_S", 0.2)
     with anyio.fail_after(60):
-        stubborn = await give_up(scripted, data_dir / "endless")
+        stubborn = await abandon(scripted, data_dir / "endless")
         assert scripted.is_still_loading(data_dir / "endless")
         with pytest.raises(AdapterNotLoaded, match=r"0\.2 s after a call was cancelled \(load\) it was still busy"):
             await scripted.ask(Unload(), UnloadedAdapter)
@@ -237,7 +236,7 @@ async def test_a_host_that_does_not_come_back_from_a_cancelled_call_is_ended_and
         assert not scripted.is_still_loading(data_dir / "endless")
         with pytest.raises(ProcessLookupError):
             os.kill(stubborn, 0)
-        stubborn = await give_up(scripted, data_dir / "endless")
+        stubborn = await abandon(scripted, data_dir / "endless")
         heard: list[str] = []
 
         async def hear(_done: float, _total: float | None, message: str) -> None:
@@ -249,25 +248,25 @@ async def test_a_host_that_does_not_come_back_from_a_cancelled_call_is_ended_and
 
 
 async def test_a_host_that_dies_of_a_cancelled_call_is_replaced_by_the_next(
-    scripted: InferenceHost, data_dir: Path
+    scripted: InferenceClient, data_dir: Path
 ) -> None:
     with anyio.fail_after(60):
-        doomed = await give_up(scripted, data_dir / "doomed")
+        doomed = await abandon(scripted, data_dir / "doomed")
         await scripted.ask(Load(adapter_path=data_dir, base=make_base()), UnloadedAdapter)
     assert scripted.pid != doomed
 
 
 async def test_a_host_whose_line_does_not_end_is_ended(
-    scripted: InferenceHost, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+    scripted: InferenceClient, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peft_core.inference.process.MAX_LINE", 10)
+    monkeypatch.setattr("peft_core.inference.client.MAX_LINE", 10)
     with anyio.fail_after(60), pytest.raises(InferenceError, match="killed by SIGKILL"):
         await scripted.ask(Load(adapter_path=data_dir / "babbling", base=make_base()), UnloadedAdapter)
     assert scripted.pid is None
 
 
 async def test_a_manager_that_is_closed_while_a_host_starts_leaves_none_behind(
-    scripted: InferenceHost, data_dir: Path
+    scripted: InferenceClient, data_dir: Path
 ) -> None:
     before = set(psutil.Process().children())
 
@@ -283,7 +282,9 @@ def test_a_host_that_is_told_nonsense_answers_the_next_request(data_dir: Path) -
     config = HostConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=60)
     command = [*HOST, config.model_dump_json()]
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii:strict"}
-    request = Ask(id=7, request=Load(adapter_path=data_dir / "nichts-für-ungut", base=make_base())).model_dump_json()
+    request = Request(
+        id=7, request=Load(adapter_path=data_dir / "nichts-für-ungut", base=make_base())
+    ).model_dump_json()
     told = b"\xff\xfe not utf-8\n" + b"[" * 100_000 + b"\n" + request.encode() + b"\n"
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as host:
         assert host.stdin is not None
@@ -294,7 +295,7 @@ def test_a_host_that_is_told_nonsense_answers_the_next_request(data_dir: Path) -
             pass
         host.stdin.close()
         assert host.wait(timeout=30) == 0
-    assert isinstance(reply, Failed)
+    assert isinstance(reply, ErrorResponse)
     assert reply.id == 7
 
 
@@ -387,7 +388,7 @@ async def test_a_path_that_is_no_adapter_starts_nothing(
     manager: PEFTManager, adapters: list[str], base: str, path: str
 ) -> None:
     wrong = f"{adapters[0]}/adapter_model.safetensors" if path == "file" else "/no/such/adapter"
-    with pytest.raises(ModelError, match="is a file" if path == "file" else "No adapter at"):
+    with pytest.raises(PeftMcpError, match="is a file" if path == "file" else "No adapter at"):
         await manager.load_adapter(wrong, base)
     assert manager._inference._host.pid is None
 
@@ -396,7 +397,7 @@ def test_a_host_whose_torch_is_broken_says_so_with_its_last_words(data_dir: Path
     (tmp_path / "torch.py").write_text("raise ImportError('libtorch_cpu.so: cannot open shared object file')\n")
     config = HostConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=60)
     with subprocess.Popen(
-        [sys.executable, "-m", "peft_core.inference.host", config.model_dump_json()],
+        [sys.executable, "-m", "peft_core.inference.worker", config.model_dump_json()],
         stdin=subprocess.PIPE,  # open to the end: without its client a host ends well
         stderr=subprocess.PIPE,
         text=True,
@@ -411,8 +412,10 @@ def test_a_host_whose_torch_is_broken_says_so_with_its_last_words(data_dir: Path
 async def test_closing_while_a_call_waits_for_one_that_was_given_up_is_told_to_it(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peft_core.inference.process.HOST", [sys.executable, str(SCRIPTED)])
-    host = InferenceHost(HostConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=1), data_dir / "host.log")
+    monkeypatch.setattr("peft_core.inference.client.HOST", [sys.executable, str(SCRIPTED)])
+    host = InferenceClient(
+        HostConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=1), data_dir / "host.log"
+    )
     with anyio.CancelScope() as scope:
 
         async def leave(_done: float, _total: float | None, message: str) -> None:

@@ -21,10 +21,18 @@ import torch
 from safetensors.torch import load_file
 
 from peft_core import PEFTManager, Settings
-from peft_core.events import EVENT, CheckpointSaved, Event, HeldOutMeasured, JobFailed, PhaseStarted, StepCompleted
 from peft_core.paths import DataPaths
-from peft_core.results import Status
-from peft_core.task import TrainingTask
+from peft_core.schemas.events import (
+    EVENT,
+    CheckpointSaved,
+    Event,
+    HeldOutMeasured,
+    JobFailed,
+    PhaseStarted,
+    StepCompleted,
+)
+from peft_core.schemas.results import Status
+from peft_core.schemas.task import TrainingTask
 from tests.integration.test_training_child import ENDLESS, TOY, make_task, read_until, run_to_the_end
 from tests.toys import write_toy_base
 

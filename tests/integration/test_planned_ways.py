@@ -11,20 +11,21 @@ import torch
 from peft import PeftModel
 from torch.autograd.graph import saved_tensors_hooks
 
-from peft_core.bases import resolve
-from peft_core.bases.convert import materialise
-from peft_core.compute.base import load_base
-from peft_core.compute.device import Machine, choose
-from peft_core.compute.frozen import FrozenLinear, load_frozen
+from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
-from peft_core.estimate import FUSED, MAPPED, kept_bytes, lora_parameters
-from peft_core.spec import Base, Execution, TrainingConfig
-from peft_core.training import attention, lora
-from peft_core.training.batches import join
-from peft_core.training.fused import Fused, fuse
-from peft_core.training.load import load_planned
-from peft_core.training.objective import Objective, choose_objective
-from peft_core.training.saved_tensors import SavedTensors
+from peft_core.modeling import attention
+from peft_core.modeling.activation_arena import ActivationArena
+from peft_core.modeling.batches import join
+from peft_core.modeling.convert import ensure_hf_directory
+from peft_core.modeling.device import Machine, choose
+from peft_core.modeling.fused_blocks import FusionStats, fuse
+from peft_core.modeling.load import FrozenLinear, load_base, load_frozen, load_planned
+from peft_core.modeling.objective import Objective, probe_fast_paths
+from peft_core.planning.cost_model import FUSED, MAPPED, activation_bytes, lora_parameters
+from peft_core.schemas.base_model import Base
+from peft_core.schemas.task import ComputePlan
+from peft_core.schemas.training import TrainingConfig
+from peft_core.training import lora
 from tests.toys import toy_documents, write_toy_base
 
 CONFIG = TrainingConfig(rank=4)
@@ -42,7 +43,7 @@ def adapted(base: Base, *, in_bfloat16: bool, config: TrainingConfig = CONFIG) -
     """With an adapter of random weights: B is zero at first, which would hide half of the gradient."""
     model = load_frozen(base, base.path, in_bfloat16=True) if in_bfloat16 else load_base(base.path, torch.float32)
     assert model is not None
-    objective = choose_objective(model, max_length=512)
+    objective = probe_fast_paths(model, max_length=512)
     with_adapter = lora.attach(model, config, "toy")
     torch.manual_seed(1)
     for weight in lora.weights(with_adapter).values():
@@ -76,7 +77,7 @@ def test_of_a_fused_family_every_block_is_fused_and_keeps_what_the_plan_says(
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = objective.loss(batch)
     loss.backward()
-    planned = base.shape.layers * batch.tokens * kept_bytes(CONFIG, base, "cpu", narrow=in_bfloat16)
+    planned = base.shape.layers * batch.tokens * activation_bytes(CONFIG, base, "cpu", narrow=in_bfloat16)
     beside_layers = batch.tokens * 4 * 3 * base.shape.hidden_size  # the last norm, and the hidden states of the head
     assert sum(kept.values()) == pytest.approx(planned + beside_layers, rel=0.15)
 
@@ -89,7 +90,7 @@ def test_where_saved_tensors_lie_changes_no_bit_of_loss_and_gradient(
     base = resolve(str(write_toy_base(tmp_path / "base", family)), Settings())
     model, objective = adapted(base, in_bfloat16=in_bfloat16)
     weights = list(lora.weights(model).values())
-    saved = SavedTensors(model)
+    saved = ActivationArena(model)
     for lengths in ((70, 40, 9), (5,), (96, 90)):  # each takes the room of the one before
         batch = join(toy_documents(lengths), torch.device("cpu"))
         in_heap = objective.loss(batch)
@@ -125,12 +126,12 @@ def test_a_block_that_is_not_fused_in_bfloat16_keeps_its_weights_where_they_were
     base = resolve(str(write_toy_base(tmp_path / "base", dtype=torch.bfloat16)), Settings())
     model = load_frozen(base, base.path, in_bfloat16=True)
     assert model is not None
-    choose_objective(model, max_length=512)
+    probe_fast_paths(model, max_length=512)
     layer = model.get_submodule("model.layers.1")
     layer.self_attn.register_forward_hook(lambda _module, _inputs, out: (out[0] * 1.5, out[1]))
     file = layer.self_attn.k_proj.stored.blocks.untyped_storage().data_ptr()
     fused = fuse(lora.attach(model, TrainingConfig(rank=4, target_modules=["q_proj", "gate_proj"]), "toy"))
-    assert fused == Fused(blocks=1, linears=2)
+    assert fused == FusionStats(blocks=1, linears=2)
     assert layer.self_attn.k_proj.stored.blocks.untyped_storage().data_ptr() == file
     query = layer.self_attn.q_proj.base_layer.stored
     assert (
@@ -159,13 +160,13 @@ def test_on_an_accelerator_a_base_is_loaded_in_its_formats_whatever_was_planned(
     """The loading is done by the CPU, for whichever device."""
     base = resolve(str(write_toy_base(tmp_path / "base", family)), Settings())
     gpu, old_gpu = (choose("cuda", Machine(cuda=True, cuda_bfloat16=there)) for there in (True, False))
-    model, way = load_planned(base, base.path, Execution(weights="file"), gpu)
-    assert way == Execution(weights="bfloat16")
+    model, way = load_planned(base, base.path, ComputePlan(weights="file"), gpu)
+    assert way == ComputePlan(weights="bfloat16")
     known = family in MAPPED
     assert model.dtype == (torch.float32 if known else torch.bfloat16)
     assert isinstance(model.get_output_embeddings(), FrozenLinear) == known
-    model, way = load_planned(base, base.path, Execution(weights="bfloat16"), old_gpu)
-    assert way == Execution(weights="float32")
+    model, way = load_planned(base, base.path, ComputePlan(weights="bfloat16"), old_gpu)
+    assert way == ComputePlan(weights="float32")
     assert model.dtype == torch.float32
 
 
@@ -176,7 +177,7 @@ def test_rounding_to_16_bits_is_told_from_documents_that_see_each_other(
 ) -> None:
     """As on an accelerator, whose attention for many documents is another kernel than that for one."""
     base = resolve(None, Settings(data_dir=tmp_path))
-    directory = materialise(base, tmp_path, lambda _: None)
+    directory = ensure_hf_directory(base, tmp_path, lambda _: None)
     calls = count()
 
     def attend(
@@ -191,7 +192,7 @@ def test_rounding_to_16_bits_is_told_from_documents_that_see_each_other(
     monkeypatch.setattr(attention, "fixed_shapes", lambda _device: 256)  # takes the way of one product with a mask
     for model in (load_frozen(base, directory, in_bfloat16=True), load_base(directory, torch.bfloat16)):
         assert model is not None
-        objective = choose_objective(model, max_length=512)
+        objective = probe_fast_paths(model, max_length=512)
         assert objective.packed == (leak == "none")
         assert objective.head is not None
     assert next(calls) > 0

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from peft_core.proof.curve import curve_of
-from peft_core.proof.report import render
+from peft_core.evaluation.loss_curve import curve_of
+from peft_core.evaluation.report import render
 from tests.factories import make_evaluation
-from tests.unit.test_proof_report import EVENTS, HOSTILE
+from tests.unit.evaluation.test_report import EVENTS, HOSTILE
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
@@ -45,18 +45,18 @@ def opened(browser: Browser, report: Path, *, dark: bool = False, width: int = 1
         offline=True, color_scheme="dark" if dark else "light", viewport={"width": width, "height": 900}
     )
     page = context.new_page()
-    trouble: list[str] = []
-    page.on("console", lambda message: trouble.append(message.text))
-    page.on("pageerror", lambda error: trouble.append(str(error)))
-    page.on("dialog", lambda dialog: trouble.append(f"a dialog: {dialog.message}"))
-    page.on("request", lambda request: trouble.append(request.url) if request.url != report.as_uri() else None)
+    rejection_reason: list[str] = []
+    page.on("console", lambda message: rejection_reason.append(message.text))
+    page.on("pageerror", lambda error: rejection_reason.append(str(error)))
+    page.on("dialog", lambda dialog: rejection_reason.append(f"a dialog: {dialog.message}"))
+    page.on("request", lambda request: rejection_reason.append(request.url) if request.url != report.as_uri() else None)
     page.goto(report.as_uri())
-    return page, trouble
+    return page, rejection_reason
 
 
 def test_it_opens_offline_and_asks_for_nothing(browser: Browser, report: Path) -> None:
-    page, trouble = opened(browser, report)
-    assert trouble == []
+    page, rejection_reason = opened(browser, report)
+    assert rejection_reason == []
     assert page.locator("h1").inner_text() == "The adapter helps"
     assert page.locator("script, img").count() == 0
 

@@ -16,18 +16,18 @@ import pytest
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
 from peft_core.errors import StorageError
-from peft_core.events import JobInterrupted, JobResumed, JobStarted, RunPlanned, StepCompleted
-from peft_core.jobs import tending
-from peft_core.jobs.model import Job
+from peft_core.jobs import supervisor as tending
 from peft_core.jobs.recovery import recover
 from peft_core.jobs.runner import problem_of
 from peft_core.jobs.service import JobService
+from peft_core.jobs.state import Job
 from peft_core.jobs.store import Store
-from peft_core.lock import FileLock
 from peft_core.paths import DataPaths
-from peft_core.results import Status
-from peft_core.spec import EvaluatedAdapter, TrainingConfig
-from peft_core.task import TrainingTask
+from peft_core.schemas.events import JobInterrupted, JobResumed, JobStarted, RunPlanned, StepCompleted
+from peft_core.schemas.results import Status
+from peft_core.schemas.task import TrainingTask
+from peft_core.schemas.training import EvaluatedAdapter, TrainingConfig
+from peft_core.system.lock import FileLock
 from tests.factories import make_evaluation, make_job
 from tests.integration.scripted_child import step_completed
 from tests.model_files import write_model

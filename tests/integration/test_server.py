@@ -16,10 +16,10 @@ import pytest
 from mcp.client import Client
 from mcp.shared.exceptions import MCPError
 
-from peft_core.bases import resolve
+from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
-from peft_core.jobs.data_report import TrainingDataReport
 from peft_core.manager import PEFTManager
+from peft_core.schemas.results import TrainingDataReport
 from server.app import build_server
 from tests.clients import stdio_server, text_of
 from tests.factories import make_base, record_base
@@ -408,11 +408,11 @@ def test_the_server_imports_nothing_heavy() -> None:
     script = """
 import sys
 from server.app import build_server
-from peft_core.bases import resolve
+from peft_core.base_models import resolve
 from peft_core.config import Settings
 from peft_core.manager import PEFTManager
-from peft_core.jobs.data_report import TrainingDataReport
-import peft_core.jobs.planning
+from peft_core.schemas.results import TrainingDataReport
+import peft_core.planning.planner
 build_server(Settings())
 heavy = {"torch", "transformers", "peft", "accelerate", "numpy", "tree_sitter", "detect_secrets", "huggingface_hub"}
 heavy |= {"structlog"}  # light, but 0.1 s

@@ -26,11 +26,11 @@ from transformers import AutoModelForCausalLM
 
 from peft_core.adapters.manifest import read_manifest, sha256_of
 from peft_core.adapters.verify import verify
-from peft_core.bases.resolve import resolve
-from peft_core.compute import process
-from peft_core.compute.stop import Stop
+from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
-from peft_core.events import (
+from peft_core.modeling import memory as process
+from peft_core.modeling.activation_arena import ActivationArena
+from peft_core.schemas.events import (
     EVENT,
     AdapterWritten,
     CheckpointSaved,
@@ -42,11 +42,11 @@ from peft_core.events import (
     RunPlanned,
     StepCompleted,
 )
-from peft_core.results import Phase
-from peft_core.spec import Execution, TrainingConfig
-from peft_core.task import TrainingTask
-from peft_core.training import engine
-from peft_core.training.saved_tensors import SavedTensors
+from peft_core.schemas.results import Phase
+from peft_core.schemas.task import ComputePlan, TrainingTask
+from peft_core.schemas.training import TrainingConfig
+from peft_core.system.cancellation import StopFlag
+from peft_core.training import run as engine
 from tests.toys import write_toy_base
 
 TOY = {"rank": 4, "batch_size": 2, "max_steps": 6, "max_length": 256}
@@ -123,7 +123,7 @@ def run_to_the_end(task: TrainingTask | str, **environment: str) -> tuple[int, l
         return process.returncode, [EVENT.validate_json(line) for line in out.splitlines()], err
 
 
-def losses(directory: Path, base: Path, execution: Execution, **config: Any) -> tuple[list[float], str]:
+def losses(directory: Path, base: Path, execution: ComputePlan, **config: Any) -> tuple[list[float], str]:
     """(every loss of a run, its log)."""
     directory.mkdir()
     task = make_task(directory, str(base), **TOY, **config)
@@ -136,17 +136,17 @@ def losses(directory: Path, base: Path, execution: Execution, **config: Any) -> 
 def test_weights_that_stay_in_their_file_and_layers_computed_twice_give_the_same_run_to_the_bit(
     tmp_path: Path, toy_base: Path, dropout: float
 ) -> None:
-    plain, log = losses(tmp_path / "memory", toy_base, Execution(), dropout=dropout)
+    plain, log = losses(tmp_path / "memory", toy_base, ComputePlan(), dropout=dropout)
     assert "base_mapped" not in log
-    leanest = Execution(weights="file", recompute_layers=True)
+    leanest = ComputePlan(weights="file", recompute_layers=True)
     lean, log = losses(tmp_path / "file", toy_base, leanest, dropout=dropout)
     assert "base_mapped" in log
     assert lean == plain
 
 
 def test_products_in_bfloat16_give_nearly_the_same_run(tmp_path: Path, toy_base: Path) -> None:
-    plain, _ = losses(tmp_path / "float32", toy_base, Execution())
-    rounded, log = losses(tmp_path / "bfloat16", toy_base, Execution(weights="bfloat16"))
+    plain, _ = losses(tmp_path / "float32", toy_base, ComputePlan())
+    rounded, log = losses(tmp_path / "bfloat16", toy_base, ComputePlan(weights="bfloat16"))
     assert "base_mapped" in log
     assert rounded == pytest.approx(plain, rel=0.01)
     assert rounded != plain
@@ -160,11 +160,11 @@ def test_the_room_for_saved_tensors_is_there_while_blocks_in_bfloat16_train_and_
 
     def emit(event: Event) -> None:
         if isinstance(event, StepCompleted | PhaseStarted):
-            rooms = [thing for thing in gc.get_objects() if type(thing) is SavedTensors]
+            rooms = [thing for thing in gc.get_objects() if type(thing) is ActivationArena]
             found[event.kind if isinstance(event, StepCompleted) else event.phase] = len(rooms)
 
     task = make_task(tmp_path, str(toy_base), **TOY)
-    engine.run(task.model_copy(update={"execution": Execution(weights=weights)}), emit, Stop())
+    engine.run(task.model_copy(update={"execution": ComputePlan(weights=weights)}), emit, StopFlag())
     assert found["step_completed"] == there
     assert found[Phase.EVALUATING_ADAPTER] == 0
 
@@ -177,10 +177,10 @@ def test_memory_is_spared_from_the_start_and_throughout_where_layers_are_compute
     map_from = process._map_from
     monkeypatch.setattr(process, "_map_from", lambda size: (sizes.append(size), map_from(size)))
     task = make_task(tmp_path, str(toy_base), **TOY)
-    way = Execution(weights="file", recompute_layers=recompute)
-    engine.run(task.model_copy(update={"execution": way}), lambda _event: None, Stop())
+    way = ComputePlan(weights="file", recompute_layers=recompute)
+    engine.run(task.model_copy(update={"execution": way}), lambda _event: None, StopFlag())
     assert set(sizes) == {process._SPARING_BYTES if recompute else process._KEPT_BYTES}
-    process.keep_freed_memory()  # as the other tests have it
+    process.set_malloc_keep()  # as the other tests have it
 
 
 def read_until(process: subprocess.Popen[str], kind: type[Event]) -> list[Event]:
@@ -379,7 +379,7 @@ from importlib.util import find_spec
 
 class Finder(MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name != "peft_core.training.objective" or os.environ.get("RANK", "0") != "0":
+        if name != "peft_core.modeling.objective" or os.environ.get("RANK", "0") != "0":
             return None
         sys.meta_path.remove(self)
         spec = find_spec(name)

@@ -12,9 +12,9 @@ import runpy
 import sys
 from pathlib import Path
 
-from peft_core.compute.stop import EXIT_CODE, Stop, Stopped, stop_on_signals, stop_without_parent
-from peft_core.compute.wire import claim_stdout, line_writer
-from peft_core.task import TrainingTask
+from peft_core.schemas.task import TrainingTask
+from peft_core.system.cancellation import EXIT_CODE, Cancelled, StopFlag, stop_on_signals, stop_without_parent
+from peft_core.system.child_process import line_writer, redirect_stdout
 
 
 def main() -> int:
@@ -23,13 +23,13 @@ def main() -> int:
         return 0  # never reached: it exits
     from tests.survival import small_job  # noqa: PLC0415 -- here, so that its functions can be points
 
-    stop = Stop()
-    emit = line_writer(claim_stdout(), closed=stop.request)
+    stop = StopFlag()
+    emit = line_writer(redirect_stdout(), closed=stop.request)
     stop_on_signals(stop)
     stop_without_parent(stop, int(os.environ["PEFT_MCP_PARENT"]))
     try:
         small_job.run(TrainingTask.model_validate_json(Path(sys.argv[1]).read_text()), emit, stop)
-    except Stopped:
+    except Cancelled:
         return EXIT_CODE
     return 0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_core.jobs import tending
+from peft_core.jobs import supervisor as tending
 from tests.model_files import write_model
 from tests.survival.life import Life
 

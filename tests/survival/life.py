@@ -15,12 +15,12 @@ import psutil
 from peft_core.adapters.manifest import read_manifest, sha256_of
 from peft_core.adapters.registry import Registry
 from peft_core.adapters.verify import verify
-from peft_core.bases import resolve
+from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
 from peft_core.jobs.service import JobService
 from peft_core.jobs.store import Store
-from peft_core.results import Status, TrainingStatus
-from peft_core.spec import TrainingConfig
+from peft_core.schemas.results import Status, TrainingStatus
+from peft_core.schemas.training import TrainingConfig
 from tests.survival.points import Point
 
 TRUE_WITHIN_S = 5.0

@@ -23,13 +23,13 @@ class Point:
 
 _SERVICE, _TENDING, _STORE = (f"peft_core.jobs.{name}" for name in ("service", "tending", "store"))
 SERVER = [
-    Point("server", "peft_core.jobs.planning", "plan", "before", "asked to train"),
-    Point("server", "peft_core.jobs.planning", "plan", "after", "planned, nothing is written"),
+    Point("server", "peft_core.planning.planner", "plan", "before", "asked to train"),
+    Point("server", "peft_core.planning.planner", "plan", "after", "planned, nothing is written"),
     Point("server", _STORE, "Store.create", "after", "database is there"),
     Point("server", _STORE, "Store.insert", "before", "just before the job is queued"),
     Point("server", _STORE, "Store.insert", "after", "queued, nobody works"),
-    Point("server", _TENDING, "Tender._spawn_runner", "before", "queued, about to start a runner"),
-    Point("server", _TENDING, "Tender._spawn_runner", "after", "runner started, not answered yet"),
+    Point("server", _TENDING, "RunnerSupervisor._spawn_runner", "before", "queued, about to start a runner"),
+    Point("server", _TENDING, "RunnerSupervisor._spawn_runner", "after", "runner started, not answered yet"),
     Point("server", _SERVICE, "JobService._report", "before", "about to answer"),
 ]
 
@@ -75,53 +75,53 @@ SMALL_CHILD = [
     Point("child", _SMALL, "leave", "before", "last word said"),
 ]
 
-_LOOP, _ENGINE, _CHECKPOINT = "peft_core.training.loop", "peft_core.training.engine", "peft_core.training.checkpoint"
+_LOOP, _ENGINE, _CHECKPOINT = "peft_core.training.loop", "peft_core.training.run", "peft_core.training.checkpoint"
 REAL_CHILD = [
-    Point("child", "peft_core.compute.environment", "prepare_environment", "before", "starting"),
+    Point("child", "peft_core.modeling.environment", "prepare_environment", "before", "starting"),
     Point("child", _DATASET, "write_parts", "after", "data split, without manifest"),
     Point("child", _ENGINE, "load_planned", "before", "about to load the base"),
     Point("child", _ENGINE, "load_planned", "after", "base loaded"),
-    Point("child", "peft_core.training.evaluate", "held_out_loss", "before", "evaluating the base"),
+    Point("child", "peft_core.evaluation.worker.scoring", "held_out_loss", "before", "evaluating the base"),
     Point("child", "peft_core.training.lora", "attach", "after", "adapter attached"),
     Point("child", "torch.serialization", "save", "after", "start to go back to written, not in its place"),
-    Point("child", _CHECKPOINT, "GoodStates.keep", "after", "start to go back to written"),
-    Point("child", _LOOP, "Loop._complete_step", "before", "before a step", count=2),
-    Point("child", _LOOP, "Loop._sum_gradients", "before", "in a step, gradients there", count=2),
-    Point("child", _LOOP, "Loop._complete_step", "after", "after a step", count=3),
+    Point("child", _CHECKPOINT, "RollbackStates.keep", "after", "start to go back to written"),
+    Point("child", _LOOP, "Loop._train_step", "before", "before a step", count=2),
+    Point("child", _LOOP, "Loop._all_reduce_gradients", "before", "in a step, gradients there", count=2),
+    Point("child", _LOOP, "Loop._train_step", "after", "after a step", count=3),
     # The first is the start; the checkpoint follows.
     Point("child", _CHECKPOINT, "save_checkpoint", "before", "about to write a checkpoint", count=2),
     Point("child", "torch.serialization", "save", "after", "checkpoint written, not in its place", count=2),
     Point("child", _CHECKPOINT, "save_checkpoint", "after", "checkpoint written", count=2),
-    Point("child", _CHECKPOINT, "GoodStates.are_named", "after", "states that no checkpoint names are gone"),
+    Point("child", _CHECKPOINT, "RollbackStates.set_checkpointed", "after", "states that no checkpoint names are gone"),
     Point("child", _LOOP, "Loop.run", "after", "all steps done"),
-    Point("child", "peft_core.training.saving", "write_adapter", "before", "about to write the adapter"),
+    Point("child", "peft_core.training.save", "write_adapter", "before", "about to write the adapter"),
     Point("child", "safetensors.torch", "save_file", "after", "weights written, no configuration"),
     Point("child", "peft_core.adapters.manifest", "write_manifest", "before", "everything but the manifest written"),
     Point("child", "peft_core.adapters.manifest", "write_manifest", "after", "adapter complete, not yet told"),
     Point("child", _ENGINE, "run", "after", "last word said"),
 ]
 
-_DESK, _MODEL, _RESIDENTS = (f"peft_core.inference.host.{name}" for name in ("desk", "model", "residents"))
+_DESK, _MODEL, _RESIDENTS = (f"peft_core.inference.worker.{name}" for name in ("desk", "model", "residents"))
 _ADD_WEIGHTS = "set_peft_model_state_dict"
 HOST = {  # by the tool whose call is under way
     "load_adapter": [
-        Point("host", "peft_core.compute.environment", "prepare_environment", "before", "starting"),
+        Point("host", "peft_core.modeling.environment", "prepare_environment", "before", "starting"),
         Point("host", _MODEL, "ResidentModel.load", "before", "about to load the base"),
         Point("host", _MODEL, "load_base", "after", "base loaded"),
         Point("host", _MODEL, "ResidentModel.add", "before", "about to load the adapter"),
         Point("host", _MODEL, _ADD_WEIGHTS, "before", "layers wrapped, without the adapter's weights"),
         Point("host", _MODEL, "_require_effect", "before", "proving the effect"),
-        Point("host", _DESK, "Desk._put_on", "after", "effect proved, adapter not active"),
-        Point("host", _DESK, "Desk._load", "after", "loaded, not answered yet"),
+        Point("host", _DESK, "RequestHandler._put_on", "after", "effect proved, adapter not active"),
+        Point("host", _DESK, "RequestHandler._load", "after", "loaded, not answered yet"),
     ],
     "generate": [
-        Point("host", _DESK, "Desk._generate", "before", "asked to generate"),
-        Point("host", "peft_core.inference.host.generation", "_Watch.__call__", "before", "writing", count=3),
-        Point("host", _DESK, "Desk._generate", "after", "written, not answered yet"),
+        Point("host", _DESK, "RequestHandler._generate", "before", "asked to generate"),
+        Point("host", "peft_core.inference.worker.generate", "_Watch.__call__", "before", "writing", count=3),
+        Point("host", _DESK, "RequestHandler._generate", "after", "written, not answered yet"),
     ],
     "unload_adapter": [
-        Point("host", _RESIDENTS, "Residents.take_off", "before", "asked to unload"),
+        Point("host", _RESIDENTS, "AdapterCache.take_off", "before", "asked to unload"),
         Point("host", _MODEL, "ResidentModel.remove", "after", "adapter off, base still there"),
-        Point("host", _DESK, "Desk._unload", "after", "unloaded, not answered yet"),
+        Point("host", _DESK, "RequestHandler._unload", "after", "unloaded, not answered yet"),
     ],
 }

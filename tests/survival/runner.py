@@ -10,5 +10,5 @@ CHILD = ["-m", "tests.survival.child"]
 
 if __name__ == "__main__":
     runner.CHILD = CHILD
-    runner.LOOK_S = 0.05
+    runner.POLL_INTERVAL_S = 0.05
     runner.main(sys.argv[1:])

@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 from peft_core.adapters.manifest import CONFIG, WEIGHTS, sha256_of, write_manifest
-from peft_core.compute.stop import Stop
-from peft_core.data.codec import EstimatingCodec
 from peft_core.data.prepare import prepare
-from peft_core.events import (
+from peft_core.data.token_counter import EstimatingCodec
+from peft_core.paths import JobPaths
+from peft_core.schemas.events import (
     AdapterWritten,
     CheckpointSaved,
     DatasetPrepared,
@@ -20,9 +20,9 @@ from peft_core.events import (
     RunPlanned,
     StepCompleted,
 )
-from peft_core.paths import JobPaths
-from peft_core.results import Metrics, Phase
-from peft_core.task import TrainingTask
+from peft_core.schemas.results import Metrics, Phase
+from peft_core.schemas.task import TrainingTask
+from peft_core.system.cancellation import StopFlag
 from tests.factories import make_manifest
 from tests.model_files import write_adapter
 
@@ -30,7 +30,7 @@ STEPS = 6
 METRICS = Metrics(base_loss=2.0, adapter_loss=1.0, base_perplexity=7.4, adapter_perplexity=2.7)
 
 
-def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
+def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     paths = JobPaths(task.job_dir)
     emit(PhaseStarted(phase=Phase.PREPARING_DATA))
     prepare_data(task, emit, stop)
@@ -56,7 +56,7 @@ def run(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     leave()
 
 
-def prepare_data(task: TrainingTask, emit: Emit, stop: Stop) -> None:
+def prepare_data(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     prepared = prepare(
         source=task.source,
         source_kind=task.source_kind,
@@ -71,7 +71,7 @@ def prepare_data(task: TrainingTask, emit: Emit, stop: Stop) -> None:
     stop.check()
 
 
-def load(stop: Stop) -> None:
+def load(stop: StopFlag) -> None:
     stop.check()
 
 

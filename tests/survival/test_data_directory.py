@@ -18,13 +18,12 @@ import pytest
 
 from peft_core.config import Settings
 from peft_core.errors import StorageError
-from peft_core.events import JobCancelled, JobResumed, JobStarted
-from peft_core.jobs import planning
 from peft_core.jobs.pruning import LEFT_BEHIND_S, prune
-from peft_core.jobs.schema import SCHEMA_VERSION
 from peft_core.jobs.service import JobService
-from peft_core.jobs.store import Store
-from peft_core.results import Status
+from peft_core.jobs.store import SCHEMA_VERSION, Store
+from peft_core.planning import planner as planning
+from peft_core.schemas.events import JobCancelled, JobResumed, JobStarted
+from peft_core.schemas.results import Status
 from tests.factories import make_job
 from tests.survival.life import Kill, Life, gone, until
 from tests.survival.points import SMALL_CHILD
@@ -100,7 +99,7 @@ def test_a_read_only_data_directory_is_told(small_disk: Path, source: Path, smal
     Store(life.paths.database, time.time).insert(make_job("waits"))
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     try:
-        for ask in (lambda: life.jobs.by_id("waits"), lambda: life.jobs.cancel("web", None), life.jobs.tend):
+        for ask in (lambda: life.jobs.by_id("waits"), lambda: life.jobs.cancel("web", None), life.jobs.ensure_runner):
             with pytest.raises(StorageError, match="cannot be used"):
                 ask()
     finally:
@@ -204,7 +203,7 @@ def test_an_older_server_on_a_newer_database_refuses_every_verb_politely(life: L
         lambda: jobs.by_id("x"),
         lambda: jobs.cancel("earlier", None),
         lambda: jobs.resume("x"),
-        jobs.tend,
+        jobs.ensure_runner,
         jobs.at_work,
         lambda: life.submit("web"),
     ):

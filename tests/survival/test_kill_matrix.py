@@ -9,7 +9,7 @@ import signal
 
 import pytest
 
-from peft_core.results import Status
+from peft_core.schemas.results import Status
 from tests.survival.life import MEMORY, Kill, Life, gone, until
 from tests.survival.points import RUNNER, SERVER, SMALL_CHILD
 from tests.survival.wire import server

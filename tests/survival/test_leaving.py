@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from peft_core.jobs.pruning import LEFT_BEHIND_INSPECTION_S
+from peft_core.system.cleanup import LEFT_BEHIND_INSPECTION_S
 from tests.survival.life import TRUE_WITHIN_S, Kill, Life, gone, until
 from tests.survival.points import SMALL_CHILD, Point
 from tests.survival.wire import Server, server

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from peft_core.jobs.store import Store
-from peft_core.results import Status
+from peft_core.schemas.results import Status
 from tests.survival.life import Life, until
 from tests.survival.wire import Server, server
 

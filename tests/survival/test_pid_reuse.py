@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from peft_core.results import Status
+from peft_core.schemas.results import Status
 from tests.survival.life import TRUE_WITHIN_S, Kill, Life, state, until
 from tests.survival.points import SMALL_CHILD
 

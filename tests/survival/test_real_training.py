@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from peft_core.events import HeldOutMeasured, JobResumed, StepCompleted
 from peft_core.jobs.store import Store
-from peft_core.results import Status
+from peft_core.schemas.events import HeldOutMeasured, JobResumed, StepCompleted
+from peft_core.schemas.results import Status
 from tests.survival.life import Kill, Life, until
 from tests.survival.points import REAL_CHILD
 from tests.survival.test_kill_matrix import ROUNDS, shuffled

@@ -82,7 +82,7 @@ class Finder(MetaPathFinder):
 class SmallRunner(Finder):
     """Has a server start the runner of this room, whose child is small."""
 
-    module = "peft_core.jobs.tending"
+    module = "peft_core.jobs.supervisor"
 
     def change(self, module: Any) -> None:
         module.RUNNER = [sys.executable, "-P", "-m", "tests.survival.runner"]

@@ -1,0 +1,45 @@
+"""Findings of the check, worded alike. Whatever comes out of a file is shortened and shown printable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from peft_core.base_models.checkpoint_info import join_some
+from peft_core.schemas.results import Reason
+
+_LONGEST = 120
+
+
+def error(
+    code: str,
+    message: str,
+    *,
+    found: str | None = None,
+    expected: str | None = None,
+    where: str | None = None,
+    fix: str | None = None,
+) -> Reason:
+    """A reason against using the adapter."""
+    return Reason(code=code, severity="error", message=message, found=found, expected=expected, where=where, fix=fix)
+
+
+def warning(
+    code: str, message: str, *, found: str | None = None, expected: str | None = None, fix: str | None = None
+) -> Reason:
+    """Something to know before using it."""
+    return Reason(code=code, severity="warning", message=message, found=found, expected=expected, fix=fix)
+
+
+def about(
+    code: str, what: str, names: Sequence[str], *, fix: str, found: str | None = None, expected: str | None = None
+) -> Iterable[Reason]:
+    """One error about all of these names; none where there are no names."""
+    if names:
+        few = join_some(shown(name) for name in names)
+        message = f"{what[:1].upper()}{what[1:]}: {few}."
+        yield error(code, message, where=shown(names[0]), fix=fix, found=found, expected=expected)
+
+
+def shown(text: object) -> str:
+    """Text of unknown origin as it may stand in a message."""
+    return "".join(character if character.isprintable() else "?" for character in str(text)[:_LONGEST])

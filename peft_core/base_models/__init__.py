@@ -1,0 +1,1 @@
+"""Base models: find one, read its headers, fingerprint it. No torch."""

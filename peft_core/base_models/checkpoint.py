@@ -1,0 +1,45 @@
+"""Read a base model's headers, once per state of its files."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+from peft_core.base_models.checkpoint_info import Checkpoint, unusable
+from peft_core.base_models.gguf_model import read_gguf_model
+from peft_core.base_models.huggingface import read_directory
+
+# Per file: name, size in bytes, time of change in nanoseconds.
+FileStates = tuple[tuple[str, int, int], ...]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Configuration and tensors of a model directory or a .gguf file, from memory where nothing has changed since.
+
+    Raises:
+        BaseModelError: the model cannot be used.
+        HeaderError: a weights file is not sound.
+    """
+    return _read(path, file_states(path))
+
+
+@functools.lru_cache(maxsize=8)
+def _read(path: Path, states: FileStates) -> Checkpoint:  # noqa: ARG001 - part of the key
+    return read_directory(path) if path.is_dir() else read_gguf_model(path)
+
+
+def file_states(path: Path) -> FileStates:
+    """What changes when the files of a model do.
+
+    Raises:
+        BaseModelError: they cannot be listed.
+    """
+    try:
+        files = list(os.scandir(path)) if path.is_dir() else []
+        stats = [(file.name, file.stat()) for file in files if file.is_file()] or [(path.name, path.stat())]
+    except OSError as error:
+        raise unusable(
+            path, f"it cannot be read ({error.strerror})", "Check its permissions, or fetch it again"
+        ) from error
+    return tuple(sorted((name, state.st_size, state.st_mtime_ns) for name, state in stats))

@@ -1,0 +1,124 @@
+"""A base model as its files describe it, whatever their format."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from peft_core.errors import BaseCheckpointError
+from peft_core.schemas.base_model import ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor as the header states it. `start` and `size` in bytes, `start` from the beginning of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights and configuration of one base, read from headers only.
+
+    `config` is in Hugging Face's terms for either format. `shapes` has the modules' Hugging Face names, and leaves out
+    an output head that is the embedding. `stored` tells where each tensor lies, under its name in the file.
+    """
+
+    path: Path
+    format: Literal["huggingface", "gguf"]
+    config: Mapping[str, Any]
+    shape: ModelShape
+    shapes: Mapping[str, tuple[int, ...]]
+    stored: tuple[tuple[Path, TensorInfo], ...]
+    size_bytes: int
+    has_chat_template: bool
+    title: str | None = None  # what the file calls itself
+    pre_tokenizer: str | None = None  # GGUF's name of the rule that splits text before BPE
+
+
+# Far above every real model; what is beyond would only make somebody build it.
+MAX_SHAPE = {
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "num_hidden_layers": 1 << 10,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "vocab_size": 1 << 22,
+    "max_position_embeddings": 1 << 30,
+}
+_NUMBERED = re.compile(r"\.(\d{1,6})\.", re.ASCII)
+
+
+def unusable(path: Path, reason: str, *suggestions: str) -> BaseCheckpointError:
+    """The error for a base that was found but cannot be worked with."""
+    return BaseCheckpointError(
+        f"The base model {path} cannot be used: {reason.rstrip('.')}.",
+        code="base_model_unusable",
+        suggestions=suggestions,
+        details={"path": str(path)},
+    )
+
+
+def model_shape(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelShape:
+    """The numbers that work and memory depend on.
+
+    Raises:
+        BaseModelError: the configuration lacks one of them.
+    """
+    heads = config.get("num_attention_heads")
+    numbers = {
+        "hidden_size": config.get("hidden_size"),
+        "intermediate_size": config.get("intermediate_size"),
+        "num_hidden_layers": config.get("num_hidden_layers"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads if config.get("num_key_value_heads") is None else config["num_key_value_heads"],
+        "vocab_size": config.get("vocab_size"),
+        "max_position_embeddings": config.get("max_position_embeddings"),
+    }
+    wrong = [name for name, value in numbers.items() if type(value) is not int or not 1 <= value <= MAX_SHAPE[name]]
+    if wrong:
+        raise unusable(
+            path,
+            f"its configuration has no usable {', '.join(wrong)}",
+            "Use a model of the Llama, Qwen2, Qwen3, Mistral or a similar decoder family",
+        )
+    head_size, usual_head_size = config.get("head_dim"), config["hidden_size"] // config["num_attention_heads"]
+    layers = 1 + max((int(match[1]) for name in shapes if (match := _NUMBERED.search(name))), default=-1)
+    if config["num_hidden_layers"] > layers:
+        raise unusable(
+            path, f"its configuration has {numbers['num_hidden_layers']} layers, its weights {layers}", "Fetch it again"
+        )
+    return ModelShape(
+        parameters=sum(math.prod(shape) for shape in shapes.values()),
+        hidden_size=numbers["hidden_size"],
+        intermediate_size=numbers["intermediate_size"],
+        layers=numbers["num_hidden_layers"],
+        heads=numbers["num_attention_heads"],
+        kv_heads=numbers["num_key_value_heads"],
+        vocab_size=numbers["vocab_size"],
+        context_length=numbers["max_position_embeddings"],
+        head_size=head_size
+        if type(head_size) is int and 1 <= head_size <= MAX_SHAPE["hidden_size"]
+        else usual_head_size,
+        linear_features=sum(
+            sum(shape)
+            for name, shape in shapes.items()
+            if len(shape) == 2 and name.endswith(".weight") and _NUMBERED.search(name)
+        )
+        or None,
+    )
+
+
+def join_some(names: Iterable[str], most: int = 3) -> str:
+    """'a, b, c and 4 more'."""
+    listed = list(names)
+    rest = len(listed) - most
+    return ", ".join(listed[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,265 @@
+"""Read the header of a GGUF file: metadata and the list of tensors, without their data.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Own parser because the `gguf` package takes seconds
+for a vocabulary of 49k tokens, imports numpy, and trusts the file. Read through a buffer, not mapped: a file that shrinks
+under a mapping kills the process.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft_core.base_models.checkpoint_info import TensorInfo
+from peft_core.errors import HeaderError
+from peft_core.system.files import open_regular, read_exactly
+
+# Number of the type: (name, elements per block, bytes per block).
+GGML_TYPES: dict[int, tuple[str, int, int]] = {
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 40), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292),
+    16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136),
+    24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
+}  # fmt: skip
+_SCALARS = {
+    0: struct.Struct("<B"), 1: struct.Struct("<b"), 2: struct.Struct("<H"), 3: struct.Struct("<h"),
+    4: struct.Struct("<I"), 5: struct.Struct("<i"), 6: struct.Struct("<f"), 7: struct.Struct("<?"),
+    10: struct.Struct("<Q"), 11: struct.Struct("<q"), 12: struct.Struct("<d"),
+}  # fmt: skip
+_STRING, _ARRAY = 8, 9
+_U64 = struct.Struct("<Q")
+_CHUNK = 4 << 20
+
+# Far above every real model; a count beyond them is an attack or an accident.
+MAX_HEADER_BYTES = 128 << 20
+MAX_PAIRS = 1 << 16
+MAX_TENSORS = 1 << 17
+MAX_ARRAY_ITEMS = 4_000_000  # of all arrays of one file: 262k tokens are the largest vocabularies, merges twice that
+MAX_TEXT_BYTES = 1 << 20  # of one text that is kept; a longer one (a whole tokenizer.json) is skipped
+MAX_KEPT_BYTES = 16 << 20  # of all texts that are kept, keys and names among them
+MAX_KEY_BYTES = (1 << 16) - 1
+MAX_NAME_BYTES = 256
+MAX_DIMENSIONS = 4
+MAX_ALIGNMENT = 1 << 16
+MAX_ELEMENTS = 1 << 48
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayInfo:
+    """An array that was skipped, or a text as long as one. `kind` is GGUF's number of the element type."""
+
+    kind: int
+    count: int
+
+
+Value = int | float | bool | str | ArrayInfo | tuple[int | float | bool | str, ...]
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """`size` is that of the file, in bytes. Shapes are in torch's order, outermost axis first."""
+
+    metadata: dict[str, Value]
+    tensors: dict[str, TensorInfo]
+    size: int
+
+    def text(self, key: str) -> str | None:
+        value = self.metadata.get(key)
+        return value if isinstance(value, str) else None
+
+    def integer(self, key: str) -> int | None:
+        value = self.metadata.get(key)
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    def number(self, key: str) -> float | None:
+        value = self.metadata.get(key)
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+    def count(self, key: str) -> int | None:
+        """Length of an array, read or skipped."""
+        value = self.metadata.get(key)
+        if isinstance(value, ArrayInfo):
+            return value.count
+        return len(value) if isinstance(value, tuple) else None
+
+
+def read_gguf_header(path: Path, *, arrays: Collection[str] = ()) -> GgufHeader:
+    """Metadata and tensors. Arrays are skipped and only counted, but for those named in `arrays`.
+
+    Raises:
+        HeaderError: not a GGUF file of version 2 or 3, or one that is not sound.
+    """
+    with open_regular(path, follow_links=True) as descriptor:
+        reader = _Reader(descriptor, path)
+        magic, version = reader.take(4), reader.u32()
+        if magic != b"GGUF":
+            raise reader.error("is not a GGUF file")
+        if version not in (2, 3):
+            swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in (2, 3)
+            raise reader.error(
+                "is a big-endian GGUF file" if swapped else f"has GGUF version {version}; 2 and 3 are read"
+            )
+        tensor_count, pair_count = reader.u64(), reader.u64()
+        if tensor_count > MAX_TENSORS or pair_count > MAX_PAIRS:
+            raise reader.error(f"claims {tensor_count} tensors and {pair_count} metadata entries")
+        metadata: dict[str, Value] = {}
+        for _ in range(pair_count):
+            key = reader.string(MAX_KEY_BYTES)
+            if key in metadata:
+                raise reader.error(f"metadata key {key[:80]!r} occurs twice")
+            metadata[key] = reader.value(keep=key in arrays)
+        entries = [reader.tensor() for _ in range(tensor_count)]
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or not 0 < alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
+            raise reader.error("its alignment is not a power of two")
+        data_start = -(-reader.position // alignment) * alignment
+        return GgufHeader(metadata, _placed(entries, data_start, alignment, reader), reader.size)
+
+
+def _placed(entries: list[TensorInfo], data_start: int, alignment: int, reader: _Reader) -> dict[str, TensorInfo]:
+    """The tensors with absolute offsets, after checking that each lies in the file and none on another."""
+    tensors: dict[str, TensorInfo] = {}
+    position = data_start
+    for entry in sorted(entries, key=lambda entry: (entry.start, entry.size)):
+        start = data_start + entry.start
+        if entry.name in tensors:
+            raise reader.error(f"tensor {entry.name!r} occurs twice")
+        if entry.start % alignment or start < position:
+            raise reader.error(f"tensor {entry.name!r} is misplaced")
+        position = start + entry.size
+        if position > reader.size:
+            raise reader.error(f"ends at byte {reader.size}, before tensor {entry.name!r} does; it was truncated")
+        tensors[entry.name] = TensorInfo(entry.name, entry.dtype, entry.shape, start, entry.size)
+    return {entry.name: tensors[entry.name] for entry in entries}
+
+
+class _Reader:
+    """A cursor over the beginning of a file. In memory is the piece that is being read, never the header whole."""
+
+    def __init__(self, descriptor: int, path: Path) -> None:
+        self.size = os.fstat(descriptor).st_size
+        self.position = 0
+        self._descriptor = descriptor
+        self._path = path
+        self._buffer = b""
+        self._start = 0  # of the buffer, in the file
+        self._items_left = MAX_ARRAY_ITEMS
+        self._kept_left = MAX_KEPT_BYTES
+
+    def error(self, problem: str) -> HeaderError:
+        return HeaderError(self._path, problem)
+
+    def take(self, size: int) -> bytes:
+        self._need(size)
+        begin = self.position - self._start
+        self.position += size
+        return self._buffer[begin : begin + size]
+
+    def skip(self, size: int) -> None:
+        self.position += size
+        self._check_end(self.position)
+
+    def u32(self) -> int:
+        return int.from_bytes(self.take(4), "little")
+
+    def u64(self) -> int:
+        return int.from_bytes(self.take(8), "little")
+
+    def string(self, limit: int = MAX_TEXT_BYTES) -> str:
+        return self._text(self.u64(), limit)
+
+    def _text(self, size: int, limit: int = MAX_TEXT_BYTES) -> str:
+        if size > limit:
+            raise self.error(f"a string of {size} bytes is longer than the {limit} that are read")
+        self._kept_left -= size
+        if self._kept_left < 0:
+            raise self.error(f"its texts have more than the {MAX_KEPT_BYTES} bytes that are kept")
+        # Not strict: llama.cpp is not either, and a stray byte in a description is no reason to refuse a model.
+        return self.take(size).decode("utf-8", "replace")
+
+    def value(self, *, keep: bool) -> Value:
+        kind = self.u32()
+        if kind == _ARRAY:
+            return self._array(keep=keep)
+        if kind == _STRING and (size := self.u64()) > MAX_TEXT_BYTES:
+            self.skip(size)
+            return ArrayInfo(_STRING, size)
+        return self._text(size) if kind == _STRING else self._single(kind)
+
+    def tensor(self) -> TensorInfo:
+        """One entry; its `start` is relative to the data."""
+        name = self.string(MAX_NAME_BYTES)
+        if not name.isprintable():
+            raise self.error(f"a tensor has the impossible name {name!r}")
+        dimensions = self.u32()
+        if dimensions > MAX_DIMENSIONS:
+            raise self.error(f"tensor {name!r} has {dimensions} dimensions")
+        shape = tuple(reversed([self.u64() for _ in range(dimensions)]))
+        kind, start = self.u32(), self.u64()
+        if kind not in GGML_TYPES:
+            raise self.error(f"tensor {name!r} has the unknown type {kind}")
+        dtype, per_block, block_bytes = GGML_TYPES[kind]
+        elements = math.prod(shape)
+        if elements > MAX_ELEMENTS or (shape[-1] if shape else 1) % per_block:
+            raise self.error(f"tensor {name!r} has an impossible shape for {dtype}")
+        return TensorInfo(name, dtype, shape, start, elements // per_block * block_bytes)
+
+    def _single(self, kind: int) -> int | float | bool | str:
+        if kind == _STRING:
+            return self.string()
+        if kind not in _SCALARS:
+            raise self.error(f"a metadata value has the unknown type {kind}")
+        scalar = _SCALARS[kind]
+        value: int | float | bool = scalar.unpack(self.take(scalar.size))[0]
+        return value
+
+    def _array(self, *, keep: bool) -> Value:
+        kind, count = self.u32(), self.u64()
+        if kind != _STRING and kind not in _SCALARS:
+            raise self.error(f"an array has the element type {kind}, which is not read")
+        if count > self._items_left:
+            raise self.error(f"an array of {count} elements is longer than any that is read")
+        self._items_left -= count
+        if keep:
+            return tuple(self._single(kind) for _ in range(count))
+        if kind == _STRING:
+            self._skip_strings(count)
+        else:
+            self.skip(count * _SCALARS[kind].size)
+        return ArrayInfo(kind, count)
+
+    def _skip_strings(self, count: int) -> None:
+        """Pass over `count` strings: the one hot loop, hence the local names."""
+        unpack, position, available = _U64.unpack_from, self.position - self._start, len(self._buffer)
+        for _ in range(count):
+            if position + 8 > available:
+                self.position = self._start + position
+                self._need(8)
+                position, available = self.position - self._start, len(self._buffer)
+            position += 8 + unpack(self._buffer, position)[0]
+        self.position = self._start + position
+        self._check_end(self.position)
+
+    def _need(self, size: int) -> None:
+        """Have so many bytes from the cursor on in the buffer."""
+        end = self.position + size
+        if end <= self._start + len(self._buffer):
+            return
+        self._check_end(end)
+        self._start = self.position
+        more = min(max(size, _CHUNK), self.size - self._start)
+        self._buffer = read_exactly(self._descriptor, more, self._start, self._path)
+
+    def _check_end(self, end: int) -> None:
+        if end > self.size:
+            raise self.error("ends inside its header; it was truncated")
+        if end > MAX_HEADER_BYTES:
+            raise self.error(f"its header is longer than the {MAX_HEADER_BYTES} bytes that are read")

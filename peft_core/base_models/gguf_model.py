@@ -1,0 +1,247 @@
+"""What a GGUF file means as a model: its Hugging Face configuration, and the Hugging Face names of its tensors.
+
+For the families whose GGUF names and shapes are known here one by one. Names: "Standardized tensor names" in
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft_core.base_models.checkpoint_info import Checkpoint, join_some, model_shape, unusable
+from peft_core.base_models.gguf import GgufHeader, read_gguf_header
+from peft_core.system.files import open_regular, read_exactly
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_WHOLE = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_IN_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+ROPE_FACTORS = "rope_freqs.weight"  # not a weight: Llama 3.1's frequency factors, which the configuration expresses
+_DIRECTORY = "Use the model's Hugging Face directory"
+_OTHERS = "Use a GGUF file of a Llama, Mistral, Qwen2 or Qwen3 model, or the model's Hugging Face directory"
+
+
+def hugging_face_name(name: str) -> str | None:
+    """The parameter that a GGUF tensor holds; None for one that belongs to no family known here."""
+    stem, dot, suffix = name.rpartition(".")
+    if not dot or suffix not in ("weight", "bias"):
+        return None
+    if stem in _WHOLE:
+        return f"{_WHOLE[stem]}.{suffix}"
+    match = re.fullmatch(r"blk\.(\d{1,4})\.(\w+)", stem, re.ASCII)
+    if match is None or match[2] not in _IN_BLOCK:
+        return None
+    return f"model.layers.{int(match[1])}.{_IN_BLOCK[match[2]]}.{suffix}"
+
+
+def read_gguf_model(path: Path) -> Checkpoint:
+    """Configuration and tensors of a GGUF model file.
+
+    Raises:
+        HeaderError: not a sound GGUF file.
+        BaseModelError: a sound one that is no model of a known family.
+    """
+    header = read_gguf_header(path)
+    architecture = header.text("general.architecture")
+    if header.text("general.type") == "adapter":
+        raise unusable(path, "it is a LoRA adapter in GGUF form, not a model", "Name the model that it was made for")
+    if (header.integer("split.count") or 1) > 1:
+        raise unusable(path, "it is one part of several", "Join the parts with `llama-gguf-split --merge FIRST OUT`")
+    if architecture not in ARCHITECTURES:
+        raise unusable(path, f"its architecture is {architecture!r}; known are {', '.join(ARCHITECTURES)}", _OTHERS)
+    if header.integer(f"{architecture}.expert_count"):
+        raise unusable(path, "it is a mixture of experts, which is not trained here", _OTHERS)
+    names = {name: hugging_face_name(name) for name in header.tensors if name != ROPE_FACTORS}
+    unknown = [name for name, meaning in names.items() if meaning is None]
+    if unknown or "token_embd.weight" not in names:
+        problem = f"it has tensors of unknown meaning: {join_some(unknown)}" if unknown else "it holds no embedding"
+        raise unusable(path, problem, _OTHERS)
+    shapes = {meaning: header.tensors[name].shape for name, meaning in names.items() if meaning is not None}
+    config = _config(path, header, architecture)
+    pre_tokenizer = _pre_tokenizer(path, header)
+    return Checkpoint(
+        path=path,
+        format="gguf",
+        config=config,
+        shape=model_shape(path, config, shapes),
+        shapes=shapes,
+        stored=tuple((path, tensor) for tensor in header.tensors.values()),
+        size_bytes=header.size,
+        has_chat_template=bool(header.text("tokenizer.chat_template")),
+        title=_title(header),
+        pre_tokenizer=pre_tokenizer,
+    )
+
+
+def _title(header: GgufHeader) -> str | None:
+    """The model's own name on one line; its end where a converter wrote a path."""
+    name = " ".join((header.text("general.name") or "").split()).replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return "".join(character for character in name[:100] if character.isprintable()).strip() or None
+
+
+def _pre_tokenizer(path: Path, header: GgufHeader) -> str | None:
+    """Name of the rule that splits text before BPE; None for a SentencePiece vocabulary, which has none."""
+    kind = header.text("tokenizer.ggml.model")
+    if kind == "llama":
+        return None
+    if kind != "gpt2":
+        raise unusable(path, f"its tokenizer is of the kind {kind!r}; known are gpt2 and llama", _OTHERS)
+    name = header.text("tokenizer.ggml.pre") or "default"
+    if name not in SPLIT_RULES:
+        # llama.cpp refuses these too: other tokens than in training cost quality, and nothing would say so.
+        raise unusable(path, f"its tokenizer splits text by a rule not known here, {name!r}", _DIRECTORY)
+    return name
+
+
+def _config(path: Path, header: GgufHeader, architecture: str) -> dict[str, Any]:
+    def integer(key: str) -> int | None:
+        return header.integer(f"{architecture}.{key}")
+
+    embedding = header.tensors["token_embd.weight"].shape
+    config: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[architecture]],
+        "model_type": architecture,
+        "hidden_act": "silu",
+        "hidden_size": integer("embedding_length"),
+        "intermediate_size": integer("feed_forward_length"),
+        "num_hidden_layers": integer("block_count"),
+        "num_attention_heads": integer("attention.head_count"),
+        "num_key_value_heads": integer("attention.head_count_kv") or integer("attention.head_count"),
+        "max_position_embeddings": integer("context_length"),
+        # The table's own length: the metadata may be absent or leave padding rows out.
+        "vocab_size": embedding[0] if len(embedding) == 2 else None,
+        "rms_norm_eps": _rounded(header.number(f"{architecture}.attention.layer_norm_rms_epsilon"), 1e-5),
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+        "bos_token_id": header.integer("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": header.integer("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": header.integer("tokenizer.ggml.padding_token_id"),
+    }
+    head_dim = integer("attention.key_length") or integer("rope.dimension_count")
+    if head_dim is None and config["hidden_size"] and config["num_attention_heads"]:
+        head_dim = config["hidden_size"] // config["num_attention_heads"]
+    config["head_dim"] = head_dim
+    config["rope_parameters"] = _rope(path, header, architecture, head_dim or 0)
+    if architecture == "llama":
+        config |= {
+            "attention_bias": "blk.0.attn_q.bias" in header.tensors,
+            "mlp_bias": "blk.0.ffn_up.bias" in header.tensors,
+        }
+    return config
+
+
+def _rope(path: Path, header: GgufHeader, architecture: str, head_dim: int) -> dict[str, Any]:
+    theta = _rounded(header.number(f"{architecture}.rope.freq_base"), 10_000.0)
+    scaling = header.text(f"{architecture}.rope.scaling.type") or "none"
+    if ROPE_FACTORS in header.tensors:
+        return _llama3_rope(path, header, theta, head_dim)
+    if scaling == "none":
+        return {"rope_type": "default", "rope_theta": theta}
+    factor = header.number(f"{architecture}.rope.scaling.factor")
+    if scaling == "linear" and factor:
+        return {"rope_type": "linear", "rope_theta": theta, "factor": _rounded(factor, 1.0)}
+    raise unusable(path, f"its rotary embedding is scaled by {scaling!r}, which is not converted", _OTHERS)
+
+
+def _llama3_rope(path: Path, header: GgufHeader, theta: float, head_dim: int) -> dict[str, Any]:
+    """Llama 3.1's scaling, recovered from the factors that GGUF keeps of it, and checked against every one of them."""
+    tensor = header.tensors[ROPE_FACTORS]
+    if tensor.dtype != "F32" or not 1 <= math.prod(tensor.shape) <= 1024:
+        raise unusable(path, "its rotary frequency factors are not in the known form", _OTHERS)
+    with open_regular(path, follow_links=True) as descriptor:
+        raw = read_exactly(descriptor, tensor.size, tensor.start, path)
+    factors = struct.unpack(f"<{len(raw) // 4}f", raw)
+    # The same in every release of the 3.x family; only the factor differs.
+    low, high, original = 1.0, 4.0, 8192
+    factor = max(factors)
+    for index, found in enumerate(factors):
+        cycles = original / (2 * math.pi * theta ** (2 * index / max(head_dim, 1)))
+        smooth = min(max((cycles - low) / (high - low), 0.0), 1.0)
+        expected = 1 / ((1 - smooth) / factor + smooth) if factor > 0 else math.nan
+        if not math.isclose(found, expected, rel_tol=1e-3):
+            raise unusable(path, "its rotary frequency factors are not those of Llama 3", _OTHERS)
+    return {
+        "rope_type": "llama3",
+        "rope_theta": theta,
+        "factor": _rounded(factor, 1.0),
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
+
+
+def _rounded(value: float | None, default: float) -> float:
+    """GGUF keeps 32-bit floats: 9.99999974e-06 was written as 1e-05."""
+    return default if value is None else float(f"{value:.6g}")
+
+
+def permuted_heads(config: Mapping[str, Any], name: str) -> int | None:
+    """Heads by which GGUF has reordered the rows of this tensor; None where it left them alone.
+
+    llama.cpp's converter interleaves the halves of each head of q and k in the Llama family, for its own rotary kernel.
+    """
+    if config["model_type"] != "llama":
+        return None
+    match = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(?:weight|bias)", name, re.ASCII)
+    if match is None:
+        return None
+    heads: int = config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
+    return heads
+
+
+# FOLDED FROM peft_core.base_models.gguf_model: How text is split before BPE, by the name that GGUF files give the
+# rule (`tokenizer.ggml.pre`).
+#
+# The vocabulary was learned on text split like this; splitting differently gives other tokens for the same text and
+# silently costs quality. Names and rules: `llama_vocab::impl::load` and `llm_tokenizer_bpe` in llama.cpp (src/llama-vocab.cpp).
+# Each was given to llama.cpp from the original tokenizer.json of its models.
+#
+
+
+@dataclass(frozen=True)
+class SplitRule:
+    """Split at each pattern in turn, then at single digits, then by GPT-2's pattern."""
+
+    patterns: tuple[str, ...] = ()
+    single_digits: bool = False
+    gpt2_pattern: bool = False
+    whole_words_first: bool = False  # a word that is a token is taken whole, whatever the merges say
+
+
+_GPT2 = SplitRule(gpt2_pattern=True)
+_DIGITS = SplitRule(single_digits=True, gpt2_pattern=True)
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_PUNCTUATION = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = SplitRule((rf"{_WORDS}|\p{{N}}{{1,3}}|{_PUNCTUATION}",), whole_words_first=True)
+_QWEN2 = SplitRule((rf"{_WORDS}|\p{{N}}|{_PUNCTUATION}",))
+_DEEPSEEK_CODER = SplitRule(
+    (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"), single_digits=True
+)
+
+SPLIT_RULES: dict[str, SplitRule] = {
+    **dict.fromkeys(("default", "gpt-2", "phi-2"), _GPT2),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell", "exaone"), _DIGITS),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), _LLAMA3),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), _QWEN2),
+    "deepseek-coder": _DEEPSEEK_CODER,
+}

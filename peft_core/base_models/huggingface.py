@@ -1,0 +1,198 @@
+"""A base model as a Hugging Face directory: config.json, safetensors (in shards or not), tokenizer.json."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft_core.base_models.checkpoint_info import Checkpoint, TensorInfo, join_some, model_shape, unusable
+from peft_core.base_models.safetensors import read_header
+from peft_core.system.files import refuse_json_bomb
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_JSON_BYTES = 32 << 20  # the index of a very large model has a few megabytes
+MAX_JSON_VALUES = 1_000_000
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+def read_directory(path: Path) -> Checkpoint:
+    """Configuration and tensors of a model directory.
+
+    Raises:
+        BaseModelError: something is missing, or it is no causal language model in plain safetensors.
+        HeaderError: a weights file is not sound.
+    """
+    config = _config(path)
+    refuse_adapter(path)
+    files = _weight_files(path)
+    stored: dict[str, tuple[Path, TensorInfo]] = {}
+    size = 0
+    for file in files:
+        header = read_header(file)
+        size += header.size
+        twice = stored.keys() & header.tensors.keys()
+        if twice:
+            raise unusable(path, f"several of its files hold {join_some(sorted(twice))}", _download_again(path))
+        stored |= {name: (file, tensor) for name, tensor in header.tensors.items()}
+    odd = sorted({tensor.dtype for _, tensor in stored.values() if tensor.dtype not in FLOATS and _is_weight(tensor)})
+    if odd:
+        raise unusable(path, f"its weights are quantised ({', '.join(odd)})", _UNQUANTISED)
+    tied = bool(config.get("tie_word_embeddings", False))
+    shapes = {
+        name: tensor.shape
+        for name, (_, tensor) in stored.items()
+        if not (tied and name == "lm_head.weight") and not name.endswith("rotary_emb.inv_freq")
+    }
+    if not (path / "tokenizer.json").is_file():
+        raise unusable(
+            path,
+            "it has no tokenizer.json",
+            "Write one with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
+            _download_again(path),
+        )
+    return Checkpoint(
+        path=path,
+        format="huggingface",
+        config=config,
+        shape=model_shape(path, config, shapes),
+        shapes=shapes,
+        stored=tuple(stored.values()),
+        size_bytes=size,
+        has_chat_template=_has_chat_template(path),
+    )
+
+
+def refuse_adapter(path: Path) -> None:
+    """Transformers loads an adapter that lies beside a base together with it, unverified and in silence.
+
+    Raises:
+        BaseModelError: there is one.
+    """
+    if os.path.lexists(path / "adapter_config.json"):
+        raise unusable(
+            path,
+            "it holds an adapter too (adapter_config.json), which would be loaded with it",
+            "Move the adapter into a directory of its own",
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        BaseModelError: unreadable, too large, or something else.
+        HeaderError: small, and large when it is parsed.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise unusable(path.parent, f"{path.name} cannot be read ({error.strerror})") from error
+    if len(raw) > MAX_JSON_BYTES:
+        raise unusable(path.parent, f"{path.name} is larger than {MAX_JSON_BYTES} bytes")
+    refuse_json_bomb(raw, path, MAX_JSON_VALUES)
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise unusable(path.parent, f"{path.name} is not JSON", _download_again(path.parent)) from error
+    if not isinstance(value, dict):
+        raise unusable(path.parent, f"{path.name} is not a JSON object", _download_again(path.parent))
+    return value
+
+
+_UNQUANTISED = "Use the original, unquantised model, or a GGUF file of it"
+
+
+def _download_again(path: Path) -> str:
+    return f"If {path.name} is an unfinished download, run `hf download ORG/NAME` again"
+
+
+def _config(path: Path) -> dict[str, Any]:
+    if not (path / "config.json").is_file():
+        raise _no_config(path)
+    config = read_json(path / "config.json")
+    named = config.get("architectures")
+    architectures = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    if not any(name.endswith("ForCausalLM") for name in architectures):
+        found = join_some(architectures) or "none"
+        raise unusable(
+            path,
+            f"it is no causal language model (architectures in config.json: {found}; wanted: one ending in ForCausalLM)",
+            "Use a text-generating decoder model, for code best one trained on code",
+        )
+    if config.get("quantization_config") is not None:
+        settings = config["quantization_config"]
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
+        raise unusable(path, f"it is quantised ({method or 'unknown method'})", _UNQUANTISED)
+    if not isinstance(config.get("model_type"), str):
+        raise unusable(path, "its config.json names no model_type", _download_again(path))
+    odd = _odd_settings(config)
+    if odd:
+        raise unusable(path, f"its config.json has no usable {join_some(odd)}", _download_again(path))
+    return config
+
+
+def _odd_settings(config: Mapping[str, Any]) -> list[str]:
+    """Settings that are computed with, and are no numbers."""
+    ropes = {name: config.get(name) or {} for name in ("rope_parameters", "rope_scaling")}
+    odd = [name for name, rope in ropes.items() if not isinstance(rope, dict)]
+    numbers = {name: config.get(name) for name in ("rms_norm_eps", "rope_theta", "head_dim")}
+    for rope in ropes.values():
+        if isinstance(rope, dict) and "rope_theta" in rope:
+            numbers["rope_theta in the rotary embedding"] = rope["rope_theta"]
+    return odd + [name for name, value in numbers.items() if value is not None and not _is_number(value)]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e30  # NaN is not, either
+
+
+def _no_config(path: Path) -> Exception:
+    if (path / "adapter_config.json").is_file():
+        named = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        base = f"; it was trained on {named}" if isinstance(named, str) and named else ""
+        return unusable(path, f"it is an adapter, not a base model{base}", "Give the adapter's base as base_model")
+    ggufs = sorted(file.name for file in path.glob("*.gguf"))
+    if ggufs:
+        return unusable(path, "it has no config.json", f"Give the GGUF file itself: {path / ggufs[0]}")
+    return unusable(
+        path, "it has no config.json", "Give a directory with config.json, model.safetensors, tokenizer.json"
+    )
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if (path / SINGLE).is_file():
+        return [path / SINGLE]
+    if (path / INDEX).is_file():
+        mapping = read_json(path / INDEX).get("weight_map")
+        if not isinstance(mapping, dict) or not mapping or not all(isinstance(name, str) for name in mapping.values()):
+            raise unusable(path, f"{INDEX} has no weight_map", _download_again(path))
+        names = sorted(set(mapping.values()))
+        if any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
+            raise unusable(path, f"{INDEX} names files outside its directory")
+        missing = [name for name in names if not (path / name).is_file()]
+        if missing:
+            problem = f"{len(missing)} of its {len(names)} weight files are missing: {join_some(missing)}"
+            raise unusable(path, problem, _download_again(path))
+        return [path / name for name in names]
+    if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
+        raise unusable(
+            path,
+            "its weights are pickles (.bin), which can run code when they are loaded, and are never opened here",
+            "Use a model, or a revision of it, with model.safetensors",
+        )
+    raise unusable(path, f"it has no {SINGLE}", _download_again(path))
+
+
+def _is_weight(tensor: TensorInfo) -> bool:
+    return len(tensor.shape) > 1
+
+
+def _has_chat_template(path: Path) -> bool:
+    if (path / "chat_template.jinja").is_file() or (path / "chat_template.json").is_file():
+        return True
+    settings = path / "tokenizer_config.json"
+    return settings.is_file() and bool(read_json(settings).get("chat_template"))

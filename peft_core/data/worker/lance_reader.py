@@ -1,0 +1,158 @@
+"""Rows of a LanceDB table as records, in a process of its own: a TableRequest (JSON) in, an answer or a Problem out.
+
+By hand: `python -m peft_core.data.worker.lance_reader < request.json`. Columns are those of a CodeChunk; only those that a
+record needs are read, a few hundred rows at a time. Needs the extra `lancedb`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from peft_core.data.lance_table import Copied, TableRequest
+from peft_core.data.records import FORMS, numbered, write_records
+from peft_core.data.summarise import MAX_JSONL_BYTES, summarise_records
+from peft_core.errors import DataError, PeftMcpError
+from peft_core.schemas.frozen import FrozenModel
+from peft_core.schemas.results import ErrorInfo
+from peft_core.system.child_process import begin, problem_of
+
+REQUIRED = ("content", "language")
+OPTIONAL = ("file_path", "chunk_type", "start_line", "end_line")
+_ROWS = 256  # at a time
+_BUFFER_BYTES = 32 << 20
+
+
+def rows(table: Path) -> Iterator[dict[str, Any]]:
+    """Every row, as the chunk that it is.
+
+    Raises:
+        DataError: 'extra_missing', 'not_a_table', 'foreign_data', 'missing_columns', 'training_data_empty', 'too_large'.
+    """
+    try:
+        import lance  # noqa: PLC0415 - an extra, and heavy
+    except ImportError as error:
+        raise DataError(
+            f"Reading {table} needs the package pylance, which is not installed.",
+            code="extra_missing",
+            suggestions=(
+                "Install peft-mcp with its extra: pip install 'peft-mcp[lancedb]' (in a clone: pip install '.[lancedb]')",
+                "Or export the chunks as .jsonl, one object a line",
+            ),
+        ) from error
+    try:
+        dataset = lance.dataset(str(table))
+    except (ValueError, OSError) as error:
+        raise _unreadable(table, error) from error
+    if places := dataset.base_paths():
+        where = ", ".join(sorted(place.path for place in places.values())[:3])
+        raise DataError(
+            f"{table} refers to data that lies elsewhere ({where}); a table must hold its data itself.",
+            code="foreign_data",
+            suggestions=("Give the table that it is a clone of, or make a full copy",),
+        )
+    _require_columns(table, dataset.schema.names)
+    columns = [name for name in (*REQUIRED, *OPTIONAL) if name in dataset.schema.names]
+    scanner = dataset.scanner(
+        columns=columns,
+        batch_size=_ROWS,
+        batch_readahead=1,
+        fragment_readahead=1,
+        io_buffer_size=_BUFFER_BYTES,
+        scan_in_order=True,  # two reads of one version give the same
+    )
+    size = count = 0
+    try:
+        for batch in scanner.to_batches():
+            for row in batch.to_pylist():
+                count += 1
+                size += len(row["content"]) if isinstance(row["content"], str) else 0
+                if size > MAX_JSONL_BYTES:
+                    raise _too_large(table)
+                yield {name: value for name, value in row.items() if value is not None or name in REQUIRED}
+    except (ValueError, OSError) as error:
+        raise _unreadable(table, error) from error
+    if not count:
+        raise DataError(
+            f"{table} holds no row.",
+            code="training_data_empty",
+            suggestions=("Index the code first, so that the table holds its chunks, or give the repository itself",),
+        )
+
+
+def answer(request: TableRequest) -> FrozenModel:
+    if request.records is None:
+        records = numbered(rows(request.table), "row", where=str(request.table))
+        return summarise_records("records", request.table, records, request.max_length, request.purpose)
+    written = Counted(rows(request.table))
+    write_records(written, request.records)
+    return Copied(rows=written.count)
+
+
+class Counted:
+    """Passes on what it is given, and counts it."""
+
+    def __init__(self, records: Iterator[dict[str, Any]]) -> None:
+        self._records = records
+        self.count = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for record in self._records:
+            self.count += 1
+            yield record
+
+
+def _require_columns(table: Path, found: list[str]) -> None:
+    missing = [name for name in REQUIRED if name not in found]
+    if missing:
+        raise DataError(
+            f"{table} lacks {' and '.join(f'the column {name!r}' for name in missing)}; it has "
+            f"{', '.join(found[:30]) or 'none'}. "
+            f"A table of code chunks has {' and '.join(REQUIRED)}, and may have {', '.join(OPTIONAL)} "
+            "(README, 'What is trained on').",
+            code="missing_columns",
+            suggestions=(
+                f"Rename the column that holds the code to {REQUIRED[0]!r}, and name its language in {REQUIRED[1]!r}",
+                f"Or export the rows as .jsonl, each {FORMS}",
+            ),
+        )
+
+
+def _unreadable(table: Path, error: Exception) -> DataError:
+    said = str(error).partition(", /")[0]  # behind it lie places in Lance's own source
+    return DataError(
+        f"{table} cannot be read as a LanceDB table: {said[:300]}.",
+        code="not_a_table",
+        suggestions=("Give the table itself, DATABASE/NAME.lance, whole and not being written",),
+    )
+
+
+def _too_large(table: Path) -> DataError:
+    return DataError(
+        f"{table} holds more than {MAX_JSONL_BYTES / 1e9:.0f} GB of code.",
+        code="too_large",
+        suggestions=("Give a part of it: a LoRA adapter learns from thousands of examples, not from millions",),
+    )
+
+
+def main() -> int:
+    begin()
+    request = TableRequest.model_validate_json(sys.stdin.read())
+    try:
+        said = answer(request)
+    except PeftMcpError as error:
+        said = problem_of(error)
+    except OSError as error:
+        said = ErrorInfo(
+            code="data_directory_unwritable",
+            message=f"The rows of {request.table} could not be written down: {error}.",
+            suggestions=("Free some space, or set CODEBASE_GARDENER_DATA_DIR to another disk and restart the server",),
+        )
+    sys.stdout.write(said.model_dump_json())
+    return 1 if isinstance(said, ErrorInfo) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

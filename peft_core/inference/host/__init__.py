@@ -1,1 +1,0 @@
-"""The inference process. Imports torch; only ever started as `python -m peft_core.inference.host`."""

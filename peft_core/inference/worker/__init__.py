@@ -1,0 +1,1 @@
+"""The inference process. Imports torch; started as `python -m peft_core.inference.worker`."""

@@ -1,0 +1,205 @@
+"""One training run and how facts change it. Pure: no clock, no disk."""
+
+from __future__ import annotations
+
+from peft_core.schemas.dataset import DatasetSummary
+from peft_core.schemas.evaluation import Evaluation
+from peft_core.schemas.events import (
+    CheckpointSaved,
+    DatasetPrepared,
+    Evaluated,
+    Event,
+    HeldOutMeasured,
+    JobCancelled,
+    JobCompleted,
+    JobFailed,
+    JobInterrupted,
+    JobResumed,
+    JobStarted,
+    MemorySaved,
+    PhaseStarted,
+    RateLowered,
+    RunPlanned,
+    StepCompleted,
+    StoppedEarly,
+)
+from peft_core.schemas.frozen import FrozenModel
+from peft_core.schemas.results import ErrorInfo, Metrics, Phase, Status
+from peft_core.schemas.task import JobRequest
+
+
+class Job(FrozenModel):
+    """State of one training run. Times are seconds since the epoch, UTC."""
+
+    job_id: str
+    project_id: str
+    request: JobRequest
+    created_at: float
+    updated_at: float
+    started_at: float | None = None
+    finished_at: float | None = None
+    status: Status = Status.QUEUED
+    phase: Phase | None = None
+    detail: str = ""
+    note: str = ""  # what stays worth knowing when the job has ended
+    device: str | None = None
+    step: int = 0
+    total_steps: int | None = None
+    loss: float | None = None
+    held_out_loss: float | None = None
+    tokens_per_second: float | None = None
+    eta_s: float | None = None
+    peak_memory_bytes: int | None = None
+    checkpoint_step: int | None = None
+    dataset: DatasetSummary | None = None
+    metrics: Metrics | None = None
+    evaluation: Evaluation | None = None  # in figures; the texts are in the event
+    adapter_path: str | None = None
+    error: ErrorInfo | None = None
+
+
+class IllegalTransition(Exception):
+    def __init__(self, job: Job, event: Event) -> None:
+        super().__init__(
+            f"{event.kind} cannot happen to a job that is {job.status} (phase {job.phase}, step {job.step})"
+        )
+
+
+PHASES = list(Phase)
+RESUMABLE = (Status.INTERRUPTED, Status.FAILED, Status.CANCELLED)
+
+
+def apply(job: Job, event: Event, at: float) -> Job:
+    """The job after `event`.
+
+    Raises:
+        IllegalTransition: the event cannot follow the job's state.
+    """
+    change = _change(job, event)
+    if change is None:
+        raise IllegalTransition(job, event)
+    status = change.get("status", job.status)
+    if status is Status.IN_PROGRESS and job.status is not Status.IN_PROGRESS:
+        change["started_at"] = at
+    if isinstance(status, Status) and status.is_final:
+        change |= {"finished_at": at, "eta_s": None}
+    return job.model_copy(update={**change, "updated_at": at})
+
+
+def _change(job: Job, event: Event) -> dict[str, object] | None:
+    match job.status, event:
+        case Status.QUEUED, JobStarted():
+            return {"status": Status.IN_PROGRESS, "phase": Phase.STARTING, "detail": ""}
+        case ((Status.QUEUED | Status.IN_PROGRESS), JobCancelled()):
+            return {"status": Status.CANCELLED}
+        case ((Status.QUEUED | Status.IN_PROGRESS), JobFailed(error=error)):
+            return {"status": Status.FAILED, "error": error}
+        case status, JobResumed() if status in RESUMABLE:
+            return {
+                "status": Status.QUEUED,
+                "phase": None,
+                "detail": "",
+                "error": None,
+                "finished_at": None,
+                "step": job.checkpoint_step or 0,
+            }
+        case Status.IN_PROGRESS, _:
+            return _progress(job, event)
+        case _:
+            return None
+
+
+def _progress(job: Job, event: Event) -> dict[str, object] | None:  # noqa: PLR0911, PLR0912, C901 -- one line an event
+    match event:
+        case PhaseStarted(phase=phase, detail=detail) if _not_before(phase, job.phase):
+            return {"phase": phase, "detail": detail}
+        case DatasetPrepared(dataset=dataset):
+            return {"dataset": dataset}
+        case RunPlanned(device=device, total_steps=total, start_step=start):
+            return {"device": device, "total_steps": total, "step": start}
+        case StepCompleted(step=step) if job.step < step <= (job.total_steps or 0):
+            return {
+                "step": step,
+                "loss": event.loss,
+                "tokens_per_second": event.tokens_per_second,
+                "eta_s": event.eta_s,
+                "peak_memory_bytes": event.memory_bytes,
+            }
+        case HeldOutMeasured(step=0, loss=loss, whole_set=True):
+            return {"metrics": Metrics(base_loss=loss)}
+        case HeldOutMeasured(loss=loss):
+            return {"held_out_loss": loss}
+        case Evaluated(evaluation=evaluation):
+            return {"evaluation": evaluation.in_figures}
+        case CheckpointSaved(step=step) if step <= job.step:
+            return {"checkpoint_step": step}
+        case StoppedEarly():
+            text = f"stopped early at step {event.step}, the state of step {event.best_step} is kept"
+            return {"note": _noted(job.note, text)}
+        case RateLowered(step=step, back_to_step=back) if back <= job.step:
+            text = (
+                f"at step {step} {event.reason}: back to step {back} with 1/{1 / event.factor:g} of the learning rate"
+            )
+            return {"step": back, "note": _noted(job.note, text)}
+        case MemorySaved(step=step):
+            return {"note": _noted(job.note, f"memory ran out at step {step}: {event.way} from there on")}
+        case JobCompleted(adapter_path=path, metrics=metrics):
+            held_out = metrics.adapter_loss if metrics.adapter_loss is not None else job.held_out_loss
+            return {
+                "status": Status.COMPLETED,
+                "adapter_path": path,
+                "metrics": metrics,
+                "held_out_loss": held_out,
+                "peak_memory_bytes": metrics.peak_memory_bytes or job.peak_memory_bytes,
+            }
+        case JobInterrupted(reason=reason):
+            error = ErrorInfo(
+                code="interrupted",
+                message=reason,
+                suggestions=("Resume it: what was trained up to the last checkpoint is kept.",),
+            )
+            return {"status": Status.INTERRUPTED, "error": error}
+        case _:
+            return None
+
+
+def _noted(note: str, text: str) -> str:
+    """Both; once only, as a resumed run may meet the same again."""
+    if text in note:
+        return note
+    return f"{note}; {text}" if note else text
+
+
+def _not_before(phase: Phase, current: Phase | None) -> bool:
+    return current is None or PHASES.index(phase) >= PHASES.index(current)
+
+
+# Where each phase begins on the way to 100 %, for a run whose training takes most of the time.
+_PHASE_BEGINS = {
+    Phase.STARTING: 0.0,
+    Phase.PREPARING_DATA: 1.0,
+    Phase.LOADING_MODEL: 4.0,
+    Phase.EVALUATING_BASE: 6.0,
+    Phase.TRAINING: 10.0,
+    Phase.EVALUATING_ADAPTER: 94.0,
+    Phase.SAVING: 98.0,
+    Phase.PUBLISHING: 99.0,
+}
+
+
+# Of a job that evaluates: half of its time for each model.
+_EVALUATION_BEGINS = {**_PHASE_BEGINS, Phase.EVALUATING_BASE: 10.0, Phase.EVALUATING_ADAPTER: 50.0}
+
+
+def progress_percent(job: Job) -> float:
+    """How far the whole job is, 0..100. Falls only where a run that diverged goes back."""
+    if job.status is Status.COMPLETED:
+        return 100.0
+    if job.phase is None:
+        return 0.0
+    if job.request.evaluated is not None:
+        return _EVALUATION_BEGINS[job.phase]
+    begins = _PHASE_BEGINS[job.phase]
+    if job.phase is Phase.TRAINING and job.total_steps:
+        return round(begins + (_PHASE_BEGINS[Phase.EVALUATING_ADAPTER] - begins) * job.step / job.total_steps, 2)
+    return begins

@@ -1,0 +1,226 @@
+"""A base in memory and adapters on it. The only file that knows PEFT's ways of loading, and their traps.
+
+T tokens, V vocabulary
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from peft_core.adapters.config_check import LoraSettings
+from peft_core.errors import InferenceError
+from peft_core.modeling.device import DevicePlan
+from peft_core.modeling.load import load_base
+from peft_core.modeling.memory import return_freed_memory
+from peft_core.modeling.tokenizer import BaseTokenizer, load_tokenizer
+from peft_core.schemas.base_model import Base
+from peft_core.schemas.results import LoadCheck
+
+# Any text will do that is long enough for every module to matter.
+PROBE = 'def read(path: str) -> list[str]:\n    """Lines of a file."""\n    with open(path) as file:\n        return'
+_PROBE_TOKENS = 24
+_ENDS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "</s>")  # beside what the base itself names
+
+
+class BaseCorrupted(Exception):
+    """This process can no longer be trusted to answer; it must end."""
+
+
+_names = (f"adapter_{number}" for number in itertools.count())  # PEFT misbehaves on dots and on names of its own
+
+
+@dataclass
+class ResidentModel:
+    """Nothing is ever merged into the base: taking an adapter off restores it bit for bit."""
+
+    base: Base
+    tokenizer: BaseTokenizer
+    ends: tuple[int, ...]  # tokens that end an answer
+    causal: PreTrainedModel  # PEFT replaces its linear layers in place, and puts them back
+    probe_1T: torch.Tensor
+    base_logits_TV: torch.Tensor  # of the probe
+    _wrapped: Any = None  # a PeftModel while there is an adapter; its methods carry no types
+    _adapters: set[str] = field(default_factory=set)
+    _selected: tuple[str | None] | None = None  # what PEFT is set to; None: not known
+
+    @classmethod
+    def load(cls, base: Base, directory: Path, plan: DevicePlan) -> ResidentModel:
+        """Read a Hugging Face model directory into memory, on its device.
+
+        Raises:
+            BaseModelError: it cannot be loaded.
+        """
+        tokenizer = load_tokenizer(directory)
+        causal = load_base(directory, plan.weights)
+        causal.to(torch.device(plan.device)).eval()  # type: ignore[arg-type]  # a decorator hides the signature
+        ends = _end_tokens(causal, tokenizer)
+        # The base's own defaults (sampling, repetition penalties) would mix into what was asked for.
+        causal.generation_config = GenerationConfig(eos_token_id=list(ends), pad_token_id=ends[0])
+        probe_1T = torch.tensor([tokenizer.ids(PROBE)[:_PROBE_TOKENS]], device=causal.device)
+        return cls(
+            base=base,
+            tokenizer=tokenizer,
+            ends=ends,
+            causal=causal,
+            probe_1T=probe_1T,
+            base_logits_TV=_logits(causal, probe_1T),
+        )
+
+    def add(self, settings: LoraSettings, tensors: Mapping[str, torch.Tensor]) -> tuple[str, LoadCheck]:
+        """Put an adapter on the base, make it the selected one, and measure what it does: (its name here, effect).
+
+        When it fails nothing of the adapter is left, and no adapter is selected.
+
+        Raises:
+            InferenceError: it has no effect, an incomplete one, or one that is not a number.
+        """
+        name = next(_names)
+        self._selected = None
+        self._require_linear(settings)
+        config = self._peft_config(settings)
+        try:
+            if self._wrapped is None:
+                self._wrapped = PeftModel(self.causal, config, adapter_name=name, low_cpu_mem_usage=True)
+            else:
+                self._wrapped.add_adapter(name, config, low_cpu_mem_usage=True)
+            self._adapters.add(name)
+            # PEFT creates float32 matrices and then takes what it is given: 16-bit ones would be computed in 16 bits.
+            given = {key: tensor.to(self.causal.device, torch.float32, copy=True) for key, tensor in tensors.items()}
+            outcome: Any = set_peft_model_state_dict(self._wrapped, given, adapter_name=name, low_cpu_mem_usage=True)
+            unmatched = len(outcome.unexpected_keys) + sum(f".{name}." in key for key in outcome.missing_keys)
+            self.select(name)
+            change = float((_logits(self.causal, self.probe_1T) - self.base_logits_TV).abs().max())
+            _require_effect(unmatched, change)
+        except BaseException:
+            # What failed half-way stays registered with PEFT, and could be selected.
+            self._adapters.add(name)
+            self.remove(name)
+            self._require_undamaged()
+            raise
+        return name, LoadCheck(unmatched_keys=unmatched, max_logit_change=change)
+
+    def select(self, name: str | None) -> None:
+        """Answer with this adapter from here on; None: with the base alone."""
+        if self._wrapped is None or self._selected == (name,):
+            return
+        perhaps_off = self._selected in (None, (None,))
+        self._selected = None  # not known, should one of these fail: each walks through all layers
+        if name is None:
+            self._wrapped.base_model.disable_adapter_layers()
+        else:
+            if perhaps_off:
+                self._wrapped.base_model.enable_adapter_layers()
+            self._wrapped.set_adapter(name, inference_mode=True)  # else it would ask for gradients
+        self._selected = (name,)
+
+    def remove(self, name: str) -> None:
+        """Take an adapter off; afterwards none is selected."""
+        self._adapters.discard(name)
+        self._selected = None
+        if self._wrapped is None:
+            _unwrap(self.causal)
+        elif self._adapters:
+            self.select(min(self._adapters))  # PEFT would choose another for the one it loses, and warn
+            if name in self._wrapped.peft_config:
+                self._wrapped.delete_adapter(name)
+            self.select(None)
+        else:  # deleting the last one would leave layers that cannot compute
+            self.causal = self._wrapped.base_model.unload()
+            self._wrapped = None
+            if hasattr(self.causal, "peft_config"):
+                del self.causal.peft_config
+        release_memory()
+
+    def _require_linear(self, settings: LoraSettings) -> None:
+        """PEFT wraps the layers of a model one by one, and stops half-way at one that it does not know."""
+        for name, module in self.causal.named_modules():
+            inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            if ".base_layer" not in name and settings.targets(name) and not isinstance(inner, nn.Linear | Conv1D):
+                raise InferenceError(
+                    f"The adapter is for {name[:120]}, which in this model is no linear layer but a {type(inner).__name__}.",
+                    code="adapter_not_applied",
+                    suggestions=["Train it again without this target module"],
+                )
+
+    def _require_undamaged(self) -> None:
+        """That the base alone says what it said at first, to the bit."""
+        self.select(None)
+        if not torch.equal(_logits(self.causal, self.probe_1T), self.base_logits_TV):
+            raise BaseCorrupted("an adapter that failed to load has left its traces in the base")
+
+    def _peft_config(self, settings: LoraSettings) -> LoraConfig:
+        """From verified values alone: nothing else of the adapter's file reaches PEFT."""
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=settings.rank,
+            lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT annotates int and computes with floats
+            target_modules=list(settings.target_modules),
+            use_rslora=settings.use_rslora,
+            rank_pattern=dict(settings.rank_pattern),
+            alpha_pattern=dict(settings.alpha_pattern),
+            layers_to_transform=list(settings.layers_to_transform) if settings.layers_to_transform else None,
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in self.causal.modules()),
+            inference_mode=True,
+        )
+
+
+def _unwrap(model: nn.Module) -> None:
+    """Put back the layers that PEFT had replaced when it failed, before it had anything to undo it with."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())
+
+
+def release_memory() -> None:
+    """Return what was freed to the operating system."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return_freed_memory()
+
+
+def _logits(model: Any, ids_1T: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.as_tensor(model(input_ids=ids_1T, use_cache=False).logits[0].float().cpu())
+
+
+def _require_effect(unmatched: int, change: float) -> None:
+    if unmatched:
+        raise InferenceError(
+            f"The adapter was taken off again: {unmatched} of its tensors found no place in the base, or places no tensor.",
+            code="adapter_not_applied",
+            suggestions=["Call verify_adapter_compatibility to see every reason"],
+        )
+    if not math.isfinite(change):
+        raise InferenceError(
+            "The adapter was taken off again: with it the model answers with numbers that are none (NaN or infinity).",
+            code="adapter_not_finite",
+            suggestions=["Train it again, with a lower learning_rate"],
+        )
+    if change == 0:
+        raise InferenceError(
+            "The adapter was taken off again: it changes nothing, not one logit of the base on a test text.",
+            code="adapter_no_effect",
+            suggestions=["Train it again, with more steps"],
+        )
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: BaseTokenizer) -> tuple[int, ...]:
+    named: Any = getattr(model.generation_config, "eos_token_id", None) or model.config.eos_token_id
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    known = [tokenizer.tokenizer.token_to_id(text) for text in _ENDS]
+    return tuple(dict.fromkeys([tokenizer.end_of_text, *ids, *(token for token in known if token is not None)]))

@@ -1,0 +1,216 @@
+"""Causal attention for several documents laid end to end, none of which sees another.
+
+B batch (always 1), H heads, K key/value heads, T tokens of all documents, L tokens of one document, D head size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any
+
+import structlog
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from peft_core.modeling.attention_bf16 import Bf16Attention
+from peft_core.modeling.device import fixed_shapes
+from peft_core.system.failures import is_out_of_memory, shown
+
+_log = structlog.get_logger(__name__)
+
+NAME = "peft_mcp_documents"
+_NOT_DONE_HERE = ("softcap", "s_aux")  # capped scores (Gemma 2), a sink for attention (GPT-OSS)
+
+
+def register() -> None:
+    """Make the attention known to transformers under NAME."""
+    AttentionInterface.register(NAME, attend_within_documents)
+    AttentionMaskInterface.register(NAME, _no_mask)
+
+
+def attend_within_documents(
+    module: torch.nn.Module,
+    query_BHTD: torch.Tensor,
+    key_BKTD: torch.Tensor,
+    value_BKTD: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    document_lengths: tuple[int, ...] | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as transformers calls it; `document_lengths` comes through the model's keyword arguments.
+
+    Returns [B, T, H, D]. Without lengths the whole sequence is one document. Masks are not needed: each document is
+    purely causal. Work is the sum of L^2 instead of T^2.
+
+    Raises:
+        NotImplementedError: the model wants more of its attention. To leave that out would be another model.
+    """
+    del module, attention_mask
+    if more := [name for name in _NOT_DONE_HERE if others.get(name) is not None]:
+        raise NotImplementedError(f"attention with {', '.join(more)}")
+    lengths = document_lengths or (query_BHTD.shape[2],)
+    if fixed_shapes(query_BHTD.device) is not None:
+        heads = query_BHTD.shape[1]  # MPS: not grouped before torch 2.13
+        key_BHTD, value_BHTD = _repeated(key_BKTD, heads), _repeated(value_BKTD, heads)
+        return attend_at_once(query_BHTD, key_BHTD, value_BHTD, lengths, dropout=dropout, scaling=scaling), None
+    same_size = value_BKTD.shape[-1] == query_BHTD.shape[-1]  # DeepSeek's values are narrower
+    if query_BHTD.is_cpu and query_BHTD.dtype in _ON_CPU and dropout == 0.0 and same_size:
+        scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
+        return _ON_CPU[query_BHTD.dtype].apply(query_BHTD, key_BKTD, value_BKTD, lengths, scale), None
+    if dropout == 0.0 and same_size and _runs_flash(query_BHTD):
+        return _flash(query_BHTD, key_BKTD, value_BKTD, lengths, scaling), None
+    if query_BHTD.dtype == torch.float32:  # GPUs' kernels for it that keep no T x T know no groups
+        key_BKTD, value_BKTD = (_repeated(x, query_BHTD.shape[1]) for x in (key_BKTD, value_BKTD))
+    grouped = query_BHTD.shape[1] != key_BKTD.shape[1]
+    out_BLHD = [
+        scaled_dot_product_attention(
+            query_BHLD, key_BKLD, value_BKLD, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
+        ).transpose(1, 2)
+        for query_BHLD, key_BKLD, value_BKLD in _documents(lengths, query_BHTD, key_BKTD, value_BKTD)
+    ]
+    return torch.cat(out_BLHD, dim=1), None
+
+
+def _runs_flash(query_BHTD: torch.Tensor) -> bool:
+    """Whether flash attention's kernel takes it: GPUs with units for bfloat16, and of head sizes all that models have."""
+    size = query_BHTD.shape[-1]
+    fits = query_BHTD.is_cuda and query_BHTD.dtype == torch.bfloat16 and size % 8 == 0 and size <= 128
+    return fits and _has_flash(query_BHTD.device)
+
+
+@lru_cache
+def _has_flash(device: torch.device) -> bool:
+    """Whether this build of torch has the kernel, for this GPU: by two tiny documents, there and back."""
+    query_1HTD = torch.zeros(1, 2, 8, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
+    key_1KTD = query_1HTD[:, :1]
+    try:
+        with torch.enable_grad():
+            _flash(query_1HTD, key_1KTD, key_1KTD, (5, 3), None).sum().backward()
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        _log.info("flash_attention_refused", reason=shown(error))
+        return False
+    return True
+
+
+def _flash(
+    query_1HTD: torch.Tensor,
+    key_1KTD: torch.Tensor,
+    value_1KTD: torch.Tensor,
+    lengths: tuple[int, ...],
+    scaling: float | None,
+) -> torch.Tensor:
+    """All documents by one call (Dao, arXiv 2307.08691): a kernel each would cost a GPU more than their work. [1, T, H, D]."""
+    query_THD, key_TKD, value_TKD = (x[0].transpose(0, 1) for x in (query_1HTD, key_1KTD, value_1KTD))
+    value_TKD = value_TKD.clone()  # what is kept of it would keep the query and key that it was computed with
+    ends, longest = _ends(lengths, query_THD.device), max(lengths)
+    out_THD: torch.Tensor = _FLASH(
+        query_THD, key_TKD, value_TKD, ends, ends, longest, longest, 0.0, True, False, scale=scaling
+    )[0]
+    return out_THD[None]
+
+
+@lru_cache(maxsize=1)  # the layers of one micro-batch
+def _ends(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Where each document begins and ends among all tokens; int32 [documents + 1]."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def attend_at_once(
+    query_BHTD: torch.Tensor,
+    key_BHTD: torch.Tensor,
+    value_BHTD: torch.Tensor,
+    lengths: tuple[int, ...],
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+) -> torch.Tensor:
+    """The same by one product with a mask: T^2 work, but shapes that do not depend on the documents. Returns [B, T, H, D]."""
+    mask_TT = _mask(lengths, query_BHTD.device)
+    out_BHTD = scaled_dot_product_attention(
+        query_BHTD, key_BHTD, value_BHTD, attn_mask=mask_TT, dropout_p=dropout, scale=scaling
+    )
+    return out_BHTD.transpose(1, 2)
+
+
+@lru_cache(maxsize=1)  # the layers of one micro-batch
+def _mask(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Which tokens [T, T] see which: themselves and earlier ones of their document. No row is empty, which gives NaN on MPS."""
+    document_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return (document_T[:, None] == document_T[None]).tril().to(device)
+
+
+class _DocumentAttention(torch.autograd.Function):
+    """What `scaled_dot_product_attention` does on a CPU, by the kernels behind it, all documents in one.
+
+    Autograd would keep keys and values once for each query head, and the result twice: for each document and joined.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_BHTD: torch.Tensor,
+        key_BKTD: torch.Tensor,
+        value_BKTD: torch.Tensor,
+        lengths: tuple[int, ...],
+        scale: float,
+    ) -> torch.Tensor:
+        batch, heads, tokens, size = query_BHTD.shape
+        out_BTHD = torch.empty(batch, tokens, heads, size)
+        sums_BHL = []
+        parts = _documents(lengths, query_BHTD, key_BKTD, value_BKTD, out_BTHD.transpose(1, 2))
+        for query_BHLD, key_BKLD, value_BKLD, out_BHLD in parts:
+            out, sums = _ATTEND(query_BHLD, key_BKLD, value_BKLD, 0.0, True, scale=scale)
+            out_BHLD.copy_(out)
+            sums_BHL.append(sums)
+        own_value = (
+            value_BKTD.transpose(1, 2).contiguous().transpose(1, 2)
+        )  # not the query and key it was computed with
+        ctx.save_for_backward(query_BHTD, key_BKTD, own_value, out_BTHD, *sums_BHL)
+        ctx.lengths, ctx.scale = lengths, scale
+        return out_BTHD
+
+    @staticmethod
+    def backward(ctx: Any, grad_BTHD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query_BHTD, key_BKTD, value_BKTD, out_BTHD, *sums_BHL = ctx.saved_tensors
+        inputs = (query_BHTD, key_BKTD, value_BKTD)
+        # In memory a token's heads lie together, as the layers before want it.
+        gradients = [x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in inputs]
+        parts = _documents(ctx.lengths, *inputs, out_BTHD.transpose(1, 2), grad_BTHD.transpose(1, 2), *gradients)
+        heads, groups = query_BHTD.shape[1], key_BKTD.shape[1]
+        for (query, key, value, out, grad_out, grad_query, grad_key, grad_value), sums in zip(
+            parts, sums_BHL, strict=True
+        ):
+            repeated = (_repeated(x, heads) for x in (key, value))
+            found = _ATTEND_BACKWARD(grad_out, query, *repeated, out, sums, 0.0, True, scale=ctx.scale)
+            grad_query.copy_(found[0])
+            for target, by_query_head in zip((grad_key, grad_value), found[1:], strict=True):
+                target.copy_(by_query_head.unflatten(1, (groups, -1)).sum(2))
+        return *gradients, None, None
+
+
+_ON_CPU = {torch.float32: _DocumentAttention, torch.bfloat16: Bf16Attention}
+_ATTEND = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 -- what the public function calls
+_FLASH = torch.ops.aten._flash_attention_forward  # noqa: SLF001 -- torch.nn.attention.varlen's, which older versions lack
+_ATTEND_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # noqa: SLF001 -- its derivative
+
+
+def _documents(lengths: tuple[int, ...], *tensors_BHTD: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The part of each document, along the tokens."""
+    return zip(*(tensor.split(list(lengths), 2) for tensor in tensors_BHTD), strict=True)
+
+
+def _repeated(x_BKTD: torch.Tensor, heads: int) -> torch.Tensor:
+    """Keys or values once for each query head."""
+    return x_BKTD if x_BKTD.shape[1] == heads else x_BKTD.repeat_interleave(heads // x_BKTD.shape[1], dim=1)
+
+
+def _no_mask(*_args: Any, **_kwargs: Any) -> None:
+    return None

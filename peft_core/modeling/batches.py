@@ -1,0 +1,173 @@
+"""Which examples a step sees, and how their documents are laid end to end instead of padded.
+
+T tokens, N positions with a target; 1 is the batch dimension that models expect
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import islice
+
+import torch
+
+from peft_core.modeling.tokenizer import BaseTokenizer
+from peft_core.schemas.dataset import Example
+
+IGNORED = -100  # no target; torch's own number for it
+_PACKED_TOGETHER = 64  # documents, where many are packed: first-fit is quadratic
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """One tokenised example. `learn_T[t]`: token t is predicted from those before it, and its loss counts."""
+
+    ids_T: torch.Tensor  # int32
+    learn_T: torch.Tensor  # bool; False for the first token, which nothing predicts
+
+    def __len__(self) -> int:
+        return self.ids_T.shape[0]
+
+    @cached_property
+    def targets(self) -> int:
+        """Tokens that carry loss."""
+        return int(self.learn_T.sum())
+
+
+def tokenise(example: Example, tokenizer: BaseTokenizer, max_length: int) -> Document:
+    """The segments in order and the end of the text, where it ends; cut at `max_length` tokens."""
+    ids: list[int] = []
+    learn: list[bool] = []
+    for segment, tokens in zip(example.segments, tokenizer.encode(example.segments), strict=True):
+        ids += tokens.ids
+        learn += [segment.learn] * len(tokens.ids)
+    prefix = () if tuple(ids[: len(tokenizer.beginning)]) == tokenizer.beginning else tokenizer.beginning
+    ids, learn = [*prefix, *ids], [False] * len(prefix) + learn
+    if example.ends and ids and ids[-1] != tokenizer.end_of_text:  # a chat turn may bring its own
+        ids.append(tokenizer.end_of_text)
+        learn.append(learn[-1])
+    learn[:1] = [False] * len(learn[:1])
+    return Document(
+        ids_T=torch.tensor(ids[:max_length], dtype=torch.int32),
+        learn_T=torch.tensor(learn[:max_length], dtype=torch.bool),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """Documents laid end to end. No padding, but for devices that want few different shapes."""
+
+    ids_1T: torch.Tensor  # int64
+    positions_1T: torch.Tensor  # int64; begin at 0 in each document
+    lengths: tuple[int, ...]  # of the documents; sum T
+    source_N: torch.Tensor  # int64; positions in T whose next token is a target
+    target_N: torch.Tensor  # int64; token ids, or IGNORED
+
+    @property
+    def tokens(self) -> int:
+        return self.ids_1T.shape[1]
+
+
+def join(documents: Sequence[Document], device: torch.device, multiple_of: int | None = None) -> MicroBatch:
+    """Lay documents end to end.
+
+    `multiple_of`: T and N are the same multiple of it, for devices that want few different shapes. What is filled up is one
+    more document, of which nothing is learned.
+    """
+    if multiple_of is not None and (rest := -sum(map(len, documents)) % multiple_of):
+        nothing_T = torch.zeros(rest, dtype=torch.int32)
+        documents = [*documents, Document(ids_T=nothing_T, learn_T=nothing_T.bool())]
+    ids_T = torch.cat([document.ids_T for document in documents]).long()
+    positions_T = torch.cat([torch.arange(len(document)) for document in documents])
+    target_at_N = torch.cat([document.learn_T for document in documents]).nonzero()[:, 0]
+    source_N, target_N = target_at_N - 1, ids_T[target_at_N]
+    if multiple_of is not None:
+        target_N = torch.full_like(ids_T, IGNORED).index_copy_(0, source_N, target_N)
+        source_N = torch.arange(len(ids_T))
+    return MicroBatch(
+        ids_1T=ids_T[None].to(device),
+        positions_1T=positions_T[None].to(device),
+        lengths=tuple(len(document) for document in documents),
+        source_N=source_N.to(device),
+        target_N=target_N.to(device),
+    )
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Group indices so that no group's lengths sum to more than `capacity`: first-fit decreasing, so few groups.
+
+    An item longer than `capacity` gets a group of its own.
+    """
+    groups: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        length = lengths[index]
+        for group, free in enumerate(room):
+            if length <= free:
+                groups[group].append(index)
+                room[group] -= length
+                break
+        else:
+            groups.append([index])
+            room.append(capacity - length)
+    return groups
+
+
+def micro_batches(
+    documents: Iterable[Document], capacity: int, device: torch.device, multiple_of: int | None = None
+) -> Iterator[MicroBatch]:
+    """All documents, each once, in micro-batches of at most `capacity` tokens, filled up as `join` says."""
+    stream = iter(documents)
+    while some := list(islice(stream, _PACKED_TOGETHER)):
+        for group in pack([len(document) for document in some], capacity):
+            yield join([some[index] for index in group], device, multiple_of)
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order in which examples are seen: shuffled anew for each epoch, and a pure function of the seed.
+
+    A step's examples follow from its number alone, so a resumed run needs no other position.
+    """
+
+    examples: int  # in the training set
+    batch_size: int  # examples per step
+    shown: int  # examples in all steps together, repetitions counted
+    seed: int
+
+    @property
+    def total_steps(self) -> int:
+        return -(-self.shown // self.batch_size)
+
+    def step(self, step: int) -> list[int]:
+        """Indices of the examples of a step (1-based). The last step may have fewer."""
+        first = (step - 1) * self.batch_size
+        return [self._at(position) for position in range(first, min(first + self.batch_size, self.shown))]
+
+    def tokens(self, lengths: Sequence[int]) -> int:
+        """Tokens of all steps together, for examples of these lengths."""
+        epochs, rest = divmod(self.shown, self.examples)
+        last = _shuffled(self.examples, self.seed, epochs)[:rest]
+        return epochs * sum(lengths) + sum(lengths[index] for index in last)
+
+    def _at(self, position: int) -> int:
+        epoch, offset = divmod(position, self.examples)
+        return _shuffled(self.examples, self.seed, epoch)[offset]
+
+
+def plan_order(*, examples: int, batch_size: int, num_epochs: float | None, max_steps: int | None, seed: int) -> Order:
+    """`max_steps` steps, or `num_epochs` passes (1 where neither is given; at least one example)."""
+    if max_steps is not None:
+        shown = max_steps * batch_size
+    else:
+        shown = max(1, round((1.0 if num_epochs is None else num_epochs) * examples))
+    return Order(examples=examples, batch_size=batch_size, shown=shown, seed=seed)
+
+
+@lru_cache(maxsize=2)  # a step can straddle two epochs
+def _shuffled(examples: int, seed: int, epoch: int) -> tuple[int, ...]:
+    order = list(range(examples))
+    random.Random(f"{seed}/{epoch}").shuffle(order)  # noqa: S311 -- an order, not a secret
+    return tuple(order)

@@ -1,0 +1,176 @@
+"""What a decoder block computes, as few autograd functions: forward and backward written by hand, little kept between.
+
+Of a norm its input and one number a token are kept, of the gated MLP gate and up, of LoRA what A makes of the input;
+everything else is computed again in the backward pass. Frozen weights get no gradient. The hidden states of the model are
+float32; between products, and for the backward pass, numbers are of the projections' own type.
+
+T tokens, D model size, I input features, O output features, F features of the MLP, H heads, E head size
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import silu
+
+from peft_core.modeling.fused_linear import Projections
+
+Grads = tuple[torch.Tensor | None, ...]
+
+
+class LinearFunction(torch.autograd.Function):
+    """Projections of x, side by side. Here and below `adapters` are A and B of each layer in turn."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: torch.Tensor, projections: Projections, *adapters: torch.Tensor | None) -> torch.Tensor:
+        out_TO, down_TR = projections.forward(projections.placed(x_TI), adapters)
+        ctx.save_for_backward(x_TI, down_TR, *adapters)
+        ctx.projections = projections
+        return out_TO
+
+    @staticmethod
+    def backward(ctx: Any, grad_TO: torch.Tensor) -> Grads:
+        x_TI, down_TR, *adapters = ctx.saved_tensors
+        grad_x, grad_adapters = ctx.projections.backward(
+            grad_TO, x_TI, down_TR, adapters, grad_x=ctx.needs_input_grad[0]
+        )
+        return grad_x, None, *grad_adapters
+
+
+class NormLinearsFunction(torch.autograd.Function):
+    """Projections of the normed x: query, key and value."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: torch.Tensor,
+        w_D: torch.Tensor,
+        epsilon: float,
+        projections: Projections,
+        *adapters: torch.Tensor | None,
+    ) -> torch.Tensor:
+        inverse_T1 = _inverse_rms(x_TD, epsilon)
+        y_TD = _scaled(x_TD, inverse_T1, w_D, out=projections.room(x_TD))
+        out_TO, down_TR = projections.forward(y_TD, adapters)
+        ctx.save_for_backward(x_TD.to(projections.dtype), w_D, inverse_T1, down_TR, *adapters)
+        ctx.projections = projections
+        return out_TO
+
+    @staticmethod
+    def backward(ctx: Any, grad_TO: torch.Tensor) -> Grads:
+        x_TD, w_D, inverse_T1, down_TR, *adapters = ctx.saved_tensors
+        y_TD = _scaled(x_TD, inverse_T1, w_D, out=torch.empty_like(x_TD, dtype=ctx.projections.dtype))
+        grad_y, grad_adapters = ctx.projections.backward(
+            grad_TO, y_TD, down_TR, adapters, grad_x=ctx.needs_input_grad[0]
+        )
+        grad_x = None if grad_y is None else _norm_backward(grad_y, x_TD, inverse_T1, w_D)
+        return grad_x, None, None, None, *grad_adapters
+
+
+class NormGatedFunction(torch.autograd.Function):
+    """y = down(silu(gate(n)) * up(n)) with n the normed input. `adapters`: of gate and up, then of down."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: torch.Tensor,
+        w_D: torch.Tensor,
+        epsilon: float,
+        gate_and_up: Projections,
+        down: Projections,
+        *adapters: torch.Tensor | None,
+    ) -> torch.Tensor:
+        inverse_T1 = _inverse_rms(x_TD, epsilon)
+        n_TD = _scaled(x_TD, inverse_T1, w_D, out=gate_and_up.room(x_TD))
+        gate_up_TO, first_down_TR = gate_and_up.forward(n_TD, adapters[:4])
+        gate_TF, up_TF = (gate_up_TO[:, features] for features in gate_and_up.outputs)
+        h_TF = torch.mul(silu(gate_TF), up_TF, out=down.room(gate_TF))
+        out_TD, second_down_TR = down.forward(h_TF, adapters[4:])
+        kept_TD = x_TD.to(gate_and_up.dtype)
+        ctx.save_for_backward(kept_TD, w_D, inverse_T1, gate_up_TO, first_down_TR, second_down_TR, *adapters)
+        ctx.gate_and_up, ctx.down = gate_and_up, down
+        return out_TD
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: torch.Tensor) -> Grads:
+        x_TD, w_D, inverse_T1, gate_up_TO, first_down_TR, second_down_TR, *adapters = ctx.saved_tensors
+        gate_TF, up_TF = (gate_up_TO[:, features] for features in ctx.gate_and_up.outputs)
+
+        # 1. Through down and the gate: d silu(g) = sigmoid(g) (1 + g (1 - sigmoid(g))), in torch's own kernel.
+        silu_TF = silu(gate_TF)
+        grad_h_TF, second_grads = ctx.down.backward(grad_TD, silu_TF * up_TF, second_down_TR, adapters[4:], grad_x=True)
+        grad_TO = torch.empty_like(gate_up_TO)
+        grad_gate_TF, grad_up_TF = (grad_TO[:, features] for features in ctx.gate_and_up.outputs)
+        torch.mul(silu_TF, grad_h_TF, out=grad_up_TF)
+        torch.ops.aten.silu_backward.grad_input(grad_h_TF.mul_(up_TF), gate_TF, grad_input=grad_gate_TF)
+        del grad_h_TF, silu_TF, gate_TF, up_TF, gate_up_TO
+
+        # 2. Through gate and up.
+        n_TD = _scaled(x_TD, inverse_T1, w_D, out=torch.empty_like(x_TD, dtype=ctx.gate_and_up.dtype))
+        grad_n, first_grads = ctx.gate_and_up.backward(
+            grad_TO, n_TD, first_down_TR, adapters[:4], grad_x=ctx.needs_input_grad[0]
+        )
+        grad_x = None if grad_n is None else _norm_backward(grad_n, x_TD, inverse_T1, w_D)
+        return grad_x, None, None, None, None, *first_grads, *second_grads
+
+
+class NormFunction(torch.autograd.Function):
+    """y = w x / rms(x) over the last axis (Zhang and Sennrich, arXiv 1910.07467); w is frozen, y of the type of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: torch.Tensor, w_D: torch.Tensor, epsilon: float) -> torch.Tensor:
+        inverse_T1 = _inverse_rms(x_TD, epsilon)
+        ctx.save_for_backward(x_TD, w_D, inverse_T1)
+        return _scaled(x_TD, inverse_T1, w_D, out=torch.empty_like(x_TD, memory_format=torch.contiguous_format))
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: torch.Tensor) -> Grads:
+        x_TD, w_D, inverse_T1 = ctx.saved_tensors
+        grad_x: torch.Tensor = _norm_backward(grad_TD, x_TD, inverse_T1, w_D)
+        return grad_x.to(x_TD.dtype), None, None
+
+
+class RotationFunction(torch.autograd.Function):
+    """Rotary positions (Su et al., arXiv 2104.09864): the halves of each head as the parts of complex numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, x_THE: torch.Tensor, cos_T1E: torch.Tensor, sin_T1E: torch.Tensor) -> torch.Tensor:
+        ctx.angles = cos_T1E, sin_T1E  # all layers share them: saved, they would be copied for each
+        return _rotated(x_THE, cos_T1E, sin_T1E, sign=1.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad_THE: torch.Tensor) -> Grads:
+        return _rotated(grad_THE, *ctx.angles, sign=-1.0), None, None
+
+
+def _rotated(x_THE: torch.Tensor, cos_T1E: torch.Tensor, sin_T1E: torch.Tensor, *, sign: float) -> torch.Tensor:
+    """Computed in float32, as all angles are; of the type of x."""
+    half = x_THE.shape[-1] // 2
+    cos, sin = cos_T1E[..., :half], sin_T1E[..., :half]
+    first, second = x_THE.float().split(half, -1)
+    out_THE = torch.empty(x_THE.shape, dtype=torch.float32, device=x_THE.device)
+    torch.mul(first, cos, out=out_THE[..., :half]).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=out_THE[..., half:]).addcmul_(first, sin, value=sign)
+    return out_THE.to(x_THE.dtype)
+
+
+def _inverse_rms(x_TD: torch.Tensor, epsilon: float) -> torch.Tensor:
+    norm_T1: torch.Tensor = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True, dtype=torch.float32)
+    return norm_T1.square_().div_(x_TD.shape[-1]).add_(epsilon).rsqrt_()
+
+
+def _scaled(x_TD: torch.Tensor, inverse_T1: torch.Tensor, w_D: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+    """The normed x, computed in float32, in `out` of any type."""
+    scaled_TD: torch.Tensor = torch.mul(x_TD * inverse_T1, w_D, out=out)
+    return scaled_TD
+
+
+def _norm_backward(
+    grad_TD: torch.Tensor, x_TD: torch.Tensor, inverse_T1: torch.Tensor, w_D: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of x in float32; `grad_TD` stays as it is."""
+    grad_TD = grad_TD * w_D
+    unit_TD = x_TD * inverse_T1
+    along_T1 = (grad_TD * unit_TD).mean(dim=-1, keepdim=True)
+    return grad_TD.addcmul_(unit_TD, along_T1, value=-1).mul_(inverse_T1)

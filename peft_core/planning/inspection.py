@@ -1,0 +1,124 @@
+"""A training that is planned and not run: what it would be given, what it would do, how long it would take."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from peft_core.config import Settings
+from peft_core.data.preview import Preview, PreviewRequest
+from peft_core.errors import unwritable
+from peft_core.paths import DataPaths
+from peft_core.planning.planner import TrainingData, plan, write_source
+from peft_core.schemas.base_model import Base
+from peft_core.schemas.dataset import Example
+from peft_core.schemas.results import DataSample, TrainingDataReport
+from peft_core.schemas.task import JobRequest
+from peft_core.schemas.training import TrainingConfig
+from peft_core.system.child_process import ask
+from peft_core.system.cleanup import prune_inspections
+
+TIMEOUT_S = 120.0
+CHILD = "peft_core.data.preview"
+_SHOWN = 1200  # characters of a sample
+
+
+def inspect_training_data(
+    training_data: TrainingData,
+    config: TrainingConfig,
+    settings: Settings,
+    measured_speed: Callable[[Base, str], float | None],
+) -> TrainingDataReport:
+    """Everything that `train_adapter` would check and choose, and a look at the examples. Seconds; nothing is kept.
+
+    Raises:
+        InvalidArgument, DataError, BaseModelError, StorageError: it could not be trained, and why.
+    """
+    draft = plan(training_data, config, settings, measured_speed)
+    with _scratch(settings.paths) as scratch:
+        request = write_source(draft, training_data, scratch / "source" / "records.jsonl")
+        found = _looked_at(request, scratch, settings)
+    return _report(request, found, given=training_data if isinstance(training_data, str) else "these records")
+
+
+@contextmanager
+def _scratch(paths: DataPaths) -> Iterator[Path]:
+    """A directory for copies of what is looked at: not where all temporary files are, for the server may end meanwhile."""
+    prune_inspections(paths)
+    try:
+        paths.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        paths.inspections.mkdir(mode=0o700, exist_ok=True)
+        directory = tempfile.TemporaryDirectory(dir=paths.inspections, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise unwritable(paths.root, error) from error
+    with directory as scratch:
+        yield Path(scratch)
+
+
+def _looked_at(request: JobRequest, scratch: Path, settings: Settings) -> Preview:
+    config = request.config
+    asked = PreviewRequest(
+        source=request.source,
+        source_kind=request.source_kind,
+        max_length=config.max_length,
+        held_out_fraction=config.held_out_fraction,
+        seed=config.seed,
+        held_out_by=config.held_out_by,
+        mixture=config.mixture,
+        data_dir=settings.data_dir,
+        allowed_roots=settings.allowed_roots,
+    )
+    return ask(
+        CHILD,
+        asked,
+        Preview,
+        timeout_s=TIMEOUT_S,
+        doing="Looking at the examples",
+        else_do=("Inspect a directory of it", "train_adapter itself has no such limit"),
+        scratch=scratch,
+    )
+
+
+def _report(request: JobRequest, found: Preview, *, given: str) -> TrainingDataReport:
+    dataset = found.dataset
+    return TrainingDataReport(
+        training_data=given,
+        base_model=request.base.name,
+        device=request.device,
+        train_examples=dataset.train_examples,
+        held_out_examples=dataset.held_out_examples,
+        train_tokens=dataset.train_tokens,
+        held_out_tokens=dataset.held_out_tokens,
+        files=dataset.files,
+        unread_files=found.unread_files,
+        languages=found.languages,
+        left_out=dataset.left_out,
+        secrets_removed=dataset.secrets_removed,
+        held_out_files=found.held_out_files,
+        largest_files=found.largest_files,
+        samples=[_sample(example) for example in found.samples],
+        config=request.config,
+        estimate=request.estimate,
+        next="To train on this, call train_adapter(project_id=..., training_data=...) with the same config.",
+    )
+
+
+def _sample(example: Example) -> DataSample:
+    given = "".join(segment.text for segment in example.segments if not segment.learn)
+    learned = "".join(segment.text for segment in example.segments if segment.learn)
+    return DataSample(
+        path=example.path,
+        start_line=example.start_line,
+        end_line=example.end_line,
+        kind=example.kind,
+        language=example.language,
+        tokens=example.tokens,
+        given=_cut(given),
+        learned=_cut(learned),
+    )
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}\n… ({len(text) - _SHOWN} more characters)"

@@ -1,1 +1,0 @@
-"""Whether an adapter helps: from measurements of base and adapter to a verdict, a report and a picture. No torch."""

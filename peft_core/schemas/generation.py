@@ -1,0 +1,101 @@
+"""Text written by a model: what can be asked for, and what is answered.
+
+Descriptions are read by the assistant that fills the fields in.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from peft_core.schemas.frozen import FrozenModel
+
+MAX_TEXT = 2_000_000  # characters; no context is as long
+
+
+class ChatMessage(FrozenModel):
+    role: Literal["system", "user", "assistant"]
+    content: Annotated[str, Field(max_length=MAX_TEXT)]
+
+
+Prompt = Annotated[
+    str | None, Field(max_length=MAX_TEXT, description="Text to continue, such as the beginning of a function.")
+]
+Messages = Annotated[
+    list[ChatMessage] | None,
+    Field(description="Or a conversation, the question last; it is written in the base's own chat template."),
+]
+Prefix = Annotated[
+    str | None, Field(max_length=MAX_TEXT, description="Or the code before the cursor; suffix: after it.")
+]
+Suffix = Annotated[
+    str | None,
+    Field(
+        max_length=MAX_TEXT,
+        description="Code after the cursor; for bases with fill-in-the-middle tokens (Qwen2.5-Coder).",
+    ),
+]
+MaxNewTokens = Annotated[int, Field(ge=1, le=4096, description="Tokens to write at most. A CPU writes 10-40 a second.")]
+Temperature = Annotated[
+    float, Field(ge=0, le=2, description="0 (below 0.01): always the likeliest token. Higher: more variety.")
+]
+TopP = Annotated[float, Field(gt=0, le=1, description="Sample from the likeliest tokens that make up this share.")]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1, description="Same seed, same machine, same request: same answer.")]
+StopFlag = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=200)]],
+    Field(max_length=8, description="End before any of these texts; they are not part of the answer."),
+]
+
+
+class GenerationRequest(FrozenModel):
+    """What to write, and how. One of `prompt`, `messages`, or `prefix` with `suffix`."""
+
+    prompt: Prompt = None
+    messages: Messages = None
+    prefix: Prefix = None
+    suffix: Suffix = None
+    max_new_tokens: MaxNewTokens = 256
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    seed: Seed = 0
+    stop: StopFlag = Field([])
+    compare_with_base: bool = False
+
+    @model_validator(mode="after")
+    def _one_form(self) -> GenerationRequest:
+        forms = {"prompt": self.prompt is not None, "messages": self.messages is not None}
+        forms["prefix and suffix"] = self.prefix is not None or self.suffix is not None
+        given = [name for name, there in forms.items() if there]
+        if len(given) != 1:
+            found = f"{' and '.join(given)} exclude each other" if given else "nothing to write from"
+            raise ValueError(f"{found}: give prompt, or messages, or prefix with suffix")
+        if forms["prefix and suffix"] and (self.prefix is None or self.suffix is None):
+            raise ValueError("prefix and suffix belong together: give both, one of them may be empty")
+        if not (self.prompt or self.messages or self.prefix or self.suffix):
+            raise ValueError(f"{given[0]} is empty: give the text to continue, or a question")
+        return self
+
+
+class GenerationSettings(FrozenModel):
+    """What was applied, defaults filled in."""
+
+    prompt_format: Literal["text", "chat_template", "fill_in_the_middle"]
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    stop: list[str]
+
+
+class Generation(FrozenModel):
+    text: str
+    base_text: str | None = Field(None, description="The base's own answer, where it was asked for.")
+    base_model: str
+    adapter_path: str | None = Field(description="Null: the base alone answered.")
+    applied: GenerationSettings
+    prompt_tokens: int
+    completion_tokens: int
+    finish_reason: Literal["stop", "length"]
+    elapsed_s: float = Field(description="Of the whole call, waiting for its turn included.")
+    tokens_per_second: float = Field(description="Of text, reading the prompt included, base_text not.")

@@ -1,0 +1,169 @@
+"""pydantic's verdict on a request, said the way our other errors are: field, value, what is allowed, next step."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails, to_jsonable_python
+
+from peft_core.errors import InvalidArgument
+from peft_core.schemas.generation import GenerationRequest
+from peft_core.schemas.training import TrainingConfig
+
+MAX_LISTED = 5
+
+
+def parse_config(config: TrainingConfig | Mapping[str, Any] | None) -> TrainingConfig:
+    """A TrainingConfig from what a Python caller may pass.
+
+    Raises:
+        InvalidArgument: an unknown key (with the nearest known one), a value out of range.
+    """
+    if isinstance(config, TrainingConfig):
+        return config
+    try:
+        return TrainingConfig.model_validate(dict(config or {}))
+    except ValidationError as error:
+        raise invalid_argument(error, TrainingConfig.model_json_schema(), prefix=("config",)) from error
+
+
+def parse_generation(request: GenerationRequest | Mapping[str, Any]) -> GenerationRequest:
+    """A GenerationRequest from what a caller may pass.
+
+    Raises:
+        InvalidArgument: no prompt, or several; an unknown key; a value out of range.
+    """
+    if isinstance(request, GenerationRequest):
+        return request
+    try:
+        return GenerationRequest.model_validate(dict(request))
+    except ValidationError as error:
+        raise invalid_argument(error, GenerationRequest.model_json_schema()) from error
+
+
+def invalid_argument(error: ValidationError, schema: Mapping[str, Any], prefix: Sequence[str] = ()) -> InvalidArgument:
+    """One error for everything that is wrong. `schema`: JSON schema of the validated model."""
+    problems = _merge_alternatives(error.errors(include_url=False))
+    first, *others = [_describe(problem, schema, prefix) for problem in problems[:MAX_LISTED]]
+    field, value, allowed = first
+    suggestions = [f"Also: {other[0]} = {other[1]!r} cannot be used: {other[2]}" for other in others]
+    return InvalidArgument(field, value, allowed, suggestions=[*suggestions, "Correct it and call again"])
+
+
+def refuse_unknown(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> None:
+    """Raise `InvalidArgument` for an argument that the schema does not know."""
+    for name, value in arguments.items():
+        if name not in schema["properties"]:
+            raise InvalidArgument(name, value, _no_such_field(name, schema), suggestions=["Correct it and call again"])
+
+
+def _no_such_field(name: str, schema: Mapping[str, Any]) -> str:
+    known = sorted(schema.get("properties", {}))
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"Did you mean '{near[0]}'? " if near else ""
+    return f"there is no such field. {hint}Known: {', '.join(known)}"
+
+
+def _merge_alternatives(problems: Sequence[ErrorDetails]) -> list[ErrorDetails]:
+    """A field with several allowed types fails once per type: keep the first of each field."""
+    seen: dict[tuple[int | str, ...], ErrorDetails] = {}
+    for problem in problems:
+        seen.setdefault(_field_path(problem["loc"]), problem)
+    return list(seen.values())
+
+
+def _field_path(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Without pydantic's names for the alternatives of a union ('list[constrained-str]', 'literal[...]')."""
+    return tuple(part for part in loc if isinstance(part, int) or part.isidentifier()) or loc
+
+
+def _describe(problem: ErrorDetails, schema: Mapping[str, Any], prefix: Sequence[str]) -> tuple[str, object, str]:
+    path = _field_path(problem["loc"])
+    field = ".".join([*prefix, *map(str, path)]) or "arguments"
+    parent, own = _look_up(schema, path)
+    match problem["type"]:
+        case "extra_forbidden":
+            return field, problem["input"], _no_such_field(str(path[-1]), parent)
+        case "missing":
+            return field, None, f"it is required: {describe_schema(own, schema)}".rstrip(": ")
+        case "value_error":
+            return (
+                field,
+                _given(problem["input"], own),
+                str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"],
+            )
+        case _:
+            return field, problem["input"], describe_schema(own, schema) or problem["msg"]
+
+
+def _look_up(schema: Mapping[str, Any], path: Sequence[int | str]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """(the schema of the object that holds the field, the field's own schema)."""
+    parent: Mapping[str, Any] = {}
+    node = _resolve(schema, schema)
+    for part in path:
+        parent = node
+        for alternative in node.get("anyOf", [node]):  # a list or null
+            if isinstance(part, int) == ("items" in alternative):
+                node = alternative
+        child = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
+        node = _resolve(child, schema)
+    return parent, node
+
+
+def _resolve(node: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "$ref" in node:
+        return dict(root["$defs"][node["$ref"].rsplit("/", 1)[-1]])
+    for alternative in node.get("anyOf", ()):
+        if "$ref" in alternative:
+            return _resolve(alternative, root)
+    return node
+
+
+def describe_schema(node: Mapping[str, Any], root: Mapping[str, Any]) -> str:
+    """What a JSON schema allows, in words: 'an integer from 1 to 512'."""
+    node = _resolve(node, root)
+    if alternatives := node.get("anyOf"):
+        return " or ".join(filter(None, (describe_schema(alternative, root) for alternative in alternatives)))
+    if "const" in node:
+        return repr(node["const"])
+    if "enum" in node:
+        return "one of " + ", ".join(map(repr, node["enum"]))
+    names = {"integer": "an integer", "number": "a number", "string": "a text", "boolean": "true or false"}
+    names |= {"array": "a list", "object": "an object", "null": "null"}
+    words = [names.get(node.get("type", ""), "")]
+    if node.get("type") == "array" and (items := describe_schema(node.get("items", {}), root)):
+        words.append(f"with items each {items}")
+    words += _bounds(node)
+    if "pattern" in node:
+        words.append(f"({node.get('description') or 'matching ' + node['pattern']})")
+    return " ".join(filter(None, words))
+
+
+def _bounds(node: Mapping[str, Any]) -> list[str]:
+    words = []
+    if "minLength" in node or "maxLength" in node:
+        words.append(f"of {node.get('minLength', 0)} to {node.get('maxLength', 'any number of')} characters")
+    if "minimum" in node:
+        words.append(f"from {_number(node['minimum'])}")
+    if "exclusiveMinimum" in node:
+        words.append(f"greater than {_number(node['exclusiveMinimum'])}")
+    if "maximum" in node:
+        words.append(f"{'to' if 'minimum' in node else 'and at most'} {_number(node['maximum'])}")
+    if "exclusiveMaximum" in node:
+        words.append(f"and less than {_number(node['exclusiveMaximum'])}")
+    return words
+
+
+def _given(value: object, schema: Mapping[str, Any]) -> object:
+    """Of an object, what differs from the defaults: the caller wrote no more."""
+    if not isinstance(value, Mapping):
+        return value
+    defaults = {name: node.get("default") for name, node in schema.get("properties", {}).items()}
+    return {name: to_jsonable_python(given) for name, given in value.items() if given != defaults.get(name)}
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"

@@ -1,0 +1,27 @@
+"""Remove what processes that were killed have left behind."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from peft_core.paths import DataPaths
+
+LEFT_BEHIND_INSPECTION_S = 3_600.0  # as below; one takes minutes
+
+
+def prune_inspections(paths: DataPaths) -> None:
+    """Remove what inspections have left whose server went away in the middle. For anybody."""
+    remove_older(paths.inspections.glob("*"), LEFT_BEHIND_INSPECTION_S)
+
+
+def remove_older(paths: Iterable[Path], seconds: float) -> None:
+    now = time.time()
+    for path in paths:
+        with suppress(OSError):
+            if now - path.lstat().st_mtime > seconds:
+                shutil.rmtree(path, ignore_errors=True)
+                path.unlink(missing_ok=True)

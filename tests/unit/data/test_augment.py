@@ -1,0 +1,306 @@
+"""Units told as gaps and as answers: nothing of the code is lost, and what is measured on stays as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_core.base_models.fim_tokens import FAMILIES
+from peft_core.data.augment import ExampleFormat, reformat_example, require_fim_tokens
+from peft_core.data.dataset import read_examples
+from peft_core.data.examples import learned_text
+from peft_core.data.leakage import TrainingFingerprint
+from peft_core.data.prepare import prepare
+from peft_core.data.token_counter import EstimatingCodec
+from peft_core.errors import DataError
+from peft_core.schemas.dataset import Example, FillInTheMiddle, Segment
+from peft_core.schemas.training import TaskMixture
+from tests.unit.data.test_prepare import Words, repository
+
+GAPS, ANSWERS = TaskMixture(fill_in_the_middle=1), TaskMixture(instructions=1)
+FUNCTION = '''def load(path, strict):
+    """Read a configuration file from the given path."""
+    values = parse(path.read_text(), comments=True)
+    if strict and values.unknown:
+        raise ValueError(f"unknown: {values.unknown}")
+    return values
+'''
+METHOD = "".join(f"    {line}" for line in FUNCTION.splitlines(keepends=True))
+JAVASCRIPT = """/**
+ * Adds up the prices of a whole basket.
+ */
+export function total(basket) {
+  return basket.items.reduce((sum, item) => sum + item.price * item.count, 0);
+}
+"""
+
+
+def example_of(text: str, *, language: str = "python", kind: str = "function", context: str = "# a/b.py\n") -> Example:
+    given = (Segment(text=context, learn=False),) if context else ()
+    return Example(segments=(*given, Segment(text=text)), path="a/b.py", language=language, kind=kind, start_line=7)
+
+
+def told(
+    example: Example, mixture: TaskMixture, *, seed: int = 0, max_length: int = 512
+) -> tuple[Example, ExampleFormat]:
+    return reformat_example(example, mixture, EstimatingCodec(), max_length=max_length, seed=seed)
+
+
+def put_together(example: Example, tokens: FillInTheMiddle) -> str:
+    """The plain text of a gap, from its pieces in the order in which they are given."""
+    if not tokens.middle:
+        suffix, rest = example.text.removeprefix(tokens.suffix).split(tokens.prefix)
+        return rest + suffix
+    prefix, rest = example.text.removeprefix(tokens.prefix).split(tokens.suffix)
+    suffix, middle = rest.split(tokens.middle)
+    return prefix + middle.removesuffix(tokens.end) + suffix
+
+
+@pytest.mark.parametrize("tokens", FAMILIES)
+@pytest.mark.parametrize("code", [FUNCTION, METHOD])
+@given(seed=st.integers(0, 1000))
+def test_before_gap_and_after_are_the_unit_in_every_familys_format(
+    tokens: FillInTheMiddle, code: str, seed: int
+) -> None:
+    class Coder(EstimatingCodec):
+        fill_in_the_middle = tokens
+
+    found, way = reformat_example(example_of(code), GAPS, Coder(), max_length=512, seed=seed)
+    assert way is ExampleFormat.AS_GAP
+    assert put_together(found, tokens) == "# a/b.py\n" + code
+    marks = [segment for segment in found.segments if segment.text in (tokens.prefix, tokens.suffix, tokens.middle)]
+    order = [tokens.prefix, tokens.suffix, tokens.middle] if tokens.middle else [tokens.suffix, tokens.prefix]
+    assert [mark.text for mark in marks] == order
+    assert not any(mark.learn for mark in marks)
+    gap, *end = found.segments[-2:] if tokens.end else found.segments[-1:]
+    assert [segment.text for segment in end] == ([tokens.end] if tokens.end else [])
+    assert all(segment.learn for segment in (gap, *end))
+    assert 12 <= len(gap.text) <= len(code) / 2
+
+
+def test_what_was_trained_on_as_gaps_is_known_again(tmp_path: Path) -> None:
+    class Coder(Words):
+        fill_in_the_middle = FAMILIES[0]
+
+    found = prepare(
+        source=repository(tmp_path / "code", files=10, functions=20),
+        source_kind="repository",
+        directory=tmp_path / "out",
+        codec=Coder(),
+        max_length=256,
+        held_out_fraction=0.2,
+        seed=0,
+        report=lambda _: None,
+        mixture=GAPS,
+    )
+    assert found.summary.told["fill_in_the_middle"] > found.summary.train_examples / 2
+    plainly = prepare(
+        source=tmp_path / "code",
+        source_kind="repository",
+        directory=tmp_path / "plain",
+        codec=Coder(),
+        max_length=256,
+        held_out_fraction=0.2,
+        seed=0,
+        report=lambda _: None,
+    )
+    known = TrainingFingerprint.from_bytes((tmp_path / "out" / "trained_on.bin").read_bytes())
+    assert known is not None
+    assert plainly.summary.told.keys() == {"plainly"}
+    assert {known.share_of(learned_text(one)) for one in read_examples(tmp_path / "plain" / "train.jsonl")} == {1.0}
+
+
+def test_a_gap_ends_and_a_part_of_a_unit_is_nobodys_answer() -> None:
+    part = example_of(FUNCTION).model_copy(update={"ends": False})
+    gap, way = told(part, GAPS)
+    assert (way, gap.ends) == (ExampleFormat.AS_GAP, True)
+    assert told(part, ANSWERS) == (part, ExampleFormat.PLAINLY)
+
+
+@given(st.text(max_size=300), st.sampled_from(["python", "javascript", "c", "text"]), st.integers(0, 99))
+def test_any_text_is_told_whole_or_left_alone(text: str, language: str, seed: int) -> None:
+    plain = example_of(text or "x", language=language)
+    found, way = told(plain, GAPS, seed=seed)
+    if way is ExampleFormat.PLAINLY:
+        assert found == plain
+    else:
+        learned = [segment.text for segment in found.segments if segment.learn]
+        assert sorted("".join(learned)) == sorted(plain.segments[-1].text)
+
+
+def test_gaps_are_syntax_and_the_lot_is_drawn_anew_for_each_seed() -> None:
+    gaps = {told(example_of(FUNCTION), GAPS, seed=seed)[0].segments[-1].text for seed in range(60)}
+    assert "return values" in gaps
+    assert len(gaps) > 5
+    for gap in gaps:
+        assert gap.count("(") == gap.count(")")
+    assert told(example_of(FUNCTION), GAPS, seed=3) == told(example_of(FUNCTION), GAPS, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("code", "language", "kind", "asked"),
+    [
+        (FUNCTION, "python", "function", "Write the python function `load` of a/b.py.\n\nRead a configuration file"),
+        (METHOD, "python", "method", "Write the python method `load` of a/b.py.\n\nRead a configuration file"),
+        (
+            JAVASCRIPT,
+            "javascript",
+            "function",
+            "Write the javascript function `total` of a/b.py.\n\nAdds up the prices",
+        ),
+    ],
+)
+def test_a_docstring_asks_and_the_unit_answers(code: str, language: str, kind: str, asked: str) -> None:
+    found, way = told(example_of(code, language=language, kind=kind), ANSWERS)
+    assert way is ExampleFormat.AS_ANSWER
+    question, answer = found.segments
+    assert question.text.startswith(asked)
+    assert not question.learn
+    assert answer == Segment(text=code.rstrip("\n"))
+
+
+OTHERS = {
+    "python": "def other(a):\n    return a + 1\n",
+    "javascript": "function other(a) {\n  return a + 1;\n}\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("code", "language"),
+    [(FUNCTION, "python"), (METHOD, "python"), (JAVASCRIPT, "javascript")],
+    ids=["py", "method", "js"],
+)
+@pytest.mark.parametrize("before", [True, False])
+def test_more_than_was_asked_for_is_no_answer(code: str, language: str, *, before: bool) -> None:
+    indent = "    " if code.startswith(" ") else ""
+    other = "".join(f"{indent}{line}" for line in OTHERS[language].splitlines(keepends=True))
+    joined = example_of(f"{other}\n{code}" if before else f"{code}\n{other}", language=language)
+    assert told(joined, ANSWERS) == (joined, ExampleFormat.PLAINLY)
+    loose = example_of(f"{code}{indent}limit = 3\n", language=language)
+    assert told(loose, ANSWERS) == (loose, ExampleFormat.PLAINLY)
+
+
+@pytest.mark.parametrize("lead", ["@cache\n", "# How it is read.\n", "@cache\n@other(1)\n"])
+@pytest.mark.parametrize("indent", ["", "    "])
+def test_what_leads_to_a_definition_belongs_to_it(lead: str, indent: str) -> None:
+    code = "".join(f"{indent}{line}" for line in (lead + FUNCTION).splitlines(keepends=True))
+    found, way = told(example_of(code), ANSWERS)
+    assert way is ExampleFormat.AS_ANSWER
+    assert found.segments[-1].text == code.rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        example_of("def add(a, b):\n    return a + b\n"),
+        example_of('def add(a, b):\n    "Adds."\n    return a + b\n'),
+        example_of("some words that are no code\n", language="text"),
+        example_of(FUNCTION, kind="record"),
+    ],
+    ids=["no docstring", "one word", "no code", "a record"],
+)
+def test_what_answers_nothing_stays_plain(example: Example) -> None:
+    assert told(example, ANSWERS) == (example, ExampleFormat.PLAINLY)
+
+
+@pytest.mark.parametrize("mixture", [GAPS, ANSWERS])
+def test_what_would_be_too_long_stays_plain(mixture: TaskMixture) -> None:
+    found, way = told(example_of(FUNCTION), mixture)
+    assert way is not ExampleFormat.PLAINLY
+    assert (
+        told(example_of(FUNCTION), mixture, max_length=found.tokens + 1)[1] is way
+    )  # with the token that begins a text
+    assert told(example_of(FUNCTION), mixture, max_length=found.tokens)[1] is ExampleFormat.PLAINLY
+
+
+class Template(EstimatingCodec):
+    """Conversations as Qwen's template has them."""
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Segment, ...]:
+        question, answer = (message["content"] for message in messages)
+        return (
+            Segment(text=f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", learn=False),
+            Segment(text=f"{answer}<|im_end|>"),
+        )
+
+
+@pytest.mark.parametrize("mixture", [GAPS, ANSWERS])
+@given(seed=st.integers(0, 50))
+def test_nothing_of_the_code_is_a_special_token_and_every_mark_is(mixture: TaskMixture, seed: int) -> None:
+    codec = Template()
+    spelled = " ".join([*codec.fill_in_the_middle[:3], "<|im_start|>", "<|im_end|>"])
+    code = FUNCTION.replace("unknown: ", spelled).replace("Read a", f"{spelled} Read a")
+    plain = example_of(code)
+    plain = plain.model_copy(update={"segments": tuple(s.model_copy(update={"literal": True}) for s in plain.segments)})
+    found, way = reformat_example(plain, mixture, codec, max_length=512, seed=seed)
+    assert way is not ExampleFormat.PLAINLY
+    marks = [segment.text for segment in found.segments if not segment.literal]
+    if way is ExampleFormat.AS_GAP:
+        assert marks == [*codec.fill_in_the_middle[:3]]
+    else:
+        assert marks == ["<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"]
+        assert "".join(s.text for s in found.segments if s.learn) == code.rstrip("\n") + "<|im_end|>"
+
+
+def test_a_template_that_rewrites_what_it_is_given_tells_no_code() -> None:
+    class Shouting(EstimatingCodec):
+        def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Segment, ...]:
+            return tuple(Segment(text=message["content"].upper()) for message in messages)
+
+    plain = Example(segments=(Segment(text=FUNCTION, literal=True),), path="a.py", language="python", kind="function")
+    assert reformat_example(plain, ANSWERS, Shouting(), max_length=512, seed=0) == (plain, ExampleFormat.PLAINLY)
+
+
+def test_shares_are_those_asked_for() -> None:
+    mixture = TaskMixture(fill_in_the_middle=0.5, instructions=0.25)
+    ways = [told(example_of(FUNCTION.replace("load", f"load_{n}")), mixture)[1] for n in range(400)]
+    assert ways.count(ExampleFormat.AS_GAP) == pytest.approx(200, abs=40)
+    assert ways.count(ExampleFormat.AS_ANSWER) == pytest.approx(100, abs=40)
+
+
+def test_a_base_without_the_tokens_is_refused_in_words() -> None:
+    require_fim_tokens(ANSWERS, Words())
+    with pytest.raises(DataError, match="fill_in_the_middle = 1 needs a base with tokens") as caught:
+        require_fim_tokens(GAPS, Words())
+    assert caught.value.code == "no_fill_in_the_middle"
+    assert "Qwen2.5-Coder" in caught.value.suggestions[1]
+
+
+def test_two_shares_of_more_than_all_are_refused() -> None:
+    with pytest.raises(ValueError, match="at most 1 together"):
+        TaskMixture(fill_in_the_middle=0.7, instructions=0.4)
+
+
+def test_a_dataset_counts_how_its_code_is_told_and_measures_on_plain_text(tmp_path: Path) -> None:
+    source = repository(tmp_path / "source")
+
+    def prepared(name: str, mixture: TaskMixture) -> dict[str, Any]:
+        found = prepare(
+            source=source,
+            source_kind="repository",
+            directory=tmp_path / name,
+            codec=EstimatingCodec(),
+            max_length=256,
+            held_out_fraction=0.2,
+            seed=0,
+            report=lambda _detail: None,
+            mixture=mixture,
+        )
+        return found.summary.model_dump()
+
+    plain, half = prepared("plain", TaskMixture()), prepared("half", TaskMixture(fill_in_the_middle=0.5))
+    assert plain["told"] == {"plainly": plain["train_examples"]}
+    assert sum(half["told"].values()) == half["train_examples"] == plain["train_examples"]
+    assert half["told"]["fill_in_the_middle"] == pytest.approx(half["train_examples"] / 2, rel=0.3)
+    assert half["sha256"] != plain["sha256"]
+    train = read_examples(tmp_path / "half" / "train.jsonl")
+    assert half["train_tokens"] == sum(example.tokens for example in train)
+    held_out = [(tmp_path / name / "held_out.jsonl").read_bytes() for name in ("plain", "half")]
+    assert held_out[0] == held_out[1]
+    assert prepared("half", TaskMixture(fill_in_the_middle=0.5)) == half  # taken as it is
+    assert prepared("half", TaskMixture()) == plain  # another request

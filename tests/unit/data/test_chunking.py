@@ -1,0 +1,339 @@
+"""Cutting: nothing lost, nothing doubled, nothing longer than asked for, and units that a person would choose."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_core.data import chunking as cutting
+from peft_core.data.chunking import TokenBudget, rows
+from peft_core.data.examples import Chunk, file_pieces, whole_pieces
+from peft_core.data.languages import LANGUAGES, Language, named, of_file
+from peft_core.schemas.dataset import Segment
+
+SNIPPETS = {
+    "python": """# Copyright 2024 Someone
+
+import os
+
+
+def small(): return 1
+
+
+@decorated
+# said of the class
+class Shape(Base):
+    \"\"\"A shape.\"\"\"
+
+    sides = 4
+
+    # said of area
+    @property
+    def area(self):
+        return self.width * self.height
+
+    class Inner:
+        def deep(self):
+            return "ünï\\n"
+
+async def load(path):
+    async with open_file(path) as stream:
+        return await stream.read()
+""",
+    "javascript": """const React = require("react");
+/** Says hello. */
+export function App({ name }) {
+  return <div>{name}</div>;
+}
+exports.run = async function () { return 1; };
+class Foo {
+  bar() { return 2; }
+  baz = () => 2;
+}
+""",
+    "typescript": """import { A } from "./a";
+@Injectable()
+export class Store<T> extends Base {
+  private items: T[] = [];
+  @Input()
+  add(item: T): void { this.items.push(item); }
+  remove = (item: T) => { this.items = []; };
+}
+export interface Options { a: string; b?: number }
+namespace Inner { export function f() { return 1; } }
+""",
+    "go": """package main
+import "fmt"
+// Point is a point.
+type Point struct {
+	X, Y int
+}
+// Add adds.
+func (p *Point) Add(q Point) Point { return Point{p.X + q.X, p.Y + q.Y} }
+func main() { fmt.Println("ünï") }
+""",
+    "rust": """//! Crate.
+use std::fmt;
+/// A point.
+#[derive(Debug)]
+pub struct Point { x: i32 }
+impl Point {
+    /// Makes one.
+    #[inline]
+    pub fn new(x: i32) -> Self { Point { x } }
+    pub fn double(&self) -> i32 { self.x * 2 }
+}
+mod tests { fn it_works() { assert!(true); } }
+""",
+    "java": """package a.b;
+import java.util.List;
+/** Doc. */
+@Deprecated
+public class D extends Base {
+    private int x = 1;
+    public D(int x) { this.x = x; }
+    /** Adds. */
+    @Override
+    public int add(int y) { return x + y; }
+    enum Colour { RED, GREEN; int f() { return 1; } }
+}
+""",
+    "c": """#include <stdio.h>
+typedef struct point {
+    int x, y;
+} point_t;
+#ifdef DEBUG
+static void debug(const char *s) { fprintf(stderr, "%s", s); }
+#endif
+/* Adds. */
+int add(int a, int b)
+{
+    return a + b;
+}
+""",
+    "cpp": """#ifndef F_HPP
+#define F_HPP
+namespace geo {
+/// A shape.
+template <typename T>
+class Shape : public Base {
+public:
+    explicit Shape(T t) : t_(t) {}
+    virtual double area() const { return t_.area() * 2.0; }
+private:
+    T t_;
+};
+inline int twice(int n) { return n * 2; }
+}  // namespace geo
+#endif
+""",
+}
+EXPECTED = {  # (kind, what its body begins with) of some units at 48 tokens
+    "python": [("function", "async def load")],
+    "javascript": [("function", "/** Says hello"), ("class", "class Foo")],
+    "typescript": [("class", "@Injectable()\nexport class"), ("module", "namespace Inner")],
+    "go": [("class", "// Point is"), ("method", "// Add adds"), ("function", "func main")],
+    "rust": [("class", "/// A point.\n#[derive"), ("class", "impl Point")],
+    "java": [("class", "/** Doc. */\n@Deprecated"), ("method", "    /** Adds. */\n    @Override")],
+    "c": [("class", "typedef struct"), ("function", "/* Adds. */")],
+    "cpp": [("class", "/// A shape.\ntemplate"), ("function", "inline int twice")],
+}
+
+
+class Words:
+    """A tokenizer of words, marks and runs of white space."""
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        return [len(re.findall(r"\w+|[^\w\s]|\s+", text)) for text in texts]
+
+    fill_in_the_middle = None
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[Segment, ...]:
+        return tuple(Segment(text=message["content"], learn=message["role"] == "assistant") for message in messages)
+
+
+def pieces_of(text: str, language: Language, max_length: int = 64, path: str = "src/app.x") -> list[Chunk]:
+    return file_pieces(rows(text), path=path, language=language, codec=Words(), max_length=max_length)
+
+
+def of_units(pieces: Sequence[Chunk]) -> list[tuple[Chunk, str]]:
+    """Each unit's first piece, and the text of all its pieces."""
+    groups = [list(group) for _, group in groupby(pieces, key=lambda piece: id(piece.unit))]
+    return [(group[0], "".join(piece.body for piece in group)) for group in groups]
+
+
+def solid(text: str) -> list[str]:
+    return [line for line in text.split("\n") if line.strip()]
+
+
+CUTTABLE = [language for language in LANGUAGES if language.name != "markdown"]
+FRAGMENTS = [
+    *(line for snippet in SNIPPETS.values() for line in snippet.split("\n")),
+    "", "", "    ", "\t}", "}", "{", "(", ")]", '"""', "/*", "*/", "`${", "é" * 40, "x = " + "1 + " * 90, "\f", "\u2028;",
+]  # fmt: skip
+CODE = st.lists(st.sampled_from(FRAGMENTS), max_size=60).map("\n".join) | st.text(max_size=300).map(
+    lambda text: text.encode("utf-8", "replace").decode().replace("\r", "")
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=CODE, language=st.sampled_from(CUTTABLE), max_length=st.sampled_from([64, 100, 400]))
+def test_every_line_is_in_exactly_one_unit_and_every_piece_fits(text: str, language: Language, max_length: int):
+    pieces = pieces_of(text, language, max_length)
+    assert solid("\n".join(body.rstrip("\n") for _, body in of_units(pieces))) == solid(text)
+    assert all(piece.tokens <= max_length for piece in pieces)
+    assert all(text.count(piece.body) >= 1 for piece in pieces)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=CODE, language=st.sampled_from(CUTTABLE), max_length=st.sampled_from([64, 100]))
+def test_the_pieces_of_a_unit_joined_are_the_unit(text: str, language: Language, max_length: int):
+    lines = rows(text)
+    for first, body in of_units(pieces_of(text, language, max_length)):
+        assert body == "".join(lines[first.unit.start : first.unit.end])
+    whole = whole_pieces(lines, path="", language=language, kind="block", codec=Words(), max_length=max_length)
+    assert "".join(piece.body for piece in whole) == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=CODE, language=st.sampled_from(CUTTABLE), max_length=st.sampled_from([64, 100]))
+def test_of_a_units_pieces_only_the_last_ends(text: str, language: Language, max_length: int):
+    pieces = pieces_of(text, language, max_length)
+    for _, group in groupby(pieces, key=lambda piece: id(piece.unit)):
+        *others, last = group
+        assert last.ends
+        assert not any(piece.ends for piece in others)
+    for piece in pieces:
+        example = piece.example("src/app.x", language)
+        assert example.ends is piece.ends
+        assert example.tokens == sum(Words().count([segment.text for segment in example.segments])) + piece.ends
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=CODE, language=st.sampled_from(CUTTABLE))
+def test_line_numbers_say_where_a_piece_begins(text: str, language: Language):
+    lines = rows(text)
+    for piece in pieces_of(text, language):
+        first = piece.body.split("\n")[0]
+        assert first in lines[piece.start]
+        assert piece.end - piece.start == len(rows(piece.body))
+
+
+@pytest.mark.parametrize("name", SNIPPETS)
+def test_a_real_snippet_is_cut_where_a_person_would_cut_it(name: str):
+    units = of_units(pieces_of(SNIPPETS[name], named(name), 64))
+    found = [(first.unit.kind, body) for first, body in units]
+    for kind, beginning in EXPECTED[name]:
+        assert any(k == kind and body.startswith(beginning) for k, body in found), (kind, beginning, found)
+
+
+@pytest.mark.parametrize("language", [language for language in LANGUAGES if language.grammar], ids=lambda it: it.name)
+def test_every_node_type_of_a_table_exists_in_its_grammar(language: Language):
+    grammar = language.grammar
+    assert grammar is not None
+    parsed = cutting._parser(grammar).language
+    assert parsed is not None
+    types = grammar.functions | grammar.classes | grammar.scopes | grammar.wrappers | grammar.leads | grammar.methods
+    assert [name for name in sorted(types) if parsed.id_for_node_kind(name, True) is None] == []
+
+
+def test_a_method_reads_in_its_place():
+    pieces = pieces_of(SNIPPETS["python"], named("python"), 64, "src/shape.py")
+    area = next(piece for piece in pieces if "def area" in piece.body)
+    assert area.context == "# src/shape.py\nclass Shape(Base):\n"
+    deep = area.example("src/shape.py", named("python"))
+    assert [segment.learn for segment in deep.segments] == [False, True]
+
+
+def test_a_class_that_fits_is_one_unit():
+    pieces = pieces_of(SNIPPETS["python"], named("python"), 400)
+    assert any("@decorated" in piece.body and "def deep" in piece.body for piece in pieces)
+
+
+def test_the_rest_of_a_long_function_stands_below_its_own_head():
+    text = "def long(a, b):\n" + "".join(f"    total += compute(a, {n})\n" for n in range(60))
+    pieces = pieces_of(text, named("python"), 100, "x.py")
+    assert len(pieces) > 5
+    assert {piece.context for piece in pieces[1:]} == {"# x.py\ndef long(a, b):\n"}
+
+
+def test_a_long_function_is_broken_between_statements_not_inside_one():
+    statement = "    if a:\n        call(a, b, c)\n        call(d, e, f)\n"
+    for piece in pieces_of("def long():\n" + statement * 20, named("python"), 100)[1:]:
+        assert piece.body.startswith("    if a:")
+
+
+def test_one_line_functions_share_an_example():
+    text = "".join(f"def f{n}(): return {n}\n\n\n" for n in range(100))
+    assert len(pieces_of(text, named("python"), 300)) < 20
+
+
+def test_a_licence_stays_by_itself_so_that_its_copies_can_be_found():
+    assert pieces_of(SNIPPETS["python"], named("python"), 400)[0].body == "# Copyright 2024 Someone\n"
+
+
+def test_a_single_monster_line_is_cut_by_characters():
+    text = "x = [" + ", ".join(map(str, range(2_000))) + "]\n"
+    pieces = pieces_of(text, named("python"), 64)
+    assert "".join(piece.body for piece in pieces) == text
+    assert {piece.start for piece in pieces} == {0}
+
+
+def test_a_path_that_is_longer_than_the_example_is_shortened_from_the_left():
+    pieces = pieces_of("x = 1\n", named("python"), 64, "/".join(["deep"] * 200) + "/app.py")
+    assert pieces[0].context.endswith("/app.py\n")
+    assert pieces[0].context.startswith("# \N{HORIZONTAL ELLIPSIS}/")
+    assert pieces[0].tokens <= 64
+
+
+def test_a_path_cannot_leave_its_comment():
+    pieces = pieces_of("SELECT 1 FROM everything;\n", named("sql"), 64, "a\nDROP TABLE b;--.sql")
+    assert pieces[0].context.count("\n") == 1
+    assert pieces_of("<p>hello</p>\n", named("html"), 64, "a-->b.html")[0].context.count("-->") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [("a.py", "# a.py\n"), ("a.go", "// a.go\n"), ("a.sql", "-- a.sql\n"), ("a.html", "<!-- a.html -->\n"),
+     ("a.css", "/* a.css */\n")],
+)  # fmt: skip
+def test_the_header_is_a_comment_of_the_language(name: str, header: str):
+    language = of_file(name)
+    assert language is not None
+    assert pieces_of("x y z\n", language, 64, name)[0].context == header
+
+
+def test_markdown_gives_its_code_and_keeps_its_prose():
+    text = "# Title\n\nProse.\n\n```python\nimport a\n```\n\n~~~\nno language\n~~~\n\n```sh\n$ ls\n"
+    assert [piece.body for piece in pieces_of(text, named("markdown"))] == ["```python\nimport a\n```\n"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("python", "".join("    " * n + f"class C{n}:\n" for n in range(300))),
+        ("python", "x = " + "(" * 5_000 + ")" * 5_000 + "\n"),
+        ("python", "(\n" * 20_000),
+        ("javascript", "class A { a = class {\n" * 3_000),
+        ("cpp", "namespace a {\n" * 3_000 + "}\n" * 3_000),
+        ("c", "#ifdef A\n" * 2_000 + "int x;\n" + "#endif\n" * 2_000),
+    ],
+)
+def test_deep_nesting_is_cut_in_reasonable_time(name: str, text: str):
+    started = time.process_time()
+    pieces = pieces_of(text, named(name))
+    assert solid("".join(body for _, body in of_units(pieces))) == solid(text)
+    assert time.process_time() - started < 20
+
+
+def test_a_measure_keeps_the_innermost_heads():
+    measure = TokenBudget.of([5] * 20, max_length=64, overhead=2)
+    heads = tuple(range(n, n + 1) for n in range(10))
+    assert measure.context(heads) == heads[-3:]
+    assert measure.room(heads) == 64 - 2 - 15

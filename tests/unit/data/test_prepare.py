@@ -1,0 +1,496 @@
+"""Source to dataset: what is held out, what never enters, and what is recorded about it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_core.data.chunking import rows
+from peft_core.data.dataset import PreparedDataset, read_examples
+from peft_core.data.examples import learned_text
+from peft_core.data.leakage import TrainingFingerprint, overlap_fraction
+from peft_core.data.prepare import prepare
+from peft_core.data.records import write_records
+from peft_core.data.secrets import redacted
+from peft_core.data.summarise import summarise_source
+from peft_core.errors import DataError
+from peft_core.schemas.dataset import MEASURING, Example, Segment
+
+
+class Words:
+    def count(self, texts: Sequence[str]) -> list[int]:
+        return [len(re.findall(r"\w+|[^\w\s]|\s+", text)) for text in texts]
+
+    fill_in_the_middle = None
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[Segment, ...]:
+        return tuple(Segment(text=message["content"], learn=message["role"] == "assistant") for message in messages)
+
+
+def function(name: str, number: int) -> str:
+    return f"def {name}_{number}(total):\n    for {name} in range(10):\n        total += {name} * {number}\n    return total\n"
+
+
+def repository(root: Path, files: int = 10, functions: int = 20) -> Path:
+    for number in range(files):
+        path = root / f"module_{number}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n\n".join(function(f"work_{number}", n) for n in range(functions)))
+    return root
+
+
+def build(
+    source: Path,
+    directory: Path,
+    kind: Literal["repository", "jsonl", "records"] = "repository",
+    *,
+    fraction: float = 0.2,
+    said: list[str] | None = None,
+) -> PreparedDataset:
+    return prepare(
+        source=source,
+        source_kind=kind,
+        directory=directory,
+        codec=Words(),
+        max_length=128,
+        held_out_fraction=fraction,
+        seed=0,
+        report=(said if said is not None else []).append,
+    )
+
+
+def both(directory: Path) -> list[Example]:
+    return read_examples(directory / "train.jsonl") + read_examples(directory / "held_out.jsonl")
+
+
+def manifest(directory: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((directory / "manifest.json").read_text())
+    return loaded
+
+
+def test_a_repository_becomes_two_files_and_a_manifest(tmp_path: Path):
+    said: list[str] = []
+    done = build(repository(tmp_path / "r"), tmp_path / "out", said=said)
+    train, held_out = (read_examples(tmp_path / "out" / f"{name}.jsonl") for name in ("train", "held_out"))
+    assert (done.summary.train_examples, done.summary.held_out_examples) == (len(train), len(held_out))
+    assert done.summary.train_tokens == sum(example.tokens for example in train)
+    assert all(0 < example.tokens <= 128 for example in train + held_out)
+    assert {e.path for e in train}.isdisjoint({e.path for e in held_out})
+    assert done.languages == {"python": 10}
+    assert said[0] == "0 of 10 files"
+    found = manifest(tmp_path / "out")
+    assert found["held_out_files"] == sorted({example.path for example in held_out})
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "held_out.jsonl",
+        "manifest.json",
+        "train.jsonl",
+        "trained_on.bin",
+    ]
+
+
+def test_what_inspect_accepts_prepare_accepts(tmp_path: Path):
+    root = repository(tmp_path / "r", files=2, functions=40)
+    summarise_source(str(root))
+    assert build(root, tmp_path / "out").summary.files == 2
+
+
+def test_the_same_source_gives_the_same_dataset_wherever_it_lies(tmp_path: Path):
+    first = build(repository(tmp_path / "a"), tmp_path / "out1")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert build(tmp_path / "b", tmp_path / "out2").summary.sha256 == first.summary.sha256
+    (tmp_path / "b" / "module_0.py").write_text(function("other", 1))
+    assert build(tmp_path / "b", tmp_path / "out3").summary.sha256 != first.summary.sha256
+
+
+def test_a_resumed_job_trains_on_what_it_began_with(tmp_path: Path):
+    first = build(repository(tmp_path / "r"), tmp_path / "out")
+    shutil.rmtree(tmp_path / "r")
+    assert build(tmp_path / "r", tmp_path / "out") == first
+    with pytest.raises(DataError, match="not there any more"):
+        build(tmp_path / "r", tmp_path / "out", fraction=0.3)
+
+
+def test_a_dataset_that_was_not_finished_is_made_again(tmp_path: Path):
+    first = build(repository(tmp_path / "r"), tmp_path / "out")
+    (tmp_path / "out" / "manifest.json").write_text('{"schema": 1')
+    (tmp_path / "out" / "train.jsonl").write_text("")
+    assert build(tmp_path / "r", tmp_path / "out") == first
+
+
+def test_a_report_that_raises_stops_the_work_and_leaves_no_spool(tmp_path: Path):
+    def stop(_: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source=repository(tmp_path / "r"), source_kind="repository", directory=tmp_path / "out", codec=Words(),
+                max_length=128, held_out_fraction=0.1, seed=0, report=stop)  # fmt: skip
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_commit_and_dirtiness_of_a_git_repository_are_recorded(tmp_path: Path):
+    root = repository(tmp_path / "r")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false", "-C", root]
+    for arguments in (["init"], ["add", "."], ["commit", "-m", "one"]):
+        subprocess.run([*git, *arguments], check=True, capture_output=True)
+    clean = build(root, tmp_path / "out1")
+    assert re.fullmatch(r"[0-9a-f]{40}", clean.repository_commit or "")
+    assert clean.repository_dirty is False
+    (root / "new.py").write_text(function("new", 1))
+    assert build(root, tmp_path / "out2").repository_dirty is True
+
+
+def test_copies_are_trained_on_once_and_never_measured_on(tmp_path: Path):
+    root = repository(tmp_path / "r")
+    for number in range(5):
+        shutil.copy(root / "module_0.py", root / f"copy_{number}.py")
+    done = build(root, tmp_path / "out")
+    bodies = [" ".join(example.segments[-1].text.split()) for example in both(tmp_path / "out")]
+    assert len(bodies) == len(set(bodies))
+    assert done.summary.left_out["duplicate"] > 0
+
+
+def test_near_copies_are_kept_once_and_counted(tmp_path: Path):
+    root = repository(tmp_path / "r")
+    body = "\n".join(f"    total += weight_{n}" for n in range(11))
+    for number in range(10):
+        near = f"def weigh(values, weights):\n{body}\n    return total + {number}\n"
+        (root / f"near_{number}.py").write_text(near)
+    done = build(root, tmp_path / "out")
+    assert done.summary.left_out == {"near_duplicate": 9}
+    held_out = read_examples(tmp_path / "out" / "held_out.jsonl")
+    assert sum("def weigh" in example.text for example in both(tmp_path / "out")) == 1
+    assert not any("def weigh" in example.text for example in held_out), "what several files hold is no measure"
+    assert "Jaccard" in manifest(tmp_path / "out")["near_duplicates"]["rule"]
+
+
+def test_pairs_with_the_same_long_instruction_are_no_duplicates(tmp_path: Path):
+    instruction = " ".join(f"rule {n}: brief." for n in range(8))
+    pairs = [{"prompt": f"{instruction} Double {n}!", "completion": "It is even."} for n in range(20)]
+    done = build(records_file(tmp_path, pairs), tmp_path / "out", "records")
+    assert done.summary.left_out == {}
+
+
+def test_of_a_huge_repository_only_as_much_is_read_as_a_run_can_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys.modules["peft_core.data.prepare"], "_AT_LEAST", 40)
+    root = repository(tmp_path / "r", files=40, functions=6)
+
+    def order_key(directory: str, examples: int | None) -> PreparedDataset:
+        return prepare(
+            source=root,
+            source_kind="repository",
+            directory=tmp_path / directory,
+            codec=Words(),
+            max_length=128,
+            held_out_fraction=0.2,
+            seed=0,
+            report=lambda _: None,
+            enough_examples=examples,
+        )
+
+    everything, part, again = order_key("all", None), order_key("part", 4), order_key("again", 4)
+    assert part.summary.sha256 == again.summary.sha256
+    assert part.summary.left_out["not_needed"] > 20
+    assert part.summary.train_examples >= 20
+    held_out = [set(manifest(tmp_path / name)["held_out_files"]) for name in ("part", "all")]
+    assert held_out[0] <= held_out[1], "what is measured on are the same files, fewer of them"
+    assert order_key("more", 1000).summary.train_examples == everything.summary.train_examples
+
+
+def test_too_little_that_is_different_is_refused_with_figures(tmp_path: Path):
+    root = repository(tmp_path / "r", files=1)
+    shutil.copy(root / "module_0.py", root / "module_1.py")
+    with pytest.raises(DataError, match="in 0 files") as caught:
+        build(root, tmp_path / "out")
+    assert caught.value.code == "too_few_examples"
+
+
+def test_tiny_leftovers_are_counted(tmp_path: Path):
+    root = repository(tmp_path / "r")
+    (root / "tiny.py").write_text("x = 1\n")
+    assert build(root, tmp_path / "out").summary.left_out["tiny"] == 1
+
+
+# --- records -------------------------------------------------------------------------------------------------------
+
+
+def records_file(tmp_path: Path, records: Sequence[Mapping[str, Any]]) -> Path:
+    path = tmp_path / "records.jsonl"
+    write_records(records, path)
+    return path
+
+
+def test_a_prompt_is_given_and_a_completion_is_learned(tmp_path: Path):
+    path = records_file(tmp_path, [{"prompt": f"double {n}: ", "completion": f"it is {2 * n}"} for n in range(20)])
+    build(path, tmp_path / "out", "records")
+    example = next(e for e in both(tmp_path / "out") if e.path == "record 3")
+    assert example.segments == (Segment(text="double 2: ", learn=False), Segment(text="it is 4"))
+    assert example.tokens == sum(Words().count(["double 2: ", "it is 4"])) + 1
+
+
+def paraphrased(answers: int, prompts: int) -> list[dict[str, str]]:
+    return [
+        {"prompt": f"{how} add_{n}!", "completion": f"def add_{n}(a, b):\n    c = a + {n}\n    return b + c * {n}\n"}
+        for n in range(answers)
+        for how in ("Write", "Give me", "Show", "Please write", "I need")[:prompts]
+    ]
+
+
+def test_an_answer_to_several_questions_is_on_one_side(tmp_path: Path):
+    done = build(records_file(tmp_path, paraphrased(30, 5)), tmp_path / "out", "records")
+    train, held_out = (
+        {example.segments[-1].text for example in read_examples(tmp_path / "out" / f"{part}.jsonl")}
+        for part in ("train", "held_out")
+    )
+    assert held_out
+    assert train.isdisjoint(held_out)
+    assert done.summary.train_examples + done.summary.held_out_examples == 150
+    assert len(manifest(tmp_path / "out")["held_out_files"]) == done.summary.held_out_examples
+
+
+def test_yes_and_no_are_answers_to_many_questions(tmp_path: Path):
+    labels = [{"prompt": f"Is {n} even?", "completion": "yes" if n % 2 == 0 else "no"} for n in range(40)]
+    done = build(records_file(tmp_path, labels), tmp_path / "out", "records")
+    assert done.summary.left_out == {}
+    assert 4 <= done.summary.held_out_examples <= 12
+    assert {e.segments[-1].text for e in read_examples(tmp_path / "out" / "train.jsonl")} == {"yes", "no"}
+
+
+def test_one_long_answer_to_every_question_leaves_nothing_to_measure(tmp_path: Path):
+    (only,) = paraphrased(1, 1)
+    records = records_file(tmp_path, [{**only, "prompt": f"question {n}"} for n in range(20)])
+    with pytest.raises(DataError, match="the same answer"):
+        build(records, tmp_path / "out", "records")
+
+
+@pytest.mark.parametrize(
+    ("given", "learned", "text"),
+    [
+        ("", "a = 1\nb = 2\n", "a = 1\nb = 2\n"),
+        ("Is 2\neven?", "yes", "Is 2 even?yes"),
+        (
+            "Write it!\n",
+            "def f(a):\n    return (a + 1) * (a + 2) * 3\n",
+            "def f(a):\n    return (a + 1) * (a + 2) * 3\n",
+        ),
+    ],
+)
+def test_a_short_answer_is_told_by_its_question_and_all_else_by_itself(given: str, learned: str, text: str):
+    segments = (*((Segment(text=given, learn=False),) if given else ()), Segment(text=learned))
+    record = Example(segments=segments, path="record 1", language="text", kind="record")
+    assert learned_text(record) == text
+
+
+def shared(tmp_path: Path) -> list[float]:
+    """Of each held-out example, how much is trained on."""
+    train, held_out = (
+        [learned_text(example) for example in read_examples(tmp_path / "out" / f"{part}.jsonl")]
+        for part in ("train", "held_out")
+    )
+    return list(overlap_fraction(dict(enumerate(held_out)), train).values())
+
+
+@pytest.mark.parametrize(("width", "step"), [(12, 9), (12, 6), (12, 3)])
+def test_windows_that_slide_over_a_file_are_not_measured_on_where_they_are_trained_on(
+    tmp_path: Path, width: int, step: int
+):
+    lines = [f"value_{n} = compute(value_{n - 1}, {n * n})" for n in range(600)]
+    chunks = [
+        {"content": "\n".join(lines[start : start + width]), "language": "python"}
+        for start in range(0, len(lines), step)
+    ]
+    done = build(records_file(tmp_path, chunks), tmp_path / "out", "records")
+    assert done.summary.held_out_examples
+    assert done.summary.train_examples
+    assert max(shared(tmp_path)) < 0.5
+    assert ("seen_in_training" in done.summary.left_out) == (step < 9)
+
+
+def trained_on(directory: Path) -> TrainingFingerprint:
+    known = TrainingFingerprint.from_bytes((directory / "trained_on.bin").read_bytes())
+    assert known is not None
+    return known
+
+
+def measured(root: Path, directory: Path, known: TrainingFingerprint) -> PreparedDataset:
+    return prepare(source=root, source_kind="repository", directory=directory, codec=Words(), max_length=128,
+                   held_out_fraction=1, seed=1, report=lambda _: None, purpose=MEASURING, known=known)  # fmt: skip
+
+
+def test_what_was_trained_on_before_is_left_out_before_anything_is_chosen(tmp_path: Path):
+    root = repository(tmp_path / "r", files=10, functions=60)
+    build(root, tmp_path / "out")
+    found = measured(root, tmp_path / "again", trained_on(tmp_path / "out"))
+    first, second = (
+        {example.text for example in read_examples(tmp_path / name / "held_out.jsonl")} for name in ("out", "again")
+    )
+    assert second == first
+    assert found.summary.train_examples == 0
+    assert found.summary.left_out["trained_on"] == len(read_examples(tmp_path / "out" / "train.jsonl"))
+
+
+def test_conversations_are_rendered_by_the_codec(tmp_path: Path):
+    records = [
+        {"messages": [{"role": "user", "content": f"q {n}"}, {"role": "assistant", "content": f"a {n}"}]}
+        for n in range(20)
+    ]
+    build(records_file(tmp_path, records), tmp_path / "out", "jsonl")
+    assert next(e for e in both(tmp_path / "out") if e.path == "line 5").segments[-1] == Segment(text="a 4")
+
+
+def test_a_pair_that_is_too_long_is_left_out_whole_and_a_text_is_split(tmp_path: Path):
+    long = " ".join(f"word{n}" for n in range(500))
+    pairs = [{"prompt": f"p {n}", "completion": f"c {n}"} for n in range(20)]
+    done = build(records_file(tmp_path, [*pairs, {"prompt": "p", "completion": long}]), tmp_path / "out1", "records")
+    assert done.summary.left_out == {"too_long": 1}
+    texts = [{"text": f"some text {n}"} for n in range(20)]
+    build(records_file(tmp_path, [*texts, {"text": long}]), tmp_path / "out2", "records")
+    parts = [example for example in both(tmp_path / "out2") if example.path == "record 21"]
+    assert len(parts) > 5
+    assert "".join(example.text for example in parts) == long
+
+
+def test_chunks_get_their_path_but_never_the_home_directory_before_it(tmp_path: Path):
+    records = [
+        {"content": f"fn f{n}() {{ body({n}); }}", "language": "rust", "chunk_type": "function", "start_line": 10,
+         "file_path": f"/Users/alice/project/src/{'a' if n % 2 else 'b/c'}.rs"}
+        for n in range(20)
+    ]  # fmt: skip
+    build(records_file(tmp_path, records), tmp_path / "out", "records")
+    examples = both(tmp_path / "out")
+    assert {example.segments[0].text for example in examples} == {"// a.rs\n", "// b/c.rs\n"}
+    assert {(example.kind, example.language, example.start_line) for example in examples} == {("function", "rust", 10)}
+
+
+# --- secrets -------------------------------------------------------------------------------------------------------
+
+# Put together here so that no scanner takes this file for a leak.
+RANDOM = "q7Rk2ZpX9vLw4TnB8sYd1HfC6mJgA3eU5oQi"
+SECRETS = {
+    "aws": "AKIA" + "IOSFODNN7QXYZABC",
+    "github": "ghp_" + RANDOM,
+    "github fine": "github_pat_" + RANDOM,
+    "gitlab": "glpat-" + RANDOM[:20],
+    "slack": "xoxb-" + "123456789012-123456789012-" + RANDOM[:24].lower(),
+    "stripe": "sk_live_" + RANDOM[:24],
+    "openai": "sk-proj-" + RANDOM,
+    "anthropic": "sk-ant-" + "api03-" + RANDOM,
+    "hugging face": "hf_" + RANDOM,
+    "google": "AIza" + (RANDOM + RANDOM)[:35],
+    "npm": "npm_" + RANDOM,
+    "pypi": "pypi-" + "AgEIcHlwaS5vcmc" + RANDOM * 3,
+    "sendgrid": "SG." + RANDOM[:22] + "." + (RANDOM * 2)[:43],
+    "telegram": "123456789:AA" + RANDOM[:33],
+    "jwt": "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0." + RANDOM,
+    "basic auth": "https://admin:" + RANDOM[:12] + "@db.internal/x",
+    "assignment": 'DB_PASSWORD = "' + RANDOM[:24] + '"',
+}
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secret_never_reaches_the_dataset(tmp_path: Path, name: str):
+    root = repository(tmp_path / "r")
+    value = SECRETS[name]
+    literal = value if name == "assignment" else f'x = "{value}"'
+    (root / "leak.py").write_text(f"import os\n\n\nclass Client:\n    {literal}\n\n    {function('a', 1)}\n# {value}\n")
+    done = build(root, tmp_path / "out")
+    written = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir())
+    assert value.encode() not in written
+    assert RANDOM[:12].encode() not in written
+    assert done.summary.secrets_removed == 2
+    assert [(found["file"], found["line"]) for found in manifest(tmp_path / "out")["secrets"]] == [
+        ("leak.py", 5),
+        ("leak.py", 12),
+    ]
+    assert any("class Client" in example.text for example in both(tmp_path / "out")), "the code around it is kept"
+
+
+def test_no_line_of_a_private_key_reaches_the_dataset(tmp_path: Path):
+    root = repository(tmp_path / "r")
+    body = "\n".join((RANDOM * 2)[:64] for _ in range(20))
+    key = "-----BEGIN RSA PRIVATE " + f"KEY-----\n{body}\n-----END RSA PRIVATE " + "KEY-----"
+    (root / "leak.py").write_text(f'KEY = """{key}"""\n\n\n{function("after", 1)}')
+    build(root, tmp_path / "out")
+    assert all(RANDOM not in example.text for example in both(tmp_path / "out"))
+    assert any("def after_1" in example.text for example in both(tmp_path / "out"))
+
+
+def test_a_file_whose_name_is_a_secret_is_left_out_and_not_named(tmp_path: Path):
+    root = repository(tmp_path / "r")
+    (root / f"{SECRETS['hugging face']}.py").write_text(function("a", 1))
+    done = build(root, tmp_path / "out")
+    assert done.summary.left_out["secret"] == 1
+    assert all(RANDOM.encode() not in path.read_bytes() for path in (tmp_path / "out").iterdir())
+
+
+def test_a_pair_with_a_secret_is_left_out_whole(tmp_path: Path):
+    pairs = [{"prompt": f"p {n}", "completion": f"c {n}"} for n in range(20)]
+    leak = {"prompt": "token?", "completion": SECRETS["github"]}
+    done = build(records_file(tmp_path, [*pairs, leak]), tmp_path / "out", "records")
+    assert (done.summary.left_out, done.summary.secrets_removed) == ({"secret": 1}, 1)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'password = "correct horse battery staple"',
+        'token_url = "https://example.com/oauth2/token"',
+        'SECRET_KEY_NAME = "application-secret-key-name"',
+        'password = os.environ["DATABASE_PASSWORD"]',
+        'api_key = "your-api-key-goes-here-1234"',
+        'url = f"postgres://{user}:{password}@{host}/db"',
+        '"http://user:password@proxy.example.com:3128/"',
+        "sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+        'task-id = "task-management-system-for-teams"',
+        'key = "abcdefghijklmnopqrstuvwxyz0123456789"',
+    ],
+)
+def test_code_that_only_talks_about_secrets_is_kept(line: str):
+    assert redacted([f"{line}\n"])[1] == []
+
+
+@given(st.lists(st.sampled_from([*SECRETS.values(), "x = 1", "", "# text"]), max_size=12))
+def test_redacting_keeps_the_number_of_lines_and_every_clean_line(lines: list[str]):
+    given_lines = rows("\n".join(lines))
+    clean, found = redacted(given_lines)
+    flagged = {finding.row for finding in found}
+    assert len(clean) == len(given_lines)
+    assert all(clean[n] == ("\n" if n in flagged else line) for n, line in enumerate(given_lines))
+
+
+def test_the_files_changed_last_are_held_out_on_request(tmp_path: Path):
+    root = repository(tmp_path / "r")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false", "-C", root]
+    for day, touched in ((1, None), (2, "module_4.py"), (3, "module_7.py")):
+        if touched:
+            (root / touched).write_text((root / touched).read_text().replace("return total", "return total + 1", 1))
+        at = {**os.environ, "GIT_COMMITTER_DATE": f"2026-01-0{day}T00:00:00Z"}
+        for arguments in (["init"], ["add", "."], ["commit", "-m", "one"]):
+            subprocess.run([*git, *arguments], check=True, capture_output=True, env=at)
+    prepare(
+        source=root,
+        source_kind="repository",
+        directory=tmp_path / "out",
+        codec=Words(),
+        max_length=128,
+        held_out_fraction=0.2,
+        seed=0,
+        report=lambda _: None,
+        held_out_by="time",
+    )
+    assert manifest(tmp_path / "out")["held_out_files"] == ["module_4.py", "module_7.py"]
+
+    # An evaluation draws files by lot, and finds all that the training held out.
+    found = measured(root, tmp_path / "again", trained_on(tmp_path / "out"))
+    assert manifest(tmp_path / "again")["held_out_files"] == ["module_4.py", "module_7.py"]
+    assert found.summary.held_out_examples == len(read_examples(tmp_path / "out" / "held_out.jsonl"))

@@ -1,0 +1,44 @@
+"""A look at what a training would be given, without one."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peft_core.data.preview import PreviewRequest, preview
+from peft_core.errors import InvalidArgument
+from tests.unit.data.test_prepare import repository
+
+
+def request_of(source: Path, data_dir: Path, **further: Any) -> PreviewRequest:
+    return PreviewRequest(
+        source=source,
+        source_kind="repository",
+        max_length=256,
+        held_out_fraction=0.2,
+        seed=0,
+        held_out_by="file",
+        data_dir=data_dir,
+        **further,
+    )
+
+
+def test_a_temporary_directory_inside_the_repository_is_no_hindrance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = repository(tmp_path / "code")
+    (root / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(root / "tmp"))
+    assert preview(request_of(root, tmp_path / "data")).dataset.train_examples
+    assert list((root / "tmp").iterdir()) == []
+
+
+def test_a_place_that_may_not_be_read_is_not_looked_at_either(tmp_path: Path) -> None:
+    inside = repository(tmp_path / "data" / "projects" / "other")
+    with pytest.raises(InvalidArgument, match="the data directory of peft-mcp"):
+        preview(request_of(inside, tmp_path / "data"))
+    with pytest.raises(InvalidArgument, match="allowed_roots"):
+        preview(request_of(repository(tmp_path / "code"), tmp_path / "data", allowed_roots=(tmp_path / "other",)))

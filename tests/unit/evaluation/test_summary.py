@@ -1,0 +1,273 @@
+"""The arithmetic of the proof: intervals, the verdict's rule, next lines, prompts."""
+
+from __future__ import annotations
+
+import math
+import random
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_core.data.leakage import MAX_BYTES, TrainingFingerprint, overlap_fraction
+from peft_core.evaluation.bootstrap import MIN_UNITS, PairedSum, by_file, compare, unit_for
+from peft_core.evaluation.completion_points import choose, find_completion_points, lines_of
+from peft_core.evaluation.stdlib_code import general_examples
+from peft_core.evaluation.summary import (
+    FORGETS,
+    MIN_EFFECT,
+    Completion,
+    PairedScore,
+    Score,
+    edit_similarity,
+    evaluate,
+    judge,
+)
+from peft_core.schemas.evaluation import Comparison, Verdict
+
+tallies = st.builds(
+    PairedSum,
+    base=st.floats(0, 1e4),
+    adapter=st.floats(0, 1e4),
+    weight=st.integers(1, 500).map(float),
+)
+texts = st.lists(st.sampled_from(["", "    ", "\t", "def f(x):", "    return x + 1", "        y = [x, 'ä']", "}"])).map(
+    "\n".join
+)
+
+
+@given(st.lists(tallies, min_size=1, max_size=30), st.integers(0, 5))
+def test_the_change_lies_in_its_interval_and_is_the_difference_of_the_means(found: list[PairedSum], seed: int) -> None:
+    comparison = compare(found, seed=seed)
+    assert comparison is not None
+    assert comparison.change == pytest.approx(comparison.adapter - comparison.base, abs=1e-5)
+    assert comparison == compare(found, seed=seed)
+    if len(found) < MIN_UNITS:
+        assert (comparison.low, comparison.high) == (None, None)
+    else:
+        assert comparison.low is not None
+        assert comparison.high is not None
+        assert comparison.low <= comparison.change <= comparison.high
+
+
+@given(st.lists(tallies, min_size=MIN_UNITS, max_size=20))
+def test_who_changes_places_changes_the_sign(found: list[PairedSum]) -> None:
+    there = compare(found)
+    back = compare([PairedSum(tally.adapter, tally.base, tally.weight) for tally in found])
+    assert there is not None
+    assert back is not None
+    assert back.change == -there.change
+    assert (there.low, there.high) != (None, None)
+
+
+def test_nothing_measured_is_no_comparison() -> None:
+    assert compare([]) is None
+    assert compare([PairedSum(1, 2, 0)]) is None
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+    generator = random.Random(1)  # noqa: S311 -- a simulation
+    held = 0
+    for _ in range(200):
+        found = [PairedSum(0.0, generator.gauss(-0.1, 0.3), 1.0) for _ in range(8)]
+        comparison = compare(found)
+        assert comparison is not None
+        assert comparison.low is not None
+        assert comparison.high is not None
+        held += comparison.low <= -0.1 <= comparison.high
+    assert 0.9 <= held / 200 <= 0.99  # plain percentiles would hold it in about 0.88
+
+
+def test_few_files_are_resampled_by_example() -> None:
+    assert unit_for(["a", "b", "c", "d", "e"]) == "files"
+    assert unit_for(["a", "a", "b", "b", "b", "b"]) == "examples"
+    assert by_file([("a", PairedSum(1, 2, 3)), ("b", PairedSum(1, 1, 1)), ("a", PairedSum(1, 1, 1))]) == [
+        PairedSum(2, 3, 4),
+        PairedSum(1, 1, 1),
+    ]
+
+
+def comparison(change: float, low: float | None, high: float | None) -> Comparison:
+    return Comparison(base=2.0, adapter=2.0 + change, change=change, low=low, high=high)
+
+
+GENERAL = comparison(0.02, 0.01, 0.03)
+
+
+@pytest.mark.parametrize(
+    ("loss", "general", "verdict", "why"),
+    [
+        (comparison(-0.3, -0.4, -0.2), GENERAL, Verdict.HELPS, "falls by 0.300"),
+        (comparison(-0.3, -0.7, 0.1), GENERAL, Verdict.NO_DIFFERENCE, "chance"),
+        (comparison(-0.3, None, None), GENERAL, Verdict.NO_DIFFERENCE, "too few files"),
+        (comparison(-0.005, -0.006, -0.004), None, Verdict.NO_DIFFERENCE, "next to nothing"),
+        (comparison(0.3, 0.2, 0.4), GENERAL, Verdict.HARMS, "rises by 0.300"),
+        (comparison(0.3, -0.2, 0.7), None, Verdict.NO_DIFFERENCE, "chance"),
+        (comparison(-0.3, -0.4, -0.2), comparison(0.5, 0.4, 0.6), Verdict.HARMS, "general code rises by 0.500"),
+        (comparison(-0.8, -0.9, -0.7), comparison(0.5, 0.4, 0.6), Verdict.HELPS, "falls by 0.800"),
+        (comparison(-0.3, -0.4, -0.2), comparison(0.5, -0.1, 0.9), Verdict.HELPS, "falls by 0.300"),
+    ],
+)
+def test_the_verdict_follows_its_rule(loss: Comparison, general: Comparison | None, verdict: Verdict, why: str) -> None:
+    judged, reason = judge(loss, general, unit="files")
+    assert judged is verdict
+    assert why in reason
+
+
+@given(st.floats(-3, 3), st.floats(0, 2), st.floats(0, 2), st.floats(-1, 1))
+def test_no_verdict_without_an_interval_that_leaves_zero_out(
+    change: float, below: float, above: float, general: float
+) -> None:
+    loss = comparison(change, change - below, change + above)
+    known = comparison(general, general, general)
+    verdict, _ = judge(loss, known, unit="files")
+    if verdict is Verdict.HELPS:
+        assert change + above < 0
+        assert change <= -MIN_EFFECT
+    if verdict is Verdict.HARMS:
+        assert change - below > 0 or general > FORGETS
+
+
+def tokens_of(text: str, size: int) -> list[tuple[int, int]]:
+    """Tokens of so many characters, which begin anew at each row's visible part."""
+    offsets, begin = [], 0
+    for row in text.splitlines(keepends=True):
+        visible = begin + len(row) - len(row.lstrip())
+        edges = sorted({*range(visible, begin + len(row), size), begin, visible, begin + len(row)})
+        offsets += [(a, b) for a, b in pairwise(edges) if a < b]
+        begin += len(row)
+    return offsets
+
+
+@given(texts, st.integers(1, 4))
+def test_the_tokens_of_a_line_write_its_visible_part(text: str, size: int) -> None:
+    offsets = tokens_of(text, size)
+    rows = text.splitlines()
+    for line in lines_of(text, offsets):
+        written = text[offsets[line.first][0] : offsets[line.last - 1][1]]
+        assert written.strip() == rows[line.row].strip()
+        assert line.row > 0
+
+
+def test_a_token_that_spans_two_rows_takes_the_second_out() -> None:
+    text = "alpha = 1\nbeta = 2\ngamma = 3\n"
+    apart = list(lines_of(text, [(0, 9), (9, 10), (10, 18), (18, 19), (19, 28), (28, 29)]))
+    assert [line.row for line in apart] == [1, 2]
+    assert not apart[0].holds_end
+    across = list(lines_of(text, [(0, 9), (9, 12), (12, 18), (18, 19), (19, 28), (28, 29)]))
+    assert [line.row for line in across] == [2]
+    with_end = list(lines_of(text, [(0, 10), (10, 19), (19, 29)]))
+    assert [(line.row, line.holds_end) for line in with_end] == [(1, True), (2, True)]
+
+
+def test_prompts_end_inside_a_block_and_are_the_same_for_the_same_seed() -> None:
+    text = "import os\n\ndef walk(path):\n    names = os.listdir(path)\n    # sorted\n    return sorted(names)\n"
+    cuts = find_completion_points(text, tokens_of(text, 3))
+    assert [cut.row for cut in cuts] == [5]
+    assert cuts[0].expected == "    return sorted(names)\n"
+    many = [cuts * 3, [], cuts * 2]
+    chosen = choose(many, 4, seed=7)
+    assert chosen == choose(many, 4, seed=7)
+    assert sorted(index for index, _ in chosen) == [0, 0, 2, 2]
+    assert len(choose(many, 50, seed=7)) == 5
+    assert choose([], 5, seed=0) == []
+
+
+def test_all_that_is_held_out_is_resampled_alike() -> None:
+    held_out = [measured(f"f{n}.py", 2.0, 1.5) for n in range(6)]
+    written = [Completion(f"f{n % 2}.py", 3, "x = 1\n", "return x", "return y", "return x") for n in range(8)]
+    evaluation = evaluate(held_out, [], written)
+    assert (evaluation.resampled, evaluation.prompts) == ("files", 8)
+    assert evaluation.edit_similarity is not None
+    assert evaluation.edit_similarity.low is None, "two files are too few"
+
+
+@given(st.text(max_size=40), st.text(max_size=40))
+def test_edit_similarity_is_a_share(written: str, expected: str) -> None:
+    assert 0 <= edit_similarity(written, expected) <= 1
+    assert edit_similarity(written, written) == 1
+    assert edit_similarity("  a = 1\n", "a = 1") == 1
+
+
+def measured(file: str, base: float, adapter: float) -> PairedScore:
+    return PairedScore(file, 100, 10, Score(loss=100 * base, lines=2), Score(loss=100 * adapter, lines=3))
+
+
+def test_an_evaluation_tells_all_that_was_measured() -> None:
+    held_out = [measured(f"f{n}.py", 2.0 + n / 10, 1.5 + n / 10) for n in range(6)]
+    general = [measured(f"g{n}", 1.0, 1.1) for n in range(5)]
+    written = [
+        Completion("a.py", 3, "x = 1\n", "return x", "return y", "return x"),
+        Completion("b.py", 0, "x = 1\n", "return x", "return x", "pass"),
+    ]
+    evaluation = evaluate(held_out, general, written)
+    assert evaluation.verdict is Verdict.HELPS
+    assert evaluation.loss.change == pytest.approx(-0.5)
+    assert evaluation.adapter_perplexity == pytest.approx(math.exp(1.75))
+    assert evaluation.next_line is not None
+    assert evaluation.next_line.change == pytest.approx(0.1)
+    assert evaluation.general_loss is not None
+    assert evaluation.general_loss.change == pytest.approx(0.1)
+    assert (evaluation.files, evaluation.lines, evaluation.prompts, evaluation.resampled) == (6, 60, 2, "files")
+    assert [one.file for one in evaluation.gains] == ["a.py"]
+    assert [one.file for one in evaluation.losses] == ["b.py"]
+    assert evaluation.in_figures.gains == ()
+
+
+def test_the_general_code_is_there_and_parses() -> None:
+    examples = general_examples()
+    assert len(examples) == 16
+    for example in examples:
+        compile(example.text, example.path, "exec")
+
+
+TEXT = "def f(a):\n    b = a + 1\n    c = b * 2\n    return c\n"
+
+
+def test_trained_on_text_is_known_again_however_it_is_indented_and_other_text_is_not() -> None:
+    known = TrainingFingerprint.from_bytes(TrainingFingerprint.of([TEXT, "x = 1\n"]).to_bytes())
+    assert known is not None
+    assert known.share_of(TEXT) == 1
+    assert known.share_of("# header\n" + TEXT.replace("    ", "\t\t")) == pytest.approx(2 / 3)
+    assert known.share_of("x = 1") == 1
+    assert known.share_of(TEXT.replace("a", "z")) == 0
+    assert known.share_of("") == 0
+
+
+def test_of_much_text_a_sample_is_kept_that_both_sides_choose_alike() -> None:
+    many = [f"a = {n}\nb = {n}\nc = {n}\n" for n in range(70_000)]
+    known = TrainingFingerprint.of(many)
+    assert known.every > 1
+    assert len(known.to_bytes()) < MAX_BYTES
+    assert {known.share_of(text) for text in many[::100]} == {None, 1.0}, "nothing that was trained on counts as unseen"
+
+
+@settings(max_examples=5, deadline=None)
+@given(lines=st.integers(1, 12), seed=st.integers(0, 99))
+def test_of_twenty_thousand_examples_each_is_known_again(lines: int, seed: int) -> None:
+    many = ["\n".join(f"x_{line} = {n + seed}" for line in range(lines)) for n in range(20_000)]
+    known = TrainingFingerprint.from_bytes(TrainingFingerprint.of(many).to_bytes())
+    assert known is not None
+    assert {known.share_of(text) for text in many} == {1.0}
+    assert {known.share_of(text.replace("x_", "y_")) for text in many[:1000]} <= {0.0, None}
+
+
+def test_what_is_shared_is_counted_exactly() -> None:
+    shares = overlap_fraction({3: TEXT, 5: "x = 1\n", 9: TEXT + "print(1)\n"}, ["# header\n" + TEXT, "y = 1\n"])
+    assert shares == {3: 1.0, 5: 0.0, 9: pytest.approx(2 / 3)}
+
+
+@given(st.binary(max_size=64))
+def test_what_is_no_record_of_training_is_none(raw: bytes) -> None:
+    assert TrainingFingerprint.from_bytes(raw) is None
+
+
+def test_what_an_earlier_build_recorded_is_still_known() -> None:
+    """Its head had no number for the smallest, and none of them were kept."""
+    new = TrainingFingerprint.of([TEXT])
+    raw = new.to_bytes()
+    known = TrainingFingerprint.from_bytes(b"peftseen" + raw[8:16] + raw[24:])
+    assert known is not None
+    assert known.share_of(TEXT) == 1.0
+    assert known.share_of("nothing\nof\nthat") == 0.0

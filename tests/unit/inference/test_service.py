@@ -1,0 +1,228 @@
+"""Which base, whether memory suffices, and what a name stands for: decided before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peft_core.adapters.registry import Registry
+from peft_core.base_models.resolve import resolve
+from peft_core.config import Settings
+from peft_core.errors import AdapterInUse, AdapterNotFound, AdapterNotLoaded, InferenceError, InvalidArgument
+from peft_core.inference import service as service_module
+from peft_core.inference.service import InferenceService, TrainingNeed
+from peft_core.manager import PEFTManager
+from peft_core.schemas.results import BaseMatch, MemoryState, ResidentAdapter
+from tests.factories import record_base
+from tests.model_files import write_adapter, write_model
+
+GB = 1_000_000_000
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "tiny")
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, base: Path) -> Path:
+    return record_base(write_adapter(tmp_path / "adapter"), resolve(str(base), Settings()))
+
+
+def make_service(
+    data_dir: Path, *, trained_on: str | None = None, training: TrainingNeed | None = None, **settings: Any
+) -> InferenceService:
+    chosen = Settings(data_dir=data_dir, **settings)
+    return InferenceService(chosen, Registry(chosen.paths), lambda _: trained_on, lambda: training)
+
+
+def have_free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(service_module, "available_memory_bytes", lambda: size)
+
+
+def hold(service: InferenceService, monkeypatch: pytest.MonkeyPatch, *adapters: Path, base: Path | None = None) -> None:
+    """As if the host had these in memory."""
+    held = [ResidentAdapter(adapter_path=str(path), active=index == 0) for index, path in enumerate(adapters)]
+    resident = MemoryState(base_model="tiny", base_path=str(base), adapters=held, memory_bytes=1)
+    monkeypatch.setattr(type(service._host), "resident", resident)
+
+
+# -- which base ----------------------------------------------------------------------------------------------------
+
+
+def test_the_base_it_was_trained_on_is_found_where_the_job_says_it_was(
+    data_dir: Path, base: Path, adapter: Path
+) -> None:
+    found = make_service(data_dir, trained_on=str(base)).verify(str(adapter), None, scan_weights=False)
+    assert (found.verdict, found.base_model) == (BaseMatch.SAMPLED, "tiny")
+
+
+def test_the_default_base_is_taken_where_it_is_the_recorded_one(data_dir: Path, base: Path, adapter: Path) -> None:
+    service = make_service(data_dir, default_base_model=str(base))
+    assert service.verify(str(adapter), None, scan_weights=False).verdict is BaseMatch.SAMPLED
+
+
+def test_a_job_whose_base_was_replaced_since_is_not_believed(data_dir: Path, base: Path, adapter: Path) -> None:
+    write_model(base, fill=7)
+    found = make_service(data_dir, trained_on=str(base)).verify(str(adapter), None, scan_weights=False)
+    assert found.verdict is BaseMatch.INCOMPATIBLE
+    assert "base_unknown" in [reason.code for reason in found.reasons]
+
+
+async def test_a_base_that_nobody_records_must_be_named(
+    data_dir: Path, adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (adapter / "adapter_manifest.json").unlink()
+    service = make_service(data_dir, default_base_model=str(base))
+    with pytest.raises(InvalidArgument, match=r"base_model = None.*merely names"):
+        await service.load(str(adapter), None, accept_unproven_base=True, report=None)
+    assert service.verify(str(adapter), str(base), scan_weights=False).verdict is BaseMatch.SHAPE_ONLY
+
+
+# -- memory --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_model_that_does_not_fit_is_refused_with_figures(
+    data_dir: Path, adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    have_free(monkeypatch, GB // 10)
+    with pytest.raises(InferenceError, match=r"takes about 0\.\d GB, 0\.1 GB are free\.") as caught:
+        await make_service(data_dir).load(str(adapter), str(base), accept_unproven_base=False, report=None)
+    assert caught.value.code == "not_enough_memory"
+
+
+@pytest.mark.parametrize(
+    ("rule", "free", "code"),
+    [
+        ("if_it_fits", 4 * GB, "not_enough_memory"),
+        ("if_it_fits", 40 * GB, None),
+        ("never", 40 * GB, "training_runs"),
+        ("always", GB // 10, None),
+    ],
+)
+def test_beside_a_training_the_setting_decides(
+    data_dir: Path, adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch, rule: str, free: int, code: str | None
+) -> None:
+    have_free(monkeypatch, free)
+    service = make_service(data_dir, training=TrainingNeed("web", 38 * GB // 10), load_during_training=rule)
+    if code is None:
+        assert service._load_request(str(adapter), str(base), insist=False).base.name == "tiny"
+        return
+    with pytest.raises(InferenceError, match="'web'") as caught:
+        service._load_request(str(adapter), str(base), insist=False)
+    assert caught.value.code == code
+    assert "cancel_training" in str(caught.value)
+    if rule == "if_it_fits":
+        assert "the training of 'web' is going to take 3.8 GB" in caught.value.message
+
+
+def test_what_is_in_memory_needs_no_more(
+    data_dir: Path, adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    have_free(monkeypatch, 0)
+    service = make_service(data_dir, load_during_training="never", training=TrainingNeed("web", GB))
+    hold(service, monkeypatch, base=base)
+    assert service._load_request(str(adapter), str(base), insist=False)
+
+
+# -- names ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_project_stands_for_its_loaded_adapter_even_when_a_newer_one_is_current(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = make_service(data_dir)
+    lora = data_dir / "projects" / "web" / "lora"
+    for name in ("old", "new"):
+        write_adapter(lora / name)
+    (lora / "current").symlink_to("new")
+    hold(service, monkeypatch, lora / "old")
+    assert service._loaded_path("web") == lora / "old"
+    hold(service, monkeypatch, lora / "old", lora / "new")
+    assert service._loaded_path("web") == lora / "new"
+    assert service._loaded_path(str(lora / "old")) == lora / "old"
+
+
+async def test_nothing_in_memory_means_no_process_and_a_plain_answer(data_dir: Path) -> None:
+    service = make_service(data_dir)
+    assert (await service.unload(None)).status == "nothing_loaded"
+    with pytest.raises(AdapterNotLoaded, match="'web' is not in memory"):
+        await service.unload("web")
+    assert service._host.pid is None
+
+
+# -- delete --------------------------------------------------------------------------------------------------------
+
+
+def test_a_loaded_adapter_is_not_deleted(data_dir: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = make_service(data_dir)
+    lora = data_dir / "projects" / "web" / "lora"
+    for name in ("adapter-01", "adapter-02"):
+        record_base(write_adapter(lora / name), resolve(str(base), Settings()), name)
+    (lora / "current").symlink_to("adapter-02")
+    hold(service, monkeypatch, lora / "adapter-02")
+    with pytest.raises(AdapterInUse, match="unload_adapter"):
+        service.delete("web", "adapter-02")
+    hold(service, monkeypatch)
+    deleted = service.delete("web", "adapter-02")
+    assert deleted.current == "adapter-01"
+    assert deleted.freed_bytes > 1000
+    assert not (lora / "adapter-02").exists()
+    assert (lora / "current").resolve() == lora / "adapter-01"
+    assert service.delete("web", "adapter-01").current is None
+    assert [path.name for path in lora.iterdir()] == [".lock"]
+
+
+async def test_an_adapter_that_is_being_loaded_is_not_deleted(
+    data_dir: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = make_service(data_dir)
+    lora = data_dir / "projects" / "web" / "lora"
+    path = record_base(write_adapter(lora / "adapter-01"), resolve(str(base), Settings()))
+    refused: list[bool] = []
+
+    async def try_to_delete(*_: object) -> None:
+        with pytest.raises(AdapterInUse, match="is being loaded"):
+            service.delete("web", "adapter-01")
+        refused.append(True)
+        raise InferenceError("it does not matter how it goes on")
+
+    monkeypatch.setattr(service._host, "ask", try_to_delete)
+    with pytest.raises(InferenceError):
+        await service.load(str(path), str(base), accept_unproven_base=False, report=None)
+    assert refused
+    monkeypatch.setattr(service._host, "is_still_loading", lambda adapter: adapter == path)  # it was given up
+    with pytest.raises(AdapterInUse, match="is being loaded"):
+        service.delete("web", "adapter-01")
+    monkeypatch.undo()
+    service.delete("web", "adapter-01")
+
+
+async def test_a_loaded_adapter_is_not_deleted_where_the_projects_lie_on_another_disk(
+    data_dir: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "another disk"
+    elsewhere.mkdir()
+    data_dir.mkdir()
+    (data_dir / "projects").symlink_to(elsewhere)
+    lora = data_dir / "projects" / "web" / "lora"
+    record_base(write_adapter(lora / "adapter-01"), resolve(str(base), Settings()))
+    (lora / "current").symlink_to("adapter-01")
+    service = make_service(data_dir)
+    hold(service, monkeypatch, service._registry.locate("web"))
+    with pytest.raises(AdapterInUse):
+        service.delete("web", "adapter-01")
+    async with PEFTManager(Settings(data_dir=data_dir)) as manager:
+        assert (await manager.get_adapter_info("web")).manifest is not None
+
+
+@pytest.mark.parametrize("wrong", ["current", "..", "../../x", "", "web", "adapter-0", ".deleted.x"])
+def test_only_an_id_that_is_spelled_out_is_deleted(data_dir: Path, wrong: str) -> None:
+    lora = data_dir / "projects" / "web" / "lora"
+    write_adapter(lora / "adapter-01")
+    (lora / "current").symlink_to("adapter-01")
+    with pytest.raises(AdapterNotFound, match="adapter-01"):
+        make_service(data_dir).delete("web", wrong)
+    assert (lora / "adapter-01").is_dir()

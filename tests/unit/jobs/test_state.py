@@ -1,0 +1,176 @@
+"""The state machine of a job."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_core.jobs.state import RESUMABLE, IllegalTransition, Job, apply, progress_percent
+from peft_core.schemas.events import (
+    CheckpointSaved,
+    Evaluated,
+    Event,
+    HeldOutMeasured,
+    JobCancelled,
+    JobCompleted,
+    JobFailed,
+    JobInterrupted,
+    JobResumed,
+    JobStarted,
+    MemorySaved,
+    PhaseStarted,
+    RateLowered,
+    RunPlanned,
+    StepCompleted,
+    StoppedEarly,
+)
+from peft_core.schemas.results import ErrorInfo, Metrics, Phase, Status
+from tests.factories import make_evaluation, make_job
+
+
+def step(number: int, loss: float = 2.0) -> StepCompleted:
+    return StepCompleted(
+        step=number,
+        loss=loss,
+        learning_rate=1e-3,
+        tokens=100 * number,
+        tokens_per_second=50.0,
+        eta_s=1.0,
+        memory_bytes=1,
+    )
+
+
+PROBLEM = ErrorInfo(code="x", message="x")
+EVENTS: st.SearchStrategy[Event] = st.one_of(
+    st.builds(JobStarted),
+    st.builds(PhaseStarted, phase=st.sampled_from(Phase)),
+    st.builds(RunPlanned, device=st.just("cpu"), total_steps=st.just(5), start_step=st.integers(0, 5)),
+    st.integers(1, 6).map(step),
+    st.builds(HeldOutMeasured, step=st.integers(0, 5), loss=st.floats(0, 9), whole_set=st.booleans()),
+    st.builds(CheckpointSaved, step=st.integers(0, 6)),
+    st.builds(StoppedEarly, step=st.integers(1, 5), best_step=st.integers(1, 5)),
+    st.builds(
+        RateLowered,
+        step=st.integers(1, 5),
+        back_to_step=st.integers(0, 5),
+        factor=st.just(0.25),
+        reason=st.just("the loss is nan"),
+    ),
+    st.builds(
+        MemorySaved,
+        step=st.integers(1, 5),
+        tokens_at_once=st.integers(0, 512),
+        layers_computed_twice=st.booleans(),
+        reason=st.just("cannot allocate"),
+    ),
+    st.builds(Evaluated, evaluation=st.just(make_evaluation())),
+    st.builds(JobCompleted, adapter_path=st.just("/a"), metrics=st.just(Metrics())),
+    st.builds(JobFailed, error=st.just(PROBLEM)),
+    st.builds(JobCancelled),
+    st.builds(JobInterrupted, reason=st.just("killed")),
+    st.builds(JobResumed),
+)
+
+
+def after(job: Job, *events: Event) -> Job:
+    for event in events:
+        job = apply(job, event, at=1.0)
+    return job
+
+
+@given(st.lists(EVENTS, max_size=40))
+def test_whatever_happens_a_job_never_contradicts_itself(events: list[Event]) -> None:
+    job = make_job()
+    for number, event in enumerate(events):
+        before = job
+        try:
+            job = apply(job, event, at=float(number))
+        except IllegalTransition:
+            continue
+        assert (job.adapter_path is not None) == (job.status is Status.COMPLETED)
+        assert job.error is None or job.status in (Status.FAILED, Status.INTERRUPTED)
+        assert job.step <= (job.total_steps or 0) or job.total_steps is None
+        assert (job.finished_at is not None) == job.status.is_final
+        if before.status.is_final:
+            assert isinstance(event, JobResumed)
+            assert before.status in RESUMABLE
+        if job.status is Status.IN_PROGRESS and before.status is Status.IN_PROGRESS:
+            assert progress_percent(job) >= progress_percent(before) or isinstance(event, RunPlanned | RateLowered)
+
+
+def test_a_run_from_queue_to_adapter() -> None:
+    job = after(
+        make_job(),
+        JobStarted(),
+        PhaseStarted(phase=Phase.PREPARING_DATA),
+        PhaseStarted(phase=Phase.LOADING_MODEL),
+        HeldOutMeasured(step=0, loss=2.5),
+        HeldOutMeasured(step=0, loss=2.4, whole_set=True),
+        RunPlanned(device="cpu", total_steps=2),
+        PhaseStarted(phase=Phase.TRAINING),
+        step(1),
+        step(2, loss=1.5),
+    )
+    assert (job.status, job.step, job.loss, job.held_out_loss) == (Status.IN_PROGRESS, 2, 1.5, 2.5)
+    assert progress_percent(job) == 94.0
+    job = after(job, JobCompleted(adapter_path="/a", metrics=Metrics(adapter_loss=2.0)))
+    assert (job.status, job.adapter_path, job.held_out_loss) == (Status.COMPLETED, "/a", 2.0)
+    assert progress_percent(job) == 100.0
+
+
+def test_a_completed_job_stays_completed() -> None:
+    job = after(make_job(), JobStarted(), JobCompleted(adapter_path="/a", metrics=Metrics()))
+    for event in (
+        JobStarted(),
+        JobCancelled(),
+        JobFailed(error=PROBLEM),
+        JobInterrupted(reason="x"),
+        JobResumed(),
+        step(1),
+    ):
+        with pytest.raises(IllegalTransition, match="completed"):
+            apply(job, event, at=2.0)
+
+
+def test_steps_do_not_go_backwards() -> None:
+    job = after(make_job(), JobStarted(), RunPlanned(device="cpu", total_steps=5), step(3))
+    with pytest.raises(IllegalTransition):
+        apply(job, step(3), at=2.0)
+
+
+def test_a_run_that_diverges_counts_its_steps_again_and_keeps_a_note() -> None:
+    once = RateLowered(step=4, back_to_step=1, factor=0.25, reason="the loss is nan")
+    twice = RateLowered(step=3, back_to_step=0, factor=0.0625, reason="the gradient norm is inf")
+    job = after(make_job(), JobStarted(), RunPlanned(device="cpu", total_steps=5), step(3), once)
+    assert (job.status, job.step) == (Status.IN_PROGRESS, 1)
+    assert job.note == "at step 4 the loss is nan: back to step 1 with 1/4 of the learning rate"
+    job = after(job, step(2), twice, step(1))
+    assert (job.step, job.note.count("back to step")) == (1, 2)
+    assert "back to step 0 with 1/16 of the learning rate" in job.note
+
+    again = after(job, step(2), CheckpointSaved(step=2), JobInterrupted(reason="x"), JobResumed(), JobStarted())
+    assert after(again, twice).note == job.note  # met once more after the checkpoint
+    stopped = after(again, StoppedEarly(step=5, best_step=2))
+    assert stopped.note == f"{job.note}; stopped early at step 5, the state of step 2 is kept"
+
+
+def test_a_run_does_not_go_back_to_a_step_that_it_has_not_made() -> None:
+    job = after(make_job(), JobStarted(), RunPlanned(device="cpu", total_steps=5), step(3))
+    with pytest.raises(IllegalTransition):
+        apply(job, RateLowered(step=5, back_to_step=4, factor=0.25, reason="x"), at=2.0)
+
+
+def test_a_resumed_job_waits_again_and_goes_on_from_its_checkpoint() -> None:
+    job = after(
+        make_job(),
+        JobStarted(),
+        RunPlanned(device="cpu", total_steps=9),
+        step(4),
+        CheckpointSaved(step=4),
+        step(5),
+        JobInterrupted(reason="killed"),
+        JobResumed(),
+    )
+    assert (job.status, job.step, job.error, job.finished_at) == (Status.QUEUED, 4, None, None)
+    assert after(job, JobStarted(), step(5)).step == 5

@@ -1,0 +1,54 @@
+"""T tokens, D model size."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from peft_core.modeling.fused_blocks import FusionStats, fuse
+from peft_core.modeling.objective import probe_fast_paths
+from peft_core.schemas.training import TrainingConfig
+from peft_core.training import lora
+from tests.toys import toy_model
+
+
+def fused(architecture: str, **config: Any) -> FusionStats:
+    model = toy_model(architecture)
+    probe_fast_paths(model, max_length=64)  # sets the attention
+    return fuse(lora.attach(model, TrainingConfig(rank=4, **config), "toy"))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+def test_blocks_of_the_llama_kind_are_fused(architecture: str) -> None:
+    assert fused(architecture) == FusionStats(blocks=2, linears=0)
+
+
+def test_a_block_that_is_adapted_in_part_is_fused() -> None:
+    assert fused("llama", target_modules=["q_proj", "v_proj"]) == FusionStats(blocks=2, linears=0)
+
+
+def test_layers_with_dropout_stay_as_they_are() -> None:
+    assert fused("llama", dropout=0.1) == FusionStats(blocks=0, linears=0)
+
+
+def test_blocks_of_another_kind_keep_their_forward_and_their_linear_layers_are_fused() -> None:
+    assert fused("gemma2") == FusionStats(blocks=0, linears=14)
+
+
+def test_blocks_with_another_attention_keep_their_forward() -> None:
+    assert fused("mistral_window") == FusionStats(blocks=0, linears=14)
+
+
+def test_a_block_that_says_something_else_keeps_its_forward() -> None:
+    model = toy_model()
+    probe_fast_paths(model, max_length=64)
+    model.model.layers[1].self_attn.scaling *= 1.5
+    model.model.layers[1].self_attn.register_forward_hook(lambda _module, _inputs, out: (out[0] * 1.1, out[1]))
+    assert fuse(lora.attach(model, TrainingConfig(rank=4), "toy")) == FusionStats(blocks=1, linears=7)
+
+
+def test_fusing_draws_no_random_numbers() -> None:
+    model = lora.attach(toy_model(), TrainingConfig(rank=4), "toy")
+    before = torch.get_rng_state()
+    fuse(model)
+    assert torch.equal(before, torch.get_rng_state())

@@ -1,0 +1,123 @@
+"""Weights that stay in their stored form compute what those in memory do.
+
+T tokens, I input features, O output features
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from peft_core.base_models.resolve import resolve
+from peft_core.config import Settings
+from peft_core.modeling.load import FrozenEmbedding, FrozenLinear, load_base, load_frozen, move
+from peft_core.modeling.quantised import PackedLayout, QuantisedMatrix
+from tests.model_files import gguf_bytes, write_model
+from tests.toys import toy_model, write_toy_base
+
+
+def test_a_frozen_layer_is_the_linear_one_with_the_same_gradient() -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(6, 4).requires_grad_(requires_grad=False)
+    frozen = FrozenLinear(QuantisedMatrix.of(plain.weight), plain.bias)
+    x_TI = torch.randn(5, 6, requires_grad=True)
+    (expected,) = torch.autograd.grad(plain(x_TI).square().sum(), x_TI)
+    (found,) = torch.autograd.grad(frozen(x_TI).square().sum(), x_TI)
+    assert torch.equal(frozen(x_TI), plain(x_TI))
+    assert torch.equal(found, expected)
+    assert frozen.weight.shape == plain.weight.shape
+    assert frozen.weight.untyped_storage().nbytes() == 4
+
+
+def test_a_frozen_table_gives_its_rows() -> None:
+    table = nn.Embedding(7, 3)
+    ids_12 = torch.tensor([[6, 0]])
+    assert torch.equal(FrozenEmbedding(QuantisedMatrix.of(table.weight))(ids_12), table(ids_12))
+
+
+def test_a_mapped_base_says_what_the_loaded_one_says(tmp_path: Path) -> None:
+    directory = write_toy_base(tmp_path / "toy")
+    mapped = load_frozen(resolve(str(directory), Settings()), directory)
+    assert mapped is not None
+    loaded = load_base(directory, torch.float32)
+    ids_1T = torch.arange(3, 12)[None]
+    with torch.inference_mode():
+        assert torch.equal(mapped(ids_1T).logits, loaded(ids_1T).logits)
+    assert sum(isinstance(module, FrozenLinear) for module in mapped.modules()) == 15  # the tied head too
+    assert not any(parameter.requires_grad for parameter in mapped.parameters())
+
+
+@pytest.mark.parametrize("room", [0, 5000, 1 << 20])
+def test_what_is_repacked_says_the_same(tmp_path: Path, room: int) -> None:
+    (tmp_path / "toy.gguf").write_bytes(gguf_bytes(quantised=True))
+    base = resolve(str(tmp_path / "toy.gguf"), Settings())
+    directory = write_model(tmp_path / "same")  # for the configuration
+    mapped = load_frozen(base, directory)
+    repacked = load_frozen(base, directory, repacked_bytes=room)
+    assert mapped is not None
+    assert repacked is not None
+    layers = [m.stored for m in repacked.modules() if isinstance(m, FrozenLinear)]
+    in_memory = {id(stored): stored.nbytes for stored in layers if isinstance(stored.kind, PackedLayout)}
+    assert bool(in_memory) == (room > 0)
+    assert (len(in_memory) == len(layers)) == (room == 1 << 20)
+    assert sum(in_memory.values()) <= room
+    ids_1T = torch.arange(3, 12)[None]
+    with torch.inference_mode():
+        assert torch.equal(mapped(ids_1T).logits, repacked(ids_1T).logits)
+
+
+@pytest.mark.parametrize("in_bfloat16", [False, True])
+def test_a_base_moves_to_its_device_with_all_that_is_stored_and_what_is_shared_stays_one(
+    tmp_path: Path, in_bfloat16: bool
+) -> None:
+    directory = write_toy_base(tmp_path / "toy")
+    base = load_frozen(resolve(str(directory), Settings()), directory, in_bfloat16=in_bfloat16)
+    assert base is not None
+    moved = move(base, torch.device("meta"))
+    assert {parameter.device.type for parameter in moved.parameters()} == {"meta"}
+    layers = [module for module in moved.modules() if isinstance(module, FrozenLinear | FrozenEmbedding)]
+    assert {layer.stored.blocks.device.type for layer in layers} == {"meta"}
+    assert {layer.stored.blocks.dtype for layer in layers} == {torch.bfloat16 if in_bfloat16 else torch.uint8}
+    assert all(layer.weight.untyped_storage().nbytes() == 4 for layer in layers)
+    assert moved.get_output_embeddings().stored is moved.get_input_embeddings().stored
+
+
+def test_weights_that_were_moved_in_16_bits_are_the_same() -> None:
+    matrix = QuantisedMatrix.of(torch.randn(6, 4)).rounded()
+    moved = matrix.on(torch.device("cpu"))
+    assert moved.blocks.dtype == torch.bfloat16
+    assert (moved.shape, moved.nbytes) == (matrix.shape, matrix.nbytes)
+    assert torch.equal(moved.whole(), matrix.whole())
+    assert torch.equal(moved.select(torch.tensor([4, 1])), matrix.select(torch.tensor([4, 1])))
+    x_TI, grad_TO = torch.randn(3, 4), torch.randn(3, 6)
+    assert torch.equal(moved.times(x_TI), matrix.times(x_TI))
+    assert torch.equal(moved.matmul_t(grad_TO), matrix.matmul_t(grad_TO))
+
+
+def test_layers_with_a_bias_are_mapped_too(tmp_path: Path) -> None:
+    directory = write_toy_base(tmp_path / "toy")
+    toy_model("qwen2").save_pretrained(directory)
+    mapped = load_frozen(resolve(str(directory), Settings()), directory)
+    assert mapped is not None
+    assert mapped.get_submodule("model.layers.0.self_attn.q_proj").bias is not None
+    ids_1T = torch.arange(3, 12)[None]
+    with torch.inference_mode():
+        assert torch.equal(mapped(ids_1T).logits, load_base(directory, torch.float32)(ids_1T).logits)
+
+
+def test_a_model_whose_layers_are_of_other_kinds_is_not_mapped(tmp_path: Path) -> None:
+    directory = write_toy_base(tmp_path / "toy")
+    base = resolve(str(directory), Settings())
+    toy_model("gpt2").config.save_pretrained(directory)  # Conv1D layers, under other names
+    assert load_frozen(base, directory) is None
+
+
+def test_a_bias_that_the_files_lack_is_not_passed_over(tmp_path: Path) -> None:
+    directory = write_toy_base(tmp_path / "toy")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "attention_bias": True}))
+    assert load_frozen(resolve(str(directory), Settings()), directory) is None

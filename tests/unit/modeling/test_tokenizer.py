@@ -1,0 +1,183 @@
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_core.errors import BaseCheckpointError, DataError
+from peft_core.modeling.batches import tokenise
+from peft_core.modeling.tokenizer import BaseTokenizer, load_tokenizer
+from peft_core.schemas.dataset import Example, Segment
+from tests.toys import VOCABULARY, write_sentencepiece_tokenizer, write_toy_tokenizer
+
+END = 0
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> BaseTokenizer:
+    write_toy_tokenizer(tmp_path)
+    return load_tokenizer(tmp_path)
+
+
+def example(*segments: Segment) -> Example:
+    return Example(segments=segments, path="a.py", language="python", kind="function")
+
+
+def learned_text(tokenizer: BaseTokenizer, segments: tuple[Segment, ...]) -> str:
+    document = tokenise(example(*segments), tokenizer, max_length=1000)
+    return "".join(VOCABULARY[token] for token in document.ids_T[document.learn_T])
+
+
+def test_a_text_ends_with_the_end_of_text_token_and_all_but_its_first_token_is_learned(
+    tokenizer: BaseTokenizer,
+) -> None:
+    document = tokenise(example(Segment(text="abc")), tokenizer, max_length=10)
+    assert [VOCABULARY[token] for token in document.ids_T] == ["a", "b", "c", "<end>"]
+    assert document.learn_T.tolist() == [False, True, True, True]
+    assert document.targets == 3
+
+
+def test_a_text_that_breaks_off_has_no_end_to_learn(tokenizer: BaseTokenizer) -> None:
+    broken_off = example(Segment(text="abc")).model_copy(update={"ends": False})
+    document = tokenise(broken_off, tokenizer, max_length=10)
+    assert [VOCABULARY[token] for token in document.ids_T] == ["a", "b", "c"]
+    assert document.learn_T.tolist() == [False, True, True]
+
+
+def test_context_carries_no_loss(tokenizer: BaseTokenizer) -> None:
+    assert learned_text(tokenizer, (Segment(text="question ", learn=False), Segment(text="answer"))) == "answer<end>"
+
+
+def test_a_text_that_is_too_long_is_cut(tokenizer: BaseTokenizer) -> None:
+    document = tokenise(example(Segment(text="x" * 100)), tokenizer, max_length=64)
+    assert len(document) == 64
+    assert END not in document.ids_T
+
+
+def test_code_that_spells_a_special_token_brings_none(tokenizer: BaseTokenizer) -> None:
+    text = "a<|fim_prefix|>b<end>"
+    tokenizer.tokenizer.add_special_tokens(["<|fim_prefix|>", "<end>"])
+    special = {tokenizer.tokenizer.token_to_id("<|fim_prefix|>"), END}
+    code = tokenise(example(Segment(text=text, literal=True)), tokenizer, max_length=100).ids_T.tolist()
+    assert special.isdisjoint(code[:-1])
+    assert tokenizer.tokenizer.decode(code[:-1], skip_special_tokens=False).replace(" ", "") == text
+    rendered = tokenise(example(Segment(text=text)), tokenizer, max_length=100).ids_T.tolist()
+    assert special <= set(rendered)
+
+
+def named(tokenizer: BaseTokenizer, ids: Sequence[int]) -> list[str]:
+    return [str(tokenizer.tokenizer.id_to_token(token)) for token in ids]
+
+
+@pytest.mark.parametrize("dummy_space", ["prepend", "metaspace"])
+def test_a_dummy_space_stands_before_a_text_and_before_none_of_its_further_segments(
+    tmp_path: Path, dummy_space: str
+) -> None:
+    write_sentencepiece_tokenizer(tmp_path, dummy_space=dummy_space)
+    tokenizer = load_tokenizer(tmp_path)
+    parts = (Segment(text="def\n", learn=False), Segment(text="def", literal=True), Segment(text=" def"))
+    ids = tokenise(example(*parts), tokenizer, max_length=100).ids_T.tolist()
+    assert named(tokenizer, ids) == ["\u2581def", "<0x0A>", "def", "\u2581def", "</s>"]
+    assert [tokens.offsets for tokens in tokenizer.encode(parts)] == [[(0, 3), (3, 4)], [(0, 3)], [(0, 4)]]
+
+
+@given(words=st.lists(st.sampled_from(["def", " def", "\n", "  ", "x(", "\N{SNOWMAN}", ""]), min_size=1, max_size=6))
+def test_segments_of_a_text_are_tokenised_as_the_text_is(words: list[str]) -> None:
+    with TemporaryDirectory() as directory:
+        write_sentencepiece_tokenizer(Path(directory), dummy_space="metaspace")
+        tokenizer = load_tokenizer(Path(directory))
+    # Characters that no merge of this vocabulary crosses stand between.
+    segments = [Segment(text=f"{word};") for word in words]
+    first, *others = tokenizer.encode(segments)
+    whole = Segment(text="".join(segment.text for segment in segments))
+    assert [token for tokens in (first, *others) for token in tokens.ids] == tokenizer.encode([whole])[0].ids
+    assert tokenizer.count([segment.text for segment in segments[1:]]) == [len(tokens.ids) for tokens in others]
+
+
+def test_code_around_a_gap_is_tokenised_as_code_llama_was_trained(tmp_path: Path) -> None:
+    known = ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>")
+    write_sentencepiece_tokenizer(tmp_path, dummy_space="prepend", marks=known)
+    tokenizer = load_tokenizer(tmp_path)
+    marks = tokenizer.fill_in_the_middle
+    assert marks is not None
+    assert named(tokenizer, tokenizer.ids(*marks.prompt("def", "def"))) == [
+        *("\u2581<PRE>", "\u2581def"),
+        *("\u2581<SUF>", "def"),
+        "\u2581<MID>",
+    ]
+
+
+def test_code_around_a_gap_is_tokenised_as_codestral_was_trained(tmp_path: Path) -> None:
+    write_sentencepiece_tokenizer(tmp_path, dummy_space="prepend", marks=["[PREFIX]", "[MIDDLE]", "[SUFFIX]"])
+    tokenizer = load_tokenizer(tmp_path)
+    marks = tokenizer.fill_in_the_middle
+    assert marks is not None
+    pieces = [*marks.prompt("def", "def"), "def"]  # the gap goes on behind the prefix
+    assert named(tokenizer, tokenizer.ids(*pieces)) == ["[SUFFIX]", "def", "[PREFIX]", "\u2581def", "def"]
+
+
+def test_counting_counts_what_encoding_makes(tokenizer: BaseTokenizer) -> None:
+    assert tokenizer.count(["abc", "", "ab\n"]) == [3, 0, 3]
+
+
+def test_in_a_conversation_the_assistants_turns_are_learned_with_their_end(tokenizer: BaseTokenizer) -> None:
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "ho"},
+        {"role": "user", "content": "more"},
+        {"role": "assistant", "content": "no"},
+    ]
+    segments = tokenizer.render_chat(messages)
+    whole = "".join(segment.text for segment in segments)
+    assert whole == "[user]hi<end>\n[assistant]ho<end>\n[user]more<end>\n[assistant]no<end>"
+    assert learned_text(tokenizer, segments) == "ho<end>no<end>"
+
+
+def test_a_template_that_rewrites_earlier_turns_is_learned_from_its_last_turn(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{% if loop.last or m.role == 'user' %}[{{ m.role }}]{{ m.content }}{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    write_toy_tokenizer(tmp_path, chat_template=template)
+    tokenizer = load_tokenizer(tmp_path)
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    segments = tokenizer.render_chat([{"role": role, "content": content} for role, content in turns])
+    assert [(segment.text, segment.learn) for segment in segments] == [
+        ("[user]a[user]c[assistant]", False),
+        ("d", True),
+    ]
+
+
+def test_without_a_chat_template_conversations_are_refused(tmp_path: Path) -> None:
+    write_toy_tokenizer(tmp_path, chat_template=None)
+    with pytest.raises(DataError, match="no chat template"):
+        load_tokenizer(tmp_path).render_chat([{"role": "assistant", "content": "x"}])
+
+
+def test_what_a_template_refuses_is_told(tmp_path: Path) -> None:
+    write_toy_tokenizer(tmp_path, chat_template="{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(DataError, match="roles must alternate"):
+        load_tokenizer(tmp_path).render_chat([{"role": "assistant", "content": "x"}])
+
+
+def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path: Path) -> None:
+    write_toy_tokenizer(tmp_path, chat_template="{{ messages.__class__.__mro__[1].__subclasses__() }}")
+    with pytest.raises(DataError, match="unsafe"):
+        load_tokenizer(tmp_path).render_chat([{"role": "assistant", "content": "x"}])
+
+
+def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BaseCheckpointError, match=r"tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_base_that_names_no_end_of_text_is_refused(tmp_path: Path) -> None:
+    write_toy_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(BaseCheckpointError, match="which token ends a text"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    assert load_tokenizer(tmp_path).end_of_text == 5

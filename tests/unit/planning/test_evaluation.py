@@ -1,0 +1,119 @@
+"""What is refused before there is a job that evaluates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peft_core.adapters.manifest import write_manifest
+from peft_core.base_models.resolve import resolve
+from peft_core.config import Settings
+from peft_core.data.prepare import prepare
+from peft_core.data.token_counter import EstimatingCodec
+from peft_core.errors import DataError, InvalidArgument
+from peft_core.evaluation.report import write_evaluation_report
+from peft_core.jobs.recovery import completed_evaluation
+from peft_core.planning.evaluation import plan_evaluation
+from peft_core.schemas.dataset import MEASURING
+from peft_core.schemas.events import Evaluated
+from peft_core.schemas.task import JobRequest
+from peft_core.schemas.training import EvaluatedAdapter, TrainingConfig
+from tests.factories import make_evaluation, make_job, make_manifest, record_base
+from tests.model_files import model_shapes, write_adapter, write_model
+
+RECORDS = [
+    {"text": f"def add_{n}(a, b):\n    total = a + b * {n}\n    return total\n", "path": f"m{n}.py"} for n in range(12)
+]
+
+
+def planned(
+    tmp_path: Path, data: Any, *, base: Path | None = None, accept: bool = True, limit: int | None = None
+) -> JobRequest:
+    base = base or write_model(tmp_path / "base")
+    adapter = tmp_path / "adapter"
+    if not adapter.exists():
+        write_adapter(adapter)
+    settings = Settings(data_dir=tmp_path / "data", max_memory_mb=limit)
+    evaluated = EvaluatedAdapter(adapter_path=adapter, accept_unproven_base=accept)
+    return plan_evaluation(evaluated, data, resolve(str(base), settings), settings, lambda _base, _device: None)
+
+
+def test_an_adapter_of_anyone_s_is_planned_with_what_it_will_take(tmp_path: Path) -> None:
+    request = planned(tmp_path, RECORDS)
+    assert request.evaluated is not None
+    assert request.config.max_length == min(512, request.base.shape.context_length)
+    assert request.estimate.steps == 0
+    assert request.estimate.seconds is not None
+    assert request.found.examples == 12
+
+
+def test_what_it_was_trained_with_decides_how_text_is_cut_and_split(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter")
+    write_manifest(adapter, make_manifest("a-01", config=TrainingConfig(max_length=64, seed=7)))
+    config = planned(tmp_path, RECORDS).config
+    assert (config.max_length, config.seed) == (64, 7)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ([], "evaluation_data is an empty list"),
+        (RECORDS[:3], "evaluation_data gives 3 .* at least 5 examples are needed to measure on"),
+        ("/no/such/place", "evaluation_data = '/no/such/place' cannot be used"),
+    ],
+)
+def test_data_that_cannot_be_measured_on_is_refused(tmp_path: Path, data: Any, said: str) -> None:
+    with pytest.raises((DataError, InvalidArgument), match=said):
+        planned(tmp_path, data)
+
+
+def test_a_place_is_named_as_it_was_given(tmp_path: Path) -> None:
+    place = tmp_path / "training_data_old"
+    place.mkdir()
+    with pytest.raises(DataError) as caught:
+        planned(tmp_path, str(place))
+    assert str(place) in caught.value.message
+    with pytest.raises(InvalidArgument) as refused:
+        planned(tmp_path, str(place / "training_data"))
+    assert refused.value.message.startswith(f"evaluation_data = '{place / 'training_data'}' ")
+
+
+def test_data_that_is_gone_when_it_is_measured_on_is_asked_for_by_the_right_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        prepare(source=tmp_path / "gone", source_kind="repository", directory=tmp_path / "out", codec=EstimatingCodec(),
+                max_length=64, held_out_fraction=1, seed=0, report=lambda _: None, purpose=MEASURING)  # fmt: skip
+    assert "evaluate_adapter" in caught.value.suggestions[0]
+
+
+def test_an_adapter_that_does_not_fit_is_refused_with_the_reason(tmp_path: Path) -> None:
+    other = write_model(tmp_path / "other", shapes=model_shapes(layers=4))
+    with pytest.raises(InvalidArgument, match="does not fit other"):
+        planned(tmp_path, RECORDS, base=other)
+
+
+def test_a_base_that_nothing_proves_must_be_insisted_on(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match="accept_unproven_base=true"):
+        planned(tmp_path, RECORDS, accept=False)
+    base = tmp_path / "base"
+    record_base(tmp_path / "adapter", resolve(str(base), Settings()))
+    assert planned(tmp_path, RECORDS, base=base, accept=False).evaluated is not None
+
+
+def test_a_limit_of_memory_is_kept(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match="CODEBASE_GARDENER_MAX_MEMORY_MB = 256"):
+        planned(tmp_path, RECORDS, limit=256)
+
+
+def test_an_evaluation_that_was_made_is_an_end_and_leaves_a_page(tmp_path: Path) -> None:
+    request = planned(tmp_path, RECORDS)
+    job = make_job(request=request)
+    assert completed_evaluation(job) is None
+    completed = completed_evaluation(job.model_copy(update={"evaluation": make_evaluation()}))
+    assert completed is not None
+    assert completed.adapter_path == str(tmp_path / "adapter")
+    assert completed.metrics.adapter_perplexity == 6.0
+    assert completed_evaluation(make_job(evaluation=make_evaluation())) is None
+    write_evaluation_report(tmp_path, request, [Evaluated(evaluation=make_evaluation())])
+    assert "Measured on records" in (tmp_path / "report.html").read_text()

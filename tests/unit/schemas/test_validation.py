@@ -1,0 +1,61 @@
+"""Errors about arguments: field, value, what is allowed, next step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from peft_core.errors import InvalidArgument
+from peft_core.schemas.training import TrainingConfig
+from peft_core.schemas.validation import describe_schema, parse_config
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"rank": 0}, ["config.rank = 0", "an integer from 1 to 512"]),
+        ({"rank": 10**6}, ["config.rank = 1000000", "an integer from 1 to 512"]),
+        ({"rank": "many"}, ["config.rank = 'many'", "an integer from 1 to 512"]),
+        ({"learning_rate": 0}, ["config.learning_rate = 0", "greater than 0", "at most 0.1"]),
+        ({"max_steps": -5}, ["config.max_steps = -5", "an integer from 1"]),
+        ({"learnig_rate": 1e-4}, ["config.learnig_rate", "Did you mean 'learning_rate'?"]),
+        ({"lora_rank": 8}, ["config.lora_rank", "Did you mean 'rank'?"]),
+        ({"zzz": 1}, ["config.zzz", "Known: allow_little_data, alpha, base_model"]),
+        ({"num_epochs": 2, "max_steps": 10}, ["num_epochs = 2 and max_steps = 10 exclude each other"]),
+        ({"device": "tpu"}, ["config.device = 'tpu'", "'mps', 'cuda', 'cpu'"]),
+        ({"target_modules": [".*(a+)+"]}, ["config.target_modules"]),
+        ({"target_modules": []}, ["target_modules is empty"]),
+        ({"lr_scheduler": "square"}, ["one of 'linear', 'cosine', 'constant'"]),
+    ],
+)
+def test_each_wrong_setting_is_named_with_its_value_and_what_is_allowed(
+    config: dict[str, Any], expected: list[str]
+) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        parse_config(config)
+    message = str(caught.value)
+    for part in expected:
+        assert part in message
+    assert "\n" not in message
+    assert "pydantic" not in message
+
+
+def test_several_wrong_settings_are_named_in_one_error() -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        parse_config({"rank": 0, "batch_size": 0, "bogus": 1})
+    for field in ("config.rank", "config.batch_size", "config.bogus"):
+        assert field in str(caught.value)
+
+
+def test_a_good_configuration_passes_as_object_and_as_fields() -> None:
+    assert parse_config({"rank": 8}) == TrainingConfig(rank=8)
+    assert parse_config(TrainingConfig(rank=8)) == TrainingConfig(rank=8)
+    assert parse_config(None) == TrainingConfig()
+
+
+def test_every_setting_of_a_training_can_be_said_in_words() -> None:
+    schema = TrainingConfig.model_json_schema()
+    for name, field in schema["properties"].items():
+        assert describe_schema(field, schema), name
+        assert field["description"], name

@@ -1,0 +1,87 @@
+"""What is known of this computer without torch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from peft_core.system.machine import (
+    available_memory_bytes,
+    cpu_multiplies_bfloat16,
+    expected_device,
+    torch_builds,
+    why_no_cuda,
+)
+
+
+def test_a_device_that_was_asked_for_is_taken_at_its_word() -> None:
+    assert expected_device("cuda") == "cuda"
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="there is no CUDA whatever is looked for")
+@pytest.mark.parametrize(
+    ("builds", "file", "expected", "missing"),
+    [
+        ({"cuda"}, "dev/nvidiactl", "cuda", None),
+        ({"cuda"}, "usr/lib/wsl/lib/libcuda.so.1", "cuda", None),
+        ({"hip"}, "dev/kfd", "cuda", None),
+        ({"cuda"}, "dev/dxg", "cpu", None),  # WSL 2 with whatever GPU
+        ({"hip"}, "dev/dxg", "cpu", None),
+        ({"cuda"}, "dev/nvhost-gpu", "cpu", None),
+        ({"cuda"}, "dev/null", "cpu", "no sign of a GPU's driver"),
+        (set(), "dev/nvidiactl", "cpu", "built for CPUs alone"),
+    ],
+)
+def test_a_gpu_is_expected_where_one_works_and_refused_only_where_none_can(
+    tmp_path: Path, builds: set[str], file: str, expected: str, missing: str | None
+) -> None:
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).touch()
+    assert expected_device("auto", tmp_path, builds) == expected
+    found = why_no_cuda(tmp_path, builds)
+    assert found is None if missing is None else missing in str(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "builds"),
+    [
+        ("cuda: Optional[str] = None\nhip: Optional[str] = None\n", set()),
+        ("cuda: Optional[str] = '13.0'\nhip: Optional[str] = None\n", {"cuda"}),
+        ("cuda = None\nhip = '7.0.51831'\n", {"hip"}),
+    ],
+)
+def test_what_torch_is_built_for_is_read_without_importing_it(
+    text: str, builds: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "torch"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise AssertionError('it was imported')")
+    (package / "version.py").write_text(f"__all__ = ['cuda', 'hip']\n{text}")
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert torch_builds() == builds
+
+
+@pytest.mark.parametrize(
+    ("flags", "there"),
+    [
+        ("fpu avx512_bf16 amx_bf16 amx_tile", True),
+        ("fpu avx512_bf16", True),
+        ("fpu avx512f", False),
+        ("amx_bf16x", False),
+    ],
+)
+def test_units_for_bfloat16_are_read_from_the_processors_flags(tmp_path: Path, flags: str, there: bool) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text(f"processor\t: 0\nmodel name\t: amx_bf16\nflags\t\t: {flags}\n\n", encoding="ascii")
+    assert cpu_multiplies_bfloat16(info) is there
+
+
+def test_without_such_a_file_nothing_is_claimed(tmp_path: Path) -> None:
+    assert not cpu_multiplies_bfloat16(tmp_path / "none")
+
+
+def test_some_memory_is_available() -> None:
+    assert available_memory_bytes() > 0

@@ -1,0 +1,528 @@
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from peft_core.errors import TrainingError
+from peft_core.evaluation.worker.scoring import held_out_loss, subset
+from peft_core.modeling.activation_arena import ActivationArena
+from peft_core.modeling.batches import MicroBatch, plan_order
+from peft_core.modeling.objective import Objective, probe_fast_paths
+from peft_core.schemas.events import (
+    CheckpointSaved,
+    Event,
+    HeldOutMeasured,
+    MemorySaved,
+    RateLowered,
+    StepCompleted,
+    StoppedEarly,
+)
+from peft_core.schemas.training import TrainingConfig
+from peft_core.system.cancellation import Cancelled, StopFlag
+from peft_core.system.failures import problem_of
+from peft_core.training import lora
+from peft_core.training.__main__ import WORK
+from peft_core.training.checkpoint import Progress, load_checkpoint
+from peft_core.training.loop import Loop
+from tests.toys import toy_documents, toy_model
+
+CONFIG = TrainingConfig(rank=4, batch_size=3, max_steps=8, max_length=64, learning_rate=5e-3, dropout=0.1, eval_steps=3)
+TRAIN = toy_documents((20, 9, 33, 14, 40, 8, 21, 17, 5, 30), seed=1)
+HELD_OUT = toy_documents((25, 12, 30), seed=2)
+
+
+class Recorder:
+    """Takes events; may ask to stop after a step, counted with those that are done again."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.events: list[Event] = []
+        self.stop = StopFlag()
+        self._stop_after = stop_after
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+        if isinstance(event, StepCompleted) and len(self.steps()) == self._stop_after:
+            self.stop.request()
+
+    def steps(self) -> list[StepCompleted]:
+        return [event for event in self.events if isinstance(event, StepCompleted)]
+
+    def losses(self) -> dict[int, float]:
+        return {event.step: event.loss for event in self.steps()}
+
+    def lowered(self) -> list[tuple[int, int, float]]:
+        """Where it diverged, where it went on, share of the rate."""
+        return [(e.step, e.back_to_step, e.factor) for e in self.events if isinstance(e, RateLowered)]
+
+    def held_out(self) -> dict[int, float]:
+        return {event.step: event.loss for event in self.events if isinstance(event, HeldOutMeasured)}
+
+
+def make_loop(directory: Path, recorder: Recorder, config: TrainingConfig = CONFIG) -> Loop:
+    torch.manual_seed(config.seed)
+    accelerator = Accelerator(cpu=True, step_scheduler_with_optimizer=False)
+    model = toy_model()
+    objective = probe_fast_paths(model, config.max_length)
+    adapted = lora.attach(model, config, "toy")
+    order = plan_order(
+        examples=len(TRAIN),
+        batch_size=config.batch_size,
+        num_epochs=config.num_epochs,
+        max_steps=config.max_steps,
+        seed=config.seed,
+    )
+    optimizer = lora.build_optimizer(adapted, config)
+    return Loop(
+        config=config,
+        accelerator=accelerator,
+        objective=objective,
+        weights=lora.weights(adapted),
+        optimizer=accelerator.prepare_optimizer(optimizer),
+        scheduler=accelerator.prepare_scheduler(lora.build_scheduler(optimizer, config, order.total_steps)),
+        documents=TRAIN,
+        order=order,
+        held_out=HELD_OUT,
+        progress=Progress(base_loss=5.0),
+        checkpoint_directory=directory,
+        run_key="this run",
+        emit=recorder,
+        stop=recorder.stop,
+    )
+
+
+def uninterrupted(directory: Path, config: TrainingConfig = CONFIG) -> tuple[Recorder, Loop]:
+    recorder = Recorder()
+    loop = make_loop(directory, recorder, config)
+    loop.run()
+    return recorder, loop
+
+
+def test_training_lowers_the_loss_and_tells_of_every_step(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"max_steps": 60})
+    recorder, loop = uninterrupted(tmp_path, config)
+    losses = recorder.losses()
+    assert list(losses) == list(range(1, 61))
+    assert sum(list(losses.values())[-10:]) < sum(list(losses.values())[:10])
+    steps = [event for event in recorder.events if isinstance(event, StepCompleted)]
+    assert steps[-1].eta_s == pytest.approx(0.0)
+    assert steps[-1].tokens == loop.order.tokens([len(document) for document in TRAIN])
+
+
+def test_the_same_seed_gives_the_same_losses_and_another_seed_others(tmp_path: Path) -> None:
+    first, again = (uninterrupted(tmp_path / name)[0].losses() for name in ("a", "b"))
+    other = uninterrupted(tmp_path / "c", CONFIG.model_copy(update={"seed": 1}))[0].losses()
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize("step", [1, 3, 7])
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path, step: int) -> None:
+    expected, expected_loop = uninterrupted(tmp_path / "whole")
+
+    first = Recorder(stop_after=step)
+    with pytest.raises(Cancelled):
+        make_loop(tmp_path / "parts", first).run()
+    assert isinstance(first.events[-1], CheckpointSaved)
+    checkpoint = load_checkpoint(tmp_path / "parts", "this run")
+    assert checkpoint is not None
+
+    second = Recorder()
+    loop = make_loop(tmp_path / "parts", second, CONFIG)
+    torch.rand(100)  # a new process has drawn other random numbers by now
+    loop.restore(checkpoint)
+    loop.run()
+
+    assert {**first.losses(), **second.losses()} == expected.losses()
+    assert {**first.held_out(), **second.held_out()} == expected.held_out()
+    for name, weight in loop.weights.items():
+        assert torch.equal(weight, expected_loop.weights[name])
+
+
+def test_a_stop_within_a_step_leaves_the_state_of_the_last_whole_step(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"max_length": 8192, "batch_size": 10})
+    whole = uninterrupted(tmp_path / "whole", config)[0].losses()
+    recorder = Recorder()
+    loop = make_loop(tmp_path / "parts", recorder, config)
+    loop.run_key = "this run"
+    loop._train_step()
+    recorder.stop.request()
+    with pytest.raises(Cancelled):
+        loop.run()
+    checkpoint = load_checkpoint(tmp_path / "parts", "this run")
+    assert checkpoint is not None
+    assert checkpoint.progress.step == 1
+    second = Recorder()
+    resumed = make_loop(tmp_path / "parts", second, config)
+    resumed.restore(checkpoint)
+    resumed.run()
+    assert {**recorder.losses(), **second.losses()} == whole
+
+
+def test_early_stopping_keeps_the_best_state(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(
+        update={"max_steps": 60, "learning_rate": 5e-2, "early_stopping_patience": 2, "eval_steps": 2, "dropout": 0.0}
+    )
+    recorder, loop = uninterrupted(tmp_path, config)
+    stopped = recorder.events[-2]
+    assert isinstance(stopped, StoppedEarly)
+    measured = recorder.held_out()
+    assert stopped.best_step == min(measured, key=measured.__getitem__)
+    assert stopped.step == stopped.best_step + 4
+    final = held_out_loss(loop.objective, HELD_OUT, loop.accelerator, StopFlag())
+    assert final == pytest.approx(measured[stopped.best_step], rel=1e-6)
+
+
+def test_without_patience_the_last_measurement_is_left_to_the_whole_set(tmp_path: Path) -> None:
+    recorder, _ = uninterrupted(tmp_path, CONFIG.model_copy(update={"eval_steps": None}))
+    assert list(recorder.held_out()) == [2, 4, 6]
+
+
+@dataclass
+class Narrow(Objective):
+    """Overflows as a narrow number format would: where a weight of the adapter's B has grown beyond the limit."""
+
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    limit: float = math.inf
+
+    def loss(self, batch: MicroBatch) -> torch.Tensor:
+        largest = max(float(weight.detach().abs().max()) for name, weight in self.weights.items() if "lora_B" in name)
+        return super().loss(batch) * (math.inf if largest > self.limit else 1.0)
+
+
+@dataclass
+class Faulty(Objective):
+    """Gives NaN in the calls of these numbers, counted from 0; in training, or in measurements."""
+
+    calls: tuple[int, ...] = ()
+    training: bool = True
+    made: list[bool] = field(default_factory=list)
+
+    def loss(self, batch: MicroBatch) -> torch.Tensor:
+        loss = super().loss(batch)
+        if self.model.training != self.training:
+            return loss
+        self.made.append(True)
+        return loss * math.nan if len(self.made) - 1 in self.calls else loss
+
+
+@dataclass
+class Tight(Objective):
+    """Has the allocator refuse memory for micro-batches of more tokens than `room`; layers computed twice take a quarter."""
+
+    room: int = 1 << 60
+
+    def loss(self, batch: MicroBatch) -> torch.Tensor:
+        loss = super().loss(batch)
+        if self.model.training and batch.tokens > self.room * (4 if self.recomputes else 1):
+            loss = loss + torch.empty(1 << 50).sum()  # a petabyte
+        return loss
+
+
+def tight(loop: Loop, room: int) -> Loop:
+    loop.objective = Tight(**vars(loop.objective), room=room)
+    return loop
+
+
+def narrow(loop: Loop, limit: float) -> Loop:
+    loop.objective = Narrow(**vars(loop.objective), weights=loop.weights, limit=limit)
+    return loop
+
+
+def faulty(loop: Loop, *calls: int, training: bool = True) -> Loop:
+    loop.objective = Faulty(**vars(loop.objective), calls=calls, training=training)
+    return loop
+
+
+@pytest.fixture
+def good_every_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft_core.training.loop._GOOD_EVERY", 2)
+
+
+def test_a_run_that_diverges_goes_back_and_completes_with_a_quarter_of_the_rate(tmp_path: Path) -> None:
+    expected = uninterrupted(tmp_path / "wide")[0].steps()
+    recorder = Recorder()
+    loop = narrow(make_loop(tmp_path / "narrow", recorder), limit=0.1)
+    loop.run()
+
+    [(diverged_at, back_to, factor)] = recorder.lowered()
+    assert (back_to, factor) == (0, 0.25)
+    before, again = recorder.steps()[: diverged_at - 1], recorder.steps()[diverged_at - 1 :]
+    assert len(before) > 1
+    assert [event.loss for event in before] == [event.loss for event in expected[: diverged_at - 1]]
+    assert [event.step for event in again] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert again[0].loss == expected[0].loss  # the same examples, the same dropout
+    assert [event.learning_rate for event in again] == [event.learning_rate / 4 for event in expected]
+    assert again[-1].tokens == expected[-1].tokens
+    assert [event.factor for event in loop.lowered] == [0.25]
+
+
+def test_a_rate_that_is_still_too_high_is_lowered_once_more(tmp_path: Path) -> None:
+    expected = uninterrupted(tmp_path / "wide")[0].steps()
+    recorder = Recorder()
+    narrow(make_loop(tmp_path / "narrow", recorder), limit=0.03).run()
+    assert [factor for _, _, factor in recorder.lowered()] == [0.25, 0.0625]
+    assert [event.learning_rate for event in recorder.steps()[-8:]] == [e.learning_rate / 16 for e in expected]
+
+
+def test_after_two_tries_a_run_fails_with_the_step_the_tries_and_the_cause(tmp_path: Path) -> None:
+    recorder = Recorder()
+    with pytest.raises(TrainingError) as caught:
+        narrow(make_loop(tmp_path, recorder), limit=0.006).run()
+    error = caught.value
+    assert error.code == "non_finite_loss"
+    assert [factor for _, _, factor in recorder.lowered()] == [0.25, 0.0625]
+    step = error.details["step"]
+    assert step == recorder.steps()[-1].step + 1
+    assert f"At step {step} the loss is inf" in error.message
+    assert "1/4 of the rate from step 0" in error.message
+    assert "1/16 of the rate from step 0" in error.message
+    assert "The likely cause is too high a rate" in error.message
+    assert any("learning_rate" in suggestion for suggestion in error.suggestions)
+
+
+def test_an_absurd_rate_fails_after_two_tries(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"learning_rate": 1e20})
+    recorder = Recorder()
+    with pytest.raises(TrainingError, match="too high a rate"):
+        make_loop(tmp_path, recorder, config).run()
+    assert [(back, factor) for _, back, factor in recorder.lowered()] == [(0, 0.25), (0, 0.0625)]
+
+
+def test_where_no_update_lies_between_the_rate_is_not_blamed(tmp_path: Path) -> None:
+    recorder = Recorder()
+    with pytest.raises(TrainingError, match="not the rate") as caught:
+        narrow(make_loop(tmp_path, recorder), limit=-1.0).run()
+    assert recorder.lowered() == [(1, 0, 0.25), (1, 0, 0.0625)]
+    assert not any("learning_rate" in suggestion for suggestion in caught.value.suggestions)
+
+
+@pytest.mark.usefixtures("good_every_two")
+def test_a_run_goes_back_to_the_last_state_that_was_seen_to_be_good(tmp_path: Path) -> None:
+    expected = uninterrupted(tmp_path / "wide")[0].steps()
+    recorder = Recorder()
+    loop = faulty(make_loop(tmp_path / "faulty", recorder), 5)  # one micro-batch a step: step 6
+    loop.run()
+    assert recorder.lowered() == [(6, 4, 0.25)]
+    steps = recorder.steps()
+    assert [event.step for event in steps] == [1, 2, 3, 4, 5, 5, 6, 7, 8]
+    assert steps[5].loss == steps[4].loss
+    assert [event.learning_rate for event in steps[5:]] == [event.learning_rate / 4 for event in expected[4:]]
+    assert steps[5].tokens == steps[4].tokens
+
+
+@pytest.mark.usefixtures("good_every_two")
+def test_a_run_leaves_the_states_to_go_back_to_beside_its_checkpoint(tmp_path: Path) -> None:
+    uninterrupted(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"state.pt", "good-0-0.pt", "good-6-0.pt"}
+
+
+@pytest.mark.usefixtures("good_every_two")
+def test_a_state_from_which_a_lower_rate_diverges_as_well_was_not_good(tmp_path: Path) -> None:
+    recorder = Recorder()
+    faulty(make_loop(tmp_path, recorder), 5, 7).run()  # the second in the second step after going back
+    assert recorder.lowered() == [(6, 4, 0.25), (6, 0, 0.0625)]
+    assert recorder.steps()[-1].step == 8
+
+
+@pytest.mark.usefixtures("good_every_two")
+def test_the_second_way_back_ends_at_a_newer_good_state_where_there_is_one(tmp_path: Path) -> None:
+    expected = uninterrupted(tmp_path / "wide")[0].steps()
+    recorder = Recorder()
+    faulty(make_loop(tmp_path / "faulty", recorder), 2, 7).run()  # steps 1 2 x, 1 2 3 4 x, 3 and so on
+    assert recorder.lowered() == [(3, 0, 0.25), (5, 2, 0.0625)]
+    assert recorder.steps()[-1].learning_rate == expected[-1].learning_rate / 16
+
+
+@pytest.mark.usefixtures("good_every_two")
+def test_a_state_with_a_loss_far_above_the_base_is_not_kept(tmp_path: Path) -> None:
+    recorder = Recorder()
+    loop = faulty(make_loop(tmp_path, recorder), 5)
+    loop.progress.base_loss = 1.0
+    loop.run()
+    assert recorder.lowered() == [(6, 0, 0.25)]
+
+
+def test_a_measurement_that_is_not_finite_sends_a_run_back_as_well(tmp_path: Path) -> None:
+    recorder = Recorder()
+    faulty(make_loop(tmp_path, recorder), 0, training=False).run()
+    assert recorder.lowered() == [(3, 0, 0.25)]
+    assert list(recorder.held_out()) == [3, 6]
+    reasons = [event.reason for event in recorder.events if isinstance(event, RateLowered)]
+    assert reasons == ["the loss on the held-out examples is nan"]
+
+
+@pytest.mark.usefixtures("good_every_two")
+@pytest.mark.parametrize("stop_after", range(1, 12))
+def test_a_run_that_diverged_is_resumed_as_if_it_had_not_been_interrupted(tmp_path: Path, stop_after: int) -> None:
+    """Before the first fault, between the two, and after them."""
+    limit = 0.03
+    expected = Recorder()
+    whole = narrow(make_loop(tmp_path / "whole", expected), limit)
+    whole.run()
+    assert len(expected.lowered()) == 2
+    assert len(expected.steps()) >= 11
+
+    first = Recorder(stop_after)
+    with pytest.raises(Cancelled):
+        narrow(make_loop(tmp_path / "parts", first), limit).run()
+    checkpoint = load_checkpoint(tmp_path / "parts", "this run")
+    assert checkpoint is not None
+    second = Recorder()
+    loop = narrow(make_loop(tmp_path / "parts", second), limit)
+    torch.rand(100)
+    loop.restore(checkpoint)
+    loop.run()
+
+    def facts(*recorders: Recorder) -> list[tuple[float, ...]]:
+        steps = [(event.step, event.loss, event.learning_rate) for r in recorders for event in r.steps()]
+        return [*steps, *(lowered for r in recorders for lowered in r.lowered())]
+
+    assert facts(first, second) == facts(expected)
+    assert loop.lowered == whole.lowered
+    for name, weight in loop.weights.items():
+        assert torch.equal(weight, whole.weights[name])
+
+
+class Killed(Exception):
+    """As if by SIGKILL: nothing is saved."""
+
+
+@pytest.mark.usefixtures("good_every_two")
+@pytest.mark.parametrize(("saved_after", "killed_after"), [(1, 4), (3, 9), (6, 8), (6, 12)])
+@pytest.mark.parametrize("older", [False, True])
+def test_a_killed_run_goes_on_from_a_checkpoint_that_is_older_than_its_good_states(
+    tmp_path: Path, saved_after: int, killed_after: int, older: bool
+) -> None:
+    """`older`: of a version that kept good states elsewhere."""
+    limit = 0.03
+    expected = Recorder()
+    narrow(make_loop(tmp_path / "whole", expected), limit).run()
+    assert len(expected.lowered()) == 2
+
+    first = Recorder()
+    loop = narrow(make_loop(tmp_path / "parts", first), limit)
+
+    def emit(event: Event) -> None:
+        first(event)
+        if len(first.steps()) == killed_after:
+            raise Killed
+
+    loop.emit = emit
+    loop.clock = lambda: 100.0 * (len(first.steps()) >= saved_after)  # one checkpoint is due, and no other
+    with pytest.raises(Killed):
+        loop.run()
+    if older:
+        for path in (tmp_path / "parts").glob("good-*.pt"):
+            path.unlink()
+    checkpoint = load_checkpoint(tmp_path / "parts", "this run")
+    assert checkpoint is not None
+
+    second = Recorder()
+    loop = narrow(make_loop(tmp_path / "parts", second), limit)
+    loop.restore(checkpoint)
+    loop.run()
+    steps, whole = ([(event.step, event.loss, event.learning_rate) for event in r.steps()] for r in (second, expected))
+    assert len(loop.lowered) == 2
+    assert steps[-1][0] == 8
+    if not older:
+        assert steps == whole[saved_after:]
+
+
+PLAIN = CONFIG.model_copy(update={"dropout": 0.0})  # dropout draws by micro-batch
+
+
+@pytest.mark.parametrize(("room", "ways"), [(45, [(40, False)]), (11, [(40, False), (40, True)])])
+def test_when_memory_runs_out_a_step_is_done_again_in_a_leaner_way_with_the_same_result(
+    tmp_path: Path, room: int, ways: list[tuple[int, bool]]
+) -> None:
+    expected, whole = uninterrupted(tmp_path / "roomy", PLAIN)
+    recorder = Recorder()
+    loop = tight(make_loop(tmp_path / "tight", recorder, PLAIN), room)
+    loop.saved = ActivationArena(loop.objective.model)
+    places: list[ActivationArena | None] = []
+
+    def look(event: Event) -> None:
+        recorder(event)
+        if isinstance(event, MemorySaved):
+            places.append(loop.saved)
+
+    loop.emit = look
+    loop.run()
+    assert places == [None] * len(ways)
+    saved = [event for event in recorder.events if isinstance(event, MemorySaved)]
+    assert [(event.tokens_at_once, event.layers_computed_twice) for event in saved] == ways
+    assert "you tried to allocate" in saved[0].reason
+    assert loop.memory_saved == tuple(saved)
+    assert recorder.losses() == pytest.approx(expected.losses(), rel=1e-5)
+    for name, weight in loop.weights.items():
+        assert torch.allclose(weight, whole.weights[name], atol=1e-4)
+
+
+def test_saved_tensors_in_a_place_of_their_own_change_no_number_of_a_run(tmp_path: Path) -> None:
+    expected, whole = uninterrupted(tmp_path / "heap")
+    recorder = Recorder()
+    loop = make_loop(tmp_path / "own", recorder)
+    loop.saved = own = ActivationArena(loop.objective.model)
+    loop.run()
+    assert own.nbytes > 0
+    assert recorder.losses() == expected.losses()
+    assert all(torch.equal(weight, whole.weights[name]) for name, weight in loop.weights.items())
+
+
+def test_memory_that_is_short_before_the_first_micro_batch_is_told_as_such(tmp_path: Path) -> None:
+    loop = make_loop(tmp_path, Recorder(), PLAIN)
+
+    def no_room(*_: object) -> None:
+        torch.empty(1 << 50)
+
+    loop.objective.batches = no_room  # type: ignore[method-assign,assignment]  # the petabyte is really asked for
+    with pytest.raises(RuntimeError, match="you tried to allocate"):
+        loop.run()
+    assert loop.objective.recomputes
+
+
+def test_memory_that_is_short_for_the_leanest_way_ends_the_run(tmp_path: Path) -> None:
+    recorder = Recorder()
+    with pytest.raises(RuntimeError, match="you tried to allocate") as caught:
+        tight(make_loop(tmp_path, recorder, PLAIN), 9).run()
+    problem = problem_of(caught.value, WORK)
+    assert problem.code == "out_of_memory"
+    assert "Lower rank" in problem.suggestions[0]
+
+
+def test_a_resumed_run_computes_in_the_leaner_way_at_once(tmp_path: Path) -> None:
+    with pytest.raises(Cancelled):
+        tight(make_loop(tmp_path, Recorder(stop_after=3), PLAIN), 11).run()
+    checkpoint = load_checkpoint(tmp_path, "this run")
+    assert checkpoint is not None
+    assert len(checkpoint.memory_saved) == 2
+    recorder = Recorder()
+    loop = tight(make_loop(tmp_path, recorder, PLAIN), 11)
+    loop.saved = ActivationArena(loop.objective.model)
+    loop.restore(checkpoint)
+    assert loop.saved is None
+    assert (loop.objective.capacity, loop.objective.recomputes) == (40, True)
+    loop.run()
+    assert not [event for event in recorder.events if isinstance(event, MemorySaved)]
+    assert loop.memory_saved == checkpoint.memory_saved
+
+
+def test_a_held_out_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
+    loop = make_loop(tmp_path, Recorder())
+    for weight in loop.weights.values():
+        weight.data.fill_(math.nan)
+    with pytest.raises(TrainingError, match="held-out"):
+        held_out_loss(loop.objective, HELD_OUT, loop.accelerator, StopFlag())
+
+
+def test_the_sample_for_measurements_during_training_is_fixed_and_bounded() -> None:
+    documents = toy_documents((200,) * 100)
+    chosen = subset(documents, seed=0)
+    assert 7000 < sum(map(len, chosen)) <= 8192
+    assert chosen == subset(documents, seed=0)
+    assert set(map(id, subset(HELD_OUT, seed=0))) == set(map(id, HELD_OUT))
+    assert len(subset(toy_documents((9000,)), seed=0)) == 1
