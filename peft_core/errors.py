@@ -24,7 +24,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-MAX_MESSAGE = 1_500
+MAX_MESSAGE = 1_500  # characters
+MAX_NAME = 120  # characters of a quoted name or value
 
 
 class PeftMcpError(Exception):
@@ -40,10 +41,10 @@ class PeftMcpError(Exception):
         suggestions: Iterable[str] = (),
         details: Mapping[str, Any] | None = None,
     ) -> None:
-        self.message = readable(message)
+        self.message = _sanitize_message(message)
         super().__init__(self.message)
         self.code = code or type(self).code
-        self.suggestions = tuple(map(readable, suggestions))
+        self.suggestions = tuple(map(_sanitize_message, suggestions))
         self.details = dict(details or {})
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,13 +60,29 @@ class PeftMcpError(Exception):
         return " ".join([self.message, *(s if s.endswith(".") else f"{s}." for s in self.suggestions)])
 
 
-def readable(text: str) -> str:
-    """Text that may quote what somebody gave us: printable, so that it cannot play with a terminal, and of bearable length."""
-    if len(text) > MAX_MESSAGE:
-        text = f"{text[: MAX_MESSAGE // 2]} … {text[-MAX_MESSAGE // 2 :]}"
+def sanitize(text: object, *, limit: int | None = MAX_NAME, keep: str = "") -> str:
+    """Return text of unknown origin as printable text of bounded length.
+
+    Control characters could rewrite a terminal, and format characters could reorder the text around them.
+
+    Args:
+        text: The text, or an object whose `str` is meant.
+        limit: Longer text loses its middle, so that this many characters remain. None: no limit.
+        keep: Characters to leave as they are although they are not printable, such as line breaks.
+    """
+    text = str(text)
+    if limit is not None and len(text) > limit:
+        head = limit // 2
+        text = f"{text[:head]} … {text[len(text) - (limit - head - 3) :]}"
     if text.isprintable():
         return text
-    return "".join(character if character.isprintable() or character in "\n\t" else "?" for character in text)
+    return "".join(
+        character if character.isprintable() or character in keep else "\N{REPLACEMENT CHARACTER}" for character in text
+    )
+
+
+def _sanitize_message(text: str) -> str:
+    return sanitize(text, limit=MAX_MESSAGE, keep="\n\t")
 
 
 class InvalidArgument(PeftMcpError):
@@ -76,9 +93,7 @@ class InvalidArgument(PeftMcpError):
     def __init__(
         self, field: str, value: object, allowed: str, *, suggestions: Iterable[str] = (), code: str | None = None
     ) -> None:
-        shown = repr(value)
-        if len(shown) > 120:
-            shown = f"{shown[:117]}..."
+        shown = sanitize(repr(value))
         super().__init__(
             f"{field} = {shown} cannot be used: {allowed.rstrip('.')}.",
             code=code,

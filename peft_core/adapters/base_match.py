@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from peft_core.adapters.findings import shown, warning
+from peft_core.adapters.findings import warning
 from peft_core.adapters.manifest import MANIFEST_NAME, BaseRecord
-from peft_core.errors import PeftMcpError
+from peft_core.errors import PeftMcpError, sanitize
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.results import BaseMatch, Reason
 
@@ -65,7 +65,7 @@ def _verdict(record: BaseRecord, base: Base) -> BaseMatch:
 
 def _doubt(record: BaseRecord, base: Base, verdict: BaseMatch) -> Reason:
     trained, given = record.fingerprint, base.fingerprint
-    recorded = f"{shown(record.name)}{f' at {shown(record.revision)}' if record.revision else ''}"
+    recorded = f"{sanitize(record.name)}{f' at {sanitize(record.revision)}' if record.revision else ''}"
     named = {"found": base.name, "expected": recorded}
     fix = f"Use {recorded}, or train an adapter for {base.name}"
     if verdict is BaseMatch.SAME_FAMILY:
@@ -73,8 +73,8 @@ def _doubt(record: BaseRecord, base: Base, verdict: BaseMatch) -> Reason:
             "other_storage",
             f"{base.name} is {recorded} in another number format: every norm weight is equal. A model that was trained "
             "further with its norms frozen would look the same.",
-            found=f"{base.format}: {shown(given.storage)}",
-            expected=f"{record.format}: {shown(trained.storage)}",
+            found=f"{base.format}: {sanitize(given.storage)}",
+            expected=f"{record.format}: {sanitize(trained.storage)}",
             fix="Compare what it generates with what the base alone does",
         )
     if trained.architecture != given.architecture:
@@ -99,12 +99,12 @@ def _not_recorded(base: Base, hint: str | None) -> Reason:
     message = f"Nothing proves that the adapter belongs to {base.name}: there is no readable {MANIFEST_NAME} with it."
     if hint is not None:
         alike = _last(hint) == _last(base.name)
-        message += f" Its configuration names {shown(hint)!r}, {'which may be' if alike else 'which looks like'} "
+        message += f" Its configuration names {sanitize(hint)!r}, {'which may be' if alike else 'which looks like'} "
         message += "this base." if alike else "another base."
     return warning(
         "base_not_recorded",
         message,
-        found=shown(hint) if hint is not None else None,
+        found=sanitize(hint) if hint is not None else None,
         expected=base.name,
         fix="Load it only if you know that it was trained on this base",
     )

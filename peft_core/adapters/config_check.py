@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard, TypeVar
 
-from peft_core.adapters.findings import error, shown
+from peft_core.adapters.findings import error
 from peft_core.adapters.manifest import CONFIG
+from peft_core.errors import sanitize
 from peft_core.schemas.results import Reason
 
 MAX_RANK = 512
@@ -193,13 +194,13 @@ def _set_but_unsupported(config: Mapping[str, Any]) -> Iterator[Reason]:
         yield _refusal(config, setting, allowed, "unsupported_setting", "Use an adapter that was trained without it")
     if len(odd) > 10:
         message = f"{CONFIG}: {len(odd) - 10} more settings are set that must not be."
-        yield error("unsupported_setting", message, where=shown(odd[10]), fix="Use a plain LoRA adapter")
+        yield error("unsupported_setting", message, where=sanitize(odd[10]), fix="Use a plain LoRA adapter")
 
 
 def _refusal(
     config: Mapping[str, Any], setting: str, expected: str, code: str = "config_value", fix: str | None = None
 ) -> Reason:
-    found, name = shown(_brief(config.get(setting))), shown(setting)
+    found, name = sanitize(_brief(config.get(setting))), sanitize(setting)
     message = f"{CONFIG}: {name} is {found}, expected {expected}."
     return error(
         code, message, found=found, expected=expected, where=name, fix=fix or f"Correct {CONFIG}, or fetch it again"

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from peft_core.adapters.config_check import LoraSettings, check_settings
-from peft_core.adapters.findings import error, shown
+from peft_core.adapters.findings import error
 from peft_core.adapters.manifest import CONFIG, WEIGHTS, Manifest, read_manifest
 from peft_core.base_models.checkpoint_info import TensorInfo
 from peft_core.base_models.safetensors import ADAPTER_LIMITS, header_of
-from peft_core.errors import HeaderError
+from peft_core.errors import HeaderError, sanitize
 from peft_core.schemas.results import Reason
 from peft_core.system.files import open_regular, read_exactly, read_small
 
@@ -163,7 +163,7 @@ def _altered(name: str, raw: bytes, recorded: Mapping[str, str]) -> list[Reason]
         return []
     message = f"{name} is not the file that training wrote: its sha256 differs from the one in the manifest."
     fix = "Restore the file, or train again"
-    return [error("altered", message, found=found, expected=shown(expected), where=name, fix=fix)]
+    return [error("altered", message, found=found, expected=sanitize(expected), where=name, fix=fix)]
 
 
 def _unreadable(problem: HeaderError, name: str) -> Reason:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from peft_core.base_models.checkpoint_info import join_some
+from peft_core.errors import sanitize
 from peft_core.schemas.results import Reason
-
-_LONGEST = 120
 
 
 def error(
@@ -35,11 +34,6 @@ def about(
 ) -> Iterable[Reason]:
     """One error about all of these names; none where there are no names."""
     if names:
-        few = join_some(shown(name) for name in names)
+        few = join_some(sanitize(name) for name in names)
         message = f"{what[:1].upper()}{what[1:]}: {few}."
-        yield error(code, message, where=shown(names[0]), fix=fix, found=found, expected=expected)
-
-
-def shown(text: object) -> str:
-    """Text of unknown origin as it may stand in a message."""
-    return "".join(character if character.isprintable() else "?" for character in str(text)[:_LONGEST])
+        yield error(code, message, where=sanitize(names[0]), fix=fix, found=found, expected=expected)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -96,13 +95,10 @@ def sha256_of(path: Path) -> str:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write atomically: readers see no manifest or the whole one."""
-    temporary = directory / f".{MANIFEST_NAME}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(manifest.model_dump_json(indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(directory / MANIFEST_NAME)
+    """Write the manifest atomically: readers see no manifest or the complete one."""
+    from peft_core.system.files import atomic_write  # noqa: PLC0415 -- not at the server's start
+
+    atomic_write(directory / MANIFEST_NAME, manifest.model_dump_json(indent=2) + "\n")
 
 
 def read_manifest(directory: Path) -> Manifest | None:

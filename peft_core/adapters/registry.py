@@ -20,6 +20,7 @@ from peft_core.paths import DataPaths
 from peft_core.schemas.evaluation import Verdict
 from peft_core.schemas.results import AdapterSummary, DeletedAdapter
 from peft_core.system.allowed_paths import require_allowed
+from peft_core.system.files import fsync_directory, fsync_file
 from peft_core.system.lock import FileLock
 
 PATIENCE_S = 10.0  # with who else changes a project's adapters: that takes milliseconds
@@ -41,14 +42,14 @@ class Registry:
         target = self._paths.adapter(project_id, adapter_id)
         if not target.exists():
             for file in draft.iterdir():
-                _sync(file)
+                fsync_file(file)
                 file.chmod(0o444)
-            _sync(draft)
+            fsync_directory(draft)
         target.parent.mkdir(parents=True, exist_ok=True)
         with self._project_lock(project_id):
             if not target.exists():
                 draft.rename(target)
-                _sync(target.parent)
+                fsync_directory(target.parent)
             manifest = read_manifest(target)
             if manifest is None or manifest.wants_to_be_current:
                 self.set_current(project_id, adapter_id)
@@ -240,11 +241,3 @@ def _names(directory: Path) -> list[str]:
         return sorted(entry.name for entry in os.scandir(directory) if not entry.name.startswith("."))
     except OSError:
         return []
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

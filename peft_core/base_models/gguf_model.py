@@ -16,6 +16,7 @@ from typing import Any
 
 from peft_core.base_models.checkpoint_info import Checkpoint, join_some, model_shape, unusable
 from peft_core.base_models.gguf import GgufHeader, read_gguf_header
+from peft_core.errors import sanitize
 from peft_core.system.files import open_regular, read_exactly
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -97,7 +98,7 @@ def read_gguf_model(path: Path) -> Checkpoint:
 def _title(header: GgufHeader) -> str | None:
     """The model's own name on one line; its end where a converter wrote a path."""
     name = " ".join((header.text("general.name") or "").split()).replace("\\", "/").rstrip("/").rpartition("/")[2]
-    return "".join(character for character in name[:100] if character.isprintable()).strip() or None
+    return sanitize(name, limit=100).strip() or None
 
 
 def _pre_tokenizer(path: Path, header: GgufHeader) -> str | None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from peft_core.data.split import Split
 from peft_core.errors import DataError
 from peft_core.schemas.dataset import DatasetSummary, Example
 from peft_core.schemas.frozen import FrozenModel
+from peft_core.system.files import atomic_write
 
 _MANIFEST_SCHEMA = 1
 _FILES = ("train.jsonl", "held_out.jsonl", FILE_NAME)
@@ -91,12 +91,7 @@ def write_manifest(
         "dataset": prepared.model_dump(mode="json"),
         **further,
     }
-    partial = directory / "manifest.partial"
-    with partial.open("w", encoding="utf-8") as stream:
-        json.dump(manifest, stream, indent=1, ensure_ascii=False)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(directory / "manifest.json")
+    atomic_write(directory / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False))
 
 
 def finished(directory: Path, request: Mapping[str, Any]) -> PreparedDataset | None:

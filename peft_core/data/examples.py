@@ -16,6 +16,7 @@ from peft_core.data.records import RECORD, Record, RecordFormat
 from peft_core.data.secrets import Finding
 from peft_core.data.token_counter import TokenCounter
 from peft_core.data.walk import File, Reason
+from peft_core.errors import sanitize
 from peft_core.schemas.dataset import Example, Segment
 
 MIN_ANSWER_WORDS = 8
@@ -243,7 +244,7 @@ def path_header(path: str, language: Language, codec: TokenCounter, max_length: 
     if not path:
         return ""
     opens, closes = language.comment
-    printable = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in path)
+    printable = sanitize(path, limit=None)
     for mark in ("-->", "*/"):
         printable = printable.replace(mark, "\N{REPLACEMENT CHARACTER}")
     parts = printable.split("/")

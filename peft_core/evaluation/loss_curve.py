@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from peft_core.errors import sanitize
 from peft_core.schemas.events import Event, HeldOutMeasured, RateLowered, StepCompleted
 
 Points = tuple[tuple[int, float], ...]  # (step, nats per token)
@@ -151,8 +152,8 @@ def draw(curve: Curve, title: str) -> bytes:
     def at(x: float, y: float) -> tuple[float, float]:
         return _SCALE * x, _SCALE * (y + head)
 
-    printable = "".join(letter if letter.isprintable() and ord(letter) < 256 else "?" for letter in title)
-    pen.text(at(chart.left, 8 - head), printable[:90], fill=_INK, font=font)
+    printable = sanitize(title, limit=90).encode("latin-1", "replace").decode("latin-1")  # all that the font has
+    pen.text(at(chart.left, 8 - head), printable, fill=_INK, font=font)
     for tick in chart.y_ticks:
         pen.line([at(chart.left, tick.at), at(chart.right, tick.at)], fill=_GRID, width=_SCALE)
         pen.text(at(chart.left - 6, tick.at), tick.label, fill=_INK, font=font, anchor="rm")

@@ -5,15 +5,16 @@ Everything in it that comes from code, file names or foreign manifests is escape
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
 import jinja2
 
 from peft_core.adapters.manifest import REPORT_NAME, Manifest, read_manifest
+from peft_core.errors import sanitize
 from peft_core.evaluation.loss_curve import HEIGHT, WIDTH, Chart, Curve, curve_of, lay_out
 from peft_core.schemas.evaluation import Comparison, Evaluation, Verdict
 from peft_core.schemas.events import Evaluated, Event
@@ -49,8 +50,6 @@ _WORDS = {
     Verdict.NO_DIFFERENCE: "No difference could be shown",
     Verdict.HARMS: "The adapter harms",
 }
-_STAY = "\n\t"
-_HIDDEN = ("Cc", "Cf", "Co", "Cs", "Zl", "Zp")  # control, format (which reorder text), private, surrogates, separators
 
 
 @dataclass(frozen=True)
@@ -96,19 +95,11 @@ def render(
     )
 
 
-def shown(text: object) -> str:
-    """As it can be printed: what is invisible, or reorders what stands beside it, becomes a replacement character."""
-    return "".join(
-        letter if letter in _STAY or unicodedata.category(letter) not in _HIDDEN else "\N{REPLACEMENT CHARACTER}"
-        for letter in str(text)
-    )
-
-
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["shown"] = shown
+    environment.filters["printable"] = partial(sanitize, limit=None, keep="\n\t")
     environment.filters["points"] = lambda positions: " ".join(f"{x:g},{y:g}" for x, y in positions)
     return environment
 

@@ -10,10 +10,9 @@ with its pre-tokenizer put right.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -34,7 +33,8 @@ from peft_core.base_models.fingerprint import fingerprint
 from peft_core.base_models.gguf_model import SPLIT_RULES, SplitRule, hugging_face_name, permuted_heads
 from peft_core.errors import StorageError
 from peft_core.schemas.base_model import Base
-from peft_core.system.files import open_regular, read_exactly
+from peft_core.system.files import fsync_directory, fsync_file, open_regular, read_exactly
+from peft_core.system.lock import FileLock
 
 FORMAT = 1  # of the result; a change here makes older conversions be done again
 BLOCK_BYTES = 4 << 20  # of quantised rows at a time
@@ -72,9 +72,11 @@ def ensure_hf_directory(base: Base, cache_dir: Path, report: Callable[[str], Non
             _convert(read_checkpoint(base.path), temporary)
             if cache_dir / conversion_key(base) != target:
                 raise unusable(base.path, "its files have changed while they were converted", "Ask again")
-            _sync(temporary)
+            for file in temporary.iterdir():
+                fsync_file(file)
+            fsync_directory(temporary)
             temporary.rename(target)
-            _sync_directory(cache_dir)
+            fsync_directory(cache_dir)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return target
@@ -107,12 +109,10 @@ def _hash_of_header(path: Path) -> str:
 
 @contextmanager
 def _only_one(cache_dir: Path, report: Callable[[str], None]) -> Iterator[None]:
-    with (cache_dir / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with FileLock(cache_dir / ".lock") as lock:
+        if not lock.acquire():
             report("Waiting for another process that converts a base model")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.acquire(timeout_s=math.inf)
         yield
 
 
@@ -230,18 +230,3 @@ def _set_split(tokenizer: Tokenizer, rule: SplitRule) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     if rule.whole_words_first:
         tokenizer.model.ignore_merges = True
-
-
-def _sync(directory: Path) -> None:
-    for file in directory.iterdir():
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-    _sync_directory(directory)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

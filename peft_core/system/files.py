@@ -1,4 +1,4 @@
-"""What the headers of safetensors and GGUF files have in common: a list of tensors, and a file not to be trusted."""
+"""Read files of unknown origin without surprises, and write files so that no reader ever sees half of one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from peft_core.errors import HeaderError
 
@@ -76,6 +77,57 @@ def refuse_json_bomb(raw: bytes, path: Path, most_values: int) -> None:
     """
     if sum(raw.count(mark) for mark in (b"[", b"{", b",", b":")) > most_values:
         raise HeaderError(path, f"its JSON holds more than the {most_values} names and values that are read")
+
+
+def atomic_write(path: Path, data: bytes | str, *, mode: int | None = None) -> None:
+    """Replace `path` by a file with this content (text as UTF-8): readers see the old file or the new one, never a part.
+
+    Args:
+        path: The file to write; its directory must exist.
+        data: The whole content.
+        mode: Permissions of the file; None: what the umask leaves of 0o666.
+    """
+    with atomic_writer(path, mode=mode) as stream:
+        stream.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def atomic_writer(path: Path, *, temporary: Path | None = None, mode: int | None = None) -> Iterator[BinaryIO]:
+    """Like `atomic_write`, for content that is written piece by piece. If the block raises, `path` stays as it was.
+
+    Args:
+        path: The file to write; its directory must exist.
+        temporary: The file to write first, in the same directory; None: `.NAME.tmp`. Its name is fixed, so that the next
+            attempt overwrites what a killed process left. Two processes must not write the same file at a time.
+        mode: Permissions of the file; None: what the umask leaves of 0o666.
+    """
+    temporary = temporary or path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            if mode is not None:
+                os.fchmod(stream.fileno(), mode)
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def fsync_file(path: Path) -> None:
+    """Flush a file's content to the disk."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def fsync_directory(path: Path) -> None:
+    """Flush a directory's entries (names that were added, replaced or removed) to the disk; not its files' content."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _reason(error: OSError) -> str:

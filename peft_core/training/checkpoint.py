@@ -6,7 +6,6 @@ Each is three times the adapter (weights and Adam's moments); four where early s
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
 import struct
 from collections.abc import Mapping
@@ -21,11 +20,12 @@ from peft_core.errors import TrainingError
 from peft_core.schemas.dataset import DatasetSummary
 from peft_core.schemas.events import EVENT, Event, MemorySaved, RateLowered
 from peft_core.schemas.task import TrainingTask
+from peft_core.system.files import atomic_writer
 
 _log = structlog.get_logger(__name__)
 
 _LATEST = "state.pt"
-_BEING_WRITTEN = ".state.pt.tmp"  # whichever it becomes: what a killed process leaves is overwritten
+_TEMPORARY = ".state.pt.tmp"  # one name for all states: the next write overwrites what a killed process left
 _FORMAT = 1
 # What torch and pickle raise on damaged files; `weights_only` reports forbidden content as UnpicklingError.
 _UNREADABLE = (
@@ -94,13 +94,9 @@ def run_key(task: TrainingTask, dataset: DatasetSummary) -> str:
 def save_checkpoint(directory: Path, key: str, checkpoint: Checkpoint, file: str = _LATEST) -> None:
     """Write beside the previous one, then take its place: a reader finds the old or the new, never a part."""
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / _BEING_WRITTEN
     document = {"format": _FORMAT, "key": key, **_to_document(checkpoint)}
-    with temporary.open("wb") as out:
+    with atomic_writer(directory / file, temporary=directory / _TEMPORARY) as out:
         torch.save(document, out)
-        out.flush()
-        os.fsync(out.fileno())
-    temporary.replace(directory / file)
 
 
 def load_checkpoint(directory: Path, key: str, file: str = _LATEST) -> Checkpoint | None:

@@ -21,6 +21,7 @@ from peft_core.modeling.tokenizer import BaseTokenizer
 from peft_core.schemas.evaluation import Evaluation
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.system.cancellation import StopFlag
+from peft_core.system.files import atomic_write
 
 MAX_PROMPTS = 48
 # Writing from prompts may cost a tenth of what training did: two models, and a trained token costs three that are read.
@@ -104,9 +105,7 @@ class Evaluator:
 
 def keep_scores(path: Path, scores: Scores) -> None:
     """For a run that is resumed: the base is measured once."""
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(scores.model_dump_json(), encoding="utf-8")
-    temporary.replace(path)
+    atomic_write(path, scores.model_dump_json())
 
 
 def kept_scores(path: Path, key: str, examples: int) -> Scores | None:

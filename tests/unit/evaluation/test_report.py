@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from peft_core.adapters.card import render_card
 from peft_core.evaluation.loss_curve import HEIGHT, MAX_POINTS, WIDTH, Curve, curve_of, draw, lay_out
-from peft_core.evaluation.report import render, shown, write_report
+from peft_core.evaluation.report import render, write_report
 from peft_core.schemas.evaluation import Comparison, Continuation, Verdict
 from peft_core.schemas.events import Evaluated, Event, HeldOutMeasured, RateLowered, StepCompleted
 from peft_core.schemas.training import TrainingConfig
@@ -117,13 +117,6 @@ def test_hostile_names_and_code_are_text_on_the_page(verdict: Verdict) -> None:
     assert "\x1b" not in text
     assert "\u202e" not in text
     assert "{{ 7*7 }}" in page.text
-
-
-@given(st.text())
-def test_whatever_is_shown_can_be_printed_and_keeps_its_lines(text: str) -> None:
-    assert len(shown(text)) == len(text)
-    assert shown(text).count("\n") == text.count("\n")
-    assert shown(shown(text)) == shown(text)
 
 
 def test_what_was_not_measured_leaves_no_hole() -> None:
