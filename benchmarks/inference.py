@@ -332,7 +332,11 @@ async def write(ours: Ours, plain: Plain, results: Results) -> None:
 
 
 async def unload_and_cycle(
-    contenders: list[tuple[str, Contender]], first: Path, second: Path, results: Results, cycles: int
+    contenders: list[tuple[str, Contender]],
+    first: Path,
+    second: Path,
+    results: Results,
+    cycles: int,
 ) -> None:
     for name, one in contenders:
         results["memory, base + 2"][name].append(one.memory_mb())

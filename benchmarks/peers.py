@@ -170,7 +170,7 @@ def measuring(trainer_class: Any, task: PeerTask) -> Any:
         def figures(self) -> Figures:
             first, last = self.marks[1], self.marks[-1]  # the first step, which warms caches, is left out
             return dict(
-                zip(("tokens", "cpu_s", "wall_s"), (b - a for a, b in zip(first, last, strict=True)), strict=True)
+                zip(("tokens", "cpu_s", "wall_s"), (b - a for a, b in zip(first, last, strict=True)), strict=True),
             )
 
     class Clock(TrainerCallback):

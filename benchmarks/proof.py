@@ -43,7 +43,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="data directory; what is there is not done again")
     parser.add_argument("--steps", type=int, default=None, help="of each training; default: one pass over the code")
     parser.add_argument(
-        "--code-bases", nargs="+", default=CODE_BASES, metavar="PATH", help="below site-packages, or /…"
+        "--code-bases",
+        nargs="+",
+        default=CODE_BASES,
+        metavar="PATH",
+        help="below site-packages, or /…",
     )
     parser.add_argument("--base", default=None, help="base model; default: the bundled one")
     anyio.run(prove, parser.parse_args())

@@ -102,7 +102,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME")
     parser.add_argument(
-        "--code-bases", nargs="+", default=CODE_BASES, metavar="PATH", help="below site-packages, or /…"
+        "--code-bases",
+        nargs="+",
+        default=CODE_BASES,
+        metavar="PATH",
+        help="below site-packages, or /…",
     )
     parser.add_argument("--examples", type=int, default=EXAMPLES, help="that each run is shown")
     parser.add_argument("--held-out-tokens", type=int, default=HELD_OUT_TOKENS, help="to measure on, about")
@@ -216,7 +220,7 @@ def train(code_base: str, config: TrainingConfig, *, work: Path, results: Path) 
                 if isinstance(event, Evaluated) and event.evaluation.general_loss is not None
             ),
             "rates_lowered": sum(isinstance(event, RateLowered) for event in events),
-        }
+        },
     )
     with results.open("a", encoding="utf-8") as stream:
         stream.write(outcome.model_dump_json() + "\n")  # one write: other threads append as well

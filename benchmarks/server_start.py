@@ -59,7 +59,10 @@ async def measure(server: StdioServerParameters, tool: str, into: PairedScore) -
 
 def newest_child() -> int:
     output = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=True
+        ["ps", "-o", "pid=", "--ppid", str(os.getpid())],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     # ps itself is a child too, and the newest; it is gone by now.
     return max(int(pid) for pid in output.stdout.split() if Path(f"/proc/{pid}").exists() or sys.platform == "darwin")
@@ -97,7 +100,7 @@ async def main(repeats: int) -> int:
     extra_mb = median(ours.idle_mb) - median(bare.idle_mb)
     call_ms = median(ours.call_ms)
     print(
-        f"\npeft-mcp - bare: {extra_ms:+.0f} ms (bar 150), {extra_mb:+.1f} MB (bar 10); status call {call_ms:.2f} ms (bar 5)"
+        f"\npeft-mcp - bare: {extra_ms:+.0f} ms (bar 150), {extra_mb:+.1f} MB (bar 10); status call {call_ms:.2f} ms (bar 5)",
     )
     return int(extra_ms > 150 or extra_mb > 10 or call_ms > 5)
 

@@ -112,7 +112,7 @@ def many_calls(root: Path, calls: int, steps: int) -> None:
         print(
             f"{len(took)} status calls beside a training: median {p50:.1f} ms, p99 {p99:.1f} ms, "
             f"longest {max(took) * 1e3:.1f} ms; its steps with {at_once} calls each took {beside / alone - 1:+.1%} "
-            f"({mean(seconds[::2]):.1f} s against {mean(seconds[1::2]):.1f} s)"
+            f"({mean(seconds[::2]):.1f} s against {mean(seconds[1::2]):.1f} s)",
         )
         left.call("cancel_training", project_id="real")
 

@@ -42,7 +42,10 @@ def main() -> int:
     pin(options.threads)
 
     defaults = TrainingConfig(
-        device="cpu", held_out_fraction=HELD_OUT_FRACTION, num_epochs=options.epochs, eval_steps=options.eval_steps
+        device="cpu",
+        held_out_fraction=HELD_OUT_FRACTION,
+        num_epochs=options.epochs,
+        eval_steps=options.eval_steps,
     )
     as_trainer = defaults.model_copy(
         update={
@@ -52,7 +55,7 @@ def main() -> int:
             "warmup_ratio": 0.0,
             "eval_steps": 1_000_000,
             "early_stopping_patience": 100,  # never reached; with it, the sample is measured at the end too
-        }
+        },
     )
     with workplace(HELD_OUT_FRACTION) as place:
         tokens = round(options.epochs * sum(place.lengths))
@@ -87,7 +90,8 @@ def main() -> int:
     reached = "never" if reached_s is None else f"after {reached_s:.0f} s"
     print(f"\nloss {goal:.3f} reached: {reached}; Trainer's time over ours {ratio:.1f} (bar {BAR_RATIO:g})")
     print(
-        f"one run of {options.epochs:g} epoch(s): {whole_s / 60:.1f} minutes with {options.threads} thread(s)", end=""
+        f"one run of {options.epochs:g} epoch(s): {whole_s / 60:.1f} minutes with {options.threads} thread(s)",
+        end="",
     )
     print(f" (bar {BAR_MINUTES:g})")
     return int(ratio < BAR_RATIO or whole_s > BAR_MINUTES * 60)

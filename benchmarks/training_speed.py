@@ -129,7 +129,7 @@ def report(results: Results, flops: float) -> int:
     for dtype in ("float32", "bfloat16") if "GEMM" in results else ():
         gigaflops = [f[f"{dtype}_flops"] / 1e9 for f in results["GEMM"]]
         print(
-            f"| {'GEMM, ' + dtype:24} | {spread_of(gigaflops, '.0f'):>18} GFLOP / CPU-s; {flops / 1e9:.3f} GFLOP a token"
+            f"| {'GEMM, ' + dtype:24} | {spread_of(gigaflops, '.0f'):>18} GFLOP / CPU-s; {flops / 1e9:.3f} GFLOP a token",
         )
     print()
     bars = list(judged(results, rates, flops))

@@ -35,7 +35,7 @@ QUESTIONS: list[dict[str, Any]] = [
             {
                 "role": "user",
                 "content": "In this project, write a function that raises an error when the rank is larger than 512.",
-            }
+            },
         ],
         "max_new_tokens": 64,
     },
@@ -95,7 +95,8 @@ async def watch(client: Client, status: Mapping[str, Any]) -> Mapping[str, Any]:
 def report(status: Mapping[str, Any]) -> None:
     metrics, dataset = status["metrics"], status["dataset"]
     table = Table(
-        title=f"\n{status['base_model']} on {status['device']}: files that training never saw", title_justify="left"
+        title=f"\n{status['base_model']} on {status['device']}: files that training never saw",
+        title_justify="left",
     )
     for column in ("", "base", "adapter"):
         table.add_column(column, justify="left" if not column else "right")
@@ -104,7 +105,8 @@ def report(status: Mapping[str, Any]) -> None:
     console.print(table)
     facts = Table(show_header=False, box=None)
     facts.add_row(
-        "trained on", f"{metrics['tokens']} tokens, {status['step']} steps ({dataset['train_examples']} examples there)"
+        "trained on",
+        f"{metrics['tokens']} tokens, {status['step']} steps ({dataset['train_examples']} examples there)",
     )
     facts.add_row("held out", f"{dataset['held_out_examples']} examples, {dataset['held_out_tokens']} tokens")
     facts.add_row("left out", ", ".join(f"{count} {why}" for why, count in dataset["left_out"].items()) or "nothing")

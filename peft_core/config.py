@@ -16,13 +16,14 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="CODEBASE_GARDENER_", frozen=True, extra="ignore")
 
     data_dir: Annotated[Path, Field(description="Everything that is kept lies below it.")] = Path(
-        "~/.codebase-gardener"
+        "~/.codebase-gardener",
     )
     default_base_model: Annotated[str | None, Field(description="Used when a request names no base model.")] = None
     allow_downloads: Annotated[bool, Field(description="Whether a hub id that is not cached may be fetched.")] = False
     max_memory_mb: Annotated[int | None, Field(ge=256, description="Memory that a training may take.")] = None
     max_resident_adapters: Annotated[
-        int, Field(ge=1, le=64, description="Adapters kept in memory; the least recently used goes first.")
+        int,
+        Field(ge=1, le=64, description="Adapters kept in memory; the least recently used goes first."),
     ] = 3
     idle_unload_s: Annotated[
         float,
@@ -32,7 +33,7 @@ class Settings(BaseSettings):
         Literal["if_it_fits", "never", "always"],
         Field(
             description="Loading a model while a training runs: 'if_it_fits', when memory suffices for both; 'never'; "
-            "'always', without looking at memory."
+            "'always', without looking at memory.",
         ),
     ] = "if_it_fits"
     keep_runs: Annotated[
@@ -40,18 +41,20 @@ class Settings(BaseSettings):
         Field(ge=1, description="Ended trainings whose files, log and history are kept; older ones go, adapters stay."),
     ] = 100
     launcher: Annotated[
-        str | None, Field(description="Command that starts each training, for several GPUs: 'accelerate launch …'.")
+        str | None,
+        Field(description="Command that starts each training, for several GPUs: 'accelerate launch …'."),
     ] = None
     allowed_roots: Annotated[
         tuple[Path, ...] | None,
         NoDecode,
         Field(
             description="Directories, separated as in PATH: training data, adapters and base models are read from nowhere "
-            "else. Unset: from anywhere but places for credentials."
+            "else. Unset: from anywhere but places for credentials.",
         ),
     ] = None
     log_level: Annotated[
-        Literal["DEBUG", "INFO", "WARNING", "ERROR"], Field(description="How much goes to stderr.")
+        Literal["DEBUG", "INFO", "WARNING", "ERROR"],
+        Field(description="How much goes to stderr."),
     ] = "INFO"
 
     @field_validator("data_dir")

@@ -15,8 +15,9 @@ import anyio
 from anyio.to_thread import run_sync
 from pydantic import TypeAdapter, ValidationError
 
-from peft_core.adapters.info import AdapterDocument, AdapterInfo, read_document, read_info
+from peft_core.adapters.info import AdapterDocument, AdapterInfo
 from peft_core.adapters.registry import Registry
+from peft_core.adapters.service import AdapterService
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument
 from peft_core.inference.client import ProgressCallback
@@ -48,9 +49,10 @@ class PEFTManager:
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
-        self._jobs = JobService(self.settings)
-        self._registry = Registry(self.settings.paths, self.settings.allowed_roots)
-        self._inference = InferenceService(self.settings, self._registry, self._jobs.base_of, self._training_need)
+        registry = Registry(self.settings.paths, self.settings.allowed_roots)
+        self._jobs = JobService(self.settings, registry)
+        self._adapters = AdapterService(self.settings, registry, self._jobs.base_of)
+        self._inference = InferenceService(self.settings, self._adapters, self._training_need)
 
     async def train_adapter(
         self,
@@ -81,7 +83,11 @@ class PEFTManager:
         return await run_sync(self._jobs.status, _project_id(project_id), job_id)
 
     async def watch_training(
-        self, project_id: str, job_id: str | None = None, *, timeout_s: float | None = None
+        self,
+        project_id: str,
+        job_id: str | None = None,
+        *,
+        timeout_s: float | None = None,
     ) -> AsyncIterator[TrainingStatus]:
         """Yield the status now and after each change, until the job has ended or `timeout_s` seconds have passed."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -122,13 +128,13 @@ class PEFTManager:
 
     async def list_adapters(self, project_id: str | None = None) -> AdapterList:
         """Published adapters, newest first, and what of them is in memory."""
-        found = await run_sync(self._registry.adapters, None if project_id is None else _project_id(project_id))
+        found = await run_sync(self._adapters.adapters, None if project_id is None else _project_id(project_id))
         await self._inference.sync()
         loaded = self._inference.resident
         active = {adapter.adapter_path: adapter.active for adapter in loaded.adapters}
         adapters = [
             adapter.model_copy(
-                update={"resident": adapter.adapter_path in active, "active": active.get(adapter.adapter_path, False)}
+                update={"resident": adapter.adapter_path in active, "active": active.get(adapter.adapter_path, False)},
             )
             for adapter in found
         ]
@@ -142,24 +148,28 @@ class PEFTManager:
 
     async def get_adapter_info(self, adapter_path: str) -> AdapterInfo:
         """What is known of an adapter; `adapter_path` is a directory or a project id (its current adapter)."""
-
-        def read() -> AdapterInfo:
-            path = self._registry.locate(adapter_path)
-            return read_info(path, trained_here=path.is_relative_to(self.settings.paths.projects))
-
-        return await run_sync(read)
+        return await run_sync(self._adapters.info, adapter_path)
 
     async def read_card(self, project_id: str) -> AdapterDocument:
         """Manifest and model card of a project's current adapter."""
-        return await run_sync(lambda: read_document(self._registry.locate(_project_id(project_id))))
+        return await run_sync(self._adapters.document, _project_id(project_id))
 
     async def delete_adapter(self, project_id: str, adapter_id: str) -> DeletedAdapter:
         """Delete an adapter that was trained here; refused while it is loaded."""
         await self._inference.sync()
-        return await run_sync(self._inference.delete, _project_id(project_id), adapter_id)
+        return await run_sync(
+            self._adapters.delete,
+            _project_id(project_id),
+            adapter_id,
+            self._inference.require_unused,
+        )
 
     async def verify_adapter_compatibility(
-        self, adapter_path: str, base_model: str | None = None, *, scan_weights: bool = False
+        self,
+        adapter_path: str,
+        base_model: str | None = None,
+        *,
+        scan_weights: bool = False,
     ) -> Compatibility:
         """Whether an adapter belongs to a base, by headers and configuration: milliseconds, nothing is loaded.
 
@@ -168,7 +178,7 @@ class PEFTManager:
             base_model: None: the base it was trained on, where it is on this machine.
             scan_weights: read the weights too, for numbers that are none and adapters that do nothing.
         """
-        return await run_sync(partial(self._inference.verify, adapter_path, base_model, scan_weights=scan_weights))
+        return await run_sync(partial(self._adapters.verify, adapter_path, base_model, scan_weights=scan_weights))
 
     async def load_adapter(
         self,
@@ -189,7 +199,10 @@ class PEFTManager:
             report: awaited with (done, total, message) while it takes long.
         """
         return await self._inference.load(
-            adapter_path, base_model, accept_unproven_base=accept_unproven_base, report=report
+            adapter_path,
+            base_model,
+            accept_unproven_base=accept_unproven_base,
+            report=report,
         )
 
     async def evaluate_adapter(
@@ -211,7 +224,7 @@ class PEFTManager:
         """
 
         def queue() -> TrainingStatus:
-            directory, base = self._inference.adapter_and_base(adapter_path, base_model)
+            directory, base = self._adapters.adapter_and_base(adapter_path, base_model)
             evaluated = EvaluatedAdapter(adapter_path=directory, accept_unproven_base=accept_unproven_base)
             return self._jobs.evaluate(evaluated, base, evaluation_data)
 

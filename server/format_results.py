@@ -66,7 +66,8 @@ def compatibility_answer(found: Compatibility) -> CallToolResult:
     base = found.base_model or "an unknown base"
     meaning = VERDICTS[found.verdict]
     return answer(
-        found, f"{found.verdict.upper()} ({meaning}): {found.adapter_path} with {base}.{why}{more} {found.next}"
+        found,
+        f"{found.verdict.upper()} ({meaning}): {found.adapter_path} with {base}.{why}{more} {found.next}",
     )
 
 

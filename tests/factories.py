@@ -48,7 +48,7 @@ def make_base(**changes: Any) -> Base:
             "has_chat_template": True,
             "fingerprint": Fingerprint(architecture="a" * 64, sample="b" * 64),
             **changes,
-        }
+        },
     )
 
 
@@ -63,7 +63,7 @@ def make_source(**changes: Any) -> SourceSummary:
             "languages": {"python": 10, "markdown": 2},
             "left_out": {"binary": 1},
             **changes,
-        }
+        },
     )
 
 
@@ -85,7 +85,7 @@ def make_job(job_id: str = "20260101-000000-abcdef", project_id: str = "web", **
             "created_at": 0.0,
             "updated_at": 0.0,
             **changes,
-        }
+        },
     )
 
 
@@ -106,7 +106,11 @@ def make_evaluation(verdict: Verdict = Verdict.HELPS, **changes: Any) -> Evaluat
             "verdict": verdict,
             "reason": "the held-out loss moved",
             "loss": Comparison(
-                base=2.2, adapter=2.2 + sign * 0.4, change=sign * 0.4, low=sign * 0.4 - 0.1, high=sign * 0.4 + 0.1
+                base=2.2,
+                adapter=2.2 + sign * 0.4,
+                change=sign * 0.4,
+                low=sign * 0.4 - 0.1,
+                high=sign * 0.4 + 0.1,
             ),
             "base_perplexity": 9.0,
             "adapter_perplexity": 6.0,
@@ -122,7 +126,7 @@ def make_evaluation(verdict: Verdict = Verdict.HELPS, **changes: Any) -> Evaluat
             "resampled": "files",
             "gains": (written,),
             **changes,
-        }
+        },
     )
 
 
@@ -144,7 +148,12 @@ def make_manifest(
         data=DataRecord(
             source_kind="repository",
             summary=DatasetSummary(
-                train_examples=9, held_out_examples=1, train_tokens=900, held_out_tokens=100, files=5, left_out={}
+                train_examples=9,
+                held_out_examples=1,
+                train_tokens=900,
+                held_out_tokens=100,
+                files=5,
+                left_out={},
             ),
             languages={"python": 10},
         ),

@@ -23,14 +23,25 @@ def error(
 
 
 def warning(
-    code: str, message: str, *, found: str | None = None, expected: str | None = None, fix: str | None = None
+    code: str,
+    message: str,
+    *,
+    found: str | None = None,
+    expected: str | None = None,
+    fix: str | None = None,
 ) -> Reason:
     """Something to know before using it."""
     return Reason(code=code, severity="warning", message=message, found=found, expected=expected, fix=fix)
 
 
 def about(
-    code: str, what: str, names: Sequence[str], *, fix: str, found: str | None = None, expected: str | None = None
+    code: str,
+    what: str,
+    names: Sequence[str],
+    *,
+    fix: str,
+    found: str | None = None,
+    expected: str | None = None,
 ) -> Iterable[Reason]:
     """One error about all of these names; none where there are no names."""
     if names:

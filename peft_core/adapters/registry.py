@@ -178,7 +178,7 @@ class Registry:
                 f"Project {adapter_path!r} has no current adapter: {', '.join(others)} "
                 f"{'was' if len(others) == 1 else 'were'} not made current (what harms is not, unless it is wished).",
                 suggestions=[
-                    "Give an adapter's directory: list_adapters has it, and get_adapter_info what was measured"
+                    "Give an adapter's directory: list_adapters has it, and get_adapter_info what was measured",
                 ],
                 details={"adapter_path": adapter_path, "adapters": others},
             )

@@ -81,7 +81,9 @@ def linear_modules(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int
 
 
 def check_tensors(
-    tensors: Mapping[str, TensorInfo], settings: LoraSettings | None, modules: BaseModules | None
+    tensors: Mapping[str, TensorInfo],
+    settings: LoraSettings | None,
+    modules: BaseModules | None,
 ) -> list[Reason]:
     """Every reason against these tensors, one of each kind.
 
@@ -194,7 +196,10 @@ def _against_settings(found: _Sorted, settings: LoraSettings, modules: BaseModul
     known = found.modules if modules is None else found.modules & modules.linear.keys()
     beside = sorted(module for module in known if not settings.targets(module))
     yield from about(
-        "not_targeted", "modules have weights that PEFT would ignore: no target names them", beside, fix=fix
+        "not_targeted",
+        "modules have weights that PEFT would ignore: no target names them",
+        beside,
+        fix=fix,
     )
     if modules is None and found.is_complete:
         matched = {end for module in found.modules for end in ends(module)}
@@ -343,7 +348,7 @@ def scan(tensors: Iterable[TensorInfo], read: Callable[[TensorInfo], bytes]) -> 
             b_seen = True
             b_moves = b_moves or not _is_zero(data, _WIDTH[tensor.dtype])
     reasons = [
-        *about("not_finite", "tensors hold NaN or infinity", odd, fix="Train it again with a lower learning rate")
+        *about("not_finite", "tensors hold NaN or infinity", odd, fix="Train it again with a lower learning rate"),
     ]
     if b_seen and not b_moves:
         message = "Every B is zero: the adapter would change nothing. It was never trained, or its weights were lost."

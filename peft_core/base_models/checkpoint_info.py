@@ -94,7 +94,9 @@ def model_shape(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tupl
     layers = 1 + max((int(match[1]) for name in shapes if (match := _NUMBERED.search(name))), default=-1)
     if config["num_hidden_layers"] > layers:
         raise unusable(
-            path, f"its configuration has {numbers['num_hidden_layers']} layers, its weights {layers}", "Fetch it again"
+            path,
+            f"its configuration has {numbers['num_hidden_layers']} layers, its weights {layers}",
+            "Fetch it again",
         )
     return ModelShape(
         parameters=sum(math.prod(shape) for shape in shapes.values()),

@@ -100,8 +100,11 @@ def download(ref: HubRef) -> Snapshot:
     try:
         path = Path(
             snapshot_download(
-                ref.repo_id, revision=ref.revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
-            )
+                ref.repo_id,
+                revision=ref.revision,
+                allow_patterns=list(WANTED),
+                ignore_patterns=list(UNWANTED),
+            ),
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise BaseCheckpointError(

@@ -45,7 +45,10 @@ class WriteStats:
 
 
 def write_parts(
-    spool: Path, directory: Path, parts: Split, retold: Callable[[Example], tuple[Example, ExampleFormat]]
+    spool: Path,
+    directory: Path,
+    parts: Split,
+    retold: Callable[[Example], tuple[Example, ExampleFormat]],
 ) -> WriteStats:
     """The spooled examples into their files, those to train on as the mixture tells them."""
     place = dict.fromkeys(parts.train, "train") | dict.fromkeys(parts.held_out, "held_out")
@@ -82,7 +85,10 @@ def write_parts(
 
 
 def write_manifest(
-    directory: Path, request: Mapping[str, Any], prepared: PreparedDataset, further: Mapping[str, Any]
+    directory: Path,
+    request: Mapping[str, Any],
+    prepared: PreparedDataset,
+    further: Mapping[str, Any],
 ) -> None:
     """`further`: what else people may want to know of it."""
     manifest = {

@@ -182,7 +182,12 @@ class Chunk:
 
 
 def file_pieces(
-    lines: Sequence[str], *, path: str, language: Language, codec: TokenCounter, max_length: int
+    lines: Sequence[str],
+    *,
+    path: str,
+    language: Language,
+    codec: TokenCounter,
+    max_length: int,
 ) -> list[Chunk]:
     """Cut a file into pieces that fit, header and end-of-text counted."""
     header, measure = _measured(lines, path, language, codec, max_length)
@@ -190,7 +195,13 @@ def file_pieces(
 
 
 def whole_pieces(
-    lines: Sequence[str], *, path: str, language: Language, kind: str, codec: TokenCounter, max_length: int
+    lines: Sequence[str],
+    *,
+    path: str,
+    language: Language,
+    kind: str,
+    codec: TokenCounter,
+    max_length: int,
 ) -> list[Chunk]:
     """A text that somebody else has cut already: one piece, unless it is too long."""
     header, measure = _measured(lines, path, language, codec, max_length)
@@ -198,7 +209,11 @@ def whole_pieces(
 
 
 def _measured(
-    lines: Sequence[str], path: str, language: Language, codec: TokenCounter, max_length: int
+    lines: Sequence[str],
+    path: str,
+    language: Language,
+    codec: TokenCounter,
+    max_length: int,
 ) -> tuple[str, TokenBudget]:
     header = path_header(path, language, codec, max_length)
     header_cost, *costs = codec.count([header, *lines])
@@ -227,7 +242,11 @@ def fitted(
     counts = codec.count([*(context for _, context, _ in drafts), *bodies])
     result: list[Chunk] = []
     for (unit, context, part), body, context_tokens, body_tokens in zip(
-        drafts, bodies, counts, counts[len(drafts) :], strict=False
+        drafts,
+        bodies,
+        counts,
+        counts[len(drafts) :],
+        strict=False,
     ):
         row, rest = part.start, len(body)
         for text, tokens in _halved(body, body_tokens, max(1, measure.max_length - context_tokens - RESERVED), codec):

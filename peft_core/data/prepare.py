@@ -220,7 +220,13 @@ def _spool(
 
 
 def _from_repository(
-    root: Path, found: DatasetBuilder, *, codec: TokenCounter, max_length: int, draw: SamplingPlan, progress: _Progress
+    root: Path,
+    found: DatasetBuilder,
+    *,
+    codec: TokenCounter,
+    max_length: int,
+    draw: SamplingPlan,
+    progress: _Progress,
 ) -> Iterator[FileResult]:
     tree = walk(root)
     found.left_out.update(tree.left_out)
@@ -235,7 +241,11 @@ def _from_repository(
 
 
 def _from_records(
-    path: Path, source_kind: SourceKind, codec: TokenCounter, max_length: int, progress: _Progress
+    path: Path,
+    source_kind: SourceKind,
+    codec: TokenCounter,
+    max_length: int,
+    progress: _Progress,
 ) -> Iterator[FileResult]:
     called = "line" if source_kind == "jsonl" else "record"
     root = _common_root(read_jsonl(path, called=called))

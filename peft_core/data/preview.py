@@ -69,7 +69,10 @@ def preview(request: PreviewRequest) -> Preview:
             held_out_by=request.held_out_by,
             mixture=request.mixture,
             may_read=partial(
-                require_data_place, data_dir=request.data_dir, allowed_roots=request.allowed_roots, field=TRAINING.field
+                require_data_place,
+                data_dir=request.data_dir,
+                allowed_roots=request.allowed_roots,
+                field=TRAINING.field,
             ),
             directory=directory,
             codec=EstimatingCodec(),

@@ -181,7 +181,12 @@ def _sides(keys: Sequence[ExampleKey]) -> dict[str, str]:
 
 
 def _choose(
-    keys: Sequence[ExampleKey], fraction: float, seed: int, changed: Mapping[str, int], *, spared: int
+    keys: Sequence[ExampleKey],
+    fraction: float,
+    seed: int,
+    changed: Mapping[str, int],
+    *,
+    spared: int,
 ) -> set[str]:
     """`spared`: files that are held out in no case."""
     costs: dict[bytes, int] = defaultdict(int)

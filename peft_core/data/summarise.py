@@ -59,7 +59,10 @@ def summarise_source(
 
 
 def require_enough(
-    keys: Sequence[ExampleKey], left_out: Mapping[str, int], where: str, purpose: Purpose = TRAINING
+    keys: Sequence[ExampleKey],
+    left_out: Mapping[str, int],
+    where: str,
+    purpose: Purpose = TRAINING,
 ) -> None:
     """Refuse what is too little: to be split into a part to train on and a part to measure on, for one.
 
@@ -193,7 +196,11 @@ def _probe(files: Sequence[File], left_out: Counter[str], root: Path, max_length
 
 
 def summarise_records(
-    kind: Literal["jsonl", "records"], path: Path | None, records: Iterable[Record], max_length: int, purpose: Purpose
+    kind: Literal["jsonl", "records"],
+    path: Path | None,
+    records: Iterable[Record],
+    max_length: int,
+    purpose: Purpose,
 ) -> SourceSummary:
     """What records hold. `path`: the file or table that they are from."""
     count = characters = 0

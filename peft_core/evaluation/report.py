@@ -76,7 +76,7 @@ def render(
 ) -> str:
     """`facts`: tables by heading, of what else is to be told."""
     template = _environment().from_string(
-        files("peft_core.evaluation").joinpath("report.html.jinja").read_text(encoding="utf-8")
+        files("peft_core.evaluation").joinpath("report.html.jinja").read_text(encoding="utf-8"),
     )
     return template.render(
         title=title,
@@ -97,7 +97,10 @@ def render(
 
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["printable"] = partial(sanitize, limit=None, keep="\n\t")
     environment.filters["points"] = lambda positions: " ".join(f"{x:g},{y:g}" for x, y in positions)
@@ -135,7 +138,14 @@ def _row(name: str, note: str, figure: Comparison, *, lower_is_better: bool = Fa
         strip = (figure.low / reach, figure.change / reach, figure.high / reach)
         better = None if figure.low <= 0 <= figure.high else (figure.change < 0) is lower_is_better
     return Row(
-        name, note, say(figure.base), say(figure.adapter), say(figure.change, sign=True), interval, strip, better
+        name,
+        note,
+        say(figure.base),
+        say(figure.adapter),
+        say(figure.change, sign=True),
+        interval,
+        strip,
+        better,
     )
 
 

@@ -48,7 +48,11 @@ class Completion:
 
 
 def evaluate(
-    held_out: Sequence[PairedScore], general: Sequence[PairedScore], written: Sequence[Completion], *, seed: int = 0
+    held_out: Sequence[PairedScore],
+    general: Sequence[PairedScore],
+    written: Sequence[Completion],
+    *,
+    seed: int = 0,
 ) -> Evaluation:
     """Compare. `held_out` must not be empty; `general` and `written` may be."""
     unit = unit_for(example.file for example in held_out)
@@ -86,7 +90,10 @@ def perplexity(loss: float) -> float:
 
 
 def _compare(
-    examples: Sequence[PairedScore], tally: Callable[[PairedScore], PairedSum], unit: Unit, seed: int
+    examples: Sequence[PairedScore],
+    tally: Callable[[PairedScore], PairedSum],
+    unit: Unit,
+    seed: int,
 ) -> Comparison | None:
     tallies = [(example.file, tally(example)) for example in examples]
     return compare(by_file(tallies) if unit == "files" else [one for _, one in tallies], seed=seed)

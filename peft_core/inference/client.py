@@ -76,7 +76,10 @@ class InferenceClient:
         return None if host is None or host.ended else host.process.pid
 
     async def ask(
-        self, request: Command, answer_type: type[AnswerT], report: ProgressCallback | None = None
+        self,
+        request: Command,
+        answer_type: type[AnswerT],
+        report: ProgressCallback | None = None,
     ) -> AnswerT:
         """One request, in its turn. `elapsed_s` of the answer is what the caller waited.
 
@@ -183,7 +186,10 @@ class InferenceClient:
         return False
 
     async def _exchange(
-        self, host: WorkerProcess, request: Command, report: ProgressCallback | None
+        self,
+        host: WorkerProcess,
+        request: Command,
+        report: ProgressCallback | None,
     ) -> Response | ErrorResponse | None:
         """Send and follow until the answer; None when the host ends before."""
         self._last_id += 1
@@ -295,7 +301,8 @@ class WorkerProcess:
     async def send(self, said: Request | Cancel) -> None:
         assert self.process.stdin is not None  # noqa: S101 -- asked for as a pipe
         with suppress(
-            anyio.BrokenResourceError, anyio.ClosedResourceError
+            anyio.BrokenResourceError,
+            anyio.ClosedResourceError,
         ):  # dead: no answer will come, and that tells
             await self.process.stdin.send(said.model_dump_json().encode() + b"\n")
 

@@ -92,8 +92,10 @@ class ErrorResponse(FrozenModel):
 
 
 TO_HOST: TypeAdapter[Request | Cancel] = TypeAdapter(
-    Annotated[Request | Cancel, Field(discriminator="kind")], config=ConfigDict(defer_build=True)
+    Annotated[Request | Cancel, Field(discriminator="kind")],
+    config=ConfigDict(defer_build=True),
 )
 FROM_HOST: TypeAdapter[Progress | Response | ErrorResponse] = TypeAdapter(
-    Annotated[Progress | Response | ErrorResponse, Field(discriminator="kind")], config=ConfigDict(defer_build=True)
+    Annotated[Progress | Response | ErrorResponse, Field(discriminator="kind")],
+    config=ConfigDict(defer_build=True),
 )

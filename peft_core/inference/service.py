@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from anyio.to_thread import run_sync
 
-from peft_core.adapters.manifest import read_manifest
-from peft_core.adapters.registry import Registry
+from peft_core.adapters.service import AdapterService
 from peft_core.config import Settings
 from peft_core.errors import AdapterInUse, AdapterNotFound, AdapterNotLoaded, InferenceError, InvalidArgument
 from peft_core.inference.client import InferenceClient, ProgressCallback
@@ -24,8 +23,6 @@ from peft_core.planning.cost_model import inference_memory_bytes
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.generation import Generation, GenerationRequest
 from peft_core.schemas.results import (
-    Compatibility,
-    DeletedAdapter,
     LoadedAdapter,
     MemoryState,
     UnloadedAdapter,
@@ -43,18 +40,16 @@ class TrainingNeed:
 
 
 class InferenceService:
-    """`trained_on(adapter_id)` tells where the base of a job's adapter was; `training()` what a running job needs."""
+    """`training()` returns what a running training job still needs, if one is running."""
 
     def __init__(
         self,
         settings: Settings,
-        registry: Registry,
-        trained_on: Callable[[str], str | None],
+        adapters: AdapterService,
         training: Callable[[], TrainingNeed | None],
     ) -> None:
         self._settings = settings
-        self._registry = registry
-        self._trained_on = trained_on
+        self._adapters = adapters
         self._training = training
         self._loading: Counter[Path] = Counter()  # being loaded now
         config = HostConfig(
@@ -76,26 +71,13 @@ class InferenceService:
     async def aclose(self) -> None:
         await self._host.aclose()
 
-    def verify(self, adapter_path: str, base_model: str | None, *, scan_weights: bool) -> Compatibility:
-        """Blocks for milliseconds; with `scan_weights` for as long as reading the weights takes.
-
-        Raises:
-            AdapterNotFound: no such directory.
-            InvalidArgument, BaseModelError, HeaderError: the named base cannot be found or read.
-        """
-        from peft_core.adapters.verify import verify  # noqa: PLC0415 -- not at the server's start
-
-        directory = self._registry.locate(adapter_path)
-        base = self._base(directory, base_model)
-        if scan_weights and base is not None:
-            from peft_core.base_models.fingerprint import content_hash  # noqa: PLC0415 -- not at the server's start
-
-            known = base.fingerprint.model_copy(update={"content": content_hash(base.path)})
-            base = base.model_copy(update={"fingerprint": known})
-        return verify(directory, base, scan_weights=scan_weights)
-
     async def load(
-        self, adapter_path: str, base_model: str | None, *, accept_unproven_base: bool, report: ProgressCallback | None
+        self,
+        adapter_path: str,
+        base_model: str | None,
+        *,
+        accept_unproven_base: bool,
+        report: ProgressCallback | None,
     ) -> LoadedAdapter:
         """The host verifies the bytes that it loads; here the base is found and memory looked at.
 
@@ -123,12 +105,18 @@ class InferenceService:
         except AdapterNotLoaded:
             if adapter_path is not None:
                 raise self._host.nothing_loaded(
-                    f"{adapter_path!r} is not in memory, nor is anything else: there is nothing to unload", needed=False
+                    f"{adapter_path!r} is not in memory, nor is anything else: there is nothing to unload",
+                    needed=False,
                 ) from None
             return nothing_was_loaded(memory_bytes=0)
 
     async def generate(
-        self, request: GenerationRequest, adapter_path: str | None, *, use_base: bool, report: ProgressCallback | None
+        self,
+        request: GenerationRequest,
+        adapter_path: str | None,
+        *,
+        use_base: bool,
+        report: ProgressCallback | None,
     ) -> Generation:
         """Write with the active adapter, the named resident one, or the base alone.
 
@@ -141,96 +129,34 @@ class InferenceService:
         path = None if adapter_path is None else self._loaded_path(adapter_path)
         base = await run_sync(self._base_alone) if use_base else None
         return await self._host.ask(
-            Generate(request=request, adapter_path=path, without_adapter=base), Generation, report
+            Generate(request=request, adapter_path=path, without_adapter=base),
+            Generation,
+            report,
         )
 
-    def adapter_and_base(self, adapter_path: str, base_model: str | None) -> tuple[Path, Base]:
-        """The directory that is meant, and the named base; else the one it was trained on, where it is on this machine.
-
-        Raises:
-            AdapterNotFound, InvalidArgument, BaseModelError, HeaderError: as `load`.
-        """
-        directory = self._registry.locate(adapter_path)
-        base = self._base(directory, base_model)
-        if base is None:
-            self._require_readable(adapter_path, directory)
-            raise InvalidArgument(
-                "base_model",
-                base_model,
-                "this adapter does not say on which base it was trained, or that base is not on this machine; "
-                "a base that its configuration merely names is not looked for",
-                suggestions=["Give base_model: a model directory, a .gguf file or a cached hub id"],
-            )
-        return directory, base
-
-    def delete(self, project_id: str, adapter_id: str) -> DeletedAdapter:
-        """Delete an adapter that was trained here.
-
-        Raises:
-            AdapterNotFound: the project has none of this id; names those it has.
-            AdapterInUse: it is loaded, or being loaded.
-        """
-        path = self._registry.require(project_id, adapter_id)
-        directory = path.resolve()  # as it was loaded
+    def require_unused(self, adapter: Path) -> None:
+        """Raise AdapterInUse if this adapter is loaded or being loaded."""
+        directory = adapter.resolve()  # the path under which it was loaded
         if self._loading[directory] or self._host.is_still_loading(directory):
             raise AdapterInUse(
-                f"Adapter {adapter_id} is being loaded, and so is not deleted.",
+                f"Adapter {adapter.name} is being loaded, and so is not deleted.",
                 suggestions=[
                     "Wait for load_adapter to answer; a call that was cancelled may take as long to come to its end",
-                    f"Then call unload_adapter(adapter_path={str(path)!r}), and delete_adapter again",
+                    f"Then call unload_adapter(adapter_path={str(adapter)!r}), and delete_adapter again",
                 ],
             )
-        if str(directory) in {adapter.adapter_path for adapter in self.resident.adapters}:
+        if str(directory) in {resident.adapter_path for resident in self.resident.adapters}:
             raise AdapterInUse(
-                f"Adapter {adapter_id} is loaded, and so is not deleted.",
-                suggestions=[f"Call unload_adapter(adapter_path={str(path)!r}) first"],
+                f"Adapter {adapter.name} is loaded, and so is not deleted.",
+                suggestions=[f"Call unload_adapter(adapter_path={str(adapter)!r}) first"],
             )
-        return self._registry.delete(project_id, adapter_id)
 
     # -- what a request needs ------------------------------------------------------------------------------------------
 
     def _load_request(self, adapter_path: str, base_model: str | None, *, insist: bool) -> Load:
-        directory, base = self.adapter_and_base(adapter_path, base_model)
+        directory, base = self._adapters.adapter_and_base(adapter_path, base_model)
         self._require_memory(base)
         return Load(adapter_path=directory, base=base, insist=insist)
-
-    def _require_readable(self, adapter_path: str, directory: Path) -> None:
-        """That the directory holds an adapter at all: the check says so without a base, too."""
-        from peft_core.adapters.verify import verify  # noqa: PLC0415 -- not at the server's start
-
-        wrong = [r for r in verify(directory, None).reasons if r.severity == "error" and r.code != "base_unknown"]
-        if wrong:
-            allowed = " ".join(reason.message for reason in wrong[:3])
-            raise InvalidArgument(
-                "adapter_path",
-                adapter_path,
-                allowed,
-                suggestions=[r.fix for r in wrong[:1] if r.fix],
-                code=wrong[0].code,
-            )
-
-    def _base(self, directory: Path, base_model: str | None) -> Base | None:
-        """The named base; else the one the adapter was trained on, where it can be found on this machine."""
-        from peft_core.base_models.resolve import resolve  # noqa: PLC0415 -- not at the server's start
-
-        if base_model is not None:
-            return resolve(base_model, self._settings)
-        from peft_core.adapters.base_match import find_base  # noqa: PLC0415 -- likewise
-        from peft_core.base_models.resolve import candidates  # noqa: PLC0415 -- likewise
-
-        manifest = read_manifest(directory)
-        if manifest is None:
-            return None
-        record = manifest.base
-        known = self._trained_on(directory.name)
-        local = self._settings.model_copy(update={"allow_downloads": False})
-
-        def places() -> Iterable[Callable[[], Base]]:
-            if known is not None:
-                yield lambda: resolve(known, local)
-            yield from candidates(record.name, record.revision, self._settings)
-
-        return find_base(record, places())
 
     def _base_alone(self) -> Base:
         """For answers without an adapter, where no base is resident: the default one."""
@@ -282,7 +208,7 @@ class InferenceService:
         """The resident adapter that a path or a project id stands for."""
         loaded = [Path(adapter.adapter_path) for adapter in self.resident.adapters]
         try:
-            directory = self._registry.locate(adapter_path)
+            directory = self._adapters.resolve(adapter_path)
         except AdapterNotFound:
             directory = Path(adapter_path)  # deleted since, perhaps
         if directory in loaded or os.sep in adapter_path:

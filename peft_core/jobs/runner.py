@@ -239,7 +239,7 @@ class Runner:
                     message="The adapter that training wrote did not pass the check: "
                     + "; ".join(reason.message for reason in reasons[:3]),
                     suggestions=(f"This is a bug: please report it with the log {paths.log}",),
-                )
+                ),
             )
         self._report(job, paths)
         published = self._registry.publish(paths.adapter, job.project_id, job.job_id)

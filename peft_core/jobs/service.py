@@ -30,15 +30,17 @@ SPEED_FROM = 50  # newest completed trainings among which one on the same base a
 
 
 class JobService:
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, registry: Registry) -> None:
         self._settings = settings
         self._paths = settings.paths
         self._store = Store(self._paths.database, time.time)
-        self._registry = Registry(self._paths)
-        self._tender = RunnerSupervisor(settings, self._store, self._registry)
+        self._tender = RunnerSupervisor(settings, self._store, registry)
 
     def submit(
-        self, project_id: str, training_data: str | Sequence[Mapping[str, Any]], config: TrainingConfig
+        self,
+        project_id: str,
+        training_data: str | Sequence[Mapping[str, Any]],
+        config: TrainingConfig,
     ) -> TrainingStatus:
         """Check everything that can be checked without a model, queue the job, see that a runner works.
 
@@ -146,7 +148,8 @@ class JobService:
         job = self._find(project_id, job_id)
         if job is None:
             raise JobStateError(
-                f"Nothing to cancel: no training was started for project {project_id!r}.", code="nothing_to_cancel"
+                f"Nothing to cancel: no training was started for project {project_id!r}.",
+                code="nothing_to_cancel",
             )
         self._tender.tend_if_possible()
         self._store.request_cancel(job.job_id)

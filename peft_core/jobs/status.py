@@ -194,7 +194,7 @@ def headline(status: TrainingStatus) -> str:
             change = f"{metrics.base_perplexity:.2f} (base) -> {metrics.adapter_perplexity:.2f} (adapter)"
             verdict = [status.evaluation.verdict.replace("_", " ")] if status.evaluation else []
             line = ", ".join(
-                ["completed", *verdict, f"held-out perplexity {change}", *([status.detail] if status.detail else [])]
+                ["completed", *verdict, f"held-out perplexity {change}", *([status.detail] if status.detail else [])],
             )
         case Status.FAILED | Status.INTERRUPTED if status.error:
             line = f"{status.status}: {status.error.message.rstrip('.')}"

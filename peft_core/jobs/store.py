@@ -199,10 +199,12 @@ class Store:
         at = self._now()
         job = apply(self._get(db, job_id), event, at)
         db.execute(
-            "INSERT INTO events (job_id, at, event) VALUES (?, ?, ?)", (job_id, at, EVENT.dump_json(event).decode())
+            "INSERT INTO events (job_id, at, event) VALUES (?, ?, ?)",
+            (job_id, at, EVENT.dump_json(event).decode()),
         )
         db.execute(
-            "UPDATE jobs SET status = ?, state = ? WHERE job_id = ?", (job.status, job.model_dump_json(), job_id)
+            "UPDATE jobs SET status = ?, state = ? WHERE job_id = ?",
+            (job.status, job.model_dump_json(), job_id),
         )
         return job
 

@@ -124,7 +124,7 @@ class RunnerSupervisor:
                 f"The process that trains cannot be started: {error}. What waits stays queued.",
                 code=NO_RUNNER,
                 suggestions=[
-                    "Close other programs, make room on the disk or raise the limit on processes, then ask for the status again"
+                    "Close other programs, free disk space or raise the limit on processes, then ask for the status again",
                 ],
             ) from error
         # Reaps it, should we live longer; where no thread can be had either, the next look at the queue does.

@@ -54,7 +54,7 @@ class ActivationArena:
     def _saved(self, saved: _Saved) -> torch.Tensor:
         if saved.of_pass != self._pass:
             raise RuntimeError(
-                f"Pass {self._pass} has taken the room of pass {saved.of_pass}, whose gradients were due."
+                f"Pass {self._pass} has taken the room of pass {saved.of_pass}, whose gradients were due.",
             )
         return saved.tensor
 

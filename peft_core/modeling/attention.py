@@ -70,7 +70,13 @@ def attend_within_documents(
     grouped = query_BHTD.shape[1] != key_BKTD.shape[1]
     out_BLHD = [
         scaled_dot_product_attention(
-            query_BHLD, key_BKLD, value_BKLD, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
+            query_BHLD,
+            key_BKLD,
+            value_BKLD,
+            dropout_p=dropout,
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=grouped,
         ).transpose(1, 2)
         for query_BHLD, key_BKLD, value_BKLD in _documents(lengths, query_BHTD, key_BKTD, value_BKTD)
     ]
@@ -112,7 +118,17 @@ def _flash(
     value_TKD = value_TKD.clone()  # what is kept of it would keep the query and key that it was computed with
     ends, longest = _ends(lengths, query_THD.device), max(lengths)
     out_THD: torch.Tensor = _FLASH(
-        query_THD, key_TKD, value_TKD, ends, ends, longest, longest, 0.0, True, False, scale=scaling
+        query_THD,
+        key_TKD,
+        value_TKD,
+        ends,
+        ends,
+        longest,
+        longest,
+        0.0,
+        True,
+        False,
+        scale=scaling,
     )[0]
     return out_THD[None]
 
@@ -135,7 +151,12 @@ def attend_at_once(
     """The same by one product with a mask: T^2 work, but shapes that do not depend on the documents. Returns [B, T, H, D]."""
     mask_TT = _mask(lengths, query_BHTD.device)
     out_BHTD = scaled_dot_product_attention(
-        query_BHTD, key_BHTD, value_BHTD, attn_mask=mask_TT, dropout_p=dropout, scale=scaling
+        query_BHTD,
+        key_BHTD,
+        value_BHTD,
+        attn_mask=mask_TT,
+        dropout_p=dropout,
+        scale=scaling,
     )
     return out_BHTD.transpose(1, 2)
 
@@ -186,7 +207,9 @@ class _DocumentAttention(torch.autograd.Function):
         parts = _documents(ctx.lengths, *inputs, out_BTHD.transpose(1, 2), grad_BTHD.transpose(1, 2), *gradients)
         heads, groups = query_BHTD.shape[1], key_BKTD.shape[1]
         for (query, key, value, out, grad_out, grad_query, grad_key, grad_value), sums in zip(
-            parts, sums_BHL, strict=True
+            parts,
+            sums_BHL,
+            strict=True,
         ):
             repeated = (_repeated(x, heads) for x in (key, value))
             found = _ATTEND_BACKWARD(grad_out, query, *repeated, out, sums, 0.0, True, scale=ctx.scale)

@@ -116,7 +116,10 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def micro_batches(
-    documents: Iterable[Document], capacity: int, device: torch.device, multiple_of: int | None = None
+    documents: Iterable[Document],
+    capacity: int,
+    device: torch.device,
+    multiple_of: int | None = None,
 ) -> Iterator[MicroBatch]:
     """All documents, each once, in micro-batches of at most `capacity` tokens, filled up as `join` says."""
     stream = iter(documents)

@@ -159,7 +159,10 @@ def timed(requested: DeviceName, machine: Machine, precision: Precision = "auto"
 
 
 def flops(
-    device: str, dtype: torch.dtype, at_most_s: float = _AT_MOST_S, clock: Callable[[], float] = time.perf_counter
+    device: str,
+    dtype: torch.dtype,
+    at_most_s: float = _AT_MOST_S,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> float:
     """Floating point operations per second in products of a typical layer, the first ones (compilation) left out."""
     rows, inner, columns = SHAPE

@@ -202,7 +202,12 @@ def _block_forward(block: _Block, hidden_1TD: torch.Tensor, **others: Any) -> to
     # 3. The gated MLP.
     first, last = block.gate_and_up, block.down
     x_TD = x_TD + NormGatedFunction.apply(
-        x_TD, *block.second, first.projections, last.projections, *first.adapters, *last.adapters
+        x_TD,
+        *block.second,
+        first.projections,
+        last.projections,
+        *first.adapters,
+        *last.adapters,
     )
     return cast("torch.Tensor", x_TD.view_as(hidden_1TD))
 
@@ -258,7 +263,9 @@ def _is_frozen(module: object) -> bool:
 def _norm_of(module: nn.Module) -> _Norm | None:
     weight = getattr(module, "weight", None)
     epsilon: object = getattr(module, "variance_epsilon", None) or getattr(
-        module, "eps", None
+        module,
+        "eps",
+        None,
     )  # the models' two names of it
     if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, nn.Parameter) or weight.requires_grad:
         return None

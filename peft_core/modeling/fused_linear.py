@@ -59,7 +59,11 @@ class Projections(ABC):
 
     @abstractmethod
     def _product_transposed(
-        self, grad_TO: torch.Tensor, adapters: Adapters, *, grad_x: bool
+        self,
+        grad_TO: torch.Tensor,
+        adapters: Adapters,
+        *,
+        grad_x: bool,
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """The gradients of x by way of W alone, and of A x: [T, I] if `grad_x`, [T, R]."""
 
@@ -69,7 +73,13 @@ class Projections(ABC):
         return self._product(x_TI, down_TR, adapters), down_TR
 
     def backward(
-        self, grad_TO: torch.Tensor, x_TI: torch.Tensor, down_TR: torch.Tensor, adapters: Adapters, *, grad_x: bool
+        self,
+        grad_TO: torch.Tensor,
+        x_TI: torch.Tensor,
+        down_TR: torch.Tensor,
+        adapters: Adapters,
+        *,
+        grad_x: bool,
     ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
         """Gradients of x, if `grad_x`, and of the adapters; theirs in float32. After the `forward` of the same adapters."""
         grad_TI, grad_down_TR = self._product_transposed(grad_TO, adapters, grad_x=grad_x)
@@ -115,7 +125,11 @@ class SeparateLora(Projections):
         return out_TO
 
     def _product_transposed(
-        self, grad_TO: torch.Tensor, adapters: Adapters, *, grad_x: bool
+        self,
+        grad_TO: torch.Tensor,
+        adapters: Adapters,
+        *,
+        grad_x: bool,
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         grad_TI: torch.Tensor | None = None
         grad_down_TR = torch.empty(len(grad_TO), self.rank, device=grad_TO.device)
@@ -140,7 +154,10 @@ class ConcatenatedLora(Projections):
         super().__init__(layers)
         device = layers[0].W.blocks.device
         self._W_OX = torch.zeros(
-            self.outputs[-1].stop, self.inputs + self.rank, dtype=torch.bfloat16, device=device
+            self.outputs[-1].stop,
+            self.inputs + self.rank,
+            dtype=torch.bfloat16,
+            device=device,
         )  # B of one layer is nothing to the others
         for layer, outputs in zip(layers, self.outputs, strict=True):
             self._W_OX[outputs, : self.inputs] = layer.W.bfloat16
@@ -169,7 +186,11 @@ class ConcatenatedLora(Projections):
         return linear(x_TX, self._W_OX, self._bias_O)
 
     def _product_transposed(
-        self, grad_TO: torch.Tensor, adapters: Adapters, *, grad_x: bool
+        self,
+        grad_TO: torch.Tensor,
+        adapters: Adapters,
+        *,
+        grad_x: bool,
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         del adapters  # B is in the matrix
         if not grad_x:

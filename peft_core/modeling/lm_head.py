@@ -36,7 +36,9 @@ class ChunkedLMHead:
         losses, likeliest = [], []
         with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
             for hidden_CD, target_C in zip(
-                hidden_ND.split(self.positions), target_N.split(self.positions), strict=True
+                hidden_ND.split(self.positions),
+                target_N.split(self.positions),
+                strict=True,
             ):
                 for rows, logits_RV in self.in_float32(self.logits(hidden_CD)):
                     loss_R, likeliest_R = logit_scores(logits_RV, target_C[rows])
@@ -108,7 +110,10 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _chunk_loss(
-    hidden_CD: torch.Tensor, head: ChunkedLMHead, target_C: torch.Tensor, grad_CD: torch.Tensor | None
+    hidden_CD: torch.Tensor,
+    head: ChunkedLMHead,
+    target_C: torch.Tensor,
+    grad_CD: torch.Tensor | None,
 ) -> torch.Tensor:
     """Sum of the losses; the gradient of the hidden states goes into `grad_CD` if given."""
     learn_C1 = (target_C >= 0)[:, None]  # IGNORED is negative

@@ -91,7 +91,11 @@ def move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 
 
 def load_frozen(
-    base: Base, directory: Path, *, in_bfloat16: bool = False, repacked_bytes: int = 0
+    base: Base,
+    directory: Path,
+    *,
+    in_bfloat16: bool = False,
+    repacked_bytes: int = 0,
 ) -> PreTrainedModel | None:
     """A base whose matrices are those of its own files, mapped: a GGUF's as they are, quantised.
 
@@ -200,7 +204,11 @@ def load_base(directory: Path, weights: torch.dtype) -> PreTrainedModel:
     try:
         _require_weights_for_all(directory)
         model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=weights, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            directory,
+            dtype=weights,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise BaseCheckpointError(
@@ -229,7 +237,10 @@ def _require_weights_for_all(directory: Path) -> None:
 
 
 def load_planned(
-    base: Base, directory: Path, way: ComputePlan, plan: DevicePlan
+    base: Base,
+    directory: Path,
+    way: ComputePlan,
+    plan: DevicePlan,
 ) -> tuple[PreTrainedModel, ComputePlan]:
     """The frozen base on the CPU, in the way that was planned or as a whole where it cannot be had so; and how it is.
 

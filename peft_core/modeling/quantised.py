@@ -55,7 +55,7 @@ class QuantisedMatrix:
         """Weights in memory, float32, float16 or bfloat16; shared, not copied, where each row is contiguous."""
         if weights_OI.dtype not in _KIND_OF or weights_OI.dim() != 2:
             raise ValueError(
-                f"not a matrix of float32, float16 or bfloat16: {weights_OI.dtype}, {weights_OI.dim()} axes"
+                f"not a matrix of float32, float16 or bfloat16: {weights_OI.dtype}, {weights_OI.dim()} axes",
             )
         weights_OI = weights_OI.detach() if weights_OI.stride(1) == 1 else weights_OI.detach().contiguous()
         return cls(weights_OI.view(torch.uint8), _KIND_OF[weights_OI.dtype], weights_OI.shape[1])
@@ -79,7 +79,11 @@ class QuantisedMatrix:
         return self._unpacked(self._in_order())
 
     def times(
-        self, x_TI: torch.Tensor, bias_O: torch.Tensor | None = None, *, out: torch.Tensor | None = None
+        self,
+        x_TI: torch.Tensor,
+        bias_O: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """W x + bias: float32 [T, O] of float32 [T, I], in `out` where that is given."""
         out_TO = torch.empty(len(x_TI), len(self.blocks), device=x_TI.device) if out is None else out

@@ -96,7 +96,7 @@ class BaseTokenizer:
         begun = False
         for segment in segments:
             found.append(
-                self._behind(segment) if begun and self._own_tokens is not None else self._project_lock(segment)
+                self._behind(segment) if begun and self._own_tokens is not None else self._project_lock(segment),
             )
             if marks is not None and segment.text in (marks.prefix, marks.suffix) and not segment.literal:
                 begun = segment.text == marks.suffix

@@ -75,7 +75,11 @@ def estimate(
 
 
 def evaluation_estimate(
-    base: Base, source: SourceSummary, device: str, *, measured_tokens_per_second: float | None = None
+    base: Base,
+    source: SourceSummary,
+    device: str,
+    *,
+    measured_tokens_per_second: float | None = None,
 ) -> Estimate:
     """Of base and adapter on the same text: each a forward pass, a third of a training step."""
     tokens = 2 * (min(source.estimated_tokens, MEASURED_EXAMPLES * TOKENS_PER_EXAMPLE) + COMPLETION_BUDGET)
@@ -90,7 +94,11 @@ def evaluation_estimate(
 
 
 def tokens_per_second(
-    base: Base, device: str, measured: float | None, *, uses_bf16_blocks: bool = False
+    base: Base,
+    device: str,
+    measured: float | None,
+    *,
+    uses_bf16_blocks: bool = False,
 ) -> tuple[float | None, str]:
     """The rate to reckon with, None where nothing is known; and where it comes from, in words."""
     if measured:
@@ -134,7 +142,7 @@ MAPPED = frozenset(
         "smollm3",
         "stablelm",
         "starcoder2",
-    ]
+    ],
 )
 # Of these, whose blocks compute as `training.functions` has them, with the logits in chunks: what they keep is known.
 FUSED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -193,7 +201,7 @@ def memory_bytes(config: TrainingConfig, base: Base, device: str, execution: Com
         + holes
         + (temporary + logits if known else max(temporary, logits))  # room for the logits of a chunk stays
         # Weights, gradients, two Adam moments, the best weights.
-        + lora_parameters(config.rank, shape) * 4 * 5
+        + lora_parameters(config.rank, shape) * 4 * 5,
     )
 
 

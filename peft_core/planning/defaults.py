@@ -27,7 +27,10 @@ _PASSES = {1: "One pass", 2: "Two passes", 3: "Three passes"}
 
 
 def choose_defaults(
-    config: TrainingConfig, shape: ModelShape, found: SourceSummary, tokens_per_second: float | None
+    config: TrainingConfig,
+    shape: ModelShape,
+    found: SourceSummary,
+    tokens_per_second: float | None,
 ) -> tuple[TrainingConfig, str]:
     """The request with its length and rank filled in, and a sentence on each that it left open.
 
@@ -58,7 +61,10 @@ def too_little(units: int, found: SourceSummary) -> DataError:
 
 
 def _with_length(
-    config: TrainingConfig, units: int, tokens: int, tokens_per_second: float | None
+    config: TrainingConfig,
+    units: int,
+    tokens: int,
+    tokens_per_second: float | None,
 ) -> tuple[TrainingConfig, str]:
     if config.num_epochs is not None or config.max_steps is not None:
         return config, ""

@@ -38,12 +38,16 @@ def plan_evaluation(
     manifest = read_manifest(evaluated.adapter_path)
     used = manifest.run.config if manifest is not None else TrainingConfig()
     config = TrainingConfig(
-        max_length=min(used.max_length, base.shape.context_length), seed=used.seed, precision=used.precision
+        max_length=min(used.max_length, base.shape.context_length),
+        seed=used.seed,
+        precision=used.precision,
     )
     found = summarise_source(evaluation_data, max_length=config.max_length, purpose=MEASURING)
     if found.needs_chat_template and not base.has_chat_template:
         raise InvalidArgument(
-            "evaluation_data", "records with messages", f"the base {base.name} has no chat template to write them in"
+            "evaluation_data",
+            "records with messages",
+            f"the base {base.name} has no chat template to write them in",
         )
     device = expected_device("auto")
     estimate = evaluation_estimate(base, found, device, measured_tokens_per_second=measured_speed(base, device))

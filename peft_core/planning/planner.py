@@ -174,7 +174,9 @@ def _check_fit(config: TrainingConfig, base: Base) -> None:
     """Settings that this base cannot follow."""
     if config.max_length > base.shape.context_length:
         raise InvalidArgument(
-            "config.max_length", config.max_length, f"{base.name} knows positions up to {base.shape.context_length}"
+            "config.max_length",
+            config.max_length,
+            f"{base.name} knows positions up to {base.shape.context_length}",
         )
     if config.target_modules != "all-linear":
         known = {name.rsplit(".", 1)[-1] for name in linear_modules(read_checkpoint(base.path).shapes)} - {"lm_head"}
@@ -189,7 +191,10 @@ def _check_fit(config: TrainingConfig, base: Base) -> None:
 
 
 def _choose_execution(
-    config: TrainingConfig, base: Base, device: str, settings_limit_mb: int | None
+    config: TrainingConfig,
+    base: Base,
+    device: str,
+    settings_limit_mb: int | None,
 ) -> tuple[ComputePlan, str]:
     """The fastest way to train within the limit, and in words what it costs to keep it.
 

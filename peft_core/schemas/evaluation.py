@@ -53,17 +53,21 @@ class Evaluation(FrozenModel):
     base_perplexity: float
     adapter_perplexity: float
     next_line: Comparison | None = Field(
-        None, description="Share of held-out lines that are written exactly, given all lines before; higher is better."
+        None,
+        description="Share of held-out lines that are written exactly, given all lines before; higher is better.",
     )
     edit_similarity: Comparison | None = Field(
-        None, description="Of up to three lines written from a prompt, with the real ones, 0 to 1; higher is better."
+        None,
+        description="Of up to three lines written from a prompt, with the real ones, 0 to 1; higher is better.",
     )
     general_loss: Comparison | None = Field(
-        None, description="Nats per token of general Python code that belongs to no project: what the adapter forgets."
+        None,
+        description="Nats per token of general Python code that belongs to no project: what the adapter forgets.",
     )
     forgets: bool = Field(False, description="The loss on general code has risen markedly.")
     chosen_on_part: bool = Field(
-        False, description="Early stopping chose the state that is measured on a part of these very examples."
+        False,
+        description="Early stopping chose the state that is measured on a part of these very examples.",
     )
     files: int
     examples: int
@@ -72,7 +76,7 @@ class Evaluation(FrozenModel):
     prompts: int = 0
     general_tokens: int = 0
     resampled: Literal["files", "examples"] = Field(
-        description="What the intervals were drawn over (bootstrap); those of general code over its functions."
+        description="What the intervals were drawn over (bootstrap); those of general code over its functions.",
     )
     seen_in_training: float | None = Field(
         None,
@@ -89,7 +93,7 @@ class Evaluation(FrozenModel):
         found = []
         if self.forgets and self.general_loss is not None:
             found.append(
-                f"It forgets: the loss on general code rises by {self.general_loss.change:.3f} nats per token."
+                f"It forgets: the loss on general code rises by {self.general_loss.change:.3f} nats per token.",
             )
         if self.chosen_on_part:
             found.append("Early stopping chose the best state on a part of these examples, which flatters it a little.")

@@ -20,14 +20,16 @@ class ChatMessage(FrozenModel):
 
 
 Prompt = Annotated[
-    str | None, Field(max_length=MAX_TEXT, description="Text to continue, such as the beginning of a function.")
+    str | None,
+    Field(max_length=MAX_TEXT, description="Text to continue, such as the beginning of a function."),
 ]
 Messages = Annotated[
     list[ChatMessage] | None,
     Field(description="Or a conversation, the question last; it is written in the base's own chat template."),
 ]
 Prefix = Annotated[
-    str | None, Field(max_length=MAX_TEXT, description="Or the code before the cursor; suffix: after it.")
+    str | None,
+    Field(max_length=MAX_TEXT, description="Or the code before the cursor; suffix: after it."),
 ]
 Suffix = Annotated[
     str | None,
@@ -38,7 +40,8 @@ Suffix = Annotated[
 ]
 MaxNewTokens = Annotated[int, Field(ge=1, le=4096, description="Tokens to write at most. A CPU writes 10-40 a second.")]
 Temperature = Annotated[
-    float, Field(ge=0, le=2, description="0 (below 0.01): always the likeliest token. Higher: more variety.")
+    float,
+    Field(ge=0, le=2, description="0 (below 0.01): always the likeliest token. Higher: more variety."),
 ]
 TopP = Annotated[float, Field(gt=0, le=1, description="Sample from the likeliest tokens that make up this share.")]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1, description="Same seed, same machine, same request: same answer.")]

@@ -101,7 +101,8 @@ class TrainingStatus(FrozenModel):
     device: str | None = None
     base_model: str | None = None
     adapter_path: str | None = Field(
-        None, description="The published or evaluated adapter. Set only when status is 'completed'."
+        None,
+        description="The published or evaluated adapter. Set only when status is 'completed'.",
     )
     error: ErrorInfo | None = None
     metrics: Metrics | None = None
@@ -189,7 +190,7 @@ class MemoryState(FrozenModel):
 
 class LoadedAdapter(FrozenModel):
     status: Literal["loaded", "fallback"] = Field(
-        description="'fallback': the adapter was NOT loaded (see reason); what was active still is, or else the base alone."
+        description="'fallback': the adapter was NOT loaded (see reason); what was active still is, or else the base alone.",
     )
     adapter_path: str | None = Field(description="What is active now. Null: the base alone.")
     base_model: str
@@ -198,7 +199,8 @@ class LoadedAdapter(FrozenModel):
     reasons: list[Reason] = Field([])
     effect: LoadCheck | None = None
     how: Literal["cold", "warm", "switched"] | None = Field(
-        None, description="cold: base and adapter were loaded; warm: the base was there; switched: both were."
+        None,
+        description="cold: base and adapter were loaded; warm: the base was there; switched: both were.",
     )
     evicted: list[str] = Field([], description="Adapters that had to go: only so many stay.")
     resident: MemoryState
@@ -274,7 +276,8 @@ class TrainingDataReport(FrozenModel):
     held_out_tokens: int
     files: int = Field(description="That examples come from, held-out ones included.")
     unread_files: int = Field(
-        0, description="Not looked at, because there are enough others; the figures are without them."
+        0,
+        description="Not looked at, because there are enough others; the figures are without them.",
     )
     languages: dict[str, int] = Field(description="Files by language.")
     left_out: dict[str, int] = Field(description="Files and pieces of files by reason.")

@@ -62,18 +62,20 @@ class TrainingConfig(FrozenModel):
         str | None,
         Field(
             description="A local Hugging Face model directory, a .gguf file, or a hub id that is in the local cache. "
-            "Null: the setting default_base_model, else the bundled SmolLM2-135M-Instruct."
+            "Null: the setting default_base_model, else the bundled SmolLM2-135M-Instruct.",
         ),
     ] = None
     rank: Annotated[
-        int, Field(ge=1, le=512, description="LoRA rank r. Left out: by the size of the code base, 16 for most.")
+        int,
+        Field(ge=1, le=512, description="LoRA rank r. Left out: by the size of the code base, 16 for most."),
     ] = 16
     alpha: Annotated[
         float | None,
         Field(gt=0, le=4096, description="LoRA alpha; the update is scaled by alpha/rank. Null: 2 x rank."),
     ] = None
     dropout: Annotated[
-        float, Field(ge=0, lt=1, description="Dropout on the LoRA input. 0 is best for a single epoch.")
+        float,
+        Field(ge=0, lt=1, description="Dropout on the LoRA input. 0 is best for a single epoch."),
     ] = 0.0
     use_rslora: Annotated[bool, Field(description="Scale by alpha/sqrt(rank) instead: steadier for rank >= 64.")] = (
         False
@@ -82,7 +84,7 @@ class TrainingConfig(FrozenModel):
         Literal["all-linear"] | list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,128}$")]],
         Field(
             description="'all-linear' (recommended), or literal module names such as ['q_proj', 'v_proj']. "
-            "No regular expressions."
+            "No regular expressions.",
         ),
     ] = "all-linear"
     learning_rate: Annotated[
@@ -95,15 +97,19 @@ class TrainingConfig(FrozenModel):
         ),
     ] = None
     lora_plus_ratio: Annotated[
-        float, Field(ge=1, le=64, description="LoRA+: rate of B over rate of A. 1 is plain LoRA.")
+        float,
+        Field(ge=1, le=64, description="LoRA+: rate of B over rate of A. 1 is plain LoRA."),
     ] = 8.0
     lr_scheduler: Annotated[
-        Literal["linear", "cosine", "constant"], Field(description="Shape of the rate after warm-up.")
+        Literal["linear", "cosine", "constant"],
+        Field(description="Shape of the rate after warm-up."),
     ] = "linear"
     num_epochs: Annotated[
         float | None,
         Field(
-            gt=0, le=100, description="Passes over the data, or give max_steps. Neither: by the size, 2 hours at most."
+            gt=0,
+            le=100,
+            description="Passes over the data, or give max_steps. Neither: by the size, 2 hours at most.",
         ),
     ] = None
     max_steps: Annotated[
@@ -111,7 +117,8 @@ class TrainingConfig(FrozenModel):
         Field(ge=1, le=1_000_000, description="Optimiser steps, instead of num_epochs: a bound on time."),
     ] = None
     batch_size: Annotated[
-        int, Field(ge=1, le=256, description="Examples per optimiser step. Small batches learn more per token.")
+        int,
+        Field(ge=1, le=256, description="Examples per optimiser step. Small batches learn more per token."),
     ] = 4
     max_length: Annotated[
         int,
@@ -132,7 +139,8 @@ class TrainingConfig(FrozenModel):
         ),
     ] = 0.1
     held_out_by: Annotated[
-        Literal["file", "time"], Field(description="Which files: drawn by lot, or those changed last in git's history.")
+        Literal["file", "time"],
+        Field(description="Which files: drawn by lot, or those changed last in git's history."),
     ] = "file"
     eval_steps: Annotated[
         int | None,
@@ -148,10 +156,12 @@ class TrainingConfig(FrozenModel):
         ),
     ] = None
     mixture: Annotated[
-        TaskMixture, Field(description="Units of code that are told in another way than as plain text. Left out: none.")
+        TaskMixture,
+        Field(description="Units of code that are told in another way than as plain text. Left out: none."),
     ] = TaskMixture()
     allow_little_data: Annotated[
-        bool, Field(description="Train although there are fewer than 50 units, which is refused otherwise.")
+        bool,
+        Field(description="Train although there are fewer than 50 units, which is refused otherwise."),
     ] = False
     seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="Same seed, same machine, same data: same result.")] = 0
     device: Annotated[DeviceName, Field(description="'auto' takes MPS (Apple silicon), else CUDA, else the CPU.")] = (
@@ -161,14 +171,14 @@ class TrainingConfig(FrozenModel):
         Precision,
         Field(
             description="Arithmetic of products with the base's weights. 'auto' takes bfloat16 where CPU or GPU has units for "
-            "it, else float32. The adapter, its gradients and the losses are float32 always."
+            "it, else float32. The adapter, its gradients and the losses are float32 always.",
         ),
     ] = "auto"
     make_current: Annotated[
         Literal["unless_it_harms", "always", "never"],
         Field(
             description="Whether the project id stands for the new adapter. 'unless_it_harms': not when it raises the "
-            "held-out loss, or forgets more of general code than it gains; it is kept all the same."
+            "held-out loss, or forgets more of general code than it gains; it is kept all the same.",
         ),
     ] = "unless_it_harms"
     max_memory_mb: Annotated[
@@ -185,7 +195,7 @@ class TrainingConfig(FrozenModel):
         if self.num_epochs is not None and self.max_steps is not None:
             raise ValueError(
                 f"num_epochs = {self.num_epochs:g} and max_steps = {self.max_steps} exclude each other: "
-                "leave one of them out"
+                "leave one of them out",
             )
         if self.target_modules == []:
             raise ValueError("target_modules is empty: name at least one module, or use 'all-linear'")

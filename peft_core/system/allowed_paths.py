@@ -40,7 +40,11 @@ _ALLOWED = "the directory of one project, a .jsonl file, or a LanceDB table"
 
 
 def require_data_place(
-    path: Path, *, data_dir: Path, allowed_roots: Sequence[Path] | None, field: str = "training_data"
+    path: Path,
+    *,
+    data_dir: Path,
+    allowed_roots: Sequence[Path] | None,
+    field: str = "training_data",
 ) -> None:
     """That data to train or to measure on may be read from here.
 

@@ -73,7 +73,8 @@ def available_memory_bytes() -> int:
         used = int((CGROUP / "memory.current").read_text())
         lines = (CGROUP / "memory.stat").read_text().splitlines()
         used -= next(
-            (int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0
+            (int(line.split()[1]) for line in lines if line.startswith("inactive_file ")),
+            0,
         )  # read files, let go
         available = min(available, limit - used)
     except (OSError, ValueError):

@@ -197,7 +197,7 @@ class Loop:
                 tokens_per_second=rate,
                 eta_s=(self._planned_tokens - progress.tokens) / rate,
                 memory_bytes=peak_memory_bytes(),
-            )
+            ),
         )
 
     def _forward_backward(self, examples: Sequence[Document], targets: int) -> torch.Tensor | None:
@@ -371,7 +371,9 @@ def check_finite(step: int, loss: float, gradient_norm: float) -> None:
 
 
 def multiply_rates(
-    optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler, by: float
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    by: float,
 ) -> None:
     """Those of now and all that the schedule has to come."""
     for group in optimizer.param_groups:
@@ -383,7 +385,11 @@ def multiply_rates(
 
 
 def failure_of(
-    fault: Diverged, lowered: Sequence[RateLowered], config: TrainingConfig, step: int, device: torch.device
+    fault: Diverged,
+    lowered: Sequence[RateLowered],
+    config: TrainingConfig,
+    step: int,
+    device: torch.device,
 ) -> TrainingError:
     """What happened after `step` completed ones, what was tried, and the likely cause."""
     tried = "; ".join(

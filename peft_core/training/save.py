@@ -57,7 +57,11 @@ class RunFacts:
 
 
 def write_adapter(
-    directory: Path, model: PeftModel, task: TrainingTask, facts: RunFacts, metrics: Callable[[int], Metrics]
+    directory: Path,
+    model: PeftModel,
+    task: TrainingTask,
+    facts: RunFacts,
+    metrics: Callable[[int], Metrics],
 ) -> Metrics:
     """Write weights, configuration, card and, last, the manifest. What lay there before is removed.
 

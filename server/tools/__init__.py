@@ -10,7 +10,12 @@ from mcp.types import ToolAnnotations
 
 
 def make_tool(
-    function: Callable[..., Any], title: str, *, reads: bool = False, destroys: bool = False, repeatable: bool = False
+    function: Callable[..., Any],
+    title: str,
+    *,
+    reads: bool = False,
+    destroys: bool = False,
+    repeatable: bool = False,
 ) -> Tool:
     """The docstring is the description, on one line. Every hint is set: unset ones count as destructive and open-world."""
     return Tool.from_function(
@@ -18,6 +23,9 @@ def make_tool(
         title=title,
         description=" ".join((function.__doc__ or "").split()),
         annotations=ToolAnnotations(
-            read_only_hint=reads, destructive_hint=destroys, idempotent_hint=reads or repeatable, open_world_hint=False
+            read_only_hint=reads,
+            destructive_hint=destroys,
+            idempotent_hint=reads or repeatable,
+            open_world_hint=False,
         ),
     )

@@ -16,7 +16,8 @@ from server.format_results import adapters_answer, answer
 from server.tools import make_tool
 
 AdapterPath = Annotated[
-    str, Field(description="Absolute path of an adapter's directory, or a project id: the project's current adapter.")
+    str,
+    Field(description="Absolute path of an adapter's directory, or a project id: the project's current adapter."),
 ]
 
 
@@ -32,7 +33,8 @@ async def list_adapters(
 
 
 async def get_adapter_info(
-    adapter_path: AdapterPath, ctx: Context[PEFTManager, Any]
+    adapter_path: AdapterPath,
+    ctx: Context[PEFTManager, Any],
 ) -> Annotated[CallToolResult, AdapterInfo]:
     """Everything recorded about one adapter: its base and fingerprint, what it was trained on, every setting, and what was
     measured on held-out files.
@@ -44,7 +46,8 @@ async def get_adapter_info(
 async def delete_adapter(
     project_id: ProjectId,
     adapter_id: Annotated[
-        str, Field(description="Spelled out, as list_adapters gives it; the project id is not enough.")
+        str,
+        Field(description="Spelled out, as list_adapters gives it; the project id is not enough."),
     ],
     ctx: Context[PEFTManager, Any],
 ) -> Annotated[CallToolResult, DeletedAdapter]:

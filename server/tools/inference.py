@@ -31,7 +31,7 @@ BaseRef = Annotated[
     str | None,
     Field(
         description="A model directory, a .gguf file, a cached hub id, or 'bundled'. Null: the base that the adapter was "
-        "trained on, where it is on this machine."
+        "trained on, where it is on this machine.",
     ),
 ]
 
@@ -41,7 +41,8 @@ async def verify_adapter_compatibility(
     ctx: Context[PEFTManager, Any],
     base_model: BaseRef = None,
     scan_weights: Annotated[
-        bool, Field(description="Read the weights too: numbers that are none, an adapter that does nothing.")
+        bool,
+        Field(description="Read the weights too: numbers that are none, an adapter that does nothing."),
     ] = False,
 ) -> Annotated[CallToolResult, Compatibility]:
     """Whether an adapter, ours or anyone's PEFT LoRA, belongs to a base model: in milliseconds, from headers and
@@ -50,7 +51,7 @@ async def verify_adapter_compatibility(
     """
     manager = ctx.request_context.lifespan_context
     return compatibility_answer(
-        await manager.verify_adapter_compatibility(adapter_path, base_model, scan_weights=scan_weights)
+        await manager.verify_adapter_compatibility(adapter_path, base_model, scan_weights=scan_weights),
     )
 
 
@@ -59,7 +60,8 @@ async def load_adapter(
     ctx: Context[PEFTManager, Any],
     base_model: BaseRef = None,
     accept_unproven_base: Annotated[
-        bool, Field(description="Load although nothing proves that the adapter belongs to this base (shape_only).")
+        bool,
+        Field(description="Load although nothing proves that the adapter belongs to this base (shape_only)."),
     ] = False,
 ) -> Annotated[CallToolResult, LoadedAdapter]:
     """Load an adapter into memory and make it the one that generate uses: seconds the first time, milliseconds to switch
@@ -69,8 +71,11 @@ async def load_adapter(
     manager = ctx.request_context.lifespan_context
     return loaded_answer(
         await manager.load_adapter(
-            adapter_path, base_model, accept_unproven_base=accept_unproven_base, report=relay(ctx)
-        )
+            adapter_path,
+            base_model,
+            accept_unproven_base=accept_unproven_base,
+            report=relay(ctx),
+        ),
     )
 
 
@@ -100,7 +105,8 @@ async def generate(
     seed: Seed = 0,
     stop: Annotated[StopFlag, Field()] = [],  # noqa: B006 -- read by pydantic, never changed
     compare_with_base: Annotated[
-        bool, Field(description="Write twice, with and without adapter; see base_text.")
+        bool,
+        Field(description="Write twice, with and without adapter; see base_text."),
     ] = False,
     adapter_path: Annotated[
         str | None,
@@ -126,7 +132,7 @@ async def generate(
     }
     manager = ctx.request_context.lifespan_context
     return generation_answer(
-        await manager.generate(request, adapter_path=adapter_path, use_base=use_base, report=relay(ctx))
+        await manager.generate(request, adapter_path=adapter_path, use_base=use_base, report=relay(ctx)),
     )
 
 

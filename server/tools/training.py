@@ -21,7 +21,9 @@ JobId = Annotated[str | None, Field(description="From train_adapter's answer. Nu
 WaitSeconds = Annotated[
     float,
     Field(
-        ge=0, le=45, description="Stay in the call so long and stream progress; it returns earlier when the job ends."
+        ge=0,
+        le=45,
+        description="Stay in the call so long and stream progress; it returns earlier when the job ends.",
     ),
 ]
 TrainingData = Annotated[
@@ -30,7 +32,7 @@ TrainingData = Annotated[
         description="Absolute path of a repository directory (its code is read, secrets are left out), of a .jsonl file "
         "or of a LanceDB table of code chunks (NAME.lance, columns content, language, file_path, ...); "
         'or a list of records, all of one form: {"text"}, {"prompt", "completion"}, {"messages": [{"role", "content"}]}, '
-        'or code chunks {"content", "language", "file_path", ...}.'
+        'or code chunks {"content", "language", "file_path", ...}.',
     ),
 ]
 DEFAULTS = TrainingConfig()
@@ -55,7 +57,9 @@ async def train_adapter(
 
 
 async def inspect_training_data(
-    training_data: TrainingData, ctx: Context[PEFTManager, Any], config: TrainingConfig = DEFAULTS
+    training_data: TrainingData,
+    ctx: Context[PEFTManager, Any],
+    config: TrainingConfig = DEFAULTS,
 ) -> Annotated[CallToolResult, TrainingDataReport]:
     """What train_adapter would do with this data, without training: how much it would train on, what is left out and why, the
     held-out files, three sample examples, and the settings, time and memory it would take. Changes nothing; takes seconds,
@@ -70,14 +74,15 @@ async def evaluate_adapter(
         TrainingData,
         Field(
             description="Code to measure on, as for train_adapter. The adapter's own repository will do: what it was trained "
-            "on is left out, where that is recorded."
+            "on is left out, where that is recorded.",
         ),
     ],
     *,
     ctx: Context[PEFTManager, Any],
     base_model: BaseRef = None,
     accept_unproven_base: Annotated[
-        bool, Field(description="Measure although nothing proves that the adapter belongs to this base.")
+        bool,
+        Field(description="Measure although nothing proves that the adapter belongs to this base."),
     ] = False,
     wait_s: WaitSeconds = 0,
 ) -> Annotated[CallToolResult, TrainingStatus]:
@@ -87,7 +92,10 @@ async def evaluate_adapter(
     """
     manager = ctx.request_context.lifespan_context
     status = await manager.evaluate_adapter(
-        adapter_path, evaluation_data, base_model, accept_unproven_base=accept_unproven_base
+        adapter_path,
+        evaluation_data,
+        base_model,
+        accept_unproven_base=accept_unproven_base,
     )
     if wait_s:
         watched = manager.watch_training(status.project_id, status.job_id, timeout_s=wait_s)
@@ -112,7 +120,9 @@ async def get_training_status(
 
 
 async def cancel_training(
-    project_id: ProjectId, ctx: Context[PEFTManager, Any], job_id: JobId = None
+    project_id: ProjectId,
+    ctx: Context[PEFTManager, Any],
+    job_id: JobId = None,
 ) -> Annotated[CallToolResult, TrainingStatus]:
     """Stop a training: at once while it waits in the queue, within seconds while it runs. What was trained so far stays as
     a checkpoint (resume_training goes on from it); adapters that exist are not touched.

@@ -98,7 +98,7 @@ class Drawn:
                 bounds = [node[key] for key in ("minimum", "maximum", "exclusiveMinimum") if key in node]
                 if self.wild == 0 and bounds:
                     return self.random.choice(
-                        [node.get("minimum", 1), node.get("maximum", 1), node.get("default") or 1]
+                        [node.get("minimum", 1), node.get("maximum", 1), node.get("default") or 1],
                     )
                 near = [bound + step for bound in bounds for step in (-1, 0, 1)]
                 return self.random.choice([*NUMBERS, *near, *near])
@@ -192,7 +192,11 @@ def paths(data_dir: Path, tmp_path: Path) -> list[str]:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("transport", ["in process", "stdio"])
 async def test_whatever_arguments_a_tool_is_given_it_answers_cleanly_and_lives(
-    transport: str, era: str, data_dir: Path, home: Path, paths: list[str]
+    transport: str,
+    era: str,
+    data_dir: Path,
+    home: Path,
+    paths: list[str],
 ) -> None:
     order_key = Drawn(f"{SEED} {transport} {era}", paths)
     server: Any = build_server(Settings(data_dir=data_dir)) if transport == "in process" else stdio_server(data_dir)

@@ -80,7 +80,10 @@ async def refused(manager: PEFTManager, training_data: str, code: str = "sensiti
 
 @pytest.mark.parametrize("place", PRIVATE)
 async def test_a_private_place_is_refused_named_linked_or_as_a_file(
-    home: Path, tmp_path: Path, manager: PEFTManager, place: str
+    home: Path,
+    tmp_path: Path,
+    manager: PEFTManager,
+    place: str,
 ) -> None:
     private = filled(home / place)
     (tmp_path / "innocent").symlink_to(private)
@@ -123,7 +126,9 @@ async def test_what_lies_beside_a_private_place_is_allowed(home: Path, manager: 
 
 
 async def test_the_home_of_somebody_else_is_refused_and_a_service_directory_is_not(
-    home: Path, manager: PEFTManager, monkeypatch: pytest.MonkeyPatch
+    home: Path,
+    manager: PEFTManager,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     nobody, homes, sites = pwd.getpwuid(0), places._HOMES[0], Path("/sites")
     there = [struct_passwd((*nobody[:5], str(directory), nobody[6])) for directory in (homes / "bob", sites, "/")]
@@ -182,7 +187,8 @@ def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     (tmp_path / "code").mkdir()
     (tmp_path / "models").mkdir()
     monkeypatch.setenv(
-        "CODEBASE_GARDENER_ALLOWED_ROOTS", os.pathsep.join(map(str, (tmp_path / "code", tmp_path / "models")))
+        "CODEBASE_GARDENER_ALLOWED_ROOTS",
+        os.pathsep.join(map(str, (tmp_path / "code", tmp_path / "models"))),
     )
     return Settings(data_dir=tmp_path / "data")
 
@@ -229,11 +235,14 @@ async def test_with_roots_what_lies_inside_is_read(roots: Settings, tmp_path: Pa
 
 @pytest.mark.parametrize("taken", ["code", "models"])
 async def test_a_root_that_was_taken_away_stops_what_is_resumed(
-    roots: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: str
+    roots: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    taken: str,
 ) -> None:
     model = write_model(tmp_path / "models" / "m")
     request = make_job().request.model_copy(
-        update={"source": filled(tmp_path / "code" / "web"), "base": resolve(str(model), roots)}
+        update={"source": filled(tmp_path / "code" / "web"), "base": resolve(str(model), roots)},
     )
     store = Store(roots.paths.database, time.time)
     store.create()

@@ -145,7 +145,9 @@ TRAPS: dict[str, Callable[[Path, str], None]] = {
 
 @pytest.mark.parametrize("trap", TRAPS.values(), ids=list(TRAPS))
 def test_a_repository_cannot_make_git_run_anything(
-    root: Path, tmp_path: Path, trap: Callable[[Path, str], None]
+    root: Path,
+    tmp_path: Path,
+    trap: Callable[[Path, str], None],
 ) -> None:
     marker = tmp_path / "it_ran"
     trap(root, f"touch {marker}; cat")
@@ -160,7 +162,8 @@ def test_a_repository_cannot_make_git_run_anything(
 
 @pytest.mark.parametrize("file", ["config", "index", "HEAD", "info/exclude", "objects/info/alternates"])
 @pytest.mark.parametrize(
-    "content", [b"", b"\0" * 4096, b"[" * 4096, b"../../../..\n/etc\n/dev/zero\n", os.urandom(4096)]
+    "content",
+    [b"", b"\0" * 4096, b"[" * 4096, b"../../../..\n/etc\n/dev/zero\n", os.urandom(4096)],
 )
 def test_a_damaged_git_directory_does_no_harm(root: Path, file: str, content: bytes) -> None:
     path = root / ".git" / file
@@ -210,7 +213,10 @@ def test_links_lead_nowhere(root: Path, tmp_path: Path, by_git: bool) -> None:
 
 @pytest.mark.parametrize("name", ["/etc/passwd.py", "../outside/private.py", "a/../../outside/private.py", "//x.py"])
 def test_names_that_lead_out_are_not_followed_whoever_lists_them(
-    root: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    root: Path,
+    tmp_path: Path,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "private.py").write_text(CODE)
@@ -268,7 +274,8 @@ def test_directories_deeper_than_a_path_may_be_long(root: Path, tmp_path: Path) 
 
 
 def test_more_files_than_a_code_base_has_are_refused_with_a_message(
-    root: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(walk_module, "MAX_ENTRIES", 3)
     for _ in range(2):

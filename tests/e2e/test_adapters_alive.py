@@ -74,7 +74,9 @@ async def test_from_a_trained_adapter_to_other_words_and_back(trained: Path, era
         question = [{"role": "user", "content": "What does json.dumps return?"}]
         heard.clear()
         result = await client.call_tool(
-            "generate", {"messages": question, "max_new_tokens": 40}, progress_callback=hear
+            "generate",
+            {"messages": question, "max_new_tokens": 40},
+            progress_callback=hear,
         )
         assert result.structured_content is not None
         assert result.structured_content["applied"]["prompt_format"] == "chat_template"

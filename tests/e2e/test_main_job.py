@@ -35,7 +35,10 @@ async def call(client: Client, tool: str, **arguments: Any) -> Status:
 
 
 async def wait_for(
-    client: Client, condition: Callable[[Status], object], project: str, job: str | None = None
+    client: Client,
+    condition: Callable[[Status], object],
+    project: str,
+    job: str | None = None,
 ) -> Status:
     deadline = time.monotonic() + 300
     while True:
@@ -61,7 +64,11 @@ async def test_from_a_repository_to_an_adapter_with_an_honest_report(data_dir: P
         # 1. It answers at once with what it will do.
         began = time.monotonic()
         started = await call(
-            client, "train_adapter", project_id="std", training_data=str(stdlib_repository), config=SHORT
+            client,
+            "train_adapter",
+            project_id="std",
+            training_data=str(stdlib_repository),
+            config=SHORT,
         )
         assert time.monotonic() - began < 10  # a tenth of that on a quiet machine; benchmarks/ measure it
         assert started["status"] == "queued"
@@ -159,7 +166,9 @@ print((before - after).abs().max().item())
 
 
 async def test_a_job_goes_on_without_client_and_server_and_others_see_and_stop_it(
-    data_dir: Path, stdlib_repository: Path, toy_base: str
+    data_dir: Path,
+    stdlib_repository: Path,
+    toy_base: str,
 ) -> None:
     short, long = ({**config, "base_model": toy_base} for config in (SHORT, LONG))
     request = {"training_data": str(stdlib_repository), "config": long}
@@ -198,7 +207,9 @@ async def test_a_job_goes_on_without_client_and_server_and_others_see_and_stop_i
 
 
 async def test_a_killed_training_is_told_truly_and_resumes_from_its_checkpoint(
-    data_dir: Path, stdlib_repository: Path, toy_base: str
+    data_dir: Path,
+    stdlib_repository: Path,
+    toy_base: str,
 ) -> None:
     steps = 400
     async with Client(stdio_server(data_dir), mode="legacy") as client:
@@ -222,7 +233,9 @@ async def test_a_killed_training_is_told_truly_and_resumes_from_its_checkpoint(
 async def test_no_progress_is_sent_after_the_answer(data_dir: Path, stdlib_repository: Path) -> None:
     """On the raw wire: the in-process client would deliver what stdio clients must never see."""
     server = await anyio.open_process(
-        [sys.executable, "-m", "server"], env=stdio_server(data_dir).env, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "server"],
+        env=stdio_server(data_dir).env,
+        stderr=subprocess.DEVNULL,
     )
     assert server.stdin
     assert server.stdout
@@ -288,7 +301,11 @@ def test_the_python_example_trains_and_prints_what_was_measured(data_dir: Path, 
     environment = {**os.environ, "CODEBASE_GARDENER_DATA_DIR": str(data_dir)}
     source = stdlib_repository / "json"
     output = subprocess.run(
-        [sys.executable, str(example), str(source)], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, str(example), str(source)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert output.returncode == 0, output.stderr
     assert "100.0 %  completed  step 3" in output.stdout

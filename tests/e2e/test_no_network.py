@@ -101,7 +101,9 @@ print(refused)
 
 @pytest.mark.model
 async def test_the_main_job_asks_for_no_network_and_leaves_no_secret(
-    data_dir: Path, repository: Path, tmp_path: Path
+    data_dir: Path,
+    repository: Path,
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "hook").mkdir()
     (tmp_path / "hook" / "sitecustomize.py").write_text(HOOK)

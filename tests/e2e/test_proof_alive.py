@@ -22,7 +22,9 @@ async def measured(client: Client, adapter: str, data: object) -> dict[str, Any]
 
 
 async def test_an_adapter_is_measured_on_other_code_and_not_on_its_own(
-    trained: Path, stdlib_repository: Path, tmp_path: Path
+    trained: Path,
+    stdlib_repository: Path,
+    tmp_path: Path,
 ) -> None:
     methods = (stdlib_repository / "html" / "parser.py").read_text().split("\n    def ")[1:]
     html = [method for method in methods if 100 < len(method) < 1200]

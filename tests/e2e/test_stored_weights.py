@@ -32,7 +32,9 @@ def test_the_bundled_file_holds_bit_for_bit_the_weights_of_its_conversion(conver
 
 
 async def test_a_memory_limit_is_kept_and_the_estimate_is_near_what_was_measured(
-    trained: Path, data_dir: Path, stdlib_repository: Path
+    trained: Path,
+    data_dir: Path,
+    stdlib_repository: Path,
 ) -> None:
     """The run of the project 'json' again, under a limit that only the leanest way keeps: the same figures.
 

@@ -106,7 +106,10 @@ def test_data_that_was_all_trained_on_is_refused_with_the_overlap(tmp_path: Path
 
 @pytest.mark.parametrize(("moved", "field"), [("data", "evaluation_data"), ("adapter", "adapter_path")])
 def test_what_lies_out_of_the_roots_when_the_job_begins_is_not_read(
-    tmp_path: Path, toy_base: Path, moved: str, field: str
+    tmp_path: Path,
+    toy_base: Path,
+    moved: str,
+    field: str,
 ) -> None:
     adapter = write_toy_adapter(tmp_path / "adapters" / "a", toy_base, seed=1)
     (tmp_path / "code").mkdir()

@@ -66,7 +66,9 @@ async def texts_of_single_use(manager: PEFTManager, adapters: list[str], base: s
 
 
 async def test_outputs_under_concurrent_switches_are_those_of_single_use(
-    manager: PEFTManager, adapters: list[str], base: str
+    manager: PEFTManager,
+    adapters: list[str],
+    base: str,
 ) -> None:
     expected = await texts_of_single_use(manager, adapters, base)
     assert expected[0] != expected[1]
@@ -88,7 +90,9 @@ async def test_outputs_under_concurrent_switches_are_those_of_single_use(
 
 
 async def test_a_hundred_cycles_over_two_adapters_do_not_grow(
-    manager: PEFTManager, adapters: list[str], base: str
+    manager: PEFTManager,
+    adapters: list[str],
+    base: str,
 ) -> None:
     sizes = []
     for _ in range(100):
@@ -110,7 +114,11 @@ CALLS: dict[str, Callable[[PEFTManager, str, str], Awaitable[Any]]] = {
 @pytest.mark.parametrize("kind", CALLS)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 async def test_a_host_that_dies_during_a_call_is_an_error_and_the_next_load_starts_a_fresh_one(
-    manager: PEFTManager, adapters: list[str], base: str, kind: str, number: signal.Signals
+    manager: PEFTManager,
+    adapters: list[str],
+    base: str,
+    kind: str,
+    number: signal.Signals,
 ) -> None:
     await manager.load_adapter(adapters[0], base)
     before = (await manager.generate(SHORT)).text
@@ -147,7 +155,9 @@ async def test_a_host_that_dies_during_a_call_is_an_error_and_the_next_load_star
 
 
 async def test_a_host_killed_while_it_starts_is_an_error_too(
-    manager: PEFTManager, adapters: list[str], base: str
+    manager: PEFTManager,
+    adapters: list[str],
+    base: str,
 ) -> None:
     async def kill(_done: float, _total: float | None, _message: str) -> None:
         if manager._inference._host.pid is not None:
@@ -173,7 +183,9 @@ async def test_a_host_that_died_between_calls_is_told_of(manager: PEFTManager, a
 
 
 async def test_a_host_that_was_idle_for_long_ends_and_a_fresh_one_is_started_when_needed(
-    data_dir: Path, adapters: list[str], base: str
+    data_dir: Path,
+    adapters: list[str],
+    base: str,
 ) -> None:
     async with PEFTManager(Settings(data_dir=data_dir, idle_unload_s=0.2)) as manager:
         await manager.load_adapter(adapters[0], base)
@@ -185,7 +197,8 @@ async def test_a_host_that_was_idle_for_long_ends_and_a_fresh_one_is_started_whe
 
 
 async def test_a_call_that_finds_the_host_just_gone_to_sleep_wakes_another(
-    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+    data_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("peft_core.inference.client.HOST", [sys.executable, str(SCRIPTED)])
     config = HostConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=1)
@@ -224,7 +237,9 @@ async def abandon(host: InferenceClient, adapter: Path) -> int:
 
 
 async def test_a_host_that_does_not_come_back_from_a_cancelled_call_is_ended_and_told_of(
-    scripted: InferenceClient, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+    scripted: InferenceClient,
+    data_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("peft_core.inference.client.LOAD_PATIENCE_S", 0.2)
     with anyio.fail_after(60):
@@ -248,7 +263,8 @@ async def test_a_host_that_does_not_come_back_from_a_cancelled_call_is_ended_and
 
 
 async def test_a_host_that_dies_of_a_cancelled_call_is_replaced_by_the_next(
-    scripted: InferenceClient, data_dir: Path
+    scripted: InferenceClient,
+    data_dir: Path,
 ) -> None:
     with anyio.fail_after(60):
         doomed = await abandon(scripted, data_dir / "doomed")
@@ -257,7 +273,9 @@ async def test_a_host_that_dies_of_a_cancelled_call_is_replaced_by_the_next(
 
 
 async def test_a_host_whose_line_does_not_end_is_ended(
-    scripted: InferenceClient, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+    scripted: InferenceClient,
+    data_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("peft_core.inference.client.MAX_LINE", 10)
     with anyio.fail_after(60), pytest.raises(InferenceError, match="killed by SIGKILL"):
@@ -266,7 +284,8 @@ async def test_a_host_whose_line_does_not_end_is_ended(
 
 
 async def test_a_manager_that_is_closed_while_a_host_starts_leaves_none_behind(
-    scripted: InferenceClient, data_dir: Path
+    scripted: InferenceClient,
+    data_dir: Path,
 ) -> None:
     before = set(psutil.Process().children())
 
@@ -283,7 +302,8 @@ def test_a_host_that_is_told_nonsense_answers_the_next_request(data_dir: Path) -
     command = [*HOST, config.model_dump_json()]
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii:strict"}
     request = Request(
-        id=7, request=Load(adapter_path=data_dir / "nichts-für-ungut", base=make_base())
+        id=7,
+        request=Load(adapter_path=data_dir / "nichts-für-ungut", base=make_base()),
     ).model_dump_json()
     told = b"\xff\xfe not utf-8\n" + b"[" * 100_000 + b"\n" + request.encode() + b"\n"
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as host:
@@ -300,7 +320,9 @@ def test_a_host_that_is_told_nonsense_answers_the_next_request(data_dir: Path) -
 
 
 async def test_a_cancelled_answer_stops_at_once_and_the_next_is_not_confused(
-    manager: PEFTManager, adapters: list[str], base: str
+    manager: PEFTManager,
+    adapters: list[str],
+    base: str,
 ) -> None:
     await manager.load_adapter(adapters[0], base)
     expected = (await manager.generate(SHORT)).text
@@ -308,7 +330,10 @@ async def test_a_cancelled_answer_stops_at_once_and_the_next_is_not_confused(
         with anyio.CancelScope() as scope:
 
             async def leave(
-                _done: float, _total: float | None, _message: str, leaving: anyio.CancelScope = scope
+                _done: float,
+                _total: float | None,
+                _message: str,
+                leaving: anyio.CancelScope = scope,
             ) -> None:
                 leaving.cancel()
 
@@ -327,7 +352,10 @@ async def test_a_cancelled_answer_stops_at_once_and_the_next_is_not_confused(
 
 @pytest.mark.parametrize("stage", ["checking the adapter", "loading the adapter", "the adapter takes effect"])
 async def test_after_a_load_that_was_given_up_the_list_tells_what_is_so(
-    manager: PEFTManager, adapters: list[str], base: str, stage: str
+    manager: PEFTManager,
+    adapters: list[str],
+    base: str,
+    stage: str,
 ) -> None:
     await manager.load_adapter(adapters[0], base)
     with anyio.CancelScope() as scope:
@@ -366,7 +394,9 @@ async def test_who_waits_for_its_turn_is_told(manager: PEFTManager, adapters: li
 
 
 async def test_the_host_ends_with_its_manager_and_with_the_process_that_started_it(
-    data_dir: Path, adapters: list[str], base: str
+    data_dir: Path,
+    adapters: list[str],
+    base: str,
 ) -> None:
     async with PEFTManager(Settings(data_dir=data_dir)) as manager:
         await manager.load_adapter(adapters[0], base)
@@ -385,7 +415,10 @@ async def test_the_host_ends_with_its_manager_and_with_the_process_that_started_
 
 @pytest.mark.parametrize("path", ["missing", "file"])
 async def test_a_path_that_is_no_adapter_starts_nothing(
-    manager: PEFTManager, adapters: list[str], base: str, path: str
+    manager: PEFTManager,
+    adapters: list[str],
+    base: str,
+    path: str,
 ) -> None:
     wrong = f"{adapters[0]}/adapter_model.safetensors" if path == "file" else "/no/such/adapter"
     with pytest.raises(PeftMcpError, match="is a file" if path == "file" else "No adapter at"):
@@ -410,11 +443,13 @@ def test_a_host_whose_torch_is_broken_says_so_with_its_last_words(data_dir: Path
 
 
 async def test_closing_while_a_call_waits_for_one_that_was_given_up_is_told_to_it(
-    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+    data_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("peft_core.inference.client.HOST", [sys.executable, str(SCRIPTED)])
     host = InferenceClient(
-        HostConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=1), data_dir / "host.log"
+        HostConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=1),
+        data_dir / "host.log",
     )
     with anyio.CancelScope() as scope:
 

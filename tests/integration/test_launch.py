@@ -122,7 +122,9 @@ def test_a_launched_process_that_is_killed_ends_the_others_with_one_failure(tmp_
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_launched_processes_end_with_their_launcher_and_a_checkpoint(
-    tmp_path: Path, toy_base: Path, end: signal.Signals
+    tmp_path: Path,
+    toy_base: Path,
+    end: signal.Signals,
 ) -> None:
     task = make_task(tmp_path, str(toy_base), **ENDLESS)
     with launched(task) as process:
@@ -136,17 +138,23 @@ def test_launched_processes_end_with_their_launcher_and_a_checkpoint(
 
 @pytest.mark.parametrize("processes", [1, 2])
 async def test_a_job_is_trained_under_the_launcher_of_the_settings(
-    tmp_path: Path, toy_base: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+    tmp_path: Path,
+    toy_base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    processes: int,
 ) -> None:
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     records = make_task(tmp_path, str(toy_base), **TOY).source
     settings = Settings(
-        data_dir=tmp_path / "data", launcher=" ".join(LAUNCHER if processes == 2 else [*LAUNCHER[:3], "--cpu"])
+        data_dir=tmp_path / "data",
+        launcher=" ".join(LAUNCHER if processes == 2 else [*LAUNCHER[:3], "--cpu"]),
     )
     async with PEFTManager(settings) as manager:
         job = await manager.train_adapter(
-            "adds", str(records), {**TOY, "base_model": str(toy_base), "allow_little_data": True}
+            "adds",
+            str(records),
+            {**TOY, "base_model": str(toy_base), "allow_little_data": True},
         )
         async for status in manager.watch_training("adds", job.job_id):
             last = status

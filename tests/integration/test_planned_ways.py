@@ -56,7 +56,9 @@ def adapted(base: Base, *, in_bfloat16: bool, config: TrainingConfig = CONFIG) -
 @pytest.mark.parametrize("in_bfloat16", [False, True])
 @pytest.mark.parametrize("family", sorted(FUSED))
 def test_of_a_fused_family_every_block_is_fused_and_keeps_what_the_plan_says(
-    family: str, in_bfloat16: bool, tmp_path: Path
+    family: str,
+    in_bfloat16: bool,
+    tmp_path: Path,
 ) -> None:
     base = resolve(str(write_toy_base(tmp_path / "base", family)), Settings())
     model, objective = adapted(base, in_bfloat16=in_bfloat16)
@@ -85,7 +87,9 @@ def test_of_a_fused_family_every_block_is_fused_and_keeps_what_the_plan_says(
 @pytest.mark.parametrize("in_bfloat16", [False, True])
 @pytest.mark.parametrize("family", sorted(FUSED))
 def test_where_saved_tensors_lie_changes_no_bit_of_loss_and_gradient(
-    family: str, in_bfloat16: bool, tmp_path: Path
+    family: str,
+    in_bfloat16: bool,
+    tmp_path: Path,
 ) -> None:
     base = resolve(str(write_toy_base(tmp_path / "base", family)), Settings())
     model, objective = adapted(base, in_bfloat16=in_bfloat16)
@@ -105,7 +109,10 @@ def test_where_saved_tensors_lie_changes_no_bit_of_loss_and_gradient(
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["up_proj", "o_proj"], ["down_proj"]])
 @pytest.mark.parametrize("family", sorted(FUSED))
 def test_in_bfloat16_loss_and_gradient_are_those_of_float32_up_to_its_digits(
-    family: str, targets: Literal["all-linear"] | list[str], recompute: bool, tmp_path: Path
+    family: str,
+    targets: Literal["all-linear"] | list[str],
+    recompute: bool,
+    tmp_path: Path,
 ) -> None:
     base = resolve(str(write_toy_base(tmp_path / "base", family, dtype=torch.bfloat16)), Settings())
     config = CONFIG.model_copy(update={"target_modules": targets})
@@ -173,7 +180,9 @@ def test_on_an_accelerator_a_base_is_loaded_in_its_formats_whatever_was_planned(
 @pytest.mark.model
 @pytest.mark.parametrize("leak", ["none", "one layer", "every layer"])
 def test_rounding_to_16_bits_is_told_from_documents_that_see_each_other(
-    leak: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    leak: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As on an accelerator, whose attention for many documents is another kernel than that for one."""
     base = resolve(None, Settings(data_dir=tmp_path))
@@ -181,7 +190,11 @@ def test_rounding_to_16_bits_is_told_from_documents_that_see_each_other(
     calls = count()
 
     def attend(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...], **others: Any
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        lengths: tuple[int, ...],
+        **others: Any,
     ) -> torch.Tensor:
         layer = next(calls) % base.shape.layers
         leaks = leak == "every layer" or (leak == "one layer" and layer == 15)

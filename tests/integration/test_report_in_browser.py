@@ -22,7 +22,8 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this mac
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=BROWSER, args=["--no-sandbox", "--disable-background-networking"]
+            executable_path=BROWSER,
+            args=["--no-sandbox", "--disable-background-networking"],
         )
         yield browser
         browser.close()
@@ -33,7 +34,11 @@ def report(tmp_path: Path) -> Path:
     path = tmp_path / "report.html"
     facts = {"Data": {"files": "12", "a long name": "x" * 300, "hostile": HOSTILE}}
     page = render(
-        title="web on SmolLM2", subtitle=HOSTILE, evaluation=make_evaluation(), curve=curve_of(EVENTS), facts=facts
+        title="web on SmolLM2",
+        subtitle=HOSTILE,
+        evaluation=make_evaluation(),
+        curve=curve_of(EVENTS),
+        facts=facts,
     )
     path.write_text(page, encoding="utf-8")
     return path
@@ -42,7 +47,9 @@ def report(tmp_path: Path) -> Path:
 def opened(browser: Browser, report: Path, *, dark: bool = False, width: int = 1000) -> tuple[Page, list[str]]:
     """The page, and what the browser complained of or asked for besides the page itself."""
     context = browser.new_context(
-        offline=True, color_scheme="dark" if dark else "light", viewport={"width": width, "height": 900}
+        offline=True,
+        color_scheme="dark" if dark else "light",
+        viewport={"width": width, "height": 900},
     )
     page = context.new_page()
     rejection_reason: list[str] = []

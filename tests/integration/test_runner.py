@@ -85,7 +85,8 @@ def test_a_child_is_told_where_it_may_read(store: Store, spawn: Spawn, paths: Da
 
 
 def test_a_run_that_goes_on_tells_what_nobody_heard_and_the_rest_is_not_recorded_twice(
-    store: Store, spawn: Spawn
+    store: Store,
+    spawn: Spawn,
 ) -> None:
     store.insert(make_job("job", "goes on"))
     heard = (step_completed(1), step_completed(2))
@@ -151,18 +152,21 @@ def test_a_child_that_somebody_asked_to_stop_was_interrupted(store: Store, spawn
 
 def test_an_error_inside_a_run_keeps_its_text_and_advice() -> None:
     error = ExceptionGroup(
-        "unhandled", [StorageError("The disk is full.", code="disk_full", suggestions=["Free some"])]
+        "unhandled",
+        [StorageError("The disk is full.", code="disk_full", suggestions=["Free some"])],
     )
     problem = problem_of(error)
     assert (problem.code, problem.message, problem.suggestions) == ("disk_full", "The disk is full.", ("Free some",))
 
 
 def test_a_runner_that_cannot_start_fails_its_job_with_the_reason(
-    paths: DataPaths, store: Store, monkeypatch: pytest.MonkeyPatch
+    paths: DataPaths,
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tending, "RUNNER", [sys.executable, "-c", "raise SystemExit('no runner today')"])
     store.insert(make_job("job"))
-    jobs = JobService(Settings(data_dir=paths.root))
+    jobs = JobService(Settings(data_dir=paths.root), Registry(paths))
     wait_until(lambda: jobs.status("web").status is Status.FAILED, "the failure")
     error = jobs.status("web").error
     assert error is not None
@@ -170,13 +174,16 @@ def test_a_runner_that_cannot_start_fails_its_job_with_the_reason(
 
 
 def test_a_runner_that_is_killed_each_time_it_starts_fails_its_job_instead_of_being_started_for_ever(
-    paths: DataPaths, store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    paths: DataPaths,
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     starts = tmp_path / "starts"
     script = f"import os; open({str(starts)!r}, 'a').write('x'); os.kill(os.getpid(), 9)"
     monkeypatch.setattr(tending, "RUNNER", [sys.executable, "-c", script])
     store.insert(make_job("job"))
-    jobs = JobService(Settings(data_dir=paths.root))
+    jobs = JobService(Settings(data_dir=paths.root), Registry(paths))
     wait_until(lambda: jobs.status("web").status is Status.FAILED, "the failure")
     error = jobs.status("web").error
     assert error is not None
@@ -185,12 +192,14 @@ def test_a_runner_that_is_killed_each_time_it_starts_fails_its_job_instead_of_be
 
 
 def test_where_no_process_can_be_started_a_job_waits_and_can_be_cancelled(
-    paths: DataPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    paths: DataPaths,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tending, "RUNNER", [str(tmp_path / "no such program")])
     base = write_model(tmp_path / "base")
     records = [{"text": f"def add_{n}(a, b):\n    return a + {n} * b\n"} for n in range(60)]
-    jobs = JobService(Settings(data_dir=paths.root))
+    jobs = JobService(Settings(data_dir=paths.root), Registry(paths))
     queued = jobs.submit("web", records, TrainingConfig(base_model=str(base), max_length=128))
     assert queued.status is Status.QUEUED
     with pytest.raises(StorageError, match="What waits stays queued") as told:
@@ -202,14 +211,16 @@ def test_where_no_process_can_be_started_a_job_waits_and_can_be_cancelled(
 
 
 def test_a_runner_works_where_no_thread_can_be_had_to_wait_for_its_end(
-    paths: DataPaths, store: Store, monkeypatch: pytest.MonkeyPatch
+    paths: DataPaths,
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def no_thread(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(tending, "RUNNER", [sys.executable, "-c", "raise SystemExit('no runner today')"])
     store.insert(make_job("job"))
-    jobs = JobService(Settings(data_dir=paths.root))
+    jobs = JobService(Settings(data_dir=paths.root), Registry(paths))
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", no_thread)
         assert jobs.status("web").status is Status.QUEUED
@@ -236,7 +247,9 @@ def test_the_queue_goes_on_after_every_kind_of_end(store: Store, spawn: Spawn) -
 
 @pytest.mark.parametrize("project", ["hangs", "stubborn"])
 def test_a_running_job_is_cancelled_even_when_its_child_ignores_sigterm(
-    store: Store, spawn: Spawn, project: str
+    store: Store,
+    spawn: Spawn,
+    project: str,
 ) -> None:
     store.insert(make_job("job", project))
     runner = spawn()
@@ -247,7 +260,10 @@ def test_a_running_job_is_cancelled_even_when_its_child_ignores_sigterm(
 
 
 def test_a_job_that_evaluates_ends_with_its_verdict_and_a_page(
-    store: Store, spawn: Spawn, paths: DataPaths, tmp_path: Path
+    store: Store,
+    spawn: Spawn,
+    paths: DataPaths,
+    tmp_path: Path,
 ) -> None:
     job = make_job("job", "evaluates")
     evaluated = EvaluatedAdapter(adapter_path=tmp_path / "adapter")
@@ -293,7 +309,9 @@ def test_a_killed_runner_leaves_an_interrupted_job_and_no_child(store: Store, sp
 
 
 def test_a_job_that_was_to_be_cancelled_when_the_runner_died_is_cancelled(
-    store: Store, spawn: Spawn, paths: DataPaths
+    store: Store,
+    spawn: Spawn,
+    paths: DataPaths,
 ) -> None:
     store.insert(make_job("job", "stubborn"))
     runner = spawn()
@@ -310,7 +328,9 @@ def test_a_job_that_was_to_be_cancelled_when_the_runner_died_is_cancelled(
 
 
 def test_a_runner_that_is_asked_to_stop_says_so_and_takes_its_child_along(
-    store: Store, spawn: Spawn, paths: DataPaths
+    store: Store,
+    spawn: Spawn,
+    paths: DataPaths,
 ) -> None:
     store.insert(make_job("job", "hangs", created_at=0.0))
     store.insert(make_job("waiting", "fails", created_at=1.0))

@@ -242,7 +242,10 @@ BAD_INPUT: list[tuple[str, dict[str, Any], list[str]]] = [
 
 
 async def test_bad_input_gets_one_clear_error_and_makes_no_job(
-    connect: Connect, code: Path, data_dir: Path, subtests: pytest.Subtests
+    connect: Connect,
+    code: Path,
+    data_dir: Path,
+    subtests: pytest.Subtests,
 ) -> None:
     adapter = str(write_adapter(code / "adapter"))
     async with connect() as client:
@@ -304,7 +307,8 @@ async def test_an_adapter_is_judged_in_words_and_in_data(connect: Connect, tmp_p
     adapter = record_base(write_adapter(tmp_path / "adapter"), resolve(str(base), Settings()))
     async with connect() as client:
         result = await client.call_tool(
-            "verify_adapter_compatibility", {"adapter_path": str(adapter), "base_model": str(base)}
+            "verify_adapter_compatibility",
+            {"adapter_path": str(adapter), "base_model": str(base)},
         )
         assert result.structured_content is not None
         assert (result.structured_content["verdict"], result.structured_content["compatible"]) == ("sampled", True)
@@ -313,7 +317,8 @@ async def test_an_adapter_is_judged_in_words_and_in_data(connect: Connect, tmp_p
         write_model(base, hidden_size=64)
         (adapter / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
         result = await client.call_tool(
-            "verify_adapter_compatibility", {"adapter_path": str(adapter), "base_model": str(base)}
+            "verify_adapter_compatibility",
+            {"adapter_path": str(adapter), "base_model": str(base)},
         )
         assert not result.is_error
         assert result.structured_content is not None
@@ -353,7 +358,10 @@ def test_an_unwritable_data_directory_is_named(tmp_path: Path, code: Path) -> No
 def start_by_hand(data_dir: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "CODEBASE_GARDENER_DATA_DIR": str(data_dir)}
     return subprocess.Popen(
-        [sys.executable, "-m", "server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        [sys.executable, "-m", "server"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
     )
 
 
@@ -431,7 +439,11 @@ def test_help_and_version_are_for_people() -> None:
 def test_a_wrong_setting_is_named_at_the_start() -> None:
     environment = {**os.environ, "CODEBASE_GARDENER_MAX_MEMORY_MB": "lots"}
     output = subprocess.run(
-        [sys.executable, "-m", "server"], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "server"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert output.returncode == 2
     assert "CODEBASE_GARDENER_MAX_MEMORY_MB = 'lots'" in output.stderr

@@ -134,7 +134,9 @@ def losses(directory: Path, base: Path, execution: ComputePlan, **config: Any) -
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])  # with it the layers are PEFT's own
 def test_weights_that_stay_in_their_file_and_layers_computed_twice_give_the_same_run_to_the_bit(
-    tmp_path: Path, toy_base: Path, dropout: float
+    tmp_path: Path,
+    toy_base: Path,
+    dropout: float,
 ) -> None:
     plain, log = losses(tmp_path / "memory", toy_base, ComputePlan(), dropout=dropout)
     assert "base_mapped" not in log
@@ -154,7 +156,10 @@ def test_products_in_bfloat16_give_nearly_the_same_run(tmp_path: Path, toy_base:
 
 @pytest.mark.parametrize(("weights", "there"), [("bfloat16", True), ("float32", False)])
 def test_the_room_for_saved_tensors_is_there_while_blocks_in_bfloat16_train_and_no_longer(
-    tmp_path: Path, toy_base: Path, weights: Any, there: bool
+    tmp_path: Path,
+    toy_base: Path,
+    weights: Any,
+    there: bool,
 ) -> None:
     found: dict[str, int] = {}
 
@@ -171,7 +176,10 @@ def test_the_room_for_saved_tensors_is_there_while_blocks_in_bfloat16_train_and_
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_memory_is_spared_from_the_start_and_throughout_where_layers_are_computed_twice(
-    tmp_path: Path, toy_base: Path, monkeypatch: pytest.MonkeyPatch, recompute: bool
+    tmp_path: Path,
+    toy_base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recompute: bool,
 ) -> None:
     sizes: list[int] = []
     map_from = process._map_from
@@ -279,7 +287,7 @@ def test_nothing_but_events_reaches_standard_output(tmp_path: Path, toy_base: Pa
         "def noise():\n"
         "    time.sleep(2)\n"
         "    print('a library that prints', flush=True)\n"
-        "threading.Thread(target=noise, daemon=True).start()\n"
+        "threading.Thread(target=noise, daemon=True).start()\n",
     )
     code, events, err = run_to_the_end(make_task(tmp_path, str(toy_base), **TOY), PYTHONPATH=str(site))
     assert code == 0
@@ -400,7 +408,9 @@ sys.meta_path.insert(0, Finder())
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_that_diverged_says_so_in_its_manifest_and_its_card(
-    tmp_path: Path, toy_base: Path, processes: int
+    tmp_path: Path,
+    toy_base: Path,
+    processes: int,
 ) -> None:
     site = tmp_path / "site"
     site.mkdir()

@@ -47,7 +47,7 @@ class Life:
     base: Path
     project: str = "small"
     config: dict[str, object] = field(
-        default_factory=lambda: {"device": "cpu", "max_length": 128, "allow_little_data": True}
+        default_factory=lambda: {"device": "cpu", "max_length": 128, "allow_little_data": True},
     )
     settings: Settings | None = None
     job_id: str | None = None
@@ -59,8 +59,8 @@ class Life:
     def __post_init__(self) -> None:
         self.settings = self.settings or Settings(data_dir=self.root / "data", log_level="WARNING")
         self.paths = self.settings.paths
-        self.jobs = JobService(self.settings)
         self.registry = Registry(self.paths)
+        self.jobs = JobService(self.settings, self.registry)
 
     # -- what happens -------------------------------------------------------------------------------------------------
 

@@ -68,7 +68,10 @@ def fill(ballast: Path) -> None:
 
 
 def test_a_full_disk_is_told_and_the_job_goes_on_when_there_is_space(
-    small_disk: Path, source: Path, small_base: Path, monkeypatch: pytest.MonkeyPatch
+    small_disk: Path,
+    source: Path,
+    small_base: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(planning, "_check_disk", lambda *_: None)  # it would refuse: here it fills up later
     life = Life(small_disk, source, small_base)
@@ -86,7 +89,9 @@ def test_a_full_disk_is_told_and_the_job_goes_on_when_there_is_space(
 
 
 def test_a_disk_that_is_full_from_the_start_is_refused_with_figures(
-    small_disk: Path, source: Path, small_base: Path
+    small_disk: Path,
+    source: Path,
+    small_base: Path,
 ) -> None:
     with pytest.raises(StorageError, match="MB are free") as told:
         Life(small_disk, source, small_base).submit("web")
@@ -123,7 +128,9 @@ def test_a_data_directory_that_is_removed_while_a_job_runs_takes_the_job_along(l
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_refused_with_the_reason(
-    life: Life, monkeypatch: pytest.MonkeyPatch, number: int
+    life: Life,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
 ) -> None:
     def no_locks(*_: object) -> None:
         raise OSError(number, os.strerror(number))
@@ -168,7 +175,7 @@ PRAGMA user_version = 1;
 def shape(path: Path) -> list[tuple[str, ...]]:
     with closing(sqlite3.connect(path)) as db:
         columns = db.execute(
-            "SELECT m.name, c.name, c.type FROM sqlite_master m, pragma_table_info(m.name) c ORDER BY 1, 2"
+            "SELECT m.name, c.name, c.type FROM sqlite_master m, pragma_table_info(m.name) c ORDER BY 1, 2",
         ).fetchall()
         return [*columns, *db.execute("SELECT name, tbl_name FROM sqlite_master WHERE type = 'index' ORDER BY 1")]
 
@@ -197,7 +204,7 @@ def test_a_database_of_version_1_is_brought_up_to_date_with_all_that_is_in_it(tm
 def test_an_older_server_on_a_newer_database_refuses_every_verb_politely(life: Life) -> None:
     with closing(sqlite3.connect(life.paths.database)) as db:
         db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
-    jobs = JobService(life.settings)
+    jobs = JobService(life.settings, life.registry)
     for ask in (
         lambda: jobs.status("earlier"),
         lambda: jobs.by_id("x"),

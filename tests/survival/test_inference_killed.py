@@ -122,7 +122,11 @@ def toy_adapter(toy_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("way", ["SIGKILL", "SIGTERM", MEMORY])
 def test_the_inference_process_is_killed(
-    tmp_path: Path, source: Path, toy_base: Path, toy_adapter: Path, way: str
+    tmp_path: Path,
+    source: Path,
+    toy_base: Path,
+    toy_adapter: Path,
+    way: str,
 ) -> None:
     life = Life(tmp_path, source, toy_base)
     kills = shuffled([Kill(point, "host", way) for point in TOOL_OF], f"host {way}")

@@ -53,7 +53,9 @@ def test_the_server_is_gone_and_the_training_goes_on(life: Life, way: str) -> No
             started = server_process.children(recursive=True)
             assert leave(left, way) < GONE_WITHIN_S
             until(
-                lambda pids=[process.pid for process in started]: all(map(gone, pids)), "it to be gone", TRUE_WITHIN_S
+                lambda pids=[process.pid for process in started]: all(map(gone, pids)),
+                "it to be gone",
+                TRUE_WITHIN_S,
             )
         assert not gone(child)
     life.disarm()

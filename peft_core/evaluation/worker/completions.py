@@ -48,7 +48,11 @@ class Prompt:
 
 
 def choose_prompts(
-    trials: Sequence[HeldOutExample], most: int, max_tokens: int, seed: int, tokenizer: BaseTokenizer
+    trials: Sequence[HeldOutExample],
+    most: int,
+    max_tokens: int,
+    seed: int,
+    tokenizer: BaseTokenizer,
 ) -> list[Prompt]:
     """At most so many prompts, and no more than cost `max_tokens`, read and written by one model."""
     prompts: list[Prompt] = []
@@ -121,7 +125,10 @@ def _write_some(causal: PreTrainedModel, prompts: Sequence[Sequence[int]], token
             input_ids=ids_BT,
             attention_mask=mask_BT,
             generation_config=GenerationConfig(
-                max_new_tokens=MAX_NEW_TOKENS, do_sample=False, eos_token_id=end, pad_token_id=end
+                max_new_tokens=MAX_NEW_TOKENS,
+                do_sample=False,
+                eos_token_id=end,
+                pad_token_id=end,
             ),
             stopping_criteria=StoppingCriteriaList([_Lines(tokenizer, longest)]),
         )

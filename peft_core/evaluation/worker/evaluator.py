@@ -49,7 +49,12 @@ class Evaluator:
     """Everything to measure on, and the way to do it."""
 
     def __init__(
-        self, held_out: Sequence[HeldOutExample], tokenizer: BaseTokenizer, max_length: int, *, seed: int
+        self,
+        held_out: Sequence[HeldOutExample],
+        tokenizer: BaseTokenizer,
+        max_length: int,
+        *,
+        seed: int,
     ) -> None:
         self.held_out = held_out
         self._general = held_out_examples_of(general_examples(), tokenizer, max_length)

@@ -82,7 +82,7 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
         update={
             "held_out_examples": len(trials),
             "held_out_tokens": sum(len(trial.document) for trial in trials),
-        }
+        },
     )
     emit(DatasetPrepared(dataset=summary))
     exam = Evaluator(trials, tokenizer, config.max_length, seed=config.seed)

@@ -40,7 +40,9 @@ class HeldOutExample:
 
 
 def held_out_examples_of(
-    examples: Iterable[Example], tokenizer: BaseTokenizer, max_length: int
+    examples: Iterable[Example],
+    tokenizer: BaseTokenizer,
+    max_length: int,
 ) -> list[HeldOutExample]:
     """Those with a token to measure on."""
     found = []
@@ -168,7 +170,10 @@ _DURING_TRAINING_TOKENS = 8192
 
 
 def held_out_loss(
-    objective: Objective, documents: Sequence[Document], accelerator: Accelerator, stop: StopFlag
+    objective: Objective,
+    documents: Sequence[Document],
+    accelerator: Accelerator,
+    stop: StopFlag,
 ) -> float:
     """Mean over all target tokens of -log p, nats. Each process takes its share of the documents.
 

@@ -127,7 +127,10 @@ def main() -> int:
 
 
 def _work(
-    desk: RequestHandler, ask: Request, inbox: RequestQueue, write: Callable[[BaseModel], None]
+    desk: RequestHandler,
+    ask: Request,
+    inbox: RequestQueue,
+    write: Callable[[BaseModel], None],
 ) -> ErrorInfo | None:
     """Answer one request; what went wrong, if something did.
 
@@ -154,7 +157,9 @@ def _work(
 
 
 def _reporter(
-    ask: Request, inbox: RequestQueue, write: Callable[[BaseModel], None]
+    ask: Request,
+    inbox: RequestQueue,
+    write: Callable[[BaseModel], None],
 ) -> Callable[[float, float | None, str], None]:
     said_at = float("-inf")
 

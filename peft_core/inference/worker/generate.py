@@ -121,7 +121,10 @@ def _read(model: ResidentModel, ids_1T: torch.Tensor, on_token: Callable[[int], 
     for start in range(0, ids_1T.shape[1] - _PIECE, _PIECE):
         on_token(0)
         model.causal(  # a forward pass
-            input_ids=ids_1T[:, start : start + _PIECE], past_key_values=cache, use_cache=True, logits_to_keep=1
+            input_ids=ids_1T[:, start : start + _PIECE],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
     return cache
 

@@ -124,7 +124,12 @@ class RequestHandler:
         return name, effect
 
     def _fall_back(
-        self, base: Base, verdict: Compatibility, reason: str, began: float, report: ProgressCallback
+        self,
+        base: Base,
+        verdict: Compatibility,
+        reason: str,
+        began: float,
+        report: ProgressCallback,
     ) -> LoadedAdapter:
         """What was active stays; where nothing was, the base answers."""
         residents = self._residents
@@ -213,7 +218,9 @@ class RequestHandler:
                 wanted,
                 self._pace,
                 lambda done: report(
-                    before + done, total, f"{done} tokens by the {who}" if done else f"the {who} reads the prompt"
+                    before + done,
+                    total,
+                    f"{done} tokens by the {who}" if done else f"the {who} reads the prompt",
                 ),
             )
 

@@ -104,7 +104,9 @@ MISMATCHES = [
     Row("no target matches", configured(target_modules=["query_key_value"]), ["not_targeted", "target_not_in_base"]),
     Row("one target does not match", configured(target_modules=["q_proj", "v_proj", "c_attn"]), ["target_not_in_base"]),
     Row(
-        "config wider than the weights", configured(target_modules=["q_proj", "v_proj", "k_proj"]), ["weights_missing"]
+        "config wider than the weights",
+        configured(target_modules=["q_proj", "v_proj", "k_proj"]),
+        ["weights_missing"],
     ),
     Row("config narrower than the weights", configured(target_modules=["q_proj"]), ["not_targeted"]),
     Row("layers_to_transform narrowed", configured(layers_to_transform=[0]), ["not_targeted"]),
@@ -206,7 +208,11 @@ def test_each_mismatch_has_its_own_code(tmp_path: Path, base: Base, row: Row) ->
     ],
 )
 def test_a_difference_of_models_is_told_in_their_terms(
-    tmp_path: Path, base: Base, change: Change, found: str, expected: str
+    tmp_path: Path,
+    base: Base,
+    change: Change,
+    found: str,
+    expected: str,
 ) -> None:
     adapter = write_adapter(tmp_path)
     change(adapter)
@@ -225,10 +231,13 @@ def test_a_head_that_was_adapted_for_a_larger_vocabulary_is_told(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "change", [configured(lora_alpha=80), configured(use_rslora=True), configured(alpha_pattern={})]
+    "change",
+    [configured(lora_alpha=80), configured(use_rslora=True), configured(alpha_pattern={})],
 )
 def test_a_configuration_that_was_edited_later_is_seen_by_its_recorded_hash(
-    tmp_path: Path, base: Base, change: Change
+    tmp_path: Path,
+    base: Base,
+    change: Change,
 ) -> None:
     adapter = record_base(write_adapter(tmp_path, alpha_pattern={"v_proj": 64}), base)
     assert verify(adapter, base).compatible

@@ -79,7 +79,7 @@ def test_quantised_tensors_have_the_sizes_of_their_blocks(tmp_path: Path) -> Non
         pytest.param(header(KEY + struct.pack("<IIQ", ARRAY, U32, 2**60), counts=(0, 1)), "longer", id="array length"),
         pytest.param(header(KEY + struct.pack("<IIQ", ARRAY, ARRAY, 1), counts=(0, 1)), "element type", id="nested"),
         pytest.param(
-            header(KEY + struct.pack("<IIQQ", ARRAY, TEXT, 1, 2**63), counts=(0, 1)), "truncated", id="string in array"
+            header(KEY + struct.pack("<IIQQ", ARRAY, TEXT, 1, 2**63), counts=(0, 1)), "truncated", id="string in array",
         ),
         pytest.param(header((KEY + struct.pack("<II", U32, 1)) * 2, counts=(0, 2)), "occurs twice", id="key twice"),
         pytest.param(header(tensors=tensor(b"t", (1,) * 9, 0, 0), counts=(1, 0)), "dimensions", id="dimensions"),
@@ -119,7 +119,8 @@ def test_an_array_that_fills_a_sparse_file_is_refused_without_reading_it(tmp_pat
 
 @settings(max_examples=400, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.lists(st.tuples(st.integers(0, 2000), st.binary(min_size=1, max_size=8)), max_size=4), st.integers(0, len(SOUND))
+    st.lists(st.tuples(st.integers(0, 2000), st.binary(min_size=1, max_size=8)), max_size=4),
+    st.integers(0, len(SOUND)),
 )
 @example([(16, b"\xff" * 8)], 0)
 def test_damage_is_refused_or_harmless(tmp_path: Path, changes: list[tuple[int, bytes]], end: int) -> None:

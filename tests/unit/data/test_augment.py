@@ -46,7 +46,11 @@ def example_of(text: str, *, language: str = "python", kind: str = "function", c
 
 
 def told(
-    example: Example, mixture: TaskMixture, *, seed: int = 0, max_length: int = 512
+    example: Example,
+    mixture: TaskMixture,
+    *,
+    seed: int = 0,
+    max_length: int = 512,
 ) -> tuple[Example, ExampleFormat]:
     return reformat_example(example, mixture, EstimatingCodec(), max_length=max_length, seed=seed)
 
@@ -65,7 +69,9 @@ def put_together(example: Example, tokens: FillInTheMiddle) -> str:
 @pytest.mark.parametrize("code", [FUNCTION, METHOD])
 @given(seed=st.integers(0, 1000))
 def test_before_gap_and_after_are_the_unit_in_every_familys_format(
-    tokens: FillInTheMiddle, code: str, seed: int
+    tokens: FillInTheMiddle,
+    code: str,
+    seed: int,
 ) -> None:
     class Coder(EstimatingCodec):
         fill_in_the_middle = tokens

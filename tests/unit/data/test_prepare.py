@@ -302,7 +302,9 @@ def shared(tmp_path: Path) -> list[float]:
 
 @pytest.mark.parametrize(("width", "step"), [(12, 9), (12, 6), (12, 3)])
 def test_windows_that_slide_over_a_file_are_not_measured_on_where_they_are_trained_on(
-    tmp_path: Path, width: int, step: int
+    tmp_path: Path,
+    width: int,
+    step: int,
 ):
     lines = [f"value_{n} = compute(value_{n - 1}, {n * n})" for n in range(600)]
     chunks = [

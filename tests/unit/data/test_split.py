@@ -38,7 +38,11 @@ def signatures_of(texts: Sequence[str | None]) -> MinHashIndex:
 
 KEYS = st.lists(
     st.builds(
-        ExampleKey, st.sampled_from("abcdefghij"), st.binary(min_size=1, max_size=1), st.integers(1, 500), st.just(b"")
+        ExampleKey,
+        st.sampled_from("abcdefghij"),
+        st.binary(min_size=1, max_size=1),
+        st.integers(1, 500),
+        st.just(b""),
     ),
     max_size=80,
 )
@@ -56,7 +60,9 @@ ANSWERS = st.lists(
 
 @given(keys=KEYS, seed=st.integers(0, 99), fraction=st.floats(0.02, 0.5))
 def test_files_are_on_one_side_copies_on_none_and_both_sides_are_filled(
-    keys: list[ExampleKey], seed: int, fraction: float
+    keys: list[ExampleKey],
+    seed: int,
+    fraction: float,
 ):
     parts = parted(keys, held_out_fraction=fraction, seed=seed)
     kept = [*parts.train, *parts.held_out]

@@ -76,7 +76,8 @@ def test_twenty_thousand_files_take_less_than_a_second_or_two(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "given_path", ["", "   ", "nowhere/at/all", "a\0b", "x" * 5_000, "~no_such_user_here/x", "[{}]"]
+    "given_path",
+    ["", "   ", "nowhere/at/all", "a\0b", "x" * 5_000, "~no_such_user_here/x", "[{}]"],
 )
 def test_a_path_that_leads_nowhere_is_refused_by_name(given_path: str):
     with pytest.raises(InvalidArgument) as caught:
@@ -223,7 +224,8 @@ def test_a_name_alone_can_be_reason_enough(name: str, reason: str):
 
 
 @pytest.mark.parametrize(
-    "name", ["secrets.py", "credentials.go", "keys.rs", "Makefile", "Dockerfile", "a.PY", "tokens.h"]
+    "name",
+    ["secrets.py", "credentials.go", "keys.rs", "Makefile", "Dockerfile", "a.PY", "tokens.h"],
 )
 def test_code_about_secrets_is_code(name: str):
     assert not isinstance(classify(name), Reason)
@@ -265,7 +267,7 @@ RECORDS: dict[str, Callable[[int], dict[str, Any]]] = {
     "completion": lambda n: {"prompt": f"double {n}", "completion": str(2 * n)},
     "output": lambda n: {"input": f"double {n}", "output": str(2 * n)},
     "messages": lambda n: {
-        "messages": [{"role": "user", "content": f"double {n}"}, {"role": "assistant", "content": str(2 * n)}]
+        "messages": [{"role": "user", "content": f"double {n}"}, {"role": "assistant", "content": str(2 * n)}],
     },
     "chunk": lambda n: {
         "id": str(n), "content": f"def f{n}(): pass", "language": "python", "chunk_type": "function",

@@ -27,7 +27,13 @@ HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31m\u
 def trained(steps: int) -> list[Event]:
     return [
         StepCompleted(
-            step=n, loss=2.5 - n / steps, learning_rate=1e-3, tokens=n, tokens_per_second=1, eta_s=1, memory_bytes=1
+            step=n,
+            loss=2.5 - n / steps,
+            learning_rate=1e-3,
+            tokens=n,
+            tokens_per_second=1,
+            eta_s=1,
+            memory_bytes=1,
         )
         for n in range(1, steps + 1)
     ]
@@ -121,7 +127,12 @@ def test_hostile_names_and_code_are_text_on_the_page(verdict: Verdict) -> None:
 
 def test_what_was_not_measured_leaves_no_hole() -> None:
     bare = make_evaluation(
-        next_line=None, edit_similarity=None, general_loss=None, gains=(), losses=(), seen_in_training=None
+        next_line=None,
+        edit_similarity=None,
+        general_loss=None,
+        gains=(),
+        losses=(),
+        seen_in_training=None,
     )
     text, page = page_of(evaluation=bare, curve=None)
     assert "Loss while it trained" not in text
@@ -140,7 +151,7 @@ def test_what_the_verdict_does_not_say_is_said_beside_it() -> None:
         assert caveat in page.text
         assert caveat in evaluation_line(evaluation)
         assert caveat in render_card(
-            make_manifest("a-01", config=TrainingConfig(learning_rate=5e-4), evaluation=evaluation)
+            make_manifest("a-01", config=TrainingConfig(learning_rate=5e-4), evaluation=evaluation),
         )
     assert "not recorded" not in page.text
     assert make_evaluation().caveats == ()

@@ -33,7 +33,7 @@ tallies = st.builds(
     weight=st.integers(1, 500).map(float),
 )
 texts = st.lists(st.sampled_from(["", "    ", "\t", "def f(x):", "    return x + 1", "        y = [x, 'ä']", "}"])).map(
-    "\n".join
+    "\n".join,
 )
 
 
@@ -117,7 +117,10 @@ def test_the_verdict_follows_its_rule(loss: Comparison, general: Comparison | No
 
 @given(st.floats(-3, 3), st.floats(0, 2), st.floats(0, 2), st.floats(-1, 1))
 def test_no_verdict_without_an_interval_that_leaves_zero_out(
-    change: float, below: float, above: float, general: float
+    change: float,
+    below: float,
+    above: float,
+    general: float,
 ) -> None:
     loss = comparison(change, change - below, change + above)
     known = comparison(general, general, general)

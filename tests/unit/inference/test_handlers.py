@@ -82,7 +82,9 @@ def generate(
     **request: Any,
 ) -> Generation:
     wanted = Generate(
-        request=GenerationRequest(**(request or HELLO)), adapter_path=adapter, without_adapter=without_adapter
+        request=GenerationRequest(**(request or HELLO)),
+        adapter_path=adapter,
+        without_adapter=without_adapter,
     )
     answer = desk.answer(wanted, report)
     assert isinstance(answer, Generation)
@@ -107,7 +109,9 @@ def test_a_load_answers_with_proof_of_the_effect(desk: RequestHandler, adapters:
 
 
 def test_what_is_in_memory_is_switched_to_and_answers_as_before(
-    desk: RequestHandler, adapters: list[Path], base: Base
+    desk: RequestHandler,
+    adapters: list[Path],
+    base: Base,
 ) -> None:
     load(desk, adapters[0], base)
     first = generate(desk).text
@@ -118,21 +122,31 @@ def test_what_is_in_memory_is_switched_to_and_answers_as_before(
 
 
 def test_an_answer_is_plain_pefts_token_for_token(
-    desk: RequestHandler, adapters: list[Path], base: Base, base_directory: Path
+    desk: RequestHandler,
+    adapters: list[Path],
+    base: Base,
+    base_directory: Path,
 ) -> None:
     load(desk, adapters[1], base)
     load(desk, adapters[0], base)
     reference = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_directory), str(adapters[0]))
     ids_1T = torch.tensor([[VOCABULARY.index(character) for character in "def f"]])
     written_1T = reference.generate(
-        input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), max_new_tokens=12, do_sample=False, pad_token_id=0
+        input_ids=ids_1T,
+        attention_mask=torch.ones_like(ids_1T),
+        max_new_tokens=12,
+        do_sample=False,
+        pad_token_id=0,
     )
     expected = [VOCABULARY[token] for token in written_1T[0, 5:] if token > 2]  # no special ones
     assert generate(desk).text.replace(" ", "") == "".join(expected).replace(" ", "")
 
 
 def test_files_that_have_changed_are_loaded_anew(
-    desk: RequestHandler, base: Base, base_directory: Path, tmp_path: Path
+    desk: RequestHandler,
+    base: Base,
+    base_directory: Path,
+    tmp_path: Path,
 ) -> None:
     adapter = write_toy_adapter(tmp_path / "adapter", base_directory, seed=1)
     load(desk, adapter, base)
@@ -155,7 +169,9 @@ def test_the_least_recently_used_goes_when_too_many_are_there(tmp_path: Path, ad
 
 
 def test_taking_adapters_off_restores_the_base_bit_for_bit(
-    desk: RequestHandler, adapters: list[Path], base: Base
+    desk: RequestHandler,
+    adapters: list[Path],
+    base: Base,
 ) -> None:
     before = generate(desk, without_adapter=base).text
     assert desk._residents.model is not None
@@ -180,7 +196,10 @@ def test_nothing_asks_for_gradients(desk: RequestHandler, adapters: list[Path], 
 
 
 def test_sixteen_bit_weights_rank_and_alpha_patterns_and_rslora_mean_what_they_mean_to_peft(
-    desk: RequestHandler, base: Base, base_directory: Path, tmp_path: Path
+    desk: RequestHandler,
+    base: Base,
+    base_directory: Path,
+    tmp_path: Path,
 ) -> None:
     adapter = write_toy_adapter(
         tmp_path / "x",
@@ -207,7 +226,10 @@ def test_sixteen_bit_weights_rank_and_alpha_patterns_and_rslora_mean_what_they_m
 
 
 def test_where_nothing_was_active_the_base_answers(
-    desk: RequestHandler, base: Base, base_directory: Path, tmp_path: Path
+    desk: RequestHandler,
+    base: Base,
+    base_directory: Path,
+    tmp_path: Path,
 ) -> None:
     zero = write_toy_adapter(tmp_path / "zero", base_directory, seed=1, scale=0)
     answer = load(desk, zero, base)
@@ -219,7 +241,11 @@ def test_where_nothing_was_active_the_base_answers(
 
 
 def test_what_was_active_stays_active(
-    desk: RequestHandler, adapters: list[Path], base: Base, base_directory: Path, tmp_path: Path
+    desk: RequestHandler,
+    adapters: list[Path],
+    base: Base,
+    base_directory: Path,
+    tmp_path: Path,
 ) -> None:
     load(desk, adapters[0], base)
     before = generate(desk).text
@@ -230,7 +256,11 @@ def test_what_was_active_stays_active(
 
 
 def test_an_adapter_that_the_check_cannot_see_through_is_found_out_by_its_missing_effect(
-    desk: RequestHandler, adapters: list[Path], base: Base, base_directory: Path, tmp_path: Path
+    desk: RequestHandler,
+    adapters: list[Path],
+    base: Base,
+    base_directory: Path,
+    tmp_path: Path,
 ) -> None:
     """A is zero, B is not: headers and weights look sound, and the product is nothing."""
     adapter = write_toy_adapter(tmp_path / "inert", base_directory, seed=1)
@@ -249,7 +279,10 @@ def test_an_adapter_that_the_check_cannot_see_through_is_found_out_by_its_missin
 
 
 def test_numbers_too_large_for_the_model_are_found_out_by_their_effect(
-    desk: RequestHandler, base: Base, base_directory: Path, tmp_path: Path
+    desk: RequestHandler,
+    base: Base,
+    base_directory: Path,
+    tmp_path: Path,
 ) -> None:
     adapter = write_toy_adapter(tmp_path / "huge", base_directory, seed=1, scale=1e38)
     answer = load(desk, adapter, base)
@@ -258,7 +291,10 @@ def test_numbers_too_large_for_the_model_are_found_out_by_their_effect(
 
 
 def test_nothing_is_left_of_a_load_that_breaks_half_way(
-    desk: RequestHandler, adapters: list[Path], base: Base, monkeypatch: pytest.MonkeyPatch
+    desk: RequestHandler,
+    adapters: list[Path],
+    base: Base,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     load(desk, adapters[0], base)
     before = generate(desk).text
@@ -276,7 +312,10 @@ def test_nothing_is_left_of_a_load_that_breaks_half_way(
 
 
 def test_a_first_load_that_breaks_half_way_leaves_the_base_as_it_was(
-    desk: RequestHandler, adapters: list[Path], base: Base, monkeypatch: pytest.MonkeyPatch
+    desk: RequestHandler,
+    adapters: list[Path],
+    base: Base,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = generate(desk, without_adapter=base).text
 
@@ -293,7 +332,11 @@ def test_a_first_load_that_breaks_half_way_leaves_the_base_as_it_was(
 
 @pytest.mark.parametrize("others", [0, 1])
 def test_nothing_is_left_of_an_adapter_that_peft_stops_at(
-    desk: RequestHandler, adapters: list[Path], base: Base, monkeypatch: pytest.MonkeyPatch, others: int
+    desk: RequestHandler,
+    adapters: list[Path],
+    base: Base,
+    monkeypatch: pytest.MonkeyPatch,
+    others: int,
 ) -> None:
     """PEFT replaces layers one by one: at an error some are replaced, and it has nothing to undo that with."""
     before = generate(desk, without_adapter=base).text
@@ -313,7 +356,10 @@ def test_nothing_is_left_of_an_adapter_that_peft_stops_at(
 
 
 def test_a_base_that_is_not_restored_ends_the_process(
-    desk: RequestHandler, adapters: list[Path], base: Base, monkeypatch: pytest.MonkeyPatch
+    desk: RequestHandler,
+    adapters: list[Path],
+    base: Base,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     generate(desk, without_adapter=base)
 
@@ -328,7 +374,9 @@ def test_a_base_that_is_not_restored_ends_the_process(
 
 
 def test_a_target_that_is_no_linear_layer_is_refused_before_anything_is_touched(
-    desk: RequestHandler, adapters: list[Path], base: Base
+    desk: RequestHandler,
+    adapters: list[Path],
+    base: Base,
 ) -> None:
     generate(desk, without_adapter=base)
     assert desk._residents.model is not None
@@ -364,7 +412,10 @@ def test_once_insisted_is_not_for_ever(desk: RequestHandler, base: Base, base_di
 
 
 def test_an_unproven_adapter_must_be_insisted_on(
-    desk: RequestHandler, base: Base, base_directory: Path, tmp_path: Path
+    desk: RequestHandler,
+    base: Base,
+    base_directory: Path,
+    tmp_path: Path,
 ) -> None:
     adapter = write_toy_adapter(tmp_path / "foreign", base_directory, seed=1)
     (adapter / "adapter_manifest.json").unlink()
@@ -376,7 +427,10 @@ def test_an_unproven_adapter_must_be_insisted_on(
 
 
 def test_insisting_does_not_help_against_errors(
-    desk: RequestHandler, base: Base, base_directory: Path, tmp_path: Path
+    desk: RequestHandler,
+    base: Base,
+    base_directory: Path,
+    tmp_path: Path,
 ) -> None:
     adapter = write_toy_adapter(tmp_path / "x", base_directory, seed=1)
     config = json.loads((adapter / "adapter_config.json").read_text())
@@ -387,7 +441,10 @@ def test_insisting_does_not_help_against_errors(
 
 
 def test_another_base_takes_the_place_of_the_first_only_when_its_adapter_works(
-    desk: RequestHandler, adapters: list[Path], base: Base, tmp_path: Path
+    desk: RequestHandler,
+    adapters: list[Path],
+    base: Base,
+    tmp_path: Path,
 ) -> None:
     other_directory = write_toy_base(tmp_path / "other")
     other_model = toy_model()
@@ -408,7 +465,9 @@ def test_another_base_takes_the_place_of_the_first_only_when_its_adapter_works(
 
 
 def test_the_active_one_is_taken_off_and_the_base_goes_with_the_last(
-    desk: RequestHandler, adapters: list[Path], base: Base
+    desk: RequestHandler,
+    adapters: list[Path],
+    base: Base,
 ) -> None:
     load(desk, adapters[0], base)
     load(desk, adapters[1], base)
@@ -512,7 +571,10 @@ def test_a_prompt_longer_than_the_context_is_refused_with_figures(desk: RequestH
 
 
 def test_messages_go_through_the_bases_own_template_never_the_adapters(
-    desk: RequestHandler, base: Base, base_directory: Path, tmp_path: Path
+    desk: RequestHandler,
+    base: Base,
+    base_directory: Path,
+    tmp_path: Path,
 ) -> None:
     adapter = write_toy_adapter(tmp_path / "x", base_directory, seed=4)
     load(desk, adapter, base)
@@ -536,7 +598,10 @@ def test_a_base_without_template_or_middle_tokens_says_so(desk: RequestHandler, 
 
 
 def test_a_long_prompt_is_read_in_pieces_to_the_same_effect(
-    desk: RequestHandler, adapters: list[Path], base: Base, monkeypatch: pytest.MonkeyPatch
+    desk: RequestHandler,
+    adapters: list[Path],
+    base: Base,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     load(desk, adapters[0], base)
     asked = {"prompt": "def f(x): return x" * 6, "max_new_tokens": 20}

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from peft_core.adapters.registry import Registry
+from peft_core.adapters.service import AdapterService
 from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
 from peft_core.errors import AdapterInUse, AdapterNotFound, AdapterNotLoaded, InferenceError, InvalidArgument
 from peft_core.inference import service as service_module
 from peft_core.inference.service import InferenceService, TrainingNeed
 from peft_core.manager import PEFTManager
-from peft_core.schemas.results import BaseMatch, MemoryState, ResidentAdapter
+from peft_core.schemas.results import BaseMatch, DeletedAdapter, MemoryState, ResidentAdapter
 from tests.factories import record_base
 from tests.model_files import write_adapter, write_model
 
@@ -31,11 +32,15 @@ def adapter(tmp_path: Path, base: Path) -> Path:
     return record_base(write_adapter(tmp_path / "adapter"), resolve(str(base), Settings()))
 
 
-def make_service(
-    data_dir: Path, *, trained_on: str | None = None, training: TrainingNeed | None = None, **settings: Any
-) -> InferenceService:
+def make_service(data_dir: Path, *, training: TrainingNeed | None = None, **settings: Any) -> InferenceService:
     chosen = Settings(data_dir=data_dir, **settings)
-    return InferenceService(chosen, Registry(chosen.paths), lambda _: trained_on, lambda: training)
+    adapters = AdapterService(chosen, Registry(chosen.paths), lambda _: None)
+    return InferenceService(chosen, adapters, lambda: training)
+
+
+def delete(service: InferenceService, project_id: str, adapter_id: str) -> DeletedAdapter:
+    """As PEFTManager.delete_adapter does."""
+    return service._adapters.delete(project_id, adapter_id, service.require_unused)
 
 
 def have_free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
@@ -49,43 +54,28 @@ def hold(service: InferenceService, monkeypatch: pytest.MonkeyPatch, *adapters: 
     monkeypatch.setattr(type(service._host), "resident", resident)
 
 
-# -- which base ----------------------------------------------------------------------------------------------------
-
-
-def test_the_base_it_was_trained_on_is_found_where_the_job_says_it_was(
-    data_dir: Path, base: Path, adapter: Path
-) -> None:
-    found = make_service(data_dir, trained_on=str(base)).verify(str(adapter), None, scan_weights=False)
-    assert (found.verdict, found.base_model) == (BaseMatch.SAMPLED, "tiny")
-
-
-def test_the_default_base_is_taken_where_it_is_the_recorded_one(data_dir: Path, base: Path, adapter: Path) -> None:
-    service = make_service(data_dir, default_base_model=str(base))
-    assert service.verify(str(adapter), None, scan_weights=False).verdict is BaseMatch.SAMPLED
-
-
-def test_a_job_whose_base_was_replaced_since_is_not_believed(data_dir: Path, base: Path, adapter: Path) -> None:
-    write_model(base, fill=7)
-    found = make_service(data_dir, trained_on=str(base)).verify(str(adapter), None, scan_weights=False)
-    assert found.verdict is BaseMatch.INCOMPATIBLE
-    assert "base_unknown" in [reason.code for reason in found.reasons]
-
-
 async def test_a_base_that_nobody_records_must_be_named(
-    data_dir: Path, adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+    data_dir: Path,
+    adapter: Path,
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (adapter / "adapter_manifest.json").unlink()
     service = make_service(data_dir, default_base_model=str(base))
-    with pytest.raises(InvalidArgument, match=r"base_model = None.*merely names"):
+    with pytest.raises(InvalidArgument, match=r"base_model = None.*only its configuration names"):
         await service.load(str(adapter), None, accept_unproven_base=True, report=None)
-    assert service.verify(str(adapter), str(base), scan_weights=False).verdict is BaseMatch.SHAPE_ONLY
+    verified = service._adapters.verify(str(adapter), str(base), scan_weights=False)
+    assert verified.verdict is BaseMatch.SHAPE_ONLY
 
 
 # -- memory --------------------------------------------------------------------------------------------------------
 
 
 async def test_a_model_that_does_not_fit_is_refused_with_figures(
-    data_dir: Path, adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+    data_dir: Path,
+    adapter: Path,
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     have_free(monkeypatch, GB // 10)
     with pytest.raises(InferenceError, match=r"takes about 0\.\d GB, 0\.1 GB are free\.") as caught:
@@ -103,7 +93,13 @@ async def test_a_model_that_does_not_fit_is_refused_with_figures(
     ],
 )
 def test_beside_a_training_the_setting_decides(
-    data_dir: Path, adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch, rule: str, free: int, code: str | None
+    data_dir: Path,
+    adapter: Path,
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rule: str,
+    free: int,
+    code: str | None,
 ) -> None:
     have_free(monkeypatch, free)
     service = make_service(data_dir, training=TrainingNeed("web", 38 * GB // 10), load_during_training=rule)
@@ -119,7 +115,10 @@ def test_beside_a_training_the_setting_decides(
 
 
 def test_what_is_in_memory_needs_no_more(
-    data_dir: Path, adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+    data_dir: Path,
+    adapter: Path,
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     have_free(monkeypatch, 0)
     service = make_service(data_dir, load_during_training="never", training=TrainingNeed("web", GB))
@@ -131,7 +130,8 @@ def test_what_is_in_memory_needs_no_more(
 
 
 def test_a_project_stands_for_its_loaded_adapter_even_when_a_newer_one_is_current(
-    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+    data_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     service = make_service(data_dir)
     lora = data_dir / "projects" / "web" / "lora"
@@ -164,19 +164,21 @@ def test_a_loaded_adapter_is_not_deleted(data_dir: Path, base: Path, monkeypatch
     (lora / "current").symlink_to("adapter-02")
     hold(service, monkeypatch, lora / "adapter-02")
     with pytest.raises(AdapterInUse, match="unload_adapter"):
-        service.delete("web", "adapter-02")
+        delete(service, "web", "adapter-02")
     hold(service, monkeypatch)
-    deleted = service.delete("web", "adapter-02")
+    deleted = delete(service, "web", "adapter-02")
     assert deleted.current == "adapter-01"
     assert deleted.freed_bytes > 1000
     assert not (lora / "adapter-02").exists()
     assert (lora / "current").resolve() == lora / "adapter-01"
-    assert service.delete("web", "adapter-01").current is None
+    assert delete(service, "web", "adapter-01").current is None
     assert [path.name for path in lora.iterdir()] == [".lock"]
 
 
 async def test_an_adapter_that_is_being_loaded_is_not_deleted(
-    data_dir: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+    data_dir: Path,
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     service = make_service(data_dir)
     lora = data_dir / "projects" / "web" / "lora"
@@ -185,7 +187,7 @@ async def test_an_adapter_that_is_being_loaded_is_not_deleted(
 
     async def try_to_delete(*_: object) -> None:
         with pytest.raises(AdapterInUse, match="is being loaded"):
-            service.delete("web", "adapter-01")
+            delete(service, "web", "adapter-01")
         refused.append(True)
         raise InferenceError("it does not matter how it goes on")
 
@@ -195,13 +197,16 @@ async def test_an_adapter_that_is_being_loaded_is_not_deleted(
     assert refused
     monkeypatch.setattr(service._host, "is_still_loading", lambda adapter: adapter == path)  # it was given up
     with pytest.raises(AdapterInUse, match="is being loaded"):
-        service.delete("web", "adapter-01")
+        delete(service, "web", "adapter-01")
     monkeypatch.undo()
-    service.delete("web", "adapter-01")
+    delete(service, "web", "adapter-01")
 
 
 async def test_a_loaded_adapter_is_not_deleted_where_the_projects_lie_on_another_disk(
-    data_dir: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data_dir: Path,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     elsewhere = tmp_path / "another disk"
     elsewhere.mkdir()
@@ -211,9 +216,9 @@ async def test_a_loaded_adapter_is_not_deleted_where_the_projects_lie_on_another
     record_base(write_adapter(lora / "adapter-01"), resolve(str(base), Settings()))
     (lora / "current").symlink_to("adapter-01")
     service = make_service(data_dir)
-    hold(service, monkeypatch, service._registry.locate("web"))
+    hold(service, monkeypatch, service._adapters.resolve("web"))
     with pytest.raises(AdapterInUse):
-        service.delete("web", "adapter-01")
+        delete(service, "web", "adapter-01")
     async with PEFTManager(Settings(data_dir=data_dir)) as manager:
         assert (await manager.get_adapter_info("web")).manifest is not None
 
@@ -224,5 +229,5 @@ def test_only_an_id_that_is_spelled_out_is_deleted(data_dir: Path, wrong: str) -
     write_adapter(lora / "adapter-01")
     (lora / "current").symlink_to("adapter-01")
     with pytest.raises(AdapterNotFound, match="adapter-01"):
-        make_service(data_dir).delete("web", wrong)
+        delete(make_service(data_dir), "web", wrong)
     assert (lora / "adapter-01").is_dir()

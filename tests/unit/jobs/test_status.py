@@ -13,7 +13,8 @@ from tests.factories import make_evaluation, make_job
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(0.4, "0 s"), (59.2, "59 s"), (60, "1 min"), (130, "2 min 10 s"), (3900, "1 h 5 min")]
+    ("seconds", "words"),
+    [(0.4, "0 s"), (59.2, "59 s"), (60, "1 min"), (130, "2 min 10 s"), (3900, "1 h 5 min")],
 )
 def test_durations_are_said_as_people_say_them(seconds: float, words: str) -> None:
     assert in_words(seconds) == words
@@ -57,7 +58,9 @@ def test_every_status_says_what_to_call_next(status: Status, tmp_path) -> None:
         not_started("web")
         if status is Status.NOT_STARTED
         else status_of(
-            make_job(status=status, error=error), 1 if status is Status.QUEUED else None, tmp_path / "train.log"
+            make_job(status=status, error=error),
+            1 if status is Status.QUEUED else None,
+            tmp_path / "train.log",
         )
     )
     assert "(" in shown.next
@@ -76,7 +79,9 @@ def test_an_adapter_that_was_deleted_since_is_not_named(tmp_path: Path) -> None:
 
 def test_a_completed_job_tells_base_against_adapter(tmp_path) -> None:
     job = make_job(
-        status=Status.COMPLETED, adapter_path="/a", metrics=Metrics(base_perplexity=9.784, adapter_perplexity=5.1)
+        status=Status.COMPLETED,
+        adapter_path="/a",
+        metrics=Metrics(base_perplexity=9.784, adapter_perplexity=5.1),
     )
     assert "9.78 (base) -> 5.10 (adapter)" in headline(status_of(job, None, tmp_path / "train.log"))
 
@@ -90,7 +95,10 @@ def test_a_completed_job_tells_base_against_adapter(tmp_path) -> None:
     ],
 )
 def test_a_completed_job_says_its_verdict_and_what_follows(
-    verdict: Verdict, said: str, advice: str, tmp_path: Path
+    verdict: Verdict,
+    said: str,
+    advice: str,
+    tmp_path: Path,
 ) -> None:
     metrics = Metrics(base_perplexity=9.0, adapter_perplexity=6.0)
     evaluation = make_evaluation(verdict)

@@ -125,7 +125,13 @@ def test_many_writers_lose_nothing(store: Store) -> None:
             store.append(
                 name,
                 StepCompleted(
-                    step=step, loss=1, learning_rate=1, tokens=1, tokens_per_second=1, eta_s=1, memory_bytes=1
+                    step=step,
+                    loss=1,
+                    learning_rate=1,
+                    tokens=1,
+                    tokens_per_second=1,
+                    eta_s=1,
+                    memory_bytes=1,
                 ),
             )
 

@@ -75,7 +75,8 @@ def as_in_version_2(state: dict[str, Any]) -> None:
 
 
 def test_a_database_of_version_2_keeps_its_jobs_and_the_figure_that_was_called_otherwise(
-    store: Store, path: Path
+    store: Store,
+    path: Path,
 ) -> None:
     job = make_job("a")
     execution = ComputePlan(weights="file", repacked_bytes=123_456)
@@ -132,7 +133,9 @@ def test_a_database_that_is_none_of_ours_is_refused_with_what_to_do(path: Path, 
 
 
 def test_a_database_that_a_newer_version_migrates_at_this_moment_is_refused(
-    store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store,
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with closing(sqlite3.connect(path)) as db:
         db.execute("PRAGMA user_version = 2")
@@ -156,7 +159,8 @@ def test_a_cursor_of_a_database_that_was_made_anew_tells_of_all_that_is_new(stor
 
 
 def test_of_a_long_history_each_kind_is_read_thinly_and_the_newest_always(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("peft_core.jobs.store.MOST_OF_A_KIND", 10)
     store.insert(make_job("a"))

@@ -51,10 +51,14 @@ def test_a_backward_pass_that_comes_too_late_is_refused() -> None:
 
 
 @given(
-    shape=st.lists(st.integers(0, 5), max_size=4), order=st.randoms(), kind=st.sampled_from([torch.float32, torch.int8])
+    shape=st.lists(st.integers(0, 5), max_size=4),
+    order=st.randoms(),
+    kind=st.sampled_from([torch.float32, torch.int8]),
 )
 def test_a_saved_tensor_keeps_its_numbers_type_shape_and_order_of_axes(
-    shape: list[int], order: Random, kind: torch.dtype
+    shape: list[int],
+    order: Random,
+    kind: torch.dtype,
 ) -> None:
     axes = list(range(len(shape)))
     order.shuffle(axes)

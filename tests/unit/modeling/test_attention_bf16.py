@@ -42,12 +42,17 @@ def expected(lengths: list[int], heads: int, groups: int, given: list[torch.Tens
 @settings(deadline=None, max_examples=25)
 @given(lengths=_LENGTHS)
 def test_result_and_gradients_are_those_of_float32_up_to_the_digits_of_bfloat16(
-    heads: int, groups: int, lengths: list[int]
+    heads: int,
+    groups: int,
+    lengths: list[int],
 ) -> None:
     given = inputs(lengths, heads, groups)
     names = ("result", "query", "key", "value")
     for name, mine, theirs in zip(
-        names, narrow(lengths, heads, groups, given), expected(lengths, heads, groups, given), strict=True
+        names,
+        narrow(lengths, heads, groups, given),
+        expected(lengths, heads, groups, given),
+        strict=True,
     ):
         assert mine.dtype == torch.bfloat16
         assert mine.shape == theirs.shape

@@ -25,7 +25,10 @@ PLAIN = Machine()
     ],
 )
 def test_auto_takes_mps_then_cuda_then_the_cpu(
-    machine: Machine, device: str, weights: torch.dtype, autocast: str
+    machine: Machine,
+    device: str,
+    weights: torch.dtype,
+    autocast: str,
 ) -> None:
     plan = choose("auto", machine)
     assert (plan.device, plan.weights, plan.autocast) == (device, weights, autocast)
@@ -38,7 +41,8 @@ def test_the_cpu_is_always_there_and_computes_in_float32(machine: Machine) -> No
 
 
 @pytest.mark.parametrize(
-    ("machine", "device"), [(MAC, "mps"), (OLD_MAC, "mps"), (GPU, "cuda"), (OLD_GPU, "cuda"), (PLAIN, "cpu")]
+    ("machine", "device"),
+    [(MAC, "mps"), (OLD_MAC, "mps"), (GPU, "cuda"), (OLD_GPU, "cuda"), (PLAIN, "cpu")],
 )
 def test_precision_float32_is_kept_on_every_device(machine: Machine, device: str) -> None:
     plan = choose("auto", machine, "float32")
@@ -47,14 +51,17 @@ def test_precision_float32_is_kept_on_every_device(machine: Machine, device: str
 
 @pytest.mark.parametrize(("requested", "machine", "there"), [("mps", GPU, "cuda, cpu"), ("cuda", PLAIN, "cpu")])
 def test_a_device_that_is_not_there_is_refused_naming_those_that_are(
-    requested: str, machine: Machine, there: str
+    requested: str,
+    machine: Machine,
+    there: str,
 ) -> None:
     with pytest.raises(InvalidArgument, match=f"config.device = '{requested}'.*this machine has {there}"):
         choose(requested, machine)
 
 
 @pytest.mark.parametrize(
-    ("mps", "cpu", "device"), [(2.4e12, 1.1e12, "mps"), (1.1e12, 2.4e12, "cpu"), (2e12, 2e12, "mps")]
+    ("mps", "cpu", "device"),
+    [(2.4e12, 1.1e12, "mps"), (1.1e12, 2.4e12, "cpu"), (2e12, 2e12, "mps")],
 )
 def test_of_mps_and_cpu_auto_takes_the_faster_and_says_why(mps: float, cpu: float, device: str) -> None:
     plan = choose("auto", replace(MAC, mps_flops=mps, cpu_flops=cpu))

@@ -39,7 +39,9 @@ def test_both_are_timed_in_the_formats_that_they_would_compute_in(monkeypatch: p
     [("mps", MAC), ("cpu", MAC), ("auto", Machine()), ("auto", Machine(cuda=True, cuda_bfloat16=True))],
 )
 def test_nothing_is_timed_where_there_is_nothing_to_choose(
-    requested: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    requested: str,
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(speed, "flops", lambda *_: pytest.fail("timed"))
     assert timed(requested, machine) is machine

@@ -53,7 +53,9 @@ def near(mine: torch.Tensor, theirs: torch.Tensor, projections: Projections) -> 
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("ranks", [(3, 3, 3), (3, 0, 2), (0, 0, 4), (0, 0, 0)])
 def test_outputs_and_gradients_are_those_of_each_layer_by_itself(
-    ranks: tuple[int, ...], biases: bool, in_bfloat16: bool
+    ranks: tuple[int, ...],
+    biases: bool,
+    in_bfloat16: bool,
 ) -> None:
     made, matrices = layers(ranks, in_bfloat16=in_bfloat16, biases=biases), adapters(ranks)
     projections = project(made)

@@ -30,7 +30,8 @@ def test_loss_and_gradient_equal_those_of_plain_cross_entropy(positions: int) ->
 
 @pytest.mark.parametrize(("positions", "vocabulary"), [(600, 1000), (7, LOGITS_IN_FLOAT32 // 3)])
 def test_a_head_in_bfloat16_rounds_the_logits_and_their_gradient_and_nothing_else(
-    positions: int, vocabulary: int
+    positions: int,
+    vocabulary: int,
 ) -> None:
     """Chunk after chunk; and one chunk in parts, as the vocabulary is large."""
     torch.manual_seed(0)
@@ -70,7 +71,8 @@ def test_without_gradients_only_the_loss_is_computed() -> None:
     with torch.no_grad():
         loss = ChunkedLMHead(QuantisedMatrix.of(head_VD)).cross_entropy(hidden_ND, target_N)
     assert loss.item() == pytest.approx(
-        cross_entropy(hidden_ND @ head_VD.T, target_N, reduction="sum").item(), rel=1e-6
+        cross_entropy(hidden_ND @ head_VD.T, target_N, reduction="sum").item(),
+        rel=1e-6,
     )
 
 

@@ -72,7 +72,8 @@ def test_what_is_repacked_says_the_same(tmp_path: Path, room: int) -> None:
 
 @pytest.mark.parametrize("in_bfloat16", [False, True])
 def test_a_base_moves_to_its_device_with_all_that_is_stored_and_what_is_shared_stays_one(
-    tmp_path: Path, in_bfloat16: bool
+    tmp_path: Path,
+    in_bfloat16: bool,
 ) -> None:
     directory = write_toy_base(tmp_path / "toy")
     base = load_frozen(resolve(str(directory), Settings()), directory, in_bfloat16=in_bfloat16)

@@ -21,7 +21,10 @@ LENGTHS = (40, 12, 9, 30, 3, 17)
 
 
 def with_random_adapter(
-    architecture: str, *, fused: bool, targets: Literal["all-linear"] | list[str] = "all-linear"
+    architecture: str,
+    *,
+    fused: bool,
+    targets: Literal["all-linear"] | list[str] = "all-linear",
 ) -> tuple[Objective, PeftModel]:
     model = toy_model(architecture)
     objective = probe_fast_paths(model, max_length=64)
@@ -63,7 +66,9 @@ def plain_loss(model: PeftModel, documents: list[Document]) -> torch.Tensor:
     ],
 )
 def test_the_fast_ways_are_taken_only_where_they_give_the_models_own_loss_and_gradient(
-    architecture: str, packed: bool, chunked_head: bool
+    architecture: str,
+    packed: bool,
+    chunked_head: bool,
 ) -> None:
     plain, reference = with_random_adapter(architecture, fused=False)
     assert (plain.packed, plain.head is not None) == (packed, chunked_head)
@@ -169,7 +174,9 @@ def test_layers_that_cannot_be_computed_twice_save_no_memory() -> None:
 @pytest.mark.parametrize(("architecture", "packed"), [("gemma2", False), ("gpt_oss", False), ("deepseek_v3", True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_that_does_more_than_ours_is_left_to_the_model(
-    architecture: str, packed: bool, dtype: torch.dtype
+    architecture: str,
+    packed: bool,
+    dtype: torch.dtype,
 ) -> None:
     """In bfloat16 rounding hides what is left out: no comparison of logits would find it."""
     model = toy_model(architecture).to(dtype)

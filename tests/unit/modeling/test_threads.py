@@ -65,7 +65,9 @@ def test_all_cores_all_but_the_users_half_and_one_are_tried(cores: int, tried: t
     ],
 )
 def test_the_fewest_that_are_nearly_the_fastest_are_chosen_and_more_only_for_a_clear_gain(
-    current: int, seconds: dict[int, float], chosen: int
+    current: int,
+    seconds: dict[int, float],
+    chosen: int,
 ) -> None:
     assert decide(current, seconds) == chosen
 

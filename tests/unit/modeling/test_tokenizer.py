@@ -73,7 +73,8 @@ def named(tokenizer: BaseTokenizer, ids: Sequence[int]) -> list[str]:
 
 @pytest.mark.parametrize("dummy_space", ["prepend", "metaspace"])
 def test_a_dummy_space_stands_before_a_text_and_before_none_of_its_further_segments(
-    tmp_path: Path, dummy_space: str
+    tmp_path: Path,
+    dummy_space: str,
 ) -> None:
     write_sentencepiece_tokenizer(tmp_path, dummy_space=dummy_space)
     tokenizer = load_tokenizer(tmp_path)

@@ -21,7 +21,9 @@ def source(units: int) -> SourceSummary:
 
 
 def advised(
-    units: int, config: TrainingConfig | None = None, speed: float | None = 150.0
+    units: int,
+    config: TrainingConfig | None = None,
+    speed: float | None = 150.0,
 ) -> tuple[TrainingConfig, str]:
     return choose_defaults(config or TrainingConfig(), SMOLLM2_SHAPE, source(units), speed)
 
@@ -110,7 +112,10 @@ def test_records_are_counted_as_they_are():
 
 def test_no_rank_is_explained_where_only_some_modules_are_adapted() -> None:
     config, why = choose_defaults(
-        TrainingConfig(target_modules=["q_proj"]), SMOLLM2_SHAPE, make_source(estimated_tokens=90_000), 100.0
+        TrainingConfig(target_modules=["q_proj"]),
+        SMOLLM2_SHAPE,
+        make_source(estimated_tokens=90_000),
+        100.0,
     )
     assert config.rank == 16
     assert "Rank" not in why

@@ -29,7 +29,9 @@ def test_records_are_written_beside_their_job(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_nothing_is_left_of_a_job_that_could_not_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
 ) -> None:
     def fails(*_: object) -> None:
         raise error
@@ -67,7 +69,11 @@ def test_a_directory_that_was_there_is_not_removed(tmp_path: Path) -> None:
     ],
 )
 def test_a_device_that_cannot_be_there_is_refused_before_anything_is_read(
-    monkeypatch: pytest.MonkeyPatch, device: Any, system: str, why_no_cuda: str | None, told: str
+    monkeypatch: pytest.MonkeyPatch,
+    device: Any,
+    system: str,
+    why_no_cuda: str | None,
+    told: str,
 ) -> None:
     monkeypatch.setattr(planning.sys, "platform", system)
     monkeypatch.setattr(planning, "why_no_cuda", lambda: why_no_cuda)

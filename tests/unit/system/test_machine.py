@@ -35,7 +35,11 @@ def test_a_device_that_was_asked_for_is_taken_at_its_word() -> None:
     ],
 )
 def test_a_gpu_is_expected_where_one_works_and_refused_only_where_none_can(
-    tmp_path: Path, builds: set[str], file: str, expected: str, missing: str | None
+    tmp_path: Path,
+    builds: set[str],
+    file: str,
+    expected: str,
+    missing: str | None,
 ) -> None:
     (tmp_path / file).parent.mkdir(parents=True)
     (tmp_path / file).touch()
@@ -53,7 +57,10 @@ def test_a_gpu_is_expected_where_one_works_and_refused_only_where_none_can(
     ],
 )
 def test_what_torch_is_built_for_is_read_without_importing_it(
-    text: str, builds: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text: str,
+    builds: set[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     package = tmp_path / "torch"
     package.mkdir()

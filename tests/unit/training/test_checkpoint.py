@@ -24,7 +24,13 @@ from peft_core.training.checkpoint import (
 from tests.factories import make_base
 
 DATASET = DatasetSummary(
-    train_examples=1, held_out_examples=1, train_tokens=1, held_out_tokens=1, files=1, left_out={}, sha256="d" * 64
+    train_examples=1,
+    held_out_examples=1,
+    train_tokens=1,
+    held_out_tokens=1,
+    files=1,
+    left_out={},
+    sha256="d" * 64,
 )
 
 
@@ -111,7 +117,8 @@ def test_a_good_state_whose_writing_was_cut_short_is_overwritten(tmp_path: Path)
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"PK\x03\x04 half")])
 def test_where_a_good_state_cannot_be_read_the_start_is_and_where_that_cannot_be_it_is_told(
-    tmp_path: Path, damage: Callable[[Path], object]
+    tmp_path: Path,
+    damage: Callable[[Path], object],
 ) -> None:
     states = RollbackStates(tmp_path, "key")
     states.keep(make_checkpoint(0))

@@ -164,7 +164,7 @@ def test_a_stop_within_a_step_leaves_the_state_of_the_last_whole_step(tmp_path: 
 
 def test_early_stopping_keeps_the_best_state(tmp_path: Path) -> None:
     config = CONFIG.model_copy(
-        update={"max_steps": 60, "learning_rate": 5e-2, "early_stopping_patience": 2, "eval_steps": 2, "dropout": 0.0}
+        update={"max_steps": 60, "learning_rate": 5e-2, "early_stopping_patience": 2, "eval_steps": 2, "dropout": 0.0},
     )
     recorder, loop = uninterrupted(tmp_path, config)
     stopped = recorder.events[-2]
@@ -395,7 +395,10 @@ class Killed(Exception):
 @pytest.mark.parametrize(("saved_after", "killed_after"), [(1, 4), (3, 9), (6, 8), (6, 12)])
 @pytest.mark.parametrize("older", [False, True])
 def test_a_killed_run_goes_on_from_a_checkpoint_that_is_older_than_its_good_states(
-    tmp_path: Path, saved_after: int, killed_after: int, older: bool
+    tmp_path: Path,
+    saved_after: int,
+    killed_after: int,
+    older: bool,
 ) -> None:
     """`older`: of a version that kept good states elsewhere."""
     limit = 0.03
@@ -437,7 +440,9 @@ PLAIN = CONFIG.model_copy(update={"dropout": 0.0})  # dropout draws by micro-bat
 
 @pytest.mark.parametrize(("room", "ways"), [(45, [(40, False)]), (11, [(40, False), (40, True)])])
 def test_when_memory_runs_out_a_step_is_done_again_in_a_leaner_way_with_the_same_result(
-    tmp_path: Path, room: int, ways: list[tuple[int, bool]]
+    tmp_path: Path,
+    room: int,
+    ways: list[tuple[int, bool]],
 ) -> None:
     expected, whole = uninterrupted(tmp_path / "roomy", PLAIN)
     recorder = Recorder()

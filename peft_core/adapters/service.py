@@ -1,0 +1,145 @@
+"""The adapters on disk: list, describe, verify and delete them, and find the base model that one was trained on.
+
+Nothing here starts or asks the inference process; `peft_core.inference.service` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from peft_core.adapters.info import AdapterDocument, AdapterInfo, read_document, read_info
+from peft_core.adapters.manifest import read_manifest
+from peft_core.adapters.registry import Registry
+from peft_core.config import Settings
+from peft_core.errors import InvalidArgument
+from peft_core.schemas.base_model import Base
+from peft_core.schemas.results import AdapterSummary, Compatibility, DeletedAdapter
+
+
+class AdapterService:
+    """Blocking operations on adapter directories; the manager calls them in threads.
+
+    `trained_on(adapter_id)` returns a reference to the base model of the job that trained an adapter, if it is known.
+    """
+
+    def __init__(self, settings: Settings, registry: Registry, trained_on: Callable[[str], str | None]) -> None:
+        self._settings = settings
+        self._registry = registry
+        self._trained_on = trained_on
+
+    def adapters(self, project_id: str | None) -> list[AdapterSummary]:
+        """Return the published adapters, newest first."""
+        return self._registry.adapters(project_id)
+
+    def resolve(self, adapter_path: str) -> Path:
+        """Return the directory of an adapter, given as a path or as a project id (its current adapter).
+
+        Raises:
+            AdapterNotFound: there is no such directory and no such project.
+            InvalidArgument: the path is outside the allowed roots.
+        """
+        return self._registry.locate(adapter_path)
+
+    def info(self, adapter_path: str) -> AdapterInfo:
+        """Describe an adapter.
+
+        Raises:
+            AdapterNotFound, InvalidArgument, HeaderError: there is no such adapter, or its configuration is unreadable.
+        """
+        path = self.resolve(adapter_path)
+        return read_info(path, trained_here=path.is_relative_to(self._settings.paths.projects))
+
+    def document(self, project_id: str) -> AdapterDocument:
+        """Return the manifest and model card of a project's current adapter.
+
+        Raises:
+            AdapterNotFound: the project has no current adapter.
+        """
+        return read_document(self.resolve(project_id))
+
+    def verify(self, adapter_path: str, base_model: str | None, *, scan_weights: bool) -> Compatibility:
+        """Check whether an adapter fits a base model: milliseconds, or the time to read the weights with `scan_weights`.
+
+        Raises:
+            AdapterNotFound: there is no such adapter.
+            InvalidArgument, BaseCheckpointError, HeaderError: the named base model cannot be found or read.
+        """
+        from peft_core.adapters.verify import verify  # noqa: PLC0415 -- not at the server's start
+
+        directory = self.resolve(adapter_path)
+        base = self._base(directory, base_model)
+        if scan_weights and base is not None:
+            from peft_core.base_models.fingerprint import content_hash  # noqa: PLC0415 -- not at the server's start
+
+            fingerprint = base.fingerprint.model_copy(update={"content": content_hash(base.path)})
+            base = base.model_copy(update={"fingerprint": fingerprint})
+        return verify(directory, base, scan_weights=scan_weights)
+
+    def adapter_and_base(self, adapter_path: str, base_model: str | None) -> tuple[Path, Base]:
+        """Return an adapter's directory and a base model: the named one, else the one that it was trained on.
+
+        Raises:
+            AdapterNotFound: there is no such adapter.
+            InvalidArgument: it is not a readable adapter, or no base model was named and its own was not found.
+            BaseCheckpointError, HeaderError: the named base model cannot be read.
+        """
+        directory = self.resolve(adapter_path)
+        base = self._base(directory, base_model)
+        if base is None:
+            self._require_readable(adapter_path, directory)
+            raise InvalidArgument(
+                "base_model",
+                base_model,
+                "this adapter does not record its base model, or that base model is not on this machine; "
+                "a base model that only its configuration names is not used",
+                suggestions=["Give base_model: a model directory, a .gguf file or a cached hub id"],
+            )
+        return directory, base
+
+    def delete(self, project_id: str, adapter_id: str, require_unused: Callable[[Path], None]) -> DeletedAdapter:
+        """Delete an adapter that was trained here, unless `require_unused` raises for its directory.
+
+        Raises:
+            AdapterNotFound: the project has no adapter of this id; the message names those that it has.
+            AdapterInUse: raised by `require_unused`.
+        """
+        require_unused(self._registry.require(project_id, adapter_id))
+        return self._registry.delete(project_id, adapter_id)
+
+    def _base(self, directory: Path, base_model: str | None) -> Base | None:
+        """Return the named base model, else the recorded one if it is on this machine."""
+        from peft_core.base_models.resolve import resolve  # noqa: PLC0415 -- not at the server's start
+
+        if base_model is not None:
+            return resolve(base_model, self._settings)
+        from peft_core.adapters.base_match import find_base  # noqa: PLC0415 -- not at the server's start
+        from peft_core.base_models.resolve import candidates  # noqa: PLC0415 -- not at the server's start
+
+        manifest = read_manifest(directory)
+        if manifest is None:
+            return None
+        record = manifest.base
+        trained_on = self._trained_on(directory.name)
+        offline = self._settings.model_copy(update={"allow_downloads": False})
+
+        def all_candidates() -> Iterable[Callable[[], Base]]:
+            if trained_on is not None:
+                yield lambda: resolve(trained_on, offline)
+            yield from candidates(record.name, record.revision, self._settings)
+
+        return find_base(record, all_candidates())
+
+    def _require_readable(self, adapter_path: str, directory: Path) -> None:
+        """Raise InvalidArgument if the directory holds no sound adapter, which the check finds without a base model."""
+        from peft_core.adapters.verify import verify  # noqa: PLC0415 -- not at the server's start
+
+        errors = [r for r in verify(directory, None).reasons if r.severity == "error" and r.code != "base_unknown"]
+        if errors:
+            raise InvalidArgument(
+                "adapter_path",
+                adapter_path,
+                " ".join(reason.message for reason in errors[:3]),
+                suggestions=[r.fix for r in errors[:1] if r.fix],
+                code=errors[0].code,
+            )
