@@ -12,7 +12,7 @@ from peft_core.adapters.manifest import MANIFEST_NAME
 from peft_core.config import Settings
 from peft_core.manager import PEFTManager
 from tests.attacks.adapters import ATTACKS, marker_of
-from tests.toys import write_toy_adapter, write_toy_base
+from tests.tiny_models import write_tiny_adapter, write_tiny_base
 
 TEXT = {"prompt": "def f", "max_new_tokens": 8}
 MORE_BYTES = 200 << 20  # that the process may grow by, through all of them
@@ -30,14 +30,14 @@ async def test_no_hostile_adapter_takes_effect_and_the_one_that_was_loaded_stays
     manager: PEFTManager,
     tmp_path: Path,
 ) -> None:
-    base = write_toy_base(tmp_path / "base")
-    sound = str(write_toy_adapter(tmp_path / "sound", base, seed=1))
+    base = write_tiny_base(tmp_path / "base")
+    sound = str(write_tiny_adapter(tmp_path / "sound", base, seed=1))
     assert (await manager.load_adapter(sound, str(base))).status == "loaded"
     expected = (await manager.generate(TEXT)).text
     host = psutil.Process(manager._inference._host.pid)
     before = host.memory_info().rss
     for number, attack in enumerate(ATTACKS):
-        adapter = write_toy_adapter(tmp_path / str(number) / "adapter", base, seed=2)
+        adapter = write_tiny_adapter(tmp_path / str(number) / "adapter", base, seed=2)
         (adapter / MANIFEST_NAME).unlink()  # its hashes would give every change away
         attack.spoil(adapter)
         answer = await manager.load_adapter(str(adapter), str(base), accept_unproven_base=True)

@@ -21,7 +21,7 @@ from peft_core.modeling.load import load_base
 from tests.attacks.adapters import marker_of
 from tests.integration.test_bases_convert import TOY
 from tests.model_files import ARRAY, TEXT, gguf_bytes
-from tests.toys import write_toy_base
+from tests.tiny_models import write_tiny_base
 
 TOKENS = [*TOY["tokenizer.ggml.tokens"][1][1][:-1], "zz"]
 
@@ -34,7 +34,7 @@ def spoil(directory: Path, **changes: object) -> Path:
 
 @pytest.mark.parametrize("setting", ["intermediate_size", "head_dim", "vocab_size", "hidden_size"])
 def test_a_configuration_that_describes_more_than_the_weights_hold_is_refused(tmp_path: Path, setting: str) -> None:
-    base = spoil(write_toy_base(tmp_path / "base"), **{setting: 1 << 17})
+    base = spoil(write_tiny_base(tmp_path / "base"), **{setting: 1 << 17})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(BaseCheckpointError):
         load_base(base, torch.float32)
@@ -64,7 +64,7 @@ def test_a_gguf_with_the_weights_of_another_never_stands_for_it(tmp_path: Path, 
 
 
 def test_code_that_lies_beside_a_base_is_never_run(tmp_path: Path) -> None:
-    base = write_toy_base(tmp_path / "base")
+    base = write_tiny_base(tmp_path / "base")
     code = f"open({str(marker_of(base))!r}, 'w')\nfrom transformers import LlamaConfig as C, LlamaForCausalLM as M\n"
     for name in ("evil.py", "configuration_evil.py", "__init__.py", "custom_generate/generate.py"):
         (base / name).parent.mkdir(exist_ok=True)

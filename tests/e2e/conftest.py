@@ -17,7 +17,7 @@ from peft_core.config import Settings
 from peft_core.manager import PEFTManager
 from peft_core.modeling.convert import ensure_hf_directory
 from peft_core.schemas.results import Status
-from tests.toys import write_toy_base
+from tests.tiny_models import write_tiny_base
 
 # Three steps may well harm; the tests want the adapters all the same.
 SHORT = {
@@ -60,9 +60,9 @@ def converted_bases(shared: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def toy_base(tmp_path_factory: pytest.TempPathFactory) -> str:
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> str:
     """For what is about processes, not about the model."""
-    return str(write_toy_base(tmp_path_factory.mktemp("toy-base")))
+    return str(write_tiny_base(tmp_path_factory.mktemp("tiny-base")))
 
 
 @pytest.fixture

@@ -168,9 +168,9 @@ print((before - after).abs().max().item())
 async def test_a_job_goes_on_without_client_and_server_and_others_see_and_stop_it(
     data_dir: Path,
     stdlib_repository: Path,
-    toy_base: str,
+    tiny_base: str,
 ) -> None:
-    short, long = ({**config, "base_model": toy_base} for config in (SHORT, LONG))
+    short, long = ({**config, "base_model": tiny_base} for config in (SHORT, LONG))
     request = {"training_data": str(stdlib_repository), "config": long}
     # The client starts the job and closes at once.
     async with Client(stdio_server(data_dir), mode=MODERN) as client:
@@ -209,11 +209,11 @@ async def test_a_job_goes_on_without_client_and_server_and_others_see_and_stop_i
 async def test_a_killed_training_is_told_truly_and_resumes_from_its_checkpoint(
     data_dir: Path,
     stdlib_repository: Path,
-    toy_base: str,
+    tiny_base: str,
 ) -> None:
     steps = 400
     async with Client(stdio_server(data_dir), mode="legacy") as client:
-        config = {**SHORT, "max_steps": steps, "base_model": toy_base}
+        config = {**SHORT, "max_steps": steps, "base_model": tiny_base}
         request = {"project_id": "std", "training_data": str(stdlib_repository), "config": config}
         job = (await call(client, "train_adapter", **request))["job_id"]
         await wait_for(client, lambda s: s["step"] >= 2, "std")

@@ -26,7 +26,7 @@ from peft_core.schemas.events import EVENT, DatasetPrepared, Evaluated, Event, J
 from peft_core.schemas.task import TrainingTask
 from peft_core.schemas.training import EvaluatedAdapter, TrainingConfig
 from peft_core.system.cancellation import StopFlag
-from tests.toys import toy_model, write_toy_adapter, write_toy_base
+from tests.tiny_models import tiny_model, write_tiny_adapter, write_tiny_base
 
 
 def code(number: int) -> str:
@@ -34,8 +34,8 @@ def code(number: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def toy_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_toy_base(tmp_path_factory.mktemp("toy-base"))
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_base(tmp_path_factory.mktemp("tiny-base"))
 
 
 def make_task(directory: Path, base: Path, adapter: Path, examples: int = 12) -> TrainingTask:
@@ -66,9 +66,9 @@ def run_child(task: TrainingTask) -> tuple[int, list[Event], str]:
     return done.returncode, [EVENT.validate_json(line) for line in done.stdout.splitlines()], done.stderr
 
 
-def test_any_adapter_is_measured_against_its_base(tmp_path: Path, toy_base: Path) -> None:
-    adapter = write_toy_adapter(tmp_path / "adapter", toy_base, seed=1)
-    code_, events, err = run_child(make_task(tmp_path, toy_base, adapter))
+def test_any_adapter_is_measured_against_its_base(tmp_path: Path, tiny_base: Path) -> None:
+    adapter = write_tiny_adapter(tmp_path / "adapter", tiny_base, seed=1)
+    code_, events, err = run_child(make_task(tmp_path, tiny_base, adapter))
     assert code_ == 0, err
     last = events[-1]
     assert isinstance(last, Evaluated)
@@ -81,10 +81,10 @@ def test_any_adapter_is_measured_against_its_base(tmp_path: Path, toy_base: Path
     assert found.prompts > 5
 
 
-def test_what_the_adapter_was_trained_on_is_left_out_and_nothing_else(tmp_path: Path, toy_base: Path) -> None:
-    adapter = write_toy_adapter(tmp_path / "adapter", toy_base, seed=1)
+def test_what_the_adapter_was_trained_on_is_left_out_and_nothing_else(tmp_path: Path, tiny_base: Path) -> None:
+    adapter = write_tiny_adapter(tmp_path / "adapter", tiny_base, seed=1)
     (adapter / FILE_NAME).write_bytes(TrainingFingerprint.of([code(n) for n in range(3)]).to_bytes())
-    exit_code, events, err = run_child(make_task(tmp_path, toy_base, adapter))
+    exit_code, events, err = run_child(make_task(tmp_path, tiny_base, adapter))
     assert exit_code == 0, err
     (prepared,) = [event for event in events if isinstance(event, DatasetPrepared)]
     assert prepared.dataset.left_out["trained_on"] == 3
@@ -93,10 +93,10 @@ def test_what_the_adapter_was_trained_on_is_left_out_and_nothing_else(tmp_path: 
     assert events[-1].evaluation.seen_in_training == 0
 
 
-def test_data_that_was_all_trained_on_is_refused_with_the_overlap(tmp_path: Path, toy_base: Path) -> None:
-    adapter = write_toy_adapter(tmp_path / "adapter", toy_base, seed=1)
+def test_data_that_was_all_trained_on_is_refused_with_the_overlap(tmp_path: Path, tiny_base: Path) -> None:
+    adapter = write_tiny_adapter(tmp_path / "adapter", tiny_base, seed=1)
     (adapter / FILE_NAME).write_bytes(TrainingFingerprint.of([code(n) for n in range(12)]).to_bytes())
-    exit_code, events, _ = run_child(make_task(tmp_path, toy_base, adapter))
+    exit_code, events, _ = run_child(make_task(tmp_path, tiny_base, adapter))
     assert exit_code == 1
     failed = events[-1]
     assert isinstance(failed, JobFailed)
@@ -107,13 +107,13 @@ def test_data_that_was_all_trained_on_is_refused_with_the_overlap(tmp_path: Path
 @pytest.mark.parametrize(("moved", "field"), [("data", "evaluation_data"), ("adapter", "adapter_path")])
 def test_what_lies_out_of_the_roots_when_the_job_begins_is_not_read(
     tmp_path: Path,
-    toy_base: Path,
+    tiny_base: Path,
     moved: str,
     field: str,
 ) -> None:
-    adapter = write_toy_adapter(tmp_path / "adapters" / "a", toy_base, seed=1)
+    adapter = write_tiny_adapter(tmp_path / "adapters" / "a", tiny_base, seed=1)
     (tmp_path / "code").mkdir()
-    task = make_task(tmp_path / "code", toy_base, adapter)
+    task = make_task(tmp_path / "code", tiny_base, adapter)
     left = tmp_path / ("adapters" if moved == "data" else "code")
     task = task.model_copy(update={"data_dir": tmp_path / "data", "allowed_roots": (left,)})
     exit_code, events, _ = run_child(task)
@@ -123,9 +123,9 @@ def test_what_lies_out_of_the_roots_when_the_job_begins_is_not_read(
     assert (failed.error.code, failed.error.message.partition(" ")[0]) == ("outside_allowed_roots", field)
 
 
-def test_scores_of_examples_sum_up_to_the_loss_and_greedy_lines_are_counted(toy_base: Path) -> None:
-    tokenizer = load_tokenizer(toy_base)
-    model = toy_model()
+def test_scores_of_examples_sum_up_to_the_loss_and_greedy_lines_are_counted(tiny_base: Path) -> None:
+    tokenizer = load_tokenizer(tiny_base)
+    model = tiny_model()
     objective = probe_fast_paths(model, 256)
     examples = [
         Example(segments=(Segment(text=code(n)),), path=f"m{n}.py", language="python", kind="function")
@@ -140,9 +140,9 @@ def test_scores_of_examples_sum_up_to_the_loss_and_greedy_lines_are_counted(toy_
     assert [score.lines for score in scores] == [0] * 5  # an untrained model writes none
 
 
-def test_what_is_written_in_a_batch_is_what_is_written_alone(toy_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = load_tokenizer(toy_base)
-    model = toy_model()
+def test_what_is_written_in_a_batch_is_what_is_written_alone(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(tiny_base)
+    model = tiny_model()
     examples = [
         Example(segments=(Segment(text=code(n) * (1 + n % 2)),), path=f"m{n}.py", language="python", kind="function")
         for n in range(6)

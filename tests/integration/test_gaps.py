@@ -10,13 +10,13 @@ from peft_core.config import Settings
 from peft_core.schemas.events import DatasetPrepared
 from peft_core.schemas.task import TrainingTask
 from peft_core.schemas.training import TaskMixture, TrainingConfig
-from tests.integration.test_training_child import TOY, run_to_the_end
-from tests.toys import write_toy_base
+from tests.integration.test_training_child import SHORT_RUN, run_to_the_end
+from tests.tiny_models import write_tiny_base
 from tests.unit.data.test_prepare import repository
 
 
 def test_a_base_with_marks_is_trained_on_gaps(tmp_path: Path) -> None:
-    base = write_toy_base(tmp_path / "base")
+    base = write_tiny_base(tmp_path / "base")
     tokenizer = base / "tokenizer.json"
     settings = json.loads(tokenizer.read_text())
     vocabulary = settings["model"]["vocab"]
@@ -30,7 +30,9 @@ def test_a_base_with_marks_is_trained_on_gaps(tmp_path: Path) -> None:
         project_id="gaps",
         source=repository(tmp_path / "code", files=6, functions=8),
         source_kind="repository",
-        config=TrainingConfig(device="cpu", allow_little_data=True, mixture=TaskMixture(fill_in_the_middle=1), **TOY),
+        config=TrainingConfig(
+            device="cpu", allow_little_data=True, mixture=TaskMixture(fill_in_the_middle=1), **SHORT_RUN,
+        ),
         base=resolve(str(base), Settings()),
         job_dir=tmp_path / "job",
         base_models_dir=tmp_path / "base_models",

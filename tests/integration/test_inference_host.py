@@ -23,7 +23,7 @@ from peft_core.inference.protocol import FROM_HOST, ErrorResponse, HostConfig, L
 from peft_core.manager import PEFTManager
 from peft_core.schemas.results import UnloadedAdapter
 from tests.factories import make_base
-from tests.toys import write_toy_adapter, write_toy_base
+from tests.tiny_models import write_tiny_adapter, write_tiny_base
 
 SCRIPTED = Path(__file__).with_name("scripted_host.py")
 LONG = {"prompt": "x", "max_new_tokens": 200, "temperature": 1.0}
@@ -32,13 +32,13 @@ SHORT = {"prompt": "def f", "max_new_tokens": 12}
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_toy_base(tmp_path_factory.mktemp("toy") / "base"))
+    return str(write_tiny_base(tmp_path_factory.mktemp("tiny") / "base"))
 
 
 @pytest.fixture(scope="module")
 def adapters(base: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     place = tmp_path_factory.mktemp("adapters")
-    return [str(write_toy_adapter(place / name, Path(base), seed)) for seed, name in enumerate("ab")]
+    return [str(write_tiny_adapter(place / name, Path(base), seed)) for seed, name in enumerate("ab")]
 
 
 @pytest.fixture

@@ -33,8 +33,8 @@ from peft_core.schemas.events import (
 )
 from peft_core.schemas.results import Status
 from peft_core.schemas.task import TrainingTask
-from tests.integration.test_training_child import ENDLESS, TOY, make_task, read_until, run_to_the_end
-from tests.toys import write_toy_base
+from tests.integration.test_training_child import ENDLESS, SHORT_RUN, make_task, read_until, run_to_the_end
+from tests.tiny_models import write_tiny_base
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER = [
@@ -46,8 +46,8 @@ WATCHED = {"PEFT_MCP_PARENT": "launcher"}
 
 
 @pytest.fixture(scope="module")
-def toy_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_toy_base(tmp_path_factory.mktemp("toy-base"))
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_base(tmp_path_factory.mktemp("tiny-base"))
 
 
 @contextmanager
@@ -74,14 +74,19 @@ def ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return sorted(psutil.Process(process.pid).children(), key=lambda child: child.environ()["RANK"])
 
 
-def test_two_launched_processes_make_the_steps_of_one(tmp_path: Path, toy_base: Path) -> None:
-    config = {**TOY, "batch_size": 3, "max_steps": None, "num_epochs": 0.5}  # the last step is smaller than the others
+def test_two_launched_processes_make_the_steps_of_one(tmp_path: Path, tiny_base: Path) -> None:
+    config = {
+        **SHORT_RUN,
+        "batch_size": 3,
+        "max_steps": None,
+        "num_epochs": 0.5,
+    }  # the last step is smaller than the others
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    code, alone, err = run_to_the_end(make_task(tmp_path / "one", str(toy_base), **config))
+    code, alone, err = run_to_the_end(make_task(tmp_path / "one", str(tiny_base), **config))
     assert code == 0, err
 
-    with launched(make_task(tmp_path / "two", str(toy_base), **config)) as process:
+    with launched(make_task(tmp_path / "two", str(tiny_base), **config)) as process:
         out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert err.count("event=layers_fused") == 2  # there were two of them
@@ -103,8 +108,8 @@ def test_two_launched_processes_make_the_steps_of_one(tmp_path: Path, toy_base: 
         assert torch.allclose(tensor, adapters[1][name], atol=1e-4)
 
 
-def test_a_launched_process_that_is_killed_ends_the_others_with_one_failure(tmp_path: Path, toy_base: Path) -> None:
-    task = make_task(tmp_path, str(toy_base), **ENDLESS)
+def test_a_launched_process_that_is_killed_ends_the_others_with_one_failure(tmp_path: Path, tiny_base: Path) -> None:
+    task = make_task(tmp_path, str(tiny_base), **ENDLESS)
     with launched(task) as process:
         read_until(process, StepCompleted)
         processes = ranks(process)
@@ -123,10 +128,10 @@ def test_a_launched_process_that_is_killed_ends_the_others_with_one_failure(tmp_
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_launched_processes_end_with_their_launcher_and_a_checkpoint(
     tmp_path: Path,
-    toy_base: Path,
+    tiny_base: Path,
     end: signal.Signals,
 ) -> None:
-    task = make_task(tmp_path, str(toy_base), **ENDLESS)
+    task = make_task(tmp_path, str(tiny_base), **ENDLESS)
     with launched(task) as process:
         read_until(process, StepCompleted)
         processes = ranks(process)
@@ -139,13 +144,13 @@ def test_launched_processes_end_with_their_launcher_and_a_checkpoint(
 @pytest.mark.parametrize("processes", [1, 2])
 async def test_a_job_is_trained_under_the_launcher_of_the_settings(
     tmp_path: Path,
-    toy_base: Path,
+    tiny_base: Path,
     monkeypatch: pytest.MonkeyPatch,
     processes: int,
 ) -> None:
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    records = make_task(tmp_path, str(toy_base), **TOY).source
+    records = make_task(tmp_path, str(tiny_base), **SHORT_RUN).source
     settings = Settings(
         data_dir=tmp_path / "data",
         launcher=" ".join(LAUNCHER if processes == 2 else [*LAUNCHER[:3], "--cpu"]),
@@ -154,7 +159,7 @@ async def test_a_job_is_trained_under_the_launcher_of_the_settings(
         job = await manager.train_adapter(
             "adds",
             str(records),
-            {**TOY, "base_model": str(toy_base), "allow_little_data": True},
+            {**SHORT_RUN, "base_model": str(tiny_base), "allow_little_data": True},
         )
         async for status in manager.watch_training("adds", job.job_id):
             last = status

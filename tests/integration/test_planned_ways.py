@@ -26,14 +26,14 @@ from peft_core.schemas.base_model import Base
 from peft_core.schemas.task import ComputePlan
 from peft_core.schemas.training import TrainingConfig
 from peft_core.training import lora
-from tests.toys import toy_documents, write_toy_base
+from tests.tiny_models import tiny_documents, write_tiny_base
 
 CONFIG = TrainingConfig(rank=4)
 
 
 @pytest.mark.parametrize("family", sorted(MAPPED))
 def test_every_weight_of_a_mapped_family_can_stay_in_its_file_or_be_in_bfloat16(family: str, tmp_path: Path) -> None:
-    base = resolve(str(write_toy_base(tmp_path / "base", family)), Settings())
+    base = resolve(str(write_tiny_base(tmp_path / "base", family)), Settings())
     assert base.model_type == family
     for in_bfloat16 in (False, True):
         assert load_frozen(base, base.path, in_bfloat16=in_bfloat16) is not None
@@ -44,7 +44,7 @@ def adapted(base: Base, *, in_bfloat16: bool, config: TrainingConfig = CONFIG) -
     model = load_frozen(base, base.path, in_bfloat16=True) if in_bfloat16 else load_base(base.path, torch.float32)
     assert model is not None
     objective = probe_fast_paths(model, max_length=512)
-    with_adapter = lora.attach(model, config, "toy")
+    with_adapter = lora.attach(model, config, "tiny")
     torch.manual_seed(1)
     for weight in lora.weights(with_adapter).values():
         torch.nn.init.normal_(weight, std=0.05)
@@ -60,7 +60,7 @@ def test_of_a_fused_family_every_block_is_fused_and_keeps_what_the_plan_says(
     in_bfloat16: bool,
     tmp_path: Path,
 ) -> None:
-    base = resolve(str(write_toy_base(tmp_path / "base", family)), Settings())
+    base = resolve(str(write_tiny_base(tmp_path / "base", family)), Settings())
     model, objective = adapted(base, in_bfloat16=in_bfloat16)
     assert objective.packed
     assert objective.head is not None
@@ -75,7 +75,7 @@ def test_of_a_fused_family_every_block_is_fused_and_keeps_what_the_plan_says(
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    batch = join(toy_documents((192, 64)), torch.device("cpu"))
+    batch = join(tiny_documents((192, 64)), torch.device("cpu"))
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = objective.loss(batch)
     loss.backward()
@@ -91,12 +91,12 @@ def test_where_saved_tensors_lie_changes_no_bit_of_loss_and_gradient(
     in_bfloat16: bool,
     tmp_path: Path,
 ) -> None:
-    base = resolve(str(write_toy_base(tmp_path / "base", family)), Settings())
+    base = resolve(str(write_tiny_base(tmp_path / "base", family)), Settings())
     model, objective = adapted(base, in_bfloat16=in_bfloat16)
     weights = list(lora.weights(model).values())
     saved = ActivationArena(model)
     for lengths in ((70, 40, 9), (5,), (96, 90)):  # each takes the room of the one before
-        batch = join(toy_documents(lengths), torch.device("cpu"))
+        batch = join(tiny_documents(lengths), torch.device("cpu"))
         in_heap = objective.loss(batch)
         expected = torch.autograd.grad(in_heap, weights)
         with saved.of_one_pass():
@@ -114,14 +114,14 @@ def test_in_bfloat16_loss_and_gradient_are_those_of_float32_up_to_its_digits(
     recompute: bool,
     tmp_path: Path,
 ) -> None:
-    base = resolve(str(write_toy_base(tmp_path / "base", family, dtype=torch.bfloat16)), Settings())
+    base = resolve(str(write_tiny_base(tmp_path / "base", family, dtype=torch.bfloat16)), Settings())
     config = CONFIG.model_copy(update={"target_modules": targets})
     found = []
     for in_bfloat16 in (False, True):
         model, objective = adapted(base, in_bfloat16=in_bfloat16, config=config)
         if recompute:
             objective.recompute_layers()
-        loss = objective.loss(join(toy_documents((70, 40, 9)), torch.device("cpu")))
+        loss = objective.loss(join(tiny_documents((70, 40, 9)), torch.device("cpu")))
         gradients = torch.autograd.grad(loss, list(lora.weights(model).values()))
         found.append((loss.item(), torch.cat([gradient.flatten() for gradient in gradients])))
     (loss, gradient), (narrow_loss, narrow_gradient) = found
@@ -130,14 +130,14 @@ def test_in_bfloat16_loss_and_gradient_are_those_of_float32_up_to_its_digits(
 
 
 def test_a_block_that_is_not_fused_in_bfloat16_keeps_its_weights_where_they_were(tmp_path: Path) -> None:
-    base = resolve(str(write_toy_base(tmp_path / "base", dtype=torch.bfloat16)), Settings())
+    base = resolve(str(write_tiny_base(tmp_path / "base", dtype=torch.bfloat16)), Settings())
     model = load_frozen(base, base.path, in_bfloat16=True)
     assert model is not None
     probe_fast_paths(model, max_length=512)
     layer = model.get_submodule("model.layers.1")
     layer.self_attn.register_forward_hook(lambda _module, _inputs, out: (out[0] * 1.5, out[1]))
     file = layer.self_attn.k_proj.stored.blocks.untyped_storage().data_ptr()
-    fused = fuse(lora.attach(model, TrainingConfig(rank=4, target_modules=["q_proj", "gate_proj"]), "toy"))
+    fused = fuse(lora.attach(model, TrainingConfig(rank=4, target_modules=["q_proj", "gate_proj"]), "tiny"))
     assert fused == FusionStats(blocks=1, linears=2)
     assert layer.self_attn.k_proj.stored.blocks.untyped_storage().data_ptr() == file
     query = layer.self_attn.q_proj.base_layer.stored
@@ -147,7 +147,7 @@ def test_a_block_that_is_not_fused_in_bfloat16_keeps_its_weights_where_they_were
 
 
 def test_weights_of_16_bits_are_used_where_they_lie(tmp_path: Path) -> None:
-    base = resolve(str(write_toy_base(tmp_path / "base", dtype=torch.bfloat16)), Settings())
+    base = resolve(str(write_tiny_base(tmp_path / "base", dtype=torch.bfloat16)), Settings())
     model = load_frozen(base, base.path, in_bfloat16=True)
     assert model is not None
     own = load_base(base.path, torch.float32)
@@ -157,7 +157,7 @@ def test_weights_of_16_bits_are_used_where_they_lie(tmp_path: Path) -> None:
 
 
 def test_a_base_that_cannot_be_mapped_is_told_as_what_it_is(tmp_path: Path) -> None:
-    base = resolve(str(write_toy_base(tmp_path / "base", "gemma2")), Settings())
+    base = resolve(str(write_tiny_base(tmp_path / "base", "gemma2")), Settings())
     assert base.model_type not in MAPPED
     assert load_frozen(base, base.path) is None
 
@@ -165,7 +165,7 @@ def test_a_base_that_cannot_be_mapped_is_told_as_what_it_is(tmp_path: Path) -> N
 @pytest.mark.parametrize("family", ["qwen2", "gpt_neox", "gemma2"])
 def test_on_an_accelerator_a_base_is_loaded_in_its_formats_whatever_was_planned(family: str, tmp_path: Path) -> None:
     """The loading is done by the CPU, for whichever device."""
-    base = resolve(str(write_toy_base(tmp_path / "base", family)), Settings())
+    base = resolve(str(write_tiny_base(tmp_path / "base", family)), Settings())
     gpu, old_gpu = (choose("cuda", Machine(cuda=True, cuda_bfloat16=there)) for there in (True, False))
     model, way = load_planned(base, base.path, ComputePlan(weights="file"), gpu)
     assert way == ComputePlan(weights="bfloat16")

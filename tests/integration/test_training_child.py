@@ -47,15 +47,15 @@ from peft_core.schemas.task import ComputePlan, TrainingTask
 from peft_core.schemas.training import TrainingConfig
 from peft_core.system.cancellation import StopFlag
 from peft_core.training import run as engine
-from tests.toys import write_toy_base
+from tests.tiny_models import write_tiny_base
 
-TOY = {"rank": 4, "batch_size": 2, "max_steps": 6, "max_length": 256}
-ENDLESS = {**TOY, "max_steps": 100_000, "eval_steps": 100_000}
+SHORT_RUN = {"rank": 4, "batch_size": 2, "max_steps": 6, "max_length": 256}
+ENDLESS = {**SHORT_RUN, "max_steps": 100_000, "eval_steps": 100_000}
 
 
 @pytest.fixture(scope="module")
-def toy_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_toy_base(tmp_path_factory.mktemp("toy-base"))
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_base(tmp_path_factory.mktemp("tiny-base"))
 
 
 def make_task(directory: Path, base: str | None, **config: Any) -> TrainingTask:
@@ -74,8 +74,8 @@ def make_task(directory: Path, base: str | None, **config: Any) -> TrainingTask:
     )
 
 
-def test_a_link_that_leads_elsewhere_when_the_job_begins_is_not_followed(tmp_path: Path, toy_base: Path) -> None:
-    task = make_task(tmp_path, str(toy_base), **TOY)
+def test_a_link_that_leads_elsewhere_when_the_job_begins_is_not_followed(tmp_path: Path, tiny_base: Path) -> None:
+    task = make_task(tmp_path, str(tiny_base), **SHORT_RUN)
     data_dir, outside = tmp_path / "data", tmp_path / "outside"
     for place in (data_dir / "projects" / "other", outside):
         place.mkdir(parents=True)
@@ -126,7 +126,7 @@ def run_to_the_end(task: TrainingTask | str, **environment: str) -> tuple[int, l
 def losses(directory: Path, base: Path, execution: ComputePlan, **config: Any) -> tuple[list[float], str]:
     """(every loss of a run, its log)."""
     directory.mkdir()
-    task = make_task(directory, str(base), **TOY, **config)
+    task = make_task(directory, str(base), **SHORT_RUN, **config)
     code, events, err = run_to_the_end(task.model_copy(update={"execution": execution}))
     assert code == 0, err
     return [event.loss for event in events if isinstance(event, StepCompleted | HeldOutMeasured)], err
@@ -135,20 +135,20 @@ def losses(directory: Path, base: Path, execution: ComputePlan, **config: Any) -
 @pytest.mark.parametrize("dropout", [0.0, 0.1])  # with it the layers are PEFT's own
 def test_weights_that_stay_in_their_file_and_layers_computed_twice_give_the_same_run_to_the_bit(
     tmp_path: Path,
-    toy_base: Path,
+    tiny_base: Path,
     dropout: float,
 ) -> None:
-    plain, log = losses(tmp_path / "memory", toy_base, ComputePlan(), dropout=dropout)
+    plain, log = losses(tmp_path / "memory", tiny_base, ComputePlan(), dropout=dropout)
     assert "base_mapped" not in log
     leanest = ComputePlan(weights="file", recompute_layers=True)
-    lean, log = losses(tmp_path / "file", toy_base, leanest, dropout=dropout)
+    lean, log = losses(tmp_path / "file", tiny_base, leanest, dropout=dropout)
     assert "base_mapped" in log
     assert lean == plain
 
 
-def test_products_in_bfloat16_give_nearly_the_same_run(tmp_path: Path, toy_base: Path) -> None:
-    plain, _ = losses(tmp_path / "float32", toy_base, ComputePlan())
-    rounded, log = losses(tmp_path / "bfloat16", toy_base, ComputePlan(weights="bfloat16"))
+def test_products_in_bfloat16_give_nearly_the_same_run(tmp_path: Path, tiny_base: Path) -> None:
+    plain, _ = losses(tmp_path / "float32", tiny_base, ComputePlan())
+    rounded, log = losses(tmp_path / "bfloat16", tiny_base, ComputePlan(weights="bfloat16"))
     assert "base_mapped" in log
     assert rounded == pytest.approx(plain, rel=0.01)
     assert rounded != plain
@@ -157,7 +157,7 @@ def test_products_in_bfloat16_give_nearly_the_same_run(tmp_path: Path, toy_base:
 @pytest.mark.parametrize(("weights", "there"), [("bfloat16", True), ("float32", False)])
 def test_the_room_for_saved_tensors_is_there_while_blocks_in_bfloat16_train_and_no_longer(
     tmp_path: Path,
-    toy_base: Path,
+    tiny_base: Path,
     weights: Any,
     there: bool,
 ) -> None:
@@ -168,7 +168,7 @@ def test_the_room_for_saved_tensors_is_there_while_blocks_in_bfloat16_train_and_
             rooms = [thing for thing in gc.get_objects() if type(thing) is ActivationArena]
             found[event.kind if isinstance(event, StepCompleted) else event.phase] = len(rooms)
 
-    task = make_task(tmp_path, str(toy_base), **TOY)
+    task = make_task(tmp_path, str(tiny_base), **SHORT_RUN)
     engine.run(task.model_copy(update={"execution": ComputePlan(weights=weights)}), emit, StopFlag())
     assert found["step_completed"] == there
     assert found[Phase.EVALUATING_ADAPTER] == 0
@@ -177,14 +177,14 @@ def test_the_room_for_saved_tensors_is_there_while_blocks_in_bfloat16_train_and_
 @pytest.mark.parametrize("recompute", [False, True])
 def test_memory_is_spared_from_the_start_and_throughout_where_layers_are_computed_twice(
     tmp_path: Path,
-    toy_base: Path,
+    tiny_base: Path,
     monkeypatch: pytest.MonkeyPatch,
     recompute: bool,
 ) -> None:
     sizes: list[int] = []
     map_from = process._map_from
     monkeypatch.setattr(process, "_map_from", lambda size: (sizes.append(size), map_from(size)))
-    task = make_task(tmp_path, str(toy_base), **TOY)
+    task = make_task(tmp_path, str(tiny_base), **SHORT_RUN)
     way = ComputePlan(weights="file", recompute_layers=recompute)
     engine.run(task.model_copy(update={"execution": way}), lambda _event: None, StopFlag())
     assert set(sizes) == {process._SPARING_BYTES if recompute else process._KEPT_BYTES}
@@ -202,8 +202,8 @@ def read_until(process: subprocess.Popen[str], kind: type[Event]) -> list[Event]
     raise AssertionError(f"{kind.__name__} never came: {process.stderr.read()}")
 
 
-def test_a_run_ends_with_a_complete_adapter_that_plain_peft_loads(tmp_path: Path, toy_base: Path) -> None:
-    task = make_task(tmp_path, str(toy_base), **TOY)
+def test_a_run_ends_with_a_complete_adapter_that_plain_peft_loads(tmp_path: Path, tiny_base: Path) -> None:
+    task = make_task(tmp_path, str(tiny_base), **SHORT_RUN)
     code, events, err = run_to_the_end(task)
     assert code == 0, err
 
@@ -240,9 +240,9 @@ def test_a_run_ends_with_a_complete_adapter_that_plain_peft_loads(tmp_path: Path
     for name in names - {"adapter_model.safetensors", "trained_on.bin"}:
         text = (adapter / name).read_text()
         assert str(tmp_path) not in text
-        assert str(toy_base) not in text
+        assert str(tiny_base) not in text
 
-    base = AutoModelForCausalLM.from_pretrained(toy_base)
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
     ids_1T = torch.arange(3, 40)[None]
     with torch.no_grad():
         base_logits_1TV = base(ids_1T).logits
@@ -256,8 +256,8 @@ def test_a_run_ends_with_a_complete_adapter_that_plain_peft_loads(tmp_path: Path
         assert torch.equal(tensor, saved[name.replace(".default", "")])
 
 
-def test_sigterm_leaves_a_checkpoint_from_which_the_next_process_goes_on(tmp_path: Path, toy_base: Path) -> None:
-    task = make_task(tmp_path, str(toy_base), **ENDLESS)
+def test_sigterm_leaves_a_checkpoint_from_which_the_next_process_goes_on(tmp_path: Path, tiny_base: Path) -> None:
+    task = make_task(tmp_path, str(tiny_base), **ENDLESS)
     with child(task) as process:
         read_until(process, StepCompleted)
         process.send_signal(signal.SIGTERM)
@@ -279,7 +279,7 @@ def test_sigterm_leaves_a_checkpoint_from_which_the_next_process_goes_on(tmp_pat
     assert any(isinstance(event, HeldOutMeasured) and event.step == 0 for event in events)
 
 
-def test_nothing_but_events_reaches_standard_output(tmp_path: Path, toy_base: Path) -> None:
+def test_nothing_but_events_reaches_standard_output(tmp_path: Path, tiny_base: Path) -> None:
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(
@@ -289,15 +289,15 @@ def test_nothing_but_events_reaches_standard_output(tmp_path: Path, toy_base: Pa
         "    print('a library that prints', flush=True)\n"
         "threading.Thread(target=noise, daemon=True).start()\n",
     )
-    code, events, err = run_to_the_end(make_task(tmp_path, str(toy_base), **TOY), PYTHONPATH=str(site))
+    code, events, err = run_to_the_end(make_task(tmp_path, str(tiny_base), **SHORT_RUN), PYTHONPATH=str(site))
     assert code == 0
     assert isinstance(events[-1], AdapterWritten)
     assert "a library that prints" in err
 
 
-def test_a_bad_request_is_one_clear_failure(tmp_path: Path, toy_base: Path) -> None:
-    config = {**TOY, "target_modules": ["query"]}
-    code, events, _ = run_to_the_end(make_task(tmp_path, str(toy_base), **config))
+def test_a_bad_request_is_one_clear_failure(tmp_path: Path, tiny_base: Path) -> None:
+    config = {**SHORT_RUN, "target_modules": ["query"]}
+    code, events, _ = run_to_the_end(make_task(tmp_path, str(tiny_base), **config))
     failed = events[-1]
     assert code == 1
     assert isinstance(failed, JobFailed)
@@ -312,8 +312,8 @@ def test_input_that_is_no_task_is_told() -> None:
     assert "TrainingTask" in events[-1].error.message
 
 
-def test_a_child_whose_reader_has_gone_ends_with_a_checkpoint(tmp_path: Path, toy_base: Path) -> None:
-    task = make_task(tmp_path, str(toy_base), **ENDLESS)
+def test_a_child_whose_reader_has_gone_ends_with_a_checkpoint(tmp_path: Path, tiny_base: Path) -> None:
+    task = make_task(tmp_path, str(tiny_base), **ENDLESS)
     with child(task) as process:
         read_until(process, StepCompleted)
         assert process.stdout is not None
@@ -323,8 +323,8 @@ def test_a_child_whose_reader_has_gone_ends_with_a_checkpoint(tmp_path: Path, to
     assert (task.job_dir / "checkpoint" / "state.pt").is_file()
 
 
-def test_a_child_whose_parent_dies_ends_by_itself(tmp_path: Path, toy_base: Path) -> None:
-    task = make_task(tmp_path, str(toy_base), **ENDLESS)
+def test_a_child_whose_parent_dies_ends_by_itself(tmp_path: Path, tiny_base: Path) -> None:
+    task = make_task(tmp_path, str(tiny_base), **ENDLESS)
     (tmp_path / "task.json").write_text(task.model_dump_json())
     parent = subprocess.Popen(
         [
@@ -351,14 +351,19 @@ def test_a_child_whose_parent_dies_ends_by_itself(tmp_path: Path, toy_base: Path
     assert '"checkpoint_saved"' in (tmp_path / "events").read_text().splitlines()[-1]
 
 
-def test_two_processes_make_the_same_steps_as_one(tmp_path: Path, toy_base: Path) -> None:
-    config = {**TOY, "batch_size": 3, "max_steps": None, "num_epochs": 0.5}  # the last step is smaller than the others
+def test_two_processes_make_the_same_steps_as_one(tmp_path: Path, tiny_base: Path) -> None:
+    config = {
+        **SHORT_RUN,
+        "batch_size": 3,
+        "max_steps": None,
+        "num_epochs": 0.5,
+    }  # the last step is smaller than the others
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    code, alone, err = run_to_the_end(make_task(tmp_path / "one", str(toy_base), **config))
+    code, alone, err = run_to_the_end(make_task(tmp_path / "one", str(tiny_base), **config))
     assert code == 0, err
 
-    task = make_task(tmp_path / "two", str(toy_base), **config)
+    task = make_task(tmp_path / "two", str(tiny_base), **config)
     ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     with (
         child(task, **ranks, RANK="0", LOCAL_RANK="0") as first,
@@ -409,14 +414,14 @@ sys.meta_path.insert(0, Finder())
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_that_diverged_says_so_in_its_manifest_and_its_card(
     tmp_path: Path,
-    toy_base: Path,
+    tiny_base: Path,
     processes: int,
 ) -> None:
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(_FAULT)
     environment = {"PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
-    task = make_task(tmp_path, str(toy_base), **TOY)
+    task = make_task(tmp_path, str(tiny_base), **SHORT_RUN)
     if processes == 1:
         code, events, err = run_to_the_end(task, **environment)
     else:

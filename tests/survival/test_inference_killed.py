@@ -17,7 +17,7 @@ from tests.survival.life import MEMORY, PATIENCE_S, TRUE_WITHIN_S, Kill, Life, g
 from tests.survival.points import HOST
 from tests.survival.test_kill_matrix import ROUNDS, SEED, shuffled
 from tests.survival.wire import Server, server
-from tests.toys import write_toy_adapter, write_toy_base
+from tests.tiny_models import write_tiny_adapter, write_tiny_base
 
 pytestmark = pytest.mark.survival
 
@@ -110,13 +110,13 @@ def words(answer: dict[str, Any]) -> str:
 
 
 @pytest.fixture(scope="module")
-def toy_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_toy_base(tmp_path_factory.mktemp("toy-base"))
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_base(tmp_path_factory.mktemp("tiny-base"))
 
 
 @pytest.fixture(scope="module")
-def toy_adapter(toy_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_toy_adapter(tmp_path_factory.mktemp("adapters") / "toy", toy_base, seed=1)
+def tiny_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_adapter(tmp_path_factory.mktemp("adapters") / "tiny", tiny_base, seed=1)
 
 
 @pytest.mark.timeout(1200)
@@ -124,17 +124,17 @@ def toy_adapter(toy_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_the_inference_process_is_killed(
     tmp_path: Path,
     source: Path,
-    toy_base: Path,
+    tiny_base: Path,
     toy_adapter: Path,
     way: str,
 ) -> None:
-    life = Life(tmp_path, source, toy_base)
+    life = Life(tmp_path, source, tiny_base)
     kills = shuffled([Kill(point, "host", way) for point in TOOL_OF], f"host {way}")
     if ROUNDS < 1:
         kills = kills[:1]  # each starts torch twice
     print(f"PEFT_SURVIVAL_SEED={SEED}")
     with server(life.paths.root, cwd=tmp_path) as started:
-        inference = Inference(life, started, str(toy_adapter))
+        inference = Inference(life, started, str(tiny_adapter))
         inference.text = inference.load_and_write()
         for number, kill in enumerate(kills, 1):
             print(f"{number:3} of {len(kills)}: {kill}", flush=True)

@@ -14,7 +14,7 @@ from peft_core.schemas.results import Status
 from tests.survival.life import Kill, Life, until
 from tests.survival.points import REAL_CHILD
 from tests.survival.test_kill_matrix import ROUNDS, shuffled
-from tests.toys import write_toy_base
+from tests.tiny_models import write_tiny_base
 
 pytestmark = pytest.mark.survival
 
@@ -32,13 +32,13 @@ ENDS = [("child", "SIGKILL"), ("runner", "SIGKILL"), ("child", "SIGTERM")]
 
 
 @pytest.fixture(scope="module")
-def toy_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_toy_base(tmp_path_factory.mktemp("toy-base"))
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_base(tmp_path_factory.mktemp("tiny-base"))
 
 
 @pytest.fixture
-def real(tmp_path: Path, source: Path, toy_base: Path) -> Life:
-    return Life(tmp_path, source, toy_base, project="real", config=CONFIG)
+def real(tmp_path: Path, source: Path, tiny_base: Path) -> Life:
+    return Life(tmp_path, source, tiny_base, project="real", config=CONFIG)
 
 
 def curve(life: Life) -> list[tuple[str, int, float]]:

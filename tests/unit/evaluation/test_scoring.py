@@ -9,14 +9,14 @@ import pytest
 from peft_core.evaluation.worker.scoring import HeldOutExample, held_out_examples_of
 from peft_core.modeling.tokenizer import BaseTokenizer, load_tokenizer
 from peft_core.schemas.dataset import Example, Segment
-from tests.toys import write_toy_tokenizer
+from tests.tiny_models import write_tiny_tokenizer
 
 CODE = "def total(items):\n    first = 1\n    second = 2\n    third = 3\n    fourth = 4\n    fifth = 5\n"
 
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> BaseTokenizer:
-    write_toy_tokenizer(tmp_path)
+    write_tiny_tokenizer(tmp_path)
     return load_tokenizer(tmp_path)
 
 

@@ -25,7 +25,7 @@ from peft_core.schemas.base_model import Base
 from peft_core.schemas.generation import ChatMessage, Generation, GenerationRequest
 from peft_core.schemas.results import BaseMatch, LoadedAdapter, UnloadedAdapter
 from tests.factories import record_base
-from tests.toys import VOCABULARY, toy_model, write_toy_adapter, write_toy_base
+from tests.tiny_models import VOCABULARY, tiny_model, write_tiny_adapter, write_tiny_base
 
 WEIGHTS = "adapter_model.safetensors"
 HELLO = {"prompt": "def f", "max_new_tokens": 12}
@@ -33,7 +33,7 @@ HELLO = {"prompt": "def f", "max_new_tokens": 12}
 
 @pytest.fixture(scope="module")
 def base_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_toy_base(tmp_path_factory.mktemp("toy") / "base")
+    return write_tiny_base(tmp_path_factory.mktemp("tiny") / "base")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def base(base_directory: Path) -> Base:
 @pytest.fixture(scope="module")
 def adapters(base_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     place = tmp_path_factory.mktemp("adapters")
-    return [write_toy_adapter(place / name, base_directory, seed) for seed, name in enumerate("abc")]
+    return [write_tiny_adapter(place / name, base_directory, seed) for seed, name in enumerate("abc")]
 
 
 @pytest.fixture
@@ -148,10 +148,10 @@ def test_files_that_have_changed_are_loaded_anew(
     base_directory: Path,
     tmp_path: Path,
 ) -> None:
-    adapter = write_toy_adapter(tmp_path / "adapter", base_directory, seed=1)
+    adapter = write_tiny_adapter(tmp_path / "adapter", base_directory, seed=1)
     load(desk, adapter, base)
     before = generate(desk).text
-    write_toy_adapter(adapter, base_directory, seed=2)
+    write_tiny_adapter(adapter, base_directory, seed=2)
     assert load(desk, adapter, base).how == "warm"
     assert generate(desk).text != before
     assert len(desk.resident.adapters) == 1
@@ -201,7 +201,7 @@ def test_sixteen_bit_weights_rank_and_alpha_patterns_and_rslora_mean_what_they_m
     base_directory: Path,
     tmp_path: Path,
 ) -> None:
-    adapter = write_toy_adapter(
+    adapter = write_tiny_adapter(
         tmp_path / "x",
         base_directory,
         seed=3,
@@ -231,7 +231,7 @@ def test_where_nothing_was_active_the_base_answers(
     base_directory: Path,
     tmp_path: Path,
 ) -> None:
-    zero = write_toy_adapter(tmp_path / "zero", base_directory, seed=1, scale=0)
+    zero = write_tiny_adapter(tmp_path / "zero", base_directory, seed=1, scale=0)
     answer = load(desk, zero, base)
     assert (answer.status, answer.adapter_path) == ("fallback", None)
     assert [reason.code for reason in answer.reasons] == ["b_all_zero"]
@@ -249,7 +249,7 @@ def test_what_was_active_stays_active(
 ) -> None:
     load(desk, adapters[0], base)
     before = generate(desk).text
-    zero = write_toy_adapter(tmp_path / "zero", base_directory, seed=1, scale=0)
+    zero = write_tiny_adapter(tmp_path / "zero", base_directory, seed=1, scale=0)
     answer = load(desk, zero, base)
     assert (answer.status, answer.adapter_path) == ("fallback", str(adapters[0]))
     assert generate(desk).text == before
@@ -263,7 +263,7 @@ def test_an_adapter_that_the_check_cannot_see_through_is_found_out_by_its_missin
     tmp_path: Path,
 ) -> None:
     """A is zero, B is not: headers and weights look sound, and the product is nothing."""
-    adapter = write_toy_adapter(tmp_path / "inert", base_directory, seed=1)
+    adapter = write_tiny_adapter(tmp_path / "inert", base_directory, seed=1)
     tensors = {
         name: torch.zeros_like(tensor) if "lora_A" in name else tensor
         for name, tensor in load_file(adapter / WEIGHTS).items()
@@ -284,7 +284,7 @@ def test_numbers_too_large_for_the_model_are_found_out_by_their_effect(
     base_directory: Path,
     tmp_path: Path,
 ) -> None:
-    adapter = write_toy_adapter(tmp_path / "huge", base_directory, seed=1, scale=1e38)
+    adapter = write_tiny_adapter(tmp_path / "huge", base_directory, seed=1, scale=1e38)
     answer = load(desk, adapter, base)
     assert answer.status == "fallback"
     assert "NaN" in (answer.reason or "")
@@ -404,7 +404,7 @@ def test_a_load_that_was_called_off_changes_nothing(desk: RequestHandler, adapte
 
 
 def test_once_insisted_is_not_for_ever(desk: RequestHandler, base: Base, base_directory: Path, tmp_path: Path) -> None:
-    adapter = write_toy_adapter(tmp_path / "foreign", base_directory, seed=1)
+    adapter = write_tiny_adapter(tmp_path / "foreign", base_directory, seed=1)
     (adapter / "adapter_manifest.json").unlink()
     assert load(desk, adapter, base, insist=True).status == "loaded"
     assert load(desk, adapter, base).status == "fallback"
@@ -417,7 +417,7 @@ def test_an_unproven_adapter_must_be_insisted_on(
     base_directory: Path,
     tmp_path: Path,
 ) -> None:
-    adapter = write_toy_adapter(tmp_path / "foreign", base_directory, seed=1)
+    adapter = write_tiny_adapter(tmp_path / "foreign", base_directory, seed=1)
     (adapter / "adapter_manifest.json").unlink()
     answer = load(desk, adapter, base)
     assert (answer.status, answer.verdict) == ("fallback", BaseMatch.SHAPE_ONLY)
@@ -432,7 +432,7 @@ def test_insisting_does_not_help_against_errors(
     base_directory: Path,
     tmp_path: Path,
 ) -> None:
-    adapter = write_toy_adapter(tmp_path / "x", base_directory, seed=1)
+    adapter = write_tiny_adapter(tmp_path / "x", base_directory, seed=1)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 800}))
     answer = load(desk, adapter, base, insist=True)
@@ -446,8 +446,8 @@ def test_another_base_takes_the_place_of_the_first_only_when_its_adapter_works(
     base: Base,
     tmp_path: Path,
 ) -> None:
-    other_directory = write_toy_base(tmp_path / "other")
-    other_model = toy_model()
+    other_directory = write_tiny_base(tmp_path / "other")
+    other_model = tiny_model()
     with torch.no_grad():
         for parameter in other_model.parameters():
             parameter.mul_(1.5)
@@ -456,7 +456,7 @@ def test_another_base_takes_the_place_of_the_first_only_when_its_adapter_works(
     load(desk, adapters[0], base)
     assert load(desk, adapters[1], other).status == "fallback"
     assert (desk.resident.base_model, loaded_paths(desk)) == ("base", ["a"])
-    mine = write_toy_adapter(tmp_path / "mine", other_directory, seed=9)
+    mine = write_tiny_adapter(tmp_path / "mine", other_directory, seed=9)
     assert load(desk, mine, other).how == "cold"
     assert (desk.resident.base_model, loaded_paths(desk)) == ("other", ["mine"])
 
@@ -576,7 +576,7 @@ def test_messages_go_through_the_bases_own_template_never_the_adapters(
     base_directory: Path,
     tmp_path: Path,
 ) -> None:
-    adapter = write_toy_adapter(tmp_path / "x", base_directory, seed=4)
+    adapter = write_tiny_adapter(tmp_path / "x", base_directory, seed=4)
     load(desk, adapter, base)
     asked = {"messages": [ChatMessage(role="user", content="hi")], "max_new_tokens": 8}
     expected = generate(desk, **asked)
@@ -590,7 +590,7 @@ def test_messages_go_through_the_bases_own_template_never_the_adapters(
 
 
 def test_a_base_without_template_or_middle_tokens_says_so(desk: RequestHandler, tmp_path: Path) -> None:
-    plain = resolve(str(write_toy_base(tmp_path / "plain", chat_template=None)), Settings())
+    plain = resolve(str(write_tiny_base(tmp_path / "plain", chat_template=None)), Settings())
     with pytest.raises(DataError, match="no chat template"):
         generate(desk, without_adapter=plain, messages=[ChatMessage(role="user", content="hi")])
     with pytest.raises(InvalidArgument, match="filling in the middle"):

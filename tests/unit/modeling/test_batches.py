@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from peft_core.modeling.batches import IGNORED, join, micro_batches, pack, plan_order
 from peft_core.planning.cost_model import micro_capacity
-from tests.toys import toy_documents
+from tests.tiny_models import tiny_documents
 
 CPU = torch.device("cpu")
 
@@ -56,7 +56,7 @@ def test_one_epoch_is_the_default_and_the_seed_decides_the_order() -> None:
 
 
 def test_joined_documents_restart_their_positions_and_predict_only_their_own_tokens() -> None:
-    documents = toy_documents((5, 3))
+    documents = tiny_documents((5, 3))
     batch = join(documents, CPU)
     assert batch.positions_1T.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2]]
     assert batch.lengths == (5, 3)
@@ -66,7 +66,7 @@ def test_joined_documents_restart_their_positions_and_predict_only_their_own_tok
 
 
 def test_micro_batches_hold_every_token_within_the_capacity() -> None:
-    documents = toy_documents(tuple(range(2, 150)))
+    documents = tiny_documents(tuple(range(2, 150)))
     batches = list(micro_batches(documents, 200, CPU))
     assert all(batch.tokens <= 200 for batch in batches)
     assert sum(batch.tokens for batch in batches) == sum(range(2, 150))
@@ -79,7 +79,7 @@ def test_the_longest_document_fits_into_a_micro_batch() -> None:
 
 @given(st.lists(st.integers(2, 90), min_size=1, max_size=20))
 def test_a_device_that_wants_few_shapes_gets_few_and_the_same_targets(lengths: list[int]) -> None:
-    documents = toy_documents(tuple(lengths))
+    documents = tiny_documents(tuple(lengths))
     own = list(micro_batches(documents, 128, CPU))
     filled = list(micro_batches(documents, 128, CPU, multiple_of=64))
     assert {tuple(batch.ids_1T.shape) for batch in filled} <= {(1, 64), (1, 128)}

@@ -9,13 +9,13 @@ from peft_core.modeling.fused_blocks import FusionStats, fuse
 from peft_core.modeling.objective import probe_fast_paths
 from peft_core.schemas.training import TrainingConfig
 from peft_core.training import lora
-from tests.toys import toy_model
+from tests.tiny_models import tiny_model
 
 
 def fused(architecture: str, **config: Any) -> FusionStats:
-    model = toy_model(architecture)
+    model = tiny_model(architecture)
     probe_fast_paths(model, max_length=64)  # sets the attention
-    return fuse(lora.attach(model, TrainingConfig(rank=4, **config), "toy"))
+    return fuse(lora.attach(model, TrainingConfig(rank=4, **config), "tiny"))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
@@ -40,15 +40,15 @@ def test_blocks_with_another_attention_keep_their_forward() -> None:
 
 
 def test_a_block_that_says_something_else_keeps_its_forward() -> None:
-    model = toy_model()
+    model = tiny_model()
     probe_fast_paths(model, max_length=64)
     model.model.layers[1].self_attn.scaling *= 1.5
     model.model.layers[1].self_attn.register_forward_hook(lambda _module, _inputs, out: (out[0] * 1.1, out[1]))
-    assert fuse(lora.attach(model, TrainingConfig(rank=4), "toy")) == FusionStats(blocks=1, linears=7)
+    assert fuse(lora.attach(model, TrainingConfig(rank=4), "tiny")) == FusionStats(blocks=1, linears=7)
 
 
 def test_fusing_draws_no_random_numbers() -> None:
-    model = lora.attach(toy_model(), TrainingConfig(rank=4), "toy")
+    model = lora.attach(tiny_model(), TrainingConfig(rank=4), "tiny")
     before = torch.get_rng_state()
     fuse(model)
     assert torch.equal(before, torch.get_rng_state())

@@ -17,7 +17,7 @@ from peft_core.config import Settings
 from peft_core.modeling.load import FrozenEmbedding, FrozenLinear, load_base, load_frozen, move
 from peft_core.modeling.quantised import PackedLayout, QuantisedMatrix
 from tests.model_files import gguf_bytes, write_model
-from tests.toys import toy_model, write_toy_base
+from tests.tiny_models import tiny_model, write_tiny_base
 
 
 def test_a_frozen_layer_is_the_linear_one_with_the_same_gradient() -> None:
@@ -40,7 +40,7 @@ def test_a_frozen_table_gives_its_rows() -> None:
 
 
 def test_a_mapped_base_says_what_the_loaded_one_says(tmp_path: Path) -> None:
-    directory = write_toy_base(tmp_path / "toy")
+    directory = write_tiny_base(tmp_path / "tiny")
     mapped = load_frozen(resolve(str(directory), Settings()), directory)
     assert mapped is not None
     loaded = load_base(directory, torch.float32)
@@ -75,7 +75,7 @@ def test_a_base_moves_to_its_device_with_all_that_is_stored_and_what_is_shared_s
     tmp_path: Path,
     in_bfloat16: bool,
 ) -> None:
-    directory = write_toy_base(tmp_path / "toy")
+    directory = write_tiny_base(tmp_path / "tiny")
     base = load_frozen(resolve(str(directory), Settings()), directory, in_bfloat16=in_bfloat16)
     assert base is not None
     moved = move(base, torch.device("meta"))
@@ -100,8 +100,8 @@ def test_weights_that_were_moved_in_16_bits_are_the_same() -> None:
 
 
 def test_layers_with_a_bias_are_mapped_too(tmp_path: Path) -> None:
-    directory = write_toy_base(tmp_path / "toy")
-    toy_model("qwen2").save_pretrained(directory)
+    directory = write_tiny_base(tmp_path / "tiny")
+    tiny_model("qwen2").save_pretrained(directory)
     mapped = load_frozen(resolve(str(directory), Settings()), directory)
     assert mapped is not None
     assert mapped.get_submodule("model.layers.0.self_attn.q_proj").bias is not None
@@ -111,14 +111,14 @@ def test_layers_with_a_bias_are_mapped_too(tmp_path: Path) -> None:
 
 
 def test_a_model_whose_layers_are_of_other_kinds_is_not_mapped(tmp_path: Path) -> None:
-    directory = write_toy_base(tmp_path / "toy")
+    directory = write_tiny_base(tmp_path / "tiny")
     base = resolve(str(directory), Settings())
-    toy_model("gpt2").config.save_pretrained(directory)  # Conv1D layers, under other names
+    tiny_model("gpt2").config.save_pretrained(directory)  # Conv1D layers, under other names
     assert load_frozen(base, directory) is None
 
 
 def test_a_bias_that_the_files_lack_is_not_passed_over(tmp_path: Path) -> None:
-    directory = write_toy_base(tmp_path / "toy")
+    directory = write_tiny_base(tmp_path / "tiny")
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "attention_bias": True}))
     assert load_frozen(resolve(str(directory), Settings()), directory) is None

@@ -14,7 +14,7 @@ from peft_core.modeling.fused_blocks import fuse
 from peft_core.modeling.objective import Objective, probe_fast_paths
 from peft_core.schemas.training import TrainingConfig
 from peft_core.training import lora
-from tests.toys import toy_documents, toy_model
+from tests.tiny_models import tiny_documents, tiny_model
 
 CPU = torch.device("cpu")
 LENGTHS = (40, 12, 9, 30, 3, 17)
@@ -26,9 +26,9 @@ def with_random_adapter(
     fused: bool,
     targets: Literal["all-linear"] | list[str] = "all-linear",
 ) -> tuple[Objective, PeftModel]:
-    model = toy_model(architecture)
+    model = tiny_model(architecture)
     objective = probe_fast_paths(model, max_length=64)
-    adapted = lora.attach(model, TrainingConfig(rank=4, target_modules=targets), "toy")
+    adapted = lora.attach(model, TrainingConfig(rank=4, target_modules=targets), "tiny")
     torch.manual_seed(1)
     for weight in lora.weights(adapted).values():
         torch.nn.init.normal_(weight, std=0.1)  # B is zero at first, which would hide half of the gradient
@@ -72,7 +72,7 @@ def test_the_fast_ways_are_taken_only_where_they_give_the_models_own_loss_and_gr
 ) -> None:
     plain, reference = with_random_adapter(architecture, fused=False)
     assert (plain.packed, plain.head is not None) == (packed, chunked_head)
-    documents = toy_documents(LENGTHS)
+    documents = tiny_documents(LENGTHS)
     expected = plain_loss(reference, documents)
     expected_gradient = gradient_of(reference, expected)
 
@@ -88,7 +88,7 @@ def test_the_fast_ways_are_taken_only_where_they_give_the_models_own_loss_and_gr
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["down_proj"], ["gate_proj", "o_proj"]])
 def test_blocks_that_are_adapted_in_part_give_the_models_own_gradient(targets: list[str]) -> None:
-    documents = toy_documents(LENGTHS)
+    documents = tiny_documents(LENGTHS)
     _, reference = with_random_adapter("qwen3", fused=False, targets=targets)
     expected_gradient = gradient_of(reference, plain_loss(reference, documents))
     objective, model = with_random_adapter("qwen3", fused=True, targets=targets)
@@ -98,7 +98,7 @@ def test_blocks_that_are_adapted_in_part_give_the_models_own_gradient(targets: l
 
 def test_layers_computed_again_in_the_backward_pass_give_the_same_gradient() -> None:
     objective, model = with_random_adapter("qwen2", fused=True)
-    batch = join(toy_documents(LENGTHS), CPU)
+    batch = join(tiny_documents(LENGTHS), CPU)
     kept = gradient_of(model, objective.loss(batch))
     objective.recompute_layers()
     again = gradient_of(model, objective.loss(batch))
@@ -108,7 +108,7 @@ def test_layers_computed_again_in_the_backward_pass_give_the_same_gradient() -> 
 @pytest.mark.parametrize("capacity", [0, 45, 60, 111])
 def test_how_documents_are_packed_does_not_change_the_gradient(capacity: int) -> None:
     objective, model = with_random_adapter("llama", fused=True)
-    documents = toy_documents(LENGTHS)
+    documents = tiny_documents(LENGTHS)
     whole = gradient_of(model, objective.loss(join(documents, CPU)))
     parts = sum(gradient_of(model, objective.loss(batch)) for batch in micro_batches(documents, capacity, CPU))
     assert (parts - whole).norm() / whole.norm() < 1e-5
@@ -117,7 +117,7 @@ def test_how_documents_are_packed_does_not_change_the_gradient(capacity: int) ->
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral_window", "gemma2", "gpt2"])
 def test_few_shapes_do_not_change_loss_or_gradient(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on MPS: micro-batches are filled up, and attention sees the documents through a mask."""
-    documents = toy_documents(LENGTHS)
+    documents = tiny_documents(LENGTHS)
     _, reference = with_random_adapter(architecture, fused=False)
     expected = plain_loss(reference, documents)
     expected_gradient = gradient_of(reference, expected)
@@ -139,7 +139,7 @@ def test_few_shapes_do_not_change_loss_or_gradient(architecture: str, monkeypatc
 
 def test_no_document_sees_its_neighbour() -> None:
     objective, _ = with_random_adapter("llama", fused=True)
-    first, second, other = toy_documents((20, 20, 20))
+    first, second, other = tiny_documents((20, 20, 20))
     with torch.no_grad():
         alone = objective.loss(join([second], CPU))
         losses = [
@@ -150,13 +150,13 @@ def test_no_document_sees_its_neighbour() -> None:
 
 
 def test_documents_that_go_through_the_model_alone_stay_alone_when_memory_is_short() -> None:
-    objective = probe_fast_paths(toy_model("mistral_window"), max_length=64)
+    objective = probe_fast_paths(tiny_model("mistral_window"), max_length=64)
     assert objective.reduce_memory(tokens=60, longest=40)
     assert (objective.capacity, objective.recomputes) == (0, True)
 
 
 def test_saving_memory_comes_to_an_end_where_micro_batches_are_filled_up_to_few_shapes() -> None:
-    objective = probe_fast_paths(toy_model(), max_length=1024)
+    objective = probe_fast_paths(tiny_model(), max_length=1024)
     objective.multiple_of = 256
     assert objective.reduce_memory(tokens=1024, longest=300)
     assert (objective.capacity, objective.recomputes) == (512, False)
@@ -166,7 +166,7 @@ def test_saving_memory_comes_to_an_end_where_micro_batches_are_filled_up_to_few_
 
 
 def test_layers_that_cannot_be_computed_twice_save_no_memory() -> None:
-    objective = probe_fast_paths(toy_model(), max_length=64)
+    objective = probe_fast_paths(tiny_model(), max_length=64)
     objective.model = torch.nn.Linear(1, 1)  # type: ignore[assignment]  # no layer of transformers in it
     assert not objective.reduce_memory(tokens=40, longest=40)
 
@@ -179,10 +179,10 @@ def test_attention_that_does_more_than_ours_is_left_to_the_model(
     dtype: torch.dtype,
 ) -> None:
     """In bfloat16 rounding hides what is left out: no comparison of logits would find it."""
-    model = toy_model(architecture).to(dtype)
+    model = tiny_model(architecture).to(dtype)
     objective = probe_fast_paths(model, max_length=64)
     assert objective.packed is packed
-    documents = toy_documents((9, 30))
+    documents = tiny_documents((9, 30))
     together = sum(objective.loss(batch) for batch in micro_batches(documents, objective.capacity, CPU))
     alone = plain_loss(model, documents)  # type: ignore[arg-type]  # as good as one with an adapter
     assert float(together) == pytest.approx(float(alone), rel=1e-5 if dtype == torch.float32 else 1e-2)

@@ -10,14 +10,14 @@ from peft_core.errors import BaseCheckpointError, DataError
 from peft_core.modeling.batches import tokenise
 from peft_core.modeling.tokenizer import BaseTokenizer, load_tokenizer
 from peft_core.schemas.dataset import Example, Segment
-from tests.toys import VOCABULARY, write_sentencepiece_tokenizer, write_toy_tokenizer
+from tests.tiny_models import VOCABULARY, write_sentencepiece_tokenizer, write_tiny_tokenizer
 
 END = 0
 
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> BaseTokenizer:
-    write_toy_tokenizer(tmp_path)
+    write_tiny_tokenizer(tmp_path)
     return load_tokenizer(tmp_path)
 
 
@@ -142,7 +142,7 @@ def test_a_template_that_rewrites_earlier_turns_is_learned_from_its_last_turn(tm
         "{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    write_toy_tokenizer(tmp_path, chat_template=template)
+    write_tiny_tokenizer(tmp_path, chat_template=template)
     tokenizer = load_tokenizer(tmp_path)
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     segments = tokenizer.render_chat([{"role": role, "content": content} for role, content in turns])
@@ -153,19 +153,19 @@ def test_a_template_that_rewrites_earlier_turns_is_learned_from_its_last_turn(tm
 
 
 def test_without_a_chat_template_conversations_are_refused(tmp_path: Path) -> None:
-    write_toy_tokenizer(tmp_path, chat_template=None)
+    write_tiny_tokenizer(tmp_path, chat_template=None)
     with pytest.raises(DataError, match="no chat template"):
         load_tokenizer(tmp_path).render_chat([{"role": "assistant", "content": "x"}])
 
 
 def test_what_a_template_refuses_is_told(tmp_path: Path) -> None:
-    write_toy_tokenizer(tmp_path, chat_template="{{ raise_exception('roles must alternate') }}")
+    write_tiny_tokenizer(tmp_path, chat_template="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(DataError, match="roles must alternate"):
         load_tokenizer(tmp_path).render_chat([{"role": "assistant", "content": "x"}])
 
 
 def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path: Path) -> None:
-    write_toy_tokenizer(tmp_path, chat_template="{{ messages.__class__.__mro__[1].__subclasses__() }}")
+    write_tiny_tokenizer(tmp_path, chat_template="{{ messages.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(DataError, match="unsafe"):
         load_tokenizer(tmp_path).render_chat([{"role": "assistant", "content": "x"}])
 
@@ -176,7 +176,7 @@ def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_base_that_names_no_end_of_text_is_refused(tmp_path: Path) -> None:
-    write_toy_tokenizer(tmp_path)
+    write_tiny_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(BaseCheckpointError, match="which token ends a text"):
         load_tokenizer(tmp_path)

@@ -28,11 +28,11 @@ from peft_core.training import lora
 from peft_core.training.__main__ import WORK
 from peft_core.training.checkpoint import Progress, load_checkpoint
 from peft_core.training.loop import Loop
-from tests.toys import toy_documents, toy_model
+from tests.tiny_models import tiny_documents, tiny_model
 
 CONFIG = TrainingConfig(rank=4, batch_size=3, max_steps=8, max_length=64, learning_rate=5e-3, dropout=0.1, eval_steps=3)
-TRAIN = toy_documents((20, 9, 33, 14, 40, 8, 21, 17, 5, 30), seed=1)
-HELD_OUT = toy_documents((25, 12, 30), seed=2)
+TRAIN = tiny_documents((20, 9, 33, 14, 40, 8, 21, 17, 5, 30), seed=1)
+HELD_OUT = tiny_documents((25, 12, 30), seed=2)
 
 
 class Recorder:
@@ -65,9 +65,9 @@ class Recorder:
 def make_loop(directory: Path, recorder: Recorder, config: TrainingConfig = CONFIG) -> Loop:
     torch.manual_seed(config.seed)
     accelerator = Accelerator(cpu=True, step_scheduler_with_optimizer=False)
-    model = toy_model()
+    model = tiny_model()
     objective = probe_fast_paths(model, config.max_length)
-    adapted = lora.attach(model, config, "toy")
+    adapted = lora.attach(model, config, "tiny")
     order = plan_order(
         examples=len(TRAIN),
         batch_size=config.batch_size,
@@ -525,9 +525,9 @@ def test_a_held_out_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
 
 
 def test_the_sample_for_measurements_during_training_is_fixed_and_bounded() -> None:
-    documents = toy_documents((200,) * 100)
+    documents = tiny_documents((200,) * 100)
     chosen = subset(documents, seed=0)
     assert 7000 < sum(map(len, chosen)) <= 8192
     assert chosen == subset(documents, seed=0)
     assert set(map(id, subset(HELD_OUT, seed=0))) == set(map(id, HELD_OUT))
-    assert len(subset(toy_documents((9000,)), seed=0)) == 1
+    assert len(subset(tiny_documents((9000,)), seed=0)) == 1

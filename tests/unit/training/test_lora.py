@@ -5,11 +5,11 @@ from torch import nn
 from peft_core.errors import InvalidArgument
 from peft_core.schemas.training import TrainingConfig
 from peft_core.training import lora
-from tests.toys import toy_model
+from tests.tiny_models import tiny_model
 
 
 def test_all_linear_means_every_linear_layer_but_the_head() -> None:
-    model = lora.attach(toy_model(), TrainingConfig(rank=4), "toy")
+    model = lora.attach(tiny_model(), TrainingConfig(rank=4), "tiny")
     targets = lora.target_modules(model)
     assert list(targets) == sorted(targets)
     assert {name.rsplit(".", 1)[-1] for name in targets} == {
@@ -19,7 +19,7 @@ def test_all_linear_means_every_linear_layer_but_the_head() -> None:
 
 
 def test_only_the_adapter_learns_and_it_is_float32_on_a_bfloat16_base() -> None:
-    model = lora.attach(toy_model().to(torch.bfloat16), TrainingConfig(rank=4), "toy")
+    model = lora.attach(tiny_model().to(torch.bfloat16), TrainingConfig(rank=4), "tiny")
     weights = lora.weights(model)
     assert len(weights) == 2 * 14
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
@@ -28,18 +28,18 @@ def test_only_the_adapter_learns_and_it_is_float32_on_a_bfloat16_base() -> None:
 
 def test_an_unknown_target_module_is_named_together_with_those_that_exist() -> None:
     with pytest.raises(InvalidArgument, match=r"'query'.*down_proj, gate_proj, k_proj, o_proj") as caught:
-        lora.attach(toy_model(), TrainingConfig(target_modules=["q_proj", "query"]), "toy")
+        lora.attach(tiny_model(), TrainingConfig(target_modules=["q_proj", "query"]), "tiny")
     assert caught.value.details["field"] == "config.target_modules"
 
 
 @pytest.mark.parametrize("name", ["input_layernorm", "embed_tokens", "lm_head"])
 def test_norms_embeddings_and_the_head_are_no_targets(name: str) -> None:
     with pytest.raises(InvalidArgument, match="the linear modules of this base model"):
-        lora.attach(toy_model(), TrainingConfig(target_modules=[name]), "toy")
+        lora.attach(tiny_model(), TrainingConfig(target_modules=[name]), "tiny")
 
 
 def test_b_learns_faster_than_a_by_the_lora_plus_ratio() -> None:
-    model = lora.attach(toy_model(), TrainingConfig(rank=4), "toy")
+    model = lora.attach(tiny_model(), TrainingConfig(rank=4), "tiny")
     a, b = lora.build_optimizer(model, TrainingConfig(learning_rate=1e-3, lora_plus_ratio=16)).param_groups
     assert (a["lr"], b["lr"]) == (1e-3, 16e-3)
     assert len(a["params"]) == len(b["params"]) == 14
@@ -61,6 +61,6 @@ def test_the_shortest_run_is_made_at_the_full_rate_or_close_to_it() -> None:
 
 
 def test_rslora_scales_by_the_root_of_the_rank() -> None:
-    model = lora.attach(toy_model(), TrainingConfig(rank=16, alpha=8, use_rslora=True), "toy")
+    model = lora.attach(tiny_model(), TrainingConfig(rank=16, alpha=8, use_rslora=True), "tiny")
     layer: nn.Module = model.get_base_model().model.layers[0].self_attn.q_proj
     assert layer.scaling["default"] == pytest.approx(8 / 4)

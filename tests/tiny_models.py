@@ -1,4 +1,4 @@
-"""Language models of two layers and a tokenizer of single characters: all the algebra, none of the weight."""
+"""Language models of two layers with a character-level tokenizer: every operation of a real model, at no cost."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _SIZES = {
     "eos_token_id": 0,
     "pad_token_id": 0,
     "tie_word_embeddings": True,
-    "initializer_range": 0.2,  # large enough for logits that differ
+    "initializer_range": 0.2,  # large, so that logits differ clearly
 }
 TEMPLATE = (
     "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}<end>\n{% endfor %}"
@@ -55,7 +55,7 @@ TEMPLATE = (
 )
 
 
-def toy_model(architecture: str = "llama") -> PreTrainedModel:
+def tiny_model(architecture: str = "llama") -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(_config(architecture))
     model.eval()
@@ -63,7 +63,7 @@ def toy_model(architecture: str = "llama") -> PreTrainedModel:
     return model
 
 
-def toy_documents(lengths: tuple[int, ...], seed: int = 0) -> list[Document]:
+def tiny_documents(lengths: tuple[int, ...], seed: int = 0) -> list[Document]:
     generator = torch.Generator().manual_seed(seed)
     documents = []
     for length in lengths:
@@ -74,23 +74,23 @@ def toy_documents(lengths: tuple[int, ...], seed: int = 0) -> list[Document]:
     return documents
 
 
-def write_toy_base(
+def write_tiny_base(
     directory: Path,
     architecture: str = "llama",
     *,
     chat_template: str | None = TEMPLATE,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """A complete Hugging Face model directory."""
-    toy_model(architecture).to(dtype).save_pretrained(directory)
-    write_toy_tokenizer(directory, chat_template=chat_template)
+    """Write a complete Hugging Face model directory."""
+    tiny_model(architecture).to(dtype).save_pretrained(directory)
+    write_tiny_tokenizer(directory, chat_template=chat_template)
     return directory
 
 
-def write_toy_adapter(directory: Path, base: Path, seed: int, *, scale: float = 0.3, **config: Any) -> Path:
-    """A LoRA adapter as PEFT saves it, with a manifest that names its base; `scale` 0 leaves B zero, as untrained."""
+def write_tiny_adapter(directory: Path, base: Path, seed: int, *, scale: float = 0.3, **config: Any) -> Path:
+    """Write a LoRA adapter with PEFT, and a manifest that names its base. With `scale` 0, B is zero as before training."""
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], **config}
-    model = get_peft_model(toy_model(), LoraConfig(task_type="CAUSAL_LM", **settings))
+    model = get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM", **settings))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -101,9 +101,9 @@ def write_toy_adapter(directory: Path, base: Path, seed: int, *, scale: float = 
     return directory
 
 
-def write_toy_tokenizer(directory: Path, *, chat_template: str | None = TEMPLATE) -> None:
+def write_tiny_tokenizer(directory: Path, *, chat_template: str | None = TEMPLATE) -> None:
     directory.mkdir(exist_ok=True)
-    tokenizer = Tokenizer(models.WordLevel({token: n for n, token in enumerate(VOCABULARY)}, unk_token="<unk>"))  # noqa: S106 -- a token of text
+    tokenizer = Tokenizer(models.WordLevel({token: n for n, token in enumerate(VOCABULARY)}, unk_token="<unk>"))  # noqa: S106 -- a vocabulary token, not a secret
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.add_special_tokens(VOCABULARY[:3])
     tokenizer.save(str(directory / "tokenizer.json"))
@@ -114,16 +114,19 @@ def write_toy_tokenizer(directory: Path, *, chat_template: str | None = TEMPLATE
 
 
 def write_sentencepiece_tokenizer(directory: Path, *, dummy_space: str, marks: Sequence[str] = ()) -> None:
-    """Of Llama's kind: a space before every text. `dummy_space`: which part puts it there, "prepend" or "metaspace"."""
+    """Write a tokenizer like Llama's, which puts a space before every text.
+
+    `dummy_space` names the component that adds the space: "prepend" (a normaliser) or "metaspace" (a pre-tokenizer).
+    """
     directory.mkdir(exist_ok=True)
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "\u2581\u2581"]
     tokens += [*map(chr, range(33, 127)), "de", "def", "\u2581d", "\u2581de", "\u2581def"]
     merges = [("\u2581", "\u2581"), ("d", "e"), ("de", "f"), ("\u2581", "d"), ("\u2581", "de"), ("\u2581", "def")]
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))  # noqa: S106 -- a token of text
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))  # noqa: S106 -- a vocabulary token, not a secret
     if dummy_space == "prepend":
-        parts = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-        tokenizer.normalizer = normalizers.Sequence(parts)  # type: ignore[assignment]  # typed as read-only
+        prepend = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        tokenizer.normalizer = normalizers.Sequence(prepend)  # type: ignore[assignment]  # typed as read-only
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", *marks])
@@ -131,31 +134,31 @@ def write_sentencepiece_tokenizer(directory: Path, *, dummy_space: str, marks: S
     (directory / "tokenizer_config.json").write_text('{"eos_token": "</s>", "bos_token": "<s>"}')
 
 
-def _config(architecture: str) -> PreTrainedConfig:  # noqa: PLR0911, PLR0912 -- one for each architecture
+def _config(architecture: str) -> PreTrainedConfig:  # noqa: PLR0911, PLR0912 -- one branch per architecture
     match architecture:
         case "llama":
             return LlamaConfig(**_SIZES)
-        case "qwen2":  # bias in q, k and v
+        case "qwen2":  # q, k and v have biases
             return Qwen2Config(**_SIZES)
-        case "qwen3":  # a norm for each query and key head
+        case "qwen3":  # normalises each query and key head
             return Qwen3Config(**_SIZES, head_dim=8)
         case "mistral":
             return MistralConfig(**_SIZES, sliding_window=None)
-        case "mistral_window":  # each token sees only the last 8
+        case "mistral_window":  # each token attends to the last 8 only
             return MistralConfig(**_SIZES, sliding_window=8)
-        case "gemma2":  # caps attention and logits
+        case "gemma2":  # soft-caps attention scores and logits
             return Gemma2Config(**_SIZES, head_dim=8, final_logit_softcapping=2.0, attn_logit_softcapping=2.0)
-        case "smollm3":  # every fourth layer without positions
+        case "smollm3":  # every fourth layer has no position encoding
             return SmolLM3Config(**_SIZES)
         case "starcoder2":
             return Starcoder2Config(**_SIZES, sliding_window=None)
         case "phi":
             return PhiConfig(**_SIZES | {"tie_word_embeddings": False})
-        case "phi3":  # query, key and value in one
+        case "phi3":  # one matrix for query, key and value
             return Phi3Config(**_SIZES, sliding_window=None)
-        case "gpt_oss":  # a sink for attention; experts
+        case "gpt_oss":  # attention sinks; mixture of experts
             return GptOssConfig(**_SIZES, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
-        case "deepseek_v3":  # values narrower than keys; experts from the second layer on
+        case "deepseek_v3":  # value heads smaller than key heads; experts from the second layer on
             heads = {"num_key_value_heads": 4, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
             ranks = {"q_lora_rank": 16, "kv_lora_rank": 16}
             experts = {"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
@@ -168,7 +171,7 @@ def _config(architecture: str) -> PreTrainedConfig:  # noqa: PLR0911, PLR0912 --
             )
         case other if other != "gpt2":
             return AutoConfig.for_model(other, **_SIZES)
-        case _:  # learned positions, Conv1D layers
+        case _:  # learned position embeddings, Conv1D layers
             return GPT2Config(
                 vocab_size=len(VOCABULARY),
                 n_positions=256,
