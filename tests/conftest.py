@@ -1,10 +1,59 @@
-"""What all tests share."""
+"""Fixtures that all tests share, and the option `--without-torch` of the fast loop (`make unit`)."""
 
 from __future__ import annotations
 
+import ast
+import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).parents[1]
+HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors", "gguf", "lance", "pyarrow"}  # seconds to import
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--without-torch", action="store_true", help="skip test files that import torch or Arrow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.register_profile("all", deadline=None)  # a busy machine is no failure
+    settings.register_profile("fast", deadline=None, max_examples=10)
+    settings.load_profile("fast" if config.getoption("--without-torch") else "all")
+    if config.getoption("--without-torch"):
+        sys.modules.update(dict.fromkeys(HEAVY, None))  # type: ignore[arg-type] -- None makes `import torch` fail
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Skip a test file that needs torch before it is imported. None leaves the decision to pytest."""
+    skip = config.getoption("--without-torch") and collection_path.suffix == ".py" and needs_torch(collection_path)
+    return True if skip else None
+
+
+@cache
+def needs_torch(path: Path) -> bool:
+    """Whether a test file imports torch, itself or through the product's or the tests' modules (read, not imported)."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        if any(module.split(".")[0] in HEAVY or module_needs_torch(module) for module in modules):
+            return True
+    return False
+
+
+@cache
+def module_needs_torch(module: str) -> bool:
+    """The codebase's rule: torch is imported in `modeling/`, `training/` and directories called `worker/` only."""
+    package, *rest = module.split(".")
+    if package == "peft_core":
+        return bool(rest) and (rest[0] in ("modeling", "training") or "worker" in rest)
+    file = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+    return package == "tests" and file.exists() and needs_torch(file)
 
 
 @pytest.fixture(scope="session")
