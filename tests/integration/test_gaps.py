@@ -31,7 +31,10 @@ def test_a_base_with_marks_is_trained_on_gaps(tmp_path: Path) -> None:
         source=repository(tmp_path / "code", files=6, functions=8),
         source_kind="repository",
         config=TrainingConfig(
-            device="cpu", allow_little_data=True, mixture=TaskMixture(fill_in_the_middle=1), **SHORT_RUN,
+            device="cpu",
+            allow_little_data=True,
+            mixture=TaskMixture(fill_in_the_middle=1),
+            **SHORT_RUN,
         ),
         base=resolve(str(base), Settings()),
         job_dir=tmp_path / "job",
