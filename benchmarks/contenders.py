@@ -25,6 +25,7 @@ from peft_core.jobs.runner import CHILD, child_environment
 from peft_core.paths import DataPaths
 from peft_core.planning.planner import plan
 from peft_core.schemas.base_model import Base, ModelShape
+from peft_core.schemas.dataset import DatasetSpec, SourceKind
 from peft_core.schemas.events import (
     EVENT,
     AdapterWritten,
@@ -94,13 +95,15 @@ def workplace(held_out_fraction: float) -> Iterator[Workplace]:
         directory = ensure_hf_directory(base, root / "base_models", lambda _detail: None)
         tokenizer = load_tokenizer(directory)
         prepare(
-            source=source,
-            source_kind="repository",
+            DatasetSpec(
+                source=source,
+                source_kind=SourceKind.REPOSITORY,
+                max_length=config.max_length,
+                held_out_fraction=config.held_out_fraction,
+                seed=config.seed,
+            ),
             directory=root / "dataset",
             codec=tokenizer,
-            max_length=config.max_length,
-            held_out_fraction=config.held_out_fraction,
-            seed=config.seed,
             report=lambda _detail: None,
         )
         examples: dict[str, list[dict[str, list[int]]]] = {"train": [], "held_out": []}
@@ -144,14 +147,14 @@ def train(config: TrainingConfig, place: Workplace) -> list[Seen]:
         paths = DataPaths(Path(data_dir))
         job = paths.job("benchmark")
         job.root.mkdir(parents=True)
-        own = {
-            "job_id": "benchmark",
-            "project_id": "benchmark",
-            "job_dir": job.root,
-            "base_models_dir": paths.base_models,
-        }
-        asked = {name: getattr(request, name) for name in JobRequest.model_fields if name in TrainingTask.model_fields}
-        job.task.write_text(TrainingTask.model_validate({**asked, **own}).model_dump_json(), encoding="utf-8")
+        task = TrainingTask(
+            job_id="benchmark",
+            project_id="benchmark",
+            request=request,
+            job_dir=job.root,
+            base_models_dir=paths.base_models,
+        )
+        job.task.write_text(task.model_dump_json(), encoding="utf-8")
         began, seen = time.perf_counter(), list[Seen]()
         with (
             job.log.open("wb") as log,

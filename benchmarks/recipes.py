@@ -184,13 +184,9 @@ def train(code_base: str, config: TrainingConfig, *, work: Path, results: Path) 
         task = TrainingTask(
             job_id=Path(directory).name,
             project_id="recipes",
-            source=request.source,
-            source_kind=request.source_kind,
-            config=request.config,
-            base=request.base,
+            request=request,
             job_dir=Path(directory),
             base_models_dir=work / "base_models",
-            execution=request.execution,
         )
         task_file = Path(directory) / "task.json"
         task_file.write_text(task.model_dump_json(), encoding="utf-8")

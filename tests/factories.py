@@ -17,10 +17,10 @@ from peft_core.adapters.manifest import (
 )
 from peft_core.jobs.state import Job
 from peft_core.schemas.base_model import Base, Fingerprint, ModelShape
-from peft_core.schemas.dataset import DatasetSummary, SourceSummary
+from peft_core.schemas.dataset import DatasetSpec, DatasetSummary, SourceSummary
 from peft_core.schemas.evaluation import Comparison, Continuation, Evaluation, Verdict
 from peft_core.schemas.results import Estimate, Metrics
-from peft_core.schemas.task import JobRequest
+from peft_core.schemas.task import JobRequest, TrainingTask
 from peft_core.schemas.training import TrainingConfig
 
 SMOLLM2_SHAPE = ModelShape(
@@ -67,21 +67,46 @@ def make_source(**changes: Any) -> SourceSummary:
     )
 
 
-def make_job(job_id: str = "20260101-000000-abcdef", project_id: str = "web", **changes: Any) -> Job:
-    request = changes.pop("request", None) or JobRequest(
-        source=Path("/code/web"),
-        source_kind="repository",
-        config=TrainingConfig(),
-        base=make_base(),
-        found=make_source(),
-        device="cpu",
-        estimate=Estimate(train_tokens=18_000, steps=24, seconds=200.0, memory_bytes=1_500_000_000, basis="a guess"),
+def make_dataset_spec(source: Path, **changes: Any) -> DatasetSpec:
+    return DatasetSpec(
+        **{
+            "source": source,
+            "source_kind": "repository",
+            "max_length": 128,
+            "held_out_fraction": 0.2,
+            "seed": 0,
+            **changes,
+        },
     )
+
+
+def make_request(**changes: Any) -> JobRequest:
+    return JobRequest(
+        **{
+            "source": Path("/code/web"),
+            "source_kind": "repository",
+            "config": TrainingConfig(),
+            "base": make_base(),
+            "found": make_source(),
+            "device": "cpu",
+            "estimate": Estimate(
+                train_tokens=18_000, steps=24, seconds=200.0, memory_bytes=1_500_000_000, basis="a guess",
+            ),
+            **changes,
+        },
+    )
+
+
+def change_request(task: TrainingTask, **changes: Any) -> TrainingTask:
+    return task.model_copy(update={"request": task.request.model_copy(update=changes)})
+
+
+def make_job(job_id: str = "20260101-000000-abcdef", project_id: str = "web", **changes: Any) -> Job:
     return Job(
         **{
             "job_id": job_id,
             "project_id": project_id,
-            "request": request,
+            "request": make_request(),
             "created_at": 0.0,
             "updated_at": 0.0,
             **changes,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from peft_core.schemas.base_model import Fingerprint, ModelShape
-from peft_core.schemas.dataset import DatasetSummary
+from peft_core.schemas.dataset import DatasetSummary, SourceKind
 from peft_core.schemas.evaluation import Evaluation, Verdict
 from peft_core.schemas.events import MemorySaved, RateLowered
 from peft_core.schemas.frozen import FrozenModel
@@ -34,7 +34,7 @@ class BaseRecord(FrozenModel):
 
 
 class DataRecord(FrozenModel):
-    source_kind: Literal["repository", "jsonl", "records"]
+    source_kind: SourceKind
     summary: DatasetSummary
     languages: dict[str, int]  # files by language
     repository_commit: str | None = None

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from peft_core.errors import DataError, InvalidArgument
-from peft_core.schemas.dataset import TRAINING, Purpose, SourceSummary
+from peft_core.schemas.dataset import DatasetPurpose, SourceSummary
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.system.child_process import Answer, ask
 
@@ -23,7 +23,7 @@ _CHILD = "peft_core.data.worker.lance_reader"
 class TableRequest(FrozenModel):
     table: Path
     max_length: int = 512
-    purpose: Purpose = TRAINING
+    purpose: DatasetPurpose = DatasetPurpose.TRAINING
     records: Path | None = None  # where to write; None: look only
 
 
@@ -31,7 +31,7 @@ class Copied(FrozenModel):
     rows: int
 
 
-def require_table(path: Path, given: str, purpose: Purpose) -> None:
+def require_table(path: Path, given: str, purpose: DatasetPurpose) -> None:
     """That a directory looks like a table, as far as its names tell.
 
     Raises:
@@ -56,7 +56,7 @@ def require_table(path: Path, given: str, purpose: Purpose) -> None:
                 )
 
 
-def look(path: Path, max_length: int, purpose: Purpose) -> SourceSummary:
+def look(path: Path, max_length: int, purpose: DatasetPurpose) -> SourceSummary:
     """What the table holds.
 
     Raises:

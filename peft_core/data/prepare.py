@@ -1,10 +1,11 @@
-"""Source to dataset: cut, cleaned, split into a part to train on and a part to measure on, all of it recorded.
+"""Prepare a dataset: cut the source into examples, clean them, split off a held-out set, and record everything.
 
-1. Every file or record becomes examples, spooled to disk as they come; in memory stays a key of each.
-2. The keys decide: duplicates go, whole files are held out, and nothing of them that is trained on elsewhere.
-3. The spool is read once more into the files of the dataset.
-4. Its manifest is written last. Where it exists already for the same request, the dataset is taken as it is: a job that
-   is resumed trains on what it began with, whatever has become of the repository.
+1. Every file or record becomes examples, which are spooled to disk as they are made; only a key of each stays in memory.
+2. The keys decide: duplicates are removed, whole files are held out, and held-out examples that overlap the training set
+   are dropped.
+3. The spool is read once more and written into the files of the dataset.
+4. The manifest is written last. If it already exists for an equal spec, the dataset is reused: a resumed job trains on the
+   data that it started with, even if the repository has changed since.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from peft_core.data import git
 from peft_core.data.augment import reformat_example, require_fim_tokens
@@ -43,219 +44,226 @@ from peft_core.data.summarise import require_enough
 from peft_core.data.token_counter import TokenCounter
 from peft_core.data.walk import File, Reason, walk
 from peft_core.errors import DataError
-from peft_core.schemas.dataset import TRAINING, DatasetSummary, Example, Purpose
-from peft_core.schemas.training import TaskMixture
+from peft_core.schemas.dataset import DatasetPurpose, DatasetSpec, DatasetSummary, Example, SourceKind
 
-SourceKind = Literal["repository", "jsonl", "records"]
-_PLAIN = TaskMixture()
 _REPORT_EVERY_S = 0.5
-_SPARE = 1.5  # times as many examples as a run needs: some of them will be near duplicates of others
-# However short the run, what it sees is drawn from so many: from all of a code base that is not huge. Ten seconds of reading.
-_AT_LEAST = 10_000
-
-
-@dataclass(slots=True)
-class DatasetBuilder:
-    """What stays in memory of the examples that were spooled."""
-
-    known: TrainingFingerprint | None = None  # what was trained on before, and is not measured on
-    keys: list[ExampleKey] = field(default_factory=list)
-    distinct: set[bytes] = field(default_factory=set)
-    signatures: MinHashIndex = field(default_factory=MinHashIndex)
-    sorts: list[tuple[str, str]] = field(default_factory=list)  # language and kind of each
-    left_out: Counter[str] = field(default_factory=Counter)
-    secrets: list[tuple[str, int, str]] = field(default_factory=list)
-    commit: str | None = None
-    dirty: bool | None = None
-
-    def takes(self, example: Example, source_kind: SourceKind) -> bool:
-        """Whether it is one to be spooled; then it is remembered."""
-        share = 0.0 if self.known is None else self.known.share_of(learned_text(example))
-        if share is None or share >= SEEN:
-            self.left_out[Reason.MAYBE_TRAINED_ON if share is None else Reason.TRAINED_ON] += 1
-            return False
-        learned = "\0".join(segment.text for segment in example.segments if segment.learn)
-        given = "" if source_kind == "repository" else "\0".join(s.text for s in example.segments if not s.learn)
-        said = answer(example)
-        same_side = b"" if said is None else digest(said)
-        self.keys.append(ExampleKey(example.path, digest(f"{given}\0{learned}"), example.tokens, same_side))
-        self.distinct.add(self.keys[-1].digest)
-        self.signatures.add(learned if is_dedupable(example) else None)
-        self.sorts.append((example.language, example.kind))
-        return True
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingPlan:
-    """How many examples are enough, and in which order files are read to find them."""
-
-    enough: int | None
-    seed: int
-
-    def order(self, files: Sequence[File]) -> Sequence[File]:
-        if self.enough is None:
-            return files
-        return sorted(files, key=lambda file: order_key(file.name, self.seed))
+_OVERSAMPLING = 1.5  # times as many examples are read as a run needs, since some turn out to be near duplicates
+# A short run still samples from this many examples, which is all of a code base of ordinary size. Reading takes ten seconds.
+_MIN_SAMPLED_EXAMPLES = 10_000
 
 
 def prepare(
+    spec: DatasetSpec,
     *,
-    source: Path,
-    source_kind: SourceKind,
     directory: Path,
     codec: TokenCounter,
-    max_length: int,
-    held_out_fraction: float,
-    seed: int,
     report: Callable[[str], None],
-    enough_examples: int | None = None,
-    held_out_by: Literal["file", "time"] = "file",
-    mixture: TaskMixture = _PLAIN,
-    purpose: Purpose = TRAINING,
     known: TrainingFingerprint | None = None,
     may_read: Callable[[Path], None] = lambda _source: None,
 ) -> PreparedDataset:
     """Write train.jsonl, held_out.jsonl, trained_on.bin and manifest.json into the directory.
 
-    `enough_examples`: more than so many are not trained on. Of a repository whole files are then read in an order drawn by lot
-    until there are enough, ten thousand at least: twenty thousand files need not be cut for a run of a hundred steps.
-    `known`: what was trained on before is left out, before anything is chosen to be measured on. `may_read` raises where the
-    source may not be read.
+    Examples in `known`, the text that an adapter was trained on, are excluded before anything is selected for evaluation.
+    `may_read` raises if the source must not be read.
 
     Raises:
-        DataError: too little to split, a broken record, a source that is gone, or a base without tokens for the mixture.
+        DataError: too little data to split, a broken record, a missing source, or a base model without FIM tokens.
     """
-    request = {
-        "source": os.fspath(source),
-        "source_kind": source_kind,
-        "max_length": max_length,
-        "held_out_fraction": held_out_fraction,
-        "seed": seed,
-        "enough_examples": enough_examples,
-        "held_out_by": held_out_by,
-        "mixture": mixture.model_dump(),
-        "purpose": purpose.field,
-        "known": None if known is None else hashlib.sha256(known.to_bytes()).hexdigest(),
-    }
+    request = spec.model_dump(mode="json")
+    request["known"] = None if known is None else hashlib.sha256(known.to_bytes()).hexdigest()
     if (done := finished(directory, request)) is not None:
         return done
-    if source_kind != "records":  # once more: a link on the way may lead elsewhere by now
-        may_read(source)
-    if not source.exists():
-        raise DataError(
-            f"{source} is not there any more.",
-            code="training_data_gone",
-            suggestions=(f"Call {purpose.tool} again with its present place",),
-        )
-    require_fim_tokens(mixture, codec)
+    _require_source(spec, may_read)
+    require_fim_tokens(spec.mixture, codec)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "manifest.json").unlink(missing_ok=True)
     spool = directory / "examples.partial"
+    builder = DatasetBuilder(spec, codec, _Progress(report), known)
+    reformat = partial(reformat_example, mixture=spec.mixture, codec=codec, max_length=spec.max_length, seed=spec.seed)
     try:
-        changed: dict[str, int] | None = None
-        if held_out_by == "time" and source_kind == "repository":
-            changed = {printable(name): at for name, at in last_changes(source).items()}
-        enough = enough_examples if changed is None else None  # the newest may be anywhere
-        if enough is not None:
-            enough = max(_AT_LEAST, round(_SPARE * enough / (1 - held_out_fraction)))
-        draw = SamplingPlan(enough, seed)
-        found = DatasetBuilder(known)
-        progress = _Progress(report)
-        _spool(source, source_kind, spool, found, codec=codec, max_length=max_length, draw=draw, progress=progress)
-        where = str(source) if source_kind != "records" else purpose.field
-        if purpose.trains:  # who measures says what was trained on
-            require_enough(merged(found.keys, found.signatures), found.left_out, where)
-        parts = split(
-            found.keys,
-            found.signatures,
-            held_out_fraction=held_out_fraction,
-            seed=seed,
-            changed=changed,
-            purpose=purpose,
-        )
-        if source_kind == "repository" and purpose.trains:
-            train = cap_per_file(found.keys, parts.train)
-            found.left_out[Reason.OVER_FILE_SHARE] += len(parts.train) - len(train)
-            parts = replace(parts, train=train)
-        if purpose.trains:
-            parts = remove_overlap(parts, spool)
-        found.left_out[Reason.SEEN_IN_TRAINING] += parts.seen_as_lines
-        found.left_out[Reason.DUPLICATE] += parts.duplicates
-        found.left_out[Reason.NEAR_DUPLICATE] += parts.near_duplicates
-        written = write_parts(
-            spool,
-            directory,
-            parts,
-            partial(reformat_example, mixture=mixture, codec=codec, max_length=max_length, seed=seed),
-        )
+        builder.fill(spool)
+        parts = builder.split(spool)
+        written = write_parts(spool, directory, parts, reformat)
     finally:
         spool.unlink(missing_ok=True)
-    prepared = _prepared(found, parts, written)
-    write_manifest(directory, request, prepared, _told(found, parts))
+    prepared = builder.summarise(parts, written)
+    write_manifest(directory, request, prepared, builder.details(parts))
     return prepared
 
 
-def _spool(
-    source: Path,
-    source_kind: SourceKind,
-    spool: Path,
-    found: DatasetBuilder,
-    *,
-    codec: TokenCounter,
-    max_length: int,
-    draw: SamplingPlan,
-    progress: _Progress,
-) -> None:
-    if source_kind == "repository":
-        yields = _from_repository(source, found, codec=codec, max_length=max_length, draw=draw, progress=progress)
-    else:
-        yields = _from_records(source, source_kind, codec, max_length, progress)
-    with spool.open("w", encoding="utf-8", newline="\n") as stream:
-        for result in yields:
-            found.left_out.update(result.left_out)
-            found.secrets += result.secrets
-            for example in result.examples:
-                if found.takes(example, source_kind):
-                    stream.write(example.model_dump_json() + "\n")
+def _require_source(spec: DatasetSpec, may_read: Callable[[Path], None]) -> None:
+    if spec.source_kind is not SourceKind.RECORDS:  # checked again: a symbolic link may lead elsewhere by now
+        may_read(spec.source)
+    if not spec.source.exists():
+        raise DataError(
+            f"{spec.source} does not exist any more.",
+            code="training_data_gone",
+            suggestions=(f"Call {spec.purpose.tool} again with its current path",),
+        )
 
 
-def _from_repository(
-    root: Path,
-    found: DatasetBuilder,
-    *,
-    codec: TokenCounter,
-    max_length: int,
-    draw: SamplingPlan,
-    progress: _Progress,
-) -> Iterator[FileResult]:
-    tree = walk(root)
-    found.left_out.update(tree.left_out)
-    if tree.by_git:
-        found.commit, found.dirty = git.state(root)
-    for number, file in enumerate(draw.order(tree.files)):
-        if draw.enough is not None and len(found.distinct) >= draw.enough:
-            found.left_out[Reason.NOT_NEEDED] += len(tree.files) - number
-            return
-        progress(f"{number} of {len(tree.files)} files")
-        yield from_file(file, codec=codec, max_length=max_length, redact=redacted)
+@dataclass(slots=True)
+class DatasetBuilder:
+    """Spools the examples of a source and keeps in memory only what the split needs to know about each."""
 
+    spec: DatasetSpec
+    codec: TokenCounter
+    progress: _Progress
+    known: TrainingFingerprint | None
+    keys: list[ExampleKey] = field(default_factory=list)
+    distinct: set[bytes] = field(default_factory=set)
+    signatures: MinHashIndex = field(default_factory=MinHashIndex)
+    labels: list[tuple[str, str]] = field(default_factory=list)  # (language, kind) of each example
+    left_out: Counter[str] = field(default_factory=Counter)
+    secrets: list[tuple[str, int, str]] = field(default_factory=list)
+    commit: str | None = None
+    dirty: bool | None = None
 
-def _from_records(
-    path: Path,
-    source_kind: SourceKind,
-    codec: TokenCounter,
-    max_length: int,
-    progress: _Progress,
-) -> Iterator[FileResult]:
-    called = "line" if source_kind == "jsonl" else "record"
-    root = _common_root(read_jsonl(path, called=called))
-    for number, record in enumerate(read_jsonl(path, called=called)):
-        progress(f"{number} records")
-        yield from_record(record, codec=codec, max_length=max_length, redact=redacted, root=root)
+    @property
+    def _splits_by_time(self) -> bool:
+        return self.spec.held_out_by == "time" and self.spec.source_kind is SourceKind.REPOSITORY
+
+    @property
+    def _trains(self) -> bool:
+        return self.spec.purpose is DatasetPurpose.TRAINING
+
+    # 1. Examples into the spool.
+
+    def fill(self, spool: Path) -> None:
+        results = self._from_repository() if self.spec.source_kind is SourceKind.REPOSITORY else self._from_records()
+        with spool.open("w", encoding="utf-8", newline="\n") as stream:
+            for result in results:
+                self.left_out.update(result.left_out)
+                self.secrets += result.secrets
+                for example in result.examples:
+                    if self._add(example):
+                        stream.write(example.model_dump_json() + "\n")
+
+    def _from_repository(self) -> Iterator[FileResult]:
+        root = self.spec.source
+        tree = walk(root)
+        self.left_out.update(tree.left_out)
+        if tree.by_git:
+            self.commit, self.dirty = git.state(root)
+        enough = self._enough()
+        files = tree.files if enough is None else sorted(tree.files, key=self._random_order)
+        for number, file in enumerate(files):
+            if enough is not None and len(self.distinct) >= enough:
+                self.left_out[Reason.NOT_NEEDED] += len(files) - number
+                return
+            self.progress(f"{number} of {len(files)} files")
+            yield from_file(file, codec=self.codec, max_length=self.spec.max_length, redact=redacted)
+
+    def _enough(self) -> int | None:
+        """Return how many distinct examples are read at most: a short run need not cut twenty thousand files."""
+        if self.spec.enough_examples is None or self._splits_by_time:  # the newest files may be anywhere
+            return None
+        needed = _OVERSAMPLING * self.spec.enough_examples / (1 - self.spec.held_out_fraction)
+        return max(_MIN_SAMPLED_EXAMPLES, round(needed))
+
+    def _random_order(self, file: File) -> bytes:
+        return order_key(file.name, self.spec.seed)
+
+    def _from_records(self) -> Iterator[FileResult]:
+        path, noun = self.spec.source, "line" if self.spec.source_kind is SourceKind.JSONL else "record"
+        root = _common_root(read_jsonl(path, called=noun))
+        for number, record in enumerate(read_jsonl(path, called=noun)):
+            self.progress(f"{number} records")
+            yield from_record(record, codec=self.codec, max_length=self.spec.max_length, redact=redacted, root=root)
+
+    def _add(self, example: Example) -> bool:
+        """Remember an example that is to be spooled. Return False for one that the adapter was trained on."""
+        share = 0.0 if self.known is None else self.known.share_of(learned_text(example))
+        if share is None or share >= SEEN:
+            self.left_out[Reason.MAYBE_TRAINED_ON if share is None else Reason.TRAINED_ON] += 1
+            return False
+        learned = "\0".join(segment.text for segment in example.segments if segment.learn)
+        context = "\0".join(segment.text for segment in example.segments if not segment.learn)
+        if self.spec.source_kind is SourceKind.REPOSITORY:
+            context = ""  # the path and the surrounding headers do not make a copied function a different one
+        reply = answer(example)
+        same_side = b"" if reply is None else digest(reply)
+        self.keys.append(ExampleKey(example.path, digest(f"{context}\0{learned}"), example.tokens, same_side))
+        self.distinct.add(self.keys[-1].digest)
+        self.signatures.add(learned if is_dedupable(example) else None)
+        self.labels.append((example.language, example.kind))
+        return True
+
+    # 2. The split.
+
+    def split(self, spool: Path) -> Split:
+        """Decide which examples are trained on and which are held out, and count the rest.
+
+        Raises:
+            DataError: 'too_few_examples'.
+        """
+        spec = self.spec
+        if self._trains:  # an evaluation counts its examples itself: it also knows how many the adapter was trained on
+            name = spec.purpose.field if spec.source_kind is SourceKind.RECORDS else str(spec.source)
+            require_enough(merged(self.keys, self.signatures), self.left_out, name)
+        parts = split(
+            self.keys,
+            self.signatures,
+            held_out_fraction=spec.held_out_fraction,
+            seed=spec.seed,
+            changed=self._last_changes(),
+            purpose=spec.purpose,
+        )
+        if self._trains:
+            if spec.source_kind is SourceKind.REPOSITORY:
+                train = cap_per_file(self.keys, parts.train)
+                self.left_out[Reason.OVER_FILE_SHARE] += len(parts.train) - len(train)
+                parts = replace(parts, train=train)
+            parts = remove_overlap(parts, spool)
+        self.left_out[Reason.SEEN_IN_TRAINING] += parts.seen_as_lines
+        self.left_out[Reason.DUPLICATE] += parts.duplicates
+        self.left_out[Reason.NEAR_DUPLICATE] += parts.near_duplicates
+        return parts
+
+    def _last_changes(self) -> dict[str, int] | None:
+        if not self._splits_by_time:
+            return None
+        return {printable(name): changed_at for name, changed_at in last_changes(self.spec.source).items()}
+
+    # 3. The record.
+
+    def summarise(self, parts: Split, written: WriteStats) -> PreparedDataset:
+        language_of = {
+            self.keys[position].file: self.labels[position][0] for position in (*parts.train, *parts.held_out)
+        }
+        return PreparedDataset(
+            summary=DatasetSummary(
+                train_examples=len(parts.train),
+                held_out_examples=len(parts.held_out),
+                train_tokens=written.tokens["train"],
+                held_out_tokens=written.tokens["held_out"],
+                files=len(language_of),
+                left_out={reason: count for reason, count in sorted(self.left_out.items()) if count},
+                secrets_removed=len(self.secrets),
+                told=dict(sorted(written.told.items())),
+                sha256=written.sha256,
+            ),
+            languages=dict(Counter(language_of.values()).most_common()),
+            repository_commit=self.commit,
+            repository_dirty=self.dirty,
+        )
+
+    def details(self, parts: Split) -> dict[str, Any]:
+        """Return what the manifest records besides the summary: the rules, and their effect."""
+        labels = [self.labels[position] for position in (*parts.train, *parts.held_out)]
+        return {
+            "examples_by_language": dict(Counter(language for language, _ in labels).most_common()),
+            "examples_by_kind": dict(Counter(kind for _, kind in labels).most_common()),
+            "held_out_files": parts.held_out_files,
+            "file_cap": {"share_of_tokens": FILE_SHARE, "but_tokens_at_least": FILE_MIN_TOKENS},
+            "near_duplicates": {"rule": RULE, "held_out_but_seen_in_training": parts.seen_in_training},
+            "kept_apart": {"rule": f"less than {SEEN:g} of the runs of three lines are trained on"},
+            "secrets": [{"file": file, "line": line, "type": kind} for file, line, kind in self.secrets],
+        }
 
 
 def _common_root(records: Iterator[Record]) -> str:
-    """What all absolute paths of the records begin with; decided by the first record, for most sources have none."""
+    """Return the longest common directory of the records' absolute paths, or "" if the first path is relative."""
     root = ""
     for record in records:
         if record.path.startswith("/"):
@@ -266,43 +274,8 @@ def _common_root(records: Iterator[Record]) -> str:
     return root
 
 
-def _prepared(found: DatasetBuilder, parts: Split, written: WriteStats) -> PreparedDataset:
-    kept = [*parts.train, *parts.held_out]
-    language_of = {found.keys[position].file: found.sorts[position][0] for position in kept}
-    return PreparedDataset(
-        summary=DatasetSummary(
-            train_examples=len(parts.train),
-            held_out_examples=len(parts.held_out),
-            train_tokens=written.tokens["train"],
-            held_out_tokens=written.tokens["held_out"],
-            files=len(language_of),
-            left_out={reason: count for reason, count in sorted(found.left_out.items()) if count},
-            secrets_removed=len(found.secrets),
-            told=dict(sorted(written.told.items())),
-            sha256=written.sha256,
-        ),
-        languages=dict(Counter(language_of.values()).most_common()),
-        repository_commit=found.commit,
-        repository_dirty=found.dirty,
-    )
-
-
-def _told(found: DatasetBuilder, parts: Split) -> dict[str, Any]:
-    """What the manifest tells beside the figures: the rules, and how they came out."""
-    kept = [found.sorts[position] for position in (*parts.train, *parts.held_out)]
-    return {
-        "examples_by_language": dict(Counter(language for language, _ in kept).most_common()),
-        "examples_by_kind": dict(Counter(kind for _, kind in kept).most_common()),
-        "held_out_files": parts.held_out_files,
-        "file_cap": {"share_of_tokens": FILE_SHARE, "but_tokens_at_least": FILE_MIN_TOKENS},
-        "near_duplicates": {"rule": RULE, "held_out_but_seen_in_training": parts.seen_in_training},
-        "remove_overlap": {"rule": f"less than {SEEN:g} of the runs of three lines are trained on"},
-        "secrets": [{"file": file, "line": line, "type": kind} for file, line, kind in found.secrets],
-    }
-
-
 class _Progress:
-    """Passes on the first word and then at most two a second."""
+    """Passes on the first message, and then at most two a second."""
 
     def __init__(self, report: Callable[[str], None]) -> None:
         self._report = report

@@ -13,17 +13,15 @@ import tempfile
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from peft_core.data.dataset import read_examples
 from peft_core.data.prepare import prepare
 from peft_core.data.token_counter import EstimatingCodec
 from peft_core.data.walk import Reason
 from peft_core.errors import PeftMcpError
-from peft_core.schemas.dataset import TRAINING, DatasetSummary, Example
+from peft_core.schemas.dataset import DatasetSpec, DatasetSummary, Example
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.results import ErrorInfo
-from peft_core.schemas.training import TaskMixture
 from peft_core.system.allowed_paths import require_data_place
 from peft_core.system.child_process import begin, problem_of
 
@@ -32,14 +30,8 @@ LARGEST = 3
 
 
 class PreviewRequest(FrozenModel):
-    source: Path
-    source_kind: Literal["repository", "jsonl", "records"]
-    max_length: int
-    held_out_fraction: float
-    seed: int
-    held_out_by: Literal["file", "time"]
-    mixture: TaskMixture = TaskMixture()
-    data_dir: Path  # where nothing is read from, nor out of the allowed roots
+    dataset: DatasetSpec
+    data_dir: Path  # never read as training data
     allowed_roots: tuple[Path, ...] | None = None
 
 
@@ -61,23 +53,16 @@ def preview(request: PreviewRequest) -> Preview:
     with tempfile.TemporaryDirectory(prefix="peft-mcp-preview-") as temporary:
         directory = Path(temporary)
         prepared = prepare(
-            source=request.source,
-            source_kind=request.source_kind,
-            max_length=request.max_length,
-            held_out_fraction=request.held_out_fraction,
-            seed=request.seed,
-            held_out_by=request.held_out_by,
-            mixture=request.mixture,
+            request.dataset.model_copy(update={"enough_examples": 1}),  # the smallest sample that `prepare` reads
+            directory=directory,
+            codec=EstimatingCodec(),
+            report=lambda _detail: None,
             may_read=partial(
                 require_data_place,
                 data_dir=request.data_dir,
                 allowed_roots=request.allowed_roots,
-                field=TRAINING.field,
+                field=request.dataset.purpose.field,
             ),
-            directory=directory,
-            codec=EstimatingCodec(),
-            report=lambda _detail: None,
-            enough_examples=1,
         )
         train = read_examples(directory / "train.jsonl")
         held_out = read_examples(directory / "held_out.jsonl")
@@ -92,7 +77,7 @@ def preview(request: PreviewRequest) -> Preview:
         unread_files=dataset.left_out.get(Reason.NOT_NEEDED, 0),
         held_out_files=sorted({example.path for example in held_out}),
         largest_files=dict(tokens.most_common(LARGEST)),
-        samples=random.Random(request.seed).sample(train, min(SAMPLES, len(train))),  # noqa: S311 - no cryptography here
+        samples=random.Random(request.dataset.seed).sample(train, min(SAMPLES, len(train))),  # noqa: S311 - no cryptography here
     )
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from peft_core.data.minhash import MinHashIndex
-from peft_core.schemas.dataset import TRAINING, Purpose
+from peft_core.schemas.dataset import DatasetPurpose
 
 # Measuring base and adapter on more examples costs minutes and moves the figure by less than its noise.
 HELD_OUT_MAX_EXAMPLES = 200
@@ -75,7 +75,7 @@ def split(
     held_out_fraction: float,
     seed: int,
     changed: Mapping[str, int] | None = None,
-    purpose: Purpose = TRAINING,
+    purpose: DatasetPurpose = DatasetPurpose.TRAINING,
 ) -> Split:
     """About that fraction of the tokens in whole files; at least one file on either side if there are two.
 
@@ -87,16 +87,17 @@ def split(
     if len(set(sides.values())) == 1:  # an answer that all give: then what is held out is kept apart one by one, later
         sides = {file: file for file in sides}
     grouped = [key._replace(file=sides[key.file]) for key in merged(keys, signatures)]
-    chosen = _choose(grouped, held_out_fraction, seed, changed or {}, spared=1 if purpose.trains else 0)
+    training = purpose is DatasetPurpose.TRAINING
+    chosen = _choose(grouped, held_out_fraction, seed, changed or {}, spared=1 if training else 0)
     held_out_files = {file for file, side in sides.items() if side in chosen}
-    train = [position for position, key in enumerate(keys) if purpose.trains and key.file not in held_out_files]
+    train = [position for position, key in enumerate(keys) if training and key.file not in held_out_files]
     held_out = [position for position, key in enumerate(keys) if key.file in held_out_files]
     parts = _distinct(keys, signatures, train, held_out)
     if train and held_out and not parts.held_out:
         # A near duplicate of a near duplicate may be trained on for each of them. Then measuring comes first.
         other = _distinct(keys, signatures, held_out, train)
         parts = replace(other, train=other.held_out, held_out=other.train, seen_in_training=0)
-    if not purpose.trains:  # one file may hold any number
+    if not training:  # one file may hold any number
         parts = replace(parts, held_out=_evenly(parts.held_out, HELD_OUT_MAX_EXAMPLES))
     return replace(parts, held_out_files=sorted(held_out_files))
 

@@ -18,7 +18,7 @@ from peft_core.data.split import ExampleKey, count_distinct, digest, merged
 from peft_core.data.token_counter import BYTES_PER_TOKEN, EstimatingCodec
 from peft_core.data.walk import File, walk
 from peft_core.errors import DataError, InvalidArgument
-from peft_core.schemas.dataset import TRAINING, Purpose, SourceSummary
+from peft_core.schemas.dataset import DatasetPurpose, SourceKind, SourceSummary
 
 MAX_JSONL_BYTES = 1_000_000_000
 ALLOWED = "a repository directory, a .jsonl file, a LanceDB table (.lance), or a list of records"
@@ -33,7 +33,7 @@ def summarise_source(
     data: str | os.PathLike[str] | Sequence[Mapping[str, Any]],
     *,
     max_length: int = 512,
-    purpose: Purpose = TRAINING,
+    purpose: DatasetPurpose = DatasetPurpose.TRAINING,
 ) -> SourceSummary:
     """What a data source holds.
 
@@ -47,22 +47,22 @@ def summarise_source(
             raise DataError(
                 f"{purpose.field} is an empty list.",
                 code="training_data_empty",
-                suggestions=(f"Give at least {purpose.examples} records, or the path of a repository.",),
+                suggestions=(f"Give at least {purpose.min_examples} records, or the path of a repository.",),
             )
-        return summarise_records("records", None, read_inline(data), max_length, purpose)
+        return summarise_records(SourceKind.RECORDS, None, read_inline(data), max_length, purpose)
     kind, path = _locate(os.fspath(data), purpose)
     if kind == "table":
         return table.look(path, max_length, purpose)
-    if kind == "repository":
+    if kind is SourceKind.REPOSITORY:
         return _repository(path, max_length, purpose)
-    return summarise_records("jsonl", path, read_jsonl(path), max_length, purpose)
+    return summarise_records(SourceKind.JSONL, path, read_jsonl(path), max_length, purpose)
 
 
 def require_enough(
     keys: Sequence[ExampleKey],
     left_out: Mapping[str, int],
     where: str,
-    purpose: Purpose = TRAINING,
+    purpose: DatasetPurpose = DatasetPurpose.TRAINING,
 ) -> None:
     """Refuse what is too little: to be split into a part to train on and a part to measure on, for one.
 
@@ -70,12 +70,12 @@ def require_enough(
         DataError: 'too_few_examples', with the figures.
     """
     examples, files = count_distinct(keys)
-    if examples >= purpose.examples and files >= purpose.files:
+    if examples >= purpose.min_examples and files >= purpose.min_files:
         return
-    among = f" in {purpose.files}" if purpose.files > 1 else ""
+    among = f" in {purpose.min_files}" if purpose.min_files > 1 else ""
     raise DataError(
         f"{where} gives {_many(examples, 'distinct example')} in {_many(files, 'file or record', 'files or records')}; "
-        f"at least {purpose.examples} examples{among} are needed{purpose.parts}. "
+        f"at least {purpose.min_examples} examples{among} are needed{purpose.needed_for}. "
         f"Left out: {in_words(left_out)}.",
         code="too_few_examples",
         suggestions=("Give more code: a directory further up, or the whole repository",),
@@ -87,7 +87,7 @@ def in_words(left_out: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items())) or "nothing"
 
 
-def _locate(given: str, purpose: Purpose) -> tuple[Literal["repository", "jsonl", "table"], Path]:
+def _locate(given: str, purpose: DatasetPurpose) -> tuple[SourceKind | Literal["table"], Path]:
     path, status = _found(given, purpose)
     if stat.S_ISDIR(status.st_mode):
         if not os.access(path, os.R_OK | os.X_OK):
@@ -95,7 +95,7 @@ def _locate(given: str, purpose: Purpose) -> tuple[Literal["repository", "jsonl"
         if path.suffix.lower() == table.SUFFIX:
             table.require_table(path, given, purpose)
             return "table", path
-        return "repository", path
+        return SourceKind.REPOSITORY, path
     if not stat.S_ISREG(status.st_mode):
         _refuse(purpose, given, f"it is neither a directory nor a regular file; it must be {ALLOWED}")
     if path.suffix.lower() not in (".jsonl", ".ndjson"):
@@ -114,10 +114,10 @@ def _locate(given: str, purpose: Purpose) -> tuple[Literal["repository", "jsonl"
             code="too_large",
             suggestions=("Give a part of it: a LoRA adapter learns from thousands of examples, not from millions",),
         )
-    return "jsonl", path
+    return SourceKind.JSONL, path
 
 
-def _found(given: str, purpose: Purpose) -> tuple[Path, os.stat_result]:
+def _found(given: str, purpose: DatasetPurpose) -> tuple[Path, os.stat_result]:
     if given.lstrip()[:1] in ("[", "{"):
         _refuse(purpose, given, "records are given as a list, not as a text that holds one")
     if not given.strip() or "\0" in given:
@@ -134,7 +134,7 @@ def _found(given: str, purpose: Purpose) -> tuple[Path, os.stat_result]:
         _refuse(purpose, given, f"it cannot be read ({getattr(error, 'strerror', None) or error})")
 
 
-def _refuse(purpose: Purpose, given: str, allowed: str, *suggestions: str) -> NoReturn:
+def _refuse(purpose: DatasetPurpose, given: str, allowed: str, *suggestions: str) -> NoReturn:
     raise InvalidArgument(purpose.field, given, allowed, suggestions=suggestions)
 
 
@@ -147,7 +147,7 @@ def _similar(path: Path) -> list[str]:
     return [f"Did you mean {path.parent / close[0]}?"] if close else ["Give an absolute path"]
 
 
-def _repository(root: Path, max_length: int, purpose: Purpose) -> SourceSummary:
+def _repository(root: Path, max_length: int, purpose: DatasetPurpose) -> SourceSummary:
     tree = walk(root)
     if not tree.files:
         raise DataError(
@@ -162,7 +162,7 @@ def _repository(root: Path, max_length: int, purpose: Purpose) -> SourceSummary:
     _probe(tree.files, tree.left_out, root, max_length, purpose)
     size = sum(file.size * (_MARKDOWN_CODE if file.language.name == "markdown" else 1) for file in tree.files)
     return SourceSummary(
-        kind="repository",
+        kind=SourceKind.REPOSITORY,
         path=root,
         files=len(tree.files),
         examples=None,
@@ -172,7 +172,7 @@ def _repository(root: Path, max_length: int, purpose: Purpose) -> SourceSummary:
     )
 
 
-def _probe(files: Sequence[File], left_out: Counter[str], root: Path, max_length: int, purpose: Purpose) -> None:
+def _probe(files: Sequence[File], left_out: Counter[str], root: Path, max_length: int, purpose: DatasetPurpose) -> None:
     """Cut files until there is certainly enough; refuse only when all of them were cut and it is not."""
     keys: list[ExampleKey] = []
     signatures = MinHashIndex()
@@ -188,19 +188,15 @@ def _probe(files: Sequence[File], left_out: Counter[str], root: Path, max_length
         for example in result.examples:
             keys.append(ExampleKey(example.path, digest(example.segments[-1].text), example.tokens))
             signatures.add(example.segments[-1].text)
-        if len(keys) >= purpose.examples:
+        if len(keys) >= purpose.min_examples:
             examples, sources = count_distinct(merged(keys, signatures))
-            if examples >= purpose.examples and sources >= purpose.files:
+            if examples >= purpose.min_examples and sources >= purpose.min_files:
                 return
     require_enough(merged(keys, signatures), missed, str(root), purpose)
 
 
 def summarise_records(
-    kind: Literal["jsonl", "records"],
-    path: Path | None,
-    records: Iterable[Record],
-    max_length: int,
-    purpose: Purpose,
+    kind: SourceKind, path: Path | None, records: Iterable[Record], max_length: int, purpose: DatasetPurpose,
 ) -> SourceSummary:
     """What records hold. `path`: the file or table that they are from."""
     count = characters = 0
@@ -216,14 +212,14 @@ def summarise_records(
         if file not in files:
             files.add(file)
             languages[record.language] += 1
-        if len(keys) < 50 * purpose.examples:  # enough to see that there is enough
+        if len(keys) < 50 * purpose.min_examples:  # enough to see that there is enough
             keys += _expected(record, file, max_length, purpose)
     where = str(path or purpose.field)
     if form is None:
         raise DataError(
             f"{where} holds no record.",
             code="training_data_empty",
-            suggestions=(f"Give at least {purpose.examples} records, each {FORMS}",),
+            suggestions=(f"Give at least {purpose.min_examples} records, each {FORMS}",),
         )
     require_enough(keys, {}, where, purpose)
     return SourceSummary(
@@ -238,12 +234,12 @@ def summarise_records(
     )
 
 
-def _expected(record: Record, file: str, max_length: int, purpose: Purpose) -> list[ExampleKey]:
+def _expected(record: Record, file: str, max_length: int, purpose: DatasetPurpose) -> list[ExampleKey]:
     """The examples a record will become: one, or as many as a long text is split into."""
     whole = digest(record.content)
     parts = 1
     if record.form in (RecordFormat.TEXT, RecordFormat.CHUNK):
-        parts = min(purpose.examples, 1 + int(len(record.content) / BYTES_PER_TOKEN / max_length))
+        parts = min(purpose.min_examples, 1 + int(len(record.content) / BYTES_PER_TOKEN / max_length))
     return [ExampleKey(file, whole + bytes([part]), 1) for part in range(parts)]
 
 

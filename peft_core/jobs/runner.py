@@ -139,20 +139,14 @@ class Runner:
         task = TrainingTask(
             job_id=job.job_id,
             project_id=job.project_id,
-            source=job.request.source,
-            source_kind=job.request.source_kind,
-            config=job.request.config,
-            base=job.request.base,
+            request=job.request,
             job_dir=paths.root,
             base_models_dir=self._paths.base_models,
-            execution=job.request.execution,
-            estimated_memory_bytes=job.request.estimate.memory_bytes,
-            evaluated=job.request.evaluated,
             data_dir=self._paths.root,
             allowed_roots=self._allowed_roots,
         )
         paths.task.write_text(task.model_dump_json(), encoding="utf-8")
-        launcher, child = (self._launcher, CHILD) if task.evaluated is None else ([], EVALUATION_CHILD)
+        launcher, child = (self._launcher, CHILD) if task.kind == "train" else ([], EVALUATION_CHILD)
         with paths.log.open("ab") as log_file:
             process = await anyio.open_process(
                 [*(launcher or [sys.executable]), *child, str(paths.task)],

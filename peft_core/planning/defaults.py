@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 
-from peft_core.errors import DataError
+from peft_core.errors import DataError, InvalidArgument
 from peft_core.planning.cost_model import TOKENS_PER_EXAMPLE, lora_parameters
 from peft_core.schemas.base_model import ModelShape
 from peft_core.schemas.dataset import SourceSummary
@@ -140,6 +140,25 @@ def with_defaults(config: TrainingConfig, shape: ModelShape) -> TrainingConfig:
     if config.learning_rate is not None:
         return config
     return config.model_copy(update={"learning_rate": default_learning_rate(shape.hidden_size, config.batch_size)})
+
+
+def require_complete(config: TrainingConfig) -> None:
+    """Check that the planner has filled in what a request may leave open; a worker does not choose.
+
+    Raises:
+        InvalidArgument: for a task that was written by hand.
+    """
+    if config.num_epochs is None and config.max_steps is None:
+        missing = "num_epochs"
+    else:
+        missing = next((name for name in ("rank", "learning_rate") if getattr(config, name) is None), "")
+    if missing:
+        raise InvalidArgument(
+            f"request.config.{missing}",
+            None,
+            "it must be set in a training task; the planner chooses it when train_adapter queues the job",
+            suggestions=["Take the task.json of a queued job as the starting point"],
+        )
 
 
 def default_learning_rate(hidden_size: int, batch_size: int) -> float:

@@ -13,7 +13,7 @@ from peft_core.errors import InvalidArgument
 from peft_core.planning.cost_model import evaluation_estimate
 from peft_core.planning.planner import TrainingData, require_memory, require_place
 from peft_core.schemas.base_model import Base
-from peft_core.schemas.dataset import MEASURING
+from peft_core.schemas.dataset import DatasetPurpose
 from peft_core.schemas.results import BaseMatch
 from peft_core.schemas.task import JobRequest
 from peft_core.schemas.training import EvaluatedAdapter, TrainingConfig
@@ -33,7 +33,7 @@ def plan_evaluation(
         InvalidArgument: the adapter does not fit the base, or the data is not there.
         DataError: the data is empty or too little.
     """
-    require_place(MEASURING.field, evaluation_data, settings)
+    require_place(DatasetPurpose.EVALUATION.field, evaluation_data, settings)
     _require_fit(evaluated, base)
     manifest = read_manifest(evaluated.adapter_path)
     used = manifest.run.config if manifest is not None else TrainingConfig()
@@ -42,7 +42,7 @@ def plan_evaluation(
         seed=used.seed,
         precision=used.precision,
     )
-    found = summarise_source(evaluation_data, max_length=config.max_length, purpose=MEASURING)
+    found = summarise_source(evaluation_data, max_length=config.max_length, purpose=DatasetPurpose.EVALUATION)
     if found.needs_chat_template and not base.has_chat_template:
         raise InvalidArgument(
             "evaluation_data",

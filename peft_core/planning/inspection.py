@@ -58,21 +58,9 @@ def _scratch(paths: DataPaths) -> Iterator[Path]:
 
 
 def _looked_at(request: JobRequest, scratch: Path, settings: Settings) -> Preview:
-    config = request.config
-    asked = PreviewRequest(
-        source=request.source,
-        source_kind=request.source_kind,
-        max_length=config.max_length,
-        held_out_fraction=config.held_out_fraction,
-        seed=config.seed,
-        held_out_by=config.held_out_by,
-        mixture=config.mixture,
-        data_dir=settings.data_dir,
-        allowed_roots=settings.allowed_roots,
-    )
     return ask(
         CHILD,
-        asked,
+        PreviewRequest(dataset=request.dataset, data_dir=settings.data_dir, allowed_roots=settings.allowed_roots),
         Preview,
         timeout_s=TIMEOUT_S,
         doing="Looking at the examples",

@@ -33,7 +33,7 @@ from peft_core.planning.cost_model import (
 )
 from peft_core.planning.defaults import choose_defaults, with_defaults
 from peft_core.schemas.base_model import BUNDLED, Base
-from peft_core.schemas.dataset import MEASURING, TRAINING, SourceSummary
+from peft_core.schemas.dataset import DatasetPurpose, SourceKind, SourceSummary
 from peft_core.schemas.task import ComputePlan, JobRequest
 from peft_core.schemas.training import TrainingConfig
 from peft_core.system.allowed_paths import require_data_place
@@ -56,11 +56,11 @@ def plan(
         InvalidArgument, DataError, BaseModelError, StorageError: it cannot be done, and why.
     """
     device = _device(config)
-    require_place(TRAINING.field, training_data, settings)
+    require_place(DatasetPurpose.TRAINING.field, training_data, settings)
     base = resolve(config.base_model, settings)
     found = summarise_source(training_data, max_length=config.max_length)
     if config.held_out_by == "time":
-        if found.kind != "repository" or found.path is None:
+        if found.kind is not SourceKind.REPOSITORY or found.path is None:
             raise InvalidArgument("config.held_out_by", "time", "records have no history; 'file' is allowed for them")
         require_history(found.path)
     if found.needs_chat_template and not base.has_chat_template:
@@ -128,9 +128,8 @@ def require_sources(request: JobRequest, settings: Settings) -> None:
     Raises:
         InvalidArgument, BaseModelError: it may not, or the base is gone.
     """
-    if request.source_kind != "records":  # those are a file of our own
-        purpose = TRAINING if request.evaluated is None else MEASURING
-        require_place(purpose.field, str(request.source), settings)
+    if request.source_kind is not SourceKind.RECORDS:  # those are a file of our own
+        require_place(request.purpose.field, str(request.source), settings)
     resolve(request.base.ref if request.base.ref == BUNDLED else str(request.base.path), settings)
 
 
@@ -140,7 +139,7 @@ def write_source(request: JobRequest, training_data: TrainingData, records: Path
     Raises:
         StorageError, DataError: nothing is left behind.
     """
-    if isinstance(training_data, str) and request.source_kind != "records":
+    if isinstance(training_data, str) and request.source_kind is not SourceKind.RECORDS:
         return request
     try:
         records.parent.mkdir(parents=True)

@@ -1,17 +1,72 @@
-"""What a training learns from, before it is tokens."""
+"""Training and evaluation data: the source, the dataset that is prepared from it, and the examples in it."""
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from peft_core.schemas.frozen import FrozenModel
+from peft_core.schemas.training import HeldOutBy, TaskMixture
+
+
+class SourceKind(StrEnum):
+    """What a data source is."""
+
+    REPOSITORY = "repository"  # a directory with code
+    JSONL = "jsonl"  # a file with one record per line
+    RECORDS = "records"  # records from the request or from a table; they are copied into a .jsonl file of the job
+
+
+class DatasetPurpose(StrEnum):
+    """What a dataset is prepared for. The value is the request field that names its source."""
+
+    TRAINING = "training_data"  # one part is trained on, the other is held out
+    EVALUATION = "evaluation_data"  # all of it is held out
+
+    @property
+    def field(self) -> str:
+        return self.value
+
+    @property
+    def tool(self) -> str:
+        """The tool whose request names the source."""
+        return "train_adapter" if self is DatasetPurpose.TRAINING else "evaluate_adapter"
+
+    @property
+    def min_examples(self) -> int:
+        """Fewer examples than this are rejected."""
+        return 8 if self is DatasetPurpose.TRAINING else 5
+
+    @property
+    def min_files(self) -> int:
+        """A training needs a file to train on and another one to hold out."""
+        return 2 if self is DatasetPurpose.TRAINING else 1
+
+    @property
+    def needed_for(self) -> str:
+        """The end of the sentence "at least 8 examples are needed..."."""
+        return ", one to train on and one to hold out" if self is DatasetPurpose.TRAINING else " to evaluate on"
+
+
+class DatasetSpec(FrozenModel):
+    """How a source becomes a dataset. The dataset's manifest records it: a dataset with an equal spec is reused."""
+
+    source: Path
+    source_kind: SourceKind
+    max_length: int  # tokens per example
+    held_out_fraction: float
+    seed: int
+    enough_examples: int | None = None  # the run trains on no more examples than this; None: on all
+    held_out_by: HeldOutBy = "file"
+    mixture: TaskMixture = TaskMixture()
+    purpose: DatasetPurpose = DatasetPurpose.TRAINING
 
 
 class SourceSummary(FrozenModel):
     """What a data source holds, found without tokenising: cheap enough to answer a tool call with."""
 
-    kind: Literal["repository", "jsonl", "records"]
+    kind: SourceKind
     path: Path | None
     files: int  # that would be trained on
     examples: int | None  # exact for records, None for a repository (known after preparation)
@@ -78,25 +133,3 @@ class Example(FrozenModel):
     @property
     def text(self) -> str:
         return "".join(segment.text for segment in self.segments)
-
-
-# FOLDED FROM peft_core.schemas.dataset: What data is prepared for: to train on a part of it and measure on the rest,
-# or to measure on all of it.
-
-
-class Purpose(NamedTuple):
-    """How much it takes, and how a request for it is worded."""
-
-    field: str  # of the request, which messages name
-    tool: str  # to call again
-    examples: int  # fewer teach, or show, nothing
-    files: int
-    parts: str  # what they are needed for, in words
-
-    @property
-    def trains(self) -> bool:
-        return self == TRAINING
-
-
-TRAINING = Purpose("training_data", "train_adapter", 8, 2, ", one to train on and one to measure on")
-MEASURING = Purpose("evaluation_data", "evaluate_adapter", 5, 1, " to measure on")

@@ -1,17 +1,15 @@
-"""What a computing child reads: the one line between the runner and what trains or evaluates."""
+"""Jobs as they are planned, stored, and handed to the worker process that runs them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
 
-from peft_core.paths import DataPaths
 from peft_core.schemas.base_model import Base
-from peft_core.schemas.dataset import SourceSummary
+from peft_core.schemas.dataset import DatasetPurpose, DatasetSpec, SourceKind, SourceSummary
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.results import Estimate
 from peft_core.schemas.training import EvaluatedAdapter, TrainingConfig
-from peft_core.system.allowed_paths import require_allowed, require_data_place
 
 
 class ComputePlan(FrozenModel):
@@ -30,52 +28,58 @@ class ComputePlan(FrozenModel):
     """Whether what a layer computes is thrown away, and computed again for the gradients: leaner still, a third slower."""
 
 
-class TrainingTask(FrozenModel):
-    """What the training child reads: everything it needs, nothing it must look up."""
-
-    job_id: str
-    project_id: str
-    source: Path  # repository directory or .jsonl file
-    source_kind: Literal["repository", "jsonl", "records"]
-    config: TrainingConfig
-    base: Base
-    job_dir: Path  # JobPaths(job_dir) tells the rest
-    base_models_dir: Path  # cache of converted bases
-    execution: ComputePlan = ComputePlan()
-    estimated_memory_bytes: int | None = None  # that the way to compute was chosen by
-    evaluated: EvaluatedAdapter | None = None  # for the evaluation child, which trains nothing
-    data_dir: Path | None = None  # of the settings, as they are when the job begins; None: a task made by hand
-    allowed_roots: tuple[Path, ...] | None = None  # likewise; None: everywhere
-
-    def require_place(self, source: Path) -> None:
-        """That data lies where it may be read. Checked once more: a link on the way may lead elsewhere by now.
-
-        Raises:
-            InvalidArgument: 'sensitive_place', 'outside_allowed_roots'.
-        """
-        field = "training_data" if self.evaluated is None else "evaluation_data"
-        data_dir = self.data_dir or self.job_dir
-        require_data_place(source, data_dir=data_dir, allowed_roots=self.allowed_roots, field=field)
-
-    def require_adapter_place(self, adapter: Path) -> None:
-        """Likewise of the adapter to evaluate; those that were published here are our own.
-
-        Raises:
-            InvalidArgument: 'outside_allowed_roots'.
-        """
-        also = () if self.data_dir is None else (DataPaths(self.data_dir).projects,)
-        require_allowed("adapter_path", adapter, self.allowed_roots, also=also)
-
-
 class JobRequest(FrozenModel):
-    """What was asked for, resolved: enough to run the job with nothing else looked up."""
+    """A resolved request: enough to run the job without looking anything else up."""
 
     source: Path
-    source_kind: Literal["repository", "jsonl", "records"]
+    source_kind: SourceKind
     config: TrainingConfig
     base: Base
     found: SourceSummary
     device: str  # expected; the training process decides
     estimate: Estimate
     execution: ComputePlan = ComputePlan()
-    evaluated: EvaluatedAdapter | None = None  # an adapter to evaluate, instead of training one
+    evaluated: EvaluatedAdapter | None = None  # set if the job evaluates an adapter instead of training one
+
+    @property
+    def purpose(self) -> DatasetPurpose:
+        return DatasetPurpose.TRAINING if self.evaluated is None else DatasetPurpose.EVALUATION
+
+    @property
+    def dataset(self) -> DatasetSpec:
+        """How the source becomes the job's dataset."""
+        config = self.config
+        common = DatasetSpec(
+            source=self.source,
+            source_kind=self.source_kind,
+            max_length=config.max_length,
+            held_out_fraction=1.0,
+            seed=config.seed,
+            purpose=self.purpose,
+        )
+        if self.evaluated is not None:
+            return common
+        return common.model_copy(
+            update={
+                "held_out_fraction": config.held_out_fraction,
+                "held_out_by": config.held_out_by,
+                "mixture": config.mixture,
+                "enough_examples": None if config.max_steps is None else config.max_steps * config.batch_size,
+            },
+        )
+
+
+class TrainingTask(FrozenModel):
+    """What a worker process reads from task.json: a job's request and the paths that it works in."""
+
+    job_id: str
+    project_id: str
+    request: JobRequest
+    job_dir: Path  # see `paths.JobPaths`
+    base_models_dir: Path  # cache of converted base models
+    data_dir: Path | None = None  # of the settings when the job starts; None for a task written by hand
+    allowed_roots: tuple[Path, ...] | None = None  # of the settings when the job starts; None: no restriction
+
+    @property
+    def kind(self) -> Literal["train", "evaluate"]:
+        return "train" if self.request.evaluated is None else "evaluate"

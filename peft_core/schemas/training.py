@@ -24,6 +24,7 @@ ProjectId = Annotated[
 ]
 DeviceName = Literal["auto", "mps", "cuda", "cpu"]
 Precision = Literal["auto", "float32"]
+HeldOutBy = Literal["file", "time"]
 
 
 class TaskMixture(FrozenModel):
@@ -139,8 +140,7 @@ class TrainingConfig(FrozenModel):
         ),
     ] = 0.1
     held_out_by: Annotated[
-        Literal["file", "time"],
-        Field(description="Which files: drawn by lot, or those changed last in git's history."),
+        HeldOutBy, Field(description="Which files: drawn by lot, or those changed last in git's history."),
     ] = "file"
     eval_steps: Annotated[
         int | None,

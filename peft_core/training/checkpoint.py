@@ -87,7 +87,8 @@ class Checkpoint:
 
 def run_key(task: TrainingTask, dataset: DatasetSummary) -> str:
     """Identity of a run: a checkpoint made with other settings, another base or other data is not continued."""
-    parts = (task.config.model_dump_json(exclude={"device", "base_model"}), task.base.fingerprint, dataset.sha256)
+    request = task.request
+    parts = (request.config.model_dump_json(exclude={"device", "base_model"}), request.base.fingerprint, dataset.sha256)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

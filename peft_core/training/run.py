@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -38,7 +37,7 @@ from peft_core.modeling.threads import ThreadTuner
 from peft_core.modeling.tokenizer import BaseTokenizer, load_tokenizer
 from peft_core.paths import JobPaths
 from peft_core.planning.cost_model import uses_bf16_blocks
-from peft_core.planning.defaults import with_defaults
+from peft_core.planning.defaults import require_complete
 from peft_core.schemas.evaluation import Evaluation
 from peft_core.schemas.events import (
     AdapterWritten,
@@ -51,6 +50,7 @@ from peft_core.schemas.events import (
 )
 from peft_core.schemas.results import Metrics, Phase
 from peft_core.schemas.task import ComputePlan, TrainingTask
+from peft_core.system.allowed_paths import require_task_source
 from peft_core.system.cancellation import StopFlag
 from peft_core.training import lora
 from peft_core.training.checkpoint import Progress, load_checkpoint, run_key
@@ -71,9 +71,9 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
         ModelError: what a user can mend.
         Stopped: on request; what was reached is in the checkpoint.
     """
-    config = with_defaults(task.config, task.base.shape)  # a task written by hand may leave things open
-    task, paths = task.model_copy(update={"config": config}), JobPaths(task.job_dir)
-    _set_up_process(config.seed, task.execution)
+    config, base, paths = task.request.config, task.request.base, JobPaths(task.job_dir)
+    require_complete(config)
+    _set_up_process(config.seed, task.request.execution)
     plan = choose(config.device, timed(config.device, describe(), config.precision), config.precision)
     _log.info("device_chosen", device=plan.device, formats=plan.note)
     accelerator = _accelerator(plan.device, plan.autocast)
@@ -87,9 +87,15 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
         emit(PhaseStarted(phase=Phase.PREPARING_DATA, detail=detail))
 
     with accelerator.main_process_first():  # the others find everything done
-        directory = ensure_hf_directory(task.base, task.base_models_dir, report)
+        directory = ensure_hf_directory(base, task.base_models_dir, report)
         tokenizer = load_tokenizer(directory)
-        dataset = _prepare(task, tokenizer, report)
+        dataset = prepare(
+            task.request.dataset,
+            directory=paths.dataset,
+            codec=tokenizer,
+            report=report,
+            may_read=partial(require_task_source, task),
+        )
     train = _documents(paths.dataset / "train.jsonl", tokenizer, config.max_length)
     trials = held_out_examples_of(read_examples(paths.dataset / "held_out.jsonl"), tokenizer, config.max_length)
     held_out = _useful([trial.document for trial in trials], "held_out.jsonl", config.max_length)
@@ -99,9 +105,9 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
 
     # 2. The frozen base on its device.
     emit(PhaseStarted(phase=Phase.LOADING_MODEL))
-    model, execution = load_planned(task.base, directory, task.execution, plan)
+    model, execution = load_planned(base, directory, task.request.execution, plan)
     model = move(model, accelerator.device)
-    narrow = uses_bf16_blocks(config, task.base, execution)
+    narrow = uses_bf16_blocks(config, base, execution)
     objective = probe_fast_paths(model, config.max_length, uses_bf16_blocks=narrow)
     return_freed_memory()
     order = plan_order(
@@ -134,7 +140,7 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
 
     # 4. The adapter, trained.
     emit(PhaseStarted(phase=Phase.TRAINING))
-    adapted = lora.attach(model, config, task.base.name)
+    adapted = lora.attach(model, config, base.name)
     fused = fuse(adapted)
     return_freed_memory()
     # Where nothing is saved but what blocks in bfloat16 save. In float32 neither memory nor speed was gained: the backward pass
@@ -144,7 +150,7 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
         objective.recompute_layers()
     elif plan.device == "cpu":
         kept_share = 1.0 if apart else _KEPT_SHARE
-        set_malloc_keep(up_to_bytes=round(kept_share * (task.estimated_memory_bytes or 0)))
+        set_malloc_keep(up_to_bytes=round(kept_share * task.request.estimate.memory_bytes))
     optimizer = lora.build_optimizer(adapted, config)
     loop = Loop(
         config=config,
@@ -218,7 +224,7 @@ def _facts(
     progress, objective = loop.progress, loop.objective
     return RunFacts(
         data=DataRecord(
-            source_kind=task.source_kind,
+            source_kind=task.request.source_kind,
             summary=dataset.summary,
             languages=dataset.languages,
             repository_commit=dataset.repository_commit,
@@ -231,7 +237,7 @@ def _facts(
             head_in_chunks=objective.head is not None,
             fused_blocks=fused.blocks,
             fused_linears=fused.linears,
-            estimated_memory_bytes=task.estimated_memory_bytes,
+            estimated_memory_bytes=task.request.estimate.memory_bytes,
         ),
         weights_dtype="bfloat16" if execution.weights == "bfloat16" else "float32",
         steps=progress.step,
@@ -273,24 +279,6 @@ def _set_up_process(seed: int, way: ComputePlan) -> None:
     use_cores()
     # Torch draws LoRA A and dropout from its global generators; everything else here has a generator of its own.
     torch.manual_seed(seed)
-
-
-def _prepare(task: TrainingTask, tokenizer: BaseTokenizer, report: Callable[[str], None]) -> PreparedDataset:
-    config = task.config
-    return prepare(
-        source=task.source,
-        source_kind=task.source_kind,
-        directory=JobPaths(task.job_dir).dataset,
-        codec=tokenizer,
-        max_length=config.max_length,
-        held_out_fraction=config.held_out_fraction,
-        seed=config.seed,
-        report=report,
-        held_out_by=config.held_out_by,
-        mixture=config.mixture,
-        enough_examples=None if config.max_steps is None else config.max_steps * config.batch_size,
-        may_read=task.require_place,
-    )
 
 
 def _documents(path: Path, tokenizer: BaseTokenizer, max_length: int) -> list[Document]:

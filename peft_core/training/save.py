@@ -75,17 +75,17 @@ def write_adapter(
         for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
     }
     save_file(tensors, directory / _WEIGHTS, metadata={"format": "pt"})
-    _write_config(directory, model, task.base.name)
+    _write_config(directory, model, task.request.base.name)
 
     measured = metrics((directory / _WEIGHTS).stat().st_size)
     manifest = Manifest(
         adapter_id=task.job_id,
         project_id=task.project_id,
         created_at=facts.created_at.isoformat(timespec="seconds"),
-        base=_base_record(task.base),
+        base=_base_record(task.request.base),
         data=facts.data,
         run=RunRecord(
-            config=task.config.model_copy(update={"base_model": None}),
+            config=task.request.config.model_copy(update={"base_model": None}),
             target_modules=target_modules(model),
             device=facts.device,
             weights_dtype=facts.weights_dtype,

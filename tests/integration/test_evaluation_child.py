@@ -26,6 +26,7 @@ from peft_core.schemas.events import EVENT, DatasetPrepared, Evaluated, Event, J
 from peft_core.schemas.task import TrainingTask
 from peft_core.schemas.training import EvaluatedAdapter, TrainingConfig
 from peft_core.system.cancellation import StopFlag
+from tests.factories import make_request
 from tests.tiny_models import tiny_model, write_tiny_adapter, write_tiny_base
 
 
@@ -44,13 +45,15 @@ def make_task(directory: Path, base: Path, adapter: Path, examples: int = 12) ->
     return TrainingTask(
         job_id="20260101-000000-abcdef",
         project_id="adds",
-        source=records,
-        source_kind="jsonl",
-        config=TrainingConfig(device="cpu", max_length=256),
-        base=resolve(str(base), Settings()),
+        request=make_request(
+            source=records,
+            source_kind="jsonl",
+            config=TrainingConfig(device="cpu", max_length=256),
+            base=resolve(str(base), Settings()),
+            evaluated=EvaluatedAdapter(adapter_path=adapter),
+        ),
         job_dir=directory / "job",
         base_models_dir=directory / "base_models",
-        evaluated=EvaluatedAdapter(adapter_path=adapter),
     )
 
 

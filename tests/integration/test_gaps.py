@@ -10,6 +10,7 @@ from peft_core.config import Settings
 from peft_core.schemas.events import DatasetPrepared
 from peft_core.schemas.task import TrainingTask
 from peft_core.schemas.training import TaskMixture, TrainingConfig
+from tests.factories import make_request
 from tests.integration.test_training_child import SHORT_RUN, run_to_the_end
 from tests.tiny_models import write_tiny_base
 from tests.unit.data.test_prepare import repository
@@ -28,15 +29,13 @@ def test_a_base_with_marks_is_trained_on_gaps(tmp_path: Path) -> None:
     task = TrainingTask(
         job_id="20260101-000000-abcdef",
         project_id="gaps",
-        source=repository(tmp_path / "code", files=6, functions=8),
-        source_kind="repository",
-        config=TrainingConfig(
-            device="cpu",
-            allow_little_data=True,
-            mixture=TaskMixture(fill_in_the_middle=1),
-            **SHORT_RUN,
+        request=make_request(
+            source=repository(tmp_path / "code", files=6, functions=8),
+            config=TrainingConfig(
+                device="cpu", learning_rate=1e-3, mixture=TaskMixture(fill_in_the_middle=1), **SHORT_RUN,
+            ),
+            base=resolve(str(base), Settings()),
         ),
-        base=resolve(str(base), Settings()),
         job_dir=tmp_path / "job",
         base_models_dir=tmp_path / "base_models",
     )

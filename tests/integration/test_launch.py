@@ -150,7 +150,7 @@ async def test_a_job_is_trained_under_the_launcher_of_the_settings(
 ) -> None:
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    records = make_task(tmp_path, str(tiny_base), **SHORT_RUN).source
+    records = make_task(tmp_path, str(tiny_base), **SHORT_RUN).request.source
     settings = Settings(
         data_dir=tmp_path / "data",
         launcher=" ".join(LAUNCHER if processes == 2 else [*LAUNCHER[:3], "--cpu"]),

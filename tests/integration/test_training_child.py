@@ -30,6 +30,7 @@ from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
 from peft_core.modeling import memory as process
 from peft_core.modeling.activation_arena import ActivationArena
+from peft_core.planning.defaults import default_learning_rate
 from peft_core.schemas.events import (
     EVENT,
     AdapterWritten,
@@ -47,6 +48,7 @@ from peft_core.schemas.task import ComputePlan, TrainingTask
 from peft_core.schemas.training import TrainingConfig
 from peft_core.system.cancellation import StopFlag
 from peft_core.training import run as engine
+from tests.factories import change_request, make_request
 from tests.tiny_models import write_tiny_base
 
 SHORT_RUN = {"rank": 4, "batch_size": 2, "max_steps": 6, "max_length": 256}
@@ -62,13 +64,17 @@ def make_task(directory: Path, base: str | None, **config: Any) -> TrainingTask:
     records = directory / "records.jsonl"
     lines = [{"text": f"def add_{n}(a, b):\n    return a + {n} * b\n", "path": f"m{n}.py"} for n in range(40)]
     records.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    resolved = resolve(base, Settings())
+    rate = default_learning_rate(resolved.shape.hidden_size, config.get("batch_size", 4))
     return TrainingTask(
         job_id="20260101-000000-abcdef",
         project_id="adds",
-        source=records,
-        source_kind="jsonl",
-        config=TrainingConfig(device="cpu", **config),
-        base=resolve(base, Settings()),
+        request=make_request(
+            source=records,
+            source_kind="jsonl",
+            config=TrainingConfig(device="cpu", **{"learning_rate": rate, **config}),
+            base=resolved,
+        ),
         job_dir=directory / "job",
         base_models_dir=directory / "base_models",
     )
@@ -79,11 +85,11 @@ def test_a_link_that_leads_elsewhere_when_the_job_begins_is_not_followed(tmp_pat
     data_dir, outside = tmp_path / "data", tmp_path / "outside"
     for place in (data_dir / "projects" / "other", outside):
         place.mkdir(parents=True)
-        (place / "records.jsonl").write_text(task.source.read_text())
+        (place / "records.jsonl").write_text(task.request.source.read_text())
     link = tmp_path / "inside" / "link"
     link.parent.mkdir()
     places = {"data_dir": data_dir, "allowed_roots": (tmp_path / "inside", data_dir)}
-    task = task.model_copy(update={"source": link / "records.jsonl", **places})
+    task = change_request(task.model_copy(update=places), source=link / "records.jsonl")
     for target, code in ((data_dir / "projects" / "other", "sensitive_place"), (outside, "outside_allowed_roots")):
         link.unlink(missing_ok=True)
         link.symlink_to(target)
@@ -127,7 +133,7 @@ def losses(directory: Path, base: Path, execution: ComputePlan, **config: Any) -
     """(every loss of a run, its log)."""
     directory.mkdir()
     task = make_task(directory, str(base), **SHORT_RUN, **config)
-    code, events, err = run_to_the_end(task.model_copy(update={"execution": execution}))
+    code, events, err = run_to_the_end(change_request(task, execution=execution))
     assert code == 0, err
     return [event.loss for event in events if isinstance(event, StepCompleted | HeldOutMeasured)], err
 
@@ -169,7 +175,7 @@ def test_the_room_for_saved_tensors_is_there_while_blocks_in_bfloat16_train_and_
             found[event.kind if isinstance(event, StepCompleted) else event.phase] = len(rooms)
 
     task = make_task(tmp_path, str(tiny_base), **SHORT_RUN)
-    engine.run(task.model_copy(update={"execution": ComputePlan(weights=weights)}), emit, StopFlag())
+    engine.run(change_request(task, execution=ComputePlan(weights=weights)), emit, StopFlag())
     assert found["step_completed"] == there
     assert found[Phase.EVALUATING_ADAPTER] == 0
 
@@ -186,7 +192,7 @@ def test_memory_is_spared_from_the_start_and_throughout_where_layers_are_compute
     monkeypatch.setattr(process, "_map_from", lambda size: (sizes.append(size), map_from(size)))
     task = make_task(tmp_path, str(tiny_base), **SHORT_RUN)
     way = ComputePlan(weights="file", recompute_layers=recompute)
-    engine.run(task.model_copy(update={"execution": way}), lambda _event: None, StopFlag())
+    engine.run(change_request(task, execution=way), lambda _event: None, StopFlag())
     assert set(sizes) == {process._SPARING_BYTES if recompute else process._KEPT_BYTES}
     process.set_malloc_keep()  # as the other tests have it
 
@@ -232,7 +238,7 @@ def test_a_run_ends_with_a_complete_adapter_that_plain_peft_loads(tmp_path: Path
         "trained_on.bin",
     }
     assert {path.name for path in adapter.iterdir()} == names
-    assert [reason for reason in verify(adapter, task.base).reasons if reason.severity == "error"] == []
+    assert [reason for reason in verify(adapter, task.request.base).reasons if reason.severity == "error"] == []
     manifest = read_manifest(adapter)
     assert manifest is not None
     assert manifest.metrics == written.metrics
@@ -460,7 +466,7 @@ def test_the_bundled_model_learns_within_two_gigabytes(tmp_path: Path) -> None:
     assert metrics.adapter_bytes is not None
     assert metrics.adapter_bytes < 50e6
     assert [
-        reason for reason in verify(task.job_dir / "adapter", task.base).reasons if reason.severity == "error"
+        reason for reason in verify(task.job_dir / "adapter", task.request.base).reasons if reason.severity == "error"
     ] == []
 
 

@@ -58,7 +58,7 @@ _SMALL, _PREPARE, _DATASET = "tests.survival.small_job", "peft_core.data.prepare
 SMALL_CHILD = [
     Point("child", _SMALL, "run", "before", "starting"),
     Point("child", _SMALL, "prepare_data", "before", "about to prepare data"),
-    Point("child", _PREPARE, "_spool", "after", "data spooled"),
+    Point("child", _PREPARE, "DatasetBuilder.fill", "after", "data spooled"),
     Point("child", _DATASET, "write_parts", "after", "data split, without manifest"),
     Point("child", _SMALL, "prepare_data", "after", "data prepared"),
     Point("child", _SMALL, "load", "before", "loading"),

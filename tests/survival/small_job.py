@@ -58,13 +58,9 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
 
 def prepare_data(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     prepared = prepare(
-        source=task.source,
-        source_kind=task.source_kind,
+        task.request.dataset,
         directory=JobPaths(task.job_dir).dataset,
         codec=EstimatingCodec(),
-        max_length=task.config.max_length,
-        held_out_fraction=task.config.held_out_fraction,
-        seed=task.config.seed,
         report=lambda _: stop.check(),
     )
     emit(DatasetPrepared(dataset=prepared.summary))
@@ -115,7 +111,7 @@ def save_adapter(task: TrainingTask, directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
     write_adapter(directory)
     files = {name: sha256_of(directory / name) for name in (CONFIG, WEIGHTS)}
-    manifest = make_manifest(task.job_id, task.project_id, base=task.base, files=files)
+    manifest = make_manifest(task.job_id, task.project_id, base=task.request.base, files=files)
     finish(directory, manifest.model_copy(update={"created_at": "2026-01-01T00:00:00Z", "metrics": METRICS}))
 
 

@@ -81,7 +81,7 @@ def test_a_call_in_the_middle_of_long_work_holds_nobody_up(life: Life, tmp_path:
 
 
 def test_a_look_at_data_ends_with_the_server_and_what_it_left_is_removed_by_the_next(life: Life) -> None:
-    point = Point("child", "peft_core.data.prepare", "_spool", "after", "data spooled for an inspection")
+    point = Point("child", "peft_core.data.prepare", "DatasetBuilder.fill", "after", "data spooled for an inspection")
     mark = life.arm(point, "hang")
     lines = life.source.read_text().splitlines()
     config = {"base_model": str(life.base), "max_length": 128, "allow_little_data": True}

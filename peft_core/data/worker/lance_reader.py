@@ -15,6 +15,7 @@ from peft_core.data.lance_table import Copied, TableRequest
 from peft_core.data.records import FORMS, numbered, write_records
 from peft_core.data.summarise import MAX_JSONL_BYTES, summarise_records
 from peft_core.errors import DataError, PeftMcpError
+from peft_core.schemas.dataset import SourceKind
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.results import ErrorInfo
 from peft_core.system.child_process import begin, problem_of
@@ -85,7 +86,7 @@ def rows(table: Path) -> Iterator[dict[str, Any]]:
 def answer(request: TableRequest) -> FrozenModel:
     if request.records is None:
         records = numbered(rows(request.table), "row", where=str(request.table))
-        return summarise_records("records", request.table, records, request.max_length, request.purpose)
+        return summarise_records(SourceKind.RECORDS, request.table, records, request.max_length, request.purpose)
     written = Counted(rows(request.table))
     write_records(written, request.records)
     return Copied(rows=written.count)

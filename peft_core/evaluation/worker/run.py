@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -27,10 +28,11 @@ from peft_core.modeling.memory import return_freed_memory, set_malloc_keep
 from peft_core.modeling.objective import probe_fast_paths
 from peft_core.modeling.tokenizer import load_tokenizer
 from peft_core.paths import JobPaths
-from peft_core.schemas.dataset import MEASURING, DatasetSummary
+from peft_core.schemas.dataset import DatasetPurpose, DatasetSummary
 from peft_core.schemas.events import DatasetPrepared, Emit, Evaluated, HeldOutMeasured, PhaseStarted, RunPlanned
 from peft_core.schemas.results import BaseMatch, Phase
 from peft_core.schemas.task import TrainingTask
+from peft_core.system.allowed_paths import require_task_adapter, require_task_source
 from peft_core.system.cancellation import StopFlag
 from peft_core.system.files import read_small
 
@@ -44,8 +46,9 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
         ModelError: what a user can mend.
         Stopped: on request.
     """
-    assert task.evaluated is not None, "a task of the training child"  # noqa: S101 -- the runner's mistake
-    config, paths, directory_of_adapter = task.config, JobPaths(task.job_dir), task.evaluated.adapter_path
+    request, paths = task.request, JobPaths(task.job_dir)
+    assert request.evaluated is not None, "a task of the training child"  # noqa: S101 -- the runner's mistake
+    config, directory_of_adapter = request.config, request.evaluated.adapter_path
     set_malloc_keep()
     use_cores()
     plan = choose(config.device, timed(config.device, describe(), config.precision), config.precision)
@@ -58,25 +61,20 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
         stop.check()
         emit(PhaseStarted(phase=Phase.PREPARING_DATA, detail=detail))
 
-    task.require_adapter_place(directory_of_adapter)
+    require_task_adapter(task, directory_of_adapter)
     known = _trained_on(directory_of_adapter)
-    directory = ensure_hf_directory(task.base, task.base_models_dir, report)
+    directory = ensure_hf_directory(request.base, task.base_models_dir, report)
     tokenizer = load_tokenizer(directory)
     dataset = prepare(
-        source=task.source,
-        source_kind=task.source_kind,
+        request.dataset,
         directory=paths.dataset,
         codec=tokenizer,
-        max_length=config.max_length,
-        held_out_fraction=1.0,
-        seed=config.seed,
         report=report,
-        purpose=MEASURING,
         known=known,
-        may_read=task.require_place,
+        may_read=partial(require_task_source, task),
     )
     trials = held_out_examples_of(read_examples(paths.dataset / "held_out.jsonl"), tokenizer, config.max_length)
-    if len(trials) < MEASURING.examples:
+    if len(trials) < DatasetPurpose.EVALUATION.min_examples:
         raise _too_little(dataset.summary, len(trials))
     summary = dataset.summary.model_copy(
         update={
@@ -90,7 +88,7 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
 
     # 2. Base and adapter: the bytes that are checked are those that are loaded.
     emit(PhaseStarted(phase=Phase.LOADING_MODEL))
-    model = ResidentModel.load(task.base, directory, plan)
+    model = ResidentModel.load(request.base, directory, plan)
     emit(RunPlanned(device=plan.device, total_steps=0))
     files = _checked(directory_of_adapter, task)
     assert files.settings is not None, "judged usable"  # noqa: S101 -- cannot be
@@ -136,12 +134,13 @@ def _trained_on(adapter: Path) -> TrainingFingerprint | None:
 
 def _checked(directory: Path, task: TrainingTask) -> AdapterFiles:
     files = read_adapter(directory, whole=True)
-    found = judge(files, task.base, scan_weights=True)
-    insists = task.evaluated is not None and task.evaluated.accept_unproven_base
+    found = judge(files, task.request.base, scan_weights=True)
+    evaluated = task.request.evaluated
+    insists = evaluated is not None and evaluated.accept_unproven_base
     if not (found.compatible or (insists and found.verdict is BaseMatch.SHAPE_ONLY)):
         why = "; ".join(reason.message for reason in found.reasons[:3]) or found.verdict
         raise InferenceError(
-            f"The adapter cannot be put on {task.base.name}: {why}",
+            f"The adapter cannot be put on {task.request.base.name}: {why}",
             code="adapter_rejected",
             suggestions=["Call verify_adapter_compatibility to see every reason"],
         )
@@ -155,12 +154,12 @@ def _too_little(summary: DatasetSummary, usable: int) -> DataError:
         also = f" and perhaps on {unclear}" if unclear else ""
         return DataError(
             f"The evaluation data overlaps the training data: of {seen + unclear + usable} examples the adapter was trained "
-            f"on {seen}{also}, which leaves {usable}; at least {MEASURING.examples} are needed.",
+            f"on {seen}{also}, which leaves {usable}; at least {DatasetPurpose.EVALUATION.min_examples} are needed.",
             code="evaluation_overlaps_training",
             suggestions=["Give code that the adapter was not trained on: newer files, or another part of the project"],
         )
     return DataError(
-        f"The evaluation data gives {usable} examples; at least {MEASURING.examples} are needed.",
+        f"The evaluation data gives {usable} examples; at least {DatasetPurpose.EVALUATION.min_examples} are needed.",
         code="too_few_examples",
         suggestions=["Give more code: a directory further up, or the whole repository"],
     )

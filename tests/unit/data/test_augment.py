@@ -20,6 +20,7 @@ from peft_core.data.token_counter import EstimatingCodec
 from peft_core.errors import DataError
 from peft_core.schemas.dataset import Example, FillInTheMiddle, Segment
 from peft_core.schemas.training import TaskMixture
+from tests.factories import make_dataset_spec
 from tests.unit.data.test_prepare import Words, repository
 
 GAPS, ANSWERS = TaskMixture(fill_in_the_middle=1), TaskMixture(instructions=1)
@@ -94,25 +95,16 @@ def test_what_was_trained_on_as_gaps_is_known_again(tmp_path: Path) -> None:
         fill_in_the_middle = FAMILIES[0]
 
     found = prepare(
-        source=repository(tmp_path / "code", files=10, functions=20),
-        source_kind="repository",
+        make_dataset_spec(repository(tmp_path / "code", files=10, functions=20), max_length=256, mixture=GAPS),
         directory=tmp_path / "out",
         codec=Coder(),
-        max_length=256,
-        held_out_fraction=0.2,
-        seed=0,
         report=lambda _: None,
-        mixture=GAPS,
     )
     assert found.summary.told["fill_in_the_middle"] > found.summary.train_examples / 2
     plainly = prepare(
-        source=tmp_path / "code",
-        source_kind="repository",
+        make_dataset_spec(tmp_path / "code", max_length=256),
         directory=tmp_path / "plain",
         codec=Coder(),
-        max_length=256,
-        held_out_fraction=0.2,
-        seed=0,
         report=lambda _: None,
     )
     known = TrainingFingerprint.from_bytes((tmp_path / "out" / "trained_on.bin").read_bytes())
@@ -287,15 +279,10 @@ def test_a_dataset_counts_how_its_code_is_told_and_measures_on_plain_text(tmp_pa
 
     def prepared(name: str, mixture: TaskMixture) -> dict[str, Any]:
         found = prepare(
-            source=source,
-            source_kind="repository",
+            make_dataset_spec(source, max_length=256, mixture=mixture),
             directory=tmp_path / name,
             codec=EstimatingCodec(),
-            max_length=256,
-            held_out_fraction=0.2,
-            seed=0,
             report=lambda _detail: None,
-            mixture=mixture,
         )
         return found.summary.model_dump()
 

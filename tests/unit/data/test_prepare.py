@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -25,7 +25,8 @@ from peft_core.data.records import write_records
 from peft_core.data.secrets import redacted
 from peft_core.data.summarise import summarise_source
 from peft_core.errors import DataError
-from peft_core.schemas.dataset import MEASURING, Example, Segment
+from peft_core.schemas.dataset import DatasetPurpose, Example, Segment
+from tests.factories import make_dataset_spec
 
 
 class Words:
@@ -53,20 +54,16 @@ def repository(root: Path, files: int = 10, functions: int = 20) -> Path:
 def build(
     source: Path,
     directory: Path,
-    kind: Literal["repository", "jsonl", "records"] = "repository",
+    kind: str = "repository",
     *,
     fraction: float = 0.2,
-    said: list[str] | None = None,
+    messages: list[str] | None = None,
 ) -> PreparedDataset:
     return prepare(
-        source=source,
-        source_kind=kind,
+        make_dataset_spec(source, source_kind=kind, held_out_fraction=fraction),
         directory=directory,
         codec=Words(),
-        max_length=128,
-        held_out_fraction=fraction,
-        seed=0,
-        report=(said if said is not None else []).append,
+        report=(messages if messages is not None else []).append,
     )
 
 
@@ -80,15 +77,15 @@ def manifest(directory: Path) -> dict[str, Any]:
 
 
 def test_a_repository_becomes_two_files_and_a_manifest(tmp_path: Path):
-    said: list[str] = []
-    done = build(repository(tmp_path / "r"), tmp_path / "out", said=said)
+    messages: list[str] = []
+    done = build(repository(tmp_path / "r"), tmp_path / "out", messages=messages)
     train, held_out = (read_examples(tmp_path / "out" / f"{name}.jsonl") for name in ("train", "held_out"))
     assert (done.summary.train_examples, done.summary.held_out_examples) == (len(train), len(held_out))
     assert done.summary.train_tokens == sum(example.tokens for example in train)
     assert all(0 < example.tokens <= 128 for example in train + held_out)
     assert {e.path for e in train}.isdisjoint({e.path for e in held_out})
     assert done.languages == {"python": 10}
-    assert said[0] == "0 of 10 files"
+    assert messages[0] == "0 of 10 files"
     found = manifest(tmp_path / "out")
     assert found["held_out_files"] == sorted({example.path for example in held_out})
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -117,7 +114,7 @@ def test_a_resumed_job_trains_on_what_it_began_with(tmp_path: Path):
     first = build(repository(tmp_path / "r"), tmp_path / "out")
     shutil.rmtree(tmp_path / "r")
     assert build(tmp_path / "r", tmp_path / "out") == first
-    with pytest.raises(DataError, match="not there any more"):
+    with pytest.raises(DataError, match="does not exist any more"):
         build(tmp_path / "r", tmp_path / "out", fraction=0.3)
 
 
@@ -133,8 +130,7 @@ def test_a_report_that_raises_stops_the_work_and_leaves_no_spool(tmp_path: Path)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(source=repository(tmp_path / "r"), source_kind="repository", directory=tmp_path / "out", codec=Words(),
-                max_length=128, held_out_fraction=0.1, seed=0, report=stop)  # fmt: skip
+        prepare(make_dataset_spec(repository(tmp_path / "r")), directory=tmp_path / "out", codec=Words(), report=stop)
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -182,29 +178,20 @@ def test_pairs_with_the_same_long_instruction_are_no_duplicates(tmp_path: Path):
 
 
 def test_of_a_huge_repository_only_as_much_is_read_as_a_run_can_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys.modules["peft_core.data.prepare"], "_AT_LEAST", 40)
+    monkeypatch.setattr(sys.modules["peft_core.data.prepare"], "_MIN_SAMPLED_EXAMPLES", 40)
     root = repository(tmp_path / "r", files=40, functions=6)
 
-    def order_key(directory: str, examples: int | None) -> PreparedDataset:
-        return prepare(
-            source=root,
-            source_kind="repository",
-            directory=tmp_path / directory,
-            codec=Words(),
-            max_length=128,
-            held_out_fraction=0.2,
-            seed=0,
-            report=lambda _: None,
-            enough_examples=examples,
-        )
+    def prepared(directory: str, examples: int | None) -> PreparedDataset:
+        spec = make_dataset_spec(root, enough_examples=examples)
+        return prepare(spec, directory=tmp_path / directory, codec=Words(), report=lambda _: None)
 
-    everything, part, again = order_key("all", None), order_key("part", 4), order_key("again", 4)
+    everything, part, again = prepared("all", None), prepared("part", 4), prepared("again", 4)
     assert part.summary.sha256 == again.summary.sha256
     assert part.summary.left_out["not_needed"] > 20
     assert part.summary.train_examples >= 20
     held_out = [set(manifest(tmp_path / name)["held_out_files"]) for name in ("part", "all")]
     assert held_out[0] <= held_out[1], "what is measured on are the same files, fewer of them"
-    assert order_key("more", 1000).summary.train_examples == everything.summary.train_examples
+    assert prepared("more", 1000).summary.train_examples == everything.summary.train_examples
 
 
 def test_too_little_that_is_different_is_refused_with_figures(tmp_path: Path):
@@ -325,8 +312,8 @@ def trained_on(directory: Path) -> TrainingFingerprint:
 
 
 def measured(root: Path, directory: Path, known: TrainingFingerprint) -> PreparedDataset:
-    return prepare(source=root, source_kind="repository", directory=directory, codec=Words(), max_length=128,
-                   held_out_fraction=1, seed=1, report=lambda _: None, purpose=MEASURING, known=known)  # fmt: skip
+    spec = make_dataset_spec(root, held_out_fraction=1, seed=1, purpose=DatasetPurpose.EVALUATION)
+    return prepare(spec, directory=directory, codec=Words(), report=lambda _: None, known=known)
 
 
 def test_what_was_trained_on_before_is_left_out_before_anything_is_chosen(tmp_path: Path):
@@ -479,17 +466,8 @@ def test_the_files_changed_last_are_held_out_on_request(tmp_path: Path):
         at = {**os.environ, "GIT_COMMITTER_DATE": f"2026-01-0{day}T00:00:00Z"}
         for arguments in (["init"], ["add", "."], ["commit", "-m", "one"]):
             subprocess.run([*git, *arguments], check=True, capture_output=True, env=at)
-    prepare(
-        source=root,
-        source_kind="repository",
-        directory=tmp_path / "out",
-        codec=Words(),
-        max_length=128,
-        held_out_fraction=0.2,
-        seed=0,
-        report=lambda _: None,
-        held_out_by="time",
-    )
+    spec = make_dataset_spec(root, held_out_by="time")
+    prepare(spec, directory=tmp_path / "out", codec=Words(), report=lambda _: None)
     assert manifest(tmp_path / "out")["held_out_files"] == ["module_4.py", "module_7.py"]
 
     # An evaluation draws files by lot, and finds all that the training held out.

@@ -10,20 +10,12 @@ import pytest
 
 from peft_core.data.preview import PreviewRequest, preview
 from peft_core.errors import InvalidArgument
+from tests.factories import make_dataset_spec
 from tests.unit.data.test_prepare import repository
 
 
 def request_of(source: Path, data_dir: Path, **further: Any) -> PreviewRequest:
-    return PreviewRequest(
-        source=source,
-        source_kind="repository",
-        max_length=256,
-        held_out_fraction=0.2,
-        seed=0,
-        held_out_by="file",
-        data_dir=data_dir,
-        **further,
-    )
+    return PreviewRequest(dataset=make_dataset_spec(source, max_length=256), data_dir=data_dir, **further)
 
 
 def test_a_temporary_directory_inside_the_repository_is_no_hindrance(

@@ -21,7 +21,7 @@ from peft_core.data.git import last_changes
 from peft_core.data.minhash import THRESHOLD, MinHashIndex
 from peft_core.data.split import HELD_OUT_MAX_EXAMPLES, ExampleKey, Split, count_distinct, split
 from peft_core.errors import DataError
-from peft_core.schemas.dataset import MEASURING
+from peft_core.schemas.dataset import DatasetPurpose
 
 
 def parted(keys: Sequence[ExampleKey], *, held_out_fraction: float, seed: int) -> Split:
@@ -96,7 +96,9 @@ def test_an_answer_that_all_files_give_keeps_nobody_from_measuring():
 
 def test_of_one_large_file_no_more_is_measured_than_of_many():
     keys = [ExampleKey("all in one", str(n).encode(), 50, b"") for n in range(1500)]
-    parts = split(keys, signatures_of([None] * len(keys)), held_out_fraction=1.0, seed=0, purpose=MEASURING)
+    parts = split(
+        keys, signatures_of([None] * len(keys)), held_out_fraction=1.0, seed=0, purpose=DatasetPurpose.EVALUATION,
+    )
     assert len(parts.held_out) == HELD_OUT_MAX_EXAMPLES
     assert (parts.held_out[0], parts.held_out[-1] > 1400) == (0, True)
 
@@ -104,7 +106,7 @@ def test_of_one_large_file_no_more_is_measured_than_of_many():
 @given(keys=st.one_of(KEYS, ANSWERS), seed=st.integers(0, 99))
 def test_who_only_measures_trains_on_nothing(keys: list[ExampleKey], seed: int):
     signatures = signatures_of([None] * len(keys))
-    parts = split(keys, signatures, held_out_fraction=1, seed=seed, purpose=MEASURING)
+    parts = split(keys, signatures, held_out_fraction=1, seed=seed, purpose=DatasetPurpose.EVALUATION)
     assert parts.train == []
     assert len(parts.held_out) == len({key.digest for key in keys})
 

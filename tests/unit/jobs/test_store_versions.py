@@ -25,7 +25,7 @@ from tests.factories import make_job
 # that is renamed or removed. So where this test fails: raise SCHEMA_VERSION, write what brings the older one up to date (for
 # a field that has a default, nothing needs to be done), and put both numbers here. Only where this version was never
 # released, as in a merge of two branches that both change it, put in the new hash alone.
-PINNED = (3, "9828b3f71ecc93c6")
+PINNED = (3, "02325cbe6bfae781")
 
 
 def shape_of(schema: Any) -> Any:

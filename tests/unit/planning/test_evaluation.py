@@ -16,11 +16,11 @@ from peft_core.errors import DataError, InvalidArgument
 from peft_core.evaluation.report import write_evaluation_report
 from peft_core.jobs.recovery import completed_evaluation
 from peft_core.planning.evaluation import plan_evaluation
-from peft_core.schemas.dataset import MEASURING
+from peft_core.schemas.dataset import DatasetPurpose
 from peft_core.schemas.events import Evaluated
 from peft_core.schemas.task import JobRequest
 from peft_core.schemas.training import EvaluatedAdapter, TrainingConfig
-from tests.factories import make_evaluation, make_job, make_manifest, record_base
+from tests.factories import make_dataset_spec, make_evaluation, make_job, make_manifest, record_base
 from tests.model_files import model_shapes, write_adapter, write_model
 
 RECORDS = [
@@ -65,7 +65,7 @@ def test_what_it_was_trained_with_decides_how_text_is_cut_and_split(tmp_path: Pa
     ("data", "said"),
     [
         ([], "evaluation_data is an empty list"),
-        (RECORDS[:3], "evaluation_data gives 3 .* at least 5 examples are needed to measure on"),
+        (RECORDS[:3], "evaluation_data gives 3 .* at least 5 examples are needed to evaluate on"),
         ("/no/such/place", "evaluation_data = '/no/such/place' cannot be used"),
     ],
 )
@@ -87,8 +87,12 @@ def test_a_place_is_named_as_it_was_given(tmp_path: Path) -> None:
 
 def test_data_that_is_gone_when_it_is_measured_on_is_asked_for_by_the_right_name(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
-        prepare(source=tmp_path / "gone", source_kind="repository", directory=tmp_path / "out", codec=EstimatingCodec(),
-                max_length=64, held_out_fraction=1, seed=0, report=lambda _: None, purpose=MEASURING)  # fmt: skip
+        prepare(
+            make_dataset_spec(tmp_path / "gone", held_out_fraction=1, purpose=DatasetPurpose.EVALUATION),
+            directory=tmp_path / "out",
+            codec=EstimatingCodec(),
+            report=lambda _: None,
+        )
     assert "evaluate_adapter" in caught.value.suggestions[0]
 
 

@@ -12,6 +12,7 @@ from peft_core.data import lance_table as table
 from peft_core.errors import DataError, InvalidArgument, PeftMcpError, StorageError
 from peft_core.planning import planner as planning
 from peft_core.planning.planner import plan, write_source
+from peft_core.schemas.dataset import SourceKind
 from peft_core.schemas.training import TrainingConfig
 from tests.factories import make_job
 
@@ -19,7 +20,7 @@ RECORDS = [{"content": f"x = {n}", "language": "python", "metadata": {"at": obje
 
 
 def write(directory: Path, data: Any = RECORDS) -> Path:
-    request = make_job().request.model_copy(update={"source_kind": "records"})
+    request = make_job().request.model_copy(update={"source_kind": SourceKind.RECORDS})
     return write_source(request, data, directory / "job" / "records.jsonl").source
 
 

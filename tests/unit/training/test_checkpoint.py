@@ -21,7 +21,7 @@ from peft_core.training.checkpoint import (
     run_key,
     save_checkpoint,
 )
-from tests.factories import make_base
+from tests.factories import make_request
 
 DATASET = DatasetSummary(
     train_examples=1,
@@ -47,17 +47,13 @@ def make_checkpoint(step: int) -> Checkpoint:
 
 
 def make_task(tmp_path: Path, **changes: Any) -> TrainingTask:
-    task = TrainingTask(
+    return TrainingTask(
         job_id="j",
         project_id="p",
-        source=tmp_path,
-        source_kind="repository",
-        config=TrainingConfig(),
-        base=make_base(),
+        request=make_request(**changes),
         job_dir=tmp_path,
         base_models_dir=tmp_path,
     )
-    return task.model_copy(update=changes)
 
 
 def test_the_newest_checkpoint_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
@@ -157,6 +153,6 @@ def test_the_checkpoint_of_another_run_is_left_alone(tmp_path: Path) -> None:
 def test_a_run_is_told_by_its_settings_base_and_data(tmp_path: Path) -> None:
     task = make_task(tmp_path)
     key = run_key(task, DATASET)
-    assert key == run_key(make_task(tmp_path, job_id="another", job_dir=tmp_path / "elsewhere"), DATASET)
+    assert key == run_key(task.model_copy(update={"job_id": "another", "job_dir": tmp_path / "elsewhere"}), DATASET)
     assert key != run_key(make_task(tmp_path, config=TrainingConfig(rank=8)), DATASET)
     assert key != run_key(task, DATASET.model_copy(update={"sha256": "e" * 64}))
