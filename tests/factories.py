@@ -90,7 +90,11 @@ def make_request(**changes: Any) -> JobRequest:
             "found": make_source(),
             "device": "cpu",
             "estimate": Estimate(
-                train_tokens=18_000, steps=24, seconds=200.0, memory_bytes=1_500_000_000, basis="a guess",
+                train_tokens=18_000,
+                steps=24,
+                seconds=200.0,
+                memory_bytes=1_500_000_000,
+                basis="a guess",
             ),
             **changes,
         },

@@ -196,7 +196,11 @@ def _probe(files: Sequence[File], left_out: Counter[str], root: Path, max_length
 
 
 def summarise_records(
-    kind: SourceKind, path: Path | None, records: Iterable[Record], max_length: int, purpose: DatasetPurpose,
+    kind: SourceKind,
+    path: Path | None,
+    records: Iterable[Record],
+    max_length: int,
+    purpose: DatasetPurpose,
 ) -> SourceSummary:
     """What records hold. `path`: the file or table that they are from."""
     count = characters = 0

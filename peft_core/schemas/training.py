@@ -140,7 +140,8 @@ class TrainingConfig(FrozenModel):
         ),
     ] = 0.1
     held_out_by: Annotated[
-        HeldOutBy, Field(description="Which files: drawn by lot, or those changed last in git's history."),
+        HeldOutBy,
+        Field(description="Which files: drawn by lot, or those changed last in git's history."),
     ] = "file"
     eval_steps: Annotated[
         int | None,

@@ -97,7 +97,11 @@ def test_an_answer_that_all_files_give_keeps_nobody_from_measuring():
 def test_of_one_large_file_no_more_is_measured_than_of_many():
     keys = [ExampleKey("all in one", str(n).encode(), 50, b"") for n in range(1500)]
     parts = split(
-        keys, signatures_of([None] * len(keys)), held_out_fraction=1.0, seed=0, purpose=DatasetPurpose.EVALUATION,
+        keys,
+        signatures_of([None] * len(keys)),
+        held_out_fraction=1.0,
+        seed=0,
+        purpose=DatasetPurpose.EVALUATION,
     )
     assert len(parts.held_out) == HELD_OUT_MAX_EXAMPLES
     assert (parts.held_out[0], parts.held_out[-1] > 1400) == (0, True)
