@@ -16,7 +16,7 @@ from peft_core.schemas.results import BaseMatch, Reason
 _CERTAIN = (BaseMatch.EXACT, BaseMatch.SAMPLED)
 
 
-def identify(record: BaseRecord | None, base: Base, hint: str | None = None) -> tuple[BaseMatch, list[Reason]]:
+def match_base(record: BaseRecord | None, base: Base, hint: str | None = None) -> tuple[BaseMatch, list[Reason]]:
     """How sure it is that this is the base of the record, and why it is not surer.
 
     `hint` is what the adapter's configuration calls its base. It proves nothing, and helps a person to decide.

@@ -66,7 +66,7 @@ class LoraSettings:
         """
         if module in self._targets:
             return True
-        if not any(end in self._targets for end in ends(module)):
+        if not any(end in self._targets for end in dotted_suffixes(module)):
             return False
         if self.layers_to_transform is None:
             return True
@@ -111,7 +111,7 @@ def check_settings(config: Mapping[str, Any]) -> tuple[LoraSettings | None, list
     )
 
 
-def ends(module: str) -> Iterator[str]:
+def dotted_suffixes(module: str) -> Iterator[str]:
     """The name, then what is left of it after each of its dots: all that a literal name can match."""
     yield module
     position = module.find(".")
@@ -138,7 +138,7 @@ def _by_pattern(pattern: Mapping[str, _T], order: Mapping[str, int], module: str
     """
     if not pattern:
         return default
-    matching = [end for end in ends(module) if end in pattern]
+    matching = [end for end in dotted_suffixes(module) if end in pattern]
     return pattern[min(matching, key=order.__getitem__)] if matching else default
 
 

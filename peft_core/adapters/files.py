@@ -19,7 +19,7 @@ from peft_core.adapters.config_check import LoraSettings, check_settings
 from peft_core.adapters.findings import error
 from peft_core.adapters.manifest import CONFIG, WEIGHTS, Manifest, read_manifest
 from peft_core.base_models.checkpoint_info import TensorInfo
-from peft_core.base_models.safetensors import ADAPTER_LIMITS, header_of
+from peft_core.base_models.safetensors import ADAPTER_LIMITS, parse_header
 from peft_core.errors import HeaderError, sanitize
 from peft_core.schemas.results import Reason
 from peft_core.system.files import open_regular, read_exactly, read_small
@@ -48,11 +48,11 @@ class AdapterFiles:
 
     def bytes_of(self, tensor: TensorInfo) -> bytes:
         """A tensor's bytes, of a file that was read whole."""
-        assert self.weights is not None, "read_adapter(…, whole=True) reads them"  # noqa: S101 - a caller's mistake
+        assert self.weights is not None, "read_adapter(…, with_weights=True) reads them"  # noqa: S101 - a caller's mistake
         return self.weights[tensor.start : tensor.start + tensor.size]
 
 
-def read_adapter(directory: Path, *, whole: bool = False) -> AdapterFiles:
+def read_adapter(directory: Path, *, with_weights: bool = False) -> AdapterFiles:
     """Everything that the check looks at, each file opened once. Never raises because of what it finds.
 
     With `whole`, the weights' bytes come into memory, unless their header is unsound.
@@ -78,7 +78,7 @@ def read_adapter(directory: Path, *, whole: bool = False) -> AdapterFiles:
     weights: bytes | None = None
     if os.path.lexists(directory / WEIGHTS):
         try:
-            tensors, weights = _read_weights(directory / WEIGHTS, whole=whole)
+            tensors, weights = _read_weights(directory / WEIGHTS, with_weights=with_weights)
         except HeaderError as problem:
             reasons.append(_unreadable(problem, WEIGHTS))
         if weights is not None:
@@ -106,16 +106,16 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     return _parsed(read_small(path, MAX_CONFIG_BYTES), path)
 
 
-def _read_weights(path: Path, *, whole: bool) -> tuple[Mapping[str, TensorInfo], bytes | None]:
+def _read_weights(path: Path, *, with_weights: bool) -> tuple[Mapping[str, TensorInfo], bytes | None]:
     with open_regular(path, follow_links=False) as descriptor:
-        header = header_of(descriptor, path, limits=ADAPTER_LIMITS)
-        if not whole:
+        header = parse_header(descriptor, path, limits=ADAPTER_LIMITS)
+        if not with_weights:
             return header.tensors, None
         if header.size > MAX_WEIGHTS_BYTES:
             raise HeaderError(path, f"has {header.size} bytes, more than the {MAX_WEIGHTS_BYTES} that are loaded")
         weights = read_exactly(descriptor, header.size, 0, path)
     # Parsed again, of the bytes themselves: somebody may have written to the file in between.
-    return header_of(weights, path, limits=ADAPTER_LIMITS).tensors, weights
+    return parse_header(weights, path, limits=ADAPTER_LIMITS).tensors, weights
 
 
 def _parsed(raw: bytes, path: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def warning(
     return Reason(code=code, severity="warning", message=message, found=found, expected=expected, fix=fix)
 
 
-def about(
+def error_about(
     code: str,
     what: str,
     names: Sequence[str],

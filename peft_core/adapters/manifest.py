@@ -83,7 +83,7 @@ class Manifest(FrozenModel):
         return self.evaluation is not None and self.evaluation.verdict is Verdict.HARMS
 
     @property
-    def wants_to_be_current(self) -> bool:
+    def becomes_current(self) -> bool:
         """Whether the project id is to stand for it, once it is published."""
         wish = self.run.config.make_current
         return wish == "always" or (wish == "unless_it_harms" and not self.harms)

@@ -23,7 +23,7 @@ from peft_core.system.allowed_paths import require_allowed
 from peft_core.system.files import fsync_directory, fsync_file
 from peft_core.system.lock import FileLock
 
-PATIENCE_S = 10.0  # with who else changes a project's adapters: that takes milliseconds
+LOCK_TIMEOUT_S = 10.0  # with who else changes a project's adapters: that takes milliseconds
 
 
 class Registry:
@@ -51,7 +51,7 @@ class Registry:
                 draft.rename(target)
                 fsync_directory(target.parent)
             manifest = read_manifest(target)
-            if manifest is None or manifest.wants_to_be_current:
+            if manifest is None or manifest.becomes_current:
                 self.set_current(project_id, adapter_id)
         return target
 
@@ -119,9 +119,9 @@ class Registry:
         """
         place = self._paths.adapters(project_id)
         with FileLock(place / ".lock") as lock:
-            if not lock.acquire(PATIENCE_S):
+            if not lock.acquire(LOCK_TIMEOUT_S):
                 raise StorageError(
-                    f"Another process has been changing the adapters of {project_id!r} for more than {PATIENCE_S:g} s.",
+                    f"Another process has been changing the adapters of {project_id!r} for more than {LOCK_TIMEOUT_S:g} s.",
                     code="adapters_busy",
                     suggestions=["Try again; if it persists, look for a peft-mcp process that was stopped"],
                 )
@@ -150,7 +150,7 @@ class Registry:
         found = [self._summary(path, manifest) for path, manifest in self._manifests(project_id)]
         return sorted(found, key=lambda adapter: adapter.created_at, reverse=True)
 
-    def locate(self, adapter_path: str) -> Path:
+    def resolve_adapter(self, adapter_path: str) -> Path:
         """The directory that a path or a project id (its current adapter) stands for.
 
         Raises:

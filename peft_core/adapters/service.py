@@ -39,7 +39,7 @@ class AdapterService:
             AdapterNotFound: there is no such directory and no such project.
             InvalidArgument: the path is outside the allowed roots.
         """
-        return self._registry.locate(adapter_path)
+        return self._registry.resolve_adapter(adapter_path)
 
     def info(self, adapter_path: str) -> AdapterInfo:
         """Describe an adapter.

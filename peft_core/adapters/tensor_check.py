@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from peft_core.adapters.config_check import LoraSettings, ends, layer_of
-from peft_core.adapters.findings import about, error
+from peft_core.adapters.config_check import LoraSettings, dotted_suffixes, layer_of
+from peft_core.adapters.findings import error, error_about
 from peft_core.adapters.manifest import CONFIG, WEIGHTS
 from peft_core.base_models.checkpoint import read_checkpoint
 from peft_core.base_models.checkpoint_info import TensorInfo, join_some
@@ -166,18 +166,20 @@ _FOREIGN = {
 
 def _foreign(found: _Sorted) -> Iterator[Reason]:
     for code, (what, fix) in _FOREIGN.items():
-        yield from about(code, what, found.foreign.get(code, []), fix=fix)
+        yield from error_about(code, what, found.foreign.get(code, []), fix=fix)
 
 
 def _unsound(tensors: Mapping[str, TensorInfo], found: _Sorted) -> Iterator[Reason]:
     if not found.modules and found.is_complete:
         yield error("no_weights", f"{WEIGHTS} holds no LoRA weights.", where=WEIGHTS, fix="Train it, or fetch it again")
     unpaired = sorted(found.a.keys() ^ found.b.keys())
-    yield from about("unpaired", "modules have only one of A and B", unpaired, fix="Train it, or fetch it again")
+    yield from error_about("unpaired", "modules have only one of A and B", unpaired, fix="Train it, or fetch it again")
     odd = [tensor.name for tensor in tensors.values() if tensor.dtype not in FLOATS]
     kinds = ", ".join(sorted({tensors[name].dtype for name in odd}))
     fix = "Save it in float32 or bfloat16"
-    yield from about("dtype", "tensors are no plain floats", odd, found=kinds, expected=", ".join(FLOATS), fix=fix)
+    yield from error_about(
+        "dtype", "tensors are no plain floats", odd, found=kinds, expected=", ".join(FLOATS), fix=fix,
+    )
 
 
 def _against_settings(found: _Sorted, settings: LoraSettings, modules: BaseModules | None) -> Iterator[Reason]:
@@ -192,25 +194,25 @@ def _against_settings(found: _Sorted, settings: LoraSettings, modules: BaseModul
                 wrong.append(tensor.name)
                 ranks = tensor.shape[axis] if len(tensor.shape) == 2 else list(tensor.shape)
                 first = first or {"found": f"rank {ranks}", "expected": f"rank {rank}"}
-    yield from about("rank", "tensors have another rank than the configuration says", wrong, fix=fix, **first)
+    yield from error_about("rank", "tensors have another rank than the configuration says", wrong, fix=fix, **first)
     known = found.modules if modules is None else found.modules & modules.linear.keys()
     beside = sorted(module for module in known if not settings.targets(module))
-    yield from about(
+    yield from error_about(
         "not_targeted",
         "modules have weights that PEFT would ignore: no target names them",
         beside,
         fix=fix,
     )
     if modules is None and found.is_complete:
-        matched = {end for module in found.modules for end in ends(module)}
+        matched = {end for module in found.modules for end in dotted_suffixes(module)}
         idle = [target for target in settings.target_modules if target not in matched]
-        yield from about("weights_missing", "targets have no weights", idle, fix=fix)
+        yield from error_about("weights_missing", "targets have no weights", idle, fix=fix)
 
 
 def _against_base(found: _Sorted, settings: LoraSettings | None, modules: BaseModules) -> Iterator[Reason]:
     base, linear = modules.base, modules.linear
     other = f"Use it with the base that it was trained on, which {base.name} is not"
-    matched = {end for module in linear for end in ends(module)}
+    matched = {end for module in linear for end in dotted_suffixes(module)}
     missing: set[str] = set()
     if settings is not None:
         yield from _unmatched(settings, matched, other)
@@ -229,8 +231,8 @@ def _against_base(found: _Sorted, settings: LoraSettings | None, modules: BaseMo
         layers = {number for module in found.modules if (number := layer_of(module)) is not None}
         strange = {module for module in strange if layer_of(module) in modules.layers or layer_of(module) is None}
         missing = {module for module in missing if layer_of(module) in layers or layer_of(module) is None}
-    yield from about("module_not_in_base", "modules are not in the base", sorted(strange), fix=other)
-    yield from about("weights_missing", "targeted modules have no weights", sorted(missing), fix=other)
+    yield from error_about("module_not_in_base", "modules are not in the base", sorted(strange), fix=other)
+    yield from error_about("weights_missing", "targeted modules have no weights", sorted(missing), fix=other)
     yield from _sizes(found, modules, other)
 
 
@@ -238,11 +240,11 @@ def _unmatched(settings: LoraSettings, matched: set[str], fix: str) -> Iterator[
     targets = [target for target in settings.target_modules if target not in matched]
     embeddings = [target for target in targets if target.rpartition(".")[2] in _EMBEDDINGS]
     what, advice = _FOREIGN["embedding_lora"]
-    yield from about("embedding_lora", what.replace("tensors adapt", "targets are"), embeddings, fix=advice)
+    yield from error_about("embedding_lora", what.replace("tensors adapt", "targets are"), embeddings, fix=advice)
     others = [target for target in targets if target not in embeddings]
-    yield from about("target_not_in_base", "target modules are not in the base", others, fix=fix)
+    yield from error_about("target_not_in_base", "target modules are not in the base", others, fix=fix)
     keys = [key for key in (*settings.rank_pattern, *settings.alpha_pattern) if key not in matched]
-    yield from about("pattern_not_in_base", "keys of rank_pattern or alpha_pattern fit no module", keys, fix=fix)
+    yield from error_about("pattern_not_in_base", "keys of rank_pattern or alpha_pattern fit no module", keys, fix=fix)
 
 
 def _other_layers(found: _Sorted, settings: LoraSettings | None, modules: BaseModules) -> tuple[str, str] | None:
@@ -282,10 +284,10 @@ def _sizes(found: _Sorted, modules: BaseModules, fix: str) -> Iterator[Reason]:
     if heads:
         what, advice = _FOREIGN["vocabulary_resized"]
         sizes = {"found": str(heads[0][2]), "expected": str(heads[0][3])}
-        yield from about("vocabulary_resized", what, [entry[0].name for entry in heads], fix=advice, **sizes)
+        yield from error_about("vocabulary_resized", what, [entry[0].name for entry in heads], fix=advice, **sizes)
     if rest:
         difference = _difference(rest, modules)
-        yield from about(
+        yield from error_about(
             "shape",
             "tensors do not fit the base's sizes" + (f" ({difference[0]})" if difference else ""),
             [tensor.name for tensor, *_ in rest],
@@ -330,7 +332,7 @@ _SUSPECT = {"F32": b"\x7f\xff", "BF16": b"\x7f\xff", "F16": bytes([*range(0x7C, 
 _ZEROS = b"\x00\x80"  # a zero's top byte: either sign
 
 
-def scan(tensors: Iterable[TensorInfo], read: Callable[[TensorInfo], bytes]) -> list[Reason]:
+def check_weights(tensors: Iterable[TensorInfo], read: Callable[[TensorInfo], bytes]) -> list[Reason]:
     """Reasons against these weights. `read` gives a tensor's bytes, little-endian as in the file.
 
     One tensor is looked at at a time. Types that are no floats of these kinds are passed over: the check of the header
@@ -348,7 +350,9 @@ def scan(tensors: Iterable[TensorInfo], read: Callable[[TensorInfo], bytes]) -> 
             b_seen = True
             b_moves = b_moves or not _is_zero(data, _WIDTH[tensor.dtype])
     reasons = [
-        *about("not_finite", "tensors hold NaN or infinity", odd, fix="Train it again with a lower learning rate"),
+        *error_about(
+            "not_finite", "tensors hold NaN or infinity", odd, fix="Train it again with a lower learning rate",
+        ),
     ]
     if b_seen and not b_moves:
         message = "Every B is zero: the adapter would change nothing. It was never trained, or its weights were lost."

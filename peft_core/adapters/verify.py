@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from peft_core.adapters.base_match import identify
+from peft_core.adapters.base_match import match_base
 from peft_core.adapters.files import AdapterFiles, read_adapter
 from peft_core.adapters.findings import error
-from peft_core.adapters.tensor_check import base_modules, check_tensors, scan
+from peft_core.adapters.tensor_check import base_modules, check_tensors, check_weights
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.results import BaseMatch, Compatibility, Reason
 
@@ -31,14 +31,14 @@ def verify(directory: Path, base: Base | None, *, scan_weights: bool = False) ->
     """
     started = time.perf_counter()
     files = read_adapter(directory)
-    judged = judge(files, base, scan_weights=False)
+    judged = verify_files(files, base, scan_weights=False)
     # The headers of an adapter that fits bound how much is read; of another, only what is small is worth it.
     if scan_weights and (judged.verdict is not BaseMatch.INCOMPATIBLE or files.weights_size <= SMALL_BYTES):
-        judged = judge(read_adapter(directory, whole=True), base, scan_weights=True)
+        judged = verify_files(read_adapter(directory, with_weights=True), base, scan_weights=True)
     return judged.model_copy(update={"elapsed_ms": _milliseconds_since(started)})
 
 
-def judge(files: AdapterFiles, base: Base | None, *, scan_weights: bool) -> Compatibility:
+def verify_files(files: AdapterFiles, base: Base | None, *, scan_weights: bool) -> Compatibility:
     """The same of files that were read already; who loads their bytes loads what was checked.
 
     The weights can only be scanned where they were read whole.
@@ -52,12 +52,12 @@ def judge(files: AdapterFiles, base: Base | None, *, scan_weights: bool) -> Comp
         reasons += check_tensors(files.tensors, files.settings, base_modules(base) if base is not None else None)
     scanned = scan_weights and files.tensors is not None and files.weights is not None
     if scanned and files.tensors is not None:
-        reasons += scan(files.tensors.values(), files.bytes_of)
+        reasons += check_weights(files.tensors.values(), files.bytes_of)
     verdict = BaseMatch.INCOMPATIBLE
     if base is None:
         reasons.append(_base_unknown(files))
     else:
-        verdict, doubts = identify(files.manifest.base if files.manifest else None, base, files.base_hint)
+        verdict, doubts = match_base(files.manifest.base if files.manifest else None, base, files.base_hint)
         reasons += doubts
     if any(reason.severity == "error" for reason in reasons):
         verdict = BaseMatch.INCOMPATIBLE

@@ -25,7 +25,7 @@ MAX_TOKENIZER_BYTES = 128 << 20  # four times Gemma's, of 256k tokens
 _TOKENS = "tokenizer.ggml.tokens"
 
 
-def fill_in_the_middle(knows: Callable[[str], bool]) -> FillInTheMiddle | None:
+def find_fim_tokens(knows: Callable[[str], bool]) -> FillInTheMiddle | None:
     """The family whose tokens a vocabulary has, `knows` telling of each; None where it has none for this."""
     for family in FAMILIES:
         if all(knows(token) for token in (family.prefix, family.suffix, family.middle) if token):
@@ -33,7 +33,7 @@ def fill_in_the_middle(knows: Callable[[str], bool]) -> FillInTheMiddle | None:
     return None
 
 
-def fills_in(path: Path) -> bool:
+def has_fim_tokens(path: Path) -> bool:
     """Whether a base, a directory or a .gguf file, has tokens for this. No tokenizer is loaded.
 
     Raises:
@@ -42,9 +42,9 @@ def fills_in(path: Path) -> bool:
     if path.is_dir():
         raw = _tokenizer(path / "tokenizer.json")
         # Looked for as it is written, escaped to ASCII or not: parsed, it would take a second and ten times its size.
-        return fill_in_the_middle(lambda token: any(form in raw for form in _quoted(token))) is not None
+        return find_fim_tokens(lambda token: any(form in raw for form in _quoted(token))) is not None
     tokens = read_gguf_header(path, arrays=(_TOKENS,)).metadata.get(_TOKENS)
-    return isinstance(tokens, tuple) and fill_in_the_middle(frozenset(tokens).__contains__) is not None
+    return isinstance(tokens, tuple) and find_fim_tokens(frozenset(tokens).__contains__) is not None
 
 
 def _quoted(token: str) -> tuple[bytes, bytes]:

@@ -62,10 +62,10 @@ def read_header(path: Path, *, limits: HeaderLimits = BASE_LIMITS, follow_links:
         HeaderError: not a safetensors file, or one that is not sound in every detail.
     """
     with open_regular(path, follow_links=follow_links) as descriptor:
-        return header_of(descriptor, path, limits=limits)
+        return parse_header(descriptor, path, limits=limits)
 
 
-def header_of(opened: int | bytes, path: Path, *, limits: HeaderLimits = BASE_LIMITS) -> SafetensorsHeader:
+def parse_header(opened: int | bytes, path: Path, *, limits: HeaderLimits = BASE_LIMITS) -> SafetensorsHeader:
     """The same of a file that is open already, by its descriptor, or of a file's content. `path` is for messages.
 
     Raises:

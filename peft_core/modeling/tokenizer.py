@@ -13,7 +13,7 @@ import jinja2
 from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from peft_core.base_models import fim_tokens as infill
+from peft_core.base_models import fim_tokens
 from peft_core.errors import BaseCheckpointError, DataError
 from peft_core.schemas.dataset import FillInTheMiddle, Segment
 from peft_core.system.failures import is_out_of_memory
@@ -117,7 +117,7 @@ class BaseTokenizer:
     @cached_property
     def fill_in_the_middle(self) -> FillInTheMiddle | None:
         """How this base is asked for the text between two others; None where its vocabulary has no tokens for that."""
-        return infill.fill_in_the_middle(lambda token: self.tokenizer.token_to_id(token) is not None)
+        return fim_tokens.find_fim_tokens(lambda token: self.tokenizer.token_to_id(token) is not None)
 
     @cached_property
     def _own_tokens(self) -> int | None:

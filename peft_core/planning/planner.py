@@ -13,7 +13,7 @@ from typing import Any
 
 from peft_core.adapters.tensor_check import linear_modules
 from peft_core.base_models.checkpoint import read_checkpoint
-from peft_core.base_models.fim_tokens import fills_in
+from peft_core.base_models.fim_tokens import has_fim_tokens
 from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
 from peft_core.data import lance_table as table
@@ -77,7 +77,7 @@ def plan(
             f"the base {base.name} has no chat template, so nothing can be told as an instruction; 0 is allowed",
             suggestions=["Use an instruct model as base_model"],
         )
-    if config.mixture.fill_in_the_middle and not fills_in(base.path):
+    if config.mixture.fill_in_the_middle and not has_fim_tokens(base.path):
         raise InvalidArgument(
             "config.mixture.fill_in_the_middle",
             config.mixture.fill_in_the_middle,

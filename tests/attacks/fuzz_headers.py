@@ -23,7 +23,7 @@ with atheris.instrument_imports(include=["peft_core.base_models", "peft_core.ada
     from peft_core.adapters.files import read_adapter
     from peft_core.adapters.tensor_check import check_tensors
     from peft_core.base_models.gguf_model import read_gguf_model
-    from peft_core.base_models.safetensors import ADAPTER_LIMITS, header_of
+    from peft_core.base_models.safetensors import ADAPTER_LIMITS, parse_header
     from peft_core.errors import PeftMcpError
 from tests.model_files import adapter_shapes, gguf_bytes, model_shapes, safetensors_bytes
 
@@ -40,7 +40,7 @@ def gguf(data: bytes) -> None:
 
 
 def safetensors(data: bytes) -> None:
-    header = header_of(data, Path("x.safetensors"), limits=ADAPTER_LIMITS)
+    header = parse_header(data, Path("x.safetensors"), limits=ADAPTER_LIMITS)
     assert all(tensor.start + tensor.size <= len(data) for tensor in header.tensors.values())
     check_tensors(header.tensors, None, None)
 

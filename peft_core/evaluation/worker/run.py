@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from safetensors.torch import load as tensors_of
 
 from peft_core.adapters.files import AdapterFiles, read_adapter
-from peft_core.adapters.verify import judge
+from peft_core.adapters.verify import verify_files
 from peft_core.data.dataset import read_examples
 from peft_core.data.leakage import FILE_NAME, MAX_BYTES, TrainingFingerprint
 from peft_core.data.prepare import prepare
@@ -133,8 +133,8 @@ def _trained_on(adapter: Path) -> TrainingFingerprint | None:
 
 
 def _checked(directory: Path, task: TrainingTask) -> AdapterFiles:
-    files = read_adapter(directory, whole=True)
-    found = judge(files, task.request.base, scan_weights=True)
+    files = read_adapter(directory, with_weights=True)
+    found = verify_files(files, task.request.base, scan_weights=True)
     evaluated = task.request.evaluated
     insists = evaluated is not None and evaluated.accept_unproven_base
     if not (found.compatible or (insists and found.verdict is BaseMatch.SHAPE_ONLY)):

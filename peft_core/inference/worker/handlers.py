@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load as tensors_of
 
 from peft_core.adapters.files import AdapterFiles, read_adapter
-from peft_core.adapters.verify import judge
+from peft_core.adapters.verify import verify_files
 from peft_core.errors import InferenceError
 from peft_core.inference.protocol import Command, Generate, HostConfig, Load, Unload
 from peft_core.inference.worker.adapter_cache import AdapterCache, CacheEntry, file_state
@@ -84,9 +84,9 @@ class RequestHandler:
             return self._loaded(slot, "switched", [], began)
 
         report(0, None, "checking the adapter")
-        for whole in (False, True):  # headers first: they bound what is read then
-            files = read_adapter(path, whole=whole)
-            verdict = judge(files, request.base, scan_weights=whole)
+        for with_weights in (False, True):  # headers first: they bound what is read then
+            files = read_adapter(path, with_weights=with_weights)
+            verdict = verify_files(files, request.base, scan_weights=with_weights)
             if not (verdict.compatible or (request.insist and verdict.verdict is BaseMatch.SHAPE_ONLY)):
                 return self._fall_back(request.base, verdict, _why(verdict), began, report)
 

@@ -128,8 +128,8 @@ def test_a_target_is_the_whole_name_or_its_end_after_a_dot() -> None:
 def test_layers_to_transform_chooses_layers_but_not_among_whole_names() -> None:
     assert [accepted(layers_to_transform=1).targets(Q.format(i)) for i in range(3)] == [False, True, False]
     assert [accepted(layers_to_transform=[0, 2]).targets(Q.format(i)) for i in range(3)] == [True, False, True]
-    whole = accepted(layers_to_transform=[0], target_modules=[Q.format(2)])
-    assert [whole.targets(Q.format(i)) for i in range(3)] == [False, False, True]
+    with_weights = accepted(layers_to_transform=[0], target_modules=[Q.format(2)])
+    assert [with_weights.targets(Q.format(i)) for i in range(3)] == [False, False, True]
     assert not accepted(layers_to_transform=0, target_modules=["lm_head"]).targets("a.lm_head")
 
 

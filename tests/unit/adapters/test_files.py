@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from peft_core.adapters import files as files_module
 from peft_core.adapters.files import read_adapter
 from peft_core.adapters.manifest import MANIFEST_NAME
-from peft_core.adapters.verify import judge, verify
+from peft_core.adapters.verify import verify, verify_files
 from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
 from peft_core.schemas.base_model import Base
@@ -53,20 +53,20 @@ def test_problems_of_both_files_are_gathered(tmp_path: Path, base: Base) -> None
 
 def test_reading_whole_finds_what_reading_the_header_does(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path)
-    headers, whole = read_adapter(adapter), read_adapter(adapter, whole=True)
-    assert headers.tensors == whole.tensors
-    assert (headers.weights, whole.weights) == (None, SOUND)
-    assert (headers.settings, headers.reasons) == (whole.settings, whole.reasons)
-    assert whole.tensors is not None
-    for tensor in whole.tensors.values():
-        assert whole.bytes_of(tensor) == b"\1" * tensor.size
+    headers, with_weights = read_adapter(adapter), read_adapter(adapter, with_weights=True)
+    assert headers.tensors == with_weights.tensors
+    assert (headers.weights, with_weights.weights) == (None, SOUND)
+    assert (headers.settings, headers.reasons) == (with_weights.settings, with_weights.reasons)
+    assert with_weights.tensors is not None
+    for tensor in with_weights.tensors.values():
+        assert with_weights.bytes_of(tensor) == b"\1" * tensor.size
 
 
 def test_the_bytes_of_an_unsound_file_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = write_adapter(tmp_path)
     (adapter / WEIGHTS).write_bytes(SOUND + b"\0")
     monkeypatch.setattr(files_module, "read_exactly", lambda *_: pytest.fail("read"))
-    assert read_adapter(adapter, whole=True).weights is None
+    assert read_adapter(adapter, with_weights=True).weights is None
 
 
 def test_a_file_that_is_mostly_a_hole_does_not_fill_the_memory(tmp_path: Path) -> None:
@@ -77,17 +77,17 @@ def test_a_file_that_is_mostly_a_hole_does_not_fill_the_memory(tmp_path: Path) -
         file.write(with_length(raw))
         file.truncate(8 + len(raw) + size)
     assert read_adapter(adapter).tensors is not None
-    files = read_adapter(adapter, whole=True)
+    files = read_adapter(adapter, with_weights=True)
     assert (files.weights, [reason.code for reason in files.reasons]) == (None, ["bad_file"])
 
 
 def test_what_is_loaded_is_what_was_checked_even_if_the_file_is_exchanged(tmp_path: Path, base: Base) -> None:
     adapter = record_base(write_adapter(tmp_path), base)
-    files = read_adapter(adapter, whole=True)
+    files = read_adapter(adapter, with_weights=True)
     (adapter / WEIGHTS).unlink()
     (adapter / WEIGHTS).write_bytes(safetensors_bytes(adapter_shapes(), fill=0xFF))
     (adapter / CONFIG).write_text("{}")
-    result = judge(files, base, scan_weights=True)
+    result = verify_files(files, base, scan_weights=True)
     assert (result.verdict, result.scanned) == (BaseMatch.SAMPLED, True)
     assert files.weights == SOUND
     assert files.settings is not None
@@ -103,17 +103,17 @@ def test_a_file_written_to_while_it_is_read_is_checked_as_it_was_read(
     other = safetensors_bytes({f"x{name[1:]}": shape for name, shape in adapter_shapes().items()}, fill=3)
     assert len(other) == len(SOUND)
     monkeypatch.setattr(files_module, "read_exactly", lambda *_: other)
-    files = read_adapter(adapter, whole=True)
+    files = read_adapter(adapter, with_weights=True)
     assert files.weights == other
     assert files.tensors is not None
     assert all(name.startswith("x") for name in files.tensors)
-    assert judge(files, base, scan_weights=False).verdict is BaseMatch.INCOMPATIBLE
+    assert verify_files(files, base, scan_weights=False).verdict is BaseMatch.INCOMPATIBLE
 
 
 def test_weights_are_only_scanned_where_they_were_read(tmp_path: Path, base: Base) -> None:
     adapter = write_adapter(tmp_path)
-    assert not judge(read_adapter(adapter), base, scan_weights=True).scanned
-    assert not judge(read_adapter(adapter, whole=True), base, scan_weights=False).scanned
+    assert not verify_files(read_adapter(adapter), base, scan_weights=True).scanned
+    assert not verify_files(read_adapter(adapter, with_weights=True), base, scan_weights=False).scanned
 
 
 QUICK = settings(deadline=2000, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

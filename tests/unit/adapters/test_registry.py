@@ -40,7 +40,7 @@ def test_publishing_moves_the_whole_adapter_and_makes_it_the_current_one(registr
     published = registry.publish(draft, "web", "a-01")
     assert not draft.exists()
     assert published == tmp_path / "projects" / "web" / "lora" / "a-01"
-    assert registry.locate("web") == published
+    assert registry.resolve_adapter("web") == published
     (only,) = registry.adapters()
     assert (only.adapter_id, only.current, only.adapter_path) == ("a-01", True, str(published))
 
@@ -49,7 +49,7 @@ def test_earlier_adapters_stay_listed_and_only_one_is_current(registry: Registry
     for name in ("a-01", "a-02"):
         registry.publish(write_draft(tmp_path / "jobs" / name, name), "web", name)
     assert [(a.adapter_id, a.current) for a in registry.adapters("web")] == [("a-02", True), ("a-01", False)]
-    assert registry.locate("web").name == "a-02"
+    assert registry.resolve_adapter("web").name == "a-02"
     assert registry.adapters("other") == []
 
 
@@ -58,7 +58,7 @@ def test_publishing_again_after_a_crash_in_between_finishes_it(registry: Registr
     published = registry.publish(draft, "web", "a-01")
     (tmp_path / "projects" / "web" / "lora" / "current").unlink()  # as if killed after the rename
     assert registry.publish(published, "web", "a-01") == published
-    assert registry.locate("web") == published
+    assert registry.resolve_adapter("web") == published
 
 
 def test_what_is_half_written_is_not_an_adapter(registry: Registry, tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_what_is_no_adapter_is_refused_with_the_projects_that_have_one(
 ) -> None:
     registry.publish(write_draft(tmp_path / "jobs" / "a-01", "a-01"), "web", "a-01")
     with pytest.raises(AdapterNotFound, match="Projects with an adapter: web"):
-        registry.locate(name)
+        registry.resolve_adapter(name)
 
 
 def test_an_adapter_from_elsewhere_is_described_as_far_as_its_configuration_goes(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_where_an_adapter_lies_decides_whose_it_is(registry: Registry, tmp_path:
         ("backup", False),
     }
     assert registry.delete("web", "a-01").current == "backup"
-    assert registry.locate("web").name == "backup"
+    assert registry.resolve_adapter("web").name == "backup"
 
 
 def test_two_deletes_at_once_leave_no_project_that_stands_for_what_is_gone(
@@ -180,7 +180,7 @@ def test_two_deletes_at_once_leave_no_project_that_stands_for_what_is_gone(
     monkeypatch.setattr(registry, "adapters", adapters)
     registry.delete("web", "a-03")
     other.join()
-    assert registry.locate("web").name == "a-01"
+    assert registry.resolve_adapter("web").name == "a-01"
 
 
 def test_an_adapter_that_is_removed_by_hand_meanwhile_is_not_found(
@@ -207,13 +207,13 @@ def test_who_does_not_come_to_an_end_with_a_project_is_not_waited_for_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     published = registry.publish(write_draft(tmp_path / "jobs" / "a-01", "a-01"), "web", "a-01")
-    monkeypatch.setattr("peft_core.adapters.registry.PATIENCE_S", 0.1)
+    monkeypatch.setattr("peft_core.adapters.registry.LOCK_TIMEOUT_S", 0.1)
     with FileLock(published.with_name(".lock")) as lock:
         assert lock.acquire()
         with pytest.raises(StorageError) as told:
             registry.delete("web", "a-01")
     assert told.value.code == "adapters_busy"
-    assert registry.locate("web") == published
+    assert registry.resolve_adapter("web") == published
 
 
 HARMS = make_evaluation(Verdict.HARMS)
@@ -222,7 +222,7 @@ HARMS = make_evaluation(Verdict.HARMS)
 def test_an_adapter_that_harms_is_kept_and_flagged_and_not_made_current(registry: Registry, tmp_path: Path) -> None:
     registry.publish(write_draft(tmp_path / "jobs" / "a-01", "a-01"), "web", "a-01")
     harmful = registry.publish(write_draft(tmp_path / "jobs" / "a-02", "a-02", evaluation=HARMS), "web", "a-02")
-    assert registry.locate("web").name == "a-01"
+    assert registry.resolve_adapter("web").name == "a-01"
     assert [(a.adapter_id, a.current, a.verdict) for a in registry.adapters("web")] == [
         ("a-02", False, Verdict.HARMS),
         ("a-01", True, None),
@@ -234,7 +234,7 @@ def test_an_adapter_that_harms_is_kept_and_flagged_and_not_made_current(registry
 def test_a_project_whose_only_adapter_harms_says_so(registry: Registry, tmp_path: Path) -> None:
     registry.publish(write_draft(tmp_path / "jobs" / "a-01", "a-01", evaluation=HARMS), "web", "a-01")
     with pytest.raises(AdapterNotFound, match="no current adapter: a-01 was not made current"):
-        registry.locate("web")
+        registry.resolve_adapter("web")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_core.adapters.tensor_check import scan
+from peft_core.adapters.tensor_check import check_weights
 from peft_core.base_models.checkpoint_info import TensorInfo
 from tests.model_files import encoded
 
@@ -23,7 +23,7 @@ def found(dtype: str, **tensors: bytes) -> list[str]:
     names = {"a": A, "b": B, "b2": B.replace(".x.", ".y.")}
     infos = {key: TensorInfo(names[key], dtype, (len(data),), 0, len(data)) for key, data in tensors.items()}
     content = {infos[key].name: data for key, data in tensors.items()}
-    return [reason.code for reason in scan(infos.values(), lambda tensor: content[tensor.name])]
+    return [reason.code for reason in check_weights(infos.values(), lambda tensor: content[tensor.name])]
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -290,9 +290,9 @@ def test_sound_adapters_of_every_kind_pass(tmp_path: Path, base: Base) -> None:
         write_adapter(tmp_path / "all", targets=EVERY, rank=16, use_rslora=True),
         write_adapter(tmp_path / "alpha", alpha_pattern={"layers.0.self_attn.q_proj": 64}),
     ]
-    whole = [f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "v_proj")]
+    with_weights = [f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "v_proj")]
     adapters.append(write_adapter(tmp_path / "whole"))
-    configured(target_modules=whole)(adapters[-1])
+    configured(target_modules=with_weights)(adapters[-1])
     adapters.append(write_adapter(tmp_path / "pattern"))
     configured(r=8, rank_pattern={"q_proj": 4, "layers.0.self_attn.v_proj": 4, "v_proj": 4})(adapters[-1])
     adapters.append(write_adapter(tmp_path / "layer", layers_to_transform=[1]))

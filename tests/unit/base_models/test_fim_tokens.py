@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_core.base_models.fim_tokens import FAMILIES, fills_in
+from peft_core.base_models.fim_tokens import FAMILIES, has_fim_tokens
 from peft_core.errors import HeaderError
 from peft_core.schemas.dataset import FillInTheMiddle
 from tests.model_files import ARRAY, GGUF_METADATA, TEXT, gguf_bytes, write_model
@@ -31,21 +31,21 @@ def directory_with(path: Path, *tokens: str, ensure_ascii: bool = False) -> Path
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_known_by_its_tokens_in_either_format(family: FillInTheMiddle, tmp_path: Path) -> None:
     tokens = [token for token in family if token]
-    assert fills_in(gguf_with(tmp_path / "model.gguf", *tokens))
+    assert has_fim_tokens(gguf_with(tmp_path / "model.gguf", *tokens))
     assert family.prompt("before", "after").index("before") == family.prompt("before", "after").index(family.prefix) + 1
-    assert fills_in(directory_with(tmp_path / "plain", *tokens))
-    assert fills_in(directory_with(tmp_path / "escaped", *tokens, ensure_ascii=True))
+    assert has_fim_tokens(directory_with(tmp_path / "plain", *tokens))
+    assert has_fim_tokens(directory_with(tmp_path / "escaped", *tokens, ensure_ascii=True))
 
 
 def test_two_tokens_of_three_or_a_longer_word_with_all_of_them_are_none(tmp_path: Path) -> None:
     prefix, suffix, middle, _ = FAMILIES[0]
     for name, tokens in {"none": [], "two": [prefix, suffix], "one word": [prefix + suffix + middle]}.items():
-        assert not fills_in(gguf_with(tmp_path / f"{name}.gguf", *tokens)), name
-        assert not fills_in(directory_with(tmp_path / name, *tokens)), name
+        assert not has_fim_tokens(gguf_with(tmp_path / f"{name}.gguf", *tokens)), name
+        assert not has_fim_tokens(directory_with(tmp_path / name, *tokens)), name
 
 
 def test_a_vocabulary_that_is_gone_is_said_to_be(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base")
     (base / "tokenizer.json").unlink()
     with pytest.raises(HeaderError, match=r"tokenizer.json: cannot be read"):
-        fills_in(base)
+        has_fim_tokens(base)
