@@ -103,7 +103,7 @@ def workplace(held_out_fraction: float) -> Iterator[Workplace]:
                 seed=config.seed,
             ),
             directory=root / "dataset",
-            codec=tokenizer,
+            token_counter=tokenizer,
             report=lambda _detail: None,
         )
         examples: dict[str, list[dict[str, list[int]]]] = {"train": [], "held_out": []}

@@ -178,7 +178,12 @@ def _unsound(tensors: Mapping[str, TensorInfo], found: _Sorted) -> Iterator[Reas
     kinds = ", ".join(sorted({tensors[name].dtype for name in odd}))
     fix = "Save it in float32 or bfloat16"
     yield from error_about(
-        "dtype", "tensors are no plain floats", odd, found=kinds, expected=", ".join(FLOATS), fix=fix,
+        "dtype",
+        "tensors are no plain floats",
+        odd,
+        found=kinds,
+        expected=", ".join(FLOATS),
+        fix=fix,
     )
 
 
@@ -351,7 +356,10 @@ def check_weights(tensors: Iterable[TensorInfo], read: Callable[[TensorInfo], by
             b_moves = b_moves or not _is_zero(data, _WIDTH[tensor.dtype])
     reasons = [
         *error_about(
-            "not_finite", "tensors hold NaN or infinity", odd, fix="Train it again with a lower learning rate",
+            "not_finite",
+            "tensors hold NaN or infinity",
+            odd,
+            fix="Train it again with a lower learning rate",
         ),
     ]
     if b_seen and not b_moves:

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from peft_core.data.chunking import parsed
+from peft_core.data.chunking import parse_syntax
 from peft_core.data.examples import RESERVED
-from peft_core.data.languages import Grammar, named
+from peft_core.data.languages import Grammar, language_named
 from peft_core.data.records import RECORD
 from peft_core.data.token_counter import TokenCounter
 from peft_core.errors import DataError
@@ -38,18 +38,18 @@ _QUOTES = re.compile(r"^[A-Za-z]*(\"\"\"|'''|\"|')(.*)\1$", re.DOTALL)
 class ExampleFormat(StrEnum):
     """How an example tells its unit."""
 
-    PLAINLY = "plainly"
-    AS_GAP = "fill_in_the_middle"
-    AS_ANSWER = "instruction"
+    PLAIN = "plainly"
+    FILL_IN_THE_MIDDLE = "fill_in_the_middle"
+    INSTRUCTION = "instruction"
 
 
-def require_fim_tokens(mixture: TaskMixture, codec: TokenCounter) -> None:
+def require_fim_tokens(mixture: TaskMixture, token_counter: TokenCounter) -> None:
     """That the base can be told what is asked for.
 
     Raises:
         DataError: 'no_fill_in_the_middle'.
     """
-    if mixture.fill_in_the_middle and codec.fill_in_the_middle is None:
+    if mixture.fill_in_the_middle and token_counter.fill_in_the_middle is None:
         raise DataError(
             f"mixture.fill_in_the_middle = {mixture.fill_in_the_middle:g} needs a base with tokens for it, and this base's "
             "vocabulary has none of a form that is known here.",
@@ -62,39 +62,34 @@ def require_fim_tokens(mixture: TaskMixture, codec: TokenCounter) -> None:
 
 
 def reformat_example(
-    example: Example,
-    mixture: TaskMixture,
-    codec: TokenCounter,
-    *,
-    max_length: int,
-    seed: int,
+    example: Example, mixture: TaskMixture, token_counter: TokenCounter, *, max_length: int, seed: int,
 ) -> tuple[Example, ExampleFormat]:
     """The example, told as the lot drawn for it says. The same example and seed are always told in the same way."""
     lot = random.Random(f"retell/{seed}/{example.path}/{example.start_line}/{example.segments[-1].text}")  # noqa: S311 -- not a secret
     chance = lot.random()
-    told, segments = ExampleFormat.PLAINLY, None
+    told, segments = ExampleFormat.PLAIN, None
     if example.kind == RECORD or not example.segments[-1].learn:
         pass  # somebody else decided how it is told
     elif chance < mixture.fill_in_the_middle:
-        told, segments = ExampleFormat.AS_GAP, _gap(example, codec, lot)
+        told, segments = ExampleFormat.FILL_IN_THE_MIDDLE, _gap(example, token_counter, lot)
     elif chance < mixture.fill_in_the_middle + mixture.instructions:
-        told, segments = ExampleFormat.AS_ANSWER, _answer(example, codec)
+        told, segments = ExampleFormat.INSTRUCTION, _answer(example, token_counter)
     if segments is None:
-        return example, ExampleFormat.PLAINLY
-    tokens = sum(codec.count([segment.text for segment in segments])) + 1
+        return example, ExampleFormat.PLAIN
+    tokens = sum(token_counter.count([segment.text for segment in segments])) + 1
     if tokens + RESERVED - 1 > max_length:
-        return example, ExampleFormat.PLAINLY
+        return example, ExampleFormat.PLAIN
     # A gap ends where its unit goes on, and a whole unit is answered.
     return example.model_copy(update={"segments": segments, "tokens": tokens, "ends": True}), told
 
 
-def _gap(example: Example, codec: TokenCounter, lot: random.Random) -> tuple[Segment, ...] | None:
+def _gap(example: Example, token_counter: TokenCounter, lot: random.Random) -> tuple[Segment, ...] | None:
     """Before, after and gap in the order in which the base reads them. The gap is a node of the syntax tree.
 
     As in Gong et al., arXiv 2506.00204, and unlike gaps at random characters: what people leave out is an expression, a
     statement, a block.
     """
-    tokens, *context, body = codec.fill_in_the_middle, *example.segments
+    tokens, *context, body = token_counter.fill_in_the_middle, *example.segments
     root, start = _tree(example)
     if tokens is None or root is None:
         return None
@@ -111,9 +106,9 @@ def _gap(example: Example, codec: TokenCounter, lot: random.Random) -> tuple[Seg
     return (*around, *_segments(gap, body), *_segments(tokens.end))
 
 
-def _answer(example: Example, codec: TokenCounter) -> tuple[Segment, ...] | None:
+def _answer(example: Example, token_counter: TokenCounter) -> tuple[Segment, ...] | None:
     """A conversation in the base's own template: what is to be written, and the unit. Only the answer is learned."""
-    grammar = named(example.language).grammar
+    grammar = language_named(example.language).grammar
     root, start = _tree(example)
     if root is None or grammar is None or not example.ends:
         return None
@@ -128,17 +123,17 @@ def _answer(example: Example, codec: TokenCounter) -> tuple[Segment, ...] | None
     kind = "method" if example.kind == "method" and kind == "function" else kind
     asked = f"Write the {example.language} {kind} `{name.text.decode()}` of {example.path}.\n\n{words}"
     body = example.segments[-1].text.rstrip("\n")
-    said = codec.render_chat([{"role": "user", "content": asked}, {"role": "assistant", "content": body}])
+    said = token_counter.render_chat([{"role": "user", "content": asked}, {"role": "assistant", "content": body}])
     return _apart(said, asked, body) if example.segments[-1].literal else said
 
 
 def _tree(example: Example) -> tuple[Node | None, int]:
     """The syntax of what is learned, and at which byte of what was parsed that begins."""
-    grammar, text = named(example.language).grammar, example.segments[-1].text
+    grammar, text = language_named(example.language).grammar, example.segments[-1].text
     if grammar is None:
         return None, 0
     around = _AROUND_METHODS if example.language == "python" and text[:1] in (" ", "\t") else b""
-    return parsed(around + text.encode(), grammar), len(around)
+    return parse_syntax(around + text.encode(), grammar), len(around)
 
 
 def _nodes(root: Node) -> Iterator[Node]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
-from peft_core.data.languages import Grammar, Language, is_known
+from peft_core.data.languages import Grammar, Language, is_known_label
 
 if TYPE_CHECKING:
     from tree_sitter import Node, Parser
@@ -37,7 +37,7 @@ _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})[ \t]*([\w+#.-]*)")
 _WORST = 1 << 30
 
 
-def cut(lines: Sequence[str], language: Language, measure: TokenBudget) -> list[CodeUnit]:
+def split_into_units(lines: Sequence[str], language: Language, measure: TokenBudget) -> list[CodeUnit]:
     """Units of a file, in order; only what has no members to be opened may be longer than the measure allows."""
     if language.grammar is not None:
         units = _syntax(lines, language.grammar, measure)
@@ -46,12 +46,12 @@ def cut(lines: Sequence[str], language: Language, measure: TokenBudget) -> list[
     else:
         units = _paragraphs(lines)
     trimmed = (short for unit in units if (short := without_blank_edges(unit, lines)) is not None)
-    return list(merged(trimmed, measure))
+    return list(merge_small_units(trimmed, measure))
 
 
-def whole(lines: Sequence[str], language: Language, kind: str) -> CodeUnit:
+def single_unit(lines: Sequence[str], language: Language, kind: str) -> CodeUnit:
     """All rows as one unit, with its syntax at hand should it have to be split."""
-    nodes = () if language.grammar is None else (_parsed(lines, language.grammar),)
+    nodes = () if language.grammar is None else (_parse_lines(lines, language.grammar),)
     return CodeUnit(kind=kind, start=0, end=len(lines), nodes=nodes)
 
 
@@ -86,7 +86,7 @@ def _indent_ranks(lines: Sequence[str], unit: CodeUnit, indents: Sequence[int]) 
 
 
 def _syntax(lines: Sequence[str], grammar: Grammar, measure: TokenBudget) -> Iterator[CodeUnit]:
-    root = _parsed(lines, grammar)
+    root = _parse_lines(lines, grammar)
     file = CodeUnit(kind="module", start=0, end=len(lines), loose=True, body=root, nodes=(root,))
     # A stack, not recursion: classes may be nested deeper than Python's stack allows.
     waiting = list(reversed(_members(file, grammar)))
@@ -112,7 +112,7 @@ def _members(parent: CodeUnit, grammar: Grammar) -> list[CodeUnit]:
     """Units that cover the rows of a parent without gap or overlap."""
     body = parent.body
     first_of_file = parent.start == 0 and parent.head is None
-    groups = [] if body is None else _groups(body.named_children, grammar, of_file=first_of_file)
+    groups = [] if body is None else _groups(body.named_children, grammar, language_of_file=first_of_file)
     if not groups:
         return [replace(parent, body=None)]
     inside = parent.scopes if parent.head is None else (*parent.scopes, parent.head)[-_MAX_SCOPES:]
@@ -129,7 +129,7 @@ def _members(parent: CodeUnit, grammar: Grammar) -> list[CodeUnit]:
     return units
 
 
-def _groups(children: Iterable[Node], grammar: Grammar, *, of_file: bool) -> list[_Group]:
+def _groups(children: Iterable[Node], grammar: Grammar, *, language_of_file: bool) -> list[_Group]:
     groups: list[_Group] = []
     for child in children:
         start, end = child.start_point.row, _end_row(child)
@@ -137,7 +137,7 @@ def _groups(children: Iterable[Node], grammar: Grammar, *, of_file: bool) -> lis
         last = groups[-1] if groups else None
         if last is not None and (
             start < last.end
-            or (last.main is None and start == last.end and not _is_licence(last, main, groups, of_file))
+            or (last.main is None and start == last.end and not _is_licence(last, main, groups, language_of_file))
         ):
             last.nodes.append(child)
             last.end = max(last.end, end)
@@ -147,9 +147,9 @@ def _groups(children: Iterable[Node], grammar: Grammar, *, of_file: bool) -> lis
     return groups
 
 
-def _is_licence(group: _Group, follower: Node | None, groups: list[_Group], of_file: bool) -> bool:
+def _is_licence(group: _Group, follower: Node | None, groups: list[_Group], language_of_file: bool) -> bool:
     """A licence at the top of a file stays by itself, so that the copies in other files are seen as copies."""
-    return of_file and len(groups) == 1 and follower is not None and _speaks_of_licence(group)
+    return language_of_file and len(groups) == 1 and follower is not None and _speaks_of_licence(group)
 
 
 def _speaks_of_licence(group: _Group) -> bool:
@@ -238,18 +238,18 @@ def _fences(lines: Sequence[str]) -> Iterator[CodeUnit]:
             continue
         mark, label = match.groups()
         if start < 0:
-            start, fence, known = row, mark, is_known(label)
+            start, fence, known = row, mark, is_known_label(label)
         elif mark.startswith(fence) and not label:
             if known:
                 yield CodeUnit(kind="block", start=start, end=row + 1, alone=True)
             start = -1
 
 
-def _parsed(lines: Sequence[str], grammar: Grammar) -> Node:
-    return parsed("".join(lines).encode(), grammar)
+def _parse_lines(lines: Sequence[str], grammar: Grammar) -> Node:
+    return parse_syntax("".join(lines).encode(), grammar)
 
 
-def parsed(raw: bytes, grammar: Grammar) -> Node:
+def parse_syntax(raw: bytes, grammar: Grammar) -> Node:
     """The root of a text's syntax tree, in UTF-8."""
     return _parser(grammar).parse(raw).root_node
 
@@ -289,12 +289,12 @@ class CodeUnit:
     head: range | None = None  # rows of its own head: what a continuation of it needs to be understood
     loose: bool = False  # statements that may be gathered, not a definition
     opening: bool = False  # begins with the head of the scope whose members follow
-    alone: bool = False  # never merged
+    alone: bool = False  # never merge_small_units
     body: Node | None = field(default=None, repr=False)  # where its own members are
     nodes: tuple[Node, ...] = field(default=(), repr=False)
 
 
-def rows(text: str) -> list[str]:
+def split_lines(text: str) -> list[str]:
     """Lines with their ends, split at line feeds only, as tree-sitter and editors count them."""
     return io.StringIO(text, newline="\n").readlines()
 
@@ -309,7 +309,7 @@ def without_blank_edges(unit: CodeUnit, lines: Sequence[str]) -> CodeUnit | None
     return replace(unit, start=start, end=end) if start < end else None
 
 
-def merged(units: Iterable[CodeUnit], measure: TokenBudget) -> Iterator[CodeUnit]:
+def merge_small_units(units: Iterable[CodeUnit], measure: TokenBudget) -> Iterator[CodeUnit]:
     """Small neighbours joined, so that one-line functions do not become thousands of tiny examples."""
     current: CodeUnit | None = None
     for unit in units:

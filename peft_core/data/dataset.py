@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from peft_core.data.augment import ExampleFormat
 from peft_core.data.examples import learned_text
-from peft_core.data.leakage import FILE_NAME, TrainingFingerprint
+from peft_core.data.leakage import FINGERPRINT_FILE_NAME, TrainingFingerprint
 from peft_core.data.split import Split
 from peft_core.errors import DataError
 from peft_core.schemas.dataset import DatasetSummary, Example
@@ -25,7 +25,7 @@ from peft_core.schemas.frozen import FrozenModel
 from peft_core.system.files import atomic_write
 
 _MANIFEST_SCHEMA = 1
-_FILES = ("train.jsonl", "held_out.jsonl", FILE_NAME)
+_FILES = ("train.jsonl", "held_out.jsonl", FINGERPRINT_FILE_NAME)
 
 
 class PreparedDataset(FrozenModel):
@@ -44,11 +44,8 @@ class WriteStats:
     told: Counter[ExampleFormat] = field(default_factory=Counter)  # to train on
 
 
-def write_parts(
-    spool: Path,
-    directory: Path,
-    parts: Split,
-    retold: Callable[[Example], tuple[Example, ExampleFormat]],
+def write_examples(
+    spool: Path, directory: Path, parts: Split, retold: Callable[[Example], tuple[Example, ExampleFormat]],
 ) -> WriteStats:
     """The spooled examples into their files, those to train on as the mixture tells them."""
     place = dict.fromkeys(parts.train, "train") | dict.fromkeys(parts.held_out, "held_out")
@@ -66,18 +63,18 @@ def write_parts(
             for position, line in enumerate(lines):
                 if (name := place.get(position)) is None:
                     continue
-                example, told = Example.model_validate_json(line), ExampleFormat.PLAINLY
+                example, told = Example.model_validate_json(line), ExampleFormat.PLAIN
                 if name == "train":
                     yield learned_text(example)  # as it was, for a gap tears its lines apart
                     example, told = retold(example)
                     written.told[told] += 1
-                row = line if told is ExampleFormat.PLAINLY else example.model_dump_json().encode() + b"\n"
+                row = line if told is ExampleFormat.PLAIN else example.model_dump_json().encode() + b"\n"
                 written.tokens[name] += example.tokens
                 streams[name].write(row)
                 hashes[name].update(row)
 
         trained_on = TrainingFingerprint.of(to_train_on())
-    (directory / FILE_NAME).write_bytes(trained_on.to_bytes())
+    (directory / FINGERPRINT_FILE_NAME).write_bytes(trained_on.to_bytes())
     for name, path in unfinished.items():
         path.replace(directory / f"{name}.jsonl")
     written.sha256 = hashlib.sha256(hashes["train"].digest() + hashes["held_out"].digest()).hexdigest()
@@ -100,7 +97,7 @@ def write_manifest(
     atomic_write(directory / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False))
 
 
-def finished(directory: Path, request: Mapping[str, Any]) -> PreparedDataset | None:
+def load_finished(directory: Path, request: Mapping[str, Any]) -> PreparedDataset | None:
     """What was prepared there for this very request, where it is all there."""
     try:
         manifest = json.loads((directory / "manifest.json").read_bytes())

@@ -9,13 +9,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from peft_core.data.chunking import LICENCE, CodeUnit, TokenBudget, break_ranks, cut, rows, whole
-from peft_core.data.languages import Language, named
+from peft_core.data.chunking import (
+    LICENCE,
+    CodeUnit,
+    TokenBudget,
+    break_ranks,
+    single_unit,
+    split_into_units,
+    split_lines,
+)
+from peft_core.data.languages import Language, language_named
 from peft_core.data.read_text import read_text
 from peft_core.data.records import RECORD, Record, RecordFormat
 from peft_core.data.secrets import Finding
 from peft_core.data.token_counter import TokenCounter
-from peft_core.data.walk import File, Reason
+from peft_core.data.walk import ExclusionReason, File
 from peft_core.errors import sanitize
 from peft_core.schemas.dataset import Example, Segment
 
@@ -38,23 +46,23 @@ def unchanged(lines: Sequence[str]) -> tuple[list[str], list[Finding]]:
     return list(lines), []
 
 
-def from_file(file: File, *, codec: TokenCounter, max_length: int, redact: Redact) -> FileResult:
+def examples_from_file(file: File, *, token_counter: TokenCounter, max_length: int, redact: Redact) -> FileResult:
     result = FileResult()
-    path = printable(file.name)
+    path = printable_path(file.name)
     if _name_is_secret(path, result, redact):
         return result
     text = read_text(file.path)
-    if isinstance(text, Reason):
+    if isinstance(text, ExclusionReason):
         result.left_out[text] += 1
         return result
-    lines, findings = redact(rows(text))
+    lines, findings = redact(split_lines(text))
     result.secrets += [(path, finding.row + 1, finding.type) for finding in findings]
-    pieces = file_pieces(lines, path=path, language=file.language, codec=codec, max_length=max_length)
+    pieces = chunk_file(lines, path=path, language=file.language, token_counter=token_counter, max_length=max_length)
     if not pieces:
-        result.left_out[Reason.NO_CODE] += 1
+        result.left_out[ExclusionReason.NO_CODE] += 1
     for piece in pieces:
         if piece.body_tokens < MIN_TOKENS:
-            result.left_out[Reason.TINY] += 1
+            result.left_out[ExclusionReason.TINY] += 1
         elif why := rejection_reason(piece.unit, piece.body):
             result.left_out[why] += 1
         else:
@@ -62,27 +70,31 @@ def from_file(file: File, *, codec: TokenCounter, max_length: int, redact: Redac
     return result
 
 
-def from_record(record: Record, *, codec: TokenCounter, max_length: int, redact: Redact, root: str = "") -> FileResult:
+def examples_from_record(
+    record: Record, *, token_counter: TokenCounter, max_length: int, redact: Redact, root: str = "",
+) -> FileResult:
     """`root`: what absolute paths of records begin with; it is nobody's business and stays out."""
     result = FileResult()
     path = os.path.relpath(record.path, root) if root and record.path.startswith("/") else record.path
-    path = printable(path.lstrip("/"))
+    path = printable_path(path.lstrip("/"))
     if path and _name_is_secret(path, result, redact):
         return result
-    lines, findings = redact(rows(record.content))
+    lines, findings = redact(split_lines(record.content))
     result.secrets += [(path or record.name, finding.row + 1, finding.type) for finding in findings]
     if record.form not in (RecordFormat.TEXT, RecordFormat.CHUNK):
         if findings:  # a pair with a hole in it teaches the hole
-            result.left_out[Reason.SECRET] += 1
+            result.left_out[ExclusionReason.SECRET] += 1
         else:
-            _whole_record(record, path or record.name, result, codec, max_length)
+            _whole_record(record, path or record.name, result, token_counter, max_length)
         return result
     if not any(line.strip() for line in lines):
-        result.left_out[Reason.SECRET] += 1
+        result.left_out[ExclusionReason.SECRET] += 1
         return result
-    language = named(record.language)
+    language = language_named(record.language)
     header = path if record.form is RecordFormat.CHUNK else ""
-    pieces = whole_pieces(lines, path=header, language=language, kind=record.kind, codec=codec, max_length=max_length)
+    pieces = chunk_record(
+        lines, path=header, language=language, kind=record.kind, token_counter=token_counter, max_length=max_length,
+    )
     first_line = max(1, record.start_line)
     literal = record.form is RecordFormat.CHUNK  # the text of other records may have been rendered for this very base
     result.examples += [
@@ -98,7 +110,7 @@ def is_dedupable(example: Example) -> bool:
     return example.kind != RECORD or all(segment.learn for segment in example.segments)
 
 
-def answer(example: Example) -> str | None:
+def learned_answer(example: Example) -> str | None:
     """What a record teaches, whatever it is asked; None where it is asked nothing, and for an answer so short that it is one
     only together with its question: a label, yes or no.
     """
@@ -111,24 +123,24 @@ def answer(example: Example) -> str | None:
 def learned_text(example: Example) -> str:
     """The text by which it is told whether something was trained on."""
     learned = "".join(segment.text for segment in example.segments if segment.learn)
-    if example.kind != RECORD or learned == example.text or answer(example) is not None:
+    if example.kind != RECORD or learned == example.text or learned_answer(example) is not None:
         return learned
     return " ".join(example.text.split())  # one line: questions may have most of theirs in common
 
 
-def printable(name: str) -> str:
+def printable_path(name: str) -> str:
     """A file name that can be written down: bytes that are no text become replacement characters."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _whole_record(record: Record, path: str, result: FileResult, codec: TokenCounter, max_length: int) -> None:
+def _whole_record(record: Record, path: str, result: FileResult, token_counter: TokenCounter, max_length: int) -> None:
     if record.messages:
-        segments = codec.render_chat(record.messages)
+        segments = token_counter.render_chat(record.messages)
     else:
         segments = tuple(Segment(text=text, learn=learn) for text, learn in record.texts)
-    tokens = sum(codec.count([segment.text for segment in segments]))
+    tokens = sum(token_counter.count([segment.text for segment in segments]))
     if tokens + RESERVED > max_length:
-        result.left_out[Reason.TOO_LONG] += 1
+        result.left_out[ExclusionReason.TOO_LONG] += 1
         return
     example = Example(segments=segments, path=path, language=record.language, kind=record.kind, tokens=tokens + 1)
     result.examples.append(example)
@@ -137,7 +149,7 @@ def _whole_record(record: Record, path: str, result: FileResult, codec: TokenCou
 def _name_is_secret(path: str, result: FileResult, redact: Redact) -> bool:
     _, findings = redact([path])
     if findings:
-        result.left_out[Reason.SECRET] += 1
+        result.left_out[ExclusionReason.SECRET] += 1
         result.secrets += [("(a file whose name holds it)", 0, finding.type) for finding in findings]
     return bool(findings)
 
@@ -181,51 +193,36 @@ class Chunk:
         )
 
 
-def file_pieces(
-    lines: Sequence[str],
-    *,
-    path: str,
-    language: Language,
-    codec: TokenCounter,
-    max_length: int,
+def chunk_file(
+    lines: Sequence[str], *, path: str, language: Language, token_counter: TokenCounter, max_length: int,
 ) -> list[Chunk]:
     """Cut a file into pieces that fit, header and end-of-text counted."""
-    header, measure = _measured(lines, path, language, codec, max_length)
-    return fitted(lines, cut(lines, language, measure), measure, language, codec, header=header)
+    header, measure = _measured(lines, path, language, token_counter, max_length)
+    return fit_units(lines, split_into_units(lines, language, measure), measure, language, token_counter, header=header)
 
 
-def whole_pieces(
-    lines: Sequence[str],
-    *,
-    path: str,
-    language: Language,
-    kind: str,
-    codec: TokenCounter,
-    max_length: int,
+def chunk_record(
+    lines: Sequence[str], *, path: str, language: Language, kind: str, token_counter: TokenCounter, max_length: int,
 ) -> list[Chunk]:
     """A text that somebody else has cut already: one piece, unless it is too long."""
-    header, measure = _measured(lines, path, language, codec, max_length)
-    return fitted(lines, [whole(lines, language, kind)], measure, language, codec, header=header)
+    header, measure = _measured(lines, path, language, token_counter, max_length)
+    return fit_units(lines, [single_unit(lines, language, kind)], measure, language, token_counter, header=header)
 
 
 def _measured(
-    lines: Sequence[str],
-    path: str,
-    language: Language,
-    codec: TokenCounter,
-    max_length: int,
+    lines: Sequence[str], path: str, language: Language, token_counter: TokenCounter, max_length: int,
 ) -> tuple[str, TokenBudget]:
-    header = path_header(path, language, codec, max_length)
-    header_cost, *costs = codec.count([header, *lines])
+    header = path_header(path, language, token_counter, max_length)
+    header_cost, *costs = token_counter.count([header, *lines])
     return header, TokenBudget.of(costs, max_length=max_length, overhead=header_cost + RESERVED)
 
 
-def fitted(
+def fit_units(
     lines: Sequence[str],
     units: Sequence[CodeUnit],
     measure: TokenBudget,
     language: Language,
-    codec: TokenCounter,
+    token_counter: TokenCounter,
     *,
     header: str,
 ) -> list[Chunk]:
@@ -239,7 +236,7 @@ def fitted(
             heads = "".join("".join(lines[head.start : head.stop]) for head in measure.context(scopes))
             drafts.append((unit, header + heads, part))
     bodies = ["".join(lines[part.start : part.stop]) for _, _, part in drafts]
-    counts = codec.count([*(context for _, context, _ in drafts), *bodies])
+    counts = token_counter.count([*(context for _, context, _ in drafts), *bodies])
     result: list[Chunk] = []
     for (unit, context, part), body, context_tokens, body_tokens in zip(
         drafts,
@@ -249,7 +246,9 @@ def fitted(
         strict=False,
     ):
         row, rest = part.start, len(body)
-        for text, tokens in _halved(body, body_tokens, max(1, measure.max_length - context_tokens - RESERVED), codec):
+        for text, tokens in _halved(
+            body, body_tokens, max(1, measure.max_length - context_tokens - RESERVED), token_counter,
+        ):
             end = row + text.count("\n") + (not text.endswith("\n"))
             rest -= len(text)
             ends = part.stop == unit.end and rest == 0
@@ -258,22 +257,22 @@ def fitted(
     return result
 
 
-def path_header(path: str, language: Language, codec: TokenCounter, max_length: int) -> str:
+def path_header(path: str, language: Language, token_counter: TokenCounter, max_length: int) -> str:
     """The path as a comment; the last parts of it where the whole would take too much room."""
     if not path:
         return ""
     opens, closes = language.comment
-    printable = sanitize(path, limit=None)
+    printable_path = sanitize(path, limit=None)
     for mark in ("-->", "*/"):
-        printable = printable.replace(mark, "\N{REPLACEMENT CHARACTER}")
-    parts = printable.split("/")
-    candidates = [f"{opens}{printable}{closes}\n"]
+        printable_path = printable_path.replace(mark, "\N{REPLACEMENT CHARACTER}")
+    parts = printable_path.split("/")
+    candidates = [f"{opens}{printable_path}{closes}\n"]
     candidates += [
         f"{opens}\N{HORIZONTAL ELLIPSIS}/{'/'.join(parts[start:])}{closes}\n" for start in range(1, len(parts))
     ]
     candidates += [f"{opens}\N{HORIZONTAL ELLIPSIS}{parts[-1][-keep:]}{closes}\n" for keep in (24, 8)]
     allowed = max_length // _HEADER_SHARE
-    return next((header for header in candidates if codec.count([header])[0] <= allowed), "")
+    return next((header for header in candidates if token_counter.count([header])[0] <= allowed), "")
 
 
 def _parts(lines: Sequence[str], unit: CodeUnit, measure: TokenBudget, language: Language) -> Iterator[range]:
@@ -298,7 +297,7 @@ def _parts(lines: Sequence[str], unit: CodeUnit, measure: TokenBudget, language:
     yield range(start, unit.end)
 
 
-def _halved(text: str, tokens: int, room: int, codec: TokenCounter) -> Iterator[tuple[str, int]]:
+def _halved(text: str, tokens: int, room: int, token_counter: TokenCounter) -> Iterator[tuple[str, int]]:
     """Text in stretches that fit by an exact count: halved at a line end, a line that is too long by itself anywhere."""
     waiting = [(text, tokens)]
     while waiting:
@@ -310,7 +309,7 @@ def _halved(text: str, tokens: int, room: int, codec: TokenCounter) -> Iterator[
         line_end = text.rfind("\n", 0, middle) + 1 or text.find("\n", middle) + 1
         at = line_end if 0 < line_end < len(text) else middle
         parts = (text[:at], text[at:])
-        waiting.extend(zip(reversed(parts), reversed(codec.count(parts)), strict=True))
+        waiting.extend(zip(reversed(parts), reversed(token_counter.count(parts)), strict=True))
 
 
 # FOLDED FROM quality: Which pieces of code are worth learning.
@@ -331,14 +330,14 @@ _LITERAL = re.compile(r"""\s*[bruf]{0,2}["'`\d([{}\])+-]""", re.IGNORECASE)
 _UNBROKEN = re.compile(rf"[A-Za-z0-9+/=\\]{{{_LONGEST_WORD},}}")
 
 
-def rejection_reason(unit: CodeUnit, body: str) -> Reason | None:
+def rejection_reason(unit: CodeUnit, body: str) -> ExclusionReason | None:
     """Why a piece of a file should not be learned from."""
     if unit.kind == LICENCE:
-        return Reason.LICENCE
-    return Reason.DATA if is_data(body) else None
+        return ExclusionReason.LICENCE
+    return ExclusionReason.DATA if is_data_table(body) else None
 
 
-def is_data(text: str) -> bool:
+def is_data_table(text: str) -> bool:
     """A table of numbers or literals, or bytes written as text."""
     if _UNBROKEN.search(text):
         return True

@@ -33,7 +33,7 @@ def listed_files(root: Path) -> list[str] | None:
     return sorted({os.fsdecode(name) for name in output.split(b"\0") if name})
 
 
-def state(root: Path) -> tuple[str | None, bool | None]:
+def head_state(root: Path) -> tuple[str | None, bool | None]:
     """Commit of HEAD, and whether anything below root differs from it; None where it cannot be told."""
     commit = _git(root, "rev-parse", "--verify", "--quiet", "HEAD^{commit}")
     if not commit:
@@ -131,7 +131,7 @@ def require_history(root: Path) -> None:
     Raises:
         DataError: 'no_history', 'shallow_history'.
     """
-    if state(root)[0] is None:
+    if head_state(root)[0] is None:
         raise DataError(
             f"config.held_out_by = 'time' needs a git history, and {root} has none.",
             code="no_history",
@@ -146,7 +146,7 @@ def require_history(root: Path) -> None:
         )
 
 
-def last_changes(root: Path) -> dict[str, int]:
+def last_change_times(root: Path) -> dict[str, int]:
     """Seconds since the epoch of the latest commit that touched a file; files without any were never committed.
 
     Raises:

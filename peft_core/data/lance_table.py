@@ -27,7 +27,7 @@ class TableRequest(FrozenModel):
     records: Path | None = None  # where to write; None: look only
 
 
-class Copied(FrozenModel):
+class ExportResult(FrozenModel):
     rows: int
 
 
@@ -56,7 +56,7 @@ def require_table(path: Path, given: str, purpose: DatasetPurpose) -> None:
                 )
 
 
-def look(path: Path, max_length: int, purpose: DatasetPurpose) -> SourceSummary:
+def summarise_table(path: Path, max_length: int, purpose: DatasetPurpose) -> SourceSummary:
     """What the table holds.
 
     Raises:
@@ -65,13 +65,13 @@ def look(path: Path, max_length: int, purpose: DatasetPurpose) -> SourceSummary:
     return _ask(TableRequest(table=path, max_length=max_length, purpose=purpose), SourceSummary)
 
 
-def copy(path: Path, records: Path) -> int:
+def export_records(path: Path, records: Path) -> int:
     """The rows as a .jsonl file, row N on line N; how many there are.
 
     Raises:
         DataError: as `look`.
     """
-    rows = _ask(TableRequest(table=path, records=records), Copied).rows
+    rows = _ask(TableRequest(table=path, records=records), ExportResult).rows
     if not rows:
         raise DataError(f"{path} has been emptied.", code="training_data_empty")
     return rows

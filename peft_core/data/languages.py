@@ -210,7 +210,7 @@ _ALIASES = {
 }
 
 
-def of_file(name: str) -> Language | None:
+def language_of_file(name: str) -> Language | None:
     """The language of a file name, None where it is not one that carries code."""
     lowered = name.lower()
     if lowered in _FILE_NAMES:
@@ -219,14 +219,14 @@ def of_file(name: str) -> Language | None:
     return _BY_EXTENSION.get(lowered[dot:]) if dot > 0 else None
 
 
-def named(name: str) -> Language:
+def language_named(name: str) -> Language:
     """The language that somebody else's data calls by this name; plain text where it is not known here."""
     lowered = name.strip().lower()
     known = _BY_NAME.get(_ALIASES.get(lowered, lowered))
     return known or Language(lowered or TEXT.name, TEXT.comment, ())
 
 
-def is_known(label: str) -> bool:
+def is_known_label(label: str) -> bool:
     """Whether a label, as on a Markdown fence, names a language with a row here."""
     lowered = label.lower()
     return _ALIASES.get(lowered, lowered) in _BY_NAME

@@ -19,9 +19,9 @@ from peft_core.data.split import Split
 from peft_core.errors import DataError
 from peft_core.schemas.dataset import Example
 
-FILE_NAME = "trained_on.bin"
-MAX_BYTES = 1 << 20
-SEEN = 0.5  # share of its runs of lines from which on an example counts as trained on
+FINGERPRINT_FILE_NAME = "trained_on.bin"
+MAX_FINGERPRINT_BYTES = 1 << 20
+OVERLAP_THRESHOLD = 0.5  # share of its runs of lines from which on an example counts as trained on
 _MOST = 1 << 16  # hashes that are kept
 _MOST_SMALLEST = 60_000  # and of the smallest of each example
 _ROWS = 3
@@ -39,7 +39,7 @@ class TrainingFingerprint:
     def of(cls, texts: Iterable[str]) -> TrainingFingerprint:
         sample, smallest = _Sample(_MOST), _Sample(_MOST_SMALLEST)
         for text in texts:
-            found = runs_of([text])
+            found = shingle_hashes([text])
             sample.add(found)
             smallest.add({min(found)})
         return cls(sample.every, smallest.every, frozenset(sample.kept | smallest.kept))
@@ -69,18 +69,18 @@ class TrainingFingerprint:
         return cls(every, every_smallest, frozenset(struct.unpack(f"<{len(body) // 8}Q", body)))
 
 
-def runs_of(texts: Iterable[str]) -> set[int]:
+def shingle_hashes(texts: Iterable[str]) -> set[int]:
     """The hashes of all runs of lines in these texts."""
     return {value for text in texts for value in _hashes(text)}
 
 
-def shares_a_run(text: str, runs: Collection[int]) -> bool:
+def shares_a_shingle(text: str, runs: Collection[int]) -> bool:
     return any(value in runs for value in _hashes(text))
 
 
 def overlap_fraction(measured: Mapping[int, str], trained: Iterable[str]) -> dict[int, float]:
     """How much of each of these texts is among others, 0 to 1. Exact, in memory that follows `measured` alone."""
-    runs = {position: runs_of([text]) for position, text in measured.items()}
+    runs = {position: shingle_hashes([text]) for position, text in measured.items()}
     wanted = set().union(*runs.values())
     seen = {value for text in trained for value in _hashes(text) if value in wanted}
     return {position: len(found & seen) / len(found) for position, found in runs.items()}
@@ -128,11 +128,11 @@ def remove_overlap(parts: Split, spool: Path) -> Split:
     """
     held_out = dict(_texts(spool, parts.held_out))
     seen = overlap_fraction(held_out, (text for _, text in _texts(spool, parts.train)))
-    kept = [position for position in parts.held_out if seen[position] < SEEN]
+    kept = [position for position in parts.held_out if seen[position] < OVERLAP_THRESHOLD]
     if kept:
-        return replace(parts, held_out=kept, seen_as_lines=len(parts.held_out) - len(kept))
-    runs = runs_of(held_out.values())
-    train = [position for position, text in _texts(spool, parts.train) if not shares_a_run(text, runs)]
+        return replace(parts, held_out=kept, removed_for_overlap=len(parts.held_out) - len(kept))
+    runs = shingle_hashes(held_out.values())
+    train = [position for position, text in _texts(spool, parts.train) if not shares_a_shingle(text, runs)]
     if not (train and held_out):
         raise DataError(
             "All examples hold the same lines or the same answer: whatever is held out is trained on as well, and nothing can "
@@ -140,7 +140,7 @@ def remove_overlap(parts: Split, spool: Path) -> Split:
             code="too_few_examples",
             suggestions=("Give records that differ in what is to be learned from them",),
         )
-    return replace(parts, train=train, seen_as_lines=len(parts.train) - len(train))
+    return replace(parts, train=train, removed_for_overlap=len(parts.train) - len(train))
 
 
 def _texts(spool: Path, positions: Collection[int]) -> Iterator[tuple[int, str]]:

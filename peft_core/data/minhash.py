@@ -20,7 +20,7 @@ from rensa import RMinHash
 
 THRESHOLD = 0.8
 _RUN = 5  # words
-RULE = f"Jaccard similarity of their runs of {_RUN} words is at least {THRESHOLD}, estimated by MinHash"
+NEAR_DUPLICATE_RULE = f"Jaccard similarity of their runs of {_RUN} words is at least {THRESHOLD}, estimated by MinHash"
 _WORD = re.compile(r"\w+|[^\w\s]")
 _NUMBERS = 64
 _BAND = 4

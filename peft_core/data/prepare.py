@@ -22,13 +22,21 @@ from typing import Any
 
 from peft_core.data import git
 from peft_core.data.augment import reformat_example, require_fim_tokens
-from peft_core.data.dataset import PreparedDataset, WriteStats, finished, write_manifest, write_parts
-from peft_core.data.examples import FileResult, answer, from_file, from_record, is_dedupable, learned_text, printable
-from peft_core.data.git import last_changes
-from peft_core.data.leakage import SEEN, TrainingFingerprint, remove_overlap
-from peft_core.data.minhash import RULE, MinHashIndex
+from peft_core.data.dataset import PreparedDataset, WriteStats, load_finished, write_examples, write_manifest
+from peft_core.data.examples import (
+    FileResult,
+    examples_from_file,
+    examples_from_record,
+    is_dedupable,
+    learned_answer,
+    learned_text,
+    printable_path,
+)
+from peft_core.data.git import last_change_times
+from peft_core.data.leakage import OVERLAP_THRESHOLD, TrainingFingerprint, remove_overlap
+from peft_core.data.minhash import NEAR_DUPLICATE_RULE, MinHashIndex
 from peft_core.data.records import Record, read_jsonl
-from peft_core.data.secrets import redacted
+from peft_core.data.secrets import redact_secrets
 from peft_core.data.split import (
     FILE_MIN_TOKENS,
     FILE_SHARE,
@@ -36,13 +44,13 @@ from peft_core.data.split import (
     Split,
     cap_per_file,
     digest,
-    merged,
     order_key,
     split,
+    with_canonical_digests,
 )
-from peft_core.data.summarise import require_enough
+from peft_core.data.summarise import require_enough_examples
 from peft_core.data.token_counter import TokenCounter
-from peft_core.data.walk import File, Reason, walk
+from peft_core.data.walk import ExclusionReason, File, walk
 from peft_core.errors import DataError
 from peft_core.schemas.dataset import DatasetPurpose, DatasetSpec, DatasetSummary, Example, SourceKind
 
@@ -56,7 +64,7 @@ def prepare(
     spec: DatasetSpec,
     *,
     directory: Path,
-    codec: TokenCounter,
+    token_counter: TokenCounter,
     report: Callable[[str], None],
     known: TrainingFingerprint | None = None,
     may_read: Callable[[Path], None] = lambda _source: None,
@@ -71,19 +79,21 @@ def prepare(
     """
     request = spec.model_dump(mode="json")
     request["known"] = None if known is None else hashlib.sha256(known.to_bytes()).hexdigest()
-    if (done := finished(directory, request)) is not None:
+    if (done := load_finished(directory, request)) is not None:
         return done
     _require_source(spec, may_read)
-    require_fim_tokens(spec.mixture, codec)
+    require_fim_tokens(spec.mixture, token_counter)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "manifest.json").unlink(missing_ok=True)
     spool = directory / "examples.partial"
-    builder = DatasetBuilder(spec, codec, _Progress(report), known)
-    reformat = partial(reformat_example, mixture=spec.mixture, codec=codec, max_length=spec.max_length, seed=spec.seed)
+    builder = DatasetBuilder(spec, token_counter, _Progress(report), known)
+    reformat = partial(
+        reformat_example, mixture=spec.mixture, token_counter=token_counter, max_length=spec.max_length, seed=spec.seed,
+    )
     try:
         builder.fill(spool)
         parts = builder.split(spool)
-        written = write_parts(spool, directory, parts, reformat)
+        written = write_examples(spool, directory, parts, reformat)
     finally:
         spool.unlink(missing_ok=True)
     prepared = builder.summarise(parts, written)
@@ -107,7 +117,7 @@ class DatasetBuilder:
     """Spools the examples of a source and keeps in memory only what the split needs to know about each."""
 
     spec: DatasetSpec
-    codec: TokenCounter
+    token_counter: TokenCounter
     progress: _Progress
     known: TrainingFingerprint | None
     keys: list[ExampleKey] = field(default_factory=list)
@@ -144,15 +154,17 @@ class DatasetBuilder:
         tree = walk(root)
         self.left_out.update(tree.left_out)
         if tree.by_git:
-            self.commit, self.dirty = git.state(root)
+            self.commit, self.dirty = git.head_state(root)
         enough = self._enough()
         files = tree.files if enough is None else sorted(tree.files, key=self._random_order)
         for number, file in enumerate(files):
             if enough is not None and len(self.distinct) >= enough:
-                self.left_out[Reason.NOT_NEEDED] += len(files) - number
+                self.left_out[ExclusionReason.NOT_NEEDED] += len(files) - number
                 return
             self.progress(f"{number} of {len(files)} files")
-            yield from_file(file, codec=self.codec, max_length=self.spec.max_length, redact=redacted)
+            yield examples_from_file(
+                file, token_counter=self.token_counter, max_length=self.spec.max_length, redact=redact_secrets,
+            )
 
     def _enough(self) -> int | None:
         """Return how many distinct examples are read at most: a short run need not cut twenty thousand files."""
@@ -169,19 +181,25 @@ class DatasetBuilder:
         root = _common_root(read_jsonl(path, called=noun))
         for number, record in enumerate(read_jsonl(path, called=noun)):
             self.progress(f"{number} records")
-            yield from_record(record, codec=self.codec, max_length=self.spec.max_length, redact=redacted, root=root)
+            yield examples_from_record(
+                record,
+                token_counter=self.token_counter,
+                max_length=self.spec.max_length,
+                redact=redact_secrets,
+                root=root,
+            )
 
     def _add(self, example: Example) -> bool:
         """Remember an example that is to be spooled. Return False for one that the adapter was trained on."""
         share = 0.0 if self.known is None else self.known.share_of(learned_text(example))
-        if share is None or share >= SEEN:
-            self.left_out[Reason.MAYBE_TRAINED_ON if share is None else Reason.TRAINED_ON] += 1
+        if share is None or share >= OVERLAP_THRESHOLD:
+            self.left_out[ExclusionReason.MAYBE_TRAINED_ON if share is None else ExclusionReason.TRAINED_ON] += 1
             return False
         learned = "\0".join(segment.text for segment in example.segments if segment.learn)
         context = "\0".join(segment.text for segment in example.segments if not segment.learn)
         if self.spec.source_kind is SourceKind.REPOSITORY:
             context = ""  # the path and the surrounding headers do not make a copied function a different one
-        reply = answer(example)
+        reply = learned_answer(example)
         same_side = b"" if reply is None else digest(reply)
         self.keys.append(ExampleKey(example.path, digest(f"{context}\0{learned}"), example.tokens, same_side))
         self.distinct.add(self.keys[-1].digest)
@@ -200,7 +218,7 @@ class DatasetBuilder:
         spec = self.spec
         if self._trains:  # an evaluation counts its examples itself: it also knows how many the adapter was trained on
             name = spec.purpose.field if spec.source_kind is SourceKind.RECORDS else str(spec.source)
-            require_enough(merged(self.keys, self.signatures), self.left_out, name)
+            require_enough_examples(with_canonical_digests(self.keys, self.signatures), self.left_out, name)
         parts = split(
             self.keys,
             self.signatures,
@@ -212,18 +230,18 @@ class DatasetBuilder:
         if self._trains:
             if spec.source_kind is SourceKind.REPOSITORY:
                 train = cap_per_file(self.keys, parts.train)
-                self.left_out[Reason.OVER_FILE_SHARE] += len(parts.train) - len(train)
+                self.left_out[ExclusionReason.OVER_FILE_SHARE] += len(parts.train) - len(train)
                 parts = replace(parts, train=train)
             parts = remove_overlap(parts, spool)
-        self.left_out[Reason.SEEN_IN_TRAINING] += parts.seen_as_lines
-        self.left_out[Reason.DUPLICATE] += parts.duplicates
-        self.left_out[Reason.NEAR_DUPLICATE] += parts.near_duplicates
+        self.left_out[ExclusionReason.SEEN_IN_TRAINING] += parts.removed_for_overlap
+        self.left_out[ExclusionReason.DUPLICATE] += parts.duplicates
+        self.left_out[ExclusionReason.NEAR_DUPLICATE] += parts.near_duplicates
         return parts
 
     def _last_changes(self) -> dict[str, int] | None:
         if not self._splits_by_time:
             return None
-        return {printable(name): changed_at for name, changed_at in last_changes(self.spec.source).items()}
+        return {printable_path(name): changed_at for name, changed_at in last_change_times(self.spec.source).items()}
 
     # 3. The record.
 
@@ -256,8 +274,8 @@ class DatasetBuilder:
             "examples_by_kind": dict(Counter(kind for _, kind in labels).most_common()),
             "held_out_files": parts.held_out_files,
             "file_cap": {"share_of_tokens": FILE_SHARE, "but_tokens_at_least": FILE_MIN_TOKENS},
-            "near_duplicates": {"rule": RULE, "held_out_but_seen_in_training": parts.seen_in_training},
-            "kept_apart": {"rule": f"less than {SEEN:g} of the runs of three lines are trained on"},
+            "near_duplicates": {"rule": NEAR_DUPLICATE_RULE, "held_out_but_seen_in_training": parts.seen_in_training},
+            "kept_apart": {"rule": f"less than {OVERLAP_THRESHOLD:g} of the runs of three lines are trained on"},
             "secrets": [{"file": file, "line": line, "type": kind} for file, line, kind in self.secrets],
         }
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from peft_core.data.dataset import read_examples
 from peft_core.data.prepare import prepare
-from peft_core.data.token_counter import EstimatingCodec
-from peft_core.data.walk import Reason
+from peft_core.data.token_counter import EstimatedTokenCounter
+from peft_core.data.walk import ExclusionReason
 from peft_core.errors import PeftMcpError
 from peft_core.schemas.dataset import DatasetSpec, DatasetSummary, Example
 from peft_core.schemas.frozen import FrozenModel
@@ -55,7 +55,7 @@ def preview(request: PreviewRequest) -> Preview:
         prepared = prepare(
             request.dataset.model_copy(update={"enough_examples": 1}),  # the smallest sample that `prepare` reads
             directory=directory,
-            codec=EstimatingCodec(),
+            token_counter=EstimatedTokenCounter(),
             report=lambda _detail: None,
             may_read=partial(
                 require_data_place,
@@ -70,11 +70,11 @@ def preview(request: PreviewRequest) -> Preview:
     for example in train:
         tokens[example.path] += example.tokens
     dataset = prepared.summary
-    left_out = {reason: count for reason, count in dataset.left_out.items() if reason != Reason.NOT_NEEDED}
+    left_out = {reason: count for reason, count in dataset.left_out.items() if reason != ExclusionReason.NOT_NEEDED}
     return Preview(
         dataset=dataset.model_copy(update={"left_out": left_out}),
         languages=prepared.languages,
-        unread_files=dataset.left_out.get(Reason.NOT_NEEDED, 0),
+        unread_files=dataset.left_out.get(ExclusionReason.NOT_NEEDED, 0),
         held_out_files=sorted({example.path for example in held_out}),
         largest_files=dict(tokens.most_common(LARGEST)),
         samples=random.Random(request.dataset.seed).sample(train, min(SAMPLES, len(train))),  # noqa: S311 - no cryptography here

@@ -8,7 +8,7 @@ import re
 import stat
 from pathlib import Path
 
-from peft_core.data.walk import MAX_FILE_BYTES, Reason
+from peft_core.data.walk import MAX_FILE_BYTES, ExclusionReason
 
 # A line longer than this was not written by hand; neither is a file whose lines are this long on average.
 MAX_LINE = 5_000
@@ -24,62 +24,62 @@ _GENERATED = re.compile(
 _ENCODINGS = ["cp1252", "cp1250", "cp1251", "koi8_r", "shift_jis", "euc_jp", "gb18030", "big5", "euc_kr"]
 
 
-def read_text(path: Path) -> str | Reason:
+def read_text(path: Path) -> str | ExclusionReason:
     """The text of a file with line feeds as line ends, without a byte-order mark."""
     content = _read_bytes(path)
-    if isinstance(content, Reason):
+    if isinstance(content, ExclusionReason):
         return content
     text = decode(content)
-    if isinstance(text, Reason):
+    if isinstance(text, ExclusionReason):
         return text
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
-        return Reason.EMPTY
+        return ExclusionReason.EMPTY
     lines = text.split("\n")
     if max(map(len, lines)) > MAX_LINE or len(text) / len(lines) > MAX_MEAN_LINE:
-        return Reason.MINIFIED
+        return ExclusionReason.MINIFIED
     head = "\n".join(lines[:10])[:_HEAD]
-    return Reason.GENERATED if _GENERATED.search(head) else text
+    return ExclusionReason.GENERATED if _GENERATED.search(head) else text
 
 
-def decode(content: bytes) -> str | Reason:
+def decode(content: bytes) -> str | ExclusionReason:
     """UTF-8 first, a marked UTF-16, then a guess among the encodings that source code is seen in."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         try:
             return content.decode("utf-16")
         except UnicodeDecodeError:
-            return Reason.BINARY
+            return ExclusionReason.BINARY
     if b"\0" in content:
-        return Reason.BINARY
+        return ExclusionReason.BINARY
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
         return _guess(content)
 
 
-def _guess(content: bytes) -> str | Reason:
+def _guess(content: bytes) -> str | ExclusionReason:
     from charset_normalizer import from_bytes  # noqa: PLC0415 - slow to import, rarely needed
 
     matches = list(from_bytes(content, cp_isolation=_ENCODINGS))
     if not matches:
-        return Reason.NOT_TEXT
+        return ExclusionReason.NOT_TEXT
     likely = [match for match in matches if match.chaos <= matches[0].chaos]
     return str(min(likely, key=lambda match: _ENCODINGS.index(match.encoding)))
 
 
-def _read_bytes(path: Path) -> bytes | Reason:
+def _read_bytes(path: Path) -> bytes | ExclusionReason:
     # The file may have been swapped since it was listed: a link must not lead out, a pipe must not block.
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as stream:
             before = os.fstat(descriptor)
-            content = stream.read(MAX_FILE_BYTES + 1) if stat.S_ISREG(before.st_mode) else Reason.SPECIAL
+            content = stream.read(MAX_FILE_BYTES + 1) if stat.S_ISREG(before.st_mode) else ExclusionReason.SPECIAL
             after = os.fstat(descriptor)
     except FileNotFoundError:
-        return Reason.CHANGED
+        return ExclusionReason.CHANGED
     except OSError:
-        return Reason.SYMLINK if path.is_symlink() else Reason.UNREADABLE
+        return ExclusionReason.SYMLINK if path.is_symlink() else ExclusionReason.UNREADABLE
     if len(content) > MAX_FILE_BYTES:
-        return Reason.TOO_LARGE
+        return ExclusionReason.TOO_LARGE
     same = (before.st_mtime_ns, before.st_size) == (after.st_mtime_ns, after.st_size)
-    return content if same else Reason.CHANGED
+    return content if same else ExclusionReason.CHANGED

@@ -14,7 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from peft_core.data.languages import named, of_file
+from peft_core.data.languages import language_named, language_of_file
 from peft_core.errors import DataError
 
 MAX_LINE_BYTES = 16_000_000
@@ -133,7 +133,9 @@ def parse(value: object, name: str, *, where: str = "") -> Record:
         _text(value[key], key, at, may_be_blank=key in {"prompt", "input"})
     language = value.get("language")
     known = (
-        named(language) if isinstance(language, str) and language.strip() else of_file(record_path.rpartition("/")[2])
+        language_named(language)
+        if isinstance(language, str) and language.strip()
+        else language_of_file(record_path.rpartition("/")[2])
     )
     texts = tuple((str(value[key]), key not in {"prompt", "input"}) for key in keys)
     return Record(name, form, texts, path=record_path, language=known.name if known else "text")
@@ -240,7 +242,7 @@ def _chunk(value: Mapping[str, Any], name: str, at: str, path: str) -> Record:
         RecordFormat.CHUNK,
         ((value["content"], True),),
         path=path,
-        language=named(value["language"]).name,
+        language=language_named(value["language"]).name,
         kind=kind if kind in CHUNK_TYPES else "block",  # other tools have names of their own for what they cut
         start_line=_whole_number(value, "start_line", at) or 0,
     )

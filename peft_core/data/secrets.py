@@ -82,7 +82,7 @@ class Finding:
     type: str
 
 
-def redacted(lines: Sequence[str]) -> tuple[list[str], list[Finding]]:
+def redact_secrets(lines: Sequence[str]) -> tuple[list[str], list[Finding]]:
     """The lines with those that hold a secret blanked, and what was found where; never the value.
 
     Blank, not replaced by a mark: a mark would be learned, and a line less keeps the most of the code around it. Blanked

@@ -43,7 +43,7 @@ class Split:
     duplicates: int = 0  # left out, for they are equal to one that is kept
     near_duplicates: int = 0  # left out, for they are nearly so
     seen_in_training: int = 0  # of both, those of held-out files that are like one that is trained on
-    seen_as_lines: int = 0  # left out, for half of their lines are on the other side
+    removed_for_overlap: int = 0  # left out, for half of their lines are on the other side
 
 
 def digest(text: str) -> bytes:
@@ -56,7 +56,7 @@ def order_key(file: str, seed: int) -> bytes:
     return hashlib.sha256(f"{seed}\0{file}".encode("utf-8", "surrogatepass")).digest()
 
 
-def merged(keys: Sequence[ExampleKey], signatures: MinHashIndex) -> list[ExampleKey]:
+def with_canonical_digests(keys: Sequence[ExampleKey], signatures: MinHashIndex) -> list[ExampleKey]:
     """Near duplicates with the digest of the first of them: equal, for who counts what there is."""
     representatives = signatures.representatives(range(len(keys)))
     return [key._replace(digest=keys[representatives[position]].digest) for position, key in enumerate(keys)]
@@ -86,7 +86,7 @@ def split(
     sides = _sides(keys)
     if len(set(sides.values())) == 1:  # an answer that all give: then what is held out is kept apart one by one, later
         sides = {file: file for file in sides}
-    grouped = [key._replace(file=sides[key.file]) for key in merged(keys, signatures)]
+    grouped = [key._replace(file=sides[key.file]) for key in with_canonical_digests(keys, signatures)]
     training = purpose is DatasetPurpose.TRAINING
     chosen = _choose(grouped, held_out_fraction, seed, changed or {}, spared=1 if training else 0)
     held_out_files = {file for file, side in sides.items() if side in chosen}
@@ -109,13 +109,15 @@ def _evenly(positions: list[int], most: int) -> list[int]:
 
 def cap_per_file(keys: Sequence[ExampleKey], train: Sequence[int]) -> list[int]:
     """Without what giant files have too much of; what is kept of them is taken evenly from their beginning to their end."""
-    of_file: dict[str, list[int]] = defaultdict(list)
+    language_of_file: dict[str, list[int]] = defaultdict(list)
     for position in train:
-        of_file[keys[position].file].append(position)
-    tokens = {file: sum(keys[position].tokens for position in positions) for file, positions in of_file.items()}
+        language_of_file[keys[position].file].append(position)
+    tokens = {
+        file: sum(keys[position].tokens for position in positions) for file, positions in language_of_file.items()
+    }
     limit = file_limit(tokens.values())
     kept: list[int] = []
-    for file, positions in of_file.items():
+    for file, positions in language_of_file.items():
         ratio = min(1.0, limit / max(1, tokens[file]))
         # The n-th is kept when the count that should be kept by then has grown by one.
         kept += [position for n, position in enumerate(positions) if int((n + 1) * ratio) > int(n * ratio)]

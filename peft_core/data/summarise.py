@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from peft_core.data import lance_table as table
-from peft_core.data.examples import from_file, unchanged
+from peft_core.data import lance_table
+from peft_core.data.examples import examples_from_file, unchanged
 from peft_core.data.minhash import MinHashIndex
 from peft_core.data.records import FORMS, Record, RecordFormat, read_inline, read_jsonl
-from peft_core.data.split import ExampleKey, count_distinct, digest, merged
-from peft_core.data.token_counter import BYTES_PER_TOKEN, EstimatingCodec
+from peft_core.data.split import ExampleKey, count_distinct, digest, with_canonical_digests
+from peft_core.data.token_counter import BYTES_PER_TOKEN, EstimatedTokenCounter
 from peft_core.data.walk import File, walk
 from peft_core.errors import DataError, InvalidArgument
 from peft_core.schemas.dataset import DatasetPurpose, SourceKind, SourceSummary
@@ -52,13 +52,13 @@ def summarise_source(
         return summarise_records(SourceKind.RECORDS, None, read_inline(data), max_length, purpose)
     kind, path = _locate(os.fspath(data), purpose)
     if kind == "table":
-        return table.look(path, max_length, purpose)
+        return lance_table.summarise_table(path, max_length, purpose)
     if kind is SourceKind.REPOSITORY:
         return _repository(path, max_length, purpose)
     return summarise_records(SourceKind.JSONL, path, read_jsonl(path), max_length, purpose)
 
 
-def require_enough(
+def require_enough_examples(
     keys: Sequence[ExampleKey],
     left_out: Mapping[str, int],
     where: str,
@@ -76,14 +76,14 @@ def require_enough(
     raise DataError(
         f"{where} gives {_many(examples, 'distinct example')} in {_many(files, 'file or record', 'files or records')}; "
         f"at least {purpose.min_examples} examples{among} are needed{purpose.needed_for}. "
-        f"Left out: {in_words(left_out)}.",
+        f"Left out: {describe_exclusions(left_out)}.",
         code="too_few_examples",
         suggestions=("Give more code: a directory further up, or the whole repository",),
         details={"examples": examples, "files": files, "left_out": dict(left_out)},
     )
 
 
-def in_words(left_out: Mapping[str, int]) -> str:
+def describe_exclusions(left_out: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items())) or "nothing"
 
 
@@ -92,8 +92,8 @@ def _locate(given: str, purpose: DatasetPurpose) -> tuple[SourceKind | Literal["
     if stat.S_ISDIR(status.st_mode):
         if not os.access(path, os.R_OK | os.X_OK):
             _refuse(purpose, given, "the directory cannot be read by this user")
-        if path.suffix.lower() == table.SUFFIX:
-            table.require_table(path, given, purpose)
+        if path.suffix.lower() == lance_table.SUFFIX:
+            lance_table.require_table(path, given, purpose)
             return "table", path
         return SourceKind.REPOSITORY, path
     if not stat.S_ISREG(status.st_mode):
@@ -151,7 +151,7 @@ def _repository(root: Path, max_length: int, purpose: DatasetPurpose) -> SourceS
     tree = walk(root)
     if not tree.files:
         raise DataError(
-            f"{root} holds no file with code. Left out: {in_words(tree.left_out)}.",
+            f"{root} holds no file with code. Left out: {describe_exclusions(tree.left_out)}.",
             code="no_code",
             suggestions=(
                 "Give the directory that holds the source files",
@@ -177,22 +177,22 @@ def _probe(files: Sequence[File], left_out: Counter[str], root: Path, max_length
     keys: list[ExampleKey] = []
     signatures = MinHashIndex()
     missed = Counter(left_out)
-    codec = EstimatingCodec()
+    token_counter = EstimatedTokenCounter()
     cut_bytes = 0
     for number, file in enumerate(sorted(files, key=lambda file: (file.size < _PROBE_SMALLEST, file.size, file.name))):
         if number >= _PROBE_FILES or cut_bytes > _PROBE_BYTES:
             return
-        result = from_file(file, codec=codec, max_length=max_length, redact=unchanged)
+        result = examples_from_file(file, token_counter=token_counter, max_length=max_length, redact=unchanged)
         cut_bytes += file.size
         missed.update(result.left_out)
         for example in result.examples:
             keys.append(ExampleKey(example.path, digest(example.segments[-1].text), example.tokens))
             signatures.add(example.segments[-1].text)
         if len(keys) >= purpose.min_examples:
-            examples, sources = count_distinct(merged(keys, signatures))
+            examples, sources = count_distinct(with_canonical_digests(keys, signatures))
             if examples >= purpose.min_examples and sources >= purpose.min_files:
                 return
-    require_enough(merged(keys, signatures), missed, str(root), purpose)
+    require_enough_examples(with_canonical_digests(keys, signatures), missed, str(root), purpose)
 
 
 def summarise_records(
@@ -225,7 +225,7 @@ def summarise_records(
             code="training_data_empty",
             suggestions=(f"Give at least {purpose.min_examples} records, each {FORMS}",),
         )
-    require_enough(keys, {}, where, purpose)
+    require_enough_examples(keys, {}, where, purpose)
     return SourceSummary(
         kind=kind,
         path=path,

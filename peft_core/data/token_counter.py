@@ -34,7 +34,7 @@ class TokenCounter(Protocol):
         ...
 
 
-class EstimatingCodec:
+class EstimatedTokenCounter:
     """Tokens from bytes: good enough to tell whether a source can be used at all."""
 
     fill_in_the_middle = FillInTheMiddle("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")  # as most write it

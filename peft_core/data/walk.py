@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # pathspec takes 100 ms to import, and only directories witho
 import re
 from enum import StrEnum
 
-from peft_core.data.languages import of_file
+from peft_core.data.languages import language_of_file
 
 MAX_FILE_BYTES = 1_000_000
 MAX_ENTRIES = 500_000
@@ -71,24 +71,24 @@ def _listed(root: Path, names: list[str], left_out: Counter[str]) -> Iterator[Fi
     for name in names:
         *directories, last = name.split("/")
         if not inside.holds(name):
-            left_out[Reason.SYMLINK] += 1
+            left_out[ExclusionReason.SYMLINK] += 1
             continue
         reason = next((reason for part in directories if (reason := classify_directory(part, by_git=True))), None)
         verdict = reason or classify(last)
-        if isinstance(verdict, Reason):
+        if isinstance(verdict, ExclusionReason):
             left_out[verdict] += 1
             continue
         path = root / name
         try:
             status = path.lstat()
         except FileNotFoundError:
-            left_out[Reason.CHANGED] += 1  # tracked, and deleted in the work tree
+            left_out[ExclusionReason.CHANGED] += 1  # tracked, and deleted in the work tree
             continue
         except OSError:
-            left_out[Reason.UNREADABLE] += 1
+            left_out[ExclusionReason.UNREADABLE] += 1
             continue
         if stat.S_ISDIR(status.st_mode):
-            left_out[Reason.VENDORED] += 1  # a submodule or a repository inside: someone else's code
+            left_out[ExclusionReason.VENDORED] += 1  # a submodule or a repository inside: someone else's code
             continue
         if rejection_reason := _trouble(status):
             left_out[rejection_reason] += 1
@@ -122,14 +122,14 @@ def _scanned(root: Path, left_out: Counter[str]) -> Iterator[File]:
             with os.scandir(root / directory) as listing:
                 entries = list(itertools.islice(listing, MAX_ENTRIES + 1 - seen))
         except OSError:
-            left_out[Reason.UNREADABLE] += 1
+            left_out[ExclusionReason.UNREADABLE] += 1
             continue
         seen += len(entries)
         if seen > MAX_ENTRIES:
             raise _too_many(root)
         names = {entry.name for entry in entries}
         if "pyvenv.cfg" in names:  # a virtual environment under whatever name
-            left_out[Reason.VENDORED] += 1
+            left_out[ExclusionReason.VENDORED] += 1
             continue
         if ".gitignore" in names:
             rules = (*rules, (directory, _ignore_rules(root / directory / ".gitignore")))
@@ -137,46 +137,46 @@ def _scanned(root: Path, left_out: Counter[str]) -> Iterator[File]:
             found = _scanned_entry(entry, f"{directory}{entry.name}", rules)
             if isinstance(found, File):
                 yield found
-            elif isinstance(found, Reason):
+            elif isinstance(found, ExclusionReason):
                 left_out[found] += 1
             else:
                 waiting.append((found, rules))
 
 
-def _scanned_entry(entry: os.DirEntry[str], name: str, rules: Rules) -> File | Reason | str:
+def _scanned_entry(entry: os.DirEntry[str], name: str, rules: Rules) -> File | ExclusionReason | str:
     """A file to read, a directory to enter (its name with a '/'), or the reason to do neither."""
     if entry.is_symlink():
-        return Reason.SYMLINK
+        return ExclusionReason.SYMLINK
     if not entry.is_dir(follow_symlinks=False):
         return _scanned_file(entry, name, rules)
     directory = f"{name}/"
     reason = classify_directory(entry.name, by_git=False)
-    return reason or (Reason.IGNORED if _is_ignored(directory, rules) else directory)
+    return reason or (ExclusionReason.IGNORED if _is_ignored(directory, rules) else directory)
 
 
-def _scanned_file(entry: os.DirEntry[str], name: str, rules: Rules) -> File | Reason:
+def _scanned_file(entry: os.DirEntry[str], name: str, rules: Rules) -> File | ExclusionReason:
     verdict = classify(entry.name)
-    if isinstance(verdict, Reason):
+    if isinstance(verdict, ExclusionReason):
         return verdict
     if _is_ignored(name, rules):
-        return Reason.IGNORED
+        return ExclusionReason.IGNORED
     try:
         status = entry.stat(follow_symlinks=False)
     except FileNotFoundError:
-        return Reason.CHANGED
+        return ExclusionReason.CHANGED
     except OSError:
-        return Reason.UNREADABLE
+        return ExclusionReason.UNREADABLE
     return _trouble(status) or File(path=Path(entry.path), name=name, language=verdict, size=status.st_size)
 
 
-def _trouble(status: os.stat_result) -> Reason | None:
+def _trouble(status: os.stat_result) -> ExclusionReason | None:
     if stat.S_ISLNK(status.st_mode):
-        return Reason.SYMLINK
+        return ExclusionReason.SYMLINK
     if not stat.S_ISREG(status.st_mode):
-        return Reason.SPECIAL
+        return ExclusionReason.SPECIAL
     if status.st_size == 0:
-        return Reason.EMPTY
-    return Reason.TOO_LARGE if status.st_size > MAX_FILE_BYTES else None
+        return ExclusionReason.EMPTY
+    return ExclusionReason.TOO_LARGE if status.st_size > MAX_FILE_BYTES else None
 
 
 def _ignore_rules(path: Path) -> GitIgnoreSpec:
@@ -211,7 +211,7 @@ def _too_many(root: Path) -> DataError:
 # FOLDED FROM peft_core.data.walk: What the name of a file or directory says: code, or a reason to leave it out.
 
 
-class Reason(StrEnum):
+class ExclusionReason(StrEnum):
     """Why something was left out; stable names, they are shown and counted."""
 
     BINARY = "binary"
@@ -271,29 +271,29 @@ _BINARY = frozenset(
 )
 
 
-def classify(name: str) -> Language | Reason:
+def classify(name: str) -> Language | ExclusionReason:
     """Decide by a file's name alone."""
     if _SENSITIVE.match(name):
         # `secrets.py` is the name of code, `secrets.yaml` is not.
-        language = of_file(name)
+        language = language_of_file(name)
         if language is None or not name.lower().startswith(("secret", "credentials", "client_secret")):
-            return Reason.SENSITIVE
+            return ExclusionReason.SENSITIVE
     if name.lower() in _LOCK_FILES or name.lower().endswith(".lock"):
-        return Reason.LOCK_FILE
+        return ExclusionReason.LOCK_FILE
     if _MINIFIED.search(name):
-        return Reason.MINIFIED
+        return ExclusionReason.MINIFIED
     if _GENERATED.search(name):
-        return Reason.GENERATED
-    language = of_file(name)
+        return ExclusionReason.GENERATED
+    language = language_of_file(name)
     if language is not None:
         return language
-    return Reason.BINARY if name.rpartition(".")[2].lower() in _BINARY else Reason.NO_CODE
+    return ExclusionReason.BINARY if name.rpartition(".")[2].lower() in _BINARY else ExclusionReason.NO_CODE
 
 
-def classify_directory(name: str, *, by_git: bool) -> Reason | None:
+def classify_directory(name: str, *, by_git: bool) -> ExclusionReason | None:
     lowered = name.lower()
     if lowered in _SENSITIVE_DIRECTORIES:
-        return Reason.SENSITIVE
+        return ExclusionReason.SENSITIVE
     if lowered in VENDORED or (not by_git and lowered in _BUILT):
-        return Reason.VENDORED
-    return Reason.HIDDEN if name.startswith(".") else None
+        return ExclusionReason.VENDORED
+    return ExclusionReason.HIDDEN if name.startswith(".") else None

@@ -16,7 +16,7 @@ from peft_core.base_models.checkpoint import read_checkpoint
 from peft_core.base_models.fim_tokens import has_fim_tokens
 from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
-from peft_core.data import lance_table as table
+from peft_core.data import lance_table
 from peft_core.data.git import require_history
 from peft_core.data.records import write_records
 from peft_core.data.summarise import summarise_source
@@ -147,7 +147,7 @@ def write_source(request: JobRequest, training_data: TrainingData, records: Path
         raise unwritable(records.parent, error) from error
     try:
         if isinstance(training_data, str):
-            table.copy(request.source, records)
+            lance_table.export_records(request.source, records)
         else:
             write_records(training_data, records)
     except BaseException as error:

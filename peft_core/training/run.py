@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from peft_core.adapters.manifest import Computation, DataRecord
 from peft_core.data.dataset import PreparedDataset, read_examples
-from peft_core.data.leakage import FILE_NAME
+from peft_core.data.leakage import FINGERPRINT_FILE_NAME
 from peft_core.data.prepare import prepare
 from peft_core.errors import DataError
 from peft_core.evaluation.summary import perplexity
@@ -92,7 +92,7 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
         dataset = prepare(
             task.request.dataset,
             directory=paths.dataset,
-            codec=tokenizer,
+            token_counter=tokenizer,
             report=report,
             may_read=partial(require_task_source, task),
         )
@@ -247,7 +247,7 @@ def _facts(
         memory_saved=loop.memory_saved,
         created_at=datetime.now(UTC),
         evaluation=evaluation,
-        trained_on=(JobPaths(task.job_dir).dataset / FILE_NAME).read_bytes(),
+        trained_on=(JobPaths(task.job_dir).dataset / FINGERPRINT_FILE_NAME).read_bytes(),
     )
 
 

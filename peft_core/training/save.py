@@ -25,7 +25,7 @@ from peft_core.adapters.manifest import (
     write_manifest,
 )
 from peft_core.base_models.fingerprint import content_hash
-from peft_core.data.leakage import FILE_NAME
+from peft_core.data.leakage import FINGERPRINT_FILE_NAME
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.evaluation import Evaluation
 from peft_core.schemas.events import MemorySaved, RateLowered
@@ -101,7 +101,7 @@ def write_adapter(
         environment=_environment(),
         files={},
     )
-    (directory / FILE_NAME).write_bytes(facts.trained_on)
+    (directory / FINGERPRINT_FILE_NAME).write_bytes(facts.trained_on)
     (directory / CARD_NAME).write_text(render_card(manifest), encoding="utf-8")
     files = {path.name: sha256_of(path) for path in sorted(directory.iterdir())}
     write_manifest(directory, manifest.model_copy(update={"files": files}))

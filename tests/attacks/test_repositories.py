@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from peft_core.data import git as asked
 from peft_core.data import walk as walk_module
-from peft_core.data.git import state
+from peft_core.data.git import head_state
 from peft_core.data.read_text import decode, read_text
-from peft_core.data.secrets import redacted
+from peft_core.data.secrets import redact_secrets
 from peft_core.data.summarise import summarise_source
-from peft_core.data.walk import Reason, walk
+from peft_core.data.walk import ExclusionReason, walk
 from peft_core.errors import DataError, PeftMcpError
 
 CODE = "\n\n".join(
@@ -153,7 +153,7 @@ def test_a_repository_cannot_make_git_run_anything(
     trap(root, f"touch {marker}; cat")
     (root / "src" / "module_0.py").write_text(CODE)  # changed: git has to look at it
     assert names(root) >= MODULES
-    state(root)
+    head_state(root)
     asked.is_shallow(root)
     asked.commit_times(root)
     summarise_source(str(root))
@@ -171,7 +171,7 @@ def test_a_damaged_git_directory_does_no_harm(root: Path, file: str, content: by
     path.write_bytes(content)
     found = names(root)
     assert found in (MODULES, set())
-    state(root)
+    head_state(root)
 
 
 @pytest.mark.parametrize("file", ["config", "info/exclude"])
@@ -239,7 +239,7 @@ def test_what_is_no_file_is_counted_and_never_opened(root: Path, by_git: bool, t
         (root / "device.py").symlink_to("/dev/zero")
     assert names(root) == MODULES
     for name in ("pipe.py", "socket.py", "device.py"):
-        assert isinstance(read_text(root / name), Reason)
+        assert isinstance(read_text(root / name), ExclusionReason)
 
 
 HARD_NAMES = ["new\nline.py", "tab\t.py", "\x1b[2J.py", "\u202eyp.py", "quote'\".py", "-rf.py", os.fsdecode(b"\xff\xfe.py"),
@@ -298,8 +298,8 @@ def test_a_million_files_are_refused_within_bounds(tmp_path: Path, by_git: bool)
     if by_git:
         git(place, "init")
     program = (
-        "import resource, sys\nfrom peft_core.data.summarise import inspect\nfrom peft_core.errors import DataError\n"
-        "try:\n    inspect(sys.argv[1])\nexcept DataError as error:\n"
+        "import resource, sys\nfrom peft_core.data.summarise import summarise_source\nfrom peft_core.errors import DataError\n"
+        "try:\n    summarise_source(sys.argv[1])\nexcept DataError as error:\n"
         "    print(error.code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
     )
     started = time.monotonic()
@@ -330,14 +330,14 @@ def test_a_file_that_changes_while_it_is_read_is_left_out(tmp_path: Path, monkey
             return status
 
         monkeypatch.setattr(os, "fstat", looked_at)
-        assert read_text(path) is Reason.CHANGED
+        assert read_text(path) is ExclusionReason.CHANGED
 
 
 @settings(max_examples=300, deadline=5000)
 @given(st.binary(max_size=200) | st.text(max_size=100).map(lambda text: text.encode("utf-8", "surrogatepass")))
 def test_bytes_of_any_encoding_become_text_or_a_reason(content: bytes) -> None:
     text = decode(content)
-    if not isinstance(text, Reason):
+    if not isinstance(text, ExclusionReason):
         text.encode()
 
 
@@ -348,14 +348,14 @@ def test_bytes_of_any_encoding_become_text_or_a_reason(content: bytes) -> None:
 def test_the_search_for_secrets_takes_time_in_proportion(piece: str) -> None:
     line = piece * (400_000 // len(piece)) + "\n"
     started = time.process_time()
-    redacted([line])
+    redact_secrets([line])
     assert time.process_time() - started < 15
 
 
 def test_a_secret_in_a_line_of_any_length_is_found() -> None:
     for before in (0, 1000, 2040, 2048, 5000, 100_000):
         secret = "ghp_" + "aB3dE6gH9jK2mN5pQ8sT1vW4yZ7bC0dF3gH6"
-        lines, found = redacted(["x" * before + f" {secret} " + "y" * before + "\n"])
+        lines, found = redact_secrets(["x" * before + f" {secret} " + "y" * before + "\n"])
         assert [finding.row for finding in found] == [0]
         assert secret not in lines[0]
 

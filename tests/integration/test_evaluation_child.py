@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
-from peft_core.data.leakage import FILE_NAME, TrainingFingerprint
+from peft_core.data.leakage import FINGERPRINT_FILE_NAME, TrainingFingerprint
 from peft_core.evaluation.worker.completions import choose_prompts, write
 from peft_core.evaluation.worker.scoring import held_out_examples_of, held_out_loss, mean_loss, measure
 from peft_core.modeling.objective import probe_fast_paths
@@ -86,7 +86,7 @@ def test_any_adapter_is_measured_against_its_base(tmp_path: Path, tiny_base: Pat
 
 def test_what_the_adapter_was_trained_on_is_left_out_and_nothing_else(tmp_path: Path, tiny_base: Path) -> None:
     adapter = write_tiny_adapter(tmp_path / "adapter", tiny_base, seed=1)
-    (adapter / FILE_NAME).write_bytes(TrainingFingerprint.of([code(n) for n in range(3)]).to_bytes())
+    (adapter / FINGERPRINT_FILE_NAME).write_bytes(TrainingFingerprint.of([code(n) for n in range(3)]).to_bytes())
     exit_code, events, err = run_child(make_task(tmp_path, tiny_base, adapter))
     assert exit_code == 0, err
     (prepared,) = [event for event in events if isinstance(event, DatasetPrepared)]
@@ -98,7 +98,7 @@ def test_what_the_adapter_was_trained_on_is_left_out_and_nothing_else(tmp_path: 
 
 def test_data_that_was_all_trained_on_is_refused_with_the_overlap(tmp_path: Path, tiny_base: Path) -> None:
     adapter = write_tiny_adapter(tmp_path / "adapter", tiny_base, seed=1)
-    (adapter / FILE_NAME).write_bytes(TrainingFingerprint.of([code(n) for n in range(12)]).to_bytes())
+    (adapter / FINGERPRINT_FILE_NAME).write_bytes(TrainingFingerprint.of([code(n) for n in range(12)]).to_bytes())
     exit_code, events, _ = run_child(make_task(tmp_path, tiny_base, adapter))
     assert exit_code == 1
     failed = events[-1]

@@ -59,7 +59,7 @@ SMALL_CHILD = [
     Point("child", _SMALL, "run", "before", "starting"),
     Point("child", _SMALL, "prepare_data", "before", "about to prepare data"),
     Point("child", _PREPARE, "DatasetBuilder.fill", "after", "data spooled"),
-    Point("child", _DATASET, "write_parts", "after", "data split, without manifest"),
+    Point("child", _DATASET, "write_examples", "after", "data split, without manifest"),
     Point("child", _SMALL, "prepare_data", "after", "data prepared"),
     Point("child", _SMALL, "load", "before", "loading"),
     Point("child", _SMALL, "evaluate", "before", "evaluating the base"),
@@ -78,7 +78,7 @@ SMALL_CHILD = [
 _LOOP, _ENGINE, _CHECKPOINT = "peft_core.training.loop", "peft_core.training.run", "peft_core.training.checkpoint"
 REAL_CHILD = [
     Point("child", "peft_core.modeling.environment", "prepare_environment", "before", "starting"),
-    Point("child", _DATASET, "write_parts", "after", "data split, without manifest"),
+    Point("child", _DATASET, "write_examples", "after", "data split, without manifest"),
     Point("child", _ENGINE, "load_planned", "before", "about to load the base"),
     Point("child", _ENGINE, "load_planned", "after", "base loaded"),
     Point("child", "peft_core.evaluation.worker.scoring", "held_out_loss", "before", "evaluating the base"),

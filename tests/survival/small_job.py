@@ -8,7 +8,7 @@ from pathlib import Path
 
 from peft_core.adapters.manifest import CONFIG, WEIGHTS, sha256_of, write_manifest
 from peft_core.data.prepare import prepare
-from peft_core.data.token_counter import EstimatingCodec
+from peft_core.data.token_counter import EstimatedTokenCounter
 from peft_core.paths import JobPaths
 from peft_core.schemas.events import (
     AdapterWritten,
@@ -60,7 +60,7 @@ def prepare_data(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     prepared = prepare(
         task.request.dataset,
         directory=JobPaths(task.job_dir).dataset,
-        codec=EstimatingCodec(),
+        token_counter=EstimatedTokenCounter(),
         report=lambda _: stop.check(),
     )
     emit(DatasetPrepared(dataset=prepared.summary))

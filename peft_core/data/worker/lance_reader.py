@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from peft_core.data.lance_table import Copied, TableRequest
+from peft_core.data.lance_table import ExportResult, TableRequest
 from peft_core.data.records import FORMS, numbered, write_records
 from peft_core.data.summarise import MAX_JSONL_BYTES, summarise_records
 from peft_core.errors import DataError, PeftMcpError
@@ -89,7 +89,7 @@ def answer(request: TableRequest) -> FrozenModel:
         return summarise_records(SourceKind.RECORDS, request.table, records, request.max_length, request.purpose)
     written = Counted(rows(request.table))
     write_records(written, request.records)
-    return Copied(rows=written.count)
+    return ExportResult(rows=written.count)
 
 
 class Counted:

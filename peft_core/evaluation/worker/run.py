@@ -14,9 +14,9 @@ from safetensors.torch import load as tensors_of
 from peft_core.adapters.files import AdapterFiles, read_adapter
 from peft_core.adapters.verify import verify_files
 from peft_core.data.dataset import read_examples
-from peft_core.data.leakage import FILE_NAME, MAX_BYTES, TrainingFingerprint
+from peft_core.data.leakage import FINGERPRINT_FILE_NAME, MAX_FINGERPRINT_BYTES, TrainingFingerprint
 from peft_core.data.prepare import prepare
-from peft_core.data.walk import Reason
+from peft_core.data.walk import ExclusionReason
 from peft_core.errors import DataError, HeaderError, InferenceError
 from peft_core.evaluation.worker.completions import undo_fusion
 from peft_core.evaluation.worker.evaluator import WRITING_TOKENS, Evaluator
@@ -68,7 +68,7 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     dataset = prepare(
         request.dataset,
         directory=paths.dataset,
-        codec=tokenizer,
+        token_counter=tokenizer,
         report=report,
         known=known,
         may_read=partial(require_task_source, task),
@@ -127,7 +127,7 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
 
 def _trained_on(adapter: Path) -> TrainingFingerprint | None:
     try:
-        return TrainingFingerprint.from_bytes(read_small(adapter / FILE_NAME, MAX_BYTES))
+        return TrainingFingerprint.from_bytes(read_small(adapter / FINGERPRINT_FILE_NAME, MAX_FINGERPRINT_BYTES))
     except HeaderError:
         return None
 
@@ -148,8 +148,8 @@ def _checked(directory: Path, task: TrainingTask) -> AdapterFiles:
 
 
 def _too_little(summary: DatasetSummary, usable: int) -> DataError:
-    seen = summary.left_out.get(Reason.TRAINED_ON, 0)
-    unclear = summary.left_out.get(Reason.MAYBE_TRAINED_ON, 0)
+    seen = summary.left_out.get(ExclusionReason.TRAINED_ON, 0)
+    unclear = summary.left_out.get(ExclusionReason.MAYBE_TRAINED_ON, 0)
     if seen or unclear:
         also = f" and perhaps on {unclear}" if unclear else ""
         return DataError(

@@ -16,7 +16,7 @@ from peft_core.data.dataset import read_examples
 from peft_core.data.examples import learned_text
 from peft_core.data.leakage import TrainingFingerprint
 from peft_core.data.prepare import prepare
-from peft_core.data.token_counter import EstimatingCodec
+from peft_core.data.token_counter import EstimatedTokenCounter
 from peft_core.errors import DataError
 from peft_core.schemas.dataset import Example, FillInTheMiddle, Segment
 from peft_core.schemas.training import TaskMixture
@@ -53,7 +53,7 @@ def told(
     seed: int = 0,
     max_length: int = 512,
 ) -> tuple[Example, ExampleFormat]:
-    return reformat_example(example, mixture, EstimatingCodec(), max_length=max_length, seed=seed)
+    return reformat_example(example, mixture, EstimatedTokenCounter(), max_length=max_length, seed=seed)
 
 
 def put_together(example: Example, tokens: FillInTheMiddle) -> str:
@@ -74,11 +74,11 @@ def test_before_gap_and_after_are_the_unit_in_every_familys_format(
     code: str,
     seed: int,
 ) -> None:
-    class Coder(EstimatingCodec):
+    class Coder(EstimatedTokenCounter):
         fill_in_the_middle = tokens
 
     found, way = reformat_example(example_of(code), GAPS, Coder(), max_length=512, seed=seed)
-    assert way is ExampleFormat.AS_GAP
+    assert way is ExampleFormat.FILL_IN_THE_MIDDLE
     assert put_together(found, tokens) == "# a/b.py\n" + code
     marks = [segment for segment in found.segments if segment.text in (tokens.prefix, tokens.suffix, tokens.middle)]
     order = [tokens.prefix, tokens.suffix, tokens.middle] if tokens.middle else [tokens.suffix, tokens.prefix]
@@ -97,14 +97,14 @@ def test_what_was_trained_on_as_gaps_is_known_again(tmp_path: Path) -> None:
     found = prepare(
         make_dataset_spec(repository(tmp_path / "code", files=10, functions=20), max_length=256, mixture=GAPS),
         directory=tmp_path / "out",
-        codec=Coder(),
+        token_counter=Coder(),
         report=lambda _: None,
     )
     assert found.summary.told["fill_in_the_middle"] > found.summary.train_examples / 2
     plainly = prepare(
         make_dataset_spec(tmp_path / "code", max_length=256),
         directory=tmp_path / "plain",
-        codec=Coder(),
+        token_counter=Coder(),
         report=lambda _: None,
     )
     known = TrainingFingerprint.from_bytes((tmp_path / "out" / "trained_on.bin").read_bytes())
@@ -116,15 +116,15 @@ def test_what_was_trained_on_as_gaps_is_known_again(tmp_path: Path) -> None:
 def test_a_gap_ends_and_a_part_of_a_unit_is_nobodys_answer() -> None:
     part = example_of(FUNCTION).model_copy(update={"ends": False})
     gap, way = told(part, GAPS)
-    assert (way, gap.ends) == (ExampleFormat.AS_GAP, True)
-    assert told(part, ANSWERS) == (part, ExampleFormat.PLAINLY)
+    assert (way, gap.ends) == (ExampleFormat.FILL_IN_THE_MIDDLE, True)
+    assert told(part, ANSWERS) == (part, ExampleFormat.PLAIN)
 
 
 @given(st.text(max_size=300), st.sampled_from(["python", "javascript", "c", "text"]), st.integers(0, 99))
 def test_any_text_is_told_whole_or_left_alone(text: str, language: str, seed: int) -> None:
     plain = example_of(text or "x", language=language)
     found, way = told(plain, GAPS, seed=seed)
-    if way is ExampleFormat.PLAINLY:
+    if way is ExampleFormat.PLAIN:
         assert found == plain
     else:
         learned = [segment.text for segment in found.segments if segment.learn]
@@ -155,7 +155,7 @@ def test_gaps_are_syntax_and_the_lot_is_drawn_anew_for_each_seed() -> None:
 )
 def test_a_docstring_asks_and_the_unit_answers(code: str, language: str, kind: str, asked: str) -> None:
     found, way = told(example_of(code, language=language, kind=kind), ANSWERS)
-    assert way is ExampleFormat.AS_ANSWER
+    assert way is ExampleFormat.INSTRUCTION
     question, answer = found.segments
     assert question.text.startswith(asked)
     assert not question.learn
@@ -178,9 +178,9 @@ def test_more_than_was_asked_for_is_no_answer(code: str, language: str, *, befor
     indent = "    " if code.startswith(" ") else ""
     other = "".join(f"{indent}{line}" for line in OTHERS[language].splitlines(keepends=True))
     joined = example_of(f"{other}\n{code}" if before else f"{code}\n{other}", language=language)
-    assert told(joined, ANSWERS) == (joined, ExampleFormat.PLAINLY)
+    assert told(joined, ANSWERS) == (joined, ExampleFormat.PLAIN)
     loose = example_of(f"{code}{indent}limit = 3\n", language=language)
-    assert told(loose, ANSWERS) == (loose, ExampleFormat.PLAINLY)
+    assert told(loose, ANSWERS) == (loose, ExampleFormat.PLAIN)
 
 
 @pytest.mark.parametrize("lead", ["@cache\n", "# How it is read.\n", "@cache\n@other(1)\n"])
@@ -188,7 +188,7 @@ def test_more_than_was_asked_for_is_no_answer(code: str, language: str, *, befor
 def test_what_leads_to_a_definition_belongs_to_it(lead: str, indent: str) -> None:
     code = "".join(f"{indent}{line}" for line in (lead + FUNCTION).splitlines(keepends=True))
     found, way = told(example_of(code), ANSWERS)
-    assert way is ExampleFormat.AS_ANSWER
+    assert way is ExampleFormat.INSTRUCTION
     assert found.segments[-1].text == code.rstrip("\n")
 
 
@@ -203,20 +203,20 @@ def test_what_leads_to_a_definition_belongs_to_it(lead: str, indent: str) -> Non
     ids=["no docstring", "one word", "no code", "a record"],
 )
 def test_what_answers_nothing_stays_plain(example: Example) -> None:
-    assert told(example, ANSWERS) == (example, ExampleFormat.PLAINLY)
+    assert told(example, ANSWERS) == (example, ExampleFormat.PLAIN)
 
 
 @pytest.mark.parametrize("mixture", [GAPS, ANSWERS])
 def test_what_would_be_too_long_stays_plain(mixture: TaskMixture) -> None:
     found, way = told(example_of(FUNCTION), mixture)
-    assert way is not ExampleFormat.PLAINLY
+    assert way is not ExampleFormat.PLAIN
     assert (
         told(example_of(FUNCTION), mixture, max_length=found.tokens + 1)[1] is way
     )  # with the token that begins a text
-    assert told(example_of(FUNCTION), mixture, max_length=found.tokens)[1] is ExampleFormat.PLAINLY
+    assert told(example_of(FUNCTION), mixture, max_length=found.tokens)[1] is ExampleFormat.PLAIN
 
 
-class Template(EstimatingCodec):
+class Template(EstimatedTokenCounter):
     """Conversations as Qwen's template has them."""
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Segment, ...]:
@@ -230,35 +230,35 @@ class Template(EstimatingCodec):
 @pytest.mark.parametrize("mixture", [GAPS, ANSWERS])
 @given(seed=st.integers(0, 50))
 def test_nothing_of_the_code_is_a_special_token_and_every_mark_is(mixture: TaskMixture, seed: int) -> None:
-    codec = Template()
-    spelled = " ".join([*codec.fill_in_the_middle[:3], "<|im_start|>", "<|im_end|>"])
+    token_counter = Template()
+    spelled = " ".join([*token_counter.fill_in_the_middle[:3], "<|im_start|>", "<|im_end|>"])
     code = FUNCTION.replace("unknown: ", spelled).replace("Read a", f"{spelled} Read a")
     plain = example_of(code)
     plain = plain.model_copy(update={"segments": tuple(s.model_copy(update={"literal": True}) for s in plain.segments)})
-    found, way = reformat_example(plain, mixture, codec, max_length=512, seed=seed)
-    assert way is not ExampleFormat.PLAINLY
+    found, way = reformat_example(plain, mixture, token_counter, max_length=512, seed=seed)
+    assert way is not ExampleFormat.PLAIN
     marks = [segment.text for segment in found.segments if not segment.literal]
-    if way is ExampleFormat.AS_GAP:
-        assert marks == [*codec.fill_in_the_middle[:3]]
+    if way is ExampleFormat.FILL_IN_THE_MIDDLE:
+        assert marks == [*token_counter.fill_in_the_middle[:3]]
     else:
         assert marks == ["<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"]
         assert "".join(s.text for s in found.segments if s.learn) == code.rstrip("\n") + "<|im_end|>"
 
 
 def test_a_template_that_rewrites_what_it_is_given_tells_no_code() -> None:
-    class Shouting(EstimatingCodec):
+    class Shouting(EstimatedTokenCounter):
         def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Segment, ...]:
             return tuple(Segment(text=message["content"].upper()) for message in messages)
 
     plain = Example(segments=(Segment(text=FUNCTION, literal=True),), path="a.py", language="python", kind="function")
-    assert reformat_example(plain, ANSWERS, Shouting(), max_length=512, seed=0) == (plain, ExampleFormat.PLAINLY)
+    assert reformat_example(plain, ANSWERS, Shouting(), max_length=512, seed=0) == (plain, ExampleFormat.PLAIN)
 
 
 def test_shares_are_those_asked_for() -> None:
     mixture = TaskMixture(fill_in_the_middle=0.5, instructions=0.25)
     ways = [told(example_of(FUNCTION.replace("load", f"load_{n}")), mixture)[1] for n in range(400)]
-    assert ways.count(ExampleFormat.AS_GAP) == pytest.approx(200, abs=40)
-    assert ways.count(ExampleFormat.AS_ANSWER) == pytest.approx(100, abs=40)
+    assert ways.count(ExampleFormat.FILL_IN_THE_MIDDLE) == pytest.approx(200, abs=40)
+    assert ways.count(ExampleFormat.INSTRUCTION) == pytest.approx(100, abs=40)
 
 
 def test_a_base_without_the_tokens_is_refused_in_words() -> None:
@@ -281,7 +281,7 @@ def test_a_dataset_counts_how_its_code_is_told_and_measures_on_plain_text(tmp_pa
         found = prepare(
             make_dataset_spec(source, max_length=256, mixture=mixture),
             directory=tmp_path / name,
-            codec=EstimatingCodec(),
+            token_counter=EstimatedTokenCounter(),
             report=lambda _detail: None,
         )
         return found.summary.model_dump()

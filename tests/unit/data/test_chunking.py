@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_core.data import chunking as cutting
-from peft_core.data.chunking import TokenBudget, rows
-from peft_core.data.examples import Chunk, file_pieces, whole_pieces
-from peft_core.data.languages import LANGUAGES, Language, named, of_file
+from peft_core.data.chunking import TokenBudget, split_lines
+from peft_core.data.examples import Chunk, chunk_file, chunk_record
+from peft_core.data.languages import LANGUAGES, Language, language_named, language_of_file
 from peft_core.schemas.dataset import Segment
 
 SNIPPETS = {
@@ -159,7 +159,7 @@ class Words:
 
 
 def pieces_of(text: str, language: Language, max_length: int = 64, path: str = "src/app.x") -> list[Chunk]:
-    return file_pieces(rows(text), path=path, language=language, codec=Words(), max_length=max_length)
+    return chunk_file(split_lines(text), path=path, language=language, token_counter=Words(), max_length=max_length)
 
 
 def of_units(pieces: Sequence[Chunk]) -> list[tuple[Chunk, str]]:
@@ -194,10 +194,10 @@ def test_every_line_is_in_exactly_one_unit_and_every_piece_fits(text: str, langu
 @settings(max_examples=200, deadline=None)
 @given(text=CODE, language=st.sampled_from(CUTTABLE), max_length=st.sampled_from([64, 100]))
 def test_the_pieces_of_a_unit_joined_are_the_unit(text: str, language: Language, max_length: int):
-    lines = rows(text)
+    lines = split_lines(text)
     for first, body in of_units(pieces_of(text, language, max_length)):
         assert body == "".join(lines[first.unit.start : first.unit.end])
-    whole = whole_pieces(lines, path="", language=language, kind="block", codec=Words(), max_length=max_length)
+    whole = chunk_record(lines, path="", language=language, kind="block", token_counter=Words(), max_length=max_length)
     assert "".join(piece.body for piece in whole) == text
 
 
@@ -218,16 +218,16 @@ def test_of_a_units_pieces_only_the_last_ends(text: str, language: Language, max
 @settings(max_examples=100, deadline=None)
 @given(text=CODE, language=st.sampled_from(CUTTABLE))
 def test_line_numbers_say_where_a_piece_begins(text: str, language: Language):
-    lines = rows(text)
+    lines = split_lines(text)
     for piece in pieces_of(text, language):
         first = piece.body.split("\n")[0]
         assert first in lines[piece.start]
-        assert piece.end - piece.start == len(rows(piece.body))
+        assert piece.end - piece.start == len(split_lines(piece.body))
 
 
 @pytest.mark.parametrize("name", SNIPPETS)
 def test_a_real_snippet_is_cut_where_a_person_would_cut_it(name: str):
-    units = of_units(pieces_of(SNIPPETS[name], named(name), 64))
+    units = of_units(pieces_of(SNIPPETS[name], language_named(name), 64))
     found = [(first.unit.kind, body) for first, body in units]
     for kind, beginning in EXPECTED[name]:
         assert any(k == kind and body.startswith(beginning) for k, body in found), (kind, beginning, found)
@@ -244,58 +244,58 @@ def test_every_node_type_of_a_table_exists_in_its_grammar(language: Language):
 
 
 def test_a_method_reads_in_its_place():
-    pieces = pieces_of(SNIPPETS["python"], named("python"), 64, "src/shape.py")
+    pieces = pieces_of(SNIPPETS["python"], language_named("python"), 64, "src/shape.py")
     area = next(piece for piece in pieces if "def area" in piece.body)
     assert area.context == "# src/shape.py\nclass Shape(Base):\n"
-    deep = area.example("src/shape.py", named("python"))
+    deep = area.example("src/shape.py", language_named("python"))
     assert [segment.learn for segment in deep.segments] == [False, True]
 
 
 def test_a_class_that_fits_is_one_unit():
-    pieces = pieces_of(SNIPPETS["python"], named("python"), 400)
+    pieces = pieces_of(SNIPPETS["python"], language_named("python"), 400)
     assert any("@decorated" in piece.body and "def deep" in piece.body for piece in pieces)
 
 
 def test_the_rest_of_a_long_function_stands_below_its_own_head():
     text = "def long(a, b):\n" + "".join(f"    total += compute(a, {n})\n" for n in range(60))
-    pieces = pieces_of(text, named("python"), 100, "x.py")
+    pieces = pieces_of(text, language_named("python"), 100, "x.py")
     assert len(pieces) > 5
     assert {piece.context for piece in pieces[1:]} == {"# x.py\ndef long(a, b):\n"}
 
 
 def test_a_long_function_is_broken_between_statements_not_inside_one():
     statement = "    if a:\n        call(a, b, c)\n        call(d, e, f)\n"
-    for piece in pieces_of("def long():\n" + statement * 20, named("python"), 100)[1:]:
+    for piece in pieces_of("def long():\n" + statement * 20, language_named("python"), 100)[1:]:
         assert piece.body.startswith("    if a:")
 
 
 def test_one_line_functions_share_an_example():
     text = "".join(f"def f{n}(): return {n}\n\n\n" for n in range(100))
-    assert len(pieces_of(text, named("python"), 300)) < 20
+    assert len(pieces_of(text, language_named("python"), 300)) < 20
 
 
 def test_a_licence_stays_by_itself_so_that_its_copies_can_be_found():
-    assert pieces_of(SNIPPETS["python"], named("python"), 400)[0].body == "# Copyright 2024 Someone\n"
+    assert pieces_of(SNIPPETS["python"], language_named("python"), 400)[0].body == "# Copyright 2024 Someone\n"
 
 
 def test_a_single_monster_line_is_cut_by_characters():
     text = "x = [" + ", ".join(map(str, range(2_000))) + "]\n"
-    pieces = pieces_of(text, named("python"), 64)
+    pieces = pieces_of(text, language_named("python"), 64)
     assert "".join(piece.body for piece in pieces) == text
     assert {piece.start for piece in pieces} == {0}
 
 
 def test_a_path_that_is_longer_than_the_example_is_shortened_from_the_left():
-    pieces = pieces_of("x = 1\n", named("python"), 64, "/".join(["deep"] * 200) + "/app.py")
+    pieces = pieces_of("x = 1\n", language_named("python"), 64, "/".join(["deep"] * 200) + "/app.py")
     assert pieces[0].context.endswith("/app.py\n")
     assert pieces[0].context.startswith("# \N{HORIZONTAL ELLIPSIS}/")
     assert pieces[0].tokens <= 64
 
 
 def test_a_path_cannot_leave_its_comment():
-    pieces = pieces_of("SELECT 1 FROM everything;\n", named("sql"), 64, "a\nDROP TABLE b;--.sql")
+    pieces = pieces_of("SELECT 1 FROM everything;\n", language_named("sql"), 64, "a\nDROP TABLE b;--.sql")
     assert pieces[0].context.count("\n") == 1
-    assert pieces_of("<p>hello</p>\n", named("html"), 64, "a-->b.html")[0].context.count("-->") == 1
+    assert pieces_of("<p>hello</p>\n", language_named("html"), 64, "a-->b.html")[0].context.count("-->") == 1
 
 
 @pytest.mark.parametrize(
@@ -304,14 +304,14 @@ def test_a_path_cannot_leave_its_comment():
      ("a.css", "/* a.css */\n")],
 )  # fmt: skip
 def test_the_header_is_a_comment_of_the_language(name: str, header: str):
-    language = of_file(name)
+    language = language_of_file(name)
     assert language is not None
     assert pieces_of("x y z\n", language, 64, name)[0].context == header
 
 
 def test_markdown_gives_its_code_and_keeps_its_prose():
     text = "# Title\n\nProse.\n\n```python\nimport a\n```\n\n~~~\nno language\n~~~\n\n```sh\n$ ls\n"
-    assert [piece.body for piece in pieces_of(text, named("markdown"))] == ["```python\nimport a\n```\n"]
+    assert [piece.body for piece in pieces_of(text, language_named("markdown"))] == ["```python\nimport a\n```\n"]
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_markdown_gives_its_code_and_keeps_its_prose():
 )
 def test_deep_nesting_is_cut_in_reasonable_time(name: str, text: str):
     started = time.process_time()
-    pieces = pieces_of(text, named(name))
+    pieces = pieces_of(text, language_named(name))
     assert solid("".join(body for _, body in of_units(pieces))) == solid(text)
     assert time.process_time() - started < 20
 

@@ -12,18 +12,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_core.data.examples import FileResult, from_file, is_data, unchanged
-from peft_core.data.languages import of_file
+from peft_core.data.examples import FileResult, examples_from_file, is_data_table, unchanged
+from peft_core.data.languages import language_of_file
 from peft_core.data.split import FILE_MIN_TOKENS, FILE_SHARE, ExampleKey, cap_per_file, file_limit
-from peft_core.data.token_counter import EstimatingCodec
-from peft_core.data.walk import File, Reason
+from peft_core.data.token_counter import EstimatedTokenCounter
+from peft_core.data.walk import ExclusionReason, File
 
 
 def examples_of(path: Path) -> FileResult:
-    language = of_file(path.name)
+    language = language_of_file(path.name)
     assert language is not None
     file = File(path=path, name=path.name, language=language, size=path.stat().st_size)
-    return from_file(file, codec=EstimatingCodec(), max_length=512, redact=unchanged)
+    return examples_from_file(file, token_counter=EstimatedTokenCounter(), max_length=512, redact=unchanged)
 
 
 def learned(result: FileResult) -> str:
@@ -53,7 +53,7 @@ def test_a_licence_is_not_learned_and_the_code_below_it_is(tmp_path: Path, name:
         pytest.skip("without a grammar, and without a blank row, it is one paragraph with the code")
     (tmp_path / name).write_text(LICENCES[name] + between + CODE[name])
     result = examples_of(tmp_path / name)
-    assert result.left_out[Reason.LICENCE] == 1
+    assert result.left_out[ExclusionReason.LICENCE] == 1
     assert "opyright" not in learned(result)
     assert "width * height" in learned(result)
 
@@ -76,7 +76,7 @@ def test_code_that_speaks_of_licences_is_code(tmp_path: Path):
 @pytest.mark.parametrize("module", [encodings.cp1251, html.entities])
 def test_tables_are_left_out_and_the_functions_beside_them_are_not(module):
     result = examples_of(Path(inspect.getfile(module)))
-    assert result.left_out[Reason.DATA] >= 5
+    assert result.left_out[ExclusionReason.DATA] >= 5
     text = learned(result)
     assert text.count("\n") < 100
     if module is encodings.cp1251:
@@ -92,7 +92,7 @@ TABLES = {
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_is_data(name: str):
-    assert is_data(TABLES[name])
+    assert is_data_table(TABLES[name])
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_table_is_data(name: str):
     ],
 )
 def test_code_is_no_data(text: str):
-    assert not is_data(text)
+    assert not is_data_table(text)
 
 
 def keys_of(files: dict[str, list[int]]) -> list[ExampleKey]:

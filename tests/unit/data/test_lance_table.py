@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from peft_core.config import Settings
-from peft_core.data.lance_table import copy
+from peft_core.data.lance_table import export_records
 from peft_core.data.summarise import summarise_source
 from peft_core.errors import DataError, InvalidArgument
 from peft_core.manager import PEFTManager
@@ -54,7 +54,7 @@ def test_a_table_is_what_its_rows_are_inline(tmp_path: Path):
     found, inline = look(table), look(CHUNKS)
     assert found.path == Path(table)
     assert found.model_copy(update={"path": None}) == inline
-    assert copy(Path(table), tmp_path / "records.jsonl") == 80
+    assert export_records(Path(table), tmp_path / "records.jsonl") == 80
     written = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
     kept = ("content", "language", "file_path", "chunk_type", "start_line", "end_line")
     assert written == [{key: row[key] for key in kept} for row in CHUNKS]
@@ -72,7 +72,7 @@ async def test_a_table_is_inspected_and_queued_like_records(tmp_path: Path):
 def test_the_process_that_asks_imports_nothing_heavy(tmp_path: Path):
     table = write(tmp_path / "chunks.lance", CHUNKS)
     code = (
-        "import sys; from peft_core.data.summarise import inspect; inspect(sys.argv[1]);"
+        "import sys; from peft_core.data.summarise import summarise_source; summarise_source(sys.argv[1]);"
         "sys.exit(str({'lance', 'pyarrow', 'numpy', 'torch'} & set(sys.modules)) if "
         "{'lance', 'pyarrow', 'numpy', 'torch'} & set(sys.modules) else 0)"
     )

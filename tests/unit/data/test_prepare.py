@@ -16,13 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_core.data.chunking import rows
+from peft_core.data.chunking import split_lines
 from peft_core.data.dataset import PreparedDataset, read_examples
 from peft_core.data.examples import learned_text
 from peft_core.data.leakage import TrainingFingerprint, overlap_fraction
 from peft_core.data.prepare import prepare
 from peft_core.data.records import write_records
-from peft_core.data.secrets import redacted
+from peft_core.data.secrets import redact_secrets
 from peft_core.data.summarise import summarise_source
 from peft_core.errors import DataError
 from peft_core.schemas.dataset import DatasetPurpose, Example, Segment
@@ -62,7 +62,7 @@ def build(
     return prepare(
         make_dataset_spec(source, source_kind=kind, held_out_fraction=fraction),
         directory=directory,
-        codec=Words(),
+        token_counter=Words(),
         report=(messages if messages is not None else []).append,
     )
 
@@ -130,7 +130,12 @@ def test_a_report_that_raises_stops_the_work_and_leaves_no_spool(tmp_path: Path)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(make_dataset_spec(repository(tmp_path / "r")), directory=tmp_path / "out", codec=Words(), report=stop)
+        prepare(
+            make_dataset_spec(repository(tmp_path / "r")),
+            directory=tmp_path / "out",
+            token_counter=Words(),
+            report=stop,
+        )
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -183,7 +188,7 @@ def test_of_a_huge_repository_only_as_much_is_read_as_a_run_can_use(tmp_path: Pa
 
     def prepared(directory: str, examples: int | None) -> PreparedDataset:
         spec = make_dataset_spec(root, enough_examples=examples)
-        return prepare(spec, directory=tmp_path / directory, codec=Words(), report=lambda _: None)
+        return prepare(spec, directory=tmp_path / directory, token_counter=Words(), report=lambda _: None)
 
     everything, part, again = prepared("all", None), prepared("part", 4), prepared("again", 4)
     assert part.summary.sha256 == again.summary.sha256
@@ -313,7 +318,7 @@ def trained_on(directory: Path) -> TrainingFingerprint:
 
 def measured(root: Path, directory: Path, known: TrainingFingerprint) -> PreparedDataset:
     spec = make_dataset_spec(root, held_out_fraction=1, seed=1, purpose=DatasetPurpose.EVALUATION)
-    return prepare(spec, directory=directory, codec=Words(), report=lambda _: None, known=known)
+    return prepare(spec, directory=directory, token_counter=Words(), report=lambda _: None, known=known)
 
 
 def test_what_was_trained_on_before_is_left_out_before_anything_is_chosen(tmp_path: Path):
@@ -445,13 +450,13 @@ def test_a_pair_with_a_secret_is_left_out_whole(tmp_path: Path):
     ],
 )
 def test_code_that_only_talks_about_secrets_is_kept(line: str):
-    assert redacted([f"{line}\n"])[1] == []
+    assert redact_secrets([f"{line}\n"])[1] == []
 
 
 @given(st.lists(st.sampled_from([*SECRETS.values(), "x = 1", "", "# text"]), max_size=12))
 def test_redacting_keeps_the_number_of_lines_and_every_clean_line(lines: list[str]):
-    given_lines = rows("\n".join(lines))
-    clean, found = redacted(given_lines)
+    given_lines = split_lines("\n".join(lines))
+    clean, found = redact_secrets(given_lines)
     flagged = {finding.row for finding in found}
     assert len(clean) == len(given_lines)
     assert all(clean[n] == ("\n" if n in flagged else line) for n, line in enumerate(given_lines))
@@ -467,7 +472,7 @@ def test_the_files_changed_last_are_held_out_on_request(tmp_path: Path):
         for arguments in (["init"], ["add", "."], ["commit", "-m", "one"]):
             subprocess.run([*git, *arguments], check=True, capture_output=True, env=at)
     spec = make_dataset_spec(root, held_out_by="time")
-    prepare(spec, directory=tmp_path / "out", codec=Words(), report=lambda _: None)
+    prepare(spec, directory=tmp_path / "out", token_counter=Words(), report=lambda _: None)
     assert manifest(tmp_path / "out")["held_out_files"] == ["module_4.py", "module_7.py"]
 
     # An evaluation draws files by lot, and finds all that the training held out.

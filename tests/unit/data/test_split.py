@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_core.data.git import last_changes
+from peft_core.data.git import last_change_times
 from peft_core.data.minhash import THRESHOLD, MinHashIndex
 from peft_core.data.split import HELD_OUT_MAX_EXAMPLES, ExampleKey, Split, count_distinct, split
 from peft_core.errors import DataError
@@ -319,27 +319,27 @@ def test_history_tells_when_each_file_was_changed_last(tmp_path: Path):
     names = ["a.py", "with space.py", "ünïcode.py", "sub/b.py"]
     root = committed(tmp_path / "r", names, ["a.py"], ["sub/b.py", "line\nend.py"])
     (root / "new.py").write_text("new = 1\n")
-    found = last_changes(root)
+    found = last_change_times(root)
     order = sorted(found, key=lambda name: (found[name], name))
     assert order == ["with space.py", "ünïcode.py", "a.py", "line\nend.py", "sub/b.py"]
-    assert set(last_changes(root)) == set(found)
+    assert set(last_change_times(root)) == set(found)
     with pytest.raises(DataError, match="one commit was the last"):
-        last_changes(root / "sub")
+        last_change_times(root / "sub")
 
 
 def test_files_that_are_gone_tell_nobody_apart(tmp_path: Path):
     root = committed(tmp_path / "r", ["old.py"], ["a.py", "b.py"])
-    assert set(last_changes(root)) == {"old.py", "a.py", "b.py"}
+    assert set(last_change_times(root)) == {"old.py", "a.py", "b.py"}
     (root / "old.py").unlink()
     with pytest.raises(DataError, match="one commit was the last to change all of them") as caught:
-        last_changes(root)
+        last_change_times(root)
     assert caught.value.code == "no_history"
 
 
 def test_without_a_history_a_split_by_time_is_refused_with_what_to_do(tmp_path: Path):
     (tmp_path / "plain").mkdir()
     with pytest.raises(DataError, match=r"has none.*held_out_by = 'file'") as caught:
-        last_changes(tmp_path / "plain")
+        last_change_times(tmp_path / "plain")
     assert caught.value.code == "no_history"
 
 
@@ -348,5 +348,5 @@ def test_a_shallow_history_is_refused(tmp_path: Path):
     clone = ["git", "clone", "--depth", "1", f"file://{root}", str(tmp_path / "clone")]
     subprocess.run(clone, check=True, capture_output=True)
     with pytest.raises(DataError, match="fetch --unshallow") as caught:
-        last_changes(tmp_path / "clone")
+        last_change_times(tmp_path / "clone")
     assert caught.value.code == "shallow_history"

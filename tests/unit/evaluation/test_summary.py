@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_core.data.leakage import MAX_BYTES, TrainingFingerprint, overlap_fraction
+from peft_core.data.leakage import MAX_FINGERPRINT_BYTES, TrainingFingerprint, overlap_fraction
 from peft_core.evaluation.bootstrap import MIN_UNITS, PairedSum, by_file, compare, unit_for
 from peft_core.evaluation.completion_points import choose, find_completion_points, lines_of
 from peft_core.evaluation.stdlib_code import general_examples
@@ -242,7 +242,7 @@ def test_of_much_text_a_sample_is_kept_that_both_sides_choose_alike() -> None:
     many = [f"a = {n}\nb = {n}\nc = {n}\n" for n in range(70_000)]
     known = TrainingFingerprint.of(many)
     assert known.every > 1
-    assert len(known.to_bytes()) < MAX_BYTES
+    assert len(known.to_bytes()) < MAX_FINGERPRINT_BYTES
     assert {known.share_of(text) for text in many[::100]} == {None, 1.0}, "nothing that was trained on counts as unseen"
 
 

@@ -11,7 +11,7 @@ from peft_core.adapters.manifest import write_manifest
 from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
 from peft_core.data.prepare import prepare
-from peft_core.data.token_counter import EstimatingCodec
+from peft_core.data.token_counter import EstimatedTokenCounter
 from peft_core.errors import DataError, InvalidArgument
 from peft_core.evaluation.report import write_evaluation_report
 from peft_core.jobs.recovery import completed_evaluation
@@ -90,7 +90,7 @@ def test_data_that_is_gone_when_it_is_measured_on_is_asked_for_by_the_right_name
         prepare(
             make_dataset_spec(tmp_path / "gone", held_out_fraction=1, purpose=DatasetPurpose.EVALUATION),
             directory=tmp_path / "out",
-            codec=EstimatingCodec(),
+            token_counter=EstimatedTokenCounter(),
             report=lambda _: None,
         )
     assert "evaluate_adapter" in caught.value.suggestions[0]

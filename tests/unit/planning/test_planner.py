@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from peft_core.config import Settings
-from peft_core.data import lance_table as table
+from peft_core.data import lance_table
 from peft_core.errors import DataError, InvalidArgument, PeftMcpError, StorageError
 from peft_core.planning import planner as planning
 from peft_core.planning.planner import plan, write_source
@@ -38,7 +38,7 @@ def test_nothing_is_left_of_a_job_that_could_not_be_written(
         raise error
 
     monkeypatch.setattr(planning, "write_records", fails)
-    monkeypatch.setattr(table, "copy", fails)
+    monkeypatch.setattr(lance_table, "export_records", fails)
     for data in (RECORDS, "chunks.lance"):
         with pytest.raises((StorageError, KeyboardInterrupt)):
             write(tmp_path, data)
