@@ -1,4 +1,4 @@
-"""What the training benchmarks share: the same code to train on, our training as a user's job runs it, and its peers."""
+"""Code that the training benchmarks share: the data set, our training run as a user's job, and the peers."""
 
 from __future__ import annotations
 
@@ -40,33 +40,33 @@ from peft_core.schemas.task import JobRequest, TrainingTask
 from peft_core.schemas.training import TrainingConfig
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("uvicorn", "structlog", "pathspec", "httpcore2")  # of site-packages: about 1170 functions and classes
+PACKAGES = ("uvicorn", "structlog", "pathspec", "httpcore2")  # in site-packages: about 1170 functions and classes
 PEER_BATCH = 8
-PEER_RATE = 2e-4  # the usual one of LoRA; Trainer's own default, 5e-5, would learn less
+PEER_RATE = 2e-4  # usual for LoRA; Trainer's own default, 5e-5, would learn less
 TRL_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """What all contenders begin with."""
+    """The inputs of all contenders."""
 
     root: Path
     source: Path  # repository
     base: Base
-    base_directory: Path  # the same in Hugging Face's form, for the peers
-    examples: Path  # what our training prepares from the repository, tokenised for the peers
-    lengths: list[int]  # in tokens, of the examples to train on
+    base_directory: Path  # the same base in Hugging Face's format, for the peers
+    examples: Path  # the examples that our training prepares from the repository, tokenised for the peers
+    lengths: list[int]  # of the training examples, in tokens
 
 
 @dataclass(frozen=True)
-class Seen:
+class TimedEvent:
     event: Event
     at_s: float  # since the process was started
-    cpu_s: float  # of the process so far
+    cpu_s: float  # CPU time of the process so far
 
 
 def pin(threads: int) -> None:
-    """This process and what it starts: as many cores as threads."""
+    """Restrict this process and its children to as many cores as threads."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     else:
@@ -76,11 +76,12 @@ def pin(threads: int) -> None:
 @contextmanager
 def workplace(held_out_fraction: float) -> Iterator[Workplace]:
     """Copy the code, convert the base, prepare and tokenise the examples."""
-    from peft_core.data.dataset import read_examples  # noqa: PLC0415 -- likewise
-    from peft_core.data.prepare import prepare  # noqa: PLC0415 -- likewise
-    from peft_core.modeling.batches import tokenise  # noqa: PLC0415 -- likewise
-    from peft_core.modeling.convert import ensure_hf_directory  # noqa: PLC0415 -- torch: not for --help
-    from peft_core.modeling.tokenizer import load_tokenizer  # noqa: PLC0415 -- likewise
+    # Imported here, so that --help does not import torch.
+    from peft_core.data.dataset import read_examples  # noqa: PLC0415
+    from peft_core.data.prepare import prepare  # noqa: PLC0415
+    from peft_core.modeling.batches import tokenise  # noqa: PLC0415
+    from peft_core.modeling.convert import ensure_hf_directory  # noqa: PLC0415
+    from peft_core.modeling.tokenizer import load_tokenizer  # noqa: PLC0415
 
     with tempfile.TemporaryDirectory(prefix="peft-mcp-benchmark-") as temporary:
         root = Path(temporary)
@@ -115,18 +116,18 @@ def workplace(held_out_fraction: float) -> Iterator[Workplace]:
                 into.append({"input_ids": document.ids_T.tolist(), "labels": labels})
         (root / "examples.json").write_text(json.dumps(examples), encoding="utf-8")
         lengths = [len(example["input_ids"]) for example in examples["train"]]
-        print(f"# {len(lengths)} examples to train on, {sum(lengths)} tokens; {len(examples['held_out'])} held out")
+        print(f"# {len(lengths)} training examples, {sum(lengths)} tokens; {len(examples['held_out'])} held out")
         yield Workplace(root, source, base, directory, root / "examples.json", lengths)
 
 
 def planned(config: TrainingConfig, source: Path, root: Path) -> JobRequest:
-    """As the manager plans a job; settings of whoever runs this play no part."""
+    """Plan a job as the manager does, ignoring the settings of the user who runs the benchmark."""
     settings = Settings(data_dir=root / "data", default_base_model=None, max_memory_mb=None)
     return plan(str(source), config, settings, lambda _base, _device: None)
 
 
 def smallest_limit_mb(config: TrainingConfig, place: Workplace) -> int:
-    """The least `max_memory_mb` that is accepted; nothing is trained."""
+    """Find the smallest `max_memory_mb` that the planner accepts, without training."""
     request = planned(config, place.source, place.root)
     refused, accepted = 255, max(256, -(-request.estimate.memory_bytes >> 20) + 1)
     while accepted - refused > 1:
@@ -140,8 +141,8 @@ def smallest_limit_mb(config: TrainingConfig, place: Workplace) -> int:
     return accepted
 
 
-def train(config: TrainingConfig, place: Workplace) -> list[Seen]:
-    """One job in a data directory of its own, as the first job of a user is: planned, then run by the training child."""
+def train(config: TrainingConfig, place: Workplace) -> list[TimedEvent]:
+    """Plan a job and run it in the training worker, in a new data directory as a user's first job is."""
     request = planned(config, place.source, place.root)
     with tempfile.TemporaryDirectory(dir=place.root) as data_dir:
         paths = DataPaths(Path(data_dir))
@@ -155,7 +156,7 @@ def train(config: TrainingConfig, place: Workplace) -> list[Seen]:
             base_models_dir=paths.base_models,
         )
         job.task.write_text(task.model_dump_json(), encoding="utf-8")
-        began, seen = time.perf_counter(), list[Seen]()
+        began, seen = time.perf_counter(), list[TimedEvent]()
         with (
             job.log.open("wb") as log,
             subprocess.Popen(
@@ -174,9 +175,9 @@ def train(config: TrainingConfig, place: Workplace) -> list[Seen]:
                 try:
                     times = watched.cpu_times()
                     cpu_s = times.user + times.system
-                except psutil.NoSuchProcess:  # it ended with these words
+                except psutil.NoSuchProcess:  # this was its last event
                     cpu_s = seen[-1].cpu_s
-                seen.append(Seen(EVENT.validate_json(line), at_s, cpu_s))
+                seen.append(TimedEvent(EVENT.validate_json(line), at_s, cpu_s))
         last = seen[-1].event if seen else None
         if isinstance(last, JobFailed):
             raise SystemExit(f"peft-mcp failed: {last.error.message}")
@@ -185,8 +186,8 @@ def train(config: TrainingConfig, place: Workplace) -> list[Seen]:
     return seen
 
 
-def tokens_per_cpu_s(seen: Sequence[Seen]) -> float:
-    """Over optimiser steps, without the first one, held-out measurements and checkpoints."""
+def tokens_per_cpu_s(seen: Sequence[TimedEvent]) -> float:
+    """Return the speed of optimiser steps, excluding the first one, held-out evaluations and checkpoints."""
     steps = [number for number, s in enumerate(seen) if isinstance(s.event, StepCompleted)]
     first, last = steps[0], steps[-1]
     seconds = sum(
@@ -198,14 +199,18 @@ def tokens_per_cpu_s(seen: Sequence[Seen]) -> float:
     return (done[1] - done[0]) / seconds
 
 
-def metrics(seen: Sequence[Seen]) -> Metrics:
+def metrics(seen: Sequence[TimedEvent]) -> Metrics:
     last = seen[-1].event
     assert isinstance(last, AdapterWritten)
     return last.metrics
 
 
 def run_peer(peer: str, place: Workplace, *, steps: int | None, seed: int = 0) -> Figures:
-    """In a process of its own. Raises SystemExit when it fails."""
+    """Run a peer in a process of its own.
+
+    Raises:
+        SystemExit: the peer failed.
+    """
     config = TrainingConfig()
     task = PeerTask(
         peer=peer,
@@ -237,7 +242,7 @@ def run_peer(peer: str, place: Workplace, *, steps: int | None, seed: int = 0) -
 
 
 def linears(shape: ModelShape) -> list[tuple[int, int, int]]:
-    """(how often, inputs, outputs) of a Llama-like model's matrices, its head included."""
+    """Return (count, inputs, outputs) of the matrices of a Llama-like model, LM head included."""
     hidden, kv_size = shape.hidden_size, shape.hidden_size // shape.heads * shape.kv_heads
     return [
         (2 * shape.layers, hidden, hidden),  # query, output
@@ -249,5 +254,5 @@ def linears(shape: ModelShape) -> list[tuple[int, int, int]]:
 
 
 def spread_of(values: Sequence[float], form: str) -> str:
-    """Median (least-most)."""
+    """Format as `median (minimum-maximum)`."""
     return f"{median(values):{form}} ({min(values):{form}}-{max(values):{form}})"

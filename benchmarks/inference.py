@@ -1,14 +1,14 @@
-"""Using adapters: our `PEFTManager`, whose model lives in a child process, against plain PEFT in a child of its own.
+"""Compare using adapters through our `PEFTManager` and its inference worker with plain PEFT in a process of its own.
 
-The bundled base in float32 on the same files, the same two adapters (rank 16, all linear layers), the same prompt. Both
-children are alive at once and are asked in turn, so that what else runs on the machine disturbs both. Times are those
-of who asks, from the question to the answer: for a cold load that is the start of Python, its imports, tokenizer, base
-and adapter. A load of ours also verifies the file, and computes a text to prove the effect; plain PEFT does neither, and
-reads its memory-mapped base only when it first writes. Memory is resident memory (VmRSS) of the child, its pages of the
-base's file included; with base + 2 it is taken after writing.
+Both have the bundled base in float32 from the same files, the same two adapters (rank 16, all linear layers) and the same
+prompt. Both processes run at the same time and take turns, so that other work on the machine disturbs both. Times are
+measured by the caller, from request to response: a cold load includes the start of Python, its imports, tokenizer, base and
+adapter. Our load also verifies the file and computes a text to prove the effect; plain PEFT does neither, and reads its
+memory-mapped base only when it first generates. Memory is the process's resident memory (VmRSS), including mapped pages of
+the base; with base + 2 adapters it is measured after generating.
 
-The bars, for ours alone: load < 10 s cold, < 1 s warm; switch < 100 ms; verify < 50 ms; less than 8 MB of growth from
-cycle 10 to the last. Exit code 1 when one is missed.
+The targets, for ours alone: load < 10 s cold, < 1 s warm; switch < 100 ms; verify < 50 ms; less than 8 MB of growth from
+cycle 10 to the last. The exit code is 1 if one is missed.
 
     python benchmarks/inference.py [--repeats 3] [--cycles 100] [--base-cache DIRECTORY]
 """
@@ -74,7 +74,7 @@ def unload(path):
         model = None
         gc.collect()
 
-def write(prompt, tokens, one_thread):
+def generate(prompt, tokens, one_thread):
     torch.set_num_threads(1 if one_thread else threads)
     given = tokenizer(prompt, return_tensors="pt")
     with torch.inference_mode():
@@ -84,19 +84,19 @@ def write(prompt, tokens, one_thread):
 def name(path):
     return path.rpartition("/")[2]
 
-verbs = {"load": load, "switch": switch, "unload": unload, "write": write}
+verbs = {"load": load, "switch": switch, "unload": unload, "generate": generate}
 for line in sys.stdin:
     verb, arguments = json.loads(line)
     print(json.dumps(verbs[verb](**arguments)), flush=True)
 """
 PROMPT = '"""Files of a project."""\n\nimport os\nfrom pathlib import Path\n\n\ndef source_files(root: Path) -> list[Path]:\n'
 TOKENS = 64
-WARM_UP = 8  # tokens, uncounted
+WARM_UP = 8  # tokens, not timed
 RANK = 16
-SWITCHES = 20  # per round, to one and the other in turn
-VERIFICATIONS = 5  # per round, each without a cache hit and then again
+SWITCHES = 20  # per round, alternating between the two adapters
+VERIFICATIONS = 5  # per round, each first uncached and then cached
 TEXTS = 2  # per round
-SETTLED = 10  # cycles after which memory should not grow any more
+SETTLED = 10  # cycles after which memory should no longer grow
 OURS, PEER = "peft-mcp", "plain PEFT"
 
 Results = dict[str, dict[str, list[float]]]  # by row and contender
@@ -106,42 +106,42 @@ Results = dict[str, dict[str, list[float]]]  # by row and contender
 class Row:
     what: str
     unit: Literal["s", "ms", "MB", "tokens/s"]
-    bar: float | None = None  # ours must stay below
+    target: float | None = None  # ours must stay below
     ratio: bool = True
 
 
 ROWS = (
-    Row("load, cold", "s", bar=10),
-    Row("load, warm", "s", bar=1),
-    Row("switch", "ms", bar=100),
+    Row("load, cold", "s", target=10),
+    Row("load, warm", "s", target=1),
+    Row("switch", "ms", target=100),
     Row("verify, first call", "ms"),
-    Row("verify, no cache hit", "ms", bar=50),
-    Row("verify, warm", "ms", bar=50),
+    Row("verify, not cached", "ms", target=50),
+    Row("verify, cached", "ms", target=50),
     Row("unload one of two", "ms"),
     Row("unload the last", "ms"),
     Row("memory, base + 2", "MB"),
     Row("memory, base + 1", "MB"),
-    Row("memory, nothing", "MB"),
-    Row("write", "tokens/s"),
-    Row("write, peer: 1 thread", "tokens/s"),
+    Row("memory, empty", "MB"),
+    Row("generate", "tokens/s"),
+    Row("generate, peer: 1 thread", "tokens/s"),
     Row("cycle", "ms"),
     Row("memory, settled", "MB"),
     Row("memory, last cycle", "MB"),
-    Row("growth", "MB", bar=8, ratio=False),
+    Row("growth", "MB", target=8, ratio=False),
 )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--cycles", type=int, default=100, help=f"of load, switch, unload; more than {SETTLED}")
-    parser.add_argument("--base-cache", type=Path, help="keeps the converted base for the next time")
+    parser.add_argument("--cycles", type=int, default=100, help=f"cycles of load, switch, unload; more than {SETTLED}")
+    parser.add_argument("--base-cache", type=Path, help="directory that retains the converted base")
     options = parser.parse_args()
     if options.repeats < 1 or options.cycles <= SETTLED:
         parser.error(f"--repeats must be at least 1, and --cycles more than {SETTLED}")
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        # Elsewhere, so that this process, which stands for the server, imports no torch.
+        # In another process, because this one plays the server's part and must not import torch.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             base = pool.submit(prepare, work, options.base_cache and options.base_cache.absolute()).result()
         results = anyio.run(measure, work, base, options.repeats, options.cycles)
@@ -149,16 +149,17 @@ def main() -> int:
 
 
 def prepare(work: Path, base_cache: Path | None) -> Path:
-    """The base's converted directory and, in `work`, adapters that are known to belong to it."""
-    import torch  # noqa: PLC0415 -- in a process of its own
-    from peft import LoraConfig, get_peft_model  # noqa: PLC0415 -- likewise
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415 -- likewise
-    from transformers.utils import logging  # noqa: PLC0415 -- likewise
+    """Convert the base and write adapters for it into `work`; return the converted base's directory."""
+    # Imported here, because only the process that prepares needs torch.
+    import torch  # noqa: PLC0415
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+    from transformers.utils import logging  # noqa: PLC0415
 
-    from peft_core.modeling.convert import ensure_hf_directory  # noqa: PLC0415 -- likewise
+    from peft_core.modeling.convert import ensure_hf_directory  # noqa: PLC0415
 
     logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # PEFT asks by the old name
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # PEFT uses the old name
 
     data = work / "data"
     data.mkdir()
@@ -183,7 +184,7 @@ def adapters_in(work: Path) -> tuple[Path, Path]:
 
 
 class Ours:
-    """`base` is new to the manager each time: a link of its own, so that nothing known of it is at hand."""
+    """Our manager. It is given the base by a new link each time, so that no cache knows it."""
 
     def __init__(self, data_dir: Path, base: Path) -> None:
         self._manager = PEFTManager(Settings(data_dir=data_dir, log_level="WARNING"))
@@ -200,19 +201,19 @@ class Ours:
     async def unload(self, adapter: Path) -> None:
         await self._manager.unload_adapter(str(adapter))
 
-    async def write(self, tokens: int, *, one_thread: bool = False) -> str:
-        assert not one_thread  # it chooses itself
-        written = await self._manager.generate({"prompt": PROMPT, "max_new_tokens": tokens})
-        assert written.completion_tokens == tokens, "the answer ended early: choose another prompt"
-        return written.text
+    async def generate(self, tokens: int, *, one_thread: bool = False) -> str:
+        assert not one_thread  # it chooses the number of threads itself
+        generated = await self._manager.generate({"prompt": PROMPT, "max_new_tokens": tokens})
+        assert generated.completion_tokens == tokens, "the answer ended early: choose another prompt"
+        return generated.text
 
     async def verify(self, adapter: Path, base: Path) -> None:
-        found = await self._manager.verify_adapter_compatibility(str(adapter), str(base))
-        assert not any(reason.severity == "error" for reason in found.reasons), found.reasons
+        checked = await self._manager.verify_adapter_compatibility(str(adapter), str(base))
+        assert not any(reason.severity == "error" for reason in checked.reasons), checked.reasons
 
     def memory_mb(self) -> float:
-        host = next(p for p in psutil.Process().children() if "peft_core.inference.worker" in p.cmdline())
-        return float(host.memory_info().rss / 1e6)
+        worker = next(p for p in psutil.Process().children() if "peft_core.inference.worker" in p.cmdline())
+        return float(worker.memory_info().rss / 1e6)
 
     async def aclose(self) -> None:
         await self._manager.aclose()
@@ -225,16 +226,16 @@ class Plain:
         self._lines: BufferedByteReceiveStream | None = None
 
     async def load(self, adapter: Path) -> None:
-        await self._ask("load", path=str(adapter))
+        await self._request("load", path=str(adapter))
 
     async def switch(self, adapter: Path) -> None:
-        await self._ask("switch", path=str(adapter))
+        await self._request("switch", path=str(adapter))
 
     async def unload(self, adapter: Path) -> None:
-        await self._ask("unload", path=str(adapter))
+        await self._request("unload", path=str(adapter))
 
-    async def write(self, tokens: int, *, one_thread: bool = False) -> str:
-        return str(await self._ask("write", prompt=PROMPT, tokens=tokens, one_thread=one_thread))
+    async def generate(self, tokens: int, *, one_thread: bool = False) -> str:
+        return str(await self._request("generate", prompt=PROMPT, tokens=tokens, one_thread=one_thread))
 
     def memory_mb(self) -> float:
         assert self._process is not None
@@ -245,7 +246,7 @@ class Plain:
             self._process.kill()
             await self._process.aclose()
 
-    async def _ask(self, verb: str, **arguments: Any) -> Any:
+    async def _request(self, verb: str, **arguments: Any) -> Any:
         process = self._process or await self._start()
         assert process.stdin is not None
         assert self._lines is not None
@@ -278,7 +279,7 @@ async def measure(work: Path, base: Path, repeats: int, cycles: int) -> Results:
         try:
             await verify(ours, first, links, results)
             await load_and_switch(contenders, first, second, results)
-            await write(ours, plain, results)
+            await generate(ours, plain, results)
             await unload_and_cycle(contenders, first, second, results, cycles)
         finally:
             await ours.aclose()
@@ -295,40 +296,40 @@ def link_to(file: Path, link: Path) -> Path:
 
 
 async def verify(ours: Ours, adapter: Path, links: Iterator[Path], results: Results) -> None:
-    """A base under a name that was never asked for is read anew: no cache knows it."""
-    if not results["verify, first call"]:  # imports, too
+    """Time verifications. A base under a new name is in no cache."""
+    if not results["verify, first call"]:  # includes imports
         results["verify, first call"][OURS].append(1e3 * await seconds(ours.verify(adapter, next(links))))
     for _ in range(VERIFICATIONS):
         link = next(links)
-        for what in ("verify, no cache hit", "verify, warm"):
+        for what in ("verify, not cached", "verify, cached"):
             results[what][OURS].append(1e3 * await seconds(ours.verify(adapter, link)))
 
 
 async def load_and_switch(contenders: list[tuple[str, Contender]], first: Path, second: Path, results: Results) -> None:
-    for name, one in contenders:
-        results["load, cold"][name].append(await seconds(one.load(first)))
-    for name, one in contenders:
-        results["load, warm"][name].append(await seconds(one.load(second)))
+    for name, contender in contenders:
+        results["load, cold"][name].append(await seconds(contender.load(first)))
+    for name, contender in contenders:
+        results["load, warm"][name].append(await seconds(contender.load(second)))
     for _ in range(SWITCHES // 2):
         for adapter in (first, second):
-            for name, one in contenders:
-                results["switch"][name].append(1e3 * await seconds(one.switch(adapter)))
+            for name, contender in contenders:
+                results["switch"][name].append(1e3 * await seconds(contender.switch(adapter)))
 
 
-async def write(ours: Ours, plain: Plain, results: Results) -> None:
-    """All three in turn, with the same adapter; greedy, so that they must agree on the text."""
-    await ours.write(WARM_UP)
-    await plain.write(WARM_UP)
+async def generate(ours: Ours, plain: Plain, results: Results) -> None:
+    """Time all three in turn with the same adapter. Decoding is greedy, so they must agree on the text."""
+    await ours.generate(WARM_UP)
+    await plain.generate(WARM_UP)
     for _ in range(TEXTS):
         began = time.perf_counter()
-        text = await ours.write(TOKENS)
+        text = await ours.generate(TOKENS)
         rate = TOKENS / (time.perf_counter() - began)
-        for what, one_thread in (("write", False), ("write, peer: 1 thread", True)):
+        for what, one_thread in (("generate", False), ("generate, peer: 1 thread", True)):
             began = time.perf_counter()
-            other = await plain.write(TOKENS, one_thread=one_thread)
+            other = await plain.generate(TOKENS, one_thread=one_thread)
             results[what][PEER].append(TOKENS / (time.perf_counter() - began))
             results[what][OURS].append(rate)
-            assert other == text, f"they write differently: {text!r} and {other!r}"
+            assert other == text, f"the texts differ: {text!r} and {other!r}"
 
 
 async def unload_and_cycle(
@@ -338,26 +339,26 @@ async def unload_and_cycle(
     results: Results,
     cycles: int,
 ) -> None:
-    for name, one in contenders:
-        results["memory, base + 2"][name].append(one.memory_mb())
-        results["unload one of two"][name].append(1e3 * await seconds(one.unload(first)))
-        results["memory, base + 1"][name].append(one.memory_mb())
-        # The other one in, back, forth, the first one out; and with the two exchanged.
-        there, other, memory_mb = second, first, []
+    for name, contender in contenders:
+        results["memory, base + 2"][name].append(contender.memory_mb())
+        results["unload one of two"][name].append(1e3 * await seconds(contender.unload(first)))
+        results["memory, base + 1"][name].append(contender.memory_mb())
+        # Load the other adapter, switch back and forth, unload the first one; then exchange the two.
+        resident, other, memory_mb = second, first, []
         for _ in range(cycles):
             began = time.perf_counter()
-            await one.load(other)
-            await one.switch(there)
-            await one.switch(other)
-            await one.unload(there)
+            await contender.load(other)
+            await contender.switch(resident)
+            await contender.switch(other)
+            await contender.unload(resident)
             results["cycle"][name].append(1e3 * (time.perf_counter() - began))
-            memory_mb.append(one.memory_mb())
-            there, other = other, there
+            memory_mb.append(contender.memory_mb())
+            resident, other = other, resident
         results["memory, settled"][name].append(memory_mb[SETTLED - 1])
         results["memory, last cycle"][name].append(memory_mb[-1])
         results["growth"][name].append(memory_mb[-1] - memory_mb[SETTLED - 1])
-        results["unload the last"][name].append(1e3 * await seconds(one.unload(there)))
-        results["memory, nothing"][name].append(one.memory_mb())
+        results["unload the last"][name].append(1e3 * await seconds(contender.unload(resident)))
+        results["memory, empty"][name].append(contender.memory_mb())
 
 
 async def seconds(action: Awaitable[None]) -> float:
@@ -368,14 +369,14 @@ async def seconds(action: Awaitable[None]) -> float:
 
 def report(results: Results, options: argparse.Namespace) -> int:
     print(f"\n{options.repeats} rounds, medians (min-max); settled: after {SETTLED} of {options.cycles} cycles\n")
-    print(f"{'':<22} {'':<8} {OURS:>26} {PEER:>26} {'ratio (>1: ours is better)':>28} {'bar':>6}")
+    print(f"{'':<22} {'':<8} {OURS:>26} {PEER:>26} {'ratio (>1: ours is better)':>28} {'target':>6}")
     missed = []
     for row in ROWS:
         ours, peer = results[row.what][OURS], results[row.what][PEER]
         better = ratios(row, ours, peer) if row.ratio else []
         cells = f"{spread(ours):>26} {spread(peer):>26} {spread(better):>28}"
-        print(f"{row.what:<22} {row.unit:<8} {cells} {'' if row.bar is None else f'< {row.bar:g}':>6}")
-        if row.bar is not None and median(ours) >= row.bar:
+        print(f"{row.what:<22} {row.unit:<8} {cells} {'' if row.target is None else f'< {row.target:g}':>6}")
+        if row.target is not None and median(ours) >= row.target:
             missed.append(row.what)
     if missed:
         print(f"\nmissed: {', '.join(missed)}")

@@ -1,8 +1,8 @@
-"""The largest base that trains within 2 GB: random weights in the shapes of well-known models, as 4-bit GGUF files.
+"""Find the largest base that trains within 2 GB: random weights in the shapes of well-known models, as 4-bit GGUF files.
 
 Each is trained for a few steps through the manager, as a user would, with `max_memory_mb` set; the rank is the largest of
-16, 8 and 4 that the planner accepts. What the weights are does not matter for memory or speed. Vocabularies are those of
-the bundled base, filled up to the model's size.
+16, 8 and 4 that the planner accepts. Values of weights do not matter for memory or speed. The vocabulary is that of the
+bundled base, padded to the model's size.
 
     python benchmarks/largest_base.py [--limit-mb 1900] [--steps 2] [--only 0.5B 1B 1.5B]
 """
@@ -27,13 +27,13 @@ from peft_core.schemas.results import Status
 from peft_core.schemas.training import TrainingConfig
 
 RANKS = (16, 8, 4)
-UNITS = 24  # functions to train on and to measure on: a few steps' worth
+UNITS = 24  # functions in the source, enough for a few steps and a held-out set
 SEED = 0
 
 
 @dataclass(frozen=True)
 class Shape:
-    """After whom, and the sizes in their configurations; embedding and head are one matrix in all of them."""
+    """The model that it imitates, and the sizes from its configuration. All of them tie embedding and LM head."""
 
     like: str
     architecture: str
@@ -59,14 +59,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=SHAPES, default=list(SHAPES))
     options = parser.parse_args()
-    print("| base | file | rank | estimated | measured peak | tokens/s | way |\n|---|---|---|---|---|---|---|")
+    print("| base | file | rank | estimate | measured peak | tokens/s | plan |\n|---|---|---|---|---|---|---|")
     for name in options.only:
         with tempfile.TemporaryDirectory(prefix="peft-mcp-benchmark-") as directory:
             print(asyncio.run(trained(SHAPES[name], Path(directory), options)), flush=True)
 
 
 async def trained(shape: Shape, root: Path, options: argparse.Namespace) -> str:
-    """A row of the table."""
+    """Train once and return a row of the table."""
     base, source = root / f"{shape.like}.gguf", root / "source"
     write_gguf(base, shape)
     write_source(source)
@@ -82,25 +82,26 @@ async def trained(shape: Shape, root: Path, options: argparse.Namespace) -> str:
         try:
             queued = await manager.train_adapter("largest", str(source), config)
         except InvalidArgument as refusal:
-            last = refusal.message
+            reason = refusal.message
         else:
             break
     else:
-        return f"| {shape.like} | | | | refused: {last} | | |"
+        return f"| {shape.like} | | | | refused: {reason} | | |"
     assert queued.estimate is not None
     async for status in manager.watch_training("largest"):
-        now = status
-    if now.status is not Status.COMPLETED or now.metrics is None:
-        raise SystemExit(f"{shape.like}: {now.status.value}: {now.error}")
-    peak = now.metrics.peak_memory_bytes or 0
+        last_status = status
+    if last_status.status is not Status.COMPLETED or last_status.metrics is None:
+        raise SystemExit(f"{shape.like}: {last_status.status.value}: {last_status.error}")
+    metrics, plan = last_status.metrics, queued.estimate.basis.rpartition(";")[2].strip()
+    peak = metrics.peak_memory_bytes or 0
     return (
         f"| {shape.like} | {base.stat().st_size / 1e9:.2f} GB | {rank} | {queued.estimate.memory_bytes / 1e9:.2f} GB "
-        f"| {peak / 1e9:.2f} GB | {now.metrics.tokens_per_second:.1f} | {queued.estimate.basis.rpartition(';')[2].strip()} |"
+        f"| {peak / 1e9:.2f} GB | {metrics.tokens_per_second:.1f} | {plan} |"
     )
 
 
 def write_source(directory: Path) -> None:
-    """Functions with bodies of their own, in files of four."""
+    """Write functions with different bodies, four per file."""
     directory.mkdir()
     for file in range(UNITS // 4):
         functions = [
@@ -114,7 +115,7 @@ def write_source(directory: Path) -> None:
 
 
 def write_gguf(path: Path, shape: Shape) -> None:
-    """Matrices in Q4_0; the embedding in Q6_K, or in Q8_0 where its rows are no multiple of 256, as usual; norms are 1."""
+    """Write matrices in Q4_0, the embedding in Q6_K (Q8_0 where its rows are not a multiple of 256), and norms of 1."""
     random = np.random.default_rng(SEED)
     writer = gguf.GGUFWriter(path, shape.architecture)
     writer.add_name(shape.like)
@@ -161,19 +162,19 @@ def add_matrix(
     kind: gguf.GGMLQuantizationType,
     random: np.random.Generator,
 ) -> None:
-    """Random blocks whose scales make weights of about 1/50, as trained ones are."""
+    """Add random blocks whose scales give weights of about 1/50, as in trained models."""
     per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     blocks = random.integers(0, 256, (size[0] * size[1] // per_block, block_bytes), dtype=np.uint8)
-    if kind in (Q4, Q8):  # a scale in float16, then 32 numbers: of 4 bits around 8, or of 8 bits
+    if kind in (Q4, Q8):  # a float16 scale, then 32 numbers: 4 bits with offset 8, or 8 bits
         blocks[:, :2] = np.frombuffer(np.float16(0.005 if kind == Q4 else 0.0003).tobytes(), np.uint8)
-    else:  # numbers of 6 bits, 16 scales of 8 bits, one in float16
+    else:  # 6-bit numbers, 16 scales of 8 bits, one float16 scale
         blocks[:, -18:-2] = 1
         blocks[:, -2:] = np.frombuffer(np.float16(0.001).tobytes(), np.uint8)
     writer.add_tensor(name, blocks.reshape(size[0], -1), raw_dtype=kind)
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
-    """The bundled base's, with tokens that no text has to make up the number."""
+    """Add the bundled base's vocabulary, padded with unused tokens."""
     fields = gguf.GGUFReader(bundled_path()).fields
 
     def value(key: str) -> Any:

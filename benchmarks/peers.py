@@ -1,9 +1,10 @@
-"""What we compare with, each as its documentation shows it: `python peers.py TASK_FILE` tells figures in a line of JSON.
+"""The trainers that we compare with, each used as its documentation shows.
 
-Stands alone: no module of peft-mcp is imported, so it runs in any environment that has the peer.
+`python peers.py TASK_FILE` prints its figures as one line of JSON. It imports no module of peft-mcp, so that it runs in any
+environment that has the peer.
 """
 
-# ruff: noqa: PLC0415 -- each peer loads what it needs: its memory is measured
+# ruff: noqa: PLC0415 -- each peer imports only what it needs, because its memory is measured
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from typing import Any
 
 Figures = dict[str, float]
 GEMM_TOKENS = 512
-GEMM_S = 4.0  # CPU-seconds for each type of number
+GEMM_S = 4.0  # CPU-seconds for each number format
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,13 @@ class PeerTask:
     base: str  # model directory
     examples: str  # JSON file: "train" and "held_out", each a list of {"input_ids", "labels"}
     output: str  # directory
-    linears: list[tuple[int, int, int]]  # of the base: how often, inputs, outputs; for GEMM
-    steps: int | None  # measured ones, after one that warms up; None: the whole epoch, and its held-out loss
+    linears: list[tuple[int, int, int]]  # matrices of the base for GEMM: count, inputs, outputs
+    steps: int | None  # measured steps, after one warm-up step; None: the whole epoch, and its held-out loss
     batch_size: int
     learning_rate: float
     rank: int
     alpha: float
-    seed: int = 42  # of the order of the examples
+    seed: int = 42  # for the order of the examples
 
 
 def main() -> None:
@@ -43,7 +44,7 @@ def main() -> None:
 
 
 def trainer(task: PeerTask, **arguments: Any) -> Figures:
-    """`transformers.Trainer` with PEFT."""
+    """Run `transformers.Trainer` with PEFT."""
     import torch
     from peft import get_peft_model
     from transformers import (
@@ -72,9 +73,9 @@ def trainer(task: PeerTask, **arguments: Any) -> Figures:
 
 
 def sft(task: PeerTask, **arguments: Any) -> Figures:
-    """TRL's `SFTTrainer`. What its defaults bring along: checkpointed layers, bfloat16 where torch has a kernel for it."""
+    """Run TRL's `SFTTrainer`. Its defaults include gradient checkpointing, and bf16 where torch has a kernel for it."""
     from datasets import Dataset  # type: ignore[import-not-found]  # in an environment of its own
-    from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found]  # likewise
+    from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found]  # the same
 
     ids = [{"input_ids": example["input_ids"]} for example in read_examples(task)["train"]]
     run = measuring(SFTTrainer, task)(
@@ -89,7 +90,7 @@ def sft(task: PeerTask, **arguments: Any) -> Figures:
 
 
 def gemm(task: PeerTask) -> Figures:
-    """Flops a CPU-second of the base's matrix products on 512 tokens, forward and for the gradient of the input."""
+    """Measure flops per CPU-second of the base's matrix products on 512 tokens: forward, and gradient of the input."""
     import torch
 
     figures = {}
@@ -98,7 +99,7 @@ def gemm(task: PeerTask) -> Figures:
         for count, inputs, outputs in task.linears:
             x, weight = torch.randn(GEMM_TOKENS, inputs, dtype=dtype), torch.randn(outputs, inputs, dtype=dtype)
             work.append((count, x, weight, torch.randn(GEMM_TOKENS, outputs, dtype=dtype)))
-        flops, began = -1.0, 0.0  # the first pass warms up
+        flops, began = -1.0, 0.0  # the first pass is the warm-up
         while flops < 0 or time.process_time() - began < GEMM_S:
             for count, x, weight, gradient in work:
                 for _ in range(count):
@@ -141,12 +142,12 @@ def common(task: PeerTask) -> dict[str, Any]:
 def lora(task: PeerTask) -> Any:
     from peft import LoraConfig
 
-    alpha: Any = task.alpha  # PEFT annotates int and computes with floats
+    alpha: Any = task.alpha  # PEFT's annotation says int, but floats work
     return LoraConfig(task_type="CAUSAL_LM", r=task.rank, lora_alpha=alpha, target_modules="all-linear")
 
 
 def measuring(trainer_class: Any, task: PeerTask) -> Any:
-    """The class, with a count of real tokens and clocks at the end of each step."""
+    """Return the class, extended to count real tokens and to read the clocks at the end of each step."""
     from transformers import TrainerCallback
 
     class Measuring(trainer_class):  # type: ignore[misc]  # a class known at run time
@@ -163,12 +164,12 @@ def measuring(trainer_class: Any, task: PeerTask) -> Any:
             return spread(list(sampler), lengths, task.batch_size, task.steps)
 
         def training_step(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
-            mask = inputs.get("attention_mask")  # none where documents are packed without padding
+            mask = inputs.get("attention_mask")  # absent when documents are packed without padding
             self.real_tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
             return super().training_step(model, inputs, *arguments, **named)
 
         def figures(self) -> Figures:
-            first, last = self.marks[1], self.marks[-1]  # the first step, which warms caches, is left out
+            first, last = self.marks[1], self.marks[-1]  # the first step is warm-up
             return dict(
                 zip(("tokens", "cpu_s", "wall_s"), (b - a for a, b in zip(first, last, strict=True)), strict=True),
             )
@@ -187,10 +188,10 @@ def measuring(trainer_class: Any, task: PeerTask) -> Any:
 
 
 def spread(order: Sequence[int], lengths: Sequence[int], batch_size: int, steps: int) -> list[int]:
-    """Of an epoch's batches the largest, to warm up, and `steps` that stand for all: evenly from smallest to largest.
+    """Choose the largest batch of an epoch for warm-up, and `steps` representative ones, evenly from smallest to largest.
 
-    The first few would not do: a sampler that groups by length begins with the longest. The largest of all is there for
-    the epoch's peak memory. `lengths` are those of the dataset, in tokens.
+    The first few batches would not represent the epoch, because a sampler that groups by length starts with the longest. The
+    largest batch is included for the epoch's peak memory. `lengths` are those of the data set, in tokens.
     """
     batches = [order[i : i + batch_size] for i in range(0, len(order) - batch_size + 1, batch_size)]
     batches.sort(key=lambda batch: sum(lengths[index] for index in batch))
@@ -199,7 +200,7 @@ def spread(order: Sequence[int], lengths: Sequence[int], batch_size: int, steps:
 
 
 def held_out_loss(model: Any, examples: list[dict[str, list[int]]]) -> float:
-    """Nats per target token, over all examples."""
+    """Return nats per target token over all examples."""
     import torch
 
     model.eval()
@@ -219,10 +220,10 @@ def read_examples(task: PeerTask) -> dict[str, list[dict[str, list[int]]]]:
 
 
 def peak_bytes() -> int:
-    """Of the process's whole life."""
+    """Return the peak memory of the process since it started."""
     if sys.platform == "darwin":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Not ru_maxrss: on Linux it begins with what the parent had.
+    # Not ru_maxrss: on Linux a child inherits its parent's value.
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM"))
 

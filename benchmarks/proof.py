@@ -1,8 +1,8 @@
-"""Does it help? Three real code bases: base against adapter with intervals, and another code base's adapter as the control.
+"""Does the adapter help? Compare base and adapter on three real code bases, with another code base's adapter as control.
 
-Each code base is trained on with the product's defaults, through the manager, and its own report is the first row. Then its
-adapter and that of another code base are evaluated on the same held-out files: what the other one gains there is what any
-Python code teaches; the rest is knowledge of the project. Trainings and evaluations that are in `--work` are not done again.
+Each code base is trained on with the product's defaults, through the manager; its own report is the first row. Then its
+adapter and that of another code base are evaluated on the same held-out files: the control's gain is what any Python code
+teaches; the rest is knowledge of the project. Trainings and evaluations that are in `--work` are not repeated.
 
     python benchmarks/proof.py --work DIR [--steps N] [--code-bases PATH ...] [--base BASE]
 """
@@ -23,14 +23,14 @@ from peft_core import PEFTManager, Settings, TrainingStatus
 from peft_core.schemas.evaluation import Comparison, Evaluation
 from peft_core.schemas.results import Status
 
-# Of packages whose present form is of 2026, as far as their versions tell; the base read code of 2024 and before.
+# Packages whose current form dates from 2026, judging by their versions; the base was trained on code of 2024 and before.
 CODE_BASES = ("mcp/server", "huggingface_hub/cli", "httpx2")
-BAR_S = 15 * 60
+TARGET_S = 15 * 60
 
 
 @dataclass
 class Row:
-    """One adapter on one code base."""
+    """The evaluation of one adapter on one code base."""
 
     code_base: str
     adapter: str
@@ -40,14 +40,16 @@ class Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="data directory; what is there is not done again")
-    parser.add_argument("--steps", type=int, default=None, help="of each training; default: one pass over the code")
+    parser.add_argument("--work", type=Path, required=True, help="data directory; finished runs in it are not repeated")
+    parser.add_argument(
+        "--steps", type=int, default=None, help="optimiser steps per training; default: one pass over the code"
+    )
     parser.add_argument(
         "--code-bases",
         nargs="+",
         default=CODE_BASES,
         metavar="PATH",
-        help="below site-packages, or /…",
+        help="relative to site-packages, or absolute",
     )
     parser.add_argument("--base", default=None, help="base model; default: the bundled one")
     anyio.run(prove, parser.parse_args())
@@ -68,12 +70,12 @@ async def prove(options: argparse.Namespace) -> None:
             for name in dict.fromkeys([code_base, other]):
                 path = trained[name].adapter_path
                 evaluation = await evaluated(manager, work, path, data, options.base)
-                rows.append(Row(code_base, "own" if name == code_base else f"of {name}", evaluation, None))
+                rows.append(Row(code_base, "own" if name == code_base else f"control: {name}", evaluation, None))
     show(rows, options.code_bases)
 
 
 def source_of(code_base: str) -> Path:
-    return Path(sysconfig.get_paths()["purelib"]) / code_base  # an absolute path stays what it is
+    return Path(sysconfig.get_paths()["purelib"]) / code_base  # an absolute path replaces the first part
 
 
 def project_of(code_base: str, steps: int | None) -> str:
@@ -81,7 +83,7 @@ def project_of(code_base: str, steps: int | None) -> str:
 
 
 async def train(manager: PEFTManager, code_base: str, options: argparse.Namespace) -> TrainingStatus:
-    """The finished training of a code base, of an earlier call or of now."""
+    """Return the finished training of a code base, from an earlier run if there is one."""
     project = project_of(code_base, options.steps)
     for adapter in (await manager.list_adapters(project)).adapters:
         return await manager.get_training_status(project, adapter.adapter_id)
@@ -95,30 +97,30 @@ async def train(manager: PEFTManager, code_base: str, options: argparse.Namespac
 
 
 async def evaluated(manager: PEFTManager, work: Path, adapter: str | None, data: Path, base: str | None) -> Evaluation:
-    """Of an earlier call or of now."""
+    """Return the evaluation of an adapter, from an earlier run if there is one."""
     assert adapter is not None
-    kept = work / "evaluations" / f"{Path(adapter).name}-on-{data.stem}.json"
-    if not kept.exists():
+    saved = work / "evaluations" / f"{Path(adapter).name}-on-{data.stem}.json"
+    if not saved.exists():
         status = await ended(manager, await manager.evaluate_adapter(adapter, str(data), base))
         assert status.evaluation is not None
-        kept.parent.mkdir(exist_ok=True)
-        kept.write_text(status.evaluation.model_dump_json(), encoding="utf-8")
-    return Evaluation.model_validate_json(kept.read_bytes())
+        saved.parent.mkdir(exist_ok=True)
+        saved.write_text(status.evaluation.model_dump_json(), encoding="utf-8")
+    return Evaluation.model_validate_json(saved.read_bytes())
 
 
 async def ended(manager: PEFTManager, status: TrainingStatus) -> TrainingStatus:
-    said = ""
+    printed = ""
     latest = status
     async for latest in manager.watch_training(status.project_id, status.job_id):
-        if latest.phase and latest.phase != said:
-            said = latest.phase
-            print(f"# {latest.project_id}: {latest.kind}, {said}", flush=True)
+        if latest.phase and latest.phase != printed:
+            printed = latest.phase
+            print(f"# {latest.project_id}: {latest.kind}, {printed}", flush=True)
     assert latest.status is Status.COMPLETED, latest.error
     return latest
 
 
 def held_out_of(work: Path, status: TrainingStatus, source: Path) -> Path:
-    """The files that a training held out, as records: both adapters are measured on the same text."""
+    """Write the held-out files of a training as records, so that both adapters are evaluated on the same text."""
     assert status.job_id is not None
     manifest: dict[str, Any] = json.loads((work / "jobs" / status.job_id / "dataset" / "manifest.json").read_bytes())
     data = work.with_name(f"{work.name}-held-out") / f"{status.project_id}.jsonl"
@@ -138,30 +140,34 @@ def show(rows: list[Row], code_bases: list[str]) -> None:
     print("\n| code base | adapter | verdict | loss | change | next line | edit similarity | general code | time |")
     print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
-        found = row.evaluation
-        loss = found.loss
+        evaluation = row.evaluation
+        loss = evaluation.loss
         time = "" if row.seconds is None else f"{row.seconds:.0f} s"
-        figures = [percent(found.next_line), percent(found.edit_similarity), nats(found.general_loss)]
-        cells = [f"`{row.code_base}`", row.adapter, found.verdict, f"{loss.base:.3f} -> {loss.adapter:.3f}", nats(loss)]
+        figures = [percent(evaluation.next_line), percent(evaluation.edit_similarity), nats(evaluation.general_loss)]
+        losses = f"{loss.base:.3f} -> {loss.adapter:.3f}"
+        cells = [f"`{row.code_base}`", row.adapter, evaluation.verdict, losses, nats(loss)]
         print(f"| {' | '.join([*cells, *figures, time])} |")
     print()
     for code_base in code_bases:
-        own, other = (
+        own, control = (
             [row for row in rows if row.code_base == code_base and row.adapter.startswith(kind)][-1]
-            for kind in ("own", "of ")
+            for kind in ("own", "control")
         )
-        left = other.evaluation.loss.change / own.evaluation.loss.change if own.evaluation.loss.change else float("nan")
+        gain = own.evaluation.loss.change
+        share = control.evaluation.loss.change / gain if gain else float("nan")
         seconds = max(row.seconds or 0 for row in rows if row.code_base == code_base)
-        within = "met" if seconds < BAR_S else "NOT met"
-        print(f"{code_base}: the other adapter has {left:.0%} of the gain (bar: under half); 15 minutes: {within}")
+        within = "met" if seconds < TARGET_S else "MISSED"
+        print(f"{code_base}: the control has {share:.0%} of the gain (target: under half); 15 minutes: {within}")
 
 
-def nats(one: Comparison | None) -> str:
-    return "" if one is None else f"{one.change:+.3f}{span(one.low, one.high, 1, 3)}"
+def nats(compared: Comparison | None) -> str:
+    return "" if compared is None else f"{compared.change:+.3f}{span(compared.low, compared.high, 1, 3)}"
 
 
-def percent(one: Comparison | None) -> str:
-    return "" if one is None else f"{100 * one.change:+.1f} %{span(one.low, one.high, 100, 1)}"
+def percent(compared: Comparison | None) -> str:
+    if compared is None:
+        return ""
+    return f"{100 * compared.change:+.1f} %{span(compared.low, compared.high, 100, 1)}"
 
 
 def span(low: float | None, high: float | None, factor: int, digits: int) -> str:

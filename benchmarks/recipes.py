@@ -1,10 +1,10 @@
-"""Which settings learn most from the same tokens: recipes against the present defaults, by held-out loss.
+"""Compare training recipes with the current defaults: which one learns most from the same tokens, by held-out loss?
 
-Each run is a training child as the product starts it, with one thread. A recipe is compared with the defaults on the same
-code base and seed. The seed chooses the held-out files, the order and the initial weights; given a seed, all recipes are
-shown the very same examples (`--examples` of them, however many make a step) and measured on the same files. Rounds, that
-is one seed of one code base with all recipes, follow one another, so the table is fair after each of them. Finished runs
-are in the results file: a sweep that was interrupted goes on, and new seeds, recipes or code bases extend it.
+Each run is a training worker as the product starts it, with one thread. A recipe is compared with the defaults on the same
+code base and seed. The seed chooses the held-out files, the order and the initial weights, so all recipes with one seed
+see exactly the same examples (`--examples` of them, whatever the batch size) and are evaluated on the same files. A round is
+one seed of one code base with all recipes; the table is fair after each round. Finished runs are in the results file: an
+interrupted sweep continues, and new seeds, recipes or code bases extend it.
 
     python benchmarks/recipes.py --results FILE [--seeds 0 1 2] [--jobs 1] [--recipes NAME ...] [--code-bases PATH ...]
 """
@@ -67,10 +67,10 @@ RECIPES: dict[str, dict[str, Any]] = {  # what differs from the defaults
     "instructions 0.5": {"mixture": TaskMixture(instructions=0.5)},
     "usual": {"batch_size": 8, "learning_rate": 2e-4, "lora_plus_ratio": 1.0},
 }
-# Recent, or little copied, so that the bundled base hardly knows them; 300 to 650 units each.
+# Recent or rarely copied, so that the bundled base hardly knows them; 300 to 650 units each.
 CODE_BASES = ("mcp/server", "pydantic_settings", "huggingface_hub/cli")
 EXAMPLES = 88  # about 21k tokens; a multiple of every batch size
-# The product measures during training as well, on about as many; more would cost more than the training itself.
+# About as many as the product evaluates during training; more would cost more than the training itself.
 HELD_OUT_TOKENS = 8000
 
 
@@ -78,15 +78,15 @@ class Outcome(FrozenModel):
     """One finished run: a line of the results file."""
 
     code_base: str
-    config: TrainingConfig  # whole, so that it stays what it was when the defaults move
-    dataset: str  # sha256 of both parts
-    base_loss: float  # nats per target token on the held-out examples, as the next
-    adapter_loss: float
-    general_change: float  # of the loss on code that belongs to no project: what is forgotten
-    tokens: int  # trained on
+    config: TrainingConfig  # complete, so that it keeps its meaning when the defaults change
+    dataset: str  # sha256 of training and held-out set
+    base_loss: float  # nats per target token on the held-out examples
+    adapter_loss: float  # the same with the adapter
+    general_change: float  # of the loss on general code: how much is forgotten
+    tokens: int  # seen in training
     tokens_per_second: float
     wall_s: float
-    rates_lowered: int  # times that it diverged and went on with a lower rate
+    rates_lowered: int  # rollbacks after a divergence
 
     @property
     def key(self) -> str:
@@ -98,7 +98,7 @@ Results = dict[str, Outcome]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, required=True, help="JSON lines; runs that are there are not run again")
+    parser.add_argument("--results", type=Path, required=True, help="JSON lines; finished runs in it are not repeated")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME")
     parser.add_argument(
@@ -106,13 +106,15 @@ def main() -> None:
         nargs="+",
         default=CODE_BASES,
         metavar="PATH",
-        help="below site-packages, or /…",
+        help="relative to site-packages, or absolute",
     )
-    parser.add_argument("--examples", type=int, default=EXAMPLES, help="that each run is shown")
-    parser.add_argument("--held-out-tokens", type=int, default=HELD_OUT_TOKENS, help="to measure on, about")
+    parser.add_argument("--examples", type=int, default=EXAMPLES, help="training examples per run")
+    parser.add_argument(
+        "--held-out-tokens", type=int, default=HELD_OUT_TOKENS, help="approximate size of the held-out set"
+    )
     parser.add_argument("--base", default=BUNDLED, help="base model")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
-    parser.add_argument("--work", type=Path, default=None, help="keeps the converted base for the next time")
+    parser.add_argument("--jobs", type=int, default=1, help="parallel runs, one thread each")
+    parser.add_argument("--work", type=Path, default=None, help="directory that retains the converted base")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         sweep(options, (options.work or Path(temporary)).resolve())
@@ -130,11 +132,11 @@ def sweep(options: argparse.Namespace, work: Path) -> None:
     failed = ran = 0
     with ThreadPoolExecutor(options.jobs) as pool:
         for (code_base, seed), configs in rounds.items():
-            # By key: two recipes may be the same run, when the defaults have moved.
+            # By key, because two recipes may be the same run once the defaults have changed.
             missing = {key: config for config in configs.values() if (key := key_of(code_base, config)) not in results}
             if not missing:
                 continue
-            say(f"# {code_base}, seed {seed}: {len(missing)} runs")
+            log(f"# {code_base}, seed {seed}: {len(missing)} runs")
             outcomes = list(pool.map(partial(train, code_base, work=work, results=options.results), missing.values()))
             results |= {outcome.key: outcome for outcome in outcomes if outcome is not None}
             ran += len(outcomes)
@@ -143,7 +145,7 @@ def sweep(options: argparse.Namespace, work: Path) -> None:
     if not ran:
         report(results, rounds, recipes)
     if failed:
-        raise SystemExit(f"{failed} runs failed, see above; the same command tries them again")
+        raise SystemExit(f"{failed} runs failed, see above; the same command runs them again")
 
 
 def source_of(code_base: str) -> Path:
@@ -162,23 +164,23 @@ def read(path: Path) -> Results:
 
 
 def held_out_fraction(code_base: str, options: argparse.Namespace) -> float:
-    """That makes about as many tokens to measure on of each code base."""
+    """Return the fraction that gives about the same number of held-out tokens in each code base."""
     draft = plan(str(source_of(code_base)), TrainingConfig(base_model=options.base), Settings(), lambda *_: None)
-    wanted: int = options.held_out_tokens
-    return round(min(0.5, max(0.02, wanted / draft.found.estimated_tokens)), 3)
+    tokens: int = options.held_out_tokens
+    return round(min(0.5, max(0.02, tokens / draft.found.estimated_tokens)), 3)
 
 
 def configure(recipe: str, seed: int, fraction: float, options: argparse.Namespace) -> TrainingConfig:
     given = {"base_model": options.base, "seed": seed, "held_out_fraction": fraction, **RECIPES[recipe]}
     steps, rest = divmod(options.examples, given.get("batch_size", NOW.batch_size))
     if rest or not steps:
-        raise SystemExit(f"--examples {options.examples} is no multiple of the batch size of '{recipe}'")
-    # Measured at the end only: early stopping is off, so what is measured on the way decides nothing.
+        raise SystemExit(f"--examples {options.examples} must be a multiple of the batch size of '{recipe}'")
+    # Evaluate at the end only: early stopping is off, so evaluations during training decide nothing.
     return TrainingConfig.model_validate(NOW.model_dump() | given | {"max_steps": steps, "eval_steps": steps})
 
 
 def train(code_base: str, config: TrainingConfig, *, work: Path, results: Path) -> Outcome | None:
-    """One run in a child; its outcome is in the file when this returns. None: it failed, and why was said."""
+    """Run one training, append its outcome to the file and return it; None, after logging the reason, if it failed."""
     request = plan(str(source_of(code_base)), config, Settings(data_dir=work), lambda *_: None)
     with tempfile.TemporaryDirectory(dir=work, prefix="job-") as directory:
         task = TrainingTask(
@@ -202,7 +204,7 @@ def train(code_base: str, config: TrainingConfig, *, work: Path, results: Path) 
     metrics = next((event.metrics for event in events if isinstance(event, AdapterWritten)), None)
     if metrics is None or done.returncode != 0:
         why = next((event.error.message for event in events if isinstance(event, JobFailed)), done.stderr[-2000:])
-        say(f"# failed with exit code {done.returncode}: {config}\n{why}")
+        log(f"# failed with exit code {done.returncode}: {config}\n{why}")
         return None
     outcome = Outcome.model_validate(
         metrics.model_dump(include=set(Outcome.model_fields))
@@ -219,13 +221,13 @@ def train(code_base: str, config: TrainingConfig, *, work: Path, results: Path) 
         },
     )
     with results.open("a", encoding="utf-8") as stream:
-        stream.write(outcome.model_dump_json() + "\n")  # one write: other threads append as well
+        stream.write(outcome.model_dump_json() + "\n")  # a single write, because other threads append too
     return outcome
 
 
 def report(results: Results, rounds: dict[tuple[str, int], dict[str, TrainingConfig]], recipes: Sequence[str]) -> None:
-    """Differences of held-out loss to the defaults, best first; negative is better. General code: against the base."""
-    found = {
+    """Print differences of held-out loss to the defaults, best first; negative is better. General code: against the base."""
+    outcomes = {
         (*place, recipe): outcome
         for place, configs in rounds.items()
         for recipe in recipes
@@ -234,7 +236,7 @@ def report(results: Results, rounds: dict[tuple[str, int], dict[str, TrainingCon
     code_bases = list(dict.fromkeys(code_base for code_base, _ in rounds))
     print(f"\n{'held-out loss':22} {'base':>8} {DEFAULTS:>9}   runs  general code")
     for code_base in code_bases:
-        if own := [run for (name, _, recipe), run in found.items() if (name, recipe) == (code_base, DEFAULTS)]:
+        if own := [run for (name, _, recipe), run in outcomes.items() if (name, recipe) == (code_base, DEFAULTS)]:
             base, adapter = mean([run.base_loss for run in own]), mean([run.adapter_loss for run in own])
             general = mean([run.general_change for run in own])
             print(f"{code_base:22} {base:8.3f} {adapter:9.3f} {len(own):6} {general:+13.3f}")
@@ -245,32 +247,32 @@ def report(results: Results, rounds: dict[tuple[str, int], dict[str, TrainingCon
         forgotten = []
         lowered = 0
         for code_base, seed in rounds:
-            run, default = found.get((code_base, seed, recipe)), found.get((code_base, seed, DEFAULTS))
-            if run and default and measured_alike(run, default) and recipe != DEFAULTS:
+            run, default = outcomes.get((code_base, seed, recipe)), outcomes.get((code_base, seed, DEFAULTS))
+            if run and default and same_held_out_set(run, default) and recipe != DEFAULTS:
                 differences[code_base].append(run.adapter_loss - default.adapter_loss)
                 forgotten.append(run.general_change)
                 lowered += run.rates_lowered
-        if every := [value for values in differences.values() for value in values]:
-            error = f"{statistics.stdev(every) / len(every) ** 0.5:8.4f}" if len(every) > 1 else f"{'':8}"
+        if all_runs := [value for values in differences.values() for value in values]:
+            error = f"{statistics.stdev(all_runs) / len(all_runs) ** 0.5:8.4f}" if len(all_runs) > 1 else f"{'':8}"
             means = " ".join(f"{mean(values):+20.4f}" if values else f"{'':20}" for values in differences.values())
-            note = f"   lowered its rate {lowered} times" if lowered else ""
-            row = f"{recipe:22} {mean(every):+8.4f} {error} {len(every):6} {means} {mean(forgotten):+8.3f}{note}"
-            rows.append((mean(every), row))
+            note = f"   {lowered} rollbacks" if lowered else ""
+            row = f"{recipe:22} {mean(all_runs):+8.4f} {error} {len(all_runs):6} {means} {mean(forgotten):+8.3f}{note}"
+            rows.append((mean(all_runs), row))
     columns = " ".join(f"{code_base:>20}" for code_base in code_bases)
     print(f"\n{'against the defaults':22} {'mean':>8} {'s.e.':>8} {'pairs':>6} {columns}  general code")
     print("\n".join(row for _, row in sorted(rows)), flush=True)
 
 
-def measured_alike(one: Outcome, other: Outcome) -> bool:
-    """On the same held-out text: the base says the same of it. What is trained on may be told in another way."""
-    return abs(one.base_loss - other.base_loss) < 1e-5
+def same_held_out_set(run: Outcome, other: Outcome) -> bool:
+    """Compare the base's loss, since the training examples of the two runs may be formatted differently."""
+    return abs(run.base_loss - other.base_loss) < 1e-5
 
 
 def mean(values: Sequence[float]) -> float:
     return statistics.fmean(values)
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 

@@ -1,6 +1,6 @@
-"""Our server against a bare mcp server, alternating in one run: start to first reply, idle memory, a call that reads.
+"""Compare our server with a bare mcp server, alternating: time to the first reply, idle memory, and a call that reads.
 
-The bars: within 150 ms and 10 MB of the bare server; a status call with p50 < 5 ms. Exit code 1 when one is missed.
+The targets: within 150 ms and 10 MB of the bare server; a status call with p50 < 5 ms. The exit code is 1 if one is missed.
 
     python benchmarks/server_start.py [--repeats 7]
 """
@@ -37,13 +37,13 @@ CALLS = 200
 
 
 @dataclass
-class PairedScore:
+class Measurements:
     start_s: list[float]
     idle_mb: list[float]
     call_ms: list[float]
 
 
-async def measure(server: StdioServerParameters, tool: str, into: PairedScore) -> None:
+async def measure(server: StdioServerParameters, tool: str, into: Measurements) -> None:
     began = time.perf_counter()
     async with Client(server, mode="legacy") as client:
         into.start_s.append(time.perf_counter() - began)  # the handshake was answered
@@ -64,7 +64,7 @@ def newest_child() -> int:
         text=True,
         check=True,
     )
-    # ps itself is a child too, and the newest; it is gone by now.
+    # ps itself is the newest child, but it has ended by now.
     return max(int(pid) for pid in output.stdout.split() if Path(f"/proc/{pid}").exists() or sys.platform == "darwin")
 
 
@@ -83,9 +83,9 @@ async def main(repeats: int) -> int:
                 "get_training_status",
             ),
         }
-        for server, tool in servers.values():  # once uncounted: byte code and disk caches
-            await measure(server, tool, PairedScore([], [], []))
-        results = {name: PairedScore([], [], []) for name in servers}
+        for server, tool in servers.values():  # one warm-up each: byte code and disk caches
+            await measure(server, tool, Measurements([], [], []))
+        results = {name: Measurements([], [], []) for name in servers}
         for _ in range(repeats):
             for name, (server, tool) in servers.items():
                 await measure(server, tool, results[name])
@@ -100,7 +100,8 @@ async def main(repeats: int) -> int:
     extra_mb = median(ours.idle_mb) - median(bare.idle_mb)
     call_ms = median(ours.call_ms)
     print(
-        f"\npeft-mcp - bare: {extra_ms:+.0f} ms (bar 150), {extra_mb:+.1f} MB (bar 10); status call {call_ms:.2f} ms (bar 5)",
+        f"\npeft-mcp - bare: {extra_ms:+.0f} ms (target 150), {extra_mb:+.1f} MB (target 10); "
+        f"status call {call_ms:.2f} ms (target 5)",
     )
     return int(extra_ms > 150 or extra_mb > 10 or call_ms > 5)
 

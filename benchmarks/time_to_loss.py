@@ -1,15 +1,15 @@
-"""How soon our defaults reach the held-out loss that `transformers.Trainer` with PEFT ends with, and an epoch's whole time.
+"""Measure when our defaults reach the held-out loss that `transformers.Trainer` + PEFT ends with, and a whole epoch's time.
 
 Trainer's settings: batch 8, rate 2e-4, linear, no warm-up, plain LoRA, one epoch of 1000 examples.
 
-1. The loss to reach: our training child with Trainer's settings. Its loss and gradients are those of plain PEFT (a test
-   holds them to it); the order of the examples is not Trainer's. `--really` trains with Trainer itself as well, and moves
-   the loss to reach by the difference between the two on the whole held-out set.
-2. Trainer's time: the epoch's tokens over its tokens a second, measured here over some steps before and after our runs.
-   That is an extrapolation, and leaves its start and imports out. With `--really` it is measured.
-3. Our time: from the start of the process (imports, preparing the data, converting the base, measuring the base included)
-   until a measurement of the held-out loss is at or below the loss to reach. It is measured more often than by default,
-   which takes time too. All held-out losses here are those of the same sample, which is measured during training.
+1. The loss to reach: our training worker with Trainer's settings. Its loss and gradients equal those of plain PEFT (there
+   is a test for this); the order of the examples differs from Trainer's. `--really` also trains with Trainer itself, and
+   shifts the loss to reach by the difference between the two on the whole held-out set.
+2. Trainer's time: the epoch's tokens divided by its tokens per second, measured over some steps before and after our runs.
+   This extrapolation excludes its start and imports. With `--really` the time is measured.
+3. Our time: from the start of the process (including imports, data preparation, conversion and evaluation of the base)
+   until the held-out loss is at or below the loss to reach. It is evaluated more often than by default, which costs time
+   too. All held-out losses here are those of the same sample, which is evaluated during training.
 
     python benchmarks/time_to_loss.py [--threads 2] [--steps 6] [--eval-steps 25] [--epochs 1] [--really]
 """
@@ -20,25 +20,27 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from contenders import PEER_BATCH, PEER_RATE, Seen, metrics, pin, run_peer, spread_of, train, workplace
+from contenders import PEER_BATCH, PEER_RATE, TimedEvent, metrics, pin, run_peer, spread_of, train, workplace
 
 from peft_core.schemas.events import HeldOutMeasured
 from peft_core.schemas.training import TrainingConfig
 
 HELD_OUT_FRACTION = 0.13  # leaves 1000 examples to train on
-BAR_RATIO, BAR_MINUTES = 8.0, 20.0
+TARGET_RATIO, TARGET_MINUTES = 8.0, 20.0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=6, help="of Trainer, measured twice")
-    parser.add_argument("--eval-steps", type=int, default=25, help="ours, between measurements of the held-out loss")
-    parser.add_argument("--epochs", type=float, default=1.0, help="ours; less than 1 only shows that it works")
+    parser.add_argument("--steps", type=int, default=6, help="steps of Trainer, measured twice")
+    parser.add_argument("--eval-steps", type=int, default=25, help="our steps between two evaluations")
+    parser.add_argument(
+        "--epochs", type=float, default=1.0, help="our epochs; less than 1 only shows that the script works"
+    )
     parser.add_argument("--really", action="store_true", help="train the whole epoch with Trainer (takes an hour)")
     options = parser.parse_args()
     if options.really and options.epochs != 1:
-        parser.error("--really compares whole epochs: leave --epochs out")
+        parser.error("--really compares whole epochs: omit --epochs")
     pin(options.threads)
 
     defaults = TrainingConfig(
@@ -54,15 +56,15 @@ def main() -> int:
             "lora_plus_ratio": 1.0,
             "warmup_ratio": 0.0,
             "eval_steps": 1_000_000,
-            "early_stopping_patience": 100,  # never reached; with it, the sample is measured at the end too
+            "early_stopping_patience": 100,  # never reached; it makes the run evaluate the sample at the end too
         },
     )
     with workplace(HELD_OUT_FRACTION) as place:
         tokens = round(options.epochs * sum(place.lengths))
-        some = [run_peer("Trainer", place, steps=options.steps, seed=0)]
+        partial_runs = [run_peer("Trainer", place, steps=options.steps, seed=0)]
         ours = train(defaults, place)
         same_settings = train(as_trainer, place)
-        some.append(run_peer("Trainer", place, steps=options.steps, seed=1))
+        partial_runs.append(run_peer("Trainer", place, steps=options.steps, seed=1))
         real = run_peer("Trainer", place, steps=None) if options.really else None
 
     # 1. The loss to reach.
@@ -75,8 +77,8 @@ def main() -> int:
     print()
 
     # 2. Trainer's time.
-    speeds = [f["tokens"] / f["wall_s"] for f in some]
-    trainer_s = tokens * sum(f["wall_s"] for f in some) / sum(f["tokens"] for f in some)
+    speeds = [f["tokens"] / f["wall_s"] for f in partial_runs]
+    trainer_s = tokens * sum(f["wall_s"] for f in partial_runs) / sum(f["tokens"] for f in partial_runs)
     how = f"extrapolated: {tokens} tokens at {spread_of(speeds, '.1f')} tokens/s"
     if real is not None:
         trainer_s, how = real["wall_s"] * tokens / real["tokens"], f"measured; {how} gives {trainer_s:.0f} s"
@@ -88,17 +90,17 @@ def main() -> int:
     whole_s = ours[-1].at_s
     ratio = trainer_s / reached_s if reached_s is not None else 0.0
     reached = "never" if reached_s is None else f"after {reached_s:.0f} s"
-    print(f"\nloss {goal:.3f} reached: {reached}; Trainer's time over ours {ratio:.1f} (bar {BAR_RATIO:g})")
+    print(f"\nloss {goal:.3f} reached: {reached}; Trainer's time over ours {ratio:.1f} (target {TARGET_RATIO:g})")
     print(
         f"one run of {options.epochs:g} epoch(s): {whole_s / 60:.1f} minutes with {options.threads} thread(s)",
         end="",
     )
-    print(f" (bar {BAR_MINUTES:g})")
-    return int(ratio < BAR_RATIO or whole_s > BAR_MINUTES * 60)
+    print(f" (target {TARGET_MINUTES:g})")
+    return int(ratio < TARGET_RATIO or whole_s > TARGET_MINUTES * 60)
 
 
-def sample_losses(seen: Sequence[Seen]) -> list[tuple[float, float]]:
-    """(seconds since the process was started, loss) of the held-out sample."""
+def sample_losses(seen: Sequence[TimedEvent]) -> list[tuple[float, float]]:
+    """Return (seconds since the process was started, loss) for each evaluation of the held-out sample."""
     return [(s.at_s, s.event.loss) for s in seen if isinstance(s.event, HeldOutMeasured) and not s.event.whole_set]
 
 

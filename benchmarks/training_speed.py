@@ -1,15 +1,15 @@
-"""Our training against `transformers.Trainer` with PEFT and against TRL: real tokens a CPU-second, and peak memory.
+"""Compare our training with `transformers.Trainer` + PEFT and with TRL: real tokens per CPU-second, and peak memory.
 
-Same base, same examples, same LoRA (rank 16 on all linear layers). Ours is the product's own child process, planned as the
-manager plans a job, with default settings (batch 4). Peers take batches of 8: some that stand for an epoch's, short and
-long, as a sampler that groups by length begins with the longest. All are pinned to `--threads` cores and alternate, so
-that what else runs on the machine disturbs all; ratios are those within a round. CPU-seconds are of the optimiser steps,
-the first one left out. Only tokens that are no padding count. Peak memory is that of the process's whole life: for ours
-that includes converting the base, for it is a user's first job.
+All use the same base, examples and LoRA (rank 16 on all linear layers). Ours is the product's own worker process, planned
+as the manager plans a job, with default settings (batch 4). Peers use batches of 8, chosen to represent short and long
+batches of an epoch. All are pinned to `--threads` cores and alternate, so that other work on the machine disturbs all of
+them; ratios are taken within a round. CPU-seconds are those of the optimiser steps without the first. Padding tokens do not
+count. Peak memory is that of the process since it started; for ours this includes converting the base, as in a user's
+first job.
 
-"GEMM" multiplies the base's matrices with 512 tokens, forward and for the gradient of the input, and nothing else: what a
-training that never left its matrix products would reach. "lean" is ours at the smallest `max_memory_mb` that the planner
-accepts. The TRL rows need `make peers`.
+"GEMM" only multiplies the base's matrices with 512 tokens, forward and for the gradient of the input: the speed of a
+training without any other work. "lean" is ours with the smallest `max_memory_mb` that the planner accepts. The TRL rows
+need `make peers`.
 
     python benchmarks/training_speed.py [--steps 6] [--repeats 3] [--threads 1] [--only peft-mcp Trainer …]
 """
@@ -42,34 +42,34 @@ from peft_core.planning.cost_model import lora_parameters
 from peft_core.schemas.training import TrainingConfig
 
 OURS, LEAN = "peft-mcp", "peft-mcp, lean"
-SPEED_BARS = {"Trainer": 3.0, "Trainer, group_by_length": 1.4, "TRL": 4.0, "TRL, packing": 2.0}
-MEMORY_BARS = {OURS: 1.4, LEAN: 0.9}  # GB
-CONFIG = TrainingConfig(device="cpu", held_out_fraction=0.02)  # measuring the held-out loss is not what is timed here
+SPEED_TARGETS = {"Trainer": 3.0, "Trainer, group_by_length": 1.4, "TRL": 4.0, "TRL, packing": 2.0}
+MEMORY_TARGETS = {OURS: 1.4, LEAN: 0.9}  # GB
+CONFIG = TrainingConfig(device="cpu", held_out_fraction=0.02)  # small, because evaluation is not timed here
 
-Results = dict[str, list[Figures]]  # by contender, one for each round
+Results = dict[str, list[Figures]]  # by contender, one entry per round
 
 
 @dataclass(frozen=True)
-class Bar:
+class Target:
     what: str
     values: list[float]
-    bar: float
+    limit: float
     at_least: bool = True
 
     @property
     def met(self) -> bool:
-        return median(self.values) >= self.bar if self.at_least else max(self.values) <= self.bar
+        return median(self.values) >= self.limit if self.at_least else max(self.values) <= self.limit
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6, help=f"measured ones, of {PEER_BATCH} examples")
+    parser.add_argument("--steps", type=int, default=6, help=f"measured steps of {PEER_BATCH} examples each")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=[OURS, LEAN, *PEERS], help="default: all")
     options = parser.parse_args()
     pin(options.threads)
-    names = [name for name in options.only or (OURS, LEAN, *PEERS) if there(name)]
+    names = [name for name in options.only or (OURS, LEAN, *PEERS) if is_installed(name)]
     with workplace(CONFIG.held_out_fraction) as place:
         contenders = {name: contender(name, place, options.steps) for name in names}
         results: Results = {name: [] for name in names}
@@ -82,17 +82,17 @@ def main() -> int:
     return report(results, flops)
 
 
-def there(name: str) -> bool:
+def is_installed(name: str) -> bool:
     if name.startswith("TRL") and not TRL_PYTHON.exists():
-        print(f"# {name}: left out, TRL is not installed ({TRL_PYTHON} is missing); `make peers` installs it")
+        print(f"# {name}: skipped, TRL is not installed ({TRL_PYTHON} is missing); `make peers` installs it")
         return False
     return True
 
 
 def contender(name: str, place: Workplace, steps: int) -> Callable[[int], Figures]:
-    """What runs it once, given the number of the round."""
+    """Return a function that runs the contender once, given the number of the round."""
     if name not in (OURS, LEAN):
-        return lambda number: run_peer(name, place, steps=steps, seed=number)  # so padding differs from round to round
+        return lambda number: run_peer(name, place, steps=steps, seed=number)  # padding differs from round to round
     all_steps = -(-(1 + steps) * PEER_BATCH // CONFIG.batch_size)  # as many examples
     config = CONFIG.model_copy(update={"max_steps": all_steps, "eval_steps": all_steps})
     if name == LEAN:
@@ -108,11 +108,11 @@ def ours(config: TrainingConfig, place: Workplace) -> Figures:
 
 
 def flops_per_token(place: Workplace) -> float:
-    """Useful ones of a training step, whatever an implementation computes twice.
+    """Return the useful flops of a training step per token; recomputation does not count.
 
     Frozen weights: 2 forward, 2 for the gradient of the input. LoRA weights: 2 more for their own gradient. Attention: a
-    token at position t has t keys, hence half its document's length on average: 4 flops a key and unit of the hidden size
-    forward (query x key, weight x value), and twice that backward.
+    token at position t attends to t keys, on average half its document's length: 4 flops per key and hidden unit forward
+    (query x key, weight x value), and twice that backward.
     """
     shape = place.base.shape
     frozen = sum(count * inputs * outputs for count, inputs, outputs in linears(shape))
@@ -121,7 +121,7 @@ def flops_per_token(place: Workplace) -> float:
 
 
 def report(results: Results, flops: float) -> int:
-    """Print it; 1 when a bar is missed."""
+    """Print the tables; return 1 if a target is missed."""
     rates = {name: [rate(f) for f in runs] for name, runs in results.items() if name != "GEMM"}
     print(f"| {'':24} | {'tokens / CPU-s':>18} | {'peak memory':>11} |\n|{'-' * 26}|{'-' * 20}|{'-' * 13}|")
     for name, values in rates.items():
@@ -129,34 +129,36 @@ def report(results: Results, flops: float) -> int:
     for dtype in ("float32", "bfloat16") if "GEMM" in results else ():
         gigaflops = [f[f"{dtype}_flops"] / 1e9 for f in results["GEMM"]]
         print(
-            f"| {'GEMM, ' + dtype:24} | {spread_of(gigaflops, '.0f'):>18} GFLOP / CPU-s; {flops / 1e9:.3f} GFLOP a token",
+            f"| {'GEMM, ' + dtype:24} | {spread_of(gigaflops, '.0f'):>18} GFLOP / CPU-s; {flops / 1e9:.3f} GFLOP per token",
         )
     print()
-    bars = list(judged(results, rates, flops))
-    for bar in bars:
-        sign, word = ("≥" if bar.at_least else "≤"), ("met" if bar.met else "MISSED")
-        print(f"| {bar.what:44} | {spread_of(bar.values, '.2f'):>18} | {sign} {bar.bar:<4} | {word} |")
-    return int(not all(bar.met for bar in bars))
+    targets = list(targets_of(results, rates, flops))
+    for target in targets:
+        sign, word = ("≥" if target.at_least else "≤"), ("met" if target.met else "MISSED")
+        print(f"| {target.what:44} | {spread_of(target.values, '.2f'):>18} | {sign} {target.limit:<4} | {word} |")
+    return int(not all(target.met for target in targets))
 
 
 def rate(figures: Figures) -> float:
-    """Tokens a CPU-second."""
+    """Return tokens per CPU-second."""
     return figures["tokens_per_cpu_s"] if "tokens_per_cpu_s" in figures else figures["tokens"] / figures["cpu_s"]
 
 
-def judged(results: Results, rates: dict[str, list[float]], flops: float) -> Iterator[Bar]:
-    """The bars whose contenders took part."""
+def targets_of(results: Results, rates: dict[str, list[float]], flops: float) -> Iterator[Target]:
+    """Yield the targets whose contenders took part."""
     if OURS in rates:
-        for peer, bar in SPEED_BARS.items():
+        for peer, limit in SPEED_TARGETS.items():
             if peer in rates:
-                yield Bar(f"speed: over {peer}", [a / b for a, b in zip(rates[OURS], rates[peer], strict=True)], bar)
+                yield Target(
+                    f"speed: over {peer}", [a / b for a, b in zip(rates[OURS], rates[peer], strict=True)], limit
+                )
         if "GEMM" in results:
-            limits = [f["float32_flops"] for f in results["GEMM"]]
-            shares = [a * flops / limit for a, limit in zip(rates[OURS], limits, strict=True)]
-            yield Bar("speed: share of the float32 GEMM rate", shares, 0.62)
-    for name, bar in MEMORY_BARS.items():
+            gemm_rates = [f["float32_flops"] for f in results["GEMM"]]
+            shares = [a * flops / gemm for a, gemm in zip(rates[OURS], gemm_rates, strict=True)]
+            yield Target("speed: share of the float32 GEMM rate", shares, 0.62)
+    for name, limit in MEMORY_TARGETS.items():
         if name in results:
-            yield Bar(f"peak memory, GB: {name}", [f["peak_gb"] for f in results[name]], bar, at_least=False)
+            yield Target(f"peak memory, GB: {name}", [f["peak_gb"] for f in results[name]], limit, at_least=False)
 
 
 if __name__ == "__main__":

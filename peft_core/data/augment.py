@@ -62,7 +62,12 @@ def require_fim_tokens(mixture: TaskMixture, token_counter: TokenCounter) -> Non
 
 
 def reformat_example(
-    example: Example, mixture: TaskMixture, token_counter: TokenCounter, *, max_length: int, seed: int,
+    example: Example,
+    mixture: TaskMixture,
+    token_counter: TokenCounter,
+    *,
+    max_length: int,
+    seed: int,
 ) -> tuple[Example, ExampleFormat]:
     """The example, told as the lot drawn for it says. The same example and seed are always told in the same way."""
     lot = random.Random(f"retell/{seed}/{example.path}/{example.start_line}/{example.segments[-1].text}")  # noqa: S311 -- not a secret

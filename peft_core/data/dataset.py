@@ -45,7 +45,10 @@ class WriteStats:
 
 
 def write_examples(
-    spool: Path, directory: Path, parts: Split, retold: Callable[[Example], tuple[Example, ExampleFormat]],
+    spool: Path,
+    directory: Path,
+    parts: Split,
+    retold: Callable[[Example], tuple[Example, ExampleFormat]],
 ) -> WriteStats:
     """The spooled examples into their files, those to train on as the mixture tells them."""
     place = dict.fromkeys(parts.train, "train") | dict.fromkeys(parts.held_out, "held_out")

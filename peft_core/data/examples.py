@@ -71,7 +71,12 @@ def examples_from_file(file: File, *, token_counter: TokenCounter, max_length: i
 
 
 def examples_from_record(
-    record: Record, *, token_counter: TokenCounter, max_length: int, redact: Redact, root: str = "",
+    record: Record,
+    *,
+    token_counter: TokenCounter,
+    max_length: int,
+    redact: Redact,
+    root: str = "",
 ) -> FileResult:
     """`root`: what absolute paths of records begin with; it is nobody's business and stays out."""
     result = FileResult()
@@ -93,7 +98,12 @@ def examples_from_record(
     language = language_named(record.language)
     header = path if record.form is RecordFormat.CHUNK else ""
     pieces = chunk_record(
-        lines, path=header, language=language, kind=record.kind, token_counter=token_counter, max_length=max_length,
+        lines,
+        path=header,
+        language=language,
+        kind=record.kind,
+        token_counter=token_counter,
+        max_length=max_length,
     )
     first_line = max(1, record.start_line)
     literal = record.form is RecordFormat.CHUNK  # the text of other records may have been rendered for this very base
@@ -194,7 +204,12 @@ class Chunk:
 
 
 def chunk_file(
-    lines: Sequence[str], *, path: str, language: Language, token_counter: TokenCounter, max_length: int,
+    lines: Sequence[str],
+    *,
+    path: str,
+    language: Language,
+    token_counter: TokenCounter,
+    max_length: int,
 ) -> list[Chunk]:
     """Cut a file into pieces that fit, header and end-of-text counted."""
     header, measure = _measured(lines, path, language, token_counter, max_length)
@@ -202,7 +217,13 @@ def chunk_file(
 
 
 def chunk_record(
-    lines: Sequence[str], *, path: str, language: Language, kind: str, token_counter: TokenCounter, max_length: int,
+    lines: Sequence[str],
+    *,
+    path: str,
+    language: Language,
+    kind: str,
+    token_counter: TokenCounter,
+    max_length: int,
 ) -> list[Chunk]:
     """A text that somebody else has cut already: one piece, unless it is too long."""
     header, measure = _measured(lines, path, language, token_counter, max_length)
@@ -210,7 +231,11 @@ def chunk_record(
 
 
 def _measured(
-    lines: Sequence[str], path: str, language: Language, token_counter: TokenCounter, max_length: int,
+    lines: Sequence[str],
+    path: str,
+    language: Language,
+    token_counter: TokenCounter,
+    max_length: int,
 ) -> tuple[str, TokenBudget]:
     header = path_header(path, language, token_counter, max_length)
     header_cost, *costs = token_counter.count([header, *lines])
@@ -247,7 +272,10 @@ def fit_units(
     ):
         row, rest = part.start, len(body)
         for text, tokens in _halved(
-            body, body_tokens, max(1, measure.max_length - context_tokens - RESERVED), token_counter,
+            body,
+            body_tokens,
+            max(1, measure.max_length - context_tokens - RESERVED),
+            token_counter,
         ):
             end = row + text.count("\n") + (not text.endswith("\n"))
             rest -= len(text)
