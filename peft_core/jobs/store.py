@@ -309,7 +309,7 @@ CREATE TABLE events (
 ) STRICT;
 CREATE INDEX events_by_job ON events (job_id, event_id);
 """
-_OLD_BYTES, _BYTES = (f"'$.request.execution.{name}_bytes'" for name in ("unpacked", "repacked"))
+_REMOVED_KEY = "'$.request.execution.unpacked_bytes'"
 # From each older version to the next one: statements that run in one transaction.
 MIGRATIONS: dict[int, tuple[str, ...]] = {
     1: (
@@ -325,11 +325,11 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
         "CREATE INDEX jobs_by_project ON jobs (project_id, turn)",
         "CREATE INDEX jobs_by_status ON jobs (status, turn)",
     ),
-    # Fields were added, which have defaults, and one was renamed.
+    # Fields were added, which have defaults, and one was removed.
     2: (
         f"""
-        UPDATE jobs SET state = json_remove(json_set(state, {_BYTES}, json_extract(state, {_OLD_BYTES})), {_OLD_BYTES})
-        WHERE CASE WHEN json_valid(state) THEN json_type(state, {_OLD_BYTES}) END IS NOT NULL
+        UPDATE jobs SET state = json_remove(state, {_REMOVED_KEY})
+        WHERE CASE WHEN json_valid(state) THEN json_type(state, {_REMOVED_KEY}) END IS NOT NULL
         """,  # noqa: S608 -- ours
     ),
 }

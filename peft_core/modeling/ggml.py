@@ -59,11 +59,6 @@ def dequantise(blocks: torch.Tensor, kind: str, columns: int, out: torch.Tensor 
     return out
 
 
-def decode(blocks: torch.Tensor, kind: str) -> Decoded:
-    """What the blocks of uint8 [rows, bytes of a row] hold, row after row; of a format that has blocks."""
-    return _DECODERS[kind](_aligned(blocks, 2).reshape(-1, _SIZES[kind][2]))
-
-
 def write(decoded: Decoded, out_BC: torch.Tensor) -> None:
     """Write scale * q + offset."""
     q_BC, scale_BS, offset_BS = decoded

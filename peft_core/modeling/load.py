@@ -21,7 +21,7 @@ from peft_core.base_models.checkpoint_info import unusable
 from peft_core.base_models.huggingface import refuse_adapter
 from peft_core.errors import BaseCheckpointError
 from peft_core.modeling.device import DevicePlan
-from peft_core.modeling.quantised import BYTES_PER_WEIGHT, QuantisedMatrix, StoredWeights, open_stored
+from peft_core.modeling.quantised import QuantisedMatrix, StoredWeights, open_stored
 from peft_core.planning.cost_model import MAPPED
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.task import ComputePlan
@@ -90,17 +90,10 @@ def move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return model
 
 
-def load_frozen(
-    base: Base,
-    directory: Path,
-    *,
-    in_bfloat16: bool = False,
-    repacked_bytes: int = 0,
-) -> PreTrainedModel | None:
+def load_frozen(base: Base, directory: Path, *, in_bfloat16: bool = False) -> PreTrainedModel | None:
     """A base whose matrices are those of its own files, mapped: a GGUF's as they are, quantised.
 
-    `in_bfloat16`: in memory instead, for products in bfloat16. `repacked_bytes`: in memory in a form that is unpacked faster,
-    as many of them as take no more than that.
+    `in_bfloat16`: copied to memory, for products in bfloat16.
 
     `directory` is the base as a Hugging Face directory, for the configuration. None where the model has weights that are
     neither linear layers, embeddings nor vectors, or is of a kind that is not read here: load it as a whole then.
@@ -112,10 +105,7 @@ def load_frozen(
         _log.info("base_not_mapped", reason=error.message)
         return None
     if in_bfloat16:
-        in_memory = {name: matrix.rounded() for name, matrix in stored.matrices.items()}
-    else:
-        in_memory = _repacked(stored, repacked_bytes)
-    stored = stored._replace(matrices=stored.matrices | in_memory)
+        stored = stored._replace(matrices={name: matrix.rounded() for name, matrix in stored.matrices.items()})
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         with no_init_weights():  # memory that nobody writes to is none
@@ -131,27 +121,10 @@ def load_frozen(
         "base_mapped",
         formats=sorted({str(matrix.kind) for matrix in stored.matrices.values()}),
         megabytes=round(sum(matrix.nbytes for matrix in stored.matrices.values()) / 1e6),
-        in_memory=len(in_memory),
-        of_matrices=len(stored.matrices),
+        matrices=len(stored.matrices),
     )
     model.eval()
     return model
-
-
-def _repacked(stored: StoredWeights, room: int) -> dict[str, QuantisedMatrix]:
-    """Copies of as many matrices as `room` bytes hold, of those that are faster so.
-
-    The largest first: a head is unpacked anew for each chunk of the loss, the others twice for a micro-batch.
-    """
-    repacked = {}
-    for name, matrix in sorted(stored.matrices.items(), key=lambda item: -item[1].shape[0] * item[1].shape[1]):
-        if matrix.shape[0] * matrix.shape[1] * BYTES_PER_WEIGHT > room:
-            continue
-        copy = matrix.repacked()
-        if copy is not matrix:
-            repacked[name] = copy
-            room -= copy.nbytes
-    return repacked
 
 
 def _put_in(model: PreTrainedModel, stored: StoredWeights) -> bool:
@@ -250,12 +223,12 @@ def load_planned(
     Raises:
         BaseModelError: as `load_base`.
     """
-    whole = way.model_copy(update={"weights": str(plan.weights).removeprefix("torch."), "repacked_bytes": 0})
+    whole = way.model_copy(update={"weights": str(plan.weights).removeprefix("torch.")})
     if plan.device != "cpu":
         way = whole
     if way.weights == "float32" or (plan.device != "cpu" and base.model_type not in MAPPED):
         return load_base(directory, plan.weights), whole
-    frozen = load_frozen(base, directory, in_bfloat16=way.weights == "bfloat16", repacked_bytes=way.repacked_bytes)
+    frozen = load_frozen(base, directory, in_bfloat16=way.weights == "bfloat16")
     if frozen is not None:
         return frozen, way
     _log.warning("base_loaded_whole", planned=way.weights, model_type=base.model_type)

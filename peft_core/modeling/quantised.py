@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 from peft_core.base_models.checkpoint_info import Checkpoint, TensorInfo, join_some, unusable
 from peft_core.base_models.gguf_model import hugging_face_name, permuted_heads
 from peft_core.errors import HeaderError
-from peft_core.modeling.ggml import AT_A_TIME, PLAIN, SUPPORTED, Decoded, decode, dequantise, write
+from peft_core.modeling.ggml import SUPPORTED, dequantise
 from peft_core.modeling.memory import madvise_pageout
 
 # Weights of a large matrix: 4 MB in float32, which stay in a cache, and in memory that the allocator has already.
@@ -34,8 +34,8 @@ class QuantisedMatrix:
     blocks: torch.Tensor
     """uint8 [O, bytes of a row]; bfloat16 [O, I] of a matrix that was moved to a device to be computed with so."""
 
-    kind: str | PackedLayout
-    """ggml's name of the format, one of `ggml.SUPPORTED`; or the form in which it was repacked."""
+    kind: str
+    """ggml's name of the format, one of `ggml.SUPPORTED`."""
 
     columns: int
 
@@ -129,14 +129,6 @@ class QuantisedMatrix:
         self.madvise_pageout()
         return copy
 
-    def repacked(self) -> QuantisedMatrix:
-        """A copy in memory that is unpacked several times faster, to the same weights. Itself where nothing is faster."""
-        if not isinstance(self.kind, str) or self.kind in PLAIN:
-            return self
-        copy = QuantisedMatrix(*repack(self._in_order(), self.kind), self.columns)
-        self.madvise_pageout()
-        return copy
-
     def on(self, device: torch.device) -> QuantisedMatrix:
         """A copy on another device. What is bfloat16 is no bytes there: not every device looks at memory as another type."""
         blocks = self.bfloat16 if self.in_bfloat16 else self.blocks
@@ -175,8 +167,6 @@ class QuantisedMatrix:
         """Some of the rows in float32."""
         if self.in_bfloat16:
             return blocks.view(torch.bfloat16).float()
-        if isinstance(self.kind, PackedLayout):
-            return unpack(blocks, self.kind, self.columns, out)
         return dequantise(blocks, self.kind, self.columns, out)
 
 
@@ -277,49 +267,3 @@ def _vector(raw: torch.Tensor, tensor: TensorInfo, heads: int | None) -> torch.T
 
 def _from_float64(raw: torch.Tensor) -> torch.Tensor:
     return raw.clone().view(torch.float64).float()
-
-
-# FOLDED FROM peft_core.modeling.quantised: Quantised weights in memory: a byte each, and float32 factors. The same to
-# the last bit, and unpacked five times faster.
-#
-# ggml packs for size, and for kernels that take its blocks apart as they multiply; in torch's passes that costs 2 to 3 ns a
-# weight, a tenth of the time of a training. Here every q lies ready as int8, and three passes are left: convert, multiply, add.
-#
-# A row is I bytes of q, its scales, and its offsets where the format has any.
-#
-# O rows, I columns, S parts of a row that have factors of their own, X bytes of a row
-#
-
-BYTES_PER_WEIGHT = 1.25  # at most: two factors for 32 weights, or one for 16
-
-
-class PackedLayout(NamedTuple):
-    """How rows are made."""
-
-    parts: int  # S
-    offsets: bool
-
-
-def repack(blocks: torch.Tensor, kind: str) -> tuple[torch.Tensor, PackedLayout]:
-    """uint8 [O, X] of rows in ggml's format `kind`, which has blocks."""
-    rows = len(blocks)
-    q_BC, *factors = (None if tensor is None else tensor.reshape(rows, -1) for tensor in decode(blocks, kind))
-    joined = [tensor.contiguous().view(torch.uint8) for tensor in (q_BC, *factors) if tensor is not None]
-    scale_OS, offset_OS = factors
-    assert scale_OS is not None  # noqa: S101 -- every format has one
-    return torch.cat(joined, dim=1), PackedLayout(scale_OS.shape[1], offsets=offset_OS is not None)
-
-
-def unpack(rows_OX: torch.Tensor, form: PackedLayout, columns: int, out: torch.Tensor | None = None) -> torch.Tensor:
-    """float32 [O, I], in `out` or new memory."""
-    out = torch.empty(len(rows_OX), columns, device=rows_OX.device) if out is None else out
-    step = max(1, AT_A_TIME // columns) if rows_OX.is_cpu else max(1, len(rows_OX))
-    for some_OX, target_OI in zip(rows_OX.split(step), out.split(step), strict=True):
-        write(_decoded(some_OX, form, columns), target_OI)
-    return out
-
-
-def _decoded(rows_OX: torch.Tensor, form: PackedLayout, columns: int) -> Decoded:
-    border = columns + 4 * form.parts
-    offset_OS = rows_OX[:, border:].view(torch.float32) if form.offsets else None
-    return Decoded(rows_OX[:, :columns].view(torch.int8), rows_OX[:, columns:border].view(torch.float32), offset_OS)

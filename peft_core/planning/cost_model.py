@@ -171,7 +171,7 @@ def memory_bytes(config: TrainingConfig, base: Base, device: str, execution: Com
         "bfloat16": 2 * shape.parameters
         + (0 if device == "mps" else lora_concat_bytes(config.rank, shape))
         + (KERNELS_BYTES if device == "cpu" else 0),
-        "file": base.size_bytes + UNPACKED_BYTES + min(execution.repacked_bytes, repacked_bytes(base)),
+        "file": base.size_bytes + UNPACKED_BYTES,
     }["bfloat16" if narrow else execution.weights]
     if device == "cpu" and base.model_type not in MAPPED and base.size_bytes < 3 * shape.parameters:
         weights += base.size_bytes  # its file, of 16 bits a weight, is mapped while it becomes float32
@@ -226,12 +226,6 @@ def lora_concat_bytes(rank: int, shape: ModelShape) -> int:
     attention = 3 * (shape.query_size + 2 * shape.kv_size) + shape.hidden_size
     mlp = 2 * 2 * shape.intermediate_size + shape.hidden_size
     return 2 * shape.layers * rank * (attention + mlp)
-
-
-def repacked_bytes(base: Base) -> int:
-    """Of all weights in the form that is unpacked fast (`compute/repacked.py`); 0 where they are not quantised."""
-    quantised = base.size_bytes < 1.9 * base.shape.parameters
-    return round(1.25 * base.shape.parameters) if quantised else 0
 
 
 def uses_bf16_blocks(config: TrainingConfig, base: Base, execution: ComputePlan) -> bool:

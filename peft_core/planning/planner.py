@@ -27,7 +27,6 @@ from peft_core.planning.cost_model import (
     estimate,
     lora_parameters,
     memory_bytes,
-    repacked_bytes,
     tokens_per_second,
     uses_bf16_blocks,
 )
@@ -207,10 +206,8 @@ def _choose_execution(
         return ways[0], ""  # what the device has is not known here
     limit_mb, field = min(given) if given else (_mb(available_memory_bytes()), "the memory available now")
     for way, need in zip(ways, needs, strict=True):
-        room = (limit_mb << 20) - need
-        if room >= 0:
-            chosen = _filled_up(way, room - need // 10, base)  # estimates are not that exact
-            return chosen, "" if way == ways[0] else f"; {_described(chosen)}, to keep within {field} = {limit_mb} MB"
+        if need <= limit_mb << 20:
+            return way, "" if way == ways[0] else f"; {_described(way)}, to keep within {field} = {limit_mb} MB"
     lean = min(needs)
     if not given:  # it may be otherwise when the job's turn comes
         way = ways[needs.index(lean)]
@@ -251,16 +248,8 @@ def require_memory(needed: int, base: Base, device: str, settings: Settings) -> 
         )
 
 
-def _filled_up(way: ComputePlan, room: int, base: Base) -> ComputePlan:
-    """With as many weights in memory as there is room for: unpacking them from their file costs more time."""
-    if way.weights != "file" or room <= 0:
-        return way
-    return way.model_copy(update={"repacked_bytes": min(room, repacked_bytes(base))})
-
-
 def _described(way: ComputePlan) -> str:
-    held = f", {_mb(way.repacked_bytes)} MB of them in memory" if way.repacked_bytes else ""
-    parts = [f"the base's weights stay in their file{held}"] if way.weights == "file" else []
+    parts = ["the base's weights stay in their file"] if way.weights == "file" else []
     parts += ["layers are computed twice"] if way.recompute_layers else []
     return " and ".join(parts)
 

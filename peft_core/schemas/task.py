@@ -20,10 +20,6 @@ class ComputePlan(FrozenModel):
     is unpacked when it is computed with: the same numbers as float32, leaner and slower. Other devices have formats of their
     own."""
 
-    repacked_bytes: int = 0
-    """Of quantised weights that stay in their file, so many bytes at most are in memory all the same, in a form that is
-    unpacked faster: what the limit leaves room for."""
-
     recompute_layers: bool = False
     """Whether what a layer computes is thrown away, and computed again for the gradients: leaner still, a third slower."""
 

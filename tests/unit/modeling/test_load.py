@@ -15,8 +15,7 @@ from torch import nn
 from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
 from peft_core.modeling.load import FrozenEmbedding, FrozenLinear, load_base, load_frozen, move
-from peft_core.modeling.quantised import PackedLayout, QuantisedMatrix
-from tests.model_files import gguf_bytes, write_model
+from peft_core.modeling.quantised import QuantisedMatrix
 from tests.tiny_models import tiny_model, write_tiny_base
 
 
@@ -49,25 +48,6 @@ def test_a_mapped_base_says_what_the_loaded_one_says(tmp_path: Path) -> None:
         assert torch.equal(mapped(ids_1T).logits, loaded(ids_1T).logits)
     assert sum(isinstance(module, FrozenLinear) for module in mapped.modules()) == 15  # the tied head too
     assert not any(parameter.requires_grad for parameter in mapped.parameters())
-
-
-@pytest.mark.parametrize("room", [0, 5000, 1 << 20])
-def test_what_is_repacked_says_the_same(tmp_path: Path, room: int) -> None:
-    (tmp_path / "toy.gguf").write_bytes(gguf_bytes(quantised=True))
-    base = resolve(str(tmp_path / "toy.gguf"), Settings())
-    directory = write_model(tmp_path / "same")  # for the configuration
-    mapped = load_frozen(base, directory)
-    repacked = load_frozen(base, directory, repacked_bytes=room)
-    assert mapped is not None
-    assert repacked is not None
-    layers = [m.stored for m in repacked.modules() if isinstance(m, FrozenLinear)]
-    in_memory = {id(stored): stored.nbytes for stored in layers if isinstance(stored.kind, PackedLayout)}
-    assert bool(in_memory) == (room > 0)
-    assert (len(in_memory) == len(layers)) == (room == 1 << 20)
-    assert sum(in_memory.values()) <= room
-    ids_1T = torch.arange(3, 12)[None]
-    with torch.inference_mode():
-        assert torch.equal(mapped(ids_1T).logits, repacked(ids_1T).logits)
 
 
 @pytest.mark.parametrize("in_bfloat16", [False, True])
