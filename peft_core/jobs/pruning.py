@@ -1,4 +1,4 @@
-"""Old runs go, by a rule that the user sets (`keep_runs`): their working files, log and history. Adapters never do."""
+"""Deletion of old runs by the setting `keep_runs`: their working files, logs and events. Adapters are never deleted."""
 
 from __future__ import annotations
 
@@ -9,32 +9,31 @@ from peft_core.jobs.store import Store
 from peft_core.paths import DataPaths
 from peft_core.system.cleanup import prune_inspections, remove_older
 
-LEFT_BEHIND_S = 86_400.0  # what nobody knows of and nobody touched for so long was left by a process that was killed
+LEFT_BEHIND_S = 86_400.0  # unknown files that were not touched for so long were left by a process that was killed
 
 
 def prune(store: Store, registry: Registry, paths: DataPaths, *, keep: int) -> None:
-    """Remove all but the newest `keep` runs that have ended. Only for a holder of the work lock.
+    """Delete all but the newest `keep` runs that have ended. Only the holder of the runner's lock may call it.
 
-    Of a run whose adapter is still there the record stays, for it knows where the base lies; it goes with its adapter. Killed
-    at any point, the next time finishes it.
+    While a run's adapter exists its record is kept, because it says where the base model is; it is deleted with the
+    adapter. If the process is killed half-way, the next call finishes.
     """
     for job in store.ended_beyond(keep):
         files = paths.job(job.job_id).root
         if registry.published(job.project_id, job.job_id) is None:
-            if store.delete_ended(job.job_id):  # unless it was resumed a moment ago
+            if store.delete_ended(job.job_id):  # False: it was resumed a moment ago
                 shutil.rmtree(files, ignore_errors=True)
-        elif job.has_history:
+        elif job.has_events:
             shutil.rmtree(files, ignore_errors=True)
-            store.forget_events(job.job_id)
+            store.delete_events(job.job_id)
     known = store.job_ids()
-    # Of jobs that were never queued or are forgotten, and the drafts of moves that were never made.
-    jobs = (path for path in paths.root.glob("jobs/*") if path.name not in known)
-    drafts = paths.root.glob(".peft.db.*")
-    moves = (
+    unknown_jobs = (path for path in paths.root.glob("jobs/*") if path.name not in known)
+    draft_databases = paths.root.glob(".peft.db.*")
+    unfinished_moves = (
         path
-        for place in paths.projects.glob("*/lora")
+        for directory in paths.projects.glob("*/lora")
         for name in (".current.*", ".deleted.*")
-        for path in place.glob(name)
+        for path in directory.glob(name)
     )
-    remove_older((*jobs, *drafts, *moves), LEFT_BEHIND_S)
+    remove_older((*unknown_jobs, *draft_databases, *unfinished_moves), LEFT_BEHIND_S)
     prune_inspections(paths)

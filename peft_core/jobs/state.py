@@ -1,4 +1,4 @@
-"""One training run and how facts change it. Pure: no clock, no disk."""
+"""The state machine of a job: `apply(job, event)` returns the next state. Pure: no clock, no disk."""
 
 from __future__ import annotations
 
@@ -29,19 +29,17 @@ from peft_core.schemas.task import JobRequest
 
 
 class Job(FrozenModel):
-    """State of one training run. Times are seconds since the epoch, UTC."""
+    """State of one training or evaluation. Times are seconds since the epoch."""
 
     job_id: str
     project_id: str
     request: JobRequest
     created_at: float
     updated_at: float
-    started_at: float | None = None
-    finished_at: float | None = None
     status: Status = Status.QUEUED
     phase: Phase | None = None
     detail: str = ""
-    note: str = ""  # what stays worth knowing when the job has ended
+    note: str = ""  # shown after the job has ended, too
     device: str | None = None
     step: int = 0
     total_steps: int | None = None
@@ -53,12 +51,14 @@ class Job(FrozenModel):
     checkpoint_step: int | None = None
     dataset: DatasetSummary | None = None
     metrics: Metrics | None = None
-    evaluation: Evaluation | None = None  # in figures; the texts are in the event
+    evaluation: Evaluation | None = None  # without the generated texts, which are in the event
     adapter_path: str | None = None
     error: ErrorInfo | None = None
 
 
 class IllegalTransition(Exception):
+    """An event cannot follow the job's state."""
+
     def __init__(self, job: Job, event: Event) -> None:
         super().__init__(
             f"{event.kind} cannot happen to a job that is {job.status} (phase {job.phase}, step {job.step})",
@@ -70,7 +70,7 @@ RESUMABLE = (Status.INTERRUPTED, Status.FAILED, Status.CANCELLED)
 
 
 def apply(job: Job, event: Event, at: float) -> Job:
-    """The job after `event`.
+    """Return the job after `event`, which happened at the time `at`.
 
     Raises:
         IllegalTransition: the event cannot follow the job's state.
@@ -79,10 +79,8 @@ def apply(job: Job, event: Event, at: float) -> Job:
     if change is None:
         raise IllegalTransition(job, event)
     status = change.get("status", job.status)
-    if status is Status.IN_PROGRESS and job.status is not Status.IN_PROGRESS:
-        change["started_at"] = at
     if isinstance(status, Status) and status.is_final:
-        change |= {"finished_at": at, "eta_s": None}
+        change["eta_s"] = None
     return job.model_copy(update={**change, "updated_at": at})
 
 
@@ -95,23 +93,17 @@ def _change(job: Job, event: Event) -> dict[str, object] | None:
         case ((Status.QUEUED | Status.IN_PROGRESS), JobFailed(error=error)):
             return {"status": Status.FAILED, "error": error}
         case status, JobResumed() if status in RESUMABLE:
-            return {
-                "status": Status.QUEUED,
-                "phase": None,
-                "detail": "",
-                "error": None,
-                "finished_at": None,
-                "step": job.checkpoint_step or 0,
-            }
+            step = job.checkpoint_step or 0
+            return {"status": Status.QUEUED, "phase": None, "detail": "", "error": None, "step": step}
         case Status.IN_PROGRESS, _:
             return _progress(job, event)
         case _:
             return None
 
 
-def _progress(job: Job, event: Event) -> dict[str, object] | None:  # noqa: PLR0911, PLR0912, C901 -- one line an event
+def _progress(job: Job, event: Event) -> dict[str, object] | None:  # noqa: PLR0911, PLR0912, C901 -- one case per event
     match event:
-        case PhaseStarted(phase=phase, detail=detail) if _not_before(phase, job.phase):
+        case PhaseStarted(phase=phase, detail=detail) if not _precedes(phase, job.phase):
             return {"phase": phase, "detail": detail}
         case DatasetPrepared(dataset=dataset):
             return {"dataset": dataset}
@@ -134,15 +126,14 @@ def _progress(job: Job, event: Event) -> dict[str, object] | None:  # noqa: PLR0
         case CheckpointSaved(step=step) if step <= job.step:
             return {"checkpoint_step": step}
         case StoppedEarly():
-            text = f"stopped early at step {event.step}, the state of step {event.best_step} is kept"
-            return {"note": _noted(job.note, text)}
+            text = f"stopped early at step {event.step}: the adapter is that of step {event.best_step}"
+            return {"note": _add_note(job.note, text)}
         case RateLowered(step=step, back_to_step=back) if back <= job.step:
-            text = (
-                f"at step {step} {event.reason}: back to step {back} with 1/{1 / event.factor:g} of the learning rate"
-            )
-            return {"step": back, "note": _noted(job.note, text)}
+            rate = f"1/{1 / event.factor:g} of the learning rate"
+            text = f"at step {step} {event.reason}: rolled back to step {back}, continued with {rate}"
+            return {"step": back, "note": _add_note(job.note, text)}
         case MemorySaved(step=step):
-            return {"note": _noted(job.note, f"memory ran out at step {step}: {event.way} from there on")}
+            return {"note": _add_note(job.note, f"memory ran out at step {step}: {event.way} from there on")}
         case JobCompleted(adapter_path=path, metrics=metrics):
             held_out = metrics.adapter_loss if metrics.adapter_loss is not None else job.held_out_loss
             return {
@@ -156,25 +147,25 @@ def _progress(job: Job, event: Event) -> dict[str, object] | None:  # noqa: PLR0
             error = ErrorInfo(
                 code="interrupted",
                 message=reason,
-                suggestions=("Resume it: what was trained up to the last checkpoint is kept.",),
+                suggestions=("Resume it: training continues from the last checkpoint.",),
             )
             return {"status": Status.INTERRUPTED, "error": error}
         case _:
             return None
 
 
-def _noted(note: str, text: str) -> str:
-    """Both; once only, as a resumed run may meet the same again."""
+def _add_note(note: str, text: str) -> str:
+    """Append `text`, but only once: a resumed run may repeat the steps in which it happened."""
     if text in note:
         return note
     return f"{note}; {text}" if note else text
 
 
-def _not_before(phase: Phase, current: Phase | None) -> bool:
-    return current is None or PHASES.index(phase) >= PHASES.index(current)
+def _precedes(phase: Phase, current: Phase | None) -> bool:
+    return current is not None and PHASES.index(phase) < PHASES.index(current)
 
 
-# Where each phase begins on the way to 100 %, for a run whose training takes most of the time.
+# Percentage at which each phase begins, for a run that spends most of its time training.
 _PHASE_BEGINS = {
     Phase.STARTING: 0.0,
     Phase.PREPARING_DATA: 1.0,
@@ -186,13 +177,12 @@ _PHASE_BEGINS = {
     Phase.PUBLISHING: 99.0,
 }
 
-
-# Of a job that evaluates: half of its time for each model.
+# For an evaluation, which spends half of its time on each model.
 _EVALUATION_BEGINS = {**_PHASE_BEGINS, Phase.EVALUATING_BASE: 10.0, Phase.EVALUATING_ADAPTER: 50.0}
 
 
 def progress_percent(job: Job) -> float:
-    """How far the whole job is, 0..100. Falls only where a run that diverged goes back."""
+    """Return the progress of the whole job, 0 to 100. It decreases only when a diverged run is rolled back."""
     if job.status is Status.COMPLETED:
         return 100.0
     if job.phase is None:

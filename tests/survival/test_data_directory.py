@@ -104,7 +104,11 @@ def test_a_read_only_data_directory_is_told(small_disk: Path, source: Path, smal
     Store(life.paths.database, time.time).insert(make_job("waits"))
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     try:
-        for ask in (lambda: life.jobs.by_id("waits"), lambda: life.jobs.cancel("web", None), life.jobs.ensure_runner):
+        for ask in (
+            lambda: life.jobs.status_by_id("waits"),
+            lambda: life.jobs.cancel("web", None),
+            life.jobs.ensure_runner,
+        ):
             with pytest.raises(StorageError, match="cannot be used"):
                 ask()
     finally:
@@ -119,7 +123,7 @@ def test_a_data_directory_that_is_removed_while_a_job_runs_takes_the_job_along(l
         shutil.rmtree(life.paths.root, ignore_errors=True)
     go_on(life, pid)
     until(lambda: not any(not gone(number) for number in working), "them to end")
-    assert life.jobs.status("small").status is Status.NOT_STARTED
+    assert life.jobs.status_and_ensure_runner("small").status is Status.NOT_STARTED
     assert not life.paths.root.exists()  # nobody made it anew
     life.job_id, life.has_earlier = None, False
     life.start()
@@ -160,58 +164,18 @@ def test_a_clock_that_jumps_changes_no_order(tmp_path: Path, jump_s: float) -> N
 
 # -- versions ---------------------------------------------------------------------------------------------------------
 
-VERSION_1 = """
-CREATE TABLE jobs (job_id TEXT PRIMARY KEY, project_id TEXT NOT NULL, status TEXT NOT NULL, queued_at REAL NOT NULL,
-    cancel_requested INTEGER NOT NULL DEFAULT 0, state TEXT NOT NULL) STRICT;
-CREATE INDEX jobs_by_project ON jobs (project_id, queued_at);
-CREATE INDEX jobs_by_status ON jobs (status, queued_at);
-CREATE TABLE events (event_id INTEGER PRIMARY KEY AUTOINCREMENT, job_id TEXT NOT NULL REFERENCES jobs (job_id)
-    ON DELETE CASCADE, at REAL NOT NULL, event TEXT NOT NULL) STRICT;
-CREATE INDEX events_by_job ON events (job_id, event_id);
-PRAGMA user_version = 1;
-"""
-
-
-def shape(path: Path) -> list[tuple[str, ...]]:
-    with closing(sqlite3.connect(path)) as db:
-        columns = db.execute(
-            "SELECT m.name, c.name, c.type FROM sqlite_master m, pragma_table_info(m.name) c ORDER BY 1, 2",
-        ).fetchall()
-        return [*columns, *db.execute("SELECT name, tbl_name FROM sqlite_master WHERE type = 'index' ORDER BY 1")]
-
-
-def test_a_database_of_version_1_is_brought_up_to_date_with_all_that_is_in_it(tmp_path: Path) -> None:
-    path = tmp_path / "peft.db"
-    with closing(sqlite3.connect(path)) as db:
-        db.execute("PRAGMA journal_mode = WAL")
-        db.executescript(VERSION_1)
-        for queued_at, name in ((3.0, "third"), (1.0, "first"), (2.0, "second")):
-            job = make_job(name, created_at=queued_at)
-            row = (name, "web", "queued", queued_at, job.model_dump_json())
-            db.execute("INSERT INTO jobs (job_id, project_id, status, queued_at, state) VALUES (?, ?, ?, ?, ?)", row)
-        db.commit()
-    store = Store(path, lambda: 0.0)
-    assert [job.job_id for job in store.in_state(Status.QUEUED)] == ["first", "second", "third"]
-    store.insert(make_job("fourth"))
-    assert store.queue_position("fourth") == 4
-    with closing(sqlite3.connect(path)) as db:
-        assert db.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
-    fresh = Store(tmp_path / "fresh" / "peft.db", lambda: 0.0)
-    fresh.create()
-    assert shape(path) == shape(tmp_path / "fresh" / "peft.db")
-
 
 def test_an_older_server_on_a_newer_database_refuses_every_verb_politely(life: Life) -> None:
     with closing(sqlite3.connect(life.paths.database)) as db:
         db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     jobs = JobService(life.settings, life.registry)
     for ask in (
-        lambda: jobs.status("earlier"),
-        lambda: jobs.by_id("x"),
+        lambda: jobs.status_and_ensure_runner("earlier"),
+        lambda: jobs.status_by_id("x"),
         lambda: jobs.cancel("earlier", None),
         lambda: jobs.resume("x"),
         jobs.ensure_runner,
-        jobs.at_work,
+        jobs.running_job,
         lambda: life.submit("web"),
     ):
         with pytest.raises(StorageError, match="newer peft-mcp") as told:
@@ -243,7 +207,7 @@ def test_old_runs_go_by_the_rule_and_adapters_stay(life: Life) -> None:
     assert left == {"failed-3", "failed-4", "waits", "never-queued"}
     assert store.job_ids() == {"failed-3", "failed-4", "waits", first.adapter_id, *next_jobs(store)}
     assert store.events(first.adapter_id) == []
-    assert life.jobs.by_id(first.adapter_id).adapter_path == first.adapter_path
+    assert life.jobs.status_by_id(first.adapter_id).adapter_path == first.adapter_path
     assert life.jobs.base_of(first.adapter_id) == str(life.base)  # where its base lies is still known
     life.check()
 
@@ -263,7 +227,10 @@ def test_the_runner_keeps_as_many_runs_as_the_setting_says(tmp_path: Path, sourc
     life = Life(tmp_path, source, small_base, settings=Settings(data_dir=tmp_path / "data", keep_runs=2))
     for number in range(4):
         life.submit(f"p{number}")
-    until(lambda: all(life.jobs.status(f"p{n}").status is Status.COMPLETED for n in range(4)), "all four")
+    until(
+        lambda: all(life.jobs.status_and_ensure_runner(f"p{n}").status is Status.COMPLETED for n in range(4)),
+        "all four",
+    )
     life.expect_nobody()
     assert len(list(life.paths.root.glob("jobs/*"))) == 2
     assert len(life.registry.adapters()) == 4

@@ -1,4 +1,4 @@
-"""The state machine of a job."""
+"""The state machine of a job: which events it accepts, and what they change."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def after(job: Job, *events: Event) -> Job:
 
 
 @given(st.lists(EVENTS, max_size=40))
-def test_whatever_happens_a_job_never_contradicts_itself(events: list[Event]) -> None:
+def test_no_sequence_of_events_leads_to_a_contradictory_job(events: list[Event]) -> None:
     job = make_job()
     for number, event in enumerate(events):
         before = job
@@ -91,7 +91,6 @@ def test_whatever_happens_a_job_never_contradicts_itself(events: list[Event]) ->
         assert (job.adapter_path is not None) == (job.status is Status.COMPLETED)
         assert job.error is None or job.status in (Status.FAILED, Status.INTERRUPTED)
         assert job.step <= (job.total_steps or 0) or job.total_steps is None
-        assert (job.finished_at is not None) == job.status.is_final
         if before.status.is_final:
             assert isinstance(event, JobResumed)
             assert before.status in RESUMABLE
@@ -99,7 +98,7 @@ def test_whatever_happens_a_job_never_contradicts_itself(events: list[Event]) ->
             assert progress_percent(job) >= progress_percent(before) or isinstance(event, RunPlanned | RateLowered)
 
 
-def test_a_run_from_queue_to_adapter() -> None:
+def test_a_run_goes_from_the_queue_to_a_published_adapter() -> None:
     job = after(
         make_job(),
         JobStarted(),
@@ -119,7 +118,7 @@ def test_a_run_from_queue_to_adapter() -> None:
     assert progress_percent(job) == 100.0
 
 
-def test_a_completed_job_stays_completed() -> None:
+def test_a_completed_job_accepts_no_event() -> None:
     job = after(make_job(), JobStarted(), JobCompleted(adapter_path="/a", metrics=Metrics()))
     for event in (
         JobStarted(),
@@ -133,35 +132,35 @@ def test_a_completed_job_stays_completed() -> None:
             apply(job, event, at=2.0)
 
 
-def test_steps_do_not_go_backwards() -> None:
+def test_a_step_cannot_be_repeated_without_a_rollback() -> None:
     job = after(make_job(), JobStarted(), RunPlanned(device="cpu", total_steps=5), step(3))
     with pytest.raises(IllegalTransition):
         apply(job, step(3), at=2.0)
 
 
-def test_a_run_that_diverges_counts_its_steps_again_and_keeps_a_note() -> None:
+def test_a_rollback_resets_the_step_and_leaves_a_note() -> None:
     once = RateLowered(step=4, back_to_step=1, factor=0.25, reason="the loss is nan")
     twice = RateLowered(step=3, back_to_step=0, factor=0.0625, reason="the gradient norm is inf")
     job = after(make_job(), JobStarted(), RunPlanned(device="cpu", total_steps=5), step(3), once)
     assert (job.status, job.step) == (Status.IN_PROGRESS, 1)
-    assert job.note == "at step 4 the loss is nan: back to step 1 with 1/4 of the learning rate"
+    assert job.note == "at step 4 the loss is nan: rolled back to step 1, continued with 1/4 of the learning rate"
     job = after(job, step(2), twice, step(1))
-    assert (job.step, job.note.count("back to step")) == (1, 2)
-    assert "back to step 0 with 1/16 of the learning rate" in job.note
+    assert (job.step, job.note.count("rolled back to step")) == (1, 2)
+    assert "rolled back to step 0, continued with 1/16 of the learning rate" in job.note
 
     again = after(job, step(2), CheckpointSaved(step=2), JobInterrupted(reason="x"), JobResumed(), JobStarted())
-    assert after(again, twice).note == job.note  # met once more after the checkpoint
+    assert after(again, twice).note == job.note  # the same rollback, repeated after the checkpoint
     stopped = after(again, StoppedEarly(step=5, best_step=2))
-    assert stopped.note == f"{job.note}; stopped early at step 5, the state of step 2 is kept"
+    assert stopped.note == f"{job.note}; stopped early at step 5: the adapter is that of step 2"
 
 
-def test_a_run_does_not_go_back_to_a_step_that_it_has_not_made() -> None:
+def test_a_rollback_to_a_step_that_was_not_reached_is_illegal() -> None:
     job = after(make_job(), JobStarted(), RunPlanned(device="cpu", total_steps=5), step(3))
     with pytest.raises(IllegalTransition):
         apply(job, RateLowered(step=5, back_to_step=4, factor=0.25, reason="x"), at=2.0)
 
 
-def test_a_resumed_job_waits_again_and_goes_on_from_its_checkpoint() -> None:
+def test_a_resumed_job_is_queued_and_continues_from_its_checkpoint() -> None:
     job = after(
         make_job(),
         JobStarted(),
@@ -172,5 +171,5 @@ def test_a_resumed_job_waits_again_and_goes_on_from_its_checkpoint() -> None:
         JobInterrupted(reason="killed"),
         JobResumed(),
     )
-    assert (job.status, job.step, job.error, job.finished_at) == (Status.QUEUED, 4, None, None)
+    assert (job.status, job.step, job.error) == (Status.QUEUED, 4, None)
     assert after(job, JobStarted(), step(5)).step == 5

@@ -1,10 +1,12 @@
-"""The store: events and states in one place, for many processes."""
+"""The store: jobs and events in one database, for many processes."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import sqlite3
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from peft_core.errors import JobNotFound, JobStateError, StorageError
 from peft_core.jobs.state import IllegalTransition
 from peft_core.jobs.store import Store
 from peft_core.schemas.events import (
+    JobCancelled,
     JobCompleted,
     JobInterrupted,
     JobResumed,
@@ -26,14 +29,19 @@ from tests.factories import make_job
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
+def database(tmp_path: Path) -> Path:
+    return tmp_path / "data" / "peft.db"
+
+
+@pytest.fixture
+def store(database: Path) -> Store:
     clock = itertools.count(1.0)
-    store = Store(tmp_path / "data" / "peft.db", now=lambda: next(clock))
+    store = Store(database, now=lambda: next(clock))
     store.create()
     return store
 
 
-def test_what_was_inserted_is_read_back_equal(store: Store) -> None:
+def test_an_inserted_job_is_read_back_unchanged(store: Store) -> None:
     job = make_job()
     store.insert(job)
     assert store.get(job.job_id) == job
@@ -41,7 +49,7 @@ def test_what_was_inserted_is_read_back_equal(store: Store) -> None:
     assert store.latest("other") is None
 
 
-def test_an_event_and_its_state_are_written_together_or_not_at_all(store: Store) -> None:
+def test_an_illegal_event_writes_neither_event_nor_state(store: Store) -> None:
     store.insert(make_job("a"))
     store.append("a", JobStarted())
     with pytest.raises(IllegalTransition):
@@ -50,7 +58,7 @@ def test_an_event_and_its_state_are_written_together_or_not_at_all(store: Store)
     assert store.get("a").status is Status.IN_PROGRESS
 
 
-def test_each_event_is_found_by_followers(store: Store) -> None:
+def test_changed_since_reports_each_changed_job_once(store: Store) -> None:
     store.insert(make_job("a"))
     store.insert(make_job("b"))
     cursor, _ = store.changed_since(0)
@@ -60,7 +68,7 @@ def test_each_event_is_found_by_followers(store: Store) -> None:
     assert store.changed_since(cursor) == (cursor, [])
 
 
-def test_the_queue_position_counts_what_runs_and_what_waits_before(store: Store) -> None:
+def test_the_queue_position_counts_running_and_waiting_jobs_ahead(store: Store) -> None:
     for number, name in enumerate("abc"):
         store.insert(make_job(name, created_at=float(number)))
     assert [store.queue_position(name) for name in "abc"] == [1, 2, 3]
@@ -70,7 +78,7 @@ def test_the_queue_position_counts_what_runs_and_what_waits_before(store: Store)
     assert [store.queue_position(name) for name in "abc"] == [None, None, 2]
 
 
-def test_cancelling_a_queued_job_is_immediate_and_a_running_one_only_asked(store: Store) -> None:
+def test_cancelling_takes_effect_immediately_only_for_a_queued_job(store: Store) -> None:
     store.insert(make_job("a"))
     store.insert(make_job("b"))
     assert store.request_cancel("a").status is Status.CANCELLED
@@ -87,7 +95,7 @@ def test_an_ended_job_cannot_be_cancelled(store: Store) -> None:
         store.request_cancel("a")
 
 
-def test_a_resumed_job_goes_to_the_end_of_the_queue_and_forgets_the_request_to_cancel(store: Store) -> None:
+def test_a_resumed_job_joins_the_end_of_the_queue_without_its_cancel_request(store: Store) -> None:
     store.insert(make_job("a", created_at=-2.0))
     store.insert(make_job("b", created_at=-1.0))
     store.append("a", JobStarted())
@@ -98,7 +106,7 @@ def test_a_resumed_job_goes_to_the_end_of_the_queue_and_forgets_the_request_to_c
     assert not store.cancel_requested("a")
 
 
-def test_the_newest_completed_jobs_come_newest_first_and_no_more_than_asked_for(store: Store) -> None:
+def test_last_completed_returns_the_newest_jobs_first_up_to_the_count(store: Store) -> None:
     for name in ("a", "b", "c", "running"):
         store.insert(make_job(name))
         store.append(name, JobStarted())
@@ -107,12 +115,12 @@ def test_the_newest_completed_jobs_come_newest_first_and_no_more_than_asked_for(
     assert [job.job_id for job in store.last_completed(2)] == ["c", "b"]
 
 
-def test_an_unknown_job_is_an_error_that_says_what_to_call(store: Store) -> None:
+def test_the_error_for_an_unknown_job_names_the_call_to_make(store: Store) -> None:
     with pytest.raises(JobNotFound, match="get_training_status"):
         store.get("nope")
 
 
-def test_many_writers_lose_nothing(store: Store) -> None:
+def test_concurrent_writers_lose_no_event(store: Store) -> None:
     names = [f"job-{number}" for number in range(4)]
     for name in names:
         store.insert(make_job(name))
@@ -144,7 +152,7 @@ def test_many_writers_lose_nothing(store: Store) -> None:
     assert [len(store.events(name)) for name in names] == [28] * 4
 
 
-def test_two_that_create_at_once_share_one_database(tmp_path: Path) -> None:
+def test_processes_that_create_the_database_concurrently_share_it(tmp_path: Path) -> None:
     stores = [Store(tmp_path / "peft.db", now=lambda: 0.0) for _ in range(8)]
     barrier = threading.Barrier(len(stores))
 
@@ -163,22 +171,77 @@ def test_two_that_create_at_once_share_one_database(tmp_path: Path) -> None:
     assert leftovers == []
 
 
-def test_a_database_of_a_newer_version_is_refused_politely(store: Store, tmp_path: Path) -> None:
-    with sqlite3.connect(tmp_path / "data" / "peft.db") as db:
-        db.execute("PRAGMA user_version = 99")
-    db.close()
-    with pytest.raises(StorageError, match="newer peft-mcp") as caught:
-        store.latest("web")
-    assert caught.value.code == "newer_database"
-
-
-def test_a_damaged_database_is_an_error_that_names_its_place(store: Store, tmp_path: Path) -> None:
-    (tmp_path / "data" / "peft.db").write_bytes(b"this was a database once" * 100)
+def test_a_damaged_database_is_a_storage_error(store: Store, database: Path) -> None:
+    database.write_bytes(b"this was a database once" * 100)
     with pytest.raises(StorageError, match="not a database"):
         store.latest("web")
 
 
-def test_a_place_that_cannot_be_a_directory_is_named_with_the_setting(tmp_path: Path) -> None:
+def test_an_unusable_data_directory_is_reported_with_its_setting(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="CODEBASE_GARDENER_DATA_DIR"):
         Store(tmp_path / "file" / "peft.db", now=lambda: 0.0).create()
+
+
+def test_an_unreadable_record_is_reported_by_name_and_stops_no_other_job(store: Store, database: Path) -> None:
+    for name in ("edited", "fine"):
+        store.insert(make_job(name, name))
+    with closing(sqlite3.connect(database)) as db, db:
+        state = json.loads(db.execute("SELECT state FROM jobs WHERE job_id = 'edited'").fetchone()[0])
+        state["request"]["unknown_field"] = 1
+        db.execute("UPDATE jobs SET state = ? WHERE job_id = 'edited'", (json.dumps(state),))
+    for call in (
+        lambda: store.get("edited"),
+        lambda: store.latest("edited"),
+        lambda: store.append("edited", JobStarted()),
+        lambda: store.request_cancel("edited"),
+    ):
+        with pytest.raises(StorageError, match=r"job edited cannot be read: .*unknown_field") as caught:
+            call()
+        assert caught.value.code == "unreadable_job"
+        assert "train_adapter" in str(caught.value)
+    assert [job.job_id for job in store.in_state(Status.QUEUED)] == ["fine"]
+    assert store.queue_position("fine") == 1
+    with closing(sqlite3.connect(database)) as db, db:
+        db.execute("UPDATE jobs SET status = 'completed'")
+    assert [job.job_id for job in store.last_completed(9)] == ["fine"]
+
+
+def test_a_record_that_is_not_json_is_skipped(store: Store, database: Path) -> None:
+    for name in ("a", "broken"):
+        store.insert(make_job(name))
+    with closing(sqlite3.connect(database)) as db, db:
+        db.execute("UPDATE jobs SET state = 'no JSON' WHERE job_id = 'broken'")
+    assert [job.job_id for job in store.in_state(Status.QUEUED)] == ["a"]
+
+
+def test_an_unreadable_event_is_skipped(store: Store, database: Path) -> None:
+    store.insert(make_job("a"))
+    with closing(sqlite3.connect(database)) as db, db:
+        for event in ('{"kind": "of another version"}', "no JSON"):
+            db.execute("INSERT INTO events (job_id, at, event) VALUES ('a', 0, ?)", (event,))
+    store.append("a", JobCancelled())
+    assert store.events("a") == store.newest_events("a", 9) == [JobCancelled()]
+
+
+def test_a_cursor_of_a_deleted_database_reports_all_events_of_the_new_one(store: Store) -> None:
+    store.insert(make_job("a"))
+    store.append("a", JobStarted())
+    assert store.changed_since(1_000) == (1, ["a"])
+
+
+def test_a_long_history_is_thinned_out_per_kind_and_keeps_the_newest_event(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peft_core.jobs.store.MAX_EVENTS_PER_KIND", 10)
+    store.insert(make_job("a"))
+    store.append("a", JobStarted())
+    for number in range(95):
+        store.append("a", PhaseStarted(phase=Phase.PREPARING_DATA, detail=str(number)))
+    events = store.events("a")
+    assert events[0] == JobStarted()
+    assert [event.detail for event in events[1:] if isinstance(event, PhaseStarted)] == [
+        str(number) for number in range(4, 95, 10)
+    ]
+    newest = store.newest_events("a", 2)
+    assert [event.detail for event in newest if isinstance(event, PhaseStarted)] == ["94", "93"]
