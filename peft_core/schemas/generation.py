@@ -1,7 +1,4 @@
-"""Text written by a model: what can be asked for, and what is answered.
-
-Descriptions are read by the assistant that fills the fields in.
-"""
+"""Text generation: the request and the result. Descriptions are written for the assistant that fills in the fields."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from pydantic import Field, model_validator
 
 from peft_core.schemas.frozen import FrozenModel
 
-MAX_TEXT = 2_000_000  # characters; no context is as long
+MAX_TEXT = 2_000_000  # characters, more than any context holds
 
 
 class ChatMessage(FrozenModel):
@@ -19,51 +16,46 @@ class ChatMessage(FrozenModel):
     content: Annotated[str, Field(max_length=MAX_TEXT)]
 
 
-Prompt = Annotated[
-    str | None,
-    Field(max_length=MAX_TEXT, description="Text to continue, such as the beginning of a function."),
-]
-Messages = Annotated[
-    list[ChatMessage] | None,
-    Field(description="Or a conversation, the question last; it is written in the base's own chat template."),
-]
-Prefix = Annotated[
-    str | None,
-    Field(max_length=MAX_TEXT, description="Or the code before the cursor; suffix: after it."),
-]
-Suffix = Annotated[
-    str | None,
-    Field(
-        max_length=MAX_TEXT,
-        description="Code after the cursor; for bases with fill-in-the-middle tokens (Qwen2.5-Coder).",
-    ),
-]
-MaxNewTokens = Annotated[int, Field(ge=1, le=4096, description="Tokens to write at most. A CPU writes 10-40 a second.")]
-Temperature = Annotated[
-    float,
-    Field(ge=0, le=2, description="0 (below 0.01): always the likeliest token. Higher: more variety."),
-]
-TopP = Annotated[float, Field(gt=0, le=1, description="Sample from the likeliest tokens that make up this share.")]
-Seed = Annotated[int, Field(ge=0, le=2**32 - 1, description="Same seed, same machine, same request: same answer.")]
-StopFlag = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=200)]],
-    Field(max_length=8, description="End before any of these texts; they are not part of the answer."),
-]
-
-
 class GenerationRequest(FrozenModel):
-    """What to write, and how. One of `prompt`, `messages`, or `prefix` with `suffix`."""
+    """What to generate, and how: one of `prompt`, `messages`, or `prefix` with `suffix`.
 
-    prompt: Prompt = None
-    messages: Messages = None
-    prefix: Prefix = None
-    suffix: Suffix = None
-    max_new_tokens: MaxNewTokens = 256
-    temperature: Temperature = 0.0
-    top_p: TopP = 1.0
-    seed: Seed = 0
-    stop: StopFlag = Field([])
-    compare_with_base: bool = False
+    The fields are the arguments of the tool `generate`.
+    """
+
+    prompt: Annotated[
+        str | None, Field(max_length=MAX_TEXT, description="Text to continue, such as the beginning of a function.")
+    ] = None
+    messages: Annotated[
+        list[ChatMessage] | None,
+        Field(description="Or a conversation that ends with the question; uses the base model's chat template."),
+    ] = None
+    prefix: Annotated[
+        str | None, Field(max_length=MAX_TEXT, description="Or the code before the cursor; suffix: after it.")
+    ] = None
+    suffix: Annotated[
+        str | None,
+        Field(
+            max_length=MAX_TEXT,
+            description="Code after the cursor; for bases with fill-in-the-middle tokens (Qwen2.5-Coder).",
+        ),
+    ] = None
+    max_new_tokens: Annotated[
+        int, Field(ge=1, le=4096, description="Limit on generated tokens. A CPU generates 10-40 per second.")
+    ] = 256
+    temperature: Annotated[
+        float, Field(ge=0, le=2, description="0 (below 0.01): always the most likely token. Higher: more variety.")
+    ] = 0.0
+    top_p: Annotated[
+        float, Field(gt=0, le=1, description="Sample from the most likely tokens that make up this share.")
+    ] = 1.0
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="Same seed, machine and request: same result.")] = 0
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=200)]],
+        Field(max_length=8, description="Stop before any of these texts; they are not part of the result."),
+    ] = Field([])
+    compare_with_base: Annotated[
+        bool, Field(description="Generate twice, with and without the adapter; see base_text.")
+    ] = False
 
     @model_validator(mode="after")
     def _one_form(self) -> GenerationRequest:

@@ -1,4 +1,4 @@
-"""The tools that look at adapters. Each is a translation."""
+"""Tools that show and delete adapters."""
 
 from __future__ import annotations
 
@@ -12,50 +12,43 @@ from peft_core.adapters.info import AdapterInfo
 from peft_core.manager import PEFTManager
 from peft_core.schemas.results import AdapterList, DeletedAdapter
 from peft_core.schemas.training import ProjectId
-from server.format_results import adapters_answer, answer
+from server.format_results import format_adapter_info, format_adapters, format_deleted
 from server.tools import make_tool
 
 AdapterPath = Annotated[
-    str,
-    Field(description="Absolute path of an adapter's directory, or a project id: the project's current adapter."),
+    str, Field(description="Absolute path of an adapter directory, or a project id (its current adapter).")
 ]
 
 
 async def list_adapters(
     ctx: Context[PEFTManager, Any],
-    project_id: Annotated[ProjectId | None, Field(description="Only this project's. Null: all.")] = None,
+    project_id: Annotated[ProjectId | None, Field(description="Omit to list all projects.")] = None,
 ) -> Annotated[CallToolResult, AdapterList]:
-    """The adapters trained on this machine, newest first: base, held-out perplexity of base and adapter, size, path. Each
-    project has one current adapter, the one its project id stands for; earlier ones stay. Says which are in memory now.
+    """List the adapters trained on this machine, newest first. Returns base model, held-out perplexity of base and adapter,
+    size and path of each, and which are in memory. A project id refers to its current adapter; earlier ones are kept.
     """
-    found = await ctx.request_context.lifespan_context.list_adapters(project_id)
-    return adapters_answer(found)
+    return format_adapters(await ctx.request_context.lifespan_context.list_adapters(project_id))
 
 
 async def get_adapter_info(
     adapter_path: AdapterPath,
     ctx: Context[PEFTManager, Any],
 ) -> Annotated[CallToolResult, AdapterInfo]:
-    """Everything recorded about one adapter: its base and fingerprint, what it was trained on, every setting, and what was
-    measured on held-out files.
+    """Show one adapter. Returns all that is recorded: base model and its fingerprint, training data, settings, and results
+    on held-out files.
     """
-    info = await ctx.request_context.lifespan_context.get_adapter_info(adapter_path)
-    return answer(info, f"{info.adapter_path}: rank {info.rank}, {info.adapter_bytes / 1e6:.1f} MB. {info.next}")
+    return format_adapter_info(await ctx.request_context.lifespan_context.get_adapter_info(adapter_path))
 
 
 async def delete_adapter(
     project_id: ProjectId,
-    adapter_id: Annotated[
-        str,
-        Field(description="Spelled out, as list_adapters gives it; the project id is not enough."),
-    ],
+    adapter_id: Annotated[str, Field(description="As list_adapters shows it; a project id is not enough.")],
     ctx: Context[PEFTManager, Any],
 ) -> Annotated[CallToolResult, DeletedAdapter]:
-    """Delete one adapter that was trained on this machine, for good. Refused while it is loaded. Where it was the project's
-    current one, the newest of the others takes its place.
+    """Permanently delete an adapter that was trained on this machine. Refused while it is loaded. If it was the project's
+    current adapter, the newest remaining one becomes current.
     """
-    deleted = await ctx.request_context.lifespan_context.delete_adapter(project_id, adapter_id)
-    return answer(deleted, f"Deleted {adapter_id}: {deleted.freed_bytes / 1e6:.1f} MB freed. {deleted.next}")
+    return format_deleted(await ctx.request_context.lifespan_context.delete_adapter(project_id, adapter_id))
 
 
 TOOLS = [

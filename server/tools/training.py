@@ -1,4 +1,4 @@
-"""The tools around training. Each is a translation."""
+"""Tools that train and evaluate adapters."""
 
 from __future__ import annotations
 
@@ -11,20 +11,17 @@ from pydantic import Field
 from peft_core.manager import PEFTManager
 from peft_core.schemas.results import TrainingDataReport, TrainingStatus
 from peft_core.schemas.training import ProjectId, TrainingConfig
-from server.format_results import inspection_answer, status_answer
+from server.format_results import format_inspection, format_status
 from server.progress import stream_progress
+from server.status_text import WAIT_S, headline
 from server.tools import make_tool
 from server.tools.adapters import AdapterPath
 from server.tools.inference import BaseRef
 
-JobId = Annotated[str | None, Field(description="From train_adapter's answer. Null: the project's latest job.")]
+JobId = Annotated[str | None, Field(description="As train_adapter returned it. Omit to use the project's latest job.")]
 WaitSeconds = Annotated[
     float,
-    Field(
-        ge=0,
-        le=45,
-        description="Stay in the call so long and stream progress; it returns earlier when the job ends.",
-    ),
+    Field(ge=0, le=45, description="Wait this long and stream progress; returns earlier when the job ends."),
 ]
 TrainingData = Annotated[
     str | list[dict[str, Any]],
@@ -45,15 +42,15 @@ async def train_adapter(
     config: TrainingConfig = DEFAULTS,
     wait_s: WaitSeconds = 0,
 ) -> Annotated[CallToolResult, TrainingStatus]:
-    """Train a LoRA adapter on a code base, in the background, on this machine. Answers at once with the job, what it will
-    train on, and an estimate of time and memory; the job goes on when you and the client are gone. Minutes for a small
-    repository. Leave config out for a first run: its defaults were measured. Follow with get_training_status.
+    """Start training a LoRA adapter on a code base, locally and in the background: minutes for a small repository. Omit
+    config for a first run: its defaults were measured. Returns immediately with the job, a data summary and a time and
+    memory estimate; the job keeps running after you disconnect. Follow it with get_training_status.
     """
     manager = ctx.request_context.lifespan_context
     status = await manager.train_adapter(project_id, training_data, config)
     if wait_s:
         status = await stream_progress(ctx, manager.watch_training(project_id, status.job_id, timeout_s=wait_s))
-    return status_answer(status)
+    return format_status(status)
 
 
 async def inspect_training_data(
@@ -61,11 +58,11 @@ async def inspect_training_data(
     ctx: Context[PEFTManager, Any],
     config: TrainingConfig = DEFAULTS,
 ) -> Annotated[CallToolResult, TrainingDataReport]:
-    """What train_adapter would do with this data, without training: how much it would train on, what is left out and why, the
-    held-out files, three sample examples, and the settings, time and memory it would take. Changes nothing; takes seconds,
-    up to a minute for a huge repository. Use it before a first or a long training, or when a report surprises.
+    """Dry run of train_adapter. Use it before a first or long run, or when results look wrong. Returns the dataset size,
+    exclusions and reasons, held-out files, 3 sample examples, chosen settings, time and memory. Read-only; takes seconds, up
+    to a minute for a huge repository.
     """
-    return inspection_answer(await ctx.request_context.lifespan_context.inspect_training_data(training_data, config))
+    return format_inspection(await ctx.request_context.lifespan_context.inspect_training_data(training_data, config))
 
 
 async def evaluate_adapter(
@@ -73,22 +70,21 @@ async def evaluate_adapter(
     evaluation_data: Annotated[
         TrainingData,
         Field(
-            description="Code to measure on, as for train_adapter. The adapter's own repository will do: what it was trained "
-            "on is left out, where that is recorded.",
+            description="Code to evaluate on, as for train_adapter. The adapter's own repository is fine: text that it was "
+            "trained on is left out, if recorded."
         ),
     ],
     *,
     ctx: Context[PEFTManager, Any],
     base_model: BaseRef = None,
     accept_unproven_base: Annotated[
-        bool,
-        Field(description="Measure although nothing proves that the adapter belongs to this base."),
+        bool, Field(description="Evaluate although nothing proves that the adapter belongs to this base (shape_only).")
     ] = False,
     wait_s: WaitSeconds = 0,
 ) -> Annotated[CallToolResult, TrainingStatus]:
-    """Measure whether an adapter helps, ours or anyone's, on any code: base against adapter, with confidence intervals, a
-    verdict (helps, no_difference, harms) and a report. Takes minutes in the background, in the same queue as trainings:
-    answers at once, follow with get_training_status. Not needed after a training, which ends with the same measurement.
+    """Measure whether an adapter (trained here or not) helps on any code. Not needed after train_adapter, which ends with the
+    same evaluation. Takes minutes in the training queue. Returns immediately with the job; get_training_status has the
+    result: base model against adapter with confidence intervals, a verdict (helps, no_difference, harms) and a report.
     """
     manager = ctx.request_context.lifespan_context
     status = await manager.evaluate_adapter(
@@ -98,25 +94,28 @@ async def evaluate_adapter(
         accept_unproven_base=accept_unproven_base,
     )
     if wait_s:
-        watched = manager.watch_training(status.project_id, status.job_id, timeout_s=wait_s)
-        status = await stream_progress(ctx, watched)
-    return status_answer(status)
+        statuses = manager.watch_training(status.project_id, status.job_id, timeout_s=wait_s)
+        status = await stream_progress(ctx, statuses)
+    return format_status(status)
 
 
 async def get_training_status(
     project_id: ProjectId,
     ctx: Context[PEFTManager, Any],
     job_id: JobId = None,
-    wait_s: WaitSeconds = 20,
+    wait_s: WaitSeconds = WAIT_S,
     picture: Annotated[bool, Field(description="Add the loss curve as an image.")] = False,
 ) -> Annotated[CallToolResult, TrainingStatus]:
-    """How a training or an evaluation goes: phase, step, loss, speed, time left; at its end whether the adapter helps,
-    measured on held-out files (base against adapter), or why it failed. Waits up to wait_s seconds for the end, streaming
-    progress meanwhile; call it again until status is completed, failed, cancelled or interrupted. wait_s = 0 answers at once.
+    """Follow a training or evaluation. Waits up to wait_s seconds for its end and streams progress; call it again until
+    status is completed, failed, cancelled or interrupted. Returns phase, step, loss, speed and time left; at the end whether
+    the adapter helps on held-out files, or why the job failed.
     """
     manager = ctx.request_context.lifespan_context
     status = await stream_progress(ctx, manager.watch_training(project_id, job_id, timeout_s=wait_s))
-    return status_answer(status, await manager.draw_training(project_id, status.job_id) if picture else None)
+    image = None
+    if picture:
+        image = await manager.draw_training(project_id, status.job_id, title=f"{project_id}: {headline(status)}")
+    return format_status(status, image)
 
 
 async def cancel_training(
@@ -124,18 +123,18 @@ async def cancel_training(
     ctx: Context[PEFTManager, Any],
     job_id: JobId = None,
 ) -> Annotated[CallToolResult, TrainingStatus]:
-    """Stop a training: at once while it waits in the queue, within seconds while it runs. What was trained so far stays as
-    a checkpoint (resume_training goes on from it); adapters that exist are not touched.
+    """Stop a job: immediately while it is queued, within seconds while it runs. Its last checkpoint is kept for
+    resume_training; published adapters are not affected. Returns the job's status.
     """
-    return status_answer(await ctx.request_context.lifespan_context.cancel_training(project_id, job_id))
+    return format_status(await ctx.request_context.lifespan_context.cancel_training(project_id, job_id))
 
 
 async def resume_training(
-    job_id: Annotated[str, Field(description="A job that is interrupted, cancelled or failed.")],
+    job_id: Annotated[str, Field(description="An interrupted, cancelled or failed job.")],
     ctx: Context[PEFTManager, Any],
 ) -> Annotated[CallToolResult, TrainingStatus]:
-    """Queue a training that ended early again. It goes on from its last checkpoint, with the same data and settings."""
-    return status_answer(await ctx.request_context.lifespan_context.resume_training(job_id))
+    """Queue a job that ended early again. It continues from its last checkpoint, with the same data and settings."""
+    return format_status(await ctx.request_context.lifespan_context.resume_training(job_id))
 
 
 TOOLS = [
