@@ -12,10 +12,10 @@ from pydantic import ValidationError
 from peft_core.config import Settings
 
 DESCRIPTION = """\
-MCP stdio server: train a LoRA adapter on your own code base, on your own machine, and prove that it helps.
+MCP stdio server: train a LoRA adapter on your own code base, on your own machine, and measure whether it helps.
 
-It is started by an MCP client (see examples/ for the configuration of Kiro, Claude Code, Cursor and VS Code) and speaks
-JSON-RPC on standard input and output. Started by hand, it waits for a client.
+An MCP client starts it (see examples/ for the configuration of Kiro, Claude Code, Cursor and VS Code) and speaks JSON-RPC
+on standard input and output. Started by hand, it waits for a client.
 """
 
 
@@ -41,14 +41,11 @@ def main() -> None:
     except ValidationError as error:
         for problem in error.errors():
             name = f"CODEBASE_GARDENER_{problem['loc'][0]}".upper()
-            print(f"peft-mcp: {name} = {problem['input']!r} cannot be used: {problem['msg']}", file=sys.stderr)  # noqa: T201 -- stderr, before anything serves
+            print(f"peft-mcp: {name} = {problem['input']!r} is not valid: {problem['msg']}", file=sys.stderr)  # noqa: T201 -- stderr, before the server runs
         sys.exit(2)
-    from server.app import (  # noqa: PLC0415 -- --help and --version need not import mcp
-        build_server,
-        exit_when_stdin_closes,
-    )
+    from server.app import build_server, exit_when_stdin_closes  # noqa: PLC0415 -- --help and --version need no mcp
 
-    os.umask(0o077)  # whatever is written, here and in the processes that are started, is private code or made from it
+    os.umask(0o077)  # this process and its children write private code, and adapters made from it
     server = build_server(settings)
     exit_when_stdin_closes(sys.stdin.fileno())
     server.run("stdio")

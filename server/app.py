@@ -1,4 +1,4 @@
-"""The MCP server: what it is called, what it can do, how it begins and ends."""
+"""The MCP server: its tools, how errors reach the client, and how the process ends."""
 
 from __future__ import annotations
 
@@ -27,16 +27,18 @@ from server.resources import TrainingUpdates, add_adapter_resource, add_training
 from server.tools import adapters, inference, training
 
 INSTRUCTIONS = (
-    "peft-mcp trains a LoRA adapter on one code base, on the user's machine, in the background: call train_adapter with a "
-    "project id and the repository's path, then get_training_status until it is completed. "
-    "The result says whether the adapter helps, measured on files it never saw; then load_adapter with the project id, and "
-    "generate writes with it (compare_with_base=true shows what it changes), until unload_adapter frees the memory. "
-    "Jobs go on without you and are found again by project id; list_adapters shows what there is and what is loaded."
+    "peft-mcp trains a LoRA adapter on one code base, locally and in the background: call train_adapter with a project id "
+    "and the repository's path, then get_training_status until the job has ended. "
+    "The result says whether the adapter helps, measured on files it was not trained on; if it does, call load_adapter with "
+    "the project id, then generate (compare_with_base=true shows the difference), and unload_adapter to free the memory. "
+    "Jobs keep running after you disconnect and are found again by project id; list_adapters shows all adapters and which "
+    "are loaded."
 )
+EXIT_GRACE_S = 1.0  # after the client closed stdin; clients wait two seconds before they send signals
 
 
 class PEFTServer(MCPServer[PEFTManager]):
-    """`MCPServer` with strict arguments and errors that say what to do."""
+    """`MCPServer` that rejects unknown arguments, and whose errors say what is allowed and what to do next."""
 
     def __init__(self, tools: list[Tool], **options: Any) -> None:
         self._parameters = {tool.name: tool.parameters for tool in tools}
@@ -54,11 +56,11 @@ class PEFTServer(MCPServer[PEFTManager]):
             raise ToolError(f"There is no tool {name!r}. Tools: {', '.join(self._parameters)}.")
         parameters = self._parameters[name]
         try:
-            # The SDK drops unknown arguments in silence: a misspelt one would do nothing.
+            # The SDK drops unknown arguments silently: a misspelt one would have no effect.
             refuse_unknown(arguments, parameters)
             return await super().call_tool(name, arguments, context)
         except (ToolError, PeftMcpError) as error:
-            raise tool_error(error, parameters) from error.__cause__
+            raise to_tool_error(error, parameters) from error.__cause__
 
 
 def build_server(settings: Settings) -> PEFTServer:
@@ -67,8 +69,8 @@ def build_server(settings: Settings) -> PEFTServer:
     @asynccontextmanager
     async def lifespan(_: MCPServer[PEFTManager]) -> AsyncIterator[PEFTManager]:
         async with PEFTManager(settings) as manager, anyio.create_task_group() as group:
-            group.start_soon(leave_on_signal)
-            group.start_soon(updates.tell, manager)
+            group.start_soon(exit_on_signal)
+            group.start_soon(updates.publish_changes, manager)
             yield manager
             group.cancel_scope.cancel()
 
@@ -86,51 +88,47 @@ def build_server(settings: Settings) -> PEFTServer:
     return server
 
 
-# FOLDED FROM server.app: Our errors → MCP tool errors: the only place. Only the text of a `ToolError` reaches a client.
+def to_tool_error(error: ToolError | PeftMcpError, parameters: Mapping[str, Any]) -> ToolError:
+    """Convert `error` to the only exception whose text reaches a client. `parameters`: the tool's input schema.
 
-
-def tool_error(error: ToolError | PeftMcpError, parameters: Mapping[str, Any]) -> ToolError:
-    """What the client gets for `error`. `parameters`: the tool's input schema.
-
-    Arguments that fail the schema and failures of the domain say what is allowed and what to do next; a crash stays the
-    SDK's own (its text is withheld, the traceback is in the log).
+    Invalid arguments and `PeftMcpError`s say what is allowed and what to do next. A crash stays the SDK's error, which
+    withholds the text; the traceback is in the log.
     """
     if isinstance(error, PeftMcpError):
         return ToolError(f"{error} [{error.code}]")
     cause = error.__cause__
+    if isinstance(cause, PeftMcpError):
+        return to_tool_error(cause, parameters)
     if isinstance(cause, ValidationError) and not isinstance(error, UnexpectedToolError):
-        cause = invalid_argument(cause, parameters)
-    return tool_error(cause, parameters) if isinstance(cause, PeftMcpError) else error
+        return to_tool_error(invalid_argument(cause, parameters), parameters)
+    return error
 
 
-# FOLDED FROM server.app: How the server ends: with its client, at once, and by force where something holds it up.
-#
-# Nothing is lost by it. Jobs belong to the runner, a process of its own; the inference process ends when its input does.
-#
-
-GRACE_S = 1.0  # after the client has closed our input: clients wait two seconds before they send signals
+# -- the end of the process ------------------------------------------------------------------------------------------
+# The server exits with its client, immediately and if necessary by force. Nothing is lost: jobs belong to the runner,
+# which is a separate process, and the inference worker exits when its standard input closes.
 
 
 def exit_when_stdin_closes(stdin: int) -> None:
-    """End this process soon after `stdin` was closed at its other end.
+    """End this process soon after the client closed the other end of `stdin`.
 
-    The orderly way is the SDK's: it reads to the end, cancels what is open and returns. A thread in the middle of a large
-    repository would hold that up. A file or a terminal never hangs up; there the orderly way is the only one.
+    The SDK then cancels open calls and returns, but a thread in the middle of a large repository would delay the exit. A
+    file or a terminal never hangs up: for these the SDK's way is the only one.
     """
-    own = os.dup(stdin)  # the SDK may put something else in its place
+    own = os.dup(stdin)  # the SDK may replace the descriptor
 
     def watch() -> None:
         poll = select.poll()
-        poll.register(own, 0)  # no event but those that cannot be declined: hung up, error
+        poll.register(own, 0)  # only hang-up and error, which are always reported
         poll.poll()
-        time.sleep(GRACE_S)
+        time.sleep(EXIT_GRACE_S)
         os._exit(0)
 
     threading.Thread(target=watch, name="client-watch", daemon=True).start()
 
 
-async def leave_on_signal() -> None:
-    """End at once. The thread that reads stdin cannot be woken, so an orderly return would wait for the client."""
+async def exit_on_signal() -> None:
+    """Exit immediately: the thread that reads stdin cannot be woken, so an orderly return would wait for the client."""
     with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for received in signals:
             os._exit(128 + received)

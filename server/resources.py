@@ -1,8 +1,8 @@
-"""Resources: `training://{job_id}`, a job's status with update notifications in both protocol eras, and
-`adapter://{project_id}`, what is recorded about a project's adapter.
+"""MCP resources: `training://{job_id}`, a job's status with update notifications, and `adapter://{project_id}`, a
+project's current adapter.
 
-Modern clients listen (`subscriptions/listen`): the SDK's bus reaches them. Older ones subscribe (`resources/subscribe`),
-for which the SDK has no public hook in `MCPServer`: the one use of its low-level server is here.
+Clients of the current protocol listen (`subscriptions/listen`), which the SDK's bus serves. Older ones subscribe
+(`resources/subscribe`), for which `MCPServer` has no public hook: this is the only use of its low-level server.
 """
 
 from __future__ import annotations
@@ -21,38 +21,41 @@ from mcp.types import EmptyResult, SubscribeRequestParams, UnsubscribeRequestPar
 
 from peft_core.errors import AdapterNotFound, InvalidArgument, JobNotFound, PeftMcpError
 from peft_core.manager import PEFTManager
+from server.status_text import for_client
 
-POLL_INTERVAL_S = 1.0  # how often the store is asked for changed jobs, and so the shortest time between two updates
+POLL_INTERVAL_S = 1.0  # how often the store is searched for changed jobs, and so the shortest time between two updates
 
-log = logging.getLogger(__name__)  # in this process the SDK's logging decides; structlog would cost 0.1 s at the start
+log = logging.getLogger(__name__)  # the SDK configures logging in this process; importing structlog would take 0.1 s
 
 
 class TrainingUpdates:
-    """Who wants to hear of which job, and the loop that tells them."""
+    """The subscriptions to jobs, and the loop that publishes changes to them."""
 
     def __init__(self) -> None:
         self.bus = InMemorySubscriptionBus()
-        self._sessions: defaultdict[str, list[ServerSession]] = defaultdict(list)
+        self._sessions: defaultdict[str, list[ServerSession]] = defaultdict(list)  # by URI
 
     async def subscribe(self, ctx: ServerRequestContext[Any], params: SubscribeRequestParams) -> EmptyResult:
-        if ctx.session not in self._sessions[str(params.uri)]:
-            self._sessions[str(params.uri)].append(ctx.session)
+        sessions = self._sessions[str(params.uri)]
+        if ctx.session not in sessions:
+            sessions.append(ctx.session)
         return EmptyResult()
 
-    async def unsubscribe(self, _: ServerRequestContext[Any], params: UnsubscribeRequestParams) -> EmptyResult:
-        self._sessions.pop(str(params.uri), None)
+    async def unsubscribe(self, ctx: ServerRequestContext[Any], params: UnsubscribeRequestParams) -> EmptyResult:
+        """Remove the subscription of this session only."""
+        self._remove(ctx.session, str(params.uri))
         return EmptyResult()
 
-    async def tell(self, manager: PEFTManager) -> None:
-        """Until cancelled: publish each change of a job to its subscribers."""
+    async def publish_changes(self, manager: PEFTManager) -> None:
+        """Publish each change of a job to its subscribers, until cancelled."""
         cursor: int | None = None
         warned = ""
         while True:
             try:
-                await manager.ensure_runner()  # a job whose process was killed changes only when somebody finds out
+                await manager.ensure_runner()  # a job whose process was killed changes only when that is recorded
                 cursor, changed = await manager.changed_jobs(cursor)
                 warned = ""
-            except Exception as error:  # noqa: BLE001 -- whatever it is, it must not end the session; it looks again soon
+            except Exception as error:  # noqa: BLE001 -- no error may end the session; the next round tries again
                 problem = error.message if isinstance(error, PeftMcpError) else repr(error)
                 if problem != warned:  # once, not every second for as long as a disk is full
                     log.warning("cannot look for changed jobs: %s", problem)
@@ -62,26 +65,32 @@ class TrainingUpdates:
             await anyio.sleep(POLL_INTERVAL_S)
 
     async def _publish(self, uri: str) -> None:
-        """To all who listen; who cannot be reached any more is not told again."""
+        """Notify all subscribers; drop the sessions that can no longer be reached."""
         try:
             await self.bus.publish(ResourceUpdated(uri=uri))
-        except Exception as error:  # noqa: BLE001 -- as in `tell`
+        except Exception as error:  # noqa: BLE001 -- as in `publish_changes`
             log.warning("cannot publish %s: %r", uri, error)
         for session in list(self._sessions.get(uri, ())):
             try:
                 await session.send_resource_updated(uri)
-            except Exception as error:  # noqa: BLE001 -- a session that was closed must not end the others
-                log.warning("cannot tell of %s: %r", uri, error)
-                for sessions in self._sessions.values():
-                    if session in sessions:
-                        sessions.remove(session)
+            except Exception as error:  # noqa: BLE001 -- a closed session must not keep updates from the others
+                log.warning("dropping a session that cannot be notified of %s: %r", uri, error)
+                for subscribed in list(self._sessions):
+                    self._remove(session, subscribed)
+
+    def _remove(self, session: ServerSession, uri: str) -> None:
+        remaining = [other for other in self._sessions.get(uri, ()) if other is not session]
+        if remaining:
+            self._sessions[uri] = remaining
+        else:
+            self._sessions.pop(uri, None)
 
 
 def add_adapter_resource(mcp: MCPServer[PEFTManager]) -> None:
     @mcp.resource(
         "adapter://{project_id}",
         title="Adapter",
-        description="A project's current adapter: where it is, its manifest (base, data, run, measurements) and its card.",
+        description="A project's current adapter: its path, manifest (base model, data, run, results) and model card.",
         mime_type="application/json",
     )
     async def adapter(project_id: str, ctx: Context[PEFTManager, Any]) -> str:
@@ -98,7 +107,7 @@ def add_training_resource(mcp: MCPServer[PEFTManager], updates: TrainingUpdates)
     @mcp.resource(
         "training://{job_id}",
         title="Training job",
-        description="Status of one training job, as get_training_status gives it. Subscribe to hear of changes.",
+        description="The status of one job, as get_training_status returns it. Subscribe to be notified of changes.",
         mime_type="application/json",
     )
     async def training(job_id: str, ctx: Context[PEFTManager, Any]) -> str:
@@ -108,7 +117,7 @@ def add_training_resource(mcp: MCPServer[PEFTManager], updates: TrainingUpdates)
             raise ResourceNotFoundError(str(error)) from error
         except PeftMcpError as error:
             raise ResourceError(str(error)) from error
-        return status.model_dump_json(indent=2)
+        return for_client(status).model_dump_json(indent=2)
 
     low_level = mcp._lowlevel_server  # noqa: SLF001 -- see the module's docstring
     low_level.add_request_handler("resources/subscribe", SubscribeRequestParams, updates.subscribe)

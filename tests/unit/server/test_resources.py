@@ -1,4 +1,4 @@
-"""Who hears of a job that has changed."""
+"""Subscriptions to jobs: which sessions are notified of a change."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import anyio
 import pytest
-from mcp.types import SubscribeRequestParams
+from mcp.types import SubscribeRequestParams, UnsubscribeRequestParams
 
 from server.resources import TrainingUpdates
 
@@ -15,7 +15,7 @@ URI = "training://job"
 
 
 class Manager:
-    """One whose job changes all the time."""
+    """A manager whose only job changes all the time."""
 
     async def ensure_runner(self) -> None: ...
 
@@ -24,46 +24,66 @@ class Manager:
 
 
 class Session:
-    def __init__(self, *, closed: bool) -> None:
+    def __init__(self, *, closed: bool = False) -> None:
         self.closed = closed
-        self.told = 0
-        self.often = anyio.Event()
+        self.updates = 0
+        self.updated_thrice = anyio.Event()
 
     async def send_resource_updated(self, uri: str) -> None:
         assert uri == URI
-        self.told += 1
+        self.updates += 1
         if self.closed:
             raise anyio.ClosedResourceError
-        if self.told == 3:
-            self.often.set()
+        if self.updates == 3:
+            self.updated_thrice.set()
 
 
-async def test_a_session_that_was_closed_is_not_told_again_and_the_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def poll_without_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.resources.POLL_INTERVAL_S", 0.0)
-    updates = TrainingUpdates()
-    closed, open_ = Session(closed=True), Session(closed=False)
-    for session in (closed, open_):
+
+
+async def subscribe(updates: TrainingUpdates, *sessions: Session) -> None:
+    for session in sessions:
         await updates.subscribe(cast("Any", SimpleNamespace(session=session)), SubscribeRequestParams(uri=URI))
+
+
+async def publish_until_updated(updates: TrainingUpdates, session: Session) -> None:
     with anyio.fail_after(20):
         async with anyio.create_task_group() as group:
-            group.start_soon(updates.tell, cast("Any", Manager()))
-            await open_.often.wait()
+            group.start_soon(updates.publish_changes, cast("Any", Manager()))
+            await session.updated_thrice.wait()
             group.cancel_scope.cancel()
-    assert closed.told == 1
 
 
-async def test_a_bus_that_fails_keeps_nobody_from_hearing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.resources.POLL_INTERVAL_S", 0.0)
+async def test_a_closed_session_is_dropped_and_the_others_stay_subscribed() -> None:
+    updates, closed, open_ = TrainingUpdates(), Session(closed=True), Session()
+    await subscribe(updates, closed, open_)
+    await publish_until_updated(updates, open_)
+    assert closed.updates == 1
+
+
+async def test_a_session_that_unsubscribes_does_not_unsubscribe_the_others() -> None:
+    updates, leaving, staying = TrainingUpdates(), Session(), Session()
+    await subscribe(updates, leaving, staying)
+    context = cast("Any", SimpleNamespace(session=leaving))
+    await updates.unsubscribe(context, UnsubscribeRequestParams(uri=URI))
+    await publish_until_updated(updates, staying)
+    assert leaving.updates == 0
+
+
+async def test_unsubscribing_without_a_subscription_does_nothing() -> None:
     updates = TrainingUpdates()
-    session = Session(closed=False)
+    context = cast("Any", SimpleNamespace(session=Session()))
+    await updates.unsubscribe(context, UnsubscribeRequestParams(uri=URI))
+
+
+async def test_a_failing_bus_does_not_keep_updates_from_subscribed_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    updates, session = TrainingUpdates(), Session()
 
     async def fail(_: object) -> None:
         raise anyio.BrokenResourceError
 
     monkeypatch.setattr(updates.bus, "publish", fail)
-    await updates.subscribe(cast("Any", SimpleNamespace(session=session)), SubscribeRequestParams(uri=URI))
-    with anyio.fail_after(20):
-        async with anyio.create_task_group() as group:
-            group.start_soon(updates.tell, cast("Any", Manager()))
-            await session.often.wait()
-            group.cancel_scope.cancel()
+    await subscribe(updates, session)
+    await publish_until_updated(updates, session)
