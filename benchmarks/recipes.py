@@ -110,7 +110,7 @@ def main() -> None:
     )
     parser.add_argument("--examples", type=int, default=EXAMPLES, help="training examples per run")
     parser.add_argument(
-        "--held-out-tokens", type=int, default=HELD_OUT_TOKENS, help="approximate size of the held-out set"
+        "--held-out-tokens", type=int, default=HELD_OUT_TOKENS, help="approximate size of the held-out set",
     )
     parser.add_argument("--base", default=BUNDLED, help="base model")
     parser.add_argument("--jobs", type=int, default=1, help="parallel runs, one thread each")

@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=6, help="steps of Trainer, measured twice")
     parser.add_argument("--eval-steps", type=int, default=25, help="our steps between two evaluations")
     parser.add_argument(
-        "--epochs", type=float, default=1.0, help="our epochs; less than 1 only shows that the script works"
+        "--epochs", type=float, default=1.0, help="our epochs; less than 1 only shows that the script works",
     )
     parser.add_argument("--really", action="store_true", help="train the whole epoch with Trainer (takes an hour)")
     options = parser.parse_args()

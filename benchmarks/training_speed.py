@@ -150,7 +150,7 @@ def targets_of(results: Results, rates: dict[str, list[float]], flops: float) ->
         for peer, limit in SPEED_TARGETS.items():
             if peer in rates:
                 yield Target(
-                    f"speed: over {peer}", [a / b for a, b in zip(rates[OURS], rates[peer], strict=True)], limit
+                    f"speed: over {peer}", [a / b for a, b in zip(rates[OURS], rates[peer], strict=True)], limit,
                 )
         if "GEMM" in results:
             gemm_rates = [f["float32_flops"] for f in results["GEMM"]]

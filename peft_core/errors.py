@@ -1,21 +1,21 @@
-"""Every failure that a user can meet.
+"""All exceptions that a user can meet.
 
-ModelError
-├── InvalidArgument      an argument of a request; names field, value and what is allowed
-├── DataError            the training data cannot be used as it is
-├── BaseModelError       the base model cannot be found or read
-├── AdapterNotFound
-├── AdapterInUse         it is loaded, and so cannot be deleted
-├── AdapterNotLoaded     nothing, or something else, is in memory
-├── InferenceError       the inference process: no memory for it, or it died
-├── JobNotFound
-├── JobStateError        the job exists, but not in a state for this request
-├── StorageError         the data directory: space, permissions, a newer schema
-└── TrainingError        the training itself
-    └── NotFinite        a loss or gradient is infinite or no number
+PeftMcpError
+├── InvalidArgument      an argument of a request is not valid
+├── DataError            the training data cannot be used
+├── BaseCheckpointError  the base model cannot be found or used
+├── HeaderError          a model file is not what it claims to be, or is damaged
+├── AdapterNotFound      there is no adapter at this path, or of this project
+├── AdapterInUse         the adapter is loaded, so it cannot be deleted
+├── AdapterNotLoaded     no adapter is in memory, or not the one asked for
+├── InferenceError       the inference worker failed, or there is not enough memory for it
+├── JobNotFound          there is no job with this id
+├── JobStateError        the job's state does not allow the request
+├── StorageError         the data directory: no space, no permission, a newer database
+└── TrainingError        the training itself failed
+    └── NonFiniteError   a loss or gradient is NaN or Inf
 
-A message says what happened and what is allowed; `suggestions` say what to do next. Both are written for the
-assistant that made the call and for the person reading along.
+`peft_core.schemas.results.ErrorInfo` is the JSON form.
 """
 
 from __future__ import annotations
@@ -29,7 +29,16 @@ MAX_NAME = 120  # characters of a quoted name or value
 
 
 class PeftMcpError(Exception):
-    """Root of the family. `code` is stable; the message is for people."""
+    """Base class of all errors of this package.
+
+    Attributes:
+        code: stable identifier for programs, such as "not_enough_memory".
+        message: what happened and what is allowed, for people and assistants.
+        suggestions: what to do next, one sentence each.
+        details: the facts of the message as data.
+
+    `str(error)` is the message followed by the suggestions.
+    """
 
     code = "model_error"
 
@@ -46,15 +55,6 @@ class PeftMcpError(Exception):
         self.code = code or type(self).code
         self.suggestions = tuple(map(_sanitize_message, suggestions))
         self.details = dict(details or {})
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: {code, message, suggestions, details}."""
-        return {
-            "code": self.code,
-            "message": self.message,
-            "suggestions": list(self.suggestions),
-            "details": self.details,
-        }
 
     def __str__(self) -> str:
         return " ".join([self.message, *(s if s.endswith(".") else f"{s}." for s in self.suggestions)])
@@ -86,7 +86,7 @@ def _sanitize_message(text: str) -> str:
 
 
 class InvalidArgument(PeftMcpError):
-    """One argument of a request is not usable. The message names the field, its value and what is allowed."""
+    """An argument is not valid: the message names the field, its value and what is allowed."""
 
     code = "invalid_argument"
 
@@ -114,6 +114,22 @@ class DataError(PeftMcpError):
 
 class BaseCheckpointError(PeftMcpError):
     code = "base_model"
+
+
+class HeaderError(PeftMcpError):
+    """A model file is not what it claims to be, or is damaged."""
+
+    code = "bad_weights_file"
+
+    def __init__(self, path: Path, problem: str, *, code: str | None = None) -> None:
+        fix = "Download the file itself with `git lfs pull`" if code == "git_lfs_pointer" else "Download the file again"
+        super().__init__(
+            f"{path.name}: {problem.rstrip('.')}.",
+            code=code,
+            suggestions=(fix,),
+            details={"path": str(path)},
+        )
+        self.problem = problem
 
 
 class AdapterNotFound(PeftMcpError):
@@ -145,7 +161,7 @@ class StorageError(PeftMcpError):
 
 
 def unwritable(directory: Path, error: Exception) -> StorageError:
-    """The data directory cannot be used: what the operating system, or SQLite, said."""
+    """Return the error for a data directory that cannot be used; `error` comes from the operating system or SQLite."""
     return StorageError(
         f"The data directory {directory} cannot be used: {error}.",
         code="data_directory_unwritable",
@@ -160,7 +176,7 @@ class TrainingError(PeftMcpError):
 
 
 class NonFiniteError(TrainingError):
-    """`what` says it in a few words: "the loss is nan"."""
+    """`what` says which value it is: "the loss is nan"."""
 
     code = "non_finite_loss"
 
@@ -170,19 +186,3 @@ class NonFiniteError(TrainingError):
             suggestions=suggestions,
         )
         self.what = what
-
-
-class HeaderError(PeftMcpError):
-    """A weights file that cannot be read as what it claims to be."""
-
-    code = "bad_weights_file"
-
-    def __init__(self, path: Path, problem: str, *, code: str | None = None) -> None:
-        fix = "Fetch the file itself with `git lfs pull`" if code == "git_lfs_pointer" else "Fetch the file again"
-        super().__init__(
-            f"{path.name}: {problem.rstrip('.')}.",
-            code=code,
-            suggestions=(fix,),
-            details={"path": str(path)},
-        )
-        self.problem = problem

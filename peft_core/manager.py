@@ -1,7 +1,7 @@
-"""PEFTManager: every verb of the product, async. A thin front; it delegates.
+"""`PEFTManager`, the async Python API: a thin layer over the services of jobs, adapters and inference.
 
-What computes runs in processes of its own: most verbs take milliseconds, those that use a model wait for it. Their
-blocking parts run in threads, so that the caller's event loop stays free.
+Training and inference run in child processes, so most calls take milliseconds; those that use a model wait for it.
+Blocking code runs in threads and keeps the caller's event loop free.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from peft_core.schemas.results import (
     Compatibility,
     DeletedAdapter,
     LoadedAdapter,
+    NextStep,
     TrainingDataReport,
     TrainingStatus,
     UnloadedAdapter,
@@ -36,15 +37,15 @@ from peft_core.schemas.results import (
 from peft_core.schemas.training import EvaluatedAdapter, ProjectId, TrainingConfig
 from peft_core.schemas.validation import parse_config, parse_generation
 
-POLL_INTERVAL_S = 0.25  # how often a watched job is looked up
+POLL_INTERVAL_S = 0.25  # how often `watch_training` reads the status
 
 PROJECT_ID: TypeAdapter[str] = TypeAdapter(ProjectId)
 
 
 class PEFTManager:
-    """Train adapters and ask for them.
+    """Train, inspect, load and use adapters.
 
-    Each verb raises a `peft_core.errors.ModelError` for what a user can mend.
+    Every method raises a subclass of `peft_core.errors.PeftMcpError` for problems that a user can fix.
     """
 
     def __init__(self, settings: Settings | None = None) -> None:
@@ -60,10 +61,10 @@ class PEFTManager:
         training_data: str | Sequence[Mapping[str, Any]],
         config: TrainingConfig | Mapping[str, Any] | None = None,
     ) -> TrainingStatus:
-        """Queue a training run in the background and answer at once.
+        """Queue a training run in the background and return immediately.
 
         Args:
-            project_id: names the project; its adapters are kept together.
+            project_id: the project that the adapter belongs to.
             training_data: a repository directory, a `.jsonl` file, a LanceDB table (`NAME.lance`), or records.
             config: `TrainingConfig` or its fields.
         """
@@ -75,12 +76,15 @@ class PEFTManager:
         training_data: str | Sequence[Mapping[str, Any]],
         config: TrainingConfig | Mapping[str, Any] | None = None,
     ) -> TrainingDataReport:
-        """What `train_adapter` would train on and do, with sample examples and reasons; nothing is trained. Seconds."""
+        """Dry run of `train_adapter`: the dataset with sample examples, exclusions and settings. Takes seconds."""
         return await run_sync(partial(self._jobs.inspect, training_data, parse_config(config)))
 
     async def get_training_status(self, project_id: str, job_id: str | None = None) -> TrainingStatus:
-        """The truth about the named job, or the project's latest one."""
-        return await run_sync(self._jobs.status, _project_id(project_id), job_id)
+        """Return the state of the named job, or of the project's latest one.
+
+        Also records jobs whose process is dead and starts a runner if jobs are waiting, so polling it is enough.
+        """
+        return await run_sync(self._jobs.status_and_ensure_runner, _project_id(project_id), job_id)
 
     async def watch_training(
         self,
@@ -89,7 +93,7 @@ class PEFTManager:
         *,
         timeout_s: float | None = None,
     ) -> AsyncIterator[TrainingStatus]:
-        """Yield the status now and after each change, until the job has ended or `timeout_s` seconds have passed."""
+        """Yield the status now and after each change, until the job ends or `timeout_s` seconds have passed."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         status = await self.get_training_status(project_id, job_id)
         yield status
@@ -102,33 +106,33 @@ class PEFTManager:
                 status = newer
                 yield status
 
-    async def draw_training(self, project_id: str, job_id: str | None = None) -> bytes | None:
-        """The loss curve of a job so far, a PNG; None where it has none yet."""
-        return await run_sync(self._jobs.picture, _project_id(project_id), job_id)
+    async def draw_training(self, project_id: str, job_id: str | None = None, *, title: str = "") -> bytes | None:
+        """Draw the loss curve of a job so far as PNG; None before the first step."""
+        return await run_sync(self._jobs.draw_loss_curve, _project_id(project_id), job_id, title or project_id)
 
     async def get_job(self, job_id: str) -> TrainingStatus:
-        """The status of a job whose project need not be known."""
-        return await run_sync(self._jobs.by_id, job_id)
+        """Return the status of a job whose project is not known."""
+        return await run_sync(self._jobs.status_by_id, job_id)
 
     async def changed_jobs(self, since: int | None) -> tuple[int, list[str]]:
-        """(cursor for the next call, ids of the jobs that changed since the cursor `since`; None: from now on)."""
+        """Return (cursor for the next call, ids of the jobs that changed since the cursor `since`; none for None)."""
         return await run_sync(self._jobs.changed_since, since)
 
     async def ensure_runner(self) -> None:
-        """Find out jobs whose process is gone, and see that somebody works on those that wait. Cheap; call it often."""
+        """Record jobs whose process is dead, and start a runner if jobs are waiting. Cheap; call it often."""
         await run_sync(self._jobs.ensure_runner)
 
     async def cancel_training(self, project_id: str, job_id: str | None = None) -> TrainingStatus:
-        """Stop a waiting job at once, a running one within seconds; its checkpoint is kept."""
+        """Stop a queued job immediately, a running one within seconds; its last checkpoint is kept."""
         return await run_sync(self._jobs.cancel, _project_id(project_id), job_id)
 
     async def resume_training(self, job_id: str) -> TrainingStatus:
-        """Queue a job that was interrupted, cancelled or failed again; it goes on from its last checkpoint."""
+        """Queue an interrupted, cancelled or failed job again; it continues from its last checkpoint."""
         return await run_sync(self._jobs.resume, job_id)
 
     async def list_adapters(self, project_id: str | None = None) -> AdapterList:
-        """Published adapters, newest first, and what of them is in memory."""
-        found = await run_sync(self._adapters.adapters, None if project_id is None else _project_id(project_id))
+        """List the published adapters, newest first, and which of them are in memory."""
+        published = await run_sync(self._adapters.adapters, None if project_id is None else _project_id(project_id))
         await self._inference.sync()
         loaded = self._inference.resident
         active = {adapter.adapter_path: adapter.active for adapter in loaded.adapters}
@@ -136,26 +140,32 @@ class PEFTManager:
             adapter.model_copy(
                 update={"resident": adapter.adapter_path in active, "active": active.get(adapter.adapter_path, False)},
             )
-            for adapter in found
+            for adapter in published
         ]
-        return AdapterList(
-            adapters=adapters,
-            loaded=loaded,
-            next="Call get_adapter_info(adapter_path=...) for what was measured, load_adapter(adapter_path=...) to use one."
-            if adapters
-            else "There is no adapter yet: call train_adapter(project_id=..., training_data=...).",
-        )
+        if adapters:
+            step = NextStep(
+                tool="load_adapter",
+                missing=("adapter_path",),
+                reason="get_adapter_info shows what was measured; load_adapter makes one usable.",
+            )
+        else:
+            step = NextStep(
+                tool="train_adapter",
+                missing=("project_id", "training_data"),
+                reason="There is no adapter yet.",
+            )
+        return AdapterList(adapters=adapters, loaded=loaded, next=step.sentence, next_step=step)
 
     async def get_adapter_info(self, adapter_path: str) -> AdapterInfo:
-        """What is known of an adapter; `adapter_path` is a directory or a project id (its current adapter)."""
+        """Return all that is recorded about an adapter: a directory, or a project id (its current adapter)."""
         return await run_sync(self._adapters.info, adapter_path)
 
     async def read_card(self, project_id: str) -> AdapterDocument:
-        """Manifest and model card of a project's current adapter."""
+        """Return manifest and model card of a project's current adapter."""
         return await run_sync(self._adapters.document, _project_id(project_id))
 
     async def delete_adapter(self, project_id: str, adapter_id: str) -> DeletedAdapter:
-        """Delete an adapter that was trained here; refused while it is loaded."""
+        """Delete an adapter that was trained on this machine; raises `AdapterInUse` while it is loaded."""
         await self._inference.sync()
         return await run_sync(
             self._adapters.delete,
@@ -171,12 +181,12 @@ class PEFTManager:
         *,
         scan_weights: bool = False,
     ) -> Compatibility:
-        """Whether an adapter belongs to a base, by headers and configuration: milliseconds, nothing is loaded.
+        """Check whether an adapter matches a base model. Reads only headers and configuration: milliseconds.
 
         Args:
             adapter_path: a directory, or a project id (its current adapter).
-            base_model: None: the base it was trained on, where it is on this machine.
-            scan_weights: read the weights too, for numbers that are none and adapters that do nothing.
+            base_model: omit to use the base model that the adapter was trained on, if it is on this machine.
+            scan_weights: also scan the weights for NaN, Inf and all-zero B matrices.
         """
         return await run_sync(partial(self._adapters.verify, adapter_path, base_model, scan_weights=scan_weights))
 
@@ -186,23 +196,24 @@ class PEFTManager:
         base_model: str | None = None,
         *,
         accept_unproven_base: bool = False,
-        report: ProgressCallback | None = None,
+        on_progress: ProgressCallback | None = None,
     ) -> LoadedAdapter:
-        """Verify an adapter, load it with its base (seconds; under one where the base is in memory), make it active.
+        """Verify an adapter, load it with its base model and activate it: seconds, less if the base model is in memory.
 
-        Where it cannot be loaded, the answer's status is 'fallback': what was active still is, else the base alone.
+        If it cannot be loaded, the result's status is 'fallback': the active adapter stays active, or else the base model
+        answers without one.
 
         Args:
             adapter_path: a directory, or a project id (its current adapter).
-            base_model: None: the base it was trained on, where it is on this machine.
+            base_model: omit to use the base model that the adapter was trained on, if it is on this machine.
             accept_unproven_base: load although only the shapes fit (verdict 'shape_only').
-            report: awaited with (done, total, message) while it takes long.
+            on_progress: awaited with (done, total, message) during a long load.
         """
         return await self._inference.load(
             adapter_path,
             base_model,
             accept_unproven_base=accept_unproven_base,
-            report=report,
+            on_progress=on_progress,
         )
 
     async def evaluate_adapter(
@@ -213,14 +224,14 @@ class PEFTManager:
         *,
         accept_unproven_base: bool = False,
     ) -> TrainingStatus:
-        """Queue a comparison of base and adapter in the background and answer at once; follow it like a training.
+        """Queue a comparison of base model and adapter in the background and return immediately; follow it like a training.
 
         Args:
             adapter_path: a directory, or a project id (its current adapter).
-            evaluation_data: a repository directory, a `.jsonl` file, or records. What an adapter of ours was trained on is
-                left out.
-            base_model: None: the base it was trained on, where it is on this machine.
-            accept_unproven_base: measure although only the shapes fit (verdict 'shape_only').
+            evaluation_data: a repository directory, a `.jsonl` file, or records. Text that the adapter was trained on is
+                left out, if recorded.
+            base_model: omit to use the base model that the adapter was trained on, if it is on this machine.
+            accept_unproven_base: evaluate although only the shapes fit (verdict 'shape_only').
         """
 
         def queue() -> TrainingStatus:
@@ -231,7 +242,7 @@ class PEFTManager:
         return await run_sync(queue)
 
     async def unload_adapter(self, adapter_path: str | None = None) -> UnloadedAdapter:
-        """Take the active adapter off, or the named one. With none left the base goes too, and the memory back."""
+        """Unload the active adapter, or the named one. Unloading the last one also unloads the base model."""
         return await self._inference.unload(adapter_path)
 
     async def generate(
@@ -240,20 +251,25 @@ class PEFTManager:
         *,
         adapter_path: str | None = None,
         use_base: bool = False,
-        report: ProgressCallback | None = None,
+        on_progress: ProgressCallback | None = None,
     ) -> Generation:
-        """Write text with the active adapter, the named one of those in memory, or the base alone (`use_base`).
+        """Generate text with the active adapter, the named one in memory, or the base model without one (`use_base`).
 
         Args:
             request: `GenerationRequest` or its fields.
-            adapter_path: None: the active one.
-            use_base: answer without adapter; loads the default base where none is in memory.
-            report: awaited with (tokens so far, at most, message).
+            adapter_path: omit to use the active adapter.
+            use_base: use no adapter; loads the default base model if none is in memory.
+            on_progress: awaited with (tokens so far, limit, message).
         """
-        return await self._inference.generate(parse_generation(request), adapter_path, use_base=use_base, report=report)
+        return await self._inference.generate(
+            parse_generation(request),
+            adapter_path,
+            use_base=use_base,
+            on_progress=on_progress,
+        )
 
     async def aclose(self) -> None:
-        """End the inference process, if one runs. Trainings go on."""
+        """Stop the inference worker if one runs. Jobs keep running."""
         await self._inference.aclose()
 
     async def __aenter__(self) -> Self:
@@ -263,11 +279,12 @@ class PEFTManager:
         await self.aclose()
 
     def _training_need(self) -> TrainingNeed | None:
-        status = self._jobs.at_work()
+        """The memory that the running job is still expected to allocate."""
+        status = self._jobs.running_job()
         if status is None or status.estimate is None:
             return None
-        taken = status.peak_memory_bytes or 0
-        return TrainingNeed(status.project_id, max(0, status.estimate.memory_bytes - taken))
+        allocated = status.peak_memory_bytes or 0
+        return TrainingNeed(status.project_id, max(0, status.estimate.memory_bytes - allocated))
 
 
 def _project_id(value: str) -> str:

@@ -1,4 +1,4 @@
-"""What a tool answers: a line for people, then the data; the same data again as structured content."""
+"""Tool results: a text for people, then the data as JSON text, and the same data again as structured content."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from base64 import b64encode
 from mcp.types import CallToolResult, ImageContent, TextContent
 from pydantic import BaseModel
 
-from peft_core.jobs.status import headline
+from peft_core.adapters.info import AdapterInfo
 from peft_core.schemas.evaluation import Comparison, Evaluation
 from peft_core.schemas.generation import Generation
 from peft_core.schemas.results import (
     AdapterList,
     BaseMatch,
     Compatibility,
+    DeletedAdapter,
     Estimate,
     LoadedAdapter,
     Status,
@@ -21,145 +22,161 @@ from peft_core.schemas.results import (
     TrainingStatus,
     UnloadedAdapter,
 )
+from server.status_text import for_client, headline
 
-_NAMED = 5  # held-out files, in the line for people
-TEXTS = frozenset({"text", "base_text"})
-VERDICTS = {
-    BaseMatch.EXACT: "the very weights it was trained on",
-    BaseMatch.SAMPLED: "samples of every tensor of the base are those it was trained on",
-    BaseMatch.SAME_FAMILY: "the base it was trained on, in another number format",
-    BaseMatch.SHAPE_ONLY: "it fits, and nothing proves that it belongs",
-    BaseMatch.INCOMPATIBLE: "it must not be loaded",
+MAX_NAMED_FILES = 5  # held-out files that the text names
+MAX_REASONS = 3
+MATCH_WORDS = {
+    BaseMatch.EXACT: "this is the base model it was trained on",
+    BaseMatch.SAMPLED: "samples of every tensor equal those of the base model it was trained on",
+    BaseMatch.SAME_FAMILY: "the base model it was trained on, in another number format",
+    BaseMatch.SHAPE_ONLY: "the shapes fit, but nothing proves that it belongs to this base model",
+    BaseMatch.INCOMPATIBLE: "do not load it",
 }
 
 
-def answer(result: BaseModel, line: str, *, said: frozenset[str] = frozenset()) -> CallToolResult:
-    """`line` first, so that whoever reads along need not read JSON.
+def tool_result(result: BaseModel, text: str, *, omit: frozenset[str] = frozenset()) -> CallToolResult:
+    """Put `text` first, so that people need not read JSON.
 
-    Nulls are left out of the text, and so are the fields `said`, which the line has already; the data has all.
+    The JSON text leaves out nulls and what `text` already says: the next step and the fields in `omit`. The structured
+    content is complete.
     """
     return CallToolResult(
         content=[
-            TextContent(type="text", text=line),
-            TextContent(type="text", text=result.model_dump_json(exclude_none=True, exclude=set(said))),
+            TextContent(type="text", text=text),
+            TextContent(type="text", text=result.model_dump_json(exclude_none=True, exclude={"next_step", *omit})),
         ],
         structured_content=result.model_dump(mode="json"),
     )
 
 
-def adapters_answer(found: AdapterList) -> CallToolResult:
-    count = f"{len(found.adapters)} adapter{'s'[: len(found.adapters) != 1]}"
-    loaded = found.loaded
-    held = ", ".join(f"{adapter.adapter_path}{' (active)' * adapter.active}" for adapter in loaded.adapters)
-    memory = (
-        f" In memory: {loaded.base_model} with {held or 'no adapter'}, {loaded.memory_bytes / 1e6:.0f} MB."
-        if loaded.base_model
-        else ""
-    )
-    return answer(found, f"{count}.{memory} {found.next}")
+# -- adapters --------------------------------------------------------------------------------------------------------
 
 
-def compatibility_answer(found: Compatibility) -> CallToolResult:
-    graver = [reason for reason in found.reasons if reason.severity == "error"] or found.reasons
-    why = "".join(f" {reason.message}" for reason in graver[:3])
-    more = f" ({len(graver) - 3} more reasons below.)" if len(graver) > 3 else ""
-    base = found.base_model or "an unknown base"
-    meaning = VERDICTS[found.verdict]
-    return answer(
-        found,
-        f"{found.verdict.upper()} ({meaning}): {found.adapter_path} with {base}.{why}{more} {found.next}",
-    )
+def format_adapters(listed: AdapterList) -> CallToolResult:
+    count = len(listed.adapters)
+    loaded, memory = listed.loaded, ""
+    if loaded.base_model:
+        resident = [f"{adapter.adapter_path}{' (active)' * adapter.active}" for adapter in loaded.adapters]
+        memory = (
+            f" In memory: {loaded.base_model} with {', '.join(resident) or 'no adapter'}, {_mb(loaded.memory_bytes)}."
+        )
+    return tool_result(listed, f"{count} adapter{'' if count == 1 else 's'}.{memory} {listed.next}")
 
 
-def loaded_answer(loaded: LoadedAdapter) -> CallToolResult:
+def format_adapter_info(info: AdapterInfo) -> CallToolResult:
+    return tool_result(info, f"{info.adapter_path}: rank {info.rank}, {info.adapter_bytes / 1e6:.1f} MB. {info.next}")
+
+
+def format_deleted(deleted: DeletedAdapter) -> CallToolResult:
+    freed = f"{deleted.freed_bytes / 1e6:.1f} MB freed"
+    return tool_result(deleted, f"Deleted {deleted.adapter_id}: {freed}. {deleted.next}")
+
+
+def format_compatibility(checked: Compatibility) -> CallToolResult:
+    reasons = [reason for reason in checked.reasons if reason.severity == "error"] or checked.reasons
+    why = "".join(f" {reason.message}" for reason in reasons[:MAX_REASONS])
+    more = f" ({len(reasons) - MAX_REASONS} more reasons below.)" if len(reasons) > MAX_REASONS else ""
+    verdict = f"{checked.verdict.upper()} ({MATCH_WORDS[checked.verdict]})"
+    base = checked.base_model or "an unknown base model"
+    return tool_result(checked, f"{verdict}: {checked.adapter_path} with {base}.{why}{more} {checked.next}")
+
+
+def format_loaded(loaded: LoadedAdapter) -> CallToolResult:
     if loaded.status == "fallback":
-        return answer(loaded, f"NOT LOADED: {loaded.reason} {loaded.next}")
+        return tool_result(loaded, f"NOT LOADED: {loaded.reason} {loaded.next}")
     effect = f"logits change by up to {loaded.effect.max_logit_change:.2f}" if loaded.effect else "effect unknown"
-    gone = f" Taken out of memory: {', '.join(loaded.evicted)}." if loaded.evicted else ""
-    return answer(
+    evicted = f" Evicted from memory: {', '.join(loaded.evicted)}." if loaded.evicted else ""
+    return tool_result(
         loaded,
-        f"Loaded {loaded.adapter_path} on {loaded.base_model} in {loaded.elapsed_s:.2f} s ({loaded.how}; verdict "
-        f"{loaded.verdict}; {effect}); {loaded.memory_bytes / 1e6:.0f} MB in use.{gone} {loaded.next}",
+        f"Loaded {loaded.adapter_path} on {loaded.base_model} in {loaded.elapsed_s:.2f} s ({loaded.how}; base match "
+        f"{loaded.verdict}; {effect}); {_mb(loaded.memory_bytes)} in use.{evicted} {loaded.next}",
     )
 
 
-def unloaded_answer(unloaded: UnloadedAdapter) -> CallToolResult:
+def format_unloaded(unloaded: UnloadedAdapter) -> CallToolResult:
     if unloaded.status == "nothing_loaded":
-        return answer(unloaded, unloaded.next)
+        return tool_result(unloaded, unloaded.next)
     what = " and ".join(filter(None, [unloaded.adapter_path, "the base model" if unloaded.base_unloaded else None]))
-    before, after = unloaded.memory_before_bytes / 1e6, unloaded.memory_after_bytes / 1e6
-    return answer(unloaded, f"Unloaded {what}: {before:.0f} MB before, {after:.0f} MB now. {unloaded.next}")
+    memory = f"{_mb(unloaded.memory_before_bytes)} before, {_mb(unloaded.memory_after_bytes)} after"
+    return tool_result(unloaded, f"Unloaded {what}: {memory}. {unloaded.next}")
 
 
-def generation_answer(written: Generation) -> CallToolResult:
-    """The text itself, then where it comes from."""
-    who = f"{written.base_model} with {written.adapter_path}" if written.adapter_path else f"{written.base_model} alone"
+def format_generation(generation: Generation) -> CallToolResult:
+    """The generated text itself, then the model that wrote it."""
+    adapter = f"with {generation.adapter_path}" if generation.adapter_path else "without adapter"
     facts = (
-        f"({who}; {written.prompt_tokens} + {written.completion_tokens} tokens, {written.finish_reason}, "
-        f"{written.tokens_per_second:.0f} tokens/s)"
+        f"({generation.base_model} {adapter}; {generation.prompt_tokens} + {generation.completion_tokens} tokens, "
+        f"{generation.finish_reason}, {generation.tokens_per_second:.0f} tokens/s)"
     )
-    if written.base_text is None or written.adapter_path is None:
-        return answer(written, f"{written.text}\n\n{facts}", said=TEXTS)
-    return answer(written, f"With the adapter:\n{written.text}\n\nThe base alone:\n{written.base_text}\n\n{facts}")
+    if generation.base_text is None or generation.adapter_path is None:
+        return tool_result(generation, f"{generation.text}\n\n{facts}", omit=frozenset({"text", "base_text"}))
+    both = f"With the adapter:\n{generation.text}\n\nBase model:\n{generation.base_text}\n\n{facts}"
+    return tool_result(generation, both, omit=frozenset({"text", "base_text"}))
 
 
-def inspection_answer(report: TrainingDataReport) -> CallToolResult:
-    """A page for people; the samples as they are, for escaped line ends make code unreadable."""
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+def format_inspection(report: TrainingDataReport) -> CallToolResult:
+    """One page of text. Samples appear verbatim: code with escaped line breaks is hard to read."""
     left_out = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in report.left_out.items())
     secrets = f" {report.secrets_removed} lines with credentials are blanked." if report.secrets_removed else ""
-    unread = f" {report.unread_files} more files were not looked at." if report.unread_files else ""
-    held_out = ", ".join(report.held_out_files[:_NAMED]) + (" …" if len(report.held_out_files) > _NAMED else "")
-    said = {"samples", "left_out"} | ({"held_out_files"} if len(report.held_out_files) <= _NAMED else set())
+    unread = f" {report.unread_files} more files were not read." if report.unread_files else ""
+    all_named = len(report.held_out_files) <= MAX_NAMED_FILES
+    names = ", ".join(report.held_out_files[:MAX_NAMED_FILES]) + ("" if all_named else " …")
+    held_out = f", from {names}" if names else ""
     lines = [
         f"{report.training_data}, {report.files} files.{unread}",
-        f"To train on: {report.train_examples} examples, about {report.train_tokens} tokens.",
-        f"To measure on: {report.held_out_examples} examples, about {report.held_out_tokens} tokens.",
-        f"Held out: {held_out}.",
+        f"Training set: {report.train_examples} examples, about {report.train_tokens} tokens.",
+        f"Held-out set: {report.held_out_examples} examples, about {report.held_out_tokens} tokens{held_out}.",
         f"Left out: {left_out or 'nothing'}.{secrets}",
-        f"Base: {report.base_model} on {report.device}. {estimate_line(report.estimate)}",
+        f"Base model: {report.base_model} on {report.device}. {estimate_text(report.estimate)}",
         *(
             f"\nSample: {sample.path}:{sample.start_line}-{sample.end_line} ({sample.kind}, about {sample.tokens} tokens)\n"
-            f"--- given ---\n{sample.given.rstrip()}\n--- learned ---\n{sample.learned.rstrip()}"
+            f"--- context ---\n{sample.given.rstrip()}\n--- learned ---\n{sample.learned.rstrip()}"
             for sample in report.samples
         ),
         f"\n{report.next}",
     ]
-    return answer(report, "\n".join(lines), said=frozenset(said))
+    omit = {"samples", "left_out"} | ({"held_out_files"} if all_named else set())
+    return tool_result(report, "\n".join(lines), omit=frozenset(omit))
 
 
-def estimate_line(estimate: Estimate) -> str:
-    time = f"about {max(1, round(estimate.seconds / 60))} min" if estimate.seconds else "unknown time"
-    steps = f"{estimate.steps} steps, " if estimate.steps else ""
-    chosen = f" {estimate.chosen}" if estimate.chosen else ""
-    memory = f"{estimate.memory_bytes / 1e9:.1f} GB of memory"
-    return f"Estimate: {steps}{time}, {memory} ({estimate.basis}).{chosen}"
-
-
-def status_answer(status: TrainingStatus, picture: bytes | None = None) -> CallToolResult:
-    """`picture`: a PNG of the loss curve, behind the text."""
+def format_status(status: TrainingStatus, picture: bytes | None = None) -> CallToolResult:
+    """`picture`: the loss curve as PNG, added after the text."""
+    status = for_client(status)
     parts = [f"{status.project_id}: {headline(status)}."]
     if status.training_data and not status.status.is_final and status.step == 0:
-        what = "Training data" if status.kind == "training" else "Measured on"
-        parts.append(f"{what}: {status.training_data}. Base: {status.base_model} on {status.device}.")
+        purpose = "Training data" if status.kind == "training" else "Evaluation data"
+        parts.append(f"{purpose}: {status.training_data}. Base model: {status.base_model} on {status.device}.")
         if status.estimate:
-            parts.append(estimate_line(status.estimate))
+            parts.append(estimate_text(status.estimate))
     if status.evaluation and status.status is Status.COMPLETED:
-        parts.append(evaluation_line(status.evaluation))
+        parts.append(evaluation_text(status.evaluation))
         if status.report_path:
             parts.append(f"Report: {status.report_path}.")
-    result = answer(status, " ".join([*parts, status.next]))
+    result = tool_result(status, " ".join([*parts, status.next]))
     if picture is not None:
         image = ImageContent(type="image", data=b64encode(picture).decode(), mime_type="image/png")
         result.content.append(image)
     return result
 
 
-def evaluation_line(evaluation: Evaluation) -> str:
-    """What was measured, in one sentence, and what the verdict does not say; its reason has the loss."""
+def estimate_text(estimate: Estimate) -> str:
+    time = f"about {max(1, round(estimate.seconds / 60))} min" if estimate.seconds else "unknown time"
+    steps = f"{estimate.steps} steps, " if estimate.steps else ""
+    chosen = f" {estimate.chosen}" if estimate.chosen else ""
+    return f"Estimate: {steps}{time}, {estimate.memory_bytes / 1e9:.1f} GB of memory ({estimate.basis}).{chosen}"
+
+
+def evaluation_text(evaluation: Evaluation) -> str:
+    """The measurements in one sentence. The verdict's reason already has the loss."""
+    percentages = (("next lines exact", evaluation.next_line), ("edit similarity", evaluation.edit_similarity))
     parts = [
-        f"{name} {100 * one.base:.1f} -> {100 * one.adapter:.1f} %{_interval(one, percent=True)}"
-        for name, one in (("next lines exact", evaluation.next_line), ("edit similarity", evaluation.edit_similarity))
-        if one is not None
+        f"{name} {100 * comparison.base:.1f} -> {100 * comparison.adapter:.1f} %{_interval(comparison, percent=True)}"
+        for name, comparison in percentages
+        if comparison is not None
     ]
     if evaluation.general_loss is not None:
         general = evaluation.general_loss
@@ -169,7 +186,13 @@ def evaluation_line(evaluation: Evaluation) -> str:
     return f"{reason}; {', '.join(parts)}; {evaluation.files} files, {evaluation.examples} examples.{caveats}"
 
 
-def _interval(one: Comparison, *, percent: bool = False) -> str:
-    if one.low is None or one.high is None:
+def _interval(comparison: Comparison, *, percent: bool = False) -> str:
+    if comparison.low is None or comparison.high is None:
         return ""
-    return f" ({100 * one.low:+.1f} to {100 * one.high:+.1f})" if percent else f" ({one.low:+.3f} to {one.high:+.3f})"
+    if percent:
+        return f" ({100 * comparison.low:+.1f} to {100 * comparison.high:+.1f})"
+    return f" ({comparison.low:+.3f} to {comparison.high:+.3f})"
+
+
+def _mb(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:.0f} MB"

@@ -1,4 +1,4 @@
-"""What long work says → progress notifications, while a call is open and never after it."""
+"""Progress of long calls as MCP notifications, sent only while the call is open."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 from mcp.server.mcpserver import Context
 
-from peft_core.jobs.status import headline
 from peft_core.schemas.results import TrainingStatus
+from server.status_text import headline
 
-INTERVAL_S = 1.0  # at most one notification in this time
-MIN_PROGRESS_STEP = 0.01  # MCP wants `progress` to grow each time, even when only the message is new
+INTERVAL_S = 1.0  # shortest time between two notifications
+MIN_PROGRESS_STEP = 0.01  # MCP requires `progress` to grow each time, even if only the message changed
 
 
-def relay(ctx: Context[Any, Any]) -> Callable[[float, float | None, str], Awaitable[None]]:
-    """A function that forwards (done, total, message) as progress: each new stage at once, growth once a second."""
+def progress_callback(ctx: Context[Any, Any]) -> Callable[[float, float | None, str], Awaitable[None]]:
+    """Return a function that sends (done, total, message): each new stage immediately, growth once a second."""
     stage, sent, sent_at = "", -MIN_PROGRESS_STEP, float("-inf")
 
-    async def report(done: float, total: float | None, message: str) -> None:
+    async def send(done: float, total: float | None, message: str) -> None:
         nonlocal stage, sent, sent_at
         now = time.monotonic()
         if now - sent_at < INTERVAL_S and (done > 0 or message == stage):
@@ -27,20 +27,24 @@ def relay(ctx: Context[Any, Any]) -> Callable[[float, float | None, str], Awaita
         sent, stage, sent_at = max(done, sent + MIN_PROGRESS_STEP), message, now
         await ctx.report_progress(sent, total, message)
 
-    return report
+    return send
 
 
 async def stream_progress(ctx: Context[Any, Any], statuses: AsyncIterator[TrainingStatus]) -> TrainingStatus:
-    """Forward statuses as progress (percent of 100) and return the last one. Needs at least one status."""
+    """Send each status as progress (percent of 100) and return the last one.
+
+    Raises:
+        ValueError: there was no status.
+    """
     latest: TrainingStatus | None = None
-    shown, sent, sent_at = "", -MIN_PROGRESS_STEP, float("-inf")
+    sent_line, sent, sent_at = "", -MIN_PROGRESS_STEP, float("-inf")
     async for latest in statuses:
         line = headline(latest)
         now = time.monotonic()
-        if line == shown or now - sent_at < INTERVAL_S:
+        if line == sent_line or now - sent_at < INTERVAL_S:
             continue
         sent = max(latest.progress_percent, sent + MIN_PROGRESS_STEP)
-        shown, sent_at = line, now
+        sent_line, sent_at = line, now
         await ctx.report_progress(sent, 100.0, line)
     if latest is None:
         raise ValueError("no status to report")

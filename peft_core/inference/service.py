@@ -77,7 +77,7 @@ class InferenceService:
         base_model: str | None,
         *,
         accept_unproven_base: bool,
-        report: ProgressCallback | None,
+        on_progress: ProgressCallback | None,
     ) -> LoadedAdapter:
         """The host verifies the bytes that it loads; here the base is found and memory looked at.
 
@@ -89,7 +89,7 @@ class InferenceService:
         path = request.adapter_path
         self._loading[path] += 1
         try:
-            return await self._host.ask(request, LoadedAdapter, report)
+            return await self._host.ask(request, LoadedAdapter, on_progress)
         finally:
             self._loading[path] -= 1
 
@@ -116,7 +116,7 @@ class InferenceService:
         adapter_path: str | None,
         *,
         use_base: bool,
-        report: ProgressCallback | None,
+        on_progress: ProgressCallback | None,
     ) -> Generation:
         """Write with the active adapter, the named resident one, or the base alone.
 
@@ -131,7 +131,7 @@ class InferenceService:
         return await self._host.ask(
             Generate(request=request, adapter_path=path, without_adapter=base),
             Generation,
-            report,
+            on_progress,
         )
 
     def require_unused(self, adapter: Path) -> None:

@@ -290,7 +290,7 @@ def problem_of(error: Exception) -> ErrorInfo:
     while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:  # a task group's wrapping
         error = error.exceptions[0]
     if isinstance(error, PeftMcpError):
-        return ErrorInfo(code=error.code, message=error.message, suggestions=error.suggestions)
+        return ErrorInfo.from_error(error)
     return ErrorInfo(
         code="runner_failed",
         message=f"The runner failed: {type(error).__name__}: {error}",

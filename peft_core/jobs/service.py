@@ -1,6 +1,6 @@
-"""Training jobs as the rest of the house uses them: submit, look, tend, cancel, resume.
+"""Training and evaluation jobs: submit, inspect, follow, cancel, resume.
 
-Everything here blocks, `submit` for up to a second on a large repository; the manager calls it in threads.
+Every method blocks, `submit` for up to a second on a large repository; the manager calls them in threads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument, JobNotFound, JobStateError
 from peft_core.jobs.state import IllegalTransition, Job
-from peft_core.jobs.status import headline, not_started, status_of
+from peft_core.jobs.status import not_started, status_of
 from peft_core.jobs.store import Store
 from peft_core.jobs.supervisor import RunnerSupervisor
 from peft_core.schemas.base_model import BUNDLED, Base
@@ -25,8 +25,10 @@ from peft_core.schemas.results import Status, TrainingDataReport, TrainingStatus
 from peft_core.schemas.task import JobRequest
 from peft_core.schemas.training import EvaluatedAdapter, TrainingConfig
 
-EXTERNAL_PROJECT = "elsewhere"  # the project of evaluations of adapters that were not trained here
-SPEED_FROM = 50  # newest completed trainings among which one on the same base and device tells how fast this machine is
+EXTERNAL_PROJECT = "elsewhere"  # project id of evaluations of adapters that were not trained here
+SPEED_HISTORY = 50  # newest completed jobs that are searched for a measured speed on the same base model and device
+
+TrainingData = str | Sequence[Mapping[str, Any]]
 
 
 class JobService:
@@ -34,70 +36,69 @@ class JobService:
         self._settings = settings
         self._paths = settings.paths
         self._store = Store(self._paths.database, time.time)
-        self._tender = RunnerSupervisor(settings, self._store, registry)
+        self._supervisor = RunnerSupervisor(settings, self._store, registry)
 
-    def submit(
-        self,
-        project_id: str,
-        training_data: str | Sequence[Mapping[str, Any]],
-        config: TrainingConfig,
-    ) -> TrainingStatus:
-        """Check everything that can be checked without a model, queue the job, see that a runner works.
+    # -- new jobs ------------------------------------------------------------------------------------------------------
+    # The planners are imported with the first job: resolving base models and reading code would slow the server's start.
+
+    def submit(self, project_id: str, training_data: TrainingData, config: TrainingConfig) -> TrainingStatus:
+        """Check everything that can be checked without a model, queue the job and make sure that a runner is alive.
 
         Raises:
-            InvalidArgument, DataError, BaseModelError, StorageError: nothing was queued.
+            InvalidArgument, DataError, BaseCheckpointError, StorageError: nothing was queued.
         """
-        # Imported with the first job, not with the server: finding bases and reading code is of no use before.
         from peft_core.planning.planner import plan  # noqa: PLC0415
 
         draft = plan(training_data, config, self._settings, self._measured_speed)
         return self._queue(project_id, draft, training_data)
 
-    def _queue(self, project_id: str, draft: JobRequest, data: str | Sequence[Mapping[str, Any]]) -> TrainingStatus:
-        from peft_core.planning.planner import write_source  # noqa: PLC0415 -- see `submit`
-
-        self._store.create()
-        self._tender.require_locks()
-        now = time.time()
-        job_id = f"{datetime.fromtimestamp(now, UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
-        request = write_source(draft, data, self._paths.job(job_id).records)
-        self._store.insert(Job(job_id=job_id, project_id=project_id, request=request, created_at=now, updated_at=now))
-        return self._queued(job_id)
-
-    def _queued(self, job_id: str) -> TrainingStatus:
-        """Its status, with a runner on its way. What is recorded will be done, and an error would say the opposite."""
-        self._tender.tend_if_possible()
-        return self._report(self._store.get(job_id))
-
-    def inspect(self, training_data: str | Sequence[Mapping[str, Any]], config: TrainingConfig) -> TrainingDataReport:
-        """What `submit` would do, without doing it.
-
-        Raises:
-            InvalidArgument, DataError, BaseModelError, StorageError: it would be refused.
-        """
-        from peft_core.planning.inspection import inspect_training_data  # noqa: PLC0415 -- as in submit
-
-        return inspect_training_data(training_data, config, self._settings, self._measured_speed)
-
-    def evaluate(
-        self,
-        evaluated: EvaluatedAdapter,
-        base: Base,
-        evaluation_data: str | Sequence[Mapping[str, Any]],
-    ) -> TrainingStatus:
-        """Queue a job that compares a base with and without an adapter. It belongs to the project of the adapter.
+    def evaluate(self, evaluated: EvaluatedAdapter, base: Base, evaluation_data: TrainingData) -> TrainingStatus:
+        """Queue a job that compares a base model with and without an adapter. It belongs to the adapter's project.
 
         Raises:
             InvalidArgument, DataError, StorageError: nothing was queued.
         """
-        # Imported with the first job, as for `submit`.
         from peft_core.planning.evaluation import plan_evaluation  # noqa: PLC0415
 
         draft = plan_evaluation(evaluated, evaluation_data, base, self._settings, self._measured_speed)
         return self._queue(self._project_of(evaluated.adapter_path), draft, evaluation_data)
 
-    def status(self, project_id: str, job_id: str | None = None) -> TrainingStatus:
-        """The truth about the named job, or the project's latest. A job whose process is gone is found out here.
+    def inspect(self, training_data: TrainingData, config: TrainingConfig) -> TrainingDataReport:
+        """Dry run of `submit`.
+
+        Raises:
+            InvalidArgument, DataError, BaseCheckpointError, StorageError: `submit` would reject the request.
+        """
+        from peft_core.planning.inspection import inspect_training_data  # noqa: PLC0415
+
+        return inspect_training_data(training_data, config, self._settings, self._measured_speed)
+
+    def _queue(self, project_id: str, draft: JobRequest, data: TrainingData) -> TrainingStatus:
+        from peft_core.planning.planner import write_source  # noqa: PLC0415
+
+        self._store.create()
+        self._supervisor.require_locks()
+        now = time.time()
+        job_id = f"{datetime.fromtimestamp(now, UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+        request = write_source(draft, data, self._paths.job(job_id).records)
+        self._store.insert(Job(job_id=job_id, project_id=project_id, request=request, created_at=now, updated_at=now))
+        return self._start(job_id)
+
+    def _start(self, job_id: str) -> TrainingStatus:
+        """Try to start a runner for a job in the queue.
+
+        If that fails for now, the job stays queued and the next call tries again: an error would suggest that it is not.
+        """
+        self._supervisor.ensure_runner_if_possible()
+        return self._to_status(self._store.get(job_id))
+
+    # -- existing jobs -------------------------------------------------------------------------------------------------
+
+    def status_and_ensure_runner(self, project_id: str, job_id: str | None = None) -> TrainingStatus:
+        """The state of the named job, or of the project's latest one.
+
+        There is no daemon that would notice a dead process, so reading the status of an unfinished job does: it records
+        the job as interrupted, and starts a runner if jobs are waiting. A client that only polls can rely on the answer.
 
         Raises:
             JobNotFound: no such job.
@@ -107,40 +108,44 @@ class JobService:
         if job is None:
             return not_started(project_id)
         if not job.status.is_final:
-            self._tender.ensure_runner()
+            self._supervisor.ensure_runner()
             job = self._store.get(job.job_id)
-        return self._report(job)
+        return self._to_status(job)
 
-    def picture(self, project_id: str, job_id: str | None = None) -> bytes | None:
-        """The loss curve so far as PNG; None where no step was made."""
+    def status_by_id(self, job_id: str) -> TrainingStatus:
+        """As `status_and_ensure_runner`, for a job whose project is not known."""
+        self._require_database(job_id)
+        return self.status_and_ensure_runner(self._store.get(job_id).project_id, job_id)
+
+    def running_job(self) -> TrainingStatus | None:
+        """The job that a runner is working on, after dead jobs were recorded; None if there is none."""
+        self.ensure_runner()
+        running = self._store.in_state(Status.IN_PROGRESS) if self._store.exists else []
+        return self._to_status(running[0]) if running else None
+
+    def draw_loss_curve(self, project_id: str, job_id: str | None, title: str) -> bytes | None:
+        """The loss curve so far as PNG; None before the first step."""
         job = self._find(project_id, job_id)
         if job is None:
             return None
-        from peft_core.evaluation.loss_curve import (  # noqa: PLC0415 -- likewise
-            curve_of,
-            draw,
-        )
+        from peft_core.evaluation.loss_curve import curve_of, draw  # noqa: PLC0415 -- not at the server's start
 
         curve = curve_of(self._store.events(job.job_id))
-        return None if curve.is_empty else draw(curve, f"{project_id}: {headline(self._report(job))}")
+        return None if curve.is_empty else draw(curve, title)
 
     def changed_since(self, event_id: int | None) -> tuple[int, list[str]]:
-        """(newest event id, ids of the jobs that have newer events than `event_id`; none for None)."""
+        """Return (newest event id, ids of the jobs with events after `event_id`; no ids for None)."""
         if not self._store.exists:
             return 0, []
         return self._store.changed_since(event_id)
 
     def ensure_runner(self) -> None:
-        """Do what every look at an open job does: find out dead jobs, have a runner for waiting ones."""
+        """Record jobs whose process is dead, and start a runner if jobs are waiting."""
         if self._store.exists and self._store.in_state(Status.QUEUED, Status.IN_PROGRESS):
-            self._tender.ensure_runner()
-
-    def by_id(self, job_id: str) -> TrainingStatus:
-        self._require_database(job_id)
-        return self.status(self._store.get(job_id).project_id, job_id)
+            self._supervisor.ensure_runner()
 
     def cancel(self, project_id: str, job_id: str | None) -> TrainingStatus:
-        """Queued: cancelled at once. Running: the runner is told, and the status follows within seconds.
+        """Cancel a queued job immediately; ask the runner to cancel a running one, which takes seconds.
 
         Raises:
             JobStateError: there is nothing to cancel.
@@ -151,50 +156,46 @@ class JobService:
                 f"Nothing to cancel: no training was started for project {project_id!r}.",
                 code="nothing_to_cancel",
             )
-        self._tender.tend_if_possible()
+        self._supervisor.ensure_runner_if_possible()
         self._store.request_cancel(job.job_id)
-        return self._report(self._store.get(job.job_id))
+        return self._to_status(self._store.get(job.job_id))
 
     def resume(self, job_id: str) -> TrainingStatus:
-        """Queue a job that ended early again; it goes on from its last checkpoint.
+        """Queue a job that ended early again; it continues from its last checkpoint.
 
         Raises:
             JobStateError: it is running, waiting or completed.
-            InvalidArgument, BaseModelError: its data or base may not be read any more.
+            InvalidArgument, BaseCheckpointError: its data or base model may no longer be read.
         """
-        from peft_core.planning.planner import require_sources  # noqa: PLC0415 -- as in submit
+        from peft_core.planning.planner import require_sources  # noqa: PLC0415 -- not at the server's start
 
         self._require_database(job_id)
         require_sources(self._store.get(job_id).request, self._settings)
         try:
             job = self._store.requeue(job_id, JobResumed())
-        except IllegalTransition:  # asked of the database itself: another server may resume it at this moment
+        except IllegalTransition:  # decided inside the transaction: another server may have resumed it meanwhile
             status = self._store.get(job_id).status
             raise JobStateError(
-                f"Job {job_id} cannot be resumed: it is {status}; only interrupted, failed and cancelled jobs can.",
+                f"Job {job_id} cannot be resumed: it is {status}. Only interrupted, failed and cancelled jobs can.",
                 code="not_resumable",
-                suggestions=["Call get_training_status to watch it" if not status.is_final else "Call train_adapter"],
+                suggestions=["Call get_training_status to follow it" if not status.is_final else "Call train_adapter"],
             ) from None
-        return self._queued(job.job_id)
-
-    def at_work(self) -> TrainingStatus | None:
-        """The job that is being worked on; None when nobody works."""
-        self.ensure_runner()
-        running = self._store.in_state(Status.IN_PROGRESS) if self._store.exists else []
-        return self._report(running[0]) if running else None
+        return self._start(job.job_id)
 
     def base_of(self, job_id: str) -> str | None:
-        """What to call the base that a job trained on; None where this data directory has no such job."""
+        """The reference of the base model that a job trained on; None if this data directory has no such job."""
         try:
             base = self._store.get(job_id).request.base if self._store.exists else None
         except JobNotFound:
             return None
-        return None if base is None else base.ref if base.ref == BUNDLED else str(base.path)
+        if base is None:
+            return None
+        return base.ref if base.ref == BUNDLED else str(base.path)
 
     def _project_of(self, adapter: Path) -> str:
-        """Where a published adapter lies; adapters from elsewhere share a name."""
-        home = adapter.parent.parent
-        return home.name if home.parent == self._paths.projects else EXTERNAL_PROJECT
+        """The project of a published adapter; adapters from other directories share one name."""
+        project = adapter.parent.parent
+        return project.name if project.parent == self._paths.projects else EXTERNAL_PROJECT
 
     def _find(self, project_id: str, job_id: str | None) -> Job | None:
         if job_id is None:
@@ -209,15 +210,16 @@ class JobService:
         if not self._store.exists:
             raise self._store.unknown(job_id)
 
-    def _report(self, job: Job) -> TrainingStatus:
+    def _to_status(self, job: Job) -> TrainingStatus:
         position = self._store.queue_position(job.job_id) if job.status is Status.QUEUED else None
         return status_of(job, position, self._paths.job(job.job_id).log)
 
     def _measured_speed(self, base: Base, device: str) -> float | None:
+        """Tokens per second of the newest completed run of the same base model on the same device."""
         if not self._store.exists:
             return None
-        for job in self._store.last_completed(SPEED_FROM):
-            same = job.request.base.fingerprint.same_weights(base.fingerprint) and job.device == device
-            if same and job.metrics and job.metrics.tokens_per_second:
+        for job in self._store.last_completed(SPEED_HISTORY):
+            same_setup = job.device == device and job.request.base.fingerprint.same_weights(base.fingerprint)
+            if same_setup and job.metrics and job.metrics.tokens_per_second:
                 return job.metrics.tokens_per_second
         return None

@@ -1,4 +1,4 @@
-"""A job as its users see it: the status, one sentence on what to do next, one line on how it goes."""
+"""`TrainingStatus`, built from a stored job: its state as users see it, and the call to make next."""
 
 from __future__ import annotations
 
@@ -7,51 +7,49 @@ from pathlib import Path
 from peft_core.adapters.manifest import REPORT_NAME
 from peft_core.jobs.state import Job, progress_percent
 from peft_core.schemas.evaluation import Verdict
-from peft_core.schemas.results import Phase, Status, TrainingStatus
+from peft_core.schemas.results import NextStep, Status, TrainingStatus
 
-# An unchanged run may go well the next time.
+# Failures that an unchanged run may not meet again.
 RETRYABLE = ("killed", "died_silently", "runner_failed", "disk_full", "data_directory_unwritable", "adapters_busy")
-MAX_HEADLINE = 200  # clients show no more of a progress message
-
-PHASE_WORDS = {
-    Phase.STARTING: "starting",
-    Phase.PREPARING_DATA: "reading the code",
-    Phase.LOADING_MODEL: "loading the base model",
-    Phase.EVALUATING_BASE: "measuring the base on held-out files",
-    Phase.TRAINING: "training",
-    Phase.EVALUATING_ADAPTER: "measuring the adapter on the same held-out files",
-    Phase.SAVING: "writing the adapter",
-    Phase.PUBLISHING: "checking and publishing the adapter",
-}
 
 
 def not_started(project_id: str) -> TrainingStatus:
+    step = NextStep(
+        tool="train_adapter",
+        arguments={"project_id": project_id},
+        missing=("training_data",),
+        reason=f"No training was started for project {project_id!r} yet.",
+    )
     return TrainingStatus(
         job_id=None,
         project_id=project_id,
         status=Status.NOT_STARTED,
-        next=f"Nothing was trained for {project_id!r} yet: call train_adapter(project_id={project_id!r}, training_data=...).",
+        next=step.sentence,
+        next_step=step,
     )
 
 
 def status_of(job: Job, queue_position: int | None, log_path: Path) -> TrainingStatus:
-    adapter = job.adapter_path if job.adapter_path and Path(job.adapter_path).is_dir() else None  # it may be deleted
+    published = job.adapter_path is not None and Path(job.adapter_path).is_dir()  # it may have been deleted since
+    adapter = job.adapter_path if published else None
     request = job.request
+    running = job.status is Status.IN_PROGRESS
+    step = _next_step(job, adapter)
     return TrainingStatus(
         job_id=job.job_id,
         project_id=job.project_id,
         kind="training" if request.evaluated is None else "evaluation",
         status=job.status,
-        phase=job.phase if job.status is Status.IN_PROGRESS else None,
+        phase=job.phase if running else None,
         progress_percent=progress_percent(job),
-        detail=job.detail if job.status is Status.IN_PROGRESS and job.detail else job.note,
+        detail=job.detail if running and job.detail else job.note,
         step=job.step,
         total_steps=job.total_steps or request.estimate.steps,
         loss=job.loss,
         held_out_loss=job.held_out_loss,
         tokens_per_second=job.tokens_per_second,
         peak_memory_bytes=job.peak_memory_bytes,
-        eta_s=_eta(job),
+        eta_s=_eta_s(job),
         queue_position=queue_position,
         device=job.device or request.device,
         base_model=request.base.name,
@@ -61,118 +59,29 @@ def status_of(job: Job, queue_position: int | None, log_path: Path) -> TrainingS
         evaluation=job.evaluation,
         report_path=_report_path(log_path.parent if request.evaluated else adapter),
         dataset=job.dataset,
-        training_data=_training_data(job),
+        training_data=_describe_training_data(job),
         estimate=request.estimate,
         log_path=str(log_path) if log_path.exists() else None,
-        next=_next(job, adapter),
+        next=step.sentence,
+        next_step=step,
     )
 
 
-def _eta(job: Job) -> float | None:
-    """Seconds until the end of the steps, as the child reckons; before it trains, the estimate."""
+def _eta_s(job: Job) -> float | None:
+    """Seconds until the last step, as measured by the worker; before it trains, the estimate."""
     if job.status is Status.IN_PROGRESS and job.eta_s is not None:
         return job.eta_s
     return None if job.status.is_final else job.request.estimate.seconds
 
 
-def _training_data(job: Job) -> str:
-    found = job.request.found
-    place = f" in {found.path}" if found.path else ""
-    if found.examples is not None:
-        return f"{found.examples} records{place}, about {found.estimated_tokens} tokens"
-    languages = ", ".join(f"{count} {name}" for name, count in sorted(found.languages.items(), key=lambda kv: -kv[1]))
-    return f"{found.files} files{place} ({languages}), about {found.estimated_tokens} tokens"
-
-
-def _next(job: Job, adapter: str | None) -> str:
-    if job.request.evaluated is not None:
-        return _next_of_evaluation(job)
-    status = f"get_training_status(project_id={job.project_id!r}, job_id={job.job_id!r}"
-    match job.status:
-        case Status.QUEUED:
-            return f"Training goes on without you. Call {status}, wait_s=20) to wait for news."
-        case Status.IN_PROGRESS:
-            return f"Training goes on without you. Call {status}, wait_s=20) to watch; cancel_training to stop it."
-        case Status.COMPLETED:
-            return _next_of_completed(job, adapter)
-        case Status.CANCELLED | Status.INTERRUPTED:
-            return f"Call resume_training(job_id={job.job_id!r}) to go on from its checkpoint, or train_adapter to start anew."
-        case _:
-            advice = " ".join(f"{s.rstrip('.')}." for s in (job.error.suggestions if job.error else ()))
-            again = f"call train_adapter(project_id={job.project_id!r}, ...) again"
-            if job.error and job.error.code in RETRYABLE:
-                again = f"call resume_training(job_id={job.job_id!r}) to go on from the last checkpoint, or {again}"
-            return f"{advice} Then {again}.".strip()
-
-
-def _next_of_completed(job: Job, adapter: str | None) -> str:
-    if adapter is None:
-        return f"Its adapter was deleted since. Call train_adapter(project_id={job.project_id!r}, ...) for a new one."
-    name = job.project_id if _is_current(Path(adapter)) else adapter
-    all_measured = f"get_adapter_info(adapter_path={name!r}) shows all that was measured."
-    config = job.request.config
-    match _verdict(job):
-        case Verdict.HELPS if config.make_current == "never":
-            return f"The adapter helps, and was not made current, as asked. load_adapter(adapter_path={adapter!r}) loads it."
-        case Verdict.HELPS:
-            return f"The adapter helps. Call load_adapter(adapter_path={name!r}) to use it; {all_measured}"
-        case Verdict.NO_DIFFERENCE:
-            return (
-                "No difference could be shown on held-out files. Try more data or more epochs; "
-                f"load_adapter(adapter_path={adapter!r}) uses it all the same."
-            )
-        case _:
-            kept = (
-                "It was made current all the same, as asked"
-                if config.make_current == "always"
-                else f"It is kept, and was not made current: {job.project_id!r} stands for what it stood for before"
-            )
-            return (
-                f"The adapter HARMS: better not use it. {kept}. "
-                f"Try a lower learning_rate, fewer epochs or more data; get_adapter_info(adapter_path={adapter!r}) "
-                "shows all that was measured."
-            )
-
-
-def _is_current(adapter: Path) -> bool:
-    """Whether the project id stands for it: another one may have come after it."""
-    try:
-        return adapter.with_name("current").readlink().name == adapter.name
-    except OSError:
-        return False
-
-
-def _next_of_evaluation(job: Job) -> str:
-    path = str(job.request.evaluated.adapter_path) if job.request.evaluated else ""
-    match job.status:
-        case Status.QUEUED | Status.IN_PROGRESS:
-            status = f"get_training_status(project_id={job.project_id!r}, job_id={job.job_id!r}, wait_s=20)"
-            return f"The evaluation goes on without you. Call {status} to wait for it; cancel_training to stop it."
-        case Status.COMPLETED:
-            overlap = job.evaluation.seen_in_training if job.evaluation else None
-            flag = (
-                " It is not recorded what this adapter was trained on: if it was this data, the figures flatter it."
-                if overlap is None
-                else ""
-            )
-            use = {
-                Verdict.HELPS: f"The adapter helps. load_adapter(adapter_path={path!r}) uses it.",
-                Verdict.NO_DIFFERENCE: "No difference could be shown on this data.",
-                Verdict.HARMS: "The adapter HARMS on this data: better not use it for it.",
-            }[_verdict(job)]
-            return f"{use}{flag}"
-        case Status.FAILED:
-            advice = " ".join(f"{s.rstrip('.')}." for s in (job.error.suggestions if job.error else ()))
-            return f"{advice} Then call evaluate_adapter(adapter_path={path!r}, ...) again.".strip()
-        case _:
-            return f"Call resume_training(job_id={job.job_id!r}), which begins it anew, or evaluate_adapter."
-
-
-def _verdict(job: Job) -> Verdict:
-    if job.evaluation is not None:
-        return job.evaluation.verdict
-    before, after = (job.metrics.base_loss, job.metrics.adapter_loss) if job.metrics else (None, None)
-    return Verdict.HELPS if before is None or after is None or after < before else Verdict.HARMS
+def _describe_training_data(job: Job) -> str:
+    source = job.request.found
+    place = f" in {source.path}" if source.path else ""
+    if source.examples is not None:
+        return f"{source.examples} records{place}, about {source.estimated_tokens} tokens"
+    by_count = sorted(source.languages.items(), key=lambda language: -language[1])
+    languages = ", ".join(f"{count} {name}" for name, count in by_count)
+    return f"{source.files} files{place} ({languages}), about {source.estimated_tokens} tokens"
 
 
 def _report_path(directory: str | Path | None) -> str | None:
@@ -180,48 +89,120 @@ def _report_path(directory: str | Path | None) -> str | None:
     return str(path) if path is not None and path.is_file() else None
 
 
-def headline(status: TrainingStatus) -> str:
-    """One line for people, at most 200 characters: 'training: step 120/250, loss 1.83, 145 tokens/s, 2 min 10 s left'."""
-    line = status.status.replace("_", " ")
-    match status.status:
-        case Status.QUEUED if status.queue_position:
-            line = f"queued at position {status.queue_position}"
-        case Status.IN_PROGRESS if status.phase:
-            line = ", ".join([PHASE_WORDS[status.phase], *([status.detail] if status.detail else [])])
-            if status.phase is Phase.TRAINING:
-                line = _training_line(status)
-        case Status.COMPLETED if (metrics := status.metrics) and metrics.base_perplexity and metrics.adapter_perplexity:
-            change = f"{metrics.base_perplexity:.2f} (base) -> {metrics.adapter_perplexity:.2f} (adapter)"
-            verdict = [status.evaluation.verdict.replace("_", " ")] if status.evaluation else []
-            line = ", ".join(
-                ["completed", *verdict, f"held-out perplexity {change}", *([status.detail] if status.detail else [])],
+# -- the next step ---------------------------------------------------------------------------------------------------
+
+
+def _next_step(job: Job, adapter: str | None) -> NextStep:
+    is_evaluation = job.request.evaluated is not None
+    match job.status:
+        case Status.QUEUED | Status.IN_PROGRESS:
+            return NextStep(
+                tool="get_training_status",
+                arguments={"project_id": job.project_id, "job_id": job.job_id},
+                reason=f"The {'evaluation' if is_evaluation else 'training'} continues in the background; "
+                "cancel_training stops it.",
             )
-        case Status.FAILED | Status.INTERRUPTED if status.error:
-            line = f"{status.status}: {status.error.message.rstrip('.')}"
-    return line if len(line) <= MAX_HEADLINE else line[: MAX_HEADLINE - 1] + "…"
+        case Status.COMPLETED if is_evaluation:
+            return _after_evaluation(job)
+        case Status.COMPLETED:
+            return _after_training(job, adapter)
+        case Status.FAILED:
+            advice = " ".join(
+                f"{suggestion.rstrip('.')}." for suggestion in (job.error.suggestions if job.error else ())
+            )
+            if job.error and job.error.code in RETRYABLE:
+                return _resume(job, advice)
+            return _start_over(job, advice)
+        case _:
+            return _resume(job)
 
 
-def _training_line(status: TrainingStatus) -> str:
-    parts = [f"training: step {status.step}/{status.total_steps}"]
-    if status.loss is not None:
-        parts.append(f"loss {status.loss:.3f}")
-    if status.held_out_loss is not None:
-        parts.append(f"held-out {status.held_out_loss:.3f}")
-    if status.tokens_per_second is not None:
-        parts.append(f"{status.tokens_per_second:.0f} tokens/s")
-    if status.eta_s is not None:
-        parts.append(f"{in_words(status.eta_s)} left")
-    if status.detail:
-        parts.append(status.detail)
-    return ", ".join(parts)
+def _resume(job: Job, advice: str = "") -> NextStep:
+    if job.request.evaluated is not None:
+        how = "It can be run again from the start."
+    else:
+        how = "It can continue from its last checkpoint, or start over with train_adapter."
+    return NextStep(tool="resume_training", arguments={"job_id": job.job_id}, reason=f"{advice} {how}".lstrip())
 
 
-def in_words(seconds: float) -> str:
-    """'45 s', '2 min 10 s', '1 h 5 min'."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"
+def _start_over(job: Job, reason: str) -> NextStep:
+    if job.request.evaluated is not None:
+        path = str(job.request.evaluated.adapter_path)
+        return NextStep(
+            tool="evaluate_adapter",
+            arguments={"adapter_path": path},
+            missing=("evaluation_data",),
+            reason=reason,
+        )
+    return NextStep(
+        tool="train_adapter",
+        arguments={"project_id": job.project_id},
+        missing=("training_data",),
+        reason=reason,
+    )
+
+
+def _after_training(job: Job, adapter: str | None) -> NextStep:
+    if adapter is None:
+        return _start_over(job, "The adapter of this run was deleted.")
+    make_current = job.request.config.make_current
+    name = job.project_id if _is_current(Path(adapter)) else adapter
+    match job.evaluation.verdict if job.evaluation else None:
+        case Verdict.HELPS if make_current == "never":
+            return _load(adapter, "The adapter helps. It was not made current, as requested.")
+        case Verdict.HELPS:
+            return _load(name, "The adapter helps; get_adapter_info shows all measurements.")
+        case Verdict.NO_DIFFERENCE:
+            reason = "No difference could be shown on held-out files: more data or more epochs may help."
+            return _load(adapter, f"{reason} The adapter can be loaded all the same.")
+        case Verdict.HARMS:
+            if make_current == "always":
+                pointer = "It was made current, as requested."
+            else:
+                pointer = f"It was not made current: {job.project_id!r} refers to the same adapter as before."
+            return NextStep(
+                tool="get_adapter_info",
+                arguments={"adapter_path": adapter},
+                reason=f"The adapter HARMS predictions: do not use it. {pointer} "
+                "Try a lower learning_rate, fewer epochs or more data.",
+            )
+        case None:
+            return _load(name, "The adapter was not evaluated.")
+
+
+def _after_evaluation(job: Job) -> NextStep:
+    path = str(job.request.evaluated.adapter_path) if job.request.evaluated else ""
+    evaluation = job.evaluation
+    overlap_unknown = evaluation is None or evaluation.seen_in_training is None
+    caveat = (
+        " Its training data is not recorded: if it was trained on this data, the results are too optimistic."
+        if overlap_unknown
+        else ""
+    )
+    match evaluation.verdict if evaluation else None:
+        case Verdict.HELPS:
+            return _load(path, f"The adapter helps on this data.{caveat}")
+        case Verdict.NO_DIFFERENCE:
+            return _load(
+                path,
+                f"No difference could be shown on this data. The adapter can be loaded all the same.{caveat}",
+            )
+        case Verdict.HARMS:
+            return NextStep(
+                tool="list_adapters",
+                reason=f"The adapter HARMS predictions on this data: do not use it for such code.{caveat}",
+            )
+        case None:
+            return _load(path, f"The adapter was not evaluated.{caveat}")
+
+
+def _load(adapter_path: str, reason: str) -> NextStep:
+    return NextStep(tool="load_adapter", arguments={"adapter_path": adapter_path}, reason=reason)
+
+
+def _is_current(adapter: Path) -> bool:
+    """Whether the project id refers to this adapter, and not to another one that was published since."""
+    try:
+        return adapter.with_name("current").readlink().name == adapter.name
+    except OSError:
+        return False

@@ -282,7 +282,10 @@ class Store:
         try:
             # isolation_level=None: transactions begin where this class begins them, not where the driver guesses.
             db = sqlite3.connect(
-                f"{self._path.as_uri()}?mode=rw", uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None
+                f"{self._path.as_uri()}?mode=rw",
+                uri=True,
+                timeout=BUSY_TIMEOUT_S,
+                isolation_level=None,
             )
         except sqlite3.OperationalError as error:
             raise unwritable(self._path.parent, error) from error

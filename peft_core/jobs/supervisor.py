@@ -76,7 +76,7 @@ class RunnerSupervisor:
             self._runner = self._spawn_runner()
             self._seen_by_runner = waiting
 
-    def tend_if_possible(self) -> None:
+    def ensure_runner_if_possible(self) -> None:
         """For who asks for something else than work: where no runner can be had, the next look tries again, and tells why."""
         try:
             self.ensure_runner()

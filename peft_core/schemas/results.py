@@ -6,10 +6,11 @@ Field names are relied on by others: add, do not rename.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
+from peft_core.errors import PeftMcpError
 from peft_core.schemas.dataset import DatasetSummary
 from peft_core.schemas.evaluation import Evaluation, Verdict
 from peft_core.schemas.frozen import FrozenModel
@@ -49,6 +50,26 @@ class ErrorInfo(FrozenModel):
     code: str
     message: str
     suggestions: tuple[str, ...] = ()
+
+    @classmethod
+    def from_error(cls, error: PeftMcpError) -> ErrorInfo:
+        return cls(code=error.code, message=error.message, suggestions=error.suggestions)
+
+
+class NextStep(FrozenModel):
+    """A suggested call. `tool` names an MCP tool and the method of `PEFTManager` that it calls."""
+
+    tool: str
+    arguments: dict[str, Any] = Field({})
+    missing: tuple[str, ...] = Field((), description="Required arguments to fill in.")
+    reason: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """The reason, then the call: "The adapter helps. Call load_adapter(adapter_path='web')."."""
+        known = [f"{name}={value!r}" for name, value in self.arguments.items()]
+        arguments = ", ".join([*known, *(f"{name}=..." for name in self.missing)])
+        return f"{self.reason} Call {self.tool}{f'({arguments})' if arguments else ''}.".lstrip()
 
 
 class Estimate(FrozenModel):
@@ -113,6 +134,7 @@ class TrainingStatus(FrozenModel):
     estimate: Estimate | None = None
     log_path: str | None = None
     next: str = Field("", description="What to call now.")
+    next_step: NextStep | None = None
 
 
 class AdapterSummary(FrozenModel):
@@ -165,6 +187,7 @@ class Compatibility(FrozenModel):
     scanned: bool = Field(description="Whether the weights themselves were read, not only headers and configuration.")
     elapsed_ms: float
     next: str = Field("", description="What to call now.")
+    next_step: NextStep | None = None
 
 
 class LoadCheck(FrozenModel):
@@ -207,6 +230,7 @@ class LoadedAdapter(FrozenModel):
     elapsed_s: float
     memory_bytes: int = Field(description="Of the inference process, now.")
     next: str = Field("", description="What to call now.")
+    next_step: NextStep | None = None
 
 
 class UnloadedAdapter(FrozenModel):
@@ -218,9 +242,11 @@ class UnloadedAdapter(FrozenModel):
     memory_after_bytes: int
     elapsed_s: float
     next: str = ""
+    next_step: NextStep | None = None
 
 
 def nothing_was_loaded(memory_bytes: int) -> UnloadedAdapter:
+    step = NextStep(tool="load_adapter", missing=("adapter_path",), reason="Nothing was loaded.")
     return UnloadedAdapter(
         status="nothing_loaded",
         adapter_path=None,
@@ -229,7 +255,8 @@ def nothing_was_loaded(memory_bytes: int) -> UnloadedAdapter:
         memory_before_bytes=memory_bytes,
         memory_after_bytes=memory_bytes,
         elapsed_s=0.0,
-        next="Nothing was loaded. Call load_adapter to use an adapter.",
+        next=step.sentence,
+        next_step=step,
     )
 
 
@@ -239,12 +266,14 @@ class DeletedAdapter(FrozenModel):
     freed_bytes: int
     current: str | None = Field(description="The adapter that the project id stands for now. Null: none is left.")
     next: str = ""
+    next_step: NextStep | None = None
 
 
 class AdapterList(FrozenModel):
     adapters: list[AdapterSummary]
     loaded: MemoryState = Field(MemoryState(), description="What this server's inference process holds in memory.")
     next: str
+    next_step: NextStep | None = None
 
 
 # FOLDED FROM peft_core.schemas.results: What inspecting training data answers. Apart from what makes it, which is
@@ -288,3 +317,4 @@ class TrainingDataReport(FrozenModel):
     config: TrainingConfig = Field(description="With what was left open filled in.")
     estimate: Estimate
     next: str = ""
+    next_step: NextStep | None = None

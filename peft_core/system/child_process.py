@@ -80,7 +80,7 @@ def _end_without(parent: int) -> None:
 
 
 def problem_of(error: PeftMcpError) -> ErrorInfo:
-    return ErrorInfo(code=error.code, message=error.message, suggestions=error.suggestions)
+    return ErrorInfo.from_error(error)
 
 
 # FOLDED FROM peft_core.system.child_process: A child's end of the wire: one JSON object per line on what was standard

@@ -31,7 +31,7 @@ class TaskKind:
 def problem_of(error: Exception, work: TaskKind) -> ErrorInfo:
     """An error of ours as it is, memory recognised, anything else by type and text."""
     if isinstance(error, PeftMcpError):
-        return ErrorInfo(code=error.code, message=error.message, suggestions=error.suggestions)
+        return ErrorInfo.from_error(error)
     if is_out_of_memory(error):
         return ErrorInfo(
             code="out_of_memory",

@@ -20,7 +20,7 @@ BaseRef = Annotated[
     str | None,
     Field(
         description="A model directory, .gguf file, cached hub id, or 'bundled'. Omit to use the base model that the "
-        "adapter was trained on, if it is on this machine."
+        "adapter was trained on, if it is on this machine.",
     ),
 ]
 ResidentPath = Annotated[
@@ -34,7 +34,8 @@ async def verify_adapter_compatibility(
     ctx: Context[PEFTManager, Any],
     base_model: BaseRef = None,
     scan_weights: Annotated[
-        bool, Field(description="Also scan the weights for NaN, Inf and all-zero B matrices.")
+        bool,
+        Field(description="Also scan the weights for NaN, Inf and all-zero B matrices."),
     ] = False,
 ) -> Annotated[CallToolResult, Compatibility]:
     """Check whether a PEFT LoRA adapter (trained here or not) matches a base model. Reads only headers and configuration, so
@@ -43,7 +44,7 @@ async def verify_adapter_compatibility(
     """
     manager = ctx.request_context.lifespan_context
     return format_compatibility(
-        await manager.verify_adapter_compatibility(adapter_path, base_model, scan_weights=scan_weights)
+        await manager.verify_adapter_compatibility(adapter_path, base_model, scan_weights=scan_weights),
     )
 
 
@@ -67,12 +68,13 @@ async def load_adapter(
             base_model,
             accept_unproven_base=accept_unproven_base,
             on_progress=progress_callback(ctx),
-        )
+        ),
     )
 
 
 async def unload_adapter(
-    ctx: Context[PEFTManager, Any], adapter_path: ResidentPath = None
+    ctx: Context[PEFTManager, Any],
+    adapter_path: ResidentPath = None,
 ) -> Annotated[CallToolResult, UnloadedAdapter]:
     """Unload an adapter. Unloading the last one also unloads the base model and frees its memory. Returns memory before and
     after.
@@ -94,8 +96,11 @@ async def generate(
     manager = ctx.request_context.lifespan_context
     return format_generation(
         await manager.generate(
-            request, adapter_path=adapter_path, use_base=use_base, on_progress=progress_callback(ctx)
-        )
+            request,
+            adapter_path=adapter_path,
+            use_base=use_base,
+            on_progress=progress_callback(ctx),
+        ),
     )
 
 

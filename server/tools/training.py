@@ -71,14 +71,15 @@ async def evaluate_adapter(
         TrainingData,
         Field(
             description="Code to evaluate on, as for train_adapter. The adapter's own repository is fine: text that it was "
-            "trained on is left out, if recorded."
+            "trained on is left out, if recorded.",
         ),
     ],
     *,
     ctx: Context[PEFTManager, Any],
     base_model: BaseRef = None,
     accept_unproven_base: Annotated[
-        bool, Field(description="Evaluate although nothing proves that the adapter belongs to this base (shape_only).")
+        bool,
+        Field(description="Evaluate although nothing proves that the adapter belongs to this base (shape_only)."),
     ] = False,
     wait_s: WaitSeconds = 0,
 ) -> Annotated[CallToolResult, TrainingStatus]:

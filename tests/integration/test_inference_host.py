@@ -164,7 +164,7 @@ async def test_a_host_killed_while_it_starts_is_an_error_too(
             os.kill(host_pid(manager), signal.SIGKILL)
 
     with pytest.raises(InferenceError, match="SIGKILL") as caught:
-        await manager.load_adapter(adapters[0], base, report=kill)
+        await manager.load_adapter(adapters[0], base, on_progress=kill)
     assert caught.value.code == "host_died"
     assert (await manager.load_adapter(adapters[0], base)).status == "loaded"
 
@@ -337,14 +337,14 @@ async def test_a_cancelled_answer_stops_at_once_and_the_next_is_not_confused(
             ) -> None:
                 leaving.cancel()
 
-            await manager.generate(LONG, report=leave)
+            await manager.generate(LONG, on_progress=leave)
         assert scope.cancelled_caught
         heard: list[str] = []
 
         async def hear(_done: float, _total: float | None, message: str, into: list[str] = heard) -> None:
             into.append(message)
 
-        answer = await manager.generate(SHORT, report=hear)
+        answer = await manager.generate(SHORT, on_progress=hear)
         assert answer.text == expected
         assert all("tokens by the adapter" in message for message in heard if "waiting for the end" not in message)
     assert [adapter.active for adapter in (await manager.list_adapters()).loaded.adapters] == [True]
@@ -364,7 +364,7 @@ async def test_after_a_load_that_was_given_up_the_list_tells_what_is_so(
             if message == stage:
                 scope.cancel()
 
-        await manager.load_adapter(adapters[1], base, report=leave)
+        await manager.load_adapter(adapters[1], base, on_progress=leave)
     assert scope.cancelled_caught
     loaded = (await manager.list_adapters()).loaded
     active = next(adapter.adapter_path for adapter in loaded.adapters if adapter.active)
@@ -389,7 +389,7 @@ async def test_who_waits_for_its_turn_is_told(manager: PEFTManager, adapters: li
     async with anyio.create_task_group() as group:
         group.start_soon(manager.generate, LONG)
         await anyio.wait_all_tasks_blocked()
-        await manager.generate(SHORT, report=hear)
+        await manager.generate(SHORT, on_progress=hear)
     assert heard[0] == "waiting for another call to the model"
 
 

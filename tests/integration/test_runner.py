@@ -167,8 +167,8 @@ def test_a_runner_that_cannot_start_fails_its_job_with_the_reason(
     monkeypatch.setattr(tending, "RUNNER", [sys.executable, "-c", "raise SystemExit('no runner today')"])
     store.insert(make_job("job"))
     jobs = JobService(Settings(data_dir=paths.root), Registry(paths))
-    wait_until(lambda: jobs.status("web").status is Status.FAILED, "the failure")
-    error = jobs.status("web").error
+    wait_until(lambda: jobs.status_and_ensure_runner("web").status is Status.FAILED, "the failure")
+    error = jobs.status_and_ensure_runner("web").error
     assert error is not None
     assert "no runner today" in error.message
 
@@ -184,8 +184,8 @@ def test_a_runner_that_is_killed_each_time_it_starts_fails_its_job_instead_of_be
     monkeypatch.setattr(tending, "RUNNER", [sys.executable, "-c", script])
     store.insert(make_job("job"))
     jobs = JobService(Settings(data_dir=paths.root), Registry(paths))
-    wait_until(lambda: jobs.status("web").status is Status.FAILED, "the failure")
-    error = jobs.status("web").error
+    wait_until(lambda: jobs.status_and_ensure_runner("web").status is Status.FAILED, "the failure")
+    error = jobs.status_and_ensure_runner("web").error
     assert error is not None
     assert "runner was killed by SIGKILL" in error.message
     assert starts.read_text() == "x" * tending.MOST_KILLED
@@ -203,7 +203,7 @@ def test_where_no_process_can_be_started_a_job_waits_and_can_be_cancelled(
     queued = jobs.submit("web", records, TrainingConfig(base_model=str(base), max_length=128))
     assert queued.status is Status.QUEUED
     with pytest.raises(StorageError, match="What waits stays queued") as told:
-        jobs.status("web")
+        jobs.status_and_ensure_runner("web")
     assert told.value.code == "runner_start"
     assert jobs.cancel("web", None).status is Status.CANCELLED
     assert queued.job_id is not None
@@ -223,10 +223,10 @@ def test_a_runner_works_where_no_thread_can_be_had_to_wait_for_its_end(
     jobs = JobService(Settings(data_dir=paths.root), Registry(paths))
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", no_thread)
-        assert jobs.status("web").status is Status.QUEUED
-    runner = jobs._tender._runner
+        assert jobs.status_and_ensure_runner("web").status is Status.QUEUED
+    runner = jobs._supervisor._runner
     assert runner is not None
-    wait_until(lambda: jobs.status("web").status is Status.FAILED, "the failure")
+    wait_until(lambda: jobs.status_and_ensure_runner("web").status is Status.FAILED, "the failure")
     with pytest.raises(ProcessLookupError):
         os.kill(runner.pid, 0)  # reaped all the same
 

@@ -71,7 +71,7 @@ class Life:
         return job_id
 
     def status(self, job_id: str | None = None) -> TrainingStatus:
-        return self.jobs.by_id(job_id or self.current)
+        return self.jobs.status_by_id(job_id or self.current)
 
     @property
     def current(self) -> str:

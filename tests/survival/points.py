@@ -30,7 +30,7 @@ SERVER = [
     Point("server", _STORE, "Store.insert", "after", "queued, nobody works"),
     Point("server", _TENDING, "RunnerSupervisor._spawn_runner", "before", "queued, about to start a runner"),
     Point("server", _TENDING, "RunnerSupervisor._spawn_runner", "after", "runner started, not answered yet"),
-    Point("server", _SERVICE, "JobService._report", "before", "about to answer"),
+    Point("server", _SERVICE, "JobService._to_status", "before", "about to answer"),
 ]
 
 _RUNNER, _REGISTRY = "peft_core.jobs.runner", "peft_core.adapters.registry"

@@ -67,7 +67,7 @@ def test_the_server_is_killed_while_it_is_asked_to_train(life: Life, way: str) -
             if way != MEMORY:
                 until(lambda killed=victim.process.pid: gone(killed), "the server to die", 2.0)
         life.disarm()
-        life.job_id = life.jobs.status("small").job_id  # None: it had not come so far
+        life.job_id = life.jobs.status_and_ensure_runner("small").job_id  # None: it had not come so far
         if life.job_id is not None:
             life.finish()
         life.expect_nobody()

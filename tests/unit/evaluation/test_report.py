@@ -17,7 +17,7 @@ from peft_core.evaluation.report import render, write_report
 from peft_core.schemas.evaluation import Comparison, Continuation, Verdict
 from peft_core.schemas.events import Evaluated, Event, HeldOutMeasured, RateLowered, StepCompleted
 from peft_core.schemas.training import TrainingConfig
-from server.format_results import evaluation_line
+from server.format_results import evaluation_text
 from tests.factories import make_evaluation, make_manifest
 
 VOID = {"meta", "br", "hr", "line", "circle", "polyline"}
@@ -149,7 +149,7 @@ def test_what_the_verdict_does_not_say_is_said_beside_it() -> None:
         "Early stopping chose the best state on a part",
     ):
         assert caveat in page.text
-        assert caveat in evaluation_line(evaluation)
+        assert caveat in evaluation_text(evaluation)
         assert caveat in render_card(
             make_manifest("a-01", config=TrainingConfig(learning_rate=5e-4), evaluation=evaluation),
         )

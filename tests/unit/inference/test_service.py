@@ -63,7 +63,7 @@ async def test_a_base_that_nobody_records_must_be_named(
     (adapter / "adapter_manifest.json").unlink()
     service = make_service(data_dir, default_base_model=str(base))
     with pytest.raises(InvalidArgument, match=r"base_model = None.*only its configuration names"):
-        await service.load(str(adapter), None, accept_unproven_base=True, report=None)
+        await service.load(str(adapter), None, accept_unproven_base=True, on_progress=None)
     verified = service._adapters.verify(str(adapter), str(base), scan_weights=False)
     assert verified.verdict is BaseMatch.SHAPE_ONLY
 
@@ -79,7 +79,7 @@ async def test_a_model_that_does_not_fit_is_refused_with_figures(
 ) -> None:
     have_free(monkeypatch, GB // 10)
     with pytest.raises(InferenceError, match=r"takes about 0\.\d GB, 0\.1 GB are free\.") as caught:
-        await make_service(data_dir).load(str(adapter), str(base), accept_unproven_base=False, report=None)
+        await make_service(data_dir).load(str(adapter), str(base), accept_unproven_base=False, on_progress=None)
     assert caught.value.code == "not_enough_memory"
 
 
@@ -193,7 +193,7 @@ async def test_an_adapter_that_is_being_loaded_is_not_deleted(
 
     monkeypatch.setattr(service._host, "ask", try_to_delete)
     with pytest.raises(InferenceError):
-        await service.load(str(path), str(base), accept_unproven_base=False, report=None)
+        await service.load(str(path), str(base), accept_unproven_base=False, on_progress=None)
     assert refused
     monkeypatch.setattr(service._host, "is_still_loading", lambda adapter: adapter == path)  # it was given up
     with pytest.raises(AdapterInUse, match="is being loaded"):

@@ -231,7 +231,8 @@ def test_a_cursor_of_a_deleted_database_reports_all_events_of_the_new_one(store:
 
 
 def test_a_long_history_is_thinned_out_per_kind_and_keeps_the_newest_event(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("peft_core.jobs.store.MAX_EVENTS_PER_KIND", 10)
     store.insert(make_job("a"))

@@ -1,4 +1,4 @@
-"""What a person reads of an answer, and what only its data has."""
+"""The text of a tool result, and what is left to its data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from mcp.types import TextContent
 
 from peft_core.schemas.results import TrainingDataReport
-from server.format_results import inspection_answer
+from server.format_results import format_inspection
 from tests.factories import make_job
 
 
@@ -35,10 +35,11 @@ def report_of(held_out: list[str]) -> TrainingDataReport:
 
 
 @pytest.mark.parametrize("count", [2, 5, 6, 30])
-def test_every_held_out_file_is_named_in_the_text(count: int) -> None:
+def test_every_held_out_file_is_named_in_the_text_or_the_data(count: int) -> None:
     names = [f"file_{n}.py" for n in range(count)]
-    line, data = (part.text for part in inspection_answer(report_of(names)).content if isinstance(part, TextContent))
-    told = json.loads(data)
-    assert "left_out" not in told
-    assert told.get("held_out_files") == (names if count > 5 else None)
-    assert all(name in line + data for name in names)
+    result = format_inspection(report_of(names))
+    text, data = (part.text for part in result.content if isinstance(part, TextContent))
+    shown = json.loads(data)
+    assert "left_out" not in shown
+    assert shown.get("held_out_files") == (names if count > 5 else None)
+    assert all(name in text + data for name in names)

@@ -1,0 +1,73 @@
+"""The state of a job in words for MCP clients: one line on its progress, and the next call with the tool's own arguments."""
+
+from __future__ import annotations
+
+from peft_core.schemas.results import Phase, Status, TrainingStatus
+
+MAX_HEADLINE = 200  # clients truncate longer progress messages
+WAIT_S = 20  # as the default of get_training_status
+
+PHASE_WORDS = {
+    Phase.STARTING: "starting",
+    Phase.PREPARING_DATA: "reading the code",
+    Phase.LOADING_MODEL: "loading the base model",
+    Phase.EVALUATING_BASE: "evaluating the base model on held-out files",
+    Phase.TRAINING: "training",
+    Phase.EVALUATING_ADAPTER: "evaluating the adapter on the same held-out files",
+    Phase.SAVING: "writing the adapter",
+    Phase.PUBLISHING: "verifying and publishing the adapter",
+}
+
+
+def for_client(status: TrainingStatus) -> TrainingStatus:
+    """The status with `wait_s` in its next step: an argument of the tool that the Python API does not have."""
+    step = status.next_step
+    if step is None or step.tool != "get_training_status":
+        return status
+    step = step.model_copy(update={"arguments": {**step.arguments, "wait_s": WAIT_S}})
+    return status.model_copy(update={"next": step.sentence, "next_step": step})
+
+
+def headline(status: TrainingStatus) -> str:
+    """One line, at most 200 characters: 'training: step 120/250, loss 1.830, 145 tokens/s, 2 min 10 s left'."""
+    line = status.status.replace("_", " ")
+    match status.status:
+        case Status.QUEUED if status.queue_position:
+            line = f"queued at position {status.queue_position}"
+        case Status.IN_PROGRESS if status.phase is Phase.TRAINING:
+            line = _training_line(status)
+        case Status.IN_PROGRESS if status.phase:
+            line = ", ".join(filter(None, [PHASE_WORDS[status.phase], status.detail]))
+        case Status.COMPLETED if (metrics := status.metrics) and metrics.base_perplexity and metrics.adapter_perplexity:
+            verdict = status.evaluation.verdict.replace("_", " ") if status.evaluation else ""
+            change = f"{metrics.base_perplexity:.2f} (base) -> {metrics.adapter_perplexity:.2f} (adapter)"
+            line = ", ".join(filter(None, ["completed", verdict, f"held-out perplexity {change}", status.detail]))
+        case Status.FAILED | Status.INTERRUPTED if status.error:
+            line = f"{status.status}: {status.error.message.rstrip('.')}"
+    return line if len(line) <= MAX_HEADLINE else line[: MAX_HEADLINE - 1] + "…"
+
+
+def _training_line(status: TrainingStatus) -> str:
+    parts = [f"training: step {status.step}/{status.total_steps}"]
+    if status.loss is not None:
+        parts.append(f"loss {status.loss:.3f}")
+    if status.held_out_loss is not None:
+        parts.append(f"held-out {status.held_out_loss:.3f}")
+    if status.tokens_per_second is not None:
+        parts.append(f"{status.tokens_per_second:.0f} tokens/s")
+    if status.eta_s is not None:
+        parts.append(f"{format_duration(status.eta_s)} left")
+    if status.detail:
+        parts.append(status.detail)
+    return ", ".join(parts)
+
+
+def format_duration(seconds: float) -> str:
+    """'45 s', '2 min 10 s', '1 h 5 min'."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total} s"
+    minutes, rest = divmod(total, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,82 @@
+"""The state of a job in words for MCP clients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from peft_core.jobs.state import Job
+from peft_core.jobs.status import status_of
+from peft_core.schemas.evaluation import Verdict
+from peft_core.schemas.results import ErrorInfo, Metrics, Phase, Status, TrainingStatus
+from server.status_text import for_client, format_duration, headline
+from tests.factories import make_evaluation, make_job
+
+NOTE = "at step 4 the loss is nan: rolled back to step 1, continued with 1/4 of the learning rate"
+METRICS = Metrics(base_perplexity=9.784, adapter_perplexity=5.1)
+
+
+def status(job: Job) -> TrainingStatus:
+    return status_of(job, None, Path("/none/train.log"))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.4, "0 s"), (59.2, "59 s"), (60, "1 min"), (130, "2 min 10 s"), (3900, "1 h 5 min")],
+)
+def test_durations_are_formatted_for_people(seconds: float, words: str) -> None:
+    assert format_duration(seconds) == words
+
+
+def test_the_headline_of_a_training_shows_step_loss_speed_and_time_left() -> None:
+    job = make_job(
+        status=Status.IN_PROGRESS,
+        phase=Phase.TRAINING,
+        step=120,
+        total_steps=250,
+        loss=1.834,
+        held_out_loss=1.9,
+        tokens_per_second=144.6,
+        eta_s=130.0,
+    )
+    expected = "training: step 120/250, loss 1.834, held-out 1.900, 145 tokens/s, 2 min 10 s left"
+    assert headline(status(job)) == expected
+
+
+def test_the_headline_mentions_a_rollback_while_training_and_afterwards() -> None:
+    training = make_job(status=Status.IN_PROGRESS, phase=Phase.TRAINING, step=2, total_steps=9, note=NOTE)
+    assert headline(status(training)) == f"training: step 2/9, 3 min 20 s left, {NOTE}"
+    completed = make_job(status=Status.COMPLETED, metrics=METRICS, note=NOTE)
+    assert headline(status(completed)).endswith(NOTE)
+
+
+def test_the_headline_is_truncated_to_what_clients_show() -> None:
+    job = make_job(status=Status.FAILED, error=ErrorInfo(code="x", message="very long " * 100))
+    assert len(headline(status(job))) == 200
+
+
+@pytest.mark.parametrize("state", list(Status))
+def test_every_state_has_a_headline(state: Status) -> None:
+    assert headline(TrainingStatus(job_id="a", project_id="web", status=state))
+
+
+@pytest.mark.parametrize("verdict", list(Verdict))
+def test_the_headline_of_a_completed_job_has_verdict_and_perplexities(verdict: Verdict) -> None:
+    job = make_job(status=Status.COMPLETED, metrics=METRICS, evaluation=make_evaluation(verdict))
+    expected = f"completed, {verdict.replace('_', ' ')}, held-out perplexity 9.78 (base) -> 5.10 (adapter)"
+    assert headline(status(job)) == expected
+
+
+def test_only_the_client_of_the_server_is_advised_to_pass_wait_s() -> None:
+    core = status(make_job(status=Status.IN_PROGRESS, phase=Phase.TRAINING))
+    assert "wait_s" not in core.model_dump_json()
+    worded = for_client(core)
+    assert worded.next.endswith("job_id='20260101-000000-abcdef', wait_s=20).")
+    assert worded.next_step is not None
+    assert worded.next_step.arguments["wait_s"] == 20
+
+
+def test_other_next_steps_are_passed_on_unchanged() -> None:
+    completed = status(make_job(status=Status.COMPLETED))
+    assert for_client(completed) == completed
