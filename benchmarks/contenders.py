@@ -41,6 +41,7 @@ from peft_core.schemas.training import TrainingConfig
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("uvicorn", "structlog", "pathspec", "httpcore2")  # in site-packages: about 1170 functions and classes
+RANK = 16  # of every contender
 PEER_BATCH = 8
 PEER_RATE = 2e-4  # usual for LoRA; Trainer's own default, 5e-5, would learn less
 TRL_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
@@ -91,7 +92,7 @@ def workplace(held_out_fraction: float) -> Iterator[Workplace]:
                 copy = source / file.relative_to(sysconfig.get_paths()["purelib"])
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, copy)
-        config = TrainingConfig(held_out_fraction=held_out_fraction)
+        config = TrainingConfig(rank=RANK, held_out_fraction=held_out_fraction)
         base = planned(config, source, root).base
         directory = ensure_hf_directory(base, root / "base_models", lambda _detail: None)
         tokenizer = load_tokenizer(directory)
@@ -129,7 +130,7 @@ def planned(config: TrainingConfig, source: Path, root: Path) -> JobRequest:
 def smallest_limit_mb(config: TrainingConfig, place: Workplace) -> int:
     """Find the smallest `max_memory_mb` that the planner accepts, without training."""
     request = planned(config, place.source, place.root)
-    refused, accepted = 255, max(256, -(-request.estimate.memory_bytes >> 20) + 1)
+    refused, accepted = 255, max(256, -(-request.estimate.memory_bytes // 1_000_000) + 1)
     while accepted - refused > 1:
         limit_mb = (refused + accepted) // 2
         try:
@@ -211,7 +212,7 @@ def run_peer(peer: str, place: Workplace, *, steps: int | None, seed: int = 0) -
     Raises:
         SystemExit: the peer failed.
     """
-    config = TrainingConfig()
+    config = TrainingConfig(rank=RANK)
     task = PeerTask(
         peer=peer,
         base=str(place.base_directory),
@@ -221,7 +222,7 @@ def run_peer(peer: str, place: Workplace, *, steps: int | None, seed: int = 0) -
         steps=steps,
         batch_size=PEER_BATCH,
         learning_rate=PEER_RATE,
-        rank=config.rank,
+        rank=config.lora_rank,
         alpha=config.lora_alpha,
         seed=seed,
     )

@@ -35,7 +35,7 @@ from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.task import TrainingTask
 from peft_core.schemas.training import TaskMixture, TrainingConfig
 
-NOW = TrainingConfig(learning_rate=MEASURED_RATE)
+NOW = TrainingConfig(rank=16, learning_rate=MEASURED_RATE)
 DEFAULTS = "defaults"
 RECIPES: dict[str, dict[str, Any]] = {  # what differs from the defaults
     DEFAULTS: {},
@@ -110,7 +110,10 @@ def main() -> None:
     )
     parser.add_argument("--examples", type=int, default=EXAMPLES, help="training examples per run")
     parser.add_argument(
-        "--held-out-tokens", type=int, default=HELD_OUT_TOKENS, help="approximate size of the held-out set",
+        "--held-out-tokens",
+        type=int,
+        default=HELD_OUT_TOKENS,
+        help="approximate size of the held-out set",
     )
     parser.add_argument("--base", default=BUNDLED, help="base model")
     parser.add_argument("--jobs", type=int, default=1, help="parallel runs, one thread each")

@@ -20,7 +20,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from contenders import PEER_BATCH, PEER_RATE, TimedEvent, metrics, pin, run_peer, spread_of, train, workplace
+from contenders import PEER_BATCH, PEER_RATE, RANK, TimedEvent, metrics, pin, run_peer, spread_of, train, workplace
 
 from peft_core.schemas.events import HeldOutMeasured
 from peft_core.schemas.training import TrainingConfig
@@ -35,7 +35,10 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=6, help="steps of Trainer, measured twice")
     parser.add_argument("--eval-steps", type=int, default=25, help="our steps between two evaluations")
     parser.add_argument(
-        "--epochs", type=float, default=1.0, help="our epochs; less than 1 only shows that the script works",
+        "--epochs",
+        type=float,
+        default=1.0,
+        help="our epochs; less than 1 only shows that the script works",
     )
     parser.add_argument("--really", action="store_true", help="train the whole epoch with Trainer (takes an hour)")
     options = parser.parse_args()
@@ -45,6 +48,7 @@ def main() -> int:
 
     defaults = TrainingConfig(
         device="cpu",
+        rank=RANK,
         held_out_fraction=HELD_OUT_FRACTION,
         num_epochs=options.epochs,
         eval_steps=options.eval_steps,

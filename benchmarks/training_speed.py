@@ -24,6 +24,7 @@ from statistics import median
 
 from contenders import (
     PEER_BATCH,
+    RANK,
     TRL_PYTHON,
     Workplace,
     linears,
@@ -44,7 +45,7 @@ from peft_core.schemas.training import TrainingConfig
 OURS, LEAN = "peft-mcp", "peft-mcp, lean"
 SPEED_TARGETS = {"Trainer": 3.0, "Trainer, group_by_length": 1.4, "TRL": 4.0, "TRL, packing": 2.0}
 MEMORY_TARGETS = {OURS: 1.4, LEAN: 0.9}  # GB
-CONFIG = TrainingConfig(device="cpu", held_out_fraction=0.02)  # small, because evaluation is not timed here
+CONFIG = TrainingConfig(device="cpu", rank=RANK, held_out_fraction=0.02)  # small, because evaluation is not timed here
 
 Results = dict[str, list[Figures]]  # by contender, one entry per round
 
@@ -117,7 +118,7 @@ def flops_per_token(place: Workplace) -> float:
     shape = place.base.shape
     frozen = sum(count * inputs * outputs for count, inputs, outputs in linears(shape))
     keys = sum(length * length / 2 for length in place.lengths) / sum(place.lengths)
-    return 4 * frozen + 6 * lora_parameters(CONFIG.rank, shape) + 12 * keys * shape.hidden_size * shape.layers
+    return 4 * frozen + 6 * lora_parameters(CONFIG.lora_rank, shape) + 12 * keys * shape.hidden_size * shape.layers
 
 
 def report(results: Results, flops: float) -> int:
@@ -150,7 +151,9 @@ def targets_of(results: Results, rates: dict[str, list[float]], flops: float) ->
         for peer, limit in SPEED_TARGETS.items():
             if peer in rates:
                 yield Target(
-                    f"speed: over {peer}", [a / b for a, b in zip(rates[OURS], rates[peer], strict=True)], limit,
+                    f"speed: over {peer}",
+                    [a / b for a, b in zip(rates[OURS], rates[peer], strict=True)],
+                    limit,
                 )
         if "GEMM" in results:
             gemm_rates = [f["float32_flops"] for f in results["GEMM"]]

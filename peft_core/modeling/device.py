@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 
 from peft_core.errors import InvalidArgument
-from peft_core.modeling.memory import usable_cores
 from peft_core.modeling.threads import SHAPE
 from peft_core.schemas.training import DeviceName, Precision
+from peft_core.system.machine import usable_cores
 
 ChosenDevice = Literal["mps", "cuda", "cpu"]
 

@@ -40,14 +40,6 @@ def seconds_alive() -> float:
     return time.time() - float(psutil.Process().create_time())
 
 
-def usable_cores() -> int:
-    """Physical cores that this process may run on: two threads on one core only take turns at its vector units."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    logical = psutil.cpu_count(logical=True) or allowed
-    physical = psutil.cpu_count(logical=False) or logical
-    return max(1, allowed * physical // logical)
-
-
 _kept_up_to_bytes = 0
 
 

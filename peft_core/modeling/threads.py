@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 import structlog
 import torch
 
-from peft_core.modeling.memory import usable_cores
+from peft_core.system.machine import usable_cores
 
 _PERIOD_S = 30.0
 _PROBE_S = 0.25  # for all candidates together

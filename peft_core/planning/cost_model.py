@@ -1,124 +1,46 @@
-"""What a run will take, before it runs: steps, seconds, bytes. Arithmetic on sizes; no torch.
+"""What a job will take, before it runs: steps, seconds, bytes. This is arithmetic on sizes, without torch.
 
-Constants were measured with the bundled 135M base on a CPU (benchmarks/training_speed.py); they scale by the
-arithmetic of the architecture. A finished run on the same base and device replaces the guess of the speed.
+The constants were measured with the bundled 135M base model on a CPU (benchmarks/training_speed.py); they scale with the
+architecture. A finished run on the same base model and device replaces the estimate of the speed.
 """
 
 from __future__ import annotations
 
 import math
-import os
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from peft_core.schemas.base_model import Base, ModelShape
 from peft_core.schemas.dataset import SourceSummary
 from peft_core.schemas.results import Estimate
 from peft_core.schemas.task import ComputePlan
 from peft_core.schemas.training import TrainingConfig
+from peft_core.system.machine import usable_cores
 
-TOKENS_PER_EXAMPLE = 235  # mean of 9700 code units at max_length 512, of 480 files drawn from 20 000 Python files
-# Useful rates in training, per core: half of what was measured on servers' cores, which few others reach.
+TOKENS_PER_EXAMPLE = 235  # mean of 9700 code units at max_length 512, from 480 of 20 000 Python files
+# Useful speed in training per core: half of what was measured on server cores, which few other machines reach.
 CPU_FLOPS_PER_CORE = {"float32": 30e9, "bfloat16": 60e9}
 PROCESS_BYTES = 420 << 20  # Python with torch, transformers and peft
-# Processed at once, unless one document has more. In float32 on a CPU more are no faster, and take 0.9 GB more (512 against a
-# whole step); CUDA wants more work at a time; on MPS attention keeps a number for each pair of them.
+# Tokens of one micro-batch, unless a single document is longer. In float32 on a CPU, larger micro-batches are not faster and
+# take up to 0.9 GB more; CUDA needs more work at a time; on MPS, attention stores a number for each pair of tokens.
 MICRO_TOKENS = {"cpu": 512, "mps": 512, "cuda": 4096}
-# Of blocks computed in bfloat16, which keep half as much of each: a twentieth faster than 512, in 0.1 GB more.
-NARROW_MICRO_TOKENS = 704
-KERNELS_BYTES = 40 << 20  # oneDNN's programs for products in bfloat16
-_HOLES = {"cpu": 3, "mps": 8, "cuda": 10}  # what is kept costs one in so many more, between blocks of many lengths
-_HOLES_IN_BFLOAT16 = 2  # the same on a CPU: of the bundled base the heap holds 110 to 150 MB that it does not use
-UNPACKED_BYTES = 32 << 20  # of weights that stay in their file, a few at a time
-# Whose logits are held at once, by the type that the head is computed with: more were no faster.
+# Blocks computed in bf16 store half as much per token; 704 tokens are 5 % faster than 512, for 0.1 GB more.
+BF16_MICRO_TOKENS = 704
+KERNELS_BYTES = 40 << 20  # oneDNN's compiled kernels for bf16 products
+# Fragmentation of the heap between blocks of many lengths: one byte for every so many bytes of activations.
+_FRAGMENTATION_DIVISOR = {"cpu": 3, "mps": 8, "cuda": 10}
+_BF16_FRAGMENTATION_DIVISOR = 2  # on a CPU; with the bundled base model, 110 to 150 MB of the heap stay unused
+UNPACKED_BYTES = 32 << 20  # weights that stay in their file are dequantised a few at a time
+# Positions whose logits are held at a time, by the number format of the LM head; more were not faster.
 LOSS_POSITIONS = {"float32": 192, "bfloat16": 256}
-# At once on a CPU, of a head computed in bfloat16: what passes over them finds them in a cache.
+# Logits of a bf16 head that are converted to float32 at a time on a CPU, so that they stay in the cache.
 LOGITS_IN_FLOAT32 = 1 << 20
-MEASURED_EXAMPLES = 200  # held-out ones, at most
-GENERAL_TOKENS = 2600  # of code that belongs to no project
-COMPLETION_BUDGET = 12_000 + GENERAL_TOKENS  # that a model reads and writes from prompts, at most
+MAX_HELD_OUT_EXAMPLES = 200
+GENERAL_TOKENS = 2600  # code from the standard library, which shows what the adapter forgets
+COMPLETION_BUDGET = 12_000 + GENERAL_TOKENS  # tokens that a model reads and writes for completions at most
+ADAM_COPIES = 5  # adapter weights, gradients, two Adam moments, the best weights
 
-
-def estimate(
-    config: TrainingConfig,
-    base: Base,
-    source: SourceSummary,
-    device: str,
-    execution: ComputePlan,
-    *,
-    measured_tokens_per_second: float | None = None,
-) -> Estimate:
-    """`measured_tokens_per_second`: of an earlier run on this base and device, where there was one."""
-    share = 1 - config.held_out_fraction
-    tokens = source.estimated_tokens * share
-    examples = max(1.0, source.examples * share if source.examples is not None else tokens / TOKENS_PER_EXAMPLE)
-    if config.max_steps is not None:
-        steps = config.max_steps
-        tokens = tokens / examples * config.batch_size * steps
-    else:
-        epochs = config.num_epochs or 1.0
-        steps = max(1, math.ceil(examples * epochs / config.batch_size))
-        tokens *= epochs
-    held_out_tokens = min(source.estimated_tokens * config.held_out_fraction, MEASURED_EXAMPLES * TOKENS_PER_EXAMPLE)
-
-    narrow = uses_bf16_blocks(config, base, execution)
-    rate, basis = tokens_per_second(base, device, measured_tokens_per_second, uses_bf16_blocks=narrow)
-    # Measuring the held-out loss is a forward pass, a third of a training step: twice, and as much again in between. Writing
-    # from prompts is a tenth of the training at most, and little of a long one.
-    written = 2 / 3 * min(COMPLETION_BUDGET, 0.15 * tokens + GENERAL_TOKENS)
-    seconds = None if rate is None else 15 + (tokens + held_out_tokens + written) / rate
-    return Estimate(
-        train_tokens=round(tokens),
-        steps=steps,
-        seconds=None if seconds is None else round(seconds, 1),
-        memory_bytes=memory_bytes(config, base, device, execution),
-        basis=basis,
-    )
-
-
-def evaluation_estimate(
-    base: Base,
-    source: SourceSummary,
-    device: str,
-    *,
-    measured_tokens_per_second: float | None = None,
-) -> Estimate:
-    """Of base and adapter on the same text: each a forward pass, a third of a training step."""
-    tokens = 2 * (min(source.estimated_tokens, MEASURED_EXAMPLES * TOKENS_PER_EXAMPLE) + COMPLETION_BUDGET)
-    rate, basis = tokens_per_second(base, device, measured_tokens_per_second)
-    return Estimate(
-        train_tokens=0,
-        steps=0,
-        seconds=None if rate is None else round(20 + tokens / 3 / rate, 1),
-        memory_bytes=inference_memory_bytes(base.shape, device),
-        basis=basis,
-    )
-
-
-def tokens_per_second(
-    base: Base,
-    device: str,
-    measured: float | None,
-    *,
-    uses_bf16_blocks: bool = False,
-) -> tuple[float | None, str]:
-    """The rate to reckon with, None where nothing is known; and where it comes from, in words."""
-    if measured:
-        return measured, "speed of your last run on this base and device"
-    if device == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        rate = cores * CPU_FLOPS_PER_CORE["bfloat16" if uses_bf16_blocks else "float32"] / flops_per_token(base.shape)
-        return rate, f"rule of thumb for {cores} CPU cores; the status shows the measured speed"
-    return None, f"no run on this base and {device} yet; the status shows the measured speed"
-
-
-def flops_per_token(shape: ModelShape) -> float:
-    """Of one training token: forward and the gradient of the input; frozen weights have no gradient of their own.
-
-    2 flops a weight forward, 2 backward; attention and the LoRA matrices are about a tenth on top.
-    """
-    return 4.4 * shape.parameters
-
-
-# Families (`model_type`) whose every weight can stay in its file, or be held in bfloat16. A test builds one of each.
+# Families (`model_type`) whose every weight can stay in its file, or be held in bf16. A test builds one of each.
 MAPPED = frozenset(
     [
         "arcee",
@@ -144,109 +66,252 @@ MAPPED = frozenset(
         "starcoder2",
     ],
 )
-# Of these, whose blocks compute as `training.functions` has them, with the logits in chunks: what they keep is known.
+# Families of MAPPED whose blocks `modeling.fused_blocks` computes, with chunked logits: what they store is known exactly.
 FUSED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-_NORMED_HEADS = frozenset({"qwen3"})  # queries and keys are kept before and after their norms
+_NORMED_HEADS = frozenset({"qwen3"})  # store queries and keys before and after their norms
+
+
+# --- Plans -----------------------------------------------------------------------------------------------------------------
 
 
 def compute_plans(config: TrainingConfig, base: Base, device: str, *, cpu_bfloat16: bool) -> list[ComputePlan]:
-    """Ways to compute a run, the fastest first."""
+    """Return the plans that can compute a run, the fastest first."""
     if device != "cpu" or base.model_type not in MAPPED:
         return [ComputePlan(), ComputePlan(recompute_layers=True)]
-    ways = [ComputePlan(weights="file"), ComputePlan(weights="file", recompute_layers=True)]
+    from_file = [ComputePlan(weights="file"), ComputePlan(weights="file", recompute_layers=True)]
     if cpu_bfloat16 and config.precision == "auto":
-        return [ComputePlan(weights="bfloat16"), ComputePlan(weights="bfloat16", recompute_layers=True), *ways]
-    return [ComputePlan(), *ways]
+        return [ComputePlan(weights="bfloat16"), ComputePlan(weights="bfloat16", recompute_layers=True), *from_file]
+    return [ComputePlan(), *from_file]
 
 
-def memory_bytes(config: TrainingConfig, base: Base, device: str, execution: ComputePlan) -> int:
-    """Estimated peak of the training process, on a CPU; of what torch takes of the device's memory, elsewhere.
+def uses_bf16_blocks(config: TrainingConfig, base: Base, plan: ComputePlan) -> bool:
+    """Return whether complete transformer blocks are computed in bf16 on a CPU."""
+    return plan.weights == "bfloat16" and base.model_type in FUSED and not config.dropout
 
-    For the families of FUSED near what they take; for others what they take at most.
+
+def micro_capacity(max_length: int, device: str, *, uses_bf16_blocks: bool = False) -> int:
+    """Return the most tokens of one micro-batch. The longest document always fits."""
+    return max(BF16_MICRO_TOKENS if device == "cpu" and uses_bf16_blocks else MICRO_TOKENS[device], max_length)
+
+
+# --- Time ------------------------------------------------------------------------------------------------------------------
+
+
+class Speed(NamedTuple):
+    """Training speed to plan with."""
+
+    tokens_per_second: float | None  # None: unknown
+    basis: str  # where the figure comes from, in words
+
+    def seconds(self, tokens: float) -> float | None:
+        return None if self.tokens_per_second is None else tokens / self.tokens_per_second
+
+
+class CostedPlan(NamedTuple):
+    """A compute plan with what it costs."""
+
+    plan: ComputePlan
+    memory_bytes: int
+    speed: Speed
+    reason: str = ""  # why a slower plan than the fastest was chosen, as the end of a sentence
+
+    def because(self, reason: str) -> CostedPlan:
+        return self._replace(reason=reason)
+
+
+def training_speed(base: Base, device: str, measured: float | None, *, uses_bf16_blocks: bool = False) -> Speed:
+    """Return the expected speed. `measured`: tokens per second of an earlier run on this base model and device."""
+    if measured:
+        return Speed(measured, "speed of your last run on this base and device")
+    if device == "cpu":
+        cores = usable_cores()
+        flops = cores * CPU_FLOPS_PER_CORE["bfloat16" if uses_bf16_blocks else "float32"]
+        basis = f"rule of thumb for {cores} CPU cores; the status shows the measured speed"
+        return Speed(flops / flops_per_token(base.shape), basis)
+    return Speed(None, f"no run on this base and {device} yet; the status shows the measured speed")
+
+
+def flops_per_token(shape: ModelShape) -> float:
+    """Return the work for one training token: forward, and the gradient of the input. Frozen weights have no gradient.
+
+    2 flops per weight forward and 2 backward; attention and the LoRA matrices add about a tenth.
     """
-    shape = base.shape
-    narrow = execution.weights == "bfloat16" or (device != "cpu" and config.precision == "auto")
-    weights = {
-        "float32": 4 * shape.parameters,
-        "bfloat16": 2 * shape.parameters
-        + (0 if device == "mps" else lora_concat_bytes(config.rank, shape))
-        + (KERNELS_BYTES if device == "cpu" else 0),
-        "file": base.size_bytes + UNPACKED_BYTES,
-    }["bfloat16" if narrow else execution.weights]
-    if device == "cpu" and base.model_type not in MAPPED and base.size_bytes < 3 * shape.parameters:
-        weights += base.size_bytes  # its file, of 16 bits a weight, is mapped while it becomes float32
-    known = base.model_type in FUSED
-    kept_per_token = activation_bytes(config, base, device, narrow=narrow)
-    capacity = micro_capacity(config.max_length, device, uses_bf16_blocks=uses_bf16_blocks(config, base, execution))
-    micro_tokens = min(capacity, config.batch_size * config.max_length)
-    pairs = shape.heads * micro_tokens**2 if device == "mps" else 0  # in float32, as its attention has no own backward
-    per_layer = micro_tokens * kept_per_token + 4 * pairs
-    kept = shape.layers * per_layer
-    if execution.recompute_layers:
-        kept = per_layer + shape.layers * micro_tokens * 4 * shape.hidden_size
-    holes = kept // (_HOLES_IN_BFLOAT16 if narrow and device == "cpu" else _HOLES[device])
-    temporary = micro_tokens * 4 * 6 * shape.intermediate_size
-    if narrow:
-        positions = LOSS_POSITIONS["bfloat16"]
-        logits = 2 * positions * shape.vocab_size
-        logits += 4 * (max(LOGITS_IN_FLOAT32, shape.vocab_size) if device == "cpu" else positions * shape.vocab_size)
+    return 4.4 * shape.parameters
+
+
+def estimate(config: TrainingConfig, source: SourceSummary, compute: CostedPlan, chosen: str = "") -> Estimate:
+    """Return what a training takes. `chosen`: which defaults were chosen, and why."""
+    share = 1 - config.held_out_fraction
+    tokens = source.estimated_tokens * share
+    examples = max(1.0, source.examples * share if source.examples is not None else tokens / TOKENS_PER_EXAMPLE)
+    if config.max_steps is not None:
+        steps = config.max_steps
+        tokens = tokens / examples * config.batch_size * steps
     else:
-        logits = 4 * LOSS_POSITIONS["float32"] * shape.vocab_size
-    if not known:  # a head that does more than a product is computed as a whole: logits, two copies, their gradient
-        logits = max(logits, 4 * 4 * micro_tokens * shape.vocab_size)
-    return round(
-        (0 if device == "cuda" else PROCESS_BYTES)  # MPS has the process's own memory
-        + weights
-        + kept
-        + holes
-        + (temporary + logits if known else max(temporary, logits))  # room for the logits of a chunk stays
-        # Weights, gradients, two Adam moments, the best weights.
-        + lora_parameters(config.rank, shape) * 4 * 5,
+        epochs = config.num_epochs or 1.0
+        steps = max(1, math.ceil(examples * epochs / config.batch_size))
+        tokens *= epochs
+    held_out_tokens = min(
+        source.estimated_tokens * config.held_out_fraction, MAX_HELD_OUT_EXAMPLES * TOKENS_PER_EXAMPLE,
+    )
+    # A held-out measurement is a forward pass, a third of a training step. It is made twice in full, and the samples in between
+    # add up to a third one. Completions are a tenth of the training at most, and little of a long one.
+    completions = 2 / 3 * min(COMPLETION_BUDGET, 0.15 * tokens + GENERAL_TOKENS)
+    seconds = compute.speed.seconds(tokens + held_out_tokens + completions)
+    return Estimate(
+        train_tokens=round(tokens),
+        steps=steps,
+        seconds=None if seconds is None else round(15 + seconds, 1),
+        memory_bytes=compute.memory_bytes,
+        basis=compute.speed.basis + compute.reason,
+        chosen=chosen,
     )
 
 
-def activation_bytes(config: TrainingConfig, base: Base, device: str, *, narrow: bool) -> int:
-    """What a layer keeps of a token until its gradients are computed. `narrow`: products are computed in 16 bits."""
+def evaluation_estimate(base: Base, source: SourceSummary, device: str, measured: float | None) -> Estimate:
+    """Return what an evaluation takes: the base model and the adapter each make a forward pass over the same text."""
+    tokens = 2 * (min(source.estimated_tokens, MAX_HELD_OUT_EXAMPLES * TOKENS_PER_EXAMPLE) + COMPLETION_BUDGET)
+    speed = training_speed(base, device, measured)
+    seconds = speed.seconds(tokens / 3)  # a forward pass is a third of a training step
+    return Estimate(
+        train_tokens=0,
+        steps=0,
+        seconds=None if seconds is None else round(20 + seconds, 1),
+        memory_bytes=inference_memory_bytes(base.shape, device),
+        basis=speed.basis,
+    )
+
+
+# --- Memory ----------------------------------------------------------------------------------------------------------------
+
+
+def memory_bytes(config: TrainingConfig, base: Base, device: str, plan: ComputePlan) -> int:
+    """Return the estimated peak memory of the training process on a CPU, or of the device's memory that torch takes.
+
+    For the families in FUSED it is near the measured peak, for others an upper bound.
+    """
+    return _MemoryModel(config, base, device, plan).total()
+
+
+@dataclass(frozen=True)
+class _MemoryModel:
+    """The terms of the peak memory. Micro-batches of T tokens pass through L layers."""
+
+    config: TrainingConfig
+    base: Base
+    device: str
+    plan: ComputePlan
+
+    @property
+    def bf16(self) -> bool:
+        """Whether products with the base model's weights are computed in 16 bits."""
+        return self.plan.weights == "bfloat16" or (self.device != "cpu" and self.config.precision == "auto")
+
+    @property
+    def fused(self) -> bool:
+        return self.base.model_type in FUSED
+
+    @property
+    def _stored_in_16_bits(self) -> bool:
+        return self.base.size_bytes < 3 * self.base.shape.parameters
+
+    @property
+    def micro_tokens(self) -> int:
+        bf16_blocks = uses_bf16_blocks(self.config, self.base, self.plan)
+        capacity = micro_capacity(self.config.max_length, self.device, uses_bf16_blocks=bf16_blocks)
+        return min(capacity, self.config.batch_size * self.config.max_length)
+
+    def total(self) -> int:
+        activations = self.activations()
+        if self.bf16 and self.device == "cpu":
+            fragmentation = activations // _BF16_FRAGMENTATION_DIVISOR
+        else:
+            fragmentation = activations // _FRAGMENTATION_DIVISOR[self.device]
+        temporaries = self.micro_tokens * 4 * 6 * self.base.shape.intermediate_size
+        # The heap keeps the space of chunked logits; complete ones are freed before the backward pass needs temporaries.
+        peak = temporaries + self.logits() if self.fused else max(temporaries, self.logits())
+        process = 0 if self.device == "cuda" else PROCESS_BYTES  # MPS shares the process's memory
+        optimiser = lora_parameters(self.config.lora_rank, self.base.shape) * 4 * ADAM_COPIES
+        return round(process + self.weights() + activations + fragmentation + peak + optimiser)
+
+    def weights(self) -> int:
+        if self.bf16:
+            weights = self._bf16_weights()
+        elif self.plan.weights == "file":
+            weights = self.base.size_bytes + UNPACKED_BYTES
+        else:
+            weights = 4 * self.base.shape.parameters
+        if self.device == "cpu" and self.base.model_type not in MAPPED and self._stored_in_16_bits:
+            weights += self.base.size_bytes  # the file is mapped while it is converted to float32
+        return weights
+
+    def _bf16_weights(self) -> int:
+        weights = 2 * self.base.shape.parameters
+        if self.device != "mps":
+            weights += lora_concat_bytes(self.config.lora_rank, self.base.shape)
+        return weights + (KERNELS_BYTES if self.device == "cpu" else 0)
+
+    def activations(self) -> int:
+        """Return what is stored for the backward pass."""
+        shape = self.base.shape
+        per_layer = self.micro_tokens * activation_bytes(self.config, self.base, self.device, bf16=self.bf16)
+        if (
+            self.device == "mps"
+        ):  # its attention has no backward of its own: the scores of all pairs are stored, in float32
+            per_layer += 4 * shape.heads * self.micro_tokens**2
+        if self.plan.recompute_layers:
+            return per_layer + shape.layers * self.micro_tokens * 4 * shape.hidden_size
+        return shape.layers * per_layer
+
+    def logits(self) -> int:
+        vocabulary = self.base.shape.vocab_size
+        if self.bf16:
+            positions = LOSS_POSITIONS["bfloat16"]
+            float32_logits = max(LOGITS_IN_FLOAT32, vocabulary) if self.device == "cpu" else positions * vocabulary
+            chunked = 2 * positions * vocabulary + 4 * float32_logits
+        else:
+            chunked = 4 * LOSS_POSITIONS["float32"] * vocabulary
+        if self.fused:
+            return chunked
+        # A head that does more than a product is not chunked: logits, two copies, and their gradient.
+        return max(chunked, 4 * 4 * self.micro_tokens * vocabulary)
+
+
+def activation_bytes(config: TrainingConfig, base: Base, device: str, *, bf16: bool) -> int:
+    """Return the bytes per token that a layer stores for the backward pass. `bf16`: products are computed in 16 bits."""
     shape = base.shape
-    known = base.model_type in FUSED
-    if device == "mps" or config.dropout or not known:
-        in_16_bits = (
-            narrow and device == "cpu"
-        )  # on accelerators, what flows between layers that are not fused is float32
+    fused = base.model_type in FUSED
+    if device == "mps" or config.dropout or not fused:
+        in_16_bits = bf16 and device == "cpu"  # on accelerators, layers that are not fused pass on float32
         per_token = (2 if in_16_bits else 4) * (14 * shape.hidden_size + 6 * shape.intermediate_size)
-        return per_token if known else 2 * per_token
-    # Its two inputs, queries, keys, values, the attention's result, gate and up; A x of each.
-    numbers = 2 * (shape.hidden_size + shape.query_size + shape.kv_size + shape.intermediate_size) + 7 * config.rank
-    numbers += shape.query_size + 2 * shape.kv_size if base.model_type in _NORMED_HEADS else 0
-    return (2 if narrow else 4) * numbers
+        return per_token if fused else 2 * per_token
+    # The block's two inputs, queries, keys, values, the attention's result, gate and up; A x of each linear layer.
+    numbers = 2 * (shape.hidden_size + shape.query_size + shape.kv_size + shape.intermediate_size)
+    numbers += 7 * config.lora_rank
+    if base.model_type in _NORMED_HEADS:
+        numbers += shape.query_size + 2 * shape.kv_size
+    return (2 if bf16 else 4) * numbers
 
 
 def lora_concat_bytes(rank: int, shape: ModelShape) -> int:
-    """Of the columns that stand beside the weights for LoRA's B (`training/projections.py`)."""
+    """Return the bytes of the columns that are appended to the weights for LoRA's B (`modeling.fused_linear`)."""
     attention = 3 * (shape.query_size + 2 * shape.kv_size) + shape.hidden_size
     mlp = 2 * 2 * shape.intermediate_size + shape.hidden_size
     return 2 * shape.layers * rank * (attention + mlp)
 
 
-def uses_bf16_blocks(config: TrainingConfig, base: Base, execution: ComputePlan) -> bool:
-    """Whether whole blocks are computed in bfloat16 on a CPU."""
-    return execution.weights == "bfloat16" and base.model_type in FUSED and not config.dropout
-
-
-def micro_capacity(max_length: int, device: str, *, uses_bf16_blocks: bool = False) -> int:
-    """Tokens of one micro-batch at most; the longest document always fits."""
-    return max(NARROW_MICRO_TOKENS if device == "cpu" and uses_bf16_blocks else MICRO_TOKENS[device], max_length)
-
-
 def inference_memory_bytes(shape: ModelShape, device: str) -> int:
-    """Estimated memory of the inference process with one base and a few adapters; of the device's memory elsewhere."""
+    """Return the estimated memory of the inference process with one base model and a few adapters.
+
+    On devices other than the CPU, it is the device's memory.
+    """
     weight_bytes = 4 if device == "cpu" else 2
     cache = 2 * shape.layers * shape.kv_size * 2048 * weight_bytes
     return PROCESS_BYTES + shape.parameters * weight_bytes + cache + 4 * lora_parameters(32, shape)
 
 
 def lora_parameters(rank: int, shape: ModelShape) -> int:
-    """Of an adapter on all linear layers."""
+    """Return the number of weights of an adapter on all linear layers."""
     if shape.linear_features is not None:
         return rank * shape.linear_features
     attention = 2 * (shape.hidden_size + shape.query_size) + 2 * (shape.hidden_size + shape.kv_size)

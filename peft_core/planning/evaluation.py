@@ -50,7 +50,7 @@ def plan_evaluation(
             f"the base {base.name} has no chat template to write them in",
         )
     device = expected_device("auto")
-    estimate = evaluation_estimate(base, found, device, measured_tokens_per_second=measured_speed(base, device))
+    estimate = evaluation_estimate(base, found, device, measured_speed(base, device))
     require_memory(estimate.memory_bytes, base, device, settings)
     return JobRequest(
         source=found.path or Path(),

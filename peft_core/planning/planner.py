@@ -1,6 +1,6 @@
-"""From what was asked for to what will be done: base found, data inspected, time and memory estimated, limits checked.
+"""From a training request to a job: resolves the base model, inspects the data, estimates time and memory, checks limits.
 
-Everything that can be refused without a model is refused here, before there is a job.
+Everything that can be rejected without loading a model is rejected here, before the job exists.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft_core.adapters.tensor_check import linear_modules
 from peft_core.base_models.checkpoint import read_checkpoint
@@ -23,14 +23,15 @@ from peft_core.data.summarise import summarise_source
 from peft_core.errors import InvalidArgument, StorageError, unwritable
 from peft_core.planning.cost_model import (
     MICRO_TOKENS,
+    CostedPlan,
     compute_plans,
     estimate,
     lora_parameters,
     memory_bytes,
-    tokens_per_second,
+    training_speed,
     uses_bf16_blocks,
 )
-from peft_core.planning.defaults import choose_defaults, with_defaults
+from peft_core.planning.defaults import choose_defaults
 from peft_core.schemas.base_model import BUNDLED, Base
 from peft_core.schemas.dataset import DatasetPurpose, SourceKind, SourceSummary
 from peft_core.schemas.task import ComputePlan, JobRequest
@@ -38,7 +39,9 @@ from peft_core.schemas.training import TrainingConfig
 from peft_core.system.allowed_paths import require_data_place
 from peft_core.system.machine import available_memory_bytes, cpu_multiplies_bfloat16, expected_device, why_no_cuda
 
-MARGIN_BYTES = 200 << 20  # disk space that is left to others
+RESERVED_DISK_BYTES = 200_000_000  # left free for other programs
+MB = 1_000_000  # in settings, requests and messages
+_SETTING = "CODEBASE_GARDENER_MAX_MEMORY_MB"
 
 TrainingData = str | Sequence[Mapping[str, Any]]
 
@@ -49,65 +52,46 @@ def plan(
     settings: Settings,
     measured_speed: Callable[[Base, str], float | None],
 ) -> JobRequest:
-    """The resolved request. `measured_speed(base, device)`: tokens per second of an earlier run, where there was one.
+    """Return the resolved request. `measured_speed(base, device)`: tokens per second of an earlier run, if there was one.
 
     Raises:
-        InvalidArgument, DataError, BaseModelError, StorageError: it cannot be done, and why.
+        InvalidArgument, DataError, BaseCheckpointError, StorageError: the job cannot be run, and why.
     """
     device = _device(config)
     require_place(DatasetPurpose.TRAINING.field, training_data, settings)
     base = resolve(config.base_model, settings)
-    found = summarise_source(training_data, max_length=config.max_length)
-    if config.held_out_by == "time":
-        if found.kind is not SourceKind.REPOSITORY or found.path is None:
-            raise InvalidArgument("config.held_out_by", "time", "records have no history; 'file' is allowed for them")
-        require_history(found.path)
-    if found.needs_chat_template and not base.has_chat_template:
-        raise InvalidArgument(
-            "training_data",
-            "records with messages",
-            f"the base {base.name} has no chat template, so conversations cannot be written in its form",
-            suggestions=["Use an instruct model as base_model, or records of the form {prompt, completion}"],
-        )
-    if config.mixture.instructions and not base.has_chat_template:
-        raise InvalidArgument(
-            "config.mixture.instructions",
-            config.mixture.instructions,
-            f"the base {base.name} has no chat template, so nothing can be told as an instruction; 0 is allowed",
-            suggestions=["Use an instruct model as base_model"],
-        )
-    if config.mixture.fill_in_the_middle and not has_fim_tokens(base.path):
-        raise InvalidArgument(
-            "config.mixture.fill_in_the_middle",
-            config.mixture.fill_in_the_middle,
-            f"the vocabulary of the base {base.name} has no tokens for gaps of a form that is known here; 0 is allowed",
-            suggestions=["Use a base for code completion, such as Qwen2.5-Coder or StarCoder2"],
-        )
+    source = summarise_source(training_data, max_length=config.max_length)
+    _check_source(config, base, source)
+
     measured = measured_speed(base, device)
-    fastest = compute_plans(config, base, device, cpu_bfloat16=cpu_multiplies_bfloat16())[0]
-    narrow = uses_bf16_blocks(config, base, fastest)
-    rate, _ = tokens_per_second(base, device, measured, uses_bf16_blocks=narrow)
-    config, chosen = choose_defaults(config, base.shape, found, rate)
-    _check_fit(config, base)
-    config = with_defaults(config, base.shape)
-    execution, cost = _choose_execution(config, base, device, settings.max_memory_mb)
-    planned = estimate(config, base, found, device, execution, measured_tokens_per_second=measured)
-    planned = planned.model_copy(update={"basis": planned.basis + cost, "chosen": chosen})
-    _check_disk(config, base, found, settings.data_dir)
+    plans = compute_plans(config, base, device, cpu_bfloat16=cpu_multiplies_bfloat16())
+    speeds = [
+        training_speed(base, device, measured, uses_bf16_blocks=uses_bf16_blocks(config, base, compute))
+        for compute in plans
+    ]
+    config, chosen = choose_defaults(config, base.shape, source, speeds[0].tokens_per_second)
+    _check_base(config, base)
+
+    costed = [
+        CostedPlan(compute, memory_bytes(config, base, device, compute), speed)
+        for compute, speed in zip(plans, speeds, strict=True)
+    ]
+    compute = _choose_plan(costed, config, base, device, settings)
+    _check_disk(config, base, source, settings.data_dir)
     return JobRequest(
-        source=found.path or Path(),
-        source_kind=found.kind,
+        source=source.path or Path(),
+        source_kind=source.kind,
         config=config,
         base=base,
-        found=found,
+        found=source,
         device=device,
-        estimate=planned,
-        execution=execution,
+        estimate=estimate(config, source, compute, chosen),
+        execution=compute.plan,
     )
 
 
 def require_place(field: str, data: TrainingData, settings: Settings) -> None:
-    """That data named by a path may be read from there. `field`: what the request calls it.
+    """Check that data named by a path may be read from there. `field`: the request's name for it.
 
     Raises:
         InvalidArgument: 'sensitive_place', 'outside_allowed_roots'.
@@ -116,27 +100,27 @@ def require_place(field: str, data: TrainingData, settings: Settings) -> None:
         return
     try:
         path = Path(data).expanduser().absolute()
-    except RuntimeError:  # a home directory that is not known; the inspection says so
+    except RuntimeError:  # an unknown home directory; `summarise_source` reports it
         return
     require_data_place(path, data_dir=settings.data_dir, allowed_roots=settings.allowed_roots, field=field)
 
 
 def require_sources(request: JobRequest, settings: Settings) -> None:
-    """That a job of earlier may still read what it was made from: the setting `allowed_roots` may have changed since.
+    """Check that an earlier job may still read its inputs: the setting `allowed_roots` may have changed since.
 
     Raises:
-        InvalidArgument, BaseModelError: it may not, or the base is gone.
+        InvalidArgument, BaseCheckpointError: it may not, or the base model does not exist any more.
     """
-    if request.source_kind is not SourceKind.RECORDS:  # those are a file of our own
+    if request.source_kind is not SourceKind.RECORDS:  # those are a file in the job's own directory
         require_place(request.purpose.field, str(request.source), settings)
     resolve(request.base.ref if request.base.ref == BUNDLED else str(request.base.path), settings)
 
 
 def write_source(request: JobRequest, training_data: TrainingData, records: Path) -> JobRequest:
-    """Give inline records and the rows of a table a file, so that the job can be run by another process, and again.
+    """Write inline records, or the rows of a table, to a file, so that another process can run the job, also repeatedly.
 
     Raises:
-        StorageError, DataError: nothing is left behind.
+        StorageError, DataError: nothing is left on disk.
     """
     if isinstance(training_data, str) and request.source_kind is not SourceKind.RECORDS:
         return request
@@ -157,24 +141,56 @@ def write_source(request: JobRequest, training_data: TrainingData, records: Path
     return request.model_copy(update={"source": records})
 
 
+# --- Checks ----------------------------------------------------------------------------------------------------------------
+
+
 def _device(config: TrainingConfig) -> str:
-    why_not = {
-        "mps": None if sys.platform == "darwin" else "MPS is there on Apple silicon only",
+    obstacles = {
+        "mps": None if sys.platform == "darwin" else "MPS is available on Apple silicon only",
         "cuda": why_no_cuda(),
     }
-    if (why := why_not.get(config.device)) is not None:
-        allowed = ["auto", *(device for device, reason in why_not.items() if reason is None), "cpu"]
-        raise InvalidArgument("config.device", config.device, f"{why}; allowed here: {', '.join(allowed)}")
+    if (obstacle := obstacles.get(config.device)) is not None:
+        allowed = ["auto", *(device for device, reason in obstacles.items() if reason is None), "cpu"]
+        raise InvalidArgument("config.device", config.device, f"{obstacle}; allowed here: {', '.join(allowed)}")
     return expected_device(config.device)
 
 
-def _check_fit(config: TrainingConfig, base: Base) -> None:
-    """Settings that this base cannot follow."""
+def _check_source(config: TrainingConfig, base: Base, source: SourceSummary) -> None:
+    """Check that the data suits the settings and the base model."""
+    if config.held_out_by == "time":
+        if source.kind is not SourceKind.REPOSITORY or source.path is None:
+            raise InvalidArgument("config.held_out_by", "time", "records have no history; it must be 'file' for them")
+        require_history(source.path)
+    if source.needs_chat_template and not base.has_chat_template:
+        raise InvalidArgument(
+            "training_data",
+            "records with messages",
+            f"the base model {base.name} has no chat template to render conversations with",
+            suggestions=["Use an instruct model as base_model, or records of the form {prompt, completion}"],
+        )
+    if config.mixture.instructions and not base.has_chat_template:
+        raise InvalidArgument(
+            "config.mixture.instructions",
+            config.mixture.instructions,
+            f"the base model {base.name} has no chat template to render instructions with; it must be 0",
+            suggestions=["Use an instruct model as base_model"],
+        )
+    if config.mixture.fill_in_the_middle and not has_fim_tokens(base.path):
+        raise InvalidArgument(
+            "config.mixture.fill_in_the_middle",
+            config.mixture.fill_in_the_middle,
+            f"the vocabulary of the base model {base.name} has no known fill-in-the-middle tokens; it must be 0",
+            suggestions=["Use a base model for code completion, such as Qwen2.5-Coder or StarCoder2"],
+        )
+
+
+def _check_base(config: TrainingConfig, base: Base) -> None:
+    """Check that the base model supports the settings."""
     if config.max_length > base.shape.context_length:
         raise InvalidArgument(
             "config.max_length",
             config.max_length,
-            f"{base.name} knows positions up to {base.shape.context_length}",
+            f"it must be at most {base.shape.context_length}, the context length of {base.name}",
         )
     if config.target_modules != "all-linear":
         known = {name.rsplit(".", 1)[-1] for name in linear_modules(read_checkpoint(base.path).shapes)} - {"lm_head"}
@@ -188,92 +204,114 @@ def _check_fit(config: TrainingConfig, base: Base) -> None:
                 )
 
 
-def _choose_execution(
-    config: TrainingConfig,
-    base: Base,
-    device: str,
-    settings_limit_mb: int | None,
-) -> tuple[ComputePlan, str]:
-    """The fastest way to train within the limit, and in words what it costs to keep it.
-
-    The limit is the tighter of the caller's and the user's; where there is none, what is available on this machine.
-    """
-    ways = compute_plans(config, base, device, cpu_bfloat16=cpu_multiplies_bfloat16())
-    needs = [memory_bytes(config, base, device, way) for way in ways]
-    limits = [("config.max_memory_mb", config.max_memory_mb), ("CODEBASE_GARDENER_MAX_MEMORY_MB", settings_limit_mb)]
-    given = [(limit_mb, field) for field, limit_mb in limits if limit_mb is not None]
-    if not given and device != "cpu":
-        return ways[0], ""  # what the device has is not known here
-    limit_mb, field = min(given) if given else (_mb(available_memory_bytes()), "the memory available now")
-    for way, need in zip(ways, needs, strict=True):
-        if need <= limit_mb << 20:
-            return way, "" if way == ways[0] else f"; {_described(way)}, to keep within {field} = {limit_mb} MB"
-    lean = min(needs)
-    if not given:  # it may be otherwise when the job's turn comes
-        way = ways[needs.index(lean)]
-        return (
-            way,
-            f"; more than {field}, {limit_mb} MB, even so: {_described(way)}. Close other programs before it starts",
-        )
-    smallest = min(
-        memory_bytes(config.model_copy(update={"rank": 1, "max_length": 64}), base, device, way) for way in ways
-    )
-    if smallest > limit_mb << 20:
-        advice = f"Training {base.name} takes {_mb(smallest)} MB at least: use a smaller base_model"
-    else:
-        lower = "max_length" if config.max_length > MICRO_TOKENS[device] else "rank"
-        advice = f"Lower {lower}, or have the limit raised to {_mb(lean)}"
-    raise InvalidArgument(
-        field,
-        limit_mb,
-        f"training {base.name} with rank {config.rank} and max_length {config.max_length} is estimated to take "
-        f"{_mb(lean)} MB at least",
-        suggestions=[advice],
-    )
-
-
-def require_memory(needed: int, base: Base, device: str, settings: Settings) -> None:
-    """That evaluating a base fits the user's limit, where there is one.
-
-    Raises:
-        InvalidArgument: with the figures.
-    """
-    limit_mb = settings.max_memory_mb
-    if device == "cpu" and limit_mb is not None and needed > limit_mb << 20:
-        raise InvalidArgument(
-            "CODEBASE_GARDENER_MAX_MEMORY_MB",
-            limit_mb,
-            f"evaluating on {base.name} is estimated to take {_mb(needed)} MB",
-            suggestions=[f"Have the limit raised to {_mb(needed)}, or use a smaller base_model"],
-        )
-
-
-def _described(way: ComputePlan) -> str:
-    parts = ["the base's weights stay in their file"] if way.weights == "file" else []
-    parts += ["layers are computed twice"] if way.recompute_layers else []
-    return " and ".join(parts)
-
-
-def _check_disk(config: TrainingConfig, base: Base, found: SourceSummary, data_dir: Path) -> None:
+def _check_disk(config: TrainingConfig, base: Base, source: SourceSummary, data_dir: Path) -> None:
     needed = (
-        (4 * base.shape.parameters if base.format == "gguf" else 0)  # the converted base, if not there yet
-        # The adapter and its start; the checkpoint and two good states, each of four, and one that is being written.
-        + 4 * lora_parameters(config.rank, base.shape) * 18
-        + 12 * found.estimated_tokens  # the dataset as JSON
-        + MARGIN_BYTES
+        (4 * base.shape.parameters if base.format == "gguf" else 0)  # the converted base model, unless it is cached
+        # The adapter and its initial state; the checkpoint and two rollback states of four copies each, and one more that is
+        # being written.
+        + 4 * lora_parameters(config.lora_rank, base.shape) * 18
+        + 12 * source.estimated_tokens  # the dataset as JSON
+        + RESERVED_DISK_BYTES
     )
-    place = data_dir
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    existing = data_dir
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise StorageError(
-            f"Not enough disk space for this training: it needs about {_mb(needed)} MB in {data_dir}, {_mb(free)} MB are free.",
+            f"Not enough disk space for this training: it needs about {_mb(needed)} MB in {data_dir}, but {free // MB} MB are "
+            "free.",
             code="disk_full",
             suggestions=["Free some space, or set CODEBASE_GARDENER_DATA_DIR to a larger disk and restart the server"],
             details={"needed_bytes": needed, "free_bytes": free, "path": str(data_dir)},
         )
 
 
+# --- The compute plan within the memory limit ------------------------------------------------------------------------------
+
+
+class MemoryLimit(NamedTuple):
+    field: str  # the setting that it comes from, for messages
+    megabytes: int
+    is_set: bool = True  # False: the memory available now, which may have changed when the job starts
+
+
+def _memory_limit(config: TrainingConfig, settings: Settings, device: str) -> MemoryLimit | None:
+    """Return the tighter of the caller's and the user's limit, otherwise what is available on this machine."""
+    limits = [("config.max_memory_mb", config.max_memory_mb), (_SETTING, settings.max_memory_mb)]
+    explicit = [MemoryLimit(field, megabytes) for field, megabytes in limits if megabytes is not None]
+    if explicit:
+        return min(explicit, key=lambda limit: limit.megabytes)
+    if device != "cpu":
+        return None  # the memory of an accelerator is not known without torch
+    return MemoryLimit("the memory available now", available_memory_bytes() // MB, is_set=False)
+
+
+def _choose_plan(
+    costed: Sequence[CostedPlan], config: TrainingConfig, base: Base, device: str, settings: Settings,
+) -> CostedPlan:
+    """Return the fastest plan that fits the memory limit, with the reason why it is not the fastest of all.
+
+    Raises:
+        InvalidArgument: no plan fits a limit that was set.
+    """
+    fastest, limit = costed[0], _memory_limit(config, settings, device)
+    if limit is None or fastest.memory_bytes <= limit.megabytes * MB:
+        return fastest
+    for candidate in costed:
+        if candidate.memory_bytes <= limit.megabytes * MB:
+            measures = _describe(candidate.plan)
+            return candidate.because(f"; {measures}, to keep within {limit.field} = {limit.megabytes} MB")
+    leanest = min(costed, key=lambda candidate: candidate.memory_bytes)
+    if limit.is_set:
+        raise _over_limit(leanest, limit, config, base, device)
+    return leanest.because(
+        f"; more than {limit.field}, {limit.megabytes} MB, although {_describe(leanest.plan)}. Close other programs before "
+        "it starts",
+    )
+
+
+def _over_limit(
+    leanest: CostedPlan, limit: MemoryLimit, config: TrainingConfig, base: Base, device: str,
+) -> InvalidArgument:
+    needed = _mb(leanest.memory_bytes)
+    smallest = memory_bytes(config.model_copy(update={"rank": 1, "max_length": 64}), base, device, leanest.plan)
+    if smallest > limit.megabytes * MB:
+        advice = f"Training {base.name} takes at least {_mb(smallest)} MB: use a smaller base_model"
+    else:
+        lower = "max_length" if config.max_length > MICRO_TOKENS[device] else "rank"
+        advice = f"Lower {lower}, or raise the limit to {needed}"
+    return InvalidArgument(
+        limit.field,
+        limit.megabytes,
+        f"training {base.name} with rank {config.rank} and max_length {config.max_length} is estimated to take at least "
+        f"{needed} MB",
+        suggestions=[advice],
+    )
+
+
+def require_memory(needed: int, base: Base, device: str, settings: Settings) -> None:
+    """Check that an evaluation fits the user's limit, if there is one.
+
+    Raises:
+        InvalidArgument: it does not.
+    """
+    limit_mb = settings.max_memory_mb
+    if device == "cpu" and limit_mb is not None and needed > limit_mb * MB:
+        raise InvalidArgument(
+            _SETTING,
+            limit_mb,
+            f"evaluating on {base.name} is estimated to take {_mb(needed)} MB",
+            suggestions=[f"Raise the limit to {_mb(needed)}, or use a smaller base_model"],
+        )
+
+
+def _describe(plan: ComputePlan) -> str:
+    measures = ["the base model's weights stay in their file"] if plan.weights == "file" else []
+    measures += ["layers are computed twice"] if plan.recompute_layers else []
+    return " and ".join(measures)
+
+
 def _mb(size: int) -> int:
-    return round(size / (1 << 20))
+    """Return the size in MB, rounded up: what a limit must be raised to."""
+    return -(-size // MB)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import sys
@@ -61,6 +62,19 @@ def cpu_multiplies_bfloat16(cpu_info: Path = _CPU_INFO) -> bool:
     except OSError:  # not Linux
         return False
     return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def usable_cores() -> int:
+    """Return the physical cores that this process may run on: two threads on one core only take turns at its vector units.
+
+    Training uses as many threads, and the cost model plans with them.
+    """
+    import psutil  # noqa: PLC0415 -- not at the server's start
+
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    logical = psutil.cpu_count(logical=True) or allowed
+    physical = psutil.cpu_count(logical=False) or logical
+    return max(1, allowed * physical // logical)
 
 
 def available_memory_bytes() -> int:

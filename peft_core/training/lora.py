@@ -26,7 +26,7 @@ def attach(model: PreTrainedModel, config: TrainingConfig, base_name: str) -> Pe
         _check_targets(model, config.target_modules)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
-        r=config.rank,
+        r=config.lora_rank,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT annotates int and computes with floats
         lora_dropout=config.dropout,
         use_rslora=config.use_rslora,

@@ -64,7 +64,9 @@ def test_of_a_fused_family_every_block_is_fused_and_keeps_what_the_plan_says(
     model, objective = adapted(base, in_bfloat16=in_bfloat16)
     assert objective.packed
     assert objective.head is not None
-    assert sum(weight.numel() for weight in lora.weights(model).values()) == lora_parameters(CONFIG.rank, base.shape)
+    assert sum(weight.numel() for weight in lora.weights(model).values()) == lora_parameters(
+        CONFIG.lora_rank, base.shape,
+    )
 
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
@@ -79,7 +81,7 @@ def test_of_a_fused_family_every_block_is_fused_and_keeps_what_the_plan_says(
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = objective.loss(batch)
     loss.backward()
-    planned = base.shape.layers * batch.tokens * activation_bytes(CONFIG, base, "cpu", narrow=in_bfloat16)
+    planned = base.shape.layers * batch.tokens * activation_bytes(CONFIG, base, "cpu", bf16=in_bfloat16)
     beside_layers = batch.tokens * 4 * 3 * base.shape.hidden_size  # the last norm, and the hidden states of the head
     assert sum(kept.values()) == pytest.approx(planned + beside_layers, rel=0.15)
 

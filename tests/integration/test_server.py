@@ -178,7 +178,7 @@ BAD_INPUT: list[tuple[str, dict[str, Any], list[str]]] = [
             "training_data": "CODE",
             "config": {"mixture": {"fill_in_the_middle": 0.7, "instructions": 0.6}},
         },
-        ["config.mixture", "at most 1 together"],
+        ["config.mixture", "must be at most 1"],
     ),
     (
         "train_adapter",
@@ -188,7 +188,7 @@ BAD_INPUT: list[tuple[str, dict[str, Any], list[str]]] = [
     (
         "train_adapter",
         {"project_id": "web", "training_data": "CODE", "config": {"mixture": {"fill_in_the_middle": 0.5}}},
-        ["config.mixture.fill_in_the_middle = 0.5", "no tokens for gaps", "0 is allowed"],
+        ["config.mixture.fill_in_the_middle = 0.5", "no known fill-in-the-middle tokens", "it must be 0"],
     ),
     ("train_adapter", {"project_id": "web", "training_data": "CODE", "wait_s": 46}, ["wait_s = 46", "from 0 to 45"]),
     (

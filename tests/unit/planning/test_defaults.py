@@ -1,4 +1,4 @@
-"""What is chosen where the request leaves it open, and what is said about it."""
+"""Settings that a request leaves open are chosen from the data and the base model, and the choice is explained."""
 
 from __future__ import annotations
 
@@ -8,9 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_core.errors import DataError
+from peft_core.errors import DataError, InvalidArgument
 from peft_core.planning.cost_model import TOKENS_PER_EXAMPLE
-from peft_core.planning.defaults import MIN_UNITS, PATIENCE_S, RANKS, choose_defaults
+from peft_core.planning.defaults import (
+    DEFAULT_MAX_RUN_S,
+    MEASURED_RATE,
+    MIN_UNITS,
+    RANKS,
+    choose_defaults,
+    default_learning_rate,
+    require_complete,
+)
 from peft_core.schemas.dataset import SourceSummary
 from peft_core.schemas.training import TrainingConfig
 from tests.factories import SMOLLM2_SHAPE, make_source
@@ -20,7 +28,7 @@ def source(units: int) -> SourceSummary:
     return make_source().model_copy(update={"examples": None, "estimated_tokens": TOKENS_PER_EXAMPLE * units})
 
 
-def advised(
+def chosen(
     units: int,
     config: TrainingConfig | None = None,
     speed: float | None = 150.0,
@@ -28,89 +36,100 @@ def advised(
     return choose_defaults(config or TrainingConfig(), SMOLLM2_SHAPE, source(units), speed)
 
 
-@pytest.mark.parametrize(("units", "passes"), [(60, 3), (100, 3), (150, 2), (250, 2), (300, 1), (2000, 1)])
-def test_a_small_code_base_is_passed_over_more_than_once(units: int, passes: int):
-    config, why = advised(units)
-    assert (config.num_epochs, config.max_steps) == (passes, None)
+@pytest.mark.parametrize(("units", "epochs"), [(60, 3), (100, 3), (150, 2), (250, 2), (300, 1), (2000, 1)])
+def test_a_small_code_base_gets_more_than_one_epoch(units: int, epochs: int):
+    config, why = chosen(units)
+    assert (config.num_epochs, config.max_steps) == (epochs, None)
     assert f"about {units} units" in why
 
 
 @pytest.mark.parametrize("units", [5_000, 100_000, 2_000_000])
 @pytest.mark.parametrize("speed", [20.0, 150.0])
-def test_nobody_waits_for_days_without_having_asked_for_it(units: int, speed: float):
-    config, why = advised(units, speed=speed)
+def test_a_run_without_a_requested_duration_stays_within_the_default_limit(units: int, speed: float):
+    config, why = chosen(units, speed=speed)
     if config.max_steps is not None:
-        assert "set num_epochs = 1 for all" in why
+        assert "set num_epochs = 1 for all of them" in why
         seconds = config.max_steps * config.batch_size * TOKENS_PER_EXAMPLE / speed
     else:
         seconds = units * TOKENS_PER_EXAMPLE * (1 - config.held_out_fraction) / speed
-    assert seconds <= PATIENCE_S * 1.01
+    assert seconds <= DEFAULT_MAX_RUN_S * 1.01
 
 
 @given(units=st.integers(50, 400), speed=st.floats(0.5, 50))
-def test_passes_are_given_up_before_a_pass_is_cut(units: int, speed: float):
-    config, why = advised(units, speed=speed)
+def test_further_epochs_are_dropped_before_an_epoch_is_shortened(units: int, speed: float):
+    config, why = chosen(units, speed=speed)
     share = 1 - config.held_out_fraction
     pass_s = units * TOKENS_PER_EXAMPLE * share / speed
-    if pass_s > PATIENCE_S:
+    if pass_s > DEFAULT_MAX_RUN_S:
         assert config.max_steps is not None
-        assert config.max_steps == max(1, int(math.ceil(units * share / config.batch_size) * PATIENCE_S / pass_s))
+        assert config.max_steps == max(
+            1, int(math.ceil(units * share / config.batch_size) * DEFAULT_MAX_RUN_S / pass_s),
+        )
     else:
         assert config.max_steps is None
         assert config.num_epochs is not None
-        suited = advised(units, speed=None)[0].num_epochs
+        suited = chosen(units, speed=None)[0].num_epochs
         assert suited is not None
-        assert config.num_epochs == min(suited, PATIENCE_S // pass_s)
-        assert ("nobody said" in why) == (config.num_epochs < suited)
+        assert config.num_epochs == min(suited, DEFAULT_MAX_RUN_S // pass_s)
+        assert ("the default limit" in why) == (config.num_epochs < suited)
 
 
-def test_what_is_said_of_the_time_is_so():
+def test_the_explanation_of_the_duration_states_the_real_times():
     units = 100
     speed = units * TOKENS_PER_EXAMPLE * 0.9 / (1.96 * 3600)  # one pass takes 1.96 hours
-    config, why = advised(units, speed=speed)
+    config, why = chosen(units, speed=speed)
     assert (config.num_epochs, config.max_steps) == (1, None)
-    assert "One pass, because about 100 units make only 23 steps each" in why
-    assert "three passes would take about 5.9 hours and nobody said that it may take more than 2 hours" in why
-    config, why = advised(units, speed=speed / 2)
+    assert "One epoch, because about 100 units make only 23 steps each" in why
+    assert "three epochs would take about 5.9 hours and the default limit is 2 hours" in why
+    config, why = chosen(units, speed=speed / 2)
     assert config.max_steps == 11
-    assert "11 of the 23 steps of a whole pass, because that would take about 3.9 hours" in why
+    assert "11 of the 23 steps of an epoch, because a full epoch would take about 3.9 hours" in why
 
 
-def test_what_the_caller_says_is_done():
-    asked = TrainingConfig(rank=4, max_steps=7)
-    assert advised(100_000, asked) == (asked, "")
-    asked = TrainingConfig(rank=16, num_epochs=5)
-    assert advised(2_000_000, asked) == (asked, "")
+def test_requested_settings_are_not_changed():
+    for request in (
+        TrainingConfig(rank=4, max_steps=7, learning_rate=1e-4),
+        TrainingConfig(rank=16, num_epochs=5, learning_rate=1e-4),
+    ):
+        assert chosen(2_000_000, request) == (request, "")
 
 
-def test_a_rank_has_room_for_what_there_is_to_learn():
-    ranks = [advised(units, TrainingConfig(num_epochs=1))[0].rank for units in (100, 10_000, 80_000, 1_000_000)]
+def test_a_client_that_sends_every_default_of_the_schema_does_not_disable_the_choice_of_the_rank():
+    properties = TrainingConfig.model_json_schema()["properties"]
+    echoed = {name: schema["default"] for name, schema in properties.items() if "default" in schema}
+    config, why = chosen(200_000, TrainingConfig.model_validate(echoed), speed=None)
+    assert config.rank == 64
+    assert "Rank 64" in why
+
+
+def test_the_rank_grows_with_the_data():
+    ranks = [chosen(units, TrainingConfig(num_epochs=1))[0].rank for units in (100, 10_000, 80_000, 1_000_000)]
     assert ranks == sorted(ranks)
     assert (ranks[0], ranks[-1]) == (RANKS[0], RANKS[-1])
-    assert advised(1_000_000, TrainingConfig(max_steps=100))[0].rank == RANKS[0], "a short run sees little of it"
+    assert chosen(1_000_000, TrainingConfig(max_steps=100))[0].rank == RANKS[0], "a short run sees little of the data"
 
 
-def test_a_device_of_unknown_speed_makes_one_pass():
-    config, why = advised(100_000, speed=None)
+def test_a_device_of_unknown_speed_gets_one_epoch():
+    config, why = chosen(100_000, speed=None)
     assert config.num_epochs == 1
-    assert "One pass" in why
+    assert "One epoch" in why
 
 
-def test_too_little_is_refused_with_figures_unless_it_is_insisted_on():
+def test_too_little_data_is_rejected_with_figures_unless_the_request_allows_it():
     with pytest.raises(DataError, match=rf"about 49 units .* at least {MIN_UNITS} .*Retrieval") as caught:
-        advised(49)
+        chosen(49)
     assert caught.value.code == "too_little_data"
-    assert advised(50)[0].num_epochs == 3
-    assert advised(10, TrainingConfig(allow_little_data=True))[0].num_epochs == 3
+    assert chosen(50)[0].num_epochs == 3
+    assert chosen(10, TrainingConfig(allow_little_data=True))[0].num_epochs == 3
 
 
-def test_records_are_counted_as_they_are():
+def test_records_are_counted_instead_of_estimated():
     few = make_source().model_copy(update={"examples": 30, "estimated_tokens": 1_000_000})
     with pytest.raises(DataError, match="about 30 records"):
         choose_defaults(TrainingConfig(), SMOLLM2_SHAPE, few, None)
 
 
-def test_no_rank_is_explained_where_only_some_modules_are_adapted() -> None:
+def test_the_rank_is_not_explained_if_only_some_modules_are_adapted() -> None:
     config, why = choose_defaults(
         TrainingConfig(target_modules=["q_proj"]),
         SMOLLM2_SHAPE,
@@ -121,9 +140,42 @@ def test_no_rank_is_explained_where_only_some_modules_are_adapted() -> None:
     assert "Rank" not in why
 
 
-def test_a_rank_that_does_not_hold_all_is_not_said_to() -> None:
+def test_the_highest_rank_is_explained_as_too_small_for_all_of_the_data() -> None:
     config, why = choose_defaults(TrainingConfig(), SMOLLM2_SHAPE, make_source(estimated_tokens=900_000_000), 1e7)
     assert config.rank == 64
     assert (
-        "Rank 64, the most that is chosen: 19.5 million weights, for a part of what 900.0 million tokens teach." in why
+        "Rank 64, the highest that is chosen automatically: its 19.5 million weights store part of what 900.0 million tokens "
+        "teach." in why
     )
+
+
+def test_the_bundled_base_gets_the_learning_rate_that_was_measured_on_it() -> None:
+    assert chosen(100)[0].rates == (MEASURED_RATE, 8 * MEASURED_RATE)
+
+
+@pytest.mark.parametrize(("hidden_size", "rate"), [(896, 7.1e-4), (1536, 4.6e-4), (2048, 3.7e-4), (4096, 2.2e-4)])
+def test_larger_base_models_get_a_lower_learning_rate(hidden_size: int, rate: float) -> None:
+    assert default_learning_rate(hidden_size, 4) == rate
+
+
+@given(st.integers(16, 576), st.integers(1, 256))
+def test_larger_batches_get_a_higher_learning_rate_and_smaller_base_models_do_not(
+    hidden_size: int, batch_size: int,
+) -> None:
+    assert default_learning_rate(hidden_size, 4) == MEASURED_RATE
+    assert default_learning_rate(hidden_size, batch_size + 1) >= default_learning_rate(hidden_size, batch_size)
+
+
+def test_settings_that_were_not_chosen_yet_cannot_be_read() -> None:
+    with pytest.raises(ValueError, match="learning_rate has not been chosen"):
+        _ = TrainingConfig().rates
+    with pytest.raises(ValueError, match="rank has not been chosen"):
+        _ = TrainingConfig().lora_alpha
+
+
+@pytest.mark.parametrize("missing", ["rank", "learning_rate", "num_epochs"])
+def test_a_worker_rejects_settings_that_the_planner_would_have_chosen(missing: str) -> None:
+    complete = {"rank": 16, "learning_rate": 1e-3, "num_epochs": 1.0}
+    require_complete(TrainingConfig.model_validate(complete))
+    with pytest.raises(InvalidArgument, match=f"config.{missing} = None"):
+        require_complete(TrainingConfig.model_validate({**complete, missing: None}))

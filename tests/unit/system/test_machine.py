@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from peft_core.system.machine import (
     cpu_multiplies_bfloat16,
     expected_device,
     torch_builds,
+    usable_cores,
     why_no_cuda,
 )
 
@@ -92,3 +94,7 @@ def test_without_such_a_file_nothing_is_claimed(tmp_path: Path) -> None:
 
 def test_some_memory_is_available() -> None:
     assert available_memory_bytes() > 0
+
+
+def test_usable_cores_are_physical_ones_that_the_process_may_run_on() -> None:
+    assert 1 <= usable_cores() <= (os.cpu_count() or 1)
