@@ -21,7 +21,7 @@ from peers import Figures, PeerTask
 
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument
-from peft_core.jobs.runner import CHILD, child_environment
+from peft_core.jobs.runner import WORKER
 from peft_core.paths import DataPaths
 from peft_core.planning.planner import plan
 from peft_core.schemas.base_model import Base, ModelShape
@@ -38,6 +38,7 @@ from peft_core.schemas.events import (
 from peft_core.schemas.results import Metrics
 from peft_core.schemas.task import JobRequest, TrainingTask
 from peft_core.schemas.training import TrainingConfig
+from peft_core.system.child_process import child_environment
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("uvicorn", "structlog", "pathspec", "httpcore2")  # in site-packages: about 1170 functions and classes
@@ -161,12 +162,12 @@ def train(config: TrainingConfig, place: Workplace) -> list[TimedEvent]:
         with (
             job.log.open("wb") as log,
             subprocess.Popen(
-                [sys.executable, *CHILD, str(job.task)],
+                [sys.executable, *WORKER, str(job.task)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 cwd=job.root,
-                env=child_environment(str(os.getpid())),
+                env=child_environment(),
             ) as process,
         ):
             watched = psutil.Process(process.pid)

@@ -12,7 +12,6 @@ interrupted sweep continues, and new seeds, recipes or code bases extend it.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from peft_core.config import Settings
-from peft_core.jobs.runner import child_environment
 from peft_core.planning.defaults import MEASURED_RATE
 from peft_core.planning.planner import plan
 from peft_core.schemas.base_model import BUNDLED
@@ -34,6 +32,7 @@ from peft_core.schemas.events import EVENT, AdapterWritten, DatasetPrepared, Eva
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.task import TrainingTask
 from peft_core.schemas.training import TaskMixture, TrainingConfig
+from peft_core.system.child_process import child_environment
 
 NOW = TrainingConfig(rank=16, learning_rate=MEASURED_RATE)
 DEFAULTS = "defaults"
@@ -195,9 +194,9 @@ def train(code_base: str, config: TrainingConfig, *, work: Path, results: Path) 
         )
         task_file = Path(directory) / "task.json"
         task_file.write_text(task.model_dump_json(), encoding="utf-8")
-        child = {**child_environment(str(os.getpid())), "OMP_NUM_THREADS": "1"}
+        child = {**child_environment(), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [sys.executable, "-m", "peft_core.training", str(task_file)],
+            [sys.executable, "-m", "peft_core.worker", str(task_file)],
             capture_output=True,
             text=True,
             check=False,

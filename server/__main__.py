@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from importlib.metadata import version
 
 from pydantic import ValidationError
 
 from peft_core.config import Settings
+from peft_core.system.child_process import make_files_private
 
 DESCRIPTION = """\
 MCP stdio server: train a LoRA adapter on your own code base, on your own machine, and measure whether it helps.
@@ -45,7 +45,7 @@ def main() -> None:
         sys.exit(2)
     from server.app import build_server, exit_when_stdin_closes  # noqa: PLC0415 -- --help and --version need no mcp
 
-    os.umask(0o077)  # this process and its children write private code, and adapters made from it
+    make_files_private()
     server = build_server(settings)
     exit_when_stdin_closes(sys.stdin.fileno())
     server.run("stdio")

@@ -13,7 +13,7 @@ from pathlib import Path
 from peft_core.errors import DataError, InvalidArgument
 from peft_core.schemas.dataset import DatasetPurpose, SourceSummary
 from peft_core.schemas.frozen import FrozenModel
-from peft_core.system.child_process import Answer, ask
+from peft_core.system.child_process import AnswerT, run_json_child
 
 SUFFIX = ".lance"
 TIMEOUT_S = 300.0
@@ -77,12 +77,12 @@ def export_records(path: Path, records: Path) -> int:
     return rows
 
 
-def _ask(request: TableRequest, answer: type[Answer]) -> Answer:
-    return ask(
+def _ask(request: TableRequest, answer: type[AnswerT]) -> AnswerT:
+    return run_json_child(
         _CHILD,
         request,
         answer,
         timeout_s=TIMEOUT_S,
-        doing=f"Reading the table {request.table}",
-        else_do=("Give a table of fewer chunks", "Or export what matters as .jsonl"),
+        action=f"Reading the table {request.table}",
+        on_timeout=("Give a table of fewer chunks", "Or export what matters as .jsonl"),
     )

@@ -18,13 +18,18 @@ from peft_core.data.dataset import read_examples
 from peft_core.data.prepare import prepare
 from peft_core.data.token_counter import EstimatedTokenCounter
 from peft_core.data.walk import ExclusionReason
-from peft_core.errors import PeftMcpError
 from peft_core.schemas.dataset import DatasetSpec, DatasetSummary, Example
 from peft_core.schemas.frozen import FrozenModel
-from peft_core.schemas.results import ErrorInfo
 from peft_core.system.allowed_paths import require_data_place
-from peft_core.system.child_process import begin, problem_of
+from peft_core.system.child_process import answer_request
+from peft_core.system.failures import TaskKind
 
+TASK = TaskKind(
+    name="inspection",
+    crash_code="inspection_failed",
+    log="the log of the server",
+    memory_advice=("Close other programs, or give a part of the data.",),
+)
 SAMPLES = 3
 LARGEST = 3
 
@@ -81,15 +86,5 @@ def preview(request: PreviewRequest) -> Preview:
     )
 
 
-def main() -> int:
-    begin()
-    try:
-        answer: Preview | ErrorInfo = preview(PreviewRequest.model_validate_json(sys.stdin.read()))
-    except PeftMcpError as error:
-        answer = problem_of(error)
-    sys.stdout.write(answer.model_dump_json())
-    return 0 if isinstance(answer, Preview) else 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answer_request(PreviewRequest, preview, TASK))

@@ -1,4 +1,4 @@
-"""Tell the truth about jobs whose processes are gone."""
+"""Find out how jobs ended whose processes are gone, and explain exit codes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from peft_core.jobs.state import Job
 from peft_core.jobs.store import Store
 from peft_core.schemas.events import Event, JobCancelled, JobCompleted, JobInterrupted
 from peft_core.schemas.results import ErrorInfo, Metrics, Status
+from peft_core.system.child_process import describe_exit, log_tail
 
 
 def recover(store: Store, registry: Registry) -> None:
-    """Give every job that says "in progress" the end that it had. Only for a holder of the work lock: it works alone.
+    """Record the end of every job that is still marked as in progress. The caller must hold the queue's lock.
 
     Raises:
-        StorageError: the data directory cannot be written; it is tried again the next time.
+        StorageError: The data directory cannot be written. The next call tries again.
     """
     for job in store.in_state(Status.IN_PROGRESS):
         event: Event
@@ -32,10 +33,12 @@ def recover(store: Store, registry: Registry) -> None:
 
 
 def completed_by(job: Job, registry: Registry) -> JobCompleted | None:
-    """What makes a job completed is its published adapter, or its evaluation, whatever happened to the process behind it.
+    """Return the event that completes a job whose adapter is published or whose evaluation is recorded; else None.
+
+    Such a job is completed even if its processes died afterwards.
 
     Raises:
-        StorageError: it cannot be made the current one.
+        StorageError: The adapter cannot be made the current one.
     """
     published = registry.published(job.project_id, job.job_id)
     if published is None:
@@ -44,56 +47,35 @@ def completed_by(job: Job, registry: Registry) -> JobCompleted | None:
         registry.publish(published, job.project_id, job.job_id)
     except OSError as error:
         raise unwritable(published.parent, error) from error
-    manifest = read_manifest(published)  # that it cannot be read does not undo what was done
+    manifest = read_manifest(published)  # an unreadable manifest does not undo the publication
     metrics = manifest.metrics if manifest is not None else job.metrics or Metrics()
     return JobCompleted(adapter_path=str(published), metrics=metrics)
 
 
 def completed_evaluation(job: Job) -> JobCompleted | None:
-    """The end of a job that evaluates, once it has; None for any other."""
-    evaluated, found = job.request.evaluated, job.evaluation
-    if evaluated is None or found is None:
+    """Return the event that completes an evaluation job with a recorded evaluation; None for any other job."""
+    evaluated, evaluation = job.request.evaluated, job.evaluation
+    if evaluated is None or evaluation is None:
         return None
     metrics = Metrics(
-        base_loss=found.loss.base,
-        adapter_loss=found.loss.adapter,
-        base_perplexity=found.base_perplexity,
-        adapter_perplexity=found.adapter_perplexity,
+        base_loss=evaluation.loss.base,
+        adapter_loss=evaluation.loss.adapter,
+        base_perplexity=evaluation.base_perplexity,
+        adapter_perplexity=evaluation.adapter_perplexity,
     )
     return JobCompleted(adapter_path=str(evaluated.adapter_path), metrics=metrics)
 
 
-def problem_of_exit(code: int, log_path: Path, *, what: str = "training process") -> ErrorInfo:
-    """Why a process ended without a word, as far as its exit code and its log tell."""
-    tail = _tail(log_path)
-    said = f" Its last words: {tail}" if tail else ""
-    if code < 0:
-        try:
-            name = signal.Signals(-code).name
-        except ValueError:  # real-time signals have no name
-            name = "a signal"
-        message = f"The {what} was killed by {name} (signal {-code}).{said}"
-        if -code == signal.SIGKILL:
-            return ErrorInfo(
-                code="killed",
-                message=message,
-                suggestions=(
-                    "Most often this is the operating system, out of memory: close other programs, or use a smaller base_model",
-                ),
-            )
-        return ErrorInfo(code="killed", message=message, suggestions=(f"See the log: {log_path}",))
-    return ErrorInfo(
-        code="died_silently",
-        message=f"The {what} ended with exit code {code} and without a result.{said}",
-        suggestions=(f"See the log: {log_path}",),
-    )
-
-
-def _tail(path: Path, lines: int = 3) -> str:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 4096))
-            text = file.read().decode("utf-8", "replace")
-    except OSError:
-        return ""
-    return " | ".join(line.strip()[:200] for line in text.strip().splitlines()[-lines:])
+def exit_error(code: int, log_path: Path, *, process: str = "training process") -> ErrorInfo:
+    """Explain why a process ended without a result, as far as its exit code and its log show."""
+    tail = log_tail(log_path)
+    message = f"The {process} {describe_exit(code)}{'' if code < 0 else ', without a result'}."
+    if tail:
+        message += f" Its log ends with: {tail}"
+    advice = f"See the log: {log_path}"
+    if code == -signal.SIGKILL:
+        advice = (
+            "Most often the operating system kills a process when the system is out of memory: close other programs, or use a "
+            "smaller base_model"
+        )
+    return ErrorInfo(code="killed" if code < 0 else "died_silently", message=message, suggestions=(advice,))

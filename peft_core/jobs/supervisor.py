@@ -1,65 +1,63 @@
-"""Who looks at the queue sees that somebody works on it: finds out dead jobs, and starts a runner for waiting ones."""
+"""Make sure that a runner works on the queue: recover jobs whose processes died, and start a runner for queued jobs."""
 
 from __future__ import annotations
 
 import logging
 import subprocess
-import sys
 import threading
 from contextlib import suppress
-from typing import BinaryIO
 
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
 from peft_core.errors import StorageError
-from peft_core.jobs.recovery import problem_of_exit, recover
+from peft_core.jobs.recovery import exit_error, recover
 from peft_core.jobs.state import IllegalTransition, Job
 from peft_core.jobs.store import Store
 from peft_core.schemas.events import JobFailed
 from peft_core.schemas.results import Status
+from peft_core.system.child_process import open_log, python_module
 from peft_core.system.lock import FileLock
 
-RUNNER = [sys.executable, "-P", "-m", "peft_core.jobs.runner"]
-NO_RUNNER = "runner_start"  # code of the error
-MOST_KILLED = 3  # runners in a row that were killed before they began anything
-MAX_LOG_BYTES = 4 << 20
+RUNNER = python_module("peft_core.jobs.runner")
+NO_RUNNER = "runner_start"  # error code
+MAX_KILLED = 3  # consecutive runners that were killed before they started any job
 
-log = logging.getLogger(__name__)  # structlog would cost the server 0.1 s at its start
+log = logging.getLogger(__name__)  # structlog would slow the server's start down by 0.1 s
 
 
 class RunnerSupervisor:
-    """For any number of threads. What it starts outlives it."""
+    """Starts runners, which outlive this process. Safe to use from several threads."""
 
     def __init__(self, settings: Settings, store: Store, registry: Registry) -> None:
         self._settings = settings
         self._paths = settings.paths
         self._store = store
         self._registry = registry
-        self._runner: subprocess.Popen[bytes] | None = None  # the last one, until its end was noticed
-        self._seen_by_runner: set[tuple[str, float]] = set()  # what waited, and since when, when it was started
-        self._killed = 0  # runners in a row that were, before they began anything
-        self._one_at_a_time = threading.Lock()
+        self._runner: subprocess.Popen[bytes] | None = None  # the newest, until its end is noticed
+        self._queued_at_start: set[tuple[str, float]] = set()  # (job id, updated at), when it was started
+        self._killed = 0  # consecutive runners that were killed before they started any job
+        self._mutex = threading.Lock()
 
     def require_locks(self) -> None:
-        """That somebody could work here.
+        """Check that a runner could lock the queue.
 
         Raises:
-            StorageError: files cannot be locked, or the directory cannot be written.
+            StorageError: Files cannot be locked, or the directory cannot be written.
         """
-        # Who finds it taken at this moment leaves a job in the queue without a runner: until the next look, within seconds.
+        # A runner that starts at this moment finds the lock taken and exits; the next check, within seconds, starts another.
         with FileLock(self._paths.runner_lock) as lock:
             lock.acquire()
 
     def ensure_runner(self) -> None:
-        """Find out jobs that nobody works on any more, and have a runner for those that wait.
+        """Recover jobs whose processes died, and start a runner if jobs are queued and none is alive.
 
         Raises:
-            StorageError: the data directory cannot be used; or no runner can be started (`NO_RUNNER`).
+            StorageError: The data directory cannot be used, or no runner can be started (`NO_RUNNER`).
         """
-        with self._one_at_a_time:
+        with self._mutex:
             lock = FileLock(self._paths.runner_lock)
             if not lock.acquire():
-                return  # somebody works, and looks at the queue again after giving the lock up
+                return  # a runner works, and looks at the queue again after releasing the lock
             with lock:
                 recover(self._store, self._registry)
             queued = self._store.in_state(Status.QUEUED)
@@ -68,50 +66,50 @@ class RunnerSupervisor:
                 return
             if self._runner is not None:
                 code = self._runner.poll()
-                if code is None and waiting <= self._seen_by_runner:
-                    return  # it is starting, and will see them
-                if code is not None and self._is_hopeless(code, began_nothing=waiting >= self._seen_by_runner):
-                    self._give_up(queued[0], code)
+                if code is None and waiting <= self._queued_at_start:
+                    return  # it is starting, and will find these jobs
+                if code is not None and self._is_hopeless(code, started_nothing=waiting >= self._queued_at_start):
+                    self._fail(queued[0], code)
                     return
             self._runner = self._spawn_runner()
-            self._seen_by_runner = waiting
+            self._queued_at_start = waiting
 
     def ensure_runner_if_possible(self) -> None:
-        """For who asks for something else than work: where no runner can be had, the next look tries again, and tells why."""
+        """Like `ensure_runner`, for requests that do not need a runner: errors that may pass are logged, not raised."""
         try:
             self.ensure_runner()
         except StorageError as error:
-            if error.code not in (NO_RUNNER, "adapters_busy"):  # both pass by themselves
+            if error.code not in (NO_RUNNER, "adapters_busy"):
                 raise
             log.warning("%s", error.message)
 
-    def _is_hopeless(self, code: int, *, began_nothing: bool) -> bool:
-        """Whether the runner that ended says that the next one would fare no better."""
+    def _is_hopeless(self, code: int, *, started_nothing: bool) -> bool:
+        """Return whether the next runner would fail like the one that exited with `code`."""
         self._runner = None
-        if not (code and began_nothing):
+        if not (code and started_nothing):
             self._killed = 0
             return False
         if code > 0:  # it could not work at all
             return True
         self._killed += 1
-        return self._killed >= MOST_KILLED
+        return self._killed >= MAX_KILLED
 
-    def _give_up(self, job: Job, code: int) -> None:
-        """On a job: trying again would fail again, in silence."""
+    def _fail(self, job: Job, code: int) -> None:
+        """Record that a job failed because no runner survives: further attempts would fail silently."""
         self._killed = 0
-        problem = problem_of_exit(code, self._paths.logs / "runner.log", what="runner")
-        with suppress(IllegalTransition):  # cancelled a moment ago
-            self._store.append(job.job_id, JobFailed(error=problem))
+        error = exit_error(code, self._paths.logs / "runner.log", process="runner")
+        with suppress(IllegalTransition):  # it was cancelled in between
+            self._store.append(job.job_id, JobFailed(error=error))
 
     def _spawn_runner(self) -> subprocess.Popen[bytes]:
-        """A process of its own session: it outlives this one, and whatever kills this one's process group.
+        """Start a runner in a session of its own: it outlives this process and signals to this process's group.
 
         Raises:
-            StorageError: neither log nor process can be had.
+            StorageError: The log cannot be opened or the process cannot be started.
         """
         try:
-            with self._runner_log() as output:
-                runner = subprocess.Popen(  # noqa: S603 -- our own module, by absolute interpreter
+            with open_log(self._paths.logs / "runner.log") as output:
+                runner = subprocess.Popen(  # noqa: S603 -- a module of ours, with an absolute interpreter path
                     [*RUNNER, self._settings.model_dump_json()],
                     stdin=subprocess.DEVNULL,
                     stdout=output,
@@ -121,20 +119,13 @@ class RunnerSupervisor:
                 )
         except OSError as error:
             raise StorageError(
-                f"The process that trains cannot be started: {error}. What waits stays queued.",
+                f"The training process cannot be started: {error}. Queued jobs stay queued.",
                 code=NO_RUNNER,
                 suggestions=[
-                    "Close other programs, free disk space or raise the limit on processes, then ask for the status again",
+                    "Close other programs, free disk space or raise the process limit, then ask for the status again",
                 ],
             ) from error
-        # Reaps it, should we live longer; where no thread can be had either, the next look at the queue does.
+        # This thread reaps the runner. If no thread can be started either, the next `poll` reaps it.
         with suppress(RuntimeError):
             threading.Thread(target=runner.wait, daemon=True).start()
         return runner
-
-    def _runner_log(self) -> BinaryIO:
-        path = self._paths.logs / "runner.log"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and path.stat().st_size > MAX_LOG_BYTES:
-            path.replace(path.with_suffix(".old.log"))
-        return path.open("ab")

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from peft_core.modeling.attention_bf16 import Bf16Attention
 from peft_core.modeling.device import fixed_shapes
-from peft_core.system.failures import is_out_of_memory, shown
+from peft_core.system.failures import describe_error, is_out_of_memory
 
 _log = structlog.get_logger(__name__)
 
@@ -101,7 +101,7 @@ def _has_flash(device: torch.device) -> bool:
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        _log.info("flash_attention_refused", reason=shown(error))
+        _log.info("flash_attention_refused", reason=describe_error(error))
         return False
     return True
 

@@ -26,7 +26,7 @@ from peft_core.modeling.load import FrozenLinear, matrix_of
 from peft_core.modeling.memory import set_malloc_trim
 from peft_core.modeling.quantised import QuantisedMatrix
 from peft_core.planning.cost_model import micro_capacity
-from peft_core.system.failures import is_out_of_memory, shown
+from peft_core.system.failures import describe_error, is_out_of_memory
 
 _log = structlog.get_logger(__name__)
 
@@ -179,7 +179,7 @@ def _packed_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor | 
         # It takes no further arguments, or our attention is none for it.
         if is_out_of_memory(error):
             raise
-        _log.info("packing_refused", reason=shown(error))
+        _log.info("packing_refused", reason=describe_error(error))
         return None
 
 

@@ -17,7 +17,7 @@ from peft_core.schemas.dataset import Example
 from peft_core.schemas.results import DataSample, TrainingDataReport
 from peft_core.schemas.task import JobRequest
 from peft_core.schemas.training import TrainingConfig
-from peft_core.system.child_process import ask
+from peft_core.system.child_process import run_json_child
 from peft_core.system.cleanup import prune_inspections
 
 TIMEOUT_S = 120.0
@@ -58,14 +58,14 @@ def _scratch(paths: DataPaths) -> Iterator[Path]:
 
 
 def _looked_at(request: JobRequest, scratch: Path, settings: Settings) -> Preview:
-    return ask(
+    return run_json_child(
         CHILD,
         PreviewRequest(dataset=request.dataset, data_dir=settings.data_dir, allowed_roots=settings.allowed_roots),
         Preview,
         timeout_s=TIMEOUT_S,
-        doing="Looking at the examples",
-        else_do=("Inspect a directory of it", "train_adapter itself has no such limit"),
-        scratch=scratch,
+        action="Looking at the examples",
+        on_timeout=("Inspect a directory of it", "train_adapter itself has no such limit"),
+        temporary_dir=scratch,
     )
 
 

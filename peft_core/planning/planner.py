@@ -248,7 +248,11 @@ def _memory_limit(config: TrainingConfig, settings: Settings, device: str) -> Me
 
 
 def _choose_plan(
-    costed: Sequence[CostedPlan], config: TrainingConfig, base: Base, device: str, settings: Settings,
+    costed: Sequence[CostedPlan],
+    config: TrainingConfig,
+    base: Base,
+    device: str,
+    settings: Settings,
 ) -> CostedPlan:
     """Return the fastest plan that fits the memory limit, with the reason why it is not the fastest of all.
 
@@ -272,7 +276,11 @@ def _choose_plan(
 
 
 def _over_limit(
-    leanest: CostedPlan, limit: MemoryLimit, config: TrainingConfig, base: Base, device: str,
+    leanest: CostedPlan,
+    limit: MemoryLimit,
+    config: TrainingConfig,
+    base: Base,
+    device: str,
 ) -> InvalidArgument:
     needed = _mb(leanest.memory_bytes)
     smallest = memory_bytes(config.model_copy(update={"rank": 1, "max_length": 64}), base, device, leanest.plan)

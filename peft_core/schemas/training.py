@@ -75,10 +75,12 @@ class TrainingConfig(FrozenModel):
         Field(gt=0, le=4096, description="LoRA alpha; updates are scaled by alpha / rank. Omit for 2 x rank."),
     ] = None
     dropout: Annotated[
-        float, Field(ge=0, lt=1, description="Dropout on the LoRA input. 0 is best for a single epoch."),
+        float,
+        Field(ge=0, lt=1, description="Dropout on the LoRA input. 0 is best for a single epoch."),
     ] = 0.0
     use_rslora: Annotated[
-        bool, Field(description="Scale by alpha / sqrt(rank) instead: more stable for rank >= 64."),
+        bool,
+        Field(description="Scale by alpha / sqrt(rank) instead: more stable for rank >= 64."),
     ] = False
     target_modules: Annotated[
         Literal["all-linear"] | list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,128}$")]],
@@ -96,10 +98,12 @@ class TrainingConfig(FrozenModel):
         ),
     ] = None
     lora_plus_ratio: Annotated[
-        float, Field(ge=1, le=64, description="LoRA+: learning rate of B / learning rate of A. 1 is plain LoRA."),
+        float,
+        Field(ge=1, le=64, description="LoRA+: learning rate of B / learning rate of A. 1 is plain LoRA."),
     ] = 8.0
     lr_scheduler: Annotated[
-        Literal["linear", "cosine", "constant"], Field(description="Learning-rate schedule after warm-up."),
+        Literal["linear", "cosine", "constant"],
+        Field(description="Learning-rate schedule after warm-up."),
     ] = "linear"
     num_epochs: Annotated[
         float | None,
@@ -114,14 +118,16 @@ class TrainingConfig(FrozenModel):
         Field(ge=1, le=1_000_000, description="Optimiser steps, instead of num_epochs: bounds the time."),
     ] = None
     batch_size: Annotated[
-        int, Field(ge=1, le=256, description="Examples per optimiser step. Small batches learn more per token."),
+        int,
+        Field(ge=1, le=256, description="Examples per optimiser step. Small batches learn more per token."),
     ] = 4
     max_length: Annotated[
         int,
         Field(ge=64, le=8192, description="Most tokens per example; longer units are split at syntax boundaries."),
     ] = 512
     warmup_ratio: Annotated[
-        float, Field(ge=0, le=0.5, description="Fraction of the steps with a rising learning rate."),
+        float,
+        Field(ge=0, le=0.5, description="Fraction of the steps with a rising learning rate."),
     ] = 0.05
     weight_decay: Annotated[float, Field(ge=0, le=1, description="AdamW weight decay.")] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0, le=100, description="Gradient clipping by global norm.")] = 1.0
@@ -135,7 +141,8 @@ class TrainingConfig(FrozenModel):
         ),
     ] = 0.1
     held_out_by: Annotated[
-        HeldOutBy, Field(description="Which files are held out: random ones, or those changed last in git."),
+        HeldOutBy,
+        Field(description="Which files are held out: random ones, or those changed last in git."),
     ] = "file"
     eval_steps: Annotated[
         int | None,
@@ -151,10 +158,12 @@ class TrainingConfig(FrozenModel):
         ),
     ] = None
     mixture: Annotated[
-        TaskMixture, Field(description="Which code units are reformatted. Omit to train on plain text."),
+        TaskMixture,
+        Field(description="Which code units are reformatted. Omit to train on plain text."),
     ] = TaskMixture()
     allow_little_data: Annotated[
-        bool, Field(description="Train even with fewer than 50 units, which is rejected by default."),
+        bool,
+        Field(description="Train even with fewer than 50 units, which is rejected by default."),
     ] = False
     seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="Same seed, machine and data: same result.")] = 0
     device: Annotated[DeviceName, Field(description="'auto' uses MPS (Apple silicon), else CUDA, else the CPU.")] = (

@@ -1,4 +1,4 @@
-"""A request to stop: by signal, by the death of the parent, or because nobody reads the events any more."""
+"""Stop a run at its next safe point: on a signal, on the death of the parent, or when nothing reads its events any more."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import signal
 import threading
 import time
 
-EXIT_CODE = 128 + signal.SIGTERM
-# Within five seconds of its parent's death this process is gone, and whoever asks is told so. A step and a checkpoint take
-# less, mostly; where they do not, the checkpoint before it stands.
-_POLL_S = 0.25
+from peft_core.system.child_process import watch_parent
+
+CANCELLED_EXIT_CODE = 128 + signal.SIGTERM
+# An orphan must be gone within five seconds, because the lock that it shares blocks the next runner. A step and a checkpoint
+# usually take less time; if they do not, the run resumes from the previous checkpoint.
 _GRACE_S = 3.0
 
 
@@ -19,7 +20,7 @@ class Cancelled(Exception):
 
 
 class StopFlag:
-    """Remembers that this process was asked to stop; work asks at its safe points."""
+    """Remembers that this process was asked to stop; the work checks it at its safe points."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -32,28 +33,23 @@ class StopFlag:
         self._event.set()
 
     def check(self) -> None:
-        """Raise Stopped if this process was asked to stop."""
+        """Raise Cancelled if this process was asked to stop."""
         if self.requested:
             raise Cancelled
 
 
 def stop_on_signals(stop: StopFlag) -> None:
-    """SIGTERM (the runner) and SIGINT (a person at a terminal) end the run at the next micro-batch."""
+    """Let SIGTERM (from the runner) and SIGINT (from a terminal) stop the run at its next micro-batch."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stop.request())
 
 
 def stop_without_parent(stop: StopFlag, parent: int) -> None:
-    """Stop when `parent` (a pid) is no longer this process's parent; leave by force after a grace period.
+    """Stop the run when the process `parent` is gone; exit by force if that takes longer than the grace period."""
 
-    An orphan has another parent, so the comparison cannot be fooled by a reused pid.
-    """
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_POLL_S)
+    def on_death() -> None:
         stop.request()
         time.sleep(_GRACE_S)
-        os._exit(EXIT_CODE)
+        os._exit(CANCELLED_EXIT_CODE)
 
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+    watch_parent(parent, on_death)

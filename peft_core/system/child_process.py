@@ -1,111 +1,239 @@
-"""A question to a process of its own: JSON in, an answer or a Problem as JSON out. What it imports stays out of ours."""
+"""Start child processes, exchange JSON lines with them, and explain how they ended.
+
+The same few rules hold between the server, the runner, the workers and the data readers:
+
+* A child imports no modules from its working directory, stays offline, and creates private files only.
+* A child ends with its parent. It compares its current parent with the one that started it, so a reused pid cannot fool it.
+* Messages are JSON objects, one per line. A child writes them to a copy of its standard output, so that a library that prints
+  cannot break the protocol; logs go to standard error, which the parent redirects to a file.
+* A failure becomes an `ErrorInfo`; see failures.py.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
+import anyio
+from anyio.streams.buffered import BufferedByteReceiveStream
 from pydantic import BaseModel, ValidationError
 
-from peft_core.errors import DataError, PeftMcpError
+from peft_core.errors import DataError, sanitize
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.results import ErrorInfo
+from peft_core.system.failures import TaskKind, error_info
 
-Answer = TypeVar("Answer", bound=FrozenModel)
-_PARENT = "PEFT_MCP_PARENT"
-_LOOK_S = 0.25
+PARENT_VARIABLE = "PEFT_MCP_PARENT"
+LAUNCHER = "launcher"
+MAX_LOG_BYTES = 4 << 20
+POLL_INTERVAL_S = 0.25  # between two looks at the parent's pid
+_TAIL_BYTES = 4096
+_MAX_TAIL_LINE = 300  # characters
+
+RequestT = TypeVar("RequestT", bound=FrozenModel)
+AnswerT = TypeVar("AnswerT", bound=FrozenModel)
+JsonLineWriter = Callable[[BaseModel], None]
 
 
-def ask(
-    module: str,
-    request: FrozenModel,
-    answer: type[Answer],
-    *,
-    timeout_s: float,
-    doing: str,
-    else_do: Sequence[str],
-    scratch: Path | None = None,
-) -> Answer:
-    """`doing`: what it does, in words. `else_do`: what to do when that takes too long. `scratch`: for its temporary files.
+# ---------------------------------------------------------------------------------------------------- the parent's side
 
-    Raises:
-        DataError: as the child says; or 'inspection_timeout', 'inspection_failed'.
+
+def python_module(module: str) -> list[str]:
+    """Return the command that runs a module of ours with this interpreter; -P keeps the working directory off sys.path."""
+    return [sys.executable, "-P", "-m", module]
+
+
+def child_environment(parent: int | str | None = None) -> dict[str, str]:
+    """Return the environment for a child: this process's own, offline, and with the parent that the child must end with.
+
+    Args:
+        parent: Pid of that parent (None: this process), or LAUNCHER where a launcher such as torchrun starts the child: the
+            child then ends with the launcher, which notices the end of this process by the closed pipe.
+    """
+    return {
+        **os.environ,
+        PARENT_VARIABLE: str(parent or os.getpid()),
+        "PYTHONSAFEPATH": "1",  # as -P, also for the processes that a launcher starts
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def open_log(path: Path) -> BinaryIO:
+    """Open a log file to append to, creating its directory. A log above MAX_LOG_BYTES becomes NAME.old.log first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and path.stat().st_size > MAX_LOG_BYTES:
+        path.replace(path.with_suffix(".old.log"))
+    return path.open("ab")
+
+
+def log_tail(path: Path, *, start: int = 0, lines: int = 3) -> str:
+    """Return the last lines of a log as one line, or "" if there is nothing to read.
+
+    Args:
+        path: The log file.
+        start: Offset in bytes from which on the log belongs to the process in question.
+        lines: Number of lines to return.
     """
     try:
-        done = subprocess.run(  # noqa: S603 - our own module
-            [sys.executable, "-P", "-m", module],
+        with path.open("rb") as log:
+            end = log.seek(0, os.SEEK_END)
+            log.seek(max(min(start, end), end - _TAIL_BYTES))
+            text = log.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+    return " | ".join(sanitize(line.strip(), limit=_MAX_TAIL_LINE) for line in text.strip().splitlines()[-lines:])
+
+
+def describe_exit(code: int) -> str:
+    """Return how a process ended, as a predicate: "ended with exit code 3", "was killed by SIGKILL (signal 9)"."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        name = f"{signal.Signals(-code).name} (signal {-code})"
+    except ValueError:  # real-time signals have no name
+        name = f"signal {-code}"
+    return f"was killed by {name}" + (", perhaps because memory ran out" if code == -signal.SIGKILL else "")
+
+
+class LineTooLongError(Exception):
+    """A child wrote a line that is longer than the limit. Where its next message begins cannot be known."""
+
+
+async def receive_line(stream: BufferedByteReceiveStream, limit: int) -> bytes | None:
+    """Return the next line without its line break, or None once the other end is closed.
+
+    Raises:
+        LineTooLongError: The line is longer than `limit` bytes.
+    """
+    try:
+        return await stream.receive_until(b"\n", limit)
+    except (anyio.IncompleteRead, anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
+        return None
+    except anyio.DelimiterNotFound:
+        raise LineTooLongError from None
+
+
+def run_json_child(
+    module: str,
+    request: FrozenModel,
+    answer: type[AnswerT],
+    *,
+    timeout_s: float,
+    action: str,
+    on_timeout: Sequence[str],
+    temporary_dir: Path | None = None,
+) -> AnswerT:
+    """Run a module that calls `answer_request`, and return its answer. Whatever it imports stays out of this process.
+
+    Args:
+        module: Name of the module.
+        request: What the child reads from standard input.
+        answer: Type of its answer.
+        timeout_s: Time after which the child is killed.
+        action: What the child does, for error messages: "Reading the table X".
+        on_timeout: What the user can do if it takes too long.
+        temporary_dir: Directory for the child's temporary files; None: the system's.
+
+    Raises:
+        DataError: The child reported an error (its code), took too long (`inspection_timeout`) or died (`inspection_failed`).
+    """
+    temporary = {} if temporary_dir is None else {"TMPDIR": str(temporary_dir)}
+    try:
+        child = subprocess.run(  # noqa: S603 -- a module of ours
+            python_module(module),
             input=request.model_dump_json().encode(),
             capture_output=True,
             timeout=timeout_s,
             check=False,
-            env={
-                **os.environ,
-                _PARENT: str(os.getpid()),
-                **({} if scratch is None else {"TMPDIR": str(scratch)}),
-            },
+            env={**child_environment(), **temporary},
         )
     except subprocess.TimeoutExpired as error:
         raise DataError(
-            f"{doing} took longer than {timeout_s:.0f} s, and was stopped.",
+            f"{action} took longer than {timeout_s:.0f} s and was stopped.",
             code="inspection_timeout",
-            suggestions=else_do,
+            suggestions=on_timeout,
         ) from error
-    if done.returncode == 0:
-        return answer.model_validate_json(done.stdout)
+    if child.returncode == 0:
+        return answer.model_validate_json(child.stdout)
     try:
-        problem = ErrorInfo.model_validate_json(done.stdout)
+        problem = ErrorInfo.model_validate_json(child.stdout)
     except ValidationError as error:
-        last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        raise DataError(f"{doing} failed: {last}", code="inspection_failed") from error
+        reason = child.stderr.decode(errors="replace").strip().rpartition("\n")[2] or describe_exit(child.returncode)
+        raise DataError(f"{action} failed: {reason}", code="inspection_failed") from error
     raise DataError(problem.message, code=problem.code, suggestions=problem.suggestions)
 
 
-def begin() -> None:
-    """What the child does first: its files are its user's alone, and it ends with whoever asked. By hand nobody did."""
+# ----------------------------------------------------------------------------------------------------- the child's side
+
+
+def make_files_private() -> None:
+    """Let this process and its children create files that only the user can read: they hold private code or derive from it."""
     os.umask(0o077)
-    if (parent := os.environ.get(_PARENT)) is not None:
-        threading.Thread(target=_end_without, args=(int(parent),), name="parent-watch", daemon=True).start()
 
 
-def _end_without(parent: int) -> None:
-    while os.getppid() == parent:  # an orphan has another one
-        time.sleep(_LOOK_S)
-    os._exit(1)
+def parent_pid() -> int | None:
+    """Return the pid of the process to end with, or None if this process was started by hand."""
+    parent = os.environ.get(PARENT_VARIABLE)
+    if not parent:
+        return None
+    return os.getppid() if parent == LAUNCHER else int(parent)
 
 
-def problem_of(error: PeftMcpError) -> ErrorInfo:
-    return ErrorInfo.from_error(error)
+def watch_parent(parent: int, on_death: Callable[[], None]) -> None:
+    """Call `on_death` in a background thread once `parent` is no longer this process's parent: an orphan has another one."""
 
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL_INTERVAL_S)
+        on_death()
 
-# FOLDED FROM peft_core.system.child_process: A child's end of the wire: one JSON object per line on what was standard
-# output.
-
-Write = Callable[[BaseModel], None]
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 def redirect_stdout() -> int:
-    """Take standard output for the wire: a stray print of any library goes to standard error from here on."""
+    """Send what is printed from now on to standard error, and return a descriptor of what was standard output."""
     sys.stdout.flush()
-    wire = os.dup(1)
+    original = os.dup(1)
     os.dup2(2, 1)
-    return wire
+    return original
 
 
-def line_writer(fd: int, closed: Callable[[], None]) -> Write:
-    """A function that writes one object as one line. `closed` is called when nobody reads any more."""
+def json_line_writer(descriptor: int, on_closed: Callable[[], None]) -> JsonLineWriter:
+    """Return a function that writes a message as one JSON line; it calls `on_closed` once nothing reads the other end."""
 
-    def write(said: BaseModel) -> None:
+    def write(message: BaseModel) -> None:
         try:
-            line = memoryview(said.model_dump_json().encode() + b"\n")
-            while line:
-                line = line[os.write(fd, line) :]
+            rest = memoryview(message.model_dump_json().encode() + b"\n")
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
         except BrokenPipeError:
-            closed()
+            on_closed()
 
     return write
+
+
+def answer_request(request_type: type[RequestT], answer: Callable[[RequestT], FrozenModel], task: TaskKind) -> int:
+    """Be the child of `run_json_child`: answer the request on standard input, and return the exit code.
+
+    Args:
+        request_type: Type of the request.
+        answer: Computes the answer.
+        task: What is being done, for the message of an unexpected error.
+    """
+    make_files_private()
+    write = json_line_writer(redirect_stdout(), on_closed=lambda: None)
+    if (parent := parent_pid()) is not None:
+        watch_parent(parent, on_death=lambda: os._exit(1))
+    try:
+        write(answer(request_type.model_validate_json(sys.stdin.buffer.read())))
+    except Exception as error:  # noqa: BLE001 -- the edge of the process: the parent reports it
+        write(error_info(error, task))
+        return 1
+    return 0

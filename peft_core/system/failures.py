@@ -1,13 +1,13 @@
-"""What went wrong in a computing process, as data for the person who reads the answer."""
+"""Turn the exception that ended a task into an `ErrorInfo`: data for the user who reads the answer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peft_core.errors import PeftMcpError
+from peft_core.errors import PeftMcpError, sanitize
 from peft_core.schemas.results import ErrorInfo
 
-# The C++ library's own, where an allocation of torch's fails that is none of a tensor; a tokenizer's regular expressions'.
+# Out-of-memory messages of torch, of libstdc++ (`bad_alloc`), and of Oniguruma (regular expressions of tokenizers).
 _OUT_OF_MEMORY = (
     "can't allocate memory",
     "out of memory",
@@ -21,40 +21,45 @@ _OUT_OF_MEMORY = (
 
 @dataclass(frozen=True)
 class TaskKind:
-    """What was being done, for the words of its failure."""
+    """A kind of task, for the messages of its failures."""
 
     name: str  # "training"
-    log: str  # where the traceback is
-    against_memory: tuple[str, ...]  # what helps when memory ran out
+    crash_code: str  # code of the error for an unexpected exception
+    log: str  # where the traceback is written, in words
+    memory_advice: tuple[str, ...]  # what the user can do when memory runs out
 
 
-def problem_of(error: Exception, work: TaskKind) -> ErrorInfo:
-    """An error of ours as it is, memory recognised, anything else by type and text."""
+def error_info(error: BaseException, task: TaskKind) -> ErrorInfo:
+    """Describe an exception: our own errors as they are, running out of memory with advice, any other by type and text."""
+    while (
+        isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1
+    ):  # a task group wraps even a single error
+        error = error.exceptions[0]
     if isinstance(error, PeftMcpError):
         return ErrorInfo.from_error(error)
     if is_out_of_memory(error):
         return ErrorInfo(
             code="out_of_memory",
-            message=f"The {work.name} ran out of memory ({shown(error)}).",
-            suggestions=work.against_memory,
+            message=f"The {task.name} ran out of memory ({describe_error(error)}).",
+            suggestions=task.memory_advice,
         )
     return ErrorInfo(
-        code=f"{work.name}_crashed",
-        message=f"The {work.name} ended with an unexpected error: {shown(error)}",
-        suggestions=(f"The traceback is in {work.log}.", "Report it, with the log."),
+        code=task.crash_code,
+        message=f"The {task.name} ended with an unexpected error: {describe_error(error)}",
+        suggestions=(f"The traceback is in {task.log}.", "Report it, with the log."),
     )
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation was refused, by the system or by a device."""
-    # torch.OutOfMemoryError by name: this module must work where torch failed to import.
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether the system or a device refused to allocate memory."""
+    # torch's error is recognised by name, because this module must work where torch cannot be imported.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    known = isinstance(error, (RuntimeError, OSError)) or type(error) is Exception  # all that tokenizers ever raises
-    return known and any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)
+    may_be = isinstance(error, (RuntimeError, OSError)) or type(error) is Exception  # tokenizers raises nothing else
+    return may_be and any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)
 
 
-def shown(error: Exception) -> str:
-    """Type and text in one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__
+def describe_error(error: BaseException) -> str:
+    """Return the type and the text of an exception, in one printable line."""
+    text = sanitize(" ".join(str(error).split()), limit=400)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -54,7 +54,7 @@ class FileLock:
                 return True
 
     @property
-    def still_there(self) -> bool:
+    def is_current(self) -> bool:
         """Whether the file that is held is the one that others would find: False once the directory was removed."""
         try:
             return os.path.samestat(os.fstat(self.descriptor), self._path.stat())

@@ -31,7 +31,7 @@ from peft_core.schemas.events import (
 )
 from peft_core.schemas.training import TrainingConfig
 from peft_core.system.cancellation import Cancelled, StopFlag
-from peft_core.system.failures import is_out_of_memory, shown
+from peft_core.system.failures import describe_error, is_out_of_memory
 from peft_core.training.checkpoint import (
     START,
     Checkpoint,
@@ -219,7 +219,7 @@ class Loop:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or not self.objective.reduce_memory(tokens, self._longest):
                 raise
-            reason = shown(error)
+            reason = describe_error(error)
         else:
             return loss
         self.saved = None

@@ -139,7 +139,7 @@ async def test_the_main_job_asks_for_no_network_and_leaves_no_secret(
             await call("unload_adapter")
 
     said = log.read_text()
-    for process in ("-m server", "peft_core.jobs.runner", "peft_core.training", "peft_core.inference.worker"):
+    for process in ("-m server", "peft_core.jobs.runner", "peft_core.worker", "peft_core.inference.worker"):
         assert re.search(rf"began .*{process}", said), f"{process} had no hook"
     assert "tried" not in said
     if traced:

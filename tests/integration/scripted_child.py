@@ -24,6 +24,7 @@ from peft_core.schemas.events import (
 )
 from peft_core.schemas.results import ErrorInfo, Metrics, Phase
 from peft_core.schemas.task import TrainingTask
+from peft_core.system.child_process import PARENT_VARIABLE
 from tests.factories import make_evaluation
 
 
@@ -96,7 +97,7 @@ def main() -> None:  # noqa: PLR0912 -- one end a case
 
 
 def wait_for_the_parent_to_die() -> None:
-    parent = int(os.environ["PEFT_MCP_PARENT"])
+    parent = int(os.environ[PARENT_VARIABLE])
     while os.getppid() == parent:
         time.sleep(0.02)
 

@@ -9,8 +9,7 @@ from peft_core.config import Settings
 from peft_core.jobs import runner
 
 if __name__ == "__main__":
-    runner.CHILD = ["-m", "tests.integration.scripted_child"]
-    runner.EVALUATION_CHILD = runner.CHILD
+    runner.WORKER = ["-m", "tests.integration.scripted_child"]
     runner.GRACE_S = 0.5
     runner.POLL_INTERVAL_S = 0.05
     runner.run(Settings(data_dir=Path(sys.argv[1])))

@@ -18,7 +18,7 @@ from anyio.abc import Process
 
 from peft_core.config import Settings
 from peft_core.errors import AdapterNotLoaded, InferenceError, PeftMcpError
-from peft_core.inference.client import HOST, InferenceClient
+from peft_core.inference.client import WORKER, InferenceClient
 from peft_core.inference.protocol import FROM_HOST, ErrorResponse, HostConfig, Load, Progress, Request, Unload
 from peft_core.manager import PEFTManager
 from peft_core.schemas.results import UnloadedAdapter
@@ -48,7 +48,7 @@ async def manager(data_dir: Path) -> AsyncIterator[PEFTManager]:
 
 
 def started_host(manager: PEFTManager) -> Process:
-    host = manager._inference._host._host
+    host = manager._inference._host._worker
     assert host is not None
     return host.process
 
@@ -174,7 +174,7 @@ async def test_a_host_that_died_between_calls_is_told_of(manager: PEFTManager, a
     process = psutil.Process(host_pid(manager))
     process.kill()
     await started_host(manager).wait()
-    with pytest.raises(AdapterNotLoaded, match=r"died \(killed by SIGKILL.*what it held is gone"):
+    with pytest.raises(AdapterNotLoaded, match=r"was killed by SIGKILL.*what it had loaded is gone"):
         await manager.generate(SHORT)
     with pytest.raises(AdapterNotLoaded):
         await manager.unload_adapter(adapters[0])
@@ -200,7 +200,7 @@ async def test_a_call_that_finds_the_host_just_gone_to_sleep_wakes_another(
     data_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("peft_core.inference.client.HOST", [sys.executable, str(SCRIPTED)])
+    monkeypatch.setattr("peft_core.inference.client.WORKER", [sys.executable, str(SCRIPTED)])
     config = HostConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=1)
     host = InferenceClient(config, data_dir / "host.log")
     pids = []
@@ -215,7 +215,7 @@ async def test_a_call_that_finds_the_host_just_gone_to_sleep_wakes_another(
 
 @pytest.fixture
 async def scripted(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[InferenceClient]:
-    monkeypatch.setattr("peft_core.inference.client.HOST", [sys.executable, str(SCRIPTED)])
+    monkeypatch.setattr("peft_core.inference.client.WORKER", [sys.executable, str(SCRIPTED)])
     config = HostConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=1)
     host = InferenceClient(config, data_dir / "host.log")
     yield host
@@ -241,7 +241,7 @@ async def test_a_host_that_does_not_come_back_from_a_cancelled_call_is_ended_and
     data_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("peft_core.inference.client.LOAD_PATIENCE_S", 0.2)
+    monkeypatch.setattr("peft_core.inference.client.CANCELLED_LOAD_TIMEOUT_S", 0.2)
     with anyio.fail_after(60):
         stubborn = await abandon(scripted, data_dir / "endless")
         assert scripted.is_still_loading(data_dir / "endless")
@@ -299,7 +299,7 @@ async def test_a_manager_that_is_closed_while_a_host_starts_leaves_none_behind(
 
 def test_a_host_that_is_told_nonsense_answers_the_next_request(data_dir: Path) -> None:
     config = HostConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=60)
-    command = [*HOST, config.model_dump_json()]
+    command = [*WORKER, config.model_dump_json()]
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii:strict"}
     request = Request(
         id=7,
@@ -446,7 +446,7 @@ async def test_closing_while_a_call_waits_for_one_that_was_given_up_is_told_to_i
     data_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("peft_core.inference.client.HOST", [sys.executable, str(SCRIPTED)])
+    monkeypatch.setattr("peft_core.inference.client.WORKER", [sys.executable, str(SCRIPTED)])
     host = InferenceClient(
         HostConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=1),
         data_dir / "host.log",

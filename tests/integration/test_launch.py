@@ -33,6 +33,7 @@ from peft_core.schemas.events import (
 )
 from peft_core.schemas.results import Status
 from peft_core.schemas.task import TrainingTask
+from peft_core.system import child_process
 from tests.integration.test_training_child import ENDLESS, SHORT_RUN, make_task, read_until, run_to_the_end
 from tests.tiny_models import write_tiny_base
 
@@ -42,7 +43,7 @@ LAUNCHER = [
     *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),  # 0: any that is free
 ]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
-WATCHED = {"PEFT_MCP_PARENT": "launcher"}
+WATCHED = {child_process.PARENT_VARIABLE: child_process.LAUNCHER}
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,8 @@ def test_of_a_fused_family_every_block_is_fused_and_keeps_what_the_plan_says(
     assert objective.packed
     assert objective.head is not None
     assert sum(weight.numel() for weight in lora.weights(model).values()) == lora_parameters(
-        CONFIG.lora_rank, base.shape,
+        CONFIG.lora_rank,
+        base.shape,
     )
 
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

@@ -18,7 +18,7 @@ from peft_core.config import Settings
 from peft_core.errors import StorageError
 from peft_core.jobs import supervisor as tending
 from peft_core.jobs.recovery import recover
-from peft_core.jobs.runner import problem_of
+from peft_core.jobs.runner import RUNNER
 from peft_core.jobs.service import JobService
 from peft_core.jobs.state import Job
 from peft_core.jobs.store import Store
@@ -27,6 +27,7 @@ from peft_core.schemas.events import JobInterrupted, JobResumed, JobStarted, Run
 from peft_core.schemas.results import Status
 from peft_core.schemas.task import TrainingTask
 from peft_core.schemas.training import EvaluatedAdapter, TrainingConfig
+from peft_core.system.failures import error_info
 from peft_core.system.lock import FileLock
 from tests.factories import make_evaluation, make_job
 from tests.integration.scripted_child import step_completed
@@ -155,7 +156,7 @@ def test_an_error_inside_a_run_keeps_its_text_and_advice() -> None:
         "unhandled",
         [StorageError("The disk is full.", code="disk_full", suggestions=["Free some"])],
     )
-    problem = problem_of(error)
+    problem = error_info(error, RUNNER)
     assert (problem.code, problem.message, problem.suggestions) == ("disk_full", "The disk is full.", ("Free some",))
 
 
@@ -188,7 +189,7 @@ def test_a_runner_that_is_killed_each_time_it_starts_fails_its_job_instead_of_be
     error = jobs.status_and_ensure_runner("web").error
     assert error is not None
     assert "runner was killed by SIGKILL" in error.message
-    assert starts.read_text() == "x" * tending.MOST_KILLED
+    assert starts.read_text() == "x" * tending.MAX_KILLED
 
 
 def test_where_no_process_can_be_started_a_job_waits_and_can_be_cancelled(
@@ -202,7 +203,7 @@ def test_where_no_process_can_be_started_a_job_waits_and_can_be_cancelled(
     jobs = JobService(Settings(data_dir=paths.root), Registry(paths))
     queued = jobs.submit("web", records, TrainingConfig(base_model=str(base), max_length=128))
     assert queued.status is Status.QUEUED
-    with pytest.raises(StorageError, match="What waits stays queued") as told:
+    with pytest.raises(StorageError, match="Queued jobs stay queued") as told:
         jobs.status_and_ensure_runner("web")
     assert told.value.code == "runner_start"
     assert jobs.cancel("web", None).status is Status.CANCELLED

@@ -21,15 +21,15 @@ class Point:
         return f"{self.process}, {self.what}"
 
 
-_SERVICE, _TENDING, _STORE = (f"peft_core.jobs.{name}" for name in ("service", "tending", "store"))
+_SERVICE, _SUPERVISOR, _STORE = (f"peft_core.jobs.{name}" for name in ("service", "supervisor", "store"))
 SERVER = [
     Point("server", "peft_core.planning.planner", "plan", "before", "asked to train"),
     Point("server", "peft_core.planning.planner", "plan", "after", "planned, nothing is written"),
     Point("server", _STORE, "Store.create", "after", "database is there"),
     Point("server", _STORE, "Store.insert", "before", "just before the job is queued"),
     Point("server", _STORE, "Store.insert", "after", "queued, nobody works"),
-    Point("server", _TENDING, "RunnerSupervisor._spawn_runner", "before", "queued, about to start a runner"),
-    Point("server", _TENDING, "RunnerSupervisor._spawn_runner", "after", "runner started, not answered yet"),
+    Point("server", _SUPERVISOR, "RunnerSupervisor._spawn_runner", "before", "queued, about to start a runner"),
+    Point("server", _SUPERVISOR, "RunnerSupervisor._spawn_runner", "after", "runner started, not answered yet"),
     Point("server", _SERVICE, "JobService._to_status", "before", "about to answer"),
 ]
 
@@ -38,7 +38,7 @@ RUNNER = [
     Point("runner", _RUNNER, "recover", "before", "lock taken, job queued"),
     Point("runner", _RUNNER, "Runner.drain", "before", "about to look at the queue"),
     Point("runner", _RUNNER, "Runner._run", "before", "job said to be started, nothing done"),
-    Point("runner", _RUNNER, "Runner._train", "before", "about to start the child"),
+    Point("runner", _RUNNER, "Runner._run_worker", "before", "about to start the child"),
     Point("runner", _RUNNER, "Runner._follow", "before", "child started"),
     Point("runner", _STORE, "Store.append", "before", "about to record what the child said", count=3),
     Point("runner", _STORE, "Store.append", "after", "recorded what the child said", count=8),
@@ -51,7 +51,7 @@ RUNNER = [
     Point("runner", _REGISTRY, "Registry.set_current", "before", "published, not current yet"),
     Point("runner", _REGISTRY, "Registry.set_current", "after", "published and current"),
     Point("runner", _REGISTRY, "Registry.publish", "after", "between publish and completed"),
-    Point("runner", _RUNNER, "clean_up", "before", "completed, checkpoint still there"),
+    Point("runner", _RUNNER, "delete_checkpoint", "before", "completed, checkpoint still there"),
 ]
 
 _SMALL, _PREPARE, _DATASET = "tests.survival.small_job", "peft_core.data.prepare", "peft_core.data.dataset"

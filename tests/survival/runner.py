@@ -6,9 +6,9 @@ import sys
 
 from peft_core.jobs import runner
 
-CHILD = ["-m", "tests.survival.child"]
+WORKER = ["-m", "tests.survival.child"]
 
 if __name__ == "__main__":
-    runner.CHILD = CHILD
+    runner.WORKER = WORKER
     runner.POLL_INTERVAL_S = 0.05
     runner.main(sys.argv[1:])

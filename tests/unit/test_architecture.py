@@ -43,6 +43,8 @@ MAX_FUNCTION_LINES = 60
 
 def package_of(module: str) -> str:
     """`peft_core.jobs.store` -> `jobs`; `peft_core.evaluation.worker.run` -> `evaluation.worker`."""
+    if module == "peft_core.training.__main__":
+        return "worker"  # another name for the worker's entry point
     parts = module.split(".")
     if parts[0] == "server":
         return "server"

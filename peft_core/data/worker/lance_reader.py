@@ -14,12 +14,18 @@ from typing import Any
 from peft_core.data.lance_table import ExportResult, TableRequest
 from peft_core.data.records import FORMS, numbered, write_records
 from peft_core.data.summarise import MAX_JSONL_BYTES, summarise_records
-from peft_core.errors import DataError, PeftMcpError
+from peft_core.errors import DataError, StorageError
 from peft_core.schemas.dataset import SourceKind
 from peft_core.schemas.frozen import FrozenModel
-from peft_core.schemas.results import ErrorInfo
-from peft_core.system.child_process import begin, problem_of
+from peft_core.system.child_process import answer_request
+from peft_core.system.failures import TaskKind
 
+TASK = TaskKind(
+    name="reading of the table",
+    crash_code="inspection_failed",
+    log="the log of the server",
+    memory_advice=("Close other programs, or give a smaller table.",),
+)
 REQUIRED = ("content", "language")
 OPTIONAL = ("file_path", "chunk_type", "start_line", "end_line")
 _ROWS = 256  # at a time
@@ -88,7 +94,14 @@ def answer(request: TableRequest) -> FrozenModel:
         records = numbered(rows(request.table), "row", where=str(request.table))
         return summarise_records(SourceKind.RECORDS, request.table, records, request.max_length, request.purpose)
     written = Counted(rows(request.table))
-    write_records(written, request.records)
+    try:
+        write_records(written, request.records)
+    except OSError as error:
+        raise StorageError(
+            f"The rows of {request.table} could not be written: {error}.",
+            code="data_directory_unwritable",
+            suggestions=("Free some space, or set CODEBASE_GARDENER_DATA_DIR to another disk and restart the server",),
+        ) from error
     return ExportResult(rows=written.count)
 
 
@@ -138,22 +151,5 @@ def _too_large(table: Path) -> DataError:
     )
 
 
-def main() -> int:
-    begin()
-    request = TableRequest.model_validate_json(sys.stdin.read())
-    try:
-        said = answer(request)
-    except PeftMcpError as error:
-        said = problem_of(error)
-    except OSError as error:
-        said = ErrorInfo(
-            code="data_directory_unwritable",
-            message=f"The rows of {request.table} could not be written down: {error}.",
-            suggestions=("Free some space, or set CODEBASE_GARDENER_DATA_DIR to another disk and restart the server",),
-        )
-    sys.stdout.write(said.model_dump_json())
-    return 1 if isinstance(said, ErrorInfo) else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answer_request(TableRequest, answer, TASK))

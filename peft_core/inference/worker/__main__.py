@@ -1,6 +1,8 @@
-"""The inference host: requests (JSON lines) on standard input, answers on standard output; see inference/protocol.py.
+"""The inference worker: reads requests from standard input and writes answers to standard output; see inference/protocol.py.
 
-It ends when its standard input does, because then the server is gone, and after a while without requests.
+    python -m peft_core.inference.worker HOST_CONFIG_AS_JSON
+
+It exits when its standard input ends, because then the server is gone, and after some time without a request.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import structlog
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from peft_core.inference.protocol import (
     IDLE_EXIT,
@@ -31,144 +33,146 @@ from peft_core.inference.protocol import (
 from peft_core.modeling.environment import prepare_environment
 from peft_core.schemas.results import ErrorInfo
 from peft_core.system import logs
-from peft_core.system.child_process import line_writer, redirect_stdout
-from peft_core.system.failures import TaskKind, problem_of
+from peft_core.system.child_process import JsonLineWriter, json_line_writer, make_files_private, redirect_stdout
+from peft_core.system.failures import TaskKind, error_info
 
 if TYPE_CHECKING:  # it imports torch
     from peft_core.inference.worker.handlers import RequestHandler
 
-
-EX_SOFTWARE = 70
-
-PROGRESS_S = 0.25  # between two notes of progress
-EMPTY_IDLE_S = 60.0  # without anything in memory it is not kept for long
-WORK = TaskKind(
+EX_SOFTWARE = 70  # sysexits.h: an internal error
+PROGRESS_INTERVAL_S = 0.25  # between two progress messages
+EMPTY_IDLE_S = 60.0  # without a request, for a worker with nothing in memory
+INFERENCE = TaskKind(
     name="inference",
+    crash_code="inference_crashed",
     log="logs/inference.log in the data directory",
-    against_memory=("Call unload_adapter, or use a smaller base model, or close other programs.",),
+    memory_advice=("Call unload_adapter, or use a smaller base model, or close other programs.",),
 )
+CANCELLED = ErrorInfo(code="cancelled", message="The request was cancelled.")
 
 log = structlog.get_logger(__name__)
 
 
-ABANDONED = ErrorInfo(code="cancelled", message="The request was cancelled.")
-
-
 class RequestCancelled(Exception):
-    """Nobody waits for the answer any more."""
+    """The caller no longer waits for the answer."""
 
 
 class RequestQueue:
-    """Requests in order of arrival, and those among them that were cancelled meanwhile."""
+    """Requests in order of arrival. A thread reads them, so that a request can be cancelled while another is worked on."""
 
     def __init__(self) -> None:
         self._waiting: queue.SimpleQueue[Request] = queue.SimpleQueue()
         self._cancelled: set[int] = set()
 
-    def follow(self) -> None:
-        """Read standard input until it ends, and the process with it: what is in memory serves nobody then."""
+    def read_stdin(self) -> None:
+        """Read messages until standard input ends, and then end the process: nothing can use its memory any more."""
         try:
             for line in sys.stdin.buffer:
                 try:
-                    said = TO_HOST.validate_json(line)
+                    message = TO_HOST.validate_json(line)
                 except ValidationError:
                     log.exception("unusable request")
                     continue
-                if isinstance(said, Cancel):
-                    self._cancelled.add(said.id)
+                if isinstance(message, Cancel):
+                    self._cancelled.add(message.id)
                 else:
-                    self._waiting.put(said)
-        except BaseException:  # a thread that ended in silence would leave a process that nobody can reach
+                    self._waiting.put(message)
+        except BaseException:  # if this thread ended silently, the process could not be reached any more
             log.exception("reader failed")
             os._exit(EX_SOFTWARE)
         os._exit(0)
 
     def next(self, timeout_s: float) -> Request | None:
+        """Return the next request, or None if none arrives in time."""
         try:
             return self._waiting.get(timeout=timeout_s)
         except queue.Empty:
             return None
 
-    def check(self, ask: Request) -> None:
-        """Raise `Abandoned` when this request was cancelled."""
-        if ask.id in self._cancelled:
+    def check(self, request: Request) -> None:
+        """Raise RequestCancelled if this request was cancelled."""
+        if request.id in self._cancelled:
             raise RequestCancelled
 
 
 def main() -> int:
-    os.umask(0o077)
-    # 1. The wire, before anything slow: a server that goes away meanwhile is noticed.
-    write = line_writer(redirect_stdout(), closed=lambda: os._exit(0))
+    """Answer requests until the worker has been idle for too long; return the exit code."""
+    make_files_private()
+    # 1. The protocol, before anything slow, so that the end of the server is noticed from now on.
+    write = json_line_writer(redirect_stdout(), on_closed=lambda: os._exit(0))
     config = HostConfig.model_validate_json(sys.argv[1])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at a terminal reaches the server too, which ends this
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN,
+    )  # Ctrl-C at a terminal also reaches the server, which ends this process
     logs.configure(config.log_level)
-    inbox = RequestQueue()
-    threading.Thread(target=inbox.follow, name="inbox", daemon=True).start()
+    requests = RequestQueue()
+    threading.Thread(target=requests.read_stdin, name="stdin-reader", daemon=True).start()
 
-    # 2. Torch and its company.
+    # 2. torch, which takes seconds to import.
     prepare_environment()
-    from peft_core.inference.worker.handlers import RequestHandler  # noqa: PLC0415 -- seconds: hence here
-    from peft_core.modeling.device import choose, describe, use_cores  # noqa: PLC0415 -- seconds: hence here
+    from peft_core.inference.worker.handlers import RequestHandler  # noqa: PLC0415
+    from peft_core.modeling.device import choose, describe, use_cores  # noqa: PLC0415
 
     use_cores()
-    gc.freeze()  # hundreds of thousands of objects of the libraries: not to be looked through at every unload
-    desk = RequestHandler(config, choose(config.device, describe()))
+    gc.freeze()  # the libraries' hundreds of thousands of objects need no scan at every unload
+    handler = RequestHandler(config, choose(config.device, describe()))
 
     # 3. Requests.
     while True:
-        idle_s = min(config.idle_s, EMPTY_IDLE_S) if desk.holds_nothing else config.idle_s
-        ask = inbox.next(idle_s)
-        if ask is None:
+        idle_s = min(config.idle_s, EMPTY_IDLE_S) if handler.holds_nothing else config.idle_s
+        request = requests.next(idle_s)
+        if request is None:
             log.info("idle", seconds=idle_s)
             return IDLE_EXIT
-        problem = _work(desk, ask, inbox, write)
+        problem = _answer(handler, request, requests, write)
         if problem is not None:
-            write(ErrorResponse(id=ask.id, problem=problem, resident=desk.resident))
+            write(ErrorResponse(id=request.id, problem=problem, resident=handler.resident))
 
 
-def _work(
-    desk: RequestHandler,
-    ask: Request,
-    inbox: RequestQueue,
-    write: Callable[[BaseModel], None],
+def _answer(
+    handler: RequestHandler,
+    request: Request,
+    requests: RequestQueue,
+    write: JsonLineWriter,
 ) -> ErrorInfo | None:
-    """Answer one request; what went wrong, if something did.
+    """Answer a request; return the error if that fails.
 
-    A function of its own, so that the frame goes that held the exception: with its traceback it would keep the model in
-    memory, whatever is unloaded later.
+    The caller writes the error after this frame is gone: an exception's traceback would keep the model in memory, even after it
+    is unloaded.
     """
     from peft_core.modeling.adapter_model import BaseCorrupted  # noqa: PLC0415 -- torch, which `main` has imported
 
     try:
-        inbox.check(ask)
-        answer = desk.answer(ask.request, _reporter(ask, inbox, write))
-        write(Response(id=ask.id, answer=answer.model_dump(mode="json"), resident=desk.resident))
+        requests.check(request)
+        answer = handler.answer(request.request, _progress_callback(request, requests, write))
+        write(Response(id=request.id, answer=answer.model_dump(mode="json"), resident=handler.resident))
     except RequestCancelled:
-        log.info("abandoned", request=ask.request.kind)
-        return ABANDONED
+        log.info("cancelled", request=request.request.kind)
+        return CANCELLED
     except BaseCorrupted:
-        log.exception("damaged", request=ask.request.kind)
+        log.exception("base model corrupted", request=request.request.kind)
         sys.stderr.flush()
-        os._exit(EX_SOFTWARE)  # wrong answers would be worse than none: the client tells, and starts a fresh process
-    except Exception as error:  # the process's edge: whatever it is, it becomes an answer
-        log.exception("failed", request=ask.request.kind)
-        return problem_of(error, WORK)
+        os._exit(EX_SOFTWARE)  # further answers could be wrong: the client reports the exit, and starts a new process
+    except Exception as error:  # the edge of the process: the client reports the error
+        log.exception("failed", request=request.request.kind)
+        return error_info(error, INFERENCE)
     return None
 
 
-def _reporter(
-    ask: Request,
-    inbox: RequestQueue,
-    write: Callable[[BaseModel], None],
+def _progress_callback(
+    request: Request,
+    requests: RequestQueue,
+    write: JsonLineWriter,
 ) -> Callable[[float, float | None, str], None]:
-    said_at = float("-inf")
+    """Return a function that writes progress messages, and raises RequestCancelled once the request is cancelled."""
+    written_at = float("-inf")
 
     def report(done: float, total: float | None, message: str) -> None:
-        nonlocal said_at
-        inbox.check(ask)
-        if (now := time.monotonic()) - said_at >= PROGRESS_S or not done:  # each stage once, tokens now and then
-            said_at = now
-            write(Progress(id=ask.id, done=done, total=total, message=message))
+        nonlocal written_at
+        requests.check(request)
+        if (now := time.monotonic()) - written_at >= PROGRESS_INTERVAL_S or not done:  # always at the start of a stage
+            written_at = now
+            write(Progress(id=request.id, done=done, total=total, message=message))
 
     return report
 
@@ -176,8 +180,8 @@ def _reporter(
 if __name__ == "__main__":
     try:
         code = main()
-    except BaseException:  # noqa: BLE001 -- the process's edge: its last words are what the client tells
+    except BaseException:  # noqa: BLE001 -- the edge of the process: the client reports the last line of the log
         sys.excepthook(*sys.exc_info())
         code = 1
     sys.stderr.flush()
-    os._exit(code)  # the interpreter's own way out fails over the standard input that another thread reads
+    os._exit(code)  # a normal exit would fail, because another thread is reading standard input

@@ -23,9 +23,9 @@ from peft_core.modeling.memory import (
 )
 from peft_core.schemas.events import EVENT, CheckpointSaved, JobStarted
 from peft_core.system.cancellation import Cancelled, StopFlag
-from peft_core.system.child_process import line_writer
-from peft_core.system.failures import problem_of
-from peft_core.training.__main__ import WORK
+from peft_core.system.child_process import json_line_writer
+from peft_core.system.failures import error_info
+from peft_core.worker.__main__ import TRAINING
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 def test_events_are_one_line_each(pipe: tuple[int, int]) -> None:
     reader, writer = pipe
-    emit = line_writer(writer, StopFlag().request)
+    emit = json_line_writer(writer, StopFlag().request)
     events = [JobStarted(), CheckpointSaved(step=3)]
     for event in events:
         emit(event)
@@ -50,7 +50,7 @@ def test_events_are_one_line_each(pipe: tuple[int, int]) -> None:
 def test_a_reader_that_has_gone_is_a_request_to_stop(pipe: tuple[int, int]) -> None:
     reader, writer = pipe
     stop = StopFlag()
-    emit = line_writer(writer, stop.request)
+    emit = json_line_writer(writer, stop.request)
     os.close(reader)
     emit(JobStarted())
     with pytest.raises(Cancelled):
@@ -62,7 +62,7 @@ def test_nobody_asked_nothing_stops() -> None:
 
 
 def test_an_error_of_ours_is_told_as_it_is() -> None:
-    problem = problem_of(DataError("Too few.", code="too_few", suggestions=["Give more."]), WORK)
+    problem = error_info(DataError("Too few.", code="too_few", suggestions=["Give more."]), TRAINING)
     assert (problem.code, problem.message, problem.suggestions) == ("too_few", "Too few.", ("Give more.",))
 
 
@@ -79,13 +79,13 @@ def test_an_error_of_ours_is_told_as_it_is() -> None:
     ],
 )
 def test_memory_is_recognised_as_the_cause(error: Exception) -> None:
-    problem = problem_of(error, WORK)
+    problem = error_info(error, TRAINING)
     assert problem.code == "out_of_memory"
     assert any("max_length" in suggestion for suggestion in problem.suggestions)
 
 
 def test_anything_else_is_told_by_type_and_text() -> None:
-    problem = problem_of(ZeroDivisionError("division\nby zero"), WORK)
+    problem = error_info(ZeroDivisionError("division\nby zero"), TRAINING)
     assert problem.code == "training_crashed"
     assert "ZeroDivisionError: division by zero" in problem.message
 

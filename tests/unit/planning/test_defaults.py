@@ -63,7 +63,8 @@ def test_further_epochs_are_dropped_before_an_epoch_is_shortened(units: int, spe
     if pass_s > DEFAULT_MAX_RUN_S:
         assert config.max_steps is not None
         assert config.max_steps == max(
-            1, int(math.ceil(units * share / config.batch_size) * DEFAULT_MAX_RUN_S / pass_s),
+            1,
+            int(math.ceil(units * share / config.batch_size) * DEFAULT_MAX_RUN_S / pass_s),
         )
     else:
         assert config.max_steps is None
@@ -160,7 +161,8 @@ def test_larger_base_models_get_a_lower_learning_rate(hidden_size: int, rate: fl
 
 @given(st.integers(16, 576), st.integers(1, 256))
 def test_larger_batches_get_a_higher_learning_rate_and_smaller_base_models_do_not(
-    hidden_size: int, batch_size: int,
+    hidden_size: int,
+    batch_size: int,
 ) -> None:
     assert default_learning_rate(hidden_size, 4) == MEASURED_RATE
     assert default_learning_rate(hidden_size, batch_size + 1) >= default_learning_rate(hidden_size, batch_size)

@@ -23,11 +23,11 @@ from peft_core.schemas.events import (
 )
 from peft_core.schemas.training import TrainingConfig
 from peft_core.system.cancellation import Cancelled, StopFlag
-from peft_core.system.failures import problem_of
+from peft_core.system.failures import error_info
 from peft_core.training import lora
-from peft_core.training.__main__ import WORK
 from peft_core.training.checkpoint import Progress, load_checkpoint
 from peft_core.training.loop import Loop
+from peft_core.worker.__main__ import TRAINING
 from tests.tiny_models import tiny_documents, tiny_model
 
 CONFIG = TrainingConfig(rank=4, batch_size=3, max_steps=8, max_length=64, learning_rate=5e-3, dropout=0.1, eval_steps=3)
@@ -494,7 +494,7 @@ def test_memory_that_is_short_for_the_leanest_way_ends_the_run(tmp_path: Path) -
     recorder = Recorder()
     with pytest.raises(RuntimeError, match="you tried to allocate") as caught:
         tight(make_loop(tmp_path, recorder, PLAIN), 9).run()
-    problem = problem_of(caught.value, WORK)
+    problem = error_info(caught.value, TRAINING)
     assert problem.code == "out_of_memory"
     assert "Lower rank" in problem.suggestions[0]
 
