@@ -1,11 +1,11 @@
-"""A coverage-guided fuzzer on what reads files of unknown origin without torch.
+"""Coverage-guided fuzzing of the parsers that read untrusted files without torch.
 
 `make fuzz`, or by hand:
 
     python tests/attacks/fuzz_headers.py {gguf|safetensors|adapter_config} CORPUS [libFuzzer's options, -max_total_time=600]
 
-The corpus is seeded with sound files. A finding is any exception but ours, more than a second, or more memory than
-`-rss_limit_mb` allows. Needs `pip install atheris` (Linux).
+The corpus is seeded with valid files. A finding is any exception except `PeftMcpError`, more than a second, or more memory
+than `-rss_limit_mb` allows. Needs `pip install atheris` (Linux).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.model_files import adapter_shapes, gguf_bytes, model_shapes, safetens
 
 SCRATCH = Path(tempfile.mkdtemp(prefix="fuzz-"))
 ADAPTER = SCRATCH / "adapter"
-SOUND_CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
+VALID_CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
 
 
 def gguf(data: bytes) -> None:
@@ -61,7 +61,7 @@ SEEDS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
     ),
     "adapter_config": (
         adapter_config,
-        [json.dumps(SOUND_CONFIG | more).encode() for more in ({}, {"rank_pattern": {"q_proj": 8}}, {"init": "x"})],
+        [json.dumps(VALID_CONFIG | more).encode() for more in ({}, {"rank_pattern": {"q_proj": 8}}, {"init": "x"})],
     ),
 }
 
@@ -73,7 +73,7 @@ def main() -> None:
     for number, seed in enumerate(seeds):
         (corpus / f"seed-{number}").write_bytes(seed)
 
-    def one(data: bytes) -> None:
+    def fuzz(data: bytes) -> None:
         try:
             target(data)
         except PeftMcpError as error:
@@ -86,7 +86,7 @@ def main() -> None:
         "-max_len=65536",
         f"-artifact_prefix={corpus}/../",
     ]
-    atheris.Setup([sys.argv[0], *options, *sys.argv[3:], str(corpus)], one)
+    atheris.Setup([sys.argv[0], *options, *sys.argv[3:], str(corpus)], fuzz)
     atheris.Fuzz()
 
 

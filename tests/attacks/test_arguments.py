@@ -1,6 +1,6 @@
-"""Arguments drawn from the tools' own schemas, and beside them: a clean answer or a clean error, and a server that lives.
+"""Random arguments, within the tools' schemas and outside of them, get a clean answer or error; the server survives.
 
-ATTACK_CALLS=5000 for the long run; ATTACK_SEED to repeat one.
+Set ATTACK_CALLS=5000 for the long run, and ATTACK_SEED to repeat a run.
 """
 
 from __future__ import annotations
@@ -59,28 +59,29 @@ NUMBERS = [
 ]
 
 
-class Drawn:
-    """Arguments for a tool: mostly of the schema's shape, with values that nobody sensible would give."""
+class RandomArguments:
+    """Generate arguments for a tool: mostly of the schema's shape, with extreme values."""
 
     def __init__(self, seed: str, paths: list[str]) -> None:
-        self.random = random.Random(seed)  # noqa: S311 -- no secret
+        self.random = random.Random(seed)  # noqa: S311 -- not for cryptography
         self.texts = [*TEXTS, *paths]
-        self.wild = 0.0  # how often a value is of no shape at all
+        self.wild = 0.0  # probability of a value that ignores the schema
 
     def arguments(self, schema: Mapping[str, Any]) -> dict[str, Any]:
         properties, required = schema["properties"], schema.get("required", [])
-        order_key = {
+        arguments = {
             name: self.value(node, schema)
             for name, node in properties.items()
             if self.random.random() < (0.95 if name in required else 0.35)
         }
         if self.random.random() < self.wild / 2:
-            order_key[self.random.choice([*self.texts, *(name + "s" for name in properties)])] = self.anything(2)
-        if "wait_s" in order_key and isinstance(order_key["wait_s"], int | float):
-            order_key["wait_s"] = min(order_key["wait_s"], 0.01) if self.random.random() < 0.5 else order_key["wait_s"]
-        return order_key
+            arguments[self.random.choice([*self.texts, *(name + "s" for name in properties)])] = self.anything(2)
+        wait_s = arguments.get("wait_s")
+        if isinstance(wait_s, int | float) and self.random.random() < 0.5:
+            arguments["wait_s"] = min(wait_s, 0.01)
+        return arguments
 
-    def value(self, node: Mapping[str, Any], root: Mapping[str, Any]) -> Any:  # noqa: PLR0911, PLR0912 -- one for each kind
+    def value(self, node: Mapping[str, Any], root: Mapping[str, Any]) -> Any:  # noqa: PLR0911, PLR0912 -- one return per kind
         if self.random.random() < self.wild:
             return self.anything(3)
         if "$ref" in node:
@@ -133,22 +134,22 @@ class Drawn:
         return value
 
 
-def clean(name: str, arguments: Mapping[str, Any], result: CallToolResult, home: Path) -> None:
-    said = text_of(result)
-    context = f"seed {SEED}: {name}({json.dumps(arguments)[:600]}) -> {said[:600]}"
-    assert PLANTED not in said, context
-    assert "~" in json.dumps(arguments) or str(home) not in said, context
-    assert not re.search(r"Traceback|File \"|Error executing|nternal error|object at 0x", said), context
+def check_answer(name: str, arguments: Mapping[str, Any], result: CallToolResult, home: Path) -> None:
+    text = text_of(result)
+    context = f"seed {SEED}: {name}({json.dumps(arguments)[:600]}) -> {text[:600]}"
+    assert PLANTED not in text, context
+    assert "~" in json.dumps(arguments) or str(home) not in text, context
+    assert not re.search(r"Traceback|File \"|Error executing|nternal error|object at 0x", text), context
     if result.is_error:
-        assert re.search(r"\[[a-z_]+\]$", said) or said.startswith("There is no tool"), context
-        assert len(said) < 6_000, context
-        assert all(character.isprintable() or character == "\n" for character in said), context
+        assert re.search(r"\[[a-z_]+\]$", text) or text.startswith("There is no tool"), context
+        assert len(text) < 6_000, context
+        assert all(character.isprintable() or character == "\n" for character in text), context
     else:
         assert result.structured_content is not None, context
 
 
 def gigantic(directory: Path) -> Path:
-    """A sound base of some hundred gigabytes, without content: it takes no room on the disk."""
+    """Write a valid base of some hundred gigabytes as a sparse file, which takes no space on the disk."""
     shapes = model_shapes(hidden=1 << 15, vocab=1 << 20)
     write_model(directory, hidden_size=1 << 15, vocab_size=1 << 20)
     entries, end = {}, 0
@@ -169,14 +170,14 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("HF_TOKEN", PLANTED)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", PLANTED)
-    # Nothing here is to load a model or to train: no machine has the memory for this base.
+    # No call may load a model or train: no machine has the memory for this base.
     monkeypatch.setenv("CODEBASE_GARDENER_DEFAULT_BASE_MODEL", str(gigantic(tmp_path / "gigantic")))
     return home
 
 
 @pytest.fixture
 def paths(data_dir: Path, tmp_path: Path) -> list[str]:
-    """Things that are there."""
+    """Paths that exist, and one that does not."""
     adapter = record_base(write_adapter(Settings(data_dir=data_dir).paths.adapter("web", "adapter-01")), make_base())
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "a.py").write_text("x = 1\n")
@@ -191,31 +192,31 @@ def paths(data_dir: Path, tmp_path: Path) -> list[str]:
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("transport", ["in process", "stdio"])
-async def test_whatever_arguments_a_tool_is_given_it_answers_cleanly_and_lives(
+async def test_tools_answer_random_arguments_cleanly_and_the_server_survives(
     transport: str,
     era: str,
     data_dir: Path,
     home: Path,
     paths: list[str],
 ) -> None:
-    order_key = Drawn(f"{SEED} {transport} {era}", paths)
+    generator = RandomArguments(f"{SEED} {transport} {era}", paths)
     server: Any = build_server(Settings(data_dir=data_dir)) if transport == "in process" else stdio_server(data_dir)
     async with Client(server, mode=era) as client:
         tools = {tool.name: tool.input_schema for tool in (await client.list_tools()).tools}
         outcomes = {name: [0, 0] for name in tools}
         for number in range(CALLS // 4):
             name = sorted(tools)[number % len(tools)]
-            order_key.wild = order_key.random.choice([0.0, 0.0, 0.02, 0.15])  # at 0 most calls pass the schema
-            arguments = order_key.arguments(tools[name])
+            generator.wild = generator.random.choice([0.0, 0.0, 0.02, 0.15])  # at 0 most calls pass the schema
+            arguments = generator.arguments(tools[name])
             result = await client.call_tool(name, arguments)
-            clean(name, arguments, result, home)
+            check_answer(name, arguments, result, home)
             outcomes[name][bool(result.is_error)] += 1
         assert set(tools) == {tool.name for tool in (await client.list_tools()).tools}
         assert not (await client.call_tool("list_adapters", {})).is_error
     print(f"seed {SEED}: (answers, errors) of {outcomes}")
 
 
-async def test_arguments_of_a_thousand_levels_end_in_an_error_and_the_server_lives(data_dir: Path, home: Path) -> None:
+async def test_deeply_nested_arguments_give_an_error_and_the_server_survives(data_dir: Path, home: Path) -> None:
     async with Client(stdio_server(data_dir), mode="2026-07-28") as client:
         value: Any = "x"
         for _ in range(150):
@@ -227,22 +228,22 @@ async def test_arguments_of_a_thousand_levels_end_in_an_error_and_the_server_liv
         }.items():
             result = await client.call_tool(name, arguments)
             assert result.is_error
-            clean(name, arguments, result, home)
+            check_answer(name, arguments, result, home)
         assert not (await client.call_tool("list_adapters", {})).is_error
 
 
-async def test_standard_error_has_no_secret_whatever_is_asked(data_dir: Path, home: Path, tmp_path: Path) -> None:
+async def test_stderr_contains_no_secret_and_no_traceback(data_dir: Path, home: Path, tmp_path: Path) -> None:
     parameters: StdioServerParameters = stdio_server(data_dir)
-    from mcp.client.stdio import stdio_client  # noqa: PLC0415 -- only here, with a file for standard error
+    from mcp.client.stdio import stdio_client  # noqa: PLC0415 -- used here only
 
     with (tmp_path / "stderr").open("w+") as errors:
         async with Client(stdio_client(parameters, errlog=errors), mode="legacy") as client:
-            order_key = Drawn(str(SEED), [PLANTED, f"/x/{PLANTED}"])
+            generator = RandomArguments(str(SEED), [PLANTED, f"/x/{PLANTED}"])
             tools = {tool.name: tool.input_schema for tool in (await client.list_tools()).tools}
             for number in range(40):
                 name = sorted(tools)[number % len(tools)]
-                await client.call_tool(name, order_key.arguments(tools[name]))
+                await client.call_tool(name, generator.arguments(tools[name]))
         errors.seek(0)
-        said = errors.read()
-    assert PLANTED not in said
-    assert "Traceback" not in said
+        output = errors.read()
+    assert PLANTED not in output
+    assert "Traceback" not in output

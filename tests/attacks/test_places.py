@@ -1,4 +1,4 @@
-"""Places for credentials and private data are never training data, however named; and what is allowed besides."""
+"""Places for credentials and private data are refused as training data, by whatever path; allowed roots limit the rest."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def manager(tmp_path: Path) -> PEFTManager:
 
 
 @pytest.mark.parametrize("place", [".ssh", "notes"])
-def test_names_near_a_base_that_is_not_there_are_those_of_bases_alone(home: Path, place: str) -> None:
+def test_suggestions_for_a_missing_base_name_only_bases(home: Path, place: str) -> None:
     (home / place).mkdir()
     for name in ("id_ed25519_work", "id_ed25519.gguf"):
         (home / place / name).touch()
@@ -63,10 +63,10 @@ def test_names_near_a_base_that_is_not_there_are_those_of_bases_alone(home: Path
     (home / place / "id_ed2551_diary").mkdir()
     with pytest.raises(InvalidArgument) as caught:
         resolve(f"~/{place}/id_ed25519", Settings())
-    told = str(caught.value)
-    assert "id_ed25519_work" not in told
-    assert "diary" not in told
-    assert ("id_ed25519.gguf" in told) is (place == "notes")
+    message = str(caught.value)
+    assert "id_ed25519_work" not in message
+    assert "diary" not in message
+    assert ("id_ed25519.gguf" in message) is (place == "notes")
 
 
 async def refused(manager: PEFTManager, training_data: str, code: str = "sensitive_place") -> InvalidArgument:
@@ -79,7 +79,7 @@ async def refused(manager: PEFTManager, training_data: str, code: str = "sensiti
 
 
 @pytest.mark.parametrize("place", PRIVATE)
-async def test_a_private_place_is_refused_named_linked_or_as_a_file(
+async def test_a_private_place_is_refused_by_name_through_a_link_and_as_a_file(
     home: Path,
     tmp_path: Path,
     manager: PEFTManager,
@@ -101,7 +101,7 @@ async def test_a_private_place_is_refused_named_linked_or_as_a_file(
     await refused(manager, str(tmp_path / "innocent" / "x.jsonl"))
 
 
-async def test_nothing_is_measured_on_a_private_place_either(home: Path, manager: PEFTManager, tmp_path: Path) -> None:
+async def test_evaluation_data_in_a_private_place_is_refused(home: Path, manager: PEFTManager, tmp_path: Path) -> None:
     model, adapter = write_model(tmp_path / "model"), write_adapter(tmp_path / "adapter")
     with pytest.raises(InvalidArgument) as caught:
         await manager.evaluate_adapter(str(adapter), str(filled(home / ".aws")), str(model), accept_unproven_base=True)
@@ -115,35 +115,39 @@ async def test_nothing_is_measured_on_a_private_place_either(home: Path, manager
         "Library/Application Support",
     ],
 )  # fmt: skip
-async def test_what_holds_a_private_place_is_refused_too(home: Path, manager: PEFTManager, parent: str) -> None:
+async def test_a_directory_that_contains_a_private_place_is_refused(
+    home: Path, manager: PEFTManager, parent: str
+) -> None:
     filled(home / parent)
     await refused(manager, str(home / parent))
 
 
 @pytest.mark.parametrize("place", [".cache/project", ".local/share/project", "Library/project", ".config/nvim"])
-async def test_what_lies_beside_a_private_place_is_allowed(home: Path, manager: PEFTManager, place: str) -> None:
+async def test_a_directory_next_to_a_private_place_is_allowed(home: Path, manager: PEFTManager, place: str) -> None:
     require_data_place(filled(home / place), data_dir=manager.settings.data_dir, allowed_roots=None)
 
 
-async def test_the_home_of_somebody_else_is_refused_and_a_service_directory_is_not(
+async def test_another_users_home_is_refused_and_a_service_directory_is_not(
     home: Path,
     manager: PEFTManager,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     nobody, homes, sites = pwd.getpwuid(0), places._HOMES[0], Path("/sites")
-    there = [struct_passwd((*nobody[:5], str(directory), nobody[6])) for directory in (homes / "bob", sites, "/")]
-    monkeypatch.setattr(pwd, "getpwall", lambda: there)
+    users = [struct_passwd((*nobody[:5], str(directory), nobody[6])) for directory in (homes / "bob", sites, "/")]
+    monkeypatch.setattr(pwd, "getpwall", lambda: users)
     await refused(manager, str(homes / "bob"))
     for place in (homes / "bob" / "project", homes / "project", sites, Path("/srv/project")):
         require_data_place(place, data_dir=manager.settings.data_dir, allowed_roots=None)
 
 
-async def test_what_is_not_there_is_refused_alike(home: Path, manager: PEFTManager) -> None:
+async def test_missing_and_existing_files_in_a_private_place_get_the_same_error(
+    home: Path, manager: PEFTManager
+) -> None:
     filled(home / ".ssh")
     (home / ".ssh" / "id_ed25519_of_ada").touch()
-    there = await refused(manager, str(home / ".ssh" / "id_ed25519_of_ada"))
+    existing = await refused(manager, str(home / ".ssh" / "id_ed25519_of_ada"))
     missing = await refused(manager, str(home / ".ssh" / "id_ed25519_of_adx"))
-    assert str(there).replace("ada", "") == str(missing).replace("ada", "").replace("adx", "")
+    assert str(existing).replace("ada", "") == str(missing).replace("ada", "").replace("adx", "")
 
 
 @pytest.mark.parametrize(
@@ -153,18 +157,20 @@ async def test_what_is_not_there_is_refused_alike(home: Path, manager: PEFTManag
         "/var", "/run", "/private", "/private/var", "/Library", "/root",
     ],
 )  # fmt: skip
-async def test_the_system_and_whole_homes_are_refused(home: Path, manager: PEFTManager, place: str) -> None:
+async def test_system_directories_and_whole_homes_are_refused(home: Path, manager: PEFTManager, place: str) -> None:
     filled(home)
     await refused(manager, place)
 
 
-async def test_the_data_directory_is_refused_from_inside_and_from_above(manager: PEFTManager, tmp_path: Path) -> None:
+async def test_the_data_directory_its_contents_and_its_parents_are_refused(
+    manager: PEFTManager, tmp_path: Path
+) -> None:
     await refused(manager, str(filled(manager.settings.data_dir / "jobs" / "1" / "dataset")), "sensitive_place")
     await refused(manager, str(filled(tmp_path)))
 
 
-async def test_a_private_place_below_a_repository_is_left_out(home: Path, manager: PEFTManager) -> None:
-    from peft_core.data.walk import walk  # noqa: PLC0415 -- only here
+async def test_private_files_inside_a_repository_are_left_out(home: Path, manager: PEFTManager) -> None:
+    from peft_core.data.walk import walk  # noqa: PLC0415 -- used here only
 
     project = filled(home / "project")
     for name in (".ssh", ".aws", ".env.d"):
@@ -174,7 +180,7 @@ async def test_a_private_place_below_a_repository_is_left_out(home: Path, manage
     assert {file.name for file in walk(project).files} == {"a.py", "b.py", "c.py", "d.py"}
 
 
-async def test_records_that_are_given_need_no_place(manager: PEFTManager) -> None:
+async def test_inline_records_are_not_checked_for_a_path(manager: PEFTManager) -> None:
     with pytest.raises(PeftMcpError, match="examples"):
         await manager.train_adapter("web", [{"text": "x"}])
 
@@ -193,7 +199,7 @@ def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     return Settings(data_dir=tmp_path / "data")
 
 
-async def test_with_roots_nothing_outside_is_read_whatever_it_is(roots: Settings, tmp_path: Path) -> None:
+async def test_allowed_roots_refuse_every_path_outside(roots: Settings, tmp_path: Path) -> None:
     manager = PEFTManager(roots)
     outside = filled(tmp_path / "outside")
     (tmp_path / "code" / "link").symlink_to(outside)
@@ -221,24 +227,24 @@ async def test_with_roots_nothing_outside_is_read_whatever_it_is(roots: Settings
         assert str(tmp_path / "models") in caught.value.message
 
 
-async def test_with_roots_what_lies_inside_is_read(roots: Settings, tmp_path: Path) -> None:
+async def test_allowed_roots_permit_paths_inside(roots: Settings, tmp_path: Path) -> None:
     manager = PEFTManager(roots)
     model, adapter = write_model(tmp_path / "models" / "m"), write_adapter(tmp_path / "models" / "a")
     assert (await manager.verify_adapter_compatibility(str(adapter), str(model))).verdict == "shape_only"
     own = write_adapter(roots.paths.adapter("web", "adapter-01"))
     assert (await manager.get_adapter_info(str(own))).rank == 4  # trained here
     (tmp_path / "code" / "a.py").write_text("x = 1\n")
-    with pytest.raises(PeftMcpError) as caught:  # it was looked into
+    with pytest.raises(PeftMcpError) as caught:  # the directory was read
         await manager.train_adapter("web", str(tmp_path / "code"), {"base_model": str(model)})
     assert caught.value.code == "too_few_examples"
 
 
-@pytest.mark.parametrize("taken", ["code", "models"])
-async def test_a_root_that_was_taken_away_stops_what_is_resumed(
+@pytest.mark.parametrize("removed", ["code", "models"])
+async def test_a_removed_root_prevents_resuming_a_job_that_needs_it(
     roots: Settings,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    taken: str,
+    removed: str,
 ) -> None:
     model = write_model(tmp_path / "models" / "m")
     request = make_job().request.model_copy(
@@ -248,16 +254,16 @@ async def test_a_root_that_was_taken_away_stops_what_is_resumed(
     store.create()
     store.insert(make_job("job", request=request))
     store.append("job", JobCancelled())
-    left = "models" if taken == "code" else "code"
-    monkeypatch.setenv("CODEBASE_GARDENER_ALLOWED_ROOTS", str(tmp_path / left))
+    remaining = "models" if removed == "code" else "code"
+    monkeypatch.setenv("CODEBASE_GARDENER_ALLOWED_ROOTS", str(tmp_path / remaining))
     with pytest.raises(InvalidArgument) as caught:
         await PEFTManager(Settings(data_dir=roots.data_dir)).resume_training("job")
     assert caught.value.code == "outside_allowed_roots"
-    assert str(tmp_path / left) in caught.value.message
+    assert str(tmp_path / remaining) in caught.value.message
     assert store.get("job").status is Status.CANCELLED
 
 
-def test_roots_are_absolute_and_none_means_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_roots_must_be_absolute_and_an_empty_value_means_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Settings().allowed_roots is None
     monkeypatch.setenv("CODEBASE_GARDENER_ALLOWED_ROOTS", "  ")
     assert Settings().allowed_roots is None

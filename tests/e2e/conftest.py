@@ -1,4 +1,4 @@
-"""The real thing: stdio server, runner, training child, bundled model."""
+"""Fixtures of the end-to-end tests: real stdio server, runner, worker and bundled model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from peft_core.modeling.convert import ensure_hf_directory
 from peft_core.schemas.results import Status
 from tests.tiny_models import write_tiny_base
 
-# Three steps may well harm; the tests want the adapters all the same.
+# Three steps may harm, but the tests need a current adapter.
 SHORT = {
     "max_steps": 3,
     "max_length": 128,
@@ -32,42 +32,42 @@ SHORT = {
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of this session, the same for all processes that share its tests (pytest-xdist)."""
+    """A directory of this test session, shared by all pytest-xdist processes."""
     own = tmp_path_factory.getbasetemp()
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
-def made_once(directory: Path, make: Callable[[Path], None]) -> Path:
-    """The directory, made by whoever comes first; the others wait."""
-    made = directory.with_suffix(".made")
+def make_once(directory: Path, make: Callable[[Path], None]) -> Path:
+    """Return the directory, made by the first process that asks; the others wait."""
+    done = directory.with_suffix(".done")
     with FileLock(directory.with_suffix(".lock")):
-        if not made.exists():
+        if not done.exists():
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir()
             make(directory)
-            made.touch()
+            done.touch()
     return directory
 
 
 @pytest.fixture(scope="session")
 def converted_bases(shared: Path) -> Path:
-    """The bundled base converted once, for all data directories of this session."""
+    """The converted bundled base, shared by all data directories of this session."""
 
     def convert(cache: Path) -> None:
         ensure_hf_directory(resolve(None, Settings(data_dir=cache)), cache, lambda _: None)
 
-    return made_once(shared / "bases", convert)
+    return make_once(shared / "bases", convert)
 
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """For what is about processes, not about the model."""
+    """A tiny model for tests of processes, in which the model does not matter."""
     return str(write_tiny_base(tmp_path_factory.mktemp("tiny-base")))
 
 
 @pytest.fixture
 def data_dir(tmp_path: Path, converted_bases: Path) -> Iterator[Path]:
-    """A fresh data directory that has the base already."""
+    """A new data directory that already contains the converted base."""
     data = tmp_path / "data"
     data.mkdir()
     (data / "base_models").symlink_to(converted_bases)
@@ -77,7 +77,7 @@ def data_dir(tmp_path: Path, converted_bases: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def stdlib_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real repository that is not this one: three packages of Python's standard library, without git."""
+    """A repository of real code: three packages of Python's standard library, without git."""
     repository = tmp_path_factory.mktemp("stdlib")
     library = Path(sysconfig.get_paths()["stdlib"])
     for package in ("json", "wsgiref", "html"):
@@ -87,13 +87,13 @@ def stdlib_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def trained(trained_once: Path, tmp_path: Path) -> Path:
-    """A data directory with two trained adapters, of the projects 'web' and 'json'; a test's own."""
+    """A test's own copy of a data directory with trained adapters of the projects 'web' and 'json'."""
     return shutil.copytree(trained_once, tmp_path / "trained", symlinks=True)
 
 
 @pytest.fixture(scope="session")
 def trained_once(shared: Path, converted_bases: Path, stdlib_repository: Path) -> Path:
-    """The original of `trained`."""
+    """The data directory that `trained` copies."""
 
     async def train(data: Path) -> None:
         (data / "base_models").symlink_to(converted_bases)
@@ -105,4 +105,4 @@ def trained_once(shared: Path, converted_bases: Path, stdlib_repository: Path) -
                 last = status
             assert last.status is Status.COMPLETED, last.error
 
-    return made_once(shared / "trained", lambda data: anyio.run(train, data))
+    return make_once(shared / "trained", lambda data: anyio.run(train, data))

@@ -20,7 +20,7 @@ from tests.clients import stdio_server, text_of
 
 pytestmark = pytest.mark.model
 MODERN = "2026-07-28"
-# Three steps may well harm; the tests want the adapter all the same.
+# Three steps may harm, but the tests need a current adapter.
 SHORT = {"max_steps": 3, "max_length": 128, "batch_size": 2, "held_out_fraction": 0.02, "make_current": "always"}
 LONG = {**SHORT, "max_steps": 10_000}
 
@@ -54,14 +54,16 @@ def ended(status: Status) -> bool:
     return status["status"] not in ("queued", "in_progress")
 
 
-async def test_from_a_repository_to_an_adapter_with_an_honest_report(data_dir: Path, stdlib_repository: Path) -> None:
-    calls: list[list[tuple[float, float, str]]] = []  # what was heard in each call
+async def test_training_on_a_repository_gives_an_adapter_and_a_correct_report(
+    data_dir: Path, stdlib_repository: Path
+) -> None:
+    calls: list[list[tuple[float, float, str]]] = []  # progress notifications of each call
 
-    async def hear(progress: float, _total: float | None, message: str | None) -> None:
+    async def on_progress(progress: float, _total: float | None, message: str | None) -> None:
         calls[-1].append((time.monotonic(), progress, message or ""))
 
     async with Client(stdio_server(data_dir), mode=MODERN) as client:
-        # 1. It answers at once with what it will do.
+        # 1. The answer comes immediately and says what will be done.
         began = time.monotonic()
         started = await call(
             client,
@@ -70,7 +72,7 @@ async def test_from_a_repository_to_an_adapter_with_an_honest_report(data_dir: P
             training_data=str(stdlib_repository),
             config=SHORT,
         )
-        assert time.monotonic() - began < 10  # a tenth of that on a quiet machine; benchmarks/ measure it
+        assert time.monotonic() - began < 10  # a tenth of that on an idle machine; benchmarks/ measures it
         assert started["status"] == "queued"
         assert started["base_model"] == "SmolLM2-135M-Instruct"
         assert started["estimate"]["steps"] == started["total_steps"] == 3
@@ -78,14 +80,14 @@ async def test_from_a_repository_to_an_adapter_with_an_honest_report(data_dir: P
         assert "python" in started["training_data"]
         assert "get_training_status" in started["next"]
 
-        # 2. Whoever listens hears of changes; whoever waits sees progress.
+        # 2. Subscribers are notified of changes; waiting calls receive progress.
         updates = 0
         async with client.listen(resource_subscriptions=[f"training://{started['job_id']}"]) as subscription:
             status = started
             while not ended(status):
                 arguments = {"project_id": "std", "job_id": started["job_id"], "wait_s": 20}
                 calls.append([])
-                result = await client.call_tool("get_training_status", arguments, progress_callback=hear)
+                result = await client.call_tool("get_training_status", arguments, progress_callback=on_progress)
                 assert result.structured_content is not None
                 status = result.structured_content
             async for event in subscription:
@@ -94,7 +96,7 @@ async def test_from_a_repository_to_an_adapter_with_an_honest_report(data_dir: P
                 break
         assert updates
 
-        # 3. The result is true.
+        # 3. The result is complete and consistent.
         assert status["status"] == "completed", status["error"]
         metrics, dataset = status["metrics"], status["dataset"]
         assert 0.5 < metrics["base_loss"] < 5
@@ -125,7 +127,7 @@ async def test_from_a_repository_to_an_adapter_with_an_honest_report(data_dir: P
         assert evaluation["general_tokens"] > 1000
         assert status["report_path"] == str(directory / "report.html")
 
-        # 4. It is found again, by project and in the list.
+        # 4. The adapter is found by its project id and in the list.
         info = await call(client, "get_adapter_info", adapter_path="std")
         assert info["adapter_path"] == str(directory)
         assert info["manifest"]["metrics"]["adapter_loss"] == metrics["adapter_loss"]
@@ -134,18 +136,20 @@ async def test_from_a_repository_to_an_adapter_with_an_honest_report(data_dir: P
         resource = await client.read_resource(f"training://{started['job_id']}")
         assert json.loads(resource.contents[0].text)["status"] == "completed"  # type: ignore[union-attr]
 
-    for heard in calls:
-        times, figures, messages = zip(*heard, strict=True)
-        assert list(figures) == sorted(set(figures))  # strictly increasing
-        assert len(times) <= times[-1] - times[0] + 2  # one a second
+    for notifications in calls:
+        times, values, messages = zip(*notifications, strict=True)
+        assert list(values) == sorted(set(values))  # strictly increasing
+        assert len(times) <= times[-1] - times[0] + 2  # one per second
         assert all(len(message) <= 200 for message in messages)
-    assert any("step" in message and "tokens/s" in message for heard in calls for _, _, message in heard)
+    assert any(
+        "step" in message and "tokens/s" in message for notifications in calls for _, _, message in notifications
+    )
 
     assert_loads_with_plain_peft(data_dir, directory)
 
 
 def assert_loads_with_plain_peft(data_dir: Path, directory: Path) -> None:
-    """As anybody would load it, in a process of its own."""
+    """Load the adapter with plain PEFT in a process of its own, as any other tool would."""
     script = """
 import sys, torch
 from peft import PeftModel
@@ -165,7 +169,7 @@ print((before - after).abs().max().item())
     assert float(output.stdout) > 1e-3
 
 
-async def test_a_job_goes_on_without_client_and_server_and_others_see_and_stop_it(
+async def test_a_job_survives_its_client_and_server_and_other_servers_can_cancel_it(
     data_dir: Path,
     stdlib_repository: Path,
     tiny_base: str,
@@ -176,7 +180,7 @@ async def test_a_job_goes_on_without_client_and_server_and_others_see_and_stop_i
     async with Client(stdio_server(data_dir), mode=MODERN) as client:
         running = (await call(client, "train_adapter", project_id="std", **request))["job_id"]
 
-    # Two servers, of both eras, on the same data directory see it at work.
+    # Two servers on the same data directory, of both protocol eras, see it running.
     async with (
         Client(stdio_server(data_dir), mode="legacy") as first,
         Client(stdio_server(data_dir), mode=MODERN) as second,
@@ -186,7 +190,7 @@ async def test_a_job_goes_on_without_client_and_server_and_others_see_and_stop_i
         assert status["loss"] > 0
         assert (await call(second, "get_training_status", project_id="std", wait_s=0))["step"] >= 1
 
-        # One training at a time; the others wait in order, and can be cancelled while they do.
+        # One training runs at a time; the others are queued in order and can be cancelled.
         waiting = await call(second, "train_adapter", project_id="other", **request)
         last = await call(first, "train_adapter", project_id="third", **{**request, "config": short})
         assert (waiting["queue_position"], last["queue_position"]) == (2, 3)
@@ -197,7 +201,7 @@ async def test_a_job_goes_on_without_client_and_server_and_others_see_and_stop_i
         assert "it is cancelled" in text_of(again)
         assert (await call(second, "get_training_status", project_id="third", wait_s=0))["queue_position"] == 2
 
-        # Cancelling the one that trains frees the queue; what it reached is kept and can be resumed.
+        # Cancelling the running one frees the queue; it can be resumed from its checkpoint.
         await call(second, "cancel_training", project_id="std", job_id=running)
         status = await wait_for(first, ended, "std")
         assert status["status"] == "cancelled"
@@ -206,7 +210,7 @@ async def test_a_job_goes_on_without_client_and_server_and_others_see_and_stop_i
         assert status["status"] == "completed", status["error"]
 
 
-async def test_a_killed_training_is_told_truly_and_resumes_from_its_checkpoint(
+async def test_a_cancelled_training_resumes_from_its_checkpoint_and_completes(
     data_dir: Path,
     stdlib_repository: Path,
     tiny_base: str,
@@ -230,8 +234,8 @@ async def test_a_killed_training_is_told_truly_and_resumes_from_its_checkpoint(
         assert status["step"] == steps
 
 
-async def test_no_progress_is_sent_after_the_answer(data_dir: Path, stdlib_repository: Path) -> None:
-    """On the raw wire: the in-process client would deliver what stdio clients must never see."""
+async def test_no_progress_notification_follows_the_answer(data_dir: Path, stdlib_repository: Path) -> None:
+    """Read the raw protocol, because the SDK's client would not show a notification that comes too late."""
     server = await anyio.open_process(
         [sys.executable, "-m", "server"],
         env=stdio_server(data_dir).env,
@@ -240,23 +244,23 @@ async def test_no_progress_is_sent_after_the_answer(data_dir: Path, stdlib_repos
     assert server.stdin
     assert server.stdout
     lines: list[dict[str, Any]] = []
-    heard = anyio.Condition()
+    received = anyio.Condition()
 
     async def read() -> None:
         buffer = b""
         assert server.stdout
         async for chunk in server.stdout:
             buffer += chunk
-            *whole, buffer = buffer.split(b"\n")
-            async with heard:
-                lines.extend(json.loads(line) for line in whole)
-                heard.notify_all()
+            *complete, buffer = buffer.split(b"\n")
+            async with received:
+                lines.extend(json.loads(line) for line in complete)
+                received.notify_all()
 
-    async def hear(condition: Callable[[dict[str, Any]], bool]) -> None:
+    async def wait_for_line(condition: Callable[[dict[str, Any]], bool]) -> None:
         with anyio.fail_after(120):
-            async with heard:
+            async with received:
                 while not any(condition(line) for line in lines):
-                    await heard.wait()
+                    await received.wait()
 
     def message(number: int | None, method: str, params: dict[str, Any]) -> bytes:
         numbered = {} if number is None else {"id": number}
@@ -274,12 +278,12 @@ async def test_no_progress_is_sent_after_the_answer(data_dir: Path, stdlib_repos
         await server.stdin.send(message(None, "notifications/initialized", {}))
         train = {"project_id": "std", "training_data": str(stdlib_repository), "config": LONG, "wait_s": 6}
         await server.stdin.send(tool(1, "train_adapter", **train))
-        await hear(lambda line: line.get("method") == "notifications/progress")
+        await wait_for_line(lambda line: line.get("method") == "notifications/progress")
         for number in (2, 3):
             await server.stdin.send(tool(number, "get_training_status", project_id="std", wait_s=8))
-        # The job trains on; this call outlasts the others by far, so late progress would have time to come.
+        # This call lasts much longer than the others, so that late progress notifications would have time to arrive.
         await server.stdin.send(tool(9, "get_training_status", project_id="std", wait_s=20))
-        await hear(lambda line: line.get("id") == 9)
+        await wait_for_line(lambda line: line.get("id") == 9)
         await server.stdin.send(tool(10, "cancel_training", project_id="std"))
         await server.stdin.aclose()
         await server.wait()

@@ -1,7 +1,7 @@
-"""The main job with the network forbidden: nothing asks for it. And what was planted as a secret is nowhere afterwards.
+"""The main job asks for no network connection, and planted secrets appear in no file, answer or log.
 
-Every process of ours starts with a hook that refuses and records what leads beyond this machine; where strace is there, the
-operating system's word on native code, too.
+Every process starts with an audit hook that refuses and records connections beyond this machine; where strace is installed
+it also records those of native code.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.e2e.conftest import SHORT
 HOOK = """
 import os, sys
 
-def _say(line):
+def _record(line):
     with open(os.environ["NETWORK_LOG"], "a") as log:
         log.write(f"{os.getpid()} {line}\\n")
 
@@ -41,10 +41,10 @@ def _hook(event, arguments):
             return
     else:
         return
-    _say(f"tried {event} {arguments[1:]!r}")
+    _record(f"tried {event} {arguments[1:]!r}")
     raise OSError("the network is forbidden")
 
-_say(f"began {' '.join(sys.orig_argv)}")
+_record(f"began {' '.join(sys.orig_argv)}")
 sys.addaudithook(_hook)
 """
 SECRETS = {
@@ -52,11 +52,11 @@ SECRETS = {
     "github.py": "ghp_" + "aB3dE6gH9jK2mN5pQ8sT1vW4yZ7bC0dF3gH6",
     "hub.py": "hf_" + "QwErTyUiOpAsDfGhJkLzXcVbNmQwErTyUi",
 }
-IN_THE_ENVIRONMENT = "hf_plantedPLANTEDplantedPLANTEDplanted"
+PLANTED_IN_ENVIRONMENT = "hf_plantedPLANTEDplantedPLANTEDplanted"
 
 
 def strace() -> list[str]:
-    """The command that records connections, where it works."""
+    """Return the strace command that records connections; empty where it does not work."""
     program = shutil.which("strace")
     command = [program or "", "-f", "-qq", "--seccomp-bpf", "-e", "trace=connect,sendto,sendmsg"]
     if program is None or subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
@@ -75,7 +75,7 @@ def repository(tmp_path: Path, stdlib_repository: Path) -> Path:
     return repository
 
 
-def test_the_hook_refuses_what_leads_out_and_lets_this_machine_be(tmp_path: Path) -> None:
+def test_the_hook_refuses_remote_connections_and_allows_local_ones(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(HOOK)
     program = """
 import socket
@@ -100,7 +100,7 @@ print(refused)
 
 
 @pytest.mark.model
-async def test_the_main_job_asks_for_no_network_and_leaves_no_secret(
+async def test_the_main_job_makes_no_connection_and_leaks_no_secret(
     data_dir: Path,
     repository: Path,
     tmp_path: Path,
@@ -114,7 +114,7 @@ async def test_the_main_job_asks_for_no_network_and_leaves_no_secret(
         "CODEBASE_GARDENER_DATA_DIR": str(data_dir),
         "PYTHONPATH": os.pathsep.join([str(tmp_path / "hook"), str(Path.cwd()), os.environ.get("PYTHONPATH", "")]),
         "NETWORK_LOG": str(log),
-        "HF_TOKEN": IN_THE_ENVIRONMENT,
+        "HF_TOKEN": PLANTED_IN_ENVIRONMENT,
     }
     server = StdioServerParameters(command=command[0], args=command[1:], env=environment)
     answers: list[str] = []
@@ -138,19 +138,19 @@ async def test_the_main_job_asks_for_no_network_and_leaves_no_secret(
             await call("get_adapter_info", adapter_path="web")
             await call("unload_adapter")
 
-    said = log.read_text()
+    recorded = log.read_text()
     for process in ("-m server", "peft_core.jobs.runner", "peft_core.worker", "peft_core.inference.worker"):
-        assert re.search(rf"began .*{process}", said), f"{process} had no hook"
-    assert "tried" not in said
+        assert re.search(rf"began .*{process}", recorded), f"{process} had no hook"
+    assert "tried" not in recorded
     if traced:
-        beyond = [
+        remote = [
             line for line in calls.read_text().splitlines() if "AF_INET" in line and not re.search(r"127\.|::1", line)
         ]
-        assert beyond == []
+        assert remote == []
 
-    kept = [path for path in data_dir.rglob("*") if path.is_file() and "base_models" not in path.parts]
-    assert len(kept) > 5
-    for secret in (*SECRETS.values(), IN_THE_ENVIRONMENT):
+    files = [path for path in data_dir.rglob("*") if path.is_file() and "base_models" not in path.parts]
+    assert len(files) > 5
+    for secret in (*SECRETS.values(), PLANTED_IN_ENVIRONMENT):
         assert secret not in "\n".join(answers)
-        for path in (*kept, tmp_path / "stderr.log"):
+        for path in (*files, tmp_path / "stderr.log"):
             assert secret.encode() not in path.read_bytes(), path

@@ -1,4 +1,4 @@
-"""The bundled model's own file against its conversion."""
+"""The bundled GGUF file holds the same weights as its conversion, and trains within a memory limit."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from tests.e2e.conftest import SHORT
 pytestmark = pytest.mark.model
 
 
-def test_the_bundled_file_holds_bit_for_bit_the_weights_of_its_conversion(converted_bases: Path) -> None:
+def test_the_bundled_file_and_its_conversion_hold_the_same_weights_bit_for_bit(converted_bases: Path) -> None:
     converted = ensure_hf_directory(resolve("bundled", Settings()), converted_bases, lambda _: None)
     matrices, vectors = open_stored(read_gguf_model(bundled_path()))
     assert {matrix.kind for matrix in matrices.values()} == {"Q4_1", "Q8_0"}
     with safe_open(converted / "model.safetensors", "pt") as file:
         assert matrices.keys() | vectors.keys() == set(file.keys())
         for name in file.keys():  # noqa: SIM118 - not a mapping
-            found = matrices[name].whole() if name in matrices else vectors[name]
-            assert torch.equal(found.view(torch.int32), file.get_tensor(name).view(torch.int32)), name
+            weight = matrices[name].whole() if name in matrices else vectors[name]
+            assert torch.equal(weight.view(torch.int32), file.get_tensor(name).view(torch.int32)), name
 
 
-async def test_a_memory_limit_is_kept_and_the_estimate_is_near_what_was_measured(
+async def test_training_stays_within_a_memory_limit_and_near_its_estimate(
     trained: Path,
     data_dir: Path,
     stdlib_repository: Path,
 ) -> None:
-    """The run of the project 'json' again, under a limit that only the leanest way keeps: the same figures.
+    """Repeat the run of the project 'json' under a limit that only the leanest plan meets, and expect the same losses.
 
-    Where the first run computed in bfloat16 they differ by its rounding.
+    They differ by rounding if the first run computed in bf16.
     """
     unlimited = await PEFTManager(Settings(data_dir=trained)).get_training_status("json")
     manager = PEFTManager(Settings(data_dir=data_dir, max_memory_mb=840))
@@ -54,7 +54,7 @@ async def test_a_memory_limit_is_kept_and_the_estimate_is_near_what_was_measured
         assert run.metrics is not None
         assert run.estimate is not None
         assert run.metrics.peak_memory_bytes is not None
-        # Three steps of short examples stay below what a whole run comes to, and the estimate is of that.
+        # The estimate is for a whole run; three steps of short examples stay below it.
         assert 0.7 < run.metrics.peak_memory_bytes / run.estimate.memory_bytes < 1.15
     assert last.metrics is not None
     assert unlimited.metrics is not None

@@ -1,7 +1,7 @@
-"""A training child for many kills: all of the job but torch, in half a second.
+"""A training worker for many kills: everything but torch, in half a second.
 
-The wire, the ways to stop, the data preparation and the form of the files are the product's; the numbers are made up. Where
-the project is called "real", it is the real child.
+The protocol, cancellation, data preparation and file formats are the product's; the numbers are made up. For the project
+"real" it runs the real worker.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main() -> int:
     if len(sys.argv) > 1 and json.loads(Path(sys.argv[1]).read_text())["project_id"] == "real":
         runpy.run_module("peft_core.worker", run_name="__main__", alter_sys=True)
         return 0  # never reached: it exits
-    from tests.survival import small_job  # noqa: PLC0415 -- here, so that its functions can be points
+    from tests.survival import small_job  # noqa: PLC0415 -- imported late, so that its functions can be kill points
 
     stop = StopFlag()
     emit = json_line_writer(redirect_stdout(), on_closed=stop.request)

@@ -1,4 +1,4 @@
-"""What the tests of this room share."""
+"""Fixtures of the survival tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_core.jobs import supervisor as tending
+from peft_core.jobs import supervisor
 from tests.model_files import write_model
 from tests.survival.life import Life
 
@@ -20,8 +20,8 @@ RUNNER = [sys.executable, "-P", "-m", "tests.survival.runner"]
 
 @pytest.fixture(autouse=True)
 def _our_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All processes that a test starts come by the points, and their runner's child is the one of this room."""
-    monkeypatch.setattr(tending, "RUNNER", RUNNER)
+    """Make all processes that a test starts import `site/sitecustomize.py`, and the runner start the small worker."""
+    monkeypatch.setattr(supervisor, "RUNNER", RUNNER)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(SITE), str(ROOT)]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
@@ -41,15 +41,15 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def life(tmp_path: Path, source: Path, small_base: Path) -> Life:
-    """A data directory in which a project has an adapter from earlier on."""
-    return live(tmp_path, source, small_base)
+    """A data directory in which a project already has an adapter."""
+    return make_life(tmp_path, source, small_base)
 
 
-def live(root: Path, source: Path, base: Path) -> Life:
+def make_life(root: Path, source: Path, base: Path) -> Life:
     life = Life(root, source, base)
     life.job_id, life.project = None, "earlier"
     life.start()
     life.finish()
-    life.expect_the_queue_goes_on()
+    life.expect_queue_continues()
     life.job_id, life.project, life.has_earlier = None, "small", True
     return life

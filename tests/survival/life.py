@@ -1,4 +1,4 @@
-"""A data directory that is to survive: its jobs, what is done to their processes, and what must hold afterwards."""
+"""A data directory under test: run jobs in it, kill their processes, and check the invariants afterwards."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from peft_core.schemas.results import Status, TrainingStatus
 from peft_core.schemas.training import TrainingConfig
 from tests.survival.points import Point
 
-TRUE_WITHIN_S = 5.0
-PATIENCE_S = 90.0  # of a machine that does other things as well
+STATUS_DEADLINE_S = 5.0  # after a kill the status must be true within this time
+TIMEOUT_S = 90.0  # generous, because the machine may be busy
 MEMORY = "memory"
 
 
 @dataclass(frozen=True)
 class Kill:
-    """`victim` is killed in this `way` ("SIGKILL", "SIGTERM", "memory") when `point` is reached."""
+    """`victim` is killed by `method` ("SIGKILL", "SIGTERM", "memory") when `point` is reached."""
 
     point: Point
     victim: str
-    way: str
+    method: str
 
     def __str__(self) -> str:
-        return f"{self.victim} by {self.way}, at: {self.point}"
+        return f"{self.victim} by {self.method}, at: {self.point}"
 
 
 @dataclass
@@ -52,8 +52,7 @@ class Life:
     settings: Settings | None = None
     job_id: str | None = None
     waiting: str | None = None
-    has_earlier: bool = False  # an adapter of the project "earlier", which must stay
-    kills: int = 0
+    has_earlier: bool = False  # the project "earlier" has an adapter, which must remain
     _marks: int = 0
 
     def __post_init__(self) -> None:
@@ -62,7 +61,7 @@ class Life:
         self.registry = Registry(self.paths)
         self.jobs = JobService(self.settings, self.registry)
 
-    # -- what happens -------------------------------------------------------------------------------------------------
+    # -- actions ------------------------------------------------------------------------------------------------------
 
     def submit(self, project: str) -> str:
         config = TrainingConfig.model_validate({"base_model": str(self.base), **self.config})
@@ -79,16 +78,16 @@ class Life:
         return self.job_id
 
     def start(self) -> None:
-        """Let the job be worked on: the same again where it can be resumed, else a new one."""
+        """Resume the current job if it has not completed, else submit a new one."""
         if self.job_id is not None and self.status().status is not Status.COMPLETED:
             self.jobs.resume(self.job_id)
         else:
             self.job_id = self.submit(self.project)
             if self.project != "real":
-                self.waiting = self.submit("next")  # behind it
+                self.waiting = self.submit("next")  # queued behind it
 
     def arm(self, point: Point, deed: str) -> Path:
-        """The file that will hold the pid of the process that came to the point."""
+        """Set `deed` to be done at `point`; return the file that will hold the pid of the process that reached it."""
         self._marks += 1
         mark = self.root / f"mark-{self._marks}"
         (self.root / "point.json").write_text(json.dumps({**asdict(point), "deed": deed, "mark": str(mark)}))
@@ -98,7 +97,7 @@ class Life:
         (self.root / "point.json").unlink(missing_ok=True)
 
     def reach(self, kill: Kill, mark: Path) -> int:
-        """Run the job until some process comes to the point; its pid."""
+        """Run the job until a process reaches the point; return its pid."""
         for _ in range(2):  # a resumed job may have passed the point; a new one has not
             self.start()
             until(lambda: mark.exists() or self.status().status.is_final, f"the job to get anywhere ({kill})")
@@ -106,48 +105,47 @@ class Life:
                 return int(mark.read_text())
         raise AssertionError(f"the point was never reached: {kill}; {self.status()}")
 
-    def suffer(self, kill: Kill) -> TrainingStatus:
-        """The job is killed as said, and its status afterwards true in time."""
-        self.kills += 1
+    def kill(self, kill: Kill) -> TrainingStatus:
+        """Kill the victim at the point, wait for the true status in time, and check the invariants."""
         if self.job_id is not None:
-            until(lambda: self.status().status.is_final, "what the last kill left to be done")
-        self.expect_nobody()  # a runner that is there already was not told of the point
-        own = kill.point.process == kill.victim
-        mark = self.arm(kill.point, kill.way if own else "SIGSTOP")
+            until(lambda: self.status().status.is_final, "the job of the last kill to end")
+        self.expect_no_processes()  # a runner that is already alive does not know the point
+        is_own_point = kill.point.process == kill.victim
+        mark = self.arm(kill.point, kill.method if is_own_point else "SIGSTOP")
         pid = self.reach(kill, mark)
         victim = process = pid
-        if not own:
+        if not is_own_point:
             until(lambda: state(pid) == psutil.STATUS_STOPPED, f"it to stop ({kill})")
             victim = self._other(kill, pid)
-            os.kill(victim, signal.Signals[kill.way])
-            if kill.way == "SIGKILL":
+            os.kill(victim, signal.Signals[kill.method])
+            if kill.method == "SIGKILL":
                 until(lambda: gone(victim), f"the victim to die ({kill})")
             os.kill(process, signal.SIGCONT)
-        if kill.way != MEMORY:  # one that is out of memory may get by
+        if kill.method != MEMORY:  # a process without memory may still succeed
             until(lambda: gone(victim), f"the victim to end ({kill})")
         self.disarm()
-        was = Store(self.paths.database, time.time).get(self.current).status
-        deadline = PATIENCE_S if kill.way == MEMORY else TRUE_WITHIN_S
-        until(lambda: self._told(victim, was), f"the true status ({kill})", deadline)
+        previous = Store(self.paths.database, time.time).get(self.current).status
+        deadline = TIMEOUT_S if kill.method == MEMORY else STATUS_DEADLINE_S
+        until(lambda: self._status_is_true(victim, previous), f"the true status ({kill})", deadline)
         self.check()
         return self.status()
 
     def _other(self, kill: Kill, pid: int) -> int:
-        held = psutil.Process(pid)
+        stopped = psutil.Process(pid)
         if kill.victim == "runner":
-            return int(held.ppid())
-        child = [p for p in held.children() if p.status() != psutil.STATUS_ZOMBIE]
+            return int(stopped.ppid())
+        child = [p for p in stopped.children() if p.status() != psutil.STATUS_ZOMBIE]
         assert len(child) == 1, (kill, child)
         return int(child[0].pid)
 
-    def _told(self, victim: int, was: Status) -> bool:
-        """The job is over; or it was waiting and untouched, and somebody else is there to work on it."""
+    def _status_is_true(self, victim: int, previous: Status) -> bool:
+        """Whether the job has ended; or it was still queued, and another runner is alive to work on it."""
         if self.status().status.is_final:
             return True
-        return was is Status.QUEUED and any(pid != victim for pid in self.runners())
+        return previous is Status.QUEUED and any(pid != victim for pid in self.runners())
 
     def finish(self) -> None:
-        """Whatever was done to it, the same job gets to its end, and the queue to its own."""
+        """Resume the same job if necessary and expect it to complete."""
         if not self.status().status.is_final or self.status().status is Status.COMPLETED:
             until(lambda: self.status().status.is_final, "the end")
         if self.status().status is not Status.COMPLETED:
@@ -156,27 +154,26 @@ class Life:
         assert self.status().status is Status.COMPLETED, self.status()
         self.check()
 
-    def expect_the_queue_goes_on(self) -> None:
+    def expect_queue_continues(self) -> None:
         if (job_id := self.waiting) is not None:
             until(lambda: self.status(job_id).status.is_final, "the next job")
             assert self.status(job_id).status is Status.COMPLETED, self.status(job_id)
             self.waiting = None
 
-    def expect_nobody(self) -> None:
+    def expect_no_processes(self) -> None:
         until(lambda: not self.processes(), "all processes to end", 15.0)
 
-    # -- what must hold -----------------------------------------------------------------------------------------------
+    # -- invariants ---------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Every adapter that can be seen is complete, fits its base, and is of a completed job; and the other way round."""
+        """Check that every visible adapter is complete and fits its base, and that it exists exactly for completed jobs."""
         base = resolve(str(self.base), self.settings)
         for project in (self.project, "earlier", "next"):
-            place = self.paths.adapters(project)
+            directory = self.paths.adapters(project)
             listed = {adapter.adapter_id for adapter in self.registry.adapters(project)}
-            seen = (
-                {entry.name for entry in place.iterdir() if not entry.name.startswith(".")} if place.exists() else set()
-            )
-            assert seen - {"current"} == listed
+            entries = directory.iterdir() if directory.exists() else []
+            visible = {entry.name for entry in entries if not entry.name.startswith(".")}
+            assert visible - {"current"} == listed
             for name in listed:
                 self._check_adapter(project, name, base)
             current = self.paths.current(project)
@@ -202,25 +199,25 @@ class Life:
         }
         assert not [r for r in verify(directory, base).reasons if r.severity == "error"]  # type: ignore[arg-type]
 
-    # -- who is there -------------------------------------------------------------------------------------------------
+    # -- processes ----------------------------------------------------------------------------------------------------
 
     def processes(self) -> dict[int, str]:
-        """Runners and children of this data directory: they work in it."""
-        found = {}
+        """Return the runners and workers of this data directory, whose working directory is below it: pid -> directory."""
+        processes = {}
         for entry in Path("/proc").glob("[0-9]*"):
             try:
-                place = (entry / "cwd").readlink()
-                if place.is_relative_to(self.paths.root) and not gone(int(entry.name)):
-                    found[int(entry.name)] = str(place)
+                directory = (entry / "cwd").readlink()
+                if directory.is_relative_to(self.paths.root) and not gone(int(entry.name)):
+                    processes[int(entry.name)] = str(directory)
             except OSError:
                 continue
-        return found
+        return processes
 
     def runners(self) -> list[int]:
-        return [pid for pid, place in self.processes().items() if Path(place) == self.paths.root]
+        return [pid for pid, directory in self.processes().items() if Path(directory) == self.paths.root]
 
 
-def until(condition: Callable[[], object], what: str, timeout_s: float = PATIENCE_S) -> None:
+def until(condition: Callable[[], object], what: str, timeout_s: float = TIMEOUT_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"

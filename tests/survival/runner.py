@@ -1,4 +1,4 @@
-"""The real runner, with the child of this room: `python -P -m tests.survival.runner ...`."""
+"""The real runner, with the small worker: `python -P -m tests.survival.runner ...`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the small child does, each step of it a function that can be a point of the kill matrix."""
+"""The job of the small worker. Each step is a function, so that it can be a kill point."""
 
 from __future__ import annotations
 
@@ -119,4 +119,4 @@ finish = write_manifest
 
 
 def leave() -> None:
-    """The last word was said; the process still lives."""
+    """Do nothing: a kill point after the last event, before the process ends."""

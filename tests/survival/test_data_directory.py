@@ -1,4 +1,4 @@
-"""A data directory that is full, read-only, removed, without locks, of a newer or an older version; and clocks that jump."""
+"""Data directories that are full, read-only, removed, without locks or of another version; and clocks that jump."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from peft_core.errors import StorageError
 from peft_core.jobs.pruning import LEFT_BEHIND_S, prune
 from peft_core.jobs.service import JobService
 from peft_core.jobs.store import SCHEMA_VERSION, Store
-from peft_core.planning import planner as planning
+from peft_core.planning import planner
 from peft_core.schemas.events import JobCancelled, JobResumed, JobStarted
 from peft_core.schemas.results import Status
 from tests.factories import make_job
@@ -35,28 +35,28 @@ FIRST_STEP = next(point for point in SMALL_CHILD if point.what == "before the fi
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of a few megabytes."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(place)], check=False).returncode:
+    """A file system of three megabytes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(disk)], check=False).returncode:
         pytest.skip("only root can mount")
-    yield place
-    until(lambda: not subprocess.run(["umount", str(place)], check=False).returncode, "the disk to be free")
+    yield disk
+    until(lambda: not subprocess.run(["umount", str(disk)], check=False).returncode, "the disk to be unused")
 
 
-def held(life: Life) -> int:
-    """A job that stands still in its first step; the pid of its child."""
+def stopped_job(life: Life) -> int:
+    """Start a job that is stopped in its first step; return the pid of its worker."""
     mark = life.arm(FIRST_STEP, "SIGSTOP")
     return life.reach(Kill(FIRST_STEP, "child", "SIGSTOP"), mark)
 
 
-def go_on(life: Life, pid: int) -> None:
+def continue_job(life: Life, pid: int) -> None:
     life.disarm()
     os.kill(pid, signal.SIGCONT)
 
 
 def fill(ballast: Path) -> None:
-    """Take all the space there is."""
+    """Use up all free space."""
     with ballast.open("wb", buffering=0) as file:
         while True:
             try:
@@ -67,38 +67,38 @@ def fill(ballast: Path) -> None:
                 raise
 
 
-def test_a_full_disk_is_told_and_the_job_goes_on_when_there_is_space(
+def test_a_full_disk_is_reported_and_the_job_can_be_resumed_once_there_is_space(
     small_disk: Path,
     source: Path,
     small_base: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(planning, "_check_disk", lambda *_: None)  # it would refuse: here it fills up later
+    monkeypatch.setattr(planner, "_check_disk", lambda *_: None)  # the disk fills up after the plan
     life = Life(small_disk, source, small_base)
-    pid = held(life)
+    pid = stopped_job(life)
     ballast = small_disk / "ballast"
     fill(ballast)
-    go_on(life, pid)
-    until(lambda: not life.processes(), "runner and child to give up")
-    with pytest.raises(StorageError, match="cannot be used") as told:
+    continue_job(life, pid)
+    until(lambda: not life.processes(), "runner and worker to end")
+    with pytest.raises(StorageError, match="cannot be used") as caught:
         life.status()
-    assert "free space" in str(told.value)
+    assert "free space" in str(caught.value)
     ballast.unlink()
     assert life.status().status in (Status.INTERRUPTED, Status.FAILED)
     life.finish()
 
 
-def test_a_disk_that_is_full_from_the_start_is_refused_with_figures(
+def test_training_on_a_full_disk_is_refused_with_the_free_space(
     small_disk: Path,
     source: Path,
     small_base: Path,
 ) -> None:
-    with pytest.raises(StorageError, match="MB are free") as told:
+    with pytest.raises(StorageError, match="MB are free") as caught:
         Life(small_disk, source, small_base).submit("web")
-    assert told.value.code == "disk_full"
+    assert caught.value.code == "disk_full"
 
 
-def test_a_read_only_data_directory_is_told(small_disk: Path, source: Path, small_base: Path) -> None:
+def test_a_read_only_data_directory_is_reported(small_disk: Path, source: Path, small_base: Path) -> None:
     life = Life(small_disk, source, small_base)
     Store(life.paths.database, time.time).create()
     Store(life.paths.database, time.time).insert(make_job("waits"))
@@ -115,16 +115,16 @@ def test_a_read_only_data_directory_is_told(small_disk: Path, source: Path, smal
         subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
 
 
-def test_a_data_directory_that_is_removed_while_a_job_runs_takes_the_job_along(life: Life) -> None:
-    pid = held(life)
+def test_a_job_whose_data_directory_is_removed_ends(life: Life) -> None:
+    pid = stopped_job(life)
     working = set(life.processes())
     assert pid in working
-    while life.paths.root.exists():  # the server is still there, and its database comes and goes
+    while life.paths.root.exists():  # repeated, because the server may recreate its database meanwhile
         shutil.rmtree(life.paths.root, ignore_errors=True)
-    go_on(life, pid)
-    until(lambda: not any(not gone(number) for number in working), "them to end")
+    continue_job(life, pid)
+    until(lambda: not any(not gone(number) for number in working), "runner and worker to end")
     assert life.jobs.status_and_ensure_runner("small").status is Status.NOT_STARTED
-    assert not life.paths.root.exists()  # nobody made it anew
+    assert not life.paths.root.exists()  # it was not recreated
     life.job_id, life.has_earlier = None, False
     life.start()
     life.finish()
@@ -140,14 +140,14 @@ def test_a_file_system_without_locks_is_refused_with_the_reason(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with pytest.raises(StorageError, match="cannot lock files") as told:
+    with pytest.raises(StorageError, match="cannot lock files") as caught:
         life.submit("web")
-    assert told.value.code == "no_file_locks"
-    assert "local disk" in str(told.value)
+    assert caught.value.code == "no_file_locks"
+    assert "local disk" in str(caught.value)
 
 
 @pytest.mark.parametrize("jump_s", [-86_400 * 365, 86_400 * 365])
-def test_a_clock_that_jumps_changes_no_order(tmp_path: Path, jump_s: float) -> None:
+def test_the_order_of_jobs_does_not_depend_on_the_clock(tmp_path: Path, jump_s: float) -> None:
     now = 1_800_000_000.0
     store = Store(tmp_path / "peft.db", lambda: now)
     store.create()
@@ -165,7 +165,7 @@ def test_a_clock_that_jumps_changes_no_order(tmp_path: Path, jump_s: float) -> N
 # -- versions ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_older_server_on_a_newer_database_refuses_every_verb_politely(life: Life) -> None:
+def test_an_older_server_refuses_every_operation_on_a_newer_database(life: Life) -> None:
     with closing(sqlite3.connect(life.paths.database)) as db:
         db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     jobs = JobService(life.settings, life.registry)
@@ -178,17 +178,17 @@ def test_an_older_server_on_a_newer_database_refuses_every_verb_politely(life: L
         jobs.running_job,
         lambda: life.submit("web"),
     ):
-        with pytest.raises(StorageError, match="newer peft-mcp") as told:
+        with pytest.raises(StorageError, match="newer peft-mcp") as caught:
             ask()
-        assert told.value.code == "newer_database"
-        assert "pip install --upgrade" in str(told.value)
-    assert life.registry.adapters("earlier")  # what needs no database works on
+        assert caught.value.code == "newer_database"
+        assert "pip install --upgrade" in str(caught.value)
+    assert life.registry.adapters("earlier")  # listing adapters needs no database
 
 
 # -- pruning ----------------------------------------------------------------------------------------------------------
 
 
-def test_old_runs_go_by_the_rule_and_adapters_stay(life: Life) -> None:
+def test_old_runs_are_pruned_and_adapters_remain(life: Life) -> None:
     first = life.registry.adapters("earlier")[0]
     store = Store(life.paths.database, time.time)
     for number in range(5):
@@ -203,27 +203,27 @@ def test_old_runs_go_by_the_rule_and_adapters_stay(life: Life) -> None:
     stray.mkdir()
 
     prune(store, life.registry, life.paths, keep=2)
-    left = {path.name for path in life.paths.root.glob("jobs/*")}
-    assert left == {"failed-3", "failed-4", "waits", "never-queued"}
+    remaining = {path.name for path in life.paths.root.glob("jobs/*")}
+    assert remaining == {"failed-3", "failed-4", "waits", "never-queued"}
     assert store.job_ids() == {"failed-3", "failed-4", "waits", first.adapter_id, *next_jobs(store)}
     assert store.events(first.adapter_id) == []
     assert life.jobs.status_by_id(first.adapter_id).adapter_path == first.adapter_path
-    assert life.jobs.base_of(first.adapter_id) == str(life.base)  # where its base lies is still known
+    assert life.jobs.base_of(first.adapter_id) == str(life.base)  # the path of its base is still known
     life.check()
 
     os.utime(stray, (0, time.time() - LEFT_BEHIND_S - 60))
     life.registry.delete("earlier", first.adapter_id)
     prune(store, life.registry, life.paths, keep=2)
     assert not stray.exists()
-    assert first.adapter_id not in store.job_ids()  # the record goes with its adapter
+    assert first.adapter_id not in store.job_ids()  # the record is removed with its adapter
 
 
 def next_jobs(store: Store) -> set[str]:
-    """Those that the fixture ran behind the first one: their adapters are there, too."""
+    """Return the jobs that the fixture ran after the first one; their adapters exist too."""
     return {job.job_id for job in store.in_state(Status.COMPLETED) if job.project_id == "next"}
 
 
-def test_the_runner_keeps_as_many_runs_as_the_setting_says(tmp_path: Path, source: Path, small_base: Path) -> None:
+def test_the_runner_retains_as_many_runs_as_keep_runs_allows(tmp_path: Path, source: Path, small_base: Path) -> None:
     life = Life(tmp_path, source, small_base, settings=Settings(data_dir=tmp_path / "data", keep_runs=2))
     for number in range(4):
         life.submit(f"p{number}")
@@ -231,6 +231,6 @@ def test_the_runner_keeps_as_many_runs_as_the_setting_says(tmp_path: Path, sourc
         lambda: all(life.jobs.status_and_ensure_runner(f"p{n}").status is Status.COMPLETED for n in range(4)),
         "all four",
     )
-    life.expect_nobody()
+    life.expect_no_processes()
     assert len(list(life.paths.root.glob("jobs/*"))) == 2
     assert len(life.registry.adapters()) == 4

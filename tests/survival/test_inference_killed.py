@@ -1,4 +1,4 @@
-"""The inference process is killed at points of a load, of an answer and of an unload: what the server says then is so."""
+"""The inference worker is killed during load, generate and unload; what the server reports afterwards must be true."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.survival.life import MEMORY, PATIENCE_S, TRUE_WITHIN_S, Kill, Life, gone, until
+from tests.survival.life import MEMORY, STATUS_DEADLINE_S, TIMEOUT_S, Kill, Life, gone, until
 from tests.survival.points import HOST
 from tests.survival.test_kill_matrix import ROUNDS, SEED, shuffled
 from tests.survival.wire import Server, server
@@ -27,7 +27,7 @@ UNLIMITED = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
 
 @dataclass
 class Inference:
-    """A server, an adapter for it, and what the adapter writes when nothing has happened."""
+    """A server, an adapter for it, and the text that the adapter generates undisturbed."""
 
     life: Life
     server: Server
@@ -42,70 +42,70 @@ class Inference:
         return self.server.call(tool, **arguments.get(tool, {}))
 
     def loaded(self) -> dict[str, Any]:
-        """What the server says is in memory."""
+        """Return what the server reports to be in memory."""
         return dict(self.server.call("list_adapters")["structuredContent"]["loaded"])
 
-    def hosts(self) -> list[int]:
+    def workers(self) -> list[int]:
         children = psutil.Process(self.server.process.pid).children(recursive=True)
         return [child.pid for child in children if not gone(child.pid)]
 
-    def load_and_write(self) -> str:
+    def load_and_generate(self) -> str:
         loaded = self.call("load_adapter")
         assert loaded.get("structuredContent", {}).get("status") == "loaded", loaded
-        written = self.call("generate")
-        assert not written.get("isError"), written
-        return str(written["structuredContent"]["text"])
+        generated = self.call("generate")
+        assert not generated.get("isError"), generated
+        return str(generated["structuredContent"]["text"])
 
-    def end_host(self) -> None:
-        """The next load starts a fresh one, which comes by the point."""
-        for pid in self.hosts():
+    def end_worker(self) -> None:
+        """End the worker, so that the next load starts one that knows the kill point."""
+        for pid in self.workers():
             os.kill(pid, signal.SIGKILL)
-            until(lambda ended=pid: gone(ended), "the host to end")
-        until(lambda: not self.loaded()["adapters"], "the server to say so", TRUE_WITHIN_S)
+            until(lambda ended=pid: gone(ended), "the worker to end")
+        until(lambda: not self.loaded()["adapters"], "the server to report it", STATUS_DEADLINE_S)
 
-    def suffer(self, kill: Kill) -> str:
-        """The words with which the call under way ended."""
-        self.end_host()
-        mark = self.life.arm(kill.point, kill.way)
+    def kill(self, kill: Kill) -> str:
+        """Kill the worker during a call; return the text of the call's answer."""
+        self.end_worker()
+        mark = self.life.arm(kill.point, kill.method)
         tool = TOOL_OF[kill.point]
         for before in ("load_adapter", "generate", "unload_adapter"):
             if before == tool:
                 break
             self.call(before)
         answer = self.call(tool)
-        said = time.time()
+        answered = time.time()
         self.life.disarm()
         assert mark.exists(), f"the point was never reached: {kill}; {answer}"
-        if kill.way == MEMORY:
-            self.expect_truth_without_memory(answer)
+        if kill.method == MEMORY:
+            self.expect_consistent_without_memory(answer)
         else:
-            self.expect_truth_of_death(kill, answer, said - mark.stat().st_mtime)
-        return words(answer)
+            self.expect_reported_death(kill, answer, answered - mark.stat().st_mtime)
+        return text_of(answer)
 
-    def expect_truth_of_death(self, kill: Kill, answer: dict[str, Any], took_s: float) -> None:
-        assert took_s < TRUE_WITHIN_S, (kill, took_s)
+    def expect_reported_death(self, kill: Kill, answer: dict[str, Any], took_s: float) -> None:
+        assert took_s < STATUS_DEADLINE_S, (kill, took_s)
         assert answer["isError"], answer
-        assert f"died during this call ({TOOL_OF[kill.point].partition('_')[0]})" in words(answer)
-        assert kill.way in words(answer)
-        assert "load_adapter again" in words(answer)
+        assert f"died during this call ({TOOL_OF[kill.point].partition('_')[0]})" in text_of(answer)
+        assert kill.method in text_of(answer)
+        assert "load_adapter again" in text_of(answer)
         assert self.loaded()["adapters"] == []
         assert self.loaded()["base_model"] is None
-        assert self.hosts() == []
+        assert self.workers() == []
 
-    def expect_truth_without_memory(self, answer: dict[str, Any]) -> None:
-        """It got by, said so, or died; once it has memory again, what is said to be loaded answers as it always did."""
+    def expect_consistent_without_memory(self, answer: dict[str, Any]) -> None:
+        """Allow success, an error or death; once it has memory again, an adapter that is loaded must generate as before."""
         if answer.get("isError"):
-            assert "out of memory" in words(answer) or "died during this call" in words(answer), answer
-        loaded, hosts = self.loaded(), self.hosts()
-        assert hosts or not loaded["adapters"]
-        for pid in hosts:
+            assert "out of memory" in text_of(answer) or "died during this call" in text_of(answer), answer
+        loaded, workers = self.loaded(), self.workers()
+        assert workers or not loaded["adapters"]
+        for pid in workers:
             resource.prlimit(pid, resource.RLIMIT_AS, UNLIMITED)
         if any(adapter["active"] for adapter in loaded["adapters"]):
-            written = self.call("generate")
-            assert written["structuredContent"]["text"] == self.text, written
+            generated = self.call("generate")
+            assert generated["structuredContent"]["text"] == self.text, generated
 
 
-def words(answer: dict[str, Any]) -> str:
+def text_of(answer: dict[str, Any]) -> str:
     return " ".join(part.get("text", "") for part in answer.get("content", []))
 
 
@@ -120,27 +120,27 @@ def tiny_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("way", ["SIGKILL", "SIGTERM", MEMORY])
-def test_the_inference_process_is_killed(
+@pytest.mark.parametrize("method", ["SIGKILL", "SIGTERM", MEMORY])
+def test_a_killed_inference_worker_is_reported_and_can_be_replaced(
     tmp_path: Path,
     source: Path,
     tiny_base: Path,
-    toy_adapter: Path,
-    way: str,
+    tiny_adapter: Path,
+    method: str,
 ) -> None:
     life = Life(tmp_path, source, tiny_base)
-    kills = shuffled([Kill(point, "host", way) for point in TOOL_OF], f"host {way}")
+    kills = shuffled([Kill(point, "host", method) for point in TOOL_OF], f"host {method}")
     if ROUNDS < 1:
-        kills = kills[:1]  # each starts torch twice
+        kills = kills[:1]  # few, because each starts torch twice
     print(f"PEFT_SURVIVAL_SEED={SEED}")
     with server(life.paths.root, cwd=tmp_path) as started:
         inference = Inference(life, started, str(tiny_adapter))
-        inference.text = inference.load_and_write()
+        inference.text = inference.load_and_generate()
         for number, kill in enumerate(kills, 1):
             print(f"{number:3} of {len(kills)}: {kill}", flush=True)
-            said = inference.suffer(kill)
-            print(f"      {said[:160]}", flush=True)
-            assert inference.load_and_write() == inference.text
-        left = inference.hosts()
-    until(lambda: all(gone(pid) for pid in left), "the host to end with its server", PATIENCE_S)
-    life.expect_nobody()
+            answer = inference.kill(kill)
+            print(f"      {answer[:160]}", flush=True)
+            assert inference.load_and_generate() == inference.text
+        workers = inference.workers()
+    until(lambda: all(gone(pid) for pid in workers), "the worker to end with its server", TIMEOUT_S)
+    life.expect_no_processes()

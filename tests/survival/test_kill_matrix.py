@@ -1,4 +1,4 @@
-"""The kill matrix: every process, in every way, at every point of a job's life."""
+"""The kill matrix: every process, killed by every method, at every point of a job's life."""
 
 from __future__ import annotations
 
@@ -17,80 +17,79 @@ from tests.survival.wire import server
 pytestmark = pytest.mark.survival
 
 SEED = int(os.environ.get("PEFT_SURVIVAL_SEED", random.SystemRandom().randrange(10**6)))
-ROUNDS = float(os.environ.get("PEFT_SURVIVAL_ROUNDS", "0.25"))  # below 1: some of the kills, others with each seed
+ROUNDS = float(
+    os.environ.get("PEFT_SURVIVAL_ROUNDS", "0.25")
+)  # below 1: a part of the kills, which depends on the seed
 
 
 def shuffled(kills: list[Kill], salt: str) -> list[Kill]:
     order = kills * math.ceil(ROUNDS)
-    random.Random(f"{SEED} {salt}").shuffle(order)  # noqa: S311 -- an order, no secret
+    random.Random(f"{SEED} {salt}").shuffle(order)  # noqa: S311 -- not for cryptography
     return order[: math.ceil(len(kills) * ROUNDS)]
 
 
-def survive(life: Life, kills: list[Kill]) -> None:
+def expect_survival_of(life: Life, kills: list[Kill]) -> None:
     print(f"PEFT_SURVIVAL_SEED={SEED}")
     for number, kill in enumerate(kills, 1):
         print(f"{number:3} of {len(kills)}: {kill}", flush=True)
-        status = life.suffer(kill)
+        status = life.kill(kill)
         print(f"      {status.status}, step {status.step}: {status.error.message if status.error else ''}")
-        life.expect_the_queue_goes_on()
+        life.expect_queue_continues()
         if number % 5 == 0 or number == len(kills):
-            life.finish()  # the same job; the next kill begins with a new one
-            life.expect_the_queue_goes_on()
-    life.expect_nobody()
+            life.finish()  # the next kill starts with a new job
+            life.expect_queue_continues()
+    life.expect_no_processes()
 
 
-@pytest.mark.parametrize("way", ["SIGKILL", "SIGTERM", "memory"])
-def test_the_child_is_killed(life: Life, way: str) -> None:
-    survive(life, shuffled([Kill(point, "child", way) for point in SMALL_CHILD], f"child {way}"))
+@pytest.mark.parametrize("method", ["SIGKILL", "SIGTERM", "memory"])
+def test_the_job_survives_the_death_of_its_worker(life: Life, method: str) -> None:
+    expect_survival_of(life, shuffled([Kill(point, "child", method) for point in SMALL_CHILD], f"child {method}"))
 
 
-@pytest.mark.parametrize("way", ["SIGKILL", "SIGTERM", "memory"])
-def test_the_runner_is_killed(life: Life, way: str) -> None:
-    survive(life, shuffled([Kill(point, "runner", way) for point in RUNNER], f"runner {way}"))
+@pytest.mark.parametrize("method", ["SIGKILL", "SIGTERM", "memory"])
+def test_the_job_survives_the_death_of_the_runner(life: Life, method: str) -> None:
+    expect_survival_of(life, shuffled([Kill(point, "runner", method) for point in RUNNER], f"runner {method}"))
 
 
-@pytest.mark.parametrize("way", ["SIGKILL", "SIGTERM", "memory"])
-def test_the_server_is_killed_while_it_is_asked_to_train(life: Life, way: str) -> None:
-    """Whatever it had begun is found and finished by the next one.
-
-    One without any memory may get by, fail or fall silent: its client ends it then, as this test does.
-    """
-    kills = shuffled([Kill(point, "server", way) for point in SERVER], f"server {way}")
+@pytest.mark.parametrize("method", ["SIGKILL", "SIGTERM", "memory"])
+def test_the_next_server_finishes_a_job_whose_server_died_while_queuing_it(life: Life, method: str) -> None:
+    """A server without any memory may succeed, fail or stop answering; this test ends it then, as a client would."""
+    kills = shuffled([Kill(point, "server", method) for point in SERVER], f"server {method}")
     for number, kill in enumerate(kills, 1):
         print(f"{number:3} of {len(kills)}: {kill}", flush=True)
-        mark = life.arm(kill.point, kill.way)
+        mark = life.arm(kill.point, kill.method)
         with server(life.paths.root, cwd=life.root) as victim:
             config = {"base_model": str(life.base), **life.config}
-            asked = {"project_id": "small", "training_data": str(life.source), "config": config}
-            victim.send("tools/call", {"name": "train_adapter", "arguments": asked})
+            arguments = {"project_id": "small", "training_data": str(life.source), "config": config}
+            victim.send("tools/call", {"name": "train_adapter", "arguments": arguments})
             until(mark.exists, f"the point ({kill})")
-            if way != MEMORY:
+            if method != MEMORY:
                 until(lambda killed=victim.process.pid: gone(killed), "the server to die", 2.0)
         life.disarm()
-        life.job_id = life.jobs.status_and_ensure_runner("small").job_id  # None: it had not come so far
+        life.job_id = life.jobs.status_and_ensure_runner("small").job_id  # None: the job was not queued yet
         if life.job_id is not None:
             life.finish()
-        life.expect_nobody()
+        life.expect_no_processes()
 
 
-@pytest.mark.parametrize("way", ["SIGKILL", "SIGTERM"])
-def test_the_server_is_killed_while_a_job_goes_on(life: Life, way: str) -> None:
-    kills = shuffled([Kill(point, "server", way) for point in SMALL_CHILD], f"busy server {way}")
+@pytest.mark.parametrize("method", ["SIGKILL", "SIGTERM"])
+def test_a_running_job_survives_the_death_of_the_server(life: Life, method: str) -> None:
+    kills = shuffled([Kill(point, "server", method) for point in SMALL_CHILD], f"busy server {method}")
     for number, kill in enumerate(kills, 1):
         print(f"{number:3} of {len(kills)}: {kill}", flush=True)
         mark = life.arm(kill.point, "SIGSTOP")
         child = life.reach(kill, mark)
         with server(life.paths.root, cwd=life.root) as victim:
             victim.call("get_training_status", project_id="small", wait_s=0)
-            victim.process.send_signal(signal.Signals[way])
+            victim.process.send_signal(signal.Signals[method])
             victim.process.wait(2.0)
         assert life.status().status is Status.IN_PROGRESS
         life.disarm()
         os.kill(child, signal.SIGCONT)
         life.finish()
-        life.expect_nobody()
+        life.expect_no_processes()
 
 
-@pytest.mark.parametrize("way", ["SIGKILL", "SIGTERM"])
-def test_the_runner_is_killed_over_its_child(life: Life, way: str) -> None:
-    survive(life, shuffled([Kill(point, "runner", way) for point in SMALL_CHILD], f"over {way}"))
+@pytest.mark.parametrize("method", ["SIGKILL", "SIGTERM"])
+def test_the_job_survives_the_death_of_the_runner_while_its_worker_is_busy(life: Life, method: str) -> None:
+    expect_survival_of(life, shuffled([Kill(point, "runner", method) for point in SMALL_CHILD], f"over {method}"))

@@ -1,4 +1,4 @@
-"""However the server is left, it is gone within two seconds, and its inference process too; the training goes on."""
+"""However a server is ended, it and its inference worker are gone within seconds; the training continues."""
 
 from __future__ import annotations
 
@@ -12,93 +12,94 @@ import psutil
 import pytest
 
 from peft_core.system.cleanup import LEFT_BEHIND_INSPECTION_S
-from tests.survival.life import TRUE_WITHIN_S, Kill, Life, gone, until
+from tests.survival.life import STATUS_DEADLINE_S, Kill, Life, gone, until
 from tests.survival.points import SMALL_CHILD, Point
 from tests.survival.wire import Server, server
 
 pytestmark = pytest.mark.survival
 
-ROUNDS = int(os.environ.get("PEFT_SURVIVAL_LEAVINGS", "3"))  # of each way
+ROUNDS = int(os.environ.get("PEFT_SURVIVAL_LEAVINGS", "3"))  # how often each way is tried
 WAYS = ["end of input", "SIGTERM", "SIGINT", "SIGKILL"]
-ASKED = {"project_id": "small"}
 GONE_WITHIN_S = 2.0
 FIRST_STEP = next(point for point in SMALL_CHILD if point.what == "before the first step")
 
 
-def leave(left: Server, way: str) -> float:
-    """Seconds until the server is gone."""
+def stop(running: Server, way: str) -> float:
+    """End the server; return the seconds until it is gone."""
     began = time.monotonic()
     if way == "end of input":
-        left.hang_up()
+        running.hang_up()
     else:
-        left.process.send_signal(signal.Signals[way])
-    left.process.wait(timeout=20)
+        running.process.send_signal(signal.Signals[way])
+    running.process.wait(timeout=20)
     return time.monotonic() - began
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_server_is_gone_and_the_training_goes_on(life: Life, way: str) -> None:
+def test_an_ended_server_is_gone_in_two_seconds_and_the_training_continues(life: Life, way: str) -> None:
     mark = life.arm(FIRST_STEP, "SIGSTOP")
     child = life.reach(Kill(FIRST_STEP, "server", way), mark)
     for _ in range(ROUNDS):
-        with server(life.paths.root, cwd=life.root) as left:
+        with server(life.paths.root, cwd=life.root) as running:
             assert (
-                left.call("get_training_status", project_id="small", wait_s=0)["structuredContent"]["status"]
+                running.call("get_training_status", project_id="small", wait_s=0)["structuredContent"]["status"]
                 == "in_progress"
             )
-            left.send("tools/call", {"name": "get_training_status", "arguments": {"project_id": "small", "wait_s": 45}})
-            left.send("tools/call", {"name": "load_adapter", "arguments": {"adapter_path": "earlier"}})
-            server_process = psutil.Process(left.process.pid)
-            until(server_process.children, "the inference process")
+            running.send(
+                "tools/call", {"name": "get_training_status", "arguments": {"project_id": "small", "wait_s": 45}}
+            )
+            running.send("tools/call", {"name": "load_adapter", "arguments": {"adapter_path": "earlier"}})
+            server_process = psutil.Process(running.process.pid)
+            until(server_process.children, "the inference worker")
             started = server_process.children(recursive=True)
-            assert leave(left, way) < GONE_WITHIN_S
+            assert stop(running, way) < GONE_WITHIN_S
             until(
                 lambda pids=[process.pid for process in started]: all(map(gone, pids)),
-                "it to be gone",
-                TRUE_WITHIN_S,
+                "the inference worker to end",
+                STATUS_DEADLINE_S,
             )
         assert not gone(child)
     life.disarm()
     os.kill(child, signal.SIGCONT)
     life.finish()
-    life.expect_the_queue_goes_on()
-    life.expect_nobody()
+    life.expect_queue_continues()
+    life.expect_no_processes()
 
 
-def test_a_call_in_the_middle_of_long_work_holds_nobody_up(life: Life, tmp_path: Path) -> None:
-    pipe = tmp_path / "endless.jsonl"
-    with pipe.open("w") as file:
+def test_a_long_running_call_does_not_delay_the_end_of_the_server(life: Life, tmp_path: Path) -> None:
+    source = tmp_path / "endless.jsonl"
+    with source.open("w") as file:
         file.writelines(f'{{"text": "def add_{n}(a, b):\\n    return a + {n} * b\\n"}}\n' for n in range(400_000))
-    with server(life.paths.root, cwd=life.root) as left:
+    with server(life.paths.root, cwd=life.root) as running:
         arguments = {
             "project_id": "big",
-            "training_data": str(pipe),
+            "training_data": str(source),
             "config": {"base_model": str(life.base), **life.config},
         }
-        left.send("tools/call", {"name": "train_adapter", "arguments": arguments})
-        until(lambda: pipe.name in opened(left.process.pid), "it to read")
-        assert leave(left, "end of input") < GONE_WITHIN_S
+        running.send("tools/call", {"name": "train_adapter", "arguments": arguments})
+        until(lambda: source.name in opened(running.process.pid), "the server to read the source")
+        assert stop(running, "end of input") < GONE_WITHIN_S
 
 
-def test_a_look_at_data_ends_with_the_server_and_what_it_left_is_removed_by_the_next(life: Life) -> None:
+def test_an_inspection_ends_with_its_server_and_the_next_server_removes_its_files(life: Life) -> None:
     point = Point("child", "peft_core.data.prepare", "DatasetBuilder.fill", "after", "data spooled for an inspection")
     mark = life.arm(point, "hang")
     lines = life.source.read_text().splitlines()
     config = {"base_model": str(life.base), "max_length": 128, "allow_little_data": True}
-    asked = {"training_data": [json.loads(line) for line in lines], "config": config}
-    with server(life.paths.root, cwd=life.root) as left:
-        left.send("tools/call", {"name": "inspect_training_data", "arguments": asked})
-        until(mark.exists, "the look at the data")
-        looking = int(mark.read_text())
-        assert looking != left.process.pid
+    arguments = {"training_data": [json.loads(line) for line in lines], "config": config}
+    with server(life.paths.root, cwd=life.root) as running:
+        running.send("tools/call", {"name": "inspect_training_data", "arguments": arguments})
+        until(mark.exists, "the inspection to read the data")
+        inspecting = int(mark.read_text())
+        assert inspecting != running.process.pid
         (scratch,) = life.paths.inspections.iterdir()
-        assert list(scratch.rglob("*.jsonl"))  # the records, and what was made of them
-        assert leave(left, "SIGTERM") < GONE_WITHIN_S
-    until(lambda: gone(looking), "the process that looks to be gone", TRUE_WITHIN_S)
+        assert list(scratch.rglob("*.jsonl"))  # the records and the examples made of them
+        assert stop(running, "SIGTERM") < GONE_WITHIN_S
+    until(lambda: gone(inspecting), "the inspecting process to end", STATUS_DEADLINE_S)
     life.disarm()
     os.utime(scratch, (0, time.time() - LEFT_BEHIND_INSPECTION_S - 60))
     with server(life.paths.root, cwd=life.root) as next_:
-        answer = next_.call("inspect_training_data", **asked)
+        answer = next_.call("inspect_training_data", **arguments)
         assert answer["structuredContent"]["train_examples"] > 0
     assert list(life.paths.inspections.iterdir()) == []
 

@@ -1,4 +1,4 @@
-"""Several servers and many calls on one data directory."""
+"""Several servers and many concurrent calls on one data directory."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ pytestmark = pytest.mark.survival
 SERVERS = 4
 CALLS = int(os.environ.get("PEFT_SURVIVAL_CALLS", "200"))
 SEED = int(os.environ.get("PEFT_SURVIVAL_SEED", "0"))
-CLEAN = ("job_already_ended", "not_resumable", "job_not_found", "nothing_to_cancel", "adapter_not_found")
+EXPECTED_ERRORS = ("job_already_ended", "not_resumable", "job_not_found", "nothing_to_cancel", "adapter_not_found")
 
 
-def test_many_servers_lose_nothing_and_run_nothing_twice(life: Life) -> None:
-    said: list[tuple[str, dict[str, Any]]] = []
+def test_four_servers_on_one_data_directory_lose_no_job_and_run_none_twice(life: Life) -> None:
+    answers: list[tuple[str, dict[str, Any]]] = []
     submitted: list[str] = []
 
-    def call(left: Server, number: int, lot: random.Random) -> None:
+    def call(running: Server, number: int, chooser: random.Random) -> None:
         project = f"p{number % 6}"
-        tool = lot.choices(
+        tool = chooser.choices(
             ["train_adapter", "get_training_status", "list_adapters", "cancel_training", "resume_training"],
             [8, 50, 20, 8, 14],
         )[0]
@@ -43,20 +43,20 @@ def test_many_servers_lose_nothing_and_run_nothing_twice(life: Life) -> None:
         elif tool == "get_training_status":
             arguments["wait_s"] = 0
         elif tool == "resume_training":
-            arguments = {"job_id": lot.choice(submitted) if submitted else "none"}
-        answer = left.call(tool, **arguments)
-        said.append((tool, answer))
+            arguments = {"job_id": chooser.choice(submitted) if submitted else "none"}
+        answer = running.call(tool, **arguments)
+        answers.append((tool, answer))
         if tool == "train_adapter" and not answer.get("isError"):
             submitted.append(answer["structuredContent"]["job_id"])
 
-    def work(left: Server, numbers: range) -> None:
-        lot = random.Random(f"{SEED} {numbers}")  # noqa: S311 -- an order, no secret
+    def work(running: Server, numbers: range) -> None:
+        chooser = random.Random(f"{SEED} {numbers}")  # noqa: S311 -- not for cryptography
         for number in numbers:
-            call(left, number, lot)
+            call(running, number, chooser)
 
     with ExitStack() as stack:
         servers = [stack.enter_context(server(life.paths.root, cwd=life.root)) for _ in range(SERVERS)]
-        # Two threads to each server: its calls overlap, too.
+        # Two threads per server, so that calls to the same server overlap too.
         threads = [
             threading.Thread(target=work, args=(servers[n % SERVERS], range(n, CALLS, 2 * SERVERS)))
             for n in range(2 * SERVERS)
@@ -65,14 +65,14 @@ def test_many_servers_lose_nothing_and_run_nothing_twice(life: Life) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-    # They are gone; what they left is for the next.
+    # The servers are gone; the runner finishes the queue.
     until(lambda: all(life.status(job).status.is_final for job in submitted), "all jobs to end", 240)
-    life.expect_nobody()
+    life.expect_no_processes()
 
-    errors = [str(answer) for _, answer in said if answer.get("isError")]
-    assert len(said) == CALLS
-    assert [error for error in errors if not any(f"[{code}]" in error for code in CLEAN)] == []
-    print(Counter(tool for tool, _ in said), f"{len(submitted)} jobs, {len(errors)} refusals")
+    errors = [str(answer) for _, answer in answers if answer.get("isError")]
+    assert len(answers) == CALLS
+    assert [error for error in errors if not any(f"[{code}]" in error for code in EXPECTED_ERRORS)] == []
+    print(Counter(tool for tool, _ in answers), f"{len(submitted)} jobs, {len(errors)} refusals")
     expect_one_at_a_time(life, submitted)
     for job in submitted:
         status = life.status(job)
@@ -83,7 +83,7 @@ def test_many_servers_lose_nothing_and_run_nothing_twice(life: Life) -> None:
 
 
 def expect_one_at_a_time(life: Life, jobs: list[str]) -> None:
-    """No run began before the one before it had ended, and each began as often as it was queued."""
+    """Check that no run started before the previous one ended, and that each started at most as often as it was queued."""
     store = Store(life.paths.database, time.time)
     spans = []
     for job in jobs:
@@ -91,12 +91,12 @@ def expect_one_at_a_time(life: Life, jobs: list[str]) -> None:
         assert kinds.count("job_started") <= 1 + kinds.count("job_resumed")
         if store.get(job).status is Status.COMPLETED:
             spans.append((time_of(life, job, "job_started"), time_of(life, job, "job_completed")))
-    for (_, ended), (began, _) in pairwise(sorted(spans)):
-        assert ended <= began
+    for (_, ended), (started, _) in pairwise(sorted(spans)):
+        assert ended <= started
 
 
 def time_of(life: Life, job: str, kind: str) -> float:
-    """When the latest event of this kind was recorded."""
+    """Return when the latest event of this kind was recorded."""
     query = "SELECT max(at) FROM events WHERE job_id = ? AND json_extract(event, '$.kind') = ?"
     with closing(sqlite3.connect(life.paths.database)) as db:
         return float(db.execute(query, (job, kind)).fetchone()[0])

@@ -1,4 +1,4 @@
-"""The pids of a job's dead processes belong to others now: nobody takes those for the job's, and nobody touches them."""
+"""Other processes that got the pids of a job's dead processes are neither taken for the job's nor touched."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import psutil
 import pytest
 
 from peft_core.schemas.results import Status
-from tests.survival.life import TRUE_WITHIN_S, Kill, Life, state, until
+from tests.survival.life import STATUS_DEADLINE_S, Kill, Life, state, until
 from tests.survival.points import SMALL_CHILD
 
 pytestmark = pytest.mark.survival
 
 LAST_PID = Path("/proc/sys/kernel/ns_last_pid")  # the next process gets the one after it
 FIRST_STEP = next(point for point in SMALL_CHILD if point.what == "before the first step")
-TRIES = 200  # something else on the machine may be faster
+TRIES = 200  # another process may get the pid first
 
 
 @contextmanager
 def stranger(pid: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A process of somebody else that has this pid."""
+    """Start an unrelated process with this pid."""
     for _ in range(TRIES):
         try:
             LAST_PID.write_text(str(pid - 1))
@@ -37,7 +37,7 @@ def stranger(pid: int) -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
         process.wait()
     else:
-        pytest.fail(f"pid {pid} was not to be had")
+        pytest.fail(f"could not get pid {pid}")
     try:
         yield process
     finally:
@@ -45,13 +45,13 @@ def stranger(pid: int) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def bury(pid: int) -> None:
-    """Wait until the system has its pid to give: the job service reaps its runner, the first process what is orphaned."""
+def wait_until_reaped(pid: int) -> None:
+    """Wait until the pid is free: the job service reaps its runner, and init reaps orphans."""
     until(lambda: state(pid) == "gone", f"{pid} to be reaped")
 
 
-def test_a_pid_that_belongs_to_another_process_now_makes_no_dead_job_look_alive(life: Life) -> None:
-    """Of both together: while its child lives, the runner's pid names their session, and the system gives it to nobody."""
+def test_a_reused_pid_does_not_make_a_dead_job_look_alive(life: Life) -> None:
+    """Kill runner and worker: while the worker lives, the runner's pid names their session and is not reused."""
     mark = life.arm(FIRST_STEP, "SIGSTOP")
     child = life.reach(Kill(FIRST_STEP, "child", "SIGSTOP"), mark)
     life.disarm()
@@ -59,13 +59,13 @@ def test_a_pid_that_belongs_to_another_process_now_makes_no_dead_job_look_alive(
     for pid in dead:
         os.kill(pid, signal.SIGKILL)
     for pid in dead:
-        bury(pid)
+        wait_until_reaped(pid)
     with ExitStack() as strangers:
         others = [strangers.enter_context(stranger(pid)) for pid in dead]
-        until(lambda: life.status().status.is_final, "the true status", TRUE_WITHIN_S)
+        until(lambda: life.status().status.is_final, "the true status", STATUS_DEADLINE_S)
         assert life.status().status is Status.INTERRUPTED
         life.check()
         life.finish()
-        life.expect_the_queue_goes_on()
-        life.expect_nobody()
-        assert [other.poll() for other in others] == [None, None]  # they were left alone
+        life.expect_queue_continues()
+        life.expect_no_processes()
+        assert [other.poll() for other in others] == [None, None]  # both are still running

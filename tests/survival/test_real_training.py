@@ -1,4 +1,4 @@
-"""Kills of a training with torch, and that none of them changes what it computes."""
+"""Kills of a real training with torch, none of which may change its results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONFIG = {
     "max_length": 256,
     "allow_little_data": True,
 }
-FEW = 3  # kills by default: each starts torch twice
+DEFAULT_KILLS = 3  # few, because each starts torch twice
 ENDS = [("child", "SIGKILL"), ("runner", "SIGKILL"), ("child", "SIGTERM")]
 
 
@@ -42,13 +42,13 @@ def real(tmp_path: Path, source: Path, tiny_base: Path) -> Life:
 
 
 def curve(life: Life) -> list[tuple[str, int, float]]:
-    """Every loss that the job has told, in order; a step that was done again after a kill as often as it was done."""
+    """Return every recorded loss in order; a step that was repeated after a kill occurs several times."""
     events = Store(life.paths.database, time.time).events(life.current)
     return [(e.kind, e.step, e.loss) for e in events if isinstance(e, (StepCompleted, HeldOutMeasured))]
 
 
 @pytest.mark.timeout(1200)
-def test_a_training_that_is_killed_everywhere_computes_what_an_undisturbed_one_does(real: Life) -> None:
+def test_a_killed_and_resumed_training_gives_the_losses_of_an_undisturbed_run(real: Life) -> None:
     real.job_id = real.submit("real")
     until(lambda: real.status().status.is_final, "the undisturbed run")
     assert real.status().status is Status.COMPLETED, real.status()
@@ -60,26 +60,26 @@ def test_a_training_that_is_killed_everywhere_computes_what_an_undisturbed_one_d
     kills = [Kill(point, *next(ends)) for point in REAL_CHILD]
     kills = shuffled(kills, "real")
     if ROUNDS < 1:
-        kills = kills[:FEW]
+        kills = kills[:DEFAULT_KILLS]
     for number, kill in enumerate(kills, 1):
-        status = real.suffer(kill)
+        status = real.kill(kill)
         print(f"{number:3} of {len(kills)}: {kill}\n      {status.status}, step {status.step}", flush=True)
         assert set(curve(real)) <= undisturbed
     real.finish()
-    assert set(curve(real)) == undisturbed  # bit by bit: float32 on a CPU
+    assert set(curve(real)) == undisturbed  # bit-identical: float32 on a CPU
     events = Store(real.paths.database, time.time).events(real.current)
-    if status.status is not Status.COMPLETED:  # as it may be after a kill at its very end
+    if status.status is not Status.COMPLETED:  # it can complete if the kill came at the very end
         assert any(isinstance(event, JobResumed) for event in events)
-    real.expect_nobody()
+    real.expect_no_processes()
 
 
 @pytest.mark.parametrize("what", ["base loaded", "in a step, gradients there", "about to write the adapter"])
-def test_a_training_that_runs_out_of_memory_says_so_and_resumes(real: Life, what: str) -> None:
+def test_a_training_that_runs_out_of_memory_reports_it_and_can_be_resumed(real: Life, what: str) -> None:
     point = next(point for point in REAL_CHILD if point.what == what)
-    status = real.suffer(Kill(point, "child", "memory"))
+    status = real.kill(Kill(point, "child", "memory"))
     print(status.status, status.error)
-    if status.status is not Status.COMPLETED:  # as it may be where the limit came late
+    if status.status is not Status.COMPLETED:  # it can complete if the limit came late
         assert status.error is not None
         assert status.error.code in ("out_of_memory", "killed")
     real.finish()
-    real.expect_nobody()
+    real.expect_no_processes()

@@ -1,4 +1,4 @@
-"""A stdio server and a client of it in few lines: what is written and read is on the raw wire."""
+"""A stdio server with a minimal client that reads and writes raw JSON-RPC."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HELLO = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"na
 
 
 class Server:
-    """`python -m server`, spoken to by threads that wait for their own answers."""
+    """`python -m server`; several threads may call it at the same time."""
 
     def __init__(self, data_dir: Path, *, cwd: Path, **environment: str) -> None:
         variables = {**os.environ, "CODEBASE_GARDENER_DATA_DIR": str(data_dir), **environment}
@@ -30,31 +30,31 @@ class Server:
             start_new_session=True,
         )
         self._answers: dict[int, dict[str, Any]] = {}
-        self._news = threading.Condition()
+        self._changed = threading.Condition()
         self._next = 0
         self._ended = False
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def hello(self) -> None:
-        self.ask("initialize", HELLO)
+        self.request("initialize", HELLO)
         self._write({"jsonrpc": "2.0", "method": "notifications/initialized", "params": {}})
 
     def call(self, tool: str, **arguments: Any) -> dict[str, Any]:
-        """The result of one tool call, as it came; {} where the server ended first."""
-        return self.ask("tools/call", {"name": tool, "arguments": arguments})
+        """Return the result of one tool call; {} if the server ended first."""
+        return self.request("tools/call", {"name": tool, "arguments": arguments})
 
-    def ask(self, method: str, params: dict[str, Any], timeout_s: float = 120.0) -> dict[str, Any]:
+    def request(self, method: str, params: dict[str, Any], timeout_s: float = 120.0) -> dict[str, Any]:
         number = self.send(method, params)
-        with self._news:
-            assert self._news.wait_for(lambda: self._ended or number in self._answers, timeout_s), (
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._ended or number in self._answers, timeout_s), (
                 f"no answer: {method}"
             )
             answer = self._answers.pop(number, {})
         return dict(answer.get("result") or answer.get("error") or {})
 
     def send(self, method: str, params: dict[str, Any]) -> int:
-        with self._news:
+        with self._changed:
             self._next += 1
             number = self._next
             self._write({"jsonrpc": "2.0", "id": number, "method": method, "params": params})
@@ -62,24 +62,24 @@ class Server:
 
     def _write(self, message: dict[str, Any]) -> None:
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # it ended, and whoever waits will see
+        with suppress(BrokenPipeError):  # the server has ended; the waiting threads will notice
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
             self.process.stdin.flush()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            said = json.loads(line)
-            if "id" in said and "method" not in said:
-                with self._news:
-                    self._answers[said["id"]] = said
-                    self._news.notify_all()
-        with self._news:
+            message = json.loads(line)
+            if "id" in message and "method" not in message:
+                with self._changed:
+                    self._answers[message["id"]] = message
+                    self._changed.notify_all()
+        with self._changed:
             self._ended = True
-            self._news.notify_all()
+            self._changed.notify_all()
 
     def close(self) -> None:
-        """Make an end of it, whatever its state."""
+        """Kill the server, whatever its state."""
         self.process.kill()
         self.process.wait()
         self._reader.join()

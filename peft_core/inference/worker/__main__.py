@@ -102,7 +102,8 @@ def main() -> int:
     write = json_line_writer(redirect_stdout(), on_closed=lambda: os._exit(0))
     config = HostConfig.model_validate_json(sys.argv[1])
     signal.signal(
-        signal.SIGINT, signal.SIG_IGN,
+        signal.SIGINT,
+        signal.SIG_IGN,
     )  # Ctrl-C at a terminal also reaches the server, which ends this process
     logs.configure(config.log_level)
     requests = RequestQueue()

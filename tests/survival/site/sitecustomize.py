@@ -1,10 +1,9 @@
-"""In every process below a data directory whose parent holds `point.json`: do what it says at the place it names.
+"""In every process below a data directory whose parent holds `point.json`: do the deed that it names at its kill point.
 
-Python imports this module by itself where its directory is in PYTHONPATH. The product knows nothing of it: the place is a
-function of the product (`module`, `function`), before or after its `count`-th call, and what is done there is real: a signal
-to the process itself, a stop (for the test to act meanwhile), a call that does not return, or all memory taken under a
-real limit. It is done once, in
-one process: the file `mark` says which.
+Python imports this module automatically if its directory is in PYTHONPATH. The product knows nothing of it. A kill point is
+before or after the `count`-th call of a function of the product (`module`, `function`), and the deed is real: a signal to
+the process itself, a stop (while the test acts), a call that does not return, or exhausted memory under a real limit. It is
+done once, in one process: the file `mark` says which.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ HOARD: list[bytes] = []
 
 
 def out_of_memory() -> None:
-    """Take what there is under the limit; what comes next meets real failures to allocate."""
+    """Take all memory under the limit, so that later allocations really fail."""
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    _, most = resource.getrlimit(resource.RLIMIT_AS)  # stays: the test may give the memory back
-    resource.setrlimit(resource.RLIMIT_AS, (size, most))
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_AS)  # kept, so that the test can raise the limit again
+    resource.setrlimit(resource.RLIMIT_AS, (size, hard_limit))
     for step in (1 << 20, 1 << 12, 1 << 7):
         try:
             while True:
@@ -48,19 +47,19 @@ def act(point: dict[str, Any]) -> None:
     draft.rename(mark.with_suffix(".reached"))
     if point["deed"] == "memory":
         out_of_memory()
-    elif point["deed"] == "hang":  # this thread; the others go on
+    elif point["deed"] == "hang":  # this thread only
         threading.Event().wait()
     else:
         os.kill(os.getpid(), signal.Signals[point["deed"]])
 
 
 class Finder(MetaPathFinder):
-    """Changes a module as soon as it is there."""
+    """Changes a module right after it is imported."""
 
     module: str
 
     def change(self, module: Any) -> None:
-        raise NotImplementedError  # each of the finders below has its own
+        raise NotImplementedError
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != self.module:
@@ -80,7 +79,7 @@ class Finder(MetaPathFinder):
 
 
 class SmallRunner(Finder):
-    """Has a server start the runner of this room, whose child is small."""
+    """Makes a server start the runner with the small worker."""
 
     module = "peft_core.jobs.supervisor"
 
@@ -89,7 +88,7 @@ class SmallRunner(Finder):
 
 
 class AtThePoint(Finder):
-    """Wraps the named function."""
+    """Wraps the function of the kill point."""
 
     def __init__(self, point: dict[str, Any]) -> None:
         self.module = point["module"]
@@ -100,20 +99,20 @@ class AtThePoint(Finder):
     def change(self, module: Any) -> None:
         *owners, name = self.point["function"].split(".")
         holder = functools.reduce(getattr, owners, module)
-        plain = getattr(holder, name)
+        original = getattr(holder, name)
 
         def due() -> bool:
             with self.lock:
                 self.calls += 1
                 return bool(self.calls == self.point["count"])
 
-        @functools.wraps(plain)
+        @functools.wraps(original)
         def at_the_point(*args: Any, **kwargs: Any) -> Any:
-            now = due()
-            if now and self.point["when"] == "before":
+            is_due = due()
+            if is_due and self.point["when"] == "before":
                 act(self.point)
-            result = plain(*args, **kwargs)
-            if now and self.point["when"] == "after":
+            result = original(*args, **kwargs)
+            if is_due and self.point["when"] == "after":
                 act(self.point)
             return result
 

@@ -1,4 +1,4 @@
-"""`evaluate_adapter` through the real stdio server: an adapter on code it never saw, and on code it was trained on."""
+"""`evaluate_adapter` through the real stdio server: on code that the adapter never saw, and on its own training data."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.e2e.test_main_job import call, ended, wait_for
 pytestmark = pytest.mark.model
 
 
-async def measured(client: Client, adapter: str, data: object) -> dict[str, Any]:
+async def evaluate(client: Client, adapter: str, data: object) -> dict[str, Any]:
     queued = await call(client, "evaluate_adapter", adapter_path=adapter, evaluation_data=data)
     assert (queued["status"], queued["kind"]) == ("queued", "evaluation")
     return await wait_for(client, ended, queued["project_id"], queued["job_id"])
 
 
-async def test_an_adapter_is_measured_on_other_code_and_not_on_its_own(
+async def test_an_adapter_is_evaluated_on_unseen_code_and_not_on_its_training_data(
     trained: Path,
     stdlib_repository: Path,
     tmp_path: Path,
@@ -36,8 +36,8 @@ async def test_an_adapter_is_measured_on_other_code_and_not_on_its_own(
     unseen.write_text("".join(json.dumps(chunk) + "\n" for chunk in chunks))
 
     async with Client(stdio_server(trained), mode="legacy") as client:
-        # 1. Code that it never saw: figures of base and adapter, a verdict, a page.
-        status = await measured(client, "web", str(unseen))
+        # 1. Unseen code gives metrics of base and adapter, a verdict and a report.
+        status = await evaluate(client, "web", str(unseen))
         assert status["status"] == "completed", status["error"]
         evaluation = status["evaluation"]
         assert evaluation["verdict"] in ("helps", "no_difference", "harms")
@@ -48,16 +48,16 @@ async def test_an_adapter_is_measured_on_other_code_and_not_on_its_own(
         report = Path(status["report_path"]).read_text()
         assert "html/part_" in report
 
-        # 2. What it was trained on: refused, with the overlap.
+        # 2. Training data is refused with the overlap.
         seen = tmp_path / "seen.jsonl"
         seen.write_text("".join(json.dumps({"text": text}) + "\n" for text in trained_on(trained, "web")[:8]))
-        status = await measured(client, "web", str(seen))
+        status = await evaluate(client, "web", str(seen))
         assert (status["status"], status["error"]["code"]) == ("failed", "evaluation_overlaps_training")
         assert "overlaps the training data" in status["error"]["message"]
 
 
 def trained_on(data: Path, project: str) -> list[str]:
-    """The texts that a project's adapter learned."""
+    """Return the training texts of a project's adapter."""
     job = (data / "projects" / project / "lora" / "current").resolve().name
     lines = (data / "jobs" / job / "dataset" / "train.jsonl").read_text().splitlines()
     return ["".join(part["text"] for part in json.loads(line)["segments"] if part["learn"]) for line in lines]

@@ -1,4 +1,4 @@
-"""Trained adapters in use, through the real stdio server with the real model."""
+"""Using trained adapters through the real stdio server with the real model."""
 
 from __future__ import annotations
 
@@ -28,42 +28,42 @@ async def call(client: Client, tool: str, **arguments: Any) -> dict[str, Any]:
     return result.structured_content
 
 
-def host_of(data_dir: Path) -> psutil.Process:
-    """The inference process that serves this data directory."""
-    found = [
+def worker_of(data_dir: Path) -> psutil.Process:
+    """Return the inference worker of this data directory."""
+    workers = [
         process
         for process in psutil.process_iter(["cmdline"])
         if any(str(data_dir) in part for part in process.info["cmdline"] or ())
         and "peft_core.inference.worker" in process.info["cmdline"]
     ]
-    assert len(found) == 1
-    return found[0]
+    assert len(workers) == 1
+    return workers[0]
 
 
-async def test_from_a_trained_adapter_to_other_words_and_back(trained: Path, era: str) -> None:
-    heard: list[str] = []
+async def test_an_adapter_is_verified_loaded_used_switched_and_unloaded(trained: Path, era: str) -> None:
+    messages: list[str] = []
 
-    async def hear(_done: float, _total: float | None, message: str | None) -> None:
-        heard.append(message or "")
+    async def on_progress(_done: float, _total: float | None, message: str | None) -> None:
+        messages.append(message or "")
 
     async with Client(stdio_server(trained), mode=era) as client:
-        # 1. It belongs to its base, and the base is found without being named.
-        found = await call(client, "verify_adapter_compatibility", adapter_path="web", scan_weights=True)
-        assert (found["verdict"], found["compatible"], found["scanned"]) == ("exact", True, True)
-        assert found["reasons"] == []
-        found = await call(client, "verify_adapter_compatibility", adapter_path="web")
-        assert (found["verdict"], found["base_model"]) == ("sampled", "SmolLM2-135M-Instruct")
+        # 1. Verification finds its base, named or not.
+        checked = await call(client, "verify_adapter_compatibility", adapter_path="web", scan_weights=True)
+        assert (checked["verdict"], checked["compatible"], checked["scanned"]) == ("exact", True, True)
+        assert checked["reasons"] == []
+        checked = await call(client, "verify_adapter_compatibility", adapter_path="web")
+        assert (checked["verdict"], checked["base_model"]) == ("sampled", "SmolLM2-135M-Instruct")
 
-        # 2. Loaded, with proof.
-        result = await client.call_tool("load_adapter", {"adapter_path": "web"}, progress_callback=hear)
+        # 2. Loading proves the effect.
+        result = await client.call_tool("load_adapter", {"adapter_path": "web"}, progress_callback=on_progress)
         loaded = result.structured_content
         assert loaded is not None
         assert (loaded["status"], loaded["how"], loaded["verdict"]) == ("loaded", "cold", "sampled")
         assert loaded["effect"]["unmatched_keys"] == 0
         assert loaded["effect"]["max_logit_change"] > 0.01
-        assert "loading SmolLM2-135M-Instruct" in heard
+        assert "loading SmolLM2-135M-Instruct" in messages
 
-        # 3. It changes what is written, and the base's own words are the same whoever asks.
+        # 3. The adapter changes the text; the base's text is the same with compare_with_base and use_base.
         both = await call(client, "generate", **CODE, compare_with_base=True)
         assert both["text"] != both["base_text"]
         assert both["adapter_path"] == loaded["adapter_path"]
@@ -72,17 +72,17 @@ async def test_from_a_trained_adapter_to_other_words_and_back(trained: Path, era
         assert alone["text"] == both["base_text"]
         assert alone["adapter_path"] is None
         question = [{"role": "user", "content": "What does json.dumps return?"}]
-        heard.clear()
+        messages.clear()
         result = await client.call_tool(
             "generate",
             {"messages": question, "max_new_tokens": 40},
-            progress_callback=hear,
+            progress_callback=on_progress,
         )
         assert result.structured_content is not None
         assert result.structured_content["applied"]["prompt_format"] == "chat_template"
-        assert any("tokens by the adapter" in message for message in heard)
+        assert any("tokens by the adapter" in message for message in messages)
 
-        # 4. A second one beside it; the first is switched back to, and writes as before.
+        # 4. A second adapter is loaded; after switching back, the first generates as before.
         assert (await call(client, "load_adapter", adapter_path="json"))["how"] == "warm"
         assert (await call(client, "generate", **CODE))["text"] != both["text"]
         assert (await call(client, "load_adapter", adapter_path="web"))["how"] == "switched"
@@ -93,28 +93,28 @@ async def test_from_a_trained_adapter_to_other_words_and_back(trained: Path, era
             "json": (True, False),
         }
 
-        # 5. A request that fails keeps nothing in memory.
+        # 5. A failed request leaves nothing in memory.
         assert (await client.call_tool("generate", {"prompt": "word " * 9000})).is_error
         assert (await client.call_tool("generate", {"prefix": "a", "suffix": "b"})).is_error
 
-        # 6. Off, one after the other; with the last the base goes, and its memory back to the operating system.
+        # 6. Unloading the last adapter unloads the base too and returns its memory to the operating system.
         unloaded = await call(client, "unload_adapter")
         assert (unloaded["adapter_path"], unloaded["base_unloaded"]) == (loaded["adapter_path"], False)
         unloaded = await call(client, "unload_adapter", adapter_path="json")
         assert unloaded["base_unloaded"]
         freed = unloaded["memory_before_bytes"] - unloaded["memory_after_bytes"]
         assert freed > 450e6  # of the 538 MB that the base has
-        assert abs(host_of(trained).memory_info().rss - unloaded["memory_after_bytes"]) < 20e6
+        assert abs(worker_of(trained).memory_info().rss - unloaded["memory_after_bytes"]) < 20e6
         result = await client.call_tool("generate", CODE)
         assert result.is_error
         assert "load_adapter" in text_of(result)
-        host = host_of(trained)
+        worker = worker_of(trained)
     with anyio.fail_after(5):
-        while host.is_running():  # noqa: ASYNC110 -- another process's end
+        while worker.is_running():  # noqa: ASYNC110 -- there is no event for the end of another process
             await anyio.sleep(0.01)
 
 
-async def test_an_adapter_of_another_base_is_not_loaded_and_the_base_answers(trained: Path, tmp_path: Path) -> None:
+async def test_an_adapter_of_another_base_is_not_loaded_and_the_base_generates(trained: Path, tmp_path: Path) -> None:
     wrong = write_adapter(tmp_path / "tiny")
     async with Client(stdio_server(trained), mode=MODERN) as client:
         arguments = {"adapter_path": str(wrong), "base_model": "bundled", "accept_unproven_base": True}
@@ -124,15 +124,15 @@ async def test_an_adapter_of_another_base_is_not_loaded_and_the_base_answers(tra
         assert result.structured_content["status"] == "fallback"
         assert result.structured_content["verdict"] == "incompatible"
         assert {reason["code"] for reason in result.structured_content["reasons"]} >= {"layer_count", "shape"}
-        written = await call(client, "generate", **CODE)
-        assert written["adapter_path"] is None
+        generated = await call(client, "generate", **CODE)
+        assert generated["adapter_path"] is None
         too_long = await client.call_tool("generate", {"prompt": "word " * 9000})
         assert too_long.is_error
         assert "8192 tokens" in text_of(too_long)
         assert (await client.call_tool("generate", {"prefix": "a", "suffix": "b"})).is_error
 
 
-async def test_a_cancelled_call_and_a_killed_host_leave_a_server_that_serves(trained: Path, era: str) -> None:
+async def test_the_server_still_serves_after_a_cancelled_call_and_a_killed_worker(trained: Path, era: str) -> None:
     async with Client(stdio_server(trained), mode=era) as client:
         await call(client, "load_adapter", adapter_path="web")
         expected = await call(client, "generate", **CODE)
@@ -147,27 +147,27 @@ async def test_a_cancelled_call_and_a_killed_host_leave_a_server_that_serves(tra
         with anyio.fail_after(30):  # 4000 tokens would take minutes
             assert (await call(client, "generate", **CODE))["text"] == expected["text"]
 
-        failed: list[str] = []
+        errors: list[str] = []
 
         async def generate_long() -> None:
             result = await client.call_tool("generate", {**CODE, "max_new_tokens": 4000})
             assert result.is_error
-            failed.append(text_of(result))
+            errors.append(text_of(result))
 
-        host = host_of(trained)
-        host.suspend()  # so that the call is under way when it dies
+        worker = worker_of(trained)
+        worker.suspend()  # so that the call is still running when the worker dies
         async with anyio.create_task_group() as group:
             group.start_soon(generate_long)
             await call(client, "get_training_status", project_id="web", wait_s=0)  # answered while the model is busy
-            os.kill(host.pid, signal.SIGKILL)
-        assert "died during this call (generate): it was killed by SIGKILL" in failed[0]
-        assert "host_died" in failed[0]
+            os.kill(worker.pid, signal.SIGKILL)
+        assert "died during this call (generate): it was killed by SIGKILL" in errors[0]
+        assert "host_died" in errors[0]
         assert (await call(client, "list_adapters"))["loaded"]["adapters"] == []
         assert (await call(client, "load_adapter", adapter_path="web"))["how"] == "cold"
         assert (await call(client, "generate", **CODE))["text"] == expected["text"]
 
 
-async def test_an_adapter_that_was_changed_after_publishing_is_refused(trained: Path, tmp_path: Path) -> None:
+async def test_an_adapter_that_was_altered_after_publishing_is_refused(trained: Path, tmp_path: Path) -> None:
     published = (trained / "projects" / "web" / "lora" / "current").resolve()
     altered = tmp_path / "altered"
     altered.mkdir()
@@ -176,5 +176,5 @@ async def test_an_adapter_that_was_changed_after_publishing_is_refused(trained: 
     config = json.loads((altered / "adapter_config.json").read_text())
     (altered / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 8 * config["lora_alpha"]}))
     async with Client(stdio_server(trained), mode=MODERN) as client:
-        found = await call(client, "verify_adapter_compatibility", adapter_path=str(altered))
-        assert [reason["code"] for reason in found["reasons"]] == ["altered"]
+        checked = await call(client, "verify_adapter_compatibility", adapter_path=str(altered))
+        assert [reason["code"] for reason in checked["reasons"]] == ["altered"]
