@@ -32,7 +32,7 @@ def match_base(record: BaseRecord | None, base: Base, hint: str | None = None) -
 def find_base(record: BaseRecord, candidates: Iterable[Callable[[], Base]]) -> Base | None:
     """The first candidate with the recorded weights, else the first that is the same model in another number format.
 
-    Each candidate is a call that resolves a base; those that raise ModelError are passed over.
+    Each candidate is a call that resolves a base; those that raise PeftMcpError are passed over.
     """
     family: Base | None = None
     for candidate in candidates:

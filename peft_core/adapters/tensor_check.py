@@ -15,12 +15,12 @@ from peft_core.adapters.findings import error, error_about
 from peft_core.adapters.manifest import CONFIG, WEIGHTS
 from peft_core.base_models.checkpoint import read_checkpoint
 from peft_core.base_models.checkpoint_info import TensorInfo, join_some
+from peft_core.base_models.families import EMBEDDING_MODULES
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.results import Reason
 
 FLOATS = ("BF16", "F16", "F32")
 PREFIX = "base_model.model."
-_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")
 _PEFT = re.compile(r"(.+)\.lora_(A|B)\.weight", re.ASCII)
 _NAMED = re.compile(r"(.+)\.lora_(A|B)\.[^.]+\.weight", re.ASCII)  # model.state_dict() has the adapter's name inside
 _UNUSABLE = {
@@ -63,7 +63,7 @@ def base_modules(base: Base) -> BaseModules:
     """What a base consists of.
 
     Raises:
-        BaseModelError, HeaderError: it cannot be read.
+        BaseCheckpointError, HeaderError: it cannot be read.
     """
     shapes = read_checkpoint(base.path).shapes
     linear = linear_modules(shapes)
@@ -123,7 +123,7 @@ def _meaning(name: str, tensor: TensorInfo, modules: BaseModules | None) -> str:
     if not name.endswith((".weight", ".bias")) or ".lora_" in name:
         return "foreign_tensor"
     part = name.split(".")[-2]
-    if part in (*_EMBEDDINGS, "lm_head") and modules is not None:
+    if part in (*EMBEDDING_MODULES, "lm_head") and modules is not None:
         rows = tensor.shape[0] if tensor.shape else 0
         return "overwrites_base" if rows == _vocabulary(modules) else "vocabulary_resized"
     taken = modules is None or name in modules.parameters or part == "base_layer"
@@ -243,7 +243,7 @@ def _against_base(found: _Sorted, settings: LoraSettings | None, modules: BaseMo
 
 def _unmatched(settings: LoraSettings, matched: set[str], fix: str) -> Iterator[Reason]:
     targets = [target for target in settings.target_modules if target not in matched]
-    embeddings = [target for target in targets if target.rpartition(".")[2] in _EMBEDDINGS]
+    embeddings = [target for target in targets if target.rpartition(".")[2] in EMBEDDING_MODULES]
     what, advice = _FOREIGN["embedding_lora"]
     yield from error_about("embedding_lora", what.replace("tensors adapt", "targets are"), embeddings, fix=advice)
     others = [target for target in targets if target not in embeddings]

@@ -27,7 +27,7 @@ def verify(directory: Path, base: Base | None, *, scan_weights: bool = False) ->
     Without a base (the adapter's own was not found) the files are checked alone.
 
     Raises:
-        BaseModelError, HeaderError: the base, not the adapter, cannot be read.
+        BaseCheckpointError, HeaderError: the base, not the adapter, cannot be read.
     """
     started = time.perf_counter()
     files = read_adapter(directory)
@@ -44,7 +44,7 @@ def verify_files(files: AdapterFiles, base: Base | None, *, scan_weights: bool) 
     The weights can only be scanned where they were read whole.
 
     Raises:
-        BaseModelError, HeaderError: the base, not the adapter, cannot be read.
+        BaseCheckpointError, HeaderError: the base, not the adapter, cannot be read.
     """
     started = time.perf_counter()
     reasons = list(files.reasons)

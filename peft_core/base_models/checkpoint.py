@@ -18,7 +18,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Configuration and tensors of a model directory or a .gguf file, from memory where nothing has changed since.
 
     Raises:
-        BaseModelError: the model cannot be used.
+        BaseCheckpointError: the model cannot be used.
         HeaderError: a weights file is not sound.
     """
     return _read(path, file_states(path))
@@ -33,7 +33,7 @@ def file_states(path: Path) -> FileStates:
     """What changes when the files of a model do.
 
     Raises:
-        BaseModelError: they cannot be listed.
+        BaseCheckpointError: they cannot be listed.
     """
     try:
         files = list(os.scandir(path)) if path.is_dir() else []

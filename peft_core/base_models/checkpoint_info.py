@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from peft_core.base_models.families import FULLY_SUPPORTED
 from peft_core.errors import BaseCheckpointError
 from peft_core.schemas.base_model import ModelShape
 
@@ -71,7 +72,7 @@ def model_shape(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tupl
     """The numbers that work and memory depend on.
 
     Raises:
-        BaseModelError: the configuration lacks one of them.
+        BaseCheckpointError: the configuration lacks one of them.
     """
     heads = config.get("num_attention_heads")
     numbers = {
@@ -88,7 +89,7 @@ def model_shape(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tupl
         raise unusable(
             path,
             f"its configuration has no usable {', '.join(wrong)}",
-            "Use a model of the Llama, Qwen2, Qwen3, Mistral or a similar decoder family",
+            f"Use a model of one of the families {FULLY_SUPPORTED}, or a similar decoder",
         )
     head_size, usual_head_size = config.get("head_dim"), config["hidden_size"] // config["num_attention_heads"]
     layers = 1 + max((int(match[1]) for name in shapes if (match := _NUMBERED.search(name))), default=-1)

@@ -7,27 +7,19 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from peft_core.base_models.families import FIM_TOKENS
 from peft_core.base_models.gguf import read_gguf_header
 from peft_core.errors import HeaderError
 from peft_core.schemas.dataset import FillInTheMiddle
 from peft_core.system.files import open_regular, read_exactly
 
-# Bavarian et al., arXiv 2207.14255; the tokens as each family's model card gives them.
-FAMILIES = (
-    FillInTheMiddle("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder, CodeGemma
-    FillInTheMiddle("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, SantaCoder's successors
-    FillInTheMiddle("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
-    FillInTheMiddle("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"),  # Code Llama
-    FillInTheMiddle("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek-Coder  # noqa: RUF001
-    FillInTheMiddle("[PREFIX]", "[SUFFIX]", ""),  # Codestral; as mistral-common writes it
-)
 MAX_TOKENIZER_BYTES = 128 << 20  # four times Gemma's, of 256k tokens
 _TOKENS = "tokenizer.ggml.tokens"
 
 
 def find_fim_tokens(knows: Callable[[str], bool]) -> FillInTheMiddle | None:
     """The family whose tokens a vocabulary has, `knows` telling of each; None where it has none for this."""
-    for family in FAMILIES:
+    for family in FIM_TOKENS:
         if all(knows(token) for token in (family.prefix, family.suffix, family.middle) if token):
             return family
     return None

@@ -57,7 +57,7 @@ def fingerprint(path: Path) -> Fingerprint:
     """Fingerprint of a model directory or .gguf file; computed once per state of its files.
 
     Raises:
-        BaseModelError: the model cannot be used.
+        BaseCheckpointError: the model cannot be used.
         HeaderError: a weights file is not sound.
     """
     return _fingerprint(path, file_states(path))
@@ -69,7 +69,7 @@ def content_hash(path: Path) -> str:
     Computed once per state of its files.
 
     Raises:
-        BaseModelError: the model cannot be used.
+        BaseCheckpointError: the model cannot be used.
         HeaderError: a weights file is not sound, or cannot be read.
     """
     return _content_hash(path, file_states(path))

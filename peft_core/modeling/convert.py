@@ -29,8 +29,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from peft_core.base_models.checkpoint import read_checkpoint
 from peft_core.base_models.checkpoint_info import Checkpoint, TensorInfo, join_some, unusable
+from peft_core.base_models.families import SPLIT_RULES, SplitRule
 from peft_core.base_models.fingerprint import fingerprint
-from peft_core.base_models.gguf_model import SPLIT_RULES, SplitRule, hugging_face_name, permuted_heads
+from peft_core.base_models.gguf_model import hugging_face_name, permuted_heads
 from peft_core.errors import StorageError
 from peft_core.schemas.base_model import Base
 from peft_core.system.files import fsync_directory, fsync_file, open_regular, read_exactly
@@ -49,7 +50,7 @@ def ensure_hf_directory(base: Base, cache_dir: Path, report: Callable[[str], Non
     comes second waits, and finds it done.
 
     Raises:
-        BaseModelError: the files are not those that were resolved, or cannot be converted.
+        BaseCheckpointError: the files are not those that were resolved, or cannot be converted.
         StorageError: no room for the converted weights.
     """
     if not fingerprint(base.path).same_weights(base.fingerprint):

@@ -18,11 +18,11 @@ from transformers.utils import logging as transformers_logging
 
 from peft_core.base_models.checkpoint import read_checkpoint
 from peft_core.base_models.checkpoint_info import unusable
+from peft_core.base_models.families import FAMILIES
 from peft_core.base_models.huggingface import refuse_adapter
 from peft_core.errors import BaseCheckpointError
 from peft_core.modeling.device import DevicePlan
 from peft_core.modeling.quantised import QuantisedMatrix, StoredWeights, open_stored
-from peft_core.planning.cost_model import MAPPED
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.task import ComputePlan
 
@@ -226,7 +226,7 @@ def load_planned(
     whole = way.model_copy(update={"weights": str(plan.weights).removeprefix("torch.")})
     if plan.device != "cpu":
         way = whole
-    if way.weights == "float32" or (plan.device != "cpu" and base.model_type not in MAPPED):
+    if way.weights == "float32" or (plan.device != "cpu" and base.model_type not in FAMILIES):
         return load_base(directory, plan.weights), whole
     frozen = load_frozen(base, directory, in_bfloat16=way.weights == "bfloat16")
     if frozen is not None:

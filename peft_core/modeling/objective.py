@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from peft_core.base_models.families import LOGIT_SETTINGS
 from peft_core.modeling import attention
 from peft_core.modeling.batches import IGNORED, Document, MicroBatch, join, micro_batches
 from peft_core.modeling.device import fixed_shapes
@@ -31,15 +32,6 @@ from peft_core.system.failures import describe_error, is_out_of_memory
 _log = structlog.get_logger(__name__)
 
 _PROBE_LENGTHS = (7, 5)
-# Logits that pass through more than a matrix product after the decoder, by their names in configurations.
-_LOGIT_CHANGES = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "logits_scale",
-    "output_multiplier",
-    "logits_soft_cap",
-)
 # What 16 bits may make of logits, as a share of how far they spread. Of the bundled base: attention by another kernel 0.03,
 # documents that see each other 0.7, a head that rounds its result 0.006.
 _PACKED_ROUNDING, _HEAD_ROUNDING = 0.1, 0.02
@@ -211,7 +203,7 @@ def _packing(batch: MicroBatch, *, packed: bool) -> dict[str, Any]:
 
 def _has_plain_head(model: PreTrainedModel) -> bool:
     head = model.get_output_embeddings()
-    changed = any(getattr(model.config, name, None) not in (None, 1, 1.0) for name in _LOGIT_CHANGES)
+    changed = any(getattr(model.config, name, None) not in (None, 1, 1.0) for name in LOGIT_SETTINGS)
     return (
         type(head) in (nn.Linear, FrozenLinear) and head.bias is None and model.base_model is not model and not changed
     )

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from peft_core.base_models.families import FAMILIES, has_fused_blocks, has_head_norms
 from peft_core.schemas.base_model import Base, ModelShape
 from peft_core.schemas.dataset import SourceSummary
 from peft_core.schemas.results import Estimate
@@ -40,43 +41,13 @@ GENERAL_TOKENS = 2600  # code from the standard library, which shows what the ad
 COMPLETION_BUDGET = 12_000 + GENERAL_TOKENS  # tokens that a model reads and writes for completions at most
 ADAM_COPIES = 5  # adapter weights, gradients, two Adam moments, the best weights
 
-# Families (`model_type`) whose every weight can stay in its file, or be held in bf16. A test builds one of each.
-MAPPED = frozenset(
-    [
-        "arcee",
-        "cohere",
-        "ernie4_5",
-        "exaone4",
-        "glm",
-        "glm4",
-        "gpt_neox",
-        "granite",
-        "helium",
-        "llama",
-        "mistral",
-        "olmo",
-        "olmo2",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "seed_oss",
-        "smollm3",
-        "stablelm",
-        "starcoder2",
-    ],
-)
-# Families of MAPPED whose blocks `modeling.fused_blocks` computes, with chunked logits: what they store is known exactly.
-FUSED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-_NORMED_HEADS = frozenset({"qwen3"})  # store queries and keys before and after their norms
-
 
 # --- Plans -----------------------------------------------------------------------------------------------------------------
 
 
 def compute_plans(config: TrainingConfig, base: Base, device: str, *, cpu_bfloat16: bool) -> list[ComputePlan]:
     """Return the plans that can compute a run, the fastest first."""
-    if device != "cpu" or base.model_type not in MAPPED:
+    if device != "cpu" or base.model_type not in FAMILIES:
         return [ComputePlan(), ComputePlan(recompute_layers=True)]
     from_file = [ComputePlan(weights="file"), ComputePlan(weights="file", recompute_layers=True)]
     if cpu_bfloat16 and config.precision == "auto":
@@ -86,7 +57,7 @@ def compute_plans(config: TrainingConfig, base: Base, device: str, *, cpu_bfloat
 
 def uses_bf16_blocks(config: TrainingConfig, base: Base, plan: ComputePlan) -> bool:
     """Return whether complete transformer blocks are computed in bf16 on a CPU."""
-    return plan.weights == "bfloat16" and base.model_type in FUSED and not config.dropout
+    return plan.weights == "bfloat16" and has_fused_blocks(base.model_type) and not config.dropout
 
 
 def micro_capacity(max_length: int, device: str, *, uses_bf16_blocks: bool = False) -> int:
@@ -189,7 +160,7 @@ def evaluation_estimate(base: Base, source: SourceSummary, device: str, measured
 def memory_bytes(config: TrainingConfig, base: Base, device: str, plan: ComputePlan) -> int:
     """Return the estimated peak memory of the training process on a CPU, or of the device's memory that torch takes.
 
-    For the families in FUSED it is near the measured peak, for others an upper bound.
+    For families with fused blocks it is near the measured peak, for others an upper bound.
     """
     return _MemoryModel(config, base, device, plan).total()
 
@@ -210,7 +181,7 @@ class _MemoryModel:
 
     @property
     def fused(self) -> bool:
-        return self.base.model_type in FUSED
+        return has_fused_blocks(self.base.model_type)
 
     @property
     def _stored_in_16_bits(self) -> bool:
@@ -242,7 +213,7 @@ class _MemoryModel:
             weights = self.base.size_bytes + UNPACKED_BYTES
         else:
             weights = 4 * self.base.shape.parameters
-        if self.device == "cpu" and self.base.model_type not in MAPPED and self._stored_in_16_bits:
+        if self.device == "cpu" and self.base.model_type not in FAMILIES and self._stored_in_16_bits:
             weights += self.base.size_bytes  # the file is mapped while it is converted to float32
         return weights
 
@@ -281,7 +252,7 @@ class _MemoryModel:
 def activation_bytes(config: TrainingConfig, base: Base, device: str, *, bf16: bool) -> int:
     """Return the bytes per token that a layer stores for the backward pass. `bf16`: products are computed in 16 bits."""
     shape = base.shape
-    fused = base.model_type in FUSED
+    fused = has_fused_blocks(base.model_type)
     if device == "mps" or config.dropout or not fused:
         in_16_bits = bf16 and device == "cpu"  # on accelerators, layers that are not fused pass on float32
         per_token = (2 if in_16_bits else 4) * (14 * shape.hidden_size + 6 * shape.intermediate_size)
@@ -289,7 +260,7 @@ def activation_bytes(config: TrainingConfig, base: Base, device: str, *, bf16: b
     # The block's two inputs, queries, keys, values, the attention's result, gate and up; A x of each linear layer.
     numbers = 2 * (shape.hidden_size + shape.query_size + shape.kv_size + shape.intermediate_size)
     numbers += 7 * config.lora_rank
-    if base.model_type in _NORMED_HEADS:
+    if has_head_norms(base.model_type):
         numbers += shape.query_size + 2 * shape.kv_size
     return (2 if bf16 else 4) * numbers
 

@@ -179,11 +179,11 @@ def test_what_swells_is_refused_within_the_memory_of_a_small_process(tmp_path: P
         from pathlib import Path
         from peft_core.base_models.resolve import resolve
         from peft_core.config import Settings
-        from peft_core.errors import ModelError
+        from peft_core.errors import PeftMcpError
         for path in sorted(Path(sys.argv[1]).glob("*.gguf")):
             try:
                 resolve(str(path), Settings())
-            except ModelError:
+            except PeftMcpError:
                 print("refused")
     """
     limit = 384 << 20

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from torch.autograd.graph import saved_tensors_hooks
 
+from peft_core.base_models.families import FAMILIES, has_fused_blocks
 from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
 from peft_core.modeling import attention
@@ -21,7 +22,7 @@ from peft_core.modeling.device import Machine, choose
 from peft_core.modeling.fused_blocks import FusionStats, fuse
 from peft_core.modeling.load import FrozenLinear, load_base, load_frozen, load_planned
 from peft_core.modeling.objective import Objective, probe_fast_paths
-from peft_core.planning.cost_model import FUSED, MAPPED, activation_bytes, lora_parameters
+from peft_core.planning.cost_model import activation_bytes, lora_parameters
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.task import ComputePlan
 from peft_core.schemas.training import TrainingConfig
@@ -31,7 +32,7 @@ from tests.tiny_models import tiny_documents, write_tiny_base
 CONFIG = TrainingConfig(rank=4)
 
 
-@pytest.mark.parametrize("family", sorted(MAPPED))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_weight_of_a_mapped_family_can_stay_in_its_file_or_be_in_bfloat16(family: str, tmp_path: Path) -> None:
     base = resolve(str(write_tiny_base(tmp_path / "base", family)), Settings())
     assert base.model_type == family
@@ -54,7 +55,7 @@ def adapted(base: Base, *, in_bfloat16: bool, config: TrainingConfig = CONFIG) -
 
 
 @pytest.mark.parametrize("in_bfloat16", [False, True])
-@pytest.mark.parametrize("family", sorted(FUSED))
+@pytest.mark.parametrize("family", sorted(filter(has_fused_blocks, FAMILIES)))
 def test_of_a_fused_family_every_block_is_fused_and_keeps_what_the_plan_says(
     family: str,
     in_bfloat16: bool,
@@ -88,7 +89,7 @@ def test_of_a_fused_family_every_block_is_fused_and_keeps_what_the_plan_says(
 
 
 @pytest.mark.parametrize("in_bfloat16", [False, True])
-@pytest.mark.parametrize("family", sorted(FUSED))
+@pytest.mark.parametrize("family", sorted(filter(has_fused_blocks, FAMILIES)))
 def test_where_saved_tensors_lie_changes_no_bit_of_loss_and_gradient(
     family: str,
     in_bfloat16: bool,
@@ -110,7 +111,7 @@ def test_where_saved_tensors_lie_changes_no_bit_of_loss_and_gradient(
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["up_proj", "o_proj"], ["down_proj"]])
-@pytest.mark.parametrize("family", sorted(FUSED))
+@pytest.mark.parametrize("family", sorted(filter(has_fused_blocks, FAMILIES)))
 def test_in_bfloat16_loss_and_gradient_are_those_of_float32_up_to_its_digits(
     family: str,
     targets: Literal["all-linear"] | list[str],
@@ -161,7 +162,7 @@ def test_weights_of_16_bits_are_used_where_they_lie(tmp_path: Path) -> None:
 
 def test_a_base_that_cannot_be_mapped_is_told_as_what_it_is(tmp_path: Path) -> None:
     base = resolve(str(write_tiny_base(tmp_path / "base", "gemma2")), Settings())
-    assert base.model_type not in MAPPED
+    assert base.model_type not in FAMILIES
     assert load_frozen(base, base.path) is None
 
 
@@ -172,7 +173,7 @@ def test_on_an_accelerator_a_base_is_loaded_in_its_formats_whatever_was_planned(
     gpu, old_gpu = (choose("cuda", Machine(cuda=True, cuda_bfloat16=there)) for there in (True, False))
     model, way = load_planned(base, base.path, ComputePlan(weights="file"), gpu)
     assert way == ComputePlan(weights="bfloat16")
-    known = family in MAPPED
+    known = family in FAMILIES
     assert model.dtype == (torch.float32 if known else torch.bfloat16)
     assert isinstance(model.get_output_embeddings(), FrozenLinear) == known
     model, way = load_planned(base, base.path, ComputePlan(weights="bfloat16"), old_gpu)

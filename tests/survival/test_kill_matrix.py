@@ -18,7 +18,7 @@ pytestmark = pytest.mark.survival
 
 SEED = int(os.environ.get("PEFT_SURVIVAL_SEED", random.SystemRandom().randrange(10**6)))
 ROUNDS = float(
-    os.environ.get("PEFT_SURVIVAL_ROUNDS", "0.25")
+    os.environ.get("PEFT_SURVIVAL_ROUNDS", "0.25"),
 )  # below 1: a part of the kills, which depends on the seed
 
 

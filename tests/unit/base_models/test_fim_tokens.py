@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from peft_core.base_models.fim_tokens import FAMILIES, has_fim_tokens
+from peft_core.base_models.families import FIM_TOKENS
+from peft_core.base_models.fim_tokens import has_fim_tokens
 from peft_core.errors import HeaderError
 from peft_core.schemas.dataset import FillInTheMiddle
 from tests.model_files import ARRAY, GGUF_METADATA, TEXT, gguf_bytes, write_model
@@ -28,7 +29,7 @@ def directory_with(path: Path, *tokens: str, ensure_ascii: bool = False) -> Path
     return path
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FIM_TOKENS)
 def test_every_family_is_known_by_its_tokens_in_either_format(family: FillInTheMiddle, tmp_path: Path) -> None:
     tokens = [token for token in family if token]
     assert has_fim_tokens(gguf_with(tmp_path / "model.gguf", *tokens))
@@ -38,7 +39,7 @@ def test_every_family_is_known_by_its_tokens_in_either_format(family: FillInTheM
 
 
 def test_two_tokens_of_three_or_a_longer_word_with_all_of_them_are_none(tmp_path: Path) -> None:
-    prefix, suffix, middle, _ = FAMILIES[0]
+    prefix, suffix, middle, _ = FIM_TOKENS[0]
     for name, tokens in {"none": [], "two": [prefix, suffix], "one word": [prefix + suffix + middle]}.items():
         assert not has_fim_tokens(gguf_with(tmp_path / f"{name}.gguf", *tokens)), name
         assert not has_fim_tokens(directory_with(tmp_path / name, *tokens)), name

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_core.base_models.fim_tokens import FAMILIES
+from peft_core.base_models.families import FIM_TOKENS
 from peft_core.data.augment import ExampleFormat, reformat_example, require_fim_tokens
 from peft_core.data.dataset import read_examples
 from peft_core.data.examples import learned_text
@@ -66,7 +66,7 @@ def put_together(example: Example, tokens: FillInTheMiddle) -> str:
     return prefix + middle.removesuffix(tokens.end) + suffix
 
 
-@pytest.mark.parametrize("tokens", FAMILIES)
+@pytest.mark.parametrize("tokens", FIM_TOKENS)
 @pytest.mark.parametrize("code", [FUNCTION, METHOD])
 @given(seed=st.integers(0, 1000))
 def test_before_gap_and_after_are_the_unit_in_every_familys_format(
@@ -92,7 +92,7 @@ def test_before_gap_and_after_are_the_unit_in_every_familys_format(
 
 def test_what_was_trained_on_as_gaps_is_known_again(tmp_path: Path) -> None:
     class Coder(Words):
-        fill_in_the_middle = FAMILIES[0]
+        fill_in_the_middle = FIM_TOKENS[0]
 
     found = prepare(
         make_dataset_spec(repository(tmp_path / "code", files=10, functions=20), max_length=256, mixture=GAPS),

@@ -1,0 +1,165 @@
+"""Everything that depends on a base model's family, in one place.
+
+Most families need no entry: any Hugging Face decoder with linear layers can be trained. An entry makes it cheaper (weights
+left in their file or held in bfloat16, fused decoder blocks) or makes its GGUF files readable.
+
+To add a family:
+1. Add a row to `FAMILIES`, at first only `model_type` (as in config.json) and `title`. The row states that every weight can
+   stay in its file. `tests/integration/test_planned_ways.py` builds a tiny model of each row and checks this; run it.
+2. If its decoder blocks are Llama's (RMS norm, rotary embedding, SiLU-gated MLP), set `fused_blocks=True`. If queries and
+   keys are normalised per head, set `head_norms=True`. The same test compares loss, memory and number of fused blocks.
+3. If llama.cpp converts it, set `gguf`. Tensor names that are new go into `gguf_model.py`, and how its vocabulary splits
+   text goes into `SPLIT_RULES`. Add a tiny file to `tests/integration/test_bases_convert.py`, which compares the conversion
+   with transformers.
+4. If its tokenizer has fill-in-the-middle tokens, add them to `FIM_TOKENS`; `tests/unit/base_models/test_fim_tokens.py`
+   covers every entry.
+5. If its chat turns end with a new token, add it to `END_TOKENS`; if its logits pass through more than a matrix product,
+   add the setting to `LOGIT_SETTINGS`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peft_core.schemas.dataset import FillInTheMiddle
+
+# -- families, by the `model_type` of their configuration --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GgufFormat:
+    """How llama.cpp stores a family. Its `general.architecture` equals the `model_type`."""
+
+    model_class: str  # in transformers
+    # llama.cpp's converter interleaves the two halves of each head's rows of q and k, for its own rotary kernel.
+    interleaves_heads: bool = False
+    has_bias_settings: bool = False  # the configuration has `attention_bias` and `mlp_bias`
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family whose every weight can stay in its file, or be held in bfloat16, while a CPU computes."""
+
+    model_type: str
+    title: str
+    fused_blocks: bool = False  # decoder blocks are computed by modeling.fused_blocks, logits in chunks
+    head_norms: bool = False  # each query and key head is normalised: both versions are saved for the backward pass
+    gguf: GgufFormat | None = None  # None: only Hugging Face directories are read
+
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("arcee", "Arcee"),
+        Family("cohere", "Cohere"),
+        Family("ernie4_5", "Ernie 4.5"),
+        Family("exaone4", "EXAONE 4"),
+        Family("glm", "GLM"),
+        Family("glm4", "GLM-4"),
+        Family("gpt_neox", "GPT-NeoX"),
+        Family("granite", "Granite"),
+        Family("helium", "Helium"),
+        Family(
+            "llama",
+            "Llama",
+            fused_blocks=True,
+            gguf=GgufFormat("LlamaForCausalLM", interleaves_heads=True, has_bias_settings=True),
+        ),
+        Family("mistral", "Mistral", fused_blocks=True),  # its GGUF files are Llama's
+        Family("olmo", "OLMo"),
+        Family("olmo2", "OLMo 2"),
+        Family("phi", "Phi"),
+        Family("phi3", "Phi-3"),
+        Family("qwen2", "Qwen2", fused_blocks=True, gguf=GgufFormat("Qwen2ForCausalLM")),
+        Family("qwen3", "Qwen3", fused_blocks=True, head_norms=True, gguf=GgufFormat("Qwen3ForCausalLM")),
+        Family("seed_oss", "Seed-OSS"),
+        Family("smollm3", "SmolLM3"),
+        Family("stablelm", "StableLM"),
+        Family("starcoder2", "StarCoder2"),
+    )
+}
+
+
+def has_fused_blocks(model_type: str) -> bool:
+    return model_type in FAMILIES and FAMILIES[model_type].fused_blocks
+
+
+def has_head_norms(model_type: str) -> bool:
+    return model_type in FAMILIES and FAMILIES[model_type].head_norms
+
+
+def gguf_format(architecture: str | None) -> GgufFormat | None:
+    """Return how a GGUF architecture is stored; None if it is not read here."""
+    family = FAMILIES.get(architecture or "")
+    return family.gguf if family is not None else None
+
+
+# For error messages. Mistral belongs to both lists: its GGUF files have the architecture 'llama'.
+FULLY_SUPPORTED = ", ".join(family.title for family in FAMILIES.values() if family.fused_blocks)
+GGUF_ARCHITECTURES = ", ".join(name for name, family in FAMILIES.items() if family.gguf is not None)
+
+# -- vocabularies: how text is split before byte-pair encoding ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SplitRule:
+    """Split at each pattern in turn, then at single digits, then by GPT-2's pattern."""
+
+    patterns: tuple[str, ...] = ()
+    single_digits: bool = False
+    gpt2_pattern: bool = False
+    whole_words_first: bool = False  # a word that is itself a token is not merged from smaller ones
+
+
+_GPT2 = SplitRule(gpt2_pattern=True)
+_DIGITS = SplitRule(single_digits=True, gpt2_pattern=True)
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_PUNCTUATION = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = SplitRule((rf"{_WORDS}|\p{{N}}{{1,3}}|{_PUNCTUATION}",), whole_words_first=True)
+_QWEN2 = SplitRule((rf"{_WORDS}|\p{{N}}|{_PUNCTUATION}",))
+_DEEPSEEK_CODER = SplitRule(
+    (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"), single_digits=True,
+)
+
+# By `tokenizer.ggml.pre` of a GGUF file, which does not contain the rule itself. Another rule gives other tokens for the same
+# text, and silently worse results. Names and rules: `llama_vocab::impl::load` and `llm_tokenizer_bpe` in llama.cpp
+# (src/llama-vocab.cpp), which has each from the tokenizer.json of the models that use it.
+SPLIT_RULES: dict[str, SplitRule] = {
+    **dict.fromkeys(("default", "gpt-2", "phi-2"), _GPT2),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell", "exaone"), _DIGITS),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), _LLAMA3),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), _QWEN2),
+    "deepseek-coder": _DEEPSEEK_CODER,
+}
+
+# -- vocabularies: special tokens, recognised by their text ------------------------------------------------------------
+
+# Bavarian et al., arXiv 2207.14255; tokens and their order as each model card gives them.
+FIM_TOKENS = (
+    FillInTheMiddle("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder, CodeGemma
+    FillInTheMiddle("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, StarCoder2
+    FillInTheMiddle("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
+    FillInTheMiddle("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"),  # Code Llama
+    FillInTheMiddle("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek-Coder  # noqa: RUF001
+    FillInTheMiddle("[PREFIX]", "[SUFFIX]", ""),  # Codestral, as mistral-common writes it
+)
+
+# Tokens that end an answer, in addition to those that a base's generation_config.json names.
+END_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "</s>")
+
+# -- names in models and configurations --------------------------------------------------------------------------------
+
+EMBEDDING_MODULES = ("embed_tokens", "wte", "word_embeddings")
+
+# Settings by which a model changes its logits after the output head; with them, logits cannot be computed in chunks.
+LOGIT_SETTINGS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "logits_scale",
+    "output_multiplier",
+    "logits_soft_cap",
+)
+
+# Arguments of transformers' attention that modeling.attention does not implement.
+UNSUPPORTED_ATTENTION = ("softcap", "s_aux")  # soft-capped scores (Gemma 2), attention sinks (GPT-OSS)
