@@ -1,7 +1,7 @@
-"""What goes between the server and the inference process: one JSON object per line, in each direction.
+"""Messages between the server and the inference worker: one JSON object per line, in each direction.
 
-The server writes `Ask` and `Cancel`; the host answers each Ask with any number of `Progress` and then exactly one
-`Answered` or `Failed`. It works on one Ask at a time, in order.
+The server sends `Request` and `Cancel`. The worker answers each `Request` with any number of `Progress` and then exactly one
+`Response` or `ErrorResponse`. It processes one request at a time, in order.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from peft_core.schemas.generation import GenerationRequest
 from peft_core.schemas.results import ErrorInfo, MemoryState
 from peft_core.schemas.training import DeviceName
 
-IDLE_EXIT = 75  # exit code of a host that ended because nobody asked for anything
+IDLE_EXIT = 75  # exit code of a worker that ended because no request came
 
 
 class HostConfig(FrozenModel):
-    """The host's one command-line argument, as JSON."""
+    """The worker's only command-line argument, as JSON."""
 
-    base_models_dir: Path  # cache of converted bases
+    base_models_dir: Path  # cache of converted base models
     max_resident_adapters: int
     idle_s: float
     device: DeviceName = "auto"
@@ -31,16 +31,16 @@ class HostConfig(FrozenModel):
 
 
 class Load(FrozenModel):
-    """Verify the adapter's bytes, load them onto the base, make them active, prove the effect."""
+    """Verify an adapter's bytes, load them onto the base model, activate the adapter and measure its effect."""
 
     kind: Literal["load"] = "load"
     adapter_path: Path
     base: Base
-    insist: bool = False  # load with the verdict 'shape_only', too
+    insist: bool = False  # load even with the verdict 'shape_only'
 
 
 class Unload(FrozenModel):
-    """Take one adapter off; None: the active one."""
+    """Unload one adapter; None: the active one."""
 
     kind: Literal["unload"] = "unload"
     adapter_path: Path | None = None
@@ -50,7 +50,7 @@ class Generate(FrozenModel):
     kind: Literal["generate"] = "generate"
     request: GenerationRequest
     adapter_path: Path | None = None  # None: the active one
-    without_adapter: Base | None = None  # the base alone answers; this one is loaded where none is resident
+    without_adapter: Base | None = None  # use the base model alone; this one if none is resident
 
 
 Command = Annotated[Load | Unload | Generate, Field(discriminator="kind")]
@@ -63,7 +63,7 @@ class Request(FrozenModel):
 
 
 class Cancel(FrozenModel):
-    """Nobody waits for the answer to this Ask any more."""
+    """The client no longer waits for the answer to this request."""
 
     kind: Literal["cancel"] = "cancel"
     id: int
@@ -80,7 +80,7 @@ class Progress(FrozenModel):
 class Response(FrozenModel):
     kind: Literal["answered"] = "answered"
     id: int
-    answer: dict[str, Any]  # LoadedAdapter, UnloadedAdapter or Generation, by the request
+    answer: dict[str, Any]  # LoadedAdapter, UnloadedAdapter or Generation
     resident: MemoryState
 
 

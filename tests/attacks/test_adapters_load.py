@@ -34,7 +34,7 @@ async def test_no_hostile_adapter_takes_effect_and_the_one_that_was_loaded_stays
     sound = str(write_tiny_adapter(tmp_path / "sound", base, seed=1))
     assert (await manager.load_adapter(sound, str(base))).status == "loaded"
     expected = (await manager.generate(TEXT)).text
-    host = psutil.Process(manager._inference._host.pid)
+    host = psutil.Process(manager._inference._client.pid)
     before = host.memory_info().rss
     for number, attack in enumerate(ATTACKS):
         adapter = write_tiny_adapter(tmp_path / str(number) / "adapter", base, seed=2)
@@ -42,7 +42,7 @@ async def test_no_hostile_adapter_takes_effect_and_the_one_that_was_loaded_stays
         attack.spoil(adapter)
         answer = await manager.load_adapter(str(adapter), str(base), accept_unproven_base=True)
         assert not marker_of(adapter).exists(), attack.name
-        assert manager._inference._host.pid == host.pid, attack.name  # it did not die
+        assert manager._inference._client.pid == host.pid, attack.name  # it did not die
         if attack.code is None:
             assert answer.status == "loaded", (attack.name, answer.reason)
             assert (await manager.unload_adapter(str(adapter))).status == "unloaded"

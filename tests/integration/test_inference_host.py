@@ -48,7 +48,7 @@ async def manager(data_dir: Path) -> AsyncIterator[PEFTManager]:
 
 
 def started_host(manager: PEFTManager) -> Process:
-    host = manager._inference._host._worker
+    host = manager._inference._client._worker
     assert host is not None
     return host.process
 
@@ -160,7 +160,7 @@ async def test_a_host_killed_while_it_starts_is_an_error_too(
     base: str,
 ) -> None:
     async def kill(_done: float, _total: float | None, _message: str) -> None:
-        if manager._inference._host.pid is not None:
+        if manager._inference._client.pid is not None:
             os.kill(host_pid(manager), signal.SIGKILL)
 
     with pytest.raises(InferenceError, match="SIGKILL") as caught:
@@ -423,7 +423,7 @@ async def test_a_path_that_is_no_adapter_starts_nothing(
     wrong = f"{adapters[0]}/adapter_model.safetensors" if path == "file" else "/no/such/adapter"
     with pytest.raises(PeftMcpError, match="is a file" if path == "file" else "No adapter at"):
         await manager.load_adapter(wrong, base)
-    assert manager._inference._host.pid is None
+    assert manager._inference._client.pid is None
 
 
 def test_a_host_whose_torch_is_broken_says_so_with_its_last_words(data_dir: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is in memory: one base, some adapters on it, and which of them answers."""
+"""The models in memory: one base model, an LRU cache of adapters on it, and which of them is active."""
 
 from __future__ import annotations
 
@@ -22,115 +22,114 @@ class CacheEntry:
     """A resident adapter."""
 
     name: str  # in the model
-    state: FileState  # of its files when they were read
+    state: FileState  # of its files before they were read
     effect: LoadCheck
     compatibility: Compatibility
 
 
 class AdapterCache:
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, max_entries: int) -> None:
+        self._max_entries = max_entries
         self.model: ResidentModel | None = None
-        self.slots: OrderedDict[Path, CacheEntry] = OrderedDict()  # least recently used first
+        self.entries: OrderedDict[Path, CacheEntry] = OrderedDict()  # least recently used first
         self.active: Path | None = None
-        self.base_answers = False  # after a load fell back: without being asked each time
+        self.base_answers = False  # after a failed load: requests that name no adapter go to the base model
 
     @property
     def summary(self) -> MemoryState:
         return MemoryState(
             base_model=self.model.base.name if self.model else None,
             base_path=str(self.model.base.path) if self.model else None,
-            adapters=[ResidentAdapter(adapter_path=str(path), active=path == self.active) for path in self.slots],
+            adapters=[ResidentAdapter(adapter_path=str(path), active=path == self.active) for path in self.entries],
             memory_bytes=memory_bytes(),
         )
 
     def is_on(self, base: Base) -> bool:
-        """Whether the resident base is this one: another place may have another vocabulary beside the same weights."""
-        there = None if self.model is None else self.model.base
-        return (
-            there is not None
-            and there.fingerprint.same_weights(base.fingerprint)
-            and os.path.realpath(there.path) == os.path.realpath(base.path)
-        )
+        """Return whether this base model is resident. The path counts too: a copy may have another vocabulary."""
+        if self.model is None:
+            return False
+        resident = self.model.base
+        same_path = os.path.realpath(resident.path) == os.path.realpath(base.path)
+        return same_path and resident.fingerprint.same_weights(base.fingerprint)
 
-    def settle(self, model: ResidentModel) -> None:
-        """Have this base in memory, and no other; what was on another goes with it."""
+    def set_model(self, model: ResidentModel) -> None:
+        """Make this the only base model in memory; another one is dropped with its adapters."""
         if model is not self.model:
-            self.forget()
+            self.clear()
             self.model = model
             release_memory()
 
-    def put(self, path: Path, slot: CacheEntry) -> list[Path]:
-        """Keep an adapter that was added to the model and make it the active one: what had to go for it."""
-        if path in self.slots:  # its files have changed since
-            self.take_off(path)
-        self.slots[path] = slot
+    def add(self, path: Path, entry: CacheEntry) -> list[Path]:
+        """Keep an adapter that is already in the model, activate it, and return the adapters evicted for it."""
+        if path in self.entries:  # its files have changed since
+            self.remove(path)
+        self.entries[path] = entry
         self.activate(path)
-        evicted = list(self.slots)[: max(0, len(self.slots) - self._most)]
+        evicted = list(self.entries)[: max(0, len(self.entries) - self._max_entries)]
         for other in evicted:
-            self.take_off(other)
+            self.remove(other)
         return evicted
 
     def activate(self, path: Path) -> None:
-        self.touch(path)
+        self.mark_used(path)
         self.active = path
         self.base_answers = False
-        self.select_active()
+        self.restore_selection()
 
-    def touch(self, path: Path) -> None:
-        """It was used now."""
-        self.slots.move_to_end(path)
+    def mark_used(self, path: Path) -> None:
+        self.entries.move_to_end(path)
 
-    def take_off(self, path: Path) -> None:
-        slot = self.slots.pop(path)
+    def remove(self, path: Path) -> None:
+        entry = self.entries.pop(path)
         if path == self.active:
             self.active = None
         if self.model is not None:
-            self.model.remove(slot.name)
-        self.select_active()
+            self.model.remove(entry.name)
+        self.restore_selection()
 
-    def select_active(self) -> None:
-        """After something else was selected: back to what answers."""
+    def restore_selection(self) -> None:
+        """Select the active adapter in the model again, after another one was selected."""
         if self.model is not None:
-            self.model.select(self.slots[self.active].name if self.active else None)
+            self.model.select(self.entries[self.active].name if self.active else None)
 
-    def forget(self) -> None:
-        """Let go of everything. The memory is back after `release_memory`."""
+    def clear(self) -> None:
+        """Drop the base model and all adapters. `release_memory` then returns their memory to the system."""
         self.model = None
-        self.slots.clear()
+        self.entries.clear()
         self.active = None
         self.base_answers = False
 
-    def require(self, path: Path, verb: str = "load_adapter") -> CacheEntry:
-        """The slot of an adapter.
+    def require(self, path: Path, tool: str = "load_adapter") -> CacheEntry:
+        """Return the entry of an adapter.
 
         Raises:
-            AdapterNotLoaded: it is not in memory; names what is.
+            AdapterNotLoaded: it is not in memory; the message names the adapters that are.
         """
-        if path not in self.slots:
-            raise self.not_loaded(f"{path} is not in memory", path, verb=verb)
-        return self.slots[path]
+        if path not in self.entries:
+            raise self.not_loaded(f"{path} is not in memory", path, tool=tool)
+        return self.entries[path]
 
-    def not_loaded(self, what: str, path: Path | None = None, verb: str = "load_adapter") -> AdapterNotLoaded:
-        """The error of a request for what is not there. `verb`: the tool to call instead."""
-        there = [str(resident) for resident in self.slots]
-        if verb == "unload_adapter":
-            advice = [f"Call unload_adapter(adapter_path={there[-1]!r})"] if there else []
+    def not_loaded(self, what: str, path: Path | None = None, tool: str = "load_adapter") -> AdapterNotLoaded:
+        """Return the error for a request that needs an adapter which is not in memory. `tool`: the call to suggest."""
+        resident = [str(entry) for entry in self.entries]
+        if tool == "unload_adapter":
+            advice = [f"Call unload_adapter(adapter_path={resident[-1]!r})"] if resident else []
         else:
-            wanted = str(path) if path else there[-1] if there else "..."
+            suggested = str(path) if path else resident[-1] if resident else None
+            argument = repr(suggested) if suggested else "..."
             advice = [
-                f"Call load_adapter(adapter_path={wanted!r}) first",
-                "Or call generate with use_base=true to have the base answer without an adapter",
+                f"Call load_adapter(adapter_path={argument}) first",
+                "Or call generate with use_base=true to use the base model without an adapter",
             ]
         return AdapterNotLoaded(
-            f"{what}. In memory: {', '.join(there) or 'none'}.",
+            f"{what}. In memory: {', '.join(resident) or 'none'}.",
             suggestions=advice,
-            details={"resident": there},
+            details={"resident": resident},
         )
 
 
 def file_state(directory: Path) -> FileState:
-    """What changes when the adapter's files do. Take it before they are read."""
+    """Return a value that changes when the adapter's files do. Take it before reading them."""
     states = []
     for name in (CONFIG, WEIGHTS, MANIFEST_NAME):
         try:

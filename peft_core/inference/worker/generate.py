@@ -1,6 +1,6 @@
-"""From a request to text: the prompt in the base's own form, then token by token.
+"""Text generation: encode the prompt in the base model's format, then decode token by token.
 
-T tokens
+Shape suffixes: T tokens, 1 a batch of one.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from peft_core.modeling.threads import DecodeThreadTuner
 from peft_core.modeling.tokenizer import BaseTokenizer
 from peft_core.schemas.generation import GenerationRequest
 
-_GREEDY_BELOW = 0.01  # of temperature: such a division leaves one token anyway, or overflows
-_PIECE = 512  # tokens of a prompt that are read at once
+_GREEDY_BELOW = 0.01  # temperature: dividing by less leaves one candidate anyway, or overflows
+_PREFILL_CHUNK = 512  # tokens
 
 PromptFormat = Literal["text", "chat_template", "fill_in_the_middle"]
 
@@ -38,11 +38,11 @@ class Completion:
 
 
 def encode(request: GenerationRequest, tokenizer: BaseTokenizer, base_name: str, context_length: int) -> EncodedPrompt:
-    """Write the request as the base expects it.
+    """Encode the request in the format that the base model expects.
 
     Raises:
-        InvalidArgument: longer than the base's context, or a form that this base does not know.
-        DataError: no chat template, or it refuses these messages.
+        InvalidArgument: it does not fit the context, or the base model does not support its form.
+        DataError: the base model has no chat template, or the template rejects these messages.
     """
     field: str
     if request.messages is not None:
@@ -56,17 +56,17 @@ def encode(request: GenerationRequest, tokenizer: BaseTokenizer, base_name: str,
             raise InvalidArgument(
                 "prefix",
                 request.prefix,
-                f"{base_name} has no tokens for filling in the middle; it takes prompt or messages",
-                suggestions=["Give the code before the cursor as prompt", "Or use a base such as Qwen2.5-Coder"],
+                f"{base_name} has no fill-in-the-middle tokens; it takes prompt or messages",
+                suggestions=["Pass the code before the cursor as prompt", "Or use a base model such as Qwen2.5-Coder"],
             )
-        pieces = tokens.prompt(request.prefix or "", request.suffix or "")
-        field, prompt = "prefix", EncodedPrompt(tokenizer.ids(*pieces), "fill_in_the_middle")
+        parts = tokens.prompt(request.prefix or "", request.suffix or "")
+        field, prompt = "prefix", EncodedPrompt(tokenizer.ids(*parts), "fill_in_the_middle")
     if len(prompt.ids) >= context_length:
         raise InvalidArgument(
             field,
             f"{len(prompt.ids)} tokens",
-            f"{base_name} sees {context_length} tokens, of which one at least must be left for the answer",
-            suggestions=["Shorten it: for code, what is nearest to the cursor matters most"],
+            f"the context of {base_name} has {context_length} tokens, of which at least one must be free for the result",
+            suggestions=["Shorten it: for code, the lines nearest to the cursor matter most"],
         )
     return prompt
 
@@ -75,53 +75,58 @@ def complete(
     model: ResidentModel,
     prompt: EncodedPrompt,
     request: GenerationRequest,
-    pace: DecodeThreadTuner,
+    thread_tuner: DecodeThreadTuner,
     on_token: Callable[[int], None],
 ) -> Completion:
-    """Write with whatever adapter is selected. `on_token(n)` after each token, and with 0 while
-    a long prompt is read; what it raises ends the writing.
+    """Generate with the selected adapter.
+
+    `on_token(n)` is called after each token, and with 0 during the prefill of a long prompt. An exception that it raises
+    ends the generation.
     """
-    room = model.base.shape.context_length - len(prompt.ids)
-    watch = _Watch(model.tokenizer, len(prompt.ids), request.stop, pace, on_token)
+    free_tokens = model.base.shape.context_length - len(prompt.ids)
+    stop_check = _StopCheck(model.tokenizer, len(prompt.ids), request.stop, thread_tuner, on_token)
     sampling: dict[str, Any] = {"do_sample": False}
     if request.temperature >= _GREEDY_BELOW:
         sampling = {"do_sample": True, "temperature": request.temperature, "top_p": request.top_p, "top_k": 0}
     ids_1T = torch.tensor([prompt.ids], device=model.causal.device)
-    pace.prompt()
+    thread_tuner.prompt()
     with torch.inference_mode():
-        read = _read(model, ids_1T, on_token)
+        cache = _prefill(model, ids_1T, on_token)
         torch.manual_seed(request.seed)
-        written_1T = model.causal.generate(  # type: ignore[operator]  # a mixin's method
+        output_1T = model.causal.generate(  # type: ignore[operator]  # a mixin's method
             input_ids=ids_1T,
             attention_mask=torch.ones_like(ids_1T),
             generation_config=GenerationConfig(
-                max_new_tokens=min(request.max_new_tokens, room),
+                max_new_tokens=min(request.max_new_tokens, free_tokens),
                 eos_token_id=list(model.ends),
                 pad_token_id=model.ends[0],
                 **sampling,
             ),
-            stopping_criteria=StoppingCriteriaList([watch]),
-            **({} if read is None else {"past_key_values": read}),
+            stopping_criteria=StoppingCriteriaList([stop_check]),
+            **({} if cache is None else {"past_key_values": cache}),
         )
-    ids = written_1T[0, len(prompt.ids) :].tolist()
-    ended = bool(ids) and ids[-1] in model.ends
-    said = ids[:-1] if ended else ids
-    is_turn = prompt.format == "chat_template"  # which begins anew; anything else goes on
-    text = model.tokenizer.text(said) if is_turn else model.tokenizer.continuation(prompt.ids, said)
-    cut = earliest(text, request.stop)
-    stopped = ended or cut is not None
-    return Completion(text if cut is None else text[:cut], len(ids), "stop" if stopped else "length")
+    ids = output_1T[0, len(prompt.ids) :].tolist()
+    has_end_token = bool(ids) and ids[-1] in model.ends
+    text_ids = ids[:-1] if has_end_token else ids
+    if prompt.format == "chat_template":  # a turn of its own; the other formats continue the prompt
+        text = model.tokenizer.text(text_ids)
+    else:
+        text = model.tokenizer.continuation(prompt.ids, text_ids)
+    stop_at = first_stop(text, request.stop)
+    if stop_at is not None:
+        text = text[:stop_at]
+    return Completion(text, len(ids), "stop" if has_end_token or stop_at is not None else "length")
 
 
-def _read(model: ResidentModel, ids_1T: torch.Tensor, on_token: Callable[[int], None]) -> DynamicCache | None:
-    """Read a long prompt piece by piece, all but the last one: whoever called it off need not wait for the end."""
-    if ids_1T.shape[1] <= _PIECE:
+def _prefill(model: ResidentModel, ids_1T: torch.Tensor, on_token: Callable[[int], None]) -> DynamicCache | None:
+    """Read a long prompt in chunks, all but the last, so that a cancelled request does not run to its end."""
+    if ids_1T.shape[1] <= _PREFILL_CHUNK:
         return None
     cache = DynamicCache(config=model.causal.config)
-    for start in range(0, ids_1T.shape[1] - _PIECE, _PIECE):
+    for start in range(0, ids_1T.shape[1] - _PREFILL_CHUNK, _PREFILL_CHUNK):
         on_token(0)
-        model.causal(  # a forward pass
-            input_ids=ids_1T[:, start : start + _PIECE],
+        model.causal(
+            input_ids=ids_1T[:, start : start + _PREFILL_CHUNK],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
@@ -129,35 +134,37 @@ def _read(model: ResidentModel, ids_1T: torch.Tensor, on_token: Callable[[int], 
     return cache
 
 
-def earliest(text: str, stop: Sequence[str]) -> int | None:
-    """Where the first of these begins in the text."""
-    return min((at for wanted in stop if (at := text.find(wanted)) >= 0), default=None)
+def first_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Return where the first stop text begins."""
+    return min((at for stop_text in stop if (at := text.find(stop_text)) >= 0), default=None)
 
 
-class _Watch(StoppingCriteria):
-    """Looks at every new token: counts it, and ends the writing at a stop text."""
+class _StopCheck(StoppingCriteria):
+    """Counts each new token, and ends the generation at a stop text."""
 
     def __init__(
         self,
         tokenizer: BaseTokenizer,
         prompt_tokens: int,
         stop: Sequence[str],
-        pace: DecodeThreadTuner,
+        thread_tuner: DecodeThreadTuner,
         on_token: Callable[[int], None],
     ) -> None:
         self._tokenizer = tokenizer
-        self._start = prompt_tokens
+        self._prompt_tokens = prompt_tokens
         self._stop = stop
-        # A token has one byte at least, so a stop text lies within as many of the last ones; some more for its middle.
-        self._tail = max((len(text.encode()) for text in stop), default=0) + 4
-        self._pace = pace
+        # A token has at least one byte, so as many tokens as a stop text has bytes contain it; 4 more in case it ends
+        # in the middle of a token.
+        self._tail_tokens = max((len(text.encode()) for text in stop), default=0) + 4
+        self._thread_tuner = thread_tuner
         self._on_token = on_token
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:  # noqa: ARG002 -- transformers' signature
-        written = input_ids[0, self._start :]
-        self._on_token(len(written))
-        self._pace.token()
-        found = False
+        new_ids_T = input_ids[0, self._prompt_tokens :]
+        self._on_token(len(new_ids_T))
+        self._thread_tuner.token()
+        stopped = False
         if self._stop:
-            found = earliest(self._tokenizer.text(written[-self._tail :].tolist()), self._stop) is not None
-        return torch.full((input_ids.shape[0],), found, dtype=torch.bool, device=input_ids.device)
+            tail = self._tokenizer.text(new_ids_T[-self._tail_tokens :].tolist())
+            stopped = first_stop(tail, self._stop) is not None
+        return torch.full((input_ids.shape[0],), stopped, dtype=torch.bool, device=input_ids.device)

@@ -1,4 +1,7 @@
-"""What the host does with each request. One thread, one request at a time: nothing can switch adapters under a forward."""
+"""The inference worker's answers to requests.
+
+One thread answers one request at a time, so that no request can switch adapters during another one's forward pass.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Literal
 
 import structlog
 import torch
-from safetensors.torch import load as tensors_of
+from safetensors.torch import load as load_tensors
 
 from peft_core.adapters.files import AdapterFiles, read_adapter
 from peft_core.adapters.verify import verify_files
@@ -30,14 +33,15 @@ from peft_core.schemas.results import (
     LoadCheck,
     LoadedAdapter,
     MemoryState,
+    NextStep,
     UnloadedAdapter,
     nothing_was_loaded,
 )
 
-ProgressCallback = Callable[[float, float | None, str], None]  # done, total, message; raises when nobody waits any more
-How = Literal["cold", "warm", "switched"]
-
-_EMPTY = "Nothing is loaded now; the process that remains ends in a minute, unless load_adapter needs it."
+ProgressCallback = Callable[
+    [float, float | None, str], None,
+]  # done, total, message; raises if the request was cancelled
+LoadKind = Literal["cold", "warm", "switched"]
 
 log = structlog.get_logger(__name__)
 
@@ -46,79 +50,88 @@ class RequestHandler:
     def __init__(self, config: HostConfig, plan: DevicePlan) -> None:
         self._config = config
         self._plan = plan
-        self._pace = DecodeThreadTuner(torch.get_num_threads())
-        self._residents = AdapterCache(config.max_resident_adapters)
+        self._thread_tuner = DecodeThreadTuner(torch.get_num_threads())
+        self._cache = AdapterCache(config.max_resident_adapters)
 
     @property
     def holds_nothing(self) -> bool:
-        return self._residents.model is None
+        return self._cache.model is None
 
     @property
     def resident(self) -> MemoryState:
-        return self._residents.summary
+        return self._cache.summary
 
-    def answer(self, request: Command, report: ProgressCallback) -> LoadedAdapter | UnloadedAdapter | Generation:
-        """Do what is asked.
+    def answer(self, request: Command, on_progress: ProgressCallback) -> LoadedAdapter | UnloadedAdapter | Generation:
+        """Answer one request.
 
         Raises:
-            ModelError: why not; what was in memory still is, and answers as before.
+            PeftMcpError: the reason for which it failed; adapters in memory are as before.
         """
         match request:
             case Load():
-                return self._load(request, report)
+                return self._load(request, on_progress)
             case Unload():
                 return self._unload(request)
             case Generate():
-                return self._generate(request, report)
+                return self._generate(request, on_progress)
 
     # -- load ----------------------------------------------------------------------------------------------------------
 
-    def _load(self, request: Load, report: ProgressCallback) -> LoadedAdapter:
-        began = time.monotonic()
-        path, residents = request.adapter_path, self._residents
+    def _load(self, request: Load, on_progress: ProgressCallback) -> LoadedAdapter:
+        started = time.monotonic()
+        path, cache = request.adapter_path, self._cache
         state = file_state(path)
-        slot = residents.slots.get(path)
-        accepted = slot is not None and (slot.compatibility.compatible or request.insist)
-        if slot is not None and accepted and slot.state == state and residents.is_on(request.base):
-            residents.activate(path)
-            return self._loaded(slot, "switched", [], began)
+        entry = cache.entries.get(path)
+        accepted = entry is not None and (entry.compatibility.compatible or request.insist)
+        if entry is not None and accepted and entry.state == state and cache.is_on(request.base):
+            cache.activate(path)
+            return self._loaded(entry, "switched", [], started)
 
-        report(0, None, "checking the adapter")
-        for with_weights in (False, True):  # headers first: they bound what is read then
+        on_progress(0, None, "checking the adapter")
+        for with_weights in (False, True):  # headers first: they limit how much is read afterwards
             files = read_adapter(path, with_weights=with_weights)
-            verdict = verify_files(files, request.base, scan_weights=with_weights)
-            if not (verdict.compatible or (request.insist and verdict.verdict is BaseMatch.SHAPE_ONLY)):
-                return self._fall_back(request.base, verdict, _why(verdict), began, report)
+            check = verify_files(files, request.base, scan_weights=with_weights)
+            if not (check.compatible or (request.insist and check.verdict is BaseMatch.SHAPE_ONLY)):
+                return self._fall_back(request.base, check, _main_reason(check), started, on_progress)
 
-        model, how = self._model_for(request.base, report)
-        report(0, None, "loading the adapter")
+        model, kind = self._model_for(request.base, on_progress)
+        on_progress(0, None, "loading the adapter")
         try:
-            name, effect = self._put_on(model, files, report)
+            name, effect = self._add_adapter(model, files, on_progress)
         except InferenceError as error:
-            if residents.model is None:
-                residents.settle(model)
-            return self._fall_back(request.base, verdict, error.message, began, report)
+            if cache.model is None:
+                cache.set_model(model)
+            return self._fall_back(request.base, check, error.message, started, on_progress)
         finally:
-            residents.select_active()
-        residents.settle(model)  # a new base goes in the old one's place only now that its adapter has proved itself
-        slot = CacheEntry(name, state, effect, verdict)
-        return self._loaded(slot, how, residents.put(path, slot), began)
+            cache.restore_selection()
+        cache.set_model(model)  # a new base model replaces the old one only after its adapter was found to work
+        entry = CacheEntry(name, state, effect, check)
+        return self._loaded(entry, kind, cache.add(path, entry), started)
 
-    def _model_for(self, base: Base, report: ProgressCallback) -> tuple[ResidentModel, How]:
-        """The resident model where it is of this base, else a new one beside it."""
-        if self._residents.model is not None and self._residents.is_on(base):
-            return self._residents.model, "warm"
-        report(0, None, f"loading {base.name}")
-        directory = ensure_hf_directory(base, self._config.base_models_dir, lambda message: report(0, None, message))
+    def _model_for(self, base: Base, on_progress: ProgressCallback) -> tuple[ResidentModel, LoadKind]:
+        """Return the resident model if it is this base model, else load another one next to it."""
+        if self._cache.model is not None and self._cache.is_on(base):
+            return self._cache.model, "warm"
+        on_progress(0, None, f"loading {base.name}")
+        directory = ensure_hf_directory(
+            base,
+            self._config.base_models_dir,
+            lambda message: on_progress(0, None, message),
+        )
         return ResidentModel.load(base, directory, self._plan), "cold"
 
-    def _put_on(self, model: ResidentModel, files: AdapterFiles, report: ProgressCallback) -> tuple[str, LoadCheck]:
+    def _add_adapter(
+        self,
+        model: ResidentModel,
+        files: AdapterFiles,
+        on_progress: ProgressCallback,
+    ) -> tuple[str, LoadCheck]:
         if files.settings is None or files.weights is None:
-            raise InferenceError("The adapter's files could not be read whole.")  # judged usable: cannot be
-        name, effect = model.add(files.settings, tensors_of(files.weights))
+            raise InferenceError("The adapter's files could not be read.")  # cannot happen: they were verified
+        name, effect = model.add(files.settings, load_tensors(files.weights))
         try:
-            report(0, None, "the adapter takes effect")
-        except BaseException:  # nobody waits any more: a load that was called off changes nothing
+            on_progress(0, None, "the adapter takes effect")
+        except BaseException:  # a cancelled load must not change anything
             model.remove(name)
             raise
         return name, effect
@@ -126,163 +139,166 @@ class RequestHandler:
     def _fall_back(
         self,
         base: Base,
-        verdict: Compatibility,
+        check: Compatibility,
         reason: str,
-        began: float,
-        report: ProgressCallback,
+        started: float,
+        on_progress: ProgressCallback,
     ) -> LoadedAdapter:
-        """What was active stays; where nothing was, the base answers."""
-        residents = self._residents
-        model = residents.model or self._model_for(base, report)[0]
-        residents.settle(model)
-        residents.base_answers = residents.active is None
+        """Keep the active adapter; if there is none, let the base model answer without one."""
+        cache = self._cache
+        model = cache.model or self._model_for(base, on_progress)[0]
+        cache.set_model(model)
+        cache.base_answers = cache.active is None
         log.warning("adapter not loaded", reason=reason)
-        who = (
-            f"{residents.active} is still active" if residents.active else f"{model.base.name} answers without adapter"
-        )
+        state = f"{cache.active} is still active" if cache.active else f"{model.base.name} answers without adapter"
         return LoadedAdapter(
             status="fallback",
-            adapter_path=str(residents.active) if residents.active else None,
+            adapter_path=str(cache.active) if cache.active else None,
             base_model=model.base.name,
-            verdict=verdict.verdict,
+            verdict=check.verdict,
             reason=reason,
-            reasons=verdict.reasons,
+            reasons=check.reasons,
             resident=self.resident,
-            elapsed_s=_since(began),
+            elapsed_s=_seconds_since(started),
             memory_bytes=memory_bytes(),
-            next=f"{who}. {_advice(verdict)}",
+            next=f"{state}. {_advice(check)}",
         )
 
-    def _loaded(self, slot: CacheEntry, how: How, evicted: list[Path], began: float) -> LoadedAdapter:
+    def _loaded(self, entry: CacheEntry, kind: LoadKind, evicted: list[Path], started: float) -> LoadedAdapter:
         resident = self.resident
+        step = NextStep(tool="generate", reason="compare_with_base=true shows what the adapter changes.")
         return LoadedAdapter(
             status="loaded",
-            adapter_path=str(self._residents.active),
+            adapter_path=str(self._cache.active),
             base_model=resident.base_model or "",
-            verdict=slot.compatibility.verdict,
-            reasons=slot.compatibility.reasons,
-            effect=slot.effect,
-            how=how,
+            verdict=entry.compatibility.verdict,
+            reasons=entry.compatibility.reasons,
+            effect=entry.effect,
+            how=kind,
             evicted=[str(path) for path in evicted],
             resident=resident,
-            elapsed_s=_since(began),
+            elapsed_s=_seconds_since(started),
             memory_bytes=resident.memory_bytes,
-            next="Call generate to use it; compare_with_base=true shows what it changes. unload_adapter takes it off.",
+            next="Call generate to use it (compare_with_base=true shows what it changes), unload_adapter to unload it.",
+            next_step=step,
         )
 
     # -- unload --------------------------------------------------------------------------------------------------------
 
     def _unload(self, request: Unload) -> UnloadedAdapter:
-        began, before = time.monotonic(), memory_bytes()
-        residents = self._residents
-        if residents.model is None and request.adapter_path is None:
-            return nothing_was_loaded(before)
-        path = request.adapter_path or residents.active
-        if path is None and residents.slots:
-            raise residents.not_loaded("No adapter is active, so name the one to unload", verb="unload_adapter")
+        started, memory_before = time.monotonic(), memory_bytes()
+        cache = self._cache
+        if cache.model is None and request.adapter_path is None:
+            return nothing_was_loaded(memory_before)
+        path = request.adapter_path or cache.active
+        if path is None and cache.entries:
+            raise cache.not_loaded("No adapter is active, so name the one to unload", tool="unload_adapter")
         if path is not None:
-            residents.require(path, verb="unload_adapter")
-            residents.take_off(path)
-        base_unloaded = not residents.slots
+            cache.require(path, tool="unload_adapter")
+            cache.remove(path)
+        base_unloaded = not cache.entries
         if base_unloaded:
-            residents.forget()
+            cache.clear()
             release_memory()
-        left = f"Still in memory: {', '.join(map(str, residents.slots))}; load_adapter switches to it."
+            text, step = "Nothing is in memory now; the idle worker process exits within a minute.", None
+        else:
+            step = NextStep(
+                tool="load_adapter",
+                arguments={"adapter_path": str(list(cache.entries)[-1])},
+                reason=f"Still in memory: {', '.join(map(str, cache.entries))}.",
+            )
+            text = step.sentence
         return UnloadedAdapter(
             status="unloaded",
             adapter_path=str(path) if path else None,
             base_unloaded=base_unloaded,
             resident=self.resident,
-            memory_before_bytes=before,
+            memory_before_bytes=memory_before,
             memory_after_bytes=memory_bytes(),
-            elapsed_s=_since(began),
-            next=_EMPTY if base_unloaded else left,
+            elapsed_s=_seconds_since(started),
+            next=text,
+            next_step=step,
         )
 
     # -- generate ------------------------------------------------------------------------------------------------------
 
-    def _generate(self, request: Generate, report: ProgressCallback) -> Generation:
-        began = time.monotonic()
-        model, path = self._who_answers(request, report)
-        wanted = request.request
-        prompt = encode(wanted, model.tokenizer, model.base.name, model.base.shape.context_length)
-        both = wanted.compare_with_base and path is not None
-        total = wanted.max_new_tokens * (2 if both else 1)
+    def _generate(self, command: Generate, on_progress: ProgressCallback) -> Generation:
+        started = time.monotonic()
+        model, path = self._select_for(command, on_progress)
+        request = command.request
+        prompt = encode(request, model.tokenizer, model.base.name, model.base.shape.context_length)
+        both = request.compare_with_base and path is not None
+        total = request.max_new_tokens * (2 if both else 1)
 
-        def write(adapter: str | None, before: int) -> Completion:
+        def run(adapter: str | None, tokens_before: int) -> Completion:
             model.select(adapter)
             who = "adapter" if adapter else "base"
-            return complete(
-                model,
-                prompt,
-                wanted,
-                self._pace,
-                lambda done: report(
-                    before + done,
-                    total,
-                    f"{done} tokens by the {who}" if done else f"the {who} reads the prompt",
-                ),
-            )
+
+            def on_token(done: int) -> None:
+                message = f"{done} tokens by the {who}" if done else f"the {who} reads the prompt"
+                on_progress(tokens_before + done, total, message)
+
+            return complete(model, prompt, request, self._thread_tuner, on_token)
 
         try:
-            writing_since = time.monotonic()
-            text = write(self._residents.slots[path].name if path else None, 0)
-            seconds = time.monotonic() - writing_since
-            base_text = write(None, text.tokens).text if both else None
+            generation_started = time.monotonic()
+            completion = run(self._cache.entries[path].name if path else None, 0)
+            seconds = time.monotonic() - generation_started
+            base_text = run(None, completion.tokens).text if both else None
         finally:
-            self._residents.select_active()
+            self._cache.restore_selection()
         if path is not None:
-            self._residents.touch(path)
+            self._cache.mark_used(path)
         return Generation(
-            text=text.text,
-            base_text=text.text if wanted.compare_with_base and path is None else base_text,
+            text=completion.text,
+            base_text=completion.text if request.compare_with_base and path is None else base_text,
             base_model=model.base.name,
             adapter_path=str(path) if path else None,
             applied=GenerationSettings(
                 prompt_format=prompt.format,
-                **wanted.model_dump(include={"max_new_tokens", "temperature", "top_p", "seed", "stop"}),
+                **request.model_dump(include={"max_new_tokens", "temperature", "top_p", "seed", "stop"}),
             ),
             prompt_tokens=len(prompt.ids),
-            completion_tokens=text.tokens,
-            finish_reason=text.finish_reason,
-            elapsed_s=_since(began),
-            tokens_per_second=round(text.tokens / seconds, 1) if seconds else 0.0,
+            completion_tokens=completion.tokens,
+            finish_reason=completion.finish_reason,
+            elapsed_s=_seconds_since(started),
+            tokens_per_second=round(completion.tokens / seconds, 1) if seconds else 0.0,
         )
 
-    def _who_answers(self, request: Generate, report: ProgressCallback) -> tuple[ResidentModel, Path | None]:
-        """(the model, the adapter's path; None: the base alone)."""
-        residents = self._residents
-        if request.without_adapter is not None:
-            if residents.model is None:
-                residents.settle(self._model_for(request.without_adapter, report)[0])
+    def _select_for(self, command: Generate, on_progress: ProgressCallback) -> tuple[ResidentModel, Path | None]:
+        """Return the model and the path of the adapter to use; None for the base model without an adapter."""
+        cache = self._cache
+        if command.without_adapter is not None:
+            if cache.model is None:
+                cache.set_model(self._model_for(command.without_adapter, on_progress)[0])
             path = None
-        elif request.adapter_path is not None:
-            residents.require(request.adapter_path)
-            path = request.adapter_path
+        elif command.adapter_path is not None:
+            cache.require(command.adapter_path)
+            path = command.adapter_path
         else:
-            path = residents.active
-            if path is None and not residents.base_answers:
-                raise residents.not_loaded("No adapter is active")
-        if residents.model is None:
-            raise residents.not_loaded("Nothing is loaded")
-        return residents.model, path
+            path = cache.active
+            if path is None and not cache.base_answers:
+                raise cache.not_loaded("No adapter is active")
+        if cache.model is None:
+            raise cache.not_loaded("Nothing is loaded")
+        return cache.model, path
 
 
-def _why(verdict: Compatibility) -> str:
-    """The gravest reason, and how many there are beside it."""
-    graver = [reason for reason in verdict.reasons if reason.severity == "error"] or verdict.reasons
-    if not graver:
-        return f"The verdict of the check is {verdict.verdict}."
-    more = f" ({len(graver) - 1} more)" if len(graver) > 1 else ""
-    return f"{graver[0].message}{more}"
+def _main_reason(check: Compatibility) -> str:
+    """The first error, or else the first warning, and how many more there are."""
+    reasons = [reason for reason in check.reasons if reason.severity == "error"] or check.reasons
+    if not reasons:
+        return f"The verdict of the check is {check.verdict}."
+    more = f" ({len(reasons) - 1} more)" if len(reasons) > 1 else ""
+    return f"{reasons[0].message}{more}"
 
 
-def _advice(verdict: Compatibility) -> str:
-    if verdict.verdict is BaseMatch.SHAPE_ONLY:
-        return "Name the base that it was trained on as base_model, or insist with accept_unproven_base=true."
-    fixes = [reason.fix for reason in verdict.reasons if reason.fix and reason.severity == "error"]
+def _advice(check: Compatibility) -> str:
+    if check.verdict is BaseMatch.SHAPE_ONLY:
+        return "Pass the base_model that it was trained on, or load it all the same with accept_unproven_base=true."
+    fixes = [reason.fix for reason in check.reasons if reason.fix and reason.severity == "error"]
     return f"{fixes[0].rstrip('.')}." if fixes else "Call verify_adapter_compatibility to see every reason."
 
 
-def _since(began: float) -> float:
-    return round(time.monotonic() - began, 4)
+def _seconds_since(started: float) -> float:
+    return round(time.monotonic() - started, 4)

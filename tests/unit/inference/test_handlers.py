@@ -1,4 +1,4 @@
-"""What the inference host does with requests, on toy models: the algebra, the order of things, and PEFT's traps."""
+"""The inference worker's answers to requests, on tiny models: numerics against PEFT, failed loads and cancellation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
 from peft_core.errors import AdapterNotLoaded, DataError, InvalidArgument
 from peft_core.inference.protocol import Generate, HostConfig, Load, Unload
-from peft_core.inference.worker.generate import earliest
+from peft_core.inference.worker.generate import first_stop
 from peft_core.inference.worker.handlers import RequestHandler
 from peft_core.modeling import adapter_model as model_module
 from peft_core.modeling.device import Machine, choose
@@ -48,87 +48,89 @@ def adapters(base_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> RequestHandler:
-    return new_desk(tmp_path)
+def handler(tmp_path: Path) -> RequestHandler:
+    return new_handler(tmp_path)
 
 
-def new_desk(place: Path, keep: int = 3) -> RequestHandler:
+def new_handler(place: Path, keep: int = 3) -> RequestHandler:
     config = HostConfig(base_models_dir=place, max_resident_adapters=keep, idle_s=60)
     return RequestHandler(config, choose("cpu", Machine()))
 
 
-def nobody_listens(_done: float, _total: float | None, _message: str) -> None:
-    """A report without a reader."""
+def ignore_progress(_done: float, _total: float | None, _message: str) -> None:
+    """Ignore progress."""
 
 
-def load(desk: RequestHandler, path: Path, base: Base, **options: Any) -> LoadedAdapter:
-    answer = desk.answer(Load(adapter_path=path, base=base, **options), nobody_listens)
-    assert isinstance(answer, LoadedAdapter)
-    return answer
+def load(handler: RequestHandler, path: Path, base: Base, **options: Any) -> LoadedAdapter:
+    result = handler.answer(Load(adapter_path=path, base=base, **options), ignore_progress)
+    assert isinstance(result, LoadedAdapter)
+    return result
 
 
-def unload(desk: RequestHandler, path: Path | None = None) -> UnloadedAdapter:
-    answer = desk.answer(Unload(adapter_path=path), nobody_listens)
-    assert isinstance(answer, UnloadedAdapter)
-    return answer
+def unload(handler: RequestHandler, path: Path | None = None) -> UnloadedAdapter:
+    result = handler.answer(Unload(adapter_path=path), ignore_progress)
+    assert isinstance(result, UnloadedAdapter)
+    return result
 
 
 def generate(
-    desk: RequestHandler,
+    handler: RequestHandler,
     adapter: Path | None = None,
     *,
     without_adapter: Base | None = None,
-    report: Callable[[float, float | None, str], None] = nobody_listens,
+    report: Callable[[float, float | None, str], None] = ignore_progress,
     **request: Any,
 ) -> Generation:
-    wanted = Generate(
+    command = Generate(
         request=GenerationRequest(**(request or HELLO)),
         adapter_path=adapter,
         without_adapter=without_adapter,
     )
-    answer = desk.answer(wanted, report)
-    assert isinstance(answer, Generation)
-    return answer
+    result = handler.answer(command, report)
+    assert isinstance(result, Generation)
+    return result
 
 
-def loaded_paths(desk: RequestHandler) -> list[str]:
-    return [Path(adapter.adapter_path).name for adapter in desk.resident.adapters]
+def loaded_paths(handler: RequestHandler) -> list[str]:
+    return [Path(adapter.adapter_path).name for adapter in handler.resident.adapters]
 
 
 # -- load ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_load_answers_with_proof_of_the_effect(desk: RequestHandler, adapters: list[Path], base: Base) -> None:
-    answer = load(desk, adapters[0], base)
-    assert (answer.status, answer.how, answer.verdict) == ("loaded", "cold", BaseMatch.SAMPLED)
-    assert answer.effect is not None
-    assert answer.effect.unmatched_keys == 0
-    assert answer.effect.max_logit_change > 0.1
-    assert answer.adapter_path == str(adapters[0])
-    assert desk.resident.base_model == base.name
+def test_a_load_returns_the_measured_effect_of_the_adapter(
+    handler: RequestHandler, adapters: list[Path], base: Base,
+) -> None:
+    result = load(handler, adapters[0], base)
+    assert (result.status, result.how, result.verdict) == ("loaded", "cold", BaseMatch.SAMPLED)
+    assert result.effect is not None
+    assert result.effect.unmatched_keys == 0
+    assert result.effect.max_logit_change > 0.1
+    assert result.adapter_path == str(adapters[0])
+    assert handler.resident.base_model == base.name
 
 
-def test_what_is_in_memory_is_switched_to_and_answers_as_before(
-    desk: RequestHandler,
+def test_switching_back_to_a_resident_adapter_gives_the_same_text(
+    handler: RequestHandler,
     adapters: list[Path],
     base: Base,
 ) -> None:
-    load(desk, adapters[0], base)
-    first = generate(desk).text
-    assert load(desk, adapters[1], base).how == "warm"
-    second = generate(desk).text
-    assert load(desk, adapters[0], base).how == "switched"
-    assert generate(desk).text == first != second
+    load(handler, adapters[0], base)
+    first = generate(handler).text
+    assert load(handler, adapters[1], base).how == "warm"
+    second = generate(handler).text
+    assert load(handler, adapters[0], base).how == "switched"
+    assert generate(handler).text == first != second
 
 
-def test_an_answer_is_plain_pefts_token_for_token(
-    desk: RequestHandler,
+def test_generated_tokens_equal_those_of_plain_peft(
+    handler: RequestHandler,
     adapters: list[Path],
     base: Base,
     base_directory: Path,
 ) -> None:
-    load(desk, adapters[1], base)
-    load(desk, adapters[0], base)
+    load(handler, adapters[1], base)
+    load(handler, adapters[0], base)
     reference = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_directory), str(adapters[0]))
     ids_1T = torch.tensor([[VOCABULARY.index(character) for character in "def f"]])
     written_1T = reference.generate(
@@ -138,65 +140,65 @@ def test_an_answer_is_plain_pefts_token_for_token(
         do_sample=False,
         pad_token_id=0,
     )
-    expected = [VOCABULARY[token] for token in written_1T[0, 5:] if token > 2]  # no special ones
-    assert generate(desk).text.replace(" ", "") == "".join(expected).replace(" ", "")
+    expected = [VOCABULARY[token] for token in written_1T[0, 5:] if token > 2]  # without special tokens
+    assert generate(handler).text.replace(" ", "") == "".join(expected).replace(" ", "")
 
 
-def test_files_that_have_changed_are_loaded_anew(
-    desk: RequestHandler,
+def test_an_adapter_whose_files_changed_is_loaded_again(
+    handler: RequestHandler,
     base: Base,
     base_directory: Path,
     tmp_path: Path,
 ) -> None:
     adapter = write_tiny_adapter(tmp_path / "adapter", base_directory, seed=1)
-    load(desk, adapter, base)
-    before = generate(desk).text
+    load(handler, adapter, base)
+    before = generate(handler).text
     write_tiny_adapter(adapter, base_directory, seed=2)
-    assert load(desk, adapter, base).how == "warm"
-    assert generate(desk).text != before
-    assert len(desk.resident.adapters) == 1
+    assert load(handler, adapter, base).how == "warm"
+    assert generate(handler).text != before
+    assert len(handler.resident.adapters) == 1
 
 
-def test_the_least_recently_used_goes_when_too_many_are_there(tmp_path: Path, adapters: list[Path], base: Base) -> None:
-    desk = new_desk(tmp_path, keep=2)
-    load(desk, adapters[0], base)
-    load(desk, adapters[1], base)
-    generate(desk, adapters[0])
-    answer = load(desk, adapters[2], base)
-    assert answer.evicted == [str(adapters[1])]
-    assert loaded_paths(desk) == ["a", "c"]
-    assert generate(desk).adapter_path == str(adapters[2])
+def test_the_least_recently_used_adapter_is_evicted_first(tmp_path: Path, adapters: list[Path], base: Base) -> None:
+    handler = new_handler(tmp_path, keep=2)
+    load(handler, adapters[0], base)
+    load(handler, adapters[1], base)
+    generate(handler, adapters[0])
+    result = load(handler, adapters[2], base)
+    assert result.evicted == [str(adapters[1])]
+    assert loaded_paths(handler) == ["a", "c"]
+    assert generate(handler).adapter_path == str(adapters[2])
 
 
-def test_taking_adapters_off_restores_the_base_bit_for_bit(
-    desk: RequestHandler,
+def test_unloading_all_adapters_restores_the_base_bit_for_bit(
+    handler: RequestHandler,
     adapters: list[Path],
     base: Base,
 ) -> None:
-    before = generate(desk, without_adapter=base).text
-    assert desk._residents.model is not None
-    weights = {name: parameter.clone() for name, parameter in desk._residents.model.causal.named_parameters()}
+    before = generate(handler, without_adapter=base).text
+    assert handler._cache.model is not None
+    weights = {name: parameter.clone() for name, parameter in handler._cache.model.causal.named_parameters()}
     for adapter in adapters:
-        load(desk, adapter, base)
+        load(handler, adapter, base)
     for adapter in adapters[:2]:
-        unload(desk, adapter)
-    desk._residents.take_off(adapters[2])
-    assert generate(desk, without_adapter=base).text == before
-    after = dict(desk._residents.model.causal.named_parameters())
+        unload(handler, adapter)
+    handler._cache.remove(adapters[2])
+    assert generate(handler, without_adapter=base).text == before
+    after = dict(handler._cache.model.causal.named_parameters())
     assert after.keys() == weights.keys()
     assert all(torch.equal(after[name], weights[name]) for name in weights)
 
 
-def test_nothing_asks_for_gradients(desk: RequestHandler, adapters: list[Path], base: Base) -> None:
-    load(desk, adapters[0], base)
-    load(desk, adapters[1], base)
-    load(desk, adapters[0], base)
-    assert desk._residents.model is not None
-    assert not any(parameter.requires_grad for parameter in desk._residents.model.causal.parameters())
+def test_no_parameter_requires_gradients(handler: RequestHandler, adapters: list[Path], base: Base) -> None:
+    load(handler, adapters[0], base)
+    load(handler, adapters[1], base)
+    load(handler, adapters[0], base)
+    assert handler._cache.model is not None
+    assert not any(parameter.requires_grad for parameter in handler._cache.model.causal.parameters())
 
 
-def test_sixteen_bit_weights_rank_and_alpha_patterns_and_rslora_mean_what_they_mean_to_peft(
-    desk: RequestHandler,
+def test_bf16_weights_patterns_and_rslora_give_the_logits_of_peft(
+    handler: RequestHandler,
     base: Base,
     base_directory: Path,
     tmp_path: Path,
@@ -210,59 +212,59 @@ def test_sixteen_bit_weights_rank_and_alpha_patterns_and_rslora_mean_what_they_m
         use_rslora=True,
         layers_to_transform=[1],
     )
-    halves = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(adapter / WEIGHTS).items()}
-    save_file(halves, adapter / WEIGHTS)
+    bf16_tensors = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(adapter / WEIGHTS).items()}
+    save_file(bf16_tensors, adapter / WEIGHTS)
     record_base(adapter, base)
-    answer = load(desk, adapter, base)
-    assert answer.status == "loaded", answer.reasons
-    assert desk._residents.model is not None
-    ids_1T = desk._residents.model.probe_1T
+    result = load(handler, adapter, base)
+    assert result.status == "loaded", result.reasons
+    assert handler._cache.model is not None
+    ids_1T = handler._cache.model.probe_1T
     reference = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_directory), str(adapter))
     with torch.inference_mode():
-        torch.testing.assert_close(desk._residents.model.causal(ids_1T).logits, reference(ids_1T).logits)
+        torch.testing.assert_close(handler._cache.model.causal(ids_1T).logits, reference(ids_1T).logits)
 
 
-# -- loads that fail -----------------------------------------------------------------------------------------------
+# -- failed loads --------------------------------------------------------------------------------------------------
 
 
-def test_where_nothing_was_active_the_base_answers(
-    desk: RequestHandler,
+def test_after_a_failed_first_load_the_base_answers(
+    handler: RequestHandler,
     base: Base,
     base_directory: Path,
     tmp_path: Path,
 ) -> None:
     zero = write_tiny_adapter(tmp_path / "zero", base_directory, seed=1, scale=0)
-    answer = load(desk, zero, base)
-    assert (answer.status, answer.adapter_path) == ("fallback", None)
-    assert [reason.code for reason in answer.reasons] == ["b_all_zero"]
-    assert answer.reason
-    assert "without adapter" in answer.next
-    assert generate(desk).adapter_path is None
+    result = load(handler, zero, base)
+    assert (result.status, result.adapter_path) == ("fallback", None)
+    assert [reason.code for reason in result.reasons] == ["b_all_zero"]
+    assert result.reason
+    assert "without adapter" in result.next
+    assert generate(handler).adapter_path is None
 
 
-def test_what_was_active_stays_active(
-    desk: RequestHandler,
+def test_a_failed_load_keeps_the_active_adapter(
+    handler: RequestHandler,
     adapters: list[Path],
     base: Base,
     base_directory: Path,
     tmp_path: Path,
 ) -> None:
-    load(desk, adapters[0], base)
-    before = generate(desk).text
+    load(handler, adapters[0], base)
+    before = generate(handler).text
     zero = write_tiny_adapter(tmp_path / "zero", base_directory, seed=1, scale=0)
-    answer = load(desk, zero, base)
-    assert (answer.status, answer.adapter_path) == ("fallback", str(adapters[0]))
-    assert generate(desk).text == before
+    result = load(handler, zero, base)
+    assert (result.status, result.adapter_path) == ("fallback", str(adapters[0]))
+    assert generate(handler).text == before
 
 
-def test_an_adapter_that_the_check_cannot_see_through_is_found_out_by_its_missing_effect(
-    desk: RequestHandler,
+def test_an_adapter_without_effect_is_rejected_although_its_files_are_sound(
+    handler: RequestHandler,
     adapters: list[Path],
     base: Base,
     base_directory: Path,
     tmp_path: Path,
 ) -> None:
-    """A is zero, B is not: headers and weights look sound, and the product is nothing."""
+    """A is zero and B is not: headers and weights pass the check, but the product is zero."""
     adapter = write_tiny_adapter(tmp_path / "inert", base_directory, seed=1)
     tensors = {
         name: torch.zeros_like(tensor) if "lora_A" in name else tensor
@@ -270,164 +272,166 @@ def test_an_adapter_that_the_check_cannot_see_through_is_found_out_by_its_missin
     }
     save_file(tensors, adapter / WEIGHTS)
     record_base(adapter, base)
-    load(desk, adapters[0], base)
-    answer = load(desk, adapter, base)
-    assert answer.status == "fallback"
-    assert "changes nothing" in (answer.reason or "")
-    assert loaded_paths(desk) == ["a"]
-    assert generate(desk).adapter_path == str(adapters[0])
+    load(handler, adapters[0], base)
+    result = load(handler, adapter, base)
+    assert result.status == "fallback"
+    assert "changes nothing" in (result.reason or "")
+    assert loaded_paths(handler) == ["a"]
+    assert generate(handler).adapter_path == str(adapters[0])
 
 
-def test_numbers_too_large_for_the_model_are_found_out_by_their_effect(
-    desk: RequestHandler,
+def test_an_adapter_whose_weights_overflow_is_rejected(
+    handler: RequestHandler,
     base: Base,
     base_directory: Path,
     tmp_path: Path,
 ) -> None:
     adapter = write_tiny_adapter(tmp_path / "huge", base_directory, seed=1, scale=1e38)
-    answer = load(desk, adapter, base)
-    assert answer.status == "fallback"
-    assert "NaN" in (answer.reason or "")
+    result = load(handler, adapter, base)
+    assert result.status == "fallback"
+    assert "NaN" in (result.reason or "")
 
 
-def test_nothing_is_left_of_a_load_that_breaks_half_way(
-    desk: RequestHandler,
+def test_a_load_that_fails_halfway_leaves_nothing_behind(
+    handler: RequestHandler,
     adapters: list[Path],
     base: Base,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    load(desk, adapters[0], base)
-    before = generate(desk).text
+    load(handler, adapters[0], base)
+    before = generate(handler).text
 
-    def breaks(*_: object, **__: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(model_module, "set_peft_model_state_dict", breaks)
+        patch.setattr(model_module, "set_peft_model_state_dict", fail)
         with pytest.raises(MemoryError):
-            load(desk, adapters[1], base)
-    assert loaded_paths(desk) == ["a"]
-    assert generate(desk).text == before
-    assert load(desk, adapters[1], base).status == "loaded"
+            load(handler, adapters[1], base)
+    assert loaded_paths(handler) == ["a"]
+    assert generate(handler).text == before
+    assert load(handler, adapters[1], base).status == "loaded"
 
 
-def test_a_first_load_that_breaks_half_way_leaves_the_base_as_it_was(
-    desk: RequestHandler,
+def test_a_first_load_that_fails_halfway_leaves_the_base_unchanged(
+    handler: RequestHandler,
     adapters: list[Path],
     base: Base,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    before = generate(desk, without_adapter=base).text
+    before = generate(handler, without_adapter=base).text
 
-    def breaks(*_: object, **__: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no")
 
     with monkeypatch.context() as patch:
-        patch.setattr(model_module, "set_peft_model_state_dict", breaks)
+        patch.setattr(model_module, "set_peft_model_state_dict", fail)
         with pytest.raises(RuntimeError):
-            load(desk, adapters[0], base)
-    assert generate(desk, without_adapter=base).text == before
-    assert load(desk, adapters[0], base).status == "loaded"
+            load(handler, adapters[0], base)
+    assert generate(handler, without_adapter=base).text == before
+    assert load(handler, adapters[0], base).status == "loaded"
 
 
 @pytest.mark.parametrize("others", [0, 1])
-def test_nothing_is_left_of_an_adapter_that_peft_stops_at(
-    desk: RequestHandler,
+def test_an_error_inside_peft_leaves_nothing_of_the_adapter_behind(
+    handler: RequestHandler,
     adapters: list[Path],
     base: Base,
     monkeypatch: pytest.MonkeyPatch,
     others: int,
 ) -> None:
-    """PEFT replaces layers one by one: at an error some are replaced, and it has nothing to undo that with."""
-    before = generate(desk, without_adapter=base).text
+    """PEFT replaces layers one by one; after an error some are replaced, and PEFT does not restore them."""
+    before = generate(handler, without_adapter=base).text
     for adapter in adapters[:others]:
-        load(desk, adapter, base)
+        load(handler, adapter, base)
 
-    def stops_half_way(self: Any, *_: object, **__: object) -> None:
+    def fail_halfway(self: Any, *_: object, **__: object) -> None:
         raise ValueError("no such layer")
 
     with monkeypatch.context() as patch:
-        patch.setattr("peft.tuners.lora.model.LoraModel._mark_only_adapters_as_trainable", stops_half_way)
+        patch.setattr("peft.tuners.lora.model.LoraModel._mark_only_adapters_as_trainable", fail_halfway)
         with pytest.raises(ValueError, match="no such layer"):
-            load(desk, adapters[1], base)
-    assert generate(desk, without_adapter=base).text == before
-    assert load(desk, adapters[1], base).status == "loaded"
-    assert loaded_paths(desk) == ["a", "b"][1 - others :]
+            load(handler, adapters[1], base)
+    assert generate(handler, without_adapter=base).text == before
+    assert load(handler, adapters[1], base).status == "loaded"
+    assert loaded_paths(handler) == ["a", "b"][1 - others :]
 
 
-def test_a_base_that_is_not_restored_ends_the_process(
-    desk: RequestHandler,
+def test_a_base_that_cannot_be_restored_raises_base_corrupted(
+    handler: RequestHandler,
     adapters: list[Path],
     base: Base,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    generate(desk, without_adapter=base)
+    generate(handler, without_adapter=base)
 
-    def damages(model: Any, *_: object, **__: object) -> None:
+    def damage(model: Any, *_: object, **__: object) -> None:
         with torch.no_grad():
             next(model.parameters()).add_(1.0)
-        raise RuntimeError("half-way")
+        raise RuntimeError("halfway")
 
-    monkeypatch.setattr(model_module, "set_peft_model_state_dict", damages)
+    monkeypatch.setattr(model_module, "set_peft_model_state_dict", damage)
     with pytest.raises(model_module.BaseCorrupted):
-        load(desk, adapters[0], base)
+        load(handler, adapters[0], base)
 
 
-def test_a_target_that_is_no_linear_layer_is_refused_before_anything_is_touched(
-    desk: RequestHandler,
+def test_a_target_that_is_not_a_linear_layer_is_rejected_before_any_change(
+    handler: RequestHandler,
     adapters: list[Path],
     base: Base,
 ) -> None:
-    generate(desk, without_adapter=base)
-    assert desk._residents.model is not None
-    desk._residents.model.causal.model.layers[0].mlp.down_proj = torch.nn.Identity()  # type: ignore[union-attr]
-    answer = load(desk, adapters[0], base)
-    assert answer.status == "fallback"
-    assert "no linear layer but a Identity" in (answer.reason or "")
+    generate(handler, without_adapter=base)
+    assert handler._cache.model is not None
+    handler._cache.model.causal.model.layers[0].mlp.down_proj = torch.nn.Identity()  # type: ignore[union-attr]
+    result = load(handler, adapters[0], base)
+    assert result.status == "fallback"
+    assert "no linear layer but a Identity" in (result.reason or "")
 
 
-def test_a_load_that_was_called_off_changes_nothing(desk: RequestHandler, adapters: list[Path], base: Base) -> None:
-    load(desk, adapters[0], base)
-    before = generate(desk).text
+def test_a_cancelled_load_changes_nothing(handler: RequestHandler, adapters: list[Path], base: Base) -> None:
+    load(handler, adapters[0], base)
+    before = generate(handler).text
 
-    class Gone(Exception):
-        """Nobody waits."""
+    class Cancelled(Exception):
+        """The client cancelled the request."""
 
-    def leave(_done: float, _total: float | None, message: str) -> None:
+    def cancel(_done: float, _total: float | None, message: str) -> None:
         if message == "the adapter takes effect":
-            raise Gone
+            raise Cancelled
 
-    with pytest.raises(Gone):
-        desk.answer(Load(adapter_path=adapters[1], base=base), leave)
-    assert loaded_paths(desk) == ["a"]
-    assert generate(desk).text == before
+    with pytest.raises(Cancelled):
+        handler.answer(Load(adapter_path=adapters[1], base=base), cancel)
+    assert loaded_paths(handler) == ["a"]
+    assert generate(handler).text == before
 
 
-def test_once_insisted_is_not_for_ever(desk: RequestHandler, base: Base, base_directory: Path, tmp_path: Path) -> None:
+def test_accepting_an_unproven_base_applies_to_one_load_only(
+    handler: RequestHandler, base: Base, base_directory: Path, tmp_path: Path,
+) -> None:
     adapter = write_tiny_adapter(tmp_path / "foreign", base_directory, seed=1)
     (adapter / "adapter_manifest.json").unlink()
-    assert load(desk, adapter, base, insist=True).status == "loaded"
-    assert load(desk, adapter, base).status == "fallback"
-    assert load(desk, adapter, base, insist=True).how == "switched"
+    assert load(handler, adapter, base, insist=True).status == "loaded"
+    assert load(handler, adapter, base).status == "fallback"
+    assert load(handler, adapter, base, insist=True).how == "switched"
 
 
-def test_an_unproven_adapter_must_be_insisted_on(
-    desk: RequestHandler,
+def test_an_unproven_adapter_is_loaded_only_if_that_is_accepted(
+    handler: RequestHandler,
     base: Base,
     base_directory: Path,
     tmp_path: Path,
 ) -> None:
     adapter = write_tiny_adapter(tmp_path / "foreign", base_directory, seed=1)
     (adapter / "adapter_manifest.json").unlink()
-    answer = load(desk, adapter, base)
-    assert (answer.status, answer.verdict) == ("fallback", BaseMatch.SHAPE_ONLY)
-    assert "accept_unproven_base" in answer.next
-    answer = load(desk, adapter, base, insist=True)
-    assert (answer.status, answer.verdict) == ("loaded", BaseMatch.SHAPE_ONLY)
+    result = load(handler, adapter, base)
+    assert (result.status, result.verdict) == ("fallback", BaseMatch.SHAPE_ONLY)
+    assert "accept_unproven_base" in result.next
+    result = load(handler, adapter, base, insist=True)
+    assert (result.status, result.verdict) == ("loaded", BaseMatch.SHAPE_ONLY)
 
 
-def test_insisting_does_not_help_against_errors(
-    desk: RequestHandler,
+def test_accepting_an_unproven_base_does_not_override_errors(
+    handler: RequestHandler,
     base: Base,
     base_directory: Path,
     tmp_path: Path,
@@ -435,13 +439,13 @@ def test_insisting_does_not_help_against_errors(
     adapter = write_tiny_adapter(tmp_path / "x", base_directory, seed=1)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 800}))
-    answer = load(desk, adapter, base, insist=True)
-    assert answer.status == "fallback"
-    assert [reason.code for reason in answer.reasons] == ["altered"]
+    result = load(handler, adapter, base, insist=True)
+    assert result.status == "fallback"
+    assert [reason.code for reason in result.reasons] == ["altered"]
 
 
-def test_another_base_takes_the_place_of_the_first_only_when_its_adapter_works(
-    desk: RequestHandler,
+def test_a_base_is_replaced_only_after_the_new_adapter_works(
+    handler: RequestHandler,
     adapters: list[Path],
     base: Base,
     tmp_path: Path,
@@ -453,195 +457,205 @@ def test_another_base_takes_the_place_of_the_first_only_when_its_adapter_works(
             parameter.mul_(1.5)
     other_model.save_pretrained(other_directory)
     other = resolve(str(other_directory), Settings())
-    load(desk, adapters[0], base)
-    assert load(desk, adapters[1], other).status == "fallback"
-    assert (desk.resident.base_model, loaded_paths(desk)) == ("base", ["a"])
+    load(handler, adapters[0], base)
+    assert load(handler, adapters[1], other).status == "fallback"
+    assert (handler.resident.base_model, loaded_paths(handler)) == ("base", ["a"])
     mine = write_tiny_adapter(tmp_path / "mine", other_directory, seed=9)
-    assert load(desk, mine, other).how == "cold"
-    assert (desk.resident.base_model, loaded_paths(desk)) == ("other", ["mine"])
+    assert load(handler, mine, other).how == "cold"
+    assert (handler.resident.base_model, loaded_paths(handler)) == ("other", ["mine"])
 
 
 # -- unload --------------------------------------------------------------------------------------------------------
 
 
-def test_the_active_one_is_taken_off_and_the_base_goes_with_the_last(
-    desk: RequestHandler,
+def test_unload_removes_the_active_adapter_and_the_base_with_the_last(
+    handler: RequestHandler,
     adapters: list[Path],
     base: Base,
 ) -> None:
-    load(desk, adapters[0], base)
-    load(desk, adapters[1], base)
-    answer = unload(desk)
-    assert (answer.adapter_path, answer.base_unloaded) == (str(adapters[1]), False)
-    assert str(adapters[0]) in answer.next
+    load(handler, adapters[0], base)
+    load(handler, adapters[1], base)
+    result = unload(handler)
+    assert (result.adapter_path, result.base_unloaded) == (str(adapters[1]), False)
+    assert str(adapters[0]) in result.next
     with pytest.raises(AdapterNotLoaded, match="No adapter is active"):
-        generate(desk)
-    answer = unload(desk, adapters[0])
-    assert (answer.adapter_path, answer.base_unloaded) == (str(adapters[0]), True)
-    assert desk.holds_nothing
-    assert unload(desk).status == "nothing_loaded"
+        generate(handler)
+    result = unload(handler, adapters[0])
+    assert (result.adapter_path, result.base_unloaded) == (str(adapters[0]), True)
+    assert handler.holds_nothing
+    assert unload(handler).status == "nothing_loaded"
 
 
-def test_an_unknown_one_is_not_taken_off(desk: RequestHandler, adapters: list[Path], base: Base) -> None:
-    load(desk, adapters[0], base)
+def test_unloading_an_adapter_that_is_not_in_memory_is_an_error(
+    handler: RequestHandler, adapters: list[Path], base: Base,
+) -> None:
+    load(handler, adapters[0], base)
     with pytest.raises(AdapterNotLoaded, match=str(adapters[0])):
-        unload(desk, adapters[1])
-    assert loaded_paths(desk) == ["a"]
+        unload(handler, adapters[1])
+    assert loaded_paths(handler) == ["a"]
 
 
-def test_a_base_without_adapters_is_unloaded_too(desk: RequestHandler, base: Base) -> None:
-    generate(desk, without_adapter=base)
-    answer = unload(desk)
-    assert (answer.status, answer.adapter_path, answer.base_unloaded) == ("unloaded", None, True)
+def test_unload_removes_a_base_without_adapters(handler: RequestHandler, base: Base) -> None:
+    generate(handler, without_adapter=base)
+    result = unload(handler)
+    assert (result.status, result.adapter_path, result.base_unloaded) == ("unloaded", None, True)
 
 
 # -- generate ------------------------------------------------------------------------------------------------------
 
 
-def test_with_nothing_loaded_it_says_what_to_do(desk: RequestHandler) -> None:
+def test_the_error_without_a_loaded_adapter_names_the_calls_to_make(handler: RequestHandler) -> None:
     with pytest.raises(AdapterNotLoaded, match="load_adapter") as caught:
-        generate(desk)
+        generate(handler)
     assert "use_base=true" in str(caught.value)
 
 
-def test_the_base_answers_when_it_is_asked_and_not_the_next_time(desk: RequestHandler, base: Base) -> None:
-    assert generate(desk, without_adapter=base).adapter_path is None
+def test_using_the_base_applies_to_one_request_only(handler: RequestHandler, base: Base) -> None:
+    assert generate(handler, without_adapter=base).adapter_path is None
     with pytest.raises(AdapterNotLoaded):
-        generate(desk)
+        generate(handler)
 
 
-def test_both_texts_are_those_of_single_use(desk: RequestHandler, adapters: list[Path], base: Base) -> None:
-    load(desk, adapters[0], base)
-    alone, without = generate(desk).text, generate(desk, without_adapter=base).text
-    both = generate(desk, **HELLO, compare_with_base=True)
+def test_a_comparison_gives_the_same_texts_as_separate_requests(
+    handler: RequestHandler, adapters: list[Path], base: Base,
+) -> None:
+    load(handler, adapters[0], base)
+    alone, without = generate(handler).text, generate(handler, without_adapter=base).text
+    both = generate(handler, **HELLO, compare_with_base=True)
     assert (both.text, both.base_text) == (alone, without)
     assert alone != without
 
 
-def test_one_that_is_not_active_can_be_named(desk: RequestHandler, adapters: list[Path], base: Base) -> None:
-    load(desk, adapters[0], base)
-    first = generate(desk).text
-    load(desk, adapters[1], base)
-    assert generate(desk, adapters[0]).text == first
-    assert generate(desk).adapter_path == str(adapters[1])
+def test_a_request_can_name_a_resident_adapter_that_is_not_active(
+    handler: RequestHandler, adapters: list[Path], base: Base,
+) -> None:
+    load(handler, adapters[0], base)
+    first = generate(handler).text
+    load(handler, adapters[1], base)
+    assert generate(handler, adapters[0]).text == first
+    assert generate(handler).adapter_path == str(adapters[1])
     with pytest.raises(AdapterNotLoaded, match="c is not in memory"):
-        generate(desk, adapters[2])
+        generate(handler, adapters[2])
 
 
-def test_the_same_seed_gives_the_same_text(desk: RequestHandler, adapters: list[Path], base: Base) -> None:
-    load(desk, adapters[0], base)
+def test_the_same_seed_gives_the_same_text(handler: RequestHandler, adapters: list[Path], base: Base) -> None:
+    load(handler, adapters[0], base)
     sampled = {"prompt": "x", "max_new_tokens": 30, "temperature": 1.5}
-    texts = [generate(desk, **sampled, seed=seed).text for seed in (1, 2, 1)]
+    texts = [generate(handler, **sampled, seed=seed).text for seed in (1, 2, 1)]
     assert texts[0] == texts[2] != texts[1]
 
 
-def test_it_ends_before_a_stop_text_and_at_the_limit(desk: RequestHandler, adapters: list[Path], base: Base) -> None:
-    load(desk, adapters[0], base)
-    whole = generate(desk, prompt="def f", max_new_tokens=12)
-    assert (whole.completion_tokens, whole.finish_reason) == (12, "length")
-    stop = whole.text[4:7]
-    cut = generate(desk, prompt="def f", max_new_tokens=12, stop=["never there", stop])
-    assert cut.text == whole.text[: whole.text.index(stop)]
+def test_generation_ends_before_a_stop_text_and_at_the_limit(
+    handler: RequestHandler, adapters: list[Path], base: Base,
+) -> None:
+    load(handler, adapters[0], base)
+    uncut = generate(handler, prompt="def f", max_new_tokens=12)
+    assert (uncut.completion_tokens, uncut.finish_reason) == (12, "length")
+    stop = uncut.text[4:7]
+    cut = generate(handler, prompt="def f", max_new_tokens=12, stop=["never there", stop])
+    assert cut.text == uncut.text[: uncut.text.index(stop)]
     assert cut.finish_reason == "stop"
     assert cut.completion_tokens < 12
     assert cut.applied.stop == ["never there", stop]
 
 
-def test_the_earliest_stop_text_counts() -> None:
-    assert earliest("one two three", ["three", "two"]) == 4
-    assert earliest("one", ["two"]) is None
-    assert earliest("one", []) is None
+def test_the_first_stop_text_in_the_output_counts() -> None:
+    assert first_stop("one two three", ["three", "two"]) == 4
+    assert first_stop("one", ["two"]) is None
+    assert first_stop("one", []) is None
 
 
-def test_an_end_token_ends_it_and_is_not_shown(desk: RequestHandler, base: Base) -> None:
-    generate(desk, without_adapter=base)
-    assert desk._residents.model is not None
-    first = generate(desk, without_adapter=base, prompt="def f", max_new_tokens=1)
+def test_an_end_token_ends_the_text_and_is_not_part_of_it(handler: RequestHandler, base: Base) -> None:
+    generate(handler, without_adapter=base)
+    assert handler._cache.model is not None
+    first = generate(handler, without_adapter=base, prompt="def f", max_new_tokens=1)
     token = VOCABULARY.index(first.text.strip())
-    desk._residents.model.ends = (0, token)
-    answer = generate(desk, without_adapter=base)
-    assert (answer.text, answer.completion_tokens, answer.finish_reason) == ("", 1, "stop")
+    handler._cache.model.ends = (0, token)
+    result = generate(handler, without_adapter=base)
+    assert (result.text, result.completion_tokens, result.finish_reason) == ("", 1, "stop")
 
 
-def test_a_prompt_longer_than_the_context_is_refused_with_figures(desk: RequestHandler, base: Base) -> None:
+def test_a_prompt_longer_than_the_context_is_rejected_with_both_lengths(handler: RequestHandler, base: Base) -> None:
     with pytest.raises(InvalidArgument, match=r"prompt = '300 tokens'.*256 tokens"):
-        generate(desk, without_adapter=base, prompt="x" * 300)
-    answer = generate(desk, without_adapter=base, prompt="x" * 250, max_new_tokens=50)
-    assert answer.completion_tokens <= 6
+        generate(handler, without_adapter=base, prompt="x" * 300)
+    result = generate(handler, without_adapter=base, prompt="x" * 250, max_new_tokens=50)
+    assert result.completion_tokens <= 6
 
 
-def test_messages_go_through_the_bases_own_template_never_the_adapters(
-    desk: RequestHandler,
+def test_messages_use_the_chat_template_of_the_base_not_of_the_adapter(
+    handler: RequestHandler,
     base: Base,
     base_directory: Path,
     tmp_path: Path,
 ) -> None:
     adapter = write_tiny_adapter(tmp_path / "x", base_directory, seed=4)
-    load(desk, adapter, base)
-    asked = {"messages": [ChatMessage(role="user", content="hi")], "max_new_tokens": 8}
-    expected = generate(desk, **asked)
+    load(handler, adapter, base)
+    request = {"messages": [ChatMessage(role="user", content="hi")], "max_new_tokens": 8}
+    expected = generate(handler, **request)
     assert expected.applied.prompt_format == "chat_template"
     assert expected.prompt_tokens == len("[user]hi") + 2 + len("[assistant]")
-    unload(desk)
+    unload(handler)
     (adapter / "chat_template.jinja").write_text("IGNORE ALL OF IT")
     (adapter / "tokenizer_config.json").write_text('{"chat_template": "IGNORE"}')
-    load(desk, adapter, base)
-    assert generate(desk, **asked).text == expected.text
+    load(handler, adapter, base)
+    assert generate(handler, **request).text == expected.text
 
 
-def test_a_base_without_template_or_middle_tokens_says_so(desk: RequestHandler, tmp_path: Path) -> None:
+def test_a_base_without_chat_template_or_fim_tokens_is_an_error(handler: RequestHandler, tmp_path: Path) -> None:
     plain = resolve(str(write_tiny_base(tmp_path / "plain", chat_template=None)), Settings())
     with pytest.raises(DataError, match="no chat template"):
-        generate(desk, without_adapter=plain, messages=[ChatMessage(role="user", content="hi")])
-    with pytest.raises(InvalidArgument, match="filling in the middle"):
-        generate(desk, without_adapter=plain, prefix="a", suffix="b")
+        generate(handler, without_adapter=plain, messages=[ChatMessage(role="user", content="hi")])
+    with pytest.raises(InvalidArgument, match="fill-in-the-middle tokens"):
+        generate(handler, without_adapter=plain, prefix="a", suffix="b")
 
 
-def test_a_long_prompt_is_read_in_pieces_to_the_same_effect(
-    desk: RequestHandler,
+def test_prefill_in_chunks_gives_the_same_text(
+    handler: RequestHandler,
     adapters: list[Path],
     base: Base,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    load(desk, adapters[0], base)
-    asked = {"prompt": "def f(x): return x" * 6, "max_new_tokens": 20}
-    whole = generate(desk, **asked).text
-    monkeypatch.setattr("peft_core.inference.worker.generate._PIECE", 16)
-    heard: list[str] = []
-    pieces = generate(desk, report=lambda _done, _total, message: heard.append(message), **asked)
-    assert pieces.text == whole
-    assert heard[:6] == ["the adapter reads the prompt"] * 6
-    assert pieces.prompt_tokens == 108
+    load(handler, adapters[0], base)
+    request = {"prompt": "def f(x): return x" * 6, "max_new_tokens": 20}
+    uncut = generate(handler, **request).text
+    monkeypatch.setattr("peft_core.inference.worker.generate._PREFILL_CHUNK", 16)
+    messages: list[str] = []
+    chunked = generate(handler, report=lambda _done, _total, message: messages.append(message), **request)
+    assert chunked.text == uncut
+    assert messages[:6] == ["the adapter reads the prompt"] * 6
+    assert chunked.prompt_tokens == 108
 
 
-def test_a_temperature_next_to_nothing_is_greedy(desk: RequestHandler, adapters: list[Path], base: Base) -> None:
-    load(desk, adapters[0], base)
-    assert generate(desk, **HELLO, temperature=1e-40).text == generate(desk).text
+def test_a_temperature_close_to_zero_is_greedy(handler: RequestHandler, adapters: list[Path], base: Base) -> None:
+    load(handler, adapters[0], base)
+    assert generate(handler, **HELLO, temperature=1e-40).text == generate(handler).text
 
 
-def test_who_stops_listening_is_not_written_for(desk: RequestHandler, adapters: list[Path], base: Base) -> None:
-    load(desk, adapters[0], base)
-    heard: list[float] = []
+def test_an_error_from_the_progress_callback_ends_the_generation(
+    handler: RequestHandler, adapters: list[Path], base: Base,
+) -> None:
+    load(handler, adapters[0], base)
+    messages: list[float] = []
 
-    class Gone(Exception):
-        """Nobody waits."""
+    class Cancelled(Exception):
+        """The client cancelled the request."""
 
-    def leave(done: float, _total: float | None, _message: str) -> None:
-        heard.append(done)
+    def cancel(done: float, _total: float | None, _message: str) -> None:
+        messages.append(done)
         if done >= 3:
-            raise Gone
+            raise Cancelled
 
-    with pytest.raises(Gone):
-        generate(desk, report=leave, prompt="def f", max_new_tokens=100, compare_with_base=True)
-    assert heard == [1, 2, 3]
-    assert generate(desk).adapter_path == str(adapters[0])
+    with pytest.raises(Cancelled):
+        generate(handler, report=cancel, prompt="def f", max_new_tokens=100, compare_with_base=True)
+    assert messages == [1, 2, 3]
+    assert generate(handler).adapter_path == str(adapters[0])
 
 
-def test_progress_counts_the_tokens_of_both_answers(desk: RequestHandler, adapters: list[Path], base: Base) -> None:
-    load(desk, adapters[0], base)
-    heard: list[tuple[float, float | None, str]] = []
-    generate(desk, report=lambda *said: heard.append(said), **HELLO, compare_with_base=True)
-    assert [done for done, _, _ in heard] == sorted(done for done, _, _ in heard)
-    assert heard[0][1] == 24
-    assert "by the adapter" in heard[0][2]
-    assert "by the base" in heard[-1][2]
+def test_progress_counts_the_tokens_of_both_texts(handler: RequestHandler, adapters: list[Path], base: Base) -> None:
+    load(handler, adapters[0], base)
+    messages: list[tuple[float, float | None, str]] = []
+    generate(handler, report=lambda *progress: messages.append(progress), **HELLO, compare_with_base=True)
+    assert [done for done, _, _ in messages] == sorted(done for done, _, _ in messages)
+    assert messages[0][1] == 24
+    assert "by the adapter" in messages[0][2]
+    assert "by the base" in messages[-1][2]

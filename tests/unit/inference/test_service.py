@@ -1,4 +1,4 @@
-"""Which base, whether memory suffices, and what a name stands for: decided before anything is loaded."""
+"""What is decided before a load: which base model, whether memory suffices, and which adapter a name refers to."""
 
 from __future__ import annotations
 
@@ -43,15 +43,19 @@ def delete(service: InferenceService, project_id: str, adapter_id: str) -> Delet
     return service._adapters.delete(project_id, adapter_id, service.require_unused)
 
 
-def have_free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+def set_free_memory(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(service_module, "available_memory_bytes", lambda: size)
 
 
-def hold(service: InferenceService, monkeypatch: pytest.MonkeyPatch, *adapters: Path, base: Path | None = None) -> None:
-    """As if the host had these in memory."""
-    held = [ResidentAdapter(adapter_path=str(path), active=index == 0) for index, path in enumerate(adapters)]
-    resident = MemoryState(base_model="tiny", base_path=str(base), adapters=held, memory_bytes=1)
-    monkeypatch.setattr(type(service._host), "resident", resident)
+def make_resident(
+    service: InferenceService, monkeypatch: pytest.MonkeyPatch, *adapters: Path, base: Path | None = None,
+) -> None:
+    """Make the client report these adapters as resident."""
+    resident_adapters = [
+        ResidentAdapter(adapter_path=str(path), active=index == 0) for index, path in enumerate(adapters)
+    ]
+    resident = MemoryState(base_model="tiny", base_path=str(base), adapters=resident_adapters, memory_bytes=1)
+    monkeypatch.setattr(type(service._client), "resident", resident)
 
 
 async def test_a_base_that_nobody_records_must_be_named(
@@ -71,13 +75,13 @@ async def test_a_base_that_nobody_records_must_be_named(
 # -- memory --------------------------------------------------------------------------------------------------------
 
 
-async def test_a_model_that_does_not_fit_is_refused_with_figures(
+async def test_a_model_that_does_not_fit_is_rejected_with_the_sizes(
     data_dir: Path,
     adapter: Path,
     base: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    have_free(monkeypatch, GB // 10)
+    set_free_memory(monkeypatch, GB // 10)
     with pytest.raises(InferenceError, match=r"takes about 0\.\d GB, 0\.1 GB are free\.") as caught:
         await make_service(data_dir).load(str(adapter), str(base), accept_unproven_base=False, on_progress=None)
     assert caught.value.code == "not_enough_memory"
@@ -92,7 +96,7 @@ async def test_a_model_that_does_not_fit_is_refused_with_figures(
         ("always", GB // 10, None),
     ],
 )
-def test_beside_a_training_the_setting_decides(
+def test_during_a_training_the_setting_decides_whether_a_model_is_loaded(
     data_dir: Path,
     adapter: Path,
     base: Path,
@@ -101,7 +105,7 @@ def test_beside_a_training_the_setting_decides(
     free: int,
     code: str | None,
 ) -> None:
-    have_free(monkeypatch, free)
+    set_free_memory(monkeypatch, free)
     service = make_service(data_dir, training=TrainingNeed("web", 38 * GB // 10), load_during_training=rule)
     if code is None:
         assert service._load_request(str(adapter), str(base), insist=False).base.name == "tiny"
@@ -111,25 +115,25 @@ def test_beside_a_training_the_setting_decides(
     assert caught.value.code == code
     assert "cancel_training" in str(caught.value)
     if rule == "if_it_fits":
-        assert "the training of 'web' is going to take 3.8 GB" in caught.value.message
+        assert "the training of 'web' will need 3.8 GB" in caught.value.message
 
 
-def test_what_is_in_memory_needs_no_more(
+def test_a_resident_base_needs_no_more_memory(
     data_dir: Path,
     adapter: Path,
     base: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    have_free(monkeypatch, 0)
+    set_free_memory(monkeypatch, 0)
     service = make_service(data_dir, load_during_training="never", training=TrainingNeed("web", GB))
-    hold(service, monkeypatch, base=base)
+    make_resident(service, monkeypatch, base=base)
     assert service._load_request(str(adapter), str(base), insist=False)
 
 
 # -- names ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_project_stands_for_its_loaded_adapter_even_when_a_newer_one_is_current(
+def test_a_project_id_refers_to_its_loaded_adapter_rather_than_a_newer_current_one(
     data_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -138,19 +142,19 @@ def test_a_project_stands_for_its_loaded_adapter_even_when_a_newer_one_is_curren
     for name in ("old", "new"):
         write_adapter(lora / name)
     (lora / "current").symlink_to("new")
-    hold(service, monkeypatch, lora / "old")
+    make_resident(service, monkeypatch, lora / "old")
     assert service._loaded_path("web") == lora / "old"
-    hold(service, monkeypatch, lora / "old", lora / "new")
+    make_resident(service, monkeypatch, lora / "old", lora / "new")
     assert service._loaded_path("web") == lora / "new"
     assert service._loaded_path(str(lora / "old")) == lora / "old"
 
 
-async def test_nothing_in_memory_means_no_process_and_a_plain_answer(data_dir: Path) -> None:
+async def test_unloading_without_an_adapter_in_memory_starts_no_worker(data_dir: Path) -> None:
     service = make_service(data_dir)
     assert (await service.unload(None)).status == "nothing_loaded"
     with pytest.raises(AdapterNotLoaded, match="'web' is not in memory"):
         await service.unload("web")
-    assert service._host.pid is None
+    assert service._client.pid is None
 
 
 # -- delete --------------------------------------------------------------------------------------------------------
@@ -162,10 +166,10 @@ def test_a_loaded_adapter_is_not_deleted(data_dir: Path, base: Path, monkeypatch
     for name in ("adapter-01", "adapter-02"):
         record_base(write_adapter(lora / name), resolve(str(base), Settings()), name)
     (lora / "current").symlink_to("adapter-02")
-    hold(service, monkeypatch, lora / "adapter-02")
+    make_resident(service, monkeypatch, lora / "adapter-02")
     with pytest.raises(AdapterInUse, match="unload_adapter"):
         delete(service, "web", "adapter-02")
-    hold(service, monkeypatch)
+    make_resident(service, monkeypatch)
     deleted = delete(service, "web", "adapter-02")
     assert deleted.current == "adapter-01"
     assert deleted.freed_bytes > 1000
@@ -175,7 +179,7 @@ def test_a_loaded_adapter_is_not_deleted(data_dir: Path, base: Path, monkeypatch
     assert [path.name for path in lora.iterdir()] == [".lock"]
 
 
-async def test_an_adapter_that_is_being_loaded_is_not_deleted(
+async def test_an_adapter_with_a_load_in_progress_is_not_deleted(
     data_dir: Path,
     base: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -189,13 +193,13 @@ async def test_an_adapter_that_is_being_loaded_is_not_deleted(
         with pytest.raises(AdapterInUse, match="is being loaded"):
             delete(service, "web", "adapter-01")
         refused.append(True)
-        raise InferenceError("it does not matter how it goes on")
+        raise InferenceError("the outcome does not matter")
 
-    monkeypatch.setattr(service._host, "ask", try_to_delete)
+    monkeypatch.setattr(service._client, "ask", try_to_delete)
     with pytest.raises(InferenceError):
         await service.load(str(path), str(base), accept_unproven_base=False, on_progress=None)
     assert refused
-    monkeypatch.setattr(service._host, "is_still_loading", lambda adapter: adapter == path)  # it was given up
+    monkeypatch.setattr(service._client, "is_still_loading", lambda adapter: adapter == path)  # a cancelled load
     with pytest.raises(AdapterInUse, match="is being loaded"):
         delete(service, "web", "adapter-01")
     monkeypatch.undo()
@@ -216,7 +220,7 @@ async def test_a_loaded_adapter_is_not_deleted_where_the_projects_lie_on_another
     record_base(write_adapter(lora / "adapter-01"), resolve(str(base), Settings()))
     (lora / "current").symlink_to("adapter-01")
     service = make_service(data_dir)
-    hold(service, monkeypatch, service._adapters.resolve("web"))
+    make_resident(service, monkeypatch, service._adapters.resolve("web"))
     with pytest.raises(AdapterInUse):
         delete(service, "web", "adapter-01")
     async with PEFTManager(Settings(data_dir=data_dir)) as manager:
