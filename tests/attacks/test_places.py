@@ -116,7 +116,9 @@ async def test_evaluation_data_in_a_private_place_is_refused(home: Path, manager
     ],
 )  # fmt: skip
 async def test_a_directory_that_contains_a_private_place_is_refused(
-    home: Path, manager: PEFTManager, parent: str,
+    home: Path,
+    manager: PEFTManager,
+    parent: str,
 ) -> None:
     filled(home / parent)
     await refused(manager, str(home / parent))
@@ -141,7 +143,8 @@ async def test_another_users_home_is_refused_and_a_service_directory_is_not(
 
 
 async def test_missing_and_existing_files_in_a_private_place_get_the_same_error(
-    home: Path, manager: PEFTManager,
+    home: Path,
+    manager: PEFTManager,
 ) -> None:
     filled(home / ".ssh")
     (home / ".ssh" / "id_ed25519_of_ada").touch()
@@ -163,7 +166,8 @@ async def test_system_directories_and_whole_homes_are_refused(home: Path, manage
 
 
 async def test_the_data_directory_its_contents_and_its_parents_are_refused(
-    manager: PEFTManager, tmp_path: Path,
+    manager: PEFTManager,
+    tmp_path: Path,
 ) -> None:
     await refused(manager, str(filled(manager.settings.data_dir / "jobs" / "1" / "dataset")), "sensitive_place")
     await refused(manager, str(filled(tmp_path)))

@@ -55,7 +55,8 @@ def ended(status: Status) -> bool:
 
 
 async def test_training_on_a_repository_gives_an_adapter_and_a_correct_report(
-    data_dir: Path, stdlib_repository: Path,
+    data_dir: Path,
+    stdlib_repository: Path,
 ) -> None:
     calls: list[list[tuple[float, float, str]]] = []  # progress notifications of each call
 

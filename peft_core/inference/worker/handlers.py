@@ -39,7 +39,8 @@ from peft_core.schemas.results import (
 )
 
 ProgressCallback = Callable[
-    [float, float | None, str], None,
+    [float, float | None, str],
+    None,
 ]  # done, total, message; raises if the request was cancelled
 LoadKind = Literal["cold", "warm", "switched"]
 

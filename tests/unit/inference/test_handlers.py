@@ -99,7 +99,9 @@ def loaded_paths(handler: RequestHandler) -> list[str]:
 
 
 def test_a_load_returns_the_measured_effect_of_the_adapter(
-    handler: RequestHandler, adapters: list[Path], base: Base,
+    handler: RequestHandler,
+    adapters: list[Path],
+    base: Base,
 ) -> None:
     result = load(handler, adapters[0], base)
     assert (result.status, result.how, result.verdict) == ("loaded", "cold", BaseMatch.SAMPLED)
@@ -406,7 +408,10 @@ def test_a_cancelled_load_changes_nothing(handler: RequestHandler, adapters: lis
 
 
 def test_accepting_an_unproven_base_applies_to_one_load_only(
-    handler: RequestHandler, base: Base, base_directory: Path, tmp_path: Path,
+    handler: RequestHandler,
+    base: Base,
+    base_directory: Path,
+    tmp_path: Path,
 ) -> None:
     adapter = write_tiny_adapter(tmp_path / "foreign", base_directory, seed=1)
     (adapter / "adapter_manifest.json").unlink()
@@ -487,7 +492,9 @@ def test_unload_removes_the_active_adapter_and_the_base_with_the_last(
 
 
 def test_unloading_an_adapter_that_is_not_in_memory_is_an_error(
-    handler: RequestHandler, adapters: list[Path], base: Base,
+    handler: RequestHandler,
+    adapters: list[Path],
+    base: Base,
 ) -> None:
     load(handler, adapters[0], base)
     with pytest.raises(AdapterNotLoaded, match=str(adapters[0])):
@@ -517,7 +524,9 @@ def test_using_the_base_applies_to_one_request_only(handler: RequestHandler, bas
 
 
 def test_a_comparison_gives_the_same_texts_as_separate_requests(
-    handler: RequestHandler, adapters: list[Path], base: Base,
+    handler: RequestHandler,
+    adapters: list[Path],
+    base: Base,
 ) -> None:
     load(handler, adapters[0], base)
     alone, without = generate(handler).text, generate(handler, without_adapter=base).text
@@ -527,7 +536,9 @@ def test_a_comparison_gives_the_same_texts_as_separate_requests(
 
 
 def test_a_request_can_name_a_resident_adapter_that_is_not_active(
-    handler: RequestHandler, adapters: list[Path], base: Base,
+    handler: RequestHandler,
+    adapters: list[Path],
+    base: Base,
 ) -> None:
     load(handler, adapters[0], base)
     first = generate(handler).text
@@ -546,7 +557,9 @@ def test_the_same_seed_gives_the_same_text(handler: RequestHandler, adapters: li
 
 
 def test_generation_ends_before_a_stop_text_and_at_the_limit(
-    handler: RequestHandler, adapters: list[Path], base: Base,
+    handler: RequestHandler,
+    adapters: list[Path],
+    base: Base,
 ) -> None:
     load(handler, adapters[0], base)
     uncut = generate(handler, prompt="def f", max_new_tokens=12)
@@ -632,7 +645,9 @@ def test_a_temperature_close_to_zero_is_greedy(handler: RequestHandler, adapters
 
 
 def test_an_error_from_the_progress_callback_ends_the_generation(
-    handler: RequestHandler, adapters: list[Path], base: Base,
+    handler: RequestHandler,
+    adapters: list[Path],
+    base: Base,
 ) -> None:
     load(handler, adapters[0], base)
     messages: list[float] = []

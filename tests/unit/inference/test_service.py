@@ -48,7 +48,10 @@ def set_free_memory(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 
 
 def make_resident(
-    service: InferenceService, monkeypatch: pytest.MonkeyPatch, *adapters: Path, base: Path | None = None,
+    service: InferenceService,
+    monkeypatch: pytest.MonkeyPatch,
+    *adapters: Path,
+    base: Path | None = None,
 ) -> None:
     """Make the client report these adapters as resident."""
     resident_adapters = [
