@@ -20,7 +20,7 @@ from peft_core.data.token_counter import EstimatedTokenCounter
 from peft_core.data.walk import ExclusionReason
 from peft_core.schemas.dataset import DatasetSpec, DatasetSummary, Example
 from peft_core.schemas.frozen import FrozenModel
-from peft_core.system.allowed_paths import require_data_place
+from peft_core.system.allowed_paths import require_data_path
 from peft_core.system.child_process import answer_request
 from peft_core.system.failures import TaskKind
 
@@ -63,7 +63,7 @@ def preview(request: PreviewRequest) -> Preview:
             token_counter=EstimatedTokenCounter(),
             report=lambda _detail: None,
             may_read=partial(
-                require_data_place,
+                require_data_path,
                 data_dir=request.data_dir,
                 allowed_roots=request.allowed_roots,
                 field=request.dataset.purpose.field,

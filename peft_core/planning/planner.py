@@ -36,7 +36,7 @@ from peft_core.schemas.base_model import BUNDLED, Base
 from peft_core.schemas.dataset import DatasetPurpose, SourceKind, SourceSummary
 from peft_core.schemas.task import ComputePlan, JobRequest
 from peft_core.schemas.training import TrainingConfig
-from peft_core.system.allowed_paths import require_data_place
+from peft_core.system.allowed_paths import require_data_path
 from peft_core.system.machine import available_memory_bytes, cpu_multiplies_bfloat16, expected_device, why_no_cuda
 
 RESERVED_DISK_BYTES = 200_000_000  # left free for other programs
@@ -102,7 +102,7 @@ def require_place(field: str, data: TrainingData, settings: Settings) -> None:
         path = Path(data).expanduser().absolute()
     except RuntimeError:  # an unknown home directory; `summarise_source` reports it
         return
-    require_data_place(path, data_dir=settings.data_dir, allowed_roots=settings.allowed_roots, field=field)
+    require_data_path(path, data_dir=settings.data_dir, allowed_roots=settings.allowed_roots, field=field)
 
 
 def require_sources(request: JobRequest, settings: Settings) -> None:

@@ -1,7 +1,7 @@
-"""Which places on this machine may be read from: what holds credentials is never training data, whoever asks for it.
+"""Decide which paths may be read: locations of credentials and private data are never training data, whoever asks.
 
-The request may come from an assistant that a text in some repository has talked into it. Looked at is where a path leads,
-every link followed; nothing is said of what is there.
+The request may come from an assistant that was manipulated by text in some repository (prompt injection). Every symbolic link
+is followed before a path is judged, and errors do not reveal whether anything exists there.
 """
 
 from __future__ import annotations
@@ -15,76 +15,82 @@ from peft_core.errors import InvalidArgument
 from peft_core.paths import DataPaths
 from peft_core.schemas.task import TrainingTask
 
-_AT_HOME = (
+_HOME_PATHS = (
     ".ssh", ".gnupg", ".aws", ".azure", ".kube", ".docker", ".config/gcloud", ".config/gh", ".config/op", ".config/hub",
     ".config/rclone", ".config/sops", ".password-store", ".vault-token", ".terraform.d", ".cargo/credentials.toml",
     ".local/share/keyrings", ".local/share/kwalletd", ".local/share/gnome-keyring", ".pki", ".cert", ".netrc", ".npmrc",
     ".pypirc", ".git-credentials", ".cache/huggingface/token", ".huggingface", ".ollama/id_ed25519",
-    # assistants: keys, and what was said to them; work trees that they keep at home are projects
+    # assistants: keys and conversations; not the worktrees that they create below the home directory
     ".claude.json", ".claude/.credentials.json", ".claude/projects", ".claude/history.jsonl", ".codex/auth.json",
     ".codex/sessions", ".gemini/oauth_creds.json", ".gemini/tmp", ".cursor/projects", ".cursor/chats",
-    # browsers and mail: cookies, passwords, letters
+    # browsers and mail: cookies, passwords, messages
     ".mozilla", ".config/google-chrome", ".config/chromium", ".config/BraveSoftware", ".config/microsoft-edge",
     ".config/vivaldi", ".config/opera", ".thunderbird", "snap/firefox", "snap/chromium", ".var/app",
     "Library/Keychains", "Library/Cookies", "Library/Mail", "Library/Messages", "Library/Safari",
     "Library/Application Support/Google", "Library/Application Support/Firefox", "Library/Application Support/BraveSoftware",
     "Library/Application Support/1Password", "Library/Group Containers",
 )  # fmt: skip
-_OF_THE_SYSTEM = (
+_SYSTEM_PATHS = (
     "/etc", "/proc", "/sys", "/dev", "/boot", "/run/user", "/run/secrets", "/run/credentials", "/var/lib", "/var/log",
     "/var/spool", "/var/mail", "/private/etc", "/private/var/db", "/private/var/log", "/Library/Keychains", "/System",
 )  # fmt: skip
-_HOMES, _ROOTS_HOME = (Path("/home"), Path("/Users")), Path("/root")
-_MEMORY = "/dev/shm"  # noqa: S108 - a disk in memory, where people do work
-# Wherever they lie: in another user's home, in a backup.
+_HOME_PARENTS, _ROOT_HOME = (Path("/home"), Path("/Users")), Path("/root")
+_RAM_DISK = "/dev/shm"  # noqa: S108 -- projects may be there
+# Anywhere, such as in another user's home directory or in a backup.
 _NAMES = frozenset({".ssh", ".gnupg", ".aws", ".azure", ".kube", ".docker", ".password-store", ".mozilla", "keychains"})
 _ALLOWED = "the directory of one project, a .jsonl file, or a LanceDB table"
 
 
-def require_data_place(
+def require_data_path(
     path: Path,
     *,
     data_dir: Path,
     allowed_roots: Sequence[Path] | None,
     field: str = "training_data",
 ) -> None:
-    """That data to train or to measure on may be read from here.
+    """Check that training or evaluation data may be read from a path, which need not exist.
+
+    Args:
+        path: The path that the user gave.
+        data_dir: The product's own data directory, which is refused.
+        allowed_roots: Directories that the setting allows; None: all.
+        field: Name of the argument, for the error.
 
     Raises:
-        InvalidArgument: it leads to where credentials, private data or the system's files are, to the data directory, to a
-            whole home directory, or out of the allowed roots. Whether anything is there is not looked at.
+        InvalidArgument: The path leads to credentials, private data, files of the operating system, the data directory, an
+            entire home directory (`sensitive_place`), or out of the allowed roots (`outside_allowed_roots`).
     """
     require_allowed(field, path, allowed_roots)
-    place = real(path)
-    reason = next(_reasons(place, real(data_dir)), None)
+    target = real(path)
+    reason = next(_refusal_reasons(target, real(data_dir)), None)
     if reason is not None:
         raise InvalidArgument(
             field,
             str(path),
-            f"{reason}, which is never training data; allowed is {_ALLOWED}",
+            f"{reason}, which is never training data; must be {_ALLOWED}",
             code="sensitive_place",
-            suggestions=("Give the directory of the project itself, or copy what is meant into one",),
+            suggestions=("Give the project's own directory, or copy the data into a directory of its own",),
         )
 
 
 def require_allowed(field: str, path: Path, allowed_roots: Sequence[Path] | None, also: Sequence[Path] = ()) -> None:
-    """That a path lies in one of the setting's directories, or in one of `also`. None: everywhere is allowed.
+    """Check that a path is below one of `allowed_roots` or `also`. If `allowed_roots` is None, every path is allowed.
 
     Raises:
-        InvalidArgument: it does not.
+        InvalidArgument: It is not (`outside_allowed_roots`).
     """
     if allowed_roots is None:
         return
-    place = real(path)
-    if any(place.is_relative_to(real(root)) for root in (*allowed_roots, *also)):
+    target = real(path)
+    if any(target.is_relative_to(real(root)) for root in (*allowed_roots, *also)):
         return
-    roots = ", ".join(map(str, allowed_roots)) or "nowhere"
+    roots = ", ".join(map(str, allowed_roots)) or "no directory"
     raise InvalidArgument(
         field,
         str(path),
-        f"the setting allowed_roots lets files be read from {roots} only",
+        f"must be below one of the directories of the setting allowed_roots: {roots}",
         code="outside_allowed_roots",
-        suggestions=("Give a path in one of these", "Or have CODEBASE_GARDENER_ALLOWED_ROOTS extended by the user"),
+        suggestions=("Give a path below one of them", "Or ask the user to extend CODEBASE_GARDENER_ALLOWED_ROOTS"),
     )
 
 
@@ -95,7 +101,7 @@ def require_task_source(task: TrainingTask, source: Path) -> None:
         InvalidArgument: 'sensitive_place', 'outside_allowed_roots'.
     """
     field = task.request.purpose.field
-    require_data_place(source, data_dir=task.data_dir or task.job_dir, allowed_roots=task.allowed_roots, field=field)
+    require_data_path(source, data_dir=task.data_dir or task.job_dir, allowed_roots=task.allowed_roots, field=field)
 
 
 def require_task_adapter(task: TrainingTask, adapter: Path) -> None:
@@ -109,56 +115,56 @@ def require_task_adapter(task: TrainingTask, adapter: Path) -> None:
 
 
 def is_private(path: Path) -> bool:
-    """Whether this is a place for credentials or private data, or lies in one."""
-    place = real(path)
-    return bool(_NAMES & {part.lower() for part in place.parts}) or _is_below(place, _private())
+    """Return whether a path is, or is inside, a location of credentials or private data."""
+    target = real(path)
+    return bool(_NAMES & {part.lower() for part in target.parts}) or _is_below(target, _private_paths())
 
 
 def real(path: Path) -> Path:
-    """Where a path leads; of one that leads nowhere, as far as it does."""
+    """Return where a path leads, with all symbolic links resolved as far as it exists."""
     try:
         return Path(os.path.realpath(path))
-    except (OSError, ValueError):  # a NUL in it, for one
+    except (OSError, ValueError):  # such as a NUL in the path
         return path
 
 
-def _reasons(place: Path, data_dir: Path) -> Iterator[str]:
+def _refusal_reasons(target: Path, data_dir: Path) -> Iterator[str]:
     home = real(Path.home())
-    if place in (home, *home.parents) or place in _homes_of_others():
-        yield "this is a whole home directory, or holds one"
-    if place.is_relative_to(data_dir):
+    if target in (home, *home.parents) or target in _other_homes():
+        yield "this is, or contains, an entire home directory"
+    if target.is_relative_to(data_dir):
         yield "this is the data directory of peft-mcp itself"
-    if _would_be_read(data_dir, place):
-        yield "this holds the data directory of peft-mcp itself"
-    if is_private(place):
-        yield "this is a place for credentials or private data"
-    if any(_would_be_read(one, place) for one in _private()):
-        yield "this holds places for credentials or private data"
-    at_home = home != Path("/") and place.is_relative_to(home)  # of a daemon, below /var/lib
-    if _is_below(place, map(Path, _OF_THE_SYSTEM)) and not at_home and not place.is_relative_to(_MEMORY):
+    if _is_read_with(target, data_dir):
+        yield "this contains the data directory of peft-mcp itself"
+    if is_private(target):
+        yield "this is a location of credentials or private data"
+    if any(_is_read_with(target, path) for path in _private_paths()):
+        yield "this contains locations of credentials or private data"
+    at_home = home != Path("/") and target.is_relative_to(home)  # a service account's home may be below /var/lib
+    if _is_below(target, map(Path, _SYSTEM_PATHS)) and not at_home and not target.is_relative_to(_RAM_DISK):
         yield "this belongs to the operating system"
-    if any(_would_be_read(Path(one), place) for one in _OF_THE_SYSTEM):
-        yield "this holds directories of the operating system"
+    if any(_is_read_with(target, Path(path)) for path in _SYSTEM_PATHS):
+        yield "this contains directories of the operating system"
 
 
-def _private() -> list[Path]:
+def _private_paths() -> list[Path]:
     home = real(Path.home())
-    return [home / name for name in _AT_HOME]
+    return [home / name for name in _HOME_PATHS]
 
 
-def _would_be_read(private: Path, place: Path) -> bool:
-    """Whether who reads all of `place` comes to `private`: what is hidden below it is left out."""
+def _is_read_with(directory: Path, path: Path) -> bool:
+    """Return whether reading all of `directory` includes `path`: hidden files and directories below it are skipped."""
     return any(
-        form.is_relative_to(place) and not any(part.startswith(".") for part in form.relative_to(place).parts)
-        for form in (private, real(private))
+        form.is_relative_to(directory) and not any(part.startswith(".") for part in form.relative_to(directory).parts)
+        for form in (path, real(path))
     )
 
 
-def _homes_of_others() -> set[Path]:
-    """Where homes usually are: service accounts have /var/www and the like, where projects are."""
-    known = {Path(user.pw_dir) for user in pwd.getpwall()}
-    return {_ROOTS_HOME} | {home for home in known if home.parent in _HOMES}
+def _other_homes() -> set[Path]:
+    """Return other users' home directories. Those of service accounts, such as /var/www, may contain projects."""
+    homes = {Path(user.pw_dir) for user in pwd.getpwall()}
+    return {_ROOT_HOME} | {home for home in homes if home.parent in _HOME_PARENTS}
 
 
-def _is_below(place: Path, roots: Iterable[Path]) -> bool:
-    return any(place.is_relative_to(form) for root in roots for form in (root, real(root)))
+def _is_below(target: Path, roots: Iterable[Path]) -> bool:
+    return any(target.is_relative_to(form) for root in roots for form in (root, real(root)))

@@ -1,4 +1,4 @@
-"""Remove what processes that were killed have left behind."""
+"""Delete temporary files that killed processes left behind."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from pathlib import Path
 
 from peft_core.paths import DataPaths
 
-LEFT_BEHIND_INSPECTION_S = 3_600.0  # as below; one takes minutes
+LEFT_BEHIND_INSPECTION_S = 3_600.0  # an inspection takes minutes
 
 
 def prune_inspections(paths: DataPaths) -> None:
-    """Remove what inspections have left whose server went away in the middle. For anybody."""
+    """Delete temporary files of inspections whose process was killed. Safe to call without a lock."""
     remove_older(paths.inspections.glob("*"), LEFT_BEHIND_INSPECTION_S)
 
 
 def remove_older(paths: Iterable[Path], seconds: float) -> None:
+    """Delete files and directories that were last changed more than `seconds` ago; errors are ignored."""
     now = time.time()
     for path in paths:
         with suppress(OSError):

@@ -11,15 +11,15 @@ from typing import BinaryIO
 
 from peft_core.errors import HeaderError
 
-_AT_ONCE = 0x7FFFF000  # bytes: Linux reads no more
+_MAX_READ_BYTES = 0x7FFFF000  # of one call on Linux
 
 
 @contextmanager
 def open_regular(path: Path, *, follow_links: bool) -> Iterator[int]:
-    """A read-only descriptor of a regular file; never blocks on a FIFO or device.
+    """Open a regular file for reading, and yield its descriptor. Never blocks on a FIFO or device.
 
     Raises:
-        HeaderError: the path is missing, unreadable, no regular file, or a link where links are not followed.
+        HeaderError: The path is missing, unreadable or not a regular file, or it is a symbolic link and links are not followed.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
     try:
@@ -41,43 +41,43 @@ def open_regular(path: Path, *, follow_links: bool) -> Iterator[int]:
 
 
 def read_exactly(descriptor: int, size: int, start: int, path: Path) -> bytes:
-    """`size` bytes at `start`.
+    """Read `size` bytes at offset `start`; `path` is for the error message.
 
     Raises:
-        HeaderError: the file ends before them.
+        HeaderError: The file ends before.
     """
-    parts: list[bytes] = []
+    chunks: list[bytes] = []
     while size > 0:
-        part = os.pread(descriptor, min(size, _AT_ONCE), start)
-        if not part:
-            raise HeaderError(path, "ends too early; it was truncated")
-        parts.append(part)
-        start += len(part)
-        size -= len(part)
-    return b"".join(parts)  # of one part: itself, not a copy
+        chunk = os.pread(descriptor, min(size, _MAX_READ_BYTES), start)
+        if not chunk:
+            raise HeaderError(path, "is truncated")
+        chunks.append(chunk)
+        start += len(chunk)
+        size -= len(chunk)
+    return b"".join(chunks)  # does not copy a single chunk
 
 
 def read_small(path: Path, limit: int) -> bytes:
-    """All of a small file of unknown origin, which must be no link.
+    """Read a small file of unknown origin. Symbolic links are not followed.
 
     Raises:
-        HeaderError: missing, no regular file, a link, or larger than `limit` bytes.
+        HeaderError: It is missing, a symbolic link, not a regular file, or larger than `limit` bytes.
     """
     with open_regular(path, follow_links=False) as descriptor:
         size = os.fstat(descriptor).st_size
         if size > limit:
-            raise HeaderError(path, f"has {size} bytes, more than the {limit} that are read")
+            raise HeaderError(path, f"has {size} bytes; must be at most {limit}")
         return read_exactly(descriptor, size, 0, path)
 
 
-def refuse_json_bomb(raw: bytes, path: Path, most_values: int) -> None:
-    """That JSON stays small when it is parsed: a megabyte of empty lists takes twenty-five in memory.
+def refuse_json_bomb(raw: bytes, path: Path, max_values: int) -> None:
+    """Check that a JSON document stays small when it is parsed: a megabyte of empty lists takes 25 MB in memory.
 
     Raises:
-        HeaderError: it may hold more than `most_values` names, values and containers.
+        HeaderError: It may contain more than `max_values` names, values and containers.
     """
-    if sum(raw.count(mark) for mark in (b"[", b"{", b",", b":")) > most_values:
-        raise HeaderError(path, f"its JSON holds more than the {most_values} names and values that are read")
+    if sum(raw.count(mark) for mark in (b"[", b"{", b",", b":")) > max_values:
+        raise HeaderError(path, f"its JSON has more than {max_values} names and values, which is the limit")
 
 
 def atomic_write(path: Path, data: bytes | str, *, mode: int | None = None) -> None:

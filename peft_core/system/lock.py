@@ -1,9 +1,10 @@
-"""A lock among processes: "somebody is working on this queue", "somebody is changing what this project has".
+"""A lock between processes: one runner works on the queue, one process at a time changes a project's adapters.
 
-The operating system's `flock`, used directly and not through a library, because the descriptor is handed down: the
-training child inherits the queue's, so the lock stays held until the runner *and* its child are gone. It is given up by
-closing, never by unlocking, and the kernel closes for processes that were killed. A pid or a clock has no say in it, so
-neither a pid that was given to another process nor a clock that jumps can make a dead runner look alive.
+It uses the operating system's `flock` directly rather than a library, because a child must inherit the descriptor: a worker
+shares the queue's lock, which is therefore held until the runner *and* its worker are gone.
+
+The lock is released by closing the descriptor, never by unlocking it, and the kernel closes the descriptors of killed
+processes. No pid and no clock is involved, so neither a reused pid nor a clock that jumps can make a dead runner look alive.
 """
 
 from __future__ import annotations
@@ -18,20 +19,22 @@ from typing import Self
 
 from peft_core.errors import StorageError, unwritable
 
-POLL_S = 0.05
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+POLL_INTERVAL_S = 0.05
+_UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
 class FileLock:
+    """An exclusive lock on a file, which is created if it does not exist. As a context manager it is released at the end."""
+
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor: int | None = None
 
     def acquire(self, timeout_s: float = 0.0) -> bool:
-        """Take the lock; False when another process still holds it after `timeout_s` seconds.
+        """Acquire the lock; return False if another process still holds it after `timeout_s` seconds.
 
         Raises:
-            StorageError: the directory is gone, cannot be written, or is on a file system that knows no locks.
+            StorageError: The directory is missing or not writable, or its file system does not support locks.
         """
         deadline = time.monotonic() + timeout_s
         try:
@@ -45,7 +48,7 @@ class FileLock:
                 if time.monotonic() >= deadline:
                     os.close(descriptor)
                     return False
-                time.sleep(POLL_S)
+                time.sleep(POLL_INTERVAL_S)
             except OSError as error:
                 os.close(descriptor)
                 raise _unlockable(self._path.parent, error) from error
@@ -55,7 +58,7 @@ class FileLock:
 
     @property
     def is_current(self) -> bool:
-        """Whether the file that is held is the one that others would find: False once the directory was removed."""
+        """Whether the locked file is the one at the path: False once the directory was removed."""
         try:
             return os.path.samestat(os.fstat(self.descriptor), self._path.stat())
         except OSError:
@@ -63,12 +66,13 @@ class FileLock:
 
     @property
     def descriptor(self) -> int:
-        """To pass to a child that shares the lock."""
+        """The file descriptor, for a child that shares the lock."""
         if self._descriptor is None:
             raise RuntimeError("the lock is not held")
         return self._descriptor
 
     def release(self) -> None:
+        """Release the lock, unless a child still shares it. Does nothing if it is not held."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -86,14 +90,14 @@ class FileLock:
 
 
 def _unlockable(directory: Path, error: OSError) -> StorageError:
-    if error.errno not in NO_LOCKS:
+    if error.errno not in _UNSUPPORTED:
         return unwritable(directory, error)
     return StorageError(
-        f"The data directory {directory} is on a file system that cannot lock files ({error.strerror}), so two trainings "
-        "could not be kept apart there.",
+        f"The data directory {directory} is on a file system that cannot lock files ({error.strerror}), so two runs could "
+        "write to it at the same time.",
         code="no_file_locks",
         suggestions=[
             "Set CODEBASE_GARDENER_DATA_DIR to a directory on a local disk and restart the server",
-            "Or mount the network file system with locks",
+            "Or mount the network file system with lock support",
         ],
     )

@@ -1,7 +1,7 @@
-"""Structured logs to stderr, and nowhere else: standard output is a wire in every process of ours.
+"""Structured logs on standard error only: standard output carries protocol messages in all processes.
 
-The runner's and the training child's stderr are files (logs/runner.log, jobs/{job_id}/train.log); the server's belongs
-to the client that started it.
+The runner's standard error is the file logs/runner.log, a worker's is jobs/{job_id}/train.log, and the server's belongs to the
+MCP client that started it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import structlog
 
 
 def configure(level: str = "INFO") -> None:
-    """Set structlog up for this process: one readable line an event, UTC times, no colours (stderr is often a file)."""
+    """Configure structlog for this process: one line per event, UTC times, no colours (standard error is often a file)."""
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,

@@ -1,4 +1,4 @@
-"""This computer as far as it can be known without torch: what a plan rests on."""
+"""Facts about this computer that plans are based on, found out without importing torch."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 _ROOT = Path("/")
-# What torch can be built for, with files that are there where such a GPU works. Behind WSL 2 NVIDIA's library is the sign.
+# GPU platforms that torch can be built for, and files that exist where such a GPU works (under WSL 2, NVIDIA's library).
 _DRIVERS = {"cuda": ("dev/nvidiactl", "usr/lib/wsl/lib/libcuda.so.1"), "hip": ("dev/kfd",)}
-# Of a GPU that may be: WSL 2's device for any maker's, Jetson's, a driver whose device files are not made yet.
-_SIGNS = ("dev/dxg", "dev/nvhost-gpu", "dev/nvmap", "proc/driver/nvidia/version")
+# Files that suggest a GPU: WSL 2's device for any vendor, Jetson's, and a driver whose device files do not exist yet.
+_HINTS = ("dev/dxg", "dev/nvhost-gpu", "dev/nvmap", "proc/driver/nvidia/version")
 CGROUP = Path("/sys/fs/cgroup")
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
 def expected_device(requested: str, root: Path = _ROOT, builds: Collection[str] | None = None) -> str:
-    """The device that training will most likely take; the training process decides, with torch at hand."""
+    """Predict the device that the worker will use; the worker decides, with torch."""
     if requested != "auto":
         return requested
     if sys.platform == "darwin" and platform.machine() == "arm64":
@@ -31,18 +31,19 @@ def expected_device(requested: str, root: Path = _ROOT, builds: Collection[str] 
 
 
 def why_no_cuda(root: Path = _ROOT, builds: Collection[str] | None = None) -> str | None:
-    """What keeps torch from a GPU for certain, in words. None: it may find one, which it calls "cuda" whoever made it."""
+    """Explain why torch cannot use a GPU here, or return None if it may. torch calls GPUs of all vendors "cuda"."""
     if sys.platform == "darwin":
         return "there is no CUDA on macOS"
     if not (torch_builds() if builds is None else builds):
-        return "the installed torch is built for CPUs alone (pytorch.org/get-started has the other builds)"
-    signs = (*_DRIVERS["cuda"], *_DRIVERS["hip"], *_SIGNS)
-    there = any((root / sign).exists() for sign in signs)
-    return None if there else "there is no sign of a GPU's driver, such as /dev/nvidiactl or /dev/kfd"
+        return "the installed torch supports CPUs only (pytorch.org/get-started has other builds)"
+    files = (*_DRIVERS["cuda"], *_DRIVERS["hip"], *_HINTS)
+    if any((root / file).exists() for file in files):
+        return None
+    return "no GPU driver was found (no /dev/nvidiactl or /dev/kfd, for instance)"
 
 
 def torch_builds() -> set[str]:
-    """Of `_DRIVERS`, what the installed torch is built for: read from its version.py, as torch is not imported here."""
+    """Return the platforms of `_DRIVERS` that the installed torch supports, read from its version.py without importing it."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return set()
@@ -51,10 +52,10 @@ def torch_builds() -> set[str]:
 
 
 def cpu_multiplies_bfloat16(cpu_info: Path = _CPU_INFO) -> bool:
-    """Whether the CPU has units for products in bfloat16, with which a whole training is half as fast again as in float32.
+    """Return whether the CPU multiplies bf16 matrices in hardware; training in bf16 is then 1.5 times as fast as in float32.
 
-    Matrix units (Intel's AMX) or vector units (AVX-512 BF16, AMD since Zen 4): their products were measured 7 and 2.1 times as
-    fast as float32's. By emulation they are five times slower.
+    Matrix units (Intel AMX) and vector units (AVX-512 BF16, AMD since Zen 4) were measured at 7 and 2.1 times the speed of
+    float32. Without either, bf16 is emulated and five times slower.
     """
     try:
         with cpu_info.open(encoding="ascii", errors="replace") as lines:
@@ -78,18 +79,16 @@ def usable_cores() -> int:
 
 
 def available_memory_bytes() -> int:
-    """Memory that a new process can take without pushing others out: of the machine, and of the container's share."""
+    """Return the memory that a new process can use without swapping, within the limit of the container (cgroup v2)."""
     import psutil  # noqa: PLC0415 -- not at the server's start
 
     available = int(psutil.virtual_memory().available)
-    try:  # cgroup v2; "max" where there is no limit
+    try:  # memory.max contains "max" if there is no limit
         limit = int((CGROUP / "memory.max").read_text())
         used = int((CGROUP / "memory.current").read_text())
         lines = (CGROUP / "memory.stat").read_text().splitlines()
-        used -= next(
-            (int(line.split()[1]) for line in lines if line.startswith("inactive_file ")),
-            0,
-        )  # read files, let go
+        # The kernel frees cached files on demand:
+        used -= next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
         available = min(available, limit - used)
     except (OSError, ValueError):
         pass

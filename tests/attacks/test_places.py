@@ -20,7 +20,7 @@ from peft_core.manager import PEFTManager
 from peft_core.schemas.events import JobCancelled
 from peft_core.schemas.results import Status
 from peft_core.system import allowed_paths as places
-from peft_core.system.allowed_paths import require_data_place
+from peft_core.system.allowed_paths import require_data_path
 from tests.attacks.test_repositories import CODE
 from tests.factories import make_job
 from tests.model_files import write_adapter, write_model
@@ -126,7 +126,7 @@ async def test_a_directory_that_contains_a_private_place_is_refused(
 
 @pytest.mark.parametrize("place", [".cache/project", ".local/share/project", "Library/project", ".config/nvim"])
 async def test_a_directory_next_to_a_private_place_is_allowed(home: Path, manager: PEFTManager, place: str) -> None:
-    require_data_place(filled(home / place), data_dir=manager.settings.data_dir, allowed_roots=None)
+    require_data_path(filled(home / place), data_dir=manager.settings.data_dir, allowed_roots=None)
 
 
 async def test_another_users_home_is_refused_and_a_service_directory_is_not(
@@ -134,12 +134,12 @@ async def test_another_users_home_is_refused_and_a_service_directory_is_not(
     manager: PEFTManager,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    nobody, homes, sites = pwd.getpwuid(0), places._HOMES[0], Path("/sites")
+    nobody, homes, sites = pwd.getpwuid(0), places._HOME_PARENTS[0], Path("/sites")
     users = [struct_passwd((*nobody[:5], str(directory), nobody[6])) for directory in (homes / "bob", sites, "/")]
     monkeypatch.setattr(pwd, "getpwall", lambda: users)
     await refused(manager, str(homes / "bob"))
     for place in (homes / "bob" / "project", homes / "project", sites, Path("/srv/project")):
-        require_data_place(place, data_dir=manager.settings.data_dir, allowed_roots=None)
+        require_data_path(place, data_dir=manager.settings.data_dir, allowed_roots=None)
 
 
 async def test_missing_and_existing_files_in_a_private_place_get_the_same_error(

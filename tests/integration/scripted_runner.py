@@ -1,4 +1,4 @@
-"""The real runner in a real process, with the scripted child: `python -m tests.integration.scripted_runner DATA_DIR`."""
+"""The real runner with scripted workers: `python -m tests.integration.scripted_runner DATA_DIR`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from peft_core.config import Settings
 from peft_core.jobs import runner
 
 if __name__ == "__main__":
-    runner.WORKER = ["-m", "tests.integration.scripted_child"]
+    runner.WORKER = ["-m", "tests.integration.scripted_worker"]
     runner.GRACE_S = 0.5
     runner.POLL_INTERVAL_S = 0.05
     runner.run(Settings(data_dir=Path(sys.argv[1])))

@@ -1,7 +1,7 @@
-"""Several processes that make one run, started by `accelerate launch`: on CPUs, as several GPUs would be.
+"""One run in several processes, started by `accelerate launch`, on CPUs in place of several GPUs.
 
-`--multi_gpu` is what makes accelerate start more than one process; without a GPU they compute on the CPU. Its `--cpu` wants
-MPI for that, and quietly starts one process where it has none.
+`--multi_gpu` makes accelerate start more than one process; without a GPU they compute on the CPU. With `--cpu`, accelerate
+needs MPI for several processes, and silently starts a single one without it.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from tests.tiny_models import write_tiny_base
 ROOT = Path(__file__).parents[2]
 LAUNCHER = [
     *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
-    *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),  # 0: any that is free
+    *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),  # 0: any free port
 ]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
-WATCHED = {child_process.PARENT_VARIABLE: child_process.LAUNCHER}
+WITH_PARENT = {child_process.PARENT_VARIABLE: child_process.LAUNCHER}
 
 
 @pytest.fixture(scope="module")
@@ -61,21 +61,21 @@ def launched(task: TrainingTask) -> Iterator[subprocess.Popen[str]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **ENVIRONMENT, **WATCHED},
+        env={**os.environ, **ENVIRONMENT, **WITH_PARENT},
     )
     try:
         yield process
     finally:
-        process.kill()  # its children notice, and end
+        process.kill()  # its children notice, and exit
         process.communicate()
 
 
 def ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The launched processes, the one that speaks first."""
+    """Return the launched processes by rank; the first one writes the events."""
     return sorted(psutil.Process(process.pid).children(), key=lambda child: child.environ()["RANK"])
 
 
-def test_two_launched_processes_make_the_steps_of_one(tmp_path: Path, tiny_base: Path) -> None:
+def test_two_launched_processes_train_like_one(tmp_path: Path, tiny_base: Path) -> None:
     config = {
         **SHORT_RUN,
         "batch_size": 3,
@@ -90,7 +90,7 @@ def test_two_launched_processes_make_the_steps_of_one(tmp_path: Path, tiny_base:
     with launched(make_task(tmp_path / "two", str(tiny_base), **config)) as process:
         out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert err.count("event=layers_fused") == 2  # there were two of them
+    assert err.count("event=layers_fused") == 2  # once per process
     assert err.count("event=adapter_written") == 1
     together = [EVENT.validate_json(line) for line in out.splitlines()]  # nothing else on standard output
 
@@ -102,14 +102,16 @@ def test_two_launched_processes_make_the_steps_of_one(tmp_path: Path, tiny_base:
         return [event.kind for event in events if not (isinstance(event, PhaseStarted) and event.detail)]
 
     assert curve(together) == pytest.approx(curve(alone), rel=1e-4)
-    assert kinds(together) == kinds(alone)  # each told once
+    assert kinds(together) == kinds(alone)  # every event is emitted once
     adapters = [load_file(tmp_path / name / "job" / "adapter" / "adapter_model.safetensors") for name in ("one", "two")]
     assert adapters[0].keys() == adapters[1].keys()
     for name, tensor in adapters[0].items():
         assert torch.allclose(tensor, adapters[1][name], atol=1e-4)
 
 
-def test_a_launched_process_that_is_killed_ends_the_others_with_one_failure(tmp_path: Path, tiny_base: Path) -> None:
+def test_killing_one_launched_process_ends_the_others_with_one_job_failed_event(
+    tmp_path: Path, tiny_base: Path,
+) -> None:
     task = make_task(tmp_path, str(tiny_base), **ENDLESS)
     with launched(task) as process:
         read_until(process, StepCompleted)
@@ -127,7 +129,7 @@ def test_a_launched_process_that_is_killed_ends_the_others_with_one_failure(tmp_
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-def test_launched_processes_end_with_their_launcher_and_a_checkpoint(
+def test_launched_processes_save_a_checkpoint_and_end_with_their_launcher(
     tmp_path: Path,
     tiny_base: Path,
     end: signal.Signals,
@@ -137,7 +139,7 @@ def test_launched_processes_end_with_their_launcher_and_a_checkpoint(
         read_until(process, StepCompleted)
         processes = ranks(process)
         process.send_signal(end)
-        out, _ = process.communicate(timeout=60)  # until all of them have let go of it
+        out, _ = process.communicate(timeout=60)  # until all of them have closed it
     assert isinstance(EVENT.validate_json(out.splitlines()[-1]), CheckpointSaved)
     assert psutil.wait_procs(processes, timeout=20)[1] == []
 

@@ -1,4 +1,4 @@
-"""The runner, in a process of its own, and the truth about what its children do."""
+"""The real runner in a process of its own, with workers that follow a script."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
 from peft_core.errors import StorageError
-from peft_core.jobs import supervisor as tending
+from peft_core.jobs import supervisor
 from peft_core.jobs.recovery import recover
 from peft_core.jobs.runner import RUNNER
 from peft_core.jobs.service import JobService
@@ -30,7 +30,7 @@ from peft_core.schemas.training import EvaluatedAdapter, TrainingConfig
 from peft_core.system.failures import error_info
 from peft_core.system.lock import FileLock
 from tests.factories import make_evaluation, make_job
-from tests.integration.scripted_child import step_completed
+from tests.integration.scripted_worker import step_completed
 from tests.model_files import write_model
 
 ROOT = Path(__file__).parents[2]
@@ -78,20 +78,20 @@ def run_one(store: Store, spawn: Spawn, project: str) -> Job:
     return store.get("job")
 
 
-def test_a_child_is_told_where_it_may_read(store: Store, spawn: Spawn, paths: DataPaths) -> None:
-    run_one(store, spawn, "goes on")
+def test_the_task_names_the_data_directory_and_the_allowed_roots(store: Store, spawn: Spawn, paths: DataPaths) -> None:
+    run_one(store, spawn, "resumes")
     task = TrainingTask.model_validate_json(paths.job("job").task.read_text())
     assert task.data_dir == paths.root
     assert task.allowed_roots is None
 
 
-def test_a_run_that_goes_on_tells_what_nobody_heard_and_the_rest_is_not_recorded_twice(
+def test_a_resumed_run_replays_unrecorded_events_and_no_event_is_recorded_twice(
     store: Store,
     spawn: Spawn,
 ) -> None:
-    store.insert(make_job("job", "goes on"))
-    heard = (step_completed(1), step_completed(2))
-    for event in (JobStarted(), RunPlanned(device="cpu", total_steps=1000), *heard, JobInterrupted(reason="killed")):
+    store.insert(make_job("job", "resumes"))
+    recorded = (step_completed(1), step_completed(2))
+    for event in (JobStarted(), RunPlanned(device="cpu", total_steps=1000), *recorded, JobInterrupted(reason="killed")):
         store.append("job", event)
     store.requeue("job", JobResumed())
     assert spawn().wait(timeout=60) == 0
@@ -100,7 +100,7 @@ def test_a_run_that_goes_on_tells_what_nobody_heard_and_the_rest_is_not_recorded
     assert store.get("job").step == 6
 
 
-def test_a_child_that_fails_with_a_reason_is_believed(store: Store, spawn: Spawn) -> None:
+def test_the_error_that_a_worker_reports_is_recorded(store: Store, spawn: Spawn) -> None:
     job = run_one(store, spawn, "fails")
     assert job.status is Status.FAILED
     assert job.error is not None
@@ -111,7 +111,7 @@ def test_a_child_that_fails_with_a_reason_is_believed(store: Store, spawn: Spawn
     )
 
 
-def test_a_child_that_crashes_is_reported_with_its_signal_and_last_words(store: Store, spawn: Spawn) -> None:
+def test_a_crashed_worker_is_reported_with_its_signal_and_the_end_of_its_log(store: Store, spawn: Spawn) -> None:
     job = run_one(store, spawn, "crashes")
     assert job.status is Status.FAILED
     assert job.error is not None
@@ -119,7 +119,7 @@ def test_a_child_that_crashes_is_reported_with_its_signal_and_last_words(store: 
     assert "something odd on stderr" in job.error.message
 
 
-def test_a_child_whose_line_does_not_end_is_ended_and_the_queue_goes_on(store: Store, spawn: Spawn) -> None:
+def test_a_worker_with_an_endless_line_is_ended_and_the_next_job_runs(store: Store, spawn: Spawn) -> None:
     store.insert(make_job("job", "never ends a line"))
     store.insert(make_job("next", "fails"))
     assert spawn().wait(timeout=60) == 0
@@ -129,7 +129,7 @@ def test_a_child_whose_line_does_not_end_is_ended_and_the_queue_goes_on(store: S
     assert error.suggestions
 
 
-def test_a_killed_child_is_reported_as_likely_out_of_memory(store: Store, spawn: Spawn) -> None:
+def test_a_killed_worker_is_reported_as_probably_out_of_memory(store: Store, spawn: Spawn) -> None:
     job = run_one(store, spawn, "killed")
     assert (job.status, job.step) == (Status.FAILED, 3)
     assert job.error is not None
@@ -137,21 +137,21 @@ def test_a_killed_child_is_reported_as_likely_out_of_memory(store: Store, spawn:
     assert "out of memory" in job.error.suggestions[0]
 
 
-def test_a_child_that_ends_well_without_an_adapter_has_not_completed(store: Store, spawn: Spawn) -> None:
+def test_a_worker_that_exits_with_0_but_wrote_no_adapter_has_failed(store: Store, spawn: Spawn) -> None:
     job = run_one(store, spawn, "silent")
     assert (job.status, job.adapter_path) == (Status.FAILED, None)
 
 
-def test_a_child_that_claims_an_adapter_that_is_not_there_has_not_completed(store: Store, spawn: Spawn) -> None:
-    job = run_one(store, spawn, "lies")
+def test_a_worker_that_reports_a_missing_adapter_has_failed(store: Store, spawn: Spawn) -> None:
+    job = run_one(store, spawn, "reports a missing adapter")
     assert (job.status, job.adapter_path) == (Status.FAILED, None)
 
 
-def test_a_child_that_somebody_asked_to_stop_was_interrupted(store: Store, spawn: Spawn) -> None:
+def test_a_worker_that_received_sigterm_is_interrupted(store: Store, spawn: Spawn) -> None:
     assert run_one(store, spawn, "asked to stop").status is Status.INTERRUPTED
 
 
-def test_an_error_inside_a_run_keeps_its_text_and_advice() -> None:
+def test_an_error_in_a_task_group_keeps_its_code_text_and_advice() -> None:
     error = ExceptionGroup(
         "unhandled",
         [StorageError("The disk is full.", code="disk_full", suggestions=["Free some"])],
@@ -160,12 +160,12 @@ def test_an_error_inside_a_run_keeps_its_text_and_advice() -> None:
     assert (problem.code, problem.message, problem.suggestions) == ("disk_full", "The disk is full.", ("Free some",))
 
 
-def test_a_runner_that_cannot_start_fails_its_job_with_the_reason(
+def test_a_runner_that_cannot_work_fails_its_job_with_the_reason(
     paths: DataPaths,
     store: Store,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tending, "RUNNER", [sys.executable, "-c", "raise SystemExit('no runner today')"])
+    monkeypatch.setattr(supervisor, "RUNNER", [sys.executable, "-c", "raise SystemExit('no runner today')"])
     store.insert(make_job("job"))
     jobs = JobService(Settings(data_dir=paths.root), Registry(paths))
     wait_until(lambda: jobs.status_and_ensure_runner("web").status is Status.FAILED, "the failure")
@@ -174,7 +174,7 @@ def test_a_runner_that_cannot_start_fails_its_job_with_the_reason(
     assert "no runner today" in error.message
 
 
-def test_a_runner_that_is_killed_each_time_it_starts_fails_its_job_instead_of_being_started_for_ever(
+def test_a_job_fails_after_several_runners_were_killed_at_their_start(
     paths: DataPaths,
     store: Store,
     monkeypatch: pytest.MonkeyPatch,
@@ -182,36 +182,36 @@ def test_a_runner_that_is_killed_each_time_it_starts_fails_its_job_instead_of_be
 ) -> None:
     starts = tmp_path / "starts"
     script = f"import os; open({str(starts)!r}, 'a').write('x'); os.kill(os.getpid(), 9)"
-    monkeypatch.setattr(tending, "RUNNER", [sys.executable, "-c", script])
+    monkeypatch.setattr(supervisor, "RUNNER", [sys.executable, "-c", script])
     store.insert(make_job("job"))
     jobs = JobService(Settings(data_dir=paths.root), Registry(paths))
     wait_until(lambda: jobs.status_and_ensure_runner("web").status is Status.FAILED, "the failure")
     error = jobs.status_and_ensure_runner("web").error
     assert error is not None
     assert "runner was killed by SIGKILL" in error.message
-    assert starts.read_text() == "x" * tending.MAX_KILLED
+    assert starts.read_text() == "x" * supervisor.MAX_KILLED
 
 
-def test_where_no_process_can_be_started_a_job_waits_and_can_be_cancelled(
+def test_a_job_stays_queued_and_can_be_cancelled_if_no_process_can_be_started(
     paths: DataPaths,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tending, "RUNNER", [str(tmp_path / "no such program")])
+    monkeypatch.setattr(supervisor, "RUNNER", [str(tmp_path / "no such program")])
     base = write_model(tmp_path / "base")
     records = [{"text": f"def add_{n}(a, b):\n    return a + {n} * b\n"} for n in range(60)]
     jobs = JobService(Settings(data_dir=paths.root), Registry(paths))
     queued = jobs.submit("web", records, TrainingConfig(base_model=str(base), max_length=128))
     assert queued.status is Status.QUEUED
-    with pytest.raises(StorageError, match="Queued jobs stay queued") as told:
+    with pytest.raises(StorageError, match="Queued jobs stay queued") as caught:
         jobs.status_and_ensure_runner("web")
-    assert told.value.code == "runner_start"
+    assert caught.value.code == "runner_start"
     assert jobs.cancel("web", None).status is Status.CANCELLED
     assert queued.job_id is not None
     assert jobs.resume(queued.job_id).status is Status.QUEUED
 
 
-def test_a_runner_works_where_no_thread_can_be_had_to_wait_for_its_end(
+def test_a_runner_is_started_and_reaped_even_if_no_thread_can_be_started(
     paths: DataPaths,
     store: Store,
     monkeypatch: pytest.MonkeyPatch,
@@ -219,7 +219,7 @@ def test_a_runner_works_where_no_thread_can_be_had_to_wait_for_its_end(
     def no_thread(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(tending, "RUNNER", [sys.executable, "-c", "raise SystemExit('no runner today')"])
+    monkeypatch.setattr(supervisor, "RUNNER", [sys.executable, "-c", "raise SystemExit('no runner today')"])
     store.insert(make_job("job"))
     jobs = JobService(Settings(data_dir=paths.root), Registry(paths))
     with monkeypatch.context() as patched:
@@ -229,17 +229,17 @@ def test_a_runner_works_where_no_thread_can_be_had_to_wait_for_its_end(
     assert runner is not None
     wait_until(lambda: jobs.status_and_ensure_runner("web").status is Status.FAILED, "the failure")
     with pytest.raises(ProcessLookupError):
-        os.kill(runner.pid, 0)  # reaped all the same
+        os.kill(runner.pid, 0)  # it was reaped
 
 
-def test_noise_on_the_wire_is_passed_over(store: Store, spawn: Spawn) -> None:
-    job = run_one(store, spawn, "babbles")
+def test_unusable_lines_of_a_worker_are_skipped(store: Store, spawn: Spawn) -> None:
+    job = run_one(store, spawn, "prints noise")
     assert job.error is not None
     assert job.error.code == "after_babble"
 
 
-def test_the_queue_goes_on_after_every_kind_of_end(store: Store, spawn: Spawn) -> None:
-    projects = ["crashes", "fails", "silent", "killed", "lies"]
+def test_the_next_job_runs_after_every_kind_of_failure(store: Store, spawn: Spawn) -> None:
+    projects = ["crashes", "fails", "silent", "killed", "reports a missing adapter"]
     for number, project in enumerate(projects):
         store.insert(make_job(project, project, created_at=float(number)))
     assert spawn().wait(timeout=60) == 0
@@ -247,7 +247,7 @@ def test_the_queue_goes_on_after_every_kind_of_end(store: Store, spawn: Spawn) -
 
 
 @pytest.mark.parametrize("project", ["hangs", "stubborn"])
-def test_a_running_job_is_cancelled_even_when_its_child_ignores_sigterm(
+def test_a_running_job_is_cancelled_even_if_its_worker_ignores_sigterm(
     store: Store,
     spawn: Spawn,
     project: str,
@@ -260,7 +260,7 @@ def test_a_running_job_is_cancelled_even_when_its_child_ignores_sigterm(
     assert store.get("job").status is Status.CANCELLED
 
 
-def test_a_job_that_evaluates_ends_with_its_verdict_and_a_page(
+def test_an_evaluation_job_completes_with_its_evaluation_and_a_report(
     store: Store,
     spawn: Spawn,
     paths: DataPaths,
@@ -277,11 +277,11 @@ def test_a_job_that_evaluates_ends_with_its_verdict_and_a_page(
     assert "return a + b" in (paths.job("job").root / "report.html").read_text()
 
 
-def test_a_training_that_evaluated_and_wrote_no_adapter_has_not_completed(store: Store, spawn: Spawn) -> None:
+def test_a_training_job_with_an_evaluation_but_no_adapter_has_failed(store: Store, spawn: Spawn) -> None:
     assert run_one(store, spawn, "evaluates").status is Status.FAILED
 
 
-def test_two_runners_never_train_at_once(store: Store, spawn: Spawn) -> None:
+def test_only_one_of_several_runners_trains_at_a_time(store: Store, spawn: Spawn) -> None:
     store.insert(make_job("first", "hangs", created_at=0.0))
     store.insert(make_job("second", "fails", created_at=1.0))
     spawn(), spawn(), spawn()
@@ -292,14 +292,14 @@ def test_two_runners_never_train_at_once(store: Store, spawn: Spawn) -> None:
     assert [event.kind for event in store.events("first")].count("job_started") == 1
 
 
-def test_a_killed_runner_leaves_an_interrupted_job_and_no_child(store: Store, spawn: Spawn, paths: DataPaths) -> None:
+def test_a_killed_runner_leaves_an_interrupted_job_and_no_worker(store: Store, spawn: Spawn, paths: DataPaths) -> None:
     store.insert(make_job("job", "hangs"))
     runner = spawn()
     wait_until(lambda: store.get("job").step == 1, "the first step")
     runner.kill()
     runner.wait()
     lock = FileLock(paths.runner_lock)
-    # The child shares the lock: getting it means that the child is gone as well.
+    # The worker shares the lock: acquiring it means that the worker is gone as well.
     assert lock.acquire(timeout_s=20)
     with lock:
         recover(store, Registry(paths))
@@ -309,7 +309,7 @@ def test_a_killed_runner_leaves_an_interrupted_job_and_no_child(store: Store, sp
     assert "gone" in job.error.message
 
 
-def test_a_job_that_was_to_be_cancelled_when_the_runner_died_is_cancelled(
+def test_a_job_with_a_pending_cancel_request_is_cancelled_when_the_runner_dies(
     store: Store,
     spawn: Spawn,
     paths: DataPaths,
@@ -328,7 +328,7 @@ def test_a_job_that_was_to_be_cancelled_when_the_runner_died_is_cancelled(
     assert store.get("job").status is Status.CANCELLED
 
 
-def test_a_runner_that_is_asked_to_stop_says_so_and_takes_its_child_along(
+def test_a_runner_that_receives_sigterm_interrupts_its_job_and_ends_its_worker(
     store: Store,
     spawn: Spawn,
     paths: DataPaths,
@@ -345,13 +345,13 @@ def test_a_runner_that_is_asked_to_stop_says_so_and_takes_its_child_along(
         assert lock.acquire()
 
 
-def test_a_job_inserted_while_the_last_one_ends_is_not_forgotten(store: Store, spawn: Spawn) -> None:
+def test_a_job_inserted_while_the_runner_exits_is_not_forgotten(store: Store, spawn: Spawn) -> None:
     for round_number in range(3):
         store.insert(make_job(f"a{round_number}", "fails"))
         runner = spawn()
         wait_until(lambda n=round_number: store.get(f"a{n}").status.is_final, "the first job")
         store.insert(make_job(f"b{round_number}", "fails"))
-        late = spawn()  # as a server would: it saw no lock, or it was held
+        late = spawn()  # as a server would start one, whether or not the lock was held
         assert runner.wait(timeout=30) == 0
         assert late.wait(timeout=30) == 0
         assert store.get(f"b{round_number}").status is Status.FAILED

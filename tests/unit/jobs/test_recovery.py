@@ -1,5 +1,3 @@
-"""What becomes of jobs whose processes are gone."""
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -15,7 +13,7 @@ from tests.factories import make_job
 from tests.unit.adapters.test_registry import write_draft
 
 
-def test_a_job_whose_adapter_is_published_is_completed_although_its_manifest_cannot_be_read(tmp_path: Path) -> None:
+def test_a_job_with_a_published_adapter_is_completed_even_if_its_manifest_is_unreadable(tmp_path: Path) -> None:
     paths = DataPaths(tmp_path)
     store, registry = Store(paths.database, lambda: 0.0), Registry(paths)
     store.create()

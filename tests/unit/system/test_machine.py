@@ -1,5 +1,3 @@
-"""What is known of this computer without torch."""
-
 from __future__ import annotations
 
 import os
@@ -18,25 +16,25 @@ from peft_core.system.machine import (
 )
 
 
-def test_a_device_that_was_asked_for_is_taken_at_its_word() -> None:
+def test_an_explicitly_requested_device_is_expected_as_it_is() -> None:
     assert expected_device("cuda") == "cuda"
 
 
-@pytest.mark.skipif(sys.platform == "darwin", reason="there is no CUDA whatever is looked for")
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no CUDA")
 @pytest.mark.parametrize(
     ("builds", "file", "expected", "missing"),
     [
         ({"cuda"}, "dev/nvidiactl", "cuda", None),
         ({"cuda"}, "usr/lib/wsl/lib/libcuda.so.1", "cuda", None),
         ({"hip"}, "dev/kfd", "cuda", None),
-        ({"cuda"}, "dev/dxg", "cpu", None),  # WSL 2 with whatever GPU
+        ({"cuda"}, "dev/dxg", "cpu", None),  # WSL 2 with a GPU of an unknown vendor
         ({"hip"}, "dev/dxg", "cpu", None),
         ({"cuda"}, "dev/nvhost-gpu", "cpu", None),
-        ({"cuda"}, "dev/null", "cpu", "no sign of a GPU's driver"),
-        (set(), "dev/nvidiactl", "cpu", "built for CPUs alone"),
+        ({"cuda"}, "dev/null", "cpu", "no GPU driver was found"),
+        (set(), "dev/nvidiactl", "cpu", "supports CPUs only"),
     ],
 )
-def test_a_gpu_is_expected_where_one_works_and_refused_only_where_none_can(
+def test_a_gpu_is_expected_if_its_driver_exists_and_refused_only_if_none_can_work(
     tmp_path: Path,
     builds: set[str],
     file: str,
@@ -46,8 +44,8 @@ def test_a_gpu_is_expected_where_one_works_and_refused_only_where_none_can(
     (tmp_path / file).parent.mkdir(parents=True)
     (tmp_path / file).touch()
     assert expected_device("auto", tmp_path, builds) == expected
-    found = why_no_cuda(tmp_path, builds)
-    assert found is None if missing is None else missing in str(found)
+    reason = why_no_cuda(tmp_path, builds)
+    assert reason is None if missing is None else missing in str(reason)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +56,7 @@ def test_a_gpu_is_expected_where_one_works_and_refused_only_where_none_can(
         ("cuda = None\nhip = '7.0.51831'\n", {"hip"}),
     ],
 )
-def test_what_torch_is_built_for_is_read_without_importing_it(
+def test_torch_builds_are_read_without_importing_torch(
     text: str,
     builds: set[str],
     tmp_path: Path,
@@ -74,7 +72,7 @@ def test_what_torch_is_built_for_is_read_without_importing_it(
 
 
 @pytest.mark.parametrize(
-    ("flags", "there"),
+    ("flags", "supported"),
     [
         ("fpu avx512_bf16 amx_bf16 amx_tile", True),
         ("fpu avx512_bf16", True),
@@ -82,17 +80,17 @@ def test_what_torch_is_built_for_is_read_without_importing_it(
         ("amx_bf16x", False),
     ],
 )
-def test_units_for_bfloat16_are_read_from_the_processors_flags(tmp_path: Path, flags: str, there: bool) -> None:
+def test_bf16_support_is_read_from_the_processor_flags(tmp_path: Path, flags: str, supported: bool) -> None:
     info = tmp_path / "cpuinfo"
     info.write_text(f"processor\t: 0\nmodel name\t: amx_bf16\nflags\t\t: {flags}\n\n", encoding="ascii")
-    assert cpu_multiplies_bfloat16(info) is there
+    assert cpu_multiplies_bfloat16(info) is supported
 
 
-def test_without_such_a_file_nothing_is_claimed(tmp_path: Path) -> None:
+def test_bf16_support_is_denied_if_there_is_no_cpuinfo(tmp_path: Path) -> None:
     assert not cpu_multiplies_bfloat16(tmp_path / "none")
 
 
-def test_some_memory_is_available() -> None:
+def test_available_memory_is_positive() -> None:
     assert available_memory_bytes() > 0
 
 

@@ -1,7 +1,7 @@
-"""A training child that follows a script, for tests of what the runner makes of its ways to end.
+"""A worker that follows a script, for tests of how the runner handles the ways in which a worker can end.
 
-It speaks the real wire (the file of a TrainingTask in, events out) in a real process; only the training is left out.
-What it does is chosen by the project id of its task.
+It is a real process that uses the real protocol (a file with a TrainingTask in, events out), but trains nothing. The project id
+of its task selects the script.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from peft_core.system.child_process import PARENT_VARIABLE
 from tests.factories import make_evaluation
 
 
-def say(event: Event) -> None:
+def emit(event: Event) -> None:
     sys.stdout.write(EVENT.dump_json(event).decode() + "\n")
     sys.stdout.flush()
 
@@ -46,17 +46,17 @@ def step_completed(step: int) -> StepCompleted:
 
 
 def train(steps: int, *, after: int = 0) -> None:
-    say(PhaseStarted(phase=Phase.TRAINING))
-    say(RunPlanned(device="cpu", total_steps=1000, start_step=after))
+    emit(PhaseStarted(phase=Phase.TRAINING))
+    emit(RunPlanned(device="cpu", total_steps=1000, start_step=after))
     for step in range(after + 1, after + steps + 1):
-        say(step_completed(step))
+        emit(step_completed(step))
 
 
-def main() -> None:  # noqa: PLR0912 -- one end a case
+def main() -> None:  # noqa: PLR0912 -- one case per script
     task = TrainingTask.model_validate_json(Path(sys.argv[1]).read_text())
     match task.project_id:
         case "fails":
-            say(JobFailed(error=ErrorInfo(code="no_luck", message="No luck today.", suggestions=("Try tomorrow",))))
+            emit(JobFailed(error=ErrorInfo(code="no_luck", message="No luck today.", suggestions=("Try tomorrow",))))
             sys.exit(1)
         case "crashes":
             print("something odd on stderr", file=sys.stderr)
@@ -64,29 +64,29 @@ def main() -> None:  # noqa: PLR0912 -- one end a case
         case "killed":
             train(3)
             os.kill(os.getpid(), signal.SIGKILL)
-        case "goes on":  # from step 4, of which the last two were told to a runner that was dead
+        case "resumes":  # from step 4; steps 3 and 4 were emitted when no runner was alive
             for step in (1, 2, 3, 4):
-                say(step_completed(step))
+                emit(step_completed(step))
             train(2, after=4)
             sys.exit(143)
         case "silent":
-            train(2)  # ends well, but without an adapter
-        case "asked to stop":  # by somebody else than the runner: a shutdown, a user's kill
+            train(2)  # and exits with 0, but without an adapter
+        case "asked to stop":  # not by the runner: at shutdown, or by the user
             train(2)
             sys.exit(143)
-        case "babbles":
+        case "prints noise":
             sys.stdout.write("not json\n{}\n" + "x" * 5000 + "\n")
-            say(JobFailed(error=ErrorInfo(code="after_babble", message="Understood all the same.")))
+            emit(JobFailed(error=ErrorInfo(code="after_babble", message="It was read after the noise.")))
             sys.exit(1)
         case "never ends a line":
             train(1)
             sys.stdout.write("x" * (2 << 20))
             sys.stdout.flush()
             wait_for_the_parent_to_die()
-        case "lies":
-            say(AdapterWritten(metrics=Metrics()))  # there is no adapter
+        case "reports a missing adapter":
+            emit(AdapterWritten(metrics=Metrics()))
         case "evaluates":
-            say(Evaluated(evaluation=make_evaluation()))
+            emit(Evaluated(evaluation=make_evaluation()))
         case "hangs":
             train(1)
             wait_for_the_parent_to_die()

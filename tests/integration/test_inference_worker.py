@@ -1,4 +1,4 @@
-"""The inference host as a process: its deaths, its turns, its memory. Toy models, real processes."""
+"""The inference worker as a real process with a tiny model: its deaths, the turns of calls, its memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from peft_core.schemas.results import UnloadedAdapter
 from tests.factories import make_base
 from tests.tiny_models import write_tiny_adapter, write_tiny_base
 
-SCRIPTED = Path(__file__).with_name("scripted_host.py")
+SCRIPTED = Path(__file__).with_name("scripted_inference_worker.py")
 LONG = {"prompt": "x", "max_new_tokens": 200, "temperature": 1.0}
 SHORT = {"prompt": "def f", "max_new_tokens": 12}
 
@@ -47,14 +47,14 @@ async def manager(data_dir: Path) -> AsyncIterator[PEFTManager]:
         yield opened
 
 
-def started_host(manager: PEFTManager) -> Process:
-    host = manager._inference._client._worker
-    assert host is not None
-    return host.process
+def worker_process(manager: PEFTManager) -> Process:
+    worker = manager._inference._client._worker
+    assert worker is not None
+    return worker.process
 
 
-def host_pid(manager: PEFTManager) -> int:
-    return started_host(manager).pid
+def worker_pid(manager: PEFTManager) -> int:
+    return worker_process(manager).pid
 
 
 async def texts_of_single_use(manager: PEFTManager, adapters: list[str], base: str) -> list[str]:
@@ -65,7 +65,7 @@ async def texts_of_single_use(manager: PEFTManager, adapters: list[str], base: s
     return texts
 
 
-async def test_outputs_under_concurrent_switches_are_those_of_single_use(
+async def test_concurrent_adapter_switches_do_not_change_outputs(
     manager: PEFTManager,
     adapters: list[str],
     base: str,
@@ -89,7 +89,7 @@ async def test_outputs_under_concurrent_switches_are_those_of_single_use(
     assert wrong == []
 
 
-async def test_a_hundred_cycles_over_two_adapters_do_not_grow(
+async def test_memory_does_not_grow_over_a_hundred_load_and_unload_cycles(
     manager: PEFTManager,
     adapters: list[str],
     base: str,
@@ -113,7 +113,7 @@ CALLS: dict[str, Callable[[PEFTManager, str, str], Awaitable[Any]]] = {
 
 @pytest.mark.parametrize("kind", CALLS)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
-async def test_a_host_that_dies_during_a_call_is_an_error_and_the_next_load_starts_a_fresh_one(
+async def test_a_worker_that_dies_during_a_call_is_reported_and_the_next_load_starts_a_new_one(
     manager: PEFTManager,
     adapters: list[str],
     base: str,
@@ -122,8 +122,8 @@ async def test_a_host_that_dies_during_a_call_is_an_error_and_the_next_load_star
 ) -> None:
     await manager.load_adapter(adapters[0], base)
     before = (await manager.generate(SHORT)).text
-    pid = host_pid(manager)
-    os.kill(pid, signal.SIGSTOP)  # so that the call is under way when it dies
+    pid = worker_pid(manager)
+    os.kill(pid, signal.SIGSTOP)  # so that it dies while the call is in progress
     died: list[InferenceError] = []
 
     async def call() -> None:
@@ -132,7 +132,7 @@ async def test_a_host_that_dies_during_a_call_is_an_error_and_the_next_load_star
         except InferenceError as error:
             died.append(error)
 
-    async def look() -> None:
+    async def poll_list() -> None:
         while not died:
             assert (await manager.list_adapters()).adapters == []
             await anyio.lowlevel.checkpoint()
@@ -140,7 +140,7 @@ async def test_a_host_that_dies_during_a_call_is_an_error_and_the_next_load_star
     async with anyio.create_task_group() as group:
         group.start_soon(call)
         await anyio.wait_all_tasks_blocked()
-        group.start_soon(look)
+        group.start_soon(poll_list)
         os.kill(pid, number)
         os.kill(pid, signal.SIGCONT)
     assert [error.code for error in died] == ["host_died"]
@@ -154,14 +154,14 @@ async def test_a_host_that_dies_during_a_call_is_an_error_and_the_next_load_star
     assert (await manager.generate(SHORT)).text == before
 
 
-async def test_a_host_killed_while_it_starts_is_an_error_too(
+async def test_a_worker_that_is_killed_while_it_starts_is_reported(
     manager: PEFTManager,
     adapters: list[str],
     base: str,
 ) -> None:
     async def kill(_done: float, _total: float | None, _message: str) -> None:
         if manager._inference._client.pid is not None:
-            os.kill(host_pid(manager), signal.SIGKILL)
+            os.kill(worker_pid(manager), signal.SIGKILL)
 
     with pytest.raises(InferenceError, match="SIGKILL") as caught:
         await manager.load_adapter(adapters[0], base, on_progress=kill)
@@ -169,11 +169,13 @@ async def test_a_host_killed_while_it_starts_is_an_error_too(
     assert (await manager.load_adapter(adapters[0], base)).status == "loaded"
 
 
-async def test_a_host_that_died_between_calls_is_told_of(manager: PEFTManager, adapters: list[str], base: str) -> None:
+async def test_a_worker_that_died_between_calls_is_reported(
+    manager: PEFTManager, adapters: list[str], base: str,
+) -> None:
     await manager.load_adapter(adapters[0], base)
-    process = psutil.Process(host_pid(manager))
+    process = psutil.Process(worker_pid(manager))
     process.kill()
-    await started_host(manager).wait()
+    await worker_process(manager).wait()
     with pytest.raises(AdapterNotLoaded, match=r"was killed by SIGKILL.*what it had loaded is gone"):
         await manager.generate(SHORT)
     with pytest.raises(AdapterNotLoaded):
@@ -182,7 +184,7 @@ async def test_a_host_that_died_between_calls_is_told_of(manager: PEFTManager, a
     assert (await manager.list_adapters()).loaded.adapters == []
 
 
-async def test_a_host_that_was_idle_for_long_ends_and_a_fresh_one_is_started_when_needed(
+async def test_an_idle_worker_exits_and_a_new_one_is_started_when_needed(
     data_dir: Path,
     adapters: list[str],
     base: str,
@@ -190,53 +192,53 @@ async def test_a_host_that_was_idle_for_long_ends_and_a_fresh_one_is_started_whe
     async with PEFTManager(Settings(data_dir=data_dir, idle_unload_s=0.2)) as manager:
         await manager.load_adapter(adapters[0], base)
         with anyio.fail_after(20):
-            await started_host(manager).wait()
+            await worker_process(manager).wait()
         with pytest.raises(AdapterNotLoaded, match=r"ended after 0\.2 s without a call"):
             await manager.generate(SHORT)
         assert (await manager.load_adapter(adapters[0], base)).how == "cold"
 
 
-async def test_a_call_that_finds_the_host_just_gone_to_sleep_wakes_another(
+async def test_a_call_whose_worker_just_exited_idle_is_repeated_on_a_new_worker(
     data_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("peft_core.inference.client.WORKER", [sys.executable, str(SCRIPTED)])
     config = HostConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=1)
-    host = InferenceClient(config, data_dir / "host.log")
+    client = InferenceClient(config, data_dir / "inference.log")
     pids = []
     request = Load(adapter_path=data_dir, base=make_base())
-    for number in (1, 3, 5):  # 2 and 4 were asked of hosts that ended
-        answer = await host.ask(request, UnloadedAdapter)
-        assert answer.memory_before_bytes == number  # the answer to this very request
-        pids.append(host.pid)
+    for number in (1, 3, 5):  # requests 2 and 4 went to workers that exited
+        answer = await client.ask(request, UnloadedAdapter)
+        assert answer.memory_before_bytes == number  # the answer to this request
+        pids.append(client.pid)
     assert len(set(pids)) == 3
-    await host.aclose()
+    await client.aclose()
 
 
 @pytest.fixture
 async def scripted(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[InferenceClient]:
     monkeypatch.setattr("peft_core.inference.client.WORKER", [sys.executable, str(SCRIPTED)])
     config = HostConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=1)
-    host = InferenceClient(config, data_dir / "host.log")
-    yield host
-    await host.aclose()
+    client = InferenceClient(config, data_dir / "inference.log")
+    yield client
+    await client.aclose()
 
 
-async def abandon(host: InferenceClient, adapter: Path) -> int:
-    """Cancel a load that has begun; the pid of the host that is busy with it."""
+async def abandon(client: InferenceClient, adapter: Path) -> int:
+    """Cancel a load that has begun; return the pid of the worker that is busy with it."""
     with anyio.CancelScope() as scope:
 
         async def leave(_done: float, _total: float | None, message: str) -> None:
             if message == "begun":
                 scope.cancel()
 
-        await host.ask(Load(adapter_path=adapter, base=make_base()), UnloadedAdapter, leave)
+        await client.ask(Load(adapter_path=adapter, base=make_base()), UnloadedAdapter, leave)
     assert scope.cancelled_caught
-    assert host.pid is not None
-    return host.pid
+    assert client.pid is not None
+    return client.pid
 
 
-async def test_a_host_that_does_not_come_back_from_a_cancelled_call_is_ended_and_told_of(
+async def test_a_worker_that_stays_busy_with_a_cancelled_call_is_killed_and_reported(
     scripted: InferenceClient,
     data_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -262,7 +264,7 @@ async def test_a_host_that_does_not_come_back_from_a_cancelled_call_is_ended_and
     assert heard[0] == "waiting for the end of a call that was cancelled"
 
 
-async def test_a_host_that_dies_of_a_cancelled_call_is_replaced_by_the_next(
+async def test_a_worker_that_dies_after_a_cancelled_call_is_replaced_by_the_next_call(
     scripted: InferenceClient,
     data_dir: Path,
 ) -> None:
@@ -272,7 +274,7 @@ async def test_a_host_that_dies_of_a_cancelled_call_is_replaced_by_the_next(
     assert scripted.pid != doomed
 
 
-async def test_a_host_whose_line_does_not_end_is_ended(
+async def test_a_worker_with_an_endless_line_is_killed(
     scripted: InferenceClient,
     data_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -283,7 +285,7 @@ async def test_a_host_whose_line_does_not_end_is_ended(
     assert scripted.pid is None
 
 
-async def test_a_manager_that_is_closed_while_a_host_starts_leaves_none_behind(
+async def test_closing_the_client_while_a_worker_starts_leaves_no_process_behind(
     scripted: InferenceClient,
     data_dir: Path,
 ) -> None:
@@ -297,7 +299,7 @@ async def test_a_manager_that_is_closed_while_a_host_starts_leaves_none_behind(
     assert set(psutil.Process().children()) == before
 
 
-def test_a_host_that_is_told_nonsense_answers_the_next_request(data_dir: Path) -> None:
+def test_a_worker_skips_unusable_lines_and_answers_the_next_request(data_dir: Path) -> None:
     config = HostConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=60)
     command = [*WORKER, config.model_dump_json()]
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii:strict"}
@@ -305,21 +307,21 @@ def test_a_host_that_is_told_nonsense_answers_the_next_request(data_dir: Path) -
         id=7,
         request=Load(adapter_path=data_dir / "nichts-für-ungut", base=make_base()),
     ).model_dump_json()
-    told = b"\xff\xfe not utf-8\n" + b"[" * 100_000 + b"\n" + request.encode() + b"\n"
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as host:
-        assert host.stdin is not None
-        assert host.stdout is not None
-        host.stdin.write(told)
-        host.stdin.flush()
-        while isinstance(reply := FROM_HOST.validate_json(host.stdout.readline()), Progress):
+    lines = b"\xff\xfe not utf-8\n" + b"[" * 100_000 + b"\n" + request.encode() + b"\n"
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as worker:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        worker.stdin.write(lines)
+        worker.stdin.flush()
+        while isinstance(reply := FROM_HOST.validate_json(worker.stdout.readline()), Progress):
             pass
-        host.stdin.close()
-        assert host.wait(timeout=30) == 0
+        worker.stdin.close()
+        assert worker.wait(timeout=30) == 0
     assert isinstance(reply, ErrorResponse)
     assert reply.id == 7
 
 
-async def test_a_cancelled_answer_stops_at_once_and_the_next_is_not_confused(
+async def test_a_cancelled_generation_stops_and_does_not_affect_the_next(
     manager: PEFTManager,
     adapters: list[str],
     base: str,
@@ -351,7 +353,7 @@ async def test_a_cancelled_answer_stops_at_once_and_the_next_is_not_confused(
 
 
 @pytest.mark.parametrize("stage", ["checking the adapter", "loading the adapter", "the adapter takes effect"])
-async def test_after_a_load_that_was_given_up_the_list_tells_what_is_so(
+async def test_the_list_is_accurate_after_a_cancelled_load(
     manager: PEFTManager,
     adapters: list[str],
     base: str,
@@ -371,7 +373,7 @@ async def test_after_a_load_that_was_given_up_the_list_tells_what_is_so(
     assert (await manager.generate(SHORT)).adapter_path == active
 
 
-async def test_a_host_that_cannot_be_started_says_what_to_check(tmp_path: Path, adapters: list[str], base: str) -> None:
+async def test_a_worker_that_cannot_start_says_what_to_check(tmp_path: Path, adapters: list[str], base: str) -> None:
     (tmp_path / "logs").write_text("in the way")
     async with PEFTManager(Settings(data_dir=tmp_path)) as manager:
         with pytest.raises(InferenceError, match="CODEBASE_GARDENER_DATA_DIR") as caught:
@@ -379,7 +381,7 @@ async def test_a_host_that_cannot_be_started_says_what_to_check(tmp_path: Path, 
     assert caught.value.code == "host_start"
 
 
-async def test_who_waits_for_its_turn_is_told(manager: PEFTManager, adapters: list[str], base: str) -> None:
+async def test_a_call_that_waits_for_its_turn_reports_it(manager: PEFTManager, adapters: list[str], base: str) -> None:
     await manager.load_adapter(adapters[0], base)
     heard: list[str] = []
 
@@ -393,28 +395,28 @@ async def test_who_waits_for_its_turn_is_told(manager: PEFTManager, adapters: li
     assert heard[0] == "waiting for another call to the model"
 
 
-async def test_the_host_ends_with_its_manager_and_with_the_process_that_started_it(
+async def test_the_worker_ends_with_its_manager_and_with_the_server_process(
     data_dir: Path,
     adapters: list[str],
     base: str,
 ) -> None:
     async with PEFTManager(Settings(data_dir=data_dir)) as manager:
         await manager.load_adapter(adapters[0], base)
-        process = psutil.Process(host_pid(manager))
+        process = psutil.Process(worker_pid(manager))
     assert not process.is_running()
     other = PEFTManager(Settings(data_dir=data_dir))
     await other.load_adapter(adapters[0], base)
-    process = psutil.Process(host_pid(other))
-    started = started_host(other)
+    process = psutil.Process(worker_pid(other))
+    started = worker_process(other)
     assert started.stdin is not None
-    await started.stdin.aclose()  # what the operating system does to the pipe of a server that was killed
+    await started.stdin.aclose()  # as the operating system closes the pipe of a killed server
     with anyio.fail_after(10):
         await started.wait()
     await other.aclose()
 
 
 @pytest.mark.parametrize("path", ["missing", "file"])
-async def test_a_path_that_is_no_adapter_starts_nothing(
+async def test_a_path_without_an_adapter_starts_no_worker(
     manager: PEFTManager,
     adapters: list[str],
     base: str,
@@ -426,30 +428,30 @@ async def test_a_path_that_is_no_adapter_starts_nothing(
     assert manager._inference._client.pid is None
 
 
-def test_a_host_whose_torch_is_broken_says_so_with_its_last_words(data_dir: Path, tmp_path: Path) -> None:
+def test_a_worker_whose_torch_is_broken_says_so_in_the_last_line_of_its_log(data_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('libtorch_cpu.so: cannot open shared object file')\n")
     config = HostConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=60)
     with subprocess.Popen(
         [sys.executable, "-m", "peft_core.inference.worker", config.model_dump_json()],
-        stdin=subprocess.PIPE,  # open to the end: without its client a host ends well
+        stdin=subprocess.PIPE,  # kept open: a worker without a client exits with 0
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
-    ) as host:
-        assert host.stderr is not None
-        said = host.stderr.read()
-        assert host.wait(timeout=60) == 1
-    assert "cannot open shared object file" in said.splitlines()[-1]
+    ) as worker:
+        assert worker.stderr is not None
+        log = worker.stderr.read()
+        assert worker.wait(timeout=60) == 1
+    assert "cannot open shared object file" in log.splitlines()[-1]
 
 
-async def test_closing_while_a_call_waits_for_one_that_was_given_up_is_told_to_it(
+async def test_a_call_that_waits_for_a_cancelled_one_fails_when_the_client_is_closed(
     data_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("peft_core.inference.client.WORKER", [sys.executable, str(SCRIPTED)])
-    host = InferenceClient(
+    client = InferenceClient(
         HostConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=1),
-        data_dir / "host.log",
+        data_dir / "inference.log",
     )
     with anyio.CancelScope() as scope:
 
@@ -457,13 +459,13 @@ async def test_closing_while_a_call_waits_for_one_that_was_given_up_is_told_to_i
             if message == "begun":
                 scope.cancel()
 
-        await host.ask(Load(adapter_path=data_dir / "endless", base=make_base()), UnloadedAdapter, leave)
+        await client.ask(Load(adapter_path=data_dir / "endless", base=make_base()), UnloadedAdapter, leave)
 
     async def close(_done: float, _total: float | None, message: str) -> None:
         if message.startswith("waiting"):
-            group.start_soon(host.aclose)
+            group.start_soon(client.aclose)
 
     with anyio.fail_after(60):
         async with anyio.create_task_group() as group:
             with pytest.raises(InferenceError, match="closed"):
-                await host.ask(Load(adapter_path=data_dir, base=make_base()), UnloadedAdapter, close)
+                await client.ask(Load(adapter_path=data_dir, base=make_base()), UnloadedAdapter, close)
