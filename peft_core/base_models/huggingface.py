@@ -61,7 +61,7 @@ def read_directory(path: Path) -> Checkpoint:
         shapes=shapes,
         stored=tuple(stored.values()),
         size_bytes=size,
-        has_chat_template=_has_chat_template(path),
+        has_chat_template=chat_template(path) is not None,
     )
 
 
@@ -193,8 +193,32 @@ def _is_weight(tensor: TensorInfo) -> bool:
     return len(tensor.shape) > 1
 
 
-def _has_chat_template(path: Path) -> bool:
-    if (path / "chat_template.jinja").is_file() or (path / "chat_template.json").is_file():
-        return True
-    settings = path / "tokenizer_config.json"
-    return settings.is_file() and bool(read_json(settings).get("chat_template"))
+def chat_template(directory: Path) -> str | None:
+    """Return the chat template of a model directory; None if it has none that applies to plain conversations.
+
+    Planning and workers both call this, so that a request with `messages` is refused before it is queued.
+    Where several files have one, the order is chat_template.jinja, tokenizer_config.json, chat_template.json.
+
+    Raises:
+        BaseCheckpointError: a file that may contain the template cannot be read.
+    """
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise unusable(directory, f"{file.name} is larger than {MAX_JSON_BYTES} bytes", _download_again(directory))
+        try:
+            return file.read_text(encoding="utf-8") or None
+        except (OSError, ValueError) as error:
+            raise unusable(directory, f"{file.name} cannot be read ({error})", _download_again(directory)) from error
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        if (directory / name).is_file() and (template := _default(read_json(directory / name).get("chat_template"))):
+            return template
+    return None
+
+
+def _default(template: object) -> str | None:
+    """Return the template itself, or the one called "default" of several: [{"name": ..., "template": ...}, ...]."""
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from peft_core.base_models import fim_tokens
+from peft_core.base_models.huggingface import chat_template
 from peft_core.errors import BaseCheckpointError, DataError
 from peft_core.schemas.dataset import FillInTheMiddle, Segment
 from peft_core.system.failures import is_out_of_memory
@@ -216,7 +217,7 @@ def load_tokenizer(directory: Path) -> BaseTokenizer:
         tokenizer=tokenizer,
         end_of_text=_end_of_text(tokenizer, special, directory),
         beginning=_beginning(tokenizer, special),
-        chat_template=_chat_template(directory, config),
+        chat_template=chat_template(directory),
         special_tokens=special,
     )
 
@@ -240,16 +241,6 @@ def _beginning(tokenizer: Tokenizer, special: Mapping[str, str]) -> tuple[int, .
     """What the tokenizer puts before an empty text, if that is its BOS token (others put EOS after it)."""
     ids = tuple(tokenizer.encode("", add_special_tokens=True).ids[:1])
     return ids if ids and ids == (tokenizer.token_to_id(special.get("bos_token", "")),) else ()
-
-
-def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template if isinstance(template, str) else None
 
 
 def _json(path: Path) -> dict[str, Any]:
