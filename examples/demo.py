@@ -1,8 +1,8 @@
-"""`make demo`: the main job, end to end, as an assistant would do it.
+"""`make demo`: the main workflow end to end, as an MCP client runs it.
 
-Starts the real stdio server, asks it to train on this project's own source, shows the progress that the server streams,
-prints what was measured, then loads the adapter and asks it and the base about
-this code, side by side. Everything it writes goes to .demo/ beside this project.
+It starts the stdio server, trains an adapter on this project's own source, shows the progress that the server streams,
+prints the measurements, then loads the adapter and compares its completions with the base model's. All files are written to
+.demo/ in the project directory.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = "peft-mcp-demo"
-# About 100 functions and classes: minutes on two CPU cores, and enough to see it learn. A real run leaves the config out.
+# About 100 functions and classes: minutes on two CPU cores, and enough to see the loss fall. A real run omits the config.
 CONFIG = {"max_steps": 24, "held_out_fraction": 0.03, "eval_steps": 12}
-# One in the base's chat form, one as code to go on with, under a path as the training examples have it.
-QUESTIONS: list[dict[str, Any]] = [
+# One chat message, and one piece of code to continue, under a file path as in the training examples.
+PROMPTS: list[dict[str, Any]] = [
     {
         "messages": [
             {
@@ -53,12 +53,12 @@ async def main() -> int:
     command = shutil.which("peft-mcp", path=str(Path(sys.executable).parent)) or "peft-mcp"
     server = StdioServerParameters(command=command, env={**os.environ, "CODEBASE_GARDENER_DATA_DIR": str(data_dir)})
     console.print(f"Starting the stdio server: [bold]{command}[/] (data in {data_dir})")
-    began = time.monotonic()
+    started_at = time.monotonic()
     async with Client(server) as client:
-        console.print(f"Connected after {time.monotonic() - began:.1f} s, protocol {client.protocol_version}.")
+        console.print(f"Connected after {time.monotonic() - started_at:.1f} s, protocol {client.protocol_version}.")
         arguments = {"project_id": PROJECT, "training_data": str(ROOT), "config": CONFIG}
         started = await client.call_tool("train_adapter", arguments)
-        console.print(f"\n[bold]train_adapter[/] answered:\n{text_of(started)}\n")
+        console.print(f"\n[bold]train_adapter[/] returned:\n{text_of(started)}\n")
         if started.is_error:
             return 1
         status = await watch(client, started.structured_content or {})
@@ -71,7 +71,7 @@ async def main() -> int:
 
 
 async def watch(client: Client, status: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Poll with wait_s, as an assistant does; the server streams progress into each open call."""
+    """Call get_training_status with wait_s until the job ends; the server streams progress into each open call."""
     columns = (
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
@@ -85,9 +85,9 @@ async def watch(client: Client, status: Mapping[str, Any]) -> Mapping[str, Any]:
             progress.update(bar, completed=done, description=message or "")
 
         while status["status"] in ("queued", "in_progress"):
-            question = {"project_id": PROJECT, "job_id": status["job_id"], "wait_s": 30}
-            answer = await client.call_tool("get_training_status", question, progress_callback=show)
-            status = answer.structured_content or {}
+            arguments = {"project_id": PROJECT, "job_id": status["job_id"], "wait_s": 30}
+            result = await client.call_tool("get_training_status", arguments, progress_callback=show)
+            status = result.structured_content or {}
         progress.update(bar, completed=status["progress_percent"], description=status["status"])
     return status
 
@@ -95,7 +95,7 @@ async def watch(client: Client, status: Mapping[str, Any]) -> Mapping[str, Any]:
 def report(status: Mapping[str, Any]) -> None:
     metrics, dataset = status["metrics"], status["dataset"]
     table = Table(
-        title=f"\n{status['base_model']} on {status['device']}: files that training never saw",
+        title=f"\n{status['base_model']} on {status['device']}: held-out files",
         title_justify="left",
     )
     for column in ("", "base", "adapter"):
@@ -106,7 +106,7 @@ def report(status: Mapping[str, Any]) -> None:
     facts = Table(show_header=False, box=None)
     facts.add_row(
         "trained on",
-        f"{metrics['tokens']} tokens, {status['step']} steps ({dataset['train_examples']} examples there)",
+        f"{metrics['tokens']} tokens, {status['step']} steps ({dataset['train_examples']} examples in the training set)",
     )
     facts.add_row("held out", f"{dataset['held_out_examples']} examples, {dataset['held_out_tokens']} tokens")
     facts.add_row("left out", ", ".join(f"{count} {why}" for why, count in dataset["left_out"].items()) or "nothing")
@@ -119,20 +119,21 @@ def report(status: Mapping[str, Any]) -> None:
 
 
 async def use(client: Client) -> None:
-    """Load the adapter and have it asked about this project's code, beside the base."""
+    """Load the adapter and compare its completions with those of the base model."""
     loaded = await client.call_tool("load_adapter", {"adapter_path": PROJECT})
-    console.print(f"\n[bold]load_adapter[/] answered:\n{text_of(loaded)}", soft_wrap=True)
+    console.print(f"\n[bold]load_adapter[/] returned:\n{text_of(loaded)}", soft_wrap=True)
     console.print("\n[bold]generate[/], with and without the adapter (greedy, so the same every time):")
-    for asked in QUESTIONS:
-        answer = await client.call_tool("generate", {**asked, "compare_with_base": True})
-        written = answer.structured_content or {}
-        table = Table(title="\n" + escape(asked.get("prompt") or asked["messages"][0]["content"]), title_justify="left")
-        table.add_column(f"{written['base_model']} alone", ratio=1)
+    for prompt in PROMPTS:
+        result = await client.call_tool("generate", {**prompt, "compare_with_base": True})
+        generation = result.structured_content or {}
+        title = prompt.get("prompt") or prompt["messages"][0]["content"]
+        table = Table(title="\n" + escape(title), title_justify="left")
+        table.add_column(f"{generation['base_model']}", ratio=1)
         table.add_column("with the adapter", ratio=1)
-        table.add_row(escape(written["base_text"].strip()), escape(written["text"].strip()))
+        table.add_row(escape(generation["base_text"].strip()), escape(generation["text"].strip()))
         console.print(table)
     unloaded = await client.call_tool("unload_adapter", {})
-    console.print(f"\n[bold]unload_adapter[/] answered:\n{text_of(unloaded)}", soft_wrap=True)
+    console.print(f"\n[bold]unload_adapter[/] returned:\n{text_of(unloaded)}", soft_wrap=True)
 
 
 def text_of(result: CallToolResult) -> str:

@@ -1,6 +1,6 @@
-"""The Python API in a page: train on the directory given, print what was measured, use the adapter.
+"""The Python API on one page: train on the given directory, print the measurements, use the adapter.
 
-Three short steps show that it works; leave QUICK out for a real run.
+Three short steps show that it works; omit QUICK for a real run.
 """
 
 import sys
@@ -13,7 +13,7 @@ QUICK = {"max_steps": 3, "max_length": 128}
 
 
 async def main(directory: str) -> None:
-    async with PEFTManager() as manager:  # on leaving, the model goes out of memory; trainings go on
+    async with PEFTManager() as manager:  # leaving the block unloads the model; jobs keep running
         job = await manager.train_adapter("example", directory, QUICK)
         async for status in manager.watch_training("example", job.job_id):
             print(f"{status.progress_percent:5.1f} %  {status.status}  step {status.step}  loss {status.loss}")
@@ -23,8 +23,8 @@ async def main(directory: str) -> None:
 
         loaded = await manager.load_adapter(str(status.adapter_path))
         print(f"{loaded.status} on {loaded.base_model}: {loaded.reason or loaded.effect}")
-        answer = await manager.generate({"prompt": "def main(", "max_new_tokens": 40, "compare_with_base": True})
-        print(f"--- with the adapter\n{answer.text}\n--- the base alone\n{answer.base_text}")
+        generation = await manager.generate({"prompt": "def main(", "max_new_tokens": 40, "compare_with_base": True})
+        print(f"--- with the adapter\n{generation.text}\n--- base model\n{generation.base_text}")
 
 
 if __name__ == "__main__":

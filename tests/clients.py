@@ -1,4 +1,4 @@
-"""The server as a client would start it."""
+"""Helpers for tests that use the server as an MCP client."""
 
 from __future__ import annotations
 

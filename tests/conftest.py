@@ -63,7 +63,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture(params=["legacy", "2026-07-28"])
 def era(request: pytest.FixtureRequest) -> str:
-    """Protocol era, as `Client(mode=...)` takes it."""
+    """The MCP protocol era, as a value of `Client(mode=...)`."""
     return str(request.param)
 
 

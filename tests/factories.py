@@ -1,4 +1,4 @@
-"""Valid objects for tests that look at something else."""
+"""Valid objects for tests that are about something else."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def make_job(job_id: str = "20260101-000000-abcdef", project_id: str = "web", **
 
 def make_evaluation(verdict: Verdict = Verdict.HELPS, **changes: Any) -> Evaluation:
     sign = 1 if verdict is Verdict.HARMS else -1
-    written = Continuation(
+    continuation = Continuation(
         file="src/app.py",
         line=12,
         prompt="def add(a, b):",
@@ -153,7 +153,7 @@ def make_evaluation(verdict: Verdict = Verdict.HELPS, **changes: Any) -> Evaluat
             "prompts": 24,
             "general_tokens": 2000,
             "resampled": "files",
-            "gains": (written,),
+            "gains": (continuation,),
             **changes,
         },
     )
@@ -201,7 +201,7 @@ def make_manifest(
 
 
 def record_base(directory: Path, base: Base, adapter_id: str = "adapter-01") -> Path:
-    """Put a manifest beside an adapter: trained on this base, its files as they are now."""
+    """Write a manifest for an adapter: trained on this base model, with the hashes of its current files."""
     files = {name: sha256_of(directory / name) for name in (CONFIG, WEIGHTS)}
     write_manifest(directory, make_manifest(adapter_id, base=base, files=files))
     return directory

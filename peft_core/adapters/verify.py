@@ -14,7 +14,7 @@ from peft_core.adapters.files import AdapterFiles, read_adapter
 from peft_core.adapters.findings import error
 from peft_core.adapters.tensor_check import base_modules, check_tensors, check_weights
 from peft_core.schemas.base_model import Base
-from peft_core.schemas.results import BaseMatch, Compatibility, Reason
+from peft_core.schemas.results import BaseMatch, Compatibility, NextStep, Reason
 
 SMALL_BYTES = 64 << 20
 _COMPATIBLE = frozenset({BaseMatch.EXACT, BaseMatch.SAMPLED, BaseMatch.SAME_FAMILY})
@@ -61,6 +61,7 @@ def verify_files(files: AdapterFiles, base: Base | None, *, scan_weights: bool) 
         reasons += doubts
     if any(reason.severity == "error" for reason in reasons):
         verdict = BaseMatch.INCOMPATIBLE
+    text, step = _next(verdict, reasons, files)
     return Compatibility(
         verdict=verdict,
         compatible=verdict in _COMPATIBLE,
@@ -69,7 +70,8 @@ def verify_files(files: AdapterFiles, base: Base | None, *, scan_weights: bool) 
         base_model=base.name if base is not None else None,
         scanned=scanned,
         elapsed_ms=_milliseconds_since(started),
-        next=_next(verdict, reasons, files),
+        next=text,
+        next_step=step,
     )
 
 
@@ -82,18 +84,24 @@ def _base_unknown(files: AdapterFiles) -> Reason:
     )
 
 
-def _next(verdict: BaseMatch, reasons: list[Reason], files: AdapterFiles) -> str:
+def _next(verdict: BaseMatch, reasons: list[Reason], files: AdapterFiles) -> tuple[str, NextStep | None]:
+    """Return what to do next in words, and the call if it is one."""
+    arguments = {"adapter_path": str(files.directory)}
     match verdict:
         case BaseMatch.INCOMPATIBLE:
             fixes = dict.fromkeys(reason.fix for reason in reasons if reason.severity == "error" and reason.fix)
-            return f"Do not load it. {'; '.join(list(fixes)[:3])}."
+            return f"Do not load it. {'; '.join(list(fixes)[:3])}.", None
         case BaseMatch.SHAPE_ONLY:
-            return (
-                "It fits, but was not trained on these weights as far as is known: name the base that it was trained on, or "
-                "insist with load_adapter(..., accept_unproven_base=true)."
+            step = NextStep(
+                tool="load_adapter",
+                arguments=arguments,
+                missing=("base_model",),
+                reason="The shapes fit, but nothing proves that it was trained on these weights: pass the base_model that it "
+                "was trained on, or load it all the same with accept_unproven_base=true.",
             )
         case _:
-            return f"Call load_adapter(adapter_path={str(files.directory)!r})."
+            step = NextStep(tool="load_adapter", arguments=arguments)
+    return step.sentence, step
 
 
 def _milliseconds_since(started: float) -> float:

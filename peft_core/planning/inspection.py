@@ -14,7 +14,7 @@ from peft_core.paths import DataPaths
 from peft_core.planning.planner import TrainingData, plan, write_source
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.dataset import Example
-from peft_core.schemas.results import DataSample, TrainingDataReport
+from peft_core.schemas.results import DataSample, NextStep, TrainingDataReport
 from peft_core.schemas.task import JobRequest
 from peft_core.schemas.training import TrainingConfig
 from peft_core.system.child_process import run_json_child
@@ -71,6 +71,11 @@ def _looked_at(request: JobRequest, scratch: Path, settings: Settings) -> Previe
 
 def _report(request: JobRequest, found: Preview, *, given: str) -> TrainingDataReport:
     dataset = found.dataset
+    step = NextStep(
+        tool="train_adapter",
+        missing=("project_id", "training_data", "config"),
+        reason="Training with the same data and config uses this dataset.",
+    )
     return TrainingDataReport(
         training_data=given,
         base_model=request.base.name,
@@ -89,7 +94,8 @@ def _report(request: JobRequest, found: Preview, *, given: str) -> TrainingDataR
         samples=[_sample(example) for example in found.samples],
         config=request.config,
         estimate=request.estimate,
-        next="To train on this, call train_adapter(project_id=..., training_data=...) with the same config.",
+        next=step.sentence,
+        next_step=step,
     )
 
 

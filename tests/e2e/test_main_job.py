@@ -316,4 +316,4 @@ def test_the_python_example_trains_and_prints_what_was_measured(data_dir: Path, 
     assert "100.0 %  completed  step 3" in output.stdout
     assert "adapter_perplexity=" in output.stdout
     assert "loaded on SmolLM2-135M-Instruct: unmatched_keys=0" in output.stdout
-    assert "--- the base alone" in output.stdout
+    assert "--- base model" in output.stdout

@@ -170,7 +170,9 @@ async def test_a_worker_that_is_killed_while_it_starts_is_reported(
 
 
 async def test_a_worker_that_died_between_calls_is_reported(
-    manager: PEFTManager, adapters: list[str], base: str,
+    manager: PEFTManager,
+    adapters: list[str],
+    base: str,
 ) -> None:
     await manager.load_adapter(adapters[0], base)
     process = psutil.Process(worker_pid(manager))

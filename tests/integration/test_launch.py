@@ -110,7 +110,8 @@ def test_two_launched_processes_train_like_one(tmp_path: Path, tiny_base: Path) 
 
 
 def test_killing_one_launched_process_ends_the_others_with_one_job_failed_event(
-    tmp_path: Path, tiny_base: Path,
+    tmp_path: Path,
+    tiny_base: Path,
 ) -> None:
     task = make_task(tmp_path, str(tiny_base), **ENDLESS)
     with launched(task) as process:

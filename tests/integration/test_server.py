@@ -1,4 +1,4 @@
-"""The server as its clients see it, in both protocol eras; nothing here trains."""
+"""The server as its clients see it, in both protocol eras, without a training."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ TOOLS = {
 
 @pytest.fixture(params=["in process", "stdio"])
 def connect(request: pytest.FixtureRequest, era: str, data_dir: Path) -> Connect:
-    """Opens a client: {in process, stdio} x {legacy, modern}."""
+    """Open a client: {in process, stdio} x {legacy, modern}."""
     if request.param == "stdio":
         return lambda: Client(stdio_server(data_dir), mode=era)
     return lambda: Client(build_server(Settings(data_dir=data_dir)), mode=era)
 
 
-async def test_it_lists_its_tools_with_all_that_a_client_needs_to_know(connect: Connect) -> None:
+async def test_the_tools_are_listed_with_title_description_schemas_and_hints(connect: Connect) -> None:
     async with connect() as client:
         tools = {tool.name: tool for tool in (await client.list_tools()).tools}
         assert set(tools) == TOOLS
@@ -74,14 +74,14 @@ async def test_it_lists_its_tools_with_all_that_a_client_needs_to_know(connect: 
 
 
 @pytest.mark.parametrize("mode", ["legacy", "auto"])
-async def test_it_teaches_the_flow_in_three_sentences(data_dir: Path, mode: str) -> None:
+async def test_the_instructions_explain_the_workflow_in_three_sentences(data_dir: Path, mode: str) -> None:
     async with Client(stdio_server(data_dir), mode=mode) as client:
         assert client.instructions
         assert client.instructions.count(". ") == 2
         assert "train_adapter" in client.instructions
 
 
-async def test_every_setting_of_a_training_is_described_in_the_schema(connect: Connect) -> None:
+async def test_the_schema_describes_every_training_setting(connect: Connect) -> None:
     async with connect() as client:
         schema = next(t for t in (await client.list_tools()).tools if t.name == "train_adapter").input_schema
         config = schema["$defs"]["TrainingConfig"]["properties"]
@@ -89,7 +89,7 @@ async def test_every_setting_of_a_training_is_described_in_the_schema(connect: C
         assert all(field["description"] for field in config.values())
 
 
-async def test_a_project_without_training_is_not_an_error(connect: Connect) -> None:
+async def test_the_status_of_a_project_without_training_is_not_an_error(connect: Connect) -> None:
     async with connect() as client:
         result = await client.call_tool("get_training_status", {"project_id": "web", "wait_s": 30})
         assert not result.is_error
@@ -98,7 +98,7 @@ async def test_a_project_without_training_is_not_an_error(connect: Connect) -> N
         assert "train_adapter" in result.structured_content["next"]
 
 
-async def test_an_empty_list_of_adapters_says_what_to_do(connect: Connect) -> None:
+async def test_an_empty_list_of_adapters_suggests_training_one(connect: Connect) -> None:
     async with connect() as client:
         result = await client.call_tool("list_adapters", {})
         assert result.structured_content is not None
@@ -106,7 +106,7 @@ async def test_an_empty_list_of_adapters_says_what_to_do(connect: Connect) -> No
         assert "train_adapter" in text_of(result)
 
 
-async def test_unknown_tools_and_resources_are_refused(connect: Connect) -> None:
+async def test_unknown_tools_and_resources_are_errors(connect: Connect) -> None:
     async with connect() as client:
         result = await client.call_tool("train", {})
         assert result.is_error
@@ -117,7 +117,7 @@ async def test_unknown_tools_and_resources_are_refused(connect: Connect) -> None
 
 @pytest.fixture
 def code(tmp_path: Path) -> Path:
-    """A small repository that could be trained on."""
+    """A small repository, large enough to train on."""
     directory = tmp_path / "code"
     directory.mkdir()
     for name in ("alpha", "beta", "gamma", "delta"):
@@ -241,7 +241,7 @@ BAD_INPUT: list[tuple[str, dict[str, Any], list[str]]] = [
 ]
 
 
-async def test_bad_input_gets_one_clear_error_and_makes_no_job(
+async def test_invalid_arguments_give_one_clear_error_and_no_job(
     connect: Connect,
     code: Path,
     data_dir: Path,
@@ -265,7 +265,9 @@ async def test_bad_input_gets_one_clear_error_and_makes_no_job(
     assert not (data_dir / "jobs").exists()
 
 
-async def test_training_data_is_shown_before_anything_is_trained(connect: Connect, code: Path, data_dir: Path) -> None:
+async def test_inspect_training_data_shows_the_dataset_and_writes_nothing(
+    connect: Connect, code: Path, data_dir: Path,
+) -> None:
     (code / "licence.py").write_text("# Copyright 2026 Some One, all rights reserved, more or less\n" + CREDENTIAL)
     async with connect() as client:
         result = await client.call_tool("inspect_training_data", {"training_data": str(code)})
@@ -286,14 +288,14 @@ async def test_training_data_is_shown_before_anything_is_trained(connect: Connec
     for sample in report.samples:
         assert sample.path not in report.held_out_files
         assert f"{sample.path}:{sample.start_line}-{sample.end_line}" in text
-        assert sample.learned.rstrip() in text, "code as it is, not as JSON"
+        assert sample.learned.rstrip() in text, "the code verbatim, not as JSON"
         assert sample.learned.split("\n")[0] in (code / sample.path).read_text()
     assert "train_adapter" in report.next
     assert not (data_dir / "jobs").exists()
     assert not (data_dir / "peft.db").exists()
 
 
-async def test_records_are_shown_as_they_would_be_trained_on(data_dir: Path) -> None:
+async def test_inspected_records_are_split_into_context_and_learned_text(data_dir: Path) -> None:
     records = [{"prompt": f"What is {n} + {n}?", "completion": f"It is {n + n}, {n} twice."} for n in range(60)]
     async with PEFTManager(Settings(data_dir=data_dir)) as manager:
         report = await manager.inspect_training_data(records, {"max_steps": 5})
@@ -302,7 +304,7 @@ async def test_records_are_shown_as_they_would_be_trained_on(data_dir: Path) -> 
     assert all(sample.given.startswith("What is") and "twice" in sample.learned for sample in report.samples)
 
 
-async def test_an_adapter_is_judged_in_words_and_in_data(connect: Connect, tmp_path: Path) -> None:
+async def test_the_result_of_verification_is_in_the_text_and_in_the_data(connect: Connect, tmp_path: Path) -> None:
     base = write_model(tmp_path / "tiny")
     adapter = record_base(write_adapter(tmp_path / "adapter"), resolve(str(base), Settings()))
     async with connect() as client:
@@ -327,7 +329,7 @@ async def test_an_adapter_is_judged_in_words_and_in_data(connect: Connect, tmp_p
         assert "INCOMPATIBLE" in text_of(result)
 
 
-async def test_an_adapter_s_manifest_and_card_are_a_resource(connect: Connect, data_dir: Path) -> None:
+async def test_the_manifest_and_card_of_an_adapter_are_a_resource(connect: Connect, data_dir: Path) -> None:
     lora = data_dir / "projects" / "web" / "lora"
     record_base(write_adapter(lora / "adapter-01"), make_base())
     (lora / "adapter-01" / "README.md").write_text("# A card")
@@ -348,14 +350,14 @@ async def test_an_adapter_s_manifest_and_card_are_a_resource(connect: Connect, d
     assert [path.name for path in lora.iterdir()] == [".lock"]
 
 
-def test_an_unwritable_data_directory_is_named(tmp_path: Path, code: Path) -> None:
+def test_an_unwritable_data_directory_is_reported_with_its_setting(tmp_path: Path, code: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     request = {"project_id": "web", "training_data": str(code)}
-    message = call_by_hand(tmp_path / "file", "train_adapter", request)["content"][0]["text"]
+    message = call_without_sdk(tmp_path / "file", "train_adapter", request)["content"][0]["text"]
     assert "CODEBASE_GARDENER_DATA_DIR" in message
 
 
-def start_by_hand(data_dir: Path) -> subprocess.Popen[bytes]:
+def start_without_sdk(data_dir: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "CODEBASE_GARDENER_DATA_DIR": str(data_dir)}
     return subprocess.Popen(
         [sys.executable, "-m", "server"],
@@ -365,38 +367,38 @@ def start_by_hand(data_dir: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def say(server: subprocess.Popen[bytes], message: dict[str, Any]) -> None:
+def send(server: subprocess.Popen[bytes], message: dict[str, Any]) -> None:
     assert server.stdin
     server.stdin.write(json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n")
     server.stdin.flush()
 
 
-def hear(server: subprocess.Popen[bytes]) -> dict[str, Any]:
+def receive(server: subprocess.Popen[bytes]) -> dict[str, Any]:
     assert server.stdout
     message: dict[str, Any] = json.loads(server.stdout.readline())
     return message
 
 
 def initialize(server: subprocess.Popen[bytes]) -> dict[str, Any]:
-    client = {"name": "by hand", "version": "0"}
+    client = {"name": "test", "version": "0"}
     params = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": client}
-    say(server, {"id": 0, "method": "initialize", "params": params})
-    answer = hear(server)
-    say(server, {"method": "notifications/initialized"})
+    send(server, {"id": 0, "method": "initialize", "params": params})
+    answer = receive(server)
+    send(server, {"method": "notifications/initialized"})
     return answer
 
 
-def call_by_hand(data_dir: Path, tool: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    server = start_by_hand(data_dir)
+def call_without_sdk(data_dir: Path, tool: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    server = start_without_sdk(data_dir)
     initialize(server)
-    say(server, {"id": 1, "method": "tools/call", "params": {"name": tool, "arguments": arguments}})
-    result: dict[str, Any] = hear(server)["result"]
+    send(server, {"id": 1, "method": "tools/call", "params": {"name": tool, "arguments": arguments}})
+    result: dict[str, Any] = receive(server)["result"]
     server.communicate(timeout=20)
     return result
 
 
-def test_it_leaves_when_its_client_does(data_dir: Path) -> None:
-    server = start_by_hand(data_dir)
+def test_the_server_exits_when_its_client_closes_stdin(data_dir: Path) -> None:
+    server = start_without_sdk(data_dir)
     answer = initialize(server)
     assert answer["result"]["capabilities"]["resources"]["subscribe"] is True
     server.communicate(timeout=20)  # closes stdin
@@ -404,8 +406,8 @@ def test_it_leaves_when_its_client_does(data_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_it_leaves_on_a_signal_although_its_client_stays(data_dir: Path, number: signal.Signals) -> None:
-    server = start_by_hand(data_dir)
+def test_the_server_exits_on_a_signal_while_its_client_is_connected(data_dir: Path, number: signal.Signals) -> None:
+    server = start_without_sdk(data_dir)
     initialize(server)
     server.send_signal(number)
     assert server.wait(timeout=20) == 128 + number
@@ -430,13 +432,13 @@ print(sorted(heavy & set(sys.modules)))
     assert output.stdout.strip() == "[]"
 
 
-def test_help_and_version_are_for_people() -> None:
+def test_help_and_version_are_printed() -> None:
     for flag, expected in (("--help", "CODEBASE_GARDENER_DATA_DIR"), ("--version", "peft-mcp 0.")):
         output = subprocess.run([sys.executable, "-m", "server", flag], capture_output=True, text=True, check=True)
         assert expected in output.stdout
 
 
-def test_a_wrong_setting_is_named_at_the_start() -> None:
+def test_an_invalid_setting_is_reported_at_the_start() -> None:
     environment = {**os.environ, "CODEBASE_GARDENER_MAX_MEMORY_MB": "lots"}
     output = subprocess.run(
         [sys.executable, "-m", "server"],

@@ -134,7 +134,7 @@ def test_the_verdict_says_how_sure_it_is(
     assert result.verdict is verdict
     assert [reason.code for reason in result.reasons] == ([code] if code else [])
     assert result.compatible == (verdict is not BaseMatch.SHAPE_ONLY)
-    assert ("insist" in result.next) == (verdict is BaseMatch.SHAPE_ONLY)
+    assert ("accept_unproven_base" in result.next) == (verdict is BaseMatch.SHAPE_ONLY)
 
 
 def test_equal_content_is_exact_once_both_have_been_read(tmp_path: Path) -> None:
