@@ -212,8 +212,8 @@ def chunk_file(
     max_length: int,
 ) -> list[Chunk]:
     """Cut a file into pieces that fit, header and end-of-text counted."""
-    header, measure = _measured(lines, path, language, token_counter, max_length)
-    return fit_units(lines, split_into_units(lines, language, measure), measure, language, token_counter, header=header)
+    header, budget = _token_budget(lines, path, language, token_counter, max_length)
+    return fit_units(lines, split_into_units(lines, language, budget), budget, language, token_counter, header=header)
 
 
 def chunk_record(
@@ -226,11 +226,11 @@ def chunk_record(
     max_length: int,
 ) -> list[Chunk]:
     """A text that somebody else has cut already: one piece, unless it is too long."""
-    header, measure = _measured(lines, path, language, token_counter, max_length)
-    return fit_units(lines, [single_unit(lines, language, kind)], measure, language, token_counter, header=header)
+    header, budget = _token_budget(lines, path, language, token_counter, max_length)
+    return fit_units(lines, [single_unit(lines, language, kind)], budget, language, token_counter, header=header)
 
 
-def _measured(
+def _token_budget(
     lines: Sequence[str],
     path: str,
     language: Language,
@@ -245,7 +245,7 @@ def _measured(
 def fit_units(
     lines: Sequence[str],
     units: Sequence[CodeUnit],
-    measure: TokenBudget,
+    budget: TokenBudget,
     language: Language,
     token_counter: TokenCounter,
     *,
@@ -254,11 +254,11 @@ def fit_units(
     """Pieces of units; what rows cost one by one is near enough to split by, the last word is a count of the whole."""
     drafts: list[tuple[CodeUnit, str, range]] = []
     for unit in units:
-        for part in _parts(lines, unit, measure, language):
+        for part in _parts(lines, unit, budget, language):
             scopes = unit.scopes
-            if unit.head is not None and part.start >= unit.head.stop:
-                scopes = (*scopes, unit.head)
-            heads = "".join("".join(lines[head.start : head.stop]) for head in measure.context(scopes))
+            if unit.header is not None and part.start >= unit.header.stop:
+                scopes = (*scopes, unit.header)
+            heads = "".join("".join(lines[head.start : head.stop]) for head in budget.context(scopes))
             drafts.append((unit, header + heads, part))
     bodies = ["".join(lines[part.start : part.stop]) for _, _, part in drafts]
     counts = token_counter.count([*(context for _, context, _ in drafts), *bodies])
@@ -274,7 +274,7 @@ def fit_units(
         for text, tokens in _halved(
             body,
             body_tokens,
-            max(1, measure.max_length - context_tokens - RESERVED),
+            max(1, budget.max_length - context_tokens - RESERVED),
             token_counter,
         ):
             end = row + text.count("\n") + (not text.endswith("\n"))
@@ -303,17 +303,17 @@ def path_header(path: str, language: Language, token_counter: TokenCounter, max_
     return next((header for header in candidates if token_counter.count([header])[0] <= allowed), "")
 
 
-def _parts(lines: Sequence[str], unit: CodeUnit, measure: TokenBudget, language: Language) -> Iterator[range]:
+def _parts(lines: Sequence[str], unit: CodeUnit, budget: TokenBudget, language: Language) -> Iterator[range]:
     """Row ranges that fit, broken at the best place in the second half of what would fit."""
-    if measure.cost(unit.start, unit.end) <= measure.room(unit.scopes):
+    if budget.cost(unit.start, unit.end) <= budget.free_tokens(unit.scopes):
         yield range(unit.start, unit.end)
         return
-    room = measure.room(unit.scopes if unit.head is None else (*unit.scopes, unit.head))
+    room = budget.free_tokens(unit.scopes if unit.header is None else (*unit.scopes, unit.header))
     ranks = break_ranks(lines, unit, language.grammar)
     start = unit.start
-    while measure.cost(start, unit.end) > room:
-        furthest = bisect_right(measure.totals, measure.totals[start] + room, lo=start) - 1
-        middle = bisect_right(measure.totals, measure.totals[start] + room // 2, lo=start)
+    while budget.cost(start, unit.end) > room:
+        furthest = bisect_right(budget.tokens_before, budget.tokens_before[start] + room, lo=start) - 1
+        middle = bisect_right(budget.tokens_before, budget.tokens_before[start] + room // 2, lo=start)
         end = start + 1
         if furthest > start:
             late = range(max(middle, start + 1), furthest + 1) or range(start + 1, furthest + 1)

@@ -332,8 +332,8 @@ def test_deep_nesting_is_cut_in_reasonable_time(name: str, text: str):
     assert time.process_time() - started < 20
 
 
-def test_a_measure_keeps_the_innermost_heads():
-    measure = TokenBudget.of([5] * 20, max_length=64, overhead=2)
+def test_a_token_budget_keeps_the_innermost_heads():
+    budget = TokenBudget.of([5] * 20, max_length=64, overhead=2)
     heads = tuple(range(n, n + 1) for n in range(10))
-    assert measure.context(heads) == heads[-3:]
-    assert measure.room(heads) == 64 - 2 - 15
+    assert budget.context(heads) == heads[-3:]
+    assert budget.free_tokens(heads) == 64 - 2 - 15
