@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from peft_core.data.chunking import parse_syntax
-from peft_core.data.examples import RESERVED
+from peft_core.data.examples import RESERVED_TOKENS
 from peft_core.data.languages import Grammar, language_named
 from peft_core.data.records import RECORD
 from peft_core.data.token_counter import TokenCounter
@@ -82,7 +82,7 @@ def reformat_example(
     if segments is None:
         return example, ExampleFormat.PLAIN
     tokens = sum(token_counter.count([segment.text for segment in segments])) + 1
-    if tokens + RESERVED - 1 > max_length:
+    if tokens + RESERVED_TOKENS - 1 > max_length:
         return example, ExampleFormat.PLAIN
     # A gap ends where its unit goes on, and a whole unit is answered.
     return example.model_copy(update={"segments": segments, "tokens": tokens, "ends": True}), told

@@ -1,4 +1,16 @@
-"""One file or one record to examples, together with what was left out of it and which secrets were removed."""
+"""Turn one file or one record into examples, and count what is left out of it and why.
+
+In: a `File` or a `Record`, a token counter, and max_length (tokens per example). Out: a `FileResult`.
+
+- A file is read, its secrets are redacted, and it is split into code units (`chunking.py`). Each unit becomes one `Chunk`, or
+  several if it is too long. A chunk is a path header, the headers of the enclosing definitions, and its own text. Only its own
+  text is learned (`learn=False` for the rest): the headers say where the text belongs, and a class header that is repeated
+  above each of twenty methods must not be learned twenty times.
+- A record with plain text or a code chunk is one unit. A prompt with its completion, or a conversation, is never split: it
+  becomes one example, or is left out if it is too long.
+- Parts of good files that teach no code are left out: licence headers and tables of data. (Generated, minified and binary
+  files have been excluded before, by `walk.py` and `read_text.py`.)
+"""
 
 from __future__ import annotations
 
@@ -28,21 +40,24 @@ from peft_core.errors import sanitize
 from peft_core.schemas.dataset import Example, Segment
 
 MIN_ANSWER_WORDS = 8
+MIN_TOKENS = 8  # a shorter text is not worth learning
+RESERVED_TOKENS = 2  # end-of-text, and the beginning-of-text token that some base models need
+_PATH_SHARE = 4  # the path header takes at most 1/4 of max_length
 
-# Lines in, lines without secrets and the findings out: `secret_scan.redacted`, or `unchanged` for a first look.
+# Takes lines; returns the lines without secrets, and the findings. `secrets.redact_secrets`, or `keep_secrets` for an estimate.
 Redact = Callable[[Sequence[str]], tuple[list[str], list[Finding]]]
 
 
 @dataclass(slots=True)
 class FileResult:
-    """What came of a file or a record."""
+    """The examples of one file or record, and what was removed from it."""
 
     examples: list[Example] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)  # by `ExclusionReason`
     secrets: list[tuple[str, int, str]] = field(default_factory=list)  # file, line, type
 
 
-def unchanged(lines: Sequence[str]) -> tuple[list[str], list[Finding]]:
+def keep_secrets(lines: Sequence[str]) -> tuple[list[str], list[Finding]]:
     return list(lines), []
 
 
@@ -57,16 +72,16 @@ def examples_from_file(file: File, *, token_counter: TokenCounter, max_length: i
         return result
     lines, findings = redact(split_lines(text))
     result.secrets += [(path, finding.row + 1, finding.type) for finding in findings]
-    pieces = chunk_file(lines, path=path, language=file.language, token_counter=token_counter, max_length=max_length)
-    if not pieces:
+    chunks = chunk_file(lines, path=path, language=file.language, token_counter=token_counter, max_length=max_length)
+    if not chunks:
         result.left_out[ExclusionReason.NO_CODE] += 1
-    for piece in pieces:
-        if piece.body_tokens < MIN_TOKENS:
+    for chunk in chunks:
+        if chunk.body_tokens < MIN_TOKENS:
             result.left_out[ExclusionReason.TINY] += 1
-        elif why := rejection_reason(piece.unit, piece.body):
-            result.left_out[why] += 1
+        elif reason := rejection_reason(chunk.unit, chunk.body):
+            result.left_out[reason] += 1
         else:
-            result.examples.append(piece.example(path, file.language))
+            result.examples.append(chunk.example(path, file.language))
     return result
 
 
@@ -78,7 +93,7 @@ def examples_from_record(
     redact: Redact,
     root: str = "",
 ) -> FileResult:
-    """`root`: what absolute paths of records begin with; it is nobody's business and stays out."""
+    """Turn a record into examples. `root`, the common directory of absolute paths, is private and removed from them."""
     result = FileResult()
     path = os.path.relpath(record.path, root) if root and record.path.startswith("/") else record.path
     path = printable_path(path.lstrip("/"))
@@ -86,70 +101,42 @@ def examples_from_record(
         return result
     lines, findings = redact(split_lines(record.content))
     result.secrets += [(path or record.name, finding.row + 1, finding.type) for finding in findings]
-    if record.form not in (RecordFormat.TEXT, RecordFormat.CHUNK):
-        if findings:  # a pair with a hole in it teaches the hole
+    if record.format not in (RecordFormat.TEXT, RecordFormat.CHUNK):
+        if findings:  # with the secret blanked, the pair would teach the blank
             result.left_out[ExclusionReason.SECRET] += 1
         else:
-            _whole_record(record, path or record.name, result, token_counter, max_length)
+            _add_unsplit_record(record, path or record.name, result, token_counter, max_length)
         return result
     if not any(line.strip() for line in lines):
         result.left_out[ExclusionReason.SECRET] += 1
         return result
     language = language_named(record.language)
-    header = path if record.form is RecordFormat.CHUNK else ""
-    pieces = chunk_record(
+    is_code_chunk = record.format is RecordFormat.CHUNK
+    chunks = chunk_record(
         lines,
-        path=header,
+        path=path if is_code_chunk else "",
         language=language,
         kind=record.kind,
         token_counter=token_counter,
         max_length=max_length,
     )
     first_line = max(1, record.start_line)
-    literal = record.form is RecordFormat.CHUNK  # the text of other records may have been rendered for this very base
+    # The text of other records is not literal: it may have been rendered with the special tokens of this base model.
     result.examples += [
-        piece.example(path or record.name, language, first_line=first_line, literal=literal) for piece in pieces
+        chunk.example(path or record.name, language, first_line=first_line, literal=is_code_chunk) for chunk in chunks
     ]
     return result
 
 
-def is_dedupable(example: Example) -> bool:
-    """Whether its near duplicates teach nothing new. Pairs are left alone, except by equal ones: answers to different
-    questions may be nearly the same, and questions may share most of a long instruction.
-    """
-    return example.kind != RECORD or all(segment.learn for segment in example.segments)
-
-
-def learned_answer(example: Example) -> str | None:
-    """What a record teaches, whatever it is asked; None where it is asked nothing, and for an answer so short that it is one
-    only together with its question: a label, yes or no.
-    """
-    if example.kind != RECORD or all(segment.learn for segment in example.segments):
-        return None
-    learned = "".join(segment.text for segment in example.segments if segment.learn)
-    return learned if len(learned.split()) >= MIN_ANSWER_WORDS else None
-
-
-def learned_text(example: Example) -> str:
-    """The text by which it is told whether something was trained on."""
-    learned = "".join(segment.text for segment in example.segments if segment.learn)
-    if example.kind != RECORD or learned == example.text or learned_answer(example) is not None:
-        return learned
-    return " ".join(example.text.split())  # one line: questions may have most of theirs in common
-
-
-def printable_path(name: str) -> str:
-    """A file name that can be written down: bytes that are no text become replacement characters."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-def _whole_record(record: Record, path: str, result: FileResult, token_counter: TokenCounter, max_length: int) -> None:
+def _add_unsplit_record(
+    record: Record, path: str, result: FileResult, token_counter: TokenCounter, max_length: int
+) -> None:
     if record.messages:
         segments = token_counter.render_chat(record.messages)
     else:
         segments = tuple(Segment(text=text, learn=learn) for text, learn in record.texts)
     tokens = sum(token_counter.count([segment.text for segment in segments]))
-    if tokens + RESERVED > max_length:
+    if tokens + RESERVED_TOKENS > max_length:
         result.left_out[ExclusionReason.TOO_LONG] += 1
         return
     example = Example(segments=segments, path=path, language=record.language, kind=record.kind, tokens=tokens + 1)
@@ -164,35 +151,62 @@ def _name_is_secret(path: str, result: FileResult, redact: Redact) -> bool:
     return bool(findings)
 
 
-# FOLDED FROM peft_core.data.examples: Units to examples of at most max_length tokens: a path header, the heads around
-# the unit, its text.
-#
-# Header and context are given, not learned (`learn=False`): they say where the text stands, and a head that is repeated over
-# each of twenty methods must not be learned twenty times.
-#
+def printable_path(name: str) -> str:
+    """Return a file name that can be encoded: bytes that are not UTF-8 become replacement characters."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
-MIN_TOKENS = 8  # of a text that is worth learning
-RESERVED = 2  # end-of-text, and the beginning-of-text token that some bases want
-_HEADER_SHARE = 4  # of max_length, at most, for the path
+
+# What deduplication and the leakage check look at.
+
+
+def is_dedupable(example: Example) -> bool:
+    """Return whether near duplicates of an example may be removed.
+
+    Of prompt-completion pairs only exact duplicates are: answers to different questions may be nearly the same, and questions
+    may share most of a long instruction.
+    """
+    return example.kind != RECORD or all(segment.learn for segment in example.segments)
+
+
+def learned_answer(example: Example) -> str | None:
+    """Return the answer that a record teaches.
+
+    None if the record has no prompt, and for an answer that means little without its prompt: a label, or yes or no.
+    """
+    if example.kind != RECORD or all(segment.learn for segment in example.segments):
+        return None
+    learned = "".join(segment.text for segment in example.segments if segment.learn)
+    return learned if len(learned.split()) >= MIN_ANSWER_WORDS else None
+
+
+def learned_text(example: Example) -> str:
+    """Return the text that decides whether an example, or another one like it, was trained on."""
+    learned = "".join(segment.text for segment in example.segments if segment.learn)
+    if example.kind != RECORD or learned == example.text or learned_answer(example) is not None:
+        return learned
+    return " ".join(example.text.split())  # as one line, because prompts may have most of their lines in common
+
+
+# Units to chunks of at most max_length tokens.
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A unit, or the part of it that fits; the bodies of a unit's pieces, joined, are the unit."""
+    """A code unit, or a part of one that fits. The bodies of a unit's chunks, joined, are the text of the unit."""
 
     unit: CodeUnit
-    context: str
+    context: str  # the path header and the headers of enclosing definitions
     body: str
-    start: int  # row
-    end: int
+    start: int  # row of the body's first line, 0-based
+    end: int  # row after the body's last line
     body_tokens: int
-    tokens: int  # of everything, with end-of-text where the unit ends
-    ends: bool  # whether this is the last of the unit
+    tokens: int  # of context and body, plus end-of-text if the unit ends here
+    ends: bool  # whether this is the last chunk of its unit
 
     def example(self, path: str, language: Language, *, first_line: int = 1, literal: bool = True) -> Example:
-        given = (Segment(text=self.context, learn=False, literal=literal),) if self.context else ()
+        context = (Segment(text=self.context, learn=False, literal=literal),) if self.context else ()
         return Example(
-            segments=(*given, Segment(text=self.body, literal=literal)),
+            segments=(*context, Segment(text=self.body, literal=literal)),
             path=path,
             language=language.name,
             kind=self.unit.kind,
@@ -211,9 +225,10 @@ def chunk_file(
     token_counter: TokenCounter,
     max_length: int,
 ) -> list[Chunk]:
-    """Cut a file into pieces that fit, header and end-of-text counted."""
+    """Split a file into chunks of at most max_length tokens, including path header and end-of-text."""
     header, budget = _token_budget(lines, path, language, token_counter, max_length)
-    return fit_units(lines, split_into_units(lines, language, budget), budget, language, token_counter, header=header)
+    units = split_into_units(lines, language, budget)
+    return _chunks(lines, units, budget, language, token_counter, path_header=header)
 
 
 def chunk_record(
@@ -225,9 +240,9 @@ def chunk_record(
     token_counter: TokenCounter,
     max_length: int,
 ) -> list[Chunk]:
-    """A text that somebody else has cut already: one piece, unless it is too long."""
+    """Return a text that was split by another tool as one chunk, or as several if it is too long."""
     header, budget = _token_budget(lines, path, language, token_counter, max_length)
-    return fit_units(lines, [single_unit(lines, language, kind)], budget, language, token_counter, header=header)
+    return _chunks(lines, [single_unit(lines, language, kind)], budget, language, token_counter, path_header=header)
 
 
 def _token_budget(
@@ -239,85 +254,82 @@ def _token_budget(
 ) -> tuple[str, TokenBudget]:
     header = path_header(path, language, token_counter, max_length)
     header_cost, *costs = token_counter.count([header, *lines])
-    return header, TokenBudget.of(costs, max_length=max_length, overhead=header_cost + RESERVED)
+    return header, TokenBudget.of(costs, max_length=max_length, overhead=header_cost + RESERVED_TOKENS)
 
 
-def fit_units(
+def path_header(path: str, language: Language, token_counter: TokenCounter, max_length: int) -> str:
+    """Return the path as a comment line; of a path that would take too many tokens only the last parts."""
+    if not path:
+        return ""
+    opens, closes = language.comment
+    shown = sanitize(path, limit=None)
+    for comment_end in ("-->", "*/"):
+        shown = shown.replace(comment_end, "\N{REPLACEMENT CHARACTER}")
+    parts = shown.split("/")
+    candidates = [f"{opens}{shown}{closes}\n"]
+    candidates += [
+        f"{opens}\N{HORIZONTAL ELLIPSIS}/{'/'.join(parts[start:])}{closes}\n" for start in range(1, len(parts))
+    ]
+    candidates += [f"{opens}\N{HORIZONTAL ELLIPSIS}{parts[-1][-length:]}{closes}\n" for length in (24, 8)]
+    allowed = max_length // _PATH_SHARE
+    return next((header for header in candidates if token_counter.count([header])[0] <= allowed), "")
+
+
+def _chunks(
     lines: Sequence[str],
     units: Sequence[CodeUnit],
     budget: TokenBudget,
     language: Language,
     token_counter: TokenCounter,
     *,
-    header: str,
+    path_header: str,
 ) -> list[Chunk]:
-    """Pieces of units; what rows cost one by one is near enough to split by, the last word is a count of the whole."""
+    """Turn units into chunks.
+
+    The tokens of the single rows only say roughly where to break a unit: rows may tokenise differently together. So the drafts
+    are counted again, all in one batch, and split further where they are still too long.
+    """
     drafts: list[tuple[CodeUnit, str, range]] = []
     for unit in units:
-        for part in _parts(lines, unit, budget, language):
+        for part in _row_ranges(lines, unit, budget, language):
             scopes = unit.scopes
             if unit.header is not None and part.start >= unit.header.stop:
                 scopes = (*scopes, unit.header)
-            heads = "".join("".join(lines[head.start : head.stop]) for head in budget.context(scopes))
-            drafts.append((unit, header + heads, part))
+            headers = "".join("".join(lines[header.start : header.stop]) for header in budget.context(scopes))
+            drafts.append((unit, path_header + headers, part))
     bodies = ["".join(lines[part.start : part.stop]) for _, _, part in drafts]
     counts = token_counter.count([*(context for _, context, _ in drafts), *bodies])
-    result: list[Chunk] = []
+    chunks: list[Chunk] = []
     for (unit, context, part), body, context_tokens, body_tokens in zip(
-        drafts,
-        bodies,
-        counts,
-        counts[len(drafts) :],
-        strict=False,
+        drafts, bodies, counts[: len(drafts)], counts[len(drafts) :], strict=True
     ):
-        row, rest = part.start, len(body)
-        for text, tokens in _halved(
-            body,
-            body_tokens,
-            max(1, budget.max_length - context_tokens - RESERVED),
-            token_counter,
-        ):
+        row, remaining = part.start, len(body)
+        free_tokens = max(1, budget.max_length - context_tokens - RESERVED_TOKENS)
+        for text, tokens in _halved(body, body_tokens, free_tokens, token_counter):
             end = row + text.count("\n") + (not text.endswith("\n"))
-            rest -= len(text)
-            ends = part.stop == unit.end and rest == 0
-            result.append(Chunk(unit, context, text, row, end, tokens, context_tokens + tokens + ends, ends))
+            remaining -= len(text)
+            ends = part.stop == unit.end and remaining == 0
+            chunks.append(Chunk(unit, context, text, row, end, tokens, context_tokens + tokens + ends, ends))
             row = end if text.endswith("\n") else end - 1
-    return result
+    return chunks
 
 
-def path_header(path: str, language: Language, token_counter: TokenCounter, max_length: int) -> str:
-    """The path as a comment; the last parts of it where the whole would take too much room."""
-    if not path:
-        return ""
-    opens, closes = language.comment
-    printable_path = sanitize(path, limit=None)
-    for mark in ("-->", "*/"):
-        printable_path = printable_path.replace(mark, "\N{REPLACEMENT CHARACTER}")
-    parts = printable_path.split("/")
-    candidates = [f"{opens}{printable_path}{closes}\n"]
-    candidates += [
-        f"{opens}\N{HORIZONTAL ELLIPSIS}/{'/'.join(parts[start:])}{closes}\n" for start in range(1, len(parts))
-    ]
-    candidates += [f"{opens}\N{HORIZONTAL ELLIPSIS}{parts[-1][-keep:]}{closes}\n" for keep in (24, 8)]
-    allowed = max_length // _HEADER_SHARE
-    return next((header for header in candidates if token_counter.count([header])[0] <= allowed), "")
-
-
-def _parts(lines: Sequence[str], unit: CodeUnit, budget: TokenBudget, language: Language) -> Iterator[range]:
-    """Row ranges that fit, broken at the best place in the second half of what would fit."""
+def _row_ranges(lines: Sequence[str], unit: CodeUnit, budget: TokenBudget, language: Language) -> Iterator[range]:
+    """Yield ranges of rows that fit the budget, broken at the best row in the second half of what would fit."""
     if budget.cost(unit.start, unit.end) <= budget.free_tokens(unit.scopes):
         yield range(unit.start, unit.end)
         return
-    room = budget.free_tokens(unit.scopes if unit.header is None else (*unit.scopes, unit.header))
+    free_tokens = budget.free_tokens(unit.scopes if unit.header is None else (*unit.scopes, unit.header))
     ranks = break_ranks(lines, unit, language.grammar)
     start = unit.start
-    while budget.cost(start, unit.end) > room:
-        furthest = bisect_right(budget.tokens_before, budget.tokens_before[start] + room, lo=start) - 1
-        middle = bisect_right(budget.tokens_before, budget.tokens_before[start] + room // 2, lo=start)
+    while budget.cost(start, unit.end) > free_tokens:
+        tokens_before = budget.tokens_before[start]
+        furthest = bisect_right(budget.tokens_before, tokens_before + free_tokens, lo=start) - 1
+        halfway = bisect_right(budget.tokens_before, tokens_before + free_tokens // 2, lo=start)
         end = start + 1
         if furthest > start:
-            late = range(max(middle, start + 1), furthest + 1) or range(start + 1, furthest + 1)
-            end = min(late, key=lambda row: (ranks[row - unit.start], -row))
+            second_half = range(max(halfway, start + 1), furthest + 1) or range(start + 1, furthest + 1)
+            end = min(second_half, key=lambda row: (ranks[row - unit.start], -row))
         if end >= unit.end:
             break
         yield range(start, end)
@@ -325,52 +337,52 @@ def _parts(lines: Sequence[str], unit: CodeUnit, budget: TokenBudget, language: 
     yield range(start, unit.end)
 
 
-def _halved(text: str, tokens: int, room: int, token_counter: TokenCounter) -> Iterator[tuple[str, int]]:
-    """Text in stretches that fit by an exact count: halved at a line end, a line that is too long by itself anywhere."""
-    waiting = [(text, tokens)]
-    while waiting:
-        text, tokens = waiting.pop()
-        if tokens <= room or len(text) == 1:
+def _halved(text: str, tokens: int, max_tokens: int, token_counter: TokenCounter) -> Iterator[tuple[str, int]]:
+    """Yield a text in parts that fit by an exact count, with their tokens.
+
+    A text that is too long is halved at a line end, and a single line in the middle.
+    """
+    stack = [(text, tokens)]
+    while stack:
+        text, tokens = stack.pop()
+        if tokens <= max_tokens or len(text) == 1:
             yield text, tokens
             continue
         middle = len(text) // 2
         line_end = text.rfind("\n", 0, middle) + 1 or text.find("\n", middle) + 1
         at = line_end if 0 < line_end < len(text) else middle
-        parts = (text[:at], text[at:])
-        waiting.extend(zip(reversed(parts), reversed(token_counter.count(parts)), strict=True))
+        halves = (text[:at], text[at:])
+        stack.extend(zip(reversed(halves), reversed(token_counter.count(halves)), strict=True))
 
 
-# FOLDED FROM quality: Which pieces of code are worth learning.
-#
-# Files that are generated, minified or no text never come this far. What remains are the parts of
-# good files that teach no code: the licence at the top, and tables of data.
-#
+# Which chunks are worth learning.
 
-# Of Python's standard library, tests included, these leave out a sixth of the code that stands outside of functions and classes
-# (1091 of 6560 pieces: encodings, entities, tables of the tests), 11 of 3869 functions and 351 of 29 935 methods (test data).
+# Applied to Python's standard library, tests included, these limits reject a sixth of the code outside of functions and classes
+# (1091 of 6560 chunks: encodings, entities, tables of the tests), 11 of 3869 functions, and 351 of 29 935 methods (test data).
 _MIN_WORDS = 40
 _MIN_ROWS = 12
-_NUMBERS = 0.5  # share of words that begin with a digit
-_LITERAL_ROWS = 0.8  # share of rows that begin with a literal
-_LONGEST_WORD = 200  # characters: encoded bytes, not a name
+_MAX_NUMBER_SHARE = 0.5  # share of words that begin with a digit
+_MAX_LITERAL_SHARE = 0.8  # share of rows that begin with a literal
+_MAX_WORD_CHARACTERS = 200  # a longer word is encoded bytes, not a name
 _WORD = re.compile(r"\w+")
 _LITERAL = re.compile(r"""\s*[bruf]{0,2}["'`\d([{}\])+-]""", re.IGNORECASE)
-_UNBROKEN = re.compile(rf"[A-Za-z0-9+/=\\]{{{_LONGEST_WORD},}}")
+_UNBROKEN = re.compile(rf"[A-Za-z0-9+/=\\]{{{_MAX_WORD_CHARACTERS},}}")
 
 
 def rejection_reason(unit: CodeUnit, body: str) -> ExclusionReason | None:
-    """Why a piece of a file should not be learned from."""
+    """Return why a chunk should not be learned from, or None if it should."""
     if unit.kind == LICENCE:
         return ExclusionReason.LICENCE
     return ExclusionReason.DATA if is_data_table(body) else None
 
 
 def is_data_table(text: str) -> bool:
-    """A table of numbers or literals, or bytes written as text."""
+    """Return whether a text is a table of numbers or literals, or bytes that are written as text."""
     if _UNBROKEN.search(text):
         return True
     words = _WORD.findall(text)
-    if len(words) >= _MIN_WORDS and sum(word[0].isdigit() for word in words) > _NUMBERS * len(words):
+    if len(words) >= _MIN_WORDS and sum(word[0].isdigit() for word in words) > _MAX_NUMBER_SHARE * len(words):
         return True
     rows = [row for row in text.split("\n") if row.strip()]
-    return len(rows) >= _MIN_ROWS and sum(_LITERAL.match(row) is not None for row in rows) > _LITERAL_ROWS * len(rows)
+    literal_rows = sum(_LITERAL.match(row) is not None for row in rows)
+    return len(rows) >= _MIN_ROWS and literal_rows > _MAX_LITERAL_SHARE * len(rows)

@@ -185,8 +185,8 @@ class DatasetBuilder:
 
     def _from_records(self) -> Iterator[FileResult]:
         path, noun = self.spec.source, "line" if self.spec.source_kind is SourceKind.JSONL else "record"
-        root = _common_root(read_jsonl(path, called=noun))
-        for number, record in enumerate(read_jsonl(path, called=noun)):
+        root = _common_root(read_jsonl(path, noun=noun))
+        for number, record in enumerate(read_jsonl(path, noun=noun)):
             self.progress(f"{number} records")
             yield examples_from_record(
                 record,

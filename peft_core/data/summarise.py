@@ -1,4 +1,19 @@
-"""A first look at training data: does it exist, can it be used, how much is it. Nothing is tokenised or written."""
+"""Summarise a data source before training: does it exist, is it usable, is it enough, and how large is it.
+
+In: a path (repository, .jsonl file, LanceDB table) or a list of records. Out: a `SourceSummary`. Nothing is tokenised (tokens
+are estimated from bytes) and nothing is written, so that a tool call can be answered with it.
+
+To add a kind of data source that holds records, follow the LanceDB table, which goes through these places:
+1. `_locate` recognises the source by its path and returns its kind; `summarise_source` calls the function that summarises it.
+2. A module like `lance_table.py` summarises the source and exports its records to a .jsonl file. If reading it needs a heavy
+   library, a child process does (`worker/lance_reader.py`), which yields mappings; `records.numbered` checks them.
+3. `planning/planner.py` calls the export when a job is queued. From there on the source is `SourceKind.RECORDS`, and
+   preparation, training and evaluation need no change.
+4. Test it as tests/unit/data/test_lance_table.py does: the summary and the examples must equal those of the same records given
+   inline, and the process that asks must not import the heavy library.
+A source that is not made of records also needs a member of `schemas.dataset.SourceKind` and a branch in `prepare.py`.
+To add a record format, see `records.py`; to add a language, see `languages.py`.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +26,9 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from peft_core.data import lance_table
-from peft_core.data.examples import examples_from_file, unchanged
+from peft_core.data.examples import examples_from_file, keep_secrets
 from peft_core.data.minhash import MinHashIndex
-from peft_core.data.records import FORMS, Record, RecordFormat, read_inline, read_jsonl
+from peft_core.data.records import FORMATS, Record, RecordFormat, read_inline, read_jsonl
 from peft_core.data.split import ExampleKey, count_distinct, digest, with_canonical_digests
 from peft_core.data.token_counter import BYTES_PER_TOKEN, EstimatedTokenCounter
 from peft_core.data.walk import File, walk
@@ -22,11 +37,11 @@ from peft_core.schemas.dataset import DatasetPurpose, SourceKind, SourceSummary
 
 MAX_JSONL_BYTES = 1_000_000_000
 ALLOWED = "a repository directory, a .jsonl file, a LanceDB table (.lance), or a list of records"
-# Files that are cut to see whether there is enough; a source that is still in doubt then is decided by its preparation.
+# Limits of the work that is done to see whether there is enough. A source that is still in doubt then is judged by `prepare`.
 _PROBE_FILES = 300
 _PROBE_BYTES = 1_500_000
-_PROBE_SMALLEST = 400  # bytes; below it lie the empty __init__.py of this world
-_MARKDOWN_CODE = 0.2  # share of a Markdown file that is fenced code
+_PROBE_MIN_BYTES = 400  # smaller files, such as an almost empty __init__.py, are looked at last
+_MARKDOWN_CODE_SHARE = 0.2  # share of a Markdown file that is fenced code
 
 
 def summarise_source(
@@ -35,12 +50,12 @@ def summarise_source(
     max_length: int = 512,
     purpose: DatasetPurpose = DatasetPurpose.TRAINING,
 ) -> SourceSummary:
-    """What a data source holds.
+    """Return what a data source holds.
 
     Raises:
-        InvalidArgument: nothing there, not readable, or neither a directory, a table nor a .jsonl file.
-        DataError: 'training_data_empty', 'no_code', 'too_few_examples', 'broken_record', 'mixed_formats', 'too_large'; of a
-            table also what `table_rows` says.
+        InvalidArgument: the path does not exist, is not readable, or is neither a directory, a table nor a .jsonl file.
+        DataError: 'training_data_empty', 'no_code', 'too_few_examples', 'broken_record', 'mixed_formats', 'too_large'; for a
+            table also the codes of `worker/lance_reader.py`.
     """
     if not isinstance(data, (str, os.PathLike)):
         if not data:
@@ -54,7 +69,7 @@ def summarise_source(
     if kind == "table":
         return lance_table.summarise_table(path, max_length, purpose)
     if kind is SourceKind.REPOSITORY:
-        return _repository(path, max_length, purpose)
+        return _summarise_repository(path, max_length, purpose)
     return summarise_records(SourceKind.JSONL, path, read_jsonl(path), max_length, purpose)
 
 
@@ -64,7 +79,7 @@ def require_enough_examples(
     where: str,
     purpose: DatasetPurpose = DatasetPurpose.TRAINING,
 ) -> None:
-    """Refuse what is too little: to be split into a part to train on and a part to measure on, for one.
+    """Refuse a source with too few distinct examples to train on and to hold out some, or to evaluate on.
 
     Raises:
         DataError: 'too_few_examples', with the figures.
@@ -74,11 +89,11 @@ def require_enough_examples(
         return
     among = f" in {purpose.min_files}" if purpose.min_files > 1 else ""
     raise DataError(
-        f"{where} gives {_many(examples, 'distinct example')} in {_many(files, 'file or record', 'files or records')}; "
+        f"{where} gives {_count_of(examples, 'distinct example')} in {_count_of(files, 'file or record', 'files or records')}; "
         f"at least {purpose.min_examples} examples{among} are needed{purpose.needed_for}. "
         f"Left out: {describe_exclusions(left_out)}.",
         code="too_few_examples",
-        suggestions=("Give more code: a directory further up, or the whole repository",),
+        suggestions=("Give more code: a parent directory, or the whole repository",),
         details={"examples": examples, "files": files, "left_out": dict(left_out)},
     )
 
@@ -88,7 +103,7 @@ def describe_exclusions(left_out: Mapping[str, int]) -> str:
 
 
 def _locate(given: str, purpose: DatasetPurpose) -> tuple[SourceKind | Literal["table"], Path]:
-    path, status = _found(given, purpose)
+    path, status = _existing_path(given, purpose)
     if stat.S_ISDIR(status.st_mode):
         if not os.access(path, os.R_OK | os.X_OK):
             _refuse(purpose, given, "the directory cannot be read by this user")
@@ -102,34 +117,34 @@ def _locate(given: str, purpose: DatasetPurpose) -> tuple[SourceKind | Literal["
         _refuse(
             purpose,
             given,
-            f"it is a file of another kind; a file must be .jsonl, code is given as a directory ({ALLOWED})",
+            f"a file must have the suffix .jsonl, and code must be given as its directory; it must be {ALLOWED}",
             f"Give the directory of the repository, such as {path.parent}",
-            f"Write the data as .jsonl, one JSON object a line: {RecordFormat.TEXT}",
+            f"Write the data as .jsonl, one JSON object per line: {RecordFormat.TEXT}",
         )
     if not os.access(path, os.R_OK):
         _refuse(purpose, given, "the file cannot be read by this user")
     if status.st_size > MAX_JSONL_BYTES:
         raise DataError(
-            f"{path} has {status.st_size / 1e9:.1f} GB; a .jsonl file may have {MAX_JSONL_BYTES / 1e9:.0f} GB.",
+            f"{path} has {status.st_size / 1e9:.1f} GB; a .jsonl file must have at most {MAX_JSONL_BYTES / 1e9:.0f} GB.",
             code="too_large",
             suggestions=("Give a part of it: a LoRA adapter learns from thousands of examples, not from millions",),
         )
     return SourceKind.JSONL, path
 
 
-def _found(given: str, purpose: DatasetPurpose) -> tuple[Path, os.stat_result]:
+def _existing_path(given: str, purpose: DatasetPurpose) -> tuple[Path, os.stat_result]:
     if given.lstrip()[:1] in ("[", "{"):
-        _refuse(purpose, given, "records are given as a list, not as a text that holds one")
+        _refuse(purpose, given, "records must be given as a list, not as a string that holds JSON")
     if not given.strip() or "\0" in given:
         _refuse(purpose, given, f"it must be {ALLOWED}")
     try:
         path = Path(given).expanduser().absolute()
     except RuntimeError:
-        _refuse(purpose, given, "that user has no home directory here; give an absolute path")
+        _refuse(purpose, given, "the user that it names has no home directory here; it must be an absolute path")
     try:
         return path, path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        _refuse(purpose, given, f"there is no such file or directory; it must be {ALLOWED}", *_similar(path))
+        _refuse(purpose, given, f"no such file or directory exists; it must be {ALLOWED}", *_similar(path))
     except (OSError, ValueError) as error:
         _refuse(purpose, given, f"it cannot be read ({getattr(error, 'strerror', None) or error})")
 
@@ -139,6 +154,7 @@ def _refuse(purpose: DatasetPurpose, given: str, allowed: str, *suggestions: str
 
 
 def _similar(path: Path) -> list[str]:
+    """Return suggestions: an existing path with a similar name, or else an absolute path."""
     try:
         names = [entry.name for entry in path.parent.iterdir()]
     except OSError:
@@ -147,20 +163,20 @@ def _similar(path: Path) -> list[str]:
     return [f"Did you mean {path.parent / close[0]}?"] if close else ["Give an absolute path"]
 
 
-def _repository(root: Path, max_length: int, purpose: DatasetPurpose) -> SourceSummary:
+def _summarise_repository(root: Path, max_length: int, purpose: DatasetPurpose) -> SourceSummary:
     tree = walk(root)
     if not tree.files:
         raise DataError(
-            f"{root} holds no file with code. Left out: {describe_exclusions(tree.left_out)}.",
+            f"{root} contains no source files. Left out: {describe_exclusions(tree.left_out)}.",
             code="no_code",
             suggestions=(
                 "Give the directory that holds the source files",
-                f"For data that is not code, give a .jsonl file, {FORMS}",
+                f"For data that is not code, give a .jsonl file, {FORMATS}",
             ),
             details={"left_out": dict(tree.left_out)},
         )
-    _probe(tree.files, tree.left_out, root, max_length, purpose)
-    size = sum(file.size * (_MARKDOWN_CODE if file.language.name == "markdown" else 1) for file in tree.files)
+    _require_enough_code(tree.files, tree.left_out, root, max_length, purpose)
+    size = sum(file.size * (_MARKDOWN_CODE_SHARE if file.language.name == "markdown" else 1) for file in tree.files)
     return SourceSummary(
         kind=SourceKind.REPOSITORY,
         path=root,
@@ -172,19 +188,21 @@ def _repository(root: Path, max_length: int, purpose: DatasetPurpose) -> SourceS
     )
 
 
-def _probe(files: Sequence[File], left_out: Counter[str], root: Path, max_length: int, purpose: DatasetPurpose) -> None:
-    """Cut files until there is certainly enough; refuse only when all of them were cut and it is not."""
+def _require_enough_code(
+    files: Sequence[File], left_out: Counter[str], root: Path, max_length: int, purpose: DatasetPurpose
+) -> None:
+    """Split files into examples until there are certainly enough; refuse only if all files together give too few."""
     keys: list[ExampleKey] = []
     signatures = MinHashIndex()
-    missed = Counter(left_out)
+    all_left_out = Counter(left_out)
     token_counter = EstimatedTokenCounter()
-    cut_bytes = 0
-    for number, file in enumerate(sorted(files, key=lambda file: (file.size < _PROBE_SMALLEST, file.size, file.name))):
-        if number >= _PROBE_FILES or cut_bytes > _PROBE_BYTES:
+    probed_bytes = 0
+    for number, file in enumerate(sorted(files, key=lambda file: (file.size < _PROBE_MIN_BYTES, file.size, file.name))):
+        if number >= _PROBE_FILES or probed_bytes > _PROBE_BYTES:
             return
-        result = examples_from_file(file, token_counter=token_counter, max_length=max_length, redact=unchanged)
-        cut_bytes += file.size
-        missed.update(result.left_out)
+        result = examples_from_file(file, token_counter=token_counter, max_length=max_length, redact=keep_secrets)
+        probed_bytes += file.size
+        all_left_out.update(result.left_out)
         for example in result.examples:
             keys.append(ExampleKey(example.path, digest(example.segments[-1].text), example.tokens))
             signatures.add(example.segments[-1].text)
@@ -192,7 +210,7 @@ def _probe(files: Sequence[File], left_out: Counter[str], root: Path, max_length
             examples, sources = count_distinct(with_canonical_digests(keys, signatures))
             if examples >= purpose.min_examples and sources >= purpose.min_files:
                 return
-    require_enough_examples(with_canonical_digests(keys, signatures), missed, str(root), purpose)
+    require_enough_examples(with_canonical_digests(keys, signatures), all_left_out, str(root), purpose)
 
 
 def summarise_records(
@@ -202,28 +220,28 @@ def summarise_records(
     max_length: int,
     purpose: DatasetPurpose,
 ) -> SourceSummary:
-    """What records hold. `path`: the file or table that they are from."""
-    count = characters = 0
-    form: RecordFormat | None = None
+    """Return what records hold. `path` is the file or table that they come from."""
+    count = size = 0
+    record_format: RecordFormat | None = None
     languages: Counter[str] = Counter()
     files: set[str] = set()
     keys: list[ExampleKey] = []
     for record in records:
         count += 1
-        form = record.form
-        characters += len(record.content.encode())
+        record_format = record.format
+        size += len(record.content.encode())
         file = record.path or record.name
         if file not in files:
             files.add(file)
             languages[record.language] += 1
-        if len(keys) < 50 * purpose.min_examples:  # enough to see that there is enough
-            keys += _expected(record, file, max_length, purpose)
+        if len(keys) < 50 * purpose.min_examples:  # more are not needed to see that there are enough
+            keys += _expected_examples(record, file, max_length, purpose)
     where = str(path or purpose.field)
-    if form is None:
+    if record_format is None:
         raise DataError(
-            f"{where} holds no record.",
+            f"{where} contains no records.",
             code="training_data_empty",
-            suggestions=(f"Give at least {purpose.min_examples} records, each {FORMS}",),
+            suggestions=(f"Give at least {purpose.min_examples} records, each {FORMATS}",),
         )
     require_enough_examples(keys, {}, where, purpose)
     return SourceSummary(
@@ -231,21 +249,21 @@ def summarise_records(
         path=path,
         files=len(files),
         examples=count,
-        estimated_tokens=round(characters / BYTES_PER_TOKEN),
+        estimated_tokens=round(size / BYTES_PER_TOKEN),
         languages=dict(languages.most_common()),
         left_out={},
-        needs_chat_template=form is RecordFormat.MESSAGES,
+        needs_chat_template=record_format is RecordFormat.MESSAGES,
     )
 
 
-def _expected(record: Record, file: str, max_length: int, purpose: DatasetPurpose) -> list[ExampleKey]:
-    """The examples a record will become: one, or as many as a long text is split into."""
-    whole = digest(record.content)
+def _expected_examples(record: Record, file: str, max_length: int, purpose: DatasetPurpose) -> list[ExampleKey]:
+    """Return keys of the examples that a record will become: one, or as many as a long text is split into."""
+    content_digest = digest(record.content)
     parts = 1
-    if record.form in (RecordFormat.TEXT, RecordFormat.CHUNK):
+    if record.format in (RecordFormat.TEXT, RecordFormat.CHUNK):
         parts = min(purpose.min_examples, 1 + int(len(record.content) / BYTES_PER_TOKEN / max_length))
-    return [ExampleKey(file, whole + bytes([part]), 1) for part in range(parts)]
+    return [ExampleKey(file, content_digest + bytes([part]), 1) for part in range(parts)]
 
 
-def _many(count: int, one: str, several: str = "") -> str:
-    return f"{count} {one if count == 1 else several or one + 's'}"
+def _count_of(count: int, singular: str, plural: str = "") -> str:
+    return f"{count} {singular if count == 1 else plural or singular + 's'}"

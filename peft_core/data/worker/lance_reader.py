@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_core.data.lance_table import ExportResult, TableRequest
-from peft_core.data.records import FORMS, numbered, write_records
+from peft_core.data.records import FORMATS, numbered, write_records
 from peft_core.data.summarise import MAX_JSONL_BYTES, summarise_records
 from peft_core.errors import DataError, StorageError
 from peft_core.schemas.dataset import SourceKind
@@ -129,7 +129,7 @@ def _require_columns(table: Path, found: list[str]) -> None:
             code="missing_columns",
             suggestions=(
                 f"Rename the column that holds the code to {REQUIRED[0]!r}, and name its language in {REQUIRED[1]!r}",
-                f"Or export the rows as .jsonl, each {FORMS}",
+                f"Or export the rows as .jsonl, each {FORMATS}",
             ),
         )
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_core.data.examples import FileResult, examples_from_file, is_data_table, unchanged
+from peft_core.data.examples import FileResult, examples_from_file, is_data_table, keep_secrets
 from peft_core.data.languages import language_of_file
 from peft_core.data.split import FILE_MIN_TOKENS, FILE_SHARE, ExampleKey, cap_per_file, file_limit
 from peft_core.data.token_counter import EstimatedTokenCounter
@@ -23,7 +23,7 @@ def examples_of(path: Path) -> FileResult:
     language = language_of_file(path.name)
     assert language is not None
     file = File(path=path, name=path.name, language=language, size=path.stat().st_size)
-    return examples_from_file(file, token_counter=EstimatedTokenCounter(), max_length=512, redact=unchanged)
+    return examples_from_file(file, token_counter=EstimatedTokenCounter(), max_length=512, redact=keep_secrets)
 
 
 def learned(result: FileResult) -> str:

@@ -328,26 +328,26 @@ def test_a_mark_carriage_returns_and_blank_lines_are_tolerated(tmp_path: Path):
     ("record", "said"),
     [
         ({"text": "  "}, "'text' is blank"),
-        ({"text": 3}, "'text' is a number, it must be text"),
+        ({"text": 3}, "'text' is a number; it must be text"),
         ({"text": "\ud800"}, "surrogate"),
-        ({"input_ids": "a", "labels": "b"}, r"keys \(input_ids, labels\) are none of the known forms"),
-        ({}, "none of the known forms"),
-        ({"text": "a", "prompt": "b", "completion": "c"}, "fit 2 forms"),
+        ({"input_ids": "a", "labels": "b"}, r"keys \(input_ids, labels\) match none of the known formats"),
+        ({}, "none of the known formats"),
+        ({"text": "a", "prompt": "b", "completion": "c"}, "match 2 formats"),
         ({"prompt": "a", "completion": ""}, "'completion' is blank"),
         ({"messages": []}, "at least one message"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "one of system, user"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no message has the role 'assistant'"),
         ({"messages": [{"role": "assistant", "content": None}]}, "'content' of message '1' is null"),
-        ({"content": "x", "language": "python", "chunk_type": 3}, "'chunk_type' is a number, it must be text"),
-        ({"content": "x", "language": "python", "start_line": 1.5}, "'start_line' is 1.5, it must be a whole number"),
+        ({"content": "x", "language": "python", "chunk_type": 3}, "'chunk_type' is a number; it must be text"),
+        ({"content": "x", "language": "python", "start_line": 1.5}, "'start_line' is 1.5; it must be a whole number"),
         ({"content": "x", "language": "python", "start_line": float("inf")}, "'start_line' is inf"),
-        ({"content": "x", "language": "python", "start_line": 5, "end_line": 2}, r"'start_line' \(5\) is behind"),
+        ({"content": "x", "language": "python", "start_line": 5, "end_line": 2}, r"'start_line' \(5\) is greater than"),
         ({"content": "x", "language": "python", "start_byte": -1}, "at least 0"),
         ({"content": "x", "language": "python", "complexity_score": -0.5}, "'complexity_score'"),
         ({"content": "x", "language": "python", "complexity_score": float("nan")}, "'complexity_score'"),
         ({"content": "x", "language": "python", "dependencies": "os"}, "it must be a list"),
         ({"content": "x", "language": "python", "file_path": 3}, "'file_path' is a number"),
-        ({"content": "x", "language": "python", "file_path": "x" * 5000}, "'file_path' has 5000 characters, at most"),
+        ({"content": "x", "language": "python", "file_path": "x" * 5000}, "'file_path' has 5000 characters; it must have at most"),
         ([1], "it is a list"),
         (None, "it is null"),
     ],
@@ -378,7 +378,9 @@ def test_a_line_that_is_no_json_is_named_with_what_is_wrong(tmp_path: Path, line
 
 def test_mixed_forms_name_the_first_that_deviates(tmp_path: Path):
     records = [*(RECORDS["text"](n) for n in range(9)), RECORDS["completion"](1)]
-    with pytest.raises(DataError, match=r'record 10 has the form \{"prompt".*record 1 has the form \{"text"') as caught:
+    with pytest.raises(
+        DataError, match=r'record 10 has the format \{"prompt".*record 1 has the format \{"text"'
+    ) as caught:
         look(records)
     assert caught.value.code == "mixed_formats"
 
@@ -393,7 +395,7 @@ def test_too_few_different_records_are_refused(records: list[dict[str, Any]]):
 def test_an_empty_file_and_a_giant_one_are_refused(tmp_path: Path):
     path = tmp_path / "data.jsonl"
     path.touch()
-    with pytest.raises(DataError, match="holds no record"):
+    with pytest.raises(DataError, match="contains no records"):
         look(str(path))
     with path.open("wb") as stream:
         stream.truncate(3_000_000_000)
@@ -417,7 +419,7 @@ def test_whatever_a_record_holds_it_is_valid_or_refused_in_words(value: Any):
         said = str(error)
         assert said.startswith("Record 1 cannot be used")
     else:
-        assert record.form in RecordFormat
+        assert record.format in RecordFormat
         assert record.content.strip()
 
 
