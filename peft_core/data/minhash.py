@@ -1,12 +1,15 @@
-"""Near duplicates: texts that have most of their words in common, in the same surroundings.
+"""Find near duplicates: texts that have most of their words in common, in the same order.
 
-A text is the set of its runs of five words; white space plays no part. Two texts are near duplicates when their sets overlap by
-four fifths (Jaccard): in a function of a hundred words, one word changed at two places. Sets are compared by MinHash
-signatures of 64 numbers (standard error 0.05 at the threshold), and only those that agree in a band of four are compared
-at all: of pairs at the threshold that is all but one in five thousand.
+In: texts, one at a time. Out: for each text, the first one that it is a near duplicate of.
 
-rensa computes the signatures. The index is our own, for rensa's takes 1.7 kB an example where this takes 0.2, and it is
-asked twice, in different orders.
+A text is the set of its shingles: runs of five words, white space ignored. Two texts are near duplicates if the Jaccard
+similarity of their sets is at least 0.8: in a function of a hundred words, one word changed at two places. The similarity is
+estimated by MinHash signatures of 64 numbers (standard error 0.05 at the threshold). Locality-sensitive hashing selects the
+pairs to compare: only texts whose signatures agree in a band of four numbers. All but one in five thousand pairs at the
+threshold do.
+
+The rensa library computes the signatures. The LSH index is our own: rensa's takes 1.7 kB per example and this one 0.2 kB, and
+it is queried twice, in different orders.
 """
 
 from __future__ import annotations
@@ -19,87 +22,95 @@ from collections.abc import Iterable, Sequence
 from rensa import RMinHash
 
 THRESHOLD = 0.8
-_RUN = 5  # words
-NEAR_DUPLICATE_RULE = f"Jaccard similarity of their runs of {_RUN} words is at least {THRESHOLD}, estimated by MinHash"
+_SHINGLE_WORDS = 5
+NEAR_DUPLICATE_RULE = (
+    f"Jaccard similarity of their runs of {_SHINGLE_WORDS} words is at least {THRESHOLD}, estimated by MinHash"
+)
 _WORD = re.compile(r"\w+|[^\w\s]")
-_NUMBERS = 64
-_BAND = 4
-_BANDS = _NUMBERS // _BAND
+_SIGNATURE_SIZE = 64
+_BAND_SIZE = 4
+_BANDS = _SIGNATURE_SIZE // _BAND_SIZE
 _SEED = 1
-# Of texts in one bucket that are no near duplicates of each other: more than a handful is an accident, or made on purpose.
+# A bucket with more texts that are not near duplicates of each other is an accident, or was made on purpose.
 _MAX_COMPARED = 64
 
 
 class MinHashIndex:
-    """What is remembered of texts: half a kilobyte each, however long they are."""
+    """Signatures of texts: half a kilobyte for each text, however long it is."""
 
     def __init__(self) -> None:
         self._signatures: list[RMinHash | None] = []
-        self._bands = array("q")  # a hash of each band of each signature
-        self._buckets: dict[int, list[int]] | None = None
+        self._band_hashes = array("q")  # _BANDS hashes for each signature
+        self._buckets: dict[int, list[int]] | None = None  # position -> buckets that it shares with another text
 
     def __len__(self) -> int:
         return len(self._signatures)
 
     def add(self, text: str | None) -> None:
-        """The next text; None: one that is like no other."""
+        """Add the next text. None stands in for a text that must not be a near duplicate of any other."""
         self._buckets = None
-        runs = _runs(text) if text is not None else ()
-        if not runs:
+        shingles = _shingles(text) if text is not None else ()
+        if not shingles:
             self._signatures.append(None)
-            self._bands.extend([0] * _BANDS)
+            self._band_hashes.extend([0] * _BANDS)
             return
-        signature = RMinHash(_NUMBERS, _SEED)
-        signature.update(runs)
+        signature = RMinHash(_SIGNATURE_SIZE, _SEED)
+        signature.update(shingles)
         numbers = signature.digest()
         self._signatures.append(signature)
-        self._bands.extend(hash(tuple(numbers[start : start + _BAND])) for start in range(0, _NUMBERS, _BAND))
+        bands = (tuple(numbers[start : start + _BAND_SIZE]) for start in range(0, _SIGNATURE_SIZE, _BAND_SIZE))
+        self._band_hashes.extend(hash(band) for band in bands)
 
     def representatives(self, order: Iterable[int]) -> dict[int, int]:
-        """Of each text, the first one in this order that it is a near duplicate of; itself where there is none.
+        """Map each position to its representative: the first one in this order that it is a near duplicate of, or itself.
 
-        Leaders are near duplicates of no other leader.
+        Representatives are not near duplicates of each other.
         """
         if self._buckets is None:
             self._buckets = self._shared_buckets()
         representatives: dict[int, int] = {}
-        of_bucket: dict[int, list[int]] = defaultdict(list)  # leaders
+        representatives_in_bucket: dict[int, list[int]] = defaultdict(list)
         for position in order:
             buckets = self._buckets.get(position, ())
-            representatives[position] = leader = self._leader(position, buckets, of_bucket)
-            if leader == position:
+            representative = self._representative(position, buckets, representatives_in_bucket)
+            representatives[position] = representative
+            if representative == position:
                 for bucket in buckets:
-                    of_bucket[bucket].append(position)
+                    representatives_in_bucket[bucket].append(position)
         return representatives
 
-    def _leader(self, position: int, buckets: Sequence[int], of_bucket: dict[int, list[int]]) -> int:
-        own = self._signatures[position]
-        candidates = {candidate for bucket in buckets for candidate in of_bucket[bucket][:_MAX_COMPARED]}
+    def _representative(
+        self, position: int, buckets: Sequence[int], representatives_in_bucket: dict[int, list[int]],
+    ) -> int:
+        signature = self._signatures[position]
+        candidates = {
+            candidate for bucket in buckets for candidate in representatives_in_bucket[bucket][:_MAX_COMPARED]
+        }
         for candidate in sorted(candidates):
             other = self._signatures[candidate]
-            if own is not None and other is not None and own.jaccard(other) >= THRESHOLD:
+            if signature is not None and other is not None and signature.jaccard(other) >= THRESHOLD:
                 return candidate
         return position
 
     def _shared_buckets(self) -> dict[int, list[int]]:
-        """Where several texts agree in a band: the buckets of each of them."""
-        found: dict[int, list[int]] = defaultdict(list)
+        """Return the buckets of each text whose signature agrees with another one in a band."""
+        buckets: dict[int, list[int]] = defaultdict(list)
         bucket = 0
         for band in range(_BANDS):
             members: dict[int, list[int]] = defaultdict(list)
             for position, signature in enumerate(self._signatures):
                 if signature is not None:
-                    members[self._bands[position * _BANDS + band]].append(position)
+                    members[self._band_hashes[position * _BANDS + band]].append(position)
             for positions in members.values():
                 if len(positions) > 1:
                     for position in positions:
-                        found[position].append(bucket)
+                        buckets[position].append(bucket)
                     bucket += 1
-        return dict(found)
+        return dict(buckets)
 
 
-def _runs(text: str) -> list[str]:
+def _shingles(text: str) -> list[str]:
     words = _WORD.findall(text)
-    if len(words) <= _RUN:
+    if len(words) <= _SHINGLE_WORDS:
         return [" ".join(words)] if words else []
-    return [" ".join(words[start : start + _RUN]) for start in range(len(words) - _RUN + 1)]
+    return [" ".join(words[start : start + _SHINGLE_WORDS]) for start in range(len(words) - _SHINGLE_WORDS + 1)]

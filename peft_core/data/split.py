@@ -1,8 +1,13 @@
-"""Held out or trained on: whole files, chosen by a hash of their name.
+"""Split examples into a training set and a held-out set, and remove duplicates.
 
-A file keeps its place in the order whatever else is added or removed, so that the next training of a project measures on
-nearly the same files. Of copies and near duplicates one is kept, and training comes first: what is like anything that is
-trained on is never measured on.
+In: an `ExampleKey` per example and the MinHash signatures of their texts. Out: a `Split` of positions.
+
+- Whole files are held out, because examples of one file resemble each other. Files that give the same answer (records with
+  several questions for one answer) form a group, and a group is held out as a whole.
+- Files are held out in the order of a hash of their name. A file keeps its position in that order whatever else is added or
+  removed, so that the next training of a project is evaluated on nearly the same files.
+- Only one example of equal or nearly equal ones remains, and training takes precedence: an example that resembles one in the
+  training set is never held out.
 """
 
 from __future__ import annotations
@@ -16,55 +21,56 @@ from typing import NamedTuple
 from peft_core.data.minhash import MinHashIndex
 from peft_core.schemas.dataset import DatasetPurpose
 
-# Measuring base and adapter on more examples costs minutes and moves the figure by less than its noise.
+# Evaluating base model and adapter on more examples takes minutes, and changes the result by less than its noise.
 HELD_OUT_MAX_EXAMPLES = 200
-# One file gives at most a tenth of what is trained on in the end; but these tokens at least, for small projects are made
-# of few files.
+# One file gives at most a tenth of the training tokens, but is never cut below this many: small projects have few files.
 FILE_SHARE = 0.1
 FILE_MIN_TOKENS = 50_000
-_NOW = 1 << 62  # later than any commit
-_OVERSHOOT = 1.25  # of what is asked for: a file that leads beyond that is trained on
+_NEVER_COMMITTED = 1 << 62  # as a commit time: later than any commit
+_MAX_OVERSHOOT = 1.25  # a file is skipped if it would take the held-out set beyond this multiple of its target
 
 
 class ExampleKey(NamedTuple):
     """What the split needs to know of an example."""
 
     file: str
-    digest: bytes  # of the body, white space normalised
+    digest: bytes  # of the text, white space normalised
     tokens: int
-    answer: bytes = b""  # digest of what a record teaches; the same answer is on one side; empty: it has none
+    answer: bytes = b""  # digest of the answer that a record teaches; equal answers stay on one side; empty: no answer
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    train: list[int]  # positions in the sequence of keys
+    """Positions of examples, and how many were removed."""
+
+    train: list[int]
     held_out: list[int]
     held_out_files: list[str]
-    duplicates: int = 0  # left out, for they are equal to one that is kept
-    near_duplicates: int = 0  # left out, for they are nearly so
-    seen_in_training: int = 0  # of both, those of held-out files that are like one that is trained on
-    removed_for_overlap: int = 0  # left out, for half of their lines are on the other side
+    duplicates: int = 0  # removed because an equal example remains
+    near_duplicates: int = 0  # removed because a nearly equal example remains
+    seen_in_training: int = 0  # of both: examples of held-out files that resemble one in the training set
+    removed_for_overlap: int = 0  # removed by `leakage.remove_overlap`
 
 
 def digest(text: str) -> bytes:
-    """Equal for texts that differ in white space only."""
+    """Return a digest that is equal for texts that differ in white space only."""
     return hashlib.blake2b(" ".join(text.split()).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def order_key(file: str, seed: int) -> bytes:
-    """By which files are put into an order that depends on nothing but their names."""
+    """Return a key that sorts files into a random order that depends only on their names and the seed."""
     return hashlib.sha256(f"{seed}\0{file}".encode("utf-8", "surrogatepass")).digest()
 
 
 def with_canonical_digests(keys: Sequence[ExampleKey], signatures: MinHashIndex) -> list[ExampleKey]:
-    """Near duplicates with the digest of the first of them: equal, for who counts what there is."""
+    """Return the keys with the digest of the first near duplicate, so that near duplicates count as one example."""
     representatives = signatures.representatives(range(len(keys)))
     return [key._replace(digest=keys[representatives[position]].digest) for position, key in enumerate(keys)]
 
 
 def count_distinct(keys: Iterable[ExampleKey]) -> tuple[int, int]:
-    """Distinct examples, and files that hold an example that no other file holds."""
-    owners = _owners(keys)
+    """Count distinct examples, and files that hold an example that no other file holds."""
+    owners = _only_files(keys)
     return len(owners), len({file for file in owners.values() if file is not None})
 
 
@@ -77,160 +83,186 @@ def split(
     changed: Mapping[str, int] | None = None,
     purpose: DatasetPurpose = DatasetPurpose.TRAINING,
 ) -> Split:
-    """About that fraction of the tokens in whole files; at least one file on either side if there are two.
+    """Hold out about this fraction of the tokens, in whole files; at least one file on either side if there are two.
 
-    Files are taken in the order of their hash until enough is held out. A file that would lead far beyond that is passed
-    over; if all would, the smallest is held out. `changed`: when each file was changed last; then the newest are taken first,
-    those that are not in it before all others. Who only measures trains on nothing.
+    Args:
+        keys: One per example.
+        signatures: Of the examples' texts, at the same positions.
+        held_out_fraction: Share of the tokens of distinct examples, 0 to 1.
+        seed: Of the random order in which files are held out.
+        changed: The time at which each file was last changed. If given, the newest files are held out; files that are missing
+            here were never committed, and count as newest.
+        purpose: For an evaluation there is no training set.
     """
-    sides = _sides(keys)
-    if len(set(sides.values())) == 1:  # an answer that all give: then what is held out is kept apart one by one, later
-        sides = {file: file for file in sides}
-    grouped = [key._replace(file=sides[key.file]) for key in with_canonical_digests(keys, signatures)]
     training = purpose is DatasetPurpose.TRAINING
-    chosen = _choose(grouped, held_out_fraction, seed, changed or {}, spared=1 if training else 0)
-    held_out_files = {file for file, side in sides.items() if side in chosen}
+    group_of_file = _groups_by_answer(keys)
+    if (
+        len(set(group_of_file.values())) == 1
+    ):  # all files give one answer: `remove_overlap` separates the examples later
+        group_of_file = {file: file for file in group_of_file}
+    group_keys = [key._replace(file=group_of_file[key.file]) for key in with_canonical_digests(keys, signatures)]
+    held_out_groups = _choose_held_out(
+        group_keys, held_out_fraction, seed, changed or {}, min_train_groups=1 if training else 0,
+    )
+    held_out_files = {file for file, group in group_of_file.items() if group in held_out_groups}
     train = [position for position, key in enumerate(keys) if training and key.file not in held_out_files]
     held_out = [position for position, key in enumerate(keys) if key.file in held_out_files]
-    parts = _distinct(keys, signatures, train, held_out)
-    if train and held_out and not parts.held_out:
-        # A near duplicate of a near duplicate may be trained on for each of them. Then measuring comes first.
-        other = _distinct(keys, signatures, held_out, train)
-        parts = replace(other, train=other.held_out, held_out=other.train, seen_in_training=0)
-    if not training:  # one file may hold any number
-        parts = replace(parts, held_out=_evenly(parts.held_out, HELD_OUT_MAX_EXAMPLES))
-    return replace(parts, held_out_files=sorted(held_out_files))
+    result = _without_duplicates(keys, signatures, train, held_out)
+    if train and held_out and not result.held_out:
+        # All held-out examples resemble one in the training set. Then evaluation takes precedence.
+        swapped = _without_duplicates(keys, signatures, held_out, train)
+        result = replace(swapped, train=swapped.held_out, held_out=swapped.train, seen_in_training=0)
+    if not training:  # a single file may hold any number of examples
+        result = replace(result, held_out=_evenly_spaced(result.held_out, HELD_OUT_MAX_EXAMPLES))
+    return replace(result, held_out_files=sorted(held_out_files))
 
 
-def _evenly(positions: list[int], most: int) -> list[int]:
-    """At most so many of them, from the first to the last."""
-    return [positions[n * len(positions) // most] for n in range(most)] if len(positions) > most else positions
+def _evenly_spaced(positions: list[int], count: int) -> list[int]:
+    """Return at most this many positions, evenly spaced from the first to the last."""
+    return [positions[n * len(positions) // count] for n in range(count)] if len(positions) > count else positions
 
 
-def cap_per_file(keys: Sequence[ExampleKey], train: Sequence[int]) -> list[int]:
-    """Without what giant files have too much of; what is kept of them is taken evenly from their beginning to their end."""
-    language_of_file: dict[str, list[int]] = defaultdict(list)
-    for position in train:
-        language_of_file[keys[position].file].append(position)
-    tokens = {
-        file: sum(keys[position].tokens for position in positions) for file, positions in language_of_file.items()
-    }
-    limit = file_limit(tokens.values())
-    kept: list[int] = []
-    for file, positions in language_of_file.items():
-        ratio = min(1.0, limit / max(1, tokens[file]))
-        # The n-th is kept when the count that should be kept by then has grown by one.
-        kept += [position for n, position in enumerate(positions) if int((n + 1) * ratio) > int(n * ratio)]
-    return sorted(kept)
-
-
-def file_limit(tokens: Iterable[int]) -> float:
-    """Tokens that a file may give at most: a tenth of what all files give together, when none gives more than that.
-
-    With k files cut to the limit L and the others whole, L = share * (k * L + others). Taken is the first k that leaves no
-    larger file whole; from ten on there is none, and what is certain to be given decides.
-    """
-    largest_first = sorted(tokens, reverse=True)
-    others = sum(largest_first)
-    for cut, largest in enumerate(largest_first):
-        if FILE_SHARE * cut >= 1:
-            break
-        limit = FILE_SHARE * others / (1 - FILE_SHARE * cut)
-        if limit >= largest:
-            return max(FILE_MIN_TOKENS, limit)
-        others -= largest
-    return FILE_MIN_TOKENS
-
-
-def _distinct(keys: Sequence[ExampleKey], signatures: MinHashIndex, first: list[int], second: list[int]) -> Split:
-    """What is kept of the first and of the second part: nothing that is like something that is kept before it."""
-    equal: dict[bytes, int] = {}
+def _without_duplicates(
+    keys: Sequence[ExampleKey], signatures: MinHashIndex, train: list[int], held_out: list[int],
+) -> Split:
+    """Remove every example that resembles one before it; training examples come before held-out ones."""
+    ordered = (*train, *held_out)
+    first_with_digest: dict[bytes, int] = {}
     copies = {
-        position: known
-        for position in (*first, *second)
-        if (known := equal.setdefault(keys[position].digest, position)) != position
+        position: original
+        for position in ordered
+        if (original := first_with_digest.setdefault(keys[position].digest, position)) != position
     }
-    representatives = signatures.representatives(position for position in (*first, *second) if position not in copies)
-    kept_first, kept_second = (
-        [position for position in part if representatives.get(position) == position] for part in (first, second)
+    representatives = signatures.representatives(position for position in ordered if position not in copies)
+    distinct_train, distinct_held_out = (
+        [position for position in part if representatives.get(position) == position] for part in (train, held_out)
     )
-    in_first = set(first)
-    like = [representatives.get(copies.get(position, position)) for position in second]
+    train_positions = set(train)
+    resembles = [representatives.get(copies.get(position, position)) for position in held_out]
     return Split(
-        train=kept_first,
-        held_out=kept_second,
+        train=distinct_train,
+        held_out=distinct_held_out,
         held_out_files=[],
         duplicates=len(copies),
-        near_duplicates=len(representatives) - len(kept_first) - len(kept_second),
-        seen_in_training=sum(leader in in_first for leader in like),
+        near_duplicates=len(representatives) - len(distinct_train) - len(distinct_held_out),
+        seen_in_training=sum(position in train_positions for position in resembles),
     )
 
 
-def _sides(keys: Sequence[ExampleKey]) -> dict[str, str]:
-    """Files that give the same answers go to one side: of each file, the first by name of those that it goes with."""
-    representatives = {key.file: key.file for key in keys}
+def _groups_by_answer(keys: Sequence[ExampleKey]) -> dict[str, str]:
+    """Map each file to its group, which is named by its first file: files that give the same answer are in one group."""
+    parent = {key.file: key.file for key in keys}  # a union-find forest
 
-    def leader(file: str) -> str:
-        while representatives[file] != file:
-            representatives[file] = file = representatives[representatives[file]]
+    def root(file: str) -> str:
+        while parent[file] != file:
+            parent[file] = file = parent[parent[file]]
         return file
 
-    first: dict[bytes, str] = {}
+    first_file_with_answer: dict[bytes, str] = {}
     for key in keys:
         if key.answer:
-            one, other = sorted((leader(key.file), leader(first.setdefault(key.answer, key.file))))
-            representatives[other] = one
-    return {file: leader(file) for file in representatives}
+            other_file = first_file_with_answer.setdefault(key.answer, key.file)
+            first, second = sorted((root(key.file), root(other_file)))
+            parent[second] = first
+    return {file: root(file) for file in parent}
 
 
-def _choose(
+def _choose_held_out(
     keys: Sequence[ExampleKey],
-    fraction: float,
+    held_out_fraction: float,
     seed: int,
     changed: Mapping[str, int],
     *,
-    spared: int,
+    min_train_groups: int,
 ) -> set[str]:
-    """`spared`: files that are held out in no case."""
-    costs: dict[bytes, int] = defaultdict(int)
-    for key in keys:  # copies may differ in white space, and then in tokens
-        costs[key.digest] = max(costs[key.digest], key.tokens)
+    """Return the groups to hold out; `key.file` is a group here.
+
+    Groups are taken in order until enough tokens or examples are held out. One that would take the held-out set far beyond its
+    target is skipped. If all of them would, the smallest group is held out.
+    """
+    tokens, examples = _size_of_groups(keys, must_be_unique=min_train_groups > 0)
+    order = sorted(tokens, key=lambda group: (-changed.get(group, _NEVER_COMMITTED), order_key(group, seed)))
+    target_tokens = held_out_fraction * sum(tokens.values())
+    chosen: set[str] = set()
+    chosen_tokens = chosen_examples = 0
+    for group in order:
+        is_enough = chosen_tokens >= target_tokens or chosen_examples >= HELD_OUT_MAX_EXAMPLES
+        if is_enough or len(chosen) == len(order) - min_train_groups:
+            break
+        fits = chosen_tokens + tokens[group] <= _MAX_OVERSHOOT * target_tokens
+        if fits and chosen_examples + examples[group] <= _MAX_OVERSHOOT * HELD_OUT_MAX_EXAMPLES:
+            chosen.add(group)
+            chosen_tokens += tokens[group]
+            chosen_examples += examples[group]
+    if chosen or len(order) <= min_train_groups:
+        return chosen
+    return {min(order, key=lambda group: (tokens[group], order.index(group)))}
+
+
+def _size_of_groups(keys: Sequence[ExampleKey], *, must_be_unique: bool) -> tuple[dict[str, int], Counter[str]]:
+    """Return the tokens and the number of the distinct examples that would be held out with each group.
+
+    If there is a training set, an example that other groups hold as well could not be held out: it may be trained on there.
+    """
+    tokens_of_text: dict[bytes, int] = defaultdict(int)
+    for key in keys:  # copies may differ in white space, and so in tokens
+        tokens_of_text[key.digest] = max(tokens_of_text[key.digest], key.tokens)
+    owners: Mapping[bytes, str | None] = _only_files(keys) if must_be_unique else _first_files(keys)
     tokens: dict[str, int] = defaultdict(int)
     examples: Counter[str] = Counter()
-    # What other files hold as well could not be measured on: it may be trained on there, if anything is.
-    owners: Mapping[bytes, str | None] = _owners(keys) if spared else _first_holders(keys)
-    for text, file in owners.items():
-        if file is not None:
-            tokens[file] += costs[text]
-            examples[file] += 1
-    wanted = fraction * sum(tokens.values())
-    order = sorted(tokens, key=lambda file: (-changed.get(file, _NOW), order_key(file, seed)))
-    chosen: set[str] = set()
-    taken_tokens = taken_examples = 0
-    for file in order:
-        if taken_tokens >= wanted or taken_examples >= HELD_OUT_MAX_EXAMPLES or len(chosen) == len(order) - spared:
-            break
-        fits = taken_tokens + tokens[file] <= _OVERSHOOT * wanted
-        if fits and taken_examples + examples[file] <= _OVERSHOOT * HELD_OUT_MAX_EXAMPLES:
-            chosen.add(file)
-            taken_tokens += tokens[file]
-            taken_examples += examples[file]
-    if chosen or len(order) <= spared:
-        return chosen
-    return {min(order, key=lambda file: (tokens[file], order.index(file)))}
+    for text, group in owners.items():
+        if group is not None:
+            tokens[group] += tokens_of_text[text]
+            examples[group] += 1
+    return tokens, examples
 
 
-def _first_holders(keys: Iterable[ExampleKey]) -> dict[bytes, str]:
-    """Of the files that hold a text the first by name."""
+def _only_files(keys: Iterable[ExampleKey]) -> dict[bytes, str | None]:
+    """Map each text to the only file that holds it, or to None if several do."""
+    owners: dict[bytes, str | None] = {}
+    for key in keys:
+        owners[key.digest] = key.file if owners.get(key.digest, key.file) == key.file else None
+    return owners
+
+
+def _first_files(keys: Iterable[ExampleKey]) -> dict[bytes, str]:
+    """Map each text to the first file, by name, that holds it."""
     first: dict[bytes, str] = {}
     for key in keys:
         first[key.digest] = min(key.file, first.get(key.digest, key.file))
     return first
 
 
-def _owners(keys: Iterable[ExampleKey]) -> dict[bytes, str | None]:
-    """The only file that holds a text, None where several do."""
-    owners: dict[bytes, str | None] = {}
-    for key in keys:
-        owners[key.digest] = key.file if owners.get(key.digest, key.file) == key.file else None
-    return owners
+def cap_per_file(keys: Sequence[ExampleKey], train: Sequence[int]) -> list[int]:
+    """Drop what giant files hold beyond the limit; what remains of them is spread evenly from beginning to end."""
+    positions_of_file: dict[str, list[int]] = defaultdict(list)
+    for position in train:
+        positions_of_file[keys[position].file].append(position)
+    tokens = {
+        file: sum(keys[position].tokens for position in positions) for file, positions in positions_of_file.items()
+    }
+    limit = file_limit(tokens.values())
+    remaining: list[int] = []
+    for file, positions in positions_of_file.items():
+        ratio = min(1.0, limit / max(1, tokens[file]))
+        # The n-th remains if the number that should remain by then has grown by one.
+        remaining += [position for n, position in enumerate(positions) if int((n + 1) * ratio) > int(n * ratio)]
+    return sorted(remaining)
+
+
+def file_limit(tokens: Iterable[int]) -> float:
+    """Return how many tokens a file may give, so that no file gives more than its share of what all files then give.
+
+    With k files cut to the limit L and the others complete, L = share * (k * L + others). The result is for the smallest k that
+    leaves no larger file complete. From k = 10 on there is no such L, and the guaranteed minimum applies.
+    """
+    largest_first = sorted(tokens, reverse=True)
+    others = sum(largest_first)
+    for k, largest in enumerate(largest_first):
+        if FILE_SHARE * k >= 1:
+            break
+        limit = FILE_SHARE * others / (1 - FILE_SHARE * k)
+        if limit >= largest:
+            return max(FILE_MIN_TOKENS, limit)
+        others -= largest
+    return FILE_MIN_TOKENS

@@ -266,7 +266,9 @@ async def test_invalid_arguments_give_one_clear_error_and_no_job(
 
 
 async def test_inspect_training_data_shows_the_dataset_and_writes_nothing(
-    connect: Connect, code: Path, data_dir: Path,
+    connect: Connect,
+    code: Path,
+    data_dir: Path,
 ) -> None:
     (code / "licence.py").write_text("# Copyright 2026 Some One, all rights reserved, more or less\n" + CREDENTIAL)
     async with connect() as client:
