@@ -1,11 +1,15 @@
-"""The optimiser loop: steps, measurements, checkpoints."""
+"""The training loop: optimiser steps, evaluations, checkpoints, and recovery from divergence.
+
+The loss of a step is the mean over all target tokens of its examples. Each micro-batch contributes its sum divided by that
+number of tokens, and processes add up their gradients, so packing and the number of processes change only the rounding.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -36,179 +40,161 @@ from peft_core.training.checkpoint import (
     START,
     Checkpoint,
     Progress,
+    RollbackState,
     RollbackStates,
     StateId,
     Tensors,
-    mark_of,
     save_checkpoint,
 )
 
-_CHECKPOINT_EVERY_S = 60.0
-_MEASUREMENTS = 4  # in a run, the final one included, unless eval_steps says otherwise
+_CHECKPOINT_INTERVAL_S = 60.0
+_DEFAULT_EVALUATIONS = 4  # in a run, including the one after training, unless eval_steps is set
 
-# A run that diverges goes back to its last good state with a quarter of the rate, twice: together a sixteenth. A rate
-# that is too high is seldom so by more than that; what still overflows then is no matter of the rate.
-_LOWER_BY = 0.25
-_TRIES = 2
-# The good state is renewed every so many steps: seldom, as the steps just before a fault are lost already (on a toy model
-# the norm went from 0.06 to infinity in one step, at a loss that looked well), and often enough that little is done again.
-# Counted, not timed, so that the same run goes back to the same step.
-_GOOD_EVERY = 50
-# Weights that run away pass through finite losses first. A step this much above the base shows them: perplexity times e.
+# A run that diverges is rolled back to its last good state and continues with a quarter of the learning rate, at most twice.
+# A rate that is too high is rarely so by more than a factor of 16; what overflows even then has another cause.
+_ROLLBACK_RATE_FACTOR = 0.25
+_MAX_ROLLBACKS = 2
+# Steps between two saved states. Fewer would not help, because the last steps before an overflow are lost already (a tiny model
+# went from a gradient norm of 0.06 to infinity in one step, at an inconspicuous loss); more would repeat too much work.
+# Counted in steps rather than seconds, so that a repeated run rolls back to the same step.
+_ROLLBACK_SAVE_STEPS = 50
+# Exploding weights pass through large finite losses first. A state whose loss exceeds the base model's by more than this
+# (a factor of e in perplexity) is not saved as good.
 ROLLBACK_MAX_LOSS_INCREASE = 1.0
 
 
 @dataclass
-class Loop:
-    """One run and everything that changes in it."""
+class TrainingLoop:
+    """One run and all state that changes during it."""
 
     config: TrainingConfig
     accelerator: Accelerator
     objective: Objective
-    weights: dict[str, nn.Parameter]  # the adapter
+    weights: dict[str, nn.Parameter]  # the adapter's
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     documents: Sequence[Document]
     order: Order
-    held_out: Sequence[Document]  # measured during training; may be a subset
+    held_out: Sequence[Document]  # evaluated during training; a sample if the held-out set is large
     progress: Progress
     checkpoint_directory: Path
     run_key: str
     emit: Emit
     stop: StopFlag
     clock: Callable[[], float] = time.monotonic
-    between_steps: Callable[[], None] = lambda: None  # what the machine needs then
-    saved: ActivationArena | None = None  # where it pays, and until memory runs out
-    best: Tensors | None = None
-    lowered: tuple[RateLowered, ...] = ()
+    between_steps: Callable[[], None] = lambda: None  # called after every step
+    activation_arena: ActivationArena | None = None  # dropped when memory runs out
+    best: Tensors | None = None  # weights at the best evaluation, if early stopping is on
+    rollback: RollbackState = field(default_factory=RollbackState)
     memory_saved: tuple[MemorySaved, ...] = ()
 
     def __post_init__(self) -> None:
-        # Since the last checkpoint, and between that and the one before it: whoever should have heard may have died meanwhile.
-        self._told: list[Event] = []
-        self._told_before: list[Event] = []
+        # The runner may have died before it stored the latest events. Checkpoints therefore carry those since the previous
+        # checkpoint, and those of the interval before, for a resumed run to emit again.
+        self._events: list[Event] = []
+        self._previous_events: list[Event] = []
         self._rng = rng_state(self.accelerator.device)
-        self._good = START
-        self._good_states = RollbackStates(self.checkpoint_directory, self.run_key)
+        self._rollback_states = RollbackStates(self.checkpoint_directory, self.run_key)
         self._longest = max(map(len, self.documents))
         self._planned_tokens = self.order.tokens([len(document) for document in self.documents])
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from the checkpoint on disk as if there had been no interruption."""
-        if not self._good_states.has(START):  # an older version kept it elsewhere
-            self._keep_as_good()
-        self._good_states.set_checkpointed(checkpoint.good)
-        self._load_state(checkpoint)
-
-    def _load_state(self, checkpoint: Checkpoint) -> None:
-        self._set_weights(checkpoint.adapter)
-        self.optimizer.load_state_dict(checkpoint.optimizer)
-        self.scheduler.load_state_dict(checkpoint.scheduler)
-        self.progress, self.best = checkpoint.progress, checkpoint.best
-        self._rng, self.lowered = dict(checkpoint.rng), checkpoint.lowered
-        if len(checkpoint.memory_saved) > len(self.memory_saved):  # fewer: this run has gone back to before it saved
-            self.memory_saved = checkpoint.memory_saved
-            set_malloc_trim()
-            self.saved = None
-            self.objective.capacity = self.memory_saved[-1].tokens_at_once
-            if self.memory_saved[-1].layers_computed_twice:
-                self.objective.recompute_layers()
-        self._good = checkpoint.good
-        set_rng_state(self.accelerator.device, self._rng)
-
     def run(self) -> None:
-        """All remaining steps. Afterwards the weights are the last ones, or the best where early stopping is on.
+        """Run all remaining steps. The weights are then the last ones, or the best ones if early stopping is on.
 
         Raises:
-            TrainingError: loss or gradient is not finite, and lower rates did not help.
-            Stopped: on request; a checkpoint was written.
+            TrainingError: the loss or gradient is not finite, and rollbacks did not help.
+            Cancelled: on request, after writing a checkpoint.
         """
         self.objective.model.train()
-        if self._mark == START:
-            self._keep_as_good()  # without effect yet, and the loss of the base is finite
+        if self.state_id == START:
+            self.save_rollback_state()  # the untrained adapter has no effect, and the base model's loss is finite
         saved_at = self.clock()
         try:
             while True:
                 try:
-                    self._maybe_evaluate()
+                    self.maybe_evaluate()
                     if self.progress.stopped_early or self.progress.step >= self.order.total_steps:
                         break
-                    self._train_step()
-                except Diverged as fault:
-                    self._rollback(fault)  # raises where that was tried often enough
-                if self.clock() - saved_at > _CHECKPOINT_EVERY_S:
-                    self._save()
+                    self.train_step()
+                except Diverged as divergence:
+                    self.roll_back(divergence)
+                if self.clock() - saved_at > _CHECKPOINT_INTERVAL_S:
+                    self.save_checkpoint()
                     saved_at = self.clock()
                 self._check_stop()
                 self.between_steps()
         except Cancelled:
-            self._save()
+            self.save_checkpoint()
             raise
-        self._save()
-        self.saved = None
+        self.save_checkpoint()
+        self.activation_arena = None
         if self.best is not None:
             self._set_weights(self.best)
 
-    def _emit(self, event: Event) -> None:
-        self._told.append(event)
-        self.emit(event)
+    # ---- One step
 
-    def _train_step(self) -> None:
-        """One optimiser step: its examples in micro-batches, each loss weighted so that the packing does not matter."""
+    def train_step(self) -> None:
+        """Run one optimiser step: gradients of all micro-batches, update, event."""
         began = self.clock()
         accelerator, step = self.accelerator, self.progress.step + 1
         examples = [self.documents[index] for index in self.order.step(step)]
         targets = sum(example.targets for example in examples)
         share = examples[accelerator.process_index :: accelerator.num_processes]
 
-        # 1. Gradients of the mean over all target tokens of the step, of all processes.
-        while (loss := self._forward_backward(share, targets)) is None:
+        # 1. Gradients of the mean over the target tokens of all processes.
+        while (loss := self.forward_backward(share, targets)) is None:
             self.optimizer.zero_grad()
             return_freed_memory()
             release_cache(accelerator.device)
             if accelerator.num_processes == 1:
                 self.stop.check()
-        self._all_reduce_gradients()
+        self.all_reduce_gradients()
         loss_value = accelerator.reduce(loss, reduction="sum").item()
 
-        # 2. The update.
+        # 2. Update.
         norm = accelerator.clip_grad_norm_(list(self.weights.values()), self.config.max_grad_norm)
         check_finite(step, loss_value, float(norm))
-        began += self._maybe_save_rollback_state(loss_value)
+        paused = self.clock()
+        self.maybe_save_rollback_state(loss_value)
+        began += self.clock() - paused  # writing a file does not count as training time
         learning_rate = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
         release_cache(accelerator.device)
 
-        # 3. The facts.
+        # 3. Progress.
         progress = self.progress
         progress.step = step
         progress.tokens += sum(len(example) for example in examples)
         progress.seconds += self.clock() - began
         self._rng = rng_state(accelerator.device)
-        rate = progress.tokens / max(progress.seconds, 1e-9)
+        tokens_per_second = progress.tokens / max(progress.seconds, 1e-9)
         self._emit(
             StepCompleted(
                 step=step,
                 loss=loss_value,
                 learning_rate=learning_rate,
                 tokens=progress.tokens,
-                tokens_per_second=rate,
-                eta_s=(self._planned_tokens - progress.tokens) / rate,
+                tokens_per_second=tokens_per_second,
+                eta_s=(self._planned_tokens - progress.tokens) / tokens_per_second,
                 memory_bytes=peak_memory_bytes(),
-            ),
+            )
         )
 
-    def _forward_backward(self, examples: Sequence[Document], targets: int) -> torch.Tensor | None:
-        """Leave this process's gradients in the weights. Its part of the loss; None: memory ran out, and less is taken now."""
+    def forward_backward(self, examples: Sequence[Document], targets: int) -> torch.Tensor | None:
+        """Add the gradients of this process's examples to the weights and return its share of the loss.
+
+        Returns None if memory ran out. Memory use has then been reduced, and the caller can try the step again.
+        """
         accelerator = self.accelerator
         loss = torch.zeros((), device=accelerator.device)
         tokens = self.objective.capacity
         try:
             for batch in self.objective.batches(examples, accelerator.device):
                 tokens = batch.tokens
-                with self.saved.of_one_pass() if self.saved else nullcontext(), accelerator.autocast():
+                arena = self.activation_arena
+                with arena.of_one_pass() if arena else nullcontext(), accelerator.autocast():
                     batch_loss = self.objective.loss(batch) / targets
                 accelerator.backward(batch_loss)
                 loss += batch_loss.detach()
@@ -222,7 +208,8 @@ class Loop:
             reason = describe_error(error)
         else:
             return loss
-        self.saved = None
+        # Outside the handler, where the traceback no longer keeps the failed step's tensors alive.
+        self.activation_arena = None
         event = MemorySaved(
             step=self.progress.step + 1,
             tokens_at_once=self.objective.capacity,
@@ -233,11 +220,11 @@ class Loop:
         self._emit(event)
         return None
 
-    def _all_reduce_gradients(self) -> None:
+    def all_reduce_gradients(self) -> None:
         """Add up the gradients of all processes.
 
-        Not by DistributedDataParallel: it averages, it wants the forward of a wrapper where the objective calls the
-        decoder, and a process without examples in the last step would leave the others waiting.
+        DistributedDataParallel is not used for this: it averages, it needs the forward pass of a wrapper where the objective
+        calls the decoder, and a process without examples in the last step would make the others wait forever.
         """
         if self.accelerator.num_processes == 1:
             return
@@ -247,12 +234,17 @@ class Loop:
         for parameter, summed in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = summed.view_as(parameter)
 
-    def _maybe_evaluate(self) -> None:
-        """Held-out loss at every `eval_steps`; at the end only for early stopping, as the whole set follows anyway."""
+    # ---- Evaluation and early stopping
+
+    def maybe_evaluate(self) -> None:
+        """Measure the held-out loss every `eval_steps` steps.
+
+        After the last step only early stopping needs it, because the whole held-out set is evaluated next anyway.
+        """
         progress, total, patience = self.progress, self.order.total_steps, self.config.early_stopping_patience
-        every = self.config.eval_steps or max(1, -(-total // _MEASUREMENTS))
+        every = self.config.eval_steps or max(1, -(-total // _DEFAULT_EVALUATIONS))
         at_end = progress.step == total
-        due = (progress.step % every == 0 and not at_end) or (at_end and patience is not None)
+        due = patience is not None if at_end else progress.step % every == 0
         if not due or progress.measured_at == progress.step:
             return
         try:
@@ -272,23 +264,26 @@ class Loop:
             progress.stopped_early = True
             self._emit(StoppedEarly(step=progress.step, best_step=progress.best_step))
 
-    def _check_stop(self) -> None:
-        """Stop together: with several processes each hears of it in its own time."""
-        if self.accelerator.num_processes == 1:
-            self.stop.check()
-            return
-        asked = torch.tensor(float(self.stop.requested), device=self.accelerator.device)
-        if self.accelerator.reduce(asked, reduction="sum").item() > 0:
-            raise Cancelled
+    # ---- Checkpoints
 
-    def _save(self) -> None:
+    def save_checkpoint(self) -> None:
+        """Write the checkpoint that a restarted process resumes from."""
         if not self.accelerator.is_main_process:
             return
-        recent = (*self._told_before, *self._told)
+        recent = (*self._previous_events, *self._events)
         save_checkpoint(self.checkpoint_directory, self.run_key, replace(self._state(), recent=recent))
-        self._good_states.set_checkpointed(self._good)
-        self._told_before, self._told = self._told, []
+        self._rollback_states.set_checkpointed(self.rollback.target)
+        self._previous_events, self._events = self._events, []
         self.emit(CheckpointSaved(step=self.progress.step))
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue from the checkpoint on disk, exactly as if the run had not been interrupted."""
+        self._rollback_states.set_checkpointed(checkpoint.rollback.target)
+        self._load_state(checkpoint)
+
+    @property
+    def state_id(self) -> StateId:
+        return StateId(self.progress.step, len(self.rollback.history))
 
     def _state(self) -> Checkpoint:
         return Checkpoint(
@@ -298,71 +293,98 @@ class Loop:
             optimizer=self.optimizer.state_dict(),
             scheduler=self.scheduler.state_dict(),
             rng=self._rng,
-            lowered=self.lowered,
+            rollback=self.rollback,
             memory_saved=self.memory_saved,
-            good=self._good,
         )
 
-    def _maybe_save_rollback_state(self, loss: float) -> float:
-        """Between gradients and update: the state is that of the step before, and `loss` is what shows it to be good.
-
-        All processes decide the same, as they have the same summed loss. Seconds that it took, which are none of the step's.
-        """
-        began = self.clock()
-        due = self.progress.step >= self._good.step + _GOOD_EVERY
-        if due and loss <= self.progress.base_loss + ROLLBACK_MAX_LOSS_INCREASE:
-            self._keep_as_good()
-        return self.clock() - began
-
-    def _keep_as_good(self) -> None:
-        if self.accelerator.is_main_process:  # the others read it after the next sum over all processes, if ever
-            self._good_states.keep(self._state())
-        self._good = self._mark
-
-    @property
-    def _mark(self) -> StateId:
-        return StateId(self.progress.step, len(self.lowered))
-
-    def _rollback(self, fault: Diverged) -> None:
-        """To the last good state with a lower rate; the same examples follow in the same order.
-
-        A state from which a lower rate diverges as well was not good: the next way back from there is to the start.
-        """
-        tried = self.lowered
-        if len(tried) == _TRIES:
-            raise failure_of(fault, tried, self.config, self.progress.step, self.accelerator.device)
-        lost = tried and tried[-1].back_to_step == self._good.step
-        self.optimizer.zero_grad()
-        self.optimizer.state.clear()  # before there is another
-        self.best = None
-        good = self._good_states.at(START if lost else self._good)
-        self._load_state(replace(good, good=mark_of(good)))
-        factor = _LOWER_BY ** (len(tried) + 1)
-        multiply_rates(self.optimizer, self.scheduler, factor / (self.lowered[-1].factor if self.lowered else 1.0))
-        event = RateLowered(step=fault.step, back_to_step=self.progress.step, factor=factor, reason=fault.what)
-        self.lowered = (*tried, event)
-        self._emit(event)
+    def _load_state(self, state: Checkpoint) -> None:
+        self._set_weights(state.adapter)
+        self.optimizer.load_state_dict(state.optimizer)
+        self.scheduler.load_state_dict(state.scheduler)
+        self.progress, self.best, self.rollback = state.progress, state.best, state.rollback
+        self._rng = dict(state.rng)
+        set_rng_state(self.accelerator.device, self._rng)
+        # A rollback may load a state from before memory ran out; the run then keeps its reduced memory use.
+        if len(state.memory_saved) > len(self.memory_saved):
+            self.memory_saved = state.memory_saved
+            set_malloc_trim()
+            self.activation_arena = None
+            self.objective.capacity = self.memory_saved[-1].tokens_at_once
+            if self.memory_saved[-1].layers_computed_twice:
+                self.objective.recompute_layers()
 
     def _set_weights(self, tensors: Tensors) -> None:
         with torch.no_grad():
             for name, weight in self.weights.items():
                 weight.copy_(tensors[name])
 
+    # ---- Divergence and rollback
 
-# FOLDED FROM peft_core.training.loop: A run whose numbers are no longer finite: how it is noticed, lower rates, and
-# what is said when they did not help.
+    def maybe_save_rollback_state(self, loss: float) -> None:
+        """Save the current state if it is due and good. Called after the gradients and before the update.
+
+        `loss` belongs to the step under way, and so shows whether the weights that the previous step left are good. It is
+        summed over all processes, which therefore decide alike.
+        """
+        is_due = self.progress.step >= self.rollback.target.step + _ROLLBACK_SAVE_STEPS
+        if is_due and loss <= self.progress.base_loss + ROLLBACK_MAX_LOSS_INCREASE:
+            self.save_rollback_state()
+
+    def save_rollback_state(self) -> None:
+        """Save the current state as the one to roll back to."""
+        # The other processes read it only after the next sum over all processes, when it is complete.
+        if self.accelerator.is_main_process:
+            self._rollback_states.save(self._state())
+        self.rollback = replace(self.rollback, target=self.state_id)
+
+    def roll_back(self, divergence: Diverged) -> None:
+        """Return to the last good state and lower the learning rate. The same examples follow in the same order.
+
+        Raises:
+            TrainingError: the run has been rolled back as often as allowed.
+        """
+        history = self.rollback.history
+        if len(history) == _MAX_ROLLBACKS:
+            raise divergence_error(divergence, history, self.config, self.progress.step, self.accelerator.device)
+        self.optimizer.zero_grad()
+        self.optimizer.state.clear()  # frees Adam's moments before those of the loaded state take memory
+        self.best = None
+        state = self._rollback_states.load(self.rollback.next_target)
+        self._load_state(state)
+        factor = _ROLLBACK_RATE_FACTOR ** (len(history) + 1)
+        scale_learning_rates(self.optimizer, self.scheduler, factor / state.rollback.rate_factor)
+        event = RateLowered(
+            step=divergence.step, back_to_step=self.progress.step, factor=factor, reason=divergence.reason
+        )
+        self.rollback = RollbackState(target=state.id, history=(*history, event))
+        self._emit(event)
+
+    # ---- Events and cancellation
+
+    def _emit(self, event: Event) -> None:
+        self._events.append(event)
+        self.emit(event)
+
+    def _check_stop(self) -> None:
+        """Raise Cancelled in all processes if any of them was asked to stop: signals reach them at different times."""
+        if self.accelerator.num_processes == 1:
+            self.stop.check()
+            return
+        requests = torch.tensor(float(self.stop.requested), device=self.accelerator.device)
+        if self.accelerator.reduce(requests, reduction="sum").item() > 0:
+            raise Cancelled
 
 
 class Diverged(Exception):
-    """At a step, and what shows it."""
+    """The loss or the gradient norm at a step is not finite."""
 
-    def __init__(self, step: int, what: str) -> None:
-        super().__init__(f"at step {step} {what}")
-        self.step, self.what = step, what
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(f"at step {step} {reason}")
+        self.step, self.reason = step, reason
 
 
 def check_finite(step: int, loss: float, gradient_norm: float) -> None:
-    """Raise Diverged unless both are."""
+    """Raise Diverged if the loss or the gradient norm is NaN or infinite."""
     infinity = float("inf")
     if not abs(loss) < infinity:
         raise Diverged(step, f"the loss is {loss}")
@@ -370,53 +392,54 @@ def check_finite(step: int, loss: float, gradient_norm: float) -> None:
         raise Diverged(step, f"the gradient norm is {gradient_norm}")
 
 
-def multiply_rates(
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    by: float,
+def scale_learning_rates(
+    optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler, factor: float
 ) -> None:
-    """Those of now and all that the schedule has to come."""
+    """Multiply the current learning rates and all later ones of the schedule."""
     for group in optimizer.param_groups:
-        group["lr"] *= by
-        group["initial_lr"] *= by
-    rates = scheduler.state_dict()
-    rates |= {name: [rate * by for rate in rates[name]] for name in ("base_lrs", "_last_lr")}
-    scheduler.load_state_dict(rates)
+        group["lr"] *= factor
+        group["initial_lr"] *= factor
+    state = scheduler.state_dict()
+    state |= {name: [rate * factor for rate in state[name]] for name in ("base_lrs", "_last_lr")}
+    scheduler.load_state_dict(state)
 
 
-def failure_of(
-    fault: Diverged,
-    lowered: Sequence[RateLowered],
+def divergence_error(
+    divergence: Diverged,
+    history: Sequence[RateLowered],
     config: TrainingConfig,
-    step: int,
+    completed_steps: int,
     device: torch.device,
 ) -> TrainingError:
-    """What happened after `step` completed ones, what was tried, and the likely cause."""
-    tried = "; ".join(
-        f"after step {event.step}, where {event.reason}, 1/{1 / event.factor:g} of the rate from step {event.back_to_step}"
-        for event in lowered
-    )
+    """Describe the divergence, the rollbacks that did not help, and the likely cause."""
     rate_A, rate_B = config.rates
-    other_rate = [
-        f"Lower learning_rate, for instance to {rate_A * lowered[-1].factor:g}.",
+    lower_rate = [
+        f"Lower learning_rate, for example to {rate_A * history[-1].factor:g}.",
         "Lower max_grad_norm, or raise warmup_ratio.",
     ]
-    other_data = ["Try a smaller max_length or another seed: the examples are then cut or ordered differently."]
+    change_batches = ["Try a smaller max_length or another seed, which cuts or orders the examples differently."]
     if device.type != "cpu":
-        other_data.append("Try device='cpu', which computes in float32.")
-    if step == lowered[-1].back_to_step:
-        cause = "No update lies between: not the rate, but the examples of this step or the arithmetic are the cause."
-        suggestions = other_data
-    elif all(event.step == fault.step for event in lowered):
-        cause = "The likely cause is too high a rate, or, as it is the same step each time, its examples."
-        suggestions = other_rate + other_data
+        change_batches.append("Try device='cpu', which computes in float32.")
+    if completed_steps == history[-1].back_to_step:
+        cause = (
+            "The learning rate is not the cause, because it failed again before the first update: the examples of this step "
+            "or the number format are."
+        )
+        suggestions = change_batches
+    elif all(event.step == divergence.step for event in history):
+        cause = "The learning rate is probably too high, or the examples of this step are the cause, as it failed each time."
+        suggestions = lower_rate + change_batches
     else:
-        cause = "The likely cause is too high a rate."
-        suggestions = other_rate
-    rates = f"learning_rate = {rate_A:g}, {rate_B:g} for LoRA B"
+        cause = "The learning rate is probably too high."
+        suggestions = lower_rate
+    attempts = "; ".join(
+        f"after step {event.step} ({event.reason}) from step {event.back_to_step} with 1/{1 / event.factor:g} of the rate"
+        for event in history
+    )
     return TrainingError(
-        f"At step {fault.step} {fault.what}: the run diverged ({rates}). {cause} Tried in vain: {tried}.",
+        f"Training diverged at step {divergence.step}: {divergence.reason} (learning_rate = {rate_A:g}, {rate_B:g} for "
+        f"LoRA B). {cause} It was restarted {attempts}.",
         code=NonFiniteError.code,
         suggestions=suggestions,
-        details={"step": fault.step, "tried": [event.model_dump(exclude={"kind"}) for event in lowered]},
+        details={"step": divergence.step, "tried": [event.model_dump(exclude={"kind"}) for event in history]},
     )

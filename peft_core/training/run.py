@@ -54,7 +54,7 @@ from peft_core.system.allowed_paths import require_task_source
 from peft_core.system.cancellation import StopFlag
 from peft_core.training import lora
 from peft_core.training.checkpoint import Progress, load_checkpoint, run_key
-from peft_core.training.loop import Loop
+from peft_core.training.loop import TrainingLoop
 from peft_core.training.save import RunFacts, write_adapter
 
 _log = structlog.get_logger(__name__)
@@ -152,7 +152,7 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
         kept_share = 1.0 if apart else _KEPT_SHARE
         set_malloc_keep(up_to_bytes=round(kept_share * task.request.estimate.memory_bytes))
     optimizer = lora.build_optimizer(adapted, config)
-    loop = Loop(
+    loop = TrainingLoop(
         config=config,
         accelerator=accelerator,
         objective=objective,
@@ -168,7 +168,9 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
         emit=emit,
         stop=stop,
         between_steps=threads.keep_up,
-        saved=ActivationArena(adapted) if apart else None,  # nobody else holds it: the loop gives it up
+        activation_arena=ActivationArena(adapted)
+        if apart
+        else None,  # no other reference: the loop must be able to free it
     )
     if checkpoint is not None:
         loop.restore(checkpoint)
@@ -217,7 +219,7 @@ def _facts(
     plan: DevicePlan,
     execution: ComputePlan,
     dataset: PreparedDataset,
-    loop: Loop,
+    loop: TrainingLoop,
     fused: FusionStats,
     evaluation: Evaluation,
 ) -> RunFacts:
@@ -243,7 +245,7 @@ def _facts(
         steps=progress.step,
         stopped_early_at=progress.step if progress.stopped_early else None,
         best_step=progress.best_step if loop.best is not None else None,
-        rate_lowered=loop.lowered,
+        rate_lowered=loop.rollback.history,
         memory_saved=loop.memory_saved,
         created_at=datetime.now(UTC),
         evaluation=evaluation,

@@ -15,6 +15,7 @@ from peft_core.training.checkpoint import (
     START,
     Checkpoint,
     Progress,
+    RollbackState,
     RollbackStates,
     StateId,
     load_checkpoint,
@@ -32,6 +33,9 @@ DATASET = DatasetSummary(
     left_out={},
     sha256="d" * 64,
 )
+
+
+LOWERED = RateLowered(step=7, back_to_step=1, factor=0.25, reason="the loss is nan")
 
 
 def make_checkpoint(step: int) -> Checkpoint:
@@ -56,7 +60,7 @@ def make_task(tmp_path: Path, **changes: Any) -> TrainingTask:
     )
 
 
-def test_the_newest_checkpoint_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
+def test_a_new_checkpoint_replaces_the_previous_one(tmp_path: Path) -> None:
     for step in (1, 2):
         save_checkpoint(tmp_path, "key", make_checkpoint(step))
     loaded = load_checkpoint(tmp_path, "key")
@@ -66,67 +70,63 @@ def test_the_newest_checkpoint_takes_the_place_of_the_one_before(tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
 
 
-def test_the_mark_to_go_back_to_the_lowered_rates_and_what_was_told_are_part_of_it(tmp_path: Path) -> None:
-    lowered = (RateLowered(step=7, back_to_step=1, factor=0.25, reason="the loss is nan"),)
-    told = replace(make_checkpoint(5), lowered=lowered, recent=lowered, good=StateId(1, 0))
-    save_checkpoint(tmp_path, "key", told)
+def test_a_checkpoint_keeps_the_rollback_state_and_the_recent_events(tmp_path: Path) -> None:
+    rollback = RollbackState(target=StateId(1, 0), history=(LOWERED,))
+    save_checkpoint(tmp_path, "key", replace(make_checkpoint(5), rollback=rollback, recent=(LOWERED,)))
     loaded = load_checkpoint(tmp_path, "key")
     assert loaded is not None
-    assert loaded.lowered == loaded.recent == lowered
-    assert loaded.good == StateId(1, 0)
+    assert loaded.rollback == rollback
+    assert loaded.recent == (LOWERED,)
 
 
-def test_a_checkpoint_from_before_runs_went_back_is_read(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, "key", make_checkpoint(5))
-    document = torch.load(tmp_path / "state.pt", weights_only=True)
-    del document["lowered"], document["good_state"], document["recent"]
-    torch.save(document, tmp_path / "state.pt")
-    loaded = load_checkpoint(tmp_path, "key")
-    assert loaded is not None
-    assert (loaded.progress.step, loaded.lowered, loaded.good) == (5, (), START)
-
-
-def test_good_states_stay_while_the_checkpoint_names_them_and_the_start_for_good(tmp_path: Path) -> None:
+def test_rollback_states_are_kept_while_the_checkpoint_names_them_and_the_start_always(tmp_path: Path) -> None:
     states = RollbackStates(tmp_path, "key")
-    lowered = (RateLowered(step=7, back_to_step=0, factor=0.25, reason="the loss is nan"),)
-    again = replace(make_checkpoint(50), lowered=lowered)  # the same step, on another way
+    rollback = RollbackState(history=(LOWERED,))
+    after_rollback = replace(make_checkpoint(50), rollback=rollback)  # the same step at a lower rate
     for state in (make_checkpoint(0), make_checkpoint(50)):
-        states.keep(state)
+        states.save(state)
     states.set_checkpointed(StateId(50, 0))
-    for state in (make_checkpoint(100), make_checkpoint(150), again):
-        states.keep(state)
+    for state in (make_checkpoint(100), make_checkpoint(150), after_rollback):
+        states.save(state)
     assert {path.name for path in tmp_path.iterdir()} == {"good-0-0.pt", "good-50-0.pt", "good-50-1.pt"}
-    assert [states.at(mark).lowered for mark in (StateId(50, 0), StateId(50, 1))] == [(), lowered]
-    assert states.at(StateId(50, 0)).adapter["a"].tolist() == [[50.0, 50.0], [50.0, 50.0]]
+    histories = [states.load(state_id).rollback.history for state_id in (StateId(50, 0), StateId(50, 1))]
+    assert histories == [(), (LOWERED,)]
+    assert states.load(StateId(50, 0)).adapter["a"].tolist() == [[50.0, 50.0], [50.0, 50.0]]
     states.set_checkpointed(StateId(50, 1))
     assert {path.name for path in tmp_path.iterdir()} == {"good-0-0.pt", "good-50-1.pt"}
-    assert states.at(START).progress.step == 0
+    assert states.load(START).progress.step == 0
 
 
-def test_a_good_state_whose_writing_was_cut_short_is_overwritten(tmp_path: Path) -> None:
+def test_the_next_rollback_goes_to_the_start_if_the_last_one_went_to_the_same_state() -> None:
+    assert RollbackState(target=StateId(50, 0)).next_target == StateId(50, 0)
+    assert RollbackState(target=StateId(1, 0), history=(LOWERED,)).next_target == START
+    assert RollbackState(target=StateId(50, 1), history=(LOWERED,)).next_target == StateId(50, 1)
+
+
+def test_a_partly_written_rollback_state_is_overwritten(tmp_path: Path) -> None:
     states = RollbackStates(tmp_path, "key")
-    states.keep(make_checkpoint(0))
+    states.save(make_checkpoint(0))
     (tmp_path / ".state.pt.tmp").write_bytes(b"PK\x03\x04 half")
-    states.keep(make_checkpoint(50))
+    states.save(make_checkpoint(50))
     assert {path.name for path in tmp_path.iterdir()} == {"good-0-0.pt", "good-50-0.pt"}
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"PK\x03\x04 half")])
-def test_where_a_good_state_cannot_be_read_the_start_is_and_where_that_cannot_be_it_is_told(
+def test_an_unreadable_rollback_state_falls_back_to_the_start_and_an_unreadable_start_is_an_error(
     tmp_path: Path,
     damage: Callable[[Path], object],
 ) -> None:
     states = RollbackStates(tmp_path, "key")
-    states.keep(make_checkpoint(0))
-    states.keep(make_checkpoint(50))
+    states.save(make_checkpoint(0))
+    states.save(make_checkpoint(50))
     damage(tmp_path / "good-50-0.pt")
-    assert states.at(StateId(50, 0)).progress.step == 0
+    assert states.load(StateId(50, 0)).progress.step == 0
     damage(tmp_path / "good-0-0.pt")
     with pytest.raises(TrainingError, match=r"good-0-0\.pt is missing or damaged"):
-        states.at(StateId(50, 0))
+        states.load(StateId(50, 0))
 
 
-def test_a_half_written_checkpoint_does_not_hide_the_one_before(tmp_path: Path) -> None:
+def test_a_partly_written_checkpoint_does_not_hide_the_previous_one(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, "key", make_checkpoint(1))
     (tmp_path / ".state.pt.tmp").write_bytes(b"PK\x03\x04 half")
     loaded = load_checkpoint(tmp_path, "key")
@@ -134,23 +134,25 @@ def test_a_half_written_checkpoint_does_not_hide_the_one_before(tmp_path: Path) 
     assert loaded.progress.step == 1
 
 
-def test_a_damaged_checkpoint_is_as_good_as_none(tmp_path: Path) -> None:
+def test_a_missing_or_damaged_checkpoint_loads_as_none(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path, "key") is None
     save_checkpoint(tmp_path, "key", make_checkpoint(1))
-    whole = (tmp_path / "state.pt").read_bytes()
-    for damaged in (b"", b"junk", whole[: len(whole) // 2]):
+    intact = (tmp_path / "state.pt").read_bytes()
+    for damaged in (b"", b"junk", intact[: len(intact) // 2]):
         (tmp_path / "state.pt").write_bytes(damaged)
         assert load_checkpoint(tmp_path, "key") is None
-    torch.save({"format": 1, "key": "key", "progress": Path}, tmp_path / "state.pt")  # code, not data
+    torch.save(
+        {"format": 1, "key": "key", "progress": Path}, tmp_path / "state.pt"
+    )  # a class, which only unpickling with code execution would load
     assert load_checkpoint(tmp_path, "key") is None
 
 
-def test_the_checkpoint_of_another_run_is_left_alone(tmp_path: Path) -> None:
+def test_the_checkpoint_of_another_run_is_not_loaded(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, "key", make_checkpoint(1))
     assert load_checkpoint(tmp_path, "other") is None
 
 
-def test_a_run_is_told_by_its_settings_base_and_data(tmp_path: Path) -> None:
+def test_the_run_key_depends_on_settings_base_model_and_data_only(tmp_path: Path) -> None:
     task = make_task(tmp_path)
     key = run_key(task, DATASET)
     assert key == run_key(task.model_copy(update={"job_id": "another", "job_dir": tmp_path / "elsewhere"}), DATASET)

@@ -26,7 +26,7 @@ from peft_core.system.cancellation import Cancelled, StopFlag
 from peft_core.system.failures import error_info
 from peft_core.training import lora
 from peft_core.training.checkpoint import Progress, load_checkpoint
-from peft_core.training.loop import Loop
+from peft_core.training.loop import TrainingLoop
 from peft_core.worker.__main__ import TRAINING
 from tests.tiny_models import tiny_documents, tiny_model
 
@@ -36,7 +36,7 @@ HELD_OUT = tiny_documents((25, 12, 30), seed=2)
 
 
 class Recorder:
-    """Takes events; may ask to stop after a step, counted with those that are done again."""
+    """Records events; requests a stop after a given number of steps, which includes repeated ones."""
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.events: list[Event] = []
@@ -55,14 +55,14 @@ class Recorder:
         return {event.step: event.loss for event in self.steps()}
 
     def lowered(self) -> list[tuple[int, int, float]]:
-        """Where it diverged, where it went on, share of the rate."""
+        """Return (step of divergence, step rolled back to, share of the learning rate) of every rollback."""
         return [(e.step, e.back_to_step, e.factor) for e in self.events if isinstance(e, RateLowered)]
 
     def held_out(self) -> dict[int, float]:
         return {event.step: event.loss for event in self.events if isinstance(event, HeldOutMeasured)}
 
 
-def make_loop(directory: Path, recorder: Recorder, config: TrainingConfig = CONFIG) -> Loop:
+def make_loop(directory: Path, recorder: Recorder, config: TrainingConfig = CONFIG) -> TrainingLoop:
     torch.manual_seed(config.seed)
     accelerator = Accelerator(cpu=True, step_scheduler_with_optimizer=False)
     model = tiny_model()
@@ -76,7 +76,7 @@ def make_loop(directory: Path, recorder: Recorder, config: TrainingConfig = CONF
         seed=config.seed,
     )
     optimizer = lora.build_optimizer(adapted, config)
-    return Loop(
+    return TrainingLoop(
         config=config,
         accelerator=accelerator,
         objective=objective,
@@ -94,14 +94,14 @@ def make_loop(directory: Path, recorder: Recorder, config: TrainingConfig = CONF
     )
 
 
-def uninterrupted(directory: Path, config: TrainingConfig = CONFIG) -> tuple[Recorder, Loop]:
+def uninterrupted(directory: Path, config: TrainingConfig = CONFIG) -> tuple[Recorder, TrainingLoop]:
     recorder = Recorder()
     loop = make_loop(directory, recorder, config)
     loop.run()
     return recorder, loop
 
 
-def test_training_lowers_the_loss_and_tells_of_every_step(tmp_path: Path) -> None:
+def test_training_lowers_the_loss_and_emits_an_event_for_every_step(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"max_steps": 60})
     recorder, loop = uninterrupted(tmp_path, config)
     losses = recorder.losses()
@@ -112,7 +112,7 @@ def test_training_lowers_the_loss_and_tells_of_every_step(tmp_path: Path) -> Non
     assert steps[-1].tokens == loop.order.tokens([len(document) for document in TRAIN])
 
 
-def test_the_same_seed_gives_the_same_losses_and_another_seed_others(tmp_path: Path) -> None:
+def test_losses_are_reproducible_for_the_same_seed_and_differ_for_another(tmp_path: Path) -> None:
     first, again = (uninterrupted(tmp_path / name)[0].losses() for name in ("a", "b"))
     other = uninterrupted(tmp_path / "c", CONFIG.model_copy(update={"seed": 1}))[0].losses()
     assert first == again
@@ -120,19 +120,19 @@ def test_the_same_seed_gives_the_same_losses_and_another_seed_others(tmp_path: P
 
 
 @pytest.mark.parametrize("step", [1, 3, 7])
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path, step: int) -> None:
-    expected, expected_loop = uninterrupted(tmp_path / "whole")
+def test_a_resumed_run_continues_exactly_as_if_it_had_not_been_interrupted(tmp_path: Path, step: int) -> None:
+    expected, expected_loop = uninterrupted(tmp_path / "uninterrupted")
 
     first = Recorder(stop_after=step)
     with pytest.raises(Cancelled):
-        make_loop(tmp_path / "parts", first).run()
+        make_loop(tmp_path / "resumed", first).run()
     assert isinstance(first.events[-1], CheckpointSaved)
-    checkpoint = load_checkpoint(tmp_path / "parts", "this run")
+    checkpoint = load_checkpoint(tmp_path / "resumed", "this run")
     assert checkpoint is not None
 
     second = Recorder()
-    loop = make_loop(tmp_path / "parts", second, CONFIG)
-    torch.rand(100)  # a new process has drawn other random numbers by now
+    loop = make_loop(tmp_path / "resumed", second, CONFIG)
+    torch.rand(100)  # a new process has a different generator state
     loop.restore(checkpoint)
     loop.run()
 
@@ -142,27 +142,27 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path, step: 
         assert torch.equal(weight, expected_loop.weights[name])
 
 
-def test_a_stop_within_a_step_leaves_the_state_of_the_last_whole_step(tmp_path: Path) -> None:
+def test_a_stop_in_the_middle_of_a_step_checkpoints_the_last_completed_step(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"max_length": 8192, "batch_size": 10})
-    whole = uninterrupted(tmp_path / "whole", config)[0].losses()
+    whole = uninterrupted(tmp_path / "uninterrupted", config)[0].losses()
     recorder = Recorder()
-    loop = make_loop(tmp_path / "parts", recorder, config)
+    loop = make_loop(tmp_path / "resumed", recorder, config)
     loop.run_key = "this run"
-    loop._train_step()
+    loop.train_step()
     recorder.stop.request()
     with pytest.raises(Cancelled):
         loop.run()
-    checkpoint = load_checkpoint(tmp_path / "parts", "this run")
+    checkpoint = load_checkpoint(tmp_path / "resumed", "this run")
     assert checkpoint is not None
     assert checkpoint.progress.step == 1
     second = Recorder()
-    resumed = make_loop(tmp_path / "parts", second, config)
+    resumed = make_loop(tmp_path / "resumed", second, config)
     resumed.restore(checkpoint)
     resumed.run()
     assert {**recorder.losses(), **second.losses()} == whole
 
 
-def test_early_stopping_keeps_the_best_state(tmp_path: Path) -> None:
+def test_early_stopping_ends_with_the_best_weights(tmp_path: Path) -> None:
     config = CONFIG.model_copy(
         update={"max_steps": 60, "learning_rate": 5e-2, "early_stopping_patience": 2, "eval_steps": 2, "dropout": 0.0},
     )
@@ -176,14 +176,14 @@ def test_early_stopping_keeps_the_best_state(tmp_path: Path) -> None:
     assert final == pytest.approx(measured[stopped.best_step], rel=1e-6)
 
 
-def test_without_patience_the_last_measurement_is_left_to_the_whole_set(tmp_path: Path) -> None:
+def test_the_loop_does_not_evaluate_after_the_last_step_without_early_stopping(tmp_path: Path) -> None:
     recorder, _ = uninterrupted(tmp_path, CONFIG.model_copy(update={"eval_steps": None}))
     assert list(recorder.held_out()) == [2, 4, 6]
 
 
 @dataclass
-class Narrow(Objective):
-    """Overflows as a narrow number format would: where a weight of the adapter's B has grown beyond the limit."""
+class Overflowing(Objective):
+    """Overflows as a 16-bit number format would: returns inf once a weight of LoRA B exceeds the limit."""
 
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     limit: float = math.inf
@@ -195,7 +195,7 @@ class Narrow(Objective):
 
 @dataclass
 class Faulty(Objective):
-    """Gives NaN in the calls of these numbers, counted from 0; in training, or in measurements."""
+    """Returns NaN in the calls with these numbers (0-based), counted either in training or in evaluations."""
 
     calls: tuple[int, ...] = ()
     training: bool = True
@@ -210,42 +210,42 @@ class Faulty(Objective):
 
 
 @dataclass
-class Tight(Objective):
-    """Has the allocator refuse memory for micro-batches of more tokens than `room`; layers computed twice take a quarter."""
+class MemoryLimited(Objective):
+    """Runs out of memory for micro-batches of more than `max_tokens`; with gradient checkpointing, of four times as many."""
 
-    room: int = 1 << 60
+    max_tokens: int = 1 << 60
 
     def loss(self, batch: MicroBatch) -> torch.Tensor:
         loss = super().loss(batch)
-        if self.model.training and batch.tokens > self.room * (4 if self.recomputes else 1):
+        if self.model.training and batch.tokens > self.max_tokens * (4 if self.recomputes else 1):
             loss = loss + torch.empty(1 << 50).sum()  # a petabyte
         return loss
 
 
-def tight(loop: Loop, room: int) -> Loop:
-    loop.objective = Tight(**vars(loop.objective), room=room)
+def limit_memory(loop: TrainingLoop, max_tokens: int) -> TrainingLoop:
+    loop.objective = MemoryLimited(**vars(loop.objective), max_tokens=max_tokens)
     return loop
 
 
-def narrow(loop: Loop, limit: float) -> Loop:
-    loop.objective = Narrow(**vars(loop.objective), weights=loop.weights, limit=limit)
+def overflow_above(loop: TrainingLoop, limit: float) -> TrainingLoop:
+    loop.objective = Overflowing(**vars(loop.objective), weights=loop.weights, limit=limit)
     return loop
 
 
-def faulty(loop: Loop, *calls: int, training: bool = True) -> Loop:
+def make_faulty(loop: TrainingLoop, *calls: int, training: bool = True) -> TrainingLoop:
     loop.objective = Faulty(**vars(loop.objective), calls=calls, training=training)
     return loop
 
 
 @pytest.fixture
-def good_every_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peft_core.training.loop._GOOD_EVERY", 2)
+def save_rollback_state_every_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft_core.training.loop._ROLLBACK_SAVE_STEPS", 2)
 
 
-def test_a_run_that_diverges_goes_back_and_completes_with_a_quarter_of_the_rate(tmp_path: Path) -> None:
-    expected = uninterrupted(tmp_path / "wide")[0].steps()
+def test_a_diverged_run_rolls_back_and_completes_with_a_quarter_of_the_learning_rate(tmp_path: Path) -> None:
+    expected = uninterrupted(tmp_path / "plain")[0].steps()
     recorder = Recorder()
-    loop = narrow(make_loop(tmp_path / "narrow", recorder), limit=0.1)
+    loop = overflow_above(make_loop(tmp_path / "overflowing", recorder), limit=0.1)
     loop.run()
 
     [(diverged_at, back_to, factor)] = recorder.lowered()
@@ -254,57 +254,57 @@ def test_a_run_that_diverges_goes_back_and_completes_with_a_quarter_of_the_rate(
     assert len(before) > 1
     assert [event.loss for event in before] == [event.loss for event in expected[: diverged_at - 1]]
     assert [event.step for event in again] == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert again[0].loss == expected[0].loss  # the same examples, the same dropout
+    assert again[0].loss == expected[0].loss  # the same examples and dropout masks
     assert [event.learning_rate for event in again] == [event.learning_rate / 4 for event in expected]
     assert again[-1].tokens == expected[-1].tokens
-    assert [event.factor for event in loop.lowered] == [0.25]
+    assert [event.factor for event in loop.rollback.history] == [0.25]
 
 
-def test_a_rate_that_is_still_too_high_is_lowered_once_more(tmp_path: Path) -> None:
-    expected = uninterrupted(tmp_path / "wide")[0].steps()
+def test_a_learning_rate_that_is_still_too_high_is_lowered_a_second_time(tmp_path: Path) -> None:
+    expected = uninterrupted(tmp_path / "plain")[0].steps()
     recorder = Recorder()
-    narrow(make_loop(tmp_path / "narrow", recorder), limit=0.03).run()
+    overflow_above(make_loop(tmp_path / "overflowing", recorder), limit=0.03).run()
     assert [factor for _, _, factor in recorder.lowered()] == [0.25, 0.0625]
     assert [event.learning_rate for event in recorder.steps()[-8:]] == [e.learning_rate / 16 for e in expected]
 
 
-def test_after_two_tries_a_run_fails_with_the_step_the_tries_and_the_cause(tmp_path: Path) -> None:
+def test_a_third_divergence_is_an_error_that_names_step_attempts_and_cause(tmp_path: Path) -> None:
     recorder = Recorder()
     with pytest.raises(TrainingError) as caught:
-        narrow(make_loop(tmp_path, recorder), limit=0.006).run()
+        overflow_above(make_loop(tmp_path, recorder), limit=0.006).run()
     error = caught.value
     assert error.code == "non_finite_loss"
     assert [factor for _, _, factor in recorder.lowered()] == [0.25, 0.0625]
     step = error.details["step"]
     assert step == recorder.steps()[-1].step + 1
-    assert f"At step {step} the loss is inf" in error.message
-    assert "1/4 of the rate from step 0" in error.message
-    assert "1/16 of the rate from step 0" in error.message
-    assert "The likely cause is too high a rate" in error.message
+    assert f"diverged at step {step}: the loss is inf" in error.message
+    assert "from step 0 with 1/4 of the rate" in error.message
+    assert "from step 0 with 1/16 of the rate" in error.message
+    assert "The learning rate is probably too high" in error.message
     assert any("learning_rate" in suggestion for suggestion in error.suggestions)
 
 
-def test_an_absurd_rate_fails_after_two_tries(tmp_path: Path) -> None:
+def test_an_absurd_learning_rate_fails_after_two_rollbacks(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"learning_rate": 1e20})
     recorder = Recorder()
-    with pytest.raises(TrainingError, match="too high a rate"):
+    with pytest.raises(TrainingError, match="rate is probably too high"):
         make_loop(tmp_path, recorder, config).run()
     assert [(back, factor) for _, back, factor in recorder.lowered()] == [(0, 0.25), (0, 0.0625)]
 
 
-def test_where_no_update_lies_between_the_rate_is_not_blamed(tmp_path: Path) -> None:
+def test_the_learning_rate_is_not_blamed_if_no_update_preceded_the_divergence(tmp_path: Path) -> None:
     recorder = Recorder()
-    with pytest.raises(TrainingError, match="not the rate") as caught:
-        narrow(make_loop(tmp_path, recorder), limit=-1.0).run()
+    with pytest.raises(TrainingError, match="The learning rate is not the cause") as caught:
+        overflow_above(make_loop(tmp_path, recorder), limit=-1.0).run()
     assert recorder.lowered() == [(1, 0, 0.25), (1, 0, 0.0625)]
     assert not any("learning_rate" in suggestion for suggestion in caught.value.suggestions)
 
 
-@pytest.mark.usefixtures("good_every_two")
-def test_a_run_goes_back_to_the_last_state_that_was_seen_to_be_good(tmp_path: Path) -> None:
-    expected = uninterrupted(tmp_path / "wide")[0].steps()
+@pytest.mark.usefixtures("save_rollback_state_every_two_steps")
+def test_a_rollback_goes_to_the_last_state_that_was_verified_to_be_good(tmp_path: Path) -> None:
+    expected = uninterrupted(tmp_path / "plain")[0].steps()
     recorder = Recorder()
-    loop = faulty(make_loop(tmp_path / "faulty", recorder), 5)  # one micro-batch a step: step 6
+    loop = make_faulty(make_loop(tmp_path / "faulty", recorder), 5)  # a step has one micro-batch, so this is step 6
     loop.run()
     assert recorder.lowered() == [(6, 4, 0.25)]
     steps = recorder.steps()
@@ -314,65 +314,65 @@ def test_a_run_goes_back_to_the_last_state_that_was_seen_to_be_good(tmp_path: Pa
     assert steps[5].tokens == steps[4].tokens
 
 
-@pytest.mark.usefixtures("good_every_two")
-def test_a_run_leaves_the_states_to_go_back_to_beside_its_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("save_rollback_state_every_two_steps")
+def test_a_run_leaves_its_rollback_states_next_to_its_checkpoint(tmp_path: Path) -> None:
     uninterrupted(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"state.pt", "good-0-0.pt", "good-6-0.pt"}
 
 
-@pytest.mark.usefixtures("good_every_two")
-def test_a_state_from_which_a_lower_rate_diverges_as_well_was_not_good(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("save_rollback_state_every_two_steps")
+def test_a_second_divergence_from_the_same_state_rolls_back_to_the_start(tmp_path: Path) -> None:
     recorder = Recorder()
-    faulty(make_loop(tmp_path, recorder), 5, 7).run()  # the second in the second step after going back
+    make_faulty(make_loop(tmp_path, recorder), 5, 7).run()  # the second fault is in the second step after the rollback
     assert recorder.lowered() == [(6, 4, 0.25), (6, 0, 0.0625)]
     assert recorder.steps()[-1].step == 8
 
 
-@pytest.mark.usefixtures("good_every_two")
-def test_the_second_way_back_ends_at_a_newer_good_state_where_there_is_one(tmp_path: Path) -> None:
-    expected = uninterrupted(tmp_path / "wide")[0].steps()
+@pytest.mark.usefixtures("save_rollback_state_every_two_steps")
+def test_a_second_rollback_goes_to_a_newer_good_state_if_there_is_one(tmp_path: Path) -> None:
+    expected = uninterrupted(tmp_path / "plain")[0].steps()
     recorder = Recorder()
-    faulty(make_loop(tmp_path / "faulty", recorder), 2, 7).run()  # steps 1 2 x, 1 2 3 4 x, 3 and so on
+    make_faulty(make_loop(tmp_path / "faulty", recorder), 2, 7).run()  # steps 1, 2, fault, 1, 2, 3, 4, fault, 3, ...
     assert recorder.lowered() == [(3, 0, 0.25), (5, 2, 0.0625)]
     assert recorder.steps()[-1].learning_rate == expected[-1].learning_rate / 16
 
 
-@pytest.mark.usefixtures("good_every_two")
-def test_a_state_with_a_loss_far_above_the_base_is_not_kept(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("save_rollback_state_every_two_steps")
+def test_a_state_with_a_loss_far_above_the_base_model_is_not_saved_as_good(tmp_path: Path) -> None:
     recorder = Recorder()
-    loop = faulty(make_loop(tmp_path, recorder), 5)
+    loop = make_faulty(make_loop(tmp_path, recorder), 5)
     loop.progress.base_loss = 1.0
     loop.run()
     assert recorder.lowered() == [(6, 0, 0.25)]
 
 
-def test_a_measurement_that_is_not_finite_sends_a_run_back_as_well(tmp_path: Path) -> None:
+def test_a_held_out_loss_that_is_not_finite_causes_a_rollback(tmp_path: Path) -> None:
     recorder = Recorder()
-    faulty(make_loop(tmp_path, recorder), 0, training=False).run()
+    make_faulty(make_loop(tmp_path, recorder), 0, training=False).run()
     assert recorder.lowered() == [(3, 0, 0.25)]
     assert list(recorder.held_out()) == [3, 6]
     reasons = [event.reason for event in recorder.events if isinstance(event, RateLowered)]
     assert reasons == ["the loss on the held-out examples is nan"]
 
 
-@pytest.mark.usefixtures("good_every_two")
+@pytest.mark.usefixtures("save_rollback_state_every_two_steps")
 @pytest.mark.parametrize("stop_after", range(1, 12))
-def test_a_run_that_diverged_is_resumed_as_if_it_had_not_been_interrupted(tmp_path: Path, stop_after: int) -> None:
-    """Before the first fault, between the two, and after them."""
+def test_a_run_with_rollbacks_resumes_exactly_at_any_step(tmp_path: Path, stop_after: int) -> None:
+    """The interruption falls before the first divergence, between the two, or after them."""
     limit = 0.03
     expected = Recorder()
-    whole = narrow(make_loop(tmp_path / "whole", expected), limit)
+    whole = overflow_above(make_loop(tmp_path / "uninterrupted", expected), limit)
     whole.run()
     assert len(expected.lowered()) == 2
     assert len(expected.steps()) >= 11
 
     first = Recorder(stop_after)
     with pytest.raises(Cancelled):
-        narrow(make_loop(tmp_path / "parts", first), limit).run()
-    checkpoint = load_checkpoint(tmp_path / "parts", "this run")
+        overflow_above(make_loop(tmp_path / "resumed", first), limit).run()
+    checkpoint = load_checkpoint(tmp_path / "resumed", "this run")
     assert checkpoint is not None
     second = Recorder()
-    loop = narrow(make_loop(tmp_path / "parts", second), limit)
+    loop = overflow_above(make_loop(tmp_path / "resumed", second), limit)
     torch.rand(100)
     loop.restore(checkpoint)
     loop.run()
@@ -382,32 +382,29 @@ def test_a_run_that_diverged_is_resumed_as_if_it_had_not_been_interrupted(tmp_pa
         return [*steps, *(lowered for r in recorders for lowered in r.lowered())]
 
     assert facts(first, second) == facts(expected)
-    assert loop.lowered == whole.lowered
+    assert loop.rollback.history == whole.rollback.history
     for name, weight in loop.weights.items():
         assert torch.equal(weight, whole.weights[name])
 
 
 class Killed(Exception):
-    """As if by SIGKILL: nothing is saved."""
+    """Stands in for SIGKILL: nothing is saved."""
 
 
-@pytest.mark.usefixtures("good_every_two")
+@pytest.mark.usefixtures("save_rollback_state_every_two_steps")
 @pytest.mark.parametrize(("saved_after", "killed_after"), [(1, 4), (3, 9), (6, 8), (6, 12)])
-@pytest.mark.parametrize("older", [False, True])
-def test_a_killed_run_goes_on_from_a_checkpoint_that_is_older_than_its_good_states(
+def test_a_killed_run_resumes_from_a_checkpoint_that_is_older_than_its_rollback_states(
     tmp_path: Path,
     saved_after: int,
     killed_after: int,
-    older: bool,
 ) -> None:
-    """`older`: of a version that kept good states elsewhere."""
     limit = 0.03
     expected = Recorder()
-    narrow(make_loop(tmp_path / "whole", expected), limit).run()
+    overflow_above(make_loop(tmp_path / "uninterrupted", expected), limit).run()
     assert len(expected.lowered()) == 2
 
     first = Recorder()
-    loop = narrow(make_loop(tmp_path / "parts", first), limit)
+    loop = overflow_above(make_loop(tmp_path / "resumed", first), limit)
 
     def emit(event: Event) -> None:
         first(event)
@@ -415,51 +412,47 @@ def test_a_killed_run_goes_on_from_a_checkpoint_that_is_older_than_its_good_stat
             raise Killed
 
     loop.emit = emit
-    loop.clock = lambda: 100.0 * (len(first.steps()) >= saved_after)  # one checkpoint is due, and no other
+    loop.clock = lambda: 100.0 * (len(first.steps()) >= saved_after)  # exactly one checkpoint is due
     with pytest.raises(Killed):
         loop.run()
-    if older:
-        for path in (tmp_path / "parts").glob("good-*.pt"):
-            path.unlink()
-    checkpoint = load_checkpoint(tmp_path / "parts", "this run")
+    checkpoint = load_checkpoint(tmp_path / "resumed", "this run")
     assert checkpoint is not None
 
     second = Recorder()
-    loop = narrow(make_loop(tmp_path / "parts", second), limit)
+    loop = overflow_above(make_loop(tmp_path / "resumed", second), limit)
     loop.restore(checkpoint)
     loop.run()
     steps, whole = ([(event.step, event.loss, event.learning_rate) for event in r.steps()] for r in (second, expected))
-    assert len(loop.lowered) == 2
+    assert len(loop.rollback.history) == 2
     assert steps[-1][0] == 8
-    if not older:
-        assert steps == whole[saved_after:]
+    assert steps == whole[saved_after:]
 
 
-PLAIN = CONFIG.model_copy(update={"dropout": 0.0})  # dropout draws by micro-batch
+PLAIN = CONFIG.model_copy(update={"dropout": 0.0})  # dropout masks depend on the micro-batches
 
 
-@pytest.mark.parametrize(("room", "ways"), [(45, [(40, False)]), (11, [(40, False), (40, True)])])
-def test_when_memory_runs_out_a_step_is_done_again_in_a_leaner_way_with_the_same_result(
+@pytest.mark.parametrize(("max_tokens", "reductions"), [(45, [(40, False)]), (11, [(40, False), (40, True)])])
+def test_a_step_that_runs_out_of_memory_is_repeated_with_less_memory_and_the_same_result(
     tmp_path: Path,
-    room: int,
-    ways: list[tuple[int, bool]],
+    max_tokens: int,
+    reductions: list[tuple[int, bool]],
 ) -> None:
-    expected, whole = uninterrupted(tmp_path / "roomy", PLAIN)
+    expected, whole = uninterrupted(tmp_path / "plain", PLAIN)
     recorder = Recorder()
-    loop = tight(make_loop(tmp_path / "tight", recorder, PLAIN), room)
-    loop.saved = ActivationArena(loop.objective.model)
-    places: list[ActivationArena | None] = []
+    loop = limit_memory(make_loop(tmp_path / "limited", recorder, PLAIN), max_tokens)
+    loop.activation_arena = ActivationArena(loop.objective.model)
+    arenas: list[ActivationArena | None] = []
 
-    def look(event: Event) -> None:
+    def emit(event: Event) -> None:
         recorder(event)
         if isinstance(event, MemorySaved):
-            places.append(loop.saved)
+            arenas.append(loop.activation_arena)
 
-    loop.emit = look
+    loop.emit = emit
     loop.run()
-    assert places == [None] * len(ways)
+    assert arenas == [None] * len(reductions)
     saved = [event for event in recorder.events if isinstance(event, MemorySaved)]
-    assert [(event.tokens_at_once, event.layers_computed_twice) for event in saved] == ways
+    assert [(event.tokens_at_once, event.layers_computed_twice) for event in saved] == reductions
     assert "you tried to allocate" in saved[0].reason
     assert loop.memory_saved == tuple(saved)
     assert recorder.losses() == pytest.approx(expected.losses(), rel=1e-5)
@@ -467,49 +460,49 @@ def test_when_memory_runs_out_a_step_is_done_again_in_a_leaner_way_with_the_same
         assert torch.allclose(weight, whole.weights[name], atol=1e-4)
 
 
-def test_saved_tensors_in_a_place_of_their_own_change_no_number_of_a_run(tmp_path: Path) -> None:
-    expected, whole = uninterrupted(tmp_path / "heap")
+def test_the_activation_arena_does_not_change_any_result(tmp_path: Path) -> None:
+    expected, whole = uninterrupted(tmp_path / "plain")
     recorder = Recorder()
-    loop = make_loop(tmp_path / "own", recorder)
-    loop.saved = own = ActivationArena(loop.objective.model)
+    loop = make_loop(tmp_path / "arena", recorder)
+    loop.activation_arena = arena = ActivationArena(loop.objective.model)
     loop.run()
-    assert own.nbytes > 0
+    assert arena.nbytes > 0
     assert recorder.losses() == expected.losses()
     assert all(torch.equal(weight, whole.weights[name]) for name, weight in loop.weights.items())
 
 
-def test_memory_that_is_short_before_the_first_micro_batch_is_told_as_such(tmp_path: Path) -> None:
+def test_running_out_of_memory_before_the_first_micro_batch_is_reported_as_such(tmp_path: Path) -> None:
     loop = make_loop(tmp_path, Recorder(), PLAIN)
 
-    def no_room(*_: object) -> None:
+    def out_of_memory(*_: object) -> None:
         torch.empty(1 << 50)
 
-    loop.objective.batches = no_room  # type: ignore[method-assign,assignment]  # the petabyte is really asked for
+    loop.objective.batches = out_of_memory  # type: ignore[method-assign,assignment]  # really requests a petabyte
     with pytest.raises(RuntimeError, match="you tried to allocate"):
         loop.run()
     assert loop.objective.recomputes
 
 
-def test_memory_that_is_short_for_the_leanest_way_ends_the_run(tmp_path: Path) -> None:
+def test_running_out_of_memory_with_minimal_memory_use_ends_the_run(tmp_path: Path) -> None:
     recorder = Recorder()
     with pytest.raises(RuntimeError, match="you tried to allocate") as caught:
-        tight(make_loop(tmp_path, recorder, PLAIN), 9).run()
+        limit_memory(make_loop(tmp_path, recorder, PLAIN), 9).run()
     problem = error_info(caught.value, TRAINING)
     assert problem.code == "out_of_memory"
     assert "Lower rank" in problem.suggestions[0]
 
 
-def test_a_resumed_run_computes_in_the_leaner_way_at_once(tmp_path: Path) -> None:
+def test_a_resumed_run_starts_with_the_reduced_memory_use(tmp_path: Path) -> None:
     with pytest.raises(Cancelled):
-        tight(make_loop(tmp_path, Recorder(stop_after=3), PLAIN), 11).run()
+        limit_memory(make_loop(tmp_path, Recorder(stop_after=3), PLAIN), 11).run()
     checkpoint = load_checkpoint(tmp_path, "this run")
     assert checkpoint is not None
     assert len(checkpoint.memory_saved) == 2
     recorder = Recorder()
-    loop = tight(make_loop(tmp_path, recorder, PLAIN), 11)
-    loop.saved = ActivationArena(loop.objective.model)
+    loop = limit_memory(make_loop(tmp_path, recorder, PLAIN), 11)
+    loop.activation_arena = ActivationArena(loop.objective.model)
     loop.restore(checkpoint)
-    assert loop.saved is None
+    assert loop.activation_arena is None
     assert (loop.objective.capacity, loop.objective.recomputes) == (40, True)
     loop.run()
     assert not [event for event in recorder.events if isinstance(event, MemorySaved)]
@@ -524,7 +517,7 @@ def test_a_held_out_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
         held_out_loss(loop.objective, HELD_OUT, loop.accelerator, StopFlag())
 
 
-def test_the_sample_for_measurements_during_training_is_fixed_and_bounded() -> None:
+def test_the_sample_for_evaluations_during_training_is_fixed_and_bounded() -> None:
     documents = tiny_documents((200,) * 100)
     chosen = subset(documents, seed=0)
     assert 7000 < sum(map(len, chosen)) <= 8192
