@@ -1,7 +1,7 @@
-"""Where the lines of a tokenised text begin and end, and at which of them to let a model write on.
+"""Where the lines of a tokenised text begin and end, and at which of them a model may be asked to complete the text.
 
-A line is given with its indentation, as an editor would: what has to be written are the tokens from its first visible
-character to its end. Lines are told by token, never cut inside one, for a model has not seen text that is cut so.
+A prompt includes the indentation of the line to write, as in an editor; the model writes from the first visible character to
+the end of the line. Lines are split between tokens and never inside one, because models have not seen text that is split so.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ from dataclasses import dataclass
 
 Offsets = Sequence[tuple[int, int]]  # begin and end of each token in the text, in characters
 
-_MIN_WORDY = 3  # letters or digits: brackets and `else:` prove nothing
-_LINES_BEFORE = 3  # visible ones that a prompt has at least
-EXPECTED_LINES = 3  # that a completion may have
+_MIN_WORD_CHARACTERS = 3  # letters or digits in a line: brackets and `else:` are too easy to predict
+_MIN_PROMPT_LINES = 3  # visible ones
+EXPECTED_LINES = 3  # a completion has at most
 
 
 @dataclass(frozen=True)
 class Line:
-    """Tokens first..last-1 of a text write the visible part of a row; token `last` (if any) ends it."""
+    """Tokens first..last-1 of a text form the visible part of a row; token `last`, if any, ends the row."""
 
     row: int
     first: int
     last: int
-    holds_end: bool  # the last token is the line's end as well
+    includes_newline: bool  # the last token also contains the end of the line
 
 
 @dataclass(frozen=True)
 class CompletionPoint:
-    """A prompt ends before token `first`; what follows in the text is `expected`."""
+    """A prompt ends before token `first`; the text continues with `expected`."""
 
     row: int
     first: int
     expected: str
 
 
-def lines_of(text: str, offsets: Offsets) -> Iterator[Line]:
-    """Lines with something to say that begin at a token of their own, the first one of the text left out."""
+def find_lines(text: str, offsets: Offsets) -> Iterator[Line]:
+    """Yield the lines that have enough word characters and begin at a token of their own. The first line is skipped."""
     token = begin = 0
     for row, line in enumerate(text.splitlines(keepends=True)):
         end = begin + len(line.rstrip("\r\n"))
@@ -47,40 +47,45 @@ def lines_of(text: str, offsets: Offsets) -> Iterator[Line]:
         last = token
         while last < len(offsets) and offsets[last][0] < end:
             last += 1
-        whole = last > token and offsets[last - 1][1] >= end
-        # A token may carry spaces before the first visible character, but no part of the row above.
+        is_complete = last > token and offsets[last - 1][1] >= end
+        # A token may include spaces before the first visible character, but no part of the previous row.
         starts_here = token < len(offsets) and offsets[token][0] >= begin
-        if row and whole and starts_here and sum(map(str.isalnum, line)) >= _MIN_WORDY:
-            yield Line(row, token, last, holds_end=offsets[last - 1][1] > end)
+        if row and is_complete and starts_here and sum(map(str.isalnum, line)) >= _MIN_WORD_CHARACTERS:
+            yield Line(row, token, last, includes_newline=offsets[last - 1][1] > end)
         begin += len(line)
 
 
 def find_completion_points(text: str, offsets: Offsets) -> list[CompletionPoint]:
-    """Places to write on from: within a block (indented), behind some lines of code, before a line of code."""
+    """Find the points inside an indented block, after some lines of code, and before a line that is no comment."""
     rows = text.splitlines(keepends=True)
     visible_before = [0]
     for row in rows:
         visible_before.append(visible_before[-1] + bool(row.strip()))
-    cuts = []
-    for line in lines_of(text, offsets):
+    points = []
+    for line in find_lines(text, offsets):
         row = rows[line.row]
-        if visible_before[line.row] < _LINES_BEFORE or not row[:1].isspace() or row.lstrip()[0] in "#/*\"'":
-            continue
-        expected = "".join(rows[line.row : line.row + EXPECTED_LINES])
-        cuts.append(CompletionPoint(line.row, line.first, expected))
-    return cuts
+        is_code = row[:1].isspace() and row.lstrip()[0] not in "#/*\"'"
+        if is_code and visible_before[line.row] >= _MIN_PROMPT_LINES:
+            expected = "".join(rows[line.row : line.row + EXPECTED_LINES])
+            points.append(CompletionPoint(line.row, line.first, expected))
+    return points
 
 
-def choose(cuts: Sequence[Sequence[CompletionPoint]], most: int, seed: int) -> list[tuple[int, CompletionPoint]]:
-    """At most so many cuts (index of the text, cut): one of each text in turn, in an order that the seed decides."""
+def sample_completion_points(
+    points: Sequence[Sequence[CompletionPoint]], limit: int, seed: int,
+) -> list[tuple[int, CompletionPoint]]:
+    """Choose at most `limit` points at random and return them as (index of the text, point).
+
+    Every text gets a point before any text gets a second one.
+    """
     generator = random.Random(f"prompts/{seed}")  # noqa: S311 -- a sample, not a secret
-    order = [index for index in range(len(cuts)) if cuts[index]]
+    order = [index for index in range(len(points)) if points[index]]
     generator.shuffle(order)
-    shuffled = {index: generator.sample(cuts[index], len(cuts[index])) for index in order}
+    shuffled = {index: generator.sample(points[index], len(points[index])) for index in order}
     chosen: list[tuple[int, CompletionPoint]] = []
-    for turn in range(max(map(len, cuts), default=0)):
+    for turn in range(max(map(len, points), default=0)):
         for index in order:
-            if len(chosen) == most:
+            if len(chosen) == limit:
                 return chosen
             if turn < len(shuffled[index]):
                 chosen.append((index, shuffled[index][turn]))

@@ -1,7 +1,7 @@
-"""A little general code that is no part of anybody's project: what an adapter forgets shows there.
+"""Functions from Python's standard library, on which evaluations measure how much an adapter forgets.
 
-Functions of Python's standard library, the same for everybody whatever Python runs, so that figures compare. The base has
-read them; how well it still knows them beside the adapter is the question.
+They belong to no user's project. They are packaged as text and do not depend on the Python version that runs, so results
+are comparable between machines. Every base model has probably seen them; only the change caused by the adapter matters.
 """
 
 from __future__ import annotations
@@ -12,13 +12,9 @@ from importlib.resources import files
 from peft_core.schemas.dataset import Example, Segment
 
 
-def general_examples() -> list[Example]:
-    lines = (
-        files("peft_core.evaluation")
-        .joinpath("stdlib_code_samples", "code.jsonl")
-        .read_text(encoding="utf-8")
-        .splitlines()
-    )
+def stdlib_examples() -> list[Example]:
+    directory = files("peft_core.evaluation").joinpath("stdlib_code_samples")
+    lines = directory.joinpath("code.jsonl").read_text(encoding="utf-8").splitlines()
     functions = [json.loads(line) for line in lines]
     return [
         Example(segments=(Segment(text=function["text"]),), path=function["name"], language="python", kind="function")

@@ -248,13 +248,13 @@ class Runner:
     def _write_report(self, job: Job, paths: JobPaths) -> None:
         """Write the HTML report. A failure is logged only: an adapter without a report is complete."""
         # Deferred, because jinja2 is needed once per job only:
-        from peft_core.evaluation.report import write_evaluation_report, write_report  # noqa: PLC0415
+        from peft_core.evaluation.report import write_evaluation_report, write_training_report  # noqa: PLC0415
 
         try:
             if job.request.evaluated is not None:
                 write_evaluation_report(paths.root, job.request, self._store.events(job.job_id))
             elif (manifest := read_manifest(paths.adapter)) is not None:
-                write_report(paths.adapter, manifest, self._store.events(job.job_id))
+                write_training_report(paths.adapter, manifest, self._store.events(job.job_id))
         except Exception:
             log.exception("no report", job_id=job.job_id)
 

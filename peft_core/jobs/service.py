@@ -128,10 +128,10 @@ class JobService:
         job = self._find(project_id, job_id)
         if job is None:
             return None
-        from peft_core.evaluation.loss_curve import curve_of, draw  # noqa: PLC0415 -- not at the server's start
+        from peft_core.evaluation.loss_curve import loss_curve, render_png  # noqa: PLC0415 -- not at the server's start
 
-        curve = curve_of(self._store.events(job.job_id))
-        return None if curve.is_empty else draw(curve, title)
+        curve = loss_curve(self._store.events(job.job_id))
+        return None if curve.is_empty else render_png(curve, title)
 
     def changed_since(self, event_id: int | None) -> tuple[int, list[str]]:
         """Return (newest event id, ids of the jobs with events after `event_id`; no ids for None)."""

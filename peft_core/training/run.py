@@ -2,255 +2,324 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
-from pathlib import Path
 
 import structlog
 import torch
-from accelerate import Accelerator
+from peft import PeftModel
+from transformers import PreTrainedModel
 
-from peft_core.adapters.manifest import Computation, DataRecord
-from peft_core.data.dataset import PreparedDataset, read_examples
+from peft_core.adapters.manifest import Computation, DataRecord, RunRecord
+from peft_core.data.dataset import read_examples
 from peft_core.data.leakage import FINGERPRINT_FILE_NAME
-from peft_core.data.prepare import prepare
 from peft_core.errors import DataError
-from peft_core.evaluation.summary import perplexity
+from peft_core.evaluation.summary import Scores, mean_loss, perplexity
 from peft_core.evaluation.worker.completions import undo_fusion
-from peft_core.evaluation.worker.evaluator import Evaluator, Scores, keep_scores, kept_scores, writing_budget
-from peft_core.evaluation.worker.scoring import held_out_examples_of, mean_loss, subset
+from peft_core.evaluation.worker.evaluator import (
+    Evaluator,
+    completion_budget_after_training,
+    load_scores,
+    save_scores,
+)
+from peft_core.evaluation.worker.scoring import HeldOutExample, sample_for_training
+from peft_core.evaluation.worker.setup import RunData, Session, prepare_data, start_session
 from peft_core.modeling.activation_arena import ActivationArena
-from peft_core.modeling.batches import Document, plan_order, tokenise
-from peft_core.modeling.convert import ensure_hf_directory
-from peft_core.modeling.device import DevicePlan, choose, describe, device_memory_bytes, timed, use_cores
+from peft_core.modeling.batches import Document, Order, plan_order, tokenise
+from peft_core.modeling.device import device_memory_bytes
 from peft_core.modeling.fused_blocks import FusionStats, fuse
 from peft_core.modeling.load import load_planned, move
-from peft_core.modeling.memory import (
-    peak_memory_bytes,
-    return_freed_memory,
-    seconds_alive,
-    set_malloc_keep,
-    set_malloc_trim,
-)
-from peft_core.modeling.objective import probe_fast_paths
+from peft_core.modeling.memory import peak_memory_bytes, return_freed_memory, seconds_alive, set_malloc_keep
+from peft_core.modeling.objective import Objective, probe_fast_paths
 from peft_core.modeling.threads import ThreadTuner
-from peft_core.modeling.tokenizer import BaseTokenizer, load_tokenizer
-from peft_core.paths import JobPaths
 from peft_core.planning.cost_model import uses_bf16_blocks
 from peft_core.planning.defaults import require_complete
 from peft_core.schemas.evaluation import Evaluation
-from peft_core.schemas.events import (
-    AdapterWritten,
-    DatasetPrepared,
-    Emit,
-    Evaluated,
-    HeldOutMeasured,
-    PhaseStarted,
-    RunPlanned,
-)
+from peft_core.schemas.events import AdapterWritten, DatasetPrepared, Emit, Evaluated, HeldOutMeasured, RunPlanned
 from peft_core.schemas.results import Metrics, Phase
 from peft_core.schemas.task import ComputePlan, TrainingTask
-from peft_core.system.allowed_paths import require_task_source
 from peft_core.system.cancellation import StopFlag
 from peft_core.training import lora
-from peft_core.training.checkpoint import Progress, load_checkpoint, run_key
+from peft_core.training.checkpoint import Checkpoint, Progress, load_checkpoint, run_key
 from peft_core.training.loop import TrainingLoop
-from peft_core.training.save import RunFacts, write_adapter
+from peft_core.training.save import write_adapter
 
 _log = structlog.get_logger(__name__)
 
-# Of the estimate, between micro-batches, where saved tensors leave holes in the heap: with all of it kept a hundred steps
-# peaked a tenth above what was planned. Costs a fiftieth of the speed.
-_KEPT_SHARE = 0.8
+# Share of the estimated memory that malloc may keep between micro-batches if saved activations fragment the heap. If it keeps
+# everything, memory peaks a tenth above the estimate within a hundred steps. Costs 2 % of the speed.
+_MALLOC_KEEP_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The loaded base model and how it computes."""
+
+    model: PreTrainedModel
+    compute_plan: ComputePlan  # the task's, unless the device has a number format of its own
+    uses_bf16_blocks: bool
+    objective: Objective
 
 
 def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
-    """Train, and leave the adapter complete in the job's directory.
+    """Train, and write the complete adapter to the job's directory.
 
     Raises:
-        ModelError: what a user can mend.
-        Stopped: on request; what was reached is in the checkpoint.
+        PeftMcpError: a failure that the user can correct.
+        Cancelled: on request, after writing a checkpoint.
     """
-    config, base, paths = task.request.config, task.request.base, JobPaths(task.job_dir)
+    config = task.request.config
     require_complete(config)
-    _set_up_process(config.seed, task.request.execution)
-    plan = choose(config.device, timed(config.device, describe(), config.precision), config.precision)
-    _log.info("device_chosen", device=plan.device, formats=plan.note)
-    accelerator = _accelerator(plan.device, plan.autocast)
-    threads = ThreadTuner.for_training(plan.device)
+    session = start_session(task, emit, stop)
+    accelerator = session.accelerator
+    threads = ThreadTuner.for_training(session.device.device)
 
-    # 1. Text to documents. The base comes first: its tokenizer measures the text.
-    emit(PhaseStarted(phase=Phase.PREPARING_DATA))
-
-    def report(detail: str) -> None:
-        stop.check()
-        emit(PhaseStarted(phase=Phase.PREPARING_DATA, detail=detail))
-
-    with accelerator.main_process_first():  # the others find everything done
-        directory = ensure_hf_directory(base, task.base_models_dir, report)
-        tokenizer = load_tokenizer(directory)
-        dataset = prepare(
-            task.request.dataset,
-            directory=paths.dataset,
-            token_counter=tokenizer,
-            report=report,
-            may_read=partial(require_task_source, task),
-        )
-    train = _documents(paths.dataset / "train.jsonl", tokenizer, config.max_length)
-    trials = held_out_examples_of(read_examples(paths.dataset / "held_out.jsonl"), tokenizer, config.max_length)
-    held_out = _useful([trial.document for trial in trials], "held_out.jsonl", config.max_length)
-    exam = Evaluator(trials, tokenizer, config.max_length, seed=config.seed)
-    emit(DatasetPrepared(dataset=dataset.summary))
+    # 1. Dataset. The base model's files come first, because examples are measured with its tokenizer.
+    session.start_phase(Phase.PREPARING_DATA)
+    data = prepare_data(session)
+    documents = _load_training_documents(session, data)
+    evaluator = Evaluator(data.held_out, data.tokenizer, config.max_length, seed=config.seed)
+    emit(DatasetPrepared(dataset=data.dataset.summary))
     stop.check()
 
-    # 2. The frozen base on its device.
-    emit(PhaseStarted(phase=Phase.LOADING_MODEL))
-    model, execution = load_planned(base, directory, task.request.execution, plan)
-    model = move(model, accelerator.device)
-    narrow = uses_bf16_blocks(config, base, execution)
-    objective = probe_fast_paths(model, config.max_length, uses_bf16_blocks=narrow)
+    # 2. Frozen base model, and the checkpoint if the run was interrupted.
+    session.start_phase(Phase.LOADING_MODEL)
+    base = _load_base(session, data)
+    order = _plan_order(session, len(documents))
+    stop.check()
+    key = run_key(task, data.dataset.summary)
+    checkpoint = _load_checkpoint(session, key, order)
+
+    # 3. Scores of the base model.
+    sample = sample_for_training(_documents_of(data.held_out), config.seed)
+    base_scores = load_scores(session.paths.base_scores, key, len(data.held_out)) if checkpoint is not None else None
+    if base_scores is None:
+        session.start_phase(Phase.EVALUATING_BASE)
+        threads.keep_up()
+        base_scores = evaluator.score(base.objective, accelerator, stop, key=key)
+        if accelerator.is_main_process:
+            save_scores(session.paths.base_scores, base_scores)
+    emit(HeldOutMeasured(step=0, loss=_loss_of_sample(sample, data.held_out, base_scores)))
+    base_loss = mean_loss(base_scores.held_out)
+    emit(HeldOutMeasured(step=0, loss=base_loss, whole_set=True))
+
+    # 4. Training.
+    session.start_phase(Phase.TRAINING)
+    adapted = lora.attach(base.model, config, task.request.base.name)
+    fusion = fuse(adapted)
     return_freed_memory()
-    order = plan_order(
-        examples=len(train),
+    loop = _build_loop(session, base, adapted, fusion, documents, order, sample, base_loss, key, threads)
+    if checkpoint is not None:
+        loop.restore(checkpoint)
+    del checkpoint  # it is at least as large as the adapter
+    loop.run()
+
+    # 5. Scores of the adapter.
+    session.start_phase(Phase.EVALUATING_ADAPTER)
+    threads.keep_up()
+    adapter_scores = evaluator.score(base.objective, accelerator, stop)
+    adapter_loss = mean_loss(adapter_scores.held_out)
+    emit(HeldOutMeasured(step=loop.progress.step, loss=adapter_loss, whole_set=True))
+
+    # 6. Completions of both models, and the adapter's files.
+    if accelerator.is_main_process:
+        evaluation = _evaluate(session, base, adapted, evaluator, base_scores, adapter_scores, loop.progress)
+        _write_adapter(session, base, adapted, fusion, data, loop, adapter_loss, evaluation)
+    accelerator.end_training()  # a process that does not leave its group may end with SIGABRT
+
+
+def _load_training_documents(session: Session, data: RunData) -> list[Document]:
+    """Tokenise the training set.
+
+    Raises:
+        DataError: no example of the training or the held-out set has a target token.
+    """
+    max_length = session.task.request.config.max_length
+    path = session.paths.dataset / "train.jsonl"
+    documents = [tokenise(example, data.tokenizer, max_length) for example in read_examples(path)]
+    usable = [document for document in documents if document.targets]
+    if len(usable) < len(documents):
+        _log.warning("examples_without_targets", file=path.name, excluded=len(documents) - len(usable))
+    for name, examples in ((path.name, usable), ("held_out.jsonl", data.held_out)):
+        if not examples:
+            raise DataError(
+                f"No example in {name} has a token to learn within max_length = {max_length}.",
+                suggestions=["Raise max_length, or shorten the prompts."],
+            )
+    return usable
+
+
+def _load_base(session: Session, data: RunData) -> BaseModel:
+    request, max_length = session.task.request, session.task.request.config.max_length
+    model, compute_plan = load_planned(request.base, data.base_directory, request.execution, session.device)
+    model = move(model, session.accelerator.device)
+    uses_bf16 = uses_bf16_blocks(request.config, request.base, compute_plan)
+    objective = probe_fast_paths(model, max_length, uses_bf16_blocks=uses_bf16)
+    return_freed_memory()
+    return BaseModel(model, compute_plan, uses_bf16, objective)
+
+
+def _plan_order(session: Session, examples: int) -> Order:
+    config = session.task.request.config
+    return plan_order(
+        examples=examples,
         batch_size=config.batch_size,
         num_epochs=config.num_epochs,
         max_steps=config.max_steps,
         seed=config.seed,
     )
-    stop.check()
 
-    # 3. The base on all held-out examples, unless an interrupted run has measured it.
-    key = run_key(task, dataset.summary)
-    checkpoint = load_checkpoint(paths.checkpoint, key)
-    start = checkpoint.progress.step if checkpoint is not None else 0
+
+def _load_checkpoint(session: Session, key: str, order: Order) -> Checkpoint | None:
+    """Load the run's checkpoint, if it has one, and announce the steps to run."""
+    checkpoint = load_checkpoint(session.paths.checkpoint, key)
     for event in checkpoint.recent if checkpoint is not None else ():
-        emit(event)  # once more: the process that should have heard may have been killed before this one
-    emit(RunPlanned(device=plan.device, total_steps=order.total_steps, start_step=start))
-    sample = subset(held_out, config.seed)
-    base_scores = kept_scores(paths.base_scores, key, len(trials)) if checkpoint is not None else None
-    if base_scores is None:
-        emit(PhaseStarted(phase=Phase.EVALUATING_BASE))
-        threads.keep_up()
-        base_scores = exam.score(objective, accelerator, stop, key=key)
-        if accelerator.is_main_process:
-            keep_scores(paths.base_scores, base_scores)
-    emit(HeldOutMeasured(step=0, loss=_loss_on(sample, exam, base_scores)))
-    base_loss = mean_loss(trials, base_scores.held_out)
-    emit(HeldOutMeasured(step=0, loss=base_loss, whole_set=True))
+        session.emit(event)  # again, because the previous runner may have been killed before it stored the event
+    start_step = checkpoint.progress.step if checkpoint is not None else 0
+    session.emit(RunPlanned(device=session.device.device, total_steps=order.total_steps, start_step=start_step))
+    return checkpoint
 
-    # 4. The adapter, trained.
-    emit(PhaseStarted(phase=Phase.TRAINING))
-    adapted = lora.attach(model, config, base.name)
-    fused = fuse(adapted)
-    return_freed_memory()
-    # Where nothing is saved but what blocks in bfloat16 save. In float32 neither memory nor speed was gained: the backward pass
-    # needs much room there, and in the heap finds it in what it has used.
-    apart = narrow and fused.linears == 0 and objective.head is not None and not execution.recompute_layers
-    if execution.recompute_layers:
-        objective.recompute_layers()
-    elif plan.device == "cpu":
-        kept_share = 1.0 if apart else _KEPT_SHARE
-        set_malloc_keep(up_to_bytes=round(kept_share * task.request.estimate.memory_bytes))
-    optimizer = lora.build_optimizer(adapted, config)
-    loop = TrainingLoop(
-        config=config,
+
+def _documents_of(examples: Sequence[HeldOutExample]) -> list[Document]:
+    return [example.document for example in examples]
+
+
+def _loss_of_sample(sample: Sequence[Document], held_out: Sequence[HeldOutExample], scores: Scores) -> float:
+    """Return the mean loss on the documents that are evaluated during training as well."""
+    sampled = set(map(id, sample))
+    pairs = zip(held_out, scores.held_out, strict=True)
+    return mean_loss([score for example, score in pairs if id(example.document) in sampled])
+
+
+def _build_loop(
+    session: Session,
+    base: BaseModel,
+    adapted: PeftModel,
+    fusion: FusionStats,
+    documents: Sequence[Document],
+    order: Order,
+    sample: Sequence[Document],
+    base_loss: float,
+    key: str,
+    threads: ThreadTuner,
+) -> TrainingLoop:
+    request, accelerator = session.task.request, session.accelerator
+    # The arena pays off only if bf16 blocks are all that saves activations. In float32 it saves neither memory nor time: the
+    # backward pass needs much memory of its own there, and finds it in the heap that the forward pass has used.
+    is_all_bf16 = base.uses_bf16_blocks and fusion.linears == 0 and base.objective.head is not None
+    uses_arena = is_all_bf16 and not base.compute_plan.recompute_layers
+    if base.compute_plan.recompute_layers:
+        base.objective.recompute_layers()
+    elif session.device.device == "cpu":
+        share = 1.0 if uses_arena else _MALLOC_KEEP_SHARE
+        set_malloc_keep(up_to_bytes=round(share * request.estimate.memory_bytes))
+    optimizer = lora.build_optimizer(adapted, request.config)
+    scheduler = lora.build_scheduler(optimizer, request.config, order.total_steps)
+    return TrainingLoop(
+        config=request.config,
         accelerator=accelerator,
-        objective=objective,
+        objective=base.objective,
         weights=lora.weights(adapted),
         optimizer=accelerator.prepare_optimizer(optimizer),
-        scheduler=accelerator.prepare_scheduler(lora.build_scheduler(optimizer, config, order.total_steps)),
-        documents=train,
+        scheduler=accelerator.prepare_scheduler(scheduler),
+        documents=documents,
         order=order,
         held_out=sample,
         progress=Progress(base_loss=base_loss),
-        checkpoint_directory=paths.checkpoint,
+        checkpoint_directory=session.paths.checkpoint,
         run_key=key,
-        emit=emit,
-        stop=stop,
+        emit=session.emit,
+        stop=session.stop,
         between_steps=threads.keep_up,
-        activation_arena=ActivationArena(adapted)
-        if apart
-        else None,  # no other reference: the loop must be able to free it
+        # The loop holds the only reference, so that it can free the memory.
+        activation_arena=ActivationArena(adapted) if uses_arena else None,
     )
-    if checkpoint is not None:
-        loop.restore(checkpoint)
-    del checkpoint  # as much as the adapter, or more
-    loop.run()
-    progress = loop.progress
-
-    # 5. The adapter on all held-out examples.
-    emit(PhaseStarted(phase=Phase.EVALUATING_ADAPTER))
-    threads.keep_up()
-    adapter_scores = exam.score(objective, accelerator, stop)
-    adapter_loss = mean_loss(trials, adapter_scores.held_out)
-    emit(HeldOutMeasured(step=progress.step, loss=adapter_loss, whole_set=True))
-
-    # 6. Its files.
-    if accelerator.is_main_process:
-        emit(PhaseStarted(phase=Phase.EVALUATING_ADAPTER, detail="both write from held-out prompts"))
-        undo_fusion(adapted, model)
-        if objective.head is not None:
-            objective.head.release()
-        return_freed_memory()
-        budget = writing_budget(progress.tokens)
-        evaluation = exam.compare(base_scores, adapter_scores, model, adapted.disable_adapter, budget=budget, stop=stop)
-        # `prepare` kept apart what is held out; early stopping looked at a part of it.
-        chosen_on_part = config.early_stopping_patience is not None
-        evaluation = evaluation.model_copy(update={"seen_in_training": 0.0, "chosen_on_part": chosen_on_part})
-        emit(Evaluated(evaluation=evaluation))
-        emit(PhaseStarted(phase=Phase.SAVING))
-        facts = _facts(task, plan, execution, dataset, loop, fused, evaluation)
-        measured = partial(_metrics, progress, adapter_loss, accelerator.device)
-        metrics = write_adapter(paths.adapter, adapted, task, facts, measured)
-        _log.info("adapter_written", **metrics.model_dump())
-        emit(AdapterWritten(metrics=metrics))
-    accelerator.end_training()  # a process that leaves its group unclosed may end with SIGABRT
 
 
-def _loss_on(sample: list[Document], exam: Evaluator, scores: Scores) -> float:
-    """The mean over the documents that are measured during training as well."""
-    sampled = set(map(id, sample))
-    chosen = [(t, s) for t, s in zip(exam.held_out, scores.held_out, strict=True) if id(t.document) in sampled]
-    return mean_loss([trial for trial, _ in chosen], [score for _, score in chosen])
+def _evaluate(
+    session: Session,
+    base: BaseModel,
+    adapted: PeftModel,
+    evaluator: Evaluator,
+    base_scores: Scores,
+    adapter_scores: Scores,
+    progress: Progress,
+) -> Evaluation:
+    """Compare base model and adapter. The model cannot be trained afterwards."""
+    session.start_phase(Phase.EVALUATING_ADAPTER, "completing held-out prompts with both models")
+    undo_fusion(adapted, base.model)
+    if base.objective.head is not None:
+        base.objective.head.release()
+    return_freed_memory()
+    evaluation = evaluator.compare(
+        base_scores,
+        adapter_scores,
+        base.model,
+        adapted.disable_adapter,
+        budget=completion_budget_after_training(progress.tokens),
+        stop=session.stop,
+    )
+    evaluation = evaluation.model_copy(
+        update={
+            "seen_in_training": 0.0,  # `prepare` separates held-out from training data
+            "chosen_on_part": session.task.request.config.early_stopping_patience is not None,
+        },
+    )
+    session.emit(Evaluated(evaluation=evaluation))
+    return evaluation
 
 
-def _facts(
-    task: TrainingTask,
-    plan: DevicePlan,
-    execution: ComputePlan,
-    dataset: PreparedDataset,
+def _write_adapter(
+    session: Session,
+    base: BaseModel,
+    adapted: PeftModel,
+    fusion: FusionStats,
+    data: RunData,
     loop: TrainingLoop,
-    fused: FusionStats,
+    adapter_loss: float,
     evaluation: Evaluation,
-) -> RunFacts:
-    progress, objective = loop.progress, loop.objective
-    return RunFacts(
+) -> None:
+    session.start_phase(Phase.SAVING)
+    request, progress, dataset = session.task.request, loop.progress, data.dataset
+    run_record = RunRecord(
+        config=request.config.model_copy(update={"base_model": None}),
+        target_modules=lora.target_modules(adapted),
+        device=session.device.device,
+        weights_dtype="bfloat16" if base.compute_plan.weights == "bfloat16" else "float32",
+        steps=progress.step,
+        stopped_early_at=progress.step if progress.stopped_early else None,
+        best_step=progress.best_step if loop.best is not None else None,
+        computation=Computation(
+            execution=base.compute_plan,
+            documents_packed=base.objective.packed,
+            head_in_chunks=base.objective.head is not None,
+            fused_blocks=fusion.blocks,
+            fused_linears=fusion.linears,
+            estimated_memory_bytes=request.estimate.memory_bytes,
+        ),
+        memory_saved=loop.memory_saved,
+        rate_lowered=loop.rollback.history,
+    )
+    metrics = write_adapter(
+        session.paths.adapter,
+        adapted,
+        session.task,
         data=DataRecord(
-            source_kind=task.request.source_kind,
+            source_kind=request.source_kind,
             summary=dataset.summary,
             languages=dataset.languages,
             repository_commit=dataset.repository_commit,
             repository_dirty=dataset.repository_dirty,
         ),
-        device=plan.device,
-        computation=Computation(
-            execution=execution,
-            documents_packed=objective.packed,
-            head_in_chunks=objective.head is not None,
-            fused_blocks=fused.blocks,
-            fused_linears=fused.linears,
-            estimated_memory_bytes=task.request.estimate.memory_bytes,
-        ),
-        weights_dtype="bfloat16" if execution.weights == "bfloat16" else "float32",
-        steps=progress.step,
-        stopped_early_at=progress.step if progress.stopped_early else None,
-        best_step=progress.best_step if loop.best is not None else None,
-        rate_lowered=loop.rollback.history,
-        memory_saved=loop.memory_saved,
-        created_at=datetime.now(UTC),
+        run=run_record,
         evaluation=evaluation,
-        trained_on=(JobPaths(task.job_dir).dataset / FINGERPRINT_FILE_NAME).read_bytes(),
+        training_fingerprint=(session.paths.dataset / FINGERPRINT_FILE_NAME).read_bytes(),
+        created_at=datetime.now(UTC),
+        measure=lambda adapter_bytes: _metrics(progress, adapter_loss, session.accelerator.device, adapter_bytes),
     )
+    _log.info("adapter_written", **metrics.model_dump())
+    session.emit(AdapterWritten(metrics=metrics))
 
 
 def _metrics(progress: Progress, adapter_loss: float, device: torch.device, adapter_bytes: int) -> Metrics:
@@ -266,37 +335,3 @@ def _metrics(progress: Progress, adapter_loss: float, device: torch.device, adap
         device_memory_bytes=device_memory_bytes(device) or None,
         adapter_bytes=adapter_bytes,
     )
-
-
-def _accelerator(device: str, mixed_precision: str) -> Accelerator:
-    # One scheduler step for each optimiser step, however many processes share it.
-    return Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision, step_scheduler_with_optimizer=False)
-
-
-def _set_up_process(seed: int, way: ComputePlan) -> None:
-    if way.recompute_layers:
-        set_malloc_trim()
-    else:
-        set_malloc_keep()
-    use_cores()
-    # Torch draws LoRA A and dropout from its global generators; everything else here has a generator of its own.
-    torch.manual_seed(seed)
-
-
-def _documents(path: Path, tokenizer: BaseTokenizer, max_length: int) -> list[Document]:
-    """The tokenised examples that have something to learn."""
-    documents = [tokenise(example, tokenizer, max_length) for example in read_examples(path)]
-    return _useful(documents, path.name, max_length)
-
-
-def _useful(documents: list[Document], name: str, max_length: int) -> list[Document]:
-    """Those that have something to learn."""
-    useful = [document for document in documents if document.targets]
-    if not useful:
-        raise DataError(
-            f"No example in {name} has a token to learn within max_length = {max_length}.",
-            suggestions=["Raise max_length, or shorten the prompts."],
-        )
-    if len(useful) < len(documents):
-        _log.warning("examples_without_targets", file=name, left_out=len(documents) - len(useful))
-    return useful

@@ -1,4 +1,4 @@
-"""The evaluation child: base against an adapter that exists already, on any data."""
+"""The evaluation worker: compares an existing adapter with its base model on any data."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from accelerate import Accelerator
 from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
 from peft_core.data.leakage import FINGERPRINT_FILE_NAME, TrainingFingerprint
-from peft_core.evaluation.worker.completions import choose_prompts, write
-from peft_core.evaluation.worker.scoring import held_out_examples_of, held_out_loss, mean_loss, measure
+from peft_core.evaluation.summary import mean_loss
+from peft_core.evaluation.worker.completions import choose_prompts, complete
+from peft_core.evaluation.worker.scoring import held_out_loss, make_held_out_examples, score_examples
 from peft_core.modeling.objective import probe_fast_paths
 from peft_core.modeling.tokenizer import load_tokenizer
 from peft_core.schemas.dataset import Example, Segment
@@ -57,7 +58,7 @@ def make_task(directory: Path, base: Path, adapter: Path, examples: int = 12) ->
     )
 
 
-def run_child(task: TrainingTask) -> tuple[int, list[Event], str]:
+def run_worker(task: TrainingTask) -> tuple[int, list[Event], str]:
     done = subprocess.run(
         [sys.executable, "-m", "peft_core.evaluation"],
         input=task.model_dump_json(),
@@ -69,25 +70,30 @@ def run_child(task: TrainingTask) -> tuple[int, list[Event], str]:
     return done.returncode, [EVENT.validate_json(line) for line in done.stdout.splitlines()], done.stderr
 
 
-def test_any_adapter_is_measured_against_its_base(tmp_path: Path, tiny_base: Path) -> None:
+def test_any_adapter_is_compared_with_its_base_model(tmp_path: Path, tiny_base: Path) -> None:
     adapter = write_tiny_adapter(tmp_path / "adapter", tiny_base, seed=1)
-    code_, events, err = run_child(make_task(tmp_path, tiny_base, adapter))
+    code_, events, err = run_worker(make_task(tmp_path, tiny_base, adapter))
     assert code_ == 0, err
     last = events[-1]
     assert isinstance(last, Evaluated)
-    found = last.evaluation
-    assert found.loss.change != 0
-    assert found.verdict in set(Verdict)
-    assert (found.resampled, found.files, found.examples, found.seen_in_training) == ("files", 12, 12, None)
-    assert found.lines == 36  # all but each first one
-    assert found.general_tokens > 1000
-    assert found.prompts > 5
+    evaluation = last.evaluation
+    assert evaluation.loss.change != 0
+    assert evaluation.verdict in set(Verdict)
+    assert (evaluation.resampled, evaluation.files, evaluation.examples, evaluation.seen_in_training) == (
+        "files",
+        12,
+        12,
+        None,
+    )
+    assert evaluation.lines == 36  # all but the first of each file
+    assert evaluation.general_tokens > 1000
+    assert evaluation.prompts > 5
 
 
-def test_what_the_adapter_was_trained_on_is_left_out_and_nothing_else(tmp_path: Path, tiny_base: Path) -> None:
+def test_exactly_the_examples_that_the_adapter_was_trained_on_are_excluded(tmp_path: Path, tiny_base: Path) -> None:
     adapter = write_tiny_adapter(tmp_path / "adapter", tiny_base, seed=1)
     (adapter / FINGERPRINT_FILE_NAME).write_bytes(TrainingFingerprint.of([code(n) for n in range(3)]).to_bytes())
-    exit_code, events, err = run_child(make_task(tmp_path, tiny_base, adapter))
+    exit_code, events, err = run_worker(make_task(tmp_path, tiny_base, adapter))
     assert exit_code == 0, err
     (prepared,) = [event for event in events if isinstance(event, DatasetPrepared)]
     assert prepared.dataset.left_out["trained_on"] == 3
@@ -96,10 +102,10 @@ def test_what_the_adapter_was_trained_on_is_left_out_and_nothing_else(tmp_path: 
     assert events[-1].evaluation.seen_in_training == 0
 
 
-def test_data_that_was_all_trained_on_is_refused_with_the_overlap(tmp_path: Path, tiny_base: Path) -> None:
+def test_data_that_the_adapter_was_trained_on_is_rejected_with_the_overlap(tmp_path: Path, tiny_base: Path) -> None:
     adapter = write_tiny_adapter(tmp_path / "adapter", tiny_base, seed=1)
     (adapter / FINGERPRINT_FILE_NAME).write_bytes(TrainingFingerprint.of([code(n) for n in range(12)]).to_bytes())
-    exit_code, events, _ = run_child(make_task(tmp_path, tiny_base, adapter))
+    exit_code, events, _ = run_worker(make_task(tmp_path, tiny_base, adapter))
     assert exit_code == 1
     failed = events[-1]
     assert isinstance(failed, JobFailed)
@@ -108,7 +114,7 @@ def test_data_that_was_all_trained_on_is_refused_with_the_overlap(tmp_path: Path
 
 
 @pytest.mark.parametrize(("moved", "field"), [("data", "evaluation_data"), ("adapter", "adapter_path")])
-def test_what_lies_out_of_the_roots_when_the_job_begins_is_not_read(
+def test_paths_outside_the_allowed_roots_are_not_read_when_the_job_starts(
     tmp_path: Path,
     tiny_base: Path,
     moved: str,
@@ -119,14 +125,14 @@ def test_what_lies_out_of_the_roots_when_the_job_begins_is_not_read(
     task = make_task(tmp_path / "code", tiny_base, adapter)
     left = tmp_path / ("adapters" if moved == "data" else "code")
     task = task.model_copy(update={"data_dir": tmp_path / "data", "allowed_roots": (left,)})
-    exit_code, events, _ = run_child(task)
+    exit_code, events, _ = run_worker(task)
     assert exit_code == 1
     failed = events[-1]
     assert isinstance(failed, JobFailed)
     assert (failed.error.code, failed.error.message.partition(" ")[0]) == ("outside_allowed_roots", field)
 
 
-def test_scores_of_examples_sum_up_to_the_loss_and_greedy_lines_are_counted(tiny_base: Path) -> None:
+def test_example_scores_add_up_to_the_held_out_loss(tiny_base: Path) -> None:
     tokenizer = load_tokenizer(tiny_base)
     model = tiny_model()
     objective = probe_fast_paths(model, 256)
@@ -134,39 +140,39 @@ def test_scores_of_examples_sum_up_to_the_loss_and_greedy_lines_are_counted(tiny
         Example(segments=(Segment(text=code(n)),), path=f"m{n}.py", language="python", kind="function")
         for n in range(5)
     ]
-    trials = held_out_examples_of(examples, tokenizer, 256)
+    held_out = make_held_out_examples(examples, tokenizer, 256)
     accelerator = Accelerator(cpu=True)
-    scores = measure(objective, trials, tokenizer, accelerator, StopFlag())
-    whole = held_out_loss(objective, [trial.document for trial in trials], accelerator, StopFlag())
-    assert mean_loss(trials, scores) == pytest.approx(whole, rel=1e-5)
-    assert {len(trial.lines) for trial in trials} == {3}
-    assert [score.lines for score in scores] == [0] * 5  # an untrained model writes none
+    scores = score_examples(objective, held_out, tokenizer, accelerator, StopFlag())
+    whole = held_out_loss(objective, [each.document for each in held_out], accelerator, StopFlag())
+    assert mean_loss(scores) == pytest.approx(whole, rel=1e-5)
+    assert {len(each.lines) for each in held_out} == {3}
+    assert [score.lines for score in scores] == [0] * 5  # an untrained model predicts none exactly
 
 
-def test_what_is_written_in_a_batch_is_what_is_written_alone(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_completions_do_not_depend_on_the_batch_size(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = load_tokenizer(tiny_base)
     model = tiny_model()
     examples = [
         Example(segments=(Segment(text=code(n) * (1 + n % 2)),), path=f"m{n}.py", language="python", kind="function")
         for n in range(6)
     ]
-    prompts = choose_prompts(held_out_examples_of(examples, tokenizer, 256), 6, 10_000, 0, tokenizer)
+    prompts = choose_prompts(make_held_out_examples(examples, tokenizer, 256), 6, 10_000, 0, tokenizer)
     assert len(prompts) == 6
-    together = write(model, prompts, tokenizer, StopFlag())
+    together = complete(model, prompts, tokenizer, StopFlag())
     with torch.no_grad():
-        alone = [write(model, [prompt], tokenizer, StopFlag())[0] for prompt in prompts]
+        alone = [complete(model, [prompt], tokenizer, StopFlag())[0] for prompt in prompts]
     assert together == alone
 
     generate = model.generate
 
-    def in_little_memory(input_ids: torch.Tensor, **others: Any) -> Any:
+    def generate_in_little_memory(input_ids: torch.Tensor, **others: Any) -> Any:
         if len(input_ids) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
         return generate(input_ids=input_ids, **others)
 
-    monkeypatch.setattr(model, "generate", in_little_memory)
-    assert write(model, prompts, tokenizer, StopFlag()) == alone
-    monkeypatch.setattr(model, "generate", lambda **_: in_little_memory(torch.zeros(3, 1)))
+    monkeypatch.setattr(model, "generate", generate_in_little_memory)
+    assert complete(model, prompts, tokenizer, StopFlag()) == alone
+    monkeypatch.setattr(model, "generate", lambda **_: generate_in_little_memory(torch.zeros(3, 1)))
     with pytest.raises(torch.OutOfMemoryError):
-        write(model, prompts, tokenizer, StopFlag())
-    assert choose_prompts(held_out_examples_of(examples, tokenizer, 256), 6, 100, 0, tokenizer) == []
+        complete(model, prompts, tokenizer, StopFlag())
+    assert choose_prompts(make_held_out_examples(examples, tokenizer, 256), 6, 100, 0, tokenizer) == []

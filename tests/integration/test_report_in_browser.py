@@ -1,4 +1,4 @@
-"""The report as people see it: in a real browser, without a network, light and dark, wide and narrow."""
+"""The report in a real browser: offline, in light and dark schemes, on wide and narrow screens."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from peft_core.evaluation.loss_curve import curve_of
-from peft_core.evaluation.report import render
+from peft_core.evaluation.loss_curve import loss_curve
+from peft_core.evaluation.report import render_report
 from tests.factories import make_evaluation
 from tests.unit.evaluation.test_report import EVENTS, HOSTILE
 
@@ -32,44 +32,44 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture
 def report(tmp_path: Path) -> Path:
     path = tmp_path / "report.html"
-    facts = {"Data": {"files": "12", "a long name": "x" * 300, "hostile": HOSTILE}}
-    page = render(
+    tables = {"Data": {"files": "12", "a long name": "x" * 300, "hostile": HOSTILE}}
+    page = render_report(
         title="web on SmolLM2",
         subtitle=HOSTILE,
         evaluation=make_evaluation(),
-        curve=curve_of(EVENTS),
-        facts=facts,
+        curve=loss_curve(EVENTS),
+        tables=tables,
     )
     path.write_text(page, encoding="utf-8")
     return path
 
 
-def opened(browser: Browser, report: Path, *, dark: bool = False, width: int = 1000) -> tuple[Page, list[str]]:
-    """The page, and what the browser complained of or asked for besides the page itself."""
+def open_report(browser: Browser, report: Path, *, dark: bool = False, width: int = 1000) -> tuple[Page, list[str]]:
+    """Open the report. Return the page, and everything that the browser complained about or requested besides the page."""
     context = browser.new_context(
         offline=True,
         color_scheme="dark" if dark else "light",
         viewport={"width": width, "height": 900},
     )
     page = context.new_page()
-    rejection_reason: list[str] = []
-    page.on("console", lambda message: rejection_reason.append(message.text))
-    page.on("pageerror", lambda error: rejection_reason.append(str(error)))
-    page.on("dialog", lambda dialog: rejection_reason.append(f"a dialog: {dialog.message}"))
-    page.on("request", lambda request: rejection_reason.append(request.url) if request.url != report.as_uri() else None)
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("dialog", lambda dialog: complaints.append(f"a dialog: {dialog.message}"))
+    page.on("request", lambda request: complaints.append(request.url) if request.url != report.as_uri() else None)
     page.goto(report.as_uri())
-    return page, rejection_reason
+    return page, complaints
 
 
-def test_it_opens_offline_and_asks_for_nothing(browser: Browser, report: Path) -> None:
-    page, rejection_reason = opened(browser, report)
-    assert rejection_reason == []
+def test_the_report_opens_offline_and_requests_nothing(browser: Browser, report: Path) -> None:
+    page, complaints = open_report(browser, report)
+    assert complaints == []
     assert page.locator("h1").inner_text() == "The adapter helps"
     assert page.locator("script, img").count() == 0
 
 
-def test_its_curves_are_drawn(browser: Browser, report: Path) -> None:
-    page, _ = opened(browser, report)
+def test_the_report_draws_its_curves(browser: Browser, report: Path) -> None:
+    page, _ = open_report(browser, report)
     for curve in ("step", "smooth", "held"):
         box = page.locator(f"polyline.{curve}").bounding_box()
         assert box is not None
@@ -78,16 +78,16 @@ def test_its_curves_are_drawn(browser: Browser, report: Path) -> None:
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_it_can_be_read_in_both_schemes(browser: Browser, report: Path, dark: bool) -> None:
-    page, _ = opened(browser, report, dark=dark)
+def test_the_report_has_sufficient_contrast_in_both_colour_schemes(browser: Browser, report: Path, dark: bool) -> None:
+    page, _ = open_report(browser, report, dark=dark)
     ratios = page.evaluate(CONTRAST)
     assert ratios["paper"] < 0.1 if dark else ratios["paper"] > 0.9
     assert ratios["least"] >= 4.5, ratios  # WCAG 2.2, level AA, for text
 
 
 @pytest.mark.parametrize("width", [360, 1000])
-def test_nothing_sticks_out_of_the_window(browser: Browser, report: Path, width: int) -> None:
-    page, _ = opened(browser, report, width=width)
+def test_the_report_fits_the_width_of_the_window(browser: Browser, report: Path, width: int) -> None:
+    page, _ = open_report(browser, report, width=width)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 

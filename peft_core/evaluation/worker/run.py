@@ -1,38 +1,32 @@
-"""One evaluation, from the task to the comparison, in numbered phases."""
+"""One evaluation of an existing adapter, from the task to the comparison with its base model, in numbered phases."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import structlog
-from accelerate import Accelerator
-from safetensors.torch import load as tensors_of
+from safetensors.torch import load as load_tensors
 
-from peft_core.adapters.files import AdapterFiles, read_adapter
+from peft_core.adapters.files import read_adapter
 from peft_core.adapters.verify import verify_files
-from peft_core.data.dataset import read_examples
 from peft_core.data.leakage import FINGERPRINT_FILE_NAME, MAX_FINGERPRINT_BYTES, TrainingFingerprint
-from peft_core.data.prepare import prepare
 from peft_core.data.walk import ExclusionReason
 from peft_core.errors import DataError, HeaderError, InferenceError
+from peft_core.evaluation.summary import mean_loss
 from peft_core.evaluation.worker.completions import undo_fusion
-from peft_core.evaluation.worker.evaluator import WRITING_TOKENS, Evaluator
-from peft_core.evaluation.worker.scoring import held_out_examples_of, mean_loss
+from peft_core.evaluation.worker.evaluator import Evaluator, completion_budget
+from peft_core.evaluation.worker.setup import RunData, Session, prepare_data, start_session
 from peft_core.modeling.adapter_model import ResidentModel
-from peft_core.modeling.convert import ensure_hf_directory
-from peft_core.modeling.device import choose, describe, timed, use_cores
-from peft_core.modeling.memory import return_freed_memory, set_malloc_keep
+from peft_core.modeling.memory import return_freed_memory
 from peft_core.modeling.objective import probe_fast_paths
-from peft_core.modeling.tokenizer import load_tokenizer
-from peft_core.paths import JobPaths
 from peft_core.schemas.dataset import DatasetPurpose, DatasetSummary
-from peft_core.schemas.events import DatasetPrepared, Emit, Evaluated, HeldOutMeasured, PhaseStarted, RunPlanned
+from peft_core.schemas.events import DatasetPrepared, Emit, Evaluated, HeldOutMeasured, RunPlanned
 from peft_core.schemas.results import BaseMatch, Phase
 from peft_core.schemas.task import TrainingTask
-from peft_core.system.allowed_paths import require_task_adapter, require_task_source
+from peft_core.schemas.training import EvaluatedAdapter
+from peft_core.system.allowed_paths import require_task_adapter
 from peft_core.system.cancellation import StopFlag
 from peft_core.system.files import read_small
 
@@ -40,76 +34,48 @@ _log = structlog.get_logger(__name__)
 
 
 def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
-    """Measure base and adapter on text that the adapter was not trained on.
+    """Compare base model and adapter on text that the adapter was not trained on.
 
     Raises:
-        ModelError: what a user can mend.
-        Stopped: on request.
+        PeftMcpError: a failure that the user can correct.
+        Cancelled: on request.
     """
-    request, paths = task.request, JobPaths(task.job_dir)
-    assert request.evaluated is not None, "a task of the training child"  # noqa: S101 -- the runner's mistake
-    config, directory_of_adapter = request.config, request.evaluated.adapter_path
-    set_malloc_keep()
-    use_cores()
-    plan = choose(config.device, timed(config.device, describe(), config.precision), config.precision)
-    accelerator = Accelerator(cpu=plan.device == "cpu", mixed_precision=plan.autocast)
+    evaluated, config = task.request.evaluated, task.request.config
+    assert evaluated is not None, "this is a training task"  # noqa: S101 -- an error in the caller
+    session = start_session(task, emit, stop)
+    accelerator = session.accelerator
 
-    # 1. Text that was not trained on.
-    emit(PhaseStarted(phase=Phase.PREPARING_DATA))
-
-    def report(detail: str) -> None:
-        stop.check()
-        emit(PhaseStarted(phase=Phase.PREPARING_DATA, detail=detail))
-
-    require_task_adapter(task, directory_of_adapter)
-    known = _trained_on(directory_of_adapter)
-    directory = ensure_hf_directory(request.base, task.base_models_dir, report)
-    tokenizer = load_tokenizer(directory)
-    dataset = prepare(
-        request.dataset,
-        directory=paths.dataset,
-        token_counter=tokenizer,
-        report=report,
-        known=known,
-        may_read=partial(require_task_source, task),
-    )
-    trials = held_out_examples_of(read_examples(paths.dataset / "held_out.jsonl"), tokenizer, config.max_length)
-    if len(trials) < DatasetPurpose.EVALUATION.min_examples:
-        raise _too_little(dataset.summary, len(trials))
-    summary = dataset.summary.model_copy(
-        update={
-            "held_out_examples": len(trials),
-            "held_out_tokens": sum(len(trial.document) for trial in trials),
-        },
-    )
+    # 1. Text that the adapter was not trained on.
+    session.start_phase(Phase.PREPARING_DATA)
+    require_task_adapter(task, evaluated.adapter_path)
+    known = _training_fingerprint(evaluated.adapter_path)
+    data = prepare_data(session, known)
+    summary = _summary(data)
     emit(DatasetPrepared(dataset=summary))
-    exam = Evaluator(trials, tokenizer, config.max_length, seed=config.seed)
+    evaluator = Evaluator(data.held_out, data.tokenizer, config.max_length, seed=config.seed)
     stop.check()
 
-    # 2. Base and adapter: the bytes that are checked are those that are loaded.
-    emit(PhaseStarted(phase=Phase.LOADING_MODEL))
-    model = ResidentModel.load(request.base, directory, plan)
-    emit(RunPlanned(device=plan.device, total_steps=0))
-    files = _checked(directory_of_adapter, task)
-    assert files.settings is not None, "judged usable"  # noqa: S101 -- cannot be
-    assert files.weights is not None, "judged usable"  # noqa: S101 -- likewise
-    name, effect = model.add(files.settings, tensors_of(files.weights))
-    _log.info("adapter_loaded", **effect.model_dump())
-    objective = probe_fast_paths(model.causal, config.max_length)  # with the adapter on: it may change the head
+    # 2. Base model and adapter.
+    session.start_phase(Phase.LOADING_MODEL)
+    model = ResidentModel.load(task.request.base, data.base_directory, session.device)
+    emit(RunPlanned(device=session.device.device, total_steps=0))
+    name = _add_adapter(model, evaluated, session)
+    # With the adapter active, because it may change the output head.
+    objective = probe_fast_paths(model.causal, config.max_length)
     return_freed_memory()
     stop.check()
 
-    # 3. The base, then the adapter.
-    emit(PhaseStarted(phase=Phase.EVALUATING_BASE))
+    # 3. Scores of the base model, then of the adapter.
+    session.start_phase(Phase.EVALUATING_BASE)
     model.select(None)
-    base = exam.score(objective, accelerator, stop)
-    emit(HeldOutMeasured(step=0, loss=mean_loss(trials, base.held_out), whole_set=True))
-    emit(PhaseStarted(phase=Phase.EVALUATING_ADAPTER))
+    base_scores = evaluator.score(objective, accelerator, stop)
+    emit(HeldOutMeasured(step=0, loss=mean_loss(base_scores.held_out), whole_set=True))
+    session.start_phase(Phase.EVALUATING_ADAPTER)
     model.select(name)
-    adapter = exam.score(objective, accelerator, stop)
+    adapter_scores = evaluator.score(objective, accelerator, stop)
 
-    # 4. What both write, and the sum of it all.
-    emit(PhaseStarted(phase=Phase.EVALUATING_ADAPTER, detail="both write from held-out prompts"))
+    # 4. Completions of both, and the summary.
+    session.start_phase(Phase.EVALUATING_ADAPTER, "completing held-out prompts with both models")
     undo_fusion(model.causal, model.causal)
 
     @contextmanager
@@ -118,48 +84,67 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
         yield
         model.select(name)
 
-    least, most = WRITING_TOKENS
-    budget = min(most, max(least, 2 * summary.held_out_tokens))  # of each model
-    evaluation = exam.compare(base, adapter, model.causal, without_adapter, budget=budget, stop=stop)
-    seen = None if known is None else 0.0  # those that were are left out
-    emit(Evaluated(evaluation=evaluation.model_copy(update={"seen_in_training": seen})))
+    budget = completion_budget(2 * summary.held_out_tokens)
+    evaluation = evaluator.compare(base_scores, adapter_scores, model.causal, without_adapter, budget=budget, stop=stop)
+    seen_in_training = None if known is None else 0.0  # known examples were excluded
+    emit(Evaluated(evaluation=evaluation.model_copy(update={"seen_in_training": seen_in_training})))
 
 
-def _trained_on(adapter: Path) -> TrainingFingerprint | None:
+def _training_fingerprint(adapter: Path) -> TrainingFingerprint | None:
+    """Return the record of what the adapter was trained on, or None if it has none."""
     try:
         return TrainingFingerprint.from_bytes(read_small(adapter / FINGERPRINT_FILE_NAME, MAX_FINGERPRINT_BYTES))
     except HeaderError:
         return None
 
 
-def _checked(directory: Path, task: TrainingTask) -> AdapterFiles:
-    files = read_adapter(directory, with_weights=True)
-    found = verify_files(files, task.request.base, scan_weights=True)
-    evaluated = task.request.evaluated
-    insists = evaluated is not None and evaluated.accept_unproven_base
-    if not (found.compatible or (insists and found.verdict is BaseMatch.SHAPE_ONLY)):
-        why = "; ".join(reason.message for reason in found.reasons[:3]) or found.verdict
+def _summary(data: RunData) -> DatasetSummary:
+    """Return the dataset's summary for the examples that can be evaluated.
+
+    Raises:
+        DataError: there are too few of them.
+    """
+    summary, usable = data.dataset.summary, len(data.held_out)
+    needed = DatasetPurpose.EVALUATION.min_examples
+    if usable >= needed:
+        tokens = sum(len(example.document) for example in data.held_out)
+        return summary.model_copy(update={"held_out_examples": usable, "held_out_tokens": tokens})
+    seen = summary.left_out.get(ExclusionReason.TRAINED_ON, 0)
+    maybe_seen = summary.left_out.get(ExclusionReason.MAYBE_TRAINED_ON, 0)
+    if seen or maybe_seen:
+        also = f" and possibly on {maybe_seen} more" if maybe_seen else ""
+        raise DataError(
+            f"The evaluation data overlaps the training data: of {seen + maybe_seen + usable} examples the adapter was trained "
+            f"on {seen}{also}, which leaves {usable}; at least {needed} are needed.",
+            code="evaluation_overlaps_training",
+            suggestions=["Pass code that the adapter was not trained on: newer files, or another part of the project"],
+        )
+    raise DataError(
+        f"The evaluation data has {usable} usable examples; at least {needed} are needed.",
+        code="too_few_examples",
+        suggestions=["Pass more code: a parent directory, or the whole repository"],
+    )
+
+
+def _add_adapter(model: ResidentModel, evaluated: EvaluatedAdapter, session: Session) -> str:
+    """Check the adapter's files, load the very bytes that were checked, and return the adapter's name in the model.
+
+    Raises:
+        InferenceError: the adapter does not fit the base model.
+    """
+    base = session.task.request.base
+    files = read_adapter(evaluated.adapter_path, with_weights=True)
+    check = verify_files(files, base, scan_weights=True)
+    is_accepted = evaluated.accept_unproven_base and check.verdict is BaseMatch.SHAPE_ONLY
+    if not (check.compatible or is_accepted):
+        reasons = "; ".join(reason.message for reason in check.reasons[:3]) or check.verdict
         raise InferenceError(
-            f"The adapter cannot be put on {task.request.base.name}: {why}",
+            f"The adapter cannot be loaded onto {base.name}: {reasons}",
             code="adapter_rejected",
             suggestions=["Call verify_adapter_compatibility to see every reason"],
         )
-    return files
-
-
-def _too_little(summary: DatasetSummary, usable: int) -> DataError:
-    seen = summary.left_out.get(ExclusionReason.TRAINED_ON, 0)
-    unclear = summary.left_out.get(ExclusionReason.MAYBE_TRAINED_ON, 0)
-    if seen or unclear:
-        also = f" and perhaps on {unclear}" if unclear else ""
-        return DataError(
-            f"The evaluation data overlaps the training data: of {seen + unclear + usable} examples the adapter was trained "
-            f"on {seen}{also}, which leaves {usable}; at least {DatasetPurpose.EVALUATION.min_examples} are needed.",
-            code="evaluation_overlaps_training",
-            suggestions=["Give code that the adapter was not trained on: newer files, or another part of the project"],
-        )
-    return DataError(
-        f"The evaluation data gives {usable} examples; at least {DatasetPurpose.EVALUATION.min_examples} are needed.",
-        code="too_few_examples",
-        suggestions=["Give more code: a directory further up, or the whole repository"],
-    )
+    assert files.settings is not None, "the check would have failed"  # noqa: S101 -- for the type checker
+    assert files.weights is not None, "the check would have failed"  # noqa: S101 -- for the type checker
+    name, effect = model.add(files.settings, load_tensors(files.weights))
+    _log.info("adapter_loaded", **effect.model_dump())
+    return name

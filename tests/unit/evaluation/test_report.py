@@ -1,4 +1,4 @@
-"""The page and the picture."""
+"""The report page and the loss curve."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_core.adapters.card import render_card
-from peft_core.evaluation.loss_curve import HEIGHT, MAX_POINTS, WIDTH, Curve, curve_of, draw, lay_out
-from peft_core.evaluation.report import render, write_report
+from peft_core.evaluation.loss_curve import HEIGHT, MAX_POINTS, WIDTH, LossCurve, layout_chart, loss_curve, render_png
+from peft_core.evaluation.report import render_report, write_training_report
 from peft_core.schemas.evaluation import Comparison, Continuation, Verdict
 from peft_core.schemas.events import Evaluated, Event, HeldOutMeasured, RateLowered, StepCompleted
 from peft_core.schemas.training import TrainingConfig
@@ -24,7 +24,7 @@ VOID = {"meta", "br", "hr", "line", "circle", "polyline"}
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31m\u202e{{ 7*7 }}\"'&"
 
 
-def trained(steps: int) -> list[Event]:
+def step_events(steps: int) -> list[Event]:
     return [
         StepCompleted(
             step=n,
@@ -42,13 +42,13 @@ def trained(steps: int) -> list[Event]:
 EVENTS = [
     HeldOutMeasured(step=0, loss=2.4),
     HeldOutMeasured(step=0, loss=2.3, whole_set=True),
-    *trained(40),
+    *step_events(40),
     HeldOutMeasured(step=20, loss=2.0),
 ]
 
 
 class Page(HTMLParser):
-    """Well-formed as far as it matters: every tag is closed, in order."""
+    """Parses a page and checks that every tag is closed, in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -79,24 +79,24 @@ def page_of(**changes: Any) -> tuple[str, Page]:
         "title": "web on SmolLM2",
         "subtitle": "Adapter a-01",
         "evaluation": make_evaluation(),
-        "curve": curve_of(EVENTS),
-        "facts": {"Data": {"files": "12"}},
+        "curve": loss_curve(EVENTS),
+        "tables": {"Data": {"files": "12"}},
         **changes,
     }
-    text = render(**request)
+    text = render_report(**request)
     return text, Page(text)
 
 
-def test_the_page_tells_the_verdict_the_figures_and_the_examples() -> None:
+def test_the_page_shows_verdict_measurements_and_quoted_completions() -> None:
     _, page = page_of()
-    for told in ("The adapter helps", "2.200", "1.800", "-0.400", "-0.500 to -0.300", "+5.0", "too little to tell"):
-        assert told in page.text
+    for expected in ("The adapter helps", "2.200", "1.800", "-0.400", "-0.500 to -0.300", "+5.0", "too little data"):
+        assert expected in page.text
     assert "src/app.py, line 12" in page.text
     assert "return a + b" in page.text
     assert page.tags.count("polyline") == 3
 
 
-def test_the_page_asks_for_nothing_and_runs_nothing() -> None:
+def test_the_page_loads_no_resources_and_runs_no_scripts() -> None:
     text, page = page_of()
     assert not {"script", "link", "img", "iframe", "object", "form"} & set(page.tags)
     assert not re.search(r"https?:|//[a-z]|url\(|@import|\son[a-z]+=", text)
@@ -104,7 +104,7 @@ def test_the_page_asks_for_nothing_and_runs_nothing() -> None:
 
 
 @pytest.mark.parametrize("verdict", list(Verdict))
-def test_hostile_names_and_code_are_text_on_the_page(verdict: Verdict) -> None:
+def test_hostile_names_and_code_are_escaped_on_the_page(verdict: Verdict) -> None:
     hostile = Continuation(
         file=HOSTILE,
         line=1,
@@ -116,8 +116,8 @@ def test_hostile_names_and_code_are_text_on_the_page(verdict: Verdict) -> None:
         adapter_similarity=1,
     )
     evaluation = make_evaluation(verdict, gains=(hostile,), losses=(hostile,), reason=HOSTILE)
-    facts = {"Data": {HOSTILE: HOSTILE}}
-    text, page = page_of(title=HOSTILE, subtitle=HOSTILE, evaluation=evaluation, facts=facts)
+    tables = {"Data": {HOSTILE: HOSTILE}}
+    text, page = page_of(title=HOSTILE, subtitle=HOSTILE, evaluation=evaluation, tables=tables)
     assert not {"script", "img"} & set(page.tags)
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert "\x1b" not in text
@@ -125,7 +125,7 @@ def test_hostile_names_and_code_are_text_on_the_page(verdict: Verdict) -> None:
     assert "{{ 7*7 }}" in page.text
 
 
-def test_what_was_not_measured_leaves_no_hole() -> None:
+def test_missing_measurements_are_omitted_from_the_page() -> None:
     bare = make_evaluation(
         next_line=None,
         edit_similarity=None,
@@ -135,12 +135,12 @@ def test_what_was_not_measured_leaves_no_hole() -> None:
         seen_in_training=None,
     )
     text, page = page_of(evaluation=bare, curve=None)
-    assert "Loss while it trained" not in text
-    assert "It is not recorded what the adapter was trained on" in page.text
-    assert "not\ntrained on" not in text
+    assert "Loss during training" not in text
+    assert "The adapter's training data is unknown" in page.text
+    assert "none of which the adapter was trained on" not in text
 
 
-def test_what_the_verdict_does_not_say_is_said_beside_it() -> None:
+def test_caveats_appear_on_page_card_and_status_line() -> None:
     general = Comparison(base=1.0, adapter=1.4, change=0.4, low=0.3, high=0.5)
     evaluation = make_evaluation(general_loss=general, forgets=True, chosen_on_part=True, seen_in_training=0.0)
     _, page = page_of(evaluation=evaluation)
@@ -151,56 +151,58 @@ def test_what_the_verdict_does_not_say_is_said_beside_it() -> None:
         assert caveat in page.text
         assert caveat in evaluation_text(evaluation)
         assert caveat in render_card(
-            make_manifest("a-01", config=TrainingConfig(learning_rate=5e-4), evaluation=evaluation),
+            make_manifest("a-01", config=TrainingConfig(rank=16, learning_rate=5e-4), evaluation=evaluation),
         )
-    assert "not recorded" not in page.text
+    assert "training data is unknown" not in page.text
     assert make_evaluation().caveats == ()
 
 
-def test_a_curve_follows_a_run_that_went_back() -> None:
+def test_the_curve_of_a_run_with_a_rollback_contains_every_step_once() -> None:
     lowered = RateLowered(step=41, back_to_step=10, factor=0.25, reason="the loss is nan")
-    again = [event.model_copy(update={"loss": 1.0}) for event in trained(12)[10:]]
-    curve = curve_of([*EVENTS, lowered, *again])
+    again = [event.model_copy(update={"loss": 1.0}) for event in step_events(12)[10:]]
+    curve = loss_curve([*EVENTS, lowered, *again])
     assert [step for step, _ in curve.steps] == list(range(1, 13))
     assert curve.steps[-1] == (12, 1.0)
     assert curve.held_out == ((0, 2.4),)
-    assert curve_of([]).is_empty
+    assert loss_curve([]).is_empty
 
 
 losses = st.lists(st.tuples(st.integers(0, 10**6), st.floats(allow_nan=True)), min_size=1, max_size=50)
 
 
 @given(losses, losses)
-def test_every_point_lies_on_the_canvas(steps: list[tuple[int, float]], held_out: list[tuple[int, float]]) -> None:
+def test_every_point_of_a_chart_is_on_the_canvas(
+    steps: list[tuple[int, float]], held_out: list[tuple[int, float]],
+) -> None:
     bounded = [(step, loss) for step, loss in steps if not abs(loss) > 1e300]
     points = tuple(sorted(bounded))
     measured = tuple(sorted((step, loss) for step, loss in held_out if not abs(loss) > 1e300))
-    chart = lay_out(Curve(points, points, measured))
+    chart = layout_chart(LossCurve(points, points, measured))
     for positions in chart.lines.values():
         assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in positions)
     assert len(chart.x_ticks) <= 12
     assert len(chart.y_ticks) <= 12
 
 
-def test_a_long_curve_is_thinned_and_keeps_its_end() -> None:
-    curve = curve_of(trained(5000))
+def test_a_long_curve_is_thinned_out_and_keeps_its_last_point() -> None:
+    curve = loss_curve(step_events(5000))
     assert len(curve.steps) <= MAX_POINTS + 1
     assert curve.steps[-1][0] == 5000
 
 
-def test_the_picture_is_a_small_png() -> None:
-    png = draw(curve_of(EVENTS), f"web: {HOSTILE}")
+def test_the_loss_curve_renders_to_a_small_png() -> None:
+    png = render_png(loss_curve(EVENTS), f"web: {HOSTILE}")
     assert png.startswith(b"\x89PNG\r\n")
     assert len(png) < 100_000
-    assert draw(curve_of(trained(1)), "one step").startswith(b"\x89PNG\r\n")
+    assert render_png(loss_curve(step_events(1)), "one step").startswith(b"\x89PNG\r\n")
 
 
-def test_the_report_of_a_job_has_its_curve_and_its_texts(tmp_path: Path) -> None:
+def test_the_report_of_a_training_contains_its_curve_and_completions(tmp_path: Path) -> None:
     manifest = make_manifest("a-01", evaluation=make_evaluation().in_figures)
-    path = write_report(tmp_path, manifest, [*EVENTS, Evaluated(evaluation=make_evaluation())])
+    path = write_training_report(tmp_path, manifest, [*EVENTS, Evaluated(evaluation=make_evaluation())])
     assert path == tmp_path / "report.html"
     page = Page(path.read_text())
     assert "Adapter a-01" in page.text
     assert "return a + b" in page.text
     assert "9 examples, 900 tokens" in page.text
-    assert write_report(tmp_path, make_manifest("a-01"), EVENTS) is None
+    assert write_training_report(tmp_path, make_manifest("a-01"), EVENTS) is None

@@ -1,4 +1,4 @@
-"""What is asked of base and adapter on an example."""
+"""Which lines and completions of an example are scored."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_core.evaluation.worker.scoring import HeldOutExample, held_out_examples_of
+from peft_core.evaluation.worker.scoring import HeldOutExample, make_held_out_examples
 from peft_core.modeling.tokenizer import BaseTokenizer, load_tokenizer
 from peft_core.schemas.dataset import Example, Segment
 from tests.tiny_models import write_tiny_tokenizer
@@ -20,17 +20,17 @@ def tokenizer(tmp_path: Path) -> BaseTokenizer:
     return load_tokenizer(tmp_path)
 
 
-def trial_of(tokenizer: BaseTokenizer, *, ends: bool) -> HeldOutExample:
+def make_example(tokenizer: BaseTokenizer, *, ends: bool) -> HeldOutExample:
     example = Example(segments=(Segment(text=CODE),), path="a.py", language="python", kind="function", ends=ends)
-    (trial,) = held_out_examples_of([example], tokenizer, 512)
-    return trial
+    (held_out,) = make_held_out_examples([example], tokenizer, 512)
+    return held_out
 
 
-def test_nobody_is_asked_to_write_what_is_not_known(tokenizer: BaseTokenizer) -> None:
-    whole, part = trial_of(tokenizer, ends=True), trial_of(tokenizer, ends=False)
-    assert [cut.expected.count("\n") for cut in whole.cuts] == [3, 2, 1]
-    assert [cut.expected.count("\n") for cut in part.cuts] == [3]
+def test_completion_points_near_the_end_of_a_cut_off_text_are_skipped(tokenizer: BaseTokenizer) -> None:
+    whole, part = make_example(tokenizer, ends=True), make_example(tokenizer, ends=False)
+    assert [point.expected.count("\n") for point in whole.completion_points] == [3, 2, 1]
+    assert [point.expected.count("\n") for point in part.completion_points] == [3]
 
 
-def test_the_last_line_of_a_text_that_breaks_off_counts(tokenizer: BaseTokenizer) -> None:
-    assert trial_of(tokenizer, ends=False).lines == trial_of(tokenizer, ends=True).lines
+def test_the_last_line_of_a_cut_off_text_is_scored(tokenizer: BaseTokenizer) -> None:
+    assert make_example(tokenizer, ends=False).lines == make_example(tokenizer, ends=True).lines

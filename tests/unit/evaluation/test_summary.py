@@ -1,32 +1,34 @@
-"""The arithmetic of the proof: intervals, the verdict's rule, next lines, prompts."""
+"""The arithmetic of evaluations: confidence intervals, verdicts, exact lines, completion points."""
 
 from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
 from itertools import pairwise
+from types import MappingProxyType
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_core.data.leakage import MAX_FINGERPRINT_BYTES, TrainingFingerprint, overlap_fraction
-from peft_core.evaluation.bootstrap import MIN_UNITS, PairedSum, by_file, compare, unit_for
-from peft_core.evaluation.completion_points import choose, find_completion_points, lines_of
-from peft_core.evaluation.stdlib_code import general_examples
+from peft_core.evaluation.bootstrap import MIN_UNITS, PairedSum, choose_resampling_unit, compare, sum_by_file
+from peft_core.evaluation.completion_points import find_completion_points, find_lines, sample_completion_points
+from peft_core.evaluation.stdlib_code import stdlib_examples
 from peft_core.evaluation.summary import (
-    FORGETS,
+    FORGETTING_THRESHOLD,
     MIN_EFFECT,
     Completion,
-    PairedScore,
-    Score,
+    ExampleScore,
+    Scores,
+    decide_verdict,
     edit_similarity,
-    evaluate,
-    judge,
+    summarise,
 )
 from peft_core.schemas.evaluation import Comparison, Verdict
 
-tallies = st.builds(
+paired_sums = st.builds(
     PairedSum,
     base=st.floats(0, 1e4),
     adapter=st.floats(0, 1e4),
@@ -37,13 +39,13 @@ texts = st.lists(st.sampled_from(["", "    ", "\t", "def f(x):", "    return x +
 )
 
 
-@given(st.lists(tallies, min_size=1, max_size=30), st.integers(0, 5))
-def test_the_change_lies_in_its_interval_and_is_the_difference_of_the_means(found: list[PairedSum], seed: int) -> None:
-    comparison = compare(found, seed=seed)
+@given(st.lists(paired_sums, min_size=1, max_size=30), st.integers(0, 5))
+def test_the_change_is_the_difference_of_the_means_and_inside_its_interval(sums: list[PairedSum], seed: int) -> None:
+    comparison = compare(sums, seed=seed)
     assert comparison is not None
     assert comparison.change == pytest.approx(comparison.adapter - comparison.base, abs=1e-5)
-    assert comparison == compare(found, seed=seed)
-    if len(found) < MIN_UNITS:
+    assert comparison == compare(sums, seed=seed)
+    if len(sums) < MIN_UNITS:
         assert (comparison.low, comparison.high) == (None, None)
     else:
         assert comparison.low is not None
@@ -51,38 +53,38 @@ def test_the_change_lies_in_its_interval_and_is_the_difference_of_the_means(foun
         assert comparison.low <= comparison.change <= comparison.high
 
 
-@given(st.lists(tallies, min_size=MIN_UNITS, max_size=20))
-def test_who_changes_places_changes_the_sign(found: list[PairedSum]) -> None:
-    there = compare(found)
-    back = compare([PairedSum(tally.adapter, tally.base, tally.weight) for tally in found])
-    assert there is not None
-    assert back is not None
-    assert back.change == -there.change
-    assert (there.low, there.high) != (None, None)
+@given(st.lists(paired_sums, min_size=MIN_UNITS, max_size=20))
+def test_swapping_base_and_adapter_changes_the_sign_of_the_change(sums: list[PairedSum]) -> None:
+    forward = compare(sums)
+    swapped = compare([PairedSum(paired.adapter, paired.base, paired.weight) for paired in sums])
+    assert forward is not None
+    assert swapped is not None
+    assert swapped.change == -forward.change
+    assert (forward.low, forward.high) != (None, None)
 
 
-def test_nothing_measured_is_no_comparison() -> None:
+def test_a_comparison_of_nothing_is_none() -> None:
     assert compare([]) is None
     assert compare([PairedSum(1, 2, 0)]) is None
 
 
-def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+def test_intervals_contain_the_true_value_with_the_stated_probability() -> None:
     generator = random.Random(1)  # noqa: S311 -- a simulation
     held = 0
     for _ in range(200):
-        found = [PairedSum(0.0, generator.gauss(-0.1, 0.3), 1.0) for _ in range(8)]
-        comparison = compare(found)
+        sums = [PairedSum(0.0, generator.gauss(-0.1, 0.3), 1.0) for _ in range(8)]
+        comparison = compare(sums)
         assert comparison is not None
         assert comparison.low is not None
         assert comparison.high is not None
         held += comparison.low <= -0.1 <= comparison.high
-    assert 0.9 <= held / 200 <= 0.99  # plain percentiles would hold it in about 0.88
+    assert 0.9 <= held / 200 <= 0.99  # plain percentiles contain it in about 88 % of the cases
 
 
-def test_few_files_are_resampled_by_example() -> None:
-    assert unit_for(["a", "b", "c", "d", "e"]) == "files"
-    assert unit_for(["a", "a", "b", "b", "b", "b"]) == "examples"
-    assert by_file([("a", PairedSum(1, 2, 3)), ("b", PairedSum(1, 1, 1)), ("a", PairedSum(1, 1, 1))]) == [
+def test_examples_are_resampled_if_there_are_too_few_files() -> None:
+    assert choose_resampling_unit(["a", "b", "c", "d", "e"]) == "files"
+    assert choose_resampling_unit(["a", "a", "b", "b", "b", "b"]) == "examples"
+    assert sum_by_file([("a", PairedSum(1, 2, 3)), ("b", PairedSum(1, 1, 1)), ("a", PairedSum(1, 1, 1))]) == [
         PairedSum(2, 3, 4),
         PairedSum(1, 1, 1),
     ]
@@ -101,7 +103,7 @@ GENERAL = comparison(0.02, 0.01, 0.03)
         (comparison(-0.3, -0.4, -0.2), GENERAL, Verdict.HELPS, "falls by 0.300"),
         (comparison(-0.3, -0.7, 0.1), GENERAL, Verdict.NO_DIFFERENCE, "chance"),
         (comparison(-0.3, None, None), GENERAL, Verdict.NO_DIFFERENCE, "too few files"),
-        (comparison(-0.005, -0.006, -0.004), None, Verdict.NO_DIFFERENCE, "next to nothing"),
+        (comparison(-0.005, -0.006, -0.004), None, Verdict.NO_DIFFERENCE, "negligible"),
         (comparison(0.3, 0.2, 0.4), GENERAL, Verdict.HARMS, "rises by 0.300"),
         (comparison(0.3, -0.2, 0.7), None, Verdict.NO_DIFFERENCE, "chance"),
         (comparison(-0.3, -0.4, -0.2), comparison(0.5, 0.4, 0.6), Verdict.HARMS, "general code rises by 0.500"),
@@ -109,14 +111,16 @@ GENERAL = comparison(0.02, 0.01, 0.03)
         (comparison(-0.3, -0.4, -0.2), comparison(0.5, -0.1, 0.9), Verdict.HELPS, "falls by 0.300"),
     ],
 )
-def test_the_verdict_follows_its_rule(loss: Comparison, general: Comparison | None, verdict: Verdict, why: str) -> None:
-    judged, reason = judge(loss, general, unit="files")
-    assert judged is verdict
+def test_the_verdict_follows_the_documented_rules(
+    loss: Comparison, general: Comparison | None, verdict: Verdict, why: str,
+) -> None:
+    decided, reason = decide_verdict(loss, general, unit="files")
+    assert decided is verdict
     assert why in reason
 
 
 @given(st.floats(-3, 3), st.floats(0, 2), st.floats(0, 2), st.floats(-1, 1))
-def test_no_verdict_without_an_interval_that_leaves_zero_out(
+def test_a_verdict_requires_an_interval_that_excludes_zero(
     change: float,
     below: float,
     above: float,
@@ -124,16 +128,16 @@ def test_no_verdict_without_an_interval_that_leaves_zero_out(
 ) -> None:
     loss = comparison(change, change - below, change + above)
     known = comparison(general, general, general)
-    verdict, _ = judge(loss, known, unit="files")
+    verdict, _ = decide_verdict(loss, known, unit="files")
     if verdict is Verdict.HELPS:
         assert change + above < 0
         assert change <= -MIN_EFFECT
     if verdict is Verdict.HARMS:
-        assert change - below > 0 or general > FORGETS
+        assert change - below > 0 or general > FORGETTING_THRESHOLD
 
 
 def tokens_of(text: str, size: int) -> list[tuple[int, int]]:
-    """Tokens of so many characters, which begin anew at each row's visible part."""
+    """Return offsets of tokens of `size` characters, with a token boundary before the visible part of every row."""
     offsets, begin = [], 0
     for row in text.splitlines(keepends=True):
         visible = begin + len(row) - len(row.lstrip())
@@ -144,67 +148,78 @@ def tokens_of(text: str, size: int) -> list[tuple[int, int]]:
 
 
 @given(texts, st.integers(1, 4))
-def test_the_tokens_of_a_line_write_its_visible_part(text: str, size: int) -> None:
+def test_the_tokens_of_a_line_form_its_visible_part(text: str, size: int) -> None:
     offsets = tokens_of(text, size)
     rows = text.splitlines()
-    for line in lines_of(text, offsets):
+    for line in find_lines(text, offsets):
         written = text[offsets[line.first][0] : offsets[line.last - 1][1]]
         assert written.strip() == rows[line.row].strip()
         assert line.row > 0
 
 
-def test_a_token_that_spans_two_rows_takes_the_second_out() -> None:
+def test_a_line_that_begins_inside_a_token_is_skipped() -> None:
     text = "alpha = 1\nbeta = 2\ngamma = 3\n"
-    apart = list(lines_of(text, [(0, 9), (9, 10), (10, 18), (18, 19), (19, 28), (28, 29)]))
+    apart = list(find_lines(text, [(0, 9), (9, 10), (10, 18), (18, 19), (19, 28), (28, 29)]))
     assert [line.row for line in apart] == [1, 2]
-    assert not apart[0].holds_end
-    across = list(lines_of(text, [(0, 9), (9, 12), (12, 18), (18, 19), (19, 28), (28, 29)]))
+    assert not apart[0].includes_newline
+    across = list(find_lines(text, [(0, 9), (9, 12), (12, 18), (18, 19), (19, 28), (28, 29)]))
     assert [line.row for line in across] == [2]
-    with_end = list(lines_of(text, [(0, 10), (10, 19), (19, 29)]))
-    assert [(line.row, line.holds_end) for line in with_end] == [(1, True), (2, True)]
+    with_end = list(find_lines(text, [(0, 10), (10, 19), (19, 29)]))
+    assert [(line.row, line.includes_newline) for line in with_end] == [(1, True), (2, True)]
 
 
-def test_prompts_end_inside_a_block_and_are_the_same_for_the_same_seed() -> None:
+def test_completion_points_are_inside_blocks_and_reproducible_for_a_seed() -> None:
     text = "import os\n\ndef walk(path):\n    names = os.listdir(path)\n    # sorted\n    return sorted(names)\n"
     cuts = find_completion_points(text, tokens_of(text, 3))
     assert [cut.row for cut in cuts] == [5]
     assert cuts[0].expected == "    return sorted(names)\n"
     many = [cuts * 3, [], cuts * 2]
-    chosen = choose(many, 4, seed=7)
-    assert chosen == choose(many, 4, seed=7)
+    chosen = sample_completion_points(many, 4, seed=7)
+    assert chosen == sample_completion_points(many, 4, seed=7)
     assert sorted(index for index, _ in chosen) == [0, 0, 2, 2]
-    assert len(choose(many, 50, seed=7)) == 5
-    assert choose([], 5, seed=0) == []
+    assert len(sample_completion_points(many, 50, seed=7)) == 5
+    assert sample_completion_points([], 5, seed=0) == []
 
 
-def test_all_that_is_held_out_is_resampled_alike() -> None:
-    held_out = [measured(f"f{n}.py", 2.0, 1.5) for n in range(6)]
-    written = [Completion(f"f{n % 2}.py", 3, "x = 1\n", "return x", "return y", "return x") for n in range(8)]
-    evaluation = evaluate(held_out, [], written)
+def test_all_held_out_measurements_use_the_same_resampling_unit() -> None:
+    base = make_scores({f"f{n}.py": 2.0 for n in range(6)}, lines=2)
+    adapter = make_scores({f"f{n}.py": 1.5 for n in range(6)}, lines=3)
+    completions = [Completion(f"f{n % 2}.py", 3, "x = 1\n", "return x", "return y", "return x") for n in range(8)]
+    evaluation = summarise(base, adapter, completions)
     assert (evaluation.resampled, evaluation.prompts) == ("files", 8)
     assert evaluation.edit_similarity is not None
     assert evaluation.edit_similarity.low is None, "two files are too few"
 
 
 @given(st.text(max_size=40), st.text(max_size=40))
-def test_edit_similarity_is_a_share(written: str, expected: str) -> None:
+def test_edit_similarity_is_between_0_and_1_and_ignores_indentation(written: str, expected: str) -> None:
     assert 0 <= edit_similarity(written, expected) <= 1
     assert edit_similarity(written, written) == 1
     assert edit_similarity("  a = 1\n", "a = 1") == 1
 
 
-def measured(file: str, base: float, adapter: float) -> PairedScore:
-    return PairedScore(file, 100, 10, Score(loss=100 * base, lines=2), Score(loss=100 * adapter, lines=3))
+def make_scores(
+    held_out: Mapping[str, float], general: Mapping[str, float] = MappingProxyType({}), *, lines: int,
+) -> Scores:
+    """Scores with these losses per token, by file."""
+
+    def score(file: str, loss: float) -> ExampleScore:
+        return ExampleScore(file=file, tokens=100, total_lines=10, loss=100 * loss, lines=lines)
+
+    return Scores(
+        held_out=tuple(score(*item) for item in held_out.items()),
+        general=tuple(score(*item) for item in general.items()),
+    )
 
 
-def test_an_evaluation_tells_all_that_was_measured() -> None:
-    held_out = [measured(f"f{n}.py", 2.0 + n / 10, 1.5 + n / 10) for n in range(6)]
-    general = [measured(f"g{n}", 1.0, 1.1) for n in range(5)]
-    written = [
+def test_an_evaluation_contains_everything_that_was_measured() -> None:
+    base = make_scores({f"f{n}.py": 2.0 + n / 10 for n in range(6)}, {f"g{n}": 1.0 for n in range(5)}, lines=2)
+    adapter = make_scores({f"f{n}.py": 1.5 + n / 10 for n in range(6)}, {f"g{n}": 1.1 for n in range(5)}, lines=3)
+    completions = [
         Completion("a.py", 3, "x = 1\n", "return x", "return y", "return x"),
         Completion("b.py", 0, "x = 1\n", "return x", "return x", "pass"),
     ]
-    evaluation = evaluate(held_out, general, written)
+    evaluation = summarise(base, adapter, completions)
     assert evaluation.verdict is Verdict.HELPS
     assert evaluation.loss.change == pytest.approx(-0.5)
     assert evaluation.adapter_perplexity == pytest.approx(math.exp(1.75))
@@ -213,13 +228,13 @@ def test_an_evaluation_tells_all_that_was_measured() -> None:
     assert evaluation.general_loss is not None
     assert evaluation.general_loss.change == pytest.approx(0.1)
     assert (evaluation.files, evaluation.lines, evaluation.prompts, evaluation.resampled) == (6, 60, 2, "files")
-    assert [one.file for one in evaluation.gains] == ["a.py"]
-    assert [one.file for one in evaluation.losses] == ["b.py"]
+    assert [each.file for each in evaluation.gains] == ["a.py"]
+    assert [each.file for each in evaluation.losses] == ["b.py"]
     assert evaluation.in_figures.gains == ()
 
 
-def test_the_general_code_is_there_and_parses() -> None:
-    examples = general_examples()
+def test_the_packaged_stdlib_functions_compile() -> None:
+    examples = stdlib_examples()
     assert len(examples) == 16
     for example in examples:
         compile(example.text, example.path, "exec")

@@ -1,0 +1,105 @@
+"""The steps that every run begins with, whether it trains or evaluates: process, device, and held-out data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import structlog
+import torch
+from accelerate import Accelerator
+
+from peft_core.data.dataset import PreparedDataset, read_examples
+from peft_core.data.leakage import TrainingFingerprint
+from peft_core.data.prepare import prepare
+from peft_core.evaluation.worker.scoring import HeldOutExample, make_held_out_examples
+from peft_core.modeling.convert import ensure_hf_directory
+from peft_core.modeling.device import DevicePlan, choose, describe, timed, use_cores
+from peft_core.modeling.memory import set_malloc_keep, set_malloc_trim
+from peft_core.modeling.tokenizer import BaseTokenizer, load_tokenizer
+from peft_core.paths import JobPaths
+from peft_core.schemas.events import Emit, PhaseStarted
+from peft_core.schemas.results import Phase
+from peft_core.schemas.task import TrainingTask
+from peft_core.system.allowed_paths import require_task_source
+from peft_core.system.cancellation import StopFlag
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Session:
+    """One task, and what it computes on."""
+
+    task: TrainingTask
+    emit: Emit
+    stop: StopFlag
+    device: DevicePlan
+    accelerator: Accelerator
+
+    @property
+    def paths(self) -> JobPaths:
+        return JobPaths(self.task.job_dir)
+
+    def start_phase(self, phase: Phase, detail: str = "") -> None:
+        self.emit(PhaseStarted(phase=phase, detail=detail))
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The dataset of a run, and the base model's files that it was tokenised with."""
+
+    base_directory: Path  # in Hugging Face format
+    tokenizer: BaseTokenizer
+    dataset: PreparedDataset
+    held_out: list[HeldOutExample]
+
+
+def start_session(task: TrainingTask, emit: Emit, stop: StopFlag) -> Session:
+    """Set up memory, threads and random generators of this process, and choose the device."""
+    config = task.request.config
+    if task.request.execution.recompute_layers:
+        set_malloc_trim()
+    else:
+        set_malloc_keep()
+    use_cores()
+    # LoRA A and dropout are drawn from torch's global generators. Everything else has a generator of its own.
+    torch.manual_seed(config.seed)
+    device = choose(config.device, timed(config.device, describe(), config.precision), config.precision)
+    _log.info("device_chosen", device=device.device, formats=device.note)
+    accelerator = Accelerator(
+        cpu=device.device == "cpu",
+        mixed_precision=device.autocast,
+        step_scheduler_with_optimizer=False,  # one scheduler step per optimiser step for any number of processes
+    )
+    return Session(task, emit, stop, device, accelerator)
+
+
+def prepare_data(session: Session, known: TrainingFingerprint | None = None) -> RunData:
+    """Convert the base model if necessary, write the dataset, and read its held-out examples.
+
+    Examples in `known`, the text that an adapter was trained on, are excluded.
+
+    Raises:
+        Cancelled: on request.
+    """
+    task, paths, config = session.task, session.paths, session.task.request.config
+
+    def report(detail: str) -> None:
+        session.stop.check()
+        session.start_phase(Phase.PREPARING_DATA, detail)
+
+    with session.accelerator.main_process_first():  # the other processes then find everything done
+        directory = ensure_hf_directory(task.request.base, task.base_models_dir, report)
+        tokenizer = load_tokenizer(directory)
+        dataset = prepare(
+            task.request.dataset,
+            directory=paths.dataset,
+            token_counter=tokenizer,
+            report=report,
+            known=known,
+            may_read=partial(require_task_source, task),
+        )
+    examples = read_examples(paths.dataset / "held_out.jsonl")
+    return RunData(directory, tokenizer, dataset, make_held_out_examples(examples, tokenizer, config.max_length))
