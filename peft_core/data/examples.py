@@ -129,7 +129,11 @@ def examples_from_record(
 
 
 def _add_unsplit_record(
-    record: Record, path: str, result: FileResult, token_counter: TokenCounter, max_length: int,
+    record: Record,
+    path: str,
+    result: FileResult,
+    token_counter: TokenCounter,
+    max_length: int,
 ) -> None:
     if record.messages:
         segments = token_counter.render_chat(record.messages)
@@ -301,7 +305,11 @@ def _chunks(
     counts = token_counter.count([*(context for _, context, _ in drafts), *bodies])
     chunks: list[Chunk] = []
     for (unit, context, part), body, context_tokens, body_tokens in zip(
-        drafts, bodies, counts[: len(drafts)], counts[len(drafts) :], strict=True,
+        drafts,
+        bodies,
+        counts[: len(drafts)],
+        counts[len(drafts) :],
+        strict=True,
     ):
         row, remaining = part.start, len(body)
         free_tokens = max(1, budget.max_length - context_tokens - RESERVED_TOKENS)

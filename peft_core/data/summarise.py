@@ -189,7 +189,11 @@ def _summarise_repository(root: Path, max_length: int, purpose: DatasetPurpose) 
 
 
 def _require_enough_code(
-    files: Sequence[File], left_out: Counter[str], root: Path, max_length: int, purpose: DatasetPurpose,
+    files: Sequence[File],
+    left_out: Counter[str],
+    root: Path,
+    max_length: int,
+    purpose: DatasetPurpose,
 ) -> None:
     """Split files into examples until there are certainly enough; refuse only if all files together give too few."""
     keys: list[ExampleKey] = []

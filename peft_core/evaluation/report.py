@@ -106,7 +106,10 @@ def render_report(
 
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["printable"] = partial(sanitize, limit=None, keep="\n\t")
     environment.filters["points"] = lambda positions: " ".join(f"{x:g},{y:g}" for x, y in positions)
@@ -156,7 +159,14 @@ def _row(name: str, note: str, comparison: Comparison, *, lower_is_better: bool 
         strip = (low / reach, change / reach, high / reach)
         better = None if low <= 0 <= high else (change < 0) is lower_is_better
     return Row(
-        name, note, text(comparison.base), text(comparison.adapter), text(change, sign=True), interval, strip, better,
+        name,
+        note,
+        text(comparison.base),
+        text(comparison.adapter),
+        text(change, sign=True),
+        interval,
+        strip,
+        better,
     )
 
 

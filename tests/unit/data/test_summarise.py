@@ -379,7 +379,8 @@ def test_a_line_that_is_no_json_is_named_with_what_is_wrong(tmp_path: Path, line
 def test_mixed_forms_name_the_first_that_deviates(tmp_path: Path):
     records = [*(RECORDS["text"](n) for n in range(9)), RECORDS["completion"](1)]
     with pytest.raises(
-        DataError, match=r'record 10 has the format \{"prompt".*record 1 has the format \{"text"',
+        DataError,
+        match=r'record 10 has the format \{"prompt".*record 1 has the format \{"text"',
     ) as caught:
         look(records)
     assert caught.value.code == "mixed_formats"

@@ -172,7 +172,8 @@ losses = st.lists(st.tuples(st.integers(0, 10**6), st.floats(allow_nan=True)), m
 
 @given(losses, losses)
 def test_every_point_of_a_chart_is_on_the_canvas(
-    steps: list[tuple[int, float]], held_out: list[tuple[int, float]],
+    steps: list[tuple[int, float]],
+    held_out: list[tuple[int, float]],
 ) -> None:
     bounded = [(step, loss) for step, loss in steps if not abs(loss) > 1e300]
     points = tuple(sorted(bounded))

@@ -112,7 +112,10 @@ GENERAL = comparison(0.02, 0.01, 0.03)
     ],
 )
 def test_the_verdict_follows_the_documented_rules(
-    loss: Comparison, general: Comparison | None, verdict: Verdict, why: str,
+    loss: Comparison,
+    general: Comparison | None,
+    verdict: Verdict,
+    why: str,
 ) -> None:
     decided, reason = decide_verdict(loss, general, unit="files")
     assert decided is verdict
@@ -199,7 +202,10 @@ def test_edit_similarity_is_between_0_and_1_and_ignores_indentation(written: str
 
 
 def make_scores(
-    held_out: Mapping[str, float], general: Mapping[str, float] = MappingProxyType({}), *, lines: int,
+    held_out: Mapping[str, float],
+    general: Mapping[str, float] = MappingProxyType({}),
+    *,
+    lines: int,
 ) -> Scores:
     """Scores with these losses per token, by file."""
 
