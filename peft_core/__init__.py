@@ -3,8 +3,8 @@
     manager = PEFTManager()
     status = await manager.train_adapter("my-project", "/path/to/repository")
 
-Nothing here imports torch; training runs in a process of its own. The names below are imported when they are first
-used: the runner and the training child live in this package too, and start without the rest of it.
+No public module imports torch: training and inference run in child processes. The names below are imported on first use,
+because the runner and the workers are also part of this package and must start quickly.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PEFTManager", "PeftMcpError", "Settings", "TrainingConfig", "TrainingStatus"]
 
-_HOMES = {
+_MODULES = {
     "PeftMcpError": "errors",
     "PEFTManager": "manager",
     "Settings": "config",
@@ -31,6 +31,6 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    if name in _HOMES:
-        return getattr(import_module(f"peft_core.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return getattr(import_module(f"peft_core.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'peft_core' has no attribute {name!r}")

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "inference.worker": FOUNDATION | {"adapters", "inference", "modeling"},
     "jobs": FOUNDATION | {"adapters", "evaluation", "planning"},
     "manager": FOUNDATION | {"adapters", "inference", "jobs"},
-    "server": FOUNDATION | {"adapters", "jobs", "manager"},
+    "server": FOUNDATION | {"adapters", "manager"},
 }
 HEAVY = {"torch", "transformers", "peft", "accelerate", "numpy", "gguf", "safetensors", "lance", "pyarrow"}
 SQL_MODULES = ["peft_core/jobs/store.py"]

@@ -39,7 +39,7 @@ def make_service(data_dir: Path, *, training: TrainingNeed | None = None, **sett
 
 
 def delete(service: InferenceService, project_id: str, adapter_id: str) -> DeletedAdapter:
-    """As PEFTManager.delete_adapter does."""
+    """Delete an adapter as PEFTManager.delete_adapter does."""
     return service._adapters.delete(project_id, adapter_id, service.require_unused)
 
 
@@ -61,7 +61,7 @@ def make_resident(
     monkeypatch.setattr(type(service._client), "resident", resident)
 
 
-async def test_a_base_that_nobody_records_must_be_named(
+async def test_a_base_that_is_not_recorded_must_be_named(
     data_dir: Path,
     adapter: Path,
     base: Path,
@@ -209,7 +209,7 @@ async def test_an_adapter_with_a_load_in_progress_is_not_deleted(
     delete(service, "web", "adapter-01")
 
 
-async def test_a_loaded_adapter_is_not_deleted_where_the_projects_lie_on_another_disk(
+async def test_a_loaded_adapter_is_not_deleted_if_the_projects_directory_is_a_symlink(
     data_dir: Path,
     base: Path,
     tmp_path: Path,
@@ -231,7 +231,7 @@ async def test_a_loaded_adapter_is_not_deleted_where_the_projects_lie_on_another
 
 
 @pytest.mark.parametrize("wrong", ["current", "..", "../../x", "", "web", "adapter-0", ".deleted.x"])
-def test_only_an_id_that_is_spelled_out_is_deleted(data_dir: Path, wrong: str) -> None:
+def test_only_a_complete_adapter_id_is_deleted(data_dir: Path, wrong: str) -> None:
     lora = data_dir / "projects" / "web" / "lora"
     write_adapter(lora / "adapter-01")
     (lora / "current").symlink_to("adapter-01")
