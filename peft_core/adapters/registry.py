@@ -42,7 +42,9 @@ class Registry:
         target = self._paths.adapter(project_id, adapter_id)
         if not target.exists():
             for file in draft.iterdir():
+                # kill-point: runner: some files of the adapter are read-only (pass 3)
                 fsync_file(file)
+                # kill-point: runner: one file of the adapter is flushed to disk
                 file.chmod(0o444)
             fsync_directory(draft)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +54,9 @@ class Registry:
                 fsync_directory(target.parent)
             manifest = read_manifest(target)
             if manifest is None or manifest.becomes_current:
+                # kill-point: runner: the adapter is published but not current
                 self.set_current(project_id, adapter_id)
+                # kill-point: runner: the adapter is published and current
         return target
 
     def set_current(self, project_id: str, adapter_id: str) -> None:

@@ -96,8 +96,10 @@ def prepare(
     )
     try:
         builder.fill(spool)
+        # kill-point: worker: the data are spooled
         parts = builder.split(spool)
         written = write_examples(spool, directory, parts, reformat)
+        # kill-point: worker: the data are split, without a manifest
     finally:
         spool.unlink(missing_ok=True)
     prepared = builder.summarise(parts, written)

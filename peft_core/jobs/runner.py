@@ -83,6 +83,7 @@ def run(settings: Settings) -> None:
     lock = FileLock(paths.runner_lock)
     while lock.acquire(LOCK_TIMEOUT_S):
         with lock:
+            # kill-point: runner: the lock is taken, a job is queued
             recover(store, registry)
             stopped = anyio.run(Runner(store, registry, lock, settings).drain)
         if stopped or not store.in_state(Status.QUEUED):
@@ -109,11 +110,13 @@ class Runner:
         # the next job could have started by then.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: self._stop())
+        # kill-point: runner: the queue is about to be read
         while not self._stopping and (queued := self._store.in_state(Status.QUEUED)):
             try:
                 job = self._store.append(queued[0].job_id, JobStarted())
             except IllegalTransition:
                 continue  # it was cancelled in between
+            # kill-point: runner: the job is marked as started, nothing is done
             await self._run(job)
             prune(self._store, self._registry, self._paths, keep=self._keep_runs)
         return self._stopping
@@ -126,7 +129,9 @@ class Runner:
         bound.info("started", project_id=job.project_id)
         paths = self._paths.job(job.job_id)
         try:
+            # kill-point: runner: the worker is about to be started
             last_event, code = await self._run_worker(job, paths)
+            # kill-point: runner: the worker has ended
             event = self._outcome(job, paths, last_event, code)
         except Exception as error:  # noqa: BLE001 -- the edge of a job: it must not stay in progress
             bound.exception("runner failed")
@@ -136,6 +141,7 @@ class Runner:
             )
         self._store.append(job.job_id, event)
         if isinstance(event, JobCompleted):
+            # kill-point: runner: the job is completed, its checkpoint still exists
             delete_checkpoint(paths)
         bound.info("ended", outcome=event.kind)
 
@@ -171,6 +177,7 @@ class Runner:
                 async with anyio.create_task_group() as group:
                     group.start_soon(self._end_on_request, job.job_id, process)
                     assert process.stdout is not None  # noqa: S101 -- it was requested as a pipe
+                    # kill-point: runner: the worker is started
                     last_event = await self._follow(job.job_id, process.stdout)
                     code = await process.wait()
                     group.cancel_scope.cancel()
@@ -210,7 +217,9 @@ class Runner:
                 if isinstance(event, AdapterWritten | JobFailed):
                     last_event = event
                 elif recorded is None or isinstance(event, PhaseStarted) or event.model_dump_json() not in recorded:
+                    # kill-point: runner: an event of the worker is about to be recorded (pass 3)
                     self._store.append(job_id, event)
+                    # kill-point: runner: an event of the worker is recorded (pass 8)
             except (ValueError, IllegalTransition) as error:
                 log.warning("unusable event", job_id=job_id, line=line[:200], error=str(error))
 
@@ -230,7 +239,9 @@ class Runner:
         return JobFailed(error=exit_error(code, paths.log))
 
     def _publish(self, job: Job, paths: JobPaths, written: AdapterWritten) -> Event:
+        # kill-point: runner: the adapter is about to be published
         self._store.append(job.job_id, PhaseStarted(phase=Phase.PUBLISHING))
+        # kill-point: runner: the phase is publishing, the adapter is unchecked
         errors = [reason for reason in verify(paths.adapter, job.request.base).reasons if reason.severity == "error"]
         if errors:
             return JobFailed(
@@ -242,7 +253,9 @@ class Runner:
                 ),
             )
         self._write_report(job, paths)
+        # kill-point: runner: the adapter is checked
         published = self._registry.publish(paths.adapter, job.project_id, job.job_id)
+        # kill-point: runner: the adapter is published, the job is not completed
         return JobCompleted(adapter_path=str(published), metrics=written.metrics)
 
     def _write_report(self, job: Job, paths: JobPaths) -> None:

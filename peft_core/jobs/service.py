@@ -49,7 +49,9 @@ class JobService:
         """
         from peft_core.planning.planner import plan  # noqa: PLC0415
 
+        # kill-point: server: asked to train
         draft = plan(training_data, config, self._settings, self._measured_speed)
+        # kill-point: server: the request is planned, nothing is written
         return self._queue(project_id, draft, training_data)
 
     def evaluate(self, evaluated: EvaluatedAdapter, base: Base, evaluation_data: TrainingData) -> TrainingStatus:
@@ -77,11 +79,14 @@ class JobService:
         from peft_core.planning.planner import write_source  # noqa: PLC0415
 
         self._store.create()
+        # kill-point: server: the database exists
         self._supervisor.require_locks()
         now = time.time()
         job_id = f"{datetime.fromtimestamp(now, UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
         request = write_source(draft, data, self._paths.job(job_id).records)
+        # kill-point: server: the job is about to be queued
         self._store.insert(Job(job_id=job_id, project_id=project_id, request=request, created_at=now, updated_at=now))
+        # kill-point: server: the job is queued, no runner works on it
         return self._start(job_id)
 
     def _start(self, job_id: str) -> TrainingStatus:
@@ -211,6 +216,7 @@ class JobService:
             raise self._store.unknown(job_id)
 
     def _to_status(self, job: Job) -> TrainingStatus:
+        # kill-point: server: the answer is about to be composed
         position = self._store.queue_position(job.job_id) if job.status is Status.QUEUED else None
         return status_of(job, position, self._paths.job(job.job_id).log)
 

@@ -71,7 +71,9 @@ class RunnerSupervisor:
                 if code is not None and self._is_hopeless(code, started_nothing=waiting >= self._queued_at_start):
                     self._fail(queued[0], code)
                     return
+            # kill-point: server: a runner is about to be started
             self._runner = self._spawn_runner()
+            # kill-point: server: a runner is started
             self._queued_at_start = waiting
 
     def ensure_runner_if_possible(self) -> None:

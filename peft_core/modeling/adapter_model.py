@@ -65,6 +65,7 @@ class ResidentModel:
         """
         tokenizer = load_tokenizer(directory)
         causal = load_base(directory, plan.weights)
+        # kill-point: inference worker, load_adapter: the base model is loaded
         causal.to(torch.device(plan.device)).eval()  # type: ignore[arg-type]  # a decorator hides the signature
         ends = _end_tokens(causal, tokenizer)
         # The base's own defaults (sampling, repetition penalties) would mix into what was asked for.
@@ -87,6 +88,7 @@ class ResidentModel:
         Raises:
             InferenceError: it has no effect, an incomplete one, or one that is not a number.
         """
+        # kill-point: inference worker, load_adapter: the adapter is about to be added
         name = next(_names)
         self._selected = None
         self._require_linear(settings)
@@ -99,10 +101,12 @@ class ResidentModel:
             self._adapters.add(name)
             # PEFT creates float32 matrices and then takes what it is given: 16-bit ones would be computed in 16 bits.
             given = {key: tensor.to(self.causal.device, torch.float32, copy=True) for key, tensor in tensors.items()}
+            # kill-point: inference worker, load_adapter: layers are wrapped, without the adapter's weights
             outcome: Any = set_peft_model_state_dict(self._wrapped, given, adapter_name=name, low_cpu_mem_usage=True)
             unmatched = len(outcome.unexpected_keys) + sum(f".{name}." in key for key in outcome.missing_keys)
             self.select(name)
             change = float((_logits(self.causal, self.probe_1T) - self.base_logits_TV).abs().max())
+            # kill-point: inference worker, load_adapter: the effect is about to be checked
             _require_effect(unmatched, change)
         except BaseException:
             # What failed half-way stays registered with PEFT, and could be selected.

@@ -125,6 +125,8 @@ def save_checkpoint(directory: Path, key: str, checkpoint: Checkpoint, file: str
     document = {"format": _FORMAT, "key": key, **_to_document(checkpoint)}
     with atomic_writer(directory / file, temporary=directory / _TEMPORARY) as out:
         torch.save(document, out)
+        # kill-point: worker: the start state is written but not in its place
+        # kill-point: worker: a checkpoint is written but not in its place (pass 2)
 
 
 def load_checkpoint(directory: Path, key: str, file: str = _CHECKPOINT) -> Checkpoint | None:

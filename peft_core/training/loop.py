@@ -108,6 +108,7 @@ class TrainingLoop:
         self.objective.model.train()
         if self.state_id == START:
             self.save_rollback_state()  # the untrained adapter has no effect, and the base model's loss is finite
+            # kill-point: worker: the start state is in its place
         saved_at = self.clock()
         try:
             while True:
@@ -115,7 +116,9 @@ class TrainingLoop:
                     self.maybe_evaluate()
                     if self.progress.stopped_early or self.progress.step >= self.order.total_steps:
                         break
+                    # kill-point: worker: a step is about to start (pass 2)
                     self.train_step()
+                    # kill-point: worker: a step is complete (pass 3)
                 except Diverged as divergence:
                     self.roll_back(divergence)
                 if self.clock() - saved_at > _CHECKPOINT_INTERVAL_S:
@@ -148,6 +151,7 @@ class TrainingLoop:
             release_cache(accelerator.device)
             if accelerator.num_processes == 1:
                 self.stop.check()
+        # kill-point: worker: the gradients of a step are computed (pass 2)
         self.all_reduce_gradients()
         loss_value = accelerator.reduce(loss, reduction="sum").item()
 
@@ -271,8 +275,11 @@ class TrainingLoop:
         if not self.accelerator.is_main_process:
             return
         recent = (*self._previous_events, *self._events)
+        # kill-point: worker: a checkpoint is about to be written
         save_checkpoint(self.checkpoint_directory, self.run_key, replace(self._state(), recent=recent))
+        # kill-point: worker: a checkpoint is in its place
         self._rollback_states.set_checkpointed(self.rollback.target)
+        # kill-point: worker: rollback states that no checkpoint names are deleted
         self._previous_events, self._events = self._events, []
         self.emit(CheckpointSaved(step=self.progress.step))
 

@@ -97,6 +97,7 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     if base_scores is None:
         session.start_phase(Phase.EVALUATING_BASE)
         threads.keep_up()
+        # kill-point: worker: the base model is about to be evaluated
         base_scores = evaluator.score(base.objective, accelerator, stop, key=key)
         if accelerator.is_main_process:
             save_scores(session.paths.base_scores, base_scores)
@@ -107,6 +108,7 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     # 4. Training.
     session.start_phase(Phase.TRAINING)
     adapted = lora.attach(base.model, config, task.request.base.name)
+    # kill-point: worker: the adapter is attached
     fusion = fuse(adapted)
     return_freed_memory()
     loop = _build_loop(session, base, adapted, fusion, documents, order, sample, base_loss, key, threads)
@@ -114,6 +116,7 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
         loop.restore(checkpoint)
     del checkpoint  # it is at least as large as the adapter
     loop.run()
+    # kill-point: worker: all steps are done
 
     # 5. Scores of the adapter.
     session.start_phase(Phase.EVALUATING_ADAPTER)
@@ -152,7 +155,9 @@ def _load_training_documents(session: Session, data: RunData) -> list[Document]:
 
 def _load_base(session: Session, data: RunData) -> BaseModel:
     request, max_length = session.task.request, session.task.request.config.max_length
+    # kill-point: worker: the base model is about to be loaded
     model, compute_plan = load_planned(request.base, data.base_directory, request.execution, session.device)
+    # kill-point: worker: the base model is loaded
     model = move(model, session.accelerator.device)
     uses_bf16 = uses_bf16_blocks(request.config, request.base, compute_plan)
     objective = probe_fast_paths(model, max_length, uses_bf16_blocks=uses_bf16)

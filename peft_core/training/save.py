@@ -61,6 +61,7 @@ def write_adapter(
         created_at: With a time zone.
         measure: Called once, with the size of the weights file in bytes. Its result is recorded and returned.
     """
+    # kill-point: worker: the adapter is about to be written
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     tensors = {
@@ -68,6 +69,7 @@ def write_adapter(
         for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
     }
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    # kill-point: worker: the weights are written, without a configuration
     _write_config(directory, model, task.request.base.name)
 
     metrics = measure((directory / WEIGHTS).stat().st_size)
@@ -86,7 +88,9 @@ def write_adapter(
     (directory / FINGERPRINT_FILE_NAME).write_bytes(training_fingerprint)
     (directory / CARD_NAME).write_text(render_card(manifest), encoding="utf-8")
     files = {path.name: sha256_of(path) for path in sorted(directory.iterdir())}
+    # kill-point: worker: everything but the manifest is written
     write_manifest(directory, manifest.model_copy(update={"files": files}))
+    # kill-point: worker: the adapter is complete but not reported
     return metrics
 
 

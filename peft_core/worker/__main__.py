@@ -89,11 +89,13 @@ def main() -> int:
         log.exception("failed")
         emit(JobFailed(error=error_info(error, kind)))
         return 1
+    # kill-point: worker: the last event is emitted, the process still lives
     return 0
 
 
 def _run(task: TrainingTask, emit: JsonLineWriter, stop: StopFlag) -> None:
     """Import what the task needs, and run it. torch takes seconds to import, reads the environment, and may fail to load."""
+    # kill-point: worker: the process is starting
     prepare_environment()
     if task.kind == "train":
         from peft_core.training.run import run as train  # noqa: PLC0415 -- torch

@@ -11,7 +11,7 @@ import pytest
 
 from peft_core.jobs import supervisor
 from tests.model_files import write_model
-from tests.survival.life import Life
+from tests.survival.scenario import Scenario
 
 ROOT = Path(__file__).parents[2]
 SITE = Path(__file__).parent / "site"
@@ -42,16 +42,16 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def life(tmp_path: Path, source: Path, small_base: Path) -> Life:
+def scenario(tmp_path: Path, source: Path, small_base: Path) -> Scenario:
     """A data directory in which a project already has an adapter."""
-    return make_life(tmp_path, source, small_base)
+    return make_scenario(tmp_path, source, small_base)
 
 
-def make_life(root: Path, source: Path, base: Path) -> Life:
-    life = Life(root, source, base)
-    life.job_id, life.project = None, "earlier"
-    life.start()
-    life.finish()
-    life.expect_queue_continues()
-    life.job_id, life.project, life.has_earlier = None, "small", True
-    return life
+def make_scenario(root: Path, source: Path, base: Path) -> Scenario:
+    scenario = Scenario(root, source, base)
+    scenario.job_id, scenario.project = None, "earlier"
+    scenario.start()
+    scenario.finish()
+    scenario.expect_queue_continues()
+    scenario.job_id, scenario.project, scenario.has_earlier = None, "small", True
+    return scenario

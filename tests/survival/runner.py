@@ -6,7 +6,7 @@ import sys
 
 from peft_core.jobs import runner
 
-WORKER = ["-m", "tests.survival.child"]
+WORKER = ["-m", "tests.survival.small_worker"]
 
 if __name__ == "__main__":
     runner.WORKER = WORKER

@@ -1,4 +1,4 @@
-"""The job of the small worker. Each step is a function, so that it can be a kill point."""
+"""The job of the small worker: every step of a training in half a second, with a kill point at each."""
 
 from __future__ import annotations
 
@@ -32,28 +32,40 @@ METRICS = Metrics(base_loss=2.0, adapter_loss=1.0, base_perplexity=7.4, adapter_
 
 def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     paths = JobPaths(task.job_dir)
+    # kill-point: worker: the process has started
     emit(PhaseStarted(phase=Phase.PREPARING_DATA))
+    # kill-point: worker: the data are about to be prepared
     prepare_data(task, emit, stop)
+    # kill-point: worker: the data are prepared
     emit(PhaseStarted(phase=Phase.LOADING_MODEL))
-    load(stop)
+    # kill-point: worker: the base model is about to be loaded
+    stop.check()
     start = read_checkpoint(paths.checkpoint)
     emit(RunPlanned(device="cpu", total_steps=STEPS, start_step=start))
     emit(PhaseStarted(phase=Phase.EVALUATING_BASE))
+    # kill-point: worker: the base model is about to be evaluated
     evaluate(emit, step=0)
     emit(PhaseStarted(phase=Phase.TRAINING))
     for step in range(start + 1, STEPS + 1):
+        # kill-point: worker: the first step is about to start
+        # kill-point: worker: the second step is about to start (pass 2)
         train_step(step, emit)
         if step % 2 == 0 or stop.requested:
+            # kill-point: worker: a checkpoint is about to be written
             save_checkpoint(paths.checkpoint, step)
+            # kill-point: worker: a checkpoint is in its place
             emit(CheckpointSaved(step=step))
         stop.check()
     emit(PhaseStarted(phase=Phase.EVALUATING_ADAPTER))
+    # kill-point: worker: the adapter is about to be evaluated
     evaluate(emit, step=STEPS)
     stop.check()
     emit(PhaseStarted(phase=Phase.SAVING))
+    # kill-point: worker: the adapter is about to be written
     save_adapter(task, paths.adapter)
+    # kill-point: worker: the adapter is complete but not reported
     emit(AdapterWritten(metrics=METRICS))
-    leave()
+    # kill-point: worker: the last event is emitted, the process still lives
 
 
 def prepare_data(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
@@ -64,10 +76,6 @@ def prepare_data(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
         report=lambda _: stop.check(),
     )
     emit(DatasetPrepared(dataset=prepared.summary))
-    stop.check()
-
-
-def load(stop: StopFlag) -> None:
     stop.check()
 
 
@@ -82,11 +90,8 @@ def save_checkpoint(directory: Path, step: int) -> None:
     directory.mkdir(exist_ok=True)
     draft = directory / ".state.json.tmp"
     draft.write_text(json.dumps({"step": step}))
-    replace(draft, directory / "state.json")
-
-
-def replace(draft: Path, path: Path) -> None:
-    draft.replace(path)
+    # kill-point: worker: a checkpoint is written but not in its place
+    draft.replace(directory / "state.json")
 
 
 def evaluate(emit: Emit, step: int) -> None:
@@ -110,13 +115,7 @@ def train_step(step: int, emit: Emit) -> None:
 def save_adapter(task: TrainingTask, directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
     write_adapter(directory)
+    # kill-point: worker: the adapter is written, without a manifest
     files = {name: sha256_of(directory / name) for name in (CONFIG, WEIGHTS)}
     manifest = make_manifest(task.job_id, task.project_id, base=task.request.base, files=files)
-    finish(directory, manifest.model_copy(update={"created_at": "2026-01-01T00:00:00Z", "metrics": METRICS}))
-
-
-finish = write_manifest
-
-
-def leave() -> None:
-    """Do nothing: a kill point after the last event, before the process ends."""
+    write_manifest(directory, manifest.model_copy(update={"created_at": "2026-01-01T00:00:00Z", "metrics": METRICS}))

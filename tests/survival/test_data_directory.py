@@ -25,12 +25,12 @@ from peft_core.planning import planner
 from peft_core.schemas.events import JobCancelled, JobResumed, JobStarted
 from peft_core.schemas.results import Status
 from tests.factories import make_job
-from tests.survival.life import Kill, Life, gone, until
-from tests.survival.points import SMALL_CHILD
+from tests.survival.kill_points import SMALL_WORKER, point_named
+from tests.survival.scenario import Kill, Scenario, gone, until
 
 pytestmark = pytest.mark.survival
 
-FIRST_STEP = next(point for point in SMALL_CHILD if point.what == "before the first step")
+FIRST_STEP = point_named(SMALL_WORKER, "the first step is about to start")
 
 
 @pytest.fixture
@@ -44,14 +44,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     until(lambda: not subprocess.run(["umount", str(disk)], check=False).returncode, "the disk to be unused")
 
 
-def stopped_job(life: Life) -> int:
+def stopped_job(scenario: Scenario) -> int:
     """Start a job that is stopped in its first step; return the pid of its worker."""
-    mark = life.arm(FIRST_STEP, "SIGSTOP")
-    return life.reach(Kill(FIRST_STEP, "child", "SIGSTOP"), mark)
+    mark = scenario.arm(FIRST_STEP, "SIGSTOP")
+    return scenario.reach(Kill(FIRST_STEP, "worker", "SIGSTOP"), mark)
 
 
-def continue_job(life: Life, pid: int) -> None:
-    life.disarm()
+def continue_job(scenario: Scenario, pid: int) -> None:
+    scenario.disarm()
     os.kill(pid, signal.SIGCONT)
 
 
@@ -74,18 +74,18 @@ def test_a_full_disk_is_reported_and_the_job_can_be_resumed_once_there_is_space(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(planner, "_check_disk", lambda *_: None)  # the disk fills up after the plan
-    life = Life(small_disk, source, small_base)
-    pid = stopped_job(life)
+    scenario = Scenario(small_disk, source, small_base)
+    pid = stopped_job(scenario)
     ballast = small_disk / "ballast"
     fill(ballast)
-    continue_job(life, pid)
-    until(lambda: not life.processes(), "runner and worker to end")
+    continue_job(scenario, pid)
+    until(lambda: not scenario.processes(), "runner and worker to end")
     with pytest.raises(StorageError, match="cannot be used") as caught:
-        life.status()
+        scenario.status()
     assert "free space" in str(caught.value)
     ballast.unlink()
-    assert life.status().status in (Status.INTERRUPTED, Status.FAILED)
-    life.finish()
+    assert scenario.status().status in (Status.INTERRUPTED, Status.FAILED)
+    scenario.finish()
 
 
 def test_training_on_a_full_disk_is_refused_with_the_free_space(
@@ -94,20 +94,20 @@ def test_training_on_a_full_disk_is_refused_with_the_free_space(
     small_base: Path,
 ) -> None:
     with pytest.raises(StorageError, match="MB are free") as caught:
-        Life(small_disk, source, small_base).submit("web")
+        Scenario(small_disk, source, small_base).submit("web")
     assert caught.value.code == "disk_full"
 
 
 def test_a_read_only_data_directory_is_reported(small_disk: Path, source: Path, small_base: Path) -> None:
-    life = Life(small_disk, source, small_base)
-    Store(life.paths.database, time.time).create()
-    Store(life.paths.database, time.time).insert(make_job("waits"))
+    scenario = Scenario(small_disk, source, small_base)
+    Store(scenario.paths.database, time.time).create()
+    Store(scenario.paths.database, time.time).insert(make_job("waits"))
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     try:
         for ask in (
-            lambda: life.jobs.status_by_id("waits"),
-            lambda: life.jobs.cancel("web", None),
-            life.jobs.ensure_runner,
+            lambda: scenario.jobs.status_by_id("waits"),
+            lambda: scenario.jobs.cancel("web", None),
+            scenario.jobs.ensure_runner,
         ):
             with pytest.raises(StorageError, match="cannot be used"):
                 ask()
@@ -115,24 +115,24 @@ def test_a_read_only_data_directory_is_reported(small_disk: Path, source: Path, 
         subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
 
 
-def test_a_job_whose_data_directory_is_removed_ends(life: Life) -> None:
-    pid = stopped_job(life)
-    working = set(life.processes())
+def test_a_job_whose_data_directory_is_removed_ends(scenario: Scenario) -> None:
+    pid = stopped_job(scenario)
+    working = set(scenario.processes())
     assert pid in working
-    while life.paths.root.exists():  # repeated, because the server may recreate its database meanwhile
-        shutil.rmtree(life.paths.root, ignore_errors=True)
-    continue_job(life, pid)
+    while scenario.paths.root.exists():  # repeated, because the server may recreate its database meanwhile
+        shutil.rmtree(scenario.paths.root, ignore_errors=True)
+    continue_job(scenario, pid)
     until(lambda: not any(not gone(number) for number in working), "runner and worker to end")
-    assert life.jobs.status_and_ensure_runner("small").status is Status.NOT_STARTED
-    assert not life.paths.root.exists()  # it was not recreated
-    life.job_id, life.has_earlier = None, False
-    life.start()
-    life.finish()
+    assert scenario.jobs.status_and_ensure_runner("small").status is Status.NOT_STARTED
+    assert not scenario.paths.root.exists()  # it was not recreated
+    scenario.job_id, scenario.has_earlier = None, False
+    scenario.start()
+    scenario.finish()
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_refused_with_the_reason(
-    life: Life,
+    scenario: Scenario,
     monkeypatch: pytest.MonkeyPatch,
     number: int,
 ) -> None:
@@ -141,7 +141,7 @@ def test_a_file_system_without_locks_is_refused_with_the_reason(
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with pytest.raises(StorageError, match="cannot lock files") as caught:
-        life.submit("web")
+        scenario.submit("web")
     assert caught.value.code == "no_file_locks"
     assert "local disk" in str(caught.value)
 
@@ -165,10 +165,10 @@ def test_the_order_of_jobs_does_not_depend_on_the_clock(tmp_path: Path, jump_s: 
 # -- versions ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_older_server_refuses_every_operation_on_a_newer_database(life: Life) -> None:
-    with closing(sqlite3.connect(life.paths.database)) as db:
+def test_an_older_server_refuses_every_operation_on_a_newer_database(scenario: Scenario) -> None:
+    with closing(sqlite3.connect(scenario.paths.database)) as db:
         db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
-    jobs = JobService(life.settings, life.registry)
+    jobs = JobService(scenario.settings, scenario.registry)
     for ask in (
         lambda: jobs.status_and_ensure_runner("earlier"),
         lambda: jobs.status_by_id("x"),
@@ -176,44 +176,44 @@ def test_an_older_server_refuses_every_operation_on_a_newer_database(life: Life)
         lambda: jobs.resume("x"),
         jobs.ensure_runner,
         jobs.running_job,
-        lambda: life.submit("web"),
+        lambda: scenario.submit("web"),
     ):
         with pytest.raises(StorageError, match="newer peft-mcp") as caught:
             ask()
         assert caught.value.code == "newer_database"
         assert "pip install --upgrade" in str(caught.value)
-    assert life.registry.adapters("earlier")  # listing adapters needs no database
+    assert scenario.registry.adapters("earlier")  # listing adapters needs no database
 
 
 # -- pruning ----------------------------------------------------------------------------------------------------------
 
 
-def test_old_runs_are_pruned_and_adapters_remain(life: Life) -> None:
-    first = life.registry.adapters("earlier")[0]
-    store = Store(life.paths.database, time.time)
+def test_old_runs_are_pruned_and_adapters_remain(scenario: Scenario) -> None:
+    first = scenario.registry.adapters("earlier")[0]
+    store = Store(scenario.paths.database, time.time)
     for number in range(5):
         name = f"failed-{number}"
         store.insert(make_job(name))
         store.append(name, JobStarted())
         store.append(name, JobCancelled())
-        life.paths.job(name).root.mkdir()
+        scenario.paths.job(name).root.mkdir()
     store.insert(make_job("waits"))
-    life.paths.job("waits").root.mkdir()
-    stray = life.paths.job("never-queued").root
+    scenario.paths.job("waits").root.mkdir()
+    stray = scenario.paths.job("never-queued").root
     stray.mkdir()
 
-    prune(store, life.registry, life.paths, keep=2)
-    remaining = {path.name for path in life.paths.root.glob("jobs/*")}
+    prune(store, scenario.registry, scenario.paths, keep=2)
+    remaining = {path.name for path in scenario.paths.root.glob("jobs/*")}
     assert remaining == {"failed-3", "failed-4", "waits", "never-queued"}
     assert store.job_ids() == {"failed-3", "failed-4", "waits", first.adapter_id, *next_jobs(store)}
     assert store.events(first.adapter_id) == []
-    assert life.jobs.status_by_id(first.adapter_id).adapter_path == first.adapter_path
-    assert life.jobs.base_of(first.adapter_id) == str(life.base)  # the path of its base is still known
-    life.check()
+    assert scenario.jobs.status_by_id(first.adapter_id).adapter_path == first.adapter_path
+    assert scenario.jobs.base_of(first.adapter_id) == str(scenario.base)  # the path of its base is still known
+    scenario.check()
 
     os.utime(stray, (0, time.time() - LEFT_BEHIND_S - 60))
-    life.registry.delete("earlier", first.adapter_id)
-    prune(store, life.registry, life.paths, keep=2)
+    scenario.registry.delete("earlier", first.adapter_id)
+    prune(store, scenario.registry, scenario.paths, keep=2)
     assert not stray.exists()
     assert first.adapter_id not in store.job_ids()  # the record is removed with its adapter
 
@@ -224,13 +224,13 @@ def next_jobs(store: Store) -> set[str]:
 
 
 def test_the_runner_retains_as_many_runs_as_keep_runs_allows(tmp_path: Path, source: Path, small_base: Path) -> None:
-    life = Life(tmp_path, source, small_base, settings=Settings(data_dir=tmp_path / "data", keep_runs=2))
+    scenario = Scenario(tmp_path, source, small_base, settings=Settings(data_dir=tmp_path / "data", keep_runs=2))
     for number in range(4):
-        life.submit(f"p{number}")
+        scenario.submit(f"p{number}")
     until(
-        lambda: all(life.jobs.status_and_ensure_runner(f"p{n}").status is Status.COMPLETED for n in range(4)),
+        lambda: all(scenario.jobs.status_and_ensure_runner(f"p{n}").status is Status.COMPLETED for n in range(4)),
         "all four",
     )
-    life.expect_no_processes()
-    assert len(list(life.paths.root.glob("jobs/*"))) == 2
-    assert len(life.registry.adapters()) == 4
+    scenario.expect_no_processes()
+    assert len(list(scenario.paths.root.glob("jobs/*"))) == 2
+    assert len(scenario.registry.adapters()) == 4

@@ -13,15 +13,15 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.survival.life import MEMORY, STATUS_DEADLINE_S, TIMEOUT_S, Kill, Life, gone, until
-from tests.survival.points import HOST
+from tests.survival.kill_points import INFERENCE_WORKER
+from tests.survival.scenario import MEMORY, STATUS_DEADLINE_S, TIMEOUT_S, Kill, Scenario, gone, until
 from tests.survival.test_kill_matrix import ROUNDS, SEED, shuffled
 from tests.survival.wire import Server, server
 from tests.tiny_models import write_tiny_adapter, write_tiny_base
 
 pytestmark = pytest.mark.survival
 
-TOOL_OF = {point: tool for tool, points in HOST.items() for point in points}
+TOOL_OF = {point: point.tool for point in INFERENCE_WORKER if point.tool is not None}
 UNLIMITED = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
 
 
@@ -29,14 +29,14 @@ UNLIMITED = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
 class Inference:
     """A server, an adapter for it, and the text that the adapter generates undisturbed."""
 
-    life: Life
+    scenario: Scenario
     server: Server
     adapter: str
     text: str = ""
 
     def call(self, tool: str) -> dict[str, Any]:
         arguments: dict[str, dict[str, Any]] = {
-            "load_adapter": {"adapter_path": self.adapter, "base_model": str(self.life.base)},
+            "load_adapter": {"adapter_path": self.adapter, "base_model": str(self.scenario.base)},
             "generate": {"prompt": "def f", "max_new_tokens": 12},
         }
         return self.server.call(tool, **arguments.get(tool, {}))
@@ -66,7 +66,7 @@ class Inference:
     def kill(self, kill: Kill) -> str:
         """Kill the worker during a call; return the text of the call's answer."""
         self.end_worker()
-        mark = self.life.arm(kill.point, kill.method)
+        mark = self.scenario.arm(kill.point, kill.method)
         tool = TOOL_OF[kill.point]
         for before in ("load_adapter", "generate", "unload_adapter"):
             if before == tool:
@@ -74,7 +74,7 @@ class Inference:
             self.call(before)
         answer = self.call(tool)
         answered = time.time()
-        self.life.disarm()
+        self.scenario.disarm()
         assert mark.exists(), f"the point was never reached: {kill}; {answer}"
         if kill.method == MEMORY:
             self.expect_consistent_without_memory(answer)
@@ -128,13 +128,13 @@ def test_a_killed_inference_worker_is_reported_and_can_be_replaced(
     tiny_adapter: Path,
     method: str,
 ) -> None:
-    life = Life(tmp_path, source, tiny_base)
-    kills = shuffled([Kill(point, "host", method) for point in TOOL_OF], f"host {method}")
+    scenario = Scenario(tmp_path, source, tiny_base)
+    kills = shuffled([Kill(point, "inference worker", method) for point in TOOL_OF], f"inference worker {method}")
     if ROUNDS < 1:
         kills = kills[:1]  # few, because each starts torch twice
     print(f"PEFT_SURVIVAL_SEED={SEED}")
-    with server(life.paths.root, cwd=tmp_path) as started:
-        inference = Inference(life, started, str(tiny_adapter))
+    with server(scenario.paths.root, cwd=tmp_path) as started:
+        inference = Inference(scenario, started, str(tiny_adapter))
         inference.text = inference.load_and_generate()
         for number, kill in enumerate(kills, 1):
             print(f"{number:3} of {len(kills)}: {kill}", flush=True)
@@ -143,4 +143,4 @@ def test_a_killed_inference_worker_is_reported_and_can_be_replaced(
             assert inference.load_and_generate() == inference.text
         workers = inference.workers()
     until(lambda: all(gone(pid) for pid in workers), "the worker to end with its server", TIMEOUT_S)
-    life.expect_no_processes()
+    scenario.expect_no_processes()

@@ -1,4 +1,4 @@
-"""The kill matrix: every process, killed by every method, at every point of a job's life."""
+"""The kill matrix: every process, killed by every method, at every point of a job's scenario."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import signal
 import pytest
 
 from peft_core.schemas.results import Status
-from tests.survival.life import MEMORY, Kill, Life, gone, until
-from tests.survival.points import RUNNER, SERVER, SMALL_CHILD
+from tests.survival.kill_points import RUNNER, SERVER, SMALL_WORKER
+from tests.survival.scenario import MEMORY, Kill, Scenario, gone, until
 from tests.survival.wire import server
 
 pytestmark = pytest.mark.survival
@@ -28,68 +28,70 @@ def shuffled(kills: list[Kill], salt: str) -> list[Kill]:
     return order[: math.ceil(len(kills) * ROUNDS)]
 
 
-def expect_survival_of(life: Life, kills: list[Kill]) -> None:
+def expect_survival_of(scenario: Scenario, kills: list[Kill]) -> None:
     print(f"PEFT_SURVIVAL_SEED={SEED}")
     for number, kill in enumerate(kills, 1):
         print(f"{number:3} of {len(kills)}: {kill}", flush=True)
-        status = life.kill(kill)
+        status = scenario.kill(kill)
         print(f"      {status.status}, step {status.step}: {status.error.message if status.error else ''}")
-        life.expect_queue_continues()
+        scenario.expect_queue_continues()
         if number % 5 == 0 or number == len(kills):
-            life.finish()  # the next kill starts with a new job
-            life.expect_queue_continues()
-    life.expect_no_processes()
+            scenario.finish()  # the next kill starts with a new job
+            scenario.expect_queue_continues()
+    scenario.expect_no_processes()
 
 
 @pytest.mark.parametrize("method", ["SIGKILL", "SIGTERM", "memory"])
-def test_the_job_survives_the_death_of_its_worker(life: Life, method: str) -> None:
-    expect_survival_of(life, shuffled([Kill(point, "child", method) for point in SMALL_CHILD], f"child {method}"))
+def test_the_job_survives_the_death_of_its_worker(scenario: Scenario, method: str) -> None:
+    expect_survival_of(
+        scenario, shuffled([Kill(point, "worker", method) for point in SMALL_WORKER], f"worker {method}"),
+    )
 
 
 @pytest.mark.parametrize("method", ["SIGKILL", "SIGTERM", "memory"])
-def test_the_job_survives_the_death_of_the_runner(life: Life, method: str) -> None:
-    expect_survival_of(life, shuffled([Kill(point, "runner", method) for point in RUNNER], f"runner {method}"))
+def test_the_job_survives_the_death_of_the_runner(scenario: Scenario, method: str) -> None:
+    expect_survival_of(scenario, shuffled([Kill(point, "runner", method) for point in RUNNER], f"runner {method}"))
 
 
 @pytest.mark.parametrize("method", ["SIGKILL", "SIGTERM", "memory"])
-def test_the_next_server_finishes_a_job_whose_server_died_while_queuing_it(life: Life, method: str) -> None:
+def test_the_next_server_finishes_a_job_whose_server_died_while_queuing_it(scenario: Scenario, method: str) -> None:
     """A server without any memory may succeed, fail or stop answering; this test ends it then, as a client would."""
     kills = shuffled([Kill(point, "server", method) for point in SERVER], f"server {method}")
     for number, kill in enumerate(kills, 1):
         print(f"{number:3} of {len(kills)}: {kill}", flush=True)
-        mark = life.arm(kill.point, kill.method)
-        with server(life.paths.root, cwd=life.root) as victim:
-            config = {"base_model": str(life.base), **life.config}
-            arguments = {"project_id": "small", "training_data": str(life.source), "config": config}
+        mark = scenario.arm(kill.point, kill.method)
+        with server(scenario.paths.root, cwd=scenario.root) as victim:
+            config = {"base_model": str(scenario.base), **scenario.config}
+            arguments = {"project_id": "small", "training_data": str(scenario.source), "config": config}
             victim.send("tools/call", {"name": "train_adapter", "arguments": arguments})
             until(mark.exists, f"the point ({kill})")
             if method != MEMORY:
                 until(lambda killed=victim.process.pid: gone(killed), "the server to die", 2.0)
-        life.disarm()
-        life.job_id = life.jobs.status_and_ensure_runner("small").job_id  # None: the job was not queued yet
-        if life.job_id is not None:
-            life.finish()
-        life.expect_no_processes()
+        scenario.disarm()
+        scenario.job_id = scenario.jobs.status_and_ensure_runner("small").job_id  # None: the job was not queued yet
+        if scenario.job_id is not None:
+            scenario.finish()
+        scenario.expect_no_processes()
 
 
 @pytest.mark.parametrize("method", ["SIGKILL", "SIGTERM"])
-def test_a_running_job_survives_the_death_of_the_server(life: Life, method: str) -> None:
-    kills = shuffled([Kill(point, "server", method) for point in SMALL_CHILD], f"busy server {method}")
+def test_a_running_job_survives_the_death_of_the_server(scenario: Scenario, method: str) -> None:
+    kills = shuffled([Kill(point, "server", method) for point in SMALL_WORKER], f"busy server {method}")
     for number, kill in enumerate(kills, 1):
         print(f"{number:3} of {len(kills)}: {kill}", flush=True)
-        mark = life.arm(kill.point, "SIGSTOP")
-        child = life.reach(kill, mark)
-        with server(life.paths.root, cwd=life.root) as victim:
+        mark = scenario.arm(kill.point, "SIGSTOP")
+        child = scenario.reach(kill, mark)
+        with server(scenario.paths.root, cwd=scenario.root) as victim:
             victim.call("get_training_status", project_id="small", wait_s=0)
             victim.process.send_signal(signal.Signals[method])
             victim.process.wait(2.0)
-        assert life.status().status is Status.IN_PROGRESS
-        life.disarm()
+        assert scenario.status().status is Status.IN_PROGRESS
+        scenario.disarm()
         os.kill(child, signal.SIGCONT)
-        life.finish()
-        life.expect_no_processes()
+        scenario.finish()
+        scenario.expect_no_processes()
 
 
 @pytest.mark.parametrize("method", ["SIGKILL", "SIGTERM"])
-def test_the_job_survives_the_death_of_the_runner_while_its_worker_is_busy(life: Life, method: str) -> None:
-    expect_survival_of(life, shuffled([Kill(point, "runner", method) for point in SMALL_CHILD], f"over {method}"))
+def test_the_job_survives_the_death_of_the_runner_while_its_worker_is_busy(scenario: Scenario, method: str) -> None:
+    expect_survival_of(scenario, shuffled([Kill(point, "runner", method) for point in SMALL_WORKER], f"over {method}"))

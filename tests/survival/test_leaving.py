@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from peft_core.system.cleanup import LEFT_BEHIND_INSPECTION_S
-from tests.survival.life import STATUS_DEADLINE_S, Kill, Life, gone, until
-from tests.survival.points import SMALL_CHILD, Point
+from tests.survival.kill_points import SMALL_WORKER, point_named
+from tests.survival.scenario import STATUS_DEADLINE_S, Kill, Scenario, gone, until
 from tests.survival.wire import Server, server
 
 pytestmark = pytest.mark.survival
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.survival
 ROUNDS = int(os.environ.get("PEFT_SURVIVAL_LEAVINGS", "3"))  # how often each way is tried
 WAYS = ["end of input", "SIGTERM", "SIGINT", "SIGKILL"]
 GONE_WITHIN_S = 2.0
-FIRST_STEP = next(point for point in SMALL_CHILD if point.what == "before the first step")
+FIRST_STEP = point_named(SMALL_WORKER, "the first step is about to start")
 
 
 def stop(running: Server, way: str) -> float:
@@ -36,11 +36,11 @@ def stop(running: Server, way: str) -> float:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_an_ended_server_is_gone_in_two_seconds_and_the_training_continues(life: Life, way: str) -> None:
-    mark = life.arm(FIRST_STEP, "SIGSTOP")
-    child = life.reach(Kill(FIRST_STEP, "server", way), mark)
+def test_an_ended_server_is_gone_in_two_seconds_and_the_training_continues(scenario: Scenario, way: str) -> None:
+    mark = scenario.arm(FIRST_STEP, "SIGSTOP")
+    child = scenario.reach(Kill(FIRST_STEP, "server", way), mark)
     for _ in range(ROUNDS):
-        with server(life.paths.root, cwd=life.root) as running:
+        with server(scenario.paths.root, cwd=scenario.root) as running:
             assert (
                 running.call("get_training_status", project_id="small", wait_s=0)["structuredContent"]["status"]
                 == "in_progress"
@@ -60,49 +60,49 @@ def test_an_ended_server_is_gone_in_two_seconds_and_the_training_continues(life:
                 STATUS_DEADLINE_S,
             )
         assert not gone(child)
-    life.disarm()
+    scenario.disarm()
     os.kill(child, signal.SIGCONT)
-    life.finish()
-    life.expect_queue_continues()
-    life.expect_no_processes()
+    scenario.finish()
+    scenario.expect_queue_continues()
+    scenario.expect_no_processes()
 
 
-def test_a_long_running_call_does_not_delay_the_end_of_the_server(life: Life, tmp_path: Path) -> None:
+def test_a_long_running_call_does_not_delay_the_end_of_the_server(scenario: Scenario, tmp_path: Path) -> None:
     source = tmp_path / "endless.jsonl"
     with source.open("w") as file:
         file.writelines(f'{{"text": "def add_{n}(a, b):\\n    return a + {n} * b\\n"}}\n' for n in range(400_000))
-    with server(life.paths.root, cwd=life.root) as running:
+    with server(scenario.paths.root, cwd=scenario.root) as running:
         arguments = {
             "project_id": "big",
             "training_data": str(source),
-            "config": {"base_model": str(life.base), **life.config},
+            "config": {"base_model": str(scenario.base), **scenario.config},
         }
         running.send("tools/call", {"name": "train_adapter", "arguments": arguments})
         until(lambda: source.name in opened(running.process.pid), "the server to read the source")
         assert stop(running, "end of input") < GONE_WITHIN_S
 
 
-def test_an_inspection_ends_with_its_server_and_the_next_server_removes_its_files(life: Life) -> None:
-    point = Point("child", "peft_core.data.prepare", "DatasetBuilder.fill", "after", "data spooled for an inspection")
-    mark = life.arm(point, "hang")
-    lines = life.source.read_text().splitlines()
-    config = {"base_model": str(life.base), "max_length": 128, "allow_little_data": True}
+def test_an_inspection_ends_with_its_server_and_the_next_server_removes_its_files(scenario: Scenario) -> None:
+    point = point_named(SMALL_WORKER, "the data are spooled")
+    mark = scenario.arm(point, "hang")
+    lines = scenario.source.read_text().splitlines()
+    config = {"base_model": str(scenario.base), "max_length": 128, "allow_little_data": True}
     arguments = {"training_data": [json.loads(line) for line in lines], "config": config}
-    with server(life.paths.root, cwd=life.root) as running:
+    with server(scenario.paths.root, cwd=scenario.root) as running:
         running.send("tools/call", {"name": "inspect_training_data", "arguments": arguments})
         until(mark.exists, "the inspection to read the data")
         inspecting = int(mark.read_text())
         assert inspecting != running.process.pid
-        (scratch,) = life.paths.inspections.iterdir()
+        (scratch,) = scenario.paths.inspections.iterdir()
         assert list(scratch.rglob("*.jsonl"))  # the records and the examples made of them
         assert stop(running, "SIGTERM") < GONE_WITHIN_S
     until(lambda: gone(inspecting), "the inspecting process to end", STATUS_DEADLINE_S)
-    life.disarm()
+    scenario.disarm()
     os.utime(scratch, (0, time.time() - LEFT_BEHIND_INSPECTION_S - 60))
-    with server(life.paths.root, cwd=life.root) as next_:
+    with server(scenario.paths.root, cwd=scenario.root) as next_:
         answer = next_.call("inspect_training_data", **arguments)
         assert answer["structuredContent"]["train_examples"] > 0
-    assert list(life.paths.inspections.iterdir()) == []
+    assert list(scenario.paths.inspections.iterdir()) == []
 
 
 def opened(pid: int) -> list[str]:

@@ -16,7 +16,7 @@ import pytest
 
 from peft_core.jobs.store import Store
 from peft_core.schemas.results import Status
-from tests.survival.life import Life, until
+from tests.survival.scenario import Scenario, until
 from tests.survival.wire import Server, server
 
 pytestmark = pytest.mark.survival
@@ -27,7 +27,7 @@ SEED = int(os.environ.get("PEFT_SURVIVAL_SEED", "0"))
 EXPECTED_ERRORS = ("job_already_ended", "not_resumable", "job_not_found", "nothing_to_cancel", "adapter_not_found")
 
 
-def test_four_servers_on_one_data_directory_lose_no_job_and_run_none_twice(life: Life) -> None:
+def test_four_servers_on_one_data_directory_lose_no_job_and_run_none_twice(scenario: Scenario) -> None:
     answers: list[tuple[str, dict[str, Any]]] = []
     submitted: list[str] = []
 
@@ -39,7 +39,10 @@ def test_four_servers_on_one_data_directory_lose_no_job_and_run_none_twice(life:
         )[0]
         arguments: dict[str, Any] = {"project_id": project}
         if tool == "train_adapter":
-            arguments |= {"training_data": str(life.source), "config": {"base_model": str(life.base), **life.config}}
+            arguments |= {
+                "training_data": str(scenario.source),
+                "config": {"base_model": str(scenario.base), **scenario.config},
+            }
         elif tool == "get_training_status":
             arguments["wait_s"] = 0
         elif tool == "resume_training":
@@ -55,7 +58,7 @@ def test_four_servers_on_one_data_directory_lose_no_job_and_run_none_twice(life:
             call(running, number, chooser)
 
     with ExitStack() as stack:
-        servers = [stack.enter_context(server(life.paths.root, cwd=life.root)) for _ in range(SERVERS)]
+        servers = [stack.enter_context(server(scenario.paths.root, cwd=scenario.root)) for _ in range(SERVERS)]
         # Two threads per server, so that calls to the same server overlap too.
         threads = [
             threading.Thread(target=work, args=(servers[n % SERVERS], range(n, CALLS, 2 * SERVERS)))
@@ -66,37 +69,37 @@ def test_four_servers_on_one_data_directory_lose_no_job_and_run_none_twice(life:
         for thread in threads:
             thread.join()
     # The servers are gone; the runner finishes the queue.
-    until(lambda: all(life.status(job).status.is_final for job in submitted), "all jobs to end", 240)
-    life.expect_no_processes()
+    until(lambda: all(scenario.status(job).status.is_final for job in submitted), "all jobs to end", 240)
+    scenario.expect_no_processes()
 
     errors = [str(answer) for _, answer in answers if answer.get("isError")]
     assert len(answers) == CALLS
     assert [error for error in errors if not any(f"[{code}]" in error for code in EXPECTED_ERRORS)] == []
     print(Counter(tool for tool, _ in answers), f"{len(submitted)} jobs, {len(errors)} refusals")
-    expect_one_at_a_time(life, submitted)
+    expect_one_at_a_time(scenario, submitted)
     for job in submitted:
-        status = life.status(job)
+        status = scenario.status(job)
         assert status.status in (Status.COMPLETED, Status.CANCELLED), status
-        published = life.registry.published(status.project_id, job)
+        published = scenario.registry.published(status.project_id, job)
         assert (published is not None) == (status.status is Status.COMPLETED)
-    life.check()
+    scenario.check()
 
 
-def expect_one_at_a_time(life: Life, jobs: list[str]) -> None:
+def expect_one_at_a_time(scenario: Scenario, jobs: list[str]) -> None:
     """Check that no run started before the previous one ended, and that each started at most as often as it was queued."""
-    store = Store(life.paths.database, time.time)
+    store = Store(scenario.paths.database, time.time)
     spans = []
     for job in jobs:
         kinds = [event.kind for event in store.events(job)]
         assert kinds.count("job_started") <= 1 + kinds.count("job_resumed")
         if store.get(job).status is Status.COMPLETED:
-            spans.append((time_of(life, job, "job_started"), time_of(life, job, "job_completed")))
+            spans.append((time_of(scenario, job, "job_started"), time_of(scenario, job, "job_completed")))
     for (_, ended), (started, _) in pairwise(sorted(spans)):
         assert ended <= started
 
 
-def time_of(life: Life, job: str, kind: str) -> float:
+def time_of(scenario: Scenario, job: str, kind: str) -> float:
     """Return when the latest event of this kind was recorded."""
     query = "SELECT max(at) FROM events WHERE job_id = ? AND json_extract(event, '$.kind') = ?"
-    with closing(sqlite3.connect(life.paths.database)) as db:
+    with closing(sqlite3.connect(scenario.paths.database)) as db:
         return float(db.execute(query, (job, kind)).fetchone()[0])

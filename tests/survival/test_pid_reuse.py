@@ -13,13 +13,13 @@ import psutil
 import pytest
 
 from peft_core.schemas.results import Status
-from tests.survival.life import STATUS_DEADLINE_S, Kill, Life, state, until
-from tests.survival.points import SMALL_CHILD
+from tests.survival.kill_points import SMALL_WORKER, point_named
+from tests.survival.scenario import STATUS_DEADLINE_S, Kill, Scenario, state, until
 
 pytestmark = pytest.mark.survival
 
 LAST_PID = Path("/proc/sys/kernel/ns_last_pid")  # the next process gets the one after it
-FIRST_STEP = next(point for point in SMALL_CHILD if point.what == "before the first step")
+FIRST_STEP = point_named(SMALL_WORKER, "the first step is about to start")
 TRIES = 200  # another process may get the pid first
 
 
@@ -50,11 +50,11 @@ def wait_until_reaped(pid: int) -> None:
     until(lambda: state(pid) == "gone", f"{pid} to be reaped")
 
 
-def test_a_reused_pid_does_not_make_a_dead_job_look_alive(life: Life) -> None:
+def test_a_reused_pid_does_not_make_a_dead_job_look_alive(scenario: Scenario) -> None:
     """Kill runner and worker: while the worker lives, the runner's pid names their session and is not reused."""
-    mark = life.arm(FIRST_STEP, "SIGSTOP")
-    child = life.reach(Kill(FIRST_STEP, "child", "SIGSTOP"), mark)
-    life.disarm()
+    mark = scenario.arm(FIRST_STEP, "SIGSTOP")
+    child = scenario.reach(Kill(FIRST_STEP, "worker", "SIGSTOP"), mark)
+    scenario.disarm()
     dead = [psutil.Process(child).ppid(), child]
     for pid in dead:
         os.kill(pid, signal.SIGKILL)
@@ -62,10 +62,10 @@ def test_a_reused_pid_does_not_make_a_dead_job_look_alive(life: Life) -> None:
         wait_until_reaped(pid)
     with ExitStack() as strangers:
         others = [strangers.enter_context(stranger(pid)) for pid in dead]
-        until(lambda: life.status().status.is_final, "the true status", STATUS_DEADLINE_S)
-        assert life.status().status is Status.INTERRUPTED
-        life.check()
-        life.finish()
-        life.expect_queue_continues()
-        life.expect_no_processes()
+        until(lambda: scenario.status().status.is_final, "the true status", STATUS_DEADLINE_S)
+        assert scenario.status().status is Status.INTERRUPTED
+        scenario.check()
+        scenario.finish()
+        scenario.expect_queue_continues()
+        scenario.expect_no_processes()
         assert [other.poll() for other in others] == [None, None]  # both are still running

@@ -11,8 +11,8 @@ import pytest
 from peft_core.jobs.store import Store
 from peft_core.schemas.events import HeldOutMeasured, JobResumed, StepCompleted
 from peft_core.schemas.results import Status
-from tests.survival.life import Kill, Life, until
-from tests.survival.points import REAL_CHILD
+from tests.survival.kill_points import REAL_WORKER, point_named
+from tests.survival.scenario import Kill, Scenario, until
 from tests.survival.test_kill_matrix import ROUNDS, shuffled
 from tests.tiny_models import write_tiny_base
 
@@ -28,7 +28,7 @@ CONFIG = {
     "allow_little_data": True,
 }
 DEFAULT_KILLS = 3  # few, because each starts torch twice
-ENDS = [("child", "SIGKILL"), ("runner", "SIGKILL"), ("child", "SIGTERM")]
+ENDS = [("worker", "SIGKILL"), ("runner", "SIGKILL"), ("worker", "SIGTERM")]
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +37,18 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def real(tmp_path: Path, source: Path, tiny_base: Path) -> Life:
-    return Life(tmp_path, source, tiny_base, project="real", config=CONFIG)
+def real(tmp_path: Path, source: Path, tiny_base: Path) -> Scenario:
+    return Scenario(tmp_path, source, tiny_base, project="real", config=CONFIG)
 
 
-def curve(life: Life) -> list[tuple[str, int, float]]:
+def curve(scenario: Scenario) -> list[tuple[str, int, float]]:
     """Return every recorded loss in order; a step that was repeated after a kill occurs several times."""
-    events = Store(life.paths.database, time.time).events(life.current)
+    events = Store(scenario.paths.database, time.time).events(scenario.current)
     return [(e.kind, e.step, e.loss) for e in events if isinstance(e, (StepCompleted, HeldOutMeasured))]
 
 
 @pytest.mark.timeout(1200)
-def test_a_killed_and_resumed_training_gives_the_losses_of_an_undisturbed_run(real: Life) -> None:
+def test_a_killed_and_resumed_training_gives_the_losses_of_an_undisturbed_run(real: Scenario) -> None:
     real.job_id = real.submit("real")
     until(lambda: real.status().status.is_final, "the undisturbed run")
     assert real.status().status is Status.COMPLETED, real.status()
@@ -57,7 +57,7 @@ def test_a_killed_and_resumed_training_gives_the_losses_of_an_undisturbed_run(re
 
     real.job_id = None
     ends = cycle(ENDS)
-    kills = [Kill(point, *next(ends)) for point in REAL_CHILD]
+    kills = [Kill(point, *next(ends)) for point in REAL_WORKER]
     kills = shuffled(kills, "real")
     if ROUNDS < 1:
         kills = kills[:DEFAULT_KILLS]
@@ -73,10 +73,12 @@ def test_a_killed_and_resumed_training_gives_the_losses_of_an_undisturbed_run(re
     real.expect_no_processes()
 
 
-@pytest.mark.parametrize("what", ["base loaded", "in a step, gradients there", "about to write the adapter"])
-def test_a_training_that_runs_out_of_memory_reports_it_and_can_be_resumed(real: Life, what: str) -> None:
-    point = next(point for point in REAL_CHILD if point.what == what)
-    status = real.kill(Kill(point, "child", "memory"))
+STARVED = ["the base model is loaded", "the gradients of a step are computed", "the adapter is about to be written"]
+
+
+@pytest.mark.parametrize("state", STARVED)
+def test_a_training_that_runs_out_of_memory_reports_it_and_can_be_resumed(real: Scenario, state: str) -> None:
+    status = real.kill(Kill(point_named(REAL_WORKER, state), "worker", "memory"))
     print(status.status, status.error)
     if status.status is not Status.COMPLETED:  # it can complete if the limit came late
         assert status.error is not None

@@ -110,6 +110,7 @@ def main() -> int:
     threading.Thread(target=requests.read_stdin, name="stdin-reader", daemon=True).start()
 
     # 2. torch, which takes seconds to import.
+    # kill-point: inference worker, load_adapter: the process is starting
     prepare_environment()
     from peft_core.inference.worker.handlers import RequestHandler  # noqa: PLC0415
     from peft_core.modeling.device import choose, describe, use_cores  # noqa: PLC0415

@@ -80,11 +80,13 @@ class AdapterCache:
         self.entries.move_to_end(path)
 
     def remove(self, path: Path) -> None:
+        # kill-point: inference worker, unload_adapter: the adapter is about to be removed
         entry = self.entries.pop(path)
         if path == self.active:
             self.active = None
         if self.model is not None:
             self.model.remove(entry.name)
+            # kill-point: inference worker, unload_adapter: the adapter is removed, the base model is still loaded
         self.restore_selection()
 
     def restore_selection(self) -> None:

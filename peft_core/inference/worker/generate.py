@@ -161,6 +161,7 @@ class _StopCheck(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:  # noqa: ARG002 -- transformers' signature
         new_ids_T = input_ids[0, self._prompt_tokens :]
+        # kill-point: inference worker, generate: tokens are being generated (pass 3)
         self._on_token(len(new_ids_T))
         self._thread_tuner.token()
         stopped = False

@@ -95,10 +95,12 @@ class RequestHandler:
             if not (check.compatible or (request.insist and check.verdict is BaseMatch.SHAPE_ONLY)):
                 return self._fall_back(request.base, check, _main_reason(check), started, on_progress)
 
+        # kill-point: inference worker, load_adapter: the base model is about to be loaded
         model, kind = self._model_for(request.base, on_progress)
         on_progress(0, None, "loading the adapter")
         try:
             name, effect = self._add_adapter(model, files, on_progress)
+            # kill-point: inference worker, load_adapter: the effect is measured, the adapter is not active
         except InferenceError as error:
             if cache.model is None:
                 cache.set_model(model)
@@ -107,6 +109,7 @@ class RequestHandler:
             cache.restore_selection()
         cache.set_model(model)  # a new base model replaces the old one only after its adapter was found to work
         entry = CacheEntry(name, state, effect, check)
+        # kill-point: inference worker, load_adapter: the answer is about to be composed
         return self._loaded(entry, kind, cache.add(path, entry), started)
 
     def _model_for(self, base: Base, on_progress: ProgressCallback) -> tuple[ResidentModel, LoadKind]:
@@ -209,6 +212,7 @@ class RequestHandler:
                 reason=f"Still in memory: {', '.join(map(str, cache.entries))}.",
             )
             text = step.sentence
+        # kill-point: inference worker, unload_adapter: the adapter is unloaded, not reported
         return UnloadedAdapter(
             status="unloaded",
             adapter_path=str(path) if path else None,
@@ -225,6 +229,7 @@ class RequestHandler:
 
     def _generate(self, command: Generate, on_progress: ProgressCallback) -> Generation:
         started = time.monotonic()
+        # kill-point: inference worker, generate: asked to generate
         model, path = self._select_for(command, on_progress)
         request = command.request
         prompt = encode(request, model.tokenizer, model.base.name, model.base.shape.context_length)
@@ -250,6 +255,7 @@ class RequestHandler:
             self._cache.restore_selection()
         if path is not None:
             self._cache.mark_used(path)
+        # kill-point: inference worker, generate: the text is generated but not returned
         return Generation(
             text=completion.text,
             base_text=completion.text if request.compare_with_base and path is None else base_text,

@@ -21,7 +21,7 @@ from peft_core.jobs.service import JobService
 from peft_core.jobs.store import Store
 from peft_core.schemas.results import Status, TrainingStatus
 from peft_core.schemas.training import TrainingConfig
-from tests.survival.points import Point
+from tests.survival.kill_points import KillPoint
 
 STATUS_DEADLINE_S = 5.0  # after a kill the status must be true within this time
 TIMEOUT_S = 90.0  # generous, because the machine may be busy
@@ -32,7 +32,7 @@ MEMORY = "memory"
 class Kill:
     """`victim` is killed by `method` ("SIGKILL", "SIGTERM", "memory") when `point` is reached."""
 
-    point: Point
+    point: KillPoint
     victim: str
     method: str
 
@@ -41,7 +41,7 @@ class Kill:
 
 
 @dataclass
-class Life:
+class Scenario:
     root: Path
     source: Path
     base: Path
@@ -86,11 +86,11 @@ class Life:
             if self.project != "real":
                 self.waiting = self.submit("next")  # queued behind it
 
-    def arm(self, point: Point, deed: str) -> Path:
-        """Set `deed` to be done at `point`; return the file that will hold the pid of the process that reached it."""
+    def arm(self, point: KillPoint, action: str) -> Path:
+        """Have the first process at `point` take `action`; return the file that will then hold its pid."""
         self._marks += 1
         mark = self.root / f"mark-{self._marks}"
-        (self.root / "point.json").write_text(json.dumps({**asdict(point), "deed": deed, "mark": str(mark)}))
+        (self.root / "point.json").write_text(json.dumps({**asdict(point), "action": action, "mark": str(mark)}))
         return mark.with_suffix(".reached")
 
     def disarm(self) -> None:
