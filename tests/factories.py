@@ -85,7 +85,7 @@ def make_request(**changes: Any) -> JobRequest:
         **{
             "source": Path("/code/web"),
             "source_kind": "repository",
-            "config": TrainingConfig(),
+            "config": TrainingConfig(rank=16),
             "base": make_base(),
             "found": make_source(),
             "device": "cpu",
@@ -187,7 +187,7 @@ def make_manifest(
             languages={"python": 10},
         ),
         run=RunRecord(
-            config=config or TrainingConfig(),
+            config=config or TrainingConfig(rank=16),
             target_modules=("q_proj",),
             device="cpu",
             weights_dtype="float32",

@@ -136,7 +136,7 @@ def _training(manifest: Manifest) -> str:
         f"with 1/{1 / event.factor:g} of the rate"
         for event in run.rate_lowered
     ]
-    lines += [f"- memory ran out at step {event.step}: {event.way} from there on" for event in run.memory_saved]
+    lines += [f"- memory ran out at step {event.step}: {event.measure} from there on" for event in run.memory_saved]
     if run.best_step is not None:
         lines.append(f"- the weights are those of step {run.best_step}, the best on a held-out sample")
     if manifest.metrics.wall_s is not None:

@@ -122,7 +122,7 @@ def _progress(job: Job, event: Event) -> dict[str, object] | None:  # noqa: PLR0
         case HeldOutMeasured(loss=loss):
             return {"held_out_loss": loss}
         case Evaluated(evaluation=evaluation):
-            return {"evaluation": evaluation.in_figures}
+            return {"evaluation": evaluation.without_texts}
         case CheckpointSaved(step=step) if step <= job.step:
             return {"checkpoint_step": step}
         case StoppedEarly():
@@ -133,7 +133,7 @@ def _progress(job: Job, event: Event) -> dict[str, object] | None:  # noqa: PLR0
             text = f"at step {step} {event.reason}: rolled back to step {back}, continued with {rate}"
             return {"step": back, "note": _add_note(job.note, text)}
         case MemorySaved(step=step):
-            return {"note": _add_note(job.note, f"memory ran out at step {step}: {event.way} from there on")}
+            return {"note": _add_note(job.note, f"memory ran out at step {step}: {event.measure} from there on")}
         case JobCompleted(adapter_path=path, metrics=metrics):
             held_out = metrics.adapter_loss if metrics.adapter_loss is not None else job.held_out_loss
             return {

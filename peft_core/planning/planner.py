@@ -316,7 +316,7 @@ def require_memory(needed: int, base: Base, device: str, settings: Settings) -> 
 
 def _describe(plan: ComputePlan) -> str:
     measures = ["the base model's weights stay in their file"] if plan.weights == "file" else []
-    measures += ["layers are computed twice"] if plan.recompute_layers else []
+    measures += ["gradient checkpointing is on"] if plan.recompute_layers else []
     return " and ".join(measures)
 
 

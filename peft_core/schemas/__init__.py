@@ -1,1 +1,1 @@
-"""Every shape that crosses a process, the disk or the wire, defined once. No torch, no I/O."""
+"""Every data structure that crosses a process boundary, the disk or the wire, defined once. No torch, no I/O."""

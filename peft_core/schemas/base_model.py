@@ -1,4 +1,4 @@
-"""A base model: where its frozen weights come from, its shape, and the fingerprint that identifies it."""
+"""A base model: where its frozen weights are stored, its shape, and the fingerprint that identifies it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from peft_core.schemas.frozen import FrozenModel
 
 
 class ModelShape(FrozenModel):
-    """What the size of a model's work and memory depends on."""
+    """The sizes that determine how much work and memory a model takes."""
 
     parameters: int
     hidden_size: int
@@ -19,19 +19,19 @@ class ModelShape(FrozenModel):
     kv_heads: int
     vocab_size: int
     context_length: int
-    head_size: int | None = None  # features of one head; None: hidden_size / heads
+    head_size: int | None = None  # features per head; None: hidden_size / heads
     linear_features: int | None = None
-    """Inputs and outputs of all linear layers together: an adapter of rank r on all of them has r times as many weights. None:
-    those of a Llama-like block."""
+    """The sum of inputs and outputs over all linear layers: an adapter of rank r on all of them has r times as many weights.
+    None: as in a Llama-like block."""
 
     @property
     def query_size(self) -> int:
-        """Features of all query heads together."""
+        """Features of all query heads."""
         return self.heads * self.features_of_head
 
     @property
     def kv_size(self) -> int:
-        """Features of all key heads together; as many have the values."""
+        """Features of all key heads, and of all value heads."""
         return self.kv_heads * self.features_of_head
 
     @property
@@ -40,27 +40,27 @@ class ModelShape(FrozenModel):
 
 
 class Fingerprint(FrozenModel):
-    """Which base this is, from what every copy of a model shares to the very bytes. Hexadecimal sha256 each."""
+    """Identifies a base model at several levels, from its architecture to its exact bytes. Each is a hexadecimal SHA-256."""
 
-    architecture: str  # configuration, names and shapes
-    sample: str  # some bytes of every tensor, as stored
-    family: str = ""  # the norm weights, which quantisation leaves alone; empty where it was not recorded
-    storage: str = ""  # number formats and how many tensors have each: "BF16 272"
-    content: str | None = None  # every byte of the weights; known where somebody has read them all
+    architecture: str  # of configuration, tensor names and shapes
+    sample: str  # of some bytes of every tensor, as stored
+    family: str = ""  # of the norm weights, which quantisation does not change; empty: unknown
+    storage: str = ""  # not a hash: the number formats with their tensor counts, "BF16 272"
+    content: str | None = None  # of every byte of the weights; None: never computed
 
     def same_weights(self, other: Fingerprint) -> bool:
-        """As far as both know: older records lack the later fields."""
+        """Return whether architecture and sampled bytes are equal."""
         return (self.architecture, self.sample) == (other.architecture, other.sample)
 
 
-BUNDLED = "bundled"  # the base that comes as a Python package
+BUNDLED = "bundled"  # the base model that is installed as a Python package
 
 
 class Base(FrozenModel):
-    """Where frozen weights come from."""
+    """A base model: the frozen weights, where they are stored, and what they are."""
 
-    ref: str  # as asked for: a path, a hub id, or "bundled"
-    name: str  # for reports: "SmolLM2-135M-Instruct"; never a local path
+    ref: str  # as requested: a path, a hub id, or "bundled"
+    name: str  # for people: "SmolLM2-135M-Instruct"; never a local path
     format: Literal["huggingface", "gguf"]
     path: Path  # model directory, or the .gguf file
     revision: str | None = None  # commit of a hub snapshot

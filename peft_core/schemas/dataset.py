@@ -64,20 +64,20 @@ class DatasetSpec(FrozenModel):
 
 
 class SourceSummary(FrozenModel):
-    """What a data source holds, found without tokenising: cheap enough to answer a tool call with."""
+    """What a data source holds, found without tokenising it: fast enough to answer a tool call."""
 
     kind: SourceKind
     path: Path | None
-    files: int  # that would be trained on
-    examples: int | None  # exact for records, None for a repository (known after preparation)
+    files: int  # usable ones
+    examples: int | None  # exact for records; None for a repository, whose examples are only known after preparation
     estimated_tokens: int
-    languages: dict[str, int]  # files by language
-    left_out: dict[str, int]  # files or records by reason
+    languages: dict[str, int]  # files per language
+    left_out: dict[str, int]  # excluded files or records per reason
     needs_chat_template: bool = False
 
 
 class DatasetSummary(FrozenModel):
-    """What was prepared, in figures."""
+    """The size of a prepared dataset, and what was excluded from it."""
 
     train_examples: int
     held_out_examples: int
@@ -86,49 +86,49 @@ class DatasetSummary(FrozenModel):
     files: int
     left_out: dict[str, int]
     secrets_removed: int = 0
-    # Training examples by format: plain text, fill_in_the_middle, instruction.
+    # Training examples per format: plainly, fill_in_the_middle, instruction.
     told: dict[str, int] = {}  # noqa: RUF012 -- pydantic copies defaults
     sha256: str = ""
 
 
 class Segment(FrozenModel):
-    """A stretch of text. `learn=False`: context that carries no loss (a prompt)."""
+    """A piece of an example. With `learn=False` it is context without loss, such as a prompt."""
 
     text: str
     learn: bool = True
     literal: bool = False
-    """Whether what looks like a special token in it is text all the same, as in source code. Otherwise it is one, as in a
-    rendered conversation."""
+    """True: text that looks like a special token is tokenised as text, as source code must be. False: it becomes the special
+    token, as in a rendered conversation."""
 
 
 class FillInTheMiddle(NamedTuple):
-    """Special tokens that ask for the text between two others."""
+    """A family's special tokens for fill-in-the-middle (FIM)."""
 
     prefix: str
     suffix: str
-    middle: str  # empty: the suffix comes first, and the gap follows the prefix
-    end: str = ""  # what ends the gap, where that is not the end of the text
+    middle: str  # empty: the suffix comes first, and the middle follows the prefix
+    end: str = ""  # ends the middle; empty: the end-of-text token does
 
     def prompt(self, before: str, after: str) -> tuple[str, ...]:
-        """The pieces to tokenise, in the order in which the family was trained."""
+        """Return the pieces of a FIM prompt, in the order that the family was trained on."""
         if not self.middle:
             return (self.suffix, after, self.prefix, before)
         return (self.prefix, before, self.suffix, after, self.middle)
 
 
 class Example(FrozenModel):
-    """One training document: segments that are tokenised in order, then end-of-text where the text ends."""
+    """One document of a dataset: segments that are tokenised in order, followed by end-of-text if `ends`."""
 
     segments: tuple[Segment, ...]
     path: str  # relative to the source; "record 3" for inline records without a path
     language: str  # "python", "text", ...
     kind: str  # "function", "class", "method", "module", "block", "record", ...
-    start_line: int = 0  # 1-based; 0 when unknown
+    start_line: int = 0  # 1-based; 0: unknown
     end_line: int = 0
-    tokens: int = 0  # of all segments, with the end-of-text token where there is one
+    tokens: int = 0  # of all segments, including the end-of-text token if there is one
     ends: bool = True
-    """False for what breaks off in the middle of a longer text, as a unit does that is too long for one example. Nothing is
-    learned of an end there: the model would learn to stop within functions."""
+    """False for a part of a longer text, such as a unit that is too long for one example: it gets no end-of-text token, or the
+    model would learn to stop in the middle of functions."""
 
     @property
     def text(self) -> str:

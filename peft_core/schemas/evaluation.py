@@ -1,6 +1,6 @@
-"""What was measured of an adapter, with how sure it is: the part of the answers that travels in manifests too.
+"""The evaluation of an adapter, with confidence intervals. It is part of results and of manifests.
 
-Field names are relied on by others: add, do not rename.
+Clients rely on the field names: add fields, but do not rename them.
 """
 
 from __future__ import annotations
@@ -14,60 +14,65 @@ from peft_core.schemas.frozen import FrozenModel
 
 
 class Verdict(StrEnum):
-    """What an adapter does on text that it never saw, by the rule of `proof/verdict.py`."""
+    """The effect of an adapter on held-out text, decided in `evaluation.summary`."""
 
     HELPS = "helps"
-    NO_DIFFERENCE = "no_difference"  # none that could be shown
+    NO_DIFFERENCE = "no_difference"  # no significant one
     HARMS = "harms"
 
 
 class Comparison(FrozenModel):
-    """One figure of the base and of base with adapter, measured on the same text."""
+    """One metric of the base model and of the adapter, measured on the same text."""
 
     base: float
     adapter: float
     change: float = Field(description="Adapter minus base.")
-    low: float | None = Field(None, description="95 % confidence interval of the change. Null: too little to tell.")
+    low: float | None = Field(
+        None,
+        description="95 % confidence interval of the change; null if there is too little data.",
+    )
     high: float | None = None
 
 
 class Continuation(FrozenModel):
-    """What base and adapter wrote where a held-out text goes on; both wrote the likeliest tokens."""
+    """Completions of a held-out text by base model and adapter, with greedy decoding."""
 
     file: str
-    line: int = Field(description="Of the first expected line, 1-based; 0: unknown.")
-    prompt: str = Field(description="The last lines before.")
+    line: int = Field(description="Line number of the first expected line, 1-based; 0 if unknown.")
+    prompt: str = Field(description="The last lines of the prompt.")
     expected: str
     base: str
     adapter: str
-    base_similarity: float = Field(description="Edit similarity with what is expected: 1 is equal.")
+    base_similarity: float = Field(description="Edit similarity to the expected text; 1 is identical.")
     adapter_similarity: float
 
 
 class Evaluation(FrozenModel):
-    """Base against adapter on text that training did not see."""
+    """Base model and adapter compared on text that the adapter was not trained on."""
 
     verdict: Verdict
-    reason: str = Field(description="Why, in one sentence.")
-    loss: Comparison = Field(description="Nats per token of held-out text; lower is better. It decides the verdict.")
+    reason: str = Field(description="Reason for the verdict, in one sentence.")
+    loss: Comparison = Field(
+        description="Cross-entropy per token of held-out text, in nats; lower is better. It decides the verdict.",
+    )
     base_perplexity: float
     adapter_perplexity: float
     next_line: Comparison | None = Field(
         None,
-        description="Share of held-out lines that are written exactly, given all lines before; higher is better.",
+        description="Fraction of held-out lines predicted exactly from all lines before them; higher is better.",
     )
     edit_similarity: Comparison | None = Field(
         None,
-        description="Of up to three lines written from a prompt, with the real ones, 0 to 1; higher is better.",
+        description="Edit similarity of completions of up to three lines to the real ones, 0 to 1; higher is better.",
     )
     general_loss: Comparison | None = Field(
         None,
-        description="Nats per token of general Python code that belongs to no project: what the adapter forgets.",
+        description="Loss on general Python code from no project, in nats per token: shows forgetting.",
     )
-    forgets: bool = Field(False, description="The loss on general code has risen markedly.")
+    forgets: bool = Field(False, description="The loss on general code rises significantly.")
     chosen_on_part: bool = Field(
         False,
-        description="Early stopping chose the state that is measured on a part of these very examples.",
+        description="Early stopping selected the weights on some of these examples.",
     )
     files: int
     examples: int
@@ -76,30 +81,32 @@ class Evaluation(FrozenModel):
     prompts: int = 0
     general_tokens: int = 0
     resampled: Literal["files", "examples"] = Field(
-        description="What the intervals were drawn over (bootstrap); those of general code over its functions.",
+        description="What the bootstrap resamples for the intervals; for general code, functions.",
     )
     seen_in_training: float | None = Field(
         None,
-        description="Share of the measured examples that the adapter was trained on: 0, for those are left out. Null: it is "
-        "not recorded what it was trained on.",
+        description="Fraction of these examples that the adapter was trained on: 0, as they are excluded; null if its training "
+        "data is not recorded.",
     )
-    seconds: float = Field(0.0, description="That writing from prompts and the general code took.")
-    gains: tuple[Continuation, ...] = Field((), description="Where the adapter wrote better by most.")
-    losses: tuple[Continuation, ...] = Field((), description="Where it wrote worse by most.")
+    seconds: float = Field(0.0, description="Time for completions and general code.")
+    gains: tuple[Continuation, ...] = Field((), description="Completions that the adapter improves most.")
+    losses: tuple[Continuation, ...] = Field((), description="Completions that it worsens most.")
 
     @property
     def caveats(self) -> tuple[str, ...]:
-        """What the verdict does not say, in sentences."""
-        found = []
+        """Sentences that qualify the verdict."""
+        sentences = []
         if self.forgets and self.general_loss is not None:
-            found.append(
+            sentences.append(
                 f"It forgets: the loss on general code rises by {self.general_loss.change:.3f} nats per token.",
             )
         if self.chosen_on_part:
-            found.append("Early stopping chose the best state on a part of these examples, which flatters it a little.")
-        return tuple(found)
+            sentences.append(
+                "Early stopping chose the best state on a part of these examples, which flatters it a little.",
+            )
+        return tuple(sentences)
 
     @property
-    def in_figures(self) -> Evaluation:
-        """Without the texts: what may travel with the adapter."""
+    def without_texts(self) -> Evaluation:
+        """The evaluation without texts from the project, for publication with the adapter."""
         return self.model_copy(update={"gains": (), "losses": ()})

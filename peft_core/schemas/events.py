@@ -1,4 +1,7 @@
-"""Facts about a training job, past tense. The closed union is what the child writes, the store keeps and `apply` reads."""
+"""Events of a job, named in the past tense. A worker emits them, the store saves them, and `jobs.state.apply` reduces them.
+
+This union is closed: the `kind` of each event is stored and must not change.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ class JobStarted(FrozenModel):
 class PhaseStarted(FrozenModel):
     kind: Literal["phase_started"] = "phase_started"
     phase: Phase
-    detail: str = ""  # "1200 of 4000 files"; shown to people as it is
+    detail: str = ""  # "1200 of 4000 files"; shown to people unchanged
 
 
 class DatasetPrepared(FrozenModel):
@@ -29,12 +32,12 @@ class DatasetPrepared(FrozenModel):
 
 
 class RunPlanned(FrozenModel):
-    """Known once the data is prepared and the model is loaded."""
+    """The number of steps, which is known once the data is prepared and the model is loaded."""
 
     kind: Literal["run_planned"] = "run_planned"
     device: str
     total_steps: int
-    start_step: int = 0  # where a checkpoint lets it begin
+    start_step: int = 0  # of the checkpoint that the run resumes from
 
 
 class StepCompleted(FrozenModel):
@@ -42,20 +45,20 @@ class StepCompleted(FrozenModel):
     step: int  # 1-based
     loss: float  # nats per target token, mean over the step
     learning_rate: float  # of LoRA A
-    tokens: int  # processed since the run began
-    tokens_per_second: float  # since training began, evaluations not counted
+    tokens: int  # trained on since the run began
+    tokens_per_second: float  # since training began, excluding evaluations
     eta_s: float  # until the last step
     memory_bytes: int  # peak of the process so far
 
 
 class HeldOutMeasured(FrozenModel):
-    """During training a fixed sample of a large held-out set is measured; before and after it, the whole set as well.
+    """The held-out loss: of a fixed sample during training, and of the complete set before and after it.
 
-    Figures of the sample compare with each other, and figures of the whole set with each other.
+    Losses of the sample are comparable with each other, and so are losses of the complete set.
     """
 
     kind: Literal["held_out_measured"] = "held_out_measured"
-    step: int  # 0: the base itself
+    step: int  # 0: the base model
     loss: float
     whole_set: bool = False
 
@@ -72,43 +75,43 @@ class StoppedEarly(FrozenModel):
 
 
 class RateLowered(FrozenModel):
-    """The run diverged, and trains again from its last good state."""
+    """The run diverged, and continues from its last good state with lower learning rates."""
 
     kind: Literal["rate_lowered"] = "rate_lowered"
-    step: int  # where it diverged
+    step: int  # at which it diverged
     back_to_step: int
-    factor: Annotated[float, Field(gt=0)]  # share of the configured rate from here on: 0.25, then 0.0625
+    factor: Annotated[float, Field(gt=0)]  # of the configured learning rate: 0.25, then 0.0625
     reason: str  # "the loss is nan"
 
 
 class MemorySaved(FrozenModel):
-    """Memory ran out in a step, which is done again in a leaner way; the following ones, too."""
+    """Memory ran out in a step. It is repeated, and the run continued, with a setting that needs less memory."""
 
     kind: Literal["memory_saved"] = "memory_saved"
     step: int
-    tokens_at_once: int  # from here on, at most; 0: one document
-    layers_computed_twice: bool  # instead of keeping what they compute
-    reason: str  # what the allocator said
+    tokens_at_once: int  # most tokens per micro-batch from now on; 0: one document
+    layers_computed_twice: bool  # gradient checkpointing is on from now on
+    reason: str  # the allocator's message
 
     @property
-    def way(self) -> str:
-        """In words."""
+    def measure(self) -> str:
+        """What was changed, in words."""
         return (
-            "layers are computed twice"
+            "gradient checkpointing is on"
             if self.layers_computed_twice
-            else f"at most {self.tokens_at_once} tokens at once"
+            else f"at most {self.tokens_at_once} tokens per micro-batch"
         )
 
 
 class Evaluated(FrozenModel):
-    """Base and adapter were compared on text that was not trained on."""
+    """Base model and adapter were compared on held-out text."""
 
     kind: Literal["evaluated"] = "evaluated"
     evaluation: Evaluation
 
 
 class AdapterWritten(FrozenModel):
-    """The child's last word: the adapter lies complete in the job's directory, not yet published."""
+    """The worker's last event: the adapter is complete in the job's directory, but not published yet."""
 
     kind: Literal["adapter_written"] = "adapter_written"
     metrics: Metrics
@@ -135,7 +138,7 @@ class JobInterrupted(FrozenModel):
 
 
 class JobResumed(FrozenModel):
-    """Queued again; training goes on from the last checkpoint."""
+    """The job was queued again; training continues from the last checkpoint."""
 
     kind: Literal["job_resumed"] = "job_resumed"
 
@@ -162,4 +165,4 @@ Event = Annotated[
 ]
 EVENT: TypeAdapter[Event] = TypeAdapter(Event, config=ConfigDict(defer_build=True))
 
-Emit = Callable[[Event], None]  # how a training tells of them
+Emit = Callable[[Event], None]  # passes an event to the runner

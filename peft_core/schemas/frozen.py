@@ -6,5 +6,5 @@ from pydantic import BaseModel, ConfigDict
 
 
 class FrozenModel(BaseModel):
-    # Validators are built when they are first used: most processes use a few of these models.
+    # Validators are built on first use, because most processes use few of these models.
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)

@@ -64,22 +64,22 @@ class GenerationRequest(FrozenModel):
     ] = False
 
     @model_validator(mode="after")
-    def _one_form(self) -> GenerationRequest:
+    def _exactly_one_prompt(self) -> GenerationRequest:
         forms = {"prompt": self.prompt is not None, "messages": self.messages is not None}
         forms["prefix and suffix"] = self.prefix is not None or self.suffix is not None
-        given = [name for name, there in forms.items() if there]
+        given = [name for name, is_given in forms.items() if is_given]
         if len(given) != 1:
-            found = f"{' and '.join(given)} exclude each other" if given else "nothing to write from"
-            raise ValueError(f"{found}: give prompt, or messages, or prefix with suffix")
+            problem = f"{' and '.join(given)} exclude each other" if given else "there is no prompt"
+            raise ValueError(f"{problem}: give prompt, or messages, or prefix with suffix")
         if forms["prefix and suffix"] and (self.prefix is None or self.suffix is None):
-            raise ValueError("prefix and suffix belong together: give both, one of them may be empty")
+            raise ValueError("prefix and suffix belong together: give both (one of them may be empty)")
         if not (self.prompt or self.messages or self.prefix or self.suffix):
             raise ValueError(f"{given[0]} is empty: give the text to continue, or a question")
         return self
 
 
 class GenerationSettings(FrozenModel):
-    """What was applied, defaults filled in."""
+    """The settings that were used, including defaults."""
 
     prompt_format: Literal["text", "chat_template", "fill_in_the_middle"]
     max_new_tokens: int
@@ -90,13 +90,18 @@ class GenerationSettings(FrozenModel):
 
 
 class Generation(FrozenModel):
+    """Generated text, with how it was generated."""
+
     text: str
-    base_text: str | None = Field(None, description="The base's own answer, where it was asked for.")
+    base_text: str | None = Field(
+        None,
+        description="What the base model generates without the adapter, if compare_with_base was set.",
+    )
     base_model: str
-    adapter_path: str | None = Field(description="Null: the base alone answered.")
+    adapter_path: str | None = Field(description="The adapter that was used; null for the base model alone.")
     applied: GenerationSettings
     prompt_tokens: int
     completion_tokens: int
     finish_reason: Literal["stop", "length"]
-    elapsed_s: float = Field(description="Of the whole call, waiting for its turn included.")
-    tokens_per_second: float = Field(description="Of text, reading the prompt included, base_text not.")
+    elapsed_s: float = Field(description="Duration of the call, including the time in the queue.")
+    tokens_per_second: float = Field(description="Speed for text, including prompt processing; without base_text.")

@@ -1,6 +1,6 @@
-"""What the verbs answer, each defined once: the tools' output schemas and the Python API's values.
+"""Results, each defined once: the output schemas of the tools and the return values of the Python API.
 
-Field names are relied on by others: add, do not rename.
+Clients rely on the field names: add fields, but do not rename them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from peft_core.schemas.training import TrainingConfig
 
 
 class Status(StrEnum):
+    """The state of a job."""
+
     NOT_STARTED = "not_started"
     QUEUED = "queued"
     IN_PROGRESS = "in_progress"
@@ -32,7 +34,7 @@ class Status(StrEnum):
 
 
 class Phase(StrEnum):
-    """What a running job is doing, in order."""
+    """The phases of a running job, in order."""
 
     STARTING = "starting"
     PREPARING_DATA = "preparing_data"
@@ -45,7 +47,7 @@ class Phase(StrEnum):
 
 
 class ErrorInfo(FrozenModel):
-    """A failure as data."""
+    """An error as data."""
 
     code: str
     message: str
@@ -73,67 +75,73 @@ class NextStep(FrozenModel):
 
 
 class Estimate(FrozenModel):
-    """What a run will take, before it runs."""
+    """Estimated size, duration and memory of a job."""
 
     train_tokens: int
     steps: int
     seconds: float | None
     memory_bytes: int
-    basis: str  # where the figures come from, in words
-    chosen: str = Field("", description="What was chosen where the request left it open, and why.")
+    basis: str  # where the estimate comes from, in words
+    chosen: str = Field("", description="Settings that were chosen automatically, and why.")
 
 
 class Metrics(FrozenModel):
-    """What was measured. Losses in nats per target token, on the same held-out examples."""
+    """Measurements of a finished training. Losses are in nats per target token, on the same held-out examples."""
 
     base_loss: float | None = None
     adapter_loss: float | None = None
     base_perplexity: float | None = None
     adapter_perplexity: float | None = None
-    tokens: int | None = None  # trained on, epochs counted
+    tokens: int | None = None  # trained on, counting every epoch
     tokens_per_second: float | None = None  # in the training phase
-    wall_s: float | None = None  # of the training process, start to end
+    wall_s: float | None = None  # lifetime of the training process
     peak_memory_bytes: int | None = None
-    device_memory_bytes: int | None = None  # of a GPU, which the estimate is of there; null on a CPU
+    device_memory_bytes: int | None = None  # peak on an accelerator, which the estimate refers to; None on a CPU
     adapter_bytes: int | None = None
 
 
 class TrainingStatus(FrozenModel):
-    """The truth about one training job. Null where not known yet."""
+    """The state of a job. Fields are null until they are known."""
 
     job_id: str | None
     project_id: str
     kind: Literal["training", "evaluation"] = "training"
     status: Status
     phase: Phase | None = None
-    detail: str = Field("", description="More on the phase, in words.")
+    detail: str = Field("", description="Details of the phase.")
     progress_percent: float = 0.0
     step: int = 0
     total_steps: int | None = None
-    loss: float | None = Field(None, description="Mean training loss of the latest step, nats per token.")
+    loss: float | None = Field(None, description="Mean training loss of the latest step, in nats per token.")
     held_out_loss: float | None = Field(
         None,
-        description="Latest loss on held-out files: a fixed sample of them while it trains, all of them at the end.",
+        description="Latest held-out loss: of a fixed sample during training, of all held-out examples at the end.",
     )
     tokens_per_second: float | None = None
     eta_s: float | None = None
-    peak_memory_bytes: int | None = Field(None, description="Of the training process so far.")
-    queue_position: int | None = Field(None, description="1 = next. Null when not queued.")
+    peak_memory_bytes: int | None = Field(None, description="Peak memory of the training process so far.")
+    queue_position: int | None = Field(None, description="1 is next; null if not queued.")
     device: str | None = None
     base_model: str | None = None
     adapter_path: str | None = Field(
         None,
-        description="The published or evaluated adapter. Set only when status is 'completed'.",
+        description="The published or evaluated adapter; set only if status is 'completed'.",
     )
     error: ErrorInfo | None = None
     metrics: Metrics | None = None
-    evaluation: Evaluation | None = Field(None, description="Base against adapter on held-out files, with a verdict.")
-    report_path: str | None = Field(None, description="A page to open in a browser: curves, intervals, examples.")
+    evaluation: Evaluation | None = Field(
+        None,
+        description="Base model and adapter compared on held-out files, with a verdict.",
+    )
+    report_path: str | None = Field(
+        None,
+        description="HTML report with loss curves, confidence intervals and examples.",
+    )
     dataset: DatasetSummary | None = None
-    training_data: str | None = Field(None, description="What is trained on, in words.")
+    training_data: str | None = Field(None, description="Summary of the data.")
     estimate: Estimate | None = None
     log_path: str | None = None
-    next: str = Field("", description="What to call now.")
+    next: str = Field("", description="Suggested next call, in words.")
     next_step: NextStep | None = None
 
 
@@ -142,20 +150,20 @@ class AdapterSummary(FrozenModel):
 
     adapter_id: str
     project_id: str
-    current: bool = Field(description="The one that the project id stands for.")
+    current: bool = Field(description="Whether it is the project's current adapter, which the project id refers to.")
     created_at: str
     base_model: str
     base_perplexity: float | None
     adapter_perplexity: float | None
-    verdict: Verdict | None = Field(None, description="On held-out files. Null: trained before there were verdicts.")
+    verdict: Verdict | None = Field(None, description="Effect on held-out files.")
     adapter_bytes: int
     adapter_path: str
-    resident: bool = Field(False, description="In memory, so that load_adapter only switches to it.")
-    active: bool = Field(False, description="The one that generate uses.")
+    resident: bool = Field(False, description="Whether it is in memory, so that load_adapter only switches to it.")
+    active: bool = Field(False, description="Whether generate uses it.")
 
 
 class Reason(FrozenModel):
-    """One finding of the check. `where` names the file, setting or tensor; `fix` says what to do about it."""
+    """One finding of the check. `where` names the file, setting or tensor; `fix` is the remedy."""
 
     code: str
     severity: Literal["error", "warning"]
@@ -167,34 +175,38 @@ class Reason(FrozenModel):
 
 
 class BaseMatch(StrEnum):
-    """How sure it is that an adapter belongs to a base, best first."""
+    """How certain it is that an adapter belongs to a base model, from best to worst."""
 
-    EXACT = "exact"  # the very weights it was trained on: by sha256, or by repository and commit
-    SAMPLED = "sampled"  # samples of every tensor are equal
-    SAME_FAMILY = "same_family"  # the same model in another number format: names, shapes and norm weights are equal
-    SHAPE_ONLY = "shape_only"  # it fits, and nothing proves that it belongs
+    EXACT = "exact"  # identical weights, by SHA-256 or by repository and commit
+    SAMPLED = "sampled"  # sampled bytes of every tensor are equal
+    SAME_FAMILY = "same_family"  # the same model in another number format: equal names, shapes and norm weights
+    SHAPE_ONLY = "shape_only"  # the shapes match, but there is no evidence that it is the same model
     INCOMPATIBLE = "incompatible"
 
 
 class Compatibility(FrozenModel):
-    """Whether an adapter can be used with a base, and every reason for and against."""
+    """Whether an adapter can be used with a base model, with every finding."""
 
     verdict: BaseMatch
-    compatible: bool = Field(description="load_adapter takes it as it is. A 'shape_only' adapter must be insisted on.")
+    compatible: bool = Field(
+        description="Whether load_adapter accepts it without overrides. For 'shape_only', pass accept_unproven_base=true.",
+    )
     reasons: list[Reason]
     adapter_path: str
-    base_model: str | None = Field(description="Null: no base was named, and the adapter's own was not found.")
-    scanned: bool = Field(description="Whether the weights themselves were read, not only headers and configuration.")
+    base_model: str | None = Field(description="Null if none was requested and the adapter's own was not found.")
+    scanned: bool = Field(description="Whether all weights were read, not only headers and configuration.")
     elapsed_ms: float
-    next: str = Field("", description="What to call now.")
+    next: str = Field("", description="Suggested next call, in words.")
     next_step: NextStep | None = None
 
 
 class LoadCheck(FrozenModel):
-    """Proof that an adapter took hold, measured after loading."""
+    """Evidence that an adapter has an effect, measured after loading."""
 
-    unmatched_keys: int = Field(description="Tensors that found no place in the base, and places without a tensor.")
-    max_logit_change: float = Field(description="Largest change of a logit against the base, on a fixed text.")
+    unmatched_keys: int = Field(
+        description="Tensors that match no module of the base model, plus modules without a tensor.",
+    )
+    max_logit_change: float = Field(description="Largest difference of a logit from the base model's, on a fixed text.")
 
 
 class ResidentAdapter(FrozenModel):
@@ -203,40 +215,40 @@ class ResidentAdapter(FrozenModel):
 
 
 class MemoryState(FrozenModel):
-    """What the inference process holds in memory."""
+    """The contents of the inference process's memory."""
 
     base_model: str | None = None
     base_path: str | None = None
     adapters: list[ResidentAdapter] = Field([], description="Least recently used first.")
-    memory_bytes: int = Field(0, description="Of the inference process as the operating system sees it; 0: none runs.")
+    memory_bytes: int = Field(0, description="Resident memory of the inference process; 0 if it is not running.")
 
 
 class LoadedAdapter(FrozenModel):
     status: Literal["loaded", "fallback"] = Field(
-        description="'fallback': the adapter was NOT loaded (see reason); what was active still is, or else the base alone.",
+        description="'fallback': the adapter was NOT loaded (see reason); the previous adapter or the base model stays active.",
     )
-    adapter_path: str | None = Field(description="What is active now. Null: the base alone.")
+    adapter_path: str | None = Field(description="The active adapter; null for the base model alone.")
     base_model: str
     verdict: BaseMatch | None = None
-    reason: str | None = Field(None, description="Why it fell back.")
+    reason: str | None = Field(None, description="Why the adapter was not loaded.")
     reasons: list[Reason] = Field([])
     effect: LoadCheck | None = None
     how: Literal["cold", "warm", "switched"] | None = Field(
         None,
-        description="cold: base and adapter were loaded; warm: the base was there; switched: both were.",
+        description="cold: base model and adapter were loaded; warm: only the adapter; switched: both were in memory.",
     )
-    evicted: list[str] = Field([], description="Adapters that had to go: only so many stay.")
+    evicted: list[str] = Field([], description="Adapters that were unloaded to stay within max_resident_adapters.")
     resident: MemoryState
     elapsed_s: float
-    memory_bytes: int = Field(description="Of the inference process, now.")
-    next: str = Field("", description="What to call now.")
+    memory_bytes: int = Field(description="Resident memory of the inference process.")
+    next: str = Field("", description="Suggested next call, in words.")
     next_step: NextStep | None = None
 
 
 class UnloadedAdapter(FrozenModel):
     status: Literal["unloaded", "nothing_loaded"]
-    adapter_path: str | None = Field(description="What was taken off. Null: the base alone.")
-    base_unloaded: bool = Field(description="The base went too, since no adapter was left.")
+    adapter_path: str | None = Field(description="The unloaded adapter; null for the base model alone.")
+    base_unloaded: bool = Field(description="Whether the base model was unloaded too, because no adapter is left.")
     resident: MemoryState
     memory_before_bytes: int
     memory_after_bytes: int
@@ -264,37 +276,33 @@ class DeletedAdapter(FrozenModel):
     adapter_id: str
     project_id: str
     freed_bytes: int
-    current: str | None = Field(description="The adapter that the project id stands for now. Null: none is left.")
+    current: str | None = Field(description="The project's current adapter; null if none is left.")
     next: str = ""
     next_step: NextStep | None = None
 
 
 class AdapterList(FrozenModel):
     adapters: list[AdapterSummary]
-    loaded: MemoryState = Field(MemoryState(), description="What this server's inference process holds in memory.")
+    loaded: MemoryState = Field(MemoryState(), description="What the inference process of this server holds in memory.")
     next: str
     next_step: NextStep | None = None
 
 
-# FOLDED FROM peft_core.schemas.results: What inspecting training data answers. Apart from what makes it, which is
-# slow to import.
-
-
 class DataSample(FrozenModel):
-    """One example, as it would be trained on, but for the marks around gaps and turns: those will be the base's own."""
+    """One training example. FIM and chat markers are placeholders; training uses the base model's own."""
 
     path: str
-    start_line: int = Field(description="1-based; 0 where it is not known.")
+    start_line: int = Field(description="1-based; 0 if unknown.")
     end_line: int
     kind: str
     language: str
     tokens: int
-    given: str = Field(description="Context that carries no loss: the path, the heads around the code, a prompt.")
+    given: str = Field(description="Context without loss: the path, surrounding headers, a prompt.")
     learned: str
 
 
 class TrainingDataReport(FrozenModel):
-    """What a training would be given and would do. Tokens are estimated; a training counts them with the base's tokenizer."""
+    """The dataset and settings that a training would use. Tokens are estimated; a training counts them with the tokenizer."""
 
     training_data: str
     base_model: str
@@ -303,18 +311,18 @@ class TrainingDataReport(FrozenModel):
     held_out_examples: int
     train_tokens: int
     held_out_tokens: int
-    files: int = Field(description="That examples come from, held-out ones included.")
+    files: int = Field(description="Files with examples, including held-out ones.")
     unread_files: int = Field(
         0,
-        description="Not looked at, because there are enough others; the figures are without them.",
+        description="Files not read, because the others suffice; not counted in the other fields.",
     )
-    languages: dict[str, int] = Field(description="Files by language.")
-    left_out: dict[str, int] = Field(description="Files and pieces of files by reason.")
+    languages: dict[str, int] = Field(description="Files per language.")
+    left_out: dict[str, int] = Field(description="Excluded files and parts of files, per reason.")
     secrets_removed: int
-    held_out_files: list[str] = Field(description="Kept out of training, to measure base and adapter on.")
-    largest_files: dict[str, int] = Field(description="Tokens to train on, of the files that have the most.")
+    held_out_files: list[str] = Field(description="Files held out of training to evaluate on.")
+    largest_files: dict[str, int] = Field(description="Training tokens of the largest files.")
     samples: list[DataSample]
-    config: TrainingConfig = Field(description="With what was left open filled in.")
+    config: TrainingConfig = Field(description="Complete settings, including those chosen automatically.")
     estimate: Estimate
     next: str = ""
     next_step: NextStep | None = None

@@ -13,15 +13,15 @@ from peft_core.schemas.training import EvaluatedAdapter, TrainingConfig
 
 
 class ComputePlan(FrozenModel):
-    """How a run computes: the fastest way within the memory it may take, chosen before it starts."""
+    """How a run computes. The planner chooses the fastest plan that fits the memory limit."""
 
     weights: Literal["float32", "bfloat16", "file"] = "float32"
-    """Frozen weights on a CPU. In memory, for products in float32 or in bfloat16; or in their file, from which each matrix
-    is unpacked when it is computed with: the same numbers as float32, leaner and slower. Other devices have formats of their
-    own."""
+    """Where a CPU holds the frozen weights: in memory as float32 or bf16, or in their memory-mapped file, from which each
+    matrix is dequantised when it is needed. The latter gives the same results as float32 with less memory, but is slower.
+    Other devices choose their own format."""
 
     recompute_layers: bool = False
-    """Whether what a layer computes is thrown away, and computed again for the gradients: leaner still, a third slower."""
+    """Gradient checkpointing: activations are discarded and recomputed in the backward pass. Saves memory; a third slower."""
 
 
 class JobRequest(FrozenModel):

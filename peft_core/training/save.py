@@ -81,7 +81,7 @@ def write_adapter(
         data=data,
         run=run,
         metrics=metrics,
-        evaluation=evaluation.in_figures,
+        evaluation=evaluation.without_texts,
         environment=_environment(),
         files={},
     )

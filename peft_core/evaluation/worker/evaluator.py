@@ -89,7 +89,7 @@ class Evaluator:
         seconds = time.monotonic() - began
         evaluation = summarise(base, adapter, completions, seed=self._seed)
         evaluation = evaluation.model_copy(update={"seconds": round(seconds, 1)})
-        _log.info("evaluated", **evaluation.in_figures.model_dump(exclude={"gains", "losses"}))
+        _log.info("evaluated", **evaluation.without_texts.model_dump(exclude={"gains", "losses"}))
         return evaluation
 
     def _completion(self, prompt: Prompt, base_text: str, adapter_text: str) -> Completion:

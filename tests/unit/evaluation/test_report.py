@@ -199,7 +199,7 @@ def test_the_loss_curve_renders_to_a_small_png() -> None:
 
 
 def test_the_report_of_a_training_contains_its_curve_and_completions(tmp_path: Path) -> None:
-    manifest = make_manifest("a-01", evaluation=make_evaluation().in_figures)
+    manifest = make_manifest("a-01", evaluation=make_evaluation().without_texts)
     path = write_training_report(tmp_path, manifest, [*EVENTS, Evaluated(evaluation=make_evaluation())])
     assert path == tmp_path / "report.html"
     page = Page(path.read_text())

@@ -236,7 +236,7 @@ def test_an_evaluation_contains_everything_that_was_measured() -> None:
     assert (evaluation.files, evaluation.lines, evaluation.prompts, evaluation.resampled) == (6, 60, 2, "files")
     assert [each.file for each in evaluation.gains] == ["a.py"]
     assert [each.file for each in evaluation.losses] == ["b.py"]
-    assert evaluation.in_figures.gains == ()
+    assert evaluation.without_texts.gains == ()
 
 
 def test_the_packaged_stdlib_functions_compile() -> None:

@@ -28,14 +28,14 @@ def test_only_the_adapter_learns_and_it_is_float32_on_a_bfloat16_base() -> None:
 
 def test_an_unknown_target_module_is_named_together_with_those_that_exist() -> None:
     with pytest.raises(InvalidArgument, match=r"'query'.*down_proj, gate_proj, k_proj, o_proj") as caught:
-        lora.attach(tiny_model(), TrainingConfig(target_modules=["q_proj", "query"]), "tiny")
+        lora.attach(tiny_model(), TrainingConfig(rank=4, target_modules=["q_proj", "query"]), "tiny")
     assert caught.value.details["field"] == "config.target_modules"
 
 
 @pytest.mark.parametrize("name", ["input_layernorm", "embed_tokens", "lm_head"])
 def test_norms_embeddings_and_the_head_are_no_targets(name: str) -> None:
     with pytest.raises(InvalidArgument, match="the linear modules of this base model"):
-        lora.attach(tiny_model(), TrainingConfig(target_modules=[name]), "tiny")
+        lora.attach(tiny_model(), TrainingConfig(rank=4, target_modules=[name]), "tiny")
 
 
 def test_b_learns_faster_than_a_by_the_lora_plus_ratio() -> None:
