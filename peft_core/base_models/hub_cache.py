@@ -1,29 +1,27 @@
-"""Models in the local Hugging Face cache, found without importing huggingface_hub (a quarter of a second).
-
-Layout: https://huggingface.co/docs/huggingface_hub/guides/manage-cache.
-models--ORG--NAME/{refs/main, snapshots/COMMIT/…, blobs/…}; the files of a snapshot are links into blobs.
-"""
+"""Find models in the local Hugging Face cache by their hub id, and download them if the user has allowed it."""
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from peft_core.errors import BaseCheckpointError
 
 _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 _HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9_][\w./-]{0,199}", re.ASCII)
-# What a model needs and no more: no pickles, no second copies in other frameworks' formats or in subdirectories.
-WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
-UNWANTED = ("*/*", "consolidated*", "*.fp16.safetensors")
+# No pickles, and no second copies in other frameworks' formats or in subdirectories.
+_FILES: dict[str, Any] = {
+    "allow_patterns": ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"],
+    "ignore_patterns": ["*/*", "consolidated*", "*.fp16.safetensors"],
+}
 
 
 @dataclass(frozen=True)
 class HubRef:
-    """`org/name` or `org/name@revision`; a revision is a branch, a tag or a whole commit."""
+    """`org/name` or `org/name@revision`; a revision is a branch, a tag or a full commit hash."""
 
     repo_id: str
     revision: str | None
@@ -40,7 +38,7 @@ class Snapshot:
 
 
 def parse_hub_ref(ref: str) -> HubRef | None:
-    """The hub id that `ref` may be; None where it cannot be one."""
+    """Parse a hub id; None if `ref` cannot be one."""
     repo_id, at, revision = ref.partition("@")
     if not _HUB_ID.fullmatch(repo_id) or "--" in repo_id or ".." in repo_id:
         return None
@@ -50,62 +48,54 @@ def parse_hub_ref(ref: str) -> HubRef | None:
 
 
 def cache_directory() -> Path:
-    """Where huggingface_hub keeps models, by the same variables in the same order."""
-    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        if os.environ.get(name):
-            return _expanded(os.environ[name])
-    if os.environ.get("HF_HOME"):
-        return _expanded(os.environ["HF_HOME"]) / "hub"
-    return _expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface" / "hub"
+    from huggingface_hub import constants  # noqa: PLC0415 -- 0.25 s that a server needs only once a base model is named
+
+    return Path(constants.HF_HUB_CACHE)
 
 
 def find_snapshot(ref: HubRef) -> Snapshot | None:
-    """The cached snapshot of a hub id; None where there is none."""
-    repository = cache_directory() / f"models--{ref.repo_id.replace('/', '--')}"
-    revision = ref.revision or "main"
-    commit = revision if _COMMIT.fullmatch(revision) else _read_ref(repository / "refs" / revision)
-    if commit is None or not (repository / "snapshots" / commit).is_dir():
+    """Return the cached snapshot of a hub id; None if it is not cached completely. Never uses the network."""
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 -- see cache_directory
+    from huggingface_hub.errors import LocalEntryNotFoundError  # noqa: PLC0415 -- see cache_directory
+
+    try:
+        path = snapshot_download(ref.repo_id, revision=ref.revision, local_files_only=True, **_FILES)
+    except (LocalEntryNotFoundError, OSError, ValueError):  # ValueError: not a hub id, or a damaged ref
         return None
-    return Snapshot(repository / "snapshots" / commit, ref.repo_id, commit)
+    return snapshot_at(Path(path))
 
 
 def snapshot_at(path: Path) -> Snapshot | None:
-    """The snapshot that a path into the cache denotes, so that its name and commit are known."""
+    """Return the snapshot that a path into the cache denotes; its last part names the commit, an earlier one the model."""
     if path.parent.name != "snapshots" or not _COMMIT.fullmatch(path.name):
         return None
-    kind, *parts = path.parent.parent.name.split("--")
-    return Snapshot(path, "/".join(parts), path.name) if kind == "models" and 1 <= len(parts) <= 2 else None
+    kind, *name = path.parent.parent.name.split("--")
+    return Snapshot(path, "/".join(name), path.name) if kind == "models" and 1 <= len(name) <= 2 else None
 
 
 def cached_models() -> list[str]:
-    """Hub ids in the cache that have a snapshot."""
+    """Return the hub ids of the models in the cache. It reads the whole cache: for error messages only."""
+    from huggingface_hub import scan_cache_dir  # noqa: PLC0415 -- see cache_directory
+    from huggingface_hub.errors import CacheNotFound  # noqa: PLC0415 -- see cache_directory
+
     try:
-        with os.scandir(cache_directory()) as entries:
-            names = sorted(entry.name for entry in entries if entry.name.startswith("models--"))
-    except OSError:
+        repositories = scan_cache_dir(cache_directory()).repos
+    except (CacheNotFound, OSError, ValueError):
         return []
-    cached = [name for name in names if (cache_directory() / name / "snapshots").is_dir()]
-    return [name.removeprefix("models--").replace("--", "/") for name in cached]
+    return sorted(repository.repo_id for repository in repositories if repository.repo_type == "model")
 
 
 def download(ref: HubRef) -> Snapshot:
-    """Fetch a model into the cache: blocking, minutes. Only ever called where the user has allowed downloads.
+    """Fetch a model into the cache, which takes minutes. Call it only if the user has allowed downloads.
 
     Raises:
-        BaseCheckpointError: it does not exist, asks for a login, or the network failed.
+        BaseCheckpointError: the model does not exist or needs a login, or the network failed.
     """
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 - a quarter of a second that only a download needs
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 -- see cache_directory
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415 -- see cache_directory
 
     try:
-        path = Path(
-            snapshot_download(
-                ref.repo_id,
-                revision=ref.revision,
-                allow_patterns=list(WANTED),
-                ignore_patterns=list(UNWANTED),
-            ),
-        )
+        path = Path(snapshot_download(ref.repo_id, revision=ref.revision, **_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise BaseCheckpointError(
             f"The base model {ref} could not be downloaded: {str(error).strip().splitlines()[0]}",
@@ -119,21 +109,7 @@ def download(ref: HubRef) -> Snapshot:
 
 
 def is_offline() -> bool:
-    """Whether huggingface_hub itself was told not to use the network."""
-    return any(
-        os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"}
-        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    )
+    """Whether huggingface_hub is configured not to use the network (HF_HUB_OFFLINE)."""
+    from huggingface_hub import constants  # noqa: PLC0415 -- see cache_directory
 
-
-def _read_ref(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            commit = file.read(64).decode("ascii", "replace").strip()
-    except OSError:
-        return None
-    return commit if _COMMIT.fullmatch(commit) else None
-
-
-def _expanded(text: str) -> Path:
-    return Path(os.path.expandvars(text)).expanduser().absolute()
+    return bool(constants.HF_HUB_OFFLINE)

@@ -44,7 +44,8 @@ def expect_survival_of(scenario: Scenario, kills: list[Kill]) -> None:
 @pytest.mark.parametrize("method", ["SIGKILL", "SIGTERM", "memory"])
 def test_the_job_survives_the_death_of_its_worker(scenario: Scenario, method: str) -> None:
     expect_survival_of(
-        scenario, shuffled([Kill(point, "worker", method) for point in SMALL_WORKER], f"worker {method}"),
+        scenario,
+        shuffled([Kill(point, "worker", method) for point in SMALL_WORKER], f"worker {method}"),
     )
 
 

