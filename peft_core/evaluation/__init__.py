@@ -1,1 +1,1 @@
-"""Whether an adapter helps: from measurements of base and adapter to a verdict, a report and a loss curve."""
+"""Evaluate whether an adapter helps: scores of base model and adapter, confidence intervals, verdict, report, loss curve."""

@@ -1,4 +1,4 @@
-"""The adapter: PEFT's LoRA on a frozen base, its optimiser, its rate."""
+"""The adapter (PEFT's LoRA on a frozen base model), its optimiser, and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from peft_core.schemas.training import TrainingConfig
 
 
 def attach(model: PreTrainedModel, config: TrainingConfig, base_name: str) -> PeftModel:
-    """Wrap the base; LoRA weights are float32 whatever the base is. Draws A from torch's generator; B is zero.
+    """Wrap the base model with an untrained adapter: A is drawn from torch's generator, B is zero.
+
+    The adapter's weights are float32, whatever the number format of the base model.
 
     Raises:
-        InvalidArgument: a target module that the base does not have, or its head.
+        InvalidArgument: a target module does not exist in the base model, or is its output head.
     """
     if config.target_modules != "all-linear":
         _check_targets(model, config.target_modules)
@@ -34,29 +36,29 @@ def attach(model: PreTrainedModel, config: TrainingConfig, base_name: str) -> Pe
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2 stores W transposed
     )
     wrapped = get_peft_model(model, lora, autocast_adapter_dtype=True)
-    # PEFT takes a name from the base's configuration, which may be a path on this machine.
+    # PEFT takes the name from the base model's configuration, where it may be a path on this machine.
     lora_config(wrapped).base_model_name_or_path = base_name
     return wrapped
 
 
 def lora_config(model: PeftModel) -> LoraConfig:
-    """PEFT's own record of the adapter."""
+    """Return PEFT's configuration of the adapter."""
     return cast("LoraConfig", model.peft_config["default"])
 
 
 def target_modules(model: PeftModel) -> tuple[str, ...]:
-    """What 'all-linear' became, sorted."""
+    """Return the sorted names of the wrapped modules, also for 'all-linear'."""
     targets = lora_config(model).target_modules or ()
     return tuple(sorted({targets} if isinstance(targets, str) else targets))
 
 
 def weights(model: PeftModel) -> dict[str, nn.Parameter]:
-    """The trainable weights by name: all LoRA A and B, nothing of the base."""
+    """Return the trainable weights by name: every LoRA A and B, and nothing of the base model."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def build_optimizer(model: PeftModel, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW; B learns `lora_plus_ratio` times as fast as A (LoRA+, Hayou et al., arXiv 2402.12354)."""
+    """Return AdamW with a `lora_plus_ratio` times higher learning rate for B than for A (LoRA+, arXiv 2402.12354)."""
     groups: dict[Literal["A", "B"], list[nn.Parameter]] = {"A": [], "B": []}
     for name, parameter in weights(model).items():
         groups["B" if ".lora_B." in name else "A"].append(parameter)
@@ -64,20 +66,21 @@ def build_optimizer(model: PeftModel, config: TrainingConfig) -> torch.optim.Ada
     return torch.optim.AdamW(
         [{"params": groups["A"], "lr": rate_A}, {"params": groups["B"], "lr": rate_B}],
         weight_decay=config.weight_decay,
-        fused=True,  # one pass over a weight and its moments, on every device
+        fused=True,  # reads and writes weights and moments once per step
     )
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, total_steps: int) -> LambdaLR:
-    """Warm-up, then the configured shape, for both groups."""
+    """Return the schedule for both parameter groups: linear warm-up, then the configured shape."""
     warmup = math.ceil(config.warmup_ratio * total_steps)
     return LambdaLR(optimizer, lambda done: rate_factor(config.lr_scheduler, done, warmup=warmup, total=total_steps))
 
 
 def rate_factor(shape: Literal["linear", "cosine", "constant"], done: int, *, warmup: int, total: int) -> float:
-    """Share of the peak rate for the step after `done` completed ones: in (0, 1] for each of `total` steps.
+    """Return the share of the peak learning rate, in (0, 1], for the step after `done` completed ones.
 
-    Unlike transformers' schedules, the first step of the warm-up already moves and the last step is not lost at zero.
+    Written by hand because transformers' schedules begin their warm-up at a rate of zero, which wastes the first step. In
+    runs of a few dozen steps that matters.
     """
     if done < warmup:
         return (done + 1) / (warmup + 1)
@@ -92,7 +95,7 @@ def rate_factor(shape: Literal["linear", "cosine", "constant"], done: int, *, wa
 
 
 def _check_targets(model: PreTrainedModel, names: list[str]) -> None:
-    head = model.get_output_embeddings()  # often tied to the input embedding, where an update would hit both
+    head = model.get_output_embeddings()  # often tied to the input embedding, so an update would change both
     linear = [
         name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head
     ]

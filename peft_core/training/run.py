@@ -93,14 +93,7 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
 
     # 3. Scores of the base model.
     sample = sample_for_training(_documents_of(data.held_out), config.seed)
-    base_scores = load_scores(session.paths.base_scores, key, len(data.held_out)) if checkpoint is not None else None
-    if base_scores is None:
-        session.start_phase(Phase.EVALUATING_BASE)
-        threads.keep_up()
-        # kill-point: worker: the base model is about to be evaluated
-        base_scores = evaluator.score(base.objective, accelerator, stop, key=key)
-        if accelerator.is_main_process:
-            save_scores(session.paths.base_scores, base_scores)
+    base_scores = _score_base(session, base, evaluator, key, threads, is_resumed=checkpoint is not None)
     emit(HeldOutMeasured(step=0, loss=_loss_of_sample(sample, data.held_out, base_scores)))
     base_loss = mean_loss(base_scores.held_out)
     emit(HeldOutMeasured(step=0, loss=base_loss, whole_set=True))
@@ -188,6 +181,28 @@ def _load_checkpoint(session: Session, key: str, order: Order) -> Checkpoint | N
 
 def _documents_of(examples: Sequence[HeldOutExample]) -> list[Document]:
     return [example.document for example in examples]
+
+
+def _score_base(
+    session: Session,
+    base: BaseModel,
+    evaluator: Evaluator,
+    key: str,
+    threads: ThreadTuner,
+    *,
+    is_resumed: bool,
+) -> Scores:
+    """Return the base model's scores, which a resumed run finds on disk."""
+    path = session.paths.base_scores
+    scores = load_scores(path, key, evaluator.held_out_examples) if is_resumed else None
+    if scores is None:
+        session.start_phase(Phase.EVALUATING_BASE)
+        threads.keep_up()
+        # kill-point: worker: the base model is about to be evaluated
+        scores = evaluator.score(base.objective, session.accelerator, session.stop, key=key)
+        if session.accelerator.is_main_process:
+            save_scores(path, scores)
+    return scores
 
 
 def _loss_of_sample(sample: Sequence[Document], held_out: Sequence[HeldOutExample], scores: Scores) -> float:

@@ -143,8 +143,8 @@ def test_example_scores_add_up_to_the_held_out_loss(tiny_base: Path) -> None:
     held_out = make_held_out_examples(examples, tokenizer, 256)
     accelerator = Accelerator(cpu=True)
     scores = score_examples(objective, held_out, tokenizer, accelerator, StopFlag())
-    whole = held_out_loss(objective, [each.document for each in held_out], accelerator, StopFlag())
-    assert mean_loss(scores) == pytest.approx(whole, rel=1e-5)
+    loss = held_out_loss(objective, [each.document for each in held_out], accelerator, StopFlag())
+    assert mean_loss(scores) == pytest.approx(loss, rel=1e-5)
     assert {len(each.lines) for each in held_out} == {3}
     assert [score.lines for score in scores] == [0] * 5  # an untrained model predicts none exactly
 
@@ -158,10 +158,10 @@ def test_completions_do_not_depend_on_the_batch_size(tiny_base: Path, monkeypatc
     ]
     prompts = choose_prompts(make_held_out_examples(examples, tokenizer, 256), 6, 10_000, 0, tokenizer)
     assert len(prompts) == 6
-    together = complete(model, prompts, tokenizer, StopFlag())
+    batched = complete(model, prompts, tokenizer, StopFlag())
     with torch.no_grad():
-        alone = [complete(model, [prompt], tokenizer, StopFlag())[0] for prompt in prompts]
-    assert together == alone
+        single = [complete(model, [prompt], tokenizer, StopFlag())[0] for prompt in prompts]
+    assert batched == single
 
     generate = model.generate
 
@@ -171,7 +171,7 @@ def test_completions_do_not_depend_on_the_batch_size(tiny_base: Path, monkeypatc
         return generate(input_ids=input_ids, **others)
 
     monkeypatch.setattr(model, "generate", generate_in_little_memory)
-    assert complete(model, prompts, tokenizer, StopFlag()) == alone
+    assert complete(model, prompts, tokenizer, StopFlag()) == single
     monkeypatch.setattr(model, "generate", lambda **_: generate_in_little_memory(torch.zeros(3, 1)))
     with pytest.raises(torch.OutOfMemoryError):
         complete(model, prompts, tokenizer, StopFlag())

@@ -11,7 +11,7 @@ from peft_core.schemas.events import DatasetPrepared
 from peft_core.schemas.task import TrainingTask
 from peft_core.schemas.training import TaskMixture, TrainingConfig
 from tests.factories import make_request
-from tests.integration.test_training_child import SHORT_RUN, run_to_the_end
+from tests.integration.test_training_child import SHORT_RUN, run_worker
 from tests.tiny_models import write_tiny_base
 from tests.unit.data.test_prepare import repository
 
@@ -42,7 +42,7 @@ def test_a_base_with_marks_is_trained_on_gaps(tmp_path: Path) -> None:
         job_dir=tmp_path / "job",
         base_models_dir=tmp_path / "base_models",
     )
-    code, events, err = run_to_the_end(task)
+    code, events, err = run_worker(task)
     assert code == 0, err
     told = next(event.dataset.told for event in events if isinstance(event, DatasetPrepared))
     assert told["fill_in_the_middle"] > told.get("plainly", 0)

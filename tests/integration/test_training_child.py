@@ -1,4 +1,4 @@
-"""The training child as the runner sees it: a process with a task on its input, events on its output, an exit code.
+"""The training worker as the runner sees it: a process with a task on stdin, events on stdout, and an exit code.
 
 V vocabulary, T tokens
 """
@@ -28,7 +28,7 @@ from peft_core.adapters.manifest import read_manifest, sha256_of
 from peft_core.adapters.verify import verify
 from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
-from peft_core.modeling import memory as process
+from peft_core.modeling import memory
 from peft_core.modeling.activation_arena import ActivationArena
 from peft_core.planning.defaults import default_learning_rate
 from peft_core.schemas.events import (
@@ -47,7 +47,7 @@ from peft_core.schemas.results import Phase
 from peft_core.schemas.task import ComputePlan, TrainingTask
 from peft_core.schemas.training import TrainingConfig
 from peft_core.system.cancellation import StopFlag
-from peft_core.training import run as engine
+from peft_core.training import run as training_run
 from tests.factories import change_request, make_request
 from tests.tiny_models import write_tiny_base
 
@@ -80,7 +80,10 @@ def make_task(directory: Path, base: str | None, **config: Any) -> TrainingTask:
     )
 
 
-def test_a_link_that_leads_elsewhere_when_the_job_begins_is_not_followed(tmp_path: Path, tiny_base: Path) -> None:
+def test_a_link_that_points_to_a_forbidden_place_when_the_job_starts_is_not_followed(
+    tmp_path: Path,
+    tiny_base: Path,
+) -> None:
     task = make_task(tmp_path, str(tiny_base), **SHORT_RUN)
     data_dir, outside = tmp_path / "data", tmp_path / "outside"
     for place in (data_dir / "projects" / "other", outside):
@@ -93,7 +96,7 @@ def test_a_link_that_leads_elsewhere_when_the_job_begins_is_not_followed(tmp_pat
     for target, code in ((data_dir / "projects" / "other", "sensitive_place"), (outside, "outside_allowed_roots")):
         link.unlink(missing_ok=True)
         link.symlink_to(target)
-        exit_code, events, _ = run_to_the_end(task)
+        exit_code, events, _ = run_worker(task)
         assert exit_code == 1
         failed = events[-1]
         assert isinstance(failed, JobFailed)
@@ -103,7 +106,7 @@ def test_a_link_that_leads_elsewhere_when_the_job_begins_is_not_followed(tmp_pat
 
 
 @contextmanager
-def child(task: TrainingTask | str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+def worker(task: TrainingTask | str, **environment: str) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         [sys.executable, "-m", "peft_core.training"],
         stdin=subprocess.PIPE,
@@ -123,23 +126,23 @@ def child(task: TrainingTask | str, **environment: str) -> Iterator[subprocess.P
         process.communicate()
 
 
-def run_to_the_end(task: TrainingTask | str, **environment: str) -> tuple[int, list[Event], str]:
-    with child(task, **environment) as process:
+def run_worker(task: TrainingTask | str, **environment: str) -> tuple[int, list[Event], str]:
+    with worker(task, **environment) as process:
         out, err = process.communicate(timeout=500)
         return process.returncode, [EVENT.validate_json(line) for line in out.splitlines()], err
 
 
 def losses(directory: Path, base: Path, execution: ComputePlan, **config: Any) -> tuple[list[float], str]:
-    """(every loss of a run, its log)."""
+    """Run a training and return all its losses and its log."""
     directory.mkdir()
     task = make_task(directory, str(base), **SHORT_RUN, **config)
-    code, events, err = run_to_the_end(change_request(task, execution=execution))
+    code, events, err = run_worker(change_request(task, execution=execution))
     assert code == 0, err
     return [event.loss for event in events if isinstance(event, StepCompleted | HeldOutMeasured)], err
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])  # with it the layers are PEFT's own
-def test_weights_that_stay_in_their_file_and_layers_computed_twice_give_the_same_run_to_the_bit(
+@pytest.mark.parametrize("dropout", [0.0, 0.1])  # with dropout, PEFT's own layers are used
+def test_mmapped_weights_and_gradient_checkpointing_give_bit_identical_losses(
     tmp_path: Path,
     tiny_base: Path,
     dropout: float,
@@ -152,7 +155,7 @@ def test_weights_that_stay_in_their_file_and_layers_computed_twice_give_the_same
     assert lean == plain
 
 
-def test_products_in_bfloat16_give_nearly_the_same_run(tmp_path: Path, tiny_base: Path) -> None:
+def test_bfloat16_matrix_products_give_nearly_the_same_losses(tmp_path: Path, tiny_base: Path) -> None:
     plain, _ = losses(tmp_path / "float32", tiny_base, ComputePlan())
     rounded, log = losses(tmp_path / "bfloat16", tiny_base, ComputePlan(weights="bfloat16"))
     assert "base_mapped" in log
@@ -160,41 +163,41 @@ def test_products_in_bfloat16_give_nearly_the_same_run(tmp_path: Path, tiny_base
     assert rounded != plain
 
 
-@pytest.mark.parametrize(("weights", "there"), [("bfloat16", True), ("float32", False)])
-def test_the_room_for_saved_tensors_is_there_while_blocks_in_bfloat16_train_and_no_longer(
+@pytest.mark.parametrize(("weights", "exists"), [("bfloat16", True), ("float32", False)])
+def test_the_activation_arena_exists_only_while_bfloat16_blocks_train(
     tmp_path: Path,
     tiny_base: Path,
     weights: Any,
-    there: bool,
+    exists: bool,
 ) -> None:
-    found: dict[str, int] = {}
+    arena_counts: dict[str, int] = {}
 
     def emit(event: Event) -> None:
         if isinstance(event, StepCompleted | PhaseStarted):
-            rooms = [thing for thing in gc.get_objects() if type(thing) is ActivationArena]
-            found[event.kind if isinstance(event, StepCompleted) else event.phase] = len(rooms)
+            arenas = [obj for obj in gc.get_objects() if type(obj) is ActivationArena]
+            arena_counts[event.kind if isinstance(event, StepCompleted) else event.phase] = len(arenas)
 
     task = make_task(tmp_path, str(tiny_base), **SHORT_RUN)
-    engine.run(change_request(task, execution=ComputePlan(weights=weights)), emit, StopFlag())
-    assert found["step_completed"] == there
-    assert found[Phase.EVALUATING_ADAPTER] == 0
+    training_run.run(change_request(task, execution=ComputePlan(weights=weights)), emit, StopFlag())
+    assert arena_counts["step_completed"] == exists
+    assert arena_counts[Phase.EVALUATING_ADAPTER] == 0
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_memory_is_spared_from_the_start_and_throughout_where_layers_are_computed_twice(
+def test_gradient_checkpointing_returns_freed_memory_from_the_start(
     tmp_path: Path,
     tiny_base: Path,
     monkeypatch: pytest.MonkeyPatch,
     recompute: bool,
 ) -> None:
     sizes: list[int] = []
-    map_from = process._map_from
-    monkeypatch.setattr(process, "_map_from", lambda size: (sizes.append(size), map_from(size)))
+    map_from = memory._map_from
+    monkeypatch.setattr(memory, "_map_from", lambda size: (sizes.append(size), map_from(size)))
     task = make_task(tmp_path, str(tiny_base), **SHORT_RUN)
-    way = ComputePlan(weights="file", recompute_layers=recompute)
-    engine.run(change_request(task, execution=way), lambda _event: None, StopFlag())
-    assert set(sizes) == {process._SPARING_BYTES if recompute else process._KEPT_BYTES}
-    process.set_malloc_keep()  # as the other tests have it
+    compute_plan = ComputePlan(weights="file", recompute_layers=recompute)
+    training_run.run(change_request(task, execution=compute_plan), lambda _event: None, StopFlag())
+    assert set(sizes) == {memory._SPARING_BYTES if recompute else memory._KEPT_BYTES}
+    memory.set_malloc_keep()  # restores what the other tests expect
 
 
 def read_until(process: subprocess.Popen[str], kind: type[Event]) -> list[Event]:
@@ -205,12 +208,12 @@ def read_until(process: subprocess.Popen[str], kind: type[Event]) -> list[Event]
         if isinstance(events[-1], kind):
             return events
     assert process.stderr is not None
-    raise AssertionError(f"{kind.__name__} never came: {process.stderr.read()}")
+    raise AssertionError(f"no {kind.__name__} event arrived: {process.stderr.read()}")
 
 
-def test_a_run_ends_with_a_complete_adapter_that_plain_peft_loads(tmp_path: Path, tiny_base: Path) -> None:
+def test_a_run_writes_a_complete_adapter_that_plain_peft_can_load(tmp_path: Path, tiny_base: Path) -> None:
     task = make_task(tmp_path, str(tiny_base), **SHORT_RUN)
-    code, events, err = run_to_the_end(task)
+    code, events, err = run_worker(task)
     assert code == 0, err
 
     phases = [event.phase for event in events if isinstance(event, PhaseStarted) and not event.detail]
@@ -258,13 +261,13 @@ def test_a_run_ends_with_a_complete_adapter_that_plain_peft_loads(tmp_path: Path
     checkpoint = torch.load(task.job_dir / "checkpoint" / "state.pt", weights_only=True)
     saved = load_file(adapter / "adapter_model.safetensors")
     assert set(saved) == {name.replace(".default", "") for name in checkpoint["adapter"]}
-    for name, tensor in checkpoint["adapter"].items():  # the weights of the last step are those on disk
+    for name, tensor in checkpoint["adapter"].items():  # the adapter has the weights of the last step
         assert torch.equal(tensor, saved[name.replace(".default", "")])
 
 
-def test_sigterm_leaves_a_checkpoint_from_which_the_next_process_goes_on(tmp_path: Path, tiny_base: Path) -> None:
+def test_sigterm_writes_a_checkpoint_that_the_next_process_resumes_from(tmp_path: Path, tiny_base: Path) -> None:
     task = make_task(tmp_path, str(tiny_base), **ENDLESS)
-    with child(task) as process:
+    with worker(task) as process:
         read_until(process, StepCompleted)
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)
@@ -272,12 +275,12 @@ def test_sigterm_leaves_a_checkpoint_from_which_the_next_process_goes_on(tmp_pat
         assert process.returncode == 143, err
     assert isinstance(rest[-1], CheckpointSaved)
 
-    with child(task) as process:
-        told_again = read_until(process, RunPlanned)
-        events = [*told_again, *read_until(process, StepCompleted)]
+    with worker(task) as process:
+        replayed = read_until(process, RunPlanned)
+        events = [*replayed, *read_until(process, StepCompleted)]
     resumed_at = events[-1]
     steps = [event for event in rest if isinstance(event, StepCompleted)]
-    assert all(step in told_again for step in steps[-1:])  # what it told last may have reached nobody
+    assert all(step in replayed for step in steps[-1:])  # the runner may have missed the last events
     assert isinstance(resumed_at, StepCompleted)
     assert resumed_at.step == rest[-1].step + 1
     phases = [event.phase for event in events if isinstance(event, PhaseStarted)]
@@ -285,7 +288,7 @@ def test_sigterm_leaves_a_checkpoint_from_which_the_next_process_goes_on(tmp_pat
     assert any(isinstance(event, HeldOutMeasured) and event.step == 0 for event in events)
 
 
-def test_nothing_but_events_reaches_standard_output(tmp_path: Path, tiny_base: Path) -> None:
+def test_only_events_are_written_to_standard_output(tmp_path: Path, tiny_base: Path) -> None:
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(
@@ -295,15 +298,15 @@ def test_nothing_but_events_reaches_standard_output(tmp_path: Path, tiny_base: P
         "    print('a library that prints', flush=True)\n"
         "threading.Thread(target=noise, daemon=True).start()\n",
     )
-    code, events, err = run_to_the_end(make_task(tmp_path, str(tiny_base), **SHORT_RUN), PYTHONPATH=str(site))
+    code, events, err = run_worker(make_task(tmp_path, str(tiny_base), **SHORT_RUN), PYTHONPATH=str(site))
     assert code == 0
     assert isinstance(events[-1], AdapterWritten)
     assert "a library that prints" in err
 
 
-def test_a_bad_request_is_one_clear_failure(tmp_path: Path, tiny_base: Path) -> None:
+def test_an_invalid_request_is_reported_as_one_failure_event(tmp_path: Path, tiny_base: Path) -> None:
     config = {**SHORT_RUN, "target_modules": ["query"]}
-    code, events, _ = run_to_the_end(make_task(tmp_path, str(tiny_base), **config))
+    code, events, _ = run_worker(make_task(tmp_path, str(tiny_base), **config))
     failed = events[-1]
     assert code == 1
     assert isinstance(failed, JobFailed)
@@ -311,16 +314,16 @@ def test_a_bad_request_is_one_clear_failure(tmp_path: Path, tiny_base: Path) -> 
     assert "q_proj" in failed.error.message
 
 
-def test_input_that_is_no_task_is_told() -> None:
-    code, events, _ = run_to_the_end('{"job_id": 3}')
+def test_input_that_is_not_a_task_is_reported_as_a_failure() -> None:
+    code, events, _ = run_worker('{"job_id": 3}')
     assert code == 1
     assert isinstance(events[-1], JobFailed)
     assert "TrainingTask" in events[-1].error.message
 
 
-def test_a_child_whose_reader_has_gone_ends_with_a_checkpoint(tmp_path: Path, tiny_base: Path) -> None:
+def test_a_worker_whose_stdout_was_closed_exits_with_a_checkpoint(tmp_path: Path, tiny_base: Path) -> None:
     task = make_task(tmp_path, str(tiny_base), **ENDLESS)
-    with child(task) as process:
+    with worker(task) as process:
         read_until(process, StepCompleted)
         assert process.stdout is not None
         process.stdout.close()
@@ -329,7 +332,7 @@ def test_a_child_whose_reader_has_gone_ends_with_a_checkpoint(tmp_path: Path, ti
     assert (task.job_dir / "checkpoint" / "state.pt").is_file()
 
 
-def test_a_child_whose_parent_dies_ends_by_itself(tmp_path: Path, tiny_base: Path) -> None:
+def test_a_worker_whose_parent_dies_exits_with_a_checkpoint(tmp_path: Path, tiny_base: Path) -> None:
     task = make_task(tmp_path, str(tiny_base), **ENDLESS)
     (tmp_path / "task.json").write_text(task.model_dump_json())
     parent = subprocess.Popen(
@@ -353,27 +356,27 @@ def test_a_child_whose_parent_dies_ends_by_itself(tmp_path: Path, tiny_base: Pat
     _wait_until(lambda: "step_completed" in (tmp_path / "events").read_text())
     parent.kill()
     parent.communicate()
-    _wait_until(lambda: not _runs(pid), seconds=15)
+    _wait_until(lambda: not _is_running(pid), seconds=15)
     assert '"checkpoint_saved"' in (tmp_path / "events").read_text().splitlines()[-1]
 
 
-def test_two_processes_make_the_same_steps_as_one(tmp_path: Path, tiny_base: Path) -> None:
+def test_two_processes_give_the_same_losses_and_adapter_as_one(tmp_path: Path, tiny_base: Path) -> None:
     config = {
         **SHORT_RUN,
         "batch_size": 3,
         "max_steps": None,
         "num_epochs": 0.5,
-    }  # the last step is smaller than the others
+    }  # the last step has fewer examples
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    code, alone, err = run_to_the_end(make_task(tmp_path / "one", str(tiny_base), **config))
+    code, alone, err = run_worker(make_task(tmp_path / "one", str(tiny_base), **config))
     assert code == 0, err
 
     task = make_task(tmp_path / "two", str(tiny_base), **config)
     ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     with (
-        child(task, **ranks, RANK="0", LOCAL_RANK="0") as first,
-        child(task, **ranks, RANK="1", LOCAL_RANK="1") as second,
+        worker(task, **ranks, RANK="0", LOCAL_RANK="0") as first,
+        worker(task, **ranks, RANK="1", LOCAL_RANK="1") as second,
     ):
         out, err = first.communicate(timeout=300)
         silent, _ = second.communicate(timeout=60)
@@ -390,7 +393,7 @@ def test_two_processes_make_the_same_steps_as_one(tmp_path: Path, tiny_base: Pat
         assert torch.allclose(tensor, adapters[1][name], atol=1e-4)
 
 
-# In the interpreter of a child: its third training loss is NaN, on the process of rank 0 alone.
+# Runs in a worker: its third training loss is NaN, and only in the process of rank 0.
 _FAULT = """
 import os, sys
 from importlib.abc import MetaPathFinder
@@ -418,7 +421,7 @@ sys.meta_path.insert(0, Finder())
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_that_diverged_says_so_in_its_manifest_and_its_card(
+def test_a_rollback_is_recorded_in_manifest_and_model_card(
     tmp_path: Path,
     tiny_base: Path,
     processes: int,
@@ -429,12 +432,12 @@ def test_a_run_that_diverged_says_so_in_its_manifest_and_its_card(
     environment = {"PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
     task = make_task(tmp_path, str(tiny_base), **SHORT_RUN)
     if processes == 1:
-        code, events, err = run_to_the_end(task, **environment)
+        code, events, err = run_worker(task, **environment)
     else:
         environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         with (
-            child(task, **environment, RANK="0", LOCAL_RANK="0") as first,
-            child(task, **environment, RANK="1", LOCAL_RANK="1") as second,
+            worker(task, **environment, RANK="0", LOCAL_RANK="0") as first,
+            worker(task, **environment, RANK="1", LOCAL_RANK="1") as second,
         ):
             out, err = first.communicate(timeout=300)
             second.communicate(timeout=60)
@@ -451,9 +454,9 @@ def test_a_run_that_diverged_says_so_in_its_manifest_and_its_card(
 
 
 @pytest.mark.model
-def test_the_bundled_model_learns_within_two_gigabytes(tmp_path: Path) -> None:
+def test_the_bundled_model_trains_within_two_gigabytes(tmp_path: Path) -> None:
     task = make_task(tmp_path, None, rank=16, batch_size=4, max_steps=4)
-    code, events, err = run_to_the_end(task)
+    code, events, err = run_worker(task)
     assert code == 0, err
     written = events[-1]
     assert isinstance(written, AdapterWritten)
@@ -479,13 +482,13 @@ def _free_port() -> int:
 def _wait_until(condition: Any, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
+        assert time.monotonic() < deadline, "the condition was not met in time"
         time.sleep(0.1)
 
 
-def _runs(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
     except OSError:
         return False
-    return state != "Z"  # an orphan may wait for whoever adopted it
+    return state != "Z"  # an orphan may remain as a zombie until init reaps it

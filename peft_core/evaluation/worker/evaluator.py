@@ -57,6 +57,10 @@ class Evaluator:
         self._tokenizer = tokenizer
         self._seed = seed
 
+    @property
+    def held_out_examples(self) -> int:
+        return len(self._held_out)
+
     def score(self, objective: Objective, accelerator: Accelerator, stop: StopFlag, *, key: str = "") -> Scores:
         """Score the model in its present state."""
         scores = score_examples(objective, [*self._held_out, *self._general], self._tokenizer, accelerator, stop)

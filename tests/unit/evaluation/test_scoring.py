@@ -27,9 +27,9 @@ def make_example(tokenizer: BaseTokenizer, *, ends: bool) -> HeldOutExample:
 
 
 def test_completion_points_near_the_end_of_a_cut_off_text_are_skipped(tokenizer: BaseTokenizer) -> None:
-    whole, part = make_example(tokenizer, ends=True), make_example(tokenizer, ends=False)
-    assert [point.expected.count("\n") for point in whole.completion_points] == [3, 2, 1]
-    assert [point.expected.count("\n") for point in part.completion_points] == [3]
+    complete, cut_off = make_example(tokenizer, ends=True), make_example(tokenizer, ends=False)
+    assert [point.expected.count("\n") for point in complete.completion_points] == [3, 2, 1]
+    assert [point.expected.count("\n") for point in cut_off.completion_points] == [3]
 
 
 def test_the_last_line_of_a_cut_off_text_is_scored(tokenizer: BaseTokenizer) -> None:

@@ -144,7 +144,7 @@ def test_a_resumed_run_continues_exactly_as_if_it_had_not_been_interrupted(tmp_p
 
 def test_a_stop_in_the_middle_of_a_step_checkpoints_the_last_completed_step(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"max_length": 8192, "batch_size": 10})
-    whole = uninterrupted(tmp_path / "uninterrupted", config)[0].losses()
+    reference = uninterrupted(tmp_path / "uninterrupted", config)[0].losses()
     recorder = Recorder()
     loop = make_loop(tmp_path / "resumed", recorder, config)
     loop.run_key = "this run"
@@ -159,7 +159,7 @@ def test_a_stop_in_the_middle_of_a_step_checkpoints_the_last_completed_step(tmp_
     resumed = make_loop(tmp_path / "resumed", second, config)
     resumed.restore(checkpoint)
     resumed.run()
-    assert {**recorder.losses(), **second.losses()} == whole
+    assert {**recorder.losses(), **second.losses()} == reference
 
 
 def test_early_stopping_ends_with_the_best_weights(tmp_path: Path) -> None:
@@ -361,8 +361,8 @@ def test_a_run_with_rollbacks_resumes_exactly_at_any_step(tmp_path: Path, stop_a
     """The interruption falls before the first divergence, between the two, or after them."""
     limit = 0.03
     expected = Recorder()
-    whole = overflow_above(make_loop(tmp_path / "uninterrupted", expected), limit)
-    whole.run()
+    reference = overflow_above(make_loop(tmp_path / "uninterrupted", expected), limit)
+    reference.run()
     assert len(expected.lowered()) == 2
     assert len(expected.steps()) >= 11
 
@@ -382,9 +382,9 @@ def test_a_run_with_rollbacks_resumes_exactly_at_any_step(tmp_path: Path, stop_a
         return [*steps, *(lowered for r in recorders for lowered in r.lowered())]
 
     assert facts(first, second) == facts(expected)
-    assert loop.rollback.history == whole.rollback.history
+    assert loop.rollback.history == reference.rollback.history
     for name, weight in loop.weights.items():
-        assert torch.equal(weight, whole.weights[name])
+        assert torch.equal(weight, reference.weights[name])
 
 
 class Killed(Exception):
@@ -422,10 +422,12 @@ def test_a_killed_run_resumes_from_a_checkpoint_that_is_older_than_its_rollback_
     loop = overflow_above(make_loop(tmp_path / "resumed", second), limit)
     loop.restore(checkpoint)
     loop.run()
-    steps, whole = ([(event.step, event.loss, event.learning_rate) for event in r.steps()] for r in (second, expected))
+    steps, reference = (
+        [(event.step, event.loss, event.learning_rate) for event in r.steps()] for r in (second, expected)
+    )
     assert len(loop.rollback.history) == 2
     assert steps[-1][0] == 8
-    assert steps == whole[saved_after:]
+    assert steps == reference[saved_after:]
 
 
 PLAIN = CONFIG.model_copy(update={"dropout": 0.0})  # dropout masks depend on the micro-batches
@@ -437,7 +439,7 @@ def test_a_step_that_runs_out_of_memory_is_repeated_with_less_memory_and_the_sam
     max_tokens: int,
     reductions: list[tuple[int, bool]],
 ) -> None:
-    expected, whole = uninterrupted(tmp_path / "plain", PLAIN)
+    expected, reference = uninterrupted(tmp_path / "plain", PLAIN)
     recorder = Recorder()
     loop = limit_memory(make_loop(tmp_path / "limited", recorder, PLAIN), max_tokens)
     loop.activation_arena = ActivationArena(loop.objective.model)
@@ -457,18 +459,18 @@ def test_a_step_that_runs_out_of_memory_is_repeated_with_less_memory_and_the_sam
     assert loop.memory_saved == tuple(saved)
     assert recorder.losses() == pytest.approx(expected.losses(), rel=1e-5)
     for name, weight in loop.weights.items():
-        assert torch.allclose(weight, whole.weights[name], atol=1e-4)
+        assert torch.allclose(weight, reference.weights[name], atol=1e-4)
 
 
 def test_the_activation_arena_does_not_change_any_result(tmp_path: Path) -> None:
-    expected, whole = uninterrupted(tmp_path / "plain")
+    expected, reference = uninterrupted(tmp_path / "plain")
     recorder = Recorder()
     loop = make_loop(tmp_path / "arena", recorder)
     loop.activation_arena = arena = ActivationArena(loop.objective.model)
     loop.run()
     assert arena.nbytes > 0
     assert recorder.losses() == expected.losses()
-    assert all(torch.equal(weight, whole.weights[name]) for name, weight in loop.weights.items())
+    assert all(torch.equal(weight, reference.weights[name]) for name, weight in loop.weights.items())
 
 
 def test_running_out_of_memory_before_the_first_micro_batch_is_reported_as_such(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from peft_core.training import lora
 from tests.tiny_models import tiny_model
 
 
-def test_all_linear_means_every_linear_layer_but_the_head() -> None:
+def test_all_linear_targets_every_linear_layer_except_the_head() -> None:
     model = lora.attach(tiny_model(), TrainingConfig(rank=4), "tiny")
     targets = lora.target_modules(model)
     assert list(targets) == sorted(targets)
@@ -18,7 +18,7 @@ def test_all_linear_means_every_linear_layer_but_the_head() -> None:
     assert not any("lm_head" in name or "embed" in name for name in lora.weights(model))
 
 
-def test_only_the_adapter_learns_and_it_is_float32_on_a_bfloat16_base() -> None:
+def test_only_the_adapter_is_trainable_and_it_is_float32_on_a_bfloat16_base() -> None:
     model = lora.attach(tiny_model().to(torch.bfloat16), TrainingConfig(rank=4), "tiny")
     weights = lora.weights(model)
     assert len(weights) == 2 * 14
@@ -26,19 +26,19 @@ def test_only_the_adapter_learns_and_it_is_float32_on_a_bfloat16_base() -> None:
     assert all(".lora_A." in name or ".lora_B." in name for name in weights)
 
 
-def test_an_unknown_target_module_is_named_together_with_those_that_exist() -> None:
+def test_the_error_for_an_unknown_target_module_lists_the_existing_ones() -> None:
     with pytest.raises(InvalidArgument, match=r"'query'.*down_proj, gate_proj, k_proj, o_proj") as caught:
         lora.attach(tiny_model(), TrainingConfig(rank=4, target_modules=["q_proj", "query"]), "tiny")
     assert caught.value.details["field"] == "config.target_modules"
 
 
 @pytest.mark.parametrize("name", ["input_layernorm", "embed_tokens", "lm_head"])
-def test_norms_embeddings_and_the_head_are_no_targets(name: str) -> None:
+def test_norms_embeddings_and_the_head_are_rejected_as_targets(name: str) -> None:
     with pytest.raises(InvalidArgument, match="the linear modules of this base model"):
         lora.attach(tiny_model(), TrainingConfig(rank=4, target_modules=[name]), "tiny")
 
 
-def test_b_learns_faster_than_a_by_the_lora_plus_ratio() -> None:
+def test_the_learning_rate_of_b_is_that_of_a_times_the_lora_plus_ratio() -> None:
     model = lora.attach(tiny_model(), TrainingConfig(rank=4), "tiny")
     a, b = lora.build_optimizer(model, TrainingConfig(learning_rate=1e-3, lora_plus_ratio=16)).param_groups
     assert (a["lr"], b["lr"]) == (1e-3, 16e-3)
@@ -47,7 +47,7 @@ def test_b_learns_faster_than_a_by_the_lora_plus_ratio() -> None:
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine", "constant"])
-def test_every_step_moves_and_none_exceeds_the_peak(shape: str) -> None:
+def test_the_rate_is_positive_in_every_step_and_never_exceeds_the_peak(shape: str) -> None:
     factors = [lora.rate_factor(shape, done, warmup=5, total=100) for done in range(100)]
     assert all(0 < factor <= 1 for factor in factors)
     assert factors[:5] == sorted(factors[:5])
@@ -55,12 +55,12 @@ def test_every_step_moves_and_none_exceeds_the_peak(shape: str) -> None:
     assert factors[5:] == sorted(factors[5:], reverse=True)
 
 
-def test_the_shortest_run_is_made_at_the_full_rate_or_close_to_it() -> None:
+def test_a_run_of_one_step_uses_at_least_half_the_peak_rate() -> None:
     assert lora.rate_factor("linear", 0, warmup=0, total=1) == 1.0
     assert lora.rate_factor("linear", 0, warmup=1, total=1) == 0.5
 
 
-def test_rslora_scales_by_the_root_of_the_rank() -> None:
+def test_rslora_divides_alpha_by_the_square_root_of_the_rank() -> None:
     model = lora.attach(tiny_model(), TrainingConfig(rank=16, alpha=8, use_rslora=True), "tiny")
     layer: nn.Module = model.get_base_model().model.layers[0].self_attn.q_proj
     assert layer.scaling["default"] == pytest.approx(8 / 4)
