@@ -13,67 +13,91 @@ from peft_core.paths import DataPaths
 
 
 class Settings(BaseSettings):
+    """Settings of the user, for all requests. Settings of one training are in `schemas.training.TrainingConfig`."""
+
     model_config = SettingsConfigDict(env_prefix="CODEBASE_GARDENER_", frozen=True, extra="ignore")
 
-    data_dir: Annotated[Path, Field(description="Everything that is kept lies below it.")] = Path(
-        "~/.codebase-gardener",
+    data_dir: Annotated[Path, Field(description="Directory for jobs, adapters, converted base models and logs.")] = (
+        Path(
+            "~/.codebase-gardener",
+        )
     )
-    default_base_model: Annotated[str | None, Field(description="Used when a request names no base model.")] = None
-    allow_downloads: Annotated[bool, Field(description="Whether a hub id that is not cached may be fetched.")] = False
-    max_memory_mb: Annotated[int | None, Field(ge=256, description="Memory that a training may take.")] = None
+    default_base_model: Annotated[
+        str | None,
+        Field(description="Base model of requests that name none. Unset: the bundled SmolLM2-135M-Instruct."),
+    ] = None
+    allow_downloads: Annotated[
+        bool, Field(description="Whether base models that are not in the local cache may be downloaded from the hub."),
+    ] = False
+    max_memory_mb: Annotated[
+        int | None,
+        Field(
+            ge=256,
+            description="Memory limit for a job in MB (10^6 bytes). A training estimated to need more uses a slower plan, "
+            "or is rejected. Unset: the memory available.",
+        ),
+    ] = None
     max_resident_adapters: Annotated[
         int,
-        Field(ge=1, le=64, description="Adapters kept in memory; the least recently used goes first."),
+        Field(ge=1, le=64, description="Adapters held in memory; the least recently used one is unloaded first."),
     ] = 3
     idle_unload_s: Annotated[
         float,
-        Field(gt=0, le=30 * 86_400, description="The inference process ends after so many seconds without a call."),
+        Field(
+            gt=0,
+            le=30 * 86_400,
+            description="Seconds without a call after which the inference process exits and frees its memory.",
+        ),
     ] = 900.0
     load_during_training: Annotated[
         Literal["if_it_fits", "never", "always"],
         Field(
-            description="Loading a model while a training runs: 'if_it_fits', when memory suffices for both; 'never'; "
-            "'always', without looking at memory.",
+            description="Whether a model may be loaded for inference while a training runs: 'if_it_fits' in memory next to it, "
+            "'never', or 'always', without checking memory.",
         ),
     ] = "if_it_fits"
     keep_runs: Annotated[
         int,
-        Field(ge=1, description="Ended trainings whose files, log and history are kept; older ones go, adapters stay."),
+        Field(
+            ge=1,
+            description="Finished jobs whose files, logs and history are retained. Those of older jobs are deleted; "
+            "published adapters are not.",
+        ),
     ] = 100
     launcher: Annotated[
         str | None,
-        Field(description="Command that starts each training, for several GPUs: 'accelerate launch …'."),
+        Field(description="Command that starts each training, to use several GPUs: 'accelerate launch …'."),
     ] = None
     allowed_roots: Annotated[
         tuple[Path, ...] | None,
         NoDecode,
         Field(
-            description="Directories, separated as in PATH: training data, adapters and base models are read from nowhere "
-            "else. Unset: from anywhere but places for credentials.",
+            description="Directories, separated as in PATH: training data, adapters and base models are read from these only. "
+            "Unset: from everywhere except locations of credentials and private data.",
         ),
     ] = None
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR"],
-        Field(description="How much goes to stderr."),
+        Field(description="Least severe messages that are logged to stderr."),
     ] = "INFO"
 
     @field_validator("data_dir")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().resolve()  # one form of each path: they are compared
+        return value.expanduser().resolve()  # paths are compared, so each must have one form
 
     @field_validator("allowed_roots", mode="before")
     @classmethod
-    def _listed(cls, value: object) -> object:
+    def _split(cls, value: object) -> object:
         return [part for part in value.split(os.pathsep) if part.strip()] or None if isinstance(value, str) else value
 
     @field_validator("allowed_roots")
     @classmethod
-    def _roots(cls, value: tuple[Path, ...] | None) -> tuple[Path, ...] | None:
+    def _absolute_roots(cls, value: tuple[Path, ...] | None) -> tuple[Path, ...] | None:
         roots = None if value is None else tuple(root.expanduser() for root in value)
         for root in roots or ():
             if not root.is_absolute():
-                raise ValueError(f"{root} is no absolute path")
+                raise ValueError(f"{root} must be an absolute path")
         return None if roots is None else tuple(root.resolve() for root in roots)
 
     @property

@@ -2,16 +2,16 @@
 
 {data_dir}/
   peft.db                               jobs and events
-  runner.lock                           held by whoever is working on the queue
+  runner.lock                           held by the process that works on the queue
   logs/                                 runner.log
-  inspections/                          of inspect_training_data, while it looks
-  base_models/{key}/                    bases converted from GGUF
+  inspections/                          temporary files of inspect_training_data
+  base_models/{key}/                    base models converted from GGUF
   jobs/{job_id}/                        task.json, records.jsonl, dataset/, base_scores.json, checkpoint/,
                                         adapter/ (until published), report.html (of an evaluation), train.log
   projects/{project_id}/lora/
     {adapter_id}/                       a published adapter; never changes
     current -> {adapter_id}             moves atomically
-    .lock                               held by whoever publishes or deletes
+    .lock                               held while an adapter is published or deleted
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class DataPaths:
 
     @property
     def projects(self) -> Path:
-        """Its one form, links followed: paths below it are compared."""
+        """The projects, with symbolic links resolved, because paths below it are compared."""
         return Path(os.path.realpath(self.root / "projects"))
 
     def job(self, job_id: str) -> JobPaths:

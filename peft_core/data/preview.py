@@ -1,7 +1,7 @@
-"""What a training would be given, found out in a process of its own: a PreviewRequest (JSON) in, a Preview or a Problem out.
+"""Preview a dataset in a child process: a PreviewRequest (JSON) in, a Preview or an ErrorInfo out.
 
-It is the preparation that the training child makes, with estimated tokens, of at most the ten thousand examples at which
-a preparation may stop. Grammars and the scanner for secrets so stay out of the process that asks. By hand:
+The dataset is prepared as the training worker does it, but with estimated token counts, and from a sample of a large
+repository. The child process keeps grammars and the secret scanner out of the server. By hand:
 `python -m peft_core.data.preview < request.json`.
 """
 
@@ -43,17 +43,17 @@ class PreviewRequest(FrozenModel):
 class Preview(FrozenModel):
     dataset: DatasetSummary
     languages: dict[str, int]
-    unread_files: int  # that would only be read by a longer run
+    unread_files: int  # only a longer run would read them
     held_out_files: list[str]
-    largest_files: dict[str, int]  # tokens to train on, of the files that have the most
+    largest_files: dict[str, int]  # the files with the most training tokens
     samples: list[Example]
 
 
 def preview(request: PreviewRequest) -> Preview:
-    """Prepare, look, and leave nothing behind.
+    """Prepare the dataset in a temporary directory and describe it.
 
     Raises:
-        DataError: as `prepare`.
+        DataError: see `prepare`.
     """
     with tempfile.TemporaryDirectory(prefix="peft-mcp-preview-") as temporary:
         directory = Path(temporary)

@@ -1,1 +1,1 @@
-"""From a request to a plan: defaults, estimate of time and memory, and the way to compute. No torch."""
+"""From a request to a job: defaults, estimates of time and memory, and the compute plan. No torch."""

@@ -1,4 +1,4 @@
-"""Jobs that evaluate an adapter instead of training one: what is checked before, and the page that is left behind."""
+"""Plans jobs that evaluate an adapter instead of training one."""
 
 from __future__ import annotations
 
@@ -27,61 +27,61 @@ def plan_evaluation(
     settings: Settings,
     measured_speed: Callable[[Base, str], float | None],
 ) -> JobRequest:
-    """The resolved request; what an adapter of ours was trained with decides how text is cut and split.
+    """Return the resolved request. An adapter trained here is evaluated with the settings of its training.
 
     Raises:
-        InvalidArgument: the adapter does not fit the base, or the data is not there.
+        InvalidArgument: the adapter does not fit the base model, or the data does not exist.
         DataError: the data is empty or too little.
     """
     require_place(DatasetPurpose.EVALUATION.field, evaluation_data, settings)
-    _require_fit(evaluated, base)
+    _check_fit(evaluated, base)
     manifest = read_manifest(evaluated.adapter_path)
-    used = manifest.run.config if manifest is not None else TrainingConfig()
+    trained_with = manifest.run.config if manifest is not None else TrainingConfig()
     config = TrainingConfig(
-        max_length=min(used.max_length, base.shape.context_length),
-        seed=used.seed,
-        precision=used.precision,
+        max_length=min(trained_with.max_length, base.shape.context_length),
+        seed=trained_with.seed,
+        precision=trained_with.precision,
     )
-    found = summarise_source(evaluation_data, max_length=config.max_length, purpose=DatasetPurpose.EVALUATION)
-    if found.needs_chat_template and not base.has_chat_template:
+    source = summarise_source(evaluation_data, max_length=config.max_length, purpose=DatasetPurpose.EVALUATION)
+    if source.needs_chat_template and not base.has_chat_template:
         raise InvalidArgument(
             "evaluation_data",
             "records with messages",
-            f"the base {base.name} has no chat template to write them in",
+            f"the base model {base.name} has no chat template to render conversations with",
         )
     device = expected_device("auto")
-    estimate = evaluation_estimate(base, found, device, measured_speed(base, device))
+    estimate = evaluation_estimate(base, source, device, measured_speed(base, device))
     require_memory(estimate.memory_bytes, base, device, settings)
     return JobRequest(
-        source=found.path or Path(),
-        source_kind=found.kind,
+        source=source.path or Path(),
+        source_kind=source.kind,
         config=config,
         base=base,
-        found=found,
+        found=source,
         device=device,
         estimate=estimate,
         evaluated=evaluated,
     )
 
 
-def _require_fit(evaluated: EvaluatedAdapter, base: Base) -> None:
-    found = verify(evaluated.adapter_path, base)
-    if found.verdict is BaseMatch.INCOMPATIBLE:
-        wrong = [reason for reason in found.reasons if reason.severity == "error"]
+def _check_fit(evaluated: EvaluatedAdapter, base: Base) -> None:
+    compatibility = verify(evaluated.adapter_path, base)
+    if compatibility.verdict is BaseMatch.INCOMPATIBLE:
+        errors = [reason for reason in compatibility.reasons if reason.severity == "error"]
         raise InvalidArgument(
             "adapter_path",
             str(evaluated.adapter_path),
-            f"it does not fit {base.name}: {' '.join(reason.message for reason in wrong[:3])}",
-            suggestions=[reason.fix for reason in wrong[:2] if reason.fix]
+            f"it does not fit {base.name}: {' '.join(reason.message for reason in errors[:3])}",
+            suggestions=[reason.fix for reason in errors[:2] if reason.fix]
             or ["Call verify_adapter_compatibility to see every reason"],
         )
-    if not found.compatible and not evaluated.accept_unproven_base:
+    if not compatibility.compatible and not evaluated.accept_unproven_base:
         raise InvalidArgument(
             "base_model",
             base.name,
-            "the adapter fits it, and nothing proves that it was trained on it",
+            "the adapter fits it, but there is no evidence that it was trained on it",
             suggestions=[
-                "Name the base that it was trained on",
-                "Or insist with accept_unproven_base=true: the figures will show whether it belongs",
+                "Give the base model that it was trained on",
+                "Or pass accept_unproven_base=true: the evaluation will show whether it belongs to it",
             ],
         )

@@ -1,4 +1,4 @@
-"""A training that is planned and not run: what it would be given, what it would do, how long it would take."""
+"""A dry run of a training: its dataset, its settings, and how long it would take."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from peft_core.system.cleanup import prune_inspections
 
 TIMEOUT_S = 120.0
 CHILD = "peft_core.data.preview"
-_SHOWN = 1200  # characters of a sample
+_MAX_SAMPLE = 1200  # characters
 
 
 def inspect_training_data(
@@ -31,21 +31,21 @@ def inspect_training_data(
     settings: Settings,
     measured_speed: Callable[[Base, str], float | None],
 ) -> TrainingDataReport:
-    """Everything that `train_adapter` would check and choose, and a look at the examples. Seconds; nothing is kept.
+    """Check and choose everything that `train_adapter` would, and preview the examples. Nothing is saved.
 
     Raises:
-        InvalidArgument, DataError, BaseModelError, StorageError: it could not be trained, and why.
+        InvalidArgument, DataError, BaseModelError, StorageError: it could not be trained on, and why.
     """
     draft = plan(training_data, config, settings, measured_speed)
     with _scratch(settings.paths) as scratch:
         request = write_source(draft, training_data, scratch / "source" / "records.jsonl")
-        found = _looked_at(request, scratch, settings)
-    return _report(request, found, given=training_data if isinstance(training_data, str) else "these records")
+        preview = _preview(request, scratch, settings)
+    return _report(request, preview, given=training_data if isinstance(training_data, str) else "these records")
 
 
 @contextmanager
 def _scratch(paths: DataPaths) -> Iterator[Path]:
-    """A directory for copies of what is looked at: not where all temporary files are, for the server may end meanwhile."""
+    """A directory for copies of the data. It is in the data directory, so that leftovers of a killed server can be pruned."""
     prune_inspections(paths)
     try:
         paths.root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -57,20 +57,20 @@ def _scratch(paths: DataPaths) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def _looked_at(request: JobRequest, scratch: Path, settings: Settings) -> Preview:
+def _preview(request: JobRequest, scratch: Path, settings: Settings) -> Preview:
     return run_json_child(
         CHILD,
         PreviewRequest(dataset=request.dataset, data_dir=settings.data_dir, allowed_roots=settings.allowed_roots),
         Preview,
         timeout_s=TIMEOUT_S,
-        action="Looking at the examples",
+        action="Previewing the examples",
         on_timeout=("Inspect a directory of it", "train_adapter itself has no such limit"),
         temporary_dir=scratch,
     )
 
 
-def _report(request: JobRequest, found: Preview, *, given: str) -> TrainingDataReport:
-    dataset = found.dataset
+def _report(request: JobRequest, preview: Preview, *, given: str) -> TrainingDataReport:
+    dataset = preview.dataset
     step = NextStep(
         tool="train_adapter",
         missing=("project_id", "training_data", "config"),
@@ -85,13 +85,13 @@ def _report(request: JobRequest, found: Preview, *, given: str) -> TrainingDataR
         train_tokens=dataset.train_tokens,
         held_out_tokens=dataset.held_out_tokens,
         files=dataset.files,
-        unread_files=found.unread_files,
-        languages=found.languages,
+        unread_files=preview.unread_files,
+        languages=preview.languages,
         left_out=dataset.left_out,
         secrets_removed=dataset.secrets_removed,
-        held_out_files=found.held_out_files,
-        largest_files=found.largest_files,
-        samples=[_sample(example) for example in found.samples],
+        held_out_files=preview.held_out_files,
+        largest_files=preview.largest_files,
+        samples=[_sample(example) for example in preview.samples],
         config=request.config,
         estimate=request.estimate,
         next=step.sentence,
@@ -109,10 +109,10 @@ def _sample(example: Example) -> DataSample:
         kind=example.kind,
         language=example.language,
         tokens=example.tokens,
-        given=_cut(given),
-        learned=_cut(learned),
+        given=_shorten(given),
+        learned=_shorten(learned),
     )
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}\n… ({len(text) - _SHOWN} more characters)"
+def _shorten(text: str) -> str:
+    return text if len(text) <= _MAX_SAMPLE else f"{text[:_MAX_SAMPLE]}\n… ({len(text) - _MAX_SAMPLE} more characters)"

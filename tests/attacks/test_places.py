@@ -272,5 +272,5 @@ def test_roots_must_be_absolute_and_an_empty_value_means_no_limit(monkeypatch: p
     monkeypatch.setenv("CODEBASE_GARDENER_ALLOWED_ROOTS", "  ")
     assert Settings().allowed_roots is None
     monkeypatch.setenv("CODEBASE_GARDENER_ALLOWED_ROOTS", "relative")
-    with pytest.raises(ValueError, match="no absolute path"):
+    with pytest.raises(ValueError, match="must be an absolute path"):
         Settings()

@@ -125,4 +125,4 @@ def test_an_evaluation_that_was_made_is_an_end_and_leaves_a_page(tmp_path: Path)
     assert completed.metrics.adapter_perplexity == 6.0
     assert completed_evaluation(make_job(evaluation=make_evaluation())) is None
     write_evaluation_report(tmp_path, request, [Evaluated(evaluation=make_evaluation())])
-    assert "Measured on records" in (tmp_path / "report.html").read_text()
+    assert "Evaluated on records" in (tmp_path / "report.html").read_text()
