@@ -27,7 +27,8 @@ class Settings(BaseSettings):
         Field(description="Base model of requests that name none. Unset: the bundled SmolLM2-135M-Instruct."),
     ] = None
     allow_downloads: Annotated[
-        bool, Field(description="Whether base models that are not in the local cache may be downloaded from the hub."),
+        bool,
+        Field(description="Whether base models that are not in the local cache may be downloaded from the hub."),
     ] = False
     max_memory_mb: Annotated[
         int | None,

@@ -122,6 +122,7 @@ def test_an_array_that_fills_a_sparse_file_is_refused_without_reading_it(tmp_pat
     st.lists(st.tuples(st.integers(0, 2000), st.binary(min_size=1, max_size=8)), max_size=4),
     st.integers(0, len(SOUND)),
 )
+@pytest.mark.slow
 @example([(16, b"\xff" * 8)], 0)
 def test_damage_is_refused_or_harmless(tmp_path: Path, changes: list[tuple[int, bytes]], end: int) -> None:
     content = bytearray(SOUND)

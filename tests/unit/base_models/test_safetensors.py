@@ -118,6 +118,7 @@ def test_a_fifo_a_directory_and_a_missing_file_are_refused_without_waiting(tmp_p
         read_header(tmp_path / "missing")
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(0, len(SOUND) - 1), st.integers(0, 255)), max_size=8), st.integers(0, len(SOUND)))
 def test_damage_is_refused_or_harmless(tmp_path: Path, changes: list[tuple[int, int]], end: int) -> None:

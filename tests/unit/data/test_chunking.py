@@ -182,6 +182,7 @@ CODE = st.lists(st.sampled_from(FRAGMENTS), max_size=60).map("\n".join) | st.tex
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(text=CODE, language=st.sampled_from(CUTTABLE), max_length=st.sampled_from([64, 100, 400]))
 def test_every_line_is_in_exactly_one_unit_and_every_piece_fits(text: str, language: Language, max_length: int):
@@ -191,6 +192,7 @@ def test_every_line_is_in_exactly_one_unit_and_every_piece_fits(text: str, langu
     assert all(text.count(piece.body) >= 1 for piece in pieces)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(text=CODE, language=st.sampled_from(CUTTABLE), max_length=st.sampled_from([64, 100]))
 def test_the_pieces_of_a_unit_joined_are_the_unit(text: str, language: Language, max_length: int):

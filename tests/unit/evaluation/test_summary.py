@@ -259,6 +259,7 @@ def test_trained_on_text_is_known_again_however_it_is_indented_and_other_text_is
     assert known.share_of("") == 0
 
 
+@pytest.mark.slow
 def test_of_much_text_a_sample_is_kept_that_both_sides_choose_alike() -> None:
     many = [f"a = {n}\nb = {n}\nc = {n}\n" for n in range(70_000)]
     known = TrainingFingerprint.of(many)
@@ -267,6 +268,7 @@ def test_of_much_text_a_sample_is_kept_that_both_sides_choose_alike() -> None:
     assert {known.share_of(text) for text in many[::100]} == {None, 1.0}, "nothing that was trained on counts as unseen"
 
 
+@pytest.mark.slow
 @settings(max_examples=5, deadline=None)
 @given(lines=st.integers(1, 12), seed=st.integers(0, 99))
 def test_of_twenty_thousand_examples_each_is_known_again(lines: int, seed: int) -> None:
