@@ -5,7 +5,7 @@ left in their file or held in bfloat16, fused decoder blocks) or makes its GGUF 
 
 To add a family:
 1. Add a row to `FAMILIES`, at first only `model_type` (as in config.json) and `title`. The row states that every weight can
-   stay in its file. `tests/integration/test_planned_ways.py` builds a tiny model of each row and checks this; run it.
+   stay in its file. `tests/integration/test_compute_plans.py` builds a tiny model of each row and checks this; run it.
 2. If its decoder blocks are Llama's (RMS norm, rotary embedding, SiLU-gated MLP), set `fused_blocks=True`. If queries and
    keys are normalised per head, set `head_norms=True`. The same test compares loss, memory and number of fused blocks.
 3. If llama.cpp converts it, set `gguf`. Tensor names that are new go into `gguf_model.py`, and how its vocabulary splits

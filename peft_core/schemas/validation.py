@@ -1,4 +1,8 @@
-"""pydantic's verdict on a request, said the way our other errors are: field, value, what is allowed, next step."""
+"""Turns pydantic's validation errors into `InvalidArgument`: field, value, what is allowed, next step.
+
+pydantic's own messages name one violated bound ("should be less than or equal to 512"). An assistant corrects a request in one
+attempt if it reads the complete range, so what is allowed is worded from the JSON schema.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ MAX_LISTED = 5
 
 
 def parse_config(config: TrainingConfig | Mapping[str, Any] | None) -> TrainingConfig:
-    """A TrainingConfig from what a Python caller may pass.
+    """Return a TrainingConfig from what a Python caller may pass.
 
     Raises:
         InvalidArgument: an unknown key (with the nearest known one), a value out of range.
@@ -31,7 +35,7 @@ def parse_config(config: TrainingConfig | Mapping[str, Any] | None) -> TrainingC
 
 
 def parse_generation(request: GenerationRequest | Mapping[str, Any]) -> GenerationRequest:
-    """A GenerationRequest from what a caller may pass.
+    """Return a GenerationRequest from what a caller may pass.
 
     Raises:
         InvalidArgument: no prompt, or several; an unknown key; a value out of range.
@@ -45,7 +49,7 @@ def parse_generation(request: GenerationRequest | Mapping[str, Any]) -> Generati
 
 
 def invalid_argument(error: ValidationError, schema: Mapping[str, Any], prefix: Sequence[str] = ()) -> InvalidArgument:
-    """One error for everything that is wrong. `schema`: JSON schema of the validated model."""
+    """Return one error for all problems. `schema`: JSON schema of the validated model."""
     problems = _merge_alternatives(error.errors(include_url=False))
     first, *others = [_describe(problem, schema, prefix) for problem in problems[:MAX_LISTED]]
     field, value, allowed = first
@@ -68,7 +72,7 @@ def _no_such_field(name: str, schema: Mapping[str, Any]) -> str:
 
 
 def _merge_alternatives(problems: Sequence[ErrorDetails]) -> list[ErrorDetails]:
-    """A field with several allowed types fails once per type: keep the first of each field."""
+    """Keep the first problem of each field: a field with several allowed types fails once per type."""
     seen: dict[tuple[int | str, ...], ErrorDetails] = {}
     for problem in problems:
         seen.setdefault(_field_path(problem["loc"]), problem)
@@ -76,7 +80,7 @@ def _merge_alternatives(problems: Sequence[ErrorDetails]) -> list[ErrorDetails]:
 
 
 def _field_path(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """Without pydantic's names for the alternatives of a union ('list[constrained-str]', 'literal[...]')."""
+    """Remove pydantic's names for the alternatives of a union ('list[constrained-str]', 'literal[...]')."""
     return tuple(part for part in loc if isinstance(part, int) or part.isidentifier()) or loc
 
 
@@ -92,7 +96,7 @@ def _describe(problem: ErrorDetails, schema: Mapping[str, Any], prefix: Sequence
         case "value_error":
             return (
                 field,
-                _given(problem["input"], own),
+                _without_defaults(problem["input"], own),
                 str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"],
             )
         case _:
@@ -100,7 +104,7 @@ def _describe(problem: ErrorDetails, schema: Mapping[str, Any], prefix: Sequence
 
 
 def _look_up(schema: Mapping[str, Any], path: Sequence[int | str]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """(the schema of the object that holds the field, the field's own schema)."""
+    """Return the schema of the object that has the field, and the field's own schema."""
     parent: Mapping[str, Any] = {}
     node = _resolve(schema, schema)
     for part in path:
@@ -123,7 +127,7 @@ def _resolve(node: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[str, A
 
 
 def describe_schema(node: Mapping[str, Any], root: Mapping[str, Any]) -> str:
-    """What a JSON schema allows, in words: 'an integer from 1 to 512'."""
+    """Word what a JSON schema allows: 'an integer from 1 to 512'."""
     node = _resolve(node, root)
     if alternatives := node.get("anyOf"):
         return " or ".join(filter(None, (describe_schema(alternative, root) for alternative in alternatives)))
@@ -157,8 +161,8 @@ def _bounds(node: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _given(value: object, schema: Mapping[str, Any]) -> object:
-    """Of an object, what differs from the defaults: the caller wrote no more."""
+def _without_defaults(value: object, schema: Mapping[str, Any]) -> object:
+    """Reduce an object to what differs from the defaults, which is what the caller wrote."""
     if not isinstance(value, Mapping):
         return value
     defaults = {name: node.get("default") for name, node in schema.get("properties", {}).items()}

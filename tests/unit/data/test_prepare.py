@@ -1,4 +1,4 @@
-"""Source to dataset: what is held out, what never enters, and what is recorded about it."""
+"""Preparing a dataset: what is held out, what is excluded, and what is recorded."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def manifest(directory: Path) -> dict[str, Any]:
     return loaded
 
 
-def test_a_repository_becomes_two_files_and_a_manifest(tmp_path: Path):
+def test_a_repository_becomes_a_training_set_a_held_out_set_and_a_manifest(tmp_path: Path):
     messages: list[str] = []
     done = build(repository(tmp_path / "r"), tmp_path / "out", messages=messages)
     train, held_out = (read_examples(tmp_path / "out" / f"{name}.jsonl") for name in ("train", "held_out"))
@@ -96,13 +96,13 @@ def test_a_repository_becomes_two_files_and_a_manifest(tmp_path: Path):
     ]
 
 
-def test_what_inspect_accepts_prepare_accepts(tmp_path: Path):
+def test_a_source_that_the_summary_accepts_can_be_prepared(tmp_path: Path):
     root = repository(tmp_path / "r", files=2, functions=40)
     summarise_source(str(root))
     assert build(root, tmp_path / "out").summary.files == 2
 
 
-def test_the_same_source_gives_the_same_dataset_wherever_it_lies(tmp_path: Path):
+def test_the_dataset_does_not_depend_on_the_location_of_the_source(tmp_path: Path):
     first = build(repository(tmp_path / "a"), tmp_path / "out1")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     assert build(tmp_path / "b", tmp_path / "out2").summary.sha256 == first.summary.sha256
@@ -110,7 +110,7 @@ def test_the_same_source_gives_the_same_dataset_wherever_it_lies(tmp_path: Path)
     assert build(tmp_path / "b", tmp_path / "out3").summary.sha256 != first.summary.sha256
 
 
-def test_a_resumed_job_trains_on_what_it_began_with(tmp_path: Path):
+def test_a_finished_dataset_is_reused_after_the_source_has_changed(tmp_path: Path):
     first = build(repository(tmp_path / "r"), tmp_path / "out")
     shutil.rmtree(tmp_path / "r")
     assert build(tmp_path / "r", tmp_path / "out") == first
@@ -118,14 +118,14 @@ def test_a_resumed_job_trains_on_what_it_began_with(tmp_path: Path):
         build(tmp_path / "r", tmp_path / "out", fraction=0.3)
 
 
-def test_a_dataset_that_was_not_finished_is_made_again(tmp_path: Path):
+def test_an_unfinished_dataset_is_prepared_again(tmp_path: Path):
     first = build(repository(tmp_path / "r"), tmp_path / "out")
     (tmp_path / "out" / "manifest.json").write_text('{"schema": 1')
     (tmp_path / "out" / "train.jsonl").write_text("")
     assert build(tmp_path / "r", tmp_path / "out") == first
 
 
-def test_a_report_that_raises_stops_the_work_and_leaves_no_spool(tmp_path: Path):
+def test_a_progress_callback_that_raises_aborts_and_leaves_no_spool(tmp_path: Path):
     def stop(_: str) -> None:
         raise KeyboardInterrupt
 
@@ -139,7 +139,7 @@ def test_a_report_that_raises_stops_the_work_and_leaves_no_spool(tmp_path: Path)
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_commit_and_dirtiness_of_a_git_repository_are_recorded(tmp_path: Path):
+def test_the_commit_and_uncommitted_changes_of_a_repository_are_recorded(tmp_path: Path):
     root = repository(tmp_path / "r")
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false", "-C", root]
     for arguments in (["init"], ["add", "."], ["commit", "-m", "one"]):
@@ -151,7 +151,7 @@ def test_commit_and_dirtiness_of_a_git_repository_are_recorded(tmp_path: Path):
     assert build(root, tmp_path / "out2").repository_dirty is True
 
 
-def test_copies_are_trained_on_once_and_never_measured_on(tmp_path: Path):
+def test_duplicates_are_trained_on_once_and_never_held_out(tmp_path: Path):
     root = repository(tmp_path / "r")
     for number in range(5):
         shutil.copy(root / "module_0.py", root / f"copy_{number}.py")
@@ -161,7 +161,7 @@ def test_copies_are_trained_on_once_and_never_measured_on(tmp_path: Path):
     assert done.summary.left_out["duplicate"] > 0
 
 
-def test_near_copies_are_kept_once_and_counted(tmp_path: Path):
+def test_near_duplicates_are_reduced_to_one_and_counted(tmp_path: Path):
     root = repository(tmp_path / "r")
     body = "\n".join(f"    total += weight_{n}" for n in range(11))
     for number in range(10):
@@ -171,18 +171,18 @@ def test_near_copies_are_kept_once_and_counted(tmp_path: Path):
     assert done.summary.left_out == {"near_duplicate": 9}
     held_out = read_examples(tmp_path / "out" / "held_out.jsonl")
     assert sum("def weigh" in example.text for example in both(tmp_path / "out")) == 1
-    assert not any("def weigh" in example.text for example in held_out), "what several files hold is no measure"
+    assert not any("def weigh" in example.text for example in held_out), "text in several files is not held out"
     assert "Jaccard" in manifest(tmp_path / "out")["near_duplicates"]["rule"]
 
 
-def test_pairs_with_the_same_long_instruction_are_no_duplicates(tmp_path: Path):
+def test_pairs_with_the_same_long_instruction_are_not_duplicates(tmp_path: Path):
     instruction = " ".join(f"rule {n}: brief." for n in range(8))
     pairs = [{"prompt": f"{instruction} Double {n}!", "completion": "It is even."} for n in range(20)]
     done = build(records_file(tmp_path, pairs), tmp_path / "out", "records")
     assert done.summary.left_out == {}
 
 
-def test_of_a_huge_repository_only_as_much_is_read_as_a_run_can_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_short_run_reads_only_a_sample_of_a_huge_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys.modules["peft_core.data.prepare"], "_MIN_SAMPLED_EXAMPLES", 40)
     root = repository(tmp_path / "r", files=40, functions=6)
 
@@ -195,11 +195,11 @@ def test_of_a_huge_repository_only_as_much_is_read_as_a_run_can_use(tmp_path: Pa
     assert part.summary.left_out["not_needed"] > 20
     assert part.summary.train_examples >= 20
     held_out = [set(manifest(tmp_path / name)["held_out_files"]) for name in ("part", "all")]
-    assert held_out[0] <= held_out[1], "what is measured on are the same files, fewer of them"
+    assert held_out[0] <= held_out[1], "a sample holds out a subset of the same files"
     assert prepared("more", 1000).summary.train_examples == everything.summary.train_examples
 
 
-def test_too_little_that_is_different_is_refused_with_figures(tmp_path: Path):
+def test_too_few_distinct_examples_are_rejected_with_figures(tmp_path: Path):
     root = repository(tmp_path / "r", files=1)
     shutil.copy(root / "module_0.py", root / "module_1.py")
     with pytest.raises(DataError, match="in 0 files") as caught:
@@ -207,7 +207,7 @@ def test_too_little_that_is_different_is_refused_with_figures(tmp_path: Path):
     assert caught.value.code == "too_few_examples"
 
 
-def test_tiny_leftovers_are_counted(tmp_path: Path):
+def test_tiny_units_are_excluded_and_counted(tmp_path: Path):
     root = repository(tmp_path / "r")
     (root / "tiny.py").write_text("x = 1\n")
     assert build(root, tmp_path / "out").summary.left_out["tiny"] == 1
@@ -222,7 +222,7 @@ def records_file(tmp_path: Path, records: Sequence[Mapping[str, Any]]) -> Path:
     return path
 
 
-def test_a_prompt_is_given_and_a_completion_is_learned(tmp_path: Path):
+def test_a_prompt_is_context_and_a_completion_is_learned(tmp_path: Path):
     path = records_file(tmp_path, [{"prompt": f"double {n}: ", "completion": f"it is {2 * n}"} for n in range(20)])
     build(path, tmp_path / "out", "records")
     example = next(e for e in both(tmp_path / "out") if e.path == "record 3")
@@ -238,7 +238,7 @@ def paraphrased(answers: int, prompts: int) -> list[dict[str, str]]:
     ]
 
 
-def test_an_answer_to_several_questions_is_on_one_side(tmp_path: Path):
+def test_records_with_the_same_answer_are_on_one_side_of_the_split(tmp_path: Path):
     done = build(records_file(tmp_path, paraphrased(30, 5)), tmp_path / "out", "records")
     train, held_out = (
         {example.segments[-1].text for example in read_examples(tmp_path / "out" / f"{part}.jsonl")}
@@ -250,7 +250,7 @@ def test_an_answer_to_several_questions_is_on_one_side(tmp_path: Path):
     assert len(manifest(tmp_path / "out")["held_out_files"]) == done.summary.held_out_examples
 
 
-def test_yes_and_no_are_answers_to_many_questions(tmp_path: Path):
+def test_short_answers_do_not_tie_records_together(tmp_path: Path):
     labels = [{"prompt": f"Is {n} even?", "completion": "yes" if n % 2 == 0 else "no"} for n in range(40)]
     done = build(records_file(tmp_path, labels), tmp_path / "out", "records")
     assert done.summary.left_out == {}
@@ -258,7 +258,7 @@ def test_yes_and_no_are_answers_to_many_questions(tmp_path: Path):
     assert {e.segments[-1].text for e in read_examples(tmp_path / "out" / "train.jsonl")} == {"yes", "no"}
 
 
-def test_one_long_answer_to_every_question_leaves_nothing_to_measure(tmp_path: Path):
+def test_one_long_answer_to_every_question_leaves_nothing_to_hold_out(tmp_path: Path):
     (only,) = paraphrased(1, 1)
     records = records_file(tmp_path, [{**only, "prompt": f"question {n}"} for n in range(20)])
     with pytest.raises(DataError, match="the same answer"):
@@ -277,14 +277,14 @@ def test_one_long_answer_to_every_question_leaves_nothing_to_measure(tmp_path: P
         ),
     ],
 )
-def test_a_short_answer_is_told_by_its_question_and_all_else_by_itself(given: str, learned: str, text: str):
+def test_a_short_answer_is_identified_together_with_its_question(given: str, learned: str, text: str):
     segments = (*((Segment(text=given, learn=False),) if given else ()), Segment(text=learned))
     record = Example(segments=segments, path="record 1", language="text", kind="record")
     assert learned_text(record) == text
 
 
 def shared(tmp_path: Path) -> list[float]:
-    """Of each held-out example, how much is trained on."""
+    """Return for each held-out example how much of it is trained on."""
     train, held_out = (
         [learned_text(example) for example in read_examples(tmp_path / "out" / f"{part}.jsonl")]
         for part in ("train", "held_out")
@@ -293,7 +293,7 @@ def shared(tmp_path: Path) -> list[float]:
 
 
 @pytest.mark.parametrize(("width", "step"), [(12, 9), (12, 6), (12, 3)])
-def test_windows_that_slide_over_a_file_are_not_measured_on_where_they_are_trained_on(
+def test_overlapping_windows_of_a_file_are_not_held_out_if_they_are_trained_on(
     tmp_path: Path,
     width: int,
     step: int,
@@ -321,7 +321,7 @@ def measured(root: Path, directory: Path, known: TrainingFingerprint) -> Prepare
     return prepare(spec, directory=directory, token_counter=Words(), report=lambda _: None, known=known)
 
 
-def test_what_was_trained_on_before_is_left_out_before_anything_is_chosen(tmp_path: Path):
+def test_examples_trained_on_before_are_excluded_from_an_evaluation(tmp_path: Path):
     root = repository(tmp_path / "r", files=10, functions=60)
     build(root, tmp_path / "out")
     found = measured(root, tmp_path / "again", trained_on(tmp_path / "out"))
@@ -333,7 +333,7 @@ def test_what_was_trained_on_before_is_left_out_before_anything_is_chosen(tmp_pa
     assert found.summary.left_out["trained_on"] == len(read_examples(tmp_path / "out" / "train.jsonl"))
 
 
-def test_conversations_are_rendered_by_the_codec(tmp_path: Path):
+def test_conversations_are_rendered_by_the_token_counter(tmp_path: Path):
     records = [
         {"messages": [{"role": "user", "content": f"q {n}"}, {"role": "assistant", "content": f"a {n}"}]}
         for n in range(20)
@@ -342,7 +342,7 @@ def test_conversations_are_rendered_by_the_codec(tmp_path: Path):
     assert next(e for e in both(tmp_path / "out") if e.path == "line 5").segments[-1] == Segment(text="a 4")
 
 
-def test_a_pair_that_is_too_long_is_left_out_whole_and_a_text_is_split(tmp_path: Path):
+def test_a_pair_that_is_too_long_is_excluded_and_a_long_text_is_split(tmp_path: Path):
     long = " ".join(f"word{n}" for n in range(500))
     pairs = [{"prompt": f"p {n}", "completion": f"c {n}"} for n in range(20)]
     done = build(records_file(tmp_path, [*pairs, {"prompt": "p", "completion": long}]), tmp_path / "out1", "records")
@@ -354,7 +354,7 @@ def test_a_pair_that_is_too_long_is_left_out_whole_and_a_text_is_split(tmp_path:
     assert "".join(example.text for example in parts) == long
 
 
-def test_chunks_get_their_path_but_never_the_home_directory_before_it(tmp_path: Path):
+def test_chunks_get_their_path_without_the_home_directory(tmp_path: Path):
     records = [
         {"content": f"fn f{n}() {{ body({n}); }}", "language": "rust", "chunk_type": "function", "start_line": 10,
          "file_path": f"/Users/alice/project/src/{'a' if n % 2 else 'b/c'}.rs"}
@@ -419,7 +419,7 @@ def test_no_line_of_a_private_key_reaches_the_dataset(tmp_path: Path):
     assert any("def after_1" in example.text for example in both(tmp_path / "out"))
 
 
-def test_a_file_whose_name_is_a_secret_is_left_out_and_not_named(tmp_path: Path):
+def test_a_file_whose_name_is_a_secret_is_excluded_and_not_named(tmp_path: Path):
     root = repository(tmp_path / "r")
     (root / f"{SECRETS['hugging face']}.py").write_text(function("a", 1))
     done = build(root, tmp_path / "out")
@@ -427,7 +427,7 @@ def test_a_file_whose_name_is_a_secret_is_left_out_and_not_named(tmp_path: Path)
     assert all(RANDOM.encode() not in path.read_bytes() for path in (tmp_path / "out").iterdir())
 
 
-def test_a_pair_with_a_secret_is_left_out_whole(tmp_path: Path):
+def test_a_pair_with_a_secret_is_excluded(tmp_path: Path):
     pairs = [{"prompt": f"p {n}", "completion": f"c {n}"} for n in range(20)]
     leak = {"prompt": "token?", "completion": SECRETS["github"]}
     done = build(records_file(tmp_path, [*pairs, leak]), tmp_path / "out", "records")
@@ -449,12 +449,12 @@ def test_a_pair_with_a_secret_is_left_out_whole(tmp_path: Path):
         'key = "abcdefghijklmnopqrstuvwxyz0123456789"',
     ],
 )
-def test_code_that_only_talks_about_secrets_is_kept(line: str):
+def test_code_that_only_mentions_secrets_is_not_excluded(line: str):
     assert redact_secrets([f"{line}\n"])[1] == []
 
 
 @given(st.lists(st.sampled_from([*SECRETS.values(), "x = 1", "", "# text"]), max_size=12))
-def test_redacting_keeps_the_number_of_lines_and_every_clean_line(lines: list[str]):
+def test_redaction_preserves_the_number_of_lines_and_every_clean_line(lines: list[str]):
     given_lines = split_lines("\n".join(lines))
     clean, found = redact_secrets(given_lines)
     flagged = {finding.row for finding in found}
@@ -462,7 +462,7 @@ def test_redacting_keeps_the_number_of_lines_and_every_clean_line(lines: list[st
     assert all(clean[n] == ("\n" if n in flagged else line) for n, line in enumerate(given_lines))
 
 
-def test_the_files_changed_last_are_held_out_on_request(tmp_path: Path):
+def test_held_out_by_time_holds_out_the_files_changed_last(tmp_path: Path):
     root = repository(tmp_path / "r")
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false", "-C", root]
     for day, touched in ((1, None), (2, "module_4.py"), (3, "module_7.py")):
@@ -475,7 +475,7 @@ def test_the_files_changed_last_are_held_out_on_request(tmp_path: Path):
     prepare(spec, directory=tmp_path / "out", token_counter=Words(), report=lambda _: None)
     assert manifest(tmp_path / "out")["held_out_files"] == ["module_4.py", "module_7.py"]
 
-    # An evaluation draws files by lot, and finds all that the training held out.
+    # An evaluation samples files randomly, and finds all files that the training held out.
     found = measured(root, tmp_path / "again", trained_on(tmp_path / "out"))
     assert manifest(tmp_path / "again")["held_out_files"] == ["module_4.py", "module_7.py"]
     assert found.summary.held_out_examples == len(read_examples(tmp_path / "out" / "held_out.jsonl"))

@@ -1,4 +1,4 @@
-"""A look at what a training would be given, without one."""
+"""The preview of a dataset, without a training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def request_of(source: Path, data_dir: Path, **further: Any) -> PreviewRequest:
     return PreviewRequest(dataset=make_dataset_spec(source, max_length=256), data_dir=data_dir, **further)
 
 
-def test_a_temporary_directory_inside_the_repository_is_no_hindrance(
+def test_a_temporary_directory_inside_the_repository_is_ignored(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -29,7 +29,7 @@ def test_a_temporary_directory_inside_the_repository_is_no_hindrance(
     assert list((root / "tmp").iterdir()) == []
 
 
-def test_a_place_that_may_not_be_read_is_not_looked_at_either(tmp_path: Path) -> None:
+def test_a_preview_of_a_forbidden_path_is_rejected(tmp_path: Path) -> None:
     inside = repository(tmp_path / "data" / "projects" / "other")
     with pytest.raises(InvalidArgument, match="the data directory of peft-mcp"):
         preview(request_of(inside, tmp_path / "data"))

@@ -45,7 +45,7 @@ def planned(
     return plan_evaluation(evaluated, data, resolve(str(base), settings), settings, lambda _base, _device: None)
 
 
-def test_an_adapter_of_anyone_s_is_planned_with_what_it_will_take(tmp_path: Path) -> None:
+def test_evaluating_a_foreign_adapter_is_planned_with_an_estimate(tmp_path: Path) -> None:
     request = planned(tmp_path, RECORDS)
     assert request.evaluated is not None
     assert request.config.max_length == min(512, request.base.shape.context_length)
@@ -54,7 +54,7 @@ def test_an_adapter_of_anyone_s_is_planned_with_what_it_will_take(tmp_path: Path
     assert request.found.examples == 12
 
 
-def test_what_it_was_trained_with_decides_how_text_is_cut_and_split(tmp_path: Path) -> None:
+def test_the_settings_of_the_training_are_used_for_the_evaluation(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter")
     write_manifest(adapter, make_manifest("a-01", config=TrainingConfig(max_length=64, seed=7)))
     config = planned(tmp_path, RECORDS).config
@@ -69,12 +69,12 @@ def test_what_it_was_trained_with_decides_how_text_is_cut_and_split(tmp_path: Pa
         ("/no/such/place", "evaluation_data = '/no/such/place' cannot be used"),
     ],
 )
-def test_data_that_cannot_be_measured_on_is_refused(tmp_path: Path, data: Any, said: str) -> None:
+def test_unusable_evaluation_data_is_rejected(tmp_path: Path, data: Any, said: str) -> None:
     with pytest.raises((DataError, InvalidArgument), match=said):
         planned(tmp_path, data)
 
 
-def test_a_place_is_named_as_it_was_given(tmp_path: Path) -> None:
+def test_errors_name_the_path_of_the_request(tmp_path: Path) -> None:
     place = tmp_path / "training_data_old"
     place.mkdir()
     with pytest.raises(DataError) as caught:
@@ -85,7 +85,7 @@ def test_a_place_is_named_as_it_was_given(tmp_path: Path) -> None:
     assert refused.value.message.startswith(f"evaluation_data = '{place / 'training_data'}' ")
 
 
-def test_data_that_is_gone_when_it_is_measured_on_is_asked_for_by_the_right_name(tmp_path: Path) -> None:
+def test_missing_evaluation_data_is_reported_with_the_tool_that_takes_it(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         prepare(
             make_dataset_spec(tmp_path / "gone", held_out_fraction=1, purpose=DatasetPurpose.EVALUATION),
@@ -96,13 +96,13 @@ def test_data_that_is_gone_when_it_is_measured_on_is_asked_for_by_the_right_name
     assert "evaluate_adapter" in caught.value.suggestions[0]
 
 
-def test_an_adapter_that_does_not_fit_is_refused_with_the_reason(tmp_path: Path) -> None:
+def test_an_adapter_that_does_not_fit_is_rejected_with_the_reason(tmp_path: Path) -> None:
     other = write_model(tmp_path / "other", shapes=model_shapes(layers=4))
     with pytest.raises(InvalidArgument, match="does not fit other"):
         planned(tmp_path, RECORDS, base=other)
 
 
-def test_a_base_that_nothing_proves_must_be_insisted_on(tmp_path: Path) -> None:
+def test_an_unproven_base_model_must_be_accepted_explicitly(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="accept_unproven_base=true"):
         planned(tmp_path, RECORDS, accept=False)
     base = tmp_path / "base"
@@ -110,12 +110,12 @@ def test_a_base_that_nothing_proves_must_be_insisted_on(tmp_path: Path) -> None:
     assert planned(tmp_path, RECORDS, base=base, accept=False).evaluated is not None
 
 
-def test_a_limit_of_memory_is_kept(tmp_path: Path) -> None:
+def test_an_evaluation_above_the_memory_limit_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="CODEBASE_GARDENER_MAX_MEMORY_MB = 256"):
         planned(tmp_path, RECORDS, limit=256)
 
 
-def test_an_evaluation_that_was_made_is_an_end_and_leaves_a_page(tmp_path: Path) -> None:
+def test_a_finished_evaluation_completes_the_job_and_writes_a_report(tmp_path: Path) -> None:
     request = planned(tmp_path, RECORDS)
     job = make_job(request=request)
     assert completed_evaluation(job) is None

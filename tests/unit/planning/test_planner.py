@@ -1,4 +1,4 @@
-"""What is written down when a job is queued, and that nothing is where it is not."""
+"""Planning a training: the records of a queued job, and requests that cannot be run here."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def write(directory: Path, data: Any = RECORDS) -> Path:
     return write_source(request, data, directory / "job" / "records.jsonl").source
 
 
-def test_records_are_written_beside_their_job(tmp_path: Path) -> None:
+def test_records_are_written_to_the_job_directory(tmp_path: Path) -> None:
     assert write(tmp_path).read_text().splitlines()[3] == '{"content": "x = 3", "language": "python"}'
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_nothing_is_left_of_a_job_that_could_not_be_written(
+def test_a_job_whose_records_cannot_be_written_leaves_nothing_on_disk(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     error: BaseException,
@@ -45,14 +45,14 @@ def test_nothing_is_left_of_a_job_that_could_not_be_written(
         assert list(tmp_path.iterdir()) == []
 
 
-def test_what_json_cannot_hold_is_a_broken_record_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_record_that_json_cannot_represent_is_rejected_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="Record 2 cannot be used") as caught:
         write(tmp_path, [{"text": "x"}, {"text": {1, 2}}])
     assert caught.value.code == "broken_record"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_directory_that_was_there_is_not_removed(tmp_path: Path) -> None:
+def test_an_existing_job_directory_is_not_removed(tmp_path: Path) -> None:
     (tmp_path / "job").mkdir()
     (tmp_path / "job" / "others.txt").write_text("mine")
     with pytest.raises(PeftMcpError):
@@ -61,7 +61,7 @@ def test_a_directory_that_was_there_is_not_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "system", "why_no_cuda", "told"),
+    ("device", "system", "why_no_cuda", "expected"),
     [
         ("cuda", "linux", "no driver", "no driver; allowed here: auto, cpu"),
         ("cuda", "darwin", "no CUDA on macOS", "no CUDA on macOS; allowed here: auto, mps, cpu"),
@@ -69,15 +69,15 @@ def test_a_directory_that_was_there_is_not_removed(tmp_path: Path) -> None:
         ("mps", "linux", "no driver", "on Apple silicon only; allowed here: auto, cpu"),
     ],
 )
-def test_a_device_that_cannot_be_there_is_refused_before_anything_is_read(
+def test_an_unavailable_device_is_rejected_before_any_data_is_read(
     monkeypatch: pytest.MonkeyPatch,
     device: Any,
     system: str,
     why_no_cuda: str | None,
-    told: str,
+    expected: str,
 ) -> None:
     monkeypatch.setattr(planning.sys, "platform", system)
     monkeypatch.setattr(planning, "why_no_cuda", lambda: why_no_cuda)
-    with pytest.raises(InvalidArgument, match=told) as caught:
+    with pytest.raises(InvalidArgument, match=expected) as caught:
         plan("/no/such/place", TrainingConfig(device=device), Settings(), lambda *_: None)
     assert caught.value.details["field"] == "config.device"

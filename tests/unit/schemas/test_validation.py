@@ -29,7 +29,7 @@ from peft_core.schemas.validation import describe_schema, parse_config
         ({"lr_scheduler": "square"}, ["one of 'linear', 'cosine', 'constant'"]),
     ],
 )
-def test_each_wrong_setting_is_named_with_its_value_and_what_is_allowed(
+def test_an_invalid_setting_is_reported_with_its_value_and_what_is_allowed(
     config: dict[str, Any],
     expected: list[str],
 ) -> None:
@@ -42,20 +42,20 @@ def test_each_wrong_setting_is_named_with_its_value_and_what_is_allowed(
     assert "pydantic" not in message
 
 
-def test_several_wrong_settings_are_named_in_one_error() -> None:
+def test_several_invalid_settings_are_reported_in_one_error() -> None:
     with pytest.raises(InvalidArgument) as caught:
         parse_config({"rank": 0, "batch_size": 0, "bogus": 1})
     for field in ("config.rank", "config.batch_size", "config.bogus"):
         assert field in str(caught.value)
 
 
-def test_a_good_configuration_passes_as_object_and_as_fields() -> None:
+def test_a_valid_configuration_is_accepted_as_object_and_as_mapping() -> None:
     assert parse_config({"rank": 8}) == TrainingConfig(rank=8)
     assert parse_config(TrainingConfig(rank=8)) == TrainingConfig(rank=8)
     assert parse_config(None) == TrainingConfig()
 
 
-def test_every_setting_of_a_training_can_be_said_in_words() -> None:
+def test_every_setting_has_a_worded_range() -> None:
     schema = TrainingConfig.model_json_schema()
     for name, field in schema["properties"].items():
         assert describe_schema(field, schema), name

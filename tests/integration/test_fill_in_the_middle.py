@@ -1,4 +1,4 @@
-"""A training child that learns to fill gaps, with a base whose tokenizer has marks for them."""
+"""The training worker learns fill-in-the-middle from a base model whose tokenizer has FIM tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.tiny_models import write_tiny_base
 from tests.unit.data.test_prepare import repository
 
 
-def test_a_base_with_marks_is_trained_on_gaps(tmp_path: Path) -> None:
+def test_a_base_model_with_fim_tokens_is_trained_on_fim_examples(tmp_path: Path) -> None:
     base = write_tiny_base(tmp_path / "base")
     tokenizer = base / "tokenizer.json"
     settings = json.loads(tokenizer.read_text())

@@ -1,4 +1,4 @@
-"""What the planner says of families of models, held against the engine."""
+"""What the cost model assumes about model families, compared with the modules that compute them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONFIG = TrainingConfig(rank=4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_weight_of_a_mapped_family_can_stay_in_its_file_or_be_in_bfloat16(family: str, tmp_path: Path) -> None:
+def test_every_weight_of_a_mapped_family_can_be_mapped_or_held_in_bf16(family: str, tmp_path: Path) -> None:
     base = resolve(str(write_tiny_base(tmp_path / "base", family)), Settings())
     assert base.model_type == family
     for in_bfloat16 in (False, True):
@@ -56,7 +56,7 @@ def adapted(base: Base, *, in_bfloat16: bool, config: TrainingConfig = CONFIG) -
 
 @pytest.mark.parametrize("in_bfloat16", [False, True])
 @pytest.mark.parametrize("family", sorted(filter(has_fused_blocks, FAMILIES)))
-def test_of_a_fused_family_every_block_is_fused_and_keeps_what_the_plan_says(
+def test_every_block_of_a_fused_family_is_fused_and_stores_the_planned_bytes(
     family: str,
     in_bfloat16: bool,
     tmp_path: Path,
@@ -90,7 +90,7 @@ def test_of_a_fused_family_every_block_is_fused_and_keeps_what_the_plan_says(
 
 @pytest.mark.parametrize("in_bfloat16", [False, True])
 @pytest.mark.parametrize("family", sorted(filter(has_fused_blocks, FAMILIES)))
-def test_where_saved_tensors_lie_changes_no_bit_of_loss_and_gradient(
+def test_the_activation_arena_changes_no_bit_of_loss_and_gradient(
     family: str,
     in_bfloat16: bool,
     tmp_path: Path,
@@ -112,7 +112,7 @@ def test_where_saved_tensors_lie_changes_no_bit_of_loss_and_gradient(
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["up_proj", "o_proj"], ["down_proj"]])
 @pytest.mark.parametrize("family", sorted(filter(has_fused_blocks, FAMILIES)))
-def test_in_bfloat16_loss_and_gradient_are_those_of_float32_up_to_its_digits(
+def test_loss_and_gradient_in_bf16_match_float32_up_to_rounding(
     family: str,
     targets: Literal["all-linear"] | list[str],
     recompute: bool,
@@ -133,7 +133,7 @@ def test_in_bfloat16_loss_and_gradient_are_those_of_float32_up_to_its_digits(
     assert (narrow_gradient - gradient).norm() < 0.05 * gradient.norm()
 
 
-def test_a_block_that_is_not_fused_in_bfloat16_keeps_its_weights_where_they_were(tmp_path: Path) -> None:
+def test_a_block_that_is_not_fused_in_bf16_leaves_its_weights_in_place(tmp_path: Path) -> None:
     base = resolve(str(write_tiny_base(tmp_path / "base", dtype=torch.bfloat16)), Settings())
     model = load_frozen(base, base.path, in_bfloat16=True)
     assert model is not None
@@ -150,7 +150,7 @@ def test_a_block_that_is_not_fused_in_bfloat16_keeps_its_weights_where_they_were
     )  # its own columns for B alone
 
 
-def test_weights_of_16_bits_are_used_where_they_lie(tmp_path: Path) -> None:
+def test_bf16_weights_are_used_without_a_copy(tmp_path: Path) -> None:
     base = resolve(str(write_tiny_base(tmp_path / "base", dtype=torch.bfloat16)), Settings())
     model = load_frozen(base, base.path, in_bfloat16=True)
     assert model is not None
@@ -160,14 +160,14 @@ def test_weights_of_16_bits_are_used_where_they_lie(tmp_path: Path) -> None:
     assert model.get_output_embeddings().stored.nbytes == 2 * own.get_output_embeddings().weight.numel()
 
 
-def test_a_base_that_cannot_be_mapped_is_told_as_what_it_is(tmp_path: Path) -> None:
+def test_a_family_that_cannot_be_mapped_is_not_loaded_frozen(tmp_path: Path) -> None:
     base = resolve(str(write_tiny_base(tmp_path / "base", "gemma2")), Settings())
     assert base.model_type not in FAMILIES
     assert load_frozen(base, base.path) is None
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt_neox", "gemma2"])
-def test_on_an_accelerator_a_base_is_loaded_in_its_formats_whatever_was_planned(family: str, tmp_path: Path) -> None:
+def test_an_accelerator_loads_a_base_model_in_its_own_formats(family: str, tmp_path: Path) -> None:
     """The loading is done by the CPU, for whichever device."""
     base = resolve(str(write_tiny_base(tmp_path / "base", family)), Settings())
     gpu, old_gpu = (choose("cuda", Machine(cuda=True, cuda_bfloat16=there)) for there in (True, False))
@@ -183,7 +183,7 @@ def test_on_an_accelerator_a_base_is_loaded_in_its_formats_whatever_was_planned(
 
 @pytest.mark.model
 @pytest.mark.parametrize("leak", ["none", "one layer", "every layer"])
-def test_rounding_to_16_bits_is_told_from_documents_that_see_each_other(
+def test_the_packing_probe_distinguishes_rounding_from_attention_leaks(
     leak: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
