@@ -1,1 +1,1 @@
-"""What the operating system gives us: child processes, files, locks, logs, memory and devices. No torch."""
+"""Services of the operating system, without torch: child processes, files, locks, logs, memory, devices, allowed paths."""
