@@ -50,7 +50,6 @@ from peft_core.schemas.task import TrainingTask
 from peft_core.system import logs
 from peft_core.system.cancellation import CANCELLED_EXIT_CODE
 from peft_core.system.child_process import (
-    LAUNCHER,
     LineTooLongError,
     child_environment,
     make_files_private,
@@ -167,7 +166,7 @@ class Runner:
                 stderr=log_file,
                 cwd=paths.root,
                 env={
-                    **child_environment(LAUNCHER if launcher else None),
+                    **child_environment(launched=bool(launcher)),
                     "CODEBASE_GARDENER_LOG_LEVEL": self._log_level,
                 },
                 pass_fds=[self._lock.descriptor],  # the queue stays locked until the worker is gone as well

@@ -3,7 +3,8 @@
 The same few rules hold between the server, the runner, the workers and the data readers:
 
 * A child imports no modules from its working directory, stays offline, and creates private files only.
-* A child ends with its parent. It compares its current parent with the one that started it, so a reused pid cannot fool it.
+* A child ends with its parent, except for the runner, which outlives the server. It compares its current parent with the one
+  that started it, so a reused pid cannot mislead it.
 * Messages are JSON objects, one per line. A child writes them to a copy of its standard output, so that a library that prints
   cannot break the protocol; logs go to standard error, which the parent redirects to a file.
 * A failure becomes an `ErrorInfo`; see failures.py.
@@ -50,16 +51,16 @@ def python_module(module: str) -> list[str]:
     return [sys.executable, "-P", "-m", module]
 
 
-def child_environment(parent: int | str | None = None) -> dict[str, str]:
+def child_environment(*, launched: bool = False) -> dict[str, str]:
     """Return the environment for a child: this process's own, offline, and with the parent that the child must end with.
 
     Args:
-        parent: Pid of that parent (None: this process), or LAUNCHER where a launcher such as torchrun starts the child: the
-            child then ends with the launcher, which notices the end of this process by the closed pipe.
+        launched: Whether a launcher such as torchrun starts the child. The child then ends with the launcher, and with this
+            process when it finds its output closed.
     """
     return {
         **os.environ,
-        PARENT_VARIABLE: str(parent or os.getpid()),
+        PARENT_VARIABLE: LAUNCHER if launched else str(os.getpid()),
         "PYTHONSAFEPATH": "1",  # as -P, also for the processes that a launcher starts
         "HF_HUB_OFFLINE": "1",
     }

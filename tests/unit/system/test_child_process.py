@@ -38,6 +38,7 @@ class Message(FrozenModel):
 def test_a_child_environment_names_the_parent_and_keeps_the_child_offline() -> None:
     environment = child_environment()
     assert environment[PARENT_VARIABLE] == str(os.getpid())
+    assert child_environment(launched=True)[PARENT_VARIABLE] == LAUNCHER
     assert (environment["HF_HUB_OFFLINE"], environment["PYTHONSAFEPATH"]) == ("1", "1")
 
 
