@@ -9,10 +9,9 @@ from itertools import pairwise
 from types import MappingProxyType
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_core.data.leakage import MAX_FINGERPRINT_BYTES, TrainingFingerprint, overlap_fraction
 from peft_core.evaluation.bootstrap import MIN_UNITS, PairedSum, choose_resampling_unit, compare, sum_by_file
 from peft_core.evaluation.completion_points import find_completion_points, find_lines, sample_completion_points
 from peft_core.evaluation.stdlib_code import stdlib_examples
@@ -162,9 +161,9 @@ def test_the_tokens_of_a_line_form_its_visible_part(text: str, size: int) -> Non
 
 def test_a_line_that_begins_inside_a_token_is_skipped() -> None:
     text = "alpha = 1\nbeta = 2\ngamma = 3\n"
-    apart = list(find_lines(text, [(0, 9), (9, 10), (10, 18), (18, 19), (19, 28), (28, 29)]))
-    assert [line.row for line in apart] == [1, 2]
-    assert not apart[0].includes_newline
+    separate = list(find_lines(text, [(0, 9), (9, 10), (10, 18), (18, 19), (19, 28), (28, 29)]))
+    assert [line.row for line in separate] == [1, 2]
+    assert not separate[0].includes_newline
     across = list(find_lines(text, [(0, 9), (9, 12), (12, 18), (18, 19), (19, 28), (28, 29)]))
     assert [line.row for line in across] == [2]
     with_end = list(find_lines(text, [(0, 10), (10, 19), (19, 29)]))
@@ -244,46 +243,3 @@ def test_the_packaged_stdlib_functions_compile() -> None:
     assert len(examples) == 16
     for example in examples:
         compile(example.text, example.path, "exec")
-
-
-TEXT = "def f(a):\n    b = a + 1\n    c = b * 2\n    return c\n"
-
-
-def test_trained_on_text_is_known_again_however_it_is_indented_and_other_text_is_not() -> None:
-    known = TrainingFingerprint.from_bytes(TrainingFingerprint.of([TEXT, "x = 1\n"]).to_bytes())
-    assert known is not None
-    assert known.share_of(TEXT) == 1
-    assert known.share_of("# header\n" + TEXT.replace("    ", "\t\t")) == pytest.approx(2 / 3)
-    assert known.share_of("x = 1") == 1
-    assert known.share_of(TEXT.replace("a", "z")) == 0
-    assert known.share_of("") == 0
-
-
-@pytest.mark.slow
-def test_of_much_text_a_sample_is_kept_that_both_sides_choose_alike() -> None:
-    many = [f"a = {n}\nb = {n}\nc = {n}\n" for n in range(70_000)]
-    known = TrainingFingerprint.of(many)
-    assert known.divisor > 1
-    assert len(known.to_bytes()) < MAX_FINGERPRINT_BYTES
-    assert {known.share_of(text) for text in many[::100]} == {None, 1.0}, "nothing that was trained on counts as unseen"
-
-
-@pytest.mark.slow
-@settings(max_examples=5, deadline=None)
-@given(lines=st.integers(1, 12), seed=st.integers(0, 99))
-def test_of_twenty_thousand_examples_each_is_known_again(lines: int, seed: int) -> None:
-    many = ["\n".join(f"x_{line} = {n + seed}" for line in range(lines)) for n in range(20_000)]
-    known = TrainingFingerprint.from_bytes(TrainingFingerprint.of(many).to_bytes())
-    assert known is not None
-    assert {known.share_of(text) for text in many} == {1.0}
-    assert {known.share_of(text.replace("x_", "y_")) for text in many[:1000]} <= {0.0, None}
-
-
-def test_what_is_shared_is_counted_exactly() -> None:
-    shares = overlap_fraction({3: TEXT, 5: "x = 1\n", 9: TEXT + "print(1)\n"}, ["# header\n" + TEXT, "y = 1\n"])
-    assert shares == {3: 1.0, 5: 0.0, 9: pytest.approx(2 / 3)}
-
-
-@given(st.binary(max_size=64))
-def test_what_is_no_record_of_training_is_none(raw: bytes) -> None:
-    assert TrainingFingerprint.from_bytes(raw) is None

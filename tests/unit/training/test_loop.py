@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from peft_core.errors import TrainingError
-from peft_core.evaluation.worker.scoring import held_out_loss, subset
+from peft_core.evaluation.worker.scoring import held_out_loss, sample_for_training
 from peft_core.modeling.activation_arena import ActivationArena
 from peft_core.modeling.batches import MicroBatch, plan_order
 from peft_core.modeling.objective import Objective, probe_fast_paths
@@ -521,8 +521,8 @@ def test_a_held_out_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
 
 def test_the_sample_for_evaluations_during_training_is_fixed_and_bounded() -> None:
     documents = tiny_documents((200,) * 100)
-    chosen = subset(documents, seed=0)
+    chosen = sample_for_training(documents, seed=0)
     assert 7000 < sum(map(len, chosen)) <= 8192
-    assert chosen == subset(documents, seed=0)
-    assert set(map(id, subset(HELD_OUT, seed=0))) == set(map(id, HELD_OUT))
-    assert len(subset(tiny_documents((9000,)), seed=0)) == 1
+    assert chosen == sample_for_training(documents, seed=0)
+    assert set(map(id, sample_for_training(HELD_OUT, seed=0))) == set(map(id, HELD_OUT))
+    assert len(sample_for_training(tiny_documents((9000,)), seed=0)) == 1
