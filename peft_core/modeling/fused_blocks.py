@@ -100,7 +100,7 @@ class _Linears:
     def adopt_weights(self) -> None:
         """The weights are here from now on: the modules look at them where they are computed with."""
         if isinstance(self.projections, ConcatenatedLora):
-            for module, stored in zip(self.modules, self.projections.stored(), strict=True):
+            for module, stored in zip(self.modules, self.projections.weights(), strict=True):
                 base = cast("FrozenLinear", _frozen(module))
                 base.stored.madvise_pageout()
                 base.stored = stored

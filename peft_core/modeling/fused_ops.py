@@ -24,7 +24,7 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TI: torch.Tensor, projections: Projections, *adapters: torch.Tensor | None) -> torch.Tensor:
-        out_TO, down_TR = projections.forward(projections.placed(x_TI), adapters)
+        out_TO, down_TR = projections.forward(projections.to_buffer(x_TI), adapters)
         ctx.save_for_backward(x_TI, down_TR, *adapters)
         ctx.projections = projections
         return out_TO
@@ -55,8 +55,9 @@ class NormLinearsFunction(torch.autograd.Function):
         *adapters: torch.Tensor | None,
     ) -> torch.Tensor:
         inverse_T1 = _inverse_rms(x_TD, epsilon)
-        y_TD = _scaled(x_TD, inverse_T1, w_D, out=projections.room(x_TD))
-        out_TO, down_TR = projections.forward(y_TD, adapters)
+        buffer_TX = projections.input_buffer(x_TD)
+        _scaled(x_TD, inverse_T1, w_D, out=buffer_TX[:, : projections.inputs])
+        out_TO, down_TR = projections.forward(buffer_TX, adapters)
         ctx.save_for_backward(x_TD.to(projections.dtype), w_D, inverse_T1, down_TR, *adapters)
         ctx.projections = projections
         return out_TO
@@ -90,11 +91,13 @@ class NormGatedFunction(torch.autograd.Function):
         *adapters: torch.Tensor | None,
     ) -> torch.Tensor:
         inverse_T1 = _inverse_rms(x_TD, epsilon)
-        n_TD = _scaled(x_TD, inverse_T1, w_D, out=gate_and_up.room(x_TD))
-        gate_up_TO, first_down_TR = gate_and_up.forward(n_TD, adapters[:4])
+        n_TX = gate_and_up.input_buffer(x_TD)
+        _scaled(x_TD, inverse_T1, w_D, out=n_TX[:, : gate_and_up.inputs])
+        gate_up_TO, first_down_TR = gate_and_up.forward(n_TX, adapters[:4])
         gate_TF, up_TF = (gate_up_TO[:, features] for features in gate_and_up.outputs)
-        h_TF = torch.mul(silu(gate_TF), up_TF, out=down.room(gate_TF))
-        out_TD, second_down_TR = down.forward(h_TF, adapters[4:])
+        h_TX = down.input_buffer(gate_TF)
+        torch.mul(silu(gate_TF), up_TF, out=h_TX[:, : down.inputs])
+        out_TD, second_down_TR = down.forward(h_TX, adapters[4:])
         kept_TD = x_TD.to(gate_and_up.dtype)
         ctx.save_for_backward(kept_TD, w_D, inverse_T1, gate_up_TO, first_down_TR, second_down_TR, *adapters)
         ctx.gate_and_up, ctx.down = gate_and_up, down

@@ -1,6 +1,8 @@
-"""Cross-entropy against a frozen head, without ever holding the logits of all positions.
+"""Chunked cross-entropy against a frozen output head: the logits of all positions never exist at the same time.
 
-N positions with a target, C positions of one chunk, R of them at a time, D model size, V vocabulary
+Hand-written because published kernels of this kind (Liger, cut-cross-entropy) run on CUDA alone.
+
+N positions with a target, C positions of one chunk, R rows of a chunk that are in float32, D model size, V vocabulary
 """
 
 from __future__ import annotations
@@ -10,29 +12,29 @@ from typing import Any
 
 import torch
 
-from peft_core.modeling.quantised import QuantisedMatrix
+from peft_core.modeling.quantised import Bf16Matrix, FrozenMatrix
 from peft_core.planning.cost_model import LOGITS_IN_FLOAT32, LOSS_POSITIONS
 
 
 class ChunkedLMHead:
-    """An output head W, and room for the logits of a chunk, which stays: fresh memory for each takes a quarter longer."""
+    """An output head W and a reused buffer for the logits of one chunk: fresh memory for each chunk takes a quarter longer."""
 
-    def __init__(self, W_VD: QuantisedMatrix) -> None:
+    def __init__(self, W_VD: FrozenMatrix) -> None:
         self._W_VD = W_VD
-        self.positions = LOSS_POSITIONS["bfloat16" if W_VD.in_bfloat16 else "float32"]  # of a chunk
+        self.positions = LOSS_POSITIONS["bfloat16" if isinstance(W_VD, Bf16Matrix) else "float32"]  # of a chunk
         self.release()
 
     def cross_entropy(self, hidden_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
-        """Sum over N of -log softmax(hidden @ W.T)[target], nats, float32; exact, no sampling.
+        """Return the sum over N of -log softmax(hidden @ W.T)[target] in nats, a float32 scalar; exact, without sampling.
 
-        Peak memory is C x V instead of N x V. Only `hidden_ND` gets a gradient. Negative targets are left out.
+        Peak memory is C x V instead of N x V. Only `hidden_ND` gets a gradient. Negative targets are ignored.
         """
-        with torch.autocast(hidden_ND.device.type, enabled=False):  # the number formats are chosen here, one by one
+        with torch.autocast(hidden_ND.device.type, enabled=False):  # this code chooses the number formats itself
             loss: torch.Tensor = _CrossEntropy.apply(hidden_ND, self, target_N)
         return loss
 
     def scores(self, hidden_ND: torch.Tensor, target_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(-log p(target) in nats, the likeliest token), each [N]. Without gradients, logits in chunks."""
+        """Return -log p(target) in nats and the most likely token, each [N], without gradients."""
         losses, likeliest = [], []
         with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
             for hidden_CD, target_C in zip(
@@ -40,56 +42,53 @@ class ChunkedLMHead:
                 target_N.split(self.positions),
                 strict=True,
             ):
-                for rows, logits_RV in self.in_float32(self.logits(hidden_CD)):
+                for rows, logits_RV in self.float32_rows(self.logits(hidden_CD)):
                     loss_R, likeliest_R = logit_scores(logits_RV, target_C[rows])
                     losses.append(loss_R)
                     likeliest.append(likeliest_R)
         return torch.cat(losses), torch.cat(likeliest)
 
     def logits(self, hidden_CD: torch.Tensor) -> torch.Tensor:
-        """[C, V] in the type that W is computed with, in memory that the next chunk takes again."""
-        logits_CV = self._room(len(hidden_CD), hidden_CD.device)
-        if self._W_VD.in_bfloat16:
-            return torch.mm(hidden_CD.bfloat16(), self._W_VD.bfloat16.T, out=logits_CV)
-        return self._W_VD.times(hidden_CD.float(), out=logits_CV)
+        """Return the logits [C, V] in the head's product type. The next call overwrites them."""
+        logits_CV = self._logits_buffer(len(hidden_CD), hidden_CD.device)
+        if isinstance(self._W_VD, Bf16Matrix):  # stay in bf16: `matmul` would make a float32 copy
+            return torch.mm(hidden_CD.bfloat16(), self._W_VD.storage.T, out=logits_CV)
+        return self._W_VD.matmul(hidden_CD.float(), out=logits_CV)
 
-    def in_float32(self, logits_CV: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """R rows at a time: those of float32 themselves, and at once; others in memory that the next ones take again."""
+    def float32_rows(self, logits_CV: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield (rows, logits [R, V] in float32): float32 logits in one piece, others copied to a buffer, R rows at a time."""
         if logits_CV.dtype == torch.float32:
             yield slice(None), logits_CV
             return
         positions, vocabulary = logits_CV.shape
         step = max(1, LOGITS_IN_FLOAT32 // vocabulary if logits_CV.is_cpu else positions)
-        room_RV = torch.empty(min(step, positions), vocabulary, device=logits_CV.device)
-        for start in range(0, max(1, positions), step):  # once where there are none
+        buffer_RV = torch.empty(min(step, positions), vocabulary, device=logits_CV.device)
+        for start in range(0, max(1, positions), step):  # one empty piece if there are no positions
             rows = slice(start, start + step)
-            some_RV = logits_CV[rows]
-            yield rows, room_RV[: len(some_RV)].copy_(some_RV)
+            logits_RV = logits_CV[rows]
+            yield rows, buffer_RV[: len(logits_RV)].copy_(logits_RV)
 
     def gradient(self, grad_CV: torch.Tensor) -> torch.Tensor:
-        """That of the hidden states, float32 [C, D], where `grad_CV` is that of the logits, in their type."""
-        if self._W_VD.in_bfloat16:
-            return (grad_CV @ self._W_VD.bfloat16).float()
+        """Return the gradient of the hidden states, float32 [C, D], from that of the logits in their own type."""
         return self._W_VD.matmul_t(grad_CV)
 
     def release(self) -> None:
-        """Give up the room for logits; it is made anew when it is needed."""
+        """Free the logits buffer; the next chunk allocates it again."""
         self._logits_CV = self._empty(0, torch.device("cpu"))
 
-    def _room(self, positions: int, device: torch.device) -> torch.Tensor:
+    def _logits_buffer(self, positions: int, device: torch.device) -> torch.Tensor:
         if len(self._logits_CV) < positions or self._logits_CV.device != device:
-            enough = min(self.positions, max(positions, 2 * len(self._logits_CV)))
-            self.release()  # before there is another
-            self._logits_CV = self._empty(enough, device)
+            size = min(self.positions, max(positions, 2 * len(self._logits_CV)))
+            self.release()  # so that the two buffers do not exist at the same time
+            self._logits_CV = self._empty(size, device)
         return self._logits_CV[:positions]
 
     def _empty(self, positions: int, device: torch.device) -> torch.Tensor:
-        dtype = torch.bfloat16 if self._W_VD.in_bfloat16 else torch.float32
-        return torch.empty(positions, len(self._W_VD.blocks), dtype=dtype, device=device)
+        return torch.empty(positions, self._W_VD.shape[0], dtype=self._W_VD.product_dtype, device=device)
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The head is frozen, so all that backward needs is the gradient of the hidden states: forward computes it."""
+    """Computes the gradient in its forward pass: the head is frozen, so that of the hidden states is all there is."""
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: torch.Tensor, head: ChunkedLMHead, target_N: torch.Tensor) -> torch.Tensor:
@@ -115,12 +114,12 @@ def _chunk_loss(
     target_C: torch.Tensor,
     grad_CD: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Sum of the losses; the gradient of the hidden states goes into `grad_CD` if given."""
+    """Return the sum of the losses, and write the gradient of the hidden states into `grad_CD` if given."""
     learn_C1 = (target_C >= 0)[:, None]  # IGNORED is negative
     target_C1 = target_C.clamp(min=0)[:, None]
     logits_CV = head.logits(hidden_CD)
     losses = []
-    for rows, logits_RV in head.in_float32(logits_CV):
+    for rows, logits_RV in head.float32_rows(logits_CV):
         target_R1 = target_C1[rows]
         top_R1, top_at_R1 = logits_RV.max(dim=-1, keepdim=True)
         margin_R1 = top_R1 - logits_RV.gather(1, target_R1)
@@ -138,7 +137,7 @@ def _chunk_loss(
 
 
 def logit_scores(logits_NV: torch.Tensor, target_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(-log p(target) in nats, the likeliest token), each [N]; float32 logits, which are overwritten: no second copy."""
+    """Return -log p(target) in nats and the most likely token, each [N]. Overwrites the float32 logits to save a copy."""
     top_N, likeliest_N = logits_NV.max(dim=-1)
     margin_N = top_N - logits_NV.gather(1, target_N[:, None])[:, 0]
     loss_N = margin_N + logits_NV.sub_(top_N[:, None]).exp_().sum(dim=-1).log()

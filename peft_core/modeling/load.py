@@ -1,11 +1,14 @@
-"""Layers whose weights stay in their stored form, and a base made of them.
+"""Loading a base model: mapped from its files with frozen layers, or by transformers as a whole.
+
+Three steps, from the inside out: layers whose weights stay in their stored form (`FrozenLinear`, `FrozenEmbedding`), a model
+made of them (`load_mapped`), and the choice that a compute plan makes (`load_planned`).
 
 T tokens (all leading axes), I input features, O output features
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +25,19 @@ from peft_core.base_models.families import FAMILIES
 from peft_core.base_models.huggingface import refuse_adapter
 from peft_core.errors import BaseCheckpointError
 from peft_core.modeling.device import DevicePlan
-from peft_core.modeling.quantised import QuantisedMatrix, StoredWeights, open_stored
+from peft_core.modeling.quantised import Bf16Matrix, FrozenMatrix, QuantisedMatrix, open_stored
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.task import ComputePlan
 
 _log = structlog.get_logger(__name__)
 
+# --- Layers whose weights stay in their stored form ---
+
 
 class FrozenLinear(nn.Linear):
-    """y = W x + bias. `weight` has W's shape and type for whoever asks, and no memory."""
+    """y = W x + bias. `weight` has the shape and device of W for code that inspects it, and occupies no memory."""
 
-    def __init__(self, stored: QuantisedMatrix, bias_O: torch.Tensor | None) -> None:
+    def __init__(self, stored: FrozenMatrix, bias_O: torch.Tensor | None) -> None:
         super().__init__(stored.shape[1], stored.shape[0], bias=False, device="meta")
         self.stored = stored
         self.weight = _placeholder(stored)
@@ -45,9 +50,9 @@ class FrozenLinear(nn.Linear):
 
 
 class FrozenEmbedding(nn.Embedding):
-    """Rows of a stored table."""
+    """An embedding table in its stored form."""
 
-    def __init__(self, stored: QuantisedMatrix) -> None:
+    def __init__(self, stored: FrozenMatrix) -> None:
         super().__init__(*stored.shape, device="meta")
         self.stored = stored
         self.weight = _placeholder(stored)
@@ -57,12 +62,12 @@ class FrozenEmbedding(nn.Embedding):
 
 
 class _Product(torch.autograd.Function):
-    """What backward needs of W it reads again: autograd would keep all of them in float32."""
+    """Dequantises W again in the backward pass: autograd would keep every matrix in float32 until then."""
 
     @staticmethod
-    def forward(ctx: Any, x_TI: torch.Tensor, stored: QuantisedMatrix, bias_O: torch.Tensor | None) -> torch.Tensor:
+    def forward(ctx: Any, x_TI: torch.Tensor, stored: FrozenMatrix, bias_O: torch.Tensor | None) -> torch.Tensor:
         ctx.stored = stored
-        return stored.times(x_TI.reshape(-1, x_TI.shape[-1]), bias_O).view(*x_TI.shape[:-1], -1)
+        return stored.matmul(x_TI.reshape(-1, x_TI.shape[-1]), bias_O).view(*x_TI.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad_TO: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -70,66 +75,79 @@ class _Product(torch.autograd.Function):
         return grad_TI.view(*grad_TO.shape[:-1], -1), None, None
 
 
-def matrix_of(layer: nn.Linear) -> QuantisedMatrix:
-    """The weights of a frozen layer, whichever kind it is. A model held in bfloat16 is computed in it."""
+def matrix_of(layer: nn.Linear) -> FrozenMatrix:
+    """Return the weights of a frozen layer of either kind. Weights held in bf16 are multiplied in bf16."""
     if isinstance(layer, FrozenLinear):
         return layer.stored
-    return replace(QuantisedMatrix.of(layer.weight), in_bfloat16=layer.weight.dtype == torch.bfloat16)
+    return (
+        Bf16Matrix(layer.weight) if layer.weight.dtype == torch.bfloat16 else QuantisedMatrix.from_tensor(layer.weight)
+    )
 
 
 def move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """A base on its device, stored matrices too; what two layers share stays one."""
-    moved: dict[int, QuantisedMatrix] = {}
+    """Move a base model to a device, stored matrices included. A matrix that two layers share stays shared."""
+    moved: dict[int, FrozenMatrix] = {}
     for module in model.modules():
-        if isinstance(module, FrozenLinear | FrozenEmbedding) and module.stored.blocks.device != device:
+        if isinstance(module, FrozenLinear | FrozenEmbedding) and module.stored.device != device:
             key = id(module.stored)
             if key not in moved:
-                moved[key] = module.stored.on(device)
+                moved[key] = module.stored.to_device(device)
             module.stored, module.weight = moved[key], _placeholder(moved[key])
     model.to(device)  # type: ignore[arg-type]  # a decorator hides the signature
     return model
 
 
-def load_frozen(base: Base, directory: Path, *, in_bfloat16: bool = False) -> PreTrainedModel | None:
-    """A base whose matrices are those of its own files, mapped: a GGUF's as they are, quantised.
+def _placeholder(stored: FrozenMatrix) -> nn.Parameter:
+    return nn.Parameter(torch.zeros((), device=stored.device).expand(stored.shape), requires_grad=False)
 
-    `in_bfloat16`: copied to memory, for products in bfloat16.
 
-    `directory` is the base as a Hugging Face directory, for the configuration. None where the model has weights that are
-    neither linear layers, embeddings nor vectors, or is of a kind that is not read here: load it as a whole then.
+# --- A model whose weights stay in its files ---
+
+
+def load_mapped(base: Base, directory: Path, *, in_bfloat16: bool = False) -> PreTrainedModel | None:
+    """Load a base model whose matrices are those of its own files, memory-mapped; a GGUF's stay quantised.
+
+    `directory`: the base model as a Hugging Face directory, for its configuration. `in_bfloat16`: for products in bf16, which
+    copies matrices that are stored in another format.
+
+    Returns None if the model has weights that are neither linear layers, embeddings nor vectors, or cannot be mapped: load it
+    as a whole then.
     """
     refuse_adapter(directory)
     try:
-        stored = open_stored(read_checkpoint(base.path))
+        matrices, vectors = open_stored(read_checkpoint(base.path))
     except BaseCheckpointError as error:
         _log.info("base_not_mapped", reason=error.message)
         return None
+    frozen: dict[str, FrozenMatrix] = dict(matrices)
     if in_bfloat16:
-        stored = stored._replace(matrices={name: matrix.rounded() for name, matrix in stored.matrices.items()})
+        frozen = {name: matrix.to_bf16() for name, matrix in matrices.items()}
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        with no_init_weights():  # memory that nobody writes to is none
+        with no_init_weights():  # uninitialised pages occupy no memory
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (OSError, ValueError, KeyError, ImportError) as error:
         _log.info("base_not_mapped", reason=str(error))
         return None
-    if not _put_in(model, stored):
+    if not _insert_weights(model, frozen, vectors):
         _log.info("base_not_mapped", reason="it has weights of other kinds", model=type(model).__name__)
         return None
     model.requires_grad_(requires_grad=False)
     _log.info(
         "base_mapped",
-        formats=sorted({str(matrix.kind) for matrix in stored.matrices.values()}),
-        megabytes=round(sum(matrix.nbytes for matrix in stored.matrices.values()) / 1e6),
-        matrices=len(stored.matrices),
+        formats=sorted({matrix.kind for matrix in frozen.values()}),
+        megabytes=round(sum(matrix.nbytes for matrix in frozen.values()) / 1e6),
+        matrices=len(frozen),
     )
     model.eval()
     return model
 
 
-def _put_in(model: PreTrainedModel, stored: StoredWeights) -> bool:
-    """Fill the model with the stored weights, where all of it can be."""
-    matrices, vectors = dict(stored.matrices), stored.vectors
+def _insert_weights(
+    model: PreTrainedModel, matrices: Mapping[str, FrozenMatrix], vectors: Mapping[str, torch.Tensor]
+) -> bool:
+    """Replace the model's layers by frozen ones, and copy the vectors. Return False if a weight is missing or does not fit."""
+    matrices = dict(matrices)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if model.config.tie_word_embeddings:
         names = {module: name for name, module in model.named_modules()}
@@ -159,29 +177,21 @@ def _put_in(model: PreTrainedModel, stored: StoredWeights) -> bool:
     return True
 
 
-def _placeholder(stored: QuantisedMatrix) -> nn.Parameter:
-    return nn.Parameter(torch.zeros((), device=stored.blocks.device).expand(stored.shape), requires_grad=False)
-
-
-# FOLDED FROM peft_core.modeling.load: The frozen base in memory.
+# --- A model as transformers loads it ---
 
 
 def load_base(directory: Path, weights: torch.dtype) -> PreTrainedModel:
-    """Load a Hugging Face model directory, frozen, on the CPU; memory-mapped where the file's type is `weights`.
+    """Load a Hugging Face model directory, frozen, on the CPU; memory-mapped if the file's type is `weights`.
 
     Raises:
-        BaseModelError: unreadable, an architecture that this transformers does not know by itself, or an adapter in it.
+        BaseCheckpointError: unreadable, an architecture that transformers supports only with remote code, or an adapter.
     """
     refuse_adapter(directory)
     transformers_logging.disable_progress_bar()  # a bar redrawn in a log file is noise
     try:
-        _require_weights_for_all(directory)
+        _require_all_weights(directory)
         model = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=weights,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
+            directory, dtype=weights, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise BaseCheckpointError(
@@ -193,8 +203,8 @@ def load_base(directory: Path, weights: torch.dtype) -> PreTrainedModel:
     return loaded
 
 
-def _require_weights_for_all(directory: Path) -> None:
-    """That the configuration describes no more than the weights hold: the rest would be made up, in any amount of memory."""
+def _require_all_weights(directory: Path) -> None:
+    """Refuse a configuration with more parameters than the weight files hold: transformers would allocate random ones."""
     config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(config)
@@ -206,30 +216,28 @@ def _require_weights_for_all(directory: Path) -> None:
         raise unusable(directory, problem, "Fetch it again")
 
 
-# FOLDED FROM peft_core.modeling.load: The frozen base as a run was planned to hold it.
+# --- A model as a compute plan asks for it ---
 
 
 def load_planned(
-    base: Base,
-    directory: Path,
-    way: ComputePlan,
-    plan: DevicePlan,
+    base: Base, directory: Path, compute_plan: ComputePlan, device_plan: DevicePlan
 ) -> tuple[PreTrainedModel, ComputePlan]:
-    """The frozen base on the CPU, in the way that was planned or as a whole where it cannot be had so; and how it is.
+    """Load the frozen base model on the CPU as planned, and return it with the plan that it follows in fact.
 
-    On an accelerator the device's own formats decide. Of most families weights alone are in 16 bits there: what flows between
-    layers is float32, as on a CPU, and so they have the same fused blocks.
+    A model that cannot be mapped is loaded as a whole. On an accelerator the device's own formats decide; in the families of
+    `FAMILIES` only the weights are in 16 bits there and the hidden states are float32, as on a CPU, so that blocks can be fused.
 
     Raises:
-        BaseModelError: as `load_base`.
+        BaseCheckpointError: as `load_base`.
     """
-    whole = way.model_copy(update={"weights": str(plan.weights).removeprefix("torch.")})
-    if plan.device != "cpu":
-        way = whole
-    if way.weights == "float32" or (plan.device != "cpu" and base.model_type not in FAMILIES):
-        return load_base(directory, plan.weights), whole
-    frozen = load_frozen(base, directory, in_bfloat16=way.weights == "bfloat16")
-    if frozen is not None:
-        return frozen, way
-    _log.warning("base_loaded_whole", planned=way.weights, model_type=base.model_type)
-    return load_base(directory, plan.weights), whole
+    unmapped = compute_plan.model_copy(update={"weights": str(device_plan.weights).removeprefix("torch.")})
+    on_accelerator = device_plan.device != "cpu"
+    if on_accelerator:
+        compute_plan = unmapped
+    if compute_plan.weights == "float32" or (on_accelerator and base.model_type not in FAMILIES):
+        return load_base(directory, device_plan.weights), unmapped
+    mapped = load_mapped(base, directory, in_bfloat16=compute_plan.weights == "bfloat16")
+    if mapped is not None:
+        return mapped, compute_plan
+    _log.warning("base_not_mapped", planned=compute_plan.weights, model_type=base.model_type)
+    return load_base(directory, device_plan.weights), unmapped

@@ -25,7 +25,7 @@ from peft_core.modeling.device import fixed_shapes
 from peft_core.modeling.lm_head import ChunkedLMHead, logit_scores
 from peft_core.modeling.load import FrozenLinear, matrix_of
 from peft_core.modeling.memory import set_malloc_trim
-from peft_core.modeling.quantised import QuantisedMatrix
+from peft_core.modeling.quantised import Bf16Matrix, FrozenMatrix
 from peft_core.planning.cost_model import micro_capacity
 from peft_core.system.failures import describe_error, is_out_of_memory
 
@@ -209,7 +209,7 @@ def _has_plain_head(model: PreTrainedModel) -> bool:
     )
 
 
-def _head(model: PreTrainedModel) -> QuantisedMatrix:
+def _head(model: PreTrainedModel) -> FrozenMatrix:
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear)  # noqa: S101 -- `_has_plain_head` was asked first
     return matrix_of(head)
@@ -229,7 +229,7 @@ def _agrees(model: PreTrainedModel, logits_TV: torch.Tensor, own_TV: torch.Tenso
 def _computes_in_16_bits(model: PreTrainedModel) -> bool:
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     return any(
-        layer.stored.in_bfloat16 if isinstance(layer, FrozenLinear) else layer.weight.dtype != torch.float32
+        isinstance(layer.stored, Bf16Matrix) if isinstance(layer, FrozenLinear) else layer.weight.dtype != torch.float32
         for layer in layers
     )
 

@@ -1,15 +1,16 @@
-"""Frozen weights as their files have them, memory-mapped; one matrix at a time becomes float32 when it is computed with.
+"""Frozen weight matrices: quantised, 16-bit or float32 bytes that are dequantised on use, and bf16 matrices.
 
-A mapped page belongs to the operating system's cache: it counts once for all processes, is never written, and goes when
-memory is short.
+A base model is memory-mapped, and one matrix at a time becomes float32 when a product needs it. Mapped pages belong to the
+operating system's page cache: all processes share them, they are never dirty, and the kernel can drop them when memory is
+short.
 
-T tokens, O output features or rows, I input features or columns, N chosen rows
+T tokens, O output features (rows), I input features (columns), N chosen rows, P rows of one chunk
 """
 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, replace
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,223 +23,298 @@ from peft_core.errors import HeaderError
 from peft_core.modeling.ggml import SUPPORTED, dequantise
 from peft_core.modeling.memory import madvise_pageout
 
-# Weights of a large matrix: 4 MB in float32, which stay in a cache, and in memory that the allocator has already.
-_UNPACKED_AT_ONCE = 1 << 20
+# Weights dequantised at a time from a large matrix: 4 MB of float32, which fits a CPU cache.
+_CHUNK_WEIGHTS = 1 << 20
 _KIND_OF = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-@dataclass(frozen=True, eq=False)
-class QuantisedMatrix:
-    """A frozen weight W [O, I] in its stored form: bytes, and how to read them."""
+class FrozenMatrix(ABC):
+    """A frozen weight W [O, I] that multiplies float32 activations."""
 
-    blocks: torch.Tensor
-    """uint8 [O, bytes of a row]; bfloat16 [O, I] of a matrix that was moved to a device to be computed with so."""
+    product_dtype: torch.dtype
+    """The type that products are computed in."""
 
-    kind: str
-    """ggml's name of the format, one of `ggml.SUPPORTED`."""
+    def __init__(self, storage: torch.Tensor, *, mapped: bool) -> None:
+        self.storage = storage
+        """W in its stored form; one row of the tensor for each row of W."""
+        self.mapped = mapped
+        """Whether `storage` is a view of a memory-mapped file."""
 
-    columns: int
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """Storage format by ggml's name, one of `ggml.SUPPORTED`."""
 
-    heads: int | None = None
-    """The rows of each of so many heads are interleaved, as llama.cpp's converter leaves q and k: the two halves of a head
-    in turn. None: they are in order."""
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
 
-    in_bfloat16: bool = False
-    """Products are computed in bfloat16, summed in float32: W is of the kind BF16, and x is rounded. Where a device has units
-    for it that is several times faster; elsewhere it is slower."""
+    @property
+    def device(self) -> torch.device:
+        return self.storage.device
 
-    mapped: bool = False
-    """It lies in a file, whose pages are read when they are needed."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored form."""
+        return self.storage.nbytes
+
+    @abstractmethod
+    def dequantise_all(self) -> torch.Tensor:
+        """Return W in float32 [O, I]. Do not write to it: float32 storage is returned without a copy."""
+
+    @abstractmethod
+    def select(self, indices_N: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return W[indices] in float32 [N, I]; reads only the pages of these rows. Dequantised formats are written to `out`."""
+
+    @abstractmethod
+    def matmul(
+        self, x_TI: torch.Tensor, bias_O: torch.Tensor | None = None, *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return W x + bias in float32 [T, O] for a float32 x [T, I], in `out` if given."""
+
+    @abstractmethod
+    def matmul_t(self, grad_TO: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the gradient of x in float32 [T, I], given the gradient of W x. It is added to `into` if given."""
+
+    @abstractmethod
+    def to_bf16(self) -> Bf16Matrix:
+        """Return W for products in bf16: a copy in memory, or a view where W is stored as bf16 already."""
+
+    @abstractmethod
+    def to_device(self, device: torch.device) -> FrozenMatrix:
+        """Return a copy on another device."""
+
+    def madvise_pageout(self) -> None:
+        """Drop this matrix's pages from the process's resident memory if it is mapped from a file."""
+        if self.mapped:
+            madvise_pageout(self.storage.data_ptr(), self.nbytes)
+
+
+class Bf16Matrix(FrozenMatrix):
+    """W in bf16, multiplied in bf16 with sums in float32.
+
+    Several times faster than float32 on devices with bf16 units, slower elsewhere.
+    """
+
+    product_dtype = torch.bfloat16
+
+    def __init__(self, weights_OI: torch.Tensor, *, mapped: bool = False) -> None:
+        super().__init__(weights_OI.detach(), mapped=mapped)
+
+    @property
+    def kind(self) -> str:
+        return "BF16"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.storage.shape
+        return rows, columns
+
+    def dequantise_all(self) -> torch.Tensor:
+        return self.storage.float()
+
+    def select(self, indices_N: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        del out
+        return self.storage.index_select(0, indices_N).float()
+
+    def matmul(
+        self, x_TI: torch.Tensor, bias_O: torch.Tensor | None = None, *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        out_TO = torch.empty(len(x_TI), len(self.storage), device=x_TI.device) if out is None else out
+        out_TO.copy_(linear(x_TI.bfloat16(), self.storage))
+        return out_TO if bias_O is None else out_TO.add_(bias_O)
+
+    def matmul_t(self, grad_TO: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+        grad_TI = grad_TO.bfloat16() @ self.storage
+        return grad_TI.float() if into is None else into.add_(grad_TI)
+
+    def to_bf16(self) -> Bf16Matrix:
+        return self
+
+    def to_device(self, device: torch.device) -> Bf16Matrix:
+        copy = Bf16Matrix(self.storage.to(device, copy=True))
+        self.madvise_pageout()
+        return copy
+
+
+class QuantisedMatrix(FrozenMatrix):
+    """W as bytes in one of ggml's formats (float32 and 16-bit formats included), dequantised for each product in float32."""
+
+    product_dtype = torch.float32
+
+    def __init__(
+        self, blocks: torch.Tensor, kind: str, columns: int, heads: int | None = None, *, mapped: bool = False
+    ) -> None:
+        """`blocks`: uint8 [O, bytes of a row]. `heads`: llama.cpp's converter interleaved the two halves of each of this many
+        heads in the rows of q and k; None if the rows are in order.
+        """
+        super().__init__(blocks, mapped=mapped)
+        self._kind = kind
+        self._columns = columns
+        self._heads = heads
 
     @classmethod
-    def of(cls, weights_OI: torch.Tensor) -> QuantisedMatrix:
-        """Weights in memory, float32, float16 or bfloat16; shared, not copied, where each row is contiguous."""
+    def from_tensor(cls, weights_OI: torch.Tensor) -> QuantisedMatrix:
+        """Wrap weights in memory (float32, float16 or bf16); shares them unless a row is not contiguous.
+
+        Raises:
+            ValueError: another type, or not a matrix.
+        """
         if weights_OI.dtype not in _KIND_OF or weights_OI.dim() != 2:
             raise ValueError(
-                f"not a matrix of float32, float16 or bfloat16: {weights_OI.dtype}, {weights_OI.dim()} axes",
+                f"weights must be a matrix of float32, float16 or bfloat16, not {weights_OI.dtype} "
+                f"with {weights_OI.dim()} axes"
             )
         weights_OI = weights_OI.detach() if weights_OI.stride(1) == 1 else weights_OI.detach().contiguous()
         return cls(weights_OI.view(torch.uint8), _KIND_OF[weights_OI.dtype], weights_OI.shape[1])
 
     @property
+    def kind(self) -> str:
+        return self._kind
+
+    @property
     def shape(self) -> tuple[int, int]:
-        return len(self.blocks), self.columns
+        return len(self.storage), self._columns
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the stored form."""
-        return self.blocks.nbytes
+    def dequantise_all(self) -> torch.Tensor:
+        return dequantise(self._in_row_order(), self._kind, self._columns)
 
-    @property
-    def bfloat16(self) -> torch.Tensor:
-        """W [O, I] where it is `in_bfloat16`: the stored weights themselves."""
-        return self.blocks.view(torch.bfloat16)
+    def select(self, indices_N: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        if self._heads is not None:
+            size = len(self.storage) // self._heads
+            within = indices_N % size
+            indices_N = indices_N - within + 2 * (within % (size // 2)) + within // (size // 2)
+        return dequantise(self.storage.index_select(0, indices_N), self._kind, self._columns, out)
 
-    def whole(self) -> torch.Tensor:
-        """W in float32 [O, I], not to be written to: of float32 storage it is the stored weights themselves."""
-        return self._unpacked(self._in_order())
+    def rows(self, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return W[start:stop] in float32, in `out` unless the storage is float32. Do not write to it."""
+        if self._heads is not None:
+            chosen_N = torch.arange(*slice(start, stop).indices(len(self.storage)), device=self.device)
+            return self.select(chosen_N, out)
+        return dequantise(self.storage[start:stop], self._kind, self._columns, out)
 
-    def times(
-        self,
-        x_TI: torch.Tensor,
-        bias_O: torch.Tensor | None = None,
-        *,
-        out: torch.Tensor | None = None,
+    def matmul(
+        self, x_TI: torch.Tensor, bias_O: torch.Tensor | None = None, *, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """W x + bias: float32 [T, O] of float32 [T, I], in `out` where that is given."""
-        out_TO = torch.empty(len(x_TI), len(self.blocks), device=x_TI.device) if out is None else out
-        if self.in_bfloat16:
-            out_TO.copy_(linear(x_TI.bfloat16(), self.bfloat16))
-        else:
-            for start, stop in self._parts():
-                torch.mm(x_TI, self._part(start, stop).T, out=out_TO[:, start:stop])
+        out_TO = torch.empty(len(x_TI), len(self.storage), device=x_TI.device) if out is None else out
+        for start, stop in self._chunks():
+            torch.mm(x_TI, self._chunk(start, stop).T, out=out_TO[:, start:stop])
         return out_TO if bias_O is None else out_TO.add_(bias_O)
 
     def matmul_t(self, grad_TO: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
-        """The gradient of x where `grad_TO` is that of W x: float32 [T, I], added to `into` if given."""
-        if self.in_bfloat16:
-            grad_TI = grad_TO.bfloat16() @ self.bfloat16
-            return grad_TI.float() if into is None else into.add_(grad_TI)
-        for start, stop in self._parts():
-            part_PI = self._part(start, stop)
+        for start, stop in self._chunks():
+            chunk_PI = self._chunk(start, stop)
             if into is None:
-                into = grad_TO[:, start:stop] @ part_PI
+                into = grad_TO[:, start:stop] @ chunk_PI
             else:
-                into.addmm_(grad_TO[:, start:stop], part_PI)
-        return into  # type: ignore[return-value]  # a matrix has rows
+                into.addmm_(grad_TO[:, start:stop], chunk_PI)
+        return into  # type: ignore[return-value]  # a matrix has rows, so the loop runs
 
-    def _parts(self) -> list[tuple[int, int]]:
-        """Ranges of rows to unpack one after the other: a large W, such as an output head, is never there as a whole."""
-        if self.kind == "F32" or len(self.blocks) * self.columns <= 2 * _UNPACKED_AT_ONCE:
-            return [(0, len(self.blocks))]
-        step = max(1, _UNPACKED_AT_ONCE // self.columns)
-        return [(start, min(start + step, len(self.blocks))) for start in range(0, len(self.blocks), step)]
+    def to_bf16(self) -> Bf16Matrix:
+        is_aligned = self.storage.storage_offset() % 2 == 0  # a file may begin with a header of any length
+        if self._kind == "BF16" and self._heads is None and is_aligned:
+            return Bf16Matrix(self.storage.view(torch.bfloat16), mapped=self.mapped)
+        copy = Bf16Matrix(self.dequantise_all().bfloat16())
+        self.madvise_pageout()
+        return copy
 
-    def _part(self, start: int, stop: int) -> torch.Tensor:
-        """W[start:stop] in float32, for as long as this thread unpacks no other."""
-        if self.kind == "F32" or not self.blocks.is_cpu:
+    def to_device(self, device: torch.device) -> QuantisedMatrix:
+        copy = QuantisedMatrix(self.storage.to(device, copy=True), self._kind, self._columns, self._heads)
+        self.madvise_pageout()
+        return copy
+
+    def _chunks(self) -> list[tuple[int, int]]:
+        """Ranges of rows to dequantise one after the other, so that a large W is never dequantised completely."""
+        if self._kind == "F32" or len(self.storage) * self._columns <= 2 * _CHUNK_WEIGHTS:
+            return [(0, len(self.storage))]
+        step = max(1, _CHUNK_WEIGHTS // self._columns)
+        return [(start, min(start + step, len(self.storage))) for start in range(0, len(self.storage), step)]
+
+    def _chunk(self, start: int, stop: int) -> torch.Tensor:
+        """Return W[start:stop] in float32. On a CPU it is valid until this thread dequantises the next chunk."""
+        if self._kind == "F32" or not self.storage.is_cpu:
             return self.rows(start, stop)
-        return self.rows(start, stop, _room.of(stop - start, self.columns))
+        return self.rows(start, stop, _scratch.buffer(stop - start, self._columns))
 
-    def rounded(self) -> QuantisedMatrix:
-        """For products in bfloat16: a copy in memory, or itself where it is stored so."""
-        in_place = self.blocks.storage_offset() % 2 == 0  # a file may begin with a header of any length
-        if self.kind == "BF16" and self.heads is None and in_place:
-            return replace(self, in_bfloat16=True)
-        copy = replace(QuantisedMatrix.of(self.whole().bfloat16()), in_bfloat16=True)
-        self.madvise_pageout()
-        return copy
-
-    def on(self, device: torch.device) -> QuantisedMatrix:
-        """A copy on another device. What is bfloat16 is no bytes there: not every device looks at memory as another type."""
-        blocks = self.bfloat16 if self.in_bfloat16 else self.blocks
-        copy = replace(self, blocks=blocks.to(device, copy=True), mapped=False)
-        self.madvise_pageout()
-        return copy
-
-    def madvise_pageout(self) -> None:
-        """It is not needed for now: where it lies in a file, its pages need not count as memory of this process."""
-        if self.mapped:
-            madvise_pageout(self.blocks.data_ptr(), self.nbytes)
-
-    def rows(self, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
-        """W[start:stop] in float32, not to be written to; in `out`, or elsewhere where it need not be unpacked."""
-        if self.heads is not None:
-            chosen_N = torch.arange(*slice(start, stop).indices(len(self.blocks)), device=self.blocks.device)
-            return self.select(chosen_N, out)
-        return self._unpacked(self.blocks[start:stop], out)
-
-    def select(self, indices_N: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """W[indices] in float32 [N, I], in `out`, or elsewhere as `rows`. Only the pages of these rows are read."""
-        if self.heads is not None:
-            size = len(self.blocks) // self.heads
-            within = indices_N % size
-            indices_N = indices_N - within + 2 * (within % (size // 2)) + within // (size // 2)
-        return self._unpacked(self.blocks.index_select(0, indices_N), out)
-
-    def _in_order(self) -> torch.Tensor:
-        """The rows in order, as they are stored: smaller than what they become."""
-        if self.heads is None:
-            return self.blocks
-        halves: torch.Tensor = self.blocks.unflatten(0, (self.heads, -1, 2))
+    def _in_row_order(self) -> torch.Tensor:
+        """Return the stored rows in order. Reordering the stored form moves fewer bytes than reordering float32."""
+        if self._heads is None:
+            return self.storage
+        halves: torch.Tensor = self.storage.unflatten(0, (self._heads, -1, 2))
         return halves.transpose(1, 2).flatten(0, 2)
 
-    def _unpacked(self, blocks: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Some of the rows in float32."""
-        if self.in_bfloat16:
-            return blocks.view(torch.bfloat16).float()
-        return dequantise(blocks, self.kind, self.columns, out)
 
-
-class _Room(threading.local):
-    """Where a thread unpacks the weights that it computes with: fresh pages for each take an eighth of a training that spares
-    memory.
-    """
+class _Scratch(threading.local):
+    """A thread's buffer for dequantised weights: fresh pages for each product took an eighth of a low-memory run's time."""
 
     def __init__(self) -> None:
         self._weights = torch.empty(0, dtype=torch.float32)
 
-    def of(self, rows: int, columns: int) -> torch.Tensor:
+    def buffer(self, rows: int, columns: int) -> torch.Tensor:
         if len(self._weights) < rows * columns:
-            with torch.inference_mode(mode=False):  # else it could be written to in that mode alone
+            with torch.inference_mode(mode=False):  # an inference tensor could not be written to outside inference mode
                 self._weights = torch.empty(rows * columns, dtype=torch.float32)
         return self._weights[: rows * columns].view(rows, columns)
 
 
-_room = _Room()
+_scratch = _Scratch()
+
+
+# --- The weights of a base model ---
 
 
 class StoredWeights(NamedTuple):
-    """All weights of a base by Hugging Face's parameter names; an output head that is the embedding is left out."""
+    """All weights of a base model by Hugging Face's parameter names. A tied output head is not listed."""
 
     matrices: dict[str, QuantisedMatrix]
 
     vectors: dict[str, torch.Tensor]
-    """Norms and biases in float32, copied: a small tensor that lies in a mapped file keeps all of its pages resident."""
+    """Norms and biases in float32, copied: a view of a mapped file would keep its pages resident."""
 
 
 def open_stored(checkpoint: Checkpoint) -> StoredWeights:
-    """Map the files of a base. Nothing but the vectors is read or copied.
+    """Map the files of a base model. Only vectors are read and copied.
 
     Raises:
-        BaseModelError: tensors in a format that cannot be computed with, or of more than two axes.
+        BaseCheckpointError: a tensor has an unsupported format, or more than two axes.
         HeaderError: a file cannot be mapped, or has become shorter since its header was read.
     """
-    wanted = [
+    tensors = [
         (path, tensor, name)
         for path, tensor in checkpoint.stored
-        if (name := _parameter(checkpoint, tensor)) in checkpoint.shapes
+        if (name := _parameter_name(checkpoint, tensor)) in checkpoint.shapes
     ]
-    _check(checkpoint, [tensor for _, tensor, _ in wanted])
+    _check_formats(checkpoint, [tensor for _, tensor, _ in tensors])
     ends: dict[Path, int] = {}
-    for path, tensor, _ in wanted:
+    for path, tensor, _ in tensors:
         ends[path] = max(ends.get(path, 0), tensor.start + tensor.size)
-    files = {path: _mapped(path, end) for path, end in ends.items()}
+    files = {path: _map_file(path, end) for path, end in ends.items()}
     stored = StoredWeights({}, {})
-    for path, tensor, name in wanted:
+    for path, tensor, name in tensors:
         raw = files[path][tensor.start : tensor.start + tensor.size]
         heads = permuted_heads(checkpoint.config, tensor.name) if checkpoint.format == "gguf" else None
         if len(tensor.shape) == 1:
             stored.vectors[name] = _vector(raw, tensor, heads)
         elif tensor.dtype == "F64":
-            stored.matrices[name] = QuantisedMatrix.of(_from_float64(raw).view(tensor.shape))
+            stored.matrices[name] = QuantisedMatrix.from_tensor(_from_float64(raw).view(tensor.shape))
         else:
             blocks = raw.view(tensor.shape[0], -1)
             stored.matrices[name] = QuantisedMatrix(blocks, tensor.dtype, tensor.shape[1], heads, mapped=True)
     return stored
 
 
-def _parameter(checkpoint: Checkpoint, tensor: TensorInfo) -> str:
+def _parameter_name(checkpoint: Checkpoint, tensor: TensorInfo) -> str:
     return tensor.name if checkpoint.format == "huggingface" else hugging_face_name(tensor.name) or ""
 
 
-def _check(checkpoint: Checkpoint, tensors: list[TensorInfo]) -> None:
-    readable = SUPPORTED | {"F64"} if checkpoint.format == "huggingface" else SUPPORTED
-    odd = [f"{tensor.name} ({tensor.dtype})" for tensor in tensors if tensor.dtype not in readable]
-    if odd:
+def _check_formats(checkpoint: Checkpoint, tensors: list[TensorInfo]) -> None:
+    supported = SUPPORTED | {"F64"} if checkpoint.format == "huggingface" else SUPPORTED
+    unsupported = [f"{tensor.name} ({tensor.dtype})" for tensor in tensors if tensor.dtype not in supported]
+    if unsupported:
         raise unusable(
             checkpoint.path,
-            f"it has weights in formats that cannot be computed with: {join_some(odd)}",
+            f"it has weights in unsupported formats: {join_some(unsupported)}",
             "Use a GGUF file of another quantisation, such as Q8_0 or Q4_K_M, or the model's Hugging Face directory",
         )
     deep = [f"{tensor.name} {tensor.shape}" for tensor in tensors if len(tensor.shape) not in (1, 2)]
@@ -246,8 +322,8 @@ def _check(checkpoint: Checkpoint, tensors: list[TensorInfo]) -> None:
         raise unusable(checkpoint.path, f"it has weights that are neither matrices nor vectors: {join_some(deep)}")
 
 
-def _mapped(path: Path, end: int) -> torch.Tensor:
-    """The first `end` bytes of a file, mapped. Private: whoever wrote to them would change a copy, not the file."""
+def _map_file(path: Path, end: int) -> torch.Tensor:
+    """Map the first `end` bytes of a file. The mapping is private: a write would change a copy, not the file."""
     try:
         size = path.stat().st_size
         if size >= end:

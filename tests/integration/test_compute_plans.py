@@ -20,7 +20,7 @@ from peft_core.modeling.batches import join
 from peft_core.modeling.convert import ensure_hf_directory
 from peft_core.modeling.device import Machine, choose
 from peft_core.modeling.fused_blocks import FusionStats, fuse
-from peft_core.modeling.load import FrozenLinear, load_base, load_frozen, load_planned
+from peft_core.modeling.load import FrozenLinear, load_base, load_mapped, load_planned
 from peft_core.modeling.objective import Objective, probe_fast_paths
 from peft_core.planning.cost_model import activation_bytes, lora_parameters
 from peft_core.schemas.base_model import Base
@@ -37,12 +37,12 @@ def test_every_weight_of_a_mapped_family_can_be_mapped_or_held_in_bf16(family: s
     base = resolve(str(write_tiny_base(tmp_path / "base", family)), Settings())
     assert base.model_type == family
     for in_bfloat16 in (False, True):
-        assert load_frozen(base, base.path, in_bfloat16=in_bfloat16) is not None
+        assert load_mapped(base, base.path, in_bfloat16=in_bfloat16) is not None
 
 
 def adapted(base: Base, *, in_bfloat16: bool, config: TrainingConfig = CONFIG) -> tuple[PeftModel, Objective]:
     """With an adapter of random weights: B is zero at first, which would hide half of the gradient."""
-    model = load_frozen(base, base.path, in_bfloat16=True) if in_bfloat16 else load_base(base.path, torch.float32)
+    model = load_mapped(base, base.path, in_bfloat16=True) if in_bfloat16 else load_base(base.path, torch.float32)
     assert model is not None
     objective = probe_fast_paths(model, max_length=512)
     with_adapter = lora.attach(model, config, "tiny")
@@ -135,24 +135,24 @@ def test_loss_and_gradient_in_bf16_match_float32_up_to_rounding(
 
 def test_a_block_that_is_not_fused_in_bf16_leaves_its_weights_in_place(tmp_path: Path) -> None:
     base = resolve(str(write_tiny_base(tmp_path / "base", dtype=torch.bfloat16)), Settings())
-    model = load_frozen(base, base.path, in_bfloat16=True)
+    model = load_mapped(base, base.path, in_bfloat16=True)
     assert model is not None
     probe_fast_paths(model, max_length=512)
     layer = model.get_submodule("model.layers.1")
     layer.self_attn.register_forward_hook(lambda _module, _inputs, out: (out[0] * 1.5, out[1]))
-    file = layer.self_attn.k_proj.stored.blocks.untyped_storage().data_ptr()
+    file = layer.self_attn.k_proj.stored.storage.untyped_storage().data_ptr()
     fused = fuse(lora.attach(model, TrainingConfig(rank=4, target_modules=["q_proj", "gate_proj"]), "tiny"))
     assert fused == FusionStats(blocks=1, linears=2)
-    assert layer.self_attn.k_proj.stored.blocks.untyped_storage().data_ptr() == file
+    assert layer.self_attn.k_proj.stored.storage.untyped_storage().data_ptr() == file
     query = layer.self_attn.q_proj.base_layer.stored
     assert (
-        query.blocks.untyped_storage().nbytes() == query.nbytes + 2 * query.shape[0] * 4
+        query.storage.untyped_storage().nbytes() == query.nbytes + 2 * query.shape[0] * 4
     )  # its own columns for B alone
 
 
 def test_bf16_weights_are_used_without_a_copy(tmp_path: Path) -> None:
     base = resolve(str(write_tiny_base(tmp_path / "base", dtype=torch.bfloat16)), Settings())
-    model = load_frozen(base, base.path, in_bfloat16=True)
+    model = load_mapped(base, base.path, in_bfloat16=True)
     assert model is not None
     own = load_base(base.path, torch.float32)
     ids_1T = torch.arange(3, 20)[None]
@@ -163,7 +163,7 @@ def test_bf16_weights_are_used_without_a_copy(tmp_path: Path) -> None:
 def test_a_family_that_cannot_be_mapped_is_not_loaded_frozen(tmp_path: Path) -> None:
     base = resolve(str(write_tiny_base(tmp_path / "base", "gemma2")), Settings())
     assert base.model_type not in FAMILIES
-    assert load_frozen(base, base.path) is None
+    assert load_mapped(base, base.path) is None
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt_neox", "gemma2"])
@@ -207,7 +207,7 @@ def test_the_packing_probe_distinguishes_rounding_from_attention_leaks(
     own = attention.attend_at_once
     monkeypatch.setattr(attention, "attend_at_once", attend)
     monkeypatch.setattr(attention, "fixed_shapes", lambda _device: 256)  # takes the way of one product with a mask
-    for model in (load_frozen(base, directory, in_bfloat16=True), load_base(directory, torch.bfloat16)):
+    for model in (load_mapped(base, directory, in_bfloat16=True), load_base(directory, torch.bfloat16)):
         assert model is not None
         objective = probe_fast_paths(model, max_length=512)
         assert objective.packed == (leak == "none")

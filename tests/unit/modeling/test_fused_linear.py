@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from peft_core.modeling.fused_linear import Adapters, ConcatenatedLora, Layer, Projections, SeparateLora, project
-from peft_core.modeling.quantised import QuantisedMatrix
+from peft_core.modeling.quantised import Bf16Matrix, QuantisedMatrix
 
 TOKENS, INPUTS = 9, 12
 SIZES = (10, 4, 7)
@@ -21,7 +19,7 @@ def layers(ranks: tuple[int, ...], *, in_bfloat16: bool, biases: bool = True) ->
     for size, rank in zip(SIZES, ranks, strict=True):
         W_OI = torch.randn(size, INPUTS, generator=generator).bfloat16()
         bias_O = torch.randn(size, generator=generator).bfloat16().float() if biases and size != 4 else None
-        stored = replace(QuantisedMatrix.of(W_OI if in_bfloat16 else W_OI.float()), in_bfloat16=in_bfloat16)
+        stored = Bf16Matrix(W_OI) if in_bfloat16 else QuantisedMatrix.from_tensor(W_OI.float())
         made.append(Layer(stored, bias_O, rank, SCALING))
     return made
 
@@ -39,7 +37,7 @@ def plain(made: list[Layer], x_TI: torch.Tensor, matrices: Adapters) -> torch.Te
     """As PEFT has it."""
     outs = []
     for layer, A, B in zip(made, matrices[::2], matrices[1::2], strict=True):
-        out_TO = x_TI @ layer.W.whole().T + (0.0 if layer.bias_O is None else layer.bias_O)
+        out_TO = x_TI @ layer.W.dequantise_all().T + (0.0 if layer.bias_O is None else layer.bias_O)
         outs.append(out_TO if A is None or B is None else out_TO + layer.scaling * x_TI @ A.T @ B.T)
     return torch.cat(outs, 1)
 
@@ -68,7 +66,7 @@ def test_outputs_and_gradients_are_those_of_each_layer_by_itself(
 
     with torch.no_grad():
         narrow_TI = x_TI.detach().to(projections.dtype)
-        out_TO, down_TR = projections.forward(projections.placed(narrow_TI), matrices)
+        out_TO, down_TR = projections.forward(projections.to_buffer(narrow_TI), matrices)
         arguments = (grad_TO.to(projections.dtype), narrow_TI, down_TR, matrices)
         grad_x, grads = projections.backward(*arguments, grad_x=True)
         no_grad_x, same_grads = projections.backward(*arguments, grad_x=False)
@@ -88,9 +86,9 @@ def test_an_adapter_that_has_changed_is_woven_in_anew() -> None:
     matrices = adapters(ranks)
     projections = ConcatenatedLora(layers(ranks, in_bfloat16=True))
     x_TI = torch.ones(TOKENS, INPUTS, dtype=torch.bfloat16)
-    before, _ = projections.forward(projections.placed(x_TI), matrices)
+    before, _ = projections.forward(projections.to_buffer(x_TI), matrices)
     nothing = [matrix * 0 for matrix in matrices if matrix is not None]
-    after, _ = projections.forward(projections.placed(x_TI), nothing)
+    after, _ = projections.forward(projections.to_buffer(x_TI), nothing)
     assert not torch.equal(before, after)
     assert near(after, plain(layers(ranks, in_bfloat16=True), x_TI.float(), nothing), projections)
 
@@ -99,10 +97,12 @@ def test_woven_weights_are_still_there_for_those_who_want_them_alone_and_once() 
     ranks = (3, 0, 2)
     made = layers(ranks, in_bfloat16=True)
     projections = ConcatenatedLora(made)
-    projections.forward(projections.placed(torch.ones(TOKENS, INPUTS, dtype=torch.bfloat16)), adapters(ranks))
-    alone = projections.stored()
-    assert [torch.equal(mine.whole(), layer.W.whole()) for mine, layer in zip(alone, made, strict=True)] == [True] * 3
-    assert len({mine.blocks.untyped_storage().data_ptr() for mine in alone}) == 1
+    projections.forward(projections.to_buffer(torch.ones(TOKENS, INPUTS, dtype=torch.bfloat16)), adapters(ranks))
+    alone = projections.weights()
+    assert [
+        torch.equal(mine.dequantise_all(), layer.W.dequantise_all()) for mine, layer in zip(alone, made, strict=True)
+    ] == [True] * 3
+    assert len({mine.storage.untyped_storage().data_ptr() for mine in alone}) == 1
     x_TI = torch.randn(TOKENS, INPUTS)
-    assert torch.equal(alone[1].times(x_TI), made[1].W.times(x_TI))
+    assert torch.equal(alone[1].matmul(x_TI), made[1].W.matmul(x_TI))
     assert torch.equal(alone[1].matmul_t(x_TI[:, :4]), made[1].W.matmul_t(x_TI[:, :4]))

@@ -1,6 +1,5 @@
 """N positions, D model size, V vocabulary."""
 
-from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from peft_core.modeling.batches import IGNORED
 from peft_core.modeling.lm_head import ChunkedLMHead
-from peft_core.modeling.quantised import QuantisedMatrix
+from peft_core.modeling.quantised import Bf16Matrix, QuantisedMatrix
 from peft_core.planning.cost_model import LOGITS_IN_FLOAT32
 
 
@@ -19,7 +18,7 @@ def test_loss_and_gradient_equal_those_of_plain_cross_entropy(positions: int) ->
     head_VD = torch.randn(1000, 32)
     target_N = torch.randint(0, 1000, (positions,))
 
-    loss = ChunkedLMHead(QuantisedMatrix.of(head_VD)).cross_entropy(hidden_ND, target_N)
+    loss = ChunkedLMHead(QuantisedMatrix.from_tensor(head_VD)).cross_entropy(hidden_ND, target_N)
     (grad_ND,) = torch.autograd.grad(3.0 * loss, hidden_ND)
     expected = cross_entropy(hidden_ND @ head_VD.T, target_N, reduction="sum")
     (expected_ND,) = torch.autograd.grad(3.0 * expected, hidden_ND)
@@ -40,7 +39,7 @@ def test_a_head_in_bfloat16_rounds_the_logits_and_their_gradient_and_nothing_els
     target_N = torch.randint(0, vocabulary, (positions,))
     target_N[1] = IGNORED
 
-    head = ChunkedLMHead(replace(QuantisedMatrix.of(head_VD), in_bfloat16=True))
+    head = ChunkedLMHead(Bf16Matrix(head_VD))
     loss = head.cross_entropy(hidden_ND, target_N)
     (grad_ND,) = torch.autograd.grad(loss, hidden_ND)
     logits_NV = (hidden_ND.detach().bfloat16() @ head_VD.T).float().requires_grad_()
@@ -59,7 +58,7 @@ def test_a_head_in_bfloat16_rounds_the_logits_and_their_gradient_and_nothing_els
 def test_a_target_of_vanishing_probability_has_a_finite_loss_and_gradient() -> None:
     hidden_ND = torch.tensor([[1.0]], requires_grad=True)
     head_VD = torch.tensor([[300.0], [0.0]])  # softmax of the second is below the smallest float32
-    loss = ChunkedLMHead(QuantisedMatrix.of(head_VD)).cross_entropy(hidden_ND, torch.tensor([1]))
+    loss = ChunkedLMHead(QuantisedMatrix.from_tensor(head_VD)).cross_entropy(hidden_ND, torch.tensor([1]))
     loss.backward()
     assert loss.item() == pytest.approx(300.0)
     assert hidden_ND.grad is not None
@@ -69,7 +68,7 @@ def test_a_target_of_vanishing_probability_has_a_finite_loss_and_gradient() -> N
 def test_without_gradients_only_the_loss_is_computed() -> None:
     hidden_ND, head_VD, target_N = torch.randn(5, 8), torch.randn(20, 8), torch.randint(0, 20, (5,))
     with torch.no_grad():
-        loss = ChunkedLMHead(QuantisedMatrix.of(head_VD)).cross_entropy(hidden_ND, target_N)
+        loss = ChunkedLMHead(QuantisedMatrix.from_tensor(head_VD)).cross_entropy(hidden_ND, target_N)
     assert loss.item() == pytest.approx(
         cross_entropy(hidden_ND @ head_VD.T, target_N, reduction="sum").item(),
         rel=1e-6,
@@ -79,7 +78,7 @@ def test_without_gradients_only_the_loss_is_computed() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_targets_no_loss(dtype: torch.dtype) -> None:
     head_VD = torch.randn(20, 8).to(dtype)
-    head = ChunkedLMHead(replace(QuantisedMatrix.of(head_VD), in_bfloat16=dtype == torch.bfloat16))
+    head = ChunkedLMHead(Bf16Matrix(head_VD) if dtype == torch.bfloat16 else QuantisedMatrix.from_tensor(head_VD))
     none_N = torch.zeros(0, dtype=torch.long)
     assert head.cross_entropy(torch.randn(0, 8), none_N).item() == 0.0
     assert [len(scores) for scores in head.scores(torch.randn(0, 8), none_N)] == [0, 0]

@@ -14,7 +14,7 @@ from torch import nn
 
 from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
-from peft_core.modeling.load import FrozenEmbedding, FrozenLinear, load_base, load_frozen, move
+from peft_core.modeling.load import FrozenEmbedding, FrozenLinear, load_base, load_mapped, move
 from peft_core.modeling.quantised import QuantisedMatrix
 from tests.tiny_models import tiny_model, write_tiny_base
 
@@ -22,7 +22,7 @@ from tests.tiny_models import tiny_model, write_tiny_base
 def test_a_frozen_layer_is_the_linear_one_with_the_same_gradient() -> None:
     torch.manual_seed(0)
     plain = nn.Linear(6, 4).requires_grad_(requires_grad=False)
-    frozen = FrozenLinear(QuantisedMatrix.of(plain.weight), plain.bias)
+    frozen = FrozenLinear(QuantisedMatrix.from_tensor(plain.weight), plain.bias)
     x_TI = torch.randn(5, 6, requires_grad=True)
     (expected,) = torch.autograd.grad(plain(x_TI).square().sum(), x_TI)
     (found,) = torch.autograd.grad(frozen(x_TI).square().sum(), x_TI)
@@ -35,12 +35,12 @@ def test_a_frozen_layer_is_the_linear_one_with_the_same_gradient() -> None:
 def test_a_frozen_table_gives_its_rows() -> None:
     table = nn.Embedding(7, 3)
     ids_12 = torch.tensor([[6, 0]])
-    assert torch.equal(FrozenEmbedding(QuantisedMatrix.of(table.weight))(ids_12), table(ids_12))
+    assert torch.equal(FrozenEmbedding(QuantisedMatrix.from_tensor(table.weight))(ids_12), table(ids_12))
 
 
 def test_a_mapped_base_says_what_the_loaded_one_says(tmp_path: Path) -> None:
     directory = write_tiny_base(tmp_path / "tiny")
-    mapped = load_frozen(resolve(str(directory), Settings()), directory)
+    mapped = load_mapped(resolve(str(directory), Settings()), directory)
     assert mapped is not None
     loaded = load_base(directory, torch.float32)
     ids_1T = torch.arange(3, 12)[None]
@@ -56,33 +56,33 @@ def test_a_base_moves_to_its_device_with_all_that_is_stored_and_what_is_shared_s
     in_bfloat16: bool,
 ) -> None:
     directory = write_tiny_base(tmp_path / "tiny")
-    base = load_frozen(resolve(str(directory), Settings()), directory, in_bfloat16=in_bfloat16)
+    base = load_mapped(resolve(str(directory), Settings()), directory, in_bfloat16=in_bfloat16)
     assert base is not None
     moved = move(base, torch.device("meta"))
     assert {parameter.device.type for parameter in moved.parameters()} == {"meta"}
     layers = [module for module in moved.modules() if isinstance(module, FrozenLinear | FrozenEmbedding)]
-    assert {layer.stored.blocks.device.type for layer in layers} == {"meta"}
-    assert {layer.stored.blocks.dtype for layer in layers} == {torch.bfloat16 if in_bfloat16 else torch.uint8}
+    assert {layer.stored.storage.device.type for layer in layers} == {"meta"}
+    assert {layer.stored.storage.dtype for layer in layers} == {torch.bfloat16 if in_bfloat16 else torch.uint8}
     assert all(layer.weight.untyped_storage().nbytes() == 4 for layer in layers)
     assert moved.get_output_embeddings().stored is moved.get_input_embeddings().stored
 
 
 def test_weights_that_were_moved_in_16_bits_are_the_same() -> None:
-    matrix = QuantisedMatrix.of(torch.randn(6, 4)).rounded()
-    moved = matrix.on(torch.device("cpu"))
-    assert moved.blocks.dtype == torch.bfloat16
+    matrix = QuantisedMatrix.from_tensor(torch.randn(6, 4)).to_bf16()
+    moved = matrix.to_device(torch.device("cpu"))
+    assert moved.storage.dtype == torch.bfloat16
     assert (moved.shape, moved.nbytes) == (matrix.shape, matrix.nbytes)
-    assert torch.equal(moved.whole(), matrix.whole())
+    assert torch.equal(moved.dequantise_all(), matrix.dequantise_all())
     assert torch.equal(moved.select(torch.tensor([4, 1])), matrix.select(torch.tensor([4, 1])))
     x_TI, grad_TO = torch.randn(3, 4), torch.randn(3, 6)
-    assert torch.equal(moved.times(x_TI), matrix.times(x_TI))
+    assert torch.equal(moved.matmul(x_TI), matrix.matmul(x_TI))
     assert torch.equal(moved.matmul_t(grad_TO), matrix.matmul_t(grad_TO))
 
 
 def test_layers_with_a_bias_are_mapped_too(tmp_path: Path) -> None:
     directory = write_tiny_base(tmp_path / "tiny")
     tiny_model("qwen2").save_pretrained(directory)
-    mapped = load_frozen(resolve(str(directory), Settings()), directory)
+    mapped = load_mapped(resolve(str(directory), Settings()), directory)
     assert mapped is not None
     assert mapped.get_submodule("model.layers.0.self_attn.q_proj").bias is not None
     ids_1T = torch.arange(3, 12)[None]
@@ -94,11 +94,11 @@ def test_a_model_whose_layers_are_of_other_kinds_is_not_mapped(tmp_path: Path) -
     directory = write_tiny_base(tmp_path / "tiny")
     base = resolve(str(directory), Settings())
     tiny_model("gpt2").config.save_pretrained(directory)  # Conv1D layers, under other names
-    assert load_frozen(base, directory) is None
+    assert load_mapped(base, directory) is None
 
 
 def test_a_bias_that_the_files_lack_is_not_passed_over(tmp_path: Path) -> None:
     directory = write_tiny_base(tmp_path / "tiny")
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "attention_bias": True}))
-    assert load_frozen(resolve(str(directory), Settings()), directory) is None
+    assert load_mapped(resolve(str(directory), Settings()), directory) is None

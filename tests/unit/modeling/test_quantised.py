@@ -53,7 +53,7 @@ def test_a_gguf_file_opens_as_the_weights_that_its_conversion_has(tmp_path: Path
     for path, tensor in checkpoint.stored:
         name = hugging_face_name(tensor.name) or ""
         converted = np.concatenate(list(_rows(path, tensor, permuted_heads(checkpoint.config, tensor.name))))
-        found = stored.matrices[name].whole() if name in stored.matrices else stored.vectors[name]
+        found = stored.matrices[name].dequantise_all() if name in stored.matrices else stored.vectors[name]
         assert_same_bits(found, torch.from_numpy(converted).view(found.shape))
 
 
@@ -69,7 +69,7 @@ def test_rows_of_q_and_k_are_put_back_in_hugging_face_s_order(tmp_path: Path) ->
     (tmp_path / "m.gguf").write_bytes(gguf_bytes(values=values))
     stored = open_stored(read_gguf_model(tmp_path / "m.gguf"))
     for name, matrix in stored.matrices.items():
-        assert_same_bits(matrix.whole(), expected[name])
+        assert_same_bits(matrix.dequantise_all(), expected[name])
 
 
 def test_a_bias_of_q_is_put_in_order_like_its_matrix(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_hugging_face_directory_opens_in_the_type_that_it_has(
     for name, matrix in stored.matrices.items():
         assert matrix.kind == kind
         assert matrix.nbytes == expected[name].nbytes
-        assert_same_bits(matrix.whole(), expected[name].float())
+        assert_same_bits(matrix.dequantise_all(), expected[name].float())
     for name, vector in stored.vectors.items():
         assert_same_bits(vector, expected[name].float())
 
@@ -106,7 +106,7 @@ def test_float64_becomes_float32_as_it_is_opened(tmp_path: Path) -> None:
     directory = write_model(tmp_path / "m", dtype="F64", fill=63)
     stored = open_stored(read_checkpoint(directory))
     value = struct.unpack("<d", bytes([63] * 8))[0]
-    assert_same_bits(stored.matrices[Q].whole(), torch.full((32, 32), value))
+    assert_same_bits(stored.matrices[Q].dequantise_all(), torch.full((32, 32), value))
     assert_same_bits(stored.vectors["model.norm.weight"], torch.full((32,), value))
     assert {matrix.kind for matrix in stored.matrices.values()} == {"F32"}
     assert {vector.dtype for vector in stored.vectors.values()} == {torch.float32}
@@ -116,7 +116,7 @@ def test_blocks_of_rows_and_chosen_rows_are_those_of_the_whole(tmp_path: Path) -
     stored = open_stored(random_gguf(tmp_path / "m.gguf"))
     for name in (Q, K, EMBEDDING):
         matrix = stored.matrices[name]
-        whole = matrix.whole()
+        whole = matrix.dequantise_all()
         rows = len(whole)
         indices = torch.tensor([0, rows - 1, 5, 5, 1, 9])
         assert_same_bits(matrix.select(indices), whole[indices])
@@ -128,19 +128,19 @@ def test_blocks_of_rows_and_chosen_rows_are_those_of_the_whole(tmp_path: Path) -
 def test_stored_float32_is_itself_and_never_copied(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(gguf_bytes())
     matrix = open_stored(read_gguf_model(tmp_path / "m.gguf")).matrices[EMBEDDING]
-    assert matrix.whole().data_ptr() == matrix.blocks.data_ptr()
-    assert matrix.rows(1, 3).data_ptr() == matrix.blocks[1].data_ptr()
+    assert matrix.dequantise_all().data_ptr() == matrix.storage.data_ptr()
+    assert matrix.rows(1, 3).data_ptr() == matrix.storage[1].data_ptr()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_weights_in_memory_are_shared(dtype: torch.dtype) -> None:
     weights_OI = torch.randn(6, 10).to(dtype)
-    matrix = QuantisedMatrix.of(weights_OI)
+    matrix = QuantisedMatrix.from_tensor(weights_OI)
     assert matrix.shape == (6, 10)
     assert matrix.nbytes == weights_OI.nbytes
-    assert matrix.blocks.data_ptr() == weights_OI.data_ptr()
-    assert_same_bits(matrix.whole(), weights_OI.float())
-    assert_same_bits(QuantisedMatrix.of(weights_OI.T).whole(), weights_OI.T.float())
+    assert matrix.storage.data_ptr() == weights_OI.data_ptr()
+    assert_same_bits(matrix.dequantise_all(), weights_OI.float())
+    assert_same_bits(QuantisedMatrix.from_tensor(weights_OI.T).dequantise_all(), weights_OI.T.float())
 
 
 @pytest.mark.parametrize("kind", ["F32", "BF16", "Q4_1"])
@@ -157,15 +157,15 @@ def test_products_in_several_threads_at_once_are_those_of_the_whole_weights(kind
         matrices.append(QuantisedMatrix(blocks, kind, 512))
     x_TI = torch.randn(3, 512)
     with ThreadPoolExecutor(4) as threads:
-        products = list(threads.map(lambda matrix: matrix.times(x_TI), matrices * 5))
+        products = list(threads.map(lambda matrix: matrix.matmul(x_TI), matrices * 5))
         gradients = list(threads.map(QuantisedMatrix.matmul_t, matrices * 5, products))
     for matrix, product, gradient in zip(matrices * 5, products, gradients, strict=True):
-        assert torch.allclose(product, x_TI @ matrix.whole().T, rtol=1e-4, atol=1e-3)
-        assert torch.allclose(gradient, product @ matrix.whole(), rtol=1e-4, atol=1.0)
+        assert torch.allclose(product, x_TI @ matrix.dequantise_all().T, rtol=1e-4, atol=1e-3)
+        assert torch.allclose(gradient, product @ matrix.dequantise_all(), rtol=1e-4, atol=1.0)
 
 
 def test_what_was_computed_in_inference_mode_can_be_computed_outside_of_it() -> None:
-    matrix, x_TI = QuantisedMatrix.of(torch.randn(6, 10).bfloat16()), torch.randn(2, 10)
+    matrix, x_TI = QuantisedMatrix.from_tensor(torch.randn(6, 10).bfloat16()), torch.randn(2, 10)
     with ThreadPoolExecutor(1) as thread:  # a new one, which has unpacked nothing yet
         inside, outside = (
             thread.submit(torch.inference_mode(mode)(matrix.times), x_TI).result() for mode in (True, False)
@@ -174,8 +174,8 @@ def test_what_was_computed_in_inference_mode_can_be_computed_outside_of_it() -> 
 
 
 def test_integers_are_no_weights() -> None:
-    with pytest.raises(ValueError, match="not a matrix of float32"):
-        QuantisedMatrix.of(torch.zeros(2, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="must be a matrix of float32"):
+        QuantisedMatrix.from_tensor(torch.zeros(2, 2, dtype=torch.int64))
 
 
 def test_vectors_hold_no_part_of_the_file(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_vectors_hold_no_part_of_the_file(tmp_path: Path) -> None:
 def test_computing_leaves_the_mapped_pages_clean(tmp_path: Path) -> None:
     stored = open_stored(random_gguf(tmp_path / "m.gguf"))
     for matrix in stored.matrices.values():
-        matrix.whole()
+        matrix.dequantise_all()
     maps = Path("/proc/self/smaps").read_text(encoding="ascii", errors="replace")
     mapping = maps.partition(str(tmp_path / "m.gguf"))[2].partition("VmFlags")[0]
     assert "Rss:" in mapping
@@ -233,4 +233,4 @@ def test_weights_of_16_bits_at_an_odd_byte_of_their_file_are_copied() -> None:
     raw = torch.cat([torch.zeros(1, dtype=torch.uint8), weights_OI.view(torch.uint8).flatten()])
     stored = QuantisedMatrix(raw[1:].view(6, -1), "BF16", 4)
     x_TI = torch.randn(3, 4)
-    assert torch.equal(stored.rounded().times(x_TI), (x_TI.bfloat16() @ weights_OI.T).float())
+    assert torch.equal(stored.to_bf16().matmul(x_TI), (x_TI.bfloat16() @ weights_OI.T).float())
