@@ -1,7 +1,7 @@
-"""Where a CPU keeps what a forward pass saves for its backward pass: end to end, apart from all that lives shortly.
+"""Memory for the tensors that autograd saves in a forward pass on a CPU, apart from short-lived temporaries.
 
-In the heap the two lie among each other. What is freed between two saved tensors is a hole too small for the next layer, so
-that a pass of the bundled base took 380 MB for 250 MB saved, and faulted its pages in anew once they had been given back.
+In the heap, temporaries freed between two saved tensors leave fragments too small for the next layer: a forward pass of the
+bundled base model took 380 MB to save 250 MB, and peaked at 1.43 instead of 1.31 GB at equal speed.
 """
 
 from __future__ import annotations
@@ -14,59 +14,60 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-_BLOCK_BYTES = 64 << 20  # large enough for malloc to map it by itself; pages nobody wrote to take no memory
-_ALIGNED = 64  # a line of cache, as torch aligns its own
+_BLOCK_BYTES = 64 << 20  # large enough for malloc to map it; untouched pages occupy no memory
+_ALIGNMENT = 64  # a cache line, as torch aligns its own tensors
 
 
 @dataclass(frozen=True)
 class _Saved:
     tensor: torch.Tensor
-    of_pass: int
+    pass_number: int
 
 
 class ActivationArena:
-    """Room for the saved tensors of one forward pass at a time, which stays until this object goes.
+    """Holds the saved tensors of one forward pass at a time; its memory lives as long as the object.
 
-    Every saved tensor is copied, each time it is saved: for models that save few and none twice, as blocks in bfloat16 do.
-    Weights, which are there anyway, are not.
+    Each saved tensor is copied once per save, which suits models that save few tensors and none twice, as fused blocks in
+    bf16. Weights are not copied.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._weights = {_memory(weight) for weight in (*model.parameters(), *model.buffers())}
+        self._weights = {_address(weight) for weight in (*model.parameters(), *model.buffers())}
         self._blocks: list[torch.Tensor] = []
-        self._pass = 0
+        self._pass_number = 0
         self._block = self._used = 0
-        self.nbytes = 0  # of what the last pass saved
+        self.nbytes = 0  # saved by the last pass
 
     @contextmanager
     def of_one_pass(self) -> Iterator[None]:
-        """What is saved within lies here until this is entered again: the backward pass comes before that."""
-        self._pass += 1
+        """Save the tensors of one forward pass here. Finish its backward pass before entering again."""
+        self._pass_number += 1
         self._block = self._used = self.nbytes = 0
-        with saved_tensors_hooks(self._save, self._saved):
+        with saved_tensors_hooks(self._pack, self._unpack):
             yield
 
-    def _save(self, tensor: torch.Tensor) -> _Saved:
-        if not tensor.is_cpu or _memory(tensor) in self._weights:
-            return _Saved(tensor, self._pass)
-        return _Saved(self._room_like(tensor).copy_(tensor), self._pass)
+    def _pack(self, tensor: torch.Tensor) -> _Saved:
+        if not tensor.is_cpu or _address(tensor) in self._weights:
+            return _Saved(tensor, self._pass_number)
+        return _Saved(self._empty_like(tensor).copy_(tensor), self._pass_number)
 
-    def _saved(self, saved: _Saved) -> torch.Tensor:
-        if saved.of_pass != self._pass:
+    def _unpack(self, saved: _Saved) -> torch.Tensor:
+        if saved.pass_number != self._pass_number:
             raise RuntimeError(
-                f"Pass {self._pass} has taken the room of pass {saved.of_pass}, whose gradients were due.",
+                f"Forward pass {self._pass_number} has overwritten the tensors of pass {saved.pass_number} "
+                "before its backward pass."
             )
         return saved.tensor
 
-    def _room_like(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Of the same shape and type, in the same order of axes."""
+    def _empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Allocate a tensor of the same shape, type and order of axes."""
         like = torch.empty_like(tensor, device="meta")
         size = like.numel() * like.element_size()
-        return self._room(size).view(like.dtype).as_strided(like.shape, like.stride())
+        return self._allocate(size).view(like.dtype).as_strided(like.shape, like.stride())
 
-    def _room(self, size: int) -> torch.Tensor:
+    def _allocate(self, size: int) -> torch.Tensor:
         self.nbytes += size
-        padded = -(-size // _ALIGNED) * _ALIGNED
+        padded = -(-size // _ALIGNMENT) * _ALIGNMENT
         while self._block < len(self._blocks) and self._used + padded > len(self._blocks[self._block]):
             self._block, self._used = self._block + 1, 0
         if self._block == len(self._blocks):
@@ -75,5 +76,5 @@ class ActivationArena:
         return self._blocks[self._block][start : start + size]
 
 
-def _memory(tensor: torch.Tensor) -> int:
+def _address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from peft_core.base_models.families import UNSUPPORTED_ATTENTION
 from peft_core.modeling.attention_bf16 import Bf16Attention
-from peft_core.modeling.device import fixed_shapes
+from peft_core.modeling.mps import fixed_shapes
 from peft_core.system.failures import describe_error, is_out_of_memory
 
 _log = structlog.get_logger(__name__)

@@ -1,17 +1,15 @@
-"""Where to compute, and in which number formats. The only file that knows devices apart."""
+"""The device to compute on and its number formats."""
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from peft_core.errors import InvalidArgument
-from peft_core.modeling.threads import SHAPE
+from peft_core.modeling.mps import flops
 from peft_core.schemas.training import DeviceName, Precision
 from peft_core.system.machine import usable_cores
 
@@ -20,26 +18,25 @@ ChosenDevice = Literal["mps", "cuda", "cpu"]
 _WHY_FLOAT32: dict[ChosenDevice, str] = {
     "mps": "float32: bfloat16 on MPS needs macOS 14",
     "cuda": "float32: this GPU has no bfloat16 units",
-    "cpu": "float32",  # unless the task says otherwise: a CPU without units for bfloat16 is five times slower in it
+    "cpu": "float32",  # unless the compute plan says bf16: without bf16 units a CPU is five times slower in it
 }
-_MPS_MULTIPLE = 256  # tokens: two shapes at the default max_length, and about a tenth of the work for nothing
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What this computer offers to torch."""
+    """The devices that torch can use on this computer."""
 
     mps: bool = False
     mps_bfloat16: bool = False  # macOS 14 or later
     cuda: bool = False
     cuda_bfloat16: bool = False  # in hardware: emulation is slower than float32
-    mps_flops: float | None = None  # floating point operations per second, where both were timed (speed.py)
+    mps_flops: float | None = None  # floating point operations per second; set if both were timed
     cpu_flops: float | None = None
 
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """Formats of the frozen weights and of the arithmetic; the adapter, its optimiser and losses are always float32."""
+    """A device, the type of the frozen weights and of the arithmetic. Adapter, optimiser and losses are always float32."""
 
     device: ChosenDevice
     weights: torch.dtype
@@ -59,30 +56,35 @@ def describe() -> Machine:
 
 
 def choose(requested: DeviceName, machine: Machine, precision: Precision = "auto") -> DevicePlan:
-    """Decide for a machine. 'auto': MPS, else CUDA, else the CPU; of MPS and CPU the faster, where both were timed.
+    """Choose the device of a machine. 'auto' takes MPS, else CUDA, else the CPU; the faster of MPS and CPU if both were timed.
 
     Raises:
-        InvalidArgument: the requested device is not there.
+        InvalidArgument: the machine does not have the requested device.
     """
-    there: list[ChosenDevice] = ["cpu"]
+    available: list[ChosenDevice] = ["cpu"]
     if machine.cuda:
-        there.insert(0, "cuda")
+        available.insert(0, "cuda")
     if machine.mps:
-        there.insert(0, "mps")
-    if requested != "auto" and requested not in there:
+        available.insert(0, "mps")
+    if requested != "auto" and requested not in available:
         raise InvalidArgument(
             "config.device",
             requested,
-            f"this machine has {', '.join(there)}",
-            suggestions=["Use device='auto': it takes the fastest one there is."],
+            f"this machine has {', '.join(available)}",
+            suggestions=["Use device='auto' to take the fastest one available."],
         )
-    if requested == "auto" and there[0] == "mps" and machine.mps_flops is not None and machine.cpu_flops is not None:
+    if (
+        requested == "auto"
+        and available[0] == "mps"
+        and machine.mps_flops is not None
+        and machine.cpu_flops is not None
+    ):
         plan = choose("mps" if machine.mps_flops >= machine.cpu_flops else "cpu", machine, precision)
         speeds = f"MPS {machine.mps_flops / 1e12:.1f} TFLOP/s, CPU {machine.cpu_flops / 1e12:.1f} TFLOP/s"
         return replace(plan, note=f"{plan.note}; {speeds}")
-    device = there[0] if requested == "auto" else requested
+    device = available[0] if requested == "auto" else requested
     if precision == "float32":
-        return DevicePlan(device, torch.float32, "no", "float32, as asked for")
+        return DevicePlan(device, torch.float32, "no", "float32, as requested")
     match device:
         case "mps" if machine.mps_bfloat16:
             # Not float16: its range overflows in training and gives NaN on MPS.
@@ -94,13 +96,13 @@ def choose(requested: DeviceName, machine: Machine, precision: Precision = "auto
 
 
 def use_cores() -> None:
-    """One thread for each core that this process may use."""
-    if "OMP_NUM_THREADS" not in os.environ:  # whoever set it knows better
+    """Use one thread for each usable core, unless the user set OMP_NUM_THREADS."""
+    if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(usable_cores())
 
 
 def device_memory_bytes(device: torch.device) -> int:
-    """Memory of the accelerator that torch holds (MPS) or held at its peak (CUDA); 0 on the CPU."""
+    """Return the accelerator memory that torch holds (MPS) or held at its peak (CUDA); 0 on the CPU."""
     match device.type:
         case "cuda":
             return torch.cuda.max_memory_allocated(device)
@@ -110,19 +112,8 @@ def device_memory_bytes(device: torch.device) -> int:
             return 0
 
 
-def fixed_shapes(device: torch.device) -> int | None:
-    """What numbers of tokens must be multiples of: MPS's allocator keeps a pool for each shape, so there are to be few."""
-    return _MPS_MULTIPLE if device.type == "mps" else None
-
-
-def release_cache(device: torch.device) -> None:
-    """Return unused blocks on MPS, whose allocator keeps a pool for each shape and grows with every new length."""
-    if device.type == "mps":
-        torch.mps.empty_cache()
-
-
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """Generator states that dropout draws from, by device type."""
+    """Return the states of the random generators that dropout uses, by device type."""
     states = {"cpu": torch.get_rng_state()}
     match device.type:
         case "cuda":
@@ -133,7 +124,7 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(device: torch.device, states: dict[str, torch.Tensor]) -> None:
-    """Go on drawing where `rng_state` was taken."""
+    """Restore what `rng_state` returned."""
     torch.set_rng_state(states["cpu"])
     match device.type:
         case "cuda" if "cuda" in states:
@@ -142,47 +133,10 @@ def set_rng_state(device: torch.device, states: dict[str, torch.Tensor]) -> None
             torch.mps.set_rng_state(states["mps"])
 
 
-# FOLDED FROM peft_core.modeling.device: How fast a device multiplies matrices. A new Mac's CPU (SME) may be about as
-# fast as its GPU: hence both are timed.
-
-_AT_MOST_S = 1.0
-_TOGETHER = 8  # products handed over before waiting: one by one a GPU would mostly wait, and training does not
-
-
 def timed(requested: DeviceName, machine: Machine, precision: Precision = "auto") -> Machine:
-    """The machine with the speeds of MPS and CPU, where there is a choice between them; two seconds at most."""
+    """Return the machine with the speeds of MPS and CPU if 'auto' has to choose between them. Takes up to two seconds."""
     if requested != "auto" or not machine.mps:
         return machine
     plans = choose("mps", machine, precision), choose("cpu", machine, precision)
     mps, cpu = (flops(plan.device, plan.weights) for plan in plans)
     return replace(machine, mps_flops=mps, cpu_flops=cpu)
-
-
-def flops(
-    device: str,
-    dtype: torch.dtype,
-    at_most_s: float = _AT_MOST_S,
-    clock: Callable[[], float] = time.perf_counter,
-) -> float:
-    """Floating point operations per second in products of a typical layer, the first ones (compilation) left out."""
-    rows, inner, columns = SHAPE
-    synchronise = torch.mps.synchronize if device == "mps" else _nothing
-    left = torch.ones(rows, inner, dtype=dtype, device=device)
-    right = torch.ones(inner, columns, dtype=dtype, device=device)
-
-    def compute() -> None:
-        for _ in range(_TOGETHER):
-            torch.mm(left, right)
-        synchronise()
-
-    end = clock() + at_most_s
-    compute()
-    began, batches = clock(), 0
-    while batches == 0 or clock() < end:
-        compute()
-        batches += 1
-    return 2 * rows * inner * columns * _TOGETHER * batches / (clock() - began)
-
-
-def _nothing() -> None:
-    """The CPU has done what it was told when the call returns."""

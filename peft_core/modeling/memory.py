@@ -1,4 +1,14 @@
-"""This process as the operating system sees it: peak memory, the allocator, threads."""
+"""Memory of a worker process: resident size, and how glibc's heap gives memory back.
+
+glibc keeps freed blocks for reuse, which is fast, and fragments them, which costs memory. The policy of the process is one of
+
+- keep (`set_malloc_keep`): freed blocks up to 8 MB stay in the heap; `trim_if_above` returns them above a limit. 7-12 % faster.
+- trim (`set_malloc_trim`): blocks of 512 kB and more go back to the kernel when they are freed. About 90 MB less at the peak.
+
+Order: set the policy at the start of the process, before anything large is allocated, because memory that the heap already has
+is reused first whatever the policy. Switching from keep to trim later (when memory runs out) helps new blocks alone. During
+training call `trim_if_above` after each micro-batch. Without glibc (macOS, musl) all of this does nothing.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +25,13 @@ import psutil
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _MADV_PAGEOUT = 21  # Linux's <sys/mman.h>
-# Larger blocks go back at once. Where memory is scarce even the inputs of layers are such, of short micro-batches too: in the
-# heap each is surrounded by holes of what was freed beside it.
-_KEPT_BYTES, _SPARING_BYTES = 8 << 20, 512 << 10
+# Larger blocks are mapped one by one, and unmapped when freed. Where memory is scarce the inputs of layers should be such blocks
+# in short micro-batches too: in the heap each would be surrounded by fragments.
+_KEEP_THRESHOLD_BYTES, _TRIM_THRESHOLD_BYTES = 8 << 20, 512 << 10
 
 
 def peak_memory_bytes() -> int:
-    """Peak resident memory of this process since it began: VmHWM on Linux, `ru_maxrss` elsewhere."""
+    """Return the peak resident memory of this process: VmHWM on Linux, `ru_maxrss` elsewhere."""
     if sys.platform == "linux":
         for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("VmHWM:"):
@@ -31,66 +41,67 @@ def peak_memory_bytes() -> int:
 
 
 def memory_bytes() -> int:
-    """Resident memory of this process now."""
+    """Return the current resident memory of this process."""
     return int(psutil.Process().memory_info().rss)
 
 
 def seconds_alive() -> float:
-    """Since the operating system started this process: imports count."""
+    """Return the seconds since the operating system started this process, imports included."""
     return time.time() - float(psutil.Process().create_time())
 
 
-_kept_up_to_bytes = 0
+_keep_up_to_bytes = 0  # resident memory above which `trim_if_above` acts
 
 
 def set_malloc_keep(up_to_bytes: int = 0) -> None:
-    """Let glibc reuse freed activations instead of asking the kernel for zeroed pages each time: +7-12 % speed.
+    """Let glibc reuse freed activations instead of asking the kernel for zeroed pages each time.
 
-    `up_to_bytes`: of the whole process, for `return_surplus_memory`.
+    `up_to_bytes`: resident memory of the process up to which `trim_if_above` leaves the heap alone.
     """
-    global _kept_up_to_bytes  # noqa: PLW0603 -- there is one heap in a process
-    _kept_up_to_bytes = up_to_bytes
-    _map_from(_KEPT_BYTES)
+    _set_policy(_KEEP_THRESHOLD_BYTES, up_to_bytes)
 
 
 def set_malloc_trim() -> None:
-    """From now on give what is freed back at once: slower, and without the holes that large blocks leave in glibc's heap.
-
-    Best before anything large is allocated: room that the heap has taken once is filled first, whatever the size.
-    """
-    global _kept_up_to_bytes  # noqa: PLW0603 -- likewise
-    _kept_up_to_bytes = 0
-    _map_from(_SPARING_BYTES)
+    """From now on return large freed blocks to the operating system immediately: slower, with less fragmentation."""
+    _set_policy(_TRIM_THRESHOLD_BYTES, 0)
 
 
-def _map_from(size: int) -> None:
+def _set_policy(threshold_bytes: int, keep_up_to_bytes: int) -> None:
+    global _keep_up_to_bytes  # noqa: PLW0603 -- a process has one heap
+    _keep_up_to_bytes = keep_up_to_bytes
+    _set_threshold(threshold_bytes)
+
+
+def _set_threshold(threshold_bytes: int) -> None:
     if (libc := _glibc()) is not None:
-        libc.mallopt(_M_MMAP_THRESHOLD, size)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2 * size)
+        libc.mallopt(_M_MMAP_THRESHOLD, threshold_bytes)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2 * threshold_bytes)
 
 
 def return_freed_memory() -> None:
-    """Give the holes that freed tensors left in glibc's heap back to the operating system."""
+    """Return the free memory in glibc's heap to the operating system."""
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)
 
 
 def trim_if_above() -> None:
-    """The same once the process holds more than it should keep.
+    """Call `return_freed_memory` if the process holds more than the policy keeps.
 
-    For after a micro-batch: they differ in length, and each leaves holes that the next cannot fill.
+    For after a micro-batch: they differ in length, and each leaves free blocks that do not fit the next.
     """
-    if memory_bytes() > _kept_up_to_bytes:
+    if memory_bytes() > _keep_up_to_bytes:
         return_freed_memory()
 
 
 def madvise_pageout(address: int, size: int) -> None:
-    """Let go of memory that was read from a mapped file, where the system can. What is read again comes from the file."""
+    """Drop pages of a mapped file from resident memory, on Linux. They are read from the file again when needed."""
     page = os.sysconf("SC_PAGE_SIZE") if sys.platform == "linux" else 0
     if (libc := _glibc()) is not None and page:
         first, end = -(-address // page) * page, (address + size) // page * page
         if first < end:
-            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_PAGEOUT)  # advice: may be refused
+            libc.madvise(
+                ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_PAGEOUT
+            )  # the kernel may ignore it
 
 
 def _glibc() -> ctypes.CDLL | None:

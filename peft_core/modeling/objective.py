@@ -21,10 +21,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from peft_core.base_models.families import LOGIT_SETTINGS
 from peft_core.modeling import attention
 from peft_core.modeling.batches import IGNORED, Document, MicroBatch, join, micro_batches
-from peft_core.modeling.device import fixed_shapes
 from peft_core.modeling.lm_head import ChunkedLMHead, logit_scores
 from peft_core.modeling.load import FrozenLinear, matrix_of
 from peft_core.modeling.memory import set_malloc_trim
+from peft_core.modeling.mps import fixed_shapes
 from peft_core.modeling.quantised import Bf16Matrix, FrozenMatrix
 from peft_core.planning.cost_model import micro_capacity
 from peft_core.system.failures import describe_error, is_out_of_memory

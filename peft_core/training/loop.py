@@ -20,8 +20,9 @@ from peft_core.errors import NonFiniteError, TrainingError
 from peft_core.evaluation.worker.scoring import held_out_loss
 from peft_core.modeling.activation_arena import ActivationArena
 from peft_core.modeling.batches import Document, Order
-from peft_core.modeling.device import release_cache, rng_state, set_rng_state
+from peft_core.modeling.device import rng_state, set_rng_state
 from peft_core.modeling.memory import peak_memory_bytes, return_freed_memory, set_malloc_trim, trim_if_above
+from peft_core.modeling.mps import release_cache
 from peft_core.modeling.objective import Objective
 from peft_core.schemas.events import (
     CheckpointSaved,

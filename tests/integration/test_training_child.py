@@ -191,12 +191,12 @@ def test_gradient_checkpointing_returns_freed_memory_from_the_start(
     recompute: bool,
 ) -> None:
     sizes: list[int] = []
-    map_from = memory._map_from
-    monkeypatch.setattr(memory, "_map_from", lambda size: (sizes.append(size), map_from(size)))
+    set_threshold = memory._set_threshold
+    monkeypatch.setattr(memory, "_set_threshold", lambda size: (sizes.append(size), set_threshold(size)))
     task = make_task(tmp_path, str(tiny_base), **SHORT_RUN)
     compute_plan = ComputePlan(weights="file", recompute_layers=recompute)
     training_run.run(change_request(task, execution=compute_plan), lambda _event: None, StopFlag())
-    assert set(sizes) == {memory._SPARING_BYTES if recompute else memory._KEPT_BYTES}
+    assert set(sizes) == {memory._TRIM_THRESHOLD_BYTES if recompute else memory._KEEP_THRESHOLD_BYTES}
     memory.set_malloc_keep()  # restores what the other tests expect
 
 

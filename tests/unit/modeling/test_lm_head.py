@@ -1,6 +1,5 @@
 """N positions, D model size, V vocabulary."""
 
-
 import pytest
 import torch
 from torch.nn.functional import cross_entropy

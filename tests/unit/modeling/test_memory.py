@@ -37,7 +37,7 @@ def pipe() -> Iterator[tuple[int, int]]:
             os.close(fd)
 
 
-def test_events_are_one_line_each(pipe: tuple[int, int]) -> None:
+def test_each_event_is_written_as_one_line(pipe: tuple[int, int]) -> None:
     reader, writer = pipe
     emit = json_line_writer(writer, StopFlag().request)
     events = [JobStarted(), CheckpointSaved(step=3)]
@@ -47,7 +47,7 @@ def test_events_are_one_line_each(pipe: tuple[int, int]) -> None:
     assert [EVENT.validate_json(line) for line in lines] == events
 
 
-def test_a_reader_that_has_gone_is_a_request_to_stop(pipe: tuple[int, int]) -> None:
+def test_a_closed_event_pipe_requests_a_stop(pipe: tuple[int, int]) -> None:
     reader, writer = pipe
     stop = StopFlag()
     emit = json_line_writer(writer, stop.request)
@@ -57,11 +57,11 @@ def test_a_reader_that_has_gone_is_a_request_to_stop(pipe: tuple[int, int]) -> N
         stop.check()
 
 
-def test_nobody_asked_nothing_stops() -> None:
+def test_check_passes_without_a_request_to_stop() -> None:
     StopFlag().check()
 
 
-def test_an_error_of_ours_is_told_as_it_is() -> None:
+def test_error_info_keeps_the_fields_of_our_own_errors() -> None:
     problem = error_info(DataError("Too few.", code="too_few", suggestions=["Give more."]), TRAINING)
     assert (problem.code, problem.message, problem.suggestions) == ("too_few", "Too few.", ("Give more.",))
 
@@ -78,27 +78,27 @@ def test_an_error_of_ours_is_told_as_it_is() -> None:
         OSError(12, "Cannot allocate memory"),
     ],
 )
-def test_memory_is_recognised_as_the_cause(error: Exception) -> None:
+def test_out_of_memory_errors_of_all_libraries_are_recognised(error: Exception) -> None:
     problem = error_info(error, TRAINING)
     assert problem.code == "out_of_memory"
     assert any("max_length" in suggestion for suggestion in problem.suggestions)
 
 
-def test_anything_else_is_told_by_type_and_text() -> None:
+def test_error_info_names_type_and_text_of_other_errors() -> None:
     problem = error_info(ZeroDivisionError("division\nby zero"), TRAINING)
     assert problem.code == "training_crashed"
     assert "ZeroDivisionError: division by zero" in problem.message
 
 
-def test_the_process_knows_its_memory_and_time() -> None:
+def test_peak_memory_and_age_of_the_process_are_plausible() -> None:
     set_malloc_keep()
     return_freed_memory()
     assert peak_memory_bytes() > 100_000_000  # torch is loaded
     assert 0 < seconds_alive() < 24 * 3600
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="macOS takes no such advice")
-def test_what_was_read_from_a_mapped_file_can_be_let_go_of_and_read_again(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS has no MADV_PAGEOUT")
+def test_madvise_pageout_drops_mapped_pages_which_can_be_read_again(tmp_path: Path) -> None:
     size = 32 << 20
     file = tmp_path / "weights"
     file.write_bytes(bytes([1]) * size)
@@ -109,14 +109,14 @@ def test_what_was_read_from_a_mapped_file_can_be_let_go_of_and_read_again(tmp_pa
 
     assert mapped.sum() == size
     assert in_memory() == size
-    madvise_pageout(mapped.data_ptr() + 1, size - 1)  # no whole pages at its ends
+    madvise_pageout(mapped.data_ptr() + 1, size - 1)  # its ends are not page-aligned
     assert in_memory() < size // 2
     assert mapped.sum() == size
 
 
-def test_freed_memory_is_returned_above_what_may_be_kept_and_not_below(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trim_if_above_returns_memory_only_above_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     returned = list[int]()
-    monkeypatch.setattr(process, "return_freed_memory", lambda: returned.append(process._kept_up_to_bytes))
+    monkeypatch.setattr(process, "return_freed_memory", lambda: returned.append(process._keep_up_to_bytes))
     for kept in (memory_bytes() + (1 << 30), 1 << 20):
         set_malloc_keep(up_to_bytes=kept)
         trim_if_above()
@@ -129,18 +129,18 @@ def test_freed_memory_is_returned_above_what_may_be_kept_and_not_below(monkeypat
 
 _HALF_FREED = """
 import torch
-from peft_core.modeling.memory import keep_freed_memory, memory_bytes, spare_memory
+from peft_core.modeling.memory import memory_bytes, set_malloc_keep, set_malloc_trim
 {mode}()
 tensors = [torch.ones(150_000) for _ in range(100)]  # 60 MB
-whole = memory_bytes()
+before = memory_bytes()
 del tensors[::2]
-print(whole - memory_bytes())
+print(before - memory_bytes())
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="of glibc's heap")
+@pytest.mark.skipif(sys.platform != "linux", reason="tests glibc")
 @pytest.mark.parametrize(("mode", "goes_back"), [("set_malloc_trim", True), ("set_malloc_keep", False)])
-def test_what_is_freed_between_what_stays_goes_back_at_once_where_memory_is_spared(mode: str, goes_back: bool) -> None:
+def test_only_the_trim_policy_returns_blocks_freed_between_live_ones(mode: str, goes_back: bool) -> None:
     script = _HALF_FREED.format(mode=mode)
     freed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert (int(freed) > 25_000_000) == goes_back

@@ -1,4 +1,4 @@
-"""Threads of a training: decided by what a product takes with each number of them, again and again."""
+"""The number of threads: tuned by timed products in training, by timed tokens in generation."""
 
 from __future__ import annotations
 
@@ -7,14 +7,22 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
-from peft_core.modeling.threads import ThreadTuner, candidates, decide, measure
+from peft_core.modeling.threads import (
+    PERIOD_TOKENS,
+    TRIAL_TOKENS,
+    DecodeThreadTuner,
+    ThreadTuner,
+    candidates,
+    decide,
+    measure,
+)
 
 QUIET = {2: 2.7, 1: 5.3}
 BUSY = {2: 6.0, 1: 5.3}
 
 
 class Machine:
-    """A clock, and what a product takes at the moment."""
+    """A clock, and the time of a product with each number of threads."""
 
     def __init__(self, seconds: dict[int, float], probe_s: float = 0.25) -> None:
         self.seconds = seconds
@@ -45,7 +53,7 @@ def torch_threads() -> Iterator[int]:
 
 
 @pytest.mark.parametrize(("cores", "tried"), [(1, (1,)), (2, (2, 1)), (3, (3, 2, 1)), (16, (16, 15, 8, 1))])
-def test_all_cores_all_but_the_users_half_and_one_are_tried(cores: int, tried: tuple[int, ...]) -> None:
+def test_candidates_are_all_cores_all_but_one_half_and_one(cores: int, tried: tuple[int, ...]) -> None:
     assert candidates(cores) == tried
 
 
@@ -64,7 +72,7 @@ def test_all_cores_all_but_the_users_half_and_one_are_tried(cores: int, tried: t
         (1, {16: 1.0, 15: 1.02, 8: 1.9, 1: 14.0}, 15),
     ],
 )
-def test_the_fewest_that_are_nearly_the_fastest_are_chosen_and_more_only_for_a_clear_gain(
+def test_the_fewest_nearly_fastest_threads_are_chosen_and_more_only_for_a_clear_gain(
     current: int,
     seconds: dict[int, float],
     chosen: int,
@@ -72,7 +80,7 @@ def test_the_fewest_that_are_nearly_the_fastest_are_chosen_and_more_only_for_a_c
     assert decide(current, seconds) == chosen
 
 
-def test_a_machine_that_becomes_busy_and_quiet_again_is_noticed() -> None:
+def test_training_adapts_when_the_machine_becomes_busy_and_quiet() -> None:
     machine = Machine(QUIET)
     threads = machine.threads()
     machine.train(threads, 31)
@@ -86,7 +94,7 @@ def test_a_machine_that_becomes_busy_and_quiet_again_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("probe_s", [0.25, 3.0])
-def test_probes_take_a_hundredth_of_the_time_at_most(probe_s: float) -> None:
+def test_probes_take_at_most_a_hundredth_of_the_time(probe_s: float) -> None:
     machine = Machine(QUIET, probe_s)
     machine.train(machine.threads(), 1500)
     first, *later = machine.probes
@@ -101,13 +109,69 @@ def test_one_core_needs_no_probe() -> None:
     assert (machine.probes, machine.used) == ([], [])
 
 
-def test_a_number_that_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch, torch_threads: int) -> None:
+def test_omp_num_threads_takes_precedence(monkeypatch: pytest.MonkeyPatch, torch_threads: int) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     ThreadTuner.for_training("cpu").keep_up()
     assert torch.get_num_threads() == torch_threads
 
 
-def test_products_are_measured_with_each_number(torch_threads: int) -> None:
+def test_measure_times_every_number_of_threads(torch_threads: int) -> None:
     seconds = measure((2, 1))
     assert set(seconds) == {1, 2}
     assert all(0 < taken < 10 for taken in seconds.values())
+
+
+class DecodeMachine:
+    """A clock that each token advances by its time with the threads in use."""
+
+    def __init__(self, seconds: dict[int, float]) -> None:
+        self.seconds = seconds
+        self.threads = 0
+        self.now = 0.0
+
+    def use(self, threads: int) -> None:
+        self.threads = threads
+
+    def tuner(self) -> DecodeThreadTuner:
+        return DecodeThreadTuner(max(self.seconds), self.use, lambda: self.now)
+
+    def answer(self, tuner: DecodeThreadTuner, tokens: int) -> list[int]:
+        """Return the threads that each token was generated with; the first token uses the prompt's."""
+        tuner.prompt()
+        used = []
+        for _ in range(tokens):
+            used.append(self.threads)
+            self.now += self.seconds[self.threads]
+            tuner.token()
+        return used
+
+
+@pytest.mark.parametrize(("seconds", "best"), [({4: 0.03, 1: 0.05}, 4), ({4: 0.12, 1: 0.05}, 1)])
+def test_decoding_keeps_the_faster_number_of_threads(seconds: dict[int, float], best: int) -> None:
+    machine = DecodeMachine(seconds)
+    used = machine.answer(machine.tuner(), PERIOD_TOKENS)
+    assert used[: 1 + TRIAL_TOKENS] == [4] * (1 + TRIAL_TOKENS)
+    assert used[1 + TRIAL_TOKENS : 1 + 2 * TRIAL_TOKENS] == [1] * TRIAL_TOKENS
+    assert set(used[1 + 2 * TRIAL_TOKENS :]) == {best}
+
+
+def test_decoding_adapts_when_the_machine_becomes_busy() -> None:
+    machine = DecodeMachine({2: 0.03, 1: 0.05})
+    tuner = machine.tuner()
+    assert machine.answer(tuner, PERIOD_TOKENS)[-1] == 2
+    machine.seconds = {2: 0.12, 1: 0.06}
+    assert machine.answer(tuner, PERIOD_TOKENS)[-1] == 1
+    machine.seconds = {2: 0.03, 1: 0.05}
+    assert machine.answer(tuner, PERIOD_TOKENS)[-1] == 2
+
+
+def test_short_answers_share_trials_and_prompts_use_all_cores() -> None:
+    machine = DecodeMachine({2: 0.12, 1: 0.05})
+    tuner = machine.tuner()
+    machine.answer(tuner, 2 * TRIAL_TOKENS + 1)
+    assert machine.answer(tuner, 10) == [2] + [1] * 9
+
+
+def test_decoding_on_one_core_runs_no_trial() -> None:
+    machine = DecodeMachine({1: 0.05})
+    assert machine.answer(machine.tuner(), 10) == [1] * 10

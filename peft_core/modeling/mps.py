@@ -1,0 +1,54 @@
+"""Everything that is special about Apple's GPUs (MPS). None of it has been run on Apple hardware yet.
+
+MPS's allocator keeps a pool for each tensor shape, so training pads micro-batches to few shapes (`fixed_shapes`, which
+`batches.join` and the masked attention in `attention.py` follow) and empties the pools after each step (`release_cache`).
+Recent Macs have CPUs that multiply about as fast as their GPU, so both are timed (`flops`) before 'auto' chooses one.
+`fused_blocks.fuse` leaves MPS alone: `out=` with a slice as its target is silently ignored by older versions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from peft_core.modeling.threads import PROBE_SHAPE
+
+_MULTIPLE = 256  # tokens: gives two shapes at the default max_length, and about a tenth of the work is padding
+_PROBE_S = 1.0
+_PRODUCTS_PER_WAIT = 8  # waiting after each product would leave a GPU idle, which training does not
+
+
+def fixed_shapes(device: torch.device) -> int | None:
+    """Return the number that token counts must be multiples of on this device; None if any count is fine."""
+    return _MULTIPLE if device.type == "mps" else None
+
+
+def release_cache(device: torch.device) -> None:
+    """Return unused blocks of MPS's allocator, which grows with every new shape. Does nothing on other devices."""
+    if device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def flops(
+    device: str, dtype: torch.dtype, at_most_s: float = _PROBE_S, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Return the floating point operations per second in products of a typical layer, after a warm-up batch."""
+    rows, inner, columns = PROBE_SHAPE
+    left = torch.ones(rows, inner, dtype=dtype, device=device)
+    right = torch.ones(inner, columns, dtype=dtype, device=device)
+
+    def compute() -> None:
+        for _ in range(_PRODUCTS_PER_WAIT):
+            torch.mm(left, right)
+        if device == "mps":
+            torch.mps.synchronize()
+
+    end = clock() + at_most_s
+    compute()
+    began, batches = clock(), 0
+    while batches == 0 or clock() < end:
+        compute()
+        batches += 1
+    return 2 * rows * inner * columns * _PRODUCTS_PER_WAIT * batches / (clock() - began)
