@@ -225,7 +225,7 @@ def load_planned(
     """Load the frozen base model on the CPU as planned, and return it with the plan that it follows in fact.
 
     A model that cannot be mapped is loaded as a whole. On an accelerator the device's own formats decide; in the families of
-    `FAMILIES` only the weights are in 16 bits there and the hidden states are float32, as on a CPU, so that blocks can be fused.
+    `FAMILIES` only the weights are in 16 bits there; hidden states are float32, as on a CPU, so that blocks can be fused.
 
     Raises:
         BaseCheckpointError: as `load_base`.

@@ -25,7 +25,7 @@ import psutil
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _MADV_PAGEOUT = 21  # Linux's <sys/mman.h>
-# Larger blocks are mapped one by one, and unmapped when freed. Where memory is scarce the inputs of layers should be such blocks
+# Larger blocks are mapped one by one and unmapped when freed. Where memory is scarce layer inputs should be such blocks,
 # in short micro-batches too: in the heap each would be surrounded by fragments.
 _KEEP_THRESHOLD_BYTES, _TRIM_THRESHOLD_BYTES = 8 << 20, 512 << 10
 

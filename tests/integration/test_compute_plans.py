@@ -204,8 +204,8 @@ def test_the_packing_probe_distinguishes_rounding_from_attention_leaks(
         leaks = leak == "every layer" or (leak == "one layer" and layer == 15)
         return own(query, key, value, (sum(lengths),) if leaks else lengths, **others)
 
-    own = attention.attend_at_once
-    monkeypatch.setattr(attention, "attend_at_once", attend)
+    own = attention.attend_with_mask
+    monkeypatch.setattr(attention, "attend_with_mask", attend)
     monkeypatch.setattr(attention, "fixed_shapes", lambda _device: 256)  # takes the way of one product with a mask
     for model in (load_mapped(base, directory, in_bfloat16=True), load_base(directory, torch.bfloat16)):
         assert model is not None

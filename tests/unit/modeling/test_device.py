@@ -96,7 +96,7 @@ def test_set_rng_state_restores_the_random_sequence() -> None:
 
 def test_timing_the_cpu_counts_batches_and_respects_its_limit() -> None:
     times = iter(range(1000))
-    # The clock advances by 1 per call: warm-up ends at 1, the limit is passed at 4, and the end is taken at 5: 3 batches in 4 s.
+    # The clock advances by 1 per call: warm-up ends at 1, the limit is passed at 4, the end is read at 5: 3 batches in 4 s.
     counted = flops("cpu", torch.float32, at_most_s=3.5, clock=lambda: float(next(times)))
     assert counted == pytest.approx(2 * 512 * 576 * 1536 * 8 * 3 / 4)
     assert 1e8 < flops("cpu", torch.float32, at_most_s=0.05) < 1e15

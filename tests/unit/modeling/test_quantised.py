@@ -168,7 +168,7 @@ def test_what_was_computed_in_inference_mode_can_be_computed_outside_of_it() -> 
     matrix, x_TI = QuantisedMatrix.from_tensor(torch.randn(6, 10).bfloat16()), torch.randn(2, 10)
     with ThreadPoolExecutor(1) as thread:  # a new one, which has unpacked nothing yet
         inside, outside = (
-            thread.submit(torch.inference_mode(mode)(matrix.times), x_TI).result() for mode in (True, False)
+            thread.submit(torch.inference_mode(mode)(matrix.matmul), x_TI).result() for mode in (True, False)
         )
     assert torch.equal(inside, outside)
 
