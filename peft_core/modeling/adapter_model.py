@@ -1,4 +1,4 @@
-"""A base in memory and adapters on it. The only file that knows PEFT's ways of loading, and their traps.
+"""A base model in memory with adapters on it. The only file that loads adapters through PEFT, and works around its traps.
 
 T tokens, V vocabulary
 """
@@ -30,45 +30,45 @@ from peft_core.modeling.tokenizer import BaseTokenizer, load_tokenizer
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.results import LoadCheck
 
-# Any text will do that is long enough for every module to matter.
+# Any text that is long enough for every module to have an effect.
 PROBE = 'def read(path: str) -> list[str]:\n    """Lines of a file."""\n    with open(path) as file:\n        return'
 _PROBE_TOKENS = 24
 
 
 class BaseCorrupted(Exception):
-    """This process can no longer be trusted to answer; it must end."""
+    """The base model in this process is damaged; the process must exit."""
 
 
-_names = (f"adapter_{number}" for number in itertools.count())  # PEFT misbehaves on dots and on names of its own
+_names = (f"adapter_{number}" for number in itertools.count())  # PEFT mishandles dots and its own attribute names
 
 
 @dataclass
 class ResidentModel:
-    """Nothing is ever merged into the base: taking an adapter off restores it bit for bit."""
+    """A base model and its adapters. None is ever merged into it: removing an adapter restores the base bit for bit."""
 
     base: Base
     tokenizer: BaseTokenizer
     ends: tuple[int, ...]  # tokens that end an answer
-    causal: PreTrainedModel  # PEFT replaces its linear layers in place, and puts them back
+    causal: PreTrainedModel  # PEFT replaces its linear layers in place, and restores them
     probe_1T: torch.Tensor
-    base_logits_TV: torch.Tensor  # of the probe
+    base_logits_TV: torch.Tensor  # for the probe
     _wrapped: Any = None  # a PeftModel while there is an adapter; its methods carry no types
     _adapters: set[str] = field(default_factory=set)
-    _selected: tuple[str | None] | None = None  # what PEFT is set to; None: not known
+    _selected: tuple[str | None] | None = None  # the adapter that PEFT uses, or (None,) for the base; None: unknown
 
     @classmethod
     def load(cls, base: Base, directory: Path, plan: DevicePlan) -> ResidentModel:
-        """Read a Hugging Face model directory into memory, on its device.
+        """Load a Hugging Face model directory onto its device.
 
         Raises:
-            BaseModelError: it cannot be loaded.
+            BaseCheckpointError: it cannot be loaded.
         """
         tokenizer = load_tokenizer(directory)
         causal = load_base(directory, plan.weights)
         # kill-point: inference worker, load_adapter: the base model is loaded
         causal.to(torch.device(plan.device)).eval()  # type: ignore[arg-type]  # a decorator hides the signature
         ends = _end_tokens(causal, tokenizer)
-        # The base's own defaults (sampling, repetition penalties) would mix into what was asked for.
+        # The base model's own defaults (sampling, repetition penalties) would override those of a request.
         causal.generation_config = GenerationConfig(eos_token_id=list(ends), pad_token_id=ends[0])
         probe_1T = torch.tensor([tokenizer.ids(PROBE)[:_PROBE_TOKENS]], device=causal.device)
         return cls(
@@ -81,12 +81,12 @@ class ResidentModel:
         )
 
     def add(self, settings: LoraSettings, tensors: Mapping[str, torch.Tensor]) -> tuple[str, LoadCheck]:
-        """Put an adapter on the base, make it the selected one, and measure what it does: (its name here, effect).
+        """Add an adapter, select it and measure its effect. Returns its name in this model, and the check.
 
-        When it fails nothing of the adapter is left, and no adapter is selected.
+        If it fails, the adapter is removed completely and no adapter is selected.
 
         Raises:
-            InferenceError: it has no effect, an incomplete one, or one that is not a number.
+            InferenceError: it has no effect, not all of its tensors apply, or outputs are NaN or Inf.
         """
         # kill-point: inference worker, load_adapter: the adapter is about to be added
         name = next(_names)
@@ -99,7 +99,7 @@ class ResidentModel:
             else:
                 self._wrapped.add_adapter(name, config, low_cpu_mem_usage=True)
             self._adapters.add(name)
-            # PEFT creates float32 matrices and then takes what it is given: 16-bit ones would be computed in 16 bits.
+            # PEFT replaces its float32 matrices by these as they are: 16-bit ones would compute in 16 bits.
             given = {key: tensor.to(self.causal.device, torch.float32, copy=True) for key, tensor in tensors.items()}
             # kill-point: inference worker, load_adapter: layers are wrapped, without the adapter's weights
             outcome: Any = set_peft_model_state_dict(self._wrapped, given, adapter_name=name, low_cpu_mem_usage=True)
@@ -109,7 +109,7 @@ class ResidentModel:
             # kill-point: inference worker, load_adapter: the effect is about to be checked
             _require_effect(unmatched, change)
         except BaseException:
-            # What failed half-way stays registered with PEFT, and could be selected.
+            # PEFT keeps an adapter registered that failed halfway, and it could be selected.
             self._adapters.add(name)
             self.remove(name)
             self._require_undamaged()
@@ -117,31 +117,31 @@ class ResidentModel:
         return name, LoadCheck(unmatched_keys=unmatched, max_logit_change=change)
 
     def select(self, name: str | None) -> None:
-        """Answer with this adapter from here on; None: with the base alone."""
+        """Use this adapter from now on; None: the base model without an adapter."""
         if self._wrapped is None or self._selected == (name,):
             return
-        perhaps_off = self._selected in (None, (None,))
-        self._selected = None  # not known, should one of these fail: each walks through all layers
+        may_be_disabled = self._selected in (None, (None,))
+        self._selected = None  # unknown if one of these fails: each walks through all layers
         if name is None:
             self._wrapped.base_model.disable_adapter_layers()
         else:
-            if perhaps_off:
+            if may_be_disabled:
                 self._wrapped.base_model.enable_adapter_layers()
-            self._wrapped.set_adapter(name, inference_mode=True)  # else it would ask for gradients
+            self._wrapped.set_adapter(name, inference_mode=True)  # otherwise it would require gradients
         self._selected = (name,)
 
     def remove(self, name: str) -> None:
-        """Take an adapter off; afterwards none is selected."""
+        """Remove an adapter; afterwards none is selected."""
         self._adapters.discard(name)
         self._selected = None
         if self._wrapped is None:
             _unwrap(self.causal)
         elif self._adapters:
-            self.select(min(self._adapters))  # PEFT would choose another for the one it loses, and warn
+            self.select(min(self._adapters))  # else PEFT would select another one by itself, and warn
             if name in self._wrapped.peft_config:
                 self._wrapped.delete_adapter(name)
             self.select(None)
-        else:  # deleting the last one would leave layers that cannot compute
+        else:  # deleting the last adapter would leave layers that cannot compute
             self.causal = self._wrapped.base_model.unload()
             self._wrapped = None
             if hasattr(self.causal, "peft_config"):
@@ -149,24 +149,24 @@ class ResidentModel:
         release_memory()
 
     def _require_linear(self, settings: LoraSettings) -> None:
-        """PEFT wraps the layers of a model one by one, and stops half-way at one that it does not know."""
+        """Refuse target modules that are not linear: PEFT wraps layers one by one, and would fail halfway."""
         for name, module in self.causal.named_modules():
             inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
             if ".base_layer" not in name and settings.targets(name) and not isinstance(inner, nn.Linear | Conv1D):
                 raise InferenceError(
-                    f"The adapter is for {name[:120]}, which in this model is no linear layer but a {type(inner).__name__}.",
+                    f"The adapter is for {name[:120]}, which in this model is a {type(inner).__name__}, not a linear layer.",
                     code="adapter_not_applied",
                     suggestions=["Train it again without this target module"],
                 )
 
     def _require_undamaged(self) -> None:
-        """That the base alone says what it said at first, to the bit."""
+        """Raise BaseCorrupted unless the base model gives the same logits as at first, bit for bit."""
         self.select(None)
         if not torch.equal(_logits(self.causal, self.probe_1T), self.base_logits_TV):
-            raise BaseCorrupted("an adapter that failed to load has left its traces in the base")
+            raise BaseCorrupted("an adapter that failed to load has changed the base model")
 
     def _peft_config(self, settings: LoraSettings) -> LoraConfig:
-        """From verified values alone: nothing else of the adapter's file reaches PEFT."""
+        """Build PEFT's configuration from verified values alone: nothing else in the adapter's file reaches PEFT."""
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=settings.rank,
@@ -182,7 +182,7 @@ class ResidentModel:
 
 
 def _unwrap(model: nn.Module) -> None:
-    """Put back the layers that PEFT had replaced when it failed, before it had anything to undo it with."""
+    """Restore the layers that PEFT replaced before it failed to construct its model."""
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
             parent, _, child = name.rpartition(".")
@@ -190,7 +190,7 @@ def _unwrap(model: nn.Module) -> None:
 
 
 def release_memory() -> None:
-    """Return what was freed to the operating system."""
+    """Return freed memory to the operating system and the GPU."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -205,19 +205,19 @@ def _logits(model: Any, ids_1T: torch.Tensor) -> torch.Tensor:
 def _require_effect(unmatched: int, change: float) -> None:
     if unmatched:
         raise InferenceError(
-            f"The adapter was taken off again: {unmatched} of its tensors found no place in the base, or places no tensor.",
+            f"Adapter unloaded: {unmatched} tensors do not map to a base module, or modules have no tensor.",
             code="adapter_not_applied",
             suggestions=["Call verify_adapter_compatibility to see every reason"],
         )
     if not math.isfinite(change):
         raise InferenceError(
-            "The adapter was taken off again: with it the model answers with numbers that are none (NaN or infinity).",
+            "Adapter unloaded: outputs contain NaN or Inf.",
             code="adapter_not_finite",
             suggestions=["Train it again, with a lower learning_rate"],
         )
     if change == 0:
         raise InferenceError(
-            "The adapter was taken off again: it changes nothing, not one logit of the base on a test text.",
+            "Adapter unloaded: it has no effect; the logits for a test text equal the base model's.",
             code="adapter_no_effect",
             suggestions=["Train it again, with more steps"],
         )

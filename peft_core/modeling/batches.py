@@ -1,4 +1,4 @@
-"""Which examples a step sees, and how their documents are laid end to end instead of padded.
+"""The order of training examples, and sequence packing: documents end to end instead of padded.
 
 T tokens, N positions with a target; 1 is the batch dimension that models expect
 """
@@ -16,23 +16,23 @@ import torch
 from peft_core.modeling.tokenizer import BaseTokenizer
 from peft_core.schemas.dataset import Example
 
-IGNORED = -100  # no target; torch's own number for it
-_PACKED_TOGETHER = 64  # documents, where many are packed: first-fit is quadratic
+IGNORED = -100  # marks a position without a target, as in torch
+_PACKING_WINDOW = 64  # documents packed at a time, because first-fit is quadratic
 
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """One tokenised example. `learn_T[t]`: token t is predicted from those before it, and its loss counts."""
+    """One tokenised example. `learn_T[t]`: token t is a target, predicted from the tokens before it."""
 
     ids_T: torch.Tensor  # int32
-    learn_T: torch.Tensor  # bool; False for the first token, which nothing predicts
+    learn_T: torch.Tensor  # bool; False for the first token, which has no context
 
     def __len__(self) -> int:
         return self.ids_T.shape[0]
 
     @cached_property
     def targets(self) -> int:
-        """Tokens that carry loss."""
+        """The number of tokens that carry loss."""
         return int(self.learn_T.sum())
 
 
@@ -57,10 +57,10 @@ def tokenise(example: Example, tokenizer: BaseTokenizer, max_length: int) -> Doc
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """Documents laid end to end. No padding, but for devices that want few different shapes."""
+    """Documents packed end to end, padded only on devices that need few different shapes."""
 
     ids_1T: torch.Tensor  # int64
-    positions_1T: torch.Tensor  # int64; begin at 0 in each document
+    positions_1T: torch.Tensor  # int64; restart at 0 in each document
     lengths: tuple[int, ...]  # of the documents; sum T
     source_N: torch.Tensor  # int64; positions in T whose next token is a target
     target_N: torch.Tensor  # int64; token ids, or IGNORED
@@ -71,14 +71,14 @@ class MicroBatch:
 
 
 def join(documents: Sequence[Document], device: torch.device, multiple_of: int | None = None) -> MicroBatch:
-    """Lay documents end to end.
+    """Pack documents end to end.
 
-    `multiple_of`: T and N are the same multiple of it, for devices that want few different shapes. What is filled up is one
-    more document, of which nothing is learned.
+    `multiple_of`: pad T to a multiple of it, with N equal to T, for devices that need few different shapes. The padding is one
+    more document without targets.
     """
     if multiple_of is not None and (rest := -sum(map(len, documents)) % multiple_of):
-        nothing_T = torch.zeros(rest, dtype=torch.int32)
-        documents = [*documents, Document(ids_T=nothing_T, learn_T=nothing_T.bool())]
+        padding_T = torch.zeros(rest, dtype=torch.int32)
+        documents = [*documents, Document(ids_T=padding_T, learn_T=padding_T.bool())]
     ids_T = torch.cat([document.ids_T for document in documents]).long()
     positions_T = torch.cat([torch.arange(len(document)) for document in documents])
     target_at_N = torch.cat([document.learn_T for document in documents]).nonzero()[:, 0]
@@ -96,22 +96,22 @@ def join(documents: Sequence[Document], device: torch.device, multiple_of: int |
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Group indices so that no group's lengths sum to more than `capacity`: first-fit decreasing, so few groups.
+    """Group indices so that the lengths of a group sum to at most `capacity` (first-fit decreasing bin packing).
 
     An item longer than `capacity` gets a group of its own.
     """
     groups: list[list[int]] = []
-    room: list[int] = []
+    free_tokens: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         length = lengths[index]
-        for group, free in enumerate(room):
+        for group, free in enumerate(free_tokens):
             if length <= free:
                 groups[group].append(index)
-                room[group] -= length
+                free_tokens[group] -= length
                 break
         else:
             groups.append([index])
-            room.append(capacity - length)
+            free_tokens.append(capacity - length)
     return groups
 
 
@@ -121,23 +121,23 @@ def micro_batches(
     device: torch.device,
     multiple_of: int | None = None,
 ) -> Iterator[MicroBatch]:
-    """All documents, each once, in micro-batches of at most `capacity` tokens, filled up as `join` says."""
+    """Yield all documents, each once, in micro-batches of at most `capacity` tokens, padded as `join` says."""
     stream = iter(documents)
-    while some := list(islice(stream, _PACKED_TOGETHER)):
-        for group in pack([len(document) for document in some], capacity):
-            yield join([some[index] for index in group], device, multiple_of)
+    while window := list(islice(stream, _PACKING_WINDOW)):
+        for group in pack([len(document) for document in window], capacity):
+            yield join([window[index] for index in group], device, multiple_of)
 
 
 @dataclass(frozen=True)
 class Order:
-    """The order in which examples are seen: shuffled anew for each epoch, and a pure function of the seed.
+    """The order of examples: shuffled for each epoch, and a pure function of the seed.
 
-    A step's examples follow from its number alone, so a resumed run needs no other position.
+    A step's examples follow from its number, so that a resumed run needs no other state.
     """
 
     examples: int  # in the training set
     batch_size: int  # examples per step
-    shown: int  # examples in all steps together, repetitions counted
+    shown: int  # examples in all steps together, with repetitions
     seed: int
 
     @property
@@ -145,12 +145,12 @@ class Order:
         return -(-self.shown // self.batch_size)
 
     def step(self, step: int) -> list[int]:
-        """Indices of the examples of a step (1-based). The last step may have fewer."""
+        """Return the indices of the examples of a step (1-based). The last step may have fewer."""
         first = (step - 1) * self.batch_size
         return [self._at(position) for position in range(first, min(first + self.batch_size, self.shown))]
 
     def tokens(self, lengths: Sequence[int]) -> int:
-        """Tokens of all steps together, for examples of these lengths."""
+        """Return the tokens of all steps together, for examples of these lengths."""
         epochs, rest = divmod(self.shown, self.examples)
         last = _shuffled(self.examples, self.seed, epochs)[:rest]
         return epochs * sum(lengths) + sum(lengths[index] for index in last)
@@ -161,7 +161,7 @@ class Order:
 
 
 def plan_order(*, examples: int, batch_size: int, num_epochs: float | None, max_steps: int | None, seed: int) -> Order:
-    """`max_steps` steps, or `num_epochs` passes (1 where neither is given; at least one example)."""
+    """Plan `max_steps` steps, or `num_epochs` passes over the data (default 1; at least one example)."""
     if max_steps is not None:
         shown = max_steps * batch_size
     else:

@@ -1,29 +1,28 @@
-"""What torch and its company read from the environment as they are imported."""
+"""Environment variables that torch and related libraries read when they are imported."""
 
 from __future__ import annotations
 
 import os
 
 ENVIRONMENT = {
-    # Threads that wait spin for some microseconds, then give their core away. By default they spin for milliseconds, and
-    # one competing process then makes two threads slower than one (measured: 20 instead of 42 GFLOP/s; 114 and 108 on a
-    # quiet machine). People work on the machine while it trains.
+    # Waiting threads spin for microseconds, then yield their core. By default they spin for milliseconds, and one competing
+    # process makes two threads slower than one (20 instead of 42 GFLOP/s; 114 and 108 on a quiet machine).
     "GOMP_SPINCOUNT": "10000",
-    # oneDNN, which multiplies bfloat16, keeps a program for each shape it has seen, and torch keeps it once more, 1024 each by
-    # default. Micro-batches differ in length: both together grew by 660 MB over the shapes of an epoch. One micro-batch uses
-    # up to a hundred; a new one costs less than a millisecond.
+    # oneDNN, which multiplies bf16, caches a kernel for each shape, and torch caches it again, 1024 each by default. Because
+    # micro-batches differ in length, both grew by 660 MB over an epoch. One micro-batch uses up to 100 kernels; a new one
+    # costs less than a millisecond.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
     "LRU_CACHE_CAPACITY": "1",
-    "HF_HUB_OFFLINE": "1",  # everything is on this machine by now; a download here would be a mistake
+    "HF_HUB_OFFLINE": "1",  # all files are on this machine by now; a download would be a mistake
     "PYTORCH_ENABLE_MPS_FALLBACK": "1",  # a missing operation runs on the CPU instead of ending the run
-    "TOKENIZERS_PARALLELISM": "true",  # said aloud, so that the library does not warn
+    "TOKENIZERS_PARALLELISM": "true",  # explicit, so that the library does not warn
 }
 
 
 def prepare_environment() -> None:
-    """Call it before torch is imported. What the user has set stays, but for one."""
+    """Set the variables, before torch is imported. Values that the user has set take precedence, except RUST_BACKTRACE."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # tokenizers, out of memory: with a backtrace to print it runs out again while it holds the lock of all printing, and waits
-    # for itself for ever. Without, it ends.
+    # When tokenizers runs out of memory and prints a backtrace, it runs out again while it holds the print lock, and deadlocks.
+    # Without a backtrace it exits.
     os.environ["RUST_BACKTRACE"] = "0"

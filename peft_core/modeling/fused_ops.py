@@ -1,8 +1,8 @@
-"""What a decoder block computes, as few autograd functions: forward and backward written by hand, little kept between.
+"""A decoder block as a few autograd functions, with hand-written forward and backward passes that save little between them.
 
-Of a norm its input and one number a token are kept, of the gated MLP gate and up, of LoRA what A makes of the input;
-everything else is computed again in the backward pass. Frozen weights get no gradient. The hidden states of the model are
-float32; between products, and for the backward pass, numbers are of the projections' own type.
+A norm saves its input and one number per token, the gated MLP saves gate and up, LoRA saves A x; the backward pass recomputes
+everything else. Frozen weights get no gradient. Hidden states are float32; between products, and for the backward pass,
+tensors have the projections' own type.
 
 T tokens, D model size, I input features, O output features, F features of the MLP, H heads, E head size
 """
@@ -20,7 +20,7 @@ Grads = tuple[torch.Tensor | None, ...]
 
 
 class LinearFunction(torch.autograd.Function):
-    """Projections of x, side by side. Here and below `adapters` are A and B of each layer in turn."""
+    """Projections of x, side by side. Here and in the other functions `adapters` are A and B of each layer in turn."""
 
     @staticmethod
     def forward(ctx: Any, x_TI: torch.Tensor, projections: Projections, *adapters: torch.Tensor | None) -> torch.Tensor:
@@ -43,7 +43,7 @@ class LinearFunction(torch.autograd.Function):
 
 
 class NormLinearsFunction(torch.autograd.Function):
-    """Projections of the normed x: query, key and value."""
+    """Projections of the normalised x: query, key and value."""
 
     @staticmethod
     def forward(
@@ -78,7 +78,7 @@ class NormLinearsFunction(torch.autograd.Function):
 
 
 class NormGatedFunction(torch.autograd.Function):
-    """y = down(silu(gate(n)) * up(n)) with n the normed input. `adapters`: of gate and up, then of down."""
+    """y = down(silu(gate(n)) * up(n)) with n the normalised input. `adapters`: of gate and up, then of down."""
 
     @staticmethod
     def forward(
@@ -98,8 +98,8 @@ class NormGatedFunction(torch.autograd.Function):
         h_TX = down.input_buffer(gate_TF)
         torch.mul(silu(gate_TF), up_TF, out=h_TX[:, : down.inputs])
         out_TD, second_down_TR = down.forward(h_TX, adapters[4:])
-        kept_TD = x_TD.to(gate_and_up.dtype)
-        ctx.save_for_backward(kept_TD, w_D, inverse_T1, gate_up_TO, first_down_TR, second_down_TR, *adapters)
+        saved_TD = x_TD.to(gate_and_up.dtype)
+        ctx.save_for_backward(saved_TD, w_D, inverse_T1, gate_up_TO, first_down_TR, second_down_TR, *adapters)
         ctx.gate_and_up, ctx.down = gate_and_up, down
         return out_TD
 
@@ -131,7 +131,7 @@ class NormGatedFunction(torch.autograd.Function):
 
 
 class NormFunction(torch.autograd.Function):
-    """y = w x / rms(x) over the last axis (Zhang and Sennrich, arXiv 1910.07467); w is frozen, y of the type of x."""
+    """y = w x / rms(x) over the last axis (Zhang and Sennrich, arXiv 1910.07467); w is frozen, y has the type of x."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: torch.Tensor, w_D: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -147,11 +147,11 @@ class NormFunction(torch.autograd.Function):
 
 
 class RotationFunction(torch.autograd.Function):
-    """Rotary positions (Su et al., arXiv 2104.09864): the halves of each head as the parts of complex numbers."""
+    """Rotary positions (Su et al., arXiv 2104.09864): the halves of each head are the parts of complex numbers."""
 
     @staticmethod
     def forward(ctx: Any, x_THE: torch.Tensor, cos_T1E: torch.Tensor, sin_T1E: torch.Tensor) -> torch.Tensor:
-        ctx.angles = cos_T1E, sin_T1E  # all layers share them: saved, they would be copied for each
+        ctx.angles = cos_T1E, sin_T1E  # all layers share them: autograd would save a copy for each
         return _rotated(x_THE, cos_T1E, sin_T1E, sign=1.0)
 
     @staticmethod
@@ -160,7 +160,7 @@ class RotationFunction(torch.autograd.Function):
 
 
 def _rotated(x_THE: torch.Tensor, cos_T1E: torch.Tensor, sin_T1E: torch.Tensor, *, sign: float) -> torch.Tensor:
-    """Computed in float32, as all angles are; of the type of x."""
+    """Rotate in float32, the type of the angles; return the type of x."""
     half = x_THE.shape[-1] // 2
     cos, sin = cos_T1E[..., :half], sin_T1E[..., :half]
     first, second = x_THE.float().split(half, -1)
@@ -176,7 +176,7 @@ def _inverse_rms(x_TD: torch.Tensor, epsilon: float) -> torch.Tensor:
 
 
 def _scaled(x_TD: torch.Tensor, inverse_T1: torch.Tensor, w_D: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
-    """The normed x, computed in float32, in `out` of any type."""
+    """Write the normalised x, computed in float32, to `out` of any type."""
     scaled_TD: torch.Tensor = torch.mul(x_TD * inverse_T1, w_D, out=out)
     return scaled_TD
 
@@ -187,7 +187,7 @@ def _norm_backward(
     inverse_T1: torch.Tensor,
     w_D: torch.Tensor,
 ) -> torch.Tensor:
-    """The gradient of x in float32; `grad_TD` stays as it is."""
+    """Return the gradient of x in float32; does not modify `grad_TD`."""
     grad_TD = grad_TD * w_D
     unit_TD = x_TD * inverse_T1
     along_T1 = (grad_TD * unit_TD).mean(dim=-1, keepdim=True)

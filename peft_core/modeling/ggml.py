@@ -1,11 +1,12 @@
-"""Weights in ggml's block formats to float32, in plain torch, on any device.
+"""Dequantisation of ggml's block formats to float32, in plain torch, on any device.
 
 Layouts: `block_*` in https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h; arithmetic: `dequantize_row_*` in
-src/ggml-quants.c beside it. A weight is scale * q + offset. The factors have so few bits that every product is exact in
-float32; only the sum is rounded, once. So each bit agrees with gguf.quants, fused multiply-add or not.
+src/ggml-quants.c. A weight is scale * q + offset. The factors have so few bits that every product is exact in
+float32; only the sum is rounded, once. So each bit agrees with gguf.quants, with or without fused multiply-add.
+Hand-written because gguf.quants needs numpy arrays in host memory, and is slower.
 
-q is put together eight at a time, in words of 64 bits (little-endian, as all that torch runs on): torch shifts bytes
-slowly. Then three passes over the result: convert, multiply, add.
+Eight q at a time are assembled in 64-bit words (little-endian, like all platforms that torch supports), because torch shifts
+bytes slowly. Three passes over the result follow: convert, multiply, add.
 
 B blocks (of all rows), C elements of a block, S parts of a block that have scales of their own; 8 elements to a word
 """
@@ -20,13 +21,13 @@ import torch
 from peft_core.base_models.gguf import GGML_TYPES
 from peft_core.errors import BaseCheckpointError
 
-# Weights, on a CPU: the temporary tensors, two bytes a weight, stay in its caches and out of the peak of memory.
-AT_A_TIME = 1 << 20
+# Weights dequantised at a time on a CPU: temporaries of two bytes per weight stay in its caches, and out of the memory peak.
+_CHUNK_WEIGHTS = 1 << 20
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Decoded(NamedTuple):
-    """Factors of one tensor's weights: `scale` and `offset` in float32, q in integers of one byte, none above 127."""
+    """One tensor's integers q (one byte each, at most 127) and factors (float32): a weight is scale * q + offset."""
 
     q_BC: torch.Tensor
     scale_BS: torch.Tensor
@@ -34,18 +35,18 @@ class Decoded(NamedTuple):
 
 
 def dequantise(blocks: torch.Tensor, kind: str, columns: int, out: torch.Tensor | None = None) -> torch.Tensor:
-    """float32 [rows, columns] of uint8 [rows, bytes of a row], which are in ggml's format `kind`.
+    """Return float32 [rows, columns] from uint8 [rows, bytes of a row] in ggml's format `kind`.
 
-    In `out` or new memory, but for F32, whose bytes are the weights: that comes back as a view of `blocks`.
+    The result is `out` or new memory; for F32 it is a view of `blocks`.
 
     Raises:
-        BaseModelError: a format that is not in `SUPPORTED`.
+        BaseCheckpointError: a format that is not in `SUPPORTED`.
         ValueError: bytes of another shape or type.
     """
     require_supported(kind)
     rows = blocks.shape[0]
     if blocks.dtype != torch.uint8 or blocks.shape != (rows, bytes_per_row(kind, columns)):
-        raise ValueError(f"{kind} [{rows}, {columns}] is not stored as {blocks.dtype} {list(blocks.shape)}")
+        raise ValueError(f"{kind} [{rows}, {columns}] cannot be stored as {blocks.dtype} {list(blocks.shape)}")
     _, per_block, block_bytes = _SIZES[kind]
     blocks = _aligned(blocks, 4 if kind == "F32" else 2)
     if kind == "F32":
@@ -53,13 +54,13 @@ def dequantise(blocks: torch.Tensor, kind: str, columns: int, out: torch.Tensor 
     out = torch.empty(rows, columns, dtype=torch.float32, device=blocks.device) if out is None else out
     if kind in PLAIN:
         return out.copy_(blocks.view(PLAIN[kind]))
-    step = max(1, AT_A_TIME // max(columns, 1)) if blocks.is_cpu else max(1, rows)
-    for some, target in zip(blocks.split(step), out.split(step), strict=True):
-        write(_DECODERS[kind](some.reshape(-1, block_bytes)), target.view(-1, per_block))
+    step = max(1, _CHUNK_WEIGHTS // max(columns, 1)) if blocks.is_cpu else max(1, rows)
+    for chunk, target in zip(blocks.split(step), out.split(step), strict=True):
+        _write(_DECODERS[kind](chunk.reshape(-1, block_bytes)), target.view(-1, per_block))
     return out
 
 
-def write(decoded: Decoded, out_BC: torch.Tensor) -> None:
+def _write(decoded: Decoded, out_BC: torch.Tensor) -> None:
     """Write scale * q + offset."""
     q_BC, scale_BS, offset_BS = decoded
     parts = out_BC.copy_(q_BC).unflatten(1, (scale_BS.shape[1], -1)).mul_(scale_BS[:, :, None])
@@ -68,56 +69,58 @@ def write(decoded: Decoded, out_BC: torch.Tensor) -> None:
 
 
 def require_supported(kind: str) -> None:
-    """Raise BaseModelError for a format that is not in `SUPPORTED`."""
+    """Raise BaseCheckpointError for a format that is not in `SUPPORTED`."""
     if kind not in SUPPORTED:
         raise BaseCheckpointError(
-            f"Weights in the format {kind} cannot be computed with; {', '.join(sorted(SUPPORTED))} can.",
+            f"Weights are in the format {kind}, which is not supported; it must be one of {', '.join(sorted(SUPPORTED))}.",
             code="unsupported_quantisation",
             suggestions=["Use a GGUF file of another quantisation, such as Q8_0 or Q4_K_M"],
         )
 
 
 def bytes_per_row(kind: str, columns: int) -> int:
-    """Bytes of one row.
+    """Return the bytes of one row.
 
     Raises:
         ValueError: the columns do not fill whole blocks.
     """
     _, per_block, block_bytes = _SIZES[kind]
     if columns % per_block:
-        raise ValueError(f"{columns} columns are no whole blocks of {kind}, which have {per_block}")
+        raise ValueError(f"{columns} columns must be a multiple of {per_block}, the block size of {kind}")
     return columns // per_block * block_bytes
 
 
 def _aligned(blocks: torch.Tensor, size: int) -> torch.Tensor:
-    """The same bytes where torch can view them as elements of `size`: a copy, if a file has them at an odd place."""
-    there = blocks.data_ptr() % size == 0 and blocks.storage_offset() % size == 0 and blocks.stride(-1) == 1
-    return blocks if there and blocks.stride(0) % size == 0 else blocks.clone(memory_format=torch.contiguous_format)
+    """Return the bytes aligned for elements of `size`: a copy if they are unaligned in their file."""
+    is_aligned = blocks.data_ptr() % size == 0 and blocks.storage_offset() % size == 0 and blocks.stride(-1) == 1
+    return (
+        blocks if is_aligned and blocks.stride(0) % size == 0 else blocks.clone(memory_format=torch.contiguous_format)
+    )
 
 
 def _each(byte: int) -> int:
-    """A word of eight such bytes, as torch's signed integer."""
+    """Return a 64-bit word that repeats a byte, as a signed integer."""
     return int.from_bytes(bytes([byte] * 8), "little", signed=True)
 
 
 def _packed(bytes_BN: torch.Tensor, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """Bytes of each block as words."""
-    # A clone, as contiguous() leaves a single block where it is, at an offset that words may not have.
+    """View the bytes of each block as words."""
+    # A clone, because contiguous() would leave a single block at an offset that is unaligned for words.
     return bytes_BN.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
 def _half(blocks: torch.Tensor, start: int) -> torch.Tensor:
-    """The float16 at a byte of each block, in float32: [B, 1]."""
+    """Return the float16 at byte `start` of each block in float32, [B, 1]."""
     return blocks[:, start : start + 2].view(torch.float16).float()
 
 
 def _nibbles(words: torch.Tensor) -> torch.Tensor:
-    """Along the last axis all low halves of the bytes, then all high ones."""
+    """Return the low nibbles of the bytes, then the high ones, along the last axis."""
     return torch.cat((words & _each(0x0F), (words >> 4).bitwise_and_(_each(0x0F))), -1)
 
 
 def _spread(bytes_BN: torch.Tensor) -> torch.Tensor:
-    """Bit i of each byte as 0 or 16 in byte i of a word: [B, N]."""
+    """Return words [B, N] whose byte i is 16 if bit i of the byte is set, else 0."""
     byte = torch.arange(256, device=bytes_BN.device)[:, None]
     bits = (byte >> torch.arange(8, device=bytes_BN.device)) & 1
     words = (bits << 4).to(torch.uint8).view(torch.int64).flatten()
@@ -125,7 +128,7 @@ def _spread(bytes_BN: torch.Tensor) -> torch.Tensor:
 
 
 def _bits(words: torch.Tensor, groups: int, width: int) -> torch.Tensor:
-    """Group g is bits g * width and following of each byte, moved to bit 4: [..., groups, words]."""
+    """Return [..., groups, words]: group g has bits g * width and following of each byte, moved to bit 4."""
     mask = _each(((1 << width) - 1) << 4)
     shifts = [4 - group * width for group in range(groups)]
     return torch.stack([(words << by if by > 0 else words >> -by).bitwise_and_(mask) for by in shifts], -2)
@@ -185,7 +188,7 @@ def _q6_k(blocks: torch.Tensor) -> Decoded:
 
 
 def _k_scales(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and offset of the 8 parts of a Q4_K or Q5_K block.
+    """Return scale and offset of the 8 parts of a Q4_K or Q5_K block.
 
     Three words of four bytes: six bits of scale, six of min for parts 0 to 3; for parts 4 to 7 a nibble of each in the
     third word, scale lower, and their two higher bits on top of the first two words.

@@ -1,4 +1,4 @@
-"""The loss of a micro-batch: the fast way where the base allows it, the model's own way elsewhere. Same value.
+"""The loss of a micro-batch: by fast paths that were checked against the model's own forward, or by that forward.
 
 T tokens, N positions with a target, D model size, V vocabulary
 """
@@ -32,49 +32,49 @@ from peft_core.system.failures import describe_error, is_out_of_memory
 _log = structlog.get_logger(__name__)
 
 _PROBE_LENGTHS = (7, 5)
-# What 16 bits may make of logits, as a share of how far they spread. Of the bundled base: attention by another kernel 0.03,
-# documents that see each other 0.7, a head that rounds its result 0.006.
+# Tolerated rounding of logits in 16 bits, relative to their spread. Measured with the bundled base model: another attention
+# kernel 0.03, documents that attend to each other 0.7, a head that rounds its result 0.006.
 _PACKED_ROUNDING, _HEAD_ROUNDING = 0.1, 0.02
 
 
 @dataclass
 class Objective:
-    """How to compute the loss of a micro-batch with one base.
+    """How to compute the loss of a micro-batch with one base model.
 
-    `packed`: several documents go through the decoder at once, otherwise one. `head`: where it is a plain matrix, so that
-    logits are never held as a whole.
+    `packed`: a micro-batch holds several documents, otherwise one. `head`: set if the output head is a plain matrix, so that
+    logits can be computed in chunks.
     """
 
     model: PreTrainedModel  # PEFT injects the adapter into its modules, so this is base and adapter in turn
     packed: bool
     head: ChunkedLMHead | None
-    capacity: int  # tokens of a micro-batch at most; 0 keeps every document by itself
-    multiple_of: int | None = None  # tokens of every micro-batch, on devices that want few different shapes
-    recomputes: bool = False  # what layers compute is not kept
+    capacity: int  # maximum tokens of a micro-batch; 0: one document each
+    multiple_of: int | None = None  # of the tokens of every micro-batch, on devices that need few shapes
+    recomputes: bool = False  # gradient checkpointing is on
 
     def batches(self, documents: Iterable[Document], device: torch.device) -> Iterator[MicroBatch]:
-        """All documents, each once, as many at a time as are computed at once."""
+        """Yield all documents, each once, in micro-batches."""
         return micro_batches(documents, self.capacity, device, self.multiple_of)
 
     def reduce_memory(self, tokens: int, longest: int) -> bool:
-        """Compute the same in a leaner way from now on, if there is one left.
+        """Use less memory from now on: smaller micro-batches, then gradient checkpointing. Return False if both are exhausted.
 
-        `tokens`: of the micro-batch that was too large. `longest`: of the longest document, which is not divided.
+        `tokens`: of the micro-batch that was too large. `longest`: tokens of the longest document, which is never split.
         """
         set_malloc_trim()
         least = longest if self.multiple_of is None else -(-longest // self.multiple_of) * self.multiple_of
-        if self.packed and tokens > least:  # a document by itself stays by itself
+        if self.packed and tokens > least:  # a single document cannot be divided
             self.capacity = max(least, tokens // 2)
             return True
-        return self.recompute_layers()
+        return self.enable_gradient_checkpointing()
 
-    def recompute_layers(self) -> bool:
-        """From now on keep of each layer its input alone, and compute the rest again when gradients need it.
+    def enable_gradient_checkpointing(self) -> bool:
+        """Save only the input of each layer, and recompute the rest in the backward pass (Chen et al., arXiv 1604.06174).
 
-        Costs a third of the speed, and frees most of what grows with the tokens of a micro-batch (Chen et al., arXiv
-        1604.06174). False where that is so already, or the model has no layers that can be computed again.
+        Costs a third of the speed, and frees most of the memory that grows with the tokens of a micro-batch. Returns False if
+        it is on already, or the model has no layers that support it.
         """
-        # transformers' mark of a layer; ours may have replaced its forward
+        # transformers marks layers by this class; fused blocks may have replaced their forward
         layers = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
         if self.recomputes or not layers:
             return False
@@ -85,7 +85,7 @@ class Objective:
         return True
 
     def loss(self, batch: MicroBatch) -> torch.Tensor:
-        """Sum of -log p(target) over the N targets of a micro-batch, nats, float32 scalar."""
+        """Return the sum of -log p(target) over the N targets of a micro-batch in nats, a float32 scalar."""
         if self.head is not None:
             hidden_TD = _hidden(self.model, batch, packed=self.packed)
             return self.head.cross_entropy(hidden_TD[batch.source_N], batch.target_N)
@@ -93,8 +93,8 @@ class Objective:
         return cross_entropy(logits_TV[batch.source_N].float(), batch.target_N, reduction="sum", ignore_index=IGNORED)
 
     def scores(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(-log p(target) in nats, the likeliest token instead), one of each for a target. Without gradients."""
-        learned_N = batch.target_N != IGNORED
+        """Return -log p(target) in nats and the most likely token for each target, without gradients."""
+        is_target_N = batch.target_N != IGNORED
         target_N = batch.target_N.clamp(min=0)
         if self.head is not None:
             hidden_TD = _hidden(self.model, batch, packed=self.packed)
@@ -102,15 +102,15 @@ class Objective:
         else:
             logits_TV = _logits(self.model, batch, packed=self.packed)
             loss_N, likeliest_N = logit_scores(logits_TV[batch.source_N].float(), target_N)
-        return loss_N[learned_N], likeliest_N[learned_N]
+        return loss_N[is_target_N], likeliest_N[is_target_N]
 
 
 def probe_fast_paths(model: PreTrainedModel, max_length: int, *, uses_bf16_blocks: bool = False) -> Objective:
-    """Try the fast ways on two tiny documents and keep those whose logits equal the model's own.
+    """Try the fast paths on two tiny documents, and use those whose logits equal the model's own.
 
-    A proof by example covers architectures that nobody listed: ones that ignore `document_lengths`, mix neighbours by
-    convolution, cap attention or scale logits. What two short documents cannot show is read from the configuration.
-    Leaves the model's attention set accordingly. `narrow_blocks`: they will be computed in bfloat16 on a CPU.
+    The test covers unlisted architectures, such as those that ignore `document_lengths`, mix neighbours by convolution, cap
+    attention or scale logits. What two short documents cannot show is read from the configuration. Sets the model's attention
+    accordingly. `uses_bf16_blocks`: blocks will be computed in bf16 on a CPU, which allows larger micro-batches.
     """
     device = next(model.parameters()).device
     vocabulary = len(cast("nn.Embedding", model.get_input_embeddings()).weight)
@@ -119,7 +119,7 @@ def probe_fast_paths(model: PreTrainedModel, max_length: int, *, uses_bf16_block
         own_TV = torch.cat([_logits(model, join([document], device), packed=False) for document in documents])
         packed = _can_pack(model, max_length) and _packs(model, documents, own_TV, device)
         if not packed and model.config._attn_implementation == attention.NAME:  # noqa: SLF001 -- no public name for it
-            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")  # noqa: SLF001 -- likewise
+            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")  # noqa: SLF001 -- no public name for it
         head = ChunkedLMHead(_head(model)) if _has_plain_head(model) else None
         if head is not None and not _agrees(
             model,
@@ -149,26 +149,26 @@ def _can_pack(model: PreTrainedModel, max_length: int) -> bool:
 
 
 def _packs(model: PreTrainedModel, documents: list[Document], own_TV: torch.Tensor, device: torch.device) -> bool:
-    """Whether documents laid end to end come out as each by itself, the last one whatever stands before it.
+    """Whether packed documents give the same logits as single ones, and the last one ignores what precedes it.
 
-    The second question finds in 16 bits what the first one cannot tell from rounding there, such as one layer of many that
-    looks across the border: the same kernels compute the same numbers, so that nothing at all may change.
+    The second test finds in 16 bits what the first cannot distinguish from rounding, such as one layer of many that attends
+    across documents: the same kernels compute the same numbers, so that nothing may change.
     """
     *before, last = documents
     others = [replace(document, ids_T=document.ids_T.flip(0)) for document in before]
-    packed_TV, beside_others_TV = (_packed_logits(model, join([*some, last], device)) for some in (before, others))
-    if packed_TV is None or beside_others_TV is None:
+    packed_TV, after_others_TV = (_packed_logits(model, join([*first, last], device)) for first in (before, others))
+    if packed_TV is None or after_others_TV is None:
         return False
-    last_LV, same_LV = (logits_TV[-len(last) :].float() for logits_TV in (packed_TV, beside_others_TV))
-    unmoved = (last_LV - same_LV).abs().max() <= 1e-4 * last_LV.abs().max()
-    return bool(unmoved) and _agrees(model, packed_TV, own_TV, _PACKED_ROUNDING)
+    last_LV, same_LV = (logits_TV[-len(last) :].float() for logits_TV in (packed_TV, after_others_TV))
+    is_unchanged = (last_LV - same_LV).abs().max() <= 1e-4 * last_LV.abs().max()
+    return bool(is_unchanged) and _agrees(model, packed_TV, own_TV, _PACKED_ROUNDING)
 
 
 def _packed_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor | None:
     try:
         return _logits(model, batch, packed=True)
     except (TypeError, ValueError, RuntimeError) as error:
-        # It takes no further arguments, or our attention is none for it.
+        # The model takes no further arguments, or does not support this attention.
         if is_out_of_memory(error):
             raise
         _log.info("packing_refused", reason=describe_error(error))
@@ -211,12 +211,12 @@ def _has_plain_head(model: PreTrainedModel) -> bool:
 
 def _head(model: PreTrainedModel) -> FrozenMatrix:
     head = model.get_output_embeddings()
-    assert isinstance(head, nn.Linear)  # noqa: S101 -- `_has_plain_head` was asked first
+    assert isinstance(head, nn.Linear)  # noqa: S101 -- `_has_plain_head` was checked first
     return matrix_of(head)
 
 
 def _agrees(model: PreTrainedModel, logits_TV: torch.Tensor, own_TV: torch.Tensor, rounding: float) -> bool:
-    """Equal up to 1e-4 of the largest logit; in 16 bits, where a token's logits stand to each other up to `rounding`, r.m.s."""
+    """Whether logits agree to 1e-4 of the largest one; in 16 bits, to `rounding` times the spread of a token's logits (RMS)."""
     difference_TV, own_TV = (logits_TV - own_TV).float(), own_TV.float()
     if not _computes_in_16_bits(model):
         return bool(difference_TV.abs().max() <= 1e-4 * own_TV.abs().max())
@@ -235,6 +235,6 @@ def _computes_in_16_bits(model: PreTrainedModel) -> bool:
 
 
 def _probe(length: int, vocabulary: int) -> Document:
-    """Tokens from all over the vocabulary: the first ones are marks of a dialogue, over which bases are at a loss."""
+    """Return tokens spread over the vocabulary: the first ones are dialogue markers, which base models handle badly."""
     ids_T = torch.linspace(0.05 * vocabulary, 0.95 * vocabulary, length).int()
     return Document(ids_T=ids_T, learn_T=torch.arange(length) > 0)

@@ -319,7 +319,7 @@ class TrainingLoop:
             self.activation_arena = None
             self.objective.capacity = self.memory_saved[-1].tokens_at_once
             if self.memory_saved[-1].layers_computed_twice:
-                self.objective.recompute_layers()
+                self.objective.enable_gradient_checkpointing()
 
     def _set_weights(self, tensors: Tensors) -> None:
         with torch.no_grad():

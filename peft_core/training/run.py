@@ -230,7 +230,7 @@ def _build_loop(
     is_all_bf16 = base.uses_bf16_blocks and fusion.linears == 0 and base.objective.head is not None
     uses_arena = is_all_bf16 and not base.compute_plan.recompute_layers
     if base.compute_plan.recompute_layers:
-        base.objective.recompute_layers()
+        base.objective.enable_gradient_checkpointing()
     elif session.device.device == "cpu":
         share = 1.0 if uses_arena else _MALLOC_KEEP_SHARE
         set_malloc_keep(up_to_bytes=round(share * request.estimate.memory_bytes))

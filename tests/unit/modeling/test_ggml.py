@@ -79,7 +79,7 @@ def test_rows_need_not_lie_together(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_matrix_that_is_taken_in_several_steps_has_no_seams(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ggml, "AT_A_TIME", 3 * 256)
+    monkeypatch.setattr(ggml, "_CHUNK_WEIGHTS", 3 * 256)
     stored = random_rows(kind, 11, 256, 5)
     assert_same_bits(dequantise(stored, kind, 256), reference(stored, kind))
 
@@ -95,7 +95,9 @@ def test_float32_is_not_copied() -> None:
 
 
 def test_another_format_is_refused_by_name() -> None:
-    with pytest.raises(BaseCheckpointError, match=r"format IQ2_XS cannot .*Q4_K.*Use a GGUF file of another"):
+    with pytest.raises(
+        BaseCheckpointError, match=r"format IQ2_XS, which is not supported.*Q4_K.*Use a GGUF file of another",
+    ):
         dequantise(torch.zeros(1, 74, dtype=torch.uint8), "IQ2_XS", 256)
 
 
