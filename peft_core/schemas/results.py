@@ -193,7 +193,9 @@ class Compatibility(FrozenModel):
     )
     reasons: list[Reason]
     adapter_path: str
-    base_model: str | None = Field(description="Null if none was requested and the adapter's own was not found.")
+    base_model: str | None = Field(
+        description="Absent (null) if none was requested and the adapter's own was not found.",
+    )
     scanned: bool = Field(description="Whether all weights were read, not only headers and configuration.")
     elapsed_ms: float
     next: str = Field("", description="Suggested next call, in words.")

@@ -21,7 +21,7 @@ def main() -> int:
     if len(sys.argv) > 1 and json.loads(Path(sys.argv[1]).read_text())["project_id"] == "real":
         runpy.run_module("peft_core.worker", run_name="__main__", alter_sys=True)
         return 0  # never reached: it exits
-    from tests.survival import small_job  # noqa: PLC0415 -- imported late, so that its functions can be kill points
+    from tests.survival import small_job  # noqa: PLC0415 -- not for the real worker
 
     stop = StopFlag()
     emit = json_line_writer(redirect_stdout(), on_closed=stop.request)

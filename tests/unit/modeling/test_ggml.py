@@ -96,7 +96,8 @@ def test_float32_is_not_copied() -> None:
 
 def test_another_format_is_refused_by_name() -> None:
     with pytest.raises(
-        BaseCheckpointError, match=r"format IQ2_XS, which is not supported.*Q4_K.*Use a GGUF file of another",
+        BaseCheckpointError,
+        match=r"format IQ2_XS, which is not supported.*Q4_K.*Use a GGUF file of another",
     ):
         dequantise(torch.zeros(1, 74, dtype=torch.uint8), "IQ2_XS", 256)
 
