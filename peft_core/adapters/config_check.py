@@ -1,9 +1,8 @@
-"""`adapter_config.json`, checked: what is left are a few numbers and literal names.
+"""Check `adapter_config.json` and reduce it to a few numbers and literal names.
 
-PEFT's configuration has some forty settings. Most change what the weights mean or what happens to the base, and some
-name code, files or regular expressions. Here few may be set at all, and those are what PEFT's loader is to be given:
-never the file itself. The rules for names are those of PEFT 0.21 (`check_target_module_exists`, `get_pattern_key`) for
-literal names.
+PEFT's configuration has some forty settings. Most change what the weights mean or what happens to the base model, and some
+name code, files or regular expressions. Only a few may be set here, and only these are passed to PEFT's loader, never the
+file itself. Names match as in PEFT 0.21 (`check_target_module_exists`, `get_pattern_key`) if they are literal.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ PEFT_SHORTENS_FROM = 20
 
 _LITERAL = re.compile(r"[A-Za-z0-9_.]{1,128}", re.ASCII)
 _LAYER = re.compile(r".*?\.[^.]*\.(\d{1,6})\.", re.ASCII)
-# Settings that may have these values beside being unset.
+# Values that these settings may have; they may also be unset.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "bias": ("none",),
-    "init_lora_weights": (True, "gaussian"),  # others alter the base's weights on loading
+    "init_lora_weights": (True, "gaussian"),  # other values change the base model's weights when the adapter is loaded
     "task_type": ("CAUSAL_LM",),
     "megatron_core": ("megatron.core",),  # PEFT's default; without megatron_config it does nothing
 }
@@ -49,7 +48,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """The settings that decide what the weights mean, each within its bounds. The update is scale * B @ A."""
+    """The validated settings that decide what the weights mean. The update of a weight is scale * B @ A."""
 
     rank: int
     alpha: float
@@ -60,9 +59,9 @@ class LoraSettings:
     layers_to_transform: tuple[int, ...] | None = None  # None: all
 
     def targets(self, module: str) -> bool:
-        """Whether PEFT puts weights on this module: a target is its whole name, or the end of it after a dot.
+        """Return whether PEFT adapts this module: a target is its full name, or the last parts of it.
 
-        A whole name counts in whichever layer it is, as in PEFT.
+        As in PEFT, a full name ignores `layers_to_transform`.
         """
         if module in self._targets:
             return True
@@ -75,9 +74,6 @@ class LoraSettings:
     def rank_of(self, module: str) -> int:
         return _by_pattern(self.rank_pattern, self._rank_order, module, self.rank)
 
-    def alpha_of(self, module: str) -> float:
-        return _by_pattern(self.alpha_pattern, self._alpha_order, module, self.alpha)
-
     @functools.cached_property
     def _targets(self) -> frozenset[str]:
         return frozenset(self.target_modules)
@@ -86,13 +82,9 @@ class LoraSettings:
     def _rank_order(self) -> dict[str, int]:
         return {key: place for place, key in enumerate(self.rank_pattern)}
 
-    @functools.cached_property
-    def _alpha_order(self) -> dict[str, int]:
-        return {key: place for place, key in enumerate(self.alpha_pattern)}
-
 
 def check_settings(config: Mapping[str, Any]) -> tuple[LoraSettings | None, list[Reason]]:
-    """The settings, and every reason against them; None where there is one. Never raises, whatever JSON it is given."""
+    """Return the validated settings, or None and all reasons against them. Never raises, for any JSON."""
     reasons = [*_wrong_values(config), *_set_but_unsupported(config)]
     if reasons:
         return None, reasons
@@ -131,10 +123,10 @@ def is_literal(name: object) -> bool:
 
 
 def _by_pattern(pattern: Mapping[str, _T], order: Mapping[str, int], module: str, default: _T) -> _T:
-    """The value of the first key that is the module's name or an end of it.
+    """Return the value of the first key that is the module's name or its last parts.
 
-    PEFT takes keys for expressions, in which a dot stands for any character; between literal names of the modules of
-    one model that makes no difference.
+    PEFT treats keys as regular expressions, in which a dot matches any character. For literal module names of one model the
+    result is the same.
     """
     if not pattern:
         return default

@@ -1,4 +1,4 @@
-"""What is known of an adapter: our manifest where there is one, the bare configuration otherwise."""
+"""Describe an adapter from its configuration and, if it has one, its manifest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peft_core.schemas.frozen import FrozenModel
 MAX_CARD_BYTES = 256 << 10
 SENTENCES = {
     Verdict.HELPS: "it helps",
-    Verdict.NO_DIFFERENCE: "no difference could be shown",
+    Verdict.NO_DIFFERENCE: "no difference was found",
     Verdict.HARMS: "it HARMS, do not use it",
 }
 
@@ -33,7 +33,7 @@ class AdapterInfo(FrozenModel):
 
 
 class AdapterDocument(FrozenModel):
-    """What an adapter says of itself."""
+    """The manifest and model card of an adapter."""
 
     adapter_path: str
     manifest: Manifest | None
@@ -53,16 +53,20 @@ def read_document(path: Path) -> AdapterDocument:
 
 
 def read_info(path: Path, *, trained_here: bool = True) -> AdapterInfo:
-    """Reads configuration and manifest; the weights are not opened. `trained_here`: nobody else wrote its manifest.
+    """Read configuration and manifest; the weights are not opened.
+
+    Args:
+        path: The adapter's directory.
+        trained_here: Whether its manifest was written by this installation, and so can be trusted.
 
     Raises:
-        AdapterNotFound: the directory holds no adapter.
+        AdapterNotFound: the directory contains no adapter.
         HeaderError: its configuration is not a readable JSON object.
     """
     if not (os.path.lexists(path / WEIGHTS) and os.path.lexists(path / CONFIG)):
         raise AdapterNotFound(
-            f"{path} holds no adapter: {CONFIG} and {WEIGHTS} are expected there.",
-            suggestions=["Call list_adapters to see what there is"],
+            f"{path} holds no adapter: it must contain {CONFIG} and {WEIGHTS}.",
+            suggestions=["Call list_adapters to see the adapters that exist"],
         )
     # Not at the server's start:
     from peft_core.adapters.config_check import is_alpha, is_literal, is_rank  # noqa: PLC0415
@@ -78,7 +82,7 @@ def read_info(path: Path, *, trained_here: bool = True) -> AdapterInfo:
         rank=rank if is_rank(rank) else None,
         alpha=float(alpha) if is_alpha(alpha) else None,
         target_modules=[name for name in targets if is_literal(name)] if isinstance(targets, list) else [],
-        manifest=manifest if trained_here else None,  # a megabyte of what a stranger wrote is no answer of ours
+        manifest=manifest if trained_here else None,  # up to 1 MB of untrusted text otherwise
         report_path=str(path / REPORT_NAME) if trained_here and (path / REPORT_NAME).is_file() else None,
         next=_next(manifest, trained_here=trained_here),
     )
@@ -86,16 +90,16 @@ def read_info(path: Path, *, trained_here: bool = True) -> AdapterInfo:
 
 def _next(manifest: Manifest | None, *, trained_here: bool) -> str:
     if manifest is None:
-        return "This adapter was not trained here: nothing is known of how it was measured."
+        return "This adapter has no manifest: it was not trained here, and no measurements are known."
     base, adapter = manifest.metrics.base_perplexity, manifest.metrics.adapter_perplexity
     if base is None or adapter is None:
-        return "It was not measured on held-out files."
+        return "It was not evaluated on held-out files."
     if not trained_here:
         return (
-            f"Its manifest claims that perplexity went from {base:.2f} (base) to {adapter:.2f} (adapter) on files it never "
-            "saw. It was not trained here."
+            f"Its manifest claims that perplexity on held-out files went from {base:.2f} (base) to {adapter:.2f} (adapter). "
+            "It was not trained here, so this cannot be checked."
         )
-    went = f"On files it never saw, perplexity went from {base:.2f} (base) to {adapter:.2f} (adapter)"
+    change = f"On held-out files, perplexity went from {base:.2f} (base) to {adapter:.2f} (adapter)"
     if manifest.evaluation is None:
-        return f"{went}: lower is better, so it {'helps' if adapter < base else 'does NOT help: do not use it'}."
-    return f"{went}: {SENTENCES[manifest.evaluation.verdict]}, as {manifest.evaluation.reason}."
+        return f"{change}."
+    return f"{change}: {SENTENCES[manifest.evaluation.verdict]}, as {manifest.evaluation.reason}."

@@ -1,4 +1,4 @@
-"""`adapter_manifest.json`: where an adapter comes from and what it was measured to do. Written last, never changed."""
+"""`adapter_manifest.json`: how an adapter was trained and what it was measured to do. Written last, never changed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Literal
 
+from peft_core.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from peft_core.schemas.base_model import Fingerprint, ModelShape
 from peft_core.schemas.dataset import DatasetSummary, SourceKind
 from peft_core.schemas.evaluation import Evaluation, Verdict
@@ -19,11 +20,11 @@ MANIFEST_NAME = "adapter_manifest.json"
 CARD_NAME = "README.md"
 REPORT_NAME = "report.html"
 MAX_MANIFEST_BYTES = 1 << 20
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as PEFT calls them
+WEIGHTS, CONFIG = ADAPTER_WEIGHTS, ADAPTER_CONFIG
 
 
 class BaseRecord(FrozenModel):
-    """The base an adapter belongs to. No local path: the fingerprint identifies it, the name is for people."""
+    """The base model of an adapter. The fingerprint identifies it; the name is for people. Holds no local path."""
 
     name: str
     format: Literal["huggingface", "gguf"]
@@ -42,11 +43,11 @@ class DataRecord(FrozenModel):
 
 
 class Computation(FrozenModel):
-    """How the engine computed, and how well its memory was foreseen: compare `metrics.peak_memory_bytes`."""
+    """How the run was computed, and its estimated memory, to compare with `metrics.peak_memory_bytes`."""
 
     execution: ComputePlan
-    documents_packed: bool  # several in one pass, or each by itself
-    head_in_chunks: bool  # the logits of all positions are never there at once
+    documents_packed: bool  # several documents in one forward pass
+    head_in_chunks: bool  # logits are computed in chunks of positions
     fused_blocks: int
     fused_linears: int  # outside of fused blocks
     estimated_memory_bytes: int | None
@@ -59,10 +60,10 @@ class RunRecord(FrozenModel):
     weights_dtype: str  # of the frozen base: "float32", "bfloat16"
     steps: int
     stopped_early_at: int | None = None
-    best_step: int | None = None  # whose state was kept, where early stopping chose one
-    computation: Computation | None = None  # None: of an earlier build, which did not tell
-    memory_saved: tuple[MemorySaved, ...] = ()  # where memory ran out, and what was done about it
-    rate_lowered: tuple[RateLowered, ...] = ()  # where the run diverged, and went on from before
+    best_step: int | None = None  # the saved state, if early stopping chose one
+    computation: Computation | None = None
+    memory_saved: tuple[MemorySaved, ...] = ()  # each time memory ran out, with the measure taken
+    rate_lowered: tuple[RateLowered, ...] = ()  # each time the run diverged and was rolled back
 
 
 class Manifest(FrozenModel):
@@ -74,7 +75,7 @@ class Manifest(FrozenModel):
     data: DataRecord
     run: RunRecord
     metrics: Metrics
-    evaluation: Evaluation | None = None  # in figures alone; None: of an earlier build
+    evaluation: Evaluation | None = None  # without texts; None: not measured
     environment: dict[str, str]  # versions of python, torch, transformers, peft, accelerate, peft-mcp; platform
     files: dict[str, str]  # sha256 by file name, of everything but this manifest and the report
 
@@ -84,7 +85,7 @@ class Manifest(FrozenModel):
 
     @property
     def becomes_current(self) -> bool:
-        """Whether the project id is to stand for it, once it is published."""
+        """Whether the project's `current` link should point to it once it is published."""
         wish = self.run.config.make_current
         return wish == "always" or (wish == "unless_it_harms" and not self.harms)
 
@@ -102,10 +103,10 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """The manifest of an adapter of ours; None where there is none or another schema's.
+    """Return the manifest in a directory; None if it is missing, unreadable or has another schema version.
 
-    It is a claim by whoever wrote it, and read with the care that this takes: no link, no more than 1 MB. Fields that are
-    not known here are passed over: an adapter outlives the version that wrote it, and an older one may be asked about it.
+    The file may be forged, so links are not followed and at most 1 MB is read. Unknown fields are ignored, so that an older
+    version of peft-mcp can read the manifests of a newer one.
     """
     from peft_core.errors import HeaderError  # noqa: PLC0415 -- not at the server's start
     from peft_core.system.files import read_small  # noqa: PLC0415 -- not at the server's start

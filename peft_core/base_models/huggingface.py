@@ -10,6 +10,7 @@ from typing import Any
 
 from peft_core.base_models.checkpoint_info import Checkpoint, TensorInfo, join_some, model_shape, unusable
 from peft_core.base_models.safetensors import read_header
+from peft_core.paths import ADAPTER_CONFIG
 from peft_core.system.files import refuse_json_bomb
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -19,11 +20,11 @@ FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 def read_directory(path: Path) -> Checkpoint:
-    """Configuration and tensors of a model directory.
+    """Read configuration and tensor headers of a model directory.
 
     Raises:
-        BaseCheckpointError: something is missing, or it is no causal language model in plain safetensors.
-        HeaderError: a weights file is not sound.
+        BaseCheckpointError: a file is missing, or it is not a causal language model in plain safetensors.
+        HeaderError: a weights file is malformed.
     """
     config = _config(path)
     refuse_adapter(path)
@@ -66,25 +67,25 @@ def read_directory(path: Path) -> Checkpoint:
 
 
 def refuse_adapter(path: Path) -> None:
-    """Transformers loads an adapter that lies beside a base together with it, unverified and in silence.
+    """Refuse a base model directory that contains an adapter: transformers would load it silently and unverified.
 
     Raises:
-        BaseCheckpointError: there is one.
+        BaseCheckpointError: the directory contains an adapter.
     """
-    if os.path.lexists(path / "adapter_config.json"):
+    if os.path.lexists(path / ADAPTER_CONFIG):
         raise unusable(
             path,
-            "it holds an adapter too (adapter_config.json), which would be loaded with it",
+            f"it also contains an adapter ({ADAPTER_CONFIG}), which would be loaded with it",
             "Move the adapter into a directory of its own",
         )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-        BaseCheckpointError: unreadable, too large, or something else.
-        HeaderError: small, and large when it is parsed.
+        BaseCheckpointError: the file is unreadable, too large or not a JSON object.
+        HeaderError: the file is small, but would be large when it is parsed.
     """
     try:
         with path.open("rb") as file:
@@ -120,7 +121,7 @@ def _config(path: Path) -> dict[str, Any]:
         found = join_some(architectures) or "none"
         raise unusable(
             path,
-            f"it is no causal language model (architectures in config.json: {found}; wanted: one ending in ForCausalLM)",
+            f"it is no causal language model (architectures in config.json: {found}; must end in ForCausalLM)",
             "Use a text-generating decoder model, for code best one trained on code",
         )
     if config.get("quantization_config") is not None:
@@ -151,8 +152,8 @@ def _is_number(value: object) -> bool:
 
 
 def _no_config(path: Path) -> Exception:
-    if (path / "adapter_config.json").is_file():
-        named = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+    if (path / ADAPTER_CONFIG).is_file():
+        named = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
         base = f"; it was trained on {named}" if isinstance(named, str) and named else ""
         return unusable(path, f"it is an adapter, not a base model{base}", "Give the adapter's base as base_model")
     ggufs = sorted(file.name for file in path.glob("*.gguf"))

@@ -139,15 +139,14 @@ def test_the_layer_is_the_first_number_in_the_name() -> None:
     assert layer_of("layers.3.up_proj") is None  # PEFT wants two names before it
 
 
-def test_the_first_pattern_that_fits_gives_rank_and_alpha() -> None:
+def test_the_first_matching_pattern_gives_the_rank() -> None:
     settings = accepted(
         rank_pattern={"layers.1.self_attn.q_proj": 2, "q_proj": 8},
         alpha_pattern={"q_proj": 64, Q.format(1): 0.5},
     )
     assert [settings.rank_of(Q.format(i)) for i in range(2)] == [8, 2]
-    assert [settings.alpha_of(Q.format(i)) for i in range(2)] == [64.0, 64.0]
     other = "model.layers.0.self_attn.v_proj"
-    assert (settings.rank_of(other), settings.alpha_of(other)) == (4, 8.0)
+    assert settings.rank_of(other) == 4
 
 
 @given(st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=8), JSON, max_size=8))
@@ -160,7 +159,6 @@ def test_no_json_makes_it_raise(config: dict[str, Any]) -> None:
             assert len(reason.message) < 600
         if settings is not None:
             assert 1 <= settings.rank_of(Q.format(0)) <= 512
-            assert settings.alpha_of(Q.format(0)) > 0
             settings.targets(Q.format(0))
 
 

@@ -244,7 +244,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     (directory / "model-00002-of-00003.safetensors").unlink()
     assert "1 of its 3 weight files are missing: model-00002-of-00003.safetensors" in refusal(str(directory))
     (write_model(tmp_path / "both") / "adapter_config.json").write_text("{}")  # transformers would load it, too
-    assert "it holds an adapter too" in refusal(str(tmp_path / "both"))
+    assert "it also contains an adapter" in refusal(str(tmp_path / "both"))
     (write_model(tmp_path / "n") / "tokenizer.json").unlink()
     assert "it has no tokenizer.json" in refusal(str(tmp_path / "n"))
     (tmp_path / "empty").mkdir()
