@@ -1,8 +1,8 @@
-"""A LanceDB table of code chunks: our end of the process that reads it (`table_rows`).
+"""A LanceDB table of code chunks as a data source: the side that asks. `worker/lance_reader.py` reads the table.
 
-Lance brings numpy, Arrow and a hundred megabytes; none of it belongs into the server, nor into a training that keeps to a
-limit of memory. So one child counts the rows for the first look, and another writes them down as a job's records.jsonl when
-the job is queued: from there on they are inline records, and the job trains on what the table held when it was asked for.
+Lance brings numpy, Arrow and 100 MB, which belong neither in the server nor in a training with a memory limit. So one child
+process summarises the rows when a source is inspected, and another writes them to the job's records.jsonl when the job is
+queued. From there on they are inline records, and the job trains on what the table held when it was queued.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class TableRequest(FrozenModel):
     table: Path
     max_length: int = 512
     purpose: DatasetPurpose = DatasetPurpose.TRAINING
-    records: Path | None = None  # where to write; None: look only
+    records: Path | None = None  # the file to write; None: summarise only
 
 
 class ExportResult(FrozenModel):
@@ -32,17 +32,20 @@ class ExportResult(FrozenModel):
 
 
 def require_table(path: Path, given: str, purpose: DatasetPurpose) -> None:
-    """That a directory looks like a table, as far as its names tell.
+    """Check by file names that a directory is a table.
 
     Raises:
-        InvalidArgument: it is none, or holds links.
+        InvalidArgument: the directory is not a table, or contains symbolic links.
     """
     if not (path / "_versions").is_dir():
         raise InvalidArgument(
             purpose.field,
             given,
-            f"a directory whose name ends in {SUFFIX} must be a LanceDB table, and this one is none: it holds no _versions",
-            suggestions=("Give the table itself, DATABASE/NAME.lance", "Rename a repository that is called so"),
+            f"a directory whose name ends in {SUFFIX} must be a LanceDB table, but this one has no _versions",
+            suggestions=(
+                "Give the table itself, DATABASE/NAME.lance",
+                "Or rename the directory, if it is a repository",
+            ),
         )
     for parent, directories, files in os.walk(path):
         for name in (*directories, *files):
@@ -50,39 +53,39 @@ def require_table(path: Path, given: str, purpose: DatasetPurpose) -> None:
                 raise InvalidArgument(
                     purpose.field,
                     given,
-                    f"it holds a link, {os.path.relpath(os.path.join(parent, name), path)}; "  # noqa: PTH118
-                    "a table must hold its data itself",
-                    suggestions=("Copy the table, following its links",),
+                    f"it contains a symbolic link, {os.path.relpath(os.path.join(parent, name), path)}; "  # noqa: PTH118
+                    "a table must contain its data itself",
+                    suggestions=("Copy the table, and follow its links",),
                 )
 
 
 def summarise_table(path: Path, max_length: int, purpose: DatasetPurpose) -> SourceSummary:
-    """What the table holds.
+    """Return what the table holds.
 
     Raises:
-        DataError: as `table_rows`; or the records are too few or broken.
+        DataError: one of the codes of `lance_reader.rows`, or the records are too few or broken.
     """
-    return _ask(TableRequest(table=path, max_length=max_length, purpose=purpose), SourceSummary)
+    return _run_reader(TableRequest(table=path, max_length=max_length, purpose=purpose), SourceSummary)
 
 
 def export_records(path: Path, records: Path) -> int:
-    """The rows as a .jsonl file, row N on line N; how many there are.
+    """Write the rows to a .jsonl file, row N on line N, and return their number.
 
     Raises:
-        DataError: as `look`.
+        DataError: one of the codes of `lance_reader.rows`, or the table has become empty.
     """
-    rows = _ask(TableRequest(table=path, records=records), ExportResult).rows
+    rows = _run_reader(TableRequest(table=path, records=records), ExportResult).rows
     if not rows:
-        raise DataError(f"{path} has been emptied.", code="training_data_empty")
+        raise DataError(f"{path} contains no rows any more.", code="training_data_empty")
     return rows
 
 
-def _ask(request: TableRequest, answer: type[AnswerT]) -> AnswerT:
+def _run_reader(request: TableRequest, answer: type[AnswerT]) -> AnswerT:
     return run_json_child(
         _CHILD,
         request,
         answer,
         timeout_s=TIMEOUT_S,
         action=f"Reading the table {request.table}",
-        on_timeout=("Give a table of fewer chunks", "Or export what matters as .jsonl"),
+        on_timeout=("Give a table with fewer chunks", "Or export a part of it as .jsonl"),
     )

@@ -1,6 +1,13 @@
-"""Which files are code, how each language writes a comment, and where its syntax may be cut.
+"""The table of languages: which files are code, how a comment is written, and where the syntax may be split.
 
-A new language is one row here: with a tree-sitter grammar it is cut at its syntax, without one at its blank lines.
+To add a language, add a row to `LANGUAGES`: its name, its one-line comment (which carries the path header), and its extensions.
+- Without a grammar the files are split at blank lines, and nothing else is needed. File names without an extension go into
+  `_FILE_NAMES`, and other names by which data sets call the language into `_ALIASES`.
+- With a grammar they are split at the syntax tree. Add the tree-sitter package of the language to `dependencies` in
+  pyproject.toml, and a `Grammar` that sorts the grammar's node types by their meaning for chunking. To see the node types of a
+  file: `print(chunking.parse_syntax(text.encode(), grammar))`.
+- Test it in tests/unit/data/test_chunking.py: add a snippet to `SNIPPETS` and the units that a person would choose to
+  `EXPECTED`. The other tests there run over all rows; one checks that every node type exists in its grammar.
 """
 
 from __future__ import annotations
@@ -10,22 +17,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """Names of tree-sitter node types, sorted by what they mean for cutting."""
+    """Names of tree-sitter node types, sorted by their meaning for chunking."""
 
     module: str  # the Python package of the grammar
     functions: frozenset[str]
     classes: frozenset[str]
-    scopes: frozenset[str] = frozenset()  # hold definitions, are none themselves: namespaces, #ifdef
-    wrappers: frozenset[str] = frozenset()  # mean what they wrap: export, decorators, template<...>
-    leads: frozenset[str] = frozenset({"comment"})  # belong to the sibling that follows: comments, attributes
+    scopes: frozenset[str] = frozenset()  # contain definitions but are not definitions: namespaces, #ifdef
+    wrappers: frozenset[str] = frozenset()  # have the meaning of what they wrap: export, decorators, template<...>
+    leads: frozenset[str] = frozenset({"comment"})  # belong to the next sibling: comments, attributes
     methods: frozenset[str] = frozenset()  # methods outside of a class body
-    function: str = "language"  # of the package, gives the grammar
+    function: str = "language"  # the function of the package that returns the grammar
 
 
 @dataclass(frozen=True, slots=True)
 class Language:
     name: str
-    comment: tuple[str, str]  # what opens and closes a one-line comment
+    comment: tuple[str, str]  # opening and closing mark of a one-line comment
     extensions: tuple[str, ...]
     grammar: Grammar | None = None
 
@@ -122,7 +129,7 @@ _C = Grammar(
     module="tree_sitter_c",
     functions=frozenset({"function_definition"}),
     classes=frozenset({"struct_specifier", "union_specifier", "enum_specifier"}),
-    # C++ in a header named .h is read with the grammar of C++, so only real C comes here.
+    # Headers named .h use the grammar of C++, because they may be C++.
     scopes=_C_SCOPES,
     wrappers=frozenset({"type_definition"}),
 )
@@ -177,11 +184,11 @@ LANGUAGES = (
     Language("html", _MARKUP, (".html", ".htm")),
     Language("vue", _MARKUP, (".vue",)),
     Language("svelte", _MARKUP, (".svelte",)),
-    # Only its fenced code blocks are code; prose teaches another language.
+    # Only its fenced code blocks are used: prose is not code.
     Language("markdown", _MARKUP, (".md", ".mdx")),
 )
-# Configuration and data (JSON, YAML, TOML, XML, notebooks) is left out: most of it is lists of values, and values are
-# where secrets live.
+# Configuration and data (JSON, YAML, TOML, XML, notebooks) are not in the table: they are mostly lists of values, and secrets
+# are among the values.
 TEXT = Language("text", _HASH, ())
 
 _BY_EXTENSION = {extension: language for language in LANGUAGES for extension in language.extensions}
@@ -211,7 +218,7 @@ _ALIASES = {
 
 
 def language_of_file(name: str) -> Language | None:
-    """The language of a file name, None where it is not one that carries code."""
+    """Return the language of a file, or None if files of this name are not code."""
     lowered = name.lower()
     if lowered in _FILE_NAMES:
         return _BY_NAME[_FILE_NAMES[lowered]]
@@ -220,13 +227,13 @@ def language_of_file(name: str) -> Language | None:
 
 
 def language_named(name: str) -> Language:
-    """The language that somebody else's data calls by this name; plain text where it is not known here."""
+    """Return the language that a data set calls by this name. An unknown language is treated as plain text under its name."""
     lowered = name.strip().lower()
     known = _BY_NAME.get(_ALIASES.get(lowered, lowered))
     return known or Language(lowered or TEXT.name, TEXT.comment, ())
 
 
 def is_known_label(label: str) -> bool:
-    """Whether a label, as on a Markdown fence, names a language with a row here."""
+    """Return whether a label, such as that of a Markdown fence, names a language of the table."""
     lowered = label.lower()
     return _ALIASES.get(lowered, lowered) in _BY_NAME

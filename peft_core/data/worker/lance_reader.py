@@ -1,7 +1,8 @@
-"""Rows of a LanceDB table as records, in a process of its own: a TableRequest (JSON) in, an answer or a Problem out.
+"""Read the rows of a LanceDB table as records, in a process of its own: a TableRequest (JSON) on standard input, an answer or
+an ErrorInfo on standard output.
 
-By hand: `python -m peft_core.data.worker.lance_reader < request.json`. Columns are those of a CodeChunk; only those that a
-record needs are read, a few hundred rows at a time. Needs the extra `lancedb`.
+To run it by hand: `python -m peft_core.data.worker.lance_reader < request.json`. The columns are those of a CodeChunk; only the
+columns that a record needs are read, a few hundred rows at a time. It needs the extra `lancedb`.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ TASK = TaskKind(
 )
 REQUIRED = ("content", "language")
 OPTIONAL = ("file_path", "chunk_type", "start_line", "end_line")
-_ROWS = 256  # at a time
+_BATCH_ROWS = 256
 _BUFFER_BYTES = 32 << 20
 
 
 def rows(table: Path) -> Iterator[dict[str, Any]]:
-    """Every row, as the chunk that it is.
+    """Yield every row as a mapping.
 
     Raises:
         DataError: 'extra_missing', 'not_a_table', 'foreign_data', 'missing_columns', 'training_data_empty', 'too_large'.
@@ -46,29 +47,29 @@ def rows(table: Path) -> Iterator[dict[str, Any]]:
             code="extra_missing",
             suggestions=(
                 "Install peft-mcp with its extra: pip install 'peft-mcp[lancedb]' (in a clone: pip install '.[lancedb]')",
-                "Or export the chunks as .jsonl, one object a line",
+                "Or export the chunks as .jsonl, one object per line",
             ),
         ) from error
     try:
         dataset = lance.dataset(str(table))
     except (ValueError, OSError) as error:
         raise _unreadable(table, error) from error
-    if places := dataset.base_paths():
-        where = ", ".join(sorted(place.path for place in places.values())[:3])
+    if base_paths := dataset.base_paths():
+        where = ", ".join(sorted(base.path for base in base_paths.values())[:3])
         raise DataError(
-            f"{table} refers to data that lies elsewhere ({where}); a table must hold its data itself.",
+            f"{table} refers to data in another place ({where}); a table must contain its data itself.",
             code="foreign_data",
-            suggestions=("Give the table that it is a clone of, or make a full copy",),
+            suggestions=("Give the table that it was cloned from, or make a full copy",),
         )
     _require_columns(table, dataset.schema.names)
     columns = [name for name in (*REQUIRED, *OPTIONAL) if name in dataset.schema.names]
     scanner = dataset.scanner(
         columns=columns,
-        batch_size=_ROWS,
+        batch_size=_BATCH_ROWS,
         batch_readahead=1,
         fragment_readahead=1,
         io_buffer_size=_BUFFER_BYTES,
-        scan_in_order=True,  # two reads of one version give the same
+        scan_in_order=True,  # so that two reads of one version are equal
     )
     size = count = 0
     try:
@@ -83,7 +84,7 @@ def rows(table: Path) -> Iterator[dict[str, Any]]:
         raise _unreadable(table, error) from error
     if not count:
         raise DataError(
-            f"{table} holds no row.",
+            f"{table} contains no rows.",
             code="training_data_empty",
             suggestions=("Index the code first, so that the table holds its chunks, or give the repository itself",),
         )
@@ -93,7 +94,7 @@ def answer(request: TableRequest) -> FrozenModel:
     if request.records is None:
         records = numbered(rows(request.table), "row", where=str(request.table))
         return summarise_records(SourceKind.RECORDS, request.table, records, request.max_length, request.purpose)
-    written = Counted(rows(request.table))
+    written = _CountedRows(rows(request.table))
     try:
         write_records(written, request.records)
     except OSError as error:
@@ -105,8 +106,8 @@ def answer(request: TableRequest) -> FrozenModel:
     return ExportResult(rows=written.count)
 
 
-class Counted:
-    """Passes on what it is given, and counts it."""
+class _CountedRows:
+    """Passes on rows and counts them."""
 
     def __init__(self, records: Iterator[dict[str, Any]]) -> None:
         self._records = records
@@ -118,12 +119,12 @@ class Counted:
             yield record
 
 
-def _require_columns(table: Path, found: list[str]) -> None:
-    missing = [name for name in REQUIRED if name not in found]
+def _require_columns(table: Path, columns: list[str]) -> None:
+    missing = [name for name in REQUIRED if name not in columns]
     if missing:
         raise DataError(
             f"{table} lacks {' and '.join(f'the column {name!r}' for name in missing)}; it has "
-            f"{', '.join(found[:30]) or 'none'}. "
+            f"{', '.join(columns[:30]) or 'none'}. "
             f"A table of code chunks has {' and '.join(REQUIRED)}, and may have {', '.join(OPTIONAL)} "
             "(README, 'What is trained on').",
             code="missing_columns",
@@ -135,17 +136,17 @@ def _require_columns(table: Path, found: list[str]) -> None:
 
 
 def _unreadable(table: Path, error: Exception) -> DataError:
-    said = str(error).partition(", /")[0]  # behind it lie places in Lance's own source
+    reason = str(error).partition(", /")[0]  # the rest are paths in Lance's own source
     return DataError(
-        f"{table} cannot be read as a LanceDB table: {said[:300]}.",
+        f"{table} cannot be read as a LanceDB table: {reason[:300]}.",
         code="not_a_table",
-        suggestions=("Give the table itself, DATABASE/NAME.lance, whole and not being written",),
+        suggestions=("Give the table itself, DATABASE/NAME.lance, complete and not being written",),
     )
 
 
 def _too_large(table: Path) -> DataError:
     return DataError(
-        f"{table} holds more than {MAX_JSONL_BYTES / 1e9:.0f} GB of code.",
+        f"{table} contains more than {MAX_JSONL_BYTES / 1e9:.0f} GB of code.",
         code="too_large",
         suggestions=("Give a part of it: a LoRA adapter learns from thousands of examples, not from millions",),
     )

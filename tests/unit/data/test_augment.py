@@ -270,7 +270,7 @@ def test_a_base_without_the_tokens_is_refused_in_words() -> None:
 
 
 def test_two_shares_of_more_than_all_are_refused() -> None:
-    with pytest.raises(ValueError, match="at most 1 together"):
+    with pytest.raises(ValueError, match="must be at most 1"):
         TaskMixture(fill_in_the_middle=0.7, instructions=0.4)
 
 

@@ -104,7 +104,7 @@ def test_a_broken_row_is_named_with_the_rule_it_breaks(tmp_path: Path):
 
 
 def test_an_empty_table_is_refused(tmp_path: Path):
-    with pytest.raises(DataError, match="holds no row") as caught:
+    with pytest.raises(DataError, match="contains no rows") as caught:
         look(write(tmp_path / "empty.lance", [], pyarrow.Table.from_pylist(CHUNKS).schema))
     assert caught.value.code == "training_data_empty"
 
@@ -123,13 +123,13 @@ def test_a_directory_that_is_only_called_so_is_refused(tmp_path: Path):
 def test_data_that_lies_elsewhere_is_never_read(tmp_path: Path):
     original = write(tmp_path / "chunks.lance", CHUNKS)
     lance.dataset(original).shallow_clone(str(tmp_path / "clone.lance"), 1)
-    with pytest.raises(DataError, match="lies elsewhere") as caught:
+    with pytest.raises(DataError, match="refers to data in another place") as caught:
         look(str(tmp_path / "clone.lance"))
     assert caught.value.code == "foreign_data"
     linked = Path(write(tmp_path / "linked.lance", CHUNKS))
     (linked / "data").rename(tmp_path / "elsewhere")
     (linked / "data").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(InvalidArgument, match="it holds a link, data"):
+    with pytest.raises(InvalidArgument, match="it contains a symbolic link, data"):
         look(str(linked))
 
 

@@ -323,7 +323,7 @@ def test_history_tells_when_each_file_was_changed_last(tmp_path: Path):
     order = sorted(found, key=lambda name: (found[name], name))
     assert order == ["with space.py", "ünïcode.py", "a.py", "line\nend.py", "sub/b.py"]
     assert set(last_change_times(root)) == set(found)
-    with pytest.raises(DataError, match="one commit was the last"):
+    with pytest.raises(DataError, match="a single commit was the last"):
         last_change_times(root / "sub")
 
 
@@ -331,7 +331,7 @@ def test_files_that_are_gone_tell_nobody_apart(tmp_path: Path):
     root = committed(tmp_path / "r", ["old.py"], ["a.py", "b.py"])
     assert set(last_change_times(root)) == {"old.py", "a.py", "b.py"}
     (root / "old.py").unlink()
-    with pytest.raises(DataError, match="one commit was the last to change all of them") as caught:
+    with pytest.raises(DataError, match="a single commit was the last to change all of them") as caught:
         last_change_times(root)
     assert caught.value.code == "no_history"
 
