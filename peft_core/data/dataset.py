@@ -1,6 +1,8 @@
-"""A dataset as it lies in a job's directory: the examples of both parts, what is trained on as hashes, and a manifest.
+"""Write and read a prepared dataset.
 
-The manifest is written last; a dataset without one is not finished.
+Files in the dataset directory of a job: train.jsonl and held_out.jsonl (one `Example` in JSON per line), trained_on.bin (the
+fingerprint of the training set, see `leakage.py`) and manifest.json. The manifest is written last: a dataset without one is
+incomplete.
 """
 
 from __future__ import annotations
@@ -37,71 +39,71 @@ class PreparedDataset(FrozenModel):
 
 @dataclass(slots=True)
 class WriteStats:
-    """What went into the files."""
+    """What was written."""
 
-    sha256: str = ""  # of all lines, those to train on first
-    tokens: Counter[str] = field(default_factory=Counter)  # by part
-    told: Counter[ExampleFormat] = field(default_factory=Counter)  # to train on
+    sha256: str = ""  # of the digests of train.jsonl and held_out.jsonl
+    tokens: Counter[str] = field(default_factory=Counter)  # by part: "train", "held_out"
+    formats: Counter[ExampleFormat] = field(default_factory=Counter)  # of the training examples
 
 
 def write_examples(
     spool: Path,
     directory: Path,
     parts: Split,
-    retold: Callable[[Example], tuple[Example, ExampleFormat]],
+    reformat: Callable[[Example], tuple[Example, ExampleFormat]],
 ) -> WriteStats:
-    """The spooled examples into their files, those to train on as the mixture tells them."""
-    place = dict.fromkeys(parts.train, "train") | dict.fromkeys(parts.held_out, "held_out")
-    hashes = {name: hashlib.sha256() for name in ("train", "held_out")}
-    unfinished = {name: directory / f"{name}.partial" for name in hashes}
-    written = WriteStats()
+    """Write the spooled examples into the files of their part; those to train on are reformatted first."""
+    part_of = dict.fromkeys(parts.train, "train") | dict.fromkeys(parts.held_out, "held_out")
+    hashes = {part: hashlib.sha256() for part in ("train", "held_out")}
+    partial_files = {part: directory / f"{part}.partial" for part in hashes}
+    stats = WriteStats()
     with (
         spool.open("rb") as lines,
-        unfinished["train"].open("wb") as train,
-        unfinished["held_out"].open("wb") as held_out,
+        partial_files["train"].open("wb") as train,
+        partial_files["held_out"].open("wb") as held_out,
     ):
         streams = {"train": train, "held_out": held_out}
 
-        def to_train_on() -> Iterator[str]:
+        def write_and_yield_training_texts() -> Iterator[str]:
             for position, line in enumerate(lines):
-                if (name := place.get(position)) is None:
+                if (part := part_of.get(position)) is None:
                     continue
-                example, told = Example.model_validate_json(line), ExampleFormat.PLAIN
-                if name == "train":
-                    yield learned_text(example)  # as it was, for a gap tears its lines apart
-                    example, told = retold(example)
-                    written.told[told] += 1
-                row = line if told is ExampleFormat.PLAIN else example.model_dump_json().encode() + b"\n"
-                written.tokens[name] += example.tokens
-                streams[name].write(row)
-                hashes[name].update(row)
+                example, example_format = Example.model_validate_json(line), ExampleFormat.PLAIN
+                if part == "train":
+                    yield learned_text(example)  # before it is reformatted, because a gap breaks its lines
+                    example, example_format = reformat(example)
+                    stats.formats[example_format] += 1
+                row = line if example_format is ExampleFormat.PLAIN else example.model_dump_json().encode() + b"\n"
+                stats.tokens[part] += example.tokens
+                streams[part].write(row)
+                hashes[part].update(row)
 
-        trained_on = TrainingFingerprint.of(to_train_on())
-    (directory / FINGERPRINT_FILE_NAME).write_bytes(trained_on.to_bytes())
-    for name, path in unfinished.items():
-        path.replace(directory / f"{name}.jsonl")
-    written.sha256 = hashlib.sha256(hashes["train"].digest() + hashes["held_out"].digest()).hexdigest()
-    return written
+        fingerprint = TrainingFingerprint.of(write_and_yield_training_texts())
+    (directory / FINGERPRINT_FILE_NAME).write_bytes(fingerprint.to_bytes())
+    for part, path in partial_files.items():
+        path.replace(directory / f"{part}.jsonl")
+    stats.sha256 = hashlib.sha256(hashes["train"].digest() + hashes["held_out"].digest()).hexdigest()
+    return stats
 
 
 def write_manifest(
     directory: Path,
     request: Mapping[str, Any],
     prepared: PreparedDataset,
-    further: Mapping[str, Any],
+    details: Mapping[str, Any],
 ) -> None:
-    """`further`: what else people may want to know of it."""
+    """Write the manifest last and atomically. `details` are further facts for people who read it."""
     manifest = {
         "schema": _MANIFEST_SCHEMA,
         "request": request,
         "dataset": prepared.model_dump(mode="json"),
-        **further,
+        **details,
     }
     atomic_write(directory / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False))
 
 
 def load_finished(directory: Path, request: Mapping[str, Any]) -> PreparedDataset | None:
-    """What was prepared there for this very request, where it is all there."""
+    """Return the complete dataset that was prepared for an equal request, or None if there is none."""
     try:
         manifest = json.loads((directory / "manifest.json").read_bytes())
         if manifest["schema"] != _MANIFEST_SCHEMA or manifest["request"] != request:
@@ -113,14 +115,11 @@ def load_finished(directory: Path, request: Mapping[str, Any]) -> PreparedDatase
         return None
 
 
-# FOLDED FROM peft_core.data.dataset: Examples as they lie on disk: one `Example` in JSON a line.
-
-
 def read_examples(path: Path) -> list[Example]:
-    """Examples that `prepare` wrote.
+    """Read examples that `prepare` wrote.
 
     Raises:
-        DataError: 'broken_dataset', the file is not what `prepare` writes.
+        DataError: 'broken_dataset', if the file is damaged.
     """
     examples = []
     with path.open("rb") as stream:
@@ -129,7 +128,7 @@ def read_examples(path: Path) -> list[Example]:
                 examples.append(Example.model_validate_json(line))
             except ValidationError as error:
                 raise DataError(
-                    f"Line {number} of {path} is no example.",
+                    f"Line {number} of {path} is not a valid example.",
                     code="broken_dataset",
                     suggestions=("Delete the job's dataset directory and start the job again.",),
                 ) from error

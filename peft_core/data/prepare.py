@@ -267,7 +267,7 @@ class DatasetBuilder:
                 files=len(language_of),
                 left_out={reason: count for reason, count in sorted(self.left_out.items()) if count},
                 secrets_removed=len(self.secrets),
-                told=dict(sorted(written.told.items())),
+                told=dict(sorted(written.formats.items())),
                 sha256=written.sha256,
             ),
             languages=dict(Counter(language_of.values()).most_common()),

@@ -1,10 +1,13 @@
-"""Lines of text that hold a credential.
+"""Find lines that hold a credential, and blank them.
 
-Named detectors of detect-secrets, verification off, and patterns of our own for what it misses. Its high-entropy and keyword
-detectors are left out: in Python's standard library, tests aside, they flag 33 lines, all alphabets, digests and
-placeholders; these detectors flag none.
-A marker (a piece of text that every value of the kind holds) is looked for first, so that a clean file costs a few substring
-searches; only lines with the marker meet a regular expression.
+In: the lines of a file. Out: the lines without secrets, and a `Finding` (row and type, never the value) for each.
+
+This wraps single detectors of detect-secrets, without its verification over the network, and adds patterns for tokens that it
+misses. Its own scanner is not used: it reads whole files from disk, and its high-entropy and keyword detectors flag 33 lines of
+Python's standard library (without tests), all of them alphabets, digests and placeholders; the detectors here flag none.
+
+Each detector has markers, substrings that every value of its kind contains. They are searched first, so that a clean file costs
+a few substring searches and regular expressions only run on lines with a marker.
 """
 
 from __future__ import annotations
@@ -53,14 +56,14 @@ _PATTERNS = (
 )
 _KEY_BEGINS = re.compile(r"BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY|PuTTY-User-Key-File-\d")
 _KEY_ENDS = re.compile(r"END [A-Z0-9 ]{0,40}PRIVATE KEY|Private-MAC:")
-# What may stand between the two: base64 (in a string, too), header lines, nothing. Code that only names the marker goes on.
+# What may be between the two: base64 (also in a string), header lines, or nothing. Code that only names the marker is no key.
 _KEY_MATERIAL = re.compile(r"[A-Za-z0-9+/=]{16,}|^\W*[A-Za-z0-9+/=]*\W*$|^\W*[A-Za-z-]+: ")
-_PIECE = 2_048  # characters; half of it is longer than what a detector needs to see of a value
-_MOST_SEARCHED = 1_000  # values that are looked for elsewhere in their file
-_KEY_ROWS = 200  # a key that never ends is as long as the longest that does
+_WINDOW = 2_048  # characters; half a window is longer than any value that a detector must see
+_MAX_SEARCHED_VALUES = 1_000  # values whose other occurrences in the file are searched
+_MAX_KEY_ROWS = 200  # where a key without an end is cut off; the longest keys have this many rows
 
-# password = "…" is taken for a secret only when the literal looks drawn by lot: most such literals in code are names of
-# fields, prompts and test words.
+# password = "…" counts as a secret only if the literal looks random: most such literals in code are field names, prompts and
+# test values.
 _ASSIGNED = re.compile(
     r"""(?:passw(?:or)?d|passphrase|secret|token|api_?key|access_?key|auth_?key|private_?key|credential)s?\w{0,40}["']?\]?
         \s*(?:=|:|:=|=>|,)\s*[bruf]{0,2}["']([A-Za-z0-9+/=_.!@\#$%^&*~-]{16,200})["']""",
@@ -83,38 +86,38 @@ class Finding:
 
 
 def redact_secrets(lines: Sequence[str]) -> tuple[list[str], list[Finding]]:
-    """The lines with those that hold a secret blanked, and what was found where; never the value.
+    """Return the lines with those that hold a secret blanked, and the findings.
 
-    Blank, not replaced by a mark: a mark would be learned, and a line less keeps the most of the code around it. Blanked
-    before the text is cut, so that no unit, context or header can bring the value back.
+    Lines are blanked, not replaced by a mark, because the model would learn the mark. It happens before the text is split,
+    so that no unit, context or header can contain the value.
     """
     text = "".join(lines)
-    found: dict[int, str] = dict.fromkeys(_private_key_rows(lines, text), "Private Key")
-    starts: list[int] = []  # of rows in the text
+    type_of_row: dict[int, str] = dict.fromkeys(_private_key_rows(lines, text), "Private Key")
+    starts: list[int] = []  # offset of each row in the text
     searched: set[str] = set()
     for detector in _detectors():
         if detector.may_match(text):
             starts = starts or [0, *accumulate(map(len, lines))]
             for row, value in _values(detector, lines, text, starts):
-                found.setdefault(row, detector.type)
-                if value not in searched and len(searched) < _MOST_SEARCHED:
-                    # The same value again, where nothing around it gives it away.
+                type_of_row.setdefault(row, detector.type)
+                if value not in searched and len(searched) < _MAX_SEARCHED_VALUES:
+                    # The same value may occur elsewhere without a marker.
                     searched.add(value)
                     for other in _rows_with(value, lines, text):
-                        found.setdefault(other, detector.type)
-    clean = ["\n" if row in found else line for row, line in enumerate(lines)] if found else list(lines)
-    return clean, [Finding(row, found[row]) for row in sorted(found)]
+                        type_of_row.setdefault(other, detector.type)
+    clean = ["\n" if row in type_of_row else line for row, line in enumerate(lines)] if type_of_row else list(lines)
+    return clean, [Finding(row, type_of_row[row]) for row in sorted(type_of_row)]
 
 
 def _values(detector: _Detector, lines: Sequence[str], text: str, starts: Sequence[int]) -> Iterator[tuple[int, str]]:
     for row in sorted({row for marker in detector.markers for row in _rows_of(marker, text, starts)}):
-        for piece in _pieces(lines[row]):
-            for value in detector.values(piece):
+        for window in _windows(lines[row]):
+            for value in detector.values(window):
                 yield row, value
 
 
 def _rows_of(marker: str, text: str, starts: Sequence[int]) -> Iterator[int]:
-    """Rows that hold a marker, found in the text as a whole: many times as fast as row by row."""
+    """Yield the rows that hold a marker. Searching the text as a whole is many times as fast as searching row by row."""
     at = text.find(marker)
     while at >= 0:
         row = bisect_right(starts, at) - 1
@@ -122,13 +125,13 @@ def _rows_of(marker: str, text: str, starts: Sequence[int]) -> Iterator[int]:
         at = text.find(marker, starts[row + 1])
 
 
-def _pieces(line: str) -> Iterator[str]:
-    """A line, a long one in pieces that overlap: some of the detectors take the square of its length."""
-    if len(line) <= _PIECE:
+def _windows(line: str) -> Iterator[str]:
+    """Yield a line, or overlapping windows of a long one: some detectors take time quadratic in its length."""
+    if len(line) <= _WINDOW:
         yield line
         return
-    for start in range(0, len(line), _PIECE // 2):
-        yield line[start : start + _PIECE]
+    for start in range(0, len(line), _WINDOW // 2):
+        yield line[start : start + _WINDOW]
 
 
 def _rows_with(value: str, lines: Sequence[str], text: str) -> list[int]:
@@ -162,7 +165,7 @@ def _detectors() -> tuple[_Detector, ...]:
 
 
 def _basic_auth(plugin: Any) -> Callable[[str], list[str]]:
-    """Its findings without the `user:password@host` of documentation."""
+    """Return a function that finds `user:password@host`, without the placeholders of documentation."""
     return lambda line: [value for value in plugin.analyze_string(line) if not _BASIC_AUTH_PLACEHOLDER.match(value)]
 
 
@@ -174,7 +177,7 @@ def _assigned(line: str) -> Iterator[str]:
 
 
 def _is_wordy(value: str) -> bool:
-    """Names and paths are made of words; what is drawn by lot is not."""
+    """Return whether most of a value is words, as in names and paths but not in random values."""
     return sum(len(word) for word in _WORDS.findall(value)) > len(value) / 2
 
 
@@ -183,16 +186,16 @@ def _entropy(value: str) -> float:
 
 
 def _private_key_rows(lines: Sequence[str], text: str) -> Iterator[int]:
-    """Every row of a private key, from its first line to its last."""
+    """Yield every row of each private key, from its first line to its last."""
     if not _KEY_BEGINS.search(text):
         return
-    inside = 0
+    rows_left = 0
     for row, line in enumerate(lines):
         if _KEY_BEGINS.search(line):
-            inside = _KEY_ROWS
-        elif inside and not (_KEY_MATERIAL.search(line) or _KEY_ENDS.search(line)):
-            inside = 0
-        if not inside:
+            rows_left = _MAX_KEY_ROWS
+        elif rows_left and not (_KEY_MATERIAL.search(line) or _KEY_ENDS.search(line)):
+            rows_left = 0
+        if not rows_left:
             continue
         yield row
-        inside = 0 if _KEY_ENDS.search(line) else inside - 1
+        rows_left = 0 if _KEY_ENDS.search(line) else rows_left - 1

@@ -1,24 +1,28 @@
-"""Files of a repository that may hold code, and the count of what was left out by name, size and type.
+"""Find the files of a repository that may hold code, and count what is excluded by name, size and type.
 
-Where git knows the directory, git's list is the list. Elsewhere the directories are walked, `.gitignore` files obeyed,
-and a directory that is not entered counts as one thing left out, for counting its files would mean entering it.
+In: the root directory. Out: a `Tree`. Contents are not read here, see `read_text.py`.
+
+If git knows the directory, git's list of files is used. Otherwise the directories are walked and `.gitignore` files are obeyed;
+a directory that is not entered counts as one exclusion, because counting its files would mean entering it.
 """
 
-# ruff: noqa: SIM905 - a row of words reads better than a column of quoted ones
+# ruff: noqa: SIM905 - a string of words is easier to read than a column of quoted words
 
 from __future__ import annotations
 
 import itertools
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft_core.data import git
-from peft_core.data.languages import Language
+from peft_core.data.languages import Language, language_of_file
 from peft_core.errors import DataError
 
 if TYPE_CHECKING:  # pathspec takes 100 ms to import, and only directories without git need it
@@ -26,57 +30,83 @@ if TYPE_CHECKING:  # pathspec takes 100 ms to import, and only directories witho
 
     Rules = tuple[tuple[str, GitIgnoreSpec], ...]  # directory and its .gitignore, outermost first
 
-
-import re
-from enum import StrEnum
-
-from peft_core.data.languages import language_of_file
-
 MAX_FILE_BYTES = 1_000_000
 MAX_ENTRIES = 500_000
+
+
+class ExclusionReason(StrEnum):
+    """Why a file or an example was excluded. The values are shown, counted and stored, so they must not change."""
+
+    BINARY = "binary"
+    CHANGED = "changed"  # or deleted, while it was read
+    DATA = "data"  # a table, not code
+    DUPLICATE = "duplicate"
+    EMPTY = "empty"
+    GENERATED = "generated"
+    HIDDEN = "hidden"
+    IGNORED = "ignored"
+    LICENCE = "licence"
+    LOCK_FILE = "lock_file"
+    MAYBE_TRAINED_ON = "maybe_trained_on"  # by the adapter that is evaluated; its fingerprint is a sample
+    MINIFIED = "minified"
+    NEAR_DUPLICATE = "near_duplicate"
+    OVER_FILE_SHARE = "over_file_share"  # of a file so large that it would dominate the training set
+    NO_CODE = "no_code"
+    NOT_NEEDED = "not_needed"  # the run ends before it would read the file
+    NOT_TEXT = "not_text"
+    SECRET = "secret"  # noqa: S105 - the name of a reason
+    SEEN_IN_TRAINING = "seen_in_training"  # held out, but half of its lines are in the training set
+    SENSITIVE = "sensitive"
+    SPECIAL = "special"
+    SYMLINK = "symlink"
+    TINY = "tiny"
+    TOO_LARGE = "too_large"
+    TOO_LONG = "too_long"
+    TRAINED_ON = "trained_on"  # by the adapter that is evaluated
+    UNREADABLE = "unreadable"
+    VENDORED = "vendored"
 
 
 @dataclass(frozen=True, slots=True)
 class File:
     path: Path
-    name: str  # relative to the root, '/' between parts; may hold any character a file name can
+    name: str  # relative to the root, separated by '/'; may contain any character that a file name can
     language: Language
     size: int
 
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    files: list[File]  # by name
+    files: list[File]  # sorted by name
     left_out: Counter[str]
-    by_git: bool
+    by_git: bool  # whether git listed the files
 
 
 def walk(root: Path) -> Tree:
-    """Every file below root that may hold code.
+    """Return every file below root that may hold code.
 
     Raises:
-        DataError: there are more entries than a code base has.
+        DataError: 'too_many_files', more than a code base has.
     """
     left_out: Counter[str] = Counter()
     names = git.listed_files(root)
-    found = _listed(root, names, left_out) if names is not None else _scanned(root, left_out)
-    files = sorted(found, key=lambda file: file.name)
-    return Tree(files=files, left_out=left_out, by_git=names is not None)
+    files = _listed(root, names, left_out) if names is not None else _scanned(root, left_out)
+    return Tree(files=sorted(files, key=lambda file: file.name), left_out=left_out, by_git=names is not None)
 
 
 def _listed(root: Path, names: list[str], left_out: Counter[str]) -> Iterator[File]:
     if len(names) > MAX_ENTRIES:
         raise _too_many(root)
-    inside = _Inside(root)
+    checker = _InsideChecker(root)
     for name in names:
         *directories, last = name.split("/")
-        if not inside.holds(name):
+        if not checker.is_inside(name):
             left_out[ExclusionReason.SYMLINK] += 1
             continue
         reason = next((reason for part in directories if (reason := classify_directory(part, by_git=True))), None)
-        verdict = reason or classify(last)
-        if isinstance(verdict, ExclusionReason):
-            left_out[verdict] += 1
+        language = reason or classify(last)
+        if isinstance(language, ExclusionReason):
+            left_out[language] += 1
             continue
         path = root / name
         try:
@@ -88,63 +118,63 @@ def _listed(root: Path, names: list[str], left_out: Counter[str]) -> Iterator[Fi
             left_out[ExclusionReason.UNREADABLE] += 1
             continue
         if stat.S_ISDIR(status.st_mode):
-            left_out[ExclusionReason.VENDORED] += 1  # a submodule or a repository inside: someone else's code
+            left_out[ExclusionReason.VENDORED] += 1  # a submodule or a nested repository: someone else's code
             continue
-        if rejection_reason := _trouble(status):
-            left_out[rejection_reason] += 1
+        if reason := _exclusion_by_status(status):
+            left_out[reason] += 1
             continue
-        yield File(path=path, name=name, language=verdict, size=status.st_size)
+        yield File(path=path, name=name, language=language, size=status.st_size)
 
 
-class _Inside:
-    """Whether names lead to below a root. Git's list is the repository's word: it may name what lies behind a link."""
+class _InsideChecker:
+    """Checks that a name leads below the root. The repository controls git's list, which may name a file behind a link."""
 
     def __init__(self, root: Path) -> None:
         self._root = os.path.realpath(root)
-        self._known: dict[str, bool] = {"": True}
+        self._is_real: dict[str, bool] = {"": True}
 
-    def holds(self, name: str) -> bool:
+    def is_inside(self, name: str) -> bool:
         directory = name.rpartition("/")[0]
         if name.startswith("/"):
             return False
-        if directory not in self._known:
-            path = os.path.join(self._root, directory)  # noqa: PTH118 - as many as there are directories
-            self._known[directory] = os.path.realpath(path) == path
-        return self._known[directory]
+        if directory not in self._is_real:
+            path = os.path.join(self._root, directory)  # noqa: PTH118 - called for every directory
+            self._is_real[directory] = os.path.realpath(path) == path
+        return self._is_real[directory]
 
 
 def _scanned(root: Path, left_out: Counter[str]) -> Iterator[File]:
-    seen = 0
-    waiting: list[tuple[str, Rules]] = [("", ())]
-    while waiting:
-        directory, rules = waiting.pop()
+    entries_seen = 0
+    stack: list[tuple[str, Rules]] = [("", ())]
+    while stack:
+        directory, rules = stack.pop()
         try:
             with os.scandir(root / directory) as listing:
-                entries = list(itertools.islice(listing, MAX_ENTRIES + 1 - seen))
+                entries = list(itertools.islice(listing, MAX_ENTRIES + 1 - entries_seen))
         except OSError:
             left_out[ExclusionReason.UNREADABLE] += 1
             continue
-        seen += len(entries)
-        if seen > MAX_ENTRIES:
+        entries_seen += len(entries)
+        if entries_seen > MAX_ENTRIES:
             raise _too_many(root)
         names = {entry.name for entry in entries}
-        if "pyvenv.cfg" in names:  # a virtual environment under whatever name
+        if "pyvenv.cfg" in names:  # a virtual environment of any name
             left_out[ExclusionReason.VENDORED] += 1
             continue
         if ".gitignore" in names:
             rules = (*rules, (directory, _ignore_rules(root / directory / ".gitignore")))
         for entry in entries:
-            found = _scanned_entry(entry, f"{directory}{entry.name}", rules)
-            if isinstance(found, File):
-                yield found
-            elif isinstance(found, ExclusionReason):
-                left_out[found] += 1
+            result = _scanned_entry(entry, f"{directory}{entry.name}", rules)
+            if isinstance(result, File):
+                yield result
+            elif isinstance(result, ExclusionReason):
+                left_out[result] += 1
             else:
-                waiting.append((found, rules))
+                stack.append((result, rules))
 
 
 def _scanned_entry(entry: os.DirEntry[str], name: str, rules: Rules) -> File | ExclusionReason | str:
-    """A file to read, a directory to enter (its name with a '/'), or the reason to do neither."""
+    """Return a file to read, the name of a directory to enter (with a '/'), or the reason to do neither."""
     if entry.is_symlink():
         return ExclusionReason.SYMLINK
     if not entry.is_dir(follow_symlinks=False):
@@ -155,9 +185,9 @@ def _scanned_entry(entry: os.DirEntry[str], name: str, rules: Rules) -> File | E
 
 
 def _scanned_file(entry: os.DirEntry[str], name: str, rules: Rules) -> File | ExclusionReason:
-    verdict = classify(entry.name)
-    if isinstance(verdict, ExclusionReason):
-        return verdict
+    language = classify(entry.name)
+    if isinstance(language, ExclusionReason):
+        return language
     if _is_ignored(name, rules):
         return ExclusionReason.IGNORED
     try:
@@ -166,10 +196,12 @@ def _scanned_file(entry: os.DirEntry[str], name: str, rules: Rules) -> File | Ex
         return ExclusionReason.CHANGED
     except OSError:
         return ExclusionReason.UNREADABLE
-    return _trouble(status) or File(path=Path(entry.path), name=name, language=verdict, size=status.st_size)
+    return _exclusion_by_status(status) or File(
+        path=Path(entry.path), name=name, language=language, size=status.st_size
+    )
 
 
-def _trouble(status: os.stat_result) -> ExclusionReason | None:
+def _exclusion_by_status(status: os.stat_result) -> ExclusionReason | None:
     if stat.S_ISLNK(status.st_mode):
         return ExclusionReason.SYMLINK
     if not stat.S_ISREG(status.st_mode):
@@ -180,19 +212,19 @@ def _trouble(status: os.stat_result) -> ExclusionReason | None:
 
 
 def _ignore_rules(path: Path) -> GitIgnoreSpec:
-    from pathspec import GitIgnoreSpec  # noqa: PLC0415 -- not at the server's start
+    from pathspec import GitIgnoreSpec  # noqa: PLC0415 - slow to import, and only needed without git
 
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as stream:
             lines = stream.read(MAX_FILE_BYTES).decode("utf-8", "replace").splitlines()
         return GitIgnoreSpec.from_lines(lines)
-    except (OSError, ValueError):  # git, too, goes on without a file it cannot read
+    except (OSError, ValueError):  # git continues without a file that it cannot read, too
         return GitIgnoreSpec.from_lines([])
 
 
 def _is_ignored(name: str, rules: Rules) -> bool:
-    """The deepest `.gitignore` that says anything about the name decides, as in git."""
+    """Return whether a name is ignored: as in git, the deepest `.gitignore` with a matching rule decides."""
     for directory, spec in reversed(rules):
         decision = spec.check_file(name[len(directory) :]).include
         if decision is not None:
@@ -202,69 +234,35 @@ def _is_ignored(name: str, rules: Rules) -> bool:
 
 def _too_many(root: Path) -> DataError:
     return DataError(
-        f"{root} holds more than {MAX_ENTRIES} files, which is not one code base.",
+        f"{root} contains more than {MAX_ENTRIES} files; one code base must have fewer.",
         code="too_many_files",
         suggestions=("Give the directory of one project.",),
     )
 
 
-# FOLDED FROM peft_core.data.walk: What the name of a file or directory says: code, or a reason to leave it out.
-
-
-class ExclusionReason(StrEnum):
-    """Why something was left out; stable names, they are shown and counted."""
-
-    BINARY = "binary"
-    CHANGED = "changed"  # or gone, while it was read
-    DATA = "data"  # a table, not code
-    DUPLICATE = "duplicate"
-    EMPTY = "empty"
-    GENERATED = "generated"
-    HIDDEN = "hidden"
-    IGNORED = "ignored"
-    LICENCE = "licence"
-    LOCK_FILE = "lock_file"
-    MAYBE_TRAINED_ON = "maybe_trained_on"  # by the adapter that is measured; what is known of that is a sample
-    MINIFIED = "minified"
-    NEAR_DUPLICATE = "near_duplicate"
-    OVER_FILE_SHARE = "over_file_share"  # of a file so large that it would drown the others
-    NO_CODE = "no_code"
-    NOT_NEEDED = "not_needed"  # the run ends before it would come to them
-    NOT_TEXT = "not_text"
-    SECRET = "secret"  # noqa: S105 - the name of a reason
-    SEEN_IN_TRAINING = "seen_in_training"  # held out, and half of its lines are trained on elsewhere
-    SENSITIVE = "sensitive"
-    SPECIAL = "special"
-    SYMLINK = "symlink"
-    TINY = "tiny"
-    TOO_LARGE = "too_large"
-    TOO_LONG = "too_long"
-    TRAINED_ON = "trained_on"  # by the adapter that is measured
-    UNREADABLE = "unreadable"
-    VENDORED = "vendored"
-
+# Classification by name.
 
 VENDORED = frozenset(
     "node_modules bower_components jspm_packages vendor vendored _vendor third_party thirdparty third-party "
     "site-packages dist-packages __pycache__ pods deriveddata".split(),
 )
-# Where git keeps the list, what a build writes is ignored already, and a tracked `build/` holds code.
-_BUILT = frozenset("dist build target out obj bazel-out htmlcov venv virtualenv".split())
+# Only without git: git ignores build output already, and a tracked `build/` holds code.
+_BUILD_DIRECTORIES = frozenset("dist build target out obj bazel-out htmlcov venv virtualenv".split())
 _LOCK_FILES = frozenset("package-lock.json npm-shrinkwrap.json pnpm-lock.yaml go.sum gradle.lockfile".split())
-_GENERATED = re.compile(
+_GENERATED_NAME = re.compile(
     r"(_pb2(_grpc)?\.pyi?|\.pb\.(go|cc|h)|_pb\.(js|ts|d\.ts)|\.g\.(dart|cs)|\.freezed\.dart|\.designer\.cs"
     r"|[._-]generated\.\w+|_generated\.\w+|\.gen\.\w+|^moc_.*\.cpp|^ui_.*\.h)$",
     re.IGNORECASE,
 )
-_MINIFIED = re.compile(r"[.-]min\.(js|css|mjs)$|\.bundle\.js$", re.IGNORECASE)
-_SENSITIVE = re.compile(
+_MINIFIED_NAME = re.compile(r"[.-]min\.(js|css|mjs)$|\.bundle\.js$", re.IGNORECASE)
+_SENSITIVE_NAME = re.compile(
     r"^(\.env(\..*)?|.*\.env|\.?netrc|_netrc|\.npmrc|\.pypirc|\.pgpass|\.git-credentials|\.htpasswd|\.boto|\.s3cfg"
     r"|id_(rsa|dsa|ecdsa|ed25519)(_sk)?(\..*)?|.*\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk|asc|gpg|ovpn)"
     r"|credentials(\..*)?|client_secrets?(\..*)?|secrets?\.\w+|authorized_keys|known_hosts|kubeconfig)$",
     re.IGNORECASE,
 )
 _SENSITIVE_DIRECTORIES = frozenset({".ssh", ".gnupg", ".aws", ".kube", ".docker", ".azure"})
-_BINARY = frozenset(
+_BINARY_EXTENSIONS = frozenset(
     "png jpg jpeg gif bmp ico webp tiff pdf zip gz tgz bz2 xz zst 7z rar jar war whl egg so dylib dll exe a o lib obj "
     "class pyc pyo pyd wasm woff woff2 ttf otf eot mp3 mp4 mov avi mkv wav ogg flac webm sqlite db bin dat npy npz pt "
     "pth onnx gguf safetensors parquet arrow pkl pickle h5 doc docx xls xlsx ppt pptx psd ai".split(),
@@ -272,28 +270,29 @@ _BINARY = frozenset(
 
 
 def classify(name: str) -> Language | ExclusionReason:
-    """Decide by a file's name alone."""
-    if _SENSITIVE.match(name):
-        # `secrets.py` is the name of code, `secrets.yaml` is not.
+    """Return the language of a file, or the reason why it is excluded, by its name."""
+    if _SENSITIVE_NAME.match(name):
+        # `secrets.py` is code, `secrets.yaml` is not.
         language = language_of_file(name)
         if language is None or not name.lower().startswith(("secret", "credentials", "client_secret")):
             return ExclusionReason.SENSITIVE
     if name.lower() in _LOCK_FILES or name.lower().endswith(".lock"):
         return ExclusionReason.LOCK_FILE
-    if _MINIFIED.search(name):
+    if _MINIFIED_NAME.search(name):
         return ExclusionReason.MINIFIED
-    if _GENERATED.search(name):
+    if _GENERATED_NAME.search(name):
         return ExclusionReason.GENERATED
     language = language_of_file(name)
     if language is not None:
         return language
-    return ExclusionReason.BINARY if name.rpartition(".")[2].lower() in _BINARY else ExclusionReason.NO_CODE
+    return ExclusionReason.BINARY if name.rpartition(".")[2].lower() in _BINARY_EXTENSIONS else ExclusionReason.NO_CODE
 
 
 def classify_directory(name: str, *, by_git: bool) -> ExclusionReason | None:
+    """Return the reason why a directory is not entered, by its name, or None."""
     lowered = name.lower()
     if lowered in _SENSITIVE_DIRECTORIES:
         return ExclusionReason.SENSITIVE
-    if lowered in VENDORED or (not by_git and lowered in _BUILT):
+    if lowered in VENDORED or (not by_git and lowered in _BUILD_DIRECTORIES):
         return ExclusionReason.VENDORED
     return ExclusionReason.HIDDEN if name.startswith(".") else None

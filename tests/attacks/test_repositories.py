@@ -279,7 +279,7 @@ def test_more_files_than_a_code_base_has_are_refused_with_a_message(
 ) -> None:
     monkeypatch.setattr(walk_module, "MAX_ENTRIES", 3)
     for _ in range(2):
-        with pytest.raises(DataError, match="holds more than 3 files"):
+        with pytest.raises(DataError, match="contains more than 3 files"):
             walk(root)
         if (root / ".git").exists():
             (root / ".git").rename(root.parent / "git")
