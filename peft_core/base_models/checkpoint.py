@@ -15,11 +15,11 @@ FileStates = tuple[tuple[str, int, int], ...]
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Configuration and tensors of a model directory or a .gguf file, from memory where nothing has changed since.
+    """Read configuration and tensor headers of a model directory or a .gguf file; cached until a file changes.
 
     Raises:
         BaseCheckpointError: the model cannot be used.
-        HeaderError: a weights file is not sound.
+        HeaderError: a weights file is malformed.
     """
     return _read(path, file_states(path))
 
@@ -30,10 +30,10 @@ def _read(path: Path, states: FileStates) -> Checkpoint:  # noqa: ARG001 - part 
 
 
 def file_states(path: Path) -> FileStates:
-    """What changes when the files of a model do.
+    """Return name, size and modification time of a model's files, as a cache key.
 
     Raises:
-        BaseCheckpointError: they cannot be listed.
+        BaseCheckpointError: the files cannot be listed.
     """
     try:
         files = list(os.scandir(path)) if path.is_dir() else []
@@ -42,6 +42,6 @@ def file_states(path: Path) -> FileStates:
         raise unusable(
             path,
             f"it cannot be read ({error.strerror})",
-            "Check its permissions, or fetch it again",
+            "Check its permissions, or download it again",
         ) from error
     return tuple(sorted((name, state.st_size, state.st_mtime_ns) for name, state in stats))

@@ -1,4 +1,4 @@
-"""A base model as its files describe it, whatever their format."""
+"""A base model as its headers describe it, independent of the file format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peft_core.schemas.base_model import ModelShape
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor as the header states it. `start` and `size` in bytes, `start` from the beginning of the file."""
+    """One tensor as stated in a header. `start` and `size` are in bytes, `start` from the beginning of the file."""
 
     name: str
     dtype: str
@@ -27,10 +27,10 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights and configuration of one base, read from headers only.
+    """Weights and configuration of a base model, read from headers only.
 
-    `config` is in Hugging Face's terms for either format. `shapes` has the modules' Hugging Face names, and leaves out
-    an output head that is the embedding. `stored` tells where each tensor lies, under its name in the file.
+    `config` and the names in `shapes` are Hugging Face's for both formats; an output head that is tied to the embedding is not
+    listed. `stored` locates each tensor, under its name in the file.
     """
 
     path: Path
@@ -41,11 +41,11 @@ class Checkpoint:
     stored: tuple[tuple[Path, TensorInfo], ...]
     size_bytes: int
     has_chat_template: bool
-    title: str | None = None  # what the file calls itself
+    title: str | None = None  # the model's name, from the file's metadata
     pre_tokenizer: str | None = None  # GGUF's name of the rule that splits text before BPE
 
 
-# Far above every real model; what is beyond would only make somebody build it.
+# Far above every real model: a configuration beyond these limits would only exhaust memory.
 MAX_SHAPE = {
     "hidden_size": 1 << 17,
     "intermediate_size": 1 << 20,
@@ -59,7 +59,7 @@ _NUMBERED = re.compile(r"\.(\d{1,6})\.", re.ASCII)
 
 
 def unusable(path: Path, reason: str, *suggestions: str) -> BaseCheckpointError:
-    """The error for a base that was found but cannot be worked with."""
+    """Return the error for a base model that exists but cannot be used."""
     return BaseCheckpointError(
         f"The base model {path} cannot be used: {reason.rstrip('.')}.",
         code="base_model_unusable",
@@ -69,10 +69,10 @@ def unusable(path: Path, reason: str, *suggestions: str) -> BaseCheckpointError:
 
 
 def model_shape(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelShape:
-    """The numbers that work and memory depend on.
+    """Return the dimensions that compute and memory depend on.
 
     Raises:
-        BaseCheckpointError: the configuration lacks one of them.
+        BaseCheckpointError: the configuration lacks one of them or has an implausible value.
     """
     heads = config.get("num_attention_heads")
     numbers = {
@@ -97,7 +97,7 @@ def model_shape(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tupl
         raise unusable(
             path,
             f"its configuration has {numbers['num_hidden_layers']} layers, its weights {layers}",
-            "Fetch it again",
+            "Download it again",
         )
     return ModelShape(
         parameters=sum(math.prod(shape) for shape in shapes.values()),
@@ -121,7 +121,7 @@ def model_shape(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tupl
 
 
 def join_some(names: Iterable[str], most: int = 3) -> str:
-    """'a, b, c and 4 more'."""
+    """Format a list of names as 'a, b, c and 4 more'."""
     listed = list(names)
     rest = len(listed) - most
     return ", ".join(listed[:most]) + (f" and {rest} more" if rest > 0 else "")

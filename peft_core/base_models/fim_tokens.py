@@ -1,4 +1,4 @@
-"""How a base is asked for the text between two others, as its vocabulary tells."""
+"""Detect fill-in-the-middle tokens in a base model's vocabulary."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TOKENS = "tokenizer.ggml.tokens"
 
 
 def find_fim_tokens(knows: Callable[[str], bool]) -> FillInTheMiddle | None:
-    """The family whose tokens a vocabulary has, `knows` telling of each; None where it has none for this."""
+    """Return the set of tokens that a vocabulary contains completely, according to `knows`; None if there is no such set."""
     for family in FIM_TOKENS:
         if all(knows(token) for token in (family.prefix, family.suffix, family.middle) if token):
             return family
@@ -26,14 +26,14 @@ def find_fim_tokens(knows: Callable[[str], bool]) -> FillInTheMiddle | None:
 
 
 def has_fim_tokens(path: Path) -> bool:
-    """Whether a base, a directory or a .gguf file, has tokens for this. No tokenizer is loaded.
+    """Return whether a base model (directory or .gguf file) has fill-in-the-middle tokens. No tokenizer is loaded.
 
     Raises:
         HeaderError: its vocabulary cannot be read.
     """
     if path.is_dir():
         raw = _tokenizer(path / "tokenizer.json")
-        # Looked for as it is written, escaped to ASCII or not: parsed, it would take a second and ten times its size.
+        # Search the raw JSON, for both ways to escape the token: parsing takes a second and ten times the memory.
         return find_fim_tokens(lambda token: any(form in raw for form in _quoted(token))) is not None
     tokens = read_gguf_header(path, arrays=(_TOKENS,)).metadata.get(_TOKENS)
     return isinstance(tokens, tuple) and find_fim_tokens(frozenset(tokens).__contains__) is not None
@@ -47,5 +47,5 @@ def _tokenizer(path: Path) -> bytes:
     with open_regular(path, follow_links=True) as descriptor:
         size = os.fstat(descriptor).st_size
         if size > MAX_TOKENIZER_BYTES:
-            raise HeaderError(path, f"has {size} bytes, more than the {MAX_TOKENIZER_BYTES} that are read")
+            raise HeaderError(path, f"has {size} bytes, more than the limit of {MAX_TOKENIZER_BYTES}")
         return read_exactly(descriptor, size, 0, path)

@@ -1,11 +1,11 @@
-"""Tell bases apart by what they are, not by what they are called.
+"""Identify base models by their content, not by their name.
 
 `architecture`: configuration, names and shapes; the same for every quantisation and both formats of one model.
-`sample`: up to 12 KB of every tensor, as stored. Two bases that differ in it are different files; equal ones have equal
-weights unless someone tampered with the bytes between.
-`family`: the norm weights in full; the same for every number format of one model, and other for another model of the
-same architecture. A model whose norms were frozen while it was trained further keeps it.
-`content`: every byte of the weights. Only known without reading them where a Hugging Face cache names them by it.
+`sample`: up to 12 KB of every tensor, as stored. Different samples mean different weights; equal samples mean equal weights,
+unless someone changed the bytes between the samples.
+`family`: all norm weights; equal for every number format of one model, different for another model of the same architecture.
+A model that was trained further with frozen norms keeps it.
+`content`: every byte of the weights. In a Hugging Face cache it is known from file names; elsewhere it needs a full read.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SAMPLE_BYTES = 4096
 _COMPARED = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
 )  # fmt: skip
-# input_layernorm, q_norm, model.norm, ln_f: whatever kind of norm a family has.
+# input_layernorm, q_norm, model.norm, ln_f: the names of norms in all families.
 _NORM = re.compile(r"(?:^|\.)(?:[a-z_]*norm[a-z0-9_]*|ln_\w+)\.(?:weight|bias)$", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
@@ -54,23 +54,23 @@ _AS_FLOAT32: dict[str, Callable[[bytes], bytes]] = {"F32": bytes, "BF16": _widen
 
 
 def fingerprint(path: Path) -> Fingerprint:
-    """Fingerprint of a model directory or .gguf file; computed once per state of its files.
+    """Return the fingerprint of a model directory or .gguf file; cached until a file changes.
 
     Raises:
         BaseCheckpointError: the model cannot be used.
-        HeaderError: a weights file is not sound.
+        HeaderError: a weights file is malformed.
     """
     return _fingerprint(path, file_states(path))
 
 
 def content_hash(path: Path) -> str:
-    """sha256 (hexadecimal) over every byte of the weights, whatever their files are called: seconds per gigabyte.
+    """Return the sha256 (hexadecimal) of all weight files, independent of their names. Takes seconds per gigabyte.
 
-    Computed once per state of its files.
+    The result is cached until a file changes.
 
     Raises:
         BaseCheckpointError: the model cannot be used.
-        HeaderError: a weights file is not sound, or cannot be read.
+        HeaderError: a weights file is malformed or unreadable.
     """
     return _content_hash(path, file_states(path))
 
@@ -97,14 +97,14 @@ def _fingerprint(path: Path, states: FileStates) -> Fingerprint:  # noqa: ARG001
 
 
 def architecture_hash(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """sha256 (hexadecimal) over what an adapter depends on, and nothing that differs between copies of one model."""
+    """Return the sha256 (hexadecimal) of what an adapter depends on and what is equal in every copy of one model."""
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     compared = {name: config.get(name) for name in _COMPARED} | {
         "num_key_value_heads": config.get("num_key_value_heads") or heads,
         "head_dim": config.get("head_dim") or (hidden // heads if heads and hidden else None),
         "rms_norm_eps": f"{config.get('rms_norm_eps') or 0:.6g}",  # GGUF has it in 32 bits
-        # transformers < 5 kept it beside the scaling, transformers 5 inside
+        # transformers < 5 stores it next to the scaling, transformers 5 inside it
         "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
         "rope_type": rope.get("rope_type", rope.get("type", "default")),
     }
@@ -113,9 +113,9 @@ def architecture_hash(config: Mapping[str, Any], shapes: Mapping[str, tuple[int,
 
 
 def sample_hash(checkpoint: Checkpoint) -> str:
-    """sha256 (hexadecimal) over beginning, middle and end of every tensor, with its name, type and shape.
+    """Return the sha256 (hexadecimal) of beginning, middle and end of every tensor, with its name, type and shape.
 
-    How the tensors are spread over files does not enter. Of GGUF the quantised blocks are taken as they are.
+    The distribution over files does not matter. Quantised blocks of GGUF files are hashed as stored.
     """
     digest = hashlib.sha256()
     with ExitStack() as opened:
@@ -129,10 +129,10 @@ def sample_hash(checkpoint: Checkpoint) -> str:
 
 
 def family_hash(checkpoint: Checkpoint) -> str:
-    """sha256 (hexadecimal) over the norm vectors as float32, by their Hugging Face names.
+    """Return the sha256 (hexadecimal) of the norm vectors as float32, with their Hugging Face names.
 
-    Quantisation leaves them alone, and GGUF keeps them in float32: equal in every form of one model. Empty where there
-    are none, or not as floats.
+    Quantisation does not change them and GGUF stores them in float32, so they are equal in every form of one model. Empty if
+    the model has no norm vectors, or not as floats.
     """
     norms: list[tuple[str, Path, TensorInfo]] = []
     for file, tensor in checkpoint.stored:
@@ -152,15 +152,15 @@ def family_hash(checkpoint: Checkpoint) -> str:
 
 
 def storage_of(checkpoint: Checkpoint) -> str:
-    """Number formats and how many tensors have each, such as 'F32 61, Q4_1 211'."""
+    """Return the number formats and how many tensors use each, such as 'F32 61, Q4_1 211'."""
     counts = Counter(tensor.dtype for _, tensor in checkpoint.stored)
     return ", ".join(f"{dtype} {count}" for dtype, count in sorted(counts.items()))
 
 
 def _content_by_name(checkpoint: Checkpoint) -> str | None:
-    """What `content_hash` would give, where the files are links into a Hugging Face cache; None elsewhere.
+    """Return what `content_hash` returns, if the files are links into a Hugging Face cache; otherwise None.
 
-    There a blob that came through LFS, as weights do, is named by its sha256.
+    The cache names a blob that came through LFS, as weights do, by its sha256.
     """
     snapshot = checkpoint.path if checkpoint.format == "huggingface" else checkpoint.path.parent
     if snapshot_at(snapshot) is None:
@@ -169,7 +169,7 @@ def _content_by_name(checkpoint: Checkpoint) -> str | None:
     for file in _weight_files(checkpoint):
         try:
             blob = file.readlink()
-        except OSError:  # no link: a cache without symbolic links, or a file that somebody put there
+        except OSError:  # not a link: a cache without symbolic links, or a file added by hand
             return None
         if blob.parent.name != "blobs" or not _SHA256.fullmatch(blob.name):
             return None
@@ -182,7 +182,7 @@ def _weight_files(checkpoint: Checkpoint) -> list[Path]:
 
 
 def _joined(hashes: Iterable[str]) -> str:
-    """One hash of several files' hashes. Sorted: copies may have other names."""
+    """Hash several files' hashes; sorted, because copies may have other names."""
     return hashlib.sha256("\n".join(sorted(hashes)).encode()).hexdigest()
 
 
@@ -191,7 +191,7 @@ def _opened(checkpoint: Checkpoint, stack: ExitStack) -> dict[Path, int]:
 
 
 def sample_offsets(size: int) -> list[int]:
-    """Where the samples of a tensor of `size` bytes begin."""
+    """Return the offsets of the samples of a tensor of `size` bytes."""
     if size <= SAMPLE_BYTES:
         return [0] if size else []
     last = size - SAMPLE_BYTES

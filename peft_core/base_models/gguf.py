@@ -1,8 +1,8 @@
 """Read the header of a GGUF file: metadata and the list of tensors, without their data.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Own parser because the `gguf` package takes seconds
-for a vocabulary of 49k tokens, imports numpy, and trusts the file. Read through a buffer, not mapped: a file that shrinks
-under a mapping kills the process.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The parser is our own because the `gguf` package takes
+seconds for a vocabulary of 49k tokens, imports numpy, and trusts the file. It reads through a buffer: if a memory-mapped
+file shrinks, the process is killed.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ MAX_HEADER_BYTES = 128 << 20
 MAX_PAIRS = 1 << 16
 MAX_TENSORS = 1 << 17
 MAX_ARRAY_ITEMS = 4_000_000  # of all arrays of one file: 262k tokens are the largest vocabularies, merges twice that
-MAX_TEXT_BYTES = 1 << 20  # of one text that is kept; a longer one (a whole tokenizer.json) is skipped
-MAX_KEPT_BYTES = 16 << 20  # of all texts that are kept, keys and names among them
+MAX_TEXT_BYTES = 1 << 20  # of one string; a longer one (an embedded tokenizer.json) is skipped
+MAX_KEPT_BYTES = 16 << 20  # of all strings together, including keys and names
 MAX_KEY_BYTES = (1 << 16) - 1
 MAX_NAME_BYTES = 256
 MAX_DIMENSIONS = 4
@@ -54,7 +54,7 @@ MAX_ELEMENTS = 1 << 48
 
 @dataclass(frozen=True, slots=True)
 class ArrayInfo:
-    """An array that was skipped, or a text as long as one. `kind` is GGUF's number of the element type."""
+    """A skipped array or overlong string. `kind` is GGUF's number of the element type."""
 
     kind: int
     count: int
@@ -65,7 +65,7 @@ Value = int | float | bool | str | ArrayInfo | tuple[int | float | bool | str, .
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """`size` is that of the file, in bytes. Shapes are in torch's order, outermost axis first."""
+    """`size` is the size of the file in bytes. Shapes are in torch's order, outermost axis first."""
 
     metadata: dict[str, Value]
     tensors: dict[str, TensorInfo]
@@ -92,10 +92,10 @@ class GgufHeader:
 
 
 def read_gguf_header(path: Path, *, arrays: Collection[str] = ()) -> GgufHeader:
-    """Metadata and tensors. Arrays are skipped and only counted, but for those named in `arrays`.
+    """Read metadata and tensor entries. Arrays are only counted, except those named in `arrays`.
 
     Raises:
-        HeaderError: not a GGUF file of version 2 or 3, or one that is not sound.
+        HeaderError: not a GGUF file of version 2 or 3, or a malformed one.
     """
     with open_regular(path, follow_links=True) as descriptor:
         reader = _Reader(descriptor, path)
@@ -125,7 +125,7 @@ def read_gguf_header(path: Path, *, arrays: Collection[str] = ()) -> GgufHeader:
 
 
 def _placed(entries: list[TensorInfo], data_start: int, alignment: int, reader: _Reader) -> dict[str, TensorInfo]:
-    """The tensors with absolute offsets, after checking that each lies in the file and none on another."""
+    """Return the tensors with absolute offsets, after checking that they are inside the file and do not overlap."""
     tensors: dict[str, TensorInfo] = {}
     position = data_start
     for entry in sorted(entries, key=lambda entry: (entry.start, entry.size)):
@@ -142,7 +142,7 @@ def _placed(entries: list[TensorInfo], data_start: int, alignment: int, reader: 
 
 
 class _Reader:
-    """A cursor over the beginning of a file. In memory is the piece that is being read, never the header whole."""
+    """A cursor over the beginning of a file, which buffers one chunk instead of the complete header."""
 
     def __init__(self, descriptor: int, path: Path) -> None:
         self.size = os.fstat(descriptor).st_size
@@ -182,7 +182,7 @@ class _Reader:
         self._kept_left -= size
         if self._kept_left < 0:
             raise self.error(f"its texts have more than the {MAX_KEPT_BYTES} bytes that are kept")
-        # Not strict: llama.cpp is not either, and a stray byte in a description is no reason to refuse a model.
+        # Not strict, like llama.cpp: an invalid byte in a description is no reason to reject a model.
         return self.take(size).decode("utf-8", "replace")
 
     def value(self, *, keep: bool) -> Value:
@@ -195,7 +195,7 @@ class _Reader:
         return self._text(size) if kind == _STRING else self._single(kind)
 
     def tensor(self) -> TensorInfo:
-        """One entry; its `start` is relative to the data."""
+        """Read one tensor entry; its `start` is relative to the data section."""
         name = self.string(MAX_NAME_BYTES)
         if not name.isprintable():
             raise self.error(f"a tensor has the impossible name {name!r}")
@@ -237,7 +237,7 @@ class _Reader:
         return ArrayInfo(kind, count)
 
     def _skip_strings(self, count: int) -> None:
-        """Pass over `count` strings: the one hot loop, hence the local names."""
+        """Skip `count` strings. This is the hot loop, hence the local variables."""
         unpack, position, available = _U64.unpack_from, self.position - self._start, len(self._buffer)
         for _ in range(count):
             if position + 8 > available:
@@ -249,7 +249,7 @@ class _Reader:
         self._check_end(self.position)
 
     def _need(self, size: int) -> None:
-        """Have so many bytes from the cursor on in the buffer."""
+        """Make sure that the buffer contains `size` bytes from the cursor on."""
         end = self.position + size
         if end <= self._start + len(self._buffer):
             return

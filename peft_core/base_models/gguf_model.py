@@ -1,6 +1,6 @@
-"""What a GGUF file means as a model: its Hugging Face configuration, and the Hugging Face names of its tensors.
+"""Interpret a GGUF file as a model: derive its Hugging Face configuration and the Hugging Face names of its tensors.
 
-For the families whose GGUF names and shapes are known here one by one. Names: "Standardized tensor names" in
+Only families with a `gguf` entry in `families.py` are read. Names: "Standardized tensor names" in
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -43,7 +43,7 @@ _OTHERS = f"Use a GGUF file of one of the families {FULLY_SUPPORTED}, or the mod
 
 
 def hugging_face_name(name: str) -> str | None:
-    """The parameter that a GGUF tensor holds; None for one that belongs to no family known here."""
+    """Return the Hugging Face parameter name of a GGUF tensor; None for an unknown tensor."""
     stem, dot, suffix = name.rpartition(".")
     if not dot or suffix not in ("weight", "bias"):
         return None
@@ -56,11 +56,11 @@ def hugging_face_name(name: str) -> str | None:
 
 
 def read_gguf_model(path: Path) -> Checkpoint:
-    """Configuration and tensors of a GGUF model file.
+    """Read configuration and tensor headers of a GGUF model file.
 
     Raises:
-        HeaderError: not a sound GGUF file.
-        BaseCheckpointError: a sound one that is no model of a known family.
+        HeaderError: the file is not a well-formed GGUF file.
+        BaseCheckpointError: it is not a model of a known family.
     """
     header = read_gguf_header(path)
     architecture = header.text("general.architecture")
@@ -96,13 +96,13 @@ def read_gguf_model(path: Path) -> Checkpoint:
 
 
 def _title(header: GgufHeader) -> str | None:
-    """The model's own name on one line; its end where a converter wrote a path."""
+    """Return the model's name on one line; only the last part if a converter wrote a path."""
     name = " ".join((header.text("general.name") or "").split()).replace("\\", "/").rstrip("/").rpartition("/")[2]
     return sanitize(name, limit=100).strip() or None
 
 
 def _pre_tokenizer(path: Path, header: GgufHeader) -> str | None:
-    """Name of the rule that splits text before BPE; None for a SentencePiece vocabulary, which has none."""
+    """Return the name of the rule that splits text before BPE; None for a SentencePiece vocabulary."""
     kind = header.text("tokenizer.ggml.model")
     if kind == "llama":
         return None
@@ -110,7 +110,7 @@ def _pre_tokenizer(path: Path, header: GgufHeader) -> str | None:
         raise unusable(path, f"its tokenizer is of the kind {kind!r}; known are gpt2 and llama", _OTHERS)
     name = header.text("tokenizer.ggml.pre") or "default"
     if name not in SPLIT_RULES:
-        # llama.cpp refuses these too: other tokens than in training cost quality, and nothing would say so.
+        # llama.cpp rejects these too: a wrong split silently costs quality.
         raise unusable(path, f"its tokenizer splits text by a rule not known here, {name!r}", _DIRECTORY)
     return name
 
@@ -165,7 +165,7 @@ def _rope(path: Path, header: GgufHeader, architecture: str, head_dim: int) -> d
 
 
 def _llama3_rope(path: Path, header: GgufHeader, theta: float, head_dim: int) -> dict[str, Any]:
-    """Llama 3.1's scaling, recovered from the factors that GGUF keeps of it, and checked against every one of them."""
+    """Recover Llama 3.1's scaling from the frequency factors in the file, and check it against each of them."""
     tensor = header.tensors[ROPE_FACTORS]
     if tensor.dtype != "F32" or not 1 <= math.prod(tensor.shape) <= 1024:
         raise unusable(path, "its rotary frequency factors are not in the known form", _OTHERS)
@@ -192,12 +192,12 @@ def _llama3_rope(path: Path, header: GgufHeader, theta: float, head_dim: int) ->
 
 
 def _rounded(value: float | None, default: float) -> float:
-    """GGUF keeps 32-bit floats: 9.99999974e-06 was written as 1e-05."""
+    """Undo the rounding to 32 bits in GGUF: 9.99999974e-06 was written as 1e-05."""
     return default if value is None else float(f"{value:.6g}")
 
 
 def permuted_heads(config: Mapping[str, Any], name: str) -> int | None:
-    """Heads by which GGUF has reordered the rows of this tensor; None where it left them alone.
+    """Return the number of heads by which GGUF reordered the rows of this tensor; None if it did not.
 
     See `GgufFormat.interleaves_heads`.
     """

