@@ -9,11 +9,11 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import islice
+from itertools import accumulate, islice
 
 import torch
 
-from peft_core.modeling.tokenizer import BaseTokenizer
+from peft_core.modeling.tokenizer import BaseTokenizer, Tokens
 from peft_core.schemas.dataset import Example
 
 IGNORED = -100  # marks a position without a target, as in torch
@@ -37,22 +37,29 @@ class Document:
 
 
 def tokenise(example: Example, tokenizer: BaseTokenizer, max_length: int) -> Document:
-    """The segments in order and the end of the text, where it ends; cut at `max_length` tokens."""
-    ids: list[int] = []
-    learn: list[bool] = []
-    for segment, tokens in zip(example.segments, tokenizer.encode(example.segments), strict=True):
-        ids += tokens.ids
-        learn += [segment.learn] * len(tokens.ids)
+    """Tokenise the segments in order, then the end-of-text token if the text ends; truncate to `max_length` tokens."""
+    return tokenise_segments(example, tokenizer, max_length)[0]
+
+
+def tokenise_segments(
+    example: Example, tokenizer: BaseTokenizer, max_length: int
+) -> tuple[Document, list[tuple[int, Tokens]]]:
+    """Return the document, and for each segment the index of its first token and its tokens (not truncated)."""
+    encodings = tokenizer.encode(example.segments)
+    ids = [token for tokens in encodings for token in tokens.ids]
+    learn = [segment.learn for segment, tokens in zip(example.segments, encodings, strict=True) for _ in tokens.ids]
     prefix = () if tuple(ids[: len(tokenizer.beginning)]) == tokenizer.beginning else tokenizer.beginning
+    starts = accumulate((len(tokens.ids) for tokens in encodings), initial=len(prefix))
     ids, learn = [*prefix, *ids], [False] * len(prefix) + learn
-    if example.ends and ids and ids[-1] != tokenizer.end_of_text:  # a chat turn may bring its own
+    if example.ends and ids and ids[-1] != tokenizer.end_of_text:  # a chat turn may end with its own
         ids.append(tokenizer.end_of_text)
         learn.append(learn[-1])
     learn[:1] = [False] * len(learn[:1])
-    return Document(
+    document = Document(
         ids_T=torch.tensor(ids[:max_length], dtype=torch.int32),
         learn_T=torch.tensor(learn[:max_length], dtype=torch.bool),
     )
+    return document, list(zip(starts, encodings, strict=False))  # the last start is the end of the last segment
 
 
 @dataclass(frozen=True, eq=False)

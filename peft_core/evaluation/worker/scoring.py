@@ -20,10 +20,10 @@ from peft_core.evaluation.completion_points import (
     find_lines,
 )
 from peft_core.evaluation.summary import ExampleScore, mean_loss, require_finite
-from peft_core.modeling.batches import Document, join, pack, tokenise
+from peft_core.modeling.batches import Document, join, pack, tokenise_segments
 from peft_core.modeling.memory import trim_if_above
 from peft_core.modeling.objective import Objective
-from peft_core.modeling.tokenizer import BaseTokenizer
+from peft_core.modeling.tokenizer import BaseTokenizer, Tokens
 from peft_core.schemas.dataset import Example
 from peft_core.system.cancellation import StopFlag
 
@@ -46,8 +46,12 @@ def make_held_out_examples(
     max_length: int,
 ) -> list[HeldOutExample]:
     """Tokenise the examples; those without a target token are dropped."""
-    documents = ((example, tokenise(example, tokenizer, max_length)) for example in examples)
-    return [_make_held_out_example(example, document, tokenizer) for example, document in documents if document.targets]
+    tokenised = ((example, *tokenise_segments(example, tokenizer, max_length)) for example in examples)
+    return [
+        _make_held_out_example(example, document, segments)
+        for example, document, segments in tokenised
+        if document.targets
+    ]
 
 
 def score_examples(
@@ -139,16 +143,13 @@ def sample_for_training(documents: Sequence[Document], seed: int) -> list[Docume
     return sample
 
 
-def _make_held_out_example(example: Example, document: Document, tokenizer: BaseTokenizer) -> HeldOutExample:
+def _make_held_out_example(
+    example: Example, document: Document, segments: Sequence[tuple[int, Tokens]]
+) -> HeldOutExample:
     """Find the lines and completion points in the segments that carry loss."""
     lines: list[Line] = []
     points: list[CompletionPoint] = []
-    encodings = tokenizer.encode(example.segments)
-    # Like `tokenise`, which puts the tokenizer's prefix before the first segment unless the segment begins with it.
-    first_ids = encodings[0].ids if encodings else []
-    has_prefix = tuple(first_ids[: len(tokenizer.beginning)]) == tokenizer.beginning
-    begin = 0 if has_prefix else len(tokenizer.beginning)
-    for segment, encoding in zip(example.segments, encodings, strict=True):
+    for segment, (begin, encoding) in zip(example.segments, segments, strict=True):
         if segment.learn:
             lines += [
                 Line(line.row, begin + line.first, begin + line.last, line.includes_newline)
@@ -160,7 +161,6 @@ def _make_held_out_example(example: Example, document: Document, tokenizer: Base
                 # If the text is cut off, its continuation is unknown, and a model would rightly write more lines.
                 if example.ends or point.expected.count("\n") == EXPECTED_LINES
             ]
-        begin += len(encoding.ids)
     length = len(document)
     return HeldOutExample(
         example,

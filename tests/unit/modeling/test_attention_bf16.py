@@ -41,7 +41,7 @@ def expected(lengths: list[int], heads: int, groups: int, given: list[torch.Tens
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (3, 1)])
 @settings(deadline=None, max_examples=25)
 @given(lengths=_LENGTHS)
-def test_result_and_gradients_are_those_of_float32_up_to_the_digits_of_bfloat16(
+def test_bf16_attention_and_gradients_match_float32_up_to_rounding(
     heads: int,
     groups: int,
     lengths: list[int],
@@ -60,7 +60,7 @@ def test_result_and_gradients_are_those_of_float32_up_to_the_digits_of_bfloat16(
         assert (mine.float() - theirs).norm() <= 1e-2 * theirs.norm() + 1e-3, name
 
 
-def test_no_document_sees_its_neighbour_and_no_token_what_follows() -> None:
+def test_tokens_attend_to_no_other_document_and_no_later_token() -> None:
     lengths = [40, 50, 7]
     first, other = inputs(lengths, 4, 2), inputs(lengths, 4, 2, seed=1)
     own, later = slice(40, 90), slice(60, 90)
@@ -74,7 +74,7 @@ def test_no_document_sees_its_neighbour_and_no_token_what_follows() -> None:
     assert not torch.equal(alone[:, 60:90], among[:, 60:90])
 
 
-def test_shapes_are_few_whatever_the_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_limits_the_number_of_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each costs a program."""
     shapes = set()
     plain = narrow_attention._weights

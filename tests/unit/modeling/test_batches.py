@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 @given(st.lists(st.integers(1, 600), max_size=60), st.integers(0, 512))
-def test_packing_keeps_every_document_once_and_overfills_no_group(lengths: list[int], capacity: int) -> None:
+def test_packing_uses_every_document_once_within_the_capacity(lengths: list[int], capacity: int) -> None:
     groups = pack(lengths, capacity)
     assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
     for group in groups:
@@ -20,7 +20,7 @@ def test_packing_keeps_every_document_once_and_overfills_no_group(lengths: list[
 
 
 @given(st.lists(st.integers(1, 512), min_size=1, max_size=60))
-def test_no_two_groups_would_fit_into_one(lengths: list[int]) -> None:
+def test_no_two_packed_groups_would_fit_into_one(lengths: list[int]) -> None:
     sums = sorted(sum(lengths[index] for index in group) for group in pack(lengths, 512))
     assert len(sums) == 1 or sums[0] + sums[1] > 512
 
@@ -55,7 +55,7 @@ def test_one_epoch_is_the_default_and_the_seed_decides_the_order() -> None:
     assert sorted(first) == sorted(other)
 
 
-def test_joined_documents_restart_their_positions_and_predict_only_their_own_tokens() -> None:
+def test_packed_documents_restart_positions_and_predict_only_their_own_tokens() -> None:
     documents = tiny_documents((5, 3))
     batch = join(documents, CPU)
     assert batch.positions_1T.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2]]
@@ -78,7 +78,7 @@ def test_the_longest_document_fits_into_a_micro_batch() -> None:
 
 
 @given(st.lists(st.integers(2, 90), min_size=1, max_size=20))
-def test_a_device_that_wants_few_shapes_gets_few_and_the_same_targets(lengths: list[int]) -> None:
+def test_padding_to_a_multiple_gives_few_shapes_and_the_same_targets(lengths: list[int]) -> None:
     documents = tiny_documents(tuple(lengths))
     own = list(micro_batches(documents, 128, CPU))
     filled = list(micro_batches(documents, 128, CPU, multiple_of=64))

@@ -82,7 +82,7 @@ def test_float16_is_never_chosen() -> None:
     assert all(choose("auto", machine).weights != torch.float16 for machine in machines)
 
 
-def test_this_machine_can_be_described() -> None:
+def test_choosing_for_this_machine_gives_a_known_device() -> None:
     assert choose("auto", describe()).device in {"mps", "cuda", "cpu"}
 
 

@@ -19,27 +19,27 @@ def fused(architecture: str, **config: Any) -> FusionStats:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
-def test_blocks_of_the_llama_kind_are_fused(architecture: str) -> None:
+def test_llama_like_blocks_are_fused(architecture: str) -> None:
     assert fused(architecture) == FusionStats(blocks=2, linears=0)
 
 
-def test_a_block_that_is_adapted_in_part_is_fused() -> None:
+def test_a_partly_adapted_block_is_fused() -> None:
     assert fused("llama", target_modules=["q_proj", "v_proj"]) == FusionStats(blocks=2, linears=0)
 
 
-def test_layers_with_dropout_stay_as_they_are() -> None:
+def test_layers_with_dropout_are_not_fused() -> None:
     assert fused("llama", dropout=0.1) == FusionStats(blocks=0, linears=0)
 
 
-def test_blocks_of_another_kind_keep_their_forward_and_their_linear_layers_are_fused() -> None:
+def test_only_the_linear_layers_of_other_blocks_are_fused() -> None:
     assert fused("gemma2") == FusionStats(blocks=0, linears=14)
 
 
-def test_blocks_with_another_attention_keep_their_forward() -> None:
+def test_blocks_with_another_attention_are_not_fused() -> None:
     assert fused("mistral_window") == FusionStats(blocks=0, linears=14)
 
 
-def test_a_block_that_says_something_else_keeps_its_forward() -> None:
+def test_a_block_whose_fused_output_differs_is_not_fused() -> None:
     model = tiny_model()
     probe_fast_paths(model, max_length=64)
     model.model.layers[1].self_attn.scaling *= 1.5
@@ -47,7 +47,7 @@ def test_a_block_that_says_something_else_keeps_its_forward() -> None:
     assert fuse(lora.attach(model, TrainingConfig(rank=4), "tiny")) == FusionStats(blocks=1, linears=7)
 
 
-def test_fusing_draws_no_random_numbers() -> None:
+def test_fusing_leaves_the_random_sequence_unchanged() -> None:
     model = lora.attach(tiny_model(), TrainingConfig(rank=4), "tiny")
     before = torch.get_rng_state()
     fuse(model)

@@ -50,7 +50,7 @@ def near(mine: torch.Tensor, theirs: torch.Tensor, projections: Projections) -> 
 @pytest.mark.parametrize("in_bfloat16", [False, True])
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("ranks", [(3, 3, 3), (3, 0, 2), (0, 0, 4), (0, 0, 0)])
-def test_outputs_and_gradients_are_those_of_each_layer_by_itself(
+def test_joint_outputs_and_gradients_equal_those_of_single_layers(
     ranks: tuple[int, ...],
     biases: bool,
     in_bfloat16: bool,
@@ -81,7 +81,7 @@ def test_outputs_and_gradients_are_those_of_each_layer_by_itself(
         assert (grad is None and same is None) or torch.allclose(grad, same, rtol=2e-2, atol=2e-2)
 
 
-def test_an_adapter_that_has_changed_is_woven_in_anew() -> None:
+def test_forward_uses_the_current_adapter_weights() -> None:
     ranks = (3, 3, 3)
     matrices = adapters(ranks)
     projections = ConcatenatedLora(layers(ranks, in_bfloat16=True))
@@ -93,7 +93,7 @@ def test_an_adapter_that_has_changed_is_woven_in_anew() -> None:
     assert near(after, plain(layers(ranks, in_bfloat16=True), x_TI.float(), nothing), projections)
 
 
-def test_woven_weights_are_still_there_for_those_who_want_them_alone_and_once() -> None:
+def test_concatenated_weights_are_shared_views_for_single_layers() -> None:
     ranks = (3, 0, 2)
     made = layers(ranks, in_bfloat16=True)
     projections = ConcatenatedLora(made)

@@ -40,7 +40,7 @@ def assert_same_bits(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @settings(deadline=None, max_examples=25)
 @given(rows=st.integers(1, 19), blocks=st.integers(1, 5), seed=st.integers(0, 2**32 - 1))
-def test_any_bytes_become_what_gguf_makes_of_them(kind: str, rows: int, blocks: int, seed: int) -> None:
+def test_dequantising_random_bytes_equals_gguf(kind: str, rows: int, blocks: int, seed: int) -> None:
     columns = blocks * PER_BLOCK[kind]
     stored = random_rows(kind, rows, columns, seed)
     before = stored.clone()
@@ -50,7 +50,7 @@ def test_any_bytes_become_what_gguf_makes_of_them(kind: str, rows: int, blocks: 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("half", [0x0000, 0x8000, 0x0001, 0x83FF, 0x7BFF, 0x7C00, 0xFC00, 0x7E00])
-def test_every_byte_is_right_under_zero_tiny_huge_and_infinite_scales(kind: str, half: int) -> None:
+def test_every_byte_dequantises_right_under_extreme_scales(kind: str, half: int) -> None:
     columns = 256
     size = bytes_per_row(kind, columns)
     stored = (torch.arange(256 * size, dtype=torch.int32) * 7 // 5).remainder(256).to(torch.uint8).view(256, size)
@@ -64,7 +64,7 @@ def test_every_byte_is_right_under_zero_tiny_huge_and_infinite_scales(kind: str,
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("start", [1, 2, 3])
-def test_bytes_may_begin_anywhere(kind: str, start: int) -> None:
+def test_dequantising_accepts_unaligned_bytes(kind: str, start: int) -> None:
     stored = random_rows(kind, 3, 256, 2)
     file = torch.zeros(start + stored.numel(), dtype=torch.uint8)
     file[start:] = stored.flatten()
@@ -72,29 +72,29 @@ def test_bytes_may_begin_anywhere(kind: str, start: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_need_not_lie_together(kind: str) -> None:
+def test_dequantising_accepts_rows_that_are_not_contiguous(kind: str) -> None:
     stored = random_rows(kind, 9, 256, 3)
     assert_same_bits(dequantise(stored[::2], kind, 256), reference(stored[::2], kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_matrix_that_is_taken_in_several_steps_has_no_seams(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dequantising_in_chunks_gives_the_same_matrix(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ggml, "_CHUNK_WEIGHTS", 3 * 256)
     stored = random_rows(kind, 11, 256, 5)
     assert_same_bits(dequantise(stored, kind, 256), reference(stored, kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_rows_are_no_weights(kind: str) -> None:
+def test_dequantising_no_rows_gives_no_weights(kind: str) -> None:
     assert dequantise(random_rows(kind, 0, 256, 0), kind, 256).shape == (0, 256)
 
 
-def test_float32_is_not_copied() -> None:
+def test_dequantising_float32_makes_no_copy() -> None:
     stored = random_rows("F32", 3, 8, 4)
     assert dequantise(stored, "F32", 8).data_ptr() == stored.data_ptr()
 
 
-def test_another_format_is_refused_by_name() -> None:
+def test_an_unsupported_format_is_refused_by_name() -> None:
     with pytest.raises(
         BaseCheckpointError,
         match=r"format IQ2_XS, which is not supported.*Q4_K.*Use a GGUF file of another",
@@ -110,6 +110,6 @@ def test_another_format_is_refused_by_name() -> None:
         (torch.zeros(2, 34, dtype=torch.uint8), 40),
     ],
 )
-def test_bytes_of_another_shape_are_refused(stored: torch.Tensor, columns: int) -> None:
+def test_bytes_of_the_wrong_shape_are_refused(stored: torch.Tensor, columns: int) -> None:
     with pytest.raises(ValueError, match="Q8_0"):
         dequantise(stored, "Q8_0", columns)

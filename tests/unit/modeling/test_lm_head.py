@@ -27,7 +27,7 @@ def test_loss_and_gradient_equal_those_of_plain_cross_entropy(positions: int) ->
 
 
 @pytest.mark.parametrize(("positions", "vocabulary"), [(600, 1000), (7, LOGITS_IN_FLOAT32 // 3)])
-def test_a_head_in_bfloat16_rounds_the_logits_and_their_gradient_and_nothing_else(
+def test_a_bf16_head_rounds_only_the_logits_and_their_gradient(
     positions: int,
     vocabulary: int,
 ) -> None:
@@ -64,7 +64,7 @@ def test_a_target_of_vanishing_probability_has_a_finite_loss_and_gradient() -> N
     assert hidden_ND.grad.item() == pytest.approx(300.0)
 
 
-def test_without_gradients_only_the_loss_is_computed() -> None:
+def test_without_gradients_the_head_computes_only_the_loss() -> None:
     hidden_ND, head_VD, target_N = torch.randn(5, 8), torch.randn(20, 8), torch.randint(0, 20, (5,))
     with torch.no_grad():
         loss = ChunkedLMHead(QuantisedMatrix.from_tensor(head_VD)).cross_entropy(hidden_ND, target_N)
@@ -75,7 +75,7 @@ def test_without_gradients_only_the_loss_is_computed() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_targets_no_loss(dtype: torch.dtype) -> None:
+def test_the_loss_without_targets_is_zero(dtype: torch.dtype) -> None:
     head_VD = torch.randn(20, 8).to(dtype)
     head = ChunkedLMHead(Bf16Matrix(head_VD) if dtype == torch.bfloat16 else QuantisedMatrix.from_tensor(head_VD))
     none_N = torch.zeros(0, dtype=torch.long)

@@ -19,7 +19,7 @@ from peft_core.modeling.quantised import QuantisedMatrix
 from tests.tiny_models import tiny_model, write_tiny_base
 
 
-def test_a_frozen_layer_is_the_linear_one_with_the_same_gradient() -> None:
+def test_a_frozen_linear_layer_equals_nn_linear() -> None:
     torch.manual_seed(0)
     plain = nn.Linear(6, 4).requires_grad_(requires_grad=False)
     frozen = FrozenLinear(QuantisedMatrix.from_tensor(plain.weight), plain.bias)
@@ -32,13 +32,13 @@ def test_a_frozen_layer_is_the_linear_one_with_the_same_gradient() -> None:
     assert frozen.weight.untyped_storage().nbytes() == 4
 
 
-def test_a_frozen_table_gives_its_rows() -> None:
+def test_a_frozen_embedding_equals_nn_embedding() -> None:
     table = nn.Embedding(7, 3)
     ids_12 = torch.tensor([[6, 0]])
     assert torch.equal(FrozenEmbedding(QuantisedMatrix.from_tensor(table.weight))(ids_12), table(ids_12))
 
 
-def test_a_mapped_base_says_what_the_loaded_one_says(tmp_path: Path) -> None:
+def test_a_mapped_model_gives_the_logits_of_the_loaded_one(tmp_path: Path) -> None:
     directory = write_tiny_base(tmp_path / "tiny")
     mapped = load_mapped(resolve(str(directory), Settings()), directory)
     assert mapped is not None
@@ -51,7 +51,7 @@ def test_a_mapped_base_says_what_the_loaded_one_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("in_bfloat16", [False, True])
-def test_a_base_moves_to_its_device_with_all_that_is_stored_and_what_is_shared_stays_one(
+def test_moving_a_model_moves_stored_matrices_and_keeps_sharing(
     tmp_path: Path,
     in_bfloat16: bool,
 ) -> None:
@@ -67,7 +67,7 @@ def test_a_base_moves_to_its_device_with_all_that_is_stored_and_what_is_shared_s
     assert moved.get_output_embeddings().stored is moved.get_input_embeddings().stored
 
 
-def test_weights_that_were_moved_in_16_bits_are_the_same() -> None:
+def test_bf16_weights_are_equal_after_moving() -> None:
     matrix = QuantisedMatrix.from_tensor(torch.randn(6, 4)).to_bf16()
     moved = matrix.to_device(torch.device("cpu"))
     assert moved.storage.dtype == torch.bfloat16
@@ -90,14 +90,14 @@ def test_layers_with_a_bias_are_mapped_too(tmp_path: Path) -> None:
         assert torch.equal(mapped(ids_1T).logits, load_base(directory, torch.float32)(ids_1T).logits)
 
 
-def test_a_model_whose_layers_are_of_other_kinds_is_not_mapped(tmp_path: Path) -> None:
+def test_a_model_with_other_kinds_of_layers_is_not_mapped(tmp_path: Path) -> None:
     directory = write_tiny_base(tmp_path / "tiny")
     base = resolve(str(directory), Settings())
     tiny_model("gpt2").config.save_pretrained(directory)  # Conv1D layers, under other names
     assert load_mapped(base, directory) is None
 
 
-def test_a_bias_that_the_files_lack_is_not_passed_over(tmp_path: Path) -> None:
+def test_a_model_whose_files_lack_a_bias_is_not_mapped(tmp_path: Path) -> None:
     directory = write_tiny_base(tmp_path / "tiny")
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "attention_bias": True}))

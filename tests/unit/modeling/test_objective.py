@@ -65,7 +65,7 @@ def plain_loss(model: PeftModel, documents: list[Document]) -> torch.Tensor:
         ("gpt2", True, True),
     ],
 )
-def test_the_fast_ways_are_taken_only_where_they_give_the_models_own_loss_and_gradient(
+def test_fast_paths_are_used_only_where_loss_and_gradient_are_the_models_own(
     architecture: str,
     packed: bool,
     chunked_head: bool,
@@ -87,7 +87,7 @@ def test_the_fast_ways_are_taken_only_where_they_give_the_models_own_loss_and_gr
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["down_proj"], ["gate_proj", "o_proj"]])
-def test_blocks_that_are_adapted_in_part_give_the_models_own_gradient(targets: list[str]) -> None:
+def test_partly_adapted_blocks_give_the_models_own_gradient(targets: list[str]) -> None:
     documents = tiny_documents(LENGTHS)
     _, reference = with_random_adapter("qwen3", fused=False, targets=targets)
     expected_gradient = gradient_of(reference, plain_loss(reference, documents))
@@ -96,7 +96,7 @@ def test_blocks_that_are_adapted_in_part_give_the_models_own_gradient(targets: l
     assert (gradient - expected_gradient).norm() / expected_gradient.norm() < 1e-5
 
 
-def test_layers_computed_again_in_the_backward_pass_give_the_same_gradient() -> None:
+def test_gradient_checkpointing_gives_the_same_gradient() -> None:
     objective, model = with_random_adapter("qwen2", fused=True)
     batch = join(tiny_documents(LENGTHS), CPU)
     kept = gradient_of(model, objective.loss(batch))
@@ -106,7 +106,7 @@ def test_layers_computed_again_in_the_backward_pass_give_the_same_gradient() -> 
 
 
 @pytest.mark.parametrize("capacity", [0, 45, 60, 111])
-def test_how_documents_are_packed_does_not_change_the_gradient(capacity: int) -> None:
+def test_packing_does_not_change_the_gradient(capacity: int) -> None:
     objective, model = with_random_adapter("llama", fused=True)
     documents = tiny_documents(LENGTHS)
     whole = gradient_of(model, objective.loss(join(documents, CPU)))
@@ -115,7 +115,9 @@ def test_how_documents_are_packed_does_not_change_the_gradient(capacity: int) ->
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral_window", "gemma2", "gpt2"])
-def test_few_shapes_do_not_change_loss_or_gradient(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_to_few_shapes_changes_neither_loss_nor_gradient(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As on MPS: micro-batches are filled up, and attention sees the documents through a mask."""
     documents = tiny_documents(LENGTHS)
     _, reference = with_random_adapter(architecture, fused=False)
@@ -137,7 +139,7 @@ def test_few_shapes_do_not_change_loss_or_gradient(architecture: str, monkeypatc
     assert scores.sum().item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_no_document_sees_its_neighbour() -> None:
+def test_packed_documents_do_not_attend_to_each_other() -> None:
     objective, _ = with_random_adapter("llama", fused=True)
     first, second, other = tiny_documents((20, 20, 20))
     with torch.no_grad():
@@ -149,13 +151,13 @@ def test_no_document_sees_its_neighbour() -> None:
         assert loss.item() == pytest.approx(alone.item(), rel=1e-5)
 
 
-def test_documents_that_go_through_the_model_alone_stay_alone_when_memory_is_short() -> None:
+def test_reducing_memory_leaves_unpacked_documents_unpacked() -> None:
     objective = probe_fast_paths(tiny_model("mistral_window"), max_length=64)
     assert objective.reduce_memory(tokens=60, longest=40)
     assert (objective.capacity, objective.recomputes) == (0, True)
 
 
-def test_saving_memory_comes_to_an_end_where_micro_batches_are_filled_up_to_few_shapes() -> None:
+def test_reducing_memory_ends_with_padded_micro_batches() -> None:
     objective = probe_fast_paths(tiny_model(), max_length=1024)
     objective.multiple_of = 256
     assert objective.reduce_memory(tokens=1024, longest=300)
@@ -165,7 +167,7 @@ def test_saving_memory_comes_to_an_end_where_micro_batches_are_filled_up_to_few_
     assert not objective.reduce_memory(tokens=512, longest=300)
 
 
-def test_layers_that_cannot_be_computed_twice_save_no_memory() -> None:
+def test_reducing_memory_fails_without_checkpointable_layers() -> None:
     objective = probe_fast_paths(tiny_model(), max_length=64)
     objective.model = torch.nn.Linear(1, 1)  # type: ignore[assignment]  # no layer of transformers in it
     assert not objective.reduce_memory(tokens=40, longest=40)
@@ -173,7 +175,7 @@ def test_layers_that_cannot_be_computed_twice_save_no_memory() -> None:
 
 @pytest.mark.parametrize(("architecture", "packed"), [("gemma2", False), ("gpt_oss", False), ("deepseek_v3", True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_that_does_more_than_ours_is_left_to_the_model(
+def test_unsupported_attention_is_left_to_the_model(
     architecture: str,
     packed: bool,
     dtype: torch.dtype,

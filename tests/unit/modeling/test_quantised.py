@@ -43,7 +43,7 @@ def random_gguf(path: Path) -> Checkpoint:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # random scales are infinite too
-def test_a_gguf_file_opens_as_the_weights_that_its_conversion_has(tmp_path: Path) -> None:
+def test_a_gguf_file_opens_with_the_weights_of_its_conversion(tmp_path: Path) -> None:
     checkpoint = random_gguf(tmp_path / "m.gguf")
     stored = open_stored(checkpoint)
     assert {name: matrix.shape for name, matrix in stored.matrices.items()} | {
@@ -57,7 +57,7 @@ def test_a_gguf_file_opens_as_the_weights_that_its_conversion_has(tmp_path: Path
         assert_same_bits(found, torch.from_numpy(converted).view(found.shape))
 
 
-def test_rows_of_q_and_k_are_put_back_in_hugging_face_s_order(tmp_path: Path) -> None:
+def test_rows_of_q_and_k_are_restored_to_hugging_face_order(tmp_path: Path) -> None:
     values = weights()
     expected = as_tensors(values)
     for name, matrix_OI in expected.items():
@@ -72,7 +72,7 @@ def test_rows_of_q_and_k_are_put_back_in_hugging_face_s_order(tmp_path: Path) ->
         assert_same_bits(matrix.dequantise_all(), expected[name])
 
 
-def test_a_bias_of_q_is_put_in_order_like_its_matrix(tmp_path: Path) -> None:
+def test_a_bias_of_q_is_reordered_like_its_matrix(tmp_path: Path) -> None:
     bias = torch.arange(32.0)
     shapes = {**GGUF_SHAPES, "blk.0.attn_q.bias": (32,)}
     values = weights(shapes={hugging_face_name(name) or "": shape for name, shape in shapes.items()})
@@ -84,7 +84,7 @@ def test_a_bias_of_q_is_put_in_order_like_its_matrix(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_hugging_face_directory_opens_in_the_type_that_it_has(
+def test_a_hugging_face_directory_opens_in_its_own_type(
     tmp_path: Path,
     dtype: torch.dtype,
     shards: int,
@@ -102,7 +102,7 @@ def test_a_hugging_face_directory_opens_in_the_type_that_it_has(
         assert_same_bits(vector, expected[name].float())
 
 
-def test_float64_becomes_float32_as_it_is_opened(tmp_path: Path) -> None:
+def test_float64_weights_are_opened_as_float32(tmp_path: Path) -> None:
     directory = write_model(tmp_path / "m", dtype="F64", fill=63)
     stored = open_stored(read_checkpoint(directory))
     value = struct.unpack("<d", bytes([63] * 8))[0]
@@ -112,7 +112,7 @@ def test_float64_becomes_float32_as_it_is_opened(tmp_path: Path) -> None:
     assert {vector.dtype for vector in stored.vectors.values()} == {torch.float32}
 
 
-def test_blocks_of_rows_and_chosen_rows_are_those_of_the_whole(tmp_path: Path) -> None:
+def test_row_ranges_and_selected_rows_equal_the_full_matrix(tmp_path: Path) -> None:
     stored = open_stored(random_gguf(tmp_path / "m.gguf"))
     for name in (Q, K, EMBEDDING):
         matrix = stored.matrices[name]
@@ -125,7 +125,7 @@ def test_blocks_of_rows_and_chosen_rows_are_those_of_the_whole(tmp_path: Path) -
         assert matrix.rows(4, 4).shape == (0, 32)
 
 
-def test_stored_float32_is_itself_and_never_copied(tmp_path: Path) -> None:
+def test_stored_float32_is_never_copied(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(gguf_bytes())
     matrix = open_stored(read_gguf_model(tmp_path / "m.gguf")).matrices[EMBEDDING]
     assert matrix.dequantise_all().data_ptr() == matrix.storage.data_ptr()
@@ -133,7 +133,7 @@ def test_stored_float32_is_itself_and_never_copied(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_weights_in_memory_are_shared(dtype: torch.dtype) -> None:
+def test_from_tensor_shares_the_weights(dtype: torch.dtype) -> None:
     weights_OI = torch.randn(6, 10).to(dtype)
     matrix = QuantisedMatrix.from_tensor(weights_OI)
     assert matrix.shape == (6, 10)
@@ -144,7 +144,7 @@ def test_weights_in_memory_are_shared(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", ["F32", "BF16", "Q4_1"])
-def test_products_in_several_threads_at_once_are_those_of_the_whole_weights(kind: str) -> None:
+def test_concurrent_products_equal_those_of_the_full_weights(kind: str) -> None:
     """Each unpacks into memory of its own, which it takes again for the next matrix."""
     torch.manual_seed(0)
     matrices = []
@@ -164,7 +164,7 @@ def test_products_in_several_threads_at_once_are_those_of_the_whole_weights(kind
         assert torch.allclose(gradient, product @ matrix.dequantise_all(), rtol=1e-4, atol=1.0)
 
 
-def test_what_was_computed_in_inference_mode_can_be_computed_outside_of_it() -> None:
+def test_products_work_outside_inference_mode_after_one_inside() -> None:
     matrix, x_TI = QuantisedMatrix.from_tensor(torch.randn(6, 10).bfloat16()), torch.randn(2, 10)
     with ThreadPoolExecutor(1) as thread:  # a new one, which has unpacked nothing yet
         inside, outside = (
@@ -173,19 +173,19 @@ def test_what_was_computed_in_inference_mode_can_be_computed_outside_of_it() -> 
     assert torch.equal(inside, outside)
 
 
-def test_integers_are_no_weights() -> None:
+def test_integer_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="must be a matrix of float32"):
         QuantisedMatrix.from_tensor(torch.zeros(2, 2, dtype=torch.int64))
 
 
-def test_vectors_hold_no_part_of_the_file(tmp_path: Path) -> None:
+def test_vectors_do_not_keep_the_mapped_file_alive(tmp_path: Path) -> None:
     stored = open_stored(read_checkpoint(write_model(tmp_path / "m", values=weights())))
     for vector in stored.vectors.values():
         assert vector.untyped_storage().nbytes() == vector.nbytes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_computing_leaves_the_mapped_pages_clean(tmp_path: Path) -> None:
+def test_products_leave_the_mapped_pages_clean(tmp_path: Path) -> None:
     stored = open_stored(random_gguf(tmp_path / "m.gguf"))
     for matrix in stored.matrices.values():
         matrix.dequantise_all()
@@ -195,7 +195,7 @@ def test_computing_leaves_the_mapped_pages_clean(tmp_path: Path) -> None:
     assert {int(line.split()[1]) for line in mapping.splitlines() if "Dirty" in line or "Anonymous:" in line} == {0}
 
 
-def test_formats_that_cannot_be_computed_with_are_named_together(tmp_path: Path) -> None:
+def test_all_unsupported_formats_are_named_together(tmp_path: Path) -> None:
     checkpoint = random_gguf(tmp_path / "m.gguf")
     odd = tuple(
         (path, replace(tensor, dtype="IQ2_XS") if "attn_v" in tensor.name else tensor)
@@ -206,14 +206,14 @@ def test_formats_that_cannot_be_computed_with_are_named_together(tmp_path: Path)
         open_stored(replace(checkpoint, stored=odd))
 
 
-def test_weights_of_three_axes_are_refused(tmp_path: Path) -> None:
+def test_weights_with_three_axes_are_refused(tmp_path: Path) -> None:
     shapes = {**SHAPES, "model.experts.weight": (2, 3, 4)}
     checkpoint = read_checkpoint(write_model(tmp_path / "m", shapes=shapes))
     with pytest.raises(BaseCheckpointError, match=r"neither matrices nor vectors: model\.experts\.weight \(2, 3, 4\)"):
         open_stored(checkpoint)
 
 
-def test_a_file_that_has_shrunk_is_refused_before_it_can_kill_the_process(tmp_path: Path) -> None:
+def test_a_file_that_shrank_is_refused_before_it_causes_sigbus(tmp_path: Path) -> None:
     checkpoint = random_gguf(tmp_path / "m.gguf")
     with (tmp_path / "m.gguf").open("r+b") as file:
         file.truncate(checkpoint.size_bytes // 2)
@@ -221,14 +221,14 @@ def test_a_file_that_has_shrunk_is_refused_before_it_can_kill_the_process(tmp_pa
         open_stored(checkpoint)
 
 
-def test_a_file_that_is_gone_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     checkpoint = random_gguf(tmp_path / "m.gguf")
     (tmp_path / "m.gguf").unlink()
     with pytest.raises(HeaderError, match="cannot be mapped"):
         open_stored(checkpoint)
 
 
-def test_weights_of_16_bits_at_an_odd_byte_of_their_file_are_copied() -> None:
+def test_unaligned_bf16_weights_are_copied() -> None:
     weights_OI = torch.randn(6, 4).bfloat16()
     raw = torch.cat([torch.zeros(1, dtype=torch.uint8), weights_OI.view(torch.uint8).flatten()])
     stored = QuantisedMatrix(raw[1:].view(6, -1), "BF16", 4)

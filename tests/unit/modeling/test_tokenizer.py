@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_core.errors import BaseCheckpointError, DataError
-from peft_core.modeling.batches import tokenise
+from peft_core.modeling.batches import tokenise, tokenise_segments
 from peft_core.modeling.tokenizer import BaseTokenizer, load_tokenizer
 from peft_core.schemas.dataset import Example, Segment
 from tests.tiny_models import VOCABULARY, write_sentencepiece_tokenizer, write_tiny_tokenizer
@@ -39,24 +40,37 @@ def test_a_text_ends_with_the_end_of_text_token_and_all_but_its_first_token_is_l
     assert document.targets == 3
 
 
-def test_a_text_that_breaks_off_has_no_end_to_learn(tokenizer: BaseTokenizer) -> None:
+def test_a_truncated_text_has_no_end_of_text_token(tokenizer: BaseTokenizer) -> None:
     broken_off = example(Segment(text="abc")).model_copy(update={"ends": False})
     document = tokenise(broken_off, tokenizer, max_length=10)
     assert [VOCABULARY[token] for token in document.ids_T] == ["a", "b", "c"]
     assert document.learn_T.tolist() == [False, True, True]
 
 
-def test_context_carries_no_loss(tokenizer: BaseTokenizer) -> None:
+def test_prompt_segments_carry_no_loss(tokenizer: BaseTokenizer) -> None:
     assert learned_text(tokenizer, (Segment(text="question ", learn=False), Segment(text="answer"))) == "answer<end>"
 
 
-def test_a_text_that_is_too_long_is_cut(tokenizer: BaseTokenizer) -> None:
+@pytest.mark.parametrize("beginning", [(), (1,)])
+def test_tokenise_segments_returns_where_each_segment_starts(
+    tokenizer: BaseTokenizer, beginning: tuple[int, ...]
+) -> None:
+    parts = (Segment(text="def f", learn=False), Segment(text="return"))
+    with_prefix = replace(tokenizer, beginning=beginning)
+    document, segments = tokenise_segments(example(*parts), with_prefix, max_length=100)
+    for part, (start, tokens) in zip(parts, segments, strict=True):
+        assert document.ids_T[start : start + len(tokens.ids)].tolist() == tokens.ids
+        assert [VOCABULARY[token] for token in tokens.ids] == list(part.text)
+    assert segments[0][0] == len(beginning)
+
+
+def test_a_long_text_is_truncated_to_max_length(tokenizer: BaseTokenizer) -> None:
     document = tokenise(example(Segment(text="x" * 100)), tokenizer, max_length=64)
     assert len(document) == 64
     assert END not in document.ids_T
 
 
-def test_code_that_spells_a_special_token_brings_none(tokenizer: BaseTokenizer) -> None:
+def test_code_that_spells_a_special_token_produces_none(tokenizer: BaseTokenizer) -> None:
     text = "a<|fim_prefix|>b<end>"
     tokenizer.tokenizer.add_special_tokens(["<|fim_prefix|>", "<end>"])
     special = {tokenizer.tokenizer.token_to_id("<|fim_prefix|>"), END}
@@ -72,7 +86,7 @@ def named(tokenizer: BaseTokenizer, ids: Sequence[int]) -> list[str]:
 
 
 @pytest.mark.parametrize("dummy_space", ["prepend", "metaspace"])
-def test_a_dummy_space_stands_before_a_text_and_before_none_of_its_further_segments(
+def test_only_the_first_segment_of_a_text_gets_the_sentencepiece_space(
     tmp_path: Path,
     dummy_space: str,
 ) -> None:
@@ -85,7 +99,7 @@ def test_a_dummy_space_stands_before_a_text_and_before_none_of_its_further_segme
 
 
 @given(words=st.lists(st.sampled_from(["def", " def", "\n", "  ", "x(", "\N{SNOWMAN}", ""]), min_size=1, max_size=6))
-def test_segments_of_a_text_are_tokenised_as_the_text_is(words: list[str]) -> None:
+def test_segments_are_tokenised_like_the_complete_text(words: list[str]) -> None:
     with TemporaryDirectory() as directory:
         write_sentencepiece_tokenizer(Path(directory), dummy_space="metaspace")
         tokenizer = load_tokenizer(Path(directory))
@@ -119,11 +133,11 @@ def test_code_around_a_gap_is_tokenised_as_codestral_was_trained(tmp_path: Path)
     assert named(tokenizer, tokenizer.ids(*pieces)) == ["[SUFFIX]", "def", "[PREFIX]", "\u2581def", "def"]
 
 
-def test_counting_counts_what_encoding_makes(tokenizer: BaseTokenizer) -> None:
+def test_count_equals_the_number_of_encoded_tokens(tokenizer: BaseTokenizer) -> None:
     assert tokenizer.count(["abc", "", "ab\n"]) == [3, 0, 3]
 
 
-def test_in_a_conversation_the_assistants_turns_are_learned_with_their_end(tokenizer: BaseTokenizer) -> None:
+def test_assistant_turns_carry_loss_including_their_end_token(tokenizer: BaseTokenizer) -> None:
     messages = [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "ho"},
@@ -136,7 +150,7 @@ def test_in_a_conversation_the_assistants_turns_are_learned_with_their_end(token
     assert learned_text(tokenizer, segments) == "ho<end>no<end>"
 
 
-def test_a_template_that_rewrites_earlier_turns_is_learned_from_its_last_turn(tmp_path: Path) -> None:
+def test_templates_that_rewrite_earlier_turns_train_on_the_last_turn(tmp_path: Path) -> None:
     template = (
         "{% for m in messages %}{% if loop.last or m.role == 'user' %}[{{ m.role }}]{{ m.content }}{% endif %}"
         "{% endfor %}"
@@ -152,19 +166,19 @@ def test_a_template_that_rewrites_earlier_turns_is_learned_from_its_last_turn(tm
     ]
 
 
-def test_without_a_chat_template_conversations_are_refused(tmp_path: Path) -> None:
+def test_conversations_without_a_chat_template_are_refused(tmp_path: Path) -> None:
     write_tiny_tokenizer(tmp_path, chat_template=None)
     with pytest.raises(DataError, match="no chat template"):
         load_tokenizer(tmp_path).render_chat([{"role": "assistant", "content": "x"}])
 
 
-def test_what_a_template_refuses_is_told(tmp_path: Path) -> None:
+def test_a_chat_templates_error_is_reported(tmp_path: Path) -> None:
     write_tiny_tokenizer(tmp_path, chat_template="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(DataError, match="roles must alternate"):
         load_tokenizer(tmp_path).render_chat([{"role": "assistant", "content": "x"}])
 
 
-def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path: Path) -> None:
+def test_a_chat_template_cannot_escape_its_sandbox(tmp_path: Path) -> None:
     write_tiny_tokenizer(tmp_path, chat_template="{{ messages.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(DataError, match="unsafe"):
         load_tokenizer(tmp_path).render_chat([{"role": "assistant", "content": "x"}])
@@ -175,7 +189,7 @@ def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-def test_a_base_that_names_no_end_of_text_is_refused(tmp_path: Path) -> None:
+def test_a_base_model_without_an_end_of_text_token_is_refused(tmp_path: Path) -> None:
     write_tiny_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(BaseCheckpointError, match="no end-of-text token"):
