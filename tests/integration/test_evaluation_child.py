@@ -60,7 +60,7 @@ def make_task(directory: Path, base: Path, adapter: Path, examples: int = 12) ->
 
 def run_worker(task: TrainingTask) -> tuple[int, list[Event], str]:
     done = subprocess.run(
-        [sys.executable, "-m", "peft_core.evaluation"],
+        [sys.executable, "-m", "peft_core.worker"],
         input=task.model_dump_json(),
         capture_output=True,
         text=True,
