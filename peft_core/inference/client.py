@@ -25,17 +25,17 @@ from pydantic import BaseModel
 
 from peft_core.errors import AdapterNotLoaded, InferenceError
 from peft_core.inference.protocol import (
-    FROM_HOST,
+    FROM_WORKER,
     IDLE_EXIT,
     Cancel,
     Command,
     ErrorResponse,
     Generate,
-    HostConfig,
     Load,
     Progress,
     Request,
     Response,
+    WorkerConfig,
 )
 from peft_core.schemas.results import MemoryState
 from peft_core.system.child_process import (
@@ -65,7 +65,7 @@ AnswerT = TypeVar("AnswerT", bound=BaseModel)
 class InferenceClient:
     """Sends requests to one worker process, which it starts when the first request needs it."""
 
-    def __init__(self, config: HostConfig, log_path: Path) -> None:
+    def __init__(self, config: WorkerConfig, log_path: Path) -> None:
         self._config = config
         self._log_path = log_path
         self._turn = anyio.Lock()
@@ -279,7 +279,7 @@ class WorkerProcess:
     cancelled: dict[int, CancelledRequest] = field(default_factory=dict)  # by request id
 
     @classmethod
-    async def start(cls, config: HostConfig, log_path: Path) -> WorkerProcess:
+    async def start(cls, config: WorkerConfig, log_path: Path) -> WorkerProcess:
         """Start a worker. It answers its first request once torch is imported, which takes seconds.
 
         Raises:
@@ -323,7 +323,7 @@ class WorkerProcess:
         except LineTooLongError:
             await self.kill()
             return None
-        return None if line is None else FROM_HOST.validate_json(line)
+        return None if line is None else FROM_WORKER.validate_json(line)
 
     def abandon(self, number: int, request: Command) -> None:
         """Note that the caller of a request no longer waits for its answer."""

@@ -20,7 +20,7 @@ from peft_core.schemas.training import DeviceName
 IDLE_EXIT = 75  # exit code of a worker that ended because no request came
 
 
-class HostConfig(FrozenModel):
+class WorkerConfig(FrozenModel):
     """The worker's only command-line argument, as JSON."""
 
     base_models_dir: Path  # cache of converted base models
@@ -91,11 +91,11 @@ class ErrorResponse(FrozenModel):
     resident: MemoryState
 
 
-TO_HOST: TypeAdapter[Request | Cancel] = TypeAdapter(
+TO_WORKER: TypeAdapter[Request | Cancel] = TypeAdapter(
     Annotated[Request | Cancel, Field(discriminator="kind")],
     config=ConfigDict(defer_build=True),
 )
-FROM_HOST: TypeAdapter[Progress | Response | ErrorResponse] = TypeAdapter(
+FROM_WORKER: TypeAdapter[Progress | Response | ErrorResponse] = TypeAdapter(
     Annotated[Progress | Response | ErrorResponse, Field(discriminator="kind")],
     config=ConfigDict(defer_build=True),
 )

@@ -15,7 +15,7 @@ from peft_core.adapters.service import AdapterService
 from peft_core.config import Settings
 from peft_core.errors import AdapterInUse, AdapterNotFound, AdapterNotLoaded, InferenceError, InvalidArgument
 from peft_core.inference.client import InferenceClient, ProgressCallback
-from peft_core.inference.protocol import Generate, HostConfig, Load, Unload
+from peft_core.inference.protocol import Generate, Load, Unload, WorkerConfig
 from peft_core.planning.cost_model import inference_memory_bytes
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.generation import Generation, GenerationRequest
@@ -49,7 +49,7 @@ class InferenceService:
         self._adapters = adapters
         self._training = training
         self._loading: Counter[Path] = Counter()  # adapters with a load in progress
-        config = HostConfig(
+        config = WorkerConfig(
             base_models_dir=settings.paths.base_models,
             max_resident_adapters=settings.max_resident_adapters,
             idle_s=settings.idle_unload_s,

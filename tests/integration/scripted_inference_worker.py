@@ -9,12 +9,12 @@ from __future__ import annotations
 import signal
 import sys
 
-from peft_core.inference.protocol import IDLE_EXIT, TO_HOST, Load, Progress, Request, Response
+from peft_core.inference.protocol import IDLE_EXIT, TO_WORKER, Load, Progress, Request, Response
 from peft_core.schemas.results import MemoryState, UnloadedAdapter
 
 answered = False
 for line in sys.stdin:
-    request = TO_HOST.validate_json(line)
+    request = TO_WORKER.validate_json(line)
     if not isinstance(request, Request):
         continue
     if answered:

@@ -19,7 +19,7 @@ from anyio.abc import Process
 from peft_core.config import Settings
 from peft_core.errors import AdapterNotLoaded, InferenceError, PeftMcpError
 from peft_core.inference.client import WORKER, InferenceClient
-from peft_core.inference.protocol import FROM_HOST, ErrorResponse, HostConfig, Load, Progress, Request, Unload
+from peft_core.inference.protocol import FROM_WORKER, ErrorResponse, Load, Progress, Request, Unload, WorkerConfig
 from peft_core.manager import PEFTManager
 from peft_core.schemas.results import UnloadedAdapter
 from tests.factories import make_base
@@ -205,7 +205,7 @@ async def test_a_call_whose_worker_just_exited_idle_is_repeated_on_a_new_worker(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("peft_core.inference.client.WORKER", [sys.executable, str(SCRIPTED)])
-    config = HostConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=1)
+    config = WorkerConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=1)
     client = InferenceClient(config, data_dir / "inference.log")
     pids = []
     request = Load(adapter_path=data_dir, base=make_base())
@@ -220,7 +220,7 @@ async def test_a_call_whose_worker_just_exited_idle_is_repeated_on_a_new_worker(
 @pytest.fixture
 async def scripted(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[InferenceClient]:
     monkeypatch.setattr("peft_core.inference.client.WORKER", [sys.executable, str(SCRIPTED)])
-    config = HostConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=1)
+    config = WorkerConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=1)
     client = InferenceClient(config, data_dir / "inference.log")
     yield client
     await client.aclose()
@@ -302,7 +302,7 @@ async def test_closing_the_client_while_a_worker_starts_leaves_no_process_behind
 
 
 def test_a_worker_skips_unusable_lines_and_answers_the_next_request(data_dir: Path) -> None:
-    config = HostConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=60)
+    config = WorkerConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=60)
     command = [*WORKER, config.model_dump_json()]
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii:strict"}
     request = Request(
@@ -315,7 +315,7 @@ def test_a_worker_skips_unusable_lines_and_answers_the_next_request(data_dir: Pa
         assert worker.stdout is not None
         worker.stdin.write(lines)
         worker.stdin.flush()
-        while isinstance(reply := FROM_HOST.validate_json(worker.stdout.readline()), Progress):
+        while isinstance(reply := FROM_WORKER.validate_json(worker.stdout.readline()), Progress):
             pass
         worker.stdin.close()
         assert worker.wait(timeout=30) == 0
@@ -432,7 +432,7 @@ async def test_a_path_without_an_adapter_starts_no_worker(
 
 def test_a_worker_whose_torch_is_broken_says_so_in_the_last_line_of_its_log(data_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('libtorch_cpu.so: cannot open shared object file')\n")
-    config = HostConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=60)
+    config = WorkerConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=60)
     with subprocess.Popen(
         [sys.executable, "-m", "peft_core.inference.worker", config.model_dump_json()],
         stdin=subprocess.PIPE,  # kept open: a worker without a client exits with 0
@@ -452,7 +452,7 @@ async def test_a_call_that_waits_for_a_cancelled_one_fails_when_the_client_is_cl
 ) -> None:
     monkeypatch.setattr("peft_core.inference.client.WORKER", [sys.executable, str(SCRIPTED)])
     client = InferenceClient(
-        HostConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=1),
+        WorkerConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=1),
         data_dir / "inference.log",
     )
     with anyio.CancelScope() as scope:

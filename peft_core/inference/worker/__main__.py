@@ -22,13 +22,13 @@ from pydantic import ValidationError
 
 from peft_core.inference.protocol import (
     IDLE_EXIT,
-    TO_HOST,
+    TO_WORKER,
     Cancel,
     ErrorResponse,
-    HostConfig,
     Progress,
     Request,
     Response,
+    WorkerConfig,
 )
 from peft_core.modeling.environment import prepare_environment
 from peft_core.schemas.results import ErrorInfo
@@ -69,7 +69,7 @@ class RequestQueue:
         try:
             for line in sys.stdin.buffer:
                 try:
-                    message = TO_HOST.validate_json(line)
+                    message = TO_WORKER.validate_json(line)
                 except ValidationError:
                     log.exception("unusable request")
                     continue
@@ -100,7 +100,7 @@ def main() -> int:
     make_files_private()
     # 1. The protocol, before anything slow, so that the end of the server is noticed from now on.
     write = json_line_writer(redirect_stdout(), on_closed=lambda: os._exit(0))
-    config = HostConfig.model_validate_json(sys.argv[1])
+    config = WorkerConfig.model_validate_json(sys.argv[1])
     signal.signal(
         signal.SIGINT,
         signal.SIG_IGN,

@@ -17,7 +17,7 @@ from safetensors.torch import load as load_tensors
 from peft_core.adapters.files import AdapterFiles, read_adapter
 from peft_core.adapters.verify import verify_files
 from peft_core.errors import InferenceError
-from peft_core.inference.protocol import Command, Generate, HostConfig, Load, Unload
+from peft_core.inference.protocol import Command, Generate, Load, Unload, WorkerConfig
 from peft_core.inference.worker.adapter_cache import AdapterCache, CacheEntry, file_state
 from peft_core.inference.worker.generate import Completion, complete, encode
 from peft_core.modeling.adapter_model import ResidentModel, release_memory
@@ -48,7 +48,7 @@ log = structlog.get_logger(__name__)
 
 
 class RequestHandler:
-    def __init__(self, config: HostConfig, plan: DevicePlan) -> None:
+    def __init__(self, config: WorkerConfig, plan: DevicePlan) -> None:
         self._config = config
         self._plan = plan
         self._thread_tuner = DecodeThreadTuner(torch.get_num_threads())

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
 from peft_core.errors import AdapterNotLoaded, DataError, InvalidArgument
-from peft_core.inference.protocol import Generate, HostConfig, Load, Unload
+from peft_core.inference.protocol import Generate, Load, Unload, WorkerConfig
 from peft_core.inference.worker.generate import first_stop
 from peft_core.inference.worker.handlers import RequestHandler
 from peft_core.modeling import adapter_model as model_module
@@ -53,7 +53,7 @@ def handler(tmp_path: Path) -> RequestHandler:
 
 
 def new_handler(place: Path, keep: int = 3) -> RequestHandler:
-    config = HostConfig(base_models_dir=place, max_resident_adapters=keep, idle_s=60)
+    config = WorkerConfig(base_models_dir=place, max_resident_adapters=keep, idle_s=60)
     return RequestHandler(config, choose("cpu", Machine()))
 
 
