@@ -10,7 +10,7 @@ To add a record format:
 3. If its records may be split when they are too long, add it to the split formats in `examples.examples_from_record` and
    `summarise._expected_examples`.
 4. Test it in tests/unit/data/test_summarise.py: add a record to `RECORDS` there, and its broken forms to the table of
-   `test_a_broken_record_is_named_with_its_rule_and_the_formats`.
+   `test_a_broken_record_is_named_with_the_rule_it_breaks`.
 
 To add a kind of data source (another table, another file type), see `summarise.py`.
 """

@@ -1,4 +1,4 @@
-"""Repositories that somebody made to do harm: nothing of them is run, nothing outside is read, nothing waits or swells."""
+"""Malicious repositories: they run no program, give no access to files outside, and cannot block a reader or fill memory."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_a_damaged_git_directory_does_no_harm(root: Path, file: str, content: by
 
 
 @pytest.mark.parametrize("file", ["config", "info/exclude"])
-def test_git_does_not_wait_for_a_pipe_for_ever(root: Path, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_git_never_blocks_on_a_pipe(root: Path, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asked, "TIMEOUT_S", 0.5)
     (root / ".git" / file).unlink(missing_ok=True)
     os.mkfifo(root / ".git" / file)
@@ -184,14 +184,14 @@ def test_git_does_not_wait_for_a_pipe_for_ever(root: Path, file: str, monkeypatc
     assert time.monotonic() - started < 5
 
 
-def test_an_index_of_names_without_end_is_not_taken_into_memory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_git_index_is_not_read_into_memory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asked, "MAX_OUTPUT_BYTES", 10)
     assert asked.listed_files(root) is None
     assert names(root) == MODULES
 
 
 @pytest.mark.parametrize("by_git", [True, False])
-def test_links_lead_nowhere(root: Path, tmp_path: Path, by_git: bool) -> None:
+def test_symbolic_links_are_never_followed(root: Path, tmp_path: Path, by_git: bool) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "private.py").write_text(CODE)
@@ -212,7 +212,7 @@ def test_links_lead_nowhere(root: Path, tmp_path: Path, by_git: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd.py", "../outside/private.py", "a/../../outside/private.py", "//x.py"])
-def test_names_that_lead_out_are_not_followed_whoever_lists_them(
+def test_names_that_lead_outside_the_root_are_not_followed(
     root: Path,
     tmp_path: Path,
     name: str,
@@ -225,7 +225,7 @@ def test_names_that_lead_out_are_not_followed_whoever_lists_them(
 
 
 @pytest.mark.parametrize("by_git", [True, False])
-def test_what_is_no_file_is_counted_and_never_opened(root: Path, by_git: bool, tmp_path: Path) -> None:
+def test_special_files_are_counted_and_never_opened(root: Path, by_git: bool, tmp_path: Path) -> None:
     if not by_git:
         (root / ".git").rename(tmp_path / "git")
     os.mkfifo(root / "pipe.py")
@@ -247,7 +247,7 @@ HARD_NAMES = ["new\nline.py", "tab\t.py", "\x1b[2J.py", "\u202eyp.py", "quote'\"
 
 
 @pytest.mark.parametrize("by_git", [True, False])
-def test_names_of_any_characters_are_only_names(root: Path, tmp_path: Path, by_git: bool) -> None:
+def test_file_names_with_any_characters_are_only_names(root: Path, tmp_path: Path, by_git: bool) -> None:
     if not by_git:
         (root / ".git").rename(tmp_path / "git")
     for name in HARD_NAMES:
@@ -256,7 +256,7 @@ def test_names_of_any_characters_are_only_names(root: Path, tmp_path: Path, by_g
     assert summarise_source(str(root)).files == len(MODULES) + len(HARD_NAMES)
 
 
-def test_directories_deeper_than_a_path_may_be_long(root: Path, tmp_path: Path) -> None:
+def test_directories_deeper_than_the_path_limit_do_no_harm(root: Path, tmp_path: Path) -> None:
     here = Path.cwd()
     (root / ".git").rename(tmp_path / "git")
     os.chdir(root)
@@ -345,7 +345,7 @@ def test_bytes_of_any_encoding_become_text_or_a_reason(content: bytes) -> None:
     "piece",
     ["eyJ", "password_a", "password=", "://a", "AKIA", "xoxb-", "aws secret key ", "BEGIN ", "sk-", "a1", ":AA"],
 )
-def test_the_search_for_secrets_takes_time_in_proportion(piece: str) -> None:
+def test_the_search_for_secrets_takes_linear_time(piece: str) -> None:
     line = piece * (400_000 // len(piece)) + "\n"
     started = time.process_time()
     redact_secrets([line])
@@ -360,7 +360,7 @@ def test_a_secret_in_a_line_of_any_length_is_found() -> None:
         assert secret not in lines[0]
 
 
-def test_a_line_of_a_record_as_long_as_a_file_is_refused_or_read(tmp_path: Path) -> None:
+def test_a_giant_record_line_is_read_or_refused(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"text": "' + "x" * 17_000_000)
     with pytest.raises(PeftMcpError, match="longer than"):
         summarise_source(str(tmp_path / "x.jsonl"))

@@ -1,4 +1,4 @@
-"""Units told as gaps and as answers: nothing of the code is lost, and what is measured on stays as it was."""
+"""FIM and instruction examples: no code is lost, and held-out examples stay plain."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def example_of(text: str, *, language: str = "python", kind: str = "function", c
     return Example(segments=(*given, Segment(text=text)), path="a/b.py", language=language, kind=kind, start_line=7)
 
 
-def told(
+def reformatted(
     example: Example,
     mixture: TaskMixture,
     *,
@@ -57,7 +57,7 @@ def told(
 
 
 def put_together(example: Example, tokens: FillInTheMiddle) -> str:
-    """The plain text of a gap, from its pieces in the order in which they are given."""
+    """Return the plain text of a FIM example."""
     if not tokens.middle:
         suffix, rest = example.text.removeprefix(tokens.suffix).split(tokens.prefix)
         return rest + suffix
@@ -69,7 +69,7 @@ def put_together(example: Example, tokens: FillInTheMiddle) -> str:
 @pytest.mark.parametrize("tokens", FIM_TOKENS)
 @pytest.mark.parametrize("code", [FUNCTION, METHOD])
 @given(seed=st.integers(0, 1000))
-def test_before_gap_and_after_are_the_unit_in_every_familys_format(
+def test_prefix_gap_and_suffix_make_up_the_unit_in_every_fim_format(
     tokens: FillInTheMiddle,
     code: str,
     seed: int,
@@ -90,7 +90,7 @@ def test_before_gap_and_after_are_the_unit_in_every_familys_format(
     assert 12 <= len(gap.text) <= len(code) / 2
 
 
-def test_what_was_trained_on_as_gaps_is_known_again(tmp_path: Path) -> None:
+def test_a_fingerprint_recognises_units_that_were_trained_on_as_fim(tmp_path: Path) -> None:
     class Coder(Words):
         fill_in_the_middle = FIM_TOKENS[0]
 
@@ -113,17 +113,17 @@ def test_what_was_trained_on_as_gaps_is_known_again(tmp_path: Path) -> None:
     assert {known.share_of(learned_text(one)) for one in read_examples(tmp_path / "plain" / "train.jsonl")} == {1.0}
 
 
-def test_a_gap_ends_and_a_part_of_a_unit_is_nobodys_answer() -> None:
+def test_a_fim_example_ends_and_a_part_of_a_unit_is_never_an_answer() -> None:
     part = example_of(FUNCTION).model_copy(update={"ends": False})
-    gap, way = told(part, GAPS)
+    gap, way = reformatted(part, GAPS)
     assert (way, gap.ends) == (ExampleFormat.FILL_IN_THE_MIDDLE, True)
-    assert told(part, ANSWERS) == (part, ExampleFormat.PLAIN)
+    assert reformatted(part, ANSWERS) == (part, ExampleFormat.PLAIN)
 
 
 @given(st.text(max_size=300), st.sampled_from(["python", "javascript", "c", "text"]), st.integers(0, 99))
-def test_any_text_is_told_whole_or_left_alone(text: str, language: str, seed: int) -> None:
+def test_reformatting_keeps_all_of_a_text_or_leaves_it_plain(text: str, language: str, seed: int) -> None:
     plain = example_of(text or "x", language=language)
-    found, way = told(plain, GAPS, seed=seed)
+    found, way = reformatted(plain, GAPS, seed=seed)
     if way is ExampleFormat.PLAIN:
         assert found == plain
     else:
@@ -131,13 +131,13 @@ def test_any_text_is_told_whole_or_left_alone(text: str, language: str, seed: in
         assert sorted("".join(learned)) == sorted(plain.segments[-1].text)
 
 
-def test_gaps_are_syntax_and_the_lot_is_drawn_anew_for_each_seed() -> None:
-    gaps = {told(example_of(FUNCTION), GAPS, seed=seed)[0].segments[-1].text for seed in range(60)}
+def test_gaps_are_syntax_nodes_and_differ_between_seeds() -> None:
+    gaps = {reformatted(example_of(FUNCTION), GAPS, seed=seed)[0].segments[-1].text for seed in range(60)}
     assert "return values" in gaps
     assert len(gaps) > 5
     for gap in gaps:
         assert gap.count("(") == gap.count(")")
-    assert told(example_of(FUNCTION), GAPS, seed=3) == told(example_of(FUNCTION), GAPS, seed=3)
+    assert reformatted(example_of(FUNCTION), GAPS, seed=3) == reformatted(example_of(FUNCTION), GAPS, seed=3)
 
 
 @pytest.mark.parametrize(
@@ -153,8 +153,10 @@ def test_gaps_are_syntax_and_the_lot_is_drawn_anew_for_each_seed() -> None:
         ),
     ],
 )
-def test_a_docstring_asks_and_the_unit_answers(code: str, language: str, kind: str, asked: str) -> None:
-    found, way = told(example_of(code, language=language, kind=kind), ANSWERS)
+def test_an_instruction_asks_with_the_docstring_and_answers_with_the_unit(
+    code: str, language: str, kind: str, asked: str
+) -> None:
+    found, way = reformatted(example_of(code, language=language, kind=kind), ANSWERS)
     assert way is ExampleFormat.INSTRUCTION
     question, answer = found.segments
     assert question.text.startswith(asked)
@@ -174,20 +176,20 @@ OTHERS = {
     ids=["py", "method", "js"],
 )
 @pytest.mark.parametrize("before", [True, False])
-def test_more_than_was_asked_for_is_no_answer(code: str, language: str, *, before: bool) -> None:
+def test_a_unit_with_more_than_one_definition_is_never_an_answer(code: str, language: str, *, before: bool) -> None:
     indent = "    " if code.startswith(" ") else ""
     other = "".join(f"{indent}{line}" for line in OTHERS[language].splitlines(keepends=True))
     joined = example_of(f"{other}\n{code}" if before else f"{code}\n{other}", language=language)
-    assert told(joined, ANSWERS) == (joined, ExampleFormat.PLAIN)
+    assert reformatted(joined, ANSWERS) == (joined, ExampleFormat.PLAIN)
     loose = example_of(f"{code}{indent}limit = 3\n", language=language)
-    assert told(loose, ANSWERS) == (loose, ExampleFormat.PLAIN)
+    assert reformatted(loose, ANSWERS) == (loose, ExampleFormat.PLAIN)
 
 
 @pytest.mark.parametrize("lead", ["@cache\n", "# How it is read.\n", "@cache\n@other(1)\n"])
 @pytest.mark.parametrize("indent", ["", "    "])
-def test_what_leads_to_a_definition_belongs_to_it(lead: str, indent: str) -> None:
+def test_comments_and_decorators_belong_to_their_definition(lead: str, indent: str) -> None:
     code = "".join(f"{indent}{line}" for line in (lead + FUNCTION).splitlines(keepends=True))
-    found, way = told(example_of(code), ANSWERS)
+    found, way = reformatted(example_of(code), ANSWERS)
     assert way is ExampleFormat.INSTRUCTION
     assert found.segments[-1].text == code.rstrip("\n")
 
@@ -202,22 +204,22 @@ def test_what_leads_to_a_definition_belongs_to_it(lead: str, indent: str) -> Non
     ],
     ids=["no docstring", "one word", "no code", "a record"],
 )
-def test_what_answers_nothing_stays_plain(example: Example) -> None:
-    assert told(example, ANSWERS) == (example, ExampleFormat.PLAIN)
+def test_a_unit_without_a_docstring_stays_plain(example: Example) -> None:
+    assert reformatted(example, ANSWERS) == (example, ExampleFormat.PLAIN)
 
 
 @pytest.mark.parametrize("mixture", [GAPS, ANSWERS])
-def test_what_would_be_too_long_stays_plain(mixture: TaskMixture) -> None:
-    found, way = told(example_of(FUNCTION), mixture)
+def test_an_example_that_would_become_too_long_stays_plain(mixture: TaskMixture) -> None:
+    found, way = reformatted(example_of(FUNCTION), mixture)
     assert way is not ExampleFormat.PLAIN
     assert (
-        told(example_of(FUNCTION), mixture, max_length=found.tokens + 1)[1] is way
+        reformatted(example_of(FUNCTION), mixture, max_length=found.tokens + 1)[1] is way
     )  # with the token that begins a text
-    assert told(example_of(FUNCTION), mixture, max_length=found.tokens)[1] is ExampleFormat.PLAIN
+    assert reformatted(example_of(FUNCTION), mixture, max_length=found.tokens)[1] is ExampleFormat.PLAIN
 
 
 class Template(EstimatedTokenCounter):
-    """Conversations as Qwen's template has them."""
+    """Renders conversations as Qwen's template does."""
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Segment, ...]:
         question, answer = (message["content"] for message in messages)
@@ -229,7 +231,7 @@ class Template(EstimatedTokenCounter):
 
 @pytest.mark.parametrize("mixture", [GAPS, ANSWERS])
 @given(seed=st.integers(0, 50))
-def test_nothing_of_the_code_is_a_special_token_and_every_mark_is(mixture: TaskMixture, seed: int) -> None:
+def test_only_template_marks_become_special_tokens_and_code_never_does(mixture: TaskMixture, seed: int) -> None:
     token_counter = Template()
     spelled = " ".join([*token_counter.fill_in_the_middle[:3], "<|im_start|>", "<|im_end|>"])
     code = FUNCTION.replace("unknown: ", spelled).replace("Read a", f"{spelled} Read a")
@@ -245,7 +247,7 @@ def test_nothing_of_the_code_is_a_special_token_and_every_mark_is(mixture: TaskM
         assert "".join(s.text for s in found.segments if s.learn) == code.rstrip("\n") + "<|im_end|>"
 
 
-def test_a_template_that_rewrites_what_it_is_given_tells_no_code() -> None:
+def test_an_example_stays_plain_if_the_template_rewrites_its_text() -> None:
     class Shouting(EstimatedTokenCounter):
         def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Segment, ...]:
             return tuple(Segment(text=message["content"].upper()) for message in messages)
@@ -254,27 +256,29 @@ def test_a_template_that_rewrites_what_it_is_given_tells_no_code() -> None:
     assert reformat_example(plain, ANSWERS, Shouting(), max_length=512, seed=0) == (plain, ExampleFormat.PLAIN)
 
 
-def test_shares_are_those_asked_for() -> None:
+def test_the_formats_have_the_requested_shares() -> None:
     mixture = TaskMixture(fill_in_the_middle=0.5, instructions=0.25)
-    ways = [told(example_of(FUNCTION.replace("load", f"load_{n}")), mixture)[1] for n in range(400)]
+    ways = [reformatted(example_of(FUNCTION.replace("load", f"load_{n}")), mixture)[1] for n in range(400)]
     assert ways.count(ExampleFormat.FILL_IN_THE_MIDDLE) == pytest.approx(200, abs=40)
     assert ways.count(ExampleFormat.INSTRUCTION) == pytest.approx(100, abs=40)
 
 
-def test_a_base_without_the_tokens_is_refused_in_words() -> None:
+def test_fim_is_refused_for_a_base_model_without_fim_tokens() -> None:
     require_fim_tokens(ANSWERS, Words())
-    with pytest.raises(DataError, match="fill_in_the_middle = 1 needs a base with tokens") as caught:
+    with pytest.raises(
+        DataError, match="fill_in_the_middle = 1 needs a base model with fill-in-the-middle tokens"
+    ) as caught:
         require_fim_tokens(GAPS, Words())
     assert caught.value.code == "no_fill_in_the_middle"
     assert "Qwen2.5-Coder" in caught.value.suggestions[1]
 
 
-def test_two_shares_of_more_than_all_are_refused() -> None:
+def test_shares_that_exceed_one_together_are_refused() -> None:
     with pytest.raises(ValueError, match="must be at most 1"):
         TaskMixture(fill_in_the_middle=0.7, instructions=0.4)
 
 
-def test_a_dataset_counts_how_its_code_is_told_and_measures_on_plain_text(tmp_path: Path) -> None:
+def test_a_dataset_counts_its_formats_and_holds_out_plain_text(tmp_path: Path) -> None:
     source = repository(tmp_path / "source")
 
     def prepared(name: str, mixture: TaskMixture) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Cutting: nothing lost, nothing doubled, nothing longer than asked for, and units that a person would choose."""
+"""Chunking: no line is lost or doubled, no chunk is too long, and units are those that a person would choose."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_core.data import chunking as cutting
+from peft_core.data import chunking
 from peft_core.data.chunking import TokenBudget, split_lines
 from peft_core.data.examples import Chunk, chunk_file, chunk_record
 from peft_core.data.languages import LANGUAGES, Language, language_named, language_of_file
@@ -158,21 +158,21 @@ class Words:
         return tuple(Segment(text=message["content"], learn=message["role"] == "assistant") for message in messages)
 
 
-def pieces_of(text: str, language: Language, max_length: int = 64, path: str = "src/app.x") -> list[Chunk]:
+def chunks_of(text: str, language: Language, max_length: int = 64, path: str = "src/app.x") -> list[Chunk]:
     return chunk_file(split_lines(text), path=path, language=language, token_counter=Words(), max_length=max_length)
 
 
-def of_units(pieces: Sequence[Chunk]) -> list[tuple[Chunk, str]]:
-    """Each unit's first piece, and the text of all its pieces."""
-    groups = [list(group) for _, group in groupby(pieces, key=lambda piece: id(piece.unit))]
-    return [(group[0], "".join(piece.body for piece in group)) for group in groups]
+def units_of(chunks: Sequence[Chunk]) -> list[tuple[Chunk, str]]:
+    """Each unit's first chunk, and the text of all its chunks."""
+    groups = [list(group) for _, group in groupby(chunks, key=lambda chunk: id(chunk.unit))]
+    return [(group[0], "".join(chunk.body for chunk in group)) for group in groups]
 
 
-def solid(text: str) -> list[str]:
+def visible_lines(text: str) -> list[str]:
     return [line for line in text.split("\n") if line.strip()]
 
 
-CUTTABLE = [language for language in LANGUAGES if language.name != "markdown"]
+SPLITTABLE = [language for language in LANGUAGES if language.name != "markdown"]
 FRAGMENTS = [
     *(line for snippet in SNIPPETS.values() for line in snippet.split("\n")),
     "", "", "    ", "\t}", "}", "{", "(", ")]", '"""', "/*", "*/", "`${", "é" * 40, "x = " + "1 + " * 90, "\f", "\u2028;",
@@ -184,52 +184,52 @@ CODE = st.lists(st.sampled_from(FRAGMENTS), max_size=60).map("\n".join) | st.tex
 
 @pytest.mark.slow
 @settings(max_examples=300, deadline=None)
-@given(text=CODE, language=st.sampled_from(CUTTABLE), max_length=st.sampled_from([64, 100, 400]))
-def test_every_line_is_in_exactly_one_unit_and_every_piece_fits(text: str, language: Language, max_length: int):
-    pieces = pieces_of(text, language, max_length)
-    assert solid("\n".join(body.rstrip("\n") for _, body in of_units(pieces))) == solid(text)
-    assert all(piece.tokens <= max_length for piece in pieces)
-    assert all(text.count(piece.body) >= 1 for piece in pieces)
+@given(text=CODE, language=st.sampled_from(SPLITTABLE), max_length=st.sampled_from([64, 100, 400]))
+def test_every_line_is_in_exactly_one_unit_and_every_chunk_fits(text: str, language: Language, max_length: int):
+    chunks = chunks_of(text, language, max_length)
+    assert visible_lines("\n".join(body.rstrip("\n") for _, body in units_of(chunks))) == visible_lines(text)
+    assert all(chunk.tokens <= max_length for chunk in chunks)
+    assert all(text.count(chunk.body) >= 1 for chunk in chunks)
 
 
 @pytest.mark.slow
 @settings(max_examples=200, deadline=None)
-@given(text=CODE, language=st.sampled_from(CUTTABLE), max_length=st.sampled_from([64, 100]))
-def test_the_pieces_of_a_unit_joined_are_the_unit(text: str, language: Language, max_length: int):
+@given(text=CODE, language=st.sampled_from(SPLITTABLE), max_length=st.sampled_from([64, 100]))
+def test_the_chunks_of_a_unit_joined_are_the_unit(text: str, language: Language, max_length: int):
     lines = split_lines(text)
-    for first, body in of_units(pieces_of(text, language, max_length)):
+    for first, body in units_of(chunks_of(text, language, max_length)):
         assert body == "".join(lines[first.unit.start : first.unit.end])
     whole = chunk_record(lines, path="", language=language, kind="block", token_counter=Words(), max_length=max_length)
-    assert "".join(piece.body for piece in whole) == text
+    assert "".join(chunk.body for chunk in whole) == text
 
 
 @settings(max_examples=100, deadline=None)
-@given(text=CODE, language=st.sampled_from(CUTTABLE), max_length=st.sampled_from([64, 100]))
-def test_of_a_units_pieces_only_the_last_ends(text: str, language: Language, max_length: int):
-    pieces = pieces_of(text, language, max_length)
-    for _, group in groupby(pieces, key=lambda piece: id(piece.unit)):
+@given(text=CODE, language=st.sampled_from(SPLITTABLE), max_length=st.sampled_from([64, 100]))
+def test_only_the_last_chunk_of_a_unit_ends(text: str, language: Language, max_length: int):
+    chunks = chunks_of(text, language, max_length)
+    for _, group in groupby(chunks, key=lambda chunk: id(chunk.unit)):
         *others, last = group
         assert last.ends
-        assert not any(piece.ends for piece in others)
-    for piece in pieces:
-        example = piece.example("src/app.x", language)
-        assert example.ends is piece.ends
-        assert example.tokens == sum(Words().count([segment.text for segment in example.segments])) + piece.ends
+        assert not any(chunk.ends for chunk in others)
+    for chunk in chunks:
+        example = chunk.example("src/app.x", language)
+        assert example.ends is chunk.ends
+        assert example.tokens == sum(Words().count([segment.text for segment in example.segments])) + chunk.ends
 
 
 @settings(max_examples=100, deadline=None)
-@given(text=CODE, language=st.sampled_from(CUTTABLE))
-def test_line_numbers_say_where_a_piece_begins(text: str, language: Language):
+@given(text=CODE, language=st.sampled_from(SPLITTABLE))
+def test_line_numbers_say_where_a_chunk_begins(text: str, language: Language):
     lines = split_lines(text)
-    for piece in pieces_of(text, language):
-        first = piece.body.split("\n")[0]
-        assert first in lines[piece.start]
-        assert piece.end - piece.start == len(split_lines(piece.body))
+    for chunk in chunks_of(text, language):
+        first = chunk.body.split("\n")[0]
+        assert first in lines[chunk.start]
+        assert chunk.end - chunk.start == len(split_lines(chunk.body))
 
 
 @pytest.mark.parametrize("name", SNIPPETS)
-def test_a_real_snippet_is_cut_where_a_person_would_cut_it(name: str):
-    units = of_units(pieces_of(SNIPPETS[name], language_named(name), 64))
+def test_a_snippet_is_split_where_a_person_would_split_it(name: str):
+    units = units_of(chunks_of(SNIPPETS[name], language_named(name), 64))
     found = [(first.unit.kind, body) for first, body in units]
     for kind, beginning in EXPECTED[name]:
         assert any(k == kind and body.startswith(beginning) for k, body in found), (kind, beginning, found)
@@ -239,65 +239,65 @@ def test_a_real_snippet_is_cut_where_a_person_would_cut_it(name: str):
 def test_every_node_type_of_a_table_exists_in_its_grammar(language: Language):
     grammar = language.grammar
     assert grammar is not None
-    parsed = cutting._parser(grammar).language
+    parsed = chunking._parser(grammar).language
     assert parsed is not None
     types = grammar.functions | grammar.classes | grammar.scopes | grammar.wrappers | grammar.leads | grammar.methods
     assert [name for name in sorted(types) if parsed.id_for_node_kind(name, True) is None] == []
 
 
-def test_a_method_reads_in_its_place():
-    pieces = pieces_of(SNIPPETS["python"], language_named("python"), 64, "src/shape.py")
-    area = next(piece for piece in pieces if "def area" in piece.body)
+def test_a_method_has_its_path_and_class_header_as_context():
+    chunks = chunks_of(SNIPPETS["python"], language_named("python"), 64, "src/shape.py")
+    area = next(chunk for chunk in chunks if "def area" in chunk.body)
     assert area.context == "# src/shape.py\nclass Shape(Base):\n"
     deep = area.example("src/shape.py", language_named("python"))
     assert [segment.learn for segment in deep.segments] == [False, True]
 
 
 def test_a_class_that_fits_is_one_unit():
-    pieces = pieces_of(SNIPPETS["python"], language_named("python"), 400)
-    assert any("@decorated" in piece.body and "def deep" in piece.body for piece in pieces)
+    chunks = chunks_of(SNIPPETS["python"], language_named("python"), 400)
+    assert any("@decorated" in chunk.body and "def deep" in chunk.body for chunk in chunks)
 
 
-def test_the_rest_of_a_long_function_stands_below_its_own_head():
+def test_a_continuation_of_a_long_function_has_its_header_as_context():
     text = "def long(a, b):\n" + "".join(f"    total += compute(a, {n})\n" for n in range(60))
-    pieces = pieces_of(text, language_named("python"), 100, "x.py")
-    assert len(pieces) > 5
-    assert {piece.context for piece in pieces[1:]} == {"# x.py\ndef long(a, b):\n"}
+    chunks = chunks_of(text, language_named("python"), 100, "x.py")
+    assert len(chunks) > 5
+    assert {chunk.context for chunk in chunks[1:]} == {"# x.py\ndef long(a, b):\n"}
 
 
 def test_a_long_function_is_broken_between_statements_not_inside_one():
     statement = "    if a:\n        call(a, b, c)\n        call(d, e, f)\n"
-    for piece in pieces_of("def long():\n" + statement * 20, language_named("python"), 100)[1:]:
-        assert piece.body.startswith("    if a:")
+    for chunk in chunks_of("def long():\n" + statement * 20, language_named("python"), 100)[1:]:
+        assert chunk.body.startswith("    if a:")
 
 
 def test_one_line_functions_share_an_example():
     text = "".join(f"def f{n}(): return {n}\n\n\n" for n in range(100))
-    assert len(pieces_of(text, language_named("python"), 300)) < 20
+    assert len(chunks_of(text, language_named("python"), 300)) < 20
 
 
-def test_a_licence_stays_by_itself_so_that_its_copies_can_be_found():
-    assert pieces_of(SNIPPETS["python"], language_named("python"), 400)[0].body == "# Copyright 2024 Someone\n"
+def test_a_licence_header_is_a_unit_of_its_own():
+    assert chunks_of(SNIPPETS["python"], language_named("python"), 400)[0].body == "# Copyright 2024 Someone\n"
 
 
-def test_a_single_monster_line_is_cut_by_characters():
+def test_a_single_giant_line_is_split_by_characters():
     text = "x = [" + ", ".join(map(str, range(2_000))) + "]\n"
-    pieces = pieces_of(text, language_named("python"), 64)
-    assert "".join(piece.body for piece in pieces) == text
-    assert {piece.start for piece in pieces} == {0}
+    chunks = chunks_of(text, language_named("python"), 64)
+    assert "".join(chunk.body for chunk in chunks) == text
+    assert {chunk.start for chunk in chunks} == {0}
 
 
 def test_a_path_that_is_longer_than_the_example_is_shortened_from_the_left():
-    pieces = pieces_of("x = 1\n", language_named("python"), 64, "/".join(["deep"] * 200) + "/app.py")
-    assert pieces[0].context.endswith("/app.py\n")
-    assert pieces[0].context.startswith("# \N{HORIZONTAL ELLIPSIS}/")
-    assert pieces[0].tokens <= 64
+    chunks = chunks_of("x = 1\n", language_named("python"), 64, "/".join(["deep"] * 200) + "/app.py")
+    assert chunks[0].context.endswith("/app.py\n")
+    assert chunks[0].context.startswith("# \N{HORIZONTAL ELLIPSIS}/")
+    assert chunks[0].tokens <= 64
 
 
 def test_a_path_cannot_leave_its_comment():
-    pieces = pieces_of("SELECT 1 FROM everything;\n", language_named("sql"), 64, "a\nDROP TABLE b;--.sql")
-    assert pieces[0].context.count("\n") == 1
-    assert pieces_of("<p>hello</p>\n", language_named("html"), 64, "a-->b.html")[0].context.count("-->") == 1
+    chunks = chunks_of("SELECT 1 FROM everything;\n", language_named("sql"), 64, "a\nDROP TABLE b;--.sql")
+    assert chunks[0].context.count("\n") == 1
+    assert chunks_of("<p>hello</p>\n", language_named("html"), 64, "a-->b.html")[0].context.count("-->") == 1
 
 
 @pytest.mark.parametrize(
@@ -308,12 +308,12 @@ def test_a_path_cannot_leave_its_comment():
 def test_the_header_is_a_comment_of_the_language(name: str, header: str):
     language = language_of_file(name)
     assert language is not None
-    assert pieces_of("x y z\n", language, 64, name)[0].context == header
+    assert chunks_of("x y z\n", language, 64, name)[0].context == header
 
 
-def test_markdown_gives_its_code_and_keeps_its_prose():
+def test_markdown_contributes_its_code_and_not_its_prose():
     text = "# Title\n\nProse.\n\n```python\nimport a\n```\n\n~~~\nno language\n~~~\n\n```sh\n$ ls\n"
-    assert [piece.body for piece in pieces_of(text, language_named("markdown"))] == ["```python\nimport a\n```\n"]
+    assert [chunk.body for chunk in chunks_of(text, language_named("markdown"))] == ["```python\nimport a\n```\n"]
 
 
 @pytest.mark.parametrize(
@@ -327,10 +327,10 @@ def test_markdown_gives_its_code_and_keeps_its_prose():
         ("c", "#ifdef A\n" * 2_000 + "int x;\n" + "#endif\n" * 2_000),
     ],
 )
-def test_deep_nesting_is_cut_in_reasonable_time(name: str, text: str):
+def test_deep_nesting_is_split_in_reasonable_time(name: str, text: str):
     started = time.process_time()
-    pieces = pieces_of(text, language_named(name))
-    assert solid("".join(body for _, body in of_units(pieces))) == solid(text)
+    chunks = chunks_of(text, language_named(name))
+    assert visible_lines("".join(body for _, body in units_of(chunks))) == visible_lines(text)
     assert time.process_time() - started < 20
 
 

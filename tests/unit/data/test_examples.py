@@ -1,4 +1,4 @@
-"""What a dataset is better without: licences, tables, and too much of one file."""
+"""What is excluded from a dataset: licence headers, data tables, and too much of one file."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ CODE = {
 
 @pytest.mark.parametrize("between", ["", "\n"])
 @pytest.mark.parametrize("name", LICENCES)
-def test_a_licence_is_not_learned_and_the_code_below_it_is(tmp_path: Path, name: str, between: str):
+def test_a_licence_header_is_not_learned_but_the_code_below_it_is(tmp_path: Path, name: str, between: str):
     if name == "a.rb" and not between:
         pytest.skip("without a grammar, and without a blank row, it is one paragraph with the code")
     (tmp_path / name).write_text(LICENCES[name] + between + CODE[name])
@@ -59,14 +59,14 @@ def test_a_licence_is_not_learned_and_the_code_below_it_is(tmp_path: Path, name:
 
 
 @pytest.mark.parametrize("name", CODE)
-def test_code_without_a_licence_is_learned_whole(tmp_path: Path, name: str):
+def test_all_code_of_a_file_without_a_licence_is_learned(tmp_path: Path, name: str):
     (tmp_path / name).write_text(CODE[name])
     result = examples_of(tmp_path / name)
     assert result.left_out == {}
     assert learned(result).split() == CODE[name].split()
 
 
-def test_code_that_speaks_of_licences_is_code(tmp_path: Path):
+def test_code_that_mentions_licences_is_learned(tmp_path: Path):
     (tmp_path / "a.py").write_text(
         "def licence_of(copyright):\n    # Copyright holders come first\n    return sorted(copyright)\n",
     )
@@ -74,7 +74,7 @@ def test_code_that_speaks_of_licences_is_code(tmp_path: Path):
 
 
 @pytest.mark.parametrize("module", [encodings.cp1251, html.entities])
-def test_tables_are_left_out_and_the_functions_beside_them_are_not(module):
+def test_data_tables_are_left_out_but_the_functions_next_to_them_are_not(module):
     result = examples_of(Path(inspect.getfile(module)))
     assert result.left_out[ExclusionReason.DATA] >= 5
     text = learned(result)
@@ -91,7 +91,7 @@ TABLES = {
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_a_table_is_data(name: str):
+def test_a_table_of_literals_is_a_data_table(name: str):
     assert is_data_table(TABLES[name])
 
 
@@ -99,13 +99,13 @@ def test_a_table_is_data(name: str):
     "text",
     [
         inspect.getsource(json.decoder),
-        inspect.getsource(test_a_licence_is_not_learned_and_the_code_below_it_is),
+        inspect.getsource(test_a_licence_header_is_not_learned_but_the_code_below_it_is),
         "COLOURS = ['red', 'green', 'blue']\n",
         "__all__ = [\n    'area',\n    'width',\n]\n",
         "",
     ],
 )
-def test_code_is_no_data(text: str):
+def test_code_is_not_a_data_table(text: str):
     assert not is_data_table(text)
 
 
@@ -115,7 +115,7 @@ def keys_of(files: dict[str, list[int]]) -> list[ExampleKey]:
     ]
 
 
-def test_a_giant_file_does_not_drown_the_others():
+def test_a_giant_file_does_not_dominate_the_training_set():
     keys = keys_of({"giant": [500] * 4000, **{f"f{n}": [200] * 20 for n in range(100)}})
     kept = cap_per_file(keys, range(len(keys)))
     of_giant = [position for position in kept if keys[position].file == "giant"]
@@ -129,7 +129,7 @@ def test_a_giant_file_does_not_drown_the_others():
     assert of_giant[-1] > 3960, "to its end"
 
 
-def test_small_projects_are_made_of_few_files():
+def test_the_file_limit_does_not_cut_a_small_project():
     keys = keys_of({"one": [400] * 100, "two": [400] * 40, "three": [100]})
     assert sum(key.tokens for key in keys if key.file == "one") <= FILE_MIN_TOKENS
     assert cap_per_file(keys, range(len(keys))) == list(range(len(keys)))
@@ -139,7 +139,7 @@ SIZES = st.lists(st.integers(1, 100_000_000) | st.integers(1, 200_000), min_size
 
 
 @given(SIZES)
-def test_the_limit_is_the_largest_by_which_no_file_gives_more_than_a_tenth(sizes: list[int]):
+def test_the_file_limit_is_the_largest_by_which_no_file_exceeds_its_share(sizes: list[int]):
     def allowed(limit: float) -> float:
         return max(FILE_MIN_TOKENS, FILE_SHARE * sum(min(size, limit) for size in sizes))
 
@@ -149,7 +149,7 @@ def test_the_limit_is_the_largest_by_which_no_file_gives_more_than_a_tenth(sizes
         assert all(allowed(limit * more) < limit * more for more in (1.001, 1.5, 10, 1000))
 
 
-def test_a_giant_beside_little_gives_what_is_certain_to_be_given():
+def test_a_giant_file_next_to_small_ones_gives_the_guaranteed_minimum():
     assert file_limit([900_000, *[1_000] * 100]) == FILE_MIN_TOKENS
     assert file_limit([9_000_000, *[10_000] * 100]) == pytest.approx(1_000_000 / 9)
 

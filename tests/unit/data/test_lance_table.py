@@ -1,4 +1,4 @@
-"""A LanceDB table of code chunks: the same records as inline ones, read by a process of its own."""
+"""A LanceDB table of code chunks gives the same records as inline ones, and is read in a child process."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def look(data: Any) -> Any:
     return summarise_source(data)
 
 
-def test_a_table_is_what_its_rows_are_inline(tmp_path: Path):
+def test_a_table_equals_its_rows_given_inline(tmp_path: Path):
     table = write(tmp_path / "chunks.lance", CHUNKS)
     found, inline = look(table), look(CHUNKS)
     assert found.path == Path(table)
@@ -69,7 +69,7 @@ async def test_a_table_is_inspected_and_queued_like_records(tmp_path: Path):
     assert from_table.model_copy(update={"training_data": inline.training_data}) == inline
 
 
-def test_the_process_that_asks_imports_nothing_heavy(tmp_path: Path):
+def test_summarising_a_table_imports_nothing_heavy(tmp_path: Path):
     table = write(tmp_path / "chunks.lance", CHUNKS)
     code = (
         "import sys; from peft_core.data.summarise import summarise_source; summarise_source(sys.argv[1]);"
@@ -90,7 +90,7 @@ def test_optional_columns_may_be_missing_or_null(tmp_path: Path):
     assert look(write(tmp_path / "nulls.lance", nulls, schema)).examples == 80
 
 
-def test_missing_columns_are_named_with_those_that_are_there(tmp_path: Path):
+def test_the_error_for_missing_columns_lists_the_existing_ones(tmp_path: Path):
     rows = [{"text": row["content"], "language": "python"} for row in CHUNKS]
     with pytest.raises(DataError, match=r"lacks the column 'content'; it has text, language\..*README") as caught:
         look(write(tmp_path / "other.lance", rows))
@@ -109,7 +109,7 @@ def test_an_empty_table_is_refused(tmp_path: Path):
     assert caught.value.code == "training_data_empty"
 
 
-def test_a_directory_that_is_only_called_so_is_refused(tmp_path: Path):
+def test_a_directory_that_is_only_named_like_a_table_is_refused(tmp_path: Path):
     (tmp_path / "code.lance").mkdir()
     with pytest.raises(InvalidArgument, match="must be a LanceDB table"):
         look(str(tmp_path / "code.lance"))
@@ -120,7 +120,7 @@ def test_a_directory_that_is_only_called_so_is_refused(tmp_path: Path):
     assert caught.value.code == "not_a_table"
 
 
-def test_data_that_lies_elsewhere_is_never_read(tmp_path: Path):
+def test_a_table_that_refers_to_data_elsewhere_is_refused(tmp_path: Path):
     original = write(tmp_path / "chunks.lance", CHUNKS)
     lance.dataset(original).shallow_clone(str(tmp_path / "clone.lance"), 1)
     with pytest.raises(DataError, match="refers to data in another place") as caught:
@@ -133,7 +133,7 @@ def test_data_that_lies_elsewhere_is_never_read(tmp_path: Path):
         look(str(linked))
 
 
-def test_without_the_extra_the_command_that_installs_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_error_for_a_missing_extra_names_the_install_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     table = write(tmp_path / "chunks.lance", CHUNKS)
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "lance.py").write_text("raise ImportError\n")
@@ -143,7 +143,7 @@ def test_without_the_extra_the_command_that_installs_it_is_said(tmp_path: Path, 
     assert caught.value.code == "extra_missing"
 
 
-async def test_sensitive_places_and_allowed_roots_hold_for_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+async def test_sensitive_places_and_allowed_roots_apply_to_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     private = write(tmp_path / "home" / ".aws" / "chunks.lance", CHUNKS)
     (tmp_path / "link.lance").symlink_to(private)

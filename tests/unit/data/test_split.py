@@ -1,4 +1,4 @@
-"""What is held out, and that nothing on either side is like anything else: copies, and what is nearly one."""
+"""The split: what is held out, and that no duplicates or near duplicates remain."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from peft_core.errors import DataError
 from peft_core.schemas.dataset import DatasetPurpose
 
 
-def parted(keys: Sequence[ExampleKey], *, held_out_fraction: float, seed: int) -> Split:
-    """With examples that are equal or nothing alike."""
+def split_distinct(keys: Sequence[ExampleKey], *, held_out_fraction: float, seed: int) -> Split:
+    """Split examples that are either equal or entirely different."""
     return split(keys, signatures_of([None] * len(keys)), held_out_fraction=held_out_fraction, seed=seed)
 
 
@@ -59,12 +59,12 @@ ANSWERS = st.lists(
 
 
 @given(keys=KEYS, seed=st.integers(0, 99), fraction=st.floats(0.02, 0.5))
-def test_files_are_on_one_side_copies_on_none_and_both_sides_are_filled(
+def test_each_file_is_on_one_side_without_copies_and_no_side_is_empty(
     keys: list[ExampleKey],
     seed: int,
     fraction: float,
 ):
-    parts = parted(keys, held_out_fraction=fraction, seed=seed)
+    parts = split_distinct(keys, held_out_fraction=fraction, seed=seed)
     kept = [*parts.train, *parts.held_out]
     assert len(set(kept)) == len(kept) == len({key.digest for key in keys}) == len(keys) - parts.duplicates
     assert {keys[n].file for n in parts.train}.isdisjoint({keys[n].file for n in parts.held_out})
@@ -74,18 +74,18 @@ def test_files_are_on_one_side_copies_on_none_and_both_sides_are_filled(
 
 
 @given(keys=ANSWERS, seed=st.integers(0, 99), fraction=st.floats(0.02, 0.5))
-def test_no_answer_is_on_both_sides(keys: list[ExampleKey], seed: int, fraction: float):
+def test_the_same_answer_is_never_on_both_sides(keys: list[ExampleKey], seed: int, fraction: float):
     keys = [*keys, ExampleKey("apart", b"apart", 100, b"")]  # so that not all go together
-    parts = parted(keys, held_out_fraction=fraction, seed=seed)
+    parts = split_distinct(keys, held_out_fraction=fraction, seed=seed)
     trained, held_out = ({keys[n].answer for n in part} - {b""} for part in (parts.train, parts.held_out))
     assert trained.isdisjoint(held_out)
     assert {keys[n].file for n in parts.train}.isdisjoint({keys[n].file for n in parts.held_out})
 
 
-def test_an_answer_that_all_files_give_keeps_nobody_from_measuring():
+def test_examples_are_held_out_even_if_all_files_give_one_answer():
     files = [f"file {n}" for n in range(10)]
     own = [ExampleKey(file, f"{file} {n}".encode(), 50, f"{file} {n}".encode()) for file in files for n in range(10)]
-    parts = parted(
+    parts = split_distinct(
         [*own, *(ExampleKey(file, f"stock {file}".encode(), 50, b"stock") for file in files)],
         held_out_fraction=0.1,
         seed=0,
@@ -94,7 +94,7 @@ def test_an_answer_that_all_files_give_keeps_nobody_from_measuring():
     assert len(parts.train) == 99
 
 
-def test_of_one_large_file_no_more_is_measured_than_of_many():
+def test_one_large_file_is_held_out_only_up_to_the_limit():
     keys = [ExampleKey("all in one", str(n).encode(), 50, b"") for n in range(1500)]
     parts = split(
         keys,
@@ -108,7 +108,7 @@ def test_of_one_large_file_no_more_is_measured_than_of_many():
 
 
 @given(keys=st.one_of(KEYS, ANSWERS), seed=st.integers(0, 99))
-def test_who_only_measures_trains_on_nothing(keys: list[ExampleKey], seed: int):
+def test_an_evaluation_has_no_training_set(keys: list[ExampleKey], seed: int):
     signatures = signatures_of([None] * len(keys))
     parts = split(keys, signatures, held_out_fraction=1, seed=seed, purpose=DatasetPurpose.EVALUATION)
     assert parts.train == []
@@ -119,7 +119,9 @@ def test_who_only_measures_trains_on_nothing(keys: list[ExampleKey], seed: int):
 def test_the_split_does_not_depend_on_the_order(keys: list[ExampleKey], seed: int):
     shuffled = keys.copy()
     random.Random(seed).shuffle(shuffled)  # noqa: S311 - no cryptography here
-    first, second = (parted(order, held_out_fraction=0.2, seed=seed).held_out_files for order in (keys, shuffled))
+    first, second = (
+        split_distinct(order, held_out_fraction=0.2, seed=seed).held_out_files for order in (keys, shuffled)
+    )
     assert first == second
 
 
@@ -133,29 +135,32 @@ def many(files: int, examples: int, tokens: int = 100) -> list[ExampleKey]:
 
 def test_about_the_fraction_asked_for_is_held_out():
     for seed in range(20):
-        assert 0.08 <= len(parted(many(60, 10), held_out_fraction=0.1, seed=seed).held_out) / 600 <= 0.13
+        assert 0.08 <= len(split_distinct(many(60, 10), held_out_fraction=0.1, seed=seed).held_out) / 600 <= 0.13
 
 
-def test_a_file_more_does_not_reshuffle_the_others():
+def test_an_additional_file_does_not_reshuffle_the_others():
     for seed in range(20):
-        before = set(parted(many(100, 5), held_out_fraction=0.1, seed=seed).held_out_files)
-        after = set(parted(many(101, 5), held_out_fraction=0.1, seed=seed).held_out_files)
+        before = set(split_distinct(many(100, 5), held_out_fraction=0.1, seed=seed).held_out_files)
+        after = set(split_distinct(many(101, 5), held_out_fraction=0.1, seed=seed).held_out_files)
         assert len(before - after) <= 1
 
 
-def test_measuring_stays_cheap_however_large_the_source_is():
-    assert len(parted(many(5_000, 5), held_out_fraction=0.1, seed=0).held_out) <= HELD_OUT_MAX_EXAMPLES * 1.25
+def test_the_held_out_set_stays_small_for_a_large_source():
+    assert len(split_distinct(many(5_000, 5), held_out_fraction=0.1, seed=0).held_out) <= HELD_OUT_MAX_EXAMPLES * 1.25
 
 
 def test_another_seed_holds_out_other_files():
-    assert len({tuple(parted(many(50, 5), held_out_fraction=0.1, seed=seed).held_out_files) for seed in range(10)}) > 5
+    assert (
+        len({tuple(split_distinct(many(50, 5), held_out_fraction=0.1, seed=seed).held_out_files) for seed in range(10)})
+        > 5
+    )
 
 
 # --- near duplicates -----------------------------------------------------------------------------------------------
 
 
 def similarity(first: str, second: str) -> float:
-    """What the signatures estimate."""
+    """Return the exact similarity that the signatures estimate."""
     runs = [
         {tuple(words[n : n + 5]) for n in range(max(1, len(words) - 4))}
         for words in (re.findall(r"\w+|[^\w\s]", text) for text in (first, second))
@@ -182,7 +187,7 @@ CODE = textwrap.dedent(inspect.getsource(json.decoder.JSONObject))
         lambda code: code.replace("end += 1", "end += 2", 1),
     ],
 )
-def test_a_function_that_was_copied_and_touched_is_a_near_duplicate(change):
+def test_a_copied_and_slightly_edited_function_is_a_near_duplicate(change):
     assert is_near(CODE, change(CODE))
 
 
@@ -201,18 +206,18 @@ def test_other_code_is_not_a_near_duplicate(other: str):
 
 
 @pytest.mark.parametrize("words", [1, 3, 5, 8])
-def test_short_texts_are_near_only_when_they_are_equal(words: int):
+def test_short_texts_are_near_duplicates_only_if_they_are_equal(words: int):
     text = " ".join(f"word{n}" for n in range(words))
     assert is_near(text, text)
     assert not is_near(text, text.replace("word0", "other"))
 
 
-def test_what_is_no_text_is_like_nothing():
+def test_an_example_without_text_has_no_near_duplicates():
     assert signatures_of([None, None, "", "  \n"]).representatives(range(4)) == {0: 0, 1: 1, 2: 2, 3: 3}
 
 
 def family(seed: int, members: int = 12) -> list[str]:
-    """Texts of which each is made from an earlier one by changing some words."""
+    """Texts that are each made from an earlier one by changing some words."""
     draw = random.Random(seed)  # noqa: S311 - no cryptography here
     texts = [[f"w{draw.randrange(10_000)}" for _ in range(60)] for _ in range(3)]
     while len(texts) < members:
@@ -223,7 +228,7 @@ def family(seed: int, members: int = 12) -> list[str]:
     return [" ".join(words) for words in texts]
 
 
-def test_signatures_find_what_exact_sets_say_up_to_their_error():
+def test_minhash_agrees_with_exact_jaccard_up_to_its_error():
     missed = invented = 0
     for seed in range(40):
         texts = family(seed)
@@ -237,7 +242,7 @@ def test_signatures_find_what_exact_sets_say_up_to_their_error():
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000), files=st.integers(2, 6))
-def test_nothing_that_is_kept_is_like_anything_else_that_is_kept(seed: int, files: int):
+def test_no_two_remaining_examples_are_near_duplicates(seed: int, files: int):
     texts = [text for part in range(4) for text in family(4 * seed + part)]
     draw = random.Random(seed)  # noqa: S311 - no cryptography here
     keys = [ExampleKey(f"f{draw.randrange(files)}", hashlib.sha256(text.encode()).digest(), 60) for text in texts]
@@ -252,7 +257,7 @@ def test_nothing_that_is_kept_is_like_anything_else_that_is_kept(seed: int, file
     assert {keys[n].file for n in parts.train}.isdisjoint({keys[n].file for n in parts.held_out})
 
 
-def test_what_is_like_training_is_never_measured_on():
+def test_a_near_duplicate_of_a_training_example_is_never_held_out():
     texts = [*family(1, members=3), *family(2, members=3)]
     near_copy = texts[0].replace(texts[0].split()[7], "changed")
     keys = [
@@ -264,8 +269,8 @@ def test_what_is_like_training_is_never_measured_on():
         assert (parts.train.count(0), parts.train.count(6), parts.near_duplicates) == (1, 0, 1)
 
 
-def test_what_a_chain_of_near_duplicates_leaves_in_training_is_taken_from_the_held_out_file():
-    """First ~ middle ~ last, but first is not like last: last is alone in its group, and middle is trained on."""
+def test_evaluation_takes_precedence_if_a_chain_of_duplicates_empties_it():
+    """First ~ middle ~ last, but first and last differ: last is alone in its group, and middle is trained on."""
     words = [f"w{n}" for n in range(200)]
     first, last = words.copy(), words.copy()
     for n in range(4):
@@ -284,7 +289,7 @@ def test_what_a_chain_of_near_duplicates_leaves_in_training_is_taken_from_the_he
         }
 
 
-def test_a_thousand_variations_of_one_text_cost_no_thousand_times_a_thousand():
+def test_many_variations_of_one_text_do_not_take_quadratic_time():
     words = [f"w{n}" for n in range(300)]
     texts = [" ".join([*words[:n], f"x{n}", *words[n + 1 :]]) for n in range(300)] * 10
     representatives = signatures_of(texts).representatives(range(len(texts)))
@@ -294,7 +299,7 @@ def test_a_thousand_variations_of_one_text_cost_no_thousand_times_a_thousand():
 # --- by time -------------------------------------------------------------------------------------------------------
 
 
-def test_by_time_the_newest_files_are_held_out_and_what_was_never_committed_before_them():
+def test_a_split_by_time_holds_out_uncommitted_files_and_then_the_newest():
     keys = many(20, 5)
     changed = {f"f{n}": 1000 + n for n in range(20) if n != 3}
     parts = split(keys, signatures_of([None] * len(keys)), held_out_fraction=0.15, seed=0, changed=changed)
@@ -315,7 +320,7 @@ def committed(root: Path, *commits: Sequence[str]) -> Path:
     return root
 
 
-def test_history_tells_when_each_file_was_changed_last(tmp_path: Path):
+def test_last_change_times_come_from_the_git_history(tmp_path: Path):
     names = ["a.py", "with space.py", "ünïcode.py", "sub/b.py"]
     root = committed(tmp_path / "r", names, ["a.py"], ["sub/b.py", "line\nend.py"])
     (root / "new.py").write_text("new = 1\n")
@@ -327,7 +332,7 @@ def test_history_tells_when_each_file_was_changed_last(tmp_path: Path):
         last_change_times(root / "sub")
 
 
-def test_files_that_are_gone_tell_nobody_apart(tmp_path: Path):
+def test_deleted_files_do_not_count_for_a_split_by_time(tmp_path: Path):
     root = committed(tmp_path / "r", ["old.py"], ["a.py", "b.py"])
     assert set(last_change_times(root)) == {"old.py", "a.py", "b.py"}
     (root / "old.py").unlink()
@@ -336,7 +341,7 @@ def test_files_that_are_gone_tell_nobody_apart(tmp_path: Path):
     assert caught.value.code == "no_history"
 
 
-def test_without_a_history_a_split_by_time_is_refused_with_what_to_do(tmp_path: Path):
+def test_a_split_by_time_without_a_history_is_refused(tmp_path: Path):
     (tmp_path / "plain").mkdir()
     with pytest.raises(DataError, match=r"has none.*held_out_by = 'file'") as caught:
         last_change_times(tmp_path / "plain")

@@ -1,4 +1,4 @@
-"""A first look at training data: what may be given, what is left out, and what is said about the rest."""
+"""The summary of a data source: what is accepted, what is excluded, and what errors say."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def names(root: Path) -> set[str]:
     return {file.name for file in walk(root).files}
 
 
-def test_a_repository_is_summed_up_without_reading_all_of_it(tmp_path: Path):
+def test_a_repository_is_summarised_without_reading_all_of_it(tmp_path: Path):
     found = look(str(repository(tmp_path)))
     assert (found.kind, found.files, found.languages, found.examples) == ("repository", 4, {"python": 4}, None)
     size = sum(path.stat().st_size for path in tmp_path.rglob("*.py"))
@@ -79,7 +79,7 @@ def test_twenty_thousand_files_take_less_than_a_second_or_two(tmp_path: Path):
     "given_path",
     ["", "   ", "nowhere/at/all", "a\0b", "x" * 5_000, "~no_such_user_here/x", "[{}]"],
 )
-def test_a_path_that_leads_nowhere_is_refused_by_name(given_path: str):
+def test_a_path_that_does_not_exist_is_refused_with_its_name(given_path: str):
     with pytest.raises(InvalidArgument) as caught:
         look(given_path)
     assert caught.value.details["field"] == "training_data"
@@ -91,14 +91,14 @@ def test_a_mistyped_name_gets_a_suggestion(tmp_path: Path):
         look(str(tmp_path / "biling"))
 
 
-def test_a_file_of_another_kind_is_refused_saying_which_are_taken(tmp_path: Path):
+def test_a_file_of_another_type_is_refused_with_the_allowed_types(tmp_path: Path):
     path = tmp_path / "data.csv"
     path.write_text("a,b")
     with pytest.raises(InvalidArgument, match=r"\.jsonl"):
         look(str(path))
 
 
-def test_a_pipe_is_refused_and_nothing_waits_for_it(tmp_path: Path):
+def test_a_pipe_is_refused_without_waiting_for_it(tmp_path: Path):
     os.mkfifo(tmp_path / "data.jsonl")
     with pytest.raises(InvalidArgument, match="neither a directory nor a regular file"):
         look(str(tmp_path / "data.jsonl"))
@@ -112,7 +112,7 @@ def test_a_directory_that_may_not_be_read_is_refused(tmp_path: Path):
     tmp_path.chmod(0o700)
 
 
-def test_a_directory_without_code_says_what_it_holds(tmp_path: Path):
+def test_the_error_for_a_directory_without_code_lists_what_was_excluded(tmp_path: Path):
     (tmp_path / "a.json").write_text("{}")
     with pytest.raises(DataError, match="1 no_code") as caught:
         look(str(tmp_path))
@@ -140,7 +140,7 @@ def test_links_pipes_and_giants_are_counted_and_never_opened(tmp_path: Path):
     assert left_out == {"symlink": 2, "special": 1, "too_large": 1, "empty": 1}
 
 
-def test_names_that_are_hard_to_print_do_no_harm(tmp_path: Path):
+def test_unprintable_file_names_do_no_harm(tmp_path: Path):
     repository(tmp_path)
     (tmp_path / "a\nb.py").write_text(code("a"))
     (tmp_path / os.fsdecode(b"\xff\xfe.py")).write_text(code("b"))
@@ -202,7 +202,7 @@ def test_a_repository_cannot_make_git_run_its_programs(tmp_path: Path):
     assert not trap.exists()
 
 
-def test_what_others_wrote_or_machines_made_is_left_out(tmp_path: Path):
+def test_vendored_and_generated_files_are_left_out(tmp_path: Path):
     repository(tmp_path)
     for name in ("node_modules/a.js", "vendor/b.go", ".hidden/c.py", "env2/pyvenv.cfg", "env2/lib.py", "build/d.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -219,7 +219,7 @@ def test_what_others_wrote_or_machines_made_is_left_out(tmp_path: Path):
      ("package-lock.json", "lock_file"), ("a.min.js", "minified"), ("a_pb2.py", "generated"), ("a.g.dart", "generated"),
      ("a.pb.go", "generated"), ("a.png", "binary"), ("a.json", "no_code"), ("README", "no_code")],
 )  # fmt: skip
-def test_a_name_alone_can_be_reason_enough(name: str, reason: str):
+def test_a_file_can_be_excluded_by_its_name_alone(name: str, reason: str):
     assert classify(name) == ExclusionReason(reason)
 
 
@@ -227,7 +227,7 @@ def test_a_name_alone_can_be_reason_enough(name: str, reason: str):
     "name",
     ["secrets.py", "credentials.go", "keys.rs", "Makefile", "Dockerfile", "a.PY", "tokens.h"],
 )
-def test_code_about_secrets_is_code(name: str):
+def test_code_about_secrets_is_not_excluded(name: str):
     assert not isinstance(classify(name), ExclusionReason)
 
 
@@ -278,16 +278,16 @@ RECORDS: dict[str, Callable[[int], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("form", RECORDS)
-def test_each_form_of_record_is_taken_inline_and_from_a_file(tmp_path: Path, form: str):
+def test_each_record_format_is_accepted_inline_and_from_a_file(tmp_path: Path, form: str):
     records = [RECORDS[form](n) for n in range(10)]
     inline = look(records)
     assert (inline.kind, inline.path, inline.examples, inline.files) == ("records", None, 10, 10)
     assert inline.needs_chat_template is (form == "messages")
     path = tmp_path / "data.jsonl"
     write_records(records, path)
-    examples_from_file = look(str(path))
-    assert (examples_from_file.kind, examples_from_file.path, examples_from_file.examples) == ("jsonl", path, 10)
-    assert examples_from_file.estimated_tokens == inline.estimated_tokens
+    from_file = look(str(path))
+    assert (from_file.kind, from_file.path, from_file.examples) == ("jsonl", path, 10)
+    assert from_file.estimated_tokens == inline.estimated_tokens
 
 
 @pytest.mark.parametrize(
@@ -300,12 +300,12 @@ def test_each_form_of_record_is_taken_inline_and_from_a_file(tmp_path: Path, for
         ({"chunk_type": "method"}, "method", 0),
     ],
 )
-def test_what_tables_and_other_tools_make_of_a_chunk_is_taken(fields: dict[str, Any], kind: str, line: int):
+def test_chunks_as_written_by_tables_and_other_tools_are_accepted(fields: dict[str, Any], kind: str, line: int):
     record = parse({"content": "x = 1", "language": "python", **fields}, "record 1")
     assert (record.kind, record.start_line) == (kind, line)
 
 
-def test_fields_that_nobody_reads_may_hold_anything(tmp_path: Path):
+def test_unused_fields_of_a_record_may_hold_anything(tmp_path: Path):
     records = [{**RECORDS["chunk"](n), "metadata": {"at": datetime.now(UTC)}, "vector": b"\0"} for n in range(10)]
     turns = [
         {"messages": [{"role": "assistant", "content": f"a {n}", "at": datetime.now(UTC)}], "tags": {1, 2}}
@@ -317,7 +317,7 @@ def test_fields_that_nobody_reads_may_hold_anything(tmp_path: Path):
         assert len(list(read_jsonl(tmp_path / name))) == 10
 
 
-def test_a_mark_carriage_returns_and_blank_lines_are_tolerated(tmp_path: Path):
+def test_a_byte_order_mark_and_blank_lines_are_tolerated(tmp_path: Path):
     path = tmp_path / "data.jsonl"
     lines = [json.dumps(RECORDS["text"](n)) for n in range(9)]
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(lines).encode())
@@ -369,14 +369,14 @@ def test_a_broken_record_is_named_with_the_rule_it_breaks(tmp_path: Path, record
     [(b'{"text": ', "not valid JSON"), (b'{"text": "\xff"}', "not UTF-8"), (b"[" * 100_000, "nested too deeply"),
      (b'[\n{"text": "a"}]', "JSON array is not JSON Lines"), (b"9" * 5_000, "not valid JSON")],
 )  # fmt: skip
-def test_a_line_that_is_no_json_is_named_with_what_is_wrong(tmp_path: Path, line: bytes, said: str):
+def test_the_error_for_a_line_that_is_not_json_says_what_is_wrong(tmp_path: Path, line: bytes, said: str):
     path = tmp_path / "data.jsonl"
     path.write_bytes(line + b"\n")
     with pytest.raises(DataError, match=f"Line 1 of .*{said}"):
         look(str(path))
 
 
-def test_mixed_forms_name_the_first_that_deviates(tmp_path: Path):
+def test_the_error_for_mixed_formats_names_the_first_deviating_record(tmp_path: Path):
     records = [*(RECORDS["text"](n) for n in range(9)), RECORDS["completion"](1)]
     with pytest.raises(
         DataError,
@@ -413,7 +413,7 @@ KEYS = st.sampled_from(["text", "prompt", "completion", "messages", "content", "
 
 
 @given(st.dictionaries(KEYS, JSON, max_size=5) | JSON)
-def test_whatever_a_record_holds_it_is_valid_or_refused_in_words(value: Any):
+def test_any_record_is_valid_or_refused_with_a_message(value: Any):
     try:
         record = parse(value, "record 1")
     except DataError as error:
@@ -425,7 +425,7 @@ def test_whatever_a_record_holds_it_is_valid_or_refused_in_words(value: Any):
 
 
 @given(st.binary(max_size=400))
-def test_whatever_a_file_holds_reading_it_ends_in_records_or_an_error_of_ours(content: bytes):
+def test_any_file_gives_records_or_a_data_error(content: bytes):
     with tempfile.TemporaryDirectory() as directory:  # hypothesis and tmp_path do not go together
         path = Path(directory) / "data.jsonl"
         path.write_bytes(content)
