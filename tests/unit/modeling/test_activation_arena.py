@@ -1,4 +1,4 @@
-"""Saved tensors lie in one place, and nothing but the place is different."""
+"""The activation arena copies saved tensors, and changes nothing but their address."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_each_pass_reuses_the_blocks_of_the_one_before(monkeypatch: pytest.Monke
 
 
 def test_a_backward_pass_after_the_next_forward_pass_is_refused() -> None:
-    """Its tensors have been overwritten: a wrong gradient would look like any other."""
+    """Its tensors have been overwritten, and a wrong gradient would go unnoticed."""
     saved = ActivationArena(nn.Identity())
     x = torch.ones(3, requires_grad=True)
     with saved.of_one_pass():

@@ -14,14 +14,14 @@ _LENGTHS = st.lists(st.sampled_from([1, 2, 31, 32, 33, 64, 127, 128, 129, 200, 3
 
 
 def inputs(lengths: list[int], heads: int, groups: int, seed: int = 0) -> list[torch.Tensor]:
-    """Query, key, value and a gradient of the result."""
+    """Return query, key, value and a gradient of the result."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [(1, count, sum(lengths), 16) for count in (heads, groups, groups)] + [(1, sum(lengths), heads, 16)]
     return [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
 
 
-def narrow(lengths: list[int], heads: int, groups: int, given: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The result and its three gradients."""
+def in_bf16(lengths: list[int], heads: int, groups: int, given: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the result of the bf16 attention and its three gradients."""
     *inputs, grad = given
     inputs = [x.clone().requires_grad_() for x in inputs]
     out = Bf16Attention.apply(*inputs, tuple(lengths), _SCALE)
@@ -29,7 +29,7 @@ def narrow(lengths: list[int], heads: int, groups: int, given: list[torch.Tensor
 
 
 def expected(lengths: list[int], heads: int, groups: int, given: list[torch.Tensor]) -> list[torch.Tensor]:
-    """By torch's own attention in float32, one document at a time."""
+    """Compute the same by torch's attention in float32, one document at a time."""
     *inputs, grad = given
     inputs = [x.float().requires_grad_() for x in inputs]
     parts = zip(*(x.repeat_interleave(heads // x.shape[1], 1).split(lengths, 2) for x in inputs), strict=True)
@@ -50,7 +50,7 @@ def test_bf16_attention_and_gradients_match_float32_up_to_rounding(
     names = ("result", "query", "key", "value")
     for name, mine, theirs in zip(
         names,
-        narrow(lengths, heads, groups, given),
+        in_bf16(lengths, heads, groups, given),
         expected(lengths, heads, groups, given),
         strict=True,
     ):
@@ -75,7 +75,7 @@ def test_tokens_attend_to_no_other_document_and_no_later_token() -> None:
 
 
 def test_padding_limits_the_number_of_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each costs a program."""
+    """OneDNN compiles a kernel for each shape."""
     shapes = set()
     plain = narrow_attention._weights
 

@@ -1,9 +1,10 @@
-"""T tokens, D model size."""
+"""Which modules are fused, and why others are not. T tokens, D model size."""
 
 from typing import Any
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from peft_core.modeling.fused_blocks import FusionStats, fuse
 from peft_core.modeling.objective import probe_fast_paths
@@ -29,6 +30,13 @@ def test_a_partly_adapted_block_is_fused() -> None:
 
 def test_layers_with_dropout_are_not_fused() -> None:
     assert fused("llama", dropout=0.1) == FusionStats(blocks=0, linears=0)
+
+
+def test_the_log_says_why_blocks_are_not_fused() -> None:
+    with capture_logs() as logs:
+        fused("llama", dropout=0.1)
+    (entry,) = (entry for entry in logs if entry["event"] == "blocks_not_fused")
+    assert entry["reasons"] == ["not true that projections are plain frozen or LoRA layers"]
 
 
 def test_only_the_linear_layers_of_other_blocks_are_fused() -> None:

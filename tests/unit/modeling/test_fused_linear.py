@@ -34,7 +34,7 @@ def adapters(ranks: tuple[int, ...]) -> list[torch.Tensor | None]:
 
 
 def plain(made: list[Layer], x_TI: torch.Tensor, matrices: Adapters) -> torch.Tensor:
-    """As PEFT has it."""
+    """Compute W x + bias + s B A x layer by layer, as PEFT does."""
     outs = []
     for layer, A, B in zip(made, matrices[::2], matrices[1::2], strict=True):
         out_TO = x_TI @ layer.W.dequantise_all().T + (0.0 if layer.bias_O is None else layer.bias_O)
@@ -87,10 +87,10 @@ def test_forward_uses_the_current_adapter_weights() -> None:
     projections = ConcatenatedLora(layers(ranks, in_bfloat16=True))
     x_TI = torch.ones(TOKENS, INPUTS, dtype=torch.bfloat16)
     before, _ = projections.forward(projections.to_buffer(x_TI), matrices)
-    nothing = [matrix * 0 for matrix in matrices if matrix is not None]
-    after, _ = projections.forward(projections.to_buffer(x_TI), nothing)
+    zeros = [matrix * 0 for matrix in matrices if matrix is not None]
+    after, _ = projections.forward(projections.to_buffer(x_TI), zeros)
     assert not torch.equal(before, after)
-    assert near(after, plain(layers(ranks, in_bfloat16=True), x_TI.float(), nothing), projections)
+    assert near(after, plain(layers(ranks, in_bfloat16=True), x_TI.float(), zeros), projections)
 
 
 def test_concatenated_weights_are_shared_views_for_single_layers() -> None:

@@ -30,7 +30,7 @@ def reference(blocks: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def assert_same_bits(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal in every bit, signs of zeros included; one NaN is as good as another."""
+    """Assert that every bit is equal, signs of zeros included; any NaN equals any other."""
     assert found.dtype == expected.dtype == torch.float32
     assert found.shape == expected.shape
     same = found.view(torch.int32) == expected.view(torch.int32)

@@ -31,7 +31,7 @@ def test_a_bf16_head_rounds_only_the_logits_and_their_gradient(
     positions: int,
     vocabulary: int,
 ) -> None:
-    """Chunk after chunk; and one chunk in parts, as the vocabulary is large."""
+    """Covers several chunks, and chunks converted to float32 in several pieces."""
     torch.manual_seed(0)
     hidden_ND = torch.randn(positions, 8, requires_grad=True)
     head_VD = torch.randn(vocabulary, 8).bfloat16()

@@ -1,4 +1,4 @@
-"""Weights that stay in their stored form compute what those in memory do.
+"""Models with mapped weights compute the same as models in memory.
 
 T tokens, I input features, O output features
 """

@@ -43,7 +43,7 @@ def gradient_of(model: PeftModel, loss: torch.Tensor) -> torch.Tensor:
 
 
 def plain_loss(model: PeftModel, documents: list[Document]) -> torch.Tensor:
-    """One document at a time through the model's own forward: what everybody would write."""
+    """Compute the loss with the model's own forward, one document at a time."""
     total = torch.zeros(())
     for document in documents:
         ids_1T = document.ids_T.long()[None]
@@ -118,7 +118,7 @@ def test_packing_does_not_change_the_gradient(capacity: int) -> None:
 def test_padding_to_few_shapes_changes_neither_loss_nor_gradient(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on MPS: micro-batches are filled up, and attention sees the documents through a mask."""
+    """Imitates MPS: micro-batches are padded, and attention uses a mask."""
     documents = tiny_documents(LENGTHS)
     _, reference = with_random_adapter(architecture, fused=False)
     expected = plain_loss(reference, documents)
@@ -180,7 +180,7 @@ def test_unsupported_attention_is_left_to_the_model(
     packed: bool,
     dtype: torch.dtype,
 ) -> None:
-    """In bfloat16 rounding hides what is left out: no comparison of logits would find it."""
+    """In bf16, rounding hides an omitted part of attention, so that comparing logits would not find it."""
     model = tiny_model(architecture).to(dtype)
     objective = probe_fast_paths(model, max_length=64)
     assert objective.packed is packed

@@ -1,4 +1,4 @@
-"""Weights that stay in their files: toy files of both formats. O rows, I columns."""
+"""Frozen matrices, in memory and mapped from tiny files of both formats. O rows, I columns."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def as_tensors(values: dict[str, list[float]], dtype: torch.dtype = torch.float3
 
 
 def random_gguf(path: Path) -> Checkpoint:
-    """The toy model with Q8_0 matrices of random bytes: no two rows are alike."""
+    """Write the tiny model with Q8_0 matrices of random bytes, so that no two rows are alike."""
     path.write_bytes(gguf_bytes(quantised=True))
     checkpoint = read_gguf_model(path)
     content, generator = bytearray(path.read_bytes()), np.random.default_rng(0)
@@ -145,7 +145,7 @@ def test_from_tensor_shares_the_weights(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", ["F32", "BF16", "Q4_1"])
 def test_concurrent_products_equal_those_of_the_full_weights(kind: str) -> None:
-    """Each unpacks into memory of its own, which it takes again for the next matrix."""
+    """Each thread dequantises into its own buffer, and reuses it for the next matrix."""
     torch.manual_seed(0)
     matrices = []
     for rows in (5000, 2000, 4500, 100):  # some of more than is unpacked at once
@@ -166,7 +166,7 @@ def test_concurrent_products_equal_those_of_the_full_weights(kind: str) -> None:
 
 def test_products_work_outside_inference_mode_after_one_inside() -> None:
     matrix, x_TI = QuantisedMatrix.from_tensor(torch.randn(6, 10).bfloat16()), torch.randn(2, 10)
-    with ThreadPoolExecutor(1) as thread:  # a new one, which has unpacked nothing yet
+    with ThreadPoolExecutor(1) as thread:  # a new thread, whose buffer is still empty
         inside, outside = (
             thread.submit(torch.inference_mode(mode)(matrix.matmul), x_TI).result() for mode in (True, False)
         )
@@ -197,13 +197,13 @@ def test_products_leave_the_mapped_pages_clean(tmp_path: Path) -> None:
 
 def test_all_unsupported_formats_are_named_together(tmp_path: Path) -> None:
     checkpoint = random_gguf(tmp_path / "m.gguf")
-    odd = tuple(
+    unsupported = tuple(
         (path, replace(tensor, dtype="IQ2_XS") if "attn_v" in tensor.name else tensor)
         for path, tensor in checkpoint.stored
     )
     expected = r"blk\.0\.attn_v\.weight \(IQ2_XS\), blk\.1\.attn_v\.weight \(IQ2_XS\)\. Use a GGUF file"
     with pytest.raises(BaseCheckpointError, match=expected):
-        open_stored(replace(checkpoint, stored=odd))
+        open_stored(replace(checkpoint, stored=unsupported))
 
 
 def test_weights_with_three_axes_are_refused(tmp_path: Path) -> None:
