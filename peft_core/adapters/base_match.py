@@ -1,6 +1,6 @@
-"""Which base an adapter was trained on, against the base at hand. Shapes do not tell: many models share them.
+"""Compare a base model with the one that an adapter was trained on. Shapes do not suffice: many models share them.
 
-What is recorded is a claim by whoever wrote the manifest. It protects against mistakes, not against a lie.
+The record is a claim in the adapter's manifest. It protects against mistakes, not against a forged manifest.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _CERTAIN = (BaseMatch.EXACT, BaseMatch.SAMPLED)
 
 
 def match_base(record: BaseRecord | None, base: Base, hint: str | None = None) -> tuple[BaseMatch, list[Reason]]:
-    """How sure it is that this is the base of the record, and why it is not surer.
+    """Return how certain it is that `base` is the recorded base model, with a warning if it is not certain.
 
-    `hint` is what the adapter's configuration calls its base. It proves nothing, and helps a person to decide.
+    `hint` is the base model's name in the adapter's configuration. It proves nothing, but helps a person to decide.
     """
     if record is None:
         return BaseMatch.SHAPE_ONLY, [_not_recorded(base, hint)]
@@ -30,9 +30,9 @@ def match_base(record: BaseRecord | None, base: Base, hint: str | None = None) -
 
 
 def find_base(record: BaseRecord, candidates: Iterable[Callable[[], Base]]) -> Base | None:
-    """The first candidate with the recorded weights, else the first that is the same model in another number format.
+    """Return the first candidate with the recorded weights, else the first that is the same model in another number format.
 
-    Each candidate is a call that resolves a base; those that raise PeftMcpError are passed over.
+    Each candidate is a call that resolves a base model; those that raise PeftMcpError are skipped.
     """
     family: Base | None = None
     for candidate in candidates:
@@ -72,10 +72,10 @@ def _doubt(record: BaseRecord, base: Base, verdict: BaseMatch) -> Reason:
         return warning(
             "other_storage",
             f"{base.name} is {recorded} in another number format: every norm weight is equal. A model that was trained "
-            "further with its norms frozen would look the same.",
+            "further with frozen norms would look the same.",
             found=f"{base.format}: {sanitize(given.storage)}",
             expected=f"{record.format}: {sanitize(trained.storage)}",
-            fix="Compare what it generates with what the base alone does",
+            fix="Compare its output with that of the base model without an adapter",
         )
     if trained.architecture != given.architecture:
         message = (
@@ -111,5 +111,5 @@ def _not_recorded(base: Base, hint: str | None) -> Reason:
 
 
 def _last(name: str) -> str:
-    """A model's name without its organisation or directories, in lower case."""
+    """Return a model's name without its organisation or directories, in lower case."""
     return name.replace("\\", "/").rstrip("/").rpartition("/")[2].lower().removesuffix(".gguf")

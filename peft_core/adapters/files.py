@@ -1,8 +1,8 @@
-"""The files of an adapter, read once: headers and configuration, or the weights whole.
+"""Read the files of an adapter once: configuration and headers, optionally the weights.
 
-They are taken as hostile: no link is followed, nothing is opened that is no regular file, sizes are bounded. Problems are
-gathered instead of stopping at the first. With `whole`, what is checked and what is loaded are the same bytes: a file
-that is exchanged after the check changes nothing.
+The files are untrusted: links are not followed, only regular files are opened, and sizes are bounded. All problems are
+collected, not only the first. With `with_weights`, the bytes that are checked are the bytes that are loaded, so replacing a
+file after the check has no effect.
 """
 
 from __future__ import annotations
@@ -25,37 +25,37 @@ from peft_core.schemas.results import Reason
 from peft_core.system.files import open_regular, read_exactly, read_small
 
 MAX_CONFIG_BYTES = 256 << 10
-MAX_WEIGHTS_BYTES = 4 << 30  # of a file that is read whole; a file with holes costs its maker nothing
+MAX_WEIGHTS_BYTES = 4 << 30  # of a weights file that is loaded; a sparse file costs an attacker nothing
 MLX_WEIGHTS = "adapters.safetensors"
 
 
 @dataclass(frozen=True, repr=False)
 class AdapterFiles:
-    """What lies in an adapter's directory. Null is what is missing or was refused; `reasons` says why."""
+    """The content of an adapter's directory. A file that is missing or was rejected is None; `reasons` says why."""
 
     directory: Path
     settings: LoraSettings | None
     tensors: Mapping[str, TensorInfo] | None
-    weights: bytes | None  # the whole file, of which `tensors` is the header
+    weights: bytes | None  # the complete file, whose header is `tensors`
     manifest: Manifest | None
-    base_hint: str | None  # what the configuration says of its base: for people, and never followed
+    base_hint: str | None  # the base model's name in the configuration: shown to people, never used as a path
     reasons: tuple[Reason, ...]
 
     @property
     def weights_size(self) -> int:
-        """Of all tensors, in bytes, as the header has it."""
+        """Return the size of all tensors in bytes, according to the header."""
         return sum(tensor.size for tensor in (self.tensors or {}).values())
 
     def bytes_of(self, tensor: TensorInfo) -> bytes:
-        """A tensor's bytes, of a file that was read whole."""
+        """Return a tensor's bytes; the weights must have been read."""
         assert self.weights is not None, "read_adapter(…, with_weights=True) reads them"  # noqa: S101 - a caller's mistake
         return self.weights[tensor.start : tensor.start + tensor.size]
 
 
 def read_adapter(directory: Path, *, with_weights: bool = False) -> AdapterFiles:
-    """Everything that the check looks at, each file opened once. Never raises because of what it finds.
+    """Read everything that the check needs, opening each file once. Problems become findings, never exceptions.
 
-    With `whole`, the weights' bytes come into memory, unless their header is unsound.
+    With `with_weights`, the weights are read into memory, unless their header is malformed.
     """
     reasons = _missing(directory)
     manifest = read_manifest(directory)
@@ -97,7 +97,7 @@ def read_adapter(directory: Path, *, with_weights: bool = False) -> AdapterFiles
 
 
 def read_adapter_config(directory: Path) -> dict[str, Any]:
-    """The adapter's configuration as it stands, unchecked.
+    """Read the adapter's configuration without checking its settings.
 
     Raises:
         HeaderError: missing, a link, larger than 256 KB, or not a JSON object whose names are unique.
@@ -114,7 +114,7 @@ def _read_weights(path: Path, *, with_weights: bool) -> tuple[Mapping[str, Tenso
         if header.size > MAX_WEIGHTS_BYTES:
             raise HeaderError(path, f"has {header.size} bytes, more than the {MAX_WEIGHTS_BYTES} that are loaded")
         weights = read_exactly(descriptor, header.size, 0, path)
-    # Parsed again, of the bytes themselves: somebody may have written to the file in between.
+    # Parse these bytes again: the file may have changed since the header was read.
     return parse_header(weights, path, limits=ADAPTER_LIMITS).tensors, weights
 
 
@@ -157,7 +157,7 @@ def _missing(directory: Path) -> list[Reason]:
 
 
 def _altered(name: str, raw: bytes, recorded: Mapping[str, str]) -> list[Reason]:
-    """Against the manifest, which was written when the adapter was: a changed alpha shows nowhere else."""
+    """Compare a file with its hash in the manifest, the only place where a changed alpha shows."""
     found, expected = hashlib.sha256(raw).hexdigest(), recorded.get(name)
     if expected is None or found == expected:
         return []

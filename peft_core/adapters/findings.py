@@ -18,7 +18,7 @@ def error(
     where: str | None = None,
     fix: str | None = None,
 ) -> Reason:
-    """A reason against using the adapter."""
+    """Return a finding that makes the adapter incompatible."""
     return Reason(code=code, severity="error", message=message, found=found, expected=expected, where=where, fix=fix)
 
 
@@ -30,7 +30,7 @@ def warning(
     expected: str | None = None,
     fix: str | None = None,
 ) -> Reason:
-    """Something to know before using it."""
+    """Return a finding to know before using the adapter."""
     return Reason(code=code, severity="warning", message=message, found=found, expected=expected, fix=fix)
 
 
@@ -43,7 +43,7 @@ def error_about(
     found: str | None = None,
     expected: str | None = None,
 ) -> Iterable[Reason]:
-    """One error about all of these names; none where there are no names."""
+    """Yield one error about all of these names; nothing if there are no names."""
     if names:
         few = join_some(sanitize(name) for name in names)
         message = f"{what[:1].upper()}{what[1:]}: {few}."

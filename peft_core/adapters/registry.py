@@ -1,7 +1,7 @@
 """Adapters on disk. A published adapter is a directory with a manifest; it never changes.
 
 Publishing is one rename of a complete, fsynced directory; after it the project's `current` link moves, atomically too.
-Whoever looks meanwhile sees the old state or the new one.
+A concurrent reader sees the old state or the new one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from peft_core.system.allowed_paths import require_allowed
 from peft_core.system.files import fsync_directory, fsync_file
 from peft_core.system.lock import FileLock
 
-LOCK_TIMEOUT_S = 10.0  # with who else changes a project's adapters: that takes milliseconds
+LOCK_TIMEOUT_S = 10.0  # other processes hold the lock of a project's adapters for milliseconds
 
 
 class Registry:
@@ -36,8 +36,8 @@ class Registry:
     def publish(self, draft: Path, project_id: str, adapter_id: str) -> Path:
         """Move a complete adapter from `draft` into the project; make it the current one, unless its manifest says no.
 
-        `draft` must lie on the same file system (it does: a job's directory). Doing it again after a crash in between
-        finishes what was begun.
+        `draft` must be on the same file system, as a job's directory is. Calling this again after a crash completes the
+        publication.
         """
         target = self._paths.adapter(project_id, adapter_id)
         if not target.exists():
@@ -70,10 +70,10 @@ class Registry:
         return path if (path / MANIFEST_NAME).is_file() else None
 
     def require(self, project_id: str, adapter_id: str) -> Path:
-        """The directory of a published adapter of this project.
+        """Return the directory of a published adapter of this project.
 
         Raises:
-            AdapterNotFound: names those there are.
+            AdapterNotFound: there is no such adapter; the message names those that exist.
         """
         known = _names(self._paths.adapters(project_id))
         if adapter_id in known and adapter_id != "current":  # a listed name is one path component, not '..' or a path
@@ -81,19 +81,19 @@ class Registry:
         raise _unknown(project_id, adapter_id, known)
 
     def delete(self, project_id: str, adapter_id: str) -> DeletedAdapter:
-        """Remove an adapter of this project; where it was the current one, its newest other takes its place that does no harm.
+        """Delete an adapter. If it was current, the newest remaining adapter whose verdict is not `harms` becomes current.
 
-        It vanishes by one rename; only then are its files removed.
+        One rename removes it from the project; its files are deleted after that.
 
         Raises:
-            AdapterNotFound: there is none of this id.
-            StorageError: the directory cannot be written, or somebody keeps it locked.
+            AdapterNotFound: the project has no adapter of this id.
+            StorageError: the directory is not writable, or another process keeps it locked.
         """
         path = self.require(project_id, adapter_id)
         doomed = path.with_name(f".deleted.{adapter_id}.{secrets.token_hex(4)}")
         try:
             with self._project_lock(project_id):
-                self.require(project_id, adapter_id)  # again: another may have been faster
+                self.require(project_id, adapter_id)  # again: another process may have deleted it
                 if self._current(project_id) == adapter_id:
                     self._repoint_current(project_id, adapter_id)
                 freed = sum(map(size_of, path.iterdir()))
@@ -109,17 +109,17 @@ class Registry:
             project_id=project_id,
             freed_bytes=freed,
             current=current,
-            next=f"{project_id!r} stands for {current} now."
+            next=f"The current adapter of {project_id!r} is now {current}."
             if current
-            else f"{project_id!r} stands for no adapter now.",
+            else f"{project_id!r} has no current adapter now.",
         )
 
     @contextmanager
     def _project_lock(self, project_id: str) -> Iterator[None]:
-        """While nobody else changes which adapters the project has, and for which of them it stands.
+        """Hold the lock on a project's list of adapters and its current adapter.
 
         Raises:
-            StorageError: somebody else is at it, and does not come to an end.
+            StorageError: another process holds the lock for too long.
         """
         place = self._paths.adapters(project_id)
         with FileLock(place / ".lock") as lock:
@@ -143,25 +143,27 @@ class Registry:
             self._paths.current(project_id).unlink()
 
     def _current(self, project_id: str) -> str | None:
-        """The id of the adapter for which the project stands."""
+        """Return the id of the project's current adapter."""
         try:
             return self._paths.current(project_id).readlink().name
         except OSError:
             return None
 
     def adapters(self, project_id: str | None = None) -> list[AdapterSummary]:
-        """Newest first."""
+        """Return the published adapters, newest first."""
         found = [self._summary(path, manifest) for path, manifest in self._manifests(project_id)]
         return sorted(found, key=lambda adapter: adapter.created_at, reverse=True)
 
     def resolve_adapter(self, adapter_path: str) -> Path:
-        """The directory that a path or a project id (its current adapter) stands for.
+        """Return the directory of an adapter, given as a path or as a project id (its current adapter).
 
         Raises:
-            AdapterNotFound: neither; names the projects that have adapters.
-            InvalidArgument: it lies outside of the allowed roots.
+            AdapterNotFound: it is neither; the message names the projects that have adapters.
+            InvalidArgument: the path is outside the allowed roots.
         """
-        with suppress(OSError, RuntimeError, ValueError):  # names too long, homes of nobody, NUL bytes: not found, too
+        with suppress(
+            OSError, RuntimeError, ValueError
+        ):  # too long a name, an unknown home directory, a NUL byte: not found
             if os.sep not in adapter_path and self._paths.current(adapter_path).is_dir():
                 return self._paths.current(adapter_path).resolve()
             path = Path(adapter_path).expanduser()
@@ -180,9 +182,9 @@ class Registry:
         ]:
             raise AdapterNotFound(
                 f"Project {adapter_path!r} has no current adapter: {', '.join(others)} "
-                f"{'was' if len(others) == 1 else 'were'} not made current (what harms is not, unless it is wished).",
+                f"{'was' if len(others) == 1 else 'were'} not made current (adapters that harm are not, by default).",
                 suggestions=[
-                    "Give an adapter's directory: list_adapters has it, and get_adapter_info what was measured",
+                    "Give an adapter's directory: list_adapters returns it; get_adapter_info returns its evaluation",
                 ],
                 details={"adapter_path": adapter_path, "adapters": others},
             )
@@ -190,7 +192,7 @@ class Registry:
         raise AdapterNotFound(
             f"No adapter at {adapter_path!r}: give the absolute path of an adapter's directory, or a project id. "
             + (f"Projects with an adapter: {', '.join(known)}." if known else "No adapter has been trained yet."),
-            suggestions=["Call list_adapters to see what there is" if known else "Call train_adapter first"],
+            suggestions=["Call list_adapters to see the adapters that exist" if known else "Call train_adapter first"],
             details={"adapter_path": adapter_path, "known": known},
         )
 
@@ -207,7 +209,7 @@ class Registry:
                     yield project, self._paths.adapter(project, name)
 
     def _summary(self, path: Path, manifest: Manifest) -> AdapterSummary:
-        project_id = path.parent.parent.name  # where it lies decides, whatever its manifest says
+        project_id = path.parent.parent.name  # the directory decides, not the manifest
         return AdapterSummary(
             adapter_id=path.name,
             project_id=project_id,

@@ -1,7 +1,7 @@
-"""Check an adapter against a base by headers and configuration alone: no torch, milliseconds, nothing is loaded.
+"""Check an adapter against a base model from headers and configuration: no torch, milliseconds, nothing is loaded.
 
-What PEFT would do with most of what is refused here is nothing: it loads, says nothing, and the adapter has no effect or
-another. Each part of the check has a module: `files`, `settings`, `tensors`, `scan` and `identity`.
+PEFT loads most adapters that are rejected here without a warning; they then have no effect, or a wrong one.
+The parts of the check: `files`, `config_check`, `tensor_check` and `base_match`.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ _COMPATIBLE = frozenset({BaseMatch.EXACT, BaseMatch.SAMPLED, BaseMatch.SAME_FAMI
 
 
 def verify(directory: Path, base: Base | None, *, scan_weights: bool = False) -> Compatibility:
-    """Whether the adapter in `directory` can be used with `base`, and every reason for and against.
+    """Check whether the adapter in `directory` can be used with `base`, and return the verdict with all findings.
 
-    With `scan_weights` the weights are read too (20 MB: some 50 ms), and compared with the manifest's hash.
-    Without a base (the adapter's own was not found) the files are checked alone.
+    With `scan_weights` the weights are read too (20 MB take 50 ms) and compared with the hash in the manifest.
+    If `base` is None, because the adapter's own was not found, only the files are checked.
 
     Raises:
-        BaseCheckpointError, HeaderError: the base, not the adapter, cannot be read.
+        BaseCheckpointError, HeaderError: the base model (not the adapter) cannot be read.
     """
     started = time.perf_counter()
     files = read_adapter(directory)
-    judged = verify_files(files, base, scan_weights=False)
-    # The headers of an adapter that fits bound how much is read; of another, only what is small is worth it.
-    if scan_weights and (judged.verdict is not BaseMatch.INCOMPATIBLE or files.weights_size <= SMALL_BYTES):
-        judged = verify_files(read_adapter(directory, with_weights=True), base, scan_weights=True)
-    return judged.model_copy(update={"elapsed_ms": _milliseconds_since(started)})
+    checked = verify_files(files, base, scan_weights=False)
+    # If the adapter fits, its headers bound how much is read; otherwise read the weights only if they are small.
+    if scan_weights and (checked.verdict is not BaseMatch.INCOMPATIBLE or files.weights_size <= SMALL_BYTES):
+        checked = verify_files(read_adapter(directory, with_weights=True), base, scan_weights=True)
+    return checked.model_copy(update={"elapsed_ms": _milliseconds_since(started)})
 
 
 def verify_files(files: AdapterFiles, base: Base | None, *, scan_weights: bool) -> Compatibility:
-    """The same of files that were read already; who loads their bytes loads what was checked.
+    """Like `verify`, for files that were already read: the bytes that are checked are the bytes that are loaded.
 
-    The weights can only be scanned where they were read whole.
+    The weights are scanned only if `read_adapter` was called with `with_weights`.
 
     Raises:
-        BaseCheckpointError, HeaderError: the base, not the adapter, cannot be read.
+        BaseCheckpointError, HeaderError: the base model (not the adapter) cannot be read.
     """
     started = time.perf_counter()
     reasons = list(files.reasons)

@@ -348,7 +348,7 @@ async def test_the_manifest_and_card_of_an_adapter_are_a_resource(connect: Conne
         assert listed.structured_content["adapters"][0]["resident"] is False
         assert listed.structured_content["loaded"]["base_model"] is None
         deleted = await client.call_tool("delete_adapter", {"project_id": "web", "adapter_id": "adapter-01"})
-        assert "'web' stands for no adapter now" in text_of(deleted)
+        assert "'web' has no current adapter now" in text_of(deleted)
     assert [path.name for path in lora.iterdir()] == [".lock"]
 
 

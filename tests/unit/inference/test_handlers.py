@@ -277,7 +277,7 @@ def test_an_adapter_without_effect_is_rejected_although_its_files_are_sound(
     load(handler, adapters[0], base)
     result = load(handler, adapter, base)
     assert result.status == "fallback"
-    assert "changes nothing" in (result.reason or "")
+    assert "no effect" in (result.reason or "")
     assert loaded_paths(handler) == ["a"]
     assert generate(handler).adapter_path == str(adapters[0])
 
@@ -387,7 +387,7 @@ def test_a_target_that_is_not_a_linear_layer_is_rejected_before_any_change(
     handler._cache.model.causal.model.layers[0].mlp.down_proj = torch.nn.Identity()  # type: ignore[union-attr]
     result = load(handler, adapters[0], base)
     assert result.status == "fallback"
-    assert "no linear layer but a Identity" in (result.reason or "")
+    assert "is a Identity, not a linear layer" in (result.reason or "")
 
 
 def test_a_cancelled_load_changes_nothing(handler: RequestHandler, adapters: list[Path], base: Base) -> None:
