@@ -33,7 +33,7 @@ _WEIGHT_FILE = f"Do not use this {WEIGHTS}"
 
 @dataclass(frozen=True)
 class BaseModules:
-    """What LoRA can adapt in a base. `linear`: name to (out, in) of the weight W; `parameters`: every shape."""
+    """What LoRA can adapt in a base model. `linear`: name to (out, in) of the weight W; `parameters`: every shape."""
 
     base: Base
     parameters: Mapping[str, tuple[int, ...]]
@@ -43,7 +43,7 @@ class BaseModules:
 
 @dataclass(frozen=True)
 class _Sorted:
-    """The tensors by what their names say. `a` and `b` by module, also where the name is not quite PEFT's."""
+    """The tensors classified by name. `a` and `b` are by module, also if the name deviates slightly from PEFT's."""
 
     a: dict[str, TensorInfo] = field(default_factory=dict)
     b: dict[str, TensorInfo] = field(default_factory=dict)
@@ -55,15 +55,15 @@ class _Sorted:
 
     @property
     def is_complete(self) -> bool:
-        """Whether what is not among `a` and `b` is missing, and does not only bear another name."""
+        """Whether a module without weights in `a` and `b` really has none, rather than weights under MLX's names."""
         return "mlx_names" not in self.foreign
 
 
 def base_modules(base: Base) -> BaseModules:
-    """What a base consists of.
+    """Return the modules of a base model.
 
     Raises:
-        BaseCheckpointError, HeaderError: it cannot be read.
+        BaseCheckpointError, HeaderError: the base model cannot be read.
     """
     shapes = read_checkpoint(base.path).shapes
     linear = linear_modules(shapes)
@@ -72,7 +72,7 @@ def base_modules(base: Base) -> BaseModules:
 
 
 def linear_modules(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
-    """Modules that LoRA can adapt: name to (out, in). Embeddings are not among them."""
+    """Return the modules that LoRA can adapt, without embeddings: name to (out, in)."""
     return {
         name.removesuffix(".weight"): (shape[0], shape[1])
         for name, shape in shapes.items()
@@ -85,9 +85,9 @@ def check_tensors(
     settings: LoraSettings | None,
     modules: BaseModules | None,
 ) -> list[Reason]:
-    """Every reason against these tensors, one of each kind.
+    """Return the errors in these tensors, one of each kind.
 
-    Without settings (they were refused) or without a base, what can be said by the rest alone.
+    If the settings were rejected or there is no base model, only the remaining checks are made.
     """
     found = _sorted(tensors, modules)
     reasons = [*_foreign(found), *_unsound(tensors, found)]
@@ -116,7 +116,7 @@ def _sorted(tensors: Mapping[str, TensorInfo], modules: BaseModules | None) -> _
 
 
 def _meaning(name: str, tensor: TensorInfo, modules: BaseModules | None) -> str:
-    """What a tensor is that is no LoRA weight."""
+    """Return the error code for a tensor that is not a LoRA weight."""
     for code, pattern in _UNUSABLE.items():
         if pattern.search(name):
             return code
@@ -188,7 +188,7 @@ def _unsound(tensors: Mapping[str, TensorInfo], found: _Sorted) -> Iterator[Reas
 
 
 def _against_settings(found: _Sorted, settings: LoraSettings, modules: BaseModules | None) -> Iterator[Reason]:
-    """Weights and configuration must say the same: PEFT builds by the one and fills in what it finds in the other."""
+    """Compare weights and configuration: PEFT builds modules from the configuration and fills in the weights that match."""
     fix = f"{CONFIG} and {WEIGHTS} are not of one adapter, or one was edited: fetch both again"
     wrong: list[str] = []
     first: dict[str, str] = {}
@@ -253,7 +253,7 @@ def _unmatched(settings: LoraSettings, matched: set[str], fix: str) -> Iterator[
 
 
 def _other_layers(found: _Sorted, settings: LoraSettings | None, modules: BaseModules) -> tuple[str, str] | None:
-    """The layers of the adapter and of the base, where one has more of them; None where that is not the difference."""
+    """Describe the layers of adapter and base model if their numbers differ; otherwise return None."""
     layers = {number for module in found.modules if (number := layer_of(module)) is not None}
     chosen = settings is not None and settings.layers_to_transform is not None
     from_first = layers == set(range(len(layers)))
@@ -268,13 +268,13 @@ def _other_layers(found: _Sorted, settings: LoraSettings | None, modules: BaseMo
 
 def _range(layers: Iterable[int]) -> str:
     numbers = sorted(set(layers))
-    if numbers[-1] - numbers[0] + 1 == len(numbers) > 1:  # counted, not listed: a hostile name may say layer 999999
+    if numbers[-1] - numbers[0] + 1 == len(numbers) > 1:  # not enumerated: a malicious name may contain layer 999999
         return f"layers {numbers[0]}-{numbers[-1]}"
     return f"{'layers' if len(numbers) > 1 else 'layer'} {join_some(map(str, numbers), 6)}"
 
 
 def _sizes(found: _Sorted, modules: BaseModules, fix: str) -> Iterator[Reason]:
-    """A must be (rank, in) and B (out, rank) for the base's W of (out, in). The rank is the settings' business."""
+    """Check that A is (rank, in) and B is (out, rank) for the base's W of (out, in). `_against_settings` checks the rank."""
     wrong: list[tuple[TensorInfo, str, int, int]] = []  # with the module, the size found and the one expected
     for module in sorted(found.modules & modules.linear.keys()):
         outputs, inputs = modules.linear[module]
@@ -307,29 +307,25 @@ def _vocabulary(modules: BaseModules) -> int:
 
 
 def _difference(wrong: list[tuple[TensorInfo, str, int, int]], modules: BaseModules) -> tuple[str, str, str] | None:
-    """What differs between the two models, as words, found and expected; None where it is not one simple thing."""
+    """Return (difference, found, expected) in words if one dimension explains all wrong sizes; otherwise None."""
     shape = modules.base.shape
     sizes = {size for _, _, size, _ in wrong}
     if all(module.endswith((".k_proj", ".v_proj")) and ".lora_B." in tensor.name for tensor, module, *_ in wrong):
-        head = max(1, wrong[0][3] // shape.kv_heads)  # rows of a head, taken to be the same in both
+        head = max(1, wrong[0][3] // shape.kv_heads)  # rows of a head, assumed to be equal in both models
         if len(sizes) == 1 and (found := sizes.pop()) % head == 0:
             what = "key and value heads"
             return what, f"{found // head} {what}", f"{shape.kv_heads} {what}"
         return None
-    # Another hidden size brings other sizes with it, and is the one to tell.
+    # Report the hidden size first: other sizes follow from it.
     for what, expected in (("hidden size", shape.hidden_size), ("intermediate size", shape.intermediate_size)):
-        sizes = {size for _, _, size, wanted in wrong if wanted == expected}
+        sizes = {size for _, _, size, required in wrong if required == expected}
         if len(sizes) == 1:
             return what, f"{what} {sizes.pop()}", f"{what} {expected}"
     return None
 
 
-# FOLDED FROM peft_core.adapters.tensor_check: Look at the weights themselves: is every number finite, and would they
-# do anything at all?
-#
-# Without numpy, and fast because no number is ever made of the bytes: the sign and the larger part of the exponent of a
-# float are its top byte, and C code looks through all top bytes at once.
-#
+# -- the weights themselves: finite numbers, and not all zero ----------------------------------------------------------
+# No numpy: the sign and most of the exponent of a float are in its top byte, and bytes methods search all top bytes in C.
 
 _WIDTH = {"F32": 4, "BF16": 2, "F16": 2}
 # Top bytes of an infinity or NaN: an exponent of ones. In float32 and bfloat16 its last bit is in the byte below.
@@ -338,10 +334,9 @@ _ZEROS = b"\x00\x80"  # a zero's top byte: either sign
 
 
 def check_weights(tensors: Iterable[TensorInfo], read: Callable[[TensorInfo], bytes]) -> list[Reason]:
-    """Reasons against these weights. `read` gives a tensor's bytes, little-endian as in the file.
+    """Return the errors in these weights. `read` returns a tensor's bytes, little-endian as in the file.
 
-    One tensor is looked at at a time. Types that are no floats of these kinds are passed over: the check of the header
-    refuses them.
+    One tensor at a time is in memory. Other types than these floats are skipped, because `check_tensors` rejects them.
     """
     odd: list[str] = []
     b_seen = b_moves = False
@@ -380,7 +375,7 @@ def _is_finite(data: bytes, dtype: str) -> bool:
 
 
 def _is_zero(data: bytes, width: int) -> bool:
-    if data[:4096].strip(_ZEROS) or data.strip(_ZEROS):  # mostly the beginning tells
+    if data[:4096].strip(_ZEROS) or data.strip(_ZEROS):  # the first bytes usually decide
         return False
     # Only bytes 0 and 128 are left: zero of either sign, if 128 is nowhere but on top.
     return not any(0x80 in data[place::width] for place in range(width - 1))
