@@ -333,11 +333,7 @@ async def generate(ours: Ours, plain: Plain, results: Results) -> None:
 
 
 async def unload_and_cycle(
-    contenders: list[tuple[str, Contender]],
-    first: Path,
-    second: Path,
-    results: Results,
-    cycles: int,
+    contenders: list[tuple[str, Contender]], first: Path, second: Path, results: Results, cycles: int
 ) -> None:
     for name, contender in contenders:
         results["memory, base + 2"][name].append(contender.memory_mb())

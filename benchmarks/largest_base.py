@@ -73,11 +73,7 @@ async def trained(shape: Shape, root: Path, options: argparse.Namespace) -> str:
     manager = PEFTManager(Settings(data_dir=root / "data", max_memory_mb=options.limit_mb, default_base_model=None))
     for rank in RANKS:
         config = TrainingConfig(
-            base_model=str(base),
-            rank=rank,
-            max_steps=options.steps,
-            device="cpu",
-            allow_little_data=True,
+            base_model=str(base), rank=rank, max_steps=options.steps, device="cpu", allow_little_data=True
         )
         try:
             queued = await manager.train_adapter("largest", str(source), config)

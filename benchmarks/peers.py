@@ -47,13 +47,7 @@ def trainer(task: PeerTask, **arguments: Any) -> Figures:
     """Run `transformers.Trainer` with PEFT."""
     import torch
     from peft import get_peft_model
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        DataCollatorForSeq2Seq,
-        Trainer,
-        TrainingArguments,
-    )
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
     torch.manual_seed(0)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(task.base, dtype=torch.float32), lora(task))
@@ -171,7 +165,7 @@ def measuring(trainer_class: Any, task: PeerTask) -> Any:
         def figures(self) -> Figures:
             first, last = self.marks[1], self.marks[-1]  # the first step is warm-up
             return dict(
-                zip(("tokens", "cpu_s", "wall_s"), (b - a for a, b in zip(first, last, strict=True)), strict=True),
+                zip(("tokens", "cpu_s", "wall_s"), (b - a for a, b in zip(first, last, strict=True)), strict=True)
             )
 
     class Clock(TrainerCallback):

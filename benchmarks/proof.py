@@ -42,17 +42,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="data directory; finished runs in it are not repeated")
     parser.add_argument(
-        "--steps",
-        type=int,
-        default=None,
-        help="optimiser steps per training; default: one pass over the code",
+        "--steps", type=int, default=None, help="optimiser steps per training; default: one pass over the code"
     )
     parser.add_argument(
-        "--code-bases",
-        nargs="+",
-        default=CODE_BASES,
-        metavar="PATH",
-        help="relative to site-packages, or absolute",
+        "--code-bases", nargs="+", default=CODE_BASES, metavar="PATH", help="relative to site-packages, or absolute"
     )
     parser.add_argument("--base", default=None, help="base model; default: the bundled one")
     anyio.run(prove, parser.parse_args())

@@ -101,18 +101,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME")
     parser.add_argument(
-        "--code-bases",
-        nargs="+",
-        default=CODE_BASES,
-        metavar="PATH",
-        help="relative to site-packages, or absolute",
+        "--code-bases", nargs="+", default=CODE_BASES, metavar="PATH", help="relative to site-packages, or absolute"
     )
     parser.add_argument("--examples", type=int, default=EXAMPLES, help="training examples per run")
     parser.add_argument(
-        "--held-out-tokens",
-        type=int,
-        default=HELD_OUT_TOKENS,
-        help="approximate size of the held-out set",
+        "--held-out-tokens", type=int, default=HELD_OUT_TOKENS, help="approximate size of the held-out set"
     )
     parser.add_argument("--base", default=BUNDLED, help="base model")
     parser.add_argument("--jobs", type=int, default=1, help="parallel runs, one thread each")
@@ -220,7 +213,7 @@ def train(code_base: str, config: TrainingConfig, *, work: Path, results: Path) 
                 if isinstance(event, Evaluated) and event.evaluation.general_loss is not None
             ),
             "rates_lowered": sum(isinstance(event, RateLowered) for event in events),
-        },
+        }
     )
     with results.open("a", encoding="utf-8") as stream:
         stream.write(outcome.model_dump_json() + "\n")  # a single write, because other threads append too

@@ -59,10 +59,7 @@ async def measure(server: StdioServerParameters, tool: str, into: Measurements) 
 
 def newest_child() -> int:
     output = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(os.getpid())],
-        capture_output=True,
-        text=True,
-        check=True,
+        ["ps", "-o", "pid=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=True
     )
     # ps itself is the newest child, but it has ended by now.
     return max(int(pid) for pid in output.stdout.split() if Path(f"/proc/{pid}").exists() or sys.platform == "darwin")
@@ -101,7 +98,7 @@ async def main(repeats: int) -> int:
     call_ms = median(ours.call_ms)
     print(
         f"\npeft-mcp - bare: {extra_ms:+.0f} ms (target 150), {extra_mb:+.1f} MB (target 10); "
-        f"status call {call_ms:.2f} ms (target 5)",
+        f"status call {call_ms:.2f} ms (target 5)"
     )
     return int(extra_ms > 150 or extra_mb > 10 or call_ms > 5)
 

@@ -112,7 +112,7 @@ def many_calls(root: Path, calls: int, steps: int) -> None:
         print(
             f"{len(durations)} status calls during a training: median {p50:.1f} ms, p99 {p99:.1f} ms, "
             f"longest {max(durations) * 1e3:.1f} ms; time per token in steps with {calls_per_step} calls each: "
-            f"{with_calls / without - 1:+.1%} ({mean(seconds[::2]):.1f} s against {mean(seconds[1::2]):.1f} s)",
+            f"{with_calls / without - 1:+.1%} ({mean(seconds[::2]):.1f} s against {mean(seconds[1::2]):.1f} s)"
         )
         running.call("cancel_training", project_id="real")
 

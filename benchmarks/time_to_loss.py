@@ -35,10 +35,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=6, help="steps of Trainer, measured twice")
     parser.add_argument("--eval-steps", type=int, default=25, help="our steps between two evaluations")
     parser.add_argument(
-        "--epochs",
-        type=float,
-        default=1.0,
-        help="our epochs; less than 1 only shows that the script works",
+        "--epochs", type=float, default=1.0, help="our epochs; less than 1 only shows that the script works"
     )
     parser.add_argument("--really", action="store_true", help="train the whole epoch with Trainer (takes an hour)")
     options = parser.parse_args()
@@ -61,7 +58,7 @@ def main() -> int:
             "warmup_ratio": 0.0,
             "eval_steps": 1_000_000,
             "early_stopping_patience": 100,  # never reached; it makes the run evaluate the sample at the end too
-        },
+        }
     )
     with workplace(HELD_OUT_FRACTION) as place:
         tokens = round(options.epochs * sum(place.lengths))
@@ -96,8 +93,7 @@ def main() -> int:
     reached = "never" if reached_s is None else f"after {reached_s:.0f} s"
     print(f"\nloss {goal:.3f} reached: {reached}; Trainer's time over ours {ratio:.1f} (target {TARGET_RATIO:g})")
     print(
-        f"one run of {options.epochs:g} epoch(s): {whole_s / 60:.1f} minutes with {options.threads} thread(s)",
-        end="",
+        f"one run of {options.epochs:g} epoch(s): {whole_s / 60:.1f} minutes with {options.threads} thread(s)", end=""
     )
     print(f" (target {TARGET_MINUTES:g})")
     return int(ratio < TARGET_RATIO or whole_s > TARGET_MINUTES * 60)

@@ -130,7 +130,7 @@ def report(results: Results, flops: float) -> int:
     for dtype in ("float32", "bfloat16") if "GEMM" in results else ():
         gigaflops = [f[f"{dtype}_flops"] / 1e9 for f in results["GEMM"]]
         print(
-            f"| {'GEMM, ' + dtype:24} | {spread_of(gigaflops, '.0f'):>18} GFLOP / CPU-s; {flops / 1e9:.3f} GFLOP per token",
+            f"| {'GEMM, ' + dtype:24} | {spread_of(gigaflops, '.0f'):>18} GFLOP / CPU-s; {flops / 1e9:.3f} GFLOP per token"
         )
     print()
     targets = list(targets_of(results, rates, flops))
@@ -151,9 +151,7 @@ def targets_of(results: Results, rates: dict[str, list[float]], flops: float) ->
         for peer, limit in SPEED_TARGETS.items():
             if peer in rates:
                 yield Target(
-                    f"speed: over {peer}",
-                    [a / b for a, b in zip(rates[OURS], rates[peer], strict=True)],
-                    limit,
+                    f"speed: over {peer}", [a / b for a, b in zip(rates[OURS], rates[peer], strict=True)], limit
                 )
         if "GEMM" in results:
             gemm_rates = [f["float32_flops"] for f in results["GEMM"]]

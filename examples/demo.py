@@ -35,7 +35,7 @@ PROMPTS: list[dict[str, Any]] = [
             {
                 "role": "user",
                 "content": "In this project, write a function that raises an error when the rank is larger than 512.",
-            },
+            }
         ],
         "max_new_tokens": 64,
     },
@@ -94,10 +94,7 @@ async def watch(client: Client, status: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def report(status: Mapping[str, Any]) -> None:
     metrics, dataset = status["metrics"], status["dataset"]
-    table = Table(
-        title=f"\n{status['base_model']} on {status['device']}: held-out files",
-        title_justify="left",
-    )
+    table = Table(title=f"\n{status['base_model']} on {status['device']}: held-out files", title_justify="left")
     for column in ("", "base", "adapter"):
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("held-out loss (nats per token)", f"{metrics['base_loss']:.3f}", f"{metrics['adapter_loss']:.3f}")

@@ -18,17 +18,14 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="CODEBASE_GARDENER_", frozen=True, extra="ignore")
 
     data_dir: Annotated[Path, Field(description="Directory for jobs, adapters, converted base models and logs.")] = (
-        Path(
-            "~/.codebase-gardener",
-        )
+        Path("~/.codebase-gardener")
     )
     default_base_model: Annotated[
         str | None,
         Field(description="Base model of requests that name none. Unset: the bundled SmolLM2-135M-Instruct."),
     ] = None
     allow_downloads: Annotated[
-        bool,
-        Field(description="Whether base models that are not in the local cache may be downloaded from the hub."),
+        bool, Field(description="Whether base models that are not in the local cache may be downloaded from the hub.")
     ] = False
     max_memory_mb: Annotated[
         int | None,
@@ -39,8 +36,7 @@ class Settings(BaseSettings):
         ),
     ] = None
     max_resident_adapters: Annotated[
-        int,
-        Field(ge=1, le=64, description="Adapters held in memory; the least recently used one is unloaded first."),
+        int, Field(ge=1, le=64, description="Adapters held in memory; the least recently used one is unloaded first.")
     ] = 3
     idle_unload_s: Annotated[
         float,
@@ -54,7 +50,7 @@ class Settings(BaseSettings):
         Literal["if_it_fits", "never", "always"],
         Field(
             description="Whether a model may be loaded for inference while a training runs: 'if_it_fits' in memory next to it, "
-            "'never', or 'always', without checking memory.",
+            "'never', or 'always', without checking memory."
         ),
     ] = "if_it_fits"
     keep_runs: Annotated[
@@ -66,15 +62,14 @@ class Settings(BaseSettings):
         ),
     ] = 100
     launcher: Annotated[
-        str | None,
-        Field(description="Command that starts each training, to use several GPUs: 'accelerate launch …'."),
+        str | None, Field(description="Command that starts each training, to use several GPUs: 'accelerate launch …'.")
     ] = None
     allowed_roots: Annotated[
         tuple[Path, ...] | None,
         NoDecode,
         Field(
             description="Directories, separated as in PATH: training data, adapters and base models are read from these only. "
-            "Unset: from everywhere except locations of credentials and private data.",
+            "Unset: from everywhere except locations of credentials and private data."
         ),
     ] = None
     log_level: Annotated[

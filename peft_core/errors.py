@@ -91,13 +91,7 @@ class InvalidArgument(PeftMcpError):
     code = "invalid_argument"
 
     def __init__(
-        self,
-        field: str,
-        value: object,
-        allowed: str,
-        *,
-        suggestions: Iterable[str] = (),
-        code: str | None = None,
+        self, field: str, value: object, allowed: str, *, suggestions: Iterable[str] = (), code: str | None = None
     ) -> None:
         shown = sanitize(repr(value))
         super().__init__(
@@ -124,10 +118,7 @@ class HeaderError(PeftMcpError):
     def __init__(self, path: Path, problem: str, *, code: str | None = None) -> None:
         fix = "Download the file itself with `git lfs pull`" if code == "git_lfs_pointer" else "Download the file again"
         super().__init__(
-            f"{path.name}: {problem.rstrip('.')}.",
-            code=code,
-            suggestions=(fix,),
-            details={"path": str(path)},
+            f"{path.name}: {problem.rstrip('.')}.", code=code, suggestions=(fix,), details={"path": str(path)}
         )
         self.problem = problem
 
@@ -166,7 +157,7 @@ def unwritable(directory: Path, error: Exception) -> StorageError:
         f"The data directory {directory} cannot be used: {error}.",
         code="data_directory_unwritable",
         suggestions=[
-            "Make it a writable directory with free space, or set CODEBASE_GARDENER_DATA_DIR and restart the server",
+            "Make it a writable directory with free space, or set CODEBASE_GARDENER_DATA_DIR and restart the server"
         ],
     )
 
@@ -182,7 +173,6 @@ class NonFiniteError(TrainingError):
 
     def __init__(self, what: str, *, suggestions: Iterable[str] = ()) -> None:
         super().__init__(
-            f"{what[0].upper()}{what[1:]}: the weights or the arithmetic overflowed.",
-            suggestions=suggestions,
+            f"{what[0].upper()}{what[1:]}: the weights or the arithmetic overflowed.", suggestions=suggestions
         )
         self.what = what

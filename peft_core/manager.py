@@ -72,9 +72,7 @@ class PEFTManager:
         return await run_sync(partial(self._jobs.submit, project_id, training_data, parsed))
 
     async def inspect_training_data(
-        self,
-        training_data: str | Sequence[Mapping[str, Any]],
-        config: TrainingConfig | Mapping[str, Any] | None = None,
+        self, training_data: str | Sequence[Mapping[str, Any]], config: TrainingConfig | Mapping[str, Any] | None = None
     ) -> TrainingDataReport:
         """Dry run of `train_adapter`: the dataset with sample examples, exclusions and settings. Takes seconds."""
         return await run_sync(partial(self._jobs.inspect, training_data, parse_config(config)))
@@ -87,11 +85,7 @@ class PEFTManager:
         return await run_sync(self._jobs.status_and_ensure_runner, _project_id(project_id), job_id)
 
     async def watch_training(
-        self,
-        project_id: str,
-        job_id: str | None = None,
-        *,
-        timeout_s: float | None = None,
+        self, project_id: str, job_id: str | None = None, *, timeout_s: float | None = None
     ) -> AsyncIterator[TrainingStatus]:
         """Yield the status now and after each change, until the job ends or `timeout_s` seconds have passed."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -138,7 +132,7 @@ class PEFTManager:
         active = {adapter.adapter_path: adapter.active for adapter in loaded.adapters}
         adapters = [
             adapter.model_copy(
-                update={"resident": adapter.adapter_path in active, "active": active.get(adapter.adapter_path, False)},
+                update={"resident": adapter.adapter_path in active, "active": active.get(adapter.adapter_path, False)}
             )
             for adapter in published
         ]
@@ -150,9 +144,7 @@ class PEFTManager:
             )
         else:
             step = NextStep(
-                tool="train_adapter",
-                missing=("project_id", "training_data"),
-                reason="There is no adapter yet.",
+                tool="train_adapter", missing=("project_id", "training_data"), reason="There is no adapter yet."
             )
         return AdapterList(adapters=adapters, loaded=loaded, next=step.sentence, next_step=step)
 
@@ -168,18 +160,11 @@ class PEFTManager:
         """Delete an adapter that was trained on this machine; raises `AdapterInUse` while it is loaded."""
         await self._inference.sync()
         return await run_sync(
-            self._adapters.delete,
-            _project_id(project_id),
-            adapter_id,
-            self._inference.require_unused,
+            self._adapters.delete, _project_id(project_id), adapter_id, self._inference.require_unused
         )
 
     async def verify_adapter_compatibility(
-        self,
-        adapter_path: str,
-        base_model: str | None = None,
-        *,
-        scan_weights: bool = False,
+        self, adapter_path: str, base_model: str | None = None, *, scan_weights: bool = False
     ) -> Compatibility:
         """Check whether an adapter matches a base model. Reads only headers and configuration: milliseconds.
 
@@ -210,10 +195,7 @@ class PEFTManager:
             on_progress: awaited with (done, total, message) during a long load.
         """
         return await self._inference.load(
-            adapter_path,
-            base_model,
-            accept_unproven_base=accept_unproven_base,
-            on_progress=on_progress,
+            adapter_path, base_model, accept_unproven_base=accept_unproven_base, on_progress=on_progress
         )
 
     async def evaluate_adapter(
@@ -262,10 +244,7 @@ class PEFTManager:
             on_progress: awaited with (tokens so far, limit, message).
         """
         return await self._inference.generate(
-            parse_generation(request),
-            adapter_path,
-            use_base=use_base,
-            on_progress=on_progress,
+            parse_generation(request), adapter_path, use_base=use_base, on_progress=on_progress
         )
 
     async def aclose(self) -> None:

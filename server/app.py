@@ -47,10 +47,7 @@ class PEFTServer(MCPServer[PEFTManager]):
         super().__init__("peft-mcp", tools=tools, **options)
 
     async def call_tool(
-        self,
-        name: str,
-        arguments: dict[str, Any],
-        context: Context[PEFTManager, Any] | None = None,
+        self, name: str, arguments: dict[str, Any], context: Context[PEFTManager, Any] | None = None
     ) -> CallToolResult | InputRequiredResult:
         if name not in self._parameters:
             raise ToolError(f"There is no tool {name!r}. Tools: {', '.join(self._parameters)}.")

@@ -48,7 +48,7 @@ def make_base(**changes: Any) -> Base:
             "has_chat_template": True,
             "fingerprint": Fingerprint(architecture="a" * 64, sample="b" * 64),
             **changes,
-        },
+        }
     )
 
 
@@ -63,7 +63,7 @@ def make_source(**changes: Any) -> SourceSummary:
             "languages": {"python": 10, "markdown": 2},
             "left_out": {"binary": 1},
             **changes,
-        },
+        }
     )
 
 
@@ -76,7 +76,7 @@ def make_dataset_spec(source: Path, **changes: Any) -> DatasetSpec:
             "held_out_fraction": 0.2,
             "seed": 0,
             **changes,
-        },
+        }
     )
 
 
@@ -90,14 +90,10 @@ def make_request(**changes: Any) -> JobRequest:
             "found": make_source(),
             "device": "cpu",
             "estimate": Estimate(
-                train_tokens=18_000,
-                steps=24,
-                seconds=200.0,
-                memory_bytes=1_500_000_000,
-                basis="a guess",
+                train_tokens=18_000, steps=24, seconds=200.0, memory_bytes=1_500_000_000, basis="a guess"
             ),
             **changes,
-        },
+        }
     )
 
 
@@ -114,7 +110,7 @@ def make_job(job_id: str = "20260101-000000-abcdef", project_id: str = "web", **
             "created_at": 0.0,
             "updated_at": 0.0,
             **changes,
-        },
+        }
     )
 
 
@@ -135,11 +131,7 @@ def make_evaluation(verdict: Verdict = Verdict.HELPS, **changes: Any) -> Evaluat
             "verdict": verdict,
             "reason": "the held-out loss moved",
             "loss": Comparison(
-                base=2.2,
-                adapter=2.2 + sign * 0.4,
-                change=sign * 0.4,
-                low=sign * 0.4 - 0.1,
-                high=sign * 0.4 + 0.1,
+                base=2.2, adapter=2.2 + sign * 0.4, change=sign * 0.4, low=sign * 0.4 - 0.1, high=sign * 0.4 + 0.1
             ),
             "base_perplexity": 9.0,
             "adapter_perplexity": 6.0,
@@ -155,7 +147,7 @@ def make_evaluation(verdict: Verdict = Verdict.HELPS, **changes: Any) -> Evaluat
             "resampled": "files",
             "gains": (continuation,),
             **changes,
-        },
+        }
     )
 
 
@@ -177,12 +169,7 @@ def make_manifest(
         data=DataRecord(
             source_kind="repository",
             summary=DatasetSummary(
-                train_examples=9,
-                held_out_examples=1,
-                train_tokens=900,
-                held_out_tokens=100,
-                files=5,
-                left_out={},
+                train_examples=9, held_out_examples=1, train_tokens=900, held_out_tokens=100, files=5, left_out={}
             ),
             languages={"python": 10},
         ),

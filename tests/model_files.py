@@ -32,11 +32,7 @@ CONFIG: dict[str, Any] = {
 
 
 def model_shapes(
-    *,
-    layers: int = 2,
-    hidden: int = 32,
-    kv_rows: int = 16,
-    vocab: int = 48,
+    *, layers: int = 2, hidden: int = 32, kv_rows: int = 16, vocab: int = 48
 ) -> dict[str, tuple[int, ...]]:
     """Tensors of the toy model, or of one that differs in these sizes."""
     block = {
@@ -124,10 +120,7 @@ def weights(seed: int = 0, norms: int = 0, shapes: Shapes = SHAPES) -> dict[str,
 
 
 def safetensors_bytes(
-    shapes: Shapes,
-    dtype: str = "F32",
-    fill: int = 0,
-    values: Mapping[str, Sequence[float]] | None = None,
+    shapes: Shapes, dtype: str = "F32", fill: int = 0, values: Mapping[str, Sequence[float]] | None = None
 ) -> bytes:
     """A file of tensors of one type: of these values, or every byte of it `fill`."""
     entries: dict[str, Any] = {}
@@ -230,11 +223,7 @@ def _value(kind: int, value: Any) -> bytes:
 
 
 def write_adapter(
-    directory: Path,
-    *,
-    targets: Sequence[str] = ("q_proj", "v_proj"),
-    rank: int = 4,
-    **config: Any,
+    directory: Path, *, targets: Sequence[str] = ("q_proj", "v_proj"), rank: int = 4, **config: Any
 ) -> Path:
     """A LoRA adapter of the toy model; `config` overrides entries of adapter_config.json."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -252,9 +241,7 @@ def write_adapter(
 
 
 def adapter_shapes(
-    targets: Sequence[str] = ("q_proj", "v_proj"),
-    rank: int = 4,
-    shapes: Shapes = SHAPES,
+    targets: Sequence[str] = ("q_proj", "v_proj"), rank: int = 4, shapes: Shapes = SHAPES
 ) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():

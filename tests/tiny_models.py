@@ -163,11 +163,7 @@ def _config(architecture: str) -> PreTrainedConfig:  # noqa: PLR0911, PLR0912 --
             ranks = {"q_lora_rank": 16, "kv_lora_rank": 16}
             experts = {"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
             return DeepseekV3Config(
-                **_SIZES | heads,
-                **ranks,
-                **experts,
-                moe_intermediate_size=16,
-                first_k_dense_replace=1,
+                **_SIZES | heads, **ranks, **experts, moe_intermediate_size=16, first_k_dense_replace=1
             )
         case other if other != "gpt2":
             return AutoConfig.for_model(other, **_SIZES)

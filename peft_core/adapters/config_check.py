@@ -41,7 +41,7 @@ _IGNORED = frozenset(
         "lora_dropout",  # of training
         "peft_version",
         "qalora_group_size",  # of a setting that must be unset
-    },
+    }
 )
 _T = TypeVar("_T")
 
@@ -157,10 +157,7 @@ def _wrong_values(config: Mapping[str, Any]) -> Iterator[Reason]:
 
 
 def _wrong_pattern(
-    config: Mapping[str, Any],
-    setting: str,
-    is_sound: Callable[[object], bool],
-    values: str,
+    config: Mapping[str, Any], setting: str, is_sound: Callable[[object], bool], values: str
 ) -> Iterator[Reason]:
     pattern, expected = config.get(setting), f"literal module names with {values}"
     if pattern is None:
@@ -193,21 +190,12 @@ def _set_but_unsupported(config: Mapping[str, Any]) -> Iterator[Reason]:
 
 
 def _refusal(
-    config: Mapping[str, Any],
-    setting: str,
-    expected: str,
-    code: str = "config_value",
-    fix: str | None = None,
+    config: Mapping[str, Any], setting: str, expected: str, code: str = "config_value", fix: str | None = None
 ) -> Reason:
     found, name = sanitize(_brief(config.get(setting))), sanitize(setting)
     message = f"{CONFIG}: {name} is {found}, expected {expected}."
     return error(
-        code,
-        message,
-        found=found,
-        expected=expected,
-        where=name,
-        fix=fix or f"Correct {CONFIG}, or fetch it again",
+        code, message, found=found, expected=expected, where=name, fix=fix or f"Correct {CONFIG}, or fetch it again"
     )
 
 

@@ -23,25 +23,14 @@ def error(
 
 
 def warning(
-    code: str,
-    message: str,
-    *,
-    found: str | None = None,
-    expected: str | None = None,
-    fix: str | None = None,
+    code: str, message: str, *, found: str | None = None, expected: str | None = None, fix: str | None = None
 ) -> Reason:
     """Return a finding to know before using the adapter."""
     return Reason(code=code, severity="warning", message=message, found=found, expected=expected, fix=fix)
 
 
 def error_about(
-    code: str,
-    what: str,
-    names: Sequence[str],
-    *,
-    fix: str,
-    found: str | None = None,
-    expected: str | None = None,
+    code: str, what: str, names: Sequence[str], *, fix: str, found: str | None = None, expected: str | None = None
 ) -> Iterable[Reason]:
     """Yield one error about all of these names; nothing if there are no names."""
     if names:

@@ -184,7 +184,7 @@ class Registry:
                 f"Project {adapter_path!r} has no current adapter: {', '.join(others)} "
                 f"{'was' if len(others) == 1 else 'were'} not made current (adapters that harm are not, by default).",
                 suggestions=[
-                    "Give an adapter's directory: list_adapters returns it; get_adapter_info returns its evaluation",
+                    "Give an adapter's directory: list_adapters returns it; get_adapter_info returns its evaluation"
                 ],
                 details={"adapter_path": adapter_path, "adapters": others},
             )

@@ -81,9 +81,7 @@ def linear_modules(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int
 
 
 def check_tensors(
-    tensors: Mapping[str, TensorInfo],
-    settings: LoraSettings | None,
-    modules: BaseModules | None,
+    tensors: Mapping[str, TensorInfo], settings: LoraSettings | None, modules: BaseModules | None
 ) -> list[Reason]:
     """Return the errors in these tensors, one of each kind.
 
@@ -178,12 +176,7 @@ def _unsound(tensors: Mapping[str, TensorInfo], found: _Sorted) -> Iterator[Reas
     kinds = ", ".join(sorted({tensors[name].dtype for name in odd}))
     fix = "Save it in float32 or bfloat16"
     yield from error_about(
-        "dtype",
-        "tensors are no plain floats",
-        odd,
-        found=kinds,
-        expected=", ".join(FLOATS),
-        fix=fix,
+        "dtype", "tensors are no plain floats", odd, found=kinds, expected=", ".join(FLOATS), fix=fix
     )
 
 
@@ -203,10 +196,7 @@ def _against_settings(found: _Sorted, settings: LoraSettings, modules: BaseModul
     known = found.modules if modules is None else found.modules & modules.linear.keys()
     beside = sorted(module for module in known if not settings.targets(module))
     yield from error_about(
-        "not_targeted",
-        "modules have weights that PEFT would ignore: no target names them",
-        beside,
-        fix=fix,
+        "not_targeted", "modules have weights that PEFT would ignore: no target names them", beside, fix=fix
     )
     if modules is None and found.is_complete:
         matched = {end for module in found.modules for end in dotted_suffixes(module)}
@@ -350,12 +340,7 @@ def check_weights(tensors: Iterable[TensorInfo], read: Callable[[TensorInfo], by
             b_seen = True
             b_moves = b_moves or not _is_zero(data, _WIDTH[tensor.dtype])
     reasons = [
-        *error_about(
-            "not_finite",
-            "tensors hold NaN or infinity",
-            odd,
-            fix="Train it again with a lower learning rate",
-        ),
+        *error_about("not_finite", "tensors hold NaN or infinity", odd, fix="Train it again with a lower learning rate")
     ]
     if b_seen and not b_moves:
         message = "Every B is zero: the adapter would change nothing. It was never trained, or its weights were lost."

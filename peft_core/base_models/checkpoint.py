@@ -40,8 +40,6 @@ def file_states(path: Path) -> FileStates:
         stats = [(file.name, file.stat()) for file in files if file.is_file()] or [(path.name, path.stat())]
     except OSError as error:
         raise unusable(
-            path,
-            f"it cannot be read ({error.strerror})",
-            "Check its permissions, or download it again",
+            path, f"it cannot be read ({error.strerror})", "Check its permissions, or download it again"
         ) from error
     return tuple(sorted((name, state.st_size, state.st_mtime_ns) for name, state in stats))

@@ -118,8 +118,7 @@ _PUNCTUATION = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = SplitRule((rf"{_WORDS}|\p{{N}}{{1,3}}|{_PUNCTUATION}",), whole_words_first=True)
 _QWEN2 = SplitRule((rf"{_WORDS}|\p{{N}}|{_PUNCTUATION}",))
 _DEEPSEEK_CODER = SplitRule(
-    (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"),
-    single_digits=True,
+    (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"), single_digits=True
 )
 
 # By `tokenizer.ggml.pre` of a GGUF file, which does not contain the rule itself. Another rule gives other tokens for the same

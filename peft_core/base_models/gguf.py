@@ -105,7 +105,7 @@ def read_gguf_header(path: Path, *, arrays: Collection[str] = ()) -> GgufHeader:
         if version not in (2, 3):
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in (2, 3)
             raise reader.error(
-                "is a big-endian GGUF file" if swapped else f"has GGUF version {version}; 2 and 3 are read",
+                "is a big-endian GGUF file" if swapped else f"has GGUF version {version}; 2 and 3 are read"
             )
         tensor_count, pair_count = reader.u64(), reader.u64()
         if tensor_count > MAX_TENSORS or pair_count > MAX_PAIRS:

@@ -19,11 +19,7 @@ from peft_core.base_models.gguf import GgufHeader, read_gguf_header
 from peft_core.errors import sanitize
 from peft_core.system.files import open_regular, read_exactly
 
-_WHOLE = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
+_WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _IN_BLOCK = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",

@@ -160,9 +160,7 @@ def _no_config(path: Path) -> Exception:
     if ggufs:
         return unusable(path, "it has no config.json", f"Give the GGUF file itself: {path / ggufs[0]}")
     return unusable(
-        path,
-        "it has no config.json",
-        "Give a directory with config.json, model.safetensors, tokenizer.json",
+        path, "it has no config.json", "Give a directory with config.json, model.safetensors, tokenizer.json"
     )
 
 

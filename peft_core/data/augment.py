@@ -63,12 +63,7 @@ def require_fim_tokens(mixture: TaskMixture, token_counter: TokenCounter) -> Non
 
 
 def reformat_example(
-    example: Example,
-    mixture: TaskMixture,
-    token_counter: TokenCounter,
-    *,
-    max_length: int,
-    seed: int,
+    example: Example, mixture: TaskMixture, token_counter: TokenCounter, *, max_length: int, seed: int
 ) -> tuple[Example, ExampleFormat]:
     """Return the example in the format that is drawn for it, and that format."""
     rng = random.Random(f"retell/{seed}/{example.path}/{example.start_line}/{example.segments[-1].text}")  # noqa: S311 -- not a secret

@@ -47,10 +47,7 @@ class WriteStats:
 
 
 def write_examples(
-    spool: Path,
-    directory: Path,
-    parts: Split,
-    reformat: Callable[[Example], tuple[Example, ExampleFormat]],
+    spool: Path, directory: Path, parts: Split, reformat: Callable[[Example], tuple[Example, ExampleFormat]]
 ) -> WriteStats:
     """Write the spooled examples into the files of their part; those to train on are reformatted first."""
     part_of = dict.fromkeys(parts.train, "train") | dict.fromkeys(parts.held_out, "held_out")
@@ -87,18 +84,10 @@ def write_examples(
 
 
 def write_manifest(
-    directory: Path,
-    request: Mapping[str, Any],
-    prepared: PreparedDataset,
-    details: Mapping[str, Any],
+    directory: Path, request: Mapping[str, Any], prepared: PreparedDataset, details: Mapping[str, Any]
 ) -> None:
     """Write the manifest last and atomically. `details` are further facts for people who read it."""
-    manifest = {
-        "schema": _MANIFEST_SCHEMA,
-        "request": request,
-        "dataset": prepared.model_dump(mode="json"),
-        **details,
-    }
+    manifest = {"schema": _MANIFEST_SCHEMA, "request": request, "dataset": prepared.model_dump(mode="json"), **details}
     atomic_write(directory / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False))
 
 

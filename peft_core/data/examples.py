@@ -86,12 +86,7 @@ def examples_from_file(file: File, *, token_counter: TokenCounter, max_length: i
 
 
 def examples_from_record(
-    record: Record,
-    *,
-    token_counter: TokenCounter,
-    max_length: int,
-    redact: Redact,
-    root: str = "",
+    record: Record, *, token_counter: TokenCounter, max_length: int, redact: Redact, root: str = ""
 ) -> FileResult:
     """Turn a record into examples. `root`, the common directory of absolute paths, is private and removed from them."""
     result = FileResult()
@@ -129,11 +124,7 @@ def examples_from_record(
 
 
 def _add_unsplit_record(
-    record: Record,
-    path: str,
-    result: FileResult,
-    token_counter: TokenCounter,
-    max_length: int,
+    record: Record, path: str, result: FileResult, token_counter: TokenCounter, max_length: int
 ) -> None:
     if record.messages:
         segments = token_counter.render_chat(record.messages)
@@ -222,12 +213,7 @@ class Chunk:
 
 
 def chunk_file(
-    lines: Sequence[str],
-    *,
-    path: str,
-    language: Language,
-    token_counter: TokenCounter,
-    max_length: int,
+    lines: Sequence[str], *, path: str, language: Language, token_counter: TokenCounter, max_length: int
 ) -> list[Chunk]:
     """Split a file into chunks of at most max_length tokens, including path header and end-of-text."""
     header, budget = _token_budget(lines, path, language, token_counter, max_length)
@@ -236,13 +222,7 @@ def chunk_file(
 
 
 def chunk_record(
-    lines: Sequence[str],
-    *,
-    path: str,
-    language: Language,
-    kind: str,
-    token_counter: TokenCounter,
-    max_length: int,
+    lines: Sequence[str], *, path: str, language: Language, kind: str, token_counter: TokenCounter, max_length: int
 ) -> list[Chunk]:
     """Return a text that was split by another tool as one chunk, or as several if it is too long."""
     header, budget = _token_budget(lines, path, language, token_counter, max_length)
@@ -250,11 +230,7 @@ def chunk_record(
 
 
 def _token_budget(
-    lines: Sequence[str],
-    path: str,
-    language: Language,
-    token_counter: TokenCounter,
-    max_length: int,
+    lines: Sequence[str], path: str, language: Language, token_counter: TokenCounter, max_length: int
 ) -> tuple[str, TokenBudget]:
     header = path_header(path, language, token_counter, max_length)
     header_cost, *costs = token_counter.count([header, *lines])
@@ -305,11 +281,7 @@ def _chunks(
     counts = token_counter.count([*(context for _, context, _ in drafts), *bodies])
     chunks: list[Chunk] = []
     for (unit, context, part), body, context_tokens, body_tokens in zip(
-        drafts,
-        bodies,
-        counts[: len(drafts)],
-        counts[len(drafts) :],
-        strict=True,
+        drafts, bodies, counts[: len(drafts)], counts[len(drafts) :], strict=True
     ):
         row, remaining = part.start, len(body)
         free_tokens = max(1, budget.max_length - context_tokens - RESERVED_TOKENS)

@@ -47,7 +47,7 @@ _ECMA_FUNCTIONS = frozenset(
         "generator_function",
         "arrow_function",
         "method_definition",
-    },
+    }
 )
 _ECMA_WRAPPERS = frozenset(
     {
@@ -57,7 +57,7 @@ _ECMA_WRAPPERS = frozenset(
         "variable_declarator",
         "expression_statement",
         "assignment_expression",
-    },
+    }
 )
 _PYTHON = Grammar(
     module="tree_sitter_python",
@@ -74,7 +74,7 @@ _JAVASCRIPT = Grammar(
     leads=frozenset({"comment", "decorator"}),
 )
 _TYPESCRIPT_CLASSES = frozenset(
-    {"class_declaration", "class", "abstract_class_declaration", "interface_declaration", "enum_declaration"},
+    {"class_declaration", "class", "abstract_class_declaration", "interface_declaration", "enum_declaration"}
 )
 _TYPESCRIPT = Grammar(
     module="tree_sitter_typescript",
@@ -110,7 +110,7 @@ _RUST = Grammar(
 _JAVA = Grammar(
     module="tree_sitter_java",
     functions=frozenset(
-        {"method_declaration", "constructor_declaration", "compact_constructor_declaration", "static_initializer"},
+        {"method_declaration", "constructor_declaration", "compact_constructor_declaration", "static_initializer"}
     ),
     classes=frozenset(
         {
@@ -119,7 +119,7 @@ _JAVA = Grammar(
             "enum_declaration",
             "record_declaration",
             "annotation_type_declaration",
-        },
+        }
     ),
     scopes=frozenset({"enum_body_declarations"}),
     leads=frozenset({"line_comment", "block_comment"}),

@@ -31,7 +31,7 @@ _MAX_HASHES = 1 << 16
 _MAX_SMALLEST_HASHES = 60_000
 _SHINGLE_LINES = 3
 _HEADER = struct.Struct(
-    "<8sQQ",
+    "<8sQQ"
 )  # magic, divisor, divisor_of_smallest; then the hashes, 8 bytes each, in ascending order
 _MAGIC = b"peftsee2"
 

@@ -80,10 +80,7 @@ class MinHashIndex:
         return representatives
 
     def _representative(
-        self,
-        position: int,
-        buckets: Sequence[int],
-        representatives_in_bucket: dict[int, list[int]],
+        self, position: int, buckets: Sequence[int], representatives_in_bucket: dict[int, list[int]]
     ) -> int:
         signature = self._signatures[position]
         candidates = {

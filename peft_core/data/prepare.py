@@ -88,11 +88,7 @@ def prepare(
     spool = directory / "examples.partial"
     builder = DatasetBuilder(spec, token_counter, _Progress(report), known)
     reformat = partial(
-        reformat_example,
-        mixture=spec.mixture,
-        token_counter=token_counter,
-        max_length=spec.max_length,
-        seed=spec.seed,
+        reformat_example, mixture=spec.mixture, token_counter=token_counter, max_length=spec.max_length, seed=spec.seed
     )
     try:
         builder.fill(spool)
@@ -169,10 +165,7 @@ class DatasetBuilder:
                 return
             self.progress(f"{number} of {len(files)} files")
             yield examples_from_file(
-                file,
-                token_counter=self.token_counter,
-                max_length=self.spec.max_length,
-                redact=redact_secrets,
+                file, token_counter=self.token_counter, max_length=self.spec.max_length, redact=redact_secrets
             )
 
     def _enough(self) -> int | None:

@@ -74,8 +74,7 @@ _MIN_ENTROPY = 3.6  # bits per character; sixteen random hexadecimal digits have
 _PLACEHOLDER = re.compile(r"example|sample|dummy|placeholder|change|your|test|xxx|abc|1234|fake|mock", re.IGNORECASE)
 _WORDS = re.compile(r"[A-Z]?[a-z]{3,}|[A-Z]{5,}")
 _BASIC_AUTH_PLACEHOLDER = re.compile(
-    r"^(?:pass(?:word|wd)?|pw|pwd|secret|token|\*+|x+|\.+|[%$<{\[].*|.*[}>\])]|port|\d{1,5}.*|user.*)$",
-    re.IGNORECASE,
+    r"^(?:pass(?:word|wd)?|pw|pwd|secret|token|\*+|x+|\.+|[%$<{\[].*|.*[}>\])]|port|\d{1,5}.*|user.*)$", re.IGNORECASE
 )
 
 

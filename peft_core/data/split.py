@@ -102,11 +102,7 @@ def split(
         group_of_file = {file: file for file in group_of_file}
     group_keys = [key._replace(file=group_of_file[key.file]) for key in with_canonical_digests(keys, signatures)]
     held_out_groups = _choose_held_out(
-        group_keys,
-        held_out_fraction,
-        seed,
-        changed or {},
-        min_train_groups=1 if training else 0,
+        group_keys, held_out_fraction, seed, changed or {}, min_train_groups=1 if training else 0
     )
     held_out_files = {file for file, group in group_of_file.items() if group in held_out_groups}
     train = [position for position, key in enumerate(keys) if training and key.file not in held_out_files]
@@ -127,10 +123,7 @@ def _evenly_spaced(positions: list[int], count: int) -> list[int]:
 
 
 def _without_duplicates(
-    keys: Sequence[ExampleKey],
-    signatures: MinHashIndex,
-    train: list[int],
-    held_out: list[int],
+    keys: Sequence[ExampleKey], signatures: MinHashIndex, train: list[int], held_out: list[int]
 ) -> Split:
     """Remove every example that resembles one before it; training examples come before held-out ones."""
     ordered = (*train, *held_out)

@@ -189,11 +189,7 @@ def _summarise_repository(root: Path, max_length: int, purpose: DatasetPurpose) 
 
 
 def _require_enough_code(
-    files: Sequence[File],
-    left_out: Counter[str],
-    root: Path,
-    max_length: int,
-    purpose: DatasetPurpose,
+    files: Sequence[File], left_out: Counter[str], root: Path, max_length: int, purpose: DatasetPurpose
 ) -> None:
     """Split files into examples until there are certainly enough; refuse only if all files together give too few."""
     keys: list[ExampleKey] = []
@@ -218,11 +214,7 @@ def _require_enough_code(
 
 
 def summarise_records(
-    kind: SourceKind,
-    path: Path | None,
-    records: Iterable[Record],
-    max_length: int,
-    purpose: DatasetPurpose,
+    kind: SourceKind, path: Path | None, records: Iterable[Record], max_length: int, purpose: DatasetPurpose
 ) -> SourceSummary:
     """Return what records hold. `path` is the file or table that they come from."""
     count = size = 0

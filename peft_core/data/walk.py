@@ -244,7 +244,7 @@ def _too_many(root: Path) -> DataError:
 
 VENDORED = frozenset(
     "node_modules bower_components jspm_packages vendor vendored _vendor third_party thirdparty third-party "
-    "site-packages dist-packages __pycache__ pods deriveddata".split(),
+    "site-packages dist-packages __pycache__ pods deriveddata".split()
 )
 # Only without git: git ignores build output already, and a tracked `build/` holds code.
 _BUILD_DIRECTORIES = frozenset("dist build target out obj bazel-out htmlcov venv virtualenv".split())
@@ -265,7 +265,7 @@ _SENSITIVE_DIRECTORIES = frozenset({".ssh", ".gnupg", ".aws", ".kube", ".docker"
 _BINARY_EXTENSIONS = frozenset(
     "png jpg jpeg gif bmp ico webp tiff pdf zip gz tgz bz2 xz zst 7z rar jar war whl egg so dylib dll exe a o lib obj "
     "class pyc pyo pyd wasm woff woff2 ttf otf eot mp3 mp4 mov avi mkv wav ogg flac webm sqlite db bin dat npy npz pt "
-    "pth onnx gguf safetensors parquet arrow pkl pickle h5 doc docx xls xlsx ppt pptx psd ai".split(),
+    "pth onnx gguf safetensors parquet arrow pkl pickle h5 doc docx xls xlsx ppt pptx psd ai".split()
 )
 
 

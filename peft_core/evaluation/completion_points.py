@@ -72,9 +72,7 @@ def find_completion_points(text: str, offsets: Offsets) -> list[CompletionPoint]
 
 
 def sample_completion_points(
-    points: Sequence[Sequence[CompletionPoint]],
-    limit: int,
-    seed: int,
+    points: Sequence[Sequence[CompletionPoint]], limit: int, seed: int
 ) -> list[tuple[int, CompletionPoint]]:
     """Choose at most `limit` points at random and return them as (index of the text, point).
 

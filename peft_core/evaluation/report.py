@@ -85,7 +85,7 @@ def render_report(
 ) -> str:
     """Render the page. `tables` holds further (name, value) tables by their heading."""
     template = _environment().from_string(
-        files("peft_core.evaluation").joinpath("report.html.jinja").read_text(encoding="utf-8"),
+        files("peft_core.evaluation").joinpath("report.html.jinja").read_text(encoding="utf-8")
     )
     return template.render(
         title=title,
@@ -106,10 +106,7 @@ def render_report(
 
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["printable"] = partial(sanitize, limit=None, keep="\n\t")
     environment.filters["points"] = lambda positions: " ".join(f"{x:g},{y:g}" for x, y in positions)
@@ -159,14 +156,7 @@ def _row(name: str, note: str, comparison: Comparison, *, lower_is_better: bool 
         strip = (low / reach, change / reach, high / reach)
         better = None if low <= 0 <= high else (change < 0) is lower_is_better
     return Row(
-        name,
-        note,
-        text(comparison.base),
-        text(comparison.adapter),
-        text(change, sign=True),
-        interval,
-        strip,
-        better,
+        name, note, text(comparison.base), text(comparison.adapter), text(change, sign=True), interval, strip, better
     )
 
 

@@ -95,10 +95,7 @@ class InferenceClient:
         return any(isinstance(request, Load) and request.adapter_path == adapter_path for request in requests)
 
     async def ask(
-        self,
-        request: Command,
-        answer_type: type[AnswerT],
-        on_progress: ProgressCallback | None = None,
+        self, request: Command, answer_type: type[AnswerT], on_progress: ProgressCallback | None = None
     ) -> AnswerT:
         """Send a request when its turn has come, and return the answer; its `elapsed_s` includes the wait.
 
@@ -210,10 +207,7 @@ class InferenceClient:
         return False
 
     async def _exchange(
-        self,
-        worker: WorkerProcess,
-        request: Command,
-        on_progress: ProgressCallback | None,
+        self, worker: WorkerProcess, request: Command, on_progress: ProgressCallback | None
     ) -> Response | ErrorResponse | None:
         """Send a request and read until its answer; return None if the worker exits first."""
         self._last_id += 1

@@ -92,10 +92,8 @@ class ErrorResponse(FrozenModel):
 
 
 TO_WORKER: TypeAdapter[Request | Cancel] = TypeAdapter(
-    Annotated[Request | Cancel, Field(discriminator="kind")],
-    config=ConfigDict(defer_build=True),
+    Annotated[Request | Cancel, Field(discriminator="kind")], config=ConfigDict(defer_build=True)
 )
 FROM_WORKER: TypeAdapter[Progress | Response | ErrorResponse] = TypeAdapter(
-    Annotated[Progress | Response | ErrorResponse, Field(discriminator="kind")],
-    config=ConfigDict(defer_build=True),
+    Annotated[Progress | Response | ErrorResponse, Field(discriminator="kind")], config=ConfigDict(defer_build=True)
 )

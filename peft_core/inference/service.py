@@ -19,12 +19,7 @@ from peft_core.inference.protocol import Generate, Load, Unload, WorkerConfig
 from peft_core.planning.cost_model import inference_memory_bytes
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.generation import Generation, GenerationRequest
-from peft_core.schemas.results import (
-    LoadedAdapter,
-    MemoryState,
-    UnloadedAdapter,
-    nothing_was_loaded,
-)
+from peft_core.schemas.results import LoadedAdapter, MemoryState, UnloadedAdapter, nothing_was_loaded
 from peft_core.system.machine import available_memory_bytes, expected_device
 
 
@@ -40,10 +35,7 @@ class InferenceService:
     """`training` returns the memory that a running job still needs, or None."""
 
     def __init__(
-        self,
-        settings: Settings,
-        adapters: AdapterService,
-        training: Callable[[], TrainingNeed | None],
+        self, settings: Settings, adapters: AdapterService, training: Callable[[], TrainingNeed | None]
     ) -> None:
         self._settings = settings
         self._adapters = adapters
@@ -102,8 +94,7 @@ class InferenceService:
         except AdapterNotLoaded:
             if adapter_path is not None:
                 raise self._client.nothing_loaded(
-                    f"{adapter_path!r} is not in memory: no adapter is, so there is nothing to unload",
-                    needed=False,
+                    f"{adapter_path!r} is not in memory: no adapter is, so there is nothing to unload", needed=False
                 ) from None
             return nothing_was_loaded(memory_bytes=0)
 
@@ -126,9 +117,7 @@ class InferenceService:
         path = None if adapter_path is None else self._loaded_path(adapter_path)
         base = await run_sync(self._base_without_adapter) if use_base else None
         return await self._client.ask(
-            Generate(request=request, adapter_path=path, without_adapter=base),
-            Generation,
-            on_progress,
+            Generate(request=request, adapter_path=path, without_adapter=base), Generation, on_progress
         )
 
     def require_unused(self, adapter: Path) -> None:

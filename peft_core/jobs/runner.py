@@ -49,12 +49,7 @@ from peft_core.schemas.results import ErrorInfo, Phase, Status
 from peft_core.schemas.task import TrainingTask
 from peft_core.system import logs
 from peft_core.system.cancellation import CANCELLED_EXIT_CODE
-from peft_core.system.child_process import (
-    LineTooLongError,
-    child_environment,
-    make_files_private,
-    receive_line,
-)
+from peft_core.system.child_process import LineTooLongError, child_environment, make_files_private, receive_line
 from peft_core.system.failures import TaskKind, error_info
 from peft_core.system.lock import FileLock
 
@@ -136,7 +131,7 @@ class Runner:
             bound.exception("runner failed")
             # If the store fails here too, the job stays in progress, and the next runner recovers it.
             event = completed_by(self._store.get(job.job_id), self._registry) or JobFailed(
-                error=error_info(error, RUNNER),
+                error=error_info(error, RUNNER)
             )
         self._store.append(job.job_id, event)
         if isinstance(event, JobCompleted):
@@ -165,10 +160,7 @@ class Runner:
                 stdout=subprocess.PIPE,
                 stderr=log_file,
                 cwd=paths.root,
-                env={
-                    **child_environment(launched=bool(launcher)),
-                    "CODEBASE_GARDENER_LOG_LEVEL": self._log_level,
-                },
+                env={**child_environment(launched=bool(launcher)), "CODEBASE_GARDENER_LOG_LEVEL": self._log_level},
                 pass_fds=[self._lock.descriptor],  # the queue stays locked until the worker is gone as well
             )
         async with process:
@@ -249,7 +241,7 @@ class Runner:
                     message="The adapter that training wrote did not pass verification: "
                     + "; ".join(reason.message for reason in errors[:3]),
                     suggestions=(f"This is a bug: please report it with the log {paths.log}",),
-                ),
+                )
             )
         self._write_report(job, paths)
         # kill-point: runner: the adapter is checked

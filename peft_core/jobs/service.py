@@ -158,8 +158,7 @@ class JobService:
         job = self._find(project_id, job_id)
         if job is None:
             raise JobStateError(
-                f"Nothing to cancel: no training was started for project {project_id!r}.",
-                code="nothing_to_cancel",
+                f"Nothing to cancel: no training was started for project {project_id!r}.", code="nothing_to_cancel"
             )
         self._supervisor.ensure_runner_if_possible()
         self._store.request_cancel(job.job_id)

@@ -61,7 +61,7 @@ class IllegalTransition(Exception):
 
     def __init__(self, job: Job, event: Event) -> None:
         super().__init__(
-            f"{event.kind} cannot happen to a job that is {job.status} (phase {job.phase}, step {job.step})",
+            f"{event.kind} cannot happen to a job that is {job.status} (phase {job.phase}, step {job.step})"
         )
 
 

@@ -21,11 +21,7 @@ def not_started(project_id: str) -> TrainingStatus:
         reason=f"No training was started for project {project_id!r} yet.",
     )
     return TrainingStatus(
-        job_id=None,
-        project_id=project_id,
-        status=Status.NOT_STARTED,
-        next=step.sentence,
-        next_step=step,
+        job_id=None, project_id=project_id, status=Status.NOT_STARTED, next=step.sentence, next_step=step
     )
 
 
@@ -129,16 +125,10 @@ def _start_over(job: Job, reason: str) -> NextStep:
     if job.request.evaluated is not None:
         path = str(job.request.evaluated.adapter_path)
         return NextStep(
-            tool="evaluate_adapter",
-            arguments={"adapter_path": path},
-            missing=("evaluation_data",),
-            reason=reason,
+            tool="evaluate_adapter", arguments={"adapter_path": path}, missing=("evaluation_data",), reason=reason
         )
     return NextStep(
-        tool="train_adapter",
-        arguments={"project_id": job.project_id},
-        missing=("training_data",),
-        reason=reason,
+        tool="train_adapter", arguments={"project_id": job.project_id}, missing=("training_data",), reason=reason
     )
 
 
@@ -184,8 +174,7 @@ def _after_evaluation(job: Job) -> NextStep:
             return _load(path, f"The adapter helps on this data.{caveat}")
         case Verdict.NO_DIFFERENCE:
             return _load(
-                path,
-                f"No difference could be shown on this data. The adapter can be loaded all the same.{caveat}",
+                path, f"No difference could be shown on this data. The adapter can be loaded all the same.{caveat}"
             )
         case Verdict.HARMS:
             return NextStep(

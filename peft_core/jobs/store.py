@@ -253,12 +253,10 @@ class Store:
         at = self._now()
         job = apply(self._get(db, job_id), event, at)
         db.execute(
-            "INSERT INTO events (job_id, at, event) VALUES (?, ?, ?)",
-            (job_id, at, EVENT.dump_json(event).decode()),
+            "INSERT INTO events (job_id, at, event) VALUES (?, ?, ?)", (job_id, at, EVENT.dump_json(event).decode())
         )
         db.execute(
-            "UPDATE jobs SET status = ?, state = ? WHERE job_id = ?",
-            (job.status, job.model_dump_json(), job_id),
+            "UPDATE jobs SET status = ?, state = ? WHERE job_id = ?", (job.status, job.model_dump_json(), job_id)
         )
         return job
 
@@ -282,10 +280,7 @@ class Store:
         try:
             # isolation_level=None: transactions begin where this class begins them, not where the driver guesses.
             db = sqlite3.connect(
-                f"{self._path.as_uri()}?mode=rw",
-                uri=True,
-                timeout=BUSY_TIMEOUT_S,
-                isolation_level=None,
+                f"{self._path.as_uri()}?mode=rw", uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None
             )
         except sqlite3.OperationalError as error:
             raise unwritable(self._path.parent, error) from error

@@ -124,7 +124,7 @@ class RunnerSupervisor:
                 f"The training process cannot be started: {error}. Queued jobs stay queued.",
                 code=NO_RUNNER,
                 suggestions=[
-                    "Close other programs, free disk space or raise the process limit, then ask for the status again",
+                    "Close other programs, free disk space or raise the process limit, then ask for the status again"
                 ],
             ) from error
         # This thread reaps the runner. If no thread can be started either, the next `poll` reaps it.

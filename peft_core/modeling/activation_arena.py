@@ -55,7 +55,7 @@ class ActivationArena:
         if saved.pass_number != self._pass_number:
             raise RuntimeError(
                 f"Forward pass {self._pass_number} has overwritten the tensors of pass {saved.pass_number} "
-                "before its backward pass.",
+                "before its backward pass."
             )
         return saved.tensor
 

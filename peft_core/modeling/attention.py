@@ -154,17 +154,7 @@ def _flash(
     value_TKD = value_TKD.clone()  # else the saved view would keep the query and key alive, which share its memory
     ends, longest = _ends(lengths, query_THD.device), max(lengths)
     out_THD: torch.Tensor = _FLASH(
-        query_THD,
-        key_TKD,
-        value_TKD,
-        ends,
-        ends,
-        longest,
-        longest,
-        0.0,
-        True,
-        False,
-        scale=scaling,
+        query_THD, key_TKD, value_TKD, ends, ends, longest, longest, 0.0, True, False, scale=scaling
     )[0]
     return out_THD[None]
 
@@ -187,12 +177,7 @@ def attend_with_mask(
     """Compute the same with a mask: T^2 work, but shapes that do not depend on the documents. Returns [B, T, H, D]."""
     mask_TT = _mask(lengths, query_BHTD.device)
     out_BHTD = scaled_dot_product_attention(
-        query_BHTD,
-        key_BHTD,
-        value_BHTD,
-        attn_mask=mask_TT,
-        dropout_p=dropout,
-        scale=scaling,
+        query_BHTD, key_BHTD, value_BHTD, attn_mask=mask_TT, dropout_p=dropout, scale=scaling
     )
     return out_BHTD.transpose(1, 2)
 
@@ -243,9 +228,7 @@ class _DocumentAttention(torch.autograd.Function):
         parts = _documents(ctx.lengths, *inputs, out_BTHD.transpose(1, 2), grad_BTHD.transpose(1, 2), *gradients)
         heads, groups = query_BHTD.shape[1], key_BKTD.shape[1]
         for (query, key, value, out, grad_out, grad_query, grad_key, grad_value), sums in zip(
-            parts,
-            sums_BHL,
-            strict=True,
+            parts, sums_BHL, strict=True
         ):
             repeated = (_repeated(x, heads) for x in (key, value))
             grads = _ATTEND_BACKWARD(grad_out, query, *repeated, out, sums, 0.0, True, scale=ctx.scale)

@@ -73,10 +73,7 @@ class Bf16Attention(torch.autograd.Function):
 
 
 def _inputs(
-    query_1HTD: torch.Tensor,
-    key_1KTD: torch.Tensor,
-    value_1KTD: torch.Tensor,
-    lengths: Sequence[int],
+    query_1HTD: torch.Tensor, key_1KTD: torch.Tensor, value_1KTD: torch.Tensor, lengths: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the padded query [K, P, M, D], key and value [K, P, D]."""
     query_KTMD = query_1HTD[0].unflatten(0, (key_1KTD.shape[1], -1)).transpose(1, 2)

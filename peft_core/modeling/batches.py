@@ -123,10 +123,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def micro_batches(
-    documents: Iterable[Document],
-    capacity: int,
-    device: torch.device,
-    multiple_of: int | None = None,
+    documents: Iterable[Document], capacity: int, device: torch.device, multiple_of: int | None = None
 ) -> Iterator[MicroBatch]:
     """Yield all documents, each once, in micro-batches of at most `capacity` tokens, padded as `join` says."""
     stream = iter(documents)

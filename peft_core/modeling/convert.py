@@ -203,9 +203,7 @@ def _tokenizer(checkpoint: Checkpoint, target: Path) -> PreTrainedTokenizerFast:
     link.symlink_to(checkpoint.path.absolute())
     try:
         tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
-            target,
-            gguf_file=link.name,
-            local_files_only=True,
+            target, gguf_file=link.name, local_files_only=True
         )
     finally:
         link.unlink()

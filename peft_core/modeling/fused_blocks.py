@@ -196,13 +196,7 @@ def _block_forward(block: _Block, hidden_1TD: torch.Tensor, **others: Any) -> to
     # 2. Attention within each document.
     query, key, value = (x_THE[None].transpose(1, 2) for x_THE in (query, key, value))
     out_1THE, _ = attention.attend_within_documents(
-        block.attention,
-        query,
-        key,
-        value,
-        None,
-        scaling=block.scaling,
-        document_lengths=others.get("document_lengths"),
+        block.attention, query, key, value, None, scaling=block.scaling, document_lengths=others.get("document_lengths")
     )
     output = block.output
     x_TD = x_TD + LinearFunction.apply(out_1THE.reshape(tokens, -1), output.projections, *output.adapters)
@@ -210,12 +204,7 @@ def _block_forward(block: _Block, hidden_1TD: torch.Tensor, **others: Any) -> to
     # 3. The gated MLP.
     first, last = block.gate_and_up, block.down
     x_TD = x_TD + NormGatedFunction.apply(
-        x_TD,
-        *block.second,
-        first.projections,
-        last.projections,
-        *first.adapters,
-        *last.adapters,
+        x_TD, *block.second, first.projections, last.projections, *first.adapters, *last.adapters
     )
     return cast("torch.Tensor", x_TD.view_as(hidden_1TD))
 
@@ -271,9 +260,7 @@ def _is_frozen(module: object) -> bool:
 def _norm_of(module: nn.Module) -> _Norm | None:
     weight = getattr(module, "weight", None)
     epsilon: object = getattr(module, "variance_epsilon", None) or getattr(
-        module,
-        "eps",
-        None,
+        module, "eps", None
     )  # models use either name
     if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, nn.Parameter) or weight.requires_grad:
         return None

@@ -64,11 +64,7 @@ class Projections(ABC):
 
     @abstractmethod
     def _product_transposed(
-        self,
-        grad_TO: torch.Tensor,
-        adapters: Adapters,
-        *,
-        grad_x: bool,
+        self, grad_TO: torch.Tensor, adapters: Adapters, *, grad_x: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Return the gradients of x through W alone, [T, I] if `grad_x`, and of A x, [T, R]."""
 
@@ -82,13 +78,7 @@ class Projections(ABC):
         return self._product(buffer_TX, down_TR, adapters), down_TR
 
     def backward(
-        self,
-        grad_TO: torch.Tensor,
-        x_TI: torch.Tensor,
-        down_TR: torch.Tensor,
-        adapters: Adapters,
-        *,
-        grad_x: bool,
+        self, grad_TO: torch.Tensor, x_TI: torch.Tensor, down_TR: torch.Tensor, adapters: Adapters, *, grad_x: bool
     ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
         """Return the gradients of x (None unless `grad_x`) and of the adapters (float32).
 
@@ -139,11 +129,7 @@ class SeparateLora(Projections):
         return out_TO
 
     def _product_transposed(
-        self,
-        grad_TO: torch.Tensor,
-        adapters: Adapters,
-        *,
-        grad_x: bool,
+        self, grad_TO: torch.Tensor, adapters: Adapters, *, grad_x: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         grad_TI: torch.Tensor | None = None
         grad_down_TR = torch.empty(len(grad_TO), self.rank, device=grad_TO.device)
@@ -191,11 +177,7 @@ class ConcatenatedLora(Projections):
         return linear(buffer_TX, self._W_OX, self._bias_O)
 
     def _product_transposed(
-        self,
-        grad_TO: torch.Tensor,
-        adapters: Adapters,
-        *,
-        grad_x: bool,
+        self, grad_TO: torch.Tensor, adapters: Adapters, *, grad_x: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         del adapters  # `forward` wrote B into the matrix
         if not grad_x:

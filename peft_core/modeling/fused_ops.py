@@ -33,11 +33,7 @@ class LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_TO: torch.Tensor) -> Grads:
         x_TI, down_TR, *adapters = ctx.saved_tensors
         grad_x, grad_adapters = ctx.projections.backward(
-            grad_TO,
-            x_TI,
-            down_TR,
-            adapters,
-            grad_x=ctx.needs_input_grad[0],
+            grad_TO, x_TI, down_TR, adapters, grad_x=ctx.needs_input_grad[0]
         )
         return grad_x, None, *grad_adapters
 
@@ -67,11 +63,7 @@ class NormLinearsFunction(torch.autograd.Function):
         x_TD, w_D, inverse_T1, down_TR, *adapters = ctx.saved_tensors
         y_TD = _scaled(x_TD, inverse_T1, w_D, out=torch.empty_like(x_TD, dtype=ctx.projections.dtype))
         grad_y, grad_adapters = ctx.projections.backward(
-            grad_TO,
-            y_TD,
-            down_TR,
-            adapters,
-            grad_x=ctx.needs_input_grad[0],
+            grad_TO, y_TD, down_TR, adapters, grad_x=ctx.needs_input_grad[0]
         )
         grad_x = None if grad_y is None else _norm_backward(grad_y, x_TD, inverse_T1, w_D)
         return grad_x, None, None, None, *grad_adapters
@@ -120,11 +112,7 @@ class NormGatedFunction(torch.autograd.Function):
         # 2. Through gate and up.
         n_TD = _scaled(x_TD, inverse_T1, w_D, out=torch.empty_like(x_TD, dtype=ctx.gate_and_up.dtype))
         grad_n, first_grads = ctx.gate_and_up.backward(
-            grad_TO,
-            n_TD,
-            first_down_TR,
-            adapters[:4],
-            grad_x=ctx.needs_input_grad[0],
+            grad_TO, n_TD, first_down_TR, adapters[:4], grad_x=ctx.needs_input_grad[0]
         )
         grad_x = None if grad_n is None else _norm_backward(grad_n, x_TD, inverse_T1, w_D)
         return grad_x, None, None, None, None, *first_grads, *second_grads
@@ -182,10 +170,7 @@ def _scaled(x_TD: torch.Tensor, inverse_T1: torch.Tensor, w_D: torch.Tensor, *, 
 
 
 def _norm_backward(
-    grad_TD: torch.Tensor,
-    x_TD: torch.Tensor,
-    inverse_T1: torch.Tensor,
-    w_D: torch.Tensor,
+    grad_TD: torch.Tensor, x_TD: torch.Tensor, inverse_T1: torch.Tensor, w_D: torch.Tensor
 ) -> torch.Tensor:
     """Return the gradient of x in float32; does not modify `grad_TD`."""
     grad_TD = grad_TD * w_D

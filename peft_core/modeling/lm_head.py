@@ -38,9 +38,7 @@ class ChunkedLMHead:
         losses, likeliest = [], []
         with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
             for hidden_CD, target_C in zip(
-                hidden_ND.split(self.positions),
-                target_N.split(self.positions),
-                strict=True,
+                hidden_ND.split(self.positions), target_N.split(self.positions), strict=True
             ):
                 for rows, logits_RV in self.float32_rows(self.logits(hidden_CD)):
                     loss_R, likeliest_R = logit_scores(logits_RV, target_C[rows])
@@ -109,10 +107,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _chunk_loss(
-    hidden_CD: torch.Tensor,
-    head: ChunkedLMHead,
-    target_C: torch.Tensor,
-    grad_CD: torch.Tensor | None,
+    hidden_CD: torch.Tensor, head: ChunkedLMHead, target_C: torch.Tensor, grad_CD: torch.Tensor | None
 ) -> torch.Tensor:
     """Return the sum of the losses, and write the gradient of the hidden states into `grad_CD` if given."""
     learn_C1 = (target_C >= 0)[:, None]  # IGNORED is negative

@@ -144,9 +144,7 @@ def load_mapped(base: Base, directory: Path, *, in_bfloat16: bool = False) -> Pr
 
 
 def _insert_weights(
-    model: PreTrainedModel,
-    matrices: Mapping[str, FrozenMatrix],
-    vectors: Mapping[str, torch.Tensor],
+    model: PreTrainedModel, matrices: Mapping[str, FrozenMatrix], vectors: Mapping[str, torch.Tensor]
 ) -> bool:
     """Replace the model's layers by frozen ones, and copy the vectors. Return False if a weight is missing or does not fit."""
     matrices = dict(matrices)
@@ -193,11 +191,7 @@ def load_base(directory: Path, weights: torch.dtype) -> PreTrainedModel:
     try:
         _require_all_weights(directory)
         model = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=weights,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
+            directory, dtype=weights, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise BaseCheckpointError(
@@ -226,10 +220,7 @@ def _require_all_weights(directory: Path) -> None:
 
 
 def load_planned(
-    base: Base,
-    directory: Path,
-    compute_plan: ComputePlan,
-    device_plan: DevicePlan,
+    base: Base, directory: Path, compute_plan: ComputePlan, device_plan: DevicePlan
 ) -> tuple[PreTrainedModel, ComputePlan]:
     """Load the frozen base model on the CPU as planned, and return it with the plan that it follows in fact.
 

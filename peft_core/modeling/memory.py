@@ -100,9 +100,7 @@ def madvise_pageout(address: int, size: int) -> None:
         first, end = -(-address // page) * page, (address + size) // page * page
         if first < end:
             libc.madvise(
-                ctypes.c_void_p(first),
-                ctypes.c_size_t(end - first),
-                _MADV_PAGEOUT,
+                ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_PAGEOUT
             )  # the kernel may ignore it
 
 

@@ -32,10 +32,7 @@ def release_cache(device: torch.device) -> None:
 
 
 def flops(
-    device: str,
-    dtype: torch.dtype,
-    at_most_s: float = _PROBE_S,
-    clock: Callable[[], float] = time.perf_counter,
+    device: str, dtype: torch.dtype, at_most_s: float = _PROBE_S, clock: Callable[[], float] = time.perf_counter
 ) -> float:
     """Return the floating point operations per second in products of a typical layer, after a warm-up batch."""
     rows, inner, columns = PROBE_SHAPE

@@ -122,10 +122,7 @@ def probe_fast_paths(model: PreTrainedModel, max_length: int, *, uses_bf16_block
             model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")  # noqa: SLF001 -- no public name for it
         head = ChunkedLMHead(_head(model)) if _has_plain_head(model) else None
         if head is not None and not _agrees(
-            model,
-            _head_logits(model, head, documents, device),
-            own_TV,
-            _HEAD_ROUNDING,
+            model, _head_logits(model, head, documents, device), own_TV, _HEAD_ROUNDING
         ):
             head = None
     _log.info("objective_chosen", documents_packed=packed, head_in_chunks=head is not None, model=type(model).__name__)
@@ -176,10 +173,7 @@ def _packed_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor | 
 
 
 def _head_logits(
-    model: PreTrainedModel,
-    head: ChunkedLMHead,
-    documents: list[Document],
-    device: torch.device,
+    model: PreTrainedModel, head: ChunkedLMHead, documents: list[Document], device: torch.device
 ) -> torch.Tensor:
     hidden_TD = torch.cat([_hidden(model, join([document], device), packed=False) for document in documents])
     return head.logits(hidden_TD)

@@ -69,11 +69,7 @@ class FrozenMatrix(ABC):
 
     @abstractmethod
     def matmul(
-        self,
-        x_TI: torch.Tensor,
-        bias_O: torch.Tensor | None = None,
-        *,
-        out: torch.Tensor | None = None,
+        self, x_TI: torch.Tensor, bias_O: torch.Tensor | None = None, *, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return W x + bias in float32 [T, O] for a float32 x [T, I], in `out` if given."""
 
@@ -123,11 +119,7 @@ class Bf16Matrix(FrozenMatrix):
         return self.storage.index_select(0, indices_N).float()
 
     def matmul(
-        self,
-        x_TI: torch.Tensor,
-        bias_O: torch.Tensor | None = None,
-        *,
-        out: torch.Tensor | None = None,
+        self, x_TI: torch.Tensor, bias_O: torch.Tensor | None = None, *, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         out_TO = torch.empty(len(x_TI), len(self.storage), device=x_TI.device) if out is None else out
         out_TO.copy_(linear(x_TI.bfloat16(), self.storage))
@@ -152,13 +144,7 @@ class QuantisedMatrix(FrozenMatrix):
     product_dtype = torch.float32
 
     def __init__(
-        self,
-        blocks: torch.Tensor,
-        kind: str,
-        columns: int,
-        heads: int | None = None,
-        *,
-        mapped: bool = False,
+        self, blocks: torch.Tensor, kind: str, columns: int, heads: int | None = None, *, mapped: bool = False
     ) -> None:
         """`blocks`: uint8 [O, bytes of a row]. `heads`: llama.cpp's converter interleaved the two halves of each of this many
         heads in the rows of q and k; None if the rows are in order.
@@ -178,7 +164,7 @@ class QuantisedMatrix(FrozenMatrix):
         if weights_OI.dtype not in _KIND_OF or weights_OI.dim() != 2:
             raise ValueError(
                 f"weights must be a matrix of float32, float16 or bfloat16, not {weights_OI.dtype} "
-                f"with {weights_OI.dim()} axes",
+                f"with {weights_OI.dim()} axes"
             )
         weights_OI = weights_OI.detach() if weights_OI.stride(1) == 1 else weights_OI.detach().contiguous()
         return cls(weights_OI.view(torch.uint8), _KIND_OF[weights_OI.dtype], weights_OI.shape[1])
@@ -209,11 +195,7 @@ class QuantisedMatrix(FrozenMatrix):
         return dequantise(self.storage[start:stop], self._kind, self._columns, out)
 
     def matmul(
-        self,
-        x_TI: torch.Tensor,
-        bias_O: torch.Tensor | None = None,
-        *,
-        out: torch.Tensor | None = None,
+        self, x_TI: torch.Tensor, bias_O: torch.Tensor | None = None, *, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         out_TO = torch.empty(len(x_TI), len(self.storage), device=x_TI.device) if out is None else out
         for start, stop in self._chunks():

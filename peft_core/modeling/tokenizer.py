@@ -99,7 +99,7 @@ class BaseTokenizer:
             encoded.append(
                 self._encode_continuation(segment)
                 if begun and self._own_tokens is not None
-                else self._encode_alone(segment),
+                else self._encode_alone(segment)
             )
             if marks is not None and segment.text in (marks.prefix, marks.suffix) and not segment.literal:
                 begun = segment.text == marks.suffix
@@ -234,8 +234,7 @@ def _end_of_text(tokenizer: Tokenizer, special: Mapping[str, str], directory: Pa
         if isinstance(value, int):
             return value
     raise BaseCheckpointError(
-        "The base model defines no end-of-text token.",
-        suggestions=["Set eos_token in its tokenizer_config.json."],
+        "The base model defines no end-of-text token.", suggestions=["Set eos_token in its tokenizer_config.json."]
     )
 
 

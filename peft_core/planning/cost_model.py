@@ -123,8 +123,7 @@ def estimate(config: TrainingConfig, source: SourceSummary, compute: CostedPlan,
         steps = max(1, math.ceil(examples * epochs / config.batch_size))
         tokens *= epochs
     held_out_tokens = min(
-        source.estimated_tokens * config.held_out_fraction,
-        MAX_HELD_OUT_EXAMPLES * TOKENS_PER_EXAMPLE,
+        source.estimated_tokens * config.held_out_fraction, MAX_HELD_OUT_EXAMPLES * TOKENS_PER_EXAMPLE
     )
     # A held-out measurement is a forward pass, a third of a training step. It is made twice in full, and the samples in between
     # add up to a third one. Completions are a tenth of the training at most, and little of a long one.

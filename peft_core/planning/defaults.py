@@ -38,10 +38,7 @@ _EPOCHS = {1: "One epoch", 2: "Two epochs", 3: "Three epochs"}
 
 
 def choose_defaults(
-    config: TrainingConfig,
-    shape: ModelShape,
-    source: SourceSummary,
-    tokens_per_second: float | None,
+    config: TrainingConfig, shape: ModelShape, source: SourceSummary, tokens_per_second: float | None
 ) -> tuple[TrainingConfig, str]:
     """Return the complete settings, and one sentence on each of duration and rank that was chosen here.
 
@@ -95,10 +92,7 @@ def too_little(units: int, source: SourceSummary) -> DataError:
 
 
 def _with_duration(
-    config: TrainingConfig,
-    units: int,
-    tokens: int,
-    tokens_per_second: float | None,
+    config: TrainingConfig, units: int, tokens: int, tokens_per_second: float | None
 ) -> tuple[TrainingConfig, str]:
     if config.num_epochs is not None or config.max_steps is not None:
         return config, ""

@@ -248,11 +248,7 @@ def _memory_limit(config: TrainingConfig, settings: Settings, device: str) -> Me
 
 
 def _choose_plan(
-    costed: Sequence[CostedPlan],
-    config: TrainingConfig,
-    base: Base,
-    device: str,
-    settings: Settings,
+    costed: Sequence[CostedPlan], config: TrainingConfig, base: Base, device: str, settings: Settings
 ) -> CostedPlan:
     """Return the fastest plan that fits the memory limit, with the reason why it is not the fastest of all.
 
@@ -271,16 +267,12 @@ def _choose_plan(
         raise _over_limit(leanest, limit, config, base, device)
     return leanest.because(
         f"; more than {limit.field}, {limit.megabytes} MB, although {_describe(leanest.plan)}. Close other programs before "
-        "it starts",
+        "it starts"
     )
 
 
 def _over_limit(
-    leanest: CostedPlan,
-    limit: MemoryLimit,
-    config: TrainingConfig,
-    base: Base,
-    device: str,
+    leanest: CostedPlan, limit: MemoryLimit, config: TrainingConfig, base: Base, device: str
 ) -> InvalidArgument:
     needed = _mb(leanest.memory_bytes)
     smallest = memory_bytes(config.model_copy(update={"rank": 1, "max_length": 64}), base, device, leanest.plan)

@@ -28,8 +28,7 @@ class Comparison(FrozenModel):
     adapter: float
     change: float = Field(description="Adapter minus base.")
     low: float | None = Field(
-        None,
-        description="95 % confidence interval of the change; null if there is too little data.",
+        None, description="95 % confidence interval of the change; null if there is too little data."
     )
     high: float | None = None
 
@@ -53,27 +52,22 @@ class Evaluation(FrozenModel):
     verdict: Verdict
     reason: str = Field(description="Reason for the verdict, in one sentence.")
     loss: Comparison = Field(
-        description="Cross-entropy per token of held-out text, in nats; lower is better. It decides the verdict.",
+        description="Cross-entropy per token of held-out text, in nats; lower is better. It decides the verdict."
     )
     base_perplexity: float
     adapter_perplexity: float
     next_line: Comparison | None = Field(
-        None,
-        description="Fraction of held-out lines predicted exactly from all lines before them; higher is better.",
+        None, description="Fraction of held-out lines predicted exactly from all lines before them; higher is better."
     )
     edit_similarity: Comparison | None = Field(
         None,
         description="Edit similarity of completions of up to three lines to the real ones, 0 to 1; higher is better.",
     )
     general_loss: Comparison | None = Field(
-        None,
-        description="Loss on general Python code from no project, in nats per token: shows forgetting.",
+        None, description="Loss on general Python code from no project, in nats per token: shows forgetting."
     )
     forgets: bool = Field(False, description="The loss on general code rises significantly.")
-    chosen_on_part: bool = Field(
-        False,
-        description="Early stopping selected the weights on some of these examples.",
-    )
+    chosen_on_part: bool = Field(False, description="Early stopping selected the weights on some of these examples.")
     files: int
     examples: int
     tokens: int
@@ -81,7 +75,7 @@ class Evaluation(FrozenModel):
     prompts: int = 0
     general_tokens: int = 0
     resampled: Literal["files", "examples"] = Field(
-        description="What the bootstrap resamples for the intervals; for general code, functions.",
+        description="What the bootstrap resamples for the intervals; for general code, functions."
     )
     seen_in_training: float | None = Field(
         None,
@@ -98,11 +92,11 @@ class Evaluation(FrozenModel):
         sentences = []
         if self.forgets and self.general_loss is not None:
             sentences.append(
-                f"It forgets: the loss on general code rises by {self.general_loss.change:.3f} nats per token.",
+                f"It forgets: the loss on general code rises by {self.general_loss.change:.3f} nats per token."
             )
         if self.chosen_on_part:
             sentences.append(
-                "Early stopping chose the best state on a part of these examples, which flatters it a little.",
+                "Early stopping chose the best state on a part of these examples, which flatters it a little."
             )
         return tuple(sentences)
 

@@ -23,16 +23,14 @@ class GenerationRequest(FrozenModel):
     """
 
     prompt: Annotated[
-        str | None,
-        Field(max_length=MAX_TEXT, description="Text to continue, such as the beginning of a function."),
+        str | None, Field(max_length=MAX_TEXT, description="Text to continue, such as the beginning of a function.")
     ] = None
     messages: Annotated[
         list[ChatMessage] | None,
         Field(description="Or a conversation that ends with the question; uses the base model's chat template."),
     ] = None
     prefix: Annotated[
-        str | None,
-        Field(max_length=MAX_TEXT, description="Or the code before the cursor; suffix: after it."),
+        str | None, Field(max_length=MAX_TEXT, description="Or the code before the cursor; suffix: after it.")
     ] = None
     suffix: Annotated[
         str | None,
@@ -42,16 +40,13 @@ class GenerationRequest(FrozenModel):
         ),
     ] = None
     max_new_tokens: Annotated[
-        int,
-        Field(ge=1, le=4096, description="Limit on generated tokens. A CPU generates 10-40 per second."),
+        int, Field(ge=1, le=4096, description="Limit on generated tokens. A CPU generates 10-40 per second.")
     ] = 256
     temperature: Annotated[
-        float,
-        Field(ge=0, le=2, description="0 (below 0.01): always the most likely token. Higher: more variety."),
+        float, Field(ge=0, le=2, description="0 (below 0.01): always the most likely token. Higher: more variety.")
     ] = 0.0
     top_p: Annotated[
-        float,
-        Field(gt=0, le=1, description="Sample from the most likely tokens that make up this share."),
+        float, Field(gt=0, le=1, description="Sample from the most likely tokens that make up this share.")
     ] = 1.0
     seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="Same seed, machine and request: same result.")] = 0
     stop: Annotated[
@@ -59,8 +54,7 @@ class GenerationRequest(FrozenModel):
         Field(max_length=8, description="Stop before any of these texts; they are not part of the result."),
     ] = Field([])
     compare_with_base: Annotated[
-        bool,
-        Field(description="Generate twice, with and without the adapter; see base_text."),
+        bool, Field(description="Generate twice, with and without the adapter; see base_text.")
     ] = False
 
     @model_validator(mode="after")
@@ -94,8 +88,7 @@ class Generation(FrozenModel):
 
     text: str
     base_text: str | None = Field(
-        None,
-        description="What the base model generates without the adapter, if compare_with_base was set.",
+        None, description="What the base model generates without the adapter, if compare_with_base was set."
     )
     base_model: str
     adapter_path: str | None = Field(description="The adapter that was used; null for the base model alone.")

@@ -124,18 +124,15 @@ class TrainingStatus(FrozenModel):
     device: str | None = None
     base_model: str | None = None
     adapter_path: str | None = Field(
-        None,
-        description="The published or evaluated adapter; set only if status is 'completed'.",
+        None, description="The published or evaluated adapter; set only if status is 'completed'."
     )
     error: ErrorInfo | None = None
     metrics: Metrics | None = None
     evaluation: Evaluation | None = Field(
-        None,
-        description="Base model and adapter compared on held-out files, with a verdict.",
+        None, description="Base model and adapter compared on held-out files, with a verdict."
     )
     report_path: str | None = Field(
-        None,
-        description="HTML report with loss curves, confidence intervals and examples.",
+        None, description="HTML report with loss curves, confidence intervals and examples."
     )
     dataset: DatasetSummary | None = None
     training_data: str | None = Field(None, description="Summary of the data.")
@@ -189,12 +186,12 @@ class Compatibility(FrozenModel):
 
     verdict: BaseMatch
     compatible: bool = Field(
-        description="Whether load_adapter accepts it without overrides. For 'shape_only', pass accept_unproven_base=true.",
+        description="Whether load_adapter accepts it without overrides. For 'shape_only', pass accept_unproven_base=true."
     )
     reasons: list[Reason]
     adapter_path: str
     base_model: str | None = Field(
-        description="Absent (null) if none was requested and the adapter's own was not found.",
+        description="Absent (null) if none was requested and the adapter's own was not found."
     )
     scanned: bool = Field(description="Whether all weights were read, not only headers and configuration.")
     elapsed_ms: float
@@ -206,7 +203,7 @@ class LoadCheck(FrozenModel):
     """Evidence that an adapter has an effect, measured after loading."""
 
     unmatched_keys: int = Field(
-        description="Tensors that match no module of the base model, plus modules without a tensor.",
+        description="Tensors that match no module of the base model, plus modules without a tensor."
     )
     max_logit_change: float = Field(description="Largest difference of a logit from the base model's, on a fixed text.")
 
@@ -227,7 +224,7 @@ class MemoryState(FrozenModel):
 
 class LoadedAdapter(FrozenModel):
     status: Literal["loaded", "fallback"] = Field(
-        description="'fallback': the adapter was NOT loaded (see reason); the previous adapter or the base model stays active.",
+        description="'fallback': the adapter was NOT loaded (see reason); the previous adapter or the base model stays active."
     )
     adapter_path: str | None = Field(description="The active adapter; null for the base model alone.")
     base_model: str
@@ -315,8 +312,7 @@ class TrainingDataReport(FrozenModel):
     held_out_tokens: int
     files: int = Field(description="Files with examples, including held-out ones.")
     unread_files: int = Field(
-        0,
-        description="Files not read, because the others suffice; not counted in the other fields.",
+        0, description="Files not read, because the others suffice; not counted in the other fields."
     )
     languages: dict[str, int] = Field(description="Files per language.")
     left_out: dict[str, int] = Field(description="Excluded files and parts of files, per reason.")

@@ -61,7 +61,7 @@ class JobRequest(FrozenModel):
                 "held_out_by": config.held_out_by,
                 "mixture": config.mixture,
                 "enough_examples": None if config.max_steps is None else config.max_steps * config.batch_size,
-            },
+            }
         )
 
 

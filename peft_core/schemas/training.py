@@ -63,7 +63,7 @@ class TrainingConfig(FrozenModel):
         str | None,
         Field(
             description="Local Hugging Face model directory, .gguf file, or hub id that is in the local cache. Omit for the "
-            "setting default_base_model, else the bundled SmolLM2-135M-Instruct.",
+            "setting default_base_model, else the bundled SmolLM2-135M-Instruct."
         ),
     ] = None
     rank: Annotated[
@@ -75,17 +75,15 @@ class TrainingConfig(FrozenModel):
         Field(gt=0, le=4096, description="LoRA alpha; updates are scaled by alpha / rank. Omit for 2 x rank."),
     ] = None
     dropout: Annotated[
-        float,
-        Field(ge=0, lt=1, description="Dropout on the LoRA input. 0 is best for a single epoch."),
+        float, Field(ge=0, lt=1, description="Dropout on the LoRA input. 0 is best for a single epoch.")
     ] = 0.0
     use_rslora: Annotated[
-        bool,
-        Field(description="Scale by alpha / sqrt(rank) instead: more stable for rank >= 64."),
+        bool, Field(description="Scale by alpha / sqrt(rank) instead: more stable for rank >= 64.")
     ] = False
     target_modules: Annotated[
         Literal["all-linear"] | list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,128}$")]],
         Field(
-            description="'all-linear' (recommended), or module names such as ['q_proj', 'v_proj']; no regular expressions.",
+            description="'all-linear' (recommended), or module names such as ['q_proj', 'v_proj']; no regular expressions."
         ),
     ] = "all-linear"
     learning_rate: Annotated[
@@ -98,12 +96,10 @@ class TrainingConfig(FrozenModel):
         ),
     ] = None
     lora_plus_ratio: Annotated[
-        float,
-        Field(ge=1, le=64, description="LoRA+: learning rate of B / learning rate of A. 1 is plain LoRA."),
+        float, Field(ge=1, le=64, description="LoRA+: learning rate of B / learning rate of A. 1 is plain LoRA.")
     ] = 8.0
     lr_scheduler: Annotated[
-        Literal["linear", "cosine", "constant"],
-        Field(description="Learning-rate schedule after warm-up."),
+        Literal["linear", "cosine", "constant"], Field(description="Learning-rate schedule after warm-up.")
     ] = "linear"
     num_epochs: Annotated[
         float | None,
@@ -114,20 +110,16 @@ class TrainingConfig(FrozenModel):
         ),
     ] = None
     max_steps: Annotated[
-        int | None,
-        Field(ge=1, le=1_000_000, description="Optimiser steps, instead of num_epochs: bounds the time."),
+        int | None, Field(ge=1, le=1_000_000, description="Optimiser steps, instead of num_epochs: bounds the time.")
     ] = None
     batch_size: Annotated[
-        int,
-        Field(ge=1, le=256, description="Examples per optimiser step. Small batches learn more per token."),
+        int, Field(ge=1, le=256, description="Examples per optimiser step. Small batches learn more per token.")
     ] = 4
     max_length: Annotated[
-        int,
-        Field(ge=64, le=8192, description="Most tokens per example; longer units are split at syntax boundaries."),
+        int, Field(ge=64, le=8192, description="Most tokens per example; longer units are split at syntax boundaries.")
     ] = 512
     warmup_ratio: Annotated[
-        float,
-        Field(ge=0, le=0.5, description="Fraction of the steps with a rising learning rate."),
+        float, Field(ge=0, le=0.5, description="Fraction of the steps with a rising learning rate.")
     ] = 0.05
     weight_decay: Annotated[float, Field(ge=0, le=1, description="AdamW weight decay.")] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0, le=100, description="Gradient clipping by global norm.")] = 1.0
@@ -141,8 +133,7 @@ class TrainingConfig(FrozenModel):
         ),
     ] = 0.1
     held_out_by: Annotated[
-        HeldOutBy,
-        Field(description="Which files are held out: random ones, or those changed last in git."),
+        HeldOutBy, Field(description="Which files are held out: random ones, or those changed last in git.")
     ] = "file"
     eval_steps: Annotated[
         int | None,
@@ -158,12 +149,10 @@ class TrainingConfig(FrozenModel):
         ),
     ] = None
     mixture: Annotated[
-        TaskMixture,
-        Field(description="Which code units are reformatted. Omit to train on plain text."),
+        TaskMixture, Field(description="Which code units are reformatted. Omit to train on plain text.")
     ] = TaskMixture()
     allow_little_data: Annotated[
-        bool,
-        Field(description="Train even with fewer than 50 units, which is rejected by default."),
+        bool, Field(description="Train even with fewer than 50 units, which is rejected by default.")
     ] = False
     seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="Same seed, machine and data: same result.")] = 0
     device: Annotated[DeviceName, Field(description="'auto' uses MPS (Apple silicon), else CUDA, else the CPU.")] = (
@@ -173,14 +162,14 @@ class TrainingConfig(FrozenModel):
         Precision,
         Field(
             description="Arithmetic of products with the base weights. 'auto' uses bfloat16 if the CPU or GPU supports it, "
-            "else float32. Adapter, gradients and losses are always float32.",
+            "else float32. Adapter, gradients and losses are always float32."
         ),
     ] = "auto"
     make_current: Annotated[
         Literal["unless_it_harms", "always", "never"],
         Field(
             description="Whether the new adapter becomes the project's current one. 'unless_it_harms': not if it raises the "
-            "held-out loss, or the loss on general code by more than it gains; it is saved anyway.",
+            "held-out loss, or the loss on general code by more than it gains; it is saved anyway."
         ),
     ] = "unless_it_harms"
     max_memory_mb: Annotated[
@@ -196,7 +185,7 @@ class TrainingConfig(FrozenModel):
     def _consistent(self) -> TrainingConfig:
         if self.num_epochs is not None and self.max_steps is not None:
             raise ValueError(
-                f"num_epochs = {self.num_epochs:g} and max_steps = {self.max_steps} exclude each other: omit one of them",
+                f"num_epochs = {self.num_epochs:g} and max_steps = {self.max_steps} exclude each other: omit one of them"
             )
         if self.target_modules == []:
             raise ValueError("target_modules is empty: it must name at least one module, or be 'all-linear'")

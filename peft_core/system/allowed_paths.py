@@ -42,11 +42,7 @@ _ALLOWED = "the directory of one project, a .jsonl file, or a LanceDB table"
 
 
 def require_data_path(
-    path: Path,
-    *,
-    data_dir: Path,
-    allowed_roots: Sequence[Path] | None,
-    field: str = "training_data",
+    path: Path, *, data_dir: Path, allowed_roots: Sequence[Path] | None, field: str = "training_data"
 ) -> None:
     """Check that training or evaluation data may be read from a path, which need not exist.
 

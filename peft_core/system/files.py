@@ -27,8 +27,7 @@ def open_regular(path: Path, *, follow_links: bool) -> Iterator[int]:
     except OSError as error:
         linked = not follow_links and path.is_symlink()
         raise HeaderError(
-            path,
-            "is a symbolic link, which is not followed here" if linked else _reason(error),
+            path, "is a symbolic link, which is not followed here" if linked else _reason(error)
         ) from error
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

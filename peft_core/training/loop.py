@@ -184,7 +184,7 @@ class TrainingLoop:
                 tokens_per_second=tokens_per_second,
                 eta_s=(self._planned_tokens - progress.tokens) / tokens_per_second,
                 memory_bytes=peak_memory_bytes(),
-            ),
+            )
         )
 
     def forward_backward(self, examples: Sequence[Document], targets: int) -> torch.Tensor | None:
@@ -362,10 +362,7 @@ class TrainingLoop:
         factor = _ROLLBACK_RATE_FACTOR ** (len(history) + 1)
         scale_learning_rates(self.optimizer, self.scheduler, factor / state.rollback.rate_factor)
         event = RateLowered(
-            step=divergence.step,
-            back_to_step=self.progress.step,
-            factor=factor,
-            reason=divergence.reason,
+            step=divergence.step, back_to_step=self.progress.step, factor=factor, reason=divergence.reason
         )
         self.rollback = RollbackState(target=state.id, history=(*history, event))
         self._emit(event)
@@ -404,9 +401,7 @@ def check_finite(step: int, loss: float, gradient_norm: float) -> None:
 
 
 def scale_learning_rates(
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    factor: float,
+    optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler, factor: float
 ) -> None:
     """Multiply the current learning rates and all later ones of the schedule."""
     for group in optimizer.param_groups:

@@ -17,12 +17,7 @@ from peft_core.data.leakage import FINGERPRINT_FILE_NAME
 from peft_core.errors import DataError
 from peft_core.evaluation.summary import Scores, mean_loss, perplexity
 from peft_core.evaluation.worker.completions import undo_fusion
-from peft_core.evaluation.worker.evaluator import (
-    Evaluator,
-    completion_budget_after_training,
-    load_scores,
-    save_scores,
-)
+from peft_core.evaluation.worker.evaluator import Evaluator, completion_budget_after_training, load_scores, save_scores
 from peft_core.evaluation.worker.scoring import HeldOutExample, sample_for_training
 from peft_core.evaluation.worker.setup import RunData, Session, prepare_data, start_session
 from peft_core.modeling.activation_arena import ActivationArena
@@ -184,13 +179,7 @@ def _documents_of(examples: Sequence[HeldOutExample]) -> list[Document]:
 
 
 def _score_base(
-    session: Session,
-    base: BaseModel,
-    evaluator: Evaluator,
-    key: str,
-    threads: ThreadTuner,
-    *,
-    is_resumed: bool,
+    session: Session, base: BaseModel, evaluator: Evaluator, key: str, threads: ThreadTuner, *, is_resumed: bool
 ) -> Scores:
     """Return the base model's scores, which a resumed run finds on disk."""
     path = session.paths.base_scores
@@ -284,7 +273,7 @@ def _evaluate(
         update={
             "seen_in_training": 0.0,  # `prepare` separates held-out from training data
             "chosen_on_part": session.task.request.config.early_stopping_patience is not None,
-        },
+        }
     )
     session.emit(Evaluated(evaluation=evaluation))
     return evaluation

@@ -26,13 +26,7 @@ from peft_core.modeling.environment import prepare_environment
 from peft_core.schemas.events import JobFailed
 from peft_core.schemas.task import TrainingTask
 from peft_core.system import logs
-from peft_core.system.cancellation import (
-    CANCELLED_EXIT_CODE,
-    Cancelled,
-    StopFlag,
-    stop_on_signals,
-    stop_without_parent,
-)
+from peft_core.system.cancellation import CANCELLED_EXIT_CODE, Cancelled, StopFlag, stop_on_signals, stop_without_parent
 from peft_core.system.child_process import (
     JsonLineWriter,
     json_line_writer,
@@ -110,10 +104,7 @@ def _run(task: TrainingTask, emit: JsonLineWriter, stop: StopFlag) -> None:
 def _read_task(arguments: list[str]) -> TrainingTask:
     parser = argparse.ArgumentParser(prog="python -m peft_core.worker")
     parser.add_argument(
-        "task_file",
-        nargs="?",
-        type=Path,
-        help="a TrainingTask as JSON; omit it to read standard input",
+        "task_file", nargs="?", type=Path, help="a TrainingTask as JSON; omit it to read standard input"
     )
     file: Path | None = parser.parse_args(arguments).task_file
     text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
@@ -121,9 +112,7 @@ def _read_task(arguments: list[str]) -> TrainingTask:
         return TrainingTask.model_validate_json(text)
     except ValidationError as error:
         raise InvalidArgument(
-            str(file or "standard input"),
-            text,
-            f"must be a TrainingTask as JSON ({error})",
+            str(file or "standard input"), text, f"must be a TrainingTask as JSON ({error})"
         ) from error
 
 

@@ -14,12 +14,7 @@ ToolFunction = TypeVar("ToolFunction", bound=Callable[..., Any])
 
 
 def make_tool(
-    function: Callable[..., Any],
-    title: str,
-    *,
-    reads: bool = False,
-    destroys: bool = False,
-    repeatable: bool = False,
+    function: Callable[..., Any], title: str, *, reads: bool = False, destroys: bool = False, repeatable: bool = False
 ) -> Tool:
     """Declare a tool: its docstring is the description. Every hint is set: an unset one means destructive and open-world."""
     tool = Tool.from_function(
@@ -27,10 +22,7 @@ def make_tool(
         title=title,
         description=" ".join((function.__doc__ or "").split()),
         annotations=ToolAnnotations(
-            read_only_hint=reads,
-            destructive_hint=destroys,
-            idempotent_hint=reads or repeatable,
-            open_world_hint=False,
+            read_only_hint=reads, destructive_hint=destroys, idempotent_hint=reads or repeatable, open_world_hint=False
         ),
     )
     for schema in (tool.parameters, tool.output_schema):

@@ -16,8 +16,7 @@ from server.format_results import format_adapter_info, format_adapters, format_d
 from server.tools import make_tool
 
 AdapterPath = Annotated[
-    str,
-    Field(description="Absolute path of an adapter directory, or a project id (its current adapter)."),
+    str, Field(description="Absolute path of an adapter directory, or a project id (its current adapter).")
 ]
 
 
@@ -32,8 +31,7 @@ async def list_adapters(
 
 
 async def get_adapter_info(
-    adapter_path: AdapterPath,
-    ctx: Context[PEFTManager, Any],
+    adapter_path: AdapterPath, ctx: Context[PEFTManager, Any]
 ) -> Annotated[CallToolResult, AdapterInfo]:
     """Show one adapter. Returns all that is recorded: base model and its fingerprint, training data, settings, and results
     on held-out files.

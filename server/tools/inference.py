@@ -20,12 +20,11 @@ BaseRef = Annotated[
     str | None,
     Field(
         description="A model directory, .gguf file, cached hub id, or 'bundled'. Omit to use the base model that the "
-        "adapter was trained on, if it is on this machine.",
+        "adapter was trained on, if it is on this machine."
     ),
 ]
 ResidentPath = Annotated[
-    str | None,
-    Field(description="An adapter in memory: its directory or project id. Omit to use the active one."),
+    str | None, Field(description="An adapter in memory: its directory or project id. Omit to use the active one.")
 ]
 
 
@@ -34,8 +33,7 @@ async def verify_adapter_compatibility(
     ctx: Context[PEFTManager, Any],
     base_model: BaseRef = None,
     scan_weights: Annotated[
-        bool,
-        Field(description="Also scan the weights for NaN, Inf and all-zero B matrices."),
+        bool, Field(description="Also scan the weights for NaN, Inf and all-zero B matrices.")
     ] = False,
 ) -> Annotated[CallToolResult, Compatibility]:
     """Check whether a PEFT LoRA adapter (trained here or not) matches a base model. Reads only headers and configuration, so
@@ -44,7 +42,7 @@ async def verify_adapter_compatibility(
     """
     manager = ctx.request_context.lifespan_context
     return format_compatibility(
-        await manager.verify_adapter_compatibility(adapter_path, base_model, scan_weights=scan_weights),
+        await manager.verify_adapter_compatibility(adapter_path, base_model, scan_weights=scan_weights)
     )
 
 
@@ -53,8 +51,7 @@ async def load_adapter(
     ctx: Context[PEFTManager, Any],
     base_model: BaseRef = None,
     accept_unproven_base: Annotated[
-        bool,
-        Field(description="Load although nothing proves that the adapter belongs to this base (shape_only)."),
+        bool, Field(description="Load although nothing proves that the adapter belongs to this base (shape_only).")
     ] = False,
 ) -> Annotated[CallToolResult, LoadedAdapter]:
     """Load an adapter with its base model and activate it for generate: seconds the first time, milliseconds to switch back
@@ -64,17 +61,13 @@ async def load_adapter(
     manager = ctx.request_context.lifespan_context
     return format_loaded(
         await manager.load_adapter(
-            adapter_path,
-            base_model,
-            accept_unproven_base=accept_unproven_base,
-            on_progress=progress_callback(ctx),
-        ),
+            adapter_path, base_model, accept_unproven_base=accept_unproven_base, on_progress=progress_callback(ctx)
+        )
     )
 
 
 async def unload_adapter(
-    ctx: Context[PEFTManager, Any],
-    adapter_path: ResidentPath = None,
+    ctx: Context[PEFTManager, Any], adapter_path: ResidentPath = None
 ) -> Annotated[CallToolResult, UnloadedAdapter]:
     """Unload an adapter. Unloading the last one also unloads the base model and frees its memory. Returns memory before and
     after.
@@ -96,11 +89,8 @@ async def generate(
     manager = ctx.request_context.lifespan_context
     return format_generation(
         await manager.generate(
-            request,
-            adapter_path=adapter_path,
-            use_base=use_base,
-            on_progress=progress_callback(ctx),
-        ),
+            request, adapter_path=adapter_path, use_base=use_base, on_progress=progress_callback(ctx)
+        )
     )
 
 

@@ -20,8 +20,7 @@ from server.tools.inference import BaseRef
 
 JobId = Annotated[str | None, Field(description="As train_adapter returned it. Omit to use the project's latest job.")]
 WaitSeconds = Annotated[
-    float,
-    Field(ge=0, le=45, description="Wait this long and stream progress; returns earlier when the job ends."),
+    float, Field(ge=0, le=45, description="Wait this long and stream progress; returns earlier when the job ends.")
 ]
 TrainingData = Annotated[
     str | list[dict[str, Any]],
@@ -29,7 +28,7 @@ TrainingData = Annotated[
         description="Absolute path of a repository directory (its code is read, secrets are left out), of a .jsonl file "
         "or of a LanceDB table of code chunks (NAME.lance, columns content, language, file_path, ...); "
         'or a list of records, all of one form: {"text"}, {"prompt", "completion"}, {"messages": [{"role", "content"}]}, '
-        'or code chunks {"content", "language", "file_path", ...}.',
+        'or code chunks {"content", "language", "file_path", ...}.'
     ),
 ]
 DEFAULTS = TrainingConfig()
@@ -54,9 +53,7 @@ async def train_adapter(
 
 
 async def inspect_training_data(
-    training_data: TrainingData,
-    ctx: Context[PEFTManager, Any],
-    config: TrainingConfig = DEFAULTS,
+    training_data: TrainingData, ctx: Context[PEFTManager, Any], config: TrainingConfig = DEFAULTS
 ) -> Annotated[CallToolResult, TrainingDataReport]:
     """Dry run of train_adapter. Use it before a first or long run, or when results look wrong. Returns the dataset size,
     exclusions and reasons, held-out files, 3 sample examples, chosen settings, time and memory. Read-only; takes seconds, up
@@ -71,15 +68,14 @@ async def evaluate_adapter(
         TrainingData,
         Field(
             description="Code to evaluate on, as for train_adapter. The adapter's own repository is fine: text that it was "
-            "trained on is left out, if recorded.",
+            "trained on is left out, if recorded."
         ),
     ],
     *,
     ctx: Context[PEFTManager, Any],
     base_model: BaseRef = None,
     accept_unproven_base: Annotated[
-        bool,
-        Field(description="Evaluate although nothing proves that the adapter belongs to this base (shape_only)."),
+        bool, Field(description="Evaluate although nothing proves that the adapter belongs to this base (shape_only).")
     ] = False,
     wait_s: WaitSeconds = 0,
 ) -> Annotated[CallToolResult, TrainingStatus]:
@@ -89,10 +85,7 @@ async def evaluate_adapter(
     """
     manager = ctx.request_context.lifespan_context
     status = await manager.evaluate_adapter(
-        adapter_path,
-        evaluation_data,
-        base_model,
-        accept_unproven_base=accept_unproven_base,
+        adapter_path, evaluation_data, base_model, accept_unproven_base=accept_unproven_base
     )
     if wait_s:
         statuses = manager.watch_training(status.project_id, status.job_id, timeout_s=wait_s)
@@ -120,9 +113,7 @@ async def get_training_status(
 
 
 async def cancel_training(
-    project_id: ProjectId,
-    ctx: Context[PEFTManager, Any],
-    job_id: JobId = None,
+    project_id: ProjectId, ctx: Context[PEFTManager, Any], job_id: JobId = None
 ) -> Annotated[CallToolResult, TrainingStatus]:
     """Stop a job: immediately while it is queued, within seconds while it runs. Its last checkpoint is kept for
     resume_training; published adapters are not affected. Returns the job's status.

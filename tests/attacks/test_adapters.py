@@ -67,9 +67,7 @@ async def verify_without_a_base(place: Place) -> None:
 
 async def verify_with_its_weights(place: Place) -> None:
     found = await place.manager.verify_adapter_compatibility(
-        str(place.adapter),
-        str(place.base.path),
-        scan_weights=True,
+        str(place.adapter), str(place.base.path), scan_weights=True
     )
     judged(place, found, scanned=True)
 
@@ -85,10 +83,7 @@ async def load_without_a_base(place: Place) -> None:
 
 async def evaluate(place: Place) -> None:
     call = place.manager.evaluate_adapter(
-        str(place.adapter),
-        "/no/such",
-        str(place.base.path),
-        accept_unproven_base=True,
+        str(place.adapter), "/no/such", str(place.base.path), accept_unproven_base=True
     )
     error = await refused(call)
     fits = place.attack.code is None or place.attack.scanned  # the process that measures reads the weights
@@ -175,11 +170,7 @@ DOORS: list[Callable[[Place], Awaitable[None]]] = [
 @pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
 async def test_a_hostile_adapter_is_refused_or_harmless_at(
-    attack: Attack,
-    door: Callable[[Place], Awaitable[None]],
-    tmp_path: Path,
-    base: Base,
-    manager: PEFTManager,
+    attack: Attack, door: Callable[[Place], Awaitable[None]], tmp_path: Path, base: Base, manager: PEFTManager
 ) -> None:
     adapter = record_base(write_adapter(tmp_path / "adapter"), base)
     (adapter / "adapter_manifest.json").unlink()  # its hashes would give every change away

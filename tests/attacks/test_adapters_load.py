@@ -27,8 +27,7 @@ async def manager(data_dir: Path) -> AsyncIterator[PEFTManager]:
 @pytest.mark.model
 @pytest.mark.timeout(300)
 async def test_no_hostile_adapter_takes_effect_and_the_one_that_was_loaded_stays(
-    manager: PEFTManager,
-    tmp_path: Path,
+    manager: PEFTManager, tmp_path: Path
 ) -> None:
     base = write_tiny_base(tmp_path / "base")
     sound = str(write_tiny_adapter(tmp_path / "sound", base, seed=1))

@@ -99,7 +99,7 @@ class RandomArguments:
                 bounds = [node[key] for key in ("minimum", "maximum", "exclusiveMinimum") if key in node]
                 if self.wild == 0 and bounds:
                     return self.random.choice(
-                        [node.get("minimum", 1), node.get("maximum", 1), node.get("default") or 1],
+                        [node.get("minimum", 1), node.get("maximum", 1), node.get("default") or 1]
                     )
                 near = [bound + step for bound in bounds for step in (-1, 0, 1)]
                 return self.random.choice([*NUMBERS, *near, *near])
@@ -193,11 +193,7 @@ def paths(data_dir: Path, tmp_path: Path) -> list[str]:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("transport", ["in process", "stdio"])
 async def test_tools_answer_random_arguments_cleanly_and_the_server_survives(
-    transport: str,
-    era: str,
-    data_dir: Path,
-    home: Path,
-    paths: list[str],
+    transport: str, era: str, data_dir: Path, home: Path, paths: list[str]
 ) -> None:
     generator = RandomArguments(f"{SEED} {transport} {era}", paths)
     server: Any = build_server(Settings(data_dir=data_dir)) if transport == "in process" else stdio_server(data_dir)

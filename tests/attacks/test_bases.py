@@ -73,11 +73,10 @@ def test_whatever_a_configuration_holds_it_is_refused_in_words_or_fine(tmp_path:
         | st.just((ARRAY, (U32, [1, 2]))),
         min_size=1,
         max_size=4,
-    ),
+    )
 )
 def test_whatever_metadata_a_gguf_file_holds_it_is_refused_in_words_or_fine(
-    tmp_path: Path,
-    changes: dict[str, Any],
+    tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     (tmp_path / "x.gguf").write_bytes(gguf_bytes(GGUF_METADATA | changes))
     refused_or_fine(tmp_path / "x.gguf")
@@ -151,7 +150,7 @@ def tensors_of_nothing() -> bytes:
 
 def index_of_lists(path: Path) -> None:
     (write_model(path, shards=2) / "model.safetensors.index.json").write_bytes(
-        b'{"weight_map":[' + b",".join([b"[]"] * 10_000_000) + b"]}",
+        b'{"weight_map":[' + b",".join([b"[]"] * 10_000_000) + b"]}"
     )
 
 

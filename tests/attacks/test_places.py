@@ -80,10 +80,7 @@ async def refused(manager: PEFTManager, training_data: str, code: str = "sensiti
 
 @pytest.mark.parametrize("place", PRIVATE)
 async def test_a_private_place_is_refused_by_name_through_a_link_and_as_a_file(
-    home: Path,
-    tmp_path: Path,
-    manager: PEFTManager,
-    place: str,
+    home: Path, tmp_path: Path, manager: PEFTManager, place: str
 ) -> None:
     private = filled(home / place)
     (tmp_path / "innocent").symlink_to(private)
@@ -116,9 +113,7 @@ async def test_evaluation_data_in_a_private_place_is_refused(home: Path, manager
     ],
 )  # fmt: skip
 async def test_a_directory_that_contains_a_private_place_is_refused(
-    home: Path,
-    manager: PEFTManager,
-    parent: str,
+    home: Path, manager: PEFTManager, parent: str
 ) -> None:
     filled(home / parent)
     await refused(manager, str(home / parent))
@@ -130,9 +125,7 @@ async def test_a_directory_next_to_a_private_place_is_allowed(home: Path, manage
 
 
 async def test_another_users_home_is_refused_and_a_service_directory_is_not(
-    home: Path,
-    manager: PEFTManager,
-    monkeypatch: pytest.MonkeyPatch,
+    home: Path, manager: PEFTManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nobody, homes, sites = pwd.getpwuid(0), places._HOME_PARENTS[0], Path("/sites")
     users = [struct_passwd((*nobody[:5], str(directory), nobody[6])) for directory in (homes / "bob", sites, "/")]
@@ -143,8 +136,7 @@ async def test_another_users_home_is_refused_and_a_service_directory_is_not(
 
 
 async def test_missing_and_existing_files_in_a_private_place_get_the_same_error(
-    home: Path,
-    manager: PEFTManager,
+    home: Path, manager: PEFTManager
 ) -> None:
     filled(home / ".ssh")
     (home / ".ssh" / "id_ed25519_of_ada").touch()
@@ -166,8 +158,7 @@ async def test_system_directories_and_whole_homes_are_refused(home: Path, manage
 
 
 async def test_the_data_directory_its_contents_and_its_parents_are_refused(
-    manager: PEFTManager,
-    tmp_path: Path,
+    manager: PEFTManager, tmp_path: Path
 ) -> None:
     await refused(manager, str(filled(manager.settings.data_dir / "jobs" / "1" / "dataset")), "sensitive_place")
     await refused(manager, str(filled(tmp_path)))
@@ -197,8 +188,7 @@ def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     (tmp_path / "code").mkdir()
     (tmp_path / "models").mkdir()
     monkeypatch.setenv(
-        "CODEBASE_GARDENER_ALLOWED_ROOTS",
-        os.pathsep.join(map(str, (tmp_path / "code", tmp_path / "models"))),
+        "CODEBASE_GARDENER_ALLOWED_ROOTS", os.pathsep.join(map(str, (tmp_path / "code", tmp_path / "models")))
     )
     return Settings(data_dir=tmp_path / "data")
 
@@ -245,14 +235,11 @@ async def test_allowed_roots_permit_paths_inside(roots: Settings, tmp_path: Path
 
 @pytest.mark.parametrize("removed", ["code", "models"])
 async def test_a_removed_root_prevents_resuming_a_job_that_needs_it(
-    roots: Settings,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    removed: str,
+    roots: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: str
 ) -> None:
     model = write_model(tmp_path / "models" / "m")
     request = make_job().request.model_copy(
-        update={"source": filled(tmp_path / "code" / "web"), "base": resolve(str(model), roots)},
+        update={"source": filled(tmp_path / "code" / "web"), "base": resolve(str(model), roots)}
     )
     store = Store(roots.paths.database, time.time)
     store.create()

@@ -145,9 +145,7 @@ TRAPS: dict[str, Callable[[Path, str], None]] = {
 
 @pytest.mark.parametrize("trap", TRAPS.values(), ids=list(TRAPS))
 def test_a_repository_cannot_make_git_run_anything(
-    root: Path,
-    tmp_path: Path,
-    trap: Callable[[Path, str], None],
+    root: Path, tmp_path: Path, trap: Callable[[Path, str], None]
 ) -> None:
     marker = tmp_path / "it_ran"
     trap(root, f"touch {marker}; cat")
@@ -162,8 +160,7 @@ def test_a_repository_cannot_make_git_run_anything(
 
 @pytest.mark.parametrize("file", ["config", "index", "HEAD", "info/exclude", "objects/info/alternates"])
 @pytest.mark.parametrize(
-    "content",
-    [b"", b"\0" * 4096, b"[" * 4096, b"../../../..\n/etc\n/dev/zero\n", os.urandom(4096)],
+    "content", [b"", b"\0" * 4096, b"[" * 4096, b"../../../..\n/etc\n/dev/zero\n", os.urandom(4096)]
 )
 def test_a_damaged_git_directory_does_no_harm(root: Path, file: str, content: bytes) -> None:
     path = root / ".git" / file
@@ -213,10 +210,7 @@ def test_symbolic_links_are_never_followed(root: Path, tmp_path: Path, by_git: b
 
 @pytest.mark.parametrize("name", ["/etc/passwd.py", "../outside/private.py", "a/../../outside/private.py", "//x.py"])
 def test_names_that_lead_outside_the_root_are_not_followed(
-    root: Path,
-    tmp_path: Path,
-    name: str,
-    monkeypatch: pytest.MonkeyPatch,
+    root: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "private.py").write_text(CODE)
@@ -274,8 +268,7 @@ def test_directories_deeper_than_the_path_limit_do_no_harm(root: Path, tmp_path:
 
 
 def test_more_files_than_a_code_base_has_are_refused_with_a_message(
-    root: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(walk_module, "MAX_ENTRIES", 3)
     for _ in range(2):

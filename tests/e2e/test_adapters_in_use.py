@@ -74,9 +74,7 @@ async def test_an_adapter_is_verified_loaded_used_switched_and_unloaded(trained:
         question = [{"role": "user", "content": "What does json.dumps return?"}]
         messages.clear()
         result = await client.call_tool(
-            "generate",
-            {"messages": question, "max_new_tokens": 40},
-            progress_callback=on_progress,
+            "generate", {"messages": question, "max_new_tokens": 40}, progress_callback=on_progress
         )
         assert result.structured_content is not None
         assert result.structured_content["applied"]["prompt_format"] == "chat_template"

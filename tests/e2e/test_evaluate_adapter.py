@@ -22,9 +22,7 @@ async def evaluate(client: Client, adapter: str, data: object) -> dict[str, Any]
 
 
 async def test_an_adapter_is_evaluated_on_unseen_code_and_not_on_its_training_data(
-    trained: Path,
-    stdlib_repository: Path,
-    tmp_path: Path,
+    trained: Path, stdlib_repository: Path, tmp_path: Path
 ) -> None:
     methods = (stdlib_repository / "html" / "parser.py").read_text().split("\n    def ")[1:]
     html = [method for method in methods if 100 < len(method) < 1200]

@@ -35,10 +35,7 @@ async def call(client: Client, tool: str, **arguments: Any) -> Status:
 
 
 async def wait_for(
-    client: Client,
-    condition: Callable[[Status], object],
-    project: str,
-    job: str | None = None,
+    client: Client, condition: Callable[[Status], object], project: str, job: str | None = None
 ) -> Status:
     deadline = time.monotonic() + 300
     while True:
@@ -55,8 +52,7 @@ def ended(status: Status) -> bool:
 
 
 async def test_training_on_a_repository_gives_an_adapter_and_a_correct_report(
-    data_dir: Path,
-    stdlib_repository: Path,
+    data_dir: Path, stdlib_repository: Path
 ) -> None:
     calls: list[list[tuple[float, float, str]]] = []  # progress notifications of each call
 
@@ -67,11 +63,7 @@ async def test_training_on_a_repository_gives_an_adapter_and_a_correct_report(
         # 1. The answer comes immediately and says what will be done.
         began = time.monotonic()
         started = await call(
-            client,
-            "train_adapter",
-            project_id="std",
-            training_data=str(stdlib_repository),
-            config=SHORT,
+            client, "train_adapter", project_id="std", training_data=str(stdlib_repository), config=SHORT
         )
         assert time.monotonic() - began < 10  # a tenth of that on an idle machine; benchmarks/ measures it
         assert started["status"] == "queued"
@@ -171,9 +163,7 @@ print((before - after).abs().max().item())
 
 
 async def test_a_job_survives_its_client_and_server_and_other_servers_can_cancel_it(
-    data_dir: Path,
-    stdlib_repository: Path,
-    tiny_base: str,
+    data_dir: Path, stdlib_repository: Path, tiny_base: str
 ) -> None:
     short, long = ({**config, "base_model": tiny_base} for config in (SHORT, LONG))
     request = {"training_data": str(stdlib_repository), "config": long}
@@ -212,9 +202,7 @@ async def test_a_job_survives_its_client_and_server_and_other_servers_can_cancel
 
 
 async def test_a_cancelled_training_resumes_from_its_checkpoint_and_completes(
-    data_dir: Path,
-    stdlib_repository: Path,
-    tiny_base: str,
+    data_dir: Path, stdlib_repository: Path, tiny_base: str
 ) -> None:
     steps = 400
     async with Client(stdio_server(data_dir), mode="legacy") as client:
@@ -238,9 +226,7 @@ async def test_a_cancelled_training_resumes_from_its_checkpoint_and_completes(
 async def test_no_progress_notification_follows_the_answer(data_dir: Path, stdlib_repository: Path) -> None:
     """Read the raw protocol, because the SDK's client would not show a notification that comes too late."""
     server = await anyio.open_process(
-        [sys.executable, "-m", "server"],
-        env=stdio_server(data_dir).env,
-        stderr=subprocess.DEVNULL,
+        [sys.executable, "-m", "server"], env=stdio_server(data_dir).env, stderr=subprocess.DEVNULL
     )
     assert server.stdin
     assert server.stdout
@@ -306,11 +292,7 @@ def test_the_python_example_trains_and_prints_what_was_measured(data_dir: Path, 
     environment = {**os.environ, "CODEBASE_GARDENER_DATA_DIR": str(data_dir)}
     source = stdlib_repository / "json"
     output = subprocess.run(
-        [sys.executable, str(example), str(source)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, str(example), str(source)], env=environment, capture_output=True, text=True, check=False
     )
     assert output.returncode == 0, output.stderr
     assert "100.0 %  completed  step 3" in output.stdout

@@ -101,9 +101,7 @@ print(refused)
 
 @pytest.mark.model
 async def test_the_main_job_makes_no_connection_and_leaks_no_secret(
-    data_dir: Path,
-    repository: Path,
-    tmp_path: Path,
+    data_dir: Path, repository: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "hook").mkdir()
     (tmp_path / "hook" / "sitecustomize.py").write_text(HOOK)

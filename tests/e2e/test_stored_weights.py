@@ -32,9 +32,7 @@ def test_the_bundled_file_and_its_conversion_hold_the_same_weights_bit_for_bit(c
 
 
 async def test_training_stays_within_a_memory_limit_and_near_its_estimate(
-    trained: Path,
-    data_dir: Path,
-    stdlib_repository: Path,
+    trained: Path, data_dir: Path, stdlib_repository: Path
 ) -> None:
     """Repeat the run of the project 'json' under a limit that only the leanest plan meets, and expect the same losses.
 

@@ -41,6 +41,6 @@ for line in sys.stdin:
         elapsed_s=0,
     )
     sys.stdout.write(
-        Response(id=request.id, answer=answer.model_dump(), resident=MemoryState()).model_dump_json() + "\n",
+        Response(id=request.id, answer=answer.model_dump(), resident=MemoryState()).model_dump_json() + "\n"
     )
     sys.stdout.flush()

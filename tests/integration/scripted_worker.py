@@ -35,13 +35,7 @@ def emit(event: Event) -> None:
 
 def step_completed(step: int) -> StepCompleted:
     return StepCompleted(
-        step=step,
-        loss=2.0,
-        learning_rate=1e-3,
-        tokens=step,
-        tokens_per_second=1.0,
-        eta_s=1.0,
-        memory_bytes=1,
+        step=step, loss=2.0, learning_rate=1e-3, tokens=step, tokens_per_second=1.0, eta_s=1.0, memory_bytes=1
     )
 
 

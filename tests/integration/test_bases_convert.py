@@ -157,8 +157,7 @@ def converted(bundled: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.model
 def test_the_converted_model_computes_what_an_independent_reading_of_the_gguf_computes(
-    bundled: Base,
-    converted: Path,
+    bundled: Base, converted: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(converted, local_files_only=True).eval()
     reference = LlamaForCausalLM(_written_out_config()).eval()
@@ -224,9 +223,7 @@ def test_the_converted_tokenizer_is_smollm2_s(converted: Path) -> None:
     )
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token) == (1, 2, "<|endoftext|>")
     rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "hi"}],
-        tokenize=False,
-        add_generation_prompt=True,
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
     )
     assert rendered.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
     assert rendered.endswith("<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")

@@ -57,17 +57,14 @@ def adapted(base: Base, *, in_bfloat16: bool, config: TrainingConfig = CONFIG) -
 @pytest.mark.parametrize("in_bfloat16", [False, True])
 @pytest.mark.parametrize("family", sorted(filter(has_fused_blocks, FAMILIES)))
 def test_every_block_of_a_fused_family_is_fused_and_stores_the_planned_bytes(
-    family: str,
-    in_bfloat16: bool,
-    tmp_path: Path,
+    family: str, in_bfloat16: bool, tmp_path: Path
 ) -> None:
     base = resolve(str(write_tiny_base(tmp_path / "base", family)), Settings())
     model, objective = adapted(base, in_bfloat16=in_bfloat16)
     assert objective.packed
     assert objective.head is not None
     assert sum(weight.numel() for weight in lora.weights(model).values()) == lora_parameters(
-        CONFIG.lora_rank,
-        base.shape,
+        CONFIG.lora_rank, base.shape
     )
 
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -91,9 +88,7 @@ def test_every_block_of_a_fused_family_is_fused_and_stores_the_planned_bytes(
 @pytest.mark.parametrize("in_bfloat16", [False, True])
 @pytest.mark.parametrize("family", sorted(filter(has_fused_blocks, FAMILIES)))
 def test_the_activation_arena_changes_no_bit_of_loss_and_gradient(
-    family: str,
-    in_bfloat16: bool,
-    tmp_path: Path,
+    family: str, in_bfloat16: bool, tmp_path: Path
 ) -> None:
     base = resolve(str(write_tiny_base(tmp_path / "base", family)), Settings())
     model, objective = adapted(base, in_bfloat16=in_bfloat16)
@@ -113,10 +108,7 @@ def test_the_activation_arena_changes_no_bit_of_loss_and_gradient(
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["up_proj", "o_proj"], ["down_proj"]])
 @pytest.mark.parametrize("family", sorted(filter(has_fused_blocks, FAMILIES)))
 def test_loss_and_gradient_in_bf16_match_float32_up_to_rounding(
-    family: str,
-    targets: Literal["all-linear"] | list[str],
-    recompute: bool,
-    tmp_path: Path,
+    family: str, targets: Literal["all-linear"] | list[str], recompute: bool, tmp_path: Path
 ) -> None:
     base = resolve(str(write_tiny_base(tmp_path / "base", family, dtype=torch.bfloat16)), Settings())
     config = CONFIG.model_copy(update={"target_modules": targets})
@@ -184,9 +176,7 @@ def test_an_accelerator_loads_a_base_model_in_its_own_formats(family: str, tmp_p
 @pytest.mark.model
 @pytest.mark.parametrize("leak", ["none", "one layer", "every layer"])
 def test_the_packing_probe_distinguishes_rounding_from_attention_leaks(
-    leak: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    leak: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on an accelerator, whose attention for many documents is another kernel than that for one."""
     base = resolve(None, Settings(data_dir=tmp_path))
@@ -194,11 +184,7 @@ def test_the_packing_probe_distinguishes_rounding_from_attention_leaks(
     calls = count()
 
     def attend(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        lengths: tuple[int, ...],
-        **others: Any,
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...], **others: Any
     ) -> torch.Tensor:
         layer = next(calls) % base.shape.layers
         leaks = leak == "every layer" or (leak == "one layer" and layer == 15)

@@ -115,10 +115,7 @@ def test_data_that_the_adapter_was_trained_on_is_rejected_with_the_overlap(tmp_p
 
 @pytest.mark.parametrize(("moved", "field"), [("data", "evaluation_data"), ("adapter", "adapter_path")])
 def test_paths_outside_the_allowed_roots_are_not_read_when_the_job_starts(
-    tmp_path: Path,
-    tiny_base: Path,
-    moved: str,
-    field: str,
+    tmp_path: Path, tiny_base: Path, moved: str, field: str
 ) -> None:
     adapter = write_tiny_adapter(tmp_path / "adapters" / "a", tiny_base, seed=1)
     (tmp_path / "code").mkdir()

@@ -32,10 +32,7 @@ def test_a_base_model_with_fim_tokens_is_trained_on_fim_examples(tmp_path: Path)
         request=make_request(
             source=repository(tmp_path / "code", files=6, functions=8),
             config=TrainingConfig(
-                device="cpu",
-                learning_rate=1e-3,
-                mixture=TaskMixture(fill_in_the_middle=1),
-                **SHORT_RUN,
+                device="cpu", learning_rate=1e-3, mixture=TaskMixture(fill_in_the_middle=1), **SHORT_RUN
             ),
             base=resolve(str(base), Settings()),
         ),

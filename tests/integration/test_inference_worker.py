@@ -66,9 +66,7 @@ async def texts_of_single_use(manager: PEFTManager, adapters: list[str], base: s
 
 
 async def test_concurrent_adapter_switches_do_not_change_outputs(
-    manager: PEFTManager,
-    adapters: list[str],
-    base: str,
+    manager: PEFTManager, adapters: list[str], base: str
 ) -> None:
     expected = await texts_of_single_use(manager, adapters, base)
     assert expected[0] != expected[1]
@@ -90,9 +88,7 @@ async def test_concurrent_adapter_switches_do_not_change_outputs(
 
 
 async def test_memory_does_not_grow_over_a_hundred_load_and_unload_cycles(
-    manager: PEFTManager,
-    adapters: list[str],
-    base: str,
+    manager: PEFTManager, adapters: list[str], base: str
 ) -> None:
     sizes = []
     for _ in range(100):
@@ -114,11 +110,7 @@ CALLS: dict[str, Callable[[PEFTManager, str, str], Awaitable[Any]]] = {
 @pytest.mark.parametrize("kind", CALLS)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 async def test_a_worker_that_dies_during_a_call_is_reported_and_the_next_load_starts_a_new_one(
-    manager: PEFTManager,
-    adapters: list[str],
-    base: str,
-    kind: str,
-    number: signal.Signals,
+    manager: PEFTManager, adapters: list[str], base: str, kind: str, number: signal.Signals
 ) -> None:
     await manager.load_adapter(adapters[0], base)
     before = (await manager.generate(SHORT)).text
@@ -155,9 +147,7 @@ async def test_a_worker_that_dies_during_a_call_is_reported_and_the_next_load_st
 
 
 async def test_a_worker_that_is_killed_while_it_starts_is_reported(
-    manager: PEFTManager,
-    adapters: list[str],
-    base: str,
+    manager: PEFTManager, adapters: list[str], base: str
 ) -> None:
     async def kill(_done: float, _total: float | None, _message: str) -> None:
         if manager._inference._client.pid is not None:
@@ -170,9 +160,7 @@ async def test_a_worker_that_is_killed_while_it_starts_is_reported(
 
 
 async def test_a_worker_that_died_between_calls_is_reported(
-    manager: PEFTManager,
-    adapters: list[str],
-    base: str,
+    manager: PEFTManager, adapters: list[str], base: str
 ) -> None:
     await manager.load_adapter(adapters[0], base)
     process = psutil.Process(worker_pid(manager))
@@ -187,9 +175,7 @@ async def test_a_worker_that_died_between_calls_is_reported(
 
 
 async def test_an_idle_worker_exits_and_a_new_one_is_started_when_needed(
-    data_dir: Path,
-    adapters: list[str],
-    base: str,
+    data_dir: Path, adapters: list[str], base: str
 ) -> None:
     async with PEFTManager(Settings(data_dir=data_dir, idle_unload_s=0.2)) as manager:
         await manager.load_adapter(adapters[0], base)
@@ -201,8 +187,7 @@ async def test_an_idle_worker_exits_and_a_new_one_is_started_when_needed(
 
 
 async def test_a_call_whose_worker_just_exited_idle_is_repeated_on_a_new_worker(
-    data_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("peft_core.inference.client.WORKER", [sys.executable, str(SCRIPTED)])
     config = WorkerConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=1)
@@ -241,9 +226,7 @@ async def abandon(client: InferenceClient, adapter: Path) -> int:
 
 
 async def test_a_worker_that_stays_busy_with_a_cancelled_call_is_killed_and_reported(
-    scripted: InferenceClient,
-    data_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    scripted: InferenceClient, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("peft_core.inference.client.CANCELLED_LOAD_TIMEOUT_S", 0.2)
     with anyio.fail_after(60):
@@ -267,8 +250,7 @@ async def test_a_worker_that_stays_busy_with_a_cancelled_call_is_killed_and_repo
 
 
 async def test_a_worker_that_dies_after_a_cancelled_call_is_replaced_by_the_next_call(
-    scripted: InferenceClient,
-    data_dir: Path,
+    scripted: InferenceClient, data_dir: Path
 ) -> None:
     with anyio.fail_after(60):
         doomed = await abandon(scripted, data_dir / "doomed")
@@ -277,9 +259,7 @@ async def test_a_worker_that_dies_after_a_cancelled_call_is_replaced_by_the_next
 
 
 async def test_a_worker_with_an_endless_line_is_killed(
-    scripted: InferenceClient,
-    data_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    scripted: InferenceClient, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("peft_core.inference.client.MAX_LINE", 10)
     with anyio.fail_after(60), pytest.raises(InferenceError, match="killed by SIGKILL"):
@@ -288,8 +268,7 @@ async def test_a_worker_with_an_endless_line_is_killed(
 
 
 async def test_closing_the_client_while_a_worker_starts_leaves_no_process_behind(
-    scripted: InferenceClient,
-    data_dir: Path,
+    scripted: InferenceClient, data_dir: Path
 ) -> None:
     before = set(psutil.Process().children())
 
@@ -306,8 +285,7 @@ def test_a_worker_skips_unusable_lines_and_answers_the_next_request(data_dir: Pa
     command = [*WORKER, config.model_dump_json()]
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii:strict"}
     request = Request(
-        id=7,
-        request=Load(adapter_path=data_dir / "nichts-für-ungut", base=make_base()),
+        id=7, request=Load(adapter_path=data_dir / "nichts-für-ungut", base=make_base())
     ).model_dump_json()
     lines = b"\xff\xfe not utf-8\n" + b"[" * 100_000 + b"\n" + request.encode() + b"\n"
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as worker:
@@ -324,9 +302,7 @@ def test_a_worker_skips_unusable_lines_and_answers_the_next_request(data_dir: Pa
 
 
 async def test_a_cancelled_generation_stops_and_does_not_affect_the_next(
-    manager: PEFTManager,
-    adapters: list[str],
-    base: str,
+    manager: PEFTManager, adapters: list[str], base: str
 ) -> None:
     await manager.load_adapter(adapters[0], base)
     expected = (await manager.generate(SHORT)).text
@@ -334,10 +310,7 @@ async def test_a_cancelled_generation_stops_and_does_not_affect_the_next(
         with anyio.CancelScope() as scope:
 
             async def leave(
-                _done: float,
-                _total: float | None,
-                _message: str,
-                leaving: anyio.CancelScope = scope,
+                _done: float, _total: float | None, _message: str, leaving: anyio.CancelScope = scope
             ) -> None:
                 leaving.cancel()
 
@@ -356,10 +329,7 @@ async def test_a_cancelled_generation_stops_and_does_not_affect_the_next(
 
 @pytest.mark.parametrize("stage", ["checking the adapter", "loading the adapter", "the adapter takes effect"])
 async def test_the_list_is_accurate_after_a_cancelled_load(
-    manager: PEFTManager,
-    adapters: list[str],
-    base: str,
-    stage: str,
+    manager: PEFTManager, adapters: list[str], base: str, stage: str
 ) -> None:
     await manager.load_adapter(adapters[0], base)
     with anyio.CancelScope() as scope:
@@ -398,9 +368,7 @@ async def test_a_call_that_waits_for_its_turn_reports_it(manager: PEFTManager, a
 
 
 async def test_the_worker_ends_with_its_manager_and_with_the_server_process(
-    data_dir: Path,
-    adapters: list[str],
-    base: str,
+    data_dir: Path, adapters: list[str], base: str
 ) -> None:
     async with PEFTManager(Settings(data_dir=data_dir)) as manager:
         await manager.load_adapter(adapters[0], base)
@@ -419,10 +387,7 @@ async def test_the_worker_ends_with_its_manager_and_with_the_server_process(
 
 @pytest.mark.parametrize("path", ["missing", "file"])
 async def test_a_path_without_an_adapter_starts_no_worker(
-    manager: PEFTManager,
-    adapters: list[str],
-    base: str,
-    path: str,
+    manager: PEFTManager, adapters: list[str], base: str, path: str
 ) -> None:
     wrong = f"{adapters[0]}/adapter_model.safetensors" if path == "file" else "/no/such/adapter"
     with pytest.raises(PeftMcpError, match="is a file" if path == "file" else "No adapter at"):
@@ -447,13 +412,11 @@ def test_a_worker_whose_torch_is_broken_says_so_in_the_last_line_of_its_log(data
 
 
 async def test_a_call_that_waits_for_a_cancelled_one_fails_when_the_client_is_closed(
-    data_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("peft_core.inference.client.WORKER", [sys.executable, str(SCRIPTED)])
     client = InferenceClient(
-        WorkerConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=1),
-        data_dir / "inference.log",
+        WorkerConfig(base_models_dir=data_dir, max_resident_adapters=3, idle_s=1), data_dir / "inference.log"
     )
     with anyio.CancelScope() as scope:
 

@@ -110,8 +110,7 @@ def test_two_launched_processes_train_like_one(tmp_path: Path, tiny_base: Path) 
 
 
 def test_killing_one_launched_process_ends_the_others_with_one_job_failed_event(
-    tmp_path: Path,
-    tiny_base: Path,
+    tmp_path: Path, tiny_base: Path
 ) -> None:
     task = make_task(tmp_path, str(tiny_base), **ENDLESS)
     with launched(task) as process:
@@ -131,9 +130,7 @@ def test_killing_one_launched_process_ends_the_others_with_one_job_failed_event(
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_launched_processes_save_a_checkpoint_and_end_with_their_launcher(
-    tmp_path: Path,
-    tiny_base: Path,
-    end: signal.Signals,
+    tmp_path: Path, tiny_base: Path, end: signal.Signals
 ) -> None:
     task = make_task(tmp_path, str(tiny_base), **ENDLESS)
     with launched(task) as process:
@@ -147,23 +144,17 @@ def test_launched_processes_save_a_checkpoint_and_end_with_their_launcher(
 
 @pytest.mark.parametrize("processes", [1, 2])
 async def test_a_job_is_trained_under_the_launcher_of_the_settings(
-    tmp_path: Path,
-    tiny_base: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    processes: int,
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, processes: int
 ) -> None:
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     records = make_task(tmp_path, str(tiny_base), **SHORT_RUN).request.source
     settings = Settings(
-        data_dir=tmp_path / "data",
-        launcher=" ".join(LAUNCHER if processes == 2 else [*LAUNCHER[:3], "--cpu"]),
+        data_dir=tmp_path / "data", launcher=" ".join(LAUNCHER if processes == 2 else [*LAUNCHER[:3], "--cpu"])
     )
     async with PEFTManager(settings) as manager:
         job = await manager.train_adapter(
-            "adds",
-            str(records),
-            {**SHORT_RUN, "base_model": str(tiny_base), "allow_little_data": True},
+            "adds", str(records), {**SHORT_RUN, "base_model": str(tiny_base), "allow_little_data": True}
         )
         async for status in manager.watch_training("adds", job.job_id):
             last = status

@@ -22,8 +22,7 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this mac
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=BROWSER,
-            args=["--no-sandbox", "--disable-background-networking"],
+            executable_path=BROWSER, args=["--no-sandbox", "--disable-background-networking"]
         )
         yield browser
         browser.close()
@@ -34,11 +33,7 @@ def report(tmp_path: Path) -> Path:
     path = tmp_path / "report.html"
     tables = {"Data": {"files": "12", "a long name": "x" * 300, "hostile": HOSTILE}}
     page = render_report(
-        title="web on SmolLM2",
-        subtitle=HOSTILE,
-        evaluation=make_evaluation(),
-        curve=loss_curve(EVENTS),
-        tables=tables,
+        title="web on SmolLM2", subtitle=HOSTILE, evaluation=make_evaluation(), curve=loss_curve(EVENTS), tables=tables
     )
     path.write_text(page, encoding="utf-8")
     return path
@@ -47,9 +42,7 @@ def report(tmp_path: Path) -> Path:
 def open_report(browser: Browser, report: Path, *, dark: bool = False, width: int = 1000) -> tuple[Page, list[str]]:
     """Open the report. Return the page, and everything that the browser complained about or requested besides the page."""
     context = browser.new_context(
-        offline=True,
-        color_scheme="dark" if dark else "light",
-        viewport={"width": width, "height": 900},
+        offline=True, color_scheme="dark" if dark else "light", viewport={"width": width, "height": 900}
     )
     page = context.new_page()
     complaints: list[str] = []

@@ -85,10 +85,7 @@ def test_the_task_names_the_data_directory_and_the_allowed_roots(store: Store, s
     assert task.allowed_roots is None
 
 
-def test_a_resumed_run_replays_unrecorded_events_and_no_event_is_recorded_twice(
-    store: Store,
-    spawn: Spawn,
-) -> None:
+def test_a_resumed_run_replays_unrecorded_events_and_no_event_is_recorded_twice(store: Store, spawn: Spawn) -> None:
     store.insert(make_job("job", "resumes"))
     recorded = (step_completed(1), step_completed(2))
     for event in (JobStarted(), RunPlanned(device="cpu", total_steps=1000), *recorded, JobInterrupted(reason="killed")):
@@ -153,17 +150,14 @@ def test_a_worker_that_received_sigterm_is_interrupted(store: Store, spawn: Spaw
 
 def test_an_error_in_a_task_group_keeps_its_code_text_and_advice() -> None:
     error = ExceptionGroup(
-        "unhandled",
-        [StorageError("The disk is full.", code="disk_full", suggestions=["Free some"])],
+        "unhandled", [StorageError("The disk is full.", code="disk_full", suggestions=["Free some"])]
     )
     problem = error_info(error, RUNNER)
     assert (problem.code, problem.message, problem.suggestions) == ("disk_full", "The disk is full.", ("Free some",))
 
 
 def test_a_runner_that_cannot_work_fails_its_job_with_the_reason(
-    paths: DataPaths,
-    store: Store,
-    monkeypatch: pytest.MonkeyPatch,
+    paths: DataPaths, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor, "RUNNER", [sys.executable, "-c", "raise SystemExit('no runner today')"])
     store.insert(make_job("job"))
@@ -175,10 +169,7 @@ def test_a_runner_that_cannot_work_fails_its_job_with_the_reason(
 
 
 def test_a_job_fails_after_several_runners_were_killed_at_their_start(
-    paths: DataPaths,
-    store: Store,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    paths: DataPaths, store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     starts = tmp_path / "starts"
     script = f"import os; open({str(starts)!r}, 'a').write('x'); os.kill(os.getpid(), 9)"
@@ -193,9 +184,7 @@ def test_a_job_fails_after_several_runners_were_killed_at_their_start(
 
 
 def test_a_job_stays_queued_and_can_be_cancelled_if_no_process_can_be_started(
-    paths: DataPaths,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    paths: DataPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor, "RUNNER", [str(tmp_path / "no such program")])
     base = write_model(tmp_path / "base")
@@ -212,9 +201,7 @@ def test_a_job_stays_queued_and_can_be_cancelled_if_no_process_can_be_started(
 
 
 def test_a_runner_is_started_and_reaped_even_if_no_thread_can_be_started(
-    paths: DataPaths,
-    store: Store,
-    monkeypatch: pytest.MonkeyPatch,
+    paths: DataPaths, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_thread(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -248,9 +235,7 @@ def test_the_next_job_runs_after_every_kind_of_failure(store: Store, spawn: Spaw
 
 @pytest.mark.parametrize("project", ["hangs", "stubborn"])
 def test_a_running_job_is_cancelled_even_if_its_worker_ignores_sigterm(
-    store: Store,
-    spawn: Spawn,
-    project: str,
+    store: Store, spawn: Spawn, project: str
 ) -> None:
     store.insert(make_job("job", project))
     runner = spawn()
@@ -261,10 +246,7 @@ def test_a_running_job_is_cancelled_even_if_its_worker_ignores_sigterm(
 
 
 def test_an_evaluation_job_completes_with_its_evaluation_and_a_report(
-    store: Store,
-    spawn: Spawn,
-    paths: DataPaths,
-    tmp_path: Path,
+    store: Store, spawn: Spawn, paths: DataPaths, tmp_path: Path
 ) -> None:
     job = make_job("job", "evaluates")
     evaluated = EvaluatedAdapter(adapter_path=tmp_path / "adapter")
@@ -310,9 +292,7 @@ def test_a_killed_runner_leaves_an_interrupted_job_and_no_worker(store: Store, s
 
 
 def test_a_job_with_a_pending_cancel_request_is_cancelled_when_the_runner_dies(
-    store: Store,
-    spawn: Spawn,
-    paths: DataPaths,
+    store: Store, spawn: Spawn, paths: DataPaths
 ) -> None:
     store.insert(make_job("job", "stubborn"))
     runner = spawn()
@@ -329,9 +309,7 @@ def test_a_job_with_a_pending_cancel_request_is_cancelled_when_the_runner_dies(
 
 
 def test_a_runner_that_receives_sigterm_interrupts_its_job_and_ends_its_worker(
-    store: Store,
-    spawn: Spawn,
-    paths: DataPaths,
+    store: Store, spawn: Spawn, paths: DataPaths
 ) -> None:
     store.insert(make_job("job", "hangs", created_at=0.0))
     store.insert(make_job("waiting", "fails", created_at=1.0))

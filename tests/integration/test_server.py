@@ -242,10 +242,7 @@ BAD_INPUT: list[tuple[str, dict[str, Any], list[str]]] = [
 
 
 async def test_invalid_arguments_give_one_clear_error_and_no_job(
-    connect: Connect,
-    code: Path,
-    data_dir: Path,
-    subtests: pytest.Subtests,
+    connect: Connect, code: Path, data_dir: Path, subtests: pytest.Subtests
 ) -> None:
     adapter = str(write_adapter(code / "adapter"))
     async with connect() as client:
@@ -266,9 +263,7 @@ async def test_invalid_arguments_give_one_clear_error_and_no_job(
 
 
 async def test_inspect_training_data_shows_the_dataset_and_writes_nothing(
-    connect: Connect,
-    code: Path,
-    data_dir: Path,
+    connect: Connect, code: Path, data_dir: Path
 ) -> None:
     (code / "licence.py").write_text("# Copyright 2026 Some One, all rights reserved, more or less\n" + CREDENTIAL)
     async with connect() as client:
@@ -311,8 +306,7 @@ async def test_the_result_of_verification_is_in_the_text_and_in_the_data(connect
     adapter = record_base(write_adapter(tmp_path / "adapter"), resolve(str(base), Settings()))
     async with connect() as client:
         result = await client.call_tool(
-            "verify_adapter_compatibility",
-            {"adapter_path": str(adapter), "base_model": str(base)},
+            "verify_adapter_compatibility", {"adapter_path": str(adapter), "base_model": str(base)}
         )
         assert result.structured_content is not None
         assert (result.structured_content["verdict"], result.structured_content["compatible"]) == ("sampled", True)
@@ -321,8 +315,7 @@ async def test_the_result_of_verification_is_in_the_text_and_in_the_data(connect
         write_model(base, hidden_size=64)
         (adapter / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
         result = await client.call_tool(
-            "verify_adapter_compatibility",
-            {"adapter_path": str(adapter), "base_model": str(base)},
+            "verify_adapter_compatibility", {"adapter_path": str(adapter), "base_model": str(base)}
         )
         assert not result.is_error
         assert result.structured_content is not None
@@ -362,10 +355,7 @@ def test_an_unwritable_data_directory_is_reported_with_its_setting(tmp_path: Pat
 def start_without_sdk(data_dir: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "CODEBASE_GARDENER_DATA_DIR": str(data_dir)}
     return subprocess.Popen(
-        [sys.executable, "-m", "server"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=environment,
+        [sys.executable, "-m", "server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
     )
 
 
@@ -443,11 +433,7 @@ def test_help_and_version_are_printed() -> None:
 def test_an_invalid_setting_is_reported_at_the_start() -> None:
     environment = {**os.environ, "CODEBASE_GARDENER_MAX_MEMORY_MB": "lots"}
     output = subprocess.run(
-        [sys.executable, "-m", "server"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-m", "server"], env=environment, capture_output=True, text=True, check=False
     )
     assert output.returncode == 2
     assert "CODEBASE_GARDENER_MAX_MEMORY_MB = 'lots'" in output.stderr

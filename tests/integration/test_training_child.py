@@ -81,8 +81,7 @@ def make_task(directory: Path, base: str | None, **config: Any) -> TrainingTask:
 
 
 def test_a_link_that_points_to_a_forbidden_place_when_the_job_starts_is_not_followed(
-    tmp_path: Path,
-    tiny_base: Path,
+    tmp_path: Path, tiny_base: Path
 ) -> None:
     task = make_task(tmp_path, str(tiny_base), **SHORT_RUN)
     data_dir, outside = tmp_path / "data", tmp_path / "outside"
@@ -143,9 +142,7 @@ def losses(directory: Path, base: Path, execution: ComputePlan, **config: Any) -
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])  # with dropout, PEFT's own layers are used
 def test_mmapped_weights_and_gradient_checkpointing_give_bit_identical_losses(
-    tmp_path: Path,
-    tiny_base: Path,
-    dropout: float,
+    tmp_path: Path, tiny_base: Path, dropout: float
 ) -> None:
     plain, log = losses(tmp_path / "memory", tiny_base, ComputePlan(), dropout=dropout)
     assert "base_mapped" not in log
@@ -165,10 +162,7 @@ def test_bfloat16_matrix_products_give_nearly_the_same_losses(tmp_path: Path, ti
 
 @pytest.mark.parametrize(("weights", "exists"), [("bfloat16", True), ("float32", False)])
 def test_the_activation_arena_exists_only_while_bfloat16_blocks_train(
-    tmp_path: Path,
-    tiny_base: Path,
-    weights: Any,
-    exists: bool,
+    tmp_path: Path, tiny_base: Path, weights: Any, exists: bool
 ) -> None:
     arena_counts: dict[str, int] = {}
 
@@ -185,10 +179,7 @@ def test_the_activation_arena_exists_only_while_bfloat16_blocks_train(
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradient_checkpointing_returns_freed_memory_from_the_start(
-    tmp_path: Path,
-    tiny_base: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    recompute: bool,
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, recompute: bool
 ) -> None:
     sizes: list[int] = []
     set_threshold = memory._set_threshold
@@ -233,13 +224,7 @@ def test_a_run_writes_a_complete_adapter_that_plain_peft_can_load(tmp_path: Path
     assert written.metrics.adapter_loss < written.metrics.base_loss
 
     adapter = task.job_dir / "adapter"
-    names = {
-        "README.md",
-        "adapter_config.json",
-        "adapter_manifest.json",
-        "adapter_model.safetensors",
-        "trained_on.bin",
-    }
+    names = {"README.md", "adapter_config.json", "adapter_manifest.json", "adapter_model.safetensors", "trained_on.bin"}
     assert {path.name for path in adapter.iterdir()} == names
     assert [reason for reason in verify(adapter, task.request.base).reasons if reason.severity == "error"] == []
     manifest = read_manifest(adapter)
@@ -296,7 +281,7 @@ def test_only_events_are_written_to_standard_output(tmp_path: Path, tiny_base: P
         "def noise():\n"
         "    time.sleep(2)\n"
         "    print('a library that prints', flush=True)\n"
-        "threading.Thread(target=noise, daemon=True).start()\n",
+        "threading.Thread(target=noise, daemon=True).start()\n"
     )
     code, events, err = run_worker(make_task(tmp_path, str(tiny_base), **SHORT_RUN), PYTHONPATH=str(site))
     assert code == 0
@@ -361,12 +346,7 @@ def test_a_worker_whose_parent_dies_exits_with_a_checkpoint(tmp_path: Path, tiny
 
 
 def test_two_processes_give_the_same_losses_and_adapter_as_one(tmp_path: Path, tiny_base: Path) -> None:
-    config = {
-        **SHORT_RUN,
-        "batch_size": 3,
-        "max_steps": None,
-        "num_epochs": 0.5,
-    }  # the last step has fewer examples
+    config = {**SHORT_RUN, "batch_size": 3, "max_steps": None, "num_epochs": 0.5}  # the last step has fewer examples
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     code, alone, err = run_worker(make_task(tmp_path / "one", str(tiny_base), **config))
@@ -421,11 +401,7 @@ sys.meta_path.insert(0, Finder())
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_rollback_is_recorded_in_manifest_and_model_card(
-    tmp_path: Path,
-    tiny_base: Path,
-    processes: int,
-) -> None:
+def test_a_rollback_is_recorded_in_manifest_and_model_card(tmp_path: Path, tiny_base: Path, processes: int) -> None:
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(_FAULT)

@@ -47,7 +47,7 @@ class Scenario:
     base: Path
     project: str = "small"
     config: dict[str, object] = field(
-        default_factory=lambda: {"device": "cpu", "max_length": 128, "allow_little_data": True},
+        default_factory=lambda: {"device": "cpu", "max_length": 128, "allow_little_data": True}
     )
     settings: Settings | None = None
     job_id: str | None = None

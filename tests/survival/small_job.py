@@ -101,14 +101,8 @@ def evaluate(emit: Emit, step: int) -> None:
 def train_step(step: int, emit: Emit) -> None:
     emit(
         StepCompleted(
-            step=step,
-            loss=2.0,
-            learning_rate=1e-3,
-            tokens=step,
-            tokens_per_second=1.0,
-            eta_s=1.0,
-            memory_bytes=1,
-        ),
+            step=step, loss=2.0, learning_rate=1e-3, tokens=step, tokens_per_second=1.0, eta_s=1.0, memory_bytes=1
+        )
     )
 
 

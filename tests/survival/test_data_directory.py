@@ -68,10 +68,7 @@ def fill(ballast: Path) -> None:
 
 
 def test_a_full_disk_is_reported_and_the_job_can_be_resumed_once_there_is_space(
-    small_disk: Path,
-    source: Path,
-    small_base: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    small_disk: Path, source: Path, small_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planner, "_check_disk", lambda *_: None)  # the disk fills up after the plan
     scenario = Scenario(small_disk, source, small_base)
@@ -89,9 +86,7 @@ def test_a_full_disk_is_reported_and_the_job_can_be_resumed_once_there_is_space(
 
 
 def test_training_on_a_full_disk_is_refused_with_the_free_space(
-    small_disk: Path,
-    source: Path,
-    small_base: Path,
+    small_disk: Path, source: Path, small_base: Path
 ) -> None:
     with pytest.raises(StorageError, match="MB are free") as caught:
         Scenario(small_disk, source, small_base).submit("web")
@@ -132,9 +127,7 @@ def test_a_job_whose_data_directory_is_removed_ends(scenario: Scenario) -> None:
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_refused_with_the_reason(
-    scenario: Scenario,
-    monkeypatch: pytest.MonkeyPatch,
-    number: int,
+    scenario: Scenario, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def no_locks(*_: object) -> None:
         raise OSError(number, os.strerror(number))

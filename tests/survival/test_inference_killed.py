@@ -122,11 +122,7 @@ def tiny_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("method", ["SIGKILL", "SIGTERM", MEMORY])
 def test_a_killed_inference_worker_is_reported_and_can_be_replaced(
-    tmp_path: Path,
-    source: Path,
-    tiny_base: Path,
-    tiny_adapter: Path,
-    method: str,
+    tmp_path: Path, source: Path, tiny_base: Path, tiny_adapter: Path, method: str
 ) -> None:
     scenario = Scenario(tmp_path, source, tiny_base)
     kills = shuffled([Kill(point, "inference worker", method) for point in TOOL_OF], f"inference worker {method}")

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.survival
 
 SEED = int(os.environ.get("PEFT_SURVIVAL_SEED", random.SystemRandom().randrange(10**6)))
 ROUNDS = float(
-    os.environ.get("PEFT_SURVIVAL_ROUNDS", "0.25"),
+    os.environ.get("PEFT_SURVIVAL_ROUNDS", "0.25")
 )  # below 1: a part of the kills, which depends on the seed
 
 
@@ -44,8 +44,7 @@ def expect_survival_of(scenario: Scenario, kills: list[Kill]) -> None:
 @pytest.mark.parametrize("method", ["SIGKILL", "SIGTERM", "memory"])
 def test_the_job_survives_the_death_of_its_worker(scenario: Scenario, method: str) -> None:
     expect_survival_of(
-        scenario,
-        shuffled([Kill(point, "worker", method) for point in SMALL_WORKER], f"worker {method}"),
+        scenario, shuffled([Kill(point, "worker", method) for point in SMALL_WORKER], f"worker {method}")
     )
 
 

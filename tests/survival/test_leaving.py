@@ -46,8 +46,7 @@ def test_an_ended_server_is_gone_in_two_seconds_and_the_training_continues(scena
                 == "in_progress"
             )
             running.send(
-                "tools/call",
-                {"name": "get_training_status", "arguments": {"project_id": "small", "wait_s": 45}},
+                "tools/call", {"name": "get_training_status", "arguments": {"project_id": "small", "wait_s": 45}}
             )
             running.send("tools/call", {"name": "load_adapter", "arguments": {"adapter_path": "earlier"}})
             server_process = psutil.Process(running.process.pid)

@@ -5,15 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tests.survival.kill_points import (
-    INFERENCE_WORKER,
-    REAL_WORKER,
-    ROOT,
-    RUNNER,
-    SERVER,
-    SMALL_WORKER,
-    kill_points_in,
-)
+from tests.survival.kill_points import INFERENCE_WORKER, REAL_WORKER, ROOT, RUNNER, SERVER, SMALL_WORKER, kill_points_in
 
 EVERY = [*SERVER, *RUNNER, *REAL_WORKER, *INFERENCE_WORKER, *SMALL_WORKER]
 MENTION = re.compile(r"#.*kill-point")

@@ -49,11 +49,7 @@ class Prompt:
 
 
 def choose_prompts(
-    examples: Sequence[HeldOutExample],
-    limit: int,
-    max_tokens: int,
-    seed: int,
-    tokenizer: BaseTokenizer,
+    examples: Sequence[HeldOutExample], limit: int, max_tokens: int, seed: int, tokenizer: BaseTokenizer
 ) -> list[Prompt]:
     """Choose at most `limit` prompts that one model can complete within `max_tokens`, prompts included."""
     prompts: list[Prompt] = []
@@ -118,9 +114,7 @@ def _batches(order: Sequence[int], lengths: Sequence[int], max_tokens: int) -> I
 
 
 def _complete_batch(
-    causal: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    tokenizer: BaseTokenizer,
+    causal: PreTrainedModel, prompts: Sequence[Sequence[int]], tokenizer: BaseTokenizer
 ) -> list[list[int]]:
     device, end = causal.device, tokenizer.end_of_text
     longest = max(map(len, prompts))
@@ -134,10 +128,7 @@ def _complete_batch(
             input_ids=ids_BT,
             attention_mask=mask_BT,
             generation_config=GenerationConfig(
-                max_new_tokens=MAX_NEW_TOKENS,
-                do_sample=False,
-                eos_token_id=end,
-                pad_token_id=end,
+                max_new_tokens=MAX_NEW_TOKENS, do_sample=False, eos_token_id=end, pad_token_id=end
             ),
             stopping_criteria=StoppingCriteriaList([_StopAfterLines(tokenizer, longest)]),
         )

@@ -45,12 +45,7 @@ class Evaluator:
     """Scores models on held-out examples and on general code, and compares base model and adapter."""
 
     def __init__(
-        self,
-        held_out: Sequence[HeldOutExample],
-        tokenizer: BaseTokenizer,
-        max_length: int,
-        *,
-        seed: int,
+        self, held_out: Sequence[HeldOutExample], tokenizer: BaseTokenizer, max_length: int, *, seed: int
     ) -> None:
         self._held_out = held_out
         self._general = make_held_out_examples(stdlib_examples(), tokenizer, max_length)

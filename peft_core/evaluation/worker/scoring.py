@@ -41,9 +41,7 @@ class HeldOutExample:
 
 
 def make_held_out_examples(
-    examples: Iterable[Example],
-    tokenizer: BaseTokenizer,
-    max_length: int,
+    examples: Iterable[Example], tokenizer: BaseTokenizer, max_length: int
 ) -> list[HeldOutExample]:
     """Tokenise the examples; those without a target token are dropped."""
     tokenised = ((example, *tokenise_segments(example, tokenizer, max_length)) for example in examples)
@@ -103,10 +101,7 @@ def score_examples(
 
 
 def held_out_loss(
-    objective: Objective,
-    documents: Sequence[Document],
-    accelerator: Accelerator,
-    stop: StopFlag,
+    objective: Objective, documents: Sequence[Document], accelerator: Accelerator, stop: StopFlag
 ) -> float:
     """Return the mean of -log p over all target tokens, in nats. Processes divide the documents among them.
 

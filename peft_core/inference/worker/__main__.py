@@ -102,8 +102,7 @@ def main() -> int:
     write = json_line_writer(redirect_stdout(), on_closed=lambda: os._exit(0))
     config = WorkerConfig.model_validate_json(sys.argv[1])
     signal.signal(
-        signal.SIGINT,
-        signal.SIG_IGN,
+        signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C at a terminal also reaches the server, which ends this process
     logs.configure(config.log_level)
     requests = RequestQueue()
@@ -132,10 +131,7 @@ def main() -> int:
 
 
 def _answer(
-    handler: RequestHandler,
-    request: Request,
-    requests: RequestQueue,
-    write: JsonLineWriter,
+    handler: RequestHandler, request: Request, requests: RequestQueue, write: JsonLineWriter
 ) -> ErrorInfo | None:
     """Answer a request; return the error if that fails.
 
@@ -162,9 +158,7 @@ def _answer(
 
 
 def _progress_callback(
-    request: Request,
-    requests: RequestQueue,
-    write: JsonLineWriter,
+    request: Request, requests: RequestQueue, write: JsonLineWriter
 ) -> Callable[[float, float | None, str], None]:
     """Return a function that writes progress messages, and raises RequestCancelled once the request is cancelled."""
     written_at = float("-inf")

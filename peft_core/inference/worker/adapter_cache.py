@@ -124,9 +124,7 @@ class AdapterCache:
                 "Or call generate with use_base=true to use the base model without an adapter",
             ]
         return AdapterNotLoaded(
-            f"{what}. In memory: {', '.join(resident) or 'none'}.",
-            suggestions=advice,
-            details={"resident": resident},
+            f"{what}. In memory: {', '.join(resident) or 'none'}.", suggestions=advice, details={"resident": resident}
         )
 
 

@@ -126,10 +126,7 @@ def _prefill(model: ResidentModel, ids_1T: torch.Tensor, on_token: Callable[[int
     for start in range(0, ids_1T.shape[1] - _PREFILL_CHUNK, _PREFILL_CHUNK):
         on_token(0)
         model.causal(
-            input_ids=ids_1T[:, start : start + _PREFILL_CHUNK],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
+            input_ids=ids_1T[:, start : start + _PREFILL_CHUNK], past_key_values=cache, use_cache=True, logits_to_keep=1
         )
     return cache
 

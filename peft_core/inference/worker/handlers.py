@@ -39,8 +39,7 @@ from peft_core.schemas.results import (
 )
 
 ProgressCallback = Callable[
-    [float, float | None, str],
-    None,
+    [float, float | None, str], None
 ]  # done, total, message; raises if the request was cancelled
 LoadKind = Literal["cold", "warm", "switched"]
 
@@ -118,17 +117,12 @@ class RequestHandler:
             return self._cache.model, "warm"
         on_progress(0, None, f"loading {base.name}")
         directory = ensure_hf_directory(
-            base,
-            self._config.base_models_dir,
-            lambda message: on_progress(0, None, message),
+            base, self._config.base_models_dir, lambda message: on_progress(0, None, message)
         )
         return ResidentModel.load(base, directory, self._plan), "cold"
 
     def _add_adapter(
-        self,
-        model: ResidentModel,
-        files: AdapterFiles,
-        on_progress: ProgressCallback,
+        self, model: ResidentModel, files: AdapterFiles, on_progress: ProgressCallback
     ) -> tuple[str, LoadCheck]:
         if files.settings is None or files.weights is None:
             raise InferenceError("The adapter's files could not be read.")  # cannot happen: they were verified
@@ -141,12 +135,7 @@ class RequestHandler:
         return name, effect
 
     def _fall_back(
-        self,
-        base: Base,
-        check: Compatibility,
-        reason: str,
-        started: float,
-        on_progress: ProgressCallback,
+        self, base: Base, check: Compatibility, reason: str, started: float, on_progress: ProgressCallback
     ) -> LoadedAdapter:
         """Keep the active adapter; if there is none, let the base model answer without one."""
         cache = self._cache

@@ -64,71 +64,39 @@ OTHER = weights(norms=1)
     [
         pytest.param(cached(), cached(), BaseMatch.EXACT, None, id="the same snapshot"),
         pytest.param(
-            cached(),
-            cached(commit=OTHER_COMMIT),
-            BaseMatch.EXACT,
-            None,
-            id="the same blobs of another commit",
+            cached(), cached(commit=OTHER_COMMIT), BaseMatch.EXACT, None, id="the same blobs of another commit"
         ),
         pytest.param(directory(), directory(), BaseMatch.SAMPLED, None, id="a copy"),
         pytest.param(directory(), directory(shards=3), BaseMatch.SAMPLED, None, id="a copy in shards"),
         pytest.param(cached(), directory(), BaseMatch.SAMPLED, None, id="a copy outside the cache"),
         pytest.param(gguf(), gguf(), BaseMatch.SAMPLED, None, id="a copy of a GGUF file"),
         pytest.param(
-            gguf(quantised=True),
-            directory(),
-            BaseMatch.SAME_FAMILY,
-            "other_storage",
-            id="the original of a GGUF",
+            gguf(quantised=True), directory(), BaseMatch.SAME_FAMILY, "other_storage", id="the original of a GGUF"
         ),
         pytest.param(
-            directory(dtype="BF16"),
-            gguf(quantised=True),
-            BaseMatch.SAME_FAMILY,
-            "other_storage",
-            id="a GGUF",
+            directory(dtype="BF16"), gguf(quantised=True), BaseMatch.SAME_FAMILY, "other_storage", id="a GGUF"
         ),
         pytest.param(gguf(), gguf(quantised=True), BaseMatch.SAME_FAMILY, "other_storage", id="another quantisation"),
         pytest.param(directory(dtype="BF16"), cached(), BaseMatch.SAME_FAMILY, "other_storage", id="another precision"),
         pytest.param(
-            cached(),
-            cached(MERGED, OTHER_COMMIT),
-            BaseMatch.SHAPE_ONLY,
-            "other_weights",
-            id="another revision",
+            cached(), cached(MERGED, OTHER_COMMIT), BaseMatch.SHAPE_ONLY, "other_weights", id="another revision"
         ),
         pytest.param(directory(), directory(MERGED, shards=3), BaseMatch.SHAPE_ONLY, "other_weights", id="merged"),
         pytest.param(gguf(), gguf(MERGED), BaseMatch.SHAPE_ONLY, "other_weights", id="merged GGUF"),
         pytest.param(directory(), directory(OTHER), BaseMatch.SHAPE_ONLY, "other_model", id="another model"),
         pytest.param(
-            gguf(),
-            directory(OTHER),
-            BaseMatch.SHAPE_ONLY,
-            "other_model",
-            id="another model in another format",
+            gguf(), directory(OTHER), BaseMatch.SHAPE_ONLY, "other_model", id="another model in another format"
         ),
         pytest.param(
-            directory(),
-            directory(rope_theta=5e5),
-            BaseMatch.SHAPE_ONLY,
-            "other_architecture",
-            id="another rotary base",
+            directory(), directory(rope_theta=5e5), BaseMatch.SHAPE_ONLY, "other_architecture", id="another rotary base"
         ),
         pytest.param(
-            directory(),
-            directory(model_type="mistral"),
-            BaseMatch.SHAPE_ONLY,
-            "other_architecture",
-            id="another type",
+            directory(), directory(model_type="mistral"), BaseMatch.SHAPE_ONLY, "other_architecture", id="another type"
         ),
     ],
 )
 def test_the_verdict_says_how_sure_it_is(
-    tmp_path: Path,
-    trained_on: Maker,
-    given: Maker,
-    verdict: BaseMatch,
-    code: str | None,
+    tmp_path: Path, trained_on: Maker, given: Maker, verdict: BaseMatch, code: str | None
 ) -> None:
     adapter = record_base(write_adapter(tmp_path / "adapter"), resolved(trained_on, tmp_path / "a"))
     result = verify(adapter, resolved(given, tmp_path / "b"), scan_weights=True)
@@ -174,9 +142,7 @@ def test_an_old_record_without_a_family_never_reaches_it(tmp_path: Path) -> None
     ],
 )
 def test_without_a_manifest_nothing_is_proven_and_the_configuration_only_hints(
-    tmp_path: Path,
-    hint: str | None,
-    said: str,
+    tmp_path: Path, hint: str | None, said: str
 ) -> None:
     adapter = write_adapter(tmp_path / "adapter", base_model_name_or_path=hint)
     result = verify(adapter, resolved(directory(), tmp_path / "a"))
@@ -237,8 +203,7 @@ def test_no_further_candidate_is_resolved_once_the_base_is_found(tmp_path: Path)
 
 
 def test_candidates_are_local_and_the_recorded_commit_comes_first(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(sys.modules["peft_core.base_models.resolve"], "download", lambda ref: pytest.fail("downloaded"))
@@ -271,8 +236,7 @@ def test_a_recorded_name_is_never_taken_for_a_path(tmp_path: Path, monkeypatch: 
 
 
 def test_a_default_base_that_would_have_to_be_fetched_is_passed_over(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(sys.modules["peft_core.base_models.resolve"], "download", lambda ref: pytest.fail("downloaded"))

@@ -141,8 +141,7 @@ def test_the_layer_is_the_first_number_in_the_name() -> None:
 
 def test_the_first_matching_pattern_gives_the_rank() -> None:
     settings = accepted(
-        rank_pattern={"layers.1.self_attn.q_proj": 2, "q_proj": 8},
-        alpha_pattern={"q_proj": 64, Q.format(1): 0.5},
+        rank_pattern={"layers.1.self_attn.q_proj": 2, "q_proj": 8}, alpha_pattern={"q_proj": 64, Q.format(1): 0.5}
     )
     assert [settings.rank_of(Q.format(i)) for i in range(2)] == [8, 2]
     other = "model.layers.0.self_attn.v_proj"

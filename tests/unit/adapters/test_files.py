@@ -95,9 +95,7 @@ def test_what_is_loaded_is_what_was_checked_even_if_the_file_is_exchanged(tmp_pa
 
 
 def test_a_file_written_to_while_it_is_read_is_checked_as_it_was_read(
-    tmp_path: Path,
-    base: Base,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = write_adapter(tmp_path)
     other = safetensors_bytes({f"x{name[1:]}": shape for name, shape in adapter_shapes().items()}, fill=3)
@@ -134,10 +132,7 @@ def test_random_bytes_make_reasons_and_no_exception(tmp_path: Path, base: Base, 
 @QUICK
 @given(places=MUTATIONS, end=st.integers(0, len(SOUND)) | st.none())
 def test_random_damage_makes_reasons_and_no_exception(
-    tmp_path: Path,
-    base: Base,
-    places: list[tuple[int, int]],
-    end: int | None,
+    tmp_path: Path, base: Base, places: list[tuple[int, int]], end: int | None
 ) -> None:
     content = bytearray(SOUND)
     for place, value in places:

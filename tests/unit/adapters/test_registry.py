@@ -75,13 +75,10 @@ def test_published_files_cannot_be_written_by_accident(registry: Registry, tmp_p
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["nope", "../web", "web/../web", "", ".", "relative/path", "x" * 300, "~nobody-here/x", "a\0b"],
+    "name", ["nope", "../web", "web/../web", "", ".", "relative/path", "x" * 300, "~nobody-here/x", "a\0b"]
 )
 def test_what_is_no_adapter_is_refused_with_the_projects_that_have_one(
-    registry: Registry,
-    tmp_path: Path,
-    name: str,
+    registry: Registry, tmp_path: Path, name: str
 ) -> None:
     registry.publish(write_draft(tmp_path / "jobs" / "a-01", "a-01"), "web", "a-01")
     with pytest.raises(AdapterNotFound, match="Projects with an adapter: web"):
@@ -161,9 +158,7 @@ def test_where_an_adapter_lies_decides_whose_it_is(registry: Registry, tmp_path:
 
 
 def test_two_deletes_at_once_leave_no_project_that_stands_for_what_is_gone(
-    registry: Registry,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("a-01", "a-02", "a-03"):
         registry.publish(write_draft(tmp_path / "jobs" / name, name), "web", name)
@@ -184,9 +179,7 @@ def test_two_deletes_at_once_leave_no_project_that_stands_for_what_is_gone(
 
 
 def test_an_adapter_that_is_removed_by_hand_meanwhile_is_not_found(
-    registry: Registry,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("a-01", "a-02"):
         registry.publish(write_draft(tmp_path / "jobs" / name, name), "web", name)
@@ -202,9 +195,7 @@ def test_an_adapter_that_is_removed_by_hand_meanwhile_is_not_found(
 
 
 def test_who_does_not_come_to_an_end_with_a_project_is_not_waited_for_for_ever(
-    registry: Registry,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published = registry.publish(write_draft(tmp_path / "jobs" / "a-01", "a-01"), "web", "a-01")
     monkeypatch.setattr("peft_core.adapters.registry.LOCK_TIMEOUT_S", 0.1)
@@ -247,11 +238,7 @@ def test_a_project_whose_only_adapter_harms_says_so(registry: Registry, tmp_path
     ],
 )
 def test_whoever_trains_decides_what_becomes_current(
-    registry: Registry,
-    tmp_path: Path,
-    wish: Any,
-    verdict: Verdict,
-    current: bool,
+    registry: Registry, tmp_path: Path, wish: Any, verdict: Verdict, current: bool
 ) -> None:
     manifest = {"evaluation": make_evaluation(verdict), "config": TrainingConfig(make_current=wish)}
     registry.publish(write_draft(tmp_path / "jobs" / "a-01", "a-01", **manifest), "web", "a-01")

@@ -104,9 +104,7 @@ MISMATCHES = [
     Row("no target matches", configured(target_modules=["query_key_value"]), ["not_targeted", "target_not_in_base"]),
     Row("one target does not match", configured(target_modules=["q_proj", "v_proj", "c_attn"]), ["target_not_in_base"]),
     Row(
-        "config wider than the weights",
-        configured(target_modules=["q_proj", "v_proj", "k_proj"]),
-        ["weights_missing"],
+        "config wider than the weights", configured(target_modules=["q_proj", "v_proj", "k_proj"]), ["weights_missing"]
     ),
     Row("config narrower than the weights", configured(target_modules=["q_proj"]), ["not_targeted"]),
     Row("layers_to_transform narrowed", configured(layers_to_transform=[0]), ["not_targeted"]),
@@ -132,11 +130,7 @@ MISMATCHES = [
     Row("hidden size", tensors(adapter_shapes(shapes=model_shapes(hidden=64))), ["shape"]),
     Row("key and value heads", tensors(adapter_shapes(shapes=model_shapes(kv_rows=32))), ["shape"]),
     Row("rank of config and weights differ", configured(r=8), ["rank"]),
-    Row(
-        "rank_pattern dropped",
-        added({f"{Q0}.lora_A.weight": (2, 32), f"{Q0}.lora_B.weight": (32, 2)}),
-        ["rank"],
-    ),
+    Row("rank_pattern dropped", added({f"{Q0}.lora_A.weight": (2, 32), f"{Q0}.lora_B.weight": (32, 2)}), ["rank"]),
     Row("A and B of different rank", added({f"{Q0}.lora_B.weight": (32, 8)}), ["rank"]),
     Row("A of one axis", added({f"{Q0}.lora_A.weight": (128,)}), ["rank"]),
     Row("rank of zero", added({f"{Q0}.lora_A.weight": (0, 32), f"{Q0}.lora_B.weight": (32, 0)}), ["rank"]),
@@ -199,20 +193,12 @@ def test_each_mismatch_has_its_own_code(tmp_path: Path, base: Base, row: Row) ->
         (tensors(adapter_shapes(shapes=model_shapes(layers=4))), "layers 0-3", "layers 0-1"),
         (tensors(adapter_shapes(shapes=model_shapes(layers=1))), "layer 0", "layers 0-1"),
         (tensors(adapter_shapes(shapes=model_shapes(hidden=64))), "hidden size 64", "hidden size 32"),
-        (
-            tensors(adapter_shapes(shapes=model_shapes(kv_rows=32))),
-            "4 key and value heads",
-            "2 key and value heads",
-        ),
+        (tensors(adapter_shapes(shapes=model_shapes(kv_rows=32))), "4 key and value heads", "2 key and value heads"),
         (configured(r=8), "rank 4", "rank 8"),
     ],
 )
 def test_a_difference_of_models_is_told_in_their_terms(
-    tmp_path: Path,
-    base: Base,
-    change: Change,
-    found: str,
-    expected: str,
+    tmp_path: Path, base: Base, change: Change, found: str, expected: str
 ) -> None:
     adapter = write_adapter(tmp_path)
     change(adapter)
@@ -231,13 +217,10 @@ def test_a_head_that_was_adapted_for_a_larger_vocabulary_is_told(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "change",
-    [configured(lora_alpha=80), configured(use_rslora=True), configured(alpha_pattern={})],
+    "change", [configured(lora_alpha=80), configured(use_rslora=True), configured(alpha_pattern={})]
 )
 def test_a_configuration_that_was_edited_later_is_seen_by_its_recorded_hash(
-    tmp_path: Path,
-    base: Base,
-    change: Change,
+    tmp_path: Path, base: Base, change: Change
 ) -> None:
     adapter = record_base(write_adapter(tmp_path, alpha_pattern={"v_proj": 64}), base)
     assert verify(adapter, base).compatible

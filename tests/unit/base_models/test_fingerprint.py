@@ -33,8 +33,7 @@ def test_the_type_of_the_weights_is_not_architecture_but_enters_the_sample(tmp_p
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"rope_theta": 1e6}, {"num_attention_heads": 8}, {"rms_norm_eps": 1e-6}, {"model_type": "qwen2"}],
+    "change", [{"rope_theta": 1e6}, {"num_attention_heads": 8}, {"rms_norm_eps": 1e-6}, {"model_type": "qwen2"}]
 )
 def test_a_configuration_that_computes_something_else_is_another_architecture(change: dict[str, object]) -> None:
     assert architecture_hash({**CONFIG, **change}, SHAPES) != architecture_hash(CONFIG, SHAPES)
@@ -42,8 +41,7 @@ def test_a_configuration_that_computes_something_else_is_another_architecture(ch
 
 def test_an_added_layer_is_another_architecture() -> None:
     assert architecture_hash(CONFIG, {**SHAPES, "model.layers.2.mlp.up_proj.weight": (64, 32)}) != architecture_hash(
-        CONFIG,
-        SHAPES,
+        CONFIG, SHAPES
     )
 
 

@@ -119,8 +119,7 @@ def test_an_array_that_fills_a_sparse_file_is_refused_without_reading_it(tmp_pat
 
 @settings(max_examples=400, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.lists(st.tuples(st.integers(0, 2000), st.binary(min_size=1, max_size=8)), max_size=4),
-    st.integers(0, len(SOUND)),
+    st.lists(st.tuples(st.integers(0, 2000), st.binary(min_size=1, max_size=8)), max_size=4), st.integers(0, len(SOUND))
 )
 @pytest.mark.slow
 @example([(16, b"\xff" * 8)], 0)

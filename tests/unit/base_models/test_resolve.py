@@ -150,8 +150,7 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "ref",
-    ["", " ", "\0", "a b", "../up", "x" * 5000, "/nowhere", "~nobody-here/x", "a/b/c", "a/b@../c"],
+    "ref", ["", " ", "\0", "a b", "../up", "x" * 5000, "/nowhere", "~nobody-here/x", "a/b/c", "a/b@../c"]
 )
 def test_what_is_neither_path_nor_hub_id_says_what_is_allowed(ref: str) -> None:
     message = refusal(ref)
@@ -220,9 +219,7 @@ def test_a_failed_download_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_a_model_of_the_wrong_kind_is_refused_with_the_reason(
-    tmp_path: Path,
-    config: dict[str, object],
-    reason: str,
+    tmp_path: Path, config: dict[str, object], reason: str
 ) -> None:
     directory = write_model(tmp_path / "m", **config)
     with pytest.raises(BaseCheckpointError, match=reason):
@@ -289,9 +286,7 @@ def test_a_directory_of_gguf_files_names_one(tmp_path: Path) -> None:
     ],
 )
 def test_a_gguf_file_that_cannot_be_converted_is_refused_before_any_work(
-    tmp_path: Path,
-    metadata: dict[str, tuple[int, object]],
-    reason: str,
+    tmp_path: Path, metadata: dict[str, tuple[int, object]], reason: str
 ) -> None:
     with pytest.raises(BaseCheckpointError, match=reason):
         resolve_base(str(write_gguf(tmp_path / "x.gguf", **metadata)), SETTINGS)

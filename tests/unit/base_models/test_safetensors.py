@@ -53,9 +53,7 @@ def test_metadata_is_read_beside_the_tensors(tmp_path: Path) -> None:
     [
         pytest.param(b"", "too few", id="empty"),
         pytest.param(
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-            "Git LFS pointer",
-            id="lfs pointer",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer", id="lfs pointer"
         ),
         pytest.param(struct.pack("<Q", 2**63) + b"{}", "longer than the file", id="length bomb"),
         pytest.param(SOUND[:-1], "truncated", id="truncated"),

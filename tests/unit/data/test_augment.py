@@ -47,11 +47,7 @@ def example_of(text: str, *, language: str = "python", kind: str = "function", c
 
 
 def reformatted(
-    example: Example,
-    mixture: TaskMixture,
-    *,
-    seed: int = 0,
-    max_length: int = 512,
+    example: Example, mixture: TaskMixture, *, seed: int = 0, max_length: int = 512
 ) -> tuple[Example, ExampleFormat]:
     return reformat_example(example, mixture, EstimatedTokenCounter(), max_length=max_length, seed=seed)
 
@@ -70,9 +66,7 @@ def put_together(example: Example, tokens: FillInTheMiddle) -> str:
 @pytest.mark.parametrize("code", [FUNCTION, METHOD])
 @given(seed=st.integers(0, 1000))
 def test_prefix_gap_and_suffix_make_up_the_unit_in_every_fim_format(
-    tokens: FillInTheMiddle,
-    code: str,
-    seed: int,
+    tokens: FillInTheMiddle, code: str, seed: int
 ) -> None:
     class Coder(EstimatedTokenCounter):
         fill_in_the_middle = tokens
@@ -164,10 +158,7 @@ def test_an_instruction_asks_with_the_docstring_and_answers_with_the_unit(
     assert answer == Segment(text=code.rstrip("\n"))
 
 
-OTHERS = {
-    "python": "def other(a):\n    return a + 1\n",
-    "javascript": "function other(a) {\n  return a + 1;\n}\n",
-}
+OTHERS = {"python": "def other(a):\n    return a + 1\n", "javascript": "function other(a) {\n  return a + 1;\n}\n"}
 
 
 @pytest.mark.parametrize(

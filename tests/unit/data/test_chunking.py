@@ -178,7 +178,7 @@ FRAGMENTS = [
     "", "", "    ", "\t}", "}", "{", "(", ")]", '"""', "/*", "*/", "`${", "é" * 40, "x = " + "1 + " * 90, "\f", "\u2028;",
 ]  # fmt: skip
 CODE = st.lists(st.sampled_from(FRAGMENTS), max_size=60).map("\n".join) | st.text(max_size=300).map(
-    lambda text: text.encode("utf-8", "replace").decode().replace("\r", ""),
+    lambda text: text.encode("utf-8", "replace").decode().replace("\r", "")
 )
 
 

@@ -68,7 +68,7 @@ def test_all_code_of_a_file_without_a_licence_is_learned(tmp_path: Path, name: s
 
 def test_code_that_mentions_licences_is_learned(tmp_path: Path):
     (tmp_path / "a.py").write_text(
-        "def licence_of(copyright):\n    # Copyright holders come first\n    return sorted(copyright)\n",
+        "def licence_of(copyright):\n    # Copyright holders come first\n    return sorted(copyright)\n"
     )
     assert examples_of(tmp_path / "a.py").left_out == {}
 
@@ -121,8 +121,7 @@ def test_a_giant_file_does_not_dominate_the_training_set():
     of_giant = [position for position in kept if keys[position].file == "giant"]
     everything = sum(keys[position].tokens for position in kept)
     assert sum(keys[position].tokens for position in of_giant) == pytest.approx(
-        max(FILE_MIN_TOKENS, FILE_SHARE * everything),
-        rel=0.02,
+        max(FILE_MIN_TOKENS, FILE_SHARE * everything), rel=0.02
     )
     assert len(kept) - len(of_giant) == 2000
     assert of_giant[0] < 40, "from its beginning"

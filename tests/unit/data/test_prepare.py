@@ -52,12 +52,7 @@ def repository(root: Path, files: int = 10, functions: int = 20) -> Path:
 
 
 def build(
-    source: Path,
-    directory: Path,
-    kind: str = "repository",
-    *,
-    fraction: float = 0.2,
-    messages: list[str] | None = None,
+    source: Path, directory: Path, kind: str = "repository", *, fraction: float = 0.2, messages: list[str] | None = None
 ) -> PreparedDataset:
     return prepare(
         make_dataset_spec(source, source_kind=kind, held_out_fraction=fraction),
@@ -293,11 +288,7 @@ def shared(tmp_path: Path) -> list[float]:
 
 
 @pytest.mark.parametrize(("width", "step"), [(12, 9), (12, 6), (12, 3)])
-def test_overlapping_windows_of_a_file_are_not_held_out_if_they_are_trained_on(
-    tmp_path: Path,
-    width: int,
-    step: int,
-):
+def test_overlapping_windows_of_a_file_are_not_held_out_if_they_are_trained_on(tmp_path: Path, width: int, step: int):
     lines = [f"value_{n} = compute(value_{n - 1}, {n * n})" for n in range(600)]
     chunks = [
         {"content": "\n".join(lines[start : start + width]), "language": "python"}

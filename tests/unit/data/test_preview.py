@@ -19,8 +19,7 @@ def request_of(source: Path, data_dir: Path, **further: Any) -> PreviewRequest:
 
 
 def test_a_temporary_directory_inside_the_repository_is_ignored(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = repository(tmp_path / "code")
     (root / "tmp").mkdir()

@@ -38,11 +38,7 @@ def signatures_of(texts: Sequence[str | None]) -> MinHashIndex:
 
 KEYS = st.lists(
     st.builds(
-        ExampleKey,
-        st.sampled_from("abcdefghij"),
-        st.binary(min_size=1, max_size=1),
-        st.integers(1, 500),
-        st.just(b""),
+        ExampleKey, st.sampled_from("abcdefghij"), st.binary(min_size=1, max_size=1), st.integers(1, 500), st.just(b"")
     ),
     max_size=80,
 )
@@ -60,9 +56,7 @@ ANSWERS = st.lists(
 
 @given(keys=KEYS, seed=st.integers(0, 99), fraction=st.floats(0.02, 0.5))
 def test_each_file_is_on_one_side_without_copies_and_no_side_is_empty(
-    keys: list[ExampleKey],
-    seed: int,
-    fraction: float,
+    keys: list[ExampleKey], seed: int, fraction: float
 ):
     parts = split_distinct(keys, held_out_fraction=fraction, seed=seed)
     kept = [*parts.train, *parts.held_out]
@@ -97,11 +91,7 @@ def test_examples_are_held_out_even_if_all_files_give_one_answer():
 def test_one_large_file_is_held_out_only_up_to_the_limit():
     keys = [ExampleKey("all in one", str(n).encode(), 50, b"") for n in range(1500)]
     parts = split(
-        keys,
-        signatures_of([None] * len(keys)),
-        held_out_fraction=1.0,
-        seed=0,
-        purpose=DatasetPurpose.EVALUATION,
+        keys, signatures_of([None] * len(keys)), held_out_fraction=1.0, seed=0, purpose=DatasetPurpose.EVALUATION
     )
     assert len(parts.held_out) == HELD_OUT_MAX_EXAMPLES
     assert (parts.held_out[0], parts.held_out[-1] > 1400) == (0, True)

@@ -76,8 +76,7 @@ def test_twenty_thousand_files_take_less_than_a_second_or_two(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "given_path",
-    ["", "   ", "nowhere/at/all", "a\0b", "x" * 5_000, "~no_such_user_here/x", "[{}]"],
+    "given_path", ["", "   ", "nowhere/at/all", "a\0b", "x" * 5_000, "~no_such_user_here/x", "[{}]"]
 )
 def test_a_path_that_does_not_exist_is_refused_with_its_name(given_path: str):
     with pytest.raises(InvalidArgument) as caught:
@@ -224,8 +223,7 @@ def test_a_file_can_be_excluded_by_its_name_alone(name: str, reason: str):
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["secrets.py", "credentials.go", "keys.rs", "Makefile", "Dockerfile", "a.PY", "tokens.h"],
+    "name", ["secrets.py", "credentials.go", "keys.rs", "Makefile", "Dockerfile", "a.PY", "tokens.h"]
 )
 def test_code_about_secrets_is_not_excluded(name: str):
     assert not isinstance(classify(name), ExclusionReason)
@@ -379,8 +377,7 @@ def test_the_error_for_a_line_that_is_not_json_says_what_is_wrong(tmp_path: Path
 def test_the_error_for_mixed_formats_names_the_first_deviating_record(tmp_path: Path):
     records = [*(RECORDS["text"](n) for n in range(9)), RECORDS["completion"](1)]
     with pytest.raises(
-        DataError,
-        match=r'record 10 has the format \{"prompt".*record 1 has the format \{"text"',
+        DataError, match=r'record 10 has the format \{"prompt".*record 1 has the format \{"text"'
     ) as caught:
         look(records)
     assert caught.value.code == "mixed_formats"

@@ -27,13 +27,7 @@ HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31m\u
 def step_events(steps: int) -> list[Event]:
     return [
         StepCompleted(
-            step=n,
-            loss=2.5 - n / steps,
-            learning_rate=1e-3,
-            tokens=n,
-            tokens_per_second=1,
-            eta_s=1,
-            memory_bytes=1,
+            step=n, loss=2.5 - n / steps, learning_rate=1e-3, tokens=n, tokens_per_second=1, eta_s=1, memory_bytes=1
         )
         for n in range(1, steps + 1)
     ]
@@ -127,12 +121,7 @@ def test_hostile_names_and_code_are_escaped_on_the_page(verdict: Verdict) -> Non
 
 def test_missing_measurements_are_omitted_from_the_page() -> None:
     bare = make_evaluation(
-        next_line=None,
-        edit_similarity=None,
-        general_loss=None,
-        gains=(),
-        losses=(),
-        seen_in_training=None,
+        next_line=None, edit_similarity=None, general_loss=None, gains=(), losses=(), seen_in_training=None
     )
     text, page = page_of(evaluation=bare, curve=None)
     assert "Loss during training" not in text
@@ -151,7 +140,7 @@ def test_caveats_appear_on_page_card_and_status_line() -> None:
         assert caveat in page.text
         assert caveat in evaluation_text(evaluation)
         assert caveat in render_card(
-            make_manifest("a-01", config=TrainingConfig(rank=16, learning_rate=5e-4), evaluation=evaluation),
+            make_manifest("a-01", config=TrainingConfig(rank=16, learning_rate=5e-4), evaluation=evaluation)
         )
     assert "training data is unknown" not in page.text
     assert make_evaluation().caveats == ()
@@ -172,8 +161,7 @@ losses = st.lists(st.tuples(st.integers(0, 10**6), st.floats(allow_nan=True)), m
 
 @given(losses, losses)
 def test_every_point_of_a_chart_is_on_the_canvas(
-    steps: list[tuple[int, float]],
-    held_out: list[tuple[int, float]],
+    steps: list[tuple[int, float]], held_out: list[tuple[int, float]]
 ) -> None:
     bounded = [(step, loss) for step, loss in steps if not abs(loss) > 1e300]
     points = tuple(sorted(bounded))

@@ -28,13 +28,10 @@ from peft_core.evaluation.summary import (
 from peft_core.schemas.evaluation import Comparison, Verdict
 
 paired_sums = st.builds(
-    PairedSum,
-    base=st.floats(0, 1e4),
-    adapter=st.floats(0, 1e4),
-    weight=st.integers(1, 500).map(float),
+    PairedSum, base=st.floats(0, 1e4), adapter=st.floats(0, 1e4), weight=st.integers(1, 500).map(float)
 )
 texts = st.lists(st.sampled_from(["", "    ", "\t", "def f(x):", "    return x + 1", "        y = [x, 'ä']", "}"])).map(
-    "\n".join,
+    "\n".join
 )
 
 
@@ -111,10 +108,7 @@ GENERAL = comparison(0.02, 0.01, 0.03)
     ],
 )
 def test_the_verdict_follows_the_documented_rules(
-    loss: Comparison,
-    general: Comparison | None,
-    verdict: Verdict,
-    why: str,
+    loss: Comparison, general: Comparison | None, verdict: Verdict, why: str
 ) -> None:
     decided, reason = decide_verdict(loss, general, unit="files")
     assert decided is verdict
@@ -123,10 +117,7 @@ def test_the_verdict_follows_the_documented_rules(
 
 @given(st.floats(-3, 3), st.floats(0, 2), st.floats(0, 2), st.floats(-1, 1))
 def test_a_verdict_requires_an_interval_that_excludes_zero(
-    change: float,
-    below: float,
-    above: float,
-    general: float,
+    change: float, below: float, above: float, general: float
 ) -> None:
     loss = comparison(change, change - below, change + above)
     known = comparison(general, general, general)
@@ -201,10 +192,7 @@ def test_edit_similarity_is_between_0_and_1_and_ignores_indentation(written: str
 
 
 def make_scores(
-    held_out: Mapping[str, float],
-    general: Mapping[str, float] = MappingProxyType({}),
-    *,
-    lines: int,
+    held_out: Mapping[str, float], general: Mapping[str, float] = MappingProxyType({}), *, lines: int
 ) -> Scores:
     """Scores with these losses per token, by file."""
 

@@ -82,9 +82,7 @@ def generate(
     **request: Any,
 ) -> Generation:
     command = Generate(
-        request=GenerationRequest(**(request or HELLO)),
-        adapter_path=adapter,
-        without_adapter=without_adapter,
+        request=GenerationRequest(**(request or HELLO)), adapter_path=adapter, without_adapter=without_adapter
     )
     result = handler.answer(command, report)
     assert isinstance(result, Generation)
@@ -99,9 +97,7 @@ def loaded_paths(handler: RequestHandler) -> list[str]:
 
 
 def test_a_load_returns_the_measured_effect_of_the_adapter(
-    handler: RequestHandler,
-    adapters: list[Path],
-    base: Base,
+    handler: RequestHandler, adapters: list[Path], base: Base
 ) -> None:
     result = load(handler, adapters[0], base)
     assert (result.status, result.how, result.verdict) == ("loaded", "cold", BaseMatch.SAMPLED)
@@ -113,9 +109,7 @@ def test_a_load_returns_the_measured_effect_of_the_adapter(
 
 
 def test_switching_back_to_a_resident_adapter_gives_the_same_text(
-    handler: RequestHandler,
-    adapters: list[Path],
-    base: Base,
+    handler: RequestHandler, adapters: list[Path], base: Base
 ) -> None:
     load(handler, adapters[0], base)
     first = generate(handler).text
@@ -126,31 +120,21 @@ def test_switching_back_to_a_resident_adapter_gives_the_same_text(
 
 
 def test_generated_tokens_equal_those_of_plain_peft(
-    handler: RequestHandler,
-    adapters: list[Path],
-    base: Base,
-    base_directory: Path,
+    handler: RequestHandler, adapters: list[Path], base: Base, base_directory: Path
 ) -> None:
     load(handler, adapters[1], base)
     load(handler, adapters[0], base)
     reference = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_directory), str(adapters[0]))
     ids_1T = torch.tensor([[VOCABULARY.index(character) for character in "def f"]])
     written_1T = reference.generate(
-        input_ids=ids_1T,
-        attention_mask=torch.ones_like(ids_1T),
-        max_new_tokens=12,
-        do_sample=False,
-        pad_token_id=0,
+        input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), max_new_tokens=12, do_sample=False, pad_token_id=0
     )
     expected = [VOCABULARY[token] for token in written_1T[0, 5:] if token > 2]  # without special tokens
     assert generate(handler).text.replace(" ", "") == "".join(expected).replace(" ", "")
 
 
 def test_an_adapter_whose_files_changed_is_loaded_again(
-    handler: RequestHandler,
-    base: Base,
-    base_directory: Path,
-    tmp_path: Path,
+    handler: RequestHandler, base: Base, base_directory: Path, tmp_path: Path
 ) -> None:
     adapter = write_tiny_adapter(tmp_path / "adapter", base_directory, seed=1)
     load(handler, adapter, base)
@@ -173,9 +157,7 @@ def test_the_least_recently_used_adapter_is_evicted_first(tmp_path: Path, adapte
 
 
 def test_unloading_all_adapters_restores_the_base_bit_for_bit(
-    handler: RequestHandler,
-    adapters: list[Path],
-    base: Base,
+    handler: RequestHandler, adapters: list[Path], base: Base
 ) -> None:
     before = generate(handler, without_adapter=base).text
     assert handler._cache.model is not None
@@ -200,10 +182,7 @@ def test_no_parameter_requires_gradients(handler: RequestHandler, adapters: list
 
 
 def test_bf16_weights_patterns_and_rslora_give_the_logits_of_peft(
-    handler: RequestHandler,
-    base: Base,
-    base_directory: Path,
-    tmp_path: Path,
+    handler: RequestHandler, base: Base, base_directory: Path, tmp_path: Path
 ) -> None:
     adapter = write_tiny_adapter(
         tmp_path / "x",
@@ -230,10 +209,7 @@ def test_bf16_weights_patterns_and_rslora_give_the_logits_of_peft(
 
 
 def test_after_a_failed_first_load_the_base_answers(
-    handler: RequestHandler,
-    base: Base,
-    base_directory: Path,
-    tmp_path: Path,
+    handler: RequestHandler, base: Base, base_directory: Path, tmp_path: Path
 ) -> None:
     zero = write_tiny_adapter(tmp_path / "zero", base_directory, seed=1, scale=0)
     result = load(handler, zero, base)
@@ -245,11 +221,7 @@ def test_after_a_failed_first_load_the_base_answers(
 
 
 def test_a_failed_load_keeps_the_active_adapter(
-    handler: RequestHandler,
-    adapters: list[Path],
-    base: Base,
-    base_directory: Path,
-    tmp_path: Path,
+    handler: RequestHandler, adapters: list[Path], base: Base, base_directory: Path, tmp_path: Path
 ) -> None:
     load(handler, adapters[0], base)
     before = generate(handler).text
@@ -260,11 +232,7 @@ def test_a_failed_load_keeps_the_active_adapter(
 
 
 def test_an_adapter_without_effect_is_rejected_although_its_files_are_sound(
-    handler: RequestHandler,
-    adapters: list[Path],
-    base: Base,
-    base_directory: Path,
-    tmp_path: Path,
+    handler: RequestHandler, adapters: list[Path], base: Base, base_directory: Path, tmp_path: Path
 ) -> None:
     """A is zero and B is not: headers and weights pass the check, but the product is zero."""
     adapter = write_tiny_adapter(tmp_path / "inert", base_directory, seed=1)
@@ -283,10 +251,7 @@ def test_an_adapter_without_effect_is_rejected_although_its_files_are_sound(
 
 
 def test_an_adapter_whose_weights_overflow_is_rejected(
-    handler: RequestHandler,
-    base: Base,
-    base_directory: Path,
-    tmp_path: Path,
+    handler: RequestHandler, base: Base, base_directory: Path, tmp_path: Path
 ) -> None:
     adapter = write_tiny_adapter(tmp_path / "huge", base_directory, seed=1, scale=1e38)
     result = load(handler, adapter, base)
@@ -295,10 +260,7 @@ def test_an_adapter_whose_weights_overflow_is_rejected(
 
 
 def test_a_load_that_fails_halfway_leaves_nothing_behind(
-    handler: RequestHandler,
-    adapters: list[Path],
-    base: Base,
-    monkeypatch: pytest.MonkeyPatch,
+    handler: RequestHandler, adapters: list[Path], base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load(handler, adapters[0], base)
     before = generate(handler).text
@@ -316,10 +278,7 @@ def test_a_load_that_fails_halfway_leaves_nothing_behind(
 
 
 def test_a_first_load_that_fails_halfway_leaves_the_base_unchanged(
-    handler: RequestHandler,
-    adapters: list[Path],
-    base: Base,
-    monkeypatch: pytest.MonkeyPatch,
+    handler: RequestHandler, adapters: list[Path], base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = generate(handler, without_adapter=base).text
 
@@ -336,11 +295,7 @@ def test_a_first_load_that_fails_halfway_leaves_the_base_unchanged(
 
 @pytest.mark.parametrize("others", [0, 1])
 def test_an_error_inside_peft_leaves_nothing_of_the_adapter_behind(
-    handler: RequestHandler,
-    adapters: list[Path],
-    base: Base,
-    monkeypatch: pytest.MonkeyPatch,
-    others: int,
+    handler: RequestHandler, adapters: list[Path], base: Base, monkeypatch: pytest.MonkeyPatch, others: int
 ) -> None:
     """PEFT replaces layers one by one; after an error some are replaced, and PEFT does not restore them."""
     before = generate(handler, without_adapter=base).text
@@ -360,10 +315,7 @@ def test_an_error_inside_peft_leaves_nothing_of_the_adapter_behind(
 
 
 def test_a_base_that_cannot_be_restored_raises_base_corrupted(
-    handler: RequestHandler,
-    adapters: list[Path],
-    base: Base,
-    monkeypatch: pytest.MonkeyPatch,
+    handler: RequestHandler, adapters: list[Path], base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generate(handler, without_adapter=base)
 
@@ -378,9 +330,7 @@ def test_a_base_that_cannot_be_restored_raises_base_corrupted(
 
 
 def test_a_target_that_is_not_a_linear_layer_is_rejected_before_any_change(
-    handler: RequestHandler,
-    adapters: list[Path],
-    base: Base,
+    handler: RequestHandler, adapters: list[Path], base: Base
 ) -> None:
     generate(handler, without_adapter=base)
     assert handler._cache.model is not None
@@ -408,10 +358,7 @@ def test_a_cancelled_load_changes_nothing(handler: RequestHandler, adapters: lis
 
 
 def test_accepting_an_unproven_base_applies_to_one_load_only(
-    handler: RequestHandler,
-    base: Base,
-    base_directory: Path,
-    tmp_path: Path,
+    handler: RequestHandler, base: Base, base_directory: Path, tmp_path: Path
 ) -> None:
     adapter = write_tiny_adapter(tmp_path / "foreign", base_directory, seed=1)
     (adapter / "adapter_manifest.json").unlink()
@@ -421,10 +368,7 @@ def test_accepting_an_unproven_base_applies_to_one_load_only(
 
 
 def test_an_unproven_adapter_is_loaded_only_if_that_is_accepted(
-    handler: RequestHandler,
-    base: Base,
-    base_directory: Path,
-    tmp_path: Path,
+    handler: RequestHandler, base: Base, base_directory: Path, tmp_path: Path
 ) -> None:
     adapter = write_tiny_adapter(tmp_path / "foreign", base_directory, seed=1)
     (adapter / "adapter_manifest.json").unlink()
@@ -436,10 +380,7 @@ def test_an_unproven_adapter_is_loaded_only_if_that_is_accepted(
 
 
 def test_accepting_an_unproven_base_does_not_override_errors(
-    handler: RequestHandler,
-    base: Base,
-    base_directory: Path,
-    tmp_path: Path,
+    handler: RequestHandler, base: Base, base_directory: Path, tmp_path: Path
 ) -> None:
     adapter = write_tiny_adapter(tmp_path / "x", base_directory, seed=1)
     config = json.loads((adapter / "adapter_config.json").read_text())
@@ -450,10 +391,7 @@ def test_accepting_an_unproven_base_does_not_override_errors(
 
 
 def test_a_base_is_replaced_only_after_the_new_adapter_works(
-    handler: RequestHandler,
-    adapters: list[Path],
-    base: Base,
-    tmp_path: Path,
+    handler: RequestHandler, adapters: list[Path], base: Base, tmp_path: Path
 ) -> None:
     other_directory = write_tiny_base(tmp_path / "other")
     other_model = tiny_model()
@@ -474,9 +412,7 @@ def test_a_base_is_replaced_only_after_the_new_adapter_works(
 
 
 def test_unload_removes_the_active_adapter_and_the_base_with_the_last(
-    handler: RequestHandler,
-    adapters: list[Path],
-    base: Base,
+    handler: RequestHandler, adapters: list[Path], base: Base
 ) -> None:
     load(handler, adapters[0], base)
     load(handler, adapters[1], base)
@@ -492,9 +428,7 @@ def test_unload_removes_the_active_adapter_and_the_base_with_the_last(
 
 
 def test_unloading_an_adapter_that_is_not_in_memory_is_an_error(
-    handler: RequestHandler,
-    adapters: list[Path],
-    base: Base,
+    handler: RequestHandler, adapters: list[Path], base: Base
 ) -> None:
     load(handler, adapters[0], base)
     with pytest.raises(AdapterNotLoaded, match=str(adapters[0])):
@@ -524,9 +458,7 @@ def test_using_the_base_applies_to_one_request_only(handler: RequestHandler, bas
 
 
 def test_a_comparison_gives_the_same_texts_as_separate_requests(
-    handler: RequestHandler,
-    adapters: list[Path],
-    base: Base,
+    handler: RequestHandler, adapters: list[Path], base: Base
 ) -> None:
     load(handler, adapters[0], base)
     alone, without = generate(handler).text, generate(handler, without_adapter=base).text
@@ -536,9 +468,7 @@ def test_a_comparison_gives_the_same_texts_as_separate_requests(
 
 
 def test_a_request_can_name_a_resident_adapter_that_is_not_active(
-    handler: RequestHandler,
-    adapters: list[Path],
-    base: Base,
+    handler: RequestHandler, adapters: list[Path], base: Base
 ) -> None:
     load(handler, adapters[0], base)
     first = generate(handler).text
@@ -557,9 +487,7 @@ def test_the_same_seed_gives_the_same_text(handler: RequestHandler, adapters: li
 
 
 def test_generation_ends_before_a_stop_text_and_at_the_limit(
-    handler: RequestHandler,
-    adapters: list[Path],
-    base: Base,
+    handler: RequestHandler, adapters: list[Path], base: Base
 ) -> None:
     load(handler, adapters[0], base)
     uncut = generate(handler, prompt="def f", max_new_tokens=12)
@@ -596,10 +524,7 @@ def test_a_prompt_longer_than_the_context_is_rejected_with_both_lengths(handler:
 
 
 def test_messages_use_the_chat_template_of_the_base_not_of_the_adapter(
-    handler: RequestHandler,
-    base: Base,
-    base_directory: Path,
-    tmp_path: Path,
+    handler: RequestHandler, base: Base, base_directory: Path, tmp_path: Path
 ) -> None:
     adapter = write_tiny_adapter(tmp_path / "x", base_directory, seed=4)
     load(handler, adapter, base)
@@ -623,10 +548,7 @@ def test_a_base_without_chat_template_or_fim_tokens_is_an_error(handler: Request
 
 
 def test_prefill_in_chunks_gives_the_same_text(
-    handler: RequestHandler,
-    adapters: list[Path],
-    base: Base,
-    monkeypatch: pytest.MonkeyPatch,
+    handler: RequestHandler, adapters: list[Path], base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load(handler, adapters[0], base)
     request = {"prompt": "def f(x): return x" * 6, "max_new_tokens": 20}
@@ -645,9 +567,7 @@ def test_a_temperature_close_to_zero_is_greedy(handler: RequestHandler, adapters
 
 
 def test_an_error_from_the_progress_callback_ends_the_generation(
-    handler: RequestHandler,
-    adapters: list[Path],
-    base: Base,
+    handler: RequestHandler, adapters: list[Path], base: Base
 ) -> None:
     load(handler, adapters[0], base)
     messages: list[float] = []

@@ -48,10 +48,7 @@ def set_free_memory(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 
 
 def make_resident(
-    service: InferenceService,
-    monkeypatch: pytest.MonkeyPatch,
-    *adapters: Path,
-    base: Path | None = None,
+    service: InferenceService, monkeypatch: pytest.MonkeyPatch, *adapters: Path, base: Path | None = None
 ) -> None:
     """Make the client report these adapters as resident."""
     resident_adapters = [
@@ -62,10 +59,7 @@ def make_resident(
 
 
 async def test_a_base_that_is_not_recorded_must_be_named(
-    data_dir: Path,
-    adapter: Path,
-    base: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    data_dir: Path, adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (adapter / "adapter_manifest.json").unlink()
     service = make_service(data_dir, default_base_model=str(base))
@@ -79,10 +73,7 @@ async def test_a_base_that_is_not_recorded_must_be_named(
 
 
 async def test_a_model_that_does_not_fit_is_rejected_with_the_sizes(
-    data_dir: Path,
-    adapter: Path,
-    base: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    data_dir: Path, adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_free_memory(monkeypatch, GB // 10)
     with pytest.raises(InferenceError, match=r"takes about 0\.\d GB, 0\.1 GB are free\.") as caught:
@@ -100,13 +91,7 @@ async def test_a_model_that_does_not_fit_is_rejected_with_the_sizes(
     ],
 )
 def test_during_a_training_the_setting_decides_whether_a_model_is_loaded(
-    data_dir: Path,
-    adapter: Path,
-    base: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    rule: str,
-    free: int,
-    code: str | None,
+    data_dir: Path, adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch, rule: str, free: int, code: str | None
 ) -> None:
     set_free_memory(monkeypatch, free)
     service = make_service(data_dir, training=TrainingNeed("web", 38 * GB // 10), load_during_training=rule)
@@ -122,10 +107,7 @@ def test_during_a_training_the_setting_decides_whether_a_model_is_loaded(
 
 
 def test_a_resident_base_needs_no_more_memory(
-    data_dir: Path,
-    adapter: Path,
-    base: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    data_dir: Path, adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_free_memory(monkeypatch, 0)
     service = make_service(data_dir, load_during_training="never", training=TrainingNeed("web", GB))
@@ -137,8 +119,7 @@ def test_a_resident_base_needs_no_more_memory(
 
 
 def test_a_project_id_refers_to_its_loaded_adapter_rather_than_a_newer_current_one(
-    data_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = make_service(data_dir)
     lora = data_dir / "projects" / "web" / "lora"
@@ -183,9 +164,7 @@ def test_a_loaded_adapter_is_not_deleted(data_dir: Path, base: Path, monkeypatch
 
 
 async def test_an_adapter_with_a_load_in_progress_is_not_deleted(
-    data_dir: Path,
-    base: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    data_dir: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = make_service(data_dir)
     lora = data_dir / "projects" / "web" / "lora"
@@ -210,10 +189,7 @@ async def test_an_adapter_with_a_load_in_progress_is_not_deleted(
 
 
 async def test_a_loaded_adapter_is_not_deleted_if_the_projects_directory_is_a_symlink(
-    data_dir: Path,
-    base: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    data_dir: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     elsewhere = tmp_path / "another disk"
     elsewhere.mkdir()

@@ -42,10 +42,7 @@ def test_every_status_suggests_a_call_that_the_python_api_accepts(state: Status,
 
 def test_the_sentence_of_a_next_step_has_the_reason_and_the_call() -> None:
     step = NextStep(
-        tool="train_adapter",
-        arguments={"project_id": "web"},
-        missing=("training_data",),
-        reason="Nothing yet.",
+        tool="train_adapter", arguments={"project_id": "web"}, missing=("training_data",), reason="Nothing yet."
     )
     assert step.sentence == "Nothing yet. Call train_adapter(project_id='web', training_data=...)."
     assert NextStep(tool="generate").sentence == "Call generate."
@@ -83,20 +80,14 @@ def test_a_deleted_adapter_is_not_suggested(tmp_path: Path) -> None:
     ],
 )
 def test_a_completed_job_states_its_verdict_and_the_consequence(
-    verdict: Verdict,
-    sentence: str,
-    advice: str,
-    tmp_path: Path,
+    verdict: Verdict, sentence: str, advice: str, tmp_path: Path
 ) -> None:
     metrics = Metrics(base_perplexity=9.0, adapter_perplexity=6.0)
     adapter = tmp_path / "a-01"
     adapter.mkdir()
     (tmp_path / "current").symlink_to("a-01")
     job = make_job(
-        status=Status.COMPLETED,
-        adapter_path=str(adapter),
-        metrics=metrics,
-        evaluation=make_evaluation(verdict),
+        status=Status.COMPLETED, adapter_path=str(adapter), metrics=metrics, evaluation=make_evaluation(verdict)
     )
     text = status_of(job, None, tmp_path / "train.log").next
     assert sentence in text

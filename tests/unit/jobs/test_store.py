@@ -133,13 +133,7 @@ def test_concurrent_writers_lose_no_event(store: Store) -> None:
             store.append(
                 name,
                 StepCompleted(
-                    step=step,
-                    loss=1,
-                    learning_rate=1,
-                    tokens=1,
-                    tokens_per_second=1,
-                    eta_s=1,
-                    memory_bytes=1,
+                    step=step, loss=1, learning_rate=1, tokens=1, tokens_per_second=1, eta_s=1, memory_bytes=1
                 ),
             )
 
@@ -231,8 +225,7 @@ def test_a_cursor_of_a_deleted_database_reports_all_events_of_the_new_one(store:
 
 
 def test_a_long_history_is_thinned_out_per_kind_and_keeps_the_newest_event(
-    store: Store,
-    monkeypatch: pytest.MonkeyPatch,
+    store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("peft_core.jobs.store.MAX_EVENTS_PER_KIND", 10)
     store.insert(make_job("a"))

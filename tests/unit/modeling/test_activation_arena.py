@@ -51,14 +51,10 @@ def test_a_backward_pass_after_the_next_forward_pass_is_refused() -> None:
 
 
 @given(
-    shape=st.lists(st.integers(0, 5), max_size=4),
-    order=st.randoms(),
-    kind=st.sampled_from([torch.float32, torch.int8]),
+    shape=st.lists(st.integers(0, 5), max_size=4), order=st.randoms(), kind=st.sampled_from([torch.float32, torch.int8])
 )
 def test_a_saved_tensor_keeps_its_values_type_shape_and_strides(
-    shape: list[int],
-    order: Random,
-    kind: torch.dtype,
+    shape: list[int], order: Random, kind: torch.dtype
 ) -> None:
     axes = list(range(len(shape)))
     order.shuffle(axes)

@@ -41,18 +41,11 @@ def expected(lengths: list[int], heads: int, groups: int, given: list[torch.Tens
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (3, 1)])
 @settings(deadline=None, max_examples=25)
 @given(lengths=_LENGTHS)
-def test_bf16_attention_and_gradients_match_float32_up_to_rounding(
-    heads: int,
-    groups: int,
-    lengths: list[int],
-) -> None:
+def test_bf16_attention_and_gradients_match_float32_up_to_rounding(heads: int, groups: int, lengths: list[int]) -> None:
     given = inputs(lengths, heads, groups)
     names = ("result", "query", "key", "value")
     for name, mine, theirs in zip(
-        names,
-        in_bf16(lengths, heads, groups, given),
-        expected(lengths, heads, groups, given),
-        strict=True,
+        names, in_bf16(lengths, heads, groups, given), expected(lengths, heads, groups, given), strict=True
     ):
         assert mine.dtype == torch.bfloat16
         assert mine.shape == theirs.shape

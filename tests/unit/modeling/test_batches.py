@@ -25,12 +25,7 @@ def test_no_two_packed_groups_would_fit_into_one(lengths: list[int]) -> None:
     assert len(sums) == 1 or sums[0] + sums[1] > 512
 
 
-@given(
-    examples=st.integers(1, 40),
-    batch_size=st.integers(1, 12),
-    epochs=st.floats(0.1, 4),
-    seed=st.integers(0, 5),
-)
+@given(examples=st.integers(1, 40), batch_size=st.integers(1, 12), epochs=st.floats(0.1, 4), seed=st.integers(0, 5))
 def test_each_epoch_shows_every_example_once(examples: int, batch_size: int, epochs: float, seed: int) -> None:
     order = plan_order(examples=examples, batch_size=batch_size, num_epochs=epochs, max_steps=None, seed=seed)
     shown = [index for step in range(1, order.total_steps + 1) for index in order.step(step)]

@@ -46,9 +46,7 @@ def write_files(directory: Path, files: dict[str, object]) -> Path:
 
 @pytest.mark.parametrize(("files", "expected"), SOURCES.values(), ids=SOURCES)
 def test_planning_and_tokenizer_find_the_same_chat_template(
-    tmp_path: Path,
-    files: dict[str, object],
-    expected: str | None,
+    tmp_path: Path, files: dict[str, object], expected: str | None
 ) -> None:
     base = write_model(tmp_path / "base")
     write_tiny_tokenizer(base, chat_template=None)

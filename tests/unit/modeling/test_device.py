@@ -27,10 +27,7 @@ PLAIN = Machine()
     ],
 )
 def test_auto_takes_mps_then_cuda_then_the_cpu(
-    machine: Machine,
-    device: str,
-    weights: torch.dtype,
-    autocast: str,
+    machine: Machine, device: str, weights: torch.dtype, autocast: str
 ) -> None:
     plan = choose("auto", machine)
     assert (plan.device, plan.weights, plan.autocast) == (device, weights, autocast)
@@ -43,8 +40,7 @@ def test_the_cpu_is_always_available_and_computes_in_float32(machine: Machine) -
 
 
 @pytest.mark.parametrize(
-    ("machine", "device"),
-    [(MAC, "mps"), (OLD_MAC, "mps"), (GPU, "cuda"), (OLD_GPU, "cuda"), (PLAIN, "cpu")],
+    ("machine", "device"), [(MAC, "mps"), (OLD_MAC, "mps"), (GPU, "cuda"), (OLD_GPU, "cuda"), (PLAIN, "cpu")]
 )
 def test_precision_float32_applies_to_every_device(machine: Machine, device: str) -> None:
     plan = choose("auto", machine, "float32")
@@ -53,17 +49,14 @@ def test_precision_float32_applies_to_every_device(machine: Machine, device: str
 
 @pytest.mark.parametrize(("requested", "machine", "available"), [("mps", GPU, "cuda, cpu"), ("cuda", PLAIN, "cpu")])
 def test_an_unavailable_device_is_refused_with_the_available_ones(
-    requested: str,
-    machine: Machine,
-    available: str,
+    requested: str, machine: Machine, available: str
 ) -> None:
     with pytest.raises(InvalidArgument, match=f"config.device = '{requested}'.*this machine has {available}"):
         choose(requested, machine)
 
 
 @pytest.mark.parametrize(
-    ("mps", "cpu", "device"),
-    [(2.4e12, 1.1e12, "mps"), (1.1e12, 2.4e12, "cpu"), (2e12, 2e12, "mps")],
+    ("mps", "cpu", "device"), [(2.4e12, 1.1e12, "mps"), (1.1e12, 2.4e12, "cpu"), (2e12, 2e12, "mps")]
 )
 def test_auto_takes_the_faster_of_mps_and_cpu_and_notes_the_speeds(mps: float, cpu: float, device: str) -> None:
     plan = choose("auto", replace(MAC, mps_flops=mps, cpu_flops=cpu))
@@ -122,9 +115,7 @@ def test_mps_and_cpu_are_timed_in_their_own_formats(monkeypatch: pytest.MonkeyPa
     [("mps", MAC), ("cpu", MAC), ("auto", Machine()), ("auto", Machine(cuda=True, cuda_bfloat16=True))],
 )
 def test_nothing_is_timed_without_a_choice_between_mps_and_cpu(
-    requested: str,
-    machine: Machine,
-    monkeypatch: pytest.MonkeyPatch,
+    requested: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device_module, "flops", lambda *_: pytest.fail("timed"))
     assert timed(requested, machine) is machine

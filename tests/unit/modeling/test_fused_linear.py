@@ -51,9 +51,7 @@ def near(mine: torch.Tensor, theirs: torch.Tensor, projections: Projections) -> 
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("ranks", [(3, 3, 3), (3, 0, 2), (0, 0, 4), (0, 0, 0)])
 def test_joint_outputs_and_gradients_equal_those_of_single_layers(
-    ranks: tuple[int, ...],
-    biases: bool,
-    in_bfloat16: bool,
+    ranks: tuple[int, ...], biases: bool, in_bfloat16: bool
 ) -> None:
     made, matrices = layers(ranks, in_bfloat16=in_bfloat16, biases=biases), adapters(ranks)
     projections = project(made)

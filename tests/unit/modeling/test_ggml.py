@@ -96,8 +96,7 @@ def test_dequantising_float32_makes_no_copy() -> None:
 
 def test_an_unsupported_format_is_refused_by_name() -> None:
     with pytest.raises(
-        BaseCheckpointError,
-        match=r"format IQ2_XS, which is not supported.*Q4_K.*Use a GGUF file of another",
+        BaseCheckpointError, match=r"format IQ2_XS, which is not supported.*Q4_K.*Use a GGUF file of another"
     ):
         dequantise(torch.zeros(1, 74, dtype=torch.uint8), "IQ2_XS", 256)
 

@@ -27,10 +27,7 @@ def test_loss_and_gradient_equal_those_of_plain_cross_entropy(positions: int) ->
 
 
 @pytest.mark.parametrize(("positions", "vocabulary"), [(600, 1000), (7, LOGITS_IN_FLOAT32 // 3)])
-def test_a_bf16_head_rounds_only_the_logits_and_their_gradient(
-    positions: int,
-    vocabulary: int,
-) -> None:
+def test_a_bf16_head_rounds_only_the_logits_and_their_gradient(positions: int, vocabulary: int) -> None:
     """Covers several chunks, and chunks converted to float32 in several pieces."""
     torch.manual_seed(0)
     hidden_ND = torch.randn(positions, 8, requires_grad=True)
@@ -69,8 +66,7 @@ def test_without_gradients_the_head_computes_only_the_loss() -> None:
     with torch.no_grad():
         loss = ChunkedLMHead(QuantisedMatrix.from_tensor(head_VD)).cross_entropy(hidden_ND, target_N)
     assert loss.item() == pytest.approx(
-        cross_entropy(hidden_ND @ head_VD.T, target_N, reduction="sum").item(),
-        rel=1e-6,
+        cross_entropy(hidden_ND @ head_VD.T, target_N, reduction="sum").item(), rel=1e-6
     )
 
 

@@ -51,10 +51,7 @@ def test_a_mapped_model_gives_the_logits_of_the_loaded_one(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("in_bfloat16", [False, True])
-def test_moving_a_model_moves_stored_matrices_and_keeps_sharing(
-    tmp_path: Path,
-    in_bfloat16: bool,
-) -> None:
+def test_moving_a_model_moves_stored_matrices_and_keeps_sharing(tmp_path: Path, in_bfloat16: bool) -> None:
     directory = write_tiny_base(tmp_path / "tiny")
     base = load_mapped(resolve(str(directory), Settings()), directory, in_bfloat16=in_bfloat16)
     assert base is not None

@@ -21,10 +21,7 @@ LENGTHS = (40, 12, 9, 30, 3, 17)
 
 
 def with_random_adapter(
-    architecture: str,
-    *,
-    fused: bool,
-    targets: Literal["all-linear"] | list[str] = "all-linear",
+    architecture: str, *, fused: bool, targets: Literal["all-linear"] | list[str] = "all-linear"
 ) -> tuple[Objective, PeftModel]:
     model = tiny_model(architecture)
     objective = probe_fast_paths(model, max_length=64)
@@ -66,9 +63,7 @@ def plain_loss(model: PeftModel, documents: list[Document]) -> torch.Tensor:
     ],
 )
 def test_fast_paths_are_used_only_where_loss_and_gradient_are_the_models_own(
-    architecture: str,
-    packed: bool,
-    chunked_head: bool,
+    architecture: str, packed: bool, chunked_head: bool
 ) -> None:
     plain, reference = with_random_adapter(architecture, fused=False)
     assert (plain.packed, plain.head is not None) == (packed, chunked_head)
@@ -175,11 +170,7 @@ def test_reducing_memory_fails_without_checkpointable_layers() -> None:
 
 @pytest.mark.parametrize(("architecture", "packed"), [("gemma2", False), ("gpt_oss", False), ("deepseek_v3", True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_unsupported_attention_is_left_to_the_model(
-    architecture: str,
-    packed: bool,
-    dtype: torch.dtype,
-) -> None:
+def test_unsupported_attention_is_left_to_the_model(architecture: str, packed: bool, dtype: torch.dtype) -> None:
     """In bf16, rounding hides an omitted part of attention, so that comparing logits would not find it."""
     model = tiny_model(architecture).to(dtype)
     objective = probe_fast_paths(model, max_length=64)

@@ -84,11 +84,7 @@ def test_a_bias_of_q_is_reordered_like_its_matrix(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_hugging_face_directory_opens_in_its_own_type(
-    tmp_path: Path,
-    dtype: torch.dtype,
-    shards: int,
-) -> None:
+def test_a_hugging_face_directory_opens_in_its_own_type(tmp_path: Path, dtype: torch.dtype, shards: int) -> None:
     kind = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
     directory = write_model(tmp_path / "m", shards=shards, dtype=kind, values=weights())
     stored = open_stored(read_checkpoint(directory))

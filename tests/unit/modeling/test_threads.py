@@ -73,9 +73,7 @@ def test_candidates_are_all_cores_all_but_one_half_and_one(cores: int, tried: tu
     ],
 )
 def test_the_fewest_nearly_fastest_threads_are_chosen_and_more_only_for_a_clear_gain(
-    current: int,
-    seconds: dict[int, float],
-    chosen: int,
+    current: int, seconds: dict[int, float], chosen: int
 ) -> None:
     assert decide(current, seconds) == chosen
 

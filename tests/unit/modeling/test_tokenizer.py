@@ -86,10 +86,7 @@ def named(tokenizer: BaseTokenizer, ids: Sequence[int]) -> list[str]:
 
 
 @pytest.mark.parametrize("dummy_space", ["prepend", "metaspace"])
-def test_only_the_first_segment_of_a_text_gets_the_sentencepiece_space(
-    tmp_path: Path,
-    dummy_space: str,
-) -> None:
+def test_only_the_first_segment_of_a_text_gets_the_sentencepiece_space(tmp_path: Path, dummy_space: str) -> None:
     write_sentencepiece_tokenizer(tmp_path, dummy_space=dummy_space)
     tokenizer = load_tokenizer(tmp_path)
     parts = (Segment(text="def\n", learn=False), Segment(text="def", literal=True), Segment(text=" def"))

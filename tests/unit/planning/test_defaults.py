@@ -28,11 +28,7 @@ def source(units: int) -> SourceSummary:
     return make_source().model_copy(update={"examples": None, "estimated_tokens": TOKENS_PER_EXAMPLE * units})
 
 
-def chosen(
-    units: int,
-    config: TrainingConfig | None = None,
-    speed: float | None = 150.0,
-) -> tuple[TrainingConfig, str]:
+def chosen(units: int, config: TrainingConfig | None = None, speed: float | None = 150.0) -> tuple[TrainingConfig, str]:
     return choose_defaults(config or TrainingConfig(), SMOLLM2_SHAPE, source(units), speed)
 
 
@@ -63,8 +59,7 @@ def test_further_epochs_are_dropped_before_an_epoch_is_shortened(units: int, spe
     if pass_s > DEFAULT_MAX_RUN_S:
         assert config.max_steps is not None
         assert config.max_steps == max(
-            1,
-            int(math.ceil(units * share / config.batch_size) * DEFAULT_MAX_RUN_S / pass_s),
+            1, int(math.ceil(units * share / config.batch_size) * DEFAULT_MAX_RUN_S / pass_s)
         )
     else:
         assert config.max_steps is None
@@ -132,10 +127,7 @@ def test_records_are_counted_instead_of_estimated():
 
 def test_the_rank_is_not_explained_if_only_some_modules_are_adapted() -> None:
     config, why = choose_defaults(
-        TrainingConfig(target_modules=["q_proj"]),
-        SMOLLM2_SHAPE,
-        make_source(estimated_tokens=90_000),
-        100.0,
+        TrainingConfig(target_modules=["q_proj"]), SMOLLM2_SHAPE, make_source(estimated_tokens=90_000), 100.0
     )
     assert config.rank == 16
     assert "Rank" not in why
@@ -161,8 +153,7 @@ def test_larger_base_models_get_a_lower_learning_rate(hidden_size: int, rate: fl
 
 @given(st.integers(16, 576), st.integers(1, 256))
 def test_larger_batches_get_a_higher_learning_rate_and_smaller_base_models_do_not(
-    hidden_size: int,
-    batch_size: int,
+    hidden_size: int, batch_size: int
 ) -> None:
     assert default_learning_rate(hidden_size, 4) == MEASURED_RATE
     assert default_learning_rate(hidden_size, batch_size + 1) >= default_learning_rate(hidden_size, batch_size)

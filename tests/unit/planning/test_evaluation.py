@@ -29,12 +29,7 @@ RECORDS = [
 
 
 def planned(
-    tmp_path: Path,
-    data: Any,
-    *,
-    base: Path | None = None,
-    accept: bool = True,
-    limit: int | None = None,
+    tmp_path: Path, data: Any, *, base: Path | None = None, accept: bool = True, limit: int | None = None
 ) -> JobRequest:
     base = base or write_model(tmp_path / "base")
     adapter = tmp_path / "adapter"

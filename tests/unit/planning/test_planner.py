@@ -30,9 +30,7 @@ def test_records_are_written_to_the_job_directory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_job_whose_records_cannot_be_written_leaves_nothing_on_disk(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    error: BaseException,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     def fails(*_: object) -> None:
         raise error
@@ -70,11 +68,7 @@ def test_an_existing_job_directory_is_not_removed(tmp_path: Path) -> None:
     ],
 )
 def test_an_unavailable_device_is_rejected_before_any_data_is_read(
-    monkeypatch: pytest.MonkeyPatch,
-    device: Any,
-    system: str,
-    why_no_cuda: str | None,
-    expected: str,
+    monkeypatch: pytest.MonkeyPatch, device: Any, system: str, why_no_cuda: str | None, expected: str
 ) -> None:
     monkeypatch.setattr(planning.sys, "platform", system)
     monkeypatch.setattr(planning, "why_no_cuda", lambda: why_no_cuda)

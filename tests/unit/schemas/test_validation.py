@@ -30,8 +30,7 @@ from peft_core.schemas.validation import describe_schema, parse_config
     ],
 )
 def test_an_invalid_setting_is_reported_with_its_value_and_what_is_allowed(
-    config: dict[str, Any],
-    expected: list[str],
+    config: dict[str, Any], expected: list[str]
 ) -> None:
     with pytest.raises(InvalidArgument) as caught:
         parse_config(config)

@@ -44,9 +44,7 @@ def test_a_child_environment_names_the_parent_and_keeps_the_child_offline() -> N
 
 @pytest.mark.parametrize(("value", "expected"), [("", None), ("17", 17), (LAUNCHER, os.getppid())])
 def test_the_parent_to_end_with_is_read_from_the_environment(
-    value: str,
-    expected: int | None,
-    monkeypatch: pytest.MonkeyPatch,
+    value: str, expected: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(PARENT_VARIABLE, value)
     assert parent_pid() == expected
@@ -146,12 +144,7 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def ask(child: str, text: str, timeout_s: float = 60.0) -> str:
     answer = run_json_child(
-        child,
-        Message(text=text),
-        Message,
-        timeout_s=timeout_s,
-        action="Asking",
-        on_timeout=("Ask less",),
+        child, Message(text=text), Message, timeout_s=timeout_s, action="Asking", on_timeout=("Ask less",)
     )
     return answer.text
 
@@ -191,10 +184,7 @@ def test_a_child_exits_when_its_parent_dies(tmp_path: Path) -> None:
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     with subprocess.Popen(
-        [sys.executable, "-c", script],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=environment,
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
     ) as parent:
         assert parent.stdout is not None
         assert int(parent.stdout.readline()) > 0

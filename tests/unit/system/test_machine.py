@@ -35,11 +35,7 @@ def test_an_explicitly_requested_device_is_expected_as_it_is() -> None:
     ],
 )
 def test_a_gpu_is_expected_if_its_driver_exists_and_refused_only_if_none_can_work(
-    tmp_path: Path,
-    builds: set[str],
-    file: str,
-    expected: str,
-    missing: str | None,
+    tmp_path: Path, builds: set[str], file: str, expected: str, missing: str | None
 ) -> None:
     (tmp_path / file).parent.mkdir(parents=True)
     (tmp_path / file).touch()
@@ -57,10 +53,7 @@ def test_a_gpu_is_expected_if_its_driver_exists_and_refused_only_if_none_can_wor
     ],
 )
 def test_torch_builds_are_read_without_importing_torch(
-    text: str,
-    builds: set[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    text: str, builds: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "torch"
     package.mkdir()

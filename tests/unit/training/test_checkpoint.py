@@ -25,13 +25,7 @@ from peft_core.training.checkpoint import (
 from tests.factories import make_request
 
 DATASET = DatasetSummary(
-    train_examples=1,
-    held_out_examples=1,
-    train_tokens=1,
-    held_out_tokens=1,
-    files=1,
-    left_out={},
-    sha256="d" * 64,
+    train_examples=1, held_out_examples=1, train_tokens=1, held_out_tokens=1, files=1, left_out={}, sha256="d" * 64
 )
 
 
@@ -52,11 +46,7 @@ def make_checkpoint(step: int) -> Checkpoint:
 
 def make_task(tmp_path: Path, **changes: Any) -> TrainingTask:
     return TrainingTask(
-        job_id="j",
-        project_id="p",
-        request=make_request(**changes),
-        job_dir=tmp_path,
-        base_models_dir=tmp_path,
+        job_id="j", project_id="p", request=make_request(**changes), job_dir=tmp_path, base_models_dir=tmp_path
     )
 
 
@@ -113,8 +103,7 @@ def test_a_partly_written_rollback_state_is_overwritten(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"PK\x03\x04 half")])
 def test_an_unreadable_rollback_state_falls_back_to_the_start_and_an_unreadable_start_is_an_error(
-    tmp_path: Path,
-    damage: Callable[[Path], object],
+    tmp_path: Path, damage: Callable[[Path], object]
 ) -> None:
     states = RollbackStates(tmp_path, "key")
     states.save(make_checkpoint(0))
@@ -142,8 +131,7 @@ def test_a_missing_or_damaged_checkpoint_loads_as_none(tmp_path: Path) -> None:
         (tmp_path / "state.pt").write_bytes(damaged)
         assert load_checkpoint(tmp_path, "key") is None
     torch.save(
-        {"format": 1, "key": "key", "progress": Path},
-        tmp_path / "state.pt",
+        {"format": 1, "key": "key", "progress": Path}, tmp_path / "state.pt"
     )  # a class, which only unpickling with code execution would load
     assert load_checkpoint(tmp_path, "key") is None
 

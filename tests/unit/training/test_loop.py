@@ -164,7 +164,7 @@ def test_a_stop_in_the_middle_of_a_step_checkpoints_the_last_completed_step(tmp_
 
 def test_early_stopping_ends_with_the_best_weights(tmp_path: Path) -> None:
     config = CONFIG.model_copy(
-        update={"max_steps": 60, "learning_rate": 5e-2, "early_stopping_patience": 2, "eval_steps": 2, "dropout": 0.0},
+        update={"max_steps": 60, "learning_rate": 5e-2, "early_stopping_patience": 2, "eval_steps": 2, "dropout": 0.0}
     )
     recorder, loop = uninterrupted(tmp_path, config)
     stopped = recorder.events[-2]
@@ -394,9 +394,7 @@ class Killed(Exception):
 @pytest.mark.usefixtures("save_rollback_state_every_two_steps")
 @pytest.mark.parametrize(("saved_after", "killed_after"), [(1, 4), (3, 9), (6, 8), (6, 12)])
 def test_a_killed_run_resumes_from_a_checkpoint_that_is_older_than_its_rollback_states(
-    tmp_path: Path,
-    saved_after: int,
-    killed_after: int,
+    tmp_path: Path, saved_after: int, killed_after: int
 ) -> None:
     limit = 0.03
     expected = Recorder()
@@ -435,9 +433,7 @@ PLAIN = CONFIG.model_copy(update={"dropout": 0.0})  # dropout masks depend on th
 
 @pytest.mark.parametrize(("max_tokens", "reductions"), [(45, [(40, False)]), (11, [(40, False), (40, True)])])
 def test_a_step_that_runs_out_of_memory_is_repeated_with_less_memory_and_the_same_result(
-    tmp_path: Path,
-    max_tokens: int,
-    reductions: list[tuple[int, bool]],
+    tmp_path: Path, max_tokens: int, reductions: list[tuple[int, bool]]
 ) -> None:
     expected, reference = uninterrupted(tmp_path / "plain", PLAIN)
     recorder = Recorder()
