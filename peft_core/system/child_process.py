@@ -4,7 +4,7 @@ The same few rules hold between the server, the runner, the workers and the data
 
 * A child imports no modules from its working directory, stays offline, and creates private files only.
 * A child ends with its parent, except for the runner, which outlives the server. It compares its current parent with the one
-  that started it, so a reused pid cannot mislead it.
+  that started it, so a reused pid cannot mislead it. The inference worker ends when its standard input is closed instead.
 * Messages are JSON objects, one per line. A child writes them to a copy of its standard output, so that a library that prints
   cannot break the protocol; logs go to standard error, which the parent redirects to a file.
 * A failure becomes an `ErrorInfo`; see failures.py.
@@ -12,12 +12,14 @@ The same few rules hold between the server, the runner, the workers and the data
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -26,7 +28,7 @@ import anyio
 from anyio.streams.buffered import BufferedByteReceiveStream
 from pydantic import BaseModel, ValidationError
 
-from peft_core.errors import DataError, sanitize
+from peft_core.errors import DataError, PeftMcpError, sanitize
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.results import ErrorInfo
 from peft_core.system.failures import TaskKind, error_info
@@ -34,13 +36,16 @@ from peft_core.system.failures import TaskKind, error_info
 PARENT_VARIABLE = "PEFT_MCP_PARENT"
 LAUNCHER = "launcher"
 MAX_LOG_BYTES = 4 << 20
-POLL_INTERVAL_S = 0.25  # between two looks at the parent's pid
+POLL_INTERVAL_S = 0.25  # how often a child checks its parent's pid
 _TAIL_BYTES = 4096
 _MAX_TAIL_LINE = 300  # characters
+_REFUSED, _CRASHED = 1, 70  # exit codes of `answer_request` for an error of ours, and for any other (EX_SOFTWARE)
 
 RequestT = TypeVar("RequestT", bound=FrozenModel)
 AnswerT = TypeVar("AnswerT", bound=FrozenModel)
 JsonLineWriter = Callable[[BaseModel], None]
+
+log = logging.getLogger(__name__)  # structlog would slow the server's start down by 0.1 s
 
 
 # ---------------------------------------------------------------------------------------------------- the parent's side
@@ -163,12 +168,20 @@ def run_json_child(
         ) from error
     if child.returncode == 0:
         return answer.model_validate_json(child.stdout)
+    raise _child_error(child, action)
+
+
+def _child_error(child: subprocess.CompletedProcess[bytes], action: str) -> DataError:
+    """Return the error that a child of `run_json_child` reported, or why it died. Log its standard error if it crashed."""
+    stderr = child.stderr.decode(errors="replace").strip()
+    if child.returncode != _REFUSED and stderr:
+        log.warning("%s failed:\n%s", action, sanitize(stderr, limit=10_000, keep="\n\t"))
     try:
         problem = ErrorInfo.model_validate_json(child.stdout)
-    except ValidationError as error:
-        reason = child.stderr.decode(errors="replace").strip().rpartition("\n")[2] or describe_exit(child.returncode)
-        raise DataError(f"{action} failed: {reason}", code="inspection_failed") from error
-    raise DataError(problem.message, code=problem.code, suggestions=problem.suggestions)
+    except ValidationError:
+        reason = stderr.rpartition("\n")[2] or f"the process {describe_exit(child.returncode)}"
+        return DataError(f"{action} failed: {reason}", code="inspection_failed")
+    return DataError(problem.message, code=problem.code, suggestions=problem.suggestions)
 
 
 # ----------------------------------------------------------------------------------------------------- the child's side
@@ -234,7 +247,11 @@ def answer_request(request_type: type[RequestT], answer: Callable[[RequestT], Fr
         watch_parent(parent, on_death=lambda: os._exit(1))
     try:
         write(answer(request_type.model_validate_json(sys.stdin.buffer.read())))
-    except Exception as error:  # noqa: BLE001 -- the edge of the process: the parent reports it
+    except PeftMcpError as error:
         write(error_info(error, task))
-        return 1
+        return _REFUSED
+    except Exception as error:  # noqa: BLE001 -- the edge of the process: the parent reports it, and logs the traceback
+        traceback.print_exc()
+        write(error_info(error, task))
+        return _CRASHED
     return 0

@@ -167,6 +167,16 @@ def test_errors_of_a_json_child_reach_its_parent(child: str, text: str, code: st
     assert (caught.value.code, caught.value.message.startswith(message)) == (code, True)
 
 
+@pytest.mark.parametrize(("text", "logged"), [("bug", "KeyError: 'x'"), ("full", "")])
+def test_the_traceback_of_a_crashed_json_child_is_logged(
+    child: str, text: str, logged: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(DataError):
+        ask(child, text)
+    assert caplog.text.strip().endswith(logged)
+    assert ("Traceback" in caplog.text) == bool(logged)
+
+
 def test_a_json_child_is_stopped_when_it_takes_too_long(child: str) -> None:
     with pytest.raises(DataError, match="Asking took longer than 1 s") as caught:
         ask(child, "hangs", timeout_s=1.0)
