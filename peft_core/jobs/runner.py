@@ -64,6 +64,7 @@ RUNNER = TaskKind(
     crash_code="runner_failed",
     log="logs/runner.log in the data directory",
     memory_advice=("Close other programs, then resume the training.",),
+    memory_code="runner_failed",  # the job itself is not too large: an unchanged run may succeed
 )
 
 log = structlog.get_logger(__name__)

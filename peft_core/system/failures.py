@@ -27,6 +27,7 @@ class TaskKind:
     crash_code: str  # code of the error for an unexpected exception
     log: str  # where the traceback is written, in words
     memory_advice: tuple[str, ...]  # what the user can do when memory runs out
+    memory_code: str = "out_of_memory"  # code of that error
 
 
 def error_info(error: BaseException, task: TaskKind) -> ErrorInfo:
@@ -39,7 +40,7 @@ def error_info(error: BaseException, task: TaskKind) -> ErrorInfo:
         return ErrorInfo.from_error(error)
     if is_out_of_memory(error):
         return ErrorInfo(
-            code="out_of_memory",
+            code=task.memory_code,
             message=f"The {task.name} ran out of memory ({describe_error(error)}).",
             suggestions=task.memory_advice,
         )

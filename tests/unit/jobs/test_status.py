@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from peft_core.jobs.runner import RUNNER
 from peft_core.jobs.status import not_started, status_of
 from peft_core.manager import PEFTManager
 from peft_core.schemas.evaluation import Verdict
 from peft_core.schemas.results import ErrorInfo, Metrics, NextStep, Phase, Status, TrainingStatus
 from peft_core.schemas.training import EvaluatedAdapter
+from peft_core.system.failures import error_info
 from tests.factories import make_evaluation, make_job
 
 ERROR = ErrorInfo(code="x", message="It broke.", suggestions=("Fix it",))
@@ -55,6 +57,14 @@ def test_a_failed_run_is_resumed_only_if_that_may_succeed(code: str, tool: str) 
     assert status.next_step is not None
     assert status.next_step.tool == tool
     assert status.next.startswith("Fix it. ")
+
+
+def test_a_job_whose_runner_ran_out_of_memory_can_be_resumed() -> None:
+    error = error_info(OSError(12, "Cannot allocate memory"), RUNNER)
+    status = status_of(make_job(status=Status.FAILED, error=error), None, Path("/none/train.log"))
+    assert "ran out of memory" in error.message
+    assert status.next_step is not None
+    assert status.next_step.tool == "resume_training"
 
 
 def test_a_run_that_was_rolled_back_shows_its_note_while_it_trains(tmp_path: Path) -> None:
