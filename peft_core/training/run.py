@@ -67,7 +67,6 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     config = task.request.config
     require_complete(config)
     session = start_session(task, emit, stop)
-    accelerator = session.accelerator
     threads = ThreadTuner.for_training(session.device.device)
 
     # 1. Dataset. The base model's files come first, because examples are measured with its tokenizer.
@@ -87,7 +86,7 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     checkpoint = _load_checkpoint(session, key, order)
 
     # 3. Scores of the base model.
-    sample = sample_for_training(_documents_of(data.held_out), config.seed)
+    sample = sample_for_training([example.document for example in data.held_out], config.seed)
     base_scores = _score_base(session, base, evaluator, key, threads, is_resumed=checkpoint is not None)
     emit(HeldOutMeasured(step=0, loss=_loss_of_sample(sample, data.held_out, base_scores)))
     base_loss = mean_loss(base_scores.held_out)
@@ -109,15 +108,15 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     # 5. Scores of the adapter.
     session.start_phase(Phase.EVALUATING_ADAPTER)
     threads.keep_up()
-    adapter_scores = evaluator.score(base.objective, accelerator, stop)
+    adapter_scores = evaluator.score(base.objective, session.accelerator, stop)
     adapter_loss = mean_loss(adapter_scores.held_out)
     emit(HeldOutMeasured(step=loop.progress.step, loss=adapter_loss, whole_set=True))
 
     # 6. Completions of both models, and the adapter's files.
-    if accelerator.is_main_process:
+    if session.accelerator.is_main_process:
         evaluation = _evaluate(session, base, adapted, evaluator, base_scores, adapter_scores, loop.progress)
         _write_adapter(session, base, adapted, fusion, data, loop, adapter_loss, evaluation)
-    accelerator.end_training()  # a process that does not leave its group may end with SIGABRT
+    session.accelerator.end_training()  # a process that does not leave its group may end with SIGABRT
 
 
 def _load_training_documents(session: Session, data: RunData) -> list[Document]:
@@ -172,10 +171,6 @@ def _load_checkpoint(session: Session, key: str, order: Order) -> Checkpoint | N
     start_step = checkpoint.progress.step if checkpoint is not None else 0
     session.emit(RunPlanned(device=session.device.device, total_steps=order.total_steps, start_step=start_step))
     return checkpoint
-
-
-def _documents_of(examples: Sequence[HeldOutExample]) -> list[Document]:
-    return [example.document for example in examples]
 
 
 def _score_base(
