@@ -9,7 +9,7 @@ from peft_core.jobs.store import Store
 from peft_core.paths import DataPaths
 from peft_core.system.cleanup import prune_inspections, remove_older
 
-LEFT_BEHIND_S = 86_400.0  # unknown files that were not touched for so long were left by a process that was killed
+LEFT_BEHIND_S = 86_400.0  # unknown files that have not changed for this long were left behind by a killed process
 
 
 def prune(store: Store, registry: Registry, paths: DataPaths, *, keep: int) -> None:

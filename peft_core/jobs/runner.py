@@ -3,9 +3,9 @@
     python -m peft_core.jobs.runner SETTINGS_AS_JSON
 
 The runner holds the queue's lock. It gives each job to a worker process of its own, and turns the events that the worker
-writes (JSON lines), its exit code and what is missing into events of the job. No other process writes to a job in progress.
-The runner exits when the queue is empty, or when another process holds the lock: that process looks at the queue once more
-after releasing it, so that a job inserted meanwhile is not forgotten.
+writes (JSON lines) and its exit code into events of the job. No other process changes the state of a job in progress.
+The runner exits when the queue is empty, or when another runner holds the lock: that one looks at the queue once more after
+releasing it, so that a job inserted meanwhile is not forgotten.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ from peft_core.system.lock import FileLock
 
 WORKER = ["-m", "peft_core.worker"]
 LOCK_TIMEOUT_S = 5.0  # longer than any process that only probes the lock holds it
-POLL_INTERVAL_S = 0.25  # between two looks for a request to cancel the running job
-GRACE_S = 20.0  # between SIGTERM and SIGKILL: enough for a micro-batch and a checkpoint
+POLL_INTERVAL_S = 0.25  # how often the runner checks whether the running job is to be cancelled
+GRACE_S = 20.0  # between SIGTERM and SIGKILL: enough time for a micro-batch and a checkpoint
 MAX_LINE = 1 << 20
-MAX_REPLAYED_EVENTS = 2000  # that a resumed run may emit again
+MAX_REPLAYED_EVENTS = 2000  # events that a resumed run may emit again
 RUNNER = TaskKind(
     name="runner",
     crash_code="runner_failed",
@@ -71,7 +71,7 @@ log = structlog.get_logger(__name__)
 
 
 def run(settings: Settings) -> None:
-    """Work until the queue is empty or another runner works."""
+    """Run jobs until the queue is empty, or until another runner has taken over."""
     paths = settings.paths
     store = Store(paths.database, time.time)
     registry = Registry(paths)
@@ -101,7 +101,7 @@ class Runner:
 
     async def drain(self) -> bool:
         """Run the queued jobs one after the other; return True if a signal ended this early."""
-        # Plain signal handlers set the flag immediately. A task would learn of the signal only when the event loop turns, and
+        # Plain signal handlers set the flag immediately. A task would notice the signal only when the event loop runs it, and
         # the next job could have started by then.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: self._stop())
@@ -173,7 +173,7 @@ class Runner:
                     last_event = await self._follow(job.job_id, process.stdout)
                     code = await process.wait()
                     group.cancel_scope.cancel()
-            except BaseException:  # nothing follows this worker any more, whatever the reason
+            except BaseException:  # for any reason: nothing reads this worker's events any more
                 await _end(process)
                 raise
         return last_event, code
@@ -231,6 +231,7 @@ class Runner:
         return JobFailed(error=exit_error(code, paths.log))
 
     def _publish(self, job: Job, paths: JobPaths, written: AdapterWritten) -> Event:
+        """Verify the adapter that the worker wrote and publish it; return the event that ends the job."""
         # kill-point: runner: the adapter is about to be published
         self._store.append(job.job_id, PhaseStarted(phase=Phase.PUBLISHING))
         # kill-point: runner: the phase is publishing, the adapter is unchecked

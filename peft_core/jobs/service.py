@@ -42,7 +42,7 @@ class JobService:
     # The planners are imported with the first job: resolving base models and reading code would slow the server's start.
 
     def submit(self, project_id: str, training_data: TrainingData, config: TrainingConfig) -> TrainingStatus:
-        """Check everything that can be checked without a model, queue the job and make sure that a runner is alive.
+        """Check everything that can be checked without a model, queue the job, and make sure that a runner is alive.
 
         Raises:
             InvalidArgument, DataError, BaseCheckpointError, StorageError: nothing was queued.
@@ -66,7 +66,7 @@ class JobService:
         return self._queue(self._project_of(evaluated.adapter_path), draft, evaluation_data)
 
     def inspect(self, training_data: TrainingData, config: TrainingConfig) -> TrainingDataReport:
-        """Dry run of `submit`.
+        """Do a dry run of `submit`, and describe the dataset and the settings.
 
         Raises:
             InvalidArgument, DataError, BaseCheckpointError, StorageError: `submit` would reject the request.
@@ -100,10 +100,10 @@ class JobService:
     # -- existing jobs -------------------------------------------------------------------------------------------------
 
     def status_and_ensure_runner(self, project_id: str, job_id: str | None = None) -> TrainingStatus:
-        """The state of the named job, or of the project's latest one.
+        """Return the state of the named job, or of the project's latest one.
 
-        There is no daemon that would notice a dead process, so reading the status of an unfinished job does: it records
-        the job as interrupted, and starts a runner if jobs are waiting. A client that only polls can rely on the answer.
+        No daemon would notice a dead process. So this method does, for an unfinished job: it records the job as interrupted,
+        and starts a runner if jobs are waiting. A client that only polls can rely on the answer.
 
         Raises:
             JobNotFound: no such job.
@@ -118,18 +118,18 @@ class JobService:
         return self._to_status(job)
 
     def status_by_id(self, job_id: str) -> TrainingStatus:
-        """As `status_and_ensure_runner`, for a job whose project is not known."""
+        """Do the same as `status_and_ensure_runner` for a job whose project is not known."""
         self._require_database(job_id)
         return self.status_and_ensure_runner(self._store.get(job_id).project_id, job_id)
 
     def running_job(self) -> TrainingStatus | None:
-        """The job that a runner is working on, after dead jobs were recorded; None if there is none."""
+        """Record dead jobs, then return the job that a runner is working on, or None."""
         self.ensure_runner()
         running = self._store.in_state(Status.IN_PROGRESS) if self._store.exists else []
         return self._to_status(running[0]) if running else None
 
     def draw_loss_curve(self, project_id: str, job_id: str | None, title: str) -> bytes | None:
-        """The loss curve so far as PNG; None before the first step."""
+        """Draw the loss curve so far as PNG; return None before the first step."""
         job = self._find(project_id, job_id)
         if job is None:
             return None
@@ -182,12 +182,12 @@ class JobService:
             raise JobStateError(
                 f"Job {job_id} cannot be resumed: it is {status}. Only interrupted, failed and cancelled jobs can.",
                 code="not_resumable",
-                suggestions=["Call get_training_status to follow it" if not status.is_final else "Call train_adapter"],
+                suggestions=["Call train_adapter" if status.is_final else "Call get_training_status to follow it"],
             ) from None
         return self._start(job.job_id)
 
     def base_of(self, job_id: str) -> str | None:
-        """The reference of the base model that a job trained on; None if this data directory has no such job."""
+        """Return a reference to the base model that a job trained on, or None if this data directory has no such job."""
         try:
             base = self._store.get(job_id).request.base if self._store.exists else None
         except JobNotFound:
@@ -197,7 +197,7 @@ class JobService:
         return base.ref if base.ref == BUNDLED else str(base.path)
 
     def _project_of(self, adapter: Path) -> str:
-        """The project of a published adapter; adapters from other directories share one name."""
+        """Return the project of a published adapter; adapters from other directories share one name."""
         project = adapter.parent.parent
         return project.name if project.parent == self._paths.projects else EXTERNAL_PROJECT
 
@@ -220,7 +220,7 @@ class JobService:
         return status_of(job, position, self._paths.job(job.job_id).log)
 
     def _measured_speed(self, base: Base, device: str) -> float | None:
-        """Tokens per second of the newest completed run of the same base model on the same device."""
+        """Return the tokens per second of the newest completed run of the same base model on the same device."""
         if not self._store.exists:
             return None
         for job in self._store.last_completed(SPEED_HISTORY):

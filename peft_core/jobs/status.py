@@ -9,7 +9,7 @@ from peft_core.jobs.state import Job, progress_percent
 from peft_core.schemas.evaluation import Verdict
 from peft_core.schemas.results import NextStep, Status, TrainingStatus
 
-# Failures that an unchanged run may not meet again.
+# Codes of failures that may not happen again in an unchanged run.
 RETRYABLE = ("killed", "died_silently", "runner_failed", "disk_full", "data_directory_unwritable", "adapters_busy")
 
 
@@ -190,7 +190,7 @@ def _load(adapter_path: str, reason: str) -> NextStep:
 
 
 def _is_current(adapter: Path) -> bool:
-    """Whether the project id refers to this adapter, and not to another one that was published since."""
+    """Return whether the project id refers to this adapter, and not to another one that was published since."""
     try:
         return adapter.with_name("current").readlink().name == adapter.name
     except OSError:

@@ -23,7 +23,7 @@ from peft_core.schemas.events import EVENT, Event, JobCancelled
 from peft_core.schemas.results import Status
 
 BUSY_TIMEOUT_S = 20.0  # how long a writer waits for another one
-MAX_EVENTS_PER_KIND = 2000  # that `events` returns of a job which may have a million: more than a curve or report shows
+MAX_EVENTS_PER_KIND = 2000  # that `events` returns for a job, which may have a million: a curve or report shows fewer
 
 # The version covers the JSON as well as the tables: adding, renaming or removing a field of `Job` or `Event` is a new
 # version, because another version of peft-mcp would reject the row. Versions 1 to 3 were never released.

@@ -33,7 +33,7 @@ class RunnerSupervisor:
         self._paths = settings.paths
         self._store = store
         self._registry = registry
-        self._runner: subprocess.Popen[bytes] | None = None  # the newest, until its end is noticed
+        self._runner: subprocess.Popen[bytes] | None = None  # the newest one, until its exit is noticed
         self._queued_at_start: set[tuple[str, float]] = set()  # (job id, updated at), when it was started
         self._killed = 0  # consecutive runners that were killed before they started any job
         self._mutex = threading.Lock()
@@ -44,7 +44,8 @@ class RunnerSupervisor:
         Raises:
             StorageError: Files cannot be locked, or the directory cannot be written.
         """
-        # A runner that starts at this moment finds the lock taken and exits; the next check, within seconds, starts another.
+        # A server that wants to start a runner at this moment takes this lock for a runner's; its next check, within seconds,
+        # starts one.
         with FileLock(self._paths.runner_lock) as lock:
             lock.acquire()
 
