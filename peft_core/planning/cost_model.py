@@ -27,8 +27,8 @@ PROCESS_BYTES = 420 << 20  # Python with torch, transformers and peft
 MICRO_TOKENS = {"cpu": 512, "mps": 512, "cuda": 4096}
 # Blocks computed in bf16 store half as much per token; 704 tokens are 5 % faster than 512, for 0.1 GB more.
 BF16_MICRO_TOKENS = 704
-KERNELS_BYTES = 40 << 20  # oneDNN's compiled kernels for bf16 products
-# Fragmentation of the heap between blocks of many lengths: one byte for every so many bytes of activations.
+KERNELS_BYTES = 40 << 20  # compiled kernels of oneDNN for bf16 products
+# Fragmentation of the heap by blocks of many lengths: one byte is lost for every so many bytes of activations.
 _FRAGMENTATION_DIVISOR = {"cpu": 3, "mps": 8, "cuda": 10}
 _BF16_FRAGMENTATION_DIVISOR = 2  # on a CPU; with the bundled base model, 110 to 150 MB of the heap stay unused
 UNPACKED_BYTES = 32 << 20  # weights that stay in their file are dequantised a few at a time
@@ -125,8 +125,8 @@ def estimate(config: TrainingConfig, source: SourceSummary, compute: CostedPlan,
     held_out_tokens = min(
         source.estimated_tokens * config.held_out_fraction, MAX_HELD_OUT_EXAMPLES * TOKENS_PER_EXAMPLE
     )
-    # A held-out measurement is a forward pass, a third of a training step. It is made twice in full, and the samples in between
-    # add up to a third one. Completions are a tenth of the training at most, and little of a long one.
+    # A held-out measurement is a forward pass, which costs a third of a training step. It is made twice in full, and the
+    # samples in between add up to a third one. Completions take at most a tenth of the training time, and less of a long run.
     completions = 2 / 3 * min(COMPLETION_BUDGET, 0.15 * tokens + GENERAL_TOKENS)
     seconds = compute.speed.seconds(tokens + held_out_tokens + completions)
     return Estimate(

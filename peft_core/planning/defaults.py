@@ -1,8 +1,8 @@
-"""Chooses the training settings that a request leaves open: duration, LoRA rank, learning rate.
+"""Choice of the training settings that a request leaves open: duration, LoRA rank, learning rate.
 
-What the constants rest on:
+Sources of the constants:
 
-- Minimum size: Codebase Gardener trains on 50 units at least, and a tenth of fewer is too little to tell a gain from noise.
+- Minimum size: Codebase Gardener trains on at least 50 units. A held-out tenth of fewer is too small to show a gain.
 - Epochs: a second and a third pass over a small code base are a rule of thumb, not a measurement. 22 steps of 4 examples lower
   the held-out loss of the bundled base model by 0.6 nats, and further steps lower it further. Two hours is what a user who set
   no duration may be made to wait.

@@ -1,4 +1,4 @@
-"""Plans jobs that evaluate an adapter instead of training one."""
+"""Planning of jobs that evaluate an adapter instead of training one."""
 
 from __future__ import annotations
 
@@ -65,6 +65,11 @@ def plan_evaluation(
 
 
 def _check_fit(evaluated: EvaluatedAdapter, base: Base) -> None:
+    """Check that the adapter fits the base model, and was trained on it unless the request accepts that this is unproven.
+
+    Raises:
+        InvalidArgument: it does not fit, or nothing proves that it was trained on this base model.
+    """
     compatibility = verify(evaluated.adapter_path, base)
     if compatibility.verdict is BaseMatch.INCOMPATIBLE:
         errors = [reason for reason in compatibility.reasons if reason.severity == "error"]

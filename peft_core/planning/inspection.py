@@ -1,4 +1,4 @@
-"""A dry run of a training: its dataset, its settings, and how long it would take."""
+"""The dry run of a training: its dataset, its settings, and how long it would take."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from peft_core.system.child_process import run_json_child
 from peft_core.system.cleanup import prune_inspections
 
 TIMEOUT_S = 120.0
-CHILD = "peft_core.data.preview"
 _MAX_SAMPLE = 1200  # characters
 
 
@@ -34,7 +33,7 @@ def inspect_training_data(
     """Check and choose everything that `train_adapter` would, and preview the examples. Nothing is saved.
 
     Raises:
-        InvalidArgument, DataError, BaseModelError, StorageError: it could not be trained on, and why.
+        InvalidArgument, DataError, BaseCheckpointError, StorageError: it could not be trained on, and why.
     """
     draft = plan(training_data, config, settings, measured_speed)
     with _scratch(settings.paths) as scratch:
@@ -45,7 +44,7 @@ def inspect_training_data(
 
 @contextmanager
 def _scratch(paths: DataPaths) -> Iterator[Path]:
-    """A directory for copies of the data. It is in the data directory, so that leftovers of a killed server can be pruned."""
+    """Yield a directory for copies of the data, inside the data directory, so that leftovers of a killed server are pruned."""
     prune_inspections(paths)
     try:
         paths.root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -59,7 +58,7 @@ def _scratch(paths: DataPaths) -> Iterator[Path]:
 
 def _preview(request: JobRequest, scratch: Path, settings: Settings) -> Preview:
     return run_json_child(
-        CHILD,
+        "peft_core.data.preview",
         PreviewRequest(dataset=request.dataset, data_dir=settings.data_dir, allowed_roots=settings.allowed_roots),
         Preview,
         timeout_s=TIMEOUT_S,

@@ -1,4 +1,4 @@
-"""From a training request to a job: resolves the base model, inspects the data, estimates time and memory, checks limits.
+"""Planning of a training: resolve the base model, inspect the data, estimate time and memory, check limits.
 
 Everything that can be rejected without loading a model is rejected here, before the job exists.
 """
@@ -52,7 +52,9 @@ def plan(
     settings: Settings,
     measured_speed: Callable[[Base, str], float | None],
 ) -> JobRequest:
-    """Return the resolved request. `measured_speed(base, device)`: tokens per second of an earlier run, if there was one.
+    """Return the resolved request.
+
+    `measured_speed(base, device)` returns the tokens per second of an earlier run, or None if there was none.
 
     Raises:
         InvalidArgument, DataError, BaseCheckpointError, StorageError: the job cannot be run, and why.

@@ -1,4 +1,4 @@
-"""Turns pydantic's validation errors into `InvalidArgument`: field, value, what is allowed, next step.
+"""Conversion of pydantic's validation errors to `InvalidArgument`: field, value, what is allowed, next step.
 
 pydantic's own messages name one violated bound ("should be less than or equal to 512"). An assistant corrects a request in one
 attempt if it reads the complete range, so what is allowed is worded from the JSON schema.
