@@ -74,7 +74,7 @@ class PEFTManager:
     async def inspect_training_data(
         self, training_data: str | Sequence[Mapping[str, Any]], config: TrainingConfig | Mapping[str, Any] | None = None
     ) -> TrainingDataReport:
-        """Dry run of `train_adapter`: the dataset with sample examples, exclusions and settings. Takes seconds."""
+        """Do a dry run of `train_adapter`: return the dataset's size, samples, exclusions and settings. Takes seconds."""
         return await run_sync(partial(self._jobs.inspect, training_data, parse_config(config)))
 
     async def get_training_status(self, project_id: str, job_id: str | None = None) -> TrainingStatus:
@@ -101,7 +101,7 @@ class PEFTManager:
                 yield status
 
     async def draw_training(self, project_id: str, job_id: str | None = None, *, title: str = "") -> bytes | None:
-        """Draw the loss curve of a job so far as PNG; None before the first step."""
+        """Draw the loss curve of a job so far as PNG; return None before the first step."""
         return await run_sync(self._jobs.draw_loss_curve, _project_id(project_id), job_id, title or project_id)
 
     async def get_job(self, job_id: str) -> TrainingStatus:
@@ -258,7 +258,7 @@ class PEFTManager:
         await self.aclose()
 
     def _training_need(self) -> TrainingNeed | None:
-        """The memory that the running job is still expected to allocate."""
+        """Return the memory that the running job is still expected to allocate, or None if no job runs."""
         status = self._jobs.running_job()
         if status is None or status.estimate is None:
             return None

@@ -103,7 +103,7 @@ def format_unloaded(unloaded: UnloadedAdapter) -> CallToolResult:
 
 
 def format_generation(generation: Generation) -> CallToolResult:
-    """The generated text itself, then the model that wrote it."""
+    """Show the generated text itself, then the model that wrote it."""
     adapter = f"with {generation.adapter_path}" if generation.adapter_path else "without adapter"
     facts = (
         f"({generation.base_model} {adapter}; {generation.prompt_tokens} + {generation.completion_tokens} tokens, "
@@ -119,7 +119,7 @@ def format_generation(generation: Generation) -> CallToolResult:
 
 
 def format_inspection(report: TrainingDataReport) -> CallToolResult:
-    """One page of text. Samples appear verbatim: code with escaped line breaks is hard to read."""
+    """Show one page of text. Samples appear verbatim: code with escaped line breaks is hard to read."""
     left_out = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in report.left_out.items())
     secrets = f" {report.secrets_removed} lines with credentials are blanked." if report.secrets_removed else ""
     unread = f" {report.unread_files} more files were not read." if report.unread_files else ""
@@ -144,7 +144,7 @@ def format_inspection(report: TrainingDataReport) -> CallToolResult:
 
 
 def format_status(status: TrainingStatus, picture: bytes | None = None) -> CallToolResult:
-    """`picture`: the loss curve as PNG, added after the text."""
+    """Show the state of a job. `picture` is the loss curve as PNG, added after the text."""
     status = for_client(status)
     parts = [f"{status.project_id}: {headline(status)}."]
     if status.training_data and not status.status.is_final and status.step == 0:
@@ -171,7 +171,7 @@ def estimate_text(estimate: Estimate) -> str:
 
 
 def evaluation_text(evaluation: Evaluation) -> str:
-    """The measurements in one sentence. The verdict's reason already has the loss."""
+    """Return the measurements in one sentence. The verdict's reason already has the loss."""
     percentages = (("next lines exact", evaluation.next_line), ("edit similarity", evaluation.edit_similarity))
     parts = [
         f"{name} {100 * comparison.base:.1f} -> {100 * comparison.adapter:.1f} %{_interval(comparison, percent=True)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from peft_core.schemas.results import Phase, Status, TrainingStatus
 
 MAX_HEADLINE = 200  # clients truncate longer progress messages
-WAIT_S = 20  # as the default of get_training_status
+WAIT_S = 20  # the default of get_training_status
 
 PHASE_WORDS = {
     Phase.STARTING: "starting",
@@ -20,7 +20,7 @@ PHASE_WORDS = {
 
 
 def for_client(status: TrainingStatus) -> TrainingStatus:
-    """The status with `wait_s` in its next step: an argument of the tool that the Python API does not have."""
+    """Return the status with `wait_s` in its next step: an argument of the tool that the Python API does not have."""
     step = status.next_step
     if step is None or step.tool != "get_training_status":
         return status
@@ -29,7 +29,7 @@ def for_client(status: TrainingStatus) -> TrainingStatus:
 
 
 def headline(status: TrainingStatus) -> str:
-    """One line, at most 200 characters: 'training: step 120/250, loss 1.830, 145 tokens/s, 2 min 10 s left'."""
+    """Return one line of at most 200 characters: 'training: step 120/250, loss 1.830, 145 tokens/s, 2 min 10 s left'."""
     line = status.status.replace("_", " ")
     match status.status:
         case Status.QUEUED if status.queue_position:
@@ -63,7 +63,7 @@ def _training_line(status: TrainingStatus) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """'45 s', '2 min 10 s', '1 h 5 min'."""
+    """Return a duration such as '45 s', '2 min 10 s' or '1 h 5 min'."""
     total = round(seconds)
     if total < 60:
         return f"{total} s"

@@ -139,7 +139,7 @@ class InferenceClient:
 
         Args:
             what: What is not loaded, as a sentence without its full stop.
-            needed: Whether the user has to load something to go on.
+            needed: Whether the user has to load something to continue.
         """
         worker = self._worker
         reason = self._exit_reason(worker) if worker is not None and worker.exited else self._last_exit_reason

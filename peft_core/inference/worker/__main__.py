@@ -1,6 +1,6 @@
 """The inference worker: reads requests from standard input and writes answers to standard output; see inference/protocol.py.
 
-    python -m peft_core.inference.worker HOST_CONFIG_AS_JSON
+    python -m peft_core.inference.worker WORKER_CONFIG_AS_JSON
 
 It exits when its standard input ends, because then the server is gone, and after some time without a request.
 """
@@ -101,9 +101,8 @@ def main() -> int:
     # 1. The protocol, before anything slow, so that the end of the server is noticed from now on.
     write = json_line_writer(redirect_stdout(), on_closed=lambda: os._exit(0))
     config = WorkerConfig.model_validate_json(sys.argv[1])
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C at a terminal also reaches the server, which ends this process
+    # Ctrl-C at a terminal also reaches the server, which ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     logs.configure(config.log_level)
     requests = RequestQueue()
     threading.Thread(target=requests.read_stdin, name="stdin-reader", daemon=True).start()

@@ -38,9 +38,8 @@ from peft_core.schemas.results import (
     nothing_was_loaded,
 )
 
-ProgressCallback = Callable[
-    [float, float | None, str], None
-]  # done, total, message; raises if the request was cancelled
+ProgressCallback = Callable[[float, float | None, str], None]
+"""Takes (done, total, message); raises if the request was cancelled."""
 LoadKind = Literal["cold", "warm", "switched"]
 
 log = structlog.get_logger(__name__)
@@ -65,7 +64,7 @@ class RequestHandler:
         """Answer one request.
 
         Raises:
-            PeftMcpError: the reason for which it failed; adapters in memory are as before.
+            PeftMcpError: the request failed; the adapters in memory are unchanged.
         """
         match request:
             case Load():
@@ -281,7 +280,7 @@ class RequestHandler:
 
 
 def _main_reason(check: Compatibility) -> str:
-    """The first error, or else the first warning, and how many more there are."""
+    """Return the message of the first error, or else of the first warning, and how many more there are."""
     reasons = [reason for reason in check.reasons if reason.severity == "error"] or check.reasons
     if not reasons:
         return f"The verdict of the check is {check.verdict}."
