@@ -1,4 +1,4 @@
-"""Small model and adapter files written by hand, so that tests need neither torch nor the libraries under test."""
+"""Write small model and adapter files by hand, so that tests need neither torch nor the libraries that are compared."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CONFIG: dict[str, Any] = {
 def model_shapes(
     *, layers: int = 2, hidden: int = 32, kv_rows: int = 16, vocab: int = 48
 ) -> dict[str, tuple[int, ...]]:
-    """Tensors of the toy model, or of one that differs in these sizes."""
+    """Return the tensor shapes of the toy model, or of a model that differs in these sizes."""
     block = {
         "input_layernorm": (hidden,),
         "self_attn.q_proj": (hidden, hidden),
@@ -100,29 +100,29 @@ def with_length(header: bytes, data: bytes = b"") -> bytes:
 
 
 def encoded(numbers: Sequence[float], dtype: str) -> bytes:
-    """Numbers as a file stores them: F32, F16 or BF16 (cut off, not rounded)."""
+    """Encode numbers as a file stores them: in F32, F16 or BF16 (truncated, not rounded)."""
     if dtype == "BF16":
-        wide = struct.pack(f"<{len(numbers)}f", *numbers)
-        return bytes(byte for place, byte in enumerate(wide) if place % 4 >= 2)
+        float32 = struct.pack(f"<{len(numbers)}f", *numbers)
+        return bytes(byte for position, byte in enumerate(float32) if position % 4 >= 2)
     return struct.pack(f"<{len(numbers)}{'f' if dtype == 'F32' else 'e'}", *numbers)
 
 
 def weights(seed: int = 0, norms: int = 0, shapes: Shapes = SHAPES) -> dict[str, list[float]]:
-    """Values for every tensor of the toy model, the same in float32, float16 and bfloat16.
+    """Return values for every tensor of the toy model; float32, float16 and bfloat16 all represent them exactly.
 
-    `seed` tells one set of weights from another, `norms` likewise for the norm vectors alone.
+    Another `seed` changes the matrices, another `norms` changes the norm vectors.
     """
     values: dict[str, list[float]] = {}
     for name, shape in shapes.items():
         start = zlib.crc32(name.encode()) + (norms if len(shape) == 1 else seed)
-        values[name] = [((start + 7 * place) % 61 - 30) / 16 for place in range(math.prod(shape))]
+        values[name] = [((start + 7 * position) % 61 - 30) / 16 for position in range(math.prod(shape))]
     return values
 
 
 def safetensors_bytes(
     shapes: Shapes, dtype: str = "F32", fill: int = 0, values: Mapping[str, Sequence[float]] | None = None
 ) -> bytes:
-    """A file of tensors of one type: of these values, or every byte of it `fill`."""
+    """Return a file of tensors of one type, with these values, or with `fill` in every byte."""
     entries: dict[str, Any] = {}
     data = bytearray()
     for name, shape in shapes.items():
@@ -142,7 +142,7 @@ def write_model(
     shapes: Shapes = SHAPES,
     **config: Any,
 ) -> Path:
-    """A Hugging Face directory of the toy model; `config` overrides entries of config.json."""
+    """Write a Hugging Face directory of the toy model; `config` overrides entries of config.json."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps({**CONFIG, **config}))
     (directory / "tokenizer.json").write_text("{}")
@@ -160,7 +160,10 @@ def write_model(
 
 
 def write_cached(cache: Path, repo_id: str, commit: str, model: Path) -> Path:
-    """The snapshot of a model directory in a Hugging Face cache: links to blobs, those of weights named by their sha256."""
+    """Copy a model directory into a Hugging Face cache and return its snapshot, whose files are links to blobs.
+
+    The blobs of weights are named by their sha256.
+    """
     repository = cache / f"models--{repo_id.replace('/', '--')}"
     snapshot, blobs = repository / "snapshots" / commit, repository / "blobs"
     for directory in (snapshot, blobs, repository / "refs"):
@@ -169,7 +172,7 @@ def write_cached(cache: Path, repo_id: str, commit: str, model: Path) -> Path:
     for file in model.iterdir():
         content = file.read_bytes()
         is_large = file.suffix in (".safetensors", ".gguf")
-        name = hashlib.sha256(content).hexdigest() if is_large else hashlib.sha1(content).hexdigest()  # noqa: S324 - git's
+        name = hashlib.sha256(content).hexdigest() if is_large else hashlib.sha1(content).hexdigest()  # noqa: S324 - as git does
         (blobs / name).write_bytes(content)
         (snapshot / file.name).symlink_to(Path("../../blobs") / name)
     return snapshot
@@ -183,18 +186,18 @@ def gguf_bytes(
     values: Mapping[str, Sequence[float]] | None = None,
     quantised: bool = False,
 ) -> bytes:
-    """A GGUF file of F32 tensors: all zero, or of values by Hugging Face names.
+    """Return a GGUF file of F32 tensors that are zero or have these values, given by Hugging Face names.
 
-    `quantised` makes the matrices Q8_0, with blocks that are not those numbers: nobody here decodes them.
+    With `quantised`, matrices are Q8_0 instead, with arbitrary blocks: they must differ between tensors, but are not decoded.
     """
     entries, data = b"", b""
     for name, shape in shapes.items():
         dims = b"".join(struct.pack("<Q", axis) for axis in reversed(shape))
-        blocks = quantised and len(shape) == 2
+        is_quantised = quantised and len(shape) == 2
         entries += (
-            _text(name) + struct.pack("<I", len(shape)) + dims + struct.pack("<IQ", 8 if blocks else 0, len(data))
+            _text(name) + struct.pack("<I", len(shape)) + dims + struct.pack("<IQ", 8 if is_quantised else 0, len(data))
         )
-        if blocks:
+        if is_quantised:
             data += bytes([zlib.crc32(name.encode()) % 100]) * (math.prod(shape) // 32 * 34)
         elif values is not None:
             data += encoded(values[hugging_face_name(name) or ""], "F32")
@@ -225,7 +228,7 @@ def _value(kind: int, value: Any) -> bytes:
 def write_adapter(
     directory: Path, *, targets: Sequence[str] = ("q_proj", "v_proj"), rank: int = 4, **config: Any
 ) -> Path:
-    """A LoRA adapter of the toy model; `config` overrides entries of adapter_config.json."""
+    """Write a LoRA adapter of the toy model; `config` overrides entries of adapter_config.json."""
     directory.mkdir(parents=True, exist_ok=True)
     settings = {
         "peft_type": "LORA",
@@ -243,10 +246,10 @@ def write_adapter(
 def adapter_shapes(
     targets: Sequence[str] = ("q_proj", "v_proj"), rank: int = 4, shapes: Shapes = SHAPES
 ) -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {}
+    result: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
         if module.rpartition(".")[2] in targets:
-            found[f"base_model.model.{module}.lora_A.weight"] = (rank, shape[1])
-            found[f"base_model.model.{module}.lora_B.weight"] = (shape[0], rank)
-    return found
+            result[f"base_model.model.{module}.lora_A.weight"] = (rank, shape[1])
+            result[f"base_model.model.{module}.lora_B.weight"] = (shape[0], rank)
+    return result

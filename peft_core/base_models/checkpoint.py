@@ -1,4 +1,4 @@
-"""Read a base model's headers, once per state of its files."""
+"""Read a base model's headers, and cache them until a file changes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from peft_core.base_models.checkpoint_info import Checkpoint, unusable
 from peft_core.base_models.gguf_model import read_gguf_model
 from peft_core.base_models.huggingface import read_directory
 
-# Per file: name, size in bytes, time of change in nanoseconds.
+# For each file: its name, its size in bytes and its modification time in nanoseconds.
 FileStates = tuple[tuple[str, int, int], ...]
 
 
@@ -18,14 +18,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Read configuration and tensor headers of a model directory or a .gguf file; cached until a file changes.
 
     Raises:
-        BaseCheckpointError: the model cannot be used.
-        HeaderError: a weights file is malformed.
+        BaseCheckpointError: The model cannot be used.
+        HeaderError: A weights file is malformed.
     """
     return _read(path, file_states(path))
 
 
 @functools.lru_cache(maxsize=8)
-def _read(path: Path, states: FileStates) -> Checkpoint:  # noqa: ARG001 - part of the key
+def _read(path: Path, states: FileStates) -> Checkpoint:  # noqa: ARG001 - part of the cache key
     return read_directory(path) if path.is_dir() else read_gguf_model(path)
 
 
@@ -33,7 +33,7 @@ def file_states(path: Path) -> FileStates:
     """Return name, size and modification time of a model's files, as a cache key.
 
     Raises:
-        BaseCheckpointError: the files cannot be listed.
+        BaseCheckpointError: The files cannot be listed.
     """
     try:
         files = list(os.scandir(path)) if path.is_dir() else []

@@ -1,4 +1,4 @@
-"""A base model as its headers describe it, independent of the file format."""
+"""Describe a base model by its headers, independent of the file format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peft_core.schemas.base_model import ModelShape
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor as stated in a header. `start` and `size` are in bytes, `start` from the beginning of the file."""
+    """A tensor as a header describes it. `start` and `size` are in bytes; `start` counts from the beginning of the file."""
 
     name: str
     dtype: str
@@ -29,8 +29,8 @@ class TensorInfo:
 class Checkpoint:
     """Weights and configuration of a base model, read from headers only.
 
-    `config` and the names in `shapes` are Hugging Face's for both formats; an output head that is tied to the embedding is not
-    listed. `stored` locates each tensor, under its name in the file.
+    Both formats use Hugging Face's names in `config` and `shapes`; `shapes` omits an output head that is tied to the embedding.
+    `stored` locates each tensor, under its name in the file.
     """
 
     path: Path
@@ -45,7 +45,7 @@ class Checkpoint:
     pre_tokenizer: str | None = None  # GGUF's name of the rule that splits text before BPE
 
 
-# Far above every real model: a configuration beyond these limits would only exhaust memory.
+# These limits are far above every real model; a configuration beyond them would only exhaust memory.
 MAX_SHAPE = {
     "hidden_size": 1 << 17,
     "intermediate_size": 1 << 20,
@@ -72,7 +72,7 @@ def model_shape(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tupl
     """Return the dimensions that compute and memory depend on.
 
     Raises:
-        BaseCheckpointError: the configuration lacks one of them or has an implausible value.
+        BaseCheckpointError: The configuration lacks one of them or has an implausible value.
     """
     heads = config.get("num_attention_heads")
     numbers = {
@@ -84,19 +84,19 @@ def model_shape(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tupl
         "vocab_size": config.get("vocab_size"),
         "max_position_embeddings": config.get("max_position_embeddings"),
     }
-    wrong = [name for name, value in numbers.items() if type(value) is not int or not 1 <= value <= MAX_SHAPE[name]]
-    if wrong:
+    invalid = [name for name, value in numbers.items() if type(value) is not int or not 1 <= value <= MAX_SHAPE[name]]
+    if invalid:
         raise unusable(
             path,
-            f"its configuration has no usable {', '.join(wrong)}",
-            f"Use a model of one of the families {FULLY_SUPPORTED}, or a similar decoder",
+            f"its configuration has no usable {', '.join(invalid)}",
+            f"Use a model of one of the families {FULLY_SUPPORTED}, or a similar decoder model",
         )
     head_size, usual_head_size = config.get("head_dim"), config["hidden_size"] // config["num_attention_heads"]
     layers = 1 + max((int(match[1]) for name in shapes if (match := _NUMBERED.search(name))), default=-1)
     if config["num_hidden_layers"] > layers:
         raise unusable(
             path,
-            f"its configuration has {numbers['num_hidden_layers']} layers, its weights {layers}",
+            f"its configuration has {numbers['num_hidden_layers']} layers, but its weights have {layers}",
             "Download it again",
         )
     return ModelShape(
@@ -120,8 +120,8 @@ def model_shape(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tupl
     )
 
 
-def join_some(names: Iterable[str], most: int = 3) -> str:
+def join_some(names: Iterable[str], limit: int = 3) -> str:
     """Format a list of names as 'a, b, c and 4 more'."""
     listed = list(names)
-    rest = len(listed) - most
-    return ", ".join(listed[:most]) + (f" and {rest} more" if rest > 0 else "")
+    rest = len(listed) - limit
+    return ", ".join(listed[:limit]) + (f" and {rest} more" if rest > 0 else "")

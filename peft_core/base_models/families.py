@@ -1,20 +1,22 @@
-"""Everything that depends on a base model's family, in one place.
+"""Define everything that depends on a base model's family, in one place.
 
 Most families need no entry: any Hugging Face decoder with linear layers can be trained. An entry makes it cheaper (weights
 left in their file or held in bfloat16, fused decoder blocks) or makes its GGUF files readable.
 
 To add a family:
 1. Add a row to `FAMILIES`, at first only `model_type` (as in config.json) and `title`. The row states that every weight can
-   stay in its file. `tests/integration/test_compute_plans.py` builds a tiny model of each row and checks this; run it.
+   stay in its file. `tests/integration/test_compute_plans.py` builds a tiny model of each row and checks this; run it. If
+   transformers cannot build the tiny model from its default settings, add a case to `_config` in `tests/tiny_models.py`.
 2. If its decoder blocks are Llama's (RMS norm, rotary embedding, SiLU-gated MLP), set `fused_blocks=True`. If queries and
    keys are normalised per head, set `head_norms=True`. The same test compares loss, memory and number of fused blocks.
-3. If llama.cpp converts it, set `gguf`. Tensor names that are new go into `gguf_model.py`, and how its vocabulary splits
-   text goes into `SPLIT_RULES`. Add a tiny file to `tests/integration/test_bases_convert.py`, which compares the conversion
-   with transformers.
+3. If it has fused blocks, llama.cpp converts it and transformers reads its GGUF tokenizer, set `gguf`. Add new tensor names
+   to `_IN_BLOCKS` in `gguf_model.py`, and the rule by which its vocabulary splits text to `SPLIT_RULES`.
+   `tests/integration/test_bases_convert.py` converts a toy file of each family and compares it with the model that
+   transformers builds; add the tensors that Llama does not have to its `EXTRA_TENSORS`.
 4. If its tokenizer has fill-in-the-middle tokens, add them to `FIM_TOKENS`; `tests/unit/base_models/test_fim_tokens.py`
    covers every entry.
-5. If its chat turns end with a new token, add it to `END_TOKENS`; if its logits pass through more than a matrix product,
-   add the setting to `LOGIT_SETTINGS`.
+5. If its chat turns end with a new token, add it to `END_TOKENS`. If a setting changes its logits after the output head, add
+   the setting to `LOGIT_SETTINGS`. If its embedding module has a new name, add it to `EMBEDDING_MODULES`.
 """
 
 from __future__ import annotations
@@ -33,12 +35,12 @@ class GgufFormat:
     model_class: str  # in transformers
     # llama.cpp's converter interleaves the two halves of each head's rows of q and k, for its own rotary kernel.
     interleaves_heads: bool = False
-    has_bias_settings: bool = False  # the configuration has `attention_bias` and `mlp_bias`
+    has_bias_settings: bool = False  # its configuration has `attention_bias` and `mlp_bias`
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family whose every weight can stay in its file, or be held in bfloat16, while a CPU computes."""
+    """A family whose weights can all stay in their file, or be held in bfloat16, while a CPU computes with them."""
 
     model_type: str
     title: str
@@ -89,12 +91,12 @@ def has_head_norms(model_type: str) -> bool:
 
 
 def gguf_format(architecture: str | None) -> GgufFormat | None:
-    """Return how a GGUF architecture is stored; None if it is not read here."""
+    """Return how llama.cpp stores a GGUF architecture; None if it is not supported."""
     family = FAMILIES.get(architecture or "")
     return family.gguf if family is not None else None
 
 
-# For error messages. Mistral belongs to both lists: its GGUF files have the architecture 'llama'.
+# Both are for error messages. Mistral's GGUF files can be read although it has no `gguf`: their architecture is 'llama'.
 FULLY_SUPPORTED = ", ".join(family.title for family in FAMILIES.values() if family.fused_blocks)
 GGUF_ARCHITECTURES = ", ".join(name for name, family in FAMILIES.items() if family.gguf is not None)
 
@@ -121,9 +123,9 @@ _DEEPSEEK_CODER = SplitRule(
     (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"), single_digits=True
 )
 
-# By `tokenizer.ggml.pre` of a GGUF file, which does not contain the rule itself. Another rule gives other tokens for the same
-# text, and silently worse results. Names and rules: `llama_vocab::impl::load` and `llm_tokenizer_bpe` in llama.cpp
-# (src/llama-vocab.cpp), which has each from the tokenizer.json of the models that use it.
+# The keys are values of `tokenizer.ggml.pre` in a GGUF file, which does not contain the rule itself. A wrong rule gives other
+# tokens for the same text, and silently worse results. Names and rules come from `llama_vocab::impl::load` and
+# `llm_tokenizer_bpe` in llama.cpp (src/llama-vocab.cpp), which follow the tokenizer.json of the models that use them.
 SPLIT_RULES: dict[str, SplitRule] = {
     **dict.fromkeys(("default", "gpt-2", "phi-2"), _GPT2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell", "exaone"), _DIGITS),
@@ -134,7 +136,7 @@ SPLIT_RULES: dict[str, SplitRule] = {
 
 # -- vocabularies: special tokens, recognised by their text ------------------------------------------------------------
 
-# Bavarian et al., arXiv 2207.14255; tokens and their order as each model card gives them.
+# The method is from Bavarian et al., arXiv 2207.14255; the tokens and their order are from the model cards.
 FIM_TOKENS = (
     FillInTheMiddle("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder, CodeGemma
     FillInTheMiddle("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, StarCoder2
@@ -144,14 +146,14 @@ FIM_TOKENS = (
     FillInTheMiddle("[PREFIX]", "[SUFFIX]", ""),  # Codestral, as mistral-common writes it
 )
 
-# Tokens that end an answer, in addition to those that a base's generation_config.json names.
+# These tokens end an answer, in addition to those that a base model's generation_config.json names.
 END_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "</s>")
 
 # -- names in models and configurations --------------------------------------------------------------------------------
 
 EMBEDDING_MODULES = ("embed_tokens", "wte", "word_embeddings")
 
-# Settings by which a model changes its logits after the output head; with them, logits cannot be computed in chunks.
+# With these settings a model changes its logits after the output head, so that logits cannot be computed in chunks.
 LOGIT_SETTINGS = (
     "final_logit_softcapping",
     "logit_scale",
@@ -161,5 +163,5 @@ LOGIT_SETTINGS = (
     "logits_soft_cap",
 )
 
-# Arguments of transformers' attention that modeling.attention does not implement.
+# modeling.attention does not implement these arguments of transformers' attention.
 UNSUPPORTED_ATTENTION = ("softcap", "s_aux")  # soft-capped scores (Gemma 2), attention sinks (GPT-OSS)

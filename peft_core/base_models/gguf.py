@@ -1,8 +1,8 @@
 """Read the header of a GGUF file: metadata and the list of tensors, without their data.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The parser is our own because the `gguf` package takes
-seconds for a vocabulary of 49k tokens, imports numpy, and trusts the file. It reads through a buffer: if a memory-mapped
-file shrinks, the process is killed.
+The format is specified at https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The parser is our own because the
+`gguf` package takes seconds for a vocabulary of 49k tokens, imports numpy, and trusts the file. It reads through a buffer,
+because a process is killed if a file that it has memory-mapped shrinks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from peft_core.base_models.checkpoint_info import TensorInfo
 from peft_core.errors import HeaderError
 from peft_core.system.files import open_regular, read_exactly
 
-# Number of the type: (name, elements per block, bytes per block).
+# Each type number maps to (name, elements per block, bytes per block).
 GGML_TYPES: dict[int, tuple[str, int, int]] = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
     7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 40), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
@@ -38,13 +38,15 @@ _STRING, _ARRAY = 8, 9
 _U64 = struct.Struct("<Q")
 _CHUNK = 4 << 20
 
-# Far above every real model; a count beyond them is an attack or an accident.
+# These limits are far above every real model; a count beyond them is an attack or an accident.
 MAX_HEADER_BYTES = 128 << 20
 MAX_PAIRS = 1 << 16
 MAX_TENSORS = 1 << 17
-MAX_ARRAY_ITEMS = 4_000_000  # of all arrays of one file: 262k tokens are the largest vocabularies, merges twice that
-MAX_TEXT_BYTES = 1 << 20  # of one string; a longer one (an embedded tokenizer.json) is skipped
-MAX_KEPT_BYTES = 16 << 20  # of all strings together, including keys and names
+MAX_ARRAY_ITEMS = (
+    4_000_000  # in all arrays of a file; the largest vocabularies have 262k tokens and twice as many merges
+)
+MAX_TEXT_BYTES = 1 << 20  # per string; a longer metadata value (an embedded tokenizer.json) is skipped
+MAX_STRING_BYTES = 16 << 20  # in all strings of a file that are not skipped, including keys and names
 MAX_KEY_BYTES = (1 << 16) - 1
 MAX_NAME_BYTES = 256
 MAX_DIMENSIONS = 4
@@ -54,7 +56,7 @@ MAX_ELEMENTS = 1 << 48
 
 @dataclass(frozen=True, slots=True)
 class ArrayInfo:
-    """A skipped array or overlong string. `kind` is GGUF's number of the element type."""
+    """An array or an overlong string that was skipped. `kind` is GGUF's number of the element type."""
 
     kind: int
     count: int
@@ -65,7 +67,7 @@ Value = int | float | bool | str | ArrayInfo | tuple[int | float | bool | str, .
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """`size` is the size of the file in bytes. Shapes are in torch's order, outermost axis first."""
+    """Metadata and tensors of a file, and its size in bytes. Shapes are in torch's order, outermost axis first."""
 
     metadata: dict[str, Value]
     tensors: dict[str, TensorInfo]
@@ -84,7 +86,7 @@ class GgufHeader:
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
     def count(self, key: str) -> int | None:
-        """Length of an array, read or skipped."""
+        """Return the length of an array, whether it was read or skipped; None if there is no such array."""
         value = self.metadata.get(key)
         if isinstance(value, ArrayInfo):
             return value.count
@@ -95,7 +97,7 @@ def read_gguf_header(path: Path, *, arrays: Collection[str] = ()) -> GgufHeader:
     """Read metadata and tensor entries. Arrays are only counted, except those named in `arrays`.
 
     Raises:
-        HeaderError: not a GGUF file of version 2 or 3, or a malformed one.
+        HeaderError: The file is not a GGUF file of version 2 or 3, or it is malformed.
     """
     with open_regular(path, follow_links=True) as descriptor:
         reader = _Reader(descriptor, path)
@@ -103,13 +105,18 @@ def read_gguf_header(path: Path, *, arrays: Collection[str] = ()) -> GgufHeader:
         if magic != b"GGUF":
             raise reader.error("is not a GGUF file")
         if version not in (2, 3):
-            swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in (2, 3)
+            big_endian = int.from_bytes(version.to_bytes(4, "little"), "big") in (2, 3)
             raise reader.error(
-                "is a big-endian GGUF file" if swapped else f"has GGUF version {version}; 2 and 3 are read"
+                "is a big-endian GGUF file; must be little-endian"
+                if big_endian
+                else f"has GGUF version {version}; must be 2 or 3"
             )
         tensor_count, pair_count = reader.u64(), reader.u64()
         if tensor_count > MAX_TENSORS or pair_count > MAX_PAIRS:
-            raise reader.error(f"claims {tensor_count} tensors and {pair_count} metadata entries")
+            raise reader.error(
+                f"claims {tensor_count} tensors and {pair_count} metadata entries; "
+                f"must be at most {MAX_TENSORS} and {MAX_PAIRS}"
+            )
         metadata: dict[str, Value] = {}
         for _ in range(pair_count):
             key = reader.string(MAX_KEY_BYTES)
@@ -119,12 +126,12 @@ def read_gguf_header(path: Path, *, arrays: Collection[str] = ()) -> GgufHeader:
         entries = [reader.tensor() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 0 < alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
-            raise reader.error("its alignment is not a power of two")
+            raise reader.error(f"its alignment is {alignment!r}; must be a power of two up to {MAX_ALIGNMENT}")
         data_start = -(-reader.position // alignment) * alignment
-        return GgufHeader(metadata, _placed(entries, data_start, alignment, reader), reader.size)
+        return GgufHeader(metadata, _located(entries, data_start, alignment, reader), reader.size)
 
 
-def _placed(entries: list[TensorInfo], data_start: int, alignment: int, reader: _Reader) -> dict[str, TensorInfo]:
+def _located(entries: list[TensorInfo], data_start: int, alignment: int, reader: _Reader) -> dict[str, TensorInfo]:
     """Return the tensors with absolute offsets, after checking that they are inside the file and do not overlap."""
     tensors: dict[str, TensorInfo] = {}
     position = data_start
@@ -132,11 +139,15 @@ def _placed(entries: list[TensorInfo], data_start: int, alignment: int, reader: 
         start = data_start + entry.start
         if entry.name in tensors:
             raise reader.error(f"tensor {entry.name!r} occurs twice")
-        if entry.start % alignment or start < position:
-            raise reader.error(f"tensor {entry.name!r} is misplaced")
+        if entry.start % alignment:
+            raise reader.error(f"tensor {entry.name!r} is not aligned to {alignment} bytes")
+        if start < position:
+            raise reader.error(f"tensor {entry.name!r} overlaps another tensor")
         position = start + entry.size
         if position > reader.size:
-            raise reader.error(f"ends at byte {reader.size}, before tensor {entry.name!r} does; it was truncated")
+            raise reader.error(
+                f"is truncated: tensor {entry.name!r} ends at byte {position}, but the file at byte {reader.size}"
+            )
         tensors[entry.name] = TensorInfo(entry.name, entry.dtype, entry.shape, start, entry.size)
     return {entry.name: tensors[entry.name] for entry in entries}
 
@@ -150,15 +161,15 @@ class _Reader:
         self._descriptor = descriptor
         self._path = path
         self._buffer = b""
-        self._start = 0  # of the buffer, in the file
+        self._start = 0  # where the buffer begins in the file
         self._items_left = MAX_ARRAY_ITEMS
-        self._kept_left = MAX_KEPT_BYTES
+        self._string_bytes_left = MAX_STRING_BYTES
 
     def error(self, problem: str) -> HeaderError:
         return HeaderError(self._path, problem)
 
     def take(self, size: int) -> bytes:
-        self._need(size)
+        self._fill_buffer(size)
         begin = self.position - self._start
         self.position += size
         return self._buffer[begin : begin + size]
@@ -178,11 +189,11 @@ class _Reader:
 
     def _text(self, size: int, limit: int = MAX_TEXT_BYTES) -> str:
         if size > limit:
-            raise self.error(f"a string of {size} bytes is longer than the {limit} that are read")
-        self._kept_left -= size
-        if self._kept_left < 0:
-            raise self.error(f"its texts have more than the {MAX_KEPT_BYTES} bytes that are kept")
-        # Not strict, like llama.cpp: an invalid byte in a description is no reason to reject a model.
+            raise self.error(f"a string has {size} bytes; must be at most {limit}")
+        self._string_bytes_left -= size
+        if self._string_bytes_left < 0:
+            raise self.error(f"its strings have more than {MAX_STRING_BYTES} bytes in total, which is the limit")
+        # llama.cpp is not strict here either: an invalid byte in a description is no reason to reject a model.
         return self.take(size).decode("utf-8", "replace")
 
     def value(self, *, keep: bool) -> Value:
@@ -192,16 +203,16 @@ class _Reader:
         if kind == _STRING and (size := self.u64()) > MAX_TEXT_BYTES:
             self.skip(size)
             return ArrayInfo(_STRING, size)
-        return self._text(size) if kind == _STRING else self._single(kind)
+        return self._text(size) if kind == _STRING else self._scalar(kind)
 
     def tensor(self) -> TensorInfo:
         """Read one tensor entry; its `start` is relative to the data section."""
         name = self.string(MAX_NAME_BYTES)
         if not name.isprintable():
-            raise self.error(f"a tensor has the impossible name {name!r}")
+            raise self.error(f"a tensor has the invalid name {name!r}")
         dimensions = self.u32()
         if dimensions > MAX_DIMENSIONS:
-            raise self.error(f"tensor {name!r} has {dimensions} dimensions")
+            raise self.error(f"tensor {name!r} has {dimensions} dimensions; must be at most {MAX_DIMENSIONS}")
         shape = tuple(reversed([self.u64() for _ in range(dimensions)]))
         kind, start = self.u32(), self.u64()
         if kind not in GGML_TYPES:
@@ -209,10 +220,10 @@ class _Reader:
         dtype, per_block, block_bytes = GGML_TYPES[kind]
         elements = math.prod(shape)
         if elements > MAX_ELEMENTS or (shape[-1] if shape else 1) % per_block:
-            raise self.error(f"tensor {name!r} has an impossible shape for {dtype}")
+            raise self.error(f"tensor {name!r} has an invalid shape for {dtype}: {shape}")
         return TensorInfo(name, dtype, shape, start, elements // per_block * block_bytes)
 
-    def _single(self, kind: int) -> int | float | bool | str:
+    def _scalar(self, kind: int) -> int | float | bool | str:
         if kind == _STRING:
             return self.string()
         if kind not in _SCALARS:
@@ -224,12 +235,14 @@ class _Reader:
     def _array(self, *, keep: bool) -> Value:
         kind, count = self.u32(), self.u64()
         if kind != _STRING and kind not in _SCALARS:
-            raise self.error(f"an array has the element type {kind}, which is not read")
+            raise self.error(f"an array has the element type {kind}, which is not supported")
         if count > self._items_left:
-            raise self.error(f"an array of {count} elements is longer than any that is read")
+            raise self.error(
+                f"an array of {count} elements exceeds the limit of {MAX_ARRAY_ITEMS} elements in all arrays"
+            )
         self._items_left -= count
         if keep:
-            return tuple(self._single(kind) for _ in range(count))
+            return tuple(self._scalar(kind) for _ in range(count))
         if kind == _STRING:
             self._skip_strings(count)
         else:
@@ -242,24 +255,24 @@ class _Reader:
         for _ in range(count):
             if position + 8 > available:
                 self.position = self._start + position
-                self._need(8)
+                self._fill_buffer(8)
                 position, available = self.position - self._start, len(self._buffer)
             position += 8 + unpack(self._buffer, position)[0]
         self.position = self._start + position
         self._check_end(self.position)
 
-    def _need(self, size: int) -> None:
-        """Make sure that the buffer contains `size` bytes from the cursor on."""
+    def _fill_buffer(self, size: int) -> None:
+        """Fill the buffer unless it contains `size` bytes from the cursor on."""
         end = self.position + size
         if end <= self._start + len(self._buffer):
             return
         self._check_end(end)
         self._start = self.position
-        more = min(max(size, _CHUNK), self.size - self._start)
-        self._buffer = read_exactly(self._descriptor, more, self._start, self._path)
+        length = min(max(size, _CHUNK), self.size - self._start)
+        self._buffer = read_exactly(self._descriptor, length, self._start, self._path)
 
     def _check_end(self, end: int) -> None:
         if end > self.size:
-            raise self.error("ends inside its header; it was truncated")
+            raise self.error("is truncated: it ends inside its header")
         if end > MAX_HEADER_BYTES:
-            raise self.error(f"its header is longer than the {MAX_HEADER_BYTES} bytes that are read")
+            raise self.error(f"its header is longer than {MAX_HEADER_BYTES} bytes, which is the limit")

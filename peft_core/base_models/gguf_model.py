@@ -1,7 +1,7 @@
 """Interpret a GGUF file as a model: derive its Hugging Face configuration and the Hugging Face names of its tensors.
 
-Only families with a `gguf` entry in `families.py` are read. Names: "Standardized tensor names" in
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Only families with a `gguf` entry in `families.py` are supported. The tensor names are specified at
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md ("Standardized tensor names").
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from peft_core.base_models.gguf import GgufHeader, read_gguf_header
 from peft_core.errors import sanitize
 from peft_core.system.files import open_regular, read_exactly
 
-_WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_IN_BLOCK = {
+_OUTSIDE_BLOCKS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_IN_BLOCKS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -33,9 +33,10 @@ _IN_BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-ROPE_FACTORS = "rope_freqs.weight"  # not a weight: Llama 3.1's frequency factors, which the configuration expresses
-_DIRECTORY = "Use the model's Hugging Face directory"
-_OTHERS = f"Use a GGUF file of one of the families {FULLY_SUPPORTED}, or the model's Hugging Face directory"
+# These are Llama 3.1's frequency factors, which are settings in Hugging Face's format, not weights.
+ROPE_FACTORS = "rope_freqs.weight"
+_USE_DIRECTORY = "Use the model's Hugging Face directory"
+_USE_OTHER_MODEL = f"Use a GGUF file of one of the families {FULLY_SUPPORTED}, or the model's Hugging Face directory"
 
 
 def hugging_face_name(name: str) -> str | None:
@@ -43,38 +44,44 @@ def hugging_face_name(name: str) -> str | None:
     stem, dot, suffix = name.rpartition(".")
     if not dot or suffix not in ("weight", "bias"):
         return None
-    if stem in _WHOLE:
-        return f"{_WHOLE[stem]}.{suffix}"
+    if stem in _OUTSIDE_BLOCKS:
+        return f"{_OUTSIDE_BLOCKS[stem]}.{suffix}"
     match = re.fullmatch(r"blk\.(\d{1,4})\.(\w+)", stem, re.ASCII)
-    if match is None or match[2] not in _IN_BLOCK:
+    if match is None or match[2] not in _IN_BLOCKS:
         return None
-    return f"model.layers.{int(match[1])}.{_IN_BLOCK[match[2]]}.{suffix}"
+    return f"model.layers.{int(match[1])}.{_IN_BLOCKS[match[2]]}.{suffix}"
 
 
 def read_gguf_model(path: Path) -> Checkpoint:
     """Read configuration and tensor headers of a GGUF model file.
 
     Raises:
-        HeaderError: the file is not a well-formed GGUF file.
-        BaseCheckpointError: it is not a model of a known family.
+        HeaderError: The file is not a well-formed GGUF file.
+        BaseCheckpointError: It is not a model of a supported family.
     """
     header = read_gguf_header(path)
     architecture = header.text("general.architecture")
     if header.text("general.type") == "adapter":
-        raise unusable(path, "it is a LoRA adapter in GGUF form, not a model", "Name the model that it was made for")
+        raise unusable(
+            path, "it is a LoRA adapter in GGUF format, not a model", "Give the model that it was trained on"
+        )
     if (header.integer("split.count") or 1) > 1:
-        raise unusable(path, "it is one part of several", "Join the parts with `llama-gguf-split --merge FIRST OUT`")
+        raise unusable(
+            path, "it is one shard of a split model", "Merge the shards with `llama-gguf-split --merge FIRST OUT`"
+        )
     family = gguf_format(architecture)
     if architecture is None or family is None:
-        raise unusable(path, f"its architecture is {architecture!r}; must be one of {GGUF_ARCHITECTURES}", _OTHERS)
+        raise unusable(
+            path, f"its architecture is {architecture!r}; must be one of {GGUF_ARCHITECTURES}", _USE_OTHER_MODEL
+        )
     if header.integer(f"{architecture}.expert_count"):
-        raise unusable(path, "it is a mixture of experts, which is not trained here", _OTHERS)
+        raise unusable(path, "it is a mixture of experts, which is not supported", _USE_OTHER_MODEL)
     names = {name: hugging_face_name(name) for name in header.tensors if name != ROPE_FACTORS}
-    unknown = [name for name, meaning in names.items() if meaning is None]
+    unknown = [name for name, hf_name in names.items() if hf_name is None]
     if unknown or "token_embd.weight" not in names:
-        problem = f"it has tensors of unknown meaning: {join_some(unknown)}" if unknown else "it holds no embedding"
-        raise unusable(path, problem, _OTHERS)
-    shapes = {meaning: header.tensors[name].shape for name, meaning in names.items() if meaning is not None}
+        problem = f"it has unknown tensors: {join_some(unknown)}" if unknown else "it has no token_embd.weight"
+        raise unusable(path, problem, _USE_OTHER_MODEL)
+    shapes = {hf_name: header.tensors[name].shape for name, hf_name in names.items() if hf_name is not None}
     config = _config(path, header, architecture, family)
     pre_tokenizer = _pre_tokenizer(path, header)
     return Checkpoint(
@@ -92,7 +99,7 @@ def read_gguf_model(path: Path) -> Checkpoint:
 
 
 def _title(header: GgufHeader) -> str | None:
-    """Return the model's name on one line; only the last part if a converter wrote a path."""
+    """Return the model's name on one line. If a converter wrote a path, return its last part."""
     name = " ".join((header.text("general.name") or "").split()).replace("\\", "/").rstrip("/").rpartition("/")[2]
     return sanitize(name, limit=100).strip() or None
 
@@ -103,11 +110,11 @@ def _pre_tokenizer(path: Path, header: GgufHeader) -> str | None:
     if kind == "llama":
         return None
     if kind != "gpt2":
-        raise unusable(path, f"its tokenizer is of the kind {kind!r}; known are gpt2 and llama", _OTHERS)
+        raise unusable(path, f"its tokenizer has the type {kind!r}; must be gpt2 or llama", _USE_OTHER_MODEL)
     name = header.text("tokenizer.ggml.pre") or "default"
     if name not in SPLIT_RULES:
-        # llama.cpp rejects these too: a wrong split silently costs quality.
-        raise unusable(path, f"its tokenizer splits text by a rule not known here, {name!r}", _DIRECTORY)
+        # llama.cpp rejects it too: a wrong split silently costs quality.
+        raise unusable(path, f"its tokenizer splits text by the unknown rule {name!r}", _USE_DIRECTORY)
     return name
 
 
@@ -126,7 +133,7 @@ def _config(path: Path, header: GgufHeader, architecture: str, family: GgufForma
         "num_attention_heads": integer("attention.head_count"),
         "num_key_value_heads": integer("attention.head_count_kv") or integer("attention.head_count"),
         "max_position_embeddings": integer("context_length"),
-        # The table's own length: the metadata may be absent or leave padding rows out.
+        # The embedding has the right number of rows; the metadata may be absent or not count padding rows.
         "vocab_size": embedding[0] if len(embedding) == 2 else None,
         "rms_norm_eps": _rounded(header.number(f"{architecture}.attention.layer_norm_rms_epsilon"), 1e-5),
         "tie_word_embeddings": "output.weight" not in header.tensors,
@@ -157,26 +164,26 @@ def _rope(path: Path, header: GgufHeader, architecture: str, head_dim: int) -> d
     factor = header.number(f"{architecture}.rope.scaling.factor")
     if scaling == "linear" and factor:
         return {"rope_type": "linear", "rope_theta": theta, "factor": _rounded(factor, 1.0)}
-    raise unusable(path, f"its rotary embedding is scaled by {scaling!r}, which is not converted", _OTHERS)
+    raise unusable(path, f"its rotary embedding is scaled by {scaling!r}, which is not supported", _USE_OTHER_MODEL)
 
 
 def _llama3_rope(path: Path, header: GgufHeader, theta: float, head_dim: int) -> dict[str, Any]:
     """Recover Llama 3.1's scaling from the frequency factors in the file, and check it against each of them."""
     tensor = header.tensors[ROPE_FACTORS]
     if tensor.dtype != "F32" or not 1 <= math.prod(tensor.shape) <= 1024:
-        raise unusable(path, "its rotary frequency factors are not in the known form", _OTHERS)
+        raise unusable(path, "its rotary frequency factors have an unknown format", _USE_OTHER_MODEL)
     with open_regular(path, follow_links=True) as descriptor:
         raw = read_exactly(descriptor, tensor.size, tensor.start, path)
     factors = struct.unpack(f"<{len(raw) // 4}f", raw)
-    # The same in every release of the 3.x family; only the factor differs.
+    # These are the same in every release of the 3.x family; only the factor differs.
     low, high, original = 1.0, 4.0, 8192
     factor = max(factors)
-    for index, found in enumerate(factors):
+    for index, stored in enumerate(factors):
         cycles = original / (2 * math.pi * theta ** (2 * index / max(head_dim, 1)))
         smooth = min(max((cycles - low) / (high - low), 0.0), 1.0)
         expected = 1 / ((1 - smooth) / factor + smooth) if factor > 0 else math.nan
-        if not math.isclose(found, expected, rel_tol=1e-3):
-            raise unusable(path, "its rotary frequency factors are not those of Llama 3", _OTHERS)
+        if not math.isclose(stored, expected, rel_tol=1e-3):
+            raise unusable(path, "its rotary frequency factors are not those of Llama 3", _USE_OTHER_MODEL)
     return {
         "rope_type": "llama3",
         "rope_theta": theta,
@@ -188,12 +195,12 @@ def _llama3_rope(path: Path, header: GgufHeader, theta: float, head_dim: int) ->
 
 
 def _rounded(value: float | None, default: float) -> float:
-    """Undo the rounding to 32 bits in GGUF: 9.99999974e-06 was written as 1e-05."""
+    """Undo the rounding to 32 bits in GGUF: return 1e-05 for 9.99999974e-06."""
     return default if value is None else float(f"{value:.6g}")
 
 
 def permuted_heads(config: Mapping[str, Any], name: str) -> int | None:
-    """Return the number of heads by which GGUF reordered the rows of this tensor; None if it did not.
+    """Return the number of heads if GGUF reordered the rows of this tensor within each head; None if it did not.
 
     See `GgufFormat.interleaves_heads`.
     """

@@ -12,7 +12,7 @@ from peft_core.errors import BaseCheckpointError
 _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 _HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9_][\w./-]{0,199}", re.ASCII)
-# No pickles, and no second copies in other frameworks' formats or in subdirectories.
+# These patterns exclude pickles, and further copies in other frameworks' formats or in subdirectories.
 _FILES: dict[str, Any] = {
     "allow_patterns": ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"],
     "ignore_patterns": ["*/*", "consolidated*", "*.fp16.safetensors"],
@@ -21,7 +21,7 @@ _FILES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class HubRef:
-    """`org/name` or `org/name@revision`; a revision is a branch, a tag or a full commit hash."""
+    """A reference `org/name` or `org/name@revision`; a revision is a branch, a tag or a full commit hash."""
 
     repo_id: str
     revision: str | None
@@ -39,16 +39,16 @@ class Snapshot:
 
 def parse_hub_ref(ref: str) -> HubRef | None:
     """Parse a hub id; None if `ref` cannot be one."""
-    repo_id, at, revision = ref.partition("@")
+    repo_id, separator, revision = ref.partition("@")
     if not _HUB_ID.fullmatch(repo_id) or "--" in repo_id or ".." in repo_id:
         return None
-    if at and (not _REVISION.fullmatch(revision) or ".." in revision):
+    if separator and (not _REVISION.fullmatch(revision) or ".." in revision):
         return None
-    return HubRef(repo_id, revision if at else None)
+    return HubRef(repo_id, revision if separator else None)
 
 
 def cache_directory() -> Path:
-    from huggingface_hub import constants  # noqa: PLC0415 -- 0.25 s that a server needs only once a base model is named
+    from huggingface_hub import constants  # noqa: PLC0415 -- takes 0.25 s
 
     return Path(constants.HF_HUB_CACHE)
 
@@ -66,7 +66,7 @@ def find_snapshot(ref: HubRef) -> Snapshot | None:
 
 
 def snapshot_at(path: Path) -> Snapshot | None:
-    """Return the snapshot that a path into the cache denotes; its last part names the commit, an earlier one the model."""
+    """Return the snapshot at a path in the cache, whose parts name the model and the commit; None for any other path."""
     if path.parent.name != "snapshots" or not _COMMIT.fullmatch(path.name):
         return None
     kind, *name = path.parent.parent.name.split("--")
@@ -74,7 +74,7 @@ def snapshot_at(path: Path) -> Snapshot | None:
 
 
 def cached_models() -> list[str]:
-    """Return the hub ids of the models in the cache. It reads the whole cache: for error messages only."""
+    """Return the hub ids of the models in the cache. This reads the complete cache, so call it only for error messages."""
     from huggingface_hub import scan_cache_dir  # noqa: PLC0415 -- see cache_directory
     from huggingface_hub.errors import CacheNotFound  # noqa: PLC0415 -- see cache_directory
 
@@ -89,7 +89,7 @@ def download(ref: HubRef) -> Snapshot:
     """Fetch a model into the cache, which takes minutes. Call it only if the user has allowed downloads.
 
     Raises:
-        BaseCheckpointError: the model does not exist or needs a login, or the network failed.
+        BaseCheckpointError: The model does not exist or needs a login, or the network failed.
     """
     from huggingface_hub import snapshot_download  # noqa: PLC0415 -- see cache_directory
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415 -- see cache_directory
@@ -102,14 +102,14 @@ def download(ref: HubRef) -> Snapshot:
             code="base_model_download",
             suggestions=(
                 f"Check the id at https://huggingface.co/{ref.repo_id} and the network",
-                "For a model that asks for agreement, log in first with `hf auth login`",
+                "For a gated model, accept its terms on that page and log in with `hf auth login`",
             ),
         ) from error
     return Snapshot(path, ref.repo_id, path.name)
 
 
 def is_offline() -> bool:
-    """Whether huggingface_hub is configured not to use the network (HF_HUB_OFFLINE)."""
+    """Return whether huggingface_hub is configured not to use the network (HF_HUB_OFFLINE)."""
     from huggingface_hub import constants  # noqa: PLC0415 -- see cache_directory
 
     return bool(constants.HF_HUB_OFFLINE)

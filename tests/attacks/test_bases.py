@@ -1,4 +1,4 @@
-"""Bases that somebody made to do harm: whatever their headers and configuration hold, a clean refusal, within bounds."""
+"""Malicious base models: each is refused with a readable message, within bounded time and memory, or is harmless."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ANYTHING = st.recursive(
     max_leaves=5,
 )
 NUMBERS = st.sampled_from([0, 1, -1, 2, 3, 7, 2**31 - 1, 2**31, 2**32 - 1])
-MORE = (
+OTHER_SETTINGS = (
     "rope_parameters",
     "rope_scaling",
     "head_dim",
@@ -42,26 +42,26 @@ MORE = (
 ROPE = st.dictionaries(st.sampled_from(["rope_theta", "rope_type", "type", "factor"]), ANYTHING, max_size=3)
 
 
-def refused_or_fine(path: Path) -> None:
+def assert_resolved_or_refused(path: Path) -> None:
     try:
         resolve(str(path), Settings())
     except PeftMcpError as error:
-        said = str(error)
+        message = str(error)
     else:
         return
-    assert said.replace("\n", "").isprintable()
-    assert len(said) < 3_000
+    assert message.replace("\n", "").isprintable()
+    assert len(message) < 3_000
 
 
 HYPOTHESIS = settings(max_examples=300, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @HYPOTHESIS
-@given(st.dictionaries(st.sampled_from([*CONFIG, *MORE]), ANYTHING | ROPE | NUMBERS, min_size=1, max_size=4))
-def test_whatever_a_configuration_holds_it_is_refused_in_words_or_fine(tmp_path: Path, changes: dict[str, Any]) -> None:
+@given(st.dictionaries(st.sampled_from([*CONFIG, *OTHER_SETTINGS]), ANYTHING | ROPE | NUMBERS, min_size=1, max_size=4))
+def test_any_configuration_is_accepted_or_refused_with_a_message(tmp_path: Path, changes: dict[str, Any]) -> None:
     model = write_model(tmp_path / "model")
     (model / "config.json").write_text(json.dumps(CONFIG | changes))
-    refused_or_fine(model)
+    assert_resolved_or_refused(model)
 
 
 @HYPOTHESIS
@@ -75,40 +75,40 @@ def test_whatever_a_configuration_holds_it_is_refused_in_words_or_fine(tmp_path:
         max_size=4,
     )
 )
-def test_whatever_metadata_a_gguf_file_holds_it_is_refused_in_words_or_fine(
-    tmp_path: Path, changes: dict[str, Any]
-) -> None:
+def test_any_gguf_metadata_is_accepted_or_refused_with_a_message(tmp_path: Path, changes: dict[str, Any]) -> None:
     (tmp_path / "x.gguf").write_bytes(gguf_bytes(GGUF_METADATA | changes))
-    refused_or_fine(tmp_path / "x.gguf")
+    assert_resolved_or_refused(tmp_path / "x.gguf")
 
 
 @HYPOTHESIS
 @given(st.dictionaries(st.text(max_size=8), ANYTHING, max_size=4) | ANYTHING)
-def test_whatever_an_index_or_a_tokenizer_configuration_holds(tmp_path: Path, content: Any) -> None:
+def test_any_index_or_tokenizer_configuration_is_accepted_or_refused_with_a_message(
+    tmp_path: Path, content: Any
+) -> None:
     model = write_model(tmp_path / "model", shards=2)
     (model / "tokenizer_config.json").write_text(json.dumps(content))
-    refused_or_fine(model)
+    assert_resolved_or_refused(model)
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": content}))
-    refused_or_fine(model)
+    assert_resolved_or_refused(model)
 
 
 @pytest.mark.parametrize("key", ["llama.block_count", "llama.context_length", "llama.attention.head_count"])
-def test_a_count_beyond_every_model_is_refused_before_a_model_is_built_of_it(tmp_path: Path, key: str) -> None:
+def test_an_implausible_size_is_refused_before_a_model_is_built(tmp_path: Path, key: str) -> None:
     (tmp_path / "x.gguf").write_bytes(gguf_bytes(GGUF_METADATA | {key: (U32, 2**32 - 1)}))
     with pytest.raises(PeftMcpError, match="no usable"):
         resolve(str(tmp_path / "x.gguf"), Settings())
 
 
-def test_more_layers_than_there_are_weights_for_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(PeftMcpError, match="1000 layers, its weights 2"):
+def test_a_configuration_with_more_layers_than_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PeftMcpError, match="1000 layers, but its weights have 2"):
         resolve(str(write_model(tmp_path / "model", num_hidden_layers=1000)), Settings())
 
 
 KEY = struct.pack("<Q", 1)
 
 
-def a_header_of_tensors(path: Path) -> None:
-    """As many tensors as are read, of nothing."""
+def write_many_empty_tensors(path: Path) -> None:
+    """Write a GGUF file with the maximum number of tensors, all of which are empty."""
     entry = b"".join(
         struct.pack("<Q", 8) + f"{number:08}".encode() + struct.pack("<IQIQ", 1, 0, 0, 0)
         for number in range(MAX_TENSORS)
@@ -116,26 +116,26 @@ def a_header_of_tensors(path: Path) -> None:
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, MAX_TENSORS, 0) + entry + bytes(64))
 
 
-def a_text_of_128_megabytes(path: Path) -> None:
+def write_string_of_128_megabytes(path: Path) -> None:
     with path.open("wb") as file:
         file.write(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + KEY + b"k" + struct.pack("<IQ", TEXT, 127 << 20))
         file.truncate(128 << 20)
 
 
-def many_texts_of_a_megabyte(path: Path) -> None:
+def write_many_strings_of_a_megabyte(path: Path) -> None:
     with path.open("wb") as file:
         file.write(b"GGUF" + struct.pack("<IQQ", 3, 0, 120))
         for number in range(120):
             file.write(KEY + bytes([number + 1]) + struct.pack("<IQ", TEXT, 1 << 20) + b"\xff" * (1 << 20))
 
 
-def four_million_strings(path: Path) -> None:
+def write_four_million_strings(path: Path) -> None:
     with path.open("wb") as file:
         file.write(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + KEY + b"k" + struct.pack("<IIQ", ARRAY, TEXT, 3_999_999))
         file.truncate(64 << 20)
 
 
-def as_base(header: Callable[[], bytes]) -> Callable[[Path], None]:
+def write_base_with(header: Callable[[], bytes]) -> Callable[[Path], None]:
     def make(path: Path) -> None:
         path.unlink(missing_ok=True)
         (write_model(path) / "model.safetensors").write_bytes(with_length(header()))
@@ -143,33 +143,33 @@ def as_base(header: Callable[[], bytes]) -> Callable[[Path], None]:
     return make
 
 
-def tensors_of_nothing() -> bytes:
+def empty_tensors() -> bytes:
     rows = (f'"t{number}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for number in range(BASE_LIMITS.tensors))
     return f"{{{','.join(rows)}}}".encode()
 
 
-def index_of_lists(path: Path) -> None:
+def write_index_of_lists(path: Path) -> None:
     (write_model(path, shards=2) / "model.safetensors.index.json").write_bytes(
         b'{"weight_map":[' + b",".join([b"[]"] * 10_000_000) + b"]}"
     )
 
 
 BOMBS: dict[str, Callable[[Path], None]] = {
-    "gguf of tensors": a_header_of_tensors,
-    "gguf with a long text": a_text_of_128_megabytes,
-    "gguf with many texts": many_texts_of_a_megabyte,
-    "gguf with empty strings": four_million_strings,
-    "safetensors of lists": as_base(lambda: b'{"a":[' + b",".join([b"[]"] * 10_000_000) + b"]}"),
-    "safetensors of numbers": as_base(lambda: b'{"a":[' + b",".join([b"999"] * 7_000_000) + b"]}"),
-    "safetensors of objects": as_base(lambda: b'{"a":[' + b",".join([b"{}"] * 10_000_000) + b"]}"),
-    "safetensors of tensors": as_base(tensors_of_nothing),
-    "an index of lists": index_of_lists,
+    "gguf of tensors": write_many_empty_tensors,
+    "gguf with a long string": write_string_of_128_megabytes,
+    "gguf with many long strings": write_many_strings_of_a_megabyte,
+    "gguf with empty strings": write_four_million_strings,
+    "safetensors of lists": write_base_with(lambda: b'{"a":[' + b",".join([b"[]"] * 10_000_000) + b"]}"),
+    "safetensors of numbers": write_base_with(lambda: b'{"a":[' + b",".join([b"999"] * 7_000_000) + b"]}"),
+    "safetensors of objects": write_base_with(lambda: b'{"a":[' + b",".join([b"{}"] * 10_000_000) + b"]}"),
+    "safetensors of tensors": write_base_with(empty_tensors),
+    "index of lists": write_index_of_lists,
 }
 
 
 @pytest.mark.timeout(180)
-def test_what_swells_is_refused_within_the_memory_of_a_small_process(tmp_path: Path) -> None:
-    """The operating system's own count, not Python's: 384 MB of address space, interpreter included."""
+def test_a_file_that_grows_in_memory_is_refused_by_a_process_with_little_memory(tmp_path: Path) -> None:
+    """The operating system limits the process, including the interpreter, to 384 MB of address space."""
     (tmp_path / "model").mkdir()
     for number, bomb in enumerate(BOMBS.values()):
         bomb(tmp_path / f"{number}.gguf")

@@ -1,4 +1,4 @@
-"""Bases whose configuration asks for more than their weights hold, where a model is built of them."""
+"""Malicious base models that are loaded: false sizes, copied weights, and code next to the weights."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from tests.tiny_models import write_tiny_base
 TOKENS = [*TOY["tokenizer.ggml.tokens"][1][1][:-1], "zz"]
 
 
-def spoil(directory: Path, **changes: object) -> Path:
+def change_config(directory: Path, **changes: object) -> Path:
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | changes))
     return directory
 
 
 @pytest.mark.parametrize("setting", ["intermediate_size", "head_dim", "vocab_size", "hidden_size"])
-def test_a_configuration_that_describes_more_than_the_weights_hold_is_refused(tmp_path: Path, setting: str) -> None:
-    base = spoil(write_tiny_base(tmp_path / "base"), **{setting: 1 << 17})
+def test_a_configuration_with_larger_sizes_than_the_weights_is_refused(tmp_path: Path, setting: str) -> None:
+    base = change_config(write_tiny_base(tmp_path / "base"), **{setting: 1 << 17})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(BaseCheckpointError):
         load_base(base, torch.float32)
@@ -42,14 +42,16 @@ def test_a_configuration_that_describes_more_than_the_weights_hold_is_refused(tm
 
 
 @pytest.mark.parametrize(
-    "own",
+    "changes",
     [{"tokenizer.chat_template": (TEXT, "{{ messages }} obey")}, {"tokenizer.ggml.tokens": (ARRAY, (TEXT, TOKENS))}],
 )
-def test_a_gguf_with_the_weights_of_another_never_stands_for_it(tmp_path: Path, own: dict[str, Any]) -> None:
-    """A hostile copy that is converted first, with a template or a vocabulary of its own."""
+def test_a_gguf_copy_with_another_template_or_vocabulary_never_replaces_the_original(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """The hostile copy has the same weights, and is converted first."""
     plain = TOY | {"tokenizer.chat_template": (TEXT, "{{ messages }} hello")}
     bases = []
-    for name, metadata in (("hostile", plain | own), ("honest", plain)):
+    for name, metadata in (("hostile", plain | changes), ("honest", plain)):
         path = tmp_path / f"{name}.gguf"
         path.write_bytes(gguf_bytes(metadata))
         bases.append(resolve(str(path), Settings()))
@@ -63,7 +65,7 @@ def test_a_gguf_with_the_weights_of_another_never_stands_for_it(tmp_path: Path, 
     assert not residents.is_on(honest)
 
 
-def test_code_that_lies_beside_a_base_is_never_run(tmp_path: Path) -> None:
+def test_code_next_to_a_base_model_is_never_run(tmp_path: Path) -> None:
     base = write_tiny_base(tmp_path / "base")
     code = f"open({str(marker_of(base))!r}, 'w')\nfrom transformers import LlamaConfig as C, LlamaForCausalLM as M\n"
     for name in ("evil.py", "configuration_evil.py", "__init__.py", "custom_generate/generate.py"):
@@ -71,7 +73,7 @@ def test_code_that_lies_beside_a_base_is_never_run(tmp_path: Path) -> None:
         (base / name).write_text(code)
     for changes in ({"auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}, {"model_type": "evil"}):
         try:
-            load_base(spoil(base, **changes), torch.float32)
+            load_base(change_config(base, **changes), torch.float32)
         except BaseCheckpointError:
             assert "model_type" in changes
         assert not marker_of(base).exists()

@@ -1,4 +1,4 @@
-"""Conversion of GGUF bases: toy files for its rules, the bundled model for its truth."""
+"""Tests of the conversion of GGUF base models: of its rules with toy files, of its result with the bundled model."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from gguf import GGUFReader, dequantize
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from peft_core.base_models.families import FAMILIES
 from peft_core.base_models.fingerprint import fingerprint
 from peft_core.base_models.gguf_model import read_gguf_model
 from peft_core.base_models.resolve import resolve
@@ -32,7 +33,10 @@ TOY = GGUF_METADATA | {
     "tokenizer.ggml.token_type": (ARRAY, (U32, [3, 3, 3] + [1] * 45)),
     "tokenizer.ggml.merges": (ARRAY, (TEXT, [])),
 }
-SAID: list[str] = []
+
+
+def ignore(_message: str) -> None:
+    pass
 
 
 def toy(path: Path, shapes: dict[str, tuple[int, ...]] = GGUF_SHAPES, **metadata: tuple[int, Any]) -> Base:
@@ -41,64 +45,62 @@ def toy(path: Path, shapes: dict[str, tuple[int, ...]] = GGUF_SHAPES, **metadata
     return resolve(str(path), Settings())
 
 
-def test_a_hugging_face_directory_is_returned_as_it_is(tmp_path: Path) -> None:
+def test_a_hugging_face_directory_is_returned_unchanged(tmp_path: Path) -> None:
     base = resolve(str(write_model(tmp_path / "m")), Settings())
-    assert ensure_hf_directory(base, tmp_path / "cache", SAID.append) == base.path
+    assert ensure_hf_directory(base, tmp_path / "cache", ignore) == base.path
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_base_that_has_changed_since_is_refused(tmp_path: Path) -> None:
+def test_a_base_model_that_has_changed_since_it_was_resolved_is_refused(tmp_path: Path) -> None:
     base = resolve(str(write_model(tmp_path / "m")), Settings())
     write_model(tmp_path / "m", fill=1)
     with pytest.raises(BaseCheckpointError, match="changed since"):
-        ensure_hf_directory(base, tmp_path / "cache", SAID.append)
+        ensure_hf_directory(base, tmp_path / "cache", ignore)
 
 
-def test_a_base_that_was_recorded_with_fewer_fingerprints_is_still_the_same(tmp_path: Path) -> None:
+def test_a_base_model_with_an_old_fingerprint_is_still_recognised(tmp_path: Path) -> None:
     base = resolve(str(write_model(tmp_path / "m")), Settings())
     old = Fingerprint(architecture=base.fingerprint.architecture, sample=base.fingerprint.sample)
-    assert (
-        ensure_hf_directory(base.model_copy(update={"fingerprint": old}), tmp_path / "cache", SAID.append) == base.path
-    )
+    assert ensure_hf_directory(base.model_copy(update={"fingerprint": old}), tmp_path / "cache", ignore) == base.path
 
 
-def test_a_conversion_is_kept_and_found_by_content(tmp_path: Path) -> None:
-    said: list[str] = []
+def test_a_conversion_is_cached_by_content(tmp_path: Path) -> None:
+    messages: list[str] = []
     base = toy(tmp_path / "a.gguf")
-    first = ensure_hf_directory(base, tmp_path / "cache", said.append)
+    first = ensure_hf_directory(base, tmp_path / "cache", messages.append)
     assert {name: info.shape for name, info in read_header(first / "model.safetensors").tensors.items()} == SHAPES
-    assert ensure_hf_directory(toy(tmp_path / "moved.gguf"), tmp_path / "cache", said.append) == first
-    assert len(said) == 1
+    assert ensure_hf_directory(toy(tmp_path / "moved.gguf"), tmp_path / "cache", messages.append) == first
+    assert len(messages) == 1
     assert fingerprint(first).architecture == base.fingerprint.architecture
 
 
-def test_what_a_killed_conversion_left_behind_is_removed_by_the_next(tmp_path: Path) -> None:
+def test_the_remains_of_a_killed_conversion_are_removed_by_the_next(tmp_path: Path) -> None:
     leftover = tmp_path / "cache" / ".converting-dead"
     leftover.mkdir(parents=True)
     (leftover / "model.safetensors").write_bytes(b"half")
-    ensure_hf_directory(toy(tmp_path / "a.gguf"), tmp_path / "cache", SAID.append)
+    ensure_hf_directory(toy(tmp_path / "a.gguf"), tmp_path / "cache", ignore)
     assert not leftover.exists()
 
 
-def test_a_failed_conversion_leaves_nothing_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_conversion_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     base = toy(tmp_path / "a.gguf")
     monkeypatch.setattr(convert, "_write_weights", fail)
     with pytest.raises(OSError, match="No space"):
-        ensure_hf_directory(base, tmp_path / "cache", SAID.append)
+        ensure_hf_directory(base, tmp_path / "cache", ignore)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
-def test_a_full_disk_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = namedtuple("usage", "total used free")  # noqa: PYI024 - as shutil has it
+def test_a_full_disk_is_reported_before_the_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")  # noqa: PYI024 - as shutil defines it
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: usage(100, 93, 7))
-    with pytest.raises(StorageError, match=r"needs \d+ bytes in .*cache, where 7 are free"):
-        ensure_hf_directory(toy(tmp_path / "a.gguf"), tmp_path / "cache", SAID.append)
+    with pytest.raises(StorageError, match=r"needs \d+ bytes in .*cache, but only 7 are free"):
+        ensure_hf_directory(toy(tmp_path / "a.gguf"), tmp_path / "cache", ignore)
 
 
-def test_concurrent_conversions_agree(tmp_path: Path) -> None:
+def test_concurrent_conversions_share_one_result(tmp_path: Path) -> None:
     toy(tmp_path / "a.gguf")
     code = (
         "import sys, pathlib\nfrom peft_core.base_models.resolve import resolve\n"
@@ -108,15 +110,38 @@ def test_concurrent_conversions_agree(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", code, str(tmp_path / "a.gguf"), str(tmp_path / "cache")]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    answers = {process.communicate()[0].strip() for process in running}
-    assert len(answers) == 1
-    assert Path(answers.pop()).is_dir()
+    results = {process.communicate()[0].strip() for process in running}
+    assert len(results) == 1
+    assert Path(results.pop()).is_dir()
 
 
-def test_a_tensor_that_the_model_does_not_have_is_named(tmp_path: Path) -> None:
+def test_a_tensor_that_the_architecture_does_not_have_is_named(tmp_path: Path) -> None:
     base = toy(tmp_path / "a.gguf", {**GGUF_SHAPES, "blk.0.attn_k_norm.weight": (8,)})
     with pytest.raises(BaseCheckpointError, match=r"model\.layers\.0\.self_attn\.k_norm\.weight"):
-        ensure_hf_directory(base, tmp_path / "cache", SAID.append)
+        ensure_hf_directory(base, tmp_path / "cache", ignore)
+
+
+EXTRA_TENSORS: dict[str, dict[str, tuple[int, ...]]] = {
+    "qwen2": {
+        f"blk.{block}.attn_{part}.bias": (rows,)
+        for block in range(2)
+        for part, rows in (("q", 32), ("k", 16), ("v", 16))
+    },
+    "qwen3": {f"blk.{block}.attn_{part}_norm.weight": (8,) for block in range(2) for part in "qk"},
+}
+
+
+@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.gguf])
+def test_a_toy_gguf_file_of_every_supported_family_is_converted(family: str, tmp_path: Path) -> None:
+    metadata = {key.replace("llama.", f"{family}.", 1): value for key, value in TOY.items()}
+    path = tmp_path / "a.gguf"
+    path.write_bytes(
+        gguf_bytes(metadata | {"general.architecture": (TEXT, family)}, GGUF_SHAPES | EXTRA_TENSORS.get(family, {}))
+    )
+    base = resolve(str(path), Settings())
+    converted = resolve(str(ensure_hf_directory(base, tmp_path / "cache", ignore)), Settings())
+    assert (converted.model_type, converted.shape) == (family, base.shape)
+    assert converted.fingerprint.architecture == base.fingerprint.architecture
 
 
 def test_llama_3_s_rotary_scaling_is_recovered_from_its_factors(tmp_path: Path) -> None:
@@ -152,15 +177,15 @@ def bundled() -> Base:
 
 @pytest.fixture(scope="session")
 def converted(bundled: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ensure_hf_directory(bundled, tmp_path_factory.mktemp("base_models"), SAID.append)
+    return ensure_hf_directory(bundled, tmp_path_factory.mktemp("base_models"), ignore)
 
 
 @pytest.mark.model
-def test_the_converted_model_computes_what_an_independent_reading_of_the_gguf_computes(
+def test_the_converted_model_agrees_with_an_independent_reading_of_the_gguf_file(
     bundled: Base, converted: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(converted, local_files_only=True).eval()
-    reference = LlamaForCausalLM(_written_out_config()).eval()
+    reference = LlamaForCausalLM(_published_config()).eval()
     reference.load_state_dict(_read_independently(bundled.path), strict=True)
     tokenizer = AutoTokenizer.from_pretrained(converted, local_files_only=True)
     ids = tokenizer("def fibonacci(n):\n    if n < 2:\n        return", return_tensors="pt").input_ids
@@ -171,8 +196,8 @@ def test_the_converted_model_computes_what_an_independent_reading_of_the_gguf_co
     assert "fibonacci(n" in text[40:]
 
 
-def _written_out_config() -> LlamaConfig:
-    """SmolLM2-135M as its authors publish it."""
+def _published_config() -> LlamaConfig:
+    """Return the configuration of SmolLM2-135M as its authors publish it."""
     return LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
@@ -190,7 +215,7 @@ def _written_out_config() -> LlamaConfig:
 
 
 def _read_independently(path: Path) -> dict[str, torch.Tensor]:
-    """The weights by the `gguf` package's reader, names and order of rows written out by hand."""
+    """Read the weights with the `gguf` package; the names and the order of rows are written out here."""
     names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
     parts = {
         "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
@@ -231,10 +256,10 @@ def test_the_converted_tokenizer_is_smollm2_s(converted: Path) -> None:
 
 
 @pytest.mark.model
-def test_code_survives_the_tokenizer_and_digits_stand_alone(converted: Path) -> None:
+def test_the_tokenizer_preserves_code_and_separates_digits(converted: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(converted, local_files_only=True)
-    odd = "x\t=\r\n  1 \u00e9\u4e2d\U0001f600 '''\n\n\n"
-    for text in (Path(__file__).read_text(), Path(struct.__file__).read_text(), odd):
+    unusual = "x\t=\r\n  1 \u00e9\u4e2d\U0001f600 '''\n\n\n"
+    for text in (Path(__file__).read_text(), Path(struct.__file__).read_text(), unusual):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
     # The spaces before a digit stay together: GPT-2's pattern alone would leave the last one to the digit.
     assert tokenizer.tokenize("[\n    12") == ["[", "ĊĠĠĠĠ", "1", "2"]

