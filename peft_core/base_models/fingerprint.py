@@ -46,7 +46,7 @@ def _float16_to_float32(content: bytes) -> bytes:
 
 
 def _bfloat16_to_float32(content: bytes) -> bytes:
-    """Convert bfloat16, which is the upper half of float32, by appending zeros."""
+    """Convert bfloat16, which is the upper half of float32, by adding a lower half of zeros."""
     padded = bytearray(2 * len(content))
     padded[2::4], padded[3::4] = content[::2], content[1::2]
     return bytes(padded)

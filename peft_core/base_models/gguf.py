@@ -42,11 +42,9 @@ _CHUNK = 4 << 20
 MAX_HEADER_BYTES = 128 << 20
 MAX_PAIRS = 1 << 16
 MAX_TENSORS = 1 << 17
-MAX_ARRAY_ITEMS = (
-    4_000_000  # in all arrays of a file; the largest vocabularies have 262k tokens and twice as many merges
-)
-MAX_TEXT_BYTES = 1 << 20  # per string; a longer metadata value (an embedded tokenizer.json) is skipped
-MAX_STRING_BYTES = 16 << 20  # in all strings of a file that are not skipped, including keys and names
+MAX_ARRAY_ITEMS = 4_000_000  # in all arrays of a file; the largest have 262k tokens and twice as many merges
+MAX_STRING_BYTES = 1 << 20  # per string; a longer metadata value (an embedded tokenizer.json) is skipped
+MAX_TOTAL_STRING_BYTES = 16 << 20  # in all strings of a file that are not skipped, including keys and names
 MAX_KEY_BYTES = (1 << 16) - 1
 MAX_NAME_BYTES = 256
 MAX_DIMENSIONS = 4
@@ -163,7 +161,7 @@ class _Reader:
         self._buffer = b""
         self._start = 0  # where the buffer begins in the file
         self._items_left = MAX_ARRAY_ITEMS
-        self._string_bytes_left = MAX_STRING_BYTES
+        self._string_bytes_left = MAX_TOTAL_STRING_BYTES
 
     def error(self, problem: str) -> HeaderError:
         return HeaderError(self._path, problem)
@@ -184,15 +182,15 @@ class _Reader:
     def u64(self) -> int:
         return int.from_bytes(self.take(8), "little")
 
-    def string(self, limit: int = MAX_TEXT_BYTES) -> str:
+    def string(self, limit: int = MAX_STRING_BYTES) -> str:
         return self._text(self.u64(), limit)
 
-    def _text(self, size: int, limit: int = MAX_TEXT_BYTES) -> str:
+    def _text(self, size: int, limit: int = MAX_STRING_BYTES) -> str:
         if size > limit:
             raise self.error(f"a string has {size} bytes; must be at most {limit}")
         self._string_bytes_left -= size
         if self._string_bytes_left < 0:
-            raise self.error(f"its strings have more than {MAX_STRING_BYTES} bytes in total, which is the limit")
+            raise self.error(f"its strings have more than {MAX_TOTAL_STRING_BYTES} bytes in total, which is the limit")
         # llama.cpp is not strict here either: an invalid byte in a description is no reason to reject a model.
         return self.take(size).decode("utf-8", "replace")
 
@@ -200,7 +198,7 @@ class _Reader:
         kind = self.u32()
         if kind == _ARRAY:
             return self._array(keep=keep)
-        if kind == _STRING and (size := self.u64()) > MAX_TEXT_BYTES:
+        if kind == _STRING and (size := self.u64()) > MAX_STRING_BYTES:
             self.skip(size)
             return ArrayInfo(_STRING, size)
         return self._text(size) if kind == _STRING else self._scalar(kind)

@@ -1,4 +1,4 @@
-"""Chunking: no line is lost or doubled, no chunk is too long, and units are those that a person would choose."""
+"""Tests of chunking: no line is lost or repeated, no chunk is too long, and units are those that a person would choose."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def small(): return 1
 
 
 @decorated
-# said of the class
+# about the class
 class Shape(Base):
     \"\"\"A shape.\"\"\"
 
     sides = 4
 
-    # said of area
+    # about area
     @property
     def area(self):
         return self.width * self.height
@@ -134,7 +134,7 @@ inline int twice(int n) { return n * 2; }
 #endif
 """,
 }
-EXPECTED = {  # (kind, what its body begins with) of some units at 48 tokens
+EXPECTED = {  # (kind, beginning of the body) of some units
     "python": [("function", "async def load")],
     "javascript": [("function", "/** Says hello"), ("class", "class Foo")],
     "typescript": [("class", "@Injectable()\nexport class"), ("module", "namespace Inner")],
@@ -147,7 +147,7 @@ EXPECTED = {  # (kind, what its body begins with) of some units at 48 tokens
 
 
 class Words:
-    """A tokenizer of words, marks and runs of white space."""
+    """A token counter for which words, punctuation marks and runs of white space are tokens."""
 
     def count(self, texts: Sequence[str]) -> list[int]:
         return [len(re.findall(r"\w+|[^\w\s]|\s+", text)) for text in texts]
@@ -163,7 +163,7 @@ def chunks_of(text: str, language: Language, max_length: int = 64, path: str = "
 
 
 def units_of(chunks: Sequence[Chunk]) -> list[tuple[Chunk, str]]:
-    """Each unit's first chunk, and the text of all its chunks."""
+    """Return each unit's first chunk with the text of all its chunks."""
     groups = [list(group) for _, group in groupby(chunks, key=lambda chunk: id(chunk.unit))]
     return [(group[0], "".join(chunk.body for chunk in group)) for group in groups]
 
@@ -195,17 +195,19 @@ def test_every_line_is_in_exactly_one_unit_and_every_chunk_fits(text: str, langu
 @pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(text=CODE, language=st.sampled_from(SPLITTABLE), max_length=st.sampled_from([64, 100]))
-def test_the_chunks_of_a_unit_joined_are_the_unit(text: str, language: Language, max_length: int):
+def test_the_chunks_of_a_unit_add_up_to_the_unit(text: str, language: Language, max_length: int):
     lines = split_lines(text)
     for first, body in units_of(chunks_of(text, language, max_length)):
         assert body == "".join(lines[first.unit.start : first.unit.end])
-    whole = chunk_record(lines, path="", language=language, kind="block", token_counter=Words(), max_length=max_length)
-    assert "".join(chunk.body for chunk in whole) == text
+    chunks_of_record = chunk_record(
+        lines, path="", language=language, kind="block", token_counter=Words(), max_length=max_length
+    )
+    assert "".join(chunk.body for chunk in chunks_of_record) == text
 
 
 @settings(max_examples=100, deadline=None)
 @given(text=CODE, language=st.sampled_from(SPLITTABLE), max_length=st.sampled_from([64, 100]))
-def test_only_the_last_chunk_of_a_unit_ends(text: str, language: Language, max_length: int):
+def test_only_the_last_chunk_of_a_unit_has_an_end_token(text: str, language: Language, max_length: int):
     chunks = chunks_of(text, language, max_length)
     for _, group in groupby(chunks, key=lambda chunk: id(chunk.unit)):
         *others, last = group
@@ -230,9 +232,9 @@ def test_line_numbers_say_where_a_chunk_begins(text: str, language: Language):
 @pytest.mark.parametrize("name", SNIPPETS)
 def test_a_snippet_is_split_where_a_person_would_split_it(name: str):
     units = units_of(chunks_of(SNIPPETS[name], language_named(name), 64))
-    found = [(first.unit.kind, body) for first, body in units]
+    actual = [(first.unit.kind, body) for first, body in units]
     for kind, beginning in EXPECTED[name]:
-        assert any(k == kind and body.startswith(beginning) for k, body in found), (kind, beginning, found)
+        assert any(k == kind and body.startswith(beginning) for k, body in actual), (kind, beginning, actual)
 
 
 @pytest.mark.parametrize("language", [language for language in LANGUAGES if language.grammar], ids=lambda it: it.name)
@@ -249,8 +251,8 @@ def test_a_method_has_its_path_and_class_header_as_context():
     chunks = chunks_of(SNIPPETS["python"], language_named("python"), 64, "src/shape.py")
     area = next(chunk for chunk in chunks if "def area" in chunk.body)
     assert area.context == "# src/shape.py\nclass Shape(Base):\n"
-    deep = area.example("src/shape.py", language_named("python"))
-    assert [segment.learn for segment in deep.segments] == [False, True]
+    example = area.example("src/shape.py", language_named("python"))
+    assert [segment.learn for segment in example.segments] == [False, True]
 
 
 def test_a_class_that_fits_is_one_unit():

@@ -1,4 +1,4 @@
-"""What is excluded from a dataset: licence headers, data tables, and too much of one file."""
+"""Tests of what is excluded from a dataset: licence headers, data tables, and the excess of large files."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ CODE = {
 @pytest.mark.parametrize("name", LICENCES)
 def test_a_licence_header_is_not_learned_but_the_code_below_it_is(tmp_path: Path, name: str, between: str):
     if name == "a.rb" and not between:
-        pytest.skip("without a grammar, and without a blank row, it is one paragraph with the code")
+        pytest.skip("without a grammar and a blank line, the header and the code are one paragraph")
     (tmp_path / name).write_text(LICENCES[name] + between + CODE[name])
     result = examples_of(tmp_path / name)
     assert result.left_out[ExclusionReason.LICENCE] == 1
@@ -74,7 +74,7 @@ def test_code_that_mentions_licences_is_learned(tmp_path: Path):
 
 
 @pytest.mark.parametrize("module", [encodings.cp1251, html.entities])
-def test_data_tables_are_left_out_but_the_functions_next_to_them_are_not(module):
+def test_data_tables_are_excluded_but_the_functions_next_to_them_are_not(module):
     result = examples_of(Path(inspect.getfile(module)))
     assert result.left_out[ExclusionReason.DATA] >= 5
     text = learned(result)
@@ -117,15 +117,15 @@ def keys_of(files: dict[str, list[int]]) -> list[ExampleKey]:
 
 def test_a_giant_file_does_not_dominate_the_training_set():
     keys = keys_of({"giant": [500] * 4000, **{f"f{n}": [200] * 20 for n in range(100)}})
-    kept = cap_per_file(keys, range(len(keys)))
-    of_giant = [position for position in kept if keys[position].file == "giant"]
-    everything = sum(keys[position].tokens for position in kept)
+    remaining = cap_per_file(keys, range(len(keys)))
+    of_giant = [position for position in remaining if keys[position].file == "giant"]
+    total_tokens = sum(keys[position].tokens for position in remaining)
     assert sum(keys[position].tokens for position in of_giant) == pytest.approx(
-        max(FILE_MIN_TOKENS, FILE_SHARE * everything), rel=0.02
+        max(FILE_MIN_TOKENS, FILE_SHARE * total_tokens), rel=0.02
     )
-    assert len(kept) - len(of_giant) == 2000
-    assert of_giant[0] < 40, "from its beginning"
-    assert of_giant[-1] > 3960, "to its end"
+    assert len(remaining) - len(of_giant) == 2000
+    assert of_giant[0] < 40, "the beginning of the file is missing"
+    assert of_giant[-1] > 3960, "the end of the file is missing"
 
 
 def test_the_file_limit_does_not_cut_a_small_project():
@@ -157,9 +157,9 @@ def test_a_giant_file_next_to_small_ones_gives_the_guaranteed_minimum():
 @given(st.dictionaries(st.sampled_from("abcdef"), st.lists(st.integers(8, 8192), max_size=200), min_size=1))
 def test_no_file_gives_much_more_than_its_share(files: dict[str, list[int]]):
     keys = keys_of(files)
-    kept = cap_per_file(keys, range(len(keys)))
+    remaining = cap_per_file(keys, range(len(keys)))
     limit = file_limit([sum(sizes) for sizes in files.values()])
     for file, sizes in files.items():
-        count = sum(keys[position].file == file for position in kept)
+        count = sum(keys[position].file == file for position in remaining)
         assert count == len(sizes) or count <= len(sizes) * limit / sum(sizes)
         assert bool(count) == bool(sizes)

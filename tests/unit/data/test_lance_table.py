@@ -45,19 +45,19 @@ def write(path: Path, rows: list[dict[str, Any]], schema: Any = None) -> str:
     return str(path)
 
 
-def look(data: Any) -> Any:
+def summarise(data: Any) -> Any:
     return summarise_source(data)
 
 
 def test_a_table_equals_its_rows_given_inline(tmp_path: Path):
     table = write(tmp_path / "chunks.lance", CHUNKS)
-    found, inline = look(table), look(CHUNKS)
-    assert found.path == Path(table)
-    assert found.model_copy(update={"path": None}) == inline
+    summary, inline = summarise(table), summarise(CHUNKS)
+    assert summary.path == Path(table)
+    assert summary.model_copy(update={"path": None}) == inline
     assert export_records(Path(table), tmp_path / "records.jsonl") == 80
     written = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
-    kept = ("content", "language", "file_path", "chunk_type", "start_line", "end_line")
-    assert written == [{key: row[key] for key in kept} for row in CHUNKS]
+    used_columns = ("content", "language", "file_path", "chunk_type", "start_line", "end_line")
+    assert written == [{key: row[key] for key in used_columns} for row in CHUNKS]
 
 
 async def test_a_table_is_inspected_and_queued_like_records(tmp_path: Path):
@@ -76,47 +76,47 @@ def test_summarising_a_table_imports_nothing_heavy(tmp_path: Path):
         "sys.exit(str({'lance', 'pyarrow', 'numpy', 'torch'} & set(sys.modules)) if "
         "{'lance', 'pyarrow', 'numpy', 'torch'} & set(sys.modules) else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code, table], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    process = subprocess.run([sys.executable, "-c", code, table], capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stderr) == (0, "")
 
 
 def test_optional_columns_may_be_missing_or_null(tmp_path: Path):
     bare = [{"content": row["content"], "language": "python"} for row in CHUNKS]
-    assert look(write(tmp_path / "bare.lance", bare)).examples == 80
+    assert summarise(write(tmp_path / "bare.lance", bare)).examples == 80
     nulls = [
         {**row, "file_path": None if n % 2 else row["file_path"], "start_line": None} for n, row in enumerate(CHUNKS)
     ]
     schema = pyarrow.Table.from_pylist(CHUNKS).schema
-    assert look(write(tmp_path / "nulls.lance", nulls, schema)).examples == 80
+    assert summarise(write(tmp_path / "nulls.lance", nulls, schema)).examples == 80
 
 
 def test_the_error_for_missing_columns_lists_the_existing_ones(tmp_path: Path):
     rows = [{"text": row["content"], "language": "python"} for row in CHUNKS]
     with pytest.raises(DataError, match=r"lacks the column 'content'; it has text, language\..*README") as caught:
-        look(write(tmp_path / "other.lance", rows))
+        summarise(write(tmp_path / "other.lance", rows))
     assert caught.value.code == "missing_columns"
 
 
 def test_a_broken_row_is_named_with_the_rule_it_breaks(tmp_path: Path):
     rows = [*CHUNKS[:16], {**CHUNKS[16], "content": "  "}]
     with pytest.raises(DataError, match=r"Row 17 of .*chunks\.lance cannot be used: 'content' is blank"):
-        look(write(tmp_path / "chunks.lance", rows))
+        summarise(write(tmp_path / "chunks.lance", rows))
 
 
 def test_an_empty_table_is_refused(tmp_path: Path):
     with pytest.raises(DataError, match="contains no rows") as caught:
-        look(write(tmp_path / "empty.lance", [], pyarrow.Table.from_pylist(CHUNKS).schema))
+        summarise(write(tmp_path / "empty.lance", [], pyarrow.Table.from_pylist(CHUNKS).schema))
     assert caught.value.code == "training_data_empty"
 
 
 def test_a_directory_that_is_only_named_like_a_table_is_refused(tmp_path: Path):
     (tmp_path / "code.lance").mkdir()
     with pytest.raises(InvalidArgument, match="must be a LanceDB table"):
-        look(str(tmp_path / "code.lance"))
+        summarise(str(tmp_path / "code.lance"))
     (tmp_path / "code.lance" / "_versions").mkdir()
     (tmp_path / "code.lance" / "_versions" / "1.manifest").write_bytes(b"no manifest at all")
     with pytest.raises(DataError) as caught:
-        look(str(tmp_path / "code.lance"))
+        summarise(str(tmp_path / "code.lance"))
     assert caught.value.code == "not_a_table"
 
 
@@ -124,13 +124,13 @@ def test_a_table_that_refers_to_data_elsewhere_is_refused(tmp_path: Path):
     original = write(tmp_path / "chunks.lance", CHUNKS)
     lance.dataset(original).shallow_clone(str(tmp_path / "clone.lance"), 1)
     with pytest.raises(DataError, match="refers to data in another place") as caught:
-        look(str(tmp_path / "clone.lance"))
+        summarise(str(tmp_path / "clone.lance"))
     assert caught.value.code == "foreign_data"
     linked = Path(write(tmp_path / "linked.lance", CHUNKS))
     (linked / "data").rename(tmp_path / "elsewhere")
     (linked / "data").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(InvalidArgument, match="it contains a symbolic link, data"):
-        look(str(linked))
+        summarise(str(linked))
 
 
 def test_the_error_for_a_missing_extra_names_the_install_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -139,7 +139,7 @@ def test_the_error_for_a_missing_extra_names_the_install_command(tmp_path: Path,
     (tmp_path / "site" / "lance.py").write_text("raise ImportError\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}:{Path(__file__).parents[3]}")
     with pytest.raises(DataError, match=r"pip install 'peft-mcp\[lancedb\]'") as caught:
-        look(table)
+        summarise(table)
     assert caught.value.code == "extra_missing"
 
 
@@ -147,17 +147,17 @@ async def test_sensitive_places_and_allowed_roots_apply_to_tables(tmp_path: Path
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     private = write(tmp_path / "home" / ".aws" / "chunks.lance", CHUNKS)
     (tmp_path / "link.lance").symlink_to(private)
-    settings = Settings(data_dir=tmp_path / "data")
-    for given, data, code in (
-        (settings, private, "sensitive_place"),
-        (settings, str(tmp_path / "link.lance"), "sensitive_place"),
+    unrestricted = Settings(data_dir=tmp_path / "data")
+    for settings, data, code in (
+        (unrestricted, private, "sensitive_place"),
+        (unrestricted, str(tmp_path / "link.lance"), "sensitive_place"),
         (
             Settings(data_dir=tmp_path / "data", allowed_roots=[tmp_path / "work"]),
             write(tmp_path / "chunks.lance", CHUNKS),
             "outside_allowed_roots",
         ),
     ):
-        async with PEFTManager(given) as manager:
+        async with PEFTManager(settings) as manager:
             with pytest.raises(InvalidArgument) as caught:
                 await manager.train_adapter("web", data, {"max_steps": 1})
         assert caught.value.code == code

@@ -1,4 +1,4 @@
-"""Preparing a dataset: what is held out, what is excluded, and what is recorded."""
+"""Tests of the preparation of a dataset: what is held out, what is excluded, and what is recorded."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def build(
     )
 
 
-def both(directory: Path) -> list[Example]:
+def all_examples(directory: Path) -> list[Example]:
     return read_examples(directory / "train.jsonl") + read_examples(directory / "held_out.jsonl")
 
 
@@ -73,16 +73,15 @@ def manifest(directory: Path) -> dict[str, Any]:
 
 def test_a_repository_becomes_a_training_set_a_held_out_set_and_a_manifest(tmp_path: Path):
     messages: list[str] = []
-    done = build(repository(tmp_path / "r"), tmp_path / "out", messages=messages)
+    dataset = build(repository(tmp_path / "r"), tmp_path / "out", messages=messages)
     train, held_out = (read_examples(tmp_path / "out" / f"{name}.jsonl") for name in ("train", "held_out"))
-    assert (done.summary.train_examples, done.summary.held_out_examples) == (len(train), len(held_out))
-    assert done.summary.train_tokens == sum(example.tokens for example in train)
+    assert (dataset.summary.train_examples, dataset.summary.held_out_examples) == (len(train), len(held_out))
+    assert dataset.summary.train_tokens == sum(example.tokens for example in train)
     assert all(0 < example.tokens <= 128 for example in train + held_out)
     assert {e.path for e in train}.isdisjoint({e.path for e in held_out})
-    assert done.languages == {"python": 10}
+    assert dataset.languages == {"python": 10}
     assert messages[0] == "0 of 10 files"
-    found = manifest(tmp_path / "out")
-    assert found["held_out_files"] == sorted({example.path for example in held_out})
+    assert manifest(tmp_path / "out")["held_out_files"] == sorted({example.path for example in held_out})
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "held_out.jsonl",
         "manifest.json",
@@ -150,10 +149,10 @@ def test_duplicates_are_trained_on_once_and_never_held_out(tmp_path: Path):
     root = repository(tmp_path / "r")
     for number in range(5):
         shutil.copy(root / "module_0.py", root / f"copy_{number}.py")
-    done = build(root, tmp_path / "out")
-    bodies = [" ".join(example.segments[-1].text.split()) for example in both(tmp_path / "out")]
+    dataset = build(root, tmp_path / "out")
+    bodies = [" ".join(example.segments[-1].text.split()) for example in all_examples(tmp_path / "out")]
     assert len(bodies) == len(set(bodies))
-    assert done.summary.left_out["duplicate"] > 0
+    assert dataset.summary.left_out["duplicate"] > 0
 
 
 def test_near_duplicates_are_reduced_to_one_and_counted(tmp_path: Path):
@@ -162,19 +161,19 @@ def test_near_duplicates_are_reduced_to_one_and_counted(tmp_path: Path):
     for number in range(10):
         near = f"def weigh(values, weights):\n{body}\n    return total + {number}\n"
         (root / f"near_{number}.py").write_text(near)
-    done = build(root, tmp_path / "out")
-    assert done.summary.left_out == {"near_duplicate": 9}
+    dataset = build(root, tmp_path / "out")
+    assert dataset.summary.left_out == {"near_duplicate": 9}
     held_out = read_examples(tmp_path / "out" / "held_out.jsonl")
-    assert sum("def weigh" in example.text for example in both(tmp_path / "out")) == 1
-    assert not any("def weigh" in example.text for example in held_out), "text in several files is not held out"
+    assert sum("def weigh" in example.text for example in all_examples(tmp_path / "out")) == 1
+    assert not any("def weigh" in example.text for example in held_out), "text that occurs in several files is held out"
     assert "Jaccard" in manifest(tmp_path / "out")["near_duplicates"]["rule"]
 
 
 def test_pairs_with_the_same_long_instruction_are_not_duplicates(tmp_path: Path):
     instruction = " ".join(f"rule {n}: brief." for n in range(8))
     pairs = [{"prompt": f"{instruction} Double {n}!", "completion": "It is even."} for n in range(20)]
-    done = build(records_file(tmp_path, pairs), tmp_path / "out", "records")
-    assert done.summary.left_out == {}
+    dataset = build(records_file(tmp_path, pairs), tmp_path / "out", "records")
+    assert dataset.summary.left_out == {}
 
 
 def test_a_short_run_reads_only_a_sample_of_a_huge_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -185,13 +184,13 @@ def test_a_short_run_reads_only_a_sample_of_a_huge_repository(tmp_path: Path, mo
         spec = make_dataset_spec(root, enough_examples=examples)
         return prepare(spec, directory=tmp_path / directory, token_counter=Words(), report=lambda _: None)
 
-    everything, part, again = prepared("all", None), prepared("part", 4), prepared("again", 4)
-    assert part.summary.sha256 == again.summary.sha256
-    assert part.summary.left_out["not_needed"] > 20
-    assert part.summary.train_examples >= 20
-    held_out = [set(manifest(tmp_path / name)["held_out_files"]) for name in ("part", "all")]
-    assert held_out[0] <= held_out[1], "a sample holds out a subset of the same files"
-    assert prepared("more", 1000).summary.train_examples == everything.summary.train_examples
+    full, sample, repeated = prepared("all", None), prepared("sample", 4), prepared("repeated", 4)
+    assert sample.summary.sha256 == repeated.summary.sha256
+    assert sample.summary.left_out["not_needed"] > 20
+    assert sample.summary.train_examples >= 20
+    held_out = [set(manifest(tmp_path / name)["held_out_files"]) for name in ("sample", "all")]
+    assert held_out[0] <= held_out[1], "a sample holds out other files"
+    assert prepared("more", 1000).summary.train_examples == full.summary.train_examples
 
 
 def test_too_few_distinct_examples_are_rejected_with_figures(tmp_path: Path):
@@ -220,7 +219,7 @@ def records_file(tmp_path: Path, records: Sequence[Mapping[str, Any]]) -> Path:
 def test_a_prompt_is_context_and_a_completion_is_learned(tmp_path: Path):
     path = records_file(tmp_path, [{"prompt": f"double {n}: ", "completion": f"it is {2 * n}"} for n in range(20)])
     build(path, tmp_path / "out", "records")
-    example = next(e for e in both(tmp_path / "out") if e.path == "record 3")
+    example = next(e for e in all_examples(tmp_path / "out") if e.path == "record 3")
     assert example.segments == (Segment(text="double 2: ", learn=False), Segment(text="it is 4"))
     assert example.tokens == sum(Words().count(["double 2: ", "it is 4"])) + 1
 
@@ -234,26 +233,26 @@ def paraphrased(answers: int, prompts: int) -> list[dict[str, str]]:
 
 
 def test_records_with_the_same_answer_are_on_one_side_of_the_split(tmp_path: Path):
-    done = build(records_file(tmp_path, paraphrased(30, 5)), tmp_path / "out", "records")
+    dataset = build(records_file(tmp_path, paraphrased(30, 5)), tmp_path / "out", "records")
     train, held_out = (
         {example.segments[-1].text for example in read_examples(tmp_path / "out" / f"{part}.jsonl")}
         for part in ("train", "held_out")
     )
     assert held_out
     assert train.isdisjoint(held_out)
-    assert done.summary.train_examples + done.summary.held_out_examples == 150
-    assert len(manifest(tmp_path / "out")["held_out_files"]) == done.summary.held_out_examples
+    assert dataset.summary.train_examples + dataset.summary.held_out_examples == 150
+    assert len(manifest(tmp_path / "out")["held_out_files"]) == dataset.summary.held_out_examples
 
 
-def test_short_answers_do_not_tie_records_together(tmp_path: Path):
+def test_records_with_the_same_short_answer_are_not_grouped(tmp_path: Path):
     labels = [{"prompt": f"Is {n} even?", "completion": "yes" if n % 2 == 0 else "no"} for n in range(40)]
-    done = build(records_file(tmp_path, labels), tmp_path / "out", "records")
-    assert done.summary.left_out == {}
-    assert 4 <= done.summary.held_out_examples <= 12
+    dataset = build(records_file(tmp_path, labels), tmp_path / "out", "records")
+    assert dataset.summary.left_out == {}
+    assert 4 <= dataset.summary.held_out_examples <= 12
     assert {e.segments[-1].text for e in read_examples(tmp_path / "out" / "train.jsonl")} == {"yes", "no"}
 
 
-def test_one_long_answer_to_every_question_leaves_nothing_to_hold_out(tmp_path: Path):
+def test_records_that_all_have_the_same_long_answer_are_refused(tmp_path: Path):
     (only,) = paraphrased(1, 1)
     records = records_file(tmp_path, [{**only, "prompt": f"question {n}"} for n in range(20)])
     with pytest.raises(DataError, match="the same answer"):
@@ -261,7 +260,7 @@ def test_one_long_answer_to_every_question_leaves_nothing_to_hold_out(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("given", "learned", "text"),
+    ("context", "learned", "text"),
     [
         ("", "a = 1\nb = 2\n", "a = 1\nb = 2\n"),
         ("Is 2\neven?", "yes", "Is 2 even?yes"),
@@ -272,14 +271,14 @@ def test_one_long_answer_to_every_question_leaves_nothing_to_hold_out(tmp_path: 
         ),
     ],
 )
-def test_a_short_answer_is_identified_together_with_its_question(given: str, learned: str, text: str):
-    segments = (*((Segment(text=given, learn=False),) if given else ()), Segment(text=learned))
+def test_a_short_answer_is_identified_together_with_its_question(context: str, learned: str, text: str):
+    segments = (*((Segment(text=context, learn=False),) if context else ()), Segment(text=learned))
     record = Example(segments=segments, path="record 1", language="text", kind="record")
     assert learned_text(record) == text
 
 
-def shared(tmp_path: Path) -> list[float]:
-    """Return for each held-out example how much of it is trained on."""
+def overlap_of_held_out(tmp_path: Path) -> list[float]:
+    """Return for each held-out example the fraction of its text that is in the training set."""
     train, held_out = (
         [learned_text(example) for example in read_examples(tmp_path / "out" / f"{part}.jsonl")]
         for part in ("train", "held_out")
@@ -288,17 +287,17 @@ def shared(tmp_path: Path) -> list[float]:
 
 
 @pytest.mark.parametrize(("width", "step"), [(12, 9), (12, 6), (12, 3)])
-def test_overlapping_windows_of_a_file_are_not_held_out_if_they_are_trained_on(tmp_path: Path, width: int, step: int):
+def test_overlapping_windows_that_are_trained_on_are_not_held_out(tmp_path: Path, width: int, step: int):
     lines = [f"value_{n} = compute(value_{n - 1}, {n * n})" for n in range(600)]
     chunks = [
         {"content": "\n".join(lines[start : start + width]), "language": "python"}
         for start in range(0, len(lines), step)
     ]
-    done = build(records_file(tmp_path, chunks), tmp_path / "out", "records")
-    assert done.summary.held_out_examples
-    assert done.summary.train_examples
-    assert max(shared(tmp_path)) < 0.5
-    assert ("seen_in_training" in done.summary.left_out) == (step < 9)
+    dataset = build(records_file(tmp_path, chunks), tmp_path / "out", "records")
+    assert dataset.summary.held_out_examples
+    assert dataset.summary.train_examples
+    assert max(overlap_of_held_out(tmp_path)) < 0.5
+    assert ("seen_in_training" in dataset.summary.left_out) == (step < 9)
 
 
 def trained_on(directory: Path) -> TrainingFingerprint:
@@ -307,7 +306,7 @@ def trained_on(directory: Path) -> TrainingFingerprint:
     return known
 
 
-def measured(root: Path, directory: Path, known: TrainingFingerprint) -> PreparedDataset:
+def prepare_evaluation(root: Path, directory: Path, known: TrainingFingerprint) -> PreparedDataset:
     spec = make_dataset_spec(root, held_out_fraction=1, seed=1, purpose=DatasetPurpose.EVALUATION)
     return prepare(spec, directory=directory, token_counter=Words(), report=lambda _: None, known=known)
 
@@ -315,13 +314,13 @@ def measured(root: Path, directory: Path, known: TrainingFingerprint) -> Prepare
 def test_examples_trained_on_before_are_excluded_from_an_evaluation(tmp_path: Path):
     root = repository(tmp_path / "r", files=10, functions=60)
     build(root, tmp_path / "out")
-    found = measured(root, tmp_path / "again", trained_on(tmp_path / "out"))
+    evaluation = prepare_evaluation(root, tmp_path / "again", trained_on(tmp_path / "out"))
     first, second = (
         {example.text for example in read_examples(tmp_path / name / "held_out.jsonl")} for name in ("out", "again")
     )
     assert second == first
-    assert found.summary.train_examples == 0
-    assert found.summary.left_out["trained_on"] == len(read_examples(tmp_path / "out" / "train.jsonl"))
+    assert evaluation.summary.train_examples == 0
+    assert evaluation.summary.left_out["trained_on"] == len(read_examples(tmp_path / "out" / "train.jsonl"))
 
 
 def test_conversations_are_rendered_by_the_token_counter(tmp_path: Path):
@@ -330,19 +329,19 @@ def test_conversations_are_rendered_by_the_token_counter(tmp_path: Path):
         for n in range(20)
     ]
     build(records_file(tmp_path, records), tmp_path / "out", "jsonl")
-    assert next(e for e in both(tmp_path / "out") if e.path == "line 5").segments[-1] == Segment(text="a 4")
+    assert next(e for e in all_examples(tmp_path / "out") if e.path == "line 5").segments[-1] == Segment(text="a 4")
 
 
 def test_a_pair_that_is_too_long_is_excluded_and_a_long_text_is_split(tmp_path: Path):
     long = " ".join(f"word{n}" for n in range(500))
     pairs = [{"prompt": f"p {n}", "completion": f"c {n}"} for n in range(20)]
-    done = build(records_file(tmp_path, [*pairs, {"prompt": "p", "completion": long}]), tmp_path / "out1", "records")
-    assert done.summary.left_out == {"too_long": 1}
+    dataset = build(records_file(tmp_path, [*pairs, {"prompt": "p", "completion": long}]), tmp_path / "out1", "records")
+    assert dataset.summary.left_out == {"too_long": 1}
     texts = [{"text": f"some text {n}"} for n in range(20)]
     build(records_file(tmp_path, [*texts, {"text": long}]), tmp_path / "out2", "records")
-    parts = [example for example in both(tmp_path / "out2") if example.path == "record 21"]
-    assert len(parts) > 5
-    assert "".join(example.text for example in parts) == long
+    chunks = [example for example in all_examples(tmp_path / "out2") if example.path == "record 21"]
+    assert len(chunks) > 5
+    assert "".join(example.text for example in chunks) == long
 
 
 def test_chunks_get_their_path_without_the_home_directory(tmp_path: Path):
@@ -352,14 +351,14 @@ def test_chunks_get_their_path_without_the_home_directory(tmp_path: Path):
         for n in range(20)
     ]  # fmt: skip
     build(records_file(tmp_path, records), tmp_path / "out", "records")
-    examples = both(tmp_path / "out")
+    examples = all_examples(tmp_path / "out")
     assert {example.segments[0].text for example in examples} == {"// a.rs\n", "// b/c.rs\n"}
     assert {(example.kind, example.language, example.start_line) for example in examples} == {("function", "rust", 10)}
 
 
 # --- secrets -------------------------------------------------------------------------------------------------------
 
-# Put together here so that no scanner takes this file for a leak.
+# The secrets are assembled at run time, so that no scanner reports this file.
 RANDOM = "q7Rk2ZpX9vLw4TnB8sYd1HfC6mJgA3eU5oQi"
 SECRETS = {
     "aws": "AKIA" + "IOSFODNN7QXYZABC",
@@ -388,16 +387,18 @@ def test_a_secret_never_reaches_the_dataset(tmp_path: Path, name: str):
     value = SECRETS[name]
     literal = value if name == "assignment" else f'x = "{value}"'
     (root / "leak.py").write_text(f"import os\n\n\nclass Client:\n    {literal}\n\n    {function('a', 1)}\n# {value}\n")
-    done = build(root, tmp_path / "out")
+    dataset = build(root, tmp_path / "out")
     written = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir())
     assert value.encode() not in written
     assert RANDOM[:12].encode() not in written
-    assert done.summary.secrets_removed == 2
-    assert [(found["file"], found["line"]) for found in manifest(tmp_path / "out")["secrets"]] == [
+    assert dataset.summary.secrets_removed == 2
+    assert [(secret["file"], secret["line"]) for secret in manifest(tmp_path / "out")["secrets"]] == [
         ("leak.py", 5),
         ("leak.py", 12),
     ]
-    assert any("class Client" in example.text for example in both(tmp_path / "out")), "the code around it is kept"
+    assert any("class Client" in example.text for example in all_examples(tmp_path / "out")), (
+        "the code around the secret is missing"
+    )
 
 
 def test_no_line_of_a_private_key_reaches_the_dataset(tmp_path: Path):
@@ -406,23 +407,23 @@ def test_no_line_of_a_private_key_reaches_the_dataset(tmp_path: Path):
     key = "-----BEGIN RSA PRIVATE " + f"KEY-----\n{body}\n-----END RSA PRIVATE " + "KEY-----"
     (root / "leak.py").write_text(f'KEY = """{key}"""\n\n\n{function("after", 1)}')
     build(root, tmp_path / "out")
-    assert all(RANDOM not in example.text for example in both(tmp_path / "out"))
-    assert any("def after_1" in example.text for example in both(tmp_path / "out"))
+    assert all(RANDOM not in example.text for example in all_examples(tmp_path / "out"))
+    assert any("def after_1" in example.text for example in all_examples(tmp_path / "out"))
 
 
 def test_a_file_whose_name_is_a_secret_is_excluded_and_not_named(tmp_path: Path):
     root = repository(tmp_path / "r")
     (root / f"{SECRETS['hugging face']}.py").write_text(function("a", 1))
-    done = build(root, tmp_path / "out")
-    assert done.summary.left_out["secret"] == 1
+    dataset = build(root, tmp_path / "out")
+    assert dataset.summary.left_out["secret"] == 1
     assert all(RANDOM.encode() not in path.read_bytes() for path in (tmp_path / "out").iterdir())
 
 
 def test_a_pair_with_a_secret_is_excluded(tmp_path: Path):
     pairs = [{"prompt": f"p {n}", "completion": f"c {n}"} for n in range(20)]
     leak = {"prompt": "token?", "completion": SECRETS["github"]}
-    done = build(records_file(tmp_path, [*pairs, leak]), tmp_path / "out", "records")
-    assert (done.summary.left_out, done.summary.secrets_removed) == ({"secret": 1}, 1)
+    dataset = build(records_file(tmp_path, [*pairs, leak]), tmp_path / "out", "records")
+    assert (dataset.summary.left_out, dataset.summary.secrets_removed) == ({"secret": 1}, 1)
 
 
 @pytest.mark.parametrize(
@@ -446,11 +447,11 @@ def test_code_that_only_mentions_secrets_is_not_excluded(line: str):
 
 @given(st.lists(st.sampled_from([*SECRETS.values(), "x = 1", "", "# text"]), max_size=12))
 def test_redaction_preserves_the_number_of_lines_and_every_clean_line(lines: list[str]):
-    given_lines = split_lines("\n".join(lines))
-    clean, found = redact_secrets(given_lines)
-    flagged = {finding.row for finding in found}
-    assert len(clean) == len(given_lines)
-    assert all(clean[n] == ("\n" if n in flagged else line) for n, line in enumerate(given_lines))
+    original = split_lines("\n".join(lines))
+    clean, findings = redact_secrets(original)
+    flagged = {finding.row for finding in findings}
+    assert len(clean) == len(original)
+    assert all(clean[n] == ("\n" if n in flagged else line) for n, line in enumerate(original))
 
 
 def test_held_out_by_time_holds_out_the_files_changed_last(tmp_path: Path):
@@ -466,7 +467,7 @@ def test_held_out_by_time_holds_out_the_files_changed_last(tmp_path: Path):
     prepare(spec, directory=tmp_path / "out", token_counter=Words(), report=lambda _: None)
     assert manifest(tmp_path / "out")["held_out_files"] == ["module_4.py", "module_7.py"]
 
-    # An evaluation samples files randomly, and finds all files that the training held out.
-    found = measured(root, tmp_path / "again", trained_on(tmp_path / "out"))
+    # An evaluation samples files randomly, but includes all files that the training held out.
+    evaluation = prepare_evaluation(root, tmp_path / "again", trained_on(tmp_path / "out"))
     assert manifest(tmp_path / "again")["held_out_files"] == ["module_4.py", "module_7.py"]
-    assert found.summary.held_out_examples == len(read_examples(tmp_path / "out" / "held_out.jsonl"))
+    assert evaluation.summary.held_out_examples == len(read_examples(tmp_path / "out" / "held_out.jsonl"))

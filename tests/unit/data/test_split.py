@@ -1,4 +1,4 @@
-"""The split: what is held out, and that no duplicates or near duplicates remain."""
+"""Tests of the split: what is held out, and that neither duplicates nor near duplicates remain."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ KEYS = st.lists(
     ),
     max_size=80,
 )
-ANSWERS = st.lists(
+KEYS_WITH_ANSWERS = st.lists(
     st.builds(
         ExampleKey,
         st.integers(0, 40).map("record {}".format),
@@ -55,57 +55,57 @@ ANSWERS = st.lists(
 
 
 @given(keys=KEYS, seed=st.integers(0, 99), fraction=st.floats(0.02, 0.5))
-def test_each_file_is_on_one_side_without_copies_and_no_side_is_empty(
+def test_each_file_is_on_one_side_no_side_has_duplicates_and_no_side_is_empty(
     keys: list[ExampleKey], seed: int, fraction: float
 ):
-    parts = split_distinct(keys, held_out_fraction=fraction, seed=seed)
-    kept = [*parts.train, *parts.held_out]
-    assert len(set(kept)) == len(kept) == len({key.digest for key in keys}) == len(keys) - parts.duplicates
-    assert {keys[n].file for n in parts.train}.isdisjoint({keys[n].file for n in parts.held_out})
+    result = split_distinct(keys, held_out_fraction=fraction, seed=seed)
+    remaining = [*result.train, *result.held_out]
+    assert len(set(remaining)) == len(remaining) == len({key.digest for key in keys}) == len(keys) - result.duplicates
+    assert {keys[n].file for n in result.train}.isdisjoint({keys[n].file for n in result.held_out})
     if count_distinct(keys)[1] >= 2:
-        assert parts.train
-        assert parts.held_out
+        assert result.train
+        assert result.held_out
 
 
-@given(keys=ANSWERS, seed=st.integers(0, 99), fraction=st.floats(0.02, 0.5))
+@given(keys=KEYS_WITH_ANSWERS, seed=st.integers(0, 99), fraction=st.floats(0.02, 0.5))
 def test_the_same_answer_is_never_on_both_sides(keys: list[ExampleKey], seed: int, fraction: float):
-    keys = [*keys, ExampleKey("apart", b"apart", 100, b"")]  # so that not all go together
-    parts = split_distinct(keys, held_out_fraction=fraction, seed=seed)
-    trained, held_out = ({keys[n].answer for n in part} - {b""} for part in (parts.train, parts.held_out))
+    keys = [*keys, ExampleKey("other", b"other", 100, b"")]  # so that at least two groups exist
+    result = split_distinct(keys, held_out_fraction=fraction, seed=seed)
+    trained, held_out = ({keys[n].answer for n in part} - {b""} for part in (result.train, result.held_out))
     assert trained.isdisjoint(held_out)
-    assert {keys[n].file for n in parts.train}.isdisjoint({keys[n].file for n in parts.held_out})
+    assert {keys[n].file for n in result.train}.isdisjoint({keys[n].file for n in result.held_out})
 
 
-def test_examples_are_held_out_even_if_all_files_give_one_answer():
+def test_examples_are_held_out_even_if_all_files_share_an_answer():
     files = [f"file {n}" for n in range(10)]
     own = [ExampleKey(file, f"{file} {n}".encode(), 50, f"{file} {n}".encode()) for file in files for n in range(10)]
-    parts = split_distinct(
+    result = split_distinct(
         [*own, *(ExampleKey(file, f"stock {file}".encode(), 50, b"stock") for file in files)],
         held_out_fraction=0.1,
         seed=0,
     )
-    assert len(parts.held_out_files) == 1
-    assert len(parts.train) == 99
+    assert len(result.held_out_files) == 1
+    assert len(result.train) == 99
 
 
 def test_one_large_file_is_held_out_only_up_to_the_limit():
-    keys = [ExampleKey("all in one", str(n).encode(), 50, b"") for n in range(1500)]
-    parts = split(
+    keys = [ExampleKey("large file", str(n).encode(), 50, b"") for n in range(1500)]
+    result = split(
         keys, signatures_of([None] * len(keys)), held_out_fraction=1.0, seed=0, purpose=DatasetPurpose.EVALUATION
     )
-    assert len(parts.held_out) == HELD_OUT_MAX_EXAMPLES
-    assert (parts.held_out[0], parts.held_out[-1] > 1400) == (0, True)
+    assert len(result.held_out) == HELD_OUT_MAX_EXAMPLES
+    assert (result.held_out[0], result.held_out[-1] > 1400) == (0, True)
 
 
-@given(keys=st.one_of(KEYS, ANSWERS), seed=st.integers(0, 99))
+@given(keys=st.one_of(KEYS, KEYS_WITH_ANSWERS), seed=st.integers(0, 99))
 def test_an_evaluation_has_no_training_set(keys: list[ExampleKey], seed: int):
     signatures = signatures_of([None] * len(keys))
-    parts = split(keys, signatures, held_out_fraction=1, seed=seed, purpose=DatasetPurpose.EVALUATION)
-    assert parts.train == []
-    assert len(parts.held_out) == len({key.digest for key in keys})
+    result = split(keys, signatures, held_out_fraction=1, seed=seed, purpose=DatasetPurpose.EVALUATION)
+    assert result.train == []
+    assert len(result.held_out) == len({key.digest for key in keys})
 
 
-@given(keys=st.one_of(KEYS, ANSWERS), seed=st.integers(0, 99))
+@given(keys=st.one_of(KEYS, KEYS_WITH_ANSWERS), seed=st.integers(0, 99))
 def test_the_split_does_not_depend_on_the_order(keys: list[ExampleKey], seed: int):
     shuffled = keys.copy()
     random.Random(seed).shuffle(shuffled)  # noqa: S311 - no cryptography here
@@ -115,7 +115,7 @@ def test_the_split_does_not_depend_on_the_order(keys: list[ExampleKey], seed: in
     assert first == second
 
 
-def many(files: int, examples: int, tokens: int = 100) -> list[ExampleKey]:
+def keys_of(files: int, examples: int, tokens: int = 100) -> list[ExampleKey]:
     return [
         ExampleKey(f"f{f}", hashlib.sha256(f"{f} {e}".encode()).digest(), tokens)
         for f in range(files)
@@ -123,25 +123,32 @@ def many(files: int, examples: int, tokens: int = 100) -> list[ExampleKey]:
     ]
 
 
-def test_about_the_fraction_asked_for_is_held_out():
+def test_about_the_requested_fraction_is_held_out():
     for seed in range(20):
-        assert 0.08 <= len(split_distinct(many(60, 10), held_out_fraction=0.1, seed=seed).held_out) / 600 <= 0.13
+        assert 0.08 <= len(split_distinct(keys_of(60, 10), held_out_fraction=0.1, seed=seed).held_out) / 600 <= 0.13
 
 
 def test_an_additional_file_does_not_reshuffle_the_others():
     for seed in range(20):
-        before = set(split_distinct(many(100, 5), held_out_fraction=0.1, seed=seed).held_out_files)
-        after = set(split_distinct(many(101, 5), held_out_fraction=0.1, seed=seed).held_out_files)
+        before = set(split_distinct(keys_of(100, 5), held_out_fraction=0.1, seed=seed).held_out_files)
+        after = set(split_distinct(keys_of(101, 5), held_out_fraction=0.1, seed=seed).held_out_files)
         assert len(before - after) <= 1
 
 
 def test_the_held_out_set_stays_small_for_a_large_source():
-    assert len(split_distinct(many(5_000, 5), held_out_fraction=0.1, seed=0).held_out) <= HELD_OUT_MAX_EXAMPLES * 1.25
+    assert (
+        len(split_distinct(keys_of(5_000, 5), held_out_fraction=0.1, seed=0).held_out) <= HELD_OUT_MAX_EXAMPLES * 1.25
+    )
 
 
 def test_another_seed_holds_out_other_files():
     assert (
-        len({tuple(split_distinct(many(50, 5), held_out_fraction=0.1, seed=seed).held_out_files) for seed in range(10)})
+        len(
+            {
+                tuple(split_distinct(keys_of(50, 5), held_out_fraction=0.1, seed=seed).held_out_files)
+                for seed in range(10)
+            }
+        )
         > 5
     )
 
@@ -207,7 +214,7 @@ def test_an_example_without_text_has_no_near_duplicates():
 
 
 def family(seed: int, members: int = 12) -> list[str]:
-    """Texts that are each made from an earlier one by changing some words."""
+    """Return texts each of which is made from an earlier one by changing some words."""
     draw = random.Random(seed)  # noqa: S311 - no cryptography here
     texts = [[f"w{draw.randrange(10_000)}" for _ in range(60)] for _ in range(3)]
     while len(texts) < members:
@@ -219,15 +226,15 @@ def family(seed: int, members: int = 12) -> list[str]:
 
 
 def test_minhash_agrees_with_exact_jaccard_up_to_its_error():
-    missed = invented = 0
+    missed = spurious = 0
     for seed in range(40):
         texts = family(seed)
         representatives = signatures_of(texts).representatives(range(len(texts)))
         for position, text in enumerate(texts):
             nearest = max((similarity(text, earlier) for earlier in texts[:position]), default=0.0)
             missed += nearest >= THRESHOLD + 0.15 and representatives[position] == position
-            invented += representatives[position] != position and nearest < THRESHOLD - 0.15
-    assert (missed, invented) == (0, 0)
+            spurious += representatives[position] != position and nearest < THRESHOLD - 0.15
+    assert (missed, spurious) == (0, 0)
 
 
 @settings(max_examples=40, deadline=None)
@@ -237,14 +244,16 @@ def test_no_two_remaining_examples_are_near_duplicates(seed: int, files: int):
     draw = random.Random(seed)  # noqa: S311 - no cryptography here
     keys = [ExampleKey(f"f{draw.randrange(files)}", hashlib.sha256(text.encode()).digest(), 60) for text in texts]
     signatures = signatures_of(texts)
-    parts = split(keys, signatures, held_out_fraction=0.3, seed=seed)
-    kept = [*parts.train, *parts.held_out]
-    assert signatures.representatives(kept) == {position: position for position in kept}
-    for position in set(range(len(texts))) - set(kept):
-        copied = any(keys[position].digest == keys[other].digest for other in kept)
-        assert copied or any(is_near(texts[other], texts[position]) for other in kept), "left out for no reason"
-    assert len(kept) + parts.duplicates + parts.near_duplicates == len(texts)
-    assert {keys[n].file for n in parts.train}.isdisjoint({keys[n].file for n in parts.held_out})
+    result = split(keys, signatures, held_out_fraction=0.3, seed=seed)
+    remaining = [*result.train, *result.held_out]
+    assert signatures.representatives(remaining) == {position: position for position in remaining}
+    for position in set(range(len(texts))) - set(remaining):
+        copied = any(keys[position].digest == keys[other].digest for other in remaining)
+        assert copied or any(is_near(texts[other], texts[position]) for other in remaining), (
+            "the example was excluded without a reason"
+        )
+    assert len(remaining) + result.duplicates + result.near_duplicates == len(texts)
+    assert {keys[n].file for n in result.train}.isdisjoint({keys[n].file for n in result.held_out})
 
 
 def test_a_near_duplicate_of_a_training_example_is_never_held_out():
@@ -254,13 +263,13 @@ def test_a_near_duplicate_of_a_training_example_is_never_held_out():
         ExampleKey(f"f{n}", hashlib.sha256(text.encode()).digest(), 60) for n, text in enumerate([*texts, near_copy])
     ]
     for seed in range(20):
-        parts = split(keys, signatures_of([*texts, near_copy]), held_out_fraction=0.5, seed=seed)
-        assert {0, 6}.isdisjoint(parts.held_out)
-        assert (parts.train.count(0), parts.train.count(6), parts.near_duplicates) == (1, 0, 1)
+        result = split(keys, signatures_of([*texts, near_copy]), held_out_fraction=0.5, seed=seed)
+        assert {0, 6}.isdisjoint(result.held_out)
+        assert (result.train.count(0), result.train.count(6), result.near_duplicates) == (1, 0, 1)
 
 
-def test_evaluation_takes_precedence_if_a_chain_of_duplicates_empties_it():
-    """First ~ middle ~ last, but first and last differ: last is alone in its group, and middle is trained on."""
+def test_a_chain_of_near_duplicates_does_not_empty_the_held_out_set():
+    """The middle text is similar to the first and to the last, but the first and the last differ."""
     words = [f"w{n}" for n in range(200)]
     first, last = words.copy(), words.copy()
     for n in range(4):
@@ -272,10 +281,10 @@ def test_evaluation_takes_precedence_if_a_chain_of_duplicates_empties_it():
     signatures = signatures_of([*texts, *family(3, members=3)])
     keys = [ExampleKey(file, bytes([n]), 200) for n, file in enumerate(("a", "b", "c", "d", "e", "f"))]
     for seed in range(30):
-        parts = split(keys, signatures, held_out_fraction=0.5, seed=seed)
-        assert parts.held_out
-        assert signatures.representatives([*parts.train, *parts.held_out]).items() == {
-            (n, n) for n in (*parts.train, *parts.held_out)
+        result = split(keys, signatures, held_out_fraction=0.5, seed=seed)
+        assert result.held_out
+        assert signatures.representatives([*result.train, *result.held_out]).items() == {
+            (n, n) for n in (*result.train, *result.held_out)
         }
 
 
@@ -290,10 +299,10 @@ def test_many_variations_of_one_text_do_not_take_quadratic_time():
 
 
 def test_a_split_by_time_holds_out_uncommitted_files_and_then_the_newest():
-    keys = many(20, 5)
+    keys = keys_of(20, 5)
     changed = {f"f{n}": 1000 + n for n in range(20) if n != 3}
-    parts = split(keys, signatures_of([None] * len(keys)), held_out_fraction=0.15, seed=0, changed=changed)
-    assert set(parts.held_out_files) == {"f3", "f19", "f18"}
+    result = split(keys, signatures_of([None] * len(keys)), held_out_fraction=0.15, seed=0, changed=changed)
+    assert set(result.held_out_files) == {"f3", "f19", "f18"}
 
 
 def committed(root: Path, *commits: Sequence[str]) -> Path:
@@ -314,10 +323,10 @@ def test_last_change_times_come_from_the_git_history(tmp_path: Path):
     names = ["a.py", "with space.py", "ünïcode.py", "sub/b.py"]
     root = committed(tmp_path / "r", names, ["a.py"], ["sub/b.py", "line\nend.py"])
     (root / "new.py").write_text("new = 1\n")
-    found = last_change_times(root)
-    order = sorted(found, key=lambda name: (found[name], name))
+    times = last_change_times(root)
+    order = sorted(times, key=lambda name: (times[name], name))
     assert order == ["with space.py", "ünïcode.py", "a.py", "line\nend.py", "sub/b.py"]
-    assert set(last_change_times(root)) == set(found)
+    assert set(last_change_times(root)) == set(times)
     with pytest.raises(DataError, match="a single commit was the last"):
         last_change_times(root / "sub")
 

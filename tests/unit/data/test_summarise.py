@@ -1,4 +1,4 @@
-"""The summary of a data source: what is accepted, what is excluded, and what errors say."""
+"""Tests of the summary of a data source: what is accepted, what is excluded, and what errors say."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def git(root: Path, *arguments: str) -> None:
     subprocess.run(["git", *identity, "-C", root, *arguments], check=True, capture_output=True)
 
 
-def look(training_data: Any) -> Any:
+def summarise(training_data: Any) -> Any:
     return summarise_source(training_data)
 
 
@@ -51,19 +51,19 @@ def names(root: Path) -> set[str]:
 
 
 def test_a_repository_is_summarised_without_reading_all_of_it(tmp_path: Path):
-    found = look(str(repository(tmp_path)))
-    assert (found.kind, found.files, found.languages, found.examples) == ("repository", 4, {"python": 4}, None)
+    summary = summarise(str(repository(tmp_path)))
+    assert (summary.kind, summary.files, summary.languages, summary.examples) == ("repository", 4, {"python": 4}, None)
     size = sum(path.stat().st_size for path in tmp_path.rglob("*.py"))
-    assert found.estimated_tokens == pytest.approx(size / 3.3, rel=0.01)
+    assert summary.estimated_tokens == pytest.approx(size / 3.3, rel=0.01)
 
 
 def test_a_home_directory_may_be_written_as_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     repository(tmp_path / "project")
-    assert look("~/project").path == tmp_path / "project"
+    assert summarise("~/project").path == tmp_path / "project"
 
 
-def test_twenty_thousand_files_take_less_than_a_second_or_two(tmp_path: Path):
+def test_twenty_thousand_files_take_less_than_two_seconds(tmp_path: Path):
     for directory in range(100):
         (tmp_path / f"d{directory}").mkdir()
         for number in range(200):
@@ -71,7 +71,7 @@ def test_twenty_thousand_files_take_less_than_a_second_or_two(tmp_path: Path):
     (tmp_path / "d0" / "f0.py").write_text(code("a", 40))
     (tmp_path / "d0" / "f1.py").write_text(code("b", 40))
     started = time.process_time()
-    assert look(str(tmp_path)).files == 20_000
+    assert summarise(str(tmp_path)).files == 20_000
     assert time.process_time() - started < 2
 
 
@@ -80,41 +80,41 @@ def test_twenty_thousand_files_take_less_than_a_second_or_two(tmp_path: Path):
 )
 def test_a_path_that_does_not_exist_is_refused_with_its_name(given_path: str):
     with pytest.raises(InvalidArgument) as caught:
-        look(given_path)
+        summarise(given_path)
     assert caught.value.details["field"] == "training_data"
 
 
 def test_a_mistyped_name_gets_a_suggestion(tmp_path: Path):
     repository(tmp_path / "billing")
     with pytest.raises(InvalidArgument, match=r"Did you mean .*billing\?"):
-        look(str(tmp_path / "biling"))
+        summarise(str(tmp_path / "biling"))
 
 
 def test_a_file_of_another_type_is_refused_with_the_allowed_types(tmp_path: Path):
     path = tmp_path / "data.csv"
     path.write_text("a,b")
     with pytest.raises(InvalidArgument, match=r"\.jsonl"):
-        look(str(path))
+        summarise(str(path))
 
 
-def test_a_pipe_is_refused_without_waiting_for_it(tmp_path: Path):
+def test_a_pipe_is_refused_without_blocking(tmp_path: Path):
     os.mkfifo(tmp_path / "data.jsonl")
     with pytest.raises(InvalidArgument, match="neither a directory nor a regular file"):
-        look(str(tmp_path / "data.jsonl"))
+        summarise(str(tmp_path / "data.jsonl"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_directory_that_may_not_be_read_is_refused(tmp_path: Path):
     tmp_path.chmod(0)
     with pytest.raises(InvalidArgument, match="cannot be read"):
-        look(str(tmp_path))
+        summarise(str(tmp_path))
     tmp_path.chmod(0o700)
 
 
 def test_the_error_for_a_directory_without_code_lists_what_was_excluded(tmp_path: Path):
     (tmp_path / "a.json").write_text("{}")
     with pytest.raises(DataError, match="1 no_code") as caught:
-        look(str(tmp_path))
+        summarise(str(tmp_path))
     assert caught.value.code == "no_code"
 
 
@@ -123,11 +123,11 @@ def test_too_little_code_is_refused_with_figures(tmp_path: Path, files: dict[str
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match="at least 8 examples in 2") as caught:
-        look(str(tmp_path))
+        summarise(str(tmp_path))
     assert caught.value.code == "too_few_examples"
 
 
-def test_links_pipes_and_giants_are_counted_and_never_opened(tmp_path: Path):
+def test_links_pipes_and_giant_files_are_counted_but_never_opened(tmp_path: Path):
     repository(tmp_path)
     (tmp_path / "loop").symlink_to(tmp_path)
     (tmp_path / "linked.py").symlink_to("/etc/passwd")
@@ -135,7 +135,7 @@ def test_links_pipes_and_giants_are_counted_and_never_opened(tmp_path: Path):
     with (tmp_path / "giant.py").open("wb") as stream:
         stream.truncate(100_000_000)
     (tmp_path / "empty.py").touch()
-    left_out = look(str(tmp_path)).left_out
+    left_out = summarise(str(tmp_path)).left_out
     assert left_out == {"symlink": 2, "special": 1, "too_large": 1, "empty": 1}
 
 
@@ -143,12 +143,12 @@ def test_unprintable_file_names_do_no_harm(tmp_path: Path):
     repository(tmp_path)
     (tmp_path / "a\nb.py").write_text(code("a"))
     (tmp_path / os.fsdecode(b"\xff\xfe.py")).write_text(code("b"))
-    assert look(str(tmp_path)).files == 6
+    assert summarise(str(tmp_path)).files == 6
     git(tmp_path, "init")
-    assert look(str(tmp_path)).files == 6
+    assert summarise(str(tmp_path)).files == 6
 
 
-def test_without_git_the_gitignore_files_are_obeyed_the_deepest_first(tmp_path: Path):
+def test_without_git_the_gitignore_files_apply_and_the_deepest_takes_precedence(tmp_path: Path):
     repository(tmp_path)
     (tmp_path / ".gitignore").write_text("*.gen.py\n/made/\nlocal_*.py\n")
     (tmp_path / "src" / ".gitignore").write_text("!local_keep.py\n/only_here.py\n")
@@ -167,12 +167,12 @@ def test_a_directory_inside_a_repository_is_listed_by_git_too(tmp_path: Path):
     assert names(tmp_path / "src") == {f"module_{n}.py" for n in range(4)}
     (tmp_path / ".gitignore").write_text("src/\n")
     assert not walk(tmp_path / "src").by_git, (
-        "git knows nothing about an ignored directory, which is asked for all the same"
+        "git does not list an ignored directory, which the caller requested nevertheless"
     )
     assert len(names(tmp_path / "src")) == 4
 
 
-def test_files_that_git_tracks_and_that_are_gone_are_counted(tmp_path: Path):
+def test_tracked_files_that_are_missing_are_counted(tmp_path: Path):
     repository(tmp_path)
     git(tmp_path, "init")
     git(tmp_path, "add", ".")
@@ -181,7 +181,7 @@ def test_files_that_git_tracks_and_that_are_gone_are_counted(tmp_path: Path):
 
 
 def test_a_repository_cannot_make_git_run_its_programs(tmp_path: Path):
-    from peft_core.data import git as asked  # noqa: PLC0415 - named so that it does not hide the function above
+    from peft_core.data import git as git_module  # noqa: PLC0415 - `git` is a function of this module
 
     repository(tmp_path / "r")
     root = tmp_path / "r"
@@ -194,14 +194,14 @@ def test_a_repository_cannot_make_git_run_its_programs(tmp_path: Path):
     (root / ".gitattributes").write_text("*.py filter=evil\n")
     (root / "src" / "module_0.py").write_text("changed = True\n")
     walk(root)
-    commit, dirty = asked.head_state(root)
+    commit, dirty = git_module.head_state(root)
     assert commit is not None
     assert len(commit) == 40
     assert dirty is True
     assert not trap.exists()
 
 
-def test_vendored_and_generated_files_are_left_out(tmp_path: Path):
+def test_vendored_and_hidden_files_are_excluded(tmp_path: Path):
     repository(tmp_path)
     for name in ("node_modules/a.js", "vendor/b.go", ".hidden/c.py", "env2/pyvenv.cfg", "env2/lib.py", "build/d.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -278,12 +278,12 @@ RECORDS: dict[str, Callable[[int], dict[str, Any]]] = {
 @pytest.mark.parametrize("form", RECORDS)
 def test_each_record_format_is_accepted_inline_and_from_a_file(tmp_path: Path, form: str):
     records = [RECORDS[form](n) for n in range(10)]
-    inline = look(records)
+    inline = summarise(records)
     assert (inline.kind, inline.path, inline.examples, inline.files) == ("records", None, 10, 10)
     assert inline.needs_chat_template is (form == "messages")
     path = tmp_path / "data.jsonl"
     write_records(records, path)
-    from_file = look(str(path))
+    from_file = summarise(str(path))
     assert (from_file.kind, from_file.path, from_file.examples) == ("jsonl", path, 10)
     assert from_file.estimated_tokens == inline.estimated_tokens
 
@@ -310,7 +310,7 @@ def test_unused_fields_of_a_record_may_hold_anything(tmp_path: Path):
         for n in range(10)
     ]
     for name, given_records in (("chunks", records), ("turns", turns)):
-        assert look(given_records).examples == 10
+        assert summarise(given_records).examples == 10
         write_records(given_records, tmp_path / name)
         assert len(list(read_jsonl(tmp_path / name))) == 10
 
@@ -319,11 +319,11 @@ def test_a_byte_order_mark_and_blank_lines_are_tolerated(tmp_path: Path):
     path = tmp_path / "data.jsonl"
     lines = [json.dumps(RECORDS["text"](n)) for n in range(9)]
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(lines).encode())
-    assert look(str(path)).examples == 9
+    assert summarise(str(path)).examples == 9
 
 
 @pytest.mark.parametrize(
-    ("record", "said"),
+    ("record", "expected"),
     [
         ({"text": "  "}, "'text' is blank"),
         ({"text": 3}, "'text' is a number; it must be text"),
@@ -350,28 +350,28 @@ def test_a_byte_order_mark_and_blank_lines_are_tolerated(tmp_path: Path):
         (None, "it is null"),
     ],
 )
-def test_a_broken_record_is_named_with_the_rule_it_breaks(tmp_path: Path, record: Any, said: str):
+def test_a_broken_record_is_named_with_the_rule_it_breaks(tmp_path: Path, record: Any, expected: str):
     records = [RECORDS["text"](n) for n in range(16)]
-    with pytest.raises(DataError, match=f"Record 17 cannot be used: .*{said}") as caught:
-        look([*records, record])
+    with pytest.raises(DataError, match=f"Record 17 cannot be used: .*{expected}") as caught:
+        summarise([*records, record])
     assert caught.value.code == "broken_record"
     assert '{"text": ' in caught.value.suggestions[0]
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(json.dumps(each) for each in [*records, record]))
-    with pytest.raises(DataError, match=f"Line 17 of .*data.jsonl cannot be used: .*{said}"):
-        look(str(path))
+    with pytest.raises(DataError, match=f"Line 17 of .*data.jsonl cannot be used: .*{expected}"):
+        summarise(str(path))
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "expected"),
     [(b'{"text": ', "not valid JSON"), (b'{"text": "\xff"}', "not UTF-8"), (b"[" * 100_000, "nested too deeply"),
      (b'[\n{"text": "a"}]', "JSON array is not JSON Lines"), (b"9" * 5_000, "not valid JSON")],
 )  # fmt: skip
-def test_the_error_for_a_line_that_is_not_json_says_what_is_wrong(tmp_path: Path, line: bytes, said: str):
+def test_the_error_for_a_line_that_is_not_json_says_what_is_wrong(tmp_path: Path, line: bytes, expected: str):
     path = tmp_path / "data.jsonl"
     path.write_bytes(line + b"\n")
-    with pytest.raises(DataError, match=f"Line 1 of .*{said}"):
-        look(str(path))
+    with pytest.raises(DataError, match=f"Line 1 of .*{expected}"):
+        summarise(str(path))
 
 
 def test_the_error_for_mixed_formats_names_the_first_deviating_record(tmp_path: Path):
@@ -379,14 +379,14 @@ def test_the_error_for_mixed_formats_names_the_first_deviating_record(tmp_path: 
     with pytest.raises(
         DataError, match=r'record 10 has the format \{"prompt".*record 1 has the format \{"text"'
     ) as caught:
-        look(records)
+        summarise(records)
     assert caught.value.code == "mixed_formats"
 
 
 @pytest.mark.parametrize("records", [[], [RECORDS["text"](1)] * 50, [RECORDS["text"](n) for n in range(7)]])
 def test_too_few_different_records_are_refused(records: list[dict[str, Any]]):
     with pytest.raises(DataError) as caught:
-        look(records)
+        summarise(records)
     assert caught.value.code == ("too_few_examples" if records else "training_data_empty")
 
 
@@ -394,11 +394,11 @@ def test_an_empty_file_and_a_giant_one_are_refused(tmp_path: Path):
     path = tmp_path / "data.jsonl"
     path.touch()
     with pytest.raises(DataError, match="contains no records"):
-        look(str(path))
+        summarise(str(path))
     with path.open("wb") as stream:
         stream.truncate(3_000_000_000)
     with pytest.raises(DataError, match=r"3\.0 GB"):
-        look(str(path))
+        summarise(str(path))
 
 
 JSON = st.recursive(
@@ -414,8 +414,8 @@ def test_any_record_is_valid_or_refused_with_a_message(value: Any):
     try:
         record = parse(value, "record 1")
     except DataError as error:
-        said = str(error)
-        assert said.startswith("Record 1 cannot be used")
+        message = str(error)
+        assert message.startswith("Record 1 cannot be used")
     else:
         assert record.format in RecordFormat
         assert record.content.strip()
@@ -423,19 +423,19 @@ def test_any_record_is_valid_or_refused_with_a_message(value: Any):
 
 @given(st.binary(max_size=400))
 def test_any_file_gives_records_or_a_data_error(content: bytes):
-    with tempfile.TemporaryDirectory() as directory:  # hypothesis and tmp_path do not go together
+    with tempfile.TemporaryDirectory() as directory:  # hypothesis does not reset tmp_path between examples
         path = Path(directory) / "data.jsonl"
         path.write_bytes(content)
         try:
-            said = "".join(record.content for record in read_jsonl(path))
+            result = "".join(record.content for record in read_jsonl(path))
         except PeftMcpError as error:
-            said = error.code
-            assert said in {"broken_record", "mixed_formats"}
-    assert said or not content.strip(b"\xef\xbb\xbf \t\r\n\v\f")
+            result = error.code
+            assert result in {"broken_record", "mixed_formats"}
+    assert result or not content.strip(b"\xef\xbb\xbf \t\r\n\v\f")
 
 
-def test_importing_the_package_loads_nothing_heavy():
+def test_importing_the_package_loads_no_heavy_package():
     heavy = ["tree_sitter", "detect_secrets", "pathspec", "charset_normalizer", "requests", "torch", "numpy", "mcp"]
     program = f"import sys, peft_core.data; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    assert done.stdout.strip() == "[]"
+    process = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert process.stdout.strip() == "[]"
