@@ -1,4 +1,4 @@
-"""The model card of an adapter: what a person or the Hub reads first. Made offline, from the manifest alone."""
+"""The model card of an adapter (its README.md, which the Hub displays), generated offline from the manifest alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from peft_core.schemas.evaluation import Comparison, Evaluation
 
 
 def render_card(manifest: Manifest) -> str:
-    """A Hub model card in Markdown with its metadata block. Names no file of the training data and no local path."""
+    """Return a Hub model card: Markdown with a metadata block. It names no file of the training data and no local path."""
     data = ModelCardData(
         base_model=manifest.base.name,
         library_name="peft",
@@ -18,7 +18,8 @@ def render_card(manifest: Manifest) -> str:
         model_name=f"{manifest.project_id} on {manifest.base.name}",
         eval_results=_eval_results(manifest),
     )
-    body = "\n\n".join([_what(manifest), _effect(manifest), _use(manifest), _data(manifest), _training(manifest)])
+    sections = (_summary, _measured_effect, _usage, _data, _training)
+    body = "\n\n".join(section(manifest) for section in sections)
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
     return f"{card.content}\n"
 
@@ -39,57 +40,59 @@ def _eval_results(manifest: Manifest) -> list[EvalResult] | None:
     return results or None
 
 
-def _what(manifest: Manifest) -> str:
+def _summary(manifest: Manifest) -> str:
     return (
         f"# {manifest.project_id}: a LoRA adapter for {manifest.base.name}\n\n"
-        f"It specialises {manifest.base.name} ({manifest.base.model_type}, "
+        f"This adapter specialises {manifest.base.name} ({manifest.base.model_type}, "
         f"{manifest.base.shape.parameters / 1e6:.0f}M parameters) in the code of one project. "
-        "It was trained by peft-mcp on one machine; no data left it."
+        "It was trained with peft-mcp on one machine; the training data never left that machine."
     )
 
 
-def _effect(manifest: Manifest) -> str:
+def _measured_effect(manifest: Manifest) -> str:
     metrics = manifest.metrics
     return (
         "## Measured effect\n\n"
-        f"On {manifest.data.summary.held_out_examples} held-out examples, from files that were not trained on:\n\n"
+        f"Measured on {manifest.data.summary.held_out_examples} held-out examples, from files that were not trained on:\n\n"
         "| | loss (nats per token) | perplexity |\n|---|---|---|\n"
-        f"| base | {_number(metrics.base_loss)} | {_number(metrics.base_perplexity)} |\n"
+        f"| base model | {_number(metrics.base_loss)} | {_number(metrics.base_perplexity)} |\n"
         f"| with this adapter | {_number(metrics.adapter_loss)} | {_number(metrics.adapter_perplexity)} |"
         f"{_evaluation(manifest.evaluation)}"
     )
 
 
 def _evaluation(evaluation: Evaluation | None) -> str:
-    """The further figures, with the intervals of their changes."""
+    """Return the verdict and a table of all comparisons with their confidence intervals; empty if there is no evaluation."""
     if evaluation is None:
         return ""
-    figures = {
+    comparisons = {
         "loss": evaluation.loss,
         "next line exact": evaluation.next_line,
         "edit similarity": evaluation.edit_similarity,
         "loss on general code": evaluation.general_loss,
     }
     rows = [
-        f"| {name} | {_number(one.base)} | {_number(one.adapter)} | {one.change:+.3f} | {_interval(one)} |"
-        for name, one in figures.items()
-        if one is not None
+        f"| {name} | {_number(compared.base)} | {_number(compared.adapter)} | {compared.change:+.3f} | {_interval(compared)} |"
+        for name, compared in comparisons.items()
+        if compared is not None
     ]
     caveats = "".join(f" {caveat}" for caveat in evaluation.caveats)
     return (
         f"\n\nVerdict: **{evaluation.verdict}**, as {evaluation.reason}.{caveats}\n\n"
-        "| | base | with this adapter | change | 95 % interval |\n|---|---|---|---|---|\n"
+        "| | base model | with this adapter | change | 95 % confidence interval |\n|---|---|---|---|---|\n"
         + "\n".join(rows)
-        + f"\n\nIntervals: paired bootstrap over {evaluation.resampled}, those of general code over its functions "
+        + f"\n\nThe intervals come from a paired bootstrap over {evaluation.resampled}, for general code over its functions "
         f"({evaluation.files} files, {evaluation.examples} examples, {evaluation.lines} lines, {evaluation.prompts} prompts)."
     )
 
 
-def _interval(one: Comparison) -> str:
-    return "too little to tell" if one.low is None or one.high is None else f"{one.low:+.3f} to {one.high:+.3f}"
+def _interval(compared: Comparison) -> str:
+    if compared.low is None or compared.high is None:
+        return "too little data"
+    return f"{compared.low:+.3f} to {compared.high:+.3f}"
 
 
-def _use(manifest: Manifest) -> str:
+def _usage(manifest: Manifest) -> str:
     return (
         "## Use\n\n"
         "```python\n"
@@ -99,7 +102,7 @@ def _use(manifest: Manifest) -> str:
         "tokenizer = AutoTokenizer.from_pretrained(base)\n"
         'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "path/to/this/adapter")\n'
         "```\n\n"
-        "It belongs to exactly this base: on another one of the same shape it loads without a warning and does harm."
+        "Use it only with this base model: it loads without a warning on any model of the same shape, but degrades its output."
     )
 
 
@@ -128,21 +131,22 @@ def _training(manifest: Manifest) -> str:
         f"- LoRA rank {config.rank}, alpha {config.lora_alpha:g}, scaled by {scaling}; dropout {config.dropout:g}",
         f"- modules: {', '.join(run.target_modules)}",
         f"- {run.steps} steps of {config.batch_size} examples, at most {config.max_length} tokens each",
-        f"- AdamW, rate {rates}, {config.lr_scheduler} after {config.warmup_ratio:.0%} warm-up, seed {config.seed}",
-        f"- on {run.device}, frozen weights in {run.weights_dtype}",
+        f"- AdamW, learning rate {rates}",
+        f"- {config.lr_scheduler} schedule after {config.warmup_ratio:.0%} warm-up; seed {config.seed}",
+        f"- device: {run.device}; frozen weights in {run.weights_dtype}",
     ]
     lines += [
-        f"- at step {event.step} {event.reason}: trained again from step {event.back_to_step} "
-        f"with 1/{1 / event.factor:g} of the rate"
+        f"- at step {event.step} {event.reason}: rolled back to step {event.back_to_step}, and continued "
+        f"with 1/{1 / event.factor:g} of the learning rate"
         for event in run.rate_lowered
     ]
-    lines += [f"- memory ran out at step {event.step}: {event.measure} from there on" for event in run.memory_saved]
+    lines += [f"- memory ran out at step {event.step}: {event.measure} from then on" for event in run.memory_saved]
     if run.best_step is not None:
         lines.append(f"- the weights are those of step {run.best_step}, the best on a held-out sample")
     if manifest.metrics.wall_s is not None:
-        lines.append(f"- {manifest.metrics.wall_s:.0f} s in all")
+        lines.append(f"- total time: {manifest.metrics.wall_s:.0f} s")
     environment = ", ".join(f"{name} {version}" for name, version in manifest.environment.items())
-    return "## Training\n\n" + "\n".join(lines) + f"\n\nMade with {environment}."
+    return "## Training\n\n" + "\n".join(lines) + f"\n\nVersions: {environment}."
 
 
 def _number(value: float | None) -> str:

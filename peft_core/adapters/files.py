@@ -1,4 +1,4 @@
-"""Read the files of an adapter once: configuration and headers, optionally the weights.
+"""Read each file of an adapter once: the configuration, the headers and, on request, the weights.
 
 The files are untrusted: links are not followed, only regular files are opened, and sizes are bounded. All problems are
 collected, not only the first. With `with_weights`, the bytes that are checked are the bytes that are loaded, so replacing a
@@ -25,20 +25,20 @@ from peft_core.schemas.results import Reason
 from peft_core.system.files import open_regular, read_exactly, read_small
 
 MAX_CONFIG_BYTES = 256 << 10
-MAX_WEIGHTS_BYTES = 4 << 30  # of a weights file that is loaded; a sparse file costs an attacker nothing
+MAX_WEIGHTS_BYTES = 4 << 30  # limit for loading: a sparse file of any size costs an attacker nothing
 MLX_WEIGHTS = "adapters.safetensors"
 
 
 @dataclass(frozen=True, repr=False)
 class AdapterFiles:
-    """The content of an adapter's directory. A file that is missing or was rejected is None; `reasons` says why."""
+    """The content of an adapter's directory. A field is None if its file is missing or was rejected; see `reasons`."""
 
     directory: Path
     settings: LoraSettings | None
     tensors: Mapping[str, TensorInfo] | None
-    weights: bytes | None  # the complete file, whose header is `tensors`
+    weights: bytes | None  # the complete file, whose parsed header is `tensors`; None if it was not read
     manifest: Manifest | None
-    base_hint: str | None  # the base model's name in the configuration: shown to people, never used as a path
+    base_hint: str | None  # the base model's name in the configuration: only shown to people, never used as a path
     reasons: tuple[Reason, ...]
 
     @property
@@ -47,7 +47,7 @@ class AdapterFiles:
         return sum(tensor.size for tensor in (self.tensors or {}).values())
 
     def bytes_of(self, tensor: TensorInfo) -> bytes:
-        """Return a tensor's bytes; the weights must have been read."""
+        """Return the bytes of a tensor. `read_adapter` must have been called with `with_weights`."""
         assert self.weights is not None, "read_adapter(…, with_weights=True) reads them"  # noqa: S101 - a caller's mistake
         return self.weights[tensor.start : tensor.start + tensor.size]
 
@@ -57,7 +57,7 @@ def read_adapter(directory: Path, *, with_weights: bool = False) -> AdapterFiles
 
     With `with_weights`, the weights are read into memory, unless their header is malformed.
     """
-    reasons = _missing(directory)
+    reasons = _missing_files(directory)
     manifest = read_manifest(directory)
     recorded = manifest.files if manifest is not None else {}
 
@@ -66,13 +66,13 @@ def read_adapter(directory: Path, *, with_weights: bool = False) -> AdapterFiles
     if os.path.lexists(directory / CONFIG):
         try:
             raw = read_small(directory / CONFIG, MAX_CONFIG_BYTES)
-            reasons += _altered(CONFIG, raw, recorded)
-            config = _parsed(raw, directory / CONFIG)
+            reasons += _compare_hash(CONFIG, raw, recorded)
+            config = _parse_config(raw, directory / CONFIG)
         except HeaderError as problem:
             reasons.append(_unreadable(problem, CONFIG))
         else:
-            settings, wrong = check_settings(config)
-            reasons += wrong
+            settings, setting_errors = check_settings(config)
+            reasons += setting_errors
 
     tensors: Mapping[str, TensorInfo] | None = None
     weights: bytes | None = None
@@ -82,7 +82,7 @@ def read_adapter(directory: Path, *, with_weights: bool = False) -> AdapterFiles
         except HeaderError as problem:
             reasons.append(_unreadable(problem, WEIGHTS))
         if weights is not None:
-            reasons += _altered(WEIGHTS, weights, recorded)
+            reasons += _compare_hash(WEIGHTS, weights, recorded)
 
     hint = config.get("base_model_name_or_path") if config is not None else None
     return AdapterFiles(
@@ -100,10 +100,10 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     """Read the adapter's configuration without checking its settings.
 
     Raises:
-        HeaderError: missing, a link, larger than 256 KB, or not a JSON object whose names are unique.
+        HeaderError: the file is missing, a link, larger than 256 KB, or not a JSON object with unique names.
     """
     path = directory / CONFIG
-    return _parsed(read_small(path, MAX_CONFIG_BYTES), path)
+    return _parse_config(read_small(path, MAX_CONFIG_BYTES), path)
 
 
 def _read_weights(path: Path, *, with_weights: bool) -> tuple[Mapping[str, TensorInfo], bytes | None]:
@@ -112,21 +112,21 @@ def _read_weights(path: Path, *, with_weights: bool) -> tuple[Mapping[str, Tenso
         if not with_weights:
             return header.tensors, None
         if header.size > MAX_WEIGHTS_BYTES:
-            raise HeaderError(path, f"has {header.size} bytes, more than the {MAX_WEIGHTS_BYTES} that are loaded")
+            raise HeaderError(path, f"has {header.size} bytes, but at most {MAX_WEIGHTS_BYTES} can be loaded")
         weights = read_exactly(descriptor, header.size, 0, path)
     # Parse these bytes again: the file may have changed since the header was read.
     return parse_header(weights, path, limits=ADAPTER_LIMITS).tensors, weights
 
 
-def _parsed(raw: bytes, path: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _parse_config(raw: bytes, path: Path) -> dict[str, Any]:
+    def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            raise HeaderError(path, "a setting occurs twice, and readers differ in which one counts")
+            raise HeaderError(path, "contains a setting twice, and JSON parsers differ in which of the two they use")
         return result
 
     try:
-        config = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        config = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_names)
     except (ValueError, RecursionError) as problem:
         raise HeaderError(path, "is not JSON") from problem
     if not isinstance(config, dict):
@@ -134,7 +134,7 @@ def _parsed(raw: bytes, path: Path) -> dict[str, Any]:
     return config
 
 
-def _missing(directory: Path) -> list[Reason]:
+def _missing_files(directory: Path) -> list[Reason]:
     missing = [name for name in (WEIGHTS, CONFIG) if not os.path.lexists(directory / name)]
     if not missing:
         return []
@@ -143,31 +143,31 @@ def _missing(directory: Path) -> list[Reason]:
         pickles = [name for name in ("adapter_model.bin", "adapter_model.pt") if os.path.lexists(directory / name)]
         if pickles:
             message = (
-                "The adapter's weights are a pickle, which can run code when it is loaded, and are never opened here."
+                "The adapter's weights are a pickle file. It is never opened, because loading a pickle can run code."
             )
-            reasons.append(error("pickle", message, where=pickles[0], fix=f"Save it again as {WEIGHTS}"))
+            reasons.append(error("pickle", message, where=pickles[0], fix=f"Save the adapter again as {WEIGHTS}"))
             missing.remove(WEIGHTS)
     if missing:
         names = " and ".join(missing)
-        fix = "Name the directory of an adapter"
+        fix = "Give the path of an adapter's directory"
         if WEIGHTS in missing and os.path.lexists(directory / MLX_WEIGHTS):
-            fix = f"{MLX_WEIGHTS} is MLX's form of an adapter: convert it to PEFT's"
-        reasons.append(error("missing_file", f"There is no {names} in {directory}.", where=names, fix=fix))
+            fix = f"Convert {MLX_WEIGHTS} from the MLX format to the PEFT format"
+        reasons.append(error("missing_file", f"{directory} does not contain {names}.", where=names, fix=fix))
     return reasons
 
 
-def _altered(name: str, raw: bytes, recorded: Mapping[str, str]) -> list[Reason]:
-    """Compare a file with its hash in the manifest, the only place where a changed alpha shows."""
+def _compare_hash(name: str, raw: bytes, recorded: Mapping[str, str]) -> list[Reason]:
+    """Return an error if a file's hash differs from the manifest's. Nothing else reveals an edited alpha."""
     found, expected = hashlib.sha256(raw).hexdigest(), recorded.get(name)
     if expected is None or found == expected:
         return []
-    message = f"{name} is not the file that training wrote: its sha256 differs from the one in the manifest."
+    message = f"{name} was altered after training: its SHA-256 differs from the one in the manifest."
     fix = "Restore the file, or train again"
     return [error("altered", message, found=found, expected=sanitize(expected), where=name, fix=fix)]
 
 
 def _unreadable(problem: HeaderError, name: str) -> Reason:
     if problem.code == "git_lfs_pointer":
-        fix = "Fetch the file itself with `git lfs pull`"
+        fix = "Download the file itself with `git lfs pull`"
         return error("git_lfs_pointer", problem.message, where=name, fix=fix)
-    return error("bad_file", problem.message, where=name, fix="Fetch the adapter again, or train it again")
+    return error("bad_file", problem.message, where=name, fix="Download the adapter again, or train it again")

@@ -1,4 +1,4 @@
-"""Findings of the check, worded alike. Whatever comes out of a file is shortened and shown printable."""
+"""Constructors for the findings of the check. Names that were read from a file are shortened and made printable."""
 
 from __future__ import annotations
 
@@ -25,15 +25,14 @@ def error(
 def warning(
     code: str, message: str, *, found: str | None = None, expected: str | None = None, fix: str | None = None
 ) -> Reason:
-    """Return a finding to know before using the adapter."""
+    """Return a finding that the user should know before using the adapter."""
     return Reason(code=code, severity="warning", message=message, found=found, expected=expected, fix=fix)
 
 
 def error_about(
-    code: str, what: str, names: Sequence[str], *, fix: str, found: str | None = None, expected: str | None = None
+    code: str, problem: str, names: Sequence[str], *, fix: str, found: str | None = None, expected: str | None = None
 ) -> Iterable[Reason]:
-    """Yield one error about all of these names; nothing if there are no names."""
+    """Yield one error about all of these names; nothing if there are no names. The message lists the first names."""
     if names:
-        few = join_some(sanitize(name) for name in names)
-        message = f"{what[:1].upper()}{what[1:]}: {few}."
+        message = f"{problem}: {join_some(sanitize(name) for name in names)}."
         yield error(code, message, where=sanitize(names[0]), fix=fix, found=found, expected=expected)

@@ -14,10 +14,10 @@ from peft_core.schemas.evaluation import Verdict
 from peft_core.schemas.frozen import FrozenModel
 
 MAX_CARD_BYTES = 256 << 10
-SENTENCES = {
-    Verdict.HELPS: "it helps",
+_VERDICT_TEXT = {
+    Verdict.HELPS: "the adapter helps",
     Verdict.NO_DIFFERENCE: "no difference was found",
-    Verdict.HARMS: "it HARMS, do not use it",
+    Verdict.HARMS: "the adapter HARMS, do not use it",
 }
 
 
@@ -27,8 +27,12 @@ class AdapterInfo(FrozenModel):
     rank: int | None
     alpha: float | None
     target_modules: list[str]
-    manifest: Manifest | None = Field(None, description="Base, data, run and measurements. Null: not trained here.")
-    report_path: str | None = Field(None, description="A page to open in a browser: curves, intervals, examples.")
+    manifest: Manifest | None = Field(
+        None, description="Base model, data, run and measurements; null if the adapter was not trained here."
+    )
+    report_path: str | None = Field(
+        None, description="HTML report with loss curves, confidence intervals and examples."
+    )
     next: str
 
 
@@ -41,7 +45,8 @@ class AdapterDocument(FrozenModel):
 
 
 def read_document(path: Path) -> AdapterDocument:
-    # Not at the server's start:
+    """Return the manifest and the model card of an adapter; each is None if it is missing or unreadable."""
+    # These imports would slow the server's start.
     from peft_core.errors import HeaderError  # noqa: PLC0415
     from peft_core.system.files import read_small  # noqa: PLC0415
 
@@ -53,11 +58,11 @@ def read_document(path: Path) -> AdapterDocument:
 
 
 def read_info(path: Path, *, trained_here: bool = True) -> AdapterInfo:
-    """Read configuration and manifest; the weights are not opened.
+    """Describe an adapter without opening its weights.
 
     Args:
         path: The adapter's directory.
-        trained_here: Whether its manifest was written by this installation, and so can be trusted.
+        trained_here: Whether this installation wrote the manifest, so that it can be trusted.
 
     Raises:
         AdapterNotFound: the directory contains no adapter.
@@ -65,10 +70,10 @@ def read_info(path: Path, *, trained_here: bool = True) -> AdapterInfo:
     """
     if not (os.path.lexists(path / WEIGHTS) and os.path.lexists(path / CONFIG)):
         raise AdapterNotFound(
-            f"{path} holds no adapter: it must contain {CONFIG} and {WEIGHTS}.",
-            suggestions=["Call list_adapters to see the adapters that exist"],
+            f"{path} is not an adapter: the directory must contain {CONFIG} and {WEIGHTS}.",
+            suggestions=["Call list_adapters to see the existing adapters"],
         )
-    # Not at the server's start:
+    # These imports would slow the server's start.
     from peft_core.adapters.config_check import is_alpha, is_literal, is_rank  # noqa: PLC0415
     from peft_core.adapters.files import read_adapter_config  # noqa: PLC0415
 
@@ -82,7 +87,7 @@ def read_info(path: Path, *, trained_here: bool = True) -> AdapterInfo:
         rank=rank if is_rank(rank) else None,
         alpha=float(alpha) if is_alpha(alpha) else None,
         target_modules=[name for name in targets if is_literal(name)] if isinstance(targets, list) else [],
-        manifest=manifest if trained_here else None,  # up to 1 MB of untrusted text otherwise
+        manifest=manifest if trained_here else None,  # a foreign manifest is up to 1 MB of untrusted text
         report_path=str(path / REPORT_NAME) if trained_here and (path / REPORT_NAME).is_file() else None,
         next=_next(manifest, trained_here=trained_here),
     )
@@ -90,16 +95,16 @@ def read_info(path: Path, *, trained_here: bool = True) -> AdapterInfo:
 
 def _next(manifest: Manifest | None, *, trained_here: bool) -> str:
     if manifest is None:
-        return "This adapter has no manifest: it was not trained here, and no measurements are known."
+        return "This adapter has no manifest: it was not trained here, and its effect is unknown."
     base, adapter = manifest.metrics.base_perplexity, manifest.metrics.adapter_perplexity
     if base is None or adapter is None:
-        return "It was not evaluated on held-out files."
+        return "This adapter was not evaluated on held-out files."
     if not trained_here:
         return (
-            f"Its manifest claims that perplexity on held-out files went from {base:.2f} (base) to {adapter:.2f} (adapter). "
-            "It was not trained here, so this cannot be checked."
+            f"Its manifest claims that perplexity on held-out files is {base:.2f} with the base model and {adapter:.2f} with "
+            "the adapter. The adapter was not trained here, so this claim cannot be checked."
         )
-    change = f"On held-out files, perplexity went from {base:.2f} (base) to {adapter:.2f} (adapter)"
+    measured = f"Perplexity on held-out files is {base:.2f} with the base model and {adapter:.2f} with the adapter"
     if manifest.evaluation is None:
-        return f"{change}."
-    return f"{change}: {SENTENCES[manifest.evaluation.verdict]}, as {manifest.evaluation.reason}."
+        return f"{measured}."
+    return f"{measured}: {_VERDICT_TEXT[manifest.evaluation.verdict]}, as {manifest.evaluation.reason}."

@@ -1,4 +1,4 @@
-"""`adapter_manifest.json`: how an adapter was trained and what it was measured to do. Written last, never changed."""
+"""`adapter_manifest.json`: how an adapter was trained, and its measured effect. It is written last and never changed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WEIGHTS, CONFIG = ADAPTER_WEIGHTS, ADAPTER_CONFIG
 
 
 class BaseRecord(FrozenModel):
-    """The base model of an adapter. The fingerprint identifies it; the name is for people. Holds no local path."""
+    """The base model of an adapter, without local paths. The fingerprint identifies it; the name is for people."""
 
     name: str
     format: Literal["huggingface", "gguf"]
@@ -37,33 +37,33 @@ class BaseRecord(FrozenModel):
 class DataRecord(FrozenModel):
     source_kind: SourceKind
     summary: DatasetSummary
-    languages: dict[str, int]  # files by language
+    languages: dict[str, int]  # number of files by language
     repository_commit: str | None = None
     repository_dirty: bool | None = None
 
 
 class Computation(FrozenModel):
-    """How the run was computed, and its estimated memory, to compare with `metrics.peak_memory_bytes`."""
+    """How the run was computed. Compare the estimated memory with `metrics.peak_memory_bytes`."""
 
     execution: ComputePlan
-    documents_packed: bool  # several documents in one forward pass
-    head_in_chunks: bool  # logits are computed in chunks of positions
+    documents_packed: bool  # whether one forward pass processed several documents
+    head_in_chunks: bool  # whether logits were computed in chunks of positions
     fused_blocks: int
-    fused_linears: int  # outside of fused blocks
+    fused_linears: int  # not counting those in fused blocks
     estimated_memory_bytes: int | None
 
 
 class RunRecord(FrozenModel):
-    config: TrainingConfig  # with base_model blanked: it may be a local path
-    target_modules: tuple[str, ...]  # what 'all-linear' became, sorted
+    config: TrainingConfig  # base_model is blank, because it may be a local path
+    target_modules: tuple[str, ...]  # sorted; 'all-linear' is resolved to module names
     device: str
     weights_dtype: str  # of the frozen base: "float32", "bfloat16"
     steps: int
     stopped_early_at: int | None = None
-    best_step: int | None = None  # the saved state, if early stopping chose one
+    best_step: int | None = None  # the step whose weights were saved, if early stopping chose one
     computation: Computation | None = None
-    memory_saved: tuple[MemorySaved, ...] = ()  # each time memory ran out, with the measure taken
-    rate_lowered: tuple[RateLowered, ...] = ()  # each time the run diverged and was rolled back
+    memory_saved: tuple[MemorySaved, ...] = ()  # one entry for each time that memory ran out
+    rate_lowered: tuple[RateLowered, ...] = ()  # one entry for each rollback after a divergence
 
 
 class Manifest(FrozenModel):
@@ -77,7 +77,7 @@ class Manifest(FrozenModel):
     metrics: Metrics
     evaluation: Evaluation | None = None  # without texts; None: not measured
     environment: dict[str, str]  # versions of python, torch, transformers, peft, accelerate, peft-mcp; platform
-    files: dict[str, str]  # sha256 by file name, of everything but this manifest and the report
+    files: dict[str, str]  # SHA-256 by file name, of every file except this manifest and the report
 
     @property
     def harms(self) -> bool:
@@ -86,8 +86,8 @@ class Manifest(FrozenModel):
     @property
     def becomes_current(self) -> bool:
         """Whether the project's `current` link should point to it once it is published."""
-        wish = self.run.config.make_current
-        return wish == "always" or (wish == "unless_it_harms" and not self.harms)
+        policy = self.run.config.make_current
+        return policy == "always" or (policy == "unless_it_harms" and not self.harms)
 
 
 def sha256_of(path: Path) -> str:

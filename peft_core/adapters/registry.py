@@ -1,7 +1,7 @@
-"""Adapters on disk. A published adapter is a directory with a manifest; it never changes.
+"""The published adapters on disk. A published adapter is a directory with a manifest, and its content never changes.
 
-Publishing is one rename of a complete, fsynced directory; after it the project's `current` link moves, atomically too.
-A concurrent reader sees the old state or the new one.
+To publish an adapter, a complete and fsynced directory is renamed; then the project's `current` link is replaced. Both steps
+are atomic, so a concurrent reader sees the old state or the new one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from peft_core.system.allowed_paths import require_allowed
 from peft_core.system.files import fsync_directory, fsync_file
 from peft_core.system.lock import FileLock
 
-LOCK_TIMEOUT_S = 10.0  # other processes hold the lock of a project's adapters for milliseconds
+LOCK_TIMEOUT_S = 10.0  # the lock on a project's adapters is normally held for milliseconds
 
 
 class Registry:
@@ -31,12 +31,12 @@ class Registry:
 
     def __init__(self, paths: DataPaths, allowed_roots: Sequence[Path] | None = None) -> None:
         self._paths = paths
-        self._allowed_roots = allowed_roots  # for adapters that were not trained here; None: everywhere
+        self._allowed_roots = allowed_roots  # for adapters that were not trained here; None: no restriction
 
     def publish(self, draft: Path, project_id: str, adapter_id: str) -> Path:
-        """Move a complete adapter from `draft` into the project; make it the current one, unless its manifest says no.
+        """Move a complete adapter from `draft` into the project, and make it current if its manifest requests that.
 
-        `draft` must be on the same file system, as a job's directory is. Calling this again after a crash completes the
+        `draft` must be on the same file system, as a job's directory is. After a crash, a second call completes the
         publication.
         """
         target = self._paths.adapter(project_id, adapter_id)
@@ -60,12 +60,14 @@ class Registry:
         return target
 
     def set_current(self, project_id: str, adapter_id: str) -> None:
+        """Point the project's `current` link to an adapter, atomically."""
         link = self._paths.current(project_id)
-        draft = link.with_name(f".current.{secrets.token_hex(4)}")
-        draft.symlink_to(adapter_id)
-        draft.replace(link)
+        new_link = link.with_name(f".current.{secrets.token_hex(4)}")
+        new_link.symlink_to(adapter_id)
+        new_link.replace(link)
 
     def published(self, project_id: str, adapter_id: str) -> Path | None:
+        """Return the directory of an adapter; None if it is not published."""
         path = self._paths.adapter(project_id, adapter_id)
         return path if (path / MANIFEST_NAME).is_file() else None
 
@@ -75,35 +77,36 @@ class Registry:
         Raises:
             AdapterNotFound: there is no such adapter; the message names those that exist.
         """
-        known = _names(self._paths.adapters(project_id))
-        if adapter_id in known and adapter_id != "current":  # a listed name is one path component, not '..' or a path
+        existing = _names(self._paths.adapters(project_id))
+        # A listed name is one path component, so it cannot be '..' or a path.
+        if adapter_id in existing and adapter_id != "current":
             return self._paths.adapter(project_id, adapter_id)
-        raise _unknown(project_id, adapter_id, known)
+        raise _not_found(project_id, adapter_id, existing)
 
     def delete(self, project_id: str, adapter_id: str) -> DeletedAdapter:
         """Delete an adapter. If it was current, the newest remaining adapter whose verdict is not `harms` becomes current.
 
-        One rename removes it from the project; its files are deleted after that.
+        The directory is renamed first, which removes the adapter from the project atomically; then its files are deleted.
 
         Raises:
-            AdapterNotFound: the project has no adapter of this id.
+            AdapterNotFound: the project has no adapter with this id.
             StorageError: the directory is not writable, or another process keeps it locked.
         """
         path = self.require(project_id, adapter_id)
-        doomed = path.with_name(f".deleted.{adapter_id}.{secrets.token_hex(4)}")
+        renamed = path.with_name(f".deleted.{adapter_id}.{secrets.token_hex(4)}")
         try:
             with self._project_lock(project_id):
                 self.require(project_id, adapter_id)  # again: another process may have deleted it
                 if self._current(project_id) == adapter_id:
-                    self._repoint_current(project_id, adapter_id)
+                    self._replace_current(project_id, adapter_id)
                 freed = sum(map(size_of, path.iterdir()))
-                path.rename(doomed)
+                path.rename(renamed)
                 current = self._current(project_id)
-        except FileNotFoundError:  # removed by hand
-            raise _unknown(project_id, adapter_id, _names(path.parent)) from None
+        except FileNotFoundError:  # the user removed it meanwhile
+            raise _not_found(project_id, adapter_id, _names(path.parent)) from None
         except OSError as error:
             raise unwritable(path.parent, error) from error
-        shutil.rmtree(doomed, ignore_errors=True)
+        shutil.rmtree(renamed, ignore_errors=True)
         return DeletedAdapter(
             adapter_id=adapter_id,
             project_id=project_id,
@@ -119,31 +122,31 @@ class Registry:
         """Hold the lock on a project's list of adapters and its current adapter.
 
         Raises:
-            StorageError: another process holds the lock for too long.
+            StorageError: another process did not release the lock in time.
         """
-        place = self._paths.adapters(project_id)
-        with FileLock(place / ".lock") as lock:
+        with FileLock(self._paths.adapters(project_id) / ".lock") as lock:
             if not lock.acquire(LOCK_TIMEOUT_S):
                 raise StorageError(
-                    f"Another process has been changing the adapters of {project_id!r} for more than {LOCK_TIMEOUT_S:g} s.",
+                    f"Another process has locked the adapters of {project_id!r} for more than {LOCK_TIMEOUT_S:g} s.",
                     code="adapters_busy",
-                    suggestions=["Try again; if it persists, look for a peft-mcp process that was stopped"],
+                    suggestions=["Try again; if the error persists, look for a suspended peft-mcp process and end it"],
                 )
             yield
 
-    def _repoint_current(self, project_id: str, adapter_id: str) -> None:
-        others = [
+    def _replace_current(self, project_id: str, adapter_id: str) -> None:
+        """Make the newest other adapter whose verdict is not `harms` current; remove the link if there is none."""
+        candidates = [
             adapter
             for adapter in self.adapters(project_id)
             if adapter.adapter_id != adapter_id and adapter.verdict is not Verdict.HARMS
         ]
-        if others:
-            self.set_current(project_id, others[0].adapter_id)
+        if candidates:
+            self.set_current(project_id, candidates[0].adapter_id)
         else:
             self._paths.current(project_id).unlink()
 
     def _current(self, project_id: str) -> str | None:
-        """Return the id of the project's current adapter."""
+        """Return the id of the project's current adapter; None if it has none."""
         try:
             return self._paths.current(project_id).readlink().name
         except OSError:
@@ -151,8 +154,8 @@ class Registry:
 
     def adapters(self, project_id: str | None = None) -> list[AdapterSummary]:
         """Return the published adapters, newest first."""
-        found = [self._summary(path, manifest) for path, manifest in self._manifests(project_id)]
-        return sorted(found, key=lambda adapter: adapter.created_at, reverse=True)
+        summaries = [self._summary(path, manifest) for path, manifest in self._manifests(project_id)]
+        return sorted(summaries, key=lambda adapter: adapter.created_at, reverse=True)
 
     def resolve_adapter(self, adapter_path: str) -> Path:
         """Return the directory of an adapter, given as a path or as a project id (its current adapter).
@@ -161,9 +164,8 @@ class Registry:
             AdapterNotFound: it is neither; the message names the projects that have adapters.
             InvalidArgument: the path is outside the allowed roots.
         """
-        with suppress(
-            OSError, RuntimeError, ValueError
-        ):  # too long a name, an unknown home directory, a NUL byte: not found
+        # A name that is too long, an unknown home directory or a NUL byte: no adapter has such a path.
+        with suppress(OSError, RuntimeError, ValueError):
             if os.sep not in adapter_path and self._paths.current(adapter_path).is_dir():
                 return self._paths.current(adapter_path).resolve()
             path = Path(adapter_path).expanduser()
@@ -173,27 +175,24 @@ class Registry:
                 return path.resolve()
             if path.is_absolute() and path.is_file():
                 raise AdapterNotFound(
-                    f"{adapter_path} is a file; an adapter is the directory that holds {CONFIG} and {WEIGHTS}.",
+                    f"{adapter_path} is a file. An adapter is a directory that contains {CONFIG} and {WEIGHTS}.",
                     suggestions=[f"Give {path.parent}"] if (path.parent / CONFIG).is_file() else [],
                     details={"adapter_path": adapter_path},
                 )
-        if others := [
-            name for project, name in [(p, path.name) for p, path in self._directories(None)] if project == adapter_path
-        ]:
+        published = list(self._directories(None))
+        if not_current := [path.name for project, path in published if project == adapter_path]:
             raise AdapterNotFound(
-                f"Project {adapter_path!r} has no current adapter: {', '.join(others)} "
-                f"{'was' if len(others) == 1 else 'were'} not made current (adapters that harm are not, by default).",
-                suggestions=[
-                    "Give an adapter's directory: list_adapters returns it; get_adapter_info returns its evaluation"
-                ],
-                details={"adapter_path": adapter_path, "adapters": others},
+                f"Project {adapter_path!r} has no current adapter: {', '.join(not_current)} "
+                f"{'was' if len(not_current) == 1 else 'were'} not made current (by default, an adapter that harms is not).",
+                suggestions=["Give the directory of an adapter: list_adapters returns the paths"],
+                details={"adapter_path": adapter_path, "adapters": not_current},
             )
-        known = sorted({project for project, _ in self._directories(None)})
+        projects = sorted({project for project, _ in published})
         raise AdapterNotFound(
-            f"No adapter at {adapter_path!r}: give the absolute path of an adapter's directory, or a project id. "
-            + (f"Projects with an adapter: {', '.join(known)}." if known else "No adapter has been trained yet."),
-            suggestions=["Call list_adapters to see the adapters that exist" if known else "Call train_adapter first"],
-            details={"adapter_path": adapter_path, "known": known},
+            f"No adapter at {adapter_path!r}: it must be the absolute path of an adapter's directory, or a project id. "
+            + (f"Projects with an adapter: {', '.join(projects)}." if projects else "No adapter has been trained yet."),
+            suggestions=["Call list_adapters to see the existing adapters" if projects else "Call train_adapter first"],
+            details={"adapter_path": adapter_path, "known": projects},
         )
 
     def _manifests(self, project_id: str | None) -> Iterator[tuple[Path, Manifest]]:
@@ -202,6 +201,7 @@ class Registry:
                 yield path, manifest
 
     def _directories(self, project_id: str | None) -> Iterator[tuple[str, Path]]:
+        """Yield (project id, directory) for each directory of one project, or of all projects."""
         projects = [project_id] if project_id else _names(self._paths.projects)
         for project in projects:
             for name in _names(self._paths.adapters(project)):
@@ -209,7 +209,7 @@ class Registry:
                     yield project, self._paths.adapter(project, name)
 
     def _summary(self, path: Path, manifest: Manifest) -> AdapterSummary:
-        project_id = path.parent.parent.name  # the directory decides, not the manifest
+        project_id = path.parent.parent.name  # a copied adapter has the manifest of the original
         return AdapterSummary(
             adapter_id=path.name,
             project_id=project_id,
@@ -224,25 +224,26 @@ class Registry:
         )
 
 
-def _unknown(project_id: str, adapter_id: str, known: list[str]) -> AdapterNotFound:
-    there = ", ".join(name for name in known if name != "current") or "none"
+def _not_found(project_id: str, adapter_id: str, existing: list[str]) -> AdapterNotFound:
+    adapters = ", ".join(name for name in existing if name != "current") or "none"
     return AdapterNotFound(
-        f"Project {project_id!r} has no adapter {adapter_id!r}. Its adapters: {there}.",
-        suggestions=["Call list_adapters for the ids"],
-        details={"project_id": project_id, "known": known},
+        f"Project {project_id!r} has no adapter {adapter_id!r}. Its adapters: {adapters}.",
+        suggestions=["Call list_adapters to see the ids"],
+        details={"project_id": project_id, "known": existing},
     )
 
 
 def size_of(path: Path) -> int:
-    """Of a file; nothing else counts, and no link is followed."""
+    """Return the size of a regular file in bytes; 0 for anything else, including links."""
     try:
-        found = path.lstat()
+        status = path.lstat()
     except OSError:
         return 0
-    return found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
 def _names(directory: Path) -> list[str]:
+    """Return the sorted names in a directory, without hidden ones; empty if it cannot be read."""
     try:
         return sorted(entry.name for entry in os.scandir(directory) if not entry.name.startswith("."))
     except OSError:

@@ -1,6 +1,6 @@
-"""The adapters on disk: list, describe, verify and delete them, and find the base model that one was trained on.
+"""List, describe, verify and delete the adapters on disk, and find the base model that an adapter was trained on.
 
-Nothing here starts or asks the inference process; `peft_core.inference.service` does.
+Nothing in this package uses the inference process; see `peft_core.inference.service`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class AdapterService:
         return read_document(self.resolve(project_id))
 
     def verify(self, adapter_path: str, base_model: str | None, *, scan_weights: bool) -> Compatibility:
-        """Check whether an adapter fits a base model: milliseconds, or the time to read the weights with `scan_weights`.
+        """Check whether an adapter fits a base model. This takes milliseconds; `scan_weights` reads all weights as well.
 
         Raises:
             AdapterNotFound: there is no such adapter.
@@ -77,23 +77,23 @@ class AdapterService:
         return verify(directory, base, scan_weights=scan_weights)
 
     def adapter_and_base(self, adapter_path: str, base_model: str | None) -> tuple[Path, Base]:
-        """Return an adapter's directory and a base model: the named one, else the one that it was trained on.
+        """Return an adapter's directory and a base model: the named one, else the one that the adapter was trained on.
 
         Raises:
             AdapterNotFound: there is no such adapter.
-            InvalidArgument: it is not a readable adapter, or no base model was named and its own was not found.
+            InvalidArgument: the adapter is invalid, or no base model was named and the adapter's own was not found.
             BaseCheckpointError, HeaderError: the named base model cannot be read.
         """
         directory = self.resolve(adapter_path)
         base = self._base(directory, base_model)
         if base is None:
-            self._require_readable(adapter_path, directory)
+            self._require_valid(adapter_path, directory)
             raise InvalidArgument(
                 "base_model",
                 base_model,
-                "this adapter does not record its base model, or that base model is not on this machine; "
+                "it must be given, because this adapter's manifest records no base model that is on this machine; "
                 "a base model that only its configuration names is not used",
-                suggestions=["Give base_model: a model directory, a .gguf file or a cached hub id"],
+                suggestions=["Set base_model to a model directory, a .gguf file or a cached hub id"],
             )
         return directory, base
 
@@ -101,7 +101,7 @@ class AdapterService:
         """Delete an adapter that was trained here, unless `require_unused` raises for its directory.
 
         Raises:
-            AdapterNotFound: the project has no adapter of this id; the message names those that it has.
+            AdapterNotFound: the project has no adapter with this id; the message names those that it has.
             AdapterInUse: raised by `require_unused`.
         """
         require_unused(self._registry.require(project_id, adapter_id))
@@ -130,8 +130,8 @@ class AdapterService:
 
         return find_base(record, all_candidates())
 
-    def _require_readable(self, adapter_path: str, directory: Path) -> None:
-        """Raise InvalidArgument if the directory holds no sound adapter, which the check finds without a base model."""
+    def _require_valid(self, adapter_path: str, directory: Path) -> None:
+        """Raise InvalidArgument if the check finds errors in the adapter without a base model."""
         from peft_core.adapters.verify import verify  # noqa: PLC0415 -- not at the server's start
 
         errors = [r for r in verify(directory, None).reasons if r.severity == "error" and r.code != "base_unknown"]

@@ -1,7 +1,7 @@
-"""The tensors of an adapter against its settings and against the modules of a base: by name, shape and type.
+"""Compare the tensors of an adapter with its settings and with the modules of a base model: by name, shape and type.
 
-PEFT itself loads most of what is refused here without a word: names that it does not know are skipped, modules without
-weights stay as they are, and a tensor named like one of the base's replaces it for good.
+PEFT loads most of what is rejected here without a warning: it skips unknown names, leaves modules without weights
+unadapted, and lets a tensor that is named like one of the base model's replace it permanently.
 """
 
 from __future__ import annotations
@@ -21,33 +21,36 @@ from peft_core.schemas.results import Reason
 
 FLOATS = ("BF16", "F16", "F32")
 PREFIX = "base_model.model."
-_PEFT = re.compile(r"(.+)\.lora_(A|B)\.weight", re.ASCII)
-_NAMED = re.compile(r"(.+)\.lora_(A|B)\.[^.]+\.weight", re.ASCII)  # model.state_dict() has the adapter's name inside
-_UNUSABLE = {
+_SAVED_NAME = re.compile(r"(.+)\.lora_(A|B)\.weight", re.ASCII)  # as PEFT's save_pretrained writes it
+_STATE_DICT_NAME = re.compile(r"(.+)\.lora_(A|B)\.[^.]+\.weight", re.ASCII)  # contains the adapter's name
+_UNSUPPORTED = {
     "dora_weights": re.compile(r"\.lora_magnitude_vector\b", re.ASCII),
     "embedding_lora": re.compile(r"\.lora_embedding_[AB]\b", re.ASCII),
     "mlx_names": re.compile(r"\.lora_[ab]$", re.ASCII),
 }
-_WEIGHT_FILE = f"Do not use this {WEIGHTS}"
+_DO_NOT_USE = f"Do not use this {WEIGHTS}"
 
 
 @dataclass(frozen=True)
 class BaseModules:
-    """What LoRA can adapt in a base model. `linear`: name to (out, in) of the weight W; `parameters`: every shape."""
+    """The modules and parameters of a base model."""
 
     base: Base
-    parameters: Mapping[str, tuple[int, ...]]
-    linear: Mapping[str, tuple[int, int]]
+    parameters: Mapping[str, tuple[int, ...]]  # the shape of every parameter
+    linear: Mapping[str, tuple[int, int]]  # (out, in) of the modules that LoRA can adapt
     layers: frozenset[int]
 
 
 @dataclass(frozen=True)
-class _Sorted:
-    """The tensors classified by name. `a` and `b` are by module, also if the name deviates slightly from PEFT's."""
+class _ClassifiedTensors:
+    """The tensors of an adapter by their role.
+
+    `a` and `b` map modules to LoRA weights, including those whose names deviate slightly from PEFT's.
+    """
 
     a: dict[str, TensorInfo] = field(default_factory=dict)
     b: dict[str, TensorInfo] = field(default_factory=dict)
-    foreign: dict[str, list[str]] = field(default_factory=dict)  # code: names
+    wrong_names: dict[str, list[str]] = field(default_factory=dict)  # by error code
 
     @property
     def modules(self) -> set[str]:
@@ -56,7 +59,7 @@ class _Sorted:
     @property
     def is_complete(self) -> bool:
         """Whether a module without weights in `a` and `b` really has none, rather than weights under MLX's names."""
-        return "mlx_names" not in self.foreign
+        return "mlx_names" not in self.wrong_names
 
 
 def base_modules(base: Base) -> BaseModules:
@@ -72,7 +75,7 @@ def base_modules(base: Base) -> BaseModules:
 
 
 def linear_modules(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
-    """Return the modules that LoRA can adapt, without embeddings: name to (out, in)."""
+    """Return (out, in) of every module that LoRA can adapt, by name. Embeddings are not among them."""
     return {
         name.removesuffix(".weight"): (shape[0], shape[1])
         for name, shape in shapes.items()
@@ -87,35 +90,35 @@ def check_tensors(
 
     If the settings were rejected or there is no base model, only the remaining checks are made.
     """
-    found = _sorted(tensors, modules)
-    reasons = [*_foreign(found), *_unsound(tensors, found)]
+    classified = _classify(tensors, modules)
+    reasons = [*_wrong_name_errors(classified), *_malformed_weights(tensors, classified)]
     if settings is not None:
-        reasons += _against_settings(found, settings, modules)
+        reasons += _compare_with_settings(classified, settings, modules)
     if modules is not None:
-        reasons += _against_base(found, settings, modules)
+        reasons += _compare_with_base(classified, settings, modules)
     return reasons
 
 
-def _sorted(tensors: Mapping[str, TensorInfo], modules: BaseModules | None) -> _Sorted:
-    found = _Sorted()
+def _classify(tensors: Mapping[str, TensorInfo], modules: BaseModules | None) -> _ClassifiedTensors:
+    classified = _ClassifiedTensors()
     for name, tensor in tensors.items():
         bare = name.removeprefix(PREFIX)
-        match = _PEFT.fullmatch(bare)
+        match = _SAVED_NAME.fullmatch(bare)
         code = None if match and bare != name else "prefix_stripped"
-        if match is None and (match := _NAMED.fullmatch(bare)):
+        if match is None and (match := _STATE_DICT_NAME.fullmatch(bare)):
             code = "adapter_name_in_keys"
         if match is None:
-            code = _meaning(bare, tensor, modules)
+            code = _error_code(bare, tensor, modules)
         else:
-            (found.a if match[2] == "A" else found.b)[match[1]] = tensor
+            (classified.a if match[2] == "A" else classified.b)[match[1]] = tensor
         if code is not None:
-            found.foreign.setdefault(code, []).append(name)
-    return found
+            classified.wrong_names.setdefault(code, []).append(name)
+    return classified
 
 
-def _meaning(name: str, tensor: TensorInfo, modules: BaseModules | None) -> str:
+def _error_code(name: str, tensor: TensorInfo, modules: BaseModules | None) -> str:
     """Return the error code for a tensor that is not a LoRA weight."""
-    for code, pattern in _UNUSABLE.items():
+    for code, pattern in _UNSUPPORTED.items():
         if pattern.search(name):
             return code
     if not name.endswith((".weight", ".bias")) or ".lora_" in name:
@@ -124,170 +127,194 @@ def _meaning(name: str, tensor: TensorInfo, modules: BaseModules | None) -> str:
     if part in (*EMBEDDING_MODULES, "lm_head") and modules is not None:
         rows = tensor.shape[0] if tensor.shape else 0
         return "overwrites_base" if rows == _vocabulary(modules) else "vocabulary_resized"
-    taken = modules is None or name in modules.parameters or part == "base_layer"
-    return "overwrites_base" if taken else "foreign_tensor"
+    is_base_weight = modules is None or name in modules.parameters or part == "base_layer"
+    return "overwrites_base" if is_base_weight else "foreign_tensor"
 
 
-# Code: what the tensors are, what to do.
-_FOREIGN = {
+# Error code: (problem, fix).
+_WRONG_NAMES = {
     "prefix_stripped": (
-        f"tensors lack the prefix '{PREFIX}', so that PEFT would load none of them",
-        "Save it with PEFT's save_pretrained, or put the prefix before each name",
+        f"These tensors lack the prefix '{PREFIX}', so PEFT would load none of them",
+        "Save the adapter with PEFT's save_pretrained, or add the prefix to each name",
     ),
     "adapter_name_in_keys": (
-        "tensors have the adapter's name in theirs, so that PEFT would load none of them",
-        "Save it with PEFT's save_pretrained, not with model.state_dict()",
+        "The names of these tensors contain the adapter's name, so PEFT would load none of them",
+        "Save the adapter with PEFT's save_pretrained, not with model.state_dict()",
     ),
     "mlx_names": (
-        "tensors are named, and transposed, as MLX does, so that PEFT would load none of them",
-        "Convert it to PEFT's form: lora_a is the transpose of lora_A.weight",
+        "These tensors have the names and the transposed layout of MLX, so PEFT would load none of them",
+        "Convert the adapter to the PEFT format: lora_a is the transpose of lora_A.weight",
     ),
     "overwrites_base": (
-        "tensors would replace the base's own weights, for good",
-        f"{_WEIGHT_FILE}; was it trained with modules_to_save, train without",
+        "These tensors would permanently replace weights of the base model",
+        f"{_DO_NOT_USE}; if it was trained with modules_to_save, train it without",
     ),
     "vocabulary_resized": (
-        "tensors are an embedding or head of another vocabulary than the base's",
-        "Use the base that it was trained on, whose vocabulary was extended; or train without new tokens",
+        "These tensors belong to an embedding or output head with another vocabulary size than the base model's",
+        "Use the base model with the extended vocabulary that it was trained on, or train without new tokens",
     ),
     "dora_weights": (
-        "tensors are the magnitudes of DoRA, without which its A and B mean something else",
+        "These tensors are DoRA magnitudes, without which the adapter's A and B mean something else",
         "Use a LoRA adapter that was trained without use_dora",
     ),
     "embedding_lora": (
-        "tensors adapt an embedding, which is not supported here",
+        "These tensors adapt an embedding, which is not supported",
         "Train with linear modules as targets, such as 'all-linear'",
     ),
-    "foreign_tensor": ("tensors are no LoRA weights", f"{_WEIGHT_FILE}: it holds more than an adapter"),
+    "foreign_tensor": ("These tensors are not LoRA weights", f"{_DO_NOT_USE}: it contains more than an adapter"),
 }
 
 
-def _foreign(found: _Sorted) -> Iterator[Reason]:
-    for code, (what, fix) in _FOREIGN.items():
-        yield from error_about(code, what, found.foreign.get(code, []), fix=fix)
+def _wrong_name_errors(classified: _ClassifiedTensors) -> Iterator[Reason]:
+    for code, (problem, fix) in _WRONG_NAMES.items():
+        yield from error_about(code, problem, classified.wrong_names.get(code, []), fix=fix)
 
 
-def _unsound(tensors: Mapping[str, TensorInfo], found: _Sorted) -> Iterator[Reason]:
-    if not found.modules and found.is_complete:
-        yield error("no_weights", f"{WEIGHTS} holds no LoRA weights.", where=WEIGHTS, fix="Train it, or fetch it again")
-    unpaired = sorted(found.a.keys() ^ found.b.keys())
-    yield from error_about("unpaired", "modules have only one of A and B", unpaired, fix="Train it, or fetch it again")
-    odd = [tensor.name for tensor in tensors.values() if tensor.dtype not in FLOATS]
-    kinds = ", ".join(sorted({tensors[name].dtype for name in odd}))
-    fix = "Save it in float32 or bfloat16"
+def _malformed_weights(tensors: Mapping[str, TensorInfo], classified: _ClassifiedTensors) -> Iterator[Reason]:
+    fix = "Train the adapter, or download it again"
+    if not classified.modules and classified.is_complete:
+        yield error("no_weights", f"{WEIGHTS} contains no LoRA weights.", where=WEIGHTS, fix=fix)
+    unpaired = sorted(classified.a.keys() ^ classified.b.keys())
+    yield from error_about("unpaired", "These modules have only one of A and B", unpaired, fix=fix)
+    unsupported = [tensor.name for tensor in tensors.values() if tensor.dtype not in FLOATS]
     yield from error_about(
-        "dtype", "tensors are no plain floats", odd, found=kinds, expected=", ".join(FLOATS), fix=fix
+        "dtype",
+        "These tensors have an unsupported data type",
+        unsupported,
+        found=", ".join(sorted({tensors[name].dtype for name in unsupported})),
+        expected=", ".join(FLOATS),
+        fix="Save the adapter in float32 or bfloat16",
     )
 
 
-def _against_settings(found: _Sorted, settings: LoraSettings, modules: BaseModules | None) -> Iterator[Reason]:
-    """Compare weights and configuration: PEFT builds modules from the configuration and fills in the weights that match."""
-    fix = f"{CONFIG} and {WEIGHTS} are not of one adapter, or one was edited: fetch both again"
-    wrong: list[str] = []
-    first: dict[str, str] = {}
-    for module in sorted(found.modules):
+def _compare_with_settings(
+    classified: _ClassifiedTensors, settings: LoraSettings, modules: BaseModules | None
+) -> Iterator[Reason]:
+    """Compare weights and configuration: PEFT creates modules from the configuration and then loads the matching weights."""
+    fix = f"Download {CONFIG} and {WEIGHTS} again: they belong to different adapters, or one of them was edited"
+    wrong_rank: list[str] = []
+    ranks: dict[str, str] = {}  # of the first wrong tensor
+    for module in sorted(classified.modules):
         rank = settings.rank_of(module)
-        for tensor, axis in ((found.a.get(module), 0), (found.b.get(module), 1)):
+        for tensor, axis in ((classified.a.get(module), 0), (classified.b.get(module), 1)):
             if tensor is not None and (len(tensor.shape) != 2 or tensor.shape[axis] != rank):
-                wrong.append(tensor.name)
-                ranks = tensor.shape[axis] if len(tensor.shape) == 2 else list(tensor.shape)
-                first = first or {"found": f"rank {ranks}", "expected": f"rank {rank}"}
-    yield from error_about("rank", "tensors have another rank than the configuration says", wrong, fix=fix, **first)
-    known = found.modules if modules is None else found.modules & modules.linear.keys()
-    beside = sorted(module for module in known if not settings.targets(module))
+                wrong_rank.append(tensor.name)
+                tensor_rank = tensor.shape[axis] if len(tensor.shape) == 2 else list(tensor.shape)
+                ranks = ranks or {"found": f"rank {tensor_rank}", "expected": f"rank {rank}"}
     yield from error_about(
-        "not_targeted", "modules have weights that PEFT would ignore: no target names them", beside, fix=fix
+        "rank", "The rank of these tensors differs from the configuration", wrong_rank, fix=fix, **ranks
     )
-    if modules is None and found.is_complete:
-        matched = {end for module in found.modules for end in dotted_suffixes(module)}
-        idle = [target for target in settings.target_modules if target not in matched]
-        yield from error_about("weights_missing", "targets have no weights", idle, fix=fix)
+    in_base = classified.modules if modules is None else classified.modules & modules.linear.keys()
+    untargeted = sorted(module for module in in_base if not settings.targets(module))
+    yield from error_about(
+        "not_targeted", "PEFT would ignore the weights of these modules, which no target matches", untargeted, fix=fix
+    )
+    if modules is None and classified.is_complete:
+        suffixes = {suffix for module in classified.modules for suffix in dotted_suffixes(module)}
+        unmatched = [target for target in settings.target_modules if target not in suffixes]
+        yield from error_about("weights_missing", "These targets have no weights", unmatched, fix=fix)
 
 
-def _against_base(found: _Sorted, settings: LoraSettings | None, modules: BaseModules) -> Iterator[Reason]:
+def _compare_with_base(
+    classified: _ClassifiedTensors, settings: LoraSettings | None, modules: BaseModules
+) -> Iterator[Reason]:
     base, linear = modules.base, modules.linear
-    other = f"Use it with the base that it was trained on, which {base.name} is not"
-    matched = {end for module in linear for end in dotted_suffixes(module)}
+    fix = f"Use the base model that the adapter was trained on, which is not {base.name}"
     missing: set[str] = set()
     if settings is not None:
-        yield from _unmatched(settings, matched, other)
-        if found.is_complete:
-            missing = {module for module in linear if settings.targets(module)} - found.modules
-    strange = found.modules - linear.keys()
-    count = _other_layers(found, settings, modules)
-    if count is not None:
+        yield from _unmatched_targets(settings, linear, fix)
+        if classified.is_complete:
+            missing = {module for module in linear if settings.targets(module)} - classified.modules
+    unknown = classified.modules - linear.keys()
+    layer_ranges = _different_layers(classified, settings, modules)
+    if layer_ranges is not None:
+        adapter_layers, base_layers = layer_ranges
         yield error(
             "layer_count",
-            f"The adapter has weights for {count[0]}, the base has {count[1]}.",
-            found=count[0],
-            expected=count[1],
-            fix=other,
+            f"The adapter has weights for {adapter_layers}, but the base model has {base_layers}.",
+            found=adapter_layers,
+            expected=base_layers,
+            fix=fix,
         )
-        layers = {number for module in found.modules if (number := layer_of(module)) is not None}
-        strange = {module for module in strange if layer_of(module) in modules.layers or layer_of(module) is None}
+        # Do not report the modules of the missing layers as well.
+        layers = {number for module in classified.modules if (number := layer_of(module)) is not None}
+        unknown = {module for module in unknown if layer_of(module) in modules.layers or layer_of(module) is None}
         missing = {module for module in missing if layer_of(module) in layers or layer_of(module) is None}
-    yield from error_about("module_not_in_base", "modules are not in the base", sorted(strange), fix=other)
-    yield from error_about("weights_missing", "targeted modules have no weights", sorted(missing), fix=other)
-    yield from _sizes(found, modules, other)
+    yield from error_about("module_not_in_base", "The base model lacks these modules", sorted(unknown), fix=fix)
+    yield from error_about("weights_missing", "These targeted modules have no weights", sorted(missing), fix=fix)
+    yield from _wrong_sizes(classified, modules, fix)
 
 
-def _unmatched(settings: LoraSettings, matched: set[str], fix: str) -> Iterator[Reason]:
-    targets = [target for target in settings.target_modules if target not in matched]
+def _unmatched_targets(settings: LoraSettings, linear: Iterable[str], fix: str) -> Iterator[Reason]:
+    suffixes = {suffix for module in linear for suffix in dotted_suffixes(module)}
+    targets = [target for target in settings.target_modules if target not in suffixes]
     embeddings = [target for target in targets if target.rpartition(".")[2] in EMBEDDING_MODULES]
-    what, advice = _FOREIGN["embedding_lora"]
-    yield from error_about("embedding_lora", what.replace("tensors adapt", "targets are"), embeddings, fix=advice)
-    others = [target for target in targets if target not in embeddings]
-    yield from error_about("target_not_in_base", "target modules are not in the base", others, fix=fix)
-    keys = [key for key in (*settings.rank_pattern, *settings.alpha_pattern) if key not in matched]
-    yield from error_about("pattern_not_in_base", "keys of rank_pattern or alpha_pattern fit no module", keys, fix=fix)
+    _, embedding_fix = _WRONG_NAMES["embedding_lora"]
+    problem = "These targets are embeddings, which are not supported"
+    yield from error_about("embedding_lora", problem, embeddings, fix=embedding_fix)
+    unknown = [target for target in targets if target not in embeddings]
+    yield from error_about("target_not_in_base", "The base model lacks these target modules", unknown, fix=fix)
+    keys = [key for key in (*settings.rank_pattern, *settings.alpha_pattern) if key not in suffixes]
+    problem = "These keys of rank_pattern or alpha_pattern match no module of the base model"
+    yield from error_about("pattern_not_in_base", problem, keys, fix=fix)
 
 
-def _other_layers(found: _Sorted, settings: LoraSettings | None, modules: BaseModules) -> tuple[str, str] | None:
-    """Describe the layers of adapter and base model if their numbers differ; otherwise return None."""
-    layers = {number for module in found.modules if (number := layer_of(module)) is not None}
-    chosen = settings is not None and settings.layers_to_transform is not None
-    from_first = layers == set(range(len(layers)))
-    if not layers or not modules.layers or not (from_first or chosen):
+def _different_layers(
+    classified: _ClassifiedTensors, settings: LoraSettings | None, modules: BaseModules
+) -> tuple[str, str] | None:
+    """Describe the layers of the adapter and of the base model if their numbers differ; otherwise return None."""
+    layers = {number for module in classified.modules if (number := layer_of(module)) is not None}
+    layers_chosen = settings is not None and settings.layers_to_transform is not None
+    consecutive = layers == set(range(len(layers)))
+    if not layers or not modules.layers or not (consecutive or layers_chosen):
         return None
-    beyond = max(layers) > max(modules.layers)
-    fewer = not chosen and max(layers) < max(modules.layers)
-    if not beyond and not fewer:
+    too_many = max(layers) > max(modules.layers)
+    too_few = not layers_chosen and max(layers) < max(modules.layers)
+    if not too_many and not too_few:
         return None
-    return _range(layers), _range(modules.layers)
+    return _describe_layers(layers), _describe_layers(modules.layers)
 
 
-def _range(layers: Iterable[int]) -> str:
+def _describe_layers(layers: Iterable[int]) -> str:
     numbers = sorted(set(layers))
     if numbers[-1] - numbers[0] + 1 == len(numbers) > 1:  # not enumerated: a malicious name may contain layer 999999
         return f"layers {numbers[0]}-{numbers[-1]}"
     return f"{'layers' if len(numbers) > 1 else 'layer'} {join_some(map(str, numbers), 6)}"
 
 
-def _sizes(found: _Sorted, modules: BaseModules, fix: str) -> Iterator[Reason]:
-    """Check that A is (rank, in) and B is (out, rank) for the base's W of (out, in). `_against_settings` checks the rank."""
-    wrong: list[tuple[TensorInfo, str, int, int]] = []  # with the module, the size found and the one expected
-    for module in sorted(found.modules & modules.linear.keys()):
+@dataclass(frozen=True)
+class _WrongSize:
+    tensor: TensorInfo
+    module: str
+    size: int
+    expected: int
+
+
+def _wrong_sizes(classified: _ClassifiedTensors, modules: BaseModules, fix: str) -> Iterator[Reason]:
+    """Check that A is (rank, in) and B is (out, rank) for a weight of (out, in).
+
+    The rank itself is checked by `_compare_with_settings`.
+    """
+    wrong: list[_WrongSize] = []
+    for module in sorted(classified.modules & modules.linear.keys()):
         outputs, inputs = modules.linear[module]
-        for tensor, axis, expected in ((found.a.get(module), 1, inputs), (found.b.get(module), 0, outputs)):
+        for tensor, axis, expected in ((classified.a.get(module), 1, inputs), (classified.b.get(module), 0, outputs)):
             if tensor is not None and len(tensor.shape) == 2 and tensor.shape[axis] != expected:
-                wrong.append((tensor, module, tensor.shape[axis], expected))
-    heads: list[tuple[TensorInfo, str, int, int]] = []
-    rest: list[tuple[TensorInfo, str, int, int]] = []
-    for entry in wrong:
-        is_head = entry[1].rpartition(".")[2] == "lm_head" and entry[3] == _vocabulary(modules)
-        (heads if is_head else rest).append(entry)
+                wrong.append(_WrongSize(tensor, module, tensor.shape[axis], expected))
+    heads = [w for w in wrong if w.module.rpartition(".")[2] == "lm_head" and w.expected == _vocabulary(modules)]
+    others = [w for w in wrong if w not in heads]
     if heads:
-        what, advice = _FOREIGN["vocabulary_resized"]
-        sizes = {"found": str(heads[0][2]), "expected": str(heads[0][3])}
-        yield from error_about("vocabulary_resized", what, [entry[0].name for entry in heads], fix=advice, **sizes)
-    if rest:
-        difference = _difference(rest, modules)
+        problem, head_fix = _WRONG_NAMES["vocabulary_resized"]
+        sizes = {"found": str(heads[0].size), "expected": str(heads[0].expected)}
+        yield from error_about("vocabulary_resized", problem, [w.tensor.name for w in heads], fix=head_fix, **sizes)
+    if others:
+        difference = _common_difference(others, modules)
         yield from error_about(
             "shape",
-            "tensors do not fit the base's sizes" + (f" ({difference[0]})" if difference else ""),
-            [tensor.name for tensor, *_ in rest],
-            found=difference[1] if difference else str(rest[0][2]),
-            expected=difference[2] if difference else str(rest[0][3]),
+            "These tensors do not have the sizes of the base model" + (f" ({difference[0]})" if difference else ""),
+            [w.tensor.name for w in others],
+            found=difference[1] if difference else str(others[0].size),
+            expected=difference[2] if difference else str(others[0].expected),
             fix=fix,
         )
 
@@ -296,55 +323,56 @@ def _vocabulary(modules: BaseModules) -> int:
     return modules.base.shape.vocab_size
 
 
-def _difference(wrong: list[tuple[TensorInfo, str, int, int]], modules: BaseModules) -> tuple[str, str, str] | None:
-    """Return (difference, found, expected) in words if one dimension explains all wrong sizes; otherwise None."""
+def _common_difference(wrong: list[_WrongSize], modules: BaseModules) -> tuple[str, str, str] | None:
+    """Return (dimension, found, expected) in words if one dimension explains all wrong sizes; otherwise None."""
     shape = modules.base.shape
-    sizes = {size for _, _, size, _ in wrong}
-    if all(module.endswith((".k_proj", ".v_proj")) and ".lora_B." in tensor.name for tensor, module, *_ in wrong):
-        head = max(1, wrong[0][3] // shape.kv_heads)  # rows of a head, assumed to be equal in both models
-        if len(sizes) == 1 and (found := sizes.pop()) % head == 0:
-            what = "key and value heads"
-            return what, f"{found // head} {what}", f"{shape.kv_heads} {what}"
+    if all(w.module.endswith((".k_proj", ".v_proj")) and ".lora_B." in w.tensor.name for w in wrong):
+        rows_per_head = max(1, wrong[0].expected // shape.kv_heads)  # assumed to be equal in both models
+        sizes = {w.size for w in wrong}
+        if len(sizes) == 1 and (size := sizes.pop()) % rows_per_head == 0:
+            dimension = "key and value heads"
+            return dimension, f"{size // rows_per_head} {dimension}", f"{shape.kv_heads} {dimension}"
         return None
-    # Report the hidden size first: other sizes follow from it.
-    for what, expected in (("hidden size", shape.hidden_size), ("intermediate size", shape.intermediate_size)):
-        sizes = {size for _, _, size, required in wrong if required == expected}
+    # Report the hidden size first, because other sizes depend on it.
+    for dimension, expected in (("hidden size", shape.hidden_size), ("intermediate size", shape.intermediate_size)):
+        sizes = {w.size for w in wrong if w.expected == expected}
         if len(sizes) == 1:
-            return what, f"{what} {sizes.pop()}", f"{what} {expected}"
+            return dimension, f"{dimension} {sizes.pop()}", f"{dimension} {expected}"
     return None
 
 
-# -- the weights themselves: finite numbers, and not all zero ----------------------------------------------------------
-# No numpy: the sign and most of the exponent of a float are in its top byte, and bytes methods search all top bytes in C.
+# -- the values of the weights: they must be finite, and not all zero --------------------------------------------------
+# This needs no numpy: the top byte of a float holds the sign and most of the exponent, and the methods of `bytes` search
+# all top bytes in C.
 
 _WIDTH = {"F32": 4, "BF16": 2, "F16": 2}
-# Top bytes of an infinity or NaN: an exponent of ones. In float32 and bfloat16 its last bit is in the byte below.
+# The top bytes of an infinity or NaN, whose exponent bits are all 1. In float32 and bfloat16, the last of these bits is in
+# the next byte.
 _SUSPECT = {"F32": b"\x7f\xff", "BF16": b"\x7f\xff", "F16": bytes([*range(0x7C, 0x80), *range(0xFC, 0x100)])}
-_ZEROS = b"\x00\x80"  # a zero's top byte: either sign
+_ZEROS = b"\x00\x80"  # the top bytes of 0.0 and -0.0
 
 
 def check_weights(tensors: Iterable[TensorInfo], read: Callable[[TensorInfo], bytes]) -> list[Reason]:
     """Return the errors in these weights. `read` returns a tensor's bytes, little-endian as in the file.
 
-    One tensor at a time is in memory. Other types than these floats are skipped, because `check_tensors` rejects them.
+    Only one tensor at a time is in memory. Unsupported data types are skipped, because `check_tensors` rejects them.
     """
-    odd: list[str] = []
-    b_seen = b_moves = False
+    not_finite: list[str] = []
+    has_b = has_nonzero_b = False
     for tensor in tensors:
         if tensor.dtype not in _WIDTH:
             continue
         data = read(tensor)
         if not _is_finite(data, tensor.dtype):
-            odd.append(tensor.name)
+            not_finite.append(tensor.name)
         if ".lora_B." in tensor.name:
-            b_seen = True
-            b_moves = b_moves or not _is_zero(data, _WIDTH[tensor.dtype])
-    reasons = [
-        *error_about("not_finite", "tensors hold NaN or infinity", odd, fix="Train it again with a lower learning rate")
-    ]
-    if b_seen and not b_moves:
-        message = "Every B is zero: the adapter would change nothing. It was never trained, or its weights were lost."
-        reasons.append(error("b_all_zero", message, where="lora_B", fix="Train it, or fetch it again"))
+            has_b = True
+            has_nonzero_b = has_nonzero_b or not _is_zero(data, _WIDTH[tensor.dtype])
+    fix = "Train the adapter again with a lower learning rate"
+    reasons = list(error_about("not_finite", "These tensors contain NaN or infinity", not_finite, fix=fix))
+    if has_b and not has_nonzero_b:
+        message = "Every B is zero, so the adapter has no effect: it was never trained, or its weights were lost."
+        reasons.append(error("b_all_zero", message, where="lora_B", fix="Train the adapter, or download it again"))
     return reasons
 
 
@@ -355,12 +383,12 @@ def _is_finite(data: bytes, dtype: str) -> bool:
         return True
     if dtype == "F16":
         return False
-    below = data[width - 2 :: width]
-    return not any(high & 0x7F == 0x7F and low & 0x80 for high, low in zip(top, below, strict=True))
+    next_bytes = data[width - 2 :: width]
+    return not any(high & 0x7F == 0x7F and low & 0x80 for high, low in zip(top, next_bytes, strict=True))
 
 
 def _is_zero(data: bytes, width: int) -> bool:
     if data[:4096].strip(_ZEROS) or data.strip(_ZEROS):  # the first bytes usually decide
         return False
-    # Only bytes 0 and 128 are left: zero of either sign, if 128 is nowhere but on top.
-    return not any(0x80 in data[place::width] for place in range(width - 1))
+    # All bytes are 0x00 or 0x80: each number is a zero of either sign if 0x80 is only in top bytes.
+    return not any(0x80 in data[offset::width] for offset in range(width - 1))

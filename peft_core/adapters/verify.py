@@ -1,7 +1,7 @@
-"""Check an adapter against a base model from headers and configuration: no torch, milliseconds, nothing is loaded.
+"""Check whether an adapter fits a base model. This reads only headers and configurations, without torch, in milliseconds.
 
 PEFT loads most adapters that are rejected here without a warning; they then have no effect, or a wrong one.
-The parts of the check: `files`, `config_check`, `tensor_check` and `base_match`.
+`files`, `config_check`, `tensor_check` and `base_match` are the parts of the check.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from peft_core.adapters.tensor_check import base_modules, check_tensors, check_w
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.results import BaseMatch, Compatibility, NextStep, Reason
 
-SMALL_BYTES = 64 << 20
+MAX_INCOMPATIBLE_SCAN_BYTES = 64 << 20
 _COMPATIBLE = frozenset({BaseMatch.EXACT, BaseMatch.SAMPLED, BaseMatch.SAME_FAMILY})
 
 
@@ -24,22 +24,23 @@ def verify(directory: Path, base: Base | None, *, scan_weights: bool = False) ->
     """Check whether the adapter in `directory` can be used with `base`, and return the verdict with all findings.
 
     With `scan_weights` the weights are read too (20 MB take 50 ms) and compared with the hash in the manifest.
-    If `base` is None, because the adapter's own was not found, only the files are checked.
+    If `base` is None, because the adapter's own base model was not found, only the files are checked.
 
     Raises:
         BaseCheckpointError, HeaderError: the base model (not the adapter) cannot be read.
     """
     started = time.perf_counter()
     files = read_adapter(directory)
-    checked = verify_files(files, base, scan_weights=False)
-    # If the adapter fits, its headers bound how much is read; otherwise read the weights only if they are small.
-    if scan_weights and (checked.verdict is not BaseMatch.INCOMPATIBLE or files.weights_size <= SMALL_BYTES):
-        checked = verify_files(read_adapter(directory, with_weights=True), base, scan_weights=True)
-    return checked.model_copy(update={"elapsed_ms": _milliseconds_since(started)})
+    result = verify_files(files, base, scan_weights=False)
+    # The size of an adapter that fits is bounded by the base model. Otherwise read the weights only if they are small.
+    is_bounded = result.verdict is not BaseMatch.INCOMPATIBLE or files.weights_size <= MAX_INCOMPATIBLE_SCAN_BYTES
+    if scan_weights and is_bounded:
+        result = verify_files(read_adapter(directory, with_weights=True), base, scan_weights=True)
+    return result.model_copy(update={"elapsed_ms": _milliseconds_since(started)})
 
 
 def verify_files(files: AdapterFiles, base: Base | None, *, scan_weights: bool) -> Compatibility:
-    """Like `verify`, for files that were already read: the bytes that are checked are the bytes that are loaded.
+    """Check files that were already read, so that the bytes that are checked are the bytes that are loaded.
 
     The weights are scanned only if `read_adapter` was called with `with_weights`.
 
@@ -57,8 +58,8 @@ def verify_files(files: AdapterFiles, base: Base | None, *, scan_weights: bool) 
     if base is None:
         reasons.append(_base_unknown(files))
     else:
-        verdict, doubts = match_base(files.manifest.base if files.manifest else None, base, files.base_hint)
-        reasons += doubts
+        verdict, warnings = match_base(files.manifest.base if files.manifest else None, base, files.base_hint)
+        reasons += warnings
     if any(reason.severity == "error" for reason in reasons):
         verdict = BaseMatch.INCOMPATIBLE
     text, step = _next(verdict, reasons, files)
@@ -79,13 +80,13 @@ def _base_unknown(files: AdapterFiles) -> Reason:
     recorded = f" It was trained on {files.manifest.base.name[:100]!r}." if files.manifest is not None else ""
     return error(
         "base_unknown",
-        f"No base model was named, and the adapter's own was not found here.{recorded}",
-        fix="Name base_model: a model directory, a .gguf file, or a hub id that is in the local cache",
+        f"No base_model was given, and the adapter's own base model was not found on this machine.{recorded}",
+        fix="Set base_model to a model directory, a .gguf file, or a hub id that is in the local cache",
     )
 
 
 def _next(verdict: BaseMatch, reasons: list[Reason], files: AdapterFiles) -> tuple[str, NextStep | None]:
-    """Return what to do next in words, and the call if it is one."""
+    """Return the suggested next step in words and, if it is a call, as data."""
     arguments = {"adapter_path": str(files.directory)}
     match verdict:
         case BaseMatch.INCOMPATIBLE:
@@ -96,8 +97,8 @@ def _next(verdict: BaseMatch, reasons: list[Reason], files: AdapterFiles) -> tup
                 tool="load_adapter",
                 arguments=arguments,
                 missing=("base_model",),
-                reason="The shapes fit, but nothing proves that it was trained on these weights: pass the base_model that it "
-                "was trained on, or load it all the same with accept_unproven_base=true.",
+                reason="The shapes fit, but nothing proves that the adapter was trained on these weights: pass the base_model "
+                "that it was trained on, or load it anyway with accept_unproven_base=true.",
             )
         case _:
             step = NextStep(tool="load_adapter", arguments=arguments)

@@ -426,7 +426,7 @@ def test_a_rollback_is_recorded_in_manifest_and_model_card(tmp_path: Path, tiny_
     assert manifest is not None
     assert manifest.run.rate_lowered == (lowered,)
     card = (task.job_dir / "adapter" / "README.md").read_text()
-    assert "at step 3 the loss is nan: trained again from step 0 with 1/4 of the rate" in card
+    assert "at step 3 the loss is nan: rolled back to step 0, and continued with 1/4 of the learning rate" in card
 
 
 @pytest.mark.model
