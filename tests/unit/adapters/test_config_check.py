@@ -1,4 +1,4 @@
-"""The adapter's configuration: what is accepted, how it is read, and that no JSON makes it fail otherwise."""
+"""Unit tests of config_check: which settings are accepted, how they are read, and that no JSON makes it raise."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from hypothesis import strategies as st
 
 from peft_core.adapters.config_check import LoraSettings, check_settings, layer_of
 
-PLAIN: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
-Q = "model.layers.{}.self_attn.q_proj"
+MINIMAL: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+Q_PROJ = "model.layers.{}.self_attn.q_proj"
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
     max_leaves=8,
 )
 NAMES = [
-    *PLAIN, "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "bias", "task_type",
+    *MINIMAL, "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "bias", "task_type",
     "init_lora_weights", "megatron_core", "modules_to_save", "base_model_name_or_path", "of_the_future",
 ]  # fmt: skip
 
 
 def accepted(**config: Any) -> LoraSettings:
-    settings, reasons = check_settings({**PLAIN, **config})
+    """Return the settings of a valid configuration."""
+    settings, reasons = check_settings({**MINIMAL, **config})
     assert reasons == []
     assert settings is not None
     return settings
@@ -62,7 +63,7 @@ def accepted(**config: Any) -> LoraSettings:
         ({"layers_to_transform": False}, "config_value"),
         ({"layers_to_transform": "0"}, "config_value"),
         ({"layers_to_transform": [0, -1]}, "config_value"),
-        ({"layers_to_transform": [0], "target_modules": [Q.format(i) for i in range(20)]}, "config_value"),
+        ({"layers_to_transform": [0], "target_modules": [Q_PROJ.format(i) for i in range(20)]}, "config_value"),
         ({"layers_pattern": ["layers"]}, "unsupported_setting"),
         ({"exclude_modules": "(([a-z_.0-9])+)+X"}, "unsupported_setting"),
         ({"use_dora": True}, "unsupported_setting"),
@@ -85,8 +86,8 @@ def accepted(**config: Any) -> LoraSettings:
         ({"of_the_future": 1}, "unsupported_setting"),
     ],
 )
-def test_a_setting_out_of_bounds_is_refused_by_name(config: dict[str, Any], code: str) -> None:
-    settings, reasons = check_settings({**PLAIN, **config})
+def test_an_invalid_setting_is_rejected_by_name(config: dict[str, Any], code: str) -> None:
+    settings, reasons = check_settings({**MINIMAL, **config})
     assert settings is None
     assert [reason.code for reason in reasons] == [code]
     assert reasons[0].where == next(iter(config))
@@ -94,20 +95,20 @@ def test_a_setting_out_of_bounds_is_refused_by_name(config: dict[str, Any], code
     assert reasons[0].fix
 
 
-def test_everything_that_is_wrong_is_said_at_once() -> None:
+def test_all_invalid_settings_are_reported_together() -> None:
     _, reasons = check_settings({"r": 0, "use_dora": True, "bias": "all"})
     assert [reason.where for reason in reasons] == [
         "peft_type", "r", "lora_alpha", "target_modules", "use_dora", "bias",
     ]  # fmt: skip
 
 
-def test_many_odd_settings_do_not_make_many_reasons() -> None:
-    _, reasons = check_settings(PLAIN | {f"odd_{number}": 1 for number in range(5000)})
+def test_many_unsupported_settings_are_summarised() -> None:
+    _, reasons = check_settings(MINIMAL | {f"unknown_{number}": 1 for number in range(5000)})
     assert len(reasons) == 11
     assert "4990 more" in reasons[-1].message
 
 
-def test_settings_that_change_nothing_may_be_there() -> None:
+def test_settings_without_an_effect_are_accepted() -> None:
     accepted(bias="none", init_lora_weights=True, task_type="CAUSAL_LM", megatron_core="megatron.core", use_dora=False,
              lora_dropout=0.1, modules_to_save=None, rank_pattern={}, alpha_pattern={}, layers_pattern=None,
              layers_to_transform=None, revision=None, peft_version="0.21.2", auto_mapping=None,
@@ -115,9 +116,9 @@ def test_settings_that_change_nothing_may_be_there() -> None:
     accepted(init_lora_weights="gaussian", layers_to_transform=[])
 
 
-def test_a_target_is_the_whole_name_or_its_end_after_a_dot() -> None:
+def test_a_target_matches_a_full_name_or_a_dotted_suffix() -> None:
     settings = accepted(target_modules=["q_proj", "mlp.up_proj", "lm_head"])
-    assert settings.targets(Q.format(0))
+    assert settings.targets(Q_PROJ.format(0))
     assert settings.targets("lm_head")
     assert settings.targets("model.layers.0.mlp.up_proj")
     assert not settings.targets("model.layers.0.mlp.xq_proj")
@@ -125,44 +126,43 @@ def test_a_target_is_the_whole_name_or_its_end_after_a_dot() -> None:
     assert not settings.targets("model.layers.0.self_attn.q_proj.inner")
 
 
-def test_layers_to_transform_chooses_layers_but_not_among_whole_names() -> None:
-    assert [accepted(layers_to_transform=1).targets(Q.format(i)) for i in range(3)] == [False, True, False]
-    assert [accepted(layers_to_transform=[0, 2]).targets(Q.format(i)) for i in range(3)] == [True, False, True]
-    with_weights = accepted(layers_to_transform=[0], target_modules=[Q.format(2)])
-    assert [with_weights.targets(Q.format(i)) for i in range(3)] == [False, False, True]
+def test_layers_to_transform_does_not_restrict_full_names() -> None:
+    assert [accepted(layers_to_transform=1).targets(Q_PROJ.format(i)) for i in range(3)] == [False, True, False]
+    assert [accepted(layers_to_transform=[0, 2]).targets(Q_PROJ.format(i)) for i in range(3)] == [True, False, True]
+    full_name = accepted(layers_to_transform=[0], target_modules=[Q_PROJ.format(2)])
+    assert [full_name.targets(Q_PROJ.format(i)) for i in range(3)] == [False, False, True]
     assert not accepted(layers_to_transform=0, target_modules=["lm_head"]).targets("a.lm_head")
 
 
 def test_the_layer_is_the_first_number_in_the_name() -> None:
     assert layer_of("model.layers.3.mlp.experts.7.up_proj") == 3
     assert layer_of("lm_head") is None
-    assert layer_of("layers.3.up_proj") is None  # PEFT wants two names before it
+    assert layer_of("layers.3.up_proj") is None  # PEFT requires two names before the number
 
 
-def test_the_first_matching_pattern_gives_the_rank() -> None:
+def test_the_first_matching_pattern_determines_the_rank() -> None:
     settings = accepted(
-        rank_pattern={"layers.1.self_attn.q_proj": 2, "q_proj": 8}, alpha_pattern={"q_proj": 64, Q.format(1): 0.5}
+        rank_pattern={"layers.1.self_attn.q_proj": 2, "q_proj": 8}, alpha_pattern={"q_proj": 64, Q_PROJ.format(1): 0.5}
     )
-    assert [settings.rank_of(Q.format(i)) for i in range(2)] == [8, 2]
-    other = "model.layers.0.self_attn.v_proj"
-    assert settings.rank_of(other) == 4
+    assert [settings.rank_of(Q_PROJ.format(i)) for i in range(2)] == [8, 2]
+    assert settings.rank_of("model.layers.0.self_attn.v_proj") == 4
 
 
 @given(st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=8), JSON, max_size=8))
-def test_no_json_makes_it_raise(config: dict[str, Any]) -> None:
-    for each in (config, {**PLAIN, **config}):
-        settings, reasons = check_settings(each)
+def test_no_json_object_makes_the_check_raise(config: dict[str, Any]) -> None:
+    for candidate in (config, {**MINIMAL, **config}):
+        settings, reasons = check_settings(candidate)
         assert (settings is None) == bool(reasons)
         for reason in reasons:
             assert reason.message.isprintable()
             assert len(reason.message) < 600
         if settings is not None:
-            assert 1 <= settings.rank_of(Q.format(0)) <= 512
-            settings.targets(Q.format(0))
+            assert 1 <= settings.rank_of(Q_PROJ.format(0)) <= 512
+            settings.targets(Q_PROJ.format(0))
 
 
-def test_a_number_that_no_layer_has_is_none() -> None:
-    """Verification reckons with layers: a name must not decide how much."""
+def test_an_implausibly_large_layer_number_is_ignored() -> None:
+    """The check computes with layer numbers, so a name must not determine how much work it does."""
     assert layer_of("model.layers.11.self_attn.q_proj") == 11
     assert layer_of("model.layers.999999.self_attn.q_proj") == 999_999
     assert layer_of(f"model.layers.{10**8}.self_attn.q_proj") is None

@@ -1,4 +1,4 @@
-"""The files of an adapter that somebody made to do harm, or that an accident spoiled."""
+"""Unit tests of files: malicious and damaged files of an adapter become findings and exhaust no memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.factories import record_base
 from tests.model_files import adapter_shapes, safetensors_bytes, weights, with_length, write_adapter, write_model
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-SOUND = safetensors_bytes(adapter_shapes(), fill=1)
+VALID = safetensors_bytes(adapter_shapes(), fill=1)
 
 
 @pytest.fixture(scope="module")
@@ -30,46 +30,46 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
     return resolve(str(write_model(tmp_path_factory.mktemp("base") / "tiny", values=weights())), Settings())
 
 
-def test_an_empty_or_missing_directory_is_one_finding(tmp_path: Path, base: Base) -> None:
+def test_an_empty_or_missing_directory_is_one_error(tmp_path: Path, base: Base) -> None:
     for directory in (tmp_path, tmp_path / "missing"):
         (reason, _) = verify(directory, base).reasons
         assert (reason.code, reason.where) == ("missing_file", f"{WEIGHTS} and {CONFIG}")
 
 
-def test_an_adapter_of_mlx_is_told_from_nothing(tmp_path: Path, base: Base) -> None:
-    (tmp_path / "adapters.safetensors").write_bytes(SOUND)
+def test_the_error_about_an_mlx_adapter_suggests_a_conversion(tmp_path: Path, base: Base) -> None:
+    (tmp_path / "adapters.safetensors").write_bytes(VALID)
     fix = verify(tmp_path, base).reasons[0].fix
     assert fix is not None
     assert "MLX" in fix
 
 
-def test_problems_of_both_files_are_gathered(tmp_path: Path, base: Base) -> None:
+def test_problems_in_both_files_are_reported(tmp_path: Path, base: Base) -> None:
     adapter = write_adapter(tmp_path)
     (adapter / CONFIG).write_text("{")
-    (adapter / WEIGHTS).write_bytes(SOUND[:-1])
+    (adapter / WEIGHTS).write_bytes(VALID[:-1])
     reasons = read_adapter(adapter).reasons
     assert [(reason.code, reason.where) for reason in reasons] == [("bad_file", CONFIG), ("bad_file", WEIGHTS)]
 
 
-def test_reading_whole_finds_what_reading_the_header_does(tmp_path: Path) -> None:
+def test_reading_the_weights_gives_the_same_header_and_findings(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path)
     headers, with_weights = read_adapter(adapter), read_adapter(adapter, with_weights=True)
     assert headers.tensors == with_weights.tensors
-    assert (headers.weights, with_weights.weights) == (None, SOUND)
+    assert (headers.weights, with_weights.weights) == (None, VALID)
     assert (headers.settings, headers.reasons) == (with_weights.settings, with_weights.reasons)
     assert with_weights.tensors is not None
     for tensor in with_weights.tensors.values():
         assert with_weights.bytes_of(tensor) == b"\1" * tensor.size
 
 
-def test_the_bytes_of_an_unsound_file_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_weights_of_a_malformed_file_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = write_adapter(tmp_path)
-    (adapter / WEIGHTS).write_bytes(SOUND + b"\0")
-    monkeypatch.setattr(files_module, "read_exactly", lambda *_: pytest.fail("read"))
+    (adapter / WEIGHTS).write_bytes(VALID + b"\0")
+    monkeypatch.setattr(files_module, "read_exactly", lambda *_: pytest.fail("the weights were read"))
     assert read_adapter(adapter, with_weights=True).weights is None
 
 
-def test_a_file_that_is_mostly_a_hole_does_not_fill_the_memory(tmp_path: Path) -> None:
+def test_a_huge_sparse_file_is_not_read_into_memory(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path)
     size = 8 << 30
     raw = json.dumps({"a": entry(0, size, shape=(size // 4,))}).encode()
@@ -81,7 +81,7 @@ def test_a_file_that_is_mostly_a_hole_does_not_fill_the_memory(tmp_path: Path) -
     assert (files.weights, [reason.code for reason in files.reasons]) == (None, ["bad_file"])
 
 
-def test_what_is_loaded_is_what_was_checked_even_if_the_file_is_exchanged(tmp_path: Path, base: Base) -> None:
+def test_replacing_the_files_after_reading_them_has_no_effect(tmp_path: Path, base: Base) -> None:
     adapter = record_base(write_adapter(tmp_path), base)
     files = read_adapter(adapter, with_weights=True)
     (adapter / WEIGHTS).unlink()
@@ -89,17 +89,17 @@ def test_what_is_loaded_is_what_was_checked_even_if_the_file_is_exchanged(tmp_pa
     (adapter / CONFIG).write_text("{}")
     result = verify_files(files, base, scan_weights=True)
     assert (result.verdict, result.scanned) == (BaseMatch.SAMPLED, True)
-    assert files.weights == SOUND
+    assert files.weights == VALID
     assert files.settings is not None
     assert files.settings.rank == 4
 
 
-def test_a_file_written_to_while_it_is_read_is_checked_as_it_was_read(
+def test_the_check_uses_the_bytes_that_were_read_if_a_file_changes_meanwhile(
     tmp_path: Path, base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = write_adapter(tmp_path)
     other = safetensors_bytes({f"x{name[1:]}": shape for name, shape in adapter_shapes().items()}, fill=3)
-    assert len(other) == len(SOUND)
+    assert len(other) == len(VALID)
     monkeypatch.setattr(files_module, "read_exactly", lambda *_: other)
     files = read_adapter(adapter, with_weights=True)
     assert files.weights == other
@@ -108,19 +108,19 @@ def test_a_file_written_to_while_it_is_read_is_checked_as_it_was_read(
     assert verify_files(files, base, scan_weights=False).verdict is BaseMatch.INCOMPATIBLE
 
 
-def test_weights_are_only_scanned_where_they_were_read(tmp_path: Path, base: Base) -> None:
+def test_weights_are_scanned_only_if_they_were_read(tmp_path: Path, base: Base) -> None:
     adapter = write_adapter(tmp_path)
     assert not verify_files(read_adapter(adapter), base, scan_weights=True).scanned
     assert not verify_files(read_adapter(adapter, with_weights=True), base, scan_weights=False).scanned
 
 
 QUICK = settings(deadline=2000, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-MUTATIONS = st.lists(st.tuples(st.integers(0, len(SOUND) - 1), st.integers(0, 255)), min_size=1, max_size=8)
+MUTATIONS = st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), min_size=1, max_size=8)
 
 
 @QUICK
 @given(content=st.binary(max_size=400))
-def test_random_bytes_make_reasons_and_no_exception(tmp_path: Path, base: Base, content: bytes) -> None:
+def test_random_bytes_cause_findings_and_no_exception(tmp_path: Path, base: Base, content: bytes) -> None:
     adapter = write_adapter(tmp_path)
     for name in (WEIGHTS, CONFIG, MANIFEST_NAME):
         (adapter / name).write_bytes(content)
@@ -130,13 +130,13 @@ def test_random_bytes_make_reasons_and_no_exception(tmp_path: Path, base: Base, 
 
 
 @QUICK
-@given(places=MUTATIONS, end=st.integers(0, len(SOUND)) | st.none())
-def test_random_damage_makes_reasons_and_no_exception(
-    tmp_path: Path, base: Base, places: list[tuple[int, int]], end: int | None
+@given(mutations=MUTATIONS, end=st.integers(0, len(VALID)) | st.none())
+def test_random_damage_causes_findings_and_no_exception(
+    tmp_path: Path, base: Base, mutations: list[tuple[int, int]], end: int | None
 ) -> None:
-    content = bytearray(SOUND)
-    for place, value in places:
-        content[place % 1200] = value  # mostly in the header
+    content = bytearray(VALID)
+    for position, value in mutations:
+        content[position % 1200] = value  # mostly in the header
     adapter = write_adapter(tmp_path)
     (adapter / WEIGHTS).write_bytes(bytes(content)[:end])
     result = verify(adapter, base, scan_weights=True)
@@ -146,7 +146,9 @@ def test_random_damage_makes_reasons_and_no_exception(
 
 @QUICK
 @given(name=st.text(max_size=40), value=st.none() | st.booleans() | st.integers() | st.text(max_size=10))
-def test_any_name_in_a_file_can_be_reported(tmp_path: Path, base: Base, name: str, value: object) -> None:
+def test_findings_are_printable_whatever_names_the_files_contain(
+    tmp_path: Path, base: Base, name: str, value: object
+) -> None:
     adapter = write_adapter(tmp_path, **{name: value, "target_modules": [name]})
     tensor = f"base_model.model.{name}.lora_A.weight"
     (adapter / WEIGHTS).write_bytes(safetensors_bytes({tensor: (4, 32), name: (2,)}))

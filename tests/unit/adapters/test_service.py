@@ -1,4 +1,4 @@
-"""Which base model belongs to an adapter that is found on disk."""
+"""Unit tests of the service: it finds the base model that an adapter was trained on."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def adapter(tmp_path: Path, base: Path) -> Path:
 
 
 def make_service(data_dir: Path, *, trained_on: str | None = None, **settings: Any) -> AdapterService:
-    chosen = Settings(data_dir=data_dir, **settings)
-    return AdapterService(chosen, Registry(chosen.paths), lambda _: trained_on)
+    all_settings = Settings(data_dir=data_dir, **settings)
+    return AdapterService(all_settings, Registry(all_settings.paths), lambda _: trained_on)
 
 
 def test_the_recorded_base_is_found_at_the_path_of_the_training_job(data_dir: Path, base: Path, adapter: Path) -> None:
-    found = make_service(data_dir, trained_on=str(base)).verify(str(adapter), None, scan_weights=False)
-    assert (found.verdict, found.base_model) == (BaseMatch.SAMPLED, "tiny")
+    result = make_service(data_dir, trained_on=str(base)).verify(str(adapter), None, scan_weights=False)
+    assert (result.verdict, result.base_model) == (BaseMatch.SAMPLED, "tiny")
 
 
 def test_the_default_base_is_used_if_it_is_the_recorded_one(data_dir: Path, base: Path, adapter: Path) -> None:
@@ -41,8 +41,8 @@ def test_the_default_base_is_used_if_it_is_the_recorded_one(data_dir: Path, base
     assert service.verify(str(adapter), None, scan_weights=False).verdict is BaseMatch.SAMPLED
 
 
-def test_a_base_that_was_replaced_since_training_is_not_used(data_dir: Path, base: Path, adapter: Path) -> None:
+def test_a_base_that_was_replaced_after_training_is_not_used(data_dir: Path, base: Path, adapter: Path) -> None:
     write_model(base, fill=7)
-    found = make_service(data_dir, trained_on=str(base)).verify(str(adapter), None, scan_weights=False)
-    assert found.verdict is BaseMatch.INCOMPATIBLE
-    assert "base_unknown" in [reason.code for reason in found.reasons]
+    result = make_service(data_dir, trained_on=str(base)).verify(str(adapter), None, scan_weights=False)
+    assert result.verdict is BaseMatch.INCOMPATIBLE
+    assert "base_unknown" in [reason.code for reason in result.reasons]

@@ -1,4 +1,4 @@
-"""The check of an adapter against a base: every mismatch that PEFT lets pass in silence, and the verdicts."""
+"""Unit tests of verify: it reports every mismatch that PEFT accepts without a warning, and returns the verdict."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.model_files import (
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 Q0 = f"{PREFIX}model.layers.0.self_attn.q_proj"
-EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Change = Callable[[Path], None]
 
 
@@ -54,7 +54,7 @@ def tensors(shapes: Shapes, dtype: str = "F32") -> Change:
 
 
 def added(changes: dict[str, tuple[int, ...] | None]) -> Change:
-    """The usual tensors, with some added, of another shape, or (None) left out."""
+    """Write the usual tensors with changes: added tensors, other shapes, or (None) removed tensors."""
     return tensors({n: s for n, s in {**adapter_shapes(), **changes}.items() if s is not None})
 
 
@@ -72,23 +72,23 @@ def configured(**settings: Any) -> Change:
 
 def both(*changes: Change) -> Change:
     def change(directory: Path) -> None:
-        for each in changes:
-            each(directory)
+        for apply_change in changes:
+            apply_change(directory)
 
     return change
 
 
 @dataclass(frozen=True)
-class Row:
+class Mismatch:
     name: str
     change: Change
     codes: list[str]
 
 
 MISMATCHES = [
-    Row("the base has fewer layers", tensors(adapter_shapes(shapes=model_shapes(layers=4))), ["layer_count"]),
-    Row("the base has more layers", tensors(adapter_shapes(shapes=model_shapes(layers=1))), ["layer_count"]),
-    Row(
+    Mismatch("the base has fewer layers", tensors(adapter_shapes(shapes=model_shapes(layers=4))), ["layer_count"]),
+    Mismatch("the base has more layers", tensors(adapter_shapes(shapes=model_shapes(layers=1))), ["layer_count"]),
+    Mismatch(
         "layers_to_transform beyond the base",
         both(
             configured(layers_to_transform=[2, 3]),
@@ -96,25 +96,29 @@ MISMATCHES = [
         ),
         ["layer_count"],
     ),
-    Row(
+    Mismatch(
         "another layer than the base has",
         renamed(lambda name: name.replace("layers.1.", "layers.7.")),
         ["module_not_in_base", "weights_missing"],
     ),
-    Row("no target matches", configured(target_modules=["query_key_value"]), ["not_targeted", "target_not_in_base"]),
-    Row("one target does not match", configured(target_modules=["q_proj", "v_proj", "c_attn"]), ["target_not_in_base"]),
-    Row(
-        "config wider than the weights", configured(target_modules=["q_proj", "v_proj", "k_proj"]), ["weights_missing"]
+    Mismatch(
+        "no target matches", configured(target_modules=["query_key_value"]), ["not_targeted", "target_not_in_base"]
     ),
-    Row("config narrower than the weights", configured(target_modules=["q_proj"]), ["not_targeted"]),
-    Row("layers_to_transform narrowed", configured(layers_to_transform=[0]), ["not_targeted"]),
-    Row("prefix stripped", renamed(lambda name: name.removeprefix(PREFIX)), ["prefix_stripped"]),
-    Row(
+    Mismatch(
+        "one target does not match", configured(target_modules=["q_proj", "v_proj", "c_attn"]), ["target_not_in_base"]
+    ),
+    Mismatch(
+        "a target without weights", configured(target_modules=["q_proj", "v_proj", "k_proj"]), ["weights_missing"]
+    ),
+    Mismatch("weights without a target", configured(target_modules=["q_proj"]), ["not_targeted"]),
+    Mismatch("layers_to_transform excludes weights", configured(layers_to_transform=[0]), ["not_targeted"]),
+    Mismatch("prefix stripped", renamed(lambda name: name.removeprefix(PREFIX)), ["prefix_stripped"]),
+    Mismatch(
         "adapter's name in the keys",
         renamed(lambda name: name.replace(".weight", ".default.weight")),
         ["adapter_name_in_keys"],
     ),
-    Row(
+    Mismatch(
         "MLX names",
         renamed(
             lambda name: (
@@ -124,32 +128,32 @@ MISMATCHES = [
         ),
         ["mlx_names"],
     ),
-    Row("foreign tensor", added({f"{PREFIX}model.layers.0.mlp.evil.weight": (2,)}), ["foreign_tensor"]),
-    Row("only foreign tensors", tensors({"x": (1,)}), ["foreign_tensor", "no_weights", "weights_missing"]),
-    Row("no tensors", tensors({}), ["no_weights", "weights_missing"]),
-    Row("hidden size", tensors(adapter_shapes(shapes=model_shapes(hidden=64))), ["shape"]),
-    Row("key and value heads", tensors(adapter_shapes(shapes=model_shapes(kv_rows=32))), ["shape"]),
-    Row("rank of config and weights differ", configured(r=8), ["rank"]),
-    Row("rank_pattern dropped", added({f"{Q0}.lora_A.weight": (2, 32), f"{Q0}.lora_B.weight": (32, 2)}), ["rank"]),
-    Row("A and B of different rank", added({f"{Q0}.lora_B.weight": (32, 8)}), ["rank"]),
-    Row("A of one axis", added({f"{Q0}.lora_A.weight": (128,)}), ["rank"]),
-    Row("rank of zero", added({f"{Q0}.lora_A.weight": (0, 32), f"{Q0}.lora_B.weight": (32, 0)}), ["rank"]),
-    Row(
+    Mismatch("foreign tensor", added({f"{PREFIX}model.layers.0.mlp.evil.weight": (2,)}), ["foreign_tensor"]),
+    Mismatch("only foreign tensors", tensors({"x": (1,)}), ["foreign_tensor", "no_weights", "weights_missing"]),
+    Mismatch("no tensors", tensors({}), ["no_weights", "weights_missing"]),
+    Mismatch("hidden size", tensors(adapter_shapes(shapes=model_shapes(hidden=64))), ["shape"]),
+    Mismatch("key and value heads", tensors(adapter_shapes(shapes=model_shapes(kv_rows=32))), ["shape"]),
+    Mismatch("rank of config and weights differ", configured(r=8), ["rank"]),
+    Mismatch("rank_pattern dropped", added({f"{Q0}.lora_A.weight": (2, 32), f"{Q0}.lora_B.weight": (32, 2)}), ["rank"]),
+    Mismatch("A and B of different rank", added({f"{Q0}.lora_B.weight": (32, 8)}), ["rank"]),
+    Mismatch("one-dimensional A", added({f"{Q0}.lora_A.weight": (128,)}), ["rank"]),
+    Mismatch("rank of zero", added({f"{Q0}.lora_A.weight": (0, 32), f"{Q0}.lora_B.weight": (32, 0)}), ["rank"]),
+    Mismatch(
         "embedding of a larger vocabulary",
         added({f"{PREFIX}model.embed_tokens.weight": (52, 32)}),
         ["vocabulary_resized"],
     ),
-    Row("head of a larger vocabulary", added({f"{PREFIX}lm_head.weight": (52, 32)}), ["vocabulary_resized"]),
-    Row("alpha is not a number", configured(lora_alpha=float("nan")), ["config_value"]),
-    Row("int8 weights", tensors(adapter_shapes(), "I8"), ["dtype"]),
-    Row("initialisation that alters the base", configured(init_lora_weights="pissa"), ["unsupported_setting"]),
-    Row("base weight", added({f"{PREFIX}model.layers.0.mlp.up_proj.weight": (64, 32)}), ["overwrites_base"]),
-    Row("base weight without prefix", added({"model.layers.0.mlp.up_proj.weight": (64, 32)}), ["overwrites_base"]),
-    Row("norm of the base", added({f"{PREFIX}model.norm.weight": (32,)}), ["overwrites_base"]),
-    Row("wrapped base weight", added({f"{Q0}.base_layer.weight": (32, 32)}), ["overwrites_base"]),
-    Row("modules_to_save dropped", added({f"{PREFIX}lm_head.weight": (48, 32)}), ["overwrites_base"]),
-    Row("DoRA flag dropped", added({f"{Q0}.lora_magnitude_vector": (32,)}), ["dora_weights"]),
-    Row(
+    Mismatch("head of a larger vocabulary", added({f"{PREFIX}lm_head.weight": (52, 32)}), ["vocabulary_resized"]),
+    Mismatch("alpha is not a number", configured(lora_alpha=float("nan")), ["config_value"]),
+    Mismatch("int8 weights", tensors(adapter_shapes(), "I8"), ["dtype"]),
+    Mismatch("initialisation that changes the base", configured(init_lora_weights="pissa"), ["unsupported_setting"]),
+    Mismatch("base weight", added({f"{PREFIX}model.layers.0.mlp.up_proj.weight": (64, 32)}), ["overwrites_base"]),
+    Mismatch("base weight without prefix", added({"model.layers.0.mlp.up_proj.weight": (64, 32)}), ["overwrites_base"]),
+    Mismatch("norm weight of the base", added({f"{PREFIX}model.norm.weight": (32,)}), ["overwrites_base"]),
+    Mismatch("wrapped base weight", added({f"{Q0}.base_layer.weight": (32, 32)}), ["overwrites_base"]),
+    Mismatch("modules_to_save dropped", added({f"{PREFIX}lm_head.weight": (48, 32)}), ["overwrites_base"]),
+    Mismatch("DoRA flag dropped", added({f"{Q0}.lora_magnitude_vector": (32,)}), ["dora_weights"]),
+    Mismatch(
         "LoRA on the embedding",
         both(
             configured(target_modules=["q_proj", "v_proj", "embed_tokens"]),
@@ -157,14 +161,16 @@ MISMATCHES = [
         ),
         ["embedding_lora", "embedding_lora"],
     ),
-    Row("only one of A and B", added({f"{Q0}.lora_A.weight": None}), ["unpaired"]),
-    Row("bad regular expression", configured(target_modules=".*(q_proj"), ["targets_not_literal"]),
-    Row("rank below one", configured(r=-1), ["config_value"]),
-    Row("pattern for nothing", configured(alpha_pattern={"c_attn": 4}), ["pattern_not_in_base"]),
-    Row("truncated", lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:-100]) and None, ["bad_file"]),
-    Row("no config", lambda d: (d / CONFIG).unlink(), ["missing_file"]),
-    Row("no weights", lambda d: (d / WEIGHTS).unlink(), ["missing_file"]),
-    Row(
+    Mismatch("only one of A and B", added({f"{Q0}.lora_A.weight": None}), ["unpaired"]),
+    Mismatch("bad regular expression", configured(target_modules=".*(q_proj"), ["targets_not_literal"]),
+    Mismatch("rank below one", configured(r=-1), ["config_value"]),
+    Mismatch("pattern that matches no module", configured(alpha_pattern={"c_attn": 4}), ["pattern_not_in_base"]),
+    Mismatch(
+        "truncated", lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:-100]) and None, ["bad_file"]
+    ),
+    Mismatch("no config", lambda d: (d / CONFIG).unlink(), ["missing_file"]),
+    Mismatch("no weights", lambda d: (d / WEIGHTS).unlink(), ["missing_file"]),
+    Mismatch(
         "git LFS pointer",
         lambda d: (
             (d / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 1\n") and None
@@ -174,12 +180,12 @@ MISMATCHES = [
 ]
 
 
-@pytest.mark.parametrize("row", MISMATCHES, ids=lambda row: row.name)
-def test_each_mismatch_has_its_own_code(tmp_path: Path, base: Base, row: Row) -> None:
+@pytest.mark.parametrize("mismatch", MISMATCHES, ids=lambda mismatch: mismatch.name)
+def test_each_mismatch_is_reported_with_its_code(tmp_path: Path, base: Base, mismatch: Mismatch) -> None:
     adapter = write_adapter(tmp_path)
-    row.change(adapter)
+    mismatch.change(adapter)
     result = verify(adapter, base)
-    assert errors(result) == row.codes
+    assert errors(result) == mismatch.codes
     assert (result.verdict, result.compatible) == (BaseMatch.INCOMPATIBLE, False)
     for reason in result.reasons:
         assert reason.fix
@@ -197,7 +203,7 @@ def test_each_mismatch_has_its_own_code(tmp_path: Path, base: Base, row: Row) ->
         (configured(r=8), "rank 4", "rank 8"),
     ],
 )
-def test_a_difference_of_models_is_told_in_their_terms(
+def test_a_wrong_size_is_explained_by_the_dimension_that_differs(
     tmp_path: Path, base: Base, change: Change, found: str, expected: str
 ) -> None:
     adapter = write_adapter(tmp_path)
@@ -206,7 +212,7 @@ def test_a_difference_of_models_is_told_in_their_terms(
     assert (reason.found, reason.expected) == (found, expected)
 
 
-def test_a_head_that_was_adapted_for_a_larger_vocabulary_is_told(tmp_path: Path) -> None:
+def test_a_head_for_a_larger_vocabulary_is_reported_as_resized(tmp_path: Path) -> None:
     shapes = {**SHAPES, "lm_head.weight": (48, 32)}
     untied = resolve(str(write_model(tmp_path / "m", shapes=shapes, tie_word_embeddings=False)), Settings())
     adapter = write_adapter(tmp_path / "a", targets=["lm_head"])
@@ -219,9 +225,7 @@ def test_a_head_that_was_adapted_for_a_larger_vocabulary_is_told(tmp_path: Path)
 @pytest.mark.parametrize(
     "change", [configured(lora_alpha=80), configured(use_rslora=True), configured(alpha_pattern={})]
 )
-def test_a_configuration_that_was_edited_later_is_seen_by_its_recorded_hash(
-    tmp_path: Path, base: Base, change: Change
-) -> None:
+def test_an_edited_configuration_is_detected_by_its_hash(tmp_path: Path, base: Base, change: Change) -> None:
     adapter = record_base(write_adapter(tmp_path, alpha_pattern={"v_proj": 64}), base)
     assert verify(adapter, base).compatible
     change(adapter)
@@ -230,7 +234,7 @@ def test_a_configuration_that_was_edited_later_is_seen_by_its_recorded_hash(
     assert result.reasons[0].where == CONFIG
 
 
-def test_weights_that_were_exchanged_are_seen_when_they_are_read(tmp_path: Path, base: Base) -> None:
+def test_replaced_weights_are_detected_by_their_hash_when_they_are_scanned(tmp_path: Path, base: Base) -> None:
     adapter = record_base(write_adapter(tmp_path), base)
     (adapter / WEIGHTS).write_bytes(safetensors_bytes(adapter_shapes(), fill=2))
     assert verify(adapter, base).verdict is BaseMatch.SAMPLED
@@ -239,14 +243,16 @@ def test_weights_that_were_exchanged_are_seen_when_they_are_read(tmp_path: Path,
 
 
 @pytest.mark.parametrize(("fill", "code"), [(0xFF, "not_finite"), (0, "b_all_zero")])
-def test_the_weights_themselves_are_looked_at_when_asked_for(tmp_path: Path, base: Base, fill: int, code: str) -> None:
+def test_invalid_values_are_detected_only_when_the_weights_are_scanned(
+    tmp_path: Path, base: Base, fill: int, code: str
+) -> None:
     adapter = write_adapter(tmp_path)
     (adapter / WEIGHTS).write_bytes(safetensors_bytes(adapter_shapes(), fill=fill))
     assert errors(verify(adapter, base)) == []
     assert errors(verify(adapter, base, scan_weights=True)) == [code]
 
 
-def test_every_reason_is_told_at_once_and_one_for_each_kind(tmp_path: Path, base: Base) -> None:
+def test_all_problems_are_reported_together_with_one_error_of_each_kind(tmp_path: Path, base: Base) -> None:
     adapter = record_base(write_adapter(tmp_path), base)
     configured(r=0, use_dora=True)(adapter)
     foreign = {f"strange.{number}": (1,) for number in range(100)}
@@ -259,7 +265,7 @@ def test_every_reason_is_told_at_once_and_one_for_each_kind(tmp_path: Path, base
     assert [reason.code for reason in reasons] == ["altered", "config_value", "unsupported_setting", "bad_file"]
 
 
-def test_names_are_shortened(tmp_path: Path, base: Base) -> None:
+def test_long_lists_of_long_names_are_shortened(tmp_path: Path, base: Base) -> None:
     adapter = write_adapter(tmp_path)
     added({f"{'x' * 500}.{number}": (1,) for number in range(100)})(adapter)
     reason = verify(adapter, base).reasons[0]
@@ -267,15 +273,15 @@ def test_names_are_shortened(tmp_path: Path, base: Base) -> None:
     assert len(reason.message) < 600
 
 
-def test_sound_adapters_of_every_kind_pass(tmp_path: Path, base: Base) -> None:
+def test_valid_adapters_of_every_kind_are_accepted(tmp_path: Path, base: Base) -> None:
     adapters = [
         write_adapter(tmp_path / "two"),
-        write_adapter(tmp_path / "all", targets=EVERY, rank=16, use_rslora=True),
+        write_adapter(tmp_path / "all", targets=ALL_LINEAR, rank=16, use_rslora=True),
         write_adapter(tmp_path / "alpha", alpha_pattern={"layers.0.self_attn.q_proj": 64}),
     ]
-    with_weights = [f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "v_proj")]
-    adapters.append(write_adapter(tmp_path / "whole"))
-    configured(target_modules=with_weights)(adapters[-1])
+    full_names = [f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "v_proj")]
+    adapters.append(write_adapter(tmp_path / "full_names"))
+    configured(target_modules=full_names)(adapters[-1])
     adapters.append(write_adapter(tmp_path / "pattern"))
     configured(r=8, rank_pattern={"q_proj": 4, "layers.0.self_attn.v_proj": 4, "v_proj": 4})(adapters[-1])
     adapters.append(write_adapter(tmp_path / "layer", layers_to_transform=[1]))
@@ -285,14 +291,14 @@ def test_sound_adapters_of_every_kind_pass(tmp_path: Path, base: Base) -> None:
         assert (result.reasons, result.verdict, result.scanned) == ([], BaseMatch.SAMPLED, True)
 
 
-def test_half_precision_weights_are_as_good(tmp_path: Path, base: Base) -> None:
+def test_half_precision_weights_are_accepted(tmp_path: Path, base: Base) -> None:
     for dtype in ("F16", "BF16"):
         adapter = write_adapter(tmp_path / dtype)
         tensors(adapter_shapes(), dtype)(adapter)
         assert errors(verify(adapter, base, scan_weights=True)) == []
 
 
-def test_without_a_base_the_files_are_checked_alone(tmp_path: Path, base: Base) -> None:
+def test_the_files_are_checked_even_without_a_base(tmp_path: Path, base: Base) -> None:
     adapter = record_base(write_adapter(tmp_path), base)
     result = verify(adapter, None)
     assert (errors(result), result.base_model, result.verdict) == (["base_unknown"], None, BaseMatch.INCOMPATIBLE)
@@ -304,7 +310,7 @@ def test_without_a_base_the_files_are_checked_alone(tmp_path: Path, base: Base) 
     ]  # fmt: skip
 
 
-def test_an_answer_says_what_it_is_about_and_what_to_do(tmp_path: Path, base: Base) -> None:
+def test_the_result_names_adapter_and_base_and_suggests_the_next_call(tmp_path: Path, base: Base) -> None:
     adapter = record_base(write_adapter(tmp_path), base)
     result = verify(adapter, base)
     assert (result.adapter_path, result.base_model) == (str(adapter), base.name)
@@ -312,7 +318,7 @@ def test_an_answer_says_what_it_is_about_and_what_to_do(tmp_path: Path, base: Ba
     assert result.next == f"Call load_adapter(adapter_path={str(adapter)!r})."
 
 
-def test_embeddings_and_norms_are_no_linear_modules() -> None:
+def test_embeddings_and_norms_are_not_linear_modules() -> None:
     modules = linear_modules(SHAPES)
     assert len(modules) == 14
     assert modules["model.layers.0.self_attn.k_proj"] == (16, 32)
