@@ -1,7 +1,7 @@
-"""Adapters that somebody made to do harm, each built from a sound one of the base at hand.
+"""Hostile adapters. Each attack modifies a valid adapter in place.
 
-One row for each attack: what it is called, how it is made, and with which code it is refused. None: it is harmless here,
-because what it attacks with is never read.
+An attack has the error code with which it must be rejected, or None if it is harmless because the modified content is never
+read or used.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from typing import Any
 from peft_core.adapters.manifest import CARD_NAME, CONFIG, MANIFEST_NAME, WEIGHTS
 from tests.model_files import with_length
 
-Spoil = Callable[[Path], object]
-REDOS = r"(([a-z_.0-9])+)+X"
-ONE = '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+Modify = Callable[[Path], object]  # modifies the adapter in a directory
+REDOS = r"(([a-z_.0-9])+)+X"  # a regular expression with catastrophic backtracking
+ENTRY_A = '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'  # a header without its last brace
 
 
 @dataclass(frozen=True)
 class Attack:
     name: str
-    spoil: Spoil
+    apply: Modify
     code: str | None
-    scanned: bool = False  # found only by who reads the weights; the headers are sound
+    scanned: bool = False  # detected only if the weights are read, because the headers are valid
 
 
 class Evil:
@@ -44,24 +44,24 @@ class Evil:
 
 
 def marker_of(directory: Path) -> Path:
-    """The file that exists as soon as code of this adapter has run."""
+    """Return the file that exists if code of this adapter has run."""
     return directory.parent / "it_ran"
 
 
-def config(**changes: Any) -> Spoil:
-    def spoil(directory: Path) -> None:
+def set_config(**changes: Any) -> Modify:
+    def modify(directory: Path) -> None:
         settings = json.loads((directory / CONFIG).read_text())
         (directory / CONFIG).write_text(json.dumps(settings | changes))
 
-    return spoil
+    return modify
 
 
-def text(content: str | bytes) -> Spoil:
+def write_config(content: str | bytes) -> Modify:
     raw = content.encode() if isinstance(content, str) else content
     return lambda directory: (directory / CONFIG).write_bytes(raw)
 
 
-def header(entries: object, data: bytes = bytes(8)) -> Spoil:
+def write_header(entries: object, data: bytes = bytes(8)) -> Modify:
     raw = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
     return lambda directory: (directory / WEIGHTS).write_bytes(with_length(raw, data))
 
@@ -70,14 +70,14 @@ def entry(begin: int = 0, end: int = 8, dtype: str = "F32", shape: tuple[int, ..
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
-def raw_weights(change: Callable[[bytes], bytes]) -> Spoil:
+def change_bytes(change: Callable[[bytes], bytes]) -> Modify:
     return lambda directory: (directory / WEIGHTS).write_bytes(change((directory / WEIGHTS).read_bytes()))
 
 
-def tensors(change: Callable[[dict[str, Any], bytearray], object]) -> Spoil:
-    """Change the header's entries and the data of the sound file; afterwards its offsets fit again."""
+def change_tensors(change: Callable[[dict[str, Any], bytearray], object]) -> Modify:
+    """Change the header's entries and the data of the valid file. The header's length is corrected afterwards."""
 
-    def spoil(directory: Path) -> None:
+    def modify(directory: Path) -> None:
         raw = (directory / WEIGHTS).read_bytes()
         length = int.from_bytes(raw[:8], "little")
         entries, data = json.loads(raw[8 : 8 + length]), bytearray(raw[8 + length :])
@@ -85,111 +85,113 @@ def tensors(change: Callable[[dict[str, Any], bytearray], object]) -> Spoil:
         change(entries, data)
         (directory / WEIGHTS).write_bytes(with_length(json.dumps(entries).encode(), bytes(data)))
 
-    return spoil
+    return modify
 
 
-def added(name: str, shape: tuple[int, ...] = (4,)) -> Spoil:
-    """One more tensor, at the end."""
+def add_tensor(name: str, shape: tuple[int, ...] = (4,)) -> Modify:
+    """Append a tensor."""
 
     def change(entries: dict[str, Any], data: bytearray) -> None:
         size = 4 * math.prod(shape)
         entries[name] = entry(len(data), len(data) + size, shape=shape)
         data += struct.pack("<f", 1.0) * (size // 4)
 
-    return tensors(change)
+    return change_tensors(change)
 
 
-def overwriting(stem: str) -> Spoil:
-    """A tensor named like the base's weights that the first A of the adapter is for."""
+def overwrite_base(suffix: str) -> Modify:
+    """Append a tensor that is named like a parameter of the base model: the module of the first A, and `suffix`."""
 
     def change(entries: dict[str, Any], data: bytearray) -> None:
         name = next(name for name in entries if ".lora_A." in name)
         module = name.removesuffix(".lora_A.weight")
-        entries[f"{module}{stem}"] = entry(len(data), len(data) + 16, shape=(4,))
+        entries[f"{module}{suffix}"] = entry(len(data), len(data) + 16, shape=(4,))
         data += bytes(16)
 
-    return tensors(change)
+    return change_tensors(change)
 
 
-def filled(number: bytes) -> Spoil:
-    """The first four numbers of the weights."""
+def fill_start(number: bytes) -> Modify:
+    """Replace the first four numbers of the weights."""
 
     def change(_: dict[str, Any], data: bytearray) -> None:
         data[:16] = number * 4
 
-    return tensors(change)
+    return change_tensors(change)
 
 
-def b_all_zero(entries: dict[str, Any], data: bytearray) -> None:
-    for name, place in entries.items():
+def zero_every_b(entries: dict[str, Any], data: bytearray) -> None:
+    for name, tensor in entries.items():
         if ".lora_B." in name:
-            begin, end = place["data_offsets"]
+            begin, end = tensor["data_offsets"]
             data[begin:end] = bytes(end - begin)
 
 
-def retyped(dtype: str) -> Spoil:
+def change_dtype(dtype: str) -> Modify:
     def change(entries: dict[str, Any], _: bytearray) -> None:
-        for place in entries.values():
-            place["dtype"], place["shape"] = dtype, [place["shape"][0] * 4, place["shape"][1]]
+        for tensor in entries.values():
+            tensor["dtype"], tensor["shape"] = dtype, [tensor["shape"][0] * 4, tensor["shape"][1]]
 
-    return tensors(change)
+    return change_tensors(change)
 
 
-def instead(name: str, make: Callable[[Path], object]) -> Spoil:
-    """Something else under the name of a file."""
+def replace(name: str, make: Callable[[Path], object]) -> Modify:
+    """Replace a file by what `make` creates at its path."""
 
-    def spoil(directory: Path) -> None:
+    def modify(directory: Path) -> None:
         (directory / name).rename(directory.parent / f"moved-{name}")
         make(directory / name)
 
-    return spoil
+    return modify
 
 
-def link(target: str) -> Callable[[Path], object]:
+def link_to(target: str) -> Callable[[Path], object]:
     return lambda path: path.symlink_to(target)
 
 
-def bind(path: Path) -> None:
-    """A Unix socket; the path may be longer than sockets allow, hence from its directory."""
-    listening, here = socket.socket(socket.AF_UNIX), Path.cwd()
+def bind_socket(path: Path) -> None:
+    """Create a Unix socket. It is bound from its directory, because the length of a socket's path is limited."""
+    unix_socket, working_directory = socket.socket(socket.AF_UNIX), Path.cwd()
     os.chdir(path.parent)
     try:
-        listening.bind(path.name)
+        unix_socket.bind(path.name)
     finally:
-        os.chdir(here)
-        listening.close()
+        os.chdir(working_directory)
+        unix_socket.close()
 
 
-def pickled(name: str, *, beside: bool = False) -> Spoil:
-    def spoil(directory: Path) -> None:
-        if not beside:
+def write_pickle(name: str, *, keep_weights: bool = False) -> Modify:
+    def modify(directory: Path) -> None:
+        if not keep_weights:
             (directory / WEIGHTS).unlink()
         (directory / name).write_bytes(pickle.dumps({"x": Evil(marker_of(directory))}))
 
-    return spoil
+    return modify
 
 
-def module(directory: Path) -> None:
-    """Code that is run when it is imported, and a configuration that names it."""
+def write_modules(directory: Path) -> None:
+    """Write Python modules that create the marker when they are imported."""
     body = f"open({str(marker_of(directory))!r}, 'w')\nModel = PeftModel = LoraConfig = object\n"
     (directory / "evil.py").write_text(body)
     (directory / "__init__.py").write_text(body)
 
 
-def importing(**changes: Any) -> Spoil:
-    def spoil(directory: Path) -> None:
-        module(directory)
-        config(**changes)(directory)
+def import_module(**changes: Any) -> Modify:
+    """Write modules, and a configuration that names one of them."""
 
-    return spoil
+    def modify(directory: Path) -> None:
+        write_modules(directory)
+        set_config(**changes)(directory)
+
+    return modify
 
 
-def beside(name: str, content: str) -> Spoil:
+def add_file(name: str, content: str) -> Modify:
     return lambda directory: (directory / name).write_text(content)
 
 
-def sparse(directory: Path) -> None:
-    """8 GB that take no room on the disk."""
+def write_sparse_file(directory: Path) -> None:
+    """Write a sparse file of 8 GB, which takes almost no disk space."""
     size = 8 << 30
     raw = json.dumps({"base_model.model.x.lora_A.weight": entry(0, size, shape=(4, size // 16))}).encode()
     with (directory / WEIGHTS).open("wb") as file:
@@ -197,143 +199,139 @@ def sparse(directory: Path) -> None:
         file.truncate(8 + len(raw) + size)
 
 
-def many_tensors(directory: Path, count: int = 20_001) -> None:
-    header({f"t{number}": entry(0, 0, shape=(0,)) for number in range(count)}, b"")(directory)
+def write_many_tensors(directory: Path, count: int = 20_001) -> None:
+    write_header({f"t{number}": entry(0, 0, shape=(0,)) for number in range(count)}, b"")(directory)
 
 
-def bomb_of_lists(directory: Path) -> None:
-    """Eight megabytes of JSON that are two hundred in memory."""
-    header(b'{"a":[' + b",".join([b"[]"] * 2_700_000) + b"]}", b"")(directory)
-
-
-def nothing(_: Path) -> None:
-    pass
+def write_list_bomb(directory: Path) -> None:
+    """Write a header of 8 MB of JSON that takes 200 MB when it is parsed."""
+    write_header(b'{"a":[' + b",".join([b"[]"] * 2_700_000) + b"]}", b"")(directory)
 
 
 TEMPLATE = "{% for i in range(10**9) %}{{ cycler.__init__.__globals__.os.system('touch it_ran') }}{% endfor %}"
 
 ATTACKS = [
     # pickles
-    Attack("a pickle that runs a command", pickled("adapter_model.bin"), "pickle"),
-    Attack("a pickle named .pt", pickled("adapter_model.pt"), "pickle"),
-    Attack("a pickle beside sound weights", pickled("adapter_model.bin", beside=True), None),
-    Attack("a pickle under the weights' name", pickled(WEIGHTS, beside=True), "bad_file"),
-    # settings that run code, change the base or allocate
-    Attack("auto_mapping to os.system", importing(auto_mapping={"base_model_class": "system", "parent_library": "os"}),
+    Attack("a pickle that runs a command", write_pickle("adapter_model.bin"), "pickle"),
+    Attack("a pickle named .pt", write_pickle("adapter_model.pt"), "pickle"),
+    Attack("a pickle next to valid weights", write_pickle("adapter_model.bin", keep_weights=True), None),
+    Attack("a pickle named like the weights", write_pickle(WEIGHTS, keep_weights=True), "bad_file"),
+    # settings that run code, change the base model or allocate memory
+    Attack("auto_mapping to os.system", import_module(auto_mapping={"base_model_class": "system", "parent_library": "os"}),
            "unsupported_setting"),
-    Attack("auto_mapping to its own module", importing(auto_mapping={"base_model_class": "Model",
+    Attack("auto_mapping to its own module", import_module(auto_mapping={"base_model_class": "Model",
            "parent_library": "evil"}), "unsupported_setting"),
-    Attack("auto_map to its own module", importing(auto_map={"AutoModel": "evil.Model"}), "unsupported_setting"),
-    Attack("megatron_core names a module", importing(megatron_config={"a": 1}, megatron_core="evil"),
+    Attack("auto_map to its own module", import_module(auto_map={"AutoModel": "evil.Model"}), "unsupported_setting"),
+    Attack("megatron_core names a module", import_module(megatron_config={"a": 1}, megatron_core="evil"),
            "unsupported_setting"),
-    Attack("megatron_core alone", importing(megatron_core="evil"), "unsupported_setting"),
-    Attack("layer_replication", config(layer_replication=[[0, 2]] * 100_000), "bad_file"),  # 900 KB
-    Attack("a short layer_replication", config(layer_replication=[[0, 2]] * 9), "unsupported_setting"),
-    *(Attack(f"init_lora_weights={value!r}", config(init_lora_weights=value), "unsupported_setting")
+    Attack("megatron_core alone", import_module(megatron_core="evil"), "unsupported_setting"),
+    Attack("layer_replication", set_config(layer_replication=[[0, 2]] * 100_000), "bad_file"),  # 900 KB
+    Attack("a short layer_replication", set_config(layer_replication=[[0, 2]] * 9), "unsupported_setting"),
+    *(Attack(f"init_lora_weights={value!r}", set_config(init_lora_weights=value), "unsupported_setting")
       for value in ("pissa", "pissa_niter_16", "olora", "eva", "corda", "loftq", "orthogonal", "lora_ga", "bogus", 7)),
-    *(Attack(f"exotic setting {name}", config(**{name: value}), "unsupported_setting") for name, value in {
+    *(Attack(f"exotic setting {name}", set_config(**{name: value}), "unsupported_setting") for name, value in {
         "alora_invocation_tokens": [1], "arrow_config": {"top_k": 1}, "corda_config": {"cache_file": "/etc/passwd"},
         "eva_config": {"rho": 2}, "use_dora": True, "use_qalora": True, "modules_to_save": ["lm_head"],
         "trainable_token_indices": [1], "exclude_modules": REDOS, "layers_pattern": REDOS, "bias": "all",
         "lora_bias": True, "target_parameters": ["x"], "runtime_config": {"ephemeral_gpu_offload": True},
-        "fan_in_fan_out": True, "never_heard_of": 1, "__class__": "os",
+        "fan_in_fan_out": True, "unknown_setting": 1, "__class__": "os",
     }.items()),
-    Attack("another base in the configuration", config(base_model_name_or_path="/etc", revision="main"), None),
-    Attack("a hub id as its base", config(base_model_name_or_path="someone/elses-model"), None),
-    Attack("not LoRA", config(peft_type="PROMPT_TUNING"), "not_lora"),
+    Attack("another base model in the configuration", set_config(base_model_name_or_path="/etc", revision="main"), None),
+    Attack("a hub id as the base model", set_config(base_model_name_or_path="org/other-model"), None),
+    Attack("not LoRA", set_config(peft_type="PROMPT_TUNING"), "not_lora"),
     # numbers
-    *(Attack(f"rank {rank!r}", config(r=rank), "config_value")
+    *(Attack(f"rank {rank!r}", set_config(r=rank), "config_value")
       for rank in (10**9, 4 * 10**6, 0, -4, 4.0, True, "4", None, 10**30, [4])),
-    Attack("another rank than the weights'", config(r=5), "rank"),
-    Attack("rank_pattern of 1e9", config(rank_pattern={"q_proj": 10**9}), "config_value"),
-    Attack("rank_pattern other than the weights", config(rank_pattern={"q_proj": 512}), "rank"),
-    Attack("alpha NaN", text('{"peft_type":"LORA","r":4,"lora_alpha":NaN,"target_modules":["q_proj"]}'),
+    Attack("a rank that differs from the weights", set_config(r=5), "rank"),
+    Attack("rank_pattern of 1e9", set_config(rank_pattern={"q_proj": 10**9}), "config_value"),
+    Attack("a rank_pattern that differs from the weights", set_config(rank_pattern={"q_proj": 512}), "rank"),
+    Attack("alpha NaN", write_config('{"peft_type":"LORA","r":4,"lora_alpha":NaN,"target_modules":["q_proj"]}'),
            "config_value"),
-    Attack("alpha infinite", config(lora_alpha=math.inf), "config_value"),
-    Attack("alpha 1e300", config(lora_alpha=1e300), "config_value"),
-    Attack("alpha_pattern NaN", config(alpha_pattern={"q_proj": math.nan}), "config_value"),
+    Attack("alpha infinite", set_config(lora_alpha=math.inf), "config_value"),
+    Attack("alpha 1e300", set_config(lora_alpha=1e300), "config_value"),
+    Attack("alpha_pattern NaN", set_config(alpha_pattern={"q_proj": math.nan}), "config_value"),
     # regular expressions
-    Attack("target_modules that backtracks", config(target_modules=REDOS), "targets_not_literal"),
-    Attack("target_modules with an expression", config(target_modules=[REDOS]), "targets_not_literal"),
-    Attack("rank_pattern that backtracks", config(rank_pattern={REDOS: 4}), "targets_not_literal"),
-    Attack("alpha_pattern that backtracks", config(alpha_pattern={REDOS: 4}), "targets_not_literal"),
-    Attack("20001 targets", config(target_modules=["q_proj"] * 20_001), "targets_not_literal"),
-    Attack("long targets", config(target_modules=["q" * 129]), "targets_not_literal"),
-    # tensors that are no adapter
-    Attack("a tensor that overwrites the base's", overwriting(".weight"), "overwrites_base"),
-    Attack("a tensor that overwrites a base_layer", overwriting(".base_layer.weight"), "overwrites_base"),
-    Attack("a bias of a base_layer", overwriting(".base_layer.bias"), "overwrites_base"),
-    Attack("the head", added("base_model.model.lm_head.weight", (4, 4)), "vocabulary_resized"),
-    Attack("an unknown tensor", added("base_model.model.evil"), "foreign_tensor"),
-    Attack("the magnitudes of DoRA", added("base_model.model.x.lora_magnitude_vector"), "dora_weights"),
-    Attack("integers for weights", retyped("I8"), "dtype"),
+    Attack("target_modules that backtracks", set_config(target_modules=REDOS), "targets_not_literal"),
+    Attack("target_modules with a regular expression", set_config(target_modules=[REDOS]), "targets_not_literal"),
+    Attack("rank_pattern that backtracks", set_config(rank_pattern={REDOS: 4}), "targets_not_literal"),
+    Attack("alpha_pattern that backtracks", set_config(alpha_pattern={REDOS: 4}), "targets_not_literal"),
+    Attack("20001 targets", set_config(target_modules=["q_proj"] * 20_001), "targets_not_literal"),
+    Attack("long targets", set_config(target_modules=["q" * 129]), "targets_not_literal"),
+    # tensors that do not belong to a LoRA adapter
+    Attack("a tensor that overwrites one of the base model", overwrite_base(".weight"), "overwrites_base"),
+    Attack("a tensor that overwrites a base_layer", overwrite_base(".base_layer.weight"), "overwrites_base"),
+    Attack("a bias of a base_layer", overwrite_base(".base_layer.bias"), "overwrites_base"),
+    Attack("an output head", add_tensor("base_model.model.lm_head.weight", (4, 4)), "vocabulary_resized"),
+    Attack("an unknown tensor", add_tensor("base_model.model.evil"), "foreign_tensor"),
+    Attack("DoRA magnitudes", add_tensor("base_model.model.x.lora_magnitude_vector"), "dora_weights"),
+    Attack("integer weights", change_dtype("I8"), "dtype"),
     # headers
     Attack("header of 2**63 bytes", lambda d: (d / WEIGHTS).write_bytes(struct.pack("<Q", 2**63) + b"{}"), "bad_file"),
     Attack("header of 2**64-1 bytes", lambda d: (d / WEIGHTS).write_bytes(b"\xff" * 8 + b"{}"), "bad_file"),
-    Attack("header longer than read", header(b"{" + b" " * (9 << 20) + b"}", b""), "bad_file"),
-    Attack("too many tensors", many_tensors, "bad_file"),
-    Attack("a bomb of empty lists", bomb_of_lists, "bad_file"),
-    Attack("overlap", header({"a": entry(), "b": entry()}), "bad_file"),
-    Attack("hole", header({"a": entry(8, 16)}, bytes(16)), "bad_file"),
-    Attack("trailing bytes", raw_weights(lambda raw: raw + b"\0"), "bad_file"),
-    Attack("truncated", raw_weights(lambda raw: raw[:-1]), "bad_file"),
-    Attack("truncated in the header", raw_weights(lambda raw: raw[:100]), "bad_file"),
-    Attack("empty file", raw_weights(lambda _: b""), "bad_file"),
-    Attack("bogus type", header({"a": entry(dtype="F31")}), "bad_file"),
-    Attack("overflowing shape", header({"a": entry(shape=(2**62, 2**62))}), "bad_file"),
-    Attack("duplicate names", header(f"{ONE},{ONE[1:]}}}".encode()), "bad_file"),
-    Attack("deep header", header(b'{"a":' * 40_000), "bad_file"),
-    Attack("a zip under the weights' name", raw_weights(lambda raw: b"PK\3\4" + raw), "bad_file"),
-    Attack("8 GB without content", sparse, "weights_missing"),
+    Attack("header longer than the limit", write_header(b"{" + b" " * (9 << 20) + b"}", b""), "bad_file"),
+    Attack("too many tensors", write_many_tensors, "bad_file"),
+    Attack("a header of millions of empty lists", write_list_bomb, "bad_file"),
+    Attack("overlapping tensors", write_header({"a": entry(), "b": entry()}), "bad_file"),
+    Attack("gap before the first tensor", write_header({"a": entry(8, 16)}, bytes(16)), "bad_file"),
+    Attack("trailing bytes", change_bytes(lambda raw: raw + b"\0"), "bad_file"),
+    Attack("truncated", change_bytes(lambda raw: raw[:-1]), "bad_file"),
+    Attack("truncated in the header", change_bytes(lambda raw: raw[:100]), "bad_file"),
+    Attack("empty file", change_bytes(lambda _: b""), "bad_file"),
+    Attack("unknown data type", write_header({"a": entry(dtype="F31")}), "bad_file"),
+    Attack("overflowing shape", write_header({"a": entry(shape=(2**62, 2**62))}), "bad_file"),
+    Attack("duplicate names", write_header(f"{ENTRY_A},{ENTRY_A[1:]}}}".encode()), "bad_file"),
+    Attack("deeply nested header", write_header(b'{"a":' * 40_000), "bad_file"),
+    Attack("a zip file named like the weights", change_bytes(lambda raw: b"PK\3\4" + raw), "bad_file"),
+    Attack("a sparse file of 8 GB", write_sparse_file, "weights_missing"),
     Attack(
         "git LFS pointer",
         lambda d: (d / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n"),
         "git_lfs_pointer",
     ),
-    # the configuration's file
-    Attack("deep configuration", text("[" * 200_000), "bad_file"),
-    Attack("configuration deep in objects", text('{"a":' * 40_000), "bad_file"),
-    Attack("large configuration", text(" " * (257 << 10)), "bad_file"),
-    Attack("empty configuration", text(""), "bad_file"),
-    Attack("configuration is a list", text("[]"), "bad_file"),
-    Attack("configuration is not UTF-8", text(b'{"r": "\xff"}'), "bad_file"),
-    Attack("a number of 5000 digits", text('{"r": ' + "1" * 5000 + "}"), "bad_file"),
-    Attack("a setting twice", text('{"r": 4, "r": 1000000000}'), "bad_file"),
-    Attack("settings named to be printed", config(**{"\x1b[2J\n\u202eevil": 1}), "unsupported_setting"),
-    # what is no file
-    Attack("weights are a FIFO", instead(WEIGHTS, os.mkfifo), "bad_file"),
-    Attack("weights are a socket", instead(WEIGHTS, bind), "bad_file"),
-    Attack("weights are a directory", instead(WEIGHTS, Path.mkdir), "bad_file"),
-    Attack("weights are a device", instead(WEIGHTS, link("/dev/zero")), "bad_file"),
-    Attack("weights are a link out", instead(WEIGHTS, link(f"../moved-{WEIGHTS}")), "bad_file"),
-    Attack("weights are a dangling link", instead(WEIGHTS, link("nowhere")), "bad_file"),
-    Attack("weights are a link to themselves", instead(WEIGHTS, link(WEIGHTS)), "bad_file"),
-    Attack("configuration is a FIFO", instead(CONFIG, os.mkfifo), "bad_file"),
-    Attack("configuration is a socket", instead(CONFIG, bind), "bad_file"),
-    Attack("configuration is a directory", instead(CONFIG, Path.mkdir), "bad_file"),
-    Attack("configuration is a link out", instead(CONFIG, link("/etc/passwd")), "bad_file"),
+    # the configuration file
+    Attack("deeply nested configuration", write_config("[" * 200_000), "bad_file"),
+    Attack("configuration of deeply nested objects", write_config('{"a":' * 40_000), "bad_file"),
+    Attack("large configuration", write_config(" " * (257 << 10)), "bad_file"),
+    Attack("empty configuration", write_config(""), "bad_file"),
+    Attack("configuration is a list", write_config("[]"), "bad_file"),
+    Attack("configuration is not UTF-8", write_config(b'{"r": "\xff"}'), "bad_file"),
+    Attack("a number of 5000 digits", write_config('{"r": ' + "1" * 5000 + "}"), "bad_file"),
+    Attack("a duplicate setting", write_config('{"r": 4, "r": 1000000000}'), "bad_file"),
+    Attack("control characters in the name of a setting", set_config(**{"\x1b[2J\n\u202eevil": 1}), "unsupported_setting"),
+    # special files and links in place of files
+    Attack("weights are a FIFO", replace(WEIGHTS, os.mkfifo), "bad_file"),
+    Attack("weights are a socket", replace(WEIGHTS, bind_socket), "bad_file"),
+    Attack("weights are a directory", replace(WEIGHTS, Path.mkdir), "bad_file"),
+    Attack("weights are a device", replace(WEIGHTS, link_to("/dev/zero")), "bad_file"),
+    Attack("weights are a link to the outside", replace(WEIGHTS, link_to(f"../moved-{WEIGHTS}")), "bad_file"),
+    Attack("weights are a dangling link", replace(WEIGHTS, link_to("nowhere")), "bad_file"),
+    Attack("weights are a link to themselves", replace(WEIGHTS, link_to(WEIGHTS)), "bad_file"),
+    Attack("configuration is a FIFO", replace(CONFIG, os.mkfifo), "bad_file"),
+    Attack("configuration is a socket", replace(CONFIG, bind_socket), "bad_file"),
+    Attack("configuration is a directory", replace(CONFIG, Path.mkdir), "bad_file"),
+    Attack("configuration is a link to the outside", replace(CONFIG, link_to("/etc/passwd")), "bad_file"),
     Attack("no weights", lambda d: (d / WEIGHTS).unlink(), "missing_file"),
     Attack("no configuration", lambda d: (d / CONFIG).unlink(), "missing_file"),
-    # what lies beside them
-    Attack("a chat template that never ends", beside("chat_template.jinja", TEMPLATE), None),
-    Attack("a tokenizer with a template", beside("tokenizer_config.json", json.dumps({"chat_template": TEMPLATE})), None),
-    Attack("modules beside it", module, None),
-    Attack("a manifest that is a FIFO", lambda d: _fifo(d / MANIFEST_NAME), None),
-    Attack("a manifest that is deep", beside(MANIFEST_NAME, "[" * 200_000), None),
-    Attack("a large manifest", beside(MANIFEST_NAME, " " * (2 << 20)), None),
-    Attack("a card that is a link out", lambda d: _linked(d / CARD_NAME, "/etc/passwd"), None),
-    # numbers that only reading the weights shows
-    Attack("NaN in the weights", filled(struct.pack("<f", math.nan)), "not_finite", scanned=True),
-    Attack("infinity in the weights", filled(struct.pack("<f", -math.inf)), "not_finite", scanned=True),
-    Attack("B all zero", tensors(b_all_zero), "b_all_zero", scanned=True),
+    # other files in the directory
+    Attack("a chat template that never ends", add_file("chat_template.jinja", TEMPLATE), None),
+    Attack("a tokenizer with a template", add_file("tokenizer_config.json", json.dumps({"chat_template": TEMPLATE})), None),
+    Attack("Python modules in the directory", write_modules, None),
+    Attack("a manifest that is a FIFO", lambda d: _replace_by_fifo(d / MANIFEST_NAME), None),
+    Attack("a deeply nested manifest", add_file(MANIFEST_NAME, "[" * 200_000), None),
+    Attack("a large manifest", add_file(MANIFEST_NAME, " " * (2 << 20)), None),
+    Attack("a card that is a link to the outside", lambda d: _replace_by_link(d / CARD_NAME, "/etc/passwd"), None),
+    # values that are detected only by reading the weights
+    Attack("NaN in the weights", fill_start(struct.pack("<f", math.nan)), "not_finite", scanned=True),
+    Attack("infinity in the weights", fill_start(struct.pack("<f", -math.inf)), "not_finite", scanned=True),
+    Attack("every B is zero", change_tensors(zero_every_b), "b_all_zero", scanned=True),
 ]  # fmt: skip
 
 
-def _fifo(path: Path) -> None:
+def _replace_by_fifo(path: Path) -> None:
     path.unlink(missing_ok=True)
     os.mkfifo(path)
 
 
-def _linked(path: Path, target: str) -> None:
+def _replace_by_link(path: Path, target: str) -> None:
     path.unlink(missing_ok=True)
     path.symlink_to(target)

@@ -1,4 +1,4 @@
-"""Every hostile adapter through the door that computes: the real inference process, with a toy base."""
+"""Load every hostile adapter in a real inference worker, with a tiny base model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.attacks.adapters import ATTACKS, marker_of
 from tests.tiny_models import write_tiny_adapter, write_tiny_base
 
 TEXT = {"prompt": "def f", "max_new_tokens": 8}
-MORE_BYTES = 200 << 20  # that the process may grow by, through all of them
+MAX_GROWTH_BYTES = 200 << 20  # of the worker's resident memory, over all attacks
 
 
 @pytest.fixture
@@ -26,29 +26,27 @@ async def manager(data_dir: Path) -> AsyncIterator[PEFTManager]:
 
 @pytest.mark.model
 @pytest.mark.timeout(300)
-async def test_no_hostile_adapter_takes_effect_and_the_one_that_was_loaded_stays(
-    manager: PEFTManager, tmp_path: Path
-) -> None:
+async def test_a_rejected_hostile_adapter_leaves_the_loaded_one_active(manager: PEFTManager, tmp_path: Path) -> None:
     base = write_tiny_base(tmp_path / "base")
-    sound = str(write_tiny_adapter(tmp_path / "sound", base, seed=1))
-    assert (await manager.load_adapter(sound, str(base))).status == "loaded"
+    valid = str(write_tiny_adapter(tmp_path / "valid", base, seed=1))
+    assert (await manager.load_adapter(valid, str(base))).status == "loaded"
     expected = (await manager.generate(TEXT)).text
-    host = psutil.Process(manager._inference._client.pid)
-    before = host.memory_info().rss
+    worker = psutil.Process(manager._inference._client.pid)
+    rss_before = worker.memory_info().rss
     for number, attack in enumerate(ATTACKS):
         adapter = write_tiny_adapter(tmp_path / str(number) / "adapter", base, seed=2)
-        (adapter / MANIFEST_NAME).unlink()  # its hashes would give every change away
-        attack.spoil(adapter)
-        answer = await manager.load_adapter(str(adapter), str(base), accept_unproven_base=True)
+        (adapter / MANIFEST_NAME).unlink()  # its hashes would reveal every change
+        attack.apply(adapter)
+        result = await manager.load_adapter(str(adapter), str(base), accept_unproven_base=True)
         assert not marker_of(adapter).exists(), attack.name
-        assert manager._inference._client.pid == host.pid, attack.name  # it did not die
+        assert manager._inference._client.pid == worker.pid, attack.name  # the worker did not die
         if attack.code is None:
-            assert answer.status == "loaded", (attack.name, answer.reason)
+            assert result.status == "loaded", (attack.name, result.reason)
             assert (await manager.unload_adapter(str(adapter))).status == "unloaded"
-            assert (await manager.load_adapter(sound, str(base))).status == "loaded"
+            assert (await manager.load_adapter(valid, str(base))).status == "loaded"
             continue
-        assert answer.status == "fallback", attack.name
-        assert answer.adapter_path == sound
-        assert attack.code in {reason.code for reason in answer.reasons}, attack.name
+        assert result.status == "fallback", attack.name
+        assert result.adapter_path == valid
+        assert attack.code in {reason.code for reason in result.reasons}, attack.name
     assert (await manager.generate(TEXT)).text == expected
-    assert host.memory_info().rss < before + MORE_BYTES
+    assert worker.memory_info().rss < rss_before + MAX_GROWTH_BYTES
