@@ -5,7 +5,7 @@ that cannot be used names the record, the rule that it breaks, and the formats t
 
 To add a record format:
 1. Add a member to `RecordFormat` (its value is the example that error messages show) and its required keys to `_KEYS`. No other
-   format's keys may be a subset of them, and the other way round: the keys are all that tells formats apart.
+   format's keys may be a subset of them, and the other way round: only the keys distinguish formats.
 2. Parse it in `parse`: `Record.texts` are (text, learn) pairs in the order in which they are tokenised.
 3. If its records may be split when they are too long, add it to the split formats in `examples.examples_from_record` and
    `summarise._expected_examples`.

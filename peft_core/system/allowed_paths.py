@@ -1,4 +1,4 @@
-"""Decide which paths may be read: locations of credentials and private data are never training data, whoever asks.
+"""Decide which paths may be read: locations of credentials and private data are never training data.
 
 The request may come from an assistant that was manipulated by text in some repository (prompt injection). Every symbolic link
 is followed before a path is judged, and errors do not reveal whether anything exists there.

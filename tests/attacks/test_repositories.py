@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_core.data import git as asked
+from peft_core.data import git as product_git
 from peft_core.data import walk as walk_module
 from peft_core.data.git import head_state
 from peft_core.data.read_text import decode, read_text
@@ -152,8 +152,8 @@ def test_a_repository_cannot_make_git_run_anything(
     (root / "src" / "module_0.py").write_text(CODE)  # changed: git has to look at it
     assert names(root) >= MODULES
     head_state(root)
-    asked.is_shallow(root)
-    asked.commit_times(root)
+    product_git.is_shallow(root)
+    product_git.commit_times(root)
     summarise_source(str(root))
     assert not marker.exists()
 
@@ -173,7 +173,7 @@ def test_a_damaged_git_directory_does_no_harm(root: Path, file: str, content: by
 
 @pytest.mark.parametrize("file", ["config", "info/exclude"])
 def test_git_never_blocks_on_a_pipe(root: Path, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asked, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(product_git, "TIMEOUT_S", 0.5)
     (root / ".git" / file).unlink(missing_ok=True)
     os.mkfifo(root / ".git" / file)
     started = time.monotonic()
@@ -182,8 +182,8 @@ def test_git_never_blocks_on_a_pipe(root: Path, file: str, monkeypatch: pytest.M
 
 
 def test_an_endless_git_index_is_not_read_into_memory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asked, "MAX_OUTPUT_BYTES", 10)
-    assert asked.listed_files(root) is None
+    monkeypatch.setattr(product_git, "MAX_OUTPUT_BYTES", 10)
+    assert product_git.listed_files(root) is None
     assert names(root) == MODULES
 
 
@@ -214,7 +214,7 @@ def test_names_that_lead_outside_the_root_are_not_followed(
 ) -> None:
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "private.py").write_text(CODE)
-    monkeypatch.setattr(asked, "listed_files", lambda _: [name, "src/module_0.py"])
+    monkeypatch.setattr(product_git, "listed_files", lambda _: [name, "src/module_0.py"])
     assert names(root) == {"src/module_0.py"}
 
 

@@ -120,9 +120,9 @@ def test_loss_and_gradient_in_bf16_match_float32_up_to_rounding(
         loss = objective.loss(join(tiny_documents((70, 40, 9)), torch.device("cpu")))
         gradients = torch.autograd.grad(loss, list(lora.weights(model).values()))
         found.append((loss.item(), torch.cat([gradient.flatten() for gradient in gradients])))
-    (loss, gradient), (narrow_loss, narrow_gradient) = found
-    assert narrow_loss == pytest.approx(loss, rel=5e-3)
-    assert (narrow_gradient - gradient).norm() < 0.05 * gradient.norm()
+    (loss, gradient), (bf16_loss, bf16_gradient) = found
+    assert bf16_loss == pytest.approx(loss, rel=5e-3)
+    assert (bf16_gradient - gradient).norm() < 0.05 * gradient.norm()
 
 
 def test_a_block_that_is_not_fused_in_bf16_leaves_its_weights_in_place(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def save_scores(path: Path, scores: Scores) -> None:
 
 
 def load_scores(path: Path, key: str, examples: int) -> Scores | None:
-    """Return the saved scores of the run with this key on so many held-out examples, or None if there are none."""
+    """Return the saved scores of the run with this key on so many held-out examples, or None."""
     try:
         scores = Scores.model_validate_json(path.read_bytes())
     except (OSError, ValidationError):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from peft_core.modeling import attention_bf16 as narrow_attention
+from peft_core.modeling import attention_bf16
 from peft_core.modeling.attention_bf16 import Bf16Attention
 
 _SCALE = 0.3
@@ -70,13 +70,13 @@ def test_tokens_attend_to_no_other_document_and_no_later_token() -> None:
 def test_padding_limits_the_number_of_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """OneDNN compiles a kernel for each shape."""
     shapes = set()
-    plain = narrow_attention._weights
+    plain = attention_bf16._weights
 
     def seen(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         shapes.add((query.shape[1], key.shape[1]))
         return plain(query, key)
 
-    monkeypatch.setattr(narrow_attention, "_weights", seen)
+    monkeypatch.setattr(attention_bf16, "_weights", seen)
     for length in range(1, 513, 3):
         query, key, value, _ = inputs([length, 40], 2, 1)
         Bf16Attention.apply(query, key, value, (length, 40), _SCALE)

@@ -63,9 +63,9 @@ def test_joint_outputs_and_gradients_equal_those_of_single_layers(
     expected = torch.autograd.grad(expected_TO, leaves, grad_TO)
 
     with torch.no_grad():
-        narrow_TI = x_TI.detach().to(projections.dtype)
-        out_TO, down_TR = projections.forward(projections.to_buffer(narrow_TI), matrices)
-        arguments = (grad_TO.to(projections.dtype), narrow_TI, down_TR, matrices)
+        bf16_TI = x_TI.detach().to(projections.dtype)
+        out_TO, down_TR = projections.forward(projections.to_buffer(bf16_TI), matrices)
+        arguments = (grad_TO.to(projections.dtype), bf16_TI, down_TR, matrices)
         grad_x, grads = projections.backward(*arguments, grad_x=True)
         no_grad_x, same_grads = projections.backward(*arguments, grad_x=False)
 

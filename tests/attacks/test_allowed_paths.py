@@ -19,7 +19,7 @@ from peft_core.jobs.store import Store
 from peft_core.manager import PEFTManager
 from peft_core.schemas.events import JobCancelled
 from peft_core.schemas.results import Status
-from peft_core.system import allowed_paths as places
+from peft_core.system import allowed_paths
 from peft_core.system.allowed_paths import require_data_path
 from tests.attacks.test_repositories import CODE
 from tests.factories import make_job
@@ -127,7 +127,7 @@ async def test_a_directory_next_to_a_private_place_is_allowed(home: Path, manage
 async def test_another_users_home_is_refused_and_a_service_directory_is_not(
     home: Path, manager: PEFTManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nobody, homes, sites = pwd.getpwuid(0), places._HOME_PARENTS[0], Path("/sites")
+    nobody, homes, sites = pwd.getpwuid(0), allowed_paths._HOME_PARENTS[0], Path("/sites")
     users = [struct_passwd((*nobody[:5], str(directory), nobody[6])) for directory in (homes / "bob", sites, "/")]
     monkeypatch.setattr(pwd, "getpwall", lambda: users)
     await refused(manager, str(homes / "bob"))
