@@ -30,9 +30,8 @@ OVERLAP_THRESHOLD = 0.5  # an example counts as trained on if at least this shar
 _MAX_HASHES = 1 << 16
 _MAX_SMALLEST_HASHES = 60_000
 _SHINGLE_LINES = 3
-_HEADER = struct.Struct(
-    "<8sQQ"
-)  # magic, divisor, divisor_of_smallest; then the hashes, 8 bytes each, in ascending order
+# Magic, divisor, divisor_of_smallest. The hashes follow, 8 bytes each, in ascending order.
+_HEADER = struct.Struct("<8sQQ")
 _MAGIC = b"peftsee2"
 
 

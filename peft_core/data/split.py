@@ -96,9 +96,8 @@ def split(
     """
     training = purpose is DatasetPurpose.TRAINING
     group_of_file = _groups_by_answer(keys)
-    if (
-        len(set(group_of_file.values())) == 1
-    ):  # all files give one answer: `remove_overlap` separates the examples later
+    if len(set(group_of_file.values())) == 1:
+        # All files give one answer: `remove_overlap` separates the examples later.
         group_of_file = {file: file for file in group_of_file}
     group_keys = [key._replace(file=group_of_file[key.file]) for key in with_canonical_digests(keys, signatures)]
     held_out_groups = _choose_held_out(

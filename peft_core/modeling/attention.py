@@ -115,7 +115,7 @@ def _attend_each_document(call: _Call) -> torch.Tensor:
 
 
 def _runs_flash(call: _Call) -> bool:
-    """Whether flash attention's kernel accepts the call: bf16 on a CUDA GPU, with a head size that is common in models."""
+    """Return whether flash attention's kernel accepts the call: bf16 on a CUDA GPU, with a common head size."""
     query_BHTD = call.query_BHTD
     size = query_BHTD.shape[-1]
     fits = query_BHTD.is_cuda and query_BHTD.dtype == torch.bfloat16 and size % 8 == 0 and size <= 128
@@ -128,7 +128,7 @@ def _attend_by_flash(call: _Call) -> torch.Tensor:
 
 @lru_cache
 def _has_flash(device: torch.device) -> bool:
-    """Whether this build of torch has the kernel for this GPU, tried with two tiny documents, forward and backward."""
+    """Try the kernel with two tiny documents, forward and backward: not every build of torch has it for every GPU."""
     query_1HTD = torch.zeros(1, 2, 8, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
     key_1KTD = query_1HTD[:, :1]
     try:
@@ -212,9 +212,8 @@ class _DocumentAttention(torch.autograd.Function):
             out, sums = _ATTEND(query_BHLD, key_BKLD, value_BKLD, 0.0, True, scale=scale)
             out_BHLD.copy_(out)
             sums_BHL.append(sums)
-        own_value = (
-            value_BKTD.transpose(1, 2).contiguous().transpose(1, 2)
-        )  # without the query and key that share its memory
+        # A copy, without the query and key that share its memory:
+        own_value = value_BKTD.transpose(1, 2).contiguous().transpose(1, 2)
         ctx.save_for_backward(query_BHTD, key_BKTD, own_value, out_BTHD, *sums_BHL)
         ctx.lengths, ctx.scale = lengths, scale
         return out_BTHD

@@ -54,7 +54,7 @@ def fuse(model: PeftModel) -> FusionStats:
     """
     if next(model.parameters()).device.type == "mps":
         return FusionStats(blocks=0, linears=0)
-    inside = set[int]()
+    inside: set[int] = set()
     blocks = 0
     for block in _proven_blocks(model):
         for linears in (block.query_key_value, block.output, block.gate_and_up, block.down):
@@ -73,9 +73,9 @@ def fuse(model: PeftModel) -> FusionStats:
 
 
 def _proven_blocks(model: PeftModel) -> Iterator[_Block]:
-    """Yield the blocks that match their reference, one by one: until it is adopted, a block holds its weights twice."""
+    """Yield the blocks that match their reference, one by one, because a block holds its weights twice until it is adopted."""
     rotary = next((module for name, module in model.named_modules() if name.endswith("rotary_emb")), None)
-    reasons = set[str]()
+    reasons: set[str] = set()
     for module in list(model.modules()):
         block = _block_of(module, reasons)
         if block is None:
@@ -139,7 +139,7 @@ _MLP_PARTS = {"gate_proj", "up_proj", "down_proj"}
 
 
 def _block_of(module: nn.Module, reasons: set[str]) -> _Block | None:
-    """Return the module as a decoder block. If it is one with other parts or settings, return None and add the `reasons`."""
+    """Return the module as a decoder block. If it has unsupported parts or settings, return None and add to `reasons`."""
     parts = dict(module.named_children())
     if set(parts) != _PARTS:
         return None  # no decoder block at all, as most modules
@@ -237,12 +237,12 @@ def _adapter(layer: nn.Module) -> _Matrices:
 
 
 def _is_projection(module: nn.Module) -> bool:
-    """Whether a module is a frozen linear layer, with a plain adapter or without one."""
+    """Return whether a module is a frozen linear layer, with a plain adapter or without one."""
     return _is_plain(module) or _is_frozen(module)
 
 
 def _is_plain(module: nn.Module | None) -> TypeGuard[LoraLinear]:
-    """Whether a module computes W x + bias + s B A x in float32, and nothing else."""
+    """Return whether a module computes W x + bias + s B A x in float32, and nothing else."""
     if type(module) is not LoraLinear or list(module.lora_A) != [_ADAPTER] or module.lora_variant:
         return False
     return (
@@ -259,16 +259,15 @@ def _is_frozen(module: object) -> bool:
 
 def _norm_of(module: nn.Module) -> _Norm | None:
     weight = getattr(module, "weight", None)
-    epsilon: object = getattr(module, "variance_epsilon", None) or getattr(
-        module, "eps", None
-    )  # models use either name
+    # Models use either name.
+    epsilon: object = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
     if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, nn.Parameter) or weight.requires_grad:
         return None
     return _Norm(weight, epsilon) if weight.dtype == torch.float32 and isinstance(epsilon, float) else None
 
 
 def _matches_reference(block: _Block, rotary: nn.Module) -> bool:
-    """Whether a block's own forward and the fused one agree on two tiny documents, up to rounding.
+    """Return whether a block's own forward and the fused one agree on two tiny documents, up to rounding.
 
     B is still zero, so that this compares the frozen part alone; LoRA is the same function for every layer.
     """

@@ -226,9 +226,8 @@ class _MemoryModel:
         """Return what is stored for the backward pass."""
         shape = self.base.shape
         per_layer = self.micro_tokens * activation_bytes(self.config, self.base, self.device, bf16=self.bf16)
-        if (
-            self.device == "mps"
-        ):  # its attention has no backward of its own: the scores of all pairs are stored, in float32
+        if self.device == "mps":
+            # Its attention has no backward pass of its own: the scores of all pairs of tokens are stored, in float32.
             per_layer += 4 * shape.heads * self.micro_tokens**2
         if self.plan.recompute_layers:
             return per_layer + shape.layers * self.micro_tokens * 4 * shape.hidden_size

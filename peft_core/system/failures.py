@@ -32,9 +32,8 @@ class TaskKind:
 
 def error_info(error: BaseException, task: TaskKind) -> ErrorInfo:
     """Describe an exception: our own errors as they are, running out of memory with advice, any other by type and text."""
-    while (
-        isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1
-    ):  # a task group wraps even a single error
+    # A task group wraps even a single error.
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     if isinstance(error, PeftMcpError):
         return ErrorInfo.from_error(error)

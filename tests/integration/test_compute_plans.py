@@ -137,9 +137,8 @@ def test_a_block_that_is_not_fused_in_bf16_leaves_its_weights_in_place(tmp_path:
     assert fused == FusionStats(blocks=1, linears=2)
     assert layer.self_attn.k_proj.stored.storage.untyped_storage().data_ptr() == file
     query = layer.self_attn.q_proj.base_layer.stored
-    assert (
-        query.storage.untyped_storage().nbytes() == query.nbytes + 2 * query.shape[0] * 4
-    )  # its own columns for B alone
+    # The concatenated matrix has additional columns for B only.
+    assert query.storage.untyped_storage().nbytes() == query.nbytes + 2 * query.shape[0] * 4
 
 
 def test_bf16_weights_are_used_without_a_copy(tmp_path: Path) -> None:

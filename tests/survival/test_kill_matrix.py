@@ -17,9 +17,8 @@ from tests.survival.wire import server
 pytestmark = pytest.mark.survival
 
 SEED = int(os.environ.get("PEFT_SURVIVAL_SEED", random.SystemRandom().randrange(10**6)))
-ROUNDS = float(
-    os.environ.get("PEFT_SURVIVAL_ROUNDS", "0.25")
-)  # below 1: a part of the kills, which depends on the seed
+# Below 1: a part of the kills, which depends on the seed.
+ROUNDS = float(os.environ.get("PEFT_SURVIVAL_ROUNDS", "0.25"))
 
 
 def shuffled(kills: list[Kill], salt: str) -> list[Kill]:

@@ -130,9 +130,8 @@ def test_a_missing_or_damaged_checkpoint_loads_as_none(tmp_path: Path) -> None:
     for damaged in (b"", b"junk", intact[: len(intact) // 2]):
         (tmp_path / "state.pt").write_bytes(damaged)
         assert load_checkpoint(tmp_path, "key") is None
-    torch.save(
-        {"format": 1, "key": "key", "progress": Path}, tmp_path / "state.pt"
-    )  # a class, which only unpickling with code execution would load
+    # `Path` is a class, which only unpickling with code execution would load.
+    torch.save({"format": 1, "key": "key", "progress": Path}, tmp_path / "state.pt")
     assert load_checkpoint(tmp_path, "key") is None
 
 
