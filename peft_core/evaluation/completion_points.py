@@ -13,8 +13,8 @@ from dataclasses import dataclass
 Offsets = Sequence[tuple[int, int]]  # begin and end of each token in the text, in characters
 
 _MIN_WORD_CHARACTERS = 3  # letters or digits in a line: brackets and `else:` are too easy to predict
-_MIN_PROMPT_LINES = 3  # visible ones
-EXPECTED_LINES = 3  # a completion has at most
+_MIN_PROMPT_LINES = 3  # lines of a prompt that are not blank
+EXPECTED_LINES = 3  # most lines of a completion
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from peft_core.schemas.dataset import Example, Segment
 
 
 def stdlib_examples() -> list[Example]:
+    """Return the packaged functions as examples."""
     directory = files("peft_core.evaluation").joinpath("stdlib_code_samples")
     lines = directory.joinpath("code.jsonl").read_text(encoding="utf-8").splitlines()
     functions = [json.loads(line) for line in lines]

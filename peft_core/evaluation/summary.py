@@ -5,7 +5,7 @@ The verdict follows from two rules.
 1. The held-out loss decides. If it changes by at least MIN_EFFECT and the 95 % confidence interval of the change excludes
    zero, the adapter helps (the loss falls) or harms (it rises). Otherwise there is no demonstrable difference. Without an
    interval (fewer than five files and fewer than five examples) there is none either.
-2. An adapter that forgets harms, whatever it does for the project: the loss on general code rises by more than
+2. An adapter also harms if it forgets, regardless of the held-out loss: the loss on general code rises by more than
    FORGETTING_THRESHOLD, with an interval above zero, and by more than the held-out loss falls.
 
 Exact lines and edit similarity are reported but do not decide. On small held-out sets their changes are smaller than their

@@ -27,8 +27,8 @@ class _Saved:
 class ActivationArena:
     """Holds the saved tensors of one forward pass at a time; its memory lives as long as the object.
 
-    Each saved tensor is copied once per save, which suits models that save few tensors and none twice, as fused blocks in
-    bf16. Weights are not copied.
+    A tensor is copied each time it is saved. That suits models that save few tensors and none twice, such as those with fused
+    blocks in bf16. Weights are not copied.
     """
 
     def __init__(self, model: nn.Module) -> None:

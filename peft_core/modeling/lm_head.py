@@ -17,7 +17,7 @@ from peft_core.planning.cost_model import LOGITS_IN_FLOAT32, LOSS_POSITIONS
 
 
 class ChunkedLMHead:
-    """An output head W and a reused buffer for the logits of one chunk: fresh memory for each chunk takes a quarter longer."""
+    """An output head W with a buffer for the logits of one chunk, because fresh memory for each one is a quarter slower."""
 
     def __init__(self, W_VD: FrozenMatrix) -> None:
         self._W_VD = W_VD
@@ -86,7 +86,7 @@ class ChunkedLMHead:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Computes the gradient in its forward pass: the head is frozen, so that of the hidden states is all there is."""
+    """Computes the gradient in its forward pass. The head is frozen, so only the hidden states have a gradient."""
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: torch.Tensor, head: ChunkedLMHead, target_N: torch.Tensor) -> torch.Tensor:

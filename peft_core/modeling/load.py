@@ -1,4 +1,4 @@
-"""Loading a base model: mapped from its files with frozen layers, or by transformers as a whole.
+"""Loading of a base model: mapped from its files with frozen layers, or loaded completely by transformers.
 
 Three steps, from the inside out: layers whose weights stay in their stored form (`FrozenLinear`, `FrozenEmbedding`), a model
 made of them (`load_mapped`), and the choice that a compute plan makes (`load_planned`).
@@ -110,8 +110,8 @@ def load_mapped(base: Base, directory: Path, *, in_bfloat16: bool = False) -> Pr
     `directory`: the base model as a Hugging Face directory, for its configuration. `in_bfloat16`: for products in bf16, which
     copies matrices that are stored in another format.
 
-    Returns None if the model has weights that are neither linear layers, embeddings nor vectors, or cannot be mapped: load it
-    as a whole then.
+    Returns None if the model has weights that are neither linear layers, embeddings nor vectors, or if it cannot be mapped:
+    `load_base` then loads it.
     """
     refuse_adapter(directory)
     try:
@@ -222,10 +222,10 @@ def _require_all_weights(directory: Path) -> None:
 def load_planned(
     base: Base, directory: Path, compute_plan: ComputePlan, device_plan: DevicePlan
 ) -> tuple[PreTrainedModel, ComputePlan]:
-    """Load the frozen base model on the CPU as planned, and return it with the plan that it follows in fact.
+    """Load the frozen base model on the CPU as planned, and return it with the plan that was actually followed.
 
-    A model that cannot be mapped is loaded as a whole. On an accelerator the device's own formats decide; in the families of
-    `FAMILIES` only the weights are in 16 bits there; hidden states are float32, as on a CPU, so that blocks can be fused.
+    A model that cannot be mapped is loaded by `load_base`. On an accelerator the device's own formats decide. In the families
+    of `FAMILIES` only the weights are in 16 bits there; hidden states are float32, as on a CPU, so that blocks can be fused.
 
     Raises:
         BaseCheckpointError: as `load_base`.

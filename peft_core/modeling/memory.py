@@ -5,9 +5,9 @@ glibc keeps freed blocks for reuse, which is fast, and fragments them, which cos
 - keep (`set_malloc_keep`): freed blocks up to 8 MB stay in the heap; `trim_if_above` returns them above a limit. 7-12 % faster.
 - trim (`set_malloc_trim`): blocks of 512 kB and more go back to the kernel when they are freed. About 90 MB less at the peak.
 
-Order: set the policy at the start of the process, before anything large is allocated, because memory that the heap already has
-is reused first whatever the policy. Switching from keep to trim later (when memory runs out) helps new blocks alone. During
-training call `trim_if_above` after each micro-batch. Without glibc (macOS, musl) all of this does nothing.
+Set the policy at the start of the process, before anything large is allocated, because memory that the heap already has is
+reused first under both policies. Switching from keep to trim later, when memory runs out, affects new blocks only. During
+training, call `trim_if_above` after each micro-batch. Without glibc (macOS, musl) all of this does nothing.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import psutil
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _MADV_PAGEOUT = 21  # Linux's <sys/mman.h>
-# Larger blocks are mapped one by one and unmapped when freed. Where memory is scarce layer inputs should be such blocks,
-# in short micro-batches too: in the heap each would be surrounded by fragments.
+# Larger blocks are mapped one by one, and unmapped when they are freed. Where memory is scarce, the limit must be low enough
+# for the layer inputs of short micro-batches, because in the heap each of them would be surrounded by fragments.
 _KEEP_THRESHOLD_BYTES, _TRIM_THRESHOLD_BYTES = 8 << 20, 512 << 10
 
 
@@ -87,7 +87,7 @@ def return_freed_memory() -> None:
 def trim_if_above() -> None:
     """Call `return_freed_memory` if the process holds more than the policy keeps.
 
-    For after a micro-batch: they differ in length, and each leaves free blocks that do not fit the next.
+    Call it after each micro-batch: they differ in length, and each leaves free blocks that do not fit the next one.
     """
     if memory_bytes() > _keep_up_to_bytes:
         return_freed_memory()
@@ -99,9 +99,8 @@ def madvise_pageout(address: int, size: int) -> None:
     if (libc := _glibc()) is not None and page:
         first, end = -(-address // page) * page, (address + size) // page * page
         if first < end:
-            libc.madvise(
-                ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_PAGEOUT
-            )  # the kernel may ignore it
+            # The kernel may ignore this.
+            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_PAGEOUT)
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -15,7 +15,7 @@ import torch
 
 from peft_core.modeling.threads import PROBE_SHAPE
 
-_MULTIPLE = 256  # tokens: gives two shapes at the default max_length, and about a tenth of the work is padding
+_MULTIPLE = 256  # tokens: at the default max_length this gives two shapes, and a tenth of the work is padding
 _PROBE_S = 1.0
 _PRODUCTS_PER_WAIT = 8  # waiting after each product would leave a GPU idle, which training does not
 

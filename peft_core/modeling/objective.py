@@ -146,7 +146,7 @@ def _can_pack(model: PreTrainedModel, max_length: int) -> bool:
 
 
 def _packs(model: PreTrainedModel, documents: list[Document], own_TV: torch.Tensor, device: torch.device) -> bool:
-    """Whether packed documents give the same logits as single ones, and the last one ignores what precedes it.
+    """Return whether packed documents give the same logits as single ones, and the last one ignores what precedes it.
 
     The second test finds in 16 bits what the first cannot distinguish from rounding, such as one layer of many that attends
     across documents: the same kernels compute the same numbers, so that nothing may change.
@@ -210,7 +210,7 @@ def _head(model: PreTrainedModel) -> FrozenMatrix:
 
 
 def _agrees(model: PreTrainedModel, logits_TV: torch.Tensor, own_TV: torch.Tensor, rounding: float) -> bool:
-    """Whether logits agree to 1e-4 of the largest one; in 16 bits, to `rounding` times the spread of a token's logits (RMS)."""
+    """Compare logits to 1e-4 of the largest one; in 16 bits, to `rounding` times the spread of a token's logits (RMS)."""
     difference_TV, own_TV = (logits_TV - own_TV).float(), own_TV.float()
     if not _computes_in_16_bits(model):
         return bool(difference_TV.abs().max() <= 1e-4 * own_TV.abs().max())
@@ -229,6 +229,6 @@ def _computes_in_16_bits(model: PreTrainedModel) -> bool:
 
 
 def _probe(length: int, vocabulary: int) -> Document:
-    """Return tokens spread over the vocabulary: the first ones are dialogue markers, which base models handle badly."""
+    """Return tokens from the whole vocabulary: its first tokens are dialogue markers, which base models handle badly."""
     ids_T = torch.linspace(0.05 * vocabulary, 0.95 * vocabulary, length).int()
     return Document(ids_T=ids_T, learn_T=torch.arange(length) > 0)

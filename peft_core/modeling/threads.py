@@ -1,18 +1,19 @@
 """How many threads compute fastest at this moment, for training and for token-by-token generation.
 
-People work on the machine while it trains, and beside another busy process one more thread can be a loss: the others wait for
+People work on the machine while it trains, and next to another busy process one more thread can be a loss: the others wait for
 the thread that shares its core. Both tuners therefore try several numbers of threads again and again.
 
 Training (`ThreadTuner`) probes the matrix product that dominates it, between optimiser steps. Measured on two cores, in GFLOP/s
-with one thread, with two, and with the number that the probe chose: 170, 329, 327 on a quiet machine; 171, 149, 168 beside one
-busy process; 113, 147, 139 beside two.
+with one thread, with two, and with the number that the probe chose: 170, 329, 327 on a quiet machine; 171, 149, 168 next to
+one busy process; 113, 147, 139 next to two.
 
 Generation (`DecodeThreadTuner`) times the tokens themselves. A prompt is large products, for which every core helps; a token is
-hundreds of small ones. On two quiet cores two threads wrote 29 tokens/s and one 18, but two wrote 8 beside another process.
+hundreds of small ones. On two idle cores, two threads generate 29 tokens/s and one generates 18; next to another process, two
+generate 8.
 
 Reproducibility: MKL's products give the same bits with one thread and two, except where a long inner axis is split among
 threads: the gradient at the head, [256, 49152] x [49152, 576], differs in the last bits. A run therefore repeats bit for bit if
-the number of threads is fixed (OMP_NUM_THREADS) or is chosen alike, and up to float32 rounding (1e-7 of the loss) otherwise.
+the number of threads is fixed (OMP_NUM_THREADS) or happens to be the same, and up to float32 rounding (1e-7 of the loss) else.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _PERIOD_S = 30.0
 _PROBE_S = 0.25  # for all candidates together
 _MAX_SHARE = 0.01  # of the run time that probes may take, on a slow machine too
 _ROUNDS = 5  # all candidates take turns, so that other load affects them alike
-_CLEARLY_FASTER = 1.1  # smaller gains are noise, and would change the last bits for nothing
+_CLEARLY_FASTER = 1.1  # smaller gains are noise, and would change the last bits of results to no purpose
 _NEARLY_FASTEST = 1.05  # short probes flatter more threads: they report 0.97 for a true ratio of 0.87
 PROBE_SHAPE = (512, 576, 1536)  # the bundled model's widest layer, 0.9 GFLOP; larger layers gain even more from threads
 
@@ -146,7 +147,7 @@ def candidates(cores: int) -> tuple[int, ...]:
 def decide(current: int, seconds: Mapping[int, float]) -> int:
     """Return the number of threads to use next, given the `seconds` of a product with each.
 
-    That is the smallest number that is nearly the fastest; more threads than now are taken for a clear gain alone.
+    That is the smallest number that is nearly the fastest; more threads than now are used only for a clear gain.
     """
     shortest = min(seconds.values())
     enough = min(threads for threads, taken in seconds.items() if taken <= _NEARLY_FASTEST * shortest)

@@ -1,4 +1,4 @@
-"""Stop a run at its next safe point: on a signal, on the death of the parent, or when nothing reads its events any more."""
+"""Cancellation of a run at its next safe point: on a signal, on the death of the parent, or when nothing reads its events."""
 
 from __future__ import annotations
 

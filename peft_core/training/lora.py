@@ -19,7 +19,7 @@ from peft_core.schemas.training import TrainingConfig
 def attach(model: PreTrainedModel, config: TrainingConfig, base_name: str) -> PeftModel:
     """Wrap the base model with an untrained adapter: A is drawn from torch's generator, B is zero.
 
-    The adapter's weights are float32, whatever the number format of the base model.
+    The adapter's weights are float32, regardless of the number format of the base model.
 
     Raises:
         InvalidArgument: a target module does not exist in the base model, or is its output head.

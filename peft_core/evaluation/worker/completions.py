@@ -1,4 +1,4 @@
-"""Let a model complete prompts from held-out text: greedy decoding, several prompts in a batch.
+"""Completion of prompts from held-out text by a model: greedy decoding, several prompts in a batch.
 
 B prompts, T tokens
 """
