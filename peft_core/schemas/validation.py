@@ -92,7 +92,7 @@ def _describe(problem: ErrorDetails, schema: Mapping[str, Any], prefix: Sequence
         case "extra_forbidden":
             return field, problem["input"], _no_such_field(str(path[-1]), parent)
         case "missing":
-            return field, None, f"it is required: {describe_schema(own, schema)}".rstrip(": ")
+            return field, None, f"it is required{_must_be(own, schema, ' and must be ')}"
         case "value_error":
             return (
                 field,
@@ -100,7 +100,12 @@ def _describe(problem: ErrorDetails, schema: Mapping[str, Any], prefix: Sequence
                 str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"],
             )
         case _:
-            return field, problem["input"], describe_schema(own, schema) or problem["msg"]
+            return field, problem["input"], _must_be(own, schema) or problem["msg"]
+
+
+def _must_be(node: Mapping[str, Any], root: Mapping[str, Any], lead: str = "must be ") -> str:
+    words = describe_schema(node, root)
+    return lead + words if words else ""
 
 
 def _look_up(schema: Mapping[str, Any], path: Sequence[int | str]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -130,7 +135,9 @@ def describe_schema(node: Mapping[str, Any], root: Mapping[str, Any]) -> str:
     """Word what a JSON schema allows: 'an integer from 1 to 512'."""
     node = _resolve(node, root)
     if alternatives := node.get("anyOf"):
-        return " or ".join(filter(None, (describe_schema(alternative, root) for alternative in alternatives)))
+        # Null is the same as omission: it needs no mention.
+        types = [alternative for alternative in alternatives if alternative.get("type") != "null"]
+        return " or ".join(filter(None, (describe_schema(alternative, root) for alternative in types)))
     if "const" in node:
         return repr(node["const"])
     if "enum" in node:

@@ -14,11 +14,11 @@ from peft_core.schemas.validation import describe_schema, parse_config
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        ({"rank": 0}, ["config.rank = 0", "an integer from 1 to 512"]),
-        ({"rank": 10**6}, ["config.rank = 1000000", "an integer from 1 to 512"]),
-        ({"rank": "many"}, ["config.rank = 'many'", "an integer from 1 to 512"]),
+        ({"rank": 0}, ["config.rank = 0", "must be an integer from 1 to 512"]),
+        ({"rank": 10**6}, ["config.rank = 1000000", "must be an integer from 1 to 512"]),
+        ({"rank": "many"}, ["config.rank = 'many'", "must be an integer from 1 to 512"]),
         ({"learning_rate": 0}, ["config.learning_rate = 0", "greater than 0", "at most 0.1"]),
-        ({"max_steps": -5}, ["config.max_steps = -5", "an integer from 1"]),
+        ({"max_steps": -5}, ["config.max_steps = -5", "must be an integer from 1"]),
         ({"learnig_rate": 1e-4}, ["config.learnig_rate", "Did you mean 'learning_rate'?"]),
         ({"lora_rank": 8}, ["config.lora_rank", "Did you mean 'rank'?"]),
         ({"zzz": 1}, ["config.zzz", "Known: allow_little_data, alpha, base_model"]),
@@ -26,7 +26,7 @@ from peft_core.schemas.validation import describe_schema, parse_config
         ({"device": "tpu"}, ["config.device = 'tpu'", "'mps', 'cuda', 'cpu'"]),
         ({"target_modules": [".*(a+)+"]}, ["config.target_modules"]),
         ({"target_modules": []}, ["target_modules is empty"]),
-        ({"lr_scheduler": "square"}, ["one of 'linear', 'cosine', 'constant'"]),
+        ({"lr_scheduler": "square"}, ["must be one of 'linear', 'cosine', 'constant'"]),
     ],
 )
 def test_an_invalid_setting_is_reported_with_its_value_and_what_is_allowed(
