@@ -9,9 +9,10 @@ from pydantic import Field
 
 from peft_core.adapters.manifest import CARD_NAME, CONFIG, REPORT_NAME, WEIGHTS, Manifest, read_manifest
 from peft_core.adapters.registry import size_of
-from peft_core.errors import AdapterNotFound
+from peft_core.errors import AdapterNotFound, HeaderError
 from peft_core.schemas.evaluation import Verdict
 from peft_core.schemas.frozen import FrozenModel
+from peft_core.system.files import read_small
 
 MAX_CARD_BYTES = 256 << 10
 _VERDICT_TEXT = {
@@ -46,10 +47,6 @@ class AdapterDocument(FrozenModel):
 
 def read_document(path: Path) -> AdapterDocument:
     """Return the manifest and the model card of an adapter; each is None if it is missing or unreadable."""
-    # These imports would slow the server's start.
-    from peft_core.errors import HeaderError  # noqa: PLC0415
-    from peft_core.system.files import read_small  # noqa: PLC0415
-
     try:
         card = read_small(path / CARD_NAME, MAX_CARD_BYTES).decode("utf-8", "replace")
     except HeaderError:

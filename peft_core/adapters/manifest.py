@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Literal
 
+from peft_core.errors import HeaderError
 from peft_core.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from peft_core.schemas.base_model import Fingerprint, ModelShape
 from peft_core.schemas.dataset import DatasetSummary, SourceKind
@@ -15,6 +16,7 @@ from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.results import Metrics
 from peft_core.schemas.task import ComputePlan
 from peft_core.schemas.training import TrainingConfig
+from peft_core.system.files import atomic_write, read_small
 
 MANIFEST_NAME = "adapter_manifest.json"
 CARD_NAME = "README.md"
@@ -97,8 +99,6 @@ def sha256_of(path: Path) -> str:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write the manifest atomically: readers see no manifest or the complete one."""
-    from peft_core.system.files import atomic_write  # noqa: PLC0415 -- not at the server's start
-
     atomic_write(directory / MANIFEST_NAME, manifest.model_dump_json(indent=2) + "\n")
 
 
@@ -108,9 +108,6 @@ def read_manifest(directory: Path) -> Manifest | None:
     The file may be forged, so links are not followed and at most 1 MB is read. Unknown fields are ignored, so that an older
     version of peft-mcp can read the manifests of a newer one.
     """
-    from peft_core.errors import HeaderError  # noqa: PLC0415 -- not at the server's start
-    from peft_core.system.files import read_small  # noqa: PLC0415 -- not at the server's start
-
     try:
         return Manifest.model_validate_json(read_small(directory / MANIFEST_NAME, MAX_MANIFEST_BYTES), extra="ignore")
     except (HeaderError, ValueError):
