@@ -1,4 +1,4 @@
-"""Planning a training: the records of a queued job, and requests that cannot be run here."""
+"""Planning a training: the compute plan, the records of a queued job, and requests that cannot be run here."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import pytest
 from peft_core.config import Settings
 from peft_core.data import lance_table
 from peft_core.errors import DataError, InvalidArgument, PeftMcpError, StorageError
-from peft_core.planning import planner as planning
-from peft_core.planning.planner import plan, write_source
+from peft_core.planning import planner
+from peft_core.planning.cost_model import CostedPlan, Speed
+from peft_core.planning.planner import _choose_plan, plan, write_source
 from peft_core.schemas.dataset import SourceKind
+from peft_core.schemas.task import ComputePlan
 from peft_core.schemas.training import TrainingConfig
-from tests.factories import make_job
+from tests.factories import make_base, make_job
 
 RECORDS = [{"content": f"x = {n}", "language": "python", "metadata": {"at": object()}} for n in range(10)]
 
@@ -35,7 +37,7 @@ def test_a_job_whose_records_cannot_be_written_leaves_nothing_on_disk(
     def fails(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(planning, "write_records", fails)
+    monkeypatch.setattr(planner, "write_records", fails)
     monkeypatch.setattr(lance_table, "export_records", fails)
     for data in (RECORDS, "chunks.lance"):
         with pytest.raises((StorageError, KeyboardInterrupt)):
@@ -70,8 +72,58 @@ def test_an_existing_job_directory_is_not_removed(tmp_path: Path) -> None:
 def test_an_unavailable_device_is_rejected_before_any_data_is_read(
     monkeypatch: pytest.MonkeyPatch, device: Any, system: str, why_no_cuda: str | None, expected: str
 ) -> None:
-    monkeypatch.setattr(planning.sys, "platform", system)
-    monkeypatch.setattr(planning, "why_no_cuda", lambda: why_no_cuda)
+    monkeypatch.setattr(planner.sys, "platform", system)
+    monkeypatch.setattr(planner, "why_no_cuda", lambda: why_no_cuda)
     with pytest.raises(InvalidArgument, match=expected) as caught:
         plan("/no/such/place", TrainingConfig(device=device), Settings(), lambda *_: None)
     assert caught.value.details["field"] == "config.device"
+
+
+FASTEST, SLOWER = ComputePlan(weights="bfloat16"), ComputePlan(weights="file", recompute_layers=True)
+COSTED = [
+    CostedPlan(FASTEST, 2_000_000_000, Speed(100.0, "a guess")),
+    CostedPlan(SLOWER, 900_000_001, Speed(50.0, "a guess")),
+]
+
+
+def chosen(limit_mb: int | None, setting_mb: int | None, data_dir: Path) -> CostedPlan:
+    config = TrainingConfig(rank=16, max_length=4096, max_memory_mb=limit_mb)
+    return _choose_plan(COSTED, config, make_base(), "cpu", Settings(data_dir=data_dir, max_memory_mb=setting_mb))
+
+
+@pytest.mark.parametrize(
+    ("limit_mb", "setting_mb", "plan", "reason"),
+    [
+        (2000, None, FASTEST, ""),
+        (1999, 5000, SLOWER, "gradient checkpointing is on, to keep within config.max_memory_mb = 1999 MB"),
+        (5000, 901, SLOWER, "to keep within CODEBASE_GARDENER_MAX_MEMORY_MB = 901 MB"),
+    ],
+)
+def test_the_fastest_plan_within_the_tighter_memory_limit_is_chosen(
+    limit_mb: int, setting_mb: int | None, plan: ComputePlan, reason: str, tmp_path: Path
+) -> None:
+    choice = chosen(limit_mb, setting_mb, tmp_path)
+    assert choice.plan == plan
+    assert choice.reason.endswith(reason)
+
+
+def test_a_training_above_a_memory_limit_is_rejected_with_the_limit_that_it_needs(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match=r"max_memory_mb = 900 .* at least 901 MB") as caught:
+        chosen(900, None, tmp_path)
+    assert caught.value.suggestions == ("Lower max_length, or raise the limit to 901",)
+
+
+def test_a_training_that_no_lower_setting_makes_fit_needs_a_smaller_base(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        chosen(256, None, tmp_path)
+    assert "use a smaller base_model" in caught.value.suggestions[0]
+
+
+def test_too_little_available_memory_gives_a_warning_and_the_leanest_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planner, "available_memory_bytes", lambda: 500_000_000)
+    choice = chosen(None, None, tmp_path)
+    assert choice.plan == SLOWER
+    assert "more than the memory available now, 500 MB" in choice.reason
+    assert choice.reason.endswith("Close other programs before it starts")
