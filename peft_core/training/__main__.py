@@ -1,4 +1,4 @@
-"""`python -m peft_core.training [TASK_FILE]`, the documented command for launchers: another name for `peft_core.worker`."""
+"""`python -m peft_core.training [TASK_FILE]`: another name for `python -m peft_core.worker`, the documented command."""
 
 from __future__ import annotations
 
