@@ -149,7 +149,8 @@ def describe_schema(node: Mapping[str, Any], root: Mapping[str, Any]) -> str:
         words.append(f"with items each {items}")
     words += _bounds(node)
     if "pattern" in node:
-        words.append(f"({node.get('description') or 'matching ' + node['pattern']})")
+        first_sentence = node.get("description", "").partition(". ")[0].rstrip(".")
+        words.append(f"({first_sentence or 'matching ' + node['pattern']})")
     return " ".join(filter(None, words))
 
 
