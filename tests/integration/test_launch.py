@@ -56,7 +56,7 @@ def launched(task: TrainingTask) -> Iterator[subprocess.Popen[str]]:
     task.job_dir.mkdir()
     (task.job_dir / "task.json").write_text(task.model_dump_json())
     process = subprocess.Popen(
-        [*LAUNCHER, "-m", "peft_core.training", str(task.job_dir / "task.json")],
+        [*LAUNCHER, "-m", "peft_core.worker", str(task.job_dir / "task.json")],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

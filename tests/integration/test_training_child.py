@@ -107,7 +107,7 @@ def test_a_link_that_points_to_a_forbidden_place_when_the_job_starts_is_not_foll
 @contextmanager
 def worker(task: TrainingTask | str, **environment: str) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "peft_core.training"],
+        [sys.executable, "-m", "peft_core.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -328,7 +328,7 @@ def test_a_worker_whose_parent_dies_exits_with_a_checkpoint(tmp_path: Path, tiny
                 "import os, subprocess, sys, time\n"
                 "os.environ['PEFT_MCP_PARENT'] = str(os.getpid())\n"
                 f"with open({str(tmp_path / 'task.json')!r}) as task, open({str(tmp_path / 'events')!r}, 'w') as events:\n"
-                "    child = subprocess.Popen([sys.executable, '-m', 'peft_core.training'], stdin=task, stdout=events)\n"
+                "    child = subprocess.Popen([sys.executable, '-m', 'peft_core.worker'], stdin=task, stdout=events)\n"
                 "print(child.pid, flush=True)\n"
                 "time.sleep(600)\n"
             ),
