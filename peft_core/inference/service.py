@@ -16,7 +16,6 @@ from peft_core.config import Settings
 from peft_core.errors import AdapterInUse, AdapterNotFound, AdapterNotLoaded, InferenceError, InvalidArgument
 from peft_core.inference.client import InferenceClient, ProgressCallback
 from peft_core.inference.protocol import Generate, Load, Unload, WorkerConfig
-from peft_core.planning.cost_model import inference_memory_bytes
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.generation import Generation, GenerationRequest
 from peft_core.schemas.results import LoadedAdapter, MemoryState, UnloadedAdapter, nothing_was_loaded
@@ -169,6 +168,8 @@ class InferenceService:
                 code="training_runs",
                 suggestions=[_wait_for(training), "Or set CODEBASE_GARDENER_LOAD_DURING_TRAINING=if_it_fits"],
             )
+        from peft_core.planning.cost_model import inference_memory_bytes  # noqa: PLC0415 -- not at the server's start
+
         needed = inference_memory_bytes(base.shape, expected_device("auto"))
         free = available_memory_bytes()
         reserved = training.bytes if training is not None else 0
