@@ -174,11 +174,7 @@ ENTRY_POINTS: list[Callable[[Target], Awaitable[None]]] = [
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS, ids=lambda entry_point: entry_point.__name__)
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
 async def test_a_hostile_adapter_is_rejected_or_harmless(
-    attack: Attack,
-    entry_point: Callable[[Target], Awaitable[None]],
-    tmp_path: Path,
-    base: Base,
-    manager: PEFTManager,
+    attack: Attack, entry_point: Callable[[Target], Awaitable[None]], tmp_path: Path, base: Base, manager: PEFTManager
 ) -> None:
     adapter = record_base(write_adapter(tmp_path / "adapter"), base)
     (adapter / "adapter_manifest.json").unlink()  # its hashes would reveal every change
