@@ -64,12 +64,12 @@ def main() -> int:
     stop_on_signals(stop)
     if (parent := parent_pid()) is not None:
         stop_without_parent(stop, parent)
-    logs.configure(Settings().log_level)
     log = structlog.get_logger(__name__)
 
     kind = TRAINING
     try:
-        # 2. The task.
+        # 2. The task. An invalid setting in the environment must become an event as well.
+        logs.configure(Settings().log_level)
         task = _read_task(sys.argv[1:])
         kind = TRAINING if task.kind == "train" else EVALUATION
         structlog.contextvars.bind_contextvars(job_id=task.job_id)

@@ -44,3 +44,18 @@ def test_an_unusable_task_is_a_failed_job_and_exit_code_1() -> None:
     assert process.returncode == 1
     assert isinstance(event, JobFailed)
     assert "standard input" in event.error.message
+
+
+def test_an_invalid_setting_in_the_environment_is_a_failed_job() -> None:
+    process = subprocess.run(
+        [sys.executable, "-m", "peft_core.worker"],
+        input="{}",
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CODEBASE_GARDENER_LOG_LEVEL": "LOUD"},
+    )
+    event = EVENT.validate_json(process.stdout)
+    assert process.returncode == 1
+    assert isinstance(event, JobFailed)
+    assert "log_level" in event.error.message
