@@ -148,6 +148,7 @@ def test_the_first_matching_pattern_determines_the_rank() -> None:
     assert settings.rank_of("model.layers.0.self_attn.v_proj") == 4
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=8), JSON, max_size=8))
 def test_no_json_object_makes_the_check_raise(config: dict[str, Any]) -> None:
     for candidate in (config, {**MINIMAL, **config}):

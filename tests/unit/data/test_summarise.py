@@ -63,6 +63,7 @@ def test_a_home_directory_may_be_written_as_a_tilde(tmp_path: Path, monkeypatch:
     assert summarise("~/project").path == tmp_path / "project"
 
 
+@pytest.mark.slow
 def test_twenty_thousand_files_take_less_than_two_seconds(tmp_path: Path):
     for directory in range(100):
         (tmp_path / f"d{directory}").mkdir()

@@ -64,6 +64,7 @@ def test_a_comparison_of_nothing_is_none() -> None:
     assert compare([PairedSum(1, 2, 0)]) is None
 
 
+@pytest.mark.slow
 def test_intervals_contain_the_true_value_with_the_stated_probability() -> None:
     generator = random.Random(1)  # noqa: S311 -- a simulation
     held = 0
