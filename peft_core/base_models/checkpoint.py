@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 from pathlib import Path
@@ -39,6 +40,8 @@ def file_states(path: Path) -> FileStates:
         files = list(os.scandir(path)) if path.is_dir() else []
         stats = [(file.name, file.stat()) for file in files if file.is_file()] or [(path.name, path.stat())]
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise MemoryError from error  # nothing is wrong with the file
         raise unusable(
             path, f"it cannot be read ({error.strerror})", "Check its permissions, or download it again"
         ) from error

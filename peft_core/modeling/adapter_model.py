@@ -63,6 +63,7 @@ class ResidentModel:
         Raises:
             BaseCheckpointError: it cannot be loaded.
         """
+        # kill-point: inference worker, load_adapter: the base model is about to be loaded
         tokenizer = load_tokenizer(directory)
         causal = load_base(directory, plan.weights)
         # kill-point: inference worker, load_adapter: the base model is loaded

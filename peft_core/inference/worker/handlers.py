@@ -93,7 +93,6 @@ class RequestHandler:
             if not (check.compatible or (request.insist and check.verdict is BaseMatch.SHAPE_ONLY)):
                 return self._fall_back(request.base, check, _main_reason(check), started, on_progress)
 
-        # kill-point: inference worker, load_adapter: the base model is about to be loaded
         model, kind = self._model_for(request.base, on_progress)
         on_progress(0, None, "loading the adapter")
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from peft_core.base_models.checkpoint import file_states
 from peft_core.base_models.gguf_model import read_gguf_model
 from peft_core.base_models.resolve import resolve as resolve_base
 from peft_core.config import Settings
@@ -317,3 +319,14 @@ def test_resolving_the_bundled_base_model_imports_no_heavy_package() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_a_lack_of_memory_is_not_reported_as_an_unreadable_base_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_path: Path) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr("peft_core.base_models.checkpoint.os.scandir", fail)
+    with pytest.raises(MemoryError):
+        file_states(tmp_path)
