@@ -66,7 +66,7 @@ def completed_evaluation(job: Job) -> JobCompleted | None:
     return JobCompleted(adapter_path=str(evaluated.adapter_path), metrics=metrics)
 
 
-def exit_error(code: int, log_path: Path, *, process: str = "training process") -> ErrorInfo:
+def exit_error(code: int, log_path: Path, *, process: str) -> ErrorInfo:
     """Explain why a process ended without a result, as far as its exit code and its log show."""
     tail = log_tail(log_path)
     message = f"The {process} {describe_exit(code)}{'' if code < 0 else ', without a result'}."

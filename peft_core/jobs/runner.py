@@ -196,7 +196,7 @@ class Runner:
                 line = await receive_line(stream, MAX_LINE)
             except LineTooLongError:
                 raise TrainingError(
-                    f"The training process wrote an event of more than {MAX_LINE} bytes and was stopped.",
+                    f"The worker process wrote an event of more than {MAX_LINE} bytes and was stopped.",
                     code="endless_event",
                     suggestions=["This is a bug: please report it with the log of the job"],
                 ) from None
@@ -216,7 +216,11 @@ class Runner:
                 log.warning("unusable event", job_id=job_id, line=line[:200], error=str(error))
 
     def _outcome(self, job: Job, paths: JobPaths, last_event: Event | None, code: int) -> Event:
-        """Return the event that ends a job whose worker has exited."""
+        """Return the event that ends a job whose worker has exited.
+
+        A cancellation that was requested takes precedence over a result, a result over a request to stop, and that over the
+        worker's own error, because a worker that is stopped may fail on its way out.
+        """
         if self._store.cancel_requested(job.job_id):
             return JobCancelled()
         if isinstance(last_event, AdapterWritten) and code == 0:
@@ -225,10 +229,12 @@ class Runner:
             self._write_report(job, paths)
             return completed
         if self._stopping or code == CANCELLED_EXIT_CODE:
-            return JobInterrupted(reason="The training was asked to stop (SIGTERM), for instance at shutdown.")
+            return JobInterrupted(
+                reason=f"The {job.request.noun} was asked to stop (SIGTERM), for instance at shutdown."
+            )
         if isinstance(last_event, JobFailed):
             return last_event
-        return JobFailed(error=exit_error(code, paths.log))
+        return JobFailed(error=exit_error(code, paths.log, process=f"{job.request.noun} process"))
 
     def _publish(self, job: Job, paths: JobPaths, written: AdapterWritten) -> Event:
         """Verify the adapter that the worker wrote and publish it; return the event that ends the job."""

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
@@ -20,6 +18,7 @@ from peft_core.jobs.status import not_started, status_of
 from peft_core.jobs.store import Store
 from peft_core.jobs.supervisor import RunnerSupervisor
 from peft_core.schemas.base_model import BUNDLED, Base
+from peft_core.schemas.dataset import TrainingData
 from peft_core.schemas.events import JobResumed
 from peft_core.schemas.results import Status, TrainingDataReport, TrainingStatus
 from peft_core.schemas.task import JobRequest
@@ -27,8 +26,6 @@ from peft_core.schemas.training import EvaluatedAdapter, TrainingConfig
 
 EXTERNAL_PROJECT = "elsewhere"  # project id of evaluations of adapters that were not trained here
 SPEED_HISTORY = 50  # newest completed jobs that are searched for a measured speed on the same base model and device
-
-TrainingData = str | Sequence[Mapping[str, Any]]
 
 
 class JobService:

@@ -11,9 +11,9 @@ from peft_core.config import Settings
 from peft_core.data.summarise import summarise_source
 from peft_core.errors import InvalidArgument
 from peft_core.planning.cost_model import evaluation_estimate
-from peft_core.planning.planner import TrainingData, require_memory, require_place
+from peft_core.planning.planner import require_memory, require_place
 from peft_core.schemas.base_model import Base
-from peft_core.schemas.dataset import DatasetPurpose
+from peft_core.schemas.dataset import DatasetPurpose, TrainingData
 from peft_core.schemas.results import BaseMatch
 from peft_core.schemas.task import JobRequest
 from peft_core.schemas.training import EvaluatedAdapter, TrainingConfig

@@ -11,9 +11,9 @@ from peft_core.config import Settings
 from peft_core.data.preview import Preview, PreviewRequest
 from peft_core.errors import unwritable
 from peft_core.paths import DataPaths
-from peft_core.planning.planner import TrainingData, plan, write_source
+from peft_core.planning.planner import plan, write_source
 from peft_core.schemas.base_model import Base
-from peft_core.schemas.dataset import Example
+from peft_core.schemas.dataset import Example, TrainingData
 from peft_core.schemas.results import DataSample, NextStep, TrainingDataReport
 from peft_core.schemas.task import JobRequest
 from peft_core.schemas.training import TrainingConfig

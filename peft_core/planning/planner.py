@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from peft_core.adapters.tensor_check import linear_modules
 from peft_core.base_models.checkpoint import read_checkpoint
@@ -33,7 +33,7 @@ from peft_core.planning.cost_model import (
 )
 from peft_core.planning.defaults import choose_defaults
 from peft_core.schemas.base_model import BUNDLED, Base
-from peft_core.schemas.dataset import DatasetPurpose, SourceKind, SourceSummary
+from peft_core.schemas.dataset import DatasetPurpose, SourceKind, SourceSummary, TrainingData
 from peft_core.schemas.task import ComputePlan, JobRequest
 from peft_core.schemas.training import TrainingConfig
 from peft_core.system.allowed_paths import require_data_path
@@ -42,8 +42,6 @@ from peft_core.system.machine import available_memory_bytes, cpu_multiplies_bflo
 RESERVED_DISK_BYTES = 200_000_000  # left free for other programs
 MB = 1_000_000  # in settings, requests and messages
 _SETTING = "CODEBASE_GARDENER_MAX_MEMORY_MB"
-
-TrainingData = str | Sequence[Mapping[str, Any]]
 
 
 def plan(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.training import HeldOutBy, TaskMixture
+
+TrainingData = str | Sequence[Mapping[str, Any]]  # of a request: a path, or inline records
 
 
 class SourceKind(StrEnum):

@@ -42,6 +42,11 @@ class JobRequest(FrozenModel):
         return DatasetPurpose.TRAINING if self.evaluated is None else DatasetPurpose.EVALUATION
 
     @property
+    def noun(self) -> str:
+        """What messages call the job."""
+        return "training" if self.evaluated is None else "evaluation"
+
+    @property
     def dataset(self) -> DatasetSpec:
         """How the source becomes the job's dataset."""
         config = self.config

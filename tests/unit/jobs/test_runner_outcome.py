@@ -1,0 +1,90 @@
+"""The event that ends a job, for every combination of what its worker wrote, its exit code, and the requests to stop."""
+
+from __future__ import annotations
+
+import signal
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from peft_core.adapters.registry import Registry
+from peft_core.config import Settings
+from peft_core.jobs.runner import Runner
+from peft_core.jobs.store import Store
+from peft_core.paths import JobPaths
+from peft_core.schemas.events import Event, JobCancelled, JobFailed, JobInterrupted, JobStarted
+from peft_core.schemas.results import ErrorInfo
+from peft_core.schemas.training import EvaluatedAdapter
+from peft_core.system.cancellation import CANCELLED_EXIT_CODE
+from peft_core.system.lock import FileLock
+from tests.factories import make_job, make_request
+
+FAILED = JobFailed(error=ErrorInfo(code="too_few_examples", message="Too few examples.", suggestions=()))
+
+
+class Ended:
+    """A job that has started and whose worker is about to be reported as ended."""
+
+    def __init__(self, root: Path, **request: object) -> None:
+        settings = Settings(data_dir=root)
+        self.paths = settings.paths
+        self.store = Store(self.paths.database, lambda: 0.0)
+        self.store.create()
+        self.job = make_job(request=make_request(**request))
+        self.store.insert(self.job)
+        self.store.append(self.job.job_id, JobStarted())
+        self.runner = Runner(self.store, Registry(self.paths), FileLock(self.paths.runner_lock), settings)
+
+    def outcome(self, last_event: Event | None, code: int) -> Event:
+        job_paths: JobPaths = self.paths.job(self.job.job_id)
+        return self.runner._outcome(self.store.get(self.job.job_id), job_paths, last_event, code)
+
+
+@pytest.mark.parametrize(("last_event", "code"), list(product((None, FAILED), (0, 1, -9, CANCELLED_EXIT_CODE))))
+def test_a_requested_cancellation_ends_the_job_as_cancelled_whatever_the_worker_did(
+    tmp_path: Path, last_event: Event | None, code: int
+) -> None:
+    ended = Ended(tmp_path)
+    ended.store.request_cancel(ended.job.job_id)
+    assert ended.outcome(last_event, code) == JobCancelled()
+
+
+@pytest.mark.parametrize("last_event", [None, FAILED])
+@pytest.mark.parametrize(("is_stopping", "code"), [(True, 1), (True, -signal.SIGTERM), (False, CANCELLED_EXIT_CODE)])
+def test_a_worker_that_was_asked_to_stop_is_interrupted_even_if_it_reports_an_error(
+    tmp_path: Path, last_event: Event | None, is_stopping: bool, code: int
+) -> None:
+    ended = Ended(tmp_path)
+    if is_stopping:
+        ended.runner._stop()
+    outcome = ended.outcome(last_event, code)
+    assert isinstance(outcome, JobInterrupted)
+    assert outcome.reason.startswith("The training was asked to stop")
+
+
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_the_error_that_a_worker_reports_is_the_error_of_the_job(tmp_path: Path, code: int) -> None:
+    assert Ended(tmp_path).outcome(FAILED, code) == FAILED
+
+
+@pytest.mark.parametrize(
+    ("code", "error_code", "message"),
+    [
+        (-signal.SIGKILL, "killed", "The training process was killed"),
+        (3, "died_silently", "The training process ended with exit code 3, without a result"),
+    ],
+)
+def test_a_worker_that_ends_without_a_result_is_explained_by_its_exit_code(
+    tmp_path: Path, code: int, error_code: str, message: str
+) -> None:
+    outcome = Ended(tmp_path).outcome(None, code)
+    assert isinstance(outcome, JobFailed)
+    assert outcome.error.code == error_code
+    assert outcome.error.message.startswith(message)
+
+
+def test_a_killed_evaluation_is_called_an_evaluation(tmp_path: Path) -> None:
+    outcome = Ended(tmp_path, evaluated=EvaluatedAdapter(adapter_path=Path("/adapters/a-01"))).outcome(None, -9)
+    assert isinstance(outcome, JobFailed)
+    assert outcome.error.message.startswith("The evaluation process was killed")
