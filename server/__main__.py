@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from importlib.metadata import version
 
 from pydantic import ValidationError
 
@@ -27,7 +25,11 @@ def settings_help() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def parse_arguments() -> None:
+    """Answer --help and --version, and refuse every other argument."""
+    import argparse  # noqa: PLC0415 -- clients start the server without arguments, and never need it
+    from importlib.metadata import version  # noqa: PLC0415
+
     parser = argparse.ArgumentParser(
         prog="peft-mcp",
         description=DESCRIPTION,
@@ -36,6 +38,11 @@ def main() -> None:
     )
     parser.add_argument("--version", action="version", version=f"peft-mcp {version('peft-mcp')}")
     parser.parse_args()
+
+
+def main() -> None:
+    if sys.argv[1:]:
+        parse_arguments()
     try:
         settings = Settings()
     except ValidationError as error:
@@ -43,7 +50,7 @@ def main() -> None:
             name = f"CODEBASE_GARDENER_{problem['loc'][0]}".upper()
             print(f"peft-mcp: {name} = {problem['input']!r} is not valid: {problem['msg']}", file=sys.stderr)  # noqa: T201 -- stderr, before the server runs
         sys.exit(2)
-    from server.app import build_server, exit_when_stdin_closes  # noqa: PLC0415 -- --help and --version need no mcp
+    from server.app import build_server, exit_when_stdin_closes  # noqa: PLC0415 -- invalid settings are reported without it
 
     make_files_private()
     server = build_server(settings)

@@ -6,7 +6,6 @@ attempt if it reads the complete range, so what is allowed is worded from the JS
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,6 +64,8 @@ def refuse_unknown(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> N
 
 
 def _no_such_field(name: str, schema: Mapping[str, Any]) -> str:
+    import difflib  # noqa: PLC0415 -- only errors need it
+
     known = sorted(schema.get("properties", {}))
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"Did you mean '{near[0]}'? " if near else ""
