@@ -20,6 +20,7 @@ from peft_core.data.languages import Grammar, language_named
 from peft_core.data.records import RECORD
 from peft_core.data.token_counter import TokenCounter
 from peft_core.errors import DataError
+from peft_core.schemas.conversation import Conversation
 from peft_core.schemas.dataset import Example, Segment
 from peft_core.schemas.training import TaskMixture
 
@@ -144,7 +145,7 @@ def _instruction_segments(example: Example, token_counter: TokenCounter) -> tupl
     instruction = f"Write the {example.language} {kind} `{name.text.decode()}` of {example.path}.\n\n{docstring}"
     body = example.segments[-1].text.rstrip("\n")
     messages = [{"role": "user", "content": instruction}, {"role": "assistant", "content": body}]
-    rendered = token_counter.render_chat(messages)
+    (rendered,) = token_counter.render_chat(Conversation.learning_every_answer(messages))
     return _mark_literal(rendered, instruction, body) if example.segments[-1].literal else rendered
 
 

@@ -126,16 +126,17 @@ def examples_from_record(
 def _add_unsplit_record(
     record: Record, path: str, result: FileResult, token_counter: TokenCounter, max_length: int
 ) -> None:
-    if record.messages:
-        segments = token_counter.render_chat(record.messages)
+    if record.conversation is not None:
+        renderings = token_counter.render_chat(record.conversation)
     else:
-        segments = tuple(Segment(text=text, learn=learn) for text, learn in record.texts)
-    tokens = sum(token_counter.count([segment.text for segment in segments]))
-    if tokens + RESERVED_TOKENS > max_length:
-        result.left_out[ExclusionReason.TOO_LONG] += 1
-        return
-    example = Example(segments=segments, path=path, language=record.language, kind=record.kind, tokens=tokens + 1)
-    result.examples.append(example)
+        renderings = (tuple(Segment(text=text, learn=learn) for text, learn in record.texts),)
+    for segments in renderings:
+        tokens = sum(token_counter.count([segment.text for segment in segments]))
+        if tokens + RESERVED_TOKENS > max_length:
+            result.left_out[ExclusionReason.TOO_LONG] += 1
+            continue
+        example = Example(segments=segments, path=path, language=record.language, kind=record.kind, tokens=tokens + 1)
+        result.examples.append(example)
 
 
 def _name_is_secret(path: str, result: FileResult, redact: Redact) -> bool:

@@ -28,6 +28,7 @@ from typing import Any
 
 from peft_core.data.languages import language_named, language_of_file
 from peft_core.errors import DataError
+from peft_core.schemas.conversation import Conversation
 
 MAX_LINE_BYTES = 16_000_000
 MAX_PATH = 4096  # characters of a file_path, which reports show
@@ -69,7 +70,7 @@ class Record:
     name: str  # "record 17", "line 17"
     format: RecordFormat
     texts: tuple[tuple[str, bool], ...]  # (text, learn) in order; empty for messages, which a chat template renders
-    messages: tuple[dict[str, str], ...] = ()
+    conversation: Conversation | None = None
     path: str = ""
     language: str = "text"
     kind: str = RECORD
@@ -77,7 +78,8 @@ class Record:
 
     @property
     def content(self) -> str:
-        return "\n".join([*(text for text, _ in self.texts), *(message["content"] for message in self.messages)])
+        messages = () if self.conversation is None else self.conversation.messages
+        return "\n".join([*(text for text, _ in self.texts), *(message["content"] for message in messages)])
 
 
 def read_jsonl(path: Path, *, noun: str = "line") -> Iterator[Record]:
@@ -142,7 +144,7 @@ def parse(value: object, name: str, *, where: str = "") -> Record:
     if len(record_path) > MAX_PATH:
         raise _broken(at, f"'file_path' has {len(record_path)} characters; it must have at most {MAX_PATH}")
     if record_format is RecordFormat.MESSAGES:
-        return Record(name, record_format, (), messages=_messages(value["messages"], at), path=record_path)
+        return Record(name, record_format, (), conversation=_conversation(value["messages"], at), path=record_path)
     keys = _KEYS[record_format]
     if record_format is RecordFormat.CHUNK:
         return _chunk(value, name, at, record_path)
@@ -219,7 +221,7 @@ def _require_encodable(value: str, key: str, at: str) -> None:
         raise _broken(at, f"'{key}' holds an unpaired surrogate at character {error.start}") from error
 
 
-def _messages(value: object, at: str) -> tuple[dict[str, str], ...]:
+def _conversation(value: object, at: str) -> Conversation:
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise _broken(at, "'messages' must be a list of at least one message")
     messages = []
@@ -230,7 +232,7 @@ def _messages(value: object, at: str) -> tuple[dict[str, str], ...]:
         messages.append({"role": message["role"], "content": message["content"]})
     if not any(message["role"] == "assistant" for message in messages):
         raise _broken(at, "no message has the role 'assistant'; at least one must, because answers are what is learned")
-    return tuple(messages)
+    return Conversation.learning_every_answer(messages)
 
 
 def _chunk(value: Mapping[str, Any], name: str, at: str, path: str) -> Record:

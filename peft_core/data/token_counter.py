@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
+from peft_core.schemas.conversation import Conversation
 from peft_core.schemas.dataset import FillInTheMiddle, Segment
 
 # Measured with SmolLM2's tokenizer: 3.7 bytes per token in 60 files of Python's standard library, 4.1 in the `mcp` package, 3.2
@@ -20,8 +21,10 @@ class TokenCounter(Protocol):
         """Return the number of tokens of each text, without special tokens. Texts come in large batches."""
         ...
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[Segment, ...]:
+    def render_chat(self, conversation: Conversation) -> tuple[tuple[Segment, ...], ...]:
         """Render a conversation in the base model's chat template; only the answers are learned.
+
+        Returns the segments of each example: several, where one rendering cannot hold every learned answer.
 
         Raises:
             DataError: the base model has no chat template.
@@ -42,5 +45,6 @@ class EstimatedTokenCounter:
     def count(self, texts: Sequence[str]) -> list[int]:
         return [math.ceil(len(text.encode("utf-8", "replace")) / BYTES_PER_TOKEN) for text in texts]
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[Segment, ...]:
-        return tuple(Segment(text=message["content"], learn=message["role"] == "assistant") for message in messages)
+    def render_chat(self, conversation: Conversation) -> tuple[tuple[Segment, ...], ...]:
+        turns = zip(conversation.messages, conversation.learned, strict=True)
+        return (tuple(Segment(text=message["content"], learn=learned) for message, learned in turns),)

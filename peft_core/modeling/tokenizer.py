@@ -16,6 +16,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from peft_core.base_models import fim_tokens
 from peft_core.base_models.huggingface import chat_template
 from peft_core.errors import BaseCheckpointError, DataError
+from peft_core.schemas.conversation import Conversation
 from peft_core.schemas.dataset import FillInTheMiddle, Segment
 from peft_core.system.failures import is_out_of_memory
 
@@ -47,8 +48,10 @@ class BaseTokenizer:
         encodings = self.tokenizer.encode_batch_fast(marked, add_special_tokens=False)
         return [len(encoding) - (self._own_tokens or 0) for encoding in encodings]
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Segment, ...]:
+    def render_chat(self, conversation: Conversation) -> tuple[tuple[Segment, ...], ...]:
         """Render a conversation in the base model's format. Assistant turns carry loss, their end-of-turn token included.
+
+        Returns the segments of each example.
 
         Raises:
             DataError: no chat template, or it refuses these messages.
@@ -56,17 +59,18 @@ class BaseTokenizer:
         self._require_template()
         segments: list[Segment] = []
         done = ""
-        for index, message in enumerate(messages):
-            if message.get("role") != "assistant":
+        messages = conversation.messages
+        for index, learned in enumerate(conversation.learned):
+            if not learned:
                 continue
             before = self._render(messages[:index], add_generation_prompt=True)
             after = self._render(messages[: index + 1])
             if not (before.startswith(done) and after.startswith(before)):
-                return self._last_turn(messages)
+                return (self._last_turn(messages),)
             turn = after.rstrip()  # what follows the end-of-turn token belongs to the template
             segments += [Segment(text=before[len(done) :], learn=False), Segment(text=turn[len(before) :])]
             done = turn
-        return tuple(segment for segment in segments if segment.text)
+        return (tuple(segment for segment in segments if segment.text),)
 
     def render_prompt(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """Render a conversation as a prompt for the next assistant turn.

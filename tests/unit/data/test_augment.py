@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from peft_core.data.leakage import TrainingFingerprint
 from peft_core.data.prepare import prepare
 from peft_core.data.token_counter import EstimatedTokenCounter
 from peft_core.errors import DataError
+from peft_core.schemas.conversation import Conversation
 from peft_core.schemas.dataset import Example, FillInTheMiddle, Segment
 from peft_core.schemas.training import TaskMixture
 from tests.factories import make_dataset_spec
@@ -214,12 +214,10 @@ def test_an_example_that_would_become_too_long_stays_plain(mixture: TaskMixture)
 class Template(EstimatedTokenCounter):
     """Renders conversations as Qwen's template does."""
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Segment, ...]:
-        question, answer = (message["content"] for message in messages)
-        return (
-            Segment(text=f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", learn=False),
-            Segment(text=f"{answer}<|im_end|>"),
-        )
+    def render_chat(self, conversation: Conversation) -> tuple[tuple[Segment, ...], ...]:
+        question, answer = (message["content"] for message in conversation.messages)
+        prompt = Segment(text=f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", learn=False)
+        return ((prompt, Segment(text=f"{answer}<|im_end|>")),)
 
 
 @pytest.mark.parametrize("mixture", [FIM_ONLY, INSTRUCTIONS_ONLY])
@@ -242,8 +240,8 @@ def test_only_template_marks_become_special_tokens_and_code_never_does(mixture: 
 
 def test_an_example_stays_plain_if_the_template_rewrites_its_text() -> None:
     class Shouting(EstimatedTokenCounter):
-        def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Segment, ...]:
-            return tuple(Segment(text=message["content"].upper()) for message in messages)
+        def render_chat(self, conversation: Conversation) -> tuple[tuple[Segment, ...], ...]:
+            return (tuple(Segment(text=message["content"].upper()) for message in conversation.messages),)
 
     plain = Example(segments=(Segment(text=FUNCTION, literal=True),), path="a.py", language="python", kind="function")
     assert reformat_example(plain, INSTRUCTIONS_ONLY, Shouting(), max_length=512, seed=0) == (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
 import pytest
@@ -15,6 +15,8 @@ from peft_core.data import chunking
 from peft_core.data.chunking import TokenBudget, split_lines
 from peft_core.data.examples import Chunk, chunk_file, chunk_record
 from peft_core.data.languages import LANGUAGES, Language, language_named, language_of_file
+from peft_core.data.token_counter import EstimatedTokenCounter
+from peft_core.schemas.conversation import Conversation
 from peft_core.schemas.dataset import Segment
 
 SNIPPETS = {
@@ -154,8 +156,8 @@ class Words:
 
     fill_in_the_middle = None
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[Segment, ...]:
-        return tuple(Segment(text=message["content"], learn=message["role"] == "assistant") for message in messages)
+    def render_chat(self, conversation: Conversation) -> tuple[tuple[Segment, ...], ...]:
+        return EstimatedTokenCounter().render_chat(conversation)
 
 
 def chunks_of(text: str, language: Language, max_length: int = 64, path: str = "src/app.x") -> list[Chunk]:

@@ -24,7 +24,9 @@ from peft_core.data.prepare import prepare
 from peft_core.data.records import write_records
 from peft_core.data.secrets import redact_secrets
 from peft_core.data.summarise import summarise_source
+from peft_core.data.token_counter import EstimatedTokenCounter
 from peft_core.errors import DataError
+from peft_core.schemas.conversation import Conversation
 from peft_core.schemas.dataset import DatasetPurpose, Example, Segment
 from tests.factories import make_dataset_spec
 
@@ -35,8 +37,8 @@ class Words:
 
     fill_in_the_middle = None
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[Segment, ...]:
-        return tuple(Segment(text=message["content"], learn=message["role"] == "assistant") for message in messages)
+    def render_chat(self, conversation: Conversation) -> tuple[tuple[Segment, ...], ...]:
+        return EstimatedTokenCounter().render_chat(conversation)
 
 
 def function(name: str, number: int) -> str:

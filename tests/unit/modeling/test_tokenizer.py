@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from peft_core.errors import BaseCheckpointError, DataError
 from peft_core.modeling.batches import tokenise, tokenise_segments
 from peft_core.modeling.tokenizer import BaseTokenizer, load_tokenizer
+from peft_core.schemas.conversation import Conversation
 from peft_core.schemas.dataset import Example, Segment
 from tests.tiny_models import VOCABULARY, write_sentencepiece_tokenizer, write_tiny_tokenizer
 
 END = 0
+ANSWER = Conversation.learning_every_answer([{"role": "assistant", "content": "x"}])
 
 
 @pytest.fixture
@@ -141,7 +143,7 @@ def test_assistant_turns_carry_loss_including_their_end_token(tokenizer: BaseTok
         {"role": "user", "content": "more"},
         {"role": "assistant", "content": "no"},
     ]
-    segments = tokenizer.render_chat(messages)
+    (segments,) = tokenizer.render_chat(Conversation.learning_every_answer(messages))
     whole = "".join(segment.text for segment in segments)
     assert whole == "[user]hi<end>\n[assistant]ho<end>\n[user]more<end>\n[assistant]no<end>"
     assert learned_text(tokenizer, segments) == "ho<end>no<end>"
@@ -156,7 +158,8 @@ def test_templates_that_rewrite_earlier_turns_train_on_the_last_turn(tmp_path: P
     write_tiny_tokenizer(tmp_path, chat_template=template)
     tokenizer = load_tokenizer(tmp_path)
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
-    segments = tokenizer.render_chat([{"role": role, "content": content} for role, content in turns])
+    messages = [{"role": role, "content": content} for role, content in turns]
+    (segments,) = tokenizer.render_chat(Conversation.learning_every_answer(messages))
     assert [(segment.text, segment.learn) for segment in segments] == [
         ("[user]a[user]c[assistant]", False),
         ("d", True),
@@ -166,19 +169,19 @@ def test_templates_that_rewrite_earlier_turns_train_on_the_last_turn(tmp_path: P
 def test_conversations_without_a_chat_template_are_refused(tmp_path: Path) -> None:
     write_tiny_tokenizer(tmp_path, chat_template=None)
     with pytest.raises(DataError, match="no chat template"):
-        load_tokenizer(tmp_path).render_chat([{"role": "assistant", "content": "x"}])
+        load_tokenizer(tmp_path).render_chat(ANSWER)
 
 
 def test_a_chat_templates_error_is_reported(tmp_path: Path) -> None:
     write_tiny_tokenizer(tmp_path, chat_template="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(DataError, match="roles must alternate"):
-        load_tokenizer(tmp_path).render_chat([{"role": "assistant", "content": "x"}])
+        load_tokenizer(tmp_path).render_chat(ANSWER)
 
 
 def test_a_chat_template_cannot_escape_its_sandbox(tmp_path: Path) -> None:
     write_tiny_tokenizer(tmp_path, chat_template="{{ messages.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(DataError, match="unsafe"):
-        load_tokenizer(tmp_path).render_chat([{"role": "assistant", "content": "x"}])
+        load_tokenizer(tmp_path).render_chat(ANSWER)
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

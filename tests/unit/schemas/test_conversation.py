@@ -1,6 +1,6 @@
 import pytest
 
-from peft_core.data.conversation import Conversation
+from peft_core.schemas.conversation import Conversation
 
 QUESTION = {"role": "user", "content": "What is 2 + 3?"}
 ANSWER = {"role": "assistant", "content": "5"}
