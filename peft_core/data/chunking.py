@@ -42,8 +42,10 @@ _MAX_SCOPES = 8
 _MAX_WRAPPERS = 8
 _NEVER_BREAK = 1 << 30  # rank of a row that no break should precede
 _LICENCE = re.compile(rb"copyright|licen[cs]e|SPDX-", re.IGNORECASE)
-_COMMENT_LINE = re.compile(r"\s*(#|//|--|;|%|/?\*|<!--|$)")  # how a comment line begins, in any language
-_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})[ \t]*([\w+#.-]*)")
+_COMMENT_LINE = re.compile(
+    r"\s*(#|//|--|;|%|'|!|\"|/?\*|\(\*|<!--|<%#|<%--|\{#|\{\{!|@\*|REM\b|$)"
+)  # how a comment line begins, in any language
+_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})[ \t]*(?:\{\.?)?([\w+#.-]*)")
 
 
 class UnitRole(Enum):

@@ -30,7 +30,7 @@ from peft_core.data.chunking import (
     split_into_units,
     split_lines,
 )
-from peft_core.data.languages import Language, language_named
+from peft_core.data.languages import Language, language_named, language_of_text
 from peft_core.data.read_text import read_text
 from peft_core.data.records import RECORD, Record, RecordFormat
 from peft_core.data.secrets import Finding
@@ -72,7 +72,8 @@ def examples_from_file(file: File, *, token_counter: TokenCounter, max_length: i
         return result
     lines, findings = redact(split_lines(text))
     result.secrets += [(path, finding.row + 1, finding.type) for finding in findings]
-    chunks = chunk_file(lines, path=path, language=file.language, token_counter=token_counter, max_length=max_length)
+    language = language_of_text(path, text, file.language)
+    chunks = chunk_file(lines, path=path, language=language, token_counter=token_counter, max_length=max_length)
     if not chunks:
         result.left_out[ExclusionReason.NO_CODE] += 1
     for chunk in chunks:
@@ -81,7 +82,7 @@ def examples_from_file(file: File, *, token_counter: TokenCounter, max_length: i
         elif reason := rejection_reason(chunk.unit, chunk.body):
             result.left_out[reason] += 1
         else:
-            result.examples.append(chunk.example(path, file.language))
+            result.examples.append(chunk.example(path, language))
     return result
 
 
@@ -244,7 +245,7 @@ def path_header(path: str, language: Language, token_counter: TokenCounter, max_
         return ""
     opens, closes = language.comment
     shown = sanitize(path, limit=None)
-    for comment_end in ("-->", "*/"):
+    for comment_end in {"-->", "*/", closes.strip()} - {""}:
         shown = shown.replace(comment_end, "\N{REPLACEMENT CHARACTER}")
     parts = shown.split("/")
     candidates = [f"{opens}{shown}{closes}\n"]
