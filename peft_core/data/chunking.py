@@ -25,7 +25,8 @@ from functools import cache
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from peft_core.data.languages import Grammar, Language, is_known_label
+from peft_core.data.grammars import Grammar
+from peft_core.data.languages import Language, is_known_label
 
 if TYPE_CHECKING:  # tree-sitter is loaded by the first file that needs it
     from tree_sitter import Node, Parser
