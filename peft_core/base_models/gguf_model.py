@@ -16,6 +16,7 @@ from typing import Any
 from peft_core.base_models.checkpoint_info import Checkpoint, join_some, model_shape, unusable
 from peft_core.base_models.families import FULLY_SUPPORTED, GGUF_ARCHITECTURES, SPLIT_RULES, GgufFormat, gguf_format
 from peft_core.base_models.gguf import GgufHeader, read_gguf_header
+from peft_core.base_models.layouts import require_exact
 from peft_core.errors import sanitize
 from peft_core.system.files import open_regular, read_exactly
 
@@ -84,11 +85,13 @@ def read_gguf_model(path: Path) -> Checkpoint:
     shapes = {hf_name: header.tensors[name].shape for name, hf_name in names.items() if hf_name is not None}
     config = _config(path, header, architecture, family)
     pre_tokenizer = _pre_tokenizer(path, header)
+    shape = model_shape(path, config, shapes)
+    require_exact(path, config, shapes)
     return Checkpoint(
         path=path,
         format="gguf",
         config=config,
-        shape=model_shape(path, config, shapes),
+        shape=shape,
         shapes=shapes,
         stored=tuple((path, tensor) for tensor in header.tensors.values()),
         size_bytes=header.size,

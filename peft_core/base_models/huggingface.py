@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from peft_core.base_models.checkpoint_info import Checkpoint, TensorInfo, join_some, model_shape, unusable
+from peft_core.base_models.families import EMBEDDING_MODULES
+from peft_core.base_models.layouts import EMBEDDING, HEAD, is_buffer, is_tied, require_exact
 from peft_core.base_models.safetensors import read_header
+from peft_core.base_models.supported import require_supported
+from peft_core.errors import BaseCheckpointError
 from peft_core.paths import ADAPTER_CONFIG
-from peft_core.system.files import refuse_json_bomb
+from peft_core.system.files import open_regular, read_exactly, refuse_json_bomb
 
+_COMPARED_BYTES = 4 << 20  # read at a time
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_JSON_BYTES = 32 << 20  # the index of a very large model has a few megabytes
 MAX_JSON_VALUES = 1_000_000
@@ -28,25 +34,18 @@ def read_directory(path: Path) -> Checkpoint:
     """
     config = _config(path)
     refuse_adapter(path)
-    files = _weight_files(path)
-    stored: dict[str, tuple[Path, TensorInfo]] = {}
-    size = 0
-    for file in files:
-        header = read_header(file)
-        size += header.size
-        duplicates = stored.keys() & header.tensors.keys()
-        if duplicates:
-            raise unusable(path, f"several of its files contain {join_some(sorted(duplicates))}", _download_again(path))
-        stored |= {name: (file, tensor) for name, tensor in header.tensors.items()}
+    stored = _stored_tensors(path)
     quantised = {tensor.dtype for _, tensor in stored.values() if tensor.dtype not in FLOATS and _is_weight(tensor)}
     if quantised:
         raise unusable(path, f"its weights are quantised ({', '.join(sorted(quantised))})", _UNQUANTISED)
-    tied = bool(config.get("tie_word_embeddings", False))
+    config["tie_word_embeddings"] = _tie(config, stored)
     shapes = {
         name: tensor.shape
         for name, (_, tensor) in stored.items()
-        if not (tied and name == "lm_head.weight") and not name.endswith("rotary_emb.inv_freq")
+        if not (name == HEAD and config["tie_word_embeddings"]) and not is_buffer(name)
     }
+    shape = model_shape(path, config, shapes)
+    require_exact(path, config, shapes)
     if not (path / "tokenizer.json").is_file():
         raise unusable(
             path,
@@ -58,12 +57,66 @@ def read_directory(path: Path) -> Checkpoint:
         path=path,
         format="huggingface",
         config=config,
-        shape=model_shape(path, config, shapes),
+        shape=shape,
         shapes=shapes,
         stored=tuple(stored.values()),
-        size_bytes=size,
+        size_bytes=sum(file.stat().st_size for file in {file for file, _ in stored.values()}),
         has_chat_template=chat_template(path) is not None,
     )
+
+
+def _stored_tensors(path: Path) -> dict[str, tuple[Path, TensorInfo]]:
+    """Return every tensor of the weight files, with its file."""
+    stored: dict[str, tuple[Path, TensorInfo]] = {}
+    files, listed = _weight_files(path)
+    for file in files:
+        tensors = read_header(file).tensors
+        duplicates = stored.keys() & tensors.keys()
+        if duplicates:
+            raise unusable(path, f"several of its files contain {join_some(sorted(duplicates))}", _download_again(path))
+        stored |= {name: (file, tensor) for name, tensor in tensors.items()}
+    absent = [name for name, file in listed.items() if name not in stored or stored[name][0].name != file]
+    if absent:
+        raise unusable(
+            path,
+            f"its files lack {join_some(absent)}, which {INDEX} lists for {listed[absent[0]]}",
+            _download_again(path),
+        )
+    return stored
+
+
+def _tie(config: Mapping[str, Any], stored: dict[str, tuple[Path, TensorInfo]]) -> bool:
+    """Return whether the output head is the embedding: with `tie_word_embeddings`, unless the file has a head of its own.
+
+    A merged model often has a trained head while its configuration still says that it is tied. transformers then keeps the
+    stored head (`PreTrainedModel.tie_weights`). If only one of the two is stored, it is both: its entry in `stored` gets the
+    embedding's name.
+    """
+    if not is_tied(config):
+        return False
+    if HEAD not in stored:
+        return True
+    ends = tuple(f"{module}.weight" for module in EMBEDDING_MODULES)
+    embedding = next((name for name in stored if name.endswith(ends)), None)
+    if embedding is None:
+        file, tensor = stored.pop(HEAD)
+        stored[EMBEDDING] = (file, replace(tensor, name=EMBEDDING))
+        return True
+    return _is_equal(*stored[embedding], *stored[HEAD])
+
+
+def _is_equal(file: Path, tensor: TensorInfo, other_file: Path, other: TensorInfo) -> bool:
+    """Return whether two tensors have the same content. Different ones usually differ in their first bytes."""
+    if (tensor.dtype, tensor.shape) != (other.dtype, other.shape):
+        return False
+    with open_regular(file, follow_links=True) as first, open_regular(other_file, follow_links=True) as second:
+        for done in range(0, tensor.size, _COMPARED_BYTES):
+            size = min(_COMPARED_BYTES, tensor.size - done)
+            if read_exactly(first, size, tensor.start + done, file) != read_exactly(
+                second, size, other.start + done, other_file
+            ):
+                return False
+    return True
 
 
 def refuse_adapter(path: Path) -> None:
@@ -130,6 +183,7 @@ def _config(path: Path) -> dict[str, Any]:
         raise unusable(path, f"it is quantised ({method or 'unknown method'})", _UNQUANTISED)
     if not isinstance(config.get("model_type"), str):
         raise unusable(path, "its config.json has no model_type", _download_again(path))
+    require_supported(path, config)
     invalid = _invalid_settings(config)
     if invalid:
         raise unusable(path, f"its config.json has no usable {join_some(invalid)}", _download_again(path))
@@ -166,28 +220,39 @@ def _no_config(path: Path) -> Exception:
     )
 
 
-def _weight_files(path: Path) -> list[Path]:
+def _weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
+    """Return the weight files and, if there is an index, the file that it lists for each tensor."""
     if (path / SINGLE).is_file():
-        return [path / SINGLE]
-    if (path / INDEX).is_file():
-        mapping = read_json(path / INDEX).get("weight_map")
-        if not isinstance(mapping, dict) or not mapping or not all(isinstance(name, str) for name in mapping.values()):
-            raise unusable(path, f"{INDEX} has no weight_map", _download_again(path))
-        names = sorted(set(mapping.values()))
-        if any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
-            raise unusable(path, f"{INDEX} refers to files outside its directory")
-        missing = [name for name in names if not (path / name).is_file()]
-        if missing:
-            problem = f"{len(missing)} of its {len(names)} weight files are missing: {join_some(missing)}"
-            raise unusable(path, problem, _download_again(path))
-        return [path / name for name in names]
+        return [path / SINGLE], {}
+    if not (path / INDEX).is_file():
+        raise _no_weights(path)
+    mapping = read_json(path / INDEX).get("weight_map")
+    if not isinstance(mapping, dict) or not mapping or not all(isinstance(name, str) for name in mapping.values()):
+        raise unusable(path, f"{INDEX} has no weight_map", _download_again(path))
+    names = sorted(set(mapping.values()))
+    if any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
+        raise unusable(path, f"{INDEX} refers to files outside its directory")
+    missing = [name for name in names if not (path / name).is_file()]
+    if missing:
+        problem = f"{len(missing)} of its {len(names)} weight files are missing: {join_some(missing)}"
+        raise unusable(path, problem, _download_again(path))
+    return [path / name for name in names], mapping
+
+
+def _no_weights(path: Path) -> BaseCheckpointError:
     if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
-        raise unusable(
+        return unusable(
             path,
             "its weights are pickles (.bin), which can run code when they are loaded, so they are never opened",
             "Use another model, or a revision of this one, with model.safetensors",
         )
-    raise unusable(path, f"it has no {SINGLE}", _download_again(path))
+    others = sorted(file.name for file in path.glob("*.safetensors"))
+    problem = f"it has no {SINGLE}"
+    if others == ["consolidated.safetensors"]:
+        problem += ", only consolidated.safetensors, which is Mistral's own format"
+    elif others:
+        problem += f" and no {INDEX}, only {join_some(others)}"
+    return unusable(path, problem, _download_again(path))
 
 
 def _is_weight(tensor: TensorInfo) -> bool:

@@ -23,6 +23,7 @@ from peft_core.base_models.checkpoint import read_checkpoint
 from peft_core.base_models.checkpoint_info import unusable
 from peft_core.base_models.families import FAMILIES
 from peft_core.base_models.huggingface import refuse_adapter
+from peft_core.base_models.layouts import not_the_weights
 from peft_core.errors import BaseCheckpointError
 from peft_core.modeling.device import DevicePlan
 from peft_core.modeling.quantised import Bf16Matrix, FrozenMatrix, QuantisedMatrix, open_stored
@@ -115,7 +116,8 @@ def load_mapped(base: Base, directory: Path, *, in_bfloat16: bool = False) -> Pr
     """
     refuse_adapter(directory)
     try:
-        matrices, vectors = open_stored(read_checkpoint(base.path))
+        checkpoint = read_checkpoint(base.path)
+        matrices, vectors = open_stored(checkpoint)
     except BaseCheckpointError as error:
         _log.info("base_not_mapped", reason=error.message)
         return None
@@ -124,6 +126,7 @@ def load_mapped(base: Base, directory: Path, *, in_bfloat16: bool = False) -> Pr
         frozen = {name: matrix.to_bf16() for name, matrix in matrices.items()}
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        config.tie_word_embeddings = checkpoint.config["tie_word_embeddings"]  # false if the file has a head of its own
         with no_init_weights():  # uninitialised pages occupy no memory
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -146,7 +149,10 @@ def load_mapped(base: Base, directory: Path, *, in_bfloat16: bool = False) -> Pr
 def _insert_weights(
     model: PreTrainedModel, matrices: Mapping[str, FrozenMatrix], vectors: Mapping[str, torch.Tensor]
 ) -> bool:
-    """Replace the model's layers by frozen ones, and copy the vectors. Return False if a weight is missing or does not fit."""
+    """Replace the model's layers by frozen ones, and copy the vectors.
+
+    Return False if a weight is missing, does not fit, or is not one of the model's.
+    """
     matrices = dict(matrices)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if model.config.tie_word_embeddings:
@@ -159,7 +165,10 @@ def _insert_weights(
         matrix = matrices.get(f"{name}.weight")
         if matrix is None or matrix.shape != tuple(layer.weight.shape):
             return False
-    if any(name.removesuffix(".weight") not in layers and name not in vectors for name, _ in model.named_parameters()):
+    parameters = {name for name, _ in model.named_parameters()}
+    if any(name.removesuffix(".weight") not in layers and name not in vectors for name in parameters):
+        return False
+    if any(name not in parameters and name.removesuffix(".weight") not in layers for name in (*matrices, *vectors)):
         return False
     for name, layer in layers.items():
         matrix = matrices[f"{name}.weight"]
@@ -186,34 +195,60 @@ def load_base(directory: Path, weights: torch.dtype) -> PreTrainedModel:
     Raises:
         BaseCheckpointError: unreadable, an architecture that transformers supports only with remote code, or an adapter.
     """
+    check_weights(directory)
+    return _load(directory, dtype=weights)
+
+
+def check_weights(directory: Path) -> None:
+    """Check that a model directory has exactly the weights of its class, without reading them.
+
+    Raises:
+        BaseCheckpointError: a weight is missing, unknown or has another shape, or the model cannot be built.
+    """
     refuse_adapter(directory)
+    _load(directory, device_map="meta")
+
+
+def _load(directory: Path, **options: Any) -> PreTrainedModel:
+    """Load a model directory with transformers, which only logs a warning if its weights are not those of the model."""
     transformers_logging.disable_progress_bar()  # a bar redrawn in a log file is noise
     try:
-        _require_all_weights(directory)
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=weights, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(  # annotated without `output_loading_info`
+            directory,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, with the others
+            **options,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise BaseCheckpointError(
-            f"The base model cannot be loaded: {error}",
-            suggestions=["Use a causal language model that transformers supports without remote code."],
-        ) from error
-    loaded: PreTrainedModel = model
-    loaded.requires_grad_(requires_grad=False)
-    return loaded
+        raise _cannot_load(error) from error
+    model: PreTrainedModel
+    found: dict[str, Any]
+    model, found = loaded
+    # A model that ignores a tensor on purpose, such as the layers for predicting several tokens, does not report it.
+    mismatched = {name: (tuple(stored), tuple(wanted)) for name, stored, wanted in found["mismatched_keys"]}
+    missing, unknown = (sorted(found[f"{kind}_keys"]) for kind in ("missing", "unexpected"))
+    if missing or unknown or mismatched:
+        raise not_the_weights(directory, type(model).__name__, missing, unknown, mismatched)
+    if found["error_msgs"]:
+        raise unusable(directory, f"its weights cannot be loaded ({found['error_msgs'][0]})", "Download it again")
+    model.requires_grad_(requires_grad=False)
+    return model
 
 
-def _require_all_weights(directory: Path) -> None:
-    """Refuse a configuration with more parameters than the weight files hold: transformers would allocate random ones."""
-    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
-    described = sum(parameter.numel() for parameter in model.parameters())
-    stored = read_checkpoint(directory).shape.parameters
-    if described > stored:
-        problem = f"its configuration describes {described} parameters, its weights hold {stored}"
-        raise unusable(directory, problem, "Fetch it again")
+def _cannot_load(error: Exception) -> BaseCheckpointError:
+    # transformers would advise to run the code in the model's repository.
+    problem = (
+        "its model code is part of its repository, and such code is never run here"
+        if "trust_remote_code" in str(error)
+        else str(error)
+    )
+    return BaseCheckpointError(
+        f"The base model cannot be loaded: {problem}",
+        suggestions=["Use a causal language model that transformers supports without remote code."],
+    )
 
 
 # --- A model as a compute plan asks for it ---

@@ -10,6 +10,7 @@ from peft_core.adapters.verify import verify
 from peft_core.config import Settings
 from peft_core.data.summarise import summarise_source
 from peft_core.errors import InvalidArgument
+from peft_core.planning.base_check import require_loadable
 from peft_core.planning.cost_model import evaluation_estimate
 from peft_core.planning.planner import require_memory, require_place
 from peft_core.schemas.base_model import Base
@@ -49,6 +50,7 @@ def plan_evaluation(
             "records with messages",
             f"the base model {base.name} has no chat template to render conversations with",
         )
+    require_loadable(base)
     device = expected_device("auto")
     estimate = evaluation_estimate(base, source, device, measured_speed(base, device))
     require_memory(estimate.memory_bytes, base, device, settings)

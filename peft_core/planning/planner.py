@@ -21,6 +21,7 @@ from peft_core.data.git import require_history
 from peft_core.data.records import write_records
 from peft_core.data.summarise import summarise_source
 from peft_core.errors import InvalidArgument, StorageError, unwritable
+from peft_core.planning.base_check import require_loadable
 from peft_core.planning.cost_model import (
     MICRO_TOKENS,
     CostedPlan,
@@ -71,6 +72,7 @@ def plan(
     ]
     config, chosen = choose_defaults(config, base.shape, source, speeds[0].tokens_per_second)
     _check_base(config, base)
+    require_loadable(base)  # last of the checks, because it may take seconds
 
     costed = [
         CostedPlan(compute, memory_bytes(config, base, device, compute), speed)

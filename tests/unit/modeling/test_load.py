@@ -14,6 +14,7 @@ from torch import nn
 
 from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
+from peft_core.errors import BaseCheckpointError
 from peft_core.modeling.load import FrozenEmbedding, FrozenLinear, load_base, load_mapped, move
 from peft_core.modeling.quantised import QuantisedMatrix
 from tests.tiny_models import tiny_model, write_tiny_base
@@ -96,6 +97,9 @@ def test_a_model_with_other_kinds_of_layers_is_not_mapped(tmp_path: Path) -> Non
 
 def test_a_model_whose_files_lack_a_bias_is_not_mapped(tmp_path: Path) -> None:
     directory = write_tiny_base(tmp_path / "tiny")
+    base = resolve(str(directory), Settings())
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "attention_bias": True}))
-    assert load_mapped(resolve(str(directory), Settings()), directory) is None
+    assert load_mapped(base, directory) is None
+    with pytest.raises(BaseCheckpointError, match=r"missing model\.layers\.0\.self_attn\.k_proj\.bias"):
+        load_base(directory, torch.float32)
