@@ -8,6 +8,7 @@ from mcp.types import CallToolResult, ImageContent, TextContent
 from pydantic import BaseModel
 
 from peft_core.adapters.info import AdapterInfo
+from peft_core.schemas.dataset import describe_by_extension
 from peft_core.schemas.evaluation import Comparison, Evaluation
 from peft_core.schemas.generation import Generation
 from peft_core.schemas.results import (
@@ -121,6 +122,7 @@ def format_generation(generation: Generation) -> CallToolResult:
 def format_inspection(report: TrainingDataReport) -> CallToolResult:
     """Show one page of text. Samples appear verbatim: code with escaped line breaks is hard to read."""
     left_out = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in report.left_out.items())
+    not_read = describe_by_extension(report.left_out_by_extension)
     secrets = f" {report.secrets_removed} lines with credentials are blanked." if report.secrets_removed else ""
     unread = f" {report.unread_files} more files were not read." if report.unread_files else ""
     all_named = len(report.held_out_files) <= MAX_NAMED_FILES
@@ -131,6 +133,8 @@ def format_inspection(report: TrainingDataReport) -> CallToolResult:
         f"Training set: {report.train_examples} examples, about {report.train_tokens} tokens.",
         f"Held-out set: {report.held_out_examples} examples, about {report.held_out_tokens} tokens{held_out}.",
         f"Left out: {left_out or 'nothing'}.{secrets}",
+        *([f"Files not read: {not_read}."] if not_read else []),
+        *(f"{advice}." for advice in report.advice),
         f"Base model: {report.base_model} on {report.device}. {estimate_text(report.estimate)}",
         *(
             f"\nSample: {sample.path}:{sample.start_line}-{sample.end_line} ({sample.kind}, about {sample.tokens} tokens)\n"

@@ -30,12 +30,15 @@ from peft_core.data.chunking import (
     split_into_units,
     split_lines,
 )
+from peft_core.data.classification import NO_COMMENT, NOTEBOOK
+from peft_core.data.exclusions import ExclusionReason
 from peft_core.data.languages import Language, language_named, language_of_text
+from peft_core.data.notebook import SourcePart, read_notebook
 from peft_core.data.read_text import read_text
 from peft_core.data.records import RECORD, Record, RecordFormat
 from peft_core.data.secrets import Finding
 from peft_core.data.token_counter import TokenCounter
-from peft_core.data.walk import ExclusionReason, File
+from peft_core.data.walk import File
 from peft_core.errors import sanitize
 from peft_core.schemas.dataset import Example, Segment
 
@@ -53,6 +56,7 @@ class FileResult:
     """The examples of one file or record, and what was removed from it."""
 
     examples: list[Example] = field(default_factory=list)
+    not_read: ExclusionReason | None = None  # why no part of a file was read; `left_out` counts it, too
     left_out: Counter[str] = field(default_factory=Counter)  # by `ExclusionReason`
     secrets: list[tuple[str, int, str]] = field(default_factory=list)  # file, line, type
 
@@ -66,24 +70,42 @@ def examples_from_file(file: File, *, token_counter: TokenCounter, max_length: i
     path = printable_path(file.name)
     if _name_is_secret(path, result, redact):
         return result
-    text = read_text(file.path)
-    if isinstance(text, ExclusionReason):
-        result.left_out[text] += 1
+    parts = _parts_of_file(file, path, result)
+    if isinstance(parts, ExclusionReason):
+        result.not_read = parts
+        result.left_out[parts] += 1
         return result
-    lines, findings = redact(split_lines(text))
-    result.secrets += [(path, finding.row + 1, finding.type) for finding in findings]
-    language = language_of_text(path, text, file.language)
-    chunks = chunk_file(lines, path=path, language=language, token_counter=token_counter, max_length=max_length)
-    if not chunks:
-        result.left_out[ExclusionReason.NO_CODE] += 1
-    for chunk in chunks:
-        if chunk.body_tokens < MIN_TOKENS:
-            result.left_out[ExclusionReason.TINY] += 1
-        elif reason := rejection_reason(chunk.unit, chunk.body):
-            result.left_out[reason] += 1
-        else:
-            result.examples.append(chunk.example(path, language))
+    for part in parts:
+        lines, findings = redact(part.lines)
+        result.secrets += [(path, part.line_number(finding.row), finding.type) for finding in findings]
+        chunks = chunk_file(
+            lines, path=path, language=part.language, token_counter=token_counter, max_length=max_length
+        )
+        if not chunks:
+            result.left_out[ExclusionReason.NO_CODE] += 1
+            result.not_read = ExclusionReason.NO_CODE if len(parts) == 1 else None
+        for chunk in chunks:
+            if chunk.body_tokens < MIN_TOKENS:
+                result.left_out[ExclusionReason.TINY] += 1
+            elif reason := rejection_reason(chunk.unit, chunk.body):
+                result.left_out[reason] += 1
+            else:
+                result.examples.append(part.with_line_numbers(chunk.example(path, part.language)))
     return result
+
+
+def _parts_of_file(file: File, path: str, result: FileResult) -> list[SourcePart] | ExclusionReason:
+    """Return the code of a file: all of it, or that of a notebook by language."""
+    if file.language is NOTEBOOK:
+        notebook = read_notebook(file.path)
+        if isinstance(notebook, ExclusionReason):
+            return notebook
+        result.left_out.update(notebook.left_out)
+        return notebook.parts
+    text = read_text(file.path, generated=file.is_named)
+    if isinstance(text, ExclusionReason):
+        return text
+    return [SourcePart(language_of_text(path, text, file.language), split_lines(text))]
 
 
 def examples_from_record(
@@ -241,7 +263,7 @@ def _token_budget(
 
 def path_header(path: str, language: Language, token_counter: TokenCounter, max_length: int) -> str:
     """Return the path as a comment line; of a path that would take too many tokens only the last parts."""
-    if not path:
+    if not path or language.comment == NO_COMMENT:
         return ""
     opens, closes = language.comment
     shown = sanitize(path, limit=None)

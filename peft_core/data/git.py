@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from peft_core.data.exclusions import ExclusionReason
 from peft_core.errors import DataError
 
 TIMEOUT_S = 20.0
@@ -27,6 +28,8 @@ _SAFE_OPTIONS = (
     "-c", "protocol.allow=never",
 )  # fmt: skip
 
+_UNUSUAL_MODES = {b"160000": ExclusionReason.SUBMODULE, b"120000": ExclusionReason.SYMLINK}
+
 
 def listed_files(root: Path) -> list[str] | None:
     """Return tracked and new files below root, without ignored ones; None if git has no answer about root."""
@@ -34,6 +37,29 @@ def listed_files(root: Path) -> list[str] | None:
     if not output:  # no work tree, an unsafe owner, too slow, or a directory that is itself ignored
         return None
     return sorted({os.fsdecode(name) for name in output.split(b"\0") if name})
+
+
+def unusual_entries(root: Path) -> dict[str, ExclusionReason]:
+    """Map names in git's index that are no ordinary files to the reason why they cannot be read as such.
+
+    They are submodules, symbolic links (which may have been written as files), and files outside of a sparse checkout.
+    """
+    output = _git(root, "ls-files", "-z", "--cached", "--stage", "-t") or b""
+    found: dict[str, ExclusionReason] = {}
+    for entry in output.split(b"\0"):  # "H 100644 HASH STAGE<tab>NAME"; the tag is S outside of a sparse checkout
+        if entry.startswith(b"H 100"):
+            continue
+        state, _, name = entry.partition(b"\t")
+        is_sparse = state.startswith(b"S ")
+        reason = ExclusionReason.NOT_CHECKED_OUT if is_sparse else _UNUSUAL_MODES.get(state[2:8])
+        if name and reason is not None:
+            found[os.fsdecode(name)] = reason
+    return found
+
+
+def is_git_directory(root: Path) -> bool:
+    """Return whether a directory is a bare repository, or the `.git` directory of another one."""
+    return (root / "HEAD").is_file() and (root / "objects").is_dir() and (root / "refs").is_dir()
 
 
 def head_state(root: Path) -> tuple[str | None, bool | None]:

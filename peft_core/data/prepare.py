@@ -32,6 +32,7 @@ from peft_core.data.examples import (
     learned_text,
     printable_path,
 )
+from peft_core.data.exclusions import ExclusionReason, Exclusions
 from peft_core.data.git import last_change_times
 from peft_core.data.leakage import OVERLAP_THRESHOLD, TrainingFingerprint, remove_overlap
 from peft_core.data.minhash import NEAR_DUPLICATE_RULE, MinHashIndex
@@ -50,7 +51,7 @@ from peft_core.data.split import (
 )
 from peft_core.data.summarise import require_enough_examples
 from peft_core.data.token_counter import TokenCounter
-from peft_core.data.walk import ExclusionReason, File, walk
+from peft_core.data.walk import File, walk
 from peft_core.errors import DataError
 from peft_core.schemas.dataset import DatasetPurpose, DatasetSpec, DatasetSummary, Example, SourceKind
 
@@ -127,6 +128,7 @@ class DatasetBuilder:
     signatures: MinHashIndex = field(default_factory=MinHashIndex)
     labels: list[tuple[str, str]] = field(default_factory=list)  # (language, kind) of each example
     left_out: Counter[str] = field(default_factory=Counter)
+    not_read: Exclusions = field(default_factory=Exclusions)  # the files among them
     secrets: list[tuple[str, int, str]] = field(default_factory=list)
     commit: str | None = None
     dirty: bool | None = None
@@ -155,6 +157,7 @@ class DatasetBuilder:
         root = self.spec.source
         tree = walk(root)
         self.left_out.update(tree.left_out)
+        self.not_read.update(tree.exclusions)
         if tree.by_git:
             self.commit, self.dirty = git.head_state(root)
         enough = self._enough()
@@ -164,9 +167,12 @@ class DatasetBuilder:
                 self.left_out[ExclusionReason.NOT_NEEDED] += len(files) - number
                 return
             self.progress(f"{number} of {len(files)} files")
-            yield examples_from_file(
+            result = examples_from_file(
                 file, token_counter=self.token_counter, max_length=self.spec.max_length, redact=redact_secrets
             )
+            if result.not_read is not None:
+                self.not_read.add(result.not_read, file.name)
+            yield result
 
     def _enough(self) -> int | None:
         """Return how many distinct examples are read at most: a short run need not cut twenty thousand files."""
@@ -220,7 +226,9 @@ class DatasetBuilder:
         spec = self.spec
         if self._trains:  # an evaluation counts its examples itself: it also knows how many the adapter was trained on
             name = spec.purpose.field if spec.source_kind is SourceKind.RECORDS else str(spec.source)
-            require_enough_examples(with_canonical_digests(self.keys, self.signatures), self.left_out, name)
+            require_enough_examples(
+                with_canonical_digests(self.keys, self.signatures), self.left_out, name, advice=self.not_read.advice
+            )
         parts = split(
             self.keys,
             self.signatures,
@@ -259,6 +267,7 @@ class DatasetBuilder:
                 held_out_tokens=written.tokens["held_out"],
                 files=len(language_of),
                 left_out={reason: count for reason, count in sorted(self.left_out.items()) if count},
+                left_out_by_extension=self.not_read.by_extension,
                 secrets_removed=len(self.secrets),
                 told=dict(sorted(written.formats.items())),
                 sha256=written.sha256,

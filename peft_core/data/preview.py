@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 
 from peft_core.data.dataset import read_examples
+from peft_core.data.exclusions import ExclusionReason
 from peft_core.data.prepare import prepare
 from peft_core.data.token_counter import EstimatedTokenCounter
-from peft_core.data.walk import ExclusionReason
 from peft_core.schemas.dataset import DatasetSpec, DatasetSummary, Example
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.system.allowed_paths import require_data_path

@@ -11,7 +11,7 @@ import re
 import stat
 from pathlib import Path
 
-from peft_core.data.walk import MAX_FILE_BYTES, ExclusionReason
+from peft_core.data.exclusions import MAX_FILE_BYTES, ExclusionReason
 
 # A file with longer lines, or with longer lines on average, was not written by hand (characters).
 MAX_LINE = 5_000
@@ -24,40 +24,106 @@ _GENERATED = re.compile(
 )
 # Guessing among all encodings would find Big5 in a French comment. These are the ones in which code is written, most frequent
 # first: of equally good guesses the most frequent wins.
+MIN_POINTER_BYTES, MAX_POINTER_BYTES = 90, 1024
+_LFS_POINTER = re.compile(
+    rb"version https?://(git-lfs\.github\.com/spec|hawser\.github\.com/spec|git-media\.io)/v\d+\s", re.ASCII
+)
+_ANNEX_POINTER = re.compile(rb"/annex/objects/[A-Z0-9]+-|(\.\./)*\.git/annex/objects/")
+_MIN_PRINTABLE_SHARE = 0.98  # of the characters of text in UTF-16 or UTF-32 that has no byte-order mark
 _ENCODINGS = ["cp1252", "cp1250", "cp1251", "koi8_r", "shift_jis", "euc_jp", "gb18030", "big5", "euc_kr"]
 
 
-def read_text(path: Path) -> str | ExclusionReason:
-    """Return the text of a file, with line feeds as line ends and without a byte-order mark."""
-    content = _read_bytes(path)
+def read_text(path: str | Path, *, generated: bool = False) -> str | ExclusionReason:
+    """Return the text of a file, with line feeds as line ends and without a byte-order mark.
+
+    `generated`: whether text that a program wrote is wanted, too.
+    """
+    content = read_bytes(path)
     if isinstance(content, ExclusionReason):
         return content
-    text = decode(content)
+    text = placeholder(content) or decode(content)
     if isinstance(text, ExclusionReason):
         return text
     text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return why_not_written_by_hand(text, generated=generated) or text
+
+
+def why_not_written_by_hand(text: str, *, generated: bool = False) -> ExclusionReason | None:
+    """Return why a text is blank or was written by a program; None if it was written by hand.
+
+    `generated`: whether a text that says that it was generated is accepted.
+    """
     if not text.strip():
         return ExclusionReason.EMPTY
     lines = text.split("\n")
     if max(map(len, lines)) > MAX_LINE or len(text) / len(lines) > MAX_MEAN_LINE:
         return ExclusionReason.MINIFIED
-    head = "\n".join(lines[:10])[:_NOTICE_CHARACTERS]
-    return ExclusionReason.GENERATED if _GENERATED.search(head) else text
+    head = "" if generated else "\n".join(lines[:10])[:_NOTICE_CHARACTERS]
+    return ExclusionReason.GENERATED if _GENERATED.search(head) else None
+
+
+def placeholder(content: bytes) -> ExclusionReason | None:
+    """Return what a file stands for a file elsewhere as, or None.
+
+    Git LFS: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md. git-annex: https://git-annex.branchable.com/internals/
+    """
+    if len(content) >= MAX_POINTER_BYTES:
+        return None
+    if _LFS_POINTER.match(content) and b"oid " in content:
+        return ExclusionReason.LFS_POINTER
+    return ExclusionReason.PLACEHOLDER if _ANNEX_POINTER.match(content) else None
 
 
 def decode(content: bytes) -> str | ExclusionReason:
-    """Decode UTF-8, UTF-16 with a byte-order mark, or else guess among the encodings in which code is written."""
+    """Decode UTF-8, UTF-16 or UTF-32, or else guess among the encodings in which code is written."""
+    if content.startswith(
+        (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
+    ):  # UTF-32 first: its mark begins with that of UTF-16
+        return _decoded(content, "utf-32")
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        try:
-            return content.decode("utf-16")
-        except UnicodeDecodeError:
-            return ExclusionReason.BINARY
+        return _decoded(content, "utf-16")
     if b"\0" in content:
-        return ExclusionReason.BINARY
+        return _decoded_wide(content)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
         return _guess(content)
+
+
+def decode_head(head: bytes) -> str | ExclusionReason:
+    """Decode the first bytes of a file roughly, to see whether it is code. A character at the end may be cut off."""
+    if b"\0" in head or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return decode(head[: len(head) // 4 * 4])
+    try:
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)
+    except UnicodeDecodeError:
+        text = head.decode("latin-1")
+    controls = sum(1 for character in text if character < " " and character not in "\t\n\r\f\x1b")
+    return ExclusionReason.BINARY if controls > (1 - _MIN_PRINTABLE_SHARE) * len(text) else text
+
+
+def _decoded(content: bytes, encoding: str) -> str | ExclusionReason:
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError:
+        return ExclusionReason.BINARY
+
+
+def _decoded_wide(content: bytes) -> str | ExclusionReason:
+    """Decode UTF-16 or UTF-32 without a byte-order mark, as some programs of Windows write it.
+
+    The zero bytes tell: code is mostly ASCII, whose characters have them in fixed places.
+    """
+    for encoding, width, place in (("utf-16-le", 2, 1), ("utf-16-be", 2, 0), ("utf-32-le", 4, 3), ("utf-32-be", 4, 0)):
+        zeros, other = content[place::width].count(0), content[width - 1 - place :: width].count(0)
+        if len(content) % width or 2 * zeros < len(content) // width or other:
+            continue
+        text = _decoded(content, encoding)
+        if not isinstance(text, ExclusionReason):
+            printable = sum(1 for character in text if character.isprintable() or character in "\t\n\r\f")
+            if printable >= _MIN_PRINTABLE_SHARE * len(text):
+                return text
+    return ExclusionReason.BINARY
 
 
 def _guess(content: bytes) -> str | ExclusionReason:
@@ -70,18 +136,33 @@ def _guess(content: bytes) -> str | ExclusionReason:
     return str(min(likely, key=lambda match: _ENCODINGS.index(match.encoding)))
 
 
-def _read_bytes(path: Path) -> bytes | ExclusionReason:
+def read_bytes(path: str | Path, limit: int = MAX_FILE_BYTES) -> bytes | ExclusionReason:
+    """Return the contents of a regular file of at most `limit` bytes."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as stream:
             before = os.fstat(descriptor)
-            content = stream.read(MAX_FILE_BYTES + 1) if stat.S_ISREG(before.st_mode) else ExclusionReason.SPECIAL
+            content = stream.read(limit + 1) if stat.S_ISREG(before.st_mode) else ExclusionReason.SPECIAL
             after = os.fstat(descriptor)
     except FileNotFoundError:
         return ExclusionReason.CHANGED
     except OSError:
-        return ExclusionReason.SYMLINK if path.is_symlink() else ExclusionReason.UNREADABLE
-    if len(content) > MAX_FILE_BYTES:
+        return ExclusionReason.SYMLINK if Path(path).is_symlink() else ExclusionReason.UNREADABLE
+    if len(content) > limit:
         return ExclusionReason.TOO_LARGE
     unchanged = (before.st_mtime_ns, before.st_size) == (after.st_mtime_ns, after.st_size)
     return content if unchanged else ExclusionReason.CHANGED
+
+
+def read_head(path: str, size: int) -> bytes:
+    """Return the first bytes of a regular file; nothing if it cannot be read."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return b""
+    try:
+        return os.read(descriptor, size) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b""
+    except OSError:
+        return b""
+    finally:
+        os.close(descriptor)

@@ -26,14 +26,16 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from peft_core.data import lance_table
+from peft_core.data.classification import NOTEBOOK
 from peft_core.data.examples import examples_from_file, keep_secrets
+from peft_core.data.exclusions import Exclusions
 from peft_core.data.minhash import MinHashIndex
 from peft_core.data.records import FORMATS, Record, RecordFormat, read_inline, read_jsonl
 from peft_core.data.split import ExampleKey, count_distinct, digest, with_canonical_digests
 from peft_core.data.token_counter import BYTES_PER_TOKEN, EstimatedTokenCounter
-from peft_core.data.walk import File, walk
+from peft_core.data.walk import Tree, walk
 from peft_core.errors import DataError, InvalidArgument
-from peft_core.schemas.dataset import DatasetPurpose, SourceKind, SourceSummary
+from peft_core.schemas.dataset import DatasetPurpose, SourceKind, SourceSummary, describe_by_extension
 
 MAX_JSONL_BYTES = 1_000_000_000
 ALLOWED = "a repository directory, a .jsonl file, a LanceDB table (.lance), or a list of records"
@@ -41,7 +43,8 @@ ALLOWED = "a repository directory, a .jsonl file, a LanceDB table (.lance), or a
 _PROBE_FILES = 300
 _PROBE_BYTES = 1_500_000
 _PROBE_MIN_BYTES = 400  # smaller files, such as an almost empty __init__.py, are looked at last
-_MARKDOWN_CODE_SHARE = 0.2  # share of a Markdown file that is fenced code
+# Share of a file that is code: the fenced blocks of Markdown, the code cells of a notebook.
+_CODE_SHARES = {"markdown": 0.2, NOTEBOOK.name: 0.1}
 
 
 def summarise_source(
@@ -78,8 +81,12 @@ def require_enough_examples(
     left_out: Mapping[str, int],
     where: str,
     purpose: DatasetPurpose = DatasetPurpose.TRAINING,
+    *,
+    advice: Sequence[str] = (),
 ) -> None:
     """Refuse a source with too few distinct examples to train on and to hold out some, or to evaluate on.
+
+    `advice`: what the user may do about what was left out.
 
     Raises:
         DataError: 'too_few_examples', with the figures.
@@ -93,7 +100,7 @@ def require_enough_examples(
         f"at least {purpose.min_examples} examples{among} are needed{purpose.needed_for}. "
         f"Left out: {describe_exclusions(left_out)}.",
         code="too_few_examples",
-        suggestions=("Give more code: a parent directory, or the whole repository",),
+        suggestions=tuple(advice) or ("Give more code: a parent directory, or the whole repository",),
         details={"examples": examples, "files": files, "left_out": dict(left_out)},
     )
 
@@ -166,17 +173,9 @@ def _similar(path: Path) -> list[str]:
 def _summarise_repository(root: Path, max_length: int, purpose: DatasetPurpose) -> SourceSummary:
     tree = walk(root)
     if not tree.files:
-        raise DataError(
-            f"{root} contains no source files. Left out: {describe_exclusions(tree.left_out)}.",
-            code="no_code",
-            suggestions=(
-                "Give the directory that holds the source files",
-                f"For data that is not code, give a .jsonl file, {FORMATS}",
-            ),
-            details={"left_out": dict(tree.left_out)},
-        )
-    _require_enough_code(tree.files, tree.left_out, root, max_length, purpose)
-    size = sum(file.size * (_MARKDOWN_CODE_SHARE if file.language.name == "markdown" else 1) for file in tree.files)
+        raise _no_source_files(root, tree.exclusions)
+    _require_enough_code(tree, root, max_length, purpose)
+    size = sum(file.size * _CODE_SHARES.get(file.language.name, 1.0) for file in tree.files)
     return SourceSummary(
         kind=SourceKind.REPOSITORY,
         path=root,
@@ -185,16 +184,38 @@ def _summarise_repository(root: Path, max_length: int, purpose: DatasetPurpose) 
         estimated_tokens=round(size / BYTES_PER_TOKEN),
         languages=dict(Counter(file.language.name for file in tree.files).most_common()),
         left_out=dict(tree.left_out),
+        left_out_by_extension=tree.exclusions.by_extension,
+        advice=tree.exclusions.advice,
     )
 
 
-def _require_enough_code(
-    files: Sequence[File], left_out: Counter[str], root: Path, max_length: int, purpose: DatasetPurpose
-) -> None:
+def _no_source_files(root: Path, exclusions: Exclusions) -> DataError:
+    not_read = describe_by_extension(exclusions.by_extension)
+    suggestions = exclusions.advice
+    if not suggestions:
+        suggestions = (
+            "Give the directory that holds the source files",
+            f"For data that is not code, give a .jsonl file, {FORMATS}",
+        )
+        if not exclusions.reasons:
+            suggestions = ("If it is a submodule, run `git submodule update --init`", *suggestions)
+    return DataError(
+        f"{root} contains no source files. Left out: {describe_exclusions(exclusions.reasons)}."
+        + (f" Not read: {not_read}." if not_read else ""),
+        code="no_code",
+        suggestions=suggestions,
+        details={"left_out": dict(exclusions.reasons), "left_out_by_extension": exclusions.by_extension},
+    )
+
+
+def _require_enough_code(tree: Tree, root: Path, max_length: int, purpose: DatasetPurpose) -> None:
     """Split files into examples until there are certainly enough; refuse only if all files together give too few."""
+    files = tree.files
     keys: list[ExampleKey] = []
     signatures = MinHashIndex()
-    all_left_out = Counter(left_out)
+    exclusions = Exclusions()
+    exclusions.update(tree.exclusions)
+    all_left_out = Counter(tree.left_out)
     token_counter = EstimatedTokenCounter()
     probed_bytes = 0
     for number, file in enumerate(sorted(files, key=lambda file: (file.size < _PROBE_MIN_BYTES, file.size, file.name))):
@@ -203,6 +224,8 @@ def _require_enough_code(
         result = examples_from_file(file, token_counter=token_counter, max_length=max_length, redact=keep_secrets)
         probed_bytes += file.size
         all_left_out.update(result.left_out)
+        if result.not_read is not None:
+            exclusions.add(result.not_read, file.name)
         for example in result.examples:
             keys.append(ExampleKey(example.path, digest(example.segments[-1].text), example.tokens))
             signatures.add(example.segments[-1].text)
@@ -210,7 +233,8 @@ def _require_enough_code(
             examples, sources = count_distinct(with_canonical_digests(keys, signatures))
             if examples >= purpose.min_examples and sources >= purpose.min_files:
                 return
-    require_enough_examples(with_canonical_digests(keys, signatures), all_left_out, str(root), purpose)
+    distinct = with_canonical_digests(keys, signatures)
+    require_enough_examples(distinct, all_left_out, str(root), purpose, advice=exclusions.advice)
 
 
 def summarise_records(

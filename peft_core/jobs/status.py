@@ -6,6 +6,7 @@ from pathlib import Path
 
 from peft_core.adapters.manifest import REPORT_NAME
 from peft_core.jobs.state import Job, progress_percent
+from peft_core.schemas.dataset import describe_by_extension
 from peft_core.schemas.evaluation import Verdict
 from peft_core.schemas.results import NextStep, Status, TrainingStatus
 
@@ -56,6 +57,7 @@ def status_of(job: Job, queue_position: int | None, log_path: Path) -> TrainingS
         report_path=_report_path(log_path.parent if request.evaluated else adapter),
         dataset=job.dataset,
         training_data=_describe_training_data(job),
+        left_out_by_extension=(job.dataset or request.found).left_out_by_extension,
         estimate=request.estimate,
         log_path=str(log_path) if log_path.exists() else None,
         next=step.sentence,
@@ -77,7 +79,14 @@ def _describe_training_data(job: Job) -> str:
         return f"{source.examples} records{place}, about {source.estimated_tokens} tokens"
     by_count = sorted(source.languages.items(), key=lambda language: -language[1])
     languages = ", ".join(f"{count} {name}" for name, count in by_count)
-    return f"{source.files} files{place} ({languages}), about {source.estimated_tokens} tokens"
+    not_read = describe_by_extension(source.left_out_by_extension)
+    return ". ".join(
+        [
+            f"{source.files} files{place} ({languages}), about {source.estimated_tokens} tokens",
+            *([f"Not read: {not_read}"] if not_read else []),
+            *source.advice,
+        ]
+    )
 
 
 def _report_path(directory: str | Path | None) -> str | None:

@@ -84,7 +84,7 @@ def too_little(units: int, source: SourceSummary) -> DataError:
         "assistant read these files, works better here.",
         code="too_little_data",
         suggestions=(
-            "Give more code: a directory further up, or the whole repository",
+            *(source.advice or ("Give more code: a directory further up, or the whole repository",)),
             "Or set config.allow_little_data = true to train anyway",
         ),
         details={"units": units, "needed": MIN_UNITS, "estimated_tokens": source.estimated_tokens},

@@ -87,6 +87,8 @@ def _report(request: JobRequest, preview: Preview, *, given: str) -> TrainingDat
         unread_files=preview.unread_files,
         languages=preview.languages,
         left_out=dataset.left_out,
+        left_out_by_extension=dataset.left_out_by_extension,
+        advice=list(request.found.advice),
         secrets_removed=dataset.secrets_removed,
         held_out_files=preview.held_out_files,
         largest_files=preview.largest_files,

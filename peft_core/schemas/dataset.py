@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.training import HeldOutBy, TaskMixture
 
+_MAX_SHOWN_EXTENSIONS = 8  # of one reason, in a sentence
+
 TrainingData = str | Sequence[Mapping[str, Any]]  # of a request: a path, or inline records
 
 
@@ -76,6 +78,8 @@ class SourceSummary(FrozenModel):
     estimated_tokens: int
     languages: dict[str, int]  # files per language
     left_out: dict[str, int]  # excluded files or records per reason
+    left_out_by_extension: dict[str, dict[str, int]] = {}  # noqa: RUF012 -- of files: reason -> extension -> count
+    advice: tuple[str, ...] = ()  # what the user may do about files that are left out
     needs_chat_template: bool = False
 
 
@@ -88,6 +92,7 @@ class DatasetSummary(FrozenModel):
     held_out_tokens: int
     files: int
     left_out: dict[str, int]
+    left_out_by_extension: dict[str, dict[str, int]] = {}  # noqa: RUF012 -- of files: reason -> extension -> count
     secrets_removed: int = 0
     # Training examples per format: plainly, fill_in_the_middle, instruction.
     told: dict[str, int] = {}  # noqa: RUF012 -- pydantic copies defaults
@@ -136,3 +141,16 @@ class Example(FrozenModel):
     @property
     def text(self) -> str:
         return "".join(segment.text for segment in self.segments)
+
+
+def describe_by_extension(by_extension: Mapping[str, Mapping[str, int]]) -> str:
+    """Return `30 .json, 2 .yml (no code); 12 .png (binary)`, or an empty text. The largest group comes first."""
+    groups = sorted(by_extension.items(), key=lambda group: (-sum(group[1].values()), group[0]))
+    return "; ".join(f"{_describe_counts(counts)} ({reason.replace('_', ' ')})" for reason, counts in groups)
+
+
+def _describe_counts(counts: Mapping[str, int]) -> str:
+    shown = [f"{count} {extension}" for extension, count in list(counts.items())[:_MAX_SHOWN_EXTENSIONS]]
+    if rest := sum(list(counts.values())[_MAX_SHOWN_EXTENSIONS:]):
+        shown.append(f"{rest} others")
+    return ", ".join(shown)

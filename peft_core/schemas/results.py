@@ -136,6 +136,9 @@ class TrainingStatus(FrozenModel):
     )
     dataset: DatasetSummary | None = None
     training_data: str | None = Field(None, description="Summary of the data.")
+    left_out_by_extension: dict[str, dict[str, int]] = Field(
+        {}, description="Files not read: reason, extension, count."
+    )
     estimate: Estimate | None = None
     log_path: str | None = None
     next: str = Field("", description="Suggested next call, in words.")
@@ -316,6 +319,10 @@ class TrainingDataReport(FrozenModel):
     )
     languages: dict[str, int] = Field(description="Files per language.")
     left_out: dict[str, int] = Field(description="Excluded files and parts of files, per reason.")
+    left_out_by_extension: dict[str, dict[str, int]] = Field(
+        {}, description="Files not read: reason, extension, count."
+    )
+    advice: list[str] = Field([], description="What to do about files that are left out.")
     secrets_removed: int
     held_out_files: list[str] = Field(description="Files held out of training to evaluate on.")
     largest_files: dict[str, int] = Field(description="Training tokens of the largest files.")

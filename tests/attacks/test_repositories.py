@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 
 from peft_core.data import git as product_git
 from peft_core.data import walk as walk_module
+from peft_core.data.exclusions import ExclusionReason
 from peft_core.data.git import head_state
 from peft_core.data.read_text import decode, read_text
 from peft_core.data.secrets import redact_secrets
 from peft_core.data.summarise import summarise_source
-from peft_core.data.walk import ExclusionReason, walk
+from peft_core.data.walk import walk
 from peft_core.errors import DataError, PeftMcpError
 
 CODE = "\n\n".join(

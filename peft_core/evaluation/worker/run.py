@@ -11,8 +11,8 @@ from safetensors.torch import load as load_tensors
 
 from peft_core.adapters.files import read_adapter
 from peft_core.adapters.verify import verify_files
+from peft_core.data.exclusions import ExclusionReason
 from peft_core.data.leakage import FINGERPRINT_FILE_NAME, MAX_FINGERPRINT_BYTES, TrainingFingerprint
-from peft_core.data.walk import ExclusionReason
 from peft_core.errors import DataError, HeaderError, InferenceError
 from peft_core.evaluation.summary import mean_loss
 from peft_core.evaluation.worker.completions import undo_fusion

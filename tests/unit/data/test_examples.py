@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_core.data.examples import FileResult, examples_from_file, is_data_table, keep_secrets
+from peft_core.data.exclusions import ExclusionReason
 from peft_core.data.languages import language_of_file
 from peft_core.data.split import FILE_MIN_TOKENS, FILE_SHARE, ExampleKey, cap_per_file, file_limit
 from peft_core.data.token_counter import EstimatedTokenCounter
-from peft_core.data.walk import ExclusionReason, File
+from peft_core.data.walk import File
 
 
 def examples_of(path: Path) -> FileResult:

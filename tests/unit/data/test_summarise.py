@@ -17,10 +17,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peft_core.data.classification import classify
+from peft_core.data.exclusions import ExclusionReason
 from peft_core.data.read_text import read_text
 from peft_core.data.records import RecordFormat, parse, read_jsonl, write_records
 from peft_core.data.summarise import summarise_source
-from peft_core.data.walk import ExclusionReason, classify, walk
+from peft_core.data.walk import walk
 from peft_core.errors import DataError, InvalidArgument, PeftMcpError
 
 
