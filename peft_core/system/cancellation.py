@@ -12,7 +12,7 @@ from peft_core.system.child_process import watch_parent
 CANCELLED_EXIT_CODE = 128 + signal.SIGTERM
 # An orphan must be gone within five seconds, because the lock that it shares blocks the next runner. A step and a checkpoint
 # usually take less time; if they do not, the run resumes from the previous checkpoint.
-_GRACE_S = 3.0
+_GRACE_S = 2.0
 
 
 class Cancelled(Exception):
