@@ -17,7 +17,9 @@ from typing import Any
 
 from peft_core.adapters.config_check import LoraSettings, check_settings
 from peft_core.adapters.findings import error
+from peft_core.adapters.layout import MLX, PEFT, Layout
 from peft_core.adapters.manifest import CONFIG, WEIGHTS, Manifest, read_manifest
+from peft_core.adapters.mlx_config import check_mlx_settings
 from peft_core.base_models.checkpoint_info import TensorInfo
 from peft_core.base_models.safetensors import ADAPTER_LIMITS, parse_header
 from peft_core.errors import HeaderError, sanitize
@@ -26,7 +28,6 @@ from peft_core.system.files import open_regular, read_exactly, read_small
 
 MAX_CONFIG_BYTES = 256 << 10
 MAX_WEIGHTS_BYTES = 4 << 30  # limit for loading: a sparse file of any size costs an attacker nothing
-MLX_WEIGHTS = "adapters.safetensors"
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,6 +41,7 @@ class AdapterFiles:
     manifest: Manifest | None
     base_hint: str | None  # the base model's name in the configuration: only shown to people, never used as a path
     reasons: tuple[Reason, ...]
+    layout: Layout = PEFT
 
     @property
     def weights_size(self) -> int:
@@ -57,7 +59,8 @@ def read_adapter(directory: Path, *, with_weights: bool = False) -> AdapterFiles
 
     With `with_weights`, the weights are read into memory, unless their header is malformed.
     """
-    reasons = _missing_files(directory)
+    layout = layout_of(directory)
+    reasons = _missing_files(directory, layout)
     manifest = read_manifest(directory)
     recorded = manifest.files if manifest is not None else {}
 
@@ -71,20 +74,20 @@ def read_adapter(directory: Path, *, with_weights: bool = False) -> AdapterFiles
         except HeaderError as problem:
             reasons.append(_unreadable(problem, CONFIG))
         else:
-            settings, setting_errors = check_settings(config)
-            reasons += setting_errors
+            settings, findings = check_mlx_settings(config) if layout is MLX else check_settings(config)
+            reasons += findings
 
     tensors: Mapping[str, TensorInfo] | None = None
     weights: bytes | None = None
-    if os.path.lexists(directory / WEIGHTS):
+    if os.path.lexists(directory / layout.weights):
         try:
-            tensors, weights = _read_weights(directory / WEIGHTS, with_weights=with_weights)
+            tensors, weights = _read_weights(directory / layout.weights, with_weights=with_weights)
         except HeaderError as problem:
-            reasons.append(_unreadable(problem, WEIGHTS))
+            reasons.append(_unreadable(problem, layout.weights))
         if weights is not None:
-            reasons += _compare_hash(WEIGHTS, weights, recorded)
+            reasons += _compare_hash(layout.weights, weights, recorded)
 
-    hint = config.get("base_model_name_or_path") if config is not None else None
+    hint = config.get("model" if layout is MLX else "base_model_name_or_path") if config is not None else None
     return AdapterFiles(
         directory=directory,
         settings=settings,
@@ -93,7 +96,14 @@ def read_adapter(directory: Path, *, with_weights: bool = False) -> AdapterFiles
         manifest=manifest,
         base_hint=hint if isinstance(hint, str) and hint else None,
         reasons=tuple(reasons),
+        layout=layout,
     )
+
+
+def layout_of(directory: Path) -> Layout:
+    """Return the layout of an adapter, by the name of its weights. If there are both files, PEFT's is read."""
+    is_mlx = os.path.lexists(directory / MLX.weights) and not os.path.lexists(directory / PEFT.weights)
+    return MLX if is_mlx else PEFT
 
 
 def read_adapter_config(directory: Path) -> dict[str, Any]:
@@ -134,8 +144,8 @@ def _parse_config(raw: bytes, path: Path) -> dict[str, Any]:
     return config
 
 
-def _missing_files(directory: Path) -> list[Reason]:
-    missing = [name for name in (WEIGHTS, CONFIG) if not os.path.lexists(directory / name)]
+def _missing_files(directory: Path, layout: Layout) -> list[Reason]:
+    missing = [name for name in (layout.weights, CONFIG) if not os.path.lexists(directory / name)]
     if not missing:
         return []
     reasons: list[Reason] = []
@@ -150,8 +160,6 @@ def _missing_files(directory: Path) -> list[Reason]:
     if missing:
         names = " and ".join(missing)
         fix = "Give the path of an adapter's directory"
-        if WEIGHTS in missing and os.path.lexists(directory / MLX_WEIGHTS):
-            fix = f"Convert {MLX_WEIGHTS} from the MLX format to the PEFT format"
         reasons.append(error("missing_file", f"{directory} does not contain {names}.", where=names, fix=fix))
     return reasons
 

@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from peft_core.adapters.config_check import LoraSettings, dotted_suffixes, layer_of
-from peft_core.adapters.findings import error, error_about
+from peft_core.adapters.config_check import MAX_RANK, LoraSettings, dotted_suffixes, is_literal, layer_of
+from peft_core.adapters.findings import error, error_about, warning
+from peft_core.adapters.layout import MLX, PEFT, Layout
 from peft_core.adapters.manifest import CONFIG, WEIGHTS
+from peft_core.adapters.renaming import Renaming, find_renaming
 from peft_core.base_models.checkpoint import read_checkpoint
 from peft_core.base_models.checkpoint_info import TensorInfo, join_some
 from peft_core.base_models.families import EMBEDDING_MODULES
+from peft_core.errors import sanitize
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.results import Reason
 
 FLOATS = ("BF16", "F16", "F32")
-PREFIX = "base_model.model."
-_SAVED_NAME = re.compile(r"(.+)\.lora_(A|B)\.weight", re.ASCII)  # as PEFT's save_pretrained writes it
 _STATE_DICT_NAME = re.compile(r"(.+)\.lora_(A|B)\.[^.]+\.weight", re.ASCII)  # contains the adapter's name
 _UNSUPPORTED = {
     "dora_weights": re.compile(r"\.lora_magnitude_vector\b", re.ASCII),
     "embedding_lora": re.compile(r"\.lora_embedding_[AB]\b", re.ASCII),
     "mlx_names": re.compile(r"\.lora_[ab]$", re.ASCII),
+    "lora_bias": re.compile(r"\.lora_[AB]\.(?:[^.]+\.)?bias$", re.ASCII),
+    "token_rows": re.compile(r"\.(?:token_adapter|trainable_tokens_)", re.ASCII),
 }
 _DO_NOT_USE = f"Do not use this {WEIGHTS}"
 
@@ -45,9 +48,11 @@ class BaseModules:
 class _ClassifiedTensors:
     """The tensors of an adapter by their role.
 
-    `a` and `b` map modules to LoRA weights, including those whose names deviate slightly from PEFT's.
+    `a` and `b` map modules to LoRA weights, including those whose names deviate slightly from the layout's. Their shapes are
+    those of A (rank, in) and B (out, rank), also if the layout stores them transposed.
     """
 
+    layout: Layout = PEFT
     a: dict[str, TensorInfo] = field(default_factory=dict)
     b: dict[str, TensorInfo] = field(default_factory=dict)
     wrong_names: dict[str, list[str]] = field(default_factory=dict)  # by error code
@@ -60,6 +65,18 @@ class _ClassifiedTensors:
     def is_complete(self) -> bool:
         """Whether a module without weights in `a` and `b` really has none, rather than weights under MLX's names."""
         return "mlx_names" not in self.wrong_names
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """The modules by the beginnings of their tensors' names: prefix and module."""
+        stored = {**self.a, **self.b}
+        return {_stored_path(tensor.name, module): module for module, tensor in stored.items()}
+
+    def renamed(self, renaming: Renaming) -> _ClassifiedTensors:
+        """Return the tensors as they would be classified under their new names."""
+        new = {module: renaming(path).removeprefix(self.layout.prefix) for path, module in self.paths.items()}
+        a = {new[module]: tensor for module, tensor in self.a.items()}
+        return _ClassifiedTensors(self.layout, a, {new[module]: tensor for module, tensor in self.b.items()})
 
 
 def base_modules(base: Base) -> BaseModules:
@@ -84,13 +101,18 @@ def linear_modules(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int
 
 
 def check_tensors(
-    tensors: Mapping[str, TensorInfo], settings: LoraSettings | None, modules: BaseModules | None
+    tensors: Mapping[str, TensorInfo],
+    settings: LoraSettings | None,
+    modules: BaseModules | None,
+    layout: Layout = PEFT,
 ) -> list[Reason]:
-    """Return the errors in these tensors, one of each kind.
+    """Return the errors and warnings about these tensors, one of each kind.
 
     If the settings were rejected or there is no base model, only the remaining checks are made.
     """
-    classified = _classify(tensors, modules)
+    classified = _classify(tensors, modules, layout)
+    if modules is not None and (other_prefix := _other_prefix(classified, settings, modules)):
+        return [other_prefix, *_malformed_weights(tensors, classified)]
     reasons = [*_wrong_name_errors(classified), *_malformed_weights(tensors, classified)]
     if settings is not None:
         reasons += _compare_with_settings(classified, settings, modules)
@@ -99,25 +121,70 @@ def check_tensors(
     return reasons
 
 
-def _classify(tensors: Mapping[str, TensorInfo], modules: BaseModules | None) -> _ClassifiedTensors:
-    classified = _ClassifiedTensors()
+def _classify(tensors: Mapping[str, TensorInfo], modules: BaseModules | None, layout: Layout) -> _ClassifiedTensors:
+    classified = _ClassifiedTensors(layout)
     for name, tensor in tensors.items():
-        bare = name.removeprefix(PREFIX)
-        match = _SAVED_NAME.fullmatch(bare)
-        code = None if match and bare != name else "prefix_stripped"
+        bare = name.removeprefix(layout.prefix)
+        match = layout.name.fullmatch(bare)
+        code = None if match and name.startswith(layout.prefix) else "prefix_stripped"
         if match is None and (match := _STATE_DICT_NAME.fullmatch(bare)):
             code = "adapter_name_in_keys"
         if match is None:
-            code = _error_code(bare, tensor, modules)
+            code = _error_code(bare, tensor, modules, layout)
         else:
-            (classified.a if match[2] == "A" else classified.b)[match[1]] = tensor
+            role = classified.a if match[2] in "Aa" else classified.b
+            role[match[1]] = replace(tensor, shape=tensor.shape[::-1]) if layout.transposed else tensor
         if code is not None:
             classified.wrong_names.setdefault(code, []).append(name)
     return classified
 
 
-def _error_code(name: str, tensor: TensorInfo, modules: BaseModules | None) -> str:
+def _stored_path(name: str, module: str) -> str:
+    """Return the beginning of a tensor's name, up to the end of its module's name."""
+    return name[: name.rindex(f"{module}.lora_") + len(module)]
+
+
+def _other_prefix(classified: _ClassifiedTensors, settings: LoraSettings | None, modules: BaseModules) -> Reason | None:
+    """Return an error if all modules are in the base model, with their sizes, after one prefix was replaced.
+
+    The targets in the configuration are then names of the other prefix too, and no further finding would help.
+    """
+    prefix = classified.layout.prefix
+    paths = classified.paths
+    known = {f"{prefix}{module}" for module in modules.linear}
+    if paths.keys() <= known or classified.wrong_names.keys() - {"prefix_stripped", "adapter_name_in_keys"}:
+        return None
+    renaming = find_renaming(paths, known)
+    if renaming is None or not all(part == "" or is_literal(part) for part in (renaming.old, renaming.new)):
+        return None
+    renamed = classified.renamed(renaming)
+    if [*_wrong_sizes(renamed, modules, "")]:
+        return None
+    old_module, new_module = (part.removeprefix(prefix) for part in (renaming.old, renaming.new))
+    old, new = (f"'{part}'" if part else "without a prefix" for part in (renaming.old, renaming.new))
+    names = "begin" if renaming.applies_to_all else "mostly begin"
+    stripped = renaming.old == ""
+    found = f"names {old}" if stripped else f"names that {names} with {old}"
+    fix = f"Run this in the adapter's directory: {renaming.command(classified.layout.weights)}"
+    targets = settings.target_modules if settings is not None else None
+    if old_module and any(target.startswith(old_module) for target in targets or ()):
+        fix += f"; and replace '{old_module}' by '{new_module}' in {CONFIG}"
+    return error(
+        "prefix_stripped" if stripped and renaming.new == prefix else "other_prefix",
+        f"The adapter fits this base model, but its tensors have {found}; it must be {new}. PEFT would load none of them.",
+        found=renaming.old,
+        expected=renaming.new,
+        where=min(paths),
+        fix=fix,
+    )
+
+
+def _error_code(name: str, tensor: TensorInfo, modules: BaseModules | None, layout: Layout) -> str:
     """Return the error code for a tensor that is not a LoRA weight."""
+    if layout is MLX and name.endswith(".m"):
+        return "dora_weights"
+    if layout is MLX and PEFT.name.fullmatch(name):
+        return "peft_names"
     for code, pattern in _UNSUPPORTED.items():
         if pattern.search(name):
             return code
@@ -134,16 +201,28 @@ def _error_code(name: str, tensor: TensorInfo, modules: BaseModules | None) -> s
 # Error code: (problem, fix).
 _WRONG_NAMES = {
     "prefix_stripped": (
-        f"These tensors lack the prefix '{PREFIX}', so PEFT would load none of them",
-        "Save the adapter with PEFT's save_pretrained, or add the prefix to each name",
+        f"These tensors lack the prefix '{PEFT.prefix}', so PEFT would load none of them",
+        f"Run this in the adapter's directory: {Renaming('', PEFT.prefix, applies_to_all=True).command(WEIGHTS)}",
     ),
     "adapter_name_in_keys": (
         "The names of these tensors contain the adapter's name, so PEFT would load none of them",
         "Save the adapter with PEFT's save_pretrained, not with model.state_dict()",
     ),
+    "lora_bias": (
+        "These tensors are biases of A or B, which plain LoRA does not have",
+        "Train it again with lora_bias false",
+    ),
+    "token_rows": (
+        "These tensors are trained rows of the embedding, which are not supported",
+        "Train it again without trainable_token_indices",
+    ),
     "mlx_names": (
         "These tensors have the names and the transposed layout of MLX, so PEFT would load none of them",
-        "Convert the adapter to the PEFT format: lora_a is the transpose of lora_A.weight",
+        f"If mlx-lm wrote them, rename the file to {MLX.weights} and keep the {CONFIG} that mlx-lm wrote beside it",
+    ),
+    "peft_names": (
+        "These tensors have the names of PEFT, but their file has the name that mlx-lm uses",
+        f"If PEFT wrote them, rename the file to {WEIGHTS}",
     ),
     "overwrites_base": (
         "These tensors would permanently replace weights of the base model",
@@ -173,7 +252,8 @@ def _wrong_name_errors(classified: _ClassifiedTensors) -> Iterator[Reason]:
 def _malformed_weights(tensors: Mapping[str, TensorInfo], classified: _ClassifiedTensors) -> Iterator[Reason]:
     fix = "Train the adapter, or download it again"
     if not classified.modules and classified.is_complete:
-        yield error("no_weights", f"{WEIGHTS} contains no LoRA weights.", where=WEIGHTS, fix=fix)
+        file = classified.layout.weights
+        yield error("no_weights", f"{file} contains no LoRA weights.", where=file, fix=fix)
     unpaired = sorted(classified.a.keys() ^ classified.b.keys())
     yield from error_about("unpaired", "These modules have only one of A and B", unpaired, fix=fix)
     unsupported = [tensor.name for tensor in tensors.values() if tensor.dtype not in FLOATS]
@@ -192,18 +272,7 @@ def _compare_with_settings(
 ) -> Iterator[Reason]:
     """Compare weights and configuration: PEFT creates modules from the configuration and then loads the matching weights."""
     fix = f"Download {CONFIG} and {WEIGHTS} again: they belong to different adapters, or one of them was edited"
-    wrong_rank: list[str] = []
-    ranks: dict[str, str] = {}  # of the first wrong tensor
-    for module in sorted(classified.modules):
-        rank = settings.rank_of(module)
-        for tensor, axis in ((classified.a.get(module), 0), (classified.b.get(module), 1)):
-            if tensor is not None and (len(tensor.shape) != 2 or tensor.shape[axis] != rank):
-                wrong_rank.append(tensor.name)
-                tensor_rank = tensor.shape[axis] if len(tensor.shape) == 2 else list(tensor.shape)
-                ranks = ranks or {"found": f"rank {tensor_rank}", "expected": f"rank {rank}"}
-    yield from error_about(
-        "rank", "The rank of these tensors differs from the configuration", wrong_rank, fix=fix, **ranks
-    )
+    yield from _wrong_ranks(classified, settings, fix)
     in_base = classified.modules if modules is None else classified.modules & modules.linear.keys()
     untargeted = sorted(module for module in in_base if not settings.targets(module))
     yield from error_about(
@@ -211,8 +280,60 @@ def _compare_with_settings(
     )
     if modules is None and classified.is_complete:
         suffixes = {suffix for module in classified.modules for suffix in dotted_suffixes(module)}
-        unmatched = [target for target in settings.target_modules if target not in suffixes]
+        unmatched = [target for target in settings.target_modules or () if target not in suffixes]
         yield from error_about("weights_missing", "These targets have no weights", unmatched, fix=fix)
+    yield from _undecided_settings(classified, settings)
+
+
+def _wrong_ranks(classified: _ClassifiedTensors, settings: LoraSettings, fix: str) -> Iterator[Reason]:
+    """Compare the ranks of A and B with the configuration, or with each other where it has expressions for ranks."""
+    wrong: list[str] = []
+    ranks: dict[str, str] = {}  # of the first wrong tensor
+    for module in sorted(classified.modules):
+        a, b = classified.a.get(module), classified.b.get(module)
+        rank = settings.rank_of(module)
+        if rank is None:
+            rank = next((t.shape[axis] for t, axis in ((a, 0), (b, 1)) if t is not None and len(t.shape) == 2), 0)
+        for tensor, axis in ((a, 0), (b, 1)):
+            if tensor is None:
+                continue
+            if len(tensor.shape) != 2 or tensor.shape[axis] != rank or not 1 <= rank <= MAX_RANK:
+                wrong.append(tensor.name)
+                tensor_rank = tensor.shape[axis] if len(tensor.shape) == 2 else list(tensor.shape)
+                ranks = ranks or {"found": f"rank {tensor_rank}", "expected": f"rank {rank}"}
+    yield from error_about("rank", "The rank of these tensors differs from the configuration", wrong, fix=fix, **ranks)
+
+
+def _undecided_settings(classified: _ClassifiedTensors, settings: LoraSettings) -> Iterator[Reason]:
+    """Decide about settings that only the names of the weights can decide about."""
+    parts = sorted({_without_layer(module) for module in classified.modules})
+    if settings.target_modules is None and settings.targets_described and parts:
+        yield warning(
+            "targets_from_weights",
+            f"{settings.targets_described}; the modules with weights are adapted: {join_some(map(sanitize, parts), 8)}.",
+            found=settings.targets_described,
+            fix="Compare these modules with those that were trained",
+        )
+    if settings.alpha_expressions:
+        expression = sanitize(repr(settings.alpha_expressions[0][:80]))
+        message = (
+            f"{CONFIG}: alpha_pattern has the regular expression {expression}, which is never run, so that the scale of some "
+            "modules is unknown. The modules with weights are "
+            f"{join_some(map(sanitize, parts), 8)}."
+        )
+        fix = "Replace each expression by the names that it matches, such as 'self_attn.q_proj' or a full name"
+        yield error("targets_not_literal", message, where="alpha_pattern", fix=fix)
+    if settings.ties_head and "lm_head" in {module.rpartition(".")[2] for module in classified.modules}:
+        message = f"{CONFIG}: with ensure_weight_tying, the adapter of lm_head changes the embedding as well."
+        fix = "Train it again without lm_head as a target"
+        yield error("unsupported_setting", message, where="ensure_weight_tying", fix=fix)
+
+
+def _without_layer(module: str) -> str:
+    """Return what a module's name has after its layer's number, or the name itself."""
+    parts = module.split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[numbers[0] + 1 :]) if numbers and numbers[0] + 1 < len(parts) else module
 
 
 def _compare_with_base(
@@ -221,11 +342,13 @@ def _compare_with_base(
     base, linear = modules.base, modules.linear
     fix = f"Use the base model that the adapter was trained on, which is not {base.name}"
     missing: set[str] = set()
-    if settings is not None:
-        yield from _unmatched_targets(settings, linear, fix)
-        if classified.is_complete:
-            missing = {module for module in linear if settings.targets(module)} - classified.modules
     unknown = classified.modules - linear.keys()
+    if settings is not None:
+        all_used = not unknown and bool(classified.modules) and all(map(settings.targets, classified.modules))
+        yield from _unmatched_targets(settings, linear, fix, harmless=all_used)
+        yield from _trained_biases(classified, settings, modules)
+        if classified.is_complete and settings.target_modules is not None:
+            missing = {module for module in linear if settings.targets(module)} - classified.modules
     layer_ranges = _different_layers(classified, settings, modules)
     if layer_ranges is not None:
         adapter_layers, base_layers = layer_ranges
@@ -245,18 +368,44 @@ def _compare_with_base(
     yield from _wrong_sizes(classified, modules, fix)
 
 
-def _unmatched_targets(settings: LoraSettings, linear: Iterable[str], fix: str) -> Iterator[Reason]:
+def _unmatched_targets(settings: LoraSettings, linear: Iterable[str], fix: str, *, harmless: bool) -> Iterator[Reason]:
+    """Report targets and pattern keys that match no module of the base model.
+
+    PEFT demands only that one target matches, so that lists for many families are common. They are `harmless` if all weights
+    are used; otherwise they explain why not.
+    """
     suffixes = {suffix for module in linear for suffix in dotted_suffixes(module)}
-    targets = [target for target in settings.target_modules if target not in suffixes]
+    targets = [target for target in settings.target_modules or () if target not in suffixes]
     embeddings = [target for target in targets if target.rpartition(".")[2] in EMBEDDING_MODULES]
     _, embedding_fix = _WRONG_NAMES["embedding_lora"]
     problem = "These targets are embeddings, which are not supported"
     yield from error_about("embedding_lora", problem, embeddings, fix=embedding_fix)
     unknown = [target for target in targets if target not in embeddings]
-    yield from error_about("target_not_in_base", "The base model lacks these target modules", unknown, fix=fix)
-    keys = [key for key in (*settings.rank_pattern, *settings.alpha_pattern) if key not in suffixes]
-    problem = "These keys of rank_pattern or alpha_pattern match no module of the base model"
-    yield from error_about("pattern_not_in_base", problem, keys, fix=fix)
+    patterns = (*(settings.rank_pattern or ()), *settings.alpha_pattern)
+    keys = [key for key in patterns if key.removeprefix("^") not in suffixes]
+    for code, names, problem in (
+        ("target_not_in_base", unknown, "The base model lacks these target modules"),
+        ("pattern_not_in_base", keys, "These keys of rank_pattern or alpha_pattern match no module of the base model"),
+    ):
+        if names and harmless:
+            shown = join_some(sanitize(name) for name in names)
+            yield warning(code, f"{problem}: {shown}. All weights are used without them.")
+        else:
+            yield from error_about(code, problem, names, fix=fix)
+
+
+def _trained_biases(classified: _ClassifiedTensors, settings: LoraSettings, modules: BaseModules) -> Iterator[Reason]:
+    """Refuse `bias` "all" or "lora_only" if the base model has biases that were trained with it; many have none."""
+    match settings.trained_biases:
+        case "none":
+            return
+        case "all":
+            biases = [name for name in modules.parameters if name.endswith(".bias")]
+        case "lora_only":
+            biases = [f"{module}.bias" for module in sorted(classified.modules)]
+    trained = [name for name in biases if name in modules.parameters]
+    problem = f"{CONFIG}: with bias {settings.trained_biases!r}, these biases of the base model were trained too"
+    yield from error_about("unsupported_setting", problem, trained, fix="Train it again with bias 'none'")
 
 
 def _different_layers(
@@ -264,12 +413,16 @@ def _different_layers(
 ) -> tuple[str, str] | None:
     """Describe the layers of the adapter and of the base model if their numbers differ; otherwise return None."""
     layers = {number for module in classified.modules if (number := layer_of(module)) is not None}
-    layers_chosen = settings is not None and settings.layers_to_transform is not None
+    # An expression may choose layers too.
+    layers_chosen = settings is not None and (
+        settings.layers_to_transform is not None or settings.target_modules is None
+    )
     consecutive = layers == set(range(len(layers)))
     if not layers or not modules.layers or not (consecutive or layers_chosen):
         return None
     too_many = max(layers) > max(modules.layers)
-    too_few = not layers_chosen and max(layers) < max(modules.layers)
+    adapts_last = classified.layout is MLX  # mlx-lm adapts the last layers
+    too_few = (adapts_last or not layers_chosen) and max(layers) < max(modules.layers)
     if not too_many and not too_few:
         return None
     return _describe_layers(layers), _describe_layers(modules.layers)
@@ -326,7 +479,7 @@ def _vocabulary(modules: BaseModules) -> int:
 def _common_difference(wrong: list[_WrongSize], modules: BaseModules) -> tuple[str, str, str] | None:
     """Return (dimension, found, expected) in words if one dimension explains all wrong sizes; otherwise None."""
     shape = modules.base.shape
-    if all(w.module.endswith((".k_proj", ".v_proj")) and ".lora_B." in w.tensor.name for w in wrong):
+    if all(w.module.endswith((".k_proj", ".v_proj")) and _is_b(w.tensor.name) for w in wrong):
         rows_per_head = max(1, wrong[0].expected // shape.kv_heads)  # assumed to be equal in both models
         sizes = {w.size for w in wrong}
         if len(sizes) == 1 and (size := sizes.pop()) % rows_per_head == 0:
@@ -365,7 +518,7 @@ def check_weights(tensors: Iterable[TensorInfo], read: Callable[[TensorInfo], by
         data = read(tensor)
         if not _is_finite(data, tensor.dtype):
             not_finite.append(tensor.name)
-        if ".lora_B." in tensor.name:
+        if _is_b(tensor.name):
             has_b = True
             has_nonzero_b = has_nonzero_b or not _is_zero(data, _WIDTH[tensor.dtype])
     fix = "Train the adapter again with a lower learning rate"
@@ -374,6 +527,10 @@ def check_weights(tensors: Iterable[TensorInfo], read: Callable[[TensorInfo], by
         message = "Every B is zero, so the adapter has no effect: it was never trained, or its weights were lost."
         reasons.append(error("b_all_zero", message, where="lora_B", fix="Train the adapter, or download it again"))
     return reasons
+
+
+def _is_b(name: str) -> bool:
+    return ".lora_B." in name or name.endswith(".lora_b")
 
 
 def _is_finite(data: bytes, dtype: str) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from peft_core.adapters.base_match import match_base
 from peft_core.adapters.files import AdapterFiles, read_adapter
 from peft_core.adapters.findings import error
-from peft_core.adapters.tensor_check import base_modules, check_tensors, check_weights
+from peft_core.adapters.tensor_check import BaseModules, base_modules, check_tensors, check_weights
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.results import BaseMatch, Compatibility, NextStep, Reason
 
@@ -49,8 +49,9 @@ def verify_files(files: AdapterFiles, base: Base | None, *, scan_weights: bool) 
     """
     started = time.perf_counter()
     reasons = list(files.reasons)
-    if files.tensors is not None:
-        reasons += check_tensors(files.tensors, files.settings, base_modules(base) if base is not None else None)
+    if files.tensors is not None and all(reason.code != "not_lora" for reason in reasons):
+        modules = base_modules(base) if base is not None else None
+        reasons += _tensor_findings(files, modules)
     scanned = scan_weights and files.tensors is not None and files.weights is not None
     if scanned and files.tensors is not None:
         reasons += check_weights(files.tensors.values(), files.bytes_of)
@@ -74,6 +75,14 @@ def verify_files(files: AdapterFiles, base: Base | None, *, scan_weights: bool) 
         next=text,
         next_step=step,
     )
+
+
+def _tensor_findings(files: AdapterFiles, modules: BaseModules | None) -> list[Reason]:
+    """Return what is wrong with the tensors, except for what a refused setting of the configuration explains."""
+    explained = {"use_dora": "dora_weights", "lora_bias": "lora_bias", "trainable_token_indices": "token_rows"}
+    known = {explained.get(reason.where or "") for reason in files.reasons}
+    findings = check_tensors(files.tensors or {}, files.settings, modules, files.layout)
+    return [reason for reason in findings if reason.code not in known]
 
 
 def _base_unknown(files: AdapterFiles) -> Reason:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import gc
 import itertools
 import math
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load as load_tensors
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_core.adapters.config_check import LoraSettings
+from peft_core.adapters.files import AdapterFiles
+from peft_core.adapters.layout import PEFT, peft_name
 from peft_core.base_models.families import END_TOKENS
 from peft_core.errors import InferenceError
 from peft_core.modeling.device import DevicePlan
@@ -81,19 +86,25 @@ class ResidentModel:
             base_logits_TV=_logits(causal, probe_1T),
         )
 
-    def add(self, settings: LoraSettings, tensors: Mapping[str, torch.Tensor]) -> tuple[str, LoadCheck]:
+    def add(self, files: AdapterFiles) -> tuple[str, LoadCheck]:
         """Add an adapter, select it and measure its effect. Returns its name in this model, and the check.
 
         If it fails, the adapter is removed completely and no adapter is selected.
 
+        Args:
+            files: The adapter, read with its weights and accepted by `verify_files`.
+
         Raises:
             InferenceError: it has no effect, not all of its tensors apply, or outputs are NaN or Inf.
         """
+        assert files.settings is not None, "verify_files would have failed"  # noqa: S101 -- for the type checker
+        tensors = tensors_of(files)
         # kill-point: inference worker, load_adapter: the adapter is about to be added
         name = next(_names)
         self._selected = None
-        self._require_linear(settings)
-        config = self._peft_config(settings)
+        modules = _ranks(tensors)
+        self._require_linear(modules)
+        config = self._peft_config(files.settings, modules)
         try:
             if self._wrapped is None:
                 self._wrapped = PeftModel(self.causal, config, adapter_name=name, low_cpu_mem_usage=True)
@@ -149,11 +160,20 @@ class ResidentModel:
                 del self.causal.peft_config
         release_memory()
 
-    def _require_linear(self, settings: LoraSettings) -> None:
-        """Refuse target modules that are not linear: PEFT wraps layers one by one, and would fail halfway."""
-        for name, module in self.causal.named_modules():
+    def _require_linear(self, modules: Collection[str]) -> None:
+        """Refuse modules that are not linear or not there: PEFT wraps layers one by one, and would fail halfway."""
+        present = dict(self.causal.named_modules())
+        if missing := sorted(set(modules) - present.keys()):
+            raise InferenceError(
+                f"The adapter is for {missing[0][:120]}, which is no module of its own in the model that transformers builds "
+                f"({len(missing)} such modules). Experts, for instance, are computed together.",
+                code="adapter_not_applied",
+                suggestions=["Train it again without these modules"],
+            )
+        for name in modules:
+            module = present[name]
             inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            if ".base_layer" not in name and settings.targets(name) and not isinstance(inner, nn.Linear | Conv1D):
+            if not isinstance(inner, nn.Linear | Conv1D):
                 raise InferenceError(
                     f"The adapter is for {name[:120]}, which in this model is a {type(inner).__name__}, not a linear layer.",
                     code="adapter_not_applied",
@@ -166,20 +186,44 @@ class ResidentModel:
         if not torch.equal(_logits(self.causal, self.probe_1T), self.base_logits_TV):
             raise BaseCorrupted("an adapter that failed to load has changed the base model")
 
-    def _peft_config(self, settings: LoraSettings) -> LoraConfig:
-        """Build PEFT's configuration from verified values alone: nothing else in the adapter's file reaches PEFT."""
+    def _peft_config(self, settings: LoraSettings, ranks: Mapping[str, int]) -> LoraConfig:
+        """Build PEFT's configuration from verified values alone: nothing else in the adapter's file reaches PEFT.
+
+        The targets are the full names of the modules that have weights. `ranks`: the rank of each.
+        """
+        alphas = {module: settings.alpha_of(module) for module in ranks}
+        rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
         return LoraConfig(
             task_type="CAUSAL_LM",
-            r=settings.rank,
-            lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT annotates int and computes with floats
-            target_modules=list(settings.target_modules),
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT annotates int and computes with floats
+            target_modules=list(ranks),
             use_rslora=settings.use_rslora,
-            rank_pattern=dict(settings.rank_pattern),
-            alpha_pattern=dict(settings.alpha_pattern),
-            layers_to_transform=list(settings.layers_to_transform) if settings.layers_to_transform else None,
+            # PEFT treats keys as regular expressions.
+            rank_pattern={f"^{re.escape(module)}": value for module, value in ranks.items() if value != rank},
+            alpha_pattern={f"^{re.escape(module)}": value for module, value in alphas.items() if value != alpha},
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in self.causal.modules()),
             inference_mode=True,
         )
+
+
+def tensors_of(files: AdapterFiles) -> dict[str, torch.Tensor]:
+    """Return the tensors of an adapter under PEFT's names and in PEFT's layout: A is (rank, in), B is (out, rank)."""
+    assert files.weights is not None, "read_adapter(..., with_weights=True) reads them"  # noqa: S101 -- a caller's mistake
+    return {
+        peft_name(name, files.layout): tensor.T.contiguous() if files.layout.transposed else tensor
+        for name, tensor in load_tensors(files.weights).items()
+    }
+
+
+def _ranks(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Return the rank of each adapted module, by its full name."""
+    ending = ".lora_A.weight"
+    return {
+        name.removeprefix(PEFT.prefix).removesuffix(ending): tensor.shape[0]
+        for name, tensor in tensors.items()
+        if name.endswith(ending)
+    }
 
 
 def _unwrap(model: nn.Module) -> None:

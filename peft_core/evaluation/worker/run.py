@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import structlog
-from safetensors.torch import load as load_tensors
 
 from peft_core.adapters.files import read_adapter
 from peft_core.adapters.verify import verify_files
@@ -143,8 +142,6 @@ def _add_adapter(model: ResidentModel, evaluated: EvaluatedAdapter, session: Ses
             code="adapter_rejected",
             suggestions=["Call verify_adapter_compatibility to see every reason"],
         )
-    assert files.settings is not None, "the check would have failed"  # noqa: S101 -- for the type checker
-    assert files.weights is not None, "the check would have failed"  # noqa: S101 -- for the type checker
-    name, effect = model.add(files.settings, load_tensors(files.weights))
+    name, effect = model.add(files)
     _log.info("adapter_loaded", **effect.model_dump())
     return name

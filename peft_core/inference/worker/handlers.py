@@ -12,7 +12,6 @@ from typing import Literal
 
 import structlog
 import torch
-from safetensors.torch import load as load_tensors
 
 from peft_core.adapters.files import AdapterFiles, read_adapter
 from peft_core.adapters.verify import verify_files
@@ -124,7 +123,7 @@ class RequestHandler:
     ) -> tuple[str, LoadCheck]:
         if files.settings is None or files.weights is None:
             raise InferenceError("The adapter's files could not be read.")  # cannot happen: they were verified
-        name, effect = model.add(files.settings, load_tensors(files.weights))
+        name, effect = model.add(files)
         try:
             on_progress(0, None, "the adapter takes effect")
         except BaseException:  # a cancelled load must not change anything

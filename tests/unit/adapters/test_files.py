@@ -36,13 +36,6 @@ def test_an_empty_or_missing_directory_is_one_error(tmp_path: Path, base: Base) 
         assert (reason.code, reason.where) == ("missing_file", f"{WEIGHTS} and {CONFIG}")
 
 
-def test_the_error_about_an_mlx_adapter_suggests_a_conversion(tmp_path: Path, base: Base) -> None:
-    (tmp_path / "adapters.safetensors").write_bytes(VALID)
-    fix = verify(tmp_path, base).reasons[0].fix
-    assert fix is not None
-    assert "MLX" in fix
-
-
 def test_problems_in_both_files_are_reported(tmp_path: Path, base: Base) -> None:
     adapter = write_adapter(tmp_path)
     (adapter / CONFIG).write_text("{")

@@ -1,0 +1,330 @@
+"""Unit tests of adapters from other programs: the table of real cases, other prefixes, and the format of mlx-lm."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_core.adapters.config_check import LoraSettings
+from peft_core.adapters.files import read_adapter
+from peft_core.adapters.mlx_config import check_mlx_settings
+from peft_core.adapters.renaming import Renaming, find_renaming
+from peft_core.adapters.verify import verify
+from peft_core.base_models.resolve import resolve
+from peft_core.config import Settings
+from peft_core.schemas.base_model import Base
+from peft_core.schemas.results import BaseMatch, Compatibility
+from tests.model_files import SHAPES, adapter_shapes, safetensors_bytes, weights, write_adapter, write_model
+
+WEIGHTS, CONFIG, MLX_WEIGHTS = "adapter_model.safetensors", "adapter_config.json", "adapters.safetensors"
+P = "base_model.model."
+UNSLOTH = r"(?:.*?(?:language|text).*?(?:q_proj|v_proj))|(?:\bmodel\.layers\.[\d]{1,}\.self_attn\.(?:q_proj|v_proj))"
+BIASED = {**SHAPES, "model.layers.0.self_attn.q_proj.bias": (32,)}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return resolve(str(write_model(tmp_path_factory.mktemp("base") / "tiny", values=weights())), Settings())
+
+
+def found(result: Compatibility, severity: str = "error") -> list[str]:
+    return [
+        reason.code for reason in result.reasons if reason.severity == severity and reason.code != "base_not_recorded"
+    ]
+
+
+def reconfigure(adapter: Path, **changes: Any) -> None:
+    config = json.loads((adapter / CONFIG).read_text())
+    (adapter / CONFIG).write_text(json.dumps(config | changes))
+
+
+def rename(adapter: Path, change: Callable[[str], str]) -> Path:
+    shapes = {change(name): shape for name, shape in adapter_shapes().items()}
+    (adapter / WEIGHTS).write_bytes(safetensors_bytes(shapes, fill=1))
+    return adapter
+
+
+# -- configurations ----------------------------------------------------------------------------------------------------
+
+FITS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "unsloth-auto-mapping": ({"auto_mapping": {"parent_library": "x", "unsloth_fixed": True}, "task_type": "CAUSAL_LM"}, []),
+    "peft-without-task-type": ({"auto_mapping": {"base_model_class": "LlamaForCausalLM"}, "task_type": None}, []),
+    "task-of-another-kind": ({"task_type": "SEQ_2_SEQ_LM"}, ["task_type"]),
+    "targets-as-regex": ({"target_modules": UNSLOTH}, ["targets_from_weights"]),
+    "targets-as-simple-regex": ({"target_modules": r".*\.self_attn\.(q_proj|v_proj)"}, ["targets_from_weights"]),
+    "all-linear": ({"target_modules": "all-linear"}, ["targets_from_weights"]),
+    "targets-of-many-families": ({"target_modules": ["q_proj", "v_proj", "c_attn", "Wqkv"]}, ["target_not_in_base"]),
+    "ranks-as-regex": ({"rank_pattern": {".*q_proj": 4}}, []),
+    "alpha-of-no-module": ({"alpha_pattern": {"c_attn": 4}}, ["pattern_not_in_base"]),
+    "biases-that-the-base-lacks": ({"bias": "all"}, []),
+    "ms-swift": ({"lora_dtype": None, "lorap_lr_ratio": None, "lorap_emb_lr": 1e-06}, []),
+    "converted-corda": ({"corda_config": {"corda_method": "kpm"}, "init_lora_weights": True}, []),
+    "loftq-block-unused": ({"loftq_config": {"loftq_bits": 4}, "init_lora_weights": True}, []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "warnings"), FITS.values(), ids=FITS.keys())
+def test_plain_lora_weights_fit_whatever_stands_beside_them(
+    config: dict[str, Any], warnings: list[str], tmp_path: Path, base: Base
+) -> None:
+    adapter = write_adapter(tmp_path)
+    reconfigure(adapter, **config)
+    result = verify(adapter, base, scan_weights=True)
+    assert (found(result), found(result, "warning")) == ([], warnings)
+    assert result.verdict is BaseMatch.SHAPE_ONLY
+    assert result.scanned
+
+
+def test_the_warning_about_an_expression_names_the_modules(tmp_path: Path, base: Base) -> None:
+    adapter = write_adapter(tmp_path)
+    reconfigure(adapter, target_modules=UNSLOTH)
+    (reason,) = [r for r in verify(adapter, base).reasons if r.code == "targets_from_weights"]
+    assert "self_attn.q_proj, self_attn.v_proj" in reason.message
+    assert "never run" in reason.message
+    assert len(reason.message) < 400
+
+
+def test_an_expression_may_choose_layers(tmp_path: Path, base: Base) -> None:
+    adapter = write_adapter(tmp_path)
+    shapes = {name: shape for name, shape in adapter_shapes().items() if "layers.0." in name}
+    (adapter / WEIGHTS).write_bytes(safetensors_bytes(shapes, fill=1))
+    assert found(verify(adapter, base)) == ["layer_count"]
+    reconfigure(adapter, target_modules=r"model\.layers\.0\..*")
+    assert found(verify(adapter, base)) == []
+
+
+def test_a_scale_by_an_expression_is_refused_with_the_modules(tmp_path: Path, base: Base) -> None:
+    adapter = write_adapter(tmp_path)
+    reconfigure(adapter, alpha_pattern={".*q_proj": 64})
+    (reason,) = [r for r in verify(adapter, base).reasons if r.severity == "error"]
+    assert (reason.code, reason.where) == ("targets_not_literal", "alpha_pattern")
+    assert "self_attn.q_proj" in reason.message
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_are_refused_where_the_base_has_some(bias: str, tmp_path: Path) -> None:
+    biased = resolve(str(write_model(tmp_path / "base", shapes=BIASED)), Settings())
+    adapter = write_adapter(tmp_path / "adapter", bias=bias)
+    (reason,) = [r for r in verify(adapter, biased).reasons if r.severity == "error"]
+    assert "model.layers.0.self_attn.q_proj.bias" in reason.message
+
+
+def test_dora_is_one_reason(tmp_path: Path, base: Base) -> None:
+    adapter = write_adapter(tmp_path, use_dora=True)
+    magnitudes = {f"{P}model.layers.0.self_attn.q_proj.lora_magnitude_vector": (32,)}
+    (adapter / WEIGHTS).write_bytes(safetensors_bytes(adapter_shapes() | magnitudes, fill=1))
+    assert found(verify(adapter, base)) == ["unsupported_setting"]
+
+
+@pytest.mark.parametrize("method", ["IA3", "ADALORA"])
+def test_another_method_is_one_reason_whatever_its_weights(method: str, tmp_path: Path, base: Base) -> None:
+    adapter = write_adapter(tmp_path)
+    reconfigure(adapter, peft_type=method, target_r=8, feedforward_modules=["down_proj"])
+    (adapter / WEIGHTS).write_bytes(safetensors_bytes({f"{P}model.layers.0.mlp.down_proj.ia3_l": (64,)}, fill=1))
+    assert found(verify(adapter, base)) == ["not_lora"]
+
+
+# -- prefixes ----------------------------------------------------------------------------------------------------------
+
+PREFIXES = {
+    "language-model-inside": (f"{P}model.", f"{P}model.language_model."),
+    "language-model-outside": (f"{P}model.", f"{P}language_model.model."),
+    "compiled": (f"{P}model.", f"{P}_orig_mod.model."),
+    "distributed": (f"{P}model.", f"{P}module.model."),
+    "peft-twice": (f"{P}model.", f"{P}{P}model."),
+    "model-twice": (f"{P}model.", f"{P}model.model."),
+    "model-missing": (f"{P}model.", f"{P}"),
+    "another-name": (f"{P}model.", f"{P}transformer."),
+    "wrapped-outside": (f"{P}", f"module.{P}"),
+    "no-prefix": (f"{P}", ""),
+    "one-prefix": (f"{P}", "model."),
+}
+
+
+@pytest.mark.parametrize(("right", "wrong"), PREFIXES.values(), ids=PREFIXES.keys())
+def test_another_prefix_is_one_reason_with_a_command_that_repairs_it(
+    right: str, wrong: str, tmp_path: Path, base: Base
+) -> None:
+    adapter = rename(write_adapter(tmp_path), lambda name: wrong + name.removeprefix(right))
+    result = verify(adapter, base)
+    (reason,) = [r for r in result.reasons if r.severity == "error"]
+    assert reason.code in ("other_prefix", "prefix_stripped")
+    assert result.verdict is BaseMatch.INCOMPATIBLE
+    assert reason.fix is not None
+    assert len(reason.message) < 400
+    assert len(reason.fix) < 400
+    renaming = Renaming(reason.found or "", reason.expected or "", applies_to_all=True)
+    rename(adapter, lambda name: renaming(wrong + name.removeprefix(right)))
+    assert found(verify(adapter, base)) == []
+
+
+@pytest.mark.slow
+def test_the_command_of_the_fix_renames_the_tensors(tmp_path: Path, base: Base) -> None:
+    adapter = rename(write_adapter(tmp_path), lambda name: name.replace("model.layers", "model.language_model.layers"))
+    (reason,) = [r for r in verify(adapter, base).reasons if r.severity == "error"]
+    command = (reason.fix or "").partition(": ")[2]
+    arguments = shlex.split(command)
+    subprocess.run([sys.executable, *arguments[1:]], cwd=adapter, check=True)
+    assert found(verify(adapter, base, scan_weights=True)) == []
+
+
+def test_names_of_the_other_prefix_in_the_configuration_are_part_of_the_fix(tmp_path: Path, base: Base) -> None:
+    adapter = rename(write_adapter(tmp_path), lambda name: name.replace("model.layers", "model.text.layers"))
+    targets = [f"model.text.layers.{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "v_proj")]
+    reconfigure(adapter, target_modules=targets)
+    (reason,) = [r for r in verify(adapter, base).reasons if r.severity == "error"]
+    assert "replace 'model.text.' by 'model.' in adapter_config.json" in (reason.fix or "")
+
+
+def test_a_prefix_is_named_only_if_every_module_and_size_fits(tmp_path: Path, base: Base) -> None:
+    adapter = write_adapter(tmp_path)
+    vision = {f"{P}model.visual.blocks.0.attn.q_proj.lora_A.weight": (4, 32)}
+    shapes = {name.replace("model.layers", "model.text.layers"): shape for name, shape in adapter_shapes().items()}
+    (adapter / WEIGHTS).write_bytes(safetensors_bytes(shapes | vision, fill=1))
+    assert "other_prefix" not in found(verify(adapter, base))
+    wider = {name: (4, 64) if "lora_A" in name else shape for name, shape in shapes.items()}
+    (adapter / WEIGHTS).write_bytes(safetensors_bytes(wider, fill=1))
+    assert "other_prefix" not in found(verify(adapter, base))
+
+
+def test_a_prefix_that_a_shell_would_interpret_is_not_put_into_a_command(tmp_path: Path, base: Base) -> None:
+    adapter = rename(write_adapter(tmp_path), lambda name: f"$(touch x)'\"{name}")
+    assert all("touch" not in (reason.fix or "") for reason in verify(adapter, base).reasons)
+
+
+def test_names_with_many_dots_are_not_searched() -> None:
+    assert find_renaming({"a." * 200_000 + "q_proj"}, {"q_proj"}) is None
+
+
+NAME = st.lists(st.sampled_from(["model", "layers", "0", "1", "q_proj", "x"]), min_size=1, max_size=5).map(".".join)
+
+
+@given(known=st.sets(NAME, min_size=1, max_size=8), prefix=NAME)
+def test_a_prefix_that_was_put_before_every_name_is_found(known: set[str], prefix: str) -> None:
+    paths = {f"{prefix}.{name}" for name in known}
+    renaming = find_renaming(paths, known)
+    if paths != known and renaming is not None:
+        assert {renaming(path) for path in paths} <= known
+
+
+# -- mlx-lm ------------------------------------------------------------------------------------------------------------
+
+PARAMETERS = {"rank": 4, "scale": 20.0, "dropout": 0.0}
+
+
+def write_mlx(
+    directory: Path, shapes: dict[str, tuple[int, ...]] | None = None, dtype: str = "F32", **config: Any
+) -> Path:
+    """Write what mlx-lm writes: transposed matrices, and all arguments of the training as the configuration."""
+    directory.mkdir(parents=True, exist_ok=True)
+    shapes = adapter_shapes() if shapes is None else shapes
+    named = {
+        name.removeprefix(P).replace("lora_A.weight", "lora_a").replace("lora_B.weight", "lora_b"): shape[::-1]
+        for name, shape in shapes.items()
+    }
+    (directory / MLX_WEIGHTS).write_bytes(safetensors_bytes(named, dtype, fill=1))
+    arguments = {
+        "model": "mlx-community/tiny-4bit", "fine_tune_type": "lora", "num_layers": 16, "lora_parameters": PARAMETERS,
+        "optimizer": "adam", "iters": 1000, "trust_remote_code": True, "train": True, "lr_schedule": None,
+    }  # fmt: skip
+    (directory / CONFIG).write_text(json.dumps(arguments | config))
+    return directory
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_an_mlx_adapter_fits(dtype: str, tmp_path: Path, base: Base) -> None:
+    adapter = write_mlx(tmp_path, dtype=dtype)
+    result = verify(adapter, base, scan_weights=True)
+    assert (found(result), found(result, "warning"), result.verdict) == ([], [], BaseMatch.SHAPE_ONLY)
+    settings = read_adapter(adapter).settings
+    assert settings is not None
+    assert settings.scale_of("any", settings.rank) == 20.0
+    assert "mlx-community/tiny-4bit" in result.reasons[-1].message
+
+
+MLX_CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "old-name-of-the-layers": ({"num_layers": None, "lora_layers": 16}, []),
+    "no-fine-tune-type": ({"fine_tune_type": None}, []),
+    "keys": ({"lora_parameters": PARAMETERS | {"keys": ["self_attn.q_proj"]}}, []),
+    "dora": ({"fine_tune_type": "dora"}, ["not_lora"]),
+    "old-dora": ({"fine_tune_type": None, "use_dora": True}, ["not_lora"]),
+    "full": ({"fine_tune_type": "full"}, ["not_lora"]),
+    "alpha-without-scale": ({"lora_parameters": {"rank": 4, "alpha": 8}}, ["config_value"]),
+    "infinite-scale": ({"lora_parameters": PARAMETERS | {"scale": float("inf")}}, ["config_value"]),
+    "huge-rank": ({"lora_parameters": PARAMETERS | {"rank": 10**9}}, ["config_value"]),
+    "no-parameters": ({"lora_parameters": None}, ["config_value"]),
+    "unknown-parameter": ({"lora_parameters": PARAMETERS | {"of_the_future": 1}}, ["unsupported_setting"]),
+    "another-rank": ({"lora_parameters": PARAMETERS | {"rank": 8}}, ["rank"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "codes"), MLX_CASES.values(), ids=MLX_CASES.keys())
+def test_the_configuration_of_mlx_is_checked(
+    config: dict[str, Any], codes: list[str], tmp_path: Path, base: Base
+) -> None:
+    assert found(verify(write_mlx(tmp_path, **config), base)) == codes
+
+
+def test_an_alpha_beside_the_scale_is_a_warning(tmp_path: Path, base: Base) -> None:
+    adapter = write_mlx(tmp_path, lora_parameters={"rank": 4, "alpha": 16, "scale": 10.0, "dropout": 0.0})
+    (reason,) = [r for r in verify(adapter, base).reasons if r.code == "mlx_alpha"]
+    assert (reason.severity, reason.found) == ("warning", "scale 10, alpha 16")
+    assert "40" in reason.message
+
+
+def test_the_tensors_of_mlx_are_checked(tmp_path: Path, base: Base) -> None:
+    q = f"{P}model.layers.1.self_attn.q_proj"
+    assert found(verify(write_mlx(tmp_path / "a", {f"{q}.lora_A.weight": (4, 32)}), base)) == ["unpaired"]
+    wide = {f"{q}.lora_A.weight": (4, 64), f"{q}.lora_B.weight": (32, 4)}
+    assert found(verify(write_mlx(tmp_path / "b", wide), base)) == ["shape"]
+    magnitude = adapter_shapes() | {f"{P}model.layers.1.self_attn.q_proj.m": (32,)}
+    assert found(verify(write_mlx(tmp_path / "c", magnitude), base)) == ["dora_weights"]
+    first_layer = {name: shape for name, shape in adapter_shapes().items() if "layers.0." in name}
+    assert found(verify(write_mlx(tmp_path / "d", first_layer), base)) == [
+        "layer_count"
+    ]  # mlx-lm adapts the last layers
+    last_layer = {name: shape for name, shape in adapter_shapes().items() if "layers.1." in name}
+    assert found(verify(write_mlx(tmp_path / "e", last_layer), base)) == []
+    wrapped = {name.replace("model.layers", "language_model.model.layers"): s for name, s in adapter_shapes().items()}
+    (reason, _) = verify(write_mlx(tmp_path / "f", wrapped), base).reasons
+    assert (reason.code, reason.found, reason.expected) == ("other_prefix", "language_model.", "")
+    assert "adapters.safetensors" in (reason.fix or "")
+
+
+def test_peft_names_in_the_file_of_mlx_are_told(tmp_path: Path, base: Base) -> None:
+    adapter = write_mlx(tmp_path)
+    (adapter / MLX_WEIGHTS).write_bytes(safetensors_bytes(adapter_shapes(), fill=1))
+    (reason,) = [r for r in verify(adapter, base).reasons if r.code == "peft_names"]
+    assert WEIGHTS in (reason.fix or "")
+
+
+def test_the_weights_of_peft_are_read_where_both_files_exist(tmp_path: Path, base: Base) -> None:
+    adapter = write_adapter(tmp_path)
+    (adapter / MLX_WEIGHTS).write_bytes(b"")
+    assert found(verify(adapter, base)) == []
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from([*PARAMETERS, "alpha", "x"]), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from(["fine_tune_type", "lora_parameters", "use_dora"]), JSON))
+def test_no_json_object_makes_the_check_of_mlx_raise(config: dict[str, Any]) -> None:
+    settings, reasons = check_mlx_settings(config)
+    assert (settings is None) == any(reason.severity == "error" for reason in reasons)
+    assert all(reason.message.isprintable() and len(reason.message) < 400 for reason in reasons)
+    assert settings is None or isinstance(settings, LoraSettings)
