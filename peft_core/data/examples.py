@@ -149,7 +149,7 @@ def examples_from_record(
 def _add_unsplit_record(
     record: Record, path: str, result: FileResult, token_counter: TokenCounter, max_length: int
 ) -> None:
-    if record.conversation is not None:
+    if record.conversation is not None and (token_counter.has_chat_template or record.needs_chat_template):
         renderings = token_counter.render_chat(record.conversation)
     else:
         renderings = (tuple(Segment(text=text, learn=learn) for text, learn in record.texts),)

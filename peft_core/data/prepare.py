@@ -36,7 +36,7 @@ from peft_core.data.exclusions import ExclusionReason, Exclusions
 from peft_core.data.git import last_change_times
 from peft_core.data.leakage import OVERLAP_THRESHOLD, TrainingFingerprint, remove_overlap
 from peft_core.data.minhash import NEAR_DUPLICATE_RULE, MinHashIndex
-from peft_core.data.records import Record, read_jsonl
+from peft_core.data.records import Notes, Record, read_copy, read_file
 from peft_core.data.secrets import redact_secrets
 from peft_core.data.split import (
     FILE_MIN_TOKENS,
@@ -185,9 +185,9 @@ class DatasetBuilder:
         return order_key(file.name, self.spec.seed)
 
     def _from_records(self) -> Iterator[FileResult]:
-        path, noun = self.spec.source, "line" if self.spec.source_kind is SourceKind.JSONL else "record"
-        root = _common_root(read_jsonl(path, noun=noun))
-        for number, record in enumerate(read_jsonl(path, noun=noun)):
+        root = _common_root(self._records(Notes()))
+        notes = Notes()
+        for number, record in enumerate(self._records(notes)):
             self.progress(f"{number} records")
             yield examples_from_record(
                 record,
@@ -196,6 +196,13 @@ class DatasetBuilder:
                 redact=redact_secrets,
                 root=root,
             )
+        self.left_out.update(notes.counts())
+
+    def _records(self, notes: Notes) -> Iterator[Record]:
+        spec = self.spec
+        if spec.source_kind is SourceKind.RECORDS:
+            return read_copy(spec.source, skip=spec.skip_unusable_records, notes=notes)
+        return read_file(spec.source, max_length=spec.max_length, skip=spec.skip_unusable_records, notes=notes)
 
     def _add(self, example: Example) -> bool:
         """Remember an example that is to be spooled. Return False for one that the adapter was trained on."""

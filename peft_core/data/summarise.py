@@ -1,15 +1,15 @@
 """Summarise a data source before training: does it exist, is it usable, is it enough, and how large is it.
 
-In: a path (repository, .jsonl file, LanceDB table) or a list of records. Out: a `SourceSummary`. Nothing is tokenised (tokens
+In: a path (repository, file of records, table) or a list of records. Out: a `SourceSummary`. Nothing is tokenised (tokens
 are estimated from bytes) and nothing is written, so that a tool call can be answered with it.
 
-To add a kind of data source that holds records, follow the LanceDB table, which goes through these places:
+To add a kind of data source that holds records, follow the tables (LanceDB, Parquet), which go through these places:
 1. `_locate` recognises the source by its path and returns its kind; `summarise_source` calls the function that summarises it.
-2. A module like `lance_table.py` summarises the source and exports its records to a .jsonl file. If reading it needs a heavy
-   library, a child process does (`worker/lance_reader.py`), which yields mappings; `records.numbered` checks them.
+2. A module like `table.py` summarises the source and exports its records to a .jsonl file. If reading it needs a heavy
+   library, a child process does (`worker/table_reader.py`), which yields mappings; `records.numbered` checks them.
 3. `planning/planner.py` calls the export when a job is queued. From there on the source is `SourceKind.RECORDS`, and
    preparation, training and evaluation need no change.
-4. Test it as tests/unit/data/test_lance_table.py does: the summary and the examples must equal those of the same records given
+4. Test it as tests/unit/data/test_table.py does: the summary and the examples must equal those of the same records given
    inline, and the process that asks must not import the heavy library.
 A source that is not made of records also needs a member of `schemas.dataset.SourceKind` and a branch in `prepare.py`.
 To add a record format, see `records.py`; to add a language, see `languages.py`.
@@ -25,20 +25,39 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from peft_core.data import lance_table
+from peft_core.data import table
 from peft_core.data.classification import NOTEBOOK
 from peft_core.data.examples import examples_from_file, keep_secrets
 from peft_core.data.exclusions import Exclusions
 from peft_core.data.minhash import MinHashIndex
-from peft_core.data.records import FORMATS, Record, RecordFormat, read_inline, read_jsonl
+from peft_core.data.records import (
+    FORMATS,
+    MAX_FILE_BYTES,
+    SUFFIXES,
+    Notes,
+    Record,
+    RecordFormat,
+    file_type,
+    numbered,
+    read_file,
+)
 from peft_core.data.split import ExampleKey, count_distinct, digest, with_canonical_digests
 from peft_core.data.token_counter import BYTES_PER_TOKEN, EstimatedTokenCounter
 from peft_core.data.walk import Tree, walk
 from peft_core.errors import DataError, InvalidArgument
-from peft_core.schemas.dataset import DatasetPurpose, SourceKind, SourceSummary, describe_by_extension
+from peft_core.schemas.dataset import (
+    DatasetPurpose,
+    SkippedRecords,
+    SourceKind,
+    SourceSummary,
+    describe_by_extension,
+)
 
-MAX_JSONL_BYTES = 1_000_000_000
-ALLOWED = "a repository directory, a .jsonl file, a LanceDB table (.lance), or a list of records"
+ALLOWED = (
+    f"a repository directory, a file of records ({', '.join(SUFFIXES)}, each also with .gz; {table.PARQUET_SUFFIX}), a LanceDB "
+    "table (.lance), or a list of records"
+)
+_SHOWN_KEYS = 20  # unused keys that are named
 # Limits of the work that is done to see whether there is enough. A source that is still in doubt then is judged by `prepare`.
 _PROBE_FILES = 300
 _PROBE_BYTES = 1_500_000
@@ -52,14 +71,16 @@ def summarise_source(
     *,
     max_length: int = 512,
     purpose: DatasetPurpose = DatasetPurpose.TRAINING,
+    skip_unusable_records: bool = False,
 ) -> SourceSummary:
     """Return what a data source holds.
 
     Raises:
         InvalidArgument: the path does not exist, is not readable, or is neither a directory, a table nor a .jsonl file.
         DataError: 'training_data_empty', 'no_code', 'too_few_examples', 'broken_record', 'mixed_formats', 'too_large'; for a
-            table also the codes of `worker/lance_reader.py`.
+            table also the codes of `worker/table_reader.py`.
     """
+    notes = Notes()
     if not isinstance(data, (str, os.PathLike)):
         if not data:
             raise DataError(
@@ -67,13 +88,15 @@ def summarise_source(
                 code="training_data_empty",
                 suggestions=(f"Give at least {purpose.min_examples} records, or the path of a repository.",),
             )
-        return summarise_records(SourceKind.RECORDS, None, read_inline(data), max_length, purpose)
+        records = numbered(data, skip=skip_unusable_records, notes=notes)
+        return summarise_records(SourceKind.RECORDS, None, records, max_length, purpose, notes=notes)
     kind, path = _locate(os.fspath(data), purpose)
     if kind == "table":
-        return lance_table.summarise_table(path, max_length, purpose)
+        return table.summarise_table(path, max_length, purpose, skip_unusable_records=skip_unusable_records)
     if kind is SourceKind.REPOSITORY:
         return _summarise_repository(path, max_length, purpose)
-    return summarise_records(SourceKind.JSONL, path, read_jsonl(path), max_length, purpose)
+    records = read_file(path, max_length=max_length, skip=skip_unusable_records, notes=notes)
+    return summarise_records(SourceKind.JSONL, path, records, max_length, purpose, notes=notes)
 
 
 def require_enough_examples(
@@ -114,29 +137,30 @@ def _locate(given: str, purpose: DatasetPurpose) -> tuple[SourceKind | Literal["
     if stat.S_ISDIR(status.st_mode):
         if not os.access(path, os.R_OK | os.X_OK):
             _refuse(purpose, given, "the directory cannot be read by this user")
-        if path.suffix.lower() == lance_table.SUFFIX:
-            lance_table.require_table(path, given, purpose)
+        if path.suffix.lower() == table.LANCE_SUFFIX:
+            table.require_table(path, given, purpose)
             return "table", path
         return SourceKind.REPOSITORY, path
     if not stat.S_ISREG(status.st_mode):
         _refuse(purpose, given, f"it is neither a directory nor a regular file; it must be {ALLOWED}")
-    if path.suffix.lower() not in (".jsonl", ".ndjson"):
+    is_table = path.suffix.lower() == table.PARQUET_SUFFIX
+    if file_type(path) is None and not is_table:
         _refuse(
             purpose,
             given,
-            f"a file must have the suffix .jsonl, and code must be given as its directory; it must be {ALLOWED}",
+            f"a file of this type is not read, and code must be given as its directory; it must be {ALLOWED}",
             f"Give the directory of the repository, such as {path.parent}",
             f"Write the data as .jsonl, one JSON object per line: {RecordFormat.TEXT}",
         )
     if not os.access(path, os.R_OK):
         _refuse(purpose, given, "the file cannot be read by this user")
-    if status.st_size > MAX_JSONL_BYTES:
+    if status.st_size > MAX_FILE_BYTES:
         raise DataError(
-            f"{path} has {status.st_size / 1e9:.1f} GB; a .jsonl file must have at most {MAX_JSONL_BYTES / 1e9:.0f} GB.",
+            f"{path} has {status.st_size / 1e9:.1f} GB; a file of records must have at most {MAX_FILE_BYTES / 1e9:.0f} GB.",
             code="too_large",
             suggestions=("Give a part of it: a LoRA adapter learns from thousands of examples, not from millions",),
         )
-    return SourceKind.JSONL, path
+    return "table" if is_table else SourceKind.JSONL, path
 
 
 def _existing_path(given: str, purpose: DatasetPurpose) -> tuple[Path, os.stat_result]:
@@ -238,10 +262,17 @@ def _require_enough_code(tree: Tree, root: Path, max_length: int, purpose: Datas
 
 
 def summarise_records(
-    kind: SourceKind, path: Path | None, records: Iterable[Record], max_length: int, purpose: DatasetPurpose
+    kind: SourceKind,
+    path: Path | None,
+    records: Iterable[Record],
+    max_length: int,
+    purpose: DatasetPurpose,
+    *,
+    notes: Notes,
 ) -> SourceSummary:
-    """Return what records hold. `path` is the file or table that they come from."""
+    """Return what records hold. `path` is the file or table that they come from; `notes` are taken while they are read."""
     count = size = 0
+    needs_chat_template = False
     record_format: RecordFormat | None = None
     languages: Counter[str] = Counter()
     files: set[str] = set()
@@ -250,6 +281,7 @@ def summarise_records(
         count += 1
         record_format = record.format
         size += len(record.content.encode())
+        needs_chat_template = needs_chat_template or record.needs_chat_template
         file = record.path or record.name
         if file not in files:
             files.add(file)
@@ -259,11 +291,14 @@ def summarise_records(
     where = str(path or purpose.field)
     if record_format is None:
         raise DataError(
-            f"{where} contains no records.",
+            f"{where} contains no {'usable ' * bool(notes.skipped)}records. Left out: {describe_exclusions(notes.counts())}.",
             code="training_data_empty",
-            suggestions=(f"Give at least {purpose.min_examples} records, each {FORMATS}",),
+            suggestions=(
+                *(skipped.example for skipped in notes.skipped.values()),
+                f"Give at least {purpose.min_examples} records, each {FORMATS}",
+            ),
         )
-    require_enough_examples(keys, {}, where, purpose)
+    require_enough_examples(keys, notes.counts(), where, purpose)
     return SourceSummary(
         kind=kind,
         path=path,
@@ -271,8 +306,13 @@ def summarise_records(
         examples=count,
         estimated_tokens=round(size / BYTES_PER_TOKEN),
         languages=dict(languages.most_common()),
-        left_out={},
-        needs_chat_template=record_format is RecordFormat.MESSAGES,
+        left_out=dict(notes.counts()),
+        needs_chat_template=needs_chat_template,
+        unused_keys=dict(notes.unused.most_common(_SHOWN_KEYS)),
+        skipped=tuple(
+            SkippedRecords(reason=reason, count=each.count, first=tuple(each.first), example=each.example)
+            for reason, each in notes.skipped.items()
+        ),
     )
 
 

@@ -32,6 +32,11 @@ class TokenCounter(Protocol):
         ...
 
     @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be rendered."""
+        ...
+
+    @property
     def fill_in_the_middle(self) -> FillInTheMiddle | None:
         """The base model's fill-in-the-middle tokens; None if its vocabulary has none."""
         ...
@@ -40,6 +45,7 @@ class TokenCounter(Protocol):
 class EstimatedTokenCounter:
     """Estimates tokens from bytes, which is exact enough to decide whether a source is usable."""
 
+    has_chat_template = True
     fill_in_the_middle = FillInTheMiddle("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")  # of most families
 
     def count(self, texts: Sequence[str]) -> list[int]:

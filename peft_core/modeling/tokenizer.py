@@ -41,6 +41,10 @@ class BaseTokenizer:
     chat_template: str | None
     special_tokens: Mapping[str, str]  # "bos_token": "<s>"; templates refer to them
 
+    @property
+    def has_chat_template(self) -> bool:
+        return self.chat_template is not None
+
     def count(self, texts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each text as a continuation of other text, without special tokens."""
         marked = list(texts) if self._own_tokens is None else [_SENTINEL + text for text in texts]

@@ -16,7 +16,7 @@ from peft_core.base_models.checkpoint import read_checkpoint
 from peft_core.base_models.fim_tokens import has_fim_tokens
 from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
-from peft_core.data import lance_table
+from peft_core.data import table
 from peft_core.data.git import require_history
 from peft_core.data.records import write_records
 from peft_core.data.summarise import summarise_source
@@ -61,7 +61,9 @@ def plan(
     device = _device(config)
     require_place(DatasetPurpose.TRAINING.field, training_data, settings)
     base = resolve(config.base_model, settings)
-    source = summarise_source(training_data, max_length=config.max_length)
+    source = summarise_source(
+        training_data, max_length=config.max_length, skip_unusable_records=config.skip_unusable_records
+    )
     _check_source(config, base, source)
 
     measured = measured_speed(base, device)
@@ -126,15 +128,16 @@ def write_source(request: JobRequest, training_data: TrainingData, records: Path
     """
     if isinstance(training_data, str) and request.source_kind is not SourceKind.RECORDS:
         return request
+    skip = request.config.skip_unusable_records
     try:
         records.parent.mkdir(parents=True)
     except OSError as error:
         raise unwritable(records.parent, error) from error
     try:
         if isinstance(training_data, str):
-            lance_table.export_records(request.source, records)
+            table.export_records(request.source, records, skip_unusable_records=skip)
         else:
-            write_records(training_data, records)
+            write_records(training_data, records, skip=skip)
     except BaseException as error:
         shutil.rmtree(records.parent, ignore_errors=True)
         if isinstance(error, OSError):

@@ -19,7 +19,7 @@ class SourceKind(StrEnum):
     """What a data source is."""
 
     REPOSITORY = "repository"  # a directory with code
-    JSONL = "jsonl"  # a file with one record per line
+    JSONL = "jsonl"  # a file of records, of any type that `data/records/files.py` reads
     RECORDS = "records"  # records from the request or from a table; they are copied into a .jsonl file of the job
 
 
@@ -62,10 +62,20 @@ class DatasetSpec(FrozenModel):
     max_length: int  # tokens per example
     held_out_fraction: float
     seed: int
+    skip_unusable_records: bool = False
     enough_examples: int | None = None  # the run trains on no more examples than this; None: on all
     held_out_by: HeldOutBy = "file"
     mixture: TaskMixture = TaskMixture()
     purpose: DatasetPurpose = DatasetPurpose.TRAINING
+
+
+class SkippedRecords(FrozenModel):
+    """Records that cannot be used, and that the request allows to skip."""
+
+    reason: str
+    count: int
+    first: tuple[str, ...]  # names of the first few: "line 17"
+    example: str  # what is wrong with the first one
 
 
 class SourceSummary(FrozenModel):
@@ -81,6 +91,8 @@ class SourceSummary(FrozenModel):
     left_out_by_extension: dict[str, dict[str, int]] = {}  # noqa: RUF012 -- of files: reason -> extension -> count
     advice: tuple[str, ...] = ()  # what the user may do about files that are left out
     needs_chat_template: bool = False
+    unused_keys: dict[str, int] = {}  # noqa: RUF012 -- pydantic copies defaults; records per key that has no meaning for training
+    skipped: tuple[SkippedRecords, ...] = ()
 
 
 class DatasetSummary(FrozenModel):

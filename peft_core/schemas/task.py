@@ -65,6 +65,7 @@ class JobRequest(FrozenModel):
                 "held_out_fraction": config.held_out_fraction,
                 "held_out_by": config.held_out_by,
                 "mixture": config.mixture,
+                "skip_unusable_records": config.skip_unusable_records,
                 "enough_examples": None if config.max_steps is None else config.max_steps * config.batch_size,
             }
         )

@@ -154,6 +154,9 @@ class TrainingConfig(FrozenModel):
     allow_little_data: Annotated[
         bool, Field(description="Train even with fewer than 50 units, which is rejected by default.")
     ] = False
+    skip_unusable_records: Annotated[
+        bool, Field(description="Skip and count records that cannot be used, instead of refusing the file.")
+    ] = False
     seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="Same seed, machine and data: same result.")] = 0
     device: Annotated[DeviceName, Field(description="'auto' uses MPS (Apple silicon), else CUDA, else the CPU.")] = (
         "auto"

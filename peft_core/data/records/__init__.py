@@ -1,10 +1,12 @@
 """Read records: examples that another tool prepared, in a file, in the rows of a table, or inline.
 
-In: a path, or an iterable of mappings. Out: `Record`s that are checked and all have one `RecordFormat`; and `Notes`, which say what
-was given but not used. Nothing is lost in silence: a key of a record, of a message or of a tool call is used, is harmless
-metadata and noted, or the record is refused with the key's name. With `skip`, records that would be refused are skipped and noted.
+In: a path, or an iterable of mappings. Out: `Record`s that are checked and all have one `RecordFormat`; and `Notes`, which
+say what was given but not used. Nothing is lost in silence: a key of a record, of a message or of a tool call is used, is
+harmless metadata and noted, or the record is refused with the key's name. With `skip`, records that would be refused are
+skipped and noted.
 
-- `formats.py`: the formats, their keys, and what a record becomes. `messages.py`: conversations. `checks.py`: the harmless keys.
+- `formats.py`: the formats, their keys, and what a record becomes. `messages.py`: conversations. `checks.py`: the harmless
+  keys.
 - `files.py`: the types of files. `transcripts.py`: sessions of coding assistants.
 
 To add a record format:
@@ -13,8 +15,8 @@ To add a record format:
    `Record.conversation` is what a chat template renders.
 3. If its records may be split when they are too long, add it to the split formats in `examples.examples_from_record` and
    `summarise._expected_examples`.
-4. Test it in tests/unit/data/test_records.py: add a record to `RECORDS` in test_summarise.py, and its broken forms to the table of
-   `test_a_broken_record_is_named_with_the_rule_it_breaks`; describe its keys in docs/training-data.md.
+4. Test it in tests/unit/data/test_records.py: add a record to `RECORDS` in test_summarise.py, and its broken forms to the
+   table of `test_a_broken_record_is_named_with_the_rule_it_breaks`; describe its keys in docs/training-data.md.
 
 To add a type of file, see `files.py`; to add a kind of data source, such as another table, see `summarise.py`.
 """
@@ -24,11 +26,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from peft_core.data.records.checks import (
     FORMATS,
+    METADATA,
     Notes,
     Place,
     RecordFormat,
@@ -43,7 +47,7 @@ from peft_core.data.records.files import (
     json_lines,
     read_values,
 )
-from peft_core.data.records.formats import RECORD, Record, parse
+from peft_core.data.records.formats import RECORD, USED_KEYS, Record, parse
 from peft_core.errors import DataError
 
 __all__ = [
@@ -86,29 +90,36 @@ def numbered(
     return _checked(named, where, skip=skip, notes=Notes() if notes is None else notes)
 
 
-def write_records(records: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Write records as a .jsonl file, as they were given; record N is on line N.
+def write_records(records: Iterable[Mapping[str, Any]], path: Path, *, skip: bool = False) -> None:
+    """Write records as a .jsonl file, as they were given but for their metadata; record N is on line N.
+
+    With `skip`, an empty record stands for one that has no JSON form: it is skipped when the file is read, as it was before.
 
     Raises:
-        DataError: 'broken_record', for a record that was not checked before.
+        DataError: 'broken_record', for a record that has no JSON form.
     """
     with path.open("w", encoding="utf-8") as stream:
         for number, record in enumerate(records, 1):
             try:
-                stream.write(json.dumps(record, default=_json_form) + "\n")
+                kept = record
+                if isinstance(record, Mapping):
+                    kept = {key: value for key, value in record.items() if key in USED_KEYS or key not in METADATA}
+                line = json.dumps(kept, default=_json_form)
             except (TypeError, ValueError, RecursionError) as error:
-                raise Place(f"record {number}").refuse(f"it cannot be written as JSON: {error}") from error
+                if not skip:
+                    raise Place(f"record {number}").refuse(f"it cannot be written as JSON: {error}") from error
+                line = "{}"
+            stream.write(line + "\n")
 
 
 def _json_form(value: object) -> object:
-    """Return what stands for a value without a JSON form, such as a date among the metadata.
-
-    Only metadata may have such values. -1 is of no other key's type, or out of its range: a record that was refused for such a
-    value is refused when it is read again, too.
-    """
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    return dict(value) if isinstance(value, Mapping) else -1
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, date):  # metadata of a message
+        return value.isoformat()
+    raise TypeError(f"a {type(value).__name__} has no JSON form")
 
 
 def _checked(values: Iterable[tuple[str, object]], where: str, *, skip: bool, notes: Notes) -> Iterator[Record]:

@@ -1,4 +1,6 @@
-"""What every parser of records needs: where a value is, what to say about one that cannot be used, and which keys are harmless."""
+"""What every parser of records needs: where a value is, what to say about one that cannot be used, and which keys are
+harmless.
+"""
 
 from __future__ import annotations
 
@@ -62,6 +64,10 @@ class Notes:
     skipped: dict[SkipReason, Skipped] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)  # parts of a transcript, per reason
 
+    def counts(self) -> Counter[str]:
+        """Return how many records and parts of records were left out, per reason."""
+        return self.left_out + Counter({reason.value: skipped.count for reason, skipped in self.skipped.items()})
+
     def skip(self, name: str, error: DataError) -> None:
         reason = SkipReason(error.details["reason"])
         skipped = self.skipped.setdefault(reason, Skipped(0, [], error.message))
@@ -104,27 +110,28 @@ class Place:
 # ruff: noqa: SIM905 - a string of words is easier to read than a column of quoted words
 METADATA = frozenset(
     # identity and origin
-    "id _id idx index uuid uid guid hash sha md5 key row_id __index_level_0__ prompt_id question_id task_id sample_id example_id "
-    "instance_id problem_id conversation_id conv_id conversation_hash dialogue_id session_id thread_id parent_id user_id turn_id "
-    "message_id request_id trace_id source source_id src origin dataset dataset_name data_source subset config split url uri link "
-    "links ref references reference_url site domain website repo repo_name repository repository_name path filename file_name "
-    "file commit commit_hash sha256 branch license licence copyright author authors creator annotator annotator_id worker_id "
-    "user username user_name avatar avatarurl "
+    "id _id idx index uuid uid guid hash sha md5 key row_id __index_level_0__ prompt_id question_id task_id "
+    "sample_id example_id instance_id problem_id conversation_id conv_id conversation_hash dialogue_id session_id "
+    "thread_id parent_id user_id turn_id message_id request_id trace_id source source_id src origin dataset "
+    "dataset_name data_source subset config split url uri link reference_url site domain website repo repo_name "
+    "repository repository_name path filename file_name file commit commit_hash sha256 branch license licence "
+    "copyright author authors creator annotator annotator_id worker_id user username user_name avatar avatarurl "
     # time and version
-    "date time timestamp ts created created_at created_time create_time createdat updated updated_at update_time modified "
-    "modified_at collected_at year version revision schema schema_version schemaversion "
+    "date time timestamp ts created created_at created_time create_time createdat updated updated_at update_time "
+    "modified modified_at collected_at year version revision schema schema_version schemaversion "
     # labels for people, and statistics
-    "category categories subcategory topic topics subtopic tag tags keyword keywords title remark "
-    "task task_name task_type type kind group cluster field subject skill skills capability difficulty level "
-    "language lang locale quality quality_score score scores rating ratings rank votes upvotes downvotes likes views stars "
-    "num_turns turns_count n_turns num_tokens n_tokens token_count tokens_count total_tokens length char_count word_count "
-    "perplexity ppl similarity distance confidence probability toxic toxicity redacted is_duplicate verified approved status "
-    "metadata meta info extra_info additional_info attributes annotations flags "
+    "category categories subcategory topic topics subtopic tag tags keyword keywords title remark task task_name "
+    "task_type type kind group cluster field subject skill skills capability difficulty level language lang "
+    "locale quality quality_score score scores rating ratings rank votes upvotes downvotes likes views stars "
+    "num_turns turns_count n_turns num_tokens n_tokens token_count tokens_count total_tokens length char_count "
+    "word_count perplexity ppl similarity distance confidence probability toxic toxicity redacted is_duplicate "
+    "verified approved status metadata meta info extra_info additional_info attributes annotations flags "
     # how a model was called, and what that cost
-    "model model_name model_id model_version generator provider engine generation_model temperature top_p top_k max_tokens "
-    "max_completion_tokens n stop stream seed frequency_penalty presence_penalty logprobs logit_bias response_format "
-    "parallel_tool_calls tool_choice service_tier store usage cost latency latency_ms "
-    "duration duration_ms finish_reason stop_reason stop_sequence object system_fingerprint openai_fingerprint cache_control "
+    "model model_name model_id model_version generator provider engine generation_model temperature top_p top_k "
+    "max_tokens max_completion_tokens n stop stream seed frequency_penalty presence_penalty logprobs logit_bias "
+    "response_format parallel_tool_calls tool_choice service_tier store usage cost latency latency_ms duration "
+    "duration_ms finish_reason stop_reason stop_sequence object system_fingerprint openai_fingerprint "
+    "cache_control "
     # vectors of an index
     "vector embedding embeddings _distance _relevance_score _rowid".split()
 )

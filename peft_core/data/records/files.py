@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_core.data.records.checks import MAX_RECORD_BYTES, Notes, distinct_keys, loads
+from peft_core.data.records.checks import MAX_RECORD_BYTES, DuplicateKeyError, Notes, distinct_keys, loads
 from peft_core.data.records.formats import is_record
 from peft_core.data.records.transcripts import conversations_of, is_transcript
 from peft_core.errors import DataError, sanitize
@@ -35,7 +35,13 @@ _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _GZIP_MARK = b"\x1f\x8b"
 _CHUNK = 1 << 16
 _SNIFFED = 20  # values that are looked at to recognise a transcript
-_NUMERIC = ("start_line", "end_line", "start_byte", "end_byte", "complexity_score")  # columns of a CSV file that hold numbers
+_NUMERIC = (
+    "start_line",
+    "end_line",
+    "start_byte",
+    "end_byte",
+    "complexity_score",
+)  # columns of a CSV file that hold numbers
 
 csv.field_size_limit(MAX_RECORD_BYTES)
 
@@ -78,7 +84,10 @@ def json_lines(path: Path, noun: str = "line") -> Iterator[tuple[str, object]]:
     """Yield the values of a JSON Lines file. Blank lines are skipped."""
     for number, line in _lines(path):
         if line is None:
-            yield f"{noun} {number}", Unreadable(f"it is longer than {MAX_RECORD_BYTES} bytes; write one record per line")
+            yield (
+                f"{noun} {number}",
+                Unreadable(f"it is longer than {MAX_RECORD_BYTES} bytes; write one record per line"),
+            )
             return
         if line.strip():
             yield f"{noun} {number}", _json_value(line)
@@ -91,10 +100,10 @@ def _json_value(line: bytes) -> object:
         return Unreadable(f"it is not UTF-8 ({error.reason} at byte {error.start})")
     except RecursionError:
         return Unreadable("its JSON is nested too deeply")
-    except json.JSONDecodeError as error:
-        return Unreadable(f"it is not valid JSON: {error}")
-    except ValueError as error:  # a key twice, or a number of thousands of digits
-        return Unreadable(f"its JSON cannot be used: {sanitize(error)}", is_json=True)
+    except DuplicateKeyError as error:
+        return Unreadable(str(error), is_json=True)
+    except ValueError as error:
+        return Unreadable(f"it is not valid JSON: {sanitize(error)}")
 
 
 # -- bytes and text ---------------------------------------------------------------------------------------------------------
@@ -114,7 +123,9 @@ class _Bounded(io.RawIOBase):
         try:
             data = self._stream.read1(len(buffer))
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise unreadable(self._path, f"it is not a complete gzip file: {error}", "Copy or download it again") from error
+            raise unreadable(
+                self._path, f"it is not a complete gzip file: {error}", "Copy or download it again"
+            ) from error
         self._left -= len(data)
         if self._left < 0:
             raise too_large(self._path, "unpacked, it has more than")
@@ -150,9 +161,15 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
         text = None if encoding == "utf-8" else io.TextIOWrapper(stream, encoding, newline="\n")
         for number in itertools.count(1):
             try:
-                line = stream.readline(MAX_RECORD_BYTES + 1) if text is None else text.readline(MAX_RECORD_BYTES + 1).encode()
+                line = (
+                    stream.readline(MAX_RECORD_BYTES + 1)
+                    if text is None
+                    else text.readline(MAX_RECORD_BYTES + 1).encode()
+                )
             except UnicodeError as error:
-                raise unreadable(path, f"line {number} is not {encoding.upper()}: {error}", "Save it as UTF-8") from error
+                raise unreadable(
+                    path, f"line {number} is not {encoding.upper()}: {error}", "Save it as UTF-8"
+                ) from error
             if not line:
                 return
             if len(line) > MAX_RECORD_BYTES:
@@ -171,7 +188,9 @@ def _holds_lines(path: Path) -> bool:
         return file_type(path) != ".json"
     try:
         value = loads(line)
-    except (ValueError, RecursionError):
+    except RecursionError:
+        return True
+    except ValueError:
         return not line.lstrip().startswith((b"{", b"[")) or line.rstrip()[-1:] not in b"{[,"
     return not isinstance(value, list) and not _is_wrapper(value)
 
@@ -349,7 +368,9 @@ def _rows(path: Path) -> Iterator[tuple[str, object]]:
             return
         except csv.Error as error:
             raise unreadable(
-                path, f"line {first_line} begins a row that is not valid CSV: {error}", "Quote cells with \" and write \"\" for \" in them"
+                path,
+                f"line {first_line} begins a row that is not valid CSV: {error}",
+                'Quote cells with " and write "" for " in them',
             ) from error
         if not any(cells):
             continue
@@ -378,7 +399,9 @@ class _TextLines:
         for number, line in _lines(self._path):
             self._size += MAX_RECORD_BYTES + 1 if line is None else len(line)
             if line is None or self._size > MAX_RECORD_BYTES:
-                raise unreadable(self._path, f"the row that ends in line {number} has more than {MAX_RECORD_BYTES} bytes")
+                raise unreadable(
+                    self._path, f"the row that ends in line {number} has more than {MAX_RECORD_BYTES} bytes"
+                )
             try:
                 yield line.decode()
             except UnicodeDecodeError as error:
@@ -398,9 +421,13 @@ def _delimiter(header_line: str) -> str:
 
 
 def _header(cells: list[str], path: Path) -> list[str]:
-    names = [cell.strip() or f"Unnamed: {number}" for number, cell in enumerate(cells)]  # pandas writes its index without a name
+    names = [
+        cell.strip() or f"Unnamed: {number}" for number, cell in enumerate(cells)
+    ]  # pandas writes its index without a name
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise unreadable(path, f"its header has the column {sanitize(twice[0])!r} twice", "Give each column a name of its own")
+        raise unreadable(
+            path, f"its header has the column {sanitize(twice[0])!r} twice", "Give each column a name of its own"
+        )
     return names
 
 
@@ -411,4 +438,3 @@ def _cell(key: str, text: str) -> object:
         return float(text) if text.strip() else None
     except ValueError:
         return text
-

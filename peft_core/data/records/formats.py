@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from peft_core.schemas.conversation import Conversation
 from peft_core.data.languages import language_named, language_of_file
 from peft_core.data.records.checks import (
     Notes,
@@ -28,6 +27,7 @@ from peft_core.data.records.checks import (
     type_in_words,
 )
 from peft_core.data.records.messages import parse_conversation
+from peft_core.schemas.conversation import Conversation
 
 MAX_PATH = 4096  # characters of a file_path, which reports show
 RECORD = "record"  # the kind of examples that are not chunks of code
@@ -36,7 +36,10 @@ _QUESTIONS = ("instruction", "question", "query", "prompt")
 _ANSWERS = ("output", "response", "answer")
 _INPUTS = ("input", "context")
 _SYSTEMS = ("system", "system_prompt")
-_PREAMBLE = "Below is an instruction that describes a task{with_input}. Write a response that appropriately completes the request."
+_PREAMBLE = (
+    "Below is an instruction that describes a task{with_input}. "
+    "Write a response that appropriately completes the request."
+)
 _WITH_INPUT = ", paired with an input that provides further context"
 
 
@@ -78,7 +81,7 @@ _FORMS = {
         ("complexity_score", "dependencies", "name", "parent", "imports", "signature", "docstring", "chunk_index"),
     ),
 }
-_ALL_KEYS = frozenset(key for form in _FORMS.values() for key in form.used)
+USED_KEYS = frozenset(key for form in _FORMS.values() for key in form.used)
 _PREFERENCE_KEYS = ("chosen", "rejected", "preferred_output", "non_preferred_output")
 
 
@@ -148,7 +151,7 @@ def _format(value: Mapping[str, Any], place: Place) -> RecordFormat:
     for null in (False, True):
         matching = [each for each, form in _FORMS.items() if form.matches(value, null=null)]
         for empty in (True, False):  # an empty column of a table does not decide, unless nothing else does
-            known = {key for key in _ALL_KEYS if value.get(key) is not None and (empty or not is_empty(value[key]))}
+            known = {key for key in USED_KEYS if value.get(key) is not None and (empty or not is_empty(value[key]))}
             complete = [each for each in matching if known <= _FORMS[each].used]
             if len(complete) == 1:
                 return complete[0]
@@ -181,8 +184,8 @@ def _refuse_preferences(value: Mapping[str, Any], place: Place) -> None:
     else:
         what = f"write {{'messages': the prompt's messages and those of {pair[0]!r}}}"
     raise place.refuse(
-        f"it is a preference pair ({' and '.join(pair)}), but training on preferences (DPO, KTO) is not offered here: the worse "
-        "answer has no use",
+        f"it is a preference pair ({' and '.join(pair)}), but training on preferences (DPO, KTO) is not offered here: the "
+        "worse answer has no use",
         f"To learn the better answers, {what} for each record",
         reason=SkipReason.PREFERENCE,
     )

@@ -1,15 +1,16 @@
 """Parse conversations: the messages of OpenAI's format and of ShareGPT's, their tool calls, and the tools beside them.
 
-Every key of a message is used, harmless, or a reason to refuse the record; a `Conversation` comes out, in the form in which chat
-templates take messages. What is made alike on the way:
+Every key of a message is used, harmless, or a reason to refuse the record; a `Conversation` comes out, in the form in
+which chat templates take messages. What is made alike on the way:
 
-- `developer` becomes `system`, `function` and `ipython` become `tool`, ShareGPT's human, gpt, observation and function_call become
-  `user`, `assistant`, `tool` and a tool call.
+- `developer` becomes `system`, `function` and `ipython` become `tool`, ShareGPT's human, gpt, observation and
+  function_call become `user`, `assistant`, `tool` and a tool call.
 - Content that is a list of text parts becomes one text, the parts on lines of their own (as in vLLM).
-- A legacy `function_call` becomes `tool_calls`. Arguments that are given as JSON text become an object, as transformers asks for.
+- A legacy `function_call` becomes `tool_calls`. Arguments that are given as JSON text become an object, as transformers
+  asks for.
 - `refusal` is what the assistant said, so it becomes the content. `reasoning` and `thinking` become `reasoning_content`.
-- `weight` (OpenAI, Mistral), `train`, `training`, `trainable` (axolotl) and `loss` (XTuner, ms-swift) say whether an answer is
-  learned. Other weights than 0 and 1 are refused: there is no such loss here.
+- `weight` (OpenAI, Mistral), `train`, `training`, `trainable` (axolotl) and `loss` (XTuner, ms-swift) say whether an
+  answer is learned. Other weights than 0 and 1 are refused: there is no such loss here.
 - What follows the last answer that is learned has no effect on a causal language model: it is dropped, and noted.
 """
 
@@ -19,7 +20,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from peft_core.schemas.conversation import Conversation
 from peft_core.data.records.checks import (
     Place,
     SkipReason,
@@ -33,6 +33,7 @@ from peft_core.data.records.checks import (
     type_in_words,
 )
 from peft_core.errors import sanitize
+from peft_core.schemas.conversation import Conversation
 
 _ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -94,7 +95,7 @@ def _nothing_learned(messages: Sequence[Mapping[str, Any]], key: str, place: Pla
     answers = sum(message["role"] == "assistant" for message in messages[context:])
     rule = "no message has the role 'assistant'; at least one must, because answers are what is learned"
     if answers:
-        rule = f"no answer in {key!r} is learned: all are marked as context ({', '.join(LEARNED_KEYS)}); at least one must not be"
+        rule = f"no answer in {key!r} is learned: all are marked as context; at least one must not be"
     return place.refuse(rule, reason=SkipReason.NOTHING_LEARNED)
 
 
@@ -226,7 +227,8 @@ def _is_learned(value: Mapping[str, Any], role: str, name: str, place: Place) ->
     learn = all(marks.values())
     if marks and learn and role != "assistant":
         raise place.refuse(
-            f"{name} has the role {role!r} and is marked as learned ({', '.join(marks)}); only answers of the assistant are learned",
+            f"{name} has the role {role!r} and is marked as learned ({', '.join(marks)}); only "
+            "answers of the assistant are learned",
             "Remove the mark, or set it to 0 or false",
         )
     return learn and role == "assistant"

@@ -1,17 +1,18 @@
 """Turn the session transcripts of coding assistants into conversations: Claude Code and Codex CLI (JSON Lines).
 
-In: the values of a file's lines. Out: records in OpenAI's format, {"messages": […]}, which are parsed as any other. A transcript
-is recognised by its lines, not by the name of the file:
+In: the values of a file's lines. Out: records in OpenAI's format, {"messages": […]}, which are parsed as any other. A
+transcript is recognised by its lines, not by the name of the file:
 
-- Claude Code (~/.claude/projects/*/*.jsonl): {"type": "user" | "assistant", "message": {…}, "uuid", "sessionId", "isSidechain", …}
-  with Anthropic's content blocks; other types (summary, system, file-history-snapshot, …) are for the program itself.
-- Codex CLI (~/.codex/sessions/**/rollout-*.jsonl): {"type": "response_item", "payload": {…}} with the items of OpenAI's Responses
-  API; earlier versions wrote the items without the wrapper.
+- Claude Code (~/.claude/projects/*/*.jsonl): {"type": "user" | "assistant", "message": {…}, "uuid", "sessionId",
+  "isSidechain", …} with Anthropic's content blocks; other types (summary, system, file-history-snapshot, …) are for the
+  program itself.
+- Codex CLI (~/.codex/sessions/**/rollout-*.jsonl): {"type": "response_item", "payload": {…}} with the items of OpenAI's
+  Responses API; earlier versions wrote the items without the wrapper.
 
-A session is cut at the user's prompts, so that each answer is learned once. A turn with many tool calls is cut again where it would
-not fit into max_length: each piece begins with the prompt and the next answers. The result of a tool that would take more than
-a quarter of an example loses its middle, as in the assistants themselves; it is context and not learned. What is not used is
-counted: thinking, images, lines that the program wrote, what a session was summarised to.
+A session is cut at the user's prompts, so that each answer is learned once. A turn with many tool calls is cut again where
+it would not fit into max_length: each piece begins with the prompt and the next answers. The result of a tool that would
+take more than a quarter of an example loses its middle, as in the assistants themselves; it is context and not learned.
+What is not used is counted: thinking, images, lines that the program wrote, what a session was summarised to.
 """
 
 from __future__ import annotations

@@ -214,6 +214,8 @@ def test_an_example_that_would_become_too_long_stays_plain(mixture: TaskMixture)
 class Template(EstimatedTokenCounter):
     """Renders conversations as Qwen's template does."""
 
+    has_chat_template = True
+
     def render_chat(self, conversation: Conversation) -> tuple[tuple[Segment, ...], ...]:
         question, answer = (message["content"] for message in conversation.messages)
         prompt = Segment(text=f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", learn=False)
@@ -240,6 +242,8 @@ def test_only_template_marks_become_special_tokens_and_code_never_does(mixture: 
 
 def test_an_example_stays_plain_if_the_template_rewrites_its_text() -> None:
     class Shouting(EstimatedTokenCounter):
+        has_chat_template = True
+
         def render_chat(self, conversation: Conversation) -> tuple[tuple[Segment, ...], ...]:
             return (tuple(Segment(text=message["content"].upper()) for message in conversation.messages),)
 

@@ -37,6 +37,8 @@ class Words:
 
     fill_in_the_middle = None
 
+    has_chat_template = True
+
     def render_chat(self, conversation: Conversation) -> tuple[tuple[Segment, ...], ...]:
         return EstimatedTokenCounter().render_chat(conversation)
 

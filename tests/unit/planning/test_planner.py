@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from peft_core.config import Settings
-from peft_core.data import lance_table
+from peft_core.data import table
 from peft_core.errors import DataError, InvalidArgument, PeftMcpError, StorageError
 from peft_core.planning import planner
 from peft_core.planning.cost_model import CostedPlan, Speed
@@ -34,11 +34,11 @@ def test_records_are_written_to_the_job_directory(tmp_path: Path) -> None:
 def test_a_job_whose_records_cannot_be_written_leaves_nothing_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    def fails(*_: object) -> None:
+    def fails(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(planner, "write_records", fails)
-    monkeypatch.setattr(lance_table, "export_records", fails)
+    monkeypatch.setattr(table, "export_records", fails)
     for data in (RECORDS, "chunks.lance"):
         with pytest.raises((StorageError, KeyboardInterrupt)):
             write(tmp_path, data)

@@ -1,6 +1,7 @@
-"""A LanceDB table of code chunks as a data source: the side that asks. `worker/lance_reader.py` reads the table.
+"""A LanceDB table of code chunks or a Parquet file of records as a data source: the side that asks.
+`worker/table_reader.py` reads.
 
-Lance brings numpy, Arrow and 100 MB, which belong neither in the server nor in a training with a memory limit. So one child
+Lance and Arrow bring numpy and 100 MB, which belong neither in the server nor in a training with a memory limit. So one child
 process summarises the rows when a source is inspected, and another writes them to the job's records.jsonl when the job is
 queued. From there on they are inline records, and the job trains on what the table held when it was queued.
 """
@@ -15,15 +16,17 @@ from peft_core.schemas.dataset import DatasetPurpose, SourceSummary
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.system.child_process import AnswerT, run_json_child
 
-SUFFIX = ".lance"
+LANCE_SUFFIX = ".lance"
+PARQUET_SUFFIX = ".parquet"
 TIMEOUT_S = 300.0
-_CHILD = "peft_core.data.worker.lance_reader"
+_CHILD = "peft_core.data.worker.table_reader"
 
 
 class TableRequest(FrozenModel):
     table: Path
     max_length: int = 512
     purpose: DatasetPurpose = DatasetPurpose.TRAINING
+    skip_unusable_records: bool = False
     records: Path | None = None  # the file to write; None: summarise only
 
 
@@ -32,7 +35,7 @@ class ExportResult(FrozenModel):
 
 
 def require_table(path: Path, given: str, purpose: DatasetPurpose) -> None:
-    """Check by file names that a directory is a table.
+    """Check by file names that a directory is a LanceDB table.
 
     Raises:
         InvalidArgument: the directory is not a table, or contains symbolic links.
@@ -41,7 +44,7 @@ def require_table(path: Path, given: str, purpose: DatasetPurpose) -> None:
         raise InvalidArgument(
             purpose.field,
             given,
-            f"a directory whose name ends in {SUFFIX} must be a LanceDB table, but this one has no _versions",
+            f"a directory whose name ends in {LANCE_SUFFIX} must be a LanceDB table, but this one has no _versions",
             suggestions=(
                 "Give the table itself, DATABASE/NAME.lance",
                 "Or rename the directory, if it is a repository",
@@ -59,22 +62,28 @@ def require_table(path: Path, given: str, purpose: DatasetPurpose) -> None:
                 )
 
 
-def summarise_table(path: Path, max_length: int, purpose: DatasetPurpose) -> SourceSummary:
+def summarise_table(
+    path: Path, max_length: int, purpose: DatasetPurpose, *, skip_unusable_records: bool = False
+) -> SourceSummary:
     """Return what the table holds.
 
     Raises:
-        DataError: one of the codes of `lance_reader.rows`, or the records are too few or broken.
+        DataError: one of the codes of `worker/table_reader.py`, or the records are too few or broken.
     """
-    return _run_reader(TableRequest(table=path, max_length=max_length, purpose=purpose), SourceSummary)
+    request = TableRequest(
+        table=path, max_length=max_length, purpose=purpose, skip_unusable_records=skip_unusable_records
+    )
+    return _run_reader(request, SourceSummary)
 
 
-def export_records(path: Path, records: Path) -> int:
+def export_records(path: Path, records: Path, *, skip_unusable_records: bool = False) -> int:
     """Write the rows to a .jsonl file, row N on line N, and return their number.
 
     Raises:
-        DataError: one of the codes of `lance_reader.rows`, or the table has become empty.
+        DataError: one of the codes of `worker/table_reader.py`, or the table has become empty.
     """
-    rows = _run_reader(TableRequest(table=path, records=records), ExportResult).rows
+    request = TableRequest(table=path, records=records, skip_unusable_records=skip_unusable_records)
+    rows = _run_reader(request, ExportResult).rows
     if not rows:
         raise DataError(f"{path} contains no rows any more.", code="training_data_empty")
     return rows
@@ -87,5 +96,5 @@ def _run_reader(request: TableRequest, answer: type[AnswerT]) -> AnswerT:
         answer,
         timeout_s=TIMEOUT_S,
         action=f"Reading the table {request.table}",
-        on_timeout=("Give a table with fewer chunks", "Or export a part of it as .jsonl"),
+        on_timeout=("Give a table with fewer rows", "Or export a part of it as .jsonl"),
     )

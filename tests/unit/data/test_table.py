@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from peft_core.config import Settings
-from peft_core.data.lance_table import export_records
 from peft_core.data.summarise import summarise_source
+from peft_core.data.table import export_records
 from peft_core.errors import DataError, InvalidArgument
 from peft_core.manager import PEFTManager
 
