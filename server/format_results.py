@@ -135,6 +135,11 @@ def format_inspection(report: TrainingDataReport) -> CallToolResult:
         f"Left out: {left_out or 'nothing'}.{secrets}",
         *([f"Files not read: {not_read}."] if not_read else []),
         *(f"{advice}." for advice in report.advice),
+        *([f"Not used: {', '.join(report.unused_keys)}."] if report.unused_keys else []),
+        *(
+            f"Skipped {each.count} ({each.reason.replace('_', ' ')}; {', '.join(each.first)}): {each.example}"
+            for each in report.skipped
+        ),
         f"Base model: {report.base_model} on {report.device}. {estimate_text(report.estimate)}",
         *(
             f"\nSample: {sample.path}:{sample.start_line}-{sample.end_line} ({sample.kind}, about {sample.tokens} tokens)\n"

@@ -76,7 +76,8 @@ def _describe_training_data(job: Job) -> str:
     source = job.request.found
     place = f" in {source.path}" if source.path else ""
     if source.examples is not None:
-        return f"{source.examples} records{place}, about {source.estimated_tokens} tokens"
+        unused = f". {source.unused_in_words.rstrip('.')}" if source.unused_in_words else ""
+        return f"{source.examples} records{place}, about {source.estimated_tokens} tokens{unused}"
     by_count = sorted(source.languages.items(), key=lambda language: -language[1])
     languages = ", ".join(f"{count} {name}" for name, count in by_count)
     not_read = describe_by_extension(source.left_out_by_extension)

@@ -89,6 +89,8 @@ def _report(request: JobRequest, preview: Preview, *, given: str) -> TrainingDat
         left_out=dataset.left_out,
         left_out_by_extension=dataset.left_out_by_extension,
         advice=list(request.found.advice),
+        unused_keys=request.found.unused_keys,
+        skipped=list(request.found.skipped),
         secrets_removed=dataset.secrets_removed,
         held_out_files=preview.held_out_files,
         largest_files=preview.largest_files,

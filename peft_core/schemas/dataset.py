@@ -94,6 +94,24 @@ class SourceSummary(FrozenModel):
     unused_keys: dict[str, int] = {}  # noqa: RUF012 -- pydantic copies defaults; records per key that has no meaning for training
     skipped: tuple[SkippedRecords, ...] = ()
 
+    @property
+    def unused_in_words(self) -> str:
+        """What records have that is not used: "Not used: id, source. Skipped: 2 records, unknown key (line 4, line 9)."."""
+        skipped = {each.reason for each in self.skipped}
+        parts = [
+            f"{count} {reason.replace('_', ' ')}" for reason, count in self.left_out.items() if reason not in skipped
+        ]
+        sentences = [f"Not used: {', '.join(self.unused_keys)}." if self.unused_keys else ""]
+        if self.kind is not SourceKind.REPOSITORY and parts:
+            sentences.append(f"Left out: {', '.join(parts)}.")
+        for each in self.skipped:
+            more = ", …" if each.count > len(each.first) else ""
+            noun = "record" if each.count == 1 else "records"
+            sentences.append(
+                f"Skipped: {each.count} {noun}, {each.reason.replace('_', ' ')} ({', '.join(each.first)}{more})."
+            )
+        return " ".join(filter(None, sentences))
+
 
 class DatasetSummary(FrozenModel):
     """The size of a prepared dataset, and what was excluded from it."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from peft_core.errors import PeftMcpError
-from peft_core.schemas.dataset import DatasetSummary
+from peft_core.schemas.dataset import DatasetSummary, SkippedRecords
 from peft_core.schemas.evaluation import Evaluation, Verdict
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.training import TrainingConfig
@@ -323,6 +323,8 @@ class TrainingDataReport(FrozenModel):
         {}, description="Files not read: reason, extension, count."
     )
     advice: list[str] = Field([], description="What to do about files that are left out.")
+    unused_keys: dict[str, int] = Field({}, description="Records per key that is not used, such as id.")
+    skipped: list[SkippedRecords] = Field([], description="Records that cannot be used, per reason.")
     secrets_removed: int
     held_out_files: list[str] = Field(description="Files held out of training to evaluate on.")
     largest_files: dict[str, int] = Field(description="Training tokens of the largest files.")
