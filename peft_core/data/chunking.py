@@ -18,14 +18,16 @@ from __future__ import annotations
 import importlib
 import io
 import re
+import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from functools import cache
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from peft_core.data.grammars import Grammar
+from peft_core.data.grammars import GRAMMARS, Grammar
 from peft_core.data.languages import Language, is_known_label
 
 if TYPE_CHECKING:  # tree-sitter is loaded by the first file that needs it
@@ -41,6 +43,13 @@ _BARE_HEADER_TOKENS = 32
 _MAX_HEADER_ROWS = 6  # a longer signature is cut to its first row
 _MAX_SCOPES = 8
 _MAX_WRAPPERS = 8
+_MAX_KEYWORD = 40
+_PARSE_LIMIT_S = 5.0  # CPU time for one text; a megabyte of ordinary code takes a second
+_MAX_REFUSALS = 3  # a grammar that exceeds the limit so often is not used any more by this process
+_READ_BYTES = 16_384
+_SCSS_TAG = re.compile(rb"lang\s*=\s*[\"']?(scss|sass|less)")
+_TYPESCRIPT_TAG = re.compile(rb"lang\s*=\s*[\"']?tsx?\b|type\s*=\s*[\"']?(text|application)/typescript")
+_DATA_TAG = re.compile(rb"type\s*=\s*[\"']?(?!module|(text|application)/(java|ecma)script|text/babel)\w")
 _NEVER_BREAK = 1 << 30  # rank of a row that no break should precede
 _LICENCE = re.compile(rb"copyright|licen[cs]e|SPDX-", re.IGNORECASE)
 _COMMENT_LINE = re.compile(
@@ -70,7 +79,11 @@ class CodeUnit:
     scopes: tuple[range, ...] = ()  # rows of the headers of the enclosing definitions, outermost first
     header: range | None = None  # rows of the unit's own header, which give context to a continuation of it
     body: Node | None = field(default=None, repr=False)  # the node whose children are the unit's members
+    main: Node | None = field(
+        default=None, repr=False
+    )  # the body, if it is the definition itself: header rows are no members
     nodes: tuple[Node, ...] = field(default=(), repr=False)
+    grammar: Grammar | None = field(default=None, repr=False)  # of the body
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,33 +118,41 @@ class TokenBudget:
         return max(1, self.max_length - self.overhead - context_tokens)
 
 
+class SplitFile(NamedTuple):
+    units: list[CodeUnit]
+    definitions: int  # functions, methods and classes, or paragraphs where there is no grammar; at least one
+
+
 def split_lines(text: str) -> list[str]:
     """Return the lines with their ends, split at line feeds only, as tree-sitter and editors count them."""
     return io.StringIO(text, newline="\n").readlines()
 
 
-def split_into_units(lines: Sequence[str], language: Language, budget: TokenBudget) -> list[CodeUnit]:
+def split_into_units(lines: Sequence[str], language: Language, budget: TokenBudget) -> SplitFile:
     """Return the units of a file, in order. Only units without members may exceed the budget."""
-    if language.grammar is not None:
-        units = _syntax_units(lines, language.grammar, budget)
-    elif language.name == "markdown":
-        units = _fenced_blocks(lines)
+    root = _parse_lines(lines, language.grammar)
+    if root is not None and language.grammar is not None:
+        units = _syntax_units(root, len(lines), language.grammar, budget)
+        definitions = _count_definitions(root, language.grammar)
     else:
-        units = _paragraphs(lines)
-    trimmed = (unit for untrimmed in units if (unit := _without_blank_edges(untrimmed, lines)) is not None)
-    return list(_merge_small_units(trimmed, budget))
+        units = iter([*(_fenced_blocks(lines) if language.name == "markdown" else _paragraphs(lines))])
+        definitions = None
+    trimmed = [unit for untrimmed in units if (unit := _without_blank_edges(untrimmed, lines)) is not None]
+    if definitions is None:
+        definitions = sum(unit.kind != LICENCE for unit in trimmed)
+    return SplitFile(list(_merge_small_units(trimmed, budget)), max(definitions, 1 if trimmed else 0))
 
 
 def single_unit(lines: Sequence[str], language: Language, kind: str) -> CodeUnit:
     """Return all rows as one unit, with the syntax tree that `break_ranks` needs if the unit is too long."""
-    nodes = () if language.grammar is None else (_parse_lines(lines, language.grammar),)
-    return CodeUnit(kind=kind, start=0, end=len(lines), nodes=nodes)
+    root = _parse_lines(lines, language.grammar)
+    return CodeUnit(kind=kind, start=0, end=len(lines), nodes=() if root is None else (root,), grammar=language.grammar)
 
 
-def break_ranks(lines: Sequence[str], unit: CodeUnit, grammar: Grammar | None) -> list[int]:
+def break_ranks(lines: Sequence[str], unit: CodeUnit) -> list[int]:
     """Return for each row of a unit how bad a break before it would be: the syntactic depth of what begins in the row."""
     indents = [len(line) - len(line.lstrip()) for line in lines[unit.start : unit.end]]
-    if grammar is None or not unit.nodes:
+    if unit.grammar is None or not unit.nodes:
         return _indent_ranks(lines, unit, indents)
     ranks = [_NEVER_BREAK] * len(indents)
     stack = [(node, 0) for node in unit.nodes]
@@ -146,7 +167,7 @@ def break_ranks(lines: Sequence[str], unit: CodeUnit, grammar: Grammar | None) -
         for child in node.named_children:
             # A break after a comment or a decorator would separate it from the code that it describes.
             stack.append((child, rank + (100 if child.start_point.row == annotated_row else 1)))
-            annotated_row = _end_row(child) if child.type in grammar.leads else -1
+            annotated_row = _end_row(child) if child.type in unit.grammar.leads else -1
     return ranks
 
 
@@ -161,35 +182,94 @@ def _indent_ranks(lines: Sequence[str], unit: CodeUnit, indents: Sequence[int]) 
 # Splitting at the syntax tree.
 
 
-def parse_syntax(raw: bytes, grammar: Grammar) -> Node:
-    """Return the root of the syntax tree of UTF-8 text."""
-    return _parser(grammar).parse(raw).root_node
+def parse_syntax(raw: bytes, grammar: Grammar) -> Node | None:
+    """Return the root of the syntax tree of UTF-8 text; None if the grammar is not installed or takes too long."""
+    parser = _parser(grammar)
+    return None if parser is None else parser.parse(raw)
 
 
-def _parse_lines(lines: Sequence[str], grammar: Grammar) -> Node:
-    return parse_syntax("".join(lines).encode(), grammar)
+def _parse_lines(lines: Sequence[str], grammar: Grammar | None) -> Node | None:
+    return None if grammar is None else parse_syntax("".join(lines).encode(), grammar)
+
+
+class _LimitedParser:
+    """A parser with a time limit: a grammar's error recovery may take quadratic time, and files may be hostile."""
+
+    def __init__(self, parser: Parser) -> None:
+        self._parser = parser
+        self._refusals = 0
+
+    def parse(self, raw: bytes) -> Node | None:
+        """Return the root, or None if parsing takes too long, or took too long for several texts before."""
+        if self._refusals >= _MAX_REFUSALS:
+            return None
+        deadline: float | None = time.thread_time() + _PARSE_LIMIT_S
+        expired = False
+
+        def read(offset: int, _point: object) -> bytes:
+            nonlocal expired
+            if deadline is not None and time.thread_time() > deadline:
+                expired = True
+                return b""  # the end of the text ends the parse
+            return raw[offset : offset + _READ_BYTES]
+
+        root = self._parser.parse(read).root_node
+        self._refusals += expired
+        deadline = None  # nodes read their text through the same function
+        return None if expired else root
 
 
 @cache
-def _parser(grammar: Grammar) -> Parser:
+def _parser(grammar: Grammar) -> _LimitedParser | None:
+    """Return the parser of a grammar, or None if its package is not installed or does not suit the tree-sitter that is."""
     from tree_sitter import Language as TreeSitterLanguage  # noqa: PLC0415 - loaded by the first file that needs it
     from tree_sitter import Parser  # noqa: PLC0415
 
-    package = importlib.import_module(grammar.module)
-    return Parser(TreeSitterLanguage(getattr(package, grammar.function)()))
+    try:
+        package = importlib.import_module(grammar.module)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # older packages return an int, which is deprecated
+            return _LimitedParser(Parser(TreeSitterLanguage(getattr(package, grammar.function)())))
+    except (ImportError, ValueError):
+        return None
 
 
-def _syntax_units(lines: Sequence[str], grammar: Grammar, budget: TokenBudget) -> Iterator[CodeUnit]:
-    root = _parse_lines(lines, grammar)
-    file = CodeUnit(kind="module", start=0, end=len(lines), role=UnitRole.STATEMENTS, body=root, nodes=(root,))
+def _syntax_units(root: Node, rows: int, grammar: Grammar, budget: TokenBudget) -> Iterator[CodeUnit]:
     # A stack instead of recursion: classes may be nested deeper than Python's stack allows.
-    stack = list(reversed(_members(file, grammar)))
+    stack = list(reversed(_members(_file_unit(root, rows, grammar))))
     while stack:
         unit = stack.pop()
         if unit.body is None or budget.cost(unit.start, unit.end) <= budget.free_tokens(unit.scopes):
             yield unit
         else:
-            stack.extend(reversed(_members(unit, grammar)))
+            stack.extend(reversed(_members(unit)))
+
+
+def _file_unit(root: Node, rows: int, grammar: Grammar) -> CodeUnit:
+    return CodeUnit(
+        kind="module", start=0, end=rows, role=UnitRole.STATEMENTS, body=root, nodes=(root,), grammar=grammar
+    )
+
+
+def _count_definitions(root: Node, grammar: Grammar) -> int:
+    """Return the number of functions, methods and classes, without functions that are local to another one."""
+    count = 0
+    stack = [_file_unit(root, root.end_point.row + 1, grammar)]
+    while stack:
+        parent = stack.pop()
+        body, grammar_of_body = _members_node(parent)
+        if body is None or grammar_of_body is None:
+            continue
+        previous: Node | None = None
+        for child in _children(parent, body, grammar_of_body):
+            if child.type in grammar_of_body.leads:
+                continue
+            unit = _unit(_Group(0, 0, [child], child), 0, grammar_of_body, in_class=parent.kind == "class")
+            count += unit.role is UnitRole.DEFINITION and not _is_continued_by(previous, child, grammar_of_body)
+            previous = child
+            if unit.body is not None:
+                stack.append(unit)
+    return count
 
 
 @dataclass(slots=True)
@@ -202,10 +282,12 @@ class _Group:
     main: Node | None  # the first node that is no comment or decorator; None: there is none yet
 
 
-def _members(parent: CodeUnit, grammar: Grammar) -> list[CodeUnit]:
+def _members(parent: CodeUnit) -> list[CodeUnit]:
     """Open a unit: return units that cover its rows without gap or overlap."""
-    starts_file = parent.start == 0 and parent.header is None
-    groups = [] if parent.body is None else _groups(parent.body.named_children, grammar, starts_file=starts_file)
+    body, grammar = _members_node(parent)
+    if body is None or grammar is None:
+        return [replace(parent, body=None)]
+    groups = _groups(parent, body, grammar)
     if not groups:
         return [replace(parent, body=None)]
     member_scopes = parent.scopes if parent.header is None else (*parent.scopes, parent.header)[-_MAX_SCOPES:]
@@ -222,19 +304,73 @@ def _members(parent: CodeUnit, grammar: Grammar) -> list[CodeUnit]:
     return units
 
 
-def _groups(children: Iterable[Node], grammar: Grammar, *, starts_file: bool) -> list[_Group]:
+def _members_node(parent: CodeUnit) -> tuple[Node | None, Grammar | None]:
+    """Return the node whose children are the members of a unit, and its grammar: a script in HTML is parsed for it."""
+    if parent.body is None or parent.grammar is None or parent.body.type not in parent.grammar.embeds:
+        return parent.body, parent.grammar
+    grammar = GRAMMARS.get(_embedded_language(parent.body))
+    text = next((child for child in parent.body.named_children if child.type == "raw_text"), None)
+    if grammar is None or text is None or text.text is None:
+        return None, None
+    return parse_syntax(b"\n" * text.start_point.row + text.text, grammar), grammar  # rows are those of the file
+
+
+def _embedded_language(element: Node) -> str:
+    """Return the language of a script or style element of HTML, Vue or Svelte, by its name and its attributes."""
+    tag = element.named_children[0].text or b""
+    if element.type == "style_element":
+        return "scss" if _SCSS_TAG.search(tag) else "css"
+    if _TYPESCRIPT_TAG.search(tag):
+        return "typescript"
+    return "" if _DATA_TAG.search(tag) else "javascript"
+
+
+def _children(parent: CodeUnit, body: Node, grammar: Grammar) -> Iterator[Node]:
+    """Yield the children of a body, with what leads the first of them: some grammars put it before the body."""
+    header = parent.header
+    leads: list[Node] = []
+    before = None if header is None or body.parent is None else body.prev_named_sibling
+    while header is not None and before is not None and before.type in grammar.leads:
+        if before.start_point.row >= header.stop:
+            leads.append(before)
+        before = before.prev_named_sibling
+    yield from reversed(leads)
+    first_row = header.stop if header is not None and body == parent.main else 0
+    stack = list(reversed(body.named_children))
+    while stack:
+        child = stack.pop()
+        if child.type in grammar.transparent:
+            stack.extend(reversed(child.named_children))
+        elif child.start_point.row >= first_row:
+            yield child
+
+
+def _groups(parent: CodeUnit, body: Node, grammar: Grammar) -> list[_Group]:
     groups: list[_Group] = []
-    for child in children:
+    starts_file = parent.start == 0 and parent.header is None
+    for child in _children(parent, body, grammar):
         start, end = child.start_point.row, _end_row(child)
         main = None if child.type in grammar.leads else child
         last = groups[-1] if groups else None
-        if last is not None and (start < last.end or _is_annotated_by(last, start, main, groups, starts_file)):
+        if last is not None and (
+            start < last.end
+            or _is_annotated_by(last, start, main, groups, starts_file)
+            or _is_continued_by(last.main, main, grammar)
+        ):
             last.nodes.append(child)
             last.end = max(last.end, end)
             last.main = last.main or main
         else:
             groups.append(_Group(start, end, [child], main))
     return groups
+
+
+def _is_continued_by(first: Node | None, second: Node | None, grammar: Grammar) -> bool:
+    """Return whether a node is one more equation of the function that the node before it defines."""
+    if first is None or second is None or not {first.type, second.type} <= grammar.equations:
+        return False
+    name, other = first.child_by_field_name("name"), second.child_by_field_name("name")
+    return name is not None and other is not None and name.text == other.text
 
 
 def _is_annotated_by(group: _Group, start: int, main: Node | None, groups: list[_Group], starts_file: bool) -> bool:
@@ -259,26 +395,41 @@ def _unit(group: _Group, end: int, grammar: Grammar, *, in_class: bool) -> CodeU
         end=end,
         role=UnitRole.STATEMENTS,
         nodes=tuple(group.nodes),
+        grammar=grammar,
     )
     if group.main is None:
         is_licence = not in_class and group.start == 0 and _mentions_licence(group)
         return replace(statements, kind=LICENCE, role=UnitRole.STANDALONE) if is_licence else statements
-    node = _unwrapped(group.main, grammar)
+    return _classified(_unwrapped(group.main, grammar), statements, grammar, in_class=in_class)
+
+
+def _classified(node: Node, statements: CodeUnit, grammar: Grammar, *, in_class: bool) -> CodeUnit:
+    """Return the unit of a node as what the node is: a definition, a scope, or still statements."""
+    kind = _type(node, grammar)
     definition = replace(statements, role=UnitRole.DEFINITION, header=_header(node))
-    if node.type in grammar.functions:
-        return replace(definition, kind="method" if in_class else "function")
-    if node.type in grammar.methods:
-        return replace(definition, kind="method")
-    if node.type in grammar.classes:
-        return replace(definition, kind="class", body=_body(node))
-    if node.type in grammar.scopes or node.is_error:
+    if kind in grammar.functions or kind in grammar.methods:
+        return replace(definition, kind="method" if in_class or kind in grammar.methods else "function")
+    if kind in grammar.classes:
+        unit = replace(definition, kind="class", body=_body(node))
+        return unit if unit.body else replace(unit, body=node, main=node, header=_first_rows(node, grammar))
+    if kind in grammar.embeds:
+        return replace(statements, header=range(node.start_point.row, _end_row(node.named_children[0])), body=node)
+    if kind in grammar.scopes or node.is_error:
         return replace(statements, header=definition.header, body=_body(node) or node)
     return statements
 
 
+def _type(node: Node, grammar: Grammar) -> str:
+    """Return the type of a node, with its first word where that decides the meaning."""
+    if node.type not in grammar.keyed or not node.named_children:
+        return node.type
+    word = node.named_children[0].text or b""
+    return f"{node.type}:{word[:_MAX_KEYWORD].decode('utf-8', 'replace')}"
+
+
 def _unwrapped(node: Node, grammar: Grammar) -> Node:
     """Return what `export`, decorators, `template <...>` or `const name =` wrap."""
-    relevant = grammar.functions | grammar.classes | grammar.scopes | grammar.methods | grammar.wrappers
+    relevant = grammar.definitions | grammar.scopes | grammar.wrappers
     for _ in range(_MAX_WRAPPERS):
         inner = None
         if node.type in grammar.wrappers:
@@ -294,7 +445,22 @@ def _body(definition: Node) -> Node | None:
     if body is None and definition.named_children:  # some grammars do not name the field
         last = definition.named_children[-1]
         body = last if last.type.endswith(("_body", "_list", "block")) else None
+    if body is None:
+        following = definition.next_named_sibling
+        body = following if following is not None and following.type == "function_body" else None
     return body
+
+
+def _first_rows(definition: Node, grammar: Grammar) -> range:
+    """Return the rows of the header of a definition whose members are its own children."""
+    first = definition.start_point.row
+    end = first + 1
+    for child in definition.named_children:
+        if child.start_point.row >= end:
+            break
+        if child.type not in grammar.transparent:
+            end = max(end, _end_row(child))
+    return range(first, end)
 
 
 def _header(definition: Node) -> range | None:
@@ -402,7 +568,7 @@ def _merged(first: CodeUnit, second: CodeUnit, budget: TokenBudget) -> CodeUnit 
         return None
     kind = first.kind
     if second.kind != first.kind:
-        kind = "class" if opens_scope or "method" in (first.kind, second.kind) else "module"
+        kind = "class" if (opens_scope and first.kind == "class") or "method" in (first.kind, second.kind) else "module"
     return CodeUnit(
         kind=kind,
         start=first.start,
@@ -411,6 +577,7 @@ def _merged(first: CodeUnit, second: CodeUnit, budget: TokenBudget) -> CodeUnit 
         scopes=first.scopes,
         header=first.header if opens_scope else None,
         nodes=(*first.nodes, *second.nodes),
+        grammar=first.grammar,
     )
 
 

@@ -59,6 +59,7 @@ class FileResult:
     not_read: ExclusionReason | None = None  # why no part of a file was read; `left_out` counts it, too
     left_out: Counter[str] = field(default_factory=Counter)  # by `ExclusionReason`
     secrets: list[tuple[str, int, str]] = field(default_factory=list)  # file, line, type
+    definitions: int = 0  # functions, methods and classes, as `chunking.SplitFile` counts them
 
 
 def keep_secrets(lines: Sequence[str]) -> tuple[list[str], list[Finding]]:
@@ -78,9 +79,10 @@ def examples_from_file(file: File, *, token_counter: TokenCounter, max_length: i
     for part in parts:
         lines, findings = redact(part.lines)
         result.secrets += [(path, part.line_number(finding.row), finding.type) for finding in findings]
-        chunks = chunk_file(
+        chunks, definitions = chunk_file(
             lines, path=path, language=part.language, token_counter=token_counter, max_length=max_length
         )
+        result.definitions += definitions
         if not chunks:
             result.left_out[ExclusionReason.NO_CODE] += 1
             result.not_read = ExclusionReason.NO_CODE if len(parts) == 1 else None
@@ -238,11 +240,11 @@ class Chunk:
 
 def chunk_file(
     lines: Sequence[str], *, path: str, language: Language, token_counter: TokenCounter, max_length: int
-) -> list[Chunk]:
-    """Split a file into chunks of at most max_length tokens, including path header and end-of-text."""
+) -> tuple[list[Chunk], int]:
+    """Split a file into chunks of at most max_length tokens, including path header and end-of-text; count its definitions."""
     header, budget = _token_budget(lines, path, language, token_counter, max_length)
-    units = split_into_units(lines, language, budget)
-    return _chunks(lines, units, budget, language, token_counter, path_header=header)
+    units, definitions = split_into_units(lines, language, budget)
+    return _chunks(lines, units, budget, token_counter, path_header=header), definitions
 
 
 def chunk_record(
@@ -250,7 +252,7 @@ def chunk_record(
 ) -> list[Chunk]:
     """Return a text that was split by another tool as one chunk, or as several if it is too long."""
     header, budget = _token_budget(lines, path, language, token_counter, max_length)
-    return _chunks(lines, [single_unit(lines, language, kind)], budget, language, token_counter, path_header=header)
+    return _chunks(lines, [single_unit(lines, language, kind)], budget, token_counter, path_header=header)
 
 
 def _token_budget(
@@ -283,7 +285,6 @@ def _chunks(
     lines: Sequence[str],
     units: Sequence[CodeUnit],
     budget: TokenBudget,
-    language: Language,
     token_counter: TokenCounter,
     *,
     path_header: str,
@@ -295,7 +296,7 @@ def _chunks(
     """
     drafts: list[tuple[CodeUnit, str, range]] = []
     for unit in units:
-        for part in _row_ranges(lines, unit, budget, language):
+        for part in _row_ranges(lines, unit, budget):
             scopes = unit.scopes
             if unit.header is not None and part.start >= unit.header.stop:
                 scopes = (*scopes, unit.header)
@@ -318,13 +319,13 @@ def _chunks(
     return chunks
 
 
-def _row_ranges(lines: Sequence[str], unit: CodeUnit, budget: TokenBudget, language: Language) -> Iterator[range]:
+def _row_ranges(lines: Sequence[str], unit: CodeUnit, budget: TokenBudget) -> Iterator[range]:
     """Yield ranges of rows that fit the budget, broken at the best row in the second half of what would fit."""
     if budget.cost(unit.start, unit.end) <= budget.free_tokens(unit.scopes):
         yield range(unit.start, unit.end)
         return
     free_tokens = budget.free_tokens(unit.scopes if unit.header is None else (*unit.scopes, unit.header))
-    ranks = break_ranks(lines, unit, language.grammar)
+    ranks = break_ranks(lines, unit)
     start = unit.start
     while budget.cost(start, unit.end) > free_tokens:
         tokens_before = budget.tokens_before[start]

@@ -3,10 +3,10 @@
 To add a language, add a row to `LANGUAGES`: its name, its one-line comment (which carries the path header), its extensions, and
 optionally names of files without an extension, and other names by which data sets, notebooks and `#!` lines call it.
 - Without a grammar the files are split at blank lines, and nothing else is needed.
-- With a grammar they are split at the syntax tree. Add the tree-sitter package of the language to pyproject.toml, and its node
-  types to `GRAMMARS` in grammars.py.
-- Test it in tests/unit/data/test_chunking.py: add a snippet to `SNIPPETS` and the units that a person would choose to
-  `EXPECTED`. The other tests there run over all rows; one checks that every node type exists in its grammar.
+- With a grammar they are split at the syntax tree. Add the tree-sitter package of the language to pyproject.toml and
+  constraints.txt, and its node types to `GRAMMARS` in grammars.py.
+- Test it: add a snippet to `SNIPPETS` in tests/unit/data/snippets.py and the units that a person would choose to `EXPECTED`.
+  The tests in test_chunking.py run over all rows; one checks that every node type exists in its grammar.
 An extension that several languages share belongs to one row; `_CONTENT_RULES` recognises the others by their text.
 """
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import sys
 import time
+import types
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -14,138 +17,12 @@ from hypothesis import strategies as st
 from peft_core.data import chunking
 from peft_core.data.chunking import TokenBudget, split_lines
 from peft_core.data.examples import Chunk, chunk_file, chunk_record
+from peft_core.data.grammars import GRAMMARS
 from peft_core.data.languages import LANGUAGES, Language, language_named, language_of_file
 from peft_core.data.token_counter import EstimatedTokenCounter
 from peft_core.schemas.conversation import Conversation
 from peft_core.schemas.dataset import Segment
-
-SNIPPETS = {
-    "python": """# Copyright 2024 Someone
-
-import os
-
-
-def small(): return 1
-
-
-@decorated
-# about the class
-class Shape(Base):
-    \"\"\"A shape.\"\"\"
-
-    sides = 4
-
-    # about area
-    @property
-    def area(self):
-        return self.width * self.height
-
-    class Inner:
-        def deep(self):
-            return "ünï\\n"
-
-async def load(path):
-    async with open_file(path) as stream:
-        return await stream.read()
-""",
-    "javascript": """const React = require("react");
-/** Says hello. */
-export function App({ name }) {
-  return <div>{name}</div>;
-}
-exports.run = async function () { return 1; };
-class Foo {
-  bar() { return 2; }
-  baz = () => 2;
-}
-""",
-    "typescript": """import { A } from "./a";
-@Injectable()
-export class Store<T> extends Base {
-  private items: T[] = [];
-  @Input()
-  add(item: T): void { this.items.push(item); }
-  remove = (item: T) => { this.items = []; };
-}
-export interface Options { a: string; b?: number }
-namespace Inner { export function f() { return 1; } }
-""",
-    "go": """package main
-import "fmt"
-// Point is a point.
-type Point struct {
-	X, Y int
-}
-// Add adds.
-func (p *Point) Add(q Point) Point { return Point{p.X + q.X, p.Y + q.Y} }
-func main() { fmt.Println("ünï") }
-""",
-    "rust": """//! Crate.
-use std::fmt;
-/// A point.
-#[derive(Debug)]
-pub struct Point { x: i32 }
-impl Point {
-    /// Makes one.
-    #[inline]
-    pub fn new(x: i32) -> Self { Point { x } }
-    pub fn double(&self) -> i32 { self.x * 2 }
-}
-mod tests { fn it_works() { assert!(true); } }
-""",
-    "java": """package a.b;
-import java.util.List;
-/** Doc. */
-@Deprecated
-public class D extends Base {
-    private int x = 1;
-    public D(int x) { this.x = x; }
-    /** Adds. */
-    @Override
-    public int add(int y) { return x + y; }
-    enum Colour { RED, GREEN; int f() { return 1; } }
-}
-""",
-    "c": """#include <stdio.h>
-typedef struct point {
-    int x, y;
-} point_t;
-#ifdef DEBUG
-static void debug(const char *s) { fprintf(stderr, "%s", s); }
-#endif
-/* Adds. */
-int add(int a, int b)
-{
-    return a + b;
-}
-""",
-    "cpp": """#ifndef F_HPP
-#define F_HPP
-namespace geo {
-/// A shape.
-template <typename T>
-class Shape : public Base {
-public:
-    explicit Shape(T t) : t_(t) {}
-    virtual double area() const { return t_.area() * 2.0; }
-private:
-    T t_;
-};
-inline int twice(int n) { return n * 2; }
-}  // namespace geo
-#endif
-""",
-}
-EXPECTED = {  # (kind, beginning of the body) of some units
-    "python": [("function", "async def load")],
-    "javascript": [("function", "/** Says hello"), ("class", "class Foo")],
-    "typescript": [("class", "@Injectable()\nexport class"), ("module", "namespace Inner")],
-    "go": [("class", "// Point is"), ("method", "// Add adds"), ("function", "func main")],
-    "rust": [("class", "/// A point.\n#[derive"), ("class", "impl Point")],
-    "java": [("class", "/** Doc. */\n@Deprecated"), ("method", "    /** Adds. */\n    @Override")],
-    "c": [("class", "typedef struct"), ("function", "/* Adds. */")],
-    "cpp": [("class", "/// A shape.\ntemplate"), ("function", "inline int twice")],
-}
+from tests.unit.data.snippets import EXPECTED, SNIPPETS
 
 
 class Words:
@@ -163,7 +40,7 @@ class Words:
 
 
 def chunks_of(text: str, language: Language, max_length: int = 64, path: str = "src/app.x") -> list[Chunk]:
-    return chunk_file(split_lines(text), path=path, language=language, token_counter=Words(), max_length=max_length)
+    return chunk_file(split_lines(text), path=path, language=language, token_counter=Words(), max_length=max_length)[0]
 
 
 def units_of(chunks: Sequence[Chunk]) -> list[tuple[Chunk, str]]:
@@ -245,9 +122,16 @@ def test_a_snippet_is_split_where_a_person_would_split_it(name: str):
 def test_every_node_type_of_a_table_exists_in_its_grammar(language: Language):
     grammar = language.grammar
     assert grammar is not None
-    parsed = chunking._parser(grammar).language
+    parser = chunking._parser(grammar)
+    assert parser is not None
+    parsed = parser._parser.language
     assert parsed is not None
-    types = grammar.functions | grammar.classes | grammar.scopes | grammar.wrappers | grammar.leads | grammar.methods
+    types = {
+        name.split(":")[0]
+        for field in dataclasses.fields(grammar)
+        if field.name not in ("module", "function")
+        for name in getattr(grammar, field.name)
+    }
     assert [name for name in sorted(types) if parsed.id_for_node_kind(name, True) is None] == []
 
 
@@ -345,3 +229,90 @@ def test_a_token_budget_keeps_the_innermost_heads():
     heads = tuple(range(n, n + 1) for n in range(10))
     assert budget.context(heads) == heads[-3:]
     assert budget.free_tokens(heads) == 64 - 2 - 15
+
+
+def test_a_language_whose_grammar_is_not_installed_is_split_at_blank_lines(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(chunking, "_parser", lambda grammar: None)
+    chunks = chunks_of(SNIPPETS["kotlin"], language_named("kotlin"), 64)
+    assert {chunk.unit.kind for chunk in chunks} == {"block"}
+    assert visible_lines("".join(body for _, body in units_of(chunks))) == visible_lines(SNIPPETS["kotlin"])
+
+
+def test_a_package_that_is_missing_or_made_for_another_tree_sitter_gives_no_parser(monkeypatch: pytest.MonkeyPatch):
+    missing = dataclasses.replace(GRAMMARS["go"], module="tree_sitter_of_nobody")
+    assert chunking._parser(missing) is None
+    broken = types.SimpleNamespace(
+        language=lambda: (_ for _ in ()).throw(ValueError("Incompatible Language version 99"))
+    )
+    monkeypatch.setitem(sys.modules, "tree_sitter_of_tomorrow", broken)
+    assert chunking._parser(dataclasses.replace(GRAMMARS["go"], module="tree_sitter_of_tomorrow")) is None
+
+
+@pytest.mark.parametrize("name", ["shell", "csharp", "html"])
+def test_a_text_that_takes_too_long_to_parse_is_split_at_blank_lines(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(chunking, "_PARSE_LIMIT_S", 0.05)
+    chunking._parser.cache_clear()
+    text = "<a>" * 100_000 + "\n\nx\n"
+    started = time.process_time()
+    chunks = chunks_of(text, language_named(name), 400)
+    chunking._parser.cache_clear()  # a grammar that refused texts is not used any more
+    assert "".join(body for _, body in units_of(chunks)).split() == text.split()
+    assert time.process_time() - started < 20
+
+
+def test_a_grammar_that_took_too_long_several_times_is_not_asked_again(monkeypatch: pytest.MonkeyPatch):
+    chunking._parser.cache_clear()
+    monkeypatch.setattr(chunking, "_PARSE_LIMIT_S", -1.0)
+    for _ in range(chunking._MAX_REFUSALS):
+        assert chunking.parse_syntax(b"x = 1\n", GRAMMARS["python"]) is None
+    monkeypatch.setattr(chunking, "_PARSE_LIMIT_S", 5.0)
+    assert chunking.parse_syntax(b"x = 1\n", GRAMMARS["python"]) is None
+    chunking._parser.cache_clear()
+    assert chunking.parse_syntax(b"x = 1\n", GRAMMARS["python"]) is not None
+
+
+DEFINITIONS = {  # functions, methods and classes of the snippets
+    "python": 6, "javascript": 5, "typescript": 5, "go": 3, "rust": 5, "java": 5, "c": 3, "cpp": 4, "csharp": 8, "kotlin": 8,
+    "php": 8, "ruby": 7, "shell": 2, "lua": 4, "sql": 3, "solidity": 9, "dart": 9, "elixir": 6, "haskell": 6, "zig": 5,
+    "swift": 8, "scala": 7, "julia": 3, "vue": 4, "svelte": 2, "scss": 5, "terraform": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_the_functions_methods_and_classes_of_a_file_are_counted_however_they_are_merged(name: str):
+    for max_length in (64, 4_000):
+        _, definitions = chunk_file(
+            split_lines(SNIPPETS[name]),
+            path="",
+            language=language_named(name),
+            token_counter=Words(),
+            max_length=max_length,
+        )
+        assert definitions == DEFINITIONS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "definitions"),
+    [
+        ("python", "".join(f"def f{n}(): return {n}\n\n\n" for n in range(64)), 64),
+        ("python", "print('a script without functions')\n", 1),
+        ("python", "def outer():\n    def inner():\n        return 1\n    return inner\n", 1),
+        ("protobuf", "message A {\n  int32 x = 1;\n\n  int32 y = 2;\n}\n\nmessage B {\n}\n", 2),
+        ("markdown", "Text.\n\n```python\nimport a\n```\n\n```python\nimport b\n```\n", 2),
+        ("python", "\n\n", 0),
+    ],
+)
+def test_definitions_are_counted_as_a_person_counts_them(name: str, text: str, definitions: int):
+    counted = chunk_file(
+        split_lines(text), path="", language=language_named(name), token_counter=Words(), max_length=400
+    )
+    assert counted[1] == definitions
+
+
+def test_a_script_in_a_page_is_split_in_its_own_language_and_its_rows_are_those_of_the_page():
+    page = '<main></main>\n<script type="application/json">\n{"a": 1}\n</script>\n' + SNIPPETS["vue"]
+    units = units_of(chunks_of(page, language_named("vue"), 64))
+    add = next(first for first, body in units if body.startswith("// Adds a line."))
+    assert add.unit.kind == "function"
+    assert add.context.endswith('<script setup lang="ts">\n')
+    assert split_lines(page)[add.start] == "// Adds a line.\n"
