@@ -126,6 +126,7 @@ METADATA = frozenset(
     "num_turns turns_count n_turns num_tokens n_tokens token_count tokens_count total_tokens length char_count "
     "word_count perplexity ppl similarity distance confidence probability toxic toxicity redacted is_duplicate "
     "verified approved status metadata meta info extra_info additional_info attributes annotations flags "
+    "skip_prompt_formatting "
     # how a model was called, and what that cost
     "model model_name model_id model_version generator provider engine generation_model temperature top_p top_k "
     "max_tokens max_completion_tokens n stop stream seed frequency_penalty presence_penalty logprobs logit_bias "
@@ -161,7 +162,7 @@ def check_keys(
         raise place.refuse(
             f"the key {shown!r} is not used here, and it may carry a meaning; the keys of {what or 'this part'} are "
             f"{', '.join(sorted(used))} (and metadata such as id or source)",
-            f"If {shown!r} can be ignored, delete it, as with: {_deletion(place, str(key))}",
+            f"If {shown!r} can be ignored, delete it from all records, as with: {_deletion(place, str(key))}",
             "Or set config.skip_unusable_records=true to leave out the records that have it",
             reason=SkipReason.UNKNOWN_KEY,
         )

@@ -335,7 +335,19 @@ def _messages(value: Mapping[str, Any], place: Place) -> Record:
 
 def _sharegpt(value: Mapping[str, Any], place: Place) -> Record:
     key = "conversations" if value.get("conversations") is not None else "conversation"
+    turns = value.get(key)
+    if isinstance(turns, Sequence) and turns and all(isinstance(turn, Mapping) and "output" in turn for turn in turns):
+        value = {**value, key: list(_paired_messages(turns, place.part(f".{key}[]")))}
     return _chat(value, key, value.get("tools"), place)
+
+
+def _paired_messages(turns: Sequence[Mapping[str, Any]], place: Place) -> Iterator[dict[str, Any]]:
+    """Yield the messages of turns in XTuner's form, {"system", "input", "output"}."""
+    for number, turn in enumerate(turns, 1):
+        check_keys(turn, ("system", "input", "output"), place, what="a turn")
+        for key, role in (("system", "system"), ("input", "user"), ("output", "assistant")):
+            if key == "output" or turn.get(key):
+                yield {"role": role, "content": require_text(turn.get(key), f"{key} of turn {number}", place)}
 
 
 def _chat(value: Mapping[str, Any], key: str, tools: object, place: Place) -> Record:

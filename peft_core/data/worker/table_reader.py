@@ -191,7 +191,7 @@ def _parquet_rows(table: Path, notes: Notes) -> Iterator[dict[str, Any]]:
                     yield _without_nulls(row)
     except (ValueError, OSError, NotImplementedError) as error:
         raise DataError(
-            f"{table} cannot be read as a Parquet file: {sanitize(error, limit=300)}.",
+            f"{table} cannot be read as a Parquet file: {sanitize(error, limit=300).rstrip('.')}.",
             code="not_a_table",
             suggestions=("Download or write it again", "Or export the rows as .jsonl, one object per line"),
         ) from error
