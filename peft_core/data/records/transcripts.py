@@ -37,7 +37,7 @@ _INJECTED = (
     "Caveat: The messages below", "[Request interrupted", "This session is being continued", "<environment_context>",
     "<user_instructions>", "# AGENTS.md instructions", "<turn_aborted>", "<permissions instructions>", "<INSTRUCTIONS>",
 )  # fmt: skip
-_NOTICES = ("isMeta", "isCompactSummary", "isApiErrorMessage")
+_NOTICES = ("isCompactSummary", "isApiErrorMessage")
 _RESULT_SHARE = 4  # a tool's result takes at most 1/4 of an example
 _MIN_RESULT = 400  # characters of a tool's result that are kept at least
 _MARKUP = 12  # tokens that a template writes around a message, roughly
@@ -79,7 +79,7 @@ def conversations_of(
     lines: Iterable[tuple[str, object]], notes: Notes, max_length: int
 ) -> Iterator[tuple[str, object]]:
     """Yield the conversations of a transcript, named by the line of their prompt. A line that is not JSON is passed on."""
-    turns: dict[str, _Turn] = {}  # the open turn of the session ("") and of each of its side chains
+    turns: dict[str, _Turn | None] = {}  # the open turn of the session ("") and of each of its side chains
     budget = max(int(max_length * BYTES_PER_TOKEN), 2 * _MIN_RESULT)
     chain_of: dict[str, str] = {}  # of a Claude Code side chain: its root, by the ids of its lines
     for name, value in lines:
@@ -94,13 +94,14 @@ def conversations_of(
             if message["role"] == "user":
                 if turn is not None:
                     yield from _cut(turn, budget, notes)
-                turns[chain] = _Turn(name, message)
+                turns[chain] = _Turn(name, message) if message["content"] else None
             elif turn is None:
                 notes.left_out["answer_without_prompt"] += 1
             else:
                 _append(turn, message)
     for turn in turns.values():
-        yield from _cut(turn, budget, notes)
+        if turn is not None:
+            yield from _cut(turn, budget, notes)
 
 
 def _append(turn: _Turn, message: dict[str, Any]) -> None:
@@ -142,6 +143,7 @@ def _claude_messages(value: Mapping[str, Any], notes: Notes) -> Iterator[dict[st
         return
     texts: list[str] = []
     calls: list[dict[str, Any]] = []
+    is_prompt = kind == "user"
     for block in blocks:
         if not isinstance(block, Mapping):
             notes.left_out["unknown_block"] += 1
@@ -150,10 +152,11 @@ def _claude_messages(value: Mapping[str, Any], notes: Notes) -> Iterator[dict[st
         elif block.get("type") == "tool_use":
             calls.append(_call(block.get("id"), block.get("name"), block.get("input")))
         elif block.get("type") == "tool_result":
+            is_prompt = False
             yield _result(block.get("tool_use_id"), _text_of(block.get("content"), notes))
         else:
             notes.left_out[_block_reason(block)] += 1
-    yield from _said(str(kind), "\n\n".join(texts), calls, notes)
+    yield from _said(str(kind), "\n\n".join(texts), calls, notes, is_prompt=is_prompt)
 
 
 def _block_reason(block: Mapping[str, Any]) -> str:
@@ -170,9 +173,11 @@ def _codex_messages(value: Mapping[str, Any], notes: Notes) -> Iterator[dict[str
     item = value.get("payload") if value.get("type") in _CODEX_TYPES else value
     kind = item.get("type") if isinstance(item, Mapping) else None
     if value.get("type") not in (*_CODEX_ITEMS, "response_item") or not isinstance(item, Mapping):
-        notes.left_out["summary" if value.get("type") == "compacted" else "program_line"] += 1
+        notes.left_out["summary" if value.get("type") in ("compacted", "summary") else "program_line"] += 1
     elif kind == "message" and item.get("role") in ("user", "assistant"):
-        yield from _said(item["role"], _text_of(item.get("content"), notes), [], notes)
+        yield from _said(
+            item["role"], _text_of(item.get("content"), notes), [], notes, is_prompt=item["role"] == "user"
+        )
     elif kind == "function_call":
         yield _calling(_call(item.get("call_id"), item.get("name"), item.get("arguments")))
     elif kind == "custom_tool_call":
@@ -200,11 +205,16 @@ def _output(value: object, notes: Notes) -> str:
 # -- messages ---------------------------------------------------------------------------------------------------------------
 
 
-def _said(role: str, text: str, calls: list[dict[str, Any]], notes: Notes) -> Iterator[dict[str, Any]]:
+def _said(
+    role: str, text: str, calls: list[dict[str, Any]], notes: Notes, *, is_prompt: bool
+) -> Iterator[dict[str, Any]]:
+    """Yield a message, if it says something. A prompt without text, such as an image, has no content: it only ends a turn."""
     if role == "user" and text.lstrip().startswith(_INJECTED):
         notes.left_out["program_line"] += 1
     elif text.strip() or calls:
         yield {"role": role, "content": text} | ({"tool_calls": calls} if calls else {})
+    elif is_prompt:
+        yield {"role": role, "content": ""}
 
 
 def _calling(call: dict[str, Any]) -> dict[str, Any]:
