@@ -5,6 +5,7 @@ The adapter's manifest records its base model. This protects against mistakes, n
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 
 from peft_core.adapters.findings import warning
@@ -13,6 +14,8 @@ from peft_core.errors import PeftMcpError, sanitize
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.results import BaseMatch, Reason
 
+# Unsloth's and mlx-community's names of quantised copies.
+_QUANTISED = re.compile(r"(?:-unsloth)?(?:-bnb)?(?:-mlx)?-[2-8]bit(?:-dwq)?$|-(?:bf16|fp16)$", re.ASCII)
 _SAME_WEIGHTS = (BaseMatch.EXACT, BaseMatch.SAMPLED)
 
 
@@ -112,5 +115,6 @@ def _base_not_recorded(base: Base, hint: str | None) -> Reason:
 
 
 def _short_name(name: str) -> str:
-    """Return a model's name without its organisation or directories, in lower case."""
-    return name.replace("\\", "/").rstrip("/").rpartition("/")[2].lower().removesuffix(".gguf")
+    """Return a model's name without its organisation, directories and marks of quantisation, in lower case."""
+    name = name.replace("\\", "/").rstrip("/").rpartition("/")[2].lower().removesuffix(".gguf")
+    return _QUANTISED.sub("", name)

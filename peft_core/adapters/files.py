@@ -1,8 +1,8 @@
 """Read each file of an adapter once: the configuration, the headers and, on request, the weights.
 
-The files are untrusted: links are not followed, only regular files are opened, and sizes are bounded. All problems are
-collected, not only the first. With `with_weights`, the bytes that are checked are the bytes that are loaded, so replacing a
-file after the check has no effect.
+The files are untrusted: links are not followed (but those of the Hugging Face cache to its own files), only regular files are
+opened, and sizes are bounded. All problems are collected, not only the first. With `with_weights`, the bytes that are checked
+are the bytes that are loaded, so replacing a file after the check has no effect.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from peft_core.adapters.config_check import LoraSettings, check_settings
+from peft_core.adapters.directory import layout_of, missing_files
 from peft_core.adapters.findings import error
 from peft_core.adapters.layout import MLX, PEFT, Layout
-from peft_core.adapters.manifest import CONFIG, WEIGHTS, Manifest, read_manifest
+from peft_core.adapters.manifest import CONFIG, Manifest, read_manifest
 from peft_core.adapters.mlx_config import check_mlx_settings
 from peft_core.base_models.checkpoint_info import TensorInfo
+from peft_core.base_models.hub_cache import blob_of
 from peft_core.base_models.safetensors import ADAPTER_LIMITS, parse_header
 from peft_core.errors import HeaderError, sanitize
 from peft_core.schemas.results import Reason
@@ -60,7 +62,7 @@ def read_adapter(directory: Path, *, with_weights: bool = False) -> AdapterFiles
     With `with_weights`, the weights are read into memory, unless their header is malformed.
     """
     layout = layout_of(directory)
-    reasons = _missing_files(directory, layout)
+    reasons = missing_files(directory)
     manifest = read_manifest(directory)
     recorded = manifest.files if manifest is not None else {}
 
@@ -68,7 +70,7 @@ def read_adapter(directory: Path, *, with_weights: bool = False) -> AdapterFiles
     settings: LoraSettings | None = None
     if os.path.lexists(directory / CONFIG):
         try:
-            raw = read_small(directory / CONFIG, MAX_CONFIG_BYTES)
+            raw = read_small(blob_of(directory / CONFIG), MAX_CONFIG_BYTES)
             reasons += _compare_hash(CONFIG, raw, recorded)
             config = _parse_config(raw, directory / CONFIG)
         except HeaderError as problem:
@@ -81,7 +83,7 @@ def read_adapter(directory: Path, *, with_weights: bool = False) -> AdapterFiles
     weights: bytes | None = None
     if os.path.lexists(directory / layout.weights):
         try:
-            tensors, weights = _read_weights(directory / layout.weights, with_weights=with_weights)
+            tensors, weights = _read_weights(blob_of(directory / layout.weights), with_weights=with_weights)
         except HeaderError as problem:
             reasons.append(_unreadable(problem, layout.weights))
         if weights is not None:
@@ -100,19 +102,13 @@ def read_adapter(directory: Path, *, with_weights: bool = False) -> AdapterFiles
     )
 
 
-def layout_of(directory: Path) -> Layout:
-    """Return the layout of an adapter, by the name of its weights. If there are both files, PEFT's is read."""
-    is_mlx = os.path.lexists(directory / MLX.weights) and not os.path.lexists(directory / PEFT.weights)
-    return MLX if is_mlx else PEFT
-
-
 def read_adapter_config(directory: Path) -> dict[str, Any]:
     """Read the adapter's configuration without checking its settings.
 
     Raises:
         HeaderError: the file is missing, a link, larger than 256 KB, or not a JSON object with unique names.
     """
-    path = directory / CONFIG
+    path = blob_of(directory / CONFIG)
     return _parse_config(read_small(path, MAX_CONFIG_BYTES), path)
 
 
@@ -142,26 +138,6 @@ def _parse_config(raw: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise HeaderError(path, "is not a JSON object")
     return config
-
-
-def _missing_files(directory: Path, layout: Layout) -> list[Reason]:
-    missing = [name for name in (layout.weights, CONFIG) if not os.path.lexists(directory / name)]
-    if not missing:
-        return []
-    reasons: list[Reason] = []
-    if WEIGHTS in missing:
-        pickles = [name for name in ("adapter_model.bin", "adapter_model.pt") if os.path.lexists(directory / name)]
-        if pickles:
-            message = (
-                "The adapter's weights are a pickle file. It is never opened, because loading a pickle can run code."
-            )
-            reasons.append(error("pickle", message, where=pickles[0], fix=f"Save the adapter again as {WEIGHTS}"))
-            missing.remove(WEIGHTS)
-    if missing:
-        names = " and ".join(missing)
-        fix = "Give the path of an adapter's directory"
-        reasons.append(error("missing_file", f"{directory} does not contain {names}.", where=names, fix=fix))
-    return reasons
 
 
 def _compare_hash(name: str, raw: bytes, recorded: Mapping[str, str]) -> list[Reason]:

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Literal
 
+from peft_core.base_models.hub_cache import blob_of
 from peft_core.errors import HeaderError
 from peft_core.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from peft_core.schemas.base_model import Fingerprint, ModelShape
@@ -109,6 +110,8 @@ def read_manifest(directory: Path) -> Manifest | None:
     version of peft-mcp can read the manifests of a newer one.
     """
     try:
-        return Manifest.model_validate_json(read_small(directory / MANIFEST_NAME, MAX_MANIFEST_BYTES), extra="ignore")
+        return Manifest.model_validate_json(
+            read_small(blob_of(directory / MANIFEST_NAME), MAX_MANIFEST_BYTES), extra="ignore"
+        )
     except (HeaderError, ValueError):
         return None

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from peft_core.adapters.manifest import CONFIG, MANIFEST_NAME, WEIGHTS, Manifest, read_manifest
+from peft_core.base_models.hub_cache import find_snapshot, parse_hub_ref
 from peft_core.errors import AdapterNotFound, StorageError, unwritable
 from peft_core.paths import DataPaths
 from peft_core.schemas.evaluation import Verdict
@@ -174,11 +175,9 @@ class Registry:
             if path.is_absolute() and path.is_dir():
                 return path.resolve()
             if path.is_absolute() and path.is_file():
-                raise AdapterNotFound(
-                    f"{adapter_path} is a file. An adapter is a directory that contains {CONFIG} and {WEIGHTS}.",
-                    suggestions=[f"Give {path.parent}"] if (path.parent / CONFIG).is_file() else [],
-                    details={"adapter_path": adapter_path},
-                )
+                raise _is_a_file(path)
+            if not path.is_absolute() and (snapshot := self._cached(adapter_path)) is not None:
+                return snapshot
         published = list(self._directories(None))
         if not_current := [path.name for project, path in published if project == adapter_path]:
             raise AdapterNotFound(
@@ -189,11 +188,30 @@ class Registry:
             )
         projects = sorted({project for project, _ in published})
         raise AdapterNotFound(
-            f"No adapter at {adapter_path!r}: it must be the absolute path of an adapter's directory, or a project id. "
+            f"No adapter at {adapter_path!r}: it must be the absolute path of an adapter's directory, a project id, or a "
+            "hub id ORG/NAME that is in the local cache. "
             + (f"Projects with an adapter: {', '.join(projects)}." if projects else "No adapter has been trained yet."),
-            suggestions=["Call list_adapters to see the existing adapters" if projects else "Call train_adapter first"],
+            suggestions=[
+                *([f"Run `hf download {adapter_path}` to put it into the cache"] if _is_hub_id(adapter_path) else []),
+                "Call list_adapters to see the existing adapters" if projects else "Call train_adapter first",
+            ],
             details={"adapter_path": adapter_path, "known": projects},
         )
+
+    def _cached(self, adapter_path: str) -> Path | None:
+        """Return the snapshot of an adapter in the local Hugging Face cache, given by its hub id. Nothing is downloaded.
+
+        Raises:
+            InvalidArgument: the cache is outside the allowed roots.
+        """
+        if not _is_hub_id(adapter_path):
+            return None
+        ref = parse_hub_ref(adapter_path)
+        snapshot = find_snapshot(ref) if ref is not None else None
+        if snapshot is None:
+            return None
+        require_allowed("adapter_path", snapshot.path, self._allowed_roots)
+        return snapshot.path.resolve()
 
     def _manifests(self, project_id: str | None) -> Iterator[tuple[Path, Manifest]]:
         for _, path in self._directories(project_id):
@@ -222,6 +240,24 @@ class Registry:
             adapter_bytes=size_of(path / WEIGHTS),
             adapter_path=str(path),
         )
+
+
+def _is_hub_id(adapter_path: str) -> bool:
+    return adapter_path.count("/") == 1 and parse_hub_ref(adapter_path) is not None
+
+
+def _is_a_file(path: Path) -> AdapterNotFound:
+    """Return the error for the path of a file, with the directory to give instead if it is part of an adapter."""
+    from peft_core.adapters.directory import is_archive  # noqa: PLC0415 -- not at the server's start
+
+    suggestions = [f"Give {path.parent}"] if (path.parent / CONFIG).is_file() else []
+    if is_archive(path):
+        suggestions = ["Unpack the archive, and give the directory with the adapter"]
+    return AdapterNotFound(
+        f"{path} is a file. An adapter is a directory that contains {CONFIG} and {WEIGHTS} (or mlx-lm's adapters.safetensors).",
+        suggestions=suggestions,
+        details={"adapter_path": str(path)},
+    )
 
 
 def _not_found(project_id: str, adapter_id: str, existing: list[str]) -> AdapterNotFound:

@@ -349,6 +349,10 @@ def _compare_with_base(
         yield from _trained_biases(classified, settings, modules)
         if classified.is_complete and settings.target_modules is not None:
             missing = {module for module in linear if settings.targets(module)} - classified.modules
+            if not any(
+                map(_is_expert, classified.modules)
+            ):  # since transformers 5, experts are no modules of their own
+                missing = {module for module in missing if not _is_expert(module)}
     layer_ranges = _different_layers(classified, settings, modules)
     if layer_ranges is not None:
         adapter_layers, base_layers = layer_ranges
@@ -426,6 +430,10 @@ def _different_layers(
     if not too_many and not too_few:
         return None
     return _describe_layers(layers), _describe_layers(modules.layers)
+
+
+def _is_expert(module: str) -> bool:
+    return ".experts." in module
 
 
 def _describe_layers(layers: Iterable[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from peft_core.errors import BaseCheckpointError
 
 _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
+_BLOB = re.compile(r"(?:\.\./)+blobs/[0-9a-f]{40}(?:[0-9a-f]{24})?", re.ASCII)
 _HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9_][\w./-]{0,199}", re.ASCII)
 # These patterns exclude pickles, and further copies in other frameworks' formats or in subdirectories.
@@ -71,6 +73,22 @@ def snapshot_at(path: Path) -> Snapshot | None:
         return None
     kind, *name = path.parent.parent.name.split("--")
     return Snapshot(path, "/".join(name), path.name) if kind == "models" and 1 <= len(name) <= 2 else None
+
+
+def blob_of(path: Path) -> Path:
+    """Return the file to which a link in a snapshot of the cache leads; any other path, also any other link, as it is.
+
+    A snapshot consists of links to the files of the same repository, whose names are their hashes.
+    """
+    try:
+        target = str(path.readlink())
+    except (OSError, ValueError):
+        return path
+    snapshot = next((parent for parent in path.parents if snapshot_at(parent) is not None), None)
+    if snapshot is None or not _BLOB.fullmatch(target):
+        return path
+    blob = Path(os.path.normpath(path.parent / target))
+    return blob if blob.parent == snapshot.parent.parent / "blobs" else path
 
 
 def cached_models() -> list[str]:

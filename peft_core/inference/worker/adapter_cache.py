@@ -7,7 +7,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft_core.adapters.manifest import CONFIG, MANIFEST_NAME, WEIGHTS
+from peft_core.adapters.layout import MLX, PEFT
+from peft_core.adapters.manifest import CONFIG, MANIFEST_NAME
 from peft_core.errors import AdapterNotLoaded
 from peft_core.modeling.adapter_model import ResidentModel, release_memory
 from peft_core.modeling.memory import memory_bytes
@@ -131,7 +132,7 @@ class AdapterCache:
 def file_state(directory: Path) -> FileState:
     """Return a value that changes when the adapter's files do. Take it before reading them."""
     states = []
-    for name in (CONFIG, WEIGHTS, MANIFEST_NAME):
+    for name in (CONFIG, PEFT.weights, MLX.weights, MANIFEST_NAME):
         try:
             stat = (directory / name).lstat()
         except OSError:

@@ -16,19 +16,31 @@ from hypothesis import strategies as st
 
 from peft_core.adapters.config_check import LoraSettings
 from peft_core.adapters.files import read_adapter
+from peft_core.adapters.info import read_info
 from peft_core.adapters.mlx_config import check_mlx_settings
+from peft_core.adapters.registry import Registry
 from peft_core.adapters.renaming import Renaming, find_renaming
 from peft_core.adapters.verify import verify
 from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
+from peft_core.errors import AdapterNotFound, InvalidArgument
+from peft_core.paths import DataPaths
 from peft_core.schemas.base_model import Base
-from peft_core.schemas.results import BaseMatch, Compatibility
-from tests.model_files import SHAPES, adapter_shapes, safetensors_bytes, weights, write_adapter, write_model
+from peft_core.schemas.results import BaseMatch, Compatibility, Reason
+from tests.model_files import (
+    SHAPES,
+    adapter_shapes,
+    safetensors_bytes,
+    weights,
+    write_adapter,
+    write_cached,
+    write_model,
+)
 
 WEIGHTS, CONFIG, MLX_WEIGHTS = "adapter_model.safetensors", "adapter_config.json", "adapters.safetensors"
 P = "base_model.model."
 UNSLOTH = r"(?:.*?(?:language|text).*?(?:q_proj|v_proj))|(?:\bmodel\.layers\.[\d]{1,}\.self_attn\.(?:q_proj|v_proj))"
-BIASED = {**SHAPES, "model.layers.0.self_attn.q_proj.bias": (32,)}
+BIASED = SHAPES | {f"{n.removesuffix('.weight')}.bias": shape[:1] for n, shape in SHAPES.items() if ".self_attn." in n}
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +124,21 @@ def test_a_scale_by_an_expression_is_refused_with_the_modules(tmp_path: Path, ba
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_trained_biases_are_refused_where_the_base_has_some(bias: str, tmp_path: Path) -> None:
-    biased = resolve(str(write_model(tmp_path / "base", shapes=BIASED)), Settings())
+    biased = resolve(str(write_model(tmp_path / "base", shapes=BIASED, attention_bias=True)), Settings())
     adapter = write_adapter(tmp_path / "adapter", bias=bias)
     (reason,) = [r for r in verify(adapter, biased).reasons if r.severity == "error"]
     assert "model.layers.0.self_attn.q_proj.bias" in reason.message
+
+
+def test_targets_that_match_fused_experts_need_no_weights(tmp_path: Path) -> None:
+    """Since transformers 5, experts are no modules of their own, but the file of the base model has one matrix for each."""
+    experts = {
+        f"model.layers.{i}.mlp.experts.{n}.{part}.weight": shape
+        for i in range(2) for n in range(2) for part, shape in {"up_proj": (16, 32), "down_proj": (32, 16)}.items()
+    }  # fmt: skip
+    moe = resolve(str(write_model(tmp_path / "base", shapes=SHAPES | experts, model_type="mixtral")), Settings())
+    adapter = write_adapter(tmp_path / "adapter", targets=["q_proj", "down_proj"])
+    assert found(verify(adapter, moe)) == []
 
 
 def test_dora_is_one_reason(tmp_path: Path, base: Base) -> None:
@@ -131,6 +154,143 @@ def test_another_method_is_one_reason_whatever_its_weights(method: str, tmp_path
     reconfigure(adapter, peft_type=method, target_r=8, feedforward_modules=["down_proj"])
     (adapter / WEIGHTS).write_bytes(safetensors_bytes({f"{P}model.layers.0.mlp.down_proj.ia3_l": (64,)}, fill=1))
     assert found(verify(adapter, base)) == ["not_lora"]
+
+
+# -- directories -------------------------------------------------------------------------------------------------------
+
+
+def only_error(directory: Path, base: Base) -> Reason:
+    (reason,) = [r for r in verify(directory, base).reasons if r.severity == "error"]
+    assert reason.fix is not None
+    assert len(reason.message) - len(str(directory)) < 400
+    assert len(reason.fix) < 400
+    return reason
+
+
+def test_a_directory_of_checkpoints_names_those_with_an_adapter(tmp_path: Path, base: Base) -> None:
+    for step in (100, 20, 1000):
+        write_adapter(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "trainer_state.json").write_text("{}")
+    reason = only_error(tmp_path, base)
+    assert reason.code == "missing_file"
+    assert "checkpoint-20, checkpoint-100, checkpoint-1000" in reason.message
+    assert reason.fix == f"Give the path of one of them, such as {tmp_path / 'checkpoint-1000'}"
+    with pytest.raises(AdapterNotFound, match="checkpoint-1000"):
+        read_info(tmp_path)
+
+
+def test_a_whole_model_is_told_from_an_adapter(tmp_path: Path, base: Base) -> None:
+    reason = only_error(write_model(tmp_path), base)
+    assert "whole model" in reason.message
+
+
+@pytest.mark.parametrize(
+    ("files", "code", "words"),
+    [
+        (["adapter_config.json", "adapter_model-00001-of-00002.safetensors"], "sharded", "adapter_model-*.safetensors"),
+        (["adapter_config.json", "adapter_model.bin"], "pickle", "weights_only=True"),
+        (["adapter_config.json", "adapter_0.pt"], "pickle", "torch.load('adapter_0.pt'"),
+        (["adapter_config.json", "adapter';reboot;'.bin"], "pickle", "Save the adapter again"),
+        (["adapter_config.json", "lora.safetensors"], "missing_file", "rename it to adapter_model.safetensors"),
+        (["adapter_config.json", "lora.gguf"], "missing_file", "original"),
+        (["adapter_config.json", "0000100_adapters.safetensors"], "missing_file", "Copy the one to use"),
+        (["adapters.npz"], "missing_file", "mx.save_safetensors"),
+        (["adapter.zip"], "missing_file", "Unpack it"),
+        (["adapter_model.safetensors"], "missing_file", "Give the path of an adapter's directory"),
+        ([], "missing_file", "Give the path of an adapter's directory"),
+    ],
+)
+def test_weights_in_another_form_are_told_with_the_next_step(
+    files: list[str], code: str, words: str, tmp_path: Path, base: Base
+) -> None:
+    for name in files:
+        (tmp_path / name).write_bytes(safetensors_bytes(adapter_shapes()) if name.endswith(".safetensors") else b"")
+    if CONFIG in files:
+        (tmp_path / CONFIG).write_text(
+            json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]})
+        )
+    reason = only_error(tmp_path, base)
+    assert reason.code == code
+    assert words in (reason.fix or "")
+
+
+@pytest.mark.slow
+def test_the_command_for_shards_joins_them(tmp_path: Path, base: Base) -> None:
+    adapter = write_adapter(tmp_path)
+    names = sorted(adapter_shapes())
+    for number in range(2):
+        part = {name: adapter_shapes()[name] for name in names[number::2]}
+        (adapter / f"adapter_model-0000{number + 1}-of-00002.safetensors").write_bytes(safetensors_bytes(part, fill=1))
+    (adapter / WEIGHTS).unlink()
+    arguments = shlex.split((only_error(adapter, base).fix or "").partition(": ")[2])
+    subprocess.run([sys.executable, *arguments[1:]], cwd=adapter, check=True)
+    assert found(verify(adapter, base, scan_weights=True)) == []
+
+
+def test_an_archive_is_to_be_unpacked(tmp_path: Path) -> None:
+    archive = tmp_path / "adapter.zip"
+    archive.write_bytes(b"PK")
+    with pytest.raises(AdapterNotFound) as caught:
+        Registry(DataPaths(tmp_path)).resolve_adapter(str(archive))
+    assert "Unpack" in caught.value.suggestions[0]
+
+
+def cached_adapter(cache: Path, commit: str = "a" * 40) -> Path:
+    """Put an adapter into a Hugging Face cache as the repository org/adapter."""
+    return write_cached(cache, "org/adapter", commit, write_adapter(cache.parent / "uploaded"))
+
+
+def test_an_adapter_in_the_cache_is_read_by_its_snapshot_and_by_its_hub_id(
+    tmp_path: Path, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = cached_adapter(tmp_path / "hub")
+    assert (snapshot / WEIGHTS).is_symlink()
+    assert found(verify(snapshot, base, scan_weights=True)) == []
+    assert read_info(snapshot, trained_here=False).adapter_bytes > 0
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    registry = Registry(DataPaths(tmp_path / "data"))
+    assert registry.resolve_adapter("org/adapter") == snapshot
+    with pytest.raises(AdapterNotFound) as caught:
+        registry.resolve_adapter("org/other")
+    assert "hf download org/other" in caught.value.suggestions[0]
+    with pytest.raises(InvalidArgument):
+        Registry(DataPaths(tmp_path / "data"), [tmp_path / "elsewhere"]).resolve_adapter("org/adapter")
+
+
+@pytest.mark.parametrize(
+    "target", ["/etc/passwd", "../../../secret", "../../blobs/../../../secret", "../../blobs/x", "../secret"]
+)
+def test_a_link_out_of_the_cache_is_not_followed(target: str, tmp_path: Path, base: Base) -> None:
+    snapshot = cached_adapter(tmp_path / "hub")
+    (snapshot / CONFIG).unlink()
+    (snapshot / CONFIG).symlink_to(target)
+    assert found(verify(snapshot, base)) == ["bad_file"]
+
+
+def test_a_link_to_a_blob_is_followed_only_in_a_snapshot(tmp_path: Path, base: Base) -> None:
+    snapshot = cached_adapter(tmp_path / "hub")
+    copy = tmp_path / "copy" / "snapshots" / "main"
+    copy.mkdir(parents=True)
+    for file in snapshot.iterdir():
+        (copy / file.name).symlink_to(file.readlink())
+    (tmp_path / "copy" / "blobs").symlink_to(tmp_path / "hub" / "models--org--adapter" / "blobs")
+    assert found(verify(copy, base)) == ["bad_file", "bad_file"]
+
+
+# -- what get_adapter_info says ----------------------------------------------------------------------------------------
+
+
+def test_the_description_of_an_mlx_adapter_has_its_rank_scale_and_modules(tmp_path: Path) -> None:
+    info = read_info(write_mlx(tmp_path), trained_here=False)
+    assert (info.rank, info.alpha, info.target_modules) == (4, 80.0, ["q_proj", "v_proj"])
+    assert info.adapter_bytes == (tmp_path / MLX_WEIGHTS).stat().st_size
+
+
+def test_the_description_names_the_modules_where_the_configuration_has_an_expression(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path)
+    reconfigure(adapter, target_modules=UNSLOTH)
+    assert read_info(adapter, trained_here=False).target_modules == ["q_proj", "v_proj"]
 
 
 # -- prefixes ----------------------------------------------------------------------------------------------------------
