@@ -90,6 +90,7 @@ GGUF_METADATA: dict[str, tuple[int, Any]] = {
     "tokenizer.ggml.pre": (TEXT, "smollm"),
     "tokenizer.ggml.tokens": (ARRAY, (TEXT, [f"t{i}" for i in range(48)])),
     "tokenizer.ggml.token_type": (ARRAY, (U32, [1] * 48)),
+    "tokenizer.ggml.merges": (ARRAY, (TEXT, [])),
     "tokenizer.ggml.eos_token_id": (U32, 2),
     "tokenizer.chat_template": (TEXT, "{{ messages }}"),
 }

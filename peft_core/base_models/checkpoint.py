@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from peft_core.base_models.checkpoint_info import Checkpoint, unusable
+from peft_core.base_models.gguf import shard_paths
 from peft_core.base_models.gguf_model import read_gguf_model
 from peft_core.base_models.huggingface import read_directory
 
@@ -37,8 +38,11 @@ def file_states(path: Path) -> FileStates:
         BaseCheckpointError: The files cannot be listed.
     """
     try:
-        files = list(os.scandir(path)) if path.is_dir() else []
-        stats = [(file.name, file.stat()) for file in files if file.is_file()] or [(path.name, path.stat())]
+        if path.is_dir():
+            files = [(file.name, file.stat()) for file in os.scandir(path) if file.is_file()]
+        else:
+            files = [(shard.name, shard.stat()) for shard in shard_paths(path) if shard == path or shard.is_file()]
+        stats = files or [(path.name, path.stat())]
     except OSError as error:
         if error.errno == errno.ENOMEM:
             raise MemoryError from error  # nothing is wrong with the file

@@ -26,6 +26,15 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class GgufVocabulary:
+    """What a GGUF file says, or means by what it leaves out, about its tokenizer."""
+
+    split_rule: str | None  # a key of SPLIT_RULES; None: a SentencePiece vocabulary, which needs none
+    adds_bos: bool  # a BOS token begins every text
+    end_of_turn: int | None  # the token that ends a turn of a chat, if the file names one
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """Weights and configuration of a base model, read from headers only.
 
@@ -42,7 +51,7 @@ class Checkpoint:
     size_bytes: int
     has_chat_template: bool
     title: str | None = None  # the model's name, from the file's metadata
-    pre_tokenizer: str | None = None  # GGUF's name of the rule that splits text before BPE
+    vocabulary: GgufVocabulary | None = None  # None: it is in tokenizer.json
 
 
 # These limits are far above every real model; a configuration beyond them would only exhaust memory.

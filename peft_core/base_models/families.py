@@ -13,9 +13,11 @@ To add a family:
    to `_IN_BLOCKS` in `gguf_model.py`, and the rule by which its vocabulary splits text to `SPLIT_RULES`.
    `tests/integration/test_bases_convert.py` converts a toy file of each family and compares it with the model that
    transformers builds; add the tensors that Llama does not have to its `EXTRA_TENSORS`.
-4. If its tokenizer has fill-in-the-middle tokens, add them to `FIM_TOKENS`; `tests/unit/base_models/test_fim_tokens.py`
+4. Add its weights to `LAYOUTS` in `layouts.py`, so that files with other weights are refused in milliseconds, not seconds.
+   `tests/integration/test_base_weights.py` compares every layout with transformers' class.
+5. If its tokenizer has fill-in-the-middle tokens, add them to `FIM_TOKENS`; `tests/unit/base_models/test_fim_tokens.py`
    covers every entry.
-5. If its chat turns end with a new token, add it to `END_TOKENS`. If a setting changes its logits after the output head, add
+6. If its chat turns end with a new token, add it to `END_TOKENS`. If a setting changes its logits after the output head, add
    the setting to `LOGIT_SETTINGS`. If its embedding module has a new name, add it to `EMBEDDING_MODULES`.
 """
 
@@ -111,14 +113,25 @@ class SplitRule:
     single_digits: bool = False
     gpt2_pattern: bool = False
     whole_words_first: bool = False  # a word that is itself a token is not merged from smaller ones
+    adds_bos: bool = False  # a BOS token begins every text, unless the file says otherwise
 
 
 _GPT2 = SplitRule(gpt2_pattern=True)
 _DIGITS = SplitRule(single_digits=True, gpt2_pattern=True)
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+"
 _PUNCTUATION = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = SplitRule((rf"{_WORDS}|\p{{N}}{{1,3}}|{_PUNCTUATION}",), whole_words_first=True)
+_GPT4 = rf"{_WORDS}|\p{{N}}{{1,3}}|{_PUNCTUATION}"
+_LLAMA3 = SplitRule((_GPT4,), whole_words_first=True, adds_bos=True)
 _QWEN2 = SplitRule((rf"{_WORDS}|\p{{N}}|{_PUNCTUATION}",))
+_SEED_CODER = SplitRule((rf"{_WORDS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+",))
+_BEFORE_WORD, _UPPER, _LOWER = r"[^\r\n\p{L}\p{N}]?", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED_WORDS = rf"{_BEFORE_WORD}{_UPPER}*{_LOWER}+|{_BEFORE_WORD}{_UPPER}+{_LOWER}*"
+_TEKKEN = SplitRule(
+    (rf"{_CASED_WORDS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",),
+    whole_words_first=True,
+    adds_bos=True,
+)
 _DEEPSEEK_CODER = SplitRule(
     (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"), single_digits=True
 )
@@ -127,12 +140,29 @@ _DEEPSEEK_CODER = SplitRule(
 # tokens for the same text, and silently worse results. Names and rules come from `llama_vocab::impl::load` and
 # `llm_tokenizer_bpe` in llama.cpp (src/llama-vocab.cpp), which follow the tokenizer.json of the models that use them.
 SPLIT_RULES: dict[str, SplitRule] = {
-    **dict.fromkeys(("default", "gpt-2", "phi-2"), _GPT2),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell", "exaone"), _DIGITS),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), _LLAMA3),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), _QWEN2),
+    **dict.fromkeys(("gpt-2", "phi-2", "mellum", "gigachat", "a.x-4.0", "exaone4", "olmo", "mpt", "trillion"), _GPT2),
+    **dict.fromkeys(
+        ("smollm", "starcoder", "refact", "codeshell", "exaone", "command-r", "minerva-7b", "mellum2"), _DIGITS
+    ),
+    **dict.fromkeys(
+        ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), _LLAMA3
+    ),
+    **dict.fromkeys(("dbrx", "smaug-bpe"), SplitRule((_GPT4,))),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "kormo", "megrez", "hunyuan", "grok-2"), _QWEN2),
+    "seed-coder": _SEED_CODER,
+    "tekken": _TEKKEN,
     "deepseek-coder": _DEEPSEEK_CODER,
 }
+
+# Files that were converted before May 2024 do not name their rule, or name it "default". Some vocabularies are known by a few
+# of their tokens: {id: token} -> the rule's name.
+KNOWN_VOCABULARIES: tuple[tuple[dict[int, str], str], ...] = (
+    ({128000: "<|begin_of_text|>", 128001: "<|end_of_text|>"}, "llama-bpe"),
+    ({151643: "<|endoftext|>", 151644: "<|im_start|>", 151645: "<|im_end|>"}, "qwen2"),
+    ({32013: "<｜begin▁of▁sentence｜>", 32014: "<｜end▁of▁sentence｜>"}, "deepseek-coder"),  # noqa: RUF001
+    ({0: "<|endoftext|>", 3: "<repo_name>", 4: "<reponame>", 5: "<file_sep>", 16: "<empty_output>"}, "smollm"),
+    ({0: "!", 262: "Ġthe", 50256: "<|endoftext|>"}, "gpt-2"),
+)
 
 # -- vocabularies: special tokens, recognised by their text ------------------------------------------------------------
 

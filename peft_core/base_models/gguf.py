@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import struct
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -29,12 +30,20 @@ GGML_TYPES: dict[int, tuple[str, int, int]] = {
     29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66),
     39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
 }  # fmt: skip
+# The types that gguf.quants can dequantise.
+DEQUANTISABLE = frozenset({
+    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S", "IQ1_M",
+    "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4",
+})  # fmt: skip
 _SCALARS = {
     0: struct.Struct("<B"), 1: struct.Struct("<b"), 2: struct.Struct("<H"), 3: struct.Struct("<h"),
     4: struct.Struct("<I"), 5: struct.Struct("<i"), 6: struct.Struct("<f"), 7: struct.Struct("<?"),
     10: struct.Struct("<Q"), 11: struct.Struct("<q"), 12: struct.Struct("<d"),
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
+_MAGIC = b"GGUF"
+_SHARD = re.compile(r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.ASCII | re.IGNORECASE)
+MAX_SHARDS = 1000
 _U64 = struct.Struct("<Q")
 _CHUNK = 4 << 20
 
@@ -91,6 +100,30 @@ class GgufHeader:
         return len(value) if isinstance(value, tuple) else None
 
 
+def is_gguf(path: Path) -> bool:
+    """Return whether a file begins as a GGUF file does. Ollama and others give them names without the suffix.
+
+    Raises:
+        HeaderError: It cannot be read.
+    """
+    with open_regular(path, follow_links=True) as descriptor:
+        return os.pread(descriptor, len(_MAGIC), 0) == _MAGIC
+
+
+def shard_paths(path: Path) -> tuple[Path, ...]:
+    """Return the files of a model that is split into several, in order, by the name of one of them; otherwise `path` alone.
+
+    llama.cpp writes and reads such files as NAME-00001-of-00003.gguf.
+    """
+    match = _SHARD.fullmatch(path.name)
+    if match is None or not 1 <= int(match["number"]) <= int(match["count"]) <= MAX_SHARDS:
+        return (path,)
+    return tuple(
+        path.with_name(f"{match['name']}-{number:05}-of-{match['count']}{match['suffix']}")
+        for number in range(1, int(match["count"]) + 1)
+    )
+
+
 def read_gguf_header(path: Path, *, arrays: Collection[str] = ()) -> GgufHeader:
     """Read metadata and tensor entries. Arrays are only counted, except those named in `arrays`.
 
@@ -100,7 +133,7 @@ def read_gguf_header(path: Path, *, arrays: Collection[str] = ()) -> GgufHeader:
     with open_regular(path, follow_links=True) as descriptor:
         reader = _Reader(descriptor, path)
         magic, version = reader.take(4), reader.u32()
-        if magic != b"GGUF":
+        if magic != _MAGIC:
             raise reader.error("is not a GGUF file")
         if version not in (2, 3):
             big_endian = int.from_bytes(version.to_bytes(4, "little"), "big") in (2, 3)

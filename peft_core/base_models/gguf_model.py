@@ -10,12 +10,14 @@ import math
 import re
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peft_core.base_models.checkpoint_info import Checkpoint, join_some, model_shape, unusable
-from peft_core.base_models.families import FULLY_SUPPORTED, GGUF_ARCHITECTURES, SPLIT_RULES, GgufFormat, gguf_format
-from peft_core.base_models.gguf import GgufHeader, read_gguf_header
+from peft_core.base_models.checkpoint_info import Checkpoint, TensorInfo, join_some, model_shape, unusable
+from peft_core.base_models.families import GGUF_ARCHITECTURES, GgufFormat, gguf_format
+from peft_core.base_models.gguf import DEQUANTISABLE, GgufHeader, read_gguf_header, shard_paths
+from peft_core.base_models.gguf_vocabulary import USE_OTHER_MODEL, read_vocabulary
 from peft_core.base_models.layouts import require_exact
 from peft_core.errors import sanitize
 from peft_core.system.files import open_regular, read_exactly
@@ -36,8 +38,6 @@ _IN_BLOCKS = {
 }
 # These are Llama 3.1's frequency factors, which are settings in Hugging Face's format, not weights.
 ROPE_FACTORS = "rope_freqs.weight"
-_USE_DIRECTORY = "Use the model's Hugging Face directory"
-_USE_OTHER_MODEL = f"Use a GGUF file of one of the families {FULLY_SUPPORTED}, or the model's Hugging Face directory"
 
 
 def hugging_face_name(name: str) -> str | None:
@@ -53,38 +53,47 @@ def hugging_face_name(name: str) -> str | None:
     return f"model.layers.{int(match[1])}.{_IN_BLOCKS[match[2]]}.{suffix}"
 
 
+@dataclass(frozen=True)
+class _GgufFiles:
+    """A model's files: the metadata of the first, and the tensors of all."""
+
+    first: Path
+    header: GgufHeader
+    stored: tuple[tuple[Path, TensorInfo], ...]
+
+    def raw(self, name: str) -> bytes:
+        file, tensor = next(item for item in self.stored if item[1].name == name)
+        with open_regular(file, follow_links=True) as descriptor:
+            return read_exactly(descriptor, tensor.size, tensor.start, file)
+
+
 def read_gguf_model(path: Path) -> Checkpoint:
-    """Read configuration and tensor headers of a GGUF model file.
+    """Read configuration and tensor headers of a GGUF model: one file, or any of the files that it is split into.
 
     Raises:
-        HeaderError: The file is not a well-formed GGUF file.
+        HeaderError: A file is not a well-formed GGUF file.
         BaseCheckpointError: It is not a model of a supported family.
     """
     header = read_gguf_header(path)
+    _refuse_other_contents(path, header)
+    files = _all_files(path, header)
+    path, header = files.first, files.header
     architecture = header.text("general.architecture")
-    if header.text("general.type") == "adapter":
-        raise unusable(
-            path, "it is a LoRA adapter in GGUF format, not a model", "Give the model that it was trained on"
-        )
-    if (header.integer("split.count") or 1) > 1:
-        raise unusable(
-            path, "it is one shard of a split model", "Merge the shards with `llama-gguf-split --merge FIRST OUT`"
-        )
     family = gguf_format(architecture)
     if architecture is None or family is None:
         raise unusable(
-            path, f"its architecture is {architecture!r}; must be one of {GGUF_ARCHITECTURES}", _USE_OTHER_MODEL
+            path, f"its architecture is {architecture!r}; must be one of {GGUF_ARCHITECTURES}", USE_OTHER_MODEL
         )
     if header.integer(f"{architecture}.expert_count"):
-        raise unusable(path, "it is a mixture of experts, which is not supported", _USE_OTHER_MODEL)
+        raise unusable(path, "it is a mixture of experts, which is not supported", USE_OTHER_MODEL)
     names = {name: hugging_face_name(name) for name in header.tensors if name != ROPE_FACTORS}
     unknown = [name for name, hf_name in names.items() if hf_name is None]
     if unknown or "token_embd.weight" not in names:
         problem = f"it has unknown tensors: {join_some(unknown)}" if unknown else "it has no token_embd.weight"
-        raise unusable(path, problem, _USE_OTHER_MODEL)
+        raise unusable(path, problem, USE_OTHER_MODEL)
+    _require_dequantisable(path, header)
     shapes = {hf_name: header.tensors[name].shape for name, hf_name in names.items() if hf_name is not None}
-    config = _config(path, header, architecture, family)
-    pre_tokenizer = _pre_tokenizer(path, header)
+    config = _config(files, architecture, family)
     shape = model_shape(path, config, shapes)
     require_exact(path, config, shapes)
     return Checkpoint(
@@ -93,12 +102,87 @@ def read_gguf_model(path: Path) -> Checkpoint:
         config=config,
         shape=shape,
         shapes=shapes,
-        stored=tuple((path, tensor) for tensor in header.tensors.values()),
+        stored=files.stored,
         size_bytes=header.size,
         has_chat_template=bool(header.text("tokenizer.chat_template")),
         title=_title(header),
-        pre_tokenizer=pre_tokenizer,
+        vocabulary=read_vocabulary(path, header, shape.vocab_size),
     )
+
+
+def _refuse_other_contents(path: Path, header: GgufHeader) -> None:
+    """Refuse GGUF files that hold no language model, by what they hold instead."""
+    kind, architecture = header.text("general.type"), header.text("general.architecture")
+    if kind == "adapter":
+        raise unusable(
+            path, "it is a LoRA adapter in GGUF format, not a model", "Give the model that it was trained on"
+        )
+    if kind == "imatrix":
+        raise unusable(path, "it is an importance matrix, which is used to quantise a model", _GIVE_MODEL)
+    if kind == "mmproj" or architecture == "clip":
+        raise unusable(path, "it is the projector of a vision-language model (mmproj), not a model", _GIVE_MODEL)
+    if architecture == "controlvector":
+        raise unusable(path, "it is a control vector, not a model", _GIVE_MODEL)
+    if not header.tensors and (header.integer("split.count") or 1) <= 1:
+        raise unusable(path, "it has no weights, only metadata and perhaps a vocabulary", _GIVE_MODEL)
+
+
+_GIVE_MODEL = "Give the GGUF file of the model itself"
+
+
+def _all_files(path: Path, header: GgufHeader) -> _GgufFiles:
+    """Return the model's files: `path` alone, or all files that the model is split into."""
+    count = header.integer("split.count") or 1
+    if count == 1:
+        return _GgufFiles(path, header, tuple((path, tensor) for tensor in header.tensors.values()))
+    paths = shard_paths(path)
+    merge = "Or merge them with `llama-gguf-split --merge FIRST OUT`"
+    if len(paths) != count:
+        raise unusable(
+            path,
+            f"it is one of the {count} files of a split model, and the others are found only if it is named "
+            f"NAME-00001-of-{count:05}.gguf",
+            "Give the files the names that they were published with",
+            merge,
+        )
+    absent = [shard.name for shard in paths if not shard.is_file()]
+    if absent:
+        raise unusable(
+            path,
+            f"{len(absent)} of the {count} files of this split model are missing: {join_some(absent)}",
+            _DOWNLOAD_AGAIN,
+        )
+    headers = [read_gguf_header(shard) for shard in paths]
+    stored = tuple(
+        (shard, tensor) for shard, part in zip(paths, headers, strict=True) for tensor in part.tensors.values()
+    )
+    tensors = {tensor.name: tensor for _, tensor in stored}
+    total = headers[0].integer("split.tensors.count")
+    places = [(part.integer("split.no"), part.integer("split.count")) for part in headers]
+    in_place = places == [(number, count) for number in range(count)]
+    if not in_place or len(tensors) != len(stored) or total not in (None, len(tensors)):
+        raise unusable(
+            path,
+            f"its {count} files do not belong together: they hold {len(stored)} tensors, {len(tensors)} of them different, "
+            f"instead of {total}",
+            _DOWNLOAD_AGAIN,
+        )
+    size = sum(part.size for part in headers)
+    return _GgufFiles(paths[0], replace(headers[0], tensors=tensors, size=size), stored)
+
+
+_DOWNLOAD_AGAIN = "Download all of its files again, into one directory"
+
+
+def _require_dequantisable(path: Path, header: GgufHeader) -> None:
+    others = {tensor.dtype: name for name, tensor in header.tensors.items() if tensor.dtype not in DEQUANTISABLE}
+    if others:
+        listed = ", ".join(f"{dtype} ({name})" for dtype, name in sorted(others.items())[:3])
+        raise unusable(
+            path,
+            f"it has weights in formats that cannot be unpacked: {listed}",
+            "Use a GGUF file of another quantisation, such as Q8_0 or Q4_K_M",
+        )
 
 
 def _title(header: GgufHeader) -> str | None:
@@ -107,21 +191,9 @@ def _title(header: GgufHeader) -> str | None:
     return sanitize(name, limit=100).strip() or None
 
 
-def _pre_tokenizer(path: Path, header: GgufHeader) -> str | None:
-    """Return the name of the rule that splits text before BPE; None for a SentencePiece vocabulary."""
-    kind = header.text("tokenizer.ggml.model")
-    if kind == "llama":
-        return None
-    if kind != "gpt2":
-        raise unusable(path, f"its tokenizer has the type {kind!r}; must be gpt2 or llama", _USE_OTHER_MODEL)
-    name = header.text("tokenizer.ggml.pre") or "default"
-    if name not in SPLIT_RULES:
-        # llama.cpp rejects it too: a wrong split silently costs quality.
-        raise unusable(path, f"its tokenizer splits text by the unknown rule {name!r}", _USE_DIRECTORY)
-    return name
+def _config(files: _GgufFiles, architecture: str, family: GgufFormat) -> dict[str, Any]:
+    header = files.header
 
-
-def _config(path: Path, header: GgufHeader, architecture: str, family: GgufFormat) -> dict[str, Any]:
     def integer(key: str) -> int | None:
         return header.integer(f"{architecture}.{key}")
 
@@ -148,7 +220,7 @@ def _config(path: Path, header: GgufHeader, architecture: str, family: GgufForma
     if head_dim is None and config["hidden_size"] and config["num_attention_heads"]:
         head_dim = config["hidden_size"] // config["num_attention_heads"]
     config["head_dim"] = head_dim
-    config["rope_parameters"] = _rope(path, header, architecture, head_dim or 0)
+    config["rope_parameters"] = _rope(files, architecture, head_dim or 0)
     if family.has_bias_settings:
         config |= {
             "attention_bias": "blk.0.attn_q.bias" in header.tensors,
@@ -157,26 +229,26 @@ def _config(path: Path, header: GgufHeader, architecture: str, family: GgufForma
     return config
 
 
-def _rope(path: Path, header: GgufHeader, architecture: str, head_dim: int) -> dict[str, Any]:
+def _rope(files: _GgufFiles, architecture: str, head_dim: int) -> dict[str, Any]:
+    path, header = files.first, files.header
     theta = _rounded(header.number(f"{architecture}.rope.freq_base"), 10_000.0)
     scaling = header.text(f"{architecture}.rope.scaling.type") or "none"
     if ROPE_FACTORS in header.tensors:
-        return _llama3_rope(path, header, theta, head_dim)
+        return _llama3_rope(files, theta, head_dim)
     if scaling == "none":
         return {"rope_type": "default", "rope_theta": theta}
     factor = header.number(f"{architecture}.rope.scaling.factor")
     if scaling == "linear" and factor:
         return {"rope_type": "linear", "rope_theta": theta, "factor": _rounded(factor, 1.0)}
-    raise unusable(path, f"its rotary embedding is scaled by {scaling!r}, which is not supported", _USE_OTHER_MODEL)
+    raise unusable(path, f"its rotary embedding is scaled by {scaling!r}, which is not supported", USE_OTHER_MODEL)
 
 
-def _llama3_rope(path: Path, header: GgufHeader, theta: float, head_dim: int) -> dict[str, Any]:
+def _llama3_rope(files: _GgufFiles, theta: float, head_dim: int) -> dict[str, Any]:
     """Recover Llama 3.1's scaling from the frequency factors in the file, and check it against each of them."""
-    tensor = header.tensors[ROPE_FACTORS]
+    path, tensor = files.first, files.header.tensors[ROPE_FACTORS]
     if tensor.dtype != "F32" or not 1 <= math.prod(tensor.shape) <= 1024:
-        raise unusable(path, "its rotary frequency factors have an unknown format", _USE_OTHER_MODEL)
-    with open_regular(path, follow_links=True) as descriptor:
-        raw = read_exactly(descriptor, tensor.size, tensor.start, path)
+        raise unusable(path, "its rotary frequency factors have an unknown format", USE_OTHER_MODEL)
+    raw = files.raw(ROPE_FACTORS)
     factors = struct.unpack(f"<{len(raw) // 4}f", raw)
     # These are the same in every release of the 3.x family; only the factor differs.
     low, high, original = 1.0, 4.0, 8192
@@ -186,7 +258,7 @@ def _llama3_rope(path: Path, header: GgufHeader, theta: float, head_dim: int) ->
         smooth = min(max((cycles - low) / (high - low), 0.0), 1.0)
         expected = 1 / ((1 - smooth) / factor + smooth) if factor > 0 else math.nan
         if not math.isclose(stored, expected, rel_tol=1e-3):
-            raise unusable(path, "its rotary frequency factors are not those of Llama 3", _USE_OTHER_MODEL)
+            raise unusable(path, "its rotary frequency factors are not those of Llama 3", USE_OTHER_MODEL)
     return {
         "rope_type": "llama3",
         "rope_theta": theta,

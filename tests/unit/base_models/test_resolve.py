@@ -281,7 +281,7 @@ def test_the_error_for_a_directory_of_gguf_files_names_one_of_them(tmp_path: Pat
     [
         ({"general__architecture": (TEXT, "mamba")}, "architecture is 'mamba'"),
         ({"general__type": (TEXT, "adapter")}, "a LoRA adapter in GGUF format"),
-        ({"split__count": (U32, 3)}, "one shard of a split model"),
+        ({"split__count": (U32, 3)}, r"one of the 3 files .* named NAME-00001-of-00003\.gguf"),
         ({"llama__expert_count": (U32, 8)}, "mixture of experts"),
         ({"llama__block_count": (TEXT, "two")}, "no usable num_hidden_layers"),
         ({"llama__rope__scaling__type": (TEXT, "yarn")}, "scaled by 'yarn'"),
