@@ -74,7 +74,7 @@ GGUF_SHAPES: dict[str, tuple[int, ...]] = {
         for gguf, name in _GGUF_BLOCK
     },
 }
-U32, F32, TEXT, ARRAY = 4, 6, 8, 9
+U32, F32, BOOL, TEXT, ARRAY = 4, 6, 7, 8, 9
 GGUF_METADATA: dict[str, tuple[int, Any]] = {
     "general.architecture": (TEXT, "llama"),
     "general.name": (TEXT, "Tiny"),
@@ -223,7 +223,7 @@ def _value(kind: int, value: Any) -> bytes:
     if kind == ARRAY:
         inner, items = value
         return struct.pack("<IQ", inner, len(items)) + b"".join(_value(inner, item) for item in items)
-    return struct.pack({U32: "<I", F32: "<f"}[kind], value)
+    return struct.pack({U32: "<I", F32: "<f", BOOL: "<?"}[kind], value)
 
 
 def write_adapter(

@@ -227,7 +227,9 @@ def _tokenizer(checkpoint: Checkpoint, target: Path) -> PreTrainedTokenizerFast:
         return tokenizer
     if vocabulary.split_rule is not None:
         _set_split(tokenizer.backend_tokenizer, SPLIT_RULES[vocabulary.split_rule])
-    tokenizer.add_bos_token, tokenizer.add_eos_token = vocabulary.adds_bos, False  # where to end is our decision
+    tokenizer.add_bos_token = vocabulary.adds_bos  # type: ignore[misc]  # mypy does not see the setter
+    tokenizer.add_eos_token = False  # type: ignore[misc]  # examples get their own
+    tokenizer.update_post_processor()
     return tokenizer
 
 

@@ -22,7 +22,7 @@ from peft_core.modeling.device import DevicePlan
 from peft_core.modeling.load import load_base, load_mapped
 from peft_core.modeling.tokenizer import BaseTokenizer, load_tokenizer
 from tests.integration.test_bases_convert import TOKENS, TOY, toy
-from tests.model_files import ARRAY, GGUF_SHAPES, TEXT, U32, gguf_bytes
+from tests.model_files import ARRAY, BOOL, GGUF_SHAPES, TEXT, U32, gguf_bytes
 
 TEXT_TO_SPLIT = "x = 1234567 + don't\n    HTTPServer"
 LLAMA3 = ["x", " =", " ", "123", "456", "7", " +", " don", "'t", "\n", "   ", " HTTPServer"]
@@ -105,6 +105,13 @@ def test_texts_begin_with_bos_where_llama_cpp_s_rule_says_so_and_the_file_is_sil
     assert made.beginning == (0,)
     assert made.ids("ab")[0] == 0
     assert tokenizer_of(tmp_path, **BOS).beginning == ()
+
+
+def test_the_file_s_own_word_on_bos_and_eos_is_followed_for_bos_alone(tmp_path: Path) -> None:
+    flags = {f"tokenizer__ggml__add_{name}_token": (BOOL, value) for name, value in (("bos", False), ("eos", True))}
+    made = tokenizer_of(tmp_path, **BOS, **LLAMA_BPE, **flags)
+    assert made.beginning == ()
+    assert made.tokenizer.encode("ab").ids == made.tokenizer.encode("ab", add_special_tokens=False).ids
 
 
 def test_a_turn_ends_with_the_file_s_end_of_turn_token(tmp_path: Path) -> None:
