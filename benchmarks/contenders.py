@@ -79,11 +79,11 @@ def pin(threads: int) -> None:
 def workplace(held_out_fraction: float) -> Iterator[Workplace]:
     """Copy the code, convert the base, prepare and tokenise the examples."""
     # Imported here, so that --help does not import torch.
+    from peft_core.base_models.tokenizer import load_tokenizer  # noqa: PLC0415
     from peft_core.data.dataset import read_examples  # noqa: PLC0415
     from peft_core.data.prepare import prepare  # noqa: PLC0415
     from peft_core.modeling.batches import tokenise  # noqa: PLC0415
     from peft_core.modeling.convert import ensure_hf_directory  # noqa: PLC0415
-    from peft_core.modeling.tokenizer import load_tokenizer  # noqa: PLC0415
 
     with tempfile.TemporaryDirectory(prefix="peft-mcp-benchmark-") as temporary:
         root = Path(temporary)

@@ -25,6 +25,26 @@ class TensorInfo:
     size: int
 
 
+@dataclass(frozen=True, slots=True)
+class TemplateSources:
+    """The chat templates of a base model, as text."""
+
+    default: str | None = None
+    tool_use: str | None = None  # for conversations with tools, where it is a template of its own
+    names: tuple[str, ...] = ()  # of all templates
+
+    @classmethod
+    def of(cls, named: Mapping[str, str]) -> TemplateSources:
+        return cls(named.get("default"), named.get("tool_use"), tuple(sorted(named)))
+
+    @property
+    def why_none(self) -> str:
+        """What a base model without a default template has instead, as a predicate."""
+        if not self.names:
+            return "has no chat template"
+        return f"has no chat template called 'default', only named ones ({join_some(self.names, 8)})"
+
+
 @dataclass(frozen=True)
 class GgufVocabulary:
     """What a GGUF file says, or means by what it leaves out, about its tokenizer."""
@@ -49,9 +69,13 @@ class Checkpoint:
     shapes: Mapping[str, tuple[int, ...]]
     stored: tuple[tuple[Path, TensorInfo], ...]
     size_bytes: int
-    has_chat_template: bool
+    chat_templates: TemplateSources
     title: str | None = None  # the model's name, from the file's metadata
     vocabulary: GgufVocabulary | None = None  # None: it is in tokenizer.json
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self.chat_templates.default is not None
 
 
 # These limits are far above every real model; a configuration beyond them would only exhaust memory.

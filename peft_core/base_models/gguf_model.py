@@ -14,7 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peft_core.base_models.checkpoint_info import Checkpoint, TensorInfo, join_some, model_shape, unusable
+from peft_core.base_models.checkpoint_info import (
+    Checkpoint,
+    TemplateSources,
+    TensorInfo,
+    join_some,
+    model_shape,
+    unusable,
+)
 from peft_core.base_models.families import GGUF_ARCHITECTURES, GgufFormat, gguf_format
 from peft_core.base_models.gguf import DEQUANTISABLE, GgufHeader, read_gguf_header, shard_paths
 from peft_core.base_models.gguf_vocabulary import USE_OTHER_MODEL, read_vocabulary
@@ -104,7 +111,7 @@ def read_gguf_model(path: Path) -> Checkpoint:
         shapes=shapes,
         stored=files.stored,
         size_bytes=header.size,
-        has_chat_template=bool(header.text("tokenizer.chat_template")),
+        chat_templates=_chat_templates(header),
         title=_title(header),
         vocabulary=read_vocabulary(path, header, shape.vocab_size),
     )
@@ -189,6 +196,13 @@ def _title(header: GgufHeader) -> str | None:
     """Return the model's name on one line. If a converter wrote a path, return its last part."""
     name = " ".join((header.text("general.name") or "").split()).replace("\\", "/").rstrip("/").rpartition("/")[2]
     return sanitize(name, limit=100).strip() or None
+
+
+def _chat_templates(header: GgufHeader) -> TemplateSources:
+    """Return the templates of a file: tokenizer.chat_template, and named ones under tokenizer.chat_template.NAME."""
+    key = "tokenizer.chat_template"
+    named = {name.removeprefix(f"{key}."): header.text(name) for name in header.metadata if name.startswith(f"{key}.")}
+    return TemplateSources.of({name: text for name, text in {**named, "default": header.text(key)}.items() if text})
 
 
 def _config(files: _GgufFiles, architecture: str, family: GgufFormat) -> dict[str, Any]:

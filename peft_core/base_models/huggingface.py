@@ -9,7 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft_core.base_models.checkpoint_info import Checkpoint, TensorInfo, join_some, model_shape, unusable
+from peft_core.base_models.checkpoint_info import (
+    Checkpoint,
+    TemplateSources,
+    TensorInfo,
+    join_some,
+    model_shape,
+    unusable,
+)
 from peft_core.base_models.families import EMBEDDING_MODULES
 from peft_core.base_models.layouts import EMBEDDING, HEAD, is_buffer, is_tied, require_exact
 from peft_core.base_models.safetensors import read_header
@@ -22,6 +29,7 @@ _COMPARED_BYTES = 4 << 20  # read at a time
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_JSON_BYTES = 32 << 20  # the index of a very large model has a few megabytes
 MAX_JSON_VALUES = 1_000_000
+_MAX_TEMPLATES = 64
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
@@ -61,7 +69,7 @@ def read_directory(path: Path) -> Checkpoint:
         shapes=shapes,
         stored=tuple(stored.values()),
         size_bytes=sum(file.stat().st_size for file in {file for file, _ in stored.values()}),
-        has_chat_template=chat_template(path) is not None,
+        chat_templates=chat_templates(path),
     )
 
 
@@ -259,34 +267,40 @@ def _is_weight(tensor: TensorInfo) -> bool:
     return len(tensor.shape) > 1
 
 
-def chat_template(directory: Path) -> str | None:
-    """Return the chat template of a model directory; None if it has none that applies to plain conversations.
+def chat_templates(directory: Path) -> TemplateSources:
+    """Return the chat templates of a model directory.
 
-    Planning and workers both call this, so that a request with `messages` is refused before it is queued.
-    If several files have one, the order of precedence is chat_template.jinja, tokenizer_config.json, chat_template.json.
+    Planning and workers both call this, so that a request with `messages` is refused before it is queued. The order of
+    precedence is chat_template.jinja, tokenizer_config.json, chat_template.json. Named templates are in the directory
+    `additional_chat_templates`, or in a list in one of the JSON files.
 
     Raises:
-        BaseCheckpointError: A file that may contain the template cannot be read.
+        BaseCheckpointError: A file that may contain a template cannot be read.
     """
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise unusable(directory, f"{file.name} is larger than {MAX_JSON_BYTES} bytes", _download_again(directory))
-        try:
-            return file.read_text(encoding="utf-8") or None
-        except (OSError, ValueError) as error:
-            raise unusable(directory, f"{file.name} cannot be read ({error})", _download_again(directory)) from error
+    more = sorted((directory / "additional_chat_templates").glob("*.jinja"))
+    named = {file.stem: _template_text(directory, file) for file in more[:_MAX_TEMPLATES]}
+    if (directory / "chat_template.jinja").is_file():
+        named["default"] = _template_text(directory, directory / "chat_template.jinja")
     for name in ("tokenizer_config.json", "chat_template.json"):
-        if (directory / name).is_file() and (
-            template := _default_template(read_json(directory / name).get("chat_template"))
-        ):
-            return template
-    return None
+        if "default" not in named and (directory / name).is_file():
+            named |= _named_templates(read_json(directory / name).get("chat_template"))
+    return TemplateSources.of({name: text for name, text in named.items() if text})
 
 
-def _default_template(template: object) -> str | None:
-    """Return the template, or the one named "default" in a list [{"name": ..., "template": ...}, ...]."""
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+def _template_text(directory: Path, file: Path) -> str:
+    if file.stat().st_size > MAX_JSON_BYTES:
+        raise unusable(directory, f"{file.name} is larger than {MAX_JSON_BYTES} bytes", _download_again(directory))
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise unusable(directory, f"{file.name} cannot be read ({error})", _download_again(directory)) from error
+
+
+def _named_templates(template: object) -> dict[str, str]:
+    """Return templates by name, from one template or from a list [{"name": ..., "template": ...}, ...]."""
+    entries: list[Any] = template if isinstance(template, list) else [{"name": "default", "template": template}]
+    return {
+        entry["name"]: entry["template"]
+        for entry in entries
+        if isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
+    }

@@ -27,11 +27,11 @@ from peft_core.adapters.config_check import LoraSettings
 from peft_core.adapters.files import AdapterFiles
 from peft_core.adapters.layout import PEFT, peft_name
 from peft_core.base_models.families import END_TOKENS
+from peft_core.base_models.tokenizer import BaseTokenizer, load_tokenizer
 from peft_core.errors import InferenceError
 from peft_core.modeling.device import DevicePlan
 from peft_core.modeling.load import load_base
 from peft_core.modeling.memory import return_freed_memory
-from peft_core.modeling.tokenizer import BaseTokenizer, load_tokenizer
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.results import LoadCheck
 

@@ -13,7 +13,7 @@ from itertools import accumulate, islice
 
 import torch
 
-from peft_core.modeling.tokenizer import BaseTokenizer, Tokens
+from peft_core.base_models.tokenizer import BaseTokenizer, Tokens
 from peft_core.schemas.dataset import Example
 
 IGNORED = -100  # marks a position without a target, as in torch

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from peft_core.config import Settings
-from peft_core.data.preview import Preview, PreviewRequest
 from peft_core.errors import unwritable
 from peft_core.paths import DataPaths
 from peft_core.planning.planner import plan, write_source
+from peft_core.planning.preview import Preview, PreviewRequest
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.dataset import Example, TrainingData
 from peft_core.schemas.results import DataSample, NextStep, TrainingDataReport
@@ -58,7 +58,7 @@ def _scratch(paths: DataPaths) -> Iterator[Path]:
 
 def _preview(request: JobRequest, scratch: Path, settings: Settings) -> Preview:
     return run_json_child(
-        "peft_core.data.preview",
+        "peft_core.planning.preview",
         PreviewRequest(dataset=request.dataset, data_dir=settings.data_dir, allowed_roots=settings.allowed_roots),
         Preview,
         timeout_s=TIMEOUT_S,

@@ -14,13 +14,13 @@ import torch
 from accelerate import Accelerator
 
 from peft_core.base_models.resolve import resolve
+from peft_core.base_models.tokenizer import load_tokenizer
 from peft_core.config import Settings
 from peft_core.data.leakage import FINGERPRINT_FILE_NAME, TrainingFingerprint
 from peft_core.evaluation.summary import mean_loss
 from peft_core.evaluation.worker.completions import choose_prompts, complete
 from peft_core.evaluation.worker.scoring import held_out_loss, make_held_out_examples, score_examples
 from peft_core.modeling.objective import probe_fast_paths
-from peft_core.modeling.tokenizer import load_tokenizer
 from peft_core.schemas.dataset import Example, Segment
 from peft_core.schemas.evaluation import Verdict
 from peft_core.schemas.events import EVENT, DatasetPrepared, Evaluated, Event, JobFailed

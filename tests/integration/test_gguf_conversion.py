@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
+from peft_core.modeling.tokenizer import BaseTokenizer, load_tokenizer
 from tokenizers import Tokenizer, models
 
 from peft_core.base_models.checkpoint_info import TensorInfo
@@ -20,7 +21,6 @@ from peft_core.modeling.adapter_model import ResidentModel
 from peft_core.modeling.convert import ensure_hf_directory
 from peft_core.modeling.device import DevicePlan
 from peft_core.modeling.load import load_base, load_mapped
-from peft_core.modeling.tokenizer import BaseTokenizer, load_tokenizer
 from tests.integration.test_bases_convert import TOKENS, TOY, toy
 from tests.model_files import ARRAY, BOOL, GGUF_SHAPES, TEXT, U32, gguf_bytes
 

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     | {"adapters", "base_models", "data", "evaluation", "evaluation.worker", "modeling", "planning"},
     "worker": FOUNDATION | {"evaluation.worker", "training", "modeling"},
     "inference": FOUNDATION | {"adapters", "base_models", "planning"},
-    "inference.worker": FOUNDATION | {"adapters", "inference", "modeling"},
+    "inference.worker": FOUNDATION | {"adapters", "base_models", "inference", "modeling"},
     "jobs": FOUNDATION | {"adapters", "evaluation", "planning"},
     "manager": FOUNDATION | {"adapters", "inference", "jobs"},
     "server": FOUNDATION | {"adapters", "manager"},

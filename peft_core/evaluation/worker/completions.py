@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from peft_core.base_models.tokenizer import BaseTokenizer
 from peft_core.evaluation.completion_points import EXPECTED_LINES, CompletionPoint, sample_completion_points
 from peft_core.evaluation.worker.scoring import HeldOutExample
-from peft_core.modeling.tokenizer import BaseTokenizer
 from peft_core.planning.cost_model import MICRO_TOKENS
 from peft_core.system.cancellation import StopFlag
 from peft_core.system.failures import is_out_of_memory

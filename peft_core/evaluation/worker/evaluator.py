@@ -12,12 +12,12 @@ from accelerate import Accelerator
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
+from peft_core.base_models.tokenizer import BaseTokenizer
 from peft_core.evaluation.stdlib_code import stdlib_examples
 from peft_core.evaluation.summary import Completion, Scores, summarise
 from peft_core.evaluation.worker.completions import Prompt, choose_prompts, complete
 from peft_core.evaluation.worker.scoring import HeldOutExample, make_held_out_examples, score_examples
 from peft_core.modeling.objective import Objective
-from peft_core.modeling.tokenizer import BaseTokenizer
 from peft_core.schemas.evaluation import Evaluation
 from peft_core.system.cancellation import StopFlag
 from peft_core.system.files import atomic_write

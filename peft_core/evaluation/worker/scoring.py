@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
+from peft_core.base_models.tokenizer import BaseTokenizer, Tokens
 from peft_core.evaluation.completion_points import (
     EXPECTED_LINES,
     CompletionPoint,
@@ -23,7 +24,6 @@ from peft_core.evaluation.summary import ExampleScore, mean_loss, require_finite
 from peft_core.modeling.batches import Document, join, pack, tokenise_segments
 from peft_core.modeling.memory import trim_if_above
 from peft_core.modeling.objective import Objective
-from peft_core.modeling.tokenizer import BaseTokenizer, Tokens
 from peft_core.schemas.dataset import Example
 from peft_core.system.cancellation import StopFlag
 

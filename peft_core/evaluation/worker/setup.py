@@ -10,6 +10,7 @@ import structlog
 import torch
 from accelerate import Accelerator
 
+from peft_core.base_models.tokenizer import BaseTokenizer, load_tokenizer
 from peft_core.data.dataset import PreparedDataset, read_examples
 from peft_core.data.leakage import TrainingFingerprint
 from peft_core.data.prepare import prepare
@@ -17,7 +18,6 @@ from peft_core.evaluation.worker.scoring import HeldOutExample, make_held_out_ex
 from peft_core.modeling.convert import ensure_hf_directory
 from peft_core.modeling.device import DevicePlan, choose, describe, timed, use_cores
 from peft_core.modeling.memory import set_malloc_keep, set_malloc_trim
-from peft_core.modeling.tokenizer import BaseTokenizer, load_tokenizer
 from peft_core.paths import JobPaths
 from peft_core.schemas.events import Emit, PhaseStarted
 from peft_core.schemas.results import Phase

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from peft_core.base_models.tokenizer import BaseTokenizer
 from peft_core.errors import InvalidArgument
 from peft_core.modeling.adapter_model import ResidentModel
 from peft_core.modeling.threads import DecodeThreadTuner
-from peft_core.modeling.tokenizer import BaseTokenizer
 from peft_core.schemas.generation import GenerationRequest
 
 _GREEDY_BELOW = 0.01  # temperature: dividing by less leaves one candidate anyway, or overflows

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from peft_core.base_models.tokenizer import BaseTokenizer, load_tokenizer
 from peft_core.evaluation.worker.scoring import HeldOutExample, make_held_out_examples
-from peft_core.modeling.tokenizer import BaseTokenizer, load_tokenizer
 from peft_core.schemas.dataset import Example, Segment
 from tests.tiny_models import write_tiny_tokenizer
 

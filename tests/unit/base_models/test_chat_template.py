@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from peft_core.base_models.huggingface import chat_template
+from peft_core.base_models.huggingface import chat_templates
 from peft_core.base_models.resolve import resolve
+from peft_core.base_models.tokenizer import load_tokenizer
 from peft_core.config import Settings
 from peft_core.errors import BaseCheckpointError
-from peft_core.modeling.tokenizer import load_tokenizer
 from tests.model_files import write_model
 from tests.tiny_models import write_tiny_tokenizer
 
@@ -52,10 +52,10 @@ def test_planning_and_tokenizer_find_the_same_chat_template(
     write_tiny_tokenizer(base, chat_template=None)
     write_files(base, files)
     assert resolve(str(base), Settings()).has_chat_template == (expected is not None)
-    assert load_tokenizer(base).chat_template == expected
+    assert load_tokenizer(base).turns.template.sources.default == expected
 
 
 def test_an_unreadable_chat_template_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(BaseCheckpointError, match=r"chat_template\.jinja cannot be read"):
-        chat_template(tmp_path)
+        chat_templates(tmp_path)

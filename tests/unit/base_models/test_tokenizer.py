@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peft_core.base_models.tokenizer import BaseTokenizer, load_tokenizer
 from peft_core.errors import BaseCheckpointError, DataError
 from peft_core.modeling.batches import tokenise, tokenise_segments
-from peft_core.modeling.tokenizer import BaseTokenizer, load_tokenizer
 from peft_core.schemas.conversation import Conversation
 from peft_core.schemas.dataset import Example, Segment
 from tests.tiny_models import VOCABULARY, write_sentencepiece_tokenizer, write_tiny_tokenizer
@@ -149,20 +149,19 @@ def test_assistant_turns_carry_loss_including_their_end_token(tokenizer: BaseTok
     assert learned_text(tokenizer, segments) == "ho<end>no<end>"
 
 
-def test_templates_that_rewrite_earlier_turns_train_on_the_last_turn(tmp_path: Path) -> None:
+def test_templates_that_rewrite_earlier_turns_give_one_example_per_turn(tmp_path: Path) -> None:
     template = (
-        "{% for m in messages %}{% if loop.last or m.role == 'user' %}[{{ m.role }}]{{ m.content }}{% endif %}"
-        "{% endfor %}"
+        "{% for m in messages %}[{{ m.role }}]"
+        "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<end>{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     write_tiny_tokenizer(tmp_path, chat_template=template)
-    tokenizer = load_tokenizer(tmp_path)
-    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    turns = [("user", "a"), ("assistant", "<think>b</think>c"), ("user", "d"), ("assistant", "<think>e</think>f")]
     messages = [{"role": role, "content": content} for role, content in turns]
-    (segments,) = tokenizer.render_chat(Conversation.learning_every_answer(messages))
-    assert [(segment.text, segment.learn) for segment in segments] == [
-        ("[user]a[user]c[assistant]", False),
-        ("d", True),
+    examples = load_tokenizer(tmp_path).render_chat(Conversation.learning_every_answer(messages))
+    assert [[(segment.text, segment.learn) for segment in example] for example in examples] == [
+        [("[user]a<end>[assistant]", False), ("<think>b</think>c<end>", True)],
+        [("[user]a<end>[assistant]c<end>[user]d<end>[assistant]", False), ("<think>e</think>f<end>", True)],
     ]
 
 

@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import jinja2
 from tokenizers import Tokenizer
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from peft_core.base_models import fim_tokens
-from peft_core.base_models.huggingface import chat_template
+from peft_core.base_models.chat_template import ChatTemplate, TemplateRefusal
+from peft_core.base_models.chat_turns import TurnRenderer
+from peft_core.base_models.checkpoint_info import TemplateSources
+from peft_core.base_models.huggingface import chat_templates
 from peft_core.errors import BaseCheckpointError, DataError
 from peft_core.schemas.conversation import Conversation
 from peft_core.schemas.dataset import FillInTheMiddle, Segment
@@ -38,12 +39,12 @@ class BaseTokenizer:
     tokenizer: Tokenizer
     end_of_text: int
     beginning: tuple[int, ...]  # what the tokenizer puts before every text, such as a BOS token; often empty
-    chat_template: str | None
-    special_tokens: Mapping[str, str]  # "bos_token": "<s>"; templates refer to them
+    turns: TurnRenderer
 
     @property
     def has_chat_template(self) -> bool:
-        return self.chat_template is not None
+        sources = self.turns.template.sources
+        return sources.default is not None or sources.tool_use is not None
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each text as a continuation of other text, without special tokens."""
@@ -53,28 +54,18 @@ class BaseTokenizer:
         return [len(encoding) - (self._own_tokens or 0) for encoding in encodings]
 
     def render_chat(self, conversation: Conversation) -> tuple[tuple[Segment, ...], ...]:
-        """Render a conversation in the base model's format. Assistant turns carry loss, their end-of-turn token included.
+        """Render a conversation in the base model's format; see `chat_turns.py` for what is learned.
 
         Returns the segments of each example.
 
         Raises:
-            DataError: no chat template, or it refuses these messages.
+            DataError: no chat template, or it refuses this conversation or does not write all of it.
         """
         self._require_template()
-        segments: list[Segment] = []
-        done = ""
-        messages = conversation.messages
-        for index, learned in enumerate(conversation.learned):
-            if not learned:
-                continue
-            before = self._render(messages[:index], add_generation_prompt=True)
-            after = self._render(messages[: index + 1])
-            if not (before.startswith(done) and after.startswith(before)):
-                return (self._last_turn(messages),)
-            turn = after.rstrip()  # what follows the end-of-turn token belongs to the template
-            segments += [Segment(text=before[len(done) :], learn=False), Segment(text=turn[len(before) :])]
-            done = turn
-        return (tuple(segment for segment in segments if segment.text),)
+        try:
+            return self.turns.render(conversation)
+        except TemplateRefusal as refusal:
+            raise _refused(refusal) from refusal
 
     def render_prompt(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """Render a conversation as a prompt for the next assistant turn.
@@ -83,7 +74,10 @@ class BaseTokenizer:
             DataError: no chat template, or it refuses these messages.
         """
         self._require_template()
-        return self._render(messages, add_generation_prompt=True)
+        try:
+            return self.turns.template.render(messages, add_generation_prompt=True)
+        except TemplateRefusal as refusal:
+            raise _refused(refusal) from refusal
 
     def ids(self, *texts: str) -> list[int]:
         """Return the tokens of these texts, tokenised one by one, after what the tokenizer puts before every text.
@@ -159,44 +153,21 @@ class BaseTokenizer:
         return Tokens([token for token, _, _ in kept], [(max(0, begin - own), end - own) for _, begin, end in kept])
 
     def _require_template(self) -> None:
-        if self.chat_template is None:
+        sources = self.turns.template.sources
+        if sources.default is None and sources.tool_use is None:
             raise DataError(
-                "This base model has no chat template: 'messages' cannot be rendered.",
+                f"This base model {sources.why_none}: 'messages' cannot be rendered.",
                 code="no_chat_template",
                 suggestions=["Use plain text ('prompt', and 'completion' to train on), or an instruct base model."],
             )
 
-    def _last_turn(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Segment, ...]:
-        """For templates that rewrite earlier turns (they drop old reasoning): learn the last assistant turn only."""
-        last = max(index for index, message in enumerate(messages) if message.get("role") == "assistant")
-        before = self._render(messages[:last], add_generation_prompt=True)
-        after = self._render(messages[: last + 1]).rstrip()
-        if not after.startswith(before):
-            raise DataError(
-                "This base model's chat template does not continue its own prompt, so assistant turns cannot be "
-                "separated from the rest.",
-                code="chat_template",
-                suggestions=["Use records with 'prompt' and 'completion' instead of 'messages'."],
-            )
-        return Segment(text=before, learn=False), Segment(text=after[len(before) :])
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:
-        variables: dict[str, Any] = dict(self.special_tokens)
-        try:  # transformers' own sandbox and filters: what the base was trained with
-            rendered = render_jinja_template(
-                [[dict(message) for message in messages]],
-                chat_template=self.chat_template,
-                add_generation_prompt=add_generation_prompt,
-                **variables,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise DataError(
-                f"The base model's chat template rejects a conversation: {error}",
-                code="chat_template",
-                suggestions=["Check the order of roles: most templates require user and assistant to alternate."],
-            ) from error
-        texts, _ = cast("tuple[list[str], object]", rendered)  # annotated as str, which it is not
-        return texts[0]
+def _refused(refusal: TemplateRefusal) -> DataError:
+    return DataError(
+        f"The base model's chat template {refusal}",
+        code="chat_template",
+        suggestions=["Change the conversation to what the template allows, or use another base model."],
+    )
 
 
 def load_tokenizer(directory: Path) -> BaseTokenizer:
@@ -227,8 +198,16 @@ def load_tokenizer(directory: Path) -> BaseTokenizer:
         tokenizer=tokenizer,
         end_of_text=_end_of_text(tokenizer, special, directory),
         beginning=_beginning(tokenizer, special),
-        chat_template=chat_template(directory),
-        special_tokens=special,
+        turns=_turn_renderer(tokenizer, chat_templates(directory), special),
+    )
+
+
+def _turn_renderer(tokenizer: Tokenizer, sources: TemplateSources, special: Mapping[str, str]) -> TurnRenderer:
+    added = tokenizer.get_added_tokens_decoder().values()
+    return TurnRenderer(
+        ChatTemplate(sources, special),
+        marks=frozenset(token.content for token in added),
+        special_marks=frozenset(token.content for token in added if token.special),
     )
 
 

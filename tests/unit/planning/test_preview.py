@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from peft_core.data.preview import PreviewRequest, preview
 from peft_core.errors import InvalidArgument
+from peft_core.planning.preview import PreviewRequest, preview
 from tests.factories import make_dataset_spec
 from tests.unit.data.test_prepare import repository
 

@@ -2,7 +2,7 @@
 
 The dataset is prepared as the training worker does it, but with estimated token counts, and from a sample of a large
 repository. The child process keeps grammars and the secret scanner out of the server. By hand:
-`python -m peft_core.data.preview < request.json`.
+`python -m peft_core.planning.preview < request.json`.
 """
 
 from __future__ import annotations
