@@ -120,6 +120,9 @@ def _data(manifest: Manifest) -> str:
     if manifest.data.repository_commit is not None:
         changes = ", with uncommitted changes" if manifest.data.repository_dirty else ""
         lines.append(f"- repository commit: {manifest.data.repository_commit}{changes}")
+    for repository in manifest.data.repositories:
+        changes = ", with uncommitted changes" if repository.dirty else ""
+        lines.append(f"- commit of {repository.name}: {repository.commit or 'unknown'}{changes}")
     return "## Data\n\n" + "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ from peft_core.base_models.hub_cache import blob_of
 from peft_core.errors import HeaderError
 from peft_core.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from peft_core.schemas.base_model import Fingerprint, ModelShape
-from peft_core.schemas.dataset import DatasetSummary, SourceKind
+from peft_core.schemas.dataset import DatasetSummary, RepositoryState, SourceKind
 from peft_core.schemas.evaluation import Evaluation, Verdict
 from peft_core.schemas.events import MemorySaved, RateLowered
 from peft_core.schemas.frozen import FrozenModel
@@ -43,6 +43,7 @@ class DataRecord(FrozenModel):
     languages: dict[str, int]  # number of files by language
     repository_commit: str | None = None
     repository_dirty: bool | None = None
+    repositories: tuple[RepositoryState, ...] = ()  # if there are several sources
 
 
 class Computation(FrozenModel):

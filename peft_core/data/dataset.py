@@ -22,7 +22,7 @@ from peft_core.data.examples import learned_text
 from peft_core.data.leakage import FINGERPRINT_FILE_NAME, TrainingFingerprint
 from peft_core.data.split import Split
 from peft_core.errors import DataError
-from peft_core.schemas.dataset import DatasetSummary, Example
+from peft_core.schemas.dataset import DatasetSummary, Example, RepositoryState
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.system.files import atomic_write
 
@@ -35,6 +35,7 @@ class PreparedDataset(FrozenModel):
     languages: dict[str, int]  # files by language
     repository_commit: str | None = None
     repository_dirty: bool | None = None
+    repositories: tuple[RepositoryState, ...] = ()  # if there are several sources
 
 
 @dataclass(slots=True)

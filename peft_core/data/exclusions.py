@@ -68,9 +68,9 @@ class ExclusionReason(StrEnum):
 _ADVICE = {
     ExclusionReason.LFS_POINTER: "{0} files are Git LFS pointers without their contents ({1}): run `git lfs pull`",
     ExclusionReason.SUBMODULE: "{0} submodules are not read ({1}): run `git submodule update --init` if they are empty, and "
-    "give their directories in config.also_train_on, or one of them instead of this directory",
+    "give their directories in config.more_sources, or one of them instead of this directory",
     ExclusionReason.NESTED_REPOSITORY: "{0} repositories inside this one are not read ({1}): give their directories in "
-    "config.also_train_on",
+    "config.more_sources",
     ExclusionReason.NOT_CHECKED_OUT: "{0} files are outside of the sparse checkout ({1}): run `git sparse-checkout disable`",
     ExclusionReason.PLACEHOLDER: "{0} files stand for files elsewhere ({1}): fetch them, for example with `git annex get`, or "
     "check them out on a file system with symbolic links",

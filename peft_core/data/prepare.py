@@ -14,11 +14,11 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from peft_core.data import git
 from peft_core.data.augment import reformat_example, require_fim_tokens
@@ -38,6 +38,8 @@ from peft_core.data.leakage import OVERLAP_THRESHOLD, TrainingFingerprint, remov
 from peft_core.data.minhash import NEAR_DUPLICATE_RULE, MinHashIndex
 from peft_core.data.records import Notes, Record, read_copy, read_file
 from peft_core.data.secrets import redact_secrets
+from peft_core.data.selection import Selection
+from peft_core.data.sources import walk_sources
 from peft_core.data.split import (
     FILE_MIN_TOKENS,
     FILE_SHARE,
@@ -46,14 +48,22 @@ from peft_core.data.split import (
     cap_per_file,
     digest,
     order_key,
+    require_enough_examples,
     split,
     with_canonical_digests,
 )
-from peft_core.data.summarise import require_enough_examples
 from peft_core.data.token_counter import TokenCounter
-from peft_core.data.walk import File, walk
+from peft_core.data.walk import File
 from peft_core.errors import DataError
-from peft_core.schemas.dataset import DatasetPurpose, DatasetSpec, DatasetSummary, Example, SourceKind
+from peft_core.schemas.dataset import (
+    DatasetPurpose,
+    DatasetSpec,
+    DatasetSummary,
+    DataSource,
+    Example,
+    RepositoryState,
+    SourceKind,
+)
 
 _REPORT_EVERY_S = 0.5
 _OVERSAMPLING = 1.5  # times as many examples are read as a run needs, since some turn out to be near duplicates
@@ -105,14 +115,15 @@ def prepare(
 
 
 def _require_source(spec: DatasetSpec, may_read: Callable[[Path], None]) -> None:
-    if spec.source_kind is not SourceKind.RECORDS:  # checked again: a symbolic link may lead elsewhere by now
-        may_read(spec.source)
-    if not spec.source.exists():
-        raise DataError(
-            f"{spec.source} does not exist any more.",
-            code="training_data_gone",
-            suggestions=(f"Call {spec.purpose.tool} again with its current path",),
-        )
+    for source in spec.sources:
+        if source.kind is not SourceKind.RECORDS:  # checked again: a symbolic link may lead elsewhere by now
+            may_read(source.path)
+        if not source.path.exists():
+            raise DataError(
+                f"{source.path} does not exist any more.",
+                code="training_data_gone",
+                suggestions=(f"Call {spec.purpose.tool} again with its current path",),
+            )
 
 
 @dataclass(slots=True)
@@ -130,12 +141,15 @@ class DatasetBuilder:
     left_out: Counter[str] = field(default_factory=Counter)
     not_read: Exclusions = field(default_factory=Exclusions)  # the files among them
     secrets: list[tuple[str, int, str]] = field(default_factory=list)
-    commit: str | None = None
-    dirty: bool | None = None
+    states: dict[str, RepositoryState] = field(default_factory=dict)  # by name of the source
+
+    @property
+    def _repositories(self) -> list[DataSource]:
+        return [source for source in self.spec.sources if source.kind is SourceKind.REPOSITORY]
 
     @property
     def _splits_by_time(self) -> bool:
-        return self.spec.held_out_by == "time" and self.spec.source_kind is SourceKind.REPOSITORY
+        return self.spec.held_out_by == "time" and len(self._repositories) == len(self.spec.sources)
 
     @property
     def _trains(self) -> bool:
@@ -144,24 +158,30 @@ class DatasetBuilder:
     # 1. Examples into the spool.
 
     def fill(self, spool: Path) -> None:
-        results = self._from_repository() if self.spec.source_kind is SourceKind.REPOSITORY else self._from_records()
         with spool.open("w", encoding="utf-8", newline="\n") as stream:
-            for result in results:
-                self.left_out.update(result.left_out)
-                self.secrets += result.secrets
-                for example in result.examples:
-                    if self._add(example):
-                        stream.write(example.model_dump_json() + "\n")
+            if repositories := self._repositories:
+                self._spool(self._from_repositories(repositories), stream, is_code=True)
+            for source in self.spec.sources:
+                if source.kind is not SourceKind.REPOSITORY:
+                    self._spool(self._from_records(source), stream, is_code=False)
 
-    def _from_repository(self) -> Iterator[FileResult]:
-        root = self.spec.source
-        tree = walk(root)
-        self.left_out.update(tree.left_out)
-        self.not_read.update(tree.exclusions)
-        if tree.by_git:
-            self.commit, self.dirty = git.head_state(root)
+    def _spool(self, results: Iterator[FileResult], stream: TextIO, *, is_code: bool) -> None:
+        for result in results:
+            self.left_out.update(result.left_out)
+            self.secrets += result.secrets
+            for example in result.examples:
+                if self._add(example, is_code=is_code):
+                    stream.write(example.model_dump_json() + "\n")
+
+    def _from_repositories(self, repositories: Sequence[DataSource]) -> Iterator[FileResult]:
+        found = walk_sources(repositories, Selection(self.spec.include, self.spec.exclude))
+        self.left_out.update(found.exclusions.reasons)
+        self.not_read.update(found.exclusions)
+        for source in found.by_git:
+            commit, dirty = git.head_state(source.path)
+            self.states[source.name] = RepositoryState(name=source.name, commit=commit, dirty=dirty)
         enough = self._enough()
-        files = tree.files if enough is None else sorted(tree.files, key=self._random_order)
+        files = found.files if enough is None else sorted(found.files, key=self._random_order)
         for number, file in enumerate(files):
             if enough is not None and len(self.distinct) >= enough:
                 self.left_out[ExclusionReason.NOT_NEEDED] += len(files) - number
@@ -184,27 +204,32 @@ class DatasetBuilder:
     def _random_order(self, file: File) -> bytes:
         return order_key(file.name, self.spec.seed)
 
-    def _from_records(self) -> Iterator[FileResult]:
-        root = _common_root(self._records(Notes()))
+    def _from_records(self, source: DataSource) -> Iterator[FileResult]:
+        root = _common_root(self._records(source, Notes()))
         notes = Notes()
-        for number, record in enumerate(self._records(notes)):
+        for number, record in enumerate(self._records(source, notes)):
             self.progress(f"{number} records")
-            yield examples_from_record(
+            result = examples_from_record(
                 record,
                 token_counter=self.token_counter,
                 max_length=self.spec.max_length,
                 redact=redact_secrets,
                 root=root,
             )
+            if source.prefix:
+                result.examples = [
+                    example.model_copy(update={"path": f"{source.prefix}{example.path}"}) for example in result.examples
+                ]
+            yield result
         self.left_out.update(notes.counts())
 
-    def _records(self, notes: Notes) -> Iterator[Record]:
+    def _records(self, source: DataSource, notes: Notes) -> Iterator[Record]:
         spec = self.spec
-        if spec.source_kind is SourceKind.RECORDS:
-            return read_copy(spec.source, skip=spec.skip_unusable_records, notes=notes)
-        return read_file(spec.source, max_length=spec.max_length, skip=spec.skip_unusable_records, notes=notes)
+        if source.kind is SourceKind.RECORDS:
+            return read_copy(source.path, skip=spec.skip_unusable_records, notes=notes)
+        return read_file(source.path, max_length=spec.max_length, skip=spec.skip_unusable_records, notes=notes)
 
-    def _add(self, example: Example) -> bool:
+    def _add(self, example: Example, *, is_code: bool) -> bool:
         """Remember an example that is to be spooled. Return False for one that the adapter was trained on."""
         share = 0.0 if self.known is None else self.known.share_of(learned_text(example))
         if share is None or share >= OVERLAP_THRESHOLD:
@@ -212,7 +237,7 @@ class DatasetBuilder:
             return False
         learned = "\0".join(segment.text for segment in example.segments if segment.learn)
         context = "\0".join(segment.text for segment in example.segments if not segment.learn)
-        if self.spec.source_kind is SourceKind.REPOSITORY:
+        if is_code:
             context = ""  # the path and the surrounding headers do not make a copied function a different one
         reply = learned_answer(example)
         same_side = b"" if reply is None else digest(reply)
@@ -245,7 +270,7 @@ class DatasetBuilder:
             purpose=spec.purpose,
         )
         if self._trains:
-            if spec.source_kind is SourceKind.REPOSITORY:
+            if self._repositories:
                 train = cap_per_file(self.keys, parts.train)
                 self.left_out[ExclusionReason.OVER_FILE_SHARE] += len(parts.train) - len(train)
                 parts = replace(parts, train=train)
@@ -258,7 +283,11 @@ class DatasetBuilder:
     def _last_changes(self) -> dict[str, int] | None:
         if not self._splits_by_time:
             return None
-        return {printable_path(name): changed_at for name, changed_at in last_change_times(self.spec.source).items()}
+        return {
+            printable_path(f"{source.prefix}{name}"): changed_at
+            for source in self._repositories
+            for name, changed_at in last_change_times(source.path).items()
+        }
 
     # 3. The record.
 
@@ -266,6 +295,7 @@ class DatasetBuilder:
         language_of = {
             self.keys[position].file: self.labels[position][0] for position in (*parts.train, *parts.held_out)
         }
+        state = self.states.get(self.spec.source_name)
         return PreparedDataset(
             summary=DatasetSummary(
                 train_examples=len(parts.train),
@@ -280,8 +310,9 @@ class DatasetBuilder:
                 sha256=written.sha256,
             ),
             languages=dict(Counter(language_of.values()).most_common()),
-            repository_commit=self.commit,
-            repository_dirty=self.dirty,
+            repository_commit=state and state.commit,
+            repository_dirty=state and state.dirty,
+            repositories=tuple(self.states.values()) if self.spec.more_sources else (),
         )
 
     def details(self, parts: Split) -> dict[str, Any]:

@@ -121,7 +121,8 @@ def _decoded_wide(content: bytes) -> str | ExclusionReason:
         text = _decoded(content, encoding)
         if not isinstance(text, ExclusionReason):
             printable = sum(1 for character in text if character.isprintable() or character in "\t\n\r\f")
-            if printable >= _MIN_PRINTABLE_SHARE * len(text):
+            ascii_characters = sum(1 for character in text if character.isascii())
+            if printable >= _MIN_PRINTABLE_SHARE * len(text) and 2 * ascii_characters >= len(text):
                 return text
     return ExclusionReason.BINARY
 

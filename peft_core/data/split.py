@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from peft_core.data.minhash import MinHashIndex
+from peft_core.errors import DataError
 from peft_core.schemas.dataset import DatasetPurpose
 
 # Evaluating base model and adapter on more examples takes minutes, and changes the result by less than its noise.
@@ -265,3 +266,43 @@ def file_limit(tokens: Iterable[int]) -> float:
             return max(FILE_MIN_TOKENS, limit)
         others -= largest
     return FILE_MIN_TOKENS
+
+
+# Is there enough to split?
+
+
+def require_enough_examples(
+    keys: Sequence[ExampleKey],
+    left_out: Mapping[str, int],
+    where: str,
+    purpose: DatasetPurpose = DatasetPurpose.TRAINING,
+    *,
+    advice: Sequence[str] = (),
+) -> None:
+    """Refuse a source with too few distinct examples to train on and to hold out some, or to evaluate on.
+
+    `advice`: what the user may do about what was left out.
+
+    Raises:
+        DataError: 'too_few_examples', with the figures.
+    """
+    examples, files = count_distinct(keys)
+    if examples >= purpose.min_examples and files >= purpose.min_files:
+        return
+    among = f" in {purpose.min_files}" if purpose.min_files > 1 else ""
+    raise DataError(
+        f"{where} gives {_count_of(examples, 'distinct example')} in {_count_of(files, 'file or record', 'files or records')}; "
+        f"at least {purpose.min_examples} examples{among} are needed{purpose.needed_for}. "
+        f"Left out: {describe_exclusions(left_out)}.",
+        code="too_few_examples",
+        suggestions=tuple(advice) or ("Give more code: a parent directory, or the whole repository",),
+        details={"examples": examples, "files": files, "left_out": dict(left_out)},
+    )
+
+
+def describe_exclusions(left_out: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items())) or "nothing"
+
+
+def _count_of(count: int, singular: str, plural: str = "") -> str:
+    return f"{count} {singular if count == 1 else plural or singular + 's'}"

@@ -21,15 +21,12 @@ import difflib
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from peft_core.data import table
-from peft_core.data.classification import NOTEBOOK
-from peft_core.data.examples import examples_from_file, keep_secrets
-from peft_core.data.exclusions import Exclusions
-from peft_core.data.minhash import MinHashIndex
 from peft_core.data.records import (
     FORMATS,
     MAX_FILE_BYTES,
@@ -41,29 +38,20 @@ from peft_core.data.records import (
     numbered,
     read_file,
 )
-from peft_core.data.split import ExampleKey, count_distinct, digest, with_canonical_digests
-from peft_core.data.token_counter import BYTES_PER_TOKEN, EstimatedTokenCounter
-from peft_core.data.walk import Tree, walk
+from peft_core.data.repository import summarise_repositories
+from peft_core.data.selection import Selection
+from peft_core.data.sources import unique_names
+from peft_core.data.split import ExampleKey, describe_exclusions, digest, require_enough_examples
+from peft_core.data.token_counter import BYTES_PER_TOKEN
 from peft_core.errors import DataError, InvalidArgument
-from peft_core.schemas.dataset import (
-    DatasetPurpose,
-    SkippedRecords,
-    SourceKind,
-    SourceSummary,
-    describe_by_extension,
-)
+from peft_core.schemas.dataset import DatasetPurpose, DataSource, SkippedRecords, SourceKind, SourceSummary
 
 ALLOWED = (
     f"a repository directory, a file of records ({', '.join(SUFFIXES)}, each also with .gz; {table.PARQUET_SUFFIX}), a LanceDB "
     "table (.lance), or a list of records"
 )
 _SHOWN_KEYS = 20  # unused keys that are named
-# Limits of the work that is done to see whether there is enough. A source that is still in doubt then is judged by `prepare`.
-_PROBE_FILES = 300
-_PROBE_BYTES = 1_500_000
-_PROBE_MIN_BYTES = 400  # smaller files, such as an almost empty __init__.py, are looked at last
-# Share of a file that is code: the fenced blocks of Markdown, the code cells of a notebook.
-_CODE_SHARES = {"markdown": 0.2, NOTEBOOK.name: 0.1}
+_ALSO = "config.more_sources"
 
 
 def summarise_source(
@@ -72,16 +60,21 @@ def summarise_source(
     max_length: int = 512,
     purpose: DatasetPurpose = DatasetPurpose.TRAINING,
     skip_unusable_records: bool = False,
+    selection: Selection | None = None,
+    also: Sequence[str] = (),
 ) -> SourceSummary:
-    """Return what a data source holds.
+    """Return what a data source holds, or several: `also` are paths of more repositories and files of records.
 
     Raises:
-        InvalidArgument: the path does not exist, is not readable, or is neither a directory, a table nor a .jsonl file.
+        InvalidArgument: the path does not exist, is not readable, or is neither a directory, a table nor a .jsonl file; or the
+            selection does not suit it.
         DataError: 'training_data_empty', 'no_code', 'too_few_examples', 'broken_record', 'mixed_formats', 'too_large'; for a
             table also the codes of `worker/table_reader.py`.
     """
     notes = Notes()
+    selection = selection or Selection()
     if not isinstance(data, (str, os.PathLike)):
+        _require_paths("records in the call", selection, also)
         if not data:
             raise DataError(
                 f"{purpose.field} is an empty list.",
@@ -92,44 +85,111 @@ def summarise_source(
         return summarise_records(SourceKind.RECORDS, None, records, max_length, purpose, notes=notes)
     kind, path = _locate(os.fspath(data), purpose)
     if kind == "table":
+        _require_paths(str(data), selection, also)
         return table.summarise_table(path, max_length, purpose, skip_unusable_records=skip_unusable_records)
+    first = DataSource(path=path, kind=kind)
+    if also:
+        summarise_records_of = partial(
+            summarise_source, max_length=max_length, purpose=purpose, skip_unusable_records=skip_unusable_records
+        )
+        return _summarise_several(
+            first,
+            also,
+            selection=selection,
+            max_length=max_length,
+            purpose=purpose,
+            summarise_records_of=summarise_records_of,
+        )
     if kind is SourceKind.REPOSITORY:
-        return _summarise_repository(path, max_length, purpose)
+        return summarise_repositories([first], selection, max_length, purpose)
+    _require_paths(str(data), selection)
     records = read_file(path, max_length=max_length, skip=skip_unusable_records, notes=notes)
     return summarise_records(SourceKind.JSONL, path, records, max_length, purpose, notes=notes)
 
 
-def require_enough_examples(
-    keys: Sequence[ExampleKey],
-    left_out: Mapping[str, int],
-    where: str,
-    purpose: DatasetPurpose = DatasetPurpose.TRAINING,
-    *,
-    advice: Sequence[str] = (),
-) -> None:
-    """Refuse a source with too few distinct examples to train on and to hold out some, or to evaluate on.
-
-    `advice`: what the user may do about what was left out.
+def _require_paths(given: str, selection: Selection, also: Sequence[str] = ()) -> None:
+    """Check that settings for repositories are not used with other data.
 
     Raises:
-        DataError: 'too_few_examples', with the figures.
+        InvalidArgument: they are.
     """
-    examples, files = count_distinct(keys)
-    if examples >= purpose.min_examples and files >= purpose.min_files:
-        return
-    among = f" in {purpose.min_files}" if purpose.min_files > 1 else ""
-    raise DataError(
-        f"{where} gives {_count_of(examples, 'distinct example')} in {_count_of(files, 'file or record', 'files or records')}; "
-        f"at least {purpose.min_examples} examples{among} are needed{purpose.needed_for}. "
-        f"Left out: {describe_exclusions(left_out)}.",
-        code="too_few_examples",
-        suggestions=tuple(advice) or ("Give more code: a parent directory, or the whole repository",),
-        details={"examples": examples, "files": files, "left_out": dict(left_out)},
+    if selection:
+        field, value = ("include", selection.include) if selection.include else ("exclude", selection.exclude)
+        raise InvalidArgument(
+            f"config.{field}",
+            list(value),
+            f"it selects files of a directory, and training_data is not one: {given}",
+            suggestions=("Omit it",),
+        )
+    if also:
+        raise InvalidArgument(
+            _ALSO,
+            list(also),
+            f"training_data must be a directory or a file of records to be trained on with others, and it is not: {given}",
+            suggestions=("Write the records into a .jsonl file, and give its path",),
+        )
+
+
+def _summarise_several(
+    first: DataSource,
+    also: Sequence[str],
+    *,
+    selection: Selection,
+    max_length: int,
+    purpose: DatasetPurpose,
+    summarise_records_of: Callable[[Path], SourceSummary],
+) -> SourceSummary:
+    """Return what several sources hold together."""
+    located = [first, *map(_locate_other, also)]
+    for number, source in enumerate(located[1:], 1):
+        if any(os.path.realpath(source.path) == os.path.realpath(other.path) for other in located[:number]):
+            raise InvalidArgument(_ALSO, str(source.path), "it is given twice", suggestions=("Give each path once",))
+    names = unique_names([source.path for source in located])
+    sources = [source.model_copy(update={"name": name}) for source, name in zip(located, names, strict=True)]
+    repositories = [source for source in sources if source.kind is SourceKind.REPOSITORY]
+    parts = [summarise_repositories(repositories, selection, max_length, purpose)] if repositories else []
+    if not repositories:
+        _require_paths(", ".join(str(source.path) for source in sources), selection)
+    parts += [summarise_records_of(source.path) for source in sources if source.kind is not SourceKind.REPOSITORY]
+    counts = [part.examples for part in parts if part.examples is not None]
+    languages, left_out, unused = Counter[str](), Counter[str](), Counter[str]()
+    for part in parts:
+        unused.update(part.unused_keys)
+        languages.update(part.languages)
+        left_out.update(part.left_out)
+    return parts[0].model_copy(
+        update={
+            "kind": first.kind,
+            "path": first.path,
+            "name": sources[0].name,
+            "more_sources": tuple(sources[1:]),
+            "files": sum(part.files for part in parts),
+            "examples": sum(counts) if len(counts) == len(parts) else None,
+            "estimated_tokens": sum(part.estimated_tokens for part in parts),
+            "languages": dict(languages.most_common()),
+            "left_out": dict(left_out),
+            "unused_keys": dict(unused.most_common(_SHOWN_KEYS)),
+            "skipped": tuple(skipped for part in parts for skipped in part.skipped),
+            "needs_chat_template": any(part.needs_chat_template for part in parts),
+        }
     )
 
 
-def describe_exclusions(left_out: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items())) or "nothing"
+def _locate_other(given: str) -> DataSource:
+    try:
+        kind, path = _locate(given, DatasetPurpose.TRAINING)
+    except InvalidArgument as error:
+        raise InvalidArgument(
+            _ALSO, given, error.details["allowed"], suggestions=error.suggestions, code=error.code
+        ) from None
+    if kind == "table":
+        raise InvalidArgument(
+            _ALSO,
+            given,
+            "a table cannot be trained on together with other sources",
+            suggestions=("Give it as training_data alone, or export its rows to a .jsonl file",),
+        )
+    return DataSource(path=path, kind=kind)
 
 
 def _locate(given: str, purpose: DatasetPurpose) -> tuple[SourceKind | Literal["table"], Path]:
@@ -194,73 +254,6 @@ def _similar(path: Path) -> list[str]:
     return [f"Did you mean {path.parent / close[0]}?"] if close else ["Give an absolute path"]
 
 
-def _summarise_repository(root: Path, max_length: int, purpose: DatasetPurpose) -> SourceSummary:
-    tree = walk(root)
-    if not tree.files:
-        raise _no_source_files(root, tree.exclusions)
-    _require_enough_code(tree, root, max_length, purpose)
-    size = sum(file.size * _CODE_SHARES.get(file.language.name, 1.0) for file in tree.files)
-    return SourceSummary(
-        kind=SourceKind.REPOSITORY,
-        path=root,
-        files=len(tree.files),
-        examples=None,
-        estimated_tokens=round(size / BYTES_PER_TOKEN),
-        languages=dict(Counter(file.language.name for file in tree.files).most_common()),
-        left_out=dict(tree.left_out),
-        left_out_by_extension=tree.exclusions.by_extension,
-        advice=tree.exclusions.advice,
-    )
-
-
-def _no_source_files(root: Path, exclusions: Exclusions) -> DataError:
-    not_read = describe_by_extension(exclusions.by_extension)
-    suggestions = exclusions.advice
-    if not suggestions:
-        suggestions = (
-            "Give the directory that holds the source files",
-            f"For data that is not code, give a .jsonl file, {FORMATS}",
-        )
-        if not exclusions.reasons:
-            suggestions = ("If it is a submodule, run `git submodule update --init`", *suggestions)
-    return DataError(
-        f"{root} contains no source files. Left out: {describe_exclusions(exclusions.reasons)}."
-        + (f" Not read: {not_read}." if not_read else ""),
-        code="no_code",
-        suggestions=suggestions,
-        details={"left_out": dict(exclusions.reasons), "left_out_by_extension": exclusions.by_extension},
-    )
-
-
-def _require_enough_code(tree: Tree, root: Path, max_length: int, purpose: DatasetPurpose) -> None:
-    """Split files into examples until there are certainly enough; refuse only if all files together give too few."""
-    files = tree.files
-    keys: list[ExampleKey] = []
-    signatures = MinHashIndex()
-    exclusions = Exclusions()
-    exclusions.update(tree.exclusions)
-    all_left_out = Counter(tree.left_out)
-    token_counter = EstimatedTokenCounter()
-    probed_bytes = 0
-    for number, file in enumerate(sorted(files, key=lambda file: (file.size < _PROBE_MIN_BYTES, file.size, file.name))):
-        if number >= _PROBE_FILES or probed_bytes > _PROBE_BYTES:
-            return
-        result = examples_from_file(file, token_counter=token_counter, max_length=max_length, redact=keep_secrets)
-        probed_bytes += file.size
-        all_left_out.update(result.left_out)
-        if result.not_read is not None:
-            exclusions.add(result.not_read, file.name)
-        for example in result.examples:
-            keys.append(ExampleKey(example.path, digest(example.segments[-1].text), example.tokens))
-            signatures.add(example.segments[-1].text)
-        if len(keys) >= purpose.min_examples:
-            examples, sources = count_distinct(with_canonical_digests(keys, signatures))
-            if examples >= purpose.min_examples and sources >= purpose.min_files:
-                return
-    distinct = with_canonical_digests(keys, signatures)
-    require_enough_examples(distinct, all_left_out, str(root), purpose, advice=exclusions.advice)
-
-
 def summarise_records(
     kind: SourceKind,
     path: Path | None,
@@ -323,7 +316,3 @@ def _expected_examples(record: Record, file: str, max_length: int, purpose: Data
     if record.format in (RecordFormat.TEXT, RecordFormat.CHUNK):
         parts = min(purpose.min_examples, 1 + int(len(record.content) / BYTES_PER_TOKEN / max_length))
     return [ExampleKey(file, content_digest + bytes([part]), 1) for part in range(parts)]
-
-
-def _count_of(count: int, singular: str, plural: str = "") -> str:
-    return f"{count} {singular if count == 1 else plural or singular + 's'}"

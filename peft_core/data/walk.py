@@ -98,6 +98,8 @@ class _Walker:
         for name in names:
             directory, _, last = name.rpartition("/")
             is_inside, reason, part = directories.look_up(directory)
+            if name == "./":  # the root is a submodule without files
+                continue
             if not last:  # git lists a repository inside this one by its directory
                 self.exclusions.add(ExclusionReason.NESTED_REPOSITORY, name, is_directory=True)
             elif not is_inside or name.startswith("/"):

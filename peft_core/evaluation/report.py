@@ -169,6 +169,7 @@ def _data_table(manifest: Manifest) -> dict[str, str]:
         "excluded": ", ".join(f"{count} {reason}" for reason, count in summary.left_out.items()) or "nothing",
         "secrets removed": str(summary.secrets_removed),
         "commit": data.repository_commit or "",
+        "commits": ", ".join(f"{each.name} {each.commit or 'unknown'}" for each in data.repositories),
     }
     return {name: value for name, value in table.items() if value}
 

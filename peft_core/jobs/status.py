@@ -74,7 +74,8 @@ def _eta_s(job: Job) -> float | None:
 
 def _describe_training_data(job: Job) -> str:
     source = job.request.found
-    place = f" in {source.path}" if source.path else ""
+    paths = [source.path, *(other.path for other in source.more_sources)]
+    place = f" in {', '.join(map(str, paths))}" if source.path else ""
     if source.examples is not None:
         unused = f". {source.unused_in_words.rstrip('.')}" if source.unused_in_words else ""
         return f"{source.examples} records{place}, about {source.estimated_tokens} tokens{unused}"

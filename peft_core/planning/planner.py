@@ -19,6 +19,7 @@ from peft_core.config import Settings
 from peft_core.data import table
 from peft_core.data.git import require_history
 from peft_core.data.records import write_records
+from peft_core.data.selection import Selection
 from peft_core.data.summarise import summarise_source
 from peft_core.errors import InvalidArgument, StorageError, unwritable
 from peft_core.planning.base_check import require_loadable
@@ -61,8 +62,14 @@ def plan(
     device = _device(config)
     require_place(DatasetPurpose.TRAINING.field, training_data, settings)
     base = resolve(config.base_model, settings)
+    for path in config.more_sources:
+        require_place("config.more_sources", path, settings)
     source = summarise_source(
-        training_data, max_length=config.max_length, skip_unusable_records=config.skip_unusable_records
+        training_data,
+        max_length=config.max_length,
+        selection=Selection(tuple(config.include), tuple(config.exclude)),
+        also=config.more_sources,
+        skip_unusable_records=config.skip_unusable_records,
     )
     _check_source(config, base, source)
 
@@ -85,6 +92,8 @@ def plan(
     return JobRequest(
         source=source.path or Path(),
         source_kind=source.kind,
+        source_name=source.name,
+        more_sources=source.more_sources,
         config=config,
         base=base,
         found=source,
@@ -117,6 +126,8 @@ def require_sources(request: JobRequest, settings: Settings) -> None:
     """
     if request.source_kind is not SourceKind.RECORDS:  # those are a file in the job's own directory
         require_place(request.purpose.field, str(request.source), settings)
+    for source in request.more_sources:
+        require_place("config.more_sources", str(source.path), settings)
     resolve(request.base.ref if request.base.ref == BUNDLED else str(request.base.path), settings)
 
 
@@ -163,9 +174,11 @@ def _device(config: TrainingConfig) -> str:
 def _check_source(config: TrainingConfig, base: Base, source: SourceSummary) -> None:
     """Check that the data suits the settings and the base model."""
     if config.held_out_by == "time":
-        if source.kind is not SourceKind.REPOSITORY or source.path is None:
+        kinds = {source.kind, *(other.kind for other in source.more_sources)}
+        if kinds != {SourceKind.REPOSITORY} or source.path is None:
             raise InvalidArgument("config.held_out_by", "time", "records have no history; it must be 'file' for them")
-        require_history(source.path)
+        for path in (source.path, *(other.path for other in source.more_sources)):
+            require_history(path)
     if source.needs_chat_template and not base.has_chat_template:
         raise InvalidArgument(
             "training_data",

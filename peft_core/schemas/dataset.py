@@ -54,11 +54,36 @@ class DatasetPurpose(StrEnum):
         return ", one to train on and one to hold out" if self is DatasetPurpose.TRAINING else " to evaluate on"
 
 
+class DataSource(FrozenModel):
+    """One of the sources of a dataset."""
+
+    path: Path
+    kind: SourceKind
+    name: str = ""  # of several sources: the end of the path, unique among them
+
+    @property
+    def prefix(self) -> str:
+        """What is put before the names of its files."""
+        return f"{self.name}/" if self.name else ""
+
+
+class RepositoryState(FrozenModel):
+    """What a repository among several sources was when the dataset was prepared."""
+
+    name: str
+    commit: str | None
+    dirty: bool | None
+
+
 class DatasetSpec(FrozenModel):
     """How a source becomes a dataset. The dataset's manifest records it: a dataset with an equal spec is reused."""
 
     source: Path
     source_kind: SourceKind
+    source_name: str = ""  # see `DataSource`
+    more_sources: tuple[DataSource, ...] = ()
+    include: tuple[str, ...] = ()  # patterns as in .gitignore, see `data/selection.py`
+    exclude: tuple[str, ...] = ()
     max_length: int  # tokens per example
     held_out_fraction: float
     seed: int
@@ -67,6 +92,11 @@ class DatasetSpec(FrozenModel):
     held_out_by: HeldOutBy = "file"
     mixture: TaskMixture = TaskMixture()
     purpose: DatasetPurpose = DatasetPurpose.TRAINING
+
+    @property
+    def sources(self) -> tuple[DataSource, ...]:
+        """All sources, the main one first."""
+        return (DataSource(path=self.source, kind=self.source_kind, name=self.source_name), *self.more_sources)
 
 
 class SkippedRecords(FrozenModel):
@@ -89,6 +119,8 @@ class SourceSummary(FrozenModel):
     languages: dict[str, int]  # files per language
     left_out: dict[str, int]  # excluded files or records per reason
     left_out_by_extension: dict[str, dict[str, int]] = {}  # noqa: RUF012 -- of files: reason -> extension -> count
+    name: str = ""  # of the main source, if there are more
+    more_sources: tuple[DataSource, ...] = ()
     advice: tuple[str, ...] = ()  # what the user may do about files that are left out
     needs_chat_template: bool = False
     unused_keys: dict[str, int] = {}  # noqa: RUF012 -- pydantic copies defaults; records per key that has no meaning for training

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from peft_core.schemas.base_model import Base
-from peft_core.schemas.dataset import DatasetPurpose, DatasetSpec, SourceKind, SourceSummary
+from peft_core.schemas.dataset import DatasetPurpose, DatasetSpec, DataSource, SourceKind, SourceSummary
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.results import Estimate
 from peft_core.schemas.training import EvaluatedAdapter, TrainingConfig
@@ -29,6 +29,8 @@ class JobRequest(FrozenModel):
 
     source: Path
     source_kind: SourceKind
+    source_name: str = ""  # of several sources, see `DataSource`
+    more_sources: tuple[DataSource, ...] = ()
     config: TrainingConfig
     base: Base
     found: SourceSummary
@@ -53,6 +55,10 @@ class JobRequest(FrozenModel):
         common = DatasetSpec(
             source=self.source,
             source_kind=self.source_kind,
+            source_name=self.source_name,
+            more_sources=self.more_sources,
+            include=tuple(config.include),
+            exclude=tuple(config.exclude),
             max_length=config.max_length,
             held_out_fraction=1.0,
             seed=config.seed,

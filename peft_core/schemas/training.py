@@ -25,6 +25,8 @@ ProjectId = Annotated[
 DeviceName = Literal["auto", "mps", "cuda", "cpu"]
 Precision = Literal["auto", "float32"]
 HeldOutBy = Literal["file", "time"]
+_MAX_STARS = 4  # more would make matching slow
+Pattern = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^!#\x00-\x1f\\]+$")]
 
 
 class TaskMixture(FrozenModel):
@@ -115,6 +117,24 @@ class TrainingConfig(FrozenModel):
     batch_size: Annotated[
         int, Field(ge=1, le=256, description="Examples per optimiser step. Small batches learn more per token.")
     ] = 4
+    include: Annotated[
+        list[Pattern],
+        Field(
+            max_length=50,
+            description="Patterns (as in .gitignore) of the files to read. Omit to read all code. A pattern that names a "
+            "vendored directory or generated files takes them in: 'vendor/ours/', '*_pb2.py'.",
+        ),
+    ] = []  # noqa: RUF012 -- pydantic copies defaults
+    exclude: Annotated[
+        list[Pattern], Field(max_length=50, description="Patterns of files not to read. Omit to exclude none.")
+    ] = []  # noqa: RUF012 -- pydantic copies defaults
+    more_sources: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=4096)]],
+        Field(
+            max_length=16,
+            description="More repository directories or .jsonl files to train on together with training_data. Omit for none.",
+        ),
+    ] = []  # noqa: RUF012 -- pydantic copies defaults
     max_length: Annotated[
         int, Field(ge=64, le=8192, description="Most tokens per example; longer units are split at syntax boundaries.")
     ] = 512
@@ -192,6 +212,14 @@ class TrainingConfig(FrozenModel):
             )
         if self.target_modules == []:
             raise ValueError("target_modules is empty: it must name at least one module, or be 'all-linear'")
+        for name, patterns in (("include", self.include), ("exclude", self.exclude)):
+            for pattern in patterns:
+                parts = pattern.split("/")
+                if ".." in parts or any(part.count("*") > _MAX_STARS for part in parts):
+                    raise ValueError(
+                        f"{name} has the pattern {pattern!r}: it must be relative to the directory, without '..' and with at "
+                        f"most {_MAX_STARS} '*' between two '/'"
+                    )
         return self
 
     @property

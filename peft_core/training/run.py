@@ -315,6 +315,7 @@ def _write_adapter(
             languages=dataset.languages,
             repository_commit=dataset.repository_commit,
             repository_dirty=dataset.repository_dirty,
+            repositories=dataset.repositories,
         ),
         run=run_record,
         evaluation=evaluation,
