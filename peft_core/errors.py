@@ -11,6 +11,7 @@ PeftMcpError
 ├── InferenceError       the inference worker failed, or there is not enough memory for it
 ├── JobNotFound          there is no job with this id
 ├── JobStateError        the job's state does not allow the request
+├── ExportError          an adapter cannot be exported, or the written file does not compute the same
 ├── StorageError         the data directory: no space, no permission, a newer database
 └── TrainingError        the training itself failed
     └── NonFiniteError   a loss or gradient is NaN or Inf
@@ -145,6 +146,10 @@ class JobNotFound(PeftMcpError):
 
 class JobStateError(PeftMcpError):
     code = "job_state"
+
+
+class ExportError(PeftMcpError):
+    code = "export"
 
 
 class StorageError(PeftMcpError):

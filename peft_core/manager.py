@@ -1,4 +1,4 @@
-"""`PEFTManager`, the async Python API: a thin layer over the services of jobs, adapters and inference.
+"""`PEFTManager`, the async Python API: a thin layer over the services of jobs, adapters, exports and inference.
 
 Training and inference run in child processes, so most calls take milliseconds; those that use a model wait for it.
 Blocking code runs in threads and keeps the caller's event loop free.
@@ -20,9 +20,11 @@ from peft_core.adapters.registry import Registry
 from peft_core.adapters.service import AdapterService
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument
+from peft_core.export.service import ExportService
 from peft_core.inference.client import ProgressCallback
 from peft_core.inference.service import InferenceService, TrainingNeed
 from peft_core.jobs.service import JobService
+from peft_core.schemas.export import ExportReport
 from peft_core.schemas.generation import Generation, GenerationRequest
 from peft_core.schemas.results import (
     AdapterList,
@@ -53,6 +55,7 @@ class PEFTManager:
         registry = Registry(self.settings.paths, self.settings.allowed_roots)
         self._jobs = JobService(self.settings, registry)
         self._adapters = AdapterService(self.settings, registry, self._jobs.base_of)
+        self._exports = ExportService(self.settings, self._adapters)
         self._inference = InferenceService(self.settings, self._adapters, self._training_need)
 
     async def train_adapter(
@@ -245,6 +248,40 @@ class PEFTManager:
         """
         return await self._inference.generate(
             parse_generation(request), adapter_path, use_base=use_base, on_progress=on_progress
+        )
+
+    async def export_adapter(
+        self,
+        adapter_path: str,
+        to: str,
+        *,
+        output_path: str | None = None,
+        format: str | None = None,  # noqa: A002 -- the argument's name for users
+        base_model: str | None = None,
+        overwrite: bool = False,
+        on_progress: ProgressCallback | None = None,
+    ) -> ExportReport:
+        """Write an adapter in the form of another runtime, and compare what the written file computes there with PEFT.
+
+        Takes seconds to minutes. If it is cancelled or fails, nothing is left behind.
+
+        Args:
+            adapter_path: a directory, or a project id (its current adapter).
+            to: 'gguf-lora' or 'merged'.
+            output_path: the directory to create; omit to use `projects/ID/exports/ADAPTER/` in the data directory.
+            format: number format.
+            base_model: omit to use the base model that the adapter was trained on, if it is on this machine.
+            overwrite: replace an earlier export.
+            on_progress: awaited with (done, total, message).
+        """
+        return await self._exports.export(
+            adapter_path,
+            to,
+            output_path=output_path,
+            format=format,
+            base_model=base_model,
+            overwrite=overwrite,
+            on_progress=on_progress,
         )
 
     async def aclose(self) -> None:

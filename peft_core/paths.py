@@ -3,6 +3,7 @@
 {data_dir}/
   peft.db                               jobs and events
   runner.lock                           held by the process that works on the queue
+  exports.lock                          held by the process that exports an adapter
   logs/                                 runner.log
   inspections/                          temporary files of inspect_training_data
   base_models/{key}/                    base models converted from GGUF
@@ -12,6 +13,8 @@
     {adapter_id}/                       a published adapter; never changes
     current -> {adapter_id}             moves atomically
     .lock                               held while an adapter is published or deleted
+  projects/{project_id}/exports/
+    {adapter_id}/{target}/              an exported adapter
 """
 
 from __future__ import annotations
@@ -91,6 +94,13 @@ class DataPaths:
 
     def adapters(self, project_id: str) -> Path:
         return self.projects / project_id / "lora"
+
+    def exports(self, project_id: str) -> Path:
+        return self.projects / project_id / "exports"
+
+    @property
+    def exports_lock(self) -> Path:
+        return self.root / "exports.lock"
 
     def adapter(self, project_id: str, adapter_id: str) -> Path:
         return self.adapters(project_id) / adapter_id

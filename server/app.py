@@ -24,13 +24,14 @@ from peft_core.errors import PeftMcpError
 from peft_core.manager import PEFTManager
 from peft_core.schemas.validation import invalid_argument, refuse_unknown
 from server.resources import TrainingUpdates, add_adapter_resource, add_training_resource
-from server.tools import adapters, inference, training
+from server.tools import adapters, export, inference, training
 
 INSTRUCTIONS = (
     "peft-mcp trains a LoRA adapter on one code base, locally and in the background: call train_adapter with a project id "
     "and the repository's path, then get_training_status until the job has ended. "
     "The result says whether the adapter helps, measured on files it was not trained on; if it does, call load_adapter with "
     "the project id, then generate (compare_with_base=true shows the difference), and unload_adapter to free the memory. "
+    "export_adapter takes an adapter to other runtimes. "
     "Jobs keep running after you disconnect and are found again by project id; list_adapters shows all adapters and which "
     "are loaded."
 )
@@ -72,7 +73,7 @@ def build_server(settings: Settings) -> PEFTServer:
             group.cancel_scope.cancel()
 
     server = PEFTServer(
-        [*training.TOOLS, *adapters.TOOLS, *inference.TOOLS],
+        [*training.TOOLS, *adapters.TOOLS, *inference.TOOLS, *export.TOOLS],
         title="PEFT: adapters for your code base",
         instructions=INSTRUCTIONS,
         version=version("peft-mcp"),

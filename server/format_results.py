@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from peft_core.adapters.info import AdapterInfo
 from peft_core.schemas.dataset import describe_by_extension
 from peft_core.schemas.evaluation import Comparison, Evaluation
+from peft_core.schemas.export import ExportReport
 from peft_core.schemas.generation import Generation
 from peft_core.schemas.results import (
     AdapterList,
@@ -114,6 +115,16 @@ def format_generation(generation: Generation) -> CallToolResult:
         return tool_result(generation, f"{generation.text}\n\n{facts}", omit=frozenset({"text", "base_text"}))
     both = f"With the adapter:\n{generation.text}\n\nBase model:\n{generation.base_text}\n\n{facts}"
     return tool_result(generation, both, omit=frozenset({"text", "base_text"}))
+
+
+def format_export(report: ExportReport) -> CallToolResult:
+    usage = "\n".join(f"- {line}" for line in report.usage)
+    warnings = "".join(f"\nWarning: {warning}" for warning in report.warnings)
+    return tool_result(
+        report,
+        f"{report.summary}\n{report.directory}\nUse it:\n{usage}{warnings}\n{report.next}",
+        omit=frozenset({"summary", "usage", "warnings"}),
+    )
 
 
 # -- training --------------------------------------------------------------------------------------------------------

@@ -195,3 +195,41 @@ LOGIT_SETTINGS = (
 
 # modeling.attention does not implement these arguments of transformers' attention.
 UNSUPPORTED_ATTENTION = ("softcap", "s_aux")  # soft-capped scores (Gemma 2), attention sinks (GPT-OSS)
+
+# -- LoRA adapters in llama.cpp -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LlamaCppFormat:
+    """How llama.cpp stores the matrices that an adapter changes."""
+
+    architecture: str  # `general.architecture` of the base model's GGUF file
+    interleaves_heads: bool = False  # as in `GgufFormat`
+
+
+# From llama.cpp's converters (`undo_permute` and `modify_tensors` in conversion/*.py). Not listed: Helium, which llama.cpp does
+# not have, and GPT-NeoX, whose fused q, k and v it reorders. Families that are trained without a row above may be listed too.
+LLAMA_CPP: dict[str, LlamaCppFormat] = {
+    "arcee": LlamaCppFormat("arcee", interleaves_heads=True),
+    "cohere": LlamaCppFormat("command-r"),
+    "ernie4_5": LlamaCppFormat("ernie4_5"),
+    "exaone4": LlamaCppFormat("exaone4"),
+    "gemma": LlamaCppFormat("gemma"),
+    "gemma2": LlamaCppFormat("gemma2"),
+    "gemma3_text": LlamaCppFormat("gemma3"),
+    "glm": LlamaCppFormat("chatglm"),
+    "glm4": LlamaCppFormat("glm4"),
+    "granite": LlamaCppFormat("granite", interleaves_heads=True),
+    "llama": LlamaCppFormat("llama", interleaves_heads=True),
+    "mistral": LlamaCppFormat("llama", interleaves_heads=True),
+    "olmo": LlamaCppFormat("olmo", interleaves_heads=True),
+    "olmo2": LlamaCppFormat("olmo2"),
+    "phi": LlamaCppFormat("phi2"),
+    "phi3": LlamaCppFormat("phi3"),
+    "qwen2": LlamaCppFormat("qwen2"),
+    "qwen3": LlamaCppFormat("qwen3"),
+    "seed_oss": LlamaCppFormat("seed_oss"),
+    "smollm3": LlamaCppFormat("smollm3", interleaves_heads=True),
+    "stablelm": LlamaCppFormat("stablelm"),
+    "starcoder2": LlamaCppFormat("starcoder2"),
+}

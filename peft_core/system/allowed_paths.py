@@ -34,6 +34,7 @@ _SYSTEM_PATHS = (
     "/etc", "/proc", "/sys", "/dev", "/boot", "/run/user", "/run/secrets", "/run/credentials", "/var/lib", "/var/log",
     "/var/spool", "/var/mail", "/private/etc", "/private/var/db", "/private/var/log", "/Library/Keychains", "/System",
 )  # fmt: skip
+_PROGRAM_PATHS = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/Applications")  # read, if asked for, but never written
 _HOME_PARENTS, _ROOT_HOME = (Path("/home"), Path("/Users")), Path("/root")
 _RAM_DISK = "/dev/shm"  # noqa: S108 -- projects may be there
 # Anywhere, such as in another user's home directory or in a backup.
@@ -66,6 +67,45 @@ def require_data_path(
             f"{reason}, which is never training data; must be {_ALLOWED}",
             code="sensitive_place",
             suggestions=("Give the project's own directory, or copy the data into a directory of its own",),
+        )
+
+
+def require_output_path(path: Path, *, data_dir: Path, exports: Path, allowed_roots: Sequence[Path] | None) -> None:
+    """Check that a new directory may be written at a path.
+
+    Args:
+        path: The path that the user gave.
+        data_dir: The product's own data directory, in which only `exports` may be written.
+        exports: Where the projects are, each with its exports.
+        allowed_roots: Directories that the setting allows; None: all.
+
+    Raises:
+        InvalidArgument: `sensitive_place`, `outside_allowed_roots`.
+    """
+    require_allowed("output_path", path, allowed_roots, also=[exports])
+    target = real(path)
+    inside = target.is_relative_to(real(data_dir))
+    if inside and target.is_relative_to(real(exports)):
+        parts = target.relative_to(real(exports)).parts
+        inside = len(parts) < 3 or parts[1] != "exports"
+    home = real(Path.home())
+    system = _is_below(target, map(Path, (*_SYSTEM_PATHS, *_PROGRAM_PATHS))) and not target.is_relative_to(_RAM_DISK)
+    reason = None
+    if inside:
+        reason = "this is in the data directory of peft-mcp itself"
+    elif is_private(target):
+        reason = "this is a location of credentials or private data"
+    elif target in (home, *home.parents) or target in _other_homes():
+        reason = "this is, or contains, an entire home directory"
+    elif system and not (home != Path("/") and target.is_relative_to(home)):
+        reason = "this belongs to the operating system"
+    if reason is not None:
+        raise InvalidArgument(
+            "output_path",
+            str(path),
+            f"{reason}; must be a new directory elsewhere",
+            code="sensitive_place",
+            suggestions=("Omit output_path to write it into the project's exports",),
         )
 
 

@@ -241,12 +241,19 @@ def answer_request(request_type: type[RequestT], answer: Callable[[RequestT], Fr
         answer: Computes the answer.
         task: What is being done, for the message of an unexpected error.
     """
+    return answer_with_progress(request_type, lambda request, _: answer(request), task)
+
+
+def answer_with_progress(
+    request_type: type[RequestT], answer: Callable[[RequestT, JsonLineWriter], FrozenModel], task: TaskKind
+) -> int:
+    """As `answer_request`; `answer` is also given a function that sends a message before the answer."""
     make_files_private()
     write = json_line_writer(redirect_stdout(), on_closed=lambda: None)
     if (parent := parent_pid()) is not None:
         watch_parent(parent, on_death=lambda: os._exit(1))
     try:
-        write(answer(request_type.model_validate_json(sys.stdin.buffer.read())))
+        write(answer(request_type.model_validate_json(sys.stdin.buffer.read()), write))
     except PeftMcpError as error:
         write(error_info(error, task))
         return _REFUSED

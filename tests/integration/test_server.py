@@ -41,6 +41,7 @@ TOOLS = {
     "load_adapter",
     "unload_adapter",
     "generate",
+    "export_adapter",
 }
 
 

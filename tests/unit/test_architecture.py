@@ -32,8 +32,10 @@ MAY_IMPORT = {
     "worker": FOUNDATION | {"evaluation.worker", "training", "modeling"},
     "inference": FOUNDATION | {"adapters", "base_models", "planning"},
     "inference.worker": FOUNDATION | {"adapters", "base_models", "inference", "modeling"},
+    "export": FOUNDATION | {"adapters", "base_models"},
+    "export.worker": FOUNDATION | {"adapters", "base_models", "data", "evaluation", "export", "modeling", "planning"},
     "jobs": FOUNDATION | {"adapters", "evaluation", "planning"},
-    "manager": FOUNDATION | {"adapters", "inference", "jobs"},
+    "manager": FOUNDATION | {"adapters", "export", "inference", "jobs"},
     "server": FOUNDATION | {"adapters", "manager"},
 }
 HEAVY = {"torch", "transformers", "peft", "accelerate", "numpy", "gguf", "safetensors", "lance", "pyarrow"}

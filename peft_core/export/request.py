@@ -1,0 +1,34 @@
+"""What the export service and its worker tell each other: an `ExportRequest` in, `ExportProgress` lines and the report out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from peft_core.schemas.base_model import Base
+from peft_core.schemas.export import ExportTarget
+from peft_core.schemas.frozen import FrozenModel
+
+MANIFEST_NAME = "export.json"  # beside the exported files; written last
+
+
+class ExportRequest(FrozenModel):
+    adapter_path: Path
+    adapter_id: str
+    base: Base
+    base_was_named: bool  # by the user; otherwise it was found by the adapter's manifest
+    to: ExportTarget
+    format: str
+    directory: Path  # to create
+    overwrite: bool
+    token: str  # of this request: part of the name of its hidden directory
+    held_out: Path | None  # held-out examples of the adapter's training, if they are still there
+    base_models_dir: Path  # cache of converted base models
+    lock: Path  # held during an export: one at a time
+
+
+class ExportProgress(FrozenModel):
+    kind: Literal["progress"] = "progress"
+    done: int
+    total: int
+    message: str

@@ -1,0 +1,134 @@
+"""Run one export: check the adapter, write it in a hidden directory, compare, and publish the directory by one rename."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from peft_core.adapters.files import read_adapter
+from peft_core.adapters.verify import verify_files
+from peft_core.export.matching import refuse_mismatch
+from peft_core.export.output import staged
+from peft_core.export.request import MANIFEST_NAME, ExportRequest
+from peft_core.export.worker import targets
+from peft_core.export.worker.job import Job, Written
+from peft_core.export.worker.lora_pairs import read_lora
+from peft_core.schemas.export import ExportedFile, ExportReport, ExportTarget, Verification
+from peft_core.schemas.results import NextStep
+from peft_core.system.files import atomic_write
+from peft_core.system.lock import FileLock
+
+STAGES = 6  # at most; only for the progress bar
+Report = Callable[[int, int, str], None]
+WRITERS: dict[ExportTarget, Callable[[Job], Written]] = {
+    "gguf-lora": targets.write_gguf_lora_target,
+    "merged": targets.write_merged_target,
+}
+
+
+def export(request: ExportRequest, report: Report) -> ExportReport:
+    """Export an adapter.
+
+    Raises:
+        InvalidArgument: The adapter does not fit, or something is in the way.
+        ExportError: It cannot be expressed, or the written file computes something else.
+        StorageError: No space or no permission.
+    """
+    started = time.monotonic()
+    stage = 0
+
+    def say(message: str) -> None:
+        nonlocal stage
+        report(min(stage, STAGES - 1), STAGES, message)
+        stage += 1
+
+    with FileLock(request.lock) as lock:
+        if not lock.acquire():
+            say("waiting for another export")
+            lock.acquire(timeout_s=math.inf)
+        say("checking the adapter")
+        files = read_adapter(request.adapter_path, with_weights=True)
+        check = verify_files(files, request.base, scan_weights=True)
+        warnings = refuse_mismatch(check, str(request.adapter_path), named=request.base_was_named)
+        lora = read_lora(files)
+        with staged(request.directory, request.token, overwrite=request.overwrite) as directory:
+            job = Job(request, files, lora, directory, say, warnings)
+            say(f"writing {request.to}")
+            written = WRITERS[request.to](job)
+            result = _report(job, written, time.monotonic() - started)
+            _write_manifest(directory, result)
+    return result
+
+
+def _report(job: Job, written: Written, elapsed_s: float) -> ExportReport:
+    request = job.request
+    files = [
+        ExportedFile(path=str(request.directory / path.name), bytes=path.stat().st_size, sha256=_sha256(path))
+        for path in sorted(job.directory.iterdir())
+    ]
+    next_words, step = _next(request, written.verification)
+    return ExportReport(
+        summary=_summary(request, written, sum(file.bytes for file in files)),
+        to=request.to,
+        format=request.format,
+        directory=str(request.directory),
+        files=files,
+        adapter_path=str(request.adapter_path),
+        adapter_id=request.adapter_id,
+        base_model=request.base.name,
+        base_fingerprint=request.base.fingerprint.model_dump(exclude_none=True),
+        verification=written.verification,
+        usage=[line.replace(str(job.directory), str(request.directory)) for line in written.usage],
+        warnings=job.warnings,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        elapsed_s=round(elapsed_s, 2),
+        next=next_words,
+        next_step=step,
+    )
+
+
+def _summary(request: ExportRequest, written: Written, size: int) -> str:
+    what = f"{request.adapter_id} as {written.form}, {size / 1e6:.1f} MB"
+    verified = written.verification
+    if verified.status == "not_verified":
+        return f"Written, not verified: {what}. {verified.reason[:1].upper()}{verified.reason[1:]}"
+    gain = ""
+    if verified.gain is not None and verified.runtime_gain is not None:
+        gain = f" The adapter lowers the loss by {verified.runtime_gain:.3f} there, by {verified.gain:.3f} in PEFT."
+    return (
+        f"Exported {what}, and verified in {verified.runtime}: at {verified.positions} positions of {verified.text}, "
+        f"log-probabilities differ from PEFT's by {verified.mean_difference:.4f} on average (limit {verified.limit:g}).{gain}"
+    )
+
+
+def _next(request: ExportRequest, verification: Verification) -> tuple[str, NextStep | None]:
+    if verification.status == "not_verified":
+        step = NextStep(
+            tool="export_adapter",
+            arguments={
+                "adapter_path": str(request.adapter_path),
+                "to": request.to,
+                "output_path": str(request.directory),
+                "overwrite": True,
+            },
+            reason="Verify it before you use it.",
+        )
+        return step.sentence, step
+    return "Use it as `usage` says.", None
+
+
+def _write_manifest(directory: Path, report: ExportReport) -> None:
+    """Write export.json: the report without anything of this machine."""
+    files = [file.model_copy(update={"path": Path(file.path).name}) for file in report.files]
+    local = {"directory", "adapter_path", "usage", "next", "next_step", "elapsed_s"}
+    text = report.model_copy(update={"files": files}).model_dump_json(indent=2, exclude=local)
+    atomic_write(directory / MANIFEST_NAME, text + "\n")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,146 @@
+"""Load a written GGUF file in llama.cpp, in a process of its own, and compare its log-probabilities with PEFT's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from pathlib import Path
+
+from peft_core.errors import DataError, ExportError, StorageError
+from peft_core.export.worker import llamacpp
+from peft_core.export.worker.compare import TOP, compare_scores
+from peft_core.export.worker.hf_gguf import can_write, write_hf_gguf
+from peft_core.export.worker.job import Job
+from peft_core.export.worker.model_gguf import file_bytes, is_exact, require_space, write_model_gguf
+from peft_core.modeling.convert import conversion_key
+from peft_core.schemas.base_model import Base
+from peft_core.schemas.export import Verification
+from peft_core.system.child_process import run_json_child
+from peft_core.system.machine import usable_cores
+
+SMALL_PARAMETERS = 500_000_000  # up to here one thread is as fast as two, and much faster on a busy machine
+_SECONDS_PER_PARAMETER = 6e-6  # time limit, a hundred times what the bundled base model takes
+_MIN_SECONDS = 600.0
+
+
+def verify_lora(job: Job, lora: Path) -> Verification:
+    """Compare a LoRA file on the base model in F16, with and without it.
+
+    Raises:
+        ExportError: llama.cpp refuses the file or computes something else.
+    """
+    how = (
+        f"then export again with overwrite=true. By hand: `llama-perplexity -m BASE-F16.gguf --lora {lora.name} -f CODE.txt` "
+        "must give a lower perplexity than without --lora"
+    )
+    reason = _reason_not_to(job, f"pip install 'peft-mcp[llamacpp]', {how}")
+    if reason is not None:
+        return Verification(status="not_verified", reason=reason)
+    text, ours = job.results_of_peft()
+    try:
+        model = base_in_f16(job)
+    except StorageError as error:
+        return Verification(status="not_verified", reason=f"{error.message} Free the space, {how}.")
+    job.say("comparing in llama.cpp")
+    scores = _scores(job, model, lora, text.documents)
+    return compare_scores(text, ours, scores, "f16")
+
+
+def verify_merged(job: Job, merged: Path, kind: str) -> Verification:
+    """Compare a merged model. Its base model without the adapter is measured in F16.
+
+    Raises:
+        ExportError: llama.cpp refuses the file or computes something else.
+    """
+    how = (
+        "then export again with overwrite=true. By hand: `llama-perplexity -m FILE.gguf -f CODE.txt` must give a lower "
+        "perplexity than the base model"
+    )
+    reason = _reason_not_to(job, f"pip install 'peft-mcp[llamacpp]', {how}")
+    if reason is not None:
+        return Verification(status="not_verified", reason=reason)
+    text, ours = job.results_of_peft()
+    job.say("comparing in llama.cpp")
+    scores = _scores(job, merged, None, text.documents)
+    try:
+        base = base_in_f16(job)
+    except StorageError:
+        job.warnings.append("The gain in llama.cpp was not measured: the base model in F16 does not fit on the disk.")
+    else:
+        job.say("measuring the base model in llama.cpp")
+        without = _scores(job, base, None, text.documents)
+        scores = scores.model_copy(update={"without_adapter": without.with_adapter})
+    return compare_scores(text, ours, scores, kind)
+
+
+def base_in_f16(job: Job) -> Path:
+    """Return the base model as a GGUF file without quantisation: its own, or one written once beside the converted base models.
+
+    Raises:
+        StorageError: There is no space for it.
+    """
+    base, cache = job.base, job.request.base_models_dir
+    if is_exact(base):
+        return base.path
+    target = cache / f"{_key(base)}.f16.gguf"
+    if target.is_file():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    require_space(cache, file_bytes(base, "f16"), f"Writing {base.name} in F16, to compare with,")
+    job.say(f"writing {base.name} in F16, once, to compare with")
+    temporary = cache / f".{target.name}.{secrets.token_hex(4)}"
+    try:
+        if base.format == "gguf":
+            write_model_gguf(base, None, temporary, "f16")
+        else:
+            write_hf_gguf(base, None, temporary, "f16")
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def _key(base: Base) -> str:
+    if base.format == "gguf":
+        return conversion_key(base)
+    content = [base.fingerprint.architecture, base.fingerprint.sample, base.size_bytes]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
+
+
+def _reason_not_to(job: Job, how: str) -> str | None:
+    if not llamacpp.is_installed():
+        return f"llama.cpp is not installed here: {how}."
+    if job.base.format == "huggingface" and not can_write(job.base):
+        return (
+            f"peft-mcp cannot write a base model of the family {job.base.model_type!r} as GGUF to compare with. By hand: "
+            "convert it with llama.cpp's convert_hf_to_gguf.py --outtype f16, and compare its answers with generate's."
+        )
+    if (missing := job.memory_missing) is not None:
+        return f"{missing}. Free the memory, then export again with overwrite=true."
+    return None
+
+
+def _scores(job: Job, model: Path, lora: Path | None, documents: tuple[tuple[int, ...], ...]) -> llamacpp.LlamaScores:
+    parameters = job.base.shape.parameters
+    request = llamacpp.LlamaRequest(
+        model=model,
+        lora=lora,
+        documents=documents,
+        top=TOP,
+        threads=1 if parameters <= SMALL_PARAMETERS else usable_cores(),
+    )
+    try:
+        return run_json_child(
+            llamacpp.__name__,
+            request,
+            llamacpp.LlamaScores,
+            timeout_s=_MIN_SECONDS + _SECONDS_PER_PARAMETER * parameters,
+            action="The comparison in llama.cpp",
+            on_timeout=("Close other programs, and export again",),
+        )
+    except DataError as error:
+        code = {"inspection_failed": "export_not_loadable", "inspection_timeout": "export_timeout"}.get(
+            error.code, error.code
+        )
+        raise ExportError(error.message, code=code, suggestions=error.suggestions) from error

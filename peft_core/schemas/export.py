@@ -1,0 +1,61 @@
+"""An export: an adapter in the form that another runtime takes, and the comparison that proves it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from peft_core.schemas.frozen import FrozenModel
+from peft_core.schemas.results import NextStep
+
+ExportTarget = Literal["gguf-lora", "merged"]
+
+
+class Verification(FrozenModel):
+    """The written file in a runtime, compared with PEFT in float32 at the same positions of held-out code.
+
+    Differences are means of |log p - log p|, in nats, over the runtime's most likely tokens of each position.
+    """
+
+    status: Literal["verified", "not_verified"]
+    runtime: str = Field("", description="What loaded the written file.")
+    positions: int = 0
+    text: str = Field("", description="The text that was compared on.")
+    mean_difference: float | None = Field(None, description="With the adapter.")
+    max_difference: float | None = None
+    base_difference: float | None = Field(None, description="Without the adapter: what the number format costs.")
+    limit: float | None = Field(None, description="Largest mean_difference that counts as equal.")
+    effect: float | None = Field(None, description="By how much the adapter itself changes log-probabilities.")
+    effect_error: float | None = Field(None, description="Part of that effect that differs in the runtime.")
+    gain: float | None = Field(None, description="Held-out loss without minus with the adapter, in PEFT.")
+    runtime_gain: float | None = Field(None, description="The same in the runtime.")
+    kept: float | None = Field(None, description="runtime_gain / gain.")
+    reason: str = Field("", description="Why it was not verified, and how to do it.")
+
+
+class ExportedFile(FrozenModel):
+    path: str
+    bytes: int
+    sha256: str
+
+
+class ExportReport(FrozenModel):
+    """What was written, where, how it compares with the adapter, and how to use it. Also the content of export.json."""
+
+    summary: str
+    to: str
+    format: str
+    directory: str
+    files: list[ExportedFile]
+    adapter_path: str
+    adapter_id: str
+    base_model: str
+    base_fingerprint: dict[str, Any]
+    verification: Verification
+    usage: list[str] = Field(description="How to use it: commands, or what to set.")
+    warnings: list[str] = Field([])
+    created_at: str
+    elapsed_s: float
+    next: str = ""
+    next_step: NextStep | None = None
