@@ -142,11 +142,10 @@ def _checked(values: Iterable[tuple[str, object]], where: str, *, skip: bool, no
 
 def _record(name: str, value: object, where: str, notes: Notes) -> Record:
     if isinstance(value, Unreadable):
-        reason = SkipReason.BAD_VALUE if value.is_json else SkipReason.NOT_JSON
         raise Place(name, where).refuse(
             value.rule,
             "Correct it, or set config.skip_unusable_records=true to leave out records that cannot be used",
-            reason=reason,
+            reason=value.reason,
         )
     return parse(value, name, where=where, notes=notes)
 

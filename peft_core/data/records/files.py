@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_core.data.records.checks import MAX_RECORD_BYTES, DuplicateKeyError, Notes, distinct_keys, loads
+from peft_core.data.records.checks import MAX_RECORD_BYTES, DuplicateKeyError, Notes, SkipReason, distinct_keys, loads
 from peft_core.data.records.formats import is_record
 from peft_core.data.records.transcripts import conversations_of, is_transcript
 from peft_core.errors import DataError, sanitize
@@ -51,7 +51,7 @@ class Unreadable:
     """Stands for a value that cannot be read."""
 
     rule: str
-    is_json: bool = False  # its syntax is right, but a key is given twice
+    reason: SkipReason = SkipReason.NOT_JSON
 
 
 def file_type(path: Path) -> str | None:
@@ -101,7 +101,7 @@ def _json_value(line: bytes) -> object:
     except RecursionError:
         return Unreadable("its JSON is nested too deeply")
     except DuplicateKeyError as error:
-        return Unreadable(str(error), is_json=True)
+        return Unreadable(str(error), SkipReason.BAD_VALUE)
     except ValueError as error:
         return Unreadable(f"it is not valid JSON: {sanitize(error)}")
 
@@ -278,14 +278,16 @@ class _JsonReader:
             return False
         if len(self._buffer) - self._at > MAX_RECORD_BYTES:
             raise self._broken(f"a record is longer than {MAX_RECORD_BYTES} characters", self._at)
-        self._line += self._buffer.count("\n", 0, self._at)
-        rest = self._buffer[self._at :]
         try:
-            more = self._text.read(max(_CHUNK, len(rest)))
+            more = self._text.read(max(_CHUNK, len(self._buffer) - self._at))
         except UnicodeError as error:
             raise unreadable(self._path, f"it is not text in UTF-8: {error}", "Save it as UTF-8") from error
-        self._buffer, self._at, self._ended = rest + more, 0, not more
-        return bool(more)
+        if not more:
+            self._ended = True
+            return False
+        self._line += self._buffer.count("\n", 0, self._at)
+        self._buffer, self._at = self._buffer[self._at :] + more, 0
+        return True
 
     def _broken(self, problem: str, at: int) -> DataError:
         line = self._line + self._buffer.count("\n", 0, at)
@@ -377,7 +379,10 @@ def _rows(path: Path) -> Iterator[tuple[str, object]]:
         if not header:
             header = _header(cells, path)
         elif len(cells) != len(header):
-            yield f"line {first_line}", Unreadable(f"it has {len(cells)} cells, but the header has {len(header)}")
+            yield (
+                f"line {first_line}",
+                Unreadable(f"it has {len(cells)} cells, but the header has {len(header)}", SkipReason.BAD_VALUE),
+            )
         else:
             yield f"line {first_line}", {key: _cell(key, text) for key, text in zip(header, cells, strict=True)}
 
