@@ -87,7 +87,7 @@ def test_every_type_of_file_gives_the_same_records(tmp_path: Path, name: str, co
     ("name", "content", "expected"),
     [
         ("data.json", json.dumps({"train": RECORDS, "test": RECORDS}), "it holds several lists, train and test"),
-        ("data.json", json.dumps(RECORDS, indent=1).replace('"double 7"', "double 7"), "Expecting value, in line 30"),
+        ("data.json", json.dumps(RECORDS, indent=1).replace('"double 7"', "double 7"), "Expecting value, in line 31"),
         ("data.json", json.dumps(RECORDS, indent=1)[:-3], "Expecting ',' delimiter, in line 81"),
         ("data.json", json.dumps(RECORDS, indent=1) + "x", "found 'x', in line 82"),
         ("data.json", "[\n" + "[" * 100_000, "nested too deeply"),
