@@ -23,12 +23,13 @@ class Piece(NamedTuple):
     name: str  # for people: "content", "tool call"
     forms: tuple[str, ...]
 
-    def end_in(self, text: str, start: int = 0) -> int | None:
-        """Return where the piece ends behind `start`, whatever white space the template changed; None if it is not there."""
+    def end_in(self, text: str, start: int, stop: int | None = None) -> int | None:
+        """Return where the piece ends in text[start:stop], whatever the template did to white space; None if it is absent."""
+        stop = len(text) if stop is None else stop
         for form in self.forms:
-            if (position := text.find(form, start)) >= 0:
+            if (position := text.find(form, start, stop)) >= 0:
                 return position + len(form)
-        dense = [index for index in range(start, len(text)) if not text[index].isspace()]
+        dense = [index for index in range(start, stop) if not text[index].isspace()]
         squeezed = "".join(text[index] for index in dense)
         for form in self.forms:
             wanted = squeeze(form)

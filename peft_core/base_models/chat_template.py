@@ -111,7 +111,7 @@ def _with_reasoning_aliases(message: Mapping[str, Any]) -> dict[str, Any]:
 def _compile(source: str) -> jinja2.Template:
     if len(source) > MAX_TEMPLATE_CHARACTERS:
         raise TemplateRefusal(f"has {len(source)} characters; the limit is {MAX_TEMPLATE_CHARACTERS}")
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json
@@ -125,6 +125,15 @@ def _compile(source: str) -> jinja2.Template:
         return environment.from_string(source)
     except _TEMPLATE_ERRORS as error:
         raise TemplateRefusal(f"is not a valid template: {sanitize(str(error), limit=200)}") from error
+
+
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """The sandbox, with a short cut for `message.role`, which it looks up as an attribute first: half of the time."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if type(obj) is dict and not hasattr(dict, attribute):
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        return super().getattr(obj, attribute)
 
 
 # What transformers puts into a template's environment (`_cached_compile_jinja_template` in chat_template_utils.py).

@@ -42,6 +42,7 @@ _LOOKS_LIKE_A_MARK = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_|]{1,64}\]")  # for a
 _MAX_MARK = 256  # characters of a token that is matched as a whole
 # Characters that stand for special tokens in given texts: private-use ones of the last plane, which no text has.
 _FIRST_PLACEHOLDER, _MAX_PLACEHOLDERS = 0x10_FF00, 0xF0
+_COMPARED_PROMPTS = 16  # per rendering
 _ANCHOR = 32  # characters before a turn that tell it from another one with the same text
 _PROBE = "Zqxprobe"
 
@@ -201,16 +202,43 @@ class _Writer:
             last = remaining[-1]
             turn = self.turn(last)
             found: dict[int, Span] = {}
-            position = 0
+            # In a long conversation, the prompts of some turns are compared; the turns between them must follow each other.
+            compared = set(remaining[:: max(1, len(remaining) // _COMPARED_PROMPTS)])
             for number in remaining[:-1]:
-                span = self._span_within(turn.text, number)
+                span = None if number in compared else self._next_span(turn.text, number, found)
+                span = span or self._span_within(turn.text, number)
+                position = max((before.end for before in found.values()), default=0)
                 if span is not None and position <= span.start and span.end <= turn.start:
                     found[number] = span
-                    position = span.end
             found[last] = Span(turn.start, len(turn.text))
             renderings.append(Rendering(turn.text, tuple(found), tuple(found.values())))
             remaining = [number for number in remaining if number not in found]
         return renderings[::-1]
+
+    def _next_span(self, text: str, number: int, found: Mapping[int, Span]) -> Span | None:
+        """Return where a turn is that follows one that was found, without rendering its prompt; None if that is not certain."""
+        messages = self._conversation.messages
+        previous = next((n for n in range(number - 1, -1, -1) if messages[n].get("role") == "assistant"), None)
+        if previous is None or previous not in found or not self._opening:
+            return None
+        position = found[previous].end
+        opening = text.find(self._opening, position)
+        if opening < 0:
+            return None
+        for message in messages[previous + 1 : number]:
+            for piece in given_pieces(message):
+                if piece.end_in(text, position, opening) is None:
+                    return None
+        start = self._start_behind(text[: opening + len(self._opening)], text, messages[number])
+        return self._span_from(text, number, start)
+
+    @cached_property
+    def _opening(self) -> str:
+        """What a prompt adds to a conversation, if it contains a special token: the beginning of each answer."""
+        last = max(number for number, learned in enumerate(self._conversation.learned) if learned)
+        prompt = self._text(last, prompt=True)
+        opening = prompt[_common_length(prompt, self._text(last)) :]
+        return opening if self._renderer.mark_pattern.search(opening) else ""
 
     def turn(self, number: int) -> _Turn:
         """Return a learned turn at the end of its conversation."""
@@ -345,11 +373,40 @@ class _Writer:
             return None
         message = self._conversation.messages[number]
         start = self._start_behind(prompt, text, message)
-        if (end := self._plain_end(message, text, start)) is not None:
-            return Span(start, end)
+        if (span := self._span_from(text, number, start)) is not None:
+            return span
         turn = self.turn(number)
         own = turn.text[turn.start :]
         return Span(start, start + len(own)) if text.startswith(own, start) else None
+
+    def _span_from(self, text: str, number: int, start: int) -> Span | None:
+        """Return where a turn ends that begins at `start`, if it is written and ended as usual; None for other turns."""
+        message = self._conversation.messages[number]
+        if (end := self._plain_end(message, text, start)) is not None:
+            return Span(start, end)
+        closing = self._closing if message.get("tool_calls") else ""
+        stop = text.find(closing, start) if closing else -1
+        if stop < 0:
+            return None
+        ends = [piece.end_in(text, start, stop) for piece in given_pieces(message)]
+        if any(end is None for end in ends):
+            return None
+        behind = text[max(end for end in ends if end is not None) : stop]
+        return None if any(character.isalnum() for character in behind) else Span(start, stop + len(closing))
+
+    @cached_property
+    def _closing(self) -> str:
+        """What ends a turn with tool calls: from the first token behind its last argument on; "" if there is no such token."""
+        learned = zip(self._conversation.messages, self._conversation.learned, strict=True)
+        last = max(number for number, (message, learns) in enumerate(learned) if learns and message.get("tool_calls"))
+        turn = self.turn(last)
+        ends = [
+            end
+            for piece in given_pieces(self._conversation.messages[last])
+            if (end := piece.end_in(turn.text, turn.start)) is not None
+        ]
+        first = self._renderer.mark_pattern.search(turn.text, max(ends, default=turn.start))
+        return "" if first is None else turn.text[first.start() :]
 
 
 def _require_all_texts(conversation: Conversation, rendering: Rendering) -> None:
