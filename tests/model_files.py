@@ -25,6 +25,7 @@ CONFIG: dict[str, Any] = {
     "num_key_value_heads": 2,
     "vocab_size": 48,
     "max_position_embeddings": 128,
+    "eos_token_id": 0,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,

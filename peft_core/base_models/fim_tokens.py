@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from peft_core.base_models.families import FIM_TOKENS
 from peft_core.base_models.gguf import read_gguf_header
-from peft_core.errors import HeaderError
+from peft_core.base_models.tokenizer_files import TOKENIZER, json_literals, read_tokenizer
 from peft_core.schemas.dataset import FillInTheMiddle
-from peft_core.system.files import open_regular, read_exactly
 
-MAX_TOKENIZER_BYTES = 128 << 20  # four times the size of Gemma's file, which has 256k tokens
 _TOKENS = "tokenizer.ggml.tokens"
 
 
@@ -32,20 +28,8 @@ def has_fim_tokens(path: Path) -> bool:
         HeaderError: Its vocabulary cannot be read.
     """
     if path.is_dir():
-        raw = _read_tokenizer(path / "tokenizer.json")
+        raw = read_tokenizer(path / TOKENIZER)
         # Search the raw JSON for both ways to escape the token: parsing would take a second and ten times the memory.
-        return find_fim_tokens(lambda token: any(literal in raw for literal in _json_literals(token))) is not None
+        return find_fim_tokens(lambda token: any(literal in raw for literal in json_literals(token))) is not None
     tokens = read_gguf_header(path, arrays=(_TOKENS,)).metadata.get(_TOKENS)
     return isinstance(tokens, tuple) and find_fim_tokens(frozenset(tokens).__contains__) is not None
-
-
-def _json_literals(token: str) -> tuple[bytes, bytes]:
-    return json.dumps(token, ensure_ascii=False).encode(), json.dumps(token).encode()
-
-
-def _read_tokenizer(path: Path) -> bytes:
-    with open_regular(path, follow_links=True) as descriptor:
-        size = os.fstat(descriptor).st_size
-        if size > MAX_TOKENIZER_BYTES:
-            raise HeaderError(path, f"has {size} bytes; must be at most {MAX_TOKENIZER_BYTES}")
-        return read_exactly(descriptor, size, 0, path)

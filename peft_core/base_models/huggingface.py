@@ -21,6 +21,13 @@ from peft_core.base_models.families import EMBEDDING_MODULES
 from peft_core.base_models.layouts import EMBEDDING, HEAD, is_buffer, is_tied, require_exact
 from peft_core.base_models.safetensors import read_header
 from peft_core.base_models.supported import require_supported
+from peft_core.base_models.tokenizer_files import (
+    TOKENIZER_CONFIG,
+    EndOfText,
+    end_of_text,
+    require_tokenizer,
+    special_tokens,
+)
 from peft_core.errors import BaseCheckpointError
 from peft_core.paths import ADAPTER_CONFIG
 from peft_core.system.files import open_regular, read_exactly, refuse_json_bomb
@@ -54,13 +61,7 @@ def read_directory(path: Path) -> Checkpoint:
     }
     shape = model_shape(path, config, shapes)
     require_exact(path, config, shapes)
-    if not (path / "tokenizer.json").is_file():
-        raise unusable(
-            path,
-            "it has no tokenizer.json",
-            "Write one with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
-            _download_again(path),
-        )
+    require_tokenizer(path, *_tokenizer_facts(path, config), shape.vocab_size)
     return Checkpoint(
         path=path,
         format="huggingface",
@@ -71,6 +72,15 @@ def read_directory(path: Path) -> Checkpoint:
         size_bytes=sum(file.stat().st_size for file in {file for file, _ in stored.values()}),
         chat_templates=chat_templates(path),
     )
+
+
+def _tokenizer_facts(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, str], EndOfText | None]:
+    tokenizer, generation = (
+        read_json(path / name) if (path / name).is_file() else {}
+        for name in (TOKENIZER_CONFIG, "generation_config.json")
+    )
+    special = special_tokens(tokenizer)
+    return special, end_of_text(special, generation, config)
 
 
 def _stored_tensors(path: Path) -> dict[str, tuple[Path, TensorInfo]]:
@@ -223,6 +233,12 @@ def _no_config(path: Path) -> Exception:
     ggufs = sorted(file.name for file in path.glob("*.gguf"))
     if ggufs:
         return unusable(path, "it has no config.json", f"Give the GGUF file itself: {path / ggufs[0]}")
+    if (path / "params.json").is_file():
+        problem = "it has no config.json, only params.json: it is in Meta's or Mistral's own format"
+        return unusable(path, problem, "Use the same model in Hugging Face's format")
+    models = sorted(file.parent for pattern in ("*", "snapshots/*") for file in path.glob(f"{pattern}/config.json"))
+    if models:
+        return unusable(path, "it has no config.json, but a directory in it has", f"Give that directory: {models[-1]}")
     return unusable(
         path, "it has no config.json", "Give a directory with config.json, model.safetensors, tokenizer.json"
     )
@@ -254,6 +270,8 @@ def _no_weights(path: Path) -> BaseCheckpointError:
             "its weights are pickles (.bin), which can run code when they are loaded, so they are never opened",
             "Use another model, or a revision of this one, with model.safetensors",
         )
+    if any(path.glob(".cache/huggingface/download/*.incomplete")) or any(path.glob("*.incomplete")):
+        return unusable(path, f"it has no {SINGLE}, because its download is unfinished", _download_again(path))
     others = sorted(file.name for file in path.glob("*.safetensors"))
     problem = f"it has no {SINGLE}"
     if others == ["consolidated.safetensors"]:

@@ -14,9 +14,11 @@ from tokenizers import Tokenizer
 from peft_core.base_models import fim_tokens
 from peft_core.base_models.chat_template import ChatTemplate, TemplateRefusal
 from peft_core.base_models.chat_turns import TurnRenderer
-from peft_core.base_models.checkpoint_info import TemplateSources
+from peft_core.base_models.checkpoint_info import TemplateSources, unusable
 from peft_core.base_models.huggingface import chat_templates
+from peft_core.base_models.tokenizer_files import end_of_text, special_tokens
 from peft_core.errors import BaseCheckpointError, DataError
+from peft_core.schemas.base_model import Base
 from peft_core.schemas.conversation import Conversation
 from peft_core.schemas.dataset import FillInTheMiddle, Segment
 from peft_core.system.failures import is_out_of_memory
@@ -186,12 +188,7 @@ def load_tokenizer(directory: Path) -> BaseTokenizer:
             suggestions=["Use a base model with a fast tokenizer (a tokenizer.json next to its weights)."],
         ) from error
     config = _json(directory / "tokenizer_config.json")
-    special = {
-        name: text
-        for name, value in config.items()
-        if name.endswith("_token")
-        and isinstance(text := value.get("content") if isinstance(value, dict) else value, str)
-    }
+    special = special_tokens(config)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return BaseTokenizer(
@@ -212,17 +209,31 @@ def _turn_renderer(tokenizer: Tokenizer, sources: TemplateSources, special: Mapp
 
 
 def _end_of_text(tokenizer: Tokenizer, special: Mapping[str, str], directory: Path) -> int:
-    if (named := special.get("eos_token")) and (token := tokenizer.token_to_id(named)) is not None:
-        return int(token)
-    for name in ("generation_config.json", "config.json"):
-        value = _json(directory / name).get("eos_token_id")
-        if isinstance(value, list) and value:
-            value = value[0]
-        if isinstance(value, int):
-            return value
-    raise BaseCheckpointError(
-        "The base model defines no end-of-text token.", suggestions=["Set eos_token in its tokenizer_config.json."]
-    )
+    end = end_of_text(special, *(_json(directory / name) for name in ("generation_config.json", "config.json")))
+    token = tokenizer.token_to_id(end.text) if end is not None and end.text is not None else None
+    if token is None and end is not None:
+        token = end.id
+    if token is None:
+        raise BaseCheckpointError(
+            "The base model defines no end-of-text token.", suggestions=["Set eos_token in its tokenizer_config.json."]
+        )
+    return int(token)
+
+
+def require_rows(tokenizer: BaseTokenizer, base: Base) -> None:
+    """Check that the embedding has a row for each token of the vocabulary. Tokens that were added to it are checked when the
+    base model is resolved.
+
+    Raises:
+        BaseCheckpointError: it has not.
+    """
+    size, rows = tokenizer.tokenizer.get_vocab_size(with_added_tokens=False), base.shape.vocab_size
+    if size > rows:
+        raise unusable(
+            base.path,
+            f"the vocabulary in its tokenizer.json has {size} tokens, but its embedding has {rows} rows",
+            "Use the tokenizer.json that belongs to these weights",
+        )
 
 
 def _beginning(tokenizer: Tokenizer, special: Mapping[str, str]) -> tuple[int, ...]:

@@ -27,10 +27,10 @@ from peft_core.adapters.config_check import LoraSettings
 from peft_core.adapters.files import AdapterFiles
 from peft_core.adapters.layout import PEFT, peft_name
 from peft_core.base_models.families import END_TOKENS
-from peft_core.base_models.tokenizer import BaseTokenizer, load_tokenizer
+from peft_core.base_models.tokenizer import BaseTokenizer, load_tokenizer, require_rows
 from peft_core.errors import InferenceError
 from peft_core.modeling.device import DevicePlan
-from peft_core.modeling.load import load_base
+from peft_core.modeling.load import load_base, not_finite
 from peft_core.modeling.memory import return_freed_memory
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.results import LoadCheck
@@ -66,10 +66,11 @@ class ResidentModel:
         """Load a Hugging Face model directory onto its device.
 
         Raises:
-            BaseCheckpointError: it cannot be loaded.
+            BaseCheckpointError: it cannot be loaded, or its outputs are NaN or Inf.
         """
         # kill-point: inference worker, load_adapter: the base model is about to be loaded
         tokenizer = load_tokenizer(directory)
+        require_rows(tokenizer, base)
         causal = load_base(directory, plan.weights)
         # kill-point: inference worker, load_adapter: the base model is loaded
         causal.to(torch.device(plan.device)).eval()  # type: ignore[arg-type]  # a decorator hides the signature
@@ -77,13 +78,16 @@ class ResidentModel:
         # The base model's own defaults (sampling, repetition penalties) would override those of a request.
         causal.generation_config = GenerationConfig(eos_token_id=list(ends), pad_token_id=ends[0])
         probe_1T = torch.tensor([tokenizer.ids(PROBE)[:_PROBE_TOKENS]], device=causal.device)
+        base_logits_TV = _logits(causal, probe_1T)
+        if not bool(base_logits_TV.isfinite().all()):
+            raise not_finite(base.path)
         return cls(
             base=base,
             tokenizer=tokenizer,
             ends=ends,
             causal=causal,
             probe_1T=probe_1T,
-            base_logits_TV=_logits(causal, probe_1T),
+            base_logits_TV=base_logits_TV,
         )
 
     def add(self, files: AdapterFiles) -> tuple[str, LoadCheck]:

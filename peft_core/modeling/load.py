@@ -241,6 +241,15 @@ def _load(directory: Path, **options: Any) -> PreTrainedModel:
     return model
 
 
+def not_finite(path: Path) -> BaseCheckpointError:
+    """Return the error for a base model whose outputs are NaN or Inf."""
+    return unusable(
+        path,
+        "its outputs are NaN or Inf: its weights are damaged, or were saved in a number format that they exceed",
+        "Download it again, or use a version of it in bfloat16 or float32",
+    )
+
+
 def _cannot_load(error: Exception) -> BaseCheckpointError:
     # transformers would advise to run the code in the model's repository.
     problem = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,7 +25,7 @@ from peft_core.modeling.activation_arena import ActivationArena
 from peft_core.modeling.batches import Document, Order, plan_order, tokenise
 from peft_core.modeling.device import device_memory_bytes
 from peft_core.modeling.fused_blocks import FusionStats, fuse
-from peft_core.modeling.load import load_planned, move
+from peft_core.modeling.load import load_planned, move, not_finite
 from peft_core.modeling.memory import peak_memory_bytes, return_freed_memory, seconds_alive, set_malloc_keep
 from peft_core.modeling.objective import Objective, probe_fast_paths
 from peft_core.modeling.threads import ThreadTuner
@@ -88,8 +89,10 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     # 3. Scores of the base model.
     sample = sample_for_training([example.document for example in data.held_out], config.seed)
     base_scores = _score_base(session, base, evaluator, key, threads, is_resumed=checkpoint is not None)
-    emit(HeldOutMeasured(step=0, loss=_loss_of_sample(sample, data.held_out, base_scores)))
     base_loss = mean_loss(base_scores.held_out)
+    if not math.isfinite(base_loss):
+        raise not_finite(task.request.base.path)
+    emit(HeldOutMeasured(step=0, loss=_loss_of_sample(sample, data.held_out, base_scores)))
     emit(HeldOutMeasured(step=0, loss=base_loss, whole_set=True))
 
     # 4. Training.

@@ -164,7 +164,10 @@ def test_llama_3_s_rotary_scaling_is_recovered_from_its_factors(tmp_path: Path) 
 
 def _with_factors(metadata: dict[str, tuple[int, Any]], factors: Any) -> bytes:
     named = {key.replace("__", "."): value for key, value in metadata.items()}
-    content = gguf_bytes(TOY | named, {**GGUF_SHAPES, "rope_freqs.weight": (len(factors),)})
+    heads_of_64 = {32: 256, 16: 128}
+    shapes = {name: tuple(heads_of_64.get(axis, axis) for axis in shape) for name, shape in GGUF_SHAPES.items()}
+    named["llama.embedding_length"] = (U32, 256)
+    content = gguf_bytes(TOY | named, {**shapes, "rope_freqs.weight": (len(factors),)})
     raw = struct.pack(f"<{len(factors)}f", *factors)
     return content[: -len(raw)] + raw
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
-from peft_core.modeling.tokenizer import BaseTokenizer, load_tokenizer
 from tokenizers import Tokenizer, models
 
 from peft_core.base_models.checkpoint_info import TensorInfo
 from peft_core.base_models.families import SPLIT_RULES
 from peft_core.base_models.gguf import DEQUANTISABLE, GGML_TYPES
 from peft_core.base_models.resolve import resolve
+from peft_core.base_models.tokenizer import BaseTokenizer, load_tokenizer
 from peft_core.config import Settings
 from peft_core.modeling import convert
 from peft_core.modeling.adapter_model import ResidentModel

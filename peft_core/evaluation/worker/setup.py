@@ -10,7 +10,7 @@ import structlog
 import torch
 from accelerate import Accelerator
 
-from peft_core.base_models.tokenizer import BaseTokenizer, load_tokenizer
+from peft_core.base_models.tokenizer import BaseTokenizer, load_tokenizer, require_rows
 from peft_core.data.dataset import PreparedDataset, read_examples
 from peft_core.data.leakage import TrainingFingerprint
 from peft_core.data.prepare import prepare
@@ -93,6 +93,7 @@ def prepare_data(session: Session, known: TrainingFingerprint | None = None) -> 
     with session.accelerator.main_process_first():  # the other processes then find everything done
         directory = ensure_hf_directory(task.request.base, task.base_models_dir, report)
         tokenizer = load_tokenizer(directory)
+        require_rows(tokenizer, task.request.base)
         dataset = prepare(
             task.request.dataset,
             directory=paths.dataset,

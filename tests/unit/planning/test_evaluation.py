@@ -92,7 +92,7 @@ def test_missing_evaluation_data_is_reported_with_the_tool_that_takes_it(tmp_pat
 
 
 def test_an_adapter_that_does_not_fit_is_rejected_with_the_reason(tmp_path: Path) -> None:
-    other = write_model(tmp_path / "other", shapes=model_shapes(layers=4))
+    other = write_model(tmp_path / "other", shapes=model_shapes(layers=4), num_hidden_layers=4)
     with pytest.raises(InvalidArgument, match="does not fit other"):
         planned(tmp_path, RECORDS, base=other)
 
