@@ -89,10 +89,8 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     # 3. Scores of the base model.
     sample = sample_for_training([example.document for example in data.held_out], config.seed)
     base_scores = _score_base(session, base, evaluator, key, threads, is_resumed=checkpoint is not None)
-    base_loss = mean_loss(base_scores.held_out)
-    if not math.isfinite(base_loss):
-        raise not_finite(task.request.base.path)
     emit(HeldOutMeasured(step=0, loss=_loss_of_sample(sample, data.held_out, base_scores)))
+    base_loss = mean_loss(base_scores.held_out)
     emit(HeldOutMeasured(step=0, loss=base_loss, whole_set=True))
 
     # 4. Training.
@@ -179,7 +177,11 @@ def _load_checkpoint(session: Session, key: str, order: Order) -> Checkpoint | N
 def _score_base(
     session: Session, base: BaseModel, evaluator: Evaluator, key: str, threads: ThreadTuner, *, is_resumed: bool
 ) -> Scores:
-    """Return the base model's scores, which a resumed run finds on disk."""
+    """Return the base model's scores, which a resumed run finds on disk.
+
+    Raises:
+        BaseCheckpointError: its outputs are NaN or Inf.
+    """
     path = session.paths.base_scores
     scores = load_scores(path, key, evaluator.held_out_examples) if is_resumed else None
     if scores is None:
@@ -187,6 +189,8 @@ def _score_base(
         threads.keep_up()
         # kill-point: worker: the base model is about to be evaluated
         scores = evaluator.score(base.objective, session.accelerator, session.stop, key=key)
+        if not math.isfinite(mean_loss(scores.held_out)):
+            raise not_finite(session.task.request.base.path)
         if session.accelerator.is_main_process:
             save_scores(path, scores)
     return scores
