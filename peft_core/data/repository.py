@@ -9,6 +9,7 @@ from peft_core.data.classification import NOTEBOOK
 from peft_core.data.examples import examples_from_file, keep_secrets
 from peft_core.data.exclusions import Exclusions
 from peft_core.data.minhash import MinHashIndex
+from peft_core.data.notebook import Notebook, read_notebook
 from peft_core.data.records import FORMATS
 from peft_core.data.selection import Selection
 from peft_core.data.sources import SourceFiles, walk_sources
@@ -21,6 +22,7 @@ from peft_core.data.split import (
     with_canonical_digests,
 )
 from peft_core.data.token_counter import BYTES_PER_TOKEN, EstimatedTokenCounter
+from peft_core.data.walk import File
 from peft_core.errors import DataError, InvalidArgument
 from peft_core.schemas.dataset import DatasetPurpose, DataSource, SourceKind, SourceSummary, describe_by_extension
 
@@ -28,8 +30,11 @@ from peft_core.schemas.dataset import DatasetPurpose, DataSource, SourceKind, So
 _PROBE_FILES = 300
 _PROBE_BYTES = 1_500_000
 _PROBE_MIN_BYTES = 400  # smaller files, such as an almost empty __init__.py, are looked at last
-# Share of a file that is code: the fenced blocks of Markdown, the code cells of a notebook.
-_CODE_SHARES = {"markdown": 0.2, NOTEBOOK.name: 0.1}
+_MARKDOWN_CODE_SHARE = 0.2  # share of a Markdown file that is fenced code
+# Notebooks that are read to see which share of them is code. The rest is outputs, of which some notebooks have a hundred times
+# as much as code, and others none.
+_SAMPLED_NOTEBOOKS = 20
+_SAMPLED_NOTEBOOK_BYTES = 20_000_000
 
 
 def summarise_repositories(
@@ -47,7 +52,8 @@ def summarise_repositories(
     if not found.files:
         raise _no_source_files(where, found.exclusions)
     _require_enough_code(found, where, max_length, purpose)
-    size = sum(file.size * _CODE_SHARES.get(file.language.name, 1.0) for file in found.files)
+    shares = {"markdown": _MARKDOWN_CODE_SHARE, NOTEBOOK.name: _code_share_of_notebooks(found.files)}
+    size = sum(file.size * shares.get(file.language.name, 1.0) for file in found.files)
     return SourceSummary(
         kind=SourceKind.REPOSITORY,
         path=repositories[0].path,
@@ -59,6 +65,20 @@ def summarise_repositories(
         left_out_by_extension=found.exclusions.by_extension,
         advice=found.exclusions.advice,
     )
+
+
+def _code_share_of_notebooks(files: Sequence[File]) -> float:
+    """Return which share of the bytes of the notebooks is code, from a sample."""
+    read = code = 0
+    notebooks = sorted((file for file in files if file.language is NOTEBOOK), key=lambda file: file.name)
+    for file in notebooks[:: 1 + len(notebooks) // _SAMPLED_NOTEBOOKS]:
+        if read and read + file.size > _SAMPLED_NOTEBOOK_BYTES:
+            break
+        notebook = read_notebook(file.path)
+        read += file.size
+        if isinstance(notebook, Notebook):
+            code += sum(len(line.encode()) for part in notebook.parts for line in part.lines)
+    return code / read if read else 0.0
 
 
 def _require_matches(selection: Selection, where: str) -> None:

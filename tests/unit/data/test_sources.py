@@ -311,6 +311,17 @@ def test_any_json_is_a_notebook_or_is_refused(value: Any) -> None:
         "".join(line for part in found.parts for line in part.lines).encode()
 
 
+def test_the_tokens_of_a_notebook_are_those_of_its_code_not_of_its_outputs(tmp_path: Path) -> None:
+    size = 0
+    for name in ("a", "b"):
+        code = [python(f"{name}{n}", 2) for n in range(20)]
+        size += sum(map(len, code))
+        text = json.loads(notebook(*code))
+        text["cells"][1]["outputs"] = [{"data": {"image/png": "A" * 500_000}}]
+        write(tmp_path, {f"{name}.ipynb": json.dumps(text)})
+    assert summarise_source(str(tmp_path)).estimated_tokens == pytest.approx(size / 3.3, rel=0.1)
+
+
 def test_a_secret_in_a_notebook_is_blanked(tmp_path: Path) -> None:
     key = "ghp_" + "a1B2c3D4e5F6g7H8i9J0k1L2m3N4o5P6q7R8"
     cells = [python(f"cell{n}") for n in range(4)]
