@@ -89,7 +89,7 @@ def _explanations(directory: Path, names: _Names) -> Iterator[Explanation]:
     if adapters := _adapters_below(directory, names.directories):
         shown = join_some([sanitize(name) for name in adapters], 8)
         last = sanitize(str(directory / adapters[-1]))
-        problem = f"{directory} is not an adapter itself. Directories in it are: {shown}."
+        problem = f"{directory} is not an adapter itself; these directories in it are: {shown}."
         yield Explanation("missing_file", problem, f"Give the path of one of them, such as {last}")
     if "config.json" in names.files and any(name.endswith((".safetensors", ".bin", ".gguf")) for name in names.files):
         problem = f"{directory} contains a whole model (config.json and weights), not an adapter."

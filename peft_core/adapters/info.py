@@ -94,7 +94,7 @@ def read_info(path: Path, *, trained_here: bool = True) -> AdapterInfo:
         target_modules=_target_modules(path, config),
         manifest=manifest if trained_here else None,  # a foreign manifest is up to 1 MB of untrusted text
         report_path=str(path / REPORT_NAME) if trained_here and (path / REPORT_NAME).is_file() else None,
-        next=_next(manifest, trained_here=trained_here),
+        next=f"{'It has the format of mlx-lm. ' if layout is MLX else ''}{_next(manifest, trained_here=trained_here)}",
     )
 
 

@@ -24,6 +24,12 @@ class Renaming:
     def __call__(self, name: str) -> str:
         return self.new + name.removeprefix(self.old) if name.startswith(self.old) else name
 
+    def extended_by(self, beginning: str, names: Collection[str]) -> Renaming:
+        """Return the same renaming with more of the names in both prefixes, if all of the names have it."""
+        if not all(name.startswith(self.old + beginning) for name in names):
+            return self
+        return Renaming(self.old + beginning, self.new + beginning, self.applies_to_all)
+
     def command(self, file: str) -> str:
         """Return a shell command that renames the tensors of a safetensors file in place.
 

@@ -31,6 +31,7 @@ _UNSUPPORTED = {
     "lora_bias": re.compile(r"\.lora_[AB]\.(?:[^.]+\.)?bias$", re.ASCII),
     "token_rows": re.compile(r"\.(?:token_adapter|trainable_tokens_)", re.ASCII),
 }
+_EMBEDDINGS = [[name] for name in EMBEDDING_MODULES]
 _DO_NOT_USE = f"Do not use this {WEIGHTS}"
 
 
@@ -87,6 +88,9 @@ def base_modules(base: Base) -> BaseModules:
     """
     shapes = read_checkpoint(base.path).shapes
     linear = linear_modules(shapes)
+    embedding = next((shapes[name] for name in shapes if name.split(".")[-2:-1] in _EMBEDDINGS), None)
+    if "lm_head" not in linear and embedding is not None and len(embedding) == 2:  # tied: computed with the embedding
+        linear["lm_head"] = (embedding[0], embedding[1])
     layers = frozenset(number for module in linear if (number := layer_of(module)) is not None)
     return BaseModules(base, shapes, linear, layers)
 
@@ -155,23 +159,24 @@ def _other_prefix(classified: _ClassifiedTensors, settings: LoraSettings | None,
     if paths.keys() <= known or classified.wrong_names.keys() - {"prefix_stripped", "adapter_name_in_keys"}:
         return None
     renaming = find_renaming(paths, known)
+    if renaming is not None and not renaming.new.startswith(prefix) and renaming.old:
+        renaming = renaming.extended_by(prefix, paths)
     if renaming is None or not all(part == "" or is_literal(part) for part in (renaming.old, renaming.new)):
         return None
     renamed = classified.renamed(renaming)
     if [*_wrong_sizes(renamed, modules, "")]:
         return None
     old_module, new_module = (part.removeprefix(prefix) for part in (renaming.old, renaming.new))
-    old, new = (f"'{part}'" if part else "without a prefix" for part in (renaming.old, renaming.new))
-    names = "begin" if renaming.applies_to_all else "mostly begin"
     stripped = renaming.old == ""
-    found = f"names {old}" if stripped else f"names that {names} with {old}"
+    begin = f"lack the prefix '{renaming.new}'" if stripped else f"begin with '{renaming.old}'"
+    end = "" if stripped else f" and must begin with '{renaming.new}'" if renaming.new else ", which is too much"
     fix = f"Run this in the adapter's directory: {renaming.command(classified.layout.weights)}"
     targets = settings.target_modules if settings is not None else None
     if old_module and any(target.startswith(old_module) for target in targets or ()):
         fix += f"; and replace '{old_module}' by '{new_module}' in {CONFIG}"
     return error(
         "prefix_stripped" if stripped and renaming.new == prefix else "other_prefix",
-        f"The adapter fits this base model, but its tensors have {found}; it must be {new}. PEFT would load none of them.",
+        f"The adapter fits this base model, but the names of its tensors {begin}{end}. PEFT would load none of them.",
         found=renaming.old,
         expected=renaming.new,
         where=min(paths),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -85,12 +86,14 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "an exclusion": {"target_modules": TARGETS, "exclude_modules": ["layers.0.mlp.up_proj", "k_proj"]},
     "an exclusion by an expression": {"target_modules": TARGETS, "exclude_modules": r".*layers\.0\..*"},
     "biases that the model lacks": {"bias": "all"},
+    "the head of a tied base": {"target_modules": ["q_proj", "lm_head"]},
     "EVA": {"init_lora_weights": "gaussian", "lora_dropout": 0.5},
     "orthogonal": {"init_lora_weights": "orthogonal"},
     "not initialised": {"init_lora_weights": False},
 }
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.parametrize("config", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
 def test_an_accepted_configuration_gives_the_logits_that_peft_gives(
     config: dict[str, Any], tmp_path: Path, base: Path, resident: ResidentModel
@@ -141,7 +144,7 @@ def test_random_patterns_give_the_scale_that_peft_computes(base: Path) -> None:
         assert settings is not None, reasons
         model = PeftModel(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **raw))
         for name, module in model.base_model.model.named_modules():
-            if hasattr(module, "scaling"):
+            if isinstance(module, LoraLayer):
                 rank = settings.rank_of(name)
                 assert rank == module.r["default"], (name, raw)
                 assert settings.scale_of(name, rank) == pytest.approx(module.scaling["default"]), (name, raw)
