@@ -68,7 +68,7 @@ class PEFTManager:
 
         Args:
             project_id: the project that the adapter belongs to.
-            training_data: a repository directory, a `.jsonl` file, a LanceDB table (`NAME.lance`), or records.
+            training_data: a repository directory, a file of records, a LanceDB table (`NAME.lance`), or records.
             config: `TrainingConfig` or its fields.
         """
         project_id, parsed = _project_id(project_id), parse_config(config)
@@ -213,7 +213,7 @@ class PEFTManager:
 
         Args:
             adapter_path: a directory, or a project id (its current adapter).
-            evaluation_data: a repository directory, a `.jsonl` file, or records. Text that the adapter was trained on is
+            evaluation_data: a repository directory, a file of records, or records. Text that the adapter was trained on is
                 left out, if recorded.
             base_model: omit to use the base model that the adapter was trained on, if it is on this machine.
             accept_unproven_base: evaluate although only the shapes fit (verdict 'shape_only').

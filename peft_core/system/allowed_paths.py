@@ -39,7 +39,7 @@ _HOME_PARENTS, _ROOT_HOME = (Path("/home"), Path("/Users")), Path("/root")
 _RAM_DISK = "/dev/shm"  # noqa: S108 -- projects may be there
 # Anywhere, such as in another user's home directory or in a backup.
 _NAMES = frozenset({".ssh", ".gnupg", ".aws", ".azure", ".kube", ".docker", ".password-store", ".mozilla", "keychains"})
-_ALLOWED = "the directory of one project, a .jsonl file, or a LanceDB table"
+_ALLOWED = "the directory of one project, a file of records, or a LanceDB table"
 
 
 def require_data_path(

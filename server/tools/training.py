@@ -25,10 +25,10 @@ WaitSeconds = Annotated[
 TrainingData = Annotated[
     str | list[dict[str, Any]],
     Field(
-        description="Absolute path of a repository directory (its code is read, secrets are left out), of a .jsonl file "
-        "or of a LanceDB table of code chunks (NAME.lance, columns content, language, file_path, ...); "
-        'or a list of records, all of one form: {"text"}, {"prompt", "completion"}, {"messages": [{"role", "content"}]}, '
-        'or code chunks {"content", "language", "file_path", ...}.'
+        description="Absolute path of a repository directory (its code is read, secrets are left out), of a file of "
+        "records (.jsonl, .json, .csv, .parquet; also a copied Claude Code or Codex session) or of a LanceDB table of code chunks "
+        '(NAME.lance); or a list of records, all of one form: {"text"}, {"prompt", "completion"}, {"messages": [{"role", '
+        '"content"}]}, {"instruction", "input", "output"} or {"content", "language", "file_path"}.'
     ),
 ]
 DEFAULTS = TrainingConfig()

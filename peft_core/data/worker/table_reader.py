@@ -149,7 +149,7 @@ def _require_columns(table: Path, columns: list[str]) -> None:
             f"{table} lacks {' and '.join(f'the column {name!r}' for name in missing)}; it has "
             f"{', '.join(columns[:30]) or 'none'}. "
             f"A table of code chunks has {' and '.join(REQUIRED)}, and may have {', '.join(OPTIONAL)} "
-            "(README, 'What is trained on').",
+            "(docs/training-data.md, 'LanceDB tables').",
             code="missing_columns",
             suggestions=(
                 f"Rename the column that holds the code to {REQUIRED[0]!r}, and name its language in {REQUIRED[1]!r}",

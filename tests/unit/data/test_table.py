@@ -92,7 +92,9 @@ def test_optional_columns_may_be_missing_or_null(tmp_path: Path):
 
 def test_the_error_for_missing_columns_lists_the_existing_ones(tmp_path: Path):
     rows = [{"text": row["content"], "language": "python"} for row in CHUNKS]
-    with pytest.raises(DataError, match=r"lacks the column 'content'; it has text, language\..*README") as caught:
+    with pytest.raises(
+        DataError, match=r"lacks the column 'content'; it has text, language\..*training-data"
+    ) as caught:
         summarise(write(tmp_path / "other.lance", rows))
     assert caught.value.code == "missing_columns"
 
