@@ -26,9 +26,9 @@ TrainingData = Annotated[
     str | list[dict[str, Any]],
     Field(
         description="Absolute path of a repository directory (its code is read, secrets are left out), of a file of "
-        "records (.jsonl, .json, .csv, .parquet; also a copied session of Claude Code or Codex) or of a LanceDB table of code "
-        'chunks (NAME.lance); or a list of records, all of one form: {"text"}, {"prompt", "completion"}, {"messages": [{"role", '
-        '"content"}]}, {"instruction", "input", "output"} or {"content", "language", "file_path"}.'
+        "records (.jsonl, .json, .csv, .parquet; also a copied session of Claude Code or Codex) or of a LanceDB table of "
+        'code chunks (NAME.lance); or a list of records of one form: {"text"}, {"prompt", "completion"}, {"messages": '
+        '[{"role", "content"}]}, {"instruction", "input", "output"} or {"content", "language", "file_path"}.'
     ),
 ]
 DEFAULTS = TrainingConfig()

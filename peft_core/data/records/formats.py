@@ -109,9 +109,8 @@ class Record:
     @property
     def content(self) -> str:
         """All text of the record, each on lines of its own: what is searched for secrets."""
-        if self.texts:
+        if self.conversation is None:
             return "\n".join(text for text, _ in self.texts)
-        assert self.conversation is not None  # noqa: S101 - a record has one of the views
         return "\n".join([*_leaves(self.conversation.messages), *_leaves(self.conversation.tools)])
 
 
@@ -121,7 +120,8 @@ def _leaves(value: object, key: str = "") -> Iterator[str]:
         yield f'{key}: "{value}"' if key else value
     elif isinstance(value, Mapping):
         for name, each in value.items():
-            yield from _leaves(each, "" if name in ("content", "role", "reasoning_content") else str(name))
+            if name != "role":
+                yield from _leaves(each, "" if name in ("content", "reasoning_content") else str(name))
     elif isinstance(value, Iterable):
         for each in value:
             yield from _leaves(each, key)
