@@ -159,15 +159,18 @@ def format_inspection(report: TrainingDataReport) -> CallToolResult:
         ),
         f"\n{report.next}",
     ]
-    omit = {"samples", "left_out"} | ({"held_out_files"} if all_named else set())
+    omit = {"samples", "left_out", "left_out_by_extension", "advice"} | ({"held_out_files"} if all_named else set())
     return tool_result(report, "\n".join(lines), omit=frozenset(omit))
 
 
-def format_status(status: TrainingStatus, picture: bytes | None = None) -> CallToolResult:
-    """Show the state of a job. `picture` is the loss curve as PNG, added after the text."""
+def format_status(status: TrainingStatus, picture: bytes | None = None, *, is_new: bool = False) -> CallToolResult:
+    """Show the state of a job. `picture` is the loss curve as PNG, added after the text.
+
+    `is_new`: whether this answers the request of the job, so that the data are described however far it has come.
+    """
     status = for_client(status)
     parts = [f"{status.project_id}: {headline(status)}."]
-    if status.training_data and not status.status.is_final and status.step == 0:
+    if status.training_data and (is_new or (not status.status.is_final and status.step == 0)):
         purpose = "Training data" if status.kind == "training" else "Evaluation data"
         parts.append(f"{purpose}: {status.training_data}. Base model: {status.base_model} on {status.device}.")
         if status.estimate:
@@ -176,7 +179,7 @@ def format_status(status: TrainingStatus, picture: bytes | None = None) -> CallT
         parts.append(evaluation_text(status.evaluation))
         if status.report_path:
             parts.append(f"Report: {status.report_path}.")
-    result = tool_result(status, " ".join([*parts, status.next]))
+    result = tool_result(status, " ".join([*parts, status.next]), omit=frozenset({"left_out_by_extension"}))
     if picture is not None:
         image = ImageContent(type="image", data=b64encode(picture).decode(), mime_type="image/png")
         result.content.append(image)

@@ -47,7 +47,7 @@ _BINARY_EXTENSIONS = frozenset(
     "pyd pyz wasm node woff woff2 ttf otf eot mp3 mp4 m4a m4v mov avi mkv wav ogg oga flac aac webm sqlite sqlite3 db "
     "db3 mdb bin dat npy npz pt pth ckpt onnx tflite pb gguf ggml safetensors parquet arrow feather orc avro pickle "
     "joblib h5 hdf5 nc mat rds rdata rda sav dta doc docx xls xlsx xlsm ppt pptx odt ods odp epub psd ai sketch fig "
-    "xcf blend fbx glb 3ds max pcap pcapng swf fla pdb ilk exp pch gch suo mo qm ser dex beam hi ko elc rom nes gba "
+    "xcf blend fbx glb 3ds max pcap pcapng swf fla pdb ilk exp pch gch suo qm ser dex beam hi ko elc rom nes gba "
     "sfc uasset umap pak".split()
 )
 # Values, configuration, markup of data, prose, and output of programs: mostly lists of values, and secrets are among them.
@@ -59,12 +59,12 @@ _NO_CODE_EXTENSIONS = frozenset(
     "storyboard xib xcscheme xcworkspacedata entitlements iml classpath project prefs editorconfig env unity prefab "
     "asset meta anim controller tscn tres import godot uid mtl dae gltf stl ply off dxf step stp iges igs gcode "
     "kicad_pcb kicad_sch kicad_sym kicad_mod brd graphml gexf net kml gpx fasta fa fastq fq gff gff3 gtf vcd sdf mol "
-    "mol2 xyz cif bib bst ris nfo pgn sgf mps inp nb golden mod txt text rst adoc asciidoc org tex ltx rtf textile "
+    "mol2 xyz cif bib bst ris nfo pgn sgf mps inp nb golden txt text rst adoc asciidoc org tex ltx rtf textile "
     "wiki mediawiki creole pod texi texinfo info me 1 2 3 4 5 6 7 8 9".split()
 )
 _PROSE_NAMES = frozenset(
     "readme license licence copying copyright notice authors contributors changelog changes history news todo install version "
-    "codeowners maintainers thanks credits patents owners unlicense".split()
+    "go.mod go.work codeowners maintainers thanks credits patents owners unlicense".split()
 )
 # A template is in the language that is named before these: `config.h.in`, `main.tf.tmpl`.
 _TEMPLATE_EXTENSIONS = frozenset("in tmpl tpl template mako epp dist sample example".split())
@@ -93,10 +93,12 @@ def classify(name: str) -> Language | ExclusionReason | None:
 def _classify_unlisted(lowered: str) -> Language | ExclusionReason | None:
     """Classify a file whose name is not in the table of languages."""
     stem, _, extension = lowered.rpartition(".")
-    if not stem:  # `README`, `.gitignore`, or a name that says nothing
+    if lowered in _PROSE_NAMES:
+        return ExclusionReason.NO_CODE
+    if not stem:  # `.gitignore`, or a name that says nothing
         if lowered in _DOT_FILES:
             return language_named("shell")
-        return ExclusionReason.NO_CODE if extension in _PROSE_NAMES or lowered.startswith(".") else None
+        return ExclusionReason.NO_CODE if lowered.startswith(".") else None
     if extension in _TEMPLATE_EXTENSIONS and "." in stem:
         return classify(stem)
     if f".{extension}" in NOTEBOOK.extensions:

@@ -18,7 +18,7 @@ _NEVER_BY_HAND = re.compile(
     re.IGNORECASE,
 )
 OTHER = "other"
-NO_EXTENSION = "no extension"
+NO_EXTENSION = "without extension"
 DIRECTORY = "directory"
 
 

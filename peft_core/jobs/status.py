@@ -76,19 +76,19 @@ def _describe_training_data(job: Job) -> str:
     source = job.request.found
     paths = [source.path, *(other.path for other in source.more_sources)]
     place = f" in {', '.join(map(str, paths))}" if source.path else ""
-    if source.examples is not None:
-        unused = f". {source.unused_in_words.rstrip('.')}" if source.unused_in_words else ""
-        return f"{source.examples} records{place}, about {source.estimated_tokens} tokens{unused}"
     by_count = sorted(source.languages.items(), key=lambda language: -language[1])
     languages = ", ".join(f"{count} {name}" for name, count in by_count)
-    not_read = describe_by_extension(source.left_out_by_extension)
-    return ". ".join(
-        [
-            f"{source.files} files{place} ({languages}), about {source.estimated_tokens} tokens",
-            *([f"Not read: {not_read}"] if not_read else []),
-            *source.advice,
-        ]
+    what = (
+        f"{source.files} files{place} ({languages})" if source.examples is None else f"{source.examples} records{place}"
     )
+    not_read = describe_by_extension(source.left_out_by_extension)
+    sentences = [
+        f"{what}, about {source.estimated_tokens} tokens",
+        f"Not read: {not_read}" if not_read else "",
+        *source.advice,
+        source.unused_in_words.rstrip("."),
+    ]
+    return ". ".join(filter(None, sentences))
 
 
 def _report_path(directory: str | Path | None) -> str | None:

@@ -49,7 +49,7 @@ async def train_adapter(
     status = await manager.train_adapter(project_id, training_data, config)
     if wait_s:
         status = await stream_progress(ctx, manager.watch_training(project_id, status.job_id, timeout_s=wait_s))
-    return format_status(status)
+    return format_status(status, is_new=True)
 
 
 async def inspect_training_data(
@@ -90,7 +90,7 @@ async def evaluate_adapter(
     if wait_s:
         statuses = manager.watch_training(status.project_id, status.job_id, timeout_s=wait_s)
         status = await stream_progress(ctx, statuses)
-    return format_status(status)
+    return format_status(status, is_new=True)
 
 
 async def get_training_status(

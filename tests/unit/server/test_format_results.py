@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from mcp.types import TextContent
 
+from peft_core.jobs.status import status_of
 from peft_core.schemas.results import TrainingDataReport
-from server.format_results import format_inspection
-from tests.factories import make_job
+from server.format_results import format_inspection, format_status
+from tests.factories import make_job, make_request, make_source
 
 
 def report_of(held_out: list[str]) -> TrainingDataReport:
@@ -43,3 +45,26 @@ def test_every_held_out_file_is_named_in_the_text_or_the_data(count: int) -> Non
     assert "left_out" not in shown
     assert shown.get("held_out_files") == (names if count > 5 else None)
     assert all(name in text + data for name in names)
+
+
+NOT_READ = {"no_code": {".json": 30}, "lfs_pointer": {".sql": 20, ".js": 4}}
+ADVICE = "24 files are Git LFS pointers without their contents (a.sql): run `git lfs pull`"
+
+
+def test_the_answer_of_a_new_job_names_what_is_not_read_however_far_the_job_has_come() -> None:
+    source = make_source().model_copy(update={"left_out_by_extension": NOT_READ, "advice": (ADVICE,)})
+    job = make_job(request=make_request(found=source))
+    status = status_of(job, None, Path("none")).model_copy(update={"step": 7})
+    text = format_status(status, is_new=True).content[0]
+    assert isinstance(text, TextContent)
+    assert "Not read: 30 .json (no code); 20 .sql, 4 .js (lfs pointer)." in text.text
+    assert ADVICE in text.text
+    assert status.left_out_by_extension == NOT_READ
+
+
+def test_an_inspection_names_what_is_not_read() -> None:
+    report = report_of([]).model_copy(update={"left_out_by_extension": NOT_READ, "advice": [ADVICE]})
+    text = format_inspection(report).content[0]
+    assert isinstance(text, TextContent)
+    assert "Files not read: 30 .json (no code); 20 .sql, 4 .js (lfs pointer)." in text.text
+    assert f"{ADVICE}." in text.text
