@@ -106,7 +106,7 @@ def _weights_in_another_form(files: Sequence[str]) -> Iterator[Explanation]:
     shards = [name for name in files if _SHARD.fullmatch(name)]
     if shards:
         problem = f"The adapter's weights are in {len(shards)} shards; PEFT and this program read a single {WEIGHTS}."
-        yield Explanation("sharded", problem, f"Run this in the adapter's directory: {_JOIN_SHARDS}", shards[0])
+        yield Explanation("sharded", problem, f"Run `{_JOIN_SHARDS}` in its directory", shards[0])
     checkpoints = [name for name in files if _MLX_CHECKPOINT.fullmatch(name)]
     if checkpoints:
         problem = f"{MLX.weights} is missing; there are only checkpoints of mlx-lm: {join_some(checkpoints)}."
@@ -148,9 +148,9 @@ def _unpickle(name: str) -> str:
     if not _SAFE_NAME.fullmatch(name):
         return f"Save the adapter again as {WEIGHTS}"
     return (
-        'If you trust its author, run this in its directory: python -c "import torch, safetensors.torch as s; '
+        'If you trust its author, run in its directory: `python -c "import torch, safetensors.torch as s; '
         f"t=torch.load('{name}', map_location='cpu', weights_only=True); "
-        f"s.save_file({{k: v.clone() for k, v in t.items()}}, '{WEIGHTS}')\""
+        f"s.save_file({{k: v.clone() for k, v in t.items()}}, '{WEIGHTS}')\"`"
     )
 
 

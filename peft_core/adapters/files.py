@@ -132,7 +132,7 @@ def _parse_config(raw: bytes, path: Path) -> dict[str, Any]:
         return result
 
     try:
-        config = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_names)
+        config = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique_names)
     except (ValueError, RecursionError) as problem:
         raise HeaderError(path, "is not JSON") from problem
     if not isinstance(config, dict):
@@ -154,4 +154,7 @@ def _unreadable(problem: HeaderError, name: str) -> Reason:
     if problem.code == "git_lfs_pointer":
         fix = "Download the file itself with `git lfs pull`"
         return error("git_lfs_pointer", problem.message, where=name, fix=fix)
-    return error("bad_file", problem.message, where=name, fix="Download the adapter again, or train it again")
+    fix = "Download the adapter again, or train it again"
+    if "symbolic link" in problem.message:
+        fix = "Give a directory with the files themselves: `cp -rL` copies one and replaces links by files"
+    return error("bad_file", problem.message, where=name, fix=fix)

@@ -11,6 +11,7 @@ from typing import Any
 
 from peft_core.adapters.config_check import MAX_ALPHA, MAX_RANK, LoraSettings, is_alpha, is_rank, short_repr
 from peft_core.adapters.findings import error, warning
+from peft_core.adapters.layout import MLX, PEFT
 from peft_core.adapters.manifest import CONFIG
 from peft_core.errors import sanitize
 from peft_core.schemas.results import Reason
@@ -23,7 +24,11 @@ def check_mlx_settings(config: Mapping[str, Any]) -> tuple[LoraSettings | None, 
     parameters = config.get("lora_parameters")
     errors = [*_wrong_method(config)]
     if not isinstance(parameters, dict):
-        errors.append(_invalid("lora_parameters", parameters, "a mapping with rank and scale, as mlx-lm writes it"))
+        expected = "a mapping with rank and scale, as mlx-lm writes it"
+        fix = f"Correct {CONFIG}"
+        if config.get("peft_type") is not None:
+            fix = f"{CONFIG} is PEFT's: if PEFT wrote the weights too, rename {MLX.weights} to {PEFT.weights}"
+        errors.append(_invalid("lora_parameters", parameters, expected, fix=fix))
     elif not errors:
         errors += _invalid_parameters(parameters)
     if errors or not isinstance(parameters, dict):

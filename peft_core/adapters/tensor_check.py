@@ -170,7 +170,7 @@ def _other_prefix(classified: _ClassifiedTensors, settings: LoraSettings | None,
     stripped = renaming.old == ""
     begin = f"lack the prefix '{renaming.new}'" if stripped else f"begin with '{renaming.old}'"
     end = "" if stripped else f" and must begin with '{renaming.new}'" if renaming.new else ", which is too much"
-    fix = f"Run this in the adapter's directory: {renaming.command(classified.layout.weights)}"
+    fix = f"Run `{renaming.command(classified.layout.weights)}` in its directory"
     targets = settings.target_modules if settings is not None else None
     if old_module and any(target.startswith(old_module) for target in targets or ()):
         fix += f"; and replace '{old_module}' by '{new_module}' in {CONFIG}"
@@ -207,7 +207,7 @@ def _error_code(name: str, tensor: TensorInfo, modules: BaseModules | None, layo
 _WRONG_NAMES = {
     "prefix_stripped": (
         f"These tensors lack the prefix '{PEFT.prefix}', so PEFT would load none of them",
-        f"Run this in the adapter's directory: {Renaming('', PEFT.prefix, applies_to_all=True).command(WEIGHTS)}",
+        f"Run `{Renaming('', PEFT.prefix, applies_to_all=True).command(WEIGHTS)}` in its directory",
     ),
     "adapter_name_in_keys": (
         "The names of these tensors contain the adapter's name, so PEFT would load none of them",
@@ -328,6 +328,13 @@ def _undecided_settings(classified: _ClassifiedTensors, settings: LoraSettings) 
         )
         fix = "Replace each expression by the names that it matches, such as 'self_attn.q_proj' or a full name"
         yield error("targets_not_literal", message, where="alpha_pattern", fix=fix)
+    if experts := sorted(filter(_is_expert, classified.modules)):
+        yield warning(
+            "experts",
+            f"The adapter has weights for {len(experts)} modules of single experts, such as {sanitize(experts[0])}. Where "
+            "transformers computes all experts together, loading it fails.",
+            fix="Load it to find out, or train it again without experts as targets",
+        )
     if settings.ties_head and "lm_head" in {module.rpartition(".")[2] for module in classified.modules}:
         message = f"{CONFIG}: with ensure_weight_tying, the adapter of lm_head changes the embedding as well."
         fix = "Train it again without lm_head as a target"

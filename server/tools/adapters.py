@@ -16,7 +16,8 @@ from server.format_results import format_adapter_info, format_adapters, format_d
 from server.tools import make_tool
 
 AdapterPath = Annotated[
-    str, Field(description="Absolute path of an adapter directory, or a project id (its current adapter).")
+    str,
+    Field(description="Absolute path of an adapter directory, a project id (its current adapter) or a cached hub id."),
 ]
 
 

@@ -139,6 +139,24 @@ def test_targets_that_match_fused_experts_need_no_weights(tmp_path: Path) -> Non
     moe = resolve(str(write_model(tmp_path / "base", shapes=SHAPES | experts, model_type="mixtral")), Settings())
     adapter = write_adapter(tmp_path / "adapter", targets=["q_proj", "down_proj"])
     assert found(verify(adapter, moe)) == []
+    adapted = write_adapter(tmp_path / "adapted", targets=["down_proj"])
+    single = adapter_shapes(["down_proj"], shapes=SHAPES | experts)
+    (adapted / WEIGHTS).write_bytes(safetensors_bytes(single, fill=1))
+    assert (found(verify(adapted, moe)), found(verify(adapted, moe), "warning")) == ([], ["experts"])
+
+
+def test_a_byte_order_mark_before_the_configuration_is_skipped(tmp_path: Path, base: Base) -> None:
+    adapter = write_adapter(tmp_path)
+    (adapter / CONFIG).write_text((adapter / CONFIG).read_text(), encoding="utf-8-sig")
+    assert found(verify(adapter, base)) == []
+
+
+def test_a_linked_file_is_told_how_to_copy(tmp_path: Path, base: Base) -> None:
+    adapter = write_adapter(tmp_path / "adapter")
+    (adapter / WEIGHTS).rename(tmp_path / "elsewhere")
+    (adapter / WEIGHTS).symlink_to(tmp_path / "elsewhere")
+    (reason,) = [r for r in verify(adapter, base).reasons if r.code == "bad_file"]
+    assert "cp -rL" in (reason.fix or "")
 
 
 def test_dora_is_one_reason(tmp_path: Path, base: Base) -> None:
@@ -223,7 +241,7 @@ def test_the_command_for_shards_joins_them(tmp_path: Path, base: Base) -> None:
         part = {name: adapter_shapes()[name] for name in names[number::2]}
         (adapter / f"adapter_model-0000{number + 1}-of-00002.safetensors").write_bytes(safetensors_bytes(part, fill=1))
     (adapter / WEIGHTS).unlink()
-    arguments = shlex.split((only_error(adapter, base).fix or "").partition(": ")[2])
+    arguments = shlex.split((only_error(adapter, base).fix or "").split("`")[1])
     subprocess.run([sys.executable, *arguments[1:]], cwd=adapter, check=True)
     assert found(verify(adapter, base, scan_weights=True)) == []
 
@@ -331,8 +349,7 @@ def test_another_prefix_is_one_reason_with_a_command_that_repairs_it(
 def test_the_command_of_the_fix_renames_the_tensors(tmp_path: Path, base: Base) -> None:
     adapter = rename(write_adapter(tmp_path), lambda name: name.replace("model.layers", "model.language_model.layers"))
     (reason,) = [r for r in verify(adapter, base).reasons if r.severity == "error"]
-    command = (reason.fix or "").partition(": ")[2]
-    arguments = shlex.split(command)
+    arguments = shlex.split((reason.fix or "").split("`")[1])
     subprocess.run([sys.executable, *arguments[1:]], cwd=adapter, check=True)
     assert found(verify(adapter, base, scan_weights=True)) == []
 
@@ -409,6 +426,21 @@ def test_an_mlx_adapter_fits(dtype: str, tmp_path: Path, base: Base) -> None:
     assert settings is not None
     assert settings.scale_of("any", settings.rank) == 20.0
     assert "mlx-community/tiny-4bit" in result.reasons[-1].message
+
+
+@pytest.mark.parametrize(("fill", "code"), [(0xFF, "not_finite"), (0, "b_all_zero")])
+def test_the_values_of_an_mlx_adapter_are_scanned(fill: int, code: str, tmp_path: Path, base: Base) -> None:
+    adapter = write_mlx(tmp_path)
+    shapes = {name: tensor.shape for name, tensor in (read_adapter(adapter).tensors or {}).items()}
+    (adapter / MLX_WEIGHTS).write_bytes(safetensors_bytes(shapes, fill=fill))
+    assert found(verify(adapter, base, scan_weights=True)) == [code]
+
+
+def test_a_configuration_of_peft_beside_the_file_of_mlx_is_told(tmp_path: Path, base: Base) -> None:
+    adapter = write_adapter(tmp_path)
+    (adapter / WEIGHTS).rename(adapter / MLX_WEIGHTS)
+    reason = next(r for r in verify(adapter, base).reasons if r.where == "lora_parameters")
+    assert f"rename {MLX_WEIGHTS} to {WEIGHTS}" in (reason.fix or "")
 
 
 MLX_CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
