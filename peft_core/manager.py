@@ -267,9 +267,9 @@ class PEFTManager:
 
         Args:
             adapter_path: a directory, or a project id (its current adapter).
-            to: 'gguf-lora' or 'merged'.
+            to: 'gguf-lora', 'merged', 'vllm', 'mlx' or 'hub'.
             output_path: the directory to create; omit to use `projects/ID/exports/ADAPTER/` in the data directory.
-            format: number format.
+            format: number format of 'gguf-lora' and 'merged'; 'huggingface' for a merged model directory.
             base_model: omit to use the base model that the adapter was trained on, if it is on this machine.
             overwrite: replace an earlier export.
             on_progress: awaited with (done, total, message).

@@ -22,8 +22,11 @@ class _Formats:
 FORMATS: dict[str, _Formats] = {
     "gguf-lora": _Formats(("f32", "f16"), "f32"),
     "merged": _Formats(
-        ("f16", "bf16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"), "f16 (q8_0 above 3B parameters)"
+        ("f16", "bf16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "huggingface"), "f16 (q8_0 above 3B parameters)"
     ),
+    "vllm": _Formats(("f32",), "f32"),
+    "mlx": _Formats(("f32",), "f32"),
+    "hub": _Formats(("as trained",), "as trained"),
 }
 _KEEP_MORE = (
     "Or use to='gguf-lora' beside the quantised base model, which keeps more of what was learned: of the gain of a 135M model, "
@@ -57,7 +60,7 @@ def parse_format(to: ExportTarget, requested: str | None, shape: ModelShape) -> 
             return "f16" if shape.parameters <= SMALL_BASE_PARAMETERS else "q8_0"
         return formats.default
     name = requested.strip().lower().replace("-", "_")
-    name = {"bfloat16": "bf16", "float16": "f16"}.get(name, name)
+    name = {"hf": "huggingface", "bfloat16": "bf16", "float16": "f16"}.get(name, name)
     if name in formats.allowed:
         return name
     if to == "merged" and name.startswith(_K_QUANTS):

@@ -21,7 +21,7 @@ async def export_adapter(
     adapter_path: AdapterPath,
     to: Annotated[
         ExportTarget,
-        Field(description="gguf-lora: LoRA file for llama.cpp. merged: whole model in GGUF."),
+        Field(description="gguf-lora: LoRA file for llama.cpp. merged: whole model. vllm, mlx, hub: directory for it."),
     ],
     *,
     ctx: Context[PEFTManager, Any],
@@ -30,12 +30,14 @@ async def export_adapter(
     ] = None,
     format: Annotated[  # noqa: A002 -- the argument's name for users
         str | None,
-        Field(description="gguf-lora: f32, f16. merged: f16, bf16, f32, q8_0, ... Omit to use the default."),
+        Field(
+            description="gguf-lora: f32, f16. merged: f16, bf16, f32, q8_0, huggingface, ... Omit to use the default."
+        ),
     ] = None,
     base_model: BaseRef = None,
     overwrite: Annotated[bool, Field(description="Replace an earlier export.")] = False,
 ) -> Annotated[CallToolResult, ExportReport]:
-    """Write an adapter in the form another runtime takes (llama.cpp, Ollama, LM Studio), load the written
+    """Write an adapter in the form another runtime takes (llama.cpp, Ollama, LM Studio, vLLM, MLX, the Hub), load the written
     file there and compare it with PEFT: an export that computes something else is refused. Takes a minute or more; streams
     progress. Returns files, figures and how to use them.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from peft_core.base_models.gguf import read_gguf_header
 from peft_core.base_models.resolve import resolve
@@ -16,9 +19,10 @@ from peft_core.config import Settings
 from peft_core.errors import ExportError
 from peft_core.export.request import ExportRequest
 from peft_core.export.worker import gguf_lora, run
+from peft_core.export.worker.hf_gguf import write_hf_gguf
 from peft_core.schemas.export import ExportReport
 from tests.factories import record_base
-from tests.tiny_models import tiny_model, write_tiny_base
+from tests.tiny_models import TEMPLATE, tiny_model, write_tiny_base
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -40,12 +44,36 @@ def write_adapter(directory: Path, base: Path, architecture: str, **config: Any)
     return record_base(directory, resolve(str(base), Settings()))
 
 
+def write_byte_level_tokenizer(directory: Path) -> None:
+    """Replace the tokenizer by one that llama.cpp has, too: GPT-2's, with the same number of tokens."""
+    tokens = [
+        "<|endoftext|>",
+        "<begin>",
+        "<unk>",
+        *map(chr, range(33, 126)),
+        "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}",
+    ]
+    tokens += ["\N{LATIN CAPITAL LETTER C WITH DOT ABOVE}", "de"]
+    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, [("d", "e")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(tokens[:3])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"eos_token": tokens[0], "bos_token": tokens[0], "unk_token": tokens[0], "chat_template": TEMPLATE}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
 @pytest.fixture
 def make(tmp_path: Path) -> Any:
     """Return a function that exports an adapter of a tiny model."""
 
-    def export(architecture: str, to: str, form: str, **config: Any) -> ExportReport:
+    def export(
+        architecture: str, to: str, form: str, *, base_format: str = "huggingface", **config: Any
+    ) -> ExportReport:
         base = write_tiny_base(tmp_path / "base", architecture)
+        write_byte_level_tokenizer(base)
+        if base_format == "gguf":
+            write_hf_gguf(resolve(str(base), Settings()), None, tmp_path / "base.gguf", "f32")
+            base = tmp_path / "base.gguf"
         adapter = write_adapter(tmp_path / "adapter", base, architecture, **config)
         request = ExportRequest(
             adapter_path=adapter,
@@ -110,3 +138,62 @@ def test_a_file_that_computes_something_else_is_refused_and_deleted(
     assert refused.value.code == "export_not_equal"
     assert refused.value.details["effect_error"] > 0.1
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("architecture", "base_format", "form", "difference"),
+    [
+        ("llama", "huggingface", "f16", 0.01),
+        ("qwen3", "huggingface", "f32", 0.003),
+        ("llama", "gguf", "f32", 0.003),
+        ("llama", "gguf", "q8_0", 0.2),
+    ],
+)
+def test_a_merged_file_computes_in_llama_cpp_what_peft_computes(
+    make: Any, architecture: str, base_format: str, form: str, difference: float
+) -> None:
+    report = make(architecture, "merged", form, base_format=base_format, use_rslora=True)
+    verified = report.verification
+    assert verified.status == "verified"
+    assert verified.mean_difference < difference
+    assert verified.kept == pytest.approx(1, abs=0.1)
+    header = read_gguf_header(Path(report.files[0].path), arrays=["tokenizer.ggml.tokens"])
+    assert header.metadata["tokenizer.ggml.pre"] == "gpt-2"
+    assert len(header.metadata["tokenizer.ggml.tokens"]) == 99
+    assert header.text("tokenizer.chat_template") == TEMPLATE
+
+
+@pytest.mark.parametrize("to", ["vllm", "mlx", "hub", "merged"])
+def test_a_directory_computes_in_peft_what_the_adapter_computes(make: Any, to: str, tmp_path: Path) -> None:
+    both = {"use_rslora": True, **SETTINGS["patterns"]}
+    report = make("llama", to, "huggingface" if to == "merged" else "f32", **both)
+    assert report.verification.status == "verified"
+    assert report.verification.mean_difference < 1e-4
+    assert report.verification.effect > 0.3
+    for file in Path(report.directory).iterdir():
+        assert str(tmp_path) not in file.read_bytes().decode("latin-1"), file
+
+
+def test_a_normalised_directory_needs_none_of_the_settings_that_servers_ignore(make: Any) -> None:
+    report = make("llama", "vllm", "f32", use_rslora=True, **SETTINGS["patterns"])
+    config = json.loads((Path(report.directory) / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 6
+    assert isinstance(config["lora_alpha"], int)
+    assert not any(config[name] for name in ("use_rslora", "rank_pattern", "alpha_pattern"))
+    assert sorted(config["target_modules"]) == sorted(LINEAR)
+    tensors = load_file(Path(report.directory) / "adapter_model.safetensors")
+    assert {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name} == {6}
+    assert any("--max-lora-rank 8" in line for line in report.usage)
+
+
+def test_an_adapter_for_mlx_has_its_matrices_transposed(make: Any) -> None:
+    report = make("llama", "mlx", "f32")
+    tensors = load_file(Path(report.directory) / "adapters.safetensors")
+    assert tensors["model.layers.1.mlp.down_proj.lora_a"].shape == (48, 4)
+    assert tensors["model.layers.1.mlp.down_proj.lora_b"].shape == (4, 32)
+    config = json.loads((Path(report.directory) / "adapter_config.json").read_text())
+    assert config["num_layers"] == 2
+    assert config["lora_parameters"]["scale"] == 1.0
+    assert config["lora_parameters"]["keys"] == sorted(
+        f"{'mlp' if name in ('gate_proj', 'up_proj', 'down_proj') else 'self_attn'}.{name}" for name in LINEAR
+    )

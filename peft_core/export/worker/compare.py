@@ -82,10 +82,12 @@ def _documents(
     return tuple(sorted(tokenised, key=len, reverse=True)[:DOCUMENTS])
 
 
-def reference(model: ResidentModel, adapter: str, text: HeldOutText) -> Reference:
-    """Compute the log-probabilities with and without the adapter that is registered as `adapter`."""
+def reference(model: ResidentModel, adapter: str | None, text: HeldOutText) -> Reference:
+    """Compute the log-probabilities with and without the adapter that is registered as `adapter`; None: there is none."""
     model.select(None)
     without = tuple(_log_probs(model, document) for document in text.documents)
+    if adapter is None:
+        return Reference(without, without)
     model.select(adapter)
     return Reference(tuple(_log_probs(model, document) for document in text.documents), without)
 

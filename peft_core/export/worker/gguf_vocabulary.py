@@ -49,13 +49,15 @@ def read_vocabulary(base: Base) -> dict[str, Value] | None:
         if not 0 <= number < len(tokens):
             return None
         tokens[number], types[number] = text, kind
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or ()]
+    if not merges:
+        return None
     values: dict[str, Value] = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": rule,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": merges or [" ".join(tokens[:2])],
+        "tokenizer.ggml.merges": merges,
         "tokenizer.ggml.add_bos_token": bool(config.get("add_bos_token")),
     }
     for key in ("bos", "eos", "unk", "pad"):

@@ -60,6 +60,7 @@ def write_hf_gguf(base: Base, lora: Lora | None, path: Path, kind: str) -> None:
                 f"The tokenizer of {base.name} cannot be written as GGUF by peft-mcp.",
                 code="export_unsupported",
                 suggestions=[
+                    "Export with format='huggingface', then run `convert_hf_to_gguf.py DIRECTORY` of llama.cpp",
                     "Or use to='gguf-lora'",
                 ],
             )
@@ -97,7 +98,7 @@ def _blocks(base: Base, lora: Lora | None, path: Path, info: TensorInfo, target:
     order = permuted(np.arange(rows), module, base, layout)
     is_permuted = bool((order != np.arange(rows)).any())
     for first, last in [(0, rows)] if is_permuted else row_blocks(info.shape):
-        block = _read(path, info, first, last)
+        block = read_rows(path, info, first, last)
         if pair is not None:
             block = block + pair.delta(first, last)
         if is_permuted:
@@ -107,7 +108,7 @@ def _blocks(base: Base, lora: Lora | None, path: Path, info: TensorInfo, target:
         yield converted(block, target)
 
 
-def _read(path: Path, info: TensorInfo, first: int, last: int) -> Array:
+def read_rows(path: Path, info: TensorInfo, first: int, last: int) -> Array:
     """Read rows of a tensor of a safetensors file, in float32."""
     rows = info.shape[0] if info.shape else 1
     columns = math.prod(info.shape[1:])

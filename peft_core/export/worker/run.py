@@ -27,6 +27,9 @@ Report = Callable[[int, int, str], None]
 WRITERS: dict[ExportTarget, Callable[[Job], Written]] = {
     "gguf-lora": targets.write_gguf_lora_target,
     "merged": targets.write_merged_target,
+    "vllm": targets.write_vllm_target,
+    "mlx": targets.write_mlx_target,
+    "hub": targets.write_hub_target,
 }
 
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from peft_core.adapters.manifest import CARD_NAME
+from peft_core.export.worker.directories import write_for_hub, write_mlx, write_normalised
 from peft_core.export.worker.gguf_lora import llama_cpp_format, write_gguf_lora
 from peft_core.export.worker.hf_gguf import write_hf_gguf
 from peft_core.export.worker.job import Job, Written
+from peft_core.export.worker.merged_directory import write_merged_directory
 from peft_core.export.worker.model_gguf import file_bytes, require_space, write_model_gguf
 from peft_core.export.worker.verify_llamacpp import verify_lora, verify_merged
+from peft_core.export.worker.verify_peft import verify_directory, verify_merged_directory
 
 # Measured on the bundled base model: the part of an adapter's gain that is lost by merging into each format.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank accepts
+MLX_TRAP = (
+    "mlx-lm reads rope_theta at the top of the base model's config.json only, and otherwise takes 10000: add it there if it is "
+    "in rope_parameters. In mlx-lm itself the adapter was not loaded here"
+)
 LOST = {"q8_0": "1 %", "q5_1": "several per cent", "q5_0": "several per cent", "q4_1": "59 %", "q4_0": "32 %"}
 
 
@@ -34,6 +43,17 @@ def write_gguf_lora_target(job: Job) -> Written:
 def write_merged_target(job: Job) -> Written:
     """The base model with the adapter in its weights: every runtime takes it."""
     kind = job.request.format
+    if kind == "huggingface":
+        weights = write_merged_directory(job)
+        return Written(
+            form=f"a merged Hugging Face model ({weights})",
+            verification=verify_merged_directory(job, weights),
+            usage=[
+                f"vllm serve {job.directory} --served-model-name {job.name}",
+                f"transformers: AutoModelForCausalLM.from_pretrained({str(job.directory)!r})",
+                f"Other GGUF types: `convert_hf_to_gguf.py {job.directory}` and `llama-quantize` of llama.cpp",
+            ],
+        )
     path = job.directory / f"{job.name}-{kind}.gguf"
     llama_cpp_format(job.base)
     require_space(job.directory, file_bytes(job.base, kind), "The export")
@@ -58,5 +78,47 @@ def write_merged_target(job: Job) -> Written:
             f"llama-server -m {path} --host 127.0.0.1",
             f"Ollama: a Modelfile with `FROM {path}`, then `ollama create NAME -f Modelfile`",
             f"LM Studio: `lms import {path}`",
+        ],
+    )
+
+
+def write_vllm_target(job: Job) -> Written:
+    """PEFT's format, normalised so that vLLM, SGLang and other servers read the same out of it."""
+    write_normalised(job)
+    base, name_and_path = job.hf_directory, f"{job.name}={job.directory}"
+    rank = next(size for size in VLLM_RANKS if size >= job.lora.rank)
+    return Written(
+        form="a normalised PEFT directory for vLLM and other servers",
+        verification=verify_directory(job),
+        usage=[
+            f"vllm serve {base} --served-model-name base --enable-lora --max-lora-rank {rank} --lora-modules {name_and_path}",
+            f'then ask for "model": "{job.name}"; in vLLM itself it was not loaded here',
+            f"SGLang: --enable-lora --max-lora-rank {rank} --lora-target-modules all --lora-paths {name_and_path}",
+        ],
+    )
+
+
+def write_mlx_target(job: Job) -> Written:
+    write_mlx(job)
+    return Written(
+        form="an adapter for mlx-lm",
+        verification=verify_directory(job),
+        usage=[
+            f"mlx_lm.server --model {job.hf_directory} --adapter-path {job.directory}",
+            f"For LM Studio: mlx_lm.fuse --model {job.hf_directory} --adapter-path {job.directory} --save-path FUSED",
+            MLX_TRAP,
+        ],
+    )
+
+
+def write_hub_target(job: Job) -> Written:
+    """PEFT's format and a model card, for publishing."""
+    write_for_hub(job)
+    return Written(
+        form="a directory for the Hub",
+        verification=verify_directory(job),
+        usage=[
+            f"hf upload USER/NAME {job.directory}",
+            f"Read {CARD_NAME} first: it names the project and the repository's commit, but no files and no code",
         ],
     )
