@@ -23,7 +23,6 @@ from peft_core.base_models.safetensors import read_header
 from peft_core.base_models.supported import require_supported
 from peft_core.base_models.tokenizer_files import (
     TOKENIZER_CONFIG,
-    EndOfText,
     end_of_text,
     require_tokenizer,
     special_tokens,
@@ -61,7 +60,12 @@ def read_directory(path: Path) -> Checkpoint:
     }
     shape = model_shape(path, config, shapes)
     require_exact(path, config, shapes)
-    require_tokenizer(path, *_tokenizer_facts(path, config), shape.vocab_size)
+    tokenizer, generation = (
+        read_json(path / name) if (path / name).is_file() else {}
+        for name in (TOKENIZER_CONFIG, "generation_config.json")
+    )
+    end = end_of_text(special_tokens(tokenizer), generation, config)
+    require_tokenizer(path, tokenizer, end, shape.vocab_size)
     return Checkpoint(
         path=path,
         format="huggingface",
@@ -72,15 +76,6 @@ def read_directory(path: Path) -> Checkpoint:
         size_bytes=sum(file.stat().st_size for file in {file for file, _ in stored.values()}),
         chat_templates=chat_templates(path),
     )
-
-
-def _tokenizer_facts(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, str], EndOfText | None]:
-    tokenizer, generation = (
-        read_json(path / name) if (path / name).is_file() else {}
-        for name in (TOKENIZER_CONFIG, "generation_config.json")
-    )
-    special = special_tokens(tokenizer)
-    return special, end_of_text(special, generation, config)
 
 
 def _stored_tensors(path: Path) -> dict[str, tuple[Path, TensorInfo]]:

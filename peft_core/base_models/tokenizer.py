@@ -9,15 +9,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from peft_core.base_models import fim_tokens
 from peft_core.base_models.chat_template import ChatTemplate, TemplateRefusal
 from peft_core.base_models.chat_turns import TurnRenderer
 from peft_core.base_models.checkpoint_info import TemplateSources, unusable
 from peft_core.base_models.huggingface import chat_templates
-from peft_core.base_models.tokenizer_files import end_of_text, special_tokens
-from peft_core.errors import BaseCheckpointError, DataError
+from peft_core.base_models.tokenizer_files import end_of_text, listed_tokens, special_tokens
+from peft_core.errors import BaseCheckpointError, DataError, sanitize
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.conversation import Conversation
 from peft_core.schemas.dataset import FillInTheMiddle, Segment
@@ -189,6 +189,7 @@ def load_tokenizer(directory: Path) -> BaseTokenizer:
         ) from error
     config = _json(directory / "tokenizer_config.json")
     special = special_tokens(config)
+    _add_listed_tokens(tokenizer, config, directory)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return BaseTokenizer(
@@ -197,6 +198,24 @@ def load_tokenizer(directory: Path) -> BaseTokenizer:
         beginning=_beginning(tokenizer, special),
         turns=_turn_renderer(tokenizer, chat_templates(directory), special),
     )
+
+
+def _add_listed_tokens(tokenizer: Tokenizer, config: Mapping[str, Any], directory: Path) -> None:
+    """Add the tokens that tokenizer_config.json lists and tokenizer.json lacks, as transformers does."""
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    for number, entry in sorted(listed_tokens(config).items()):
+        text = entry["content"]
+        if text in known:
+            continue
+        flags = {name: bool(entry[name]) for name in ("single_word", "lstrip", "rstrip", "normalized") if name in entry}
+        token = AddedToken(text, special=bool(entry.get("special")), **flags)
+        (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+        if (found := tokenizer.token_to_id(text)) != number:
+            raise unusable(
+                directory,
+                f"its tokenizer_config.json lists {sanitize(text)!r} as token {number}, which in tokenizer.json is {found}",
+                "Write both with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
+            )
 
 
 def _turn_renderer(tokenizer: Tokenizer, sources: TemplateSources, special: Mapping[str, str]) -> TurnRenderer:

@@ -37,6 +37,16 @@ def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
+def listed_tokens(config: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """Return the added tokens that a tokenizer_config.json lists, by id. tokenizer.json usually has the same."""
+    listed = config.get("added_tokens_decoder")
+    return {
+        int(number): entry
+        for number, entry in (listed.items() if isinstance(listed, dict) else ())
+        if number.isdecimal() and isinstance(entry, dict) and isinstance(entry.get("content"), str)
+    }
+
+
 def end_of_text(special: Mapping[str, str], *configs: Mapping[str, Any]) -> EndOfText | None:
     """Return the token that ends a text; None if nothing names one. `configs`: generation_config.json, config.json."""
     for config in configs:
@@ -67,8 +77,10 @@ def json_literals(token: str) -> tuple[bytes, bytes]:
     return json.dumps(token, ensure_ascii=False).encode(), json.dumps(token).encode()
 
 
-def require_tokenizer(path: Path, special: Mapping[str, str], end: EndOfText | None, rows: int) -> None:
-    """Check what can be known of a directory's tokenizer without loading it. `rows`: of the embedding.
+def require_tokenizer(path: Path, config: Mapping[str, Any], end: EndOfText | None, rows: int) -> None:
+    """Check what can be known of a directory's tokenizer without loading it.
+
+    `config`: tokenizer_config.json. `rows`: of the embedding.
 
     Raises:
         BaseCheckpointError: It is missing or damaged, ends no text, or has tokens without a row in the embedding.
@@ -85,9 +97,13 @@ def require_tokenizer(path: Path, special: Mapping[str, str], end: EndOfText | N
         raise unusable(path, f"its {TOKENIZER} is damaged or incomplete", _download_again(path))
     _require_end(path, raw, end, rows)
     # A padding token is never in a text. It is often added without enlarging the embedding.
-    beyond = [(text, token) for text, token in _added_tokens(raw) if token >= rows and text != special.get("pad_token")]
+    padding = special_tokens(config).get("pad_token")
+    added = {token: entry["content"] for token, entry in listed_tokens(config).items()} | dict(_added_tokens(raw))
+    beyond = [
+        f"{sanitize(text)} ({token})" for token, text in sorted(added.items()) if token >= rows and text != padding
+    ]
     if beyond:
-        listed = join_some(f"{sanitize(text)} ({token})" for text, token in beyond)
+        listed = join_some(beyond)
         raise unusable(
             path,
             f"its tokenizer has tokens for which its embedding, which has {rows} rows, has none: {listed}",
@@ -105,14 +121,14 @@ def _require_end(path: Path, raw: bytes, end: EndOfText | None, rows: int) -> No
     raise unusable(path, f"it defines no end-of-text token{named}", f"Set eos_token in its {TOKENIZER_CONFIG}")
 
 
-def _added_tokens(raw: bytes) -> Iterator[tuple[str, int]]:
+def _added_tokens(raw: bytes) -> Iterator[tuple[int, str]]:
     start = raw.find(b'"added_tokens"')
     if start < 0:
         return
     end = raw.find(b'"normalizer"', start)
     for match in _ADDED.finditer(raw, start, end if end >= 0 else len(raw)):
         try:
-            yield json.loads(match[2]), int(match[1])
+            yield int(match[1]), json.loads(match[2])
         except ValueError:
             continue
 

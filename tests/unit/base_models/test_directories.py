@@ -97,6 +97,10 @@ CASES: dict[str, tuple[tuple[Callable[[Path], None], ...], str]] = {
         (with_config(eos_token_id=None), add("tokenizer_config.json", '{"eos_token": "</s>"}')),
         "the eos_token '</s>' is not in its vocabulary",
     ),
+    "listed tokens without a row": (
+        (add("tokenizer_config.json", '{"added_tokens_decoder": {"48": {"content": "<think>"}}}'),),
+        r"has none: <think> \(48\)",
+    ),
     "added tokens without a row": (
         (add("tokenizer.json", tokenizer_with(("<a>", 3), ("<|im_start|>", 48), ("<|im_end|>", 49))),),
         r"its embedding, which has 48 rows, has none: <\|im_start\|> \(48\), <\|im_end\|> \(49\).*resize_token_embeddings",

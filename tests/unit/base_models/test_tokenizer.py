@@ -1,3 +1,4 @@
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,11 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_core.base_models.tokenizer import BaseTokenizer, load_tokenizer
+from peft_core.base_models.resolve import resolve
+from peft_core.base_models.tokenizer import BaseTokenizer, load_tokenizer, require_rows
+from peft_core.config import Settings
 from peft_core.errors import BaseCheckpointError, DataError
 from peft_core.modeling.batches import tokenise, tokenise_segments
 from peft_core.schemas.conversation import Conversation
 from peft_core.schemas.dataset import Example, Segment
+from tests.model_files import model_shapes, write_model
 from tests.tiny_models import VOCABULARY, write_sentencepiece_tokenizer, write_tiny_tokenizer
 
 END = 0
@@ -195,3 +199,29 @@ def test_a_base_model_without_an_end_of_text_token_is_refused(tmp_path: Path) ->
         load_tokenizer(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
     assert load_tokenizer(tmp_path).end_of_text == 5
+
+
+def list_tokens(directory: Path, **tokens: int) -> Path:
+    """List tokens in tokenizer_config.json alone."""
+    write_tiny_tokenizer(directory)
+    path = directory / "tokenizer_config.json"
+    listed = {str(number): {"content": f"<{name}>", "special": True} for name, number in tokens.items()}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": listed}))
+    return directory
+
+
+def test_tokens_that_only_the_configuration_lists_are_recognised_as_transformers_does(tmp_path: Path) -> None:
+    loaded = load_tokenizer(list_tokens(tmp_path / "listed", call=len(VOCABULARY), begin=1))
+    assert loaded.ids("<call>")[-1] == len(VOCABULARY)
+    assert len(loaded.encode([Segment(text="<call>")])[0].ids) == 1
+
+
+def test_a_listed_token_with_another_number_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BaseCheckpointError, match=r"lists '<call>' as token 7, which in tokenizer\.json is \d+"):
+        load_tokenizer(list_tokens(tmp_path / "listed", call=7))
+
+
+def test_a_vocabulary_that_is_larger_than_the_embedding_is_refused(tmp_path: Path, tokenizer: BaseTokenizer) -> None:
+    base = resolve(str(write_model(tmp_path / "base", shapes=model_shapes(vocab=48))), Settings())
+    with pytest.raises(BaseCheckpointError, match=f"has {len(VOCABULARY)} tokens, but its embedding has 48 rows"):
+        require_rows(tokenizer, base)
