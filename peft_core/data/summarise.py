@@ -301,12 +301,18 @@ def summarise_records(
         languages=dict(languages.most_common()),
         left_out=dict(notes.counts()),
         needs_chat_template=needs_chat_template,
-        unused_keys=dict(notes.unused.most_common(_SHOWN_KEYS)),
+        unused_keys=_most_used(notes.unused),
         skipped=tuple(
             SkippedRecords(reason=reason, count=each.count, first=tuple(each.first), example=each.example)
             for reason, each in notes.skipped.items()
         ),
     )
+
+
+def _most_used(unused: Counter[str]) -> dict[str, int]:
+    shown = dict(unused.most_common(_SHOWN_KEYS))
+    more = len(unused) - len(shown)
+    return {**shown, f"{more} more keys": unused.total() - sum(shown.values())} if more else shown
 
 
 def _expected_examples(record: Record, file: str, max_length: int, purpose: DatasetPurpose) -> list[ExampleKey]:

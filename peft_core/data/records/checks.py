@@ -8,7 +8,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -91,7 +91,7 @@ class Place:
         return f"{self.name} of {self.where}" if self.where else self.name
 
     def part(self, path: str) -> Place:
-        return replace(self, inside=self.inside + path)
+        return Place(self.name, self.where, self.notes, self.inside + path, self.format)
 
     def refuse(
         self, rule: str, *suggestions: str, reason: SkipReason = SkipReason.BAD_VALUE, code: str = "broken_record"

@@ -43,8 +43,6 @@ _NUMERIC = (
     "complexity_score",
 )  # columns of a CSV file that hold numbers
 
-csv.field_size_limit(MAX_RECORD_BYTES)
-
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
@@ -353,6 +351,7 @@ def _wrapped(reader: _JsonReader, path: Path, notes: Notes) -> Iterator[Any]:
 
 def _rows(path: Path) -> Iterator[tuple[str, object]]:
     """Yield the rows of a CSV file as objects; the first row names the columns."""
+    csv.field_size_limit(MAX_RECORD_BYTES)  # of the process; the default is 128 kB
     lines = _TextLines(path)
     try:
         header_line = next(iter(lines))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from peft_core.data.records.checks import (
     check_keys,
     is_empty,
     keys_in_words,
+    parse_json,
     present,
     require_encodable,
     require_list,
@@ -30,6 +32,7 @@ from peft_core.data.records.messages import parse_conversation
 from peft_core.schemas.conversation import Conversation
 
 MAX_PATH = 4096  # characters of a file_path, which reports show
+_MESSAGES_AS_TEXT = re.compile(r'\s*\[\s*\{\s*"(?:role|content)"\s*:\s*"')
 RECORD = "record"  # the kind of examples that are not chunks of code
 CHUNK_TYPES = ("function", "class", "method", "module", "import", "variable", "comment", "interface", "type", "block")
 _QUESTIONS = ("instruction", "question", "query", "prompt")
@@ -136,13 +139,14 @@ def parse(value: object, name: str, *, where: str = "", notes: Notes | None = No
     place = Place(name, where, Notes() if notes is None else notes)
     if not isinstance(value, Mapping):
         raise place.refuse(f"it is {type_in_words(value)}; it must be a JSON object")
-    place = replace(place, format=_format(value, place))
-    assert place.format is not None  # noqa: S101 - for mypy
-    form = _FORMS[place.format]
+    record_format = _format(value, place)
+    place = Place(name, where, place.notes, format=record_format)
+    form = _FORMS[record_format]
     check_keys(value, form.used, place, harmless=form.harmless, what="such records")
     given = {key: each for key, each in value.items() if each is not None or key in form.required_keys}
-    record = _PARSERS[place.format](given, place)
-    return replace(record, path=_path(given, place))
+    record = _PARSERS[record_format](given, place)
+    path = _path(given, place)
+    return replace(record, path=path) if path else record
 
 
 def _format(value: Mapping[str, Any], place: Place) -> RecordFormat:
@@ -226,17 +230,23 @@ def _text(value: Mapping[str, Any], place: Place) -> Record:
 
 def _completion(value: Mapping[str, Any], place: Place) -> Record:
     """Check a prompt and its completion: both text, or both messages, as TRL has them."""
-    prompt, completion = value["prompt"], value["completion"]
-    if all(isinstance(each, Sequence) and not isinstance(each, str) for each in (prompt, completion)):
-        return _chat_completion(value, prompt, completion, place)
+    value = {**value, **{key: _messages_in_text(value[key], key, place) for key in ("prompt", "completion")}}
+    if all(isinstance(value[key], Sequence) and not isinstance(value[key], str) for key in ("prompt", "completion")):
+        return _chat_completion(value, place)
     if value.get("tools"):
         raise place.refuse("'tools' has no place in a prompt that is text; it needs a prompt of messages")
     return _pair(value, "prompt", "completion", place)
 
 
-def _chat_completion(
-    value: Mapping[str, Any], prompt: Sequence[Any], completion: Sequence[Any], place: Place
-) -> Record:
+def _messages_in_text(value: object, key: str, place: Place) -> object:
+    """Return the messages that a text holds as JSON, as in a cell of a CSV file; any other value as it is."""
+    if isinstance(value, str) and _MESSAGES_AS_TEXT.match(value):
+        return parse_json(value, key, place)
+    return value
+
+
+def _chat_completion(value: Mapping[str, Any], place: Place) -> Record:
+    prompt, completion = value["prompt"], value["completion"]
     conversation = parse_conversation(
         [*prompt, *completion], "prompt and completion", place, tools=value.get("tools"), context=len(prompt)
     )

@@ -74,8 +74,9 @@ def parse_conversation(
         raise place.refuse(f"{key!r} is an empty list; it must hold at least one message")
     messages: list[dict[str, Any]] = []
     learned: list[bool] = []
+    inside = place.part(f".{key}[]")
     for number, each in enumerate(given, 1):
-        message, learn = _message(each, f"message {number} of {key!r}", place.part(f".{key}[]"))
+        message, learn = _message(each, f"message {number} of {key!r}", inside)
         messages.append(message)
         learned.append(learn and number > context)
     if system is not None:

@@ -34,8 +34,9 @@ _CODEX_ITEMS = (
 # Texts that the programs put into the user's mouth: notices, not prompts.
 _INJECTED = (
     "<command-name>", "<command-message>", "<local-command-", "<system-reminder>", "<bash-stdout>", "<bash-input>",
-    "Caveat: The messages below", "[Request interrupted", "This session is being continued", "<environment_context>",
-    "<user_instructions>", "# AGENTS.md instructions", "<turn_aborted>", "<permissions instructions>", "<INSTRUCTIONS>",
+    "Caveat: The messages below", "[Request interrupted", "This session is being continued", "<task-notification>",
+    "<environment_context>", "<user_instructions>", "# AGENTS.md instructions", "<turn_aborted>", "<user_shell_command>",
+    "<permissions instructions>", "<INSTRUCTIONS>",
 )  # fmt: skip
 _NOTICES = ("isCompactSummary", "isApiErrorMessage")
 _RESULT_SHARE = 4  # a tool's result takes at most 1/4 of an example
@@ -271,7 +272,13 @@ def _cut(turn: _Turn, budget: int, notes: Notes) -> Iterator[tuple[str, object]]
     for number, piece in enumerate(pieces, 1):
         while piece[-1]["role"] == "tool":  # nothing is learned after it, here
             piece.pop()
-        yield turn.name if number == 1 else f"{turn.name}, part {number}", {"messages": piece}
+        yield (
+            turn.name if number == 1 else f"{turn.name}, part {number}",
+            {
+                "messages": piece,
+                "file_path": turn.name,  # the pieces of a turn are trained on, or held out, together
+            },
+        )
 
 
 def _steps(turn: _Turn, budget: int, notes: Notes) -> Iterator[list[dict[str, Any]]]:

@@ -180,7 +180,7 @@ def test_a_hostile_file_takes_bounded_memory(
 
 def test_a_compressed_file_is_unpacked_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(files, "MAX_FILE_BYTES", 100_000)
-    path = write(tmp_path, "data.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 100_000))
+    path = write(tmp_path, "data.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 10_000))
     with pytest.raises(DataError, match="too large") as caught:
         list(read_file(path))
     assert caught.value.code == "too_large"
@@ -277,6 +277,7 @@ def test_written_records_are_read_again_as_they_were(tmp_path: Path):
 # -- Parquet -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_parquet_file_equals_its_rows_given_inline(tmp_path: Path):
     pyarrow = pytest.importorskip("pyarrow", reason="the extra lancedb is not installed")
     parquet = pytest.importorskip("pyarrow.parquet", reason="the extra lancedb is not installed")

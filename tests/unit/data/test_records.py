@@ -215,6 +215,13 @@ def test_answers_in_a_prompt_of_messages_are_context():
     assert len(messages(record)) == 4
 
 
+def test_messages_that_a_text_column_holds_as_json_are_messages():
+    cells = {"prompt": json.dumps([USER]), "completion": json.dumps([ANSWER])}
+    assert learned(parse(cells, "line 1")) == ["It is 4."]
+    with pytest.raises(DataError, match="'prompt' is a list"):
+        parse({**cells, "completion": "It is 4."}, "line 1")
+
+
 def test_what_follows_the_last_learned_answer_is_noted():
     notes = Notes()
     record = parse({"messages": [USER, ANSWER, {"role": "user", "content": "Thanks"}]}, "line 1", notes=notes)

@@ -170,6 +170,7 @@ def test_a_long_turn_is_cut_so_that_each_answer_is_learned_once_after_what_it_re
         assert number == 0 or messages[first - 1][1].startswith(f"content {number - 1} ")
         assert sum(len(content) for _, content, _ in messages) < 512 * 5
     assert notes.left_out["middle_of_a_tool_result"] == 12
+    assert {record.path for record in records} == {"line 1"}, "the pieces are trained on, or held out, together"
 
 
 def test_what_a_transcript_does_not_give_is_counted_in_the_summary(tmp_path: Path):
