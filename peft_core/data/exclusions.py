@@ -64,20 +64,34 @@ class ExclusionReason(StrEnum):
     VENDORED = "vendored"
 
 
-# Reasons that the user may want to remedy, most important first. `{0}` is their number, `{1}` names some of the files.
+# Reasons that the user may want to remedy, most important first: what is left out, and what to do. `{names}` are examples.
 _ADVICE = {
-    ExclusionReason.LFS_POINTER: "{0} files are Git LFS pointers without their contents ({1}): run `git lfs pull`",
-    ExclusionReason.SUBMODULE: "{0} submodules are not read ({1}): run `git submodule update --init` if they are empty, and "
-    "give their directories in config.more_sources, or one of them instead of this directory",
-    ExclusionReason.NESTED_REPOSITORY: "{0} repositories inside this one are not read ({1}): give their directories in "
-    "config.more_sources",
-    ExclusionReason.NOT_CHECKED_OUT: "{0} files are outside of the sparse checkout ({1}): run `git sparse-checkout disable`",
-    ExclusionReason.PLACEHOLDER: "{0} files stand for files elsewhere ({1}): fetch them, for example with `git annex get`, or "
-    "check them out on a file system with symbolic links",
-    ExclusionReason.BROKEN_NOTEBOOK: "{0} notebooks cannot be read ({1}): open and save them in Jupyter",
-    ExclusionReason.VENDORED: "{0} files or directories count as the code of others ({1}): name their directory in "
-    "config.include to read them",
-    ExclusionReason.GENERATED: "{0} files count as generated ({1}): name them in config.include to read them",
+    ExclusionReason.LFS_POINTER: ("file", "not fetched from Git LFS ({names}): run `git lfs pull`"),
+    ExclusionReason.SUBMODULE: (
+        "submodule",
+        "not read ({names}): give it in config.more_sources, after `git submodule update --init` if it is empty",
+    ),
+    ExclusionReason.NESTED_REPOSITORY: (
+        "inner repository",
+        "not read ({names}): give the directory in config.more_sources, or as training_data",
+    ),
+    ExclusionReason.NOT_CHECKED_OUT: (
+        "file",
+        "outside of the sparse checkout ({names}): run `git sparse-checkout disable`",
+    ),
+    ExclusionReason.PLACEHOLDER: (
+        "file",
+        "a placeholder of a file elsewhere ({names}): run `git annex get`, or use a file system with symbolic links",
+    ),
+    ExclusionReason.BROKEN_NOTEBOOK: ("notebook", "broken ({names}): open it in Jupyter and save it again"),
+    ExclusionReason.VENDORED: (
+        "vendored file or directory",
+        "not read ({names}): name the directory in config.include if it is your own code",
+    ),
+    ExclusionReason.GENERATED: (
+        "generated file",
+        "not read ({names}): name it in config.include if it was written by hand",
+    ),
 }
 
 
@@ -116,11 +130,20 @@ class Exclusions:
     @property
     def advice(self) -> tuple[str, ...]:
         """What the user may do about it, most important first."""
-        return tuple(
-            template.format(self.remediable[reason], ", ".join(map(_printable, self.names[reason])))
-            for reason, template in _ADVICE.items()
-            if self.remediable[reason]
-        )
+        sentences = []
+        for reason, (noun, text) in _ADVICE.items():
+            if count := self.remediable[reason]:
+                names = ", ".join(map(_printable, self.names[reason]))
+                subject = f"1 {noun} is" if count == 1 else f"{count} {_plural(noun)} are"
+                sentences.append(f"{subject} {text.format(names=names)}")
+        return tuple(sentences)
+
+
+def _plural(noun: str) -> str:
+    return {
+        "inner repository": "inner repositories",
+        "vendored file or directory": "vendored files or directories",
+    }.get(noun, f"{noun}s")
 
 
 def extension_of(name: str) -> str:

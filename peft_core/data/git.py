@@ -183,19 +183,31 @@ def last_change_times(root: Path) -> dict[str, int]:
     Raises:
         DataError: 'no_history' (also if all files have one time), 'shallow_history'.
     """
-    require_history(root)
-    changes = commit_times(root)
-    # The history includes deleted files, whose times must not count.
-    times = {name: changed_at for name, changed_at in (changes or {}).items() if os.path.lexists(root / name)}
-    if len(set(times.values())) < 2:
-        raise DataError(
-            f"config.held_out_by = 'time' cannot order the files of {root}: "
-            + (
-                "git did not answer in time."
-                if changes is None
-                else "a single commit was the last to change all of them."
-            ),
-            code="no_history",
-            suggestions=(_HOLD_OUT_BY_FILE,),
-        )
-    return times
+    return last_change_times_of([root])[0]
+
+
+def last_change_times_of(roots: Sequence[Path]) -> list[dict[str, int]]:
+    """Return the last change times of the files of each root. All together must have more than one time.
+
+    Raises:
+        DataError: see `last_change_times`.
+    """
+    all_times = []
+    for root in roots:
+        require_history(root)
+        changes = commit_times(root)
+        if changes is None:
+            raise _no_order([root], "git did not answer in time")
+        # The history includes deleted files, whose times must not count.
+        all_times.append({name: at for name, at in changes.items() if os.path.lexists(root / name)})
+    if len({changed_at for times in all_times for changed_at in times.values()}) < 2:
+        raise _no_order(roots, "a single commit was the last to change all of them")
+    return all_times
+
+
+def _no_order(roots: Sequence[Path], reason: str) -> DataError:
+    return DataError(
+        f"config.held_out_by = 'time' cannot order the files of {', '.join(map(str, roots))}: {reason}.",
+        code="no_history",
+        suggestions=(_HOLD_OUT_BY_FILE,),
+    )

@@ -33,7 +33,7 @@ from peft_core.data.examples import (
     printable_path,
 )
 from peft_core.data.exclusions import ExclusionReason, Exclusions
-from peft_core.data.git import last_change_times
+from peft_core.data.git import last_change_times_of
 from peft_core.data.leakage import OVERLAP_THRESHOLD, TrainingFingerprint, remove_overlap
 from peft_core.data.minhash import NEAR_DUPLICATE_RULE, MinHashIndex
 from peft_core.data.records import Notes, Record, read_copy, read_file
@@ -283,10 +283,12 @@ class DatasetBuilder:
     def _last_changes(self) -> dict[str, int] | None:
         if not self._splits_by_time:
             return None
+        repositories = self._repositories
+        all_times = last_change_times_of([source.path for source in repositories])
         return {
             printable_path(f"{source.prefix}{name}"): changed_at
-            for source in self._repositories
-            for name, changed_at in last_change_times(source.path).items()
+            for source, times in zip(repositories, all_times, strict=True)
+            for name, changed_at in times.items()
         }
 
     # 3. The record.

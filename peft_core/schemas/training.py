@@ -26,7 +26,21 @@ DeviceName = Literal["auto", "mps", "cuda", "cpu"]
 Precision = Literal["auto", "float32"]
 HeldOutBy = Literal["file", "time"]
 _MAX_STARS = 4  # more would make matching slow
-Pattern = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^!#\x00-\x1f\\]+$")]
+Pattern = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+def _pattern_problem(pattern: str) -> str:
+    """Return why a pattern for files is not understood, or an empty text."""
+    parts = pattern.split("/")
+    if pattern.startswith("!"):
+        return "it must not begin with '!'; patterns of files not to read belong into exclude"
+    if pattern.startswith("#") or "\\" in pattern or not pattern.isprintable():
+        return "it must not begin with '#', and contain neither a backslash nor a control character; directories end with '/'"
+    if ".." in parts or "." in parts:
+        return "it must be relative to the directory, without '.' and '..' as parts, such as 'src/' or '*.sql'"
+    if any(part.count("*") > _MAX_STARS for part in parts):
+        return f"it must have at most {_MAX_STARS} '*' between two '/'"
+    return ""
 
 
 class TaskMixture(FrozenModel):
@@ -214,12 +228,8 @@ class TrainingConfig(FrozenModel):
             raise ValueError("target_modules is empty: it must name at least one module, or be 'all-linear'")
         for name, patterns in (("include", self.include), ("exclude", self.exclude)):
             for pattern in patterns:
-                parts = pattern.split("/")
-                if ".." in parts or any(part.count("*") > _MAX_STARS for part in parts):
-                    raise ValueError(
-                        f"{name} has the pattern {pattern!r}: it must be relative to the directory, without '..' and with at "
-                        f"most {_MAX_STARS} '*' between two '/'"
-                    )
+                if problem := _pattern_problem(pattern):
+                    raise ValueError(f"{name} has the pattern {pattern!r}: {problem}")
         return self
 
     @property

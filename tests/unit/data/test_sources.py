@@ -492,7 +492,7 @@ def test_a_pattern_that_matches_nothing_is_refused(tmp_path: Path) -> None:
             summarise_source(str(tmp_path), selection=selection)
 
 
-@pytest.mark.parametrize("pattern", ["", "!src", "#a", "../x", "a\\b", "*a*b*c*d*e", "a\nb", "x" * 300])
+@pytest.mark.parametrize("pattern", ["", "!src", "#a", "../x", "./x", "a\\b", "*a*b*c*d*e", "a\nb", "x" * 300])
 def test_a_pattern_that_is_not_understood_is_refused(pattern: str) -> None:
     with pytest.raises(ValidationError):
         TrainingConfig(include=[pattern])
@@ -540,6 +540,21 @@ def test_several_repositories_and_records_become_one_dataset(tmp_path: Path) -> 
     ]
     held_out = {example.path for example in read_examples(tmp_path / "out" / "held_out.jsonl")}
     assert held_out.isdisjoint({example.path for example in read_examples(tmp_path / "out" / "train.jsonl")})
+
+
+def test_the_files_changed_last_in_any_of_several_repositories_are_held_out(tmp_path: Path) -> None:
+    first, second = commit(modules(tmp_path / "old", 6)), modules(tmp_path / "new", 0)
+    write(second, {f"lib/other_{n}.py": python(f"other{n}") for n in range(2)})
+    git(second, "init")
+    git(second, "add", ".")
+    git(second, "commit", "-m", "two", "--date", "2099-01-01T00:00:00")
+    later = {**os.environ, "GIT_COMMITTER_DATE": "2099-01-01T00:00:00"}
+    amend = ("git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", second, "commit", "--amend", "--no-edit")
+    subprocess.run(amend, check=True, capture_output=True, env=later)
+    summary = summarise_source(str(first), also=[str(second)])
+    build(first, tmp_path / "out", **several(summary, held_out_by="time"))
+    held_out = {example.path for example in read_examples(tmp_path / "out" / "held_out.jsonl")}
+    assert held_out <= {"new/lib/other_0.py", "new/lib/other_1.py"}
 
 
 def test_a_directory_inside_another_source_is_read_once(tmp_path: Path) -> None:
