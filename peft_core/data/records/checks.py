@@ -16,6 +16,7 @@ from peft_core.errors import DataError, sanitize
 
 MAX_RECORD_BYTES = 16_000_000  # of one record, as text
 _NAMED_KEYS = 12  # of a record whose keys are shown
+_MAX_DEPTH = 64  # of arguments and schemas of tools; templates write them by recursion
 _FIRST = 5  # skipped records that are named per reason
 
 
@@ -202,14 +203,24 @@ def require_json(value: object, key: str, place: Place) -> Any:
     """Return a value as plain JSON values, such as lists for tuples.
 
     Raises:
-        DataError: it has no JSON form, or holds an unpaired surrogate.
+        DataError: it has no JSON form, holds an unpaired surrogate, or is nested too deeply.
     """
     try:
         text = json.dumps(value, ensure_ascii=False, default=_as_mapping)
         require_encodable(text, key, place)
-        return json.loads(text)
+        value = json.loads(text)
     except (TypeError, ValueError, RecursionError) as error:
         raise place.refuse(f"{key!r} holds a value without a JSON form: {sanitize(error)}") from error
+    if _is_deeper(value, _MAX_DEPTH):
+        raise place.refuse(f"{key!r} is nested more than {_MAX_DEPTH} levels deep")
+    return value
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    if not isinstance(value, (dict, list)):
+        return False
+    each = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(inner, levels - 1) for inner in each)
 
 
 def parse_json(text: str, key: str, place: Place) -> Any:

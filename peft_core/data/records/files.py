@@ -323,25 +323,29 @@ def _begins_with_wrapper(path: Path) -> bool:
 
 
 def _wrapped(reader: _JsonReader, path: Path, notes: Notes) -> Iterator[Any]:
-    """Yield the elements of the one array of an object, and note what stands beside it."""
+    """Yield the elements of the one array of objects in an object, and note what stands beside it."""
     reader.take("{")
-    lists: list[str] = []
+    found = ""
     while True:
-        key = reader.value()
+        key = sanitize(reader.value(), limit=80)
         reader.take(":")
-        if reader.peek() != "[":
-            reader.value()
-            notes.unused[f"{sanitize(key, limit=80)} (beside the list of records)"] += 1
+        is_list = reader.peek() == "["
+        elements = reader.elements() if is_list else iter([reader.value()])
+        first = next(elements, None)
+        if not (is_list and isinstance(first, Mapping)):
+            notes.unused[f"{key} (beside the list of records)"] += 1
+            for _ in elements:
+                pass
+        elif found:
+            raise unreadable(
+                path,
+                f"it holds several lists, {found} and {key}; only one can be trained on",
+                f"Write the one to train on into a file of its own: jq -c '.{found}[]' {path.name}",
+            )
         else:
-            lists.append(str(key))
-            for element in reader.elements():
-                if len(lists) > 1:
-                    raise unreadable(
-                        path,
-                        f"it holds several lists, {' and '.join(sanitize(name) for name in lists)}; only one can be trained on",
-                        f"Write the one to train on into a file of its own: jq -c '.{sanitize(lists[0])}[]' {path.name}",
-                    )
-                yield element
+            found = key
+            yield first
+            yield from elements
         if reader.take(",", "}") == "}":
             return
 

@@ -26,7 +26,6 @@ from peft_core.data.records.checks import (
     check_keys,
     parse_json,
     present,
-    require_encodable,
     require_json,
     require_list,
     require_text,
@@ -295,11 +294,8 @@ def _tools(value: object, place: Place) -> tuple[Mapping[str, Any], ...]:
         return ()
     tools = []
     for number, each in enumerate(require_list(value, "tools", place), 1):
-        tool = (
-            parse_json(each, f"tool {number}", place)
-            if isinstance(each, str)
-            else require_json(each, f"tool {number}", place)
-        )
+        given = parse_json(each, f"tool {number}", place) if isinstance(each, str) else each
+        tool = require_json(given, f"tool {number}", place)
         if isinstance(tool, dict) and "function" not in tool:
             kind = tool.get("type")
             tool = {"type": kind, "function": {key: each for key, each in tool.items() if key != "type"}}
@@ -308,6 +304,5 @@ def _tools(value: object, place: Place) -> tuple[Mapping[str, Any], ...]:
         if not isinstance(function, dict) or tool.get("type", "function") != "function":
             raise place.refuse(f"tool {number} must be an object {{'type': 'function', 'function': {{'name': …}}}}")
         require_text(function.get("name"), f"name of tool {number}", place)
-        require_encodable(json.dumps(tool, ensure_ascii=False), f"tool {number}", place)
         tools.append({**tool, "type": "function"})
     return tuple(tools)

@@ -64,6 +64,10 @@ def write(directory: Path, name: str, content: str | bytes) -> Path:
         ("data.jsonl", lines(indent=2)),
         ("data.json", json.dumps({"data": RECORDS})),
         ("data.json", json.dumps({"version": "1.0", "data": RECORDS, "count": 20}, indent=1)),
+        (
+            "data.json",
+            json.dumps({"errors": [], "columns": ["prompt", "completion"], "data": RECORDS, "meta": {"a": [1]}}),
+        ),
         ("data.jsonl.gz", gzip.compress(lines().encode())),
         ("data.json.gz", gzip.compress(json.dumps(RECORDS).encode())),
         ("data.jsonl", gzip.compress(lines().encode())),

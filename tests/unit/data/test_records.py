@@ -167,6 +167,11 @@ def test_legacy_and_sharegpt_calls_become_tool_calls(record: dict[str, Any]):
         ({"function": {"name": "add", "strict": True}}, "'messages[].tool_calls[].function.strict' is not used"),
         ({"type": "custom", "custom": {"name": "add"}}, "has the type 'custom'"),
         ("add(2, 2)", "is text; it must be an object"),
+        (
+            {"function": {"name": "add", "arguments": '{"a": ' + "[" * 900 + "]" * 900 + "}"}},
+            "more than 64 levels deep",
+        ),
+        ({"function": {"name": "add", "arguments": '{"a": ' + "[" * 9_000}}, "nested too deeply"),
     ],
 )
 def test_a_malformed_tool_call_is_refused(call: Any, expected: str):
