@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -19,9 +20,11 @@ _STAGING, _REPLACED = "exporting", "replaced"
 
 def default_output(paths: DataPaths, adapter: Path, to: str, format_name: str) -> Path:
     """Return the directory for an export without output_path, below the adapter's project."""
-    project = adapter.parent.parent.name if adapter.is_relative_to(paths.projects) else "other"
-    form = format_name if to in ("merged", "gguf-lora") else ""
-    return paths.exports(project) / adapter.name / "-".join(filter(None, (to, form)))
+    directory = f"{to}-{format_name}" if to in ("merged", "gguf-lora") else to
+    if adapter.is_relative_to(paths.projects):
+        return paths.exports(adapter.parent.parent.name) / adapter.name / directory
+    where = hashlib.sha256(str(adapter).encode()).hexdigest()[:8]  # adapters from elsewhere may share a name
+    return paths.exports("other") / f"{adapter.name}-{where}" / directory
 
 
 def require_output(output_path: str, paths: DataPaths, allowed_roots: Sequence[Path] | None) -> Path:

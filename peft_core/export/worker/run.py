@@ -11,6 +11,8 @@ from pathlib import Path
 
 from peft_core.adapters.files import read_adapter
 from peft_core.adapters.verify import verify_files
+from peft_core.base_models.checkpoint_info import unusable
+from peft_core.base_models.fingerprint import fingerprint
 from peft_core.export.matching import refuse_mismatch
 from peft_core.export.output import staged
 from peft_core.export.request import MANIFEST_NAME, ExportRequest
@@ -54,6 +56,8 @@ def export(request: ExportRequest, report: Report) -> ExportReport:
             say("waiting for another export")
             lock.acquire(timeout_s=math.inf)
         say("checking the adapter")
+        if not fingerprint(request.base.path).same_weights(request.base.fingerprint):
+            raise unusable(request.base.path, "its files have changed since the request", "Repeat the request")
         files = read_adapter(request.adapter_path, with_weights=True)
         check = verify_files(files, request.base, scan_weights=True)
         warnings = refuse_mismatch(check, str(request.adapter_path), named=request.base_was_named)
