@@ -19,7 +19,7 @@ from peft_core.data.languages import TEXT, Language, language_named, language_of
 
 NO_COMMENT = ("", "")
 NOTEBOOK = Language("notebook", ("# ", ""), (".ipynb",))  # its cells have languages of their own, see `notebook.py`
-SNIFFED_BYTES = 8_000
+SNIFFED_BYTES = 4_000
 
 VENDORED = frozenset(
     "node_modules bower_components jspm_packages vendor vendored _vendor third_party thirdparty third-party "
@@ -144,16 +144,17 @@ def language_without_row(name: str) -> Language:
 
 # Lines are matched with single spaces.
 _CODE_LINE = re.compile(
-    r"[{};]$|[\])}] ?[,;{:]?$|^[})\]]|[\w\])]\([^)]*\)|:=|::|->|=>|==|\s[-+*/]?=\s|\+\+|&&|\|\|"
+    r"[\])}] ?[,:]?$|^[})\]]|[\w\])]\([^)]*\)|:=|::|->|=>|==|\s[-+*/]?=\s|\+\+|&&|\|\|"
     r"|^(# ?(include|define|if|endif)|@\w+|if|elif|elseif|else|for|foreach|while|do|loop|case|switch|match|def|defun|define"
     r"|fn|func|fun|function|proc|procedure|sub|subroutine|class|struct|enum|union|interface|trait|impl|module|namespace|package"
     r"|import|include|require|use|using|open|let|var|val|const|return|begin|end|endif|fi|done|type|public|private|protected"
     r"|static|void|int|begin|then|try|catch|print|call|set|global|local)\b"
 )
 _VALUE_LINE = re.compile(r"(- )?[\"']?[\w./ -]+[\"']? ?[:=] ?[^;{(]*$|\[[^\]]*\]$|- \S[^;{(]*$|[#;]")
+_LETTERS, _DIGITS = re.compile(r"[^\W\d_]"), re.compile(r"\d")
 _LOG_LINE = re.compile(r"\[?(\d{4}-\d\d-\d\d|\d\d:\d\d:\d\d|[A-Z][a-z]{2} \d{1,2} \d\d:\d\d)")
 _MARKUP_OF_DATA = ("<?xml", "<!doctype", "%yaml", "{\\rtf", "%pdf", "%!ps", "begin:v", "solid ", "-----begin")
-_MIN_LINES = 3
+_MIN_LINES, _MAX_LINES = 3, 40
 _MIN_CODE_SHARE = 0.4
 _MAX_VALUE_SHARE = 0.8
 
@@ -161,19 +162,20 @@ _MAX_VALUE_SHARE = 0.8
 def looks_like_code(text: str) -> bool:
     """Return whether the beginning of a text looks like code, and neither like values, a log, nor prose."""
     start = text.lstrip("\ufeff \t\r\n")[:20].lower()
-    lines = [" ".join(line[:200].split()) for line in text.splitlines() if line.strip()][:200]
+    lines = [" ".join(words) for line in text.split("\n")[: 2 * _MAX_LINES] if (words := line[:200].split())][
+        :_MAX_LINES
+    ]
     if len(lines) < _MIN_LINES or start.startswith(_MARKUP_OF_DATA):
         return False
-    characters = [character for line in lines for character in line if not character.isspace()]
-    letters = sum(map(str.isalpha, characters))
-    digits = sum(map(str.isdigit, characters))
+    characters = "".join(lines).replace(" ", "")
+    letters, digits = len(_LETTERS.findall(characters)), len(_DIGITS.findall(characters))
     if letters < 0.3 * len(characters) or digits > 0.35 * len(characters):
         return False
     if start.startswith(("{", "[")) and '":' in text.replace('" :', '":'):  # JSON, also if it is cut off
         return False
 
-    def share(pattern: re.Pattern[str]) -> float:
-        return sum(1 for line in lines if pattern.search(line)) / len(lines)
-
-    values = sum(1 for line in lines if _VALUE_LINE.match(line)) / len(lines)
-    return share(_CODE_LINE) >= _MIN_CODE_SHARE and values <= _MAX_VALUE_SHARE and share(_LOG_LINE) < 0.5
+    code = sum(1 for line in lines if line[-1] in "{};" or _CODE_LINE.search(line))
+    values = sum(1 for line in lines if _VALUE_LINE.match(line))
+    entries = sum(1 for line in lines if _LOG_LINE.match(line))
+    count = len(lines)
+    return code >= _MIN_CODE_SHARE * count and values <= _MAX_VALUE_SHARE * count and entries < 0.5 * count

@@ -60,6 +60,7 @@ class ExclusionReason(StrEnum):
     TOO_LARGE = "too_large"
     TOO_LONG = "too_long"
     TRAINED_ON = "trained_on"  # by the adapter that is evaluated
+    UNMERGED = "unmerged"  # has a merge conflict
     UNREADABLE = "unreadable"
     VENDORED = "vendored"
 
@@ -79,6 +80,7 @@ _ADVICE = {
         "file",
         "outside of the sparse checkout ({names}): run `git sparse-checkout disable`",
     ),
+    ExclusionReason.UNMERGED: ("file", "in a merge conflict ({names}): resolve it, and run `git add`"),
     ExclusionReason.PLACEHOLDER: (
         "file",
         "a placeholder of a file elsewhere ({names}): run `git annex get`, or use a file system with symbolic links",

@@ -28,6 +28,7 @@ _SAFE_OPTIONS = (
     "-c", "protocol.allow=never",
 )  # fmt: skip
 
+_UNUSUAL_TAGS = {b"S": ExclusionReason.NOT_CHECKED_OUT, b"M": ExclusionReason.UNMERGED}
 _UNUSUAL_MODES = {b"160000": ExclusionReason.SUBMODULE, b"120000": ExclusionReason.SYMLINK}
 
 
@@ -42,16 +43,16 @@ def listed_files(root: Path) -> list[str] | None:
 def unusual_entries(root: Path) -> dict[str, ExclusionReason]:
     """Map names in git's index that are no ordinary files to the reason why they cannot be read as such.
 
-    They are submodules, symbolic links (which may have been written as files), and files outside of a sparse checkout.
+    They are submodules, symbolic links (which may have been written as files), files outside of a sparse checkout, and files
+    with a merge conflict.
     """
     output = _git(root, "ls-files", "-z", "--cached", "--stage", "-t") or b""
     found: dict[str, ExclusionReason] = {}
-    for entry in output.split(b"\0"):  # "H 100644 HASH STAGE<tab>NAME"; the tag is S outside of a sparse checkout
+    for entry in output.split(b"\0"):  # "H 100644 HASH STAGE<tab>NAME"
         if entry.startswith(b"H 100"):
             continue
         state, _, name = entry.partition(b"\t")
-        is_sparse = state.startswith(b"S ")
-        reason = ExclusionReason.NOT_CHECKED_OUT if is_sparse else _UNUSUAL_MODES.get(state[2:8])
+        reason = _UNUSUAL_TAGS.get(state[:1]) or _UNUSUAL_MODES.get(state[2:8])
         if name and reason is not None:
             found[os.fsdecode(name)] = reason
     return found

@@ -23,6 +23,7 @@ from peft_core.data.read_text import decode, placeholder, read_bytes, why_not_wr
 from peft_core.schemas.dataset import Example
 
 MAX_NOTEBOOK_BYTES = 50_000_000  # most of a large notebook is pictures
+_MAX_CELLS = 10_000
 _DEFAULT = "python"
 _PROSE_CELLS = frozenset({"md", "markdown", "latex"})
 _UNKNOWN = "?"  # the language of a cell that is left out
@@ -95,7 +96,7 @@ def parse_notebook(text: str) -> Notebook | ExclusionReason:
         kernel, cells = _kernel_language(document), list(_code_cells(document))
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
         return ExclusionReason.BROKEN_NOTEBOOK
-    if sum(len(source) for _, source in cells) > MAX_FILE_BYTES:
+    if len(cells) > _MAX_CELLS or sum(len(source) for _, source in cells) > MAX_FILE_BYTES:
         return ExclusionReason.TOO_LARGE
     parts: dict[str, SourcePart] = {}
     left_out: dict[str, int] = {}

@@ -119,7 +119,8 @@ class _Walker:
     ) -> File | None:
         path = f"{self.root}/{name}"
         language, is_named = self._language(name, last, directory_reason, directory)
-        reason: ExclusionReason | None = unusual if unusual is ExclusionReason.SUBMODULE else None
+        is_no_file = unusual in (ExclusionReason.SUBMODULE, ExclusionReason.UNMERGED)
+        reason = unusual if is_no_file else None
         if reason is None and isinstance(language, ExclusionReason):
             is_missing = unusual is ExclusionReason.NOT_CHECKED_OUT and not os.path.lexists(path)
             reason = ExclusionReason.NOT_CHECKED_OUT if is_missing else language

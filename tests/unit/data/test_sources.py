@@ -275,6 +275,11 @@ def test_a_broken_notebook_is_refused_by_its_reason(text: str) -> None:
 NOTEBOOK_KEYS = ["cells", "worksheets", "cell_type", "source", "input", "metadata", "kernelspec", "language", "name"]
 
 
+def test_a_notebook_of_too_many_or_too_large_cells_is_too_large() -> None:
+    assert parse_notebook(notebook(*["x = 1"] * 20_000)) == "too_large"
+    assert parse_notebook(notebook(*["x = 1\n" * 100_000] * 2)) == "too_large"
+
+
 @given(
     st.recursive(
         st.none()
@@ -381,6 +386,20 @@ def test_links_that_were_written_as_files_and_annexed_files_are_placeholders(tmp
     (root / "link.py").unlink()
     write(root, {"link.py": "src/module_0.py", "unlocked.py": f"/annex/objects/SHA256E-s99--{'0' * 64}.py\n"})
     assert walk(root).left_out == {"placeholder": 3}
+
+
+def test_a_file_in_a_merge_conflict_is_not_learned(tmp_path: Path) -> None:
+    root = commit(modules(tmp_path))
+    git(root, "checkout", "-b", "other")
+    for branch, text in (("other", "x = 1\n"), ("-", "y = 1\n")):
+        git(root, "checkout", branch)
+        write(root, {"src/module_0.py": text})
+        git(root, "commit", "--all", "--message", text)
+    with pytest.raises(subprocess.CalledProcessError):
+        git(root, "merge", "other")
+    tree = walk(root)
+    assert tree.left_out == {"unmerged": 1}
+    assert "src/module_0.py" not in {file.name for file in tree.files}
 
 
 def test_a_repository_inside_another_is_named(tmp_path: Path) -> None:
