@@ -292,7 +292,9 @@ def not_the_weights(
     ]
     parts += [f"{len(mismatched) - 2} more have another shape"] if len(mismatched) > 2 else []
     return unusable(
-        path, f"its weights are not those of {model_class}: {'; '.join(parts)}", _advice(missing, unknown, mismatched)
+        path,
+        f"its weights are not those of {model_class}: {'; '.join(parts)}",
+        _advice(missing, unknown, mismatched) if path.is_dir() else "Use the model's Hugging Face directory",
     )
 
 
