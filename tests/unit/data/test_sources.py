@@ -390,8 +390,9 @@ def test_links_that_were_written_as_files_and_annexed_files_are_placeholders(tmp
 
 def test_a_file_in_a_merge_conflict_is_not_learned(tmp_path: Path) -> None:
     root = commit(modules(tmp_path))
-    git(root, "checkout", "-b", "other")
-    for branch, text in (("other", "x = 1\n"), ("-", "y = 1\n")):
+    git(root, "branch", "--move", "main")
+    git(root, "branch", "other")
+    for branch, text in (("other", "x = 1\n"), ("main", "y = 1\n")):
         git(root, "checkout", branch)
         write(root, {"src/module_0.py": text})
         git(root, "commit", "--all", "--message", text)
