@@ -31,7 +31,6 @@ _UNSUPPORTED = {
     "lora_bias": re.compile(r"\.lora_[AB]\.(?:[^.]+\.)?bias$", re.ASCII),
     "token_rows": re.compile(r"\.(?:token_adapter|trainable_tokens_)", re.ASCII),
 }
-_EMBEDDINGS = [[name] for name in EMBEDDING_MODULES]
 _DO_NOT_USE = f"Do not use this {WEIGHTS}"
 
 
@@ -88,9 +87,6 @@ def base_modules(base: Base) -> BaseModules:
     """
     shapes = read_checkpoint(base.path).shapes
     linear = linear_modules(shapes)
-    embedding = next((shapes[name] for name in shapes if name.split(".")[-2:-1] in _EMBEDDINGS), None)
-    if "lm_head" not in linear and embedding is not None and len(embedding) == 2:  # tied: computed with the embedding
-        linear["lm_head"] = (embedding[0], embedding[1])
     layers = frozenset(number for module in linear if (number := layer_of(module)) is not None)
     return BaseModules(base, shapes, linear, layers)
 
@@ -237,6 +233,10 @@ _WRONG_NAMES = {
         "These tensors belong to an embedding or output head with another vocabulary size than the base model's",
         "Use the base model with the extended vocabulary that it was trained on, or train without new tokens",
     ),
+    "tied_head": (
+        "The adapter changes lm_head, but this base model has no output head of its own: it uses its embedding as the head",
+        "Train it again without lm_head as a target, or use the base model with its own head that it was trained on",
+    ),
     "dora_weights": (
         "These tensors are DoRA magnitudes, without which the adapter's A and B mean something else",
         "Use a LoRA adapter that was trained without use_dora",
@@ -355,6 +355,10 @@ def _compare_with_base(
     fix = f"Use the base model that the adapter was trained on, which is not {base.name}"
     missing: set[str] = set()
     unknown = classified.modules - linear.keys()
+    if "lm_head" in unknown:  # the base model computes its logits with the embedding
+        unknown.remove("lm_head")
+        problem, tied_fix = _WRONG_NAMES["tied_head"]
+        yield error("tied_head", f"{problem}.", where="lm_head", fix=tied_fix)
     if settings is not None:
         all_used = not unknown and bool(classified.modules) and all(map(settings.targets, classified.modules))
         yield from _unmatched_targets(settings, linear, fix, harmless=all_used)

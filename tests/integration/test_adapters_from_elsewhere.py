@@ -86,14 +86,12 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "an exclusion": {"target_modules": TARGETS, "exclude_modules": ["layers.0.mlp.up_proj", "k_proj"]},
     "an exclusion by an expression": {"target_modules": TARGETS, "exclude_modules": r".*layers\.0\..*"},
     "biases that the model lacks": {"bias": "all"},
-    "the head of a tied base": {"target_modules": ["q_proj", "lm_head"]},
     "EVA": {"init_lora_weights": "gaussian", "lora_dropout": 0.5},
     "orthogonal": {"init_lora_weights": "orthogonal"},
     "not initialised": {"init_lora_weights": False},
 }
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.parametrize("config", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
 def test_an_accepted_configuration_gives_the_logits_that_peft_gives(
     config: dict[str, Any], tmp_path: Path, base: Path, resident: ResidentModel

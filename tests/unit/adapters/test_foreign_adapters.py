@@ -159,6 +159,17 @@ def test_a_linked_file_is_told_how_to_copy(tmp_path: Path, base: Base) -> None:
     assert "cp -rL" in (reason.fix or "")
 
 
+def test_an_adapted_head_needs_a_base_with_a_head_of_its_own(tmp_path: Path, base: Base) -> None:
+    head = {f"{P}lm_head.lora_A.weight": (4, 32), f"{P}lm_head.lora_B.weight": (48, 4)}
+    adapter = write_adapter(tmp_path / "adapter", targets=["q_proj", "v_proj", "lm_head"])
+    assert found(verify(adapter, base)) == []  # without weights for it
+    (adapter / WEIGHTS).write_bytes(safetensors_bytes(adapter_shapes() | head, fill=1))
+    assert found(verify(adapter, base)) == ["tied_head"]
+    shapes = SHAPES | {"lm_head.weight": (48, 32)}
+    untied = resolve(str(write_model(tmp_path / "base", shapes=shapes, tie_word_embeddings=False)), Settings())
+    assert found(verify(adapter, untied)) == []
+
+
 def test_dora_is_one_reason(tmp_path: Path, base: Base) -> None:
     adapter = write_adapter(tmp_path, use_dora=True)
     magnitudes = {f"{P}model.layers.0.self_attn.q_proj.lora_magnitude_vector": (32,)}
