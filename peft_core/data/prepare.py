@@ -45,6 +45,7 @@ from peft_core.data.split import (
     FILE_SHARE,
     ExampleKey,
     Split,
+    advice_on_records,
     cap_per_file,
     digest,
     order_key,
@@ -258,8 +259,10 @@ class DatasetBuilder:
         spec = self.spec
         if self._trains:  # an evaluation counts its examples itself: it also knows how many the adapter was trained on
             name = spec.purpose.field if spec.source_kind is SourceKind.RECORDS else str(spec.source)
+            is_repository = spec.source_kind is SourceKind.REPOSITORY
+            advice = self.not_read.advice if is_repository else advice_on_records(self.left_out)
             require_enough_examples(
-                with_canonical_digests(self.keys, self.signatures), self.left_out, name, advice=self.not_read.advice
+                with_canonical_digests(self.keys, self.signatures), self.left_out, name, advice=advice
             )
         parts = split(
             self.keys,

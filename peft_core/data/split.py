@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from peft_core.data.exclusions import ExclusionReason
 from peft_core.data.minhash import MinHashIndex
 from peft_core.errors import DataError
 from peft_core.schemas.dataset import DatasetPurpose
@@ -298,6 +299,13 @@ def require_enough_examples(
         suggestions=tuple(advice) or ("Give more code: a parent directory, or the whole repository",),
         details={"examples": examples, "files": files, "left_out": dict(left_out)},
     )
+
+
+def advice_on_records(left_out: Mapping[str, int]) -> tuple[str, ...]:
+    """Return what the user may do if a source of records gives too few examples."""
+    longer = left_out.get(ExclusionReason.TOO_LONG, 0)
+    raised = (f"Raise config.max_length: {_count_of(longer, 'record')} would take more tokens",) if longer else ()
+    return (*raised, "Give more records, each with a text of its own")
 
 
 def describe_exclusions(left_out: Mapping[str, int]) -> str:

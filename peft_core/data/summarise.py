@@ -41,7 +41,7 @@ from peft_core.data.records import (
 from peft_core.data.repository import summarise_repositories
 from peft_core.data.selection import Selection
 from peft_core.data.sources import unique_names
-from peft_core.data.split import ExampleKey, describe_exclusions, digest, require_enough_examples
+from peft_core.data.split import ExampleKey, advice_on_records, describe_exclusions, digest, require_enough_examples
 from peft_core.data.token_counter import BYTES_PER_TOKEN
 from peft_core.errors import DataError, InvalidArgument
 from peft_core.schemas.dataset import DatasetPurpose, DataSource, SkippedRecords, SourceKind, SourceSummary
@@ -291,7 +291,7 @@ def summarise_records(
                 f"Give at least {purpose.min_examples} records, each {FORMATS}",
             ),
         )
-    require_enough_examples(keys, notes.counts(), where, purpose)
+    require_enough_examples(keys, notes.counts(), where, purpose, advice=advice_on_records(notes.counts()))
     return SourceSummary(
         kind=kind,
         path=path,

@@ -77,14 +77,19 @@ def require_complete(config: TrainingConfig) -> None:
 
 
 def too_little(units: int, source: SourceSummary) -> DataError:
-    noun = "records" if source.examples is not None else "units (functions, classes and the like)"
+    noun, more = (
+        "units (functions, classes and the like)",
+        "Give more code: a directory further up, or the whole repository",
+    )
+    if source.examples is not None:
+        noun, more = "records", "Give more records"
     return DataError(
         f"Too little data: {source.path or 'training_data'} holds about {units} {noun}, {source.estimated_tokens} tokens; at "
         f"least {MIN_UNITS} are needed for an adapter that generalises instead of memorising. Retrieval, that is letting the "
         "assistant read these files, works better here.",
         code="too_little_data",
         suggestions=(
-            *(source.advice or ("Give more code: a directory further up, or the whole repository",)),
+            *(source.advice or (more,)),
             "Or set config.allow_little_data = true to train anyway",
         ),
         details={"units": units, "needed": MIN_UNITS, "estimated_tokens": source.estimated_tokens},

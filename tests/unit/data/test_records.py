@@ -437,3 +437,9 @@ def test_records_given_one_by_one_keep_their_numbers():
         ("row 1", RecordFormat.TEXT),
         ("row 2", RecordFormat.TEXT),
     ]
+
+
+def test_too_few_records_are_refused_with_advice_about_records():
+    with pytest.raises(DataError, match="at least 8 examples") as caught:
+        summarise_source([{"text": "a"}, {"text": "b"}])
+    assert caught.value.suggestions == ("Give more records, each with a text of its own",)

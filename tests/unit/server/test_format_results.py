@@ -9,6 +9,7 @@ import pytest
 from mcp.types import TextContent
 
 from peft_core.jobs.status import status_of
+from peft_core.schemas.dataset import SkippedRecords
 from peft_core.schemas.results import TrainingDataReport
 from server.format_results import format_inspection, format_status
 from tests.factories import make_job, make_request, make_source
@@ -68,3 +69,26 @@ def test_an_inspection_names_what_is_not_read() -> None:
     assert isinstance(text, TextContent)
     assert "Files not read: 30 .json (no code); 20 .sql, 4 .js (lfs pointer)." in text.text
     assert f"{ADVICE}." in text.text
+
+
+def test_keys_that_are_not_used_and_records_that_are_skipped_are_named_in_both_answers() -> None:
+    skipped = SkippedRecords(reason="unknown_key", count=7, first=("line 4", "line 9"), example="Line 4 has 'mood'.")
+    source = make_source(
+        kind="jsonl",
+        path=Path("/data/chat.jsonl"),
+        examples=90,
+        left_out={"unknown_key": 7, "thinking": 3},
+        unused_keys={"id": 90, "source": 90},
+        skipped=(skipped,),
+    )
+    status = status_of(make_job(request=make_request(found=source)), None, Path("none"))
+    text = format_status(status, is_new=True).content[0]
+    assert isinstance(text, TextContent)
+    assert (
+        "Not used: id, source. Left out: 3 thinking. Skipped: 7 records, unknown key (line 4, line 9, …). Base model:"
+        in text.text
+    )
+    report = report_of([]).model_copy(update={"unused_keys": source.unused_keys, "skipped": [skipped]})
+    text = format_inspection(report).content[0]
+    assert isinstance(text, TextContent)
+    assert "\nNot used: id, source.\nSkipped 7 (unknown key; line 4, line 9): Line 4 has 'mood'.\n" in text.text
