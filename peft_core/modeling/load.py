@@ -23,7 +23,7 @@ from peft_core.base_models.checkpoint import read_checkpoint
 from peft_core.base_models.checkpoint_info import unusable
 from peft_core.base_models.families import FAMILIES
 from peft_core.base_models.huggingface import refuse_adapter
-from peft_core.base_models.layouts import not_the_weights
+from peft_core.base_models.layouts import expected_shapes, not_the_weights
 from peft_core.errors import BaseCheckpointError
 from peft_core.modeling.device import DevicePlan
 from peft_core.modeling.ggml import SUPPORTED
@@ -198,7 +198,8 @@ def load_base(directory: Path, weights: torch.dtype) -> PreTrainedModel:
     Raises:
         BaseCheckpointError: unreadable, an architecture that transformers supports only with remote code, or an adapter.
     """
-    check_weights(directory)
+    if expected_shapes(read_checkpoint(directory).config) is None:  # otherwise it has compared them
+        check_weights(directory)  # before memory is allocated for weights that no file has
     return _load(directory, dtype=weights)
 
 
@@ -208,12 +209,12 @@ def check_weights(directory: Path) -> None:
     Raises:
         BaseCheckpointError: a weight is missing, unknown or has another shape, or the model cannot be built.
     """
-    refuse_adapter(directory)
     _load(directory, device_map="meta")
 
 
 def _load(directory: Path, **options: Any) -> PreTrainedModel:
     """Load a model directory with transformers, which only logs a warning if its weights are not those of the model."""
+    refuse_adapter(directory)
     transformers_logging.disable_progress_bar()  # a bar redrawn in a log file is noise
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(  # annotated without `output_loading_info`

@@ -101,5 +101,5 @@ def test_a_model_whose_files_lack_a_bias_is_not_mapped(tmp_path: Path) -> None:
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "attention_bias": True}))
     assert load_mapped(base, directory) is None
-    with pytest.raises(BaseCheckpointError, match=r"missing model\.layers\.0\.self_attn\.k_proj\.bias"):
+    with pytest.raises(BaseCheckpointError, match=r"missing model\.layers\.0\.self_attn\.q_proj\.bias"):
         load_base(directory, torch.float32)
