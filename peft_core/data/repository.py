@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from peft_core.data.classification import NOTEBOOK
 from peft_core.data.examples import examples_from_file, keep_secrets
-from peft_core.data.exclusions import Exclusions
+from peft_core.data.exclusions import ExclusionReason, Exclusions
 from peft_core.data.minhash import MinHashIndex
 from peft_core.data.notebook import Notebook, read_notebook
 from peft_core.data.records import FORMATS
@@ -101,8 +101,9 @@ def _no_source_files(where: str, exclusions: Exclusions) -> DataError:
             "Give the directory that holds the source files",
             f"For data that is not code, give a .jsonl file, {FORMATS}",
         )
-        if not exclusions.reasons:
-            suggestions = ("If it is a submodule, run `git submodule update --init`", *suggestions)
+        if not set(exclusions.reasons) - {ExclusionReason.HIDDEN}:
+            how = "If its files are not checked out, run `git checkout HEAD`, or `git submodule update --init` for a submodule"
+            suggestions = (how, *suggestions)
     return DataError(
         f"{where} contains no source files. Left out: {describe_exclusions(exclusions.reasons)}."
         + (f" Not read: {not_read}." if not_read else ""),

@@ -340,6 +340,17 @@ def test_a_secret_in_a_notebook_is_blanked(tmp_path: Path) -> None:
     assert not any(key in example.text for example in examples)
 
 
+def test_the_code_of_r_markdown_is_read(tmp_path: Path) -> None:
+    for n in range(8):
+        chunks = "".join(
+            f"Prose.\n\n```{{r part{n}{m}, echo=FALSE}}\nx{n}{m} <- read({n}, {m})\n```\n\n" for m in range(3)
+        )
+        write(tmp_path / "r", {f"{n}.Rmd": f"# Title\n\n{chunks}"})
+    _, examples = build(tmp_path / "r", tmp_path / "out")
+    assert any("x00 <- read(0, 0)" in example.text for example in examples)
+    assert not any("Prose" in example.text for example in examples)
+
+
 # Encodings.
 
 ENGLISH = "def f(x):\n    # größer\n    return x + 1\n"
@@ -386,6 +397,13 @@ def test_links_that_were_written_as_files_and_annexed_files_are_placeholders(tmp
     (root / "link.py").unlink()
     write(root, {"link.py": "src/module_0.py", "unlocked.py": f"/annex/objects/SHA256E-s99--{'0' * 64}.py\n"})
     assert walk(root).left_out == {"placeholder": 3}
+
+
+def test_a_clone_without_its_files_is_refused_with_the_command_that_gets_them(tmp_path: Path) -> None:
+    commit(modules(tmp_path / "r"))
+    git(tmp_path, "clone", "--no-checkout", "r", "clone")
+    with pytest.raises(DataError, match="git checkout HEAD"):
+        summarise_source(str(tmp_path / "clone"))
 
 
 def test_a_file_in_a_merge_conflict_is_not_learned(tmp_path: Path) -> None:

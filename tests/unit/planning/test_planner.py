@@ -52,6 +52,33 @@ def test_a_record_that_json_cannot_represent_is_rejected_and_leaves_nothing(tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_sources_and_selection_reach_the_dataset_of_the_job(tmp_path: Path) -> None:
+    for source in ("app", "lib"):
+        for n in range(10):
+            path = tmp_path / source / "src" / f"{n}.py"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(f"def {source}_{n}_{m}(x):\n    return x * {m} + {n}\n\n\n" for m in range(9)))
+    settings = Settings(data_dir=tmp_path / "data")
+    config = TrainingConfig(
+        more_sources=[str(tmp_path / "lib")], include=["src/"], exclude=["9.py"], allow_little_data=True
+    )
+    request = plan(str(tmp_path / "app"), config, settings, lambda _base, _device: None)
+    dataset = request.dataset
+    assert [(source.path, source.name) for source in dataset.sources] == [
+        (tmp_path / "app", "app"),
+        (tmp_path / "lib", "lib"),
+    ]
+    assert (dataset.include, dataset.exclude, request.found.files) == (("src/",), ("9.py",), 18)
+    narrow = settings.model_copy(update={"allowed_roots": (tmp_path / "app",)})
+    for refused in (
+        lambda: plan(str(tmp_path / "app"), config, narrow, lambda _base, _device: None),
+        lambda: planner.require_sources(request, narrow),
+    ):
+        with pytest.raises(InvalidArgument, match=r"config\.more_sources") as caught:
+            refused()
+        assert caught.value.code == "outside_allowed_roots"
+
+
 def test_an_existing_job_directory_is_not_removed(tmp_path: Path) -> None:
     (tmp_path / "job").mkdir()
     (tmp_path / "job" / "others.txt").write_text("mine")
