@@ -267,7 +267,7 @@ class PEFTManager:
 
         Args:
             adapter_path: a directory, or a project id (its current adapter).
-            to: 'gguf-lora', 'merged', 'vllm', 'mlx' or 'hub'.
+            to: 'gguf-lora', 'merged', 'vllm', 'mlx', 'hub' or 'editors'.
             output_path: the directory to create; omit to use `projects/ID/exports/ADAPTER/` in the data directory.
             format: number format of 'gguf-lora' and 'merged'; 'huggingface' for a merged model directory.
             base_model: omit to use the base model that the adapter was trained on, if it is on this machine.
