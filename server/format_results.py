@@ -16,6 +16,7 @@ from peft_core.schemas.results import (
     AdapterList,
     BaseMatch,
     Compatibility,
+    DataSample,
     DeletedAdapter,
     Estimate,
     LoadedAdapter,
@@ -127,6 +128,12 @@ def format_export(report: ExportReport) -> CallToolResult:
     )
 
 
+def _sample_text(sample: DataSample) -> str:
+    if sample.kind == "record" and sample.text:  # its learned parts may be anywhere
+        return f"--- what is between \u27e6 and \u27e7 is learned ---\n{sample.text.rstrip()}"
+    return f"--- context ---\n{sample.given.rstrip()}\n--- learned ---\n{sample.learned.rstrip()}"
+
+
 # -- training --------------------------------------------------------------------------------------------------------
 
 
@@ -154,7 +161,7 @@ def format_inspection(report: TrainingDataReport) -> CallToolResult:
         f"Base model: {report.base_model} on {report.device}. {estimate_text(report.estimate)}",
         *(
             f"\nSample: {sample.path}:{sample.start_line}-{sample.end_line} ({sample.kind}, about {sample.tokens} tokens)\n"
-            f"--- context ---\n{sample.given.rstrip()}\n--- learned ---\n{sample.learned.rstrip()}"
+            + _sample_text(sample)
             for sample in report.samples
         ),
         f"\n{report.next}",
