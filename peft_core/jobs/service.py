@@ -191,7 +191,7 @@ class JobService:
             return None
         if base is None:
             return None
-        return base.ref if base.ref == BUNDLED else str(base.path)
+        return base.ref if base.ref == BUNDLED or base.ref.startswith("ollama:") else str(base.path)
 
     def _project_of(self, adapter: Path) -> str:
         """Return the project of a published adapter; adapters from other directories share one name."""
