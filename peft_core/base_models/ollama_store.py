@@ -218,7 +218,7 @@ def _child(root: Path, listed: Mapping[str, Any], name: OllamaName) -> Mapping[s
     if chosen is None:
         raise _unusable(name, _MLX, _OTHER)
     if chosen.get("layers"):
-        return chosen
+        return dict(chosen)
     blob = _blob(root, chosen.get("digest"), name)
     return _parsed(_read(root, blob, name, "manifest"), blob, name)
 
@@ -263,7 +263,7 @@ def _layers(manifest: Mapping[str, Any], name: OllamaName) -> list[tuple[str, An
 def _parsed(raw: bytes, path: Path, name: OllamaName) -> Mapping[str, Any]:
     try:
         refuse_json_bomb(raw, path, MAX_MANIFEST_VALUES)
-        value: object = json.loads(raw)
+        value = json.loads(raw)
     except (HeaderError, ValueError, RecursionError) as error:
         reason = error.problem if isinstance(error, HeaderError) else "it is not JSON"
         raise _unusable(name, f"its manifest is damaged: {reason}", _pull(name)) from error

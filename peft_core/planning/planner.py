@@ -92,7 +92,7 @@ def plan(
         CostedPlan(compute, memory_bytes(config, base, device, compute), speed)
         for compute, speed in zip(plans, speeds, strict=True)
     ]
-    compute = _choose_plan(costed, config, base, device, settings)
+    compute = choose_plan(costed, config, base, device, settings)
     _check_disk(config, base, source, settings.data_dir)
     return JobRequest(
         source=source.path or Path(),
@@ -275,7 +275,7 @@ def _memory_limit(config: TrainingConfig, settings: Settings, device: str) -> Me
     return MemoryLimit("the memory available now", available_memory_bytes() // MB, is_set=False)
 
 
-def _choose_plan(
+def choose_plan(
     costed: Sequence[CostedPlan], config: TrainingConfig, base: Base, device: str, settings: Settings
 ) -> CostedPlan:
     """Return the fastest plan that fits the memory limit, with the reason why it is not the fastest of all.

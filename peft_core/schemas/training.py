@@ -78,8 +78,8 @@ class TrainingConfig(FrozenModel):
     base_model: Annotated[
         str | None,
         Field(
-            description="Local Hugging Face model directory, .gguf file, or hub id that is in the local cache. Omit for the "
-            "setting default_base_model, else the bundled SmolLM2-135M-Instruct."
+            description="Local Hugging Face model directory, .gguf file, hub id that is in the local cache, or ollama:NAME "
+            "(list_base_models shows them). Omit for the setting default_base_model, else the bundled SmolLM2-135M-Instruct."
         ),
     ] = None
     rank: Annotated[
