@@ -81,7 +81,17 @@ _FORMS = {
     RecordFormat.CHUNK: _Form(
         (("content",), ("language",)),
         ("file_path", "chunk_type", *(key for keys in _RANGES for key in keys)),
-        ("complexity_score", "dependencies", "name", "parent", "imports", "signature", "docstring", "chunk_index"),
+        (
+            "complexity_score",
+            "dependencies",
+            "name",
+            "parent",
+            "imports",
+            "signature",
+            "docstring",
+            "chunk_index",
+            "chunk_id",
+        ),
     ),
 }
 USED_KEYS = frozenset(key for form in _FORMS.values() for key in form.used)
