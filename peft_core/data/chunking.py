@@ -27,7 +27,7 @@ from functools import cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
-from peft_core.data.grammars import GRAMMARS, Grammar
+from peft_core.data.grammars import Grammar, embedded_grammar
 from peft_core.data.languages import Language, is_known_label
 
 if TYPE_CHECKING:  # tree-sitter is loaded by the first file that needs it
@@ -44,12 +44,9 @@ _MAX_HEADER_ROWS = 6  # a longer signature is cut to its first row
 _MAX_SCOPES = 8
 _MAX_WRAPPERS = 8
 _MAX_KEYWORD = 40
-_PARSE_LIMIT_S = 5.0  # CPU time for one text; a megabyte of ordinary code takes a second
+_PARSE_LIMIT_S = 3.0  # CPU time for one text; a megabyte of ordinary code takes a second
 _MAX_REFUSALS = 3  # a grammar that exceeds the limit so often is not used any more by this process
 _READ_BYTES = 16_384
-_SCSS_TAG = re.compile(rb"lang\s*=\s*[\"']?(scss|sass|less)")
-_TYPESCRIPT_TAG = re.compile(rb"lang\s*=\s*[\"']?tsx?\b|type\s*=\s*[\"']?(text|application)/typescript")
-_DATA_TAG = re.compile(rb"type\s*=\s*[\"']?(?!module|(text|application)/(java|ecma)script|text/babel)\w")
 _NEVER_BREAK = 1 << 30  # rank of a row that no break should precede
 _LICENCE = re.compile(rb"copyright|licen[cs]e|SPDX-", re.IGNORECASE)
 _COMMENT_LINE = re.compile(
@@ -203,19 +200,22 @@ class _LimitedParser:
         """Return the root, or None if parsing takes too long, or took too long for several texts before."""
         if self._refusals >= _MAX_REFUSALS:
             return None
-        deadline: float | None = time.thread_time() + _PARSE_LIMIT_S
+        started: float | None = time.monotonic()
+        cpu_started = time.thread_time()
         expired = False
 
         def read(offset: int, _point: object) -> bytes:
             nonlocal expired
-            if deadline is not None and time.thread_time() > deadline:
-                expired = True
-                return b""  # the end of the text ends the parse
-            return raw[offset : offset + _READ_BYTES]
+            # The clock of the CPU time is a system call; a machine that is busy must not change how a file is split.
+            if started is not None and time.monotonic() - started > _PARSE_LIMIT_S:
+                expired = expired or time.thread_time() - cpu_started > _PARSE_LIMIT_S
+            return (
+                b"" if expired and started is not None else raw[offset : offset + _READ_BYTES]
+            )  # an end ends the parse
 
         root = self._parser.parse(read).root_node
         self._refusals += expired
-        deadline = None  # nodes read their text through the same function
+        started = None  # nodes read their text through the same function
         return None if expired else root
 
 
@@ -264,11 +264,12 @@ def _count_definitions(root: Node, grammar: Grammar) -> int:
         for child in _children(parent, body, grammar_of_body):
             if child.type in grammar_of_body.leads:
                 continue
-            unit = _unit(_Group(0, 0, [child], child), 0, grammar_of_body, in_class=parent.kind == "class")
-            count += unit.role is UnitRole.DEFINITION and not _is_continued_by(previous, child, grammar_of_body)
+            kind = _type(node := _unwrapped(child, grammar_of_body), grammar_of_body)
+            if kind in grammar_of_body.definitions:
+                count += not _is_continued_by(previous, child, grammar_of_body)
+            if node.is_error or kind in grammar_of_body.openable:
+                stack.append(_unit(_Group(0, 0, [child], child), 0, grammar_of_body, in_class=False))
             previous = child
-            if unit.body is not None:
-                stack.append(unit)
     return count
 
 
@@ -308,21 +309,12 @@ def _members_node(parent: CodeUnit) -> tuple[Node | None, Grammar | None]:
     """Return the node whose children are the members of a unit, and its grammar: a script in HTML is parsed for it."""
     if parent.body is None or parent.grammar is None or parent.body.type not in parent.grammar.embeds:
         return parent.body, parent.grammar
-    grammar = GRAMMARS.get(_embedded_language(parent.body))
+    tag = parent.body.named_children[0].text or b""
+    grammar = embedded_grammar(parent.body.type, tag)
     text = next((child for child in parent.body.named_children if child.type == "raw_text"), None)
     if grammar is None or text is None or text.text is None:
         return None, None
     return parse_syntax(b"\n" * text.start_point.row + text.text, grammar), grammar  # rows are those of the file
-
-
-def _embedded_language(element: Node) -> str:
-    """Return the language of a script or style element of HTML, Vue or Svelte, by its name and its attributes."""
-    tag = element.named_children[0].text or b""
-    if element.type == "style_element":
-        return "scss" if _SCSS_TAG.search(tag) else "css"
-    if _TYPESCRIPT_TAG.search(tag):
-        return "typescript"
-    return "" if _DATA_TAG.search(tag) else "javascript"
 
 
 def _children(parent: CodeUnit, body: Node, grammar: Grammar) -> Iterator[Node]:
@@ -406,16 +398,20 @@ def _unit(group: _Group, end: int, grammar: Grammar, *, in_class: bool) -> CodeU
 def _classified(node: Node, statements: CodeUnit, grammar: Grammar, *, in_class: bool) -> CodeUnit:
     """Return the unit of a node as what the node is: a definition, a scope, or still statements."""
     kind = _type(node, grammar)
-    definition = replace(statements, role=UnitRole.DEFINITION, header=_header(node))
+    definition = UnitRole.DEFINITION
     if kind in grammar.functions or kind in grammar.methods:
-        return replace(definition, kind="method" if in_class or kind in grammar.methods else "function")
+        name = "method" if in_class or kind in grammar.methods else "function"
+        return replace(statements, kind=name, role=definition, header=_header(node))
     if kind in grammar.classes:
-        unit = replace(definition, kind="class", body=_body(node))
-        return unit if unit.body else replace(unit, body=node, main=node, header=_first_rows(node, grammar))
+        body = _body(node)
+        if body is not None:
+            return replace(statements, kind="class", role=definition, header=_header(node), body=body)
+        header = _first_rows(node, grammar)
+        return replace(statements, kind="class", role=definition, header=header, body=node, main=node)
     if kind in grammar.embeds:
         return replace(statements, header=range(node.start_point.row, _end_row(node.named_children[0])), body=node)
     if kind in grammar.scopes or node.is_error:
-        return replace(statements, header=definition.header, body=_body(node) or node)
+        return replace(statements, header=_header(node), body=_body(node) or node)
     return statements
 
 
@@ -429,11 +425,10 @@ def _type(node: Node, grammar: Grammar) -> str:
 
 def _unwrapped(node: Node, grammar: Grammar) -> Node:
     """Return what `export`, decorators, `template <...>` or `const name =` wrap."""
-    relevant = grammar.definitions | grammar.scopes | grammar.wrappers
     for _ in range(_MAX_WRAPPERS):
         inner = None
         if node.type in grammar.wrappers:
-            inner = next((child for child in node.named_children if child.type in relevant), None)
+            inner = next((child for child in node.named_children if child.type in grammar.unwrapped), None)
         if inner is None:
             break
         node = inner

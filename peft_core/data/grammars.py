@@ -7,7 +7,10 @@ lines. To see the node types of a file: `print(chunking.parse_syntax(text.encode
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib.util
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +33,24 @@ class Grammar:
     embeds: frozenset[str] = frozenset()  # hold text of another language, such as a script in HTML
     function: str = "language"  # the function of the package that returns the grammar
 
+    definitions: frozenset[str] = field(init=False)
+    openable: frozenset[str] = field(init=False)  # may contain definitions
+    unwrapped: frozenset[str] = field(init=False)  # what a wrapper may wrap
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "definitions", self.functions | self.methods | self.classes)
+        object.__setattr__(self, "openable", self.classes | self.scopes | self.embeds)
+        object.__setattr__(self, "unwrapped", self.definitions | self.scopes | self.wrappers)
+
     @property
-    def definitions(self) -> frozenset[str]:
-        return self.functions | self.methods | self.classes
+    def is_installed(self) -> bool:
+        return importlib.util.find_spec(self.module) is not None
+
+
+def without_grammar(languages: Mapping[str, int]) -> dict[str, int]:
+    """Return those languages, with their numbers of files, whose grammar exists and is not installed."""
+    grammars = {name: GRAMMARS[name] for name in languages if name in GRAMMARS}
+    return {name: languages[name] for name, grammar in grammars.items() if not grammar.is_installed}
 
 
 def _grammar(
@@ -231,15 +249,6 @@ GRAMMARS = {
         wrappers="module_definition",
         function="language_ocaml",
     ),
-    "fsharp": _grammar(
-        "fsharp",
-        "function_or_value_defn member_defn",
-        "type_definition",
-        scopes="named_module module_defn namespace",
-        wrappers="declaration_expression",
-        leads="line_comment block_comment xml_doc attributes",
-        transparent="anon_type_defn type_extension_elements union_type_defn record_type_defn",
-    ),
     "elixir": _grammar(
         "elixir",
         "call:def call:defp call:defmacro call:defmacrop call:defguard call:defguardp call:test",
@@ -305,3 +314,16 @@ GRAMMARS = {
     "vue": _HTML,
     "svelte": _HTML,
 }
+
+_SCSS_TAG = re.compile(rb"lang\s*=\s*[\"']?(scss|sass|less)")
+_TYPESCRIPT_TAG = re.compile(rb"lang\s*=\s*[\"']?tsx?\b|type\s*=\s*[\"']?(text|application)/typescript")
+_DATA_TAG = re.compile(rb"type\s*=\s*[\"']?(?!module|(text|application)/(java|ecma)script|text/babel)\w")
+
+
+def embedded_grammar(element: str, tag: bytes) -> Grammar | None:
+    """Return the grammar of what a script or style element holds; `tag` is its opening tag. None: it holds data."""
+    if element == "style_element":
+        return GRAMMARS["scss" if _SCSS_TAG.search(tag) else "css"]
+    if _TYPESCRIPT_TAG.search(tag):
+        return GRAMMARS["typescript"]
+    return None if _DATA_TAG.search(tag) else GRAMMARS["javascript"]

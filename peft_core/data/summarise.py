@@ -62,6 +62,8 @@ def summarise_source(
     skip_unusable_records: bool = False,
     selection: Selection | None = None,
     also: Sequence[str] = (),
+    held_out_fraction: float = 0.1,
+    seed: int = 0,
 ) -> SourceSummary:
     """Return what a data source holds, or several: `also` are paths of more repositories and files of records.
 
@@ -88,6 +90,14 @@ def summarise_source(
         _require_paths(str(data), selection, also)
         return table.summarise_table(path, max_length, purpose, skip_unusable_records=skip_unusable_records)
     first = DataSource(path=path, kind=kind)
+    summarise_code_of = partial(
+        summarise_repositories,
+        selection=selection,
+        max_length=max_length,
+        purpose=purpose,
+        held_out_fraction=held_out_fraction,
+        seed=seed,
+    )
     if also:
         summarise_records_of = partial(
             summarise_source, max_length=max_length, purpose=purpose, skip_unusable_records=skip_unusable_records
@@ -96,12 +106,11 @@ def summarise_source(
             first,
             also,
             selection=selection,
-            max_length=max_length,
-            purpose=purpose,
             summarise_records_of=summarise_records_of,
+            summarise_code_of=summarise_code_of,
         )
     if kind is SourceKind.REPOSITORY:
-        return summarise_repositories([first], selection, max_length, purpose)
+        return summarise_code_of([first])
     _require_paths(str(data), selection)
     records = read_file(path, max_length=max_length, skip=skip_unusable_records, notes=notes)
     return summarise_records(SourceKind.JSONL, path, records, max_length, purpose, notes=notes)
@@ -135,9 +144,8 @@ def _summarise_several(
     also: Sequence[str],
     *,
     selection: Selection,
-    max_length: int,
-    purpose: DatasetPurpose,
     summarise_records_of: Callable[[Path], SourceSummary],
+    summarise_code_of: Callable[[Sequence[DataSource]], SourceSummary],
 ) -> SourceSummary:
     """Return what several sources hold together."""
     located = [first, *map(_locate_other, also)]
@@ -147,7 +155,7 @@ def _summarise_several(
     names = unique_names([source.path for source in located])
     sources = [source.model_copy(update={"name": name}) for source, name in zip(located, names, strict=True)]
     repositories = [source for source in sources if source.kind is SourceKind.REPOSITORY]
-    parts = [summarise_repositories(repositories, selection, max_length, purpose)] if repositories else []
+    parts = [summarise_code_of(repositories)] if repositories else []
     if not repositories:
         _require_paths(", ".join(str(source.path) for source in sources), selection)
     parts += [summarise_records_of(source.path) for source in sources if source.kind is not SourceKind.REPOSITORY]
@@ -165,6 +173,7 @@ def _summarise_several(
             "more_sources": tuple(sources[1:]),
             "files": sum(part.files for part in parts),
             "examples": sum(counts) if len(counts) == len(parts) else None,
+            "cut_records": sum(part.cut_records for part in parts),
             "estimated_tokens": sum(part.estimated_tokens for part in parts),
             "languages": dict(languages.most_common()),
             "left_out": dict(left_out),
@@ -270,10 +279,15 @@ def summarise_records(
     languages: Counter[str] = Counter()
     files: set[str] = set()
     keys: list[ExampleKey] = []
+    distinct: set[int] = set()
+    cut_records = 0
     for record in records:
         count += 1
         record_format = record.format
         size += len(record.content.encode())
+        if (text := hash(record.content)) not in distinct:
+            distinct.add(text)
+            cut_records += _parts(record, max_length)
         needs_chat_template = needs_chat_template or record.needs_chat_template
         file = record.path or record.name
         if file not in files:
@@ -297,6 +311,7 @@ def summarise_records(
         path=path,
         files=len(files),
         examples=count,
+        cut_records=cut_records,
         estimated_tokens=round(size / BYTES_PER_TOKEN),
         languages=dict(languages.most_common()),
         left_out=dict(notes.counts()),
@@ -318,7 +333,12 @@ def _most_used(unused: Counter[str]) -> dict[str, int]:
 def _expected_examples(record: Record, file: str, max_length: int, purpose: DatasetPurpose) -> list[ExampleKey]:
     """Return keys of the examples that a record will become: one, or as many as a long text is split into."""
     content_digest = digest(record.content)
-    parts = 1
-    if record.format in (RecordFormat.TEXT, RecordFormat.CHUNK):
-        parts = min(purpose.min_examples, 1 + int(len(record.content) / BYTES_PER_TOKEN / max_length))
+    parts = min(purpose.min_examples, _parts(record, max_length))
     return [ExampleKey(file, content_digest + bytes([part]), 1) for part in range(parts)]
+
+
+def _parts(record: Record, max_length: int) -> int:
+    """Return how many examples a record becomes: one, or as many as a long text is split into."""
+    if record.format not in (RecordFormat.TEXT, RecordFormat.CHUNK):
+        return 1
+    return 1 + int(len(record.content) / BYTES_PER_TOKEN / max_length)

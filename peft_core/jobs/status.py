@@ -6,7 +6,7 @@ from pathlib import Path
 
 from peft_core.adapters.manifest import REPORT_NAME
 from peft_core.jobs.state import Job, progress_percent
-from peft_core.schemas.dataset import describe_by_extension
+from peft_core.schemas.dataset import SourceSummary, describe_by_extension
 from peft_core.schemas.evaluation import Verdict
 from peft_core.schemas.results import NextStep, Status, TrainingStatus
 
@@ -85,10 +85,18 @@ def _describe_training_data(job: Job) -> str:
     sentences = [
         f"{what}, about {source.estimated_tokens} tokens",
         f"Not read: {not_read}" if not_read else "",
+        _advice_on_grammars(source),
         *source.advice,
         source.unused_in_words.rstrip("."),
     ]
     return ". ".join(filter(None, sentences))
+
+
+def _advice_on_grammars(source: SourceSummary) -> str:
+    if not source.without_grammar:
+        return ""
+    files = ", ".join(f"{count} {name}" for name, count in source.without_grammar.items())
+    return f"Cut at blank lines: {files} files; `pip install 'peft-mcp[languages]'` cuts them at their syntax"
 
 
 def _report_path(directory: str | Path | None) -> str | None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from peft_core.base_models.families import FAMILIES, has_fused_blocks, has_head_norms
 from peft_core.schemas.base_model import Base, ModelShape
-from peft_core.schemas.dataset import SourceSummary
+from peft_core.schemas.dataset import SourceSummary, TrainingSetSize
 from peft_core.schemas.results import Estimate
 from peft_core.schemas.task import ComputePlan
 from peft_core.schemas.training import TrainingConfig
@@ -110,18 +110,36 @@ def flops_per_token(shape: ModelShape) -> float:
     return 4.4 * shape.parameters
 
 
+def training_set(source: SourceSummary, held_out_fraction: float) -> TrainingSetSize:
+    """Return what of a source will be trained on: what its files were cut into, and its records."""
+    code = source.training_set or TrainingSetSize(examples=0, tokens=0)
+    rest = source.cut_records
+    if source.training_set is None and not rest:  # nothing was cut
+        rest = source.examples or math.ceil(source.estimated_tokens / TOKENS_PER_EXAMPLE)
+    examples, tokens = code.examples, code.tokens
+    if rest:
+        share = 1 - min(held_out_fraction, MAX_HELD_OUT_EXAMPLES / rest)
+        tokens_of_code = tokens / (1 - held_out_fraction) if held_out_fraction < 1 else 0.0
+        examples += round(rest * share)
+        tokens += round(max(0.0, source.estimated_tokens - tokens_of_code) * share)
+    return TrainingSetSize(examples=max(1, examples), tokens=max(1, tokens))
+
+
+def steps_of(examples: int, epochs: float, batch_size: int) -> int:
+    """Return how many optimiser steps these passes over the examples take."""
+    return max(1, math.ceil(examples * epochs / batch_size))
+
+
 def estimate(config: TrainingConfig, source: SourceSummary, compute: CostedPlan, chosen: str = "") -> Estimate:
     """Return what a training takes. `chosen`: which defaults were chosen, and why."""
-    share = 1 - config.held_out_fraction
-    tokens = source.estimated_tokens * share
-    examples = max(1.0, source.examples * share if source.examples is not None else tokens / TOKENS_PER_EXAMPLE)
+    train = training_set(source, config.held_out_fraction)
     if config.max_steps is not None:
         steps = config.max_steps
-        tokens = tokens / examples * config.batch_size * steps
+        tokens = train.tokens / train.examples * config.batch_size * steps
     else:
         epochs = config.num_epochs or 1.0
-        steps = max(1, math.ceil(examples * epochs / config.batch_size))
-        tokens *= epochs
+        steps = steps_of(train.examples, epochs, config.batch_size)
+        tokens = train.tokens * epochs
     held_out_tokens = min(
         source.estimated_tokens * config.held_out_fraction, MAX_HELD_OUT_EXAMPLES * TOKENS_PER_EXAMPLE
     )

@@ -16,12 +16,10 @@ Sources of the constants:
 
 from __future__ import annotations
 
-import math
-
 from peft_core.errors import DataError, InvalidArgument
-from peft_core.planning.cost_model import TOKENS_PER_EXAMPLE, lora_parameters
+from peft_core.planning.cost_model import TOKENS_PER_EXAMPLE, lora_parameters, steps_of, training_set
 from peft_core.schemas.base_model import ModelShape
-from peft_core.schemas.dataset import SourceSummary
+from peft_core.schemas.dataset import SourceSummary, TrainingSetSize
 from peft_core.schemas.training import TrainingConfig
 
 MIN_UNITS = 50
@@ -45,13 +43,12 @@ def choose_defaults(
     Raises:
         DataError: 'too_little_data', unless the request allows it.
     """
-    units = source.examples
-    if units is None:
-        units = round(source.estimated_tokens / TOKENS_PER_EXAMPLE)
+    units = _count_units(source)
     if units < MIN_UNITS and not config.allow_little_data:
         raise too_little(units, source)
-    config, duration = _with_duration(config, units, source.estimated_tokens, tokens_per_second)
-    config, rank = _with_rank(config, shape, units, source.estimated_tokens)
+    train = training_set(source, config.held_out_fraction)
+    config, duration = _with_duration(config, train, tokens_per_second)
+    config, rank = _with_rank(config, shape, train)
     if config.learning_rate is None:
         rate = default_learning_rate(shape.hidden_size, config.batch_size)
         config = config.model_copy(update={"learning_rate": rate})
@@ -76,15 +73,21 @@ def require_complete(config: TrainingConfig) -> None:
         )
 
 
+def _count_units(source: SourceSummary) -> int:
+    """Return how many functions, methods and classes, and records, a source holds."""
+    counts = [count for count in (source.units, source.examples) if count is not None]
+    return sum(counts) if counts else round(source.estimated_tokens / TOKENS_PER_EXAMPLE)
+
+
 def too_little(units: int, source: SourceSummary) -> DataError:
     noun, more = (
-        "units (functions, classes and the like)",
+        "units (functions, methods and classes)",
         "Give more code: a directory further up, or the whole repository",
     )
     if source.examples is not None:
         noun, more = "records", "Give more records"
     return DataError(
-        f"Too little data: {source.path or 'training_data'} holds about {units} {noun}, {source.estimated_tokens} tokens; at "
+        f"Too little data: {source.path or 'training_data'} holds {units} {noun}, about {source.estimated_tokens} tokens; at "
         f"least {MIN_UNITS} are needed for an adapter that generalises instead of memorising. Retrieval, that is letting the "
         "assistant read these files, works better here.",
         code="too_little_data",
@@ -97,14 +100,13 @@ def too_little(units: int, source: SourceSummary) -> DataError:
 
 
 def _with_duration(
-    config: TrainingConfig, units: int, tokens: int, tokens_per_second: float | None
+    config: TrainingConfig, train: TrainingSetSize, tokens_per_second: float | None
 ) -> tuple[TrainingConfig, str]:
     if config.num_epochs is not None or config.max_steps is not None:
         return config, ""
-    train_units = max(1.0, units * (1 - config.held_out_fraction))
-    steps = math.ceil(train_units / config.batch_size)
+    steps = steps_of(train.examples, 1, config.batch_size)
     suited = 3 if steps < VERY_FEW_STEPS else 2 if steps < FEW_STEPS else 1
-    epoch_s = tokens * (1 - config.held_out_fraction) / tokens_per_second if tokens_per_second else 0.0
+    epoch_s = train.tokens / tokens_per_second if tokens_per_second else 0.0
     limit = f"the default limit is {_hours(DEFAULT_MAX_RUN_S)}"
     if epoch_s > DEFAULT_MAX_RUN_S:
         affordable = max(1, int(steps * DEFAULT_MAX_RUN_S / epoch_s))
@@ -114,24 +116,24 @@ def _with_duration(
         )
     epochs = next(count for count in range(suited, 0, -1) if count * epoch_s <= DEFAULT_MAX_RUN_S)
     reason = (
-        f"{_EPOCHS[epochs]}, because about {units} units make {steps} steps"
+        f"{_EPOCHS[epochs]}, because about {train.examples} examples make {steps} steps"
         if suited == 1
-        else f"{_EPOCHS[epochs]}, because about {units} units make only {steps} steps each"
+        else f"{_EPOCHS[epochs]}, because about {train.examples} examples make only {steps} steps each"
     )
     if epochs < suited:
         reason += f"; {_EPOCHS[suited].lower()} would take about {_hours(suited * epoch_s)} and {limit}"
     return config.model_copy(update={"num_epochs": float(epochs)}), f"{reason}."
 
 
-def _with_rank(config: TrainingConfig, shape: ModelShape, units: int, tokens: int) -> tuple[TrainingConfig, str]:
+def _with_rank(config: TrainingConfig, shape: ModelShape, train: TrainingSetSize) -> tuple[TrainingConfig, str]:
     if config.rank is not None:
         return config, ""
     if config.target_modules != "all-linear":  # the capacity of a selection of modules is not known here
         return config.model_copy(update={"rank": RANKS[0]}), ""
     share = 1.0
     if config.max_steps is not None:
-        share = min(1.0, config.max_steps * config.batch_size / max(1, units))
-    distinct = tokens * share  # further epochs repeat the same tokens
+        share = min(1.0, config.max_steps * config.batch_size / train.examples)
+    distinct = train.tokens * share  # further epochs repeat the same tokens
     sufficient = [rank for rank in RANKS if lora_parameters(rank, shape) * TOKENS_PER_WEIGHT >= distinct]
     rank = sufficient[0] if sufficient else RANKS[-1]
     weights = f"{lora_parameters(rank, shape) / 1e6:.1f} million weights"

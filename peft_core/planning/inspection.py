@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from peft_core.config import Settings
 from peft_core.errors import unwritable
 from peft_core.paths import DataPaths
+from peft_core.planning.cost_model import steps_of
 from peft_core.planning.planner import plan, write_source
 from peft_core.planning.preview import Preview, PreviewRequest
 from peft_core.schemas.base_model import Base
-from peft_core.schemas.dataset import Example, Segment, TrainingData
-from peft_core.schemas.results import DataSample, NextStep, TrainingDataReport
+from peft_core.schemas.dataset import Example, TrainingData
+from peft_core.schemas.results import DataSample, Estimate, NextStep, TrainingDataReport
 from peft_core.schemas.task import JobRequest
 from peft_core.schemas.training import TrainingConfig
 from peft_core.system.child_process import run_json_child
@@ -22,8 +23,6 @@ from peft_core.system.cleanup import prune_inspections
 
 TIMEOUT_S = 120.0
 _MAX_SAMPLE = 1200  # characters
-_MIN_SHOWN = 60  # characters of each segment of a long example
-LEARNED_BEGINS, LEARNED_ENDS = "\u27e6", "\u27e7"  # white square brackets, which code does not have
 
 
 def inspect_training_data(
@@ -61,12 +60,7 @@ def _scratch(paths: DataPaths) -> Iterator[Path]:
 def _preview(request: JobRequest, scratch: Path, settings: Settings) -> Preview:
     return run_json_child(
         "peft_core.planning.preview",
-        PreviewRequest(
-            dataset=request.dataset,
-            base=request.base,
-            data_dir=settings.data_dir,
-            allowed_roots=settings.allowed_roots,
-        ),
+        PreviewRequest(dataset=request.dataset, data_dir=settings.data_dir, allowed_roots=settings.allowed_roots),
         Preview,
         timeout_s=TIMEOUT_S,
         action="Previewing the examples",
@@ -103,10 +97,22 @@ def _report(request: JobRequest, preview: Preview, *, given: str) -> TrainingDat
         largest_files=preview.largest_files,
         samples=[_sample(example) for example in preview.samples],
         config=request.config,
-        estimate=request.estimate,
+        estimate=_estimate_of(preview, request),
         next=step.sentence,
         next_step=step,
     )
+
+
+def _estimate_of(preview: Preview, request: JobRequest) -> Estimate:
+    """Return the estimate with the steps and tokens of the dataset, if all of it was prepared."""
+    dataset, estimate, config = preview.dataset, request.estimate, request.config
+    if config.max_steps is not None or preview.unread_files:
+        return estimate
+    epochs = config.num_epochs or 1.0
+    tokens = max(1, round(dataset.train_tokens * epochs))
+    seconds = None if estimate.seconds is None else round(estimate.seconds * tokens / max(1, estimate.train_tokens), 1)
+    steps = steps_of(dataset.train_examples, epochs, config.batch_size)
+    return estimate.model_copy(update={"steps": steps, "train_tokens": tokens, "seconds": seconds})
 
 
 def _sample(example: Example) -> DataSample:
@@ -121,24 +127,7 @@ def _sample(example: Example) -> DataSample:
         tokens=example.tokens,
         given=_shorten(given),
         learned=_shorten(learned),
-        text=_marked(example.segments),
     )
-
-
-def _marked(segments: Sequence[Segment]) -> str:
-    """Return the text of an example with what is learned between marks. Long segments lose their middle."""
-    shown = max(_MIN_SHOWN, _MAX_SAMPLE // max(1, len(segments)))
-    pieces: list[str] = []
-    learning = False
-    for segment in segments:
-        if segment.learn != learning:
-            pieces.append(LEARNED_BEGINS if segment.learn else LEARNED_ENDS)
-            learning = segment.learn
-        text = segment.text
-        if len(text) > shown:
-            text = f"{text[: shown // 2]} […] {text[len(text) - shown // 2 :]}"
-        pieces.append(text)
-    return "".join([*pieces, LEARNED_ENDS if learning else ""])
 
 
 def _shorten(text: str) -> str:

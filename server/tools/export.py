@@ -21,10 +21,7 @@ async def export_adapter(
     adapter_path: AdapterPath,
     to: Annotated[
         ExportTarget,
-        Field(
-            description="gguf-lora: LoRA file for llama.cpp. merged: whole model. vllm, mlx, hub: directory for it. "
-            "editors: LoRA file and settings."
-        ),
+        Field(description="gguf-lora: LoRA file for llama.cpp. merged: whole model. vllm, mlx, hub: directory for it."),
     ],
     *,
     ctx: Context[PEFTManager, Any],

@@ -524,24 +524,6 @@ let rec length = function
   | [] -> 0
   | _ :: t -> 1 + length t
 """,
-    "fsharp": """module Shop.Cart
-
-open System
-
-/// A cart.
-type Cart = { Id: int; Lines: float list }
-
-type Shape() =
-    member this.Area = 1.0
-    member this.Grow(n) =
-        n * 2
-
-/// The sum of all lines.
-let total cart =
-    cart.Lines |> List.sum
-
-let rec fact n = if n <= 1 then 1 else n * fact (n - 1)
-""",
     "elixir": """defmodule Shop.Cart do
   @moduledoc "A cart."
   use GenServer
@@ -896,7 +878,6 @@ EXPECTED = {  # (kind, beginning of the body) of some units
     "julia": [("class", '"A point in the plane."\nstruct'), ("function", '"""\n    area(points)'), ("function", "macro twice")],
     "haskell": [("class", "-- | A cart.\ndata"), ("class", "class Priced"), ("function", "-- | The sum of all")],
     "ocaml": [("class", "(** A point. *)\ntype"), ("module", "module Stack"), ("function", "(* Adds two points. *)\nlet add")],
-    "fsharp": [("class", "/// A cart.\ntype"), ("function", "let total cart")],
     "elixir": [("class", "defmodule Shop.Cart"), ("method", "  # Adds a line.\n  @doc"), ("class", "defimpl String.Chars")],
     "zig": [("class", "/// A point.\npub const"), ("method", "    /// Adds two"), ("function", "// Doubles.\npub fn")],
     "fortran": [("function", "  ! Adds.\n  function add"), ("function", "  subroutine show"), ("function", "program main")],

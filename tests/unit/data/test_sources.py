@@ -172,7 +172,10 @@ def test_lfs_pointers_are_named_with_the_command_that_fetches_them(tmp_path: Pat
 
 
 def test_12_submodules_are_named_and_can_be_trained_on_together(tmp_path: Path) -> None:
-    parts = [commit(modules(tmp_path / f"part{number}")) for number in range(3)]
+    parts = [
+        commit(write(tmp_path / f"part{n}", {f"src/module_{k}.py": python(f"part{n}work{k}") for k in range(8)}))
+        for n in range(3)
+    ]
     root = commit(write(tmp_path / "root", {"README.md": "# Parts\n"}))
     for part in parts:
         git(root, "submodule", "add", str(part), f"libs/{part.name}")

@@ -19,11 +19,14 @@ from hypothesis import strategies as st
 
 from peft_core.data.classification import classify
 from peft_core.data.exclusions import ExclusionReason
+from peft_core.data.prepare import prepare
 from peft_core.data.read_text import read_text
 from peft_core.data.records import RecordFormat, parse, read_copy, read_file, write_records
 from peft_core.data.summarise import summarise_source
+from peft_core.data.token_counter import EstimatedTokenCounter
 from peft_core.data.walk import walk
 from peft_core.errors import DataError, InvalidArgument, PeftMcpError
+from tests.factories import make_dataset_spec
 
 
 def code(name: str, functions: int = 6) -> str:
@@ -447,3 +450,25 @@ def test_importing_the_package_loads_no_heavy_package():
     program = f"import sys, peft_core.data; print([name for name in {heavy} if name in sys.modules])"
     process = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert process.stdout.strip() == "[]"
+
+
+def test_14_small_functions_are_counted_one_by_one_and_the_training_set_is_known(tmp_path: Path):
+    for number in range(8):
+        (tmp_path / f"m{number}.py").write_text(
+            "\n\n".join(
+                f"def work_{number}_{k}(first, second):\n"
+                + "".join(f"    v{k}_{n} = {number * n} + first\n" for n in range(7))
+                for k in range(8)
+            )
+        )
+    summary = summarise(str(tmp_path))
+    assert (summary.units, summary.sampled_files) == (64, 8)
+    assert summary.training_set is not None
+    prepared = prepare(
+        make_dataset_spec(tmp_path, max_length=512, held_out_fraction=0.1),
+        directory=tmp_path.parent / "dataset",
+        token_counter=EstimatedTokenCounter(),
+        report=lambda _: None,
+    )
+    assert summary.training_set.examples == prepared.summary.train_examples
+    assert summary.training_set.tokens == prepared.summary.train_tokens

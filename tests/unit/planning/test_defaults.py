@@ -36,7 +36,7 @@ def chosen(units: int, config: TrainingConfig | None = None, speed: float | None
 def test_a_small_code_base_gets_more_than_one_epoch(units: int, epochs: int):
     config, why = chosen(units)
     assert (config.num_epochs, config.max_steps) == (epochs, None)
-    assert f"about {units} units" in why
+    assert f"about {round(units * 0.9)} examples" in why
 
 
 @pytest.mark.parametrize("units", [5_000, 100_000, 2_000_000])
@@ -58,9 +58,8 @@ def test_further_epochs_are_dropped_before_an_epoch_is_shortened(units: int, spe
     pass_s = units * TOKENS_PER_EXAMPLE * share / speed
     if pass_s > DEFAULT_MAX_RUN_S:
         assert config.max_steps is not None
-        assert config.max_steps == max(
-            1, int(math.ceil(units * share / config.batch_size) * DEFAULT_MAX_RUN_S / pass_s)
-        )
+        steps = math.ceil(round(units * share) / config.batch_size)
+        assert config.max_steps == pytest.approx(max(1, int(steps * DEFAULT_MAX_RUN_S / pass_s)), abs=1)
     else:
         assert config.max_steps is None
         assert config.num_epochs is not None
@@ -75,7 +74,7 @@ def test_the_explanation_of_the_duration_states_the_real_times():
     speed = units * TOKENS_PER_EXAMPLE * 0.9 / (1.96 * 3600)  # one pass takes 1.96 hours
     config, why = chosen(units, speed=speed)
     assert (config.num_epochs, config.max_steps) == (1, None)
-    assert "One epoch, because about 100 units make only 23 steps each" in why
+    assert "One epoch, because about 90 examples make only 23 steps each" in why
     assert "three epochs would take about 5.9 hours and the default limit is 2 hours" in why
     config, why = chosen(units, speed=speed / 2)
     assert config.max_steps == 11
@@ -112,7 +111,7 @@ def test_a_device_of_unknown_speed_gets_one_epoch():
 
 
 def test_too_little_data_is_rejected_with_figures_unless_the_request_allows_it():
-    with pytest.raises(DataError, match=rf"about 49 units .* at least {MIN_UNITS} .*Retrieval") as caught:
+    with pytest.raises(DataError, match=rf"holds 49 units .* at least {MIN_UNITS} .*Retrieval") as caught:
         chosen(49)
     assert caught.value.code == "too_little_data"
     assert chosen(50)[0].num_epochs == 3
@@ -121,7 +120,7 @@ def test_too_little_data_is_rejected_with_figures_unless_the_request_allows_it()
 
 def test_records_are_counted_instead_of_estimated():
     few = make_source().model_copy(update={"examples": 30, "estimated_tokens": 1_000_000})
-    with pytest.raises(DataError, match="about 30 records"):
+    with pytest.raises(DataError, match="holds 30 records"):
         choose_defaults(TrainingConfig(), SMOLLM2_SHAPE, few, None)
 
 
