@@ -26,6 +26,7 @@ from peft_core.inference.service import InferenceService, TrainingNeed
 from peft_core.jobs.service import JobService
 from peft_core.schemas.export import ExportReport
 from peft_core.schemas.generation import Generation, GenerationRequest
+from peft_core.schemas.local_bases import LocalBases
 from peft_core.schemas.results import (
     AdapterList,
     Compatibility,
@@ -79,6 +80,10 @@ class PEFTManager:
     ) -> TrainingDataReport:
         """Do a dry run of `train_adapter`: return the dataset's size, samples, exclusions and settings. Takes seconds."""
         return await run_sync(partial(self._jobs.inspect, training_data, parse_config(config)))
+
+    async def list_base_models(self) -> LocalBases:
+        """List the base models on this machine, also those of Ollama, LM Studio and llama.cpp. Takes seconds at most."""
+        return await run_sync(self._jobs.list_base_models)
 
     async def get_training_status(self, project_id: str, job_id: str | None = None) -> TrainingStatus:
         """Return the state of the named job, or of the project's latest one.
@@ -267,7 +272,7 @@ class PEFTManager:
 
         Args:
             adapter_path: a directory, or a project id (its current adapter).
-            to: 'gguf-lora', 'merged', 'vllm', 'mlx' or 'hub'.
+            to: 'gguf-lora', 'merged', 'vllm', 'mlx', 'hub' or 'editors'.
             output_path: the directory to create; omit to use `projects/ID/exports/ADAPTER/` in the data directory.
             format: number format of 'gguf-lora' and 'merged'; 'huggingface' for a merged model directory.
             base_model: omit to use the base model that the adapter was trained on, if it is on this machine.

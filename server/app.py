@@ -24,7 +24,7 @@ from peft_core.errors import PeftMcpError
 from peft_core.manager import PEFTManager
 from peft_core.schemas.validation import invalid_argument, refuse_unknown
 from server.resources import TrainingUpdates, add_adapter_resource, add_training_resource
-from server.tools import adapters, export, inference, training
+from server.tools import adapters, base_models, export, inference, training
 
 INSTRUCTIONS = (
     "peft-mcp trains a LoRA adapter on one code base, locally and in the background: call train_adapter with a project id "
@@ -73,7 +73,7 @@ def build_server(settings: Settings) -> PEFTServer:
             group.cancel_scope.cancel()
 
     server = PEFTServer(
-        [*training.TOOLS, *adapters.TOOLS, *inference.TOOLS, *export.TOOLS],
+        [*base_models.TOOLS, *training.TOOLS, *adapters.TOOLS, *inference.TOOLS, *export.TOOLS],
         title="PEFT: adapters for your code base",
         instructions=INSTRUCTIONS,
         version=version("peft-mcp"),

@@ -12,10 +12,12 @@ from peft_core.schemas.dataset import describe_by_extension
 from peft_core.schemas.evaluation import Comparison, Evaluation
 from peft_core.schemas.export import ExportReport
 from peft_core.schemas.generation import Generation
+from peft_core.schemas.local_bases import LocalBase, LocalBases
 from peft_core.schemas.results import (
     AdapterList,
     BaseMatch,
     Compatibility,
+    DataSample,
     DeletedAdapter,
     Estimate,
     LoadedAdapter,
@@ -27,6 +29,7 @@ from peft_core.schemas.results import (
 from server.status_text import for_client, headline
 
 MAX_NAMED_FILES = 5  # held-out files that the text names
+MAX_NAMED_BASES = 20
 MAX_REASONS = 3
 MATCH_WORDS = {
     BaseMatch.EXACT: "this is the base model it was trained on",
@@ -127,6 +130,45 @@ def format_export(report: ExportReport) -> CallToolResult:
     )
 
 
+def format_bases(listed: LocalBases) -> CallToolResult:
+    """Show a line for each trainable base model, and count the others."""
+    trainable = [base for base in listed.base_models if base.trainable]
+    others = len(listed.base_models) - len(trainable)
+    lines = [f"- {_base_line(base)}" for base in trainable[:MAX_NAMED_BASES]]
+    rest = len(trainable) - MAX_NAMED_BASES
+    if rest > 0:
+        lines.append(f"- and {rest} more")
+    if others:
+        lines.append(f"{others} {'is' if others == 1 else 'are'} not trainable or not examined; `reason` says why.")
+    if listed.omitted:
+        lines.append(f"{listed.omitted} further models are not listed.")
+    count = len(listed.base_models)
+    head = (
+        f"{count} base model{'' if count == 1 else 's'} on this machine, {len(trainable)} trainable on {listed.device}"
+    )
+    return tool_result(listed, "\n".join([f"{head}:" if lines else f"{head}.", *lines, listed.next]))
+
+
+def _base_line(base: LocalBase) -> str:
+    facts = [
+        f"{(base.parameters or 0) / 1e6:.0f}M parameters",
+        base.quantisation,
+        f"{(base.size_bytes or 0) / 1e6:.0f} MB",
+        *(["fill-in-the-middle"] if base.fill_in_the_middle else []),
+        *(["chat"] if base.chat_template else []),
+        *([f"training takes {base.memory_bytes / 1e9:.1f} GB"] if base.memory_bytes else []),
+    ]
+    if base.seconds_per_1000_examples:
+        facts.append(f"about {max(1, round(base.seconds_per_1000_examples / 60))} min for 1000 examples")
+    return f"{base.base_model}: {', '.join(facts)}"
+
+
+def _sample_text(sample: DataSample) -> str:
+    if sample.kind == "record" and sample.text:  # its learned parts may be anywhere
+        return f"--- what is between \u27e6 and \u27e7 is learned ---\n{sample.text.rstrip()}"
+    return f"--- context ---\n{sample.given.rstrip()}\n--- learned ---\n{sample.learned.rstrip()}"
+
+
 # -- training --------------------------------------------------------------------------------------------------------
 
 
@@ -154,7 +196,7 @@ def format_inspection(report: TrainingDataReport) -> CallToolResult:
         f"Base model: {report.base_model} on {report.device}. {estimate_text(report.estimate)}",
         *(
             f"\nSample: {sample.path}:{sample.start_line}-{sample.end_line} ({sample.kind}, about {sample.tokens} tokens)\n"
-            f"--- context ---\n{sample.given.rstrip()}\n--- learned ---\n{sample.learned.rstrip()}"
+            + _sample_text(sample)
             for sample in report.samples
         ),
         f"\n{report.next}",

@@ -134,6 +134,17 @@ def safetensors_bytes(
     return with_length(json.dumps(entries).encode(), bytes(data))
 
 
+TOKENIZER = {
+    "version": "1.0",
+    "added_tokens": [
+        {"id": 0, "content": "<end>", "special": True}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    ],
+    "pre_tokenizer": {"type": "WhitespaceSplit"},
+    "model": {"type": "WordLevel", "vocab": {"<end>": 0, "<unk>": 1}, "unk_token": "<unk>"},
+}
+
+
 def write_model(
     directory: Path,
     *,
@@ -147,7 +158,8 @@ def write_model(
     """Write a Hugging Face directory of the toy model; `config` overrides entries of config.json."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps({**CONFIG, **config}))
-    (directory / "tokenizer.json").write_text("{}")
+    (directory / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
     if shards == 1:
         (directory / "model.safetensors").write_bytes(safetensors_bytes(shapes, dtype, fill, values))
         return directory

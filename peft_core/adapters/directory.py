@@ -106,7 +106,7 @@ def _weights_in_another_form(files: Sequence[str]) -> Iterator[Explanation]:
     shards = [name for name in files if _SHARD.fullmatch(name)]
     if shards:
         problem = f"The adapter's weights are in {len(shards)} shards; PEFT and this program read a single {WEIGHTS}."
-        yield Explanation("sharded", problem, f"Run `{_JOIN_SHARDS}` in its directory", shards[0])
+        yield Explanation("sharded", problem, f"Run `{_JOIN_SHARDS}` in the adapter's directory", shards[0])
     checkpoints = [name for name in files if _MLX_CHECKPOINT.fullmatch(name)]
     if checkpoints:
         problem = f"{MLX.weights} is missing; there are only checkpoints of mlx-lm: {join_some(checkpoints)}."

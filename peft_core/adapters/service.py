@@ -93,7 +93,7 @@ class AdapterService:
                 base_model,
                 "it must be given, because this adapter's manifest records no base model that is on this machine; "
                 "a base model that only its configuration names is not used",
-                suggestions=["Set base_model to a model directory, a .gguf file or a cached hub id"],
+                suggestions=["Set base_model to a model directory, a .gguf file, a cached hub id or ollama:NAME"],
             )
         return directory, base
 

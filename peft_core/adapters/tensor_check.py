@@ -166,7 +166,7 @@ def _other_prefix(classified: _ClassifiedTensors, settings: LoraSettings | None,
     stripped = renaming.old == ""
     begin = f"lack the prefix '{renaming.new}'" if stripped else f"begin with '{renaming.old}'"
     end = "" if stripped else f" and must begin with '{renaming.new}'" if renaming.new else ", which is too much"
-    fix = f"Run `{renaming.command(classified.layout.weights)}` in its directory"
+    fix = f"Run `{renaming.command(classified.layout.weights)}` in the adapter's directory"
     targets = settings.target_modules if settings is not None else None
     if old_module and any(target.startswith(old_module) for target in targets or ()):
         fix += f"; and replace '{old_module}' by '{new_module}' in {CONFIG}"
@@ -203,7 +203,7 @@ def _error_code(name: str, tensor: TensorInfo, modules: BaseModules | None, layo
 _WRONG_NAMES = {
     "prefix_stripped": (
         f"These tensors lack the prefix '{PEFT.prefix}', so PEFT would load none of them",
-        f"Run `{Renaming('', PEFT.prefix, applies_to_all=True).command(WEIGHTS)}` in its directory",
+        f"Run `{Renaming('', PEFT.prefix, applies_to_all=True).command(WEIGHTS)}` in the adapter's directory",
     ),
     "adapter_name_in_keys": (
         "The names of these tensors contain the adapter's name, so PEFT would load none of them",

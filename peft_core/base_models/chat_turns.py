@@ -38,7 +38,7 @@ from peft_core.schemas.dataset import Segment
 
 MAX_SHAPES = 20_000  # conversation shapes whose check is remembered
 _EMPTY_REASONING = re.compile(r"\s*<think>\s*</think>\s*")
-_LOOKS_LIKE_A_MARK = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_|]{1,64}\]")  # for a tokenizer that is not known
+_LOOKS_LIKE_A_MARK = r"<[|/]?[^<>\s]{1,64}>|\[/?[A-Z_]{1,64}\]"
 _MAX_MARK = 256  # characters of a token that is matched as a whole
 # Characters that stand for special tokens in given texts: private-use ones of the last plane, which no text has.
 _FIRST_PLACEHOLDER, _MAX_PLACEHOLDERS = 0x10_FF00, 0xF0
@@ -143,7 +143,9 @@ class TurnRenderer:
 
     @cached_property
     def mark_pattern(self) -> re.Pattern[str]:
-        return _alternatives(self.marks) or _LOOKS_LIKE_A_MARK
+        """Tokens that are matched as a whole, and what looks like one: not every tokenizer has those of its template."""
+        known = _alternatives(self.marks)
+        return re.compile(f"{known.pattern}|{_LOOKS_LIKE_A_MARK}" if known else _LOOKS_LIKE_A_MARK)
 
     @cached_property
     def _special_pattern(self) -> re.Pattern[str] | None:

@@ -42,7 +42,9 @@ _SCALARS = {
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
 _MAGIC = b"GGUF"
-_SHARD = re.compile(r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.ASCII | re.IGNORECASE)
+_SHARD = re.compile(
+    r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.ASCII | re.IGNORECASE | re.DOTALL
+)
 MAX_SHARDS = 1000
 _U64 = struct.Struct("<Q")
 _CHUNK = 4 << 20

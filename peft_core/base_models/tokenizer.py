@@ -67,7 +67,7 @@ class BaseTokenizer:
         try:
             return self.turns.render(conversation)
         except TemplateRefusal as refusal:
-            raise _refused(refusal) from refusal
+            raise template_error(refusal) from refusal
 
     def render_prompt(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """Render a conversation as a prompt for the next assistant turn.
@@ -79,7 +79,7 @@ class BaseTokenizer:
         try:
             return self.turns.template.render(messages, add_generation_prompt=True)
         except TemplateRefusal as refusal:
-            raise _refused(refusal) from refusal
+            raise template_error(refusal) from refusal
 
     def ids(self, *texts: str) -> list[int]:
         """Return the tokens of these texts, tokenised one by one, after what the tokenizer puts before every text.
@@ -164,7 +164,8 @@ class BaseTokenizer:
             )
 
 
-def _refused(refusal: TemplateRefusal) -> DataError:
+def template_error(refusal: TemplateRefusal) -> DataError:
+    """Return the error for a conversation that the chat template does not write."""
     return DataError(
         f"The base model's chat template {refusal}",
         code="chat_template",

@@ -20,6 +20,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from peft_core.data.chunking import (
     LICENCE,
@@ -39,7 +40,7 @@ from peft_core.data.records import RECORD, Record, RecordFormat
 from peft_core.data.secrets import Finding
 from peft_core.data.token_counter import TokenCounter
 from peft_core.data.walk import File
-from peft_core.errors import sanitize
+from peft_core.errors import DataError, sanitize
 from peft_core.schemas.dataset import Example, Segment
 
 MIN_ANSWER_WORDS = 8
@@ -111,9 +112,21 @@ def _parts_of_file(file: File, path: str, result: FileResult) -> list[SourcePart
 
 
 def examples_from_record(
-    record: Record, *, token_counter: TokenCounter, max_length: int, redact: Redact, root: str = ""
+    record: Record,
+    *,
+    token_counter: TokenCounter,
+    max_length: int,
+    redact: Redact,
+    root: str = "",
+    skip: bool = False,
 ) -> FileResult:
-    """Turn a record into examples. `root`, the common directory of absolute paths, is private and removed from them."""
+    """Turn a record into examples. `root`, the common directory of absolute paths, is private and removed from them.
+
+    With `skip`, a conversation that the base model's chat template does not write is left out and counted.
+
+    Raises:
+        DataError: such a conversation, without `skip`.
+    """
     result = FileResult()
     path = os.path.relpath(record.path, root) if root and record.path.startswith("/") else record.path
     path = printable_path(path.lstrip("/"))
@@ -125,7 +138,7 @@ def examples_from_record(
         if findings:  # with the secret blanked, the pair would teach the blank
             result.left_out[ExclusionReason.SECRET] += 1
         else:
-            _add_unsplit_record(record, path or record.name, result, token_counter, max_length)
+            _add_unsplit_record(record, path or record.name, result, token_counter, max_length, skip=skip)
         return result
     if not any(line.strip() for line in lines):
         result.left_out[ExclusionReason.SECRET] += 1
@@ -149,19 +162,75 @@ def examples_from_record(
 
 
 def _add_unsplit_record(
-    record: Record, path: str, result: FileResult, token_counter: TokenCounter, max_length: int
+    record: Record, path: str, result: FileResult, token_counter: TokenCounter, max_length: int, *, skip: bool
 ) -> None:
-    if record.conversation is not None and (token_counter.has_chat_template or record.needs_chat_template):
-        renderings = token_counter.render_chat(record.conversation)
-    else:
-        renderings = (tuple(Segment(text=text, learn=learn) for text, learn in record.texts),)
+    try:
+        renderings = render_record(record, token_counter)
+    except DataError as error:
+        if not skip or error.code != "chat_template":
+            raise
+        result.left_out[ExclusionReason.CHAT_TEMPLATE] += 1
+        return
     for segments in renderings:
-        tokens = sum(token_counter.count([segment.text for segment in segments]))
-        if tokens + RESERVED_TOKENS > max_length:
+        tokens = token_counter.count([segment.text for segment in segments])
+        fitting = fitting_segments(segments, tokens, max_length)
+        if fitting.segments:
+            example = Example(
+                segments=segments[: fitting.segments],
+                path=path,
+                language=record.language,
+                kind=record.kind,
+                tokens=fitting.tokens + 1,
+            )
+            result.examples.append(example)
+            result.left_out[ExclusionReason.TURNS_TOO_LONG] += fitting.turns_left_out
+        else:
             result.left_out[ExclusionReason.TOO_LONG] += 1
-            continue
-        example = Example(segments=segments, path=path, language=record.language, kind=record.kind, tokens=tokens + 1)
-        result.examples.append(example)
+
+
+def render_record(record: Record, token_counter: TokenCounter) -> tuple[tuple[Segment, ...], ...]:
+    """Return the segments of each example of a record that is never split: a conversation, or a prompt with its answer.
+
+    Raises:
+        DataError: the base model's chat template does not write the conversation. The error names the record.
+    """
+    if record.conversation is None or not (token_counter.has_chat_template or record.needs_chat_template):
+        return (tuple(Segment(text=text, learn=learn) for text, learn in record.texts),)
+    try:
+        return token_counter.render_chat(record.conversation)
+    except DataError as error:
+        raise DataError(
+            f"{record.name[:1].upper()}{record.name[1:]} cannot be used: {error.message}",
+            code=error.code,
+            suggestions=error.suggestions,
+            details={"record": record.name},
+        ) from error
+
+
+class Fitting(NamedTuple):
+    """How much of a rendering fits into an example."""
+
+    segments: int  # 0: not even its first answer fits
+    tokens: int
+    turns_left_out: int
+
+
+def fitting_segments(segments: Sequence[Segment], tokens: Sequence[int], max_length: int) -> Fitting:
+    """Return how much of a rendering fits: all of it, or the turns up to the last answer that fits.
+
+    The beginning of a conversation is complete context for the answers in it; the rest has no context without it.
+    """
+    ends = [
+        position + 1
+        for position, segment in enumerate(segments)
+        if segment.learn and (position + 1 == len(segments) or not segments[position + 1].learn)
+    ]
+    fitting = Fitting(0, 0, len(ends))
+    for count, end in enumerate(ends, 1):
+        used = sum(tokens[:end])
+        if used + RESERVED_TOKENS <= max_length:
+            fitting = Fitting(end, used, len(ends) - count)
+    return fitting
 
 
 def _name_is_secret(path: str, result: FileResult, redact: Redact) -> bool:

@@ -59,6 +59,8 @@ class ExclusionReason(StrEnum):
     TINY = "tiny"
     TOO_LARGE = "too_large"
     TOO_LONG = "too_long"
+    TURNS_TOO_LONG = "later_turns_too_long"  # answers of a conversation whose first ones fit
+    CHAT_TEMPLATE = "chat_template"  # a conversation that the base model's template does not write
     TRAINED_ON = "trained_on"  # by the adapter that is evaluated
     UNMERGED = "unmerged"  # has a merge conflict
     UNREADABLE = "unreadable"

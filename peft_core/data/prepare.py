@@ -216,6 +216,7 @@ class DatasetBuilder:
                 max_length=self.spec.max_length,
                 redact=redact_secrets,
                 root=root,
+                skip=self.spec.skip_unusable_records,
             )
             if source.prefix:
                 result.examples = [

@@ -296,7 +296,7 @@ def require_enough_examples(
         f"at least {purpose.min_examples} examples{among} are needed{purpose.needed_for}. "
         f"Left out: {describe_exclusions(left_out)}.",
         code="too_few_examples",
-        suggestions=tuple(advice) or ("Give more code: a parent directory, or the whole repository",),
+        suggestions=tuple(advice) or _advice_on(left_out),
         details={"examples": examples, "files": files, "left_out": dict(left_out)},
     )
 
@@ -306,6 +306,12 @@ def advice_on_records(left_out: Mapping[str, int]) -> tuple[str, ...]:
     longer = left_out.get(ExclusionReason.TOO_LONG, 0)
     raised = (f"Raise config.max_length: {_count_of(longer, 'record')} would take more tokens",) if longer else ()
     return (*raised, "Give more records, each with a text of its own")
+
+
+def _advice_on(left_out: Mapping[str, int]) -> tuple[str, ...]:
+    if left_out.get("too_long"):
+        return ("Raise config.max_length: longer records are left out", "Or give more records")
+    return ("Give more code: a parent directory, or the whole repository",)
 
 
 def describe_exclusions(left_out: Mapping[str, int]) -> str:

@@ -27,7 +27,7 @@ class TokenCounter(Protocol):
         Returns the segments of each example: several, where one rendering cannot hold every learned answer.
 
         Raises:
-            DataError: the base model has no chat template.
+            DataError: 'no_chat_template'; 'chat_template', if it does not write the conversation.
         """
         ...
 

@@ -41,6 +41,9 @@ if TYPE_CHECKING:  # pathspec takes 100 ms to import, and only directories witho
     Rules = tuple[tuple[str, GitIgnoreSpec], ...]  # directory and its .gitignore, outermost first
 
 MAX_ENTRIES = 500_000
+_LIKELY_POINTER_BYTES = (
+    300  # files of this size are opened here; a longer pointer, which is rare, is found when it is read
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +235,7 @@ class _Walker:
         self, path: str, name: str, language: Language | None, status: os.stat_result, *, is_named: bool
     ) -> File | None:
         reason = _exclusion_by_status(path, status, MAX_NOTEBOOK_BYTES if language is NOTEBOOK else MAX_FILE_BYTES)
-        if reason is None and MIN_POINTER_BYTES <= status.st_size < MAX_POINTER_BYTES:
+        if reason is None and MIN_POINTER_BYTES <= status.st_size <= _LIKELY_POINTER_BYTES:
             reason = placeholder(read_head(path, MAX_POINTER_BYTES))
         if reason is None and language is None:
             head = decode_head(read_head(path, SNIFFED_BYTES))

@@ -27,6 +27,7 @@ FORMATS: dict[str, _Formats] = {
     "vllm": _Formats(("f32",), "f32"),
     "mlx": _Formats(("f32",), "f32"),
     "hub": _Formats(("as trained",), "as trained"),
+    "editors": _Formats(("f32", "f16"), "f32"),
 }
 _KEEP_MORE = (
     "Or use to='gguf-lora' beside the quantised base model, which keeps more of what was learned: of the gain of a 135M model, "

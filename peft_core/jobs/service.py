@@ -20,6 +20,7 @@ from peft_core.jobs.supervisor import RunnerSupervisor
 from peft_core.schemas.base_model import BUNDLED, Base
 from peft_core.schemas.dataset import TrainingData
 from peft_core.schemas.events import JobResumed
+from peft_core.schemas.local_bases import LocalBases
 from peft_core.schemas.results import Status, TrainingDataReport, TrainingStatus
 from peft_core.schemas.task import JobRequest
 from peft_core.schemas.training import EvaluatedAdapter, TrainingConfig
@@ -71,6 +72,12 @@ class JobService:
         from peft_core.planning.inspection import inspect_training_data  # noqa: PLC0415
 
         return inspect_training_data(training_data, config, self._settings, self._measured_speed)
+
+    def list_base_models(self) -> LocalBases:
+        """List the base models on this machine, with what training each would take. Only headers are read."""
+        from peft_core.planning.local_bases import list_base_models  # noqa: PLC0415
+
+        return list_base_models(self._settings, self._measured_speed)
 
     def _queue(self, project_id: str, draft: JobRequest, data: TrainingData) -> TrainingStatus:
         from peft_core.planning.planner import write_source  # noqa: PLC0415
@@ -191,7 +198,7 @@ class JobService:
             return None
         if base is None:
             return None
-        return base.ref if base.ref == BUNDLED else str(base.path)
+        return base.ref if base.ref == BUNDLED or base.ref.startswith("ollama:") else str(base.path)
 
     def _project_of(self, adapter: Path) -> str:
         """Return the project of a published adapter; adapters from other directories share one name."""

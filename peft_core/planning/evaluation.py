@@ -13,6 +13,7 @@ from peft_core.errors import InvalidArgument
 from peft_core.planning.base_check import require_loadable
 from peft_core.planning.cost_model import evaluation_estimate
 from peft_core.planning.planner import require_memory, require_place
+from peft_core.planning.record_check import check_records
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.dataset import DatasetPurpose, TrainingData
 from peft_core.schemas.results import BaseMatch
@@ -50,6 +51,9 @@ def plan_evaluation(
             "records with messages",
             f"the base model {base.name} has no chat template to render conversations with",
         )
+    source, _ = check_records(
+        source, evaluation_data, base, max_length=config.max_length, skip=config.skip_unusable_records
+    )
     require_loadable(base)
     device = expected_device("auto")
     estimate = evaluation_estimate(base, source, device, measured_speed(base, device))

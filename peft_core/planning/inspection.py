@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from peft_core.planning.cost_model import steps_of
 from peft_core.planning.planner import plan, write_source
 from peft_core.planning.preview import Preview, PreviewRequest
 from peft_core.schemas.base_model import Base
-from peft_core.schemas.dataset import Example, TrainingData
+from peft_core.schemas.dataset import Example, Segment, TrainingData
 from peft_core.schemas.results import DataSample, Estimate, NextStep, TrainingDataReport
 from peft_core.schemas.task import JobRequest
 from peft_core.schemas.training import TrainingConfig
@@ -23,6 +23,8 @@ from peft_core.system.cleanup import prune_inspections
 
 TIMEOUT_S = 120.0
 _MAX_SAMPLE = 1200  # characters
+_MIN_SHOWN = 60  # characters of each segment of a long example
+LEARNED_BEGINS, LEARNED_ENDS = "\u27e6", "\u27e7"  # white square brackets, which code does not have
 
 
 def inspect_training_data(
@@ -60,7 +62,12 @@ def _scratch(paths: DataPaths) -> Iterator[Path]:
 def _preview(request: JobRequest, scratch: Path, settings: Settings) -> Preview:
     return run_json_child(
         "peft_core.planning.preview",
-        PreviewRequest(dataset=request.dataset, data_dir=settings.data_dir, allowed_roots=settings.allowed_roots),
+        PreviewRequest(
+            dataset=request.dataset,
+            base=request.base,
+            data_dir=settings.data_dir,
+            allowed_roots=settings.allowed_roots,
+        ),
         Preview,
         timeout_s=TIMEOUT_S,
         action="Previewing the examples",
@@ -127,7 +134,24 @@ def _sample(example: Example) -> DataSample:
         tokens=example.tokens,
         given=_shorten(given),
         learned=_shorten(learned),
+        text=_marked(example.segments),
     )
+
+
+def _marked(segments: Sequence[Segment]) -> str:
+    """Return the text of an example with what is learned between marks. Long segments lose their middle."""
+    shown = max(_MIN_SHOWN, _MAX_SAMPLE // max(1, len(segments)))
+    pieces: list[str] = []
+    learning = False
+    for segment in segments:
+        if segment.learn != learning:
+            pieces.append(LEARNED_BEGINS if segment.learn else LEARNED_ENDS)
+            learning = segment.learn
+        text = segment.text
+        if len(text) > shown:
+            text = f"{text[: shown // 2]} […] {text[len(text) - shown // 2 :]}"
+        pieces.append(text)
+    return "".join([*pieces, LEARNED_ENDS if learning else ""])
 
 
 def _shorten(text: str) -> str:

@@ -33,7 +33,8 @@ from peft_core.planning.cost_model import (
     training_speed,
     uses_bf16_blocks,
 )
-from peft_core.planning.defaults import choose_defaults
+from peft_core.planning.defaults import RANKS, choose_defaults
+from peft_core.planning.record_check import LIMITS, check_records
 from peft_core.schemas.base_model import BUNDLED, Base
 from peft_core.schemas.dataset import DatasetPurpose, SourceKind, SourceSummary, TrainingData
 from peft_core.schemas.task import ComputePlan, JobRequest
@@ -62,6 +63,7 @@ def plan(
     device = _device(config)
     require_place(DatasetPurpose.TRAINING.field, training_data, settings)
     base = resolve(config.base_model, settings)
+    config = _within_context(config, base)
     for path in config.more_sources:
         require_place("config.more_sources", path, settings)
     source = summarise_source(
@@ -74,6 +76,7 @@ def plan(
         skip_unusable_records=config.skip_unusable_records,
     )
     _check_source(config, base, source)
+    _check_base(config, base)
 
     measured = measured_speed(base, device)
     plans = compute_plans(config, base, device, cpu_bfloat16=cpu_multiplies_bfloat16())
@@ -81,15 +84,17 @@ def plan(
         training_speed(base, device, measured, uses_bf16_blocks=uses_bf16_blocks(config, base, compute))
         for compute in plans
     ]
+    longer = _longest_affordable(config, base, device, plans, settings)
+    source, config = _with_base(source, training_data, config, base, longer)
     config, chosen = choose_defaults(config, base.shape, source, speeds[0].tokens_per_second)
-    _check_base(config, base)
+    chosen = f"{_why_longer(config, source)}{chosen}"
     require_loadable(base)  # last of the checks, because it may take seconds
 
     costed = [
         CostedPlan(compute, memory_bytes(config, base, device, compute), speed)
         for compute, speed in zip(plans, speeds, strict=True)
     ]
-    compute = _choose_plan(costed, config, base, device, settings)
+    compute = choose_plan(costed, config, base, device, settings)
     _check_disk(config, base, source, settings.data_dir)
     return JobRequest(
         source=source.path or Path(),
@@ -185,7 +190,7 @@ def _check_source(config: TrainingConfig, base: Base, source: SourceSummary) -> 
         raise InvalidArgument(
             "training_data",
             "records with messages",
-            f"the base model {base.name} has no chat template to render conversations with",
+            f"the base model {base.name} {_why_no_template(base)}",
             suggestions=["Use an instruct model as base_model, or records of the form {prompt, completion}"],
         )
     if config.mixture.instructions and not base.has_chat_template:
@@ -202,6 +207,11 @@ def _check_source(config: TrainingConfig, base: Base, source: SourceSummary) -> 
             f"the vocabulary of the base model {base.name} has no known fill-in-the-middle tokens; it must be 0",
             suggestions=["Use a base model for code completion, such as Qwen2.5-Coder or StarCoder2"],
         )
+
+
+def _why_no_template(base: Base) -> str:
+    """Return what a base model without a default chat template has instead, as a predicate."""
+    return f"{read_checkpoint(base.path).chat_templates.why_none}, which conversations are rendered with"
 
 
 def _check_base(config: TrainingConfig, base: Base) -> None:
@@ -267,7 +277,7 @@ def _memory_limit(config: TrainingConfig, settings: Settings, device: str) -> Me
     return MemoryLimit("the memory available now", available_memory_bytes() // MB, is_set=False)
 
 
-def _choose_plan(
+def choose_plan(
     costed: Sequence[CostedPlan], config: TrainingConfig, base: Base, device: str, settings: Settings
 ) -> CostedPlan:
     """Return the fastest plan that fits the memory limit, with the reason why it is not the fastest of all.
@@ -289,6 +299,52 @@ def _choose_plan(
         f"; more than {limit.field}, {limit.megabytes} MB, although {_describe(leanest.plan)}. Close other programs before "
         "it starts"
     )
+
+
+def _within_context(config: TrainingConfig, base: Base) -> TrainingConfig:
+    """Lower a `max_length` that was not given to what the base model takes."""
+    if "max_length" in config.model_fields_set or config.max_length <= base.shape.context_length:
+        return config
+    lowered = config.model_copy(update={"max_length": base.shape.context_length})
+    lowered.model_fields_set.discard("max_length")
+    return lowered
+
+
+def _with_base(
+    source: SourceSummary, given: TrainingData, config: TrainingConfig, base: Base, longer_allowed: int | None
+) -> tuple[SourceSummary, TrainingConfig]:
+    """Return what the records are with this base model, and the settings with the `max_length` that suits them."""
+    source, max_length = check_records(
+        source,
+        given,
+        base,
+        max_length=config.max_length,
+        skip=config.skip_unusable_records,
+        longer_allowed=longer_allowed,
+    )
+    return source, config.model_copy(update={"max_length": max_length})
+
+
+def _why_longer(config: TrainingConfig, source: SourceSummary) -> str:
+    shorter = source.raised_max_length
+    return "" if shorter is None else f"max_length {config.max_length}, because {shorter.in_words}. "
+
+
+def _longest_affordable(
+    config: TrainingConfig, base: Base, device: str, plans: Sequence[ComputePlan], settings: Settings
+) -> int | None:
+    """Return the highest `max_length` that may be chosen for the request; None if the request gives one."""
+    if "max_length" in config.model_fields_set:
+        return None
+    limit = _memory_limit(config, settings, device)
+
+    def fits(max_length: int) -> bool:
+        longer = config.model_copy(update={"max_length": max_length, "rank": config.rank or RANKS[0]})
+        needed = min(memory_bytes(longer, base, device, compute) for compute in plans)
+        return limit is None or needed <= limit.megabytes * MB
+
+    affordable = (length for length in LIMITS if length <= base.shape.context_length and fits(length))
+    return max(affordable, default=config.max_length)
 
 
 def _over_limit(

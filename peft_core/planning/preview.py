@@ -1,7 +1,7 @@
 """Preview a dataset in a child process: a PreviewRequest (JSON) in, a Preview or an ErrorInfo out.
 
-The dataset is prepared as the training worker does it, but with estimated token counts, and from a sample of a large
-repository. The child process keeps grammars and the secret scanner out of the server. By hand:
+The dataset is prepared as the training worker does it, but the tokens of a repository are estimated, and of a large one a
+sample is read. The child process keeps grammars and the secret scanner out of the server. By hand:
 `python -m peft_core.planning.preview < request.json`.
 """
 
@@ -17,8 +17,9 @@ from pathlib import Path
 from peft_core.data.dataset import read_examples
 from peft_core.data.exclusions import ExclusionReason
 from peft_core.data.prepare import prepare
-from peft_core.data.token_counter import EstimatedTokenCounter
-from peft_core.schemas.dataset import DatasetSpec, DatasetSummary, Example
+from peft_core.data.token_counter import EstimatedTokenCounter, TokenCounter
+from peft_core.schemas.base_model import Base
+from peft_core.schemas.dataset import DatasetSpec, DatasetSummary, Example, SourceKind
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.system.allowed_paths import require_data_path
 from peft_core.system.child_process import answer_request
@@ -36,6 +37,7 @@ LARGEST = 3
 
 class PreviewRequest(FrozenModel):
     dataset: DatasetSpec
+    base: Base
     data_dir: Path  # never read as training data
     allowed_roots: tuple[Path, ...] | None = None
 
@@ -49,6 +51,17 @@ class Preview(FrozenModel):
     samples: list[Example]
 
 
+def _token_counter(request: PreviewRequest) -> TokenCounter:
+    """Return the base model's own for records. The tokens of a repository are estimated: cutting it takes many counts."""
+    from peft_core.planning.token_counts import token_counter_of  # noqa: PLC0415 - the server imports this module, too
+
+    if request.dataset.source_kind is not SourceKind.REPOSITORY:
+        return token_counter_of(request.base)
+    if request.dataset.mixture.instructions:
+        return token_counter_of(request.base, exact=False)
+    return EstimatedTokenCounter()
+
+
 def preview(request: PreviewRequest) -> Preview:
     """Prepare the dataset in a temporary directory and describe it.
 
@@ -60,7 +73,7 @@ def preview(request: PreviewRequest) -> Preview:
         prepared = prepare(
             request.dataset.model_copy(update={"enough_examples": 1}),  # the smallest sample that `prepare` reads
             directory=directory,
-            token_counter=EstimatedTokenCounter(),
+            token_counter=_token_counter(request),
             report=lambda _detail: None,
             may_read=partial(
                 require_data_path,

@@ -108,6 +108,37 @@ class SkippedRecords(FrozenModel):
     example: str  # what is wrong with the first one
 
 
+class RecordLengths(FrozenModel):
+    """How many records are longer than `max_length`, in tokens of the base model."""
+
+    records: int
+    too_long: int
+    shortened: int = 0  # those of `too_long` whose first answers fit: a conversation keeps them
+    longest: int
+    max_length: int
+    suggested: int | None = None  # a max_length that takes more of them; None: the base model takes no more
+
+    @property
+    def in_words(self) -> str:
+        kept = f", of {self.shortened} of them only the first turns are used" if self.shortened else ""
+        return (
+            f"{self.too_long} of {self.records} records are longer than config.max_length = {self.max_length} tokens{kept} "
+            f"(the longest has about {self.longest})"
+        )
+
+    @property
+    def advice(self) -> str:
+        """What the user can do, or ""."""
+        if not self.too_long or self.suggested is None or self.suggested <= self.max_length:
+            return ""
+        which = "takes all of them" if self.suggested >= self.longest else "takes more of them"
+        return f"Set config.max_length = {self.suggested}, which {which}"
+
+    @property
+    def with_advice(self) -> str:
+        return f"{self.in_words}. {self.advice}" if self.advice else self.in_words
+
+
 class TrainingSetSize(FrozenModel):
     """What of a source will be trained on, after deduplication and without what is held out; estimated."""
 
@@ -139,6 +170,8 @@ class SourceSummary(FrozenModel):
     needs_chat_template: bool = False
     unused_keys: dict[str, int] = {}  # noqa: RUF012 -- pydantic copies defaults; records per key that has no meaning for training
     skipped: tuple[SkippedRecords, ...] = ()
+    lengths: RecordLengths | None = None  # of records, if some are too long
+    raised_max_length: RecordLengths | None = None  # why max_length is higher than its default
 
     @property
     def unused_in_words(self) -> str:
@@ -156,6 +189,8 @@ class SourceSummary(FrozenModel):
             sentences.append(
                 f"Skipped: {each.count} {noun}, {each.reason.replace('_', ' ')} ({', '.join(each.first)}{more})."
             )
+        if self.lengths is not None:
+            sentences.append(f"Too long: {self.lengths.with_advice}.")
         return " ".join(filter(None, sentences))
 
 

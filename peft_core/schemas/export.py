@@ -9,7 +9,7 @@ from pydantic import Field
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.results import NextStep
 
-ExportTarget = Literal["gguf-lora", "merged", "vllm", "mlx", "hub"]
+ExportTarget = Literal["gguf-lora", "merged", "vllm", "mlx", "hub", "editors"]
 
 
 class Verification(FrozenModel):

@@ -291,7 +291,7 @@ class AdapterList(FrozenModel):
 
 
 class DataSample(FrozenModel):
-    """One training example. FIM and chat markers are placeholders; training uses the base model's own."""
+    """One training example. FIM markers are placeholders; training uses the base model's own."""
 
     path: str
     start_line: int = Field(description="1-based; 0 if unknown.")
@@ -301,6 +301,7 @@ class DataSample(FrozenModel):
     tokens: int
     given: str = Field(description="Context without loss: the path, surrounding headers, a prompt.")
     learned: str
+    text: str = Field("", description="The whole text; what is learned is between \u27e6 and \u27e7.")
 
 
 class TrainingDataReport(FrozenModel):

@@ -78,8 +78,8 @@ class TrainingConfig(FrozenModel):
     base_model: Annotated[
         str | None,
         Field(
-            description="Local Hugging Face model directory, .gguf file, or hub id that is in the local cache. Omit for the "
-            "setting default_base_model, else the bundled SmolLM2-135M-Instruct."
+            description="Local Hugging Face model directory, .gguf file, hub id that is in the local cache, or ollama:NAME "
+            "(list_base_models shows them). Omit for the setting default_base_model, else the bundled SmolLM2-135M-Instruct."
         ),
     ] = None
     rank: Annotated[
@@ -150,7 +150,13 @@ class TrainingConfig(FrozenModel):
         ),
     ] = []  # noqa: RUF012 -- pydantic copies defaults
     max_length: Annotated[
-        int, Field(ge=64, le=8192, description="Most tokens per example; longer units are split at syntax boundaries.")
+        int,
+        Field(
+            ge=64,
+            le=8192,
+            description="Most tokens per example; longer units are split at syntax boundaries. Omit for 512, or what records "
+            "need.",
+        ),
     ] = 512
     warmup_ratio: Annotated[
         float, Field(ge=0, le=0.5, description="Fraction of the steps with a rising learning rate.")

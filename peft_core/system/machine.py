@@ -78,6 +78,17 @@ def usable_cores() -> int:
     return max(1, allowed * physical // logical)
 
 
+def total_memory_bytes() -> int:
+    """Return the memory of this machine, or of the container that limits it (cgroup v2)."""
+    import psutil  # noqa: PLC0415 -- not at the server's start
+
+    total = int(psutil.virtual_memory().total)
+    try:
+        return min(total, int((CGROUP / "memory.max").read_text()))
+    except (OSError, ValueError):  # memory.max contains "max" if there is no limit
+        return total
+
+
 def available_memory_bytes() -> int:
     """Return the memory that a new process can use without swapping, within the limit of the container (cgroup v2)."""
     import psutil  # noqa: PLC0415 -- not at the server's start

@@ -21,7 +21,10 @@ async def export_adapter(
     adapter_path: AdapterPath,
     to: Annotated[
         ExportTarget,
-        Field(description="gguf-lora: LoRA file for llama.cpp. merged: whole model. vllm, mlx, hub: directory for it."),
+        Field(
+            description="gguf-lora: LoRA file for llama.cpp. merged: whole model. vllm, mlx, hub: directory for it. "
+            "editors: LoRA file and settings."
+        ),
     ],
     *,
     ctx: Context[PEFTManager, Any],

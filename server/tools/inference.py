@@ -19,8 +19,8 @@ from server.tools.adapters import AdapterPath
 BaseRef = Annotated[
     str | None,
     Field(
-        description="A model directory, .gguf file, cached hub id, or 'bundled'. Omit to use the base model that the "
-        "adapter was trained on, if it is on this machine."
+        description="A model directory, .gguf file, cached hub id, ollama:NAME or 'bundled'. Omit to use the base model that "
+        "the adapter was trained on, if it is on this machine."
     ),
 ]
 ResidentPath = Annotated[

@@ -15,8 +15,10 @@ import pytest
 from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument, PeftMcpError
+from peft_core.export.output import require_output
 from peft_core.jobs.store import Store
 from peft_core.manager import PEFTManager
+from peft_core.paths import DataPaths
 from peft_core.schemas.events import JobCancelled
 from peft_core.schemas.results import Status
 from peft_core.system import allowed_paths
@@ -261,3 +263,50 @@ def test_roots_must_be_absolute_and_an_empty_value_means_no_limit(monkeypatch: p
     monkeypatch.setenv("CODEBASE_GARDENER_ALLOWED_ROOTS", "relative")
     with pytest.raises(ValueError, match="must be an absolute path"):
         Settings()
+
+
+# -- where exports may be written ------------------------------------------------------------------------------------
+
+
+def output(path: Path, data: Path, roots: tuple[Path, ...] | None = None) -> Path:
+    return require_output(str(path), DataPaths(data), roots)
+
+
+@pytest.mark.parametrize("place", [*PRIVATE, ".huggingface", ".config/sops/new"])
+def test_nothing_is_written_into_a_private_place_also_through_a_link(home: Path, tmp_path: Path, place: str) -> None:
+    (home / place).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(home / place)
+    for path in (home / place / "export", tmp_path / "link" / "export", home / "x" / ".." / place / "export"):
+        with pytest.raises(InvalidArgument) as refused:
+            output(path, tmp_path / "data")
+        assert refused.value.code == "sensitive_place"
+
+
+@pytest.mark.parametrize("place", ["/etc/x", "/usr/lib/x", "/proc/x", "/bin/x", "/var/lib/x", "/boot/x", "/lib/x"])
+def test_nothing_is_written_among_the_files_of_the_system(home: Path, tmp_path: Path, place: str) -> None:
+    with pytest.raises(InvalidArgument, match="belongs to the operating system"):
+        output(Path(place), tmp_path / "data")
+
+
+def test_a_home_directory_is_not_the_directory_of_an_export(home: Path, tmp_path: Path) -> None:
+    for path in (home, home.parent):
+        with pytest.raises(InvalidArgument, match="home directory"):
+            output(path, tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    "place", ["x", "jobs/x", "projects/web/lora/x", "projects/web/exports", "base_models/x", "projects"]
+)
+def test_of_the_data_directory_only_the_exports_are_written(tmp_path: Path, place: str) -> None:
+    with pytest.raises(InvalidArgument, match="data directory of peft-mcp itself"):
+        output(tmp_path / "data" / place, tmp_path / "data")
+    assert output(tmp_path / "data" / "projects" / "web" / "exports" / "mine", tmp_path / "data").name == "mine"
+
+
+def test_allowed_roots_limit_exports_too(tmp_path: Path) -> None:
+    roots = (tmp_path / "allowed",)
+    assert output(tmp_path / "allowed" / "export", tmp_path / "data", roots) == tmp_path / "allowed" / "export"
+    with pytest.raises(InvalidArgument) as refused:
+        output(tmp_path / "elsewhere", tmp_path / "data", roots)
+    assert refused.value.code == "outside_allowed_roots"
+    assert output(tmp_path / "data" / "projects" / "web" / "exports" / "mine", tmp_path / "data", roots)

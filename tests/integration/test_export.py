@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def write_adapter(directory: Path, base: Path, architecture: str, **config: Any)
     return record_base(directory, resolve(str(base), Settings()))
 
 
-def write_byte_level_tokenizer(directory: Path) -> None:
+def write_byte_level_tokenizer(directory: Path, marks: Sequence[str] = ()) -> None:
     """Replace the tokenizer by one that llama.cpp has, too: GPT-2's, with the same number of tokens."""
     tokens = [
         "<|endoftext|>",
@@ -54,9 +55,10 @@ def write_byte_level_tokenizer(directory: Path) -> None:
         "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}",
     ]
     tokens += ["\N{LATIN CAPITAL LETTER C WITH DOT ABOVE}", "de"]
+    tokens[5 : 5 + len(marks)] = marks
     tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, [("d", "e")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.add_special_tokens(tokens[:3])
+    tokenizer.add_special_tokens([*tokens[:3], *marks])
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {"eos_token": tokens[0], "bos_token": tokens[0], "unk_token": tokens[0], "chat_template": TEMPLATE}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
@@ -67,10 +69,16 @@ def make(tmp_path: Path) -> Any:
     """Return a function that exports an adapter of a tiny model."""
 
     def export(
-        architecture: str, to: str, form: str, *, base_format: str = "huggingface", **config: Any
+        architecture: str,
+        to: str,
+        form: str,
+        *,
+        base_format: str = "huggingface",
+        fill_in_the_middle: bool = False,
+        **config: Any,
     ) -> ExportReport:
         base = write_tiny_base(tmp_path / "base", architecture)
-        write_byte_level_tokenizer(base)
+        write_byte_level_tokenizer(base, ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"] if fill_in_the_middle else [])
         if base_format == "gguf":
             write_hf_gguf(resolve(str(base), Settings()), None, tmp_path / "base.gguf", "f32")
             base = tmp_path / "base.gguf"
@@ -197,3 +205,25 @@ def test_an_adapter_for_mlx_has_its_matrices_transposed(make: Any) -> None:
     assert config["lora_parameters"]["keys"] == sorted(
         f"{'mlp' if name in ('gate_proj', 'up_proj', 'down_proj') else 'self_attn'}.{name}" for name in LINEAR
     )
+
+
+def test_editors_get_the_address_the_name_and_the_form_of_a_prompt(make: Any) -> None:
+    report = make("llama", "editors", "f32", fill_in_the_middle=True)
+    assert report.verification.status == "verified"
+    directory = Path(report.directory)
+    zed = json.loads((directory / "zed.settings.json").read_text())["edit_predictions"]["open_ai_compatible_api"]
+    assert zed["api_url"] == "http://127.0.0.1:8012/v1/completions"
+    assert zed["prompt_format"] == "star_coder"
+    assert zed["model"] == "base-web"
+    assert f"--alias {zed['model']}" in report.usage[0]
+    vscode = json.loads((directory / "llama.vscode.settings.json").read_text())
+    assert vscode == {"llama-vscode.endpoint": "http://127.0.0.1:8012", "llama-vscode.lora_completion": ""}
+    assert (
+        "<fim_prefix>{{{prefix}}}<fim_suffix>{{{suffix}}}<fim_middle>"
+        in (directory / "continue.config.yaml").read_text()
+    )
+
+
+def test_editors_need_a_base_with_fill_in_the_middle_tokens(make: Any) -> None:
+    with pytest.raises(ExportError, match="no fill-in-the-middle tokens"):
+        make("llama", "editors", "f32")

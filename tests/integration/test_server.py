@@ -28,6 +28,7 @@ from tests.model_files import write_adapter, write_model
 Connect = Callable[[], AbstractAsyncContextManager[Client]]
 
 TOOLS = {
+    "list_base_models",
     "inspect_training_data",
     "train_adapter",
     "evaluate_adapter",

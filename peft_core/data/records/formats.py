@@ -36,7 +36,7 @@ _MESSAGES_AS_TEXT = re.compile(r'\s*\[\s*\{\s*"(?:role|content)"\s*:\s*"')
 RECORD = "record"  # the kind of examples that are not chunks of code
 CHUNK_TYPES = ("function", "class", "method", "module", "import", "variable", "comment", "interface", "type", "block")
 _QUESTIONS = ("instruction", "question", "query", "prompt")
-_ANSWERS = ("output", "response", "answer")
+_ANSWERS = ("output", "response", "answer", "completion")
 _INPUTS = ("input", "context")
 _SYSTEMS = ("system", "system_prompt")
 _PREAMBLE = (
@@ -81,7 +81,17 @@ _FORMS = {
     RecordFormat.CHUNK: _Form(
         (("content",), ("language",)),
         ("file_path", "chunk_type", *(key for keys in _RANGES for key in keys)),
-        ("complexity_score", "dependencies", "name", "parent", "imports", "signature", "docstring", "chunk_index"),
+        (
+            "complexity_score",
+            "dependencies",
+            "name",
+            "parent",
+            "imports",
+            "signature",
+            "docstring",
+            "chunk_index",
+            "chunk_id",
+        ),
     ),
 }
 USED_KEYS = frozenset(key for form in _FORMS.values() for key in form.used)
@@ -150,14 +160,14 @@ def parse(value: object, name: str, *, where: str = "", notes: Notes | None = No
 
 
 def _format(value: Mapping[str, Any], place: Place) -> RecordFormat:
-    """Return the format whose required keys a record has; if there are several, the one that knows all its other keys."""
+    """Return the format whose required keys a record has; if there are several, the first that knows all its keys."""
     _refuse_preferences(value, place)
     for null in (False, True):
         matching = [each for each, form in _FORMS.items() if form.matches(value, null=null)]
         for empty in (True, False):  # an empty column of a table does not decide, unless nothing else does
             known = {key for key in USED_KEYS if value.get(key) is not None and (empty or not is_empty(value[key]))}
             complete = [each for each in matching if known <= _FORMS[each].used]
-            if len(complete) == 1:
+            if complete:
                 return complete[0]
         if len(matching) == 1:
             return matching[0]
@@ -269,6 +279,12 @@ def _pair(value: Mapping[str, Any], given: str, learned: str, place: Place) -> R
 def _instruction(value: Mapping[str, Any], place: Place) -> Record:
     """Check an instruction in Alpaca's form, or with the column names of other data sets."""
     (question,), (answer,) = present(value, _QUESTIONS) or _QUESTIONS[:1], present(value, _ANSWERS) or _ANSWERS[:1]
+    if value.get("text") is not None and (question, answer) == ("prompt", "completion"):
+        raise place.refuse(
+            f"its keys ({keys_in_words(value)}) match 2 formats: {RecordFormat.TEXT} and {RecordFormat.COMPLETION}",
+            "Remove the keys that are not to be learned from",
+            reason=SkipReason.UNKNOWN_FORMAT,
+        )
     texts: dict[str, str] = {}
     for name, keys in (("input", _INPUTS), ("system", _SYSTEMS)):
         if len(given := present(value, keys)) > 1:
@@ -365,10 +381,8 @@ def _chat(value: Mapping[str, Any], key: str, tools: object, place: Place) -> Re
     given = present(value, _SYSTEMS)
     if len(given) > 1:
         raise place.refuse(f"it has {' and '.join(given)}, which mean the same; it must have one of them")
-    system = require_text(value[given[0]], given[0], place, may_be_blank=True) if given else ""
-    conversation = parse_conversation(
-        value.get(key), key, place, system=system if system.strip() else None, tools=tools
-    )
+    system = value[given[0]] if given else None
+    conversation = parse_conversation(value.get(key), key, place, system=system, tools=tools)
     return Record(place.name, place.format, (), conversation)
 
 

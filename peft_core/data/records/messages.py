@@ -37,7 +37,7 @@ from peft_core.schemas.conversation import Conversation
 _ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "model", "bot"), "assistant"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "model", "bot", "chatbot", "ai"), "assistant"),
     **dict.fromkeys(("tool", "function", "ipython", "observation", "function_response", "tool_response"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), "function_call"),
 }
@@ -53,7 +53,7 @@ _MAX_NAME = 200  # characters of a tool's name
 
 
 def parse_conversation(
-    value: object, key: str, place: Place, *, system: str | None = None, tools: object = None, context: int = 0
+    value: object, key: str, place: Place, *, system: object = None, tools: object = None, context: int = 0
 ) -> Conversation:
     """Return the conversation that a list of messages holds.
 
@@ -61,7 +61,7 @@ def parse_conversation(
         value: The messages.
         key: What errors call them.
         place: Where they are.
-        system: The system message, if it is given beside the messages.
+        system: The content of the system message, if it is given beside the messages.
         tools: The tool schemas that are given beside the messages, or None.
         context: The first so many messages are context: their answers are not learned.
 
@@ -78,10 +78,10 @@ def parse_conversation(
         message, learn = _message(each, f"message {number} of {key!r}", inside)
         messages.append(message)
         learned.append(learn and number > context)
-    if system is not None:
+    if words := _content(system, {"role": "system"}, "the system message", place).strip():
         if any(message["role"] == "system" for message in messages):
             raise place.refuse(f"it has a system message beside {key!r} and another one in it; one must be removed")
-        messages.insert(0, {"role": "system", "content": system})
+        messages.insert(0, {"role": "system", "content": words})
         learned.insert(0, False)
     if not any(learned):
         raise _nothing_learned(messages, key, place, context)
@@ -110,7 +110,7 @@ def _message(value: object, name: str, place: Place) -> tuple[dict[str, Any], bo
         if len(given := present(value, keys)) > 1:
             raise place.refuse(f"{name} has {' and '.join(given)}, which mean the same; it must have one of them")
     given_role = value.get("role", value.get("from"))
-    role = _ROLES.get(given_role) if isinstance(given_role, str) else None
+    role = _ROLES.get(given_role.lower()) if isinstance(given_role, str) else None
     if role is None:
         raise place.refuse(f"the role of {name} is {sanitize(repr(given_role))}; it must be one of {_SHOWN_ROLES}")
     message: dict[str, Any] = {"role": role}

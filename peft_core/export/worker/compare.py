@@ -37,6 +37,7 @@ LIMITS = {"f32": 0.05, "f16": 0.05, "bf16": 0.1}
 QUANTISED_LIMIT = 0.35
 MAX_EFFECT_ERROR = 0.1  # measured: 0.001 to 0.01 when right, 0.3 to 1 when wrong
 _MEASURABLE_EFFECT = 1e-3
+_MEASURABLE_GAIN = 0.02  # nats per token
 
 
 @dataclass(frozen=True)
@@ -105,21 +106,15 @@ def compare_scores(text: HeldOutText, ours: Reference, theirs: LlamaScores, kind
     Raises:
         ExportError: It computes something else.
     """
-    on, on_ours = _sparse(theirs.with_adapter, ours.with_adapter)
-    pairs = {"with": (on, on_ours)}
-    off_of_on = None
-    if theirs.without_adapter is not None:
-        pairs["without"] = _sparse(theirs.without_adapter, ours.without_adapter)
-        off_of_on = theirs.without_adapter
-    figures = {
-        "mean_difference": _mean(np.abs(on - on_ours)),
-        "max_difference": float(np.abs(on - on_ours).max()),
-        "base_difference": _mean(np.abs(pairs["without"][0] - pairs["without"][1])) if "without" in pairs else None,
-    }
+    there, here = _sparse(theirs.with_adapter, ours.with_adapter)
+    differences = np.abs(there - here)
+    base_difference = runtime_gain = kept = None
     gain = _loss(text, ours.without_adapter) - _loss(text, ours.with_adapter)
-    runtime_gain = None
-    if off_of_on is not None:
-        runtime_gain = _target_loss(off_of_on) - _target_loss(theirs.with_adapter)
+    if (without := theirs.without_adapter) is not None:
+        base_there, base_here = _sparse(without, ours.without_adapter)
+        base_difference = _mean(np.abs(base_there - base_here))
+        runtime_gain = _target_loss(without) - _target_loss(theirs.with_adapter)
+        kept = _part(runtime_gain, gain)
     effect, effect_error = _effect(text, ours, theirs)
     return judged(
         Verification(
@@ -127,13 +122,15 @@ def compare_scores(text: HeldOutText, ours: Reference, theirs: LlamaScores, kind
             runtime=theirs.runtime,
             positions=text.positions,
             text=text.name,
+            mean_difference=_mean(differences),
+            max_difference=float(differences.max()),
+            base_difference=base_difference,
             limit=LIMITS.get(kind, QUANTISED_LIMIT),
             effect=effect,
             effect_error=effect_error if kind in LIMITS else None,
             gain=gain,
             runtime_gain=runtime_gain,
-            kept=runtime_gain / gain if runtime_gain is not None and abs(gain) > 0.01 else None,
-            **figures,
+            kept=kept,
         )
     )
 
@@ -184,7 +181,7 @@ def compare_references(
             effect=_mean(np.concatenate(effects)),
             gain=gain,
             runtime_gain=runtime_gain,
-            kept=runtime_gain / gain if abs(gain) > 0.01 else None,
+            kept=_part(runtime_gain, gain),
         )
     )
 
@@ -241,18 +238,13 @@ def _target_loss(scores: Sequence[Sequence[Position]]) -> float:
     return _mean(-np.asarray([position.target for positions in scores for position in positions]))
 
 
+def _part(runtime_gain: float, gain: float) -> float | None:
+    """Return the part of the gain that is left, unless there was too little of it."""
+    return runtime_gain / gain if abs(gain) >= _MEASURABLE_GAIN else None
+
+
 def _mean(values: Array) -> float:
     return float(np.mean(values, dtype=np.float64))
-
-
-__all__ = [
-    "HeldOutText",
-    "Reference",
-    "compare_references",
-    "compare_scores",
-    "held_out_text",
-    "reference",
-]
 
 
 def require_positions(text: HeldOutText) -> None:

@@ -6,6 +6,7 @@ rank and alpha patterns, so what is different in a module is multiplied into its
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import gguf
@@ -73,8 +74,7 @@ def gguf_name(module: str, base: Base, layout: LlamaCppFormat) -> str:
     Raises:
         ExportError: There is none.
     """
-    names = gguf.get_tensor_name_map(architecture_of(layout), base.shape.layers)
-    name = names.get_name(module)
+    name = name_map(layout.architecture, base.shape.layers).get_name(module)
     fused = module.endswith("gate_up_proj") and layout.architecture not in _FUSED
     if name is None or fused or not name.startswith("blk."):
         raise ExportError(
@@ -85,8 +85,10 @@ def gguf_name(module: str, base: Base, layout: LlamaCppFormat) -> str:
     return str(name)
 
 
-def architecture_of(layout: LlamaCppFormat) -> gguf.MODEL_ARCH:
-    return _ARCHITECTURES[layout.architecture]
+@functools.lru_cache(maxsize=2)  # a map is built in 50 ms, and an adapter has hundreds of modules
+def name_map(architecture: str, layers: int) -> gguf.TensorNameMap:
+    """Return the names that llama.cpp gives to the tensors of a model."""
+    return gguf.get_tensor_name_map(_ARCHITECTURES[architecture], layers)
 
 
 def permuted(rows: Array, module: str, base: Base, layout: LlamaCppFormat) -> Array:

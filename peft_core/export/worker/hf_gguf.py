@@ -19,7 +19,7 @@ from peft_core.base_models.checkpoint_info import Checkpoint, TensorInfo
 from peft_core.base_models.families import LLAMA_CPP
 from peft_core.errors import ExportError, sanitize
 from peft_core.export.worker.gguf_file import GgufTensor, Value, encode, write_gguf
-from peft_core.export.worker.gguf_lora import architecture_of, llama_cpp_format, permuted
+from peft_core.export.worker.gguf_lora import llama_cpp_format, name_map, permuted
 from peft_core.export.worker.gguf_vocabulary import artificial_vocabulary, read_vocabulary
 from peft_core.export.worker.lora_pairs import Array, Lora
 from peft_core.export.worker.model_gguf import converted, file_type, kind_of, row_blocks
@@ -78,7 +78,7 @@ def write_hf_gguf(base: Base, lora: Lora | None, path: Path, kind: str) -> None:
 
 def _named(base: Base, checkpoint: Checkpoint) -> Iterator[tuple[str, Path, TensorInfo]]:
     """Yield the GGUF name, the file and the header entry of each tensor that llama.cpp has."""
-    names = gguf.get_tensor_name_map(architecture_of(llama_cpp_format(base)), base.shape.layers)
+    names = name_map(llama_cpp_format(base).architecture, base.shape.layers)
     for path, tensor in checkpoint.stored:
         if tensor.name not in checkpoint.shapes:  # an output head that is tied to the embedding
             continue

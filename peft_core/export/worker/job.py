@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,7 +11,6 @@ from pathlib import Path
 import torch
 
 from peft_core.adapters.files import AdapterFiles
-from peft_core.errors import sanitize
 from peft_core.export.request import ExportRequest
 from peft_core.export.worker.compare import HeldOutText, Reference, held_out_text, reference, require_positions
 from peft_core.export.worker.lora_pairs import Lora
@@ -39,12 +39,23 @@ class Job:
         return self.request.base
 
     @property
+    def base_name(self) -> str:
+        """The base model's name as a part of a file name."""
+        return file_name(self.base.name.rpartition("/")[2]) or "base"
+
+    @property
     def name(self) -> str:
         """A file name for this adapter, without suffix."""
-        base = "".join(
-            c if c.isascii() and (c.isalnum() or c in "-._") else "-" for c in self.base.name.rpartition("/")[2]
-        )
-        return f"{base.strip('-.')[:60] or 'base'}-{sanitize(self.request.adapter_id)[:60]}".replace("/", "-")
+        return f"{self.base_name}-{file_name(self.request.adapter_id) or 'adapter'}"
+
+    def final(self, name: str = "") -> str:
+        """Return where a file, or the directory itself, will be, quoted for a shell."""
+        return shlex.quote(str(self.request.directory / name))
+
+    @property
+    def base_gguf(self) -> str:
+        """The base model's own GGUF file, quoted for a shell."""
+        return shlex.quote(str(self.base.path)) if self.base.format == "gguf" else "BASE.gguf"
 
     @cached_property
     def hf_directory(self) -> Path:
@@ -80,6 +91,11 @@ class Job:
         del model
         release_memory()
         return text, ours
+
+
+def file_name(text: str) -> str:
+    kept = "".join(c if c.isascii() and (c.isalnum() or c in "-._") else "-" for c in text)
+    return kept.strip("-.")[:60]
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ WRITERS: dict[ExportTarget, Callable[[Job], Written]] = {
     "vllm": targets.write_vllm_target,
     "mlx": targets.write_mlx_target,
     "hub": targets.write_hub_target,
+    "editors": targets.write_editors_target,
 }
 
 
@@ -89,7 +90,7 @@ def _report(job: Job, written: Written, elapsed_s: float) -> ExportReport:
         base_model=request.base.name,
         base_fingerprint=request.base.fingerprint.model_dump(exclude_none=True),
         verification=written.verification,
-        usage=[line.replace(str(job.directory), str(request.directory)) for line in written.usage],
+        usage=written.usage,
         warnings=job.warnings,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         elapsed_s=round(elapsed_s, 2),

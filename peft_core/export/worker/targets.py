@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+
 from peft_core.adapters.manifest import CARD_NAME
+from peft_core.export.worker import editors
 from peft_core.export.worker.directories import write_for_hub, write_mlx, write_normalised
 from peft_core.export.worker.gguf_lora import llama_cpp_format, write_gguf_lora
 from peft_core.export.worker.hf_gguf import write_hf_gguf
@@ -28,13 +31,13 @@ def write_gguf_lora_target(job: Job) -> Written:
         job.directory, 8 * sum(pair.a_RI.size + pair.b_OR.size for pair in job.lora.pairs.values()), "The export"
     )
     write_gguf_lora(job.lora, job.base, path, job.request.format)
-    base = str(job.base.path) if job.base.format == "gguf" else "BASE.gguf"
+    base, file = job.base_gguf, job.final(path.name)
     return Written(
         form=f"a LoRA file for llama.cpp ({job.request.format.upper()})",
         verification=verify_lora(job, path),
         usage=[
-            f"llama-server -m {base} --lora {path} --host 127.0.0.1",
-            f"Ollama up to 0.34.0: a Modelfile with `FROM {base}` and `ADAPTER {path}`; later versions take a merged model",
+            f"llama-server -m {base} --lora {file} --host 127.0.0.1",
+            f"Ollama up to 0.34.0: a Modelfile with `FROM {base}` and `ADAPTER {file}`; later versions take a merged model",
             f"BASE must be {job.base.name}: llama.cpp does not check it",
         ],
     )
@@ -49,9 +52,9 @@ def write_merged_target(job: Job) -> Written:
             form=f"a merged Hugging Face model ({weights})",
             verification=verify_merged_directory(job, weights),
             usage=[
-                f"vllm serve {job.directory} --served-model-name {job.name}",
-                f"transformers: AutoModelForCausalLM.from_pretrained({str(job.directory)!r})",
-                f"Other GGUF types: `convert_hf_to_gguf.py {job.directory}` and `llama-quantize` of llama.cpp",
+                f"vllm serve {job.final()} --served-model-name {job.name}",
+                f"transformers: AutoModelForCausalLM.from_pretrained({str(job.request.directory)!r})",
+                f"Other GGUF types: `convert_hf_to_gguf.py {job.final()}` and `llama-quantize` of llama.cpp",
             ],
         )
     path = job.directory / f"{job.name}-{kind}.gguf"
@@ -75,9 +78,9 @@ def write_merged_target(job: Job) -> Written:
         form=f"a merged model ({kind.upper()} GGUF)",
         verification=verification,
         usage=[
-            f"llama-server -m {path} --host 127.0.0.1",
-            f"Ollama: a Modelfile with `FROM {path}`, then `ollama create NAME -f Modelfile`",
-            f"LM Studio: `lms import {path}`",
+            f"llama-server -m {job.final(path.name)} --host 127.0.0.1",
+            f"Ollama: a Modelfile with `FROM {job.final(path.name)}`, then `ollama create NAME -f Modelfile`",
+            f"LM Studio: `lms import {job.final(path.name)}`",
         ],
     )
 
@@ -85,7 +88,7 @@ def write_merged_target(job: Job) -> Written:
 def write_vllm_target(job: Job) -> Written:
     """PEFT's format, normalised so that vLLM, SGLang and other servers read the same out of it."""
     write_normalised(job)
-    base, name_and_path = job.hf_directory, f"{job.name}={job.directory}"
+    base, name_and_path = shlex.quote(str(job.hf_directory)), f"{job.name}={job.final()}"
     rank = next(size for size in VLLM_RANKS if size >= job.lora.rank)
     return Written(
         form="a normalised PEFT directory for vLLM and other servers",
@@ -100,12 +103,13 @@ def write_vllm_target(job: Job) -> Written:
 
 def write_mlx_target(job: Job) -> Written:
     write_mlx(job)
+    base = shlex.quote(str(job.hf_directory))
     return Written(
         form="an adapter for mlx-lm",
         verification=verify_directory(job),
         usage=[
-            f"mlx_lm.server --model {job.hf_directory} --adapter-path {job.directory}",
-            f"For LM Studio: mlx_lm.fuse --model {job.hf_directory} --adapter-path {job.directory} --save-path FUSED",
+            f"mlx_lm.server --model {base} --adapter-path {job.final()}",
+            f"For LM Studio: mlx_lm.fuse --model {base} --adapter-path {job.final()} --save-path FUSED",
             MLX_TRAP,
         ],
     )
@@ -118,7 +122,25 @@ def write_hub_target(job: Job) -> Written:
         form="a directory for the Hub",
         verification=verify_directory(job),
         usage=[
-            f"hf upload USER/NAME {job.directory}",
+            f"hf upload USER/NAME {job.final()}",
             f"Read {CARD_NAME} first: it names the project and the repository's commit, but no files and no code",
+        ],
+    )
+
+
+def write_editors_target(job: Job) -> Written:
+    """A LoRA file, and settings of editors that complete code with it."""
+    marks, name = editors.fill_in_the_middle_of(job), editors.model_name(job)
+    written = write_gguf_lora_target(job)
+    editors.write_editor_settings(job.directory, name, marks)
+    file = job.final(f"{job.name}-lora-{job.request.format}.gguf")
+    start = f"llama-server -m {job.base_gguf} --lora {file} --alias {name} --host 127.0.0.1 --port {editors.PORT}"
+    return Written(
+        form="a LoRA file with settings for llama.vscode, llama.vim, Continue and Zed",
+        verification=written.verification,
+        usage=[
+            f"{start} -c 2048 -b 512",
+            f"then copy the settings of your editor from {job.final()}",
+            *written.usage[2:],
         ],
     )

@@ -134,3 +134,21 @@ def test_a_damaged_file_is_refused_or_read_within_its_bounds(
     except HeaderError:
         return
     assert all(info.start + info.size <= parsed.size for info in parsed.tensors.values())
+
+
+@given(st.text(st.characters(exclude_characters="/\0"), min_size=1, max_size=20), st.integers(1, 1000), st.data())
+def test_the_name_of_any_file_of_a_split_model_gives_all_of_them(name: str, count: int, data: st.DataObject) -> None:
+    number = data.draw(st.integers(1, count))
+    path = Path("models") / f"{name}-{number:05}-of-{count:05}.gguf"
+    paths = gguf.shard_paths(path)
+    assert (len(paths), paths[number - 1]) == (count, path)
+    assert {gguf.shard_paths(other) for other in (paths[0], paths[-1])} == {paths}
+
+
+@given(
+    st.text(st.characters(exclude_characters="/\0"), min_size=1, max_size=30).filter(
+        lambda name: name not in (".", "..")
+    )
+)
+def test_any_other_name_stands_for_one_file(name: str) -> None:
+    assert gguf.shard_paths(Path(name)) == (Path(name),)

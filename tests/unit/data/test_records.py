@@ -57,6 +57,7 @@ def refusal(value: Any) -> DataError:
         ({"question": "2 + 2?", "answer": "4"}, ["2 + 2?"]),
         ({"query": "2 + 2?", "response": "4", "history": None}, ["2 + 2?"]),
         ({"prompt": "2 + 2?", "response": "4"}, ["2 + 2?"]),
+        ({"system": "Be kind.", "prompt": "2 + 2?", "completion": "4"}, ["2 + 2?"]),
         ({"instruction": "And 3?", "output": "6", "history": [["Twice 2?", "4"]]}, ["Twice 2?", "And 3?"]),
         ({"instruction": "And 3?", "output": "6", "history": '[["Twice 2?", "4"]]'}, ["Twice 2?", "And 3?"]),
     ],
@@ -64,7 +65,7 @@ def refusal(value: Any) -> DataError:
 def test_an_instruction_becomes_a_conversation_that_asks_all_of_it(record: dict[str, Any], asked: list[str]):
     parsed = parse(record, "line 1")
     assert [message["content"] for message in messages(parsed) if message["role"] == "user"] == asked
-    assert learned(parsed)[-1] == record.get("output", record.get("response", record.get("answer")))
+    assert learned(parsed)[-1] == "4" if "And 3?" not in asked else "6"
     given_text = "".join(text for text, learn in parsed.texts if not learn)
     assert all(part in given_text for text in asked for part in text.split("\n\n"))
 
@@ -281,6 +282,8 @@ def test_messages_that_contradict_themselves_are_refused(turns: list[dict[str, A
 def test_a_system_message_may_stand_beside_the_messages_but_not_twice():
     record = parse({"system": "Be kind.", "messages": [USER, ANSWER]}, "line 1")
     assert messages(record)[0] == {"role": "system", "content": "Be kind."}
+    parts = parse({"system": [{"text": "Be kind."}], "messages": [USER, ANSWER]}, "line 1")
+    assert parts.conversation == record.conversation
     twice = {"system": "Be kind.", "messages": [{"role": "system", "content": "Be rude."}, USER, ANSWER]}
     assert "another one in it" in str(refusal(twice))
 

@@ -12,7 +12,7 @@ from peft_core.data import table
 from peft_core.errors import DataError, InvalidArgument, PeftMcpError, StorageError
 from peft_core.planning import planner
 from peft_core.planning.cost_model import CostedPlan, Speed
-from peft_core.planning.planner import _choose_plan, plan, write_source
+from peft_core.planning.planner import choose_plan, plan, write_source
 from peft_core.schemas.dataset import SourceKind
 from peft_core.schemas.task import ComputePlan
 from peft_core.schemas.training import TrainingConfig
@@ -115,7 +115,7 @@ COSTED = [
 
 def chosen(limit_mb: int | None, setting_mb: int | None, data_dir: Path) -> CostedPlan:
     config = TrainingConfig(rank=16, max_length=4096, max_memory_mb=limit_mb)
-    return _choose_plan(COSTED, config, make_base(), "cpu", Settings(data_dir=data_dir, max_memory_mb=setting_mb))
+    return choose_plan(COSTED, config, make_base(), "cpu", Settings(data_dir=data_dir, max_memory_mb=setting_mb))
 
 
 @pytest.mark.parametrize(

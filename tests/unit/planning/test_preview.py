@@ -10,12 +10,14 @@ import pytest
 
 from peft_core.errors import InvalidArgument
 from peft_core.planning.preview import PreviewRequest, preview
-from tests.factories import make_dataset_spec
+from tests.factories import make_base, make_dataset_spec
 from tests.unit.data.test_prepare import repository
 
 
 def request_of(source: Path, data_dir: Path, **further: Any) -> PreviewRequest:
-    return PreviewRequest(dataset=make_dataset_spec(source, max_length=256), data_dir=data_dir, **further)
+    return PreviewRequest(
+        dataset=make_dataset_spec(source, max_length=256), base=make_base(), data_dir=data_dir, **further
+    )
 
 
 def test_a_temporary_directory_inside_the_repository_is_ignored(

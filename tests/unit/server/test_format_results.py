@@ -10,8 +10,9 @@ from mcp.types import TextContent
 
 from peft_core.jobs.status import status_of
 from peft_core.schemas.dataset import SkippedRecords
+from peft_core.schemas.export import ExportReport, Verification
 from peft_core.schemas.results import TrainingDataReport
-from server.format_results import format_inspection, format_status
+from server.format_results import format_export, format_inspection, format_status
 from tests.factories import make_job, make_request, make_source
 
 
@@ -92,3 +93,36 @@ def test_keys_that_are_not_used_and_records_that_are_skipped_are_named_in_both_a
     text = format_inspection(report).content[0]
     assert isinstance(text, TextContent)
     assert "\nNot used: id, source.\nSkipped 7 (unknown key; line 4, line 9): Line 4 has 'mood'.\n" in text.text
+
+
+def test_the_text_of_an_export_has_its_summary_first_then_how_to_use_it_and_what_to_beware_of() -> None:
+    report = ExportReport(
+        summary="Exported a as a LoRA file, and verified in llama.cpp.",
+        to="gguf-lora",
+        format="f32",
+        directory="/exports/a",
+        files=[],
+        adapter_path="/adapters/a",
+        adapter_id="a",
+        base_model="base",
+        base_fingerprint={},
+        verification=Verification(status="verified", positions=200, mean_difference=0.004),
+        usage=["llama-server -m base.gguf --lora a.gguf"],
+        warnings=["Take care."],
+        created_at="2026-01-01T00:00:00+00:00",
+        elapsed_s=1.0,
+        next="Use it.",
+    )
+    result = format_export(report)
+    text, data = (part.text for part in result.content if isinstance(part, TextContent))
+    assert text.splitlines() == [
+        report.summary,
+        "/exports/a",
+        "Use it:",
+        "- llama-server -m base.gguf --lora a.gguf",
+        "Warning: Take care.",
+        "Use it.",
+    ]
+    assert json.loads(data)["verification"]["mean_difference"] == 0.004
+    assert result.structured_content is not None
+    assert result.structured_content["warnings"] == ["Take care."]

@@ -1,0 +1,143 @@
+"""Records are checked with the base model's template and tokenizer when the request is made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peft_core.base_models.resolve import resolve
+from peft_core.config import Settings
+from peft_core.data.summarise import summarise_source
+from peft_core.errors import DataError, InvalidArgument
+from peft_core.planning import record_check
+from peft_core.planning.check_records import check
+from peft_core.planning.planner import plan
+from peft_core.planning.record_check import check_records
+from peft_core.schemas.base_model import Base
+from peft_core.schemas.training import TrainingConfig
+from tests.model_files import write_model
+
+CHATML = (
+    "{% for m in messages %}<|im_start|> {{ m.role }}\\n{{ m.content }} <|im_end|>\\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|> assistant\\n{% endif %}"
+).replace("\\\\", "\\")
+STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+WITHOUT_TOOLS = CHATML.replace(
+    "<|im_start|> {{", "{% if m.role == 'tool' %}{% continue %}{% endif %}<|im_start|> {{", 1
+)
+
+
+def base_with(directory: Path, template: str | None, context: int = 4096) -> Base:
+    base = write_model(directory / "base", max_position_embeddings=context)
+    if template is not None:
+        (base / "chat_template.jinja").write_text(template)
+    return resolve(str(base), Settings())
+
+
+def talk(*contents: str, system: str | None = None) -> dict[str, Any]:
+    roles = ("user", "assistant")
+    messages = [{"role": roles[number % 2], "content": content} for number, content in enumerate(contents)]
+    return {"messages": [*([{"role": "system", "content": system}] if system else []), *messages]}
+
+
+def written(directory: Path, records: Sequence[dict[str, Any]]) -> Path:
+    path = directory / "records.jsonl"
+    path.write_text("\n".join(json.dumps(record) for record in records))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record_check, "run_json_child", lambda _module, request, _answer, **_options: check(request))
+
+
+def checked(tmp_path: Path, template: str, records: Sequence[dict[str, Any]], **options: Any) -> Any:
+    base, path = base_with(tmp_path, template), written(tmp_path, records)
+    source = summarise_source(str(path))
+    return check_records(source, str(path), base, **{"max_length": 64, "skip": False, **options})
+
+
+ODD = [talk(f"question {n}", f"answer {n}", system="Be brief" if n == 37 else None) for n in range(61)]
+
+
+def test_a_conversation_that_the_template_refuses_is_named_by_its_line(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"Line 38 of .*records\.jsonl cannot be used with .*: .* System role not supported"
+    ):
+        checked(tmp_path, STRICT, ODD)
+
+
+def test_it_is_left_out_and_counted_where_the_request_allows_it(tmp_path: Path) -> None:
+    source, _ = checked(tmp_path, STRICT, ODD, skip=True)
+    assert (source.examples, source.left_out) == (60, {"chat_template": 1})
+    assert [(each.count, each.first) for each in source.skipped] == [(1, ("line 38",))]
+    assert "1 record, chat template (line 38)" in source.unused_in_words
+
+
+def test_what_the_template_does_not_write_is_noticed(tmp_path: Path) -> None:
+    records = [talk(f"question {n}", "CALLING", "more", "ANSWER") for n in range(20)]
+    for record in records:
+        record["messages"][2] = {"role": "tool", "content": "RESULT"}
+    with pytest.raises(DataError, match=r"Line 1 of .* does not write tool results"):
+        checked(tmp_path, WITHOUT_TOOLS, records)
+
+
+LONG = [talk(f"question {n}", "word " * (300 if n % 4 else 3) + str(n)) for n in range(240)]
+
+
+def test_records_that_are_too_long_are_told_and_do_not_count(tmp_path: Path) -> None:
+    source, max_length = checked(tmp_path, CHATML, LONG)
+    assert (max_length, source.examples, source.lengths.too_long) == (64, 60, 180)
+    assert source.estimated_tokens < 60 * 64
+    assert source.unused_in_words == (
+        "Too long: 180 of 240 records are longer than config.max_length = 64 tokens (the longest has about 309). "
+        "Set config.max_length = 512, which takes all of them."
+    )
+
+
+def test_max_length_follows_the_records_where_the_request_leaves_it_open(tmp_path: Path) -> None:
+    source, max_length = checked(tmp_path, CHATML, LONG, longer_allowed=2048)
+    assert (max_length, source.examples, source.lengths) == (512, 240, None)
+    assert source.raised_max_length.too_long == 180
+
+
+def test_if_no_record_fits_the_error_has_the_lengths(tmp_path: Path) -> None:
+    records = [talk(f"question {n}", "word " * 300) for n in range(60)]
+    with pytest.raises(
+        DataError, match=r"60 of 60 records are longer than .* = 64 tokens .*Set config.max_length = 512"
+    ):
+        checked(tmp_path, CHATML, records)
+
+
+def test_of_a_long_conversation_the_turns_that_fit_are_used(tmp_path: Path) -> None:
+    records = [talk("question", f"first {n}", "more", "word " * 300) for n in range(20)]
+    source, _ = checked(tmp_path, CHATML, records)
+    assert (source.examples, source.lengths.shortened) == (20, 20)
+
+
+def test_inline_records_are_checked_too(tmp_path: Path) -> None:
+    base = base_with(tmp_path, STRICT)
+    with pytest.raises(DataError, match=r"Record 38 cannot be used with"):
+        check_records(summarise_source(ODD), ODD, base, max_length=64, skip=False)
+
+
+def test_a_base_model_with_named_templates_only_is_refused_with_their_names(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", max_position_embeddings=4096)
+    named = [{"name": "tool_use", "template": CHATML}, {"name": "rag", "template": CHATML}]
+    (base / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>", "chat_template": named}))
+    config = TrainingConfig(base_model=str(base), device="cpu")
+    with pytest.raises(InvalidArgument, match=r"no chat template called 'default', only named ones \(rag, tool_use\)"):
+        plan(str(written(tmp_path, LONG)), config, Settings(data_dir=tmp_path / "data"), lambda *_: None)
+
+
+@pytest.mark.slow
+def test_a_template_that_does_not_end_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(record_check, "TIMEOUT_S", 5.0)
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(DataError, match="took longer than 5 s and was stopped"):
+        checked(tmp_path, endless, LONG)
