@@ -87,6 +87,7 @@ def check_records(
     changed = source.model_copy(
         update={
             "examples": round(check.examples / share),
+            "cut_records": round(check.examples / share),
             "estimated_tokens": round(check.tokens / share),
             "left_out": left_out,
             "skipped": (*source.skipped, refused) if check.refused else source.skipped,
