@@ -66,15 +66,7 @@ def plan(
     config = _within_context(config, base)
     for path in config.more_sources:
         require_place("config.more_sources", path, settings)
-    source = summarise_source(
-        training_data,
-        max_length=config.max_length,
-        selection=Selection(tuple(config.include), tuple(config.exclude)),
-        also=config.more_sources,
-        held_out_fraction=config.held_out_fraction,
-        seed=config.seed,
-        skip_unusable_records=config.skip_unusable_records,
-    )
+    source = _summarise(training_data, config)
     _check_source(config, base, source)
     _check_base(config, base)
 
@@ -107,6 +99,18 @@ def plan(
         device=device,
         estimate=estimate(config, source, compute, chosen),
         execution=compute.plan,
+    )
+
+
+def _summarise(training_data: TrainingData, config: TrainingConfig) -> SourceSummary:
+    return summarise_source(
+        training_data,
+        max_length=config.max_length,
+        selection=Selection(tuple(config.include), tuple(config.exclude)),
+        also=config.more_sources,
+        held_out_fraction=config.held_out_fraction,
+        seed=config.seed,
+        skip_unusable_records=config.skip_unusable_records,
     )
 
 
