@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+
 from peft_core.base_models.chat_template import ChatTemplate, TemplateRefusal
 from peft_core.base_models.chat_turns import TurnRenderer
 from peft_core.base_models.checkpoint import read_checkpoint
-from peft_core.base_models.gguf import read_gguf_header
+from peft_core.base_models.gguf import GgufHeader, read_gguf_header
 from peft_core.base_models.tokenizer import load_tokenizer, template_error
 from peft_core.data.token_counter import EstimatedTokenCounter, TokenCounter
 from peft_core.schemas.base_model import Base
@@ -13,7 +17,7 @@ from peft_core.schemas.conversation import Conversation
 from peft_core.schemas.dataset import Segment
 
 _CONTROL, _USER_DEFINED = 3, 4  # types of a GGUF file's tokens that are matched in a text as a whole
-_TOKENS, _TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
+_TOKENS, _TYPES, _MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges"
 
 
 class EstimateWithTemplate(EstimatedTokenCounter):
@@ -33,19 +37,43 @@ class EstimateWithTemplate(EstimatedTokenCounter):
 def token_counter_of(base: Base, *, exact: bool = True) -> TokenCounter:
     """Return what counts and renders as the training worker does.
 
-    Without `exact`, and for a GGUF file, whose tokenizer is only made when it is converted, tokens are estimated.
+    Without `exact`, tokens are estimated. For a GGUF file, whose tokenizer is only made when it is converted, they are counted
+    with its vocabulary if that is a BPE one.
 
     Raises:
         BaseCheckpointError, HeaderError: the base model's files cannot be read.
     """
     if base.format == "gguf":
-        return EstimateWithTemplate(_turns_of_gguf(base))
+        header = read_gguf_header(base.path, arrays=(_TOKENS, _TYPES, _MERGES))
+        return _GgufCounter(_turns_of_gguf(base, header), header)
     tokenizer = load_tokenizer(base.path)
     return tokenizer if exact else EstimateWithTemplate(tokenizer.turns)
 
 
-def _turns_of_gguf(base: Base) -> TurnRenderer:
-    header = read_gguf_header(base.path, arrays=(_TOKENS, _TYPES))
+class _GgufCounter(EstimateWithTemplate):
+    """Counts with the vocabulary of a GGUF file, if it is a BPE one; a tokenizer's split rule changes counts by little."""
+
+    def __init__(self, turns: TurnRenderer, header: GgufHeader) -> None:
+        super().__init__(turns)
+        tokens, merges = header.metadata.get(_TOKENS), header.metadata.get(_MERGES)
+        self._tokenizer: Tokenizer | None = None
+        if isinstance(tokens, tuple) and isinstance(merges, tuple) and header.text("tokenizer.ggml.model") == "gpt2":
+            vocabulary = {str(token): number for number, token in enumerate(tokens)}
+            pairs = [(first, second) for first, _, second in (str(merge).partition(" ") for merge in merges)]
+            try:
+                self._tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+            except Exception:  # noqa: BLE001 - the library raises bare Exception; the conversion reports what is wrong
+                return
+            self._tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            self._tokenizer.add_special_tokens(sorted(turns.marks))
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        if self._tokenizer is None:
+            return super().count(texts)
+        return [len(encoding) for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def _turns_of_gguf(base: Base, header: GgufHeader) -> TurnRenderer:
     tokens, types = header.metadata.get(_TOKENS), header.metadata.get(_TYPES)
     texts = [str(token) for token in tokens] if isinstance(tokens, tuple) else []
     kinds = list(types) if isinstance(types, tuple) else []

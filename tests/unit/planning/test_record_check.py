@@ -17,9 +17,11 @@ from peft_core.planning import record_check
 from peft_core.planning.check_records import check
 from peft_core.planning.planner import plan
 from peft_core.planning.record_check import check_records
+from peft_core.planning.token_counts import token_counter_of
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.training import TrainingConfig
-from tests.model_files import write_model
+from tests.factories import make_base
+from tests.model_files import ARRAY, GGUF_METADATA, TEXT, U32, gguf_bytes, write_model
 
 CHATML = (
     "{% for m in messages %}<|im_start|> {{ m.role }}\\n{{ m.content }} <|im_end|>\\n{% endfor %}"
@@ -141,3 +143,16 @@ def test_a_template_that_does_not_end_is_stopped(tmp_path: Path, monkeypatch: py
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(DataError, match="took longer than 5 s and was stopped"):
         checked(tmp_path, endless, LONG)
+
+
+def test_the_vocabulary_of_a_gguf_file_counts(tmp_path: Path) -> None:
+    vocabulary = ["a", "b", "ab", "<|im_end|>"]
+    metadata = {
+        "tokenizer.ggml.tokens": (ARRAY, (TEXT, [*vocabulary, *(f"t{n}" for n in range(44))])),
+        "tokenizer.ggml.token_type": (ARRAY, (U32, [1, 1, 1, 3, *([1] * 44)])),
+        "tokenizer.ggml.merges": (ARRAY, (TEXT, ["a b"])),
+    }
+    file = tmp_path / "base.gguf"
+    file.write_bytes(gguf_bytes(GGUF_METADATA | metadata))
+    counter = token_counter_of(make_base(path=file))
+    assert counter.count(["abab", "ba", "a<|im_end|>"]) == [2, 2, 2]
