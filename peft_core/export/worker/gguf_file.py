@@ -86,11 +86,10 @@ def encode(value: Value) -> bytes:
 
 
 def _array_items(values: list[Any]) -> tuple[int, bytes]:
+    if values and all(type(value) is int for value in values):
+        return _I32, struct.pack(f"<{len(values)}i", *values)
     encoded = [_scalar(value) for value in values]
-    kind = _I32 if encoded and encoded[0][0] == _U32 else encoded[0][0] if encoded else _STRING
-    if kind == _I32:
-        return kind, struct.pack(f"<{len(values)}i", *values)
-    return kind, b"".join(raw for _, raw in encoded)
+    return (encoded[0][0] if encoded else _STRING), b"".join(raw for _, raw in encoded)
 
 
 def _scalar(value: bool | float | str) -> tuple[int, bytes]:
