@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from peft_core.data.classification import classify
 from peft_core.data.exclusions import ExclusionReason
+from peft_core.data.grammars import GRAMMARS
 from peft_core.data.prepare import prepare
 from peft_core.data.read_text import read_text
 from peft_core.data.records import RecordFormat, parse, read_copy, read_file, write_records
@@ -472,3 +474,40 @@ def test_14_small_functions_are_counted_one_by_one_and_the_training_set_is_known
     )
     assert summary.training_set.examples == prepared.summary.train_examples
     assert summary.training_set.tokens == prepared.summary.train_tokens
+
+
+def test_a_language_whose_grammar_is_not_installed_is_named_with_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    repository(tmp_path)
+    for number in range(3):
+        (tmp_path / f"q{number}.sql").write_text(f"CREATE TABLE t{number} (id INT);\n")
+    missing = dataclasses.replace(GRAMMARS["sql"], module="tree_sitter_of_nobody")
+    monkeypatch.setitem(GRAMMARS, "sql", missing)
+    assert summarise(str(tmp_path)).without_grammar == {"sql": 3}
+    monkeypatch.undo()
+    assert summarise(str(tmp_path)).without_grammar == {}
+
+
+@pytest.mark.slow
+def test_a_large_repository_is_estimated_from_a_sample_as_it_will_be_cut(tmp_path: Path):
+    for number in range(400):
+        functions = 3 + number % 17
+        (tmp_path / f"m{number}.py").write_text(
+            "\n\n".join(
+                f"def work_{number}_{k}(first, second):\n"
+                + "".join(f"    v{k}_{n} = {number * n + k} + first * second\n" for n in range(10 + number % 7))
+                for k in range(functions)
+            )
+        )
+    summary = summarise(str(tmp_path))
+    assert summary.sampled_files < 400
+    assert summary.units == pytest.approx(sum(3 + number % 17 for number in range(400)), rel=0.1)
+    prepared = prepare(
+        make_dataset_spec(tmp_path, max_length=512, held_out_fraction=0.1),
+        directory=tmp_path.parent / "dataset",
+        token_counter=EstimatedTokenCounter(),
+        report=lambda _: None,
+    )
+    assert summary.training_set is not None
+    assert summary.training_set.examples == pytest.approx(prepared.summary.train_examples, rel=0.15)
