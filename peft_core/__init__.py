@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from peft_core.config import Settings
     from peft_core.errors import PeftMcpError
     from peft_core.manager import PEFTManager
+    from peft_core.ollama import OllamaClient
     from peft_core.schemas.results import TrainingStatus
     from peft_core.schemas.training import TrainingConfig
 
-__all__ = ["PEFTManager", "PeftMcpError", "Settings", "TrainingConfig", "TrainingStatus"]
+__all__ = ["OllamaClient", "PEFTManager", "PeftMcpError", "Settings", "TrainingConfig", "TrainingStatus"]
 
 _MODULES = {
+    "OllamaClient": "ollama",
     "PeftMcpError": "errors",
     "PEFTManager": "manager",
     "Settings": "config",

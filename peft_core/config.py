@@ -72,6 +72,13 @@ class Settings(BaseSettings):
             "Unset: from everywhere except locations of credentials and private data."
         ),
     ] = None
+    ollama_base_url: Annotated[
+        str | None,
+        Field(
+            description="Address of Ollama, for exports to it. Unset: OLLAMA_HOST if that is on this machine, else "
+            "http://127.0.0.1:11434."
+        ),
+    ] = None
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR"],
         Field(description="Least severe messages that are logged to stderr."),

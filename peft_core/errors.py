@@ -12,6 +12,7 @@ PeftMcpError
 ├── JobNotFound          there is no job with this id
 ├── JobStateError        the job's state does not allow the request
 ├── ExportError          an adapter cannot be exported, or the written file does not compute the same
+├── OllamaError          Ollama is absent, refuses, or takes too long
 ├── StorageError         the data directory: no space, no permission, a newer database
 └── TrainingError        the training itself failed
     └── NonFiniteError   a loss or gradient is NaN or Inf
@@ -150,6 +151,10 @@ class JobStateError(PeftMcpError):
 
 class ExportError(PeftMcpError):
     code = "export"
+
+
+class OllamaError(PeftMcpError):
+    code = "ollama"
 
 
 class StorageError(PeftMcpError):

@@ -264,6 +264,7 @@ class PEFTManager:
         format: str | None = None,  # noqa: A002 -- the argument's name for users
         base_model: str | None = None,
         overwrite: bool = False,
+        model_name: str | None = None,
         on_progress: ProgressCallback | None = None,
     ) -> ExportReport:
         """Write an adapter in the form of another runtime, and compare what the written file computes there with PEFT.
@@ -272,11 +273,12 @@ class PEFTManager:
 
         Args:
             adapter_path: a directory, or a project id (its current adapter).
-            to: 'gguf-lora', 'merged', 'vllm', 'mlx', 'hub' or 'editors'.
+            to: 'gguf-lora', 'merged', 'ollama', 'vllm', 'mlx', 'hub' or 'editors'.
             output_path: the directory to create; omit to use `projects/ID/exports/ADAPTER/` in the data directory.
             format: number format of 'gguf-lora' and 'merged'; 'huggingface' for a merged model directory.
             base_model: omit to use the base model that the adapter was trained on, if it is on this machine.
-            overwrite: replace an earlier export.
+            overwrite: replace an earlier export, in Ollama also a model of the same name.
+            model_name: of the model in Ollama; omit to name it after base model and project.
             on_progress: awaited with (done, total, message).
         """
         return await self._exports.export(
@@ -286,6 +288,7 @@ class PEFTManager:
             format=format,
             base_model=base_model,
             overwrite=overwrite,
+            model_name=model_name,
             on_progress=on_progress,
         )
 

@@ -122,6 +122,21 @@ def find_ollama(name: OllamaName) -> OllamaModel | None:
     return None
 
 
+def find_ollama_by_weights(weights: Path) -> OllamaModel | None:
+    """Return a model in the store whose weights are this file; None if there is none."""
+    places = {real(root / "blobs") for root in store_directories()}
+    if real(weights).parent not in places:
+        return None
+    for name in installed_names():
+        try:
+            model = find_ollama(name)
+        except (BaseCheckpointError, HeaderError):
+            continue
+        if model is not None and real(model.weights) == real(weights):
+            return model
+    return None
+
+
 def installed_names() -> list[OllamaName]:
     """Return the names of the models in the store, sorted; at most `MAX_NAMES`."""
     names = {str(name): name for root in store_directories() for name in _names_in(root)}

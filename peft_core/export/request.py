@@ -12,6 +12,16 @@ from peft_core.schemas.frozen import FrozenModel
 MANIFEST_NAME = "export.json"  # beside the exported files; written last
 
 
+class OllamaPlan(FrozenModel):
+    """How a model is created in Ollama."""
+
+    model: str  # its name
+    address: str | None  # of the server; None: it is not created, only the files and a Modelfile are written
+    reason: str = ""  # why it is not created
+    version: str = ""
+    base_model: str | None = None  # the server's own name of the base model, with exactly these weights
+
+
 class ExportRequest(FrozenModel):
     adapter_path: Path
     adapter_id: str
@@ -24,6 +34,7 @@ class ExportRequest(FrozenModel):
     token: str  # of this request: part of the name of its hidden directory
     held_out: Path | None  # held-out examples of the adapter's training, if they are still there
     base_models_dir: Path  # cache of converted base models
+    ollama: OllamaPlan | None = None  # for that target
     lock: Path  # held during an export: one at a time
 
 

@@ -19,10 +19,10 @@ from pydantic import ValidationError
 
 from peft_core.adapters.service import AdapterService
 from peft_core.config import Settings
-from peft_core.errors import ExportError
+from peft_core.errors import ExportError, InvalidArgument
 from peft_core.export.matching import refuse_mismatch
 from peft_core.export.output import default_output, require_free, require_output, staging_directory
-from peft_core.export.request import ExportProgress, ExportRequest
+from peft_core.export.request import ExportProgress, ExportRequest, OllamaPlan
 from peft_core.export.targets import parse_format, parse_target
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.export import ExportReport
@@ -55,6 +55,7 @@ class ExportService:
         format: str | None = None,  # noqa: A002 -- the argument's name for users
         base_model: str | None = None,
         overwrite: bool = False,
+        model_name: str | None = None,
         on_progress: ProgressCallback | None = None,
     ) -> ExportReport:
         """Write an adapter in another form and compare the written file with PEFT. Cancelling leaves nothing behind.
@@ -66,7 +67,16 @@ class ExportService:
             ExportError: it cannot be expressed, or the written file computes something else.
         """
         request = await run_sync(
-            partial(self._request, adapter_path, to, output_path, format, base_model, overwrite=overwrite)
+            partial(
+                self._request,
+                adapter_path,
+                to,
+                output_path,
+                format,
+                base_model,
+                overwrite=overwrite,
+                model_name=model_name,
+            )
         )
         return await self._run(request, on_progress)
 
@@ -79,6 +89,7 @@ class ExportService:
         base_model: str | None,
         *,
         overwrite: bool,
+        model_name: str | None,
     ) -> ExportRequest:
         target = parse_target(to)
         directory, base = self._adapters.adapter_and_base(adapter_path, base_model)
@@ -89,6 +100,11 @@ class ExportService:
         if output_path is not None:
             output = require_output(output_path, paths, self._settings.allowed_roots)
         require_free(output, overwrite=overwrite)
+        ollama = None
+        if target == "ollama":
+            ollama, chosen = self._for_ollama(model_name, directory, base, format_name, chosen, overwrite=overwrite)
+        elif model_name is not None:
+            raise InvalidArgument("model_name", model_name, f"to={target!r} has no model name; omit it")
         held_out = paths.job(directory.name).dataset / "held_out.jsonl"
         trained_here = directory.is_relative_to(paths.projects)
         return ExportRequest(
@@ -103,8 +119,27 @@ class ExportService:
             token=secrets.token_hex(4),
             held_out=held_out if trained_here and held_out.is_file() else None,
             base_models_dir=paths.base_models,
+            ollama=ollama,
             lock=paths.exports_lock,
         )
+
+    def _for_ollama(
+        self, name: str | None, adapter: Path, base: Base, requested: str | None, chosen: str, *, overwrite: bool
+    ) -> tuple[OllamaPlan, str]:
+        """Return the plan, and the format: a LoRA file where the server takes one, unless another format was requested."""
+        from peft_core.export.ollama_plan import LORA, plan_ollama  # noqa: PLC0415 -- not at the server's start
+
+        plan, takes_lora = plan_ollama(name, adapter, base, self._settings, overwrite=overwrite)
+        if requested is None:
+            return plan, LORA if takes_lora else chosen
+        if chosen == LORA and (base.format != "gguf" or (plan.address is not None and not takes_lora)):
+            why = (
+                f"Ollama {plan.version} takes"
+                if base.format == "gguf"
+                else "with a base model that is no GGUF file it takes"
+            )
+            raise InvalidArgument("format", requested, f"{why} whole models only; omit it to export a merged model")
+        return plan, chosen
 
     def _require_compatible(self, adapter_path: str, directory: Path, base: Base, *, named: bool) -> None:
         """Refuse an adapter that does not belong to the base model."""

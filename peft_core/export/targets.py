@@ -24,6 +24,11 @@ FORMATS: dict[str, _Formats] = {
     "merged": _Formats(
         ("f16", "bf16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "huggingface"), "f16 (q8_0 above 3B parameters)"
     ),
+    # lora: a LoRA file beside the base model, where the server takes one, otherwise a merged model
+    "ollama": _Formats(
+        ("lora", "f16", "bf16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
+        "lora (up to Ollama 0.34.0), else as merged",
+    ),
     "vllm": _Formats(("f32",), "f32"),
     "mlx": _Formats(("f32",), "f32"),
     "hub": _Formats(("as trained",), "as trained"),
@@ -57,14 +62,14 @@ def parse_format(to: ExportTarget, requested: str | None, shape: ModelShape) -> 
     """
     formats = FORMATS[to]
     if requested is None:
-        if to == "merged":
+        if to in ("merged", "ollama"):
             return "f16" if shape.parameters <= SMALL_BASE_PARAMETERS else "q8_0"
         return formats.default
     name = requested.strip().lower().replace("-", "_")
     name = {"hf": "huggingface", "bfloat16": "bf16", "float16": "f16"}.get(name, name)
     if name in formats.allowed:
         return name
-    if to == "merged" and name.startswith(_K_QUANTS):
+    if to in ("merged", "ollama") and name.startswith(_K_QUANTS):
         raise InvalidArgument(
             "format",
             requested,

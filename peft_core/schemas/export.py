@@ -9,7 +9,7 @@ from pydantic import Field
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.results import NextStep
 
-ExportTarget = Literal["gguf-lora", "merged", "vllm", "mlx", "hub", "editors"]
+ExportTarget = Literal["gguf-lora", "merged", "ollama", "vllm", "mlx", "hub", "editors"]
 
 
 class Verification(FrozenModel):
@@ -55,6 +55,7 @@ class ExportReport(FrozenModel):
     verification: Verification
     usage: list[str] = Field(description="How to use it: commands, or what to set.")
     warnings: list[str] = Field([])
+    ollama_model: str | None = Field(None, description="Name of the model that was created in Ollama.")
     created_at: str
     elapsed_s: float
     next: str = ""

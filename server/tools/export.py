@@ -22,8 +22,8 @@ async def export_adapter(
     to: Annotated[
         ExportTarget,
         Field(
-            description="gguf-lora: LoRA file for llama.cpp. merged: whole model. vllm, mlx, hub: directory for it. "
-            "editors: LoRA file and settings."
+            description="gguf-lora: LoRA file for llama.cpp. merged: whole model. ollama: model in Ollama. "
+            "vllm, mlx, hub: directory for it. editors: LoRA file and settings."
         ),
     ],
     *,
@@ -39,6 +39,9 @@ async def export_adapter(
     ] = None,
     base_model: BaseRef = None,
     overwrite: Annotated[bool, Field(description="Replace an earlier export.")] = False,
+    model_name: Annotated[
+        str | None, Field(description="Of the model in Ollama. Omit to name it after the project.")
+    ] = None,
 ) -> Annotated[CallToolResult, ExportReport]:
     """Write an adapter in the form another runtime takes (llama.cpp, Ollama, LM Studio, vLLM, MLX, the Hub), load the written
     file there and compare it with PEFT: an export that computes something else is refused. Takes a minute or more; streams
@@ -53,6 +56,7 @@ async def export_adapter(
             format=format,
             base_model=base_model,
             overwrite=overwrite,
+            model_name=model_name,
             on_progress=progress_callback(ctx),
         )
     )

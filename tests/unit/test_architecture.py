@@ -30,10 +30,12 @@ MAY_IMPORT = {
     "training": FOUNDATION
     | {"adapters", "base_models", "data", "evaluation", "evaluation.worker", "modeling", "planning"},
     "worker": FOUNDATION | {"evaluation.worker", "training", "modeling"},
+    "ollama": FOUNDATION,
     "inference": FOUNDATION | {"adapters", "base_models", "planning"},
     "inference.worker": FOUNDATION | {"adapters", "base_models", "inference", "modeling"},
-    "export": FOUNDATION | {"adapters", "base_models"},
-    "export.worker": FOUNDATION | {"adapters", "base_models", "data", "evaluation", "export", "modeling", "planning"},
+    "export": FOUNDATION | {"adapters", "base_models", "ollama"},
+    "export.worker": FOUNDATION
+    | {"adapters", "base_models", "data", "evaluation", "export", "modeling", "ollama", "planning"},
     "jobs": FOUNDATION | {"adapters", "evaluation", "planning"},
     "manager": FOUNDATION | {"adapters", "export", "inference", "jobs"},
     "server": FOUNDATION | {"adapters", "manager"},

@@ -22,7 +22,7 @@ from peft_core.export.worker.gguf_file import GgufTensor, Value, encode, write_g
 from peft_core.export.worker.gguf_lora import llama_cpp_format, name_map, permuted
 from peft_core.export.worker.gguf_vocabulary import artificial_vocabulary, read_vocabulary
 from peft_core.export.worker.lora_pairs import Array, Lora
-from peft_core.export.worker.model_gguf import converted, file_type, kind_of, row_blocks
+from peft_core.export.worker.model_gguf import converted, file_type, kind_of, mark_of, row_blocks
 from peft_core.schemas.base_model import Base
 
 WRITABLE = ("gemma", "llama", "mistral", "qwen2", "qwen3")
@@ -66,6 +66,7 @@ def write_hf_gguf(base: Base, lora: Lora | None, path: Path, kind: str) -> None:
             )
         vocabulary = artificial_vocabulary(base.shape.vocab_size)
     metadata = {key: encode(value) for key, value in {**_hyperparameters(base, checkpoint, kind), **vocabulary}.items()}
+    metadata |= mark_of(lora)
     stored = list(_named(base, checkpoint))
     tensors = [GgufTensor(name, info.shape, kind_of(name, info.shape, kind)) for name, _, info in stored]
     data = [_blocks(base, lora, file, info, tensor) for (_, file, info), tensor in zip(stored, tensors, strict=True)]

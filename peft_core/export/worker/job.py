@@ -105,4 +105,5 @@ class Written:
     form: str  # for the summary: "a LoRA file for llama.cpp"
     verification: Verification
     usage: list[str]
-    next: str = ""
+    ollama_model: str | None = None  # that was created
+    not_created: str = ""  # why no model was created in Ollama

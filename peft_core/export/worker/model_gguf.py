@@ -23,6 +23,7 @@ from peft_core.errors import ExportError, StorageError
 from peft_core.export.worker.gguf_file import GgufTensor, copy_metadata, encode, write_gguf
 from peft_core.export.worker.gguf_lora import llama_cpp_format, permuted
 from peft_core.export.worker.lora_pairs import Array, Lora
+from peft_core.ollama import MERGED_KEY
 from peft_core.schemas.base_model import Base
 
 KINDS = {kind.name.lower(): kind for kind in (
@@ -66,7 +67,7 @@ def write_model_gguf(base: Base, lora: Lora | None, path: Path, kind: str) -> No
         ExportError: A merged weight is too large for the type.
     """
     checkpoint = read_checkpoint(base.path)
-    metadata = _metadata(checkpoint, kind)
+    metadata = _metadata(checkpoint, kind) | mark_of(lora)
     tensors = [GgufTensor(info.name, info.shape, kind_of(info.name, info.shape, kind)) for _, info in checkpoint.stored]
     with path.open("wb") as stream:
         write_gguf(
@@ -75,6 +76,11 @@ def write_model_gguf(base: Base, lora: Lora | None, path: Path, kind: str) -> No
             tensors,
             (_merged(base, lora, *source, target) for source, target in zip(checkpoint.stored, tensors, strict=True)),
         )
+
+
+def mark_of(lora: Lora | None) -> dict[str, bytes]:
+    """Return the metadata by which a merged model is recognised, wherever it is loaded."""
+    return {} if lora is None else {MERGED_KEY: encode(f"LoRA of rank {lora.rank}")}
 
 
 def _metadata(checkpoint: Checkpoint, kind: str) -> dict[str, bytes]:

@@ -19,6 +19,7 @@ from peft_core.export.request import MANIFEST_NAME, ExportRequest
 from peft_core.export.worker import targets
 from peft_core.export.worker.job import Job, Written
 from peft_core.export.worker.lora_pairs import read_lora
+from peft_core.export.worker.ollama_model import write_ollama_target
 from peft_core.schemas.export import ExportedFile, ExportReport, ExportTarget, Verification
 from peft_core.schemas.results import NextStep
 from peft_core.system.files import atomic_write
@@ -29,6 +30,7 @@ Report = Callable[[int, int, str], None]
 WRITERS: dict[ExportTarget, Callable[[Job], Written]] = {
     "gguf-lora": targets.write_gguf_lora_target,
     "merged": targets.write_merged_target,
+    "ollama": write_ollama_target,
     "vllm": targets.write_vllm_target,
     "mlx": targets.write_mlx_target,
     "hub": targets.write_hub_target,
@@ -92,6 +94,7 @@ def _report(job: Job, written: Written, elapsed_s: float) -> ExportReport:
         verification=written.verification,
         usage=written.usage,
         warnings=job.warnings,
+        ollama_model=written.ollama_model,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         elapsed_s=round(elapsed_s, 2),
         next=next_words,
@@ -102,13 +105,15 @@ def _report(job: Job, written: Written, elapsed_s: float) -> ExportReport:
 def _summary(request: ExportRequest, written: Written, size: int) -> str:
     what = f"{request.adapter_id} as {written.form}, {size / 1e6:.1f} MB"
     verified = written.verification
+    absent = f"NOT created in Ollama: {written.not_created.rstrip('.')}. " if written.not_created else ""
     if verified.status == "not_verified":
-        return f"Written, not verified: {what}. {verified.reason[:1].upper()}{verified.reason[1:]}"
+        return f"{absent}Written, not verified: {what}. {verified.reason[:1].upper()}{verified.reason[1:]}"
     gain = ""
     if verified.gain is not None and verified.runtime_gain is not None:
         gain = f" The adapter lowers the loss by {verified.runtime_gain:.3f} there, by {verified.gain:.3f} in PEFT."
+    done = "Wrote" if absent else "Exported"
     return (
-        f"Exported {what}, and verified in {verified.runtime}: at {verified.positions} positions of {verified.text}, "
+        f"{absent}{done} {what}, and verified in {verified.runtime}: at {verified.positions} positions of {verified.text}, "
         f"log-probabilities differ from PEFT's by {verified.mean_difference:.4f} on average (limit {verified.limit:g}).{gain}"
     )
 
