@@ -76,10 +76,10 @@ async def test_the_tools_are_listed_with_title_description_schemas_and_hints(con
 
 
 @pytest.mark.parametrize("mode", ["legacy", "auto"])
-async def test_the_instructions_explain_the_workflow_in_three_sentences(data_dir: Path, mode: str) -> None:
+async def test_the_instructions_explain_the_workflow_in_four_sentences(data_dir: Path, mode: str) -> None:
     async with Client(stdio_server(data_dir), mode=mode) as client:
         assert client.instructions
-        assert client.instructions.count(". ") == 2
+        assert client.instructions.count(". ") == 3
         assert "train_adapter" in client.instructions
 
 
@@ -125,9 +125,9 @@ def code(tmp_path: Path) -> Path:
     for name in ("alpha", "beta", "gamma", "delta"):
         functions = [
             f"def {name}_{number}(value):\n"
-            + "".join(f"    {name}_{line} = value * {number} + {line} - len('{name}_{number}')\n" for line in range(40))
+            + "".join(f"    {name}_{line} = value * {number} + {line} - len('{name}_{number}')\n" for line in range(16))
             + "    return value\n"
-            for number in range(6)
+            for number in range(14)
         ]
         (directory / f"{name}.py").write_text("\n\n".join(functions))
     return directory
@@ -277,7 +277,7 @@ async def test_inspect_training_data_shows_the_dataset_and_writes_nothing(
     assert 0 < report.estimate.memory_bytes < 3e9
     assert report.config.num_epochs == 3, "a small code base"
     assert report.config.rank == 16
-    assert "units" in report.estimate.chosen
+    assert "examples make only" in report.estimate.chosen
     assert report.estimate.chosen in text
     assert len(report.samples) == 3
     for sample in report.samples:
@@ -310,7 +310,6 @@ async def test_the_result_of_verification_is_in_the_text_and_in_the_data(connect
         assert (result.structured_content["verdict"], result.structured_content["compatible"]) == ("sampled", True)
         assert text_of(result).startswith("SAMPLED (samples of every tensor")
         assert f": {adapter} with tiny. Call load_adapter" in text_of(result)
-        write_model(base, hidden_size=64)
         (adapter / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
         result = await client.call_tool(
             "verify_adapter_compatibility", {"adapter_path": str(adapter), "base_model": str(base)}
