@@ -25,7 +25,7 @@ class Verification(FrozenModel):
     mean_difference: float | None = Field(None, description="With the adapter.")
     max_difference: float | None = None
     base_difference: float | None = Field(None, description="Without the adapter: what the number format costs.")
-    limit: float | None = Field(None, description="Largest mean_difference that counts as equal.")
+    limit: float | None = Field(None, description="Largest mean_difference that counts as equal; null below 8 bits.")
     effect: float | None = Field(None, description="By how much the adapter itself changes log-probabilities.")
     effect_error: float | None = Field(None, description="Part of that effect that differs in the runtime.")
     gain: float | None = Field(None, description="Held-out loss without minus with the adapter, in PEFT.")

@@ -14,15 +14,16 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from peft_core.base_models.families import FAMILIES, LLAMA_CPP
 from peft_core.base_models.gguf import read_gguf_header
 from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
-from peft_core.errors import ExportError
+from peft_core.errors import BaseCheckpointError, ExportError
 from peft_core.export.request import ExportRequest
 from peft_core.export.worker import gguf_lora, run
 from peft_core.export.worker.hf_gguf import write_hf_gguf
 from peft_core.schemas.export import ExportReport
-from tests.factories import record_base
+from tests.factories import make_base, record_base
 from tests.tiny_models import TEMPLATE, tiny_model, write_tiny_base
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -111,6 +112,8 @@ def make(tmp_path: Path) -> Any:
         ("qwen2", "patterns"),
         ("qwen3", "rslora"),
         ("gemma", "patterns"),
+        ("granite", "plain"),
+        ("smollm3", "rslora"),
     ],
 )
 def test_a_lora_file_computes_in_llama_cpp_what_peft_computes(make: Any, architecture: str, settings: str) -> None:
@@ -171,6 +174,15 @@ def test_a_merged_file_computes_in_llama_cpp_what_peft_computes(
     assert header.text("tokenizer.chat_template") == TEMPLATE
 
 
+def test_merging_into_4_bits_is_done_if_asked_for_and_the_loss_is_said(make: Any) -> None:
+    report = make("llama", "merged", "q4_0", base_format="gguf")
+    assert report.verification.status == "verified"
+    assert report.verification.limit is None
+    assert "verified in F16" in report.summary
+    assert [Path(file.path).suffix for file in report.files] == [".gguf"]
+    assert any("of the gain of a 135M model, 32 % was lost" in warning for warning in report.warnings)
+
+
 @pytest.mark.parametrize("to", ["vllm", "mlx", "hub", "merged"])
 def test_a_directory_computes_in_peft_what_the_adapter_computes(make: Any, to: str, tmp_path: Path) -> None:
     both = {"use_rslora": True, **SETTINGS["patterns"]}
@@ -227,3 +239,19 @@ def test_editors_get_the_address_the_name_and_the_form_of_a_prompt(make: Any) ->
 def test_editors_need_a_base_with_fill_in_the_middle_tokens(make: Any) -> None:
     with pytest.raises(ExportError, match="no fill-in-the-middle tokens"):
         make("llama", "editors", "f32")
+
+
+@pytest.mark.parametrize("architecture", sorted({*FAMILIES} - {"helium", "gpt_neox"}))
+def test_every_linear_layer_of_a_family_that_is_trained_has_a_name_in_llama_cpp(architecture: str) -> None:
+    with torch.device("meta"):
+        model = tiny_model(architecture)
+    base = make_base(model_type=architecture)
+    modules = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "." in name]
+    names = {gguf_lora.gguf_name(module, base, LLAMA_CPP[architecture]) for module in modules}
+    assert len(names) == len(modules) > 0
+
+
+@pytest.mark.parametrize("architecture", ["helium", "gpt_neox"])
+def test_a_family_that_llama_cpp_stores_otherwise_is_refused(architecture: str) -> None:
+    with pytest.raises(BaseCheckpointError, match="cannot be exported to GGUF"):
+        gguf_lora.llama_cpp_format(make_base(model_type=architecture))

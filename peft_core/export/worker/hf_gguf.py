@@ -25,9 +25,15 @@ from peft_core.export.worker.lora_pairs import Array, Lora
 from peft_core.export.worker.model_gguf import converted, file_type, kind_of, mark_of, row_blocks
 from peft_core.schemas.base_model import Base
 
-WRITABLE = ("gemma", "llama", "mistral", "qwen2", "qwen3")
+WRITABLE = ("arcee", "ernie4_5", "gemma", "granite", "llama", "mistral", "qwen2", "qwen3", "seed_oss", "smollm3")
 _NORM_PLUS_ONE = ("gemma",)  # its norms multiply by 1 + weight; llama.cpp stores the sum
 _STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_SCALES = {  # Granite's
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
 _ROPE_FREQUENCIES = "rope_freqs.weight"
 
 
@@ -36,6 +42,10 @@ def can_write(base: Base) -> bool:
     if base.model_type not in WRITABLE or base.format != "huggingface":
         return False
     checkpoint = read_checkpoint(base.path)
+    if base.model_type == "smollm3" and checkpoint.config.get("no_rope_layer_interval", 4) != 4:
+        return (
+            False  # llama.cpp leaves out the position encoding of every fourth layer, whatever the configuration says
+        )
     known = all(tensor.dtype in _STORED for _, tensor in checkpoint.stored)
     return known and _rope(checkpoint.config)[0] in ("default", "linear", "llama3")
 
@@ -139,6 +149,7 @@ def _hyperparameters(base: Base, checkpoint: Checkpoint, kind: str) -> dict[str,
     }
     if rope_type == "linear":
         values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope.get("factor", 1.0))}
+    values |= {key: float(config[name]) for key, name in _SCALES.items() if config.get(name) is not None}
     return {
         "general.architecture": architecture,
         "general.type": "model",

@@ -111,10 +111,16 @@ def _summary(request: ExportRequest, written: Written, size: int) -> str:
     gain = ""
     if verified.gain is not None and verified.runtime_gain is not None:
         gain = f" The adapter lowers the loss by {verified.runtime_gain:.3f} there, by {verified.gain:.3f} in PEFT."
-    done = "Wrote" if absent else "Exported"
+    done = f"{absent}{'Wrote' if absent else 'Exported'}"
+    where = f"at {verified.positions} positions of {verified.text}, log-probabilities differ from PEFT's by"
+    if verified.limit is None:
+        return (
+            f"{done} {what}. The merge was verified in F16; rounded to {request.format.upper()}, {where} "
+            f"{verified.mean_difference:.3f} on average in {verified.runtime}.{gain}"
+        )
     return (
-        f"{absent}{done} {what}, and verified in {verified.runtime}: at {verified.positions} positions of {verified.text}, "
-        f"log-probabilities differ from PEFT's by {verified.mean_difference:.4f} on average (limit {verified.limit:g}).{gain}"
+        f"{done} {what}, and verified in {verified.runtime}: {where} {verified.mean_difference:.4f} on average "
+        f"(limit {verified.limit:g}).{gain}"
     )
 
 

@@ -8,11 +8,10 @@ from peft_core.adapters.manifest import CARD_NAME
 from peft_core.export.worker import editors
 from peft_core.export.worker.directories import write_for_hub, write_mlx, write_normalised
 from peft_core.export.worker.gguf_lora import llama_cpp_format, write_gguf_lora
-from peft_core.export.worker.hf_gguf import write_hf_gguf
 from peft_core.export.worker.job import Job, Written
 from peft_core.export.worker.merged_directory import write_merged_directory
-from peft_core.export.worker.model_gguf import file_bytes, require_space, write_model_gguf
-from peft_core.export.worker.verify_llamacpp import verify_lora, verify_merged
+from peft_core.export.worker.model_gguf import file_bytes, require_space
+from peft_core.export.worker.verify_llamacpp import verify_lora, verify_merged, write_merged
 from peft_core.export.worker.verify_peft import verify_directory, verify_merged_directory
 
 # Measured on the bundled base model: the part of an adapter's gain that is lost by merging into each format.
@@ -60,10 +59,7 @@ def write_merged_target(job: Job) -> Written:
     path = job.directory / f"{job.name}-{kind}.gguf"
     llama_cpp_format(job.base)
     require_space(job.directory, file_bytes(job.base, kind), "The export")
-    if job.base.format == "gguf":
-        write_model_gguf(job.base, job.lora, path, kind)
-    else:
-        write_hf_gguf(job.base, job.lora, path, kind)
+    write_merged(job, path, kind)
     verification = verify_merged(job, path, kind)
     if kind in LOST:
         kept = f"; of this one, {100 * verification.kept:.0f} % was kept here" if verification.kept is not None else ""

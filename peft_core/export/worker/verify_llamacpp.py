@@ -9,7 +9,7 @@ from pathlib import Path
 
 from peft_core.errors import DataError, ExportError, StorageError
 from peft_core.export.worker import llamacpp
-from peft_core.export.worker.compare import TOP, compare_scores
+from peft_core.export.worker.compare import LIMITS, TOP, HeldOutText, Reference, compare_scores
 from peft_core.export.worker.hf_gguf import can_write, write_hf_gguf
 from peft_core.export.worker.job import Job
 from peft_core.export.worker.model_gguf import file_bytes, is_exact, require_space, write_model_gguf
@@ -50,6 +50,9 @@ def verify_lora(job: Job, lora: Path) -> Verification:
 def verify_merged(job: Job, merged: Path, kind: str) -> Verification:
     """Compare a merged model. Its base model without the adapter is measured in F16.
 
+    Rounding to fewer than 8 bits changes the results so much that nothing else could be told from them: the same merge is then
+    first written and compared in F16.
+
     Raises:
         ExportError: llama.cpp refuses the file or computes something else.
     """
@@ -61,6 +64,8 @@ def verify_merged(job: Job, merged: Path, kind: str) -> Verification:
     if reason is not None:
         return Verification(status="not_verified", reason=reason)
     text, ours = job.results_of_peft()
+    if kind not in LIMITS:
+        _verify_in_f16(job, text, ours)
     job.say("comparing in llama.cpp")
     scores = _scores(job, merged, None, text.documents)
     try:
@@ -72,6 +77,29 @@ def verify_merged(job: Job, merged: Path, kind: str) -> Verification:
         without = _scores(job, base, None, text.documents)
         scores = scores.model_copy(update={"without_adapter": without.with_adapter})
     return compare_scores(text, ours, scores, kind)
+
+
+def _verify_in_f16(job: Job, text: HeldOutText, ours: Reference) -> None:
+    job.say("comparing the merge in F16 in llama.cpp")
+    temporary = job.directory / "merged-f16.gguf"
+    require_space(job.directory, file_bytes(job.base, "f16"), "Comparing the merge in F16")
+    write_merged(job, temporary, "f16")
+    try:
+        compare_scores(text, ours, _scores(job, temporary, None, text.documents), "f16")
+    finally:
+        temporary.unlink()
+
+
+def write_merged(job: Job, path: Path, kind: str) -> None:
+    """Write the base model with the adapter in its weights as GGUF.
+
+    Raises:
+        ExportError: A weight is too large, or the tokenizer cannot be written.
+    """
+    if job.base.format == "gguf":
+        write_model_gguf(job.base, job.lora, path, kind)
+    else:
+        write_hf_gguf(job.base, job.lora, path, kind)
 
 
 def base_in_f16(job: Job) -> Path:
