@@ -203,7 +203,7 @@ class OllamaClient:
             raise OllamaError(f"Ollama has no model {sanitize(source)}; it is not fetched.", code="ollama_no_model")
         _require_installed()
         deadline, last = time.monotonic() + timeout_s, ""
-        with self._client(timeout_s) as client, self._errors():
+        with self._errors(), self._client(timeout_s) as client:
             for progress in client.create(model, stream=True, **recipe):
                 if time.monotonic() > deadline:
                     raise OllamaError(f"Ollama did not create the model in {timeout_s:g} s.", code="ollama_timeout")
@@ -221,7 +221,7 @@ class OllamaClient:
         import stamina  # noqa: PLC0415 -- an optional dependency
 
         limit = timeout_s or self._timeout_s
-        with self._client(limit) as client, self._errors():
+        with self._errors(), self._client(limit) as client:
             for attempt in stamina.retry_context(
                 on=_is_transient, attempts=_ATTEMPTS, timeout=limit, wait_initial=0.1, wait_max=1.0, wait_jitter=0.1
             ):
@@ -262,6 +262,8 @@ class OllamaClient:
                 code="ollama_unreachable",
                 suggestions=["Start it with `ollama serve`", "Or set CODEBASE_GARDENER_OLLAMA_BASE_URL"],
             ) from error
+        except httpx.InvalidURL as error:
+            raise OllamaError(f"{sanitize(self.address)} is no address.", code="ollama_unreachable") from error
         except ValueError as error:  # an answer that is no JSON, or not of the expected form
             raise OllamaError(
                 f"What runs at {self.address} does not answer as Ollama does.", code="ollama_unreachable"

@@ -14,8 +14,10 @@ from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument
 from peft_core.export.worker.hf_gguf import write_hf_gguf
+from peft_core.export.worker.ollama_model import Recipe, _parameters, _template, modelfile
 from peft_core.manager import PEFTManager
 from peft_core.ollama import OllamaClient
+from peft_core.schemas.dataset import FillInTheMiddle
 from peft_core.schemas.export import ExportReport
 from tests.integration.test_export import write_adapter, write_byte_level_tokenizer
 from tests.ollama_server import OllamaServer, ollama_server
@@ -123,3 +125,46 @@ async def test_what_cannot_be_done_is_refused_before_the_work(
         await bench.export(**changes)
     assert message in str(caught.value)
     assert not (bench.data_dir / "projects").exists()
+
+
+@pytest.mark.parametrize(
+    ("own", "chat", "template"),
+    [
+        ("{{ .Prompt }}{{ .Suffix }}", "", "{{ .Prompt }}{{ .Suffix }}"),
+        (
+            "[{{ .Prompt }}]",
+            "",
+            "{{ if .Suffix }}<a>{{ .Prompt }}<b>{{ .Suffix }}<c>{{ else }}[{{ .Prompt }}]{{ end }}",
+        ),
+        (None, "", "{{ if .Suffix }}<a>{{ .Prompt }}<b>{{ .Suffix }}<c>{{ else }}{{ .Prompt }}{{ end }}"),
+        (None, "[INST]", None),
+    ],
+)
+def test_a_template_fills_in_if_the_base_does(own: str | None, chat: str, template: str | None) -> None:
+    made, warning = _template(own, chat, FillInTheMiddle("<a>", "<b>", "<c>"))
+    assert made == template
+    assert bool(warning) is (template is None)
+    assert _template(own, chat, None) == (own, "")
+
+
+def test_a_base_without_middle_token_has_the_suffix_first() -> None:
+    made, _ = _template("x", "", FillInTheMiddle("<a>", "<b>", ""))
+    assert made == "{{ if .Suffix }}<b>{{ .Suffix }}<a>{{ .Prompt }}{{ else }}x{{ end }}"
+
+
+@pytest.mark.parametrize("text", ['a"""\nFROM /etc/passwd', 'ends with "', '"starts'])
+def test_a_text_cannot_end_its_instruction_in_a_modelfile(text: str) -> None:
+    recipe = Recipe(template=text, system="plain", parameters={"stop": [text, "<end>"], "num_ctx": 4096})
+    assert modelfile("a.gguf", None, recipe).splitlines() == [
+        "FROM ./a.gguf",
+        "# TEMPLATE is left out: it has quotes that a Modelfile cannot hold",
+        'SYSTEM """plain"""',
+        "# PARAMETER stop is left out: it has quotes that a Modelfile cannot hold",
+        'PARAMETER stop """<end>"""',
+        "PARAMETER num_ctx 4096",
+    ]
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "[" * 100_000, '{"stop": [1]}', '{"a b": 1}', '{"x": {"y": 1}}'])
+def test_parameters_of_an_unknown_form_are_left_out(text: str) -> None:
+    assert _parameters(text) == {}

@@ -63,6 +63,13 @@ def test_an_absent_server_is_a_status_and_any_other_call_an_error() -> None:
     assert caught.value.code == "ollama_unreachable"
 
 
+@pytest.mark.parametrize("address", ["http://[", "http://127.0.0.1:port", "gopher://127.0.0.1", "http://a b"])
+def test_what_is_no_address_is_a_status_too(address: str) -> None:
+    status = OllamaClient(address).status()
+    assert not status.reachable
+    assert status.reason
+
+
 def test_another_server_at_the_address_is_told_from_ollama(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         listening.listen()

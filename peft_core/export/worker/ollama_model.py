@@ -161,12 +161,13 @@ def modelfile(file: str, base: object, recipe: Recipe) -> str:
     lines += [_instruction(name, text) for name, text in texts if text]
     for name, value in recipe.parameters.items():
         for item in value if isinstance(value, list) else [value]:
-            lines.append(_instruction(f"PARAMETER {name}", item if isinstance(item, str) else json.dumps(item)))
+            quoted = isinstance(item, str)
+            lines.append(_instruction(f"PARAMETER {name}", item) if quoted else f"PARAMETER {name} {json.dumps(item)}")
     return "\n".join(lines) + "\n"
 
 
 def _instruction(name: str, text: str) -> str:
-    if '"""' in text or text.endswith('"'):
+    if '"""' in text or text.startswith('"') or text.endswith('"'):
         return f"# {name} is left out: it has quotes that a Modelfile cannot hold"
     return f'{name} """{text}"""'
 
