@@ -213,13 +213,6 @@ GRAMMARS = {
         "class_statement enum_statement",
         transparent="statement_list",
     ),
-    "perl": _grammar(
-        "perl",
-        "subroutine_declaration_statement method_declaration_statement",
-        "class_statement role_statement",
-        scopes="package_statement",
-        leads="comment pod",
-    ),
     "lua": _grammar(
         "lua",
         "function_declaration function_definition",

@@ -398,30 +398,6 @@ class Cart {
 
 Get-Greeting -Who $Name
 """,
-    "perl": """package Shop::Cart;
-use strict;
-
-=head1 NAME
-
-A cart.
-
-=cut
-
-# Makes one.
-sub new {
-    my ($class, %args) = @_;
-    return bless { %args }, $class;
-}
-
-sub total {
-    my $self = shift;
-    my $sum = 0;
-    $sum += $_ for @{ $self->{lines} };
-    return $sum;
-}
-
-1;
-""",
     "lua": """local M = {}
 
 --- Adds two numbers.
@@ -873,7 +849,6 @@ EXPECTED = {  # (kind, beginning of the body) of some units
     "ruby": [("class", "  # An invoice."), ("method", "    # The sum"), ("method", "    def self"), ("function", "def main")],
     "shell": [("function", "# Prints a message.\nlog()"), ("function", "# Removes"), ("module", "if [[")],
     "powershell": [("function", "<# .SYNOPSIS Greets"), ("class", "# A cart.\nclass"), ("method", "    [int] Twice")],
-    "perl": [("function", "# Makes one.\nsub new"), ("function", "sub total")],
     "lua": [("function", "--- Adds two numbers.\n-- @param"), ("function", "-- A stack."), ("function", "M.map = function")],
     "julia": [("class", '"A point in the plane."\nstruct'), ("function", '"""\n    area(points)'), ("function", "macro twice")],
     "haskell": [("class", "-- | A cart.\ndata"), ("class", "class Priced"), ("function", "-- | The sum of all")],
