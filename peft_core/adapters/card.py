@@ -5,13 +5,14 @@ from __future__ import annotations
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from peft_core.adapters.manifest import Manifest
+from peft_core.base_models.hub_cache import parse_hub_ref
 from peft_core.schemas.evaluation import Comparison, Evaluation
 
 
 def render_card(manifest: Manifest) -> str:
     """Return a Hub model card: Markdown with a metadata block. It names no file of the training data and no local path."""
     data = ModelCardData(
-        base_model=manifest.base.name,
+        base_model=hub_id(manifest.base.name),
         library_name="peft",
         pipeline_tag="text-generation",
         tags=["lora", "code", "peft-mcp"],
@@ -22,6 +23,11 @@ def render_card(manifest: Manifest) -> str:
     body = "\n\n".join(section(manifest) for section in sections)
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
     return f"{card.content}\n"
+
+
+def hub_id(name: str) -> str | None:
+    """Return a base model's name if it can be a hub id: the Hub rejects a card with any other base_model, such as Ollama's."""
+    return name if parse_hub_ref(name) is not None else None
 
 
 def _eval_results(manifest: Manifest) -> list[EvalResult] | None:

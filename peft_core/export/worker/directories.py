@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from peft_core.adapters.card import render_card
+from peft_core.adapters.card import hub_id, render_card
 from peft_core.adapters.layout import MLX, PEFT
 from peft_core.adapters.manifest import CARD_NAME, CONFIG, WEIGHTS
 from peft_core.errors import ExportError, sanitize
@@ -108,8 +108,9 @@ def _card(job: Job) -> str:
         with suppress(ValueError):  # a manifest that was not written by a training
             return render_card(job.files.manifest)
     base = sanitize(job.base.name)
+    known = f"base_model: {json.dumps(base)}\n" if hub_id(base) is not None else ""
     return (
-        f"---\nbase_model: {json.dumps(base)}\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n- lora\n---\n\n"
+        f"---\n{known}library_name: peft\npipeline_tag: text-generation\ntags:\n- lora\n---\n\n"
         f"# A LoRA adapter for {base}\n\nRank {job.lora.rank}, on {len(job.lora.pairs)} modules. How it was trained is not "
         "recorded.\n"
     )

@@ -18,7 +18,7 @@ from peft_core.schemas.evaluation import Comparison, Continuation, Verdict
 from peft_core.schemas.events import Evaluated, Event, HeldOutMeasured, RateLowered, StepCompleted
 from peft_core.schemas.training import TrainingConfig
 from server.format_results import evaluation_text
-from tests.factories import make_evaluation, make_manifest
+from tests.factories import make_base, make_evaluation, make_manifest
 
 VOID = {"meta", "br", "hr", "line", "circle", "polyline"}
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31m\u202e{{ 7*7 }}\"'&"
@@ -144,6 +144,17 @@ def test_caveats_appear_on_page_card_and_status_line() -> None:
         )
     assert "training data is unknown" not in page.text
     assert make_evaluation().caveats == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "named"), [("Qwen/Qwen2.5-Coder-0.5B", True), ("qwen2.5-coder:1.5b", False), ("hf.co/org/x:Q4_K_M", False)]
+)
+def test_a_card_names_a_base_only_as_the_hub_takes_it(name: str, named: bool) -> None:
+    card = render_card(
+        make_manifest("a-01", base=make_base(name=name), config=TrainingConfig(rank=16, learning_rate=5e-4))
+    )
+    assert (f"base_model: {name}\n" in card) is named
+    assert f"a LoRA adapter for {name}" in card
 
 
 def test_the_curve_of_a_run_with_a_rollback_contains_every_step_once() -> None:

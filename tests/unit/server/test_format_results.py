@@ -11,8 +11,9 @@ from mcp.types import TextContent
 from peft_core.jobs.status import status_of
 from peft_core.schemas.dataset import SkippedRecords
 from peft_core.schemas.export import ExportReport, Verification
+from peft_core.schemas.local_bases import LocalBase, LocalBases
 from peft_core.schemas.results import TrainingDataReport
-from server.format_results import format_export, format_inspection, format_status
+from server.format_results import format_bases, format_export, format_inspection, format_status
 from tests.factories import make_job, make_request, make_source
 
 
@@ -126,3 +127,29 @@ def test_the_text_of_an_export_has_its_summary_first_then_how_to_use_it_and_what
     assert json.loads(data)["verification"]["mean_difference"] == 0.004
     assert result.structured_content is not None
     assert result.structured_content["warnings"] == ["Take care."]
+
+
+def test_base_models_are_listed_one_a_line_and_others_counted() -> None:
+    coder = LocalBase(
+        base_model="ollama:qwen2.5-coder:1.5b",
+        source="ollama",
+        trainable=True,
+        parameters=1_540_000_000,
+        quantisation="Q4_K",
+        size_bytes=986_000_000,
+        fill_in_the_middle=True,
+        chat_template=True,
+        memory_bytes=3_400_000_000,
+        seconds_per_1000_examples=5400.0,
+    )
+    vision = LocalBase(base_model="ollama:llava:7b", source="ollama", trainable=False, reason="a vision-language model")
+    result = format_bases(LocalBases(base_models=[coder, vision], device="cpu", next="Call inspect_training_data."))
+    text = result.content[0]
+    assert isinstance(text, TextContent)
+    assert text.text == (
+        "2 base models on this machine, 1 trainable on cpu:\n"
+        "- ollama:qwen2.5-coder:1.5b: 1540M parameters, Q4_K, 986 MB, fill-in-the-middle, chat, training takes 3.4 GB, about "
+        "90 min for 1000 examples\n"
+        "1 is not trainable or not examined; `reason` says why.\n"
+        "Call inspect_training_data."
+    )
