@@ -181,8 +181,9 @@ def format_inspection(report: TrainingDataReport) -> CallToolResult:
     all_named = len(report.held_out_files) <= MAX_NAMED_FILES
     names = ", ".join(report.held_out_files[:MAX_NAMED_FILES]) + ("" if all_named else " …")
     held_out = f", from {names}" if names else ""
+    size = f"{report.files} files" if report.records is None else f"{report.records} records"
     lines = [
-        f"{report.training_data}, {report.files} files.{unread}",
+        f"{report.training_data}, {size}.{unread}",
         f"Training set: {report.train_examples} examples, about {report.train_tokens} tokens.",
         f"Held-out set: {report.held_out_examples} examples, about {report.held_out_tokens} tokens{held_out}.",
         f"Left out: {left_out or 'nothing'}.{secrets}",
@@ -195,14 +196,17 @@ def format_inspection(report: TrainingDataReport) -> CallToolResult:
         ),
         f"Base model: {report.base_model} on {report.device}. {estimate_text(report.estimate)}",
         *(
-            f"\nSample: {sample.path}:{sample.start_line}-{sample.end_line} ({sample.kind}, about {sample.tokens} tokens)\n"
-            + _sample_text(sample)
+            f"\nSample: {_place(sample)} ({sample.kind}, about {sample.tokens} tokens)\n" + _sample_text(sample)
             for sample in report.samples
         ),
         f"\n{report.next}",
     ]
     omit = {"samples", "left_out", "left_out_by_extension", "advice"} | ({"held_out_files"} if all_named else set())
     return tool_result(report, "\n".join(lines), omit=frozenset(omit))
+
+
+def _place(sample: DataSample) -> str:
+    return f"{sample.path}:{sample.start_line}-{sample.end_line}" if sample.start_line else sample.path
 
 
 def format_status(status: TrainingStatus, picture: bytes | None = None, *, is_new: bool = False) -> CallToolResult:

@@ -75,8 +75,9 @@ def check_records(
     if longer_allowed is not None and lengths.too_long and lengths.suggested:
         chosen = max((limit for limit in LIMITS if limit <= min(lengths.suggested, longer_allowed)), default=max_length)
         if chosen > max_length:
-            again, _ = check_records(source, given, base, max_length=chosen, skip=skip)
-            return again.model_copy(update={"raised_max_length": lengths}), chosen
+            longer, _ = check_records(source, given, base, max_length=chosen, skip=skip)
+            if longer.lengths is None or longer.lengths.too_long < lengths.too_long:
+                return longer.model_copy(update={"raised_max_length": lengths}), chosen
     if not check.examples:
         raise _all_too_long(lengths, source, base)
     share = check.checked / max(1, source.examples or 1)

@@ -189,8 +189,6 @@ class SourceSummary(FrozenModel):
             sentences.append(
                 f"Skipped: {each.count} {noun}, {each.reason.replace('_', ' ')} ({', '.join(each.first)}{more})."
             )
-        if self.lengths is not None:
-            sentences.append(f"Too long: {self.lengths.with_advice}.")
         return " ".join(filter(None, sentences))
 
 

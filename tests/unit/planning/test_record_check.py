@@ -95,10 +95,17 @@ def test_records_that_are_too_long_are_told_and_do_not_count(tmp_path: Path) -> 
     source, max_length = checked(tmp_path, CHATML, LONG)
     assert (max_length, source.examples, source.lengths.too_long) == (64, 60, 180)
     assert source.estimated_tokens < 60 * 64
-    assert source.unused_in_words == (
-        "Too long: 180 of 240 records are longer than config.max_length = 64 tokens (the longest has about 309). "
-        "Set config.max_length = 512, which takes all of them."
+    assert source.unused_in_words == "", "the advice says it"
+    (advice,) = source.advice
+    assert advice == (
+        "180 of 240 records are longer than config.max_length = 64 tokens (the longest has about 309). "
+        "Set config.max_length = 512, which takes all of them"
     )
+
+
+def test_max_length_is_not_raised_to_a_limit_that_takes_no_further_record(tmp_path: Path) -> None:
+    source, max_length = checked(tmp_path, CHATML, LONG, longer_allowed=128)
+    assert (max_length, source.lengths.too_long, source.raised_max_length) == (64, 180, None)
 
 
 def test_max_length_follows_the_records_where_the_request_leaves_it_open(tmp_path: Path) -> None:
