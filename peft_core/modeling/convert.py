@@ -38,7 +38,7 @@ from peft_core.schemas.base_model import Base
 from peft_core.system.files import fsync_directory, fsync_file, open_regular, read_exactly
 from peft_core.system.lock import FileLock
 
-FORMAT = 2  # version of the result; increment it to invalidate cached conversions
+FORMAT = 3  # version of the result; increment it to invalidate cached conversions
 BLOCK_BYTES = 4 << 20  # quantised rows that are converted at a time
 _SLACK_BYTES = 64 << 20  # tokenizer, configuration, file system
 _TEMPORARY = ".converting-"
@@ -138,10 +138,18 @@ def _convert(checkpoint: Checkpoint, target: Path) -> None:
     config = AutoConfig.for_model(checkpoint.config["model_type"], **settings, dtype="float32")
     _check_names(checkpoint, config)
     config.save_pretrained(target)
+    _write_rope_theta_for_mlx(target / "config.json")
     _generation_config(checkpoint, config).save_pretrained(target)
     with (target / "model.safetensors").open("wb") as file:
         _write_weights(checkpoint, file)
     _tokenizer(checkpoint, target).save_pretrained(target)
+
+
+def _write_rope_theta_for_mlx(path: Path) -> None:
+    """Repeat the base of the rotary embedding where mlx-lm and transformers 4 read it; mlx-lm would silently take 10 000."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _generation_config(checkpoint: Checkpoint, config: Any) -> GenerationConfig:

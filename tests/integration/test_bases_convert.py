@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, dequantize
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from peft_core.base_models.families import FAMILIES
 from peft_core.base_models.fingerprint import fingerprint
@@ -72,6 +73,14 @@ def test_a_conversion_is_cached_by_content(tmp_path: Path) -> None:
     assert ensure_hf_directory(toy(tmp_path / "moved.gguf"), tmp_path / "cache", messages.append) == first
     assert len(messages) == 1
     assert fingerprint(first).architecture == base.fingerprint.architecture
+
+
+def test_a_converted_base_names_its_rope_theta_where_mlx_reads_it(tmp_path: Path) -> None:
+    theta = {"llama__rope__freq_base": (F32, 250_000.0)}
+    directory = ensure_hf_directory(toy(tmp_path / "a.gguf", **theta), tmp_path / "cache", ignore)
+    config = json.loads((directory / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 250_000.0
+    assert AutoConfig.from_pretrained(directory).rope_parameters["rope_theta"] == 250_000.0
 
 
 def test_the_remains_of_a_killed_conversion_are_removed_by_the_next(tmp_path: Path) -> None:

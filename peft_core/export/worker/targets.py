@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 
 from peft_core.adapters.manifest import CARD_NAME
+from peft_core.base_models.huggingface import read_json
 from peft_core.export.worker import editors
 from peft_core.export.worker.directories import write_for_hub, write_mlx, write_normalised
 from peft_core.export.worker.gguf_lora import llama_cpp_format, write_gguf_lora
@@ -18,7 +19,7 @@ from peft_core.export.worker.verify_peft import verify_directory, verify_merged_
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank accepts
 MLX_TRAP = (
     "mlx-lm reads rope_theta at the top of the base model's config.json only, and otherwise takes 10000: add it there if it is "
-    "in rope_parameters. In mlx-lm itself the adapter was not loaded here"
+    "in rope_parameters"
 )
 LOST = {"q8_0": "1 %", "q5_1": "several per cent", "q5_0": "several per cent", "q4_1": "59 %", "q4_0": "32 %"}
 
@@ -106,7 +107,8 @@ def write_mlx_target(job: Job) -> Written:
         usage=[
             f"mlx_lm.server --model {base} --adapter-path {job.final()}",
             f"For LM Studio: mlx_lm.fuse --model {base} --adapter-path {job.final()} --save-path FUSED",
-            MLX_TRAP,
+            *([] if "rope_theta" in read_json(job.hf_directory / "config.json") else [MLX_TRAP]),
+            "In mlx-lm itself the adapter was not loaded here",
         ],
     )
 
