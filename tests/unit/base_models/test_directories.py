@@ -91,8 +91,14 @@ CASES: dict[str, tuple[tuple[Callable[[Path], None], ...], str]] = {
     "a tokenizer that is a pointer": ((add("tokenizer.json", POINTER),), "Git LFS pointer.*git lfs pull"),
     "half a tokenizer": ((add("tokenizer.json", '{"model": {'),), r"its tokenizer\.json is damaged or incomplete"),
     "an empty tokenizer": ((add("tokenizer.json", ""),), r"its tokenizer\.json is damaged or incomplete"),
-    "no end token": ((with_config(eos_token_id=None),), "defines no end-of-text token.*Set eos_token"),
-    "an end token beyond the vocabulary": ((with_config(eos_token_id=48),), "defines no end-of-text token"),
+    "no end token": (
+        (with_config(eos_token_id=None), add("tokenizer_config.json")),
+        "defines no end-of-text token.*Set eos_token",
+    ),
+    "an end token beyond the vocabulary": (
+        (with_config(eos_token_id=48), add("tokenizer_config.json")),
+        "defines no end-of-text token",
+    ),
     "an end token that the vocabulary lacks": (
         (with_config(eos_token_id=None), add("tokenizer_config.json", '{"eos_token": "</s>"}')),
         "the eos_token '</s>' is not in its vocabulary",
