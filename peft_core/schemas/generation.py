@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -56,6 +57,17 @@ class GenerationRequest(FrozenModel):
     compare_with_base: Annotated[
         bool, Field(description="Generate twice, with and without the adapter; see base_text.")
     ] = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _omit_empty_forms(cls, values: Any) -> Any:
+        """Remove empty forms of the prompt beside one that has text: some clients send every field."""
+        if not isinstance(values, Mapping):
+            return values
+        forms = (("prompt",), ("messages",), ("prefix", "suffix"))
+        empty = [form for form in forms if not any(values.get(name) for name in form)]
+        unused = {name for form in empty for name in form} if len(empty) < len(forms) else set()
+        return {name: value for name, value in values.items() if name not in unused}
 
     @model_validator(mode="after")
     def _exactly_one_prompt(self) -> GenerationRequest:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, to_jsonable_python
 
 from peft_core.errors import InvalidArgument
@@ -17,6 +17,7 @@ from peft_core.schemas.generation import GenerationRequest
 from peft_core.schemas.training import TrainingConfig
 
 MAX_LISTED = 5
+TEXT_FIELDS = frozenset({"prompt", "prefix", "suffix"})  # any text is meant as it is, even an empty one
 
 
 def parse_config(config: TrainingConfig | Mapping[str, Any] | None) -> TrainingConfig:
@@ -28,7 +29,7 @@ def parse_config(config: TrainingConfig | Mapping[str, Any] | None) -> TrainingC
     if isinstance(config, TrainingConfig):
         return config
     try:
-        return TrainingConfig.model_validate(dict(config or {}))
+        return TrainingConfig.model_validate(omit_unset(config or {}, TrainingConfig))
     except ValidationError as error:
         raise invalid_argument(error, TrainingConfig.model_json_schema(), prefix=("config",)) from error
 
@@ -42,9 +43,30 @@ def parse_generation(request: GenerationRequest | Mapping[str, Any]) -> Generati
     if isinstance(request, GenerationRequest):
         return request
     try:
-        return GenerationRequest.model_validate(dict(request))
+        return GenerationRequest.model_validate(omit_unset(request, GenerationRequest))
     except ValidationError as error:
         raise invalid_argument(error, GenerationRequest.model_json_schema()) from error
+
+
+def omit_unset(values: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """Return `values` without the fields of `model` that are null or, if optional, an empty text; in nested models too.
+
+    Clients whose schemas make every field required send these for what the user did not set.
+    """
+    given: dict[str, Any] = {}
+    for name, value in values.items():
+        field = model.model_fields.get(name)
+        if field is None:
+            given[name] = value
+        elif (
+            isinstance(value, Mapping)
+            and isinstance(field.annotation, type)
+            and issubclass(field.annotation, BaseModel)
+        ):
+            given[name] = omit_unset(value, field.annotation)
+        elif value is not None and (value != "" or field.is_required() or name in TEXT_FIELDS):
+            given[name] = value
+    return given
 
 
 def invalid_argument(error: ValidationError, schema: Mapping[str, Any], prefix: Sequence[str] = ()) -> InvalidArgument:

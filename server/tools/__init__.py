@@ -7,10 +7,21 @@ from collections.abc import Callable
 from typing import Any, TypeVar, get_type_hints
 
 from mcp.server.mcpserver.tools import Tool
+from mcp.server.mcpserver.utilities.func_metadata import FuncMetadata
 from mcp.types import ToolAnnotations
 from pydantic import BaseModel
 
+from peft_core.schemas.validation import TEXT_FIELDS, omit_unset
+
 ToolFunction = TypeVar("ToolFunction", bound=Callable[..., Any])
+
+
+class ToolArguments(FuncMetadata):
+    """The SDK's reading of arguments, which takes JSON written as text; here null and empty text also stand for omission."""
+
+    def pre_parse_json(self, data: dict[str, Any]) -> dict[str, Any]:
+        texts = {name: value for name, value in data.items() if name in TEXT_FIELDS}  # a prompt may itself be JSON
+        return omit_unset({**super().pre_parse_json(data), **texts}, self.arg_model)
 
 
 def make_tool(
@@ -27,6 +38,12 @@ def make_tool(
     )
     for schema in (tool.parameters, tool.output_schema):
         _remove_titles(schema)
+    derived = tool.fn_metadata
+    tool.fn_metadata = ToolArguments(
+        arg_model=derived.arg_model,
+        output_schema=derived.output_schema,
+        output_model=derived.output_model,
+    )
     return tool
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from peft_core.errors import InvalidArgument
 from peft_core.schemas.training import TrainingConfig
-from peft_core.schemas.validation import describe_schema, parse_config
+from peft_core.schemas.validation import describe_schema, parse_config, parse_generation
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,50 @@ def test_every_setting_has_a_worded_range() -> None:
     for name, field in schema["properties"].items():
         assert describe_schema(field, schema), name
         assert field["description"], name
+
+
+@pytest.mark.parametrize("unset", [None, ""], ids=["null", "empty text"])
+def test_an_unset_setting_has_its_default(unset: object) -> None:
+    assert parse_config(dict.fromkeys(TrainingConfig.model_fields, unset)) == TrainingConfig()
+    mixture = {"fill_in_the_middle": 0.5, "instructions": unset}
+    assert parse_config({"mixture": mixture}).mixture.fill_in_the_middle == 0.5
+
+
+def test_an_unknown_setting_is_refused_even_if_it_is_null() -> None:
+    with pytest.raises(InvalidArgument, match="Did you mean 'rank'"):
+        parse_config({"ranks": None})
+
+
+@pytest.mark.parametrize(
+    ("request_", "used"),
+    [
+        pytest.param({"prompt": "x", "messages": [], "prefix": "", "suffix": "", "stop": []}, {"prompt"}, id="prompt"),
+        pytest.param({"prompt": "x", "messages": None, "prefix": None, "seed": None}, {"prompt"}, id="null"),
+        pytest.param(
+            {"prompt": "", "messages": [{"role": "user", "content": "x"}], "prefix": "", "suffix": ""},
+            {"messages"},
+            id="messages",
+        ),
+        pytest.param({"prompt": "", "prefix": "x", "suffix": ""}, {"prefix", "suffix"}, id="prefix, end of file"),
+        pytest.param({"prefix": "", "suffix": "x"}, {"prefix", "suffix"}, id="suffix, start of file"),
+    ],
+)
+def test_empty_forms_of_a_prompt_are_omitted_beside_one_with_text(request_: dict[str, Any], used: set[str]) -> None:
+    request = parse_generation(request_)
+    assert {name for name in ("prompt", "messages", "prefix", "suffix") if getattr(request, name) is not None} == used
+
+
+@pytest.mark.parametrize(
+    ("request_", "problem"),
+    [
+        ({"prompt": ""}, "prompt is empty"),
+        ({"messages": []}, "messages is empty"),
+        ({"prompt": "x", "prefix": "y", "suffix": ""}, "exclude each other"),
+        ({"prefix": "y", "suffix": None}, "belong together"),
+        ({"prompt": None}, "there is no prompt"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_request_without_one_clear_prompt_is_refused(request_: dict[str, Any], problem: str) -> None:
+    with pytest.raises(InvalidArgument, match=problem):
+        parse_generation(request_)
