@@ -7,7 +7,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
@@ -42,23 +42,21 @@ class PEFTServer(MCPServer[PEFTManager]):
     """`MCPServer` that rejects unknown arguments, and whose errors say what is allowed and what to do next."""
 
     def __init__(self, tools: list[Tool], **options: Any) -> None:
-        self._parameters = {tool.name: tool.parameters for tool in tools}
-        for schema in self._parameters.values():
-            schema["additionalProperties"] = False
+        self._tools = {tool.name: tool for tool in tools}
         super().__init__("peft-mcp", tools=tools, **options)
 
     async def call_tool(
         self, name: str, arguments: dict[str, Any], context: Context[PEFTManager, Any] | None = None
     ) -> CallToolResult | InputRequiredResult:
-        if name not in self._parameters:
-            raise ToolError(f"There is no tool {name!r}. Tools: {', '.join(self._parameters)}.")
-        parameters = self._parameters[name]
+        if name not in self._tools:
+            raise ToolError(f"There is no tool {name!r}. Tools: {', '.join(self._tools)}.")
+        tool = self._tools[name]
         try:
             # The SDK drops unknown arguments silently: a misspelt one would have no effect.
-            refuse_unknown(arguments, parameters)
+            refuse_unknown(arguments, tool.parameters)
             return await super().call_tool(name, arguments, context)
         except (ToolError, PeftMcpError) as error:
-            raise to_tool_error(error, parameters) from error.__cause__
+            raise to_tool_error(error, tool) from error.__cause__
 
 
 def build_server(settings: Settings) -> PEFTServer:
@@ -86,8 +84,8 @@ def build_server(settings: Settings) -> PEFTServer:
     return server
 
 
-def to_tool_error(error: ToolError | PeftMcpError, parameters: Mapping[str, Any]) -> ToolError:
-    """Convert `error` to the only exception whose text reaches a client. `parameters`: the tool's input schema.
+def to_tool_error(error: ToolError | PeftMcpError, tool: Tool) -> ToolError:
+    """Convert `error` of `tool` to the only exception whose text reaches a client.
 
     Invalid arguments and `PeftMcpError`s say what is allowed and what to do next. A crash stays the SDK's error, which
     withholds the text; the traceback is in the log.
@@ -96,9 +94,10 @@ def to_tool_error(error: ToolError | PeftMcpError, parameters: Mapping[str, Any]
         return ToolError(f"{error} [{error.code}]")
     cause = error.__cause__
     if isinstance(cause, PeftMcpError):
-        return to_tool_error(cause, parameters)
+        return to_tool_error(cause, tool)
     if isinstance(cause, ValidationError) and not isinstance(error, UnexpectedToolError):
-        return to_tool_error(invalid_argument(cause, parameters), parameters)
+        schema = tool.fn_metadata.arg_model.model_json_schema()  # unlike the schema that is sent, it has exact bounds
+        return to_tool_error(invalid_argument(cause, schema), tool)
     return error
 
 

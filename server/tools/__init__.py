@@ -12,6 +12,7 @@ from mcp.types import ToolAnnotations
 from pydantic import BaseModel
 
 from peft_core.schemas.validation import TEXT_FIELDS, omit_unset
+from server.plain_schema import plain_input_schema, short_output_schema
 
 ToolFunction = TypeVar("ToolFunction", bound=Callable[..., Any])
 
@@ -36,12 +37,11 @@ def make_tool(
             read_only_hint=reads, destructive_hint=destroys, idempotent_hint=reads or repeatable, open_world_hint=False
         ),
     )
-    for schema in (tool.parameters, tool.output_schema):
-        _remove_titles(schema)
     derived = tool.fn_metadata
+    tool.parameters = plain_input_schema(tool.parameters)
     tool.fn_metadata = ToolArguments(
         arg_model=derived.arg_model,
-        output_schema=derived.output_schema,
+        output_schema=short_output_schema(derived.output_schema or {}),
         output_model=derived.output_model,
     )
     return tool
@@ -65,20 +65,3 @@ def arguments_from(model: type[BaseModel]) -> Callable[[ToolFunction], ToolFunct
         return function
 
     return decorate
-
-
-def _remove_titles(schema: Any) -> None:
-    """Remove the titles that pydantic derives from names: a fifth of what every client reads, and of no use to it."""
-    if isinstance(schema, list):
-        for part in schema:
-            _remove_titles(part)
-    if not isinstance(schema, dict):
-        return
-    if isinstance(schema.get("title"), str):
-        del schema["title"]
-    for key, part in schema.items():
-        if key in ("properties", "$defs"):  # names to schemas: a property may itself be called "title"
-            for named in part.values():
-                _remove_titles(named)
-        elif key not in ("default", "enum", "const", "examples"):
-            _remove_titles(part)

@@ -70,7 +70,7 @@ class RandomArguments:
     def arguments(self, schema: Mapping[str, Any]) -> dict[str, Any]:
         properties, required = schema["properties"], schema.get("required", [])
         arguments = {
-            name: self.value(node, schema)
+            name: self.value(node)
             for name, node in properties.items()
             if self.random.random() < (0.95 if name in required else 0.35)
         }
@@ -81,22 +81,20 @@ class RandomArguments:
             arguments["wait_s"] = min(wait_s, 0.01)
         return arguments
 
-    def value(self, node: Mapping[str, Any], root: Mapping[str, Any]) -> Any:  # noqa: PLR0911, PLR0912 -- one return per kind
+    def value(self, node: Mapping[str, Any]) -> Any:  # noqa: PLR0911 -- one return per kind
         if self.random.random() < self.wild:
             return self.anything(3)
-        if "$ref" in node:
-            return self.value(root["$defs"][node["$ref"].rsplit("/", 1)[-1]], root)
         if "anyOf" in node:
-            return self.value(self.random.choice(node["anyOf"]), root)
-        if "enum" in node or "const" in node:
-            return self.random.choice([*node.get("enum", [node.get("const")]), "other"])
+            return self.value(self.random.choice(node["anyOf"]))
+        if "enum" in node:
+            return self.random.choice([*node["enum"], "other"])
         match node.get("type"):
             case "string" if self.wild == 0 and "pattern" in node:
                 return "web"
             case "string":
                 return self.random.choice(self.texts)
             case "integer" | "number":
-                bounds = [node[key] for key in ("minimum", "maximum", "exclusiveMinimum") if key in node]
+                bounds = [node[key] for key in ("minimum", "maximum") if key in node]
                 if self.wild == 0 and bounds:
                     return self.random.choice(
                         [node.get("minimum", 1), node.get("maximum", 1), node.get("default") or 1]
@@ -106,9 +104,9 @@ class RandomArguments:
             case "boolean":
                 return self.random.random() < 0.5
             case "array":
-                return [self.value(node.get("items", {}), root) for _ in range(self.random.choice([0, 1, 1, 2, 9]))]
+                return [self.value(node.get("items", {})) for _ in range(self.random.choice([0, 1, 1, 2, 9]))]
             case "object" if "properties" in node:
-                return self.arguments({**node, "$defs": root.get("$defs", {})})
+                return self.arguments(node)
             case "object":
                 keys = ["text", "prompt", "completion", "messages", "content", "language", "file_path", "role", "x"]
                 return {key: self.anything(2) for key in self.random.sample(keys, self.random.randrange(4))}

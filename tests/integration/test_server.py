@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 from mcp.client import Client
 from mcp.shared.exceptions import MCPError
+from mcp.types import ListToolsResult
 
 from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
 from peft_core.manager import PEFTManager
 from peft_core.schemas.results import TrainingDataReport
+from peft_core.schemas.training import TrainingConfig
 from server.app import build_server
 from tests.clients import stdio_server, text_of
 from tests.factories import make_base, record_base
@@ -86,9 +88,57 @@ async def test_the_instructions_explain_the_workflow_in_four_sentences(data_dir:
 async def test_the_schema_describes_every_training_setting(connect: Connect) -> None:
     async with connect() as client:
         schema = next(t for t in (await client.list_tools()).tools if t.name == "train_adapter").input_schema
-        config = schema["$defs"]["TrainingConfig"]["properties"]
+        config = schema["properties"]["config"]["properties"]
         assert {"rank", "learning_rate", "max_steps", "device", "seed"} <= set(config)
         assert all(field["description"] for field in config.values())
+
+
+CODE = "CODE"
+UNSET = {
+    "null object": ("inspect_training_data", {"training_data": CODE, "config": None}),
+    "null as text": ("inspect_training_data", {"training_data": CODE, "config": "null"}),
+    "null settings": (
+        "inspect_training_data",
+        {"training_data": CODE, "config": dict.fromkeys(TrainingConfig.model_fields)},
+    ),
+    "null settings in an object as text": (
+        "inspect_training_data",
+        {"training_data": CODE, "config": json.dumps({"rank": None, "mixture": {"instructions": None}})},
+    ),
+    "empty settings": (
+        "inspect_training_data",
+        {"training_data": CODE, "config": {"base_model": "", "rank": "", "device": "", "include": [], "mixture": {}}},
+    ),
+    "empty id": ("list_adapters", {"project_id": ""}),
+    "null number and switch": (
+        "get_training_status",
+        {"project_id": "web", "job_id": None, "wait_s": None, "picture": None},
+    ),
+    "empty number and switch": (
+        "get_training_status",
+        {"project_id": "web", "job_id": "", "wait_s": "", "picture": ""},
+    ),
+    "empty path": ("unload_adapter", {"adapter_path": ""}),
+}
+
+
+@pytest.mark.parametrize(("tool", "arguments"), UNSET.values(), ids=UNSET)
+async def test_null_and_empty_text_for_optional_arguments_are_the_same_as_omission(
+    connect: Connect, code: Path, tool: str, arguments: dict[str, Any]
+) -> None:
+    arguments = {name: str(code) if value == CODE else value for name, value in arguments.items()}
+    required = {name: arguments[name] for name in ("training_data", "project_id") if arguments.get(name)}
+    async with connect() as client:
+        unset = await client.call_tool(tool, arguments)
+        omitted = await client.call_tool(tool, required)
+    assert not unset.is_error, text_of(unset)
+    assert unset.structured_content == omitted.structured_content
+
+
+async def test_tools_are_listed_in_a_line_that_every_client_can_read(data_dir: Path) -> None:
+    tools = await build_server(Settings(data_dir=data_dir)).list_tools()
+    line = ListToolsResult(tools=tools).model_dump_json(by_alias=True, exclude_none=True)
+    assert len(line.encode()) < 48_000  # asyncio's readline takes 65 536 bytes
 
 
 async def test_the_status_of_a_project_without_training_is_not_an_error(connect: Connect) -> None:
@@ -226,6 +276,8 @@ BAD_INPUT: list[tuple[str, dict[str, Any], list[str]]] = [
     ("generate", {}, ["arguments = {} cannot", "there is no prompt", "prompt, or messages, or prefix with suffix"]),
     ("generate", {"prompt": "x", "messages": [{"role": "user", "content": "y"}]}, ["exclude each other"]),
     ("generate", {"prefix": "x"}, ["prefix and suffix belong together"]),
+    ("get_adapter_info", {"adapter_path": None}, ["adapter_path", "it is required and must be a text"]),
+    ("generate", {"prompt": "x", "top_p": 0}, ["top_p = 0", "greater than 0 and at most 1"]),
     ("generate", {"prompt": ""}, ["prompt is empty"]),
     ("generate", {"messages": [{"role": "robot", "content": "x"}]}, ["messages.0.role = 'robot'", "'system', 'user'"]),
     ("generate", {"prompt": "x", "max_new_tokens": 0}, ["max_new_tokens = 0", "1 to 4096"]),

@@ -9,9 +9,9 @@ import pytest
 from mcp.server.mcpserver.tools import Tool
 
 from peft_core.schemas.generation import GenerationRequest
-from server.tools import adapters, inference, training
+from server.tools import adapters, base_models, export, inference, training
 
-TOOLS = [*training.TOOLS, *adapters.TOOLS, *inference.TOOLS]
+TOOLS = [*base_models.TOOLS, *training.TOOLS, *adapters.TOOLS, *inference.TOOLS, *export.TOOLS]
 
 
 def schemas_in(schema: Any) -> Iterator[dict[str, Any]]:
@@ -25,9 +25,20 @@ def schemas_in(schema: Any) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.name)
-def test_schemas_have_no_generated_titles(tool: Tool) -> None:
+def test_schemas_are_written_with_keywords_that_every_client_knows(tool: Tool) -> None:
+    for schema in schemas_in(tool.parameters):
+        assert not {"$ref", "$defs", "const", "exclusiveMinimum", "exclusiveMaximum"} & set(schema)
+        assert {"type": "null"} not in schema.get("anyOf", [])
     for schema in schemas_in([tool.parameters, tool.output_schema]):
         assert not isinstance(schema.get("title"), str)
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.name)
+def test_schemas_have_the_fields_of_their_models(tool: Tool) -> None:
+    assert list(tool.parameters["properties"]) == list(tool.fn_metadata.arg_model.model_fields)
+    assert tool.parameters["additionalProperties"] is False
+    assert tool.output_schema is not None
+    assert list(tool.output_schema["properties"]) == list(tool.fn_metadata.output_model.model_fields)
 
 
 def test_generate_takes_every_field_of_a_generation_request_with_its_default() -> None:
@@ -39,3 +50,9 @@ def test_generate_takes_every_field_of_a_generation_request_with_its_default() -
         assert properties[name]["description"] == field["description"]
         assert properties[name].get("default") == field.get("default")
     assert "required" not in generate.parameters
+
+
+def test_a_prompt_that_is_itself_json_stays_text() -> None:
+    generate = next(tool for tool in TOOLS if tool.name == "generate")
+    arguments = generate.fn_metadata.validate_arguments({"prompt": '{"a": [1]}', "messages": "null", "stop": '["x"]'})
+    assert (arguments["prompt"], arguments["messages"], arguments["stop"]) == ('{"a": [1]}', None, ["x"])

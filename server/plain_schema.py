@@ -1,0 +1,78 @@
+"""JSON schemas of the tools as every client takes them: small, and written with few keywords.
+
+pydantic derives correct schemas that clients have refused or mangled: `$ref`, `const`, numbers as exclusive bounds, and `anyOf`
+with null. The models still check every value; a schema that is sent may only allow more than they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_EXCLUSIVE = {"exclusiveMinimum": "minimum", "exclusiveMaximum": "maximum"}
+
+
+def plain_input_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema of a tool's arguments with nested objects written out, and without what only repeats other parts.
+
+    Null means omission for every optional argument, so it is not listed as a type.
+    """
+    return {**_plain(schema, schema.get("$defs", {})), "additionalProperties": False}
+
+
+def short_output_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema of a tool's result with names and types of the fields; objects inside it are not described.
+
+    The results of five tools are alike, and the complete schemas make `tools/list` longer than the 64 KiB that some clients
+    read as one line.
+    """
+    definitions = schema.get("$defs", {})
+    fields = {name: _short(node, definitions) for name, node in schema["properties"].items()}
+    return {"type": "object", "properties": fields, "required": schema.get("required", [])}
+
+
+def _plain(node: Mapping[str, Any], definitions: Mapping[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = {}
+    for key, value in _without_null(node, definitions).items():
+        match key:
+            case "title" | "$defs":
+                pass
+            case "default" if value is None or isinstance(value, Mapping):
+                pass  # null is omission; the defaults of an object's fields stand at the fields
+            case "additionalProperties" if value is True:
+                pass
+            case "properties":
+                plain[key] = {name: _plain(field, definitions) for name, field in value.items()}
+            case "items":
+                plain[key] = _plain(value, definitions)
+            case "anyOf":
+                plain[key] = [_plain(alternative, definitions) for alternative in value]
+            case "const":
+                plain["enum"] = [value]
+            case _:
+                plain[_EXCLUSIVE.get(key, key)] = value
+    return plain
+
+
+def _without_null(node: Mapping[str, Any], definitions: Mapping[str, Any]) -> dict[str, Any]:
+    """Resolve a reference, and an alternative between one type and null. The node's own keys win over those it refers to."""
+    node = dict(node)
+    if reference := node.pop("$ref", ""):
+        return _without_null({**definitions[reference.rsplit("/", 1)[-1]], **node}, definitions)
+    if alternatives := node.get("anyOf"):
+        node["anyOf"] = [alternative for alternative in alternatives if alternative.get("type") != "null"]
+        if len(node["anyOf"]) == 1:
+            (only,) = node.pop("anyOf")
+            return _without_null({**only, **node}, definitions)
+    return node
+
+
+def _short(node: Mapping[str, Any], definitions: Mapping[str, Any]) -> dict[str, Any]:
+    if "$ref" in node:
+        return _short(definitions[node["$ref"].rsplit("/", 1)[-1]], definitions)
+    if "anyOf" in node:
+        return {"anyOf": [_short(alternative, definitions) for alternative in node["anyOf"]]}
+    short = {key: node[key] for key in ("type", "enum", "const") if key in node}
+    if "items" in node:
+        short["items"] = _short(node["items"], definitions)
+    return short
