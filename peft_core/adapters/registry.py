@@ -282,6 +282,6 @@ def size_of(path: Path) -> int:
 def _names(directory: Path) -> list[str]:
     """Return the sorted names in a directory, without hidden ones; empty if it cannot be read."""
     try:
-        return sorted(entry.name for entry in os.scandir(directory) if not entry.name.startswith("."))
+        return sorted(name for name in os.listdir(directory) if not name.startswith("."))  # noqa: PTH208 -- names only
     except OSError:
         return []

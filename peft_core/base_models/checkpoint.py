@@ -39,7 +39,8 @@ def file_states(path: Path) -> FileStates:
     """
     try:
         if path.is_dir():
-            files = [(file.name, file.stat()) for file in os.scandir(path) if file.is_file()]
+            with os.scandir(path) as entries:
+                files = [(file.name, file.stat()) for file in entries if file.is_file()]
         else:
             files = [(shard.name, shard.stat()) for shard in shard_paths(path) if shard == path or shard.is_file()]
         stats = files or [(path.name, path.stat())]

@@ -290,7 +290,7 @@ async def test_no_progress_notification_follows_the_answer(data_dir: Path, stdli
 def test_the_python_example_trains_and_prints_what_was_measured(data_dir: Path, stdlib_repository: Path) -> None:
     example = Path(__file__).parents[2] / "examples" / "python_api.py"
     environment = {**os.environ, "CODEBASE_GARDENER_DATA_DIR": str(data_dir)}
-    source = stdlib_repository / "json"
+    source = stdlib_repository / "wsgiref"
     output = subprocess.run(
         [sys.executable, str(example), str(source)], env=environment, capture_output=True, text=True, check=False
     )

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from peft_core.base_models.checkpoint import read_checkpoint
-from peft_core.base_models.checkpoint_info import Checkpoint
+from peft_core.base_models.checkpoint_info import Checkpoint, TensorInfo
 from peft_core.base_models.gguf_model import hugging_face_name, permuted_heads, read_gguf_model
 from peft_core.errors import BaseCheckpointError, HeaderError
 from peft_core.modeling.convert import _rows
@@ -74,7 +74,9 @@ def test_rows_of_q_and_k_are_restored_to_hugging_face_order(tmp_path: Path) -> N
 
 def test_a_bias_of_q_is_reordered_like_its_matrix(tmp_path: Path) -> None:
     bias = torch.arange(32.0)
-    shapes = {**GGUF_SHAPES, "blk.0.attn_q.bias": (32,)}
+    rows = {"q": 32, "k": 16, "v": 16, "output": 32}
+    biases = {f"blk.{layer}.attn_{name}.bias": (size,) for layer in range(2) for name, size in rows.items()}
+    shapes = {**GGUF_SHAPES, **biases}
     values = weights(shapes={hugging_face_name(name) or "": shape for name, shape in shapes.items()})
     name = "model.layers.0.self_attn.q_proj.bias"
     values[name] = bias.view(4, 2, 4).swapaxes(1, 2).flatten().tolist()
@@ -203,8 +205,13 @@ def test_all_unsupported_formats_are_named_together(tmp_path: Path) -> None:
 
 
 def test_weights_with_three_axes_are_refused(tmp_path: Path) -> None:
-    shapes = {**SHAPES, "model.experts.weight": (2, 3, 4)}
-    checkpoint = read_checkpoint(write_model(tmp_path / "m", shapes=shapes))
+    checkpoint = read_checkpoint(write_model(tmp_path / "m"))
+    experts = TensorInfo("model.experts.weight", "F32", (2, 3, 4), start=0, size=96)
+    checkpoint = replace(
+        checkpoint,
+        shapes={**checkpoint.shapes, experts.name: experts.shape},
+        stored=(*checkpoint.stored, (checkpoint.stored[0][0], experts)),
+    )
     with pytest.raises(BaseCheckpointError, match=r"neither matrices nor vectors: model\.experts\.weight \(2, 3, 4\)"):
         open_stored(checkpoint)
 
