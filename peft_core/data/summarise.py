@@ -250,7 +250,11 @@ def _existing_path(given: str, purpose: DatasetPurpose) -> tuple[Path, os.stat_r
             purpose,
             given,
             f"no such file or directory exists; it must be {ALLOWED}",
-            *([advice] if advice is not None else _similar(path)),
+            *(
+                [advice]
+                if advice is not None
+                else _similar(path) or ["Check its spelling: it must exist on this machine"]
+            ),
         )
     except (OSError, ValueError) as error:
         _refuse(purpose, given, f"it cannot be read ({getattr(error, 'strerror', None) or error})")
