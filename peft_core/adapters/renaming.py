@@ -15,7 +15,7 @@ _MAX_CANDIDATES = 20
 
 @dataclass(frozen=True)
 class Renaming:
-    """Replace `old` by `new` at the start of a name. Names without `old` stay; `applies_to_all`: there are none."""
+    """Replace `old` by `new` at the start of a name. Other names stay; `applies_to_all`: every name begins with `old`."""
 
     old: str
     new: str

@@ -1,6 +1,6 @@
 """Render a base model's chat template. Planning, preview, training and inference all use this module.
 
-The template is code of whoever published the base model. It runs in jinja2's sandbox, with the filters and globals that
+The template is code that the publisher of the base model wrote. It runs in jinja2's sandbox, with the filters and globals that
 transformers gives it, so that it renders what the base model was trained with. The sandbox bounds neither time nor memory:
 the server never renders; a child process that it can stop does.
 """
@@ -58,7 +58,7 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = False,
     ) -> str:
-        """Render messages; with `add_generation_prompt`, up to the point at which the model goes on.
+        """Render messages; with `add_generation_prompt`, up to the point at which the model continues.
 
         Raises:
             TemplateRefusal: The template is broken, refuses these messages, or writes more than any conversation has.

@@ -298,7 +298,7 @@ class _Writer:
     def _spelled_out(self, message: Mapping[str, Any], prompt: str) -> _Turn | None:
         """Return a turn that begins with reasoning as the model has to write it, for templates that cut reasoning off.
 
-        None for other turns. Where the prompt ends with <think>, the turn goes on from there.
+        None for other turns. Where the prompt ends with <think>, the turn continues from there.
         """
         text = text_with_reasoning(message)
         if text is None or self._plain_turn is None:
@@ -323,7 +323,7 @@ class _Writer:
         common = _common_length(prompt, whole)
         common = min(self._boundary_before(text, common) for text in (prompt, whole))
         if common < _common_length(prompt, before):
-            raise TemplateRefusal("does not continue its own prompt, so that answers cannot be told from the rest")
+            raise TemplateRefusal("does not continue its own prompt, so that answers cannot be separated from the rest")
         return whole, common
 
     def _after_previous_text(self, number: int, prompt: str) -> Iterator[str]:
@@ -349,7 +349,7 @@ class _Writer:
         return marks[0].end() if marks else len(tail[: tail.rfind("\n", 0, shared) + 1].rstrip())
 
     def _continued(self, number: int) -> str | None:
-        """Return the rendering of a conversation that goes on after a turn, to see what belongs to the turn."""
+        """Return the rendering of a conversation that continues after a turn, to see what belongs to the turn."""
         messages = self._conversation.messages
         following = [messages[number + 1]] if number + 1 < len(messages) else []
         for message in (*following, {"role": "user", "content": _PROBE}):
@@ -424,7 +424,7 @@ def _require_words(words: Sequence[Sequence[str]], conversation: Conversation, r
     learned = "".join(rendering.text[start:end] for start, end in rendering.spans)
     for number, own in enumerate(words[: rendering.turns[-1] + 1]):
         if any((word in learned) != (number in rendering.turns) for word in own):
-            raise TemplateRefusal("mixes answers with other messages, so that they cannot be told apart")
+            raise TemplateRefusal("mixes answers with other messages, so that they cannot be separated")
 
 
 def _segments(rendering: Rendering, names: Mapping[str, str]) -> tuple[Segment, ...]:

@@ -41,7 +41,7 @@ def listed_files(root: Path) -> list[str] | None:
 
 
 def unusual_entries(root: Path) -> dict[str, ExclusionReason]:
-    """Map names in git's index that are no ordinary files to the reason why they cannot be read as such.
+    """Map names in git's index that are not ordinary files to the reason why they cannot be read as such.
 
     They are submodules, symbolic links (which may have been written as files), files outside of a sparse checkout, and files
     with a merge conflict.

@@ -27,8 +27,8 @@ class SourceFiles:
 def unique_names(paths: Sequence[Path]) -> list[str]:
     """Return the shortest ends of the paths that differ; no names for a single path.
 
-    >>> unique_names([Path("/work/app"), Path("/old/app"), Path("/work/web")])
-    ['work/app', 'old/app', 'web']
+    >>> unique_names([Path('/new/app'), Path('/old/app'), Path('/new/web')])
+    ['new/app', 'old/app', 'web']
     """
     if len(paths) == 1:
         return [""]

@@ -9,7 +9,7 @@ from peft_core.schemas.results import BaseMatch, Compatibility
 def refuse_mismatch(check: Compatibility, adapter_path: str, *, named: bool) -> list[str]:
     """Return the warnings of a check that allows the export.
 
-    An adapter without a record of its base model is exported if the user named the base model: nobody else can know it.
+    An adapter without a record of its base model is exported if the user named the base model: only the user can know it.
 
     Raises:
         InvalidArgument: The adapter does not fit, or its record says that it was trained on other weights.

@@ -1,4 +1,4 @@
-"""Export adapters: what can be refused at once is refused here; the work is done in a child process."""
+"""Export adapters: a request is checked here, before the work, which is done in a child process."""
 
 from __future__ import annotations
 

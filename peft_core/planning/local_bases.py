@@ -35,7 +35,9 @@ from peft_core.schemas.training import TrainingConfig
 from peft_core.system.machine import cpu_multiplies_bfloat16, expected_device, total_memory_bytes
 
 MAX_LISTED = 100
-MAX_SECONDS = 3.0  # after which the remaining models are named only; the next call goes on, because headers are cached
+MAX_SECONDS = (
+    3.0  # after which the remaining models are named only; the next call continues, because headers are cached
+)
 _SOURCE = SourceSummary(
     kind=SourceKind.RECORDS,
     path=None,

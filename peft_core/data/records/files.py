@@ -179,7 +179,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
 def _holds_lines(path: Path) -> bool:
     """Return whether a JSON file has one record per line, judged by its first line.
 
-    Otherwise its first line is an array or another whole value, or the beginning of a value that goes on in the next line.
+    Otherwise its first line is an array or another whole value, or the beginning of a value that continues on the next line.
     """
     line = next((line for _, line in _lines(path) if line is None or line.strip()), b"")
     if line is None:

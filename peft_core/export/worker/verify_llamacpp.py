@@ -50,7 +50,7 @@ def verify_lora(job: Job, lora: Path) -> Verification:
 def verify_merged(job: Job, merged: Path, kind: str) -> Verification:
     """Compare a merged model. Its base model without the adapter is measured in F16.
 
-    Rounding to fewer than 8 bits changes the results so much that nothing else could be told from them: the same merge is then
+    Rounding to fewer than 8 bits changes the results so much that it would hide a wrong conversion: the same merge is then
     first written and compared in F16.
 
     Raises:

@@ -132,7 +132,7 @@ def test_code_around_a_gap_is_tokenised_as_codestral_was_trained(tmp_path: Path)
     tokenizer = load_tokenizer(tmp_path)
     marks = tokenizer.fill_in_the_middle
     assert marks is not None
-    pieces = [*marks.prompt("def", "def"), "def"]  # the gap goes on behind the prefix
+    pieces = [*marks.prompt("def", "def"), "def"]  # the gap continues after the prefix
     assert named(tokenizer, tokenizer.ids(*pieces)) == ["[SUFFIX]", "def", "[PREFIX]", "\u2581def", "def"]
 
 

@@ -458,7 +458,7 @@ def test_a_bare_repository_is_refused_with_what_to_do(tmp_path: Path) -> None:
         ("contract A {\n  uint x;\n  function f() public {\n    x = 1;\n  }\n}\n", True),
         ("module top(input clk);\n  always @(posedge clk) q <= d;\nendmodule\n", True),
         ("let rec f x =\n  match x with\n  | [] -> 0\n  | h :: t -> f t\n", True),
-        ("Dear reader,\n\nthis is a letter about nothing, and it goes on.\nIt has several lines.\nThey end.\n", False),
+        ("Dear reader,\n\nthis is a letter about nothing, and it is long.\nIt has several lines.\nThey end.\n", False),
         ("1 2 3 4\n5 6 7 8\n9 10 11 12\n13 14 15 16\n", False),
         ("name: value\nother: [1, 2]\nthird: text\nfourth: 3\n", False),
         ("[section]\nkey = value\nother = 3\nlast = x\n", False),

@@ -91,7 +91,7 @@ def test_what_the_template_does_not_write_is_noticed(tmp_path: Path) -> None:
 LONG = [talk(f"question {n}", "word " * (300 if n % 4 else 3) + str(n)) for n in range(240)]
 
 
-def test_records_that_are_too_long_are_told_and_do_not_count(tmp_path: Path) -> None:
+def test_records_that_are_too_long_are_named_and_do_not_count(tmp_path: Path) -> None:
     source, max_length = checked(tmp_path, CHATML, LONG)
     assert (max_length, source.examples, source.lengths.too_long) == (64, 60, 180)
     assert source.estimated_tokens < 60 * 64

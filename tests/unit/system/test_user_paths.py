@@ -31,8 +31,8 @@ def test_a_name_that_exists_is_taken_literally(name: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("form", ["~/code", "$HOME/code", "${HOME}/code"])
 def test_the_home_directory_is_found(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
-    assert user_path(form) == Path("/home/me/code")
+    monkeypatch.setenv("HOME", "/Users/me")
+    assert user_path(form) == Path("/Users/me/code")
 
 
 def test_other_variables_are_no_part_of_the_home_directory() -> None:
@@ -43,9 +43,9 @@ def test_other_variables_are_no_part_of_the_home_directory() -> None:
     ("given", "advice"),
     [
         (r"C:\Users\me\repo", "/mnt/c/Users/me/repo"),
-        ("D:/work/repo", "/mnt/d/work/repo"),
+        ("D:/code/repo", "/mnt/d/code/repo"),
         ("file:///C:/Users/me/my%20repo", "/mnt/c/Users/me/my repo"),
-        (r"\\wsl$\Ubuntu\home\me\repo", "give /home/me/repo"),
+        (r"\\wsl$\Ubuntu\srv\me\repo", "give /srv/me/repo"),
         (r"\\wsl.localhost\Debian\srv\repo", "give /srv/repo"),
         ("https://github.com/a/b.git", "`git clone https://github.com/a/b.git`"),
         ("git@github.com:a/b.git", "`git clone git@github.com:a/b.git`"),
