@@ -245,17 +245,8 @@ def _existing_path(given: str, purpose: DatasetPurpose) -> tuple[Path, os.stat_r
     try:
         return path, path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        advice = path_advice(given)
-        _refuse(
-            purpose,
-            given,
-            f"no such file or directory exists; it must be {ALLOWED}",
-            *(
-                [advice]
-                if advice is not None
-                else _similar(path) or ["Check its spelling: it must exist on this machine"]
-            ),
-        )
+        advice = path_advice(given) or _similar(path) or f"Check its spelling: {path} must exist on this machine"
+        _refuse(purpose, given, "no such file or directory exists", advice)
     except (OSError, ValueError) as error:
         _refuse(purpose, given, f"it cannot be read ({getattr(error, 'strerror', None) or error})")
 
@@ -264,14 +255,14 @@ def _refuse(purpose: DatasetPurpose, given: str, allowed: str, *suggestions: str
     raise InvalidArgument(purpose.field, given, allowed, suggestions=suggestions)
 
 
-def _similar(path: Path) -> list[str]:
+def _similar(path: Path) -> str | None:
     """Return the suggestion of an existing path with a similar name."""
     try:
         names = [entry.name for entry in path.parent.iterdir()]
     except OSError:
-        return []
+        return None
     close = difflib.get_close_matches(path.name, names[:5_000], n=1)
-    return [f"Did you mean {path.parent / close[0]}?"] if close else []
+    return f"Did you mean {path.parent / close[0]}?" if close else None
 
 
 def summarise_records(

@@ -49,9 +49,9 @@ def path_advice(given: str) -> str | None:
         )
         how = f"run `git clone {text}`, then give" if is_repository and "`" not in text else "download it, then give"
         return f"Nothing is fetched from an address: {how} the path of the copy"
-    if (variable := _VARIABLE.match(text)) is not None:
+    if _HOME.match(text) is None and (variable := _VARIABLE.match(text)) is not None:
         return f"Environment variables are not replaced: write the path instead of {variable[0]}"
-    if text.startswith((os.sep, "~", ".")):
+    if text.startswith((os.sep, "~", ".", "$")):
         return None
     if _DATA_SET.fullmatch(text) is not None and not os.path.lexists(text.partition("/")[0]):
         return (

@@ -61,6 +61,6 @@ def test_what_is_no_path_here_is_answered_with_what_to_do(given: str, advice: st
     assert advice in str(path_advice(given))
 
 
-@pytest.mark.parametrize("given", ["/code/web", "~/code", "./code"])
+@pytest.mark.parametrize("given", ["/code/web", "~/code", "./code", "$HOME/code"])
 def test_an_ordinary_path_needs_no_advice(given: str) -> None:
     assert path_advice(given) is None
