@@ -144,9 +144,17 @@ def _from_name(name: str, field: str, settings: Settings) -> Base:
             field,
             name,
             f"it does not exist here; must be {_ALLOWED}",
-            suggestions=(*_suggest_similar(name), *filter(None, [path_advice(name)])),
+            suggestions=(*_suggest_similar(name), *_advice_on(name)),
         )
     return _from_snapshot(str(hub_ref), _download_if_allowed(hub_ref, field, settings))
+
+
+def _advice_on(name: str) -> list[str]:
+    """Return how a model that does not exist here can be fetched or named."""
+    if not _looks_like_path(name) and parse_ollama_name(name) is not None and "://" not in name and "\\" not in name:
+        return [f"If it is a model of Ollama, fetch it with `ollama pull {name}`"]
+    advice = path_advice(name)
+    return [advice if advice is not None else "Call list_base_models to see the base models on this machine"]
 
 
 def _from_ollama(ref: str, field: str) -> Base:

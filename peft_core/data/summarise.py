@@ -160,24 +160,37 @@ def _summarise_several(
     if not repositories:
         _require_paths(", ".join(str(source.path) for source in sources), selection)
     parts += [summarise_records_of(source.path) for source in sources if source.kind is not SourceKind.REPOSITORY]
-    counts = [part.examples for part in parts if part.examples is not None]
-    languages, left_out, unused = Counter[str](), Counter[str](), Counter[str]()
-    for part in parts:
-        unused.update(part.unused_keys)
-        languages.update(part.languages)
-        left_out.update(part.left_out)
-    return parts[0].model_copy(
+    whole = parts[0].model_copy(
         update={
             "kind": first.kind,
             "path": first.path,
             "name": sources[0].name,
             "more_sources": tuple(sources[1:]),
-            "files": sum(part.files for part in parts),
-            "examples": sum(counts) if len(counts) == len(parts) else None,
+        }
+    )
+    return with_parts(whole, parts)
+
+
+def with_parts(whole: SourceSummary, parts: Sequence[SourceSummary]) -> SourceSummary:
+    """Return the summary of several sources with the totals of its parts: one for all repositories, one per file of records."""
+    code = [part for part in parts if part.kind is SourceKind.REPOSITORY]
+    records = [part.examples for part in parts if part.examples is not None]
+    languages, left_out, unused = Counter[str](), Counter[str](), Counter[str]()
+    for part in code or parts:
+        languages.update(part.languages)
+    for part in parts:
+        unused.update(part.unused_keys)
+        left_out.update(part.left_out)
+    return whole.model_copy(
+        update={
+            "parts": tuple(parts),
+            "files": sum(part.files for part in code or parts),
+            "examples": sum(records) if records else None,
             "cut_records": sum(part.cut_records for part in parts),
             "estimated_tokens": sum(part.estimated_tokens for part in parts),
             "languages": dict(languages.most_common()),
             "left_out": dict(left_out),
+            "advice": tuple(advice for part in parts for advice in part.advice),
             "unused_keys": dict(unused.most_common(_SHOWN_KEYS)),
             "skipped": tuple(skipped for part in parts for skipped in part.skipped),
             "needs_chat_template": any(part.needs_chat_template for part in parts),

@@ -78,9 +78,9 @@ def _describe_training_data(job: Job) -> str:
     place = f" in {', '.join(map(str, paths))}" if source.path else ""
     by_count = sorted(source.languages.items(), key=lambda language: -language[1])
     languages = ", ".join(f"{count} {name}" for name, count in by_count)
-    what = (
-        f"{source.files} files{place} ({languages})" if source.examples is None else f"{source.examples} records{place}"
-    )
+    code = f"{source.files} files ({languages})" if source.examples is None or source.units is not None else ""
+    records = f"{source.examples} records" if source.examples is not None else ""
+    what = " and ".join(filter(None, [code, records])) + place
     not_read = describe_by_extension(source.left_out_by_extension)
     sentences = [
         f"{what}, about {source.estimated_tokens} tokens",

@@ -84,7 +84,9 @@ def too_little(units: int, source: SourceSummary) -> DataError:
         "units (functions, methods and classes)",
         "Give more code: a directory further up, or the whole repository",
     )
-    if source.examples is not None:
+    if source.examples is not None and source.units is not None:
+        noun = "records and units (functions, methods and classes)"
+    elif source.examples is not None:
         noun, more = "records", "Give more records"
     return DataError(
         f"Too little data: {source.path or 'training_data'} holds {units} {noun}, about {source.estimated_tokens} tokens; at "

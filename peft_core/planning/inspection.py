@@ -14,7 +14,7 @@ from peft_core.planning.cost_model import steps_of
 from peft_core.planning.planner import plan, write_source
 from peft_core.planning.preview import Preview, PreviewRequest
 from peft_core.schemas.base_model import Base
-from peft_core.schemas.dataset import Example, Segment, SourceKind, TrainingData
+from peft_core.schemas.dataset import Example, Segment, TrainingData
 from peft_core.schemas.results import DataSample, Estimate, NextStep, TrainingDataReport
 from peft_core.schemas.task import JobRequest
 from peft_core.schemas.training import TrainingConfig
@@ -97,7 +97,7 @@ def _report(request: JobRequest, preview: Preview, *, given: str) -> TrainingDat
         train_tokens=dataset.train_tokens,
         held_out_tokens=dataset.held_out_tokens,
         files=dataset.files,
-        records=None if request.found.kind is SourceKind.REPOSITORY else request.found.examples,
+        records=request.found.examples if request.found.units is None else None,
         unread_files=preview.unread_files,
         languages=preview.languages,
         left_out=dataset.left_out,

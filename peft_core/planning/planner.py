@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from peft_core.data import table
 from peft_core.data.git import require_history
 from peft_core.data.records import write_records
 from peft_core.data.selection import Selection
-from peft_core.data.summarise import summarise_source
+from peft_core.data.summarise import summarise_source, with_parts
 from peft_core.errors import InvalidArgument, StorageError, unwritable
 from peft_core.planning.base_check import require_loadable
 from peft_core.planning.cost_model import (
@@ -318,15 +319,14 @@ def _within_context(config: TrainingConfig, base: Base) -> TrainingConfig:
 def _with_base(
     source: SourceSummary, given: TrainingData, config: TrainingConfig, base: Base, longer_allowed: int | None
 ) -> tuple[SourceSummary, TrainingConfig]:
-    """Return what the records are with this base model, and the settings with the `max_length` that suits them."""
-    source, max_length = check_records(
-        source,
-        given,
-        base,
-        max_length=config.max_length,
-        skip=config.skip_unusable_records,
-        longer_allowed=longer_allowed,
-    )
+    """Return what the records are with this base model, and the settings with the `max_length` that suits them.
+
+    `max_length` does not follow records that are trained on together with other sources: those were cut to it already.
+    """
+    check = partial(check_records, base=base, max_length=config.max_length, skip=config.skip_unusable_records)
+    if source.parts:
+        return with_parts(source, [check(part, str(part.path))[0] for part in source.parts]), config
+    source, max_length = check(source, given, longer_allowed=longer_allowed)
     return source, config.model_copy(update={"max_length": max_length})
 
 

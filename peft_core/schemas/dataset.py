@@ -7,6 +7,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import Field
+
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.training import HeldOutBy, TaskMixture
 
@@ -151,8 +153,8 @@ class SourceSummary(FrozenModel):
 
     kind: SourceKind
     path: Path | None
-    files: int  # usable ones
-    examples: int | None  # exact for records; None for a repository, whose examples are only known after preparation
+    files: int  # usable ones; those of the repositories if records are trained on together with code
+    examples: int | None  # usable records; None for code alone, whose examples are only known after preparation
     estimated_tokens: int
     units: int | None = (
         None  # functions, methods and classes of a repository; extrapolated from `sampled_files` if those are fewer
@@ -166,6 +168,8 @@ class SourceSummary(FrozenModel):
     left_out_by_extension: dict[str, dict[str, int]] = {}  # noqa: RUF012 -- of files: reason -> extension -> count
     name: str = ""  # of the main source, if there are more
     more_sources: tuple[DataSource, ...] = ()
+    # Of several sources: one summary of all repositories and one per file of records. Only planning needs them.
+    parts: tuple[SourceSummary, ...] = Field((), exclude=True)
     advice: tuple[str, ...] = ()  # what the user may do about files that are left out
     needs_chat_template: bool = False
     unused_keys: dict[str, int] = {}  # noqa: RUF012 -- pydantic copies defaults; records per key that has no meaning for training

@@ -570,7 +570,7 @@ def test_several_repositories_and_records_become_one_dataset(tmp_path: Path) -> 
     lines = [json.dumps({"prompt": f"What is {n}?", "completion": f"The number {n} of this list."}) for n in range(20)]
     write(tmp_path, {"talk.jsonl": "\n".join(lines)})
     summary = summarise_source(str(first), also=[str(second), str(tmp_path / "talk.jsonl")])
-    assert (summary.files, summary.name) == (8 + 13 + 20, "one/app")
+    assert (summary.files, summary.examples, summary.name) == (8 + 13, 20, "one/app")
     assert [source.name for source in summary.more_sources] == ["two/app", "talk.jsonl"]
     dataset, examples = build(first, tmp_path / "out", **several(summary))
     starts = {example.path.rpartition("/src")[0] or example.path.partition("/l")[0] for example in examples}

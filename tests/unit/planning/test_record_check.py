@@ -128,6 +128,28 @@ def test_of_a_long_conversation_the_turns_that_fit_are_used(tmp_path: Path) -> N
     assert (source.examples, source.lengths.shortened) == (20, 20)
 
 
+@pytest.mark.parametrize("code_comes_first", [True, False])
+def test_records_are_checked_and_counted_beside_code(tmp_path: Path, *, code_comes_first: bool) -> None:
+    code, talks = tmp_path / "code", tmp_path / "talks"
+    for directory in (code, talks):
+        directory.mkdir()
+    for number in range(4):
+        text = "".join(f"def f{number}_{n}(a):\n    return a * {n} + {number}\n\n\n" for n in range(10))
+        (code / f"{number}.py").write_text(text)
+    main, other = (code, written(talks, ODD)) if code_comes_first else (written(talks, ODD), code)
+    config = {"more_sources": [str(other)], "device": "cpu", "max_length": 64}
+
+    def planned(template: str) -> Any:
+        base = base_with(tmp_path, template)
+        request = TrainingConfig(base_model=str(base.path), **config)
+        return plan(str(main), request, Settings(data_dir=tmp_path / "data"), lambda *_: None).found
+
+    with pytest.raises(DataError, match=r"Line 38 of .*System role not supported"):
+        planned(STRICT)
+    found = planned(CHATML)
+    assert (found.files, found.units, found.examples, found.languages) == (4, 40, 61, {"python": 4})
+
+
 def test_inline_records_are_checked_too(tmp_path: Path) -> None:
     base = base_with(tmp_path, STRICT)
     with pytest.raises(DataError, match=r"Record 38 cannot be used with"):
