@@ -185,7 +185,7 @@ class SourceSummary(FrozenModel):
             f"{count} {reason.replace('_', ' ')}" for reason, count in self.left_out.items() if reason not in skipped
         ]
         sentences = [f"Not used: {', '.join(self.unused_keys)}." if self.unused_keys else ""]
-        if self.kind is not SourceKind.REPOSITORY and parts:
+        if self.units is None and parts:  # what is left out of code is named by extension
             sentences.append(f"Left out: {', '.join(parts)}.")
         for each in self.skipped:
             more = ", …" if each.count > len(each.first) else ""
