@@ -136,7 +136,8 @@ def check_answer(name: str, arguments: Mapping[str, Any], result: CallToolResult
     text = text_of(result)
     context = f"seed {SEED}: {name}({json.dumps(arguments)[:600]}) -> {text[:600]}"
     assert PLANTED not in text, context
-    assert "~" in json.dumps(arguments) or str(home) not in text, context
+    is_named = any(form in json.dumps(arguments) for form in ("~", "$HOME", "${HOME}"))  # no other variable is replaced
+    assert is_named or str(home) not in text, context
     assert not re.search(r"Traceback|File \"|Error executing|nternal error|object at 0x", text), context
     if result.is_error:
         assert re.search(r"\[[a-z_]+\]$", text) or text.startswith("There is no tool"), context

@@ -38,7 +38,7 @@ def write_gguf_lora_target(job: Job) -> Written:
         usage=[
             f"llama-server -m {base} --lora {file} --host 127.0.0.1",
             f"Ollama up to 0.34.0: a Modelfile with `FROM {base}` and `ADAPTER {file}`; later versions take a merged model",
-            f"BASE must be {job.base.name}: llama.cpp does not check it",
+            f"The base model must be {job.base.name}: llama.cpp does not check it",
         ],
     )
 
