@@ -86,8 +86,7 @@ def json_lines(path: Path, noun: str = "line") -> Iterator[tuple[str, object]]:
                 f"{noun} {number}",
                 Unreadable(f"it is longer than {MAX_RECORD_BYTES} bytes; write one record per line"),
             )
-            return
-        if line.strip():
+        elif line.strip():
             yield f"{noun} {number}", _json_value(line)
 
 
@@ -154,10 +153,11 @@ def _open(path: Path) -> Iterator[tuple[io.BufferedReader, str]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
-    """Yield the numbered lines, in UTF-8; None for one that is too long, which is the last."""
+    """Yield the numbered lines, in UTF-8; None for one that is too long."""
     with _open(path) as (stream, encoding):
         text = None if encoding == "utf-8" else io.TextIOWrapper(stream, encoding, newline="\n")
-        for number in itertools.count(1):
+        number, is_rest = 1, False
+        while True:
             try:
                 line = (
                     stream.readline(MAX_RECORD_BYTES + 1)
@@ -170,18 +170,19 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
                 ) from error
             if not line:
                 return
-            if len(line) > MAX_RECORD_BYTES:
-                yield number, None
-                return
-            yield number, line
+            if not is_rest:
+                yield number, None if len(line) > MAX_RECORD_BYTES else line
+            is_rest = not line.endswith(b"\n")
+            number += not is_rest
 
 
 def _holds_lines(path: Path) -> bool:
-    """Return whether a JSON file has one record per line, judged by its first line.
+    """Return whether a JSON file has one record per line, judged by its first two lines.
 
-    Otherwise its first line is an array or another whole value, or the beginning of a value that continues on the next line.
+    Otherwise the file is one array or one object around a list, or its first line begins a value that continues on the next.
     """
-    line = next((line for _, line in _lines(path) if line is None or line.strip()), b"")
+    lines = (line for _, line in _lines(path) if line is None or line.strip())
+    line = next(lines, b"")
     if line is None:
         return file_type(path) != ".json"
     try:
@@ -190,7 +191,8 @@ def _holds_lines(path: Path) -> bool:
         return True
     except ValueError:
         return not line.lstrip().startswith((b"{", b"[")) or line.rstrip()[-1:] not in b"{[,"
-    return not isinstance(value, list) and not _is_wrapper(value)
+    is_whole = isinstance(value, list) or _is_wrapper(value)
+    return not is_whole or next(lines, b"") != b""
 
 
 def unreadable(path: Path, rule: str, *suggestions: str) -> DataError:
@@ -236,8 +238,8 @@ class _JsonReader:
 
     def take(self, *allowed: str) -> str:
         if (character := self.peek()) not in allowed:
-            found = repr(character) if character else "the end of the file"
-            raise self._broken(f"expected {' or '.join(map(repr, allowed))}, found {found}", self._at)
+            expected, found = (" or ".join(map(repr, each)) or "the end of the file" for each in (allowed, character))
+            raise self._broken(f"expected {expected}, found {found}", self._at)
         self._at += 1
         return character
 
@@ -289,7 +291,9 @@ class _JsonReader:
 
     def _broken(self, problem: str, at: int) -> DataError:
         line = self._line + self._buffer.count("\n", 0, at)
-        return unreadable(self._path, f"it is not valid JSON: {problem}, in line {line}")
+        return unreadable(
+            self._path, f"it is not valid JSON: {problem}, in line {line}", "Correct it there, or write it again"
+        )
 
 
 def _stream(path: Path, notes: Notes) -> Iterator[tuple[str, object]]:
@@ -408,7 +412,9 @@ class _TextLines:
             self._size += MAX_RECORD_BYTES + 1 if line is None else len(line)
             if line is None or self._size > MAX_RECORD_BYTES:
                 raise unreadable(
-                    self._path, f"the row that ends in line {number} has more than {MAX_RECORD_BYTES} bytes"
+                    self._path,
+                    f"the row that ends in line {number} has more than {MAX_RECORD_BYTES} bytes",
+                    "Shorten it, or close the quotation mark that it begins with",
                 )
             try:
                 yield line.decode()

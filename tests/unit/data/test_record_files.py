@@ -93,7 +93,9 @@ def test_every_type_of_file_gives_the_same_records(tmp_path: Path, name: str, co
         ("data.json", json.dumps({"train": RECORDS, "test": RECORDS}), "it holds several lists, train and test"),
         ("data.json", json.dumps(RECORDS, indent=1).replace('"double 7"', "double 7"), "Expecting value, in line 31"),
         ("data.json", json.dumps(RECORDS, indent=1)[:-3], "Expecting ',' delimiter, in line 81"),
-        ("data.json", json.dumps(RECORDS, indent=1) + "x", "found 'x', in line 82"),
+        ("data.json", json.dumps(RECORDS, indent=1) + "x", "expected the end of the file, found 'x', in line 82"),
+        ("data.jsonl", lines([{"chosen": [RECORDS[0]], "rejected": [RECORDS[1]]}] * 2), "Line 1 of .* preference pair"),
+        ("data.jsonl", lines([RECORDS, RECORDS]), "Line 1 of .*: it is a list; it must be a JSON object"),
         ("data.json", "[\n" + "[" * 100_000, "nested too deeply"),
         ("data.json", '[\n{"text": "a", "text": "b"}]', "'text' is given twice"),
         ("data.jsonl", '{"text": "a", "text": "b"}', "Line 1 of .* 'text' is given twice"),
@@ -149,6 +151,18 @@ def test_broken_lines_and_rows_can_be_skipped(tmp_path: Path):
     assert summary.skipped[0].first == ("line 21",)
     rows = write(tmp_path, "data.csv", table() + "1,2\n")
     assert summarise_source(str(rows), skip_unusable_records=True).left_out == {"bad_value": 1}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_what_follows_a_line_that_is_too_long_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+):
+    monkeypatch.setattr(files, "MAX_RECORD_BYTES", 100)
+    content = '{"text": "a"}\n{"text": "' + "b" * 1000 + '"}\n{"text": "c"}\n'
+    notes = Notes()
+    path = write(tmp_path, "data.jsonl", content.encode(encoding))
+    assert [record.name for record in read_file(path, skip=True, notes=notes)] == ["line 1", "line 3"]
+    assert notes.counts() == {"not_json": 1}
 
 
 # -- limits ------------------------------------------------------------------------------------------------------------
