@@ -154,9 +154,7 @@ def test_broken_lines_and_rows_can_be_skipped(tmp_path: Path):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
-def test_what_follows_a_line_that_is_too_long_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
-):
+def test_what_follows_a_line_that_is_too_long_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str):
     monkeypatch.setattr(files, "MAX_RECORD_BYTES", 100)
     content = '{"text": "a"}\n{"text": "' + "b" * 1000 + '"}\n{"text": "c"}\n'
     notes = Notes()
