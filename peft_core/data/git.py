@@ -176,22 +176,13 @@ def require_history(root: Path) -> None:
         )
 
 
-def last_change_times(root: Path) -> dict[str, int]:
-    """Map files to the time (seconds since the epoch) of the latest commit that changed them.
+def last_change_times(roots: Sequence[Path]) -> list[dict[str, int]]:
+    """Map the files of each root to the time (seconds since the epoch) of the latest commit that changed them.
 
     Files that were never committed are missing.
 
     Raises:
-        DataError: 'no_history' (also if all files have one time), 'shallow_history'.
-    """
-    return last_change_times_of([root])[0]
-
-
-def last_change_times_of(roots: Sequence[Path]) -> list[dict[str, int]]:
-    """Return the last change times of the files of each root. All together must have more than one time.
-
-    Raises:
-        DataError: see `last_change_times`.
+        DataError: 'no_history' (also if all files of all roots have one time), 'shallow_history'.
     """
     all_times = []
     for root in roots:

@@ -33,7 +33,7 @@ from peft_core.data.examples import (
     printable_path,
 )
 from peft_core.data.exclusions import ExclusionReason, Exclusions
-from peft_core.data.git import last_change_times_of
+from peft_core.data.git import last_change_times
 from peft_core.data.leakage import OVERLAP_THRESHOLD, TrainingFingerprint, remove_overlap
 from peft_core.data.minhash import NEAR_DUPLICATE_RULE, MinHashIndex
 from peft_core.data.records import Notes, Record, read_copy, read_file
@@ -288,7 +288,7 @@ class DatasetBuilder:
         if not self._splits_by_time:
             return None
         repositories = self._repositories
-        all_times = last_change_times_of([source.path for source in repositories])
+        all_times = last_change_times([source.path for source in repositories])
         return {
             printable_path(f"{source.prefix}{name}"): changed_at
             for source, times in zip(repositories, all_times, strict=True)

@@ -326,20 +326,20 @@ def test_last_change_times_come_from_the_git_history(tmp_path: Path):
     names = ["a.py", "with space.py", "ünïcode.py", "sub/b.py"]
     root = committed(tmp_path / "r", names, ["a.py"], ["sub/b.py", "line\nend.py"])
     (root / "new.py").write_text("new = 1\n")
-    times = last_change_times(root)
+    times = last_change_times([root])[0]
     order = sorted(times, key=lambda name: (times[name], name))
     assert order == ["with space.py", "ünïcode.py", "a.py", "line\nend.py", "sub/b.py"]
-    assert set(last_change_times(root)) == set(times)
+    assert set(last_change_times([root])[0]) == set(times)
     with pytest.raises(DataError, match="a single commit was the last"):
         last_change_times(root / "sub")
 
 
 def test_deleted_files_do_not_count_for_a_split_by_time(tmp_path: Path):
     root = committed(tmp_path / "r", ["old.py"], ["a.py", "b.py"])
-    assert set(last_change_times(root)) == {"old.py", "a.py", "b.py"}
+    assert set(last_change_times([root])[0]) == {"old.py", "a.py", "b.py"}
     (root / "old.py").unlink()
     with pytest.raises(DataError, match="a single commit was the last to change all of them") as caught:
-        last_change_times(root)
+        last_change_times([root])[0]
     assert caught.value.code == "no_history"
 
 
