@@ -331,7 +331,7 @@ def test_last_change_times_come_from_the_git_history(tmp_path: Path):
     assert order == ["with space.py", "ünïcode.py", "a.py", "line\nend.py", "sub/b.py"]
     assert set(last_change_times([root])[0]) == set(times)
     with pytest.raises(DataError, match="a single commit was the last"):
-        last_change_times(root / "sub")
+        last_change_times([root / "sub"])
 
 
 def test_deleted_files_do_not_count_for_a_split_by_time(tmp_path: Path):
@@ -339,14 +339,14 @@ def test_deleted_files_do_not_count_for_a_split_by_time(tmp_path: Path):
     assert set(last_change_times([root])[0]) == {"old.py", "a.py", "b.py"}
     (root / "old.py").unlink()
     with pytest.raises(DataError, match="a single commit was the last to change all of them") as caught:
-        last_change_times([root])[0]
+        last_change_times([root])
     assert caught.value.code == "no_history"
 
 
 def test_a_split_by_time_without_a_history_is_refused(tmp_path: Path):
     (tmp_path / "plain").mkdir()
     with pytest.raises(DataError, match=r"has none.*held_out_by = 'file'") as caught:
-        last_change_times(tmp_path / "plain")
+        last_change_times([tmp_path / "plain"])
     assert caught.value.code == "no_history"
 
 
@@ -355,5 +355,5 @@ def test_a_shallow_history_is_refused(tmp_path: Path):
     clone = ["git", "clone", "--depth", "1", f"file://{root}", str(tmp_path / "clone")]
     subprocess.run(clone, check=True, capture_output=True)
     with pytest.raises(DataError, match="fetch --unshallow") as caught:
-        last_change_times(tmp_path / "clone")
+        last_change_times([tmp_path / "clone"])
     assert caught.value.code == "shallow_history"
