@@ -329,9 +329,27 @@ class _Writer:
     def _after_previous_text(self, number: int, prompt: str) -> Iterator[str]:
         """Yield the end of a prompt, from the last text of the message before it on."""
         pieces = list(given_pieces(self._conversation.messages[number - 1])) if number else []
+        closing = self._closing_of_prompt(number) or ""
+        before = prompt.removesuffix(closing).rstrip()
         for form in pieces[-1].forms if pieces else ():
-            if (position := prompt.rfind(form)) >= 0:
+            if before.endswith(form.rstrip()):
+                yield prompt[len(before) - len(form.rstrip()) :]
+            elif not closing and (position := prompt.rfind(form)) >= 0:
                 yield prompt[position:]
+
+    def _closing_of_prompt(self, number: int) -> str | None:
+        """Return what a prompt has behind its last text, which may itself contain that text; None if this is not certain."""
+        messages, tools = self._conversation.messages[:number], self._conversation.tools
+        if not messages or not isinstance(messages[-1].get("content"), str):
+            return None
+        try:
+            probe = self._renderer.template.render(
+                [*messages[:-1], {**messages[-1], "content": _PROBE}], tools, add_generation_prompt=True
+            )
+        except TemplateRefusal:
+            return None
+        _, found, closing = probe.rpartition(_PROBE)
+        return closing if found else None
 
     def _end_of_turn(self, number: int, whole: str, start: int, body_end: int) -> int:
         """Return how many characters behind the given text of a turn end it: its end-of-turn token, if there is one."""

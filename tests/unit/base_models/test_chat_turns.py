@@ -260,6 +260,12 @@ def test_a_system_message_that_stands_only_in_prompts_stays_in_the_context() -> 
     assert [learned(first), learned(second)] == [[" b</s>"], [" d</s>"]]
 
 
+def test_a_text_that_the_closing_of_its_turn_contains_is_not_mistaken_for_it() -> None:
+    (example,) = render("mistral-v3", [system("<"), user("]"), answer("]")])
+    assert text_of(example) == "<s>[INST] <\n\n][/INST] ]</s>"
+    assert learned(example) == [" ]</s>"]
+
+
 # Which turns are learned, and special tokens in given texts.
 
 
