@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import anyio
+import anyio.lowlevel
 from anyio.abc import Process
 from anyio.streams.buffered import BufferedByteReceiveStream
 from pydantic import BaseModel
@@ -222,6 +223,9 @@ class InferenceClient:
                     worker.record(reply)
                 elif reply.id == number and on_progress is not None:
                     await on_progress(reply.done, reply.total, reply.message)
+                    await (
+                        anyio.lowlevel.checkpoint_if_cancelled()
+                    )  # the next reply may be buffered: reading it checks nothing
         except BaseException:  # usually a cancellation
             worker.abandon(number, request)
             with anyio.CancelScope(shield=True):
