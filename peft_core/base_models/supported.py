@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import re
 from collections.abc import Mapping
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ _USE_ANOTHER = (
 @functools.cache
 def causal_model_types() -> frozenset[str] | None:
     """Return the `model_type` of every causal language model in the installed transformers; None if they cannot be found."""
-    spec = importlib.util.find_spec("transformers")
+    spec = PathFinder.find_spec("transformers")
     for directory in (spec.submodule_search_locations or ()) if spec is not None else ():
         try:
             source = Path(directory, "models", "auto", "modeling_auto.py").read_text(encoding="utf-8")
