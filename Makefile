@@ -9,7 +9,7 @@ PEERS  := .venv-peers
 WORKERS  ?= 2
 PARALLEL  = --numprocesses $(WORKERS) --maxschedchunk 1
 
-.PHONY: demo test test-fast unit lint settings fuzz benchmark peers clean
+.PHONY: demo test test-fast unit lint generated fuzz benchmark peers clean
 
 demo: $(READY)  ## train on this project's own source through the real stdio server
 	$(BIN)/python examples/demo.py
@@ -28,8 +28,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-settings: $(READY)  ## write docs/settings.md from the Settings class
+generated: $(READY)  ## write what is derived from the code: docs/settings.md and server/output_schemas.json
 	$(BIN)/python docs/generate_settings.py
+	$(BIN)/python -m server.generate_output_schemas
 
 FUZZ_S ?= 600
 

@@ -35,6 +35,7 @@ INSTRUCTIONS = (
     "Jobs keep running after you disconnect and are found again by project id; list_adapters shows all adapters and which "
     "are loaded."
 )
+TOOLS = [*base_models.TOOLS, *training.TOOLS, *adapters.TOOLS, *inference.TOOLS, *export.TOOLS]
 EXIT_GRACE_S = 1.0  # after the client closed stdin; clients wait two seconds before they send signals
 
 
@@ -71,7 +72,7 @@ def build_server(settings: Settings) -> PEFTServer:
             group.cancel_scope.cancel()
 
     server = PEFTServer(
-        [*base_models.TOOLS, *training.TOOLS, *adapters.TOOLS, *inference.TOOLS, *export.TOOLS],
+        TOOLS,
         title="PEFT: adapters for your code base",
         instructions=INSTRUCTIONS,
         version=version("peft-mcp"),

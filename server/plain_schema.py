@@ -20,17 +20,6 @@ def plain_input_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
     return {**_plain(schema, schema.get("$defs", {})), "additionalProperties": False}
 
 
-def short_output_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the schema of a tool's result with names and types of the fields; objects inside it are not described.
-
-    The results of five tools are alike, and the complete schemas make `tools/list` longer than the 64 KiB that some clients
-    read as one line.
-    """
-    definitions = schema.get("$defs", {})
-    fields = {name: _short(node, definitions) for name, node in schema["properties"].items()}
-    return {"type": "object", "properties": fields, "required": schema.get("required", [])}
-
-
 def _plain(node: Mapping[str, Any], definitions: Mapping[str, Any]) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for key, value in _without_null(node, definitions).items():
@@ -65,14 +54,3 @@ def _without_null(node: Mapping[str, Any], definitions: Mapping[str, Any]) -> di
             (only,) = node.pop("anyOf")
             return _without_null({**only, **node}, definitions)
     return node
-
-
-def _short(node: Mapping[str, Any], definitions: Mapping[str, Any]) -> dict[str, Any]:
-    if "$ref" in node:
-        return _short(definitions[node["$ref"].rsplit("/", 1)[-1]], definitions)
-    if "anyOf" in node:
-        return {"anyOf": [_short(alternative, definitions) for alternative in node["anyOf"]]}
-    short = {key: node[key] for key in ("type", "enum", "const") if key in node}
-    if "items" in node:
-        short["items"] = _short(node["items"], definitions)
-    return short

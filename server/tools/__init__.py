@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import cache
+from importlib.resources import files
 from typing import Any, TypeVar, get_type_hints
 
+import pydantic_core
 from mcp.server.mcpserver.tools import Tool
 from mcp.server.mcpserver.utilities.func_metadata import FuncMetadata
 from mcp.types import ToolAnnotations
 from pydantic import BaseModel
 
 from peft_core.schemas.validation import TEXT_FIELDS, omit_unset
-from server.plain_schema import plain_input_schema, short_output_schema
+from server.plain_schema import plain_input_schema
+
+OUTPUT_SCHEMAS = "output_schemas.json"  # written by `make generated`
 
 ToolFunction = TypeVar("ToolFunction", bound=Callable[..., Any])
 
@@ -31,20 +36,32 @@ def make_tool(
     """Declare a tool: its docstring is the description. Every hint is set: an unset one means destructive and open-world."""
     tool = Tool.from_function(
         function,
+        structured_output=False,
         title=title,
         description=" ".join((function.__doc__ or "").split()),
         annotations=ToolAnnotations(
             read_only_hint=reads, destructive_hint=destroys, idempotent_hint=reads or repeatable, open_world_hint=False
         ),
     )
-    derived = tool.fn_metadata
     tool.parameters = plain_input_schema(tool.parameters)
     tool.fn_metadata = ToolArguments(
-        arg_model=derived.arg_model,
-        output_schema=short_output_schema(derived.output_schema or {}),
-        output_model=derived.output_model,
+        arg_model=tool.fn_metadata.arg_model,
+        output_schema=_output_schemas().get(tool.name),  # None: derived now, which takes longer
+        output_model=result_model(function),
     )
     return tool
+
+
+def result_model(function: Callable[..., Any]) -> type[BaseModel]:
+    """Return the model of a tool's structured result, which its return annotation names: Annotated[CallToolResult, model]."""
+    model: type[BaseModel] = get_type_hints(function, include_extras=True)["return"].__metadata__[0]
+    return model
+
+
+@cache
+def _output_schemas() -> dict[str, dict[str, Any]]:
+    schemas: dict[str, dict[str, Any]] = pydantic_core.from_json(files("server").joinpath(OUTPUT_SCHEMAS).read_bytes())
+    return schemas
 
 
 def arguments_from(model: type[BaseModel]) -> Callable[[ToolFunction], ToolFunction]:

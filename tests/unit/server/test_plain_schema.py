@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import BaseModel, Field
 
-from server.plain_schema import plain_input_schema, short_output_schema
+from server.generate_output_schemas import short_output_schema
+from server.plain_schema import plain_input_schema
 
 
 class Inner(BaseModel):
