@@ -77,17 +77,18 @@ def data_dir(tmp_path: Path, converted_bases: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def stdlib_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository of real code: three packages of Python's standard library, without git."""
+    """A repository of real code: two small packages of Python's standard library, without git."""
     repository = tmp_path_factory.mktemp("stdlib")
     library = Path(sysconfig.get_paths()["stdlib"])
-    for package in ("json", "wsgiref", "html"):
-        shutil.copytree(library / package, repository / package, ignore=shutil.ignore_patterns("__pycache__", "test*"))
+    for package in ("email/mime", "wsgiref"):
+        ignored = shutil.ignore_patterns("__pycache__", "test*")
+        shutil.copytree(library / package, repository / Path(package).name, ignore=ignored)
     return repository
 
 
 @pytest.fixture
 def trained(trained_once: Path, tmp_path: Path) -> Path:
-    """A test's own copy of a data directory with trained adapters of the projects 'web' and 'json'."""
+    """A test's own copy of a data directory with trained adapters of the projects 'wsgiref' and 'mime'."""
     return shutil.copytree(trained_once, tmp_path / "trained", symlinks=True)
 
 
@@ -98,9 +99,9 @@ def trained_once(shared: Path, converted_bases: Path, stdlib_repository: Path) -
     async def train(data: Path) -> None:
         (data / "base_models").symlink_to(converted_bases)
         manager = PEFTManager(Settings(data_dir=data))
-        for project in ("web", "json"):
-            await manager.train_adapter(project, str(stdlib_repository / project.replace("web", "wsgiref")), SHORT)
-        for project in ("web", "json"):
+        for project in ("wsgiref", "mime"):
+            await manager.train_adapter(project, str(stdlib_repository / project), SHORT)
+        for project in ("wsgiref", "mime"):
             async for status in manager.watch_training(project):
                 last = status
             assert last.status is Status.COMPLETED, last.error

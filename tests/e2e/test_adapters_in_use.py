@@ -48,14 +48,14 @@ async def test_an_adapter_is_verified_loaded_used_switched_and_unloaded(trained:
 
     async with Client(stdio_server(trained), mode=era) as client:
         # 1. Verification finds its base, named or not.
-        checked = await call(client, "verify_adapter_compatibility", adapter_path="web", scan_weights=True)
+        checked = await call(client, "verify_adapter_compatibility", adapter_path="wsgiref", scan_weights=True)
         assert (checked["verdict"], checked["compatible"], checked["scanned"]) == ("exact", True, True)
         assert checked["reasons"] == []
-        checked = await call(client, "verify_adapter_compatibility", adapter_path="web")
+        checked = await call(client, "verify_adapter_compatibility", adapter_path="wsgiref")
         assert (checked["verdict"], checked["base_model"]) == ("sampled", "SmolLM2-135M-Instruct")
 
         # 2. Loading proves the effect.
-        result = await client.call_tool("load_adapter", {"adapter_path": "web"}, progress_callback=on_progress)
+        result = await client.call_tool("load_adapter", {"adapter_path": "wsgiref"}, progress_callback=on_progress)
         loaded = result.structured_content
         assert loaded is not None
         assert (loaded["status"], loaded["how"], loaded["verdict"]) == ("loaded", "cold", "sampled")
@@ -81,14 +81,14 @@ async def test_an_adapter_is_verified_loaded_used_switched_and_unloaded(trained:
         assert any("tokens by the adapter" in message for message in messages)
 
         # 4. A second adapter is loaded; after switching back, the first generates as before.
-        assert (await call(client, "load_adapter", adapter_path="json"))["how"] == "warm"
+        assert (await call(client, "load_adapter", adapter_path="mime"))["how"] == "warm"
         assert (await call(client, "generate", **CODE))["text"] != both["text"]
-        assert (await call(client, "load_adapter", adapter_path="web"))["how"] == "switched"
+        assert (await call(client, "load_adapter", adapter_path="wsgiref"))["how"] == "switched"
         assert (await call(client, "generate", **CODE))["text"] == both["text"]
         listed = await call(client, "list_adapters")
         assert {a["project_id"]: (a["resident"], a["active"]) for a in listed["adapters"]} == {
-            "web": (True, True),
-            "json": (True, False),
+            "wsgiref": (True, True),
+            "mime": (True, False),
         }
 
         # 5. A failed request leaves nothing in memory.
@@ -98,7 +98,7 @@ async def test_an_adapter_is_verified_loaded_used_switched_and_unloaded(trained:
         # 6. Unloading the last adapter unloads the base too and returns its memory to the operating system.
         unloaded = await call(client, "unload_adapter")
         assert (unloaded["adapter_path"], unloaded["base_unloaded"]) == (loaded["adapter_path"], False)
-        unloaded = await call(client, "unload_adapter", adapter_path="json")
+        unloaded = await call(client, "unload_adapter", adapter_path="mime")
         assert unloaded["base_unloaded"]
         freed = unloaded["memory_before_bytes"] - unloaded["memory_after_bytes"]
         assert freed > 450e6  # of the 538 MB that the base has
@@ -132,7 +132,7 @@ async def test_an_adapter_of_another_base_is_not_loaded_and_the_base_generates(t
 
 async def test_the_server_still_serves_after_a_cancelled_call_and_a_killed_worker(trained: Path, era: str) -> None:
     async with Client(stdio_server(trained), mode=era) as client:
-        await call(client, "load_adapter", adapter_path="web")
+        await call(client, "load_adapter", adapter_path="wsgiref")
         expected = await call(client, "generate", **CODE)
 
         with anyio.CancelScope() as scope:
@@ -156,17 +156,19 @@ async def test_the_server_still_serves_after_a_cancelled_call_and_a_killed_worke
         worker.suspend()  # so that the call is still running when the worker dies
         async with anyio.create_task_group() as group:
             group.start_soon(generate_long)
-            await call(client, "get_training_status", project_id="web", wait_s=0)  # answered while the model is busy
+            await call(
+                client, "get_training_status", project_id="wsgiref", wait_s=0
+            )  # answered while the model is busy
             os.kill(worker.pid, signal.SIGKILL)
         assert "died during this call (generate): it was killed by SIGKILL" in errors[0]
         assert "host_died" in errors[0]
         assert (await call(client, "list_adapters"))["loaded"]["adapters"] == []
-        assert (await call(client, "load_adapter", adapter_path="web"))["how"] == "cold"
+        assert (await call(client, "load_adapter", adapter_path="wsgiref"))["how"] == "cold"
         assert (await call(client, "generate", **CODE))["text"] == expected["text"]
 
 
 async def test_an_adapter_that_was_altered_after_publishing_is_refused(trained: Path, tmp_path: Path) -> None:
-    published = (trained / "projects" / "web" / "lora" / "current").resolve()
+    published = (trained / "projects" / "wsgiref" / "lora" / "current").resolve()
     altered = tmp_path / "altered"
     altered.mkdir()
     for file in published.iterdir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html.parser
 import json
 from pathlib import Path
 from typing import Any
@@ -22,20 +23,20 @@ async def evaluate(client: Client, adapter: str, data: object) -> dict[str, Any]
 
 
 async def test_an_adapter_is_evaluated_on_unseen_code_and_not_on_its_training_data(
-    trained: Path, stdlib_repository: Path, tmp_path: Path
+    trained: Path, tmp_path: Path
 ) -> None:
-    methods = (stdlib_repository / "html" / "parser.py").read_text().split("\n    def ")[1:]
-    html = [method for method in methods if 100 < len(method) < 700][:6]
+    methods = Path(html.parser.__file__).read_text().split("\n    def ")[1:]
+    unseen_methods = [method for method in methods if 100 < len(method) < 700][:6]
     chunks = [
         {"content": f"    def {part}", "language": "python", "file_path": f"html/part_{number % 4}.py"}
-        for number, part in enumerate(html)
+        for number, part in enumerate(unseen_methods)
     ]
     unseen = tmp_path / "unseen.jsonl"
     unseen.write_text("".join(json.dumps(chunk) + "\n" for chunk in chunks))
 
     async with Client(stdio_server(trained), mode="legacy") as client:
         # 1. Unseen code gives metrics of base and adapter, a verdict and a report.
-        status = await evaluate(client, "web", str(unseen))
+        status = await evaluate(client, "wsgiref", str(unseen))
         assert status["status"] == "completed", status["error"]
         evaluation = status["evaluation"]
         assert evaluation["verdict"] in ("helps", "no_difference", "harms")
@@ -48,8 +49,8 @@ async def test_an_adapter_is_evaluated_on_unseen_code_and_not_on_its_training_da
 
         # 2. Training data is refused with the overlap.
         seen = tmp_path / "seen.jsonl"
-        seen.write_text("".join(json.dumps({"text": text}) + "\n" for text in trained_on(trained, "web")[:8]))
-        status = await evaluate(client, "web", str(seen))
+        seen.write_text("".join(json.dumps({"text": text}) + "\n" for text in trained_on(trained, "wsgiref")[:8]))
+        status = await evaluate(client, "wsgiref", str(seen))
         assert (status["status"], status["error"]["code"]) == ("failed", "evaluation_overlaps_training")
         assert "overlaps the training data" in status["error"]["message"]
 

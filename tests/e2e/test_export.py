@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.model, pytest.mark.timeout(1200)]
 
 async def test_a_trained_adapter_computes_the_same_in_llama_cpp(trained: Path) -> None:
     async with PEFTManager(Settings(data_dir=trained)) as manager:
-        report = await manager.export_adapter("web", "gguf-lora")
+        report = await manager.export_adapter("wsgiref", "gguf-lora")
     verified = report.verification
     assert verified.status == "verified"
     assert 50 <= verified.positions <= 200  # this adapter has few held-out examples
@@ -24,7 +24,7 @@ async def test_a_trained_adapter_computes_the_same_in_llama_cpp(trained: Path) -
     assert verified.effect_error is not None
     assert verified.effect_error < 0.1
     assert verified.text == "held-out examples of the adapter's training"
-    assert Path(report.directory).parent.parent == trained / "projects" / "web" / "exports"
+    assert Path(report.directory).parent.parent == trained / "projects" / "wsgiref" / "exports"
     manifest = json.loads((Path(report.directory) / "export.json").read_text())
     assert manifest["verification"] == verified.model_dump()
     assert manifest["files"][0]["sha256"] == report.files[0].sha256

@@ -67,8 +67,8 @@ def strace() -> list[str]:
 @pytest.fixture
 def repository(tmp_path: Path, stdlib_repository: Path) -> Path:
     repository = tmp_path / "repository"
-    shutil.copytree(stdlib_repository / "json", repository)
-    code = (repository / "decoder.py").read_text()
+    shutil.copytree(stdlib_repository / "mime", repository)
+    code = (repository / "multipart.py").read_text()
     for name, secret in SECRETS.items():
         (repository / name).write_text(f'KEY = "{secret}"\n{code}\n# the same again: {secret}\n')
     (repository / ".env").write_text(f"KEY={SECRETS['aws.py']}\n")
@@ -132,7 +132,7 @@ async def test_the_main_job_makes_no_connection_and_leaks_no_secret(
             assert status["status"] == "completed", status
             assert (await call("verify_adapter_compatibility", adapter_path="web"))["compatible"]
             assert (await call("load_adapter", adapter_path="web"))["status"] == "loaded"
-            assert (await call("generate", prompt="def loads(", max_new_tokens=4))["text"]
+            assert (await call("generate", prompt="def attach(", max_new_tokens=4))["text"]
             await call("get_adapter_info", adapter_path="web")
             await call("unload_adapter")
 

@@ -34,18 +34,18 @@ def test_the_bundled_file_and_its_conversion_hold_the_same_weights_bit_for_bit(c
 async def test_training_stays_within_a_memory_limit_and_near_its_estimate(
     trained: Path, data_dir: Path, stdlib_repository: Path
 ) -> None:
-    """Repeat the run of the project 'json' under a limit that only the leanest plan meets, and expect the same losses.
+    """Repeat the run of the project 'mime' under a limit that only the leanest plan meets, and expect the same losses.
 
     They differ by rounding if the first run computed in bf16.
     """
-    unlimited = await PEFTManager(Settings(data_dir=trained)).get_training_status("json")
+    unlimited = await PEFTManager(Settings(data_dir=trained)).get_training_status("mime")
     manager = PEFTManager(Settings(data_dir=data_dir, max_memory_mb=840))
-    queued = await manager.train_adapter("json", str(stdlib_repository / "json"), SHORT)
+    queued = await manager.train_adapter("mime", str(stdlib_repository / "mime"), SHORT)
     assert queued.estimate is not None
     assert "the base model's weights stay in their file" in queued.estimate.basis
     assert "gradient checkpointing is on" in queued.estimate.basis
     assert "to keep within CODEBASE_GARDENER_MAX_MEMORY_MB = 840" in queued.estimate.basis
-    async for status in manager.watch_training("json"):
+    async for status in manager.watch_training("mime"):
         last = status
     assert last.status is Status.COMPLETED, last.error
     for run in (unlimited, last):
