@@ -46,6 +46,13 @@ class Settings(BaseSettings):
             description="Seconds without a call after which the inference process exits and frees its memory.",
         ),
     ] = 900.0
+    engine: Annotated[
+        Literal["auto", "torch", "llamacpp"],
+        Field(
+            description="What load_adapter and generate compute with: torch, or llama.cpp, which is several times faster on a "
+            "CPU. 'auto': llama.cpp on a CPU, if the extra llamacpp is installed, for base models of up to 3B parameters."
+        ),
+    ] = "auto"
     load_during_training: Annotated[
         Literal["if_it_fits", "never", "always"],
         Field(

@@ -25,7 +25,7 @@ from peft_core.inference.client import ProgressCallback
 from peft_core.inference.service import InferenceService, TrainingNeed
 from peft_core.jobs.service import JobService
 from peft_core.schemas.export import ExportReport
-from peft_core.schemas.generation import Generation, GenerationRequest
+from peft_core.schemas.generation import EngineChoice, Generation, GenerationRequest
 from peft_core.schemas.local_bases import LocalBases
 from peft_core.schemas.results import (
     AdapterList,
@@ -189,6 +189,7 @@ class PEFTManager:
         base_model: str | None = None,
         *,
         accept_unproven_base: bool = False,
+        engine: EngineChoice | None = None,
         on_progress: ProgressCallback | None = None,
     ) -> LoadedAdapter:
         """Verify an adapter, load it with its base model and activate it: seconds, less if the base model is in memory.
@@ -200,10 +201,15 @@ class PEFTManager:
             adapter_path: a directory, or a project id (its current adapter).
             base_model: omit to use the base model that the adapter was trained on, if it is on this machine.
             accept_unproven_base: load although only the shapes fit (verdict 'shape_only').
+            engine: "torch", or "llamacpp", which is faster on a CPU; omit to use the setting `engine`.
             on_progress: awaited with (done, total, message) during a long load.
         """
         return await self._inference.load(
-            adapter_path, base_model, accept_unproven_base=accept_unproven_base, on_progress=on_progress
+            adapter_path,
+            base_model,
+            accept_unproven_base=accept_unproven_base,
+            engine=engine,
+            on_progress=on_progress,
         )
 
     async def evaluate_adapter(

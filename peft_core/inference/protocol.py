@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.frozen import FrozenModel
-from peft_core.schemas.generation import GenerationRequest
+from peft_core.schemas.generation import EngineChoice, GenerationRequest
 from peft_core.schemas.results import ErrorInfo, MemoryState
 from peft_core.schemas.training import DeviceName
 
@@ -27,6 +27,7 @@ class WorkerConfig(FrozenModel):
     max_resident_adapters: int
     idle_s: float
     device: DeviceName = "auto"
+    engine: EngineChoice = "auto"  # of requests that do not name one
     log_level: str = "INFO"
 
 
@@ -37,6 +38,7 @@ class Load(FrozenModel):
     adapter_path: Path
     base: Base
     insist: bool = False  # load even with the verdict 'shape_only'
+    engine: EngineChoice | None = None
 
 
 class Unload(FrozenModel):

@@ -17,7 +17,7 @@ from peft_core.errors import AdapterInUse, AdapterNotFound, AdapterNotLoaded, In
 from peft_core.inference.client import InferenceClient, ProgressCallback
 from peft_core.inference.protocol import Generate, Load, Unload, WorkerConfig
 from peft_core.schemas.base_model import Base
-from peft_core.schemas.generation import Generation, GenerationRequest
+from peft_core.schemas.generation import EngineChoice, Generation, GenerationRequest
 from peft_core.schemas.results import LoadedAdapter, MemoryState, UnloadedAdapter, nothing_was_loaded
 from peft_core.system.machine import available_memory_bytes, expected_device
 
@@ -44,6 +44,7 @@ class InferenceService:
             base_models_dir=settings.paths.base_models,
             max_resident_adapters=settings.max_resident_adapters,
             idle_s=settings.idle_unload_s,
+            engine=settings.engine,
             log_level=settings.log_level,
         )
         self._client = InferenceClient(config, settings.paths.logs / "inference.log")
@@ -65,6 +66,7 @@ class InferenceService:
         base_model: str | None,
         *,
         accept_unproven_base: bool,
+        engine: EngineChoice | None = None,
         on_progress: ProgressCallback | None,
     ) -> LoadedAdapter:
         """Load an adapter. The base model is resolved and memory checked here; the worker verifies the bytes that it loads.
@@ -73,7 +75,9 @@ class InferenceService:
             AdapterNotFound, InvalidArgument, BaseCheckpointError, HeaderError: as `AdapterService.adapter_and_base`.
             InferenceError: there is not enough memory, or the worker died.
         """
-        request = await run_sync(partial(self._load_request, adapter_path, base_model, insist=accept_unproven_base))
+        request = await run_sync(
+            partial(self._load_request, adapter_path, base_model, insist=accept_unproven_base, engine=engine)
+        )
         path = request.adapter_path
         self._loading[path] += 1
         try:
@@ -138,10 +142,12 @@ class InferenceService:
 
     # -- preconditions -------------------------------------------------------------------------------------------------
 
-    def _load_request(self, adapter_path: str, base_model: str | None, *, insist: bool) -> Load:
+    def _load_request(
+        self, adapter_path: str, base_model: str | None, *, insist: bool, engine: EngineChoice | None = None
+    ) -> Load:
         directory, base = self._adapters.adapter_and_base(adapter_path, base_model)
         self._require_memory(base)
-        return Load(adapter_path=directory, base=base, insist=insist)
+        return Load(adapter_path=directory, base=base, insist=insist, engine=engine)
 
     def _base_without_adapter(self) -> Base:
         """Return the resident base model, or the default one if none is resident."""

@@ -123,7 +123,7 @@ class ResidentModel:
             self.select(name)
             change = float((_logits(self.causal, self.probe_1T) - self.base_logits_TV).abs().max())
             # kill-point: inference worker, load_adapter: the effect is about to be checked
-            _require_effect(unmatched, change)
+            require_effect(unmatched, change)
         except BaseException:
             # PEFT keeps an adapter registered that failed halfway, and it could be selected.
             self._adapters.add(name)
@@ -251,7 +251,16 @@ def _logits(model: Any, ids_1T: torch.Tensor) -> torch.Tensor:
         return torch.as_tensor(model(input_ids=ids_1T, use_cache=False).logits[0].float().cpu())
 
 
-def _require_effect(unmatched: int, change: float) -> None:
+def require_effect(unmatched: int, change: float) -> None:
+    """Refuse an adapter that does not apply completely, gives NaN or Inf, or changes nothing.
+
+    Args:
+        unmatched: tensors without a module, and modules without a tensor.
+        change: the largest change of a logit, or of a log-probability, of a fixed text.
+
+    Raises:
+        InferenceError: as above.
+    """
     if unmatched:
         raise InferenceError(
             f"Adapter unloaded: {unmatched} tensors do not map to a base module, or modules have no tensor.",

@@ -84,6 +84,10 @@ class GenerationRequest(FrozenModel):
         return self
 
 
+Engine = Literal["torch", "llamacpp"]
+EngineChoice = Literal["auto", "torch", "llamacpp"]
+
+
 class GenerationSettings(FrozenModel):
     """The settings that were used, including defaults."""
 
@@ -103,6 +107,7 @@ class Generation(FrozenModel):
         None, description="What the base model generates without the adapter, if compare_with_base was set."
     )
     base_model: str
+    engine: Engine | None = None
     adapter_path: str | None = Field(description="The adapter that was used; null for the base model alone.")
     applied: GenerationSettings
     prompt_tokens: int

@@ -14,6 +14,7 @@ from peft_core.errors import PeftMcpError
 from peft_core.schemas.dataset import DatasetSummary, SkippedRecords
 from peft_core.schemas.evaluation import Evaluation, Verdict
 from peft_core.schemas.frozen import FrozenModel
+from peft_core.schemas.generation import Engine
 from peft_core.schemas.training import TrainingConfig
 
 
@@ -208,7 +209,9 @@ class LoadCheck(FrozenModel):
     unmatched_keys: int = Field(
         description="Tensors that match no module of the base model, plus modules without a tensor."
     )
-    max_logit_change: float = Field(description="Largest difference of a logit from the base model's, on a fixed text.")
+    max_logit_change: float = Field(
+        description="Largest difference from the base model on a fixed text: of a logit, with llama.cpp of a log-probability."
+    )
 
 
 class ResidentAdapter(FrozenModel):
@@ -221,6 +224,7 @@ class MemoryState(FrozenModel):
 
     base_model: str | None = None
     base_path: str | None = None
+    engine: Engine | None = None
     adapters: list[ResidentAdapter] = Field([], description="Least recently used first.")
     memory_bytes: int = Field(0, description="Resident memory of the inference process; 0 if it is not running.")
 
@@ -235,6 +239,8 @@ class LoadedAdapter(FrozenModel):
     reason: str | None = Field(None, description="Why the adapter was not loaded.")
     reasons: list[Reason] = Field([])
     effect: LoadCheck | None = None
+    engine: Engine | None = None
+    engine_reason: str = Field("", description="Why this engine was chosen.")
     how: Literal["cold", "warm", "switched"] | None = Field(
         None,
         description="cold: base model and adapter were loaded; warm: only the adapter; switched: both were in memory.",

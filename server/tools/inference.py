@@ -9,7 +9,7 @@ from mcp.types import CallToolResult
 from pydantic import Field
 
 from peft_core.manager import PEFTManager
-from peft_core.schemas.generation import Generation, GenerationRequest
+from peft_core.schemas.generation import EngineChoice, Generation, GenerationRequest
 from peft_core.schemas.results import Compatibility, LoadedAdapter, UnloadedAdapter
 from server.format_results import format_compatibility, format_generation, format_loaded, format_unloaded
 from server.progress import progress_callback
@@ -53,6 +53,10 @@ async def load_adapter(
     accept_unproven_base: Annotated[
         bool, Field(description="Load although nothing proves that the adapter belongs to this base (shape_only).")
     ] = False,
+    engine: Annotated[
+        EngineChoice | None,
+        Field(description="torch, or llamacpp (faster on a CPU). Omit to choose automatically."),
+    ] = None,
 ) -> Annotated[CallToolResult, LoadedAdapter]:
     """Load an adapter with its base model and activate it for generate: seconds the first time, milliseconds to switch back
     to one in memory. It is verified before, and its effect measured after. If it cannot be used, status is 'fallback' with
@@ -61,7 +65,11 @@ async def load_adapter(
     manager = ctx.request_context.lifespan_context
     return format_loaded(
         await manager.load_adapter(
-            adapter_path, base_model, accept_unproven_base=accept_unproven_base, on_progress=progress_callback(ctx)
+            adapter_path,
+            base_model,
+            accept_unproven_base=accept_unproven_base,
+            engine=engine,
+            on_progress=progress_callback(ctx),
         )
     )
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from peft_core.base_models.families import FAMILIES, LLAMA_CPP
 from peft_core.base_models.gguf import read_gguf_header
@@ -20,8 +20,9 @@ from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
 from peft_core.errors import BaseCheckpointError, ExportError
 from peft_core.export.request import ExportRequest
-from peft_core.export.worker import gguf_lora, run
-from peft_core.export.worker.hf_gguf import write_hf_gguf
+from peft_core.export.worker import run
+from peft_core.llamacpp.worker import gguf_lora
+from peft_core.llamacpp.worker.hf_gguf import write_hf_gguf
 from peft_core.schemas.export import ExportReport
 from tests.factories import make_base, record_base
 from tests.tiny_models import TEMPLATE, tiny_model, write_tiny_base
@@ -59,6 +60,7 @@ def write_byte_level_tokenizer(directory: Path, marks: Sequence[str] = ()) -> No
     tokens[5 : 5 + len(marks)] = marks
     tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, [("d", "e")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([*tokens[:3], *marks])
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {"eos_token": tokens[0], "bos_token": tokens[0], "unk_token": tokens[0], "chat_template": TEMPLATE}
@@ -139,7 +141,7 @@ def test_a_file_that_computes_something_else_is_refused_and_deleted(
         config = {"use_rslora": True}
         too_much = math.sqrt(4)  # of the rank
         monkeypatch.setattr(
-            "peft_core.export.worker.lora_pairs.LoraPair.folded",
+            "peft_core.llamacpp.worker.lora_pairs.LoraPair.folded",
             lambda pair, remaining=1.0: pair.b_OR * (pair.scale / too_much / remaining),
         )
     else:

@@ -13,8 +13,8 @@ pytest.importorskip("ollama")
 from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument
-from peft_core.export.worker.hf_gguf import write_hf_gguf
 from peft_core.export.worker.ollama_model import Recipe, _parameters, _template, modelfile
+from peft_core.llamacpp.worker.hf_gguf import write_hf_gguf
 from peft_core.manager import PEFTManager
 from peft_core.ollama import OllamaClient
 from peft_core.schemas.dataset import FillInTheMiddle

@@ -19,7 +19,9 @@ from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
 from peft_core.errors import BaseCheckpointError, ExportError, InvalidArgument, PeftMcpError, StorageError
 from peft_core.export.request import ExportRequest
-from peft_core.export.worker import llamacpp, model_gguf, run
+from peft_core.export.worker import run
+from peft_core.llamacpp import runtime
+from peft_core.llamacpp.worker import model_gguf
 from peft_core.manager import PEFTManager
 from tests.factories import record_base
 from tests.tiny_models import write_tiny_adapter, write_tiny_base
@@ -149,7 +151,7 @@ async def test_an_adapter_without_a_record_needs_its_base_to_be_named(
 def test_without_llama_cpp_the_file_is_written_and_not_called_verified(
     request_of: ExportRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llamacpp, "is_installed", lambda: False)
+    monkeypatch.setattr(runtime, "is_installed", lambda: False)
     report = run.export(request_of, lambda *_: None)
     assert report.verification.status == "not_verified"
     assert report.summary.startswith("Written, not verified")

@@ -31,11 +31,15 @@ MAY_IMPORT = {
     | {"adapters", "base_models", "data", "evaluation", "evaluation.worker", "modeling", "planning"},
     "worker": FOUNDATION | {"evaluation.worker", "training", "modeling"},
     "ollama": FOUNDATION,
+    "llamacpp": FOUNDATION,
+    "llamacpp.worker": FOUNDATION | {"adapters", "base_models", "llamacpp", "modeling", "ollama"},
     "inference": FOUNDATION | {"adapters", "base_models", "planning"},
-    "inference.worker": FOUNDATION | {"adapters", "base_models", "inference", "modeling"},
+    "inference.worker": FOUNDATION
+    | {"adapters", "base_models", "inference", "llamacpp", "llamacpp.worker", "modeling"},
     "export": FOUNDATION | {"adapters", "base_models", "ollama"},
     "export.worker": FOUNDATION
-    | {"adapters", "base_models", "data", "evaluation", "export", "modeling", "ollama", "planning"},
+    | {"adapters", "base_models", "data", "evaluation", "export", "llamacpp", "llamacpp.worker"}
+    | {"modeling", "ollama", "planning"},
     "jobs": FOUNDATION | {"adapters", "evaluation", "planning"},
     "manager": FOUNDATION | {"adapters", "export", "inference", "jobs"},
     "server": FOUNDATION | {"adapters", "manager"},

@@ -23,8 +23,8 @@ from peft_core.base_models.tokenizer import BaseTokenizer
 from peft_core.data.dataset import read_examples
 from peft_core.errors import ExportError
 from peft_core.evaluation.stdlib_code import stdlib_examples
-from peft_core.export.worker.llamacpp import LlamaScores, Position
-from peft_core.export.worker.lora_pairs import Array
+from peft_core.llamacpp.worker.lora_pairs import Array
+from peft_core.llamacpp.worker.score import LlamaScores, Position
 from peft_core.modeling.adapter_model import ResidentModel
 from peft_core.schemas.dataset import Example
 from peft_core.schemas.export import Verification

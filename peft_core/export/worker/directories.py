@@ -18,7 +18,7 @@ from peft_core.adapters.layout import MLX, PEFT
 from peft_core.adapters.manifest import CARD_NAME, CONFIG, WEIGHTS
 from peft_core.errors import ExportError, sanitize
 from peft_core.export.worker.job import Job
-from peft_core.export.worker.lora_pairs import Array
+from peft_core.llamacpp.worker.lora_pairs import Array
 
 _LAYER = re.compile(r"model\.layers\.\d+\.", re.ASCII)
 

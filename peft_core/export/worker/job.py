@@ -13,7 +13,7 @@ import torch
 from peft_core.adapters.files import AdapterFiles
 from peft_core.export.request import ExportRequest
 from peft_core.export.worker.compare import HeldOutText, Reference, held_out_text, reference, require_positions
-from peft_core.export.worker.lora_pairs import Lora
+from peft_core.llamacpp.worker.lora_pairs import Lora
 from peft_core.modeling.adapter_model import ResidentModel, release_memory
 from peft_core.modeling.convert import ensure_hf_directory
 from peft_core.modeling.device import DevicePlan, use_cores

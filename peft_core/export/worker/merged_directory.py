@@ -15,10 +15,10 @@ from peft_core.base_models.checkpoint_info import TensorInfo
 from peft_core.base_models.huggingface import INDEX, SINGLE, read_json
 from peft_core.base_models.safetensors import read_header
 from peft_core.errors import ExportError
-from peft_core.export.worker.hf_gguf import read_rows
 from peft_core.export.worker.job import Job
-from peft_core.export.worker.lora_pairs import Array
-from peft_core.export.worker.model_gguf import require_space, row_blocks
+from peft_core.llamacpp.worker.hf_gguf import read_rows
+from peft_core.llamacpp.worker.lora_pairs import Array
+from peft_core.llamacpp.worker.model_gguf import require_space, row_blocks
 
 # The files of a model directory beside its weights. Nothing else is copied: other files may be code.
 COMPANIONS = (

@@ -18,8 +18,8 @@ from peft_core.export.output import staged
 from peft_core.export.request import MANIFEST_NAME, ExportRequest
 from peft_core.export.worker import targets
 from peft_core.export.worker.job import Job, Written
-from peft_core.export.worker.lora_pairs import read_lora
 from peft_core.export.worker.ollama_model import write_ollama_target
+from peft_core.llamacpp.worker.lora_pairs import read_lora
 from peft_core.schemas.export import ExportedFile, ExportReport, ExportTarget, Verification
 from peft_core.schemas.results import NextStep
 from peft_core.system.files import atomic_write

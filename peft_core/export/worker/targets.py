@@ -8,12 +8,12 @@ from peft_core.adapters.manifest import CARD_NAME
 from peft_core.base_models.huggingface import read_json
 from peft_core.export.worker import editors
 from peft_core.export.worker.directories import write_for_hub, write_mlx, write_normalised
-from peft_core.export.worker.gguf_lora import llama_cpp_format, write_gguf_lora
 from peft_core.export.worker.job import Job, Written
 from peft_core.export.worker.merged_directory import write_merged_directory
-from peft_core.export.worker.model_gguf import file_bytes, require_space
 from peft_core.export.worker.verify_llamacpp import verify_lora, verify_merged, write_merged
 from peft_core.export.worker.verify_peft import verify_directory, verify_merged_directory
+from peft_core.llamacpp.worker.gguf_lora import llama_cpp_format, write_gguf_lora
+from peft_core.llamacpp.worker.model_gguf import file_bytes, require_space
 
 # Measured on the bundled base model: the part of an adapter's gain that is lost by merging into each format.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank accepts

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import secrets
 from pathlib import Path
 
 from peft_core.errors import DataError, ExportError, StorageError
-from peft_core.export.worker import llamacpp
 from peft_core.export.worker.compare import LIMITS, TOP, HeldOutText, Reference, compare_scores
-from peft_core.export.worker.hf_gguf import can_write, write_hf_gguf
 from peft_core.export.worker.job import Job
-from peft_core.export.worker.model_gguf import file_bytes, is_exact, require_space, write_model_gguf
-from peft_core.modeling.convert import conversion_key
-from peft_core.schemas.base_model import Base
+from peft_core.llamacpp import runtime
+from peft_core.llamacpp.worker import score
+from peft_core.llamacpp.worker.base_file import base_in_f16, can_write_base
+from peft_core.llamacpp.worker.hf_gguf import write_hf_gguf
+from peft_core.llamacpp.worker.model_gguf import file_bytes, require_space, write_model_gguf
+from peft_core.llamacpp.worker.server import threads_for
 from peft_core.schemas.export import Verification
 from peft_core.system.child_process import run_json_child
-from peft_core.system.machine import usable_cores
 
-SMALL_PARAMETERS = 500_000_000  # up to here one thread is as fast as two, and much faster on a busy machine
 _SECONDS_PER_PARAMETER = 6e-6  # time limit, a hundred times what the bundled base model takes
 _MIN_SECONDS = 600.0
 
@@ -39,7 +35,7 @@ def verify_lora(job: Job, lora: Path) -> Verification:
         return Verification(status="not_verified", reason=reason)
     text, ours = job.results_of_peft()
     try:
-        model = base_in_f16(job)
+        model = base_in_f16(job.base, job.request.base_models_dir, job.say)
     except StorageError as error:
         return Verification(status="not_verified", reason=f"{error.message} Free the space, {how}.")
     job.say("comparing in llama.cpp")
@@ -69,7 +65,7 @@ def verify_merged(job: Job, merged: Path, kind: str) -> Verification:
     job.say("comparing in llama.cpp")
     scores = _scores(job, merged, None, text.documents)
     try:
-        base = base_in_f16(job)
+        base = base_in_f16(job.base, job.request.base_models_dir, job.say)
     except StorageError:
         job.warnings.append("The gain in llama.cpp was not measured: the base model in F16 does not fit on the disk.")
     else:
@@ -102,44 +98,10 @@ def write_merged(job: Job, path: Path, kind: str) -> None:
         write_hf_gguf(job.base, job.lora, path, kind)
 
 
-def base_in_f16(job: Job) -> Path:
-    """Return the base model as a GGUF file without quantisation: its own, or one written once beside the converted base models.
-
-    Raises:
-        StorageError: There is no space for it.
-    """
-    base, cache = job.base, job.request.base_models_dir
-    if is_exact(base):
-        return base.path
-    target = cache / f"{_key(base)}.f16.gguf"
-    if target.is_file():
-        return target
-    cache.mkdir(parents=True, exist_ok=True)
-    require_space(cache, file_bytes(base, "f16"), f"Writing {base.name} in F16, to compare with,")
-    job.say(f"writing {base.name} in F16, once, to compare with")
-    temporary = cache / f".{target.name}.{secrets.token_hex(4)}"
-    try:
-        if base.format == "gguf":
-            write_model_gguf(base, None, temporary, "f16")
-        else:
-            write_hf_gguf(base, None, temporary, "f16")
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return target
-
-
-def _key(base: Base) -> str:
-    if base.format == "gguf":
-        return conversion_key(base)
-    content = [base.fingerprint.architecture, base.fingerprint.sample, base.size_bytes]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
-
-
 def _reason_not_to(job: Job, how: str) -> str | None:
-    if not llamacpp.is_installed():
+    if not runtime.is_installed():
         return f"llama.cpp is not installed here: {how}."
-    if job.base.format == "huggingface" and not can_write(job.base):
+    if not can_write_base(job.base):
         return (
             f"peft-mcp cannot write a base model of the family {job.base.model_type!r} as GGUF to compare with. By hand: "
             "convert it with llama.cpp's convert_hf_to_gguf.py --outtype f16, and compare its answers with generate's."
@@ -149,20 +111,20 @@ def _reason_not_to(job: Job, how: str) -> str | None:
     return None
 
 
-def _scores(job: Job, model: Path, lora: Path | None, documents: tuple[tuple[int, ...], ...]) -> llamacpp.LlamaScores:
+def _scores(job: Job, model: Path, lora: Path | None, documents: tuple[tuple[int, ...], ...]) -> score.LlamaScores:
     parameters = job.base.shape.parameters
-    request = llamacpp.LlamaRequest(
+    request = score.LlamaRequest(
         model=model,
         lora=lora,
         documents=documents,
         top=TOP,
-        threads=1 if parameters <= SMALL_PARAMETERS else usable_cores(),
+        threads=threads_for(job.base),
     )
     try:
         return run_json_child(
-            llamacpp.__name__,
+            score.__name__,
             request,
-            llamacpp.LlamaScores,
+            score.LlamaScores,
             timeout_s=_MIN_SECONDS + _SECONDS_PER_PARAMETER * parameters,
             action="The comparison in llama.cpp",
             on_timeout=("Close other programs, and export again",),

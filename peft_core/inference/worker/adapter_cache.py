@@ -10,7 +10,8 @@ from pathlib import Path
 from peft_core.adapters.layout import MLX, PEFT
 from peft_core.adapters.manifest import CONFIG, MANIFEST_NAME
 from peft_core.errors import AdapterNotLoaded
-from peft_core.modeling.adapter_model import ResidentModel, release_memory
+from peft_core.inference.worker.models import LoadedModel
+from peft_core.modeling.adapter_model import release_memory
 from peft_core.modeling.memory import memory_bytes
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.results import Compatibility, LoadCheck, MemoryState, ResidentAdapter
@@ -31,7 +32,7 @@ class CacheEntry:
 class AdapterCache:
     def __init__(self, max_entries: int) -> None:
         self._max_entries = max_entries
-        self.model: ResidentModel | None = None
+        self.model: LoadedModel | None = None
         self.entries: OrderedDict[Path, CacheEntry] = OrderedDict()  # least recently used first
         self.active: Path | None = None
         self.base_answers = False  # after a failed load: requests that name no adapter go to the base model
@@ -41,6 +42,7 @@ class AdapterCache:
         return MemoryState(
             base_model=self.model.base.name if self.model else None,
             base_path=str(self.model.base.path) if self.model else None,
+            engine=self.model.engine if self.model else None,
             adapters=[ResidentAdapter(adapter_path=str(path), active=path == self.active) for path in self.entries],
             memory_bytes=memory_bytes(),
         )
@@ -53,7 +55,7 @@ class AdapterCache:
         same_path = os.path.realpath(resident.path) == os.path.realpath(base.path)
         return same_path and resident.fingerprint.same_weights(base.fingerprint)
 
-    def set_model(self, model: ResidentModel) -> None:
+    def set_model(self, model: LoadedModel) -> None:
         """Make this the only base model in memory; another one is dropped with its adapters."""
         if model is not self.model:
             self.clear()

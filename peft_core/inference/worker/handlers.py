@@ -18,14 +18,16 @@ from peft_core.adapters.verify import verify_files
 from peft_core.errors import InferenceError
 from peft_core.inference.protocol import Command, Generate, Load, Unload, WorkerConfig
 from peft_core.inference.worker.adapter_cache import AdapterCache, CacheEntry, file_state
-from peft_core.inference.worker.generate import Completion, complete, encode
+from peft_core.inference.worker.llama_model import LlamaModel
+from peft_core.inference.worker.models import Completion, LoadedModel, choose_engine, encode
+from peft_core.inference.worker.torch_model import TorchModel
 from peft_core.modeling.adapter_model import ResidentModel, release_memory
 from peft_core.modeling.convert import ensure_hf_directory
 from peft_core.modeling.device import DevicePlan
 from peft_core.modeling.memory import memory_bytes
 from peft_core.modeling.threads import DecodeThreadTuner
 from peft_core.schemas.base_model import Base
-from peft_core.schemas.generation import Generation, GenerationSettings
+from peft_core.schemas.generation import EngineChoice, Generation, GenerationSettings
 from peft_core.schemas.results import (
     BaseMatch,
     Compatibility,
@@ -48,6 +50,7 @@ class RequestHandler:
     def __init__(self, config: WorkerConfig, plan: DevicePlan) -> None:
         self._config = config
         self._plan = plan
+        self._engine_reason = ""  # of the resident model
         self._thread_tuner = DecodeThreadTuner(torch.get_num_threads())
         self._cache = AdapterCache(config.max_resident_adapters)
 
@@ -81,7 +84,7 @@ class RequestHandler:
         state = file_state(path)
         entry = cache.entries.get(path)
         accepted = entry is not None and (entry.compatibility.compatible or request.insist)
-        if entry is not None and accepted and entry.state == state and cache.is_on(request.base):
+        if entry is not None and accepted and entry.state == state and self._is_resident(request.base, request.engine):
             cache.activate(path)
             return self._loaded(entry, "switched", [], started)
 
@@ -90,9 +93,9 @@ class RequestHandler:
             files = read_adapter(path, with_weights=with_weights)
             check = verify_files(files, request.base, scan_weights=with_weights)
             if not (check.compatible or (request.insist and check.verdict is BaseMatch.SHAPE_ONLY)):
-                return self._fall_back(request.base, check, _main_reason(check), started, on_progress)
+                return self._fall_back(request, check, _main_reason(check), started, on_progress)
 
-        model, kind = self._model_for(request.base, on_progress)
+        model, kind = self._model_for(request.base, request.engine, on_progress)
         on_progress(0, None, "loading the adapter")
         try:
             name, effect = self._add_adapter(model, files, on_progress)
@@ -100,7 +103,7 @@ class RequestHandler:
         except InferenceError as error:
             if cache.model is None:
                 cache.set_model(model)
-            return self._fall_back(request.base, check, error.message, started, on_progress)
+            return self._fall_back(request, check, error.message, started, on_progress)
         finally:
             cache.restore_selection()
         cache.set_model(model)  # a new base model replaces the old one only after its adapter was found to work
@@ -108,18 +111,30 @@ class RequestHandler:
         # kill-point: inference worker, load_adapter: the answer is about to be composed
         return self._loaded(entry, kind, cache.add(path, entry), started)
 
-    def _model_for(self, base: Base, on_progress: ProgressCallback) -> tuple[ResidentModel, LoadKind]:
-        """Return the resident model if it is this base model, else load another one next to it."""
-        if self._cache.model is not None and self._cache.is_on(base):
+    def _is_resident(self, base: Base, requested: EngineChoice | None) -> bool:
+        """Return whether this base model is in memory, in the requested engine if one is requested."""
+        model = self._cache.model
+        return model is not None and self._cache.is_on(base) and requested in (None, "auto", model.engine)
+
+    def _model_for(
+        self, base: Base, requested: EngineChoice | None, on_progress: ProgressCallback
+    ) -> tuple[LoadedModel, LoadKind]:
+        """Return the resident model if it is this base model in a requested engine, else load another one next to it."""
+        if self._cache.model is not None and self._is_resident(base, requested):
             return self._cache.model, "warm"
-        on_progress(0, None, f"loading {base.name}")
-        directory = ensure_hf_directory(
-            base, self._config.base_models_dir, lambda message: on_progress(0, None, message)
-        )
-        return ResidentModel.load(base, directory, self._plan), "cold"
+        engine, self._engine_reason = choose_engine(requested or self._config.engine, base, self._plan)
+
+        def say(message: str) -> None:
+            on_progress(0, None, message)
+
+        say(f"loading {base.name}")
+        if engine == "llamacpp":
+            return LlamaModel.load(base, self._config.base_models_dir, say), "cold"
+        directory = ensure_hf_directory(base, self._config.base_models_dir, say)
+        return TorchModel(ResidentModel.load(base, directory, self._plan), self._thread_tuner), "cold"
 
     def _add_adapter(
-        self, model: ResidentModel, files: AdapterFiles, on_progress: ProgressCallback
+        self, model: LoadedModel, files: AdapterFiles, on_progress: ProgressCallback
     ) -> tuple[str, LoadCheck]:
         if files.settings is None or files.weights is None:
             raise InferenceError("The adapter's files could not be read.")  # cannot happen: they were verified
@@ -132,11 +147,11 @@ class RequestHandler:
         return name, effect
 
     def _fall_back(
-        self, base: Base, check: Compatibility, reason: str, started: float, on_progress: ProgressCallback
+        self, request: Load, check: Compatibility, reason: str, started: float, on_progress: ProgressCallback
     ) -> LoadedAdapter:
         """Keep the active adapter; if there is none, let the base model answer without one."""
         cache = self._cache
-        model = cache.model or self._model_for(base, on_progress)[0]
+        model = cache.model or self._model_for(request.base, request.engine, on_progress)[0]
         cache.set_model(model)
         cache.base_answers = cache.active is None
         log.warning("adapter not loaded", reason=reason)
@@ -164,6 +179,8 @@ class RequestHandler:
             verdict=entry.compatibility.verdict,
             reasons=entry.compatibility.reasons,
             effect=entry.effect,
+            engine=resident.engine,
+            engine_reason=self._engine_reason,
             how=kind,
             evicted=[str(path) for path in evicted],
             resident=resident,
@@ -218,7 +235,7 @@ class RequestHandler:
         # kill-point: inference worker, generate: asked to generate
         model, path = self._select_for(command, on_progress)
         request = command.request
-        prompt = encode(request, model.tokenizer, model.base.name, model.base.shape.context_length)
+        prompt = encode(request, model.tokenizer, model.base.name, model.context_length)
         both = request.compare_with_base and path is not None
         total = request.max_new_tokens * (2 if both else 1)
 
@@ -230,7 +247,7 @@ class RequestHandler:
                 message = f"{done} tokens by the {who}" if done else f"the {who} reads the prompt"
                 on_progress(tokens_before + done, total, message)
 
-            return complete(model, prompt, request, self._thread_tuner, on_token)
+            return model.complete(prompt, request, on_token)
 
         try:
             generation_started = time.monotonic()
@@ -246,6 +263,7 @@ class RequestHandler:
             text=completion.text,
             base_text=completion.text if request.compare_with_base and path is None else base_text,
             base_model=model.base.name,
+            engine=model.engine,
             adapter_path=str(path) if path else None,
             applied=GenerationSettings(
                 prompt_format=prompt.format,
@@ -258,12 +276,12 @@ class RequestHandler:
             tokens_per_second=round(completion.tokens / seconds, 1) if seconds else 0.0,
         )
 
-    def _select_for(self, command: Generate, on_progress: ProgressCallback) -> tuple[ResidentModel, Path | None]:
+    def _select_for(self, command: Generate, on_progress: ProgressCallback) -> tuple[LoadedModel, Path | None]:
         """Return the model and the path of the adapter to use; None for the base model without an adapter."""
         cache = self._cache
         if command.without_adapter is not None:
             if cache.model is None:
-                cache.set_model(self._model_for(command.without_adapter, on_progress)[0])
+                cache.set_model(self._model_for(command.without_adapter, None, on_progress)[0])
             path = None
         elif command.adapter_path is not None:
             cache.require(command.adapter_path)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from peft_core.base_models.gguf import read_gguf_header
 from peft_core.errors import HeaderError
-from peft_core.export.worker.gguf_file import GgufTensor, copy_metadata, encode, write_gguf
+from peft_core.llamacpp.worker.gguf_file import GgufTensor, copy_metadata, encode, write_gguf
 from tests.model_files import GGUF_METADATA, TEXT, gguf_bytes
 
 F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16

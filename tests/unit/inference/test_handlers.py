@@ -17,8 +17,8 @@ from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
 from peft_core.errors import AdapterNotLoaded, DataError, InvalidArgument
 from peft_core.inference.protocol import Generate, Load, Unload, WorkerConfig
-from peft_core.inference.worker.generate import first_stop
 from peft_core.inference.worker.handlers import RequestHandler
+from peft_core.inference.worker.torch_model import first_stop
 from peft_core.modeling import adapter_model as model_module
 from peft_core.modeling.device import Machine, choose
 from peft_core.schemas.base_model import Base
@@ -161,14 +161,14 @@ def test_unloading_all_adapters_restores_the_base_bit_for_bit(
 ) -> None:
     before = generate(handler, without_adapter=base).text
     assert handler._cache.model is not None
-    weights = {name: parameter.clone() for name, parameter in handler._cache.model.causal.named_parameters()}
+    weights = {name: parameter.clone() for name, parameter in handler._cache.model.resident.causal.named_parameters()}
     for adapter in adapters:
         load(handler, adapter, base)
     for adapter in adapters[:2]:
         unload(handler, adapter)
     handler._cache.remove(adapters[2])
     assert generate(handler, without_adapter=base).text == before
-    after = dict(handler._cache.model.causal.named_parameters())
+    after = dict(handler._cache.model.resident.causal.named_parameters())
     assert after.keys() == weights.keys()
     assert all(torch.equal(after[name], weights[name]) for name in weights)
 
@@ -178,7 +178,7 @@ def test_no_parameter_requires_gradients(handler: RequestHandler, adapters: list
     load(handler, adapters[1], base)
     load(handler, adapters[0], base)
     assert handler._cache.model is not None
-    assert not any(parameter.requires_grad for parameter in handler._cache.model.causal.parameters())
+    assert not any(parameter.requires_grad for parameter in handler._cache.model.resident.causal.parameters())
 
 
 def test_bf16_weights_patterns_and_rslora_give_the_logits_of_peft(
@@ -199,10 +199,10 @@ def test_bf16_weights_patterns_and_rslora_give_the_logits_of_peft(
     result = load(handler, adapter, base)
     assert result.status == "loaded", result.reasons
     assert handler._cache.model is not None
-    ids_1T = handler._cache.model.probe_1T
+    ids_1T = handler._cache.model.resident.probe_1T
     reference = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_directory), str(adapter))
     with torch.inference_mode():
-        torch.testing.assert_close(handler._cache.model.causal(ids_1T).logits, reference(ids_1T).logits)
+        torch.testing.assert_close(handler._cache.model.resident.causal(ids_1T).logits, reference(ids_1T).logits)
 
 
 # -- failed loads --------------------------------------------------------------------------------------------------
@@ -334,7 +334,7 @@ def test_a_target_that_is_not_a_linear_layer_is_rejected_before_any_change(
 ) -> None:
     generate(handler, without_adapter=base)
     assert handler._cache.model is not None
-    handler._cache.model.causal.model.layers[0].mlp.down_proj = torch.nn.Identity()  # type: ignore[union-attr]
+    handler._cache.model.resident.causal.model.layers[0].mlp.down_proj = torch.nn.Identity()  # type: ignore[union-attr]
     result = load(handler, adapters[0], base)
     assert result.status == "fallback"
     assert "is a Identity, not a linear layer" in (result.reason or "")
@@ -511,7 +511,7 @@ def test_an_end_token_ends_the_text_and_is_not_part_of_it(handler: RequestHandle
     assert handler._cache.model is not None
     first = generate(handler, without_adapter=base, prompt="def f", max_new_tokens=1)
     token = VOCABULARY.index(first.text.strip())
-    handler._cache.model.ends = (0, token)
+    handler._cache.model.resident.ends = (0, token)
     result = generate(handler, without_adapter=base)
     assert (result.text, result.completion_tokens, result.finish_reason) == ("", 1, "stop")
 
@@ -553,7 +553,7 @@ def test_prefill_in_chunks_gives_the_same_text(
     load(handler, adapters[0], base)
     request = {"prompt": "def f(x): return x" * 6, "max_new_tokens": 20}
     uncut = generate(handler, **request).text
-    monkeypatch.setattr("peft_core.inference.worker.generate._PREFILL_CHUNK", 16)
+    monkeypatch.setattr("peft_core.inference.worker.torch_model._PREFILL_CHUNK", 16)
     messages: list[str] = []
     chunked = generate(handler, report=lambda _done, _total, message: messages.append(message), **request)
     assert chunked.text == uncut

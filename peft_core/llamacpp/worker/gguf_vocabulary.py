@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from peft_core.base_models.families import SPLIT_RULES
-from peft_core.export.worker.gguf_file import Value
+from peft_core.llamacpp.worker.gguf_file import Value
 from peft_core.schemas.base_model import Base
 from peft_core.system.files import open_regular, read_exactly
 

@@ -19,7 +19,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from peft_core.base_models.gguf import read_gguf_header
 from peft_core.errors import HeaderError, sanitize
-from peft_core.export.worker.lora_pairs import Array
+from peft_core.llamacpp.worker.lora_pairs import Array
 from peft_core.system.files import open_regular, read_exactly
 
 ALIGNMENT = 32

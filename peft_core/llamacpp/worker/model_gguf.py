@@ -20,9 +20,9 @@ from peft_core.base_models.checkpoint import read_checkpoint
 from peft_core.base_models.checkpoint_info import Checkpoint, TensorInfo, unusable
 from peft_core.base_models.gguf_model import ROPE_FACTORS, hugging_face_name
 from peft_core.errors import ExportError, StorageError
-from peft_core.export.worker.gguf_file import GgufTensor, copy_metadata, encode, write_gguf
-from peft_core.export.worker.gguf_lora import llama_cpp_format, permuted
-from peft_core.export.worker.lora_pairs import Array, Lora
+from peft_core.llamacpp.worker.gguf_file import GgufTensor, copy_metadata, encode, write_gguf
+from peft_core.llamacpp.worker.gguf_lora import llama_cpp_format, permuted
+from peft_core.llamacpp.worker.lora_pairs import Array, Lora
 from peft_core.ollama import MERGED_KEY
 from peft_core.schemas.base_model import Base
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from peft_core.base_models.families import LLAMA_CPP, LlamaCppFormat
 from peft_core.errors import BaseCheckpointError, ExportError, sanitize
-from peft_core.export.worker.gguf_file import GgufTensor, encode, write_gguf
-from peft_core.export.worker.lora_pairs import Array, Lora
+from peft_core.llamacpp.worker.gguf_file import GgufTensor, encode, write_gguf
+from peft_core.llamacpp.worker.lora_pairs import Array, Lora
 from peft_core.schemas.base_model import Base
 
 KINDS = {"f32": gguf.GGMLQuantizationType.F32, "f16": gguf.GGMLQuantizationType.F16}

@@ -1,22 +1,20 @@
 """Log-probabilities that llama.cpp computes from a file: a `LlamaRequest` (JSON) in, `LlamaScores` or an ErrorInfo out.
 
-llama.cpp runs inside this process (package `xllamacpp`, the extra `llamacpp`), which is a child of the export worker: a file
-that crashes it ends nothing else. Its HTTP server cannot be switched off; it gets a random key, a free port of 127.0.0.1 and
-no other origin. By hand: `python -m peft_core.export.worker.llamacpp < request.json`.
+llama.cpp runs inside this process, which is a child of the export worker: a file that crashes it ends nothing else. By hand:
+`python -m peft_core.llamacpp.worker.score < request.json`.
 """
 
 from __future__ import annotations
 
-import secrets
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from peft_core.errors import ExportError, sanitize
+from peft_core.errors import ExportError, InferenceError, sanitize
+from peft_core.llamacpp.runtime import runtime_name
+from peft_core.llamacpp.worker.server import LlamaServer
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.system.child_process import answer_request
 from peft_core.system.failures import TaskKind
@@ -57,78 +55,52 @@ class LlamaScores(FrozenModel):
     runtime: str
 
 
-def is_installed() -> bool:
-    return find_spec("xllamacpp") is not None
-
-
-def runtime_name() -> str:
-    return f"llama.cpp (xllamacpp {version('xllamacpp')})"
-
-
 def score(request: LlamaRequest) -> LlamaScores:
     """Load the file and ask for the log-probabilities at every position of the documents.
 
     Raises:
         ExportError: llama.cpp refuses the file.
     """
-    server = _start(request)
-    with_adapter = _score_all(server, request, 1.0)
-    without = _score_all(server, request, 0.0) if request.lora is not None else None
+    try:
+        server = LlamaServer(
+            request.model,
+            [] if request.lora is None else [request.lora],
+            context=max(map(len, request.documents)) + _SLACK,
+            threads=request.threads,
+            slots=len(request.documents),
+            exact=True,
+        )
+    except InferenceError as error:
+        raise ExportError(error.message, code="export_not_loadable") from error
+    with_adapter = _score_all(server, request, None if request.lora is None else 0)
+    without = _score_all(server, request, None) if request.lora is not None else None
     return LlamaScores(with_adapter=with_adapter, without_adapter=without, runtime=runtime_name())
 
 
-def _start(request: LlamaRequest) -> Any:
-    import xllamacpp  # noqa: PLC0415 -- an optional package
-
-    params = xllamacpp.CommonParams()
-    params.model.path = str(request.model)
-    if request.lora is not None:
-        adapter = xllamacpp.CommonAdapterLoraInfo()
-        adapter.path, adapter.scale = str(request.lora), 1.0
-        params.lora_adapters = [adapter]
-    params.n_parallel = len(request.documents)
-    params.n_ctx = params.n_parallel * (max(map(len, request.documents)) + _SLACK)
-    params.kv_unified = False
-    params.n_gpu_layers = 0  # the comparison is with float32 on the CPU
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = request.threads
-    params.warmup = params.fit_params = params.ui = False
-    params.offline = True
-    params.cache_ram_mib = 0
-    params.port, params.hostnames = 0, ["127.0.0.1"]
-    params.api_keys, params.cors_origins = [secrets.token_urlsafe(32)], "http://127.0.0.1"
-    try:
-        return xllamacpp.Server(params)
-    except Exception as error:  # the binding raises bare RuntimeError, ValueError or Exception
-        raise ExportError(
-            f"llama.cpp refuses the written file: {sanitize(error)}.", code="export_not_loadable"
-        ) from error
-
-
-def _score_all(server: Any, request: LlamaRequest, scale: float) -> tuple[tuple[Position, ...], ...]:
+def _score_all(server: LlamaServer, request: LlamaRequest, adapter: int | None) -> tuple[tuple[Position, ...], ...]:
     """Score the documents side by side, each in a slot of its own: llama.cpp computes them as one batch."""
 
     def one(slot: int) -> tuple[Position, ...]:
         document = request.documents[slot]
-        return tuple(_ask(server, request, document[:n], document[n], slot, scale) for n in range(1, len(document)))
+        return tuple(_ask(server, request, document[:n], document[n], slot, adapter) for n in range(1, len(document)))
 
     with ThreadPoolExecutor(len(request.documents)) as threads:
         return tuple(threads.map(one, range(len(request.documents))))
 
 
-def _ask(server: Any, request: LlamaRequest, prefix: Sequence[int], target: int, slot: int, scale: float) -> Position:
+def _ask(
+    server: LlamaServer, request: LlamaRequest, prefix: Sequence[int], target: int, slot: int, adapter: int | None
+) -> Position:
     question: dict[str, Any] = {
         "prompt": list(prefix),
         "max_tokens": 1,
         "temperature": 0,
-        "cache_prompt": True,  # of this slot alone, and only for the same scale of the adapter
+        "cache_prompt": True,  # of this slot alone, and only for the same adapter
         "id_slot": slot,
         "logprobs": request.top,
         "logit_bias": [[target, _FORCE]],
     }
-    if request.lora is not None:
-        question["lora"] = [{"id": 0, "scale": scale}]
-    answer = server.handle_completions(question)
+    answer = server.complete(question, adapter)
     try:
         token = answer["choices"][0]["logprobs"]["content"][0]
         top = token["top_logprobs"]

@@ -1,88 +1,73 @@
-"""Text generation: encode the prompt in the base model's format, then decode token by token.
+"""A base model in torch, with adapters through PEFT, and its token-by-token generation.
 
 Shape suffixes: T tokens, 1 a batch of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from peft_core.adapters.files import AdapterFiles
 from peft_core.base_models.tokenizer import BaseTokenizer
-from peft_core.errors import InvalidArgument
+from peft_core.inference.worker.models import Completion, EncodedPrompt, OnToken, first_stop
 from peft_core.modeling.adapter_model import ResidentModel
 from peft_core.modeling.threads import DecodeThreadTuner
-from peft_core.schemas.generation import GenerationRequest
+from peft_core.schemas.base_model import Base
+from peft_core.schemas.generation import Engine, GenerationRequest
+from peft_core.schemas.results import LoadCheck
 
 _GREEDY_BELOW = 0.01  # temperature: dividing by less leaves one candidate anyway, or overflows
 _PREFILL_CHUNK = 512  # tokens
 
-PromptFormat = Literal["text", "chat_template", "fill_in_the_middle"]
+
+@dataclass
+class TorchModel:
+    """A `LoadedModel` in torch."""
+
+    resident: ResidentModel
+    thread_tuner: DecodeThreadTuner
+
+    @property
+    def engine(self) -> Engine:
+        return "torch"
+
+    @property
+    def base(self) -> Base:
+        return self.resident.base
+
+    @property
+    def tokenizer(self) -> BaseTokenizer:
+        return self.resident.tokenizer
+
+    @property
+    def context_length(self) -> int:
+        return self.base.shape.context_length
+
+    def add(self, files: AdapterFiles) -> tuple[str, LoadCheck]:
+        return self.resident.add(files)
+
+    def select(self, name: str | None) -> None:
+        self.resident.select(name)
+
+    def remove(self, name: str) -> None:
+        self.resident.remove(name)
+
+    def complete(self, prompt: EncodedPrompt, request: GenerationRequest, on_token: OnToken) -> Completion:
+        return _complete(self.resident, prompt, request, self.thread_tuner, on_token)
 
 
-@dataclass(frozen=True)
-class EncodedPrompt:
-    ids: list[int]
-    format: PromptFormat
-
-
-@dataclass(frozen=True)
-class Completion:
-    text: str
-    tokens: int
-    finish_reason: Literal["stop", "length"]
-
-
-def encode(request: GenerationRequest, tokenizer: BaseTokenizer, base_name: str, context_length: int) -> EncodedPrompt:
-    """Encode the request in the format that the base model expects.
-
-    Raises:
-        InvalidArgument: it does not fit the context, or the base model does not support its form.
-        DataError: the base model has no chat template, or the template rejects these messages.
-    """
-    field: str
-    if request.messages is not None:
-        rendered = tokenizer.render_prompt([message.model_dump() for message in request.messages])
-        field, prompt = "messages", EncodedPrompt(tokenizer.ids(rendered), "chat_template")
-    elif request.prompt is not None:
-        field, prompt = "prompt", EncodedPrompt(tokenizer.ids(request.prompt), "text")
-    else:
-        tokens = tokenizer.fill_in_the_middle
-        if tokens is None:
-            raise InvalidArgument(
-                "prefix",
-                request.prefix,
-                f"{base_name} has no fill-in-the-middle tokens; it takes prompt or messages",
-                suggestions=["Pass the code before the cursor as prompt", "Or use a base model such as Qwen2.5-Coder"],
-            )
-        parts = tokens.prompt(request.prefix or "", request.suffix or "")
-        field, prompt = "prefix", EncodedPrompt(tokenizer.ids(*parts), "fill_in_the_middle")
-    if len(prompt.ids) >= context_length:
-        raise InvalidArgument(
-            field,
-            f"{len(prompt.ids)} tokens",
-            f"the context of {base_name} has {context_length} tokens, of which at least one must be free for the result",
-            suggestions=["Shorten it: for code, the lines nearest to the cursor matter most"],
-        )
-    return prompt
-
-
-def complete(
+def _complete(
     model: ResidentModel,
     prompt: EncodedPrompt,
     request: GenerationRequest,
     thread_tuner: DecodeThreadTuner,
-    on_token: Callable[[int], None],
+    on_token: OnToken,
 ) -> Completion:
-    """Generate with the selected adapter.
-
-    `on_token(n)` is called after each token, and with 0 during the prefill of a long prompt. An exception that it raises
-    ends the generation.
-    """
     free_tokens = model.base.shape.context_length - len(prompt.ids)
     stop_check = _StopCheck(model.tokenizer, len(prompt.ids), request.stop, thread_tuner, on_token)
     sampling: dict[str, Any] = {"do_sample": False}
@@ -118,7 +103,7 @@ def complete(
     return Completion(text, len(ids), "stop" if has_end_token or stop_at is not None else "length")
 
 
-def _prefill(model: ResidentModel, ids_1T: torch.Tensor, on_token: Callable[[int], None]) -> DynamicCache | None:
+def _prefill(model: ResidentModel, ids_1T: torch.Tensor, on_token: OnToken) -> DynamicCache | None:
     """Read a long prompt in chunks, all but the last, so that a cancelled request does not run to its end."""
     if ids_1T.shape[1] <= _PREFILL_CHUNK:
         return None
@@ -131,11 +116,6 @@ def _prefill(model: ResidentModel, ids_1T: torch.Tensor, on_token: Callable[[int
     return cache
 
 
-def first_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Return where the first stop text begins."""
-    return min((at for stop_text in stop if (at := text.find(stop_text)) >= 0), default=None)
-
-
 class _StopCheck(StoppingCriteria):
     """Counts each new token, and ends the generation at a stop text."""
 
@@ -145,7 +125,7 @@ class _StopCheck(StoppingCriteria):
         prompt_tokens: int,
         stop: Sequence[str],
         thread_tuner: DecodeThreadTuner,
-        on_token: Callable[[int], None],
+        on_token: OnToken,
     ) -> None:
         self._tokenizer = tokenizer
         self._prompt_tokens = prompt_tokens

@@ -18,11 +18,11 @@ from peft_core.base_models.checkpoint import read_checkpoint
 from peft_core.base_models.checkpoint_info import Checkpoint, TensorInfo
 from peft_core.base_models.families import LLAMA_CPP
 from peft_core.errors import ExportError, sanitize
-from peft_core.export.worker.gguf_file import GgufTensor, Value, encode, write_gguf
-from peft_core.export.worker.gguf_lora import llama_cpp_format, name_map, permuted
-from peft_core.export.worker.gguf_vocabulary import artificial_vocabulary, read_vocabulary
-from peft_core.export.worker.lora_pairs import Array, Lora
-from peft_core.export.worker.model_gguf import converted, file_type, kind_of, mark_of, row_blocks
+from peft_core.llamacpp.worker.gguf_file import GgufTensor, Value, encode, write_gguf
+from peft_core.llamacpp.worker.gguf_lora import llama_cpp_format, name_map, permuted
+from peft_core.llamacpp.worker.gguf_vocabulary import artificial_vocabulary, read_vocabulary
+from peft_core.llamacpp.worker.lora_pairs import Array, Lora
+from peft_core.llamacpp.worker.model_gguf import converted, file_type, kind_of, mark_of, row_blocks
 from peft_core.schemas.base_model import Base
 
 WRITABLE = ("arcee", "ernie4_5", "gemma", "granite", "llama", "mistral", "qwen2", "qwen3", "seed_oss", "smollm3")

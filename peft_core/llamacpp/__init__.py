@@ -1,0 +1,1 @@
+"""llama.cpp: the files that it reads, and the runtime itself, which is optional."""
