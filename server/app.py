@@ -23,7 +23,7 @@ from peft_core.config import Settings
 from peft_core.errors import PeftMcpError
 from peft_core.manager import PEFTManager
 from peft_core.schemas.validation import invalid_argument, refuse_unknown
-from server.resources import TrainingUpdates, add_adapter_resource, add_training_resource
+from server.resources import TrainingUpdates, add_adapter_resource, add_settings_resource, add_training_resource
 from server.tools import adapters, base_models, export, inference, training
 
 INSTRUCTIONS = (
@@ -82,6 +82,7 @@ def build_server(settings: Settings) -> PEFTServer:
     )
     add_training_resource(server, updates)
     add_adapter_resource(server)
+    add_settings_resource(server)
     return server
 
 

@@ -1,5 +1,5 @@
-"""MCP resources: `training://{job_id}`, a job's status with update notifications, and `adapter://{project_id}`, a
-project's current adapter.
+"""MCP resources: `training://{job_id}`, a job's status with update notifications; `adapter://{project_id}`, a project's
+current adapter; and `settings://training`, every setting of a training.
 
 Clients of the current protocol listen (`subscriptions/listen`), which the SDK's bus serves. Older ones subscribe
 (`resources/subscribe`), for which `MCPServer` has no public hook: this is the only use of its low-level server.
@@ -21,6 +21,8 @@ from mcp.types import EmptyResult, SubscribeRequestParams, UnsubscribeRequestPar
 
 from peft_core.errors import AdapterNotFound, InvalidArgument, JobNotFound, PeftMcpError
 from peft_core.manager import PEFTManager
+from peft_core.schemas.training import SETTINGS_URI, TrainingConfig
+from peft_core.schemas.validation import describe_settings
 from server.status_text import for_client
 
 POLL_INTERVAL_S = 1.0  # how often the store is searched for changed jobs, and so the shortest time between two updates
@@ -84,6 +86,17 @@ class TrainingUpdates:
             self._sessions[uri] = remaining
         else:
             self._sessions.pop(uri, None)
+
+
+def add_settings_resource(mcp: MCPServer[PEFTManager]) -> None:
+    @mcp.resource(
+        SETTINGS_URI,
+        title="Training settings",
+        description="Every field of config of train_adapter: what it does, what it allows, its default.",
+        mime_type="text/markdown",
+    )
+    def training_settings() -> str:
+        return describe_settings(TrainingConfig)
 
 
 def add_adapter_resource(mcp: MCPServer[PEFTManager]) -> None:

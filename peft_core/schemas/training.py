@@ -18,13 +18,14 @@ ProjectId = Annotated[
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*$",
         min_length=1,
         max_length=64,
-        description="Your name for the project: letters, digits, '-', '_' and single dots, at most 64 characters. Use the same "
-        "id each time: it groups the project's adapters.",
+        description="Your name for the project: letters, digits, -, _, . (at most 64). The same id groups its adapters.",
     ),
 ]
 DeviceName = Literal["auto", "mps", "cuda", "cpu"]
 Precision = Literal["auto", "float32"]
 HeldOutBy = Literal["file", "time"]
+SETTINGS_URI = "settings://training"  # the resource that describes every setting
+ADVANCED = {"advanced": True}  # the tools' schemas describe such a setting only by its type
 _MAX_STARS = 4  # more would make matching slow
 Pattern = Annotated[str, Field(min_length=1, max_length=200)]
 
@@ -51,8 +52,8 @@ class TaskMixture(FrozenModel):
         Field(
             ge=0,
             le=1,
-            description="Fraction of code units turned into fill-in-the-middle examples, for completion in editors; "
-            "0.5 is usual. Needs a base model with FIM tokens, such as Qwen2.5-Coder or StarCoder2.",
+            description="Fraction of code units as fill-in-the-middle examples, for completion in editors (0.5). Needs a base "
+            "with FIM tokens.",
         ),
     ] = 0.0
     instructions: Annotated[
@@ -60,8 +61,7 @@ class TaskMixture(FrozenModel):
         Field(
             ge=0,
             le=1,
-            description="Fraction of code units turned into chat examples, docstring as prompt and code as answer. Needs a "
-            "chat template.",
+            description="Fraction of code units as chat examples: docstring as prompt, code as answer.",
         ),
     ] = 0.0
 
@@ -73,33 +73,47 @@ class TaskMixture(FrozenModel):
 
 
 class TrainingConfig(FrozenModel):
-    """How to train. Every field is optional; the defaults suit a first run."""
+    """How to train. Every field is optional; omit all for a first run. Resource settings://training describes the others."""
 
     base_model: Annotated[
         str | None,
         Field(
-            description="Local Hugging Face model directory, .gguf file, hub id that is in the local cache, or ollama:NAME "
-            "(list_base_models shows them). Omit for the setting default_base_model, else the bundled SmolLM2-135M-Instruct."
+            description="Model directory, .gguf file, cached hub id or ollama:NAME, see list_base_models. Omit for the default."
         ),
     ] = None
     rank: Annotated[
         int | None,
-        Field(ge=1, le=512, description="LoRA rank. Omit to choose automatically from the dataset size (usually 16)."),
+        Field(ge=1, le=512, description="LoRA rank. Omit to choose from the dataset size (usually 16)."),
     ] = None
     alpha: Annotated[
         float | None,
-        Field(gt=0, le=4096, description="LoRA alpha; updates are scaled by alpha / rank. Omit for 2 x rank."),
+        Field(
+            json_schema_extra=ADVANCED,
+            gt=0,
+            le=4096,
+            description="LoRA alpha; updates are scaled by alpha / rank. Omit for 2 x rank.",
+        ),
     ] = None
     dropout: Annotated[
-        float, Field(ge=0, lt=1, description="Dropout on the LoRA input. 0 is best for a single epoch.")
+        float,
+        Field(
+            json_schema_extra=ADVANCED,
+            ge=0,
+            lt=1,
+            description="Dropout on the LoRA input. 0 is best for a single epoch.",
+        ),
     ] = 0.0
     use_rslora: Annotated[
-        bool, Field(description="Scale by alpha / sqrt(rank) instead: more stable for rank >= 64.")
+        bool,
+        Field(
+            json_schema_extra=ADVANCED, description="Scale by alpha / sqrt(rank) instead: more stable for rank >= 64."
+        ),
     ] = False
     target_modules: Annotated[
         Literal["all-linear"] | list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,128}$")]],
         Field(
-            description="'all-linear' (recommended), or module names such as ['q_proj', 'v_proj']; no regular expressions."
+            json_schema_extra=ADVANCED,
+            description="'all-linear' (recommended), or module names such as ['q_proj', 'v_proj']; no regular expressions.",
         ),
     ] = "all-linear"
     learning_rate: Annotated[
@@ -107,46 +121,56 @@ class TrainingConfig(FrozenModel):
         Field(
             gt=0,
             le=0.1,
-            description="Peak learning rate of LoRA A; B trains lora_plus_ratio times faster. Omit to choose automatically: "
-            "1e-3 for the bundled base model, less for larger ones.",
+            description="Peak learning rate of LoRA A. Omit to choose by the base model.",
         ),
     ] = None
     lora_plus_ratio: Annotated[
-        float, Field(ge=1, le=64, description="LoRA+: learning rate of B / learning rate of A. 1 is plain LoRA.")
+        float,
+        Field(
+            json_schema_extra=ADVANCED,
+            ge=1,
+            le=64,
+            description="LoRA+: learning rate of B / learning rate of A. 1 is plain LoRA.",
+        ),
     ] = 8.0
     lr_scheduler: Annotated[
-        Literal["linear", "cosine", "constant"], Field(description="Learning-rate schedule after warm-up.")
+        Literal["linear", "cosine", "constant"],
+        Field(json_schema_extra=ADVANCED, description="Learning-rate schedule after warm-up."),
     ] = "linear"
     num_epochs: Annotated[
         float | None,
         Field(
             gt=0,
             le=100,
-            description="Passes over the data, instead of max_steps. Omit both to choose automatically: at most 2 hours.",
+            description="Passes over the data, instead of max_steps. Omit both to choose: at most 2 hours.",
         ),
     ] = None
     max_steps: Annotated[
         int | None, Field(ge=1, le=1_000_000, description="Optimiser steps, instead of num_epochs: bounds the time.")
     ] = None
     batch_size: Annotated[
-        int, Field(ge=1, le=256, description="Examples per optimiser step. Small batches learn more per token.")
+        int,
+        Field(
+            json_schema_extra=ADVANCED,
+            ge=1,
+            le=256,
+            description="Examples per optimiser step. Small batches learn more per token.",
+        ),
     ] = 4
     include: Annotated[
         list[Pattern],
         Field(
             max_length=50,
-            description="Patterns (as in .gitignore) of the files to read. Omit to read all code. A pattern that names a "
-            "vendored directory or generated files takes them in: 'vendor/ours/', '*_pb2.py'.",
+            description="Patterns, as in .gitignore, of the files to read. Omit to read all code. One that names vendored or "
+            "generated files takes them in.",
         ),
     ] = []  # noqa: RUF012 -- pydantic copies defaults
-    exclude: Annotated[
-        list[Pattern], Field(max_length=50, description="Patterns of files not to read. Omit to exclude none.")
-    ] = []  # noqa: RUF012 -- pydantic copies defaults
+    exclude: Annotated[list[Pattern], Field(max_length=50, description="Patterns of files not to read.")] = []  # noqa: RUF012 -- pydantic copies defaults
     more_sources: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=4096)]],
         Field(
             max_length=16,
-            description="More repository directories or .jsonl files to train on together with training_data. Omit for none.",
+            description="More repositories or .jsonl files to train on with training_data.",
         ),
     ] = []  # noqa: RUF012 -- pydantic copies defaults
     max_length: Annotated[
@@ -154,18 +178,25 @@ class TrainingConfig(FrozenModel):
         Field(
             ge=64,
             le=8192,
-            description="Most tokens per example; longer units are split at syntax boundaries. Omit for 512, or what records "
-            "need.",
+            description="Most tokens per example; longer code is split. Omit for 512, or what records need.",
         ),
     ] = 512
     warmup_ratio: Annotated[
-        float, Field(ge=0, le=0.5, description="Fraction of the steps with a rising learning rate.")
+        float,
+        Field(
+            json_schema_extra=ADVANCED, ge=0, le=0.5, description="Fraction of the steps with a rising learning rate."
+        ),
     ] = 0.05
-    weight_decay: Annotated[float, Field(ge=0, le=1, description="AdamW weight decay.")] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0, le=100, description="Gradient clipping by global norm.")] = 1.0
+    weight_decay: Annotated[float, Field(json_schema_extra=ADVANCED, ge=0, le=1, description="AdamW weight decay.")] = (
+        0.0
+    )
+    max_grad_norm: Annotated[
+        float, Field(json_schema_extra=ADVANCED, gt=0, le=100, description="Gradient clipping by global norm.")
+    ] = 1.0
     held_out_fraction: Annotated[
         float,
         Field(
+            json_schema_extra=ADVANCED,
             ge=0.02,
             le=0.5,
             description="Fraction of the tokens, in whole files, held out of training to evaluate on; at most about 200 "
@@ -173,51 +204,65 @@ class TrainingConfig(FrozenModel):
         ),
     ] = 0.1
     held_out_by: Annotated[
-        HeldOutBy, Field(description="Which files are held out: random ones, or those changed last in git.")
+        HeldOutBy,
+        Field(
+            json_schema_extra=ADVANCED,
+            description="Which files are held out: random ones, or those changed last in git.",
+        ),
     ] = "file"
     eval_steps: Annotated[
         int | None,
-        Field(ge=1, description="Measure the held-out loss every so many steps. Omit for each quarter of the run."),
+        Field(
+            json_schema_extra=ADVANCED,
+            ge=1,
+            description="Measure the held-out loss every so many steps. Omit for each quarter of the run.",
+        ),
     ] = None
     early_stopping_patience: Annotated[
         int | None,
         Field(
+            json_schema_extra=ADVANCED,
             ge=1,
             le=100,
             description="Stop after so many held-out measurements (on a sample) without improvement, and keep the best "
             "weights. Omit to never stop early. Use it with num_epochs > 1.",
         ),
     ] = None
-    mixture: Annotated[
-        TaskMixture, Field(description="Which code units are reformatted. Omit to train on plain text.")
-    ] = TaskMixture()
-    allow_little_data: Annotated[
-        bool, Field(description="Train even with fewer than 50 units, which is rejected by default.")
-    ] = False
-    skip_unusable_records: Annotated[
-        bool, Field(description="Skip and count records that cannot be used, instead of refusing the file.")
-    ] = False
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="Same seed, machine and data: same result.")] = 0
-    device: Annotated[DeviceName, Field(description="'auto' uses MPS (Apple silicon), else CUDA, else the CPU.")] = (
-        "auto"
+    mixture: Annotated[TaskMixture, Field(description="Which code units are reformatted. Omit for plain text.")] = (
+        TaskMixture()
     )
+    allow_little_data: Annotated[bool, Field(description="Train even with fewer than 50 units.")] = False
+    skip_unusable_records: Annotated[
+        bool, Field(description="Skip and count unusable records instead of refusing the file.")
+    ] = False
+    seed: Annotated[
+        int,
+        Field(json_schema_extra=ADVANCED, ge=0, le=2**32 - 1, description="Same seed, machine and data: same result."),
+    ] = 0
+    device: Annotated[
+        DeviceName,
+        Field(json_schema_extra=ADVANCED, description="'auto' uses MPS (Apple silicon), else CUDA, else the CPU."),
+    ] = "auto"
     precision: Annotated[
         Precision,
         Field(
+            json_schema_extra=ADVANCED,
             description="Arithmetic of products with the base weights. 'auto' uses bfloat16 if the CPU or GPU supports it, "
-            "else float32. Adapter, gradients and losses are always float32."
+            "else float32. Adapter, gradients and losses are always float32.",
         ),
     ] = "auto"
     make_current: Annotated[
         Literal["unless_it_harms", "always", "never"],
         Field(
+            json_schema_extra=ADVANCED,
             description="Whether the new adapter becomes the project's current one. 'unless_it_harms': not if it raises the "
-            "held-out loss, or the loss on general code by more than it gains; it is saved anyway."
+            "held-out loss, or the loss on general code by more than it gains; it is saved anyway.",
         ),
     ] = "unless_it_harms"
     max_memory_mb: Annotated[
         int | None,
         Field(
+            json_schema_extra=ADVANCED,
             ge=256,
             description="Memory limit for training in MB (10^6 bytes). Omit for the setting max_memory_mb, else the memory "
             "available now. A run estimated to need more uses a slower plan, or is rejected.",

@@ -6,6 +6,7 @@ attempt if it reads the complete range, so what is allowed is worded from the JS
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,9 +15,17 @@ from pydantic_core import ErrorDetails, to_jsonable_python
 
 from peft_core.errors import InvalidArgument
 from peft_core.schemas.generation import GenerationRequest
-from peft_core.schemas.training import TrainingConfig
+from peft_core.schemas.training import SETTINGS_URI, TrainingConfig
 
 MAX_LISTED = 5
+_FEW_FIELDS = 16
+_OTHER_NAMES = {  # what other trainers call a setting
+    "lr": "learning_rate", "r": "rank", "lora_r": "rank", "lora_rank": "rank", "lora_alpha": "alpha",
+    "lora_dropout": "dropout", "epochs": "num_epochs", "num_train_epochs": "num_epochs", "n_epochs": "num_epochs",
+    "steps": "max_steps", "iters": "max_steps", "per_device_train_batch_size": "batch_size", "max_seq_length": "max_length",
+    "max_seq_len": "max_length", "context_length": "max_length", "cutoff_len": "max_length", "model": "base_model",
+    "model_name": "base_model", "lr_scheduler_type": "lr_scheduler", "patience": "early_stopping_patience",
+}  # fmt: skip
 TEXT_FIELDS = frozenset({"prompt", "prefix", "suffix"})  # any text is meant as it is, even an empty one
 
 
@@ -85,13 +94,39 @@ def refuse_unknown(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> N
             raise InvalidArgument(name, value, _no_such_field(name, schema), suggestions=["Correct it and call again"])
 
 
-def _no_such_field(name: str, schema: Mapping[str, Any]) -> str:
+def _no_such_field(name: str, schema: Mapping[str, Any], *, nested: bool = False) -> str:
+    """Word that a field is unknown: with the field that is meant, the nearest ones, or all of them if they are few."""
     import difflib  # noqa: PLC0415 -- only errors need it
 
     known = sorted(schema.get("properties", {}))
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"Did you mean '{near[0]}'? " if near else ""
-    return f"there is no such field. {hint}Known: {', '.join(known)}"
+    setting = _OTHER_NAMES.get(name.lower(), name)
+    if not nested and "config" in known and setting in TrainingConfig.model_fields:
+        return f"this setting must be inside config, as config.{setting}"
+    near = [setting] if setting in known else difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    near = near or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    words = ["there is no such field."]
+    if near:
+        words.append(f"Did you mean {' or '.join(map(repr, near))}?")
+    if len(known) <= _FEW_FIELDS:
+        words.append(f"Known: {', '.join(known)}")
+    elif known == sorted(TrainingConfig.model_fields):
+        words.append(f"The resource {SETTINGS_URI} lists all {len(known)}")
+    return " ".join(words)
+
+
+def describe_settings(model: type[BaseModel]) -> str:
+    """Return a list of a model's fields in Markdown: what each does, what it allows, its default."""
+    schema = model.model_json_schema()
+    lines = []
+    for name, field in schema["properties"].items():
+        node = _resolve(field, schema)
+        default = f" Default: {json.dumps(field['default'])}." if field.get("default") not in (None, [], {}) else ""
+        lines.append(f"- `{name}`: {field['description']} Allowed: {describe_schema(field, schema)}.{default}")
+        for inner, inner_field in node.get("properties", {}).items():
+            lines.append(
+                f"  - `{name}.{inner}`: {inner_field['description']} Allowed: {describe_schema(inner_field, schema)}."
+            )
+    return "\n".join(lines) + "\n"
 
 
 def _merge_alternatives(problems: Sequence[ErrorDetails]) -> list[ErrorDetails]:
@@ -113,7 +148,7 @@ def _describe(problem: ErrorDetails, schema: Mapping[str, Any], prefix: Sequence
     parent, own = _look_up(schema, path)
     match problem["type"]:
         case "extra_forbidden":
-            return field, problem["input"], _no_such_field(str(path[-1]), parent)
+            return field, problem["input"], _no_such_field(str(path[-1]), parent, nested=len(prefix) + len(path) > 1)
         case "missing":
             return field, None, f"it is required{_must_be(own, schema, ' and must be ')}"
         case "value_error":

@@ -19,16 +19,14 @@ from server.tools.adapters import AdapterPath
 from server.tools.inference import BaseRef
 
 JobId = Annotated[str | None, Field(description="As train_adapter returned it. Omit to use the project's latest job.")]
-WaitSeconds = Annotated[
-    float, Field(ge=0, le=45, description="Wait this long and stream progress; returns earlier when the job ends.")
-]
+WaitSeconds = Annotated[float, Field(ge=0, le=45, description="Wait so many seconds; stream progress.")]
 TrainingData = Annotated[
     str | list[dict[str, Any]],
     Field(
-        description="Absolute path of a repository directory (its code is read, secrets are left out), of a file of "
-        "records (.jsonl, .json, .csv, .parquet; also a copied session of Claude Code or Codex) or of a LanceDB table of "
-        'code chunks (NAME.lance); or a list of records of one form: {"text"}, {"prompt", "completion"}, {"messages": '
-        '[{"role", "content"}]}, {"instruction", "input", "output"} or {"content", "language", "file_path"}.'
+        description="Absolute path of a repository, a file of records (.jsonl, .json, .csv, .parquet, or a session of Claude "
+        "Code or Codex) or a LanceDB table (NAME.lance) of code chunks; or a list of records of one form: "
+        '{"text"}, {"prompt", "completion"}, {"messages": [{"role", "content"}]}, {"instruction", "input", "output"}, '
+        '{"content", "language", "file_path"}.'
     ),
 ]
 DEFAULTS = TrainingConfig()

@@ -189,7 +189,11 @@ BAD_INPUT: list[tuple[str, dict[str, Any], list[str]]] = [
     ("train_adapter", {"project_id": "web"}, ["training_data", "required"]),
     ("train_adapter", {"project_id": "a/b", "training_data": "CODE"}, ["project_id = 'a/b'", "letters, digits"]),
     ("train_adapter", {"project_id": "..", "training_data": "CODE"}, ["project_id = '..'", "letters, digits"]),
-    ("train_adapter", {"project_id": "web", "training_data": "CODE", "epochs": 3}, ["epochs", "no such field"]),
+    (
+        "train_adapter",
+        {"project_id": "web", "training_data": "CODE", "epochs": 3},
+        ["epochs", "inside config, as config.num_epochs"],
+    ),
     (
         "train_adapter",
         {"project_id": "web", "training_data": "CODE", "config": {"rank": 0}},

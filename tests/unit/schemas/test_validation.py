@@ -8,7 +8,7 @@ import pytest
 
 from peft_core.errors import InvalidArgument
 from peft_core.schemas.training import TrainingConfig
-from peft_core.schemas.validation import describe_schema, parse_config, parse_generation
+from peft_core.schemas.validation import describe_schema, parse_config, parse_generation, refuse_unknown
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,10 @@ from peft_core.schemas.validation import describe_schema, parse_config, parse_ge
         ({"max_steps": -5}, ["config.max_steps = -5", "must be an integer from 1"]),
         ({"learnig_rate": 1e-4}, ["config.learnig_rate", "Did you mean 'learning_rate'?"]),
         ({"lora_rank": 8}, ["config.lora_rank", "Did you mean 'rank'?"]),
-        ({"zzz": 1}, ["config.zzz", "Known: allow_little_data, alpha, base_model"]),
+        ({"zzz": 1}, ["config.zzz", "The resource settings://training lists all"]),
+        ({"lr": 1}, ["config.lr", "Did you mean 'learning_rate'?"]),
+        ({"epochs": 1}, ["config.epochs", "Did you mean 'num_epochs'?"]),
+        ({"mixture": {"fim": 1}}, ["config.mixture.fim", "Known: fill_in_the_middle, instructions"]),
         ({"num_epochs": 2, "max_steps": 10}, ["num_epochs = 2 and max_steps = 10 exclude each other"]),
         ({"device": "tpu"}, ["config.device = 'tpu'", "'mps', 'cuda', 'cpu'"]),
         ({"target_modules": [".*(a+)+"]}, ["config.target_modules"]),
@@ -39,6 +42,14 @@ def test_an_invalid_setting_is_reported_with_its_value_and_what_is_allowed(
         assert part in message
     assert "\n" not in message
     assert "pydantic" not in message
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize("name", ["max_steps", "lr"])
+def test_a_setting_outside_of_config_is_refused_with_the_place_where_it_belongs(name: str) -> None:
+    schema = {"properties": {"project_id": {}, "config": {}}}
+    with pytest.raises(InvalidArgument, match=r"must be inside config, as config\.(max_steps|learning_rate)"):
+        refuse_unknown({name: 1}, schema)
 
 
 def test_several_invalid_settings_are_reported_in_one_error() -> None:

@@ -25,6 +25,8 @@ class Outer(BaseModel):
     records: list[dict[str, Any]] = []
     either: Literal["all"] | list[str] = "all"
     kind: Literal["a"] | None = None
+    name: Annotated[str, Field(min_length=1, max_length=9, pattern="^a")] = "a"
+    rate: Annotated[float, Field(ge=0, description="A rate.", json_schema_extra={"advanced": True})] = 0.5
 
 
 INNER = {
@@ -43,8 +45,8 @@ INNER = {
     [
         pytest.param("optional", {"type": "integer", "minimum": 1, "description": "A number."}, id="null is left out"),
         pytest.param("inner", {**INNER, "description": "Nested."}, id="a nested object is written out"),
-        pytest.param("items", {"type": "array", "default": [], "items": INNER}, id="objects in a list are written out"),
-        pytest.param("records", {"type": "array", "default": [], "items": {"type": "object"}}, id="any object"),
+        pytest.param("items", {"type": "array", "items": INNER}, id="objects in a list are written out"),
+        pytest.param("records", {"type": "array", "items": {"type": "object"}}, id="any object"),
         pytest.param(
             "either",
             {
@@ -54,6 +56,8 @@ INNER = {
             id="const becomes enum",
         ),
         pytest.param("kind", {"type": "string", "enum": ["a"]}, id="a constant or null"),
+        pytest.param("name", {"type": "string", "default": "a"}, id="the sizes of a text are left out"),
+        pytest.param("rate", {"type": "number"}, id="of an advanced setting the type remains"),
     ],
 )
 def test_an_input_schema_is_written_with_few_keywords(field: str, plain: dict[str, Any]) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from mcp.server.mcpserver.tools import Tool
+from mcp.types import ListToolsResult
 
 from peft_core.schemas.generation import GenerationRequest
-from server.app import TOOLS
+from peft_core.schemas.training import SETTINGS_URI, TaskMixture, TrainingConfig
+from server.app import TOOLS, PEFTServer
 from server.generate_output_schemas import output_schemas
+from server.resources import add_settings_resource
 
 
 def schemas_in(schema: Any) -> Iterator[dict[str, Any]]:
@@ -38,6 +42,36 @@ def test_schemas_have_the_fields_of_their_models(tool: Tool) -> None:
     assert tool.parameters["additionalProperties"] is False
 
 
+@pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.name)
+def test_an_input_schema_is_short_enough_for_every_client(tool: Tool) -> None:
+    """Codex strips the descriptions from a longer one."""
+    assert len(json.dumps(tool.parameters, separators=(",", ":"))) <= 4000
+
+
+async def test_the_list_of_tools_is_short_enough_to_be_read_as_one_line() -> None:
+    tools = await PEFTServer(TOOLS).list_tools()
+    listed = ListToolsResult(tools=tools)
+    assert len(listed.model_dump_json(by_alias=True, exclude_none=True)) <= 40_000
+
+
+def test_advanced_settings_are_described_by_a_resource_and_sent_as_types() -> None:
+    config = next(tool for tool in TOOLS if tool.name == "train_adapter").parameters["properties"]["config"]
+    assert list(config["properties"]) == list(TrainingConfig.model_fields)
+    assert config["properties"]["weight_decay"] == {"type": "number"}
+    assert config["properties"]["device"] == {"enum": ["auto", "mps", "cuda", "cpu"], "type": "string"}
+    assert config["properties"]["max_length"]["description"]
+    assert SETTINGS_URI in config["description"]
+
+
+async def test_the_resource_of_settings_says_what_each_setting_does_and_allows() -> None:
+    server = PEFTServer(TOOLS)
+    add_settings_resource(server)
+    (content,) = await server.read_resource(SETTINGS_URI)
+    lines = str(content.content).splitlines()
+    assert len(lines) == len(TrainingConfig.model_fields) + len(TaskMixture.model_fields)
+    assert "- `weight_decay`: AdamW weight decay. Allowed: a number from 0 to 1. Default: 0.0." in lines
+
+
 def test_the_file_of_output_schemas_is_up_to_date() -> None:
     assert {tool.name: tool.output_schema for tool in TOOLS} == output_schemas(), "run `make generated`"
 
@@ -49,7 +83,7 @@ def test_generate_takes_every_field_of_a_generation_request_with_its_default() -
     fields = GenerationRequest.model_json_schema()["properties"]
     for name, field in fields.items():
         assert properties[name]["description"] == field["description"]
-        assert properties[name].get("default") == field.get("default")
+        assert properties[name].get("default") == (None if field.get("default") == [] else field.get("default"))
     assert "required" not in generate.parameters
 
 
