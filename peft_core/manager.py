@@ -37,8 +37,8 @@ from peft_core.schemas.results import (
     TrainingStatus,
     UnloadedAdapter,
 )
-from peft_core.schemas.training import EvaluatedAdapter, ProjectId, TrainingConfig
-from peft_core.schemas.validation import parse_config, parse_generation
+from peft_core.schemas.training import DataSelection, EvaluatedAdapter, ProjectId, TrainingConfig
+from peft_core.schemas.validation import parse_config, parse_generation, parse_selection
 
 POLL_INTERVAL_S = 0.25  # how often `watch_training` reads the status
 
@@ -218,6 +218,7 @@ class PEFTManager:
         evaluation_data: str | Sequence[Mapping[str, Any]],
         base_model: str | None = None,
         *,
+        config: DataSelection | Mapping[str, Any] | None = None,
         accept_unproven_base: bool = False,
     ) -> TrainingStatus:
         """Queue a comparison of base model and adapter in the background and return immediately; follow it like a training.
@@ -227,13 +228,15 @@ class PEFTManager:
             evaluation_data: a repository directory, a file of records, or records. Text that the adapter was trained on is
                 left out, if recorded.
             base_model: omit to use the base model that the adapter was trained on, if it is on this machine.
+            config: a DataSelection or its fields: include, exclude, more_sources, skip_unusable_records.
             accept_unproven_base: evaluate although only the shapes fit (verdict 'shape_only').
         """
+        selection = parse_selection(config)
 
         def queue() -> TrainingStatus:
             directory, base = self._adapters.adapter_and_base(adapter_path, base_model)
             evaluated = EvaluatedAdapter(adapter_path=directory, accept_unproven_base=accept_unproven_base)
-            return self._jobs.evaluate(evaluated, base, evaluation_data)
+            return self._jobs.evaluate(evaluated, base, evaluation_data, selection)
 
         return await run_sync(queue)
 

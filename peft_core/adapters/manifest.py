@@ -58,7 +58,7 @@ class Computation(FrozenModel):
 
 
 class RunRecord(FrozenModel):
-    config: TrainingConfig  # base_model is blank, because it may be a local path
+    config: TrainingConfig  # base_model and more_sources are blank, because they are local paths
     target_modules: tuple[str, ...]  # sorted; 'all-linear' is resolved to module names
     device: str
     weights_dtype: str  # of the frozen base: "float32", "bfloat16"

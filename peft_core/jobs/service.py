@@ -23,7 +23,7 @@ from peft_core.schemas.events import JobResumed
 from peft_core.schemas.local_bases import LocalBases
 from peft_core.schemas.results import Status, TrainingDataReport, TrainingStatus
 from peft_core.schemas.task import JobRequest
-from peft_core.schemas.training import EvaluatedAdapter, TrainingConfig
+from peft_core.schemas.training import DataSelection, EvaluatedAdapter, TrainingConfig
 
 EXTERNAL_PROJECT = "elsewhere"  # project id of evaluations of adapters that were not trained here
 SPEED_HISTORY = 50  # newest completed jobs that are searched for a measured speed on the same base model and device
@@ -52,7 +52,9 @@ class JobService:
         # kill-point: server: the request is planned, nothing is written
         return self._queue(project_id, draft, training_data)
 
-    def evaluate(self, evaluated: EvaluatedAdapter, base: Base, evaluation_data: TrainingData) -> TrainingStatus:
+    def evaluate(
+        self, evaluated: EvaluatedAdapter, base: Base, evaluation_data: TrainingData, selection: DataSelection
+    ) -> TrainingStatus:
         """Queue a job that compares a base model with and without an adapter. It belongs to the adapter's project.
 
         Raises:
@@ -60,7 +62,9 @@ class JobService:
         """
         from peft_core.planning.evaluation import plan_evaluation  # noqa: PLC0415
 
-        draft = plan_evaluation(evaluated, evaluation_data, base, self._settings, self._measured_speed)
+        draft = plan_evaluation(
+            evaluated, evaluation_data, base, self._settings, self._measured_speed, selection=selection
+        )
         return self._queue(self._project_of(evaluated.adapter_path), draft, evaluation_data)
 
     def inspect(self, training_data: TrainingData, config: TrainingConfig) -> TrainingDataReport:

@@ -63,12 +63,10 @@ def plan(
         InvalidArgument, DataError, BaseCheckpointError, StorageError: the job cannot be run, and why.
     """
     device = _device(config)
-    require_place(DatasetPurpose.TRAINING.field, training_data, settings)
+    require_places(DatasetPurpose.TRAINING.field, training_data, config.more_sources, settings)
     base = resolve(config.base_model, settings)
     config = _within_context(config, base)
-    for path in config.more_sources:
-        require_place("config.more_sources", path, settings)
-    source = _summarise(training_data, config)
+    source = summarise(training_data, config, DatasetPurpose.TRAINING)
     _check_source(config, base, source)
     _check_base(config, base)
 
@@ -79,7 +77,7 @@ def plan(
         for compute in plans
     ]
     longer = _longest_affordable(config, base, device, plans, settings)
-    source, config = _with_base(source, training_data, config, base, longer)
+    source, config = with_base(source, training_data, config, base, longer)
     config, chosen = choose_defaults(config, base.shape, source, speeds[0].tokens_per_second)
     chosen = f"{_why_longer(config, source)}{chosen}"
     require_loadable(base)  # last of the checks, because it may take seconds
@@ -104,16 +102,25 @@ def plan(
     )
 
 
-def _summarise(training_data: TrainingData, config: TrainingConfig) -> SourceSummary:
+def summarise(data: TrainingData, config: TrainingConfig, purpose: DatasetPurpose) -> SourceSummary:
+    """Return what the selected data holds; see `summarise_source`."""
     return summarise_source(
-        training_data,
+        data,
         max_length=config.max_length,
+        purpose=purpose,
         selection=Selection(tuple(config.include), tuple(config.exclude)),
         also=config.more_sources,
         held_out_fraction=config.held_out_fraction,
         seed=config.seed,
         skip_unusable_records=config.skip_unusable_records,
     )
+
+
+def require_places(field: str, data: TrainingData, more_sources: Sequence[str], settings: Settings) -> None:
+    """Check that all data of a request may be read; see `require_place`."""
+    require_place(field, data, settings)
+    for path in more_sources:
+        require_place("config.more_sources", path, settings)
 
 
 def require_place(field: str, data: TrainingData, settings: Settings) -> None:
@@ -316,7 +323,7 @@ def _within_context(config: TrainingConfig, base: Base) -> TrainingConfig:
     return lowered
 
 
-def _with_base(
+def with_base(
     source: SourceSummary, given: TrainingData, config: TrainingConfig, base: Base, longer_allowed: int | None
 ) -> tuple[SourceSummary, TrainingConfig]:
     """Return what the records are with this base model, and the settings with the `max_length` that suits them.

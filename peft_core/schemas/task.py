@@ -62,6 +62,7 @@ class JobRequest(FrozenModel):
             max_length=config.max_length,
             held_out_fraction=1.0,
             seed=config.seed,
+            skip_unusable_records=config.skip_unusable_records,
             purpose=self.purpose,
         )
         if self.evaluated is not None:
@@ -71,7 +72,6 @@ class JobRequest(FrozenModel):
                 "held_out_fraction": config.held_out_fraction,
                 "held_out_by": config.held_out_by,
                 "mixture": config.mixture,
-                "skip_unusable_records": config.skip_unusable_records,
                 "enough_examples": None if config.max_steps is None else config.max_steps * config.batch_size,
             }
         )

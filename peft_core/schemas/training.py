@@ -72,7 +72,39 @@ class TaskMixture(FrozenModel):
         return self
 
 
-class TrainingConfig(FrozenModel):
+class DataSelection(FrozenModel):
+    """Which data is read. Every field is optional."""
+
+    include: Annotated[
+        list[Pattern],
+        Field(
+            max_length=50,
+            description="Patterns, as in .gitignore, of the files to read. Omit to read all code. One that names vendored or "
+            "generated files takes them in.",
+        ),
+    ] = []  # noqa: RUF012 -- pydantic copies defaults
+    exclude: Annotated[list[Pattern], Field(max_length=50, description="Patterns of files not to read.")] = []  # noqa: RUF012 -- pydantic copies defaults
+    more_sources: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=4096)]],
+        Field(
+            max_length=16,
+            description="More repositories or .jsonl files to use with the first.",
+        ),
+    ] = []  # noqa: RUF012 -- pydantic copies defaults
+    skip_unusable_records: Annotated[
+        bool, Field(description="Skip and count unusable records instead of refusing the file.")
+    ] = False
+
+    @model_validator(mode="after")
+    def _patterns_are_understood(self) -> DataSelection:
+        for name, patterns in (("include", self.include), ("exclude", self.exclude)):
+            for pattern in patterns:
+                if problem := _pattern_problem(pattern):
+                    raise ValueError(f"{name} has the pattern {pattern!r}: {problem}")
+        return self
+
+
+class TrainingConfig(DataSelection):
     """How to train. Every field is optional; omit all for a first run. Resource settings://training describes the others."""
 
     base_model: Annotated[
@@ -157,22 +189,6 @@ class TrainingConfig(FrozenModel):
             description="Examples per optimiser step. Small batches learn more per token.",
         ),
     ] = 4
-    include: Annotated[
-        list[Pattern],
-        Field(
-            max_length=50,
-            description="Patterns, as in .gitignore, of the files to read. Omit to read all code. One that names vendored or "
-            "generated files takes them in.",
-        ),
-    ] = []  # noqa: RUF012 -- pydantic copies defaults
-    exclude: Annotated[list[Pattern], Field(max_length=50, description="Patterns of files not to read.")] = []  # noqa: RUF012 -- pydantic copies defaults
-    more_sources: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=4096)]],
-        Field(
-            max_length=16,
-            description="More repositories or .jsonl files to train on with training_data.",
-        ),
-    ] = []  # noqa: RUF012 -- pydantic copies defaults
     max_length: Annotated[
         int,
         Field(
@@ -232,9 +248,6 @@ class TrainingConfig(FrozenModel):
         TaskMixture()
     )
     allow_little_data: Annotated[bool, Field(description="Train even with fewer than 50 units.")] = False
-    skip_unusable_records: Annotated[
-        bool, Field(description="Skip and count unusable records instead of refusing the file.")
-    ] = False
     seed: Annotated[
         int,
         Field(json_schema_extra=ADVANCED, ge=0, le=2**32 - 1, description="Same seed, machine and data: same result."),
@@ -277,10 +290,6 @@ class TrainingConfig(FrozenModel):
             )
         if self.target_modules == []:
             raise ValueError("target_modules is empty: it must name at least one module, or be 'all-linear'")
-        for name, patterns in (("include", self.include), ("exclude", self.exclude)):
-            for pattern in patterns:
-                if problem := _pattern_problem(pattern):
-                    raise ValueError(f"{name} has the pattern {pattern!r}: {problem}")
         return self
 
     @property

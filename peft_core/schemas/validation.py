@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, to_jsonable_python
 
 from peft_core.errors import InvalidArgument
 from peft_core.schemas.generation import GenerationRequest
-from peft_core.schemas.training import SETTINGS_URI, TrainingConfig
+from peft_core.schemas.training import SETTINGS_URI, DataSelection, TrainingConfig
 
 MAX_LISTED = 5
 _FEW_FIELDS = 16
@@ -26,6 +26,7 @@ _OTHER_NAMES = {  # what other trainers call a setting
     "max_seq_len": "max_length", "context_length": "max_length", "cutoff_len": "max_length", "model": "base_model",
     "model_name": "base_model", "lr_scheduler_type": "lr_scheduler", "patience": "early_stopping_patience",
 }  # fmt: skip
+Config = TypeVar("Config", bound=DataSelection)
 TEXT_FIELDS = frozenset({"prompt", "prefix", "suffix"})  # any text is meant as it is, even an empty one
 
 
@@ -35,12 +36,23 @@ def parse_config(config: TrainingConfig | Mapping[str, Any] | None) -> TrainingC
     Raises:
         InvalidArgument: an unknown key (with the nearest known one), a value out of range.
     """
-    if isinstance(config, TrainingConfig):
-        return config
+    return config if isinstance(config, TrainingConfig) else _parse(config, TrainingConfig)
+
+
+def parse_selection(config: DataSelection | Mapping[str, Any] | None) -> DataSelection:
+    """Return a DataSelection from what a Python caller may pass.
+
+    Raises:
+        InvalidArgument: as for `parse_config`.
+    """
+    return config if isinstance(config, DataSelection) else _parse(config, DataSelection)
+
+
+def _parse(config: Mapping[str, Any] | None, model: type[Config]) -> Config:
     try:
-        return TrainingConfig.model_validate(omit_unset(config or {}, TrainingConfig))
+        return model.model_validate(omit_unset(config or {}, model))
     except ValidationError as error:
-        raise invalid_argument(error, TrainingConfig.model_json_schema(), prefix=("config",)) from error
+        raise invalid_argument(error, model.model_json_schema(), prefix=("config",)) from error
 
 
 def parse_generation(request: GenerationRequest | Mapping[str, Any]) -> GenerationRequest:
@@ -100,7 +112,7 @@ def _no_such_field(name: str, schema: Mapping[str, Any], *, nested: bool = False
 
     known = sorted(schema.get("properties", {}))
     setting = _OTHER_NAMES.get(name.lower(), name)
-    if not nested and "config" in known and setting in TrainingConfig.model_fields:
+    if not nested and setting in schema["properties"].get("config", {}).get("properties", ()):
         return f"this setting must be inside config, as config.{setting}"
     near = [setting] if setting in known else difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     near = near or difflib.get_close_matches(name, known, n=3, cutoff=0.5)

@@ -294,7 +294,7 @@ def _write_adapter(
     session.start_phase(Phase.SAVING)
     request, progress, dataset = session.task.request, loop.progress, data.dataset
     run_record = RunRecord(
-        config=request.config.model_copy(update={"base_model": None}),
+        config=request.config.model_copy(update={"base_model": None, "more_sources": []}),
         target_modules=lora.target_modules(adapted),
         device=session.device.device,
         weights_dtype="bfloat16" if base.compute_plan.weights == "bfloat16" else "float32",

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from peft_core.manager import PEFTManager
 from peft_core.schemas.results import TrainingDataReport, TrainingStatus
-from peft_core.schemas.training import ProjectId, TrainingConfig
+from peft_core.schemas.training import DataSelection, ProjectId, TrainingConfig
 from server.format_results import format_inspection, format_status
 from server.progress import stream_progress
 from server.status_text import WAIT_S, headline
@@ -30,6 +30,7 @@ TrainingData = Annotated[
     ),
 ]
 DEFAULTS = TrainingConfig()
+ALL_DATA = DataSelection()
 
 
 async def train_adapter(
@@ -72,6 +73,7 @@ async def evaluate_adapter(
     *,
     ctx: Context[PEFTManager, Any],
     base_model: BaseRef = None,
+    config: DataSelection = ALL_DATA,
     accept_unproven_base: Annotated[
         bool, Field(description="Evaluate although nothing proves that the adapter belongs to this base (shape_only).")
     ] = False,
@@ -83,7 +85,7 @@ async def evaluate_adapter(
     """
     manager = ctx.request_context.lifespan_context
     status = await manager.evaluate_adapter(
-        adapter_path, evaluation_data, base_model, accept_unproven_base=accept_unproven_base
+        adapter_path, evaluation_data, base_model, config=config, accept_unproven_base=accept_unproven_base
     )
     if wait_s:
         statuses = manager.watch_training(status.project_id, status.job_id, timeout_s=wait_s)

@@ -34,7 +34,7 @@ def fields_of(schema: Any) -> Any:
         if name in ("properties", "$defs")
         else fields_of(value)
         for name, value in schema.items()
-        if name not in ("title", "description", "default")
+        if name not in ("title", "description", "default", "advanced")
     }
 
 

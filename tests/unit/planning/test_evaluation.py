@@ -19,7 +19,7 @@ from peft_core.planning.evaluation import plan_evaluation
 from peft_core.schemas.dataset import DatasetPurpose
 from peft_core.schemas.events import Evaluated
 from peft_core.schemas.task import JobRequest
-from peft_core.schemas.training import EvaluatedAdapter, TrainingConfig
+from peft_core.schemas.training import DataSelection, EvaluatedAdapter, TrainingConfig
 from tests.factories import make_dataset_spec, make_evaluation, make_job, make_manifest, record_base
 from tests.model_files import model_shapes, write_adapter, write_model
 
@@ -29,7 +29,13 @@ RECORDS = [
 
 
 def planned(
-    tmp_path: Path, data: Any, *, base: Path | None = None, accept: bool = True, limit: int | None = None
+    tmp_path: Path,
+    data: Any,
+    *,
+    base: Path | None = None,
+    accept: bool = True,
+    limit: int | None = None,
+    selection: DataSelection | None = None,
 ) -> JobRequest:
     base = base or write_model(tmp_path / "base")
     adapter = tmp_path / "adapter"
@@ -37,7 +43,14 @@ def planned(
         write_adapter(adapter)
     settings = Settings(data_dir=tmp_path / "data", max_memory_mb=limit)
     evaluated = EvaluatedAdapter(adapter_path=adapter, accept_unproven_base=accept)
-    return plan_evaluation(evaluated, data, resolve(str(base), settings), settings, lambda _base, _device: None)
+    return plan_evaluation(
+        evaluated,
+        data,
+        resolve(str(base), settings),
+        settings,
+        lambda _base, _device: None,
+        selection=selection or DataSelection(),
+    )
 
 
 def test_evaluating_a_foreign_adapter_is_planned_with_an_estimate(tmp_path: Path) -> None:
@@ -54,6 +67,48 @@ def test_the_settings_of_the_training_are_used_for_the_evaluation(tmp_path: Path
     write_manifest(adapter, make_manifest("a-01", config=TrainingConfig(max_length=64, seed=7)))
     config = planned(tmp_path, RECORDS).config
     assert (config.max_length, config.seed) == (64, 7)
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """Two directories of code."""
+    for name in ("ours", "theirs"):
+        (tmp_path / "code" / name).mkdir(parents=True)
+        for number in range(8):
+            text = f"def {name}_{number}(a, b):\n    total = a + b * {number}\n    return total - {number * 7}\n"
+            (tmp_path / "code" / name / f"m{number}.py").write_text(text)
+    return tmp_path / "code"
+
+
+def test_the_code_to_evaluate_on_is_selected_as_for_a_training(tmp_path: Path, repository: Path) -> None:
+    request = planned(tmp_path, str(repository), selection=TrainingConfig(exclude=["theirs/"], rank=4))
+    assert request.found.files == 8
+    assert request.dataset.exclude == ("theirs/",)
+    assert planned(tmp_path, str(repository)).found.files == 16
+
+
+def test_several_sources_are_evaluated_together(tmp_path: Path, repository: Path) -> None:
+    selection = DataSelection(more_sources=[str(repository / "theirs")])
+    request = planned(tmp_path, str(repository / "ours"), selection=selection)
+    assert request.found.files == 16
+    assert [source.path for source in request.dataset.sources] == [repository / "ours", repository / "theirs"]
+
+
+def test_unusable_records_are_skipped_where_the_evaluation_allows_it(tmp_path: Path) -> None:
+    records = [*RECORDS, {"text": "x", "mood": "kind"}]
+    request = planned(tmp_path, records, selection=DataSelection(skip_unusable_records=True))
+    assert (request.found.examples, request.dataset.skip_unusable_records) == (12, True)
+    with pytest.raises(DataError, match="the key 'mood' is not used"):
+        planned(tmp_path, records)
+
+
+def test_the_selection_of_the_training_is_named_if_the_evaluation_has_another(tmp_path: Path, repository: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter")
+    write_manifest(adapter, make_manifest("a-01", config=TrainingConfig(include=["ours/"])))
+    assert planned(tmp_path, str(repository)).found.advice == (
+        "All code is evaluated, although the adapter was trained with include = ['ours/']",
+    )
+    assert planned(tmp_path, str(repository), selection=DataSelection(include=["ours/"])).found.advice == ()
 
 
 @pytest.mark.parametrize(

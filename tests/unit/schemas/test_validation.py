@@ -47,7 +47,7 @@ def test_an_invalid_setting_is_reported_with_its_value_and_what_is_allowed(
 
 @pytest.mark.parametrize("name", ["max_steps", "lr"])
 def test_a_setting_outside_of_config_is_refused_with_the_place_where_it_belongs(name: str) -> None:
-    schema = {"properties": {"project_id": {}, "config": {}}}
+    schema = {"properties": {"project_id": {}, "config": {"properties": {"max_steps": {}, "learning_rate": {}}}}}
     with pytest.raises(InvalidArgument, match=r"must be inside config, as config\.(max_steps|learning_rate)"):
         refuse_unknown({name: 1}, schema)
 
