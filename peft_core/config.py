@@ -86,6 +86,13 @@ class Settings(BaseSettings):
             "http://127.0.0.1:11434."
         ),
     ] = None
+    vllm_base_url: Annotated[
+        str | None,
+        Field(
+            description="Address of a running vLLM, which loads each adapter that is exported to it; VLLM_API_KEY is sent to "
+            "it only. Unset: only a vLLM on this machine that a request names."
+        ),
+    ] = None
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR"],
         Field(description="Least severe messages that are logged to stderr."),

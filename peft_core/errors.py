@@ -13,6 +13,7 @@ PeftMcpError
 ├── JobStateError        the job's state does not allow the request
 ├── ExportError          an adapter cannot be exported, or the written file does not compute the same
 ├── OllamaError          Ollama is absent, refuses, or takes too long
+├── VllmError            vLLM is absent, refuses, or takes too long
 ├── StorageError         the data directory: no space, no permission, a newer database
 └── TrainingError        the training itself failed
     └── NonFiniteError   a loss or gradient is NaN or Inf
@@ -155,6 +156,10 @@ class ExportError(PeftMcpError):
 
 class OllamaError(PeftMcpError):
     code = "ollama"
+
+
+class VllmError(PeftMcpError):
+    code = "vllm"
 
 
 class StorageError(PeftMcpError):

@@ -24,7 +24,7 @@ from peft_core.export.service import ExportService
 from peft_core.inference.client import ProgressCallback
 from peft_core.inference.service import InferenceService, TrainingNeed
 from peft_core.jobs.service import JobService
-from peft_core.schemas.export import ExportReport
+from peft_core.schemas.export import ExportOptions, ExportReport
 from peft_core.schemas.generation import EngineChoice, Generation, GenerationRequest
 from peft_core.schemas.local_bases import LocalBases
 from peft_core.schemas.results import (
@@ -38,7 +38,7 @@ from peft_core.schemas.results import (
     UnloadedAdapter,
 )
 from peft_core.schemas.training import DataSelection, EvaluatedAdapter, ProjectId, TrainingConfig
-from peft_core.schemas.validation import parse_config, parse_generation, parse_selection
+from peft_core.schemas.validation import parse_config, parse_export_options, parse_generation, parse_selection
 
 POLL_INTERVAL_S = 0.25  # how often `watch_training` reads the status
 
@@ -268,12 +268,8 @@ class PEFTManager:
         self,
         adapter_path: str,
         to: str,
+        options: ExportOptions | Mapping[str, Any] | None = None,
         *,
-        output_path: str | None = None,
-        format: str | None = None,  # noqa: A002 -- the argument's name for users
-        base_model: str | None = None,
-        overwrite: bool = False,
-        model_name: str | None = None,
         on_progress: ProgressCallback | None = None,
     ) -> ExportReport:
         """Write an adapter in the form of another runtime, and compare what the written file computes there with PEFT.
@@ -283,23 +279,10 @@ class PEFTManager:
         Args:
             adapter_path: a directory, or a project id (its current adapter).
             to: 'gguf-lora', 'merged', 'ollama', 'vllm', 'mlx', 'hub' or 'editors'.
-            output_path: the directory to create; omit to use `projects/ID/exports/ADAPTER/` in the data directory.
-            format: number format of 'gguf-lora' and 'merged'; 'huggingface' for a merged model directory.
-            base_model: omit to use the base model that the adapter was trained on, if it is on this machine.
-            overwrite: replace an earlier export, in Ollama also a model of the same name.
-            model_name: of the model in Ollama; omit to name it after base model and project.
+            options: `ExportOptions` or its fields; without output_path the files are in `projects/ID/exports/ADAPTER/`.
             on_progress: awaited with (done, total, message).
         """
-        return await self._exports.export(
-            adapter_path,
-            to,
-            output_path=output_path,
-            format=format,
-            base_model=base_model,
-            overwrite=overwrite,
-            model_name=model_name,
-            on_progress=on_progress,
-        )
+        return await self._exports.export(adapter_path, to, parse_export_options(options), on_progress)
 
     async def aclose(self) -> None:
         """Stop the inference worker if one runs. Jobs keep running."""

@@ -6,7 +6,6 @@ answer says which model wrote it. The HTTP API is documented at https://docs.oll
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 import time
@@ -15,10 +14,10 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
 
 from peft_core.errors import OllamaError, sanitize
 from peft_core.schemas.frozen import FrozenModel
+from peft_core.system.addresses import local_address
 
 if TYPE_CHECKING:
     import ollama
@@ -286,20 +285,6 @@ def canonical(model: str) -> str:
     """Return a model's name with its tag, in one case: Ollama compares names so."""
     name = model.lower()
     return name if name.rfind(":") > name.rfind("/") else f"{name}:latest"
-
-
-def local_address(address: str) -> str:
-    """Return the address of a server as a client uses it: 0.0.0.0, which a server listens on, becomes 127.0.0.1."""
-    return re.sub(r"^((?:https?://)?)(?:0\.0\.0\.0|\[::\])(?=[:/]|$)", r"\g<1>127.0.0.1", address.strip().rstrip("/"))
-
-
-def is_on_this_machine(address: str) -> bool:
-    """Return whether an address is a loopback one."""
-    try:
-        host = urlsplit(address if "://" in address else f"http://{address}").hostname or "127.0.0.1"
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _number(version: str) -> tuple[int, int, int] | None:

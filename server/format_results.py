@@ -123,9 +123,10 @@ def format_generation(generation: Generation) -> CallToolResult:
 def format_export(report: ExportReport) -> CallToolResult:
     usage = "\n".join(f"- {line}" for line in report.usage)
     warnings = "".join(f"\nWarning: {warning}" for warning in report.warnings)
+    again = f"\n{report.next}" if report.next_step is not None else ""
     return tool_result(
         report,
-        f"{report.summary}\n{report.directory}\nUse it:\n{usage}{warnings}\n{report.next}",
+        f"{report.summary}\n{report.directory}\nUse it:\n{usage}{warnings}{again}",
         omit=frozenset({"summary", "usage", "warnings"}),
     )
 

@@ -10,22 +10,22 @@ from peft_core.base_models.ollama_store import OllamaModel, find_ollama_by_weigh
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument
 from peft_core.export.request import OllamaPlan
-from peft_core.ollama import DEFAULT_ADDRESS, OllamaClient, OllamaStatus, canonical, is_on_this_machine, local_address
+from peft_core.ollama import DEFAULT_ADDRESS, OllamaClient, OllamaStatus, canonical
 from peft_core.schemas.base_model import Base
+from peft_core.schemas.export import ExportOptions
+from peft_core.system.addresses import is_on_this_machine, local_address
 
 LORA = "lora"
 _ALLOWED = "must be [NAMESPACE/]NAME[:TAG] of letters, digits, '.', '-' and '_'"
 
 
-def plan_ollama(
-    requested: str | None, adapter: Path, base: Base, settings: Settings, *, overwrite: bool
-) -> tuple[OllamaPlan, bool]:
+def plan_ollama(adapter: Path, base: Base, options: ExportOptions, settings: Settings) -> tuple[OllamaPlan, bool]:
     """Return the plan, and whether the server takes a LoRA file beside this base model.
 
     Raises:
         InvalidArgument: The name is refused, is the base model's, or is taken.
     """
-    name = _model_name(requested, adapter, base, settings)
+    name = _model_name(options.model_name, adapter, base, settings)
     address, refusal = _address(settings)
     status = OllamaStatus(address=address, reachable=False, reason=refusal)
     if not refusal:
@@ -37,7 +37,7 @@ def plan_ollama(
         return OllamaPlan(model=name, address=None, reason=reason, version=status.version), False
     stored = find_ollama_by_weights(base.path) if base.format == "gguf" else None
     own = _own_name(stored, status)
-    _require_free_name(name, own, status, overwrite=overwrite)
+    _require_free_name(name, own, status, overwrite=options.overwrite)
     plan = OllamaPlan(model=name, address=address, version=status.version, base_model=own)
     return plan, status.takes_adapters and base.format == "gguf"
 

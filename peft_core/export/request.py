@@ -22,6 +22,14 @@ class OllamaPlan(FrozenModel):
     base_model: str | None = None  # the server's own name of the base model, with exactly these weights
 
 
+class VllmPlan(FrozenModel):
+    """Which vLLM loads the exported adapter."""
+
+    address: str
+    model: str | None  # its name there; None: that of the exported files
+    sends_key: bool  # whether the user's VLLM_API_KEY is for this server
+
+
 class ExportRequest(FrozenModel):
     adapter_path: Path
     adapter_id: str
@@ -35,6 +43,7 @@ class ExportRequest(FrozenModel):
     held_out: Path | None  # held-out examples of the adapter's training, if they are still there
     base_models_dir: Path  # cache of converted base models
     ollama: OllamaPlan | None = None  # for that target
+    vllm: VllmPlan | None = None  # for that target
     lock: Path  # held during an export: one at a time
 
 

@@ -24,8 +24,9 @@ from peft_core.export.matching import refuse_mismatch
 from peft_core.export.output import default_output, require_free, require_output, staging_directory
 from peft_core.export.request import ExportProgress, ExportRequest, OllamaPlan
 from peft_core.export.targets import parse_format, parse_target
+from peft_core.export.vllm_plan import plan_vllm
 from peft_core.schemas.base_model import Base
-from peft_core.schemas.export import ExportReport
+from peft_core.schemas.export import ExportOptions, ExportReport
 from peft_core.schemas.results import ErrorInfo
 from peft_core.system.child_process import (
     child_environment,
@@ -47,16 +48,7 @@ class ExportService:
         self._adapters = adapters
 
     async def export(
-        self,
-        adapter_path: str,
-        to: str,
-        *,
-        output_path: str | None = None,
-        format: str | None = None,  # noqa: A002 -- the argument's name for users
-        base_model: str | None = None,
-        overwrite: bool = False,
-        model_name: str | None = None,
-        on_progress: ProgressCallback | None = None,
+        self, adapter_path: str, to: str, options: ExportOptions, on_progress: ProgressCallback | None = None
     ) -> ExportReport:
         """Write an adapter in another form and compare the written file with PEFT. Cancelling leaves nothing behind.
 
@@ -66,71 +58,51 @@ class ExportService:
             StorageError: not enough disk space.
             ExportError: it cannot be expressed, or the written file computes something else.
         """
-        request = await run_sync(
-            partial(
-                self._request,
-                adapter_path,
-                to,
-                output_path,
-                format,
-                base_model,
-                overwrite=overwrite,
-                model_name=model_name,
-            )
-        )
+        request = await run_sync(self._request, adapter_path, to, options)
         return await self._run(request, on_progress)
 
-    def _request(
-        self,
-        adapter_path: str,
-        to: str,
-        output_path: str | None,
-        format_name: str | None,
-        base_model: str | None,
-        *,
-        overwrite: bool,
-        model_name: str | None,
-    ) -> ExportRequest:
+    def _request(self, adapter_path: str, to: str, options: ExportOptions) -> ExportRequest:
         target = parse_target(to)
-        directory, base = self._adapters.adapter_and_base(adapter_path, base_model)
-        chosen = parse_format(target, format_name, base.shape)
-        self._require_compatible(adapter_path, directory, base, named=base_model is not None)
+        directory, base = self._adapters.adapter_and_base(adapter_path, options.base_model)
+        chosen = parse_format(target, options.format, base.shape)
+        self._require_compatible(adapter_path, directory, base, named=options.base_model is not None)
         paths = self._settings.paths
         output = default_output(paths, directory, target, chosen)
-        if output_path is not None:
-            output = require_output(output_path, paths, self._settings.allowed_roots)
-        require_free(output, overwrite=overwrite)
+        if options.output_path is not None:
+            output = require_output(options.output_path, paths, self._settings.allowed_roots)
+        require_free(output, overwrite=options.overwrite)
         ollama = None
         if target == "ollama":
-            ollama, chosen = self._for_ollama(model_name, directory, base, format_name, chosen, overwrite=overwrite)
-        elif model_name is not None:
-            raise InvalidArgument("model_name", model_name, f"to={target!r} has no model name; omit it")
+            ollama, chosen = self._for_ollama(directory, base, options, chosen)
+        elif target != "vllm":
+            for field in ("model_name", "vllm_address"):
+                if getattr(options, field) is not None:
+                    raise InvalidArgument(field, getattr(options, field), f"is not used with to={target!r}; omit it")
         held_out = paths.job(directory.name).dataset / "held_out.jsonl"
         trained_here = directory.is_relative_to(paths.projects)
         return ExportRequest(
             adapter_path=directory,
             adapter_id=directory.name,
             base=base,
-            base_was_named=base_model is not None,
+            base_was_named=options.base_model is not None,
             to=target,
             format=chosen,
             directory=output,
-            overwrite=overwrite,
+            overwrite=options.overwrite,
             token=secrets.token_hex(4),
             held_out=held_out if trained_here and held_out.is_file() else None,
             base_models_dir=paths.base_models,
             ollama=ollama,
+            vllm=plan_vllm(options, self._settings) if target == "vllm" else None,
             lock=paths.exports_lock,
         )
 
-    def _for_ollama(
-        self, name: str | None, adapter: Path, base: Base, requested: str | None, chosen: str, *, overwrite: bool
-    ) -> tuple[OllamaPlan, str]:
+    def _for_ollama(self, adapter: Path, base: Base, options: ExportOptions, chosen: str) -> tuple[OllamaPlan, str]:
         """Return the plan, and the format: a LoRA file where the server takes one, unless another format was requested."""
         from peft_core.export.ollama_plan import LORA, plan_ollama  # noqa: PLC0415 -- not at the server's start
 
-        plan, takes_lora = plan_ollama(name, adapter, base, self._settings, overwrite=overwrite)
-        if requested is None:
+        plan, takes_lora = plan_ollama(adapter, base, options, self._settings)
+        if options.format is None:
             return plan, LORA if takes_lora else chosen
         if chosen == LORA and (base.format != "gguf" or (plan.address is not None and not takes_lora)):
             why = (
@@ -138,7 +110,9 @@ class ExportService:
                 if base.format == "gguf"
                 else "with a base model that is no GGUF file it takes"
             )
-            raise InvalidArgument("format", requested, f"{why} whole models only; omit it to export a merged model")
+            raise InvalidArgument(
+                "format", options.format, f"{why} whole models only; omit it to export a merged model"
+            )
         return plan, chosen
 
     def _require_compatible(self, adapter_path: str, directory: Path, base: Base, *, named: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -10,6 +10,31 @@ from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.results import NextStep
 
 ExportTarget = Literal["gguf-lora", "merged", "ollama", "vllm", "mlx", "hub", "editors"]
+
+
+class ExportOptions(FrozenModel):
+    """How an adapter is exported. The fields are arguments of the tool `export_adapter`."""
+
+    output_path: Annotated[
+        str | None, Field(description="Absolute path of the directory to create. Omit to use the project's exports.")
+    ] = None
+    format: Annotated[
+        str | None,
+        Field(
+            description="gguf-lora: f32, f16. merged, ollama: f16, q8_0, q6_k, q5_k_m, q4_k_m, ...; merged: huggingface. "
+            "Omit to use the default."
+        ),
+    ] = None
+    base_model: Annotated[
+        str | None, Field(description="As in load_adapter. Omit to use the one that the adapter was trained on.")
+    ] = None
+    overwrite: Annotated[bool, Field(description="Replace an earlier export.")] = False
+    model_name: Annotated[
+        str | None, Field(description="Of the model in Ollama or vLLM. Omit to name it after the project.")
+    ] = None
+    vllm_address: Annotated[
+        str | None, Field(description="Of a running vLLM on this machine, which is to load the adapter (to=vllm).")
+    ] = None
 
 
 class Verification(FrozenModel):
@@ -34,6 +59,20 @@ class Verification(FrozenModel):
     reason: str = Field("", description="Why it was not verified, and how to do it.")
 
 
+class LoadedInVllm(FrozenModel):
+    """The exported adapter in a running vLLM, compared with PEFT in float32 at the same positions."""
+
+    address: str
+    model: str = Field(description="Its name there.")
+    loaded: bool
+    version: str = ""
+    base_model: str = Field("", description="vLLM's name of the base model.")
+    positions: int = 0
+    mean_difference: float | None = Field(None, description="Of a next token's log-probability, in nats.")
+    base_difference: float | None = Field(None, description="The same without the adapter.")
+    reason: str = Field("", description="Why it is not loaded, or was not compared.")
+
+
 class ExportedFile(FrozenModel):
     path: str
     bytes: int
@@ -56,6 +95,7 @@ class ExportReport(FrozenModel):
     usage: list[str] = Field(description="How to use it: commands, or what to set.")
     warnings: list[str] = Field([])
     ollama_model: str | None = Field(None, description="Name of the model that was created in Ollama.")
+    vllm: LoadedInVllm | None = None
     created_at: str
     elapsed_s: float
     next: str = ""

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, to_jsonable_python
 
 from peft_core.errors import InvalidArgument
+from peft_core.schemas.export import ExportOptions
 from peft_core.schemas.generation import GenerationRequest
 from peft_core.schemas.training import SETTINGS_URI, DataSelection, TrainingConfig
 
@@ -67,6 +68,20 @@ def parse_generation(request: GenerationRequest | Mapping[str, Any]) -> Generati
         return GenerationRequest.model_validate(omit_unset(request, GenerationRequest))
     except ValidationError as error:
         raise invalid_argument(error, GenerationRequest.model_json_schema()) from error
+
+
+def parse_export_options(options: ExportOptions | Mapping[str, Any] | None) -> ExportOptions:
+    """Return ExportOptions from what a Python caller may pass.
+
+    Raises:
+        InvalidArgument: an unknown key, a value of another type.
+    """
+    if isinstance(options, ExportOptions):
+        return options
+    try:
+        return ExportOptions.model_validate(omit_unset(options or {}, ExportOptions))
+    except ValidationError as error:
+        raise invalid_argument(error, ExportOptions.model_json_schema(), prefix=("options",)) from error
 
 
 def omit_unset(values: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:

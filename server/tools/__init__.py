@@ -78,7 +78,9 @@ def arguments_from(model: type[BaseModel]) -> Callable[[ToolFunction], ToolFunct
             for name, field in model.model_fields.items()
         ]
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        function.__signature__ = signature.replace(parameters=[*fields, *own])  # type: ignore[attr-defined]
+        first = [p for p in own if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+        last = [p for p in own if p.kind is inspect.Parameter.KEYWORD_ONLY]
+        function.__signature__ = signature.replace(parameters=[*first, *fields, *last])  # type: ignore[attr-defined]
         return function
 
     return decorate

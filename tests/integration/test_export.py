@@ -160,6 +160,7 @@ def test_a_file_that_computes_something_else_is_refused_and_deleted(
         ("qwen3", "huggingface", "f32", 0.003),
         ("llama", "gguf", "f32", 0.003),
         ("llama", "gguf", "q8_0", 0.2),
+        ("llama", "gguf", "q6_k", 0.2),  # in fact Q8_0: rows of 32 and 48
     ],
 )
 def test_a_merged_file_computes_in_llama_cpp_what_peft_computes(

@@ -42,7 +42,7 @@ class Bench:
         settings = Settings(data_dir=self.data_dir, ollama_base_url=changes.pop("address", self.server.address))
         async with PEFTManager(settings) as manager:
             return await manager.export_adapter(
-                str(self.adapter), "ollama", **{"base_model": "tiny-coder:1b", "model_name": "mine", **changes}
+                str(self.adapter), "ollama", {"base_model": "tiny-coder:1b", "model_name": "mine", **changes}
             )
 
 

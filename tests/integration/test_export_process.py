@@ -67,14 +67,11 @@ async def test_an_export_reports_its_stages_and_is_not_repeated_unless_asked_for
     async def on_progress(_done: float, _total: float | None, message: str) -> None:
         stages.append(message)
 
+    options = {"base_model": str(base), "output_path": str(tmp_path / "out")}
     async with PEFTManager(Settings(data_dir=data_dir)) as manager:
-        report = await manager.export_adapter(
-            str(adapter), "gguf-lora", base_model=str(base), output_path=str(tmp_path / "out"), on_progress=on_progress
-        )
+        report = await manager.export_adapter(str(adapter), "gguf-lora", options, on_progress=on_progress)
         with pytest.raises(InvalidArgument, match="overwrite=true"):
-            await manager.export_adapter(
-                str(adapter), "gguf-lora", base_model=str(base), output_path=str(tmp_path / "out")
-            )
+            await manager.export_adapter(str(adapter), "gguf-lora", options)
     assert report.verification.status == "verified"
     assert report.summary.startswith("Exported adapter as a LoRA file for llama.cpp (F32)")
     assert [stage.split()[0] for stage in stages] == ["checking", "writing", "computing", "writing", "comparing"]
@@ -98,8 +95,7 @@ async def test_a_cancelled_export_leaves_nothing(tmp_path: Path, base: Path, ada
             await manager.export_adapter(
                 str(adapter),
                 "gguf-lora",
-                base_model=str(base),
-                output_path=str(tmp_path / "out" / "x"),
+                {"base_model": str(base), "output_path": str(tmp_path / "out" / "x")},
                 on_progress=cancel,
             )
     assert scope.cancelled_caught
@@ -117,7 +113,10 @@ async def test_a_killed_export_is_reported_and_leaves_nothing(
     async with PEFTManager(Settings(data_dir=data_dir)) as manager:
         with pytest.raises(ExportError, match=r"was killed by SIGKILL.*Nothing was written") as died:
             await manager.export_adapter(
-                str(adapter), "vllm", base_model=str(base), output_path=str(tmp_path / "out" / "x"), on_progress=kill
+                str(adapter),
+                "vllm",
+                {"base_model": str(base), "output_path": str(tmp_path / "out" / "x")},
+                on_progress=kill,
             )
     assert died.value.code == "export_died"
     assert left(tmp_path / "out") == []
@@ -129,10 +128,10 @@ async def test_an_adapter_of_another_base_is_refused_at_once(tmp_path: Path, ada
     save_file({name: tensor + 1 for name, tensor in weights.items()}, other / "model.safetensors")
     async with PEFTManager(Settings(data_dir=data_dir)) as manager:
         with pytest.raises(InvalidArgument, match="is not the model on which it was trained"):
-            await manager.export_adapter(str(adapter), "gguf-lora", base_model=str(other))
+            await manager.export_adapter(str(adapter), "gguf-lora", {"base_model": str(other)})
         with pytest.raises(InvalidArgument, match="adapter_path"):
             await manager.export_adapter(
-                str(adapter), "gguf-lora", base_model=str(write_tiny_base(tmp_path / "q", "qwen3"))
+                str(adapter), "gguf-lora", {"base_model": str(write_tiny_base(tmp_path / "q", "qwen3"))}
             )
 
 
@@ -143,7 +142,7 @@ async def test_an_adapter_without_a_record_needs_its_base_to_be_named(
     async with PEFTManager(Settings(data_dir=data_dir)) as manager:
         with pytest.raises(InvalidArgument, match="base_model"):
             await manager.export_adapter(str(adapter), "hub")
-        report = await manager.export_adapter(str(adapter), "hub", base_model=str(base))
+        report = await manager.export_adapter(str(adapter), "hub", {"base_model": str(base)})
     assert any("Nothing proves" in warning for warning in report.warnings)
     assert "not recorded" in (Path(report.directory) / "README.md").read_text()
 

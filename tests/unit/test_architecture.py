@@ -31,15 +31,16 @@ MAY_IMPORT = {
     | {"adapters", "base_models", "data", "evaluation", "evaluation.worker", "modeling", "planning"},
     "worker": FOUNDATION | {"evaluation.worker", "training", "modeling"},
     "ollama": FOUNDATION,
+    "vllm": FOUNDATION,
     "llamacpp": FOUNDATION,
     "llamacpp.worker": FOUNDATION | {"adapters", "base_models", "llamacpp", "modeling", "ollama"},
     "inference": FOUNDATION | {"adapters", "base_models", "planning"},
     "inference.worker": FOUNDATION
     | {"adapters", "base_models", "inference", "llamacpp", "llamacpp.worker", "modeling"},
-    "export": FOUNDATION | {"adapters", "base_models", "ollama"},
+    "export": FOUNDATION | {"adapters", "base_models", "llamacpp", "ollama", "vllm"},
     "export.worker": FOUNDATION
     | {"adapters", "base_models", "data", "evaluation", "export", "llamacpp", "llamacpp.worker"}
-    | {"modeling", "ollama", "planning"},
+    | {"modeling", "ollama", "planning", "vllm"},
     "jobs": FOUNDATION | {"adapters", "evaluation", "planning"},
     "manager": FOUNDATION | {"adapters", "export", "inference", "jobs"},
     "server": FOUNDATION | {"adapters", "manager"},

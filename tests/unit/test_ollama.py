@@ -11,7 +11,8 @@ import pytest
 pytest.importorskip("ollama")
 
 from peft_core.errors import OllamaError
-from peft_core.ollama import MERGED_KEY, OllamaClient, OllamaStatus, canonical, is_on_this_machine, local_address
+from peft_core.ollama import MERGED_KEY, OllamaClient, OllamaStatus, canonical
+from peft_core.system.addresses import is_on_this_machine, local_address
 from tests.model_files import GGUF_METADATA, TEXT, gguf_bytes
 from tests.ollama_server import OllamaServer, ollama_server
 

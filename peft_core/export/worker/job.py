@@ -33,6 +33,7 @@ class Job:
     directory: Path  # hidden until it is complete
     say: Callable[[str], None]  # reports the next stage
     warnings: list[str] = field(default_factory=list)
+    compared: tuple[HeldOutText, Reference] | None = None  # PEFT's results, once they are computed
 
     @property
     def base(self) -> Base:
@@ -83,7 +84,8 @@ class Job:
         adapter, _ = model.add(self.files)
         text = held_out_text(model.tokenizer, self.request.held_out, self.base.shape.context_length)
         require_positions(text)
-        return model, adapter, text, reference(model, adapter, text)
+        self.compared = text, reference(model, adapter, text)
+        return model, adapter, *self.compared
 
     def results_of_peft(self) -> tuple[HeldOutText, Reference]:
         """As `load_model`, but frees the model again."""

@@ -71,7 +71,7 @@ def write_ollama_target(job: Job) -> Written:
     reason = plan.reason or _create(job, plan, file, recipe)
     command = f"ollama create {plan.model} -f {job.final(MODELFILE)}"
     usage = [
-        *([f"Create it: {command}"] if reason else []),
+        *([command] if reason else []),
         f"ollama run {plan.model} PROMPT",
         f'API: POST /api/generate {{"model": "{plan.model}", "prompt": ...}}'
         + (', with "suffix" for fill-in-the-middle' if fills else ""),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import shlex
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -19,8 +21,9 @@ from peft_core.export.request import MANIFEST_NAME, ExportRequest
 from peft_core.export.worker import targets
 from peft_core.export.worker.job import Job, Written
 from peft_core.export.worker.ollama_model import write_ollama_target
+from peft_core.export.worker.vllm_load import load_in_vllm
 from peft_core.llamacpp.worker.lora_pairs import read_lora
-from peft_core.schemas.export import ExportedFile, ExportReport, ExportTarget, Verification
+from peft_core.schemas.export import ExportedFile, ExportReport, ExportTarget, LoadedInVllm
 from peft_core.schemas.results import NextStep
 from peft_core.system.files import atomic_write
 from peft_core.system.lock import FileLock
@@ -71,7 +74,26 @@ def export(request: ExportRequest, report: Report) -> ExportReport:
             written = WRITERS[request.to](job)
             result = _report(job, written, time.monotonic() - started)
             _write_manifest(directory, result)
-    return result
+        return result if request.vllm is None else _with_vllm(result, load_in_vllm(job, request.vllm))
+
+
+def _with_vllm(report: ExportReport, loaded: LoadedInVllm) -> ExportReport:
+    """Add to the report whether a running vLLM has loaded the adapter."""
+    if not loaded.loaded:
+        return report.model_copy(
+            update={"vllm": loaded, "summary": f"NOT loaded into vLLM: {loaded.reason} {report.summary}"}
+        )
+    if loaded.mean_difference is None:
+        how = loaded.reason
+    else:
+        how = f"Next tokens' log-probabilities differ from PEFT's by {loaded.mean_difference:.4f} on average."
+    here = f"Loaded into vLLM {loaded.version} at {loaded.address} as {loaded.model}. {how}"
+    ask = json.dumps({"model": loaded.model, "prompt": "def ", "max_tokens": 64})
+    curl = f"curl {loaded.address}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(ask)}"
+    usage = [curl, f"Unload it: POST /v1/unload_lora_adapter {json.dumps({'lora_name': loaded.model})}", *report.usage]
+    return report.model_copy(
+        update={"vllm": loaded, "summary": f"{report.summary} {here}", "usage": usage, "next": _run(usage[0])}
+    )
 
 
 def _report(job: Job, written: Written, elapsed_s: float) -> ExportReport:
@@ -80,7 +102,7 @@ def _report(job: Job, written: Written, elapsed_s: float) -> ExportReport:
         ExportedFile(path=str(request.directory / path.name), bytes=path.stat().st_size, sha256=_sha256(path))
         for path in sorted(job.directory.iterdir())
     ]
-    next_words, step = _next(request, written.verification)
+    next_words, step = _next(request, written)
     return ExportReport(
         summary=_summary(request, written, sum(file.bytes for file in files)),
         to=request.to,
@@ -124,8 +146,12 @@ def _summary(request: ExportRequest, written: Written, size: int) -> str:
     )
 
 
-def _next(request: ExportRequest, verification: Verification) -> tuple[str, NextStep | None]:
-    if verification.status == "not_verified":
+def _run(command: str) -> str:
+    return f"Use it: {command}"
+
+
+def _next(request: ExportRequest, written: Written) -> tuple[str, NextStep | None]:
+    if written.verification.status == "not_verified":
         step = NextStep(
             tool="export_adapter",
             arguments={
@@ -137,13 +163,13 @@ def _next(request: ExportRequest, verification: Verification) -> tuple[str, Next
             reason="Verify it before you use it.",
         )
         return step.sentence, step
-    return "Use it as `usage` says.", None
+    return _run(written.usage[0]), None
 
 
 def _write_manifest(directory: Path, report: ExportReport) -> None:
     """Write export.json: the report without anything of this machine."""
     files = [file.model_copy(update={"path": Path(file.path).name}) for file in report.files]
-    local = {"directory", "adapter_path", "usage", "next", "next_step", "elapsed_s"}
+    local = {"directory", "adapter_path", "usage", "next", "next_step", "elapsed_s", "vllm"}
     text = report.model_copy(update={"files": files}).model_dump_json(indent=2, exclude=local)
     atomic_write(directory / MANIFEST_NAME, text + "\n")
 

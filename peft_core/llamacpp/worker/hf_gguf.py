@@ -22,7 +22,8 @@ from peft_core.llamacpp.worker.gguf_file import GgufTensor, Value, encode, write
 from peft_core.llamacpp.worker.gguf_lora import llama_cpp_format, name_map, permuted
 from peft_core.llamacpp.worker.gguf_vocabulary import artificial_vocabulary, read_vocabulary
 from peft_core.llamacpp.worker.lora_pairs import Array, Lora
-from peft_core.llamacpp.worker.model_gguf import converted, file_type, kind_of, mark_of, row_blocks
+from peft_core.llamacpp.worker.model_gguf import mark_of, row_blocks
+from peft_core.llamacpp.worker.quantise import converted, file_type, kinds_of
 from peft_core.schemas.base_model import Base
 
 WRITABLE = ("arcee", "ernie4_5", "gemma", "granite", "llama", "mistral", "qwen2", "qwen3", "seed_oss", "smollm3")
@@ -78,7 +79,8 @@ def write_hf_gguf(base: Base, lora: Lora | None, path: Path, kind: str) -> None:
     metadata = {key: encode(value) for key, value in {**_hyperparameters(base, checkpoint, kind), **vocabulary}.items()}
     metadata |= mark_of(lora)
     stored = list(_named(base, checkpoint))
-    tensors = [GgufTensor(name, info.shape, kind_of(name, info.shape, kind)) for name, _, info in stored]
+    named = [(name, info.shape) for name, _, info in stored]
+    tensors = [GgufTensor(*each, target) for each, target in zip(named, kinds_of(named, kind), strict=True)]
     data = [_blocks(base, lora, file, info, tensor) for (_, file, info), tensor in zip(stored, tensors, strict=True)]
     if (frequencies := _rope_frequencies(base, checkpoint)) is not None:
         tensors.append(GgufTensor(_ROPE_FREQUENCIES, frequencies.shape, GGMLQuantizationType.F32))
@@ -116,7 +118,7 @@ def _blocks(base: Base, lora: Lora | None, path: Path, info: TensorInfo, target:
             block = block[order]
         if shift:
             block = block + np.float32(1)
-        yield converted(block, target)
+        yield converted(block, target.kind, target.name)
 
 
 def read_rows(path: Path, info: TensorInfo, first: int, last: int) -> Array:

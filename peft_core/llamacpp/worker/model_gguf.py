@@ -13,32 +13,28 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize, quantize
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
 
 from peft_core.base_models.checkpoint import read_checkpoint
 from peft_core.base_models.checkpoint_info import Checkpoint, TensorInfo, unusable
-from peft_core.base_models.gguf_model import ROPE_FACTORS, hugging_face_name
-from peft_core.errors import ExportError, StorageError
+from peft_core.base_models.gguf_model import hugging_face_name
+from peft_core.errors import StorageError
 from peft_core.llamacpp.worker.gguf_file import GgufTensor, copy_metadata, encode, write_gguf
 from peft_core.llamacpp.worker.gguf_lora import llama_cpp_format, permuted
 from peft_core.llamacpp.worker.lora_pairs import Array, Lora
+from peft_core.llamacpp.worker.quantise import bytes_from_above, converted, file_type, kinds_of
 from peft_core.ollama import MERGED_KEY
 from peft_core.schemas.base_model import Base
 
-KINDS = {kind.name.lower(): kind for kind in (
-    GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16, GGMLQuantizationType.Q8_0,
-    GGMLQuantizationType.Q5_1, GGMLQuantizationType.Q5_0, GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q4_0,
-)}  # fmt: skip
 BLOCK_VALUES = 1 << 20  # values of a matrix that are in memory at a time, in float32
 _EXACT = ("F32", "F16")  # llama.cpp rounds activations for the others, BF16 included
 
 
 def file_bytes(base: Base, kind: str) -> int:
     """Return an estimate, from above, of the size of a file with all weights in this type."""
-    per_block, block_bytes = GGML_QUANT_SIZES[KINDS[kind]]
     vectors = 4 * base.shape.layers * 8 * base.shape.hidden_size
-    return base.shape.parameters * block_bytes // per_block + vectors + (64 << 20)
+    return bytes_from_above(base.shape.parameters, kind) + vectors + (64 << 20)
 
 
 def require_space(directory: Path, needed: int, what: str) -> None:
@@ -61,14 +57,15 @@ def write_model_gguf(base: Base, lora: Lora | None, path: Path, kind: str) -> No
         base: A GGUF file.
         lora: The adapter; None: the base model alone.
         path: The file to write.
-        kind: Type of the matrices, a key of `KINDS`; vectors are in F32.
+        kind: Type of the matrices, such as "f16" or "q4_k_m"; vectors are in F32.
 
     Raises:
-        ExportError: A merged weight is too large for the type.
+        ExportError: A merged weight is too large for the type, or K-quants cannot be made here.
     """
     checkpoint = read_checkpoint(base.path)
     metadata = _metadata(checkpoint, kind) | mark_of(lora)
-    tensors = [GgufTensor(info.name, info.shape, kind_of(info.name, info.shape, kind)) for _, info in checkpoint.stored]
+    named = [(info.name, info.shape) for _, info in checkpoint.stored]
+    tensors = [GgufTensor(*each, target) for each, target in zip(named, kinds_of(named, kind), strict=True)]
     with path.open("wb") as stream:
         write_gguf(
             stream,
@@ -98,21 +95,6 @@ def _metadata(checkpoint: Checkpoint, kind: str) -> dict[str, bytes]:
     return metadata
 
 
-def file_type(kind: str) -> int:
-    name = "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
-    return int(gguf.LlamaFileType[name].value)
-
-
-def kind_of(name: str, shape: tuple[int, ...], kind: str) -> GGMLQuantizationType:
-    """Return the type to write: vectors, and matrices whose rows are no multiple of the block size, stay in F32 or F16."""
-    wanted = KINDS[kind]
-    if len(shape) < 2 or name == ROPE_FACTORS:
-        return GGMLQuantizationType.F32
-    if shape[-1] % GGML_QUANT_SIZES[wanted][0]:
-        return GGMLQuantizationType.F16
-    return wanted
-
-
 def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """Yield the first row and the end of each block of rows that is in memory at a time."""
     rows = shape[0] if shape else 1
@@ -131,25 +113,7 @@ def _merged(base: Base, lora: Lora | None, file: Path, source: TensorInfo, targe
         if update is not None:
             a_RI, b_OR = update
             block = block + b_OR[first:last] @ a_RI
-        yield converted(block, target)
-
-
-def converted(block: Array, target: GgufTensor) -> Array:
-    """Return rows in the type to write.
-
-    Raises:
-        ExportError: A weight is NaN, Inf, or too large for the type.
-    """
-    data = block.astype(np.float32) if target.kind == GGMLQuantizationType.F32 else quantize(block, target.kind)
-    largest = np.abs(block).max(initial=0.0)
-    limit = np.finfo(np.float16).max if target.kind != GGMLQuantizationType.BF16 else np.inf
-    if not np.isfinite(largest) or (target.kind != GGMLQuantizationType.F32 and largest > limit):
-        raise ExportError(
-            f"A merged weight of {target.name} is {largest:g}, too large for {target.kind.name}.",
-            code="export_overflow",
-            suggestions=["Export it with format='bf16'"],
-        )
-    return np.asarray(data)
+        yield converted(block, target.kind, target.name)
 
 
 def _update(base: Base, lora: Lora | None, tensor: TensorInfo) -> tuple[Array, Array] | None:

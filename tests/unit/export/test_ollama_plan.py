@@ -9,7 +9,10 @@ import pytest
 from peft_core.config import Settings
 from peft_core.export.ollama_plan import plan_ollama
 from peft_core.ollama import OllamaClient, OllamaStatus
+from peft_core.schemas.export import ExportOptions
 from tests.factories import make_base
+
+NAMED = ExportOptions(model_name="x")
 
 
 @pytest.fixture
@@ -37,7 +40,7 @@ def version(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 )
 def test_the_name_holds_base_and_project(settings: Settings, version: dict[str, str], base: str, name: str) -> None:
     adapter = settings.paths.projects / "web" / "lora" / "20260101-000000-abcdef"
-    plan, _ = plan_ollama(None, adapter, make_base(name=base), settings, overwrite=False)
+    plan, _ = plan_ollama(adapter, make_base(name=base), ExportOptions(), settings)
     assert plan.model == name
 
 
@@ -46,13 +49,13 @@ def test_a_lora_file_is_sent_where_the_version_takes_one(
     settings: Settings, version: dict[str, str], number: str, lora: bool
 ) -> None:
     version["version"] = number
-    assert plan_ollama("x", Path("/a"), make_base(), settings, overwrite=False)[1] is lora
-    assert plan_ollama("x", Path("/a"), make_base(format="huggingface"), settings, overwrite=False)[1] is False
+    assert plan_ollama(Path("/a"), make_base(), NAMED, settings)[1] is lora
+    assert plan_ollama(Path("/a"), make_base(format="huggingface"), NAMED, settings)[1] is False
 
 
 def test_a_version_that_is_too_old_is_not_used(settings: Settings, version: dict[str, str]) -> None:
     version["version"] = "0.3.1"
-    plan, _ = plan_ollama("x", Path("/a"), make_base(), settings, overwrite=False)
+    plan, _ = plan_ollama(Path("/a"), make_base(), NAMED, settings)
     assert plan.address is None
     assert "0.3.1 at http://127.0.0.1:11434 is too old" in plan.reason
 
@@ -61,8 +64,8 @@ def test_another_machine_needs_the_setting(
     settings: Settings, version: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OLLAMA_HOST", "gpu.example:11434")
-    plan, _ = plan_ollama("x", Path("/a"), make_base(), settings, overwrite=False)
+    plan, _ = plan_ollama(Path("/a"), make_base(), NAMED, settings)
     assert plan.address is None
     assert "names another machine" in plan.reason
     allowed = settings.model_copy(update={"ollama_base_url": "http://gpu.example:11434"})
-    assert plan_ollama("x", Path("/a"), make_base(), allowed, overwrite=False)[0].address == "http://gpu.example:11434"
+    assert plan_ollama(Path("/a"), make_base(), NAMED, allowed)[0].address == "http://gpu.example:11434"

@@ -4,6 +4,7 @@ import pytest
 
 from peft_core.errors import InvalidArgument
 from peft_core.export.targets import FORMATS, TARGETS, parse_format, parse_target
+from peft_core.llamacpp import runtime
 from tests.factories import SMOLLM2_SHAPE
 
 LARGE = SMOLLM2_SHAPE.model_copy(update={"parameters": 7_000_000_000})
@@ -37,11 +38,24 @@ def test_a_format_is_recognised_in_other_spellings(name: str, expected: str) -> 
     assert parse_format("merged", name, SMOLLM2_SHAPE) == expected
 
 
-@pytest.mark.parametrize("name", ["Q4_K_M", "q6_k", "IQ4_XS"])
-def test_a_k_quant_is_refused_with_the_command_and_what_it_costs(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "expected"), [("Q4_K_M", "q4_k_m"), ("q4_k", "q4_k_m"), ("Q5_K", "q5_k_m"), ("q6_k", "q6_k")]
+)
+def test_a_k_quant_needs_llama_cpp(name: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "is_installed", lambda: True)
+    assert parse_format("merged", name, SMOLLM2_SHAPE) == parse_format("ollama", name, SMOLLM2_SHAPE) == expected
+    monkeypatch.setattr(runtime, "is_installed", lambda: False)
+    with pytest.raises(InvalidArgument, match=r"pip install 'peft-mcp\[llamacpp\]'") as refused:
+        parse_format("merged", name, SMOLLM2_SHAPE)
+    assert refused.value.code == "llamacpp_not_installed"
+    assert len(str(refused.value)) < 400
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "q3_k_m", "Q4_K_S", "IQ4_XS"])
+def test_a_format_that_only_llama_quantize_makes_is_refused_with_the_command(name: str) -> None:
     with pytest.raises(InvalidArgument, match=f"llama-quantize FILE.gguf OUT.gguf {name.upper()}") as refused:
         parse_format("merged", name, SMOLLM2_SHAPE)
-    assert "59 %" in str(refused.value)
+    assert len(str(refused.value)) < 500
 
 
 def test_a_format_of_another_target_is_refused() -> None:
