@@ -1,13 +1,15 @@
 """`make demo`: the main workflow end to end, as an MCP client runs it.
 
 It starts the stdio server, trains an adapter on this project's own source, shows the progress that the server streams,
-prints the measurements, then loads the adapter and compares its completions with the base model's. All files are written to
-.demo/ in the project directory.
+prints the measurements, then loads the adapter and compares its completions with the base model's. At the end it exports the
+adapter for llama.cpp, and llama.cpp itself writes with the exported file and without it. All files are written to .demo/ in the
+project directory.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -23,6 +25,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from peft_core.llamacpp import runtime
+from peft_core.llamacpp.worker.server import LlamaServer
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = "peft-mcp-demo"
@@ -67,7 +72,8 @@ async def main() -> int:
             return 1
         report(status)
         await use(client)
-    return 0
+        command = await export(client)
+    return write_in_llama_cpp(command)
 
 
 async def watch(client: Client, status: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -131,6 +137,40 @@ async def use(client: Client) -> None:
         console.print(table)
     unloaded = await client.call_tool("unload_adapter", {})
     console.print(f"\n[bold]unload_adapter[/] returned:\n{text_of(unloaded)}", soft_wrap=True)
+
+
+async def export(client: Client) -> list[str]:
+    """Export the adapter as a LoRA file for llama.cpp, and return the command that the answer gives to use it."""
+    arguments = {"adapter_path": PROJECT, "to": "gguf-lora", "overwrite": True}
+    exported = await client.call_tool("export_adapter", arguments)
+    console.print(f"\n[bold]export_adapter[/] returned:\n{escape(text_of(exported))}", soft_wrap=True)
+    return [] if exported.is_error else shlex.split((exported.structured_content or {})["usage"][0])
+
+
+def write_in_llama_cpp(command: list[str]) -> int:
+    """Let llama.cpp continue a text without the exported file and with it, in this process. Return the exit status.
+
+    Args:
+        command: `llama-server -m BASE --lora FILE ...`, as the answer of export_adapter gives it.
+    """
+    if not command:
+        return 1
+    if not runtime.is_installed():
+        console.print("\nllama.cpp is not installed here (the extra llamacpp), so the exported file is not used in it.")
+        return 0
+    base, file = (Path(command[command.index(option) + 1]) for option in ("-m", "--lora"))
+    llama = LlamaServer(base, [file], context=512, threads=1)
+    question = {"prompt": PROMPTS[1]["prompt"], "max_tokens": 64, "temperature": 0, "stop": ["\n\n"]}
+    texts = [llama.complete(question, adapter)["choices"][0]["text"].strip() for adapter in (None, 0)]
+    console.print(
+        f"\n[bold]{runtime.runtime_name()}[/] with the exported file:\n {escape(' '.join(command))}", soft_wrap=True
+    )
+    table = Table(title="\n" + escape(question["prompt"]), title_justify="left")
+    table.add_column(base.stem, ratio=1)
+    table.add_column("with the exported file", ratio=1)
+    table.add_row(*map(escape, texts))
+    console.print(table)
+    return 0
 
 
 def text_of(result: CallToolResult) -> str:
