@@ -107,11 +107,13 @@ def staged(directory: Path, token: str, *, overwrite: bool) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
         require_free(directory, overwrite=overwrite)
+        # kill-point: export worker: nothing is written
         staging.mkdir()
     except OSError as error:
         raise _unwritable(directory, error) from error
     try:
         yield staging
+        # kill-point: export worker: the files are written and compared
         for file in staging.iterdir():
             fsync_file(file)
         fsync_directory(staging)
@@ -128,8 +130,10 @@ def _publish(staging: Path, directory: Path, replaced: Path) -> None:
     earlier = directory.is_dir() and any(directory.iterdir())
     if earlier:
         directory.rename(replaced)
+        # kill-point: export worker: the earlier export is moved aside
     staging.rename(directory)  # replaces an empty directory
     fsync_directory(directory.parent)
+    # kill-point: export worker: the export is in its place, the earlier one still there
     if earlier:
         shutil.rmtree(replaced, ignore_errors=True)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 MARKER = re.compile(
-    r"^ *# kill-point: (?P<process>server|runner|worker|inference worker)(?:, (?P<tool>\w+))?: "
+    r"^ *# kill-point: (?P<process>server|runner|worker|inference worker|export worker)(?:, (?P<tool>\w+))?: "
     r"(?P<state>.+?)(?: \(pass (?P<count>\d+)\))?$",
     re.MULTILINE,
 )
@@ -71,6 +71,7 @@ def point_named(points: list[KillPoint], state: str) -> KillPoint:
 _ALL = kill_points_in("peft_core", "server")
 SERVER = [point for point in _ALL if point.process == "server"]
 RUNNER = [point for point in _ALL if point.process == "runner"]
+EXPORT_WORKER = [point for point in _ALL if point.process == "export worker"]
 INFERENCE_WORKER = [point for point in _ALL if point.process == "inference worker"]
 REAL_WORKER = [point for point in _ALL if point.process == "worker"]
 # The small worker of `small_job.py` prepares its data and writes its manifest with the product's code.

@@ -5,9 +5,18 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tests.survival.kill_points import INFERENCE_WORKER, REAL_WORKER, ROOT, RUNNER, SERVER, SMALL_WORKER, kill_points_in
+from tests.survival.kill_points import (
+    EXPORT_WORKER,
+    INFERENCE_WORKER,
+    REAL_WORKER,
+    ROOT,
+    RUNNER,
+    SERVER,
+    SMALL_WORKER,
+    kill_points_in,
+)
 
-EVERY = [*SERVER, *RUNNER, *REAL_WORKER, *INFERENCE_WORKER, *SMALL_WORKER]
+EVERY = [*SERVER, *RUNNER, *REAL_WORKER, *INFERENCE_WORKER, *SMALL_WORKER, *EXPORT_WORKER]
 MENTION = re.compile(r"#.*kill-point")
 
 
@@ -16,6 +25,7 @@ def test_every_process_has_kill_points() -> None:
     assert len(RUNNER) >= 16
     assert len(REAL_WORKER) >= 20
     assert len(SMALL_WORKER) >= 16
+    assert len(EXPORT_WORKER) == 4
     assert {point.tool for point in INFERENCE_WORKER} == {"load_adapter", "generate", "unload_adapter"}
 
 
