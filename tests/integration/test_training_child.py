@@ -203,7 +203,7 @@ def read_until(process: subprocess.Popen[str], kind: type[Event]) -> list[Event]
 
 
 def test_a_run_writes_a_complete_adapter_that_plain_peft_can_load(tmp_path: Path, tiny_base: Path) -> None:
-    task = make_task(tmp_path, str(tiny_base), **SHORT_RUN)
+    task = make_task(tmp_path, str(tiny_base), more_sources=[str(tmp_path / "other")], **SHORT_RUN)
     code, events, err = run_worker(task)
     assert code == 0, err
 

@@ -32,7 +32,10 @@ class RecordFormat(StrEnum):
     CHUNK = '{"content": "def add(a, b): …", "language": "python", "file_path": "src/app.py"}'
 
 
-FORMATS = "one of " + ", ".join(RecordFormat)
+FORMATS = (  # by their keys; an error has no space for all examples
+    'one of {"text"}, {"prompt", "completion"}, {"input", "output"}, {"instruction", "input", "output"}, '
+    '{"messages": [{"role", "content"}]}, {"conversations": [{"from", "value"}]}, {"content", "language", "file_path"}'
+)
 
 
 class SkipReason(StrEnum):
@@ -162,9 +165,9 @@ def check_keys(
         shown = sanitize(path, limit=80)
         raise place.refuse(
             f"the key {shown!r} is not used here, and it may carry a meaning; the keys of {what or 'this part'} are "
-            f"{', '.join(sorted(used))} (and metadata such as id or source)",
-            f"If {shown!r} can be ignored, delete it from all records, as with: {_deletion(place, str(key))}",
-            "Or set config.skip_unusable_records=true to leave out the records that have it",
+            f"{', '.join(sorted(used))} and metadata",
+            f"To ignore it, delete it from all records: {_deletion(place, str(key))}",
+            "Or leave out such records: config.skip_unusable_records=true",
             reason=SkipReason.UNKNOWN_KEY,
         )
 

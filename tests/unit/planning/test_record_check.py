@@ -11,8 +11,11 @@ import pytest
 
 from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
+from peft_core.data.records import Record
 from peft_core.data.summarise import summarise_source
+from peft_core.data.token_counter import TokenCounter
 from peft_core.errors import DataError, InvalidArgument
+from peft_core.planning import check_records as check_records_module
 from peft_core.planning import record_check
 from peft_core.planning.check_records import check
 from peft_core.planning.planner import plan
@@ -126,6 +129,45 @@ def test_of_a_long_conversation_the_turns_that_fit_are_used(tmp_path: Path) -> N
     records = [talk("question", f"first {n}", "more", "word " * 300) for n in range(20)]
     source, _ = checked(tmp_path, CHATML, records)
     assert (source.examples, source.lengths.shortened) == (20, 20)
+
+
+MANY = [
+    talk(f"question {n}", "answer " + "word " * (n % 9 if n != 90 else 300), system="Be brief" if n == 95 else None)
+    for n in range(100)
+]
+
+
+@pytest.fixture
+def few_are_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_records_module, "RENDERED", 30)
+
+
+@pytest.mark.usefixtures("few_are_rendered")
+def test_of_many_conversations_those_like_others_are_counted_from_their_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rendered = []
+    render = check_records_module.render_record
+
+    def recorded(record: Record, counter: TokenCounter) -> Any:
+        rendered.append(record.name)
+        return render(record, counter)
+
+    monkeypatch.setattr(check_records_module, "render_record", recorded)
+    source, _ = checked(tmp_path, CHATML, MANY)
+    assert rendered == [*(f"line {n}" for n in range(1, 31)), "line 91", "line 96"], (
+        "one is long, and one has a new shape"
+    )
+    assert (source.examples, source.lengths.too_long) == (99, 1)
+    monkeypatch.setattr(check_records_module, "RENDERED", 100)
+    exact, _ = checked(tmp_path, CHATML, MANY)
+    assert source.estimated_tokens == pytest.approx(exact.estimated_tokens, rel=0.05)
+
+
+@pytest.mark.usefixtures("few_are_rendered")
+def test_of_many_conversations_one_of_another_shape_is_refused_by_its_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"Line 96 of .* System role not supported"):
+        checked(tmp_path, STRICT, MANY)
 
 
 @pytest.mark.parametrize("code_comes_first", [True, False])
