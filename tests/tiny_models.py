@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -110,6 +110,26 @@ def write_tiny_tokenizer(directory: Path, *, chat_template: str | None = TEMPLAT
     config = {"eos_token": "<end>", "bos_token": {"content": "<begin>"}}
     if chat_template is not None:
         config["chat_template"] = chat_template
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_byte_level_tokenizer(directory: Path, marks: Sequence[str] = ()) -> None:
+    """Replace the tokenizer by one that llama.cpp has, too: GPT-2's, with the same number of tokens."""
+    tokens = [
+        "<|endoftext|>",
+        "<begin>",
+        "<unk>",
+        *map(chr, range(33, 126)),
+        "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}",
+    ]
+    tokens += ["\N{LATIN CAPITAL LETTER C WITH DOT ABOVE}", "de"]
+    tokens[5 : 5 + len(marks)] = marks
+    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, [("d", "e")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([*tokens[:3], *marks])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"eos_token": tokens[0], "bos_token": tokens[0], "unk_token": tokens[0], "chat_template": TEMPLATE}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 

@@ -18,6 +18,7 @@ from tests.model_files import write_adapter
 
 pytestmark = pytest.mark.model
 MODERN = "2026-07-28"
+ENGINE = {"legacy": "torch", MODERN: "llamacpp"}  # each is used once; both generate the same text
 CODE = {"prompt": 'def parse(text):\n    """Parse a header.', "max_new_tokens": 24}
 
 
@@ -55,10 +56,12 @@ async def test_an_adapter_is_verified_loaded_used_switched_and_unloaded(trained:
         assert (checked["verdict"], checked["base_model"]) == ("sampled", "SmolLM2-135M-Instruct")
 
         # 2. Loading proves the effect.
-        result = await client.call_tool("load_adapter", {"adapter_path": "wsgiref"}, progress_callback=on_progress)
+        arguments = {"adapter_path": "wsgiref", "engine": ENGINE[era]}
+        result = await client.call_tool("load_adapter", arguments, progress_callback=on_progress)
         loaded = result.structured_content
         assert loaded is not None
         assert (loaded["status"], loaded["how"], loaded["verdict"]) == ("loaded", "cold", "sampled")
+        assert loaded["engine"] == ENGINE[era]
         assert loaded["effect"]["unmatched_keys"] == 0
         assert loaded["effect"]["max_logit_change"] > 0.01
         assert "loading SmolLM2-135M-Instruct" in messages

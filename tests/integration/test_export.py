@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from peft_core.base_models.families import FAMILIES, LLAMA_CPP
 from peft_core.base_models.gguf import read_gguf_header
@@ -25,7 +23,7 @@ from peft_core.llamacpp.worker import gguf_lora
 from peft_core.llamacpp.worker.hf_gguf import write_hf_gguf
 from peft_core.schemas.export import ExportReport
 from tests.factories import make_base, record_base
-from tests.tiny_models import TEMPLATE, tiny_model, write_tiny_base
+from tests.tiny_models import TEMPLATE, tiny_model, write_byte_level_tokenizer, write_tiny_base
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -45,26 +43,6 @@ def write_adapter(directory: Path, base: Path, architecture: str, **config: Any)
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(str(directory), save_embedding_layers=False)
     return record_base(directory, resolve(str(base), Settings()))
-
-
-def write_byte_level_tokenizer(directory: Path, marks: Sequence[str] = ()) -> None:
-    """Replace the tokenizer by one that llama.cpp has, too: GPT-2's, with the same number of tokens."""
-    tokens = [
-        "<|endoftext|>",
-        "<begin>",
-        "<unk>",
-        *map(chr, range(33, 126)),
-        "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}",
-    ]
-    tokens += ["\N{LATIN CAPITAL LETTER C WITH DOT ABOVE}", "de"]
-    tokens[5 : 5 + len(marks)] = marks
-    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, [("d", "e")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([*tokens[:3], *marks])
-    tokenizer.save(str(directory / "tokenizer.json"))
-    config = {"eos_token": tokens[0], "bos_token": tokens[0], "unk_token": tokens[0], "chat_template": TEMPLATE}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture

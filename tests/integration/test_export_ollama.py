@@ -19,9 +19,9 @@ from peft_core.manager import PEFTManager
 from peft_core.ollama import OllamaClient
 from peft_core.schemas.dataset import FillInTheMiddle
 from peft_core.schemas.export import ExportReport
-from tests.integration.test_export import write_adapter, write_byte_level_tokenizer
+from tests.integration.test_export import write_adapter
 from tests.ollama_server import OllamaServer, ollama_server
-from tests.tiny_models import write_tiny_base
+from tests.tiny_models import write_byte_level_tokenizer, write_tiny_base
 
 FIM = ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"]
 

@@ -12,9 +12,8 @@ import pytest
 from peft_core.config import Settings
 from peft_core.errors import InferenceError
 from peft_core.manager import PEFTManager
-from tests.integration.test_export import write_byte_level_tokenizer
 from tests.integration.test_inference_worker import worker_pid
-from tests.tiny_models import write_tiny_adapter, write_tiny_base
+from tests.tiny_models import write_byte_level_tokenizer, write_tiny_adapter, write_tiny_base
 
 FIM = ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"]
 REQUESTS = [

@@ -17,7 +17,7 @@ from tests.survival.kill_points import INFERENCE_WORKER
 from tests.survival.scenario import MEMORY, STATUS_DEADLINE_S, TIMEOUT_S, Kill, Scenario, gone, until
 from tests.survival.test_kill_matrix import ROUNDS, SEED, shuffled
 from tests.survival.wire import Server, server
-from tests.tiny_models import write_tiny_adapter, write_tiny_base
+from tests.tiny_models import write_byte_level_tokenizer, write_tiny_adapter, write_tiny_base
 
 pytestmark = pytest.mark.survival
 
@@ -33,10 +33,15 @@ class Inference:
     server: Server
     adapter: str
     text: str = ""
+    engine: str = "torch"  # both generate the same text
 
     def call(self, tool: str) -> dict[str, Any]:
         arguments: dict[str, dict[str, Any]] = {
-            "load_adapter": {"adapter_path": self.adapter, "base_model": str(self.scenario.base)},
+            "load_adapter": {
+                "adapter_path": self.adapter,
+                "base_model": str(self.scenario.base),
+                "engine": self.engine,
+            },
             "generate": {"prompt": "def f", "max_new_tokens": 12},
         }
         return self.server.call(tool, **arguments.get(tool, {}))
@@ -66,6 +71,7 @@ class Inference:
     def kill(self, kill: Kill) -> str:
         """Kill the worker during a call; return the text of the call's answer."""
         self.end_worker()
+        self.engine = "llamacpp" if kill.point.module.endswith("llama_model") else "torch"
         mark = self.scenario.arm(kill.point, kill.method)
         tool = TOOL_OF[kill.point]
         for before in ("load_adapter", "generate", "unload_adapter"):
@@ -111,7 +117,9 @@ def text_of(answer: dict[str, Any]) -> str:
 
 @pytest.fixture(scope="module")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_base(tmp_path_factory.mktemp("tiny-base"))
+    base = write_tiny_base(tmp_path_factory.mktemp("tiny-base"))
+    write_byte_level_tokenizer(base)  # one that llama.cpp has, too
+    return base
 
 
 @pytest.fixture(scope="module")

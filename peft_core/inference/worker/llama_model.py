@@ -60,7 +60,7 @@ class LlamaModel:
             StorageError: There is no space for the file.
             InferenceError: llama.cpp refuses it.
         """
-        # kill-point: inference worker, load_adapter: llama.cpp's file of the base model is about to be written
+        # kill-point: inference worker, load_adapter: llama.cpp's file of the base model is about to be looked for
         file = base_in_f16(base, base_models_dir, say)
         tokenizer = load_tokenizer(ensure_hf_directory(base, base_models_dir, say))
         require_rows(tokenizer, base)
