@@ -21,7 +21,7 @@ from peft_core.adapters.service import AdapterService
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument
 from peft_core.export.service import ExportService
-from peft_core.inference.client import ProgressCallback
+from peft_core.inference.client import ProgressCallback, TextCallback
 from peft_core.inference.service import InferenceService, TrainingNeed
 from peft_core.jobs.service import JobService
 from peft_core.schemas.export import ExportOptions, ExportReport
@@ -251,6 +251,7 @@ class PEFTManager:
         adapter_path: str | None = None,
         use_base: bool = False,
         on_progress: ProgressCallback | None = None,
+        on_text: TextCallback | None = None,
     ) -> Generation:
         """Generate text with the active adapter, the named one in memory, or the base model without one (`use_base`).
 
@@ -259,9 +260,10 @@ class PEFTManager:
             adapter_path: omit to use the active adapter.
             use_base: use no adapter; loads the default base model if none is in memory.
             on_progress: awaited with (tokens so far, limit, message).
+            on_text: awaited with the text so far, several times a second.
         """
         return await self._inference.generate(
-            parse_generation(request), adapter_path, use_base=use_base, on_progress=on_progress
+            parse_generation(request), adapter_path, use_base=use_base, on_progress=on_progress, on_text=on_text
         )
 
     async def export_adapter(

@@ -60,6 +60,8 @@ CANCEL_TIMEOUT_S = 120.0
 CANCELLED_LOAD_TIMEOUT_S = 900.0
 
 ProgressCallback = Callable[[float, float | None, str], Awaitable[None]]  # done, total, message
+TextCallback = Callable[[str], Awaitable[None]]
+"""Awaited with the whole text so far."""
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
 
 
@@ -96,7 +98,11 @@ class InferenceClient:
         return any(isinstance(request, Load) and request.adapter_path == adapter_path for request in requests)
 
     async def ask(
-        self, request: Command, answer_type: type[AnswerT], on_progress: ProgressCallback | None = None
+        self,
+        request: Command,
+        answer_type: type[AnswerT],
+        on_progress: ProgressCallback | None = None,
+        on_text: TextCallback | None = None,
     ) -> AnswerT:
         """Send a request when its turn has come, and return the answer; its `elapsed_s` includes the wait.
 
@@ -111,11 +117,11 @@ class InferenceClient:
             await on_progress(0, None, "waiting for another call to the model")
         async with self._turn:
             worker = await self._ready_worker(request, on_progress)
-            reply = await self._exchange(worker, request, on_progress)
+            reply = await self._exchange(worker, request, on_progress, on_text)
             if reply is None and await worker.exit_code() == IDLE_EXIT:
                 # It exited just before the request, because it was idle: no work was lost.
                 worker = await self._ready_worker(request, on_progress)
-                reply = await self._exchange(worker, request, on_progress)
+                reply = await self._exchange(worker, request, on_progress, on_text)
             if reply is None:
                 raise await self._death(worker, request)
             worker.resident = reply.resident
@@ -208,7 +214,11 @@ class InferenceClient:
         return False
 
     async def _exchange(
-        self, worker: WorkerProcess, request: Command, on_progress: ProgressCallback | None
+        self,
+        worker: WorkerProcess,
+        request: Command,
+        on_progress: ProgressCallback | None,
+        on_text: TextCallback | None,
     ) -> Response | ErrorResponse | None:
         """Send a request and read until its answer; return None if the worker exits first."""
         self._last_id += 1
@@ -221,11 +231,13 @@ class InferenceClient:
                     return reply
                 if not isinstance(reply, Progress):
                     worker.record(reply)
-                elif reply.id == number and on_progress is not None:
-                    await on_progress(reply.done, reply.total, reply.message)
-                    await (
-                        anyio.lowlevel.checkpoint_if_cancelled()
-                    )  # the next reply may be buffered: reading it checks nothing
+                elif reply.id == number:
+                    if on_progress is not None:
+                        await on_progress(reply.done, reply.total, reply.message)
+                    if on_text is not None and reply.text is not None:
+                        await on_text(reply.text)
+                    # The next reply may be buffered, and reading it would not notice a cancellation.
+                    await anyio.lowlevel.checkpoint_if_cancelled()
         except BaseException:  # usually a cancellation
             worker.abandon(number, request)
             with anyio.CancelScope(shield=True):

@@ -53,6 +53,7 @@ class Generate(FrozenModel):
     request: GenerationRequest
     adapter_path: Path | None = None  # None: the active one
     without_adapter: Base | None = None  # use the base model alone; this one if none is resident
+    stream: bool = False  # report the text so far with the progress
 
 
 Command = Annotated[Load | Unload | Generate, Field(discriminator="kind")]
@@ -77,6 +78,7 @@ class Progress(FrozenModel):
     done: float
     total: float | None
     message: str
+    text: str | None = None  # the adapter's text so far, if it was asked for
 
 
 class Response(FrozenModel):

@@ -14,7 +14,7 @@ from anyio.to_thread import run_sync
 from peft_core.adapters.service import AdapterService
 from peft_core.config import Settings
 from peft_core.errors import AdapterInUse, AdapterNotFound, AdapterNotLoaded, InferenceError, InvalidArgument
-from peft_core.inference.client import InferenceClient, ProgressCallback
+from peft_core.inference.client import InferenceClient, ProgressCallback, TextCallback
 from peft_core.inference.protocol import Generate, Load, Unload, WorkerConfig
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.generation import EngineChoice, Generation, GenerationRequest
@@ -108,6 +108,7 @@ class InferenceService:
         *,
         use_base: bool,
         on_progress: ProgressCallback | None,
+        on_text: TextCallback | None = None,
     ) -> Generation:
         """Generate text with the active adapter, the named resident one, or the base model alone.
 
@@ -120,7 +121,10 @@ class InferenceService:
         path = None if adapter_path is None else self._loaded_path(adapter_path)
         base = await run_sync(self._base_without_adapter) if use_base else None
         return await self._client.ask(
-            Generate(request=request, adapter_path=path, without_adapter=base), Generation, on_progress
+            Generate(request=request, adapter_path=path, without_adapter=base, stream=on_text is not None),
+            Generation,
+            on_progress,
+            on_text,
         )
 
     def require_unused(self, adapter: Path) -> None:

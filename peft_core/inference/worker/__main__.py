@@ -156,18 +156,17 @@ def _answer(
     return None
 
 
-def _progress_callback(
-    request: Request, requests: RequestQueue, write: JsonLineWriter
-) -> Callable[[float, float | None, str], None]:
+def _progress_callback(request: Request, requests: RequestQueue, write: JsonLineWriter) -> Callable[..., None]:
     """Return a function that writes progress messages, and raises RequestCancelled once the request is cancelled."""
     written_at = float("-inf")
 
-    def report(done: float, total: float | None, message: str) -> None:
+    def report(done: float, total: float | None, message: str, text: Callable[[], str] | None = None) -> None:
         nonlocal written_at
         requests.check(request)
         if (now := time.monotonic()) - written_at >= PROGRESS_INTERVAL_S or not done:  # always at the start of a stage
             written_at = now
-            write(Progress(id=request.id, done=done, total=total, message=message))
+            so_far = None if text is None else text()
+            write(Progress(id=request.id, done=done, total=total, message=message, text=so_far))
 
     return report
 

@@ -39,8 +39,8 @@ from peft_core.schemas.results import (
     nothing_was_loaded,
 )
 
-ProgressCallback = Callable[[float, float | None, str], None]
-"""Takes (done, total, message); raises if the request was cancelled."""
+ProgressCallback = Callable[..., None]
+"""Takes (done, total, message), and `text`, a function that returns the text so far; raises if the request was cancelled."""
 LoadKind = Literal["cold", "warm", "switched"]
 
 log = structlog.get_logger(__name__)
@@ -243,9 +243,10 @@ class RequestHandler:
             model.select(adapter)
             who = "adapter" if adapter else "base"
 
-            def on_token(done: int) -> None:
+            def on_token(done: int, text: Callable[[], str]) -> None:
                 message = f"{done} tokens by the {who}" if done else f"the {who} reads the prompt"
-                on_progress(tokens_before + done, total, message)
+                streamed = {"text": text} if command.stream and not tokens_before else {}
+                on_progress(tokens_before + done, total, message, **streamed)
 
             return model.complete(prompt, request, on_token)
 

@@ -106,7 +106,7 @@ class LlamaModel:
             tokens = int(chunk.get("timings", {}).get("predicted_n", tokens))
             finish_reason = choice["finish_reason"] or finish_reason
             # kill-point: inference worker, generate: tokens are being generated (pass 3)
-            on_token(tokens)
+            on_token(tokens, lambda: text)
             return first_stop(text, request.stop) is not None
 
         question = self._question(prompt, request)

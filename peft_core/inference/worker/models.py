@@ -35,8 +35,11 @@ class Completion:
     finish_reason: Literal["stop", "length"]
 
 
-OnToken = Callable[[int], None]
-"""Takes the number of generated tokens, and 0 while a long prompt is read; what it raises ends the generation."""
+OnToken = Callable[[int, Callable[[], str]], None]
+"""Takes the number of generated tokens, 0 while a long prompt is read, and a function that returns the text so far.
+
+What it raises ends the generation.
+"""
 
 
 class LoadedModel(Protocol):

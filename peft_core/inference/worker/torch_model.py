@@ -69,7 +69,7 @@ def _complete(
     on_token: OnToken,
 ) -> Completion:
     free_tokens = model.base.shape.context_length - len(prompt.ids)
-    stop_check = _StopCheck(model.tokenizer, len(prompt.ids), request.stop, thread_tuner, on_token)
+    stop_check = _StopCheck(model.tokenizer, prompt, request.stop, thread_tuner, on_token)
     sampling: dict[str, Any] = {"do_sample": False}
     if request.temperature >= _GREEDY_BELOW:
         sampling = {"do_sample": True, "temperature": request.temperature, "top_p": request.top_p, "top_k": 0}
@@ -92,15 +92,16 @@ def _complete(
         )
     ids = output_1T[0, len(prompt.ids) :].tolist()
     has_end_token = bool(ids) and ids[-1] in model.ends
-    text_ids = ids[:-1] if has_end_token else ids
-    if prompt.format == "chat_template":  # a turn of its own; the other formats continue the prompt
-        text = model.tokenizer.text(text_ids)
-    else:
-        text = model.tokenizer.continuation(prompt.ids, text_ids)
+    text = _text_of(model.tokenizer, prompt, ids[:-1] if has_end_token else ids)
     stop_at = first_stop(text, request.stop)
     if stop_at is not None:
         text = text[:stop_at]
     return Completion(text, len(ids), "stop" if has_end_token or stop_at is not None else "length")
+
+
+def _text_of(tokenizer: BaseTokenizer, prompt: EncodedPrompt, ids: list[int]) -> str:
+    """Return generated tokens as text. A chat's answer is a text of its own; in the other formats it continues the prompt."""
+    return tokenizer.text(ids) if prompt.format == "chat_template" else tokenizer.continuation(prompt.ids, ids)
 
 
 def _prefill(model: ResidentModel, ids_1T: torch.Tensor, on_token: OnToken) -> DynamicCache | None:
@@ -109,7 +110,7 @@ def _prefill(model: ResidentModel, ids_1T: torch.Tensor, on_token: OnToken) -> D
         return None
     cache = DynamicCache(config=model.causal.config)
     for start in range(0, ids_1T.shape[1] - _PREFILL_CHUNK, _PREFILL_CHUNK):
-        on_token(0)
+        on_token(0, str)
         model.causal(
             input_ids=ids_1T[:, start : start + _PREFILL_CHUNK], past_key_values=cache, use_cache=True, logits_to_keep=1
         )
@@ -122,13 +123,13 @@ class _StopCheck(StoppingCriteria):
     def __init__(
         self,
         tokenizer: BaseTokenizer,
-        prompt_tokens: int,
+        prompt: EncodedPrompt,
         stop: Sequence[str],
         thread_tuner: DecodeThreadTuner,
         on_token: OnToken,
     ) -> None:
         self._tokenizer = tokenizer
-        self._prompt_tokens = prompt_tokens
+        self._prompt = prompt
         self._stop = stop
         # A token has at least one byte, so as many tokens as a stop text has bytes contain it; 4 more in case it ends
         # in the middle of a token.
@@ -137,9 +138,9 @@ class _StopCheck(StoppingCriteria):
         self._on_token = on_token
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:  # noqa: ARG002 -- transformers' signature
-        new_ids_T = input_ids[0, self._prompt_tokens :]
+        new_ids_T = input_ids[0, len(self._prompt.ids) :]
         # kill-point: inference worker, generate: tokens are being generated (pass 3)
-        self._on_token(len(new_ids_T))
+        self._on_token(len(new_ids_T), lambda: _text_of(self._tokenizer, self._prompt, new_ids_T.tolist()))
         self._thread_tuner.token()
         stopped = False
         if self._stop:
