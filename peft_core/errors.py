@@ -154,6 +154,10 @@ class ExportError(PeftMcpError):
     code = "export"
 
 
+class ServingError(PeftMcpError):
+    code = "serving"
+
+
 class OllamaError(PeftMcpError):
     code = "ollama"
 

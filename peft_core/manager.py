@@ -37,8 +37,10 @@ from peft_core.schemas.results import (
     TrainingStatus,
     UnloadedAdapter,
 )
+from peft_core.schemas.serving import Serving, ServingStopped
 from peft_core.schemas.training import DataSelection, EvaluatedAdapter, ProjectId, TrainingConfig
 from peft_core.schemas.validation import parse_config, parse_export_options, parse_generation, parse_selection
+from peft_core.serving.service import ServingService
 
 POLL_INTERVAL_S = 0.25  # how often `watch_training` reads the status
 
@@ -58,6 +60,7 @@ class PEFTManager:
         self._adapters = AdapterService(self.settings, registry, self._jobs.base_of)
         self._exports = ExportService(self.settings, self._adapters)
         self._inference = InferenceService(self.settings, self._adapters, self._training_need)
+        self._serving = ServingService(self.settings, registry)
 
     async def train_adapter(
         self,
@@ -285,6 +288,22 @@ class PEFTManager:
             on_progress: awaited with (done, total, message).
         """
         return await self._exports.export(adapter_path, to, parse_export_options(options), on_progress)
+
+    async def serve_adapter(self, project_id: str | None = None, port: int | None = None) -> Serving:
+        """Start an OpenAI-compatible endpoint for the current adapters of all projects, or find the running one.
+
+        It is a process of its own, and runs until `stop_serving`.
+
+        Args:
+            project_id: whose adapter answers requests that name no model; omit to use the newest.
+            port: of 127.0.0.1; 0: a free one. Omit to use 8012, or the running endpoint's.
+        """
+        project = None if project_id is None else _project_id(project_id)
+        return await run_sync(partial(self._serving.serve, project, port))
+
+    async def stop_serving(self) -> ServingStopped:
+        """End the endpoint after the requests that it is answering."""
+        return await run_sync(self._serving.stop)
 
     async def aclose(self) -> None:
         """Stop the inference worker if one runs. Jobs keep running."""

@@ -4,6 +4,8 @@
   peft.db                               jobs and events
   runner.lock                           held by the process that works on the queue
   exports.lock                          held by the process that exports an adapter
+  serving.lock                          held by the endpoint's process
+  serving.json, serving.token           the endpoint's address and its token
   logs/                                 runner.log
   inspections/                          temporary files of inspect_training_data
   base_models/{key}/                    base models converted from GGUF
@@ -71,6 +73,18 @@ class DataPaths:
     @property
     def runner_lock(self) -> Path:
         return self.root / "runner.lock"
+
+    @property
+    def serving_lock(self) -> Path:
+        return self.root / "serving.lock"
+
+    @property
+    def serving_state(self) -> Path:
+        return self.root / "serving.json"
+
+    @property
+    def serving_token(self) -> Path:
+        return self.root / "serving.token"
 
     @property
     def logs(self) -> Path:

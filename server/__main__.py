@@ -25,8 +25,8 @@ def settings_help() -> str:
     return "\n".join(lines)
 
 
-def parse_arguments() -> None:
-    """Answer --help and --version, and refuse every other argument."""
+def parse_arguments() -> int | None:
+    """Answer --help and --version, and refuse unknown arguments. Return the port to serve adapters at, if that is asked for."""
     import argparse  # noqa: PLC0415 -- clients start the server without arguments, and never need it
     from importlib.metadata import version  # noqa: PLC0415
 
@@ -37,12 +37,34 @@ def parse_arguments() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"peft-mcp {version('peft-mcp')}")
-    parser.parse_args()
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    serve = commands.add_parser("serve", help="serve the adapters of all projects to editors and scripts until Ctrl-C")
+    serve.add_argument("--port", type=int, default=8012, help="of 127.0.0.1; 0: a free one (default: 8012)")
+    options = parser.parse_args()
+    return options.port if options.command == "serve" else None
+
+
+def serve(settings: Settings, port: int) -> int:
+    """Run the endpoint in the foreground, and print how to use it; return the exit code."""
+    from peft_core.endpoint.run import run  # noqa: PLC0415 -- the stdio server does not need it
+    from peft_core.errors import PeftMcpError  # noqa: PLC0415
+    from peft_core.schemas.serving import EndpointState  # noqa: PLC0415
+    from peft_core.serving.service import EndpointOptions  # noqa: PLC0415
+
+    def announce(state: EndpointState) -> None:
+        print(f"peft-mcp serves at {state.address}; Ctrl-C ends it.", file=sys.stderr)  # noqa: T201 -- no protocol here
+        print(f"The token is in {settings.paths.serving_token}.", file=sys.stderr)  # noqa: T201
+
+    try:
+        run(EndpointOptions(settings=settings, port=port), announce)
+    except PeftMcpError as error:
+        print(f"peft-mcp: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
 
 
 def main() -> None:
-    if sys.argv[1:]:
-        parse_arguments()
+    port = parse_arguments() if sys.argv[1:] else None
     try:
         settings = Settings()
     except ValidationError as error:
@@ -50,9 +72,11 @@ def main() -> None:
             name = f"CODEBASE_GARDENER_{problem['loc'][0]}".upper()
             print(f"peft-mcp: {name} = {problem['input']!r} is not valid: {problem['msg']}", file=sys.stderr)  # noqa: T201 -- stderr, before the server runs
         sys.exit(2)
+    make_files_private()
+    if port is not None:
+        sys.exit(serve(settings, port))
     from server.app import build_server, exit_when_stdin_closes  # noqa: PLC0415 -- invalid settings are reported without it
 
-    make_files_private()
     server = build_server(settings)
     exit_when_stdin_closes(sys.stdin.fileno())
     server.run("stdio")

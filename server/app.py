@@ -24,18 +24,18 @@ from peft_core.errors import PeftMcpError
 from peft_core.manager import PEFTManager
 from peft_core.schemas.validation import invalid_argument, refuse_unknown
 from server.resources import TrainingUpdates, add_adapter_resource, add_settings_resource, add_training_resource
-from server.tools import adapters, base_models, export, inference, training
+from server.tools import adapters, base_models, export, inference, serving, training
 
 INSTRUCTIONS = (
     "peft-mcp trains a LoRA adapter on one code base, locally and in the background: call train_adapter with a project id "
     "and the repository's path, then get_training_status until the job has ended. "
     "The result says whether the adapter helps, measured on files it was not trained on; if it does, call load_adapter with "
     "the project id, then generate (compare_with_base=true shows the difference), and unload_adapter to free the memory. "
-    "export_adapter takes an adapter to other runtimes. "
+    "export_adapter takes an adapter to other runtimes, serve_adapter to editors. "
     "Jobs keep running after you disconnect and are found again by project id; list_adapters shows all adapters and which "
     "are loaded."
 )
-TOOLS = [*base_models.TOOLS, *training.TOOLS, *adapters.TOOLS, *inference.TOOLS, *export.TOOLS]
+TOOLS = [*base_models.TOOLS, *training.TOOLS, *adapters.TOOLS, *inference.TOOLS, *export.TOOLS, *serving.TOOLS]
 EXIT_GRACE_S = 1.0  # after the client closed stdin; clients wait two seconds before they send signals
 
 

@@ -26,6 +26,7 @@ from peft_core.schemas.results import (
     TrainingStatus,
     UnloadedAdapter,
 )
+from peft_core.schemas.serving import Serving
 from server.status_text import for_client, headline
 
 MAX_NAMED_FILES = 5  # held-out files that the text names
@@ -128,6 +129,16 @@ def format_export(report: ExportReport) -> CallToolResult:
         report,
         f"{report.summary}\n{report.directory}\nUse it:\n{usage}{warnings}{again}",
         omit=frozenset({"summary", "usage", "warnings"}),
+    )
+
+
+def format_serving(serving: Serving) -> CallToolResult:
+    names = "\n".join(f"- {model.name}" for model in serving.models)
+    usage = "\n".join(f"- {line}" for line in serving.usage)
+    return tool_result(
+        serving,
+        f"{serving.summary}\nModels:\n{names}\nThe token is in {serving.token_path}.\nUse it:\n{usage}\n{serving.next}",
+        omit=frozenset({"summary", "usage"}),
     )
 
 

@@ -42,7 +42,9 @@ MAY_IMPORT = {
     | {"adapters", "base_models", "data", "evaluation", "export", "llamacpp", "llamacpp.worker"}
     | {"modeling", "ollama", "planning", "vllm"},
     "jobs": FOUNDATION | {"adapters", "evaluation", "planning"},
-    "manager": FOUNDATION | {"adapters", "export", "inference", "jobs"},
+    "serving": FOUNDATION | {"adapters"},
+    "manager": FOUNDATION | {"adapters", "export", "inference", "jobs", "serving"},
+    "endpoint": FOUNDATION | {"manager", "serving"},
     "server": FOUNDATION | {"adapters", "manager"},
 }
 HEAVY = {"torch", "transformers", "peft", "accelerate", "numpy", "gguf", "safetensors", "lance", "pyarrow"}

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from peft_core.adapters.names import model_name as served_name
 from peft_core.base_models.tokenizer import load_tokenizer
 from peft_core.errors import ExportError
-from peft_core.export.worker.job import Job, file_name
+from peft_core.export.worker.job import Job
 from peft_core.schemas.dataset import FillInTheMiddle
 
 PORT = 8012  # that llama.vscode and llama.vim ask by default
@@ -46,9 +47,7 @@ def fill_in_the_middle_of(job: Job) -> FillInTheMiddle:
 def model_name(job: Job) -> str:
     """Return the name to serve the model under."""
     manifest = job.files.manifest
-    return (
-        f"{job.base_name.lower()}-{file_name(manifest.project_id if manifest is not None else job.request.adapter_id)}"
-    )
+    return served_name(job.base.name, manifest.project_id if manifest is not None else job.request.adapter_id)
 
 
 def write_editor_settings(directory: Path, name: str, marks: FillInTheMiddle) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from peft_core.adapters.files import AdapterFiles
+from peft_core.adapters.names import file_name
 from peft_core.export.request import ExportRequest
 from peft_core.export.worker.compare import HeldOutText, Reference, held_out_text, reference, require_positions
 from peft_core.llamacpp.worker.lora_pairs import Lora
@@ -93,11 +94,6 @@ class Job:
         del model
         release_memory()
         return text, ours
-
-
-def file_name(text: str) -> str:
-    kept = "".join(c if c.isascii() and (c.isalnum() or c in "-._") else "-" for c in text)
-    return kept.strip("-.")[:60]
 
 
 @dataclass(frozen=True)

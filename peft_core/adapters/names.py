@@ -1,0 +1,22 @@
+"""Names of adapters for other programs."""
+
+from __future__ import annotations
+
+
+def file_name(text: str) -> str:
+    """Return text as a part of a file's name: ASCII letters, digits, `-`, `.` and `_`, at most 60 characters."""
+    kept = "".join(c if c.isascii() and (c.isalnum() or c in "-._") else "-" for c in text)
+    return kept.strip("-.")[:60]
+
+
+def model_name(base_name: str, project_id: str) -> str:
+    """Return the name under which a project's adapter is served.
+
+    It begins with the base model's name: editors choose the form of a fill-in-the-middle prompt by it.
+    """
+    return f"{base_model_name(base_name)}-{file_name(project_id)}"
+
+
+def base_model_name(base_name: str) -> str:
+    """Return the name under which the base model alone is served."""
+    return (file_name(base_name.rpartition("/")[2]) or "base").lower()

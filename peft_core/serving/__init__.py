@@ -1,0 +1,1 @@
+"""Start, find and stop the endpoint, which is a process of its own and outlives the server that started it."""
