@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "serving": FOUNDATION | {"adapters"},
     "manager": FOUNDATION | {"adapters", "export", "inference", "jobs", "serving"},
     "endpoint": FOUNDATION | {"manager", "serving"},
-    "server": FOUNDATION | {"adapters", "manager"},
+    "server": FOUNDATION | {"adapters", "endpoint", "manager", "serving"},
 }
 HEAVY = {"torch", "transformers", "peft", "accelerate", "numpy", "gguf", "safetensors", "lance", "pyarrow"}
 SQL_MODULES = ["peft_core/jobs/store.py"]
