@@ -18,10 +18,21 @@ Message = Mapping[str, Any]
 
 
 class Piece(NamedTuple):
-    """A text that a message gives, in the forms in which templates write it."""
+    """What a message gives: a text, or a value among the arguments of a tool call."""
 
     name: str  # for people: "content", "tool call"
-    forms: tuple[str, ...]
+    value: object
+
+    @property
+    def forms(self) -> Iterator[str]:
+        """The forms in which templates write it, the usual one first; the others take longer to make than to find that one."""
+        if not isinstance(self.value, str):
+            yield from (json.dumps(self.value), str(self.value))
+            return
+        yield self.value
+        escaped = json.dumps(self.value, ensure_ascii=False)[1:-1]
+        yield from (escaped, json.dumps(self.value)[1:-1], json.dumps(escaped, ensure_ascii=False)[1:-1])
+        yield repr(self.value)[1:-1]
 
     def end_in(self, text: str, start: int, stop: int | None = None) -> int | None:
         """Return where the piece ends in text[start:stop], whatever the template did to white space; None if it is absent."""
@@ -95,20 +106,9 @@ def squeeze(text: str) -> str:
 
 
 def _piece(name: str, value: object) -> Iterator[Piece]:
-    if isinstance(value, str):
-        text = value.strip()
-        if text:
-            escaped = json.dumps(text, ensure_ascii=False)[1:-1]
-            forms = (
-                text,
-                escaped,
-                json.dumps(text)[1:-1],
-                json.dumps(escaped, ensure_ascii=False)[1:-1],
-                repr(text)[1:-1],
-            )
-            yield Piece(name, tuple(dict.fromkeys(forms)))
-    elif value is not None:
-        yield Piece(name, tuple(dict.fromkeys((json.dumps(value), str(value)))))
+    value = value.strip() if isinstance(value, str) else value
+    if value is not None and value != "":
+        yield Piece(name, value)
 
 
 def _leaves(value: object) -> Iterator[tuple[object, object]]:

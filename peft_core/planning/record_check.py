@@ -84,6 +84,9 @@ def check_records(
     left_out = {**source.left_out}
     if check.refused:
         left_out[_REASON] = check.refused
+    advice = [lengths.with_advice] if lengths.too_long else []
+    if check.checked < (source.examples or 0):
+        advice.insert(0, f"{check.checked} of {source.examples} records were counted; the job counts the others")
     refused = SkippedRecords(reason=_REASON, count=check.refused, first=check.first_refused, example=check.reason)
     changed = source.model_copy(
         update={
@@ -93,7 +96,7 @@ def check_records(
             "left_out": left_out,
             "skipped": (*source.skipped, refused) if check.refused else source.skipped,
             "lengths": lengths if lengths.too_long else None,
-            "advice": (*source.advice, lengths.with_advice) if lengths.too_long else source.advice,
+            "advice": (*source.advice, *advice),
         }
     )
     return changed, max_length

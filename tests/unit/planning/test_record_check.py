@@ -170,6 +170,16 @@ def test_of_many_conversations_one_of_another_shape_is_refused_by_its_line(tmp_p
         checked(tmp_path, STRICT, MANY)
 
 
+def test_where_counting_takes_too_long_new_shapes_are_still_checked_and_the_rest_is_extrapolated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check_records_module, "COUNTED_S", -1.0)
+    source, _ = checked(tmp_path, CHATML, MANY)
+    assert (source.examples, source.advice) == (100, ("2 of 100 records were counted; the job counts the others",))
+    with pytest.raises(DataError, match=r"Line 96 of .* System role not supported"):
+        checked(tmp_path, STRICT, MANY)
+
+
 @pytest.mark.parametrize("code_comes_first", [True, False])
 def test_records_are_checked_and_counted_beside_code(tmp_path: Path, *, code_comes_first: bool) -> None:
     code, talks = tmp_path / "code", tmp_path / "talks"
