@@ -59,6 +59,9 @@ def require_free(directory: Path, *, overwrite: bool) -> None:
         InvalidArgument: Something else is there.
     """
     if not os.path.lexists(directory):
+        existing = next(parent for parent in directory.parents if os.path.lexists(parent))
+        if not existing.is_dir():
+            raise InvalidArgument("output_path", str(directory), f"{existing} is not a directory")
         return
     if directory.is_dir() and not directory.is_symlink():
         if not any(directory.iterdir()):

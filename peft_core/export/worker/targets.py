@@ -27,11 +27,11 @@ MLX_TRAP = (
 # Measured on the bundled base model: the part of an adapter's gain that is lost by merging into each format.
 LOST = {
     "q8_0": "1 %",
-    "q6_k": "2.3 %",
-    "q5_k_m": "4.5 %",
+    "q6_k": "2 %",
+    "q5_k_m": "5 to 32 %",
     "q5_1": "several per cent",
     "q5_0": "several per cent",
-    "q4_k_m": "9 %",
+    "q4_k_m": "9 to 11 %",
     "q4_1": "59 %",
     "q4_0": "32 %",
 }

@@ -132,3 +132,10 @@ def test_the_default_is_in_the_project_or_among_the_others(tmp_path: Path) -> No
     assert foreign.parent.parent == other.parent.parent == paths.exports("other")
     assert foreign.parent.name.startswith("adapter-")
     assert foreign != other
+
+
+def test_a_directory_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidArgument, match="file is not a directory"):
+        require_free(tmp_path / "file" / "x" / "y", overwrite=True)
+    require_free(tmp_path / "new" / "x", overwrite=False)
