@@ -122,7 +122,6 @@ def test_the_text_of_an_export_has_its_summary_first_then_how_to_use_it_and_what
         "Use it:",
         "- llama-server -m base.gguf --lora a.gguf",
         "Warning: Take care.",
-        "Use it.",
     ]
     assert json.loads(data)["verification"]["mean_difference"] == 0.004
     assert result.structured_content is not None

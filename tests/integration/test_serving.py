@@ -1,0 +1,244 @@
+"""The endpoint as a real process with a tiny model: every adapter answers as alone, and the process is found again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import psutil
+import pytest
+
+from peft_core.adapters.manifest import read_manifest, write_manifest
+from peft_core.adapters.registry import Registry
+from peft_core.config import Settings
+from peft_core.endpoint.app import MAX_BODY_BYTES
+from peft_core.errors import InvalidArgument, ServingError
+from peft_core.manager import PEFTManager
+from peft_core.schemas.serving import Serving
+from tests.tiny_models import write_byte_level_tokenizer, write_tiny_adapter, write_tiny_base
+
+PROJECTS = ("one", "two", "three")
+PROMPT = {"prompt": "def f", "max_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = write_tiny_base(tmp_path_factory.mktemp("tiny") / "base")
+    write_byte_level_tokenizer(directory, ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"])
+    return directory
+
+
+def publish(data: Path, base: Path, project: str, seed: int, adapter_id: str) -> None:
+    draft = write_tiny_adapter(data / "drafts" / adapter_id, base, seed)
+    manifest = read_manifest(draft)
+    assert manifest is not None
+    write_manifest(draft, manifest.model_copy(update={"project_id": project, "adapter_id": adapter_id}))
+    registry = Registry(Settings(data_dir=data).paths)
+    registry.publish(draft, project, adapter_id)
+    registry.set_current(project, adapter_id)
+
+
+@pytest.fixture(scope="module")
+def published(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data = tmp_path_factory.mktemp("published")
+    for seed, project in enumerate(PROJECTS):
+        publish(data, base, project, seed, f"adapter-0{seed + 1}")
+    return data
+
+
+@pytest.fixture
+def settings(published: Path, tmp_path: Path) -> Iterator[Settings]:
+    data = shutil.copytree(published, tmp_path / "data", symlinks=True)
+    settings = Settings(data_dir=data, log_level="WARNING")
+    yield settings
+    anyio.run(PEFTManager(settings).stop_serving)
+
+
+async def serve(settings: Settings, **options: Any) -> Serving:
+    return await PEFTManager(settings).serve_adapter(**{"port": 0, **options})
+
+
+def client_of(serving: Serving) -> httpx.AsyncClient:
+    token = Path(serving.token_path).read_text().strip()
+    return httpx.AsyncClient(
+        base_url=serving.address, headers={"Authorization": f"Bearer {token}"}, timeout=60, trust_env=False
+    )
+
+
+async def text_from(client: httpx.AsyncClient, model: str, **more: Any) -> str:
+    response = await client.post("/v1/completions", json={**PROMPT, "model": model, **more})
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["text"])
+
+
+def process_of(serving: Serving) -> psutil.Process:
+    port = int(serving.address.rpartition(":")[2])
+    (listening,) = (c for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == port)
+    return psutil.Process(listening.pid)
+
+
+async def test_fifty_concurrent_requests_are_answered_as_alone(settings: Settings) -> None:
+    serving = await serve(settings)
+    names = [model.name for model in serving.models]
+    assert names == ["base-three", "base-two", "base-one", "base"]
+    async with client_of(serving) as client:
+        alone = {name: await text_from(client, name) for name in names}
+        assert len(set(alone.values())) == 4
+        answers: list[tuple[str, str]] = []
+
+        async def ask(name: str, prompt: str) -> None:
+            answers.append((name, await text_from(client, name, prompt=prompt)))
+
+        async with anyio.create_task_group() as group:
+            for number in range(50):
+                group.start_soon(ask, names[number % 4], PROMPT["prompt"])
+        assert len(answers) == 50
+        assert all(text == alone[name] for name, text in answers)
+        health = (await client.get("/health")).json()
+        assert health["requests"] == 54
+
+
+async def test_each_interface_gives_the_same_text(settings: Settings) -> None:
+    serving = await serve(settings, project_id="one")
+    assert serving.default_model == "base-one"
+    async with client_of(serving) as client:
+        whole = await text_from(client, "one", suffix="x")
+        infill = await client.post(
+            "/infill", json={"input_prefix": "def", "prompt": " f", "input_suffix": "x", "n_predict": 12}
+        )
+        assert infill.json()["content"] == whole
+        body = {"input_prefix": "def f", "input_suffix": "x", "n_predict": 12}
+        assert (await client.post("/models/base-two/infill", json=body)).json()["content"] != whole
+        assert (await client.post("/infill", json={**body, "n_predict": 0})).json()["content"] == ""
+
+        streamed = []
+        request = {**PROMPT, "model": "base-one", "suffix": "x", "stream": True}
+        async with client.stream("POST", "/v1/completions", json=request) as response:
+            async for line in response.aiter_lines():
+                if line.startswith("data: ") and line != "data: [DONE]":
+                    streamed.append(json.loads(line.removeprefix("data: "))["choices"][0])
+        assert "".join(choice["text"] for choice in streamed) == whole
+        assert [choice["finish_reason"] for choice in streamed[-1:]] == ["length"]
+
+        messages = [{"role": "user", "content": "abc"}]
+        chat = await client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 8})
+        answer = chat.json()["choices"][0]["message"]
+        assert answer["role"] == "assistant"
+        assert answer["content"]
+
+
+async def test_a_new_adapter_is_used_from_its_publication_on_and_no_request_is_lost(
+    settings: Settings, base: Path
+) -> None:
+    serving = await serve(settings)
+    async with client_of(serving) as client:
+        before = await text_from(client, "base-one")
+        texts: list[str] = []
+
+        async def keep_asking(enough: anyio.Event) -> None:
+            while not enough.is_set():
+                texts.append(await text_from(client, "base-one"))
+
+        enough = anyio.Event()
+        async with anyio.create_task_group() as group:
+            group.start_soon(keep_asking, enough)
+            await anyio.to_thread.run_sync(publish, settings.data_dir, base, "one", 9, "adapter-09")
+            after = await text_from(client, "base-one")
+            enough.set()
+        assert after != before
+        assert set(texts) <= {before, after}
+        assert sorted(texts, key=lambda text: text == after) == texts  # never the old one again
+
+
+async def test_the_endpoint_is_found_again_and_replaced_after_a_kill(settings: Settings) -> None:
+    serving = await serve(settings)
+    assert (await serve(settings)).address == serving.address
+    process = process_of(serving)
+    worker = process.children()
+    process.kill()
+    process.wait(30)
+    async with client_of(serving) as client:
+        with pytest.raises(httpx.HTTPError):
+            await text_from(client, "base-one")
+    psutil.wait_procs(worker, timeout=30)
+    again = await serve(settings)
+    async with client_of(again) as client:  # the token is the same
+        assert await text_from(client, "base-one")
+    async with client_of(serving) as client, client_of(again) as other:
+        assert client.headers == other.headers
+
+
+async def test_a_killed_worker_gives_an_error_and_the_next_request_an_answer(settings: Settings) -> None:
+    serving = await serve(settings)
+    async with client_of(serving) as client:
+        expected = await text_from(client, "base-one")
+        (worker,) = process_of(serving).children()
+        worker.kill()
+        worker.wait(30)
+        assert await text_from(client, "base-one") == expected
+
+
+async def test_wrong_requests_are_refused_in_the_form_of_the_interface(settings: Settings) -> None:
+    serving = await serve(settings)
+    async with client_of(serving) as client:
+
+        async def refused(path: str, **options: Any) -> tuple[int, str, str]:
+            response = await client.post(path, **options)
+            error = response.json()["error"]
+            return response.status_code, error["code"], error["message"]
+
+        status, code, message = await refused("/v1/completions", json={**PROMPT, "model": "nope"})
+        assert (status, code) == (404, "model_not_found")
+        assert "base-one" in message
+        wrong = {"headers": {"Authorization": "Bearer wrong"}}
+        assert (await refused("/v1/completions", json=PROMPT, **wrong))[:2] == (401, "invalid_api_key")
+        assert (await refused("/v1/completions", content=b"{"))[:2] == (400, "invalid_argument")
+        assert (await refused("/v1/completions", content=b" " * (MAX_BODY_BYTES + 1)))[:2] == (413, "too_large")
+        assert (await client.get("/health", headers={"Host": "evil.example"})).status_code == 400
+        assert (await client.get("/v1/models", headers={"Authorization": ""})).status_code == 401
+        served = (await client.get("/v1/models")).json()["data"]
+        assert [model["id"] for model in served] == [model.name for model in serving.models]
+
+
+async def test_what_cannot_be_served_is_said(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(ServingError, match="no adapter") as nothing:
+        await serve(Settings(data_dir=tmp_path / "empty"))
+    assert nothing.value.code == "nothing_to_serve"
+    with pytest.raises(InvalidArgument, match="must be a project with a current adapter: three, two, one"):
+        await serve(settings, project_id="four")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ServingError, match=f"port = {port} cannot be used") as caught:
+            await serve(settings, port=port)
+        assert caught.value.code == "port_taken"
+    serving = await serve(settings)
+    with pytest.raises(InvalidArgument, match=f"already runs at {serving.address}"):
+        await serve(settings, port=port)
+    shutil.rmtree(settings.paths.projects / "one")
+    async with client_of(serving) as client:
+        response = await client.post("/v1/completions", json={**PROMPT, "model": "base-one"})
+        assert response.status_code == 404
+    assert (await PEFTManager(settings).stop_serving()).status == "stopped"
+    assert (await PEFTManager(settings).stop_serving()).status == "not_running"
+
+
+async def test_two_servers_that_start_it_together_get_one_endpoint(settings: Settings) -> None:
+    found: list[str] = []
+
+    async def start() -> None:
+        try:
+            found.append((await serve(settings)).address)
+        except ServingError as error:
+            assert error.code == "serving_unreachable"  # it was starting at this moment
+            found.append((await serve(settings)).address)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(start)
+        group.start_soon(start)
+    assert len(set(found)) == 1
