@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ def publish(data: Path, base: Path, project: str, seed: int, adapter_id: str) ->
     draft = write_tiny_adapter(data / "drafts" / adapter_id, base, seed)
     manifest = read_manifest(draft)
     assert manifest is not None
-    write_manifest(draft, manifest.model_copy(update={"project_id": project, "adapter_id": adapter_id}))
+    own = {"project_id": project, "adapter_id": adapter_id, "created_at": f"2026-01-{adapter_id[-2:]}T00:00:00Z"}
+    write_manifest(draft, manifest.model_copy(update=own))
     registry = Registry(Settings(data_dir=data).paths)
     registry.publish(draft, project, adapter_id)
     registry.set_current(project, adapter_id)
@@ -53,9 +55,9 @@ def published(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def settings(published: Path, tmp_path: Path) -> Iterator[Settings]:
+def settings(published: Path, base: Path, tmp_path: Path) -> Iterator[Settings]:
     data = shutil.copytree(published, tmp_path / "data", symlinks=True)
-    settings = Settings(data_dir=data, log_level="WARNING")
+    settings = Settings(data_dir=data, default_base_model=str(base), log_level="WARNING")
     yield settings
     anyio.run(PEFTManager(settings).stop_serving)
 
@@ -117,14 +119,13 @@ async def test_each_interface_gives_the_same_text(settings: Settings) -> None:
         assert (await client.post("/models/base-two/infill", json=body)).json()["content"] != whole
         assert (await client.post("/infill", json={**body, "n_predict": 0})).json()["content"] == ""
 
-        streamed = []
         request = {**PROMPT, "model": "base-one", "suffix": "x", "stream": True}
         async with client.stream("POST", "/v1/completions", json=request) as response:
-            async for line in response.aiter_lines():
-                if line.startswith("data: ") and line != "data: [DONE]":
-                    streamed.append(json.loads(line.removeprefix("data: "))["choices"][0])
+            events = [line.removeprefix("data: ") async for line in response.aiter_lines() if line]
+        assert events[-1] == "[DONE]"
+        streamed = [json.loads(event)["choices"][0] for event in events[:-1]]
         assert "".join(choice["text"] for choice in streamed) == whole
-        assert [choice["finish_reason"] for choice in streamed[-1:]] == ["length"]
+        assert streamed[-1]["finish_reason"] == "length"
 
         messages = [{"role": "user", "content": "abc"}]
         chat = await client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 8})
@@ -170,8 +171,6 @@ async def test_the_endpoint_is_found_again_and_replaced_after_a_kill(settings: S
     again = await serve(settings)
     async with client_of(again) as client:  # the token is the same
         assert await text_from(client, "base-one")
-    async with client_of(serving) as client, client_of(again) as other:
-        assert client.headers == other.headers
 
 
 async def test_a_killed_worker_gives_an_error_and_the_next_request_an_answer(settings: Settings) -> None:
@@ -232,11 +231,10 @@ async def test_two_servers_that_start_it_together_get_one_endpoint(settings: Set
     found: list[str] = []
 
     async def start() -> None:
-        try:
-            found.append((await serve(settings)).address)
-        except ServingError as error:
-            assert error.code == "serving_unreachable"  # it was starting at this moment
-            found.append((await serve(settings)).address)
+        while True:
+            with suppress(ServingError):  # "is starting"
+                found.append((await serve(settings)).address)
+                return
 
     async with anyio.create_task_group() as group:
         group.start_soon(start)
