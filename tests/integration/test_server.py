@@ -45,6 +45,8 @@ TOOLS = {
     "unload_adapter",
     "generate",
     "export_adapter",
+    "serve_adapter",
+    "stop_serving",
 }
 
 
@@ -85,12 +87,14 @@ async def test_the_instructions_explain_the_workflow_in_four_sentences(data_dir:
         assert "train_adapter" in client.instructions
 
 
-async def test_the_schema_describes_every_training_setting(connect: Connect) -> None:
+async def test_a_resource_describes_every_training_setting_of_the_schema(connect: Connect) -> None:
     async with connect() as client:
         schema = next(t for t in (await client.list_tools()).tools if t.name == "train_adapter").input_schema
         config = schema["properties"]["config"]["properties"]
         assert {"rank", "learning_rate", "max_steps", "device", "seed"} <= set(config)
-        assert all(field["description"] for field in config.values())
+        (described,) = (await client.read_resource("settings://training")).contents
+        for name in config:
+            assert name in described.text  # type: ignore[union-attr]
 
 
 CODE = "CODE"
