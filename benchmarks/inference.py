@@ -187,7 +187,7 @@ class Ours:
     """Our manager. It is given the base by a new link each time, so that no cache knows it."""
 
     def __init__(self, data_dir: Path, base: Path) -> None:
-        self._manager = PEFTManager(Settings(data_dir=data_dir, log_level="WARNING"))
+        self._manager = PEFTManager(Settings(data_dir=data_dir, engine="torch", log_level="WARNING"))
         self._base = str(base)
 
     async def load(self, adapter: Path) -> None:

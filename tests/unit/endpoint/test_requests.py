@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_core.endpoint.requests import (
@@ -86,6 +86,7 @@ def test_values_that_change_nothing_and_unknown_fields_are_accepted() -> None:
     assert request.prompt == "a"
 
 
+@settings(max_examples=25, deadline=None)  # each error derives schemas
 @given(st.binary(max_size=200) | st.recursive(st.none() | st.text() | st.integers(), st.lists).map(json.dumps))
 def test_any_body_is_read_or_refused(body: bytes | str) -> None:
     for kind in (CompletionRequest, ChatRequest, InfillRequest):
