@@ -81,7 +81,7 @@ async def test_an_adapter_is_verified_loaded_used_switched_and_unloaded(trained:
         )
         assert result.structured_content is not None
         assert result.structured_content["applied"]["prompt_format"] == "chat_template"
-        assert any("tokens by the adapter" in message for message in messages)
+        assert any("the adapter" in message for message in messages)
 
         # 4. A second adapter is loaded; after switching back, the first generates as before.
         assert (await call(client, "load_adapter", adapter_path="mime"))["how"] == "warm"
