@@ -57,6 +57,13 @@ def worker_pid(manager: PEFTManager) -> int:
     return worker_process(manager).pid
 
 
+async def until_a_request_is_sent(manager: PEFTManager) -> None:
+    """Wait until a call has its turn and waits for the worker. Before that it may be blocked on a thread that reads files."""
+    while not manager._inference._client._turn.locked():
+        await anyio.lowlevel.checkpoint()
+    await anyio.wait_all_tasks_blocked()
+
+
 async def texts_of_single_use(manager: PEFTManager, adapters: list[str], base: str) -> list[str]:
     texts = []
     for adapter in adapters:
@@ -131,7 +138,7 @@ async def test_a_worker_that_dies_during_a_call_is_reported_and_the_next_load_st
 
     async with anyio.create_task_group() as group:
         group.start_soon(call)
-        await anyio.wait_all_tasks_blocked()
+        await until_a_request_is_sent(manager)
         group.start_soon(poll_list)
         os.kill(pid, number)
         os.kill(pid, signal.SIGCONT)
@@ -362,7 +369,7 @@ async def test_a_call_that_waits_for_its_turn_reports_it(manager: PEFTManager, a
 
     async with anyio.create_task_group() as group:
         group.start_soon(manager.generate, LONG)
-        await anyio.wait_all_tasks_blocked()
+        await until_a_request_is_sent(manager)
         await manager.generate(SHORT, on_progress=hear)
     assert heard[0] == "waiting for another call to the model"
 
