@@ -58,6 +58,24 @@ class BaseModel:
     objective: Objective
 
 
+@dataclass(frozen=True)
+class AdaptedModel:
+    """The base model with the adapter, and which of its operations were fused."""
+
+    base: BaseModel
+    peft: PeftModel
+    fusion: FusionStats
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What the loop trains on and measures itself with."""
+
+    documents: Sequence[Document]
+    order: Order
+    held_out: Sequence[Document]  # evaluated during training; a sample if the held-out set is large
+
+
 def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     """Train, and write the complete adapter to the job's directory.
 
@@ -95,11 +113,11 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
 
     # 4. Training.
     session.start_phase(Phase.TRAINING)
-    adapted = lora.attach(base.model, config, task.request.base.name)
+    peft = lora.attach(base.model, config, task.request.base.name)
     # kill-point: worker: the adapter is attached
-    fusion = fuse(adapted)
+    adapted = AdaptedModel(base, peft, fuse(peft))
     return_freed_memory()
-    loop = _build_loop(session, base, adapted, fusion, documents, order, sample, base_loss, key, threads)
+    loop = _build_loop(session, adapted, TrainingSet(documents, order, sample), base_loss, key, threads)
     if checkpoint is not None:
         loop.restore(checkpoint)
     del checkpoint  # it is at least as large as the adapter
@@ -115,8 +133,8 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
 
     # 6. Completions of both models, and the adapter's files.
     if session.accelerator.is_main_process:
-        evaluation = _evaluate(session, base, adapted, evaluator, base_scores, adapter_scores, loop.progress)
-        _write_adapter(session, base, adapted, fusion, data, loop, adapter_loss, evaluation)
+        evaluation = _evaluate(session, adapted, evaluator, base_scores, adapter_scores, loop.progress)
+        _write_adapter(session, adapted, data, loop, adapter_loss, evaluation)
     session.accelerator.end_training()  # a process that does not leave its group may end with SIGABRT
 
 
@@ -205,38 +223,34 @@ def _loss_of_sample(sample: Sequence[Document], held_out: Sequence[HeldOutExampl
 
 def _build_loop(
     session: Session,
-    base: BaseModel,
-    adapted: PeftModel,
-    fusion: FusionStats,
-    documents: Sequence[Document],
-    order: Order,
-    sample: Sequence[Document],
+    adapted: AdaptedModel,
+    training_set: TrainingSet,
     base_loss: float,
     key: str,
     threads: ThreadTuner,
 ) -> TrainingLoop:
-    request, accelerator = session.task.request, session.accelerator
+    request, accelerator, base = session.task.request, session.accelerator, adapted.base
     # The arena pays off only if bf16 blocks are all that saves activations. In float32 it saves neither memory nor time: the
     # backward pass needs much memory of its own there, and finds it in the heap that the forward pass has used.
-    is_all_bf16 = base.uses_bf16_blocks and fusion.linears == 0 and base.objective.head is not None
+    is_all_bf16 = base.uses_bf16_blocks and adapted.fusion.linears == 0 and base.objective.head is not None
     uses_arena = is_all_bf16 and not base.compute_plan.recompute_layers
     if base.compute_plan.recompute_layers:
         base.objective.enable_gradient_checkpointing()
     elif session.device.device == "cpu":
         share = 1.0 if uses_arena else _MALLOC_KEEP_SHARE
         set_malloc_keep(up_to_bytes=round(share * request.estimate.memory_bytes))
-    optimizer = lora.build_optimizer(adapted, request.config)
-    scheduler = lora.build_scheduler(optimizer, request.config, order.total_steps)
+    optimizer = lora.build_optimizer(adapted.peft, request.config)
+    scheduler = lora.build_scheduler(optimizer, request.config, training_set.order.total_steps)
     return TrainingLoop(
         config=request.config,
         accelerator=accelerator,
         objective=base.objective,
-        weights=lora.weights(adapted),
+        weights=lora.weights(adapted.peft),
         optimizer=accelerator.prepare_optimizer(optimizer),
         scheduler=accelerator.prepare_scheduler(scheduler),
-        documents=documents,
-        order=order,
-        held_out=sample,
+        documents=training_set.documents,
+        order=training_set.order,
+        held_out=training_set.held_out,
         progress=Progress(base_loss=base_loss),
         checkpoint_directory=session.paths.checkpoint,
         run_key=key,
@@ -244,14 +258,13 @@ def _build_loop(
         stop=session.stop,
         between_steps=threads.keep_up,
         # The loop holds the only reference, so that it can free the memory.
-        activation_arena=ActivationArena(adapted) if uses_arena else None,
+        activation_arena=ActivationArena(adapted.peft) if uses_arena else None,
     )
 
 
 def _evaluate(
     session: Session,
-    base: BaseModel,
-    adapted: PeftModel,
+    adapted: AdaptedModel,
     evaluator: Evaluator,
     base_scores: Scores,
     adapter_scores: Scores,
@@ -259,7 +272,8 @@ def _evaluate(
 ) -> Evaluation:
     """Compare base model and adapter. The model cannot be trained afterwards."""
     session.start_phase(Phase.EVALUATING_ADAPTER, "completing held-out prompts with both models")
-    undo_fusion(adapted, base.model)
+    base = adapted.base
+    undo_fusion(adapted.peft, base.model)
     if base.objective.head is not None:
         base.objective.head.release()
     return_freed_memory()
@@ -267,7 +281,7 @@ def _evaluate(
         base_scores,
         adapter_scores,
         base.model,
-        adapted.disable_adapter,
+        adapted.peft.disable_adapter,
         budget=completion_budget_after_training(progress.tokens),
         stop=session.stop,
     )
@@ -283,9 +297,7 @@ def _evaluate(
 
 def _write_adapter(
     session: Session,
-    base: BaseModel,
-    adapted: PeftModel,
-    fusion: FusionStats,
+    adapted: AdaptedModel,
     data: RunData,
     loop: TrainingLoop,
     adapter_loss: float,
@@ -293,9 +305,10 @@ def _write_adapter(
 ) -> None:
     session.start_phase(Phase.SAVING)
     request, progress, dataset = session.task.request, loop.progress, data.dataset
+    base, fusion = adapted.base, adapted.fusion
     run_record = RunRecord(
         config=request.config.model_copy(update={"base_model": None, "more_sources": []}),
-        target_modules=lora.target_modules(adapted),
+        target_modules=lora.target_modules(adapted.peft),
         device=session.device.device,
         weights_dtype="bfloat16" if base.compute_plan.weights == "bfloat16" else "float32",
         steps=progress.step,
@@ -314,7 +327,7 @@ def _write_adapter(
     )
     metrics = write_adapter(
         session.paths.adapter,
-        adapted,
+        adapted.peft,
         session.task,
         data=DataRecord(
             source_kind=request.source_kind,
