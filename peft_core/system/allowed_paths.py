@@ -12,8 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from peft_core.errors import InvalidArgument
-from peft_core.paths import DataPaths
-from peft_core.schemas.task import TrainingTask
 
 _HOME_PATHS = (
     ".ssh", ".gnupg", ".aws", ".azure", ".kube", ".docker", ".config/gcloud", ".config/gh", ".config/op", ".config/hub",
@@ -128,26 +126,6 @@ def require_allowed(field: str, path: Path, allowed_roots: Sequence[Path] | None
         code="outside_allowed_roots",
         suggestions=("Give a path below one of them", "Or ask the user to extend CODEBASE_GARDENER_ALLOWED_ROOTS"),
     )
-
-
-def require_task_source(task: TrainingTask, source: Path) -> None:
-    """Check once more, when the job runs, that its data may be read: a symbolic link may lead elsewhere by now.
-
-    Raises:
-        InvalidArgument: 'sensitive_place', 'outside_allowed_roots'.
-    """
-    field = task.request.purpose.field
-    require_data_path(source, data_dir=task.data_dir or task.job_dir, allowed_roots=task.allowed_roots, field=field)
-
-
-def require_task_adapter(task: TrainingTask, adapter: Path) -> None:
-    """Check when the job runs that the adapter to evaluate may be read. Adapters published here always may.
-
-    Raises:
-        InvalidArgument: 'outside_allowed_roots'.
-    """
-    published = () if task.data_dir is None else (DataPaths(task.data_dir).projects,)
-    require_allowed("adapter_path", adapter, task.allowed_roots, also=published)
 
 
 def is_private(path: Path) -> bool:

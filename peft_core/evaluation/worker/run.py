@@ -16,7 +16,7 @@ from peft_core.errors import DataError, HeaderError, InferenceError
 from peft_core.evaluation.summary import mean_loss
 from peft_core.evaluation.worker.completions import undo_fusion
 from peft_core.evaluation.worker.evaluator import Evaluator, completion_budget
-from peft_core.evaluation.worker.setup import RunData, Session, prepare_data, start_session
+from peft_core.evaluation.worker.setup import RunData, Session, prepare_data, require_adapter, start_session
 from peft_core.modeling.adapter_model import ResidentModel
 from peft_core.modeling.memory import return_freed_memory
 from peft_core.modeling.objective import probe_fast_paths
@@ -25,7 +25,6 @@ from peft_core.schemas.events import DatasetPrepared, Emit, Evaluated, HeldOutMe
 from peft_core.schemas.results import BaseMatch, Phase
 from peft_core.schemas.task import TrainingTask
 from peft_core.schemas.training import EvaluatedAdapter
-from peft_core.system.allowed_paths import require_task_adapter
 from peft_core.system.cancellation import StopFlag
 from peft_core.system.files import read_small
 
@@ -46,7 +45,7 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
 
     # 1. Text that the adapter was not trained on.
     session.start_phase(Phase.PREPARING_DATA)
-    require_task_adapter(task, evaluated.adapter_path)
+    require_adapter(task, evaluated.adapter_path)
     known = _training_fingerprint(evaluated.adapter_path)
     data = prepare_data(session, known)
     summary = _summary(data)

@@ -18,11 +18,11 @@ from peft_core.evaluation.worker.scoring import HeldOutExample, make_held_out_ex
 from peft_core.modeling.convert import ensure_hf_directory
 from peft_core.modeling.device import DevicePlan, choose, describe, timed, use_cores
 from peft_core.modeling.memory import set_malloc_keep, set_malloc_trim
-from peft_core.paths import JobPaths
+from peft_core.paths import DataPaths, JobPaths
 from peft_core.schemas.events import Emit, PhaseStarted
 from peft_core.schemas.results import Phase
 from peft_core.schemas.task import TrainingTask
-from peft_core.system.allowed_paths import require_task_source
+from peft_core.system.allowed_paths import require_allowed, require_data_path
 from peft_core.system.cancellation import StopFlag
 
 _log = structlog.get_logger(__name__)
@@ -100,7 +100,27 @@ def prepare_data(session: Session, known: TrainingFingerprint | None = None) -> 
             token_counter=tokenizer,
             report=report,
             known=known,
-            may_read=partial(require_task_source, task),
+            may_read=partial(require_source, task),
         )
     examples = read_examples(paths.dataset / "held_out.jsonl")
     return RunData(directory, tokenizer, dataset, make_held_out_examples(examples, tokenizer, config.max_length))
+
+
+def require_source(task: TrainingTask, source: Path) -> None:
+    """Check once more, when the job runs, that its data may be read: a symbolic link may lead elsewhere by now.
+
+    Raises:
+        InvalidArgument: `sensitive_place`, `outside_allowed_roots`.
+    """
+    field = task.request.purpose.field
+    require_data_path(source, data_dir=task.data_dir or task.job_dir, allowed_roots=task.allowed_roots, field=field)
+
+
+def require_adapter(task: TrainingTask, adapter: Path) -> None:
+    """Check when the job runs that the adapter to evaluate may be read. Adapters published here always may.
+
+    Raises:
+        InvalidArgument: `outside_allowed_roots`.
+    """
+    published = () if task.data_dir is None else (DataPaths(task.data_dir).projects,)
+    require_allowed("adapter_path", adapter, task.allowed_roots, also=published)
