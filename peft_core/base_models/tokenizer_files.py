@@ -18,8 +18,10 @@ from peft_core.system.files import open_regular, read_exactly
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 MAX_TOKENIZER_BYTES = 128 << 20  # four times the size of Gemma's file, which has 256k tokens
-# One entry of "added_tokens", as the library tokenizers writes it.
-_ADDED = re.compile(rb'"id":\s*(\d{1,9}),\s*"content":\s*("(?:[^"\\]|\\.)*")')
+_TEXT, _NUMBER = rb'"content":\s*("(?:[^"\\]|\\.)*")', rb'"id":\s*(\d{1,9})\b'
+# One entry of "added_tokens": as the library tokenizers writes it, or in a file whose keys were sorted.
+_ADDED = re.compile(_NUMBER + rb",\s*" + _TEXT + rb"|" + _TEXT + rb",\s*" + _NUMBER)
+_TOKEN_ID = re.compile(r"\d{1,9}", re.ASCII)
 _CONVERT = "Write one with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
 
 
@@ -43,7 +45,7 @@ def listed_tokens(config: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     return {
         int(number): entry
         for number, entry in (listed.items() if isinstance(listed, dict) else ())
-        if number.isdecimal() and isinstance(entry, dict) and isinstance(entry.get("content"), str)
+        if _TOKEN_ID.fullmatch(number) and isinstance(entry, dict) and isinstance(entry.get("content"), str)
     }
 
 
@@ -128,7 +130,7 @@ def _added_tokens(raw: bytes) -> Iterator[tuple[int, str]]:
     end = raw.find(b'"normalizer"', start)
     for match in _ADDED.finditer(raw, start, end if end >= 0 else len(raw)):
         try:
-            yield int(match[1]), json.loads(match[2])
+            yield int(match[1] or match[4]), json.loads(match[2] or match[3])
         except ValueError:
             continue
 

@@ -111,6 +111,10 @@ CASES: dict[str, tuple[tuple[Callable[[Path], None], ...], str]] = {
         (add("tokenizer.json", tokenizer_with(("<a>", 3), ("<|im_start|>", 48), ("<|im_end|>", 49))),),
         r"its embedding, which has 48 rows, has none: <\|im_start\|> \(48\), <\|im_end\|> \(49\).*resize_token_embeddings",
     ),
+    "added tokens without a row, with sorted keys": (
+        (add("tokenizer.json", json.dumps(json.loads(tokenizer_with(("<think>", 48))), sort_keys=True)),),
+        r"has none: <think> \(48\)",
+    ),
 }
 
 
@@ -128,6 +132,13 @@ def test_a_directory_that_cannot_be_used_is_refused_when_requested_with_the_reas
 def test_auto_map_beside_a_known_model_type_is_ignored(tmp_path: Path) -> None:
     directory = write_model(tmp_path / "model", auto_map={"AutoModelForCausalLM": "modeling_x.X"})
     assert resolve(str(directory), Settings()).model_type == "llama"
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "first", "-1"])
+def test_a_listed_token_whose_number_is_none_of_a_vocabulary_is_ignored(number: str, tmp_path: Path) -> None:
+    directory = write_model(tmp_path / "model")
+    add("tokenizer_config.json", json.dumps({"added_tokens_decoder": {number: {"content": "<think>"}}}))(directory)
+    assert resolve(str(directory), Settings()).shape.vocab_size == 48
 
 
 def test_a_padding_token_without_a_row_is_no_obstacle(tmp_path: Path) -> None:
