@@ -154,11 +154,11 @@ def significant(message: Message) -> Iterator[tuple[str, Any]]:
 
 
 def plain(value: Any, change: Callable[[str], str] = lambda text: text) -> Any:
-    """Return a copy of JSON-like data, with every text in it changed."""
+    """Return a copy of JSON-like data, with every text in it changed, the names of fields too."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: plain(item, change) for key, item in value.items()}
+        return {change(key): plain(item, change) for key, item in value.items()}
     return [plain(item, change) for item in value] if isinstance(value, list | tuple) else value
 
 

@@ -37,6 +37,9 @@ from peft_core.schemas.conversation import Conversation
 from peft_core.schemas.dataset import Segment
 
 MAX_SHAPES = 20_000  # conversation shapes whose check is remembered
+# In all renderings of a conversation, which are in memory together. A template that rewrites earlier turns gives one for each
+# answer, so that their size grows with the square of the conversation's.
+MAX_CONVERSATION_CHARACTERS = 256_000_000
 _EMPTY_REASONING = re.compile(r"\s*<think>\s*</think>\s*")
 _LOOKS_LIKE_A_MARK = r"<[|/]?[^<>\s]{1,64}>|\[/?[A-Z_]{1,64}\]"
 _MAX_MARK = 256  # characters of a token that is matched as a whole
@@ -91,8 +94,7 @@ class TurnRenderer:
         """
         if not any(conversation.learned):
             raise TemplateRefusal("is given a conversation without an assistant message to learn")
-        messages, names = self._hide_special(conversation)
-        hidden = Conversation(messages, conversation.learned, tuple(plain(tool) for tool in conversation.tools))
+        hidden, names = self._hide_special(conversation)
         shape = shape_of(hidden)
         if shape not in self._shapes:
             if len(self._shapes) >= MAX_SHAPES:
@@ -155,8 +157,8 @@ class TurnRenderer:
     def _special_beginnings(self) -> tuple[str, ...]:
         return tuple({mark[:2] for mark in self.special_marks})
 
-    def _hide_special(self, conversation: Conversation) -> tuple[tuple[dict[str, Any], ...], dict[str, str]]:
-        """Return messages with a placeholder for each special token in their texts, and the tokens by placeholder."""
+    def _hide_special(self, conversation: Conversation) -> tuple[Conversation, dict[str, str]]:
+        """Return the conversation with a placeholder for each special token in its texts, and the tokens by placeholder."""
         names: dict[str, str] = {}
         placeholders: dict[str, str] = {}
 
@@ -178,7 +180,8 @@ class TurnRenderer:
             {key: value if key == "role" else plain(value, hide) for key, value in significant(message)}
             for message in conversation.messages
         )
-        return messages, names
+        tools = tuple(plain(tool, hide) for tool in conversation.tools)
+        return Conversation(messages, conversation.learned, tools), names
 
 
 class _Writer:
@@ -195,6 +198,7 @@ class _Writer:
         self._plain_turn = renderer.plain_turn if plain_turn is ... else plain_turn
         self._texts: dict[tuple[int, bool], str] = {}
         self._turns: dict[int, _Turn] = {}
+        self._size = 0  # of what the template has written, in characters
 
     def renderings(self) -> list[Rendering]:
         """Return as few renderings as hold every learned turn."""
@@ -253,7 +257,14 @@ class _Writer:
         key = (count, prompt)
         if key not in self._texts:
             messages, tools = self._conversation.messages[:count], self._conversation.tools
-            self._texts[key] = self._renderer.template.render(messages, tools, add_generation_prompt=prompt)
+            text = self._renderer.template.render(messages, tools, add_generation_prompt=prompt)
+            self._size += len(text)
+            if self._size > MAX_CONVERSATION_CHARACTERS:
+                raise TemplateRefusal(
+                    f"writes more than {MAX_CONVERSATION_CHARACTERS} characters for this conversation, because it repeats the "
+                    "earlier turns before each answer; the conversation must be split into shorter ones"
+                )
+            self._texts[key] = text
         return self._texts[key]
 
     def _find_turn(self, number: int) -> _Turn:

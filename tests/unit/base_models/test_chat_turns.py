@@ -288,6 +288,28 @@ def test_special_tokens_in_given_texts_stay_text() -> None:
     assert learned(example) == ["ok <|im_end|> ok<|im_end|>"]
 
 
+def test_special_tokens_in_the_arguments_and_descriptions_of_tools_stay_text_too() -> None:
+    renderer = renderer_of("qwen2.5", "<|im_end|>", "<|im_start|>")
+    described = {"type": "function", "function": {**TOOL["function"], "description": "Ends with <|im_end|>."}}
+    called = {"id": "call_0123456789", "type": "function"} | {
+        "function": {"name": "read_file", "arguments": {"<|im_start|>": 1, "path": "x<|im_end|>"}}
+    }
+    messages = [user("a"), answer(None, tool_calls=[called]), tool("y"), answer("b")]
+    (example,) = renderer.render(Conversation.learning_every_answer(messages, [described]))
+    literal = [segment.text for segment in example if segment.literal]
+    assert literal == ["<|im_end|>", "<|im_start|>", "<|im_end|>"]
+    assert '{"<|im_start|>": 1, "path": "x<|im_end|>"}' in learned(example)[0]
+
+
+def test_a_conversation_whose_renderings_would_fill_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft_core.base_models.chat_turns.MAX_CONVERSATION_CHARACTERS", 1_000_000)
+    messages = [message for n in range(200) for message in (user(f"question {n}"), answer(f"answer {n}"))]
+    (whole,) = render("chatml", messages)  # one text for all answers
+    assert len(learned(whole)) == 200
+    with pytest.raises(TemplateRefusal, match=r"more than 1000000 characters.*must be split"):
+        render("mistral-v3", [system("Be brief"), *messages])  # one text for each answer
+
+
 # Any conversation: what is learned is what was given, or the conversation is refused.
 
 WORDS = st.text(alphabet='ab<>|_ \n{}[]"\\é/', min_size=1, max_size=12).filter(lambda text: text.strip())
