@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from peft_core.base_models.ollama_store import find_ollama, installed_names, parse_ollama_name
+from peft_core.base_models.ollama_store import PREFIX, find_ollama, installed_names, parse_ollama_name
 from peft_core.base_models.resolve import candidates, resolve
 from peft_core.config import Settings
 from peft_core.errors import BaseCheckpointError, InvalidArgument
@@ -242,10 +242,11 @@ def test_allowed_roots_do_not_exclude_the_store(store: Store, tmp_path: Path) ->
 
 
 @given(st.text(max_size=80))
+@example("OLLAMA")
 def test_a_parsed_name_is_no_path_and_reads_back(text: str) -> None:
     name = parse_ollama_name(text)
     if name is not None:
-        assert parse_ollama_name(str(name)) == name
+        assert parse_ollama_name(f"{PREFIX}{name}") == name  # without the prefix, "ollama:x" is x
         for part in (name.host or "x", name.namespace, name.model, name.tag):
             assert "/" not in part
             assert not part.startswith(".")
