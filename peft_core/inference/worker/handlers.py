@@ -50,7 +50,6 @@ class RequestHandler:
     def __init__(self, config: WorkerConfig, plan: DevicePlan) -> None:
         self._config = config
         self._plan = plan
-        self._engine_reason = ""  # of the resident model
         self._thread_tuner = DecodeThreadTuner(torch.get_num_threads())
         self._cache = AdapterCache(config.max_resident_adapters)
 
@@ -122,16 +121,16 @@ class RequestHandler:
         """Return the resident model if it is this base model in a requested engine, else load another one next to it."""
         if self._cache.model is not None and self._is_resident(base, requested):
             return self._cache.model, "warm"
-        engine, self._engine_reason = choose_engine(requested or self._config.engine, base, self._plan)
+        engine, reason = choose_engine(requested or self._config.engine, base, self._plan)
 
         def say(message: str) -> None:
             on_progress(0, None, message)
 
         say(f"loading {base.name}")
         if engine == "llamacpp":
-            return LlamaModel.load(base, self._config.base_models_dir, say), "cold"
+            return LlamaModel.load(base, self._config.base_models_dir, reason, say), "cold"
         directory = ensure_hf_directory(base, self._config.base_models_dir, say)
-        return TorchModel(ResidentModel.load(base, directory, self._plan), self._thread_tuner), "cold"
+        return TorchModel(ResidentModel.load(base, directory, self._plan), self._thread_tuner, reason), "cold"
 
     def _add_adapter(
         self, model: LoadedModel, files: AdapterFiles, on_progress: ProgressCallback
@@ -180,7 +179,7 @@ class RequestHandler:
             reasons=entry.compatibility.reasons,
             effect=entry.effect,
             engine=resident.engine,
-            engine_reason=self._engine_reason,
+            engine_reason=self._cache.model.engine_reason if self._cache.model else "",
             how=kind,
             evicted=[str(path) for path in evicted],
             resident=resident,

@@ -38,7 +38,7 @@ _names = (f"adapter_{number}" for number in itertools.count())
 class LlamaModel:
     """A `LoadedModel` in llama.cpp."""
 
-    def __init__(self, base: Base, tokenizer: BaseTokenizer, file: Path) -> None:
+    def __init__(self, base: Base, tokenizer: BaseTokenizer, file: Path, engine_reason: str) -> None:
         """Start llama.cpp without adapters. `file`: the base model in F16.
 
         Raises:
@@ -46,6 +46,7 @@ class LlamaModel:
         """
         self.base = base
         self.tokenizer = tokenizer
+        self.engine_reason = engine_reason
         self._file = file
         self._loras: dict[str, Lora] = {}
         self._positions: dict[str, int] = {}  # in the running server, which may have removed ones too
@@ -53,7 +54,7 @@ class LlamaModel:
         self._server = self._start({})
 
     @classmethod
-    def load(cls, base: Base, base_models_dir: Path, say: Callable[[str], None]) -> LlamaModel:
+    def load(cls, base: Base, base_models_dir: Path, engine_reason: str, say: Callable[[str], None]) -> LlamaModel:
         """Load a base model, which is written in F16 first if that was not done before.
 
         Raises:
@@ -64,7 +65,7 @@ class LlamaModel:
         file = base_in_f16(base, base_models_dir, say)
         tokenizer = load_tokenizer(ensure_hf_directory(base, base_models_dir, say))
         require_rows(tokenizer, base)
-        return cls(base, tokenizer, file)
+        return cls(base, tokenizer, file, engine_reason)
 
     @property
     def engine(self) -> Engine:
@@ -150,10 +151,15 @@ class LlamaModel:
 
 
 def _largest_change(one: Mapping[int, float], other: Mapping[int, float]) -> float:
-    changes = [abs(one[token] - other[token]) for token in one.keys() & other.keys()]
-    if not changes:
-        return math.inf if not one or not other else math.nan
-    return math.nan if any(math.isnan(change) for change in changes) else max(changes)
+    """Return the largest difference of a log-probability, from below: of an unlisted token it is at most the smallest listed.
+
+    NaN if one of them is.
+    """
+    values = (*one.values(), *other.values())
+    if not one or not other or any(map(math.isnan, values)):
+        return math.nan
+    smallest = min(one.values()), min(other.values())
+    return max(abs(one.get(token, smallest[0]) - other.get(token, smallest[1])) for token in one.keys() | other.keys())
 
 
 def _choice(answer: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -55,6 +55,11 @@ class LoadedModel(Protocol):
     def engine(self) -> Engine: ...
 
     @property
+    def engine_reason(self) -> str:
+        """Why this engine was chosen."""
+        ...
+
+    @property
     def context_length(self) -> int:
         """Tokens of prompt and answer together."""
         ...

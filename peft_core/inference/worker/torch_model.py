@@ -31,6 +31,7 @@ class TorchModel:
 
     resident: ResidentModel
     thread_tuner: DecodeThreadTuner
+    engine_reason: str
 
     @property
     def engine(self) -> Engine:
