@@ -12,6 +12,7 @@ PeftMcpError
 ├── JobNotFound          there is no job with this id
 ├── JobStateError        the job's state does not allow the request
 ├── ExportError          an adapter cannot be exported, or the written file does not compute the same
+├── ServingError         the endpoint cannot be started, or does not answer
 ├── OllamaError          Ollama is absent, refuses, or takes too long
 ├── VllmError            vLLM is absent, refuses, or takes too long
 ├── StorageError         the data directory: no space, no permission, a newer database

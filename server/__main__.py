@@ -30,6 +30,8 @@ def parse_arguments() -> int | None:
     import argparse  # noqa: PLC0415 -- clients start the server without arguments, and never need it
     from importlib.metadata import version  # noqa: PLC0415
 
+    from peft_core.schemas.serving import DEFAULT_PORT  # noqa: PLC0415
+
     parser = argparse.ArgumentParser(
         prog="peft-mcp",
         description=DESCRIPTION,
@@ -39,7 +41,9 @@ def parse_arguments() -> int | None:
     parser.add_argument("--version", action="version", version=f"peft-mcp {version('peft-mcp')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     serve = commands.add_parser("serve", help="serve the adapters of all projects to editors and scripts until Ctrl-C")
-    serve.add_argument("--port", type=int, default=8012, help="of 127.0.0.1; 0: a free one (default: 8012)")
+    serve.add_argument(
+        "--port", type=int, default=DEFAULT_PORT, help="of 127.0.0.1; 0: a free one (default: %(default)s)"
+    )
     options = parser.parse_args()
     return options.port if options.command == "serve" else None
 

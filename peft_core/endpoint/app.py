@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import anyio
 import structlog
-from anyio.streams.memory import MemoryObjectSendStream
 from anyio.to_thread import run_sync
+from sse_starlette.sse import EventSourceResponse
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from peft_core.endpoint.requests import (
@@ -34,6 +34,7 @@ from peft_core.manager import PEFTManager
 from peft_core.schemas.generation import Generation, GenerationRequest
 from peft_core.schemas.serving import EndpointState, ServedModel
 from peft_core.serving.models import served_models
+from peft_core.serving.state import write_state
 
 MAX_BODY_BYTES = 8 << 20
 HOSTS = ["127.0.0.1", "localhost"]  # a page in a browser cannot reach it under another name
@@ -49,6 +50,15 @@ class UnknownModel(InvalidArgument):
 
 class Unauthorized(PeftMcpError):
     code = "invalid_api_key"
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The model that a request is answered with."""
+
+    name: str
+    project_id: str  # whose adapter is loaded, and the base model with it
+    use_base: bool  # without the adapter
 
 
 @dataclass
@@ -94,9 +104,9 @@ class Endpoint:
         return JSONResponse({"object": "list", "data": data})
 
     async def _set_default(self, request: Request) -> Response:
-        model = json.loads(await _body(request)).get("model")
-        await self._find(model)
-        self.state = self.state.model_copy(update={"default_model": model})
+        model = await self._find(json.loads(await _body(request)).get("model"))
+        self.state = self.state.model_copy(update={"default_model": model.name})
+        write_state(self.manager.settings.paths, self.state)
         return _model_response(self.state)
 
     async def _shutdown(self, _: Request) -> Response:
@@ -108,8 +118,7 @@ class Endpoint:
         with suppress(PeftMcpError):  # the first request reports it
             async with self._turn:
                 model = await self._find(self.state.default_model)
-                if model.project_id is not None:
-                    await self.manager.load_adapter(model.project_id)
+                await self.manager.load_adapter(model.project_id)
 
     # -- generation ----------------------------------------------------------------------------------------------------
 
@@ -122,16 +131,16 @@ class Endpoint:
             generation = generation_of(asked)
             reply = _Reply(asked, model.name)
             if asked.stream:
-                return StreamingResponse(self._stream(model, generation, reply), media_type="text/event-stream")
+                return self._stream(model, generation, reply)
             return JSONResponse(
                 reply.whole(await _unless_disconnected(request, lambda: self._generate(model, generation)))
             )
 
         return answer
 
-    async def _stream(self, model: ServedModel, generation: GenerationRequest, reply: _Reply) -> AsyncIterator[str]:
-        """Yield server-sent events. The generation ends when the client is gone."""
-        send, receive = anyio.create_memory_object_stream[str](16)
+    def _stream(self, model: _Choice, generation: GenerationRequest, reply: _Reply) -> Response:
+        """Return server-sent events. The generation ends when the client is gone."""
+        events, to_client = anyio.create_memory_object_stream[str](16)
         sent = ""
         longest_stop = max((len(stop) for stop in generation.stop), default=1)
 
@@ -140,29 +149,26 @@ class Endpoint:
             # What may become a stop text, or is half a character, waits for what follows.
             safe = text[: len(text) - longest_stop + 1].rstrip(_WITHHELD)
             if safe.startswith(sent) and len(safe) > len(sent):
-                await send.send(reply.part(safe[len(sent) :]))
+                await events.send(reply.part(safe[len(sent) :]))
                 sent = safe
 
-        async def generate(into: MemoryObjectSendStream[str]) -> None:
-            async with into:
+        async def generate() -> None:
+            async with events:
                 try:
                     answer = await self._generate(model, generation, on_text)
-                except PeftMcpError as error:
-                    await into.send(f"data: {json.dumps(_error_body(error))}\n\n")
+                except Exception as error:  # noqa: BLE001 -- the status is sent already: the error becomes an event
+                    await events.send(json.dumps(_error_body(_as_known(error))))
                     return
-                await into.send(reply.part(answer.text.removeprefix(sent)))
-                await into.send(reply.last(answer))
+                if rest := answer.text.removeprefix(sent):
+                    await events.send(reply.part(rest))
+                for event in reply.last(answer):
+                    await events.send(event)
 
-        async with anyio.create_task_group() as group:
-            group.start_soon(generate, send)
-            async with receive:
-                async for event in receive:
-                    yield event
-            group.cancel_scope.cancel()
+        return EventSourceResponse(to_client, data_sender_callable=generate, sep="\n")
 
     async def _generate(
         self,
-        model: ServedModel,
+        model: _Choice,
         request: GenerationRequest,
         on_text: Callable[[str], Awaitable[None]] | None = None,
     ) -> Generation:
@@ -171,40 +177,33 @@ class Endpoint:
         Raises:
             PeftMcpError: The adapter cannot be loaded, or the request cannot be answered.
         """
-        async with self._turn:  # nobody else loads another adapter in between
-            project = model.project_id or await self._project_on(model.base_model)
-            loaded = await self.manager.load_adapter(project)
+        async with self._turn:  # so that no other request loads another adapter in between
+            loaded = await self.manager.load_adapter(model.project_id)
             if loaded.status != "loaded":
                 raise InferenceError(
-                    f"The adapter of {project!r} cannot be loaded: {loaded.reason}", code="adapter_not_loaded"
+                    f"The adapter of {model.project_id!r} cannot be loaded: {loaded.reason}", code="adapter_not_loaded"
                 )
-            answer = await self.manager.generate(request, use_base=model.project_id is None, on_text=on_text)
+            answer = await self.manager.generate(request, use_base=model.use_base, on_text=on_text)
             self.requests += 1
             return answer
-
-    async def _project_on(self, base_model: str) -> str:
-        """Return a project with this base model: a base model alone is loaded with one of its adapters, which is not used."""
-        return next(
-            model.project_id
-            for model in await self._models()
-            if model.project_id is not None and model.base_model == base_model
-        )
 
     async def _models(self) -> list[ServedModel]:
         """Return what is served now: adapters are published and deleted while the endpoint runs."""
         listed = await self.manager.list_adapters()
         return await run_sync(served_models, listed.adapters)
 
-    async def _find(self, name: str | None) -> ServedModel:
-        """Return a model by its name, or by its project id.
+    async def _find(self, name: str | None) -> _Choice:
+        """Return the model of this name, or the adapter of this project.
 
         Raises:
             UnknownModel: There is none.
         """
         models = await self._models()
         for model in models:
-            if name in (model.name, model.project_id) and name is not None:
-                return model
+            if name is not None and name in (model.name, model.project_id):
+                on_base = (other.project_id for other in models if other.base_model == model.base_model)
+                project = model.project_id or next(filter(None, on_base))
+                return _Choice(model.name, project, use_base=model.project_id is None)
         raise UnknownModel("model", name, f"must be one of {', '.join(model.name for model in models) or 'none'}")
 
     # -- all requests --------------------------------------------------------------------------------------------------
@@ -216,8 +215,9 @@ class Endpoint:
             try:
                 self._require_token(request)
                 return await handle(request)
-            except PeftMcpError as error:
-                return JSONResponse(_error_body(error), _status_of(error))
+            except Exception as error:  # noqa: BLE001 -- the edge of the process: clients expect this form
+                known = _as_known(error)
+                return JSONResponse(_error_body(known), _status_of(known))
 
         return guarded
 
@@ -257,14 +257,16 @@ class _Reply:
         return self._envelope(choice, "") | {"usage": usage}
 
     def part(self, text: str) -> str:
+        """Return an event with more of the text."""
         if isinstance(self._asked, InfillRequest):
-            return _event({"content": text, "stop": False, "model": self._model})
+            return json.dumps({"content": text, "stop": False, "model": self._model})
         return self._chunk(text, None)
 
-    def last(self, answer: Generation) -> str:
+    def last(self, answer: Generation) -> list[str]:
+        """Return the events that end the answer."""
         if isinstance(self._asked, InfillRequest):
-            return _event(self._infill("", answer))
-        return f"{self._chunk('', answer.finish_reason)}data: [DONE]\n\n"
+            return [json.dumps(self._infill("", answer))]
+        return [self._chunk("", answer.finish_reason), "[DONE]"]
 
     def _infill(self, text: str, answer: Generation) -> dict[str, Any]:
         return {
@@ -282,7 +284,7 @@ class _Reply:
         else:
             choice = {"text": text}
         choice |= {"index": 0, "logprobs": None, "finish_reason": finish_reason}
-        return _event(self._envelope(choice, ".chunk"))
+        return json.dumps(self._envelope(choice, ".chunk"))
 
     def _envelope(self, choice: dict[str, Any], chunk: str) -> dict[str, Any]:
         kind = f"chat.completion{chunk}" if isinstance(self._asked, ChatRequest) else "text_completion"
@@ -293,10 +295,6 @@ class _Reply:
             "model": self._model,
             "choices": [choice],
         }
-
-
-def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content)}\n\n"
 
 
 def _model_response(state: EndpointState) -> Response:
@@ -346,6 +344,16 @@ async def _unless_disconnected(request: Request, work: Callable[[], Awaitable[Re
     return results[0]
 
 
+def _as_known(error: Exception) -> PeftMcpError:
+    """Return an error of ours as it is, and any other, which is logged, as an internal one."""
+    if isinstance(error, PeftMcpError):
+        return error
+    log.error("unexpected error", exc_info=error)
+    return InferenceError(
+        "The request ended with an unexpected error; it is in logs/serving.log.", code="internal_error"
+    )
+
+
 def _status_of(error: PeftMcpError) -> int:
     by_code = {
         "model_not_found": 404,
@@ -353,6 +361,7 @@ def _status_of(error: PeftMcpError) -> int:
         "too_large": 413,
         "invalid_argument": 400,
         "client_closed": 499,
+        "internal_error": 500,
     }
     if error.code in by_code:
         return by_code[error.code]

@@ -14,8 +14,8 @@ from peft_core.endpoint.app import Endpoint
 from peft_core.errors import ServingError
 from peft_core.manager import PEFTManager
 from peft_core.schemas.serving import EndpointState
-from peft_core.serving.service import EndpointOptions, token
-from peft_core.system.files import atomic_write
+from peft_core.serving.service import EndpointOptions
+from peft_core.serving.state import token, write_state
 from peft_core.system.lock import FileLock
 
 GRACE_S = 10  # for requests that are being answered when it is stopped
@@ -50,7 +50,7 @@ async def _serve(
     announce: Callable[[EndpointState], None],
 ) -> None:
     async with PEFTManager(options.settings) as manager:
-        endpoint = Endpoint(manager, token(options.settings), state, lambda: setattr(server, "should_exit", True))
+        endpoint = Endpoint(manager, token(options.settings.paths), state, lambda: setattr(server, "should_exit", True))
         server = uvicorn.Server(
             uvicorn.Config(
                 endpoint.app(),
@@ -62,7 +62,7 @@ async def _serve(
                 timeout_keep_alive=5,
             )
         )
-        atomic_write(options.settings.paths.serving_state, state.model_dump_json(), mode=0o600)
+        write_state(options.settings.paths, state)
         announce(state)
         async with anyio.create_task_group() as group:
             group.start_soon(endpoint.warm_up)

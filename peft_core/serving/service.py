@@ -1,13 +1,11 @@
 """Start, find and stop the endpoint.
 
-Its process holds `serving.lock`; the address that it listens at is in `serving.json`. The token stays the same from run to
-run, because it is copied into editors' settings.
+Its process holds `serving.lock`, and writes `serving.json` and `serving.token` (`state.py`).
 """
 
 from __future__ import annotations
 
 import json
-import secrets
 import subprocess
 import threading
 import urllib.error
@@ -20,20 +18,19 @@ from pydantic import ValidationError
 
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
-from peft_core.errors import InvalidArgument, PeftMcpError, ServingError
+from peft_core.errors import InvalidArgument, ServingError
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.results import ErrorInfo
 from peft_core.schemas.serving import DEFAULT_PORT, EndpointState, ServedModel, Serving, ServingStopped
 from peft_core.serving.models import served_models
+from peft_core.serving.state import MAX_STATE_BYTES, read_state, token
 from peft_core.system.child_process import log_tail, open_log, python_module
-from peft_core.system.files import atomic_write, read_small
 from peft_core.system.lock import FileLock
 
 ENDPOINT = python_module("peft_core.endpoint")
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
 REQUEST_TIMEOUT_S = 5.0
-_MAX_STATE_BYTES = 64 << 10
 
 # No proxy: the endpoint is on this machine.
 _HTTP = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -127,7 +124,7 @@ class ServingService:
             # Waits a moment: another server may be testing the lock, too, or an endpoint may be starting.
             if lock.acquire(0.2):
                 return None
-        state = self._state()
+        state = read_state(self._paths)
         if state is not None and self._health(state) == state.run_id:
             return state
         raise ServingError(
@@ -155,7 +152,7 @@ class ServingService:
             with suppress(BrokenPipeError):
                 process.stdin.write(options.model_dump_json().encode())
                 process.stdin.close()
-            line = process.stdout.readline(_MAX_STATE_BYTES)
+            line = process.stdout.readline(MAX_STATE_BYTES)
         finally:
             killer.cancel()
             process.stdout.close()  # type: ignore[union-attr]
@@ -179,16 +176,10 @@ class ServingService:
     def _log(self) -> Path:
         return self._paths.logs / "serving.log"
 
-    def _state(self) -> EndpointState | None:
-        try:
-            return EndpointState.model_validate_json(read_small(self._paths.serving_state, _MAX_STATE_BYTES))
-        except (PeftMcpError, ValidationError):
-            return None
-
     def _health(self, state: EndpointState) -> str | None:
         try:
             with _HTTP.open(f"{state.address}/health", timeout=REQUEST_TIMEOUT_S) as response:
-                answer = json.loads(response.read(_MAX_STATE_BYTES))
+                answer = json.loads(response.read(MAX_STATE_BYTES))
         except (OSError, ValueError):
             return None
         return answer.get("run_id") if isinstance(answer, dict) else None
@@ -197,11 +188,11 @@ class ServingService:
         request = urllib.request.Request(  # noqa: S310 -- an address of this machine, http
             state.address + path,
             data=json.dumps(body).encode(),
-            headers={"Authorization": f"Bearer {token(self._settings)}", "Content-Type": "application/json"},
+            headers={"Authorization": f"Bearer {token(self._paths)}", "Content-Type": "application/json"},
         )
         try:
             with _HTTP.open(request, timeout=REQUEST_TIMEOUT_S) as response:
-                return EndpointState.model_validate_json(response.read(_MAX_STATE_BYTES))
+                return EndpointState.model_validate_json(response.read(MAX_STATE_BYTES))
         except (OSError, ValidationError) as error:
             raise ServingError(
                 f"The endpoint at {state.address} does not answer: {error}.",
@@ -228,17 +219,8 @@ class ServingService:
             usage=[
                 curl,
                 f"OpenAI client: base_url={state.address + '/v1'!r}, api_key: the content of the token file, model={name!r}",
-                f"llama.vim and llama.vscode: {state.address}/infill; export_adapter(to='editors') writes their settings",
+                f"llama.vscode: llama-vscode.endpoint = {state.address!r}, llama-vscode.api_key = the token",
+                f"llama.vim: g:llama_config = {{'endpoint_fim': '{state.address}/infill', 'api_key': the token}}",
             ],
             next="A newly trained adapter of a project is used from its publication on. stop_serving ends the endpoint.",
         )
-
-
-def token(settings: Settings) -> str:
-    """Return the endpoint's token, which is made once."""
-    path = settings.paths.serving_token
-    known = read_small(path, 4096).decode(errors="replace").strip() if path.exists() else ""
-    if not known:
-        known = secrets.token_urlsafe(32)
-        atomic_write(path, f"{known}\n", mode=0o600)
-    return known

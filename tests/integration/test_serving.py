@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -240,3 +243,46 @@ async def test_two_servers_that_start_it_together_get_one_endpoint(settings: Set
         group.start_soon(start)
         group.start_soon(start)
     assert len(set(found)) == 1
+
+
+async def test_the_default_model_can_be_changed_while_it_runs(settings: Settings) -> None:
+    serving = await serve(settings)
+    assert serving.default_model == "base-three"
+    assert (await serve(settings, project_id="two")).default_model == "base-two"
+    again = await serve(settings)
+    assert (again.address, again.default_model) == (serving.address, "base-two")
+    async with client_of(again) as client:
+        response = await client.post("/v1/completions", json=PROMPT)
+        assert response.json()["model"] == "base-two"
+
+
+async def test_a_client_that_leaves_during_a_stream_does_not_affect_the_next(settings: Settings) -> None:
+    serving = await serve(settings)
+    async with client_of(serving) as client:
+        expected = await text_from(client, "base-one")
+        request = {"model": "base-one", "prompt": "x", "max_tokens": 200, "temperature": 1.0, "stream": True}
+        async with client.stream("POST", "/v1/completions", json=request) as response:
+            await anext(response.aiter_lines())
+        assert await text_from(client, "base-one") == expected
+
+
+async def test_the_command_serves_until_it_is_interrupted(settings: Settings) -> None:
+    environment = {
+        **os.environ,
+        "CODEBASE_GARDENER_DATA_DIR": str(settings.data_dir),
+        "CODEBASE_GARDENER_DEFAULT_BASE_MODEL": str(settings.default_base_model),
+    }
+    command = [sys.executable, "-m", "server", "serve", "--port", "0"]
+    async with await anyio.open_process(command, env=environment, stdout=None) as process:
+        assert process.stderr is not None
+        shown = b""
+        while b"serving.token" not in shown:
+            shown += await process.stderr.receive()
+        serving = await serve(settings)  # found, not started
+        assert serving.address in shown.decode()
+        async with client_of(serving) as client:
+            assert await text_from(client, "one")
+        process.send_signal(signal.SIGINT)
+        with anyio.fail_after(60):
+            await process.wait()
+    assert (await PEFTManager(settings).stop_serving()).status == "not_running"
