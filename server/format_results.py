@@ -11,7 +11,7 @@ from peft_core.adapters.info import AdapterInfo
 from peft_core.schemas.dataset import describe_by_extension
 from peft_core.schemas.evaluation import Comparison, Evaluation
 from peft_core.schemas.export import ExportReport
-from peft_core.schemas.generation import Generation
+from peft_core.schemas.generation import Engine, Generation
 from peft_core.schemas.local_bases import LocalBase, LocalBases
 from peft_core.schemas.results import (
     AdapterList,
@@ -88,15 +88,19 @@ def format_compatibility(checked: Compatibility) -> CallToolResult:
     return tool_result(checked, f"{verdict}: {checked.adapter_path} with {base}.{why}{more} {checked.next}")
 
 
+ENGINES: dict[Engine, str] = {"torch": "torch", "llamacpp": "llama.cpp"}
+
+
 def format_loaded(loaded: LoadedAdapter) -> CallToolResult:
     if loaded.status == "fallback":
         return tool_result(loaded, f"NOT LOADED: {loaded.reason} {loaded.next}")
-    effect = f"logits change by up to {loaded.effect.max_logit_change:.2f}" if loaded.effect else "effect unknown"
+    effect = f"outputs change by up to {loaded.effect.max_logit_change:.2f}" if loaded.effect else "effect unknown"
+    engine = f" Computed in {ENGINES[loaded.engine]}: {loaded.engine_reason}." if loaded.engine else ""
     evicted = f" Evicted from memory: {', '.join(loaded.evicted)}." if loaded.evicted else ""
     return tool_result(
         loaded,
         f"Loaded {loaded.adapter_path} on {loaded.base_model} in {loaded.elapsed_s:.2f} s ({loaded.how}; base match "
-        f"{loaded.verdict}; {effect}); {_mb(loaded.memory_bytes)} in use.{evicted} {loaded.next}",
+        f"{loaded.verdict}; {effect}); {_mb(loaded.memory_bytes)} in use.{engine}{evicted} {loaded.next}",
     )
 
 
@@ -111,8 +115,9 @@ def format_unloaded(unloaded: UnloadedAdapter) -> CallToolResult:
 def format_generation(generation: Generation) -> CallToolResult:
     """Show the generated text itself, then the model that wrote it."""
     adapter = f"with {generation.adapter_path}" if generation.adapter_path else "without adapter"
+    engine = f" in {ENGINES[generation.engine]}" if generation.engine else ""
     facts = (
-        f"({generation.base_model} {adapter}; {generation.prompt_tokens} + {generation.completion_tokens} tokens, "
+        f"({generation.base_model} {adapter}{engine}; {generation.prompt_tokens} + {generation.completion_tokens} tokens, "
         f"{generation.finish_reason}, {generation.tokens_per_second:.0f} tokens/s)"
     )
     if generation.base_text is None or generation.adapter_path is None:

@@ -20,12 +20,13 @@ from peft_core.schemas.training import SETTINGS_URI, DataSelection, TrainingConf
 
 MAX_LISTED = 5
 _FEW_FIELDS = 16
-_OTHER_NAMES = {  # what other trainers call a setting
+_OTHER_NAMES = {  # what other trainers, and other tools here, call it
     "lr": "learning_rate", "r": "rank", "lora_r": "rank", "lora_rank": "rank", "lora_alpha": "alpha",
     "lora_dropout": "dropout", "epochs": "num_epochs", "num_train_epochs": "num_epochs", "n_epochs": "num_epochs",
     "steps": "max_steps", "iters": "max_steps", "per_device_train_batch_size": "batch_size", "max_seq_length": "max_length",
     "max_seq_len": "max_length", "context_length": "max_length", "cutoff_len": "max_length", "model": "base_model",
     "model_name": "base_model", "lr_scheduler_type": "lr_scheduler", "patience": "early_stopping_patience",
+    "adapter_path": "project_id",  # that is for tools that take a directory, too
 }  # fmt: skip
 Config = TypeVar("Config", bound=DataSelection)
 TEXT_FIELDS = frozenset({"prompt", "prefix", "suffix"})  # any text is meant as it is, even an empty one
@@ -131,6 +132,8 @@ def _no_such_field(name: str, schema: Mapping[str, Any], *, nested: bool = False
         return f"this setting must be inside config, as config.{setting}"
     near = [setting] if setting in known else difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     near = near or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if not known:
+        return "no argument is taken"
     words = ["there is no such field."]
     if near:
         words.append(f"Did you mean {' or '.join(map(repr, near))}?")

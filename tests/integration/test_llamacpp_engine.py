@@ -12,6 +12,7 @@ import pytest
 from peft_core.config import Settings
 from peft_core.errors import InferenceError
 from peft_core.manager import PEFTManager
+from server.format_results import format_loaded
 from tests.integration.test_inference_worker import worker_pid
 from tests.tiny_models import write_byte_level_tokenizer, write_tiny_adapter, write_tiny_base
 
@@ -64,7 +65,8 @@ async def test_llama_cpp_is_chosen_on_a_cpu_and_kept_for_the_next_adapter(
 ) -> None:
     loaded = await manager.load_adapter(adapters[0], base)
     assert (loaded.engine, loaded.how) == ("llamacpp", "cold")
-    assert "faster than torch" in loaded.engine_reason
+    text = format_loaded(loaded).content[0].text  # type: ignore[union-attr]
+    assert "Computed in llama.cpp: it generates several times faster than torch on a CPU." in text
     assert (await manager.load_adapter(adapters[1], base)).how == "warm"
     assert (await manager.load_adapter(adapters[1], base, engine="torch")).how == "cold"
     assert (await manager.load_adapter(adapters[1], base)).how == "switched"

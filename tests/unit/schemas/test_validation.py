@@ -52,6 +52,13 @@ def test_a_setting_outside_of_config_is_refused_with_the_place_where_it_belongs(
         refuse_unknown({name: 1}, schema)
 
 
+def test_an_argument_of_other_tools_is_refused_with_the_one_that_is_meant() -> None:
+    with pytest.raises(InvalidArgument, match="Did you mean 'project_id'"):
+        refuse_unknown({"adapter_path": "web"}, {"properties": {"port": {}, "project_id": {}}})
+    with pytest.raises(InvalidArgument, match="no argument is taken"):
+        refuse_unknown({"force": True}, {"properties": {}})
+
+
 def test_several_invalid_settings_are_reported_in_one_error() -> None:
     with pytest.raises(InvalidArgument) as caught:
         parse_config({"rank": 0, "batch_size": 0, "bogus": 1})
