@@ -16,6 +16,7 @@ from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
 from peft_core.manager import PEFTManager
 from peft_core.modeling.convert import ensure_hf_directory
+from peft_core.paths import DataPaths
 from peft_core.schemas.results import Status
 from tests.tiny_models import write_tiny_base
 
@@ -105,5 +106,8 @@ def trained_once(shared: Path, converted_bases: Path, stdlib_repository: Path) -
             async for status in manager.watch_training(project):
                 last = status
             assert last.status is Status.COMPLETED, last.error
+        # The runner deletes the checkpoint after it reported the end, so wait until it has exited.
+        with FileLock(DataPaths(data).runner_lock):
+            pass
 
     return make_once(shared / "trained", lambda data: anyio.run(train, data))
