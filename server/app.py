@@ -23,6 +23,8 @@ from peft_core.config import Settings
 from peft_core.errors import PeftMcpError
 from peft_core.manager import PEFTManager
 from peft_core.schemas.validation import invalid_argument, refuse_unknown
+from server.identity import DESCRIPTION, ICONS, WEBSITE
+from server.prompts import PROMPTS
 from server.resources import TrainingUpdates, add_adapter_resource, add_settings_resource, add_training_resource
 from server.tools import adapters, base_models, export, inference, serving, training
 
@@ -76,6 +78,9 @@ def build_server(settings: Settings) -> PEFTServer:
         title="PEFT: adapters for your code base",
         instructions=INSTRUCTIONS,
         version=version("peft-mcp"),
+        description=DESCRIPTION,
+        website_url=WEBSITE,
+        icons=ICONS,
         lifespan=lifespan,
         subscriptions=updates.bus,
         log_level=settings.log_level,
@@ -83,6 +88,8 @@ def build_server(settings: Settings) -> PEFTServer:
     add_training_resource(server, updates)
     add_adapter_resource(server)
     add_settings_resource(server)
+    for prompt in PROMPTS:
+        server.add_prompt(prompt)
     return server
 
 

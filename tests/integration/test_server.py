@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from base64 import b64decode
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -494,3 +495,25 @@ def test_an_invalid_setting_is_reported_at_the_start() -> None:
     )
     assert output.returncode == 2
     assert "CODEBASE_GARDENER_MAX_MEMORY_MB = 'lots'" in output.stderr
+
+
+@pytest.mark.parametrize("mode", ["legacy", "auto"])
+async def test_clients_see_who_the_server_is(data_dir: Path, mode: str) -> None:
+    async with Client(build_server(Settings(data_dir=data_dir)), mode=mode) as client:
+        info = client.server_info
+        assert info is not None
+        assert info.description
+        assert info.website_url
+        assert info.website_url.startswith("https://")
+        (icon,) = info.icons or []
+        assert b64decode(icon.src.removeprefix("data:image/svg+xml;base64,")).startswith(b"<svg ")
+
+
+async def test_prompts_are_listed_and_rendered(connect: Connect) -> None:
+    async with connect() as client:
+        prompts = {prompt.name: prompt for prompt in (await client.list_prompts()).prompts}
+        assert set(prompts) == {"train_and_evaluate", "complete_with_adapter", "clean_up"}
+        assert all(prompt.title and prompt.description for prompt in prompts.values())
+        rendered = await client.get_prompt("train_and_evaluate", {"path": "/code/web", "project_id": "web"})
+        (message,) = rendered.messages
+        assert "'/code/web'" in message.content.text  # type: ignore[union-attr]
