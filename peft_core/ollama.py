@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from peft_core.errors import OllamaError, sanitize
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.system.addresses import local_address
+from peft_core.system.packages import install_extra
 
 if TYPE_CHECKING:
     import ollama
@@ -29,7 +30,6 @@ _LAST_WITH_ADAPTERS = (0, 34, 0)
 _TRANSIENT_STATUS = (429, 500, 502, 503, 504)
 _ATTEMPTS = 3
 _VERSION = re.compile(r"(\d{1,6})\.(\d{1,6})\.(\d{1,6})", re.ASCII)
-_INSTALL = "Install it with `pip install 'peft-mcp[ollama]'`"
 T = TypeVar("T")
 
 
@@ -272,7 +272,9 @@ class OllamaClient:
 def _require_installed() -> None:
     if find_spec("ollama") is None or find_spec("stamina") is None:
         raise OllamaError(
-            "The client of Ollama is not installed here.", code="ollama_not_installed", suggestions=[_INSTALL]
+            "The client of Ollama is not installed here.",
+            code="ollama_not_installed",
+            suggestions=[f"Install it: {install_extra('ollama')}"],
         )
 
 

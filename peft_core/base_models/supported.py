@@ -11,6 +11,7 @@ from typing import Any
 
 from peft_core.base_models.checkpoint_info import unusable
 from peft_core.base_models.families import FULLY_SUPPORTED
+from peft_core.system.packages import install_command
 
 _TABLE = re.compile(r"^MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = OrderedDict\(\n(.*?)^\)", re.DOTALL | re.MULTILINE)
 _ROW = re.compile(r'\(\s*"([\w.-]+)",\s*"\w+",?\s*\)')
@@ -53,6 +54,6 @@ def require_supported(path: Path, config: Mapping[str, Any]) -> None:
     raise unusable(
         path,
         f"its model_type {model_type!r} is not a causal language model that the installed transformers knows",
-        "If the model is new, update transformers: pip install --upgrade transformers",
+        f"If the model is new, update transformers: {install_command('transformers', '--upgrade')}",
         _USE_ANOTHER,
     )

@@ -9,6 +9,7 @@ from peft_core.errors import InvalidArgument
 from peft_core.llamacpp import runtime
 from peft_core.schemas.base_model import ModelShape
 from peft_core.schemas.export import ExportTarget
+from peft_core.system.packages import install_extra
 
 TARGETS: tuple[str, ...] = get_args(ExportTarget)
 K_QUANTS = ("q6_k", "q5_k_m", "q4_k_m")  # made by llama.cpp
@@ -82,7 +83,7 @@ def parse_format(to: ExportTarget, requested: str | None, shape: ModelShape) -> 
             "format",
             requested,
             "K-quants are made by llama.cpp, which is not installed here",
-            suggestions=[f"Install it: {runtime.INSTALL}", _KEEP_MORE],
+            suggestions=[f"Install it: {install_extra('llamacpp')}", _KEEP_MORE],
             code="llamacpp_not_installed",
         )
     if name in formats.allowed:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from importlib.metadata import version
 from importlib.util import find_spec
 
-INSTALL = "pip install 'peft-mcp[llamacpp]'"
-
 
 def is_installed() -> bool:
     return find_spec("xllamacpp") is not None

@@ -23,6 +23,7 @@ from peft_core.schemas.dataset import SourceKind
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.system.child_process import answer_request
 from peft_core.system.failures import TaskKind
+from peft_core.system.packages import install_extra
 
 TASK = TaskKind(
     name="reading of the table",
@@ -209,7 +210,7 @@ def _extra_missing(table: Path, package: str) -> DataError:
         f"Reading {table} needs the package {package}, which is not installed.",
         code="extra_missing",
         suggestions=(
-            "Install peft-mcp with its extra: pip install 'peft-mcp[lancedb]' (in a clone: pip install '.[lancedb]')",
+            f"Install it: {install_extra('lancedb')}",
             "Or export the rows as .jsonl, one object per line",
         ),
     )

@@ -15,6 +15,7 @@ from peft_core.llamacpp.worker.model_gguf import file_bytes, require_space, writ
 from peft_core.llamacpp.worker.server import threads_for
 from peft_core.schemas.export import Verification
 from peft_core.system.child_process import run_json_child
+from peft_core.system.packages import install_extra
 
 _SECONDS_PER_PARAMETER = 6e-6  # time limit, a hundred times what the bundled base model takes
 _MIN_SECONDS = 600.0
@@ -30,7 +31,7 @@ def verify_lora(job: Job, lora: Path) -> Verification:
         f"then export again with overwrite=true. By hand: `llama-perplexity -m BASE-F16.gguf --lora {lora.name} -f CODE.txt` "
         "must give a lower perplexity than without --lora"
     )
-    reason = _reason_not_to(job, f"pip install 'peft-mcp[llamacpp]', {how}")
+    reason = _reason_not_to(job, how)
     if reason is not None:
         return Verification(status="not_verified", reason=reason)
     text, ours = job.results_of_peft()
@@ -56,7 +57,7 @@ def verify_merged(job: Job, merged: Path, kind: str) -> Verification:
         "then export again with overwrite=true. By hand: `llama-perplexity -m FILE.gguf -f CODE.txt` must give a lower "
         "perplexity than the base model"
     )
-    reason = _reason_not_to(job, f"pip install 'peft-mcp[llamacpp]', {how}")
+    reason = _reason_not_to(job, how)
     if reason is not None:
         return Verification(status="not_verified", reason=reason)
     text, ours = job.results_of_peft()
@@ -100,7 +101,7 @@ def write_merged(job: Job, path: Path, kind: str) -> None:
 
 def _reason_not_to(job: Job, how: str) -> str | None:
     if not runtime.is_installed():
-        return f"llama.cpp is not installed here: {how}."
+        return f"llama.cpp is not installed here: `{install_extra('llamacpp')}`, {how}."
     if not can_write_base(job.base):
         return (
             f"peft-mcp cannot write a base model of the family {job.base.model_type!r} as GGUF to compare with. By hand: "

@@ -16,6 +16,7 @@ from peft_core.modeling.device import DevicePlan
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.generation import Engine, EngineChoice, GenerationRequest
 from peft_core.schemas.results import LoadCheck
+from peft_core.system.packages import install_extra
 
 AUTOMATIC_UP_TO = 3_000_000_000  # parameters: a larger base model is written in F16 only when llamacpp is asked for
 
@@ -114,7 +115,7 @@ def choose_engine(choice: EngineChoice, base: Base, plan: DevicePlan) -> tuple[E
 
 def _why_not_llamacpp(base: Base) -> str | None:
     if not runtime.is_installed():
-        return f"llama.cpp is not installed ({runtime.INSTALL})"
+        return f"llama.cpp is not installed ({install_extra('llamacpp')})"
     if base.model_type not in LLAMA_CPP or not can_write_base(base, for_text=True):
         return f"this base model ({base.model_type}, {base.format}) or its tokenizer is not converted for llama.cpp"
     return None

@@ -22,9 +22,9 @@ from gguf.quants import quantize
 
 from peft_core.base_models.gguf_model import ROPE_FACTORS
 from peft_core.errors import ExportError
-from peft_core.llamacpp import runtime
 from peft_core.llamacpp.worker.lora_pairs import Array
 from peft_core.system.machine import usable_cores
+from peft_core.system.packages import install_extra
 
 _Q = GGMLQuantizationType
 
@@ -158,7 +158,10 @@ def _ggml_quantize_chunk() -> Any:
         raise ExportError(
             "K-quants are made by llama.cpp, and its quantiser cannot be called here.",
             code="llamacpp_not_installed",
-            suggestions=[runtime.INSTALL, "Or export with format='f16' and run llama.cpp's `llama-quantize`"],
+            suggestions=[
+                f"Install it: {install_extra('llamacpp')}",
+                "Or export with format='f16' and run llama.cpp's `llama-quantize`",
+            ],
         ) from error
     function.restype = ctypes.c_size_t
     function.argtypes = [
