@@ -1,8 +1,8 @@
 """Read each file of an adapter once: the configuration, the headers and, on request, the weights.
 
 The files are untrusted: links are not followed (but those of the Hugging Face cache to its own files), only regular files are
-opened, and sizes are bounded. All problems are collected, not only the first. With `with_weights`, the bytes that are checked
-are the bytes that are loaded, so replacing a file after the check has no effect.
+opened, and sizes are bounded. All problems are collected, not only the first. If the weights are kept, the bytes that are
+checked are the bytes that are loaded, so replacing a file after the check has no effect.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peft_core.adapters.config_check import LoraSettings, check_settings
 from peft_core.adapters.directory import layout_of, missing_files
@@ -21,15 +21,20 @@ from peft_core.adapters.findings import error
 from peft_core.adapters.layout import MLX, PEFT, Layout
 from peft_core.adapters.manifest import CONFIG, Manifest, read_manifest
 from peft_core.adapters.mlx_config import check_mlx_settings
+from peft_core.adapters.weight_check import WeightCheck
 from peft_core.base_models.checkpoint_info import TensorInfo
 from peft_core.base_models.hub_cache import blob_of
-from peft_core.base_models.safetensors import ADAPTER_LIMITS, parse_header
+from peft_core.base_models.safetensors import ADAPTER_LIMITS, SafetensorsHeader, parse_header
 from peft_core.errors import HeaderError, sanitize
 from peft_core.schemas.results import Reason
 from peft_core.system.files import open_regular, read_exactly, read_small
 
 MAX_CONFIG_BYTES = 256 << 10
-MAX_WEIGHTS_BYTES = 4 << 30  # limit for loading: a sparse file of any size costs an attacker nothing
+MAX_WEIGHTS_BYTES = 4 << 30  # limit for reading: a sparse file of any size costs an attacker nothing
+# The server checks weights in its threads, and the C library keeps freed memory for each thread: whole files would pile up.
+PIECE_BYTES = 64 << 10  # a multiple of each number's width
+
+WeightsUse = Literal["skip", "scan", "keep"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,7 +44,8 @@ class AdapterFiles:
     directory: Path
     settings: LoraSettings | None
     tensors: Mapping[str, TensorInfo] | None
-    weights: bytes | None  # the complete file, whose parsed header is `tensors`; None if it was not read
+    weights: bytes | None  # the complete file, whose parsed header is `tensors`; None if it was not kept
+    weight_reasons: tuple[Reason, ...] | None  # what is wrong with the values; None if they were not read
     manifest: Manifest | None
     base_hint: str | None  # the base model's name in the configuration: only shown to people, never used as a path
     reasons: tuple[Reason, ...]
@@ -50,16 +56,14 @@ class AdapterFiles:
         """Return the size of all tensors in bytes, according to the header."""
         return sum(tensor.size for tensor in (self.tensors or {}).values())
 
-    def bytes_of(self, tensor: TensorInfo) -> bytes:
-        """Return the bytes of a tensor. `read_adapter` must have been called with `with_weights`."""
-        assert self.weights is not None, "read_adapter(…, with_weights=True) reads them"  # noqa: S101 - a caller's mistake
-        return self.weights[tensor.start : tensor.start + tensor.size]
 
-
-def read_adapter(directory: Path, *, with_weights: bool = False) -> AdapterFiles:
+def read_adapter(directory: Path, *, weights: WeightsUse = "skip") -> AdapterFiles:
     """Read everything that the check needs, opening each file once. Problems become findings, never exceptions.
 
-    With `with_weights`, the weights are read into memory, unless their header is malformed.
+    Args:
+        directory: The adapter's directory.
+        weights: Whether the weights are left unread, checked in pieces of `PIECE_BYTES`, or checked and kept in memory.
+            They are not read if their header is malformed.
     """
     layout = layout_of(directory)
     reasons = missing_files(directory)
@@ -71,7 +75,7 @@ def read_adapter(directory: Path, *, with_weights: bool = False) -> AdapterFiles
     if os.path.lexists(directory / CONFIG):
         try:
             raw = read_small(blob_of(directory / CONFIG), MAX_CONFIG_BYTES)
-            reasons += _compare_hash(CONFIG, raw, recorded)
+            reasons += _compare_hash(CONFIG, hashlib.sha256(raw).hexdigest(), recorded)
             config = _parse_config(raw, directory / CONFIG)
         except HeaderError as problem:
             reasons.append(_unreadable(problem, CONFIG))
@@ -79,22 +83,22 @@ def read_adapter(directory: Path, *, with_weights: bool = False) -> AdapterFiles
             settings, findings = check_mlx_settings(config) if layout is MLX else check_settings(config)
             reasons += findings
 
-    tensors: Mapping[str, TensorInfo] | None = None
-    weights: bytes | None = None
+    read: _Weights | None = None
     if os.path.lexists(directory / layout.weights):
         try:
-            tensors, weights = _read_weights(blob_of(directory / layout.weights), with_weights=with_weights)
+            read = _read_weights(blob_of(directory / layout.weights), weights)
         except HeaderError as problem:
             reasons.append(_unreadable(problem, layout.weights))
-        if weights is not None:
-            reasons += _compare_hash(layout.weights, weights, recorded)
+    if read is not None and read.sha256 is not None:
+        reasons += _compare_hash(layout.weights, read.sha256, recorded)
 
     hint = config.get("model" if layout is MLX else "base_model_name_or_path") if config is not None else None
     return AdapterFiles(
         directory=directory,
         settings=settings,
-        tensors=tensors,
-        weights=weights,
+        tensors=read.tensors if read is not None else None,
+        weights=read.kept if read is not None else None,
+        weight_reasons=read.reasons if read is not None else None,
         manifest=manifest,
         base_hint=hint if isinstance(hint, str) and hint else None,
         reasons=tuple(reasons),
@@ -112,16 +116,51 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     return _parse_config(read_small(path, MAX_CONFIG_BYTES), path)
 
 
-def _read_weights(path: Path, *, with_weights: bool) -> tuple[Mapping[str, TensorInfo], bytes | None]:
+@dataclass(frozen=True, repr=False)
+class _Weights:
+    tensors: Mapping[str, TensorInfo]
+    sha256: str | None = None  # of the whole file; None, as the next two, if only its header was read
+    reasons: tuple[Reason, ...] | None = None
+    kept: bytes | None = None
+
+
+def _read_weights(path: Path, use: WeightsUse) -> _Weights:
     with open_regular(path, follow_links=False) as descriptor:
         header = parse_header(descriptor, path, limits=ADAPTER_LIMITS)
-        if not with_weights:
-            return header.tensors, None
+        if use == "skip":
+            return _Weights(header.tensors)
         if header.size > MAX_WEIGHTS_BYTES:
             raise HeaderError(path, f"has {header.size} bytes, but at most {MAX_WEIGHTS_BYTES} can be loaded")
-        weights = read_exactly(descriptor, header.size, 0, path)
+        if use == "scan":
+            return _scan(header, lambda start, size: read_exactly(descriptor, size, start, path))
+        kept = read_exactly(descriptor, header.size, 0, path)
     # Parse these bytes again: the file may have changed since the header was read.
-    return parse_header(weights, path, limits=ADAPTER_LIMITS).tensors, weights
+    header = parse_header(kept, path, limits=ADAPTER_LIMITS)
+    return replace(_scan(header, lambda start, size: kept[start : start + size]), kept=kept)
+
+
+def _scan(header: SafetensorsHeader, read: Callable[[int, int], bytes]) -> _Weights:
+    """Hash a file and check its values in one pass. `read(start, size)` returns a part of it.
+
+    The header's parser has made sure that the tensors follow each other to the file's end without gaps.
+    """
+    digest, check = hashlib.sha256(), WeightCheck()
+    tensors = sorted(header.tensors.values(), key=lambda tensor: (tensor.start, tensor.size))
+    for start, size in _pieces(0, header.size - sum(tensor.size for tensor in tensors)):
+        digest.update(read(start, size))
+    for tensor in tensors:
+        for start, size in _pieces(tensor.start, tensor.size):
+            piece = read(start, size)
+            digest.update(piece)
+            check.add(tensor, piece)
+    return _Weights(header.tensors, digest.hexdigest(), tuple(check.findings()))
+
+
+def _pieces(start: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield start and size of each piece; an empty tensor is one empty piece."""
+    end = start + size
+    for begin in range(start, max(end, start + 1), PIECE_BYTES):
+        yield begin, min(PIECE_BYTES, end - begin)
 
 
 def _parse_config(raw: bytes, path: Path) -> dict[str, Any]:
@@ -140,9 +179,9 @@ def _parse_config(raw: bytes, path: Path) -> dict[str, Any]:
     return config
 
 
-def _compare_hash(name: str, raw: bytes, recorded: Mapping[str, str]) -> list[Reason]:
+def _compare_hash(name: str, found: str, recorded: Mapping[str, str]) -> list[Reason]:
     """Return an error if a file's hash differs from the manifest's. Nothing else reveals an edited alpha."""
-    found, expected = hashlib.sha256(raw).hexdigest(), recorded.get(name)
+    expected = recorded.get(name)
     if expected is None or found == expected:
         return []
     message = f"{name} was altered after training: its SHA-256 differs from the one in the manifest."

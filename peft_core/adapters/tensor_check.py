@@ -7,7 +7,7 @@ unadapted, and lets a tensor that is named like one of the base model's replace 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from peft_core.adapters.config_check import MAX_RANK, LoraSettings, dotted_suffixes, is_literal, layer_of
@@ -15,6 +15,7 @@ from peft_core.adapters.findings import error, error_about, warning
 from peft_core.adapters.layout import MLX, PEFT, Layout
 from peft_core.adapters.manifest import CONFIG, WEIGHTS
 from peft_core.adapters.renaming import Renaming, find_renaming
+from peft_core.adapters.weight_check import is_b
 from peft_core.base_models.checkpoint import read_checkpoint
 from peft_core.base_models.checkpoint_info import TensorInfo, join_some
 from peft_core.base_models.families import EMBEDDING_MODULES
@@ -503,7 +504,7 @@ def _vocabulary(modules: BaseModules) -> int:
 def _common_difference(wrong: list[_WrongSize], modules: BaseModules) -> tuple[str, str, str] | None:
     """Return (dimension, found, expected) in words if one dimension explains all wrong sizes; otherwise None."""
     shape = modules.base.shape
-    if all(w.module.endswith((".k_proj", ".v_proj")) and _is_b(w.tensor.name) for w in wrong):
+    if all(w.module.endswith((".k_proj", ".v_proj")) and is_b(w.tensor.name) for w in wrong):
         rows_per_head = max(1, wrong[0].expected // shape.kv_heads)  # assumed to be equal in both models
         sizes = {w.size for w in wrong}
         if len(sizes) == 1 and (size := sizes.pop()) % rows_per_head == 0:
@@ -516,60 +517,3 @@ def _common_difference(wrong: list[_WrongSize], modules: BaseModules) -> tuple[s
         if len(sizes) == 1:
             return dimension, f"{dimension} {sizes.pop()}", f"{dimension} {expected}"
     return None
-
-
-# -- the values of the weights: they must be finite, and not all zero --------------------------------------------------
-# This needs no numpy: the top byte of a float holds the sign and most of the exponent, and the methods of `bytes` search
-# all top bytes in C.
-
-_WIDTH = {"F32": 4, "BF16": 2, "F16": 2}
-# The top bytes of an infinity or NaN, whose exponent bits are all 1. In float32 and bfloat16, the last of these bits is in
-# the next byte.
-_SUSPECT = {"F32": b"\x7f\xff", "BF16": b"\x7f\xff", "F16": bytes([*range(0x7C, 0x80), *range(0xFC, 0x100)])}
-_ZEROS = b"\x00\x80"  # the top bytes of 0.0 and -0.0
-
-
-def check_weights(tensors: Iterable[TensorInfo], read: Callable[[TensorInfo], bytes]) -> list[Reason]:
-    """Return the errors in these weights. `read` returns a tensor's bytes, little-endian as in the file.
-
-    Only one tensor at a time is in memory. Unsupported data types are skipped, because `check_tensors` rejects them.
-    """
-    not_finite: list[str] = []
-    has_b = has_nonzero_b = False
-    for tensor in tensors:
-        if tensor.dtype not in _WIDTH:
-            continue
-        data = read(tensor)
-        if not _is_finite(data, tensor.dtype):
-            not_finite.append(tensor.name)
-        if _is_b(tensor.name):
-            has_b = True
-            has_nonzero_b = has_nonzero_b or not _is_zero(data, _WIDTH[tensor.dtype])
-    fix = "Train the adapter again with a lower learning rate"
-    reasons = list(error_about("not_finite", "These tensors contain NaN or infinity", not_finite, fix=fix))
-    if has_b and not has_nonzero_b:
-        message = "Every B is zero, so the adapter has no effect: it was never trained, or its weights were lost."
-        reasons.append(error("b_all_zero", message, where="lora_B", fix="Train the adapter, or download it again"))
-    return reasons
-
-
-def _is_b(name: str) -> bool:
-    return ".lora_B." in name or name.endswith(".lora_b")
-
-
-def _is_finite(data: bytes, dtype: str) -> bool:
-    width = _WIDTH[dtype]
-    top = data[width - 1 :: width]
-    if not any(byte in top for byte in _SUSPECT[dtype]):
-        return True
-    if dtype == "F16":
-        return False
-    next_bytes = data[width - 2 :: width]
-    return not any(high & 0x7F == 0x7F and low & 0x80 for high, low in zip(top, next_bytes, strict=True))
-
-
-def _is_zero(data: bytes, width: int) -> bool:
-    if data[:4096].strip(_ZEROS) or data.strip(_ZEROS):  # the first bytes usually decide
-        return False
-    # All bytes are 0x00 or 0x80: each number is a zero of either sign if 0x80 is only in top bytes.
-    return not any(0x80 in data[offset::width] for offset in range(width - 1))

@@ -12,7 +12,7 @@ from pathlib import Path
 from peft_core.adapters.base_match import match_base
 from peft_core.adapters.files import AdapterFiles, read_adapter
 from peft_core.adapters.findings import error
-from peft_core.adapters.tensor_check import BaseModules, base_modules, check_tensors, check_weights
+from peft_core.adapters.tensor_check import BaseModules, base_modules, check_tensors
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.results import BaseMatch, Compatibility, NextStep, Reason
 
@@ -23,7 +23,7 @@ _COMPATIBLE = frozenset({BaseMatch.EXACT, BaseMatch.SAMPLED, BaseMatch.SAME_FAMI
 def verify(directory: Path, base: Base | None, *, scan_weights: bool = False) -> Compatibility:
     """Check whether the adapter in `directory` can be used with `base`, and return the verdict with all findings.
 
-    With `scan_weights` the weights are read too (20 MB take 50 ms) and compared with the hash in the manifest.
+    With `scan_weights` the weights are read too, in pieces (20 MB take 50 ms), and compared with the hash in the manifest.
     If `base` is None, because the adapter's own base model was not found, only the files are checked.
 
     Raises:
@@ -31,18 +31,16 @@ def verify(directory: Path, base: Base | None, *, scan_weights: bool = False) ->
     """
     started = time.perf_counter()
     files = read_adapter(directory)
-    result = verify_files(files, base, scan_weights=False)
+    result = verify_files(files, base)
     # The size of an adapter that fits is bounded by the base model. Otherwise read the weights only if they are small.
     is_bounded = result.verdict is not BaseMatch.INCOMPATIBLE or files.weights_size <= MAX_INCOMPATIBLE_SCAN_BYTES
     if scan_weights and is_bounded:
-        result = verify_files(read_adapter(directory, with_weights=True), base, scan_weights=True)
+        result = verify_files(read_adapter(directory, weights="scan"), base)
     return result.model_copy(update={"elapsed_ms": _milliseconds_since(started)})
 
 
-def verify_files(files: AdapterFiles, base: Base | None, *, scan_weights: bool) -> Compatibility:
+def verify_files(files: AdapterFiles, base: Base | None) -> Compatibility:
     """Check files that were already read, so that the bytes that are checked are the bytes that are loaded.
-
-    The weights are scanned only if `read_adapter` was called with `with_weights`.
 
     Raises:
         BaseCheckpointError, HeaderError: the base model (not the adapter) cannot be read.
@@ -52,9 +50,7 @@ def verify_files(files: AdapterFiles, base: Base | None, *, scan_weights: bool) 
     if files.tensors is not None and all(reason.code != "not_lora" for reason in reasons):
         modules = base_modules(base) if base is not None else None
         reasons += _tensor_findings(files, modules)
-    scanned = scan_weights and files.tensors is not None and files.weights is not None
-    if scanned and files.tensors is not None:
-        reasons += check_weights(files.tensors.values(), files.bytes_of)
+    reasons += files.weight_reasons or ()
     verdict = BaseMatch.INCOMPATIBLE
     if base is None:
         reasons.append(_base_unknown(files))
@@ -70,7 +66,7 @@ def verify_files(files: AdapterFiles, base: Base | None, *, scan_weights: bool) 
         reasons=reasons,
         adapter_path=str(files.directory),
         base_model=base.name if base is not None else None,
-        scanned=scanned,
+        scanned=files.weight_reasons is not None,
         elapsed_ms=_milliseconds_since(started),
         next=text,
         next_step=step,

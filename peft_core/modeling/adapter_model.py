@@ -213,7 +213,7 @@ class ResidentModel:
 
 def tensors_of(files: AdapterFiles) -> dict[str, torch.Tensor]:
     """Return the tensors of an adapter under PEFT's names and in PEFT's layout: A is (rank, in), B is (out, rank)."""
-    assert files.weights is not None, "read_adapter(..., with_weights=True) reads them"  # noqa: S101 -- a caller's mistake
+    assert files.weights is not None, "read_adapter(..., weights='keep') keeps them"  # noqa: S101 -- a caller's mistake
     return {
         peft_name(name, files.layout): tensor.T.contiguous() if files.layout.transposed else tensor
         for name, tensor in load_tensors(files.weights).items()

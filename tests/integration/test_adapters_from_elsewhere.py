@@ -42,8 +42,8 @@ def resident(base: Path) -> ResidentModel:
 
 def ours(resident: ResidentModel, adapter: Path) -> torch.Tensor:
     """Return the logits with an adapter as the product loads it, which must be accepted by the check."""
-    files = read_adapter(adapter, with_weights=True)
-    check = verify_files(files, resident.base, scan_weights=True)
+    files = read_adapter(adapter, weights="keep")
+    check = verify_files(files, resident.base)
     assert check.verdict is BaseMatch.SHAPE_ONLY, check.reasons
     name, _ = resident.add(files)
     with torch.inference_mode():

@@ -131,8 +131,8 @@ def _add_adapter(model: ResidentModel, evaluated: EvaluatedAdapter, session: Ses
         InferenceError: the adapter does not fit the base model.
     """
     base = session.task.request.base
-    files = read_adapter(evaluated.adapter_path, with_weights=True)
-    check = verify_files(files, base, scan_weights=True)
+    files = read_adapter(evaluated.adapter_path, weights="keep")
+    check = verify_files(files, base)
     is_accepted = evaluated.accept_unproven_base and check.verdict is BaseMatch.SHAPE_ONLY
     if not (check.compatible or is_accepted):
         reasons = "; ".join(reason.message for reason in check.reasons[:3]) or check.verdict

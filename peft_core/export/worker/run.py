@@ -64,8 +64,8 @@ def export(request: ExportRequest, report: Report) -> ExportReport:
         say("checking the adapter")
         if not fingerprint(request.base.path).same_weights(request.base.fingerprint):
             raise unusable(request.base.path, "its files have changed since the request", "Repeat the request")
-        files = read_adapter(request.adapter_path, with_weights=True)
-        check = verify_files(files, request.base, scan_weights=True)
+        files = read_adapter(request.adapter_path, weights="keep")
+        check = verify_files(files, request.base)
         warnings = refuse_mismatch(check, str(request.adapter_path), named=request.base_was_named)
         lora = read_lora(files)
         with staged(request.directory, request.token, overwrite=request.overwrite) as directory:

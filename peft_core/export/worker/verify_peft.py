@@ -26,8 +26,8 @@ def verify_directory(job: Job) -> Verification:
         return Verification(
             status="not_verified", reason=f"{missing}. Free the memory, then export again with overwrite=true."
         )
-    written = read_adapter(job.directory, with_weights=True)
-    check = verify_files(written, job.base, scan_weights=True)
+    written = read_adapter(job.directory, weights="keep")
+    check = verify_files(written, job.base)
     errors = [reason.message for reason in check.reasons if reason.severity == "error"]
     if errors:
         raise ExportError(

@@ -13,7 +13,7 @@ from typing import Literal
 import structlog
 import torch
 
-from peft_core.adapters.files import AdapterFiles, read_adapter
+from peft_core.adapters.files import AdapterFiles, WeightsUse, read_adapter
 from peft_core.adapters.verify import verify_files
 from peft_core.errors import InferenceError
 from peft_core.inference.protocol import Command, Generate, Load, Unload, WorkerConfig
@@ -88,9 +88,10 @@ class RequestHandler:
             return self._loaded(entry, "switched", [], started)
 
         on_progress(0, None, "checking the adapter")
-        for with_weights in (False, True):  # headers first: they limit how much is read afterwards
-            files = read_adapter(path, with_weights=with_weights)
-            check = verify_files(files, request.base, scan_weights=with_weights)
+        uses: tuple[WeightsUse, ...] = ("skip", "keep")  # headers first: they limit how much is read afterwards
+        for use in uses:
+            files = read_adapter(path, weights=use)
+            check = verify_files(files, request.base)
             if not (check.compatible or (request.insist and check.verdict is BaseMatch.SHAPE_ONLY)):
                 return self._fall_back(request, check, _main_reason(check), started, on_progress)
 

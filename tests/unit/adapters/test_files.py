@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from tests.model_files import adapter_shapes, safetensors_bytes, weights, with_l
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 VALID = safetensors_bytes(adapter_shapes(), fill=1)
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @pytest.fixture(scope="module")
@@ -46,20 +48,44 @@ def test_problems_in_both_files_are_reported(tmp_path: Path, base: Base) -> None
 
 def test_reading_the_weights_gives_the_same_header_and_findings(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path)
-    headers, with_weights = read_adapter(adapter), read_adapter(adapter, with_weights=True)
+    headers, with_weights = read_adapter(adapter), read_adapter(adapter, weights="keep")
     assert headers.tensors == with_weights.tensors
     assert (headers.weights, with_weights.weights) == (None, VALID)
     assert (headers.settings, headers.reasons) == (with_weights.settings, with_weights.reasons)
-    assert with_weights.tensors is not None
-    for tensor in with_weights.tensors.values():
-        assert with_weights.bytes_of(tensor) == b"\1" * tensor.size
+
+
+@pytest.mark.parametrize("change", [{}, {"fill": 0xFF}, {"fill": 0}, {"fill": 2}])
+def test_scanning_in_pieces_finds_what_keeping_the_whole_file_finds(
+    tmp_path: Path, base: Base, change: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files_module, "PIECE_BYTES", 64)  # several pieces for each tensor
+    adapter = record_base(write_adapter(tmp_path), base)
+    (adapter / WEIGHTS).write_bytes(safetensors_bytes(adapter_shapes(), **{"fill": 1, **change}))
+    scanned, kept = read_adapter(adapter, weights="scan"), read_adapter(adapter, weights="keep")
+    assert (scanned.weights, kept.weights) == (None, (adapter / WEIGHTS).read_bytes())
+    assert (scanned.reasons, scanned.weight_reasons) == (kept.reasons, kept.weight_reasons)
+    assert bool(scanned.reasons) == bool(change)  # the manifest has the hash of the first content
+
+
+def test_a_scan_needs_little_memory_however_large_the_file_is(tmp_path: Path, base: Base) -> None:
+    """The server scans in threads, for each of which the C library keeps what was freed."""
+    adapter = record_base(write_adapter(tmp_path, targets=MATRICES, rank=512), base)
+    verify(adapter, base, scan_weights=True)  # imports and caches
+    tracemalloc.start()
+    try:
+        result = verify(adapter, base, scan_weights=True)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert result.scanned
+    assert peak < (adapter / WEIGHTS).stat().st_size / 5
 
 
 def test_the_weights_of_a_malformed_file_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = write_adapter(tmp_path)
     (adapter / WEIGHTS).write_bytes(VALID + b"\0")
     monkeypatch.setattr(files_module, "read_exactly", lambda *_: pytest.fail("the weights were read"))
-    assert read_adapter(adapter, with_weights=True).weights is None
+    assert read_adapter(adapter, weights="keep").weights is None
 
 
 def test_a_huge_sparse_file_is_not_read_into_memory(tmp_path: Path) -> None:
@@ -70,17 +96,17 @@ def test_a_huge_sparse_file_is_not_read_into_memory(tmp_path: Path) -> None:
         file.write(with_length(raw))
         file.truncate(8 + len(raw) + size)
     assert read_adapter(adapter).tensors is not None
-    files = read_adapter(adapter, with_weights=True)
+    files = read_adapter(adapter, weights="keep")
     assert (files.weights, [reason.code for reason in files.reasons]) == (None, ["bad_file"])
 
 
 def test_replacing_the_files_after_reading_them_has_no_effect(tmp_path: Path, base: Base) -> None:
     adapter = record_base(write_adapter(tmp_path), base)
-    files = read_adapter(adapter, with_weights=True)
+    files = read_adapter(adapter, weights="keep")
     (adapter / WEIGHTS).unlink()
     (adapter / WEIGHTS).write_bytes(safetensors_bytes(adapter_shapes(), fill=0xFF))
     (adapter / CONFIG).write_text("{}")
-    result = verify_files(files, base, scan_weights=True)
+    result = verify_files(files, base)
     assert (result.verdict, result.scanned) == (BaseMatch.SAMPLED, True)
     assert files.weights == VALID
     assert files.settings is not None
@@ -94,17 +120,17 @@ def test_the_check_uses_the_bytes_that_were_read_if_a_file_changes_meanwhile(
     other = safetensors_bytes({f"x{name[1:]}": shape for name, shape in adapter_shapes().items()}, fill=3)
     assert len(other) == len(VALID)
     monkeypatch.setattr(files_module, "read_exactly", lambda *_: other)
-    files = read_adapter(adapter, with_weights=True)
+    files = read_adapter(adapter, weights="keep")
     assert files.weights == other
     assert files.tensors is not None
     assert all(name.startswith("x") for name in files.tensors)
-    assert verify_files(files, base, scan_weights=False).verdict is BaseMatch.INCOMPATIBLE
+    assert verify_files(files, base).verdict is BaseMatch.INCOMPATIBLE
 
 
-def test_weights_are_scanned_only_if_they_were_read(tmp_path: Path, base: Base) -> None:
+def test_the_weights_count_as_scanned_only_if_they_were_read(tmp_path: Path, base: Base) -> None:
     adapter = write_adapter(tmp_path)
-    assert not verify_files(read_adapter(adapter), base, scan_weights=True).scanned
-    assert not verify_files(read_adapter(adapter, with_weights=True), base, scan_weights=False).scanned
+    uses = ("skip", "scan", "keep")
+    assert [verify_files(read_adapter(adapter, weights=use), base).scanned for use in uses] == [False, True, True]
 
 
 QUICK = settings(deadline=2000, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
