@@ -43,6 +43,8 @@ from peft_core.schemas.validation import parse_config, parse_export_options, par
 from peft_core.serving.service import ServingService
 
 POLL_INTERVAL_S = 0.25  # how often `watch_training` reads the status
+HEARTBEAT_S = 5.0  # after which it yields the status again, even if nothing changed
+STOP_WAIT_S = 8.0  # how long `cancel_training` waits for the end of a running job
 
 PROJECT_ID: TypeAdapter[str] = TypeAdapter(ProjectId)
 
@@ -89,7 +91,7 @@ class PEFTManager:
         return await run_sync(self._jobs.list_base_models)
 
     async def get_training_status(self, project_id: str, job_id: str | None = None) -> TrainingStatus:
-        """Return the state of the named job, or of the project's latest one.
+        """Return the state of the named job, or of the project's latest training.
 
         Also records jobs whose process is dead and starts a runner if jobs are waiting, so polling it is enough.
         """
@@ -98,17 +100,17 @@ class PEFTManager:
     async def watch_training(
         self, project_id: str, job_id: str | None = None, *, timeout_s: float | None = None
     ) -> AsyncIterator[TrainingStatus]:
-        """Yield the status now and after each change, until the job ends or `timeout_s` seconds have passed."""
+        """Yield the status now, after each change and every few seconds, until the job ends or `timeout_s` has passed."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        status = await self.get_training_status(project_id, job_id)
+        status, yielded_at = await self.get_training_status(project_id, job_id), time.monotonic()
         yield status
         while status.job_id is not None and not status.status.is_final:
             if deadline is not None and time.monotonic() >= deadline:
                 return
             await anyio.sleep(POLL_INTERVAL_S)
             newer = await self.get_training_status(project_id, status.job_id)
-            if newer != status:
-                status = newer
+            if newer != status or time.monotonic() - yielded_at >= HEARTBEAT_S:
+                status, yielded_at = newer, time.monotonic()
                 yield status
 
     async def draw_training(self, project_id: str, job_id: str | None = None, *, title: str = "") -> bytes | None:
@@ -127,9 +129,17 @@ class PEFTManager:
         """Record jobs whose process is dead, and start a runner if jobs are waiting. Cheap; call it often."""
         await run_sync(self._jobs.ensure_runner)
 
-    async def cancel_training(self, project_id: str, job_id: str | None = None) -> TrainingStatus:
-        """Stop a queued job immediately, a running one within seconds; its last checkpoint is kept."""
-        return await run_sync(self._jobs.cancel, _project_id(project_id), job_id)
+    async def cancel_training(
+        self, project_id: str, job_id: str | None = None, *, wait_s: float = STOP_WAIT_S
+    ) -> TrainingStatus:
+        """Stop a queued job immediately, a running one within seconds; its last checkpoint is kept.
+
+        Waits up to `wait_s` seconds for the end of the job. If it is still running then, `cancel_requested` is true.
+        """
+        status = await run_sync(self._jobs.cancel, _project_id(project_id), job_id)
+        async for latest in self.watch_training(status.project_id, status.job_id, timeout_s=wait_s):
+            status = latest
+        return status
 
     async def resume_training(self, job_id: str) -> TrainingStatus:
         """Queue an interrupted, cancelled or failed job again; it continues from its last checkpoint."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from peft_core.schemas.results import Phase, Status, TrainingStatus
+from peft_core.system.durations import format_duration, rough_duration
 
 MAX_HEADLINE = 200  # clients truncate longer progress messages
 WAIT_S = 20  # the default of get_training_status
@@ -28,16 +29,24 @@ def for_client(status: TrainingStatus) -> TrainingStatus:
     return status.model_copy(update={"next": step.sentence, "next_step": step})
 
 
+def subject(status: TrainingStatus) -> str:
+    """Return what the status is about: a project, or an evaluation of its adapter on other data."""
+    return f"{status.project_id} (evaluation on {status.evaluated_on})" if status.evaluated_on else status.project_id
+
+
 def headline(status: TrainingStatus) -> str:
     """Return one line of at most 200 characters: 'training: step 120/250, loss 1.830, 145 tokens/s, 2 min 10 s left'."""
     line = status.status.replace("_", " ")
     match status.status:
         case Status.QUEUED if status.queue_position:
             line = f"queued at position {status.queue_position}"
+        case Status.IN_PROGRESS if status.cancel_requested:
+            line = "stopping"
         case Status.IN_PROGRESS if status.phase is Phase.TRAINING:
             line = _training_line(status)
         case Status.IN_PROGRESS if status.phase:
-            line = ", ".join(filter(None, [PHASE_WORDS[status.phase], status.detail]))
+            left = f"about {rough_duration(status.eta_s)} left" if status.eta_s else ""
+            line = ", ".join(filter(None, [PHASE_WORDS[status.phase], status.detail, left]))
         case Status.COMPLETED if (metrics := status.metrics) and metrics.base_perplexity and metrics.adapter_perplexity:
             verdict = status.evaluation.verdict.replace("_", " ") if status.evaluation else ""
             change = f"{metrics.base_perplexity:.2f} (base) -> {metrics.adapter_perplexity:.2f} (adapter)"
@@ -55,19 +64,8 @@ def _training_line(status: TrainingStatus) -> str:
         parts.append(f"held-out {status.held_out_loss:.3f}")
     if status.tokens_per_second is not None:
         parts.append(f"{status.tokens_per_second:.0f} tokens/s")
-    if status.eta_s is not None:
+    if status.eta_s:
         parts.append(f"{format_duration(status.eta_s)} left")
     if status.detail:
         parts.append(status.detail)
     return ", ".join(parts)
-
-
-def format_duration(seconds: float) -> str:
-    """Return a duration such as '45 s', '2 min 10 s' or '1 h 5 min'."""
-    total = round(seconds)
-    if total < 60:
-        return f"{total} s"
-    minutes, rest = divmod(total, 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"

@@ -159,6 +159,10 @@ class Registry:
         summaries = [self._summary(path, manifest) for path, manifest in self._manifests(project_id)]
         return sorted(summaries, key=lambda adapter: adapter.created_at, reverse=True)
 
+    def projects(self) -> list[str]:
+        """Return the ids of the projects with published adapters, sorted."""
+        return sorted({project for project, _ in self._directories(None)})
+
     def resolve_adapter(self, adapter_path: str) -> Path:
         """Return the directory of an adapter, given as a path or as a project id (its current adapter).
 
@@ -187,7 +191,7 @@ class Registry:
                 suggestions=["Give the directory of an adapter: list_adapters returns the paths"],
                 details={"adapter_path": adapter_path, "adapters": not_current},
             )
-        projects = sorted({project for project, _ in published})
+        projects = self.projects()
         raise AdapterNotFound(
             f"No adapter at {adapter_path!r}: it must be the absolute path of an adapter's directory, a project id, or a "
             "hub id ORG/NAME that is in the local cache. "

@@ -5,6 +5,7 @@ Every method blocks, `submit` for up to a second on a large repository; the mana
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from datetime import UTC, datetime
@@ -25,7 +26,8 @@ from peft_core.schemas.results import Status, TrainingDataReport, TrainingStatus
 from peft_core.schemas.task import JobRequest
 from peft_core.schemas.training import DataSelection, EvaluatedAdapter, TrainingConfig
 
-EXTERNAL_PROJECT = "elsewhere"  # project id of evaluations of adapters that were not trained here
+MAX_PROJECT_ID = 64
+MAX_NAMED_PROJECTS = 10  # in an error
 SPEED_HISTORY = 50  # newest completed jobs that are searched for a measured speed on the same base model and device
 
 
@@ -34,6 +36,7 @@ class JobService:
         self._settings = settings
         self._paths = settings.paths
         self._store = Store(self._paths.database, time.time)
+        self._registry = registry
         self._supervisor = RunnerSupervisor(settings, self._store, registry)
 
     # -- new jobs ------------------------------------------------------------------------------------------------------
@@ -108,17 +111,18 @@ class JobService:
     # -- existing jobs -------------------------------------------------------------------------------------------------
 
     def status_and_ensure_runner(self, project_id: str, job_id: str | None = None) -> TrainingStatus:
-        """Return the state of the named job, or of the project's latest one.
+        """Return the state of the named job, or of the project's latest training.
 
         No daemon would notice a dead process. So this method does, for an unfinished job: it records the job as interrupted,
         and starts a runner if jobs are waiting. A client that only polls can rely on the answer.
 
         Raises:
-            JobNotFound: no such job.
+            JobNotFound: no such job or project.
             InvalidArgument: the job belongs to another project.
         """
         job = self._find(project_id, job_id)
         if job is None:
+            self._require_project(project_id)
             return not_started(project_id)
         if not job.status.is_final:
             self._supervisor.ensure_runner()
@@ -165,6 +169,7 @@ class JobService:
         """
         job = self._find(project_id, job_id)
         if job is None:
+            self._require_project(project_id)
             raise JobStateError(
                 f"Nothing to cancel: no training was started for project {project_id!r}.", code="nothing_to_cancel"
             )
@@ -205,9 +210,11 @@ class JobService:
         return base.ref if base.ref == BUNDLED or base.ref.startswith("ollama:") else str(base.path)
 
     def _project_of(self, adapter: Path) -> str:
-        """Return the project of a published adapter; adapters from other directories share one name."""
+        """Return the project of a published adapter. One from another directory is a project named after that directory."""
         project = adapter.parent.parent
-        return project.name if project.parent == self._paths.projects else EXTERNAL_PROJECT
+        if project.parent == self._paths.projects:
+            return project.name
+        return re.sub(r"[^A-Za-z0-9]+", "-", adapter.name).strip("-")[:MAX_PROJECT_ID] or "adapter"
 
     def _find(self, project_id: str, job_id: str | None) -> Job | None:
         if job_id is None:
@@ -218,6 +225,21 @@ class JobService:
             raise InvalidArgument("job_id", job_id, f"it belongs to project {job.project_id!r}, not {project_id!r}")
         return job
 
+    def _require_project(self, project_id: str) -> None:
+        """Raise JobNotFound for a project without jobs and adapters, if there are others: it may be misspelt."""
+        known = list(
+            dict.fromkeys([*(self._store.projects() if self._store.exists else []), *self._registry.projects()])
+        )
+        if project_id in known or not known:
+            return
+        more = f" and {len(known) - MAX_NAMED_PROJECTS} more" if len(known) > MAX_NAMED_PROJECTS else ""
+        raise JobNotFound(
+            f"There is no project {project_id!r}. Projects: {', '.join(known[:MAX_NAMED_PROJECTS])}{more}.",
+            code="unknown_project",
+            suggestions=["Give one of these ids, or call train_adapter to start a new project"],
+            details={"project_id": project_id, "known": known},
+        )
+
     def _require_database(self, job_id: str) -> None:
         if not self._store.exists:
             raise self._store.unknown(job_id)
@@ -225,7 +247,13 @@ class JobService:
     def _to_status(self, job: Job) -> TrainingStatus:
         # kill-point: server: the answer is about to be composed
         position = self._store.queue_position(job.job_id) if job.status is Status.QUEUED else None
-        return status_of(job, position, self._paths.job(job.job_id).log)
+        return status_of(
+            job,
+            position,
+            self._paths.job(job.job_id).log,
+            now=time.time(),
+            cancel_requested=job.status is Status.IN_PROGRESS and self._store.cancel_requested(job.job_id),
+        )
 
     def _measured_speed(self, base: Base, device: str) -> float | None:
         """Return the tokens per second of the newest completed run of the same base model on the same device."""

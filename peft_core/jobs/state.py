@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from peft_core.schemas.dataset import DatasetSummary
 from peft_core.schemas.evaluation import Evaluation
 from peft_core.schemas.events import (
@@ -46,7 +48,7 @@ class Job(FrozenModel):
     loss: float | None = None
     held_out_loss: float | None = None
     tokens_per_second: float | None = None
-    eta_s: float | None = None
+    ends_at: float | None = None  # expected end of the whole job; None: unknown, or not running
     peak_memory_bytes: int | None = None
     checkpoint_step: int | None = None
     dataset: DatasetSummary | None = None
@@ -78,10 +80,21 @@ def apply(job: Job, event: Event, at: float) -> Job:
     change = _change(job, event)
     if change is None:
         raise IllegalTransition(job, event)
+    return job.model_copy(update={**change, **_expected_end(job, event, change, at), "updated_at": at})
+
+
+def _expected_end(job: Job, event: Event, change: Mapping[str, object], at: float) -> dict[str, object]:
+    """Return the change to when the job is expected to end: by the estimate, then by the measured speed of its steps."""
     status = change.get("status", job.status)
-    if isinstance(status, Status) and status.is_final:
-        change["eta_s"] = None
-    return job.model_copy(update={**change, "updated_at": at})
+    if status is not Status.IN_PROGRESS:
+        return {"ends_at": None}
+    match event:
+        case JobStarted():
+            seconds = job.request.estimate.seconds
+            return {"ends_at": None if seconds is None else at + seconds}
+        case StepCompleted(eta_s=seconds):
+            return {"ends_at": at + seconds}
+    return {}
 
 
 def _change(job: Job, event: Event) -> dict[str, object] | None:
@@ -114,7 +127,6 @@ def _progress(job: Job, event: Event) -> dict[str, object] | None:  # noqa: PLR0
                 "step": step,
                 "loss": event.loss,
                 "tokens_per_second": event.tokens_per_second,
-                "eta_s": event.eta_s,
                 "peak_memory_bytes": event.memory_bytes,
             }
         case HeldOutMeasured(step=0, loss=loss, whole_set=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 from peft_core.adapters.manifest import REPORT_NAME
@@ -9,7 +10,10 @@ from peft_core.jobs.state import Job, progress_percent
 from peft_core.schemas.dataset import SourceSummary, describe_by_extension
 from peft_core.schemas.evaluation import Verdict
 from peft_core.schemas.results import NextStep, Status, TrainingStatus
+from peft_core.schemas.task import JobRequest
+from peft_core.system.durations import rough_duration
 
+_TIME_FROM_FIRST_STEP = 0.8  # of the estimated time: what remains at least before the first step
 # Codes of failures that may not happen again in an unchanged run.
 RETRYABLE = ("killed", "died_silently", "runner_failed", "disk_full", "data_directory_unwritable", "adapters_busy")
 
@@ -26,17 +30,24 @@ def not_started(project_id: str) -> TrainingStatus:
     )
 
 
-def status_of(job: Job, queue_position: int | None, log_path: Path) -> TrainingStatus:
+def status_of(
+    job: Job, queue_position: int | None, log_path: Path, *, now: float, cancel_requested: bool = False
+) -> TrainingStatus:
+    """Return the state of a job as users see it at the time `now`, in seconds since the epoch."""
     published = job.adapter_path is not None and Path(job.adapter_path).is_dir()  # it may have been deleted since
     adapter = job.adapter_path if published else None
     request = job.request
     running = job.status is Status.IN_PROGRESS
-    step = _next_step(job, adapter)
+    stopping = cancel_requested and running
+    eta_s = _eta_s(job, now)
+    step = _stopping(job) if stopping else _next_step(job, adapter, eta_s)
     return TrainingStatus(
         job_id=job.job_id,
         project_id=job.project_id,
         kind="training" if request.evaluated is None else "evaluation",
+        evaluated_on=_source_name(request) if request.evaluated else "",
         status=job.status,
+        cancel_requested=stopping,
         phase=job.phase if running else None,
         progress_percent=progress_percent(job),
         detail=job.detail if running and job.detail else job.note,
@@ -46,7 +57,7 @@ def status_of(job: Job, queue_position: int | None, log_path: Path) -> TrainingS
         held_out_loss=job.held_out_loss,
         tokens_per_second=job.tokens_per_second,
         peak_memory_bytes=job.peak_memory_bytes,
-        eta_s=_eta_s(job),
+        eta_s=None if stopping else eta_s,
         queue_position=queue_position,
         device=job.device or request.device,
         base_model=request.base.name,
@@ -60,16 +71,33 @@ def status_of(job: Job, queue_position: int | None, log_path: Path) -> TrainingS
         left_out_by_extension=(job.dataset or request.found).left_out_by_extension,
         estimate=request.estimate,
         log_path=str(log_path) if log_path.exists() else None,
+        created_at=_timestamp(job.created_at),
+        updated_at=_timestamp(job.updated_at),
         next=step.sentence,
         next_step=step,
     )
 
 
-def _eta_s(job: Job) -> float | None:
-    """Seconds until the last step, as measured by the worker; before it trains, the estimate."""
-    if job.status is Status.IN_PROGRESS and job.eta_s is not None:
-        return job.eta_s
-    return None if job.status.is_final else job.request.estimate.seconds
+def _timestamp(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+def _eta_s(job: Job, now: float) -> float | None:
+    """Return the whole seconds until the end of the job with its evaluation; None if it is unknown or has taken longer."""
+    estimated = job.request.estimate.seconds
+    if job.status is Status.QUEUED:
+        return estimated
+    if job.status is not Status.IN_PROGRESS or job.ends_at is None:
+        return None
+    remaining = job.ends_at - now
+    if job.request.evaluated is None and job.step == 0 and estimated is not None:
+        remaining = max(remaining, _TIME_FROM_FIRST_STEP * estimated)
+    return float(round(remaining)) if remaining >= 1 else None
+
+
+def _source_name(request: JobRequest) -> str:
+    """Return what an evaluation read: a path, or the number of records that were given in the call."""
+    return str(request.found.path) if request.found.path else f"{request.found.examples} records"
 
 
 def _describe_training_data(job: Job) -> str:
@@ -107,14 +135,26 @@ def _report_path(directory: str | Path | None) -> str | None:
 # -- the next step ---------------------------------------------------------------------------------------------------
 
 
-def _next_step(job: Job, adapter: str | None) -> NextStep:
+def _stopping(job: Job) -> NextStep:
+    kept = "its last checkpoint is kept" if job.checkpoint_step else "it has no checkpoint yet"
+    return NextStep(
+        tool="get_training_status",
+        arguments={"project_id": job.project_id, "job_id": job.job_id},
+        reason=f"The {job.request.noun} is stopping, which takes seconds; {kept}.",
+    )
+
+
+def _next_step(job: Job, adapter: str | None, eta_s: float | None) -> NextStep:
     is_evaluation = job.request.evaluated is not None
     match job.status:
         case Status.QUEUED | Status.IN_PROGRESS:
+            when = (
+                f"Ask again in about {rough_duration(eta_s)}" if eta_s is not None and eta_s > 90 else "Ask again soon"
+            )
             return NextStep(
                 tool="get_training_status",
                 arguments={"project_id": job.project_id, "job_id": job.job_id},
-                reason=f"The {'evaluation' if is_evaluation else 'training'} continues in the background; "
+                reason=f"The {job.request.noun} runs in the background, without this connection too. {when}; "
                 "cancel_training stops it.",
             )
         case Status.COMPLETED if is_evaluation:
@@ -133,8 +173,8 @@ def _next_step(job: Job, adapter: str | None) -> NextStep:
 
 
 def _resume(job: Job, advice: str = "") -> NextStep:
-    if job.request.evaluated is not None:
-        how = "It can be run again from the start."
+    if job.request.evaluated is not None or not job.checkpoint_step:
+        how = f"The {job.request.noun} can be run again from the start."
     else:
         how = "It can continue from its last checkpoint, or start over with train_adapter."
     return NextStep(tool="resume_training", arguments={"job_id": job.job_id}, reason=f"{advice} {how}".lstrip())

@@ -167,10 +167,20 @@ class Store:
             return self._get(db, job_id)
 
     def latest(self, project_id: str) -> Job | None:
-        query = "SELECT job_id, state FROM jobs WHERE project_id = ? ORDER BY turn DESC LIMIT 1"
+        """Return the project's latest training, or its latest evaluation if it has no training."""
+        query = """
+            SELECT job_id, state FROM jobs WHERE project_id = ?
+            ORDER BY json_valid(state) AND json_extract(state, '$.request.evaluated') IS NOT NULL, turn DESC LIMIT 1
+        """
         with self._connection() as db:
             row = db.execute(query, (project_id,)).fetchone()
         return _parse_job(*row) if row else None
+
+    def projects(self) -> list[str]:
+        """Return the ids of all projects with jobs, the latest first."""
+        query = "SELECT project_id FROM jobs GROUP BY project_id ORDER BY max(turn) DESC"
+        with self._connection() as db:
+            return [row[0] for row in db.execute(query)]
 
     def in_state(self, *states: Status) -> list[Job]:
         """Return the jobs in one of the states, in the order in which they were queued."""

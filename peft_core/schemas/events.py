@@ -47,7 +47,7 @@ class StepCompleted(FrozenModel):
     learning_rate: float  # of LoRA A
     tokens: int  # trained on since the run began
     tokens_per_second: float  # since training began, excluding evaluations
-    eta_s: float  # until the last step
+    eta_s: float  # until the end of the job, with the evaluation after the last step
     memory_bytes: int  # peak of the process so far
 
 

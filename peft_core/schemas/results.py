@@ -107,7 +107,9 @@ class TrainingStatus(FrozenModel):
     job_id: str | None
     project_id: str
     kind: Literal["training", "evaluation"] = "training"
+    evaluated_on: str = Field("", description="The data of an evaluation.")
     status: Status
+    cancel_requested: bool = Field(False, description="The job is stopping.")
     phase: Phase | None = None
     detail: str = Field("", description="Details of the phase.")
     progress_percent: float = 0.0
@@ -119,7 +121,7 @@ class TrainingStatus(FrozenModel):
         description="Latest held-out loss: of a fixed sample during training, of all held-out examples at the end.",
     )
     tokens_per_second: float | None = None
-    eta_s: float | None = None
+    eta_s: float | None = Field(None, description="Seconds until the end of the job, with its evaluation.")
     peak_memory_bytes: int | None = Field(None, description="Peak memory of the training process so far.")
     queue_position: int | None = Field(None, description="1 is next; null if not queued.")
     device: str | None = None
@@ -142,6 +144,8 @@ class TrainingStatus(FrozenModel):
     )
     estimate: Estimate | None = None
     log_path: str | None = None
+    created_at: str | None = Field(None, description="When the job was queued, ISO 8601.")
+    updated_at: str | None = None
     next: str = Field("", description="Suggested next call, in words.")
     next_step: NextStep | None = None
 

@@ -92,20 +92,24 @@ class TrainingLoop:
     def __post_init__(self) -> None:
         # The runner may have died before it stored the latest events. Checkpoints therefore carry those since the previous
         # checkpoint, and those of the interval before, for a resumed run to emit again.
+        self._work_afterwards = 0.0
         self._events: list[Event] = []
         self._previous_events: list[Event] = []
         self._rng = rng_state(self.accelerator.device)
         self._rollback_states = RollbackStates(self.checkpoint_directory, self.run_key)
         self._longest = max(map(len, self.documents))
-        self._planned_tokens = self.order.tokens([len(document) for document in self.documents])
+        self.planned_tokens = self.order.tokens([len(document) for document in self.documents])
 
-    def run(self) -> None:
+    def run(self, *, work_afterwards: float = 0.0) -> None:
         """Run all remaining steps. The weights are then the last ones, or the best ones if early stopping is on.
+
+        `work_afterwards`: what follows the last step, in tokens of training; the expected end of the job includes it.
 
         Raises:
             TrainingError: the loss or gradient is not finite, and rollbacks did not help.
             Cancelled: on request, after writing a checkpoint.
         """
+        self._work_afterwards = work_afterwards
         self.objective.model.train()
         if self.state_id == START:
             self.save_rollback_state()  # the untrained adapter has no effect, and the base model's loss is finite
@@ -182,7 +186,7 @@ class TrainingLoop:
                 learning_rate=learning_rate,
                 tokens=progress.tokens,
                 tokens_per_second=tokens_per_second,
-                eta_s=(self._planned_tokens - progress.tokens) / tokens_per_second,
+                eta_s=(self.planned_tokens - progress.tokens + self._work_afterwards) / tokens_per_second,
                 memory_bytes=peak_memory_bytes(),
             )
         )

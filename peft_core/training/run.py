@@ -121,7 +121,7 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     if checkpoint is not None:
         loop.restore(checkpoint)
     del checkpoint  # it is at least as large as the adapter
-    loop.run()
+    loop.run(work_afterwards=evaluator.work_after_training(loop.planned_tokens))
     # kill-point: worker: all steps are done
 
     # 5. Scores of the adapter.

@@ -56,6 +56,11 @@ class Evaluator:
     def held_out_examples(self) -> int:
         return len(self._held_out)
 
+    def work_after_training(self, trained_tokens: int) -> float:
+        """Return the work of scoring and comparing the adapter in tokens of training, each of which costs three of reading."""
+        scored = sum(len(example.document) for example in [*self._held_out, *self._general])
+        return (scored + 2 * completion_budget_after_training(trained_tokens)) / 3
+
     def score(self, objective: Objective, accelerator: Accelerator, stop: StopFlag, *, key: str = "") -> Scores:
         """Score the model in its present state."""
         scores = score_examples(objective, [*self._held_out, *self._general], self._tokenizer, accelerator, stop)

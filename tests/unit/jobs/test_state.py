@@ -173,3 +173,14 @@ def test_a_resumed_job_is_queued_and_continues_from_its_checkpoint() -> None:
     )
     assert (job.status, job.step, job.error) == (Status.QUEUED, 4, None)
     assert after(job, JobStarted(), step(5)).step == 5
+
+
+def test_the_end_of_a_job_is_expected_by_the_estimate_and_then_by_the_measured_speed() -> None:
+    started = apply(make_job(), JobStarted(), 1000.0)
+    assert started.ends_at == 1000.0 + 200.0  # the estimate of `make_request`
+    planned = after(started, RunPlanned(device="cpu", total_steps=5))
+    trained = apply(planned, step(1).model_copy(update={"eta_s": 40.0}), 1100.0)
+    assert trained.ends_at == 1140.0
+    evaluating = apply(trained, PhaseStarted(phase=Phase.EVALUATING_ADAPTER), 1120.0)
+    assert evaluating.ends_at == 1140.0
+    assert apply(evaluating, JobInterrupted(reason="x"), 1130.0).ends_at is None

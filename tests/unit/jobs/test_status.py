@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from peft_core.jobs.runner import RUNNER
+from peft_core.jobs.state import Job
 from peft_core.jobs.status import not_started, status_of
 from peft_core.manager import PEFTManager
 from peft_core.schemas.evaluation import Verdict
@@ -26,7 +28,7 @@ def status_in(state: Status, *, evaluated: bool = False) -> TrainingStatus:
     if evaluated:
         request = job.request.model_copy(update={"evaluated": EvaluatedAdapter(adapter_path=Path("/a"))})
         job = job.model_copy(update={"request": request})
-    return status_of(job, 1 if state is Status.QUEUED else None, Path("/none/train.log"))
+    return status_of(job, 1 if state is Status.QUEUED else None, Path("/none/train.log"), now=0.0)
 
 
 @pytest.mark.parametrize("evaluated", [False, True])
@@ -53,7 +55,7 @@ def test_the_sentence_of_a_next_step_has_the_reason_and_the_call() -> None:
 @pytest.mark.parametrize(("code", "tool"), [("disk_full", "resume_training"), ("x", "train_adapter")])
 def test_a_failed_run_is_resumed_only_if_that_may_succeed(code: str, tool: str) -> None:
     error = ERROR.model_copy(update={"code": code})
-    status = status_of(make_job(status=Status.FAILED, error=error), None, Path("/none/train.log"))
+    status = status_of(make_job(status=Status.FAILED, error=error), None, Path("/none/train.log"), now=0.0)
     assert status.next_step is not None
     assert status.next_step.tool == tool
     assert status.next.startswith("Fix it. ")
@@ -61,7 +63,7 @@ def test_a_failed_run_is_resumed_only_if_that_may_succeed(code: str, tool: str) 
 
 def test_a_job_whose_runner_ran_out_of_memory_can_be_resumed() -> None:
     error = error_info(OSError(12, "Cannot allocate memory"), RUNNER)
-    status = status_of(make_job(status=Status.FAILED, error=error), None, Path("/none/train.log"))
+    status = status_of(make_job(status=Status.FAILED, error=error), None, Path("/none/train.log"), now=0.0)
     assert "ran out of memory" in error.message
     assert status.next_step is not None
     assert status.next_step.tool == "resume_training"
@@ -69,14 +71,14 @@ def test_a_job_whose_runner_ran_out_of_memory_can_be_resumed() -> None:
 
 def test_a_run_that_was_rolled_back_shows_its_note_while_it_trains(tmp_path: Path) -> None:
     job = make_job(status=Status.IN_PROGRESS, phase=Phase.TRAINING, step=2, total_steps=9, note="rolled back")
-    assert status_of(job, None, tmp_path / "train.log").detail == "rolled back"
+    assert status_of(job, None, tmp_path / "train.log", now=0.0).detail == "rolled back"
 
 
 def test_a_deleted_adapter_is_not_suggested(tmp_path: Path) -> None:
     job = make_job(status=Status.COMPLETED, adapter_path=str(tmp_path))
-    assert "load_adapter" in status_of(job, None, tmp_path / "train.log").next
+    assert "load_adapter" in status_of(job, None, tmp_path / "train.log", now=0.0).next
     job = make_job(status=Status.COMPLETED, adapter_path=str(tmp_path / "gone"))
-    status = status_of(job, None, tmp_path / "train.log")
+    status = status_of(job, None, tmp_path / "train.log", now=0.0)
     assert status.adapter_path is None
     assert "deleted" in status.next
 
@@ -99,7 +101,7 @@ def test_a_completed_job_states_its_verdict_and_the_consequence(
     job = make_job(
         status=Status.COMPLETED, adapter_path=str(adapter), metrics=metrics, evaluation=make_evaluation(verdict)
     )
-    text = status_of(job, None, tmp_path / "train.log").next
+    text = status_of(job, None, tmp_path / "train.log", now=0.0).next
     assert sentence in text
     assert advice in text
 
@@ -109,6 +111,50 @@ def test_an_adapter_that_is_no_longer_current_is_suggested_by_its_path(tmp_path:
         (tmp_path / name).mkdir()
     (tmp_path / "current").symlink_to("new")
     job = make_job(status=Status.COMPLETED, adapter_path=str(tmp_path / "old"), evaluation=make_evaluation())
-    text = status_of(job, None, tmp_path / "train.log").next
+    text = status_of(job, None, tmp_path / "train.log", now=0.0).next
     assert f"adapter_path={str(tmp_path / 'old')!r}" in text
     assert "'web'" not in text
+
+
+def running(**changes: Any) -> Job:
+    return make_job(**{"status": Status.IN_PROGRESS, "phase": Phase.TRAINING, "step": 3, "ends_at": 500.0, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "now", "left"),
+    [
+        pytest.param({}, 260.4, 240.0, id="the expected end minus now"),
+        pytest.param({"phase": Phase.EVALUATING_ADAPTER}, 490.0, 10.0, id="the evaluation after the last step counts"),
+        pytest.param({}, 501.0, None, id="a job that takes longer than expected has no time left, not 0 s"),
+        pytest.param({"step": 0}, 495.0, 160.0, id="before the first step, most of the estimate remains"),
+        pytest.param({"ends_at": None}, 0.0, None, id="unknown"),
+        pytest.param({"status": Status.QUEUED, "ends_at": None}, 0.0, 200.0, id="queued: the estimate"),
+        pytest.param({"status": Status.CANCELLED}, 0.0, None, id="an ended job"),
+    ],
+)
+def test_the_time_left_is_that_of_the_whole_job(changes: dict[str, Any], now: float, left: float | None) -> None:
+    assert status_of(running(**changes), None, Path("/none/train.log"), now=now).eta_s == left
+
+
+@pytest.mark.parametrize(("left", "when"), [(2400.0, "in about 40 min"), (30.0, "soon")])
+def test_the_next_step_of_a_running_job_follows_the_time_left(left: float, when: str) -> None:
+    status = status_of(running(ends_at=left), None, Path("/none/train.log"), now=0.0)
+    assert f"Ask again {when}; cancel_training stops it." in status.next
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "kept"), [(None, "it has no checkpoint yet"), (2, "its last checkpoint is kept")]
+)
+def test_a_job_that_is_to_be_cancelled_is_stopping(checkpoint: int | None, kept: str) -> None:
+    job = running(checkpoint_step=checkpoint)
+    status = status_of(job, None, Path("/none/train.log"), now=0.0, cancel_requested=True)
+    assert status.cancel_requested
+    assert status.eta_s is None
+    assert status.next.startswith(f"The training is stopping, which takes seconds; {kept}. ")
+
+
+def test_a_job_without_a_checkpoint_is_not_said_to_continue_from_one() -> None:
+    job = make_job(status=Status.CANCELLED)
+    assert "from the start" in status_of(job, None, Path("/none/train.log"), now=0.0).next
+    job = make_job(status=Status.CANCELLED, checkpoint_step=2)
+    assert "from its last checkpoint" in status_of(job, None, Path("/none/train.log"), now=0.0).next

@@ -10,15 +10,17 @@ from peft_core.jobs.state import Job
 from peft_core.jobs.status import status_of
 from peft_core.schemas.evaluation import Verdict
 from peft_core.schemas.results import ErrorInfo, Metrics, Phase, Status, TrainingStatus
-from server.status_text import for_client, format_duration, headline
-from tests.factories import make_evaluation, make_job
+from peft_core.schemas.training import EvaluatedAdapter
+from peft_core.system.durations import format_duration, rough_age, rough_duration
+from server.status_text import for_client, headline, subject
+from tests.factories import make_evaluation, make_job, make_request, make_source
 
 NOTE = "at step 4 the loss is nan: rolled back to step 1, continued with 1/4 of the learning rate"
 METRICS = Metrics(base_perplexity=9.784, adapter_perplexity=5.1)
 
 
 def status(job: Job) -> TrainingStatus:
-    return status_of(job, None, Path("/none/train.log"))
+    return status_of(job, None, Path("/none/train.log"), now=0.0)
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,41 @@ def status(job: Job) -> TrainingStatus:
 )
 def test_durations_are_formatted_for_people(seconds: float, words: str) -> None:
     assert format_duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (3, "10 s"),
+        (44, "40 s"),
+        (56, "1 min"),
+        (250, "4 min"),
+        (2500, "40 min"),
+        (3520, "1 h"),
+        (7920, "2 h 10 min"),
+        (108_000, "30 h"),
+    ],
+)
+def test_estimated_durations_are_rounded(seconds: float, words: str) -> None:
+    assert rough_duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(5, "1 min"), (3600, "1 hour"), (100_000, "1 day"), (950_000, "10 days"), (2e6, "3 weeks")]
+)
+def test_an_age_is_in_its_largest_unit(seconds: float, words: str) -> None:
+    assert rough_age(seconds) == words
+
+
+def test_the_time_left_is_shown_in_every_phase() -> None:
+    job = make_job(status=Status.IN_PROGRESS, phase=Phase.EVALUATING_ADAPTER, step=9, total_steps=9, ends_at=250.0)
+    assert headline(status(job)) == "evaluating the adapter on the same held-out files, about 4 min left"
+
+
+def test_an_evaluation_is_named_as_such(tmp_path: Path) -> None:
+    evaluated = EvaluatedAdapter(adapter_path=tmp_path, accept_unproven_base=False)
+    job = make_job(request=make_request(evaluated=evaluated, found=make_source(path=Path("/tools"))))
+    assert subject(status(job)) == "web (evaluation on /tools)"
 
 
 def test_the_headline_of_a_training_shows_step_loss_speed_and_time_left() -> None:
@@ -37,7 +74,7 @@ def test_the_headline_of_a_training_shows_step_loss_speed_and_time_left() -> Non
         loss=1.834,
         held_out_loss=1.9,
         tokens_per_second=144.6,
-        eta_s=130.0,
+        ends_at=130.0,
     )
     expected = "training: step 120/250, loss 1.834, held-out 1.900, 145 tokens/s, 2 min 10 s left"
     assert headline(status(job)) == expected
@@ -45,7 +82,7 @@ def test_the_headline_of_a_training_shows_step_loss_speed_and_time_left() -> Non
 
 def test_the_headline_mentions_a_rollback_while_training_and_afterwards() -> None:
     training = make_job(status=Status.IN_PROGRESS, phase=Phase.TRAINING, step=2, total_steps=9, note=NOTE)
-    assert headline(status(training)) == f"training: step 2/9, 3 min 20 s left, {NOTE}"
+    assert headline(status(training)) == f"training: step 2/9, {NOTE}"
     completed = make_job(status=Status.COMPLETED, metrics=METRICS, note=NOTE)
     assert headline(status(completed)).endswith(NOTE)
 

@@ -1,0 +1,84 @@
+"""Which job a question about a project is answered with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from peft_core.adapters.registry import Registry
+from peft_core.config import Settings
+from peft_core.errors import JobNotFound
+from peft_core.jobs.service import JobService
+from peft_core.jobs.state import Job
+from peft_core.jobs.store import Store
+from peft_core.schemas.results import Status
+from peft_core.schemas.training import EvaluatedAdapter
+from tests.factories import make_job, make_request
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(data_dir=tmp_path / "data")
+
+
+@pytest.fixture
+def service(settings: Settings) -> JobService:
+    return JobService(settings, Registry(settings.paths))
+
+
+def insert(settings: Settings, *jobs: Job) -> None:
+    store = Store(settings.paths.database, lambda: 0.0)
+    store.create()
+    for job in jobs:
+        store.insert(job)
+
+
+def evaluation(job_id: str, project_id: str = "web") -> Job:
+    request = make_request(evaluated=EvaluatedAdapter(adapter_path=Path("/a")))
+    return make_job(job_id, project_id, status=Status.FAILED, request=request)
+
+
+def test_a_project_is_answered_with_its_latest_training_although_an_evaluation_followed(
+    settings: Settings, service: JobService
+) -> None:
+    insert(
+        settings,
+        make_job("old", status=Status.FAILED),
+        make_job("new", status=Status.COMPLETED),
+        evaluation("evaluation"),
+    )
+    status = service.status_and_ensure_runner("web")
+    assert (status.job_id, status.kind) == ("new", "training")
+    named = service.status_and_ensure_runner("web", "evaluation")
+    assert (named.kind, named.evaluated_on) == ("evaluation", "/code/web")
+
+
+def test_a_project_that_has_evaluations_only_is_answered_with_the_latest(
+    settings: Settings, service: JobService
+) -> None:
+    insert(settings, evaluation("first"), evaluation("second"))
+    assert service.status_and_ensure_runner("web").job_id == "second"
+
+
+def test_an_unknown_project_is_an_error_that_names_the_known_ones(settings: Settings, service: JobService) -> None:
+    insert(settings, *(make_job(f"job-{n}", f"project-{n}", status=Status.FAILED) for n in range(12)))
+    with pytest.raises(JobNotFound) as caught:
+        service.status_and_ensure_runner("proiect-1")
+    assert caught.value.code == "unknown_project"
+    assert "Projects: project-11, project-10, " in caught.value.message
+    assert caught.value.message.endswith(" and 2 more.")
+
+
+def test_a_first_project_is_not_unknown_but_not_started(service: JobService) -> None:
+    assert service.status_and_ensure_runner("web").status is Status.NOT_STARTED
+
+
+@pytest.mark.parametrize(
+    ("directory", "project"),
+    [("my adapter (v2)", "my-adapter-v2"), ("größe", "gr-e"), ("...", "adapter"), ("a" * 99, "a" * 64)],
+)
+def test_an_adapter_from_another_directory_is_a_project_named_after_it(
+    service: JobService, tmp_path: Path, directory: str, project: str
+) -> None:
+    assert service._project_of(tmp_path / directory) == project
