@@ -1,8 +1,16 @@
-"""Tool results: a text for people, then the data as JSON text, and the same data again as structured content."""
+"""Tool results. Some clients show their model the structured content only, others the texts: each is complete on its own.
+
+The structured content begins with `summary`, the sentence that people read, and has no nulls and no empty values. The texts
+are that sentence with the next step, and the data as JSON. What a model reads as text, such as generated code, is text alone.
+"""
 
 from __future__ import annotations
 
+import json
 from base64 import b64encode
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
 
 from mcp.types import CallToolResult, ImageContent, TextContent
 from pydantic import BaseModel
@@ -15,6 +23,7 @@ from peft_core.schemas.generation import Engine, Generation
 from peft_core.schemas.local_bases import LocalBase, LocalBases
 from peft_core.schemas.results import (
     AdapterList,
+    AdapterSummary,
     BaseMatch,
     Compatibility,
     DataSample,
@@ -27,10 +36,16 @@ from peft_core.schemas.results import (
     UnloadedAdapter,
 )
 from peft_core.schemas.serving import Serving
-from server.status_text import for_client, headline
+from peft_core.system.durations import rough_age
+from server.status_text import for_client, headline, subject
 
-MAX_NAMED_FILES = 5  # held-out files that the text names
+RESULT_IN_META = "peft-mcp/result"
+MAX_NAMED_FILES = 20  # held-out files that the text names
 MAX_NAMED_BASES = 20
+MAX_NAMED_ADAPTERS = 10
+# What a status repeats of the request, and what does not change while the job runs.
+REQUESTED = frozenset({"dataset", "created_at", "updated_at", "training_data", "left_out_by_extension", "estimate"})
+CHOSEN = frozenset({"base_model", "device", "log_path", "evaluation", "metrics"})
 MAX_REASONS = 3
 MATCH_WORDS = {
     BaseMatch.EXACT: "this is the base model it was trained on",
@@ -41,42 +56,93 @@ MATCH_WORDS = {
 }
 
 
-def tool_result(result: BaseModel, text: str, *, omit: frozenset[str] = frozenset()) -> CallToolResult:
-    """Put `text` first, so that people need not read JSON.
+def tool_result(
+    result: BaseModel,
+    summary: str,
+    *,
+    unchanged: frozenset[str] = frozenset(),
+    in_summary: frozenset[str] = frozenset(),
+    ending: str = " ",
+) -> CallToolResult:
+    """Return `summary` and the data of `result` without the fields `unchanged`, which an earlier result has given.
 
-    The JSON text leaves out nulls and what `text` already says: the next step and the fields in `omit`. The structured
-    content is complete.
+    The JSON text leaves out the fields `in_summary` as well. `ending` separates the summary from the next step.
     """
+    data: dict[str, Any] = compact(result.model_dump(mode="json", exclude={"summary", *unchanged}))
+    step: str = data.get("next", "")
+    if "next_step" in data:
+        data["next_step"].pop("reason", None)  # `next` has it
+    beside_text = {key: value for key, value in data.items() if key not in {"next", "next_step", *in_summary}}
     return CallToolResult(
         content=[
-            TextContent(type="text", text=text),
-            TextContent(type="text", text=result.model_dump_json(exclude_none=True, exclude={"next_step", *omit})),
+            TextContent(type="text", text=f"{summary}{ending}{step}".rstrip() if step else summary),
+            TextContent(type="text", text=json.dumps(beside_text, ensure_ascii=False, separators=(",", ":"))),
         ],
-        structured_content=result.model_dump(mode="json"),
+        structured_content={"summary": summary, **data},
     )
+
+
+def text_result(result: BaseModel, *texts: str) -> CallToolResult:
+    """Return `texts` without structured content, which some clients pass on in their place. The data is in `_meta`."""
+    return CallToolResult(
+        content=[TextContent(type="text", text=text) for text in texts],
+        _meta={RESULT_IN_META: compact(result.model_dump(mode="json"))},
+    )
+
+
+def compact(value: Any) -> Any:
+    """Return JSON data without nulls, empty texts, empty lists and empty objects, at any depth."""
+    if isinstance(value, Mapping):
+        pairs = ((key, compact(item)) for key, item in value.items())
+        return {key: item for key, item in pairs if not _is_empty(item)}
+    if isinstance(value, list):
+        return [compact(item) for item in value]
+    return value
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str | list | Mapping) and not value)
 
 
 # -- adapters --------------------------------------------------------------------------------------------------------
 
 
-def format_adapters(listed: AdapterList) -> CallToolResult:
+def format_adapters(listed: AdapterList, *, now: datetime | None = None) -> CallToolResult:
+    """Name the adapters with verdict and age. `now` is that of the clock unless a test sets it."""
+    now = now or datetime.now(UTC)
     count = len(listed.adapters)
+    named = [_adapter_line(adapter, now) for adapter in listed.adapters[:MAX_NAMED_ADAPTERS]]
+    if count > MAX_NAMED_ADAPTERS:
+        named.append(f"{count - MAX_NAMED_ADAPTERS} more")
+    names = f": {'; '.join(named)}" if named else ""
     loaded, memory = listed.loaded, ""
     if loaded.base_model:
         resident = [f"{adapter.adapter_path}{' (active)' * adapter.active}" for adapter in loaded.adapters]
         memory = (
             f" In memory: {loaded.base_model} with {', '.join(resident) or 'no adapter'}, {_mb(loaded.memory_bytes)}."
         )
-    return tool_result(listed, f"{count} adapter{'' if count == 1 else 's'}.{memory} {listed.next}")
+    return tool_result(listed, f"{count} adapter{'' if count == 1 else 's'}{names}.{memory}")
+
+
+def _adapter_line(adapter: AdapterSummary, now: datetime) -> str:
+    """Return for instance "web/20261127-101500-3f2a1b (current, helps, 2 days old)"."""
+    age = (now - datetime.fromisoformat(adapter.created_at)).total_seconds()
+    facts = [
+        "current" if adapter.current else "",
+        adapter.verdict.replace("_", " ") if adapter.verdict else "not evaluated",
+        f"{rough_age(age)} old",
+        "active" if adapter.active else "in memory" if adapter.resident else "",
+    ]
+    return f"{adapter.project_id}/{adapter.adapter_id} ({', '.join(filter(None, facts))})"
 
 
 def format_adapter_info(info: AdapterInfo) -> CallToolResult:
-    return tool_result(info, f"{info.adapter_path}: rank {info.rank}, {info.adapter_bytes / 1e6:.1f} MB. {info.next}")
+    return tool_result(info, f"{info.adapter_path}: rank {info.rank}, {info.adapter_bytes / 1e6:.1f} MB.")
 
 
 def format_deleted(deleted: DeletedAdapter) -> CallToolResult:
     freed = f"{deleted.freed_bytes / 1e6:.1f} MB freed"
-    return tool_result(deleted, f"Deleted {deleted.adapter_id}: {freed}. {deleted.next}")
+    return tool_result(deleted, f"Deleted {deleted.adapter_id}: {freed}.")
 
 
 def format_compatibility(checked: Compatibility) -> CallToolResult:
@@ -85,7 +151,7 @@ def format_compatibility(checked: Compatibility) -> CallToolResult:
     more = f" ({len(reasons) - MAX_REASONS} more reasons below.)" if len(reasons) > MAX_REASONS else ""
     verdict = f"{checked.verdict.upper()} ({MATCH_WORDS[checked.verdict]})"
     base = checked.base_model or "an unknown base model"
-    return tool_result(checked, f"{verdict}: {checked.adapter_path} with {base}.{why}{more} {checked.next}")
+    return tool_result(checked, f"{verdict}: {checked.adapter_path} with {base}.{why}{more}")
 
 
 ENGINES: dict[Engine, str] = {"torch": "torch", "llamacpp": "llama.cpp"}
@@ -93,23 +159,23 @@ ENGINES: dict[Engine, str] = {"torch": "torch", "llamacpp": "llama.cpp"}
 
 def format_loaded(loaded: LoadedAdapter) -> CallToolResult:
     if loaded.status == "fallback":
-        return tool_result(loaded, f"NOT LOADED: {loaded.reason} {loaded.next}")
+        return tool_result(loaded, f"NOT LOADED: {loaded.reason}")
     effect = f"outputs change by up to {loaded.effect.max_logit_change:.2f}" if loaded.effect else "effect unknown"
     engine = f" Computed in {ENGINES[loaded.engine]}: {loaded.engine_reason}." if loaded.engine else ""
     evicted = f" Evicted from memory: {', '.join(loaded.evicted)}." if loaded.evicted else ""
     return tool_result(
         loaded,
         f"Loaded {loaded.adapter_path} on {loaded.base_model} in {loaded.elapsed_s:.2f} s ({loaded.how}; base match "
-        f"{loaded.verdict}; {effect}); {_mb(loaded.memory_bytes)} in use.{engine}{evicted} {loaded.next}",
+        f"{loaded.verdict}; {effect}); {_mb(loaded.memory_bytes)} in use.{engine}{evicted}",
     )
 
 
 def format_unloaded(unloaded: UnloadedAdapter) -> CallToolResult:
     if unloaded.status == "nothing_loaded":
-        return tool_result(unloaded, unloaded.next)
+        return tool_result(unloaded, "Nothing was loaded.")
     what = " and ".join(filter(None, [unloaded.adapter_path, "the base model" if unloaded.base_unloaded else None]))
     memory = f"{_mb(unloaded.memory_before_bytes)} before, {_mb(unloaded.memory_after_bytes)} after"
-    return tool_result(unloaded, f"Unloaded {what}: {memory}. {unloaded.next}")
+    return tool_result(unloaded, f"Unloaded {what}: {memory}.")
 
 
 def format_generation(generation: Generation) -> CallToolResult:
@@ -121,19 +187,20 @@ def format_generation(generation: Generation) -> CallToolResult:
         f"{generation.finish_reason}, {generation.tokens_per_second:.0f} tokens/s)"
     )
     if generation.base_text is None or generation.adapter_path is None:
-        return tool_result(generation, f"{generation.text}\n\n{facts}", omit=frozenset({"text", "base_text"}))
-    both = f"With the adapter:\n{generation.text}\n\nBase model:\n{generation.base_text}\n\n{facts}"
-    return tool_result(generation, both, omit=frozenset({"text", "base_text"}))
+        return text_result(generation, generation.text, facts)
+    return text_result(
+        generation, f"With the adapter:\n{generation.text}", f"Base model:\n{generation.base_text}", facts
+    )
 
 
 def format_export(report: ExportReport) -> CallToolResult:
     usage = "\n".join(f"- {line}" for line in report.usage)
     warnings = "".join(f"\nWarning: {warning}" for warning in report.warnings)
-    again = f"\n{report.next}" if report.next_step is not None else ""
     return tool_result(
         report,
-        f"{report.summary}\n{report.directory}\nUse it:\n{usage}{warnings}{again}",
-        omit=frozenset({"summary", "usage", "warnings"}),
+        f"{report.summary}\n{report.directory}\nUse it:\n{usage}{warnings}",
+        in_summary=frozenset({"usage", "warnings"}),
+        ending="\n",
     )
 
 
@@ -142,8 +209,9 @@ def format_serving(serving: Serving) -> CallToolResult:
     usage = "\n".join(f"- {line}" for line in serving.usage)
     return tool_result(
         serving,
-        f"{serving.summary}\nModels:\n{names}\nThe token is in {serving.token_path}.\nUse it:\n{usage}\n{serving.next}",
-        omit=frozenset({"summary", "usage"}),
+        f"{serving.summary}\nModels:\n{names}\nThe token is in {serving.token_path}.\nUse it:\n{usage}",
+        in_summary=frozenset({"usage"}),
+        ending="\n",
     )
 
 
@@ -163,7 +231,7 @@ def format_bases(listed: LocalBases) -> CallToolResult:
     head = (
         f"{count} base model{'' if count == 1 else 's'} on this machine, {len(trainable)} trainable on {listed.device}"
     )
-    return tool_result(listed, "\n".join([f"{head}:" if lines else f"{head}.", *lines, listed.next]))
+    return tool_result(listed, "\n".join([f"{head}:" if lines else f"{head}.", *lines]), ending="\n")
 
 
 def _base_line(base: LocalBase) -> str:
@@ -195,8 +263,8 @@ def format_inspection(report: TrainingDataReport) -> CallToolResult:
     not_read = describe_by_extension(report.left_out_by_extension)
     secrets = f" {report.secrets_removed} lines with credentials are blanked." if report.secrets_removed else ""
     unread = f" {report.unread_files} more files were not read." if report.unread_files else ""
-    all_named = len(report.held_out_files) <= MAX_NAMED_FILES
-    names = ", ".join(report.held_out_files[:MAX_NAMED_FILES]) + ("" if all_named else " …")
+    more = len(report.held_out_files) - MAX_NAMED_FILES
+    names = ", ".join(report.held_out_files[:MAX_NAMED_FILES]) + (f" and {more} more" if more > 0 else "")
     held_out = f", from {names}" if names else ""
     size = f"{report.files} files" if report.records is None else f"{report.records} records"
     lines = [
@@ -218,8 +286,7 @@ def format_inspection(report: TrainingDataReport) -> CallToolResult:
         ),
         f"\n{report.next}",
     ]
-    omit = {"samples", "left_out", "left_out_by_extension", "advice"} | ({"held_out_files"} if all_named else set())
-    return tool_result(report, "\n".join(lines), omit=frozenset(omit))
+    return text_result(report, "\n".join(lines))
 
 
 def _place(sample: DataSample) -> str:
@@ -232,7 +299,7 @@ def format_status(status: TrainingStatus, picture: bytes | None = None, *, is_ne
     `is_new`: whether this answers the request of the job, so that the data are described however far it has come.
     """
     status = for_client(status)
-    parts = [f"{status.project_id}: {headline(status)}."]
+    parts = [f"{subject(status)}: {headline(status)}."]
     if status.training_data and (is_new or (not status.status.is_final and status.step == 0)):
         purpose = "Training data" if status.kind == "training" else "Evaluation data"
         parts.append(f"{purpose}: {status.training_data}. Base model: {status.base_model} on {status.device}.")
@@ -242,7 +309,8 @@ def format_status(status: TrainingStatus, picture: bytes | None = None, *, is_ne
         parts.append(evaluation_text(status.evaluation))
         if status.report_path:
             parts.append(f"Report: {status.report_path}.")
-    result = tool_result(status, " ".join([*parts, status.next]), omit=frozenset({"left_out_by_extension"}))
+    unchanged = frozenset() if is_new else REQUESTED if status.status.is_final else REQUESTED | CHOSEN
+    result = tool_result(status, " ".join(parts), unchanged=unchanged)
     if picture is not None:
         image = ImageContent(type="image", data=b64encode(picture).decode(), mime_type="image/png")
         result.content.append(image)

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from server.app import TOOLS
-from server.tools import OUTPUT_SCHEMAS
+from server.tools import OUTPUT_SCHEMAS, result_model
 
 
 def output_schemas() -> dict[str, dict[str, Any]]:
     """Return the schema of each tool's result, by the tool's name."""
-    return {tool.name: short_output_schema(tool.fn_metadata.output_model.model_json_schema()) for tool in TOOLS}
+    models = {tool.name: result_model(tool.fn) for tool in TOOLS}
+    return {name: short_output_schema(model.model_json_schema()) for name, model in models.items() if model is not None}
 
 
 def short_output_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,14 +28,24 @@ def short_output_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
     """
     definitions = schema.get("$defs", {})
     fields = {name: _short(node, definitions) for name, node in schema["properties"].items()}
-    return {"type": "object", "properties": fields, "required": schema.get("required", [])}
+    required = [
+        name for name in schema.get("required", []) if _is_always_sent(schema["properties"][name], fields[name])
+    ]
+    summary = {"summary": {"type": "string"}}
+    return {"type": "object", "properties": {**summary, **fields}, "required": ["summary", *required]}
+
+
+def _is_always_sent(node: Mapping[str, Any], short: Mapping[str, Any]) -> bool:
+    """Return whether a field has a value that is never left out, as nulls, empty texts, lists and objects are."""
+    return "anyOf" not in node and (short.get("type") in ("boolean", "integer", "number") or "enum" in short)
 
 
 def _short(node: Mapping[str, Any], definitions: Mapping[str, Any]) -> dict[str, Any]:
     if "$ref" in node:
         return _short(definitions[node["$ref"].rsplit("/", 1)[-1]], definitions)
-    if "anyOf" in node:
-        return {"anyOf": [_short(alternative, definitions) for alternative in node["anyOf"]]}
+    if "anyOf" in node:  # null is never sent
+        types = [_short(alternative, definitions) for alternative in node["anyOf"] if alternative.get("type") != "null"]
+        return types[0] if len(types) == 1 else {"anyOf": types}
     short = {key: node[key] for key in ("type", "enum", "const") if key in node}
     if "items" in node:
         short["items"] = _short(node["items"], definitions)

@@ -1,33 +1,84 @@
-"""Progress of long calls as MCP notifications, sent only while the call is open."""
+"""Progress of long calls as MCP notifications, sent only while the call is open.
+
+Clients give up on a call that is silent for long, so the latest message is repeated while nothing changes.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, TypeVar
 
+import anyio
 from mcp.server.mcpserver import Context
 
 from peft_core.schemas.results import TrainingStatus
-from server.status_text import headline
+from peft_core.system.durations import format_duration
+from server.status_text import headline, subject
 
 INTERVAL_S = 1.0  # shortest time between two notifications
+HEARTBEAT_S = 5.0  # longest
 MIN_PROGRESS_STEP = 0.01  # MCP requires `progress` to grow each time, even if only the message changed
 
+Report = Callable[[float, float | None, str], Awaitable[None]]  # done, total, message
+T = TypeVar("T")
 
-def progress_callback(ctx: Context[Any, Any]) -> Callable[[float, float | None, str], Awaitable[None]]:
-    """Return a function that sends (done, total, message): each new stage immediately, growth once a second."""
-    stage, sent, sent_at = "", -MIN_PROGRESS_STEP, float("-inf")
+# Where progress goes instead of the client: a call that became a task is no longer open.
+recipient: ContextVar[Callable[[str], None] | None] = ContextVar("recipient", default=None)
 
-    async def send(done: float, total: float | None, message: str) -> None:
-        nonlocal stage, sent, sent_at
-        now = time.monotonic()
-        if now - sent_at < INTERVAL_S and (done > 0 or message == stage):
-            return
-        sent, stage, sent_at = max(done, sent + MIN_PROGRESS_STEP), message, now
-        await ctx.report_progress(sent, total, message)
 
-    return send
+class _Notifications:
+    """Progress notifications of one call: each new stage immediately, growth once a second."""
+
+    def __init__(self, ctx: Context[Any, Any]) -> None:
+        self._ctx = ctx
+        self._began = time.monotonic()
+        self._sent, self._sent_at = -MIN_PROGRESS_STEP, float("-inf")
+        self._total: float | None = None
+        self._message = ""
+
+    async def report(self, done: float, total: float | None, message: str) -> None:
+        is_due = time.monotonic() - self._sent_at >= INTERVAL_S
+        if is_due or (done <= 0 and message != self._message):
+            await self._send(done, total, message, message)
+
+    async def repeat(self) -> None:
+        """Repeat the latest message with the time since the call began, whenever nothing was sent for a while."""
+        while True:
+            wait_s = self._sent_at + HEARTBEAT_S - time.monotonic()
+            if wait_s > 0:
+                await anyio.sleep(wait_s)
+            elif self._message:
+                elapsed = format_duration(time.monotonic() - self._began)
+                await self._send(self._sent, self._total, self._message, f"{self._message} ({elapsed})")
+            else:
+                await anyio.sleep(INTERVAL_S)
+
+    async def _send(self, done: float, total: float | None, message: str, shown: str) -> None:
+        self._sent = max(done, self._sent + MIN_PROGRESS_STEP)
+        self._total, self._message, self._sent_at = total, message, time.monotonic()
+        if (record := recipient.get()) is not None:
+            record(shown)
+        else:
+            await self._ctx.report_progress(self._sent, total, shown)
+
+
+async def with_progress(ctx: Context[Any, Any], operation: Callable[[Report], Awaitable[T]]) -> T:
+    """Await `operation`, which gets a function that reports (done, total, message), and send its progress to the client."""
+    notifications = _Notifications(ctx)
+    outcome: list[T] = []
+    problem: Exception | None = None
+    async with anyio.create_task_group() as group:
+        group.start_soon(notifications.repeat)
+        try:
+            outcome.append(await operation(notifications.report))
+        except Exception as error:  # noqa: BLE001 -- raised below, as it is and not in the group's exception
+            problem = error
+        group.cancel_scope.cancel()
+    if problem is not None:
+        raise problem
+    return outcome[0]
 
 
 async def stream_progress(ctx: Context[Any, Any], statuses: AsyncIterator[TrainingStatus]) -> TrainingStatus:
@@ -39,12 +90,12 @@ async def stream_progress(ctx: Context[Any, Any], statuses: AsyncIterator[Traini
     latest: TrainingStatus | None = None
     sent_line, sent, sent_at = "", -MIN_PROGRESS_STEP, float("-inf")
     async for latest in statuses:
-        line = headline(latest)
-        now = time.monotonic()
-        if line == sent_line or now - sent_at < INTERVAL_S:
+        line = headline(latest) if latest.kind == "training" else f"{subject(latest)}: {headline(latest)}"
+        quiet_s = time.monotonic() - sent_at
+        if quiet_s < (HEARTBEAT_S if line == sent_line else INTERVAL_S):
             continue
         sent = max(latest.progress_percent, sent + MIN_PROGRESS_STEP)
-        sent_line, sent_at = line, now
+        sent_line, sent_at = line, time.monotonic()
         await ctx.report_progress(sent, 100.0, line)
     if latest is None:
         raise ValueError("no status to report")

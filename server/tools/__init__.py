@@ -46,16 +46,18 @@ def make_tool(
     tool.parameters = plain_input_schema(tool.parameters)
     tool.fn_metadata = ToolArguments(
         arg_model=tool.fn_metadata.arg_model,
-        output_schema=_output_schemas().get(tool.name),  # None: derived now, which takes longer
-        output_model=result_model(function),
+        output_schema=_output_schemas().get(tool.name),  # the models, whose nulls are not sent, would be refused
     )
     return tool
 
 
-def result_model(function: Callable[..., Any]) -> type[BaseModel]:
-    """Return the model of a tool's structured result, which its return annotation names: Annotated[CallToolResult, model]."""
-    model: type[BaseModel] = get_type_hints(function, include_extras=True)["return"].__metadata__[0]
-    return model
+def result_model(function: Callable[..., Any]) -> type[BaseModel] | None:
+    """Return the model of a tool's structured result, which its return annotation names: Annotated[CallToolResult, model].
+
+    A tool whose result is text alone returns a plain CallToolResult.
+    """
+    metadata = getattr(get_type_hints(function, include_extras=True)["return"], "__metadata__", None)
+    return None if metadata is None else metadata[0]
 
 
 @cache

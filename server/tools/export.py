@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 from mcp.server.mcpserver import Context
@@ -11,7 +12,7 @@ from pydantic import Field
 from peft_core.manager import PEFTManager
 from peft_core.schemas.export import ExportOptions, ExportReport, ExportTarget
 from server.format_results import format_export
-from server.progress import progress_callback
+from server.progress import with_progress
 from server.tools import arguments_from, make_tool
 from server.tools.adapters import AdapterPath
 
@@ -34,8 +35,8 @@ async def export_adapter(
     file there and compare it with PEFT: an export that computes something else is refused. Takes a minute or more; streams
     progress. Returns files, figures and how to use them.
     """
-    manager = ctx.request_context.lifespan_context
-    return format_export(await manager.export_adapter(adapter_path, to, options, on_progress=progress_callback(ctx)))
+    export = partial(ctx.request_context.lifespan_context.export_adapter, adapter_path, to, options)
+    return format_export(await with_progress(ctx, lambda report: export(on_progress=report)))
 
 
 TOOLS = [make_tool(export_adapter, "Export an adapter", destroys=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 from mcp.server.mcpserver import Context
@@ -9,10 +10,10 @@ from mcp.types import CallToolResult
 from pydantic import Field
 
 from peft_core.manager import PEFTManager
-from peft_core.schemas.generation import EngineChoice, Generation, GenerationRequest
+from peft_core.schemas.generation import EngineChoice, GenerationRequest
 from peft_core.schemas.results import Compatibility, LoadedAdapter, UnloadedAdapter
 from server.format_results import format_compatibility, format_generation, format_loaded, format_unloaded
-from server.progress import progress_callback
+from server.progress import with_progress
 from server.tools import arguments_from, make_tool
 from server.tools.adapters import AdapterPath
 
@@ -62,16 +63,14 @@ async def load_adapter(
     to one in memory. It is verified before, and its effect measured after. If it cannot be used, status is 'fallback' with
     the reason: the active adapter stays active, or else the base model answers.
     """
-    manager = ctx.request_context.lifespan_context
-    return format_loaded(
-        await manager.load_adapter(
-            adapter_path,
-            base_model,
-            accept_unproven_base=accept_unproven_base,
-            engine=engine,
-            on_progress=progress_callback(ctx),
-        )
+    load = partial(
+        ctx.request_context.lifespan_context.load_adapter,
+        adapter_path,
+        base_model,
+        accept_unproven_base=accept_unproven_base,
+        engine=engine,
     )
+    return format_loaded(await with_progress(ctx, lambda report: load(on_progress=report)))
 
 
 async def unload_adapter(
@@ -90,16 +89,14 @@ async def generate(
     adapter_path: ResidentPath = None,
     use_base: Annotated[bool, Field(description="Use the base model without an adapter.")] = False,
     **request: Any,
-) -> Annotated[CallToolResult, Generation]:
+) -> CallToolResult:
     """Generate text with the active adapter: continue a prompt, answer messages, or fill in between prefix and suffix. Give
     one of the three. Streams progress in tokens. Returns the text; compare_with_base=true adds the base model's text.
     """
-    manager = ctx.request_context.lifespan_context
-    return format_generation(
-        await manager.generate(
-            request, adapter_path=adapter_path, use_base=use_base, on_progress=progress_callback(ctx)
-        )
+    write = partial(
+        ctx.request_context.lifespan_context.generate, request, adapter_path=adapter_path, use_base=use_base
     )
+    return format_generation(await with_progress(ctx, lambda report: write(on_progress=report)))
 
 
 TOOLS = [

@@ -34,7 +34,7 @@ async def serve_adapter(
 async def stop_serving(ctx: Context[PEFTManager, Any]) -> Annotated[CallToolResult, ServingStopped]:
     """Stop the endpoint that serve_adapter started. Requests that are being answered are finished first."""
     stopped = await ctx.request_context.lifespan_context.stop_serving()
-    return tool_result(stopped, stopped.summary, omit=frozenset({"summary"}))
+    return tool_result(stopped, stopped.summary)
 
 
 TOOLS = [

@@ -9,7 +9,7 @@ from mcp.types import CallToolResult
 from pydantic import Field
 
 from peft_core.manager import PEFTManager
-from peft_core.schemas.results import TrainingDataReport, TrainingStatus
+from peft_core.schemas.results import TrainingStatus
 from peft_core.schemas.training import DataSelection, ProjectId, TrainingConfig
 from server.format_results import format_inspection, format_status
 from server.progress import stream_progress
@@ -53,7 +53,7 @@ async def train_adapter(
 
 async def inspect_training_data(
     training_data: TrainingData, ctx: Context[PEFTManager, Any], config: TrainingConfig = DEFAULTS
-) -> Annotated[CallToolResult, TrainingDataReport]:
+) -> CallToolResult:
     """Dry run of train_adapter. Use it before a first or long run, or when results look wrong. Returns the dataset size,
     exclusions and reasons, held-out files, 3 sample examples, chosen settings, time and memory. Read-only; takes seconds, up
     to a minute for a huge repository.

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mcp.types import TextContent
 
 from peft_core.jobs.status import status_of
 from peft_core.schemas.dataset import SkippedRecords
+from peft_core.schemas.evaluation import Verdict
 from peft_core.schemas.export import ExportReport, Verification
+from peft_core.schemas.generation import Generation, GenerationSettings
 from peft_core.schemas.local_bases import LocalBase, LocalBases
-from peft_core.schemas.results import TrainingDataReport
-from server.format_results import format_bases, format_export, format_inspection, format_status
+from peft_core.schemas.results import AdapterList, AdapterSummary, Phase, Status, TrainingDataReport
+from server.format_results import (
+    RESULT_IN_META,
+    format_adapters,
+    format_bases,
+    format_export,
+    format_generation,
+    format_inspection,
+    format_status,
+)
 from tests.factories import make_job, make_request, make_source
 
 
@@ -39,15 +51,102 @@ def report_of(held_out: list[str]) -> TrainingDataReport:
     )
 
 
-@pytest.mark.parametrize("count", [2, 5, 6, 30])
-def test_every_held_out_file_is_named_in_the_text_or_the_data(count: int) -> None:
+@pytest.mark.parametrize(("count", "more"), [(2, ""), (20, ""), (30, " and 10 more")])
+def test_an_inspection_is_one_text_that_names_held_out_files_and_programs_find_all_of_them(
+    count: int, more: str
+) -> None:
     names = [f"file_{n}.py" for n in range(count)]
     result = format_inspection(report_of(names))
-    text, data = (part.text for part in result.content if isinstance(part, TextContent))
-    shown = json.loads(data)
-    assert "left_out" not in shown
-    assert shown.get("held_out_files") == (names if count > 5 else None)
-    assert all(name in text + data for name in names)
+    (text,) = (part.text for part in result.content if isinstance(part, TextContent))
+    assert f"from {', '.join(names[:20])}{more}.\n" in text
+    assert result.structured_content is None
+    assert result.meta is not None
+    assert result.meta[RESULT_IN_META]["held_out_files"] == names
+
+
+def make_generation(text: str, base_text: str | None = None) -> Generation:
+    return Generation(
+        text=text,
+        base_text=base_text,
+        base_model="base",
+        engine="llamacpp",
+        adapter_path="/adapters/a",
+        applied=GenerationSettings(prompt_format="text", max_new_tokens=9, temperature=0.0, top_p=1.0, seed=0, stop=[]),
+        prompt_tokens=3,
+        completion_tokens=7,
+        finish_reason="stop",
+        elapsed_s=1.0,
+        tokens_per_second=30.0,
+    )
+
+
+def test_a_generation_is_its_text_verbatim_and_the_facts_beside_it() -> None:
+    generation = make_generation(text='def f():\n    return "x"\n')
+    result = format_generation(generation)
+    code, facts = (part.text for part in result.content if isinstance(part, TextContent))
+    assert code == 'def f():\n    return "x"\n'
+    assert facts.startswith("(base with /adapters/a in llama.cpp; 3 + 7 tokens, stop, ")
+    assert result.structured_content is None
+
+
+def test_a_comparison_of_two_generations_names_both_texts() -> None:
+    result = format_generation(make_generation(text="ours", base_text="theirs"))
+    texts = [part.text for part in result.content if isinstance(part, TextContent)]
+    assert texts[:2] == ["With the adapter:\nours", "Base model:\ntheirs"]
+
+
+def test_the_structured_content_begins_with_the_sentence_and_has_no_empty_value() -> None:
+    job = make_job(status=Status.IN_PROGRESS, phase=Phase.TRAINING, step=7, total_steps=9)
+    content = format_status(status_of(job, None, Path("none"), now=0.0)).structured_content
+    assert content is not None
+    assert next(iter(content)) == "summary"
+    assert content["summary"].startswith("web: training: step 7/9")
+    assert content["next_step"]["tool"] == "get_training_status"
+    assert "reason" not in content["next_step"], "`next` has it"
+
+    def empty_values(value: Any) -> list[Any]:
+        if isinstance(value, dict | list):
+            inner = value.values() if isinstance(value, dict) else value
+            return [*([] if value else [value]), *(empty for item in inner for empty in empty_values(item))]
+        return [value] if value in (None, "") else []
+
+    assert empty_values(content) == []
+
+
+def test_a_poll_carries_only_what_changes() -> None:
+    job = make_job(status=Status.IN_PROGRESS, phase=Phase.TRAINING, step=7)
+    status = status_of(job, None, Path("none"), now=0.0)
+    first, poll = format_status(status, is_new=True).structured_content, format_status(status).structured_content
+    assert first is not None
+    assert poll is not None
+    assert first["estimate"]["steps"] == job.request.estimate.steps
+    assert {"estimate", "training_data", "dataset", "base_model"}.isdisjoint(poll)
+    assert len(json.dumps(poll)) < 700
+
+
+NOW = datetime(2026, 1, 3, 12, tzinfo=UTC)
+
+
+def test_a_list_of_adapters_names_them_with_verdict_and_age() -> None:
+    summary = AdapterSummary(
+        adapter_id="b",
+        project_id="web",
+        current=True,
+        created_at="2026-01-01T12:00:00+00:00",
+        base_model="base",
+        base_perplexity=None,
+        adapter_perplexity=None,
+        verdict=Verdict.HELPS,
+        adapter_bytes=1,
+        adapter_path="/a/b",
+    )
+    older = summary.model_copy(update={"adapter_id": "a", "current": False, "verdict": None, "resident": True})
+    listed = AdapterList(adapters=[summary, older], next="Call load_adapter.")
+    content = format_adapters(listed, now=NOW).structured_content
+    assert content is not None
+    assert content["summary"] == (
+        "2 adapters: web/b (current, helps, 2 days old); web/a (not evaluated, 2 days old, in memory)."
+    )
 
 
 NOT_READ = {"no_code": {".json": 30}, "lfs_pointer": {".sql": 20, ".js": 4}}
@@ -57,7 +156,7 @@ ADVICE = "24 files are Git LFS pointers without their contents (a.sql): run `git
 def test_the_answer_of_a_new_job_names_what_is_not_read_however_far_the_job_has_come() -> None:
     source = make_source().model_copy(update={"left_out_by_extension": NOT_READ, "advice": (ADVICE,)})
     job = make_job(request=make_request(found=source))
-    status = status_of(job, None, Path("none")).model_copy(update={"step": 7})
+    status = status_of(job, None, Path("none"), now=0.0).model_copy(update={"step": 7})
     text = format_status(status, is_new=True).content[0]
     assert isinstance(text, TextContent)
     assert "Not read: 30 .json (no code); 20 .sql, 4 .js (lfs pointer)." in text.text
@@ -83,7 +182,7 @@ def test_keys_that_are_not_used_and_records_that_are_skipped_are_named_in_both_a
         unused_keys={"id": 90, "source": 90},
         skipped=(skipped,),
     )
-    status = status_of(make_job(request=make_request(found=source)), None, Path("none"))
+    status = status_of(make_job(request=make_request(found=source)), None, Path("none"), now=0.0)
     text = format_status(status, is_new=True).content[0]
     assert isinstance(text, TextContent)
     assert (
@@ -122,6 +221,7 @@ def test_the_text_of_an_export_has_its_summary_first_then_how_to_use_it_and_what
         "Use it:",
         "- llama-server -m base.gguf --lora a.gguf",
         "Warning: Take care.",
+        "Use it.",
     ]
     assert json.loads(data)["verification"]["mean_difference"] == 0.004
     assert result.structured_content is not None
