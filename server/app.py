@@ -26,6 +26,7 @@ from peft_core.schemas.validation import invalid_argument, refuse_unknown
 from server.identity import DESCRIPTION, ICONS, WEBSITE
 from server.prompts import PROMPTS
 from server.resources import TrainingUpdates, add_adapter_resource, add_settings_resource, add_training_resource
+from server.tasks import Tasks
 from server.tools import adapters, base_models, export, inference, serving, training
 
 INSTRUCTIONS = (
@@ -63,12 +64,13 @@ class PEFTServer(MCPServer[PEFTManager]):
 
 
 def build_server(settings: Settings) -> PEFTServer:
-    updates = TrainingUpdates()
+    updates, tasks = TrainingUpdates(), Tasks()
 
     @asynccontextmanager
     async def lifespan(_: MCPServer[PEFTManager]) -> AsyncIterator[PEFTManager]:
         async with PEFTManager(settings) as manager, anyio.create_task_group() as group:
             group.start_soon(exit_on_signal)
+            tasks.start(group)
             group.start_soon(updates.publish_changes, manager)
             yield manager
             group.cancel_scope.cancel()
@@ -83,6 +85,7 @@ def build_server(settings: Settings) -> PEFTServer:
         icons=ICONS,
         lifespan=lifespan,
         subscriptions=updates.bus,
+        extensions=[tasks],
         log_level=settings.log_level,
     )
     add_training_resource(server, updates)
