@@ -29,8 +29,10 @@ from peft_core.schemas.generation import EngineChoice, Generation, GenerationReq
 from peft_core.schemas.local_bases import LocalBases
 from peft_core.schemas.results import (
     AdapterList,
+    AdapterSummary,
     Compatibility,
     DeletedAdapter,
+    JobSummary,
     LoadedAdapter,
     NextStep,
     TrainingDataReport,
@@ -168,6 +170,26 @@ class PEFTManager:
                 tool="train_adapter", missing=("project_id", "training_data"), reason="There is no adapter yet."
             )
         return AdapterList(adapters=adapters, loaded=loaded, next=step.sentence, next_step=step)
+
+    async def current_adapters(self, count: int) -> list[AdapterSummary]:
+        """Return the projects' current adapters, newest first."""
+        return await run_sync(self._adapters.current_adapters, count)
+
+    async def newest_jobs(self, count: int) -> list[JobSummary]:
+        """Return the jobs that were queued last, newest first."""
+        return await run_sync(self._jobs.newest, count)
+
+    async def unfinished_jobs(self) -> set[str]:
+        """Return the ids of the jobs that are queued or running."""
+        return await run_sync(self._jobs.unfinished_ids)
+
+    async def job_ids(self) -> list[str]:
+        """Return the ids of all jobs, newest first."""
+        return sorted(await run_sync(self._jobs.job_ids), reverse=True)
+
+    async def project_ids(self) -> list[str]:
+        """Return the ids of the projects that have jobs or adapters, those with the latest jobs first."""
+        return await run_sync(self._jobs.project_ids)
 
     async def get_adapter_info(self, adapter_path: str) -> AdapterInfo:
         """Return all that is recorded about an adapter: a directory, or a project id (its current adapter)."""

@@ -23,6 +23,7 @@ from peft_core.config import Settings
 from peft_core.errors import PeftMcpError
 from peft_core.manager import PEFTManager
 from peft_core.schemas.validation import invalid_argument, refuse_unknown
+from server.catalogue import add_catalogue
 from server.identity import DESCRIPTION, ICONS, WEBSITE
 from server.prompts import PROMPTS
 from server.resources import TrainingUpdates, add_adapter_resource, add_settings_resource, add_training_resource
@@ -91,6 +92,7 @@ def build_server(settings: Settings) -> PEFTServer:
     add_training_resource(server, updates)
     add_adapter_resource(server)
     add_settings_resource(server)
+    add_catalogue(server)
     for prompt in PROMPTS:
         server.add_prompt(prompt)
     return server

@@ -2,7 +2,7 @@
 current adapter; and `settings://training`, every setting of a training.
 
 Clients of the current protocol listen (`subscriptions/listen`), which the SDK's bus serves. Older ones subscribe
-(`resources/subscribe`), for which `MCPServer` has no public hook: this is the only use of its low-level server.
+(`resources/subscribe`), for which `MCPServer` has no public hook: so it is added to its low-level server, as in `catalogue.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mcp.server.context import ServerRequestContext
 from mcp.server.mcpserver import Context, MCPServer
 from mcp.server.mcpserver.exceptions import ResourceError, ResourceNotFoundError
 from mcp.server.session import ServerSession
-from mcp.server.subscriptions import InMemorySubscriptionBus, ResourceUpdated
+from mcp.server.subscriptions import InMemorySubscriptionBus, ResourcesListChanged, ResourceUpdated
 from mcp.types import EmptyResult, SubscribeRequestParams, UnsubscribeRequestParams
 
 from peft_core.errors import AdapterNotFound, InvalidArgument, JobNotFound, PeftMcpError
@@ -25,6 +25,8 @@ from peft_core.schemas.training import SETTINGS_URI, TrainingConfig
 from peft_core.schemas.validation import describe_settings
 from server.status_text import for_client
 
+ADAPTER_URI = "adapter://{project_id}"
+TRAINING_URI = "training://{job_id}"
 POLL_INTERVAL_S = 1.0  # how often the store is searched for changed jobs, and so the shortest time between two updates
 
 log = logging.getLogger(__name__)  # the SDK configures logging in this process; importing structlog would take 0.1 s
@@ -49,13 +51,20 @@ class TrainingUpdates:
         return EmptyResult()
 
     async def publish_changes(self, manager: PEFTManager) -> None:
-        """Publish each change of a job to its subscribers, until cancelled."""
+        """Publish each change of a job to its subscribers, and each job that is new or has ended, until cancelled.
+
+        An adapter is published when its job ends, so that the list of resources changes too.
+        """
         cursor: int | None = None
+        unfinished: set[str] | None = None
         warned = ""
         while True:
             try:
                 await manager.ensure_runner()  # a job whose process was killed changes only when that is recorded
                 cursor, changed = await manager.changed_jobs(cursor)
+                before, unfinished = unfinished, await manager.unfinished_jobs()
+                if before not in (None, unfinished):
+                    await self.bus.publish(ResourcesListChanged())
                 warned = ""
             except Exception as error:  # noqa: BLE001 -- no error may end the session; the next round tries again
                 problem = error.message if isinstance(error, PeftMcpError) else repr(error)
@@ -63,7 +72,7 @@ class TrainingUpdates:
                     log.warning("cannot look for changed jobs: %s", problem)
                 changed, warned = [], problem
             for job_id in changed:
-                await self._publish(f"training://{job_id}")
+                await self._publish(TRAINING_URI.format(job_id=job_id))
             await anyio.sleep(POLL_INTERVAL_S)
 
     async def _publish(self, uri: str) -> None:
@@ -101,7 +110,7 @@ def add_settings_resource(mcp: MCPServer[PEFTManager]) -> None:
 
 def add_adapter_resource(mcp: MCPServer[PEFTManager]) -> None:
     @mcp.resource(
-        "adapter://{project_id}",
+        ADAPTER_URI,
         title="Adapter",
         description="A project's current adapter: its path, manifest (base model, data, run, results) and model card.",
         mime_type="application/json",
@@ -118,7 +127,7 @@ def add_adapter_resource(mcp: MCPServer[PEFTManager]) -> None:
 
 def add_training_resource(mcp: MCPServer[PEFTManager], updates: TrainingUpdates) -> None:
     @mcp.resource(
-        "training://{job_id}",
+        TRAINING_URI,
         title="Training job",
         description="The status of one job, as get_training_status returns it. Subscribe to be notified of changes.",
         mime_type="application/json",

@@ -163,6 +163,16 @@ class Registry:
         """Return the ids of the projects with published adapters, sorted."""
         return sorted({project for project, _ in self._directories(None)})
 
+    def current_adapters(self, count: int) -> list[AdapterSummary]:
+        """Return the projects' current adapters that were made current last, newest first. Reads at most `count` manifests."""
+        links = []
+        for project in _names(self._paths.projects):
+            with suppress(OSError):
+                links.append((self._paths.current(project).lstat().st_mtime_ns, project))
+        newest = [project for _, project in sorted(links, reverse=True)[:count]]
+        paths = [self._paths.adapter(project, name) for project in newest if (name := self._current(project))]
+        return [self._summary(path, manifest) for path in paths if (manifest := read_manifest(path))]
+
     def resolve_adapter(self, adapter_path: str) -> Path:
         """Return the directory of an adapter, given as a path or as a project id (its current adapter).
 

@@ -32,6 +32,10 @@ class AdapterService:
         """Return the published adapters, newest first."""
         return self._registry.adapters(project_id)
 
+    def current_adapters(self, count: int) -> list[AdapterSummary]:
+        """Return the newest current adapters of all projects, one for each project."""
+        return self._registry.current_adapters(count)
+
     def resolve(self, adapter_path: str) -> Path:
         """Return the directory of an adapter, given as a path or as a project id (its current adapter).
 

@@ -15,14 +15,14 @@ from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument, JobNotFound, JobStateError
 from peft_core.jobs.state import IllegalTransition, Job
-from peft_core.jobs.status import not_started, status_of
+from peft_core.jobs.status import not_started, status_of, summary_of
 from peft_core.jobs.store import Store
 from peft_core.jobs.supervisor import RunnerSupervisor
 from peft_core.schemas.base_model import BUNDLED, Base
 from peft_core.schemas.dataset import TrainingData
 from peft_core.schemas.events import JobResumed
 from peft_core.schemas.local_bases import LocalBases
-from peft_core.schemas.results import Status, TrainingDataReport, TrainingStatus
+from peft_core.schemas.results import JobSummary, Status, TrainingDataReport, TrainingStatus
 from peft_core.schemas.task import JobRequest
 from peft_core.schemas.training import DataSelection, EvaluatedAdapter, TrainingConfig
 
@@ -140,6 +140,21 @@ class JobService:
         running = self._store.in_state(Status.IN_PROGRESS) if self._store.exists else []
         return self._to_status(running[0]) if running else None
 
+    def newest(self, count: int) -> list[JobSummary]:
+        """Return the jobs that were queued last, newest first."""
+        return list(map(summary_of, self._store.newest(count))) if self._store.exists else []
+
+    def unfinished_ids(self) -> set[str]:
+        return self._store.unfinished_ids() if self._store.exists else set()
+
+    def job_ids(self) -> set[str]:
+        return self._store.job_ids() if self._store.exists else set()
+
+    def project_ids(self) -> list[str]:
+        """Return the projects that have jobs, the latest first, then the others that have adapters."""
+        jobs = self._store.projects() if self._store.exists else []
+        return list(dict.fromkeys([*jobs, *self._registry.projects()]))
+
     def draw_loss_curve(self, project_id: str, job_id: str | None, title: str) -> bytes | None:
         """Draw the loss curve so far as PNG; return None before the first step."""
         job = self._find(project_id, job_id)
@@ -227,9 +242,7 @@ class JobService:
 
     def _require_project(self, project_id: str) -> None:
         """Raise JobNotFound for a project without jobs and adapters, if there are others: it may be misspelt."""
-        known = list(
-            dict.fromkeys([*(self._store.projects() if self._store.exists else []), *self._registry.projects()])
-        )
+        known = self.project_ids()
         if project_id in known or not known:
             return
         more = f" and {len(known) - MAX_NAMED_PROJECTS} more" if len(known) > MAX_NAMED_PROJECTS else ""

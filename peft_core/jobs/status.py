@@ -9,7 +9,7 @@ from peft_core.adapters.manifest import REPORT_NAME
 from peft_core.jobs.state import Job, progress_percent
 from peft_core.schemas.dataset import SourceSummary, describe_by_extension
 from peft_core.schemas.evaluation import Verdict
-from peft_core.schemas.results import NextStep, Status, TrainingStatus
+from peft_core.schemas.results import JobSummary, NextStep, Status, TrainingStatus
 from peft_core.schemas.task import JobRequest
 from peft_core.system.durations import rough_duration
 
@@ -75,6 +75,19 @@ def status_of(
         updated_at=_timestamp(job.updated_at),
         next=step.sentence,
         next_step=step,
+    )
+
+
+def summary_of(job: Job) -> JobSummary:
+    return JobSummary(
+        job_id=job.job_id,
+        project_id=job.project_id,
+        kind="training" if job.request.evaluated is None else "evaluation",
+        status=job.status,
+        verdict=job.evaluation.verdict if job.evaluation else None,
+        base_model=job.request.base.name,
+        created_at=job.created_at,
+        updated_at=job.updated_at,
     )
 
 

@@ -195,6 +195,17 @@ class Store:
         with self._connection() as db:
             return _parse_jobs(db.execute(query, (Status.COMPLETED, count)))
 
+    def newest(self, count: int) -> list[Job]:
+        """Return the jobs that were queued last, newest first."""
+        query = "SELECT job_id, state FROM jobs ORDER BY turn DESC LIMIT ?"
+        with self._connection() as db:
+            return _parse_jobs(db.execute(query, (count,)))
+
+    def unfinished_ids(self) -> set[str]:
+        """Return the ids of the jobs that are queued or running."""
+        with self._connection() as db:
+            return {row[0] for row in db.execute("SELECT job_id FROM jobs WHERE status IN (?, ?)", UNFINISHED)}
+
     def job_ids(self) -> set[str]:
         with self._connection() as db:
             return {row[0] for row in db.execute("SELECT job_id FROM jobs")}

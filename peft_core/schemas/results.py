@@ -167,6 +167,19 @@ class AdapterSummary(FrozenModel):
     active: bool = Field(False, description="Whether generate uses it.")
 
 
+class JobSummary(FrozenModel):
+    """One training or evaluation. Times are seconds since the epoch."""
+
+    job_id: str
+    project_id: str
+    kind: Literal["training", "evaluation"]
+    status: Status
+    verdict: Verdict | None = None
+    base_model: str
+    created_at: float
+    updated_at: float
+
+
 class Reason(FrozenModel):
     """One finding of the check. `where` names the file, setting or tensor; `fix` is the remedy."""
 

@@ -48,7 +48,9 @@ async def delete_adapter(
     """Permanently delete an adapter that was trained on this machine. Refused while it is loaded. If it was the project's
     current adapter, the newest remaining one becomes current.
     """
-    return format_deleted(await ctx.request_context.lifespan_context.delete_adapter(project_id, adapter_id))
+    deleted = await ctx.request_context.lifespan_context.delete_adapter(project_id, adapter_id)
+    await ctx.notify_resources_changed()
+    return format_deleted(deleted)
 
 
 TOOLS = [

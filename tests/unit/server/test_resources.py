@@ -6,7 +6,9 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import anyio
+import anyio.lowlevel
 import pytest
+from mcp.server.subscriptions import ResourcesListChanged, ResourceUpdated
 from mcp.types import SubscribeRequestParams, UnsubscribeRequestParams
 
 from server.resources import TrainingUpdates
@@ -21,6 +23,9 @@ class Manager:
 
     async def changed_jobs(self, _: int | None) -> tuple[int, list[str]]:
         return 1, ["job"]
+
+    async def unfinished_jobs(self) -> set[str]:
+        return {"job"}
 
 
 class Session:
@@ -87,3 +92,22 @@ async def test_a_failing_bus_does_not_keep_updates_from_subscribed_sessions(monk
     monkeypatch.setattr(updates.bus, "publish", fail)
     await subscribe(updates, session)
     await publish_until_updated(updates, session)
+
+
+async def test_the_list_of_resources_is_reported_as_changed_when_a_job_starts_and_when_it_ends() -> None:
+    class Starting(Manager):
+        states = iter([set[str](), {"job"}, {"job"}, set[str]()])
+
+        async def unfinished_jobs(self) -> set[str]:
+            return next(self.states, set())
+
+    updates, session, published = TrainingUpdates(), Session(), list[object]()
+    updates.bus.subscribe(published.append)
+    await subscribe(updates, session)
+    with anyio.fail_after(20):
+        async with anyio.create_task_group() as group:
+            group.start_soon(updates.publish_changes, cast("Any", Starting()))
+            while published.count(ResourceUpdated(uri=URI)) < 6:
+                await anyio.lowlevel.checkpoint()
+            group.cancel_scope.cancel()
+    assert published.count(ResourcesListChanged()) == 2
