@@ -23,6 +23,7 @@ from peft_core.config import Settings
 from peft_core.errors import PeftMcpError
 from peft_core.manager import PEFTManager
 from peft_core.schemas.validation import invalid_argument, refuse_unknown
+from server.ask_client import InputNeeded
 from server.catalogue import add_catalogue
 from server.identity import DESCRIPTION, ICONS, WEBSITE
 from server.prompts import PROMPTS
@@ -61,6 +62,8 @@ class PEFTServer(MCPServer[PEFTManager]):
             refuse_unknown(arguments, tool.parameters)
             return await super().call_tool(name, arguments, context)
         except (ToolError, PeftMcpError) as error:
+            if isinstance(error.__cause__, InputNeeded):
+                return error.__cause__.result
             raise to_tool_error(error, tool) from error.__cause__
 
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from peft_core.schemas.validation import TEXT_FIELDS, omit_unset
 from server.plain_schema import plain_input_schema
+from server.roots import absolute_paths
 
 OUTPUT_SCHEMAS = "output_schemas.json"  # written by `make generated`
 
@@ -28,6 +29,17 @@ class ToolArguments(FuncMetadata):
     def pre_parse_json(self, data: dict[str, Any]) -> dict[str, Any]:
         texts = {name: value for name, value in data.items() if name in TEXT_FIELDS}  # a prompt may itself be JSON
         return omit_unset({**super().pre_parse_json(data), **texts}, self.arg_model)
+
+    async def call_fn(
+        self,
+        fn: Callable[..., Any],
+        fn_is_async: bool,
+        arguments: dict[str, Any],
+        arguments_to_pass_directly: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call the tool with absolute paths, so that no tool can forget to resolve relative ones."""
+        passed = arguments_to_pass_directly or {}
+        return await super().call_fn(fn, fn_is_async, await absolute_paths(passed["ctx"], arguments), passed)
 
 
 def make_tool(

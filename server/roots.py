@@ -1,0 +1,136 @@
+"""Relative paths in arguments, resolved against the client's roots: the directories that it works in.
+
+The server's own working directory says nothing about what a person means, so it is never used. A path that could mean two
+things, or nothing, is refused: training on something else than meant would not be noticed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from anyio.to_thread import run_sync
+from mcp.server.mcpserver import Context
+from mcp.types import ListRootsRequest, ListRootsResult
+
+from peft_core.errors import InvalidArgument, sanitize
+from peft_core.schemas.training import DataSelection
+from peft_core.system.user_paths import path_advice, user_path
+from server.ask_client import ask
+
+TIMEOUT_S = 10.0  # for an answer that needs no person
+MAX_ROOTS = 100
+MAX_NAMED = 4  # places in an error
+NAMES = ("adapter_path", "base_model")  # arguments that are a path or a name
+PATHS = ("training_data", "evaluation_data", "output_path")
+CREATED = ("output_path",)  # it need not exist
+_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", re.ASCII)  # of a project or on a hub
+_WEIGHTS = (".gguf", ".safetensors", ".bin")
+
+
+async def absolute_paths(ctx: Context[Any, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tool's arguments with absolute paths in place of relative ones. Absolute paths and names stay as they are.
+
+    Raises:
+        InvalidArgument: a relative path cannot be resolved.
+        InputNeeded: the client has to list its roots first.
+    """
+    relative = list(_relative_paths(arguments))
+    if not relative:
+        return dict(arguments)
+    roots = await _client_roots(ctx)
+    resolved: dict[str, Any] = {
+        field: await run_sync(partial(_resolve, field, text, roots)) for field, text in relative
+    }
+    config = arguments.get("config")
+    if isinstance(config, DataSelection):
+        changed: dict[str, Any] = {}
+        if "config.base_model" in resolved:
+            changed["base_model"] = resolved.pop("config.base_model")
+        sources = [
+            resolved.pop(f"config.more_sources.{index}", given) for index, given in enumerate(config.more_sources)
+        ]
+        resolved["config"] = config.model_copy(update={**changed, "more_sources": sources})
+    return {**arguments, **resolved}
+
+
+def _relative_paths(arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (field, text) for each argument that is a relative path, or might be one."""
+    config = arguments.get("config")
+    candidates = {name: arguments.get(name) for name in (*PATHS, *NAMES)}
+    if isinstance(config, DataSelection):
+        candidates["config.base_model"] = getattr(config, "base_model", None)
+        candidates |= {f"config.more_sources.{index}": given for index, given in enumerate(config.more_sources)}
+    for field, given in candidates.items():
+        if isinstance(given, str) and _is_relative(given) and not _is_plain_name(field, given):
+            yield field, given
+
+
+def _is_relative(text: str) -> bool:
+    if not text.strip() or "\0" in text or text.lstrip()[:1] in ("[", "{"):
+        return False  # these have errors of their own
+    try:
+        return not user_path(text).is_absolute()
+    except RuntimeError:  # the home directory is unknown
+        return False
+
+
+def _is_plain_name(field: str, text: str) -> bool:
+    """Whether an argument that may be a name cannot be a path: a project id, or a model of Ollama."""
+    if field.rpartition(".")[2] not in NAMES:
+        return False
+    if text.startswith("ollama:"):
+        return True
+    return os.sep not in text and not text.startswith(".") and not text.lower().endswith(_WEIGHTS)
+
+
+def _resolve(field: str, text: str, roots: Sequence[Path] | None) -> str:
+    """Return the absolute path that a relative one means, or the text itself if it is the name of something on a hub.
+
+    `roots`: None if the client has none.
+    """
+    path = user_path(text)
+    may_be_name = field.rpartition(".")[2] in NAMES and _NAME.fullmatch(text) is not None and text[0] != "."
+    if field in CREATED:
+        places = [root / path for root in roots or ()]
+    else:
+        places = [root / path for root in roots or () if os.path.lexists(root / path)]
+    different = list({os.path.realpath(place): str(place) for place in places}.values())
+    if len(different) == 1:
+        return different[0]
+    if may_be_name and not different and not (field.endswith("base_model") and path.exists()):
+        return text
+    raise _refusal(field, text, different, roots)
+
+
+def _refusal(field: str, text: str, different: Sequence[str], roots: Sequence[Path] | None) -> InvalidArgument:
+    advice = [advice] if (advice := path_advice(text)) else []
+    if different:
+        places = _listed(different)
+        return InvalidArgument(field, text, f"the path must be absolute, because it could mean {places}")
+    if not roots:
+        why = "the path must be absolute: this client does not say in which directories it works"
+        return InvalidArgument(field, text, why, suggestions=advice)
+    where = f"{'this root' if len(roots) == 1 else 'these roots'} of the client: {_listed(list(map(str, roots)))}"
+    allowed = f"the path must be absolute, or exist in {where}"
+    return InvalidArgument(field, text, allowed, suggestions=advice)
+
+
+def _listed(places: Sequence[str]) -> str:
+    more = f" and {len(places) - MAX_NAMED} more" if len(places) > MAX_NAMED else ""
+    return f"{', '.join(sanitize(place, limit=60) for place in places[:MAX_NAMED])}{more}"
+
+
+async def _client_roots(ctx: Context[Any, Any]) -> list[Path] | None:
+    """Return the client's root directories; None if it does not list any."""
+    capabilities = ctx.client_capabilities
+    if capabilities is None or capabilities.roots is None:
+        return None
+    listed = await ask(ctx, "roots", ListRootsRequest(), ListRootsResult, timeout_s=TIMEOUT_S)
+    roots = listed.roots[:MAX_ROOTS] if listed is not None else []
+    paths = [user_path(str(root.uri)) for root in roots]
+    return [path for path in paths if path.is_absolute()] or None
