@@ -12,6 +12,7 @@ from peft_core.schemas.evaluation import Verdict
 from peft_core.schemas.results import JobSummary, NextStep, Status, TrainingStatus
 from peft_core.schemas.task import JobRequest
 from peft_core.system.durations import rough_duration
+from peft_core.system.packages import install_extra
 
 _TIME_FROM_FIRST_STEP = 0.8  # of the estimated time: what remains at least before the first step
 # Codes of failures that may not happen again in an unchanged run.
@@ -137,7 +138,7 @@ def _advice_on_grammars(source: SourceSummary) -> str:
     if not source.without_grammar:
         return ""
     files = ", ".join(f"{count} {name}" for name, count in source.without_grammar.items())
-    return f"Cut at blank lines: {files} files; `pip install 'peft-mcp[languages]'` cuts them at their syntax"
+    return f"Cut at blank lines: {files} files; `{install_extra('languages')}` cuts them at their syntax"
 
 
 def _report_path(directory: str | Path | None) -> str | None:

@@ -21,6 +21,7 @@ from peft_core.errors import JobNotFound, JobStateError, StorageError, unwritabl
 from peft_core.jobs.state import Job, apply
 from peft_core.schemas.events import EVENT, Event, JobCancelled
 from peft_core.schemas.results import Status
+from peft_core.system.packages import install_command
 
 BUSY_TIMEOUT_S = 20.0  # how long a writer waits for another one
 MAX_EVENTS_PER_KIND = 2000  # that `events` returns for a job, which may have a million: a curve or report shows fewer
@@ -334,7 +335,7 @@ class Store:
                 f"{self._path} was written by a newer peft-mcp (schema version {version}; this one reads {SCHEMA_VERSION}).",
                 code="newer_database",
                 suggestions=[
-                    "Upgrade peft-mcp (pip install --upgrade peft-mcp) and restart the server",
+                    f"Upgrade peft-mcp ({install_command('peft-mcp', '--upgrade')}) and restart the server",
                     "Or set CODEBASE_GARDENER_DATA_DIR to another directory",
                 ],
             )
