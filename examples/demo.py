@@ -68,7 +68,7 @@ async def main() -> int:
             return 1
         status = await watch(client, started.structured_content or {})
         if status["status"] != "completed":
-            console.print(f"[red]{status['status']}[/]: {status['error']}")
+            console.print(f"[red]{status['status']}[/]: {status['summary']}")
             return 1
         report(status)
         await use(client)
@@ -112,7 +112,9 @@ def report(status: Mapping[str, Any]) -> None:
         f"{metrics['tokens']} tokens, {status['step']} steps ({dataset['train_examples']} examples in the training set)",
     )
     facts.add_row("held out", f"{dataset['held_out_examples']} examples, {dataset['held_out_tokens']} tokens")
-    facts.add_row("left out", ", ".join(f"{count} {why}" for why, count in dataset["left_out"].items()) or "nothing")
+    facts.add_row(
+        "left out", ", ".join(f"{count} {why}" for why, count in dataset.get("left_out", {}).items()) or "nothing"
+    )
     facts.add_row("wall time", f"{metrics['wall_s']:.0f} s")
     facts.add_row("speed", f"{metrics['tokens_per_second']:.0f} tokens/s")
     facts.add_row("peak memory", f"{metrics['peak_memory_bytes'] / 1e9:.2f} GB")
@@ -128,7 +130,7 @@ async def use(client: Client) -> None:
     console.print("\n[bold]generate[/], with and without the adapter (greedy, so the same every time):")
     for prompt in PROMPTS:
         result = await client.call_tool("generate", {**prompt, "compare_with_base": True})
-        generation = result.structured_content or {}
+        generation = (result.meta or {})["peft-mcp/result"]  # the text is beside it
         title = prompt.get("prompt") or prompt["messages"][0]["content"]
         table = Table(title="\n" + escape(title), title_justify="left")
         table.add_column(f"{generation['base_model']}", ratio=1)

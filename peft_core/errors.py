@@ -98,8 +98,9 @@ class InvalidArgument(PeftMcpError):
         self, field: str, value: object, allowed: str, *, suggestions: Iterable[str] = (), code: str | None = None
     ) -> None:
         shown = sanitize(repr(value))
+        problem = f"{field} is missing" if value is None else f"{field} = {shown} cannot be used"
         super().__init__(
-            f"{field} = {shown} cannot be used: {allowed.rstrip('.')}.",
+            f"{problem}: {allowed.rstrip('.')}.",
             code=code,
             suggestions=suggestions,
             details={"field": field, "value": shown, "allowed": allowed},

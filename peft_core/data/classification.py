@@ -15,9 +15,8 @@ import re
 from functools import cache, lru_cache
 
 from peft_core.data.exclusions import ExclusionReason, extension_of
-from peft_core.data.languages import TEXT, Language, language_named, language_of_file, language_of_script
+from peft_core.data.languages import NO_COMMENT, TEXT, Language, language_named, language_of_file, language_of_script
 
-NO_COMMENT = ("", "")
 NOTEBOOK = Language("notebook", ("# ", ""), (".ipynb",))  # its cells have languages of their own, see `notebook.py`
 SNIFFED_BYTES = 4_000
 

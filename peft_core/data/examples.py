@@ -31,16 +31,17 @@ from peft_core.data.chunking import (
     split_into_units,
     split_lines,
 )
-from peft_core.data.classification import NO_COMMENT, NOTEBOOK
+from peft_core.data.classification import NOTEBOOK
 from peft_core.data.exclusions import ExclusionReason
 from peft_core.data.languages import Language, language_named, language_of_text
 from peft_core.data.notebook import SourcePart, read_notebook
+from peft_core.data.path_header import path_comment
 from peft_core.data.read_text import read_text
 from peft_core.data.records import RECORD, Record, RecordFormat
 from peft_core.data.secrets import Finding
 from peft_core.data.token_counter import TokenCounter
 from peft_core.data.walk import File
-from peft_core.errors import DataError, sanitize
+from peft_core.errors import DataError
 from peft_core.schemas.dataset import Example, Segment
 
 MIN_ANSWER_WORDS = 8
@@ -334,18 +335,10 @@ def _token_budget(
 
 def path_header(path: str, language: Language, token_counter: TokenCounter, max_length: int) -> str:
     """Return the path as a comment line; of a path that would take too many tokens only the last parts."""
-    if not path or language.comment == NO_COMMENT:
-        return ""
-    opens, closes = language.comment
-    shown = sanitize(path, limit=None)
-    for comment_end in {"-->", "*/", closes.strip()} - {""}:
-        shown = shown.replace(comment_end, "\N{REPLACEMENT CHARACTER}")
-    parts = shown.split("/")
-    candidates = [f"{opens}{shown}{closes}\n"]
-    candidates += [
-        f"{opens}\N{HORIZONTAL ELLIPSIS}/{'/'.join(parts[start:])}{closes}\n" for start in range(1, len(parts))
-    ]
-    candidates += [f"{opens}\N{HORIZONTAL ELLIPSIS}{parts[-1][-length:]}{closes}\n" for length in (24, 8)]
+    parts = path.split("/")
+    shortened = [f"\N{HORIZONTAL ELLIPSIS}/{'/'.join(parts[start:])}" for start in range(1, len(parts))]
+    shortened += [f"\N{HORIZONTAL ELLIPSIS}{parts[-1][-length:]}" for length in (24, 8)]
+    candidates = [path_comment(shown, language) for shown in (path, *shortened)]
     allowed = max_length // _PATH_SHARE
     return next((header for header in candidates if token_counter.count([header])[0] <= allowed), "")
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 from peft_core.data.grammars import GRAMMARS, Grammar
 
+NO_COMMENT = ("", "")  # of a language whose comments are not known
+
 
 @dataclass(frozen=True, slots=True)
 class Language:

@@ -114,12 +114,13 @@ class InferenceService:
 
         Raises:
             AdapterNotLoaded: no adapter is active, or the named one is not in memory.
-            InvalidArgument: the prompt is too long, or the base model does not support its form.
+            InvalidArgument: the prompt is too long, its file is in no repository, or the base model does not support its form.
         """
         if use_base and adapter_path is not None:
             raise InvalidArgument("use_base", use_base, f"adapter_path = {adapter_path!r} asks for an adapter")
         path = None if adapter_path is None else self._loaded_path(adapter_path)
         base = await run_sync(self._base_without_adapter) if use_base else None
+        request = await run_sync(_with_path_header, request)
         return await self._client.ask(
             Generate(request=request, adapter_path=path, without_adapter=base, stream=on_text is not None),
             Generation,
@@ -220,3 +221,15 @@ def _wait_for(training: TrainingNeed) -> str:
 
 def _gb(size: int) -> str:
     return f"{size / 1e9:.1f} GB"
+
+
+def _with_path_header(request: GenerationRequest) -> GenerationRequest:
+    """Return the request with the header of its file in front of the code, unless it is there already."""
+    if request.file_path is None:
+        return request
+    from peft_core.data.path_header import prompt_header  # noqa: PLC0415 -- not at the server's start
+
+    header = prompt_header(request.file_path)
+    field = "prompt" if request.prompt is not None else "prefix"
+    code = getattr(request, field) or ""
+    return request.model_copy(update={field: code if code.startswith(header) else header + code, "file_path": None})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from peft_core.schemas.frozen import FrozenModel
 
@@ -25,6 +25,13 @@ class GenerationRequest(FrozenModel):
 
     prompt: Annotated[
         str | None, Field(max_length=MAX_TEXT, description="Text to continue, such as the beginning of a function.")
+    ] = None
+    file_path: Annotated[
+        str | None,
+        Field(
+            max_length=1000,
+            description="File that prompt or prefix begins or belongs to, such as src/app.py: adds the path as in training.",
+        ),
     ] = None
     messages: Annotated[
         list[ChatMessage] | None,
@@ -69,6 +76,11 @@ class GenerationRequest(FrozenModel):
         unused = {name for form in empty for name in form} if len(empty) < len(forms) else set()
         return {name: value for name, value in values.items() if name not in unused}
 
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop_text(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _exactly_one_prompt(self) -> GenerationRequest:
         forms = {"prompt": self.prompt is not None, "messages": self.messages is not None}
@@ -79,7 +91,9 @@ class GenerationRequest(FrozenModel):
             raise ValueError(f"{problem}: give prompt, or messages, or prefix with suffix")
         if forms["prefix and suffix"] and (self.prefix is None or self.suffix is None):
             raise ValueError("prefix and suffix belong together: give both (one of them may be empty)")
-        if not (self.prompt or self.messages or self.prefix or self.suffix):
+        if self.file_path is not None and self.messages is not None:
+            raise ValueError("file_path belongs to code: it cannot be used with messages")
+        if not (self.prompt or self.messages or self.prefix or self.suffix or self.file_path):
             raise ValueError(f"{given[0]} is empty: give the text to continue, or a question")
         return self
 

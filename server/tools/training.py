@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 from mcp.server.mcpserver import Context
 from mcp.types import CallToolResult
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from peft_core.errors import InvalidArgument
 from peft_core.manager import PEFTManager
 from peft_core.schemas.results import TrainingStatus
 from peft_core.schemas.training import DataSelection, ProjectId, TrainingConfig
@@ -19,23 +20,52 @@ from server.tools.adapters import AdapterPath
 from server.tools.inference import BaseRef
 
 JobId = Annotated[str | None, Field(description="As train_adapter returned it. Omit to use the project's latest job.")]
-WaitSeconds = Annotated[float, Field(ge=0, le=45, description="Wait so many seconds; stream progress.")]
+MAX_WAIT_S = 45.0  # several clients end a call after 60 s
+WaitSeconds = Annotated[
+    float,
+    Field(
+        ge=0,
+        description="Wait so many seconds; stream progress.",
+        json_schema_extra={"maximum": MAX_WAIT_S},
+    ),
+    AfterValidator(lambda seconds: min(seconds, MAX_WAIT_S)),
+]
 TrainingData = Annotated[
-    str | list[dict[str, Any]],
+    str | None,
     Field(
         description="Absolute path of a repository, a file of records (.jsonl, .json, .csv, .parquet, or a session of Claude "
-        "Code or Codex) or a LanceDB table (NAME.lance) of code chunks; or a list of records of one form: "
-        '{"text"}, {"prompt", "completion"}, {"messages": [{"role", "content"}]}, {"instruction", "input", "output"}, '
-        '{"content", "language", "file_path"}.'
+        "Code or Codex) or a LanceDB table (NAME.lance) of code chunks."
+    ),
+]
+Records = Annotated[
+    list[dict[str, Any]] | None,
+    Field(
+        description='Instead of a path: records of one form: {"text"}, {"prompt", "completion"}, '
+        '{"messages": [{"role", "content"}]}, {"instruction", "input", "output"}, {"content", "language", "file_path"}.'
     ),
 ]
 DEFAULTS = TrainingConfig()
 ALL_DATA = DataSelection()
 
 
+def _one_source(field: str, path: str | None, records: list[dict[str, Any]] | None) -> str | list[dict[str, Any]]:
+    """Return the path or the records, of which a call must give one."""
+    if path is not None and records is not None:
+        raise InvalidArgument(field, path, "it was given together with records; give one of the two")
+    if records is not None:
+        return records
+    if path is None:
+        raise InvalidArgument(
+            field, None, "it is required: the absolute path of a repository or a file, unless records are given"
+        )
+    return path
+
+
 async def train_adapter(
     project_id: ProjectId,
-    training_data: TrainingData,
+    training_data: TrainingData = None,
+    records: Records = None,
+    *,
     ctx: Context[PEFTManager, Any],
     config: TrainingConfig = DEFAULTS,
     wait_s: WaitSeconds = 0,
@@ -45,20 +75,25 @@ async def train_adapter(
     memory estimate; the job keeps running after you disconnect. Follow it with get_training_status.
     """
     manager = ctx.request_context.lifespan_context
-    status = await manager.train_adapter(project_id, training_data, config)
+    status = await manager.train_adapter(project_id, _one_source("training_data", training_data, records), config)
     if wait_s:
         status = await stream_progress(ctx, manager.watch_training(project_id, status.job_id, timeout_s=wait_s))
     return format_status(status, is_new=True)
 
 
 async def inspect_training_data(
-    training_data: TrainingData, ctx: Context[PEFTManager, Any], config: TrainingConfig = DEFAULTS
+    training_data: TrainingData = None,
+    records: Records = None,
+    *,
+    ctx: Context[PEFTManager, Any],
+    config: TrainingConfig = DEFAULTS,
 ) -> CallToolResult:
     """Dry run of train_adapter. Use it before a first or long run, or when results look wrong. Returns the dataset size,
     exclusions and reasons, held-out files, 3 sample examples, chosen settings, time and memory. Read-only; takes seconds, up
     to a minute for a huge repository.
     """
-    return format_inspection(await ctx.request_context.lifespan_context.inspect_training_data(training_data, config))
+    data = _one_source("training_data", training_data, records)
+    return format_inspection(await ctx.request_context.lifespan_context.inspect_training_data(data, config))
 
 
 async def evaluate_adapter(
@@ -69,7 +104,8 @@ async def evaluate_adapter(
             description="Code to evaluate on, as for train_adapter. The adapter's own repository is fine: text that it was "
             "trained on is left out, if recorded."
         ),
-    ],
+    ] = None,
+    records: Records = None,
     *,
     ctx: Context[PEFTManager, Any],
     base_model: BaseRef = None,
@@ -85,7 +121,11 @@ async def evaluate_adapter(
     """
     manager = ctx.request_context.lifespan_context
     status = await manager.evaluate_adapter(
-        adapter_path, evaluation_data, base_model, config=config, accept_unproven_base=accept_unproven_base
+        adapter_path,
+        _one_source("evaluation_data", evaluation_data, records),
+        base_model,
+        config=config,
+        accept_unproven_base=accept_unproven_base,
     )
     if wait_s:
         statuses = manager.watch_training(status.project_id, status.job_id, timeout_s=wait_s)

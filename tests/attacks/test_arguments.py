@@ -21,7 +21,7 @@ from mcp.types import CallToolResult
 
 from peft_core.config import Settings
 from server.app import build_server
-from tests.clients import stdio_server, text_of
+from tests.clients import data_of, stdio_server, text_of
 from tests.factories import make_base, record_base
 from tests.model_files import model_shapes, with_length, write_adapter, write_model
 
@@ -144,7 +144,7 @@ def check_answer(name: str, arguments: Mapping[str, Any], result: CallToolResult
         assert len(text) < 6_000, context
         assert all(character.isprintable() or character == "\n" for character in text), context
     else:
-        assert result.structured_content is not None, context
+        assert data_of(result), context
 
 
 def gigantic(directory: Path) -> Path:
@@ -217,7 +217,7 @@ async def test_deeply_nested_arguments_give_an_error_and_the_server_survives(dat
         for _ in range(150):
             value = [value]
         for name, arguments in {
-            "train_adapter": {"project_id": "web", "training_data": [{"text": value}]},
+            "train_adapter": {"project_id": "web", "records": [{"text": value}]},
             "generate": {"messages": value},
             "get_adapter_info": {"adapter_path": value},
         }.items():

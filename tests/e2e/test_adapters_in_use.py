@@ -13,7 +13,7 @@ import psutil
 import pytest
 from mcp.client import Client
 
-from tests.clients import stdio_server, text_of
+from tests.clients import data_of, stdio_server, text_of
 from tests.model_files import write_adapter
 
 pytestmark = pytest.mark.model
@@ -25,8 +25,7 @@ CODE = {"prompt": 'def parse(text):\n    """Parse a header.', "max_new_tokens": 
 async def call(client: Client, tool: str, **arguments: Any) -> dict[str, Any]:
     result = await client.call_tool(tool, arguments)
     assert not result.is_error, text_of(result)
-    assert result.structured_content is not None
-    return result.structured_content
+    return data_of(result)
 
 
 def worker_of(data_dir: Path) -> psutil.Process:
@@ -51,7 +50,7 @@ async def test_an_adapter_is_verified_loaded_used_switched_and_unloaded(trained:
         # 1. Verification finds its base, named or not.
         checked = await call(client, "verify_adapter_compatibility", adapter_path="wsgiref", scan_weights=True)
         assert (checked["verdict"], checked["compatible"], checked["scanned"]) == ("exact", True, True)
-        assert checked["reasons"] == []
+        assert "reasons" not in checked
         checked = await call(client, "verify_adapter_compatibility", adapter_path="wsgiref")
         assert (checked["verdict"], checked["base_model"]) == ("sampled", "SmolLM2-135M-Instruct")
 
@@ -73,14 +72,13 @@ async def test_an_adapter_is_verified_loaded_used_switched_and_unloaded(trained:
         assert both["completion_tokens"] > 0
         alone = await call(client, "generate", **CODE, use_base=True)
         assert alone["text"] == both["base_text"]
-        assert alone["adapter_path"] is None
+        assert "adapter_path" not in alone
         question = [{"role": "user", "content": "What does json.dumps return?"}]
         messages.clear()
         result = await client.call_tool(
             "generate", {"messages": question, "max_new_tokens": 40}, progress_callback=on_progress
         )
-        assert result.structured_content is not None
-        assert result.structured_content["applied"]["prompt_format"] == "chat_template"
+        assert data_of(result)["applied"]["prompt_format"] == "chat_template"
         assert any("the adapter" in message for message in messages)
 
         # 4. A second adapter is loaded; after switching back, the first generates as before.
@@ -126,7 +124,7 @@ async def test_an_adapter_of_another_base_is_not_loaded_and_the_base_generates(t
         assert result.structured_content["verdict"] == "incompatible"
         assert {reason["code"] for reason in result.structured_content["reasons"]} >= {"layer_count", "shape"}
         generated = await call(client, "generate", **CODE)
-        assert generated["adapter_path"] is None
+        assert "adapter_path" not in generated
         too_long = await client.call_tool("generate", {"prompt": "word " * 9000})
         assert too_long.is_error
         assert "8192 tokens" in text_of(too_long)
@@ -165,7 +163,7 @@ async def test_the_server_still_serves_after_a_cancelled_call_and_a_killed_worke
             os.kill(worker.pid, signal.SIGKILL)
         assert "died during this call (generate): it was killed by SIGKILL" in errors[0]
         assert "host_died" in errors[0]
-        assert (await call(client, "list_adapters"))["loaded"]["adapters"] == []
+        assert (await call(client, "list_adapters"))["loaded"].get("adapters") is None
         assert (await call(client, "load_adapter", adapter_path="wsgiref"))["how"] == "cold"
         assert (await call(client, "generate", **CODE))["text"] == expected["text"]
 

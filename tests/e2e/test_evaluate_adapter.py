@@ -37,7 +37,7 @@ async def test_an_adapter_is_evaluated_on_unseen_code_and_not_on_its_training_da
     async with Client(stdio_server(trained), mode="legacy") as client:
         # 1. Unseen code gives metrics of base and adapter, a verdict and a report.
         status = await evaluate(client, "wsgiref", str(unseen))
-        assert status["status"] == "completed", status["error"]
+        assert status["status"] == "completed", status["summary"]
         evaluation = status["evaluation"]
         assert evaluation["verdict"] in ("helps", "no_difference", "harms")
         assert 0.5 < evaluation["loss"]["base"] < 5

@@ -16,7 +16,7 @@ import pytest
 from mcp.client import Client
 from mcp.server.subscriptions import ResourceUpdated
 
-from tests.clients import stdio_server, text_of
+from tests.clients import data_of, stdio_server, text_of
 
 pytestmark = pytest.mark.model
 MODERN = "2026-07-28"
@@ -30,8 +30,7 @@ Status = dict[str, Any]
 async def call(client: Client, tool: str, **arguments: Any) -> Status:
     result = await client.call_tool(tool, arguments)
     assert not result.is_error, text_of(result)
-    assert result.structured_content is not None
-    return result.structured_content
+    return data_of(result)
 
 
 async def wait_for(
@@ -90,7 +89,7 @@ async def test_training_on_a_repository_gives_an_adapter_and_a_correct_report(
         assert updates
 
         # 3. The result is complete and consistent.
-        assert status["status"] == "completed", status["error"]
+        assert status["status"] == "completed", status["summary"]
         metrics, dataset = status["metrics"], status["dataset"]
         assert 0.5 < metrics["base_loss"] < 5
         assert 0.5 < metrics["adapter_loss"] < 5
@@ -198,7 +197,7 @@ async def test_a_job_survives_its_client_and_server_and_other_servers_can_cancel
         assert status["status"] == "cancelled"
         assert "resume_training" in status["next"]
         status = await wait_for(second, ended, "third")
-        assert status["status"] == "completed", status["error"]
+        assert status["status"] == "completed", status["summary"]
 
 
 async def test_a_cancelled_training_resumes_from_its_checkpoint_and_completes(
@@ -219,7 +218,7 @@ async def test_a_cancelled_training_resumes_from_its_checkpoint_and_completes(
         resumed = await call(client, "resume_training", job_id=job)
         assert resumed["status"] == "queued"
         status = await wait_for(client, ended, "std")
-        assert status["status"] == "completed", status["error"]
+        assert status["status"] == "completed", status["summary"]
         assert status["step"] == steps
 
 

@@ -17,7 +17,7 @@ import pytest
 from mcp.client import Client
 from mcp.client.stdio import StdioServerParameters, stdio_client
 
-from tests.clients import text_of
+from tests.clients import data_of, text_of
 from tests.e2e.conftest import SHORT
 
 HOOK = """
@@ -123,7 +123,7 @@ async def test_the_main_job_makes_no_connection_and_leaks_no_secret(
                 result = await client.call_tool(name, arguments)
                 answers.append(text_of(result))
                 assert not result.is_error, answers[-1]
-                return dict(result.structured_content or {})
+                return data_of(result)
 
             await call("train_adapter", project_id="web", training_data=str(repository), config=SHORT)
             status: dict[str, object] = {"status": "queued"}

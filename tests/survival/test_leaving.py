@@ -86,7 +86,7 @@ def test_an_inspection_ends_with_its_server_and_the_next_server_removes_its_file
     mark = scenario.arm(point, "hang")
     lines = scenario.source.read_text().splitlines()
     config = {"base_model": str(scenario.base), "max_length": 128, "allow_little_data": True}
-    arguments = {"training_data": [json.loads(line) for line in lines], "config": config}
+    arguments = {"records": [json.loads(line) for line in lines], "config": config}
     with server(scenario.paths.root, cwd=scenario.root) as running:
         running.send("tools/call", {"name": "inspect_training_data", "arguments": arguments})
         until(mark.exists, "the inspection to read the data")

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "vllm": FOUNDATION,
     "llamacpp": FOUNDATION,
     "llamacpp.worker": FOUNDATION | {"adapters", "base_models", "llamacpp", "modeling", "ollama"},
-    "inference": FOUNDATION | {"adapters", "base_models", "planning"},
+    "inference": FOUNDATION | {"adapters", "base_models", "data", "planning"},
     "inference.worker": FOUNDATION
     | {"adapters", "base_models", "inference", "llamacpp", "llamacpp.worker", "modeling"},
     "export": FOUNDATION | {"adapters", "base_models", "llamacpp", "ollama", "vllm"},
