@@ -26,6 +26,7 @@ from peft_core.inference.service import InferenceService, TrainingNeed
 from peft_core.jobs.service import JobService
 from peft_core.schemas.export import ExportOptions, ExportReport
 from peft_core.schemas.generation import EngineChoice, Generation, GenerationRequest
+from peft_core.schemas.job_report import JobReport
 from peft_core.schemas.local_bases import LocalBases
 from peft_core.schemas.results import (
     AdapterList,
@@ -118,6 +119,10 @@ class PEFTManager:
     async def draw_training(self, project_id: str, job_id: str | None = None, *, title: str = "") -> bytes | None:
         """Draw the loss curve of a job so far as PNG; return None before the first step."""
         return await run_sync(self._jobs.draw_loss_curve, _project_id(project_id), job_id, title or project_id)
+
+    async def read_report(self, job_id: str) -> JobReport:
+        """Return the points of a job's loss curve and quoted completions."""
+        return await run_sync(self._jobs.report, job_id)
 
     async def get_job(self, job_id: str) -> TrainingStatus:
         """Return the status of a job whose project is not known."""

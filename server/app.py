@@ -30,6 +30,7 @@ from server.prompts import PROMPTS
 from server.resources import TrainingUpdates, add_adapter_resource, add_settings_resource, add_training_resource
 from server.tasks import Tasks
 from server.tools import adapters, base_models, export, inference, serving, training
+from server.training_page import add_report_resource, training_app
 
 INSTRUCTIONS = (
     "peft-mcp trains a LoRA adapter on one code base, locally and in the background: call train_adapter with a project id "
@@ -89,12 +90,13 @@ def build_server(settings: Settings) -> PEFTServer:
         icons=ICONS,
         lifespan=lifespan,
         subscriptions=updates.bus,
-        extensions=[tasks],
+        extensions=[tasks, training_app()],
         log_level=settings.log_level,
     )
     add_training_resource(server, updates)
     add_adapter_resource(server)
     add_settings_resource(server)
+    add_report_resource(server)
     add_catalogue(server)
     for prompt in PROMPTS:
         server.add_prompt(prompt)

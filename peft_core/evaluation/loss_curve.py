@@ -14,8 +14,8 @@ from typing import Literal
 
 from peft_core.errors import sanitize
 from peft_core.schemas.events import Event, HeldOutMeasured, RateLowered, StepCompleted
+from peft_core.schemas.job_report import Points
 
-Points = tuple[tuple[int, float], ...]  # (step, nats per token)
 Series = Literal["step", "smooth", "held_out"]
 Position = tuple[float, float]
 
@@ -44,6 +44,15 @@ class LossCurve:
     @property
     def is_empty(self) -> bool:
         return not self.steps
+
+    @property
+    def finite(self) -> LossCurve:
+        """The curve without losses that are not finite, as of a run that diverged."""
+
+        def keep(points: Points) -> Points:
+            return tuple((step, loss) for step, loss in points if math.isfinite(loss))
+
+        return LossCurve(keep(self.steps), keep(self.smooth), keep(self.held_out))
 
 
 def loss_curve(events: Iterable[Event]) -> LossCurve:
@@ -102,8 +111,8 @@ class Chart:
 
 def layout_chart(curve: LossCurve) -> Chart:
     """Scale a curve, which must not be empty, to the canvas. Losses that are not finite are omitted."""
-    series: dict[Series, Points] = {"step": curve.steps, "smooth": curve.smooth, "held_out": curve.held_out}
-    finite = {name: [(step, loss) for step, loss in points if math.isfinite(loss)] for name, points in series.items()}
+    curve = curve.finite
+    finite: dict[Series, Points] = {"step": curve.steps, "smooth": curve.smooth, "held_out": curve.held_out}
     losses = [loss for points in finite.values() for _, loss in points] or [0.0]
     last_step = max((step for points in finite.values() for step, _ in points), default=1)
     x_ticks, x_end = list(_round_numbers(0, last_step, integers=True)), last_step or 1

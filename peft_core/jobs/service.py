@@ -20,7 +20,8 @@ from peft_core.jobs.store import Store
 from peft_core.jobs.supervisor import RunnerSupervisor
 from peft_core.schemas.base_model import BUNDLED, Base
 from peft_core.schemas.dataset import TrainingData
-from peft_core.schemas.events import JobResumed
+from peft_core.schemas.events import Evaluated, JobResumed
+from peft_core.schemas.job_report import JobReport
 from peft_core.schemas.local_bases import LocalBases
 from peft_core.schemas.results import JobSummary, Status, TrainingDataReport, TrainingStatus
 from peft_core.schemas.task import JobRequest
@@ -164,6 +165,27 @@ class JobService:
 
         curve = loss_curve(self._store.events(job.job_id))
         return None if curve.is_empty else render_png(curve, title)
+
+    def report(self, job_id: str) -> JobReport:
+        """Return the loss curve so far, and completions once they are evaluated.
+
+        Raises:
+            JobNotFound: there is no such job.
+        """
+        self._require_database(job_id)
+        from peft_core.evaluation.loss_curve import loss_curve  # noqa: PLC0415 -- not at the server's start
+
+        self._store.get(job_id)  # raises for an unknown job
+        events = self._store.events(job_id)
+        curve = loss_curve(events).finite
+        evaluation = next((event.evaluation for event in reversed(events) if isinstance(event, Evaluated)), None)
+        return JobReport(
+            steps=curve.steps,
+            smooth=curve.smooth,
+            held_out=curve.held_out,
+            gains=evaluation.gains if evaluation else (),
+            losses=evaluation.losses if evaluation else (),
+        )
 
     def changed_since(self, event_id: int | None) -> tuple[int, list[str]]:
         """Return (newest event id, ids of the jobs with events after `event_id`; no ids for None)."""

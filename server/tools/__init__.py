@@ -43,7 +43,13 @@ class ToolArguments(FuncMetadata):
 
 
 def make_tool(
-    function: Callable[..., Any], title: str, *, reads: bool = False, destroys: bool = False, repeatable: bool = False
+    function: Callable[..., Any],
+    title: str,
+    *,
+    reads: bool = False,
+    destroys: bool = False,
+    repeatable: bool = False,
+    meta: dict[str, Any] | None = None,
 ) -> Tool:
     """Declare a tool: its docstring is the description. Every hint is set: an unset one means destructive and open-world."""
     tool = Tool.from_function(
@@ -54,6 +60,7 @@ def make_tool(
         annotations=ToolAnnotations(
             read_only_hint=reads, destructive_hint=destroys, idempotent_hint=reads or repeatable, open_world_hint=False
         ),
+        meta=meta,
     )
     tool.parameters = plain_input_schema(tool.parameters)
     tool.fn_metadata = ToolArguments(

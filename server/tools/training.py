@@ -18,6 +18,7 @@ from server.status_text import WAIT_S, headline
 from server.tools import make_tool
 from server.tools.adapters import AdapterPath
 from server.tools.inference import BaseRef
+from server.training_page import SHOWN_ON_PAGE
 
 JobId = Annotated[str | None, Field(description="As train_adapter returned it. Omit to use the project's latest job.")]
 MAX_WAIT_S = 45.0  # several clients end a call after 60 s
@@ -170,10 +171,10 @@ async def resume_training(
 
 
 TOOLS = [
-    make_tool(train_adapter, "Train an adapter"),
+    make_tool(train_adapter, "Train an adapter", meta=SHOWN_ON_PAGE),
     make_tool(inspect_training_data, "Inspect training data", reads=True),
-    make_tool(evaluate_adapter, "Evaluate an adapter"),
-    make_tool(get_training_status, "Training status", reads=True),
+    make_tool(evaluate_adapter, "Evaluate an adapter", meta=SHOWN_ON_PAGE),
+    make_tool(get_training_status, "Training status", reads=True, meta=SHOWN_ON_PAGE),
     make_tool(cancel_training, "Cancel a training", destroys=True, repeatable=True),
-    make_tool(resume_training, "Resume a training"),
+    make_tool(resume_training, "Resume a training", meta=SHOWN_ON_PAGE),
 ]

@@ -1,0 +1,18 @@
+"""What a job has recorded beyond its status: too much for an assistant, but not for a page that draws it."""
+
+from __future__ import annotations
+
+from peft_core.schemas.evaluation import Continuation
+from peft_core.schemas.frozen import FrozenModel
+
+Points = tuple[tuple[int, float], ...]  # (step, nats per token)
+
+
+class JobReport(FrozenModel):
+    """The loss curve, and completions of held-out text. All are empty until they are known."""
+
+    steps: Points = ()
+    smooth: Points = ()  # a moving average of `steps`
+    held_out: Points = ()  # on the sample that is evaluated during training
+    gains: tuple[Continuation, ...] = ()
+    losses: tuple[Continuation, ...] = ()
