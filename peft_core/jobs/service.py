@@ -183,6 +183,7 @@ class JobService:
             steps=curve.steps,
             smooth=curve.smooth,
             held_out=curve.held_out,
+            caveats=evaluation.caveats if evaluation else (),
             gains=evaluation.gains if evaluation else (),
             losses=evaluation.losses if evaluation else (),
         )

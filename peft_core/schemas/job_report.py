@@ -9,10 +9,11 @@ Points = tuple[tuple[int, float], ...]  # (step, nats per token)
 
 
 class JobReport(FrozenModel):
-    """The loss curve, and completions of held-out text. All are empty until they are known."""
+    """The loss curve, and what the evaluation found. All are empty until they are known."""
 
     steps: Points = ()
     smooth: Points = ()  # a moving average of `steps`
     held_out: Points = ()  # on the sample that is evaluated during training
+    caveats: tuple[str, ...] = ()  # sentences that qualify the verdict
     gains: tuple[Continuation, ...] = ()
     losses: tuple[Continuation, ...] = ()
