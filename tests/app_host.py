@@ -1,4 +1,4 @@
-"""A host of MCP Apps in headless Chromium: the web host of the specification (2026-01-26) with a sandbox proxy of another origin.
+"""A host of MCP Apps in headless Chromium: a web host as in the specification of 2026-01-26, with a sandbox of another origin.
 
 The page, its tool results and everything that it asks for come from the real server.
 """
@@ -13,7 +13,7 @@ from typing import Any
 from mcp.client import Client
 from mcp.shared.exceptions import MCPError
 from mcp.types import TextResourceContents
-from playwright.async_api import FrameLocator, Page, Route, async_playwright
+from playwright.async_api import Browser, Frame, FrameLocator, Page, Route, async_playwright
 from pydantic import BaseModel
 
 BROWSER = next(filter(None, map(which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -97,6 +97,10 @@ class AppHost:
     def app(self) -> FrameLocator:
         return self.page.frame_locator("iframe").frame_locator("iframe")
 
+    @property
+    def app_frame(self) -> Frame:
+        return self.page.frames[-1]
+
     async def open(
         self,
         tool: str,
@@ -162,17 +166,18 @@ class AppHost:
 
 
 @asynccontextmanager
-async def app_host(client: Client, *, width: int = 800, dark: bool = False) -> AsyncIterator[AppHost]:
-    """Start a browser with one tab; end both."""
+async def chromium() -> AsyncIterator[Browser]:
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(
             executable_path=BROWSER, args=["--no-sandbox", "--disable-background-networking"]
         )
-        context = await browser.new_context(
-            color_scheme="dark" if dark else "light", viewport={"width": width, "height": 900}
-        )
-        context.set_default_timeout(60_000)
-        try:
-            yield AppHost(await context.new_page(), client)
-        finally:
-            await browser.close()
+        yield browser
+        await browser.close()
+
+
+@asynccontextmanager
+async def app_host(browser: Browser, client: Client, *, width: int = 800) -> AsyncIterator[AppHost]:
+    context = await browser.new_context(viewport={"width": width, "height": 900})
+    context.set_default_timeout(60_000)
+    yield AppHost(await context.new_page(), client)
+    await context.close()

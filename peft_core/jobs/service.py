@@ -167,7 +167,7 @@ class JobService:
         return None if curve.is_empty else render_png(curve, title)
 
     def report(self, job_id: str) -> JobReport:
-        """Return the loss curve so far, and completions once they are evaluated.
+        """Return the status, the loss curve so far, and completions once they are evaluated.
 
         Raises:
             JobNotFound: there is no such job.
@@ -175,11 +175,12 @@ class JobService:
         self._require_database(job_id)
         from peft_core.evaluation.loss_curve import loss_curve  # noqa: PLC0415 -- not at the server's start
 
-        self._store.get(job_id)  # raises for an unknown job
+        status = self._to_status(self._store.get(job_id))
         events = self._store.events(job_id)
         curve = loss_curve(events).finite
         evaluation = next((event.evaluation for event in reversed(events) if isinstance(event, Evaluated)), None)
         return JobReport(
+            status=status,
             steps=curve.steps,
             smooth=curve.smooth,
             held_out=curve.held_out,

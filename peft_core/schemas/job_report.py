@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from peft_core.schemas.evaluation import Continuation
 from peft_core.schemas.frozen import FrozenModel
+from peft_core.schemas.results import TrainingStatus
 
 Points = tuple[tuple[int, float], ...]  # (step, nats per token)
 
 
 class JobReport(FrozenModel):
-    """The loss curve, and what the evaluation found. All are empty until they are known."""
+    """A job's status, loss curve and what the evaluation found. They are empty until they are known."""
 
+    status: TrainingStatus
     steps: Points = ()
     smooth: Points = ()  # a moving average of `steps`
     held_out: Points = ()  # on the sample that is evaluated during training

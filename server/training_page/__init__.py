@@ -43,7 +43,7 @@ def add_report_resource(mcp: MCPServer[PEFTManager]) -> None:
     @mcp.resource(
         "training://{job_id}/report",
         title="Training report",
-        description="The points of a job's loss curve and quoted completions, for the training page.",
+        description="A job's status, loss curve and quoted completions, for the training page.",
         mime_type="application/json",
     )
     async def report(job_id: str, ctx: Context[PEFTManager, Any]) -> str:
@@ -53,4 +53,4 @@ def add_report_resource(mcp: MCPServer[PEFTManager]) -> None:
             raise ResourceNotFoundError(str(error)) from error
         except PeftMcpError as error:
             raise ResourceError(str(error)) from error
-        return read.model_dump_json()
+        return read.model_dump_json(exclude_none=True)
