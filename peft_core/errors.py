@@ -15,6 +15,7 @@ PeftMcpError
 ├── ServingError         the endpoint cannot be started, or does not answer
 ├── OllamaError          Ollama is absent, refuses, or takes too long
 ├── VllmError            vLLM is absent, refuses, or takes too long
+├── Declined             the person was asked, and did not agree
 ├── StorageError         the data directory: no space, no permission, a newer database
 └── TrainingError        the training itself failed
     └── NonFiniteError   a loss or gradient is NaN or Inf
@@ -166,6 +167,10 @@ class OllamaError(PeftMcpError):
 
 class VllmError(PeftMcpError):
     code = "vllm"
+
+
+class Declined(PeftMcpError):
+    code = "declined"
 
 
 class StorageError(PeftMcpError):

@@ -7,7 +7,7 @@ Blocking code runs in threads and keeps the caller's event loop free.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Self
 
@@ -33,6 +33,7 @@ from peft_core.schemas.results import (
     AdapterSummary,
     Compatibility,
     DeletedAdapter,
+    Estimate,
     JobSummary,
     LoadedAdapter,
     NextStep,
@@ -72,6 +73,8 @@ class PEFTManager:
         project_id: str,
         training_data: str | Sequence[Mapping[str, Any]],
         config: TrainingConfig | Mapping[str, Any] | None = None,
+        *,
+        approve: Callable[[Estimate], Awaitable[None]] | None = None,
     ) -> TrainingStatus:
         """Queue a training run in the background and return immediately.
 
@@ -79,9 +82,13 @@ class PEFTManager:
             project_id: the project that the adapter belongs to.
             training_data: a repository directory, a file of records, a LanceDB table (`NAME.lance`), or records.
             config: `TrainingConfig` or its fields.
+            approve: awaited with the estimate before anything is written; what it raises ends the call.
         """
         project_id, parsed = _project_id(project_id), parse_config(config)
-        return await run_sync(partial(self._jobs.submit, project_id, training_data, parsed))
+        draft = await run_sync(self._jobs.plan, training_data, parsed)
+        if approve is not None:
+            await approve(draft.estimate)
+        return await run_sync(self._jobs.queue, project_id, draft, training_data)
 
     async def inspect_training_data(
         self, training_data: str | Sequence[Mapping[str, Any]], config: TrainingConfig | Mapping[str, Any] | None = None
@@ -204,12 +211,19 @@ class PEFTManager:
         """Return manifest and model card of a project's current adapter."""
         return await run_sync(self._adapters.document, _project_id(project_id))
 
-    async def delete_adapter(self, project_id: str, adapter_id: str) -> DeletedAdapter:
-        """Delete an adapter that was trained on this machine; raises `AdapterInUse` while it is loaded."""
+    async def delete_adapter(
+        self, project_id: str, adapter_id: str, *, approve: Callable[[], Awaitable[None]] | None = None
+    ) -> DeletedAdapter:
+        """Delete an adapter that was trained on this machine; raises `AdapterInUse` while it is loaded.
+
+        `approve` is awaited before anything is deleted, if the adapter can be deleted; what it raises ends the call.
+        """
+        project_id = _project_id(project_id)
         await self._inference.sync()
-        return await run_sync(
-            self._adapters.delete, _project_id(project_id), adapter_id, self._inference.require_unused
-        )
+        if approve is not None:
+            await run_sync(self._adapters.require_deletable, project_id, adapter_id, self._inference.require_unused)
+            await approve()
+        return await run_sync(self._adapters.delete, project_id, adapter_id, self._inference.require_unused)
 
     async def verify_adapter_compatibility(
         self, adapter_path: str, base_model: str | None = None, *, scan_weights: bool = False

@@ -56,7 +56,7 @@ Complete the code in {file!r} with the adapter of project {project_id!r}, with t
 
 
 def clean_up() -> str:
-    """Find the adapters that nobody needs, ask, delete them, and report how much space is free again."""
+    """Find the adapters that are no longer needed, ask, delete them, and report how much space is free again."""
     return """\
 Free disk space and memory with the tools of peft-mcp. Delete nothing that I have not agreed to.
 
@@ -73,5 +73,5 @@ Free disk space and memory with the tools of peft-mcp. Delete nothing that I hav
 PROMPTS = [
     Prompt.from_function(train_and_evaluate, title="Train an adapter and measure whether it helps"),
     Prompt.from_function(complete_with_adapter, title="Complete code with an adapter"),
-    Prompt.from_function(clean_up, title="Delete adapters that nobody needs"),
+    Prompt.from_function(clean_up, title="Delete adapters that are no longer needed"),
 ]

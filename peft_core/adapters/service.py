@@ -101,6 +101,10 @@ class AdapterService:
             )
         return directory, base
 
+    def require_deletable(self, project_id: str, adapter_id: str, require_unused: Callable[[Path], None]) -> None:
+        """Do the checks of `delete`, with its errors; nothing is deleted."""
+        require_unused(self._registry.require(project_id, adapter_id))
+
     def delete(self, project_id: str, adapter_id: str, require_unused: Callable[[Path], None]) -> DeletedAdapter:
         """Delete an adapter that was trained here, unless `require_unused` raises for its directory.
 
@@ -108,7 +112,7 @@ class AdapterService:
             AdapterNotFound: the project has no adapter with this id; the message names those that it has.
             AdapterInUse: raised by `require_unused`.
         """
-        require_unused(self._registry.require(project_id, adapter_id))
+        self.require_deletable(project_id, adapter_id, require_unused)
         return self._registry.delete(project_id, adapter_id)
 
     def _base(self, directory: Path, base_model: str | None) -> Base | None:

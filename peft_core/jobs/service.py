@@ -49,12 +49,18 @@ class JobService:
         Raises:
             InvalidArgument, DataError, BaseCheckpointError, StorageError: nothing was queued.
         """
+        return self.queue(project_id, self.plan(training_data, config), training_data)
+
+    def plan(self, training_data: TrainingData, config: TrainingConfig) -> JobRequest:
+        """Do the checks of `submit`, and return what to pass to `queue`; nothing is written.
+
+        Raises:
+            InvalidArgument, DataError, BaseCheckpointError, StorageError: the job cannot be run, and why.
+        """
         from peft_core.planning.planner import plan  # noqa: PLC0415
 
         # kill-point: server: asked to train
-        draft = plan(training_data, config, self._settings, self._measured_speed)
-        # kill-point: server: the request is planned, nothing is written
-        return self._queue(project_id, draft, training_data)
+        return plan(training_data, config, self._settings, self._measured_speed)
 
     def evaluate(
         self, evaluated: EvaluatedAdapter, base: Base, evaluation_data: TrainingData, selection: DataSelection
@@ -69,7 +75,7 @@ class JobService:
         draft = plan_evaluation(
             evaluated, evaluation_data, base, self._settings, self._measured_speed, selection=selection
         )
-        return self._queue(self._project_of(evaluated.adapter_path), draft, evaluation_data)
+        return self.queue(self._project_of(evaluated.adapter_path), draft, evaluation_data)
 
     def inspect(self, training_data: TrainingData, config: TrainingConfig) -> TrainingDataReport:
         """Do a dry run of `submit`, and describe the dataset and the settings.
@@ -87,9 +93,15 @@ class JobService:
 
         return list_base_models(self._settings, self._measured_speed)
 
-    def _queue(self, project_id: str, draft: JobRequest, data: TrainingData) -> TrainingStatus:
+    def queue(self, project_id: str, draft: JobRequest, data: TrainingData) -> TrainingStatus:
+        """Queue a job that `plan` has checked, with the same data, and make sure that a runner is alive.
+
+        Raises:
+            DataError, StorageError: nothing was queued.
+        """
         from peft_core.planning.planner import write_source  # noqa: PLC0415
 
+        # kill-point: server: the request is planned, nothing is written
         self._store.create()
         # kill-point: server: the database exists
         self._supervisor.require_locks()

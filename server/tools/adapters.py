@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from mcp.server.mcpserver import Context
@@ -10,8 +11,9 @@ from pydantic import Field
 
 from peft_core.adapters.info import AdapterInfo
 from peft_core.manager import PEFTManager
-from peft_core.schemas.results import AdapterList, DeletedAdapter
+from peft_core.schemas.results import AdapterList, AdapterSummary, DeletedAdapter
 from peft_core.schemas.training import ProjectId
+from server.confirm import require_consent
 from server.format_results import format_adapter_info, format_adapters, format_deleted
 from server.tools import make_tool
 
@@ -48,9 +50,32 @@ async def delete_adapter(
     """Permanently delete an adapter that was trained on this machine. Refused while it is loaded. If it was the project's
     current adapter, the newest remaining one becomes current.
     """
-    deleted = await ctx.request_context.lifespan_context.delete_adapter(project_id, adapter_id)
+    manager = ctx.request_context.lifespan_context
+
+    async def approve() -> None:
+        listed = (await manager.list_adapters(project_id)).adapters
+        question = deletion_question(project_id, adapter_id, listed)
+        await require_consent(ctx, question, nothing_done="Nothing was deleted")
+
+    deleted = await manager.delete_adapter(project_id, adapter_id, approve=approve)
     await ctx.notify_resources_changed()
     return format_deleted(deleted)
+
+
+def deletion_question(project_id: str, adapter_id: str, adapters: Sequence[AdapterSummary]) -> str:
+    """Return the question before a deletion, with what is known about the adapter."""
+    facts = [
+        fact
+        for adapter in adapters
+        if adapter.adapter_id == adapter_id
+        for fact in (
+            "its current adapter" if adapter.current else "",
+            adapter.verdict.replace("_", " ") if adapter.verdict else "not evaluated",
+            f"{adapter.adapter_bytes / 1e6:.1f} MB",
+        )
+    ]
+    known = f" ({', '.join(filter(None, facts))})" if facts else ""
+    return f"Delete adapter {adapter_id} of project {project_id}{known}? This cannot be undone."
 
 
 TOOLS = [

@@ -10,8 +10,10 @@ from pydantic import AfterValidator, Field
 
 from peft_core.errors import InvalidArgument
 from peft_core.manager import PEFTManager
-from peft_core.schemas.results import TrainingStatus
+from peft_core.schemas.results import Estimate, TrainingStatus
 from peft_core.schemas.training import DataSelection, ProjectId, TrainingConfig
+from peft_core.system.durations import rough_duration
+from server.confirm import require_consent
 from server.format_results import format_inspection, format_status
 from server.progress import stream_progress
 from server.status_text import WAIT_S, headline
@@ -46,6 +48,7 @@ Records = Annotated[
     ),
 ]
 DEFAULTS = TrainingConfig()
+LONG_S = 3600.0  # a training that takes longer is worth a question
 ALL_DATA = DataSelection()
 
 
@@ -76,10 +79,23 @@ async def train_adapter(
     memory estimate; the job keeps running after you disconnect. Follow it with get_training_status.
     """
     manager = ctx.request_context.lifespan_context
-    status = await manager.train_adapter(project_id, _one_source("training_data", training_data, records), config)
+    data = _one_source("training_data", training_data, records)
+
+    async def approve(estimate: Estimate) -> None:
+        if estimate.seconds is not None and estimate.seconds > LONG_S:
+            await require_consent(ctx, long_training_question(project_id, estimate), "No training was started")
+
+    status = await manager.train_adapter(project_id, data, config, approve=approve)
     if wait_s:
         status = await stream_progress(ctx, manager.watch_training(project_id, status.job_id, timeout_s=wait_s))
     return format_status(status, is_new=True)
+
+
+def long_training_question(project_id: str, estimate: Estimate) -> str:
+    return (
+        f"Start a training for project {project_id} that takes about {rough_duration(estimate.seconds or 0)} and "
+        f"{estimate.memory_bytes / 1e9:.1f} GB of memory? It runs in the background, and can be stopped at any time."
+    )
 
 
 async def inspect_training_data(
