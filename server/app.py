@@ -26,6 +26,7 @@ from peft_core.schemas.validation import invalid_argument, refuse_unknown
 from server.ask_client import InputNeeded
 from server.catalogue import add_catalogue
 from server.identity import DESCRIPTION, ICONS, WEBSITE
+from server.links import without_unknown_content
 from server.prompts import PROMPTS
 from server.resources import TrainingUpdates, add_adapter_resource, add_settings_resource, add_training_resource
 from server.tasks import Tasks
@@ -61,11 +62,14 @@ class PEFTServer(MCPServer[PEFTManager]):
         try:
             # The SDK drops unknown arguments silently: a misspelt one would have no effect.
             refuse_unknown(arguments, tool.parameters)
-            return await super().call_tool(name, arguments, context)
+            result = await super().call_tool(name, arguments, context)
         except (ToolError, PeftMcpError) as error:
             if isinstance(error.__cause__, InputNeeded):
                 return error.__cause__.result
             raise to_tool_error(error, tool) from error.__cause__
+        if isinstance(result, CallToolResult) and context is not None:
+            return without_unknown_content(result, context.protocol_version)
+        return result
 
 
 def build_server(settings: Settings) -> PEFTServer:

@@ -37,6 +37,7 @@ from peft_core.schemas.results import (
 )
 from peft_core.schemas.serving import Serving
 from peft_core.system.durations import rough_age
+from server.links import link_to_export, links_of_status
 from server.status_text import for_client, headline, subject
 
 RESULT_IN_META = "peft-mcp/result"
@@ -196,12 +197,14 @@ def format_generation(generation: Generation) -> CallToolResult:
 def format_export(report: ExportReport) -> CallToolResult:
     usage = "\n".join(f"- {line}" for line in report.usage)
     warnings = "".join(f"\nWarning: {warning}" for warning in report.warnings)
-    return tool_result(
+    result = tool_result(
         report,
         f"{report.summary}\n{report.directory}\nUse it:\n{usage}{warnings}",
         in_summary=frozenset({"usage", "warnings"}),
         ending="\n",
     )
+    result.content.append(link_to_export(report))
+    return result
 
 
 def format_serving(serving: Serving) -> CallToolResult:
@@ -314,6 +317,7 @@ def format_status(status: TrainingStatus, picture: bytes | None = None, *, is_ne
     if picture is not None:
         image = ImageContent(type="image", data=b64encode(picture).decode(), mime_type="image/png")
         result.content.append(image)
+    result.content.extend(links_of_status(status))
     return result
 
 
