@@ -62,7 +62,7 @@ class PeftMcpError(Exception):
         self.details = dict(details or {})
 
     def __str__(self) -> str:
-        return " ".join([self.message, *(s if s.endswith(".") else f"{s}." for s in self.suggestions)])
+        return " ".join([self.message, *(s if s.endswith((".", "?")) else f"{s}." for s in self.suggestions)])
 
 
 def sanitize(text: object, *, limit: int | None = MAX_NAME, keep: str = "") -> str:

@@ -19,7 +19,7 @@ from mcp.types import ListRootsRequest, ListRootsResult
 
 from peft_core.errors import InvalidArgument, sanitize
 from peft_core.schemas.training import DataSelection
-from peft_core.system.user_paths import path_advice, user_path
+from peft_core.system.user_paths import ABSOLUTE, path_advice, similar_path, user_path
 from server.ask_client import ask
 
 TIMEOUT_S = 10.0  # for an answer that needs no person
@@ -108,16 +108,16 @@ def _resolve(field: str, text: str, roots: Sequence[Path] | None) -> str:
 
 
 def _refusal(field: str, text: str, different: Sequence[str], roots: Sequence[Path] | None) -> InvalidArgument:
-    advice = [advice] if (advice := path_advice(text)) else []
     if different:
-        places = _listed(different)
-        return InvalidArgument(field, text, f"the path must be absolute, because it could mean {places}")
-    if not roots:
-        why = "the path must be absolute: this client does not say in which directories it works"
-        return InvalidArgument(field, text, why, suggestions=advice)
-    where = f"{'this root' if len(roots) == 1 else 'these roots'} of the client: {_listed(list(map(str, roots)))}"
-    allowed = f"the path must be absolute, or exist in {where}"
-    return InvalidArgument(field, text, allowed, suggestions=advice)
+        return InvalidArgument(field, text, f"the path must be absolute, because it could mean {_listed(different)}")
+    suggestions = [similar for root in roots or () if (similar := similar_path(root / user_path(text)))][:1]
+    if not suggestions and (advice := path_advice(text)) not in (None, ABSOLUTE):
+        suggestions = [str(advice)]
+    allowed = "the path must be absolute: this client does not say in which directories it works"
+    if roots:
+        name = "this root" if len(roots) == 1 else "one of these roots"
+        allowed = f"the path must be absolute, or exist in {name} of the client: {_listed(list(map(str, roots)))}"
+    return InvalidArgument(field, text, allowed, suggestions=suggestions)
 
 
 def _listed(places: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ _WSL = re.compile(r"\\\\wsl(?:\$|\.localhost)\\[^\\]+\\?(.*)", re.IGNORECASE | r
 _URL = re.compile(r"(?:[a-z][a-z0-9+.-]*://|[\w.-]+@[\w.-]+:)\S+", re.IGNORECASE)
 _GIT_HOSTS = ("github.com", "gitlab.com", "bitbucket.org", "codeberg.org")
 _VARIABLE = re.compile(r"\$\{?\w+\}?|%\w+%")
+ABSOLUTE = "Give an absolute path"  # the advice about a text that may be a relative path
 _DATA_SET = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
@@ -58,7 +60,17 @@ def path_advice(given: str) -> str | None:
             f"If it is a data set on a hub: run `hf download --repo-type dataset {text}`, then give the path of its file. "
             "If it is a path: give an absolute one"
         )
-    return "Give an absolute path"
+    return ABSOLUTE
+
+
+def similar_path(path: Path) -> str | None:
+    """Return the suggestion of an existing path with a similar name."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return None
+    close = difflib.get_close_matches(path.name, names[:5_000], n=1)
+    return f"Did you mean {path.parent / close[0]}?" if close else None
 
 
 def _advice_on_windows(text: str) -> str | None:

@@ -104,6 +104,11 @@ async def test_a_relative_path_in_no_root_is_refused_with_the_roots(era: str, ro
     assert "web shop" in text_of(result)
 
 
+async def test_a_similar_name_in_a_root_is_suggested(roots: list[Path]) -> None:
+    result = await call("legacy", roots, training_data="doc")
+    assert text_of(result).endswith(f"Did you mean {roots[0] / 'docs'}? [invalid_argument]")
+
+
 @pytest.mark.parametrize(
     "unlisted", [None, [], ErrorData(code=INTERNAL_ERROR, message="no")], ids=["undeclared", "none", "error"]
 )
