@@ -57,7 +57,7 @@ async def test_adapters_are_listed_newest_first_with_verdict_and_age(data_dir: P
     add_adapter(data_dir, "web", age_days=2.5, verdict=Verdict.HELPS)
     add_adapter(data_dir, "api", age_days=0.25)
     listed = await list_resources(data_dir, era)
-    assert list(listed) == ["settings://training", "adapter://api", "adapter://web"]
+    assert [uri for uri in listed if uri.startswith("adapter://")] == ["adapter://api", "adapter://web"]
     assert listed["adapter://web"].title == "web: helps, 2 days old"
     assert listed["adapter://api"].title == "api: not evaluated, 6 hours old"
     assert listed["adapter://api"].annotations is not None
@@ -81,7 +81,7 @@ async def test_every_listed_resource_can_be_read(data_dir: Path, era: str) -> No
     store(data_dir).insert(make_job("20260101-000000-aaaaaa", status=Status.CANCELLED))
     async with Client(build_server(Settings(data_dir=data_dir)), mode=era) as client:
         resources = (await client.list_resources()).resources
-        assert len(resources) == 3
+        assert {"adapter://web", "training://20260101-000000-aaaaaa"} <= {resource.uri for resource in resources}
         for resource in resources:
             (content,) = (await client.read_resource(resource.uri)).contents
             assert content.text  # type: ignore[union-attr]

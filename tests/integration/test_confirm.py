@@ -72,7 +72,7 @@ def busy_runner(data_dir: Path) -> Iterator[None]:
 def long_training() -> dict[str, Any]:
     """The arguments of a training that takes hours."""
     records = [{"text": f"def function_{n}(value):\n    return value * {n} + {n * n}\n"} for n in range(80)]
-    return {"project_id": "web", "training_data": records, "config": {"max_steps": 1_000_000, "max_length": 128}}
+    return {"project_id": "web", "records": records, "config": {"max_steps": 1_000_000, "max_length": 128}}
 
 
 async def call(data_dir: Path, era: str, person: Person | None, tool: str, arguments: dict[str, Any]) -> CallToolResult:
@@ -208,14 +208,14 @@ async def test_the_roots_and_the_consent_are_asked_for_in_one_call(
 ) -> None:
     root = tmp_path / "root"
     root.mkdir()
-    records = "".join(json.dumps(record) + "\n" for record in long_training["training_data"])
+    records = "".join(json.dumps(record) + "\n" for record in long_training["records"])
     (root / "records.jsonl").write_text(records)
 
     async def list_roots(_: ClientRequestContext) -> ListRootsResult:
         return ListRootsResult(roots=[Root(uri=FileUrl(root.as_uri()))])
 
     person = Person("accept")
-    arguments = {**long_training, "training_data": "records.jsonl"}
+    arguments = {**long_training, "records": None, "training_data": "records.jsonl"}
     async with Client(
         build_server(Settings(data_dir=data_dir)),
         mode=era,
