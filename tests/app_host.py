@@ -132,6 +132,7 @@ class AppHost:
         await self.page.route("**/*", self._serve)
         await self.page.goto(HOST)
         await self.page.evaluate("values => open(values)", opening)
+        await self.page.wait_for_function("received.some(message => message.method === 'ui/notifications/initialized')")
 
     async def notify(self, method: str, params: dict[str, Any]) -> None:
         await self.page.evaluate("([method, params]) => notify(method, params)", [method, params])

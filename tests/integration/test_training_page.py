@@ -253,6 +253,8 @@ async def test_hostile_texts_are_shown_as_text(browser: Browser, client: Client,
                 await expect(app.locator("#message")).to_contain_text(marker)
             else:
                 await expect(app.locator("#problem")).to_contain_text(marker)
+            await app.locator("#facts summary").click()
+            await expect(app.locator("#facts dd")).not_to_have_count(0)
             assert await app.locator("main :is(img, script, iframe, object, a)").count() == 0
             assert await overflow(host) <= 0
             assert host.complaints == []
@@ -273,15 +275,20 @@ async def test_a_call_without_a_result_yet_shows_the_new_job_and_no_earlier_one(
         await expect(host.app.locator("#headline")).to_have_text("Training")
 
 
-async def test_a_task_is_followed_by_its_id(browser: Browser, client: Client, store: Store) -> None:
+@pytest.mark.parametrize(
+    "call", [("train_adapter", {"project_id": "web", "training_data": "/code"}), ("resume_training", {"job_id": JOB})]
+)
+async def test_a_task_is_followed_by_its_id(
+    browser: Browser, client: Client, store: Store, call: tuple[str, dict[str, str]]
+) -> None:
     start(store, until=2)
     async with app_host(browser, client) as host:
-        await host.open("train_adapter", {"project_id": "web", "training_data": "/code/web"}, gives_result=False)
-        await host.app.locator("#headline").wait_for()
+        await host.open(*call, gives_result=False)
         await host.notify("ui/notifications/tool-result", {"resultType": "task", "taskId": JOB, "status": "working"})
         await expect(host.app.locator("#headline")).to_have_text("Training")
-        await expect(host.app.locator("#headline")).to_have_text("Training")
-        assert (await host.calls("get_training_status"))[0]["job_id"] == JOB
+        store.append(JOB, step_completed(3))
+        await expect(host.app.locator("#pace")).to_contain_text("step 3")
+        assert (await host.calls("get_training_status"))[-1]["job_id"] == JOB
 
 
 async def test_a_host_that_passes_nothing_on_gets_no_buttons_and_no_calls(
