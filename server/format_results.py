@@ -17,7 +17,6 @@ from pydantic import BaseModel
 
 from peft_core.adapters.info import AdapterInfo
 from peft_core.schemas.dataset import describe_by_extension
-from peft_core.schemas.evaluation import Comparison, Evaluation
 from peft_core.schemas.export import ExportReport
 from peft_core.schemas.generation import Engine, Generation
 from peft_core.schemas.local_bases import LocalBase, LocalBases
@@ -28,9 +27,7 @@ from peft_core.schemas.results import (
     Compatibility,
     DataSample,
     DeletedAdapter,
-    Estimate,
     LoadedAdapter,
-    Status,
     TrainingDataReport,
     TrainingStatus,
     UnloadedAdapter,
@@ -38,7 +35,7 @@ from peft_core.schemas.results import (
 from peft_core.schemas.serving import Serving
 from peft_core.system.durations import rough_age
 from server.links import link_to_export, links_of_status
-from server.status_text import for_client, headline, subject
+from server.status_text import estimate_text, for_client, summarise
 
 RESULT_IN_META = "peft-mcp/result"
 MAX_NAMED_FILES = 20  # held-out files that the text names
@@ -302,54 +299,13 @@ def format_status(status: TrainingStatus, picture: bytes | None = None, *, is_ne
     `is_new`: whether this answers the request of the job, so that the data are described however far it has come.
     """
     status = for_client(status)
-    parts = [f"{subject(status)}: {headline(status)}."]
-    if status.training_data and (is_new or (not status.status.is_final and status.step == 0)):
-        purpose = "Training data" if status.kind == "training" else "Evaluation data"
-        parts.append(f"{purpose}: {status.training_data}. Base model: {status.base_model} on {status.device}.")
-        if status.estimate:
-            parts.append(estimate_text(status.estimate))
-    if status.evaluation and status.status is Status.COMPLETED:
-        parts.append(evaluation_text(status.evaluation))
-        if status.report_path:
-            parts.append(f"Report: {status.report_path}.")
     unchanged = frozenset() if is_new else REQUESTED if status.status.is_final else REQUESTED | CHOSEN
-    result = tool_result(status, " ".join(parts), unchanged=unchanged)
+    result = tool_result(status, summarise(status, is_new=is_new), unchanged=unchanged)
     if picture is not None:
         image = ImageContent(type="image", data=b64encode(picture).decode(), mime_type="image/png")
         result.content.append(image)
     result.content.extend(links_of_status(status))
     return result
-
-
-def estimate_text(estimate: Estimate) -> str:
-    time = f"about {max(1, round(estimate.seconds / 60))} min" if estimate.seconds else "unknown time"
-    steps = f"{estimate.steps} steps, " if estimate.steps else ""
-    chosen = f" {estimate.chosen}" if estimate.chosen else ""
-    return f"Estimate: {steps}{time}, {estimate.memory_bytes / 1e9:.1f} GB of memory ({estimate.basis}).{chosen}"
-
-
-def evaluation_text(evaluation: Evaluation) -> str:
-    """Return the measurements in one sentence. The verdict's reason already has the loss."""
-    percentages = (("next lines exact", evaluation.next_line), ("edit similarity", evaluation.edit_similarity))
-    parts = [
-        f"{name} {100 * comparison.base:.1f} -> {100 * comparison.adapter:.1f} %{_interval(comparison, percent=True)}"
-        for name, comparison in percentages
-        if comparison is not None
-    ]
-    if evaluation.general_loss is not None:
-        general = evaluation.general_loss
-        parts.append(f"loss on general code {general.base:.3f} -> {general.adapter:.3f}{_interval(general)}")
-    reason = evaluation.reason[:1].upper() + evaluation.reason[1:]
-    caveats = "".join(f" {caveat}" for caveat in evaluation.caveats)
-    return f"{reason}; {', '.join(parts)}; {evaluation.files} files, {evaluation.examples} examples.{caveats}"
-
-
-def _interval(comparison: Comparison, *, percent: bool = False) -> str:
-    if comparison.low is None or comparison.high is None:
-        return ""
-    if percent:
-        return f" ({100 * comparison.low:+.1f} to {100 * comparison.high:+.1f})"
-    return f" ({comparison.low:+.3f} to {comparison.high:+.3f})"
 
 
 def _mb(size_bytes: int) -> str:

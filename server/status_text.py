@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from peft_core.schemas.results import Phase, Status, TrainingStatus
+from peft_core.schemas.evaluation import Comparison, Evaluation
+from peft_core.schemas.results import Estimate, Phase, Status, TrainingStatus
 from peft_core.system.durations import format_duration, rough_duration
 
 MAX_HEADLINE = 200  # clients truncate longer progress messages
@@ -32,6 +33,24 @@ def for_client(status: TrainingStatus) -> TrainingStatus:
 def subject(status: TrainingStatus) -> str:
     """Return what the status is about: a project, or an evaluation of its adapter on other data."""
     return f"{status.project_id} (evaluation on {status.evaluated_on})" if status.evaluated_on else status.project_id
+
+
+def summarise(status: TrainingStatus, *, is_new: bool = False) -> str:
+    """Return the state of a job in sentences.
+
+    `is_new`: whether this answers the request of the job, so that the data are described however far it has come.
+    """
+    parts = [f"{subject(status)}: {headline(status)}."]
+    if status.training_data and (is_new or (not status.status.is_final and status.step == 0)):
+        purpose = "Training data" if status.kind == "training" else "Evaluation data"
+        parts.append(f"{purpose}: {status.training_data}. Base model: {status.base_model} on {status.device}.")
+        if status.estimate:
+            parts.append(estimate_text(status.estimate))
+    if status.evaluation and status.status is Status.COMPLETED:
+        parts.append(evaluation_text(status.evaluation))
+        if status.report_path:
+            parts.append(f"Report: {status.report_path}.")
+    return " ".join(parts)
 
 
 def headline(status: TrainingStatus) -> str:
@@ -69,3 +88,34 @@ def _training_line(status: TrainingStatus) -> str:
     if status.detail:
         parts.append(status.detail)
     return ", ".join(parts)
+
+
+def estimate_text(estimate: Estimate) -> str:
+    time = f"about {max(1, round(estimate.seconds / 60))} min" if estimate.seconds else "unknown time"
+    steps = f"{estimate.steps} steps, " if estimate.steps else ""
+    chosen = f" {estimate.chosen}" if estimate.chosen else ""
+    return f"Estimate: {steps}{time}, {estimate.memory_bytes / 1e9:.1f} GB of memory ({estimate.basis}).{chosen}"
+
+
+def evaluation_text(evaluation: Evaluation) -> str:
+    """Return the measurements in one sentence. The verdict's reason already has the loss."""
+    percentages = (("next lines exact", evaluation.next_line), ("edit similarity", evaluation.edit_similarity))
+    parts = [
+        f"{name} {100 * comparison.base:.1f} -> {100 * comparison.adapter:.1f} %{_interval(comparison, percent=True)}"
+        for name, comparison in percentages
+        if comparison is not None
+    ]
+    if evaluation.general_loss is not None:
+        general = evaluation.general_loss
+        parts.append(f"loss on general code {general.base:.3f} -> {general.adapter:.3f}{_interval(general)}")
+    reason = evaluation.reason[:1].upper() + evaluation.reason[1:]
+    caveats = "".join(f" {caveat}" for caveat in evaluation.caveats)
+    return f"{reason}; {', '.join(parts)}; {evaluation.files} files, {evaluation.examples} examples.{caveats}"
+
+
+def _interval(comparison: Comparison, *, percent: bool = False) -> str:
+    if comparison.low is None or comparison.high is None:
+        return ""
+    if percent:
+        return f" ({100 * comparison.low:+.1f} to {100 * comparison.high:+.1f})"
+    return f" ({comparison.low:+.3f} to {comparison.high:+.3f})"

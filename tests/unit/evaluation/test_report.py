@@ -17,7 +17,7 @@ from peft_core.evaluation.report import render_report, write_training_report
 from peft_core.schemas.evaluation import Comparison, Continuation, Verdict
 from peft_core.schemas.events import Evaluated, Event, HeldOutMeasured, RateLowered, StepCompleted
 from peft_core.schemas.training import TrainingConfig
-from server.format_results import evaluation_text
+from server.status_text import evaluation_text
 from tests.factories import make_base, make_evaluation, make_manifest
 
 VOID = {"meta", "br", "hr", "line", "circle", "polyline"}
