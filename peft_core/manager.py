@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Self
 
@@ -19,7 +20,7 @@ from peft_core.adapters.info import AdapterDocument, AdapterInfo
 from peft_core.adapters.registry import Registry
 from peft_core.adapters.service import AdapterService
 from peft_core.config import Settings
-from peft_core.errors import InvalidArgument
+from peft_core.errors import InvalidArgument, StorageError
 from peft_core.export.service import ExportService
 from peft_core.inference.client import ProgressCallback, TextCallback
 from peft_core.inference.service import InferenceService, TrainingNeed
@@ -42,9 +43,11 @@ from peft_core.schemas.results import (
     UnloadedAdapter,
 )
 from peft_core.schemas.serving import Serving, ServingStopped
+from peft_core.schemas.storage import DiskUsage
 from peft_core.schemas.training import DataSelection, EvaluatedAdapter, ProjectId, TrainingConfig
 from peft_core.schemas.validation import parse_config, parse_export_options, parse_generation, parse_selection
 from peft_core.serving.service import ServingService
+from peft_core.storage.service import StorageService
 
 POLL_INTERVAL_S = 0.25  # how often `watch_training` reads the status
 HEARTBEAT_S = 5.0  # after which it yields the status again, even if nothing changed
@@ -67,6 +70,7 @@ class PEFTManager:
         self._exports = ExportService(self.settings, self._adapters)
         self._inference = InferenceService(self.settings, self._adapters, self._training_need)
         self._serving = ServingService(self.settings, registry)
+        self._storage = StorageService(self.settings, registry)
 
     async def train_adapter(
         self,
@@ -355,6 +359,16 @@ class PEFTManager:
     async def stop_serving(self) -> ServingStopped:
         """End the endpoint after the requests that it is answering."""
         return await run_sync(self._serving.stop)
+
+    async def disk_usage(self, free: Sequence[str] = ()) -> DiskUsage:
+        """List what is kept in the data directory with its size, and free the items that `free` names.
+
+        What is in use is kept; the result says why. An item's `lost` says what is lost with it.
+        """
+        await self._inference.sync()
+        with suppress(StorageError):  # a full disk must not prevent that space is freed
+            await run_sync(self._jobs.ensure_runner)
+        return await run_sync(self._storage.usage, free, self._inference.require_unused)
 
     async def aclose(self) -> None:
         """Stop the inference worker if one runs. Jobs keep running."""

@@ -9,6 +9,7 @@
   logs/                                 runner.log
   inspections/                          temporary files of inspect_training_data
   base_models/{key}/                    base models converted from GGUF
+  base_models/{key}.f16.gguf            base models in F16 for llama.cpp
   jobs/{job_id}/                        task.json, records.jsonl, dataset/, base_scores.json, checkpoint/,
                                         adapter/ (until published), report.html (of an evaluation), train.log
   projects/{project_id}/lora/
@@ -17,6 +18,8 @@
     .lock                               held while an adapter is published or deleted
   projects/{project_id}/exports/
     {adapter_id}/{target}/              an exported adapter
+  .NAME.in_use                          beside a converted base, an adapter or a job: held by processes that read it
+  .freed.*                              renamed there to be deleted (storage/)
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from server.links import without_unknown_content
 from server.prompts import PROMPTS
 from server.resources import TrainingUpdates, add_adapter_resource, add_settings_resource, add_training_resource
 from server.tasks import Tasks
-from server.tools import adapters, base_models, export, inference, serving, training
+from server.tools import adapters, base_models, export, inference, serving, storage, training
 from server.training_page import add_report_resource, training_app
 
 INSTRUCTIONS = (
@@ -42,7 +42,15 @@ INSTRUCTIONS = (
     "Jobs keep running after you disconnect and are found again by project id; list_adapters shows all adapters and which "
     "are loaded."
 )
-TOOLS = [*base_models.TOOLS, *training.TOOLS, *adapters.TOOLS, *inference.TOOLS, *export.TOOLS, *serving.TOOLS]
+TOOLS = [
+    *base_models.TOOLS,
+    *training.TOOLS,
+    *adapters.TOOLS,
+    *inference.TOOLS,
+    *export.TOOLS,
+    *serving.TOOLS,
+    *storage.TOOLS,
+]
 EXIT_GRACE_S = 1.0  # after the client closed stdin; clients wait two seconds before they send signals
 
 

@@ -33,6 +33,7 @@ from peft_core.schemas.results import (
     UnloadedAdapter,
 )
 from peft_core.schemas.serving import Serving
+from peft_core.schemas.storage import DiskUsage, size_in_words
 from peft_core.system.durations import rough_age
 from server.links import link_to_export, links_of_status
 from server.status_text import estimate_text, for_client, summarise
@@ -213,6 +214,20 @@ def format_serving(serving: Serving) -> CallToolResult:
         in_summary=frozenset({"usage"}),
         ending="\n",
     )
+
+
+def format_disk_usage(usage: DiskUsage) -> CallToolResult:
+    """Show a line for each item."""
+    result = tool_result(usage, usage.summary, in_summary=frozenset({"items", "freed", "kept"}))
+    lines = [
+        f"- {item.name}: {size_in_words(item.bytes)}. {item.description} "
+        f"{f'Kept: {item.reason}' if item.reason else f'If freed: {item.lost}'}"
+        for item in usage.items
+    ]
+    if usage.omitted_items:
+        lines.append(f"- and {usage.omitted_items} smaller ones")
+    result.content.insert(1, TextContent(type="text", text="\n".join(lines)))
+    return result
 
 
 def format_bases(listed: LocalBases) -> CallToolResult:

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from peft_core.adapters.manifest import CONFIG, MANIFEST_NAME, WEIGHTS, Manifest, read_manifest
 from peft_core.base_models.hub_cache import find_snapshot, parse_hub_ref
-from peft_core.errors import AdapterNotFound, StorageError, unwritable
+from peft_core.errors import AdapterInUse, AdapterNotFound, StorageError, unwritable
 from peft_core.paths import DataPaths
 from peft_core.schemas.evaluation import Verdict
 from peft_core.schemas.results import AdapterSummary, DeletedAdapter
+from peft_core.system import in_use
 from peft_core.system.allowed_paths import require_allowed
 from peft_core.system.files import fsync_directory, fsync_file
 from peft_core.system.lock import FileLock
@@ -92,13 +93,20 @@ class Registry:
 
         Raises:
             AdapterNotFound: the project has no adapter with this id.
+            AdapterInUse: a process has loaded it, or exports or evaluates it.
             StorageError: the directory is not writable, or another process keeps it locked.
         """
         path = self.require(project_id, adapter_id)
         renamed = path.with_name(f".deleted.{adapter_id}.{secrets.token_hex(4)}")
         try:
-            with self._project_lock(project_id):
+            with self._project_lock(project_id), in_use.unused(path) as is_unused:
                 self.require(project_id, adapter_id)  # again: another process may have deleted it
+                if not is_unused:
+                    raise AdapterInUse(
+                        f"Adapter {adapter_id} is used by another process, so it was not deleted: it is loaded in another "
+                        "server or in the endpoint, or is being exported or evaluated.",
+                        suggestions=["Call stop_serving or unload_adapter there, or wait", "Then delete it again"],
+                    )
                 if self._current(project_id) == adapter_id:
                     self._replace_current(project_id, adapter_id)
                 freed = sum(map(size_of, path.iterdir()))

@@ -44,6 +44,7 @@ class ExportRequest(FrozenModel):
     base_models_dir: Path  # cache of converted base models
     ollama: OllamaPlan | None = None  # for that target
     vllm: VllmPlan | None = None  # for that target
+    in_use: tuple[Path, ...] = ()  # what it reads of the data directory, and which is not deleted meanwhile
     lock: Path  # held during an export: one at a time
 
 

@@ -78,7 +78,8 @@ class ExportService:
             for field in ("model_name", "vllm_address"):
                 if getattr(options, field) is not None:
                     raise InvalidArgument(field, getattr(options, field), f"is not used with to={target!r}; omit it")
-        held_out = paths.job(directory.name).dataset / "held_out.jsonl"
+        job = paths.job(directory.name)
+        held_out = job.dataset / "held_out.jsonl"
         trained_here = directory.is_relative_to(paths.projects)
         return ExportRequest(
             adapter_path=directory,
@@ -91,6 +92,7 @@ class ExportService:
             overwrite=options.overwrite,
             token=secrets.token_hex(4),
             held_out=held_out if trained_here and held_out.is_file() else None,
+            in_use=(directory, job.root) if trained_here else (),
             base_models_dir=paths.base_models,
             ollama=ollama,
             vllm=plan_vllm(options, self._settings) if target == "vllm" else None,

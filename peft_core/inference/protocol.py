@@ -24,6 +24,9 @@ class WorkerConfig(FrozenModel):
     """The worker's only command-line argument, as JSON."""
 
     base_models_dir: Path  # cache of converted base models
+    projects_dir: Path | None = (
+        None  # of the adapters that were trained here, and which are not deleted while they are loaded
+    )
     max_resident_adapters: int
     idle_s: float
     device: DeviceName = "auto"

@@ -42,6 +42,7 @@ class InferenceService:
         self._loading: Counter[Path] = Counter()  # adapters with a load in progress
         config = WorkerConfig(
             base_models_dir=settings.paths.base_models,
+            projects_dir=settings.paths.projects,
             max_resident_adapters=settings.max_resident_adapters,
             idle_s=settings.idle_unload_s,
             engine=settings.engine,

@@ -7,7 +7,8 @@ import shutil
 from peft_core.adapters.registry import Registry
 from peft_core.jobs.store import Store
 from peft_core.paths import DataPaths
-from peft_core.system.cleanup import prune_inspections, remove_older
+from peft_core.system import in_use
+from peft_core.system.cleanup import FREED, prune_inspections, remove_older
 
 LEFT_BEHIND_S = 86_400.0  # unknown files that have not changed for this long were left behind by a killed process
 
@@ -27,7 +28,9 @@ def prune(store: Store, registry: Registry, paths: DataPaths, *, keep: int) -> N
             shutil.rmtree(files, ignore_errors=True)
             store.delete_events(job.job_id)
     known = store.job_ids()
-    unknown_jobs = (path for path in paths.root.glob("jobs/*") if path.name not in known)
+    unknown_jobs = (
+        path for path in paths.root.glob("jobs/*") if path.name not in known and path.suffix != in_use.SUFFIX
+    )
     draft_databases = paths.root.glob(".peft.db.*")
     unfinished_moves = (
         path
@@ -35,5 +38,6 @@ def prune(store: Store, registry: Registry, paths: DataPaths, *, keep: int) -> N
         for name in (".current.*", ".deleted.*")
         for path in directory.glob(name)
     )
-    remove_older((*unknown_jobs, *draft_databases, *unfinished_moves), LEFT_BEHIND_S)
+    freed = (*paths.base_models.glob(f"{FREED}*"), *paths.projects.glob(f"*/exports/*/{FREED}*"))
+    remove_older((*unknown_jobs, *draft_databases, *unfinished_moves, *freed), LEFT_BEHIND_S)
     prune_inspections(paths)

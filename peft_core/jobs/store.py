@@ -155,6 +155,13 @@ class Store:
             query = "DELETE FROM jobs WHERE job_id = ? AND status NOT IN (?, ?)"
             return db.execute(query, (job_id, *UNFINISHED)).rowcount > 0
 
+    @contextmanager
+    def while_ended(self, job_id: str) -> Iterator[bool]:
+        """Yield whether a job has ended, or never existed; it is neither queued nor resumed while the block runs."""
+        with self._transaction() as db:
+            row = db.execute("SELECT status FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
+            yield row is None or row[0] not in UNFINISHED
+
     # -- reading jobs --------------------------------------------------------------------------------------------------
 
     def get(self, job_id: str) -> Job:

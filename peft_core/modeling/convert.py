@@ -35,6 +35,7 @@ from peft_core.base_models.fingerprint import fingerprint
 from peft_core.base_models.gguf_model import hugging_face_name, permuted_heads
 from peft_core.errors import StorageError
 from peft_core.schemas.base_model import Base
+from peft_core.system import in_use
 from peft_core.system.files import fsync_directory, fsync_file, open_regular, read_exactly
 from peft_core.system.lock import FileLock
 
@@ -48,7 +49,7 @@ def ensure_hf_directory(base: Base, cache_dir: Path, report: Callable[[str], Non
     """Return the Hugging Face directory of a base model: its own, or one converted from GGUF and cached in `cache_dir`.
 
     `report` receives a sentence before each step that takes long. One conversion at a time runs in `cache_dir`; a second
-    process waits and then uses the result.
+    process waits and then uses the result. This process holds a converted directory (`system.in_use`).
 
     Raises:
         BaseCheckpointError: The files have changed since they were resolved, or cannot be converted.
@@ -59,9 +60,10 @@ def ensure_hf_directory(base: Base, cache_dir: Path, report: Callable[[str], Non
     if base.format == "huggingface":
         return base.path
     target = cache_dir / conversion_key(base)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    in_use.hold(target)
     if target.is_dir():
         return target
-    cache_dir.mkdir(parents=True, exist_ok=True)
     with _conversion_lock(cache_dir, report):
         if target.is_dir():
             return target
@@ -71,7 +73,7 @@ def ensure_hf_directory(base: Base, cache_dir: Path, report: Callable[[str], Non
         report(f"Converting {base.name} from GGUF, once, to {4 * base.shape.parameters / 1e6:.0f} MB in {cache_dir}")
         temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=cache_dir))
         try:
-            _convert(read_checkpoint(base.path), temporary)
+            _convert(read_checkpoint(base.path), temporary, base.name)
             if cache_dir / conversion_key(base) != target:
                 raise unusable(base.path, "its files have changed while they were converted", "Repeat the request")
             for file in temporary.iterdir():
@@ -133,21 +135,25 @@ def _check_space(cache_dir: Path, base: Base) -> None:
         )
 
 
-def _convert(checkpoint: Checkpoint, target: Path) -> None:
+def _convert(checkpoint: Checkpoint, target: Path, name: str) -> None:
     settings = {name: value for name, value in checkpoint.config.items() if name != "model_type"}
     config = AutoConfig.for_model(checkpoint.config["model_type"], **settings, dtype="float32")
     _check_names(checkpoint, config)
     config.save_pretrained(target)
-    _write_rope_theta_for_mlx(target / "config.json")
+    _add_to_config(target / "config.json", name)
     _generation_config(checkpoint, config).save_pretrained(target)
     with (target / "model.safetensors").open("wb") as file:
         _write_weights(checkpoint, file)
     _tokenizer(checkpoint, target).save_pretrained(target)
 
 
-def _write_rope_theta_for_mlx(path: Path) -> None:
-    """Repeat the base of the rotary embedding where mlx-lm and transformers 4 read it; mlx-lm would silently take 10 000."""
+def _add_to_config(path: Path, name: str) -> None:
+    """Add the model's name, which people see, and the base of the rotary embedding where mlx-lm and transformers 4 read it.
+
+    mlx-lm would silently take 10 000.
+    """
     config = json.loads(path.read_text(encoding="utf-8"))
+    config["_name_or_path"] = name
     config["rope_theta"] = config["rope_parameters"]["rope_theta"]
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from peft_core.paths import DataPaths
 
+FREED = ".freed."  # the beginning of the names of what is being deleted (storage/)
 LEFT_BEHIND_INSPECTION_S = 3_600.0  # an inspection takes minutes
 
 

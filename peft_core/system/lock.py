@@ -24,10 +24,14 @@ _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, err
 
 
 class FileLock:
-    """An exclusive lock on a file, which is created if it does not exist. As a context manager it is released at the end."""
+    """A lock on a file, which is created if it does not exist. As a context manager it is released at the end.
 
-    def __init__(self, path: Path) -> None:
+    `shared`: other processes may hold it as well, if they share it too.
+    """
+
+    def __init__(self, path: Path, *, shared: bool = False) -> None:
         self._path = path
+        self._operation = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
         self._descriptor: int | None = None
 
     def acquire(self, timeout_s: float = 0.0) -> bool:
@@ -38,12 +42,12 @@ class FileLock:
         """
         deadline = time.monotonic() + timeout_s
         try:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise unwritable(self._path.parent, error) from error
         while True:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, self._operation)
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     os.close(descriptor)

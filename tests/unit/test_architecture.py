@@ -43,7 +43,8 @@ MAY_IMPORT = {
     | {"modeling", "ollama", "planning", "vllm"},
     "jobs": FOUNDATION | {"adapters", "evaluation", "planning"},
     "serving": FOUNDATION | {"adapters"},
-    "manager": FOUNDATION | {"adapters", "export", "inference", "jobs", "serving"},
+    "storage": FOUNDATION | {"adapters", "jobs"},
+    "manager": FOUNDATION | {"adapters", "export", "inference", "jobs", "serving", "storage"},
     "endpoint": FOUNDATION | {"manager", "serving"},
     "server": FOUNDATION | {"adapters", "endpoint", "manager", "serving"},
 }

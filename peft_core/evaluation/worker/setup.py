@@ -22,6 +22,7 @@ from peft_core.paths import DataPaths, JobPaths
 from peft_core.schemas.events import Emit, PhaseStarted
 from peft_core.schemas.results import Phase
 from peft_core.schemas.task import TrainingTask
+from peft_core.system import in_use
 from peft_core.system.allowed_paths import require_allowed, require_data_path
 from peft_core.system.cancellation import StopFlag
 
@@ -117,10 +118,12 @@ def require_source(task: TrainingTask, source: Path) -> None:
 
 
 def require_adapter(task: TrainingTask, adapter: Path) -> None:
-    """Check when the job runs that the adapter to evaluate may be read. Adapters published here always may.
+    """Check when the job runs that the adapter to evaluate may be read. Adapters published here always may, and are held.
 
     Raises:
         InvalidArgument: `outside_allowed_roots`.
     """
     published = () if task.data_dir is None else (DataPaths(task.data_dir).projects,)
     require_allowed("adapter_path", adapter, task.allowed_roots, also=published)
+    if any(adapter.is_relative_to(projects) for projects in published):
+        in_use.hold(adapter)

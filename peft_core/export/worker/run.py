@@ -25,6 +25,7 @@ from peft_core.export.worker.vllm_load import load_in_vllm
 from peft_core.llamacpp.worker.lora_pairs import read_lora
 from peft_core.schemas.export import ExportedFile, ExportReport, ExportTarget, LoadedInVllm
 from peft_core.schemas.results import NextStep
+from peft_core.system import in_use
 from peft_core.system.files import atomic_write
 from peft_core.system.lock import FileLock
 
@@ -57,6 +58,8 @@ def export(request: ExportRequest, report: Report) -> ExportReport:
         report(min(stage, STAGES - 1), STAGES, message)
         stage += 1
 
+    for path in request.in_use:
+        in_use.hold(path)
     with FileLock(request.lock) as lock:
         if not lock.acquire():
             say("waiting for another export")

@@ -47,6 +47,11 @@ class AdapterCache:
             memory_bytes=memory_bytes(),
         )
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The directories of the adapters, and what the base model is read from."""
+        return (*self.entries, *(self.model.files if self.model else ()))
+
     def is_on(self, base: Base) -> bool:
         """Return whether this base model is resident. The path counts too: a copy may have another vocabulary."""
         if self.model is None:

@@ -38,6 +38,7 @@ from peft_core.schemas.results import (
     UnloadedAdapter,
     nothing_was_loaded,
 )
+from peft_core.system import in_use
 
 ProgressCallback = Callable[..., None]
 """Takes (done, total, message), and `text`, a function that returns the text so far; raises if the request was cancelled."""
@@ -67,19 +68,24 @@ class RequestHandler:
         Raises:
             PeftMcpError: the request failed; the adapters in memory are unchanged.
         """
-        match request:
-            case Load():
-                return self._load(request, on_progress)
-            case Unload():
-                return self._unload(request)
-            case Generate():
-                return self._generate(request, on_progress)
+        try:
+            match request:
+                case Load():
+                    return self._load(request, on_progress)
+                case Unload():
+                    return self._unload(request)
+                case Generate():
+                    return self._generate(request, on_progress)
+        finally:
+            in_use.keep_only(self._cache.files)
 
     # -- load ----------------------------------------------------------------------------------------------------------
 
     def _load(self, request: Load, on_progress: ProgressCallback) -> LoadedAdapter:
         started = time.monotonic()
         path, cache = request.adapter_path, self._cache
+        if self._config.projects_dir is not None and path.is_relative_to(self._config.projects_dir):
+            in_use.hold(path)
         state = file_state(path)
         entry = cache.entries.get(path)
         accepted = entry is not None and (entry.compatibility.compatible or request.insist)
@@ -131,7 +137,8 @@ class RequestHandler:
         if engine == "llamacpp":
             return LlamaModel.load(base, self._config.base_models_dir, reason, say), "cold"
         directory = ensure_hf_directory(base, self._config.base_models_dir, say)
-        return TorchModel(ResidentModel.load(base, directory, self._plan), self._thread_tuner, reason), "cold"
+        model = ResidentModel.load(base, directory, self._plan)
+        return TorchModel(model, directory, self._thread_tuner, reason), "cold"
 
     def _add_adapter(
         self, model: LoadedModel, files: AdapterFiles, on_progress: ProgressCallback

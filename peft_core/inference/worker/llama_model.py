@@ -38,8 +38,8 @@ _names = (f"adapter_{number}" for number in itertools.count())
 class LlamaModel:
     """A `LoadedModel` in llama.cpp."""
 
-    def __init__(self, base: Base, tokenizer: BaseTokenizer, file: Path, engine_reason: str) -> None:
-        """Start llama.cpp without adapters. `file`: the base model in F16.
+    def __init__(self, base: Base, tokenizer: BaseTokenizer, files: tuple[Path, Path], engine_reason: str) -> None:
+        """Start llama.cpp without adapters. `files`: the base model in F16, and the directory of its tokenizer.
 
         Raises:
             InferenceError: llama.cpp refuses the file.
@@ -47,7 +47,7 @@ class LlamaModel:
         self.base = base
         self.tokenizer = tokenizer
         self.engine_reason = engine_reason
-        self._file = file
+        self.files = files
         self._loras: dict[str, Lora] = {}
         self._positions: dict[str, int] = {}  # in the running server, which may have removed ones too
         self._selected: str | None = None
@@ -63,9 +63,10 @@ class LlamaModel:
         """
         # kill-point: inference worker, load_adapter: llama.cpp's file of the base model is about to be looked for
         file = base_in_f16(base, base_models_dir, say)
-        tokenizer = load_tokenizer(ensure_hf_directory(base, base_models_dir, say))
+        directory = ensure_hf_directory(base, base_models_dir, say)
+        tokenizer = load_tokenizer(directory)
         require_rows(tokenizer, base)
-        return cls(base, tokenizer, file, engine_reason)
+        return cls(base, tokenizer, (file, directory), engine_reason)
 
     @property
     def engine(self) -> Engine:
@@ -136,7 +137,7 @@ class LlamaModel:
             paths = [Path(directory, f"{name}.gguf") for name in loras]
             for path, lora in zip(paths, loras.values(), strict=True):
                 write_gguf_lora(lora, self.base, path)
-            return LlamaServer(self._file, paths, context=self.context_length, threads=threads_for(self.base))
+            return LlamaServer(self.files[0], paths, context=self.context_length, threads=threads_for(self.base))
 
     def _probe(self, server: LlamaServer, adapter: int | None) -> Mapping[int, float]:
         """Return log-probabilities of the likeliest tokens after a fixed text."""

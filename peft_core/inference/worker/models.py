@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 from peft_core.adapters.files import AdapterFiles
@@ -58,6 +59,11 @@ class LoadedModel(Protocol):
     @property
     def engine_reason(self) -> str:
         """Why this engine was chosen."""
+        ...
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files or directories of the base model that it reads, the model's own or converted ones."""
         ...
 
     @property

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class TorchModel:
     """A `LoadedModel` in torch."""
 
     resident: ResidentModel
+    directory: Path  # of the base model
     thread_tuner: DecodeThreadTuner
     engine_reason: str
 
@@ -44,6 +46,10 @@ class TorchModel:
     @property
     def tokenizer(self) -> BaseTokenizer:
         return self.resident.tokenizer
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.directory,)
 
     @property
     def context_length(self) -> int:

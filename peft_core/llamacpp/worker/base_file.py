@@ -13,6 +13,7 @@ from peft_core.llamacpp.worker.hf_gguf import can_write, write_hf_gguf
 from peft_core.llamacpp.worker.model_gguf import file_bytes, is_exact, require_space, write_model_gguf
 from peft_core.modeling.convert import conversion_key
 from peft_core.schemas.base_model import Base
+from peft_core.system import in_use
 
 
 def can_write_base(base: Base, *, for_text: bool = False) -> bool:
@@ -22,6 +23,8 @@ def can_write_base(base: Base, *, for_text: bool = False) -> bool:
 
 def base_in_f16(base: Base, cache: Path, say: Callable[[str], None]) -> Path:
     """Return the base model's own file if it is not quantised, otherwise one that is written once beside the converted bases.
+
+    This process holds such a file (`system.in_use`).
 
     Args:
         base: A base model for which `can_write_base` is true.
@@ -35,9 +38,10 @@ def base_in_f16(base: Base, cache: Path, say: Callable[[str], None]) -> Path:
     if is_exact(base):
         return base.path
     target = cache / f"{_key(base)}.f16.gguf"
+    cache.mkdir(parents=True, exist_ok=True)
+    in_use.hold(target)
     if target.is_file():
         return target
-    cache.mkdir(parents=True, exist_ok=True)
     require_space(cache, file_bytes(base, "f16"), f"Writing {base.name} in F16 for llama.cpp")
     say(f"writing {base.name} in F16 for llama.cpp, once")
     temporary = cache / f".{target.name}.{secrets.token_hex(4)}"
