@@ -11,6 +11,21 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from peft_core.paths import DataPaths
 
+# Variables that are not ours, but say where models and servers are. Blank ones of other names may have a meaning:
+# CUDA_VISIBLE_DEVICES="" hides all GPUs.
+_READ_BY_LIBRARIES = ("HF_", "HUGGINGFACE_", "LLAMA_CACHE", "OLLAMA_", "OMP_NUM_THREADS", "TRANSFORMERS_", "XDG_")
+
+
+def remove_blank_variables() -> None:
+    """Remove blank variables of libraries from this process's environment, so that they count as unset, as our own do.
+
+    With HF_HOME="" the cache of the Hugging Face Hub would be the directory `hub` in the working directory.
+    """
+    for name in [
+        name for name, value in os.environ.items() if name.startswith(_READ_BY_LIBRARIES) and not value.strip()
+    ]:
+        del os.environ[name]
+
 
 class Settings(BaseSettings):
     """Settings of the user, for all requests. Settings of one training are in `schemas.training.TrainingConfig`."""

@@ -6,7 +6,7 @@ import sys
 
 from pydantic import ValidationError
 
-from peft_core.config import Settings
+from peft_core.config import Settings, remove_blank_variables
 from peft_core.system.child_process import make_files_private
 
 DESCRIPTION = """\
@@ -69,6 +69,7 @@ def serve(settings: Settings, port: int) -> int:
 
 def main() -> None:
     port = parse_arguments() if sys.argv[1:] else None
+    remove_blank_variables()
     try:
         settings = Settings()
     except ValidationError as error:
