@@ -86,7 +86,7 @@ def parse_export_options(options: ExportOptions | Mapping[str, Any] | None) -> E
 
 
 def omit_unset(values: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
-    """Return `values` without the fields of `model` that are null or, if optional, an empty text; in nested models too.
+    """Return `values` without the fields of `model` that are null or, if optional, an empty text or list; in nested models too.
 
     Clients whose schemas make every field required send these for what the user did not set.
     """
@@ -101,7 +101,7 @@ def omit_unset(values: Mapping[str, Any], model: type[BaseModel]) -> dict[str, A
             and issubclass(field.annotation, BaseModel)
         ):
             given[name] = omit_unset(value, field.annotation)
-        elif value is not None and (value != "" or field.is_required() or name in TEXT_FIELDS):
+        elif value is not None and (value not in ("", []) or field.is_required() or name in TEXT_FIELDS):
             given[name] = value
     return given
 
@@ -111,7 +111,10 @@ def invalid_argument(error: ValidationError, schema: Mapping[str, Any], prefix: 
     problems = _merge_alternatives(error.errors(include_url=False))
     first, *others = [_describe(problem, schema, prefix) for problem in problems[:MAX_LISTED]]
     field, value, allowed = first
-    suggestions = [f"Also: {other[0]} = {other[1]!r} cannot be used: {other[2]}" for other in others]
+    suggestions = [
+        f"Also: {name} {'is missing' if value is None else f'= {value!r} cannot be used'}: {allowed}"
+        for name, value, allowed in others
+    ]
     return InvalidArgument(field, value, allowed, suggestions=[*suggestions, "Correct it and call again"])
 
 
@@ -180,7 +183,7 @@ def _describe(problem: ErrorDetails, schema: Mapping[str, Any], prefix: Sequence
         case "extra_forbidden":
             return field, problem["input"], _no_such_field(str(path[-1]), parent, nested=len(prefix) + len(path) > 1)
         case "missing":
-            return field, None, f"it is required{_must_be(own, schema, ' and must be ')}"
+            return field, None, f"it {_must_be(own, schema, 'must be ') or 'is required'}"
         case "value_error":
             return (
                 field,
