@@ -47,9 +47,9 @@ Complete the code in {file!r} with the adapter of project {project_id!r}, with t
    current adapter is not 'helps', say so and continue.
 2. Call load_adapter(adapter_path={project_id!r}). If status is 'fallback', report the reason and stop.
 3. Read the file. The text to continue is the code before the line that I gave, or the whole file: at most the last 80 lines,
-   from the beginning of a definition. Training examples begin with a comment that holds the file's path in the repository, in
-   the file's own comment syntax (`# src/app.py`, `// src/app.ts`): write it as the first line.
-4. Call generate(prompt=..., max_new_tokens=128, compare_with_base=true).
+   from the beginning of a definition.
+4. Call generate(prompt=..., file_path=..., max_new_tokens=128, compare_with_base=true), where file_path is the file's path in
+   the repository.
 5. Show the adapter's completion as code. Say in one sentence how the base model's differs, and whether the completion names
    anything that the repository does not have. Do not change the file before I agree.
 """

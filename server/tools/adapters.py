@@ -10,6 +10,7 @@ from mcp.types import CallToolResult
 from pydantic import Field
 
 from peft_core.adapters.info import AdapterInfo
+from peft_core.errors import sanitize
 from peft_core.manager import PEFTManager
 from peft_core.schemas.results import AdapterList, AdapterSummary, DeletedAdapter
 from peft_core.schemas.training import ProjectId
@@ -75,7 +76,7 @@ def deletion_question(project_id: str, adapter_id: str, adapters: Sequence[Adapt
         )
     ]
     known = f" ({', '.join(filter(None, facts))})" if facts else ""
-    return f"Delete adapter {adapter_id} of project {project_id}{known}? This cannot be undone."
+    return f"Delete adapter {sanitize(adapter_id)} of project {project_id}{known}? This cannot be undone."
 
 
 TOOLS = [

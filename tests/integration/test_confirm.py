@@ -10,6 +10,7 @@ from typing import Any, Literal
 import anyio
 import pytest
 from mcp.client import Client
+from mcp.client.extension import advertise
 from mcp.client.session import ClientRequestContext
 from mcp.types import (
     CallToolResult,
@@ -26,6 +27,7 @@ from peft_core.adapters.manifest import write_manifest
 from peft_core.config import Settings
 from peft_core.system.lock import FileLock
 from server.app import build_server
+from server.tasks import EXTENSION_ID
 from tests.clients import text_of
 from tests.factories import make_manifest
 from tests.model_files import write_adapter
@@ -225,3 +227,25 @@ async def test_the_roots_and_the_consent_are_asked_for_in_one_call(
         result = await client.call_tool("train_adapter", arguments)
     assert not result.is_error, text_of(result)
     assert len(person.asked) == 1
+
+
+async def test_a_client_that_follows_tasks_is_asked_for_its_roots_before_a_task_is_created(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    asked = []
+
+    async def list_roots(_: ClientRequestContext) -> ListRootsResult:
+        asked.append("roots")
+        return ListRootsResult(roots=[Root(uri=FileUrl(tmp_path.as_uri()))])
+
+    (tmp_path / "taken").write_text("in the way")
+    async with Client(
+        build_server(Settings(data_dir=data_dir)),
+        mode="2026-07-28",
+        list_roots_callback=list_roots,
+        extensions=[advertise(EXTENSION_ID)],
+    ) as client:
+        result = await client.call_tool("load_adapter", {"adapter_path": "./taken"})
+    assert asked == ["roots"]
+    assert result.is_error
+    assert f"{tmp_path / 'taken'} is a file" in text_of(result)

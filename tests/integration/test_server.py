@@ -277,7 +277,11 @@ BAD_INPUT: list[tuple[str, dict[str, Any], list[str]]] = [
         ["base_model = '/no/such'"],
     ),
     ("evaluate_adapter", {"adapter_path": "web", "evaluation_data": "/x"}, ["No adapter at 'web'"]),
-    ("evaluate_adapter", {"adapter_path": "ADAPTER", "evaluation_data": "/x"}, ["base_model is missing", "Set base_model"]),
+    (
+        "evaluate_adapter",
+        {"adapter_path": "ADAPTER", "evaluation_data": "/x"},
+        ["base_model is missing", "Set base_model"],
+    ),
     ("evaluate_adapter", {"adapter_path": "web"}, ["evaluation_data", "required"]),
     ("load_adapter", {"adapter_path": "web"}, ["No adapter at 'web'"]),
     ("load_adapter", {"adapter_path": "ADAPTER"}, ["base_model is missing", "Set base_model"]),
