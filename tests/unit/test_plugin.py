@@ -47,7 +47,7 @@ def test_a_file_is_valid_against_the_public_schema_that_it_names(path: Path, sch
 
 
 def lint(directory: Path) -> subprocess.CompletedProcess[str]:
-    """Check the files of Claude Code and Agent Skills, for which no schema is published that could be copied."""
+    """Check the files of Claude Code and the skill by the rules of their documentation."""
     command = [
         sys.executable,
         "-m",
