@@ -306,6 +306,24 @@ async def test_a_host_that_passes_nothing_on_gets_no_buttons_and_no_calls(
         assert host.complaints == []
 
 
+async def test_a_poll_that_fails_is_explained_and_repeated(browser: Browser, client: Client, store: Store) -> None:
+    start(store, until=2)
+    async with app_host(browser, client) as host:
+        await host.open(*STATUS)
+        await expect(host.app.locator("#trained")).to_be_visible()  # then nothing but the next poll is to come
+        await host.page.evaluate("""() => {
+            const toServer = window.toServer;
+            window.toServer = async () => {
+                window.toServer = toServer;
+                return { error: { code: -32000, message: "The line is down." } };
+            };
+        }""")
+        await expect(host.app.locator("#problem")).to_have_text("The line is down.")
+        store.append(JOB, step_completed(3))
+        await expect(host.app.locator("#pace")).to_contain_text("step 3")
+        await expect(host.app.locator("#problem")).to_be_hidden()
+
+
 async def test_an_error_of_the_call_is_shown(browser: Browser, client: Client, store: Store) -> None:
     async with app_host(browser, client) as host:
         await host.open("get_training_status", {"project_id": "nothing here", "wait_s": 0})
