@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 from pydantic import ValidationError
@@ -82,6 +83,8 @@ def main() -> None:
         sys.exit(serve(settings, port))
     from server.app import build_server, exit_when_stdin_closes  # noqa: PLC0415 -- invalid settings are reported without it
 
+    # Before the SDK does it with rich, which breaks each message into lines of 80 columns for clients' log files.
+    logging.basicConfig(stream=sys.stderr, level=settings.log_level, format="%(asctime)s %(levelname)s %(message)s")
     server = build_server(settings)
     exit_when_stdin_closes(sys.stdin.fileno())
     server.run("stdio")

