@@ -46,7 +46,7 @@ class DiskUsage(FrozenModel):
     total_bytes: int
     free_bytes: int = Field(description="Free space on the disk of the data directory.")
     items: list[DiskItem] = Field([], description="Largest first.")
-    omitted_items: int = Field(0, description="Smaller items that are not listed.")
+    omitted_items: int | None = Field(None, description="Number of smaller items that are not listed.")
     freed: list[FreedItem] = Field([])
     kept: list[KeptItem] = Field([], description="Named items that were not freed.")
     next: str = ""

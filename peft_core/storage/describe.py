@@ -24,6 +24,7 @@ from peft_core.system.files import read_small
 EXPORT_MANIFEST = "export.json"
 F16_SUFFIX = ".f16.gguf"
 MAX_CONFIG_BYTES = 1 << 20
+MAX_DESCRIPTION = 300  # characters
 _WORDS = {
     "logs": "Logs of the runner, the inference process, exports and the endpoint.",
     "leftovers": "Temporary files that killed processes left behind.",
@@ -60,10 +61,10 @@ class Surroundings:
             name=item.name,
             kind=item.kind,
             bytes=item.bytes,
-            description=description,
+            description=sanitize(description, limit=MAX_DESCRIPTION),
             can_free=not reason,
             reason=reason,
-            lost=lost,
+            lost="" if reason else lost,
         )
 
     # -- words ---------------------------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ class Surroundings:
             case "job":
                 return self._describe_job(item)
             case "export":
-                project, adapter, target = map(sanitize, item.names)
+                project, adapter, target = item.names
                 return f"Adapter {adapter} of project {project}, exported as {target}.", _LOST["export"]
             case kind:
                 return _WORDS[kind], _LOST.get(kind, "")
@@ -89,15 +90,15 @@ class Surroundings:
             return f"An adapter of project {item.names[0]} without a readable manifest."
         current = "the current adapter" if summary.current else "an earlier adapter"
         verdict = f", verdict {summary.verdict}" if summary.verdict else ""
-        base = sanitize(summary.base_model)
-        return f"It is {current} of project {item.names[0]}, on {base}, of {summary.created_at[:10]}{verdict}."
+        made = f"on {sanitize(summary.base_model)}, of {summary.created_at[:10]}"
+        return f"It is {current} of project {item.names[0]}, {made}{verdict}."
 
     def _describe_job(self, item: Item) -> tuple[str, str]:
         job = self._jobs.get(item.names[0])
         if job is None:
             return "Files of a job without a readable record.", "All of its files."
         when = datetime.fromtimestamp(job.updated_at, UTC).strftime("%Y-%m-%d")
-        words = f"{job.request.noun.capitalize()} of project {job.project_id}, {job.status} ({when})."
+        words = f"{job.request.noun.capitalize()} of project {job.project_id}, {_state(job)} ({when})."
         if job.status in RESUMABLE:
             return words, _lost_with_resumable(job, item.path)
         if job.request.evaluated is not None:
@@ -145,7 +146,7 @@ class Surroundings:
             return "A request may just be writing it. Try again in an hour." if recent else ""
         job = self._jobs.get(job_id)
         if job is not None and not job.status.is_final:
-            return f"The job is {job.status}. Wait for its end, or call cancel_training."
+            return f"The job is {_state(job)}. Wait for its end, or call cancel_training."
         return "An export is reading it. Wait for its end." if in_use.is_in_use(item.path) else ""
 
     def _why_not_export(self, item: Item) -> str:
@@ -169,7 +170,11 @@ class Surroundings:
 
     @cached_property
     def _jobs(self) -> Mapping[str, Job]:
-        return {job.job_id: job for job in self.store.in_state(*Status)} if self._job_ids else {}
+        """The jobs whose record can be read."""
+        try:
+            return {job.job_id: job for job in self.store.in_state(*Status)} if self.store.exists else {}
+        except StorageError:
+            return {}
 
     @cached_property
     def _unfinished(self) -> list[Job]:
@@ -201,16 +206,10 @@ class Surroundings:
 def _describe_base(item: Item) -> str:
     """Name the base model, as its conversion recorded it."""
     if item.path.name.endswith(F16_SUFFIX):
-        name = _name_in(item.path.with_name(item.path.name.removesuffix(F16_SUFFIX)))
-        parameters = item.bytes / 2
-        form = "in F16 for llama.cpp"
+        name, parameters, form = _name_in_gguf(item.path), item.bytes / 2, "in F16 for llama.cpp"
     else:
-        name, parameters, form = (
-            _name_in(item.path),
-            item.bytes / 4,
-            "converted from GGUF to train and generate with torch",
-        )
-    return f"{name or f'A base model of about {parameters / 1e6:.0f}M parameters'}, {form}."
+        name, parameters, form = _name_in(item.path), item.bytes / 4, "converted from GGUF for torch"
+    return f"{sanitize(name) or f'A base model of about {parameters / 1e6:.0f}M parameters'}, {form}."
 
 
 def _name_in(directory: Path) -> str:
@@ -219,7 +218,20 @@ def _name_in(directory: Path) -> str:
     except (PeftMcpError, ValueError, RecursionError):
         return ""
     name = config.get("_name_or_path") if isinstance(config, dict) else None
-    return sanitize(name) if isinstance(name, str) else ""
+    return name if isinstance(name, str) else ""
+
+
+def _name_in_gguf(path: Path) -> str:
+    from peft_core.base_models.gguf import read_gguf_header  # noqa: PLC0415 -- not at the server's start
+
+    try:
+        return read_gguf_header(path).text("general.name") or ""
+    except PeftMcpError:
+        return ""
+
+
+def _state(job: Job) -> str:
+    return "running" if job.status is Status.IN_PROGRESS else job.status.value
 
 
 def _lost_with_resumable(job: Job, directory: Path) -> str:

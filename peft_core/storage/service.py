@@ -29,7 +29,9 @@ from peft_core.system.cleanup import FREED
 from peft_core.system.lock import FileLock
 
 MAX_LISTED = 40
-MAX_NAMED = 3  # items that the summary names
+MAX_NAMED = 3  # items that a sentence names
+MAX_EXPLAINED = 2  # items whose reasons it gives
+LOST = "`lost` says what would be lost with each item."
 MAX_SUGGESTED = 8
 AGAIN_WHEN_NEEDED = ("converted_base", "leftovers")  # what is freed without a loss
 
@@ -53,7 +55,7 @@ class StorageService:
             InvalidArgument: A name is not one of those that are listed; nothing was freed.
             StorageError: None of the named items could be freed.
         """
-        freed, kept = self._free(list(dict.fromkeys(names)), require_unused) if names else ([], [])
+        freed, kept = self._free(names, require_unused) if names else ([], [])
         surroundings = Surroundings(self._paths, self._registry, self._store, require_unused)
         found = sorted(find_items(self._paths), key=lambda item: item.bytes, reverse=True)
         shown = [item for item in found if item.bytes or item.kind in ("adapter", "job", "export", "converted_base")]
@@ -66,20 +68,21 @@ class StorageService:
             total_bytes=total,
             free_bytes=free,
             items=items,
-            omitted_items=len(shown) - len(items),
+            omitted_items=len(shown) - len(items) or None,
             freed=freed,
             kept=kept,
-            next=step.sentence if step is not None else "`lost` says what would be lost with each item.",
+            next=step.sentence if step is not None else LOST if items else "",
             next_step=step,
         )
 
     def _free(self, names: Sequence[str], require_unused: RequireUnused) -> tuple[list[FreedItem], list[KeptItem]]:
         surroundings = Surroundings(self._paths, self._registry, self._store, require_unused)
         found = {item.name: item for item in find_items(self._paths)}
-        if unknown := [name for name in names if name not in found]:
+        named = dict.fromkeys(name if name in found else name.strip(" \t\r\n\"'`") for name in names)
+        if unknown := [name for name in named if name not in found]:
             raise _unknown(unknown, found.values())
         freed, kept = [], []
-        for name in names:
+        for name in named:
             described = surroundings.describe(found[name])
             if not described.can_free:
                 kept.append(KeptItem(name=name, reason=described.reason))
@@ -94,7 +97,7 @@ class StorageService:
                 kept.append(KeptItem(name=name, reason=unwritable(self._paths.root, error).message))
         if not freed:
             raise StorageError(
-                f"Nothing was freed. {' '.join(f'{item.name}: {item.reason}' for item in kept[:MAX_NAMED])}",
+                f"Nothing was freed. {' '.join(_reasons(kept))}",
                 code="in_use",
                 details={"kept": [item.model_dump() for item in kept]},
             )
@@ -228,10 +231,15 @@ def _outcome(freed: Sequence[FreedItem], kept: Sequence[KeptItem]) -> list[str]:
     if freed:
         size = size_in_words(sum(item.bytes for item in freed))
         sentences.append(f"Freed {size}: {_some([item.name for item in freed])}.")
-    sentences += [f"Not freed: {item.name}. {item.reason}" for item in kept[:MAX_NAMED]]
-    if len(kept) > MAX_NAMED:
-        sentences.append(f"{len(kept) - MAX_NAMED} more were not freed.")
+    if kept:
+        sentences.append(f"Not freed: {' '.join(_reasons(kept))}")
     return sentences
+
+
+def _reasons(kept: Sequence[KeptItem]) -> list[str]:
+    more = len(kept) - MAX_EXPLAINED
+    reasons = [f"{item.name}: {item.reason}" for item in kept[:MAX_EXPLAINED]]
+    return [*reasons, f"{more} more could not be freed either."] if more > 0 else reasons
 
 
 def _totals(root: Path, total: int, free: int, items: Sequence[DiskItem]) -> str:

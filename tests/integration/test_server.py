@@ -49,6 +49,7 @@ TOOLS = {
     "export_adapter",
     "serve_adapter",
     "stop_serving",
+    "disk_usage",
 }
 
 

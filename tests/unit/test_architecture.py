@@ -43,7 +43,7 @@ MAY_IMPORT = {
     | {"modeling", "ollama", "planning", "vllm"},
     "jobs": FOUNDATION | {"adapters", "evaluation", "planning"},
     "serving": FOUNDATION | {"adapters"},
-    "storage": FOUNDATION | {"adapters", "jobs"},
+    "storage": FOUNDATION | {"adapters", "base_models", "jobs"},
     "manager": FOUNDATION | {"adapters", "export", "inference", "jobs", "serving", "storage"},
     "endpoint": FOUNDATION | {"manager", "serving"},
     "server": FOUNDATION | {"adapters", "endpoint", "manager", "serving"},

@@ -27,8 +27,10 @@ from peft_core.schemas.storage import DiskItem, DiskUsage
 from peft_core.storage.service import StorageService
 from peft_core.system import in_use
 from tests.factories import make_job, make_manifest
+from tests.model_files import GGUF_METADATA, gguf_bytes
 
 KEY = "0123456789abcdef01234567"
+F16 = gguf_bytes({**GGUF_METADATA, "general.name": (8, "tiny")}, {"token_embd.weight": (64, 64)})
 DONE, STOPPED = "20260101-000000-aaaaaa", "20260102-000000-bbbbbb"
 
 Usage = Callable[..., DiskUsage]
@@ -71,7 +73,7 @@ def kept(paths: DataPaths, store: Store) -> DataPaths:
     base = paths.base_models / KEY
     write(base / "model.safetensors", 50_000)
     (base / "config.json").write_text(json.dumps({"_name_or_path": "SmolLM2-135M-Instruct"}))
-    write(paths.base_models / f"{KEY}.f16.gguf", 20_000)
+    (paths.base_models / f"{KEY}.f16.gguf").write_bytes(F16)
 
     store.insert(make_job(DONE))
     adapter = publish(paths, "web", DONE)

@@ -120,6 +120,10 @@ def test_no_text_frees_anything_but_what_is_listed_under_it(kept: DataPaths, usa
         assert files_below(kept.root) == before
 
 
+def test_quotes_around_a_name_and_repeated_names_are_understood(kept: DataPaths, usage: Usage) -> None:
+    assert [freed.name for freed in usage(f' "jobs/{DONE}"', f"jobs/{DONE}").freed] == [f"jobs/{DONE}"]
+
+
 def test_database_and_unknown_files_cannot_be_freed(kept: DataPaths, usage: Usage) -> None:
     write(kept.root / "notes.txt", 5)
     for name in ("database", "other"):
@@ -146,7 +150,7 @@ def test_what_another_process_reads_is_kept_until_it_ends(kept: DataPaths, usage
             usage(name)
         after = usage(name, "logs")
         assert [kept_item.name for kept_item in after.kept] == [name]
-        assert f"Not freed: {name}." in after.summary
+        assert f"Not freed: {name}: " in after.summary
         assert path.exists()
         process.kill()
     assert item(usage(), name).can_free
@@ -201,9 +205,7 @@ def test_unfinished_jobs_are_kept(kept: DataPaths, store: Store, usage: Usage) -
     with pytest.raises(StorageError, match=r"The job is queued\. Wait for its end, or call cancel_training"):
         usage(f"jobs/{STOPPED}")
     store.append(STOPPED, JobStarted())
-    assert (
-        item(usage(), f"jobs/{STOPPED}").reason == "The job is in_progress. Wait for its end, or call cancel_training."
-    )
+    assert item(usage(), f"jobs/{STOPPED}").reason == "The job is running. Wait for its end, or call cancel_training."
 
 
 def test_a_job_that_is_resumed_between_listing_and_freeing_is_kept(

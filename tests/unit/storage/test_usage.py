@@ -12,7 +12,7 @@ from peft_core.jobs.store import Store
 from peft_core.paths import DataPaths
 from peft_core.storage.items import find_items
 from tests.factories import make_job, make_request
-from tests.unit.storage.conftest import DONE, KEY, STOPPED, Usage, item, publish, write
+from tests.unit.storage.conftest import DONE, F16, KEY, STOPPED, Usage, item, publish, write
 
 
 def test_everything_is_listed_with_its_size_largest_first(kept: DataPaths, usage: Usage) -> None:
@@ -22,7 +22,7 @@ def test_everything_is_listed_with_its_size_largest_first(kept: DataPaths, usage
     adapter = sum(file.stat().st_size for file in kept.adapter("web", DONE).iterdir())
     assert sizes == {
         f"base_models/{KEY}": 50_000 + config,
-        f"base_models/{KEY}.f16.gguf": 20_000,
+        f"base_models/{KEY}.f16.gguf": len(F16),
         f"jobs/{STOPPED}": 9000,
         f"jobs/{DONE}": 7000,
         f"exports/web/{DONE}/gguf-lora": 4010,
@@ -47,7 +47,7 @@ def test_the_summary_names_the_directory_the_total_and_the_largest_items(kept: D
 def test_each_item_says_what_it_is_and_what_is_lost(kept: DataPaths, usage: Usage) -> None:
     listed = usage()
     assert item(listed, f"base_models/{KEY}").description.startswith("SmolLM2-135M-Instruct, converted from GGUF")
-    assert item(listed, f"base_models/{KEY}.f16.gguf").description.startswith("SmolLM2-135M-Instruct, in F16")
+    assert item(listed, f"base_models/{KEY}.f16.gguf").description == "tiny, in F16 for llama.cpp."
     assert "converted again at the next use" in item(listed, f"base_models/{KEY}").lost
     adapter = item(listed, f"adapters/web/{DONE}")
     assert "current adapter of project web" in adapter.description
