@@ -56,22 +56,23 @@ Complete the code in {file!r} with the adapter of project {project_id!r}, with t
 
 
 def clean_up() -> str:
-    """Find the adapters that are no longer needed, ask, delete them, and report how much space is free again."""
+    """Find what is no longer needed on disk, ask, delete it, and report how much space is free again."""
     return """\
-Free disk space and memory with the tools of peft-mcp. Delete nothing that I have not agreed to.
+Free disk space with the tools of peft-mcp. Delete nothing that I have not agreed to.
 
-1. Call list_adapters(). Show a table: project, adapter id, current or not, verdict, age, size in MB, in memory or not.
-2. Propose what to delete: adapters that are not current and do not help, then older ones that a better one has replaced.
-   Never propose a project's only adapter that helps. If nothing is worth deleting, say so.
-3. Ask me which ones to delete, and wait for the answer.
-4. For each one: if it is in memory, call unload_adapter(adapter_path=...) with its path. Then call
-   delete_adapter(project_id=..., adapter_id=...).
-5. Report what was deleted, the space that is free again, and which adapter of each project is current now.
+1. Call disk_usage() and list_adapters(). Show a table of what takes most space: name, size in MB, what would be lost with it,
+   and for an adapter also its verdict, its age, and whether it is the project's current one.
+2. Propose what to delete, in this order: what is made again when it is needed, jobs that have ended, adapters that are not
+   current and do not help. Never propose a project's only adapter that helps. If nothing is worth deleting, say so.
+3. Ask me what to delete, and wait for the answer. First unload each of these adapters that is in memory:
+   unload_adapter(adapter_path=...).
+4. Call disk_usage(free=...) with the names that I agreed to.
+5. Report what was deleted, what was kept and why, and how much space is free again.
 """
 
 
 PROMPTS = [
     Prompt.from_function(train_and_evaluate, title="Train an adapter and measure whether it helps"),
     Prompt.from_function(complete_with_adapter, title="Complete code with an adapter"),
-    Prompt.from_function(clean_up, title="Delete adapters that are no longer needed"),
+    Prompt.from_function(clean_up, title="Free disk space"),
 ]

@@ -119,6 +119,32 @@ async def test_the_person_is_not_asked_about_an_adapter_that_does_not_exist(
     assert person.asked == []
 
 
+@pytest.mark.parametrize(("action", "is_kept"), [("accept", False), ("decline", True)])
+async def test_an_adapter_is_freed_from_disk_only_if_the_person_agrees(
+    data_dir: Path, era: str, adapter: Path, action: Action, is_kept: bool
+) -> None:
+    person = Person(action)
+    result = await call(data_dir, era, person, "disk_usage", {"free": ["'adapters/web/adapter-01'"]})
+    assert result.is_error is is_kept, text_of(result)
+    assert adapter.exists() is is_kept
+    (question,) = person.asked
+    assert question.startswith("Delete adapters/web/adapter-01 (")
+
+
+async def test_what_is_made_again_when_it_is_needed_is_freed_without_a_question(data_dir: Path, adapter: Path) -> None:
+    converted = data_dir / "base_models" / "0123456789abcdef" / "model.safetensors"
+    converted.parent.mkdir(parents=True)
+    converted.write_bytes(bytes(5000))
+    async with Client(build_server(Settings(data_dir=data_dir)), mode="legacy") as client:
+        listed = (await client.call_tool("disk_usage", {})).structured_content or {}
+    (name,) = (item["name"] for item in listed["items"] if item["kind"] == "converted_base")
+    person = Person("decline")
+    result = await call(data_dir, "legacy", person, "disk_usage", {"free": [name]})
+    assert not result.is_error, text_of(result)
+    assert person.asked == []
+    assert not converted.exists()
+
+
 async def test_a_question_without_an_answer_does_not_block_the_call(
     data_dir: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
