@@ -26,6 +26,7 @@ from peft_core.errors import BaseCheckpointError, StorageError
 from peft_core.modeling import convert
 from peft_core.modeling.convert import ensure_hf_directory
 from peft_core.schemas.base_model import Base, Fingerprint
+from peft_core.system import in_use
 from tests.model_files import ARRAY, F32, GGUF_METADATA, GGUF_SHAPES, SHAPES, TEXT, U32, gguf_bytes, write_model
 
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abcdefghijklmnopqrstuvwxyz0123456789_():=,.+-", "ab"]
@@ -189,6 +190,15 @@ def bundled() -> Base:
 @pytest.fixture(scope="session")
 def converted(bundled: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ensure_hf_directory(bundled, tmp_path_factory.mktemp("base_models"), ignore)
+
+
+@pytest.mark.model
+def test_a_converted_base_is_held_by_the_process_that_uses_it_and_says_its_name(bundled: Base, converted: Path) -> None:
+    assert ensure_hf_directory(bundled, converted.parent, ignore) == converted
+    assert in_use.is_in_use(converted)
+    in_use.keep_only(())
+    assert not in_use.is_in_use(converted)
+    assert json.loads((converted / "config.json").read_text())["_name_or_path"] == bundled.name
 
 
 @pytest.mark.model

@@ -21,6 +21,7 @@ from peft_core.errors import StorageError
 from peft_core.jobs.pruning import LEFT_BEHIND_S, prune
 from peft_core.jobs.service import JobService
 from peft_core.jobs.store import SCHEMA_VERSION, Store
+from peft_core.manager import PEFTManager
 from peft_core.planning import planner
 from peft_core.schemas.events import JobCancelled, JobResumed, JobStarted
 from peft_core.schemas.results import Status
@@ -83,6 +84,18 @@ def test_a_full_disk_is_reported_and_the_job_can_be_resumed_once_there_is_space(
     ballast.unlink()
     assert scenario.status().status in (Status.INTERRUPTED, Status.FAILED)
     scenario.finish()
+
+
+async def test_a_full_disk_can_be_freed(small_disk: Path) -> None:
+    settings = Settings(data_dir=small_disk)
+    base = settings.paths.base_models / "0123"
+    base.mkdir(parents=True)
+    (base / "model.safetensors").write_bytes(bytes(1 << 20))
+    fill(small_disk / "ballast")
+    async with PEFTManager(settings) as manager:
+        usage = await manager.disk_usage(["base_models/0123"])
+    assert [freed.bytes for freed in usage.freed] == [1 << 20]
+    assert usage.free_bytes >= 1 << 20
 
 
 def test_training_on_a_full_disk_is_refused_with_the_free_space(
