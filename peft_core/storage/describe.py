@@ -141,9 +141,8 @@ class Surroundings:
         job_id = item.names[0]
         if self._job_ids is None:
             return "The database of jobs cannot be read, so it is unknown whether the job has ended."
-        if job_id not in self._job_ids:
-            recent = time.time() - item.changed_at < ABANDONED_S
-            return "A request may just be writing it. Try again in an hour." if recent else ""
+        if job_id not in self._job_ids and time.time() - item.changed_at < ABANDONED_S:
+            return "A request may just be writing it. Try again in an hour."
         job = self._jobs.get(job_id)
         if job is not None and not job.status.is_final:
             return f"The job is {_state(job)}. Wait for its end, or call cancel_training."
