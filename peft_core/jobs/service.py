@@ -1,6 +1,6 @@
-"""Training and evaluation jobs: submit, inspect, follow, cancel, resume.
+"""Training and evaluation jobs: plan, queue, inspect, follow, cancel, resume.
 
-Every method blocks, `submit` for up to a second on a large repository; the manager calls them in threads.
+Every method blocks, `plan` for up to a second on a large repository; the manager calls them in threads.
 """
 
 from __future__ import annotations
@@ -43,16 +43,8 @@ class JobService:
     # -- new jobs ------------------------------------------------------------------------------------------------------
     # The planners are imported with the first job: resolving base models and reading code would slow the server's start.
 
-    def submit(self, project_id: str, training_data: TrainingData, config: TrainingConfig) -> TrainingStatus:
-        """Check everything that can be checked without a model, queue the job, and make sure that a runner is alive.
-
-        Raises:
-            InvalidArgument, DataError, BaseCheckpointError, StorageError: nothing was queued.
-        """
-        return self.queue(project_id, self.plan(training_data, config), training_data)
-
     def plan(self, training_data: TrainingData, config: TrainingConfig) -> JobRequest:
-        """Do the checks of `submit`, and return what to pass to `queue`; nothing is written.
+        """Check everything that can be checked without a model, and return what to pass to `queue`; nothing is written.
 
         Raises:
             InvalidArgument, DataError, BaseCheckpointError, StorageError: the job cannot be run, and why.
@@ -78,10 +70,10 @@ class JobService:
         return self.queue(self._project_of(evaluated.adapter_path), draft, evaluation_data)
 
     def inspect(self, training_data: TrainingData, config: TrainingConfig) -> TrainingDataReport:
-        """Do a dry run of `submit`, and describe the dataset and the settings.
+        """Do a dry run of a training, and describe the dataset and the settings.
 
         Raises:
-            InvalidArgument, DataError, BaseCheckpointError, StorageError: `submit` would reject the request.
+            InvalidArgument, DataError, BaseCheckpointError, StorageError: `plan` would reject the request.
         """
         from peft_core.planning.inspection import inspect_training_data  # noqa: PLC0415
 

@@ -65,7 +65,8 @@ class Scenario:
 
     def submit(self, project: str) -> str:
         config = TrainingConfig.model_validate({"base_model": str(self.base), **self.config})
-        job_id = self.jobs.submit(project, str(self.source), config).job_id
+        source = str(self.source)
+        job_id = self.jobs.queue(project, self.jobs.plan(source, config), source).job_id
         assert job_id is not None
         return job_id
 
