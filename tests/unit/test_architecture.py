@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "storage": FOUNDATION | {"adapters", "base_models", "jobs"},
     "manager": FOUNDATION | {"adapters", "export", "inference", "jobs", "serving", "storage"},
     "endpoint": FOUNDATION | {"manager", "serving"},
-    "server": FOUNDATION | {"adapters", "endpoint", "manager", "serving"},
+    "server": FOUNDATION | {"adapters", "endpoint", "llamacpp", "manager", "ollama", "serving"},
 }
 HEAVY = {"torch", "transformers", "peft", "accelerate", "numpy", "gguf", "safetensors", "lance", "pyarrow"}
 SQL_MODULES = ["peft_core/jobs/store.py"]

