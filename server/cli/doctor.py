@@ -26,6 +26,7 @@ from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.local_bases import LocalBases
 from peft_core.schemas.machine import MachineAnswer, MachineRequest
 from peft_core.schemas.results import TrainingDataReport
+from peft_core.system import logs
 from peft_core.system.addresses import is_on_this_machine, local_address
 from peft_core.system.child_process import run_json_child
 from peft_core.system.machine import available_memory_bytes, expected_device, total_memory_bytes, why_no_cuda
@@ -215,6 +216,7 @@ def _ollama(settings: Settings) -> Finding:
         message = f"OLLAMA_HOST names another machine, {sanitize(address)}, which is not asked; {needed}"
         fix = "Set CODEBASE_GARDENER_OLLAMA_BASE_URL to export to it"
         return Finding(topic="Ollama", state="advice", message=message, fix=fix)
+    logs.configure("ERROR")  # that Ollama was asked three times is no news
     status = OllamaClient(address, timeout_s=OLLAMA_TIMEOUT_S).status()
     if not status.reachable:
         message = f"{status.reason.rstrip('.')}; {needed}"

@@ -69,7 +69,8 @@ def advice(status: TrainingStatus) -> str:
         return ""
     step = status.next_step
     command = _command(step, status)
-    return "\n".join(filter(None, [with_commands(step.reason), command]))
+    reason = with_commands(step.reason.replace("get_adapter_info", "the report"))
+    return "\n".join(filter(None, [reason, command]))
 
 
 def _command(step: NextStep, status: TrainingStatus) -> str:

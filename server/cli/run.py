@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Awaitable, Callable
+from contextlib import redirect_stdout
 from functools import partial
 
 import anyio
@@ -36,7 +37,8 @@ def run(options: Namespace, settings: Settings) -> int:
 
             serve(settings, options.port, terminal)
             return exit_codes.DONE
-        return anyio.run(partial(_run, COMMANDS[options.command], settings, options, terminal))
+        with redirect_stdout(sys.stderr):  # what a library prints must not be taken for a result
+            return anyio.run(partial(_run, COMMANDS[options.command], settings, options, terminal))
     except PeftMcpError as error:
         terminal.error(error)
         return exit_codes.REFUSED

@@ -101,6 +101,8 @@ def _lines(write: Callable[[str], None]) -> Callable[[TrainingStatus], None]:
     def show(status: TrainingStatus) -> None:
         nonlocal shown, shown_at
         stage, now = (status.status, status.phase), time.monotonic()
+        if status.status.is_final:
+            return  # the result says so
         if stage != shown or now - shown_at >= LINE_INTERVAL_S:
             shown, shown_at = stage, now
             write(f"{subject(status)}: {headline(status)}")
