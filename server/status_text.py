@@ -41,7 +41,7 @@ def summarise(status: TrainingStatus, *, is_new: bool = False) -> str:
     `is_new`: whether this answers the request of the job, so that the data are described however far it has come.
     """
     parts = [f"{subject(status)}: {headline(status)}."]
-    if status.training_data and (is_new or (not status.status.is_final and status.step == 0)):
+    if status.training_data and is_new:
         purpose = "Training data" if status.kind == "training" else "Evaluation data"
         parts.append(f"{purpose}: {status.training_data}. Base model: {status.base_model} on {status.device}.")
         if status.estimate:

@@ -152,7 +152,7 @@ class InferenceService:
         self, adapter_path: str, base_model: str | None, *, insist: bool, engine: EngineChoice | None = None
     ) -> Load:
         directory, base = self._adapters.adapter_and_base(adapter_path, base_model)
-        self._require_memory(base)
+        self._require_memory(base, engine or self._settings.engine)
         return Load(adapter_path=directory, base=base, insist=insist, engine=engine)
 
     def _base_without_adapter(self) -> Base:
@@ -160,11 +160,13 @@ class InferenceService:
         from peft_core.base_models.resolve import resolve  # noqa: PLC0415 -- not at the server's start
 
         base = resolve(self.resident.base_path, self._settings)
-        self._require_memory(base)
+        self._require_memory(base, self._settings.engine)
         return base
 
-    def _require_memory(self, base: Base) -> None:
+    def _require_memory(self, base: Base, engine: EngineChoice) -> None:
         """Check that the base model fits into free memory, minus what a running job will need.
+
+        Where the engine is chosen when the model is loaded, what torch needs must be free: it is more.
 
         Raises:
             InferenceError: it does not fit, or the settings forbid loading during a training.
@@ -182,7 +184,7 @@ class InferenceService:
             )
         from peft_core.planning.cost_model import inference_memory_bytes  # noqa: PLC0415 -- not at the server's start
 
-        needed = inference_memory_bytes(base.shape, expected_device("auto"))
+        needed = inference_memory_bytes(base.shape, expected_device("auto"), in_float16=engine == "llamacpp")
         free = available_memory_bytes()
         reserved = training.bytes if training is not None else 0
         if needed <= free - reserved:

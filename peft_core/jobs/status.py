@@ -48,7 +48,7 @@ def status_of(
         kind="training" if request.evaluated is None else "evaluation",
         evaluated_on=_source_name(request) if request.evaluated else "",
         status=job.status,
-        cancel_requested=stopping,
+        cancel_requested=stopping or None,
         phase=job.phase if running else None,
         progress_percent=progress_percent(job),
         detail=job.detail if running and job.detail else job.note,

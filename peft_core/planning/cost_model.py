@@ -288,12 +288,12 @@ def lora_concat_bytes(rank: int, shape: ModelShape) -> int:
     return 2 * shape.layers * rank * (attention + mlp)
 
 
-def inference_memory_bytes(shape: ModelShape, device: str) -> int:
+def inference_memory_bytes(shape: ModelShape, device: str, *, in_float16: bool = False) -> int:
     """Return the estimated memory of the inference process with one base model and a few adapters.
 
-    On devices other than the CPU, it is the device's memory.
+    On devices other than the CPU, it is the device's memory. llama.cpp holds weights and cache in F16 on a CPU as well.
     """
-    weight_bytes = 4 if device == "cpu" else 2
+    weight_bytes = 4 if device == "cpu" and not in_float16 else 2
     cache = 2 * shape.layers * shape.kv_size * 2048 * weight_bytes
     return PROCESS_BYTES + shape.parameters * weight_bytes + cache + 4 * lora_parameters(32, shape)
 

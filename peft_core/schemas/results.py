@@ -109,7 +109,7 @@ class TrainingStatus(FrozenModel):
     kind: Literal["training", "evaluation"] = "training"
     evaluated_on: str = Field("", description="The data of an evaluation.")
     status: Status
-    cancel_requested: bool = Field(False, description="The job is stopping.")
+    cancel_requested: bool | None = Field(None, description="True: the job is stopping.")
     phase: Phase | None = None
     detail: str = Field("", description="Details of the phase.")
     progress_percent: float = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from peft_core.errors import AdapterInUse, AdapterNotFound, AdapterNotLoaded, In
 from peft_core.inference import service as service_module
 from peft_core.inference.service import InferenceService, TrainingNeed
 from peft_core.manager import PEFTManager
+from peft_core.schemas.generation import EngineChoice
 from peft_core.schemas.results import BaseMatch, DeletedAdapter, MemoryState, ResidentAdapter
-from tests.factories import record_base
+from tests.factories import SMOLLM2_SHAPE, make_base, record_base
 from tests.model_files import write_adapter, write_model
 
 GB = 1_000_000_000
@@ -113,6 +115,17 @@ def test_a_resident_base_needs_no_more_memory(
     service = make_service(data_dir, load_during_training="never", training=TrainingNeed("web", GB))
     make_resident(service, monkeypatch, base=base)
     assert service._load_request(str(adapter), str(base), insist=False)
+
+
+@pytest.mark.parametrize(("engine", "fits"), [("auto", False), ("torch", False), ("llamacpp", True)])
+def test_llama_cpp_needs_half_the_memory_for_the_weights(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, engine: EngineChoice, fits: bool
+) -> None:
+    large = make_base(shape=SMOLLM2_SHAPE.model_copy(update={"parameters": 7_000_000_000}))
+    service = make_service(data_dir, engine=engine)
+    set_free_memory(monkeypatch, 20 * GB)
+    with nullcontext() if fits else pytest.raises(InferenceError, match="takes about 2"):
+        service._require_memory(large, engine)
 
 
 # -- names ---------------------------------------------------------------------------------------------------------
