@@ -19,7 +19,8 @@ from mcp.types import ListRootsRequest, ListRootsResult
 
 from peft_core.errors import InvalidArgument, sanitize
 from peft_core.schemas.training import DataSelection
-from peft_core.system.user_paths import ABSOLUTE, path_advice, similar_path, user_path
+from peft_core.system.allowed_paths import is_private
+from peft_core.system.user_paths import ABSOLUTE, path_advice, user_path
 from server.ask_client import ask
 
 TIMEOUT_S = 10.0  # for an answer that needs no person
@@ -88,36 +89,38 @@ def _is_plain_name(field: str, text: str) -> bool:
     return os.sep not in text and not text.startswith(".") and not text.lower().endswith(_WEIGHTS)
 
 
-def _resolve(field: str, text: str, roots: Sequence[Path] | None) -> str:
-    """Return the absolute path that a relative one means, or the text itself if it is the name of something on a hub.
-
-    `roots`: None if the client has none.
-    """
+def _resolve(field: str, text: str, roots: Sequence[Path]) -> str:
+    """Return the absolute path that a relative one means, or the text itself if it is the name of something on a hub."""
     path = user_path(text)
-    may_be_name = field.rpartition(".")[2] in NAMES and _NAME.fullmatch(text) is not None and text[0] != "."
-    if field in CREATED:
-        places = [root / path for root in roots or ()]
-    else:
-        places = [root / path for root in roots or () if os.path.lexists(root / path)]
-    different = list({os.path.realpath(place): str(place) for place in places}.values())
+    places = [root / path for root in roots]
+    if len(places) > 1 and os.pardir in path.parts:
+        raise _refusal(field, text, [], roots)
+    there = places if field in CREATED else [place for place in places if _is_there(place)]
+    different = list({os.path.realpath(place): str(place) for place in there}.values())
     if len(different) == 1:
         return different[0]
+    may_be_name = field.rpartition(".")[2] in NAMES and _NAME.fullmatch(text) is not None and text[0] != "."
     if may_be_name and not different and not (field.endswith("base_model") and path.exists()):
         return text
+    if len(places) == 1 and path_advice(text) in (None, ABSOLUTE):
+        return str(places[0])  # the tool says that nothing is there
     raise _refusal(field, text, different, roots)
 
 
-def _refusal(field: str, text: str, different: Sequence[str], roots: Sequence[Path] | None) -> InvalidArgument:
+def _is_there(place: Path) -> bool:
+    """Whether something exists at a place. Private places always count, so that answers do not tell which files they have."""
+    return is_private(place) or os.path.lexists(place)
+
+
+def _refusal(field: str, text: str, different: Sequence[str], roots: Sequence[Path]) -> InvalidArgument:
     if different:
         return InvalidArgument(field, text, f"the path must be absolute, because it could mean {_listed(different)}")
-    suggestions = [similar for root in roots or () if (similar := similar_path(root / user_path(text)))][:1]
-    if not suggestions and (advice := path_advice(text)) not in (None, ABSOLUTE):
-        suggestions = [str(advice)]
+    advice = path_advice(text)
     allowed = "the path must be absolute: this client does not say in which directories it works"
     if roots:
         name = "this root" if len(roots) == 1 else "one of these roots"
         allowed = f"the path must be absolute, or exist in {name} of the client: {_listed(list(map(str, roots)))}"
-    return InvalidArgument(field, text, allowed, suggestions=suggestions)
+    return InvalidArgument(field, text, allowed, suggestions=[advice] if advice and advice != ABSOLUTE else [])
 
 
 def _listed(places: Sequence[str]) -> str:
@@ -125,12 +128,12 @@ def _listed(places: Sequence[str]) -> str:
     return f"{', '.join(sanitize(place, limit=60) for place in places[:MAX_NAMED])}{more}"
 
 
-async def _client_roots(ctx: Context[Any, Any]) -> list[Path] | None:
-    """Return the client's root directories; None if it does not list any."""
+async def _client_roots(ctx: Context[Any, Any]) -> list[Path]:
+    """Return the client's root directories, of which it need not list any."""
     capabilities = ctx.client_capabilities
     if capabilities is None or capabilities.roots is None:
-        return None
+        return []
     listed = await ask(ctx, "roots", ListRootsRequest(), ListRootsResult, timeout_s=TIMEOUT_S)
     roots = listed.roots[:MAX_ROOTS] if listed is not None else []
     paths = [user_path(str(root.uri)) for root in roots]
-    return [path for path in paths if path.is_absolute()] or None
+    return [path for path in paths if path.is_absolute()]

@@ -17,6 +17,7 @@ To add a record format, see `records.py`; to add a language, see `languages.py`.
 
 from __future__ import annotations
 
+import difflib
 import os
 import stat
 from collections import Counter
@@ -44,7 +45,7 @@ from peft_core.data.split import ExampleKey, advice_on_records, describe_exclusi
 from peft_core.data.token_counter import BYTES_PER_TOKEN
 from peft_core.errors import DataError, InvalidArgument
 from peft_core.schemas.dataset import DatasetPurpose, DataSource, SkippedRecords, SourceKind, SourceSummary
-from peft_core.system.user_paths import path_advice, similar_path, user_path
+from peft_core.system.user_paths import path_advice, user_path
 
 ALLOWED = (
     f"a repository directory, a file of records ({', '.join(SUFFIXES)}, each also with .gz; {table.PARQUET_SUFFIX}), a LanceDB "
@@ -257,7 +258,7 @@ def _existing_path(given: str, purpose: DatasetPurpose) -> tuple[Path, os.stat_r
     try:
         return path, path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        advice = path_advice(given) or similar_path(path) or f"Check its spelling: {path} must exist on this machine"
+        advice = path_advice(given) or _similar(path) or f"Check its spelling: {path} must exist on this machine"
         _refuse(purpose, given, "no such file or directory exists", advice)
     except (OSError, ValueError) as error:
         _refuse(purpose, given, f"it cannot be read ({getattr(error, 'strerror', None) or error})")
@@ -265,6 +266,16 @@ def _existing_path(given: str, purpose: DatasetPurpose) -> tuple[Path, os.stat_r
 
 def _refuse(purpose: DatasetPurpose, given: str, allowed: str, *suggestions: str) -> NoReturn:
     raise InvalidArgument(purpose.field, given, allowed, suggestions=suggestions)
+
+
+def _similar(path: Path) -> str | None:
+    """Return the suggestion of an existing path with a similar name."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return None
+    close = difflib.get_close_matches(path.name, names[:5_000], n=1)
+    return f"Did you mean {path.parent / close[0]}?" if close else None
 
 
 def summarise_records(

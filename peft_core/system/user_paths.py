@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from pathlib import Path
@@ -61,16 +60,6 @@ def path_advice(given: str) -> str | None:
             "If it is a path: give an absolute one"
         )
     return ABSOLUTE
-
-
-def similar_path(path: Path) -> str | None:
-    """Return the suggestion of an existing path with a similar name."""
-    try:
-        names = [entry.name for entry in path.parent.iterdir()]
-    except OSError:
-        return None
-    close = difflib.get_close_matches(path.name, names[:5_000], n=1)
-    return f"Did you mean {path.parent / close[0]}?" if close else None
 
 
 def _advice_on_windows(text: str) -> str | None:

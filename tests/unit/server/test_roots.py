@@ -98,15 +98,32 @@ async def test_one_directory_that_is_reached_through_two_roots_is_not_ambiguous(
 
 
 async def test_a_relative_path_in_no_root_is_refused_with_the_roots(era: str, roots: list[Path]) -> None:
-    result = await call(era, roots[:1], training_data="nope")
+    result = await call(era, roots, training_data="nope")
     assert result.is_error
-    assert "must be absolute, or exist in this root" in text_of(result)
+    assert "must be absolute, or exist in one of these roots" in text_of(result)
     assert "web shop" in text_of(result)
 
 
-async def test_a_similar_name_in_a_root_is_suggested(roots: list[Path]) -> None:
-    result = await call("legacy", roots, training_data="doc")
-    assert text_of(result).endswith(f"Did you mean {roots[0] / 'docs'}? [invalid_argument]")
+async def test_a_path_that_is_not_in_the_only_root_is_left_to_the_tool(era: str, roots: list[Path]) -> None:
+    assert await received(era, roots[:1], training_data="nope") == {"training_data": str(roots[0] / "nope")}
+    assert await received(era, roots[:1], training_data="../x") == {"training_data": str(roots[0] / "../x")}
+
+
+async def test_answers_do_not_tell_whether_a_private_file_exists(
+    roots: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(roots[0]))
+    (roots[0] / ".ssh").mkdir()
+    (roots[0] / ".ssh" / "key_a").write_text("secret")
+    (roots[1] / "link").symlink_to(roots[0] / ".ssh")
+    for listed, place in ((roots, ".ssh"), (roots, "link"), ([roots[0] / "src", roots[1]], "../.ssh")):
+        answers = {await answer(listed, f"{place}/{name}") for name in ("key_a", "key_b")}
+        assert len(answers) == 1, answers
+
+
+async def answer(roots: Sequence[Path], path: str) -> str:
+    result = await call("legacy", roots, training_data=path)
+    return f"{text_of(result)} {result.structured_content}".replace(path.rpartition("/")[2], "key")
 
 
 @pytest.mark.parametrize(
