@@ -19,7 +19,7 @@ from mcp.types import ListRootsRequest, ListRootsResult
 
 from peft_core.errors import InvalidArgument, sanitize
 from peft_core.schemas.training import DataSelection
-from peft_core.system.allowed_paths import is_private
+from peft_core.system.allowed_paths import is_private, real
 from peft_core.system.user_paths import ABSOLUTE, path_advice, user_path
 from server.ask_client import ask
 
@@ -96,11 +96,11 @@ def _resolve(field: str, text: str, roots: Sequence[Path]) -> str:
     if len(places) > 1 and os.pardir in path.parts:
         raise _refusal(field, text, [], roots)
     there = places if field in CREATED else [place for place in places if _is_there(place)]
-    different = list({os.path.realpath(place): str(place) for place in there}.values())
+    different = list({real(place): str(place) for place in there}.values())
     if len(different) == 1:
         return different[0]
     may_be_name = field.rpartition(".")[2] in NAMES and _NAME.fullmatch(text) is not None and text[0] != "."
-    if may_be_name and not different and not (field.endswith("base_model") and path.exists()):
+    if may_be_name and not different and not (field.endswith("base_model") and os.path.lexists(path)):
         return text
     if len(places) == 1 and path_advice(text) in (None, ABSOLUTE):
         return str(places[0])  # the tool says that nothing is there

@@ -206,3 +206,11 @@ async def test_what_is_no_path_of_this_machine_is_answered_with_what_to_do(given
     result = await call("legacy", None, training_data=given)
     assert result.is_error
     assert advice in text_of(result)
+
+
+@pytest.mark.parametrize("text", ["a" * 300 + "/b", "a/" * 3000, "\ud800/b", "./\ud800", "a\0b/c"], ids=ascii)
+async def test_texts_that_no_file_can_have_as_a_path_are_answered_like_any_other(roots: list[Path], text: str) -> None:
+    for field in ("training_data", "adapter_path", "output_path", "base_model"):
+        for listed in (None, roots[:1], roots):
+            result = await call("2026-07-28", listed, **{field: text})
+            assert not result.is_error or "cannot be used" in text_of(result), (field, text_of(result))
