@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 
@@ -39,6 +40,9 @@ def main() -> None:
     if sys.stdin.isatty():
         print(HINT, file=sys.stderr)  # noqa: T201 -- standard output carries the protocol
     server = build_server(settings)
+    # A full collection waits until a quarter of all objects is new. Without those of the start, that is soon.
+    gc.freeze()
+    gc.collect()
     exit_when_stdin_closes(sys.stdin.fileno())
     server.run("stdio")
 
