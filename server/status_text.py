@@ -75,6 +75,15 @@ def headline(status: TrainingStatus) -> str:
     return line if len(line) <= MAX_HEADLINE else line[: MAX_HEADLINE - 1] + "…"
 
 
+def short_headline(status: TrainingStatus) -> str:
+    """Return the headline of a picture: 'helps, held-out perplexity 12.45 -> 8.04', or that of a job without such a result."""
+    metrics, evaluation = status.metrics, status.evaluation
+    if status.status is Status.COMPLETED and metrics and metrics.base_perplexity and metrics.adapter_perplexity:
+        verdict = evaluation.verdict.replace("_", " ") if evaluation else "not evaluated"
+        return f"{verdict}, held-out perplexity {metrics.base_perplexity:.2f} -> {metrics.adapter_perplexity:.2f}"
+    return headline(status)
+
+
 def _training_line(status: TrainingStatus) -> str:
     parts = [f"training: step {status.step}/{status.total_steps}"]
     if status.loss is not None:

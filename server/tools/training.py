@@ -16,7 +16,7 @@ from peft_core.system.durations import rough_duration
 from server.confirm import require_consent
 from server.format_results import format_inspection, format_status
 from server.progress import stream_progress
-from server.status_text import WAIT_S, headline
+from server.status_text import WAIT_S, short_headline
 from server.tools import make_tool
 from server.tools.adapters import AdapterPath
 from server.tools.inference import BaseRef
@@ -165,7 +165,7 @@ async def get_training_status(
     status = await stream_progress(ctx, manager.watch_training(project_id, job_id, timeout_s=wait_s))
     image = None
     if picture:
-        image = await manager.draw_training(project_id, status.job_id, title=f"{project_id}: {headline(status)}")
+        image = await manager.draw_training(project_id, status.job_id, title=f"{project_id}: {short_headline(status)}")
     return format_status(status, image)
 
 

@@ -190,6 +190,22 @@ def test_a_long_curve_is_thinned_out_and_keeps_its_last_point() -> None:
     assert curve.steps[-1][0] == 5000
 
 
+def test_the_curve_has_the_loss_on_all_held_out_examples_before_and_after() -> None:
+    measured = [HeldOutMeasured(step=step, loss=loss, whole_set=True) for step, loss in ((0, 2.5), (9, 1.5))]
+    assert loss_curve([*EVENTS, *measured]).whole == ((0, 2.5), (9, 1.5))
+
+
+def test_the_ticks_of_an_axis_have_equal_decimals() -> None:
+    points = ((1, 2.5), (2, 3.0), (3, 3.5))
+    assert [tick.label for tick in layout_chart(LossCurve(points, points, ())).y_ticks] == [
+        "2.6",
+        "2.8",
+        "3.0",
+        "3.2",
+        "3.4",
+    ]
+
+
 def test_the_loss_curve_renders_to_a_small_png() -> None:
     png = render_png(loss_curve(EVENTS), f"web: {HOSTILE}")
     assert png.startswith(b"\x89PNG\r\n")

@@ -12,7 +12,7 @@ from peft_core.schemas.evaluation import Verdict
 from peft_core.schemas.results import ErrorInfo, Metrics, Phase, Status, TrainingStatus
 from peft_core.schemas.training import EvaluatedAdapter
 from peft_core.system.durations import format_duration, rough_age, rough_duration
-from server.status_text import for_client, headline, subject
+from server.status_text import for_client, headline, short_headline, subject
 from tests.factories import make_evaluation, make_job, make_request, make_source
 
 NOTE = "at step 4 the loss is nan: rolled back to step 1, continued with 1/4 of the learning rate"
@@ -102,6 +102,12 @@ def test_the_headline_of_a_completed_job_has_verdict_and_perplexities(verdict: V
     job = make_job(status=Status.COMPLETED, metrics=METRICS, evaluation=make_evaluation(verdict))
     expected = f"completed, {verdict.replace('_', ' ')}, held-out perplexity 9.78 (base) -> 5.10 (adapter)"
     assert headline(status(job)) == expected
+
+
+def test_the_title_of_a_picture_is_short() -> None:
+    job = make_job(status=Status.COMPLETED, metrics=METRICS, evaluation=make_evaluation(Verdict.HELPS))
+    assert short_headline(status(job)) == "helps, held-out perplexity 9.78 -> 5.10"
+    assert short_headline(status(make_job(status=Status.CANCELLED))) == "cancelled"
 
 
 def test_only_the_client_of_the_server_is_advised_to_pass_wait_s() -> None:
