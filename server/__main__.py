@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import sys
 
 from pydantic import ValidationError
@@ -34,9 +33,9 @@ def main() -> None:
 
         sys.exit(run(options, settings))
     from server.app import build_server, exit_when_stdin_closes  # noqa: PLC0415 -- invalid settings are reported without it
+    from server.logs import configure_logging  # noqa: PLC0415 -- as above
 
-    # Before the SDK does it with rich, which breaks each message into lines of 80 columns for clients' log files.
-    logging.basicConfig(stream=sys.stderr, level=settings.log_level, format="%(asctime)s %(levelname)s %(message)s")
+    configure_logging(settings.log_level)
     if sys.stdin.isatty():
         print(HINT, file=sys.stderr)  # noqa: T201 -- standard output carries the protocol
     server = build_server(settings)
