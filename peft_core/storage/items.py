@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from urllib.parse import quote_from_bytes
 
+from peft_core.errors import StorageError
 from peft_core.paths import DataPaths
 from peft_core.schemas.storage import ItemKind
 from peft_core.storage.deletion import Inode, measure
@@ -47,11 +48,14 @@ def find_items(paths: DataPaths) -> list[Item]:
 
 
 def is_locked(lock: Path) -> bool:
-    """Return whether another process holds this lock at the moment."""
+    """Return whether another process holds this lock at the moment, or may hold it."""
     if not lock.is_file():
         return False
     with FileLock(lock) as probe:
-        return not probe.acquire(_PROBE_S)
+        try:
+            return not probe.acquire(_PROBE_S)
+        except StorageError:  # a directory that can only be read
+            return True
 
 
 def conversion_lock(paths: DataPaths) -> Path:

@@ -89,12 +89,12 @@ class StorageService:
                 continue
             try:
                 freed.append(FreedItem(name=name, bytes=self._free_item(found[name])))
-            except (FileNotFoundError, AdapterNotFound):  # another process was faster
-                freed.append(FreedItem(name=name, bytes=0))
-            except PeftMcpError as error:
-                kept.append(KeptItem(name=name, reason=str(error)))
-            except OSError as error:
-                kept.append(KeptItem(name=name, reason=unwritable(self._paths.root, error).message))
+            except (PeftMcpError, OSError) as error:
+                if isinstance(error, FileNotFoundError | AdapterNotFound) and not os.path.lexists(found[name].path):
+                    freed.append(FreedItem(name=name, bytes=0))  # another process was faster
+                    continue
+                known = error if isinstance(error, PeftMcpError) else unwritable(self._paths.root, error)
+                kept.append(KeptItem(name=name, reason=str(known)))
         if not freed:
             raise StorageError(
                 f"Nothing was freed. {' '.join(_reasons(kept))}",

@@ -44,11 +44,14 @@ def keep_only(paths: Collection[Path]) -> None:
 
 
 def is_in_use(path: Path) -> bool:
-    """Return whether a process holds `path` at this moment."""
+    """Return whether a process holds `path` at this moment, or may hold it."""
     if not _lock_path(path).is_file():
         return False
-    with unused(path) as is_unused:
-        return not is_unused
+    try:
+        with unused(path) as is_unused:
+            return not is_unused
+    except StorageError:  # a directory that can only be read
+        return True
 
 
 @contextmanager

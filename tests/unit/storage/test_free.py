@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -302,6 +303,38 @@ def test_jobs_are_kept_and_all_else_can_be_freed_when_the_database_is_damaged(ke
     assert usage(f"base_models/{KEY}").freed
 
 
+def test_a_directory_that_is_no_adapter_is_not_called_freed(kept: DataPaths, usage: Usage) -> None:
+    write(kept.adapters("api") / "current" / "notes.txt", 5)
+    with pytest.raises(StorageError, match="adapters/api/current: Project 'api' has no adapter 'current'"):
+        usage("adapters/api/current")
+    assert (kept.adapters("api") / "current" / "notes.txt").exists()
+
+
+def test_a_data_directory_that_can_only_be_read_is_listed_and_kept(
+    kept: DataPaths, usage: Usage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_use.hold(kept.base_models / KEY)
+    in_use.keep_only(())  # the lock file stays
+    open_file: Callable[..., int] = os.open
+
+    def read_only(path: Path, flags: int, *arguments: int, **named: int) -> int:
+        if flags & (os.O_RDWR | os.O_WRONLY):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return open_file(path, flags, *arguments, **named)
+
+    monkeypatch.setattr(os, "open", read_only)
+    assert len(usage().items) == 8
+    for name in (
+        f"base_models/{KEY}",
+        f"base_models/{KEY}.f16.gguf",
+        f"adapters/web/{DONE}",
+        f"exports/web/{DONE}/gguf-lora",
+    ):
+        with pytest.raises(StorageError, match=f"Nothing was freed. {name}: "):
+            usage(name)
+    assert (kept.base_models / KEY / "model.safetensors").exists()
+
+
 # -- other processes and deaths ----------------------------------------------------------------------------------------
 
 FREE = """
@@ -380,7 +413,7 @@ def test_a_full_disk_on_which_no_lock_file_can_be_created_does_not_prevent_freei
 
     def full(path: Path, flags: int, *arguments: int, **named: int) -> int:
         if flags & os.O_CREAT:
-            raise OSError(28, "No space left on device")
+            raise OSError(errno.ENOSPC, "No space left on device")
         return open_file(path, flags, *arguments, **named)
 
     monkeypatch.setattr(os, "open", full)
