@@ -42,6 +42,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     _add_cancel_and_resume(commands)
     adapters = _add(commands, "list", "list the adapters that were trained here")
     adapters.add_argument("project", nargs="?", help="only this project's")
+    disk = _add(commands, "disk", "show what is kept on disk, and free what is named")
+    disk.add_argument("--free", action="append", metavar="NAME", help="delete this item, as listed; may be repeated")
     _add(commands, "doctor", "check what training and the clients need, and say what to do")
     serve = commands.add_parser("serve", help="serve the adapters of all projects to editors and scripts until Ctrl-C")
     serve.add_argument(

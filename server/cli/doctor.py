@@ -26,7 +26,6 @@ from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.local_bases import LocalBases
 from peft_core.schemas.machine import MachineAnswer, MachineRequest
 from peft_core.schemas.results import TrainingDataReport
-from peft_core.system import logs
 from peft_core.system.addresses import is_on_this_machine, local_address
 from peft_core.system.child_process import run_json_child
 from peft_core.system.machine import available_memory_bytes, expected_device, total_memory_bytes, why_no_cuda
@@ -38,6 +37,7 @@ from server.cli.terminal import Terminal, with_commands
 TORCH_TIMEOUT_S = 300.0  # importing torch, transformers and PEFT from a slow disk takes a minute
 GIT_TIMEOUT_S = 20.0
 OLLAMA_TIMEOUT_S = 3.0
+LITTLE_SPACE = 2_000_000_000  # bytes; a training with the bundled base model needs about half of it
 # A request as small as any: what prevents it prevents every training.
 SAMPLE = [{"text": f"def add_{number}(value):\n    return value + {number}\n"} for number in range(20)]
 MARKS = {"ok": "ok      ", "advice": "advice  ", "problem": "PROBLEM "}
@@ -176,13 +176,15 @@ def _disk(data_dir: Path) -> Finding:
         existing = existing.parent
     free = shutil.disk_usage(existing).free
     message = f"{free / 1e9:.1f} GB are free for {data_dir}"
-    if not os.access(existing, os.W_OK):
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
         return Finding(
             topic="disk",
             state="problem",
-            message=f"{existing} is not writable",
+            message=f"{existing} is not a writable directory",
             fix="Make it writable, or set CODEBASE_GARDENER_DATA_DIR to another directory",
         )
+    if free < LITTLE_SPACE:
+        return Finding(topic="disk", state="advice", message=message, fix="See what can be freed: peft-mcp disk")
     return Finding(topic="disk", state="ok", message=message)
 
 
@@ -216,6 +218,8 @@ def _ollama(settings: Settings) -> Finding:
         message = f"OLLAMA_HOST names another machine, {sanitize(address)}, which is not asked; {needed}"
         fix = "Set CODEBASE_GARDENER_OLLAMA_BASE_URL to export to it"
         return Finding(topic="Ollama", state="advice", message=message, fix=fix)
+    from peft_core.system import logs  # noqa: PLC0415 -- structlog, which the other commands do not need
+
     logs.configure("ERROR")  # that Ollama was asked three times is no news
     status = OllamaClient(address, timeout_s=OLLAMA_TIMEOUT_S).status()
     if not status.reachable:

@@ -30,7 +30,11 @@ class Followed:
 
 
 async def follow(manager: PEFTManager, job: TrainingStatus, terminal: Terminal) -> Followed:
-    """Show the progress of a job until it ends or Ctrl-C is pressed."""
+    """Show the progress of a job until it ends or Ctrl-C is pressed.
+
+    Raises:
+        PeftMcpError: its state cannot be read; the job is not affected.
+    """
     latest, interrupted = job, False
 
     async def end_at_ctrl_c(*, task_status: TaskStatus[None]) -> None:
@@ -41,12 +45,15 @@ async def follow(manager: PEFTManager, job: TrainingStatus, terminal: Terminal) 
                 interrupted = True
                 group.cancel_scope.cancel()
 
-    with terminal.progress() as show:
-        async with anyio.create_task_group() as group:
-            await group.start(end_at_ctrl_c)
-            async for latest in manager.watch_training(job.project_id, job.job_id):
-                show(latest)
-            group.cancel_scope.cancel()
+    try:
+        with terminal.progress() as show:
+            async with anyio.create_task_group() as group:
+                await group.start(end_at_ctrl_c)
+                async for latest in manager.watch_training(job.project_id, job.job_id):
+                    show(latest)
+                group.cancel_scope.cancel()
+    except ExceptionGroup as error:  # the task group wraps even a single error
+        raise error.exceptions[0] from error
     return Followed(latest, interrupted)
 
 

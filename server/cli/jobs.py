@@ -34,10 +34,10 @@ class NewestJobs(FrozenModel):
 
 
 async def train(manager: PEFTManager, options: Namespace, terminal: Terminal) -> int:
-    config = _config(options)
+    config = training_config(options)
     project = options.project or project_of(options.path)
     status = await manager.train_adapter(project, options.path, config)
-    return (await _wait_unless(options, manager, status, terminal)).exit_code
+    return await _wait_unless(options, manager, status, terminal)
 
 
 async def evaluate(manager: PEFTManager, options: Namespace, terminal: Terminal) -> int:
@@ -51,10 +51,7 @@ async def evaluate(manager: PEFTManager, options: Namespace, terminal: Terminal)
         config=_given(include=options.include, exclude=options.exclude),
         accept_unproven_base=options.accept_unproven_base,
     )
-    followed = await _wait_unless(options, manager, status, terminal)
-    if demanded and followed.exit_code == exit_codes.DONE:
-        return _judge(followed.status, Verdict(demanded), terminal)
-    return followed.exit_code
+    return await _wait_unless(options, manager, status, terminal, None if demanded is None else Verdict(demanded))
 
 
 async def show_status(manager: PEFTManager, options: Namespace, terminal: Terminal) -> int:
@@ -79,7 +76,7 @@ async def resume(manager: PEFTManager, options: Namespace, terminal: Terminal) -
     if job_id is None:
         raise InvalidArgument("project", options.project, "it has no training to resume")
     status = await manager.resume_training(job_id)
-    return (await _wait_unless(options, manager, status, terminal)).exit_code
+    return await _wait_unless(options, manager, status, terminal)
 
 
 def project_of(path: str) -> str:
@@ -99,19 +96,29 @@ def project_of(path: str) -> str:
 
 
 async def _wait_unless(
-    options: Namespace, manager: PEFTManager, queued: TrainingStatus, terminal: Terminal
-) -> Followed:
-    """Follow a job that was just queued and print how it ended; with --no-wait, print that it is queued."""
+    options: Namespace,
+    manager: PEFTManager,
+    queued: TrainingStatus,
+    terminal: Terminal,
+    demanded: Verdict | None = None,
+) -> int:
+    """Follow a job that was just queued, print how it ended, and return the exit code; with --no-wait, print that it is queued.
+
+    `demanded`: the worst verdict with which the command succeeds.
+    """
     if options.no_wait:
         report(queued, terminal, is_new=True)
-        return Followed(queued, interrupted=False)
+        return exit_codes.DONE
     terminal.note(summarise(queued, is_new=True))
     followed = await follow(manager, queued, terminal)
     report(followed.status, terminal)
-    return followed
+    if demanded is not None and followed.exit_code == exit_codes.DONE:
+        return judge(followed.status, demanded, terminal)
+    return followed.exit_code
 
 
-def _judge(status: TrainingStatus, demanded: Verdict, terminal: Terminal) -> int:
+def judge(status: TrainingStatus, demanded: Verdict, terminal: Terminal) -> int:
+    """Return the exit code for the verdict of a completed evaluation, and say why if it is not 0."""
     verdict = status.evaluation.verdict if status.evaluation else None
     if verdict is not None and _FROM_BEST.index(verdict) <= _FROM_BEST.index(demanded):
         return exit_codes.DONE
@@ -140,7 +147,7 @@ async def _list_jobs(manager: PEFTManager, options: Namespace, terminal: Termina
     return exit_codes.DONE
 
 
-def _config(options: Namespace) -> dict[str, Any]:
+def training_config(options: Namespace) -> dict[str, Any]:
     """Return the training's settings: those of --config, and the options, which win."""
     try:
         config = json.loads(options.config or "{}")

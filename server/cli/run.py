@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Awaitable, Callable
@@ -13,7 +14,7 @@ import anyio
 from peft_core.config import Settings
 from peft_core.errors import PeftMcpError
 from peft_core.manager import PEFTManager
-from server.cli import adapters, exit_codes, jobs
+from server.cli import exit_codes, jobs, listings
 from server.cli.doctor import doctor
 from server.cli.terminal import Terminal
 
@@ -23,7 +24,8 @@ COMMANDS: dict[str, Callable[[PEFTManager, Namespace, Terminal], Awaitable[int]]
     "evaluate": jobs.evaluate,
     "cancel": jobs.cancel,
     "resume": jobs.resume,
-    "list": adapters.list_adapters,
+    "list": listings.list_adapters,
+    "disk": listings.disk,
     "doctor": doctor,
 }
 
@@ -42,6 +44,11 @@ def run(options: Namespace, settings: Settings) -> int:
     except PeftMcpError as error:
         terminal.error(error)
         return exit_codes.REFUSED
+    except BrokenPipeError:  # such as `peft-mcp list | head -1`
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # so that the flush at the exit does not fail again
+        return exit_codes.DONE
     except KeyboardInterrupt:  # while a request is checked; `follow` handles it later
         terminal.note("peft-mcp: interrupted. `peft-mcp status` shows whether a job was queued before.")
         return exit_codes.LEFT_RUNNING

@@ -25,8 +25,9 @@ _COMMANDS = {
     "resume_training": "peft-mcp resume",
     "list_adapters": "peft-mcp list",
     "serve_adapter": "peft-mcp serve",
+    "disk_usage": "peft-mcp disk",
 }
-_TOOL = re.compile(rf"\b(Call )?({'|'.join(_COMMANDS)})\b(\([^()]*\))?")
+_TOOL = re.compile(rf"\b([Cc]all )?({'|'.join(_COMMANDS)})\b(\([^()]*\))?")
 
 
 class Terminal:
@@ -44,7 +45,7 @@ class Terminal:
 
     def result(self, result: BaseModel, text: str) -> None:
         """Print `text`, or the result as one JSON object without nulls."""
-        print(result.model_dump_json(exclude_none=True) if self._as_json else text, file=self._out)
+        print(result.model_dump_json(exclude_none=True) if self._as_json else text, file=self._out, flush=True)
 
     def note(self, text: str) -> None:
         print(text, file=self._err)
@@ -53,7 +54,7 @@ class Terminal:
         """Print an error; as JSON too, so that a script finds one object on standard output."""
         self.note(f"peft-mcp: {with_commands(str(error))}")
         if self._as_json:
-            print(json.dumps({"error": ErrorInfo.from_error(error).model_dump()}), file=self._out)
+            print(json.dumps({"error": ErrorInfo.from_error(error).model_dump()}), file=self._out, flush=True)
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[TrainingStatus], None]]:
@@ -67,7 +68,8 @@ class Terminal:
 
 def with_commands(text: str) -> str:
     """Return a text about tools for somebody who has commands: "Call list_adapters" becomes "Run `peft-mcp list`"."""
-    return _TOOL.sub(lambda match: f"{'Run ' if match[1] else ''}`{_COMMANDS[match[2]]}`", text)
+    verb = {"Call ": "Run ", "call ": "run ", None: ""}
+    return _TOOL.sub(lambda match: f"{verb[match[1]]}`{_COMMANDS[match[2]]}`", text)
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

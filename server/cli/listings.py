@@ -1,4 +1,4 @@
-"""The command `list`."""
+"""The commands about what is kept: list, disk."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from datetime import UTC, datetime
 
 from peft_core.manager import PEFTManager
 from peft_core.schemas.results import AdapterSummary
+from peft_core.schemas.storage import DiskUsage, size_in_words
 from peft_core.system.durations import rough_age
 from server.cli import exit_codes
-from server.cli.terminal import Terminal, table
+from server.cli.terminal import Terminal, table, with_commands
 
-TITLES = ("PROJECT", "ADAPTER", "CURRENT", "VERDICT", "PERPLEXITY", "SIZE", "AGE", "BASE MODEL")
+ADAPTERS = ("PROJECT", "ADAPTER", "CURRENT", "VERDICT", "PERPLEXITY", "SIZE", "AGE", "BASE MODEL")
 
 
 async def list_adapters(manager: PEFTManager, options: Namespace, terminal: Terminal) -> int:
@@ -19,10 +20,33 @@ async def list_adapters(manager: PEFTManager, options: Namespace, terminal: Term
     now = datetime.now(UTC)
     rows = [_row(adapter, now) for adapter in listed.adapters]
     where = f" of project {options.project}" if options.project else ""
-    terminal.result(listed, table(TITLES, rows) if rows else f"There is no adapter{where} yet.")
+    terminal.result(listed, table(ADAPTERS, rows) if rows else f"There is no adapter{where} yet.")
     if not rows:
         terminal.note("Train one: peft-mcp train PATH")
     return exit_codes.DONE
+
+
+async def disk(manager: PEFTManager, options: Namespace, terminal: Terminal) -> int:
+    usage = await manager.disk_usage(options.free or ())
+    terminal.result(usage, _disk_text(usage))
+    if usage.items:
+        terminal.note("Free what is not needed: peft-mcp disk --free NAME")
+    return exit_codes.REFUSED if usage.kept else exit_codes.DONE
+
+
+def _disk_text(usage: DiskUsage) -> str:
+    rows = [
+        (
+            item.name,
+            size_in_words(item.bytes),
+            f"{item.description} {f'Kept: {item.reason}' if item.reason else f'If freed: {item.lost}'}",
+        )
+        for item in usage.items
+    ]
+    lines = [table(("NAME", "SIZE", "WHAT IT IS"), rows)] if rows else []
+    if usage.omitted_items:
+        lines.append(f"and {usage.omitted_items} smaller ones")
+    return with_commands("\n".join([usage.summary, *lines]))
 
 
 def _row(adapter: AdapterSummary, now: datetime) -> tuple[str, ...]:

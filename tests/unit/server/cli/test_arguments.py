@@ -1,0 +1,61 @@
+"""The arguments of `peft-mcp`."""
+
+from __future__ import annotations
+
+import pytest
+
+from peft_core.config import Settings
+from server.cli.arguments import parse_arguments
+from server.cli.run import COMMANDS
+
+MINIMAL = {
+    "train": ["train", "."],
+    "status": ["status"],
+    "evaluate": ["evaluate", "web", "."],
+    "cancel": ["cancel", "web"],
+    "resume": ["resume", "web"],
+    "list": ["list"],
+    "disk": ["disk"],
+    "doctor": ["doctor"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_prints_json_on_request(command: str) -> None:
+    assert parse_arguments(MINIMAL[command]).json is False
+    assert parse_arguments([*MINIMAL[command], "--json"]).json is True
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["frobnicate"],
+        ["train"],
+        ["train", ".", "--max-steps", "many"],
+        ["train", ".", "--max", "3"],  # an abbreviation, which another option could take over later
+        ["evaluate", "web"],
+        ["evaluate", "web", ".", "--fail-unless", "harms"],
+        ["status", "web", "other"],
+    ],
+)
+def test_wrong_usage_ends_with_code_2(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments(wrong)
+    assert ended.value.code == 2
+    assert "usage: peft-mcp" in capsys.readouterr().err
+
+
+def test_the_help_names_every_command_every_setting_and_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for name in (*COMMANDS, "serve", "exit codes", *(f"CODEBASE_GARDENER_{s.upper()}" for s in Settings.model_fields)):
+        assert name in text
+
+
+def test_the_help_of_every_command_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (*COMMANDS, "serve"):
+        with pytest.raises(SystemExit):
+            parse_arguments([command, "--help"])  # a stray % in a help text would raise ValueError
+        assert f"usage: peft-mcp {command}" in capsys.readouterr().out

@@ -1,0 +1,280 @@
+"""Commands with a real manager, on data directories that hold finished jobs and adapters: output and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+
+from peft_core.config import Settings
+from peft_core.errors import InvalidArgument
+from peft_core.jobs.state import Job
+from peft_core.jobs.status import not_started, status_of
+from peft_core.jobs.store import Store
+from peft_core.paths import DataPaths
+from peft_core.schemas.evaluation import Verdict
+from peft_core.schemas.results import ErrorInfo, Status
+from peft_core.schemas.training import EvaluatedAdapter, ProjectId
+from server.cli import exit_codes
+from server.cli.arguments import parse_arguments
+from server.cli.follow import advice
+from server.cli.jobs import judge, project_of, training_config
+from server.cli.run import run
+from server.cli.terminal import Terminal
+from tests.factories import make_evaluation, make_job
+from tests.unit.storage.conftest import publish
+
+Cli = Callable[..., tuple[int, str, str]]
+ERROR = ErrorInfo(code="x", message="It broke.", suggestions=("Fix it",))
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> DataPaths:
+    return DataPaths(tmp_path / "data")
+
+
+@pytest.fixture
+def cli(paths: DataPaths, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Run a command, and return (exit code, standard output, standard error)."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        code = run(parse_arguments(arguments), Settings(data_dir=paths.root))
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def insert(paths: DataPaths, *jobs: Job) -> None:
+    paths.root.mkdir(exist_ok=True)
+    store = Store(paths.database, lambda: 0.0)
+    store.create()
+    for job in jobs:
+        store.insert(job)
+
+
+def has_null(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(has_null, value.values()))
+    return value is None or (isinstance(value, list) and any(map(has_null, value)))
+
+
+# -- status ----------------------------------------------------------------------------------------------------------
+
+
+def test_status_lists_the_newest_jobs_of_all_projects(cli: Cli, paths: DataPaths) -> None:
+    insert(
+        paths,
+        make_job("20260101-000000-aaaaaa", "web", status=Status.FAILED, error=ERROR),
+        make_job("20260102-000000-bbbbbb", "api", status=Status.CANCELLED, created_at=5.0),
+    )
+    code, out, _ = cli("status")
+    assert code == exit_codes.DONE
+    titles, newest, oldest = out.splitlines()
+    assert titles.split() == ["PROJECT", "JOB", "KIND", "STATE", "QUEUED"]
+    assert newest.startswith("api      20260102-000000-bbbbbb  training  cancelled")
+    assert oldest.startswith("web      20260101-000000-aaaaaa  training  failed: It broke")
+
+
+def test_status_of_an_empty_data_directory_is_no_error(cli: Cli) -> None:
+    assert cli("status")[:2] == (exit_codes.DONE, "Nothing was trained here yet.\n")
+    assert json.loads(cli("status", "--json")[1]) == {"jobs": []}
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [([], exit_codes.DONE), (["--wait"], exit_codes.NO_RESULT)])
+def test_only_a_command_that_waits_fails_with_its_job(
+    cli: Cli, paths: DataPaths, arguments: list[str], expected: int
+) -> None:
+    insert(paths, make_job(status=Status.FAILED, error=ERROR))
+    code, out, err = cli("status", "web", *arguments)
+    assert code == expected
+    assert out == "web: failed: It broke.\n"
+    assert "Train: peft-mcp train PATH --project web" in err
+
+
+def test_json_is_one_object_without_nulls(cli: Cli, paths: DataPaths) -> None:
+    insert(paths, make_job(status=Status.FAILED, error=ERROR))
+    _, out, _ = cli("status", "web", "--json")
+    data = json.loads(out)
+    assert (data["project_id"], data["status"], data["error"]["code"]) == ("web", "failed", "x")
+    assert not has_null(data)
+
+
+def test_an_error_is_text_on_standard_error_and_json_on_standard_output(cli: Cli, paths: DataPaths) -> None:
+    insert(paths, make_job(status=Status.FAILED, error=ERROR))
+    code, out, err = cli("status", "nope", "--json")
+    assert code == exit_codes.REFUSED
+    assert json.loads(out)["error"]["code"] == "unknown_project"
+    assert err.startswith("peft-mcp: There is no project 'nope'.")
+    assert "`peft-mcp train`" in err
+    assert cli("status", "nope")[1] == ""
+
+
+def test_status_without_a_project_cannot_wait(cli: Cli) -> None:
+    code, _, err = cli("status", "--wait")
+    assert code == exit_codes.REFUSED
+    assert "project is missing" in err
+
+
+@pytest.mark.parametrize("command", ["cancel", "resume"])
+def test_what_was_never_started_is_neither_cancelled_nor_resumed(cli: Cli, command: str) -> None:
+    code, out, err = cli(command, "web")
+    assert (code, out) == (exit_codes.REFUSED, "")
+    assert "web" in err
+
+
+# -- train and evaluate ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["train", "/no/such/place"], "training_data = '/no/such/place'"),
+        (["train", ".", "--max-steps", "0"], "config.max_steps = 0"),
+        (["train", ".", "--max-steps", "1", "--epochs", "1"], "exclude each other"),
+        (["train", ".", "--config", "{"], "--config = '{'"),
+        (["train", ".", "--config", "[1]"], "must be a JSON object"),
+        (["train", ".", "--config", '{"lr": 1}'], "learning_rate"),
+        (["train", ".", "--project", "a b"], "project_id = 'a b'"),
+        (["evaluate", "nope", "."], "No adapter at 'nope'"),
+        (["evaluate", "web", ".", "--fail-unless", "helps", "--no-wait"], "omit --no-wait"),
+        (["disk", "--free", "nope"], "free = 'nope'"),
+    ],
+)
+def test_a_request_that_is_not_valid_ends_with_code_2_and_names_the_value(
+    cli: Cli, arguments: list[str], named: str
+) -> None:
+    code, out, err = cli(*arguments)
+    assert (code, out) == (exit_codes.REFUSED, "")
+    assert named in err
+
+
+def test_options_win_over_the_json_of_config() -> None:
+    options = parse_arguments(
+        ["train", ".", "--config", '{"rank": 8, "max_steps": 2}', "--max-steps", "5", "--include", "*.py"]
+    )
+    assert training_config(options) == {"rank": 8, "max_steps": 5, "include": ["*.py"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "project"),
+    [("web", "web"), ("My Code (2)", "My-Code-2"), ("app.js", "app.js"), ("a..b", "a.b"), ("_x_", "x"), ("x" * 99, "x" * 64)],
+)  # fmt: skip
+def test_a_project_is_named_after_its_directory(tmp_path: Path, name: str, project: str) -> None:
+    (tmp_path / name).mkdir()
+    assert project_of(str(tmp_path / name)) == project
+    assert project_of(f"{tmp_path / name}/") == project
+
+
+def test_a_project_is_named_after_the_working_directory_or_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "web" / "src").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "web")
+    assert project_of(".") == "web"
+    assert project_of("src/..") == "web"
+    assert project_of("chat.log.jsonl") == "chat"
+
+
+def test_a_name_without_usable_letters_asks_for_a_project() -> None:
+    with pytest.raises(InvalidArgument, match="--project ID"):
+        project_of("/code/\N{CYRILLIC SMALL LETTER KA}")
+
+
+@given(st.text(st.characters(exclude_characters="/\0", exclude_categories=("Cs",)), min_size=1, max_size=80))
+def test_every_derived_project_id_is_valid(name: str) -> None:
+    try:
+        project = project_of(f"/code/{name}")
+    except InvalidArgument:
+        return
+    TypeAdapter(ProjectId).validate_python(project)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "demanded", "code"),
+    [
+        (Verdict.HELPS, Verdict.HELPS, exit_codes.DONE),
+        (Verdict.NO_DIFFERENCE, Verdict.HELPS, exit_codes.NO),
+        (Verdict.HARMS, Verdict.HELPS, exit_codes.NO),
+        (Verdict.HELPS, Verdict.NO_DIFFERENCE, exit_codes.DONE),
+        (Verdict.NO_DIFFERENCE, Verdict.NO_DIFFERENCE, exit_codes.DONE),
+        (Verdict.HARMS, Verdict.NO_DIFFERENCE, exit_codes.NO),
+        (None, Verdict.HELPS, exit_codes.NO),
+    ],
+)
+def test_fail_unless_judges_the_verdict(verdict: Verdict | None, demanded: Verdict, code: int) -> None:
+    evaluation = None if verdict is None else make_evaluation(verdict)
+    status = status_of(make_job(status=Status.COMPLETED, evaluation=evaluation), None, Path("/none"), now=0.0)
+    with Path(os.devnull).open("w") as nowhere:
+        assert judge(status, demanded, Terminal(nowhere, nowhere, as_json=False)) == code
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+@pytest.mark.parametrize("state", list(Status))
+def test_every_state_suggests_commands_that_exist(state: Status, evaluated: bool) -> None:
+    job = make_job(status=state, error=ERROR if state is Status.FAILED else None)
+    if evaluated:
+        request = job.request.model_copy(update={"evaluated": EvaluatedAdapter(adapter_path=Path("/a"))})
+        job = job.model_copy(update={"request": request})
+    status = not_started("web") if state is Status.NOT_STARTED else status_of(job, 1, Path("/none"), now=0.0)
+    text = advice(status)
+    commands = re.findall(r": peft-mcp (.*)", text)
+    assert commands or state is Status.COMPLETED
+    for command in commands:
+        parse_arguments(shlex.split(command))  # exits with code 2 for one that does not exist
+    assert not re.search(r"\b(train_adapter|get_training_status|cancel_training|resume_training)\b", text)
+
+
+# -- list and disk ---------------------------------------------------------------------------------------------------
+
+
+def test_list_shows_the_adapters_with_what_was_measured(cli: Cli, paths: DataPaths) -> None:
+    for project, adapter in (("web", "a-01"), ("web", "a-02"), ("api", "a-03")):
+        publish(paths, project, adapter)
+    code, out, _ = cli("list")
+    assert code == exit_codes.DONE
+    titles, *rows = out.splitlines()
+    assert titles.split() == ["PROJECT", "ADAPTER", "CURRENT", "VERDICT", "PERPLEXITY", "SIZE", "AGE", "BASE", "MODEL"]
+    assert [row.split()[:3] for row in rows] == [["api", "a-03", "yes"], ["web", "a-02", "yes"], ["web", "a-01", "not"]]
+    assert all("9.00 -> 6.00" in row and row.endswith("SmolLM2-135M-Instruct") for row in rows)
+    assert [adapter["adapter_id"] for adapter in json.loads(cli("list", "web", "--json")[1])["adapters"]] == [
+        "a-02",
+        "a-01",
+    ]
+
+
+def test_without_an_adapter_list_says_how_to_train_one(cli: Cli) -> None:
+    code, out, err = cli("list")
+    assert (code, out) == (exit_codes.DONE, "There is no adapter yet.\n")
+    assert "peft-mcp train PATH" in err
+
+
+def test_disk_shows_what_would_be_lost_and_frees_only_what_is_named(cli: Cli, paths: DataPaths) -> None:
+    first, second = publish(paths, "web", "a-01"), publish(paths, "api", "a-02")
+    code, out, _ = cli("disk")
+    assert code == exit_codes.DONE
+    assert re.search(r"^adapters/web/a-01 .* kB .*If freed: ", out, re.MULTILINE)
+    code, out, _ = cli("disk", "--free", "adapters/web/a-01", "--json")
+    assert code == exit_codes.DONE
+    assert [item["name"] for item in json.loads(out)["freed"]] == ["adapters/web/a-01"]
+    assert not first.exists()
+    assert second.exists()
+
+
+def test_disk_ends_with_code_2_if_something_named_is_kept(cli: Cli, paths: DataPaths) -> None:
+    insert(paths, make_job(status=Status.FAILED, error=ERROR))
+    published = publish(paths, "web", "a-01")
+    code, out, _ = cli("disk", "--free", "adapters/web/a-01", "--free", "database", "--json")
+    assert code == exit_codes.REFUSED
+    assert [item["name"] for item in json.loads(out)["kept"]] == ["database"]
+    assert not published.exists()
+    assert paths.database.exists()

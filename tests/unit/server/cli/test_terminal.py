@@ -1,0 +1,74 @@
+"""What commands write to a terminal, and to a file in its place."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peft_core.jobs.status import status_of
+from peft_core.schemas.results import Phase, Status, TrainingStatus
+from server.cli.terminal import Terminal, table, with_commands
+from tests.factories import make_job
+
+
+class Tty(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def status(**changes: Any) -> TrainingStatus:
+    job = make_job(status=changes.pop("state", Status.IN_PROGRESS), **changes)
+    return status_of(job, 1 if job.status is Status.QUEUED else None, Path("/none"), now=0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Call list_adapters to see them.", "Run `peft-mcp list` to see them."),
+        ("or call train_adapter(project_id='web')", "or run `peft-mcp train`"),
+        ("start over with train_adapter.", "start over with `peft-mcp train`."),
+        ("Call load_adapter.", "Call load_adapter."),
+        ("retrain_adapters", "retrain_adapters"),
+    ],
+)
+def test_tools_are_named_as_commands(text: str, shown: str) -> None:
+    assert with_commands(text) == shown
+
+
+def test_the_columns_of_a_table_are_aligned() -> None:
+    assert table(("A", "LONG"), [("wide", "x"), ("", "y")]) == "A     LONG\nwide  x\n      y"
+
+
+def test_a_terminal_shows_a_bar_with_the_state_and_removes_it() -> None:
+    err = Tty()
+    with Terminal(io.StringIO(), err, as_json=False).progress() as show:
+        show(status(phase=Phase.TRAINING, step=12, total_steps=24, loss=1.5))
+    text = err.getvalue()
+    assert "━" in text
+    assert "web: training: step 12/24, loss 1.500" in text
+    assert text.endswith("\x1b[2K")  # the line is erased
+
+
+def test_a_bar_shows_names_as_they_are() -> None:
+    err = Tty()
+    with Terminal(io.StringIO(), err, as_json=False).progress() as show:
+        show(status(phase=Phase.LOADING_MODEL, detail="[red]x[/red]"))
+    assert "[red]x[/red]" in err.getvalue()
+
+
+def test_a_file_gets_one_line_for_each_phase() -> None:
+    err = io.StringIO()
+    with Terminal(io.StringIO(), err, as_json=False).progress() as show:
+        show(status(state=Status.QUEUED))
+        show(status(phase=Phase.TRAINING, step=1, total_steps=9))
+        show(status(phase=Phase.TRAINING, step=2, total_steps=9))
+        show(status(phase=Phase.SAVING))
+        show(status(state=Status.CANCELLED))
+    assert err.getvalue().splitlines() == [
+        "web: queued at position 1",
+        "web: training: step 1/9",
+        "web: writing the adapter",
+    ]
