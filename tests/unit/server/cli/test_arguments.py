@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from pathlib import Path
+
 import pytest
 
 from peft_core.config import Settings
 from server.cli.arguments import parse_arguments
 from server.cli.run import COMMANDS
 
+ROOT = Path(__file__).parents[4]
 MINIMAL = {
     "train": ["train", "."],
     "status": ["status"],
@@ -59,3 +64,16 @@ def test_the_help_of_every_command_can_be_printed(capsys: pytest.CaptureFixture[
         with pytest.raises(SystemExit):
             parse_arguments([command, "--help"])  # a stray % in a help text would raise ValueError
         assert f"usage: peft-mcp {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/command-line.md"])
+def test_the_commands_of_the_documentation_are_valid(page: str) -> None:
+    commands = re.findall(r"^    peft-mcp (.*)", (ROOT / page).read_text(), re.MULTILINE)
+    assert commands
+    for command in commands:
+        parse_arguments(shlex.split(command, comments=True))  # exits with code 2 for one that is not
+
+
+def test_the_documentation_names_every_command() -> None:
+    page = (ROOT / "docs" / "command-line.md").read_text()
+    assert [command for command in COMMANDS if not re.search(rf"`(peft-mcp )?{command} ?[^`]*`", page)] == []
