@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from importlib.metadata import version
+from textwrap import fill
 
 from peft_core.config import Settings
 from peft_core.schemas.evaluation import Verdict
@@ -15,6 +16,7 @@ Train a LoRA adapter on your own code base, on your own machine, and measure whe
 
 Without a command, peft-mcp is an MCP stdio server: an MCP client starts it and speaks JSON-RPC on standard input and output.
 """
+_INDENT = " " * 6
 EXIT_CODES = """\
 exit codes:
   0    done
@@ -56,7 +58,12 @@ def settings_help() -> str:
     lines = ["settings (environment variables):"]
     for name, field in Settings.model_fields.items():
         default = field.default if field.default is not None else "unset"
-        lines.append(f"  CODEBASE_GARDENER_{name.upper():<22} {field.description or ''} Default: {default}.")
+        lines.append(f"  CODEBASE_GARDENER_{name.upper()}")
+        lines.append(
+            fill(
+                f"{field.description or ''} Default: {default}.", 100, initial_indent=_INDENT, subsequent_indent=_INDENT
+            )
+        )
     return "\n".join(lines)
 
 

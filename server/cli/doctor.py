@@ -148,7 +148,7 @@ async def _base_models(manager: PEFTManager) -> Finding:
     names = ", ".join(map(sanitize, trainable[:5])) + (f" and {len(trainable) - 5} more" if len(trainable) > 5 else "")
     others = len(listed.base_models) - len(trainable)
     rest = f"; {others} cannot be trained or were not examined" if others else ""
-    return Finding(topic="base models", state="ok", message=f"{names}{rest}")
+    return Finding(topic="base models", state="ok", message=f"{len(trainable)} can be trained: {names}{rest}")
 
 
 async def _training(manager: PEFTManager) -> Finding:
@@ -210,7 +210,7 @@ def _git() -> Finding:
 def _ollama(settings: Settings) -> Finding:
     chosen = settings.ollama_base_url
     address = local_address(chosen or os.environ.get("OLLAMA_HOST", "") or DEFAULT_ADDRESS)
-    needed = "only exports to Ollama need it; its models are base models without it"
+    needed = "only exports to Ollama need it, its models can be base models without it"
     if find_spec("ollama") is None:
         message = f"its client is not installed; {needed}"
         return Finding(topic="Ollama", state="advice", message=message, fix=install_extra("ollama"))

@@ -24,7 +24,7 @@ class Followed:
 
     @property
     def exit_code(self) -> int:
-        if self.interrupted:
+        if self.interrupted and not self.status.status.is_final:
             return exit_codes.LEFT_RUNNING
         return exit_codes.DONE if self.status.status is Status.COMPLETED else exit_codes.NO_RESULT
 
@@ -60,7 +60,8 @@ async def follow(manager: PEFTManager, job: TrainingStatus, terminal: Terminal) 
 def report(status: TrainingStatus, terminal: Terminal, *, is_new: bool = False) -> None:
     """Print the state of a job, and what to do next."""
     terminal.result(status, summarise(status, is_new=is_new))
-    terminal.note(advice(status))
+    if text := advice(status):
+        terminal.note(text)
 
 
 def advice(status: TrainingStatus) -> str:

@@ -85,9 +85,12 @@ def project_of(path: str) -> str:
     Raises:
         InvalidArgument: nothing of the name can be used.
     """
-    data = user_path(path).absolute()
+    try:
+        data = user_path(path).absolute()
+    except RuntimeError as error:
+        raise InvalidArgument("path", path, "the home directory that it names is unknown") from error
     name = Path(os.path.normpath(data)).name  # the name of "." is that of the working directory
-    name = name if data.is_dir() else name.partition(".")[0]
+    name = name if os.path.isdir(data) else name.partition(".")[0]  # noqa: PTH112 -- Path.is_dir raises for a name that is too long
     words = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
     project = re.sub(r"\.{2,}", ".", words).strip("-_.")[:MAX_PROJECT].rstrip(".")
     if not project:
@@ -151,7 +154,7 @@ def training_config(options: Namespace) -> dict[str, Any]:
     """Return the training's settings: those of --config, and the options, which win."""
     try:
         config = json.loads(options.config or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidArgument("--config", options.config, f"must be a JSON object: {error}") from error
     if not isinstance(config, dict):
         raise InvalidArgument("--config", options.config, "must be a JSON object, such as '{\"rank\": 8}'")
@@ -170,6 +173,5 @@ def _given(**values: Any) -> dict[str, Any]:
 
 def _adapter(text: str) -> str:
     """Return a relative path of an adapter's directory as an absolute one; names stay as they are."""
-    path = user_path(text)
     is_path = os.sep in text or text.startswith(".")
-    return str(path.absolute()) if is_path and path.is_dir() else text
+    return str(Path(text).absolute()) if is_path and os.path.isdir(text) else text  # noqa: PTH112 -- as above

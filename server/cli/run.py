@@ -50,7 +50,9 @@ def run(options: Namespace, settings: Settings) -> int:
         )  # so that the flush at the exit does not fail again
         return exit_codes.DONE
     except KeyboardInterrupt:  # while a request is checked; `follow` handles it later
-        terminal.note("peft-mcp: interrupted. `peft-mcp status` shows whether a job was queued before.")
+        queues = options.command in ("train", "evaluate", "resume")
+        advice = " `peft-mcp status` shows whether a job was queued before." if queues else ""
+        terminal.note(f"peft-mcp: interrupted.{advice}")
         return exit_codes.LEFT_RUNNING
 
 

@@ -27,7 +27,7 @@ _COMMANDS = {
     "serve_adapter": "peft-mcp serve",
     "disk_usage": "peft-mcp disk",
 }
-_TOOL = re.compile(rf"\b([Cc]all )?({'|'.join(_COMMANDS)})\b(\([^()]*\))?")
+_TOOL = re.compile(rf"(?<![\w/.'-])([Cc]all )?({'|'.join(_COMMANDS)})(?![\w/'-])(\([^()]*\))?")
 
 
 class Terminal:

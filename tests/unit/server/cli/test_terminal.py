@@ -32,6 +32,8 @@ def status(**changes: Any) -> TrainingStatus:
         ("start over with train_adapter.", "start over with `peft-mcp train`."),
         ("Call load_adapter.", "Call load_adapter."),
         ("retrain_adapters", "retrain_adapters"),
+        ("no file /code/train_adapter/x or '~/list_adapters'", "no file /code/train_adapter/x or '~/list_adapters'"),
+        ("train_adapter = 'train_adapter'", "`peft-mcp train` = 'train_adapter'"),
     ],
 )
 def test_tools_are_named_as_commands(text: str, shown: str) -> None:
