@@ -30,6 +30,7 @@ class _Client:
     user_file: str  # below the home directory
     project_file: str  # below the working directory
     key: str = "mcpServers"  # of the table of servers
+    plugins_file: str = ""  # below both: says which plugins are enabled, if that is not in the files above
     add: str = ""  # shell command that adds the server, before its command; empty: the file has to be edited
 
 
@@ -39,7 +40,14 @@ def _same_file(name: str, presence: str, file: str, **options: str) -> _Client:
 
 
 _CLIENTS = (
-    _Client("Claude Code", ".claude.json", ".claude.json", ".mcp.json", add="claude mcp add --scope user peft-mcp --"),
+    _Client(
+        "Claude Code",
+        ".claude.json",
+        ".claude.json",
+        ".mcp.json",
+        plugins_file=".claude/settings.json",
+        add="claude mcp add --scope user peft-mcp --",
+    ),
     _same_file("Codex", ".codex", ".codex/config.toml", key="mcp_servers", add="codex mcp add peft-mcp --"),
     _same_file("Gemini", ".gemini", ".gemini/settings.json", add="gemini mcp add --scope user peft-mcp"),
     _same_file("Kiro", ".kiro", ".kiro/settings/mcp.json"),
@@ -70,7 +78,12 @@ def find_clients(home: Path, working_directory: Path, data_dir: Path, command: s
     for client in _CLIENTS:
         files = list(dict.fromkeys([working_directory / client.project_file, home / client.user_file]))
         if any(file.is_file() for file in files) or (home / client.presence).exists():
-            found.append(_examine(client, files, working_directory, data_dir, command))
+            plugin_files = [place / client.plugins_file for place in (working_directory, home) if client.plugins_file]
+            found.append(
+                _examine(client, files, working_directory, data_dir, command)
+                if not any(map(_enables_plugin, plugin_files or files))
+                else _with_plugin(client, command)
+            )
     return found
 
 
@@ -139,6 +152,33 @@ def _problem(entry: Mapping[str, Any], data_dir: Path, command: str) -> tuple[st
         message = f"its server uses the data directory {sanitize(other)}, and this command uses {data_dir}"
         return message, f"To see its trainings here, run: export {_DATA_DIR}={shlex.quote(sanitize(other))}"
     return "", ""
+
+
+def _enables_plugin(file: Path) -> bool:
+    """Return whether a file enables the plugin of this product, which starts the server."""
+    try:
+        config = _read(file)
+    except (OSError, ValueError):
+        return False
+    enabled = {
+        **_table(config.get("enabledPlugins")),
+        **_table(config.get("plugins")),
+    }  # Claude Code's and Codex's name
+    return any(
+        name.partition("@")[0] == NAME and (value is True or _table(value).get("enabled") is True)
+        for name, value in enabled.items()
+    )
+
+
+def _with_plugin(client: _Client, command: str) -> FoundClient:
+    if shutil.which(NAME) is not None:
+        return FoundClient(client.name, f"the plugin {NAME} is enabled, and starts the server")
+    directory = shlex.quote(str(PurePath(command).parent))
+    return FoundClient(
+        client.name,
+        f"the plugin {NAME} is enabled, but the command {NAME} that it starts is not on the PATH",
+        f'Before the client is started, run: export PATH="$PATH":{directory}',
+    )
 
 
 def _how_to_add(client: _Client, file: Path, command: str) -> str:

@@ -71,6 +71,33 @@ def test_codex_is_read_as_toml(home: Path) -> None:
     assert find(home) == [FoundClient("Codex", f"{file} starts {sys.executable}")]
 
 
+@pytest.mark.parametrize(
+    ("name", "used", "content"),
+    [
+        ("Claude Code", ".claude.json", {"enabledPlugins": {"peft-mcp@peft-mcp": True}}),
+        ("Codex", ".codex/config.toml", '[plugins."peft-mcp@peft-mcp"]\nenabled = true\n'),
+    ],
+)
+def test_an_enabled_plugin_starts_the_server_if_its_command_is_on_the_path(
+    home: Path, monkeypatch: pytest.MonkeyPatch, name: str, used: str, content: object
+) -> None:
+    write(home / used, "")
+    write(home / (".claude/settings.json" if name == "Claude Code" else used), content)
+    monkeypatch.setenv("PATH", str(home))
+    (found,) = find(home)
+    assert "not on the PATH" in found.message
+    assert "/opt/peft/bin" in found.fix
+    program = write(home / "peft-mcp", "#!/bin/sh\n")
+    program.chmod(0o755)
+    assert find(home) == [FoundClient(name, "the plugin peft-mcp is enabled, and starts the server")]
+
+
+def test_a_disabled_plugin_starts_nothing(home: Path) -> None:
+    write(home / ".claude.json", {})
+    write(home / ".claude" / "settings.json", {"enabledPlugins": {"peft-mcp@peft-mcp": False, "other@x": True}})
+    assert "has no entry" in find(home)[0].message
+
+
 def test_a_client_whose_directory_exists_is_used_even_without_a_file(home: Path) -> None:
     (home / ".cursor").mkdir()
     (found,) = find(home)
