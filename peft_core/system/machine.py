@@ -47,7 +47,10 @@ def torch_builds() -> set[str]:
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return set()
-    text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
+    try:
+        text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
+    except OSError:  # its installation is damaged; the worker says how
+        return set()
     return {build for build in _DRIVERS if re.search(rf"^{build}\b[^=\n]*= *['\"]", text, re.MULTILINE)}
 
 

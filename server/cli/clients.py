@@ -96,7 +96,13 @@ def _examine(client: _Client, files: list[Path], project: Path, data_dir: Path, 
             entries = list(_own_entries(_read(file), client.key, project))
         except (OSError, ValueError) as error:
             message = f"{shown} cannot be examined: {sanitize(error)}"
-            wrong.append(FoundClient(client.name, message, "Correct the file; comments are not understood here"))
+            wrong.append(
+                FoundClient(
+                    client.name,
+                    message,
+                    f"Correct the file, or look for {NAME} in it: comments are not understood here",
+                )
+            )
             continue
         for entry in entries:
             message, fix = _problem(entry, data_dir, command)

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +28,7 @@ from peft_core.schemas.machine import MachineAnswer, MachineRequest
 from peft_core.schemas.results import TrainingDataReport
 from peft_core.system.addresses import is_on_this_machine, local_address
 from peft_core.system.child_process import run_json_child
+from peft_core.system.failures import describe_error
 from peft_core.system.machine import available_memory_bytes, expected_device, total_memory_bytes, why_no_cuda
 from peft_core.system.packages import install_command, install_extra
 from server.cli import exit_codes
@@ -40,6 +41,7 @@ OLLAMA_TIMEOUT_S = 3.0
 LITTLE_SPACE = 2_000_000_000  # bytes; a training with the bundled base model needs about half of it
 # A request as small as any: what prevents it prevents every training.
 SAMPLE = [{"text": f"def add_{number}(value):\n    return value + {number}\n"} for number in range(20)]
+_CPU_BUILD = "(without an NVIDIA GPU on Linux add --index-url https://download.pytorch.org/whl/cpu)"
 MARKS = {"ok": "ok      ", "advice": "advice  ", "problem": "PROBLEM "}
 
 
@@ -63,20 +65,31 @@ async def doctor(manager: PEFTManager, _: Namespace, terminal: Terminal) -> int:
     terminal.note("Checking; importing torch may take a minute.")
     settings = manager.settings
     findings = [
-        _python(),
-        await run_sync(_torch),
-        await _base_models(manager),
-        await _training(manager),
-        _memory(settings),
-        _disk(settings.data_dir),
-        await run_sync(_git),
-        await run_sync(_ollama, settings),
-        _llamacpp(),
-        *await run_sync(partial(_clients, settings)),
+        *await _check("Python", partial(run_sync, _python)),
+        *await _check("torch", partial(run_sync, _torch)),
+        *await _check("base models", partial(_base_models, manager)),
+        *await _check("training", partial(_training, manager)),
+        *await _check("memory", partial(run_sync, _memory, settings)),
+        *await _check("disk", partial(run_sync, _disk, settings.data_dir)),
+        *await _check("git", partial(run_sync, _git)),
+        *await _check("Ollama", partial(run_sync, _ollama, settings)),
+        *await _check("llama.cpp", partial(run_sync, _llamacpp)),
+        *await _check("clients", partial(run_sync, _clients, settings)),
     ]
     diagnosis = Diagnosis(can_train=all(finding.state != "problem" for finding in findings), findings=findings)
     terminal.result(diagnosis, "\n".join(_lines(diagnosis)))
     return exit_codes.DONE if diagnosis.can_train else exit_codes.NO
+
+
+async def _check(topic: str, check: Callable[[], Awaitable[Finding | list[Finding]]]) -> list[Finding]:
+    """Return what a check finds. One that crashes is a finding as well: a broken installation must not end the others."""
+    try:
+        found = await check()
+    except Exception as error:  # noqa: BLE001 -- see above
+        update = install_command("peft-mcp", "--upgrade")
+        message = f"the check itself failed: {describe_error(error)}"
+        return [Finding(topic=topic, state="problem", message=message, fix=f"Update it, or report this: {update}")]
+    return found if isinstance(found, list) else [found]
 
 
 def _lines(diagnosis: Diagnosis) -> Iterator[str]:
@@ -99,7 +112,12 @@ def _python() -> Finding:
 
 def _torch() -> Finding:
     if find_spec("torch") is None:
-        return Finding(topic="torch", state="problem", message="it is not installed", fix=install_command("torch"))
+        return Finding(
+            topic="torch",
+            state="problem",
+            message="it is not installed",
+            fix=f"{install_command('torch')} {_CPU_BUILD}",
+        )
     try:
         found = run_json_child(
             "peft_core.modeling.describe_machine",
@@ -110,8 +128,11 @@ def _torch() -> Finding:
             on_timeout=["Try again: files that were read once are read faster"],
         )
     except PeftMcpError as error:
-        fix = " ".join([*error.suggestions, f"Reinstall: {install_command('peft-mcp', '--upgrade')}"])
-        return Finding(topic="torch", state="problem", message=error.message, fix=fix)
+        advice = [
+            *error.suggestions,
+            f"Or reinstall torch: {install_command('torch', '--force-reinstall')} {_CPU_BUILD}",
+        ]
+        return Finding(topic="torch", state="problem", message=error.message, fix=". ".join(advice).removeprefix("Or "))
     versions = ", ".join(f"{name} {version}" for name, version in found.libraries.items())
     device = f"{found.device}{f' ({sanitize(found.device_name)})' if found.device_name else ''}"
     message = f"{found.torch} computes on {device}, {found.arithmetic}; {versions}"

@@ -89,3 +89,10 @@ def test_available_memory_is_positive() -> None:
 
 def test_usable_cores_are_physical_ones_that_the_process_may_run_on() -> None:
     assert 1 <= usable_cores() <= (os.cpu_count() or 1)
+
+
+def test_a_damaged_torch_is_taken_for_a_build_for_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError")  # no version.py beside it
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert torch_builds() == set()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import pytest
+from anyio.to_thread import run_sync
 
 from peft_core.config import Settings
 from peft_core.manager import PEFTManager
@@ -27,6 +29,15 @@ async def test_a_problem_gives_code_1_and_says_so_at_the_end(tmp_path: Path, mon
     assert code == exit_codes.NO
     assert "PROBLEM base models: the default, /no/such/model, cannot be trained" in out.getvalue()
     assert out.getvalue().endswith("Training is not possible: see PROBLEM above.\n")
+
+
+async def test_a_check_that_crashes_is_a_problem_and_does_not_end_the_others() -> None:
+    def crash() -> Finding:
+        raise OSError("no such device")
+
+    (found,) = await doctor._check("git", partial(run_sync, crash))
+    assert (found.topic, found.state) == ("git", "problem")
+    assert "OSError: no such device" in found.message
 
 
 async def test_a_default_base_model_that_cannot_be_used_prevents_training(tmp_path: Path) -> None:
