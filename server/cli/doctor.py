@@ -130,9 +130,9 @@ def _torch() -> Finding:
     except PeftMcpError as error:
         advice = [
             *error.suggestions,
-            f"Or reinstall torch: {install_command('torch', '--force-reinstall')} {_CPU_BUILD}",
+            f"Reinstall torch: {install_command('torch', '--force-reinstall')} {_CPU_BUILD}",
         ]
-        return Finding(topic="torch", state="problem", message=error.message, fix=". ".join(advice).removeprefix("Or "))
+        return Finding(topic="torch", state="problem", message=error.message, fix=". ".join(advice))
     versions = ", ".join(f"{name} {version}" for name, version in found.libraries.items())
     device = f"{found.device}{f' ({sanitize(found.device_name)})' if found.device_name else ''}"
     message = f"{found.torch} computes on {device}, {found.arithmetic}; {versions}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -59,7 +60,7 @@ class Terminal:
     @contextmanager
     def progress(self) -> Iterator[Callable[[TrainingStatus], None]]:
         """Yield a function that shows the state of a job: as a bar on a terminal, else as a line now and then."""
-        if self._err.isatty():
+        if self._err.isatty() and os.environ.get("TERM", "dumb") != "dumb":
             with _bar(self._err) as show:
                 yield show
         else:

@@ -139,6 +139,12 @@ def test_a_server_in_a_terminal_says_what_it_is_waiting_for(tmp_path: Path, envi
     os.close(terminal)
 
 
+def test_the_server_imports_no_command() -> None:
+    script = "import sys, server.__main__, server.app; print('server.cli' in sys.modules)"
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert output.stdout.strip() == "False"
+
+
 def test_commands_import_neither_mcp_nor_anything_heavy() -> None:
     script = """
 import sys

@@ -44,25 +44,31 @@ def test_the_columns_of_a_table_are_aligned() -> None:
     assert table(("A", "LONG"), [("wide", "x"), ("", "y")]) == "A     LONG\nwide  x\n      y"
 
 
-def test_a_terminal_shows_a_bar_with_the_state_and_removes_it() -> None:
-    err = Tty()
-    with Terminal(io.StringIO(), err, as_json=False).progress() as show:
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Tty:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    return Tty()
+
+
+def test_a_terminal_shows_a_bar_with_the_state_and_removes_it(terminal: Tty) -> None:
+    with Terminal(io.StringIO(), terminal, as_json=False).progress() as show:
         show(status(phase=Phase.TRAINING, step=12, total_steps=24, loss=1.5))
-    text = err.getvalue()
+    text = terminal.getvalue()
     assert "━" in text
     assert "web: training: step 12/24, loss 1.500" in text
     assert text.endswith("\x1b[2K")  # the line is erased
 
 
-def test_a_bar_shows_names_as_they_are() -> None:
-    err = Tty()
-    with Terminal(io.StringIO(), err, as_json=False).progress() as show:
+def test_a_bar_shows_names_as_they_are(terminal: Tty) -> None:
+    with Terminal(io.StringIO(), terminal, as_json=False).progress() as show:
         show(status(phase=Phase.LOADING_MODEL, detail="[red]x[/red]"))
-    assert "[red]x[/red]" in err.getvalue()
+    assert "[red]x[/red]" in terminal.getvalue()
 
 
-def test_a_file_gets_one_line_for_each_phase() -> None:
-    err = io.StringIO()
+@pytest.mark.parametrize("err", [io.StringIO(), Tty()], ids=["file", "dumb terminal"])
+def test_where_no_bar_can_be_drawn_each_phase_gets_a_line(err: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
     with Terminal(io.StringIO(), err, as_json=False).progress() as show:
         show(status(state=Status.QUEUED))
         show(status(phase=Phase.TRAINING, step=1, total_steps=9))
