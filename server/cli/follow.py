@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from dataclasses import dataclass
 
@@ -86,11 +87,13 @@ def _command(step: NextStep, status: TrainingStatus) -> str:
         case "train_adapter":
             return f"Train: peft-mcp train PATH --project {status.project_id}"
         case "evaluate_adapter":
-            return f"Evaluate: peft-mcp evaluate {step.arguments.get('adapter_path', 'ADAPTER')} PATH"
+            return f"Evaluate: peft-mcp evaluate {shlex.quote(step.arguments['adapter_path'])} PATH"
         case "resume_training":
             return f"Resume: peft-mcp resume {_job(status)}"
         case "load_adapter":
-            return "Use it: `peft-mcp serve` answers editors and scripts with it; an assistant calls load_adapter."
+            return (
+                "`peft-mcp serve` answers editors with each project's current adapter; an assistant calls load_adapter."
+            )
         case _:
             return ""
 

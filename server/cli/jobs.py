@@ -72,7 +72,7 @@ async def cancel(manager: PEFTManager, options: Namespace, terminal: Terminal) -
 
 
 async def resume(manager: PEFTManager, options: Namespace, terminal: Terminal) -> int:
-    job_id = options.job or (await manager.get_training_status(options.project)).job_id
+    job_id = (await manager.get_training_status(options.project, options.job)).job_id
     if job_id is None:
         raise InvalidArgument("project", options.project, "it has no training to resume")
     status = await manager.resume_training(job_id)

@@ -68,7 +68,7 @@ class Terminal:
 
 
 def with_commands(text: str) -> str:
-    """Return a text about tools for somebody who has commands: "Call list_adapters" becomes "Run `peft-mcp list`"."""
+    """Return a text about tools as one about commands: "Call list_adapters" becomes "Run `peft-mcp list`"."""
     verb = {"Call ": "Run ", "call ": "run ", None: ""}
     return _TOOL.sub(lambda match: f"{verb[match[1]]}`{_COMMANDS[match[2]]}`", text)
 

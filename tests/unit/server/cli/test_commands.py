@@ -132,6 +132,18 @@ def test_what_was_never_started_is_neither_cancelled_nor_resumed(cli: Cli, comma
     assert "web" in err
 
 
+@pytest.mark.parametrize("command", ["status", "cancel", "resume"])
+def test_a_job_of_another_project_is_refused(cli: Cli, paths: DataPaths, command: str) -> None:
+    insert(
+        paths,
+        make_job("20260101-000000-aaaaaa", "web", status=Status.CANCELLED),
+        make_job(project_id="api", status=Status.CANCELLED),
+    )
+    code, _, err = cli(command, "api", "--job", "20260101-000000-aaaaaa")
+    assert code == exit_codes.REFUSED
+    assert "'web'" in err
+
+
 # -- train and evaluate ----------------------------------------------------------------------------------------------
 
 
