@@ -18,6 +18,7 @@ from mcp.server.mcpserver import Context
 from mcp.types import ListRootsRequest, ListRootsResult
 
 from peft_core.errors import InvalidArgument, sanitize
+from peft_core.schemas.base_model import BUNDLED
 from peft_core.schemas.training import DataSelection
 from peft_core.system.allowed_paths import is_private, real
 from peft_core.system.user_paths import ABSOLUTE, path_advice, user_path
@@ -81,12 +82,15 @@ def _is_relative(text: str) -> bool:
 
 
 def _is_plain_name(field: str, text: str) -> bool:
-    """Whether an argument that may be a name cannot be a path: a project id, or a model of Ollama."""
-    if field.rpartition(".")[2] not in NAMES:
+    """Whether an argument that may be a name cannot be a path: a project id, or the name of a base model."""
+    argument = field.rpartition(".")[2]
+    if argument not in NAMES:
         return False
-    if text.startswith("ollama:"):
+    if argument == "base_model" and (text == BUNDLED or text.startswith("ollama:")):
         return True
-    return os.sep not in text and not text.startswith(".") and not text.lower().endswith(_WEIGHTS)
+    if os.sep in text or text.startswith(".") or text.lower().endswith(_WEIGHTS):
+        return False
+    return argument == "adapter_path" or not os.path.lexists(text)  # a base may be taken from the working directory
 
 
 def _resolve(field: str, text: str, roots: Sequence[Path]) -> str:

@@ -184,12 +184,13 @@ async def test_a_name_with_a_slash_is_a_path_if_a_root_has_it(era: str, roots: l
     assert await received(era, roots, **given) == {"adapter_path": expected, "base_model": expected}
 
 
+@pytest.mark.parametrize("name", ["org/model", "model"])
 async def test_a_base_model_that_only_exists_where_the_server_runs_is_refused(
-    roots: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    roots: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    (tmp_path / "org" / "model").mkdir(parents=True)
+    (tmp_path / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    result = await call("legacy", roots, base_model="org/model")
+    result = await call("legacy", roots, base_model=name)
     assert result.is_error
     assert "must be absolute" in text_of(result)
 
