@@ -8,6 +8,7 @@ import sys
 from pydantic import ValidationError
 
 from peft_core.config import Settings, remove_blank_variables
+from peft_core.system.allocator import limit_retained_memory
 from peft_core.system.child_process import make_files_private
 
 HINT = "peft-mcp is an MCP server, and waits for a client on standard input. `peft-mcp --help` lists commands; Ctrl-C ends it."
@@ -32,6 +33,7 @@ def main() -> None:
         from server.cli.run import run  # noqa: PLC0415 -- as above
 
         sys.exit(run(options, settings))
+    limit_retained_memory()
     from server.app import build_server, exit_when_stdin_closes  # noqa: PLC0415 -- invalid settings are reported without it
     from server.logs import configure_logging  # noqa: PLC0415 -- as above
 
