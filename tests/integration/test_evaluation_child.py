@@ -13,19 +13,24 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from peft_core.adapters.registry import Registry
 from peft_core.base_models.resolve import resolve
 from peft_core.base_models.tokenizer import load_tokenizer
 from peft_core.config import Settings
 from peft_core.data.leakage import FINGERPRINT_FILE_NAME, TrainingFingerprint
+from peft_core.errors import AdapterInUse
 from peft_core.evaluation.summary import mean_loss
 from peft_core.evaluation.worker.completions import choose_prompts, complete
 from peft_core.evaluation.worker.scoring import held_out_loss, make_held_out_examples, score_examples
+from peft_core.evaluation.worker.setup import require_adapter
 from peft_core.modeling.objective import probe_fast_paths
+from peft_core.paths import DataPaths
 from peft_core.schemas.dataset import Example, Segment
 from peft_core.schemas.evaluation import Verdict
 from peft_core.schemas.events import EVENT, DatasetPrepared, Evaluated, Event, JobFailed
 from peft_core.schemas.task import TrainingTask
 from peft_core.schemas.training import EvaluatedAdapter, TrainingConfig
+from peft_core.system import in_use
 from peft_core.system.cancellation import StopFlag
 from tests.factories import make_request
 from tests.tiny_models import tiny_model, write_tiny_adapter, write_tiny_base
@@ -68,6 +73,21 @@ def run_worker(task: TrainingTask) -> tuple[int, list[Event], str]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     return done.returncode, [EVENT.validate_json(line) for line in done.stdout.splitlines()], done.stderr
+
+
+def test_an_adapter_that_was_published_here_is_held_while_it_is_evaluated(tmp_path: Path, tiny_base: Path) -> None:
+    data_dir = tmp_path / "data"
+    adapter = write_tiny_adapter(DataPaths(data_dir).adapter("web", "adapter-01"), tiny_base, seed=1)
+    task = make_task(tmp_path, tiny_base, adapter).model_copy(update={"data_dir": data_dir})
+    require_adapter(task, adapter)
+    with pytest.raises(AdapterInUse, match="being exported or evaluated"):
+        Registry(DataPaths(data_dir)).delete("web", "adapter-01")
+    in_use.keep_only(())
+    Registry(DataPaths(data_dir)).delete("web", "adapter-01")
+    assert not adapter.exists()
+    elsewhere = write_tiny_adapter(tmp_path / "elsewhere", tiny_base, seed=1)
+    require_adapter(task, elsewhere)
+    assert not list(tmp_path.glob(".*")), "nothing is written beside adapters from elsewhere"
 
 
 def test_any_adapter_is_compared_with_its_base_model(tmp_path: Path, tiny_base: Path) -> None:

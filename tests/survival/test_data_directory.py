@@ -31,6 +31,7 @@ from tests.survival.scenario import Kill, Scenario, gone, until
 
 pytestmark = pytest.mark.survival
 
+CHECKPOINTED = point_named(SMALL_WORKER, "a checkpoint is in its place")
 FIRST_STEP = point_named(SMALL_WORKER, "the first step is about to start")
 
 
@@ -96,6 +97,20 @@ async def test_a_full_disk_can_be_freed(small_disk: Path) -> None:
         usage = await manager.disk_usage(["base_models/0123"])
     assert [freed.bytes for freed in usage.freed] == [1 << 20]
     assert usage.free_bytes >= 1 << 20
+
+
+async def test_a_job_whose_checkpoint_was_freed_begins_again(tmp_path: Path, source: Path, small_base: Path) -> None:
+    scenario = Scenario(tmp_path, source, small_base)
+    scenario.kill(Kill(CHECKPOINTED, "worker", "SIGKILL"))
+    scenario.expect_queue_continues()
+    assert scenario.paths.job(scenario.current).checkpoint.is_dir()
+    assert scenario.settings is not None
+    async with PEFTManager(scenario.settings) as manager:
+        (item,) = [item for item in (await manager.disk_usage()).items if item.name == f"jobs/{scenario.current}"]
+        assert item.lost.startswith("Its checkpoint is lost: resume_training then begins again at step 0, not ")
+        await manager.disk_usage([item.name])
+    assert not scenario.paths.job(scenario.current).root.exists()
+    scenario.finish()
 
 
 def test_training_on_a_full_disk_is_refused_with_the_free_space(
