@@ -205,7 +205,8 @@ class Surroundings:
 def _describe_base(item: Item) -> str:
     """Name the base model, as its conversion recorded it."""
     if item.path.name.endswith(F16_SUFFIX):
-        name, parameters, form = _name_in_gguf(item.path), item.bytes / 2, "in F16 for llama.cpp"
+        converted = item.path.with_name(item.path.name.removesuffix(F16_SUFFIX))  # has the same key
+        name, parameters, form = _name_in(converted) or _name_in_gguf(item.path), item.bytes / 2, "in F16 for llama.cpp"
     else:
         name, parameters, form = _name_in(item.path), item.bytes / 4, "converted from GGUF for torch"
     return f"{sanitize(name) or f'A base model of about {parameters / 1e6:.0f}M parameters'}, {form}."

@@ -71,7 +71,7 @@ class StorageService:
             omitted_items=len(shown) - len(items) or None,
             freed=freed,
             kept=kept,
-            next=step.sentence if step is not None else LOST if items else "",
+            next=step.sentence if step is not None else LOST if any(item.can_free for item in items) else "",
             next_step=step,
         )
 

@@ -47,7 +47,9 @@ def test_the_summary_names_the_directory_the_total_and_the_largest_items(kept: D
 def test_each_item_says_what_it_is_and_what_is_lost(kept: DataPaths, usage: Usage) -> None:
     listed = usage()
     assert item(listed, f"base_models/{KEY}").description.startswith("SmolLM2-135M-Instruct, converted from GGUF")
-    assert item(listed, f"base_models/{KEY}.f16.gguf").description == "tiny, in F16 for llama.cpp."
+    assert item(listed, f"base_models/{KEY}.f16.gguf").description == "SmolLM2-135M-Instruct, in F16 for llama.cpp."
+    (kept.base_models / KEY / "config.json").unlink()
+    assert item(usage(), f"base_models/{KEY}.f16.gguf").description == "tiny, in F16 for llama.cpp."
     assert "converted again at the next use" in item(listed, f"base_models/{KEY}").lost
     adapter = item(listed, f"adapters/web/{DONE}")
     assert "current adapter of project web" in adapter.description
