@@ -34,7 +34,7 @@ from peft_core.schemas.results import (
 )
 from peft_core.schemas.serving import Serving
 from peft_core.schemas.storage import DiskUsage, size_in_words
-from peft_core.system.durations import rough_age
+from peft_core.system.durations import rough_age, rough_duration
 from server.links import link_to_export, links_of_status
 from server.status_text import estimate_text, for_client, summarise
 
@@ -259,7 +259,7 @@ def _base_line(base: LocalBase) -> str:
         *([f"training takes {base.memory_bytes / 1e9:.1f} GB"] if base.memory_bytes else []),
     ]
     if base.seconds_per_1000_examples:
-        facts.append(f"about {max(1, round(base.seconds_per_1000_examples / 60))} min for 1000 examples")
+        facts.append(f"about {rough_duration(base.seconds_per_1000_examples)} for 1000 examples")
     return f"{base.base_model}: {', '.join(facts)}"
 
 

@@ -100,10 +100,14 @@ def _training_line(status: TrainingStatus) -> str:
 
 
 def estimate_text(estimate: Estimate) -> str:
-    time = f"about {max(1, round(estimate.seconds / 60))} min" if estimate.seconds else "unknown time"
+    time = f"about {rough_duration(estimate.seconds)}" if estimate.seconds else "unknown time"
     steps = f"{estimate.steps} steps, " if estimate.steps else ""
     chosen = f" {estimate.chosen}" if estimate.chosen else ""
     return f"Estimate: {steps}{time}, {estimate.memory_bytes / 1e9:.1f} GB of memory ({estimate.basis}).{chosen}"
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def evaluation_text(evaluation: Evaluation) -> str:
@@ -119,7 +123,8 @@ def evaluation_text(evaluation: Evaluation) -> str:
         parts.append(f"loss on general code {general.base:.3f} -> {general.adapter:.3f}{_interval(general)}")
     reason = evaluation.reason[:1].upper() + evaluation.reason[1:]
     caveats = "".join(f" {caveat}" for caveat in evaluation.caveats)
-    return f"{reason}; {', '.join(parts)}; {evaluation.files} files, {evaluation.examples} examples.{caveats}"
+    size = f"{counted(evaluation.files, 'file')}, {counted(evaluation.examples, 'example')}"
+    return f"{reason}; {', '.join(parts)}; {size}.{caveats}"
 
 
 def _interval(comparison: Comparison, *, percent: bool = False) -> str:

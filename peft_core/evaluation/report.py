@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -20,11 +21,19 @@ from peft_core.evaluation.loss_curve import HEIGHT, WIDTH, LossCurve, layout_cha
 from peft_core.schemas.evaluation import Comparison, Evaluation, Verdict
 from peft_core.schemas.events import Evaluated, Event
 from peft_core.schemas.task import JobRequest
+from peft_core.system.durations import format_duration
 
 _HEADINGS = {
     Verdict.HELPS: "The adapter helps",
     Verdict.NO_DIFFERENCE: "No difference could be shown",
     Verdict.HARMS: "The adapter harms",
+}
+_NEXT = {
+    Verdict.HELPS: "Load it with load_adapter, or take it to another runtime with export_adapter. Train again when much of the "
+    "code has changed.",
+    Verdict.NO_DIFFERENCE: "Train on more data or for more epochs, or on a larger base model. For few files, letting the "
+    "assistant read them works better than an adapter.",
+    Verdict.HARMS: "Do not use it on such code. Train with a lower learning_rate, for fewer epochs, or on more data.",
 }
 
 
@@ -40,7 +49,7 @@ def write_training_report(directory: Path, manifest: Manifest, events: Iterable[
         return None
     page = render_report(
         title=f"{manifest.project_id} on {manifest.base.name}",
-        subtitle=f"Adapter {manifest.adapter_id}, trained {manifest.created_at}",
+        subtitle=f"Adapter {manifest.adapter_id}, trained {_date(manifest.created_at)}",
         evaluation=evaluation,
         curve=loss_curve(events),
         tables={"Data": _data_table(manifest), "Training": _training_table(manifest)},
@@ -91,6 +100,7 @@ def render_report(
         title=title,
         subtitle=subtitle,
         heading=_HEADINGS[evaluation.verdict],
+        advice=_NEXT[evaluation.verdict],
         evaluation=evaluation,
         rows=list(_rows(evaluation)),
         chart=None if curve is None or curve.is_empty else layout_chart(curve),
@@ -102,6 +112,12 @@ def render_report(
             ("Largest deteriorations in completions", evaluation.losses),
         ],
     )
+
+
+def _date(timestamp: str) -> str:
+    """Return an ISO 8601 timestamp as '27 November 2026, 17:13 UTC'."""
+    moment = datetime.fromisoformat(timestamp).astimezone(UTC)
+    return f"{moment.day} {moment:%B %Y, %H:%M} UTC"
 
 
 def _environment() -> jinja2.Environment:
@@ -145,13 +161,13 @@ def _rows(evaluation: Evaluation) -> Iterator[Row]:
 def _row(name: str, note: str, comparison: Comparison, *, lower_is_better: bool = False, percent: bool = False) -> Row:
     def text(value: float, *, sign: bool = False) -> str:
         number = f"{100 * value:+.1f}" if percent else f"{value:+.3f}"
-        return (number if sign else number.lstrip("+")) + (" %" if percent and not sign else "")
+        return (number if sign else number.lstrip("+")) + ((" points" if sign else " %") if percent else "")
 
     low, change, high = comparison.low, comparison.change, comparison.high
     if low is None or high is None:
         interval, strip, better = "too little data", None, None
     else:
-        interval = f"{text(low, sign=True)} to {text(high, sign=True)}"
+        interval = f"{text(low, sign=True).removesuffix(' points')} to {text(high, sign=True)}"
         reach = 1.1 * max(abs(low), abs(high)) or 1.0
         strip = (low / reach, change / reach, high / reach)
         better = None if low <= 0 <= high else (change < 0) is lower_is_better
@@ -166,7 +182,8 @@ def _data_table(manifest: Manifest) -> dict[str, str]:
         "trained on": f"{summary.train_examples} examples, {summary.train_tokens} tokens",
         "held out": f"{summary.held_out_examples} examples, {summary.held_out_tokens} tokens",
         "files": f"{summary.files} ({', '.join(f'{count} {name}' for name, count in data.languages.items())})",
-        "excluded": ", ".join(f"{count} {reason}" for reason, count in summary.left_out.items()) or "nothing",
+        "excluded": ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in summary.left_out.items())
+        or "nothing",
         "secrets removed": str(summary.secrets_removed),
         "commit": data.repository_commit or "",
         "commits": ", ".join(f"{each.name} {each.commit or 'unknown'}" for each in data.repositories),
@@ -185,7 +202,7 @@ def _training_table(manifest: Manifest) -> dict[str, str]:
         "seed": str(config.seed),
         "device": f"{run.device}, frozen weights in {run.weights_dtype}",
         "speed": f"{metrics.tokens_per_second:.0f} tokens/s" if metrics.tokens_per_second else "",
-        "total time": f"{metrics.wall_s:.0f} s" if metrics.wall_s else "",
+        "total time": format_duration(metrics.wall_s) if metrics.wall_s else "",
         "peak memory": f"{metrics.peak_memory_bytes / 1e6:.0f} MB" if metrics.peak_memory_bytes else "",
         "adapter size": f"{metrics.adapter_bytes / 1e6:.1f} MB" if metrics.adapter_bytes else "",
     }

@@ -248,7 +248,7 @@ def test_base_models_are_listed_one_a_line_and_others_counted() -> None:
     assert text.text == (
         "2 base models on this machine, 1 trainable on cpu:\n"
         "- ollama:qwen2.5-coder:1.5b: 1540M parameters, Q4_K, 986 MB, fill-in-the-middle, chat, training takes 3.4 GB, about "
-        "90 min for 1000 examples\n"
+        "1 h 30 min for 1000 examples\n"
         "1 is not trainable or not examined; `reason` says why.\n"
         "Call inspect_training_data."
     )
