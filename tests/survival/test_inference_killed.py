@@ -48,7 +48,8 @@ class Inference:
 
     def loaded(self) -> dict[str, Any]:
         """Return what the server reports to be in memory."""
-        return dict(self.server.call("list_adapters")["structuredContent"]["loaded"])
+        loaded: dict[str, Any] = self.server.call("list_adapters")["structuredContent"]["loaded"]
+        return {"base_model": None, "adapters": [], **loaded}  # the answer leaves out what is empty
 
     def workers(self) -> list[int]:
         children = psutil.Process(self.server.process.pid).children(recursive=True)
@@ -59,7 +60,7 @@ class Inference:
         assert loaded.get("structuredContent", {}).get("status") == "loaded", loaded
         generated = self.call("generate")
         assert not generated.get("isError"), generated
-        return str(generated["structuredContent"]["text"])
+        return str(generated["content"][0]["text"])
 
     def end_worker(self) -> None:
         """End the worker, so that the next load starts one that knows the kill point."""
@@ -108,7 +109,7 @@ class Inference:
             resource.prlimit(pid, resource.RLIMIT_AS, UNLIMITED)
         if any(adapter["active"] for adapter in loaded["adapters"]):
             generated = self.call("generate")
-            assert generated["structuredContent"]["text"] == self.text, generated
+            assert generated["content"][0]["text"] == self.text, generated
 
 
 def text_of(answer: dict[str, Any]) -> str:
