@@ -18,7 +18,7 @@ ProjectId = Annotated[
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*$",
         min_length=1,
         max_length=64,
-        description="Your name for the project: letters, digits, -, _, . (at most 64). The same id groups its adapters.",
+        description="Your name for the project: letters, digits, '.', '-', '_' (at most 64). The same id groups its adapters.",
     ),
 ]
 DeviceName = Literal["auto", "mps", "cuda", "cpu"]
