@@ -21,7 +21,7 @@ def test_files_of_server_and_runner_are_readable_by_their_user_only(data_dir: Pa
     records = [{"text": f"def add_{n}(a, b):\n    return a + {n} * b\n"} for n in range(60)]
     with server(data_dir, cwd=tmp_path) as client:
         config = {"base_model": str(base), "max_length": 128, "max_steps": 1}
-        client.call("train_adapter", project_id="web", training_data=records, config=config, wait_s=0)
+        client.call("train_adapter", project_id="web", records=records, config=config, wait_s=0)
         ended = False
         while not ended:
             status = client.call("get_training_status", project_id="web", wait_s=20)["structuredContent"]["status"]
