@@ -28,7 +28,7 @@ from mcp.types import (
 from peft_core.errors import sanitize
 from peft_core.manager import PEFTManager
 from peft_core.schemas.results import AdapterSummary, JobSummary
-from peft_core.system.durations import rough_age
+from peft_core.system.durations import epoch_seconds, rough_age
 from server.resources import ADAPTER_URI, TRAINING_URI
 
 MAX_LISTED = 50  # of each kind; a list is for choosing, and older ones can be read by their id
@@ -73,7 +73,7 @@ async def current_resources(manager: PEFTManager, now: float) -> list[Resource]:
 def _adapter_resource(adapter: AdapterSummary, now: float) -> Resource:
     """Name the adapter as a person would. Its manifest may be forged or written by hand: nothing in it is taken for granted."""
     project_id = sanitize(adapter.project_id)
-    created_at = _seconds(adapter.created_at)
+    created_at = epoch_seconds(adapter.created_at)
     verdict = adapter.verdict.replace("_", " ") if adapter.verdict else "not evaluated"
     facts = [verdict, *([f"{rough_age(now - created_at)} old"] if created_at is not None else [])]
     perplexity = ""
@@ -109,13 +109,6 @@ def _modified_at(seconds: float | None) -> Annotations | None:
     if seconds is None:
         return None
     return Annotations(last_modified=datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds"))
-
-
-def _seconds(created_at: str) -> float | None:
-    try:
-        return datetime.fromisoformat(created_at).astimezone(UTC).timestamp()
-    except (ValueError, OverflowError, OSError):
-        return None
 
 
 async def _known_values(

@@ -7,9 +7,9 @@ are that sentence with the next step, and the data as JSON. What a model reads a
 from __future__ import annotations
 
 import json
+import time
 from base64 import b64encode
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import Any
 
 from mcp.types import CallToolResult, ImageContent, TextContent
@@ -34,7 +34,7 @@ from peft_core.schemas.results import (
 )
 from peft_core.schemas.serving import Serving
 from peft_core.schemas.storage import DiskUsage, size_in_words
-from peft_core.system.durations import rough_age, rough_duration
+from peft_core.system.durations import age_since, rough_duration
 from server.links import link_to_export, links_of_status
 from server.status_text import estimate_text, for_client, summarise
 
@@ -106,9 +106,9 @@ def _is_empty(value: Any) -> bool:
 # -- adapters --------------------------------------------------------------------------------------------------------
 
 
-def format_adapters(listed: AdapterList, *, now: datetime | None = None) -> CallToolResult:
-    """Name the adapters with verdict and age. `now` is that of the clock unless a test sets it."""
-    now = now or datetime.now(UTC)
+def format_adapters(listed: AdapterList, *, now: float | None = None) -> CallToolResult:
+    """Name the adapters with verdict and age. `now`: seconds since the epoch; the clock's unless a test sets it."""
+    now = time.time() if now is None else now
     count = len(listed.adapters)
     named = [_adapter_line(adapter, now) for adapter in listed.adapters[:MAX_NAMED_ADAPTERS]]
     if count > MAX_NAMED_ADAPTERS:
@@ -123,13 +123,13 @@ def format_adapters(listed: AdapterList, *, now: datetime | None = None) -> Call
     return tool_result(listed, f"{count} adapter{'' if count == 1 else 's'}{names}.{memory}")
 
 
-def _adapter_line(adapter: AdapterSummary, now: datetime) -> str:
+def _adapter_line(adapter: AdapterSummary, now: float) -> str:
     """Return for instance "web/20261127-101500-3f2a1b (current, helps, 2 days old)"."""
-    age = (now - datetime.fromisoformat(adapter.created_at)).total_seconds()
+    age = age_since(adapter.created_at, now)
     facts = [
         "current" if adapter.current else "",
         adapter.verdict.replace("_", " ") if adapter.verdict else "not evaluated",
-        f"{rough_age(age)} old",
+        f"{age} old" if age else "",
         "active" if adapter.active else "in memory" if adapter.resident else "",
     ]
     return f"{adapter.project_id}/{adapter.adapter_id} ({', '.join(filter(None, facts))})"

@@ -1,6 +1,8 @@
-"""Durations in words."""
+"""Durations and ages in words."""
 
 from __future__ import annotations
+
+from datetime import UTC, datetime
 
 
 def format_duration(seconds: float) -> str:
@@ -34,3 +36,17 @@ def rough_age(seconds: float) -> str:
             count = int(seconds // length)
             return f"{count} {unit}{'' if count == 1 else 's'}"
     return f"{max(1, round(seconds / 60))} min"
+
+
+def epoch_seconds(timestamp: str) -> float | None:
+    """Return an ISO 8601 timestamp as seconds since the epoch; None if it is not one, as in a manifest written by hand."""
+    try:
+        return datetime.fromisoformat(timestamp).astimezone(UTC).timestamp()
+    except (ValueError, OverflowError, OSError):
+        return None
+
+
+def age_since(timestamp: str, now: float) -> str:
+    """Return the age of what was made at `timestamp` (ISO 8601) at the time `now` (seconds since the epoch); "" if unknown."""
+    made_at = epoch_seconds(timestamp)
+    return "" if made_at is None else rough_age(now - made_at)

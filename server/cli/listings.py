@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from argparse import Namespace
-from datetime import UTC, datetime
 
 from peft_core.manager import PEFTManager
 from peft_core.schemas.results import AdapterSummary
 from peft_core.schemas.storage import DiskUsage, size_in_words
-from peft_core.system.durations import rough_age
+from peft_core.system.durations import age_since
 from server.cli import exit_codes
 from server.cli.terminal import Terminal, table, with_commands
 
@@ -17,7 +17,7 @@ ADAPTERS = ("PROJECT", "ADAPTER", "CURRENT", "VERDICT", "PERPLEXITY", "SIZE", "A
 
 async def list_adapters(manager: PEFTManager, options: Namespace, terminal: Terminal) -> int:
     listed = await manager.list_adapters(options.project)
-    now = datetime.now(UTC)
+    now = time.time()
     rows = [_row(adapter, now) for adapter in listed.adapters]
     where = f" of project {options.project}" if options.project else ""
     terminal.result(listed, table(ADAPTERS, rows) if rows else f"There is no adapter{where} yet.")
@@ -49,8 +49,7 @@ def _disk_text(usage: DiskUsage) -> str:
     return with_commands("\n".join([usage.summary, *lines]))
 
 
-def _row(adapter: AdapterSummary, now: datetime) -> tuple[str, ...]:
-    age = (now - datetime.fromisoformat(adapter.created_at)).total_seconds()
+def _row(adapter: AdapterSummary, now: float) -> tuple[str, ...]:
     measured = adapter.base_perplexity is not None and adapter.adapter_perplexity is not None
     return (
         adapter.project_id,
@@ -59,6 +58,6 @@ def _row(adapter: AdapterSummary, now: datetime) -> tuple[str, ...]:
         adapter.verdict.replace("_", " ") if adapter.verdict else "not evaluated",
         f"{adapter.base_perplexity:.2f} -> {adapter.adapter_perplexity:.2f}" if measured else "",
         f"{adapter.adapter_bytes / 1e6:.1f} MB",
-        rough_age(age),
+        age_since(adapter.created_at, now),
         adapter.base_model,
     )

@@ -124,7 +124,25 @@ def test_a_poll_carries_only_what_changes() -> None:
     assert len(json.dumps(poll)) < 700
 
 
-NOW = datetime(2026, 1, 3, 12, tzinfo=UTC)
+@pytest.mark.parametrize("created_at", ["", "yesterday", "2026-01-01T12:00:00", "9999-12-31T23:59:59-14:00"])
+def test_an_adapter_with_any_date_in_its_manifest_is_listed(created_at: str) -> None:
+    summary = AdapterSummary(
+        adapter_id="a",
+        project_id="web",
+        current=True,
+        created_at=created_at,
+        base_model="base",
+        base_perplexity=None,
+        adapter_perplexity=None,
+        adapter_bytes=1,
+        adapter_path="/a",
+    )
+    content = format_adapters(AdapterList(adapters=[summary], next="")).structured_content
+    assert content is not None
+    assert content["summary"].startswith("1 adapter: web/a (current, not evaluated")
+
+
+NOW = datetime(2026, 1, 3, 12, tzinfo=UTC).timestamp()
 
 
 def test_a_list_of_adapters_names_them_with_verdict_and_age() -> None:
