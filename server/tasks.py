@@ -21,7 +21,7 @@ from mcp.server.extension import Extension, MethodBinding
 from mcp.server.mcpserver import require_client_extension
 from mcp.shared.exceptions import MCPError
 from mcp.types import INTERNAL_ERROR, INVALID_PARAMS, CallToolRequestParams, CallToolResult, RequestParams
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from peft_core.errors import JobNotFound, JobStateError, PeftMcpError
 from peft_core.manager import PEFTManager
@@ -56,7 +56,7 @@ class _ProcessTask:
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     done: anyio.Event = field(default_factory=anyio.Event)
     message: str = ""
-    result: dict[str, Any] | None = None
+    result: HandlerResult | None = None
     error: MCPError | None = None
     created_at: float = field(default_factory=time.time)
     updated_at: float = field(default_factory=time.time)
@@ -67,7 +67,7 @@ class _ProcessTask:
     def to_wire(self) -> dict[str, Any]:
         state: dict[str, Any] = {"status": "working"}
         if self.result is not None:
-            state = {"status": "completed", "result": self.result}
+            state = {"status": "completed", "result": _dump(self.result)}
         elif self.error is not None:
             error = {"code": self.error.error.code, "message": self.error.error.message}
             state = {"status": "failed", "error": error}
@@ -176,11 +176,10 @@ async def _run(task: _ProcessTask, ctx: ServerRequestContext[Any, Any], call_nex
     recipient.set(task.record)
     try:
         with task.scope:
-            result = await call_next(ctx)
-            task.result = result.model_dump(mode="json", by_alias=True, exclude_none=True)  # type: ignore[union-attr]
+            task.result = await call_next(ctx)
     except MCPError as error:
         task.error = error
-    except Exception as error:  # noqa: BLE001 -- the session goes on
+    except Exception as error:  # noqa: BLE001 -- it must not end the session
         task.error = MCPError(code=INTERNAL_ERROR, message=f"The call failed: {type(error).__name__}.")
     finally:
         task.updated_at = time.time()
@@ -197,10 +196,7 @@ def job_to_wire(status: TrainingStatus) -> dict[str, Any]:
         result.is_error = (
             status.status is not Status.COMPLETED
         )  # the extension's `failed` is for errors of the protocol
-        state = {
-            "status": "completed",
-            "result": result.model_dump(mode="json", by_alias=True, exclude_none=True),
-        }
+        state = {"status": "completed", "result": _dump(result)}
     return {
         "taskId": status.job_id,
         **state,
@@ -210,6 +206,12 @@ def job_to_wire(status: TrainingStatus) -> dict[str, Any]:
         "ttlMs": None,
         "pollIntervalMs": round(1000 * _poll_interval_s(status.eta_s)),
     }
+
+
+def _dump(result: HandlerResult) -> dict[str, Any]:
+    if not isinstance(result, BaseModel):
+        raise TypeError(f"a tool returned {type(result).__name__}")
+    return result.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
 def _poll_interval_s(eta_s: float | None) -> float:
