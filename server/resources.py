@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import anyio
@@ -97,6 +99,17 @@ class TrainingUpdates:
             self._sessions.pop(uri, None)
 
 
+@contextmanager
+def resource_errors() -> Iterator[None]:
+    """Convert errors of the core to those whose text reaches a client that reads a resource."""
+    try:
+        yield
+    except (AdapterNotFound, InvalidArgument, JobNotFound) as error:
+        raise ResourceNotFoundError(str(error)) from error
+    except PeftMcpError as error:
+        raise ResourceError(str(error)) from error
+
+
 def add_settings_resource(mcp: MCPServer[PEFTManager]) -> None:
     @mcp.resource(
         SETTINGS_URI,
@@ -116,12 +129,8 @@ def add_adapter_resource(mcp: MCPServer[PEFTManager]) -> None:
         mime_type="application/json",
     )
     async def adapter(project_id: str, ctx: Context[PEFTManager, Any]) -> str:
-        try:
+        with resource_errors():
             document = await ctx.request_context.lifespan_context.read_card(project_id)
-        except (AdapterNotFound, InvalidArgument) as error:
-            raise ResourceNotFoundError(str(error)) from error
-        except PeftMcpError as error:
-            raise ResourceError(str(error)) from error
         return document.model_dump_json(indent=2)
 
 
@@ -133,12 +142,8 @@ def add_training_resource(mcp: MCPServer[PEFTManager], updates: TrainingUpdates)
         mime_type="application/json",
     )
     async def training(job_id: str, ctx: Context[PEFTManager, Any]) -> str:
-        try:
+        with resource_errors():
             status = await ctx.request_context.lifespan_context.get_job(job_id)
-        except JobNotFound as error:
-            raise ResourceNotFoundError(str(error)) from error
-        except PeftMcpError as error:
-            raise ResourceError(str(error)) from error
         return for_client(status).model_dump_json(indent=2)
 
     low_level = mcp._lowlevel_server  # noqa: SLF001 -- see the module's docstring

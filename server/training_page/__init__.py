@@ -11,11 +11,10 @@ from typing import Any
 
 from mcp.server.apps import APP_MIME_TYPE, Apps
 from mcp.server.mcpserver import Context, MCPServer
-from mcp.server.mcpserver.exceptions import ResourceError, ResourceNotFoundError
 from mcp.server.mcpserver.resources import FileResource
 
-from peft_core.errors import JobNotFound, PeftMcpError
 from peft_core.manager import PEFTManager
+from server.resources import resource_errors
 
 PAGE_URI = "ui://peft-mcp/training.html"
 SHOWN_ON_PAGE = {"ui": {"resourceUri": PAGE_URI}}  # `_meta` of the tools whose results the page shows
@@ -47,10 +46,6 @@ def add_report_resource(mcp: MCPServer[PEFTManager]) -> None:
         mime_type="application/json",
     )
     async def report(job_id: str, ctx: Context[PEFTManager, Any]) -> str:
-        try:
+        with resource_errors():
             read = await ctx.request_context.lifespan_context.read_report(job_id)
-        except JobNotFound as error:
-            raise ResourceNotFoundError(str(error)) from error
-        except PeftMcpError as error:
-            raise ResourceError(str(error)) from error
         return read.model_dump_json(exclude_none=True)
