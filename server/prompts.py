@@ -7,6 +7,8 @@ from typing import Annotated
 from mcp.server.mcpserver.prompts import Prompt
 from pydantic import Field
 
+from peft_core.schemas.training import MAX_PROJECT_ID
+
 MAX_ARGUMENT = 4096  # characters; no path is longer
 
 Text = Annotated[str, Field(min_length=1, max_length=MAX_ARGUMENT)]
@@ -14,7 +16,9 @@ Text = Annotated[str, Field(min_length=1, max_length=MAX_ARGUMENT)]
 
 def train_and_evaluate(
     path: Annotated[Text, Field(description="Absolute path of a repository or of a file of records.")],
-    project_id: Annotated[str, Field(max_length=64, description="Omit to use the name of the directory.")] = "",
+    project_id: Annotated[
+        str, Field(max_length=MAX_PROJECT_ID, description="Omit to use the name of the directory.")
+    ] = "",
 ) -> str:
     """Train an adapter on a code base, and report whether it helps on files that it was not trained on."""
     project = repr(project_id) if project_id else "the name of the directory, in letters, digits, '-' and '_'"

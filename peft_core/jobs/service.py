@@ -5,7 +5,6 @@ Every method blocks, `plan` for up to a second on a large repository; the manage
 
 from __future__ import annotations
 
-import re
 import secrets
 import time
 from datetime import UTC, datetime
@@ -25,9 +24,8 @@ from peft_core.schemas.job_report import JobReport
 from peft_core.schemas.local_bases import LocalBases
 from peft_core.schemas.results import JobSummary, Status, TrainingDataReport, TrainingStatus
 from peft_core.schemas.task import JobRequest
-from peft_core.schemas.training import DataSelection, EvaluatedAdapter, TrainingConfig
+from peft_core.schemas.training import DataSelection, EvaluatedAdapter, TrainingConfig, project_id_from
 
-MAX_PROJECT_ID = 64
 MAX_NAMED_PROJECTS = 10  # in an error
 SPEED_HISTORY = 50  # newest completed jobs that are searched for a measured speed on the same base model and device
 
@@ -257,7 +255,7 @@ class JobService:
         project = adapter.parent.parent
         if project.parent == self._paths.projects:
             return project.name
-        return re.sub(r"[^A-Za-z0-9]+", "-", adapter.name).strip("-")[:MAX_PROJECT_ID] or "adapter"
+        return project_id_from(adapter.name) or "adapter"
 
     def _find(self, project_id: str, job_id: str | None) -> Job | None:
         if job_id is None:

@@ -5,6 +5,7 @@ The assistant that fills the fields in reads their descriptions, so these say wh
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,15 +13,24 @@ from pydantic import Field, model_validator
 
 from peft_core.schemas.frozen import FrozenModel
 
+MAX_PROJECT_ID = 64  # characters
 ProjectId = Annotated[
     str,
     Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*$",
         min_length=1,
-        max_length=64,
+        max_length=MAX_PROJECT_ID,
         description="Your name for the project: letters, digits, '.', '-', '_' (at most 64). The same id groups its adapters.",
     ),
 ]
+
+
+def project_id_from(name: str) -> str:
+    """Return the project id for a name: "org-repo" for "org/repo". An empty text if no character of it can be used."""
+    words = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
+    return re.sub(r"\.{2,}", ".", words).strip("-_.")[:MAX_PROJECT_ID].rstrip(".")
+
+
 DeviceName = Literal["auto", "mps", "cuda", "cpu"]
 Precision = Literal["auto", "float32"]
 HeldOutBy = Literal["file", "time"]

@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails, to_jsonable_python
 from peft_core.errors import InvalidArgument
 from peft_core.schemas.export import ExportOptions
 from peft_core.schemas.generation import GenerationRequest
-from peft_core.schemas.training import SETTINGS_URI, DataSelection, TrainingConfig
+from peft_core.schemas.training import SETTINGS_URI, DataSelection, TrainingConfig, project_id_from
 
 MAX_LISTED = 5
 _FEW_FIELDS = 16
@@ -190,6 +190,8 @@ def _describe(problem: ErrorDetails, schema: Mapping[str, Any], prefix: Sequence
                 _without_defaults(problem["input"], own),
                 str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"],
             )
+        case "string_pattern_mismatch" if path[-1] == "project_id" and (like := project_id_from(problem["input"])):
+            return field, problem["input"], f"{_must_be(own, schema)}; for instance {like!r}"
         case _:
             return field, problem["input"], _must_be(own, schema) or problem["msg"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from argparse import Namespace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +14,7 @@ from peft_core.manager import PEFTManager
 from peft_core.schemas.evaluation import Verdict
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.results import JobSummary, TrainingStatus
+from peft_core.schemas.training import project_id_from
 from peft_core.system.durations import rough_age
 from peft_core.system.user_paths import user_path
 from server.cli import exit_codes
@@ -23,7 +23,6 @@ from server.cli.terminal import Terminal, table
 from server.status_text import headline, summarise
 
 MAX_JOBS = 20  # that `status` lists
-MAX_PROJECT = 64  # characters of a project id
 _FROM_BEST = (Verdict.HELPS, Verdict.NO_DIFFERENCE, Verdict.HARMS)
 
 
@@ -91,8 +90,7 @@ def project_of(path: str) -> str:
         raise InvalidArgument("path", path, "the home directory that it names is unknown") from error
     name = Path(os.path.normpath(data)).name  # the name of "." is that of the working directory
     name = name if os.path.isdir(data) else name.partition(".")[0]  # noqa: PTH112 -- Path.is_dir raises for a name that is too long
-    words = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
-    project = re.sub(r"\.{2,}", ".", words).strip("-_.")[:MAX_PROJECT].rstrip(".")
+    project = project_id_from(name)
     if not project:
         raise InvalidArgument("path", path, "its name has no letter or digit for a project id; give --project ID")
     return project

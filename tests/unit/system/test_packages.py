@@ -28,8 +28,8 @@ def test_a_command_can_be_pasted_into_a_shell() -> None:
 
 
 def test_an_interpreter_with_a_space_in_its_path_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", "/home/me/my tools/bin/python")
-    assert install_command("gguf").startswith("'/home/me/my tools/bin/python' -m pip install ")
+    monkeypatch.setattr(sys, "executable", "/opt/my tools/bin/python")
+    assert install_command("gguf").startswith("'/opt/my tools/bin/python' -m pip install ")
 
 
 def test_an_environment_without_pip_is_installed_into_by_uv(monkeypatch: pytest.MonkeyPatch) -> None:
