@@ -50,7 +50,6 @@ from peft_core.serving.service import ServingService
 from peft_core.storage.service import StorageService
 
 POLL_INTERVAL_S = 0.25  # how often `watch_training` reads the status
-HEARTBEAT_S = 5.0  # after which it yields the status again, even if nothing changed
 STOP_WAIT_S = 8.0  # how long `cancel_training` waits for the end of a running job
 
 PROJECT_ID: TypeAdapter[str] = TypeAdapter(ProjectId)
@@ -114,17 +113,17 @@ class PEFTManager:
     async def watch_training(
         self, project_id: str, job_id: str | None = None, *, timeout_s: float | None = None
     ) -> AsyncIterator[TrainingStatus]:
-        """Yield the status now, after each change and every few seconds, until the job ends or `timeout_s` has passed."""
+        """Yield the status now and after each change, until the job ends or `timeout_s` seconds have passed."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        status, yielded_at = await self.get_training_status(project_id, job_id), time.monotonic()
+        status = await self.get_training_status(project_id, job_id)
         yield status
         while status.job_id is not None and not status.status.is_final:
             if deadline is not None and time.monotonic() >= deadline:
                 return
             await anyio.sleep(POLL_INTERVAL_S)
             newer = await self.get_training_status(project_id, status.job_id)
-            if newer != status or time.monotonic() - yielded_at >= HEARTBEAT_S:
-                status, yielded_at = newer, time.monotonic()
+            if newer != status:
+                status = newer
                 yield status
 
     async def draw_training(self, project_id: str, job_id: str | None = None, *, title: str = "") -> bytes | None:

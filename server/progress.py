@@ -39,9 +39,11 @@ class _Notifications:
         self._message = ""
 
     async def report(self, done: float, total: float | None, message: str) -> None:
-        is_due = time.monotonic() - self._sent_at >= INTERVAL_S
-        if is_due or (done <= 0 and message != self._message):
+        is_stage = done <= 0 and message != self._message
+        if is_stage or time.monotonic() - self._sent_at >= INTERVAL_S:
             await self._send(done, total, message, message)
+        else:  # `repeat` sends it, if nothing newer comes
+            self._total, self._message = total, message
 
     async def repeat(self) -> None:
         """Repeat the latest message with the time since the call began, whenever nothing was sent for a while."""
@@ -87,16 +89,17 @@ async def stream_progress(ctx: Context[Any, Any], statuses: AsyncIterator[Traini
     Raises:
         ValueError: there was no status.
     """
-    latest: TrainingStatus | None = None
-    sent_line, sent, sent_at = "", -MIN_PROGRESS_STEP, float("-inf")
-    async for latest in statuses:
-        line = headline(latest) if latest.kind == "training" else f"{subject(latest)}: {headline(latest)}"
-        quiet_s = time.monotonic() - sent_at
-        if quiet_s < (HEARTBEAT_S if line == sent_line else INTERVAL_S):
-            continue
-        sent = max(latest.progress_percent, sent + MIN_PROGRESS_STEP)
-        sent_line, sent_at = line, time.monotonic()
-        await ctx.report_progress(sent, 100.0, line)
+
+    async def follow(report: Report) -> TrainingStatus | None:
+        latest, sent_line = None, ""
+        async for latest in statuses:
+            line = headline(latest) if latest.kind == "training" else f"{subject(latest)}: {headline(latest)}"
+            if line != sent_line:
+                await report(latest.progress_percent, 100.0, line)
+                sent_line = line
+        return latest
+
+    latest = await with_progress(ctx, follow)
     if latest is None:
         raise ValueError("no status to report")
     return latest

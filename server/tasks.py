@@ -209,9 +209,9 @@ def job_to_wire(status: TrainingStatus) -> dict[str, Any]:
 
 
 def _dump(result: HandlerResult) -> dict[str, Any]:
-    if not isinstance(result, BaseModel):
-        raise TypeError(f"a tool returned {type(result).__name__}")
-    return result.model_dump(mode="json", by_alias=True, exclude_none=True)
+    if isinstance(result, BaseModel):
+        return result.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return dict(result or {})
 
 
 def _poll_interval_s(eta_s: float | None) -> float:

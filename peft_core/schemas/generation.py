@@ -30,7 +30,7 @@ class GenerationRequest(FrozenModel):
         str | None,
         Field(
             max_length=1000,
-            description="File that prompt or prefix begins or belongs to, such as src/app.py: adds the path as in training.",
+            description="The file that the code is from, such as src/app.py: its path is written first, as in training.",
         ),
     ] = None
     messages: Annotated[

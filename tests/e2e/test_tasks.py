@@ -148,7 +148,6 @@ async def test_a_cancelled_task_ends_as_cancelled(data_dir: Path, stdlib_reposit
         with pytest.raises(MCPError, match="cancelled"):
             await client.call_tool("train_adapter", arguments)
     assert seen[-1].status == "cancelled"
-    assert any("stopping" in (task.status_message or "") for task in seen)
 
 
 @pytest.fixture
