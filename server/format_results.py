@@ -7,6 +7,7 @@ are that sentence with the next step, and the data as JSON. What a model reads a
 from __future__ import annotations
 
 import json
+import math
 import time
 from base64 import b64encode
 from collections.abc import Mapping
@@ -90,7 +91,10 @@ def text_result(result: BaseModel, *texts: str) -> CallToolResult:
 
 
 def compact(value: Any) -> Any:
-    """Return JSON data without nulls, empty texts, empty lists and empty objects, at any depth."""
+    """Return JSON data without nulls, empty texts, empty lists and empty objects, at any depth.
+
+    A number that is not finite, such as the loss of a run that diverged, is null: JSON has none.
+    """
     if isinstance(value, Mapping):
         pairs = ((key, compact(item)) for key, item in value.items())
         return {key: item for key, item in pairs if not _is_empty(item)}
@@ -100,6 +104,8 @@ def compact(value: Any) -> Any:
 
 
 def _is_empty(value: Any) -> bool:
+    if isinstance(value, float):
+        return not math.isfinite(value)
     return value is None or (isinstance(value, str | list | Mapping) and not value)
 
 

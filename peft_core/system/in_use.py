@@ -30,11 +30,14 @@ def hold(path: Path) -> None:
         return
     lock = FileLock(_lock_path(path), shared=True)
     try:
-        while lock.acquire(_TIMEOUT_S) and not lock.is_current:  # it was deleted while this process waited for it
+        while (
+            acquired := lock.acquire(_TIMEOUT_S)
+        ) and not lock.is_current:  # it was deleted while this process waited
             lock.release()
     except StorageError:
         return
-    _held[path] = lock
+    if acquired:
+        _held[path] = lock
 
 
 def keep_only(paths: Collection[Path]) -> None:

@@ -113,6 +113,18 @@ def test_the_structured_content_begins_with_the_sentence_and_has_no_empty_value(
     assert empty_values(content) == []
 
 
+def test_a_loss_that_is_no_number_is_left_out() -> None:
+    job = make_job(
+        status=Status.IN_PROGRESS, phase=Phase.TRAINING, step=7, loss=float("nan"), held_out_loss=float("inf")
+    )
+    result = format_status(status_of(job, None, Path("none"), now=0.0))
+    assert result.structured_content is not None
+    assert {"loss", "held_out_loss"}.isdisjoint(result.structured_content)
+    data = result.content[1]
+    assert isinstance(data, TextContent)
+    json.loads(data.text, parse_constant=pytest.fail)  # called for NaN and Infinity, which are no JSON
+
+
 def test_a_poll_carries_only_what_changes() -> None:
     job = make_job(status=Status.IN_PROGRESS, phase=Phase.TRAINING, step=7)
     status = status_of(job, None, Path("none"), now=0.0)
