@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from peft_core.schemas.frozen import FrozenModel
+from peft_core.schemas.frozen import ONE_TEXT_IS_A_LIST, FrozenModel
 
 MAX_TEXT = 2_000_000  # characters, more than any context holds
 
@@ -59,6 +59,7 @@ class GenerationRequest(FrozenModel):
     seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="Same seed, machine and request: same result.")] = 0
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=200)]],
+        ONE_TEXT_IS_A_LIST,
         Field(max_length=8, description="Stop before any of these texts; they are not part of the result."),
     ] = Field([])
     compare_with_base: Annotated[
@@ -75,11 +76,6 @@ class GenerationRequest(FrozenModel):
         empty = [form for form in forms if not any(values.get(name) for name in form)]
         unused = {name for form in empty for name in form} if len(empty) < len(forms) else set()
         return {name: value for name, value in values.items() if name not in unused}
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _one_stop_text(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _exactly_one_prompt(self) -> GenerationRequest:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from peft_core.schemas.frozen import FrozenModel
+from peft_core.schemas.frozen import ONE_TEXT_IS_A_LIST, FrozenModel
 
 MAX_PROJECT_ID = 64  # characters
 ProjectId = Annotated[
@@ -87,15 +87,19 @@ class DataSelection(FrozenModel):
 
     include: Annotated[
         list[Pattern],
+        ONE_TEXT_IS_A_LIST,
         Field(
             max_length=50,
             description="Patterns, as in .gitignore, of the files to read. Omit to read all code. One that names vendored or "
             "generated files takes them in.",
         ),
     ] = []  # noqa: RUF012 -- pydantic copies defaults
-    exclude: Annotated[list[Pattern], Field(max_length=50, description="Patterns of files not to read.")] = []  # noqa: RUF012 -- pydantic copies defaults
+    exclude: Annotated[
+        list[Pattern], ONE_TEXT_IS_A_LIST, Field(max_length=50, description="Patterns of files not to read.")
+    ] = []  # noqa: RUF012 -- pydantic copies defaults
     more_sources: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=4096)]],
+        ONE_TEXT_IS_A_LIST,
         Field(
             max_length=16,
             description="More repositories or .jsonl files to use with the first.",

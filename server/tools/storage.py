@@ -6,10 +6,11 @@ from typing import Annotated, Any
 
 from mcp.server.mcpserver import Context
 from mcp.types import CallToolResult
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from peft_core.errors import sanitize
 from peft_core.manager import PEFTManager
+from peft_core.schemas.frozen import ONE_TEXT_IS_A_LIST
 from peft_core.schemas.storage import DiskUsage, size_in_words
 from server.confirm import require_consent
 from server.format_results import format_disk_usage
@@ -21,7 +22,7 @@ IRREPLACEABLE = ("adapter", "job", "export", "other")  # what is not made again 
 
 Names = Annotated[
     list[str],
-    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    ONE_TEXT_IS_A_LIST,
     Field(max_length=MAX_NAMES, description="Names as listed. Omit to list only."),
 ]
 

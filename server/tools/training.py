@@ -60,7 +60,7 @@ def _one_source(field: str, path: str | None, records: list[dict[str, Any]] | No
         return records
     if path is None:
         raise InvalidArgument(
-            field, None, "it is required: the absolute path of a repository or a file, unless records are given"
+            field, None, "the absolute path of a repository or a file is required, unless records are given"
         )
     return path
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -76,6 +76,27 @@ def test_the_file_of_output_schemas_is_up_to_date() -> None:
     assert {tool.name: tool.output_schema for tool in TOOLS if tool.output_schema} == output_schemas(), (
         "run `make generated`"
     )
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "taken"),
+    [
+        ("generate", {"prompt": "x", "stop": "\n"}, lambda given: given.stop == ["\n"]),
+        ("disk_usage", {"free": "logs"}, lambda given: given.free == ["logs"]),
+        (
+            "train_adapter",
+            {"project_id": "a", "config": {"include": "src/**", "exclude": "*.sql", "more_sources": "/b"}},
+            lambda given: (
+                (given.config.include, given.config.exclude, given.config.more_sources)
+                == (["src/**"], ["*.sql"], ["/b"])
+            ),
+        ),
+    ],
+)
+def test_a_tool_takes_one_text_for_a_list(tool: str, arguments: dict[str, Any], taken: Callable[[Any], bool]) -> None:
+    (found,) = (each for each in TOOLS if each.name == tool)
+    model = found.fn_metadata.arg_model
+    assert taken(model.model_validate(found.fn_metadata.pre_parse_json(arguments)))
 
 
 def test_generate_takes_every_field_of_a_generation_request_with_its_default() -> None:
