@@ -101,6 +101,14 @@ class AdapterService:
             )
         return directory, base
 
+    def would_download(self, base_model: str | None) -> str | None:
+        """Return the hub id of the model that resolving this base model would download; None if it would not."""
+        if not self._settings.allow_downloads:
+            return None
+        from peft_core.base_models.resolve import would_download  # noqa: PLC0415 -- not at the server's start
+
+        return would_download(base_model, self._settings)
+
     def require_deletable(self, project_id: str, adapter_id: str, require_unused: Callable[[Path], None]) -> None:
         """Do the checks of `delete`, with its errors; nothing is deleted."""
         require_unused(self._registry.require(project_id, adapter_id))

@@ -26,7 +26,7 @@ from peft_core.base_models.hub_cache import (
 from peft_core.base_models.model_directories import gguf_directories
 from peft_core.base_models.ollama_store import PREFIX, find_ollama, installed_names, parse_ollama_name, store_places
 from peft_core.config import Settings
-from peft_core.errors import BaseCheckpointError, InvalidArgument
+from peft_core.errors import BaseCheckpointError, InvalidArgument, PeftMcpError
 from peft_core.schemas.base_model import BUNDLED, Base
 from peft_core.system.allowed_paths import is_private, require_allowed
 from peft_core.system.packages import install_command
@@ -69,6 +69,27 @@ def resolve(ref: str | None, settings: Settings) -> Base:
     if path is not None:
         return _from_path(name, path, field)
     return _from_name(name, field, settings)
+
+
+class NotCached(InvalidArgument):
+    """A model of the hub that is not on this machine, and may not be downloaded."""
+
+    def __init__(self, ref: HubRef, field: str, allowed: str, suggestions: Iterable[str]) -> None:
+        super().__init__(field, str(ref), allowed, suggestions=suggestions)
+        self.ref = ref
+
+
+def would_download(ref: str | None, settings: Settings) -> str | None:
+    """Return the hub id that `resolve` would download for this reference; None if it would not download anything."""
+    if not settings.allow_downloads or is_offline():
+        return None
+    try:
+        resolve(ref, settings.model_copy(update={"allow_downloads": False}))
+    except NotCached as missing:
+        return str(missing.ref)
+    except PeftMcpError:  # `resolve` says so when it is asked
+        return None
+    return None
 
 
 def candidates(name: str, revision: str | None, settings: Settings) -> Iterator[Callable[[], Base]]:
@@ -210,11 +231,11 @@ def _download_if_allowed(ref: HubRef, field: str, settings: Settings) -> Snapsho
     if settings.allow_downloads and not is_offline():
         return download(ref)
     reason = "HF_HUB_OFFLINE is set" if settings.allow_downloads else "downloads are not allowed"
-    raise InvalidArgument(
+    raise NotCached(
+        ref,
         field,
-        str(ref),
         f"it is neither an existing path nor in the local Hugging Face cache ({reason}) nor in Ollama; must be {_ALLOWED}",
-        suggestions=(
+        (
             *_suggest_similar(ref.repo_id),
             f"Download it with `hf download {ref.repo_id}{f' --revision {ref.revision}' if ref.revision else ''}`",
             "Or set CODEBASE_GARDENER_ALLOW_DOWNLOADS=true",

@@ -15,6 +15,7 @@ from mcp.types import ToolAnnotations
 from pydantic import BaseModel
 
 from peft_core.schemas.validation import TEXT_FIELDS, omit_unset
+from server.confirm import confirm_download
 from server.plain_schema import plain_input_schema
 from server.roots import absolute_paths
 
@@ -37,9 +38,11 @@ class ToolArguments(FuncMetadata):
         arguments: dict[str, Any],
         arguments_to_pass_directly: dict[str, Any] | None = None,
     ) -> Any:
-        """Call the tool with absolute paths, so that no tool can forget to resolve relative ones."""
+        """Call the tool with absolute paths, and not before a download is agreed to, so that no tool can forget either."""
         passed = arguments_to_pass_directly or {}
-        return await super().call_fn(fn, fn_is_async, await absolute_paths(passed["ctx"], arguments), passed)
+        resolved = await absolute_paths(passed["ctx"], arguments)
+        await confirm_download(passed["ctx"], resolved)
+        return await super().call_fn(fn, fn_is_async, resolved, passed)
 
 
 def make_tool(

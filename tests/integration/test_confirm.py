@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import anyio
 import pytest
+from huggingface_hub import constants
 from mcp.client import Client
 from mcp.client.extension import advertise
 from mcp.client.session import ClientRequestContext
@@ -24,6 +25,7 @@ from mcp.types import (
 from pydantic import FileUrl
 
 from peft_core.adapters.manifest import write_manifest
+from peft_core.base_models import resolve
 from peft_core.config import Settings
 from peft_core.system.lock import FileLock
 from server.app import build_server
@@ -275,3 +277,23 @@ async def test_a_client_that_follows_tasks_is_asked_for_its_roots_before_a_task_
     assert asked == ["roots"]
     assert result.is_error
     assert f"{tmp_path / 'taken'} is a file" in text_of(result)
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [
+        ("train_adapter", {"project_id": "web", "records": [{"text": "x"}], "config": {"base_model": "org/new"}}),
+        ("load_adapter", {"adapter_path": "web", "base_model": "org/new"}),
+    ],
+)
+async def test_no_base_model_is_downloaded_if_the_person_does_not_agree(
+    data_dir: Path, era: str, adapter: Path, monkeypatch: pytest.MonkeyPatch, tool: str, arguments: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(resolve, "download", lambda ref: pytest.fail(f"{ref} was downloaded"))
+    settings = Settings(data_dir=data_dir, allow_downloads=True)
+    person = Person("decline")
+    async with Client(build_server(settings), mode=era, elicitation_callback=person) as client:
+        result = await client.call_tool(tool, arguments)
+    assert person.asked == ["Download the model org/new from the Hugging Face Hub? It may take gigabytes."]
+    assert text_of(result).startswith("Nothing was downloaded: the person was asked to confirm, and declined.")

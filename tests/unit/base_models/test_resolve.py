@@ -18,6 +18,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from peft_core.base_models.checkpoint import file_states
 from peft_core.base_models.gguf_model import read_gguf_model
 from peft_core.base_models.resolve import resolve as resolve_base
+from peft_core.base_models.resolve import would_download
 from peft_core.config import Settings
 from peft_core.errors import BaseCheckpointError, InvalidArgument
 from tests.model_files import F32, GGUF_METADATA, GGUF_SHAPES, SHAPES, TEXT, U32, gguf_bytes, write_model
@@ -330,3 +331,17 @@ def test_a_lack_of_memory_is_not_reported_as_an_unreadable_base_model(
     monkeypatch.setattr("peft_core.base_models.checkpoint.os.scandir", fail)
     with pytest.raises(MemoryError):
         file_states(tmp_path)
+
+
+def test_only_a_model_that_is_missing_and_allowed_would_be_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed = Settings(allow_downloads=True, default_base_model="org/default")
+    local = str(write_model(tmp_path / "local"))
+    assert would_download("org/new@main", allowed) == "org/new@main"
+    assert would_download(None, allowed) == "org/default"
+    assert would_download(local, allowed) is None
+    assert would_download("/no/such/place", allowed) is None
+    assert would_download("org/new", SETTINGS) is None
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert would_download("org/new", allowed) is None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,8 @@ from mcp.server.mcpserver import Context
 from mcp.types import INTERNAL_ERROR, CallToolResult, ErrorData, ListRootsResult, Root, TextContent
 from pydantic import BaseModel, FileUrl
 
+from peft_core.config import Settings
+from peft_core.manager import PEFTManager
 from peft_core.schemas.training import TrainingConfig
 from server.app import PEFTServer
 from server.tools import make_tool
@@ -54,8 +57,13 @@ async def call(era: str, roots: Sequence[Path] | ErrorData | None, **arguments: 
             return roots
         return ListRootsResult(roots=[Root(uri=FileUrl(path.as_uri())) for path in roots or ()])
 
+    @asynccontextmanager
+    async def lifespan(_: object) -> AsyncIterator[PEFTManager]:
+        yield PEFTManager(Settings(data_dir="/none"))
+
     callback = None if roots is None else list_roots
-    async with Client(PEFTServer([make_tool(show, "Show")]), mode=era, list_roots_callback=callback) as client:
+    server = PEFTServer([make_tool(show, "Show")], lifespan=lifespan)
+    async with Client(server, mode=era, list_roots_callback=callback) as client:
         return await client.call_tool("show", arguments)
 
 
