@@ -17,6 +17,7 @@ from peft_core.adapters.registry import Registry
 from peft_core.adapters.verify import verify
 from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
+from peft_core.errors import JobNotFound
 from peft_core.jobs.service import JobService
 from peft_core.jobs.store import Store
 from peft_core.schemas.results import Status, TrainingStatus
@@ -72,6 +73,13 @@ class Scenario:
 
     def status(self, job_id: str | None = None) -> TrainingStatus:
         return self.jobs.status_by_id(job_id or self.current)
+
+    def latest(self, project: str) -> str | None:
+        """Return the id of a project's latest job, as a server that is asked for it; None if it has none."""
+        try:
+            return self.jobs.status_and_ensure_runner(project).job_id
+        except JobNotFound:
+            return None
 
     @property
     def current(self) -> str:

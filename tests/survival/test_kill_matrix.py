@@ -67,7 +67,7 @@ def test_the_next_server_finishes_a_job_whose_server_died_while_queuing_it(scena
             if method != MEMORY:
                 until(lambda killed=victim.process.pid: gone(killed), "the server to die", 2.0)
         scenario.disarm()
-        scenario.job_id = scenario.jobs.status_and_ensure_runner("small").job_id  # None: the job was not queued yet
+        scenario.job_id = scenario.latest("small")  # None: the job was not queued yet
         if scenario.job_id is not None:
             scenario.finish()
         scenario.expect_no_processes()

@@ -24,7 +24,14 @@ pytestmark = pytest.mark.survival
 SERVERS = 4
 CALLS = int(os.environ.get("PEFT_SURVIVAL_CALLS", "200"))
 SEED = int(os.environ.get("PEFT_SURVIVAL_SEED", "0"))
-EXPECTED_ERRORS = ("job_already_ended", "not_resumable", "job_not_found", "nothing_to_cancel", "adapter_not_found")
+EXPECTED_ERRORS = (
+    "unknown_project",
+    "job_already_ended",
+    "not_resumable",
+    "job_not_found",
+    "nothing_to_cancel",
+    "adapter_not_found",
+)
 
 
 def test_four_servers_on_one_data_directory_lose_no_job_and_run_none_twice(scenario: Scenario) -> None:
