@@ -123,9 +123,18 @@ def report(status: Mapping[str, Any]) -> None:
     console.print(f" {status['adapter_path']}", soft_wrap=True)
 
 
+async def call_until_done(client: Client, tool: str, arguments: Mapping[str, Any]) -> CallToolResult:
+    """Call a tool, and again while it answers that it is still at work."""
+    while True:
+        result = await client.call_tool(tool, dict(arguments))
+        if (result.structured_content or {}).get("status") != "working":
+            return result
+        console.print(text_of(result))
+
+
 async def use(client: Client) -> None:
     """Load the adapter and compare its completions with those of the base model."""
-    loaded = await client.call_tool("load_adapter", {"adapter_path": PROJECT})
+    loaded = await call_until_done(client, "load_adapter", {"adapter_path": PROJECT})
     console.print(f"\n[bold]load_adapter[/] returned:\n{text_of(loaded)}", soft_wrap=True)
     console.print("\n[bold]generate[/], with and without the adapter (greedy, so the same every time):")
     for prompt in PROMPTS:
@@ -144,7 +153,7 @@ async def use(client: Client) -> None:
 async def export(client: Client) -> list[str]:
     """Export the adapter as a LoRA file for llama.cpp, and return the command that the answer gives to use it."""
     arguments = {"adapter_path": PROJECT, "to": "gguf-lora", "overwrite": True}
-    exported = await client.call_tool("export_adapter", arguments)
+    exported = await call_until_done(client, "export_adapter", arguments)
     console.print(f"\n[bold]export_adapter[/] returned:\n{escape(text_of(exported))}", soft_wrap=True)
     return [] if exported.is_error else shlex.split((exported.structured_content or {})["usage"][0])
 

@@ -108,6 +108,16 @@ class Settings(BaseSettings):
             "it only. Unset: only a vLLM on this machine that a request names."
         ),
     ] = None
+    answer_within_s: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=86_400,
+            description="Seconds after which load_adapter and export_adapter answer that they are still at work, because "
+            "many clients give up after 60; the same call again waits for the result. Clients that follow MCP tasks do not "
+            "need it.",
+        ),
+    ] = 45.0
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR"],
         Field(description="Least severe messages that are logged to stderr."),

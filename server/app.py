@@ -81,7 +81,7 @@ class PEFTServer(MCPServer[PEFTManager]):
 
 
 def build_server(settings: Settings) -> PEFTServer:
-    updates, tasks = TrainingUpdates(), Tasks()
+    updates, tasks = TrainingUpdates(), Tasks(settings.answer_within_s)
 
     @asynccontextmanager
     async def lifespan(_: MCPServer[PEFTManager]) -> AsyncIterator[PEFTManager]:

@@ -11,13 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from server.app import TOOLS
+from server.long_calls import LONG_TOOLS, StillWorking
 from server.tools import OUTPUT_SCHEMAS, result_model
 
 
 def output_schemas() -> dict[str, dict[str, Any]]:
     """Return the schema of each tool's result, by the tool's name."""
     models = {tool.name: result_model(tool.fn) for tool in TOOLS}
-    return {name: short_output_schema(model.model_json_schema()) for name, model in models.items() if model is not None}
+    schemas = {
+        name: short_output_schema(model.model_json_schema()) for name, model in models.items() if model is not None
+    }
+    return {name: _or_still_working(schema) if name in LONG_TOOLS else schema for name, schema in schemas.items()}
+
+
+def _or_still_working(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Allow the answer that the call is still at work, too."""
+    other = short_output_schema(StillWorking.model_json_schema())
+    status = schema["properties"].get("status", {"enum": []})
+    statuses = {"type": "string", "enum": [*status["enum"], "working"]}
+    required = [name for name in schema["required"] if name in other["required"]]
+    return {**schema, "properties": {**schema["properties"], "status": statuses}, "required": required}
 
 
 def short_output_schema(schema: Mapping[str, Any]) -> dict[str, Any]:

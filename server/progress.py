@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import anyio
 from mcp.server.mcpserver import Context
@@ -24,8 +24,16 @@ MIN_PROGRESS_STEP = 0.01  # MCP requires `progress` to grow each time, even if o
 Report = Callable[[float, float | None, str], Awaitable[None]]  # done, total, message
 T = TypeVar("T")
 
-# Where progress goes instead of the client: a call that became a task is no longer open.
-recipient: ContextVar[Callable[[str], None] | None] = ContextVar("recipient", default=None)
+
+class Recipient(Protocol):
+    """Takes the progress of a call that may outlive its request, see `long_calls.py`."""
+
+    def begin(self) -> None: ...
+
+    async def record(self, done: float, total: float | None, message: str) -> None: ...
+
+
+recipient: ContextVar[Recipient | None] = ContextVar("recipient", default=None)  # instead of the client
 
 
 class _Notifications:
@@ -60,14 +68,16 @@ class _Notifications:
     async def _send(self, done: float, total: float | None, message: str, shown: str) -> None:
         self._sent = max(done, self._sent + MIN_PROGRESS_STEP)
         self._total, self._message, self._sent_at = total, message, time.monotonic()
-        if (record := recipient.get()) is not None:
-            record(shown)
+        if (call := recipient.get()) is not None:
+            await call.record(self._sent, total, shown)
         else:
             await self._ctx.report_progress(self._sent, total, shown)
 
 
 async def with_progress(ctx: Context[Any, Any], operation: Callable[[Report], Awaitable[T]]) -> T:
     """Await `operation`, which gets a function that reports (done, total, message), and send its progress to the client."""
+    if (call := recipient.get()) is not None:
+        call.begin()
     notifications = _Notifications(ctx)
     outcome: list[T] = []
     problem: Exception | None = None

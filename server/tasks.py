@@ -2,19 +2,15 @@
 
 Clients that do not declare the extension get the results that the tools return without it. A training or evaluation is a
 task with the id of its job: it outlives this process, and every server answers for it. A load or an export that takes long
-is a task of this process.
+is a task of this process (`long_calls.py`).
 """
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-import anyio
 from anyio.abc import TaskGroup
 from mcp.server.context import CallNext, HandlerResult, ServerRequestContext
 from mcp.server.extension import Extension, MethodBinding
@@ -27,15 +23,13 @@ from peft_core.errors import JobNotFound, JobStateError, PeftMcpError
 from peft_core.manager import PEFTManager
 from peft_core.schemas.results import Status, TrainingStatus
 from server.format_results import format_status
-from server.progress import recipient
+from server.long_calls import KEPT_S, LONG_TOOLS, LongCall, LongCalls
 from server.status_text import headline, subject
 
 EXTENSION_ID = "io.modelcontextprotocol/tasks"
 REVISIONS = frozenset({"2026-07-28"})
 JOB_TOOLS = frozenset({"train_adapter", "evaluate_adapter", "resume_training"})
-PROCESS_TOOLS = frozenset({"load_adapter", "export_adapter"})
 PATIENCE_S = 3.0  # a load or an export that ends sooner is answered without a task
-PROCESS_TASK_TTL_S = 3600.0  # how long the result of a task of this process is kept
 MIN_POLL_S, MAX_POLL_S = 2.0, 60.0
 POLLS_PER_JOB = 20
 
@@ -48,53 +42,16 @@ class TaskUpdateParams(TaskParams):
     input_responses: dict[str, Any] = Field({})
 
 
-@dataclass
-class _ProcessTask:
-    """A call that continues in this process after its request was answered."""
-
-    task_id: str
-    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
-    done: anyio.Event = field(default_factory=anyio.Event)
-    message: str = ""
-    result: HandlerResult | None = None
-    error: MCPError | None = None
-    created_at: float = field(default_factory=time.time)
-    updated_at: float = field(default_factory=time.time)
-
-    def record(self, message: str) -> None:
-        self.message, self.updated_at = message, time.time()
-
-    def to_wire(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"status": "working"}
-        if self.result is not None:
-            state = {"status": "completed", "result": _dump(self.result)}
-        elif self.error is not None:
-            error = {"code": self.error.error.code, "message": self.error.error.message}
-            state = {"status": "failed", "error": error}
-        elif self.done.is_set():
-            state = {"status": "cancelled"}
-        message = {"statusMessage": self.message} if self.message else {}
-        return {
-            "taskId": self.task_id,
-            **state,
-            **message,
-            "createdAt": _timestamp(self.created_at),
-            "lastUpdatedAt": _timestamp(self.updated_at),
-            "ttlMs": round(PROCESS_TASK_TTL_S * 1000),
-            "pollIntervalMs": round(MIN_POLL_S * 1000),
-        }
-
-
 class Tasks(Extension):
     identifier = EXTENSION_ID
 
-    def __init__(self) -> None:
-        self._group: TaskGroup | None = None
-        self._process_tasks: dict[str, _ProcessTask] = {}
+    def __init__(self, answer_within_s: float) -> None:
+        self._answer_within_s = answer_within_s
+        self._calls: LongCalls | None = None
 
     def start(self, group: TaskGroup) -> None:
-        """Run the tasks of this process in `group`, which ends with the session."""
-        self._group = group
+        """Run long calls in `group`, which ends with the session."""
+        self._calls = LongCalls(group)
 
     def methods(self) -> Sequence[MethodBinding]:
         return (
@@ -106,60 +63,40 @@ class Tasks(Extension):
     async def intercept_tool_call(
         self, params: CallToolRequestParams, ctx: ServerRequestContext[Any, Any], call_next: CallNext
     ) -> HandlerResult:
-        """Answer a long call with a task, if the client can follow one."""
-        if not _understands_tasks(ctx):
-            return await call_next(ctx)
-        if params.name in PROCESS_TOOLS and self._group is not None:
-            return await self._in_process(self._group, ctx, call_next)
+        """Answer a long call with a task, if the client can follow one, and in time, if it cannot."""
+        follows_tasks = _understands_tasks(ctx)
+        if params.name in LONG_TOOLS and self._calls is not None:
+            if not follows_tasks:
+                return await self._calls.call_again(params, ctx, call_next, self._answer_within_s)
+            result = await self._calls.call(ctx, call_next, PATIENCE_S)
+            return {"resultType": "task", **call_to_wire(result)} if isinstance(result, LongCall) else result
         result = await call_next(ctx)
-        if params.name in JOB_TOOLS and isinstance(result, CallToolResult) and not result.is_error:
+        if follows_tasks and params.name in JOB_TOOLS and isinstance(result, CallToolResult) and not result.is_error:
             status = await _manager(ctx).get_job((result.structured_content or {})["job_id"])
             if not status.status.is_final:
                 return {"resultType": "task", **job_to_wire(status)}
         return result
 
-    async def _in_process(
-        self, group: TaskGroup, ctx: ServerRequestContext[Any, Any], call_next: CallNext
-    ) -> HandlerResult:
-        self._forget_old()
-        task = _ProcessTask(secrets.token_hex(16))
-        group.start_soon(_run, task, ctx, call_next)
-        try:
-            with anyio.move_on_after(PATIENCE_S):
-                await task.done.wait()
-        except BaseException:  # the request was cancelled before the client knows of a task
-            task.scope.cancel()
-            raise
-        if task.error is not None:
-            raise task.error
-        if task.result is not None:
-            return task.result
-        self._process_tasks[task.task_id] = task
-        return {"resultType": "task", **task.to_wire()}
-
-    def _forget_old(self) -> None:
-        oldest = time.time() - PROCESS_TASK_TTL_S
-        for task in list(self._process_tasks.values()):
-            if task.done.is_set() and task.updated_at < oldest:
-                del self._process_tasks[task.task_id]
+    def _call(self, task_id: str) -> LongCall | None:
+        return None if self._calls is None else self._calls.get(task_id)
 
     async def _get(self, ctx: ServerRequestContext[Any, Any], params: TaskParams) -> HandlerResult:
         require_client_extension(ctx, EXTENSION_ID)
-        if (task := self._process_tasks.get(params.task_id)) is not None:
-            return task.to_wire()
+        if (call := self._call(params.task_id)) is not None:
+            return call_to_wire(call)
         return job_to_wire(await _job(ctx, params.task_id))
 
     async def _update(self, ctx: ServerRequestContext[Any, Any], params: TaskUpdateParams) -> HandlerResult:
         """Acknowledge answers, of which no task ever asks for any."""
         require_client_extension(ctx, EXTENSION_ID)
-        if params.task_id not in self._process_tasks:
+        if self._call(params.task_id) is None:
             await _job(ctx, params.task_id)
         return {}
 
     async def _cancel(self, ctx: ServerRequestContext[Any, Any], params: TaskParams) -> HandlerResult:
         require_client_extension(ctx, EXTENSION_ID)
-        if (task := self._process_tasks.get(params.task_id)) is not None:
-            task.scope.cancel()
+        if (call := self._call(params.task_id)) is not None:
+            call.cancel()
             return {}
         status = await _job(ctx, params.task_id)
         try:
@@ -171,19 +108,31 @@ class Tasks(Extension):
         return {}
 
 
-async def _run(task: _ProcessTask, ctx: ServerRequestContext[Any, Any], call_next: CallNext) -> None:
-    """Complete a call, whatever becomes of its request, and keep what comes out."""
-    recipient.set(task.record)
-    try:
-        with task.scope:
-            task.result = await call_next(ctx)
-    except MCPError as error:
-        task.error = error
-    except Exception as error:  # noqa: BLE001 -- it must not end the session
-        task.error = MCPError(code=INTERNAL_ERROR, message=f"The call failed: {type(error).__name__}.")
-    finally:
-        task.updated_at = time.time()
-        task.done.set()
+def call_to_wire(call: LongCall) -> dict[str, Any]:
+    """Return a call of this process as the extension's `Task`."""
+    state: dict[str, Any] = {"status": "working"}
+    if call.was_cancelled:
+        state = {"status": "cancelled"}
+    elif call.error is not None:
+        state = {"status": "failed", "error": _error_to_wire(call.error)}
+    elif call.result is not None:
+        state = {"status": "completed", "result": _dump(call.result)}
+    message = {"statusMessage": call.message} if call.message else {}
+    return {
+        "taskId": call.call_id,
+        **state,
+        **message,
+        "createdAt": _timestamp(call.created_at),
+        "lastUpdatedAt": _timestamp(call.updated_at),
+        "ttlMs": round(KEPT_S * 1000),
+        "pollIntervalMs": round(MIN_POLL_S * 1000),
+    }
+
+
+def _error_to_wire(error: Exception) -> dict[str, Any]:
+    if isinstance(error, MCPError):
+        return {"code": error.error.code, "message": error.error.message}
+    return {"code": INTERNAL_ERROR, "message": f"The call failed: {type(error).__name__}."}
 
 
 def job_to_wire(status: TrainingStatus) -> dict[str, Any]:

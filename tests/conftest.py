@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ.setdefault("CODEBASE_GARDENER_ANSWER_WITHIN_S", "600")  # a load on a busy machine is one call
     settings.register_profile("all", deadline=None)  # a busy machine is no failure
     settings.register_profile("fast", deadline=None, max_examples=10)
     settings.load_profile("fast" if config.getoption("--without-torch") else "all")

@@ -172,3 +172,26 @@ async def test_a_slow_load_is_a_task_with_its_progress_as_message(
         refused = await load({"adapter_path": str(tmp_path / "nothing")})
         assert refused.is_error
         assert "No adapter at" in text_of(refused)
+
+
+async def test_a_client_without_tasks_makes_a_slow_call_again_for_its_result(
+    data_dir: Path, tiny_base: str, tmp_path: Path, era: str
+) -> None:
+    adapter = write_tiny_adapter(tmp_path / "adapter", Path(tiny_base), seed=1)
+    arguments = {"adapter_path": str(adapter), "base_model": tiny_base, "engine": "torch"}
+    answers: list[CallToolResult] = []
+    messages: set[str | None] = set()
+
+    async def note(_done: float, _total: float | None, message: str | None) -> None:
+        messages.add(message)
+
+    settings = Settings(data_dir=data_dir, answer_within_s=0.2)
+    async with Client(build_server(settings), mode=era) as client:
+        with anyio.fail_after(DEADLINE_S):
+            while not answers or data_of(answers[-1])["status"] == "working":
+                answers.append(await client.call_tool("load_adapter", arguments, progress_callback=note))
+    assert data_of(answers[0])["status"] == "working"
+    assert "still at work after" in text_of(answers[0])
+    loaded = data_of(answers[-1])
+    assert (loaded["status"], loaded["how"]) == ("loaded", "cold"), "one load, although there were several calls"
+    assert len(messages) > 1

@@ -12,6 +12,7 @@ import pytest
 import server.progress
 from peft_core.jobs.status import status_of
 from peft_core.schemas.results import Phase, Status, TrainingStatus
+from server.long_calls import LongCall
 from server.progress import Report, recipient, stream_progress, with_progress
 from tests.factories import make_job
 
@@ -74,15 +75,15 @@ async def test_an_error_of_the_operation_is_raised_as_it_is() -> None:
         await with_progress(context, work)
 
 
-async def test_the_progress_of_a_task_goes_to_its_message() -> None:
+async def test_the_progress_of_a_long_call_goes_to_the_call() -> None:
     context: Any = FakeContext()
-    messages: list[str] = []
-    token = recipient.set(messages.append)
+    call = LongCall()
+    token = recipient.set(call)
     try:
         await with_progress(context, lambda report: report(0, None, "loading"))
     finally:
         recipient.reset(token)
-    assert messages == ["loading"]
+    assert call.message == "loading"
     assert context.sent == []
 
 

@@ -1,0 +1,175 @@
+"""Calls that continue after their request was answered: a load or an export can take longer than clients wait for an answer.
+
+A client with the extension for tasks follows such a call as a task (`tasks.py`). Any other gets an answer that the call is
+still at work, and makes the same call again to wait for its result.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import anyio
+from anyio.abc import TaskGroup
+from mcp.server.context import CallNext, HandlerResult, ServerRequestContext
+from mcp.shared.exceptions import MCPError
+from mcp.types import INTERNAL_ERROR, CallToolRequestParams
+from pydantic import BaseModel
+
+from peft_core.schemas.results import NextStep
+from peft_core.system.durations import format_duration
+from server.format_results import compact, tool_result
+from server.progress import recipient
+
+LONG_TOOLS = frozenset({"load_adapter", "export_adapter"})
+KEPT_S = 3600.0  # how long a result is kept for a client that does not ask for it
+
+
+class StillWorking(BaseModel):
+    """What a client without the extension for tasks is answered before the call has ended."""
+
+    status: Literal["working"] = "working"
+    elapsed_s: float
+    next: str
+    next_step: NextStep
+
+
+@dataclass(eq=False)
+class LongCall:
+    """A call of a tool, which one request after another may wait for."""
+
+    call_id: str = field(default_factory=lambda: secrets.token_hex(16))
+    message: str = ""  # of its latest progress
+    result: HandlerResult | None = None
+    error: Exception | None = None
+    created_at: float = field(default_factory=time.time)
+    updated_at: float = field(default_factory=time.time)
+    _scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    _began: anyio.Event = field(default_factory=anyio.Event)
+    _done: anyio.Event = field(default_factory=anyio.Event)
+    _waiting: list[ServerRequestContext[Any, Any]] = field(default_factory=list)
+
+    @property
+    def is_over(self) -> bool:
+        return self._done.is_set() or self._scope.cancel_called
+
+    @property
+    def was_cancelled(self) -> bool:
+        return self._scope.cancelled_caught
+
+    def ended_before(self, at: float) -> bool:
+        return self._done.is_set() and self.updated_at < at
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.time() - self.created_at
+
+    def cancel(self) -> None:
+        self._scope.cancel()
+
+    def begin(self) -> None:
+        """Note that the work has begun. Before it, the person may be asked something, and answers when they like."""
+        self._began.set()
+
+    async def record(self, done: float, total: float | None, message: str) -> None:
+        """Keep a progress message, and send it to the requests that wait."""
+        self.message, self.updated_at = message.removesuffix("."), time.time()
+        for ctx in tuple(self._waiting):
+            await ctx.session.report_progress(done, total, message)
+
+    async def wait(self, ctx: ServerRequestContext[Any, Any], patience_s: float) -> HandlerResult | None:
+        """Return what the call returns, or None if it is still at work `patience_s` after it, or this request, began.
+
+        The call is cancelled when the last request that waits for it is cancelled.
+
+        Raises:
+            Exception: the call ended with it.
+        """
+        self._waiting.append(ctx)
+        try:
+            await self._began.wait()
+            with anyio.move_on_after(patience_s):
+                await self._done.wait()
+        except BaseException:
+            if self._waiting == [ctx]:
+                self.cancel()
+            raise
+        finally:
+            self._waiting.remove(ctx)
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+    async def run(self, ctx: ServerRequestContext[Any, Any], call_next: CallNext) -> None:
+        """Make the call. It continues whatever becomes of its request."""
+        recipient.set(self)
+        try:
+            with self._scope:
+                self.result = await call_next(ctx)
+            if self._scope.cancelled_caught:
+                self.error = MCPError(code=INTERNAL_ERROR, message="The call was cancelled.")
+        except Exception as error:  # noqa: BLE001 -- raised in the request, and must not end the session
+            self.error = error
+        finally:
+            self.updated_at = time.time()
+            self._began.set()
+            self._done.set()
+
+
+class LongCalls:
+    """The long calls of this session: each is kept until its result was fetched, or for an hour."""
+
+    def __init__(self, group: TaskGroup) -> None:
+        self._group = group  # in which the calls run: it ends with the session
+        self._calls: dict[str, LongCall] = {}
+
+    def get(self, call_id: str) -> LongCall | None:
+        return self._calls.get(call_id)
+
+    async def call(
+        self, ctx: ServerRequestContext[Any, Any], call_next: CallNext, patience_s: float
+    ) -> HandlerResult | LongCall:
+        """Return the result of a call, or the call if it is still at work after a while: `get` finds it by its id."""
+        call = self._start(ctx, call_next)
+        result = await self._wait(call.call_id, call, ctx, patience_s)
+        return result if result is not None else call
+
+    async def call_again(
+        self, params: CallToolRequestParams, ctx: ServerRequestContext[Any, Any], call_next: CallNext, patience_s: float
+    ) -> HandlerResult:
+        """Return the result of a call that an equal one may have started, or the answer that it is still at work."""
+        arguments = compact(params.arguments or {})
+        key = f"{params.name} {json.dumps(arguments, sort_keys=True)}"
+        call = self._calls.get(key) or self._start(ctx, call_next, key)
+        result = await self._wait(key, call, ctx, patience_s)
+        return result if result is not None else _still_working(params.name, arguments, call)
+
+    def _start(self, ctx: ServerRequestContext[Any, Any], call_next: CallNext, key: str | None = None) -> LongCall:
+        oldest = time.time() - KEPT_S
+        self._calls = {name: kept for name, kept in self._calls.items() if not kept.ended_before(oldest)}
+        call = LongCall()
+        self._calls[key or call.call_id] = call
+        self._group.start_soon(call.run, ctx, call_next)
+        return call
+
+    async def _wait(
+        self, key: str, call: LongCall, ctx: ServerRequestContext[Any, Any], patience_s: float
+    ) -> HandlerResult | None:
+        try:
+            return await call.wait(ctx, patience_s)
+        finally:
+            if call.is_over:
+                self._calls.pop(key, None)
+
+
+def _still_working(tool: str, arguments: Mapping[str, Any], call: LongCall) -> HandlerResult:
+    step = NextStep(tool=tool, arguments=dict(arguments), reason="The same call again waits for its result.")
+    stage = f": {call.message}" if call.message else ""
+    return tool_result(
+        StillWorking(elapsed_s=round(call.elapsed_s, 1), next=step.sentence, next_step=step),
+        f"{tool} is still at work after {format_duration(call.elapsed_s)}{stage}.",
+    )

@@ -1,0 +1,150 @@
+"""Calls that are answered before they have ended, and found again by an equal call."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import anyio
+import pytest
+from mcp.types import CallToolRequestParams, CallToolResult, TextContent
+
+from server.long_calls import LongCall, LongCalls
+from server.progress import recipient
+from tests.clients import data_of, text_of
+
+PATIENT_S, IMPATIENT_S = 30.0, 0.01
+
+
+class Session:
+    def __init__(self) -> None:
+        self.sent: list[str] = []
+
+    async def report_progress(self, done: float, total: float | None, message: str) -> None:
+        self.sent.append(message)
+
+
+class Request:
+    """What a call knows of the request that waits for it."""
+
+    def __init__(self) -> None:
+        self.session: Any = Session()
+
+
+class Work:
+    """A tool that reports progress, and ends when the test lets it."""
+
+    def __init__(self, outcome: Exception | None = None) -> None:
+        self.outcome = outcome
+        self.starts = 0
+        self.was_cancelled = False
+        self.may_end = anyio.Event()
+
+    async def __call__(self, _ctx: Any) -> CallToolResult:
+        self.starts += 1
+        call = recipient.get()
+        assert call is not None
+        call.begin()
+        await call.record(0, None, "reading the base model")
+        try:
+            await self.may_end.wait()
+        except BaseException:
+            self.was_cancelled = True
+            raise
+        await call.record(1, None, "done")
+        if self.outcome is not None:
+            raise self.outcome
+        return CallToolResult(content=[TextContent(type="text", text=f"result {self.starts}")])
+
+
+@pytest.fixture
+async def calls() -> AsyncIterator[LongCalls]:
+    async with anyio.create_task_group() as group:
+        yield LongCalls(group)
+        group.cancel_scope.cancel()
+
+
+def params(**arguments: Any) -> CallToolRequestParams:
+    return CallToolRequestParams(name="load_adapter", arguments=arguments)
+
+
+async def test_the_same_call_again_waits_for_the_result(calls: LongCalls) -> None:
+    work, first, second = Work(), Request(), Request()
+    given = {"adapter_path": "web", "engine": "torch"}
+    answer: Any = await calls.call_again(params(**given), first, work, IMPATIENT_S)  # type: ignore[arg-type]
+    assert text_of(answer).startswith("load_adapter is still at work after ")
+    assert "reading the base model. The same call again waits" in text_of(answer)
+    data = data_of(answer)
+    assert (data["status"], data["next_step"]) == ("working", {"tool": "load_adapter", "arguments": given})
+
+    work.may_end.set()
+    again = params(engine="torch", adapter_path="web", base_model=None)  # equal: the order and a null mean nothing
+    result: Any = await calls.call_again(again, second, work, PATIENT_S)  # type: ignore[arg-type]
+    assert text_of(result) == "result 1"
+    assert (first.session.sent, second.session.sent) == (["reading the base model"], ["done"])
+
+    result = await calls.call_again(again, second, work, PATIENT_S)  # type: ignore[arg-type]
+    assert text_of(result) == "result 2", "a result is fetched once; the next call loads again"
+
+
+async def test_a_call_with_other_arguments_is_another_call(calls: LongCalls) -> None:
+    work = Work()
+    await calls.call_again(params(adapter_path="web"), Request(), work, IMPATIENT_S)  # type: ignore[arg-type]
+    await calls.call_again(params(adapter_path="api"), Request(), work, IMPATIENT_S)  # type: ignore[arg-type]
+    assert work.starts == 2
+
+
+async def test_an_error_reaches_the_request_that_waits(calls: LongCalls) -> None:
+    work = Work(ValueError("it broke"))
+    await calls.call_again(params(), Request(), work, IMPATIENT_S)  # type: ignore[arg-type]
+    work.may_end.set()
+    with pytest.raises(ValueError, match="it broke"):
+        await calls.call_again(params(), Request(), work, PATIENT_S)  # type: ignore[arg-type]
+
+
+async def test_a_cancelled_request_cancels_the_call_and_an_equal_one_starts_anew(calls: LongCalls) -> None:
+    work = Work()
+    with anyio.move_on_after(IMPATIENT_S):
+        await calls.call_again(params(), Request(), work, PATIENT_S)  # type: ignore[arg-type]
+    await anyio.lowlevel.checkpoint()
+    assert work.was_cancelled
+    await calls.call_again(params(), Request(), work, IMPATIENT_S)  # type: ignore[arg-type]
+    assert work.starts == 2
+
+
+async def test_a_call_is_not_cancelled_while_another_request_waits_for_it(calls: LongCalls) -> None:
+    work = Work()
+    results: list[Any] = []
+
+    async def wait() -> None:
+        results.append(await calls.call_again(params(), Request(), work, PATIENT_S))  # type: ignore[arg-type]
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(wait)
+        with anyio.move_on_after(IMPATIENT_S):
+            await calls.call_again(params(), Request(), work, PATIENT_S)  # type: ignore[arg-type]
+        work.may_end.set()
+    assert [text_of(result) for result in results] == ["result 1"]
+
+
+async def test_the_clock_starts_with_the_work_and_not_with_the_question_before_it(calls: LongCalls) -> None:
+    agreed, work = anyio.Event(), Work()
+    work.may_end.set()
+
+    async def ask_then_work(ctx: Any) -> CallToolResult:
+        with anyio.move_on_after(20 * IMPATIENT_S):
+            await agreed.wait()
+        return await work(ctx)
+
+    result: Any = await calls.call_again(params(), Request(), ask_then_work, IMPATIENT_S)  # type: ignore[arg-type]
+    assert text_of(result) == "result 1"
+
+
+async def test_a_call_that_ends_soon_is_not_kept(calls: LongCalls) -> None:
+    work = Work()
+    kept = await calls.call(Request(), work, IMPATIENT_S)  # type: ignore[arg-type]
+    assert isinstance(kept, LongCall)
+    assert calls.get(kept.call_id) is kept
+    work.may_end.set()
+    result: Any = await calls.call(Request(), work, PATIENT_S)  # type: ignore[arg-type]
+    assert text_of(result) == "result 2"
