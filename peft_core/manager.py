@@ -74,7 +74,7 @@ class PEFTManager:
     async def train_adapter(
         self,
         project_id: str,
-        training_data: str | Sequence[Mapping[str, Any]],
+        training_data: str | Sequence[Mapping[str, Any]] | None = None,
         config: TrainingConfig | Mapping[str, Any] | None = None,
         *,
         approve: Callable[[Estimate], Awaitable[None]] | None = None,
@@ -83,11 +83,14 @@ class PEFTManager:
 
         Args:
             project_id: the project that the adapter belongs to.
-            training_data: a repository directory, a file of records, a LanceDB table (`NAME.lance`), or records.
+            training_data: a repository directory, a file of records, a LanceDB table (`NAME.lance`), or records. It may be
+                omitted for a project that was added in Codebase Gardener: its code is trained on.
             config: `TrainingConfig` or its fields.
             approve: awaited with the estimate before anything is written; what it raises ends the call.
         """
         project_id, parsed = _project_id(project_id), parse_config(config)
+        if training_data is None:
+            training_data = await run_sync(self._jobs.source_of, project_id)
         draft = await run_sync(self._jobs.plan, training_data, parsed)
         if approve is not None:
             await approve(draft.estimate)
@@ -230,7 +233,9 @@ class PEFTManager:
         if approve is not None:
             await run_sync(self._adapters.require_deletable, project_id, adapter_id, self._inference.require_unused)
             await approve()
-        return await run_sync(self._adapters.delete, project_id, adapter_id, self._inference.require_unused)
+        deleted = await run_sync(self._adapters.delete, project_id, adapter_id, self._inference.require_unused)
+        await run_sync(self._jobs.show_status, project_id)
+        return deleted
 
     async def verify_adapter_compatibility(
         self, adapter_path: str, base_model: str | None = None, *, scan_weights: bool = False

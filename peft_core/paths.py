@@ -3,6 +3,8 @@
 {data_dir}/
   peft.db                               jobs and events
   runner.lock                           held by the process that works on the queue
+  registry.json, active_project.json    Codebase Gardener's projects, if it is used (gardener/)
+  .registry.lock                        held while one of those two is changed
   exports.lock                          held by the process that exports an adapter
   serving.lock                          held by the endpoint's process
   serving.json, serving.token           the endpoint's address and its token
@@ -76,6 +78,18 @@ class DataPaths:
     @property
     def runner_lock(self) -> Path:
         return self.root / "runner.lock"
+
+    @property
+    def gardener_registry(self) -> Path:
+        return self.root / "registry.json"
+
+    @property
+    def gardener_active(self) -> Path:
+        return self.root / "active_project.json"
+
+    @property
+    def gardener_lock(self) -> Path:
+        return self.root / ".registry.lock"
 
     @property
     def serving_lock(self) -> Path:

@@ -28,6 +28,7 @@ from peft_core.adapters.registry import Registry
 from peft_core.adapters.verify import verify
 from peft_core.config import Settings
 from peft_core.errors import StorageError, TrainingError
+from peft_core.gardener.registry import ProjectRegistry
 from peft_core.jobs.pruning import prune
 from peft_core.jobs.recovery import completed_by, completed_evaluation, exit_error, recover
 from peft_core.jobs.state import IllegalTransition, Job
@@ -73,7 +74,7 @@ log = structlog.get_logger(__name__)
 def run(settings: Settings) -> None:
     """Run jobs until the queue is empty, or until another runner has taken over."""
     paths = settings.paths
-    store = Store(paths.database, time.time)
+    store = Store(paths.database, time.time, ProjectRegistry(paths).show)
     registry = Registry(paths)
     lock = FileLock(paths.runner_lock)
     while lock.acquire(LOCK_TIMEOUT_S):

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import secrets
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
-from peft_core.errors import InvalidArgument, JobNotFound, JobStateError
+from peft_core.errors import InvalidArgument, JobNotFound, JobStateError, StorageError
+from peft_core.gardener.registry import ProjectRegistry
 from peft_core.jobs.state import IllegalTransition, Job
 from peft_core.jobs.status import not_started, status_of, summary_of
 from peft_core.jobs.store import Store
@@ -34,7 +36,8 @@ class JobService:
     def __init__(self, settings: Settings, registry: Registry) -> None:
         self._settings = settings
         self._paths = settings.paths
-        self._store = Store(self._paths.database, time.time)
+        self._projects = ProjectRegistry(self._paths)
+        self._store = Store(self._paths.database, time.time, self._projects.show)
         self._registry = registry
         self._supervisor = RunnerSupervisor(settings, self._store, registry)
 
@@ -130,7 +133,18 @@ class JobService:
         if not job.status.is_final:
             self._supervisor.ensure_runner()
             job = self._store.get(job.job_id)
+        if job_id is None:
+            self._show(job)  # the process that ended the job may have died before it did
         return self._to_status(job)
+
+    def show_status(self, project_id: str) -> None:
+        """Show the state of a project in Codebase Gardener again, after its adapters have changed."""
+        if (job := self._find(project_id, None)) is not None:
+            self._show(job)
+
+    def _show(self, job: Job) -> None:
+        if job.request.evaluated is None:
+            self._projects.show(job.project_id, job.status)
 
     def status_by_id(self, job_id: str) -> TrainingStatus:
         """Do the same as `status_and_ensure_runner` for a job whose project is not known."""
@@ -250,6 +264,15 @@ class JobService:
             return None
         return base.ref if base.ref == BUNDLED or base.ref.startswith("ollama:") else str(base.path)
 
+    def source_of(self, project_id: str) -> str:
+        """Return the directory with the code of a project that was added in Codebase Gardener.
+
+        Raises:
+            InvalidArgument: it is not there, or `project_id` is its name.
+            StorageError: the registry cannot be used.
+        """
+        return self._projects.source_of(project_id)
+
     def _project_of(self, adapter: Path) -> str:
         """Return the project of a published adapter. One from another directory is a project named after that directory."""
         project = adapter.parent.parent
@@ -267,10 +290,16 @@ class JobService:
         return job
 
     def _require_project(self, project_id: str) -> None:
-        """Raise JobNotFound for a project without jobs and adapters, if there are others: it may be misspelt."""
+        """Raise JobNotFound for a project without jobs and adapters, if there are others: it may be misspelt.
+
+        A project that was added in Codebase Gardener is known. Its name raises InvalidArgument, with its id.
+        """
         known = self.project_ids()
-        if project_id in known or not known:
+        if project_id in known:
             return
+        with suppress(StorageError):
+            if self._projects.find(project_id) is not None or not known:
+                return
         more = f" and {len(known) - MAX_NAMED_PROJECTS} more" if len(known) > MAX_NAMED_PROJECTS else ""
         raise JobNotFound(
             f"There is no project {project_id!r}. Projects: {', '.join(known[:MAX_NAMED_PROJECTS])}{more}.",

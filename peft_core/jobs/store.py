@@ -19,7 +19,15 @@ from pydantic import ValidationError
 
 from peft_core.errors import JobNotFound, JobStateError, StorageError, unwritable
 from peft_core.jobs.state import Job, apply
-from peft_core.schemas.events import EVENT, Event, JobCancelled
+from peft_core.schemas.events import (
+    EVENT,
+    Event,
+    JobCancelled,
+    JobCompleted,
+    JobFailed,
+    JobInterrupted,
+    JobStarted,
+)
 from peft_core.schemas.results import Status
 from peft_core.system.packages import install_command
 
@@ -50,6 +58,7 @@ CREATE INDEX events_by_job ON events (job_id, event_id);
 """
 NEXT_TURN = "(SELECT coalesce(max(turn), 0) + 1 FROM jobs)"
 UNFINISHED = (Status.QUEUED, Status.IN_PROGRESS)
+STATUS_EVENTS = (JobStarted, JobCompleted, JobFailed, JobCancelled, JobInterrupted)  # that `append` records
 
 
 class EndedJob(NamedTuple):
@@ -61,11 +70,21 @@ class EndedJob(NamedTuple):
 
 
 class Store:
-    """The jobs of one data directory. `now` returns seconds since the epoch."""
+    """The jobs of one data directory.
 
-    def __init__(self, path: Path, now: Callable[[], float]) -> None:
+    Args:
+        path: The database.
+        now: Returns seconds since the epoch.
+        on_status: Called with the project and the status of each training that is new or whose status has changed, after that
+            is recorded. It must not raise.
+    """
+
+    def __init__(
+        self, path: Path, now: Callable[[], float], on_status: Callable[[str, Status], None] = lambda *_: None
+    ) -> None:
         self._path = path
         self._now = now
+        self._on_status = on_status
 
     # -- the database --------------------------------------------------------------------------------------------------
 
@@ -108,6 +127,7 @@ class Store:
                 f"INSERT INTO jobs (job_id, project_id, status, turn, state) VALUES (?, ?, ?, {NEXT_TURN}, ?)",  # noqa: S608 -- constant
                 (job.job_id, job.project_id, job.status, job.model_dump_json()),
             )
+        self._announce(job)
 
     def append(self, job_id: str, event: Event) -> Job:
         """Record an event and the state that it leads to.
@@ -117,7 +137,10 @@ class Store:
             IllegalTransition: the event cannot follow the job's state; nothing is written.
         """
         with self._transaction() as db:
-            return self._append(db, job_id, event)
+            job = self._append(db, job_id, event)
+        if isinstance(event, STATUS_EVENTS):
+            self._announce(job)
+        return job
 
     def request_cancel(self, job_id: str) -> Job:
         """Cancel a queued job immediately; ask the runner to cancel a running one.
@@ -127,23 +150,27 @@ class Store:
         """
         with self._transaction() as db:
             job = self._get(db, job_id)
-            if job.status is Status.QUEUED:
-                return self._append(db, job_id, JobCancelled())
             if job.status.is_final:
                 raise JobStateError(
                     f"Job {job_id} cannot be cancelled: it is {job.status}.",
                     code="job_already_ended",
                     suggestions=["Nothing needs to be done."],
                 )
-            db.execute("UPDATE jobs SET cancel_requested = 1 WHERE job_id = ?", (job_id,))
-            return job
+            if job.status is Status.QUEUED:
+                job = self._append(db, job_id, JobCancelled())
+            else:
+                db.execute("UPDATE jobs SET cancel_requested = 1 WHERE job_id = ?", (job_id,))
+        if job.status.is_final:
+            self._announce(job)
+        return job
 
     def requeue(self, job_id: str, event: Event) -> Job:
         """Put a job that ended early at the end of the queue."""
         with self._transaction() as db:
             job = self._append(db, job_id, event)
             db.execute(f"UPDATE jobs SET turn = {NEXT_TURN}, cancel_requested = 0 WHERE job_id = ?", (job_id,))  # noqa: S608 -- constant
-            return job
+        self._announce(job)
+        return job
 
     def delete_events(self, job_id: str) -> None:
         with self._transaction() as db:
@@ -161,6 +188,10 @@ class Store:
         with self._transaction() as db:
             row = db.execute("SELECT status FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
             yield row is None or row[0] not in UNFINISHED
+
+    def _announce(self, job: Job) -> None:
+        if job.request.evaluated is None:
+            self._on_status(job.project_id, job.status)
 
     # -- reading jobs --------------------------------------------------------------------------------------------------
 

@@ -76,10 +76,12 @@ async def train_adapter(
 ) -> Annotated[CallToolResult, TrainingStatus]:
     """Start training a LoRA adapter on a code base, locally and in the background: minutes for a small repository. Omit
     config for a first run: its defaults were measured. Returns immediately with the job, a data summary and a time and
-    memory estimate; the job keeps running after you disconnect. Follow it with get_training_status.
+    memory estimate; the job keeps running after you disconnect. Follow it with get_training_status. A project that was added
+    in Codebase Gardener needs no training_data: give its id.
     """
     manager = ctx.request_context.lifespan_context
-    data = _one_source("training_data", training_data, records)
+    given = training_data is not None or records is not None
+    data = _one_source("training_data", training_data, records) if given else None
 
     async def approve(estimate: Estimate) -> None:
         if estimate.seconds is not None and estimate.seconds > LONG_S:

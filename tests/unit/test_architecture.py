@@ -41,7 +41,8 @@ MAY_IMPORT = {
     "export.worker": FOUNDATION
     | {"adapters", "base_models", "data", "evaluation", "export", "llamacpp", "llamacpp.worker"}
     | {"modeling", "ollama", "planning", "vllm"},
-    "jobs": FOUNDATION | {"adapters", "evaluation", "planning"},
+    "gardener": FOUNDATION,
+    "jobs": FOUNDATION | {"adapters", "evaluation", "gardener", "planning"},
     "serving": FOUNDATION | {"adapters"},
     "storage": FOUNDATION | {"adapters", "base_models", "jobs"},
     "manager": FOUNDATION | {"adapters", "export", "inference", "jobs", "serving", "storage"},

@@ -1,0 +1,174 @@
+"""The project registry of Codebase Gardener, `{data_dir}/registry.json`.
+
+{"version": "1.0", "active_project": ID, "projects": {ID: {"project_id", "name", "source_path", "training_status", ...}}}
+
+Nothing is created where it is absent. A project that was added there can be trained here by its id, and its training shows
+there. A file that cannot be used is an error for a call that needs it. It never fails a training, which only shows there.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft_core.errors import InvalidArgument, PeftMcpError, sanitize
+from peft_core.gardener import documents
+from peft_core.paths import DataPaths
+from peft_core.schemas.results import Status
+
+MAX_NAMED = 5  # projects in an error
+
+log = logging.getLogger(__name__)  # structlog would slow the server's start down by 0.1 s
+
+
+@dataclass(frozen=True)
+class Project:
+    """A project that was added in Codebase Gardener."""
+
+    project_id: str
+    name: str
+    source_path: str
+    vector_store_path: str | None
+
+
+class ProjectRegistry:
+    """The projects of Codebase Gardener in one data directory. Its methods block for milliseconds."""
+
+    def __init__(self, paths: DataPaths) -> None:
+        self._paths = paths
+
+    def projects(self) -> list[Project]:
+        """Return the projects in the order in which they were added; entries that are damaged are left out.
+
+        Raises:
+            StorageError: the registry cannot be used.
+        """
+        return [_project(key, entry) for key, entry in _entries(documents.read(self._paths.gardener_registry)).items()]
+
+    def find(self, project_id: str) -> Project | None:
+        """Return a project by its id; None if there is no such project.
+
+        Raises:
+            StorageError: the registry cannot be used.
+            InvalidArgument: `project_id` is the name of a project; the error has its id.
+        """
+        projects = self.projects()
+        for project in projects:
+            if project.project_id == project_id:
+                return project
+        named = [project for project in projects if project.name.casefold() == project_id.casefold()]
+        if named:
+            ids = " or ".join(repr(project.project_id) for project in named[:MAX_NAMED])
+            raise InvalidArgument(
+                "project_id",
+                project_id,
+                f"it is the name of a project of Codebase Gardener, and must be its id: {ids}",
+                suggestions=["Call again with the id"],
+            )
+        return None
+
+    def source_of(self, project_id: str) -> str:
+        """Return the directory with the code of a project, for a training that names no data.
+
+        Raises:
+            InvalidArgument: the project is not there, or the error has its id; or it has no absolute path.
+            StorageError: the registry cannot be used.
+        """
+        project = self.find(project_id)
+        if project is None:
+            raise InvalidArgument(
+                "training_data",
+                None,
+                "it must be the absolute path of a repository or a file, or a list of records. It may be omitted only for a "
+                f"project of Codebase Gardener, and its registry has none with the id {project_id!r}",
+            )
+        if not Path(project.source_path).is_absolute():
+            raise InvalidArgument(
+                "training_data",
+                None,
+                f"the source_path of project {project_id!r} in Codebase Gardener is "
+                f"{sanitize(repr(project.source_path))}; it must be an absolute path",
+                suggestions=["Give training_data, the absolute path of its repository"],
+            )
+        return project.source_path
+
+    def show(self, project_id: str, status: Status) -> None:
+        """Show the state of a project's training there, if the project is there. Problems are logged: nothing depends on it.
+
+        `lora_adapter_path` follows the project's current adapter once a training has ended.
+        """
+        paths = self._paths
+        try:
+            with documents.changing(paths.gardener_registry, paths.gardener_lock) as registry:
+                entry = _entries(registry).get(project_id)
+                if entry is not None:
+                    self._update(entry, project_id, status)
+        except (PeftMcpError, OSError, UnicodeEncodeError) as error:
+            log.warning("The training of %s is not shown in Codebase Gardener: %s", project_id, error)
+
+    def activate(self, project_id: str) -> None:
+        """Make a project the active one in Codebase Gardener's files, as far as they exist.
+
+        Raises:
+            StorageError: a file cannot be used.
+        """
+        for path in (self._paths.gardener_registry, self._paths.gardener_active):
+            with documents.changing(path, self._paths.gardener_lock) as fields:
+                is_registry = path == self._paths.gardener_registry
+                if fields is None or (is_registry and project_id not in _entries(fields)):
+                    continue
+                if fields.get("active_project") != project_id:
+                    fields["active_project"] = project_id
+                    if "last_updated" in fields:
+                        fields["last_updated"] = documents.now_like(fields["last_updated"])
+
+    def _update(self, entry: dict[str, Any], project_id: str, status: Status) -> None:
+        """Change an entry's status and adapter, if they differ, and then the time of its last update."""
+        changes: dict[str, Any] = {"training_status": self._word(project_id, status)}
+        if status.is_final:
+            changes["lora_adapter_path"] = self._adapter_path(entry, project_id)
+        changed = {name: value for name, value in changes.items() if entry.get(name) != value}
+        if changed:
+            entry.update(changed)
+            entry["last_updated"] = documents.now_like(entry.get("last_updated"))
+
+    def _word(self, project_id: str, status: Status) -> str:
+        """Return Codebase Gardener's word for a status. A cancelled training leaves what was there before."""
+        if not status.is_final:
+            return "training"
+        if status in (Status.FAILED, Status.INTERRUPTED):
+            return "failed"
+        return "completed" if self._has_adapters(project_id) else "not_started"
+
+    def _has_adapters(self, project_id: str) -> bool:
+        try:
+            names = [path.name for path in self._paths.adapters(project_id).iterdir()]
+        except OSError:
+            return False
+        return any(name != "current" and not name.startswith(".") for name in names)
+
+    def _adapter_path(self, entry: dict[str, Any], project_id: str) -> str | None:
+        """Return the current adapter; without one, what the entry has, unless that is an adapter of ours that is gone."""
+        current = self._paths.current(project_id)
+        if current.is_dir():
+            return str(current.resolve())
+        given: str | None = entry.get("lora_adapter_path")
+        path = Path(given) if isinstance(given, str) else None
+        gone = path is not None and path.parent == self._paths.adapters(project_id) and not path.is_dir()
+        return None if gone else given
+
+
+def _entries(registry: documents.Fields | None) -> dict[str, dict[str, Any]]:
+    """Return the entries of the projects by id, without those that are not objects."""
+    projects = (registry or {}).get("projects")
+    if not isinstance(projects, dict):
+        return {}
+    return {key: entry for key, entry in projects.items() if isinstance(entry, dict)}
+
+
+def _project(project_id: str, entry: dict[str, Any]) -> Project:
+    texts = {name: entry.get(name) for name in ("name", "source_path", "vector_store_path")}
+    name, source, vectors = (value if isinstance(value, str) else None for value in texts.values())
+    return Project(project_id, name or "", source or "", vectors)
