@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from peft_core.data.chunking import parse_syntax
 from peft_core.data.examples import RESERVED_TOKENS
 from peft_core.data.grammars import Grammar
 from peft_core.data.languages import language_named
 from peft_core.data.records import RECORD
+from peft_core.data.syntax import parse_syntax
 from peft_core.data.token_counter import TokenCounter
 from peft_core.errors import DataError
 from peft_core.schemas.conversation import Conversation

@@ -15,23 +15,20 @@ Only a unit that has no members to open may exceed the budget; `examples.py` bre
 
 from __future__ import annotations
 
-import importlib
 import io
 import re
-import time
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
-from functools import cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 from peft_core.data.grammars import Grammar, embedded_grammar
 from peft_core.data.languages import Language, is_known_label
+from peft_core.data.syntax import parse_syntax
 
 if TYPE_CHECKING:  # tree-sitter is loaded by the first file that needs it
-    from tree_sitter import Node, Parser
+    from tree_sitter import Node
 
 LICENCE = "licence"  # the kind of a unit that is a licence header
 CONTEXT_SHARE = 4  # the headers of enclosing definitions take at most 1/4 of max_length
@@ -44,9 +41,6 @@ _MAX_HEADER_ROWS = 6  # a longer signature is cut to its first row
 _MAX_SCOPES = 8
 _MAX_WRAPPERS = 8
 _MAX_KEYWORD = 40
-_PARSE_LIMIT_S = 3.0  # CPU time for one text; a megabyte of ordinary code takes a second
-_MAX_REFUSALS = 3  # a grammar that exceeds the limit so often is not used any more by this process
-_READ_BYTES = 16_384
 _NEVER_BREAK = 1 << 30  # rank of a row that no break should precede
 _LICENCE = re.compile(rb"copyright|licen[cs]e|SPDX-", re.IGNORECASE)
 _COMMENT_LINE = re.compile(
@@ -140,6 +134,36 @@ def split_into_units(lines: Sequence[str], language: Language, budget: TokenBudg
     return SplitFile(list(_merge_small_units(trimmed, budget)), max(definitions, 1 if trimmed else 0))
 
 
+def split_finely(lines: Sequence[str], language: Language) -> list[CodeUnit]:
+    """Return the finest units of a file, in order: each function and method, and runs of statements without a blank line.
+
+    They depend on the text alone, not on a token budget, and an edit changes only the units that hold its lines: this is what
+    two versions of a file are compared by. Licence headers are left out.
+    """
+    opens_everything = TokenBudget(max_length=1, overhead=0, tokens_before=range(0, 2 * len(lines) + 2, 2))
+    root = _parse_lines(lines, language.grammar)
+    if root is not None and language.grammar is not None:
+        units = _syntax_units(root, len(lines), language.grammar, opens_everything)
+    else:
+        units = iter([*(_fenced_blocks(lines) if language.name == "markdown" else _paragraphs(lines))])
+    found: list[CodeUnit] = []
+    for untrimmed in units:
+        unit = _without_blank_edges(untrimmed, lines)
+        if unit is None or unit.kind == LICENCE:
+            continue
+        if found and _continues(found[-1], unit):
+            found[-1] = replace(found[-1], end=unit.end)
+        else:
+            found.append(unit)
+    return found
+
+
+def _continues(first: CodeUnit, second: CodeUnit) -> bool:
+    """Return whether both units are statements of one scope, or of a scope and its header, without a blank line between."""
+    follows = first.role in (UnitRole.STATEMENTS, UnitRole.SCOPE_OPENING) and second.role is UnitRole.STATEMENTS
+    return follows and first.end == second.start
+
+
 def single_unit(lines: Sequence[str], language: Language, kind: str) -> CodeUnit:
     """Return all rows as one unit, with the syntax tree that `break_ranks` needs if the unit is too long."""
     root = _parse_lines(lines, language.grammar)
@@ -179,59 +203,8 @@ def _indent_ranks(lines: Sequence[str], unit: CodeUnit, indents: Sequence[int]) 
 # Splitting at the syntax tree.
 
 
-def parse_syntax(raw: bytes, grammar: Grammar) -> Node | None:
-    """Return the root of the syntax tree of UTF-8 text; None if the grammar is not installed or takes too long."""
-    parser = _parser(grammar)
-    return None if parser is None else parser.parse(raw)
-
-
 def _parse_lines(lines: Sequence[str], grammar: Grammar | None) -> Node | None:
     return None if grammar is None else parse_syntax("".join(lines).encode(), grammar)
-
-
-class _LimitedParser:
-    """A parser with a time limit: a grammar's error recovery may take quadratic time, and files may be hostile."""
-
-    def __init__(self, parser: Parser) -> None:
-        self._parser = parser
-        self._refusals = 0
-
-    def parse(self, raw: bytes) -> Node | None:
-        """Return the root, or None if parsing takes too long, or took too long for several texts before."""
-        if self._refusals >= _MAX_REFUSALS:
-            return None
-        started: float | None = time.monotonic()
-        cpu_started = time.thread_time()
-        expired = False
-
-        def read(offset: int, _point: object) -> bytes:
-            nonlocal expired
-            # The clock of the CPU time is a system call; a machine that is busy must not change how a file is split.
-            if started is not None and time.monotonic() - started > _PARSE_LIMIT_S:
-                expired = expired or time.thread_time() - cpu_started > _PARSE_LIMIT_S
-            return (
-                b"" if expired and started is not None else raw[offset : offset + _READ_BYTES]
-            )  # an end ends the parse
-
-        root = self._parser.parse(read).root_node
-        self._refusals += expired
-        started = None  # nodes read their text through the same function
-        return None if expired else root
-
-
-@cache
-def _parser(grammar: Grammar) -> _LimitedParser | None:
-    """Return the parser of a grammar, or None if its package is not installed or does not suit the tree-sitter that is."""
-    from tree_sitter import Language as TreeSitterLanguage  # noqa: PLC0415 - loaded by the first file that needs it
-    from tree_sitter import Parser  # noqa: PLC0415
-
-    try:
-        package = importlib.import_module(grammar.module)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # older packages return an int, which is deprecated
-            return _LimitedParser(Parser(TreeSitterLanguage(getattr(package, grammar.function)())))
-    except (ImportError, ValueError):
-        return None
 
 
 def _syntax_units(root: Node, rows: int, grammar: Grammar, budget: TokenBudget) -> Iterator[CodeUnit]:

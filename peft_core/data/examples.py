@@ -73,7 +73,7 @@ def examples_from_file(file: File, *, token_counter: TokenCounter, max_length: i
     path = printable_path(file.name)
     if _name_is_secret(path, result, redact):
         return result
-    parts = _parts_of_file(file, path, result)
+    parts = parts_of_file(file, path, result)
     if isinstance(parts, ExclusionReason):
         result.not_read = parts
         result.left_out[parts] += 1
@@ -98,8 +98,8 @@ def examples_from_file(file: File, *, token_counter: TokenCounter, max_length: i
     return result
 
 
-def _parts_of_file(file: File, path: str, result: FileResult) -> list[SourcePart] | ExclusionReason:
-    """Return the code of a file: all of it, or that of a notebook by language."""
+def parts_of_file(file: File, path: str, result: FileResult) -> list[SourcePart] | ExclusionReason:
+    """Return the code of a file: all of it, or that of a notebook by language. What is left out is counted in `result`."""
     if file.language is NOTEBOOK:
         notebook = read_notebook(file.path)
         if isinstance(notebook, ExclusionReason):

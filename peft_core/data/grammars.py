@@ -2,7 +2,7 @@
 
 `GRAMMARS` has an entry for each language of `languages.py` that is split at its syntax tree. Its wheel is a dependency, or in
 the extra `languages` where it is large; a wheel that is not installed is not an error: the language is then split at blank
-lines. To see the node types of a file: `print(chunking.parse_syntax(text.encode(), grammar))`.
+lines. To see the node types of a file: `print(syntax.parse_syntax(text.encode(), grammar))`.
 """
 
 from __future__ import annotations

@@ -22,7 +22,14 @@ from typing import Any, TextIO
 
 from peft_core.data import git
 from peft_core.data.augment import reformat_example, require_fim_tokens
-from peft_core.data.dataset import PreparedDataset, WriteStats, load_finished, write_examples, write_manifest
+from peft_core.data.dataset import (
+    PreparedDataset,
+    WriteStats,
+    load_finished,
+    read_examples,
+    write_examples,
+    write_manifest,
+)
 from peft_core.data.examples import (
     FileResult,
     examples_from_file,
@@ -39,6 +46,15 @@ from peft_core.data.minhash import NEAR_DUPLICATE_RULE, MinHashIndex
 from peft_core.data.records import Notes, Record, read_copy, read_file
 from peft_core.data.secrets import redact_secrets
 from peft_core.data.selection import Selection
+from peft_core.data.snapshot import (
+    SNAPSHOT_FILE_NAME,
+    FileState,
+    Snapshot,
+    SourceState,
+    state_of,
+    take_snapshot,
+    write_snapshot,
+)
 from peft_core.data.sources import walk_sources
 from peft_core.data.split import (
     FILE_MIN_TOKENS,
@@ -81,7 +97,7 @@ def prepare(
     known: TrainingFingerprint | None = None,
     may_read: Callable[[Path], None] = lambda _source: None,
 ) -> PreparedDataset:
-    """Write train.jsonl, held_out.jsonl, trained_on.bin and manifest.json into the directory.
+    """Write train.jsonl, held_out.jsonl, trained_on.bin, snapshot.json.gz and manifest.json into the directory.
 
     Examples in `known`, the text that an adapter was trained on, are excluded before anything is selected for evaluation.
     `may_read` raises if the source must not be read.
@@ -110,6 +126,8 @@ def prepare(
         # kill-point: worker: the data are split, without a manifest
     finally:
         spool.unlink(missing_ok=True)
+    if spec.purpose is DatasetPurpose.TRAINING:
+        write_snapshot(directory / SNAPSHOT_FILE_NAME, builder.snapshot(parts, directory))
     prepared = builder.summarise(parts, written)
     write_manifest(directory, request, prepared, builder.details(parts))
     return prepared
@@ -143,6 +161,7 @@ class DatasetBuilder:
     not_read: Exclusions = field(default_factory=Exclusions)  # the files among them
     secrets: list[tuple[str, int, str]] = field(default_factory=list)
     states: dict[str, RepositoryState] = field(default_factory=dict)  # by name of the source
+    file_states: list[FileState] = field(default_factory=list)  # what the files of repositories were
 
     @property
     def _repositories(self) -> list[DataSource]:
@@ -186,14 +205,21 @@ class DatasetBuilder:
         for number, file in enumerate(files):
             if enough is not None and len(self.distinct) >= enough:
                 self.left_out[ExclusionReason.NOT_NEEDED] += len(files) - number
+                for unread in files[number:]:
+                    self._record(unread, cut=False)
                 return
             self.progress(f"{number} of {len(files)} files")
+            self._record(file)  # before it is read: if it changes in between, it counts as changed later
             result = examples_from_file(
                 file, token_counter=self.token_counter, max_length=self.spec.max_length, redact=redact_secrets
             )
             if result.not_read is not None:
                 self.not_read.add(result.not_read, file.name)
             yield result
+
+    def _record(self, file: File, *, cut: bool = True) -> None:
+        if self._trains and (state := state_of(file, cut=cut)) is not None:
+            self.file_states.append(state)
 
     def _enough(self) -> int | None:
         """Return how many distinct examples are read at most: a short run need not cut twenty thousand files."""
@@ -319,6 +345,20 @@ class DatasetBuilder:
             repository_commit=state and state.commit,
             repository_dirty=state and state.dirty,
             repositories=tuple(self.states.values()) if self.spec.more_sources else (),
+        )
+
+    def snapshot(self, parts: Split, directory: Path) -> Snapshot:
+        """Return what the sources are. `directory` holds the examples that were written."""
+        states = [self.states.get(source.name) for source in self._repositories]
+        return take_snapshot(
+            [
+                SourceState(name=source.name, commit=state and state.commit, dirty=state and state.dirty)
+                for source, state in zip(self._repositories, states, strict=True)
+            ],
+            self.file_states,
+            train={self.keys[position].file for position in parts.train},
+            held_out={self.keys[position].file for position in parts.held_out},
+            held_out_examples=read_examples(directory / "held_out.jsonl"),
         )
 
     def details(self, parts: Split) -> dict[str, Any]:

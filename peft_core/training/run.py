@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from peft_core.adapters.manifest import Computation, DataRecord, RunRecord
 from peft_core.data.dataset import read_examples
-from peft_core.data.leakage import FINGERPRINT_FILE_NAME
 from peft_core.errors import DataError
 from peft_core.evaluation.summary import Scores, mean_loss, perplexity
 from peft_core.evaluation.worker.completions import undo_fusion
@@ -339,7 +338,7 @@ def _write_adapter(
         ),
         run=run_record,
         evaluation=evaluation,
-        training_fingerprint=(session.paths.dataset / FINGERPRINT_FILE_NAME).read_bytes(),
+        dataset=session.paths.dataset,
         created_at=datetime.now(UTC),
         measure=lambda adapter_bytes: _metrics(progress, adapter_loss, session.accelerator.device, adapter_bytes),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,6 +26,7 @@ from peft_core.adapters.manifest import (
 )
 from peft_core.base_models.fingerprint import content_hash
 from peft_core.data.leakage import FINGERPRINT_FILE_NAME
+from peft_core.data.snapshot import SNAPSHOT_FILE_NAME
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.evaluation import Evaluation
 from peft_core.schemas.results import Metrics
@@ -42,7 +44,7 @@ def write_adapter(
     data: DataRecord,
     run: RunRecord,
     evaluation: Evaluation,
-    training_fingerprint: bytes,
+    dataset: Path,
     created_at: datetime,
     measure: Callable[[int], Metrics],
 ) -> Metrics:
@@ -57,7 +59,7 @@ def write_adapter(
         data: What the adapter was trained on.
         run: How it was trained.
         evaluation: Its comparison with the base model, of which only the figures are written.
-        training_fingerprint: Content of trained_on.bin.
+        dataset: The directory of the prepared dataset, from which trained_on.bin and snapshot.json.gz are copied.
         created_at: With a time zone.
         measure: Called once, with the size of the weights file in bytes. Its result is recorded and returned.
     """
@@ -85,7 +87,9 @@ def write_adapter(
         environment=_environment(),
         files={},
     )
-    (directory / FINGERPRINT_FILE_NAME).write_bytes(training_fingerprint)
+    shutil.copyfile(dataset / FINGERPRINT_FILE_NAME, directory / FINGERPRINT_FILE_NAME)
+    with suppress(FileNotFoundError):  # the dataset was prepared by a version that wrote none
+        shutil.copyfile(dataset / SNAPSHOT_FILE_NAME, directory / SNAPSHOT_FILE_NAME)
     (directory / CARD_NAME).write_text(render_card(manifest), encoding="utf-8")
     files = {path.name: sha256_of(path) for path in sorted(directory.iterdir())}
     # kill-point: worker: everything but the manifest is written

@@ -106,6 +106,7 @@ async def test_training_on_a_repository_gives_an_adapter_and_a_correct_report(
             "adapter_manifest.json",
             "README.md",
             "trained_on.bin",
+            "snapshot.json.gz",
             "report.html",
         }
         for name in ("adapter_config.json", "adapter_manifest.json", "README.md", "report.html"):

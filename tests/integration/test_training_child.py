@@ -224,14 +224,15 @@ def test_a_run_writes_a_complete_adapter_that_plain_peft_can_load(tmp_path: Path
     assert written.metrics.adapter_loss < written.metrics.base_loss
 
     adapter = task.job_dir / "adapter"
-    names = {"README.md", "adapter_config.json", "adapter_manifest.json", "adapter_model.safetensors", "trained_on.bin"}
+    binary = {"adapter_model.safetensors", "trained_on.bin", "snapshot.json.gz"}
+    names = binary | {"README.md", "adapter_config.json", "adapter_manifest.json"}
     assert {path.name for path in adapter.iterdir()} == names
     assert [reason for reason in verify(adapter, task.request.base).reasons if reason.severity == "error"] == []
     manifest = read_manifest(adapter)
     assert manifest is not None
     assert manifest.metrics == written.metrics
     assert manifest.files == {name: sha256_of(adapter / name) for name in names - {"adapter_manifest.json"}}
-    for name in names - {"adapter_model.safetensors", "trained_on.bin"}:
+    for name in names - binary:
         text = (adapter / name).read_text()
         assert str(tmp_path) not in text
         assert str(tiny_base) not in text

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_core.data import chunking
+from peft_core.data import syntax
 from peft_core.data.chunking import TokenBudget, split_lines
 from peft_core.data.examples import Chunk, chunk_file, chunk_record
 from peft_core.data.grammars import GRAMMARS
@@ -122,7 +122,7 @@ def test_a_snippet_is_split_where_a_person_would_split_it(name: str):
 def test_every_node_type_of_a_table_exists_in_its_grammar(language: Language):
     grammar = language.grammar
     assert grammar is not None
-    parser = chunking._parser(grammar)
+    parser = syntax._parser(grammar)
     assert parser is not None
     parsed = parser._parser.language
     assert parsed is not None
@@ -232,7 +232,7 @@ def test_a_token_budget_keeps_the_innermost_heads():
 
 
 def test_a_language_whose_grammar_is_not_installed_is_split_at_blank_lines(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(chunking, "_parser", lambda grammar: None)
+    monkeypatch.setattr(syntax, "_parser", lambda grammar: None)
     chunks = chunks_of(SNIPPETS["kotlin"], language_named("kotlin"), 64)
     assert {chunk.unit.kind for chunk in chunks} == {"block"}
     assert visible_lines("".join(body for _, body in units_of(chunks))) == visible_lines(SNIPPETS["kotlin"])
@@ -240,35 +240,35 @@ def test_a_language_whose_grammar_is_not_installed_is_split_at_blank_lines(monke
 
 def test_a_package_that_is_missing_or_made_for_another_tree_sitter_gives_no_parser(monkeypatch: pytest.MonkeyPatch):
     missing = dataclasses.replace(GRAMMARS["go"], module="tree_sitter_of_nobody")
-    assert chunking._parser(missing) is None
+    assert syntax._parser(missing) is None
     broken = types.SimpleNamespace(
         language=lambda: (_ for _ in ()).throw(ValueError("Incompatible Language version 99"))
     )
     monkeypatch.setitem(sys.modules, "tree_sitter_of_tomorrow", broken)
-    assert chunking._parser(dataclasses.replace(GRAMMARS["go"], module="tree_sitter_of_tomorrow")) is None
+    assert syntax._parser(dataclasses.replace(GRAMMARS["go"], module="tree_sitter_of_tomorrow")) is None
 
 
 @pytest.mark.parametrize("name", ["shell", "csharp", "html"])
 def test_a_text_that_takes_too_long_to_parse_is_split_at_blank_lines(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(chunking, "_PARSE_LIMIT_S", 0.05)
-    chunking._parser.cache_clear()
+    monkeypatch.setattr(syntax, "_PARSE_LIMIT_S", 0.05)
+    syntax._parser.cache_clear()
     text = "<a>" * 100_000 + "\n\nx\n"
     started = time.process_time()
     chunks = chunks_of(text, language_named(name), 400)
-    chunking._parser.cache_clear()  # a grammar that refused texts is not used any more
+    syntax._parser.cache_clear()  # a grammar that refused texts is not used any more
     assert "".join(body for _, body in units_of(chunks)).split() == text.split()
     assert time.process_time() - started < 20
 
 
 def test_a_grammar_that_took_too_long_several_times_is_not_asked_again(monkeypatch: pytest.MonkeyPatch):
-    chunking._parser.cache_clear()
-    monkeypatch.setattr(chunking, "_PARSE_LIMIT_S", -1.0)
-    for _ in range(chunking._MAX_REFUSALS):
-        assert chunking.parse_syntax(b"x = 1\n", GRAMMARS["python"]) is None
-    monkeypatch.setattr(chunking, "_PARSE_LIMIT_S", 5.0)
-    assert chunking.parse_syntax(b"x = 1\n", GRAMMARS["python"]) is None
-    chunking._parser.cache_clear()
-    assert chunking.parse_syntax(b"x = 1\n", GRAMMARS["python"]) is not None
+    syntax._parser.cache_clear()
+    monkeypatch.setattr(syntax, "_PARSE_LIMIT_S", -1.0)
+    for _ in range(syntax._MAX_REFUSALS):
+        assert syntax.parse_syntax(b"x = 1\n", GRAMMARS["python"]) is None
+    monkeypatch.setattr(syntax, "_PARSE_LIMIT_S", 5.0)
+    assert syntax.parse_syntax(b"x = 1\n", GRAMMARS["python"]) is None
+    syntax._parser.cache_clear()
+    assert syntax.parse_syntax(b"x = 1\n", GRAMMARS["python"]) is not None
 
 
 DEFINITIONS = {  # functions, methods and classes of the snippets

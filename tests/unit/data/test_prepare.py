@@ -89,6 +89,7 @@ def test_a_repository_becomes_a_training_set_a_held_out_set_and_a_manifest(tmp_p
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "held_out.jsonl",
         "manifest.json",
+        "snapshot.json.gz",
         "train.jsonl",
         "trained_on.bin",
     ]
