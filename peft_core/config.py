@@ -83,6 +83,36 @@ class Settings(BaseSettings):
             "published adapters are not.",
         ),
     ] = 100
+    refresh_max_load: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=100,
+            description="Percent of the processors that other programs may use while a training runs that started by itself "
+            "(retrain_when); above it the training pauses. It begins, or continues, below half of it.",
+        ),
+    ] = 50
+    refresh_on_battery: Annotated[
+        bool, Field(description="Whether a training that started by itself may run on battery power.")
+    ] = False
+    refresh_quiet_s: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=86_400,
+            description="Seconds for which the machine must have been free, and no loaded model used, before a training that "
+            "started by itself begins or continues.",
+        ),
+    ] = 60.0
+    refresh_interval_s: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=30 * 86_400,
+            description="Seconds between two trainings of a project that start by themselves; after one that failed or was "
+            "cancelled, 24 times as long.",
+        ),
+    ] = 3600.0
     launcher: Annotated[
         str | None, Field(description="Command that starts each training, to use several GPUs: 'accelerate launch …'.")
     ] = None

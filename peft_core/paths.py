@@ -8,12 +8,15 @@
   exports.lock                          held by the process that exports an adapter
   serving.lock                          held by the endpoint's process
   serving.json, serving.token           the endpoint's address and its token
+  inference.used                        locked while a loaded model answers a request
   logs/                                 runner.log
   inspections/                          temporary files of inspect_training_data
   base_models/{key}/                    base models converted from GGUF
   base_models/{key}.f16.gguf            base models in F16 for llama.cpp
   jobs/{job_id}/                        task.json, records.jsonl, dataset/, base_scores.json, checkpoint/,
                                         adapter/ (until published), report.html (of an evaluation), train.log
+  projects/{project_id}/project.json    what the project is trained on, and when to retrain it
+  projects/{project_id}/.project.lock   held while project.json is changed
   projects/{project_id}/lora/
     {adapter_id}/                       a published adapter; never changes
     current -> {adapter_id}             moves atomically
@@ -104,6 +107,10 @@ class DataPaths:
         return self.root / "serving.token"
 
     @property
+    def model_activity(self) -> Path:
+        return self.root / "inference.used"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 
@@ -125,6 +132,9 @@ class DataPaths:
 
     def adapters(self, project_id: str) -> Path:
         return self.projects / project_id / "lora"
+
+    def registration(self, project_id: str) -> Path:
+        return self.projects / project_id / "project.json"
 
     def exports(self, project_id: str) -> Path:
         return self.projects / project_id / "exports"

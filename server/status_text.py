@@ -41,6 +41,8 @@ def summarise(status: TrainingStatus, *, is_new: bool = False) -> str:
     `is_new`: whether this answers the request of the job, so that the data are described however far it has come.
     """
     parts = [f"{subject(status)}: {headline(status)}."]
+    if status.started_because and (is_new or not status.status.is_final):
+        parts.append(f"It was {status.started_because.rstrip('.')}.")
     if status.training_data and is_new:
         purpose = "Training data" if status.kind == "training" else "Evaluation data"
         parts.append(f"{purpose}: {status.training_data}. Base model: {status.base_model} on {status.device}.")
@@ -57,6 +59,9 @@ def headline(status: TrainingStatus) -> str:
     """Return one line of at most 200 characters: 'training: step 120/250, loss 1.830, 145 tokens/s, 2 min 10 s left'."""
     line = status.status.replace("_", " ")
     match status.status:
+        case Status.QUEUED if status.waits_for:
+            so_far = f"paused at step {status.step}/{status.total_steps}" if status.step else "not begun"
+            line = f"{so_far}, waiting until the machine is free: {status.waits_for}"
         case Status.QUEUED if status.queue_position:
             line = f"queued at position {status.queue_position}"
         case Status.IN_PROGRESS if status.cancel_requested:

@@ -27,6 +27,7 @@ class WorkerConfig(FrozenModel):
     projects_dir: Path | None = (
         None  # of the adapters that were trained here, and which are not deleted while they are loaded
     )
+    activity_file: Path | None = None  # records that a model is in use, see `system.activity`
     max_resident_adapters: int
     idle_s: float
     device: DeviceName = "auto"

@@ -43,6 +43,7 @@ class InferenceService:
         config = WorkerConfig(
             base_models_dir=settings.paths.base_models,
             projects_dir=settings.paths.projects,
+            activity_file=settings.paths.model_activity,
             max_resident_adapters=settings.max_resident_adapters,
             idle_s=settings.idle_unload_s,
             engine=settings.engine,

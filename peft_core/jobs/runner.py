@@ -4,6 +4,7 @@
 
 The runner holds the queue's lock. It gives each job to a worker process of its own, and turns the events that the worker
 writes (JSON lines) and its exit code into events of the job. No other process changes the state of a job in progress.
+A job that started by itself waits until the machine is free, and is paused when it no longer is.
 The runner exits when the queue is empty, or when another runner holds the lock: that one looks at the queue once more after
 releasing it, so that a job inserted meanwhile is not forgotten.
 """
@@ -29,9 +30,10 @@ from peft_core.adapters.verify import verify
 from peft_core.config import Settings
 from peft_core.errors import StorageError, TrainingError
 from peft_core.gardener.registry import ProjectRegistry
+from peft_core.jobs.free_machine import FreeMachine, Limits
 from peft_core.jobs.pruning import prune
 from peft_core.jobs.recovery import completed_by, completed_evaluation, exit_error, recover
-from peft_core.jobs.state import IllegalTransition, Job
+from peft_core.jobs.state import IllegalTransition, Job, in_turn
 from peft_core.jobs.store import Store
 from peft_core.paths import JobPaths
 from peft_core.schemas.events import (
@@ -42,6 +44,7 @@ from peft_core.schemas.events import (
     JobCompleted,
     JobFailed,
     JobInterrupted,
+    JobPostponed,
     JobStarted,
     PhaseStarted,
     RunPlanned,
@@ -53,10 +56,12 @@ from peft_core.system.cancellation import CANCELLED_EXIT_CODE
 from peft_core.system.child_process import LineTooLongError, child_environment, make_files_private, receive_line
 from peft_core.system.failures import TaskKind, error_info
 from peft_core.system.lock import FileLock
+from peft_core.system.machine_use import MachineMeter, Measure
 
 WORKER = ["-m", "peft_core.worker"]
 LOCK_TIMEOUT_S = 5.0  # longer than any process that only probes the lock holds it
 POLL_INTERVAL_S = 0.25  # how often the runner checks whether the running job is to be cancelled
+MEASURE_INTERVAL_S = 5.0  # between two looks at how much others use the machine
 GRACE_S = 20.0  # between SIGTERM and SIGKILL: enough time for a micro-batch and a checkpoint
 MAX_LINE = 1 << 20
 MAX_REPLAYED_EVENTS = 2000  # events that a resumed run may emit again
@@ -71,9 +76,13 @@ RUNNER = TaskKind(
 log = structlog.get_logger(__name__)
 
 
-def run(settings: Settings) -> None:
-    """Run jobs until the queue is empty, or until another runner has taken over."""
+def run(settings: Settings, measure: Measure | None = None) -> None:
+    """Run jobs until the queue is empty, or until another runner has taken over.
+
+    `measure`: how much others use the machine; None: as psutil measures it.
+    """
     paths = settings.paths
+    measure = measure or MachineMeter(paths.model_activity)
     store = Store(paths.database, time.time, ProjectRegistry(paths).show)
     registry = Registry(paths)
     lock = FileLock(paths.runner_lock)
@@ -81,7 +90,7 @@ def run(settings: Settings) -> None:
         with lock:
             # kill-point: runner: the lock is taken, a job is queued
             recover(store, registry)
-            stopped = anyio.run(Runner(store, registry, lock, settings).drain)
+            stopped = anyio.run(Runner(store, registry, lock, settings, measure).drain)
         if stopped or not store.in_state(Status.QUEUED):
             return
 
@@ -89,7 +98,7 @@ def run(settings: Settings) -> None:
 class Runner:
     """Runs queued jobs while its caller holds the queue's lock."""
 
-    def __init__(self, store: Store, registry: Registry, lock: FileLock, settings: Settings) -> None:
+    def __init__(self, store: Store, registry: Registry, lock: FileLock, settings: Settings, measure: Measure) -> None:
         self._store = store
         self._registry = registry
         self._paths = settings.paths
@@ -99,6 +108,9 @@ class Runner:
         self._allowed_roots = settings.allowed_roots
         self._launcher = shlex.split(settings.launcher or "")
         self._stopping = False
+        self._measure = measure
+        self._machine = FreeMachine(Limits.of(settings))
+        self._pause = ""  # why the running job is paused
 
     async def drain(self) -> bool:
         """Run the queued jobs one after the other; return True if a signal ended this early."""
@@ -107,7 +119,9 @@ class Runner:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: self._stop())
         # kill-point: runner: the queue is about to be read
-        while not self._stopping and (queued := self._store.in_state(Status.QUEUED)):
+        while not self._stopping and (queued := in_turn(self._store.in_state(Status.QUEUED))):
+            if queued[0].only_while_free and not await self._may_start(queued[0]):
+                continue  # it still waits, or another job goes first
             try:
                 job = self._store.append(queued[0].job_id, JobStarted())
             except IllegalTransition:
@@ -120,10 +134,36 @@ class Runner:
     def _stop(self) -> None:
         self._stopping = True
 
+    async def _may_start(self, job: Job) -> bool:
+        """Return whether the machine is free for a job that started by itself; if not, record why and wait for some time.
+
+        Returns False early if the queue has changed.
+
+        Raises:
+            StorageError: The data directory was removed.
+        """
+        reason = self._machine.why_wait(
+            self._measure(), time.monotonic(), needed_bytes=job.request.estimate.memory_bytes
+        )
+        if not reason:
+            return True
+        if reason != job.waits_for:
+            with suppress(IllegalTransition):  # it was cancelled, or asked for
+                self._store.append(job.job_id, JobPostponed(reason=reason))
+        deadline = time.monotonic() + MEASURE_INTERVAL_S
+        while not self._stopping and time.monotonic() < deadline:
+            await anyio.sleep(POLL_INTERVAL_S)
+            self._require_directory()
+            queued = in_turn(self._store.in_state(Status.QUEUED))
+            if not queued or queued[0].job_id != job.job_id or not queued[0].only_while_free:
+                break
+        return False
+
     async def _run(self, job: Job) -> None:
         bound = log.bind(job_id=job.job_id)
         bound.info("started", project_id=job.project_id)
         paths = self._paths.job(job.job_id)
+        self._pause = ""
         try:
             # kill-point: runner: the worker is about to be started
             last_event, code = await self._run_worker(job, paths)
@@ -136,6 +176,9 @@ class Runner:
                 error=error_info(error, RUNNER)
             )
         self._store.append(job.job_id, event)
+        if isinstance(event, JobPostponed) and self._store.cancel_requested(job.job_id):  # a moment ago
+            event = JobCancelled()
+            self._store.append(job.job_id, event)
         if isinstance(event, JobCompleted):
             # kill-point: runner: the job is completed, its checkpoint still exists
             delete_checkpoint(paths)
@@ -217,10 +260,10 @@ class Runner:
                 log.warning("unusable event", job_id=job_id, line=line[:200], error=str(error))
 
     def _outcome(self, job: Job, paths: JobPaths, last_event: Event | None, code: int) -> Event:
-        """Return the event that ends a job whose worker has exited.
+        """Return the event that ends a job whose worker has exited, or puts it back into the queue.
 
-        A cancellation that was requested takes precedence over a result, a result over a request to stop, and that over the
-        worker's own error, because a worker that is stopped may fail on its way out.
+        A cancellation that was requested takes precedence over a result, a result over a request to pause or stop, and that
+        over the worker's own error, because a worker that is stopped may fail on its way out.
         """
         if self._store.cancel_requested(job.job_id):
             return JobCancelled()
@@ -229,10 +272,11 @@ class Runner:
         if code == 0 and (completed := completed_evaluation(self._store.get(job.job_id))) is not None:
             self._write_report(job, paths)
             return completed
-        if self._stopping or code == CANCELLED_EXIT_CODE:
-            return JobInterrupted(
+        if self._stopping or self._pause or code == CANCELLED_EXIT_CODE:
+            stop = JobInterrupted(
                 reason=f"The {job.request.noun} was asked to stop (SIGTERM), for instance at shutdown."
             )
+            return JobPostponed(reason=self._pause) if self._pause and not self._stopping else stop
         if isinstance(last_event, JobFailed):
             return last_event
         return JobFailed(error=exit_error(code, paths.log, process=f"{job.request.noun} process"))
@@ -272,16 +316,33 @@ class Runner:
             log.exception("no report", job_id=job.job_id)
 
     async def _end_on_request(self, job_id: str, process: Process) -> None:
-        """Wait for a request to cancel the job or to stop the runner, then end the worker.
+        """Wait for a request to cancel or pause the job or to stop the runner, then end the worker.
 
         Raises:
             StorageError: The data directory was removed; another runner may work in a new one of the same name.
         """
+        measured_at = float("-inf")
         while not (self._stopping or self._store.cancel_requested(job_id)):
             await anyio.sleep(POLL_INTERVAL_S)
-            if not self._lock.is_current:
-                raise StorageError(f"The data directory {self._paths.root} was removed.", code="data_directory_gone")
+            self._require_directory()
+            if time.monotonic() - measured_at >= MEASURE_INTERVAL_S:
+                measured_at = time.monotonic()
+                if reason := self._why_pause(job_id):
+                    self._pause = reason
+                    break
         await _end(process)
+
+    def _why_pause(self, job_id: str) -> str:
+        """Return why the running job must make way; "" if a user asked for it, or nothing else needs the machine."""
+        if not self._store.get(job_id).only_while_free:
+            return ""
+        if any(not job.only_while_free for job in self._store.in_state(Status.QUEUED)):
+            return "a job that was asked for goes first"
+        return self._machine.why_pause(self._measure(), time.monotonic())
+
+    def _require_directory(self) -> None:
+        if not self._lock.is_current:
+            raise StorageError(f"The data directory {self._paths.root} was removed.", code="data_directory_gone")
 
 
 async def _end(process: Process) -> None:

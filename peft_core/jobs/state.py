@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from peft_core.schemas.dataset import DatasetSummary
 from peft_core.schemas.evaluation import Evaluation
@@ -12,10 +12,12 @@ from peft_core.schemas.events import (
     Evaluated,
     Event,
     HeldOutMeasured,
+    JobAskedFor,
     JobCancelled,
     JobCompleted,
     JobFailed,
     JobInterrupted,
+    JobPostponed,
     JobResumed,
     JobStarted,
     MemorySaved,
@@ -56,6 +58,18 @@ class Job(FrozenModel):
     evaluation: Evaluation | None = None  # without the generated texts, which are in the event
     adapter_path: str | None = None
     error: ErrorInfo | None = None
+    started_because: str = ""  # why a refresh queued it; shown to people
+    only_while_free: bool = False  # it started by itself: it runs only while the machine is free
+    waits_for: str = ""  # why it does not run, although nothing is ahead of it
+
+    @property
+    def is_training(self) -> bool:
+        return self.request.evaluated is None
+
+
+def in_turn(queued: Iterable[Job]) -> list[Job]:
+    """Return queued jobs, which are in the order of the queue, as they are to run: those that a user asked for go first."""
+    return sorted(queued, key=lambda job: job.only_while_free)
 
 
 class IllegalTransition(Exception):
@@ -97,14 +111,22 @@ def _expected_end(job: Job, event: Event, change: Mapping[str, object], at: floa
     return {}
 
 
-def _change(job: Job, event: Event) -> dict[str, object] | None:
+def _change(job: Job, event: Event) -> dict[str, object] | None:  # noqa: PLR0911 -- one case per event
     match job.status, event:
         case Status.QUEUED, JobStarted():
-            return {"status": Status.IN_PROGRESS, "phase": Phase.STARTING, "detail": ""}
+            return {"status": Status.IN_PROGRESS, "phase": Phase.STARTING, "detail": "", "waits_for": ""}
         case ((Status.QUEUED | Status.IN_PROGRESS), JobCancelled()):
-            return {"status": Status.CANCELLED}
+            return {"status": Status.CANCELLED, "waits_for": ""}
         case ((Status.QUEUED | Status.IN_PROGRESS), JobFailed(error=error)):
-            return {"status": Status.FAILED, "error": error}
+            return {"status": Status.FAILED, "error": error, "waits_for": ""}
+        case Status.QUEUED, JobPostponed(reason=reason) if job.only_while_free:
+            return {"waits_for": reason}
+        case Status.IN_PROGRESS, JobPostponed(reason=reason):
+            waits_for = reason if job.only_while_free else ""  # a user asked for it while it was being paused
+            step = job.checkpoint_step or 0
+            return {"status": Status.QUEUED, "phase": None, "detail": "", "step": step, "waits_for": waits_for}
+        case ((Status.QUEUED | Status.IN_PROGRESS), JobAskedFor()) if job.only_while_free:
+            return {"only_while_free": False, "waits_for": ""}
         case status, JobResumed() if status in RESUMABLE:
             step = job.checkpoint_step or 0
             return {"status": Status.QUEUED, "phase": None, "detail": "", "error": None, "step": step}

@@ -60,6 +60,8 @@ def status_of(
         peak_memory_bytes=job.peak_memory_bytes,
         eta_s=None if stopping else eta_s,
         queue_position=queue_position,
+        waits_for=job.waits_for,
+        started_because=job.started_because,
         device=job.device or request.device,
         base_model=request.base.name,
         adapter_path=adapter,
@@ -158,19 +160,29 @@ def _stopping(job: Job) -> NextStep:
     )
 
 
+def _waiting(job: Job) -> NextStep:
+    return NextStep(
+        tool="refresh_project",
+        arguments={"project_id": job.project_id},
+        reason="The training continues by itself once the machine is free; refresh_project runs it now.",
+    )
+
+
+def _running(job: Job, eta_s: float | None) -> NextStep:
+    when = f"Ask again in about {rough_duration(eta_s)}" if eta_s is not None and eta_s > 90 else "Ask again soon"
+    return NextStep(
+        tool="get_training_status",
+        arguments={"project_id": job.project_id, "job_id": job.job_id},
+        reason=f"The {job.request.noun} runs in the background, without this connection too. {when}; "
+        "cancel_training stops it.",
+    )
+
+
 def _next_step(job: Job, adapter: str | None, eta_s: float | None) -> NextStep:
     is_evaluation = job.request.evaluated is not None
     match job.status:
         case Status.QUEUED | Status.IN_PROGRESS:
-            when = (
-                f"Ask again in about {rough_duration(eta_s)}" if eta_s is not None and eta_s > 90 else "Ask again soon"
-            )
-            return NextStep(
-                tool="get_training_status",
-                arguments={"project_id": job.project_id, "job_id": job.job_id},
-                reason=f"The {job.request.noun} runs in the background, without this connection too. {when}; "
-                "cancel_training stops it.",
-            )
+            return _waiting(job) if job.waits_for else _running(job, eta_s)
         case Status.COMPLETED if is_evaluation:
             return _after_evaluation(job)
         case Status.COMPLETED:

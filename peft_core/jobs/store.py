@@ -18,7 +18,7 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from peft_core.errors import JobNotFound, JobStateError, StorageError, unwritable
-from peft_core.jobs.state import Job, apply
+from peft_core.jobs.state import Job, apply, in_turn
 from peft_core.schemas.events import (
     EVENT,
     Event,
@@ -57,6 +57,10 @@ CREATE TABLE events (
 CREATE INDEX events_by_job ON events (job_id, event_id);
 """
 NEXT_TURN = "(SELECT coalesce(max(turn), 0) + 1 FROM jobs)"
+TRAININGS = """
+    SELECT job_id, state FROM jobs
+    WHERE project_id = ? AND json_valid(state) AND json_extract(state, '$.request.evaluated') IS NULL ORDER BY turn DESC
+"""
 UNFINISHED = (Status.QUEUED, Status.IN_PROGRESS)
 STATUS_EVENTS = (JobStarted, JobCompleted, JobFailed, JobCancelled, JobInterrupted)  # that `append` records
 
@@ -123,11 +127,23 @@ class Store:
 
     def insert(self, job: Job) -> None:
         with self._transaction() as db:
-            db.execute(
-                f"INSERT INTO jobs (job_id, project_id, status, turn, state) VALUES (?, ?, ?, {NEXT_TURN}, ?)",  # noqa: S608 -- constant
-                (job.job_id, job.project_id, job.status, job.model_dump_json()),
-            )
+            self._insert(db, job)
         self._announce(job)
+
+    def insert_next_training(self, job: Job, latest: str | None) -> bool:
+        """Insert a training if the project's latest one still has the id `latest`, and none is queued or running.
+
+        Return False if not: another process was first. Of several that decide on the same state, one inserts its job.
+        """
+        with self._transaction() as db:
+            trainings = _parse_jobs(db.execute(TRAININGS, (job.project_id,)))
+            if (trainings[0].job_id if trainings else None) != latest:
+                return False
+            if any(not training.status.is_final for training in trainings):
+                return False
+            self._insert(db, job)
+        self._announce(job)
+        return True
 
     def append(self, job_id: str, event: Event) -> Job:
         """Record an event and the state that it leads to.
@@ -215,6 +231,11 @@ class Store:
             row = db.execute(query, (project_id,)).fetchone()
         return _parse_job(*row) if row else None
 
+    def trainings(self, project_id: str) -> list[Job]:
+        """Return a project's trainings, the one that was queued last first."""
+        with self._connection() as db:
+            return _parse_jobs(db.execute(TRAININGS, (project_id,)))
+
     def projects(self) -> list[str]:
         """Return the ids of all projects with jobs, the latest first."""
         query = "SELECT project_id FROM jobs GROUP BY project_id ORDER BY max(turn) DESC"
@@ -262,7 +283,7 @@ class Store:
     def queue_position(self, job_id: str) -> int | None:
         """Return 1 for the job that is next, counting a running job as ahead; None if the job is not queued."""
         jobs = self.in_state(*UNFINISHED)
-        waiting = [job.job_id for job in jobs if job.status is Status.QUEUED]
+        waiting = [job.job_id for job in in_turn(job for job in jobs if job.status is Status.QUEUED)]
         return len(jobs) - len(waiting) + waiting.index(job_id) + 1 if job_id in waiting else None
 
     def cancel_requested(self, job_id: str) -> bool:
@@ -308,6 +329,12 @@ class Store:
             return _parse_events(db.execute(query, (job_id, count)))
 
     # -- inside a transaction ------------------------------------------------------------------------------------------
+
+    def _insert(self, db: sqlite3.Connection, job: Job) -> None:
+        db.execute(
+            f"INSERT INTO jobs (job_id, project_id, status, turn, state) VALUES (?, ?, ?, {NEXT_TURN}, ?)",  # noqa: S608 -- constant
+            (job.job_id, job.project_id, job.status, job.model_dump_json()),
+        )
 
     def _append(self, db: sqlite3.Connection, job_id: str, event: Event) -> Job:
         at = self._now()

@@ -143,6 +143,19 @@ class JobResumed(FrozenModel):
     kind: Literal["job_resumed"] = "job_resumed"
 
 
+class JobPostponed(FrozenModel):
+    """A job that started by itself waits in the queue, or was paused and waits there again, until the machine is free."""
+
+    kind: Literal["job_postponed"] = "job_postponed"
+    reason: str  # what it waits for: "other programs use 80 % of the processors"
+
+
+class JobAskedFor(FrozenModel):
+    """A user asked for a job that had started by itself: from now on it does not wait for a free machine."""
+
+    kind: Literal["job_asked_for"] = "job_asked_for"
+
+
 Event = Annotated[
     JobStarted
     | PhaseStarted
@@ -160,7 +173,9 @@ Event = Annotated[
     | JobFailed
     | JobCancelled
     | JobInterrupted
-    | JobResumed,
+    | JobResumed
+    | JobPostponed
+    | JobAskedFor,
     Field(discriminator="kind"),
 ]
 EVENT: TypeAdapter[Event] = TypeAdapter(Event, config=ConfigDict(defer_build=True))

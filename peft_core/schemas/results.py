@@ -124,6 +124,8 @@ class TrainingStatus(FrozenModel):
     eta_s: float | None = Field(None, description="Seconds until the end of the job, with its evaluation.")
     peak_memory_bytes: int | None = Field(None, description="Peak memory of the training process so far.")
     queue_position: int | None = Field(None, description="1 is next; null if not queued.")
+    waits_for: str = Field("", description="Why a training that started by itself waits in the queue.")
+    started_because: str = Field("", description="Why the training was started, if not by train_adapter.")
     device: str | None = None
     base_model: str | None = None
     adapter_path: str | None = Field(

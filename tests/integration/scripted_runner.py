@@ -1,4 +1,7 @@
-"""The real runner with scripted workers: `python -m tests.integration.scripted_runner DATA_DIR`."""
+"""The real runner with scripted workers: `python -m tests.integration.scripted_runner DATA_DIR`.
+
+How much others use the machine is read from the file `machine.json` in the data directory; without one the machine is free.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,29 @@ import sys
 from pathlib import Path
 
 from peft_core.config import Settings
-from peft_core.jobs import runner
+from peft_core.jobs import free_machine, runner
+from peft_core.system.files import atomic_write
+from peft_core.system.machine_use import MachineUse
+
+MACHINE = "machine.json"
+
+
+def describe_machine(data_dir: Path, use: MachineUse) -> None:
+    """Let the runner of a data directory find the machine in this state."""
+    atomic_write(data_dir / MACHINE, use.model_dump_json())
+
+
+def measure(data_dir: Path) -> MachineUse:
+    try:
+        return MachineUse.model_validate_json((data_dir / MACHINE).read_text())
+    except FileNotFoundError:
+        return MachineUse(load=0.0)
+
 
 if __name__ == "__main__":
+    root = Path(sys.argv[1])
     runner.WORKER = ["-m", "tests.integration.scripted_worker"]
     runner.GRACE_S = 0.5
-    runner.POLL_INTERVAL_S = 0.05
-    runner.run(Settings(data_dir=Path(sys.argv[1])))
+    runner.POLL_INTERVAL_S = runner.MEASURE_INTERVAL_S = 0.05
+    free_machine.BUSY_S = 0.0
+    runner.run(Settings(data_dir=root, refresh_quiet_s=0.0), lambda: measure(root))

@@ -15,6 +15,7 @@ from pathlib import Path
 from peft_core.schemas.events import (
     EVENT,
     AdapterWritten,
+    CheckpointSaved,
     Evaluated,
     Event,
     JobFailed,
@@ -81,6 +82,17 @@ def main() -> None:  # noqa: PLR0912 -- one case per script
             emit(AdapterWritten(metrics=Metrics()))
         case "evaluates":
             emit(Evaluated(evaluation=make_evaluation()))
+        case "saves a checkpoint when stopped":
+            checkpoint = Path(task.job_dir) / "steps"
+            begun = int(checkpoint.read_text()) if checkpoint.exists() else 0
+            stopped: list[int] = []
+            signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
+            train(3, after=begun)
+            while not stopped:
+                time.sleep(0.02)
+            checkpoint.write_text(str(begun + 3))
+            emit(CheckpointSaved(step=begun + 3))
+            sys.exit(143)
         case "hangs":
             train(1)
             wait_for_the_parent_to_die()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,39 +29,9 @@ from peft_core.schemas.training import EvaluatedAdapter, TrainingConfig
 from peft_core.system.failures import error_info
 from peft_core.system.lock import FileLock
 from tests.factories import make_evaluation, make_job
+from tests.integration.conftest import Spawn
 from tests.integration.scripted_worker import step_completed
 from tests.model_files import write_model
-
-ROOT = Path(__file__).parents[2]
-Spawn = Callable[[], "subprocess.Popen[bytes]"]
-
-
-@pytest.fixture
-def paths(tmp_path: Path) -> DataPaths:
-    return DataPaths(tmp_path)
-
-
-@pytest.fixture
-def store(paths: DataPaths) -> Store:
-    store = Store(paths.database, time.time)
-    store.create()
-    return store
-
-
-@pytest.fixture
-def spawn(paths: DataPaths) -> Iterator[Spawn]:
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start() -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "tests.integration.scripted_runner", str(paths.root)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        started.append(subprocess.Popen(command, env=environment, start_new_session=True))
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
 
 
 def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 30.0) -> None:

@@ -33,6 +33,7 @@ from peft_core.inference.protocol import (
 from peft_core.modeling.environment import prepare_environment
 from peft_core.schemas.results import ErrorInfo
 from peft_core.system import logs
+from peft_core.system.activity import active
 from peft_core.system.child_process import JsonLineWriter, json_line_writer, make_files_private, redirect_stdout
 from peft_core.system.failures import TaskKind, error_info
 
@@ -124,7 +125,8 @@ def main() -> int:
         if request is None:
             log.info("idle", seconds=idle_s)
             return IDLE_EXIT
-        problem = _answer(handler, request, requests, write)
+        with active(config.activity_file):
+            problem = _answer(handler, request, requests, write)
         if problem is not None:
             write(ErrorResponse(id=request.id, problem=problem, resident=handler.resident))
 

@@ -13,11 +13,12 @@ from peft_core.config import Settings
 from peft_core.jobs.runner import Runner
 from peft_core.jobs.store import Store
 from peft_core.paths import JobPaths
-from peft_core.schemas.events import Event, JobCancelled, JobFailed, JobInterrupted, JobStarted
+from peft_core.schemas.events import Event, JobCancelled, JobFailed, JobInterrupted, JobPostponed, JobStarted
 from peft_core.schemas.results import ErrorInfo
 from peft_core.schemas.training import EvaluatedAdapter
 from peft_core.system.cancellation import CANCELLED_EXIT_CODE
 from peft_core.system.lock import FileLock
+from peft_core.system.machine_use import MachineUse
 from tests.factories import make_job, make_request
 
 FAILED = JobFailed(error=ErrorInfo(code="too_few_examples", message="Too few examples.", suggestions=()))
@@ -34,7 +35,8 @@ class Ended:
         self.job = make_job(request=make_request(**request))
         self.store.insert(self.job)
         self.store.append(self.job.job_id, JobStarted())
-        self.runner = Runner(self.store, Registry(self.paths), FileLock(self.paths.runner_lock), settings)
+        lock = FileLock(self.paths.runner_lock)
+        self.runner = Runner(self.store, Registry(self.paths), lock, settings, lambda: MachineUse(load=0.0))
 
     def outcome(self, last_event: Event | None, code: int) -> Event:
         job_paths: JobPaths = self.paths.job(self.job.job_id)
@@ -61,6 +63,18 @@ def test_a_worker_that_was_asked_to_stop_is_interrupted_even_if_it_reports_an_er
     outcome = ended.outcome(last_event, code)
     assert isinstance(outcome, JobInterrupted)
     assert outcome.reason.startswith("The training was asked to stop")
+
+
+@pytest.mark.parametrize("last_event", [None, FAILED])
+@pytest.mark.parametrize("code", [CANCELLED_EXIT_CODE, 1, -signal.SIGKILL])
+def test_a_paused_job_returns_to_the_queue_however_its_worker_ended(
+    tmp_path: Path, last_event: Event | None, code: int
+) -> None:
+    ended = Ended(tmp_path)
+    ended.runner._pause = "the machine runs on its battery"
+    assert ended.outcome(last_event, code) == JobPostponed(reason="the machine runs on its battery")
+    ended.runner._stop()
+    assert isinstance(ended.outcome(last_event, code), JobInterrupted)
 
 
 @pytest.mark.parametrize("code", [0, 1, 2])

@@ -6,16 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_core.jobs.state import RESUMABLE, IllegalTransition, Job, apply, progress_percent
+from peft_core.jobs.state import RESUMABLE, IllegalTransition, Job, apply, in_turn, progress_percent
 from peft_core.schemas.events import (
     CheckpointSaved,
     Evaluated,
     Event,
     HeldOutMeasured,
+    JobAskedFor,
     JobCancelled,
     JobCompleted,
     JobFailed,
     JobInterrupted,
+    JobPostponed,
     JobResumed,
     JobStarted,
     MemorySaved,
@@ -70,6 +72,8 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.builds(JobCancelled),
     st.builds(JobInterrupted, reason=st.just("killed")),
     st.builds(JobResumed),
+    st.builds(JobPostponed, reason=st.just("busy")),
+    st.builds(JobAskedFor),
 )
 
 
@@ -79,9 +83,9 @@ def after(job: Job, *events: Event) -> Job:
     return job
 
 
-@given(st.lists(EVENTS, max_size=40))
-def test_no_sequence_of_events_leads_to_a_contradictory_job(events: list[Event]) -> None:
-    job = make_job()
+@given(st.lists(EVENTS, max_size=40), st.booleans())
+def test_no_sequence_of_events_leads_to_a_contradictory_job(events: list[Event], only_while_free: bool) -> None:
+    job = make_job(only_while_free=only_while_free)
     for number, event in enumerate(events):
         before = job
         try:
@@ -91,6 +95,11 @@ def test_no_sequence_of_events_leads_to_a_contradictory_job(events: list[Event])
         assert (job.adapter_path is not None) == (job.status is Status.COMPLETED)
         assert job.error is None or job.status in (Status.FAILED, Status.INTERRUPTED)
         assert job.step <= (job.total_steps or 0) or job.total_steps is None
+        assert not job.waits_for or (job.status is Status.QUEUED and job.only_while_free)
+        assert job.only_while_free <= before.only_while_free
+        if before.status is Status.IN_PROGRESS and job.status is Status.QUEUED:
+            assert isinstance(event, JobPostponed)
+            assert job.step == (job.checkpoint_step or 0)
         if before.status.is_final:
             assert isinstance(event, JobResumed)
             assert before.status in RESUMABLE
@@ -184,3 +193,30 @@ def test_the_end_of_a_job_is_expected_by_the_estimate_and_then_by_the_measured_s
     evaluating = apply(trained, PhaseStarted(phase=Phase.EVALUATING_ADAPTER), 1120.0)
     assert evaluating.ends_at == 1140.0
     assert apply(evaluating, JobInterrupted(reason="x"), 1130.0).ends_at is None
+
+
+def test_a_paused_job_continues_from_its_checkpoint() -> None:
+    begun = (JobStarted(), PhaseStarted(phase=Phase.TRAINING), RunPlanned(device="cpu", total_steps=5))
+    job = after(make_job(only_while_free=True), *begun, step(1), CheckpointSaved(step=1), step(2))
+    paused = after(job, JobPostponed(reason="the machine runs on its battery"))
+    assert (paused.status, paused.phase, paused.step, paused.ends_at) == (Status.QUEUED, None, 1, None)
+    assert paused.waits_for == "the machine runs on its battery"
+    again = after(paused, JobStarted())
+    assert (again.status, again.waits_for) == (Status.IN_PROGRESS, "")
+
+
+def test_a_job_that_a_user_asked_for_neither_waits_nor_stays_behind_others() -> None:
+    with pytest.raises(IllegalTransition):
+        after(make_job(), JobPostponed(reason="busy"))
+    with pytest.raises(IllegalTransition):
+        after(make_job(), JobAskedFor())
+    waiting = after(make_job("a", only_while_free=True), JobPostponed(reason="busy"))
+    assert [job.job_id for job in in_turn([waiting, make_job("b"), make_job("c")])] == ["b", "c", "a"]
+    asked_for = after(waiting, JobAskedFor())
+    assert asked_for.waits_for == ""
+    assert [job.job_id for job in in_turn([asked_for, make_job("b")])] == ["a", "b"]
+
+
+def test_a_job_that_is_asked_for_while_it_is_being_paused_is_next() -> None:
+    job = after(make_job(only_while_free=True), JobStarted(), JobAskedFor(), JobPostponed(reason="busy"))
+    assert (job.status, job.waits_for) == (Status.QUEUED, "")
