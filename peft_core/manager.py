@@ -22,6 +22,7 @@ from peft_core.adapters.service import AdapterService
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument, StorageError
 from peft_core.export.service import ExportService
+from peft_core.gardener.chunks import Records, plain_records
 from peft_core.inference.client import ProgressCallback, TextCallback
 from peft_core.inference.service import InferenceService, TrainingNeed
 from peft_core.jobs.service import JobService
@@ -74,7 +75,7 @@ class PEFTManager:
     async def train_adapter(
         self,
         project_id: str,
-        training_data: str | Sequence[Mapping[str, Any]] | None = None,
+        training_data: str | Records | None = None,
         config: TrainingConfig | Mapping[str, Any] | None = None,
         *,
         approve: Callable[[Estimate], Awaitable[None]] | None = None,
@@ -83,24 +84,24 @@ class PEFTManager:
 
         Args:
             project_id: the project that the adapter belongs to.
-            training_data: a repository directory, a file of records, a LanceDB table (`NAME.lance`), or records. It may be
-                omitted for a project that was added in Codebase Gardener: its code is trained on.
+            training_data: a repository directory, a file of records, a LanceDB table (`NAME.lance`), records, or objects like
+                Codebase Gardener's `CodeChunk`. It may be omitted for a project that was added in Codebase Gardener.
             config: `TrainingConfig` or its fields.
             approve: awaited with the estimate before anything is written; what it raises ends the call.
         """
         project_id, parsed = _project_id(project_id), parse_config(config)
-        if training_data is None:
-            training_data = await run_sync(self._jobs.source_of, project_id)
-        draft = await run_sync(self._jobs.plan, training_data, parsed)
+        given = None if training_data is None else plain_records(training_data)
+        data = await run_sync(self._jobs.training_data, project_id, given)
+        draft = await run_sync(self._jobs.plan, data, parsed)
         if approve is not None:
             await approve(draft.estimate)
-        return await run_sync(self._jobs.queue, project_id, draft, training_data)
+        return await run_sync(self._jobs.queue, project_id, draft, data)
 
     async def inspect_training_data(
-        self, training_data: str | Sequence[Mapping[str, Any]], config: TrainingConfig | Mapping[str, Any] | None = None
+        self, training_data: str | Records, config: TrainingConfig | Mapping[str, Any] | None = None
     ) -> TrainingDataReport:
         """Do a dry run of `train_adapter`: return the dataset's size, samples, exclusions and settings. Takes seconds."""
-        return await run_sync(partial(self._jobs.inspect, training_data, parse_config(config)))
+        return await run_sync(partial(self._jobs.inspect, plain_records(training_data), parse_config(config)))
 
     async def list_base_models(self) -> LocalBases:
         """List the base models on this machine, also those of Ollama, LM Studio and llama.cpp. Takes seconds at most."""
@@ -281,7 +282,7 @@ class PEFTManager:
     async def evaluate_adapter(
         self,
         adapter_path: str,
-        evaluation_data: str | Sequence[Mapping[str, Any]],
+        evaluation_data: str | Records,
         base_model: str | None = None,
         *,
         config: DataSelection | Mapping[str, Any] | None = None,
@@ -302,7 +303,7 @@ class PEFTManager:
         def queue() -> TrainingStatus:
             directory, base = self._adapters.adapter_and_base(adapter_path, base_model)
             evaluated = EvaluatedAdapter(adapter_path=directory, accept_unproven_base=accept_unproven_base)
-            return self._jobs.evaluate(evaluated, base, evaluation_data, selection)
+            return self._jobs.evaluate(evaluated, base, plain_records(evaluation_data), selection)
 
         return await run_sync(queue)
 

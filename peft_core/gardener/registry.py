@@ -9,16 +9,19 @@ there. A file that cannot be used is an error for a call that needs it. It never
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_core.errors import InvalidArgument, PeftMcpError, sanitize
+from peft_core.errors import InvalidArgument, PeftMcpError, StorageError, sanitize
 from peft_core.gardener import documents
 from peft_core.paths import DataPaths
 from peft_core.schemas.results import Status
 
 MAX_NAMED = 5  # projects in an error
+DATABASES = ("vector_stores", "vector_store")  # LanceDB databases with a table for each project
+TABLE = ".lance"
 
 log = logging.getLogger(__name__)  # structlog would slow the server's start down by 0.1 s
 
@@ -69,8 +72,8 @@ class ProjectRegistry:
             )
         return None
 
-    def source_of(self, project_id: str) -> str:
-        """Return the directory with the code of a project, for a training that names no data.
+    def training_data(self, project_id: str) -> str:
+        """Return the path of a project's code, for a training that names no data: its directory, or else its table of chunks.
 
         Raises:
             InvalidArgument: the project is not there, or the error has its id; or it has no absolute path.
@@ -84,7 +87,10 @@ class ProjectRegistry:
                 "it must be the absolute path of a repository or a file, or a list of records. It may be omitted only for a "
                 f"project of Codebase Gardener, and its registry has none with the id {project_id!r}",
             )
-        if not Path(project.source_path).is_absolute():
+        source = Path(project.source_path)
+        if not source.is_dir() and (table := self._table(project)) is not None:
+            return table
+        if not source.is_absolute():
             raise InvalidArgument(
                 "training_data",
                 None,
@@ -93,6 +99,25 @@ class ProjectRegistry:
                 suggestions=["Give training_data, the absolute path of its repository"],
             )
         return project.source_path
+
+    def table_at(self, project_id: str, path: str) -> str:
+        """Return the table of a project's chunks for the path of its vector store; any other path as it is."""
+        with suppress(StorageError):
+            for project in self.projects():
+                if project.project_id == project_id and project.vector_store_path == path:
+                    return self._table(project) or path
+        return path
+
+    def _table(self, project: Project) -> str | None:
+        """Return the LanceDB table of a project: alone in its vector store, or in the database of all projects."""
+        if project.vector_store_path is not None:
+            store = Path(project.vector_store_path)
+            tables = [store] if store.suffix == TABLE else sorted(store.glob(f"*{TABLE}"))
+            if len(tables) == 1 and tables[0].is_dir():
+                return str(tables[0])
+        name = f"project_{project.project_id.replace('-', '_')}{TABLE}"
+        shared = [self._paths.root / database / name for database in DATABASES]
+        return next((str(table) for table in shared if table.is_dir()), None)
 
     def show(self, project_id: str, status: Status) -> None:
         """Show the state of a project's training there, if the project is there. Problems are logged: nothing depends on it.

@@ -264,14 +264,16 @@ class JobService:
             return None
         return base.ref if base.ref == BUNDLED or base.ref.startswith("ollama:") else str(base.path)
 
-    def source_of(self, project_id: str) -> str:
-        """Return the directory with the code of a project that was added in Codebase Gardener.
+    def training_data(self, project_id: str, given: TrainingData | None) -> TrainingData:
+        """Return what a project is trained on: what was given, or else what Codebase Gardener has of it.
 
         Raises:
-            InvalidArgument: it is not there, or `project_id` is its name.
-            StorageError: the registry cannot be used.
+            InvalidArgument: nothing was given and the project is not there, or `project_id` is its name.
+            StorageError: nothing was given, and the registry cannot be used.
         """
-        return self._projects.source_of(project_id)
+        if given is None:
+            return self._projects.training_data(project_id)
+        return self._projects.table_at(project_id, given) if isinstance(given, str) else given
 
     def _project_of(self, adapter: Path) -> str:
         """Return the project of a published adapter. One from another directory is a project named after that directory."""

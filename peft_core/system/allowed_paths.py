@@ -47,7 +47,7 @@ def require_data_path(
 
     Args:
         path: The path that the user gave.
-        data_dir: The product's own data directory, which is refused.
+        data_dir: The product's own data directory, which is refused except for LanceDB tables: Codebase Gardener's are there.
         allowed_roots: Directories that the setting allows; None: all.
         field: Name of the argument, for the error.
 
@@ -146,7 +146,7 @@ def _refusal_reasons(target: Path, data_dir: Path) -> Iterator[str]:
     home = real(Path.home())
     if target in (home, *home.parents) or target in _other_homes():
         yield "this is, or contains, an entire home directory"
-    if target.is_relative_to(data_dir):
+    if target.is_relative_to(data_dir) and target.suffix.lower() != ".lance":
         yield "this is the data directory of peft-mcp itself"
     if _is_read_with(target, data_dir):
         yield "this contains the data directory of peft-mcp itself"

@@ -303,6 +303,16 @@ def test_of_the_data_directory_only_the_exports_are_written(tmp_path: Path, plac
     assert output(tmp_path / "data" / "projects" / "web" / "exports" / "mine", tmp_path / "data").name == "mine"
 
 
+@pytest.mark.parametrize(
+    "place", ["jobs/x.lance/records.jsonl", "peft.db", "projects/web", "vector_stores", "x.lances"]
+)
+def test_of_the_data_directory_only_tables_are_read(tmp_path: Path, place: str) -> None:
+    data_dir = tmp_path / "data"
+    with pytest.raises(InvalidArgument, match="data directory of peft-mcp itself"):
+        require_data_path(data_dir / place, data_dir=data_dir, allowed_roots=None)
+    require_data_path(data_dir / "vector_stores" / "project_a.lance", data_dir=data_dir, allowed_roots=None)
+
+
 def test_allowed_roots_limit_exports_too(tmp_path: Path) -> None:
     roots = (tmp_path / "allowed",)
     assert output(tmp_path / "allowed" / "export", tmp_path / "data", roots) == tmp_path / "allowed" / "export"

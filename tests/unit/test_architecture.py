@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "jobs": FOUNDATION | {"adapters", "evaluation", "gardener", "planning"},
     "serving": FOUNDATION | {"adapters"},
     "storage": FOUNDATION | {"adapters", "base_models", "jobs"},
-    "manager": FOUNDATION | {"adapters", "export", "inference", "jobs", "serving", "storage"},
+    "manager": FOUNDATION | {"adapters", "export", "gardener", "inference", "jobs", "serving", "storage"},
     "endpoint": FOUNDATION | {"manager", "serving"},
     "server": FOUNDATION | {"adapters", "endpoint", "llamacpp", "manager", "ollama", "serving"},
 }

@@ -149,6 +149,7 @@ def parse(value: object, name: str, *, where: str = "", notes: Notes | None = No
     place = Place(name, where, Notes() if notes is None else notes)
     if not isinstance(value, Mapping):
         raise place.refuse(f"it is {type_in_words(value)}; it must be a JSON object")
+    value = _named_texts(value, place)
     record_format = _format(value, place)
     place = Place(name, where, place.notes, format=record_format)
     form = _FORMS[record_format]
@@ -157,6 +158,27 @@ def parse(value: object, name: str, *, where: str = "", notes: Notes | None = No
     record = _PARSERS[record_format](given, place)
     path = _path(given, place)
     return replace(record, path=path) if path else record
+
+
+def _named_texts(value: Mapping[str, Any], place: Place) -> Mapping[str, Any]:
+    """Return a record that has texts as `input_ids` and `labels`, as Codebase Gardener writes it, with the keys that fit them.
+
+    Raises:
+        DataError: they are token ids.
+    """
+    pair = {"input_ids", "labels"}
+    if not pair <= value.keys() or value.keys() & (USED_KEYS - {*_PLACE_KEYS}):
+        return value
+    given, learned = value["input_ids"], value["labels"]
+    if not (isinstance(given, str) and isinstance(learned, str)):
+        raise place.refuse(
+            "'input_ids' and 'labels' must be texts; token ids have a meaning for one tokenizer only",
+            "Give the text that they were made of: {'text': …}, or {'input': …, 'output': …}",
+            reason=SkipReason.UNKNOWN_FORMAT,
+        )
+    others = {key: each for key, each in value.items() if key not in pair}
+    texts = {"text": given} if given == learned else {"input": given, "output": learned}
+    return {**others, **texts}
 
 
 def _format(value: Mapping[str, Any], place: Place) -> RecordFormat:

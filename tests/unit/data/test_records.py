@@ -447,3 +447,12 @@ def test_too_few_records_are_refused_with_advice_about_records():
     with pytest.raises(DataError, match="at least 8 examples") as caught:
         summarise_source([{"text": "a"}, {"text": "b"}])
     assert caught.value.suggestions == ("Give more records, each with a text of its own",)
+
+
+@pytest.mark.parametrize(
+    ("labels", "texts"),
+    [("def add(a, b):", (("def add(a, b):", True),)), ("sum", (("def add(a, b):", False), ("sum", True)))],
+)
+def test_texts_that_are_named_like_token_ids_are_texts(labels: str, texts: tuple[tuple[str, bool], ...]):
+    record = parse({"input_ids": "def add(a, b):", "labels": labels, "metadata": {"chunk_id": "1"}}, "record 1")
+    assert record.texts == texts
