@@ -145,7 +145,7 @@ def prepare(work: Path, base_cache: Path | None) -> Path:
             if "lora_B" in name:
                 parameter.data = 0.002 * torch.randn(parameter.shape, generator=generator)
         model.save_pretrained(str(adapter), save_embedding_layers=False)
-        lora_file = read_lora(read_adapter(adapter, with_weights=True))
+        lora_file = read_lora(read_adapter(adapter, weights="keep"))
         write_gguf_lora(lora_file, base, adapter.with_suffix(".gguf"))
     (work / "base.gguf").symlink_to(
         base_in_f16(base, data / "base_models", lambda detail: print(f"# {detail}", file=sys.stderr))

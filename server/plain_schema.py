@@ -30,7 +30,9 @@ def _plain(node: Mapping[str, Any], definitions: Mapping[str, Any]) -> dict[str,
         node = {key: value for key, value in node.items() if key in ("type", "enum", "anyOf", "items")}
     for key, value in node.items():
         match key:
-            case "title" | "$defs":
+            case "title" | "$defs" | "default_depends":
+                pass
+            case "default" if node.get("default_depends"):
                 pass
             case "default" if value is None or value == [] or isinstance(value, Mapping):
                 pass  # null and [] are omission; the defaults of an object's fields stand at the fields

@@ -36,6 +36,8 @@ Precision = Literal["auto", "float32"]
 HeldOutBy = Literal["file", "time"]
 SETTINGS_URI = "settings://training"  # the resource that describes every setting
 ADVANCED = {"advanced": True}  # the tools' schemas describe such a setting only by its type
+# The default depends on the base model and the data, so it is not in the tools' schemas: forms submit each default they find.
+DEPENDS = {"default_depends": True}
 _MAX_STARS = 4  # more would make matching slow
 Pattern = Annotated[str, Field(min_length=1, max_length=200)]
 
@@ -206,6 +208,7 @@ class TrainingConfig(DataSelection):
     max_length: Annotated[
         int,
         Field(
+            json_schema_extra=DEPENDS,
             ge=64,
             le=8192,
             description="Most tokens per example; longer code is split. Omit for 512, or what records need.",

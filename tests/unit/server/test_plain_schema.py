@@ -27,6 +27,7 @@ class Outer(BaseModel):
     kind: Literal["a"] | None = None
     name: Annotated[str, Field(min_length=1, max_length=9, pattern="^a")] = "a"
     rate: Annotated[float, Field(ge=0, description="A rate.", json_schema_extra={"advanced": True})] = 0.5
+    length: Annotated[int, Field(json_schema_extra={"default_depends": True})] = 512
 
 
 INNER = {
@@ -57,6 +58,7 @@ INNER = {
         ),
         pytest.param("kind", {"type": "string", "enum": ["a"]}, id="a constant or null"),
         pytest.param("name", {"type": "string", "default": "a"}, id="the sizes of a text are left out"),
+        pytest.param("length", {"type": "integer"}, id="a default that depends on the request is left out"),
         pytest.param("rate", {"type": "number"}, id="of an advanced setting the type remains"),
     ],
 )
