@@ -75,6 +75,19 @@ def head_state(root: Path) -> tuple[str | None, bool | None]:
     return commit.decode().strip(), None if status is None else bool(status)
 
 
+def commits_since(root: Path, commit: str) -> int | None:
+    """Return how many commits have changed something below root since `commit`, a complete hash in hexadecimal.
+
+    None if the commit does not exist (any more), or is not in the history of HEAD: the history was rewritten, or another
+    branch is checked out.
+    """
+    both = _git(root, "rev-list", "--count", "--left-right", f"{commit}...HEAD", "--", ".")
+    if both is None:
+        return None
+    only_then, _, only_now = both.decode("ascii", "replace").partition("\t")
+    return int(only_now) if only_then == "0" and only_now.strip().isdigit() else None
+
+
 def is_shallow(root: Path) -> bool:
     return _git(root, "rev-parse", "--is-shallow-repository") == b"true\n"
 

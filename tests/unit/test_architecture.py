@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "data": FOUNDATION,
     "data.worker": FOUNDATION | {"data"},
     "adapters": FOUNDATION | {"base_models"},
+    "staleness": FOUNDATION | {"data"},
     "evaluation": FOUNDATION | {"adapters"},
     "planning": FOUNDATION | {"adapters", "base_models", "data"},
     "modeling": FOUNDATION | {"adapters", "base_models", "planning"},
@@ -45,7 +46,7 @@ MAY_IMPORT = {
     "jobs": FOUNDATION | {"adapters", "evaluation", "gardener", "planning"},
     "serving": FOUNDATION | {"adapters"},
     "storage": FOUNDATION | {"adapters", "base_models", "jobs"},
-    "manager": FOUNDATION | {"adapters", "export", "gardener", "inference", "jobs", "serving", "storage"},
+    "manager": FOUNDATION | {"adapters", "export", "gardener", "inference", "jobs", "serving", "staleness", "storage"},
     "endpoint": FOUNDATION | {"manager", "serving"},
     "server": FOUNDATION | {"adapters", "endpoint", "llamacpp", "manager", "ollama", "serving"},
 }

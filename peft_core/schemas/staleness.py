@@ -1,0 +1,23 @@
+"""How far the code has moved on since an adapter was trained."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from peft_core.schemas.frozen import FrozenModel
+
+
+class Staleness(FrozenModel):
+    """What has changed in the code since an adapter was trained. Fields are null if that cannot be said; `text` says why."""
+
+    text: str = Field(description="For people: what has changed, and when to retrain.")
+    retrain: bool | None = Field(None, description="Whether so much has changed that retraining is worthwhile.")
+    commits_behind: int | None = Field(None, description="Null without git, or if its commit is not in the history.")
+    files: int | None = Field(None, description="All files, then or now.")
+    files_changed: int | None = None
+    files_new: int | None = None
+    files_deleted: int | None = None
+    units_changed_percent: float | None = Field(
+        None, description="Share of the functions and statements that the adapter was not trained with."
+    )
+    source: str | None = Field(None, description="The code that it was trained on.")

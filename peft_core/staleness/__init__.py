@@ -1,0 +1,1 @@
+"""How far the code has moved on since an adapter was trained."""
