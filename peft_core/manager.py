@@ -107,8 +107,13 @@ class PEFTManager:
         """List the base models on this machine, also those of Ollama, LM Studio and llama.cpp. Takes seconds at most."""
         return await run_sync(self._jobs.list_base_models)
 
-    async def would_download(self, base_model: str | None) -> str | None:
-        """Return the hub id of the model that a request with this base model would download first; None: it would not."""
+    async def would_download(self, base_model: str | None, *, unless_in_memory: bool = False) -> str | None:
+        """Return the hub id of the model that a request with this base model would download first; None: it would not.
+
+        `unless_in_memory`: the request uses the base model in memory if there is one.
+        """
+        if unless_in_memory and self._inference.resident.base_path is not None:
+            return None
         return await run_sync(self._adapters.would_download, base_model)
 
     async def get_training_status(self, project_id: str, job_id: str | None = None) -> TrainingStatus:

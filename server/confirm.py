@@ -55,9 +55,10 @@ async def confirm_download(ctx: Context[PEFTManager, Any], arguments: Mapping[st
     config = arguments.get("config")
     if isinstance(config, TrainingConfig):
         named = config.base_model  # None: the default
-    elif (named := arguments.get("base_model")) is None:
+    elif (named := arguments.get("base_model")) is None and not arguments.get("use_base"):
         return
-    if (model := await ctx.request_context.lifespan_context.would_download(named)) is not None:
+    would_download = ctx.request_context.lifespan_context.would_download
+    if (model := await would_download(named, unless_in_memory=bool(arguments.get("use_base")))) is not None:
         question = f"Download the model {sanitize(model)} from the Hugging Face Hub? It may take gigabytes."
         await require_consent(ctx, question, "Nothing was downloaded", about="download")
 

@@ -49,7 +49,6 @@ class LongCall:
     created_at: float = field(default_factory=time.time)
     updated_at: float = field(default_factory=time.time)
     _scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
-    _began: anyio.Event = field(default_factory=anyio.Event)
     _done: anyio.Event = field(default_factory=anyio.Event)
     _waiting: list[ServerRequestContext[Any, Any]] = field(default_factory=list)
 
@@ -71,10 +70,6 @@ class LongCall:
     def cancel(self) -> None:
         self._scope.cancel()
 
-    def begin(self) -> None:
-        """Note that the work has begun. Before it, the person may be asked something, and answers when they like."""
-        self._began.set()
-
     async def record(self, done: float, total: float | None, message: str) -> None:
         """Keep a progress message, and send it to the requests that wait."""
         self.message, self.updated_at = message.removesuffix("."), time.time()
@@ -82,7 +77,7 @@ class LongCall:
             await ctx.session.report_progress(done, total, message)
 
     async def wait(self, ctx: ServerRequestContext[Any, Any], patience_s: float) -> HandlerResult | None:
-        """Return what the call returns, or None if it is still at work `patience_s` after it, or this request, began.
+        """Return what the call returns, or None if it is still at work after `patience_s`.
 
         The call is cancelled when the last request that waits for it is cancelled.
 
@@ -91,7 +86,6 @@ class LongCall:
         """
         self._waiting.append(ctx)
         try:
-            await self._began.wait()
             with anyio.move_on_after(patience_s):
                 await self._done.wait()
         except BaseException:
@@ -116,7 +110,6 @@ class LongCall:
             self.error = error
         finally:
             self.updated_at = time.time()
-            self._began.set()
             self._done.set()
 
 

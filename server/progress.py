@@ -28,8 +28,6 @@ T = TypeVar("T")
 class Recipient(Protocol):
     """Takes the progress of a call that may outlive its request, see `long_calls.py`."""
 
-    def begin(self) -> None: ...
-
     async def record(self, done: float, total: float | None, message: str) -> None: ...
 
 
@@ -76,8 +74,6 @@ class _Notifications:
 
 async def with_progress(ctx: Context[Any, Any], operation: Callable[[Report], Awaitable[T]]) -> T:
     """Await `operation`, which gets a function that reports (done, total, message), and send its progress to the client."""
-    if (call := recipient.get()) is not None:
-        call.begin()
     notifications = _Notifications(ctx)
     outcome: list[T] = []
     problem: Exception | None = None

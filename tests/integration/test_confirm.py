@@ -284,6 +284,7 @@ async def test_a_client_that_follows_tasks_is_asked_for_its_roots_before_a_task_
     [
         ("train_adapter", {"project_id": "web", "records": [{"text": "x"}], "config": {"base_model": "org/new"}}),
         ("load_adapter", {"adapter_path": "web", "base_model": "org/new"}),
+        ("generate", {"prompt": "def ", "use_base": True}),  # the default base
     ],
 )
 async def test_no_base_model_is_downloaded_if_the_person_does_not_agree(
@@ -291,7 +292,7 @@ async def test_no_base_model_is_downloaded_if_the_person_does_not_agree(
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(resolve, "download", lambda ref: pytest.fail(f"{ref} was downloaded"))
-    settings = Settings(data_dir=data_dir, allow_downloads=True)
+    settings = Settings(data_dir=data_dir, allow_downloads=True, default_base_model="org/new")
     person = Person("decline")
     async with Client(build_server(settings), mode=era, elicitation_callback=person) as client:
         result = await client.call_tool(tool, arguments)
