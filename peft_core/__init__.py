@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from peft_core.config import Settings
     from peft_core.errors import PeftMcpError
+    from peft_core.jobs.handle import TrainingJob
     from peft_core.manager import PEFTManager
     from peft_core.ollama import OllamaClient
     from peft_core.schemas.results import TrainingStatus
     from peft_core.schemas.training import TrainingConfig
 
-__all__ = ["OllamaClient", "PEFTManager", "PeftMcpError", "Settings", "TrainingConfig", "TrainingStatus"]
+__all__ = ["OllamaClient", "PEFTManager", "PeftMcpError", "Settings", "TrainingConfig", "TrainingJob", "TrainingStatus"]
 
 _MODULES = {
     "OllamaClient": "ollama",
@@ -28,6 +29,7 @@ _MODULES = {
     "PEFTManager": "manager",
     "Settings": "config",
     "TrainingConfig": "schemas.training",
+    "TrainingJob": "jobs.handle",
     "TrainingStatus": "schemas.results",
 }
 

@@ -23,8 +23,10 @@ from peft_core.config import Settings
 from peft_core.errors import InvalidArgument, StorageError
 from peft_core.export.service import ExportService
 from peft_core.gardener.chunks import Records, plain_records
+from peft_core.gardener.registry import ProjectRegistry
 from peft_core.inference.client import ProgressCallback, TextCallback
 from peft_core.inference.service import InferenceService, TrainingNeed
+from peft_core.jobs.handle import OnProgress, TrainingJob
 from peft_core.jobs.service import JobService
 from peft_core.schemas.export import ExportOptions, ExportReport
 from peft_core.schemas.generation import EngineChoice, Generation, GenerationRequest
@@ -65,7 +67,8 @@ class PEFTManager:
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
         registry = Registry(self.settings.paths, self.settings.allowed_roots)
-        self._jobs = JobService(self.settings, registry)
+        self._projects = ProjectRegistry(self.settings.paths)
+        self._jobs = JobService(self.settings, registry, self._projects)
         self._adapters = AdapterService(self.settings, registry, self._jobs.base_of)
         self._exports = ExportService(self.settings, self._adapters)
         self._inference = InferenceService(self.settings, self._adapters, self._training_need)
@@ -91,11 +94,38 @@ class PEFTManager:
         """
         project_id, parsed = _project_id(project_id), parse_config(config)
         given = None if training_data is None else plain_records(training_data)
-        data = await run_sync(self._jobs.training_data, project_id, given)
+        data = await run_sync(self._projects.data_of, project_id, given)
         draft = await run_sync(self._jobs.plan, data, parsed)
         if approve is not None:
             await approve(draft.estimate)
         return await run_sync(self._jobs.queue, project_id, draft, data)
+
+    async def start_training(
+        self,
+        project_id: str,
+        training_data: str | Records | None = None,
+        config: TrainingConfig | Mapping[str, Any] | None = None,
+        *,
+        on_progress: OnProgress | None = None,
+        progress_update_interval: float = 0.0,
+    ) -> TrainingJob:
+        """Queue a training run as `train_adapter` does, and return a handle: `await job` waits for its end.
+
+        Args:
+            project_id: the project that the adapter belongs to.
+            training_data: as for `train_adapter`.
+            config: as for `train_adapter`.
+            on_progress: a function or coroutine function, called with the status while the job is awaited.
+            progress_update_interval: least number of seconds between two of its calls, except for the last.
+        """
+        status = await self.train_adapter(project_id, training_data, config)
+        return TrainingJob(
+            status,
+            watch=lambda timeout_s: self.watch_training(project_id, status.job_id, timeout_s=timeout_s),
+            cancel=partial(self.cancel_training, project_id, status.job_id),
+            on_progress=on_progress,
+            interval_s=progress_update_interval,
+        )
 
     async def inspect_training_data(
         self, training_data: str | Records, config: TrainingConfig | Mapping[str, Any] | None = None
@@ -283,6 +313,17 @@ class PEFTManager:
             engine=engine,
             on_progress=on_progress,
         )
+
+    async def switch_project(self, project_id: str, *, on_progress: ProgressCallback | None = None) -> LoadedAdapter:
+        """Activate the current adapter of a project: milliseconds if it is in memory, else as long as `load_adapter`.
+
+        If it cannot be activated, this raises an error with the reason, and the adapter that was active stays active. In
+        Codebase Gardener, if it is used and has the project, the project becomes the active one.
+        """
+        project_id = _project_id(project_id)
+        loaded = await self._inference.switch(project_id, on_progress)
+        await run_sync(self._projects.activate, project_id)
+        return loaded
 
     async def evaluate_adapter(
         self,

@@ -84,7 +84,8 @@ def _read(path: Path) -> tuple[Fields, bytes] | None:
     except HeaderError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return None
-        raise _unusable(path, error.problem) from error
+        problem = error.problem if error.problem.startswith("its") else f"it {error.problem}"
+        raise _unusable(path, problem) from error
     try:
         fields = json.loads(raw)
     except (ValueError, RecursionError) as error:

@@ -9,6 +9,7 @@ there. A file that cannot be used is an error for a call that needs it. It never
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from peft_core.errors import InvalidArgument, PeftMcpError, StorageError, sanitize
 from peft_core.gardener import documents
 from peft_core.paths import DataPaths
+from peft_core.schemas.dataset import TrainingData
 from peft_core.schemas.results import Status
 
 MAX_NAMED = 5  # projects in an error
@@ -48,7 +50,8 @@ class ProjectRegistry:
         Raises:
             StorageError: the registry cannot be used.
         """
-        return [_project(key, entry) for key, entry in _entries(documents.read(self._paths.gardener_registry)).items()]
+        registry = documents.read(self._paths.gardener_registry) or {}
+        return [_project(key, entry) for key, entry in _entries(registry).items()]
 
     def find(self, project_id: str) -> Project | None:
         """Return a project by its id; None if there is no such project.
@@ -72,13 +75,25 @@ class ProjectRegistry:
             )
         return None
 
-    def training_data(self, project_id: str) -> str:
-        """Return the path of a project's code, for a training that names no data: its directory, or else its table of chunks.
+    def data_of(self, project_id: str, given: TrainingData | None) -> TrainingData:
+        """Return what a project is trained on: what was given, where the path of its vector store means the table in it.
+
+        If nothing was given, its code is: its directory or, if that does not exist any more, its table of chunks.
 
         Raises:
-            InvalidArgument: the project is not there, or the error has its id; or it has no absolute path.
-            StorageError: the registry cannot be used.
+            InvalidArgument: nothing was given, and the project is not there or has no absolute path; or the error has its id.
+            StorageError: nothing was given, and the registry cannot be used.
         """
+        if given is None:
+            return self._code_of(project_id)
+        if isinstance(given, str):
+            with suppress(StorageError):
+                for project in self.projects():
+                    if project.project_id == project_id and project.vector_store_path == given:
+                        return self._table(project) or given
+        return given
+
+    def _code_of(self, project_id: str) -> str:
         project = self.find(project_id)
         if project is None:
             raise InvalidArgument(
@@ -100,14 +115,6 @@ class ProjectRegistry:
             )
         return project.source_path
 
-    def table_at(self, project_id: str, path: str) -> str:
-        """Return the table of a project's chunks for the path of its vector store; any other path as it is."""
-        with suppress(StorageError):
-            for project in self.projects():
-                if project.project_id == project_id and project.vector_store_path == path:
-                    return self._table(project) or path
-        return path
-
     def _table(self, project: Project) -> str | None:
         """Return the LanceDB table of a project: alone in its vector store, or in the database of all projects."""
         if project.vector_store_path is not None:
@@ -124,30 +131,36 @@ class ProjectRegistry:
 
         `lora_adapter_path` follows the project's current adapter once a training has ended.
         """
-        paths = self._paths
-        try:
-            with documents.changing(paths.gardener_registry, paths.gardener_lock) as registry:
-                entry = _entries(registry).get(project_id)
-                if entry is not None:
-                    self._update(entry, project_id, status)
-        except (PeftMcpError, OSError, UnicodeEncodeError) as error:
-            log.warning("The training of %s is not shown in Codebase Gardener: %s", project_id, error)
+
+        def change(registry: documents.Fields) -> None:
+            if (entry := _entries(registry).get(project_id)) is not None:
+                self._update(entry, project_id, status)
+
+        self._change(self._paths.gardener_registry, change, f"The training of {project_id}")
 
     def activate(self, project_id: str) -> None:
-        """Make a project the active one in Codebase Gardener's files, as far as they exist.
+        """Make a project the active one there, if the project is there. Problems are logged: nothing depends on it."""
+        known = False
 
-        Raises:
-            StorageError: a file cannot be used.
-        """
+        def change(fields: documents.Fields) -> None:
+            nonlocal known
+            known = known or project_id in _entries(fields)
+            if known and fields.get("active_project") != project_id:
+                fields["active_project"] = project_id
+                if "last_updated" in fields:
+                    fields["last_updated"] = documents.now_like(fields["last_updated"])
+
         for path in (self._paths.gardener_registry, self._paths.gardener_active):
+            self._change(path, change, f"That {project_id} is the active project")
+
+    def _change(self, path: Path, change: Callable[[documents.Fields], None], what: str) -> None:
+        """Change a file, if it exists. `what` is not shown there, if that fails."""
+        try:
             with documents.changing(path, self._paths.gardener_lock) as fields:
-                is_registry = path == self._paths.gardener_registry
-                if fields is None or (is_registry and project_id not in _entries(fields)):
-                    continue
-                if fields.get("active_project") != project_id:
-                    fields["active_project"] = project_id
-                    if "last_updated" in fields:
-                        fields["last_updated"] = documents.now_like(fields["last_updated"])
+                if fields is not None:
+                    change(fields)
+        except (PeftMcpError, OSError, UnicodeEncodeError) as error:
+            log.warning("%s is not shown in Codebase Gardener: %s", what, error)
 
     def _update(self, entry: dict[str, Any], project_id: str, status: Status) -> None:
         """Change an entry's status and adapter, if they differ, and then the time of its last update."""
@@ -185,9 +198,9 @@ class ProjectRegistry:
         return None if gone else given
 
 
-def _entries(registry: documents.Fields | None) -> dict[str, dict[str, Any]]:
+def _entries(registry: documents.Fields) -> dict[str, dict[str, Any]]:
     """Return the entries of the projects by id, without those that are not objects."""
-    projects = (registry or {}).get("projects")
+    projects = registry.get("projects")
     if not isinstance(projects, dict):
         return {}
     return {key: entry for key, entry in projects.items() if isinstance(entry, dict)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -13,13 +14,22 @@ from anyio.to_thread import run_sync
 
 from peft_core.adapters.service import AdapterService
 from peft_core.config import Settings
-from peft_core.errors import AdapterInUse, AdapterNotFound, AdapterNotLoaded, InferenceError, InvalidArgument
+from peft_core.errors import (
+    AdapterInUse,
+    AdapterNotFound,
+    AdapterNotLoaded,
+    InferenceError,
+    InvalidArgument,
+    PeftMcpError,
+)
 from peft_core.inference.client import InferenceClient, ProgressCallback, TextCallback
 from peft_core.inference.protocol import Generate, Load, Unload, WorkerConfig
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.generation import EngineChoice, Generation, GenerationRequest
-from peft_core.schemas.results import LoadedAdapter, MemoryState, UnloadedAdapter, nothing_was_loaded
+from peft_core.schemas.results import LoadedAdapter, MemoryState, ResidentAdapter, UnloadedAdapter, nothing_was_loaded
 from peft_core.system.machine import available_memory_bytes, expected_device
+
+log = logging.getLogger(__name__)  # structlog would slow the server's start down by 0.1 s
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,40 @@ class InferenceService:
             return await self._client.ask(request, LoadedAdapter, on_progress)
         finally:
             self._loading[path] -= 1
+
+    async def switch(self, adapter_path: str, on_progress: ProgressCallback | None = None) -> LoadedAdapter:
+        """Load an adapter; if that fails, the adapter that was active before is active again.
+
+        Raises:
+            PeftMcpError: as for `load`, or the adapter was not loaded ('not_switched').
+        """
+        await self.sync()
+        before = self.resident
+        try:
+            loaded = await self.load(adapter_path, None, accept_unproven_base=False, on_progress=on_progress)
+        except PeftMcpError:
+            await self._reactivate(before)
+            raise
+        if loaded.status == "loaded":
+            return loaded
+        await self._reactivate(before)
+        raise InferenceError(
+            f"{adapter_path!r} was not switched to: {loaded.reason}",
+            code="not_switched",
+            suggestions=[loaded.next],
+            details={"reasons": [reason.model_dump(mode="json") for reason in loaded.reasons]},
+        )
+
+    async def _reactivate(self, before: MemoryState) -> None:
+        """Activate the adapter that was active in `before`, with its base model, if the worker died since."""
+        await self.sync()
+        active = next((adapter.adapter_path for adapter in before.adapters if adapter.active), None)
+        if active is None or ResidentAdapter(adapter_path=active, active=True) in self.resident.adapters:
+            return
+        try:
+            await self.load(active, before.base_path, accept_unproven_base=True, engine=before.engine, on_progress=None)
+        except PeftMcpError as error:  # the caller raises why the switch failed, which comes first
+            log.warning("%s is not active again: %s", active, error)
 
     async def unload(self, adapter_path: str | None) -> UnloadedAdapter:
         """Unload the named adapter, or the active one.

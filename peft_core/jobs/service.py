@@ -33,10 +33,10 @@ SPEED_HISTORY = 50  # newest completed jobs that are searched for a measured spe
 
 
 class JobService:
-    def __init__(self, settings: Settings, registry: Registry) -> None:
+    def __init__(self, settings: Settings, registry: Registry, projects: ProjectRegistry | None = None) -> None:
         self._settings = settings
         self._paths = settings.paths
-        self._projects = ProjectRegistry(self._paths)
+        self._projects = projects or ProjectRegistry(self._paths)
         self._store = Store(self._paths.database, time.time, self._projects.show)
         self._registry = registry
         self._supervisor = RunnerSupervisor(settings, self._store, registry)
@@ -263,17 +263,6 @@ class JobService:
         if base is None:
             return None
         return base.ref if base.ref == BUNDLED or base.ref.startswith("ollama:") else str(base.path)
-
-    def training_data(self, project_id: str, given: TrainingData | None) -> TrainingData:
-        """Return what a project is trained on: what was given, or else what Codebase Gardener has of it.
-
-        Raises:
-            InvalidArgument: nothing was given and the project is not there, or `project_id` is its name.
-            StorageError: nothing was given, and the registry cannot be used.
-        """
-        if given is None:
-            return self._projects.training_data(project_id)
-        return self._projects.table_at(project_id, given) if isinstance(given, str) else given
 
     def _project_of(self, adapter: Path) -> str:
         """Return the project of a published adapter. One from another directory is a project named after that directory."""

@@ -105,24 +105,24 @@ async def test_a_project_whose_code_is_gone_is_trained_on_its_table(
     paths: DataPaths, registry_file: Path, table: Path
 ) -> None:
     registry, store = ProjectRegistry(paths), paths.root / "projects" / WEB / "vector_store"
-    assert registry.training_data(WEB) == "/code/web"
+    assert registry.data_of(WEB, None) == "/code/web"
     shared = paths.root / "vector_stores" / f"project_{WEB.replace('-', '_')}.lance"
     shared.mkdir(parents=True)
-    assert registry.training_data(WEB) == str(shared)
+    assert registry.data_of(WEB, None) == str(shared)
     store.mkdir(parents=True)
     shutil.move(table, store)
-    assert registry.training_data(WEB) == str(store / "code_chunks.lance")
+    assert registry.data_of(WEB, None) == str(store / "code_chunks.lance")
     async with PEFTManager(Settings(data_dir=paths.root)) as manager:
-        report = await manager.inspect_training_data(registry.training_data(WEB), {"max_steps": 3})
+        report = await manager.inspect_training_data(registry.data_of(WEB, None), {"max_steps": 3})
     assert report.records == len(CHUNKS)
 
 
 def test_the_path_of_a_vector_store_means_its_table(paths: DataPaths, registry_file: Path) -> None:
     registry, store = ProjectRegistry(paths), paths.root / "projects" / WEB / "vector_store"
     (store / "code_chunks.lance").mkdir(parents=True)
-    assert registry.table_at(WEB, str(store)) == str(store / "code_chunks.lance")
-    assert registry.table_at("other", str(store)) == str(store)
+    assert registry.data_of(WEB, str(store)) == str(store / "code_chunks.lance")
+    assert registry.data_of("other", str(store)) == str(store)
     (store / "more.lance").mkdir()
-    assert registry.table_at(WEB, str(store)) == str(store)
+    assert registry.data_of(WEB, str(store)) == str(store)
     registry_file.write_text("{")
-    assert registry.table_at(WEB, "/code/web") == "/code/web"
+    assert registry.data_of(WEB, "/code/web") == "/code/web"

@@ -115,18 +115,18 @@ def test_a_project_that_is_not_there_is_not_added(paths: DataPaths, registry_fil
 
 def test_a_project_is_found_by_its_id_and_refused_by_its_name(paths: DataPaths, registry_file: Path) -> None:
     registry = ProjectRegistry(paths)
-    assert registry.training_data(WEB) == "/code/web"
+    assert registry.data_of(WEB, None) == "/code/web"
     with pytest.raises(InvalidArgument, match=f"is the name of a project .* must be its id: '{WEB}'"):
         registry.find("Web")
     assert registry.find("other") is None
     with pytest.raises(InvalidArgument, match="its registry has none with the id 'other'"):
-        registry.training_data("other")
+        registry.data_of("other", None)
 
 
 def test_a_relative_source_path_is_refused(paths: DataPaths, registry_file: Path) -> None:
     registry_file.write_text(registry_file.read_text(encoding="utf-8").replace("/code/web", "code/web"))
     with pytest.raises(InvalidArgument, match="'code/web'; it must be an absolute path"):
-        ProjectRegistry(paths).training_data(WEB)
+        ProjectRegistry(paths).data_of(WEB, None)
 
 
 def test_entries_that_are_no_projects_are_left_alone(paths: DataPaths, registry_file: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_registry_that_cannot_be_used_is_one_clear_error_and_never_changed(
     paths.gardener_registry.write_bytes(UNUSABLE[problem])
     registry = ProjectRegistry(paths)
     with pytest.raises(StorageError) as caught:
-        registry.training_data(WEB)
+        registry.data_of(WEB, None)
     assert caught.value.code == "gardener_file"
     assert problem in caught.value.message
     assert len(str(caught.value)) < 400
