@@ -344,12 +344,61 @@ class PEFTManager:
             config: a DataSelection or its fields: include, exclude, more_sources, skip_unusable_records.
             accept_unproven_base: evaluate although only the shapes fit (verdict 'shape_only').
         """
-        selection = parse_selection(config)
+        return await self._evaluate(
+            [adapter_path],
+            evaluation_data,
+            base_model,
+            parse_selection(config),
+            accept_unproven_base=accept_unproven_base,
+        )
 
+    async def compare_adapters(
+        self,
+        adapter_a: str,
+        adapter_b: str,
+        evaluation_data: str | Sequence[Mapping[str, Any]] | None = None,
+        base_model: str | None = None,
+        *,
+        config: DataSelection | Mapping[str, Any] | None = None,
+        accept_unproven_base: bool = False,
+    ) -> TrainingStatus:
+        """Queue a comparison of two adapters and their base model on the same text; follow it like a training.
+
+        The status of the completed job has `comparison`: which one to keep, and the measurements.
+
+        Args:
+            adapter_a: a directory, or a project id (its current adapter).
+            adapter_b: another one of the same base model.
+            evaluation_data: as for `evaluate_adapter`. Omit to use the source that the newer of the two was trained on. Text
+                that either adapter was trained on is left out, if recorded.
+            base_model, config, accept_unproven_base: as for `evaluate_adapter`.
+        """
+        return await self._evaluate(
+            [adapter_a, adapter_b],
+            evaluation_data,
+            base_model,
+            parse_selection(config),
+            accept_unproven_base=accept_unproven_base,
+        )
+
+    async def _evaluate(
+        self,
+        adapters: Sequence[str],
+        evaluation_data: str | Sequence[Mapping[str, Any]] | None,
+        base_model: str | None,
+        selection: DataSelection,
+        *,
+        accept_unproven_base: bool,
+    ) -> TrainingStatus:
         def queue() -> TrainingStatus:
-            directory, base = self._adapters.adapter_and_base(adapter_path, base_model)
-            evaluated = EvaluatedAdapter(adapter_path=directory, accept_unproven_base=accept_unproven_base)
-            return self._jobs.evaluate(evaluated, base, plain_records(evaluation_data), selection)
+            directories, base = self._adapters.adapters_and_base(adapters, base_model)
+            evaluated = EvaluatedAdapter(
+                adapter_path=directories[0],
+                compared_with=directories[1] if len(directories) > 1 else None,
+                accept_unproven_base=accept_unproven_base,
+            )
+            data = None if evaluation_data is None else plain_records(evaluation_data)
+            return self._jobs.evaluate(evaluated, base, data, selection)
 
         return await run_sync(queue)
 

@@ -30,6 +30,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +69,12 @@ class JobPaths:
     @property
     def log(self) -> Path:
         return self.root / "train.log"
+
+
+def adapter_names(adapters: Sequence[Path]) -> list[str]:
+    """Return what people call these adapters: PROJECT/ADAPTER, or the name of a directory; if two are equal, the paths."""
+    names = [f"{path.parent.parent.name}/{path.name}" if path.parent.name == "lora" else path.name for path in adapters]
+    return names if len(set(names)) == len(names) else [str(path) for path in adapters]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Nothing in this package uses the inference process; see `peft_core.inference.ser
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from peft_core.adapters.info import AdapterDocument, AdapterInfo, read_document, read_info
@@ -81,25 +81,32 @@ class AdapterService:
         return verify(directory, base, scan_weights=scan_weights)
 
     def adapter_and_base(self, adapter_path: str, base_model: str | None) -> tuple[Path, Base]:
-        """Return an adapter's directory and a base model: the named one, else the one that the adapter was trained on.
+        """Do the same as `adapters_and_base` for one adapter."""
+        (directory,), base = self.adapters_and_base([adapter_path], base_model)
+        return directory, base
+
+    def adapters_and_base(self, adapter_paths: Sequence[str], base_model: str | None) -> tuple[list[Path], Base]:
+        """Return the adapters' directories and a base model: the named one, else the first that one was trained on.
 
         Raises:
             AdapterNotFound: there is no such adapter.
-            InvalidArgument: the adapter is invalid, or no base model was named and the adapter's own was not found.
+            InvalidArgument: an adapter is invalid, or no base model was named and the adapters' own was not found.
             BaseCheckpointError, HeaderError: the named base model cannot be read.
         """
-        directory = self.resolve(adapter_path)
-        base = self._base(directory, base_model)
-        if base is None:
-            self._require_valid(adapter_path, directory)
-            raise InvalidArgument(
-                "base_model",
-                base_model,
-                "it must be given, because this adapter's manifest records no base model that is on this machine; "
-                "a base model that only its configuration names is not used",
-                suggestions=["Set base_model to a model directory, a .gguf file, a cached hub id or ollama:NAME"],
-            )
-        return directory, base
+        directories = [self.resolve(path) for path in adapter_paths]
+        for directory in directories:
+            if (base := self._base(directory, base_model)) is not None:
+                return directories, base
+        for path, directory in zip(adapter_paths, directories, strict=True):
+            self._require_valid(path, directory)
+        raise InvalidArgument(
+            "base_model",
+            base_model,
+            f"it must be given, because {'this' if len(directories) == 1 else 'neither'} adapter's manifest records "
+            f"{'no' if len(directories) == 1 else 'a'} base model that is on this machine; a base model that only the "
+            "configuration names is not used",
+            suggestions=["Set base_model to a model directory, a .gguf file, a cached hub id or ollama:NAME"],
+        )
 
     def would_download(self, base_model: str | None) -> str | None:
         """Return the hub id of the model that resolving this base model would download; None if it would not."""

@@ -38,7 +38,7 @@ class ExclusionReason(StrEnum):
     LFS_POINTER = "lfs_pointer"  # stands for a file that Git LFS has not fetched
     LICENCE = "licence"
     LOCK_FILE = "lock_file"
-    MAYBE_TRAINED_ON = "maybe_trained_on"  # by the adapter that is evaluated; its fingerprint is a sample
+    MAYBE_TRAINED_ON = "maybe_trained_on"  # by an adapter that is evaluated; its fingerprint is a sample
     MINIFIED = "minified"
     NEAR_DUPLICATE = "near_duplicate"
     NESTED_REPOSITORY = "nested_repository"  # an untracked directory with a repository of its own
@@ -61,7 +61,9 @@ class ExclusionReason(StrEnum):
     TOO_LONG = "too_long"
     TURNS_TOO_LONG = "later_turns_too_long"  # answers of a conversation whose first ones fit
     CHAT_TEMPLATE = "chat_template"  # a conversation that the base model's template does not write
-    TRAINED_ON = "trained_on"  # by the adapter that is evaluated
+    TRAINED_ON = "trained_on"  # by the adapter that is evaluated, or by both that are compared
+    TRAINED_ON_BY_A = "trained_on_by_adapter_a"  # and not by the one that it is compared with
+    TRAINED_ON_BY_B = "trained_on_by_adapter_b"
     UNMERGED = "unmerged"  # has a merge conflict
     UNREADABLE = "unreadable"
     VENDORED = "vendored"

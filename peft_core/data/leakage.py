@@ -14,12 +14,14 @@ fill in), and three lines are seldom equal by chance.
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peft_core.data.examples import learned_text
+from peft_core.data.exclusions import ExclusionReason
 from peft_core.data.split import Split
 from peft_core.errors import DataError
 from peft_core.schemas.dataset import Example
@@ -29,6 +31,7 @@ MAX_FINGERPRINT_BYTES = 1 << 20
 OVERLAP_THRESHOLD = 0.5  # an example counts as trained on if at least this share of its shingles was
 _MAX_HASHES = 1 << 16
 _MAX_SMALLEST_HASHES = 60_000
+_MIN_COMPARED_HASHES = 20  # of a training set, to estimate what it shares with another one
 _SHINGLE_LINES = 3
 # Magic, divisor, divisor_of_smallest. The hashes follow, 8 bytes each, in ascending order.
 _HEADER = struct.Struct("<8sQQ")
@@ -59,6 +62,13 @@ class TrainingFingerprint:
         sampled = sampled or [value for value in (min(hashes),) if value % self.divisor_of_smallest == 0]
         return sum(value in self.hashes for value in sampled) / len(sampled) if sampled else None
 
+    def overlap(self, other: TrainingFingerprint) -> float | None:
+        """Return the share of the smaller training set that the other one has too, 0 to 1; None if too little is sampled."""
+        divisor = math.lcm(self.divisor, other.divisor)
+        own, others = ({value for value in each.hashes if value % divisor == 0} for each in (self, other))
+        smaller = min(len(own), len(others))
+        return len(own & others) / smaller if smaller >= _MIN_COMPARED_HASHES else None
+
     def to_bytes(self) -> bytes:
         header = _HEADER.pack(_MAGIC, self.divisor, self.divisor_of_smallest)
         return header + b"".join(value.to_bytes(8, "little") for value in sorted(self.hashes))
@@ -73,6 +83,20 @@ class TrainingFingerprint:
         if magic != _MAGIC or divisor < 1 or divisor_of_smallest < 1:
             return None
         return cls(divisor, divisor_of_smallest, frozenset(struct.unpack(f"<{len(body) // 8}Q", body)))
+
+
+def why_excluded(text: str, known: Sequence[TrainingFingerprint | None]) -> ExclusionReason | None:
+    """Return the reason why a text cannot be evaluated on; None if it can.
+
+    `known` has, for each adapter that is evaluated, what it was trained on; None: that is not recorded.
+    """
+    shares = [0.0 if fingerprint is None else fingerprint.share_of(text) for fingerprint in known]
+    trained = [share is not None and share >= OVERLAP_THRESHOLD for share in shares]
+    if any(trained):
+        if all(trained):
+            return ExclusionReason.TRAINED_ON
+        return ExclusionReason.TRAINED_ON_BY_A if trained[0] else ExclusionReason.TRAINED_ON_BY_B
+    return ExclusionReason.MAYBE_TRAINED_ON if None in shares else None
 
 
 class _HashSample:

@@ -41,7 +41,7 @@ from peft_core.data.examples import (
 )
 from peft_core.data.exclusions import ExclusionReason, Exclusions
 from peft_core.data.git import last_change_times
-from peft_core.data.leakage import OVERLAP_THRESHOLD, TrainingFingerprint, remove_overlap
+from peft_core.data.leakage import OVERLAP_THRESHOLD, TrainingFingerprint, remove_overlap, why_excluded
 from peft_core.data.minhash import NEAR_DUPLICATE_RULE, MinHashIndex
 from peft_core.data.records import Notes, Record, read_copy, read_file
 from peft_core.data.secrets import redact_secrets
@@ -94,19 +94,19 @@ def prepare(
     directory: Path,
     token_counter: TokenCounter,
     report: Callable[[str], None],
-    known: TrainingFingerprint | None = None,
+    known: Sequence[TrainingFingerprint | None] = (),
     may_read: Callable[[Path], None] = lambda _source: None,
 ) -> PreparedDataset:
     """Write train.jsonl, held_out.jsonl, trained_on.bin, snapshot.json.gz and manifest.json into the directory.
 
-    Examples in `known`, the text that an adapter was trained on, are excluded before anything is selected for evaluation.
+    Examples in `known`, the texts that the evaluated adapters were trained on, are excluded before anything is selected.
     `may_read` raises if the source must not be read.
 
     Raises:
         DataError: too little data to split, a broken record, a missing source, or a base model without FIM tokens.
     """
     request = spec.model_dump(mode="json")
-    request["known"] = None if known is None else hashlib.sha256(known.to_bytes()).hexdigest()
+    request["known"] = [each and hashlib.sha256(each.to_bytes()).hexdigest() for each in known] or None
     if (done := load_finished(directory, request)) is not None:
         return done
     _require_source(spec, may_read)
@@ -152,7 +152,7 @@ class DatasetBuilder:
     spec: DatasetSpec
     token_counter: TokenCounter
     progress: _Progress
-    known: TrainingFingerprint | None
+    known: Sequence[TrainingFingerprint | None]
     keys: list[ExampleKey] = field(default_factory=list)
     distinct: set[bytes] = field(default_factory=set)
     signatures: MinHashIndex = field(default_factory=MinHashIndex)
@@ -258,10 +258,9 @@ class DatasetBuilder:
         return read_file(source.path, max_length=spec.max_length, skip=spec.skip_unusable_records, notes=notes)
 
     def _add(self, example: Example, *, is_code: bool) -> bool:
-        """Remember an example that is to be spooled. Return False for one that the adapter was trained on."""
-        share = 0.0 if self.known is None else self.known.share_of(learned_text(example))
-        if share is None or share >= OVERLAP_THRESHOLD:
-            self.left_out[ExclusionReason.MAYBE_TRAINED_ON if share is None else ExclusionReason.TRAINED_ON] += 1
+        """Remember an example that is to be spooled. Return False for one that an adapter was trained on."""
+        if self.known and (reason := why_excluded(learned_text(example), self.known)) is not None:
+            self.left_out[reason] += 1
             return False
         learned = "\0".join(segment.text for segment in example.segments if segment.learn)
         context = "\0".join(segment.text for segment in example.segments if not segment.learn)

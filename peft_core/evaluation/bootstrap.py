@@ -1,4 +1,4 @@
-"""Paired bootstrap: a confidence interval for the difference between base model and adapter.
+"""Paired bootstrap: a confidence interval for the difference between two models, such as base model and adapter.
 
 Both models are measured on the same files, so whole files are resampled, each with its pair of measurements. Lines of one file
 resemble each other; resampling lines instead would give intervals that are too narrow.
@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
 
-from peft_core.schemas.evaluation import Comparison
-
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 MIN_UNITS = 5  # fewer give no meaningful interval
@@ -28,19 +26,30 @@ ResamplingUnit = Literal["files", "examples"]
 
 @dataclass(frozen=True)
 class PairedSum:
-    """Sums of a measurement over some text, for base model and adapter, and the number of tokens, lines or prompts."""
+    """Sums of a measurement of two models over some text, and the number of tokens, lines or prompts."""
 
-    base: float
-    adapter: float
+    first: float
+    second: float
     weight: float
 
     def __add__(self, other: PairedSum) -> PairedSum:
-        return PairedSum(self.base + other.base, self.adapter + other.adapter, self.weight + other.weight)
+        return PairedSum(self.first + other.first, self.second + other.second, self.weight + other.weight)
 
     @property
     def change(self) -> float:
         """Difference of the two means."""
-        return (self.adapter - self.base) / self.weight
+        return (self.second - self.first) / self.weight
+
+
+@dataclass(frozen=True)
+class PairedChange:
+    """The means of two models, the second minus the first, and its 95 % confidence interval; None: too little data."""
+
+    first: float
+    second: float
+    change: float
+    low: float | None = None
+    high: float | None = None
 
 
 def choose_resampling_unit(files: Iterable[Hashable]) -> ResamplingUnit:
@@ -56,7 +65,7 @@ def sum_by_file(sums: Iterable[tuple[Hashable, PairedSum]]) -> list[PairedSum]:
     return list(totals.values())
 
 
-def compare(sums: Sequence[PairedSum], *, seed: int = 0) -> Comparison | None:
+def compare(sums: Sequence[PairedSum], *, seed: int = 0) -> PairedChange | None:
     """Return the means of both models, their difference, and its confidence interval; None if nothing was measured.
 
     Each element of `sums` is one resampling unit. The same sums and seed give the same interval.
@@ -65,12 +74,12 @@ def compare(sums: Sequence[PairedSum], *, seed: int = 0) -> Comparison | None:
     if not sums:
         return None
     total = sum(sums[1:], sums[0])
-    figures = {"base": total.base / total.weight, "adapter": total.adapter / total.weight, "change": total.change}
+    figures = {"first": total.first / total.weight, "second": total.second / total.weight, "change": total.change}
     if len(sums) >= MIN_UNITS:
         low, high = _interval(sums, seed)
         # Rounding errors of the sums must not put the change outside of its interval.
         figures |= {"low": min(low, total.change), "high": max(high, total.change)}
-    return Comparison(**{name: round(value, _DIGITS) for name, value in figures.items()})
+    return PairedChange(**{name: round(value, _DIGITS) for name, value in figures.items()})
 
 
 def _interval(sums: Sequence[PairedSum], seed: int) -> tuple[float, float]:
@@ -80,7 +89,7 @@ def _interval(sums: Sequence[PairedSum], seed: int) -> tuple[float, float]:
     """
     generator = random.Random(f"bootstrap/{seed}")  # noqa: S311 -- a simulation, not a secret
     units = len(sums)
-    gains = [paired.adapter - paired.base for paired in sums]
+    gains = [paired.second - paired.first for paired in sums]
     weights = [paired.weight for paired in sums]
     changes = []
     for _ in range(RESAMPLES):

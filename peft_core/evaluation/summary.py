@@ -15,21 +15,28 @@ noise, and small models commonly lower the loss without changing either.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rapidfuzz import fuzz
 
 from peft_core.errors import NonFiniteError
-from peft_core.evaluation.bootstrap import PairedSum, ResamplingUnit, choose_resampling_unit, compare, sum_by_file
-from peft_core.schemas.evaluation import Comparison, Continuation, Evaluation, Verdict
+from peft_core.evaluation.bootstrap import (
+    PairedChange,
+    PairedSum,
+    ResamplingUnit,
+    choose_resampling_unit,
+    compare,
+    sum_by_file,
+)
+from peft_core.schemas.evaluation import Comparison, Continuation, Difference, Evaluation, Verdict
 from peft_core.schemas.frozen import FrozenModel
 
 MIN_EFFECT = 0.01  # nats per token: 1 % of perplexity, which is less than two seeds differ by
 FORGETTING_THRESHOLD = 0.3  # nats per token: perplexity on general code rises by a third
 _QUOTED = 3  # completions in which the adapter gains most, and as many in which it loses most
 _MIN_QUOTED_CHANGE = 0.05  # of edit similarity
-_MAX_QUOTED_TEXT = 1200  # characters
+MAX_QUOTED_TEXT = 1200  # characters
 
 
 class ExampleScore(FrozenModel):
@@ -51,15 +58,23 @@ class Scores(FrozenModel):
 
 
 @dataclass(frozen=True)
-class Completion:
-    """What both models wrote for one prompt."""
+class QuotedPrompt:
+    """The end of a text that models completed, and how the file continues."""
 
     file: str
-    line: int
-    prompt: str
+    line: int  # of the first expected line, 1-based; 0: unknown
+    text: str
+    indentation: str  # at the end of the prompt, of the line that models write
     expected: str
-    base: str
-    adapter: str
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One model's scores, and what it wrote after each prompt. All models are measured on the same examples and prompts."""
+
+    scores: Scores
+    completions: Sequence[str] = ()
+    seconds: float = 0.0  # for the completions
 
 
 def mean_loss(scores: Sequence[ExampleScore]) -> float:
@@ -90,35 +105,78 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 709.0))
 
 
-def summarise(base: Scores, adapter: Scores, completions: Sequence[Completion], *, seed: int = 0) -> Evaluation:
-    """Compare the scores of both models on the same examples. There must be held-out scores; the rest may be empty."""
-    held_out = base.held_out
-    unit = choose_resampling_unit(score.file for score in held_out)
-    loss = _compare(held_out, adapter.held_out, _loss_sum, unit, seed)
-    if loss is None:
-        raise ValueError("nothing was measured")
-    general_loss = _compare(base.general, adapter.general, _loss_sum, "files", seed)
-    verdict, reason = decide_verdict(loss, general_loss, unit=unit)
-    continuations = [_to_continuation(completion) for completion in completions]
+def summarise(base: Measurement, adapter: Measurement, prompts: Sequence[QuotedPrompt], *, seed: int = 0) -> Evaluation:
+    """Compare base model and adapter. There must be held-out scores; the rest may be empty."""
+    held_out = base.scores.held_out
+    changes = measure_changes(base, adapter, prompts, seed=seed)
+    loss = _comparison(changes.loss)
+    general_loss = None if changes.general_loss is None else _comparison(changes.general_loss)
+    verdict, reason = decide_verdict(loss, general_loss, unit=changes.unit)
+    continuations = [
+        _to_continuation(*each) for each in zip(prompts, base.completions, adapter.completions, strict=True)
+    ]
     return Evaluation(
         verdict=verdict,
         reason=reason,
         loss=loss,
         base_perplexity=perplexity(loss.base),
         adapter_perplexity=perplexity(loss.adapter),
-        next_line=_compare(held_out, adapter.held_out, _exact_line_sum, unit, seed),
-        edit_similarity=_compare_similarity(continuations, unit, seed),
+        next_line=changes.next_line and _comparison(changes.next_line),
+        edit_similarity=changes.edit_similarity and _comparison(changes.edit_similarity),
         general_loss=general_loss,
         forgets=forgets(general_loss),
         files=len({score.file for score in held_out}),
         examples=len(held_out),
         tokens=sum(score.tokens for score in held_out),
         lines=sum(score.total_lines for score in held_out),
-        prompts=len(completions),
-        general_tokens=sum(score.tokens for score in base.general),
-        resampled=unit,
+        prompts=len(prompts),
+        general_tokens=sum(score.tokens for score in base.scores.general),
+        seconds=round(base.seconds + adapter.seconds, 1),
+        resampled=changes.unit,
         gains=_largest_changes(continuations, sign=1),
         losses=_largest_changes(continuations, sign=-1),
+    )
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Every metric of two models that are measured on the same text. None: it was not measured."""
+
+    unit: ResamplingUnit
+    loss: PairedChange
+    next_line: PairedChange | None
+    edit_similarity: PairedChange | None
+    general_loss: PairedChange | None
+
+
+def measure_changes(
+    first: Measurement, second: Measurement, prompts: Sequence[QuotedPrompt], *, seed: int = 0
+) -> Changes:
+    """Compare two models by every metric, each with its paired bootstrap."""
+    unit = choose_resampling_unit(score.file for score in first.scores.held_out)
+    held_out = list(zip(first.scores.held_out, second.scores.held_out, strict=True))
+    general = zip(first.scores.general, second.scores.general, strict=True)
+    written = zip(prompts, first.completions, second.completions, strict=True)
+    loss = _compare([(one.file, PairedSum(one.loss, two.loss, one.tokens)) for one, two in held_out], unit, seed)
+    if loss is None:
+        raise ValueError("nothing was measured")
+    return Changes(
+        unit=unit,
+        loss=loss,
+        next_line=_compare(
+            [(one.file, PairedSum(one.lines, two.lines, one.total_lines)) for one, two in held_out], unit, seed
+        ),
+        edit_similarity=_compare(
+            [
+                (prompt.file, PairedSum(similarity(one, prompt), similarity(two, prompt), 1))
+                for prompt, one, two in written
+            ],
+            unit,
+            seed,
+        ),
+        general_loss=_compare(
+            [(one.file, PairedSum(one.loss, two.loss, one.tokens)) for one, two in general], "files", seed
+        ),
     )
 
 
@@ -136,18 +194,36 @@ def decide_verdict(loss: Comparison, general_loss: Comparison | None, *, unit: R
     """Apply the rules in the module's docstring. Return the verdict and its reason as a clause."""
     if general_loss is not None and forgets(general_loss) and general_loss.change > -loss.change:
         return Verdict.HARMS, (
-            f"the loss on general code rises by {general_loss.change:.3f} nats per token {_interval_text(general_loss)}, "
+            f"the loss on general code rises by {general_loss.change:.3f} nats per token{interval_text(general_loss)}, "
             f"more than the held-out loss falls ({loss.change:+.3f})"
         )
     moved = f"the held-out loss {'falls' if loss.change < 0 else 'rises'} by {abs(loss.change):.3f} nats per token"
+    if doubt := doubt_about(loss, unit=unit):
+        return Verdict.NO_DIFFERENCE, f"{moved}{interval_text(loss)}, {doubt}"
+    return (Verdict.HELPS if loss.change < 0 else Verdict.HARMS), f"{moved}{interval_text(loss)}"
+
+
+def doubt_about(loss: Comparison | Difference, *, unit: ResamplingUnit) -> str:
+    """Return why a change of the loss shows no difference, as the end of a sentence; empty if it shows one."""
     if loss.low is None or loss.high is None:
-        return Verdict.NO_DIFFERENCE, f"{moved}, but there are too few {unit} to distinguish this from chance"
-    moved += f" {_interval_text(loss)}"
+        return f"but there are too few {unit} to distinguish this from chance"
     if loss.low <= 0 <= loss.high:
-        return Verdict.NO_DIFFERENCE, f"{moved}, which may be chance"
-    if abs(loss.change) < MIN_EFFECT:
-        return Verdict.NO_DIFFERENCE, f"{moved}, which is negligible"
-    return (Verdict.HELPS if loss.change < 0 else Verdict.HARMS), moved
+        return "which may be chance"
+    return "which is negligible" if abs(loss.change) < MIN_EFFECT else ""
+
+
+def interval_text(change: Comparison | Difference) -> str:
+    """Return the interval in brackets after a space, if there is one."""
+    return "" if change.low is None else f" (95 % interval {change.low:+.3f} to {change.high:+.3f})"
+
+
+def similarity(completion: str, prompt: QuotedPrompt) -> float:
+    return round(edit_similarity(completion, prompt.expected), 4)
+
+
+def quoted(text: str) -> str:
+    """Return the beginning of a text, short enough for a report."""
+    return text[:MAX_QUOTED_TEXT]
 
 
 def edit_similarity(completion: str, expected: str) -> float:
@@ -162,48 +238,24 @@ def _strip_lines(text: str) -> str:
     return "\n".join(line.strip() for line in text.splitlines() if line.strip())
 
 
-def _interval_text(comparison: Comparison) -> str:
-    return f"(95 % interval {comparison.low:+.3f} to {comparison.high:+.3f})"
-
-
-def _loss_sum(base: ExampleScore, adapter: ExampleScore) -> PairedSum:
-    return PairedSum(base.loss, adapter.loss, base.tokens)
-
-
-def _exact_line_sum(base: ExampleScore, adapter: ExampleScore) -> PairedSum:
-    return PairedSum(base.lines, adapter.lines, base.total_lines)
-
-
-def _compare(
-    base: Sequence[ExampleScore],
-    adapter: Sequence[ExampleScore],
-    sum_of: Callable[[ExampleScore, ExampleScore], PairedSum],
-    unit: ResamplingUnit,
-    seed: int,
-) -> Comparison | None:
-    sums = [(before.file, sum_of(before, after)) for before, after in zip(base, adapter, strict=True)]
-    return _compare_sums(sums, unit, seed)
-
-
-def _compare_similarity(continuations: Sequence[Continuation], unit: ResamplingUnit, seed: int) -> Comparison | None:
-    sums = [(each.file, PairedSum(each.base_similarity, each.adapter_similarity, 1)) for each in continuations]
-    return _compare_sums(sums, unit, seed)
-
-
-def _compare_sums(sums: Sequence[tuple[str, PairedSum]], unit: ResamplingUnit, seed: int) -> Comparison | None:
+def _compare(sums: Sequence[tuple[str, PairedSum]], unit: ResamplingUnit, seed: int) -> PairedChange | None:
     return compare(sum_by_file(sums) if unit == "files" else [paired for _, paired in sums], seed=seed)
 
 
-def _to_continuation(completion: Completion) -> Continuation:
+def _comparison(change: PairedChange) -> Comparison:
+    return Comparison(base=change.first, adapter=change.second, change=change.change, low=change.low, high=change.high)
+
+
+def _to_continuation(prompt: QuotedPrompt, base: str, adapter: str) -> Continuation:
     return Continuation(
-        file=completion.file,
-        line=completion.line,
-        prompt=completion.prompt[-_MAX_QUOTED_TEXT:],
-        expected=completion.expected[:_MAX_QUOTED_TEXT],
-        base=completion.base[:_MAX_QUOTED_TEXT],
-        adapter=completion.adapter[:_MAX_QUOTED_TEXT],
-        base_similarity=round(edit_similarity(completion.base, completion.expected), 4),
-        adapter_similarity=round(edit_similarity(completion.adapter, completion.expected), 4),
+        file=prompt.file,
+        line=prompt.line,
+        prompt=prompt.text[-MAX_QUOTED_TEXT:],
+        expected=quoted(prompt.expected),
+        base=quoted(prompt.indentation + base),
+        adapter=quoted(prompt.indentation + adapter),
+        base_similarity=similarity(base, prompt),
+        adapter_similarity=similarity(adapter, prompt),
     )
 
 

@@ -53,8 +53,12 @@ def completed_by(job: Job, registry: Registry) -> JobCompleted | None:
 
 
 def completed_evaluation(job: Job) -> JobCompleted | None:
-    """Return the event that completes an evaluation job with a recorded evaluation; None for any other job."""
-    evaluated, evaluation = job.request.evaluated, job.evaluation
+    """Return the event that completes an evaluation job with a recorded result; None for any other job."""
+    evaluated, evaluation, comparison = job.request.evaluated, job.evaluation, job.comparison
+    if comparison is not None:
+        of_base = comparison.adapter_a.evaluation
+        metrics = Metrics(base_loss=of_base.loss.base, base_perplexity=of_base.base_perplexity)
+        return JobCompleted(adapter_path=comparison.kept and comparison.kept.adapter_path, metrics=metrics)
     if evaluated is None or evaluation is None:
         return None
     metrics = Metrics(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,8 +21,8 @@ from peft_core.jobs.status import not_started, status_of, summary_of
 from peft_core.jobs.store import Store
 from peft_core.jobs.supervisor import RunnerSupervisor
 from peft_core.schemas.base_model import BUNDLED, Base
-from peft_core.schemas.dataset import TrainingData
-from peft_core.schemas.events import Evaluated, JobResumed
+from peft_core.schemas.dataset import SourceKind, TrainingData
+from peft_core.schemas.events import AdaptersCompared, Evaluated, JobResumed
 from peft_core.schemas.job_report import JobReport
 from peft_core.schemas.local_bases import LocalBases
 from peft_core.schemas.results import JobSummary, Status, TrainingDataReport, TrainingStatus
@@ -56,19 +57,44 @@ class JobService:
         return plan(training_data, config, self._settings, self._measured_speed)
 
     def evaluate(
-        self, evaluated: EvaluatedAdapter, base: Base, evaluation_data: TrainingData, selection: DataSelection
+        self, evaluated: EvaluatedAdapter, base: Base, evaluation_data: TrainingData | None, selection: DataSelection
     ) -> TrainingStatus:
-        """Queue a job that compares a base model with and without an adapter. It belongs to the adapter's project.
+        """Queue a job that compares a base model with an adapter or with two. It belongs to the first one's project.
+
+        Without `evaluation_data`, the source of the newer adapter's training is read: what it held out is left of it.
 
         Raises:
             InvalidArgument, DataError, StorageError: nothing was queued.
         """
         from peft_core.planning.evaluation import plan_evaluation  # noqa: PLC0415
 
+        adapters = list(evaluated.paths.values())
+        if evaluation_data is None:
+            evaluation_data, trained_on = self._source_of_newest(adapters)
+            selection = trained_on if selection == DataSelection() else selection
         draft = plan_evaluation(
             evaluated, evaluation_data, base, self._settings, self._measured_speed, selection=selection
         )
-        return self.queue(self._project_of(evaluated.adapter_path), draft, evaluation_data)
+        return self.queue(self._project_of(*adapters), draft, evaluation_data)
+
+    def _source_of_newest(self, adapters: Sequence[Path]) -> tuple[str, DataSelection]:
+        """Return the path that the newest of these adapters was trained on, and what was selected of it.
+
+        Raises:
+            InvalidArgument: no path is recorded for any of them.
+        """
+        known = {job.job_id: job for job in self._store.in_state(Status.COMPLETED)} if self._store.exists else {}
+        trainings = [known[adapter.name] for adapter in adapters if adapter.name in known]
+        for job in sorted(trainings, key=lambda job: job.created_at, reverse=True):
+            if job.request.source_kind is not SourceKind.RECORDS:
+                selected = job.request.config.model_dump(include=set(DataSelection.model_fields))
+                return str(job.request.source), DataSelection(**selected)
+        raise InvalidArgument(
+            "evaluation_data",
+            None,
+            "it must be given, because no path is recorded that one of the adapters was trained on",
+            suggestions=["Give the path of a repository or a file on which neither adapter was trained completely"],
+        )
 
     def inspect(self, training_data: TrainingData, config: TrainingConfig) -> TrainingDataReport:
         """Do a dry run of a training, and describe the dataset and the settings.
@@ -195,14 +221,16 @@ class JobService:
         events = self._store.events(job_id)
         curve = loss_curve(events).finite
         evaluation = next((event.evaluation for event in reversed(events) if isinstance(event, Evaluated)), None)
+        comparison = next((event.comparison for event in reversed(events) if isinstance(event, AdaptersCompared)), None)
         return JobReport(
             status=status,
             steps=curve.steps,
             smooth=curve.smooth,
             held_out=curve.held_out,
-            caveats=evaluation.caveats if evaluation else (),
+            caveats=evaluation.caveats if evaluation else comparison.cautions if comparison else (),
             gains=evaluation.gains if evaluation else (),
             losses=evaluation.losses if evaluation else (),
+            differences=comparison.completions if comparison else (),
         )
 
     def changed_since(self, event_id: int | None) -> tuple[int, list[str]]:
@@ -264,12 +292,12 @@ class JobService:
             return None
         return base.ref if base.ref == BUNDLED or base.ref.startswith("ollama:") else str(base.path)
 
-    def _project_of(self, adapter: Path) -> str:
-        """Return the project of a published adapter. One from another directory is a project named after that directory."""
-        project = adapter.parent.parent
-        if project.parent == self._paths.projects:
-            return project.name
-        return project_id_from(adapter.name) or "adapter"
+    def _project_of(self, *adapters: Path) -> str:
+        """Return the project of the first published adapter. One from another directory is a project named after that."""
+        for project in (adapter.parent.parent for adapter in adapters):
+            if project.parent == self._paths.projects:
+                return project.name
+        return project_id_from(adapters[0].name) or "adapter"
 
     def _find(self, project_id: str, job_id: str | None) -> Job | None:
         if job_id is None:

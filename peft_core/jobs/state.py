@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from peft_core.schemas.dataset import DatasetSummary
-from peft_core.schemas.evaluation import Evaluation
+from peft_core.schemas.evaluation import AdapterComparison, Evaluation
 from peft_core.schemas.events import (
+    AdaptersCompared,
     CheckpointSaved,
     DatasetPrepared,
     Evaluated,
@@ -56,6 +57,7 @@ class Job(FrozenModel):
     dataset: DatasetSummary | None = None
     metrics: Metrics | None = None
     evaluation: Evaluation | None = None  # without the generated texts, which are in the event
+    comparison: AdapterComparison | None = None  # of two adapters, without texts as well
     adapter_path: str | None = None
     error: ErrorInfo | None = None
     started_because: str = ""  # why a refresh queued it; shown to people
@@ -157,6 +159,8 @@ def _progress(job: Job, event: Event) -> dict[str, object] | None:  # noqa: PLR0
             return {"held_out_loss": loss}
         case Evaluated(evaluation=evaluation):
             return {"evaluation": evaluation.without_texts}
+        case AdaptersCompared(comparison=comparison):
+            return {"comparison": comparison.without_texts}
         case CheckpointSaved(step=step) if step <= job.step:
             return {"checkpoint_step": step}
         case StoppedEarly():

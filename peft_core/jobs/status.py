@@ -8,7 +8,7 @@ from pathlib import Path
 from peft_core.adapters.manifest import REPORT_NAME
 from peft_core.jobs.state import Job, progress_percent
 from peft_core.schemas.dataset import SourceSummary, describe_by_extension
-from peft_core.schemas.evaluation import Verdict
+from peft_core.schemas.evaluation import AdapterComparison, ComparedAdapter, Keep, Verdict
 from peft_core.schemas.results import JobSummary, NextStep, Status, TrainingStatus
 from peft_core.schemas.task import JobRequest
 from peft_core.system.durations import rough_duration
@@ -47,6 +47,7 @@ def status_of(
         project_id=job.project_id,
         kind="training" if request.evaluated is None else "evaluation",
         evaluated_on=_source_name(request) if request.evaluated else "",
+        compared_adapters=_compared(request),
         status=job.status,
         cancel_requested=stopping or None,
         phase=job.phase if running else None,
@@ -68,6 +69,7 @@ def status_of(
         error=job.error,
         metrics=job.metrics,
         evaluation=job.evaluation,
+        comparison=job.comparison,
         report_path=_report_path(log_path.parent if request.evaluated else adapter),
         dataset=job.dataset,
         training_data=_describe_training_data(job),
@@ -88,6 +90,7 @@ def summary_of(job: Job) -> JobSummary:
         kind="training" if job.request.evaluated is None else "evaluation",
         status=job.status,
         verdict=job.evaluation.verdict if job.evaluation else None,
+        keep=job.comparison.keep if job.comparison else None,
         base_model=job.request.base.name,
         created_at=job.created_at,
         updated_at=job.updated_at,
@@ -114,6 +117,12 @@ def _eta_s(job: Job, now: float) -> float | None:
 def _source_name(request: JobRequest) -> str:
     """Return what an evaluation read: a path, or the number of records that were given in the call."""
     return str(request.found.path) if request.found.path else f"{request.found.examples} records"
+
+
+def _compared(request: JobRequest) -> list[str]:
+    if request.evaluated is None or request.evaluated.compared_with is None:
+        return []
+    return [str(path) for path in request.evaluated.paths.values()]
 
 
 def _describe_training_data(job: Job) -> str:
@@ -184,7 +193,7 @@ def _next_step(job: Job, adapter: str | None, eta_s: float | None) -> NextStep:
         case Status.QUEUED | Status.IN_PROGRESS:
             return _waiting(job) if job.waits_for else _running(job, eta_s)
         case Status.COMPLETED if is_evaluation:
-            return _after_evaluation(job)
+            return _after_evaluation(job) if job.comparison is None else _after_comparison(job.comparison)
         case Status.COMPLETED:
             return _after_training(job, adapter)
         case Status.FAILED:
@@ -208,10 +217,9 @@ def _resume(job: Job, advice: str = "") -> NextStep:
 
 def _start_over(job: Job, reason: str) -> NextStep:
     if job.request.evaluated is not None:
-        path = str(job.request.evaluated.adapter_path)
-        return NextStep(
-            tool="evaluate_adapter", arguments={"adapter_path": path}, missing=("evaluation_data",), reason=reason
-        )
+        paths = {field: str(path) for field, path in job.request.evaluated.paths.items()}
+        tool = "evaluate_adapter" if len(paths) == 1 else "compare_adapters"
+        return NextStep(tool=tool, arguments=paths, missing=("evaluation_data",), reason=reason)
     return NextStep(
         tool="train_adapter", arguments={"project_id": job.project_id}, missing=("training_data",), reason=reason
     )
@@ -268,6 +276,20 @@ def _after_evaluation(job: Job) -> NextStep:
             )
         case None:
             return _load(path, f"The adapter was not evaluated.{caveat}")
+
+
+def _after_comparison(comparison: AdapterComparison) -> NextStep:
+    match comparison.keep, comparison.kept:
+        case _, ComparedAdapter(name=name, adapter_path=path):
+            return _load(path, f"{name} is the one to keep.")
+        case Keep.EITHER, _:
+            reason = "Keep either; delete_adapter deletes the other one."
+            return NextStep(tool="load_adapter", missing=("adapter_path",), reason=reason)
+        case _:
+            return NextStep(
+                tool="list_adapters",
+                reason="Neither adapter helps on this data: use the base model for it. More data or more epochs may help.",
+            )
 
 
 def _load(adapter_path: str, reason: str) -> NextStep:

@@ -157,9 +157,13 @@ def estimate(config: TrainingConfig, source: SourceSummary, compute: CostedPlan,
     )
 
 
-def evaluation_estimate(base: Base, source: SourceSummary, device: str, measured: float | None) -> Estimate:
-    """Return what an evaluation takes: the base model and the adapter each make a forward pass over the same text."""
-    tokens = 2 * (min(source.estimated_tokens, MAX_HELD_OUT_EXAMPLES * TOKENS_PER_EXAMPLE) + COMPLETION_BUDGET)
+def evaluation_estimate(
+    base: Base, source: SourceSummary, device: str, measured: float | None, *, adapters: int
+) -> Estimate:
+    """Return what an evaluation takes: the base model and each adapter make a forward pass over the same text."""
+    tokens = (1 + adapters) * (
+        min(source.estimated_tokens, MAX_HELD_OUT_EXAMPLES * TOKENS_PER_EXAMPLE) + COMPLETION_BUDGET
+    )
     speed = training_speed(base, device, measured)
     seconds = speed.seconds(tokens / 3)  # a forward pass is a third of a training step
     return Estimate(

@@ -1,14 +1,15 @@
-"""Planning of jobs that evaluate an adapter instead of training one."""
+"""Planning of jobs that evaluate one adapter, or compare two, instead of training one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from peft_core.adapters.manifest import read_manifest
+from peft_core.adapters.manifest import Manifest, read_manifest
 from peft_core.adapters.verify import verify
 from peft_core.config import Settings
-from peft_core.errors import InvalidArgument
+from peft_core.errors import InvalidArgument, sanitize
+from peft_core.paths import adapter_names
 from peft_core.planning.base_check import require_loadable
 from peft_core.planning.cost_model import evaluation_estimate
 from peft_core.planning.planner import require_memory, require_places, summarise, with_base
@@ -30,20 +31,22 @@ def plan_evaluation(
     selection: DataSelection,
 ) -> JobRequest:
     """Return the resolved request. An adapter trained here is evaluated with the settings of its training, on the data that
-    `selection` selects.
+    `selection` selects; of two adapters, with A's seed and the smaller `max_length`.
 
     Raises:
-        InvalidArgument: the adapter does not fit the base model, or the data does not exist.
+        InvalidArgument: an adapter does not fit the base model, two adapters cannot be compared, or the data does not exist.
         DataError: the data is empty or too little.
     """
     require_places(DatasetPurpose.EVALUATION.field, evaluation_data, selection.more_sources, settings)
-    _check_fit(evaluated, base)
-    manifest = read_manifest(evaluated.adapter_path)
-    trained_with = manifest.run.config if manifest is not None else TrainingConfig()
+    manifests = {field: read_manifest(path) for field, path in evaluated.paths.items()}
+    _require_comparable(evaluated, manifests)
+    for field in evaluated.paths:
+        _check_fit(evaluated, field, base)
+    trained_with = [manifest.run.config for manifest in manifests.values() if manifest] or [TrainingConfig()]
     config = TrainingConfig(
-        max_length=min(trained_with.max_length, base.shape.context_length),
-        seed=trained_with.seed,
-        precision=trained_with.precision,
+        max_length=min(base.shape.context_length, *(each.max_length for each in trained_with)),
+        seed=trained_with[0].seed,
+        precision=trained_with[0].precision,
         include=selection.include,
         exclude=selection.exclude,
         more_sources=selection.more_sources,
@@ -61,7 +64,7 @@ def plan_evaluation(
         source = source.model_copy(update={"advice": (*source.advice, advice)})
     require_loadable(base)
     device = expected_device("auto")
-    estimate = evaluation_estimate(base, source, device, measured_speed(base, device))
+    estimate = evaluation_estimate(base, source, device, measured_speed(base, device), adapters=len(evaluated.paths))
     require_memory(estimate.memory_bytes, base, device, settings)
     return JobRequest(
         source=source.path or Path(),
@@ -77,36 +80,77 @@ def plan_evaluation(
     )
 
 
-def _advice_on_selection(selection: DataSelection, trained_with: TrainingConfig, source: SourceSummary) -> str:
-    """Return what to say where the adapter was trained on a part of a repository, and all code is evaluated."""
+def _advice_on_selection(
+    selection: DataSelection, trained_with: Sequence[TrainingConfig], source: SourceSummary
+) -> str:
+    """Return what to say where an adapter was trained on a part of a repository, and all code is evaluated."""
     if selection.include or selection.exclude or source.kind is not SourceKind.REPOSITORY:
         return ""
-    given = {"include": trained_with.include, "exclude": trained_with.exclude}
-    patterns = ", ".join(f"{name} = {value}" for name, value in given.items() if value)
-    return f"All code is evaluated, although the adapter was trained with {patterns}" if patterns else ""
+    for config in trained_with:
+        given = {"include": config.include, "exclude": config.exclude}
+        if patterns := ", ".join(f"{name} = {value}" for name, value in given.items() if value):
+            which = "the" if len(trained_with) == 1 else "an"
+            return f"All code is evaluated, although {which} adapter was trained with {patterns}"
+    return ""
 
 
-def _check_fit(evaluated: EvaluatedAdapter, base: Base) -> None:
-    """Check that the adapter fits the base model, and was trained on it unless the request accepts that this is unproven.
+def _require_comparable(evaluated: EvaluatedAdapter, manifests: Mapping[str, Manifest | None]) -> None:
+    """Check that two adapters are not the same one, and that they were trained on the same base model, as far as is recorded.
+
+    Raises:
+        InvalidArgument: they cannot be compared.
+    """
+    if evaluated.compared_with is None:
+        return
+    a, b = adapter_names(list(evaluated.paths.values()))
+    if evaluated.adapter_path == evaluated.compared_with:
+        raise InvalidArgument(
+            "adapter_b",
+            str(evaluated.compared_with),
+            "it is the same adapter as adapter_a; two different ones must be given",
+            suggestions=[
+                "Call list_adapters to see the others",
+                "Or call evaluate_adapter to compare it with its base model",
+            ],
+        )
+    bases = [manifest.base for manifest in manifests.values() if manifest is not None]
+    if len(bases) < len(manifests) or bases[0].fingerprint.same_weights(bases[1].fingerprint):
+        return
+    names = [sanitize(base.name) for base in bases]
+    which = f"{names[0]} and {names[1]}" if names[0] != names[1] else f"different weights called {names[0]}"
+    raise InvalidArgument(
+        "adapter_b",
+        b,
+        f"it must have the same base model as {a}, but they were trained on {which}; losses of different base models cannot be "
+        "compared",
+        suggestions=["Call evaluate_adapter for each of them, which compares it with its own base model"],
+        code="different_base_models",
+    )
+
+
+def _check_fit(evaluated: EvaluatedAdapter, field: str, base: Base) -> None:
+    """Check that an adapter fits the base model, and was trained on it unless the request accepts that this is unproven.
 
     Raises:
         InvalidArgument: it does not fit, or nothing proves that it was trained on this base model.
     """
-    compatibility = verify(evaluated.adapter_path, base)
+    path = evaluated.paths[field]
+    compatibility = verify(path, base)
     if compatibility.verdict is BaseMatch.INCOMPATIBLE:
         errors = [reason for reason in compatibility.reasons if reason.severity == "error"]
         raise InvalidArgument(
-            "adapter_path",
-            str(evaluated.adapter_path),
+            field,
+            str(path),
             f"it does not fit {base.name}: {' '.join(reason.message for reason in errors[:3])}",
             suggestions=[reason.fix for reason in errors[:2] if reason.fix]
             or ["Call verify_adapter_compatibility to see every reason"],
         )
     if not compatibility.compatible and not evaluated.accept_unproven_base:
+        which = "the adapter" if evaluated.compared_with is None else field
         raise InvalidArgument(
             "base_model",
             base.name,
-            "the adapter fits it, but there is no evidence that it was trained on it",
+            f"{which} fits it, but there is no evidence that it was trained on it",
             suggestions=[
                 "Give the base model that it was trained on",
                 "Or pass accept_unproven_base=true: the evaluation will show whether it belongs to it",

@@ -1,4 +1,4 @@
-"""The evaluation of an adapter, with confidence intervals. It is part of results and of manifests.
+"""The evaluation of an adapter, and the comparison of two, with confidence intervals. They are part of results and manifests.
 
 Clients rely on the field names: add fields, but do not rename them.
 """
@@ -82,7 +82,7 @@ class Evaluation(FrozenModel):
         description="Fraction of these examples that the adapter was trained on: 0, as they are excluded; null if its training "
         "data is not recorded.",
     )
-    seconds: float = Field(0.0, description="Time for completions and general code.")
+    seconds: float = Field(0.0, description="Time that both models took for completions.")
     gains: tuple[Continuation, ...] = Field((), description="Completions that the adapter improves most.")
     losses: tuple[Continuation, ...] = Field((), description="Completions that it worsens most.")
 
@@ -104,3 +104,99 @@ class Evaluation(FrozenModel):
     def without_texts(self) -> Evaluation:
         """The evaluation without texts from the project, for publication with the adapter."""
         return self.model_copy(update={"gains": (), "losses": ()})
+
+
+class Keep(StrEnum):
+    """Which of two adapters to keep, decided in `evaluation.comparison`."""
+
+    ADAPTER_A = "adapter_a"
+    ADAPTER_B = "adapter_b"
+    EITHER = "either"  # both help, and which one helps more cannot be distinguished from noise
+    BASE_MODEL = "base_model"  # neither helps
+
+
+class Difference(FrozenModel):
+    """One metric of two adapters, measured on the same text."""
+
+    adapter_a: float
+    adapter_b: float
+    change: float = Field(description="B minus A.")
+    low: float | None = Field(
+        None, description="95 % confidence interval of the change; null if there is too little data."
+    )
+    high: float | None = None
+
+
+class ComparedAdapter(FrozenModel):
+    """One of two adapters, and how it compares with the base model."""
+
+    name: str
+    adapter_path: str
+    evaluation: Evaluation
+
+
+class ComparedCompletion(FrozenModel):
+    """Completions of a held-out text by the base model and two adapters, with greedy decoding."""
+
+    file: str
+    line: int = Field(description="Line number of the first expected line, 1-based; 0 if unknown.")
+    prompt: str
+    expected: str
+    base: str
+    adapter_a: str
+    adapter_b: str
+    base_similarity: float = Field(description="Edit similarity to the expected text; 1 is identical.")
+    a_similarity: float
+    b_similarity: float
+
+
+class TrainedOn(FrozenModel):
+    """Examples that were left out of a comparison, because an adapter was trained on them."""
+
+    adapter_a: int = Field(0, description="That A was trained on, and B was not.")
+    adapter_b: int = Field(0, description="That B was trained on, and A was not.")
+    both: int = 0
+    uncertain: int = Field(0, description="For which the records of the two trainings hold no evidence.")
+
+    @property
+    def total(self) -> int:
+        return self.adapter_a + self.adapter_b + self.both + self.uncertain
+
+    def in_words(self, a: str, b: str) -> str:
+        """Such as "3 that only web was trained on, 12 that both were trained on"; empty if there are no such examples."""
+        parts = {
+            f"that only {a} was trained on": self.adapter_a,
+            f"that only {b} was trained on": self.adapter_b,
+            "that both were trained on": self.both,
+            "that one of them may have been trained on": self.uncertain,
+        }
+        return ", ".join(f"{count} {words}" for words, count in parts.items() if count)
+
+
+class AdapterComparison(FrozenModel):
+    """Two adapters and their base model, measured on the same text, on which neither adapter is known to have been trained."""
+
+    keep: Keep
+    reason: str = Field(description="What to keep and why, in one sentence.")
+    adapter_a: ComparedAdapter
+    adapter_b: ComparedAdapter
+    loss: Difference = Field(description="Of the held-out loss, in nats per token; lower is better. It decides.")
+    next_line: Difference | None = None
+    edit_similarity: Difference | None = None
+    general_loss: Difference | None = None
+    left_out: TrainedOn = TrainedOn()
+    shared_training: float | None = Field(
+        None, description="Fraction of the smaller training set that the other one has as well; null if it is unknown."
+    )
+    cautions: tuple[str, ...] = ()
+    completions: tuple[ComparedCompletion, ...] = Field((), description="Those in which A and B differ most.")
+
+    @property
+    def kept(self) -> ComparedAdapter | None:
+        """The one adapter to keep, if there is one."""
+        return {Keep.ADAPTER_A: self.adapter_a, Keep.ADAPTER_B: self.adapter_b}.get(self.keep)
+
+    @property
+    def without_texts(self) -> AdapterComparison:
+        """The comparison without texts from the project."""
+        return self.model_copy(update={"completions": ()})

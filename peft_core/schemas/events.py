@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from peft_core.schemas.dataset import DatasetSummary
-from peft_core.schemas.evaluation import Evaluation
+from peft_core.schemas.evaluation import AdapterComparison, Evaluation
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.results import ErrorInfo, Metrics, Phase
 
@@ -110,6 +110,13 @@ class Evaluated(FrozenModel):
     evaluation: Evaluation
 
 
+class AdaptersCompared(FrozenModel):
+    """Two adapters and their base model were compared on held-out text."""
+
+    kind: Literal["adapters_compared"] = "adapters_compared"
+    comparison: AdapterComparison
+
+
 class AdapterWritten(FrozenModel):
     """The worker's last event: the adapter is complete in the job's directory, but not published yet."""
 
@@ -119,7 +126,7 @@ class AdapterWritten(FrozenModel):
 
 class JobCompleted(FrozenModel):
     kind: Literal["job_completed"] = "job_completed"
-    adapter_path: str
+    adapter_path: str | None  # published or evaluated; of two compared ones that to keep, if it is one
     metrics: Metrics
 
 
@@ -168,6 +175,7 @@ Event = Annotated[
     | RateLowered
     | MemorySaved
     | Evaluated
+    | AdaptersCompared
     | AdapterWritten
     | JobCompleted
     | JobFailed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peft_core.schemas.evaluation import Continuation
+from peft_core.schemas.evaluation import ComparedCompletion, Continuation
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.results import TrainingStatus
 
@@ -19,3 +19,4 @@ class JobReport(FrozenModel):
     caveats: tuple[str, ...] = ()  # sentences that qualify the verdict
     gains: tuple[Continuation, ...] = ()
     losses: tuple[Continuation, ...] = ()
+    differences: tuple[ComparedCompletion, ...] = ()  # of two adapters

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from peft_core.errors import PeftMcpError
 from peft_core.schemas.dataset import DatasetSummary, SkippedRecords
-from peft_core.schemas.evaluation import Evaluation, Verdict
+from peft_core.schemas.evaluation import AdapterComparison, Evaluation, Keep, Verdict
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.generation import Engine
 from peft_core.schemas.training import TrainingConfig
@@ -108,6 +108,9 @@ class TrainingStatus(FrozenModel):
     project_id: str
     kind: Literal["training", "evaluation"] = "training"
     evaluated_on: str = Field("", description="The data of an evaluation.")
+    compared_adapters: list[str] = Field(
+        [], description="Directories of the two adapters that are compared: A, then B."
+    )
     status: Status
     cancel_requested: bool | None = Field(None, description="True: the job is stopping.")
     phase: Phase | None = None
@@ -129,13 +132,15 @@ class TrainingStatus(FrozenModel):
     device: str | None = None
     base_model: str | None = None
     adapter_path: str | None = Field(
-        None, description="The published or evaluated adapter; set only if status is 'completed'."
+        None,
+        description="The published or evaluated adapter, of two compared ones that to keep; set only if status is 'completed'.",
     )
     error: ErrorInfo | None = None
     metrics: Metrics | None = None
     evaluation: Evaluation | None = Field(
         None, description="Base model and adapter compared on held-out files, with a verdict."
     )
+    comparison: AdapterComparison | None = Field(None, description="Two adapters compared, and which one to keep.")
     report_path: str | None = Field(
         None, description="HTML report with loss curves, confidence intervals and examples."
     )
@@ -177,6 +182,7 @@ class JobSummary(FrozenModel):
     kind: Literal["training", "evaluation"]
     status: Status
     verdict: Verdict | None = None
+    keep: Keep | None = Field(None, description="Of a comparison of two adapters.")
     base_model: str
     created_at: float
     updated_at: float

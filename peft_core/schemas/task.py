@@ -37,7 +37,7 @@ class JobRequest(FrozenModel):
     device: str  # expected; the training process decides
     estimate: Estimate
     execution: ComputePlan = ComputePlan()
-    evaluated: EvaluatedAdapter | None = None  # set if the job evaluates an adapter instead of training one
+    evaluated: EvaluatedAdapter | None = None  # set if the job evaluates adapters instead of training one
 
     @property
     def purpose(self) -> DatasetPurpose:
@@ -46,7 +46,9 @@ class JobRequest(FrozenModel):
     @property
     def noun(self) -> str:
         """What messages call the job."""
-        return "training" if self.evaluated is None else "evaluation"
+        if self.evaluated is None:
+            return "training"
+        return "evaluation" if self.evaluated.compared_with is None else "comparison"
 
     @property
     def dataset(self) -> DatasetSpec:

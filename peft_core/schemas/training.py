@@ -338,7 +338,15 @@ class TrainingConfig(DataSelection):
 
 
 class EvaluatedAdapter(FrozenModel):
-    """The adapter that a job evaluates instead of training one."""
+    """The adapter that a job evaluates instead of training one, or the two that it compares."""
 
     adapter_path: Path
+    compared_with: Path | None = None  # adapter B; the other one is A
     accept_unproven_base: bool = False
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """The directory of each adapter, by the request field that names it."""
+        if self.compared_with is None:
+            return {"adapter_path": self.adapter_path}
+        return {"adapter_a": self.adapter_path, "adapter_b": self.compared_with}

@@ -133,7 +133,7 @@ class Surroundings:
         if summary is not None and summary.current and self._endpoint_runs:
             return "The endpoint serves it. Call stop_serving first."
         for job in self._unfinished:
-            if job.request.evaluated is not None and job.request.evaluated.adapter_path == item.path:
+            if job.request.evaluated is not None and item.path in job.request.evaluated.paths.values():
                 return f"Job {job.job_id} evaluates it. Wait for its end, or call cancel_training."
         return f"It is in use. {self._users}" if in_use.is_in_use(item.path) else ""
 

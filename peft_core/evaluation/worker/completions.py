@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 
 from peft_core.base_models.tokenizer import BaseTokenizer
 from peft_core.evaluation.completion_points import EXPECTED_LINES, CompletionPoint, sample_completion_points
+from peft_core.evaluation.summary import QuotedPrompt
 from peft_core.evaluation.worker.scoring import HeldOutExample
 from peft_core.planning.cost_model import MICRO_TOKENS
 from peft_core.system.cancellation import StopFlag
@@ -35,17 +36,17 @@ class Prompt:
     point: CompletionPoint
     ids: tuple[int, ...]
 
-    @property
-    def line(self) -> int:
-        """Line number in the file, or 0 if it is unknown."""
-        start = self.example.example.start_line
-        return start + self.point.row if start else 0
-
-    def quote(self, tokenizer: BaseTokenizer) -> tuple[str, str]:
-        """Return the last lines of the prompt, and the indentation at its end."""
-        text = tokenizer.text(self.ids)
+    def quote(self, tokenizer: BaseTokenizer) -> QuotedPrompt:
+        """Return the last lines of the prompt, for people."""
+        example, text = self.example.example, tokenizer.text(self.ids)
         visible = text.rstrip(" \t")
-        return "\n".join(visible.splitlines()[-_QUOTED_PROMPT_LINES:]), text[len(visible) :]
+        return QuotedPrompt(
+            file=example.path,
+            line=example.start_line + self.point.row if example.start_line else 0,
+            text="\n".join(visible.splitlines()[-_QUOTED_PROMPT_LINES:]),
+            indentation=text[len(visible) :],
+            expected=self.point.expected,
+        )
 
 
 def choose_prompts(

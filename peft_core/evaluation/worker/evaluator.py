@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from peft_core.base_models.tokenizer import BaseTokenizer
 from peft_core.evaluation.stdlib_code import stdlib_examples
-from peft_core.evaluation.summary import Completion, Scores, summarise
+from peft_core.evaluation.summary import Measurement, QuotedPrompt, Scores, summarise
 from peft_core.evaluation.worker.completions import Prompt, choose_prompts, complete
 from peft_core.evaluation.worker.scoring import HeldOutExample, make_held_out_examples, score_examples
 from peft_core.modeling.objective import Objective
@@ -67,6 +67,21 @@ class Evaluator:
         border = len(self._held_out)
         return Scores(key=key, held_out=tuple(scores[:border]), general=tuple(scores[border:]))
 
+    def choose_prompts(self, budget: int) -> list[Prompt]:
+        """Choose the prompts that every model completes. `budget` limits the tokens per model."""
+        return choose_prompts(self._held_out, MAX_PROMPTS, budget, self._seed, self._tokenizer)
+
+    def measure(
+        self, scores: Scores, prompts: Sequence[Prompt], causal: PreTrainedModel, stop: StopFlag
+    ) -> Measurement:
+        """Complete the prompts with the model in its present state, of which these are the scores.
+
+        Fusion must have been undone (`undo_fusion`).
+        """
+        began = time.monotonic()
+        texts = complete(causal, prompts, self._tokenizer, stop)
+        return Measurement(scores, texts, time.monotonic() - began)
+
     def compare(
         self,
         base: Scores,
@@ -77,35 +92,19 @@ class Evaluator:
         budget: int,
         stop: StopFlag,
     ) -> Evaluation:
-        """Let both models complete prompts, and summarise everything.
-
-        The adapter must be active, and fusion must have been undone (`undo_fusion`). `budget` limits the tokens per model.
-        """
-        began = time.monotonic()
-        prompts = choose_prompts(self._held_out, MAX_PROMPTS, budget, self._seed, self._tokenizer)
-        adapter_texts = complete(causal, prompts, self._tokenizer, stop)
+        """Let both models complete prompts, and summarise everything. The adapter must be active; else as for `measure`."""
+        prompts = self.choose_prompts(budget)
+        with_adapter = self.measure(adapter, prompts, causal, stop)
         with without_adapter():
-            base_texts = complete(causal, prompts, self._tokenizer, stop)
-        completions = [
-            self._completion(prompt, base_text, adapter_text)
-            for prompt, base_text, adapter_text in zip(prompts, base_texts, adapter_texts, strict=True)
-        ]
-        seconds = time.monotonic() - began
-        evaluation = summarise(base, adapter, completions, seed=self._seed)
-        evaluation = evaluation.model_copy(update={"seconds": round(seconds, 1)})
+            return self.summarise(self.measure(base, prompts, causal, stop), with_adapter, prompts)
+
+    def summarise(self, base: Measurement, adapter: Measurement, prompts: Sequence[Prompt]) -> Evaluation:
+        evaluation = summarise(base, adapter, self.quote(prompts), seed=self._seed)
         _log.info("evaluated", **evaluation.without_texts.model_dump(exclude={"gains", "losses"}))
         return evaluation
 
-    def _completion(self, prompt: Prompt, base_text: str, adapter_text: str) -> Completion:
-        quoted, indentation = prompt.quote(self._tokenizer)
-        return Completion(
-            file=prompt.example.example.path,
-            line=prompt.line,
-            prompt=quoted,
-            expected=prompt.point.expected,
-            base=indentation + base_text,
-            adapter=indentation + adapter_text,
-        )
+    def quote(self, prompts: Sequence[Prompt]) -> list[QuotedPrompt]:
+        return [prompt.quote(self._tokenizer) for prompt in prompts]
 
 
 def save_scores(path: Path, scores: Scores) -> None:

@@ -1,9 +1,8 @@
-"""One evaluation of an existing adapter, from the task to the comparison with its base model, in numbered phases."""
+"""One evaluation of an existing adapter, or of two, from the task to the comparison with the base model, in numbered phases."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import structlog
@@ -13,18 +12,20 @@ from peft_core.adapters.verify import verify_files
 from peft_core.data.exclusions import ExclusionReason
 from peft_core.data.leakage import FINGERPRINT_FILE_NAME, MAX_FINGERPRINT_BYTES, TrainingFingerprint
 from peft_core.errors import DataError, HeaderError, InferenceError
-from peft_core.evaluation.summary import mean_loss
-from peft_core.evaluation.worker.completions import undo_fusion
+from peft_core.evaluation.comparison import compare_adapters
+from peft_core.evaluation.summary import Measurement, mean_loss
+from peft_core.evaluation.worker.completions import Prompt, undo_fusion
 from peft_core.evaluation.worker.evaluator import Evaluator, completion_budget
 from peft_core.evaluation.worker.setup import RunData, Session, prepare_data, require_adapter, start_session
 from peft_core.modeling.adapter_model import ResidentModel
 from peft_core.modeling.memory import return_freed_memory
-from peft_core.modeling.objective import probe_fast_paths
+from peft_core.modeling.objective import Objective, probe_fast_paths
+from peft_core.paths import adapter_names
 from peft_core.schemas.dataset import DatasetPurpose, DatasetSummary
-from peft_core.schemas.events import DatasetPrepared, Emit, Evaluated, HeldOutMeasured, RunPlanned
+from peft_core.schemas.evaluation import ComparedAdapter, TrainedOn
+from peft_core.schemas.events import AdaptersCompared, DatasetPrepared, Emit, Evaluated, HeldOutMeasured, RunPlanned
 from peft_core.schemas.results import BaseMatch, Phase
 from peft_core.schemas.task import TrainingTask
-from peft_core.schemas.training import EvaluatedAdapter
 from peft_core.system.cancellation import StopFlag
 from peft_core.system.files import read_small
 
@@ -32,7 +33,7 @@ _log = structlog.get_logger(__name__)
 
 
 def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
-    """Compare base model and adapter on text that the adapter was not trained on.
+    """Compare a base model with one adapter, or with two, on text that no adapter was trained on.
 
     Raises:
         PeftMcpError: a failure that the user can correct.
@@ -41,51 +42,87 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     evaluated, config = task.request.evaluated, task.request.config
     assert evaluated is not None, "this is a training task"  # noqa: S101 -- an error in the caller
     session = start_session(task, emit, stop)
-    accelerator = session.accelerator
 
-    # 1. Text that the adapter was not trained on.
+    # 1. Text that no adapter was trained on.
     session.start_phase(Phase.PREPARING_DATA)
-    require_adapter(task, evaluated.adapter_path)
-    known = _training_fingerprint(evaluated.adapter_path)
+    for field, path in evaluated.paths.items():
+        require_adapter(task, path, field)
+    paths = list(evaluated.paths.values())
+    known = [_training_fingerprint(path) for path in paths]
     data = prepare_data(session, known)
-    summary = _summary(data)
+    summary = _summary(data, adapter_names(paths))
     emit(DatasetPrepared(dataset=summary))
     evaluator = Evaluator(data.held_out, data.tokenizer, config.max_length, seed=config.seed)
     stop.check()
 
-    # 2. Base model and adapter.
+    # 2. Base model and adapters.
     session.start_phase(Phase.LOADING_MODEL)
     model = ResidentModel.load(task.request.base, data.base_directory, session.device)
     emit(RunPlanned(device=session.device.device, total_steps=0))
-    name = _add_adapter(model, evaluated, session)
-    # With the adapter active, because it may change the output head.
+    names = [_add_adapter(model, path, session) for path in paths]
+    # With all adapters in the model: one that changes the output head wraps it for all.
     objective = probe_fast_paths(model.causal, config.max_length)
     return_freed_memory()
     stop.check()
 
-    # 3. Scores of the base model, then of the adapter.
+    # 3. Scores and completions of each.
+    budget = completion_budget(2 * summary.held_out_tokens)
+    (base, *measured), prompts = _measure(session, model, names, evaluator, objective, budget)
+
+    # 4. The summary.
+    evaluations = [
+        # What an adapter is known to have been trained on was excluded.
+        evaluator.summarise(base, adapter, prompts).model_copy(
+            update={"seen_in_training": None if fingerprint is None else 0.0}
+        )
+        for adapter, fingerprint in zip(measured, known, strict=True)
+    ]
+    if evaluated.compared_with is None:
+        emit(Evaluated(evaluation=evaluations[0]))
+        return
+    adapters = [
+        ComparedAdapter(name=name, adapter_path=str(path), evaluation=evaluation.without_texts)
+        for name, path, evaluation in zip(adapter_names(paths), paths, evaluations, strict=True)
+    ]
+    comparison = compare_adapters(
+        (adapters[0], adapters[1]),
+        (base, measured[0], measured[1]),
+        evaluator.quote(prompts),
+        left_out=_trained_on(summary),
+        shared_training=None if known[0] is None or known[1] is None else known[0].overlap(known[1]),
+        seed=config.seed,
+    )
+    emit(AdaptersCompared(comparison=comparison))
+
+
+def _measure(
+    session: Session,
+    model: ResidentModel,
+    adapters: Sequence[str],
+    evaluator: Evaluator,
+    objective: Objective,
+    budget: int,
+) -> tuple[list[Measurement], list[Prompt]]:
+    """Measure the base model, then each adapter. `budget` limits the tokens that each spends on completions."""
+    stop = session.stop
     session.start_phase(Phase.EVALUATING_BASE)
     model.select(None)
-    base_scores = evaluator.score(objective, accelerator, stop)
-    emit(HeldOutMeasured(step=0, loss=mean_loss(base_scores.held_out), whole_set=True))
-    session.start_phase(Phase.EVALUATING_ADAPTER)
-    model.select(name)
-    adapter_scores = evaluator.score(objective, accelerator, stop)
-
-    # 4. Completions of both, and the summary.
-    session.start_phase(Phase.EVALUATING_ADAPTER, "completing held-out prompts with both models")
-    undo_fusion(model.causal, model.causal)
-
-    @contextmanager
-    def without_adapter() -> Iterator[None]:
-        model.select(None)
-        yield
+    scores = [evaluator.score(objective, session.accelerator, stop)]
+    session.emit(HeldOutMeasured(step=0, loss=mean_loss(scores[0].held_out), whole_set=True))
+    for number, name in enumerate(adapters, 1):
+        detail = f"adapter {number} of {len(adapters)}" if len(adapters) > 1 else ""
+        session.start_phase(Phase.EVALUATING_ADAPTER, detail)
         model.select(name)
-
-    budget = completion_budget(2 * summary.held_out_tokens)
-    evaluation = evaluator.compare(base_scores, adapter_scores, model.causal, without_adapter, budget=budget, stop=stop)
-    seen_in_training = None if known is None else 0.0  # known examples were excluded
-    emit(Evaluated(evaluation=evaluation.model_copy(update={"seen_in_training": seen_in_training})))
+        scores.append(evaluator.score(objective, session.accelerator, stop))
+    models = "both models" if len(adapters) == 1 else "all three models"
+    session.start_phase(Phase.EVALUATING_ADAPTER, f"completing held-out prompts with {models}")
+    undo_fusion(model.causal, model.causal)
+    prompts = evaluator.choose_prompts(budget)
+    measured = []
+    for selected, scored in zip([None, *adapters], scores, strict=True):
+        model.select(selected)
+        measured.append(evaluator.measure(scored, prompts, model.causal, stop))
+    return measured, prompts
 
 
 def _training_fingerprint(adapter: Path) -> TrainingFingerprint | None:
@@ -96,8 +133,22 @@ def _training_fingerprint(adapter: Path) -> TrainingFingerprint | None:
         return None
 
 
-def _summary(data: RunData) -> DatasetSummary:
-    """Return the dataset's summary for the examples that can be evaluated.
+def _trained_on(summary: DatasetSummary) -> TrainedOn:
+    """Return how many examples were left out because an adapter was trained on them."""
+
+    def count(reason: ExclusionReason) -> int:
+        return summary.left_out.get(reason, 0)
+
+    return TrainedOn(
+        adapter_a=count(ExclusionReason.TRAINED_ON_BY_A),
+        adapter_b=count(ExclusionReason.TRAINED_ON_BY_B),
+        both=count(ExclusionReason.TRAINED_ON),
+        uncertain=count(ExclusionReason.MAYBE_TRAINED_ON),
+    )
+
+
+def _summary(data: RunData, names: Sequence[str]) -> DatasetSummary:
+    """Return the dataset's summary for the examples that the adapters with these names can be evaluated on.
 
     Raises:
         DataError: there are too few of them.
@@ -107,15 +158,13 @@ def _summary(data: RunData) -> DatasetSummary:
     if usable >= needed:
         tokens = sum(len(example.document) for example in data.held_out)
         return summary.model_copy(update={"held_out_examples": usable, "held_out_tokens": tokens})
-    seen = summary.left_out.get(ExclusionReason.TRAINED_ON, 0)
-    maybe_seen = summary.left_out.get(ExclusionReason.MAYBE_TRAINED_ON, 0)
-    if seen or maybe_seen:
-        also = f" and possibly on {maybe_seen} more" if maybe_seen else ""
+    left_out = _trained_on(summary)
+    if left_out.total:
         raise DataError(
-            f"The evaluation data overlaps the training data: of {seen + maybe_seen + usable} examples the adapter was trained "
-            f"on {seen}{also}, which leaves {usable}; at least {needed} are needed.",
+            f"The evaluation data overlaps the training data: of {left_out.total + usable} examples "
+            f"{_overlap(left_out, names)}, which leaves {usable}; at least {needed} are needed.",
             code="evaluation_overlaps_training",
-            suggestions=["Pass code that the adapter was not trained on: newer files, or another part of the project"],
+            suggestions=["Pass code that no adapter was trained on: newer files, or another part of the project"],
         )
     raise DataError(
         f"The evaluation data has {usable} usable examples; at least {needed} are needed.",
@@ -124,20 +173,27 @@ def _summary(data: RunData) -> DatasetSummary:
     )
 
 
-def _add_adapter(model: ResidentModel, evaluated: EvaluatedAdapter, session: Session) -> str:
+def _overlap(left_out: TrainedOn, names: Sequence[str]) -> str:
+    if len(names) > 1:
+        return f"there are {left_out.in_words(names[0], names[1])}"
+    also = f" and possibly on {left_out.uncertain} more" if left_out.uncertain else ""
+    return f"the adapter was trained on {left_out.both}{also}"
+
+
+def _add_adapter(model: ResidentModel, path: Path, session: Session) -> str:
     """Check the adapter's files, load the very bytes that were checked, and return the adapter's name in the model.
 
     Raises:
         InferenceError: the adapter does not fit the base model.
     """
-    base = session.task.request.base
-    files = read_adapter(evaluated.adapter_path, weights="keep")
+    base, evaluated = session.task.request.base, session.task.request.evaluated
+    files = read_adapter(path, weights="keep")
     check = verify_files(files, base)
-    is_accepted = evaluated.accept_unproven_base and check.verdict is BaseMatch.SHAPE_ONLY
+    is_accepted = evaluated is not None and evaluated.accept_unproven_base and check.verdict is BaseMatch.SHAPE_ONLY
     if not (check.compatible or is_accepted):
         reasons = "; ".join(reason.message for reason in check.reasons[:3]) or check.verdict
         raise InferenceError(
-            f"The adapter cannot be loaded onto {base.name}: {reasons}",
+            f"The adapter {path.name} cannot be loaded onto {base.name}: {reasons}",
             code="adapter_rejected",
             suggestions=["Call verify_adapter_compatibility to see every reason"],
         )

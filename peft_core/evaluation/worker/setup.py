@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -77,10 +78,10 @@ def start_session(task: TrainingTask, emit: Emit, stop: StopFlag) -> Session:
     return Session(task, emit, stop, device, accelerator)
 
 
-def prepare_data(session: Session, known: TrainingFingerprint | None = None) -> RunData:
+def prepare_data(session: Session, known: Sequence[TrainingFingerprint | None] = ()) -> RunData:
     """Convert the base model if necessary, write the dataset, and read its held-out examples.
 
-    Examples in `known`, the text that an adapter was trained on, are excluded.
+    Examples in `known`, the texts that the evaluated adapters were trained on, are excluded.
 
     Raises:
         Cancelled: on request.
@@ -117,13 +118,13 @@ def require_source(task: TrainingTask, source: Path) -> None:
     require_data_path(source, data_dir=task.data_dir or task.job_dir, allowed_roots=task.allowed_roots, field=field)
 
 
-def require_adapter(task: TrainingTask, adapter: Path) -> None:
-    """Check when the job runs that the adapter to evaluate may be read. Adapters published here always may, and are held.
+def require_adapter(task: TrainingTask, adapter: Path, field: str = "adapter_path") -> None:
+    """Check when the job runs that an adapter to evaluate may be read. Adapters published here always may, and are held.
 
     Raises:
         InvalidArgument: `outside_allowed_roots`.
     """
     published = () if task.data_dir is None else (DataPaths(task.data_dir).projects,)
-    require_allowed("adapter_path", adapter, task.allowed_roots, also=published)
+    require_allowed(field, adapter, task.allowed_roots, also=published)
     if any(adapter.is_relative_to(projects) for projects in published):
         in_use.hold(adapter)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_core.data.leakage import MAX_FINGERPRINT_BYTES, TrainingFingerprint, overlap_fraction
+from peft_core.data.exclusions import ExclusionReason
+from peft_core.data.leakage import MAX_FINGERPRINT_BYTES, TrainingFingerprint, overlap_fraction, why_excluded
 
 TEXT = "def f(a):\n    b = a + 1\n    c = b * 2\n    return c\n"
 
@@ -51,3 +54,33 @@ def test_the_overlap_fraction_of_each_text_is_exact() -> None:
 @given(st.binary(max_size=64))
 def test_bytes_that_are_no_fingerprint_load_as_none(raw: bytes) -> None:
     assert TrainingFingerprint.from_bytes(raw) is None
+
+
+def fingerprint_of(numbers: Iterable[int]) -> TrainingFingerprint:
+    return TrainingFingerprint.of(function_text(number) for number in numbers)
+
+
+def function_text(number: int) -> str:
+    return f"def f_{number}(a):\n    b = a + {number}\n    c = b * {number}\n    return c - {number}\n"
+
+
+def test_a_text_is_excluded_because_of_the_adapters_that_were_trained_on_it() -> None:
+    known = [fingerprint_of(range(4)), fingerprint_of(range(2, 6))]
+    reasons = [why_excluded(function_text(number), known) for number in range(7)]
+    a, b, both = ExclusionReason.TRAINED_ON_BY_A, ExclusionReason.TRAINED_ON_BY_B, ExclusionReason.TRAINED_ON
+    assert reasons == [a, a, both, both, b, b, None]
+    assert why_excluded(function_text(1), [known[0]]) is ExclusionReason.TRAINED_ON
+    assert why_excluded(function_text(1), [known[0], None]) is ExclusionReason.TRAINED_ON_BY_A
+    no_evidence = TrainingFingerprint(divisor=1 << 63, divisor_of_smallest=1 << 63, hashes=frozenset())
+    assert why_excluded(function_text(5), [known[0], no_evidence]) is ExclusionReason.MAYBE_TRAINED_ON
+
+
+def test_what_two_trainings_have_in_common_is_estimated_from_their_samples() -> None:
+    small, large = fingerprint_of(range(100)), fingerprint_of(range(75, 400))
+    assert small.overlap(large) == large.overlap(small) == pytest.approx(0.25)
+    assert small.overlap(small) == 1
+    sampled = TrainingFingerprint(
+        divisor=2, divisor_of_smallest=2, hashes=frozenset(value for value in large.hashes if value % 2 == 0)
+    )
+    assert small.overlap(sampled) == pytest.approx(0.25, abs=0.1)
+    assert small.overlap(fingerprint_of(range(3))) is None, "too little to say"

@@ -314,7 +314,7 @@ def trained_on(directory: Path) -> TrainingFingerprint:
 
 def prepare_evaluation(root: Path, directory: Path, known: TrainingFingerprint) -> PreparedDataset:
     spec = make_dataset_spec(root, held_out_fraction=1, seed=1, purpose=DatasetPurpose.EVALUATION)
-    return prepare(spec, directory=directory, token_counter=Words(), report=lambda _: None, known=known)
+    return prepare(spec, directory=directory, token_counter=Words(), report=lambda _: None, known=[known])
 
 
 def test_examples_trained_on_before_are_excluded_from_an_evaluation(tmp_path: Path):

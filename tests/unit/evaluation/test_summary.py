@@ -18,8 +18,9 @@ from peft_core.evaluation.stdlib_code import stdlib_examples
 from peft_core.evaluation.summary import (
     FORGETTING_THRESHOLD,
     MIN_EFFECT,
-    Completion,
     ExampleScore,
+    Measurement,
+    QuotedPrompt,
     Scores,
     decide_verdict,
     edit_similarity,
@@ -28,7 +29,7 @@ from peft_core.evaluation.summary import (
 from peft_core.schemas.evaluation import Comparison, Verdict
 
 paired_sums = st.builds(
-    PairedSum, base=st.floats(0, 1e4), adapter=st.floats(0, 1e4), weight=st.integers(1, 500).map(float)
+    PairedSum, first=st.floats(0, 1e4), second=st.floats(0, 1e4), weight=st.integers(1, 500).map(float)
 )
 texts = st.lists(st.sampled_from(["", "    ", "\t", "def f(x):", "    return x + 1", "        y = [x, 'ä']", "}"])).map(
     "\n".join
@@ -39,7 +40,7 @@ texts = st.lists(st.sampled_from(["", "    ", "\t", "def f(x):", "    return x +
 def test_the_change_is_the_difference_of_the_means_and_inside_its_interval(sums: list[PairedSum], seed: int) -> None:
     comparison = compare(sums, seed=seed)
     assert comparison is not None
-    assert comparison.change == pytest.approx(comparison.adapter - comparison.base, abs=1e-5)
+    assert comparison.change == pytest.approx(comparison.second - comparison.first, abs=1e-5)
     assert comparison == compare(sums, seed=seed)
     if len(sums) < MIN_UNITS:
         assert (comparison.low, comparison.high) == (None, None)
@@ -50,9 +51,9 @@ def test_the_change_is_the_difference_of_the_means_and_inside_its_interval(sums:
 
 
 @given(st.lists(paired_sums, min_size=MIN_UNITS, max_size=20))
-def test_swapping_base_and_adapter_changes_the_sign_of_the_change(sums: list[PairedSum]) -> None:
+def test_swapping_the_models_changes_the_sign_of_the_change(sums: list[PairedSum]) -> None:
     forward = compare(sums)
-    swapped = compare([PairedSum(paired.adapter, paired.base, paired.weight) for paired in sums])
+    swapped = compare([PairedSum(paired.second, paired.first, paired.weight) for paired in sums])
     assert forward is not None
     assert swapped is not None
     assert swapped.change == -forward.change
@@ -176,10 +177,10 @@ def test_completion_points_are_inside_blocks_and_reproducible_for_a_seed() -> No
 
 
 def test_all_held_out_measurements_use_the_same_resampling_unit() -> None:
-    base = make_scores({f"f{n}.py": 2.0 for n in range(6)}, lines=2)
-    adapter = make_scores({f"f{n}.py": 1.5 for n in range(6)}, lines=3)
-    completions = [Completion(f"f{n % 2}.py", 3, "x = 1\n", "return x", "return y", "return x") for n in range(8)]
-    evaluation = summarise(base, adapter, completions)
+    prompts = [QuotedPrompt(f"f{n % 2}.py", 3, "x = 1\n", "", "return x") for n in range(8)]
+    base = Measurement(make_scores({f"f{n}.py": 2.0 for n in range(6)}, lines=2), ["return y"] * 8)
+    adapter = Measurement(make_scores({f"f{n}.py": 1.5 for n in range(6)}, lines=3), ["return x"] * 8)
+    evaluation = summarise(base, adapter, prompts)
     assert (evaluation.resampled, evaluation.prompts) == ("files", 8)
     assert evaluation.edit_similarity is not None
     assert evaluation.edit_similarity.low is None, "two files are too few"
@@ -209,11 +210,10 @@ def make_scores(
 def test_an_evaluation_contains_everything_that_was_measured() -> None:
     base = make_scores({f"f{n}.py": 2.0 + n / 10 for n in range(6)}, {f"g{n}": 1.0 for n in range(5)}, lines=2)
     adapter = make_scores({f"f{n}.py": 1.5 + n / 10 for n in range(6)}, {f"g{n}": 1.1 for n in range(5)}, lines=3)
-    completions = [
-        Completion("a.py", 3, "x = 1\n", "return x", "return y", "return x"),
-        Completion("b.py", 0, "x = 1\n", "return x", "return x", "pass"),
-    ]
-    evaluation = summarise(base, adapter, completions)
+    prompts = [QuotedPrompt(file, 3, "x = 1\n", "    ", "    return x") for file in ("a.py", "b.py")]
+    evaluation = summarise(
+        Measurement(base, ["return y", "return x"], 1.5), Measurement(adapter, ["return x", "pass"], 1.7), prompts
+    )
     assert evaluation.verdict is Verdict.HELPS
     assert evaluation.loss.change == pytest.approx(-0.5)
     assert evaluation.adapter_perplexity == pytest.approx(math.exp(1.75))
@@ -224,6 +224,8 @@ def test_an_evaluation_contains_everything_that_was_measured() -> None:
     assert (evaluation.files, evaluation.lines, evaluation.prompts, evaluation.resampled) == (6, 60, 2, "files")
     assert [each.file for each in evaluation.gains] == ["a.py"]
     assert [each.file for each in evaluation.losses] == ["b.py"]
+    assert evaluation.gains[0].adapter == "    return x", "the indentation that ends the prompt belongs to the line"
+    assert evaluation.seconds == 3.2
     assert evaluation.without_texts.gains == ()
 
 
