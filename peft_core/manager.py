@@ -371,7 +371,9 @@ class PEFTManager:
             adapter_b: another one of the same base model.
             evaluation_data: as for `evaluate_adapter`. Omit to use the source that the newer of the two was trained on. Text
                 that either adapter was trained on is left out, if recorded.
-            base_model, config, accept_unproven_base: as for `evaluate_adapter`.
+            base_model: omit to use the base model that the adapters were trained on, if it is on this machine.
+            config: as for `evaluate_adapter`.
+            accept_unproven_base: compare although only the shapes fit (verdict 'shape_only').
         """
         return await self._evaluate(
             [adapter_a, adapter_b],

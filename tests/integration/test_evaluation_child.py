@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,16 @@ from peft_core.config import Settings
 from peft_core.data.leakage import FINGERPRINT_FILE_NAME, TrainingFingerprint
 from peft_core.errors import AdapterInUse
 from peft_core.evaluation.summary import mean_loss
+from peft_core.evaluation.worker import evaluator
 from peft_core.evaluation.worker.completions import choose_prompts, complete
+from peft_core.evaluation.worker.run import run
 from peft_core.evaluation.worker.scoring import held_out_loss, make_held_out_examples, score_examples
 from peft_core.evaluation.worker.setup import require_adapter
 from peft_core.modeling.objective import probe_fast_paths
 from peft_core.paths import DataPaths
 from peft_core.schemas.dataset import Example, Segment
-from peft_core.schemas.evaluation import Verdict
-from peft_core.schemas.events import EVENT, DatasetPrepared, Evaluated, Event, JobFailed
+from peft_core.schemas.evaluation import AdapterComparison, Keep, Verdict
+from peft_core.schemas.events import EVENT, AdaptersCompared, DatasetPrepared, Evaluated, Event, JobFailed
 from peft_core.schemas.task import TrainingTask
 from peft_core.schemas.training import EvaluatedAdapter, TrainingConfig
 from peft_core.system import in_use
@@ -45,7 +48,9 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_base(tmp_path_factory.mktemp("tiny-base"))
 
 
-def make_task(directory: Path, base: Path, adapter: Path, examples: int = 12) -> TrainingTask:
+def make_task(
+    directory: Path, base: Path, adapter: Path, examples: int = 12, *, compared_with: Path | None = None
+) -> TrainingTask:
     records = directory / "records.jsonl"
     records.write_text("".join(json.dumps({"text": code(n), "path": f"m{n}.py"}) + "\n" for n in range(examples)))
     return TrainingTask(
@@ -56,7 +61,7 @@ def make_task(directory: Path, base: Path, adapter: Path, examples: int = 12) ->
             source_kind="jsonl",
             config=TrainingConfig(device="cpu", max_length=256),
             base=resolve(str(base), Settings()),
-            evaluated=EvaluatedAdapter(adapter_path=adapter),
+            evaluated=EvaluatedAdapter(adapter_path=adapter, compared_with=compared_with),
         ),
         job_dir=directory / "job",
         base_models_dir=directory / "base_models",
@@ -73,6 +78,19 @@ def run_worker(task: TrainingTask) -> tuple[int, list[Event], str]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     return done.returncode, [EVENT.validate_json(line) for line in done.stdout.splitlines()], done.stderr
+
+
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch) -> Callable[[TrainingTask], list[Event]]:
+    """Run a task in this process, which has imported torch already, with few completions."""
+    monkeypatch.setattr(evaluator, "MAX_PROMPTS", 4)
+
+    def run_task(task: TrainingTask) -> list[Event]:
+        events: list[Event] = []
+        run(task, events.append, StopFlag())
+        return events
+
+    return run_task
 
 
 def test_an_adapter_that_was_published_here_is_held_while_it_is_evaluated(tmp_path: Path, tiny_base: Path) -> None:
@@ -131,6 +149,51 @@ def test_data_that_the_adapter_was_trained_on_is_rejected_with_the_overlap(tmp_p
     assert isinstance(failed, JobFailed)
     assert failed.error.code == "evaluation_overlaps_training"
     assert "of 12 examples the adapter was trained on 12" in failed.error.message
+
+
+def comparison_of(events: list[Event]) -> AdapterComparison:
+    last = events[-1]
+    assert isinstance(last, AdaptersCompared), last
+    return last.comparison
+
+
+def write_record(adapter: Path, numbers: Iterable[int]) -> None:
+    (adapter / FINGERPRINT_FILE_NAME).write_bytes(TrainingFingerprint.of([code(n) for n in numbers]).to_bytes())
+
+
+def test_two_adapters_are_compared_on_what_neither_was_trained_on(
+    tmp_path: Path, tiny_base: Path, run_here: Callable[[TrainingTask], list[Event]]
+) -> None:
+    a = write_tiny_adapter(tmp_path / "a", tiny_base, seed=1)
+    b = write_tiny_adapter(tmp_path / "b", tiny_base, seed=2, target_modules=["q_proj", "up_proj"], r=2)
+    write_record(a, range(4))
+    write_record(b, [3, 4, 5])
+    comparison = comparison_of(run_here(make_task(tmp_path, tiny_base, a, examples=14, compared_with=b)))
+    assert (comparison.left_out.adapter_a, comparison.left_out.adapter_b, comparison.left_out.both) == (3, 2, 1)
+    each = (comparison.adapter_a, comparison.adapter_b)
+    assert [(adapter.name, adapter.adapter_path) for adapter in each] == [("a", str(a)), ("b", str(b))]
+    assert [adapter.evaluation.examples for adapter in each] == [8, 8]
+    assert comparison.adapter_a.evaluation.loss.base == comparison.adapter_b.evaluation.loss.base
+    assert comparison.loss.adapter_a == comparison.adapter_a.evaluation.loss.adapter
+    assert comparison.loss.adapter_b == comparison.adapter_b.evaluation.loss.adapter
+    assert comparison.loss.low is not None
+
+    # One evaluation of B on the same text measures the same as the comparison.
+    write_record(b, range(6))
+    alone = run_here(make_task(tmp_path / "b", tiny_base, b, examples=14))[-1]
+    assert isinstance(alone, Evaluated)
+    assert alone.evaluation.loss == comparison.adapter_b.evaluation.loss
+    assert alone.evaluation.edit_similarity == comparison.adapter_b.evaluation.edit_similarity
+
+
+def test_identical_weights_give_no_difference(
+    tmp_path: Path, tiny_base: Path, run_here: Callable[[TrainingTask], list[Event]]
+) -> None:
+    a, b = (write_tiny_adapter(tmp_path / name, tiny_base, seed=1) for name in ("a", "b"))
+    comparison = comparison_of(run_here(make_task(tmp_path, tiny_base, a, compared_with=b)))
+    assert (comparison.loss.change, comparison.loss.low, comparison.loss.high) == (0, 0, 0)
+    assert comparison.keep in (Keep.EITHER, Keep.BASE_MODEL)
+    assert comparison.completions == ()
 
 
 @pytest.mark.parametrize(("moved", "field"), [("data", "evaluation_data"), ("adapter", "adapter_path")])
