@@ -356,7 +356,7 @@ class PEFTManager:
         self,
         adapter_a: str,
         adapter_b: str,
-        evaluation_data: str | Sequence[Mapping[str, Any] | CodeChunk] | None = None,
+        evaluation_data: str | Records | None = None,
         base_model: str | None = None,
         *,
         config: DataSelection | Mapping[str, Any] | None = None,
@@ -386,7 +386,7 @@ class PEFTManager:
     async def _evaluate(
         self,
         adapters: Sequence[str],
-        evaluation_data: str | Sequence[Mapping[str, Any] | CodeChunk] | None,
+        evaluation_data: str | Records | None,
         base_model: str | None,
         selection: DataSelection,
         *,
