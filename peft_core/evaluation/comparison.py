@@ -40,7 +40,7 @@ _MIN_QUOTED_DIFFERENCE = 0.05  # of edit similarity
 
 def compare_adapters(
     adapters: tuple[ComparedAdapter, ComparedAdapter],
-    measured: tuple[Measurement, Measurement, Measurement],
+    measured: Sequence[Measurement],
     prompts: Sequence[QuotedPrompt],
     *,
     left_out: TrainedOn,
@@ -123,7 +123,7 @@ def _difference(change: PairedChange) -> Difference:
 
 
 def _largest_differences(
-    prompts: Sequence[QuotedPrompt], measured: tuple[Measurement, Measurement, Measurement]
+    prompts: Sequence[QuotedPrompt], measured: Sequence[Measurement]
 ) -> tuple[ComparedCompletion, ...]:
     compared = [
         ComparedCompletion(

@@ -50,7 +50,7 @@ class Evaluator:
         self._held_out = held_out
         self._general = make_held_out_examples(stdlib_examples(), tokenizer, max_length)
         self._tokenizer = tokenizer
-        self._seed = seed
+        self.seed = seed
 
     @property
     def held_out_examples(self) -> int:
@@ -69,7 +69,7 @@ class Evaluator:
 
     def choose_prompts(self, budget: int) -> list[Prompt]:
         """Choose the prompts that every model completes. `budget` limits the tokens per model."""
-        return choose_prompts(self._held_out, MAX_PROMPTS, budget, self._seed, self._tokenizer)
+        return choose_prompts(self._held_out, MAX_PROMPTS, budget, self.seed, self._tokenizer)
 
     def measure(
         self, scores: Scores, prompts: Sequence[Prompt], causal: PreTrainedModel, stop: StopFlag
@@ -99,7 +99,7 @@ class Evaluator:
             return self.summarise(self.measure(base, prompts, causal, stop), with_adapter, prompts)
 
     def summarise(self, base: Measurement, adapter: Measurement, prompts: Sequence[Prompt]) -> Evaluation:
-        evaluation = summarise(base, adapter, self.quote(prompts), seed=self._seed)
+        evaluation = summarise(base, adapter, self.quote(prompts), seed=self.seed)
         _log.info("evaluated", **evaluation.without_texts.model_dump(exclude={"gains", "losses"}))
         return evaluation
 

@@ -26,6 +26,7 @@ from peft_core.schemas.evaluation import ComparedAdapter, TrainedOn
 from peft_core.schemas.events import AdaptersCompared, DatasetPrepared, Emit, Evaluated, HeldOutMeasured, RunPlanned
 from peft_core.schemas.results import BaseMatch, Phase
 from peft_core.schemas.task import TrainingTask
+from peft_core.schemas.training import EvaluatedAdapter
 from peft_core.system.cancellation import StopFlag
 from peft_core.system.files import read_small
 
@@ -67,32 +68,45 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
 
     # 3. Scores and completions of each.
     budget = completion_budget(2 * summary.held_out_tokens)
-    (base, *measured), prompts = _measure(session, model, names, evaluator, objective, budget)
+    measured, prompts = _measure(session, model, names, evaluator, objective, budget)
 
     # 4. The summary.
+    emit(_result(evaluated, known, summary, evaluator, measured, prompts))
+
+
+def _result(
+    evaluated: EvaluatedAdapter,
+    known: Sequence[TrainingFingerprint | None],
+    summary: DatasetSummary,
+    evaluator: Evaluator,
+    measured: Sequence[Measurement],
+    prompts: Sequence[Prompt],
+) -> Evaluated | AdaptersCompared:
+    """Return the evaluation of one adapter, or the comparison of two. `measured` has the base model, then each adapter."""
+    base, *adapters = measured
     evaluations = [
         # What an adapter is known to have been trained on was excluded.
         evaluator.summarise(base, adapter, prompts).model_copy(
             update={"seen_in_training": None if fingerprint is None else 0.0}
         )
-        for adapter, fingerprint in zip(measured, known, strict=True)
+        for adapter, fingerprint in zip(adapters, known, strict=True)
     ]
     if evaluated.compared_with is None:
-        emit(Evaluated(evaluation=evaluations[0]))
-        return
-    adapters = [
+        return Evaluated(evaluation=evaluations[0])
+    paths = list(evaluated.paths.values())
+    a, b = (
         ComparedAdapter(name=name, adapter_path=str(path), evaluation=evaluation.without_texts)
         for name, path, evaluation in zip(adapter_names(paths), paths, evaluations, strict=True)
-    ]
+    )
     comparison = compare_adapters(
-        (adapters[0], adapters[1]),
-        (base, measured[0], measured[1]),
+        (a, b),
+        measured,
         evaluator.quote(prompts),
         left_out=_trained_on(summary),
         shared_training=None if known[0] is None or known[1] is None else known[0].overlap(known[1]),
-        seed=config.seed,
+        seed=evaluator.seed,
     )
-    emit(AdaptersCompared(comparison=comparison))
+    return AdaptersCompared(comparison=comparison)
 
 
 def _measure(
@@ -162,7 +176,7 @@ def _summary(data: RunData, names: Sequence[str]) -> DatasetSummary:
     if left_out.total:
         raise DataError(
             f"The evaluation data overlaps the training data: of {left_out.total + usable} examples "
-            f"{_overlap(left_out, names)}, which leaves {usable}; at least {needed} are needed.",
+            f"{_overlap_in_words(left_out, names)}, which leaves {usable}; at least {needed} are needed.",
             code="evaluation_overlaps_training",
             suggestions=["Pass code that no adapter was trained on: newer files, or another part of the project"],
         )
@@ -173,7 +187,7 @@ def _summary(data: RunData, names: Sequence[str]) -> DatasetSummary:
     )
 
 
-def _overlap(left_out: TrainedOn, names: Sequence[str]) -> str:
+def _overlap_in_words(left_out: TrainedOn, names: Sequence[str]) -> str:
     if len(names) > 1:
         return f"there are {left_out.in_words(names[0], names[1])}"
     also = f" and possibly on {left_out.uncertain} more" if left_out.uncertain else ""
