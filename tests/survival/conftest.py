@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,6 +21,10 @@ RUNNER = [sys.executable, "-P", "-m", "tests.survival.runner"]
 
 @pytest.fixture(autouse=True)
 def _our_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_our_processes(monkeypatch)
+
+
+def use_our_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make all processes that a test starts import `site/sitecustomize.py`, and the runner start the small worker."""
     if sys.platform != "linux":
         pytest.skip("processes are found and starved through /proc")
@@ -41,17 +46,21 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("small-base"))
 
 
+@pytest.fixture(scope="session")
+def with_earlier_adapter(tmp_path_factory: pytest.TempPathFactory, source: Path, small_base: Path) -> Path:
+    """A data directory in which the project "earlier" has an adapter, for `scenario` to copy."""
+    scenario = Scenario(tmp_path_factory.mktemp("earlier"), source, small_base, project="earlier")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_our_processes(monkeypatch)
+        scenario.start()
+        scenario.finish()
+        scenario.expect_queue_continues()
+        scenario.expect_no_processes()
+    return scenario.paths.root
+
+
 @pytest.fixture
-def scenario(tmp_path: Path, source: Path, small_base: Path) -> Scenario:
+def scenario(tmp_path: Path, source: Path, small_base: Path, with_earlier_adapter: Path) -> Scenario:
     """A data directory in which a project already has an adapter."""
-    return make_scenario(tmp_path, source, small_base)
-
-
-def make_scenario(root: Path, source: Path, base: Path) -> Scenario:
-    scenario = Scenario(root, source, base)
-    scenario.job_id, scenario.project = None, "earlier"
-    scenario.start()
-    scenario.finish()
-    scenario.expect_queue_continues()
-    scenario.job_id, scenario.project, scenario.has_earlier = None, "small", True
-    return scenario
+    shutil.copytree(with_earlier_adapter, tmp_path / "data", symlinks=True)
+    return Scenario(tmp_path, source, small_base, has_earlier=True)
