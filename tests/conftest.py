@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from peft_core.modeling.environment import ENVIRONMENT
+
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors", "gguf", "lance", "pyarrow"}  # seconds to import
 
@@ -20,12 +22,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # As in every process of the product. The test processes and their children share the cores: threads that wait actively, as
+    # they do by default, take up to four times the processor time.
+    os.environ.setdefault("GOMP_SPINCOUNT", ENVIRONMENT["GOMP_SPINCOUNT"])
     os.environ.setdefault("CODEBASE_GARDENER_ANSWER_WITHIN_S", "600")  # a load on a busy machine is one call
     settings.register_profile("all", deadline=None)  # a busy machine is no failure
     settings.register_profile("fast", deadline=None, max_examples=10)
     settings.load_profile("fast" if config.getoption("--without-torch") else "all")
     if config.getoption("--without-torch"):
         sys.modules.update(dict.fromkeys(HEAVY, None))  # type: ignore[arg-type] -- None makes `import torch` fail
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Share the cores among the test processes."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
