@@ -28,10 +28,13 @@ from peft_core.inference.client import ProgressCallback, TextCallback
 from peft_core.inference.service import InferenceService, TrainingNeed
 from peft_core.jobs.handle import OnProgress, TrainingJob
 from peft_core.jobs.service import JobService
+from peft_core.projects.check import DueCheck
+from peft_core.projects.service import ProjectService
 from peft_core.schemas.export import ExportOptions, ExportReport
 from peft_core.schemas.generation import EngineChoice, Generation, GenerationRequest
 from peft_core.schemas.job_report import JobReport
 from peft_core.schemas.local_bases import LocalBases
+from peft_core.schemas.project import Refreshed, Registration, RetrainWhen
 from peft_core.schemas.results import (
     AdapterList,
     AdapterSummary,
@@ -48,7 +51,13 @@ from peft_core.schemas.results import (
 from peft_core.schemas.serving import Serving, ServingStopped
 from peft_core.schemas.storage import DiskUsage
 from peft_core.schemas.training import DataSelection, EvaluatedAdapter, ProjectId, TrainingConfig
-from peft_core.schemas.validation import parse_config, parse_export_options, parse_generation, parse_selection
+from peft_core.schemas.validation import (
+    parse_config,
+    parse_export_options,
+    parse_generation,
+    parse_retrain_when,
+    parse_selection,
+)
 from peft_core.serving.service import ServingService
 from peft_core.storage.service import StorageService
 
@@ -73,6 +82,8 @@ class PEFTManager:
         self._exports = ExportService(self.settings, self._adapters)
         self._inference = InferenceService(self.settings, self._adapters, self._training_need)
         self._serving = ServingService(self.settings, registry)
+        self._refreshes = ProjectService(self.settings, registry, self._jobs)
+        self._due_check = DueCheck(self.settings)
         self._storage = StorageService(self.settings, registry)
 
     async def train_adapter(
@@ -95,10 +106,55 @@ class PEFTManager:
         project_id, parsed = _project_id(project_id), parse_config(config)
         given = None if training_data is None else plain_records(training_data)
         data = await run_sync(self._projects.data_of, project_id, given)
+        await run_sync(self._refreshes.require_same_repository, project_id, data)
         draft = await run_sync(self._jobs.plan, data, parsed)
         if approve is not None:
             await approve(draft.estimate)
-        return await run_sync(self._jobs.queue, project_id, draft, data)
+        status = await run_sync(self._jobs.queue, project_id, draft, data)
+        await run_sync(self._refreshes.register, project_id, draft, data, parsed)
+        return status
+
+    async def refresh_project(
+        self,
+        project_id: str,
+        retrain_when: RetrainWhen | Mapping[str, Any] | None = None,
+        *,
+        approve: Callable[[Estimate], Awaitable[None]] | None = None,
+    ) -> Refreshed:
+        """Bring a project's adapter up to date in the background: train on what its latest training read, as it is now.
+
+        If nothing has changed, nothing is queued, and the result says so.
+
+        Args:
+            project_id: a project that was trained here.
+            retrain_when: when to do so by itself from now on: "never", {"units": 10} (percent of the code units that have
+                changed) or {"commits": 20}. Nothing else is done then, unless that is due.
+            approve: awaited with the estimate before anything is queued; what it raises ends the call.
+        """
+        project_id, rule = _project_id(project_id), parse_retrain_when(retrain_when)
+        planned = await run_sync(self._refreshes.plan_refresh, project_id, rule)
+        if isinstance(planned, Refreshed):
+            return planned
+        if approve is not None and not planned.only_while_free:
+            await approve(planned.draft.estimate)
+        return await run_sync(self._refreshes.start, planned)
+
+    async def refresh_due(self, project_ids: Sequence[str] | None = None) -> list[Refreshed]:
+        """Queue a training for each project that is due by its `retrain_when`; it runs only while the machine is free.
+
+        `project_ids`: the projects to look at; None: all that are retrained by themselves.
+        """
+        named = None if project_ids is None else [_project_id(project_id) for project_id in project_ids]
+        return await run_sync(self._refreshes.refresh_due, named)
+
+    async def registered_projects(self, project_ids: Sequence[str] | None = None) -> list[Registration]:
+        """Return what projects are trained on, and when they are retrained; of all that are registered if none is named."""
+        named = None if project_ids is None else [_project_id(project_id) for project_id in project_ids]
+        return await run_sync(self._refreshes.registrations, named)
+
+    def check_due(self, project_id: str | None = None) -> None:
+        """Have another process do `refresh_due`, at most once in some minutes. Returns immediately."""
+        self._due_check.start(project_id)
 
     async def start_training(
         self,

@@ -21,6 +21,7 @@ from peft_core.data.exclusions import ExclusionReason
 from peft_core.errors import DataError
 
 TIMEOUT_S = 20.0
+MOMENT_S = 2.0  # for what a request can do without
 MAX_OUTPUT_BYTES = 128 << 20  # half a million names of twice the usual length
 _SAFE_OPTIONS = (
     "-c", "core.fsmonitor=false",
@@ -88,6 +89,31 @@ def commits_since(root: Path, commit: str) -> int | None:
     return int(only_now) if only_then == "0" and only_now.strip().isdigit() else None
 
 
+def first_commits(root: Path) -> list[str]:
+    """Return the commits of HEAD's history that have no parent: they identify a repository wherever its copies lie.
+
+    Empty without a history, for a shallow clone, and if the history is too long to be followed in a moment.
+    """
+    if is_shallow(root):
+        return []
+    output = _git(root, "rev-list", "--max-parents=0", "HEAD", timeout_s=MOMENT_S)
+    return sorted(output.decode("ascii", "replace").split()) if output else []
+
+
+def hooks_directory(root: Path) -> Path | None:
+    """Return the directory whose hooks git runs for the repository of root; None if root is in no work tree.
+
+    It is not always in the repository: core.hooksPath names another one. `rev-parse` reads the configuration and runs nothing.
+    """
+    top = _git(root, "rev-parse", "--show-toplevel")
+    if not top:
+        return None
+    work_tree = Path(os.fsdecode(top.removesuffix(b"\n")))
+    # A relative core.hooksPath is relative to the top of the work tree.
+    hooks = _git(work_tree, "rev-parse", "--git-path", "hooks", options=())
+    return work_tree / os.fsdecode(hooks.removesuffix(b"\n")) if hooks else None
+
+
 def is_shallow(root: Path) -> bool:
     return _git(root, "rev-parse", "--is-shallow-repository") == b"true\n"
 
@@ -122,7 +148,13 @@ def _no_filters(root: Path) -> list[str] | None:
     return options
 
 
-def _git(root: Path, *arguments: str, accept: Sequence[int] = (0,)) -> bytes | None:
+def _git(
+    root: Path,
+    *arguments: str,
+    accept: Sequence[int] = (0,),
+    timeout_s: float = TIMEOUT_S,
+    options: Sequence[str] = _SAFE_OPTIONS,
+) -> bytes | None:
     program = shutil.which("git")
     if program is None:
         return None
@@ -132,7 +164,7 @@ def _git(root: Path, *arguments: str, accept: Sequence[int] = (0,)) -> bytes | N
     environment["GIT_ALLOW_PROTOCOL"] = "none"
     try:
         process = subprocess.Popen(  # noqa: S603 - a fixed program and fixed arguments
-            [program, *_SAFE_OPTIONS, "-C", os.fspath(root), *arguments],
+            [program, *options, "-C", os.fspath(root), *arguments],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -141,7 +173,7 @@ def _git(root: Path, *arguments: str, accept: Sequence[int] = (0,)) -> bytes | N
     except OSError:
         return None
     with process:
-        output = _bounded_output(process, time.monotonic() + TIMEOUT_S)
+        output = _bounded_output(process, time.monotonic() + timeout_s)
         if output is None:
             process.kill()
     return output if process.returncode in accept else None

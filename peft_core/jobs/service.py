@@ -6,6 +6,7 @@ Every method blocks, `plan` for up to a second on a large repository; the manage
 from __future__ import annotations
 
 import secrets
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,9 +21,9 @@ from peft_core.jobs.state import IllegalTransition, Job
 from peft_core.jobs.status import not_started, status_of, summary_of
 from peft_core.jobs.store import Store
 from peft_core.jobs.supervisor import RunnerSupervisor
-from peft_core.schemas.base_model import BUNDLED, Base
+from peft_core.schemas.base_model import Base
 from peft_core.schemas.dataset import SourceKind, TrainingData
-from peft_core.schemas.events import AdaptersCompared, Evaluated, JobResumed
+from peft_core.schemas.events import AdaptersCompared, Evaluated, JobAskedFor, JobResumed
 from peft_core.schemas.job_report import JobReport
 from peft_core.schemas.local_bases import LocalBases
 from peft_core.schemas.results import JobSummary, Status, TrainingDataReport, TrainingStatus
@@ -115,8 +116,51 @@ class JobService:
     def queue(self, project_id: str, draft: JobRequest, data: TrainingData) -> TrainingStatus:
         """Queue a job that `plan` has checked, with the same data, and make sure that a runner is alive.
 
+        A training replaces those of the project that started by themselves and have not ended.
+
         Raises:
             DataError, StorageError: nothing was queued.
+        """
+        job = self._new_job(project_id, draft, data)
+        replaced = self.trainings(project_id) if job.is_training else []
+        # kill-point: server: the job is about to be queued
+        self._store.insert(job)
+        # kill-point: server: the job is queued, no runner works on it
+        for other in replaced:
+            if other.only_while_free and not other.status.is_final:
+                with suppress(JobStateError):  # it has ended meanwhile
+                    self._store.request_cancel(other.job_id)
+        return self._start(job.job_id)
+
+    def queue_refresh(
+        self,
+        project_id: str,
+        draft: JobRequest,
+        source: str,
+        *,
+        because: str,
+        only_while_free: bool,
+        latest: str | None,
+    ) -> TrainingStatus:
+        """Queue a training that brings a project up to date, unless its latest training is not `latest` any more.
+
+        Return the status of the training, or else of the one that another process has queued.
+
+        Raises:
+            DataError, StorageError: nothing was queued.
+        """
+        job = self._new_job(project_id, draft, source)
+        job = job.model_copy(update={"started_because": because, "only_while_free": only_while_free})
+        if not self._store.insert_next_training(job, latest):
+            shutil.rmtree(self._paths.job(job.job_id).root, ignore_errors=True)
+            job = self._store.trainings(project_id)[0]
+        return self._start(job.job_id)
+
+    def _new_job(self, project_id: str, draft: JobRequest, data: TrainingData) -> Job:
+        """Return a job that is not in the queue yet; the records that the request gave are on disk.
+
+        Raises:
+            DataError, StorageError: it cannot be queued.
         """
         from peft_core.planning.planner import write_source  # noqa: PLC0415
 
@@ -127,10 +171,7 @@ class JobService:
         now = time.time()
         job_id = f"{datetime.fromtimestamp(now, UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
         request = write_source(draft, data, self._paths.job(job_id).records)
-        # kill-point: server: the job is about to be queued
-        self._store.insert(Job(job_id=job_id, project_id=project_id, request=request, created_at=now, updated_at=now))
-        # kill-point: server: the job is queued, no runner works on it
-        return self._start(job_id)
+        return Job(job_id=job_id, project_id=project_id, request=request, created_at=now, updated_at=now)
 
     def _start(self, job_id: str) -> TrainingStatus:
         """Try to start a runner for a job in the queue.
@@ -154,7 +195,7 @@ class JobService:
         """
         job = self._find(project_id, job_id)
         if job is None:
-            self._require_project(project_id)
+            self.require_project(project_id)
             return not_started(project_id)
         if not job.status.is_final:
             self._supervisor.ensure_runner()
@@ -176,6 +217,16 @@ class JobService:
         """Do the same as `status_and_ensure_runner` for a job whose project is not known."""
         self._require_database(job_id)
         return self.status_and_ensure_runner(self._store.get(job_id).project_id, job_id)
+
+    def trainings(self, project_id: str) -> list[Job]:
+        """Return a project's trainings, the one that was queued last first."""
+        return self._store.trainings(project_id) if self._store.exists else []
+
+    def ask_for(self, job_id: str) -> TrainingStatus:
+        """Let an unfinished job run whether the machine is free or not, and return its status."""
+        with suppress(IllegalTransition):  # a user has asked for it already
+            self._store.append(job_id, JobAskedFor())
+        return self._start(job_id)
 
     def running_job(self) -> TrainingStatus | None:
         """Record dead jobs, then return the job that a runner is working on, or None."""
@@ -252,7 +303,7 @@ class JobService:
         """
         job = self._find(project_id, job_id)
         if job is None:
-            self._require_project(project_id)
+            self.require_project(project_id)
             raise JobStateError(
                 f"Nothing to cancel: no training was started for project {project_id!r}.", code="nothing_to_cancel"
             )
@@ -288,9 +339,7 @@ class JobService:
             base = self._store.get(job_id).request.base if self._store.exists else None
         except JobNotFound:
             return None
-        if base is None:
-            return None
-        return base.ref if base.ref == BUNDLED or base.ref.startswith("ollama:") else str(base.path)
+        return None if base is None else base.reference
 
     def _project_of(self, *adapters: Path) -> str:
         """Return the project of the first published adapter. One from another directory is a project named after that."""
@@ -308,7 +357,7 @@ class JobService:
             raise InvalidArgument("job_id", job_id, f"it belongs to project {job.project_id!r}, not {project_id!r}")
         return job
 
-    def _require_project(self, project_id: str) -> None:
+    def require_project(self, project_id: str) -> None:
         """Raise JobNotFound for a project without jobs and adapters, if there are others: it may be misspelt.
 
         A project that was added in Codebase Gardener is known. Its name raises InvalidArgument, with its id.

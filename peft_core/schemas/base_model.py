@@ -69,3 +69,8 @@ class Base(FrozenModel):
     size_bytes: int
     has_chat_template: bool
     fingerprint: Fingerprint
+
+    @property
+    def reference(self) -> str:
+        """What a later request gives to find the same base model again: a path, or a name that does not depend on one."""
+        return self.ref if self.ref == BUNDLED or self.ref.startswith("ollama:") else str(self.path)

@@ -10,12 +10,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, to_jsonable_python
 
 from peft_core.errors import InvalidArgument
 from peft_core.schemas.export import ExportOptions
 from peft_core.schemas.generation import GenerationRequest
+from peft_core.schemas.project import ALLOWED_RULES, RetrainThreshold, RetrainWhen
 from peft_core.schemas.training import SETTINGS_URI, DataSelection, TrainingConfig, project_id_from
 
 MAX_LISTED = 5
@@ -29,6 +30,7 @@ _OTHER_NAMES = {  # what other trainers, and other tools here, call it
     "adapter_path": "project_id",  # that is for tools that take a directory, too
 }  # fmt: skip
 Config = TypeVar("Config", bound=DataSelection)
+RETRAIN_WHEN: TypeAdapter[RetrainWhen] = TypeAdapter(RetrainWhen, config=ConfigDict(defer_build=True))
 TEXT_FIELDS = frozenset({"prompt", "prefix", "suffix"})  # any text is meant as it is, even an empty one
 
 
@@ -83,6 +85,20 @@ def parse_export_options(options: ExportOptions | Mapping[str, Any] | None) -> E
         return ExportOptions.model_validate(omit_unset(options or {}, ExportOptions))
     except ValidationError as error:
         raise invalid_argument(error, ExportOptions.model_json_schema(), prefix=("options",)) from error
+
+
+def parse_retrain_when(rule: RetrainWhen | Mapping[str, Any] | None) -> RetrainWhen | None:
+    """Return the rule for retraining that a caller may pass; None: none was passed.
+
+    Raises:
+        InvalidArgument: it is neither "never" nor exactly one threshold in its range.
+    """
+    if rule is None or isinstance(rule, RetrainThreshold):
+        return rule
+    try:
+        return RETRAIN_WHEN.validate_python(rule)
+    except ValidationError as error:
+        raise InvalidArgument("retrain_when", rule, ALLOWED_RULES, suggestions=["Correct it and call again"]) from error
 
 
 def omit_unset(values: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
