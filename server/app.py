@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from peft_core.config import Settings
 from peft_core.errors import PeftMcpError
-from peft_core.manager import PEFTManager
+from peft_core.manager import PROJECT_ID, PEFTManager
 from peft_core.schemas.validation import invalid_argument, refuse_unknown
 from server.ask_client import InputNeeded
 from server.catalogue import add_catalogue
@@ -51,6 +51,9 @@ TOOLS = [
     *serving.TOOLS,
     *storage.TOOLS,
 ]
+CHANGE_PROJECTS = frozenset(
+    {"train_adapter", "refresh_project", "cancel_training", "delete_adapter"}
+)  # no check after these
 EXIT_GRACE_S = 1.0  # after the client closed stdin; clients wait two seconds before they send signals
 
 
@@ -75,9 +78,20 @@ class PEFTServer(MCPServer[PEFTManager]):
             if isinstance(error.__cause__, InputNeeded):
                 return error.__cause__.result
             raise to_tool_error(error, tool) from error.__cause__
+        if context is not None and name not in CHANGE_PROJECTS and (project_id := _project_in(arguments)) is not None:
+            context.request_context.lifespan_context.check_due(project_id)
         if isinstance(result, CallToolResult) and context is not None:
             return without_unknown_content(result, context.protocol_version)
         return result
+
+
+def _project_in(arguments: dict[str, Any]) -> str | None:
+    """Return the project that a call is about: tools that take an adapter's path also take a project id."""
+    named = arguments.get("project_id") or arguments.get("adapter_path")
+    try:
+        return PROJECT_ID.validate_python(named)
+    except ValidationError:
+        return None
 
 
 def build_server(settings: Settings) -> PEFTServer:
@@ -89,6 +103,7 @@ def build_server(settings: Settings) -> PEFTServer:
             group.start_soon(exit_on_signal)
             tasks.start(group)
             group.start_soon(updates.publish_changes, manager)
+            manager.check_due()
             yield manager
             group.cancel_scope.cancel()
 

@@ -21,6 +21,7 @@ from peft_core.schemas.dataset import describe_by_extension
 from peft_core.schemas.export import ExportReport
 from peft_core.schemas.generation import Engine, Generation
 from peft_core.schemas.local_bases import LocalBase, LocalBases
+from peft_core.schemas.project import Refreshed
 from peft_core.schemas.results import (
     AdapterList,
     AdapterSummary,
@@ -37,7 +38,7 @@ from peft_core.schemas.serving import Serving
 from peft_core.schemas.storage import DiskUsage, size_in_words
 from peft_core.system.durations import age_since, rough_duration
 from server.links import link_to_export, links_of_status
-from server.status_text import estimate_text, for_client, summarise
+from server.status_text import estimate_text, for_client, summarise, summarise_refresh
 
 RESULT_IN_META = "peft-mcp/result"
 MAX_NAMED_FILES = 20  # held-out files that the text names
@@ -327,6 +328,14 @@ def format_status(status: TrainingStatus, picture: bytes | None = None, *, is_ne
         result.content.append(image)
     result.content.extend(links_of_status(status))
     return result
+
+
+def format_refreshed(refreshed: Refreshed) -> CallToolResult:
+    """Show the training that a user asked for as its job; otherwise, why there is none, or the one that starts by itself."""
+    job = refreshed.job
+    if job is not None and not job.only_while_free:
+        return format_status(job, is_new=True)
+    return tool_result(refreshed, summarise_refresh(refreshed), in_summary=frozenset({"reason"}))
 
 
 def _mb(size_bytes: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from peft_core.schemas.evaluation import Comparison, Evaluation
+from peft_core.schemas.project import Refreshed, RetrainThreshold
 from peft_core.schemas.results import Estimate, Phase, Status, TrainingStatus
 from peft_core.system.durations import format_duration, rough_duration
 
@@ -52,6 +53,16 @@ def summarise(status: TrainingStatus, *, is_new: bool = False) -> str:
         parts.append(evaluation_text(status.evaluation))
         if status.report_path:
             parts.append(f"Report: {status.report_path}.")
+    return " ".join(parts)
+
+
+def summarise_refresh(refreshed: Refreshed) -> str:
+    """Return what came of bringing a project up to date, and when it is retrained by itself, in sentences."""
+    parts = [f"{refreshed.project_id}: {refreshed.reason.rstrip('.')}."]
+    if refreshed.job is not None:
+        parts.append(f"Job {refreshed.job.job_id}: {headline(refreshed.job)}. It runs only while the machine is free.")
+    if isinstance(refreshed.retrain_when, RetrainThreshold) and refreshed.outcome != "not_due":
+        parts.append(f"It is retrained by itself when {refreshed.retrain_when.in_words}.")
     return " ".join(parts)
 
 

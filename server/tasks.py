@@ -28,7 +28,7 @@ from server.status_text import headline, subject
 
 EXTENSION_ID = "io.modelcontextprotocol/tasks"
 REVISIONS = frozenset({"2026-07-28"})
-JOB_TOOLS = frozenset({"train_adapter", "evaluate_adapter", "resume_training"})
+JOB_TOOLS = frozenset({"train_adapter", "evaluate_adapter", "resume_training", "refresh_project"})
 PATIENCE_S = 3.0  # a load or an export that ends sooner is answered without a task
 MIN_POLL_S, MAX_POLL_S = 2.0, 60.0
 POLLS_PER_JOB = 20
@@ -72,8 +72,8 @@ class Tasks(Extension):
             return {"resultType": "task", **call_to_wire(result)} if isinstance(result, LongCall) else result
         result = await call_next(ctx)
         if follows_tasks and params.name in JOB_TOOLS and isinstance(result, CallToolResult) and not result.is_error:
-            status = await _manager(ctx).get_job((result.structured_content or {})["job_id"])
-            if not status.status.is_final:
+            job_id = (result.structured_content or {}).get("job_id")  # a refresh may need no job
+            if job_id is not None and not (status := await _manager(ctx).get_job(job_id)).status.is_final:
                 return {"resultType": "task", **job_to_wire(status)}
         return result
 

@@ -62,6 +62,7 @@ def status_of(
         eta_s=None if stopping else eta_s,
         queue_position=queue_position,
         waits_for=job.waits_for,
+        only_while_free=job.only_while_free or None,
         started_because=job.started_because,
         device=job.device or request.device,
         base_model=request.base.name,

@@ -128,6 +128,7 @@ class TrainingStatus(FrozenModel):
     peak_memory_bytes: int | None = Field(None, description="Peak memory of the training process so far.")
     queue_position: int | None = Field(None, description="1 is next; null if not queued.")
     waits_for: str = Field("", description="Why a training that started by itself waits in the queue.")
+    only_while_free: bool | None = Field(None, description="True: it runs only while the machine is free.")
     started_because: str = Field("", description="Why the training was started, if not by train_adapter.")
     device: str | None = None
     base_model: str | None = None

@@ -40,6 +40,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_train(commands)
     _add_status(commands)
+    _add_refresh(commands)
     _add_evaluate(commands)
     _add_cancel_and_resume(commands)
     adapters = _add(commands, "list", "list the adapters that were trained here")
@@ -97,6 +98,28 @@ def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("project", nargs="?", help="omit to list the newest jobs")
     parser.add_argument("--job", metavar="ID", help="of this job instead of the latest training")
     parser.add_argument("--wait", action="store_true", help="follow the job until it ends")
+
+
+def _add_refresh(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add(commands, "refresh", "bring adapters up to date with their code, and say when to do so by itself")
+    parser.add_argument("projects", nargs="*", metavar="PROJECT", help="omit for all projects that were trained here")
+    parser.add_argument(
+        "--if-due",
+        action="store_true",
+        help="only those that are due by --retrain-when; they train while the machine is free",
+    )
+    parser.add_argument(
+        "--retrain-when",
+        metavar="RULE",
+        help="only set when to retrain by itself: never, units=PERCENT (of the code units changed) or commits=N",
+    )
+    hook = parser.add_mutually_exclusive_group()
+    hook.add_argument(
+        "--install-hook", action="store_true", help="only add --if-due to git's post-commit hook, after asking"
+    )
+    hook.add_argument("--remove-hook", action="store_true", help="only remove it from the hook")
+    parser.add_argument("--yes", action="store_true", help="do not ask before a hook is changed")
+    _add_no_wait(parser)
 
 
 def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

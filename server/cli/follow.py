@@ -88,6 +88,8 @@ def _command(step: NextStep, status: TrainingStatus) -> str:
             return f"Train: peft-mcp train PATH --project {status.project_id}"
         case "evaluate_adapter":
             return f"Evaluate: peft-mcp evaluate {shlex.quote(step.arguments['adapter_path'])} PATH"
+        case "refresh_project":
+            return f"Run it now: peft-mcp refresh {status.project_id}"
         case "resume_training":
             return f"Resume: peft-mcp resume {_job(status)}"
         case "load_adapter":

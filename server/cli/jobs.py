@@ -36,7 +36,7 @@ async def train(manager: PEFTManager, options: Namespace, terminal: Terminal) ->
     config = training_config(options)
     project = options.project or project_of(options.path)
     status = await manager.train_adapter(project, options.path, config)
-    return await _wait_unless(options, manager, status, terminal)
+    return await wait_unless(options, manager, status, terminal)
 
 
 async def evaluate(manager: PEFTManager, options: Namespace, terminal: Terminal) -> int:
@@ -50,7 +50,7 @@ async def evaluate(manager: PEFTManager, options: Namespace, terminal: Terminal)
         config=_given(include=options.include, exclude=options.exclude),
         accept_unproven_base=options.accept_unproven_base,
     )
-    return await _wait_unless(options, manager, status, terminal, None if demanded is None else Verdict(demanded))
+    return await wait_unless(options, manager, status, terminal, None if demanded is None else Verdict(demanded))
 
 
 async def show_status(manager: PEFTManager, options: Namespace, terminal: Terminal) -> int:
@@ -75,7 +75,7 @@ async def resume(manager: PEFTManager, options: Namespace, terminal: Terminal) -
     if job_id is None:
         raise InvalidArgument("project", options.project, "it has no training to resume")
     status = await manager.resume_training(job_id)
-    return await _wait_unless(options, manager, status, terminal)
+    return await wait_unless(options, manager, status, terminal)
 
 
 def project_of(path: str) -> str:
@@ -96,7 +96,7 @@ def project_of(path: str) -> str:
     return project
 
 
-async def _wait_unless(
+async def wait_unless(
     options: Namespace,
     manager: PEFTManager,
     queued: TrainingStatus,

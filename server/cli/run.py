@@ -14,13 +14,14 @@ import anyio
 from peft_core.config import Settings
 from peft_core.errors import PeftMcpError
 from peft_core.manager import PEFTManager
-from server.cli import exit_codes, jobs, listings
+from server.cli import exit_codes, jobs, listings, refresh
 from server.cli.doctor import doctor
 from server.cli.terminal import Terminal
 
 COMMANDS: dict[str, Callable[[PEFTManager, Namespace, Terminal], Awaitable[int]]] = {
     "train": jobs.train,
     "status": jobs.show_status,
+    "refresh": refresh.refresh,
     "evaluate": jobs.evaluate,
     "cancel": jobs.cancel,
     "resume": jobs.resume,
@@ -50,7 +51,7 @@ def run(options: Namespace, settings: Settings) -> int:
         )  # so that the flush at the exit does not fail again
         return exit_codes.DONE
     except KeyboardInterrupt:  # while a request is checked; `follow` handles it later
-        queues = options.command in ("train", "evaluate", "resume")
+        queues = options.command in ("train", "evaluate", "resume", "refresh")
         advice = " `peft-mcp status` shows whether a job was queued before." if queues else ""
         terminal.note(f"peft-mcp: interrupted.{advice}")
         return exit_codes.LEFT_RUNNING

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ LINE_INTERVAL_S = 30.0  # between two lines of the same phase where no bar can b
 _COMMANDS = {
     "train_adapter": "peft-mcp train",
     "get_training_status": "peft-mcp status",
+    "refresh_project": "peft-mcp refresh",
     "evaluate_adapter": "peft-mcp evaluate",
     "cancel_training": "peft-mcp cancel",
     "resume_training": "peft-mcp resume",
@@ -47,6 +49,14 @@ class Terminal:
     def result(self, result: BaseModel, text: str) -> None:
         """Print `text`, or the result as one JSON object without nulls."""
         print(result.model_dump_json(exclude_none=True) if self._as_json else text, file=self._out, flush=True)
+
+    def confirm(self, question: str) -> bool:
+        """Ask a question on the terminal; return whether the answer is yes. Without a terminal it is not."""
+        if not (sys.stdin.isatty() and self._err.isatty()):
+            return False
+        self._err.write(f"{question} [y/N] ")
+        self._err.flush()
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     def note(self, text: str) -> None:
         print(text, file=self._err)

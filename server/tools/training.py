@@ -10,11 +10,12 @@ from pydantic import AfterValidator, Field
 
 from peft_core.errors import InvalidArgument
 from peft_core.manager import PEFTManager
+from peft_core.schemas.project import RetrainWhen
 from peft_core.schemas.results import Estimate, TrainingStatus
 from peft_core.schemas.training import DataSelection, ProjectId, TrainingConfig
 from peft_core.system.durations import rough_duration
 from server.confirm import require_consent
-from server.format_results import format_inspection, format_status
+from server.format_results import format_inspection, format_refreshed, format_status
 from server.progress import stream_progress
 from server.status_text import WAIT_S, short_headline
 from server.tools import make_tool
@@ -188,9 +189,32 @@ async def resume_training(
     return format_status(await ctx.request_context.lifespan_context.resume_training(job_id))
 
 
+async def refresh_project(
+    project_id: ProjectId,
+    ctx: Context[PEFTManager, Any],
+    retrain_when: Annotated[
+        RetrainWhen | None,
+        Field(
+            description="Only set when it is retrained by itself, while the machine is free; trains now only if due."
+        ),
+    ] = None,
+) -> CallToolResult:
+    """Bring a project's adapter up to date with its code: trains in the background on the same source with the same settings,
+    or says that nothing has changed. Returns the job, as train_adapter, or why there is none.
+    """
+
+    async def approve(estimate: Estimate) -> None:
+        if estimate.seconds is not None and estimate.seconds > LONG_S:
+            await require_consent(ctx, long_training_question(project_id, estimate), "No training was started")
+
+    manager = ctx.request_context.lifespan_context
+    return format_refreshed(await manager.refresh_project(project_id, retrain_when, approve=approve))
+
+
 TOOLS = [
     make_tool(train_adapter, "Train an adapter", meta=SHOWN_ON_PAGE),
     make_tool(inspect_training_data, "Inspect training data", reads=True),
+    make_tool(refresh_project, "Refresh a project", repeatable=True),
     make_tool(evaluate_adapter, "Evaluate an adapter", meta=SHOWN_ON_PAGE),
     make_tool(get_training_status, "Training status", reads=True, meta=SHOWN_ON_PAGE),
     make_tool(cancel_training, "Cancel a training", destroys=True, repeatable=True),

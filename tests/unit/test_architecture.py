@@ -44,11 +44,13 @@ MAY_IMPORT = {
     | {"modeling", "ollama", "planning", "vllm"},
     "gardener": FOUNDATION,
     "jobs": FOUNDATION | {"adapters", "evaluation", "gardener", "planning"},
+    "projects": FOUNDATION | {"adapters", "data", "jobs"},
     "serving": FOUNDATION | {"adapters"},
     "storage": FOUNDATION | {"adapters", "base_models", "jobs"},
-    "manager": FOUNDATION | {"adapters", "export", "gardener", "inference", "jobs", "serving", "staleness", "storage"},
+    "manager": FOUNDATION
+    | {"adapters", "export", "gardener", "inference", "jobs", "projects", "serving", "staleness", "storage"},
     "endpoint": FOUNDATION | {"manager", "serving"},
-    "server": FOUNDATION | {"adapters", "endpoint", "llamacpp", "manager", "ollama", "serving"},
+    "server": FOUNDATION | {"adapters", "endpoint", "llamacpp", "manager", "ollama", "projects", "serving"},
 }
 HEAVY = {"torch", "transformers", "peft", "accelerate", "numpy", "gguf", "safetensors", "lance", "pyarrow"}
 SQL_MODULES = ["peft_core/jobs/store.py"]

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[4]
 MINIMAL = {
     "train": ["train", "."],
     "status": ["status"],
+    "refresh": ["refresh"],
     "evaluate": ["evaluate", "web", "."],
     "cancel": ["cancel", "web"],
     "resume": ["resume", "web"],
@@ -41,6 +42,7 @@ def test_every_command_prints_json_on_request(command: str) -> None:
         ["evaluate", "web"],
         ["evaluate", "web", ".", "--fail-unless", "harms"],
         ["status", "web", "other"],
+        ["refresh", "web", "--install-hook", "--remove-hook"],
     ],
 )
 def test_wrong_usage_ends_with_code_2(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
