@@ -59,6 +59,7 @@ from peft_core.schemas.validation import (
     parse_selection,
 )
 from peft_core.serving.service import ServingService
+from peft_core.staleness.service import StalenessService
 from peft_core.storage.service import StorageService
 
 POLL_INTERVAL_S = 0.25  # how often `watch_training` reads the status
@@ -79,10 +80,11 @@ class PEFTManager:
         self._projects = ProjectRegistry(self.settings.paths)
         self._jobs = JobService(self.settings, registry, self._projects)
         self._adapters = AdapterService(self.settings, registry, self._jobs.base_of)
+        self._staleness = StalenessService(self.settings, self._jobs.dataset_of)
         self._exports = ExportService(self.settings, self._adapters)
         self._inference = InferenceService(self.settings, self._adapters, self._training_need)
         self._serving = ServingService(self.settings, registry)
-        self._refreshes = ProjectService(self.settings, registry, self._jobs)
+        self._refreshes = ProjectService(self.settings, registry, self._jobs, self._staleness.of)
         self._due_check = DueCheck(self.settings)
         self._storage = StorageService(self.settings, registry)
 
@@ -106,8 +108,8 @@ class PEFTManager:
         project_id, parsed = _project_id(project_id), parse_config(config)
         given = None if training_data is None else plain_records(training_data)
         data = await run_sync(self._projects.data_of, project_id, given)
-        await run_sync(self._refreshes.require_same_repository, project_id, data)
         draft = await run_sync(self._jobs.plan, data, parsed)
+        await run_sync(self._refreshes.require_same_repository, project_id, draft)
         if approve is not None:
             await approve(draft.estimate)
         status = await run_sync(self._jobs.queue, project_id, draft, data)

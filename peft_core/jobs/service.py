@@ -22,7 +22,7 @@ from peft_core.jobs.status import not_started, status_of, summary_of
 from peft_core.jobs.store import Store
 from peft_core.jobs.supervisor import RunnerSupervisor
 from peft_core.schemas.base_model import Base
-from peft_core.schemas.dataset import SourceKind, TrainingData
+from peft_core.schemas.dataset import DatasetSpec, SourceKind, TrainingData
 from peft_core.schemas.events import AdaptersCompared, Evaluated, JobAskedFor, JobResumed
 from peft_core.schemas.job_report import JobReport
 from peft_core.schemas.local_bases import LocalBases
@@ -340,6 +340,12 @@ class JobService:
         except JobNotFound:
             return None
         return None if base is None else base.reference
+
+    def dataset_of(self, job_id: str) -> DatasetSpec | None:
+        """Return what a job was trained on, with its selection, or None if this data directory has no such job."""
+        with suppress(JobNotFound):
+            return self._store.get(job_id).request.dataset if self._store.exists else None
+        return None
 
     def _project_of(self, *adapters: Path) -> str:
         """Return the project of the first published adapter. One from another directory is a project named after that."""

@@ -17,6 +17,7 @@ from peft_core.config import Settings
 from peft_core.errors import PeftMcpError
 from peft_core.jobs.service import JobService
 from peft_core.projects.service import ProjectService
+from peft_core.staleness.service import StalenessService
 from peft_core.system import logs
 from peft_core.system.child_process import make_files_private
 
@@ -31,7 +32,8 @@ def main(arguments: list[str]) -> int:
     logs.configure(settings.log_level)
     log = structlog.get_logger(__name__)
     registry = Registry(settings.paths, settings.allowed_roots)
-    service = ProjectService(settings, registry, JobService(settings, registry))
+    jobs = JobService(settings, registry)
+    service = ProjectService(settings, registry, jobs, StalenessService(settings, jobs.dataset_of).of)
     for project_id in arguments[1:]:
         try:
             (refreshed,) = service.refresh_due([project_id])

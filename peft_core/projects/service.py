@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,14 +15,14 @@ from pathlib import Path
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
 from peft_core.data.git import first_commits
-from peft_core.errors import DataError, InvalidArgument, PeftMcpError
+from peft_core.errors import DataError, InvalidArgument, PeftMcpError, StorageError
 from peft_core.jobs.service import JobService
 from peft_core.jobs.state import Job
-from peft_core.projects.changes import Changes, changes_since
 from peft_core.projects.registrations import Registrations
-from peft_core.schemas.dataset import TrainingData
+from peft_core.schemas.dataset import SourceKind, TrainingData
 from peft_core.schemas.project import Outcome, Refreshed, Registration, RetrainThreshold, RetrainWhen
 from peft_core.schemas.results import Status
+from peft_core.schemas.staleness import Staleness
 from peft_core.schemas.task import JobRequest
 from peft_core.schemas.training import TrainingConfig
 from peft_core.system.durations import rough_duration
@@ -45,35 +45,42 @@ class PlannedRefresh:
 
 
 class ProjectService:
-    def __init__(self, settings: Settings, registry: Registry, jobs: JobService) -> None:
+    """`staleness_of(adapter)` returns how far the code of an adapter has moved on, or None if that cannot be said."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        registry: Registry,
+        jobs: JobService,
+        staleness_of: Callable[[Path], Staleness | None],
+    ) -> None:
         self._settings = settings
+        self._staleness_of = staleness_of
         self._registry = registry
         self._jobs = jobs
         self._registrations = Registrations(settings.paths)
 
     # -- registration --------------------------------------------------------------------------------------------------
 
-    def require_same_repository(self, project_id: str, training_data: TrainingData) -> None:
+    def require_same_repository(self, project_id: str, draft: JobRequest) -> None:
         """Check that a training of a project with an adapter is not on another repository than before.
 
         Raises:
             InvalidArgument: 'another_repository'; the error has both paths.
         """
-        if not isinstance(training_data, str) or not self._settings.paths.current(project_id).is_dir():
+        if draft.source_kind is not SourceKind.REPOSITORY or not self._settings.paths.current(project_id).is_dir():
             return
         try:
             registration = self._registrations.read(project_id)
-        except PeftMcpError:
+        except StorageError:  # the training registers the project anew
             return
-        if registration is None or registration.source is None or not registration.first_commits:
+        if registration is None or not registration.first_commits or registration.source == str(draft.source):
             return
-        if training_data == registration.source:
-            return
-        first_commits = _first_commits(training_data)
-        if first_commits and not set(first_commits) & set(registration.first_commits):
+        found = _first_commits(str(draft.source))
+        if found and not set(found) & set(registration.first_commits):
             raise InvalidArgument(
                 "training_data",
-                training_data,
+                str(draft.source),
                 f"project {project_id!r} was trained on {registration.source}, which is another repository: the two have no "
                 "commit in common",
                 code="another_repository",
@@ -165,9 +172,9 @@ class ProjectService:
             )
         source = self._require_source(registration)
         changes = self._changes(registration)
-        if changes is not None and changes.is_nothing:
-            return self._nothing(registration, "nothing_changed", changes.sentence)
-        because = "started to catch up" if changes is None else f"started to catch up: {changes.sentence}"
+        if changes is not None and not _differs(changes):
+            return self._nothing(registration, "nothing_changed", _what(changes))
+        because = "started to catch up" if changes is None else f"started to catch up: {_what(changes)}"
         return self._plan(registration, source, because, trainings, only_while_free=False)
 
     def start(self, planned: PlannedRefresh) -> Refreshed:
@@ -254,10 +261,10 @@ class ProjectService:
         if changes is None:
             reason = "What has changed since the latest adapter is not known"
             return self._nothing(registration, "not_due", reason)
-        if not changes.demand(rule):
-            reason = f"{changes.sentence}; it is retrained when {rule.in_words}"
+        if not _demands(rule, changes):
+            reason = f"{_what(changes)}; it is retrained when {rule.in_words}"
             return self._nothing(registration, "not_due", reason)
-        because = f"started by itself: {changes.sentence}"
+        because = f"started by itself: {_what(changes)}"
         return self._plan(registration, source, because, trainings, only_while_free=True)
 
     # -- both ----------------------------------------------------------------------------------------------------------
@@ -279,13 +286,14 @@ class ProjectService:
             latest=trainings[0].job_id if trainings else None,
         )
 
-    def _changes(self, registration: Registration) -> Changes | None:
+    def _changes(self, registration: Registration) -> Staleness | None:
         """Return what has changed since the project's newest adapter was trained; None if there is none, or it is not known.
 
         The newest one counts even if it did not become current: what has been tried need not be tried again.
         """
         adapters = self._registry.adapters(registration.project_id)
-        return changes_since(Path(adapters[0].adapter_path), registration) if adapters else None
+        staleness = self._staleness_of(Path(adapters[0].adapter_path)) if adapters else None
+        return None if staleness is None or staleness.files is None else staleness
 
     def _set_rule(self, registration: Registration, rule: RetrainWhen) -> Registration:
         return self._registrations.change(
@@ -343,6 +351,24 @@ class ProjectService:
 
 def _unfinished(trainings: Sequence[Job]) -> Job | None:
     return next((job for job in trainings if not job.status.is_final), None)
+
+
+def _differs(changes: Staleness) -> bool:
+    return bool(changes.files_changed or changes.files_new or changes.files_deleted)
+
+
+def _what(changes: Staleness) -> str:
+    """Return the first sentence, which says what has changed, without the advice that follows."""
+    return changes.text.partition(". ")[0].rstrip(".")
+
+
+def _demands(rule: RetrainThreshold, changes: Staleness) -> bool:
+    """Return whether a rule demands a training. Commits that change nothing that is read do not count."""
+    if not _differs(changes):
+        return False
+    if rule.units is not None:
+        return (changes.units_changed_percent or 0.0) >= rule.units
+    return rule.commits is not None and (changes.commits_behind or 0) >= rule.commits
 
 
 def _first_commits(source: str) -> list[str]:

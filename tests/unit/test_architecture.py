@@ -44,7 +44,7 @@ MAY_IMPORT = {
     | {"modeling", "ollama", "planning", "vllm"},
     "gardener": FOUNDATION,
     "jobs": FOUNDATION | {"adapters", "evaluation", "gardener", "planning"},
-    "projects": FOUNDATION | {"adapters", "data", "jobs"},
+    "projects": FOUNDATION | {"adapters", "data", "jobs", "staleness"},
     "serving": FOUNDATION | {"adapters"},
     "storage": FOUNDATION | {"adapters", "base_models", "jobs"},
     "manager": FOUNDATION
