@@ -50,6 +50,23 @@ class Settings(BaseSettings):
             "or is rejected. Unset: the memory available.",
         ),
     ] = None
+    lora_rank: Annotated[
+        int | None, Field(ge=1, le=512, description="LoRA rank of trainings that set none. Unset: chosen by the data.")
+    ] = None
+    lora_alpha: Annotated[
+        float | None, Field(gt=0, le=4096, description="LoRA alpha of trainings that set none. Unset: 2 x rank.")
+    ] = None
+    training_batch_size: Annotated[
+        int | None, Field(ge=1, le=256, description="Examples per step of trainings that set no batch_size. Unset: 4.")
+    ] = None
+    max_training_steps: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=1_000_000,
+            description="Most steps of trainings that set neither num_epochs nor max_steps. Unset: at most 2 hours.",
+        ),
+    ] = None
     max_resident_adapters: Annotated[
         int, Field(ge=1, le=64, description="Adapters held in memory; the least recently used one is unloaded first.")
     ] = 3

@@ -23,6 +23,7 @@ from peft_core.config import Settings
 from peft_core.errors import InvalidArgument, StorageError
 from peft_core.export.service import ExportService
 from peft_core.gardener.chunks import Records, plain_records
+from peft_core.gardener.names import PipelineOptions, parse_names
 from peft_core.gardener.registry import ProjectRegistry
 from peft_core.inference.client import ProgressCallback, TextCallback
 from peft_core.inference.service import InferenceService, TrainingNeed
@@ -52,7 +53,6 @@ from peft_core.schemas.serving import Serving, ServingStopped
 from peft_core.schemas.storage import DiskUsage
 from peft_core.schemas.training import DataSelection, EvaluatedAdapter, ProjectId, TrainingConfig
 from peft_core.schemas.validation import (
-    parse_config,
     parse_export_options,
     parse_generation,
     parse_retrain_when,
@@ -102,13 +102,14 @@ class PEFTManager:
             project_id: the project that the adapter belongs to.
             training_data: a repository directory, a file of records, a LanceDB table (`NAME.lance`), records, or objects like
                 Codebase Gardener's `CodeChunk`. It may be omitted for a project that was added in Codebase Gardener.
-            config: `TrainingConfig` or its fields.
+            config: `TrainingConfig` or its fields; also by the names of Codebase Gardener, such as `lora_rank`.
             approve: awaited with the estimate before anything is written; what it raises ends the call.
         """
-        project_id, parsed = _project_id(project_id), parse_config(config)
+        project_id, (parsed, options) = _project_id(project_id), parse_names(config)
+        _refuse(options, "progress_update_interval", "start_training")
         given = None if training_data is None else plain_records(training_data)
         data = await run_sync(self._projects.data_of, project_id, given)
-        draft = await run_sync(self._jobs.plan, data, parsed)
+        draft = await run_sync(self._jobs.plan, data, parsed, options)
         await run_sync(self._refreshes.require_same_repository, project_id, draft)
         if approve is not None:
             await approve(draft.estimate)
@@ -172,10 +173,13 @@ class PEFTManager:
         Args:
             project_id: the project that the adapter belongs to.
             training_data: as for `train_adapter`.
-            config: as for `train_adapter`.
+            config: as for `train_adapter`; or by the names of Codebase Gardener, also `progress_update_interval`.
             on_progress: a function or coroutine function, called with the status while the job is awaited.
             progress_update_interval: least number of seconds between two of its calls, except for the last.
         """
+        if isinstance(config, Mapping) and "progress_update_interval" in config:
+            progress_update_interval = parse_names(config)[1].progress_update_interval or 0.0
+            config = {name: value for name, value in config.items() if name != "progress_update_interval"}
         status = await self.train_adapter(project_id, training_data, config)
         return TrainingJob(
             status,
@@ -189,7 +193,10 @@ class PEFTManager:
         self, training_data: str | Records, config: TrainingConfig | Mapping[str, Any] | None = None
     ) -> TrainingDataReport:
         """Do a dry run of `train_adapter`: return the dataset's size, samples, exclusions and settings. Takes seconds."""
-        return await run_sync(partial(self._jobs.inspect, plain_records(training_data), parse_config(config)))
+        parsed, options = parse_names(config)
+        for name in PipelineOptions.model_fields:
+            _refuse(options, name, "start_training")
+        return await run_sync(partial(self._jobs.inspect, plain_records(training_data), parsed))
 
     async def list_base_models(self) -> LocalBases:
         """List the base models on this machine, also those of Ollama, LM Studio and llama.cpp. Takes seconds at most."""
@@ -551,6 +558,12 @@ class PEFTManager:
             return None
         allocated = status.peak_memory_bytes or 0
         return TrainingNeed(status.project_id, max(0, status.estimate.memory_bytes - allocated))
+
+
+def _refuse(options: PipelineOptions, name: str, method: str) -> None:
+    """Raise InvalidArgument for an option that another method takes."""
+    if (value := getattr(options, name)) is not None:
+        raise InvalidArgument(f"config.{name}", value, f"it has no effect here; it belongs to {method}")
 
 
 def _project_id(value: str) -> str:

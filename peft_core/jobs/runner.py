@@ -111,6 +111,7 @@ class Runner:
         self._measure = measure
         self._machine = FreeMachine(Limits.of(settings))
         self._pause = ""  # why the running job is paused
+        self._ends_at = float("inf")  # when the time limit of the running job is reached, by the monotonic clock
 
     async def drain(self) -> bool:
         """Run the queued jobs one after the other; return True if a signal ended this early."""
@@ -164,6 +165,8 @@ class Runner:
         bound.info("started", project_id=job.project_id)
         paths = self._paths.job(job.job_id)
         self._pause = ""
+        minutes = job.request.config.max_minutes
+        self._ends_at = float("inf") if minutes is None else time.monotonic() + 60 * minutes
         try:
             # kill-point: runner: the worker is about to be started
             last_event, code = await self._run_worker(job, paths)
@@ -272,14 +275,20 @@ class Runner:
         if code == 0 and (completed := completed_evaluation(self._store.get(job.job_id))) is not None:
             self._write_report(job, paths)
             return completed
-        if self._stopping or self._pause or code == CANCELLED_EXIT_CODE:
-            stop = JobInterrupted(
-                reason=f"The {job.request.noun} was asked to stop (SIGTERM), for instance at shutdown."
-            )
-            return JobPostponed(reason=self._pause) if self._pause and not self._stopping else stop
+        if self._stopping or self._pause or self._is_out_of_time or code == CANCELLED_EXIT_CODE:
+            return self._stopped(job)
         if isinstance(last_event, JobFailed):
             return last_event
         return JobFailed(error=exit_error(code, paths.log, process=f"{job.request.noun} process"))
+
+    def _stopped(self, job: Job) -> Event:
+        """Return the event of a job whose worker was asked to stop."""
+        if self._pause and not self._stopping:
+            return JobPostponed(reason=self._pause)
+        if self._is_out_of_time and not self._stopping:
+            limit = f"config.max_minutes = {job.request.config.max_minutes:g}"
+            return JobInterrupted(reason=f"The time limit was reached: {limit}.")
+        return JobInterrupted(reason=f"The {job.request.noun} was asked to stop (SIGTERM), for instance at shutdown.")
 
     def _publish(self, job: Job, paths: JobPaths, written: AdapterWritten) -> Event:
         """Verify the adapter that the worker wrote and publish it; return the event that ends the job."""
@@ -316,13 +325,13 @@ class Runner:
             log.exception("no report", job_id=job.job_id)
 
     async def _end_on_request(self, job_id: str, process: Process) -> None:
-        """Wait for a request to cancel or pause the job or to stop the runner, then end the worker.
+        """Wait for a request to cancel or pause the job or to stop the runner, or for its time limit; then end the worker.
 
         Raises:
             StorageError: The data directory was removed; another runner may work in a new one of the same name.
         """
         measured_at = float("-inf")
-        while not (self._stopping or self._store.cancel_requested(job_id)):
+        while not (self._stopping or self._is_out_of_time or self._store.cancel_requested(job_id)):
             await anyio.sleep(POLL_INTERVAL_S)
             self._require_directory()
             if time.monotonic() - measured_at >= MEASURE_INTERVAL_S:
@@ -331,6 +340,10 @@ class Runner:
                     self._pause = reason
                     break
         await _end(process)
+
+    @property
+    def _is_out_of_time(self) -> bool:
+        return time.monotonic() >= self._ends_at
 
     def _why_pause(self, job_id: str) -> str:
         """Return why the running job must make way; "" if a user asked for it, or nothing else needs the machine."""

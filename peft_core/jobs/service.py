@@ -16,6 +16,7 @@ from pathlib import Path
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument, JobNotFound, JobStateError, StorageError
+from peft_core.gardener.names import PipelineOptions
 from peft_core.gardener.registry import ProjectRegistry
 from peft_core.jobs.state import IllegalTransition, Job
 from peft_core.jobs.status import not_started, status_of, summary_of
@@ -46,8 +47,15 @@ class JobService:
     # -- new jobs ------------------------------------------------------------------------------------------------------
     # The planners are imported with the first job: resolving base models and reading code would slow the server's start.
 
-    def plan(self, training_data: TrainingData, config: TrainingConfig) -> JobRequest:
+    def plan(
+        self, training_data: TrainingData, config: TrainingConfig, options: PipelineOptions | None = None
+    ) -> JobRequest:
         """Check everything that can be checked without a model, and return what to pass to `queue`; nothing is written.
+
+        Args:
+            training_data: What to train on.
+            config: How.
+            options: Limits on how many units or records are trained on.
 
         Raises:
             InvalidArgument, DataError, BaseCheckpointError, StorageError: the job cannot be run, and why.
@@ -55,7 +63,23 @@ class JobService:
         from peft_core.planning.planner import plan  # noqa: PLC0415
 
         # kill-point: server: asked to train
-        return plan(training_data, config, self._settings, self._measured_speed)
+        draft = plan(training_data, config, self._settings, self._measured_speed)
+        if options is None:
+            return draft
+        from peft_core.planning.defaults import count_units, too_little  # noqa: PLC0415
+
+        minimum, maximum = options.min_training_chunks, options.max_training_chunks
+        if minimum is not None and (units := count_units(draft.found)) < minimum:
+            raise too_little(units, draft.found, minimum)
+        batch_size = draft.config.batch_size
+        if maximum is None or draft.estimate.steps * batch_size <= maximum:
+            return draft
+        steps = {"max_steps": max(1, maximum // batch_size), "num_epochs": None}
+        draft = plan(training_data, config.model_copy(update=steps), self._settings, self._measured_speed)
+        chosen = (
+            f"{steps['max_steps']} steps, by config.max_training_chunks = {maximum}. {draft.estimate.chosen}".rstrip()
+        )
+        return draft.model_copy(update={"estimate": draft.estimate.model_copy(update={"chosen": chosen})})
 
     def evaluate(
         self, evaluated: EvaluatedAdapter, base: Base, evaluation_data: TrainingData | None, selection: DataSelection

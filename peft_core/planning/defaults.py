@@ -36,18 +36,30 @@ _EPOCHS = {1: "One epoch", 2: "Two epochs", 3: "Three epochs"}
 
 
 def choose_defaults(
-    config: TrainingConfig, shape: ModelShape, source: SourceSummary, tokens_per_second: float | None
+    config: TrainingConfig,
+    shape: ModelShape,
+    source: SourceSummary,
+    tokens_per_second: float | None,
+    *,
+    most_steps: int | None = None,
 ) -> tuple[TrainingConfig, str]:
     """Return the complete settings, and one sentence on each of duration and rank that was chosen here.
+
+    `most_steps` limits a duration that is chosen here: the setting max_training_steps.
 
     Raises:
         DataError: 'too_little_data', unless the request allows it.
     """
-    units = _count_units(source)
+    units = count_units(source)
     if units < MIN_UNITS and not config.allow_little_data:
         raise too_little(units, source)
     train = training_set(source, config.held_out_fraction)
+    is_open = config.num_epochs is None and config.max_steps is None
     config, duration = _with_duration(config, train, tokens_per_second)
+    steps = config.max_steps or steps_of(train.examples, config.num_epochs or 1, config.batch_size)
+    if is_open and most_steps is not None and steps > most_steps:
+        config = config.model_copy(update={"max_steps": most_steps, "num_epochs": None})
+        duration = f"{most_steps} steps, by the setting max_training_steps."
     config, rank = _with_rank(config, shape, train)
     if config.learning_rate is None:
         rate = default_learning_rate(shape.hidden_size, config.batch_size)
@@ -73,13 +85,15 @@ def require_complete(config: TrainingConfig) -> None:
         )
 
 
-def _count_units(source: SourceSummary) -> int:
+def count_units(source: SourceSummary) -> int:
     """Return how many functions, methods and classes, and records, a source holds."""
     counts = [count for count in (source.units, source.examples) if count is not None]
     return sum(counts) if counts else round(source.estimated_tokens / TOKENS_PER_EXAMPLE)
 
 
-def too_little(units: int, source: SourceSummary) -> DataError:
+def too_little(units: int, source: SourceSummary, minimum: int | None = None) -> DataError:
+    """Return the error for a source with too few units. `minimum`: the request's own limit, instead of `MIN_UNITS`."""
+    way_out = "set config.allow_little_data = true" if minimum is None else "lower config.min_training_chunks"
     noun, more = (
         "units (functions, methods and classes)",
         "Give more code: a directory further up, or the whole repository",
@@ -89,15 +103,15 @@ def too_little(units: int, source: SourceSummary) -> DataError:
     elif source.examples is not None:
         noun, more = "records", "Give more records"
     return DataError(
-        f"Too little data: {source.path or 'training_data'} holds {units} {noun}, about {source.estimated_tokens} tokens; at "
-        f"least {MIN_UNITS} are needed for an adapter that generalises instead of memorising. Retrieval, that is letting the "
-        "assistant read these files, works better here.",
+        f"Too little data: {source.path or 'training_data'} holds {units} {noun}, about {source.estimated_tokens} tokens; "
+        f"at least {minimum or MIN_UNITS} are needed for an adapter that generalises instead of memorising. Retrieval, that "
+        "is letting the assistant read these files, works better here.",
         code="too_little_data",
         suggestions=(
             *(source.advice or (more,)),
-            "Or set config.allow_little_data = true to train anyway",
+            f"Or {way_out} to train anyway",
         ),
-        details={"units": units, "needed": MIN_UNITS, "estimated_tokens": source.estimated_tokens},
+        details={"units": units, "needed": minimum or MIN_UNITS, "estimated_tokens": source.estimated_tokens},
     )
 
 

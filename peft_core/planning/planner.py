@@ -65,7 +65,7 @@ def plan(
     device = _device(config)
     require_places(DatasetPurpose.TRAINING.field, training_data, config.more_sources, settings)
     base = resolve(config.base_model, settings)
-    config = _within_context(config, base)
+    config = _within_context(_with_settings(config, settings), base)
     source = summarise(training_data, config, DatasetPurpose.TRAINING)
     _check_source(config, base, source)
     _check_base(config, base)
@@ -78,7 +78,9 @@ def plan(
     ]
     longer = _longest_affordable(config, base, device, plans, settings)
     source, config = with_base(source, training_data, config, base, longer)
-    config, chosen = choose_defaults(config, base.shape, source, speeds[0].tokens_per_second)
+    config, chosen = choose_defaults(
+        config, base.shape, source, speeds[0].tokens_per_second, most_steps=settings.max_training_steps
+    )
     chosen = f"{_why_longer(config, source)}{chosen}"
     require_loadable(base)  # last of the checks, because it may take seconds
 
@@ -312,6 +314,14 @@ def choose_plan(
         f"; more than {limit.field}, {limit.megabytes} MB, although {_describe(leanest.plan)}. Close other programs before "
         "it starts"
     )
+
+
+def _with_settings(config: TrainingConfig, settings: Settings) -> TrainingConfig:
+    """Return the request's settings, with the user's for those that it does not give."""
+    users = {"rank": settings.lora_rank, "alpha": settings.lora_alpha, "batch_size": settings.training_batch_size}
+    given = config.model_fields_set
+    changes = {name: value for name, value in users.items() if value is not None and name not in given}
+    return config.model_copy(update=changes) if changes else config
 
 
 def _within_context(config: TrainingConfig, base: Base) -> TrainingConfig:

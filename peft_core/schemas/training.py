@@ -196,6 +196,16 @@ class TrainingConfig(DataSelection):
     max_steps: Annotated[
         int | None, Field(ge=1, le=1_000_000, description="Optimiser steps, instead of num_epochs: bounds the time.")
     ] = None
+    max_minutes: Annotated[
+        float | None,
+        Field(
+            json_schema_extra=ADVANCED,
+            gt=0,
+            le=100_000,
+            description="Stop a run that takes longer than so many minutes, at a checkpoint. It is then interrupted, and "
+            "resume_training continues it for as long again. Omit for no limit.",
+        ),
+    ] = None
     batch_size: Annotated[
         int,
         Field(

@@ -24,7 +24,9 @@ _FEW_FIELDS = 16
 _OTHER_NAMES = {  # what other trainers, and other tools here, call it
     "lr": "learning_rate", "r": "rank", "lora_r": "rank", "lora_rank": "rank", "lora_alpha": "alpha",
     "lora_dropout": "dropout", "epochs": "num_epochs", "num_train_epochs": "num_epochs", "n_epochs": "num_epochs",
-    "steps": "max_steps", "iters": "max_steps", "per_device_train_batch_size": "batch_size", "max_seq_length": "max_length",
+    "steps": "max_steps", "iters": "max_steps", "max_training_steps": "max_steps", "training_batch_size": "batch_size",
+    "training_timeout_minutes": "max_minutes", "timeout_minutes": "max_minutes", "memory_limit_mb": "max_memory_mb",
+    "per_device_train_batch_size": "batch_size", "max_seq_length": "max_length",
     "max_seq_len": "max_length", "context_length": "max_length", "cutoff_len": "max_length", "model": "base_model",
     "model_name": "base_model", "lr_scheduler_type": "lr_scheduler", "patience": "early_stopping_patience",
     "adapter_path": "project_id",  # that is for tools that take a directory, too

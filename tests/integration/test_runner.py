@@ -28,7 +28,7 @@ from peft_core.schemas.task import TrainingTask
 from peft_core.schemas.training import EvaluatedAdapter, TrainingConfig
 from peft_core.system.failures import error_info
 from peft_core.system.lock import FileLock
-from tests.factories import make_evaluation, make_job
+from tests.factories import make_evaluation, make_job, make_request
 from tests.integration.conftest import Spawn
 from tests.integration.scripted_worker import step_completed
 from tests.model_files import write_model
@@ -115,6 +115,19 @@ def test_a_worker_that_reports_a_missing_adapter_has_failed(store: Store, spawn:
 
 def test_a_worker_that_received_sigterm_is_interrupted(store: Store, spawn: Spawn) -> None:
     assert run_one(store, spawn, "asked to stop").status is Status.INTERRUPTED
+
+
+def test_a_worker_is_ended_at_its_time_limit_and_can_be_resumed(store: Store, spawn: Spawn) -> None:
+    request = make_request(config=TrainingConfig(max_minutes=0.01))
+    store.insert(make_job("job", "hangs", request=request))
+    assert spawn().wait(timeout=60) == 0
+    job = store.get("job")
+    assert job.error is not None
+    assert (job.status, job.error.message) == (
+        Status.INTERRUPTED,
+        "The time limit was reached: config.max_minutes = 0.01.",
+    )
+    assert store.requeue("job", JobResumed()).status is Status.QUEUED
 
 
 def test_an_error_in_a_task_group_keeps_its_code_text_and_advice() -> None:

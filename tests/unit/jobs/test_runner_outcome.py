@@ -15,7 +15,7 @@ from peft_core.jobs.store import Store
 from peft_core.paths import JobPaths
 from peft_core.schemas.events import Event, JobCancelled, JobFailed, JobInterrupted, JobPostponed, JobStarted
 from peft_core.schemas.results import ErrorInfo
-from peft_core.schemas.training import EvaluatedAdapter
+from peft_core.schemas.training import EvaluatedAdapter, TrainingConfig
 from peft_core.system.cancellation import CANCELLED_EXIT_CODE
 from peft_core.system.lock import FileLock
 from peft_core.system.machine_use import MachineUse
@@ -102,3 +102,15 @@ def test_a_killed_evaluation_is_called_an_evaluation(tmp_path: Path) -> None:
     outcome = Ended(tmp_path, evaluated=EvaluatedAdapter(adapter_path=Path("/adapters/a-01"))).outcome(None, -9)
     assert isinstance(outcome, JobFailed)
     assert outcome.error.message.startswith("The evaluation process was killed")
+
+
+@pytest.mark.parametrize("last_event", [None, FAILED])
+@pytest.mark.parametrize("code", [CANCELLED_EXIT_CODE, 1, -signal.SIGKILL])
+def test_a_job_whose_time_is_over_is_interrupted_with_its_limit(
+    tmp_path: Path, last_event: Event | None, code: int
+) -> None:
+    ended = Ended(tmp_path, config=TrainingConfig(max_minutes=30))
+    ended.runner._ends_at = 0.0
+    assert ended.outcome(last_event, code) == JobInterrupted(
+        reason="The time limit was reached: config.max_minutes = 30."
+    )
