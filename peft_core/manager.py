@@ -109,7 +109,7 @@ class PEFTManager:
         _refuse(options, "progress_update_interval", "start_training")
         given = None if training_data is None else plain_records(training_data)
         data = await run_sync(self._projects.data_of, project_id, given)
-        draft = await run_sync(self._jobs.plan, data, parsed, options)
+        draft = await run_sync(self._jobs.plan, project_id, data, parsed, options)
         await run_sync(self._refreshes.require_same_repository, project_id, draft)
         if approve is not None:
             await approve(draft.estimate)

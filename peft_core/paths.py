@@ -67,6 +67,10 @@ class JobPaths:
         return self.root / "base_scores.json"
 
     @property
+    def parent_scores(self) -> Path:
+        return self.root / "parent_scores.json"
+
+    @property
     def log(self) -> Path:
         return self.root / "train.log"
 

@@ -139,6 +139,8 @@ def evaluation_text(evaluation: Evaluation) -> str:
         parts.append(f"loss on general code {general.base:.3f} -> {general.adapter:.3f}{_interval(general)}")
     reason = evaluation.reason[:1].upper() + evaluation.reason[1:]
     caveats = "".join(f" {caveat}" for caveat in evaluation.caveats)
+    if evaluation.catch_up is not None:
+        caveats += f" {evaluation.catch_up.in_words}"
     size = f"{counted(evaluation.files, 'file')}, {counted(evaluation.examples, 'example')}"
     return f"{reason}; {', '.join(parts)}; {size}.{caveats}"
 

@@ -87,6 +87,7 @@ def _evaluation(evaluation: Evaluation | None) -> str:
         f"\n\nVerdict: **{evaluation.verdict}**, as {evaluation.reason}.{caveats}\n\n"
         "| | base model | with this adapter | change | 95 % confidence interval |\n|---|---|---|---|---|\n"
         + "\n".join(rows)
+        + (f"\n\n{evaluation.catch_up.in_words}" if evaluation.catch_up is not None else "")
         + f"\n\nThe intervals come from a paired bootstrap over {evaluation.resampled}, for general code over its functions "
         f"({evaluation.files} files, {evaluation.examples} examples, {evaluation.lines} lines, {evaluation.prompts} prompts)."
     )
@@ -144,6 +145,11 @@ def _training(manifest: Manifest) -> str:
         f"- {config.lr_scheduler} schedule after {config.warmup_ratio:.0%} warm-up; seed {config.seed}",
         f"- device: {run.device}; frozen weights in {run.weights_dtype}",
     ]
+    if run.continued_from is not None:
+        lines.append(
+            f"- continued from {run.continued_from}; {manifest.data.summary.replayed_examples} of the training examples were "
+            "known to it, the others are new or have changed"
+        )
     lines += [
         f"- at step {event.step} {event.reason}: rolled back to step {event.back_to_step}, and continued "
         f"with 1/{1 / event.factor:g} of the learning rate"

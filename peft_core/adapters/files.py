@@ -44,6 +44,7 @@ class AdapterFiles:
     directory: Path
     settings: LoraSettings | None
     tensors: Mapping[str, TensorInfo] | None
+    sha256: str | None  # of the weights' file; None if it was not read
     weights: bytes | None  # the complete file, whose parsed header is `tensors`; None if it was not kept
     weight_reasons: tuple[Reason, ...] | None  # what is wrong with the values; None if they were not read
     manifest: Manifest | None
@@ -97,6 +98,7 @@ def read_adapter(directory: Path, *, weights: WeightsUse = "skip") -> AdapterFil
         directory=directory,
         settings=settings,
         tensors=read.tensors if read is not None else None,
+        sha256=read.sha256 if read is not None else None,
         weights=read.kept if read is not None else None,
         weight_reasons=read.reasons if read is not None else None,
         manifest=manifest,

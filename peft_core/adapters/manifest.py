@@ -58,12 +58,13 @@ class Computation(FrozenModel):
 
 
 class RunRecord(FrozenModel):
-    config: TrainingConfig  # base_model and more_sources are blank, because they are local paths
+    config: TrainingConfig  # base_model, more_sources and continue_from are blank: they are local paths
     target_modules: tuple[str, ...]  # sorted; 'all-linear' is resolved to module names
     device: str
     weights_dtype: str  # of the frozen base: "float32", "bfloat16"
     steps: int
     stopped_early_at: int | None = None
+    continued_from: str | None = None  # id of the adapter whose weights the run started from
     best_step: int | None = None  # the step whose weights were saved, if early stopping chose one
     computation: Computation | None = None
     memory_saved: tuple[MemorySaved, ...] = ()  # one entry for each time that memory ran out
@@ -88,10 +89,15 @@ class Manifest(FrozenModel):
         return self.evaluation is not None and self.evaluation.verdict is Verdict.HARMS
 
     @property
+    def loses(self) -> bool:
+        """Whether it predicts what its parent had held out worse than the parent did."""
+        return self.evaluation is not None and self.evaluation.catch_up is not None and self.evaluation.catch_up.loses
+
+    @property
     def becomes_current(self) -> bool:
         """Whether the project's `current` link should point to it once it is published."""
         policy = self.run.config.make_current
-        return policy == "always" or (policy == "unless_it_harms" and not self.harms)
+        return policy == "always" or (policy == "unless_it_harms" and not self.harms and not self.loses)
 
 
 def sha256_of(path: Path) -> str:

@@ -87,7 +87,7 @@ class Registry:
         raise _not_found(project_id, adapter_id, existing)
 
     def delete(self, project_id: str, adapter_id: str) -> DeletedAdapter:
-        """Delete an adapter. If it was current, the newest remaining adapter whose verdict is not `harms` becomes current.
+        """Delete an adapter. If it was current, the newest remaining one that neither harms nor lost old code becomes current.
 
         The directory is renamed first, which removes the adapter from the project atomically; then its files are deleted.
 
@@ -144,11 +144,11 @@ class Registry:
             yield
 
     def _replace_current(self, project_id: str, adapter_id: str) -> None:
-        """Make the newest other adapter whose verdict is not `harms` current; remove the link if there is none."""
+        """Make the newest other adapter current that neither harms nor lost old code; remove the link if there is none."""
         candidates = [
             adapter
             for adapter in self.adapters(project_id)
-            if adapter.adapter_id != adapter_id and adapter.verdict is not Verdict.HARMS
+            if adapter.adapter_id != adapter_id and adapter.verdict is not Verdict.HARMS and not adapter.loses
         ]
         if candidates:
             self.set_current(project_id, candidates[0].adapter_id)
@@ -181,8 +181,15 @@ class Registry:
         paths = [self._paths.adapter(project, name) for project in newest if (name := self._current(project))]
         return [self._summary(path, manifest) for path in paths if (manifest := read_manifest(path))]
 
-    def resolve_adapter(self, adapter_path: str) -> Path:
+    def current_path(self, project_id: str) -> Path | None:
+        """Return the directory of a project's current adapter; None if it has none."""
+        name = self._current(project_id)
+        return self.published(project_id, name) if name is not None else None
+
+    def resolve_adapter(self, adapter_path: str, *, field: str = "adapter_path") -> Path:
         """Return the directory of an adapter, given as a path or as a project id (its current adapter).
+
+        `field`: the request's name for it, for errors.
 
         Raises:
             AdapterNotFound: it is neither; the message names the projects that have adapters.
@@ -194,7 +201,7 @@ class Registry:
                 return self._paths.current(adapter_path).resolve()
             path = user_path(adapter_path)
             if path.is_absolute():
-                require_allowed("adapter_path", path, self._allowed_roots, also=[self._paths.projects])
+                require_allowed(field, path, self._allowed_roots, also=[self._paths.projects])
             if path.is_absolute() and path.is_dir():
                 return path.resolve()
             if path.is_absolute() and path.is_file():
@@ -260,6 +267,7 @@ class Registry:
             base_perplexity=manifest.metrics.base_perplexity,
             adapter_perplexity=manifest.metrics.adapter_perplexity,
             verdict=manifest.evaluation.verdict if manifest.evaluation else None,
+            loses=manifest.loses,
             adapter_bytes=size_of(path / WEIGHTS),
             adapter_path=str(path),
         )

@@ -48,9 +48,17 @@ class WriteStats:
 
 
 def write_examples(
-    spool: Path, directory: Path, parts: Split, reformat: Callable[[Example], tuple[Example, ExampleFormat]]
+    spool: Path,
+    directory: Path,
+    parts: Split,
+    reformat: Callable[[Example], tuple[Example, ExampleFormat]],
+    *,
+    before: TrainingFingerprint | None = None,
 ) -> WriteStats:
-    """Write the spooled examples into the files of their part; those to train on are reformatted first."""
+    """Write the spooled examples into the files of their part; those to train on are reformatted first.
+
+    `before`: what the adapter that the training continues from was trained on. The fingerprint covers it, too.
+    """
     part_of = dict.fromkeys(parts.train, "train") | dict.fromkeys(parts.held_out, "held_out")
     hashes = {part: hashlib.sha256() for part in ("train", "held_out")}
     partial_files = {part: directory / f"{part}.partial" for part in hashes}
@@ -77,6 +85,7 @@ def write_examples(
                 hashes[part].update(row)
 
         fingerprint = TrainingFingerprint.of(write_and_yield_training_texts())
+    fingerprint = fingerprint if before is None else fingerprint | before
     (directory / FINGERPRINT_FILE_NAME).write_bytes(fingerprint.to_bytes())
     for part, path in partial_files.items():
         path.replace(directory / f"{part}.jsonl")

@@ -33,6 +33,7 @@ class ExclusionReason(StrEnum):
     EMPTY = "empty"
     EXCLUDED = "excluded"  # by config.exclude
     GENERATED = "generated"
+    HELD_OUT_BEFORE = "held_out_before"  # by the adapter that the run continues from, so it is never trained on
     HIDDEN = "hidden"
     IGNORED = "ignored"
     LFS_POINTER = "lfs_pointer"  # stands for a file that Git LFS has not fetched
@@ -59,6 +60,7 @@ class ExclusionReason(StrEnum):
     TINY = "tiny"
     TOO_LARGE = "too_large"
     TOO_LONG = "too_long"
+    UNCHANGED = "unchanged"  # known to the adapter that the run continues from, and not in the sample that is repeated
     TURNS_TOO_LONG = "later_turns_too_long"  # answers of a conversation whose first ones fit
     CHAT_TEMPLATE = "chat_template"  # a conversation that the base model's template does not write
     TRAINED_ON = "trained_on"  # by the adapter that is evaluated, or by both that are compared

@@ -23,8 +23,9 @@ from pathlib import Path
 from peft_core.data.examples import learned_text
 from peft_core.data.exclusions import ExclusionReason
 from peft_core.data.split import Split
-from peft_core.errors import DataError
+from peft_core.errors import DataError, HeaderError
 from peft_core.schemas.dataset import Example
+from peft_core.system.files import read_small
 
 FINGERPRINT_FILE_NAME = "trained_on.bin"
 MAX_FINGERPRINT_BYTES = 1 << 20
@@ -55,6 +56,16 @@ class TrainingFingerprint:
             smallest.add({min(hashes)})
         return cls(sample.divisor, smallest.divisor, frozenset(sample.hashes | smallest.hashes))
 
+    def __or__(self, other: TrainingFingerprint) -> TrainingFingerprint:
+        """Return the fingerprint of both training sets: what is evidence in one of them only is left out."""
+        sample, smallest = _HashSample(_MAX_HASHES), _HashSample(_MAX_SMALLEST_HASHES)
+        sample.divisor = max(self.divisor, other.divisor)  # powers of two, so one divides the other
+        smallest.divisor = max(self.divisor_of_smallest, other.divisor_of_smallest)
+        hashes = self.hashes | other.hashes
+        sample.add(hashes)
+        smallest.add(value for value in hashes if value % sample.divisor)
+        return TrainingFingerprint(sample.divisor, smallest.divisor, frozenset(sample.hashes | smallest.hashes))
+
     def share_of(self, text: str) -> float | None:
         """Return the share of a text that was trained on, 0 to 1, estimated from the sample; None if it holds no evidence."""
         hashes = list(_shingle_hashes(text))
@@ -80,7 +91,7 @@ class TrainingFingerprint:
         if len(raw) < _HEADER.size or len(body) % 8:
             return None
         magic, divisor, divisor_of_smallest = _HEADER.unpack_from(raw)
-        if magic != _MAGIC or divisor < 1 or divisor_of_smallest < 1:
+        if magic != _MAGIC or divisor.bit_count() != 1 or divisor_of_smallest.bit_count() != 1:  # powers of two
             return None
         return cls(divisor, divisor_of_smallest, frozenset(struct.unpack(f"<{len(body) // 8}Q", body)))
 
@@ -97,6 +108,14 @@ def why_excluded(text: str, known: Sequence[TrainingFingerprint | None]) -> Excl
             return ExclusionReason.TRAINED_ON
         return ExclusionReason.TRAINED_ON_BY_A if trained[0] else ExclusionReason.TRAINED_ON_BY_B
     return ExclusionReason.MAYBE_TRAINED_ON if None in shares else None
+
+
+def read_fingerprint(adapter: Path) -> TrainingFingerprint | None:
+    """Return the record of what an adapter was trained on, or None if it has none."""
+    try:
+        return TrainingFingerprint.from_bytes(read_small(adapter / FINGERPRINT_FILE_NAME, MAX_FINGERPRINT_BYTES))
+    except HeaderError:
+        return None
 
 
 class _HashSample:

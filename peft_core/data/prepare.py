@@ -22,6 +22,7 @@ from typing import Any, TextIO
 
 from peft_core.data import git
 from peft_core.data.augment import reformat_example, require_fim_tokens
+from peft_core.data.catch_up import FileChanges, Novelty, ParentData, split_for_catch_up
 from peft_core.data.dataset import (
     PreparedDataset,
     WriteStats,
@@ -95,11 +96,13 @@ def prepare(
     token_counter: TokenCounter,
     report: Callable[[str], None],
     known: Sequence[TrainingFingerprint | None] = (),
+    parent: ParentData | None = None,
     may_read: Callable[[Path], None] = lambda _source: None,
 ) -> PreparedDataset:
     """Write train.jsonl, held_out.jsonl, trained_on.bin, snapshot.json.gz and manifest.json into the directory.
 
     Examples in `known`, the texts that the evaluated adapters were trained on, are excluded before anything is selected.
+    `parent`: what the adapter that the training continues from records, if `spec.catch_up` is set.
     `may_read` raises if the source must not be read.
 
     Raises:
@@ -107,6 +110,8 @@ def prepare(
     """
     request = spec.model_dump(mode="json")
     request["known"] = [each and hashlib.sha256(each.to_bytes()).hexdigest() for each in known] or None
+    if parent is not None:
+        request["parent"] = parent.key
     if (done := load_finished(directory, request)) is not None:
         return done
     _require_source(spec, may_read)
@@ -114,7 +119,7 @@ def prepare(
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "manifest.json").unlink(missing_ok=True)
     spool = directory / "examples.partial"
-    builder = DatasetBuilder(spec, token_counter, _Progress(report), known)
+    builder = DatasetBuilder(spec, token_counter, _Progress(report), known, parent)
     reformat = partial(
         reformat_example, mixture=spec.mixture, token_counter=token_counter, max_length=spec.max_length, seed=spec.seed
     )
@@ -122,7 +127,9 @@ def prepare(
         builder.fill(spool)
         # kill-point: worker: the data are spooled
         parts = builder.split(spool)
-        written = write_examples(spool, directory, parts, reformat)
+        written = write_examples(
+            spool, directory, parts, reformat, before=None if parent is None else parent.fingerprint
+        )
         # kill-point: worker: the data are split, without a manifest
     finally:
         spool.unlink(missing_ok=True)
@@ -153,6 +160,11 @@ class DatasetBuilder:
     token_counter: TokenCounter
     progress: _Progress
     known: Sequence[TrainingFingerprint | None]
+    parent: ParentData | None = None
+    novelty: list[Novelty] = field(default_factory=list)  # of each example, if there is a parent
+    trained_on: set[int] = field(default_factory=set)  # positions of changed examples that it knows most of
+    replayed: int = 0
+    trained_files: frozenset[str] = frozenset()  # if there is a parent: also those that only it was trained on
     keys: list[ExampleKey] = field(default_factory=list)
     distinct: set[bytes] = field(default_factory=set)
     signatures: MinHashIndex = field(default_factory=MinHashIndex)
@@ -160,6 +172,7 @@ class DatasetBuilder:
     left_out: Counter[str] = field(default_factory=Counter)
     not_read: Exclusions = field(default_factory=Exclusions)  # the files among them
     secrets: list[tuple[str, int, str]] = field(default_factory=list)
+    _changes: FileChanges | None = None  # of the file that is being read, since the parent; None: records
     states: dict[str, RepositoryState] = field(default_factory=dict)  # by name of the source
     file_states: list[FileState] = field(default_factory=list)  # what the files of repositories were
 
@@ -181,6 +194,7 @@ class DatasetBuilder:
         with spool.open("w", encoding="utf-8", newline="\n") as stream:
             if repositories := self._repositories:
                 self._spool(self._from_repositories(repositories), stream, is_code=True)
+            self._changes = None
             for source in self.spec.sources:
                 if source.kind is not SourceKind.REPOSITORY:
                     self._spool(self._from_records(source), stream, is_code=False)
@@ -220,6 +234,8 @@ class DatasetBuilder:
     def _record(self, file: File, *, cut: bool = True) -> None:
         if self._trains and (state := state_of(file, cut=cut)) is not None:
             self.file_states.append(state)
+            if self.parent is not None:
+                self._changes = self.parent.changes_in(file, state)
 
     def _enough(self) -> int | None:
         """Return how many distinct examples are read at most: a short run need not cut twenty thousand files."""
@@ -268,6 +284,10 @@ class DatasetBuilder:
             context = ""  # the path and the surrounding headers do not make a copied function a different one
         reply = learned_answer(example)
         same_side = b"" if reply is None else digest(reply)
+        if self.parent is not None:
+            self.novelty.append(self.parent.novelty(example, self._changes))
+            if self.novelty[-1] is Novelty.CHANGED and self.parent.was_trained_on(example):
+                self.trained_on.add(len(self.keys))
         self.keys.append(ExampleKey(example.path, digest(f"{context}\0{learned}"), example.tokens, same_side))
         self.distinct.add(self.keys[-1].digest)
         self.signatures.add(learned if is_dedupable(example) else None)
@@ -290,6 +310,16 @@ class DatasetBuilder:
             require_enough_examples(
                 with_canonical_digests(self.keys, self.signatures), self.left_out, name, advice=advice
             )
+        parts = self._split_by_novelty() if self.parent is not None else self._split_by_file()
+        if self._trains:
+            parts = remove_overlap(parts, spool)
+        self.left_out[ExclusionReason.SEEN_IN_TRAINING] += parts.removed_for_overlap
+        self.left_out[ExclusionReason.DUPLICATE] += parts.duplicates
+        self.left_out[ExclusionReason.NEAR_DUPLICATE] += parts.near_duplicates
+        return parts
+
+    def _split_by_file(self) -> Split:
+        spec = self.spec
         parts = split(
             self.keys,
             self.signatures,
@@ -298,16 +328,30 @@ class DatasetBuilder:
             changed=self._last_changes(),
             purpose=spec.purpose,
         )
-        if self._trains:
-            if self._repositories:
-                train = cap_per_file(self.keys, parts.train)
-                self.left_out[ExclusionReason.OVER_FILE_SHARE] += len(parts.train) - len(train)
-                parts = replace(parts, train=train)
-            parts = remove_overlap(parts, spool)
-        self.left_out[ExclusionReason.SEEN_IN_TRAINING] += parts.removed_for_overlap
-        self.left_out[ExclusionReason.DUPLICATE] += parts.duplicates
-        self.left_out[ExclusionReason.NEAR_DUPLICATE] += parts.near_duplicates
+        if self._trains and self._repositories:
+            train = cap_per_file(self.keys, parts.train)
+            self.left_out[ExclusionReason.OVER_FILE_SHARE] += len(parts.train) - len(train)
+            parts = replace(parts, train=train)
         return parts
+
+    def _split_by_novelty(self) -> Split:
+        spec = self.spec
+        assert self.parent is not None  # noqa: S101 -- for the type checker
+        assert spec.catch_up is not None, "a parent comes with catch_up"  # noqa: S101 -- a caller's mistake
+        chosen = split_for_catch_up(
+            self.keys,
+            self.signatures,
+            self.novelty,
+            parent=self.parent,
+            trained_on=self.trained_on,
+            spec=spec.catch_up,
+            held_out_fraction=spec.held_out_fraction,
+            seed=spec.seed,
+        )
+        self.replayed, self.trained_files = chosen.replayed, chosen.trained_files
+        self.left_out[ExclusionReason.UNCHANGED] += chosen.unchanged
+        self.left_out[ExclusionReason.HELD_OUT_BEFORE] += chosen.held_out_before
+        return chosen.parts
 
     def _last_changes(self) -> dict[str, int] | None:
         if not self._splits_by_time:
@@ -337,6 +381,7 @@ class DatasetBuilder:
                 left_out={reason: count for reason, count in sorted(self.left_out.items()) if count},
                 left_out_by_extension=self.not_read.by_extension,
                 secrets_removed=len(self.secrets),
+                replayed_examples=self.replayed,
                 told=dict(sorted(written.formats.items())),
                 sha256=written.sha256,
             ),
@@ -355,9 +400,10 @@ class DatasetBuilder:
                 for source, state in zip(self._repositories, states, strict=True)
             ],
             self.file_states,
-            train={self.keys[position].file for position in parts.train},
-            held_out={self.keys[position].file for position in parts.held_out},
+            train={self.keys[position].file for position in parts.train} | self.trained_files,
+            held_out=set(parts.held_out_files) if self.parent else {self.keys[each].file for each in parts.held_out},
             held_out_examples=read_examples(directory / "held_out.jsonl"),
+            held_out_before=self.parent.snapshot.held_out_ever if self.parent else (),
         )
 
     def details(self, parts: Split) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def split(
         # All files give one answer: `remove_overlap` separates the examples later.
         group_of_file = {file: file for file in group_of_file}
     group_keys = [key._replace(file=group_of_file[key.file]) for key in with_canonical_digests(keys, signatures)]
-    held_out_groups = _choose_held_out(
+    held_out_groups = choose_held_out(
         group_keys, held_out_fraction, seed, changed or {}, min_train_groups=1 if training else 0
     )
     held_out_files = {file for file, group in group_of_file.items() if group in held_out_groups}
@@ -121,6 +121,16 @@ def split(
 def _evenly_spaced(positions: list[int], count: int) -> list[int]:
     """Return at most this many positions, evenly spaced from the first to the last."""
     return [positions[n * len(positions) // count] for n in range(count)] if len(positions) > count else positions
+
+
+def distinct(keys: Sequence[ExampleKey], signatures: MinHashIndex, order: Sequence[int]) -> set[int]:
+    """Return the positions that resemble none before them in this order."""
+    first_with_digest: dict[bytes, int] = {}
+    originals = [
+        position for position in order if first_with_digest.setdefault(keys[position].digest, position) == position
+    ]
+    representatives = signatures.representatives(originals)
+    return {position for position in originals if representatives[position] == position}
 
 
 def _without_duplicates(
@@ -168,7 +178,7 @@ def _groups_by_answer(keys: Sequence[ExampleKey]) -> dict[str, str]:
     return {file: root(file) for file in parent}
 
 
-def _choose_held_out(
+def choose_held_out(
     keys: Sequence[ExampleKey],
     held_out_fraction: float,
     seed: int,

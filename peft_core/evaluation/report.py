@@ -18,7 +18,7 @@ import jinja2
 from peft_core.adapters.manifest import REPORT_NAME, Manifest, read_manifest
 from peft_core.errors import sanitize
 from peft_core.evaluation.loss_curve import HEIGHT, WIDTH, LossCurve, layout_chart, loss_curve
-from peft_core.schemas.evaluation import Comparison, Evaluation, Verdict
+from peft_core.schemas.evaluation import CatchUp, Comparison, Evaluation, Verdict
 from peft_core.schemas.events import Evaluated, Event
 from peft_core.schemas.task import JobRequest
 from peft_core.system.durations import format_duration
@@ -52,7 +52,11 @@ def write_training_report(directory: Path, manifest: Manifest, events: Iterable[
         subtitle=f"Adapter {manifest.adapter_id}, trained {_date(manifest.created_at)}",
         evaluation=evaluation,
         curve=loss_curve(events),
-        tables={"Data": _data_table(manifest), "Training": _training_table(manifest)},
+        tables={
+            **_catch_up_tables(evaluation.catch_up),
+            "Data": _data_table(manifest),
+            "Training": _training_table(manifest),
+        },
     )
     path = directory / REPORT_NAME
     path.write_text(page, encoding="utf-8")
@@ -176,12 +180,30 @@ def _row(name: str, note: str, comparison: Comparison, *, lower_is_better: bool 
     )
 
 
+def _catch_up_tables(catch_up: CatchUp | None) -> dict[str, dict[str, str]]:
+    """Return the table that compares the adapter with the one that it continues from."""
+    if catch_up is None:
+        return {}
+    not_measured = "not measured: there is none"
+    table = {
+        "continues from": catch_up.parent,
+        "changed held-out code": catch_up.changed.in_words if catch_up.changed else not_measured,
+        "old held-out code": catch_up.old.in_words if catch_up.old else not_measured,
+    }
+    if catch_up.loses:
+        table["not made current"] = "it predicts the old held-out code worse than the adapter that it continues from"
+    return {"Loss before and after the update, nats per token": table}
+
+
 def _data_table(manifest: Manifest) -> dict[str, str]:
     data, summary = manifest.data, manifest.data.summary
     table = {
         "trained on": f"{summary.train_examples} examples, {summary.train_tokens} tokens",
         "held out": f"{summary.held_out_examples} examples, {summary.held_out_tokens} tokens",
         "files": f"{summary.files} ({', '.join(f'{count} {name}' for name, count in data.languages.items())})",
+        "repeated": f"{summary.replayed_examples} of the examples, which were known"
+        if summary.replayed_examples
+        else "",
         "excluded": ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in summary.left_out.items())
         or "nothing",
         "secrets removed": str(summary.secrets_removed),

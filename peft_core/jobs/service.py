@@ -48,22 +48,29 @@ class JobService:
     # The planners are imported with the first job: resolving base models and reading code would slow the server's start.
 
     def plan(
-        self, training_data: TrainingData, config: TrainingConfig, options: PipelineOptions | None = None
+        self,
+        project_id: str,
+        training_data: TrainingData,
+        config: TrainingConfig,
+        options: PipelineOptions | None = None,
     ) -> JobRequest:
         """Check everything that can be checked without a model, and return what to pass to `queue`; nothing is written.
 
         Args:
+            project_id: The project, from whose current adapter the training continues by default.
             training_data: What to train on.
             config: How.
             options: Limits on how many units or records are trained on.
 
         Raises:
-            InvalidArgument, DataError, BaseCheckpointError, StorageError: the job cannot be run, and why.
+            InvalidArgument, AdapterNotFound, DataError, BaseCheckpointError, StorageError: the job cannot be run, and why.
         """
+        from peft_core.planning.continuation import Adapters  # noqa: PLC0415
         from peft_core.planning.planner import plan  # noqa: PLC0415
 
         # kill-point: server: asked to train
-        draft = plan(training_data, config, self._settings, self._measured_speed)
+        adapters = Adapters(self._registry, project_id, self.base_of)
+        draft = plan(training_data, config, self._settings, self._measured_speed, adapters)
         if options is None:
             return draft
         from peft_core.planning.defaults import count_units, too_little  # noqa: PLC0415
@@ -75,7 +82,7 @@ class JobService:
         if maximum is None or draft.estimate.steps * batch_size <= maximum:
             return draft
         steps = {"max_steps": max(1, maximum // batch_size), "num_epochs": None}
-        draft = plan(training_data, config.model_copy(update=steps), self._settings, self._measured_speed)
+        draft = plan(training_data, config.model_copy(update=steps), self._settings, self._measured_speed, adapters)
         chosen = (
             f"{steps['max_steps']} steps, by config.max_training_chunks = {maximum}. {draft.estimate.chosen}".rstrip()
         )
@@ -127,9 +134,11 @@ class JobService:
         Raises:
             InvalidArgument, DataError, BaseCheckpointError, StorageError: `plan` would reject the request.
         """
+        from peft_core.planning.continuation import Adapters  # noqa: PLC0415
         from peft_core.planning.inspection import inspect_training_data  # noqa: PLC0415
 
-        return inspect_training_data(training_data, config, self._settings, self._measured_speed)
+        adapters = Adapters(self._registry, None, self.base_of)
+        return inspect_training_data(training_data, config, self._settings, self._measured_speed, adapters)
 
     def list_base_models(self) -> LocalBases:
         """List the base models on this machine, with what training each would take. Only headers are read."""

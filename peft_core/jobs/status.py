@@ -231,27 +231,33 @@ def _after_training(job: Job, adapter: str | None) -> NextStep:
         return _start_over(job, "The adapter of this run was deleted.")
     make_current = job.request.config.make_current
     name = job.project_id if _is_current(Path(adapter)) else adapter
-    match job.evaluation.verdict if job.evaluation else None:
-        case Verdict.HELPS if make_current == "never":
-            return _load(adapter, "The adapter helps. It was not made current, as requested.")
-        case Verdict.HELPS:
-            return _load(name, "The adapter helps; get_adapter_info shows all measurements.")
-        case Verdict.NO_DIFFERENCE:
-            reason = "No difference could be shown on held-out files: more data or more epochs may help."
-            return _load(adapter, f"{reason} The adapter can be loaded all the same.")
-        case Verdict.HARMS:
-            if make_current == "always":
-                pointer = "It was made current, as requested."
-            else:
-                pointer = f"It was not made current: {job.project_id!r} refers to the same adapter as before."
-            return NextStep(
-                tool="get_adapter_info",
-                arguments={"adapter_path": adapter},
-                reason=f"The adapter HARMS predictions: do not use it. {pointer} "
-                "Try a lower learning_rate, fewer epochs or more data.",
-            )
-        case None:
-            return _load(name, "The adapter was not evaluated.")
+    evaluation = job.evaluation
+    if evaluation is None:
+        return _load(name, "The adapter was not evaluated.")
+    if evaluation.verdict is Verdict.HARMS or (evaluation.catch_up is not None and evaluation.catch_up.loses):
+        return _do_not_use(job, adapter, harms=evaluation.verdict is Verdict.HARMS)
+    if evaluation.verdict is Verdict.NO_DIFFERENCE:
+        reason = "No difference could be shown on held-out files: more data or more epochs may help."
+        return _load(adapter, f"{reason} The adapter can be loaded all the same.")
+    if make_current == "never":
+        return _load(adapter, "The adapter helps. It was not made current, as requested.")
+    return _load(name, "The adapter helps; get_adapter_info shows all measurements.")
+
+
+def _do_not_use(job: Job, adapter: str, *, harms: bool) -> NextStep:
+    if job.request.config.make_current == "always":
+        pointer = "It was made current, as requested."
+    else:
+        pointer = f"It was not made current: {job.project_id!r} refers to the same adapter as before."
+    if harms:
+        finding = "The adapter HARMS predictions: do not use it."
+        advice = "Try a lower learning_rate, fewer epochs or more data."
+    else:
+        finding = "The update predicts old held-out code worse than the adapter that it continues from."
+        advice = "Train from scratch, with config.continue_from = 'none'."
+    return NextStep(
+        tool="get_adapter_info", arguments={"adapter_path": adapter}, reason=f"{finding} {pointer} {advice}"
+    )
 
 
 def _after_evaluation(job: Job) -> NextStep:

@@ -16,10 +16,11 @@ Sources of the constants:
 
 from __future__ import annotations
 
+from peft_core.data.catch_up import SourceChanges
 from peft_core.errors import DataError, InvalidArgument
 from peft_core.planning.cost_model import TOKENS_PER_EXAMPLE, lora_parameters, steps_of, training_set
 from peft_core.schemas.base_model import ModelShape
-from peft_core.schemas.dataset import SourceSummary, TrainingSetSize
+from peft_core.schemas.dataset import CatchUpSpec, SourceSummary, TrainingSetSize
 from peft_core.schemas.training import TrainingConfig
 
 MIN_UNITS = 50
@@ -32,6 +33,9 @@ MEASURED_RATE = 1e-3  # of LoRA A, at the hidden size and batch size below
 _MEASURED_HIDDEN_SIZE = 576
 _MEASURED_BATCH = 4
 _RATE_EXPONENT = 0.781
+CATCH_UP_TIME = 0.3  # of the examples of a training from scratch
+CATCH_UP_RATE = 0.5  # of the learning rate: the weights are near a minimum, and large steps would leave it
+REPLAY_SHARE = 1.0  # tokens of known code for each token of changed code
 _EPOCHS = {1: "One epoch", 2: "Two epochs", 3: "Three epochs"}
 
 
@@ -65,6 +69,38 @@ def choose_defaults(
         rate = default_learning_rate(shape.hidden_size, config.batch_size)
         config = config.model_copy(update={"learning_rate": rate})
     return config, " ".join(filter(None, [duration, rank]))
+
+
+def choose_catch_up(
+    given: TrainingConfig, full: TrainingConfig, source: SourceSummary, changes: SourceChanges
+) -> tuple[TrainingConfig, CatchUpSpec, SourceSummary]:
+    """Return the settings of a training that continues from an adapter, what it trains on, and the source reduced to that.
+
+    Args:
+        given: The settings of the request, with what the adapter determines.
+        full: The same, completed for a training from scratch.
+        source: What the sources hold.
+        changes: How they differ from what the adapter was trained on.
+    """
+    config, limit = full, None
+    train = training_set(source, given.held_out_fraction)
+    if given.num_epochs is None and given.max_steps is None:
+        limit = max(MIN_UNITS, round(_full_examples(full, train) * CATCH_UP_TIME))
+        config = config.model_copy(update={"num_epochs": 1.0, "max_steps": None})
+    if given.learning_rate is None:
+        config = config.model_copy(update={"learning_rate": float(f"{(full.learning_rate or 0) * CATCH_UP_RATE:.2g}")})
+    changed = min(train.examples, changes.changed_units + changes.records)
+    examples = max(1, min(round(changed * (1 + REPLAY_SHARE)), train.examples, limit or train.examples))
+    reduced = TrainingSetSize(examples=examples, tokens=max(1, round(train.tokens / train.examples * examples)))
+    spec = CatchUpSpec(replay_share=REPLAY_SHARE, max_examples=limit)
+    return config, spec, source.model_copy(update={"training_set": reduced, "cut_records": 0})
+
+
+def _full_examples(full: TrainingConfig, train: TrainingSetSize) -> float:
+    """Return how many examples a training from scratch sees, counting repeated ones."""
+    if full.max_steps is not None:
+        return full.max_steps * full.batch_size
+    return (full.num_epochs or 1.0) * train.examples
 
 
 def require_complete(config: TrainingConfig) -> None:

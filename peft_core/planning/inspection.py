@@ -10,6 +10,7 @@ from pathlib import Path
 from peft_core.config import Settings
 from peft_core.errors import unwritable
 from peft_core.paths import DataPaths
+from peft_core.planning.continuation import Adapters
 from peft_core.planning.cost_model import steps_of
 from peft_core.planning.planner import plan, write_source
 from peft_core.planning.preview import Preview, PreviewRequest
@@ -33,13 +34,14 @@ def inspect_training_data(
     config: TrainingConfig,
     settings: Settings,
     measured_speed: Callable[[Base, str], float | None],
+    adapters: Adapters | None = None,
 ) -> TrainingDataReport:
     """Check and choose everything that `train_adapter` would, and preview the examples. Nothing is saved.
 
     Raises:
         InvalidArgument, DataError, BaseCheckpointError, StorageError: it could not be trained on, and why.
     """
-    draft = plan(training_data, config, settings, measured_speed)
+    draft = plan(training_data, config, settings, measured_speed, adapters)
     with _scratch(settings.paths) as scratch:
         request = write_source(draft, training_data, scratch / "source" / "records.jsonl")
         preview = _preview(request, scratch, settings)

@@ -24,6 +24,7 @@ from peft_core.data.selection import Selection
 from peft_core.data.summarise import summarise_source, with_parts
 from peft_core.errors import InvalidArgument, StorageError, unwritable
 from peft_core.planning.base_check import require_loadable
+from peft_core.planning.continuation import Adapters, plan_continuation, resolve_base
 from peft_core.planning.cost_model import (
     MICRO_TOKENS,
     CostedPlan,
@@ -34,7 +35,7 @@ from peft_core.planning.cost_model import (
     training_speed,
     uses_bf16_blocks,
 )
-from peft_core.planning.defaults import RANKS, choose_defaults
+from peft_core.planning.defaults import RANKS, choose_catch_up, choose_defaults
 from peft_core.planning.record_check import LIMITS, check_records
 from peft_core.schemas.base_model import BUNDLED, Base
 from peft_core.schemas.dataset import DatasetPurpose, SourceKind, SourceSummary, TrainingData
@@ -54,20 +55,24 @@ def plan(
     config: TrainingConfig,
     settings: Settings,
     measured_speed: Callable[[Base, str], float | None],
+    adapters: Adapters | None = None,
 ) -> JobRequest:
     """Return the resolved request.
 
-    `measured_speed(base, device)` returns the tokens per second of an earlier run, or None if there was none.
+    `measured_speed(base, device)` returns the tokens per second of an earlier run, or None if there was none. `adapters`: those
+    that the training may continue from; without them it starts from scratch.
 
     Raises:
-        InvalidArgument, DataError, BaseCheckpointError, StorageError: the job cannot be run, and why.
+        InvalidArgument, AdapterNotFound, DataError, BaseCheckpointError, StorageError: the job cannot be run, and why.
     """
     device = _device(config)
     require_places(DatasetPurpose.TRAINING.field, training_data, config.more_sources, settings)
-    base = resolve(config.base_model, settings)
-    config = _within_context(_with_settings(config, settings), base)
+    base = resolve_base(config, settings, adapters)
+    config = _within_context(config, base)
     source = summarise(training_data, config, DatasetPurpose.TRAINING)
     _check_source(config, base, source)
+    continuation = plan_continuation(config, base, source, adapters)
+    config = _with_settings(continuation.config, settings)
     _check_base(config, base)
 
     measured = measured_speed(base, device)
@@ -78,17 +83,17 @@ def plan(
     ]
     longer = _longest_affordable(config, base, device, plans, settings)
     source, config = with_base(source, training_data, config, base, longer)
-    config, chosen = choose_defaults(
-        config, base.shape, source, speeds[0].tokens_per_second, most_steps=settings.max_training_steps
-    )
-    chosen = f"{_why_longer(config, source)}{chosen}"
+    given = config
+    speed, most_steps = speeds[0].tokens_per_second, settings.max_training_steps
+    config, chosen = choose_defaults(config, base.shape, source, speed, most_steps=most_steps)
+    catch_up, trained_on = None, source
+    if continuation.changes is not None:
+        config, catch_up, trained_on = choose_catch_up(given, config, source, continuation.changes)
+    chosen = " ".join(filter(None, [_why_longer(config, source), continuation.reason, "" if catch_up else chosen]))
     require_loadable(base)  # last of the checks, because it may take seconds
 
-    costed = [
-        CostedPlan(compute, memory_bytes(config, base, device, compute), speed)
-        for compute, speed in zip(plans, speeds, strict=True)
-    ]
-    compute = choose_plan(costed, config, base, device, settings)
+    sizes = [memory_bytes(config, base, device, compute) for compute in plans]
+    compute = choose_plan(list(map(CostedPlan, plans, sizes, speeds)), config, base, device, settings)
     _check_disk(config, base, source, settings.data_dir)
     return JobRequest(
         source=source.path or Path(),
@@ -99,8 +104,10 @@ def plan(
         base=base,
         found=source,
         device=device,
-        estimate=estimate(config, source, compute, chosen),
+        estimate=estimate(config, trained_on, compute, chosen),
         execution=compute.plan,
+        continued=continuation.parent,
+        catch_up=catch_up,
     )
 
 
@@ -349,7 +356,7 @@ def with_base(
 
 def _why_longer(config: TrainingConfig, source: SourceSummary) -> str:
     shorter = source.raised_max_length
-    return "" if shorter is None else f"max_length {config.max_length}, because {shorter.in_words}. "
+    return "" if shorter is None else f"max_length {config.max_length}, because {shorter.in_words}."
 
 
 def _longest_affordable(

@@ -71,7 +71,8 @@ def preview(request: PreviewRequest) -> Preview:
     with tempfile.TemporaryDirectory(prefix="peft-mcp-preview-") as temporary:
         directory = Path(temporary)
         prepared = prepare(
-            request.dataset.model_copy(update={"enough_examples": 1}),  # the smallest sample that `prepare` reads
+            # The smallest sample that `prepare` reads; of a training that catches up the whole dataset is described.
+            request.dataset.model_copy(update={"enough_examples": 1, "catch_up": None}),
             directory=directory,
             token_counter=_token_counter(request),
             report=lambda _detail: None,

@@ -273,7 +273,7 @@ class ProjectService:
         self, registration: Registration, source: str, because: str, trainings: Sequence[Job], *, only_while_free: bool
     ) -> Refreshed | PlannedRefresh:
         try:
-            draft = self._jobs.plan(source, registration.config)
+            draft = self._jobs.plan(registration.project_id, source, registration.config)
         except DataError as error:
             if error.code != "nothing_to_catch_up":
                 raise

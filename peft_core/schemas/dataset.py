@@ -77,6 +77,13 @@ class RepositoryState(FrozenModel):
     dirty: bool | None
 
 
+class CatchUpSpec(FrozenModel):
+    """What a training that continues from an adapter trains on: what has changed, and a sample of what it already knows."""
+
+    replay_share: float  # tokens of known examples for each token of changed ones
+    max_examples: int | None = None  # of both together; None: no limit
+
+
 class DatasetSpec(FrozenModel):
     """How a source becomes a dataset. The dataset's manifest records it: a dataset with an equal spec is reused."""
 
@@ -93,6 +100,7 @@ class DatasetSpec(FrozenModel):
     enough_examples: int | None = None  # the run trains on no more examples than this; None: on all
     held_out_by: HeldOutBy = "file"
     mixture: TaskMixture = TaskMixture()
+    catch_up: CatchUpSpec | None = None  # set if the training continues from an adapter
     purpose: DatasetPurpose = DatasetPurpose.TRAINING
 
     @property
@@ -207,6 +215,7 @@ class DatasetSummary(FrozenModel):
     left_out: dict[str, int]
     left_out_by_extension: dict[str, dict[str, int]] = {}  # noqa: RUF012 -- of files: reason -> extension -> count
     secrets_removed: int = 0
+    replayed_examples: int = 0  # of the training examples: known to the adapter that the run continues from
     # Training examples per format: plainly, fill_in_the_middle, instruction.
     told: dict[str, int] = {}  # noqa: RUF012 -- pydantic copies defaults
     sha256: str = ""

@@ -46,6 +46,48 @@ class Continuation(FrozenModel):
     adapter_similarity: float
 
 
+class LossChange(FrozenModel):
+    """The loss of two adapters on the same held-out text, in nats per token: the continued one, and the new one."""
+
+    before: float
+    after: float
+    change: float = Field(description="After minus before; negative is better.")
+    low: float | None = Field(
+        None, description="95 % confidence interval of the change; null if there is too little data."
+    )
+    high: float | None = None
+    files: int
+    examples: int
+
+    @property
+    def in_words(self) -> str:
+        """Both losses with the interval and the size, as in `1.234 -> 1.200 (95 % interval -0.050 to -0.020; ...)`."""
+        interval = (
+            "" if self.low is None or self.high is None else f"95 % interval {self.low:+.3f} to {self.high:+.3f}; "
+        )
+        examples = f"{self.examples} {'example' if self.examples == 1 else 'examples'}"
+        files = f"{self.files} {'file' if self.files == 1 else 'files'}"
+        return f"{self.before:.3f} -> {self.after:.3f} ({interval}{examples} in {files})"
+
+
+class CatchUp(FrozenModel):
+    """An adapter compared with the one that its training continued from."""
+
+    parent: str = Field(description="Id of the adapter that was continued.")
+    changed: LossChange | None = Field(None, description="On held-out code that is new or has changed.")
+    old: LossChange | None = Field(None, description="On a sample of what the parent, or an ancestor, held out.")
+    loses: bool = Field(
+        False, description="The loss on the old examples rises significantly: it is not made current by default."
+    )
+
+    @property
+    def in_words(self) -> str:
+        """The comparison in one sentence."""
+        changed = self.changed.in_words if self.changed is not None else "not measured, as none of it has changed"
+        old = self.old.in_words if self.old is not None else "not measured, as none of it is left"
+        return f"Against {self.parent}, from which it continues: loss on changed held-out code {changed}; on old {old}."
+
+
 class Evaluation(FrozenModel):
     """Base model and adapter compared on text that the adapter was not trained on."""
 
@@ -83,6 +125,7 @@ class Evaluation(FrozenModel):
         "data is not recorded.",
     )
     seconds: float = Field(0.0, description="Time that both models took for completions.")
+    catch_up: CatchUp | None = Field(None, description="Comparison with the adapter that was continued, if any.")
     gains: tuple[Continuation, ...] = Field((), description="Completions that the adapter improves most.")
     losses: tuple[Continuation, ...] = Field((), description="Completions that it worsens most.")
 

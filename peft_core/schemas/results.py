@@ -169,6 +169,7 @@ class AdapterSummary(FrozenModel):
     base_perplexity: float | None
     adapter_perplexity: float | None
     verdict: Verdict | None = Field(None, description="Effect on held-out files.")
+    loses: bool = Field(False, description="Predicts old held-out code worse than the adapter that it continues from.")
     adapter_bytes: int
     adapter_path: str
     resident: bool = Field(False, description="Whether it is in memory, so that load_adapter only switches to it.")

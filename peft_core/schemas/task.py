@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 from peft_core.schemas.base_model import Base
-from peft_core.schemas.dataset import DatasetPurpose, DatasetSpec, DataSource, SourceKind, SourceSummary
+from peft_core.schemas.dataset import CatchUpSpec, DatasetPurpose, DatasetSpec, DataSource, SourceKind, SourceSummary
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.results import Estimate
-from peft_core.schemas.training import EvaluatedAdapter, TrainingConfig
+from peft_core.schemas.training import ContinuedAdapter, EvaluatedAdapter, TrainingConfig
 
 
 class ComputePlan(FrozenModel):
@@ -38,6 +38,8 @@ class JobRequest(FrozenModel):
     estimate: Estimate
     execution: ComputePlan = ComputePlan()
     evaluated: EvaluatedAdapter | None = None  # set if the job evaluates adapters instead of training one
+    continued: ContinuedAdapter | None = None  # set if a training does not start from scratch
+    catch_up: CatchUpSpec | None = None  # set with `continued`
 
     @property
     def purpose(self) -> DatasetPurpose:
@@ -74,7 +76,11 @@ class JobRequest(FrozenModel):
                 "held_out_fraction": config.held_out_fraction,
                 "held_out_by": config.held_out_by,
                 "mixture": config.mixture,
-                "enough_examples": None if config.max_steps is None else config.max_steps * config.batch_size,
+                # What has changed may be anywhere, so a run that catches up reads all files.
+                "enough_examples": None
+                if config.max_steps is None or self.catch_up is not None
+                else config.max_steps * config.batch_size,
+                "catch_up": self.catch_up,
             }
         )
 

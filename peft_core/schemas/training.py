@@ -34,6 +34,7 @@ def project_id_from(name: str) -> str:
 DeviceName = Literal["auto", "mps", "cuda", "cpu"]
 Precision = Literal["auto", "float32"]
 HeldOutBy = Literal["file", "time"]
+FROM_SCRATCH = "none"  # the value of `TrainingConfig.continue_from` that begins without an adapter
 SETTINGS_URI = "settings://training"  # the resource that describes every setting
 ADVANCED = {"advanced": True}  # the tools' schemas describe such a setting only by its type
 # The default depends on the base model and the data, so it is not in the tools' schemas: forms submit each default they find.
@@ -299,6 +300,15 @@ class TrainingConfig(DataSelection):
             "held-out loss, or the loss on general code by more than it gains; it is saved anyway.",
         ),
     ] = "unless_it_harms"
+    continue_from: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            max_length=4096,
+            description="Adapter or project whose weights to start from, learning what has changed since. Omit: the project's "
+            "current adapter on this base, if any; 'none': from scratch.",
+        ),
+    ] = None
     max_memory_mb: Annotated[
         int | None,
         Field(
@@ -345,6 +355,14 @@ class TrainingConfig(DataSelection):
         if self.learning_rate is None:
             raise ValueError("learning_rate has not been chosen yet")
         return self.learning_rate, self.learning_rate * self.lora_plus_ratio
+
+
+class ContinuedAdapter(FrozenModel):
+    """The adapter that a training starts from, its parent."""
+
+    adapter_path: Path
+    adapter_id: str
+    weights_sha256: str
 
 
 class EvaluatedAdapter(FrozenModel):

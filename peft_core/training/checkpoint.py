@@ -113,9 +113,11 @@ class Checkpoint:
 
 
 def run_key(task: TrainingTask, dataset: DatasetSummary) -> str:
-    """Identify a run by its settings, base model and data: a checkpoint with another key is not resumed."""
+    """Identify a run by its settings, base model, data and parent: a checkpoint with another key is not resumed."""
     request = task.request
-    parts = (request.config.model_dump_json(exclude={"device", "base_model"}), request.base.fingerprint, dataset.sha256)
+    config = request.config.model_dump_json(exclude={"device", "base_model", "continue_from"})
+    parent = () if request.continued is None else (request.continued.weights_sha256,)
+    parts = (config, request.base.fingerprint, dataset.sha256, *parent)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

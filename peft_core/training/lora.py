@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal, cast
 
 import torch
@@ -12,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peft_core.errors import InvalidArgument
+from peft_core.errors import InvalidArgument, TrainingError
 from peft_core.schemas.training import TrainingConfig
 
 
@@ -55,6 +56,27 @@ def target_modules(model: PeftModel) -> tuple[str, ...]:
 def weights(model: PeftModel) -> dict[str, nn.Parameter]:
     """Return the trainable weights by name: every LoRA A and B, and nothing of the base model."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def load_weights(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Replace the adapter's weights by those of another adapter, given under PEFT's names in files.
+
+    Raises:
+        TrainingError: a tensor is missing, has another shape, or belongs to no adapted module.
+    """
+    own = {name.replace(".default.", "."): parameter for name, parameter in weights(model).items()}
+    differing = own.keys() ^ tensors.keys()
+    differing |= {name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape}
+    if differing:
+        raise TrainingError(
+            f"The adapter to continue from does not fit: {len(differing)} of its tensors differ in name or shape from those "
+            f"that are trained here, such as {min(differing)[:120]}.",
+            code="parent_unusable",
+            suggestions=["Set config.continue_from = 'none' to train from scratch"],
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
 
 
 def build_optimizer(model: PeftModel, config: TrainingConfig) -> torch.optim.AdamW:

@@ -38,6 +38,7 @@ from peft_core.system.cancellation import StopFlag
 from peft_core.training import lora
 from peft_core.training.checkpoint import Checkpoint, Progress, load_checkpoint, run_key
 from peft_core.training.loop import TrainingLoop
+from peft_core.training.parent import Parent, read_parent
 from peft_core.training.save import write_adapter
 
 _log = structlog.get_logger(__name__)
@@ -86,10 +87,11 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     require_complete(config)
     session = start_session(task, emit, stop)
     threads = ThreadTuner.for_training(session.device.device)
+    parent = read_parent(task)
 
     # 1. Dataset. The base model's files come first, because examples are measured with its tokenizer.
     session.start_phase(Phase.PREPARING_DATA)
-    data = prepare_data(session)
+    data = prepare_data(session, parent=None if parent is None else parent.data)
     documents = _load_training_documents(session, data)
     evaluator = Evaluator(data.held_out, data.tokenizer, config.max_length, seed=config.seed)
     emit(DatasetPrepared(dataset=data.dataset.summary))
@@ -106,16 +108,14 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     # 3. Scores of the base model.
     sample = sample_for_training([example.document for example in data.held_out], config.seed)
     base_scores = _score_base(session, base, evaluator, key, threads, is_resumed=checkpoint is not None)
-    emit(HeldOutMeasured(step=0, loss=_loss_of_sample(sample, data.held_out, base_scores)))
     base_loss = mean_loss(base_scores.held_out)
+    emit(HeldOutMeasured(step=0, loss=_loss_of_sample(sample, data.held_out, base_scores)))
     emit(HeldOutMeasured(step=0, loss=base_loss, whole_set=True))
 
     # 4. Training.
+    adapted = _attach_adapter(session, base, parent)
+    parent_scores = None if parent is None else _score_parent(session, base, evaluator, key, threads)
     session.start_phase(Phase.TRAINING)
-    peft = lora.attach(base.model, config, task.request.base.name)
-    # kill-point: worker: the adapter is attached
-    adapted = AdaptedModel(base, peft, fuse(peft))
-    return_freed_memory()
     loop = _build_loop(session, adapted, TrainingSet(documents, order, sample), base_loss, key, threads)
     if checkpoint is not None:
         loop.restore(checkpoint)
@@ -126,14 +126,15 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     # 5. Scores of the adapter.
     session.start_phase(Phase.EVALUATING_ADAPTER)
     threads.keep_up()
-    adapter_scores = evaluator.score(base.objective, session.accelerator, stop)
-    adapter_loss = mean_loss(adapter_scores.held_out)
-    emit(HeldOutMeasured(step=loop.progress.step, loss=adapter_loss, whole_set=True))
+    scores = evaluator.score(base.objective, session.accelerator, stop)
+    emit(HeldOutMeasured(step=loop.progress.step, loss=mean_loss(scores.held_out), whole_set=True))
 
     # 6. Completions of both models, and the adapter's files.
     if session.accelerator.is_main_process:
-        evaluation = _evaluate(session, adapted, evaluator, base_scores, adapter_scores, loop.progress)
-        _write_adapter(session, adapted, data, loop, adapter_loss, evaluation)
+        evaluation = _evaluate(session, adapted, evaluator, base_scores, scores, loop.progress)
+        evaluation = _with_catch_up(evaluation, parent, data.held_out, parent_scores, scores)
+        emit(Evaluated(evaluation=evaluation))
+        _write_adapter(session, adapted, data, loop, mean_loss(scores.held_out), evaluation)
     session.accelerator.end_training()  # a process that does not leave its group may end with SIGABRT
 
 
@@ -213,6 +214,31 @@ def _score_base(
     return scores
 
 
+def _score_parent(session: Session, base: BaseModel, evaluator: Evaluator, key: str, threads: ThreadTuner) -> Scores:
+    """Return the scores of the adapter that the model holds now, the parent, which a resumed run finds on disk."""
+    path = session.paths.parent_scores
+    scores = load_scores(path, key, evaluator.held_out_examples)
+    if scores is None:
+        session.start_phase(Phase.EVALUATING_BASE, "evaluating the adapter to continue from")
+        threads.keep_up()
+        scores = evaluator.score(base.objective, session.accelerator, session.stop, key=key, general=False)
+        if session.accelerator.is_main_process:
+            save_scores(path, scores)
+    return scores
+
+
+def _attach_adapter(session: Session, base: BaseModel, parent: Parent | None) -> AdaptedModel:
+    """Wrap the base model with an adapter that has no effect yet, or with the weights of its parent."""
+    request = session.task.request
+    peft = lora.attach(base.model, request.config, request.base.name)
+    if parent is not None:
+        lora.load_weights(peft, parent.take_tensors())
+    # kill-point: worker: the adapter is attached
+    adapted = AdaptedModel(base, peft, fuse(peft))
+    return_freed_memory()
+    return adapted
+
+
 def _loss_of_sample(sample: Sequence[Document], held_out: Sequence[HeldOutExample], scores: Scores) -> float:
     """Return the mean loss on the documents that are evaluated during training as well."""
     sampled = set(map(id, sample))
@@ -284,14 +310,25 @@ def _evaluate(
         budget=completion_budget_after_training(progress.tokens),
         stop=session.stop,
     )
-    evaluation = evaluation.model_copy(
+    return evaluation.model_copy(
         update={
             "seen_in_training": 0.0,  # `prepare` separates held-out from training data
             "chosen_on_part": session.task.request.config.early_stopping_patience is not None,
         }
     )
-    session.emit(Evaluated(evaluation=evaluation))
-    return evaluation
+
+
+def _with_catch_up(
+    evaluation: Evaluation,
+    parent: Parent | None,
+    held_out: Sequence[HeldOutExample],
+    before: Scores | None,
+    after: Scores,
+) -> Evaluation:
+    """Add the comparison with the adapter that the run continues from, if there is one."""
+    if parent is None or before is None:
+        return evaluation
+    return evaluation.model_copy(update={"catch_up": parent.compare(held_out, before, after)})
 
 
 def _write_adapter(
@@ -306,12 +343,13 @@ def _write_adapter(
     request, progress, dataset = session.task.request, loop.progress, data.dataset
     base, fusion = adapted.base, adapted.fusion
     run_record = RunRecord(
-        config=request.config.model_copy(update={"base_model": None, "more_sources": []}),
+        config=request.config.model_copy(update={"base_model": None, "more_sources": [], "continue_from": None}),
         target_modules=lora.target_modules(adapted.peft),
         device=session.device.device,
         weights_dtype="bfloat16" if base.compute_plan.weights == "bfloat16" else "float32",
         steps=progress.step,
         stopped_early_at=progress.step if progress.stopped_early else None,
+        continued_from=request.continued.adapter_id if request.continued is not None else None,
         best_step=progress.best_step if loop.best is not None else None,
         computation=Computation(
             execution=base.compute_plan,

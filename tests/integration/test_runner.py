@@ -172,7 +172,7 @@ def test_a_job_stays_queued_and_can_be_cancelled_if_no_process_can_be_started(
     base = write_model(tmp_path / "base")
     records = [{"text": f"def add_{n}(a, b):\n    return a + {n} * b\n"} for n in range(60)]
     jobs = JobService(Settings(data_dir=paths.root), Registry(paths))
-    draft = jobs.plan(records, TrainingConfig(base_model=str(base), max_length=128))
+    draft = jobs.plan("web", records, TrainingConfig(base_model=str(base), max_length=128))
     queued = jobs.queue("web", draft, records)
     assert queued.status is Status.QUEUED
     with pytest.raises(StorageError, match="Queued jobs stay queued") as caught:

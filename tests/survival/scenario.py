@@ -67,7 +67,7 @@ class Scenario:
     def submit(self, project: str) -> str:
         config = TrainingConfig.model_validate({"base_model": str(self.base), **self.config})
         source = str(self.source)
-        job_id = self.jobs.queue(project, self.jobs.plan(source, config), source).job_id
+        job_id = self.jobs.queue(project, self.jobs.plan(project, source, config), source).job_id
         assert job_id is not None
         return job_id
 

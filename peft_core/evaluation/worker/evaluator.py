@@ -61,9 +61,12 @@ class Evaluator:
         scored = sum(len(example.document) for example in [*self._held_out, *self._general])
         return (scored + 2 * completion_budget_after_training(trained_tokens)) / 3
 
-    def score(self, objective: Objective, accelerator: Accelerator, stop: StopFlag, *, key: str = "") -> Scores:
-        """Score the model in its present state."""
-        scores = score_examples(objective, [*self._held_out, *self._general], self._tokenizer, accelerator, stop)
+    def score(
+        self, objective: Objective, accelerator: Accelerator, stop: StopFlag, *, key: str = "", general: bool = True
+    ) -> Scores:
+        """Score the model in its present state. `general`: on general code as well."""
+        examples = [*self._held_out, *(self._general if general else ())]
+        scores = score_examples(objective, examples, self._tokenizer, accelerator, stop)
         border = len(self._held_out)
         return Scores(key=key, held_out=tuple(scores[:border]), general=tuple(scores[border:]))
 

@@ -10,8 +10,8 @@ import structlog
 from peft_core.adapters.files import read_adapter
 from peft_core.adapters.verify import verify_files
 from peft_core.data.exclusions import ExclusionReason
-from peft_core.data.leakage import FINGERPRINT_FILE_NAME, MAX_FINGERPRINT_BYTES, TrainingFingerprint
-from peft_core.errors import DataError, HeaderError, InferenceError
+from peft_core.data.leakage import TrainingFingerprint, read_fingerprint
+from peft_core.errors import DataError, InferenceError
 from peft_core.evaluation.comparison import compare_adapters
 from peft_core.evaluation.summary import Measurement, mean_loss
 from peft_core.evaluation.worker.completions import Prompt, undo_fusion
@@ -28,7 +28,6 @@ from peft_core.schemas.results import BaseMatch, Phase
 from peft_core.schemas.task import TrainingTask
 from peft_core.schemas.training import EvaluatedAdapter
 from peft_core.system.cancellation import StopFlag
-from peft_core.system.files import read_small
 
 _log = structlog.get_logger(__name__)
 
@@ -49,7 +48,7 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     for field, path in evaluated.paths.items():
         require_adapter(task, path, field)
     paths = list(evaluated.paths.values())
-    known = [_training_fingerprint(path) for path in paths]
+    known = [read_fingerprint(path) for path in paths]
     data = prepare_data(session, known)
     summary = _summary(data, adapter_names(paths))
     emit(DatasetPrepared(dataset=summary))
@@ -137,14 +136,6 @@ def _measure(
         model.select(selected)
         measured.append(evaluator.measure(scored, prompts, model.causal, stop))
     return measured, prompts
-
-
-def _training_fingerprint(adapter: Path) -> TrainingFingerprint | None:
-    """Return the record of what the adapter was trained on, or None if it has none."""
-    try:
-        return TrainingFingerprint.from_bytes(read_small(adapter / FINGERPRINT_FILE_NAME, MAX_FINGERPRINT_BYTES))
-    except HeaderError:
-        return None
 
 
 def _trained_on(summary: DatasetSummary) -> TrainedOn:

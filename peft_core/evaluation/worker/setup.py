@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from peft_core.base_models.tokenizer import BaseTokenizer, load_tokenizer, require_rows
+from peft_core.data.catch_up import ParentData
 from peft_core.data.dataset import PreparedDataset, read_examples
 from peft_core.data.leakage import TrainingFingerprint
 from peft_core.data.prepare import prepare
@@ -78,10 +79,13 @@ def start_session(task: TrainingTask, emit: Emit, stop: StopFlag) -> Session:
     return Session(task, emit, stop, device, accelerator)
 
 
-def prepare_data(session: Session, known: Sequence[TrainingFingerprint | None] = ()) -> RunData:
+def prepare_data(
+    session: Session, known: Sequence[TrainingFingerprint | None] = (), *, parent: ParentData | None = None
+) -> RunData:
     """Convert the base model if necessary, write the dataset, and read its held-out examples.
 
-    Examples in `known`, the texts that the evaluated adapters were trained on, are excluded.
+    Examples in `known`, the texts that the evaluated adapters were trained on, are excluded. `parent`: what the adapter that
+    the training continues from was trained on.
 
     Raises:
         Cancelled: on request.
@@ -102,6 +106,7 @@ def prepare_data(session: Session, known: Sequence[TrainingFingerprint | None] =
             token_counter=tokenizer,
             report=report,
             known=known,
+            parent=parent,
             may_read=partial(require_source, task),
         )
     examples = read_examples(paths.dataset / "held_out.jsonl")

@@ -1,0 +1,344 @@
+"""Choose what a training that continues from an adapter, its parent, trains on and is evaluated on.
+
+In: the examples of the sources as they are now, and what the parent's directory records about the sources as they were. Out: a
+`Split`.
+
+- Trained on: examples with a unit that is new or has changed, and a random sample of the others (replay), without which the
+  adapter would forget them. Code that was deleted is not in the sources any more, so it is not replayed.
+- Never trained on: what the parent or an ancestor held out. Files that the parent held out stay held out, and an example with
+  the content of a held-out one is left out wherever it is now.
+- Evaluated on: examples of held-out files that are new or have changed, and a sample of those that were held out before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import NamedTuple
+
+from peft_core.data.examples import learned_text, printable_path
+from peft_core.data.leakage import OVERLAP_THRESHOLD, TrainingFingerprint
+from peft_core.data.minhash import MinHashIndex
+from peft_core.data.selection import Selection
+from peft_core.data.snapshot import FileState, Snapshot, held_out_digests
+from peft_core.data.sources import walk_sources
+from peft_core.data.split import ExampleKey, Split, cap_per_file, choose_held_out, digest, distinct, order_key
+from peft_core.data.units import Unit, file_digest, units_of_file
+from peft_core.data.walk import File
+from peft_core.errors import DataError
+from peft_core.schemas.dataset import CatchUpSpec, DataSource, Example, SourceKind, SourceSummary
+
+MAX_CHANGED_HELD_OUT = 100  # examples; scoring three models on more would take longer than many a catch-up
+MAX_OLD_HELD_OUT = 60
+MIN_REPLAYED = 16  # examples: a few changes alone would be learned by heart
+_MIN_REPLAY_SHARE = 0.25  # of the examples, if their number is limited
+_MIN_UNIT_CHARACTERS = 80  # shorter units, such as imports, are equal by chance
+_MAX_OVERSHOOT = 1.25
+
+
+class Novelty(StrEnum):
+    """What an example is to the adapter that the training continues from."""
+
+    CHANGED = "changed"  # new, or a part of it has changed
+    KNOWN = "known"  # trained on, or it could have been
+    HELD_OUT = "held_out"  # an equal example was held out by the adapter or by an ancestor
+    BARRED = "barred"  # it has a unit of a held-out file
+
+
+class _Lines(NamedTuple):
+    first: int  # 1-based
+    last: int  # inclusive
+
+    def overlap(self, example: Example) -> bool:
+        return self.first <= example.end_line and example.start_line <= self.last
+
+
+class FileChanges(NamedTuple):
+    """The units of a file that the parent does not know, and those of files that it held out."""
+
+    changed: tuple[_Lines, ...] = ()
+    barred: tuple[_Lines, ...] = ()
+    is_new: bool = False  # every example is, even one that has no unit
+
+
+UNCHANGED = FileChanges()
+
+
+@dataclass(frozen=True)
+class ParentData:
+    """What the adapter that a training continues from records about its data."""
+
+    snapshot: Snapshot
+    fingerprint: TrainingFingerprint
+
+    @property
+    def key(self) -> str:
+        """A digest of both: a dataset that was prepared for another parent is not reused."""
+        return hashlib.sha256(self.snapshot.model_dump_json().encode() + self.fingerprint.to_bytes()).hexdigest()
+
+    @cached_property
+    def _files(self) -> dict[str, FileState]:
+        return {file.path: file for file in self.snapshot.files}
+
+    @cached_property
+    def _held_out(self) -> frozenset[bytes]:
+        return held_out_digests(self.snapshot)
+
+    @cached_property
+    def held_out_files(self) -> frozenset[str]:
+        return frozenset(file.path for file in self.snapshot.files if file.part == "held_out")
+
+    @cached_property
+    def trained_files(self) -> frozenset[str]:
+        return frozenset(file.path for file in self.snapshot.files if file.part == "train")
+
+    @cached_property
+    def _barred_units(self) -> frozenset[str]:
+        """The units of held-out files that no other file has."""
+        held_out = {unit for file in self.snapshot.files if file.part == "held_out" for unit in file.unit_digests}
+        other = {unit for file in self.snapshot.files if file.part != "held_out" for unit in file.unit_digests}
+        return frozenset(held_out - other)
+
+    def changes_in(self, file: File, state: FileState) -> FileChanges:
+        """Compare a file with what it was. `state`: what it is now."""
+        before = self._files.get(state.path)
+        if before is not None and before.digest == state.digest:
+            return UNCHANGED
+        units = units_of_file(file)
+        return FileChanges(
+            changed=tuple(_lines(unit) for unit in units if unit.digest not in self.snapshot.units),
+            barred=tuple(
+                _lines(unit)
+                for unit in units
+                if unit.size >= _MIN_UNIT_CHARACTERS and unit.digest in self._barred_units
+            ),
+            is_new=before is None and not units,
+        )
+
+    def novelty(self, example: Example, changes: FileChanges | None) -> Novelty:
+        """Return what an example is to the parent. `changes`: of its file; None: it is a record."""
+        if self.held_out_before(example):
+            return Novelty.HELD_OUT
+        if changes is None:
+            share = self.fingerprint.share_of(learned_text(example))
+            return Novelty.KNOWN if share is not None and share == 1 else Novelty.CHANGED
+        if changes.is_new or any(lines.overlap(example) for lines in changes.changed):
+            is_barred = example.path not in self.held_out_files and _is_barred(example, changes)
+            return Novelty.BARRED if is_barred else Novelty.CHANGED
+        return Novelty.BARRED if _is_barred(example, changes) or self._is_held_out(example) else Novelty.KNOWN
+
+    def _is_held_out(self, example: Example) -> bool:
+        return example.path in self.held_out_files
+
+    def held_out_before(self, example: Example) -> bool:
+        """Return whether the adapter or an ancestor held out an equal example."""
+        return digest(learned_text(example)) in self._held_out
+
+    def was_trained_on(self, example: Example) -> bool:
+        """Return whether at least half of an example is known to have been trained on."""
+        share = self.fingerprint.share_of(learned_text(example))
+        return share is not None and share >= OVERLAP_THRESHOLD
+
+
+def _is_barred(example: Example, changes: FileChanges) -> bool:
+    return any(lines.overlap(example) for lines in changes.barred)
+
+
+def _lines(unit: Unit) -> _Lines:
+    return _Lines(unit.start_line, unit.end_line)
+
+
+def path_of(file: File) -> str:
+    return printable_path(file.name)
+
+
+@dataclass(frozen=True)
+class CatchUpSplit:
+    parts: Split
+    replayed: int  # training examples that the parent knows
+    unchanged: int  # known examples that are not replayed
+    held_out_before: int  # held out by an ancestor, and not evaluated now
+    trained_files: frozenset[
+        str
+    ]  # files that the adapter and its ancestors have been trained on, as far as they still exist
+
+
+def split_for_catch_up(
+    keys: Sequence[ExampleKey],
+    signatures: MinHashIndex,
+    novelty: Sequence[Novelty],
+    *,
+    parent: ParentData,
+    trained_on: Collection[int],
+    spec: CatchUpSpec,
+    held_out_fraction: float,
+    seed: int,
+) -> CatchUpSplit:
+    """Choose what is trained on and what is held out.
+
+    `keys`, `signatures` and `novelty` describe the examples, at the same positions. `trained_on`: positions of changed examples
+    of which the parent has been trained on at least half. `held_out_fraction`: share of the tokens of new files that is held
+    out, 0 to 1.
+
+    Raises:
+        DataError: 'nothing_to_catch_up', 'nothing_to_evaluate_on'.
+    """
+    held_out_files = _held_out_files(keys, novelty, parent)
+    untouched = {key.file for key, label in zip(keys, novelty, strict=True) if label is not Novelty.CHANGED}
+    new = [key for key in keys if key.file not in untouched | held_out_files | parent.trained_files]
+    held_out_files |= _new_held_out_files(new, held_out_fraction, seed, needed=not held_out_files)
+    old, changed_held_out, train = _candidates(keys, novelty, held_out_files, trained_on)
+    kept = distinct(keys, signatures, [*old, *train, *changed_held_out])
+    train = cap_per_file(keys, [position for position in train if position in kept])
+    changed = [position for position in train if novelty[position] is Novelty.CHANGED]
+    known = [position for position in train if novelty[position] is Novelty.KNOWN]
+    if not changed:
+        raise nothing_to_catch_up()
+    changed, replayed = _sample(keys, changed, known, spec, seed)
+    evaluated = [
+        *_random(keys, [position for position in old if position in kept], MAX_OLD_HELD_OUT, seed),
+        *_random(keys, [position for position in changed_held_out if position in kept], MAX_CHANGED_HELD_OUT, seed),
+    ]
+    if not evaluated:
+        raise DataError(
+            "Nothing is left to measure the new adapter on: none of the code that was held out of training exists any more.",
+            code="nothing_to_evaluate_on",
+            suggestions=("Train from scratch, with config.continue_from = 'none'",),
+        )
+    duplicates = len({*old, *train, *changed_held_out} - kept)
+    barred = sum(label in (Novelty.HELD_OUT, Novelty.BARRED) for label in novelty)
+    return CatchUpSplit(
+        parts=Split(
+            train=sorted([*changed, *replayed]),
+            held_out=sorted(evaluated),
+            held_out_files=sorted(held_out_files),
+            duplicates=duplicates,
+        ),
+        replayed=len(replayed),
+        unchanged=len(known) - len(replayed),
+        held_out_before=barred - sum(novelty[position] is Novelty.HELD_OUT for position in evaluated),
+        trained_files=frozenset(keys[position].file for position in train) - held_out_files,
+    )
+
+
+def nothing_to_catch_up(adapter: str = "the adapter to continue from") -> DataError:
+    return DataError(
+        f"Nothing to catch up: no code that can be trained on has changed since {adapter} was trained on it.",
+        code="nothing_to_catch_up",
+        suggestions=("To train again all the same, from scratch, set config.continue_from = 'none'",),
+    )
+
+
+def _held_out_files(keys: Sequence[ExampleKey], novelty: Sequence[Novelty], parent: ParentData) -> set[str]:
+    """Return the files that stay held out: those of the parent, and those with mostly the content of held-out ones."""
+    total = Counter(key.file for key in keys)
+    barred = Counter(
+        key.file for key, label in zip(keys, novelty, strict=True) if label in (Novelty.HELD_OUT, Novelty.BARRED)
+    )
+    renamed = {file for file, count in barred.items() if 2 * count >= total[file] and file not in parent.trained_files}
+    return {file for file in total if file in parent.held_out_files} | renamed
+
+
+def _new_held_out_files(new: Sequence[ExampleKey], held_out_fraction: float, seed: int, *, needed: bool) -> set[str]:
+    """Hold out a fraction of the files that are new; none of few, unless nothing else is held out."""
+    if not new:
+        return set()
+    chosen = choose_held_out(new, held_out_fraction, seed, {}, min_train_groups=1)
+    tokens = sum(key.tokens for key in new if key.file in chosen)
+    overshoots = tokens > _MAX_OVERSHOOT * held_out_fraction * sum(key.tokens for key in new)
+    return set() if overshoots and not needed else chosen
+
+
+def _candidates(
+    keys: Sequence[ExampleKey], novelty: Sequence[Novelty], held_out_files: set[str], trained_on: Collection[int]
+) -> tuple[list[int], list[int], list[int]]:
+    """Return the positions of old held-out, changed held-out, and training examples."""
+    old, changed, train = [], [], []
+    for position, (key, label) in enumerate(zip(keys, novelty, strict=True)):
+        is_held_out = key.file in held_out_files
+        if label is Novelty.HELD_OUT:
+            old.append(position)
+        elif label is Novelty.CHANGED and is_held_out and position not in trained_on:
+            changed.append(position)
+        elif label in (Novelty.CHANGED, Novelty.KNOWN) and not is_held_out:
+            train.append(position)
+    return old, changed, train
+
+
+def _sample(
+    keys: Sequence[ExampleKey], changed: list[int], known: list[int], spec: CatchUpSpec, seed: int
+) -> tuple[list[int], list[int]]:
+    """Return the changed and the known examples that are trained on."""
+    budget = spec.replay_share * sum(keys[position].tokens for position in changed)
+    replayed: list[int] = []
+    for position in _random(keys, known, len(known), seed):
+        if budget <= 0 and (len(replayed) >= MIN_REPLAYED or not spec.replay_share):
+            break
+        replayed.append(position)
+        budget -= keys[position].tokens
+    limit = spec.max_examples
+    if limit is not None and len(changed) + len(replayed) > limit:
+        fewest = min(len(replayed), round(_MIN_REPLAY_SHARE * limit))
+        replayed = replayed[: max(fewest, limit - len(changed))]
+        changed = _random(keys, changed, max(1, limit - len(replayed)), seed)
+    return changed, replayed
+
+
+def _random(keys: Sequence[ExampleKey], positions: Sequence[int], count: int, seed: int) -> list[int]:
+    """Return at most this many of the positions, in a random order that depends on the text of each example only."""
+    return sorted(positions, key=lambda position: order_key(keys[position].digest.hex(), seed))[:count]
+
+
+# What has changed, without cutting anything into examples: quick enough for planning.
+
+
+class SourceChanges(NamedTuple):
+    """How the files of repositories differ from what an adapter was trained on; without the files that it held out."""
+
+    files: int
+    changed_files: int  # of `files`; new ones included
+    units: int
+    changed_units: int
+    records: int  # of other sources, which are compared when the job runs
+
+    @property
+    def share(self) -> float:
+        """Share of the units that are new or have changed, 0 to 1."""
+        return self.changed_units / self.units if self.units else 1.0
+
+    @property
+    def is_nothing(self) -> bool:
+        return not self.changed_units and not self.records
+
+    @property
+    def in_words(self) -> str:
+        if not self.files:
+            return f"what is new of {self.records} records"
+        return f"{self.changed_files} of {self.files} files are new or have changed, {self.share:.0%} of the code"
+
+
+def changes_in_sources(snapshot: Snapshot, source: SourceSummary, selection: Selection) -> SourceChanges:
+    """Compare repositories with what they were. `source`: with all its sources."""
+    main = [] if source.path is None else [DataSource(path=source.path, kind=source.kind, name=source.name)]
+    sources = [*main, *source.more_sources]
+    repositories = [each for each in sources if each.kind is SourceKind.REPOSITORY]
+    before = {file.path: file for file in snapshot.files}
+    files = changed_files = units = changed_units = 0
+    for file in walk_sources(repositories, selection).files if repositories else ():
+        old = before.get(path_of(file))
+        if old is not None and old.part == "held_out":
+            continue
+        files += 1
+        if old is not None and old.digest == file_digest(file):
+            units += len(old.unit_digests)
+            continue
+        found = units_of_file(file)
+        new = sum(unit.digest not in snapshot.units for unit in found)
+        units += len(found)
+        changed_units += new
+        changed_files += new > 0
+    return SourceChanges(files, changed_files, units, changed_units, records=source.examples or 0)

@@ -1,0 +1,368 @@
+"""A training that continues from an adapter: planned, run by the worker's own code, and published, with a tiny base model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from peft_core.adapters.manifest import Manifest, read_manifest
+from peft_core.adapters.registry import Registry
+from peft_core.config import Settings
+from peft_core.data.catch_up import ParentData
+from peft_core.data.dataset import read_examples
+from peft_core.data.examples import learned_text
+from peft_core.data.leakage import read_fingerprint
+from peft_core.data.snapshot import read_snapshot
+from peft_core.errors import AdapterNotFound, DataError, InvalidArgument, PeftMcpError, TrainingError
+from peft_core.evaluation.report import write_training_report
+from peft_core.planning.continuation import Adapters
+from peft_core.planning.planner import plan
+from peft_core.schemas.evaluation import Verdict
+from peft_core.schemas.events import Evaluated, Event, PhaseStarted, RunPlanned, StepCompleted
+from peft_core.schemas.results import Phase
+from peft_core.schemas.task import JobRequest, TrainingTask
+from peft_core.schemas.training import TrainingConfig
+from peft_core.system import in_use
+from peft_core.system.cancellation import Cancelled, StopFlag
+from peft_core.training import run as training_run
+from tests.tiny_models import write_tiny_adapter, write_tiny_base
+
+SETTINGS = {"rank": 4, "batch_size": 2, "max_length": 128, "allow_little_data": True, "learning_rate": 5e-3}
+PROJECT = "web"
+
+
+@dataclass
+class Workplace:
+    """A data directory, a base model and a code base."""
+
+    root: Path
+    base: Path
+    code: Path
+    jobs: int = 0
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(data_dir=self.root)
+
+    @property
+    def registry(self) -> Registry:
+        return Registry(self.settings.paths)
+
+    def plan(self, project: str | None = PROJECT, **config: Any) -> JobRequest:
+        given = {"base_model": str(self.base), **{k: v for k, v in SETTINGS.items() if k != "rank"}, **config}
+        adapters = Adapters(self.registry, project, lambda _adapter_id: str(self.base))
+        return plan(str(self.code), TrainingConfig(**given), self.settings, lambda *_: None, adapters)
+
+    def task(self, request: JobRequest) -> TrainingTask:
+        self.jobs += 1
+        job_id = f"20260101-00000{self.jobs}-abcdef"
+        paths = self.settings.paths
+        return TrainingTask(
+            job_id=job_id,
+            project_id=PROJECT,
+            request=request,
+            job_dir=paths.job(job_id).root,
+            base_models_dir=paths.base_models,
+            data_dir=self.root,
+        )
+
+    def run(
+        self, task: TrainingTask, emit: Callable[[Event], None] | None = None, stop: StopFlag | None = None
+    ) -> None:
+        self.events = []
+        training_run.run(task, emit or self.events.append, stop or StopFlag())
+
+    def publish(self, task: TrainingTask) -> Path:
+        return self.registry.publish(task.job_dir / "adapter", PROJECT, task.job_id)
+
+    def train(self, **config: Any) -> Path:
+        task = self.task(self.plan(**config))
+        self.run(task)
+        return self.publish(task)
+
+    def write(self, file: int, version: int = 1, name: str = "") -> None:
+        words = ["open", "close", "read", "write", "find", "sort", "join", "split"]
+        functions = [
+            f"def {words[n]}_{file}(item, count):\n    total = count * {file * 13 + n} + {version}\n"
+            f"    for {words[n][0]}{n} in range(total):\n        item.{words[(n + file) % 8]}({words[n][0]}{n}, {version})\n"
+            f"    return total - {n * version}\n"
+            for n in range(6)
+        ]
+        (self.code / (name or f"m{file}.py")).write_text("\n\n".join(functions))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """A workplace with a first adapter of the project."""
+    root = tmp_path_factory.mktemp("continue")
+    place = Workplace(root / "data", write_tiny_base(root / "base"), root / "code")
+    place.code.mkdir()
+    for file in range(24):
+        place.write(file)
+    place.train(rank=4, num_epochs=1)
+    return place
+
+
+@pytest.fixture
+def place(trained: Workplace, tmp_path: Path) -> Workplace:
+    """A copy of it, in which a file that was trained on has changed, and one that was held out."""
+    shutil.copytree(trained.root, tmp_path / "data", symlinks=True)
+    shutil.copytree(trained.code, tmp_path / "code")
+    copy = Workplace(tmp_path / "data", trained.base, tmp_path / "code", trained.jobs)
+    copy.write(file_of(copy, "train"), version=2)
+    copy.write(file_of(copy, "held_out"), version=2)
+    return copy
+
+
+def current(place: Workplace) -> Path:
+    path = place.registry.current_path(PROJECT)
+    assert path is not None
+    return path
+
+
+def file_of(place: Workplace, part: str) -> int:
+    snapshot = read_snapshot(current(place))
+    assert snapshot is not None
+    return int(next(file.path for file in snapshot.files if file.part == part)[1:-3])
+
+
+def manifest_of(adapter: Path) -> Manifest:
+    manifest = read_manifest(adapter)
+    assert manifest is not None
+    return manifest
+
+
+def rewrite_manifest(adapter: Path, **changes: Any) -> None:
+    path = adapter / "adapter_manifest.json"
+    path.chmod(0o644)
+    path.write_text(manifest_of(adapter).model_copy(update=changes).model_dump_json())
+
+
+def test_a_project_with_an_adapter_continues_from_it_by_default_and_the_answer_says_so(place: Workplace) -> None:
+    request = place.plan()
+    parent = current(place)
+    assert request.continued is not None
+    assert request.continued.adapter_path == parent
+    assert (request.config.rank, request.config.alpha) == (4, 8)
+    assert f"Continues from adapter {parent.name}: 1 of " in request.estimate.chosen
+    assert "To train from scratch, set config.continue_from = 'none'." in request.estimate.chosen
+    scratch = place.plan(continue_from="none")
+    assert (scratch.continued, scratch.catch_up, scratch.config.rank) == (None, None, 16)
+    assert request.estimate.train_tokens < scratch.estimate.train_tokens / 3
+
+
+def test_an_update_starts_from_the_parents_weights_and_measures_both_kinds_of_held_out_code(place: Workplace) -> None:
+    parent = current(place)
+    held_out_before = {
+        learned_text(each) for each in read_examples(place.root / "jobs" / parent.name / "dataset" / "held_out.jsonl")
+    }
+    start: dict[str, torch.Tensor] = {}
+    task = place.task(place.plan())
+
+    def watch(event: Event) -> None:
+        place.events.append(event)
+        if isinstance(event, StepCompleted) and event.step == 1:
+            state = torch.load(task.job_dir / "checkpoint" / "good-0-0.pt", weights_only=True)
+            start.update(state["adapter"])
+
+    place.run(task, watch)
+    saved = load_file(parent / "adapter_model.safetensors")
+    assert {name.replace(".default", "") for name in start} == saved.keys()
+    assert all(torch.equal(tensor, saved[name.replace(".default", "")]) for name, tensor in start.items())
+
+    evaluation = next(event.evaluation for event in place.events if isinstance(event, Evaluated))
+    assert evaluation.catch_up is not None
+    assert evaluation.catch_up.parent == parent.name
+    assert evaluation.catch_up.old is not None
+    assert evaluation.catch_up.changed is not None
+    examples = evaluation.catch_up.old.examples + evaluation.catch_up.changed.examples
+    assert examples == evaluation.examples == len(read_examples(task.job_dir / "dataset" / "held_out.jsonl"))
+    trained = {learned_text(each) for each in read_examples(task.job_dir / "dataset" / "train.jsonl")}
+    assert not trained & held_out_before
+
+    adapter = place.publish(task)
+    manifest = manifest_of(adapter)
+    assert manifest.run.continued_from == parent.name
+    assert manifest.evaluation is not None
+    assert manifest.evaluation.catch_up == evaluation.catch_up
+    assert manifest.data.summary.replayed_examples > 0
+    assert f"continued from {parent.name}" in (adapter / "README.md").read_text()
+    report = write_training_report(task.job_dir, manifest, place.events)
+    assert report is not None
+    assert "old held-out code" in report.read_text()
+    snapshot, fingerprint = read_snapshot(adapter), read_fingerprint(adapter)
+    assert snapshot is not None
+    assert fingerprint is not None
+    first = read_snapshot(parent)
+    assert first is not None
+    assert set(first.held_out_ever) <= set(snapshot.held_out_ever)
+    data = ParentData(snapshot, fingerprint)
+    before = ParentData(first, fingerprint)
+    assert (data.held_out_files, data.trained_files) == (before.held_out_files, before.trained_files)
+
+    if manifest.becomes_current:
+        with pytest.raises(
+            DataError, match=rf"Nothing to catch up: .* since adapter {adapter.name} was trained on it"
+        ) as caught:
+            place.plan()
+        suggestion = "To train again all the same, from scratch, set config.continue_from = 'none'"
+        assert caught.value.suggestions == (suggestion,)
+
+
+def test_an_update_that_loses_on_the_old_held_out_code_does_not_become_current(place: Workplace) -> None:
+    parent = current(place)
+    adapter = place.train(learning_rate=0.1, lora_plus_ratio=64.0, max_steps=12, warmup_ratio=0.0)
+    manifest = manifest_of(adapter)
+    assert manifest.evaluation is not None
+    assert manifest.evaluation.catch_up is not None
+    old = manifest.evaluation.catch_up.old
+    assert old is not None
+    assert old.low is not None
+    assert old.low > 0
+    assert manifest.loses
+    assert current(place) == parent
+    rewrite_manifest(adapter, evaluation=manifest.evaluation.model_copy(update={"verdict": Verdict.HELPS}))
+    in_use.keep_only(())
+    place.registry.delete(PROJECT, parent.name)
+    assert place.registry.current_path(PROJECT) is None  # nor does it later, when the current one is deleted
+
+
+def test_an_update_resumes_from_its_own_checkpoint(place: Workplace) -> None:
+    task = place.task(place.plan(max_steps=6))
+    stop = StopFlag()
+
+    def stop_at_three(event: Event) -> None:
+        if isinstance(event, StepCompleted) and event.step == 3:
+            stop.request()
+
+    with pytest.raises(Cancelled):
+        place.run(task, stop_at_three, stop)
+    place.run(task)
+    assert next(event.start_step for event in place.events if isinstance(event, RunPlanned)) == 3
+    phases = [event.phase for event in place.events if isinstance(event, PhaseStarted)]
+    assert Phase.EVALUATING_BASE not in phases  # the scores of base and parent are on disk
+    evaluation = next(event.evaluation for event in place.events if isinstance(event, Evaluated))
+    assert evaluation.catch_up is not None
+
+
+def test_the_parent_is_kept_while_it_is_read_and_its_absence_is_one_clear_failure(place: Workplace) -> None:
+    parent = current(place)
+    task = place.task(place.plan(max_steps=1))
+
+    def check_and_stop(_event: Event) -> None:
+        assert in_use.is_in_use(parent)
+        raise Cancelled
+
+    with pytest.raises(Cancelled):
+        place.run(task, check_and_stop)
+    in_use.keep_only(())
+    place.registry.delete(PROJECT, parent.name)
+    with pytest.raises(
+        TrainingError, match=rf"Adapter {parent.name}, .* was deleted after the job was queued"
+    ) as caught:
+        place.run(task)
+    assert caught.value.code == "parent_unusable"
+
+
+def test_a_parent_whose_weights_were_replaced_after_planning_is_refused(place: Workplace) -> None:
+    parent = current(place)
+    task = place.task(place.plan(max_steps=1))
+    weights = parent / "adapter_model.safetensors"
+    tensors = {name: tensor * 2 for name, tensor in load_file(weights).items()}
+    weights.chmod(0o644)
+    save_file(tensors, weights)
+    with pytest.raises(TrainingError, match="was altered after training"):
+        place.run(task)
+
+
+def refusal(place: Workplace, **config: Any) -> PeftMcpError:
+    with pytest.raises((InvalidArgument, AdapterNotFound)) as caught:
+        place.plan(**config)
+    assert len(caught.value.message) < 400
+    return caught.value
+
+
+def test_settings_that_the_parent_determines_are_refused_if_they_differ(place: Workplace) -> None:
+    named = str(current(place))
+    error = refusal(place, continue_from=named, rank=8)
+    assert "config.rank = 8 cannot be used" in error.message
+    assert "has rank = 4" in error.message
+    assert "config.alpha = 1.0" in refusal(place, continue_from=named, alpha=1).message
+    assert "config.use_rslora = True" in refusal(place, continue_from=named, use_rslora=True).message
+    assert "config.target_modules" in refusal(place, continue_from=named, target_modules=["q_proj"]).message
+    assert place.plan(continue_from=named, rank=4).config.rank == 4
+    scratch = place.plan(rank=8)  # without a named parent, the setting decides
+    assert scratch.continued is None
+    assert "Starts from scratch: adapter" in scratch.estimate.chosen
+
+
+def test_an_adapter_that_cannot_be_continued_is_refused_by_name_and_passed_over_by_default(
+    place: Workplace, tmp_path: Path
+) -> None:
+    parent = current(place)
+    other_base = write_tiny_base(tmp_path / "other", "qwen2")
+    error = refusal(place, continue_from=str(parent), base_model=str(other_base))
+    assert "it was trained on base, and this training is on other" in error.message
+    assert place.plan(base_model=str(other_base)).continued is None
+
+    harming = manifest_of(parent).evaluation
+    assert harming is not None
+    changes = {"evaluation": harming.model_copy(update={"verdict": Verdict.HARMS})}
+    rewrite_manifest(parent, **changes)
+    assert "its verdict is 'harms'" in refusal(place, continue_from=PROJECT).message
+    rewrite_manifest(parent, evaluation=harming)
+
+    (parent / "snapshot.json.gz").unlink()
+    assert "no readable record of its training data" in refusal(place, continue_from=PROJECT).message
+    scratch = place.plan()
+    assert scratch.continued is None
+    assert "as an adapter of an older version" in scratch.estimate.chosen
+
+
+def test_broken_and_foreign_adapters_are_refused(place: Workplace, tmp_path: Path) -> None:
+    parent = current(place)
+    assert "No adapter at '/no/such/adapter'" in refusal(place, continue_from="/no/such/adapter").message
+    assert "No adapter at 'nobody'" in refusal(place, continue_from="nobody").message
+    (tmp_path / "empty").mkdir()
+    assert "does not contain" in refusal(place, continue_from=str(tmp_path / "empty")).message
+
+    foreign = write_tiny_adapter(tmp_path / "foreign", place.base, 0)
+    (foreign / "adapter_manifest.json").unlink()
+    assert "it has no manifest" in refusal(place, continue_from=str(foreign)).message
+
+    mlx = tmp_path / "mlx"
+    mlx.mkdir()
+    save_file({"model.layers.0.self_attn.q_proj.lora_a": torch.ones(32, 4)}, mlx / "adapters.safetensors")
+    (mlx / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "lora"}))
+    assert "the format of mlx-lm" in refusal(place, continue_from=str(mlx)).message
+
+    weights = parent / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    weights.chmod(0o644)
+    save_file(tensors, weights)
+    message = refusal(place, continue_from=PROJECT).message
+    assert "altered" in message or "NaN" in message
+
+
+def test_most_of_the_code_changed_is_a_reason_to_start_from_scratch(place: Workplace) -> None:
+    for file in range(24):
+        place.write(file, version=3)
+    request = place.plan()
+    assert request.continued is None
+    assert "% of the code is new or has changed since" in request.estimate.chosen
+    assert place.plan(continue_from=PROJECT).continued is not None
+
+
+def test_the_base_of_the_named_adapter_is_used_if_none_is_given(place: Workplace) -> None:
+    request = place.plan(base_model=None, continue_from=str(current(place)))
+    assert request.base.path == place.base
