@@ -106,7 +106,7 @@ class Settings(BaseSettings):
             ge=1,
             le=100,
             description="Percent of the processors that other programs may use while a training runs that started by itself "
-            "(retrain_when); above it the training pauses. It begins, or continues, below half of it.",
+            "(retrain_when); above it the training pauses. It begins, or continues, below half of it. 100: it does not matter.",
         ),
     ] = 50
     refresh_on_battery: Annotated[

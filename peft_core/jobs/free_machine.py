@@ -18,7 +18,9 @@ BUSY_S = 30.0  # how long the load must exceed the limit before a running job is
 class Limits:
     """What counts as free."""
 
-    max_load: float = 0.5  # share of the processors that other programs may use while the job runs
+    max_load: float = (
+        0.5  # share of the processors that other programs may use while the job runs; 1: it does not matter
+    )
     on_battery: bool = False
     quiet_s: float = 60.0  # how long the machine must have been free before the job begins, or continues
 
@@ -38,9 +40,14 @@ class FreeMachine:
     def why_wait(self, use: MachineUse, now: float, *, needed_bytes: int = 0) -> str:
         """Return why a job may not begin yet; "" if it may. `now`: seconds of a clock that never jumps."""
         self._busy_since = None
-        obstacle = self._claimed(use) or _overload(use, self._limits.max_load / 2)
-        if use.load is None:
-            obstacle = obstacle or "the load of the machine is being measured"
+        obstacle = self._claimed(use)
+        if not obstacle and self._limits.max_load < 1:
+            is_measured = use.load is not None
+            obstacle = (
+                _overload(use, self._limits.max_load / 2)
+                if is_measured
+                else "the load of the machine is being measured"
+            )
         if use.available_bytes < needed_bytes:
             obstacle = obstacle or f"it needs about {needed_bytes / 1e9:.1f} GB of memory, which other programs use"
         if obstacle:

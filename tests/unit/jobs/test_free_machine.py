@@ -69,7 +69,8 @@ def test_a_load_between_the_two_limits_neither_pauses_a_job_nor_lets_one_begin()
 
 def test_the_limits_are_settings() -> None:
     machine = FreeMachine(Limits(max_load=1.0, on_battery=True, quiet_s=0.0))
-    assert machine.why_wait(MachineUse(load=0.5, on_battery=True), 0.0) == ""
+    for load in (None, 0.5, 1.0):
+        assert machine.why_wait(MachineUse(load=load, on_battery=True), 0.0) == ""
     assert machine.why_pause(MachineUse(load=1.0, on_battery=True), 1e6) == ""
 
 

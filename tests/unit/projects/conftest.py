@@ -48,11 +48,14 @@ def git(root: Path, *arguments: str) -> str:
 
 
 def make_repository(root: Path, name: str = "add") -> Path:
-    """Create a repository of 60 functions in one commit."""
+    """Create a repository of 64 functions in one commit."""
     root.mkdir(parents=True)
-    for number in range(60):
-        text = f"def {name}_{number}(left, right):\n    return left * {number} + right - {number * number}\n"
-        (root / f"{name}_{number}.py").write_text(text)
+    for file in range(4):
+        functions = [
+            f"def {name}_{number}(left, right):\n    return left * {number} + right - {number * number}\n"
+            for number in range(16 * file, 16 * file + 16)
+        ]
+        (root / f"{name}_{file}.py").write_text("\n\n".join(functions))
     git(root, "init", "-q")
     git(root, "add", ".")
     git(root, "commit", "-q", "-m", f"Add {name}")
