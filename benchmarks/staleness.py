@@ -6,7 +6,7 @@ base and adapter on examples that overlap a changed or new unit. The first row o
 adapter gains on unseen code of the version that it was trained on. Finished trainings and measurements are not repeated.
 
     pip download --no-deps --only-binary=:all: -d WHEELS mcp==1.9.0 mcp==1.9.4 ...  # every version below
-    python benchmarks/staleness.py --wheels WHEELS --work DIR [--steps 40] [--examples 64] [--packages mcp ...]
+    python benchmarks/staleness.py --wheels WHEELS --work DIR [--steps 12] [--examples 40] [--packages mcp ...]
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from peft_core.system.cancellation import StopFlag
 
 # The oldest version is trained on.
 VERSIONS = {
-    "openai_agents": ("0.2.0", "0.2.3", "0.2.7", "0.3.0", "0.4.0", "0.6.0", "0.8.0"),
-    "mcp": ("1.9.0", "1.9.4", "1.10.0", "1.12.0", "1.16.0", "1.23.0", "2.0.0"),
-    "starlette": ("0.38.0", "0.39.0", "0.41.0", "0.45.0", "0.47.0", "0.52.0", "1.3.0"),
+    "openai_agents": ("0.2.0", "0.2.3", "0.2.7", "0.4.0", "0.8.0"),
+    "starlette": ("0.38.0", "0.39.0", "0.45.0", "0.47.0", "1.3.0"),
+    "mcp": ("1.9.0", "1.9.4", "1.12.0", "1.23.0", "2.0.0"),
 }
 MAX_LENGTH = 256
 
@@ -73,8 +73,8 @@ def main() -> None:
     parser.add_argument("--wheels", type=Path, required=True, help="directory with a wheel of every version")
     parser.add_argument("--work", type=Path, required=True, help="data directory; finished runs in it are not repeated")
     parser.add_argument("--packages", nargs="+", default=list(VERSIONS), choices=list(VERSIONS))
-    parser.add_argument("--steps", type=int, default=40, help="optimiser steps per training")
-    parser.add_argument("--examples", type=int, default=64, help="examples per version")
+    parser.add_argument("--steps", type=int, default=12, help="optimiser steps per training")
+    parser.add_argument("--examples", type=int, default=40, help="examples per version")
     anyio.run(replay, parser.parse_args())
 
 
@@ -102,7 +102,8 @@ async def replay(options: argparse.Namespace) -> None:
 
 async def train(manager: PEFTManager, package: str, options: argparse.Namespace) -> TrainingStatus:
     """Return the finished training on the oldest version, from an earlier run if there is one."""
-    project, config = package, {"max_steps": options.steps, "max_length": MAX_LENGTH, "make_current": "always"}
+    project = package
+    config = {"max_steps": options.steps, "max_length": MAX_LENGTH, "held_out_fraction": 0.05, "make_current": "always"}
     status = await manager.get_training_status(project)
     if status.status is Status.NOT_STARTED:
         source = unpacked(package, VERSIONS[package][0], options)

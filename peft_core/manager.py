@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 import anyio
@@ -50,6 +51,7 @@ from peft_core.schemas.results import (
     UnloadedAdapter,
 )
 from peft_core.schemas.serving import Serving, ServingStopped
+from peft_core.schemas.staleness import Staleness
 from peft_core.schemas.storage import DiskUsage
 from peft_core.schemas.training import DataSelection, EvaluatedAdapter, ProjectId, TrainingConfig
 from peft_core.schemas.validation import (
@@ -59,11 +61,14 @@ from peft_core.schemas.validation import (
     parse_selection,
 )
 from peft_core.serving.service import ServingService
-from peft_core.staleness.service import StalenessService
+from peft_core.staleness.service import StalenessService, unknown
 from peft_core.storage.service import StorageService
 
 POLL_INTERVAL_S = 0.25  # how often `watch_training` reads the status
 STOP_WAIT_S = 8.0  # how long `cancel_training` waits for the end of a running job
+COMPARE_WAIT_S = (
+    3.0  # how long a call waits for the comparison of an adapter with its code, which takes less than a second
+)
 
 PROJECT_ID: TypeAdapter[str] = TypeAdapter(ProjectId)
 
@@ -270,18 +275,31 @@ class PEFTManager:
         """Queue an interrupted, cancelled or failed job again; it continues from its last checkpoint."""
         return await run_sync(self._jobs.resume, job_id)
 
-    async def list_adapters(self, project_id: str | None = None) -> AdapterList:
-        """List the published adapters, newest first, and which of them are in memory."""
+    async def list_adapters(
+        self, project_id: str | None = None, *, compare_for_s: float = COMPARE_WAIT_S
+    ) -> AdapterList:
+        """List the published adapters, newest first, and which of them are in memory.
+
+        Args:
+            project_id: omit to list those of all projects.
+            compare_for_s: how long the current adapters are compared with their code; 0: they are not.
+        """
         published = await run_sync(self._adapters.adapters, None if project_id is None else _project_id(project_id))
+        compared = await self._compare_all(published, compare_for_s)
         await self._inference.sync()
         loaded = self._inference.resident
         active = {adapter.adapter_path: adapter.active for adapter in loaded.adapters}
         adapters = [
             adapter.model_copy(
-                update={"resident": adapter.adapter_path in active, "active": active.get(adapter.adapter_path, False)}
+                update={
+                    "resident": adapter.adapter_path in active,
+                    "active": active.get(adapter.adapter_path, False),
+                    "staleness": compared.get(adapter.adapter_path),
+                }
             )
             for adapter in published
         ]
+        not_compared = sum(adapter.current for adapter in adapters) - len(compared)
         if adapters:
             step = NextStep(
                 tool="load_adapter",
@@ -292,7 +310,33 @@ class PEFTManager:
             step = NextStep(
                 tool="train_adapter", missing=("project_id", "training_data"), reason="There is no adapter yet."
             )
-        return AdapterList(adapters=adapters, loaded=loaded, next=step.sentence, next_step=step)
+        return AdapterList(
+            adapters=adapters, loaded=loaded, not_compared=not_compared, next=step.sentence, next_step=step
+        )
+
+    async def _compare_all(self, adapters: Sequence[AdapterSummary], for_s: float) -> dict[str, Staleness | None]:
+        """Return the staleness of the current adapters, by path, as far as it can be computed in so many seconds."""
+        found: dict[str, Staleness | None] = {}
+
+        def compare() -> None:
+            deadline = time.monotonic() + for_s
+            for adapter in adapters:
+                if time.monotonic() >= deadline:
+                    return
+                if adapter.current:
+                    found[adapter.adapter_path] = self._staleness.of(Path(adapter.adapter_path))
+
+        with anyio.move_on_after(for_s):
+            await run_sync(compare, abandon_on_cancel=True)
+        return dict(found)
+
+    async def _compare(self, adapter_path: str | None, for_s: float) -> Staleness | None:
+        """Return the staleness of an adapter; None without one, or if it was not trained on code of this machine."""
+        if adapter_path is None or for_s <= 0:
+            return None
+        with anyio.move_on_after(for_s):
+            return await run_sync(self._staleness.of, Path(adapter_path), abandon_on_cancel=True)
+        return unknown(f"comparing it takes more than {for_s:g} s.")
 
     async def current_adapters(self, count: int) -> list[AdapterSummary]:
         """Return the projects' current adapters, newest first."""
@@ -314,9 +358,15 @@ class PEFTManager:
         """Return the ids of the projects that have jobs or adapters, those with the latest jobs first."""
         return await run_sync(self._jobs.project_ids)
 
-    async def get_adapter_info(self, adapter_path: str) -> AdapterInfo:
-        """Return all that is recorded about an adapter: a directory, or a project id (its current adapter)."""
-        return await run_sync(self._adapters.info, adapter_path)
+    async def get_adapter_info(self, adapter_path: str, *, compare_for_s: float = 2 * COMPARE_WAIT_S) -> AdapterInfo:
+        """Return all that is recorded about an adapter, and how far its code has moved on.
+
+        Args:
+            adapter_path: a directory, or a project id (its current adapter).
+            compare_for_s: how long it is compared with its code; 0: it is not.
+        """
+        info = await run_sync(self._adapters.info, adapter_path)
+        return info.model_copy(update={"staleness": await self._compare(info.adapter_path, compare_for_s)})
 
     async def read_card(self, project_id: str) -> AdapterDocument:
         """Return manifest and model card of a project's current adapter."""
@@ -357,6 +407,7 @@ class PEFTManager:
         *,
         accept_unproven_base: bool = False,
         engine: EngineChoice | None = None,
+        compare_for_s: float = COMPARE_WAIT_S,
         on_progress: ProgressCallback | None = None,
     ) -> LoadedAdapter:
         """Verify an adapter, load it with its base model and activate it: seconds, less if the base model is in memory.
@@ -369,15 +420,18 @@ class PEFTManager:
             base_model: omit to use the base model that the adapter was trained on, if it is on this machine.
             accept_unproven_base: load although only the shapes fit (verdict 'shape_only').
             engine: "torch", or "llamacpp", which is faster on a CPU; omit to use the setting `engine`.
+            compare_for_s: how long it is compared with its code after it was loaded; 0: it is not.
             on_progress: awaited with (done, total, message) during a long load.
         """
-        return await self._inference.load(
+        loaded = await self._inference.load(
             adapter_path,
             base_model,
             accept_unproven_base=accept_unproven_base,
             engine=engine,
             on_progress=on_progress,
         )
+        staleness = await self._compare(loaded.adapter_path, compare_for_s) if loaded.status == "loaded" else None
+        return loaded.model_copy(update={"staleness": staleness})
 
     async def switch_project(self, project_id: str, *, on_progress: ProgressCallback | None = None) -> LoadedAdapter:
         """Activate the current adapter of a project: milliseconds if it is in memory, else as long as `load_adapter`.

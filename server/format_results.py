@@ -35,6 +35,7 @@ from peft_core.schemas.results import (
     UnloadedAdapter,
 )
 from peft_core.schemas.serving import Serving
+from peft_core.schemas.staleness import Staleness
 from peft_core.schemas.storage import DiskUsage, size_in_words
 from peft_core.system.durations import age_since, rough_duration
 from server.links import link_to_export, links_of_status
@@ -127,7 +128,10 @@ def format_adapters(listed: AdapterList, *, now: float | None = None) -> CallToo
         memory = (
             f" In memory: {loaded.base_model} with {', '.join(resident) or 'no adapter'}, {_mb(loaded.memory_bytes)}."
         )
-    return tool_result(listed, f"{count} adapter{'' if count == 1 else 's'}{names}.{memory}")
+    left = listed.not_compared
+    were = "was not compared with its" if left == 1 else "were not compared with their"
+    open_question = f" {left} of them {were} code in time; get_adapter_info does it." if left else ""
+    return tool_result(listed, f"{count} adapter{'' if count == 1 else 's'}{names}.{memory}{open_question}")
 
 
 def _adapter_line(adapter: AdapterSummary, now: float) -> str:
@@ -138,12 +142,18 @@ def _adapter_line(adapter: AdapterSummary, now: float) -> str:
         adapter.verdict.replace("_", " ") if adapter.verdict else "not evaluated",
         f"{age} old" if age else "",
         "active" if adapter.active else "in memory" if adapter.resident else "",
+        adapter.staleness.in_brief if adapter.staleness else "",
     ]
     return f"{adapter.project_id}/{adapter.adapter_id} ({', '.join(filter(None, facts))})"
 
 
+def _with_staleness(sentence: str, staleness: Staleness | None) -> str:
+    return sentence if staleness is None else f"{sentence} {staleness.text}"
+
+
 def format_adapter_info(info: AdapterInfo) -> CallToolResult:
-    return tool_result(info, f"{info.adapter_path}: rank {info.rank}, {info.adapter_bytes / 1e6:.1f} MB.")
+    what = f"{info.adapter_path}: rank {info.rank}, {info.adapter_bytes / 1e6:.1f} MB."
+    return tool_result(info, _with_staleness(what, info.staleness))
 
 
 def format_deleted(deleted: DeletedAdapter) -> CallToolResult:
@@ -169,11 +179,11 @@ def format_loaded(loaded: LoadedAdapter) -> CallToolResult:
     effect = f"outputs change by up to {loaded.effect.max_logit_change:.2f}" if loaded.effect else "effect unknown"
     engine = f" Computed in {ENGINES[loaded.engine]}: {loaded.engine_reason}." if loaded.engine else ""
     evicted = f" Evicted from memory: {', '.join(loaded.evicted)}." if loaded.evicted else ""
-    return tool_result(
-        loaded,
+    what = (
         f"Loaded {loaded.adapter_path} on {loaded.base_model} in {loaded.elapsed_s:.2f} s ({loaded.how}; base match "
-        f"{loaded.verdict}; {effect}); {_mb(loaded.memory_bytes)} in use.{engine}{evicted}",
+        f"{loaded.verdict}; {effect}); {_mb(loaded.memory_bytes)} in use.{engine}{evicted}"
     )
+    return tool_result(loaded, _with_staleness(what, loaded.staleness))
 
 
 def format_unloaded(unloaded: UnloadedAdapter) -> CallToolResult:

@@ -13,6 +13,7 @@ from peft_core.base_models.hub_cache import blob_of
 from peft_core.errors import AdapterNotFound, HeaderError
 from peft_core.schemas.evaluation import Verdict
 from peft_core.schemas.frozen import FrozenModel
+from peft_core.schemas.staleness import Staleness
 from peft_core.system.files import read_small
 
 MAX_CARD_BYTES = 256 << 10
@@ -33,6 +34,7 @@ class AdapterInfo(FrozenModel):
     manifest: Manifest | None = Field(
         None, description="Base model, data, run and measurements; null if the adapter was not trained here."
     )
+    staleness: Staleness | None = Field(None, description="How far the code has moved on since the training.")
     report_path: str | None = Field(
         None, description="HTML report with loss curves, confidence intervals and examples."
     )

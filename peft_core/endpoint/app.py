@@ -118,7 +118,7 @@ class Endpoint:
         with suppress(PeftMcpError):  # the first request reports it
             async with self._turn:
                 model = await self._find(self.state.default_model)
-                await self.manager.load_adapter(model.project_id)
+                await self.manager.load_adapter(model.project_id, compare_for_s=0)
 
     # -- generation ----------------------------------------------------------------------------------------------------
 
@@ -178,7 +178,7 @@ class Endpoint:
             PeftMcpError: The adapter cannot be loaded, or the request cannot be answered.
         """
         async with self._turn:  # so that no other request loads another adapter in between
-            loaded = await self.manager.load_adapter(model.project_id)
+            loaded = await self.manager.load_adapter(model.project_id, compare_for_s=0)
             if loaded.status != "loaded":
                 raise InferenceError(
                     f"The adapter of {model.project_id!r} cannot be loaded: {loaded.reason}", code="adapter_not_loaded"
@@ -189,7 +189,7 @@ class Endpoint:
 
     async def _models(self) -> list[ServedModel]:
         """Return what is served now: adapters are published and deleted while the endpoint runs."""
-        listed = await self.manager.list_adapters()
+        listed = await self.manager.list_adapters(compare_for_s=0)
         return await run_sync(served_models, listed.adapters)
 
     async def _find(self, name: str | None) -> _Choice:

@@ -15,6 +15,7 @@ from peft_core.schemas.dataset import DatasetSummary, SkippedRecords
 from peft_core.schemas.evaluation import AdapterComparison, Evaluation, Keep, Verdict
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.generation import Engine
+from peft_core.schemas.staleness import Staleness
 from peft_core.schemas.training import TrainingConfig
 
 
@@ -174,6 +175,7 @@ class AdapterSummary(FrozenModel):
     adapter_path: str
     resident: bool = Field(False, description="Whether it is in memory, so that load_adapter only switches to it.")
     active: bool = Field(False, description="Whether generate uses it.")
+    staleness: Staleness | None = Field(None, description="Of current adapters: how far the code has moved on since.")
 
 
 class JobSummary(FrozenModel):
@@ -276,6 +278,7 @@ class LoadedAdapter(FrozenModel):
     resident: MemoryState
     elapsed_s: float
     memory_bytes: int = Field(description="Resident memory of the inference process.")
+    staleness: Staleness | None = Field(None, description="How far the code has moved on since the training.")
     next: str = Field("", description="Suggested next call, in words.")
     next_step: NextStep | None = None
 
@@ -319,6 +322,7 @@ class DeletedAdapter(FrozenModel):
 class AdapterList(FrozenModel):
     adapters: list[AdapterSummary]
     loaded: MemoryState = Field(MemoryState(), description="What the inference process of this server holds in memory.")
+    not_compared: int = Field(0, description="Current adapters whose code was not compared in time.")
     next: str
     next_step: NextStep | None = None
 

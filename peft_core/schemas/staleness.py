@@ -21,3 +21,16 @@ class Staleness(FrozenModel):
         None, description="Share of the functions and statements that the adapter was not trained with."
     )
     source: str | None = Field(None, description="The code that it was trained on.")
+
+    @property
+    def in_brief(self) -> str:
+        """For a line in a list, such as "14 commits behind, 9 % of the units changed"; empty if nothing is known."""
+        if self.files is None:
+            return ""
+        percent, behind = self.units_changed_percent or 0, self.commits_behind or 0
+        facts = [
+            f"{behind} commit{'' if behind == 1 else 's'} behind" if behind else "",
+            f"{percent:.0f} % of the units changed" if percent >= 1 else "",
+            "retrain it" if self.retrain else "",
+        ]
+        return ", ".join(filter(None, facts)) or "up to date"

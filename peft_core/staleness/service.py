@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from peft_core.config import Settings
 from peft_core.errors import DataError, InvalidArgument
 from peft_core.schemas.dataset import DatasetSpec, DataSource, SourceKind
-from peft_core.schemas.results import AdapterSummary
 from peft_core.schemas.staleness import Staleness
 from peft_core.system.allowed_paths import require_data_path
 
@@ -29,18 +28,12 @@ class StalenessService:
             return None
         spec = self._dataset_of(adapter.name)
         if spec is None:
-            return _unknown("the job that trained the adapter, which names it, was deleted.")
+            return unknown("the job that trained the adapter, which names it, was deleted.")
         repositories = [source for source in spec.sources if source.kind is SourceKind.REPOSITORY]
         if not repositories:
             return None
         problem = self._why_not_read(repositories)
-        return _unknown(problem) if problem else _staleness(adapter, repositories, spec)
-
-    def of_current(self, adapters: Sequence[AdapterSummary]) -> Iterator[tuple[str, Staleness]]:
-        """Yield (path, staleness) of the current adapters among these, one after the other."""
-        for adapter in adapters:
-            if adapter.current and (staleness := self.of(Path(adapter.adapter_path))) is not None:
-                yield adapter.adapter_path, staleness
+        return unknown(problem) if problem else _staleness(adapter, repositories, spec)
 
     def _why_not_read(self, repositories: Sequence[DataSource]) -> str | None:
         for source in repositories:
@@ -62,12 +55,13 @@ def _staleness(adapter: Path, repositories: Sequence[DataSource], spec: DatasetS
 
     snapshot = read_snapshot(adapter)
     if snapshot is None or not snapshot.files:
-        return _unknown(f"the adapter's directory has no readable {SNAPSHOT_FILE_NAME}, the record of what it was.")
+        return unknown(f"the adapter's directory has no readable {SNAPSHOT_FILE_NAME}, the record of what it was.")
     try:
         return staleness_of(snapshot, repositories, include=spec.include, exclude=spec.exclude)
     except DataError as error:
-        return _unknown(error.message)
+        return unknown(error.message)
 
 
-def _unknown(reason: str) -> Staleness:
+def unknown(reason: str) -> Staleness:
+    """Return that nothing can be said, with the reason: the end of a sentence."""
     return Staleness(text=f"It is not known how far the code has moved on: {reason}")

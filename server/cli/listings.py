@@ -12,7 +12,7 @@ from peft_core.system.durations import age_since
 from server.cli import exit_codes
 from server.cli.terminal import Terminal, table, with_commands
 
-ADAPTERS = ("PROJECT", "ADAPTER", "CURRENT", "VERDICT", "PERPLEXITY", "SIZE", "AGE", "BASE MODEL")
+ADAPTERS = ("PROJECT", "ADAPTER", "CURRENT", "VERDICT", "PERPLEXITY", "SIZE", "AGE", "CODE", "BASE MODEL")
 
 
 async def list_adapters(manager: PEFTManager, options: Namespace, terminal: Terminal) -> int:
@@ -59,5 +59,6 @@ def _row(adapter: AdapterSummary, now: float) -> tuple[str, ...]:
         f"{adapter.base_perplexity:.2f} -> {adapter.adapter_perplexity:.2f}" if measured else "",
         f"{adapter.adapter_bytes / 1e6:.1f} MB",
         age_since(adapter.created_at, now),
+        adapter.staleness.in_brief if adapter.staleness else "",
         adapter.base_model,
     )

@@ -29,7 +29,8 @@ async def list_adapters(
     project_id: Annotated[ProjectId | None, Field(description="Omit to list all projects.")] = None,
 ) -> Annotated[CallToolResult, AdapterList]:
     """List the adapters trained on this machine, newest first. Returns base model, held-out perplexity of base and adapter,
-    size and path of each, and which are in memory. A project id refers to its current adapter; earlier ones are kept.
+    size and path of each, which are in memory, and of current ones how far the code has moved on since. A project id refers
+    to its current adapter; earlier ones are kept.
     """
     return format_adapters(await ctx.request_context.lifespan_context.list_adapters(project_id))
 
@@ -37,8 +38,8 @@ async def list_adapters(
 async def get_adapter_info(
     adapter_path: AdapterPath, ctx: Context[PEFTManager, Any]
 ) -> Annotated[CallToolResult, AdapterInfo]:
-    """Show one adapter. Returns all that is recorded: base model and its fingerprint, training data, settings, and results
-    on held-out files.
+    """Show one adapter. Returns all that is recorded: base model and its fingerprint, training data, settings, results on
+    held-out files, and how far the code has moved on since.
     """
     return format_adapter_info(await ctx.request_context.lifespan_context.get_adapter_info(adapter_path))
 
@@ -54,7 +55,7 @@ async def delete_adapter(
     manager = ctx.request_context.lifespan_context
 
     async def approve() -> None:
-        listed = (await manager.list_adapters(project_id)).adapters
+        listed = (await manager.list_adapters(project_id, compare_for_s=0)).adapters
         question = deletion_question(project_id, adapter_id, listed)
         await require_consent(ctx, question, nothing_done="Nothing was deleted")
 

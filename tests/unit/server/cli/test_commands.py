@@ -260,7 +260,18 @@ def test_list_shows_the_adapters_with_what_was_measured(cli: Cli, paths: DataPat
     code, out, _ = cli("list")
     assert code == exit_codes.DONE
     titles, *rows = out.splitlines()
-    assert titles.split() == ["PROJECT", "ADAPTER", "CURRENT", "VERDICT", "PERPLEXITY", "SIZE", "AGE", "BASE", "MODEL"]
+    assert titles.split() == [
+        "PROJECT",
+        "ADAPTER",
+        "CURRENT",
+        "VERDICT",
+        "PERPLEXITY",
+        "SIZE",
+        "AGE",
+        "CODE",
+        "BASE",
+        "MODEL",
+    ]
     assert [row.split()[:3] for row in rows] == [["api", "a-03", "yes"], ["web", "a-02", "yes"], ["web", "a-01", "not"]]
     assert all("9.00 -> 6.00" in row and row.endswith("SmolLM2-135M-Instruct") for row in rows)
     assert [adapter["adapter_id"] for adapter in json.loads(cli("list", "web", "--json")[1])["adapters"]] == [
