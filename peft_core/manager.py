@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any, Self
 
 import anyio
@@ -51,7 +50,6 @@ from peft_core.schemas.results import (
     UnloadedAdapter,
 )
 from peft_core.schemas.serving import Serving, ServingStopped
-from peft_core.schemas.staleness import Staleness
 from peft_core.schemas.storage import DiskUsage
 from peft_core.schemas.training import DataSelection, EvaluatedAdapter, ProjectId, TrainingConfig
 from peft_core.schemas.validation import (
@@ -61,14 +59,11 @@ from peft_core.schemas.validation import (
     parse_selection,
 )
 from peft_core.serving.service import ServingService
-from peft_core.staleness.service import StalenessService, unknown
+from peft_core.staleness.service import COMPARE_WAIT_S, StalenessService
 from peft_core.storage.service import StorageService
 
 POLL_INTERVAL_S = 0.25  # how often `watch_training` reads the status
 STOP_WAIT_S = 8.0  # how long `cancel_training` waits for the end of a running job
-COMPARE_WAIT_S = (
-    3.0  # how long a call waits for the comparison of an adapter with its code, which takes less than a second
-)
 
 PROJECT_ID: TypeAdapter[str] = TypeAdapter(ProjectId)
 
@@ -285,7 +280,7 @@ class PEFTManager:
             compare_for_s: how long the current adapters are compared with their code; 0: they are not.
         """
         published = await run_sync(self._adapters.adapters, None if project_id is None else _project_id(project_id))
-        compared = await self._compare_all(published, compare_for_s)
+        compared = await self._staleness.of_current(published, compare_for_s)
         await self._inference.sync()
         loaded = self._inference.resident
         active = {adapter.adapter_path: adapter.active for adapter in loaded.adapters}
@@ -313,30 +308,6 @@ class PEFTManager:
         return AdapterList(
             adapters=adapters, loaded=loaded, not_compared=not_compared, next=step.sentence, next_step=step
         )
-
-    async def _compare_all(self, adapters: Sequence[AdapterSummary], for_s: float) -> dict[str, Staleness | None]:
-        """Return the staleness of the current adapters, by path, as far as it can be computed in so many seconds."""
-        found: dict[str, Staleness | None] = {}
-
-        def compare() -> None:
-            deadline = time.monotonic() + for_s
-            for adapter in adapters:
-                if time.monotonic() >= deadline:
-                    return
-                if adapter.current:
-                    found[adapter.adapter_path] = self._staleness.of(Path(adapter.adapter_path))
-
-        with anyio.move_on_after(for_s):
-            await run_sync(compare, abandon_on_cancel=True)
-        return dict(found)
-
-    async def _compare(self, adapter_path: str | None, for_s: float) -> Staleness | None:
-        """Return the staleness of an adapter; None without one, or if it was not trained on code of this machine."""
-        if adapter_path is None or for_s <= 0:
-            return None
-        with anyio.move_on_after(for_s):
-            return await run_sync(self._staleness.of, Path(adapter_path), abandon_on_cancel=True)
-        return unknown(f"comparing it takes more than {for_s:g} s.")
 
     async def current_adapters(self, count: int) -> list[AdapterSummary]:
         """Return the projects' current adapters, newest first."""
@@ -366,7 +337,7 @@ class PEFTManager:
             compare_for_s: how long it is compared with its code; 0: it is not.
         """
         info = await run_sync(self._adapters.info, adapter_path)
-        return info.model_copy(update={"staleness": await self._compare(info.adapter_path, compare_for_s)})
+        return info.model_copy(update={"staleness": await self._staleness.within(compare_for_s, info.adapter_path)})
 
     async def read_card(self, project_id: str) -> AdapterDocument:
         """Return manifest and model card of a project's current adapter."""
@@ -430,7 +401,9 @@ class PEFTManager:
             engine=engine,
             on_progress=on_progress,
         )
-        staleness = await self._compare(loaded.adapter_path, compare_for_s) if loaded.status == "loaded" else None
+        staleness = await self._staleness.within(
+            compare_for_s, loaded.adapter_path if loaded.status == "loaded" else None
+        )
         return loaded.model_copy(update={"staleness": staleness})
 
     async def switch_project(self, project_id: str, *, on_progress: ProgressCallback | None = None) -> LoadedAdapter:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import anyio
+from anyio.to_thread import run_sync
 
 from peft_core.config import Settings
 from peft_core.errors import DataError, InvalidArgument
 from peft_core.schemas.dataset import DatasetSpec, DataSource, SourceKind
+from peft_core.schemas.results import AdapterSummary
 from peft_core.schemas.staleness import Staleness
 from peft_core.system.allowed_paths import require_data_path
 
+COMPARE_WAIT_S = 1.5  # how long a call waits for comparisons: one takes a tenth of a second, of 2,000 files a whole one
+
 
 class StalenessService:
-    """Blocking; the manager calls it in threads. A repository of a thousand files takes a fraction of a second.
+    """Compares adapters with their code.
 
     `dataset_of(adapter_id)` returns what the job that trained an adapter was given, or None if there is no such job.
     """
@@ -34,6 +41,30 @@ class StalenessService:
             return None
         problem = self._why_not_read(repositories)
         return unknown(problem) if problem else _staleness(adapter, repositories, spec)
+
+    async def within(self, seconds: float, adapter_path: str | None) -> Staleness | None:
+        """Do as `of` in a thread, and wait for so many seconds; 0: nothing is compared. None without an adapter."""
+        if adapter_path is None or seconds <= 0:
+            return None
+        with anyio.move_on_after(seconds):
+            return await run_sync(self.of, Path(adapter_path), abandon_on_cancel=True)
+        return unknown(f"comparing it takes more than {seconds:g} s.")
+
+    async def of_current(self, adapters: Sequence[AdapterSummary], seconds: float) -> dict[str, Staleness | None]:
+        """Return the staleness of the current adapters among these, by path: of as many as so many seconds allow."""
+        found: dict[str, Staleness | None] = {}
+
+        def compare() -> None:
+            deadline = time.monotonic() + seconds
+            for adapter in adapters:
+                if time.monotonic() >= deadline:
+                    return
+                if adapter.current:
+                    found[adapter.adapter_path] = self.of(Path(adapter.adapter_path))
+
+        with anyio.move_on_after(seconds):
+            await run_sync(compare, abandon_on_cancel=True)
+        return dict(found)
 
     def _why_not_read(self, repositories: Sequence[DataSource]) -> str | None:
         for source in repositories:
