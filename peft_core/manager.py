@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from peft_core.adapters.info import AdapterDocument, AdapterInfo
 from peft_core.adapters.registry import Registry
-from peft_core.adapters.service import AdapterService
+from peft_core.adapters.service import AdapterService, list_of
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument, StorageError
 from peft_core.export.service import ExportService
@@ -44,7 +44,6 @@ from peft_core.schemas.results import (
     Estimate,
     JobSummary,
     LoadedAdapter,
-    NextStep,
     TrainingDataReport,
     TrainingStatus,
     UnloadedAdapter,
@@ -282,32 +281,7 @@ class PEFTManager:
         published = await run_sync(self._adapters.adapters, None if project_id is None else _project_id(project_id))
         compared = await self._staleness.of_current(published, compare_for_s)
         await self._inference.sync()
-        loaded = self._inference.resident
-        active = {adapter.adapter_path: adapter.active for adapter in loaded.adapters}
-        adapters = [
-            adapter.model_copy(
-                update={
-                    "resident": adapter.adapter_path in active,
-                    "active": active.get(adapter.adapter_path, False),
-                    "staleness": compared.get(adapter.adapter_path),
-                }
-            )
-            for adapter in published
-        ]
-        not_compared = sum(adapter.current for adapter in adapters) - len(compared)
-        if adapters:
-            step = NextStep(
-                tool="load_adapter",
-                missing=("adapter_path",),
-                reason="get_adapter_info shows what was measured; load_adapter makes one usable.",
-            )
-        else:
-            step = NextStep(
-                tool="train_adapter", missing=("project_id", "training_data"), reason="There is no adapter yet."
-            )
-        return AdapterList(
-            adapters=adapters, loaded=loaded, not_compared=not_compared, next=step.sentence, next_step=step
-        )
+        return list_of(published, self._inference.resident, compared)
 
     async def current_adapters(self, count: int) -> list[AdapterSummary]:
         """Return the projects' current adapters, newest first."""

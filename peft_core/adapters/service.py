@@ -5,7 +5,7 @@ Nothing in this package uses the inference process; see `peft_core.inference.ser
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from peft_core.adapters.info import AdapterDocument, AdapterInfo, read_document, read_info
@@ -14,7 +14,15 @@ from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument
 from peft_core.schemas.base_model import Base
-from peft_core.schemas.results import AdapterSummary, Compatibility, DeletedAdapter
+from peft_core.schemas.results import (
+    AdapterList,
+    AdapterSummary,
+    Compatibility,
+    DeletedAdapter,
+    MemoryState,
+    NextStep,
+)
+from peft_core.schemas.staleness import Staleness
 
 
 class AdapterService:
@@ -166,3 +174,32 @@ class AdapterService:
                 suggestions=[r.fix for r in errors[:1] if r.fix],
                 code=errors[0].code,
             )
+
+
+def list_of(
+    adapters: Sequence[AdapterSummary], loaded: MemoryState, compared: Mapping[str, Staleness | None]
+) -> AdapterList:
+    """Return adapters with what is known besides: which are in memory, and by path how far their code has moved on."""
+    active = {adapter.adapter_path: adapter.active for adapter in loaded.adapters}
+    if adapters:
+        reason = "get_adapter_info shows what was measured; load_adapter makes one usable."
+        step = NextStep(tool="load_adapter", missing=("adapter_path",), reason=reason)
+    else:
+        missing = ("project_id", "training_data")
+        step = NextStep(tool="train_adapter", missing=missing, reason="There is no adapter yet.")
+    return AdapterList(
+        adapters=[
+            adapter.model_copy(
+                update={
+                    "resident": adapter.adapter_path in active,
+                    "active": active.get(adapter.adapter_path, False),
+                    "staleness": compared.get(adapter.adapter_path),
+                }
+            )
+            for adapter in adapters
+        ],
+        loaded=loaded,
+        not_compared=sum(adapter.current for adapter in adapters) - len(compared),
+        next=step.sentence,
+        next_step=step,
+    )
