@@ -27,7 +27,8 @@ from server.ask_client import ask
 TIMEOUT_S = 10.0  # for an answer that needs no person
 MAX_ROOTS = 100
 MAX_NAMED = 4  # places in an error
-NAMES = ("adapter_path", "base_model")  # arguments that are a path or a name
+NAMES = ("adapter_path", "base_model", "continue_from")  # arguments that are a path or a name
+_NAMES_IN_CONFIG = ("base_model", "continue_from")
 PATHS = ("training_data", "evaluation_data", "output_path")
 CREATED = ("output_path",)  # it need not exist
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", re.ASCII)  # of a project or on a hub
@@ -50,9 +51,7 @@ async def absolute_paths(ctx: Context[Any, Any], arguments: Mapping[str, Any]) -
     }
     config = arguments.get("config")
     if isinstance(config, DataSelection):
-        changed: dict[str, Any] = {}
-        if "config.base_model" in resolved:
-            changed["base_model"] = resolved.pop("config.base_model")
+        changed = {name: resolved.pop(f"config.{name}") for name in _NAMES_IN_CONFIG if f"config.{name}" in resolved}
         sources = [
             resolved.pop(f"config.more_sources.{index}", given) for index, given in enumerate(config.more_sources)
         ]
@@ -65,7 +64,7 @@ def _relative_paths(arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     config = arguments.get("config")
     candidates = {name: arguments.get(name) for name in (*PATHS, *NAMES)}
     if isinstance(config, DataSelection):
-        candidates["config.base_model"] = getattr(config, "base_model", None)
+        candidates |= {f"config.{name}": getattr(config, name, None) for name in _NAMES_IN_CONFIG}
         candidates |= {f"config.more_sources.{index}": given for index, given in enumerate(config.more_sources)}
     for field, given in candidates.items():
         if isinstance(given, str) and _is_relative(given) and not _is_plain_name(field, given):
@@ -90,7 +89,7 @@ def _is_plain_name(field: str, text: str) -> bool:
         return True
     if os.sep in text or text.startswith(".") or text.lower().endswith(_WEIGHTS):
         return False
-    return argument == "adapter_path" or not os.path.lexists(text)  # a base may be taken from the working directory
+    return argument != "base_model" or not os.path.lexists(text)  # a base may be taken from the working directory
 
 
 def _resolve(field: str, text: str, roots: Sequence[Path]) -> str:

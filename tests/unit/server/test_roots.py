@@ -43,7 +43,11 @@ async def show(
             "adapter_path": adapter_path,
             "output_path": output_path,
             "base_model": base_model,
-            "config": {"base_model": config.base_model, "more_sources": config.more_sources},
+            "config": {
+                "base_model": config.base_model,
+                "more_sources": config.more_sources,
+                "continue_from": config.continue_from,
+            },
         }
     )
     return CallToolResult(
@@ -157,7 +161,14 @@ async def test_without_roots_a_relative_path_is_refused_even_if_it_exists_where_
 async def test_paths_inside_config_are_resolved_too(era: str, roots: list[Path]) -> None:
     given = {"base_model": "./docs", "more_sources": ["/elsewhere", "my lib"]}
     expected = {"base_model": str(roots[0] / "docs"), "more_sources": ["/elsewhere", str(roots[1] / "my lib")]}
-    assert await received(era, roots, config=given) == {"config": expected}
+    assert await received(era, roots, config=given) == {"config": {**expected, "continue_from": None}}
+
+
+async def test_the_adapter_to_continue_from_may_be_a_relative_path_or_a_project(era: str, roots: list[Path]) -> None:
+    for given, expected in (("docs/web", str(roots[0] / "docs" / "web")), ("web", "web"), ("none", "none")):
+        (roots[0] / "docs" / "web").mkdir(exist_ok=True)
+        shown = await received(era, roots, config={"continue_from": given})
+        assert shown["config"]["continue_from"] == expected
 
 
 async def test_a_new_directory_is_created_in_the_only_root(era: str, roots: list[Path]) -> None:
