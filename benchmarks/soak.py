@@ -48,7 +48,7 @@ def report(running: Server, data: Path, done: int) -> None:
 
 
 def train(running: Server, number: int, source: Path, base: Path) -> str:
-    config = {"base_model": str(base), "device": "cpu", "max_length": 128}
+    config = {"base_model": str(base), "device": "cpu", "max_length": 128, "continue_from": "none"}
     answer = running.call("train_adapter", project_id=f"p{number % 5}", training_data=str(source), config=config)
     assert not answer.get("isError"), answer
     return str(answer["structuredContent"]["job_id"])

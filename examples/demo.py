@@ -32,7 +32,8 @@ from peft_core.llamacpp.worker.server import LlamaServer
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = "peft-mcp-demo"
 # About 100 functions and classes: minutes on two CPU cores, and enough to see the loss fall. A real run omits the config.
-CONFIG = {"max_steps": 24, "held_out_fraction": 0.03, "eval_steps": 12}
+# Each run trains from scratch; without continue_from, a second one would only learn what has changed since the first.
+CONFIG = {"max_steps": 24, "held_out_fraction": 0.03, "eval_steps": 12, "continue_from": "none"}
 # One chat message, and one piece of code to continue, under a file path as in the training examples.
 PROMPTS: list[dict[str, Any]] = [
     {
