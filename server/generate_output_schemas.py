@@ -10,18 +10,35 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
+from peft_core.schemas.results import TrainingStatus
 from server.app import TOOLS
 from server.long_calls import LONG_TOOLS, StillWorking
 from server.tools import OUTPUT_SCHEMAS, result_model
+
+STATUS_TOOL = "get_training_status"
+# Of the status that the other tools for jobs return, these fields are sent; the schema of STATUS_TOOL has all of them.
+STATUS_FIELDS = frozenset(
+    {"summary", "job_id", "project_id", "status", "progress_percent", "eta_s", "adapter_path", "error"}
+    | {"metrics", "evaluation", "comparison", "dataset", "estimate", "report_path", "next", "next_step"}
+)
 
 
 def output_schemas() -> dict[str, dict[str, Any]]:
     """Return the schema of each tool's result, by the tool's name."""
     models = {tool.name: result_model(tool.fn) for tool in TOOLS}
-    schemas = {
-        name: short_output_schema(model.model_json_schema()) for name, model in models.items() if model is not None
-    }
-    return {name: _or_still_working(schema) if name in LONG_TOOLS else schema for name, schema in schemas.items()}
+    return {name: _schema_of(name, model) for name, model in models.items() if model is not None}
+
+
+def _schema_of(tool: str, model: type[BaseModel]) -> dict[str, Any]:
+    schema = short_output_schema(model.model_json_schema())
+    if tool in LONG_TOOLS:
+        return _or_still_working(schema)
+    if model is TrainingStatus and tool != STATUS_TOOL:
+        fields = {name: field for name, field in schema["properties"].items() if name in STATUS_FIELDS}
+        return {**schema, "properties": fields}
+    return schema
 
 
 def _or_still_working(schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,8 +53,7 @@ def _or_still_working(schema: Mapping[str, Any]) -> dict[str, Any]:
 def short_output_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
     """Return the schema of a tool's result with names and types of the fields; objects inside it are not described.
 
-    The results of five tools are alike, and the complete schemas make `tools/list` longer than the 64 KiB that some clients
-    read as one line.
+    The complete schemas make `tools/list` longer than the 64 KiB that some clients read as one line.
     """
     definitions = schema.get("$defs", {})
     fields = {name: _short(node, definitions) for name, node in schema["properties"].items()}
