@@ -65,8 +65,7 @@ class TaskMixture(FrozenModel):
         Field(
             ge=0,
             le=1,
-            description="Fraction of code units as fill-in-the-middle examples, for completion in editors (0.5). Needs a base "
-            "with FIM tokens.",
+            description="Fraction as fill-in-the-middle examples, for editors (0.5). Needs a base with FIM tokens.",
         ),
     ] = 0.0
     instructions: Annotated[
@@ -74,7 +73,7 @@ class TaskMixture(FrozenModel):
         Field(
             ge=0,
             le=1,
-            description="Fraction of code units as chat examples: docstring as prompt, code as answer.",
+            description="Fraction as chat examples: docstring as prompt, code as answer.",
         ),
     ] = 0.0
 
@@ -93,7 +92,7 @@ class DataSelection(FrozenModel):
         ONE_TEXT_IS_A_LIST,
         Field(
             max_length=50,
-            description="Patterns, as in .gitignore, of the files to read. Omit to read all code. One that names vendored or "
+            description="Patterns, as in .gitignore, of the files to read. Omit: all code. One that names vendored or "
             "generated files takes them in.",
         ),
     ] = []  # noqa: RUF012 -- pydantic copies defaults
@@ -105,12 +104,12 @@ class DataSelection(FrozenModel):
         ONE_TEXT_IS_A_LIST,
         Field(
             max_length=16,
-            description="More repositories or .jsonl files to use with the first.",
+            description="More repositories or .jsonl files.",
         ),
     ] = []  # noqa: RUF012 -- pydantic copies defaults
-    skip_unusable_records: Annotated[
-        bool, Field(description="Skip and count unusable records instead of refusing the file.")
-    ] = False
+    skip_unusable_records: Annotated[bool, Field(description="Skip unusable records instead of refusing the file.")] = (
+        False
+    )
 
     @model_validator(mode="after")
     def _patterns_are_understood(self) -> DataSelection:
@@ -122,7 +121,7 @@ class DataSelection(FrozenModel):
 
 
 class TrainingConfig(DataSelection):
-    """How to train. Every field is optional; omit all for a first run. Resource settings://training describes the others."""
+    """How to train. Omit all for a first run. Resource settings://training describes the others."""
 
     base_model: Annotated[
         str | None,
@@ -132,7 +131,7 @@ class TrainingConfig(DataSelection):
     ] = None
     rank: Annotated[
         int | None,
-        Field(ge=1, le=512, description="LoRA rank. Omit to choose from the dataset size (usually 16)."),
+        Field(ge=1, le=512, description="LoRA rank. Omit to choose (usually 16)."),
     ] = None
     alpha: Annotated[
         float | None,
@@ -170,7 +169,7 @@ class TrainingConfig(DataSelection):
         Field(
             gt=0,
             le=0.1,
-            description="Peak learning rate of LoRA A. Omit to choose by the base model.",
+            description="Peak learning rate of LoRA A. Omit to choose.",
         ),
     ] = None
     lora_plus_ratio: Annotated[
@@ -195,7 +194,7 @@ class TrainingConfig(DataSelection):
         ),
     ] = None
     max_steps: Annotated[
-        int | None, Field(ge=1, le=1_000_000, description="Optimiser steps, instead of num_epochs: bounds the time.")
+        int | None, Field(ge=1, le=1_000_000, description="Optimiser steps, instead of num_epochs.")
     ] = None
     max_minutes: Annotated[
         float | None,
@@ -303,10 +302,7 @@ class TrainingConfig(DataSelection):
     continue_from: Annotated[
         str | None,
         Field(
-            min_length=1,
-            max_length=4096,
-            description="Adapter or project whose weights to start from, learning what has changed since. Omit: the project's "
-            "current adapter on this base, if any; 'none': from scratch.",
+            description="Adapter or project to start from. Omit: the current adapter; 'none': from scratch.",
         ),
     ] = None
     max_memory_mb: Annotated[
