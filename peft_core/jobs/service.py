@@ -233,8 +233,10 @@ class JobService:
         if not job.status.is_final:
             self._supervisor.ensure_runner()
             job = self._store.get(job.job_id)
-        if job_id is None:
-            self._show(job)  # the process that ended the job may have died before it did
+        if job.status.is_final and (job_id is None or job == self._store.latest(project_id)):
+            self._show(
+                job
+            )  # the process that ended the job does this after recording it, unless it dies between the two
         return self._to_status(job)
 
     def show_status(self, project_id: str) -> None:

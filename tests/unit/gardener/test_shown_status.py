@@ -70,13 +70,17 @@ def test_a_recovered_job_shows_as_failed(store: Store, paths: DataPaths, registr
     assert web(registry_file)["training_status"] == "failed"
 
 
+@pytest.mark.parametrize("job_id", [None, "a"])
 def test_asking_for_the_status_shows_what_a_killed_process_could_not(
-    store: Store, service: JobService, paths: DataPaths, registry_file: Path
+    store: Store, service: JobService, paths: DataPaths, registry_file: Path, job_id: str | None
 ) -> None:
     directory = adapter(paths, WEB, "a")
-    Store(paths.database, lambda: 0.0).insert(make_job("a", WEB, status=Status.COMPLETED))
+    silent = Store(paths.database, lambda: 0.0)
+    silent.insert(make_job("old", WEB, status=Status.FAILED))
+    silent.insert(make_job("a", WEB, status=Status.COMPLETED))
+    service.status_and_ensure_runner(WEB, "old")  # it is not the latest
     assert web(registry_file)["training_status"] == "not_started"
-    assert service.status_and_ensure_runner(WEB).status is Status.COMPLETED
+    assert service.status_and_ensure_runner(WEB, job_id).status is Status.COMPLETED
     assert (web(registry_file)["training_status"], web(registry_file)["lora_adapter_path"]) == (
         "completed",
         str(directory),
