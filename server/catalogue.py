@@ -94,6 +94,8 @@ def _adapter_resource(adapter: AdapterSummary, now: float) -> Resource:
 def _job_resource(job: JobSummary, now: float) -> Resource:
     state = job.status.replace("_", " ")
     verdict = [job.verdict.replace("_", " ")] if job.verdict else []
+    if job.keep is not None:
+        verdict = [f"keep {job.keep.replace('_', ' ')}"]
     facts = [f"{job.kind} {state}", *verdict, f"{rough_age(now - job.created_at)} old"]
     return Resource(
         uri=TRAINING_URI.format(job_id=job.job_id),

@@ -27,7 +27,7 @@ from server.ask_client import ask
 TIMEOUT_S = 10.0  # for an answer that needs no person
 MAX_ROOTS = 100
 MAX_NAMED = 4  # places in an error
-NAMES = ("adapter_path", "base_model", "continue_from")  # arguments that are a path or a name
+NAMES = ("adapter_path", "adapter_a", "adapter_b", "base_model", "continue_from")  # a path or a name
 _NAMES_IN_CONFIG = ("base_model", "continue_from")
 PATHS = ("training_data", "evaluation_data", "output_path")
 CREATED = ("output_path",)  # it need not exist

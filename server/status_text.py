@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from peft_core.schemas.evaluation import Comparison, Evaluation
+from pathlib import Path
+
+from peft_core.paths import adapter_names
+from peft_core.schemas.evaluation import AdapterComparison, Comparison, Difference, Evaluation, Keep
 from peft_core.schemas.project import Refreshed, RetrainThreshold
 from peft_core.schemas.results import Estimate, Phase, Status, TrainingStatus
 from peft_core.system.durations import format_duration, rough_duration
@@ -32,7 +35,10 @@ def for_client(status: TrainingStatus) -> TrainingStatus:
 
 
 def subject(status: TrainingStatus) -> str:
-    """Return what the status is about: a project, or an evaluation of its adapter on other data."""
+    """Return what the status is about: a project, or an evaluation of its adapter or a comparison of two on other data."""
+    if status.compared_adapters:
+        a, b = adapter_names([Path(adapter) for adapter in status.compared_adapters])
+        return f"{status.project_id} (comparison of {a} and {b} on {status.evaluated_on})"
     return f"{status.project_id} (evaluation on {status.evaluated_on})" if status.evaluated_on else status.project_id
 
 
@@ -49,8 +55,11 @@ def summarise(status: TrainingStatus, *, is_new: bool = False) -> str:
         parts.append(f"{purpose}: {status.training_data}. Base model: {status.base_model} on {status.device}.")
         if status.estimate:
             parts.append(estimate_text(status.estimate))
-    if status.evaluation and status.status is Status.COMPLETED:
-        parts.append(evaluation_text(status.evaluation))
+    if status.status is Status.COMPLETED:
+        if status.evaluation:
+            parts.append(evaluation_text(status.evaluation))
+        if status.comparison:
+            parts.append(comparison_text(status.comparison))
         if status.report_path:
             parts.append(f"Report: {status.report_path}.")
     return " ".join(parts)
@@ -82,6 +91,8 @@ def headline(status: TrainingStatus) -> str:
         case Status.IN_PROGRESS if status.phase:
             left = f"about {rough_duration(status.eta_s)} left" if status.eta_s else ""
             line = ", ".join(filter(None, [PHASE_WORDS[status.phase], status.detail, left]))
+        case Status.COMPLETED if status.comparison is not None:
+            line = f"completed, {recommendation(status.comparison)}"
         case Status.COMPLETED if (metrics := status.metrics) and metrics.base_perplexity and metrics.adapter_perplexity:
             verdict = status.evaluation.verdict.replace("_", " ") if status.evaluation else ""
             change = f"{metrics.base_perplexity:.2f} (base) -> {metrics.adapter_perplexity:.2f} (adapter)"
@@ -145,7 +156,47 @@ def evaluation_text(evaluation: Evaluation) -> str:
     return f"{reason}; {', '.join(parts)}; {size}.{caveats}"
 
 
-def _interval(comparison: Comparison, *, percent: bool = False) -> str:
+def recommendation(comparison: AdapterComparison) -> str:
+    """Return what to keep, in a few words: 'keep web/20260101-000000-abcdef'."""
+    if comparison.kept is not None:
+        return f"keep {comparison.kept.name}"
+    return "keep either adapter" if comparison.keep is Keep.EITHER else "keep the base model"
+
+
+def comparison_text(comparison: AdapterComparison) -> str:
+    """Return what to keep and why, the measurements of base model, A and B, what was left out, and the cautions."""
+    of_a, of_b = comparison.adapter_a.evaluation, comparison.adapter_b.evaluation
+    metrics = (
+        ("held-out loss", of_a.loss, comparison.loss, False),
+        ("next lines exact", of_a.next_line, comparison.next_line, True),
+        ("edit similarity", of_a.edit_similarity, comparison.edit_similarity, True),
+        ("loss on general code", of_a.general_loss, comparison.general_loss, False),
+    )
+    measured = [
+        _three_values(name, of_base.base, difference, percent=percent)
+        for name, of_base, difference, percent in metrics
+        if of_base is not None and difference is not None
+    ]
+    names = f"Base, A ({comparison.adapter_a.name}) and B ({comparison.adapter_b.name})"
+    size = f"{counted(of_b.files, 'file')}, {counted(of_b.examples, 'example')}"
+    left_out = comparison.left_out.in_words("A", "B")
+    sentences = [
+        f"{comparison.reason}.",
+        f"{names}: {', '.join(measured)}; {size}.",
+        f"Examples left out: {left_out}." if left_out else "",
+        *comparison.cautions,
+    ]
+    return " ".join(filter(None, sentences))
+
+
+def _three_values(name: str, base: float, difference: Difference, *, percent: bool) -> str:
+    values = (base, difference.adapter_a, difference.adapter_b)
+    interval = _interval(difference, percent=percent).strip(" ()")
+    figures = " / ".join(f"{100 * value:.1f}" if percent else f"{value:.3f}" for value in values)
+    return f"{name} {figures}{' %' if percent else ''}{f' (B - A {interval})' if interval else ''}"
+
+
+def _interval(comparison: Comparison | Difference, *, percent: bool = False) -> str:
     if comparison.low is None or comparison.high is None:
         return ""
     if percent:

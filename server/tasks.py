@@ -28,7 +28,7 @@ from server.status_text import headline, subject
 
 EXTENSION_ID = "io.modelcontextprotocol/tasks"
 REVISIONS = frozenset({"2026-07-28"})
-JOB_TOOLS = frozenset({"train_adapter", "evaluate_adapter", "resume_training", "refresh_project"})
+JOB_TOOLS = frozenset({"train_adapter", "evaluate_adapter", "compare_adapters", "resume_training", "refresh_project"})
 PATIENCE_S = 3.0  # a load or an export that ends sooner is answered without a task
 MIN_POLL_S, MAX_POLL_S = 2.0, 60.0
 POLLS_PER_JOB = 20

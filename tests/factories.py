@@ -18,7 +18,18 @@ from peft_core.adapters.manifest import (
 from peft_core.jobs.state import Job
 from peft_core.schemas.base_model import Base, Fingerprint, ModelShape
 from peft_core.schemas.dataset import DatasetSpec, DatasetSummary, SourceSummary
-from peft_core.schemas.evaluation import Comparison, Continuation, Evaluation, Verdict
+from peft_core.schemas.evaluation import (
+    AdapterComparison,
+    ComparedAdapter,
+    ComparedCompletion,
+    Comparison,
+    Continuation,
+    Difference,
+    Evaluation,
+    Keep,
+    TrainedOn,
+    Verdict,
+)
 from peft_core.schemas.results import Estimate, Metrics
 from peft_core.schemas.task import JobRequest, TrainingTask
 from peft_core.schemas.training import TrainingConfig
@@ -146,6 +157,45 @@ def make_evaluation(verdict: Verdict = Verdict.HELPS, **changes: Any) -> Evaluat
             "general_tokens": 2000,
             "resampled": "files",
             "gains": (continuation,),
+            **changes,
+        }
+    )
+
+
+def make_comparison(**changes: Any) -> AdapterComparison:
+    """Two adapters that help, B more than A."""
+    completion = ComparedCompletion(
+        file="src/app.py",
+        line=12,
+        prompt="def add(a, b):",
+        expected="    return a + b",
+        base="    return a",
+        adapter_a="    return b",
+        adapter_b="    return a + b",
+        base_similarity=0.6,
+        a_similarity=0.5,
+        b_similarity=1.0,
+    )
+    names = {"adapter_a": "web/a-01", "adapter_b": "web/b-02"}
+    return AdapterComparison(
+        **{
+            "keep": Keep.ADAPTER_B,
+            "reason": "Keep web/b-02: its held-out loss is lower",
+            **{
+                field: ComparedAdapter(
+                    name=name,
+                    adapter_path=f"/data/projects/web/lora/{name[4:]}",
+                    evaluation=make_evaluation(seen_in_training=0.0).without_texts,
+                )
+                for field, name in names.items()
+            },
+            "loss": Difference(adapter_a=1.8, adapter_b=1.5, change=-0.3, low=-0.4, high=-0.2),
+            "next_line": Difference(adapter_a=0.15, adapter_b=0.16, change=0.01, low=-0.02, high=0.04),
+            "edit_similarity": Difference(adapter_a=0.5, adapter_b=0.6, change=0.1),
+            "general_loss": Difference(adapter_a=1.05, adapter_b=1.06, change=0.01, low=-0.01, high=0.02),
+            "left_out": TrainedOn(adapter_a=3, both=12),
+            "shared_training": 0.8,
+            "completions": (completion,),
             **changes,
         }
     )

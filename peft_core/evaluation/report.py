@@ -6,8 +6,7 @@ escaped, and its control characters are replaced.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from importlib.resources import files
@@ -17,24 +16,13 @@ import jinja2
 
 from peft_core.adapters.manifest import REPORT_NAME, Manifest, read_manifest
 from peft_core.errors import sanitize
+from peft_core.evaluation.findings import findings_of
 from peft_core.evaluation.loss_curve import HEIGHT, WIDTH, LossCurve, layout_chart, loss_curve
-from peft_core.schemas.evaluation import CatchUp, Comparison, Evaluation, Verdict
-from peft_core.schemas.events import Evaluated, Event
+from peft_core.paths import adapter_names
+from peft_core.schemas.evaluation import AdapterComparison, CatchUp, Evaluation
+from peft_core.schemas.events import AdaptersCompared, Evaluated, Event
 from peft_core.schemas.task import JobRequest
 from peft_core.system.durations import format_duration
-
-_HEADINGS = {
-    Verdict.HELPS: "The adapter helps",
-    Verdict.NO_DIFFERENCE: "No difference could be shown",
-    Verdict.HARMS: "The adapter harms",
-}
-_NEXT = {
-    Verdict.HELPS: "Load it with load_adapter, or take it to another runtime with export_adapter. Train again when much of the "
-    "code has changed.",
-    Verdict.NO_DIFFERENCE: "Train on more data or for more epochs, or on a larger base model. For few files, letting the "
-    "assistant read them works better than an adapter.",
-    Verdict.HARMS: "Do not use it on such code. Train with a lower learning_rate, for fewer epochs, or on more data.",
-}
 
 
 def write_training_report(directory: Path, manifest: Manifest, events: Iterable[Event]) -> Path | None:
@@ -50,7 +38,7 @@ def write_training_report(directory: Path, manifest: Manifest, events: Iterable[
     page = render_report(
         title=f"{manifest.project_id} on {manifest.base.name}",
         subtitle=f"Adapter {manifest.adapter_id}, trained {_date(manifest.created_at)}",
-        evaluation=evaluation,
+        result=evaluation,
         curve=loss_curve(events),
         tables={
             **_catch_up_tables(evaluation.catch_up),
@@ -65,34 +53,58 @@ def write_training_report(directory: Path, manifest: Manifest, events: Iterable[
 
 def write_evaluation_report(directory: Path, request: JobRequest, events: Iterable[Event]) -> None:
     """Write the report of an evaluation to the job's directory, because a published adapter never changes."""
-    evaluations = [event.evaluation for event in events if isinstance(event, Evaluated)]
-    if request.evaluated is None or not evaluations:
+    results = [
+        event.evaluation if isinstance(event, Evaluated) else event.comparison
+        for event in events
+        if isinstance(event, Evaluated | AdaptersCompared)
+    ]
+    if request.evaluated is None or not results:
         return
-    adapter = request.evaluated.adapter_path
-    manifest = read_manifest(adapter)
-    data = request.found.path or "records"
+    paths = list(request.evaluated.paths.values())
+    data = str(request.found.path or "records")
     table = {
-        "adapter": str(adapter),
-        "trained on": f"{manifest.base.name}, project {manifest.project_id}" if manifest else "not recorded",
+        **{
+            name: value
+            for label, path in zip(_labels(paths), paths, strict=True)
+            for name, value in _facts(label, path)
+        },
         "evaluated with base model": request.base.name,
-        "data": str(data),
-        "examples seen in training": "excluded" if evaluations[-1].seen_in_training is not None else "unknown",
+        "data": data,
+        "examples seen in training": _seen_in_training(results[-1]),
     }
     page = render_report(
-        title=f"{adapter.name} on {request.base.name}",
+        title=f"{' and '.join(adapter_names(paths))} on {request.base.name}",
         subtitle=f"Evaluated on {data}",
-        evaluation=evaluations[-1],
+        result=results[-1],
         curve=None,
         tables={"What was evaluated": table},
     )
     (directory / REPORT_NAME).write_text(page, encoding="utf-8")
 
 
+def _labels(adapters: Sequence[Path]) -> list[str]:
+    return ["adapter"] if len(adapters) == 1 else ["adapter A", "adapter B"]
+
+
+def _facts(label: str, adapter: Path) -> Iterator[tuple[str, str]]:
+    manifest = read_manifest(adapter)
+    yield label, str(adapter)
+    trained_on = f"{manifest.base.name}, project {manifest.project_id}" if manifest else "not recorded"
+    yield f"{label} was trained on", trained_on
+
+
+def _seen_in_training(result: Evaluation | AdapterComparison) -> str:
+    if isinstance(result, Evaluation):
+        return "excluded" if result.seen_in_training is not None else "unknown"
+    left_out = result.left_out.in_words("A", "B")
+    return f"excluded: {left_out}" if left_out else "none are known"
+
+
 def render_report(
     *,
     title: str,
     subtitle: str,
-    evaluation: Evaluation,
+    result: Evaluation | AdapterComparison,
     curve: LossCurve | None,
     tables: Mapping[str, Mapping[str, str]],
 ) -> str:
@@ -103,18 +115,11 @@ def render_report(
     return template.render(
         title=title,
         subtitle=subtitle,
-        heading=_HEADINGS[evaluation.verdict],
-        advice=_NEXT[evaluation.verdict],
-        evaluation=evaluation,
-        rows=list(_rows(evaluation)),
+        findings=findings_of(result),
         chart=None if curve is None or curve.is_empty else layout_chart(curve),
         width=WIDTH,
         height=HEIGHT,
         tables=tables,
-        quotes=[
-            ("Largest improvements in completions", evaluation.gains),
-            ("Largest deteriorations in completions", evaluation.losses),
-        ],
     )
 
 
@@ -131,53 +136,6 @@ def _environment() -> jinja2.Environment:
     environment.filters["printable"] = partial(sanitize, limit=None, keep="\n\t")
     environment.filters["points"] = lambda positions: " ".join(f"{x:g},{y:g}" for x, y in positions)
     return environment
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measurement in the comparison table."""
-
-    name: str
-    note: str
-    base: str
-    adapter: str
-    change: str
-    interval: str
-    strip: tuple[float, float, float] | None  # interval's low end, change and high end on a scale from -1 to 1
-    better: bool | None  # None if there is no interval, or it includes zero
-
-
-def _rows(evaluation: Evaluation) -> Iterator[Row]:
-    yield _row("Held-out loss", "nats per token; lower is better; decides", evaluation.loss, lower_is_better=True)
-    if evaluation.next_line is not None:
-        note = f"share of {evaluation.lines} lines, each predicted from all lines before it; higher is better"
-        yield _row("Exact lines", note, evaluation.next_line, percent=True)
-    if evaluation.edit_similarity is not None:
-        note = f"of completions of up to three lines for {evaluation.prompts} prompts; higher is better"
-        yield _row("Edit similarity", note, evaluation.edit_similarity, percent=True)
-    if evaluation.general_loss is not None:
-        note = (
-            "loss on code of Python's standard library, nats per token: rises if the adapter forgets; lower is better"
-        )
-        yield _row("General code", note, evaluation.general_loss, lower_is_better=True)
-
-
-def _row(name: str, note: str, comparison: Comparison, *, lower_is_better: bool = False, percent: bool = False) -> Row:
-    def text(value: float, *, sign: bool = False) -> str:
-        number = f"{100 * value:+.1f}" if percent else f"{value:+.3f}"
-        return (number if sign else number.lstrip("+")) + ((" points" if sign else " %") if percent else "")
-
-    low, change, high = comparison.low, comparison.change, comparison.high
-    if low is None or high is None:
-        interval, strip, better = "too little data", None, None
-    else:
-        interval = f"{text(low, sign=True).removesuffix(' points')} to {text(high, sign=True)}"
-        reach = 1.1 * max(abs(low), abs(high)) or 1.0
-        strip = (low / reach, change / reach, high / reach)
-        better = None if low <= 0 <= high else (change < 0) is lower_is_better
-    return Row(
-        name, note, text(comparison.base), text(comparison.adapter), text(change, sign=True), interval, strip, better
-    )
 
 
 def _catch_up_tables(catch_up: CatchUp | None) -> dict[str, dict[str, str]]:

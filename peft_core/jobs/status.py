@@ -290,7 +290,7 @@ def _after_comparison(comparison: AdapterComparison) -> NextStep:
         case _, ComparedAdapter(name=name, adapter_path=path):
             return _load(path, f"{name} is the one to keep.")
         case Keep.EITHER, _:
-            reason = "Keep either; delete_adapter deletes the other one."
+            reason = "Either can be kept."
             return NextStep(tool="load_adapter", missing=("adapter_path",), reason=reason)
         case _:
             return NextStep(

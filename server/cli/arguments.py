@@ -42,6 +42,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     _add_status(commands)
     _add_refresh(commands)
     _add_evaluate(commands)
+    _add_compare(commands)
     _add_cancel_and_resume(commands)
     adapters = _add(commands, "list", "list the adapters that were trained here")
     adapters.add_argument("project", nargs="?", help="only this project's")
@@ -131,9 +132,21 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         choices=[Verdict.HELPS.value, Verdict.NO_DIFFERENCE.value],
         help="exit with code 1 if the verdict is worse than this",
     )
+    _add_unproven_base(parser)
+    _add_data_options(parser)
+    _add_no_wait(parser)
+
+
+def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add(commands, "compare", "measure which of two adapters of one base model to keep")
+    for name in ("adapter_a", "adapter_b"):
+        parser.add_argument(name, help="a project (its current adapter), or the directory of an adapter")
     parser.add_argument(
-        "--accept-unproven-base", action="store_true", help="evaluate although only the shapes fit the base model"
+        "path",
+        nargs="?",
+        help="code to compare them on (default: what the newer one was trained on); what either was trained on is left out",
     )
+    _add_unproven_base(parser)
     _add_data_options(parser)
     _add_no_wait(parser)
 
@@ -147,6 +160,12 @@ def _add_cancel_and_resume(commands: argparse._SubParsersAction[argparse.Argumen
         parser.add_argument("project")
         parser.add_argument("--job", metavar="ID", help="this job instead of the latest training")
     _add_no_wait(parser)  # of resume
+
+
+def _add_unproven_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--accept-unproven-base", action="store_true", help="evaluate although only the shapes fit the base model"
+    )
 
 
 def _add_data_options(parser: argparse.ArgumentParser) -> None:

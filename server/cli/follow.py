@@ -83,21 +83,17 @@ def advice(status: TrainingStatus) -> str:
 
 
 def _command(step: NextStep, status: TrainingStatus) -> str:
-    match step.tool:
-        case "train_adapter":
-            return f"Train: peft-mcp train PATH --project {status.project_id}"
-        case "evaluate_adapter":
-            return f"Evaluate: peft-mcp evaluate {shlex.quote(step.arguments['adapter_path'])} PATH"
-        case "refresh_project":
-            return f"Run it now: peft-mcp refresh {status.project_id}"
-        case "resume_training":
-            return f"Resume: peft-mcp resume {_job(status)}"
-        case "load_adapter":
-            return (
-                "`peft-mcp serve` answers editors with each project's current adapter; an assistant calls load_adapter."
-            )
-        case _:
-            return ""
+    given = [step.arguments[name] for name in ("adapter_path", "adapter_a", "adapter_b") if name in step.arguments]
+    adapters = " ".join(map(shlex.quote, given))
+    commands = {
+        "train_adapter": f"Train: peft-mcp train PATH --project {status.project_id}",
+        "evaluate_adapter": f"Evaluate: peft-mcp evaluate {adapters} PATH",
+        "compare_adapters": f"Compare: peft-mcp compare {adapters} PATH",
+        "refresh_project": f"Run it now: peft-mcp refresh {status.project_id}",
+        "resume_training": f"Resume: peft-mcp resume {_job(status)}",
+        "load_adapter": "`peft-mcp serve` answers editors with each project's current adapter; an assistant calls load_adapter.",
+    }
+    return commands.get(step.tool, "")
 
 
 def _job(status: TrainingStatus) -> str:

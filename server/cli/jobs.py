@@ -1,4 +1,4 @@
-"""The commands about trainings and evaluations: train, status, evaluate, cancel, resume."""
+"""The commands about trainings and evaluations: train, status, evaluate, compare, cancel, resume."""
 
 from __future__ import annotations
 
@@ -51,6 +51,18 @@ async def evaluate(manager: PEFTManager, options: Namespace, terminal: Terminal)
         accept_unproven_base=options.accept_unproven_base,
     )
     return await wait_unless(options, manager, status, terminal, None if demanded is None else Verdict(demanded))
+
+
+async def compare(manager: PEFTManager, options: Namespace, terminal: Terminal) -> int:
+    status = await manager.compare_adapters(
+        _adapter(options.adapter_a),
+        _adapter(options.adapter_b),
+        options.path,
+        options.base_model,
+        config=_given(include=options.include, exclude=options.exclude),
+        accept_unproven_base=options.accept_unproven_base,
+    )
+    return await wait_unless(options, manager, status, terminal)
 
 
 async def show_status(manager: PEFTManager, options: Namespace, terminal: Terminal) -> int:

@@ -23,6 +23,7 @@ COMMANDS: dict[str, Callable[[PEFTManager, Namespace, Terminal], Awaitable[int]]
     "status": jobs.show_status,
     "refresh": refresh.refresh,
     "evaluate": jobs.evaluate,
+    "compare": jobs.compare,
     "cancel": jobs.cancel,
     "resume": jobs.resume,
     "list": listings.list_adapters,
@@ -51,7 +52,7 @@ def run(options: Namespace, settings: Settings) -> int:
         )  # so that the flush at the exit does not fail again
         return exit_codes.DONE
     except KeyboardInterrupt:  # while a request is checked; `follow` handles it later
-        queues = options.command in ("train", "evaluate", "resume", "refresh")
+        queues = options.command in ("train", "evaluate", "compare", "resume", "refresh")
         advice = " `peft-mcp status` shows whether a job was queued before." if queues else ""
         terminal.note(f"peft-mcp: interrupted.{advice}")
         return exit_codes.LEFT_RUNNING

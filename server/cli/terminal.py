@@ -24,6 +24,7 @@ _COMMANDS = {
     "get_training_status": "peft-mcp status",
     "refresh_project": "peft-mcp refresh",
     "evaluate_adapter": "peft-mcp evaluate",
+    "compare_adapters": "peft-mcp compare",
     "cancel_training": "peft-mcp cancel",
     "resume_training": "peft-mcp resume",
     "list_adapters": "peft-mcp list",

@@ -48,6 +48,7 @@ Records = Annotated[
         '{"messages": [{"role", "content"}]}, {"instruction", "input", "output"}, {"content", "language", "file_path"}.'
     ),
 ]
+ComparedAdapter = Annotated[str, Field(min_length=1, description="A project id (its current adapter) or a directory.")]
 DEFAULTS = TrainingConfig()
 LONG_S = 3600.0  # a training that takes longer is worth a question
 ALL_DATA = DataSelection()
@@ -153,6 +154,32 @@ async def evaluate_adapter(
     return format_status(status, is_new=True)
 
 
+async def compare_adapters(
+    adapter_a: ComparedAdapter,
+    adapter_b: ComparedAdapter,
+    evaluation_data: Annotated[
+        str | None,
+        Field(description="As for evaluate_adapter. Omit for what the newer one's training held out."),
+    ] = None,
+    *,
+    ctx: Context[PEFTManager, Any],
+    base_model: str | None = None,
+    accept_unproven_base: bool = False,
+    wait_s: WaitSeconds = 0,
+) -> CallToolResult:
+    """Find out which of two adapters of one base model to keep, or neither: all three are measured on the same code, on which
+    no adapter was trained. A background job like evaluate_adapter, with confidence intervals.
+    """
+    manager = ctx.request_context.lifespan_context
+    status = await manager.compare_adapters(
+        adapter_a, adapter_b, evaluation_data, base_model, accept_unproven_base=accept_unproven_base
+    )
+    if wait_s:
+        statuses = manager.watch_training(status.project_id, status.job_id, timeout_s=wait_s)
+        status = await stream_progress(ctx, statuses)
+    return format_status(status, is_new=True)
+
+
 async def get_training_status(
     project_id: ProjectId,
     ctx: Context[PEFTManager, Any],
@@ -216,6 +243,7 @@ TOOLS = [
     make_tool(inspect_training_data, "Inspect training data", reads=True),
     make_tool(refresh_project, "Refresh a project", repeatable=True),
     make_tool(evaluate_adapter, "Evaluate an adapter", meta=SHOWN_ON_PAGE),
+    make_tool(compare_adapters, "Compare two adapters", meta=SHOWN_ON_PAGE),
     make_tool(get_training_status, "Training status", reads=True, meta=SHOWN_ON_PAGE),
     make_tool(cancel_training, "Cancel a training", destroys=True, repeatable=True),
     make_tool(resume_training, "Resume a training", meta=SHOWN_ON_PAGE),

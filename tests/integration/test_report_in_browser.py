@@ -33,7 +33,7 @@ def report(tmp_path: Path) -> Path:
     path = tmp_path / "report.html"
     tables = {"Data": {"files": "12", "a long name": "x" * 300, "hostile": HOSTILE}}
     page = render_report(
-        title="web on SmolLM2", subtitle=HOSTILE, evaluation=make_evaluation(), curve=loss_curve(EVENTS), tables=tables
+        title="web on SmolLM2", subtitle=HOSTILE, result=make_evaluation(), curve=loss_curve(EVENTS), tables=tables
     )
     path.write_text(page, encoding="utf-8")
     return path

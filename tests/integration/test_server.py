@@ -28,7 +28,7 @@ from tests.clients import data_of, stdio_server, text_of
 from tests.factories import make_base, record_base
 from tests.model_files import write_adapter, write_model
 
-TEXT_TOOLS = {"generate", "inspect_training_data"}  # have no structured result
+WITHOUT_OUTPUT_SCHEMA = {"generate", "inspect_training_data", "compare_adapters"}  # text, or the status of a job
 Connect = Callable[[], AbstractAsyncContextManager[Client]]
 
 TOOLS = {
@@ -36,6 +36,7 @@ TOOLS = {
     "inspect_training_data",
     "train_adapter",
     "evaluate_adapter",
+    "compare_adapters",
     "get_training_status",
     "cancel_training",
     "resume_training",
@@ -68,7 +69,7 @@ async def test_the_tools_are_listed_with_title_description_schemas_and_hints(con
         for tool in tools.values():
             assert tool.title
             assert len(tool.description or "") > 60
-            assert tool.output_schema or tool.name in TEXT_TOOLS
+            assert tool.output_schema or tool.name in WITHOUT_OUTPUT_SCHEMA
             assert tool.input_schema["additionalProperties"] is False
             hints = tool.annotations
             assert hints is not None
@@ -284,6 +285,7 @@ BAD_INPUT: list[tuple[str, dict[str, Any], list[str]]] = [
         ["base_model is missing", "Set base_model"],
     ),
     ("evaluate_adapter", {"adapter_path": "web"}, ["evaluation_data", "required"]),
+    ("compare_adapters", {"adapter_a": "ADAPTER", "adapter_b": "web"}, ["No adapter at 'web'"]),
     ("load_adapter", {"adapter_path": "web"}, ["No adapter at 'web'"]),
     ("load_adapter", {"adapter_path": "ADAPTER"}, ["base_model is missing", "Set base_model"]),
     ("load_adapter", {"adapter_path": "/"}, ["adapter_path = '/'", "adapter_config.json"]),

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from peft_core.adapters.card import render_card
 from peft_core.evaluation.loss_curve import HEIGHT, MAX_POINTS, WIDTH, LossCurve, layout_chart, loss_curve, render_png
 from peft_core.evaluation.report import render_report, write_training_report
-from peft_core.schemas.evaluation import Comparison, Continuation, Verdict
+from peft_core.schemas.evaluation import Comparison, Continuation, Keep, Verdict
 from peft_core.schemas.events import Evaluated, Event, HeldOutMeasured, RateLowered, StepCompleted
 from peft_core.schemas.training import TrainingConfig
 from server.status_text import evaluation_text
-from tests.factories import make_base, make_evaluation, make_manifest
+from tests.factories import make_base, make_comparison, make_evaluation, make_manifest
 
 VOID = {"meta", "br", "hr", "line", "circle", "polyline"}
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31m\u202e{{ 7*7 }}\"'&"
@@ -72,7 +72,7 @@ def page_of(**changes: Any) -> tuple[str, Page]:
     request: dict[str, Any] = {
         "title": "web on SmolLM2",
         "subtitle": "Adapter a-01",
-        "evaluation": make_evaluation(),
+        "result": make_evaluation(),
         "curve": loss_curve(EVENTS),
         "tables": {"Data": {"files": "12"}},
         **changes,
@@ -111,7 +111,7 @@ def test_hostile_names_and_code_are_escaped_on_the_page(verdict: Verdict) -> Non
     )
     evaluation = make_evaluation(verdict, gains=(hostile,), losses=(hostile,), reason=HOSTILE)
     tables = {"Data": {HOSTILE: HOSTILE}}
-    text, page = page_of(title=HOSTILE, subtitle=HOSTILE, evaluation=evaluation, tables=tables)
+    text, page = page_of(title=HOSTILE, subtitle=HOSTILE, result=evaluation, tables=tables)
     assert not {"script", "img"} & set(page.tags)
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert "\x1b" not in text
@@ -119,11 +119,38 @@ def test_hostile_names_and_code_are_escaped_on_the_page(verdict: Verdict) -> Non
     assert "{{ 7*7 }}" in page.text
 
 
+def test_the_page_of_a_comparison_has_columns_for_base_and_both_adapters() -> None:
+    text, page = page_of(result=make_comparison(cautions=("The two were trained on different code",)), curve=None)
+    for expected in (
+        "Keep adapter B",
+        "Keep web/b-02: its held-out loss is lower.",
+        "The two were trained on different code",
+        "base model, 60 % similar",
+        "A, 50 % similar",
+        "B, 100 % similar",
+        "-0.400 to -0.200; B is better",
+        "-2.0 to +4.0 points",
+        "A is web/a-01, B is web/b-02.",
+        "3 that only A was trained on, 12 that both were trained on",
+    ):
+        assert expected in page.text
+    (loss,) = [row for row in text.split("<tr>") if "Held-out loss" in row]
+    assert re.findall(r'class="figure">(\S+?)<', loss) == ["2.200", "1.800", "1.800", "-0.300"]
+    assert page.text.count("B is better") == 1, "only the loss differs by more than chance"
+
+
+@pytest.mark.parametrize("keep", list(Keep))
+def test_every_recommendation_has_a_heading_and_advice(keep: Keep) -> None:
+    _, page = page_of(result=make_comparison(keep=keep, reason=HOSTILE), curve=None)
+    assert not {"script", "img"} & set(page.tags)
+    assert "Keep " in page.text
+
+
 def test_missing_measurements_are_omitted_from_the_page() -> None:
     bare = make_evaluation(
         next_line=None, edit_similarity=None, general_loss=None, gains=(), losses=(), seen_in_training=None
     )
-    text, page = page_of(evaluation=bare, curve=None)
+    text, page = page_of(result=bare, curve=None)
     assert "Loss during training" not in text
     assert "The adapter's training data is unknown" in page.text
     assert "none of which the adapter was trained on" not in text
@@ -132,7 +159,7 @@ def test_missing_measurements_are_omitted_from_the_page() -> None:
 def test_caveats_appear_on_page_card_and_status_line() -> None:
     general = Comparison(base=1.0, adapter=1.4, change=0.4, low=0.3, high=0.5)
     evaluation = make_evaluation(general_loss=general, forgets=True, chosen_on_part=True, seen_in_training=0.0)
-    _, page = page_of(evaluation=evaluation)
+    _, page = page_of(result=evaluation)
     for caveat in (
         "It forgets: the loss on general code rises by 0.400",
         "Early stopping chose the best state on a part",

@@ -8,12 +8,12 @@ import pytest
 
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
-from peft_core.errors import JobNotFound
+from peft_core.errors import InvalidArgument, JobNotFound
 from peft_core.jobs.service import JobService
 from peft_core.jobs.state import Job
 from peft_core.jobs.store import Store
 from peft_core.schemas.results import Status
-from peft_core.schemas.training import EvaluatedAdapter
+from peft_core.schemas.training import DataSelection, EvaluatedAdapter, TrainingConfig
 from tests.factories import make_job, make_request
 
 
@@ -52,6 +52,34 @@ def test_a_project_is_answered_with_its_latest_training_although_an_evaluation_f
     assert (status.job_id, status.kind) == ("new", "training")
     named = service.status_and_ensure_runner("web", "evaluation")
     assert (named.kind, named.evaluated_on) == ("evaluation", "/code/web")
+
+
+@pytest.mark.parametrize("newer", ["a", "b"])
+def test_two_adapters_are_compared_on_the_source_of_the_newer_one_by_default(
+    settings: Settings, service: JobService, newer: str
+) -> None:
+    for project, created_at in (("a", 1.0), ("b", 3.0 if newer == "b" else 0.5)):
+        request = make_request(
+            source=Path(f"/code/{project}"), config=TrainingConfig(include=["src/"], exclude=["old/"], rank=4)
+        )
+        job = make_job(f"{project}-01", project, status=Status.COMPLETED, created_at=created_at, request=request)
+        insert(settings, job)
+    adapters = [Path(f"/data/projects/{project}/lora/{project}-01") for project in ("a", "b")]
+    data, selection = service._source_of_newest(adapters)
+    assert data == f"/code/{newer}"
+    assert selection == DataSelection(include=["src/"], exclude=["old/"])
+
+
+def test_without_a_recorded_path_the_data_of_a_comparison_must_be_given(
+    settings: Settings, service: JobService
+) -> None:
+    adapters = [Path("/elsewhere/a"), Path("/elsewhere/b")]
+    with pytest.raises(InvalidArgument, match="evaluation_data is missing: it must be given"):
+        service._source_of_newest(adapters)
+    records = make_request(source_kind="records")
+    insert(settings, make_job("a", status=Status.COMPLETED, request=records))
+    with pytest.raises(InvalidArgument, match="no path is recorded"):
+        service._source_of_newest(adapters)
 
 
 def test_a_project_that_has_evaluations_only_is_answered_with_the_latest(

@@ -8,32 +8,42 @@ from typing import Any
 
 import pytest
 
+from peft_core.jobs.recovery import completed_evaluation
 from peft_core.jobs.runner import RUNNER
-from peft_core.jobs.state import Job
+from peft_core.jobs.state import Job, apply
 from peft_core.jobs.status import not_started, status_of
 from peft_core.manager import PEFTManager
-from peft_core.schemas.evaluation import Verdict
+from peft_core.schemas.evaluation import Keep, Verdict
 from peft_core.schemas.results import ErrorInfo, Metrics, NextStep, Phase, Status, TrainingStatus
 from peft_core.schemas.training import EvaluatedAdapter
 from peft_core.system.failures import error_info
-from tests.factories import make_evaluation, make_job
+from tests.factories import make_comparison, make_evaluation, make_job, make_request
 
 ERROR = ErrorInfo(code="x", message="It broke.", suggestions=("Fix it",))
 
 
-def status_in(state: Status, *, evaluated: bool = False) -> TrainingStatus:
+EVALUATED = (
+    None,
+    EvaluatedAdapter(adapter_path=Path("/a")),
+    EvaluatedAdapter(adapter_path=Path("/a"), compared_with=Path("/b")),
+)
+
+
+def status_in(state: Status, *, evaluated: EvaluatedAdapter | None = None) -> TrainingStatus:
     if state is Status.NOT_STARTED:
         return not_started("web")
     job = make_job(status=state, error=ERROR if state is Status.FAILED else None)
-    if evaluated:
-        request = job.request.model_copy(update={"evaluated": EvaluatedAdapter(adapter_path=Path("/a"))})
+    if evaluated is not None:
+        request = job.request.model_copy(update={"evaluated": evaluated})
         job = job.model_copy(update={"request": request})
     return status_of(job, 1 if state is Status.QUEUED else None, Path("/none/train.log"), now=0.0)
 
 
-@pytest.mark.parametrize("evaluated", [False, True])
+@pytest.mark.parametrize("evaluated", EVALUATED)
 @pytest.mark.parametrize("state", list(Status))
-def test_every_status_suggests_a_call_that_the_python_api_accepts(state: Status, evaluated: bool) -> None:
+def test_every_status_suggests_a_call_that_the_python_api_accepts(
+    state: Status, evaluated: EvaluatedAdapter | None
+) -> None:
     status = status_in(state, evaluated=evaluated)
     step = status.next_step
     assert step is not None
@@ -42,6 +52,36 @@ def test_every_status_suggests_a_call_that_the_python_api_accepts(state: Status,
     assert status.next == step.sentence
     assert f"Call {step.tool}" in status.next
     assert "web" in status.next or "20260101-000000-abcdef" in status.next or evaluated
+
+
+@pytest.mark.parametrize(
+    ("keep", "tool", "arguments"),
+    [
+        (Keep.ADAPTER_A, "load_adapter", {"adapter_path": "/data/projects/web/lora/a-01"}),
+        (Keep.ADAPTER_B, "load_adapter", {"adapter_path": "/data/projects/web/lora/b-02"}),
+        (Keep.EITHER, "load_adapter", {}),
+        (Keep.BASE_MODEL, "list_adapters", {}),
+    ],
+)
+def test_after_a_comparison_the_adapter_to_keep_is_suggested(
+    keep: Keep, tool: str, arguments: dict[str, str], tmp_path: Path
+) -> None:
+    request = make_request(evaluated=EVALUATED[2])
+    job = make_job(status=Status.IN_PROGRESS, request=request, comparison=make_comparison(keep=keep))
+    completed = completed_evaluation(job)
+    assert completed is not None
+    assert completed.adapter_path == arguments.get("adapter_path")
+    assert completed.metrics.base_loss == 2.2
+    status = status_of(apply(job, completed, at=1.0), None, tmp_path / "train.log", now=0.0)
+    step = status.next_step
+    assert step is not None
+    assert (step.tool, step.arguments, step.missing) == (
+        tool,
+        arguments,
+        ("adapter_path",) if keep is Keep.EITHER else (),
+    )
+    assert status.compared_adapters == ["/a", "/b"]
+    assert (status.kind, status.comparison) == ("evaluation", make_comparison(keep=keep))
 
 
 def test_the_sentence_of_a_next_step_has_the_reason_and_the_call() -> None:

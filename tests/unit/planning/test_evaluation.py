@@ -16,11 +16,20 @@ from peft_core.errors import DataError, InvalidArgument
 from peft_core.evaluation.report import write_evaluation_report
 from peft_core.jobs.recovery import completed_evaluation
 from peft_core.planning.evaluation import plan_evaluation
+from peft_core.schemas.base_model import Fingerprint
 from peft_core.schemas.dataset import DatasetPurpose
-from peft_core.schemas.events import Evaluated
+from peft_core.schemas.events import AdaptersCompared, Evaluated
 from peft_core.schemas.task import JobRequest
 from peft_core.schemas.training import DataSelection, EvaluatedAdapter, TrainingConfig
-from tests.factories import make_dataset_spec, make_evaluation, make_job, make_manifest, record_base
+from tests.factories import (
+    make_base,
+    make_comparison,
+    make_dataset_spec,
+    make_evaluation,
+    make_job,
+    make_manifest,
+    record_base,
+)
 from tests.model_files import model_shapes, write_adapter, write_model
 
 RECORDS = [
@@ -158,6 +167,81 @@ def test_an_unproven_base_model_must_be_accepted_explicitly(tmp_path: Path) -> N
     base = tmp_path / "base"
     record_base(tmp_path / "adapter", resolve(str(base), Settings()))
     assert planned(tmp_path, RECORDS, base=base, accept=False).evaluated is not None
+
+
+def planned_comparison(
+    tmp_path: Path, a: Path, b: Path, base: Path, *, accept: bool = False, data: Any = RECORDS
+) -> JobRequest:
+    settings = Settings(data_dir=tmp_path / "data")
+    return plan_evaluation(
+        EvaluatedAdapter(adapter_path=a, compared_with=b, accept_unproven_base=accept),
+        data,
+        resolve(str(base), settings),
+        settings,
+        lambda _base, _device: None,
+        selection=DataSelection(),
+    )
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """Two adapters that were trained on one base model, and the base model."""
+    base = write_model(tmp_path / "base")
+    a, b = (write_adapter(tmp_path / name) for name in ("a-01", "a-02"))
+    for adapter, config in ((a, TrainingConfig(max_length=96, seed=7)), (b, TrainingConfig(max_length=64, seed=8))):
+        manifest = make_manifest(adapter.name, base=resolve(str(base), Settings()), config=config)
+        write_manifest(adapter, manifest)
+    return a, b, base
+
+
+def test_a_comparison_is_one_evaluation_of_three_models(tmp_path: Path, two: tuple[Path, Path, Path]) -> None:
+    request = planned_comparison(tmp_path, *two)
+    assert (request.config.max_length, request.config.seed, request.noun) == (64, 7, "comparison")
+    alone = planned(tmp_path, RECORDS, base=two[2])
+    assert request.estimate.seconds is not None
+    assert alone.estimate.seconds is not None
+    assert request.estimate.seconds - 20 == pytest.approx(1.5 * (alone.estimate.seconds - 20), rel=0.01)
+
+
+def test_an_adapter_is_not_compared_with_itself(tmp_path: Path, two: tuple[Path, Path, Path]) -> None:
+    a, _, base = two
+    with pytest.raises(InvalidArgument, match="it is the same adapter as adapter_a"):
+        planned_comparison(tmp_path, a, a, base)
+
+
+def test_adapters_of_different_base_models_are_not_compared_and_both_are_named(
+    tmp_path: Path, two: tuple[Path, Path, Path]
+) -> None:
+    a, b, base = two
+    other = make_base(name="Other-1B", fingerprint=Fingerprint(architecture="0" * 64, sample="1" * 64))
+    write_manifest(b, make_manifest("a-02", base=other))
+    with pytest.raises(InvalidArgument) as caught:
+        planned_comparison(tmp_path, a, b, base, accept=True)
+    assert caught.value.code == "different_base_models"
+    assert "adapter_b = 'a-02'" in caught.value.message
+    assert "the same base model as a-01, but they were trained on base and Other-1B" in caught.value.message
+    assert len(str(caught.value)) < 400
+
+
+def test_the_adapter_that_does_not_fit_is_named_by_its_argument(tmp_path: Path, two: tuple[Path, Path, Path]) -> None:
+    a, _, base = two
+    foreign = write_adapter(tmp_path / "foreign")
+    with pytest.raises(InvalidArgument, match="adapter_b fits it, but there is no evidence"):
+        planned_comparison(tmp_path, a, foreign, base)
+    assert planned_comparison(tmp_path, a, foreign, base, accept=True).evaluated is not None
+    (foreign / "adapter_model.safetensors").unlink()
+    with pytest.raises(InvalidArgument, match=r"^adapter_b = .* does not fit"):
+        planned_comparison(tmp_path, a, foreign, base, accept=True)
+
+
+def test_the_report_of_a_comparison_names_both_adapters_and_what_they_were_trained_on(
+    tmp_path: Path, two: tuple[Path, Path, Path]
+) -> None:
+    request = planned_comparison(tmp_path, *two)
+    write_evaluation_report(tmp_path, request, [AdaptersCompared(comparison=make_comparison())])
+    page = (tmp_path / "report.html").read_text()
+    for expected in ("a-01 and a-02 on base", "Keep adapter B", "adapter B was trained on", "base, project web"):
+        assert expected in page
 
 
 def test_an_evaluation_above_the_memory_limit_is_rejected(tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ import pytest
 
 from peft_core.jobs.state import Job
 from peft_core.jobs.status import status_of
-from peft_core.schemas.evaluation import Verdict
+from peft_core.schemas.evaluation import Keep, Verdict
 from peft_core.schemas.results import ErrorInfo, Metrics, Phase, Status, TrainingStatus
 from peft_core.schemas.training import EvaluatedAdapter
 from peft_core.system.durations import format_duration, rough_age, rough_duration
-from server.status_text import for_client, headline, short_headline, subject
-from tests.factories import make_evaluation, make_job, make_request, make_source
+from server.status_text import for_client, headline, short_headline, subject, summarise
+from tests.factories import make_comparison, make_evaluation, make_job, make_request, make_source
 
 NOTE = "at step 4 the loss is nan: rolled back to step 1, continued with 1/4 of the learning rate"
 METRICS = Metrics(base_perplexity=9.784, adapter_perplexity=5.1)
@@ -63,6 +63,36 @@ def test_an_evaluation_is_named_as_such(tmp_path: Path) -> None:
     evaluated = EvaluatedAdapter(adapter_path=tmp_path, accept_unproven_base=False)
     job = make_job(request=make_request(evaluated=evaluated, found=make_source(path=Path("/tools"))))
     assert subject(status(job)) == "web (evaluation on /tools)"
+
+
+def test_a_comparison_names_both_adapters_and_says_what_to_keep() -> None:
+    evaluated = EvaluatedAdapter(
+        adapter_path=Path("/data/projects/web/lora/a-01"), compared_with=Path("/data/projects/web/lora/b-02")
+    )
+    request = make_request(evaluated=evaluated, found=make_source(path=Path("/tools")))
+    assert subject(status(make_job(request=request))) == "web (comparison of web/a-01 and web/b-02 on /tools)"
+    comparison = make_comparison(cautions=("They differ.",))
+    completed = status(make_job(status=Status.COMPLETED, request=request, comparison=comparison))
+    assert headline(completed) == "completed, keep web/b-02"
+    text = summarise(completed)
+    for expected in (
+        "Keep web/b-02: its held-out loss is lower. ",
+        "Base, A (web/a-01) and B (web/b-02): held-out loss 2.200 / 1.800 / 1.500 (B - A -0.400 to -0.200)",
+        "next lines exact 10.0 / 15.0 / 16.0 % (B - A -2.0 to +4.0)",
+        "edit similarity 40.0 / 50.0 / 60.0 %,",
+        "6 files, 40 examples.",
+        "Examples left out: 3 that only A was trained on, 12 that both were trained on.",
+        "They differ.",
+    ):
+        assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("keep", "words"), [(Keep.EITHER, "keep either adapter"), (Keep.BASE_MODEL, "keep the base model")]
+)
+def test_a_comparison_without_a_winner_says_so_in_its_headline(keep: Keep, words: str) -> None:
+    job = make_job(status=Status.COMPLETED, comparison=make_comparison(keep=keep))
+    assert headline(status(job)) == f"completed, {words}"
 
 
 def test_the_headline_of_a_training_shows_step_loss_speed_and_time_left() -> None:

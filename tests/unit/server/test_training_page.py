@@ -42,7 +42,7 @@ def test_the_page_parses_no_text_as_html_or_code(sink: str) -> None:
 
 def test_the_tools_that_answer_with_a_job_name_the_page() -> None:
     shown = {tool.name for tool in TOOLS if tool.meta}
-    assert shown == {"train_adapter", "evaluate_adapter", "get_training_status", "resume_training"}
+    assert shown == {"train_adapter", "evaluate_adapter", "compare_adapters", "get_training_status", "resume_training"}
 
 
 async def test_clients_find_the_page_by_the_extension(data_dir: Path, era: str) -> None:

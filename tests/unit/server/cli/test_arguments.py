@@ -18,6 +18,7 @@ MINIMAL = {
     "status": ["status"],
     "refresh": ["refresh"],
     "evaluate": ["evaluate", "web", "."],
+    "compare": ["compare", "web", "api"],
     "cancel": ["cancel", "web"],
     "resume": ["resume", "web"],
     "list": ["list"],

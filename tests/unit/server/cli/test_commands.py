@@ -30,7 +30,7 @@ from server.cli.follow import advice
 from server.cli.jobs import judge, project_of, training_config
 from server.cli.run import run
 from server.cli.terminal import Terminal
-from tests.factories import make_evaluation, make_job
+from tests.factories import make_comparison, make_evaluation, make_job
 from tests.unit.storage.conftest import publish
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -163,6 +163,7 @@ def test_a_job_of_another_project_is_refused(cli: Cli, paths: DataPaths, command
         (["train", ".", "--config", '{"lr": 1}'], "learning_rate"),
         (["train", ".", "--project", "a b"], "project_id = 'a b'"),
         (["evaluate", "nope", "."], "No adapter at 'nope'"),
+        (["compare", "nope", "web"], "No adapter at 'nope'"),
         (["evaluate", "web", ".", "--fail-unless", "helps", "--no-wait"], "omit --no-wait"),
         (["disk", "--free", "nope"], "free = 'nope'"),
     ],
@@ -235,13 +236,21 @@ def test_fail_unless_judges_the_verdict(verdict: Verdict | None, demanded: Verdi
         assert judge(status, demanded, Terminal(nowhere, nowhere, as_json=False)) == code
 
 
-@pytest.mark.parametrize("evaluated", [False, True])
+@pytest.mark.parametrize(
+    "evaluated",
+    [
+        None,
+        EvaluatedAdapter(adapter_path=Path("/a")),
+        EvaluatedAdapter(adapter_path=Path("/a"), compared_with=Path("/b b")),
+    ],
+)
 @pytest.mark.parametrize("state", list(Status))
-def test_every_state_suggests_commands_that_exist(state: Status, evaluated: bool) -> None:
+def test_every_state_suggests_commands_that_exist(state: Status, evaluated: EvaluatedAdapter | None) -> None:
     job = make_job(status=state, error=ERROR if state is Status.FAILED else None)
-    if evaluated:
-        request = job.request.model_copy(update={"evaluated": EvaluatedAdapter(adapter_path=Path("/a"))})
-        job = job.model_copy(update={"request": request})
+    if evaluated is not None:
+        request = job.request.model_copy(update={"evaluated": evaluated})
+        comparison = make_comparison() if evaluated.compared_with and state is Status.COMPLETED else None
+        job = job.model_copy(update={"request": request, "comparison": comparison})
     status = not_started("web") if state is Status.NOT_STARTED else status_of(job, 1, Path("/none"), now=0.0)
     text = advice(status)
     commands = re.findall(r": peft-mcp (.*)", text)
