@@ -91,7 +91,8 @@ def _command(step: NextStep, status: TrainingStatus) -> str:
         "compare_adapters": f"Compare: peft-mcp compare {adapters} PATH",
         "refresh_project": f"Run it now: peft-mcp refresh {status.project_id}",
         "resume_training": f"Resume: peft-mcp resume {_job(status)}",
-        "load_adapter": "`peft-mcp serve` answers editors with each project's current adapter; an assistant calls load_adapter.",
+        "load_adapter": "`peft-mcp serve` answers editors with each project's current adapter; "
+        "an assistant calls load_adapter.",
     }
     return commands.get(step.tool, "")
 

@@ -1,4 +1,8 @@
-"""Tools that train and evaluate adapters."""
+"""Tools that train and evaluate adapters.
+
+Tools whose result is the status of a job share its schema; only those that are called most declare it, which keeps the list of
+tools short.
+"""
 
 from __future__ import annotations
 
@@ -201,7 +205,7 @@ async def get_training_status(
 
 async def cancel_training(
     project_id: ProjectId, ctx: Context[PEFTManager, Any], job_id: JobId = None
-) -> Annotated[CallToolResult, TrainingStatus]:
+) -> CallToolResult:
     """Stop a job: immediately while it is queued, within seconds while it runs. Its last checkpoint is kept for
     resume_training; published adapters are not affected. Returns the job's status.
     """
@@ -211,7 +215,7 @@ async def cancel_training(
 async def resume_training(
     job_id: Annotated[str, Field(description="An interrupted, cancelled or failed job.")],
     ctx: Context[PEFTManager, Any],
-) -> Annotated[CallToolResult, TrainingStatus]:
+) -> CallToolResult:
     """Queue a job that ended early again. It continues from its last checkpoint, with the same data and settings."""
     return format_status(await ctx.request_context.lifespan_context.resume_training(job_id))
 

@@ -28,7 +28,14 @@ from tests.clients import data_of, stdio_server, text_of
 from tests.factories import make_base, record_base
 from tests.model_files import write_adapter, write_model
 
-WITHOUT_OUTPUT_SCHEMA = {"generate", "inspect_training_data", "compare_adapters"}  # text, or the status of a job
+# They answer with text, or with the status of a job, which the tools that are called most describe.
+WITHOUT_OUTPUT_SCHEMA = {
+    "generate",
+    "inspect_training_data",
+    "compare_adapters",
+    "cancel_training",
+    "resume_training",
+}
 Connect = Callable[[], AbstractAsyncContextManager[Client]]
 
 TOOLS = {
