@@ -176,6 +176,13 @@ class Settings(BaseSettings):
         """Drop blank values: clients pass "" for what the user left open, and Path("") is the working directory."""
         return {name: value for name, value in values.items() if not (isinstance(value, str) and not value.strip())}
 
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _level_as_shared(cls, value: object) -> object:
+        """Take the level as Codebase Gardener does: in lower case, too, and CRITICAL, which is not used here."""
+        level = value.upper() if isinstance(value, str) else value
+        return "ERROR" if level == "CRITICAL" else level
+
     @field_validator("data_dir")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
