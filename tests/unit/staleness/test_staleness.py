@@ -112,8 +112,8 @@ def test_many_changes_call_for_a_retraining(tmp_path: Path):
     found = now(snapshot, root)
     assert (found.commits_behind, found.files_changed, found.units_changed_percent) == (0, 4, 40.0)
     assert found.text == (
-        "Not committed: 4 of 10 files changed, 40 % of the units. Retrain it with train_adapter: it has not seen enough of the "
-        "code as it is now."
+        "Not committed: 4 of 10 files changed, 40 % of the units. Retrain it with refresh_project: it has not seen enough of "
+        "the code as it is now."
     )
     assert found.retrain is True
 
