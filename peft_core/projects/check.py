@@ -43,10 +43,9 @@ class DueCheck:
 
     def _check(self, project_id: str | None) -> None:
         try:
-            due = [project_id] if project_id is not None else self._registrations.project_ids()
-            ruled = [
-                name for name in due if (found := self._registrations.read(name)) and found.retrain_when != "never"
-            ]
+            one = None if project_id is None else self._registrations.read(project_id)
+            found = self._registrations.all() if project_id is None else [one] if one is not None else []
+            ruled = [registration.project_id for registration in found if registration.retrain_when != "never"]
             if ruled:
                 self._run(ruled)
         except (PeftMcpError, OSError) as error:
