@@ -23,7 +23,7 @@ from peft_core.schemas.staleness import Staleness
 from peft_core.schemas.training import TrainingConfig
 from peft_core.system.lock import FileLock
 from tests.factories import make_manifest
-from tests.model_files import write_model
+from tests.model_files import write_adapter, write_model
 
 IDENTITY = {
     "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b", "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b",
@@ -79,7 +79,7 @@ class World:
         self.projects = ProjectService(self.settings, self.registry, self.jobs, lambda _: self.staleness)
 
     def train(self, data: str | list[dict[str, str]], project_id: str = "web") -> TrainingStatus:
-        draft = self.jobs.plan(data, self.config)
+        draft = self.jobs.plan(project_id, data, self.config)
         self.projects.require_same_repository(project_id, draft)
         status = self.jobs.queue(project_id, draft, data)
         self.projects.register(project_id, draft, data, self.config)
@@ -88,6 +88,7 @@ class World:
     def publish(self, adapter_id: str = "adapter-01", project_id: str = "web", *, current: bool = True) -> None:
         directory = self.paths.adapter(project_id, adapter_id)
         directory.mkdir(parents=True)
+        write_adapter(directory)
         write_manifest(directory, make_manifest(adapter_id, project_id))
         if current:
             self.registry.set_current(project_id, adapter_id)
