@@ -112,7 +112,7 @@ class TrainingLoop:
         self._work_afterwards = work_afterwards
         self.objective.model.train()
         if self.state_id == START:
-            self.save_rollback_state()  # the untrained adapter has no effect, and the base model's loss is finite
+            self.save_rollback_state()  # nothing is trained yet: the loss of base model or parent, which is finite
             # kill-point: worker: the start state is in its place
         saved_at = self.clock()
         try:

@@ -134,7 +134,8 @@ async def test_a_training_is_one_call_and_a_new_server_answers_for_its_task(
 
     async with Client(stdio_server(data_dir), mode=MODERN) as client:
         assert await code_of(client, "tasks/get", status["job_id"]) == MISSING_CAPABILITY
-        assert data_of(await client.call_tool("train_adapter", arguments))["status"] == "queued", "no task"
+        again = {**arguments, "config": {**SHORT, "base_model": tiny_base, "continue_from": "none"}}
+        assert data_of(await client.call_tool("train_adapter", again))["status"] == "queued", "no task"
         await client.call_tool("cancel_training", {"project_id": "std"})
     async with Client(stdio_server(data_dir), mode="legacy", extensions=[advertise(TASKS)]) as client:
         assert await code_of(client, "tasks/get", status["job_id"]) == METHOD_NOT_FOUND

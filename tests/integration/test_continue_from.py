@@ -244,9 +244,12 @@ def test_an_update_resumes_from_its_own_checkpoint(place: Workplace) -> None:
         if isinstance(event, StepCompleted) and event.step == 3:
             stop.request()
 
+    parent = current(place)
     with pytest.raises(Cancelled):
         place.run(task, stop_at_three, stop)
+    assert current(place) == parent
     place.run(task)
+    assert current(place) == parent  # until it is published
     assert next(event.start_step for event in place.events if isinstance(event, RunPlanned)) == 3
     phases = [event.phase for event in place.events if isinstance(event, PhaseStarted)]
     assert Phase.EVALUATING_BASE not in phases  # the scores of base and parent are on disk

@@ -13,7 +13,7 @@ from peft_core.jobs.runner import RUNNER
 from peft_core.jobs.state import Job, apply
 from peft_core.jobs.status import not_started, status_of
 from peft_core.manager import PEFTManager
-from peft_core.schemas.evaluation import Keep, Verdict
+from peft_core.schemas.evaluation import CatchUp, Keep, LossChange, Verdict
 from peft_core.schemas.results import ErrorInfo, Metrics, NextStep, Phase, Status, TrainingStatus
 from peft_core.schemas.training import EvaluatedAdapter
 from peft_core.system.failures import error_info
@@ -144,6 +144,18 @@ def test_a_completed_job_states_its_verdict_and_the_consequence(
     text = status_of(job, None, tmp_path / "train.log", now=0.0).next
     assert sentence in text
     assert advice in text
+
+
+def test_an_update_that_lost_what_its_parent_could_is_not_recommended(tmp_path: Path) -> None:
+    for name in ("parent", "update"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "current").symlink_to("parent")
+    lost = LossChange(before=1.0, after=1.1, change=0.1, low=0.05, high=0.15, files=6, examples=12)
+    evaluation = make_evaluation(catch_up=CatchUp(parent="parent", old=lost, loses=True))
+    job = make_job(status=Status.COMPLETED, adapter_path=str(tmp_path / "update"), evaluation=evaluation)
+    text = status_of(job, None, tmp_path / "train.log", now=0.0).next
+    assert "predicts old held-out code worse than the adapter that it continues from. It was not made current" in text
+    assert "load_adapter" not in text
 
 
 def test_an_adapter_that_is_no_longer_current_is_suggested_by_its_path(tmp_path: Path) -> None:

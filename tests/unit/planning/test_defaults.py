@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peft_core.data.catch_up import SourceChanges
 from peft_core.errors import DataError, InvalidArgument
 from peft_core.planning.cost_model import TOKENS_PER_EXAMPLE
 from peft_core.planning.defaults import (
+    CATCH_UP_RATE,
     DEFAULT_MAX_RUN_S,
     MEASURED_RATE,
     MIN_UNITS,
     RANKS,
+    REPLAY_SHARE,
+    choose_catch_up,
     choose_defaults,
     default_learning_rate,
     require_complete,
 )
-from peft_core.schemas.dataset import SourceSummary
+from peft_core.schemas.dataset import CatchUpSpec, SourceSummary
 from peft_core.schemas.training import TrainingConfig
 from tests.factories import SMOLLM2_SHAPE, make_source
 
@@ -171,3 +176,35 @@ def test_a_worker_rejects_settings_that_the_planner_would_have_chosen(missing: s
     require_complete(TrainingConfig.model_validate(complete))
     with pytest.raises(InvalidArgument, match=f"config.{missing} is missing"):
         require_complete(TrainingConfig.model_validate({**complete, missing: None}))
+
+
+def changes(units: int, changed: int) -> SourceChanges:
+    return SourceChanges(files=10, changed_files=2, units=units, changed_units=changed, records=0)
+
+
+def catch_up(units: int, changed: int, **given: Any) -> tuple[TrainingConfig, CatchUpSpec, SourceSummary]:
+    config = TrainingConfig(**given)
+    full, _ = chosen(units, config)
+    return choose_catch_up(config, full, source(units), changes(units, changed))
+
+
+@pytest.mark.parametrize("units", [100, 400, 3000])
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.5])
+def test_catching_up_takes_at_most_a_third_of_a_training_from_scratch(units: int, share: float) -> None:
+    config, spec, reduced = catch_up(units, round(share * units))
+    full, _ = chosen(units)
+    assert config.num_epochs == 1.0
+    assert spec.max_examples is not None
+    assert reduced.training_set is not None
+    assert reduced.training_set.examples <= spec.max_examples
+    in_full = full.max_steps * full.batch_size if full.max_steps else (full.num_epochs or 1) * 0.9 * units
+    assert spec.max_examples <= max(MIN_UNITS, in_full / 3)
+    assert config.learning_rate == pytest.approx(CATCH_UP_RATE * MEASURED_RATE)
+
+
+def test_a_given_duration_and_learning_rate_are_used_when_catching_up() -> None:
+    config, spec, reduced = catch_up(1000, 100, max_steps=7, learning_rate=1e-4)
+    assert (config.max_steps, config.num_epochs, config.learning_rate) == (7, None, 1e-4)
+    assert spec == CatchUpSpec(replay_share=REPLAY_SHARE, max_examples=None)
+    assert reduced.training_set is not None
+    assert reduced.training_set.examples == 200
