@@ -29,6 +29,7 @@ from peft_core.system.files import atomic_write, read_small, refuse_json_bomb
 SNAPSHOT_FILE_NAME = "snapshot.json.gz"
 MAX_PACKED_BYTES = 16 << 20
 MAX_UNPACKED_BYTES = 24 << 20  # 50,000 files with twenty units each
+MAX_FILES = 100_000
 MAX_HELD_OUT = 200_000  # digests of held-out examples; one training holds out at most 200
 _MAX_JSON_VALUES = 2_000_000
 _HEX_PER_UNIT = 2 * UNIT_DIGEST_BYTES
@@ -66,7 +67,7 @@ class Snapshot(FrozenModel):
 
     schema_version: Literal[1] = 1
     sources: tuple[SourceState, ...] = ()  # repositories only
-    files: tuple[FileState, ...] = ()  # of the repositories, sorted by path
+    files: tuple[FileState, ...] = Field((), max_length=MAX_FILES)  # of the repositories, sorted by path
     held_out_ever: tuple[HeldOutDigest, ...] = Field((), max_length=MAX_HELD_OUT)
 
     @cached_property
@@ -101,7 +102,7 @@ def take_snapshot(
     held_out_examples: Iterable[Example],
     held_out_before: Iterable[str] = (),
 ) -> Snapshot:
-    """Return the snapshot of a dataset.
+    """Return the snapshot of a dataset. It has no files where there are more than a reader accepts.
 
     Args:
         sources: The repositories.
@@ -113,12 +114,10 @@ def take_snapshot(
     """
     part_of: dict[str, Part] = {**dict.fromkeys(held_out, "held_out"), **dict.fromkeys(train, "train")}
     ever = {digest(learned_text(example)).hex() for example in held_out_examples} | set(held_out_before)
+    recorded = [file.model_copy(update={"part": part_of.get(file.path, "unused")}) for file in files]
     return Snapshot(
         sources=tuple(sources),
-        files=tuple(
-            file.model_copy(update={"part": part_of.get(file.path, "unused")})
-            for file in sorted(files, key=lambda file: file.path)
-        ),
+        files=tuple(sorted(recorded, key=lambda file: file.path)) if len(recorded) <= MAX_FILES else (),
         held_out_ever=tuple(sorted(ever)[:MAX_HELD_OUT]),
     )
 

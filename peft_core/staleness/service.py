@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ class StalenessService:
     def __init__(self, settings: Settings, dataset_of: Callable[[str], DatasetSpec | None]) -> None:
         self._settings = settings
         self._dataset_of = dataset_of
+        # A comparison that is not waited for any more continues until git has answered; threads that wait must not pile up.
+        self._one_at_a_time = threading.Lock()
 
     def of(self, adapter: Path) -> Staleness | None:
         """Return how far the code of an adapter has moved on; None if it was not trained here, or not on code."""
@@ -47,7 +50,7 @@ class StalenessService:
         if adapter_path is None or seconds <= 0:
             return None
         with anyio.move_on_after(seconds):
-            return await run_sync(self.of, Path(adapter_path), abandon_on_cancel=True)
+            return await run_sync(self._of_in_turn, Path(adapter_path), seconds, abandon_on_cancel=True)
         return unknown(f"comparing it takes more than {seconds:g} s.")
 
     async def of_current(self, adapters: Sequence[AdapterSummary], seconds: float) -> dict[str, Staleness | None]:
@@ -57,14 +60,24 @@ class StalenessService:
         def compare() -> None:
             deadline = time.monotonic() + seconds
             for adapter in adapters:
-                if time.monotonic() >= deadline:
+                remaining_s = deadline - time.monotonic()
+                if remaining_s <= 0:
                     return
                 if adapter.current:
-                    found[adapter.adapter_path] = self.of(Path(adapter.adapter_path))
+                    found[adapter.adapter_path] = self._of_in_turn(Path(adapter.adapter_path), remaining_s)
 
         with anyio.move_on_after(seconds):
             await run_sync(compare, abandon_on_cancel=True)
         return dict(found)
+
+    def _of_in_turn(self, adapter: Path, seconds: float) -> Staleness | None:
+        """Do as `of`, after the comparison that another thread is making; wait for it for so many seconds at most."""
+        if not self._one_at_a_time.acquire(timeout=seconds):
+            return unknown("another comparison takes its time.")
+        try:
+            return self.of(adapter)
+        finally:
+            self._one_at_a_time.release()
 
     def _why_not_read(self, repositories: Sequence[DataSource]) -> str | None:
         for source in repositories:

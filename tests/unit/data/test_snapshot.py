@@ -20,6 +20,7 @@ from peft_core.data.snapshot import (
     held_out_digests,
     read_snapshot,
     state_of,
+    take_snapshot,
     write_snapshot,
 )
 from peft_core.data.split import digest
@@ -267,3 +268,12 @@ def test_of_too_many_files_the_names_and_digests_remain(tmp_path: Path, monkeypa
     assert {file.units for file in snapshot.files} == {None}
     write_snapshot(tmp_path / SNAPSHOT_FILE_NAME, Snapshot(files=files * 10, held_out_ever=("1" * 32,)))
     assert read_snapshot(tmp_path) == Snapshot(held_out_ever=("1" * 32,))
+
+
+def test_more_files_than_a_reader_accepts_are_not_recorded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("peft_core.data.snapshot.MAX_FILES", 2)
+    files = [FileState(path=f"{n}.py", digest="0" * 32) for n in range(3)]
+    taken = [
+        take_snapshot([], files[:count], train={"0.py"}, held_out={"1.py"}, held_out_examples=[]) for count in (2, 3)
+    ]
+    assert [[file.part for file in snapshot.files] for snapshot in taken] == [["train", "held_out"], []]

@@ -1,8 +1,11 @@
 """What is said about the age of an adapter, after real edits in real git repositories."""
 
 import subprocess
+import threading
 from pathlib import Path
 
+import anyio
+import anyio.to_thread
 import pytest
 
 from peft_core.config import Settings
@@ -251,3 +254,25 @@ def test_an_adapter_from_elsewhere_or_of_records_has_no_code_here(tmp_path: Path
     assert service(tmp_path, spec).of(elsewhere) is None
     records = make_dataset_spec(tmp_path / "records.jsonl", source_kind="jsonl")
     assert service(tmp_path, records).of(adapter(tmp_path)) is None
+
+
+async def test_a_comparison_that_takes_too_long_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    root, directory = committed(tmp_path / "r"), adapter(tmp_path)
+    comparing = service(tmp_path, make_dataset_spec(root))
+    began, may_end = threading.Event(), threading.Event()
+
+    def slow(_adapter: Path) -> None:
+        began.set()
+        may_end.wait()
+
+    monkeypatch.setattr(comparing, "of", slow)
+    try:
+        found = await comparing.within(0.05, str(directory))
+        assert found is not None
+        assert found.text.endswith("comparing it takes more than 0.05 s.")
+        await anyio.to_thread.run_sync(began.wait)
+        found = await comparing.within(0.05, str(directory))  # waits for the first one
+        assert found is not None
+        assert found.retrain is None
+    finally:
+        may_end.set()
