@@ -101,6 +101,22 @@ def write_tiny_adapter(directory: Path, base: Path, seed: int, *, scale: float =
     return directory
 
 
+def write_trained_adapter(directory: Path, base: Path, texts: Sequence[str], *, steps: int) -> Path:
+    """Train a LoRA adapter on the texts, which are of equal length, and write it as `write_tiny_adapter` does."""
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
+    model = get_peft_model(tiny_model(), config)
+    ids_BT = torch.tensor([[VOCABULARY.index(character) for character in text] for text in texts])
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=ids_BT, labels=ids_BT).loss.backward()
+        optimizer.step()
+    model.save_pretrained(str(directory), save_embedding_layers=False)
+    record_base(directory, resolve(str(base), Settings()))
+    return directory
+
+
 def write_tiny_tokenizer(directory: Path, *, chat_template: str | None = TEMPLATE) -> None:
     directory.mkdir(exist_ok=True)
     tokenizer = Tokenizer(models.WordLevel({token: n for n, token in enumerate(VOCABULARY)}, unk_token="<unk>"))  # noqa: S106 -- a vocabulary token, not a secret

@@ -124,8 +124,8 @@ class JobService:
         raise InvalidArgument(
             "evaluation_data",
             None,
-            "it must be given, because no path is recorded that one of the adapters was trained on",
-            suggestions=["Give the path of a repository or a file on which neither adapter was trained completely"],
+            "it must be given, because the path of the code that the adapters were trained on is not recorded here",
+            suggestions=["Give the path of a repository or a file, of which neither adapter was trained on all"],
         )
 
     def inspect(self, training_data: TrainingData, config: TrainingConfig) -> TrainingDataReport:

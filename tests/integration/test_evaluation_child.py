@@ -36,7 +36,7 @@ from peft_core.schemas.training import EvaluatedAdapter, TrainingConfig
 from peft_core.system import in_use
 from peft_core.system.cancellation import StopFlag
 from tests.factories import make_request
-from tests.tiny_models import tiny_model, write_tiny_adapter, write_tiny_base
+from tests.tiny_models import tiny_model, write_tiny_adapter, write_tiny_base, write_trained_adapter
 
 
 def code(number: int) -> str:
@@ -164,8 +164,9 @@ def write_record(adapter: Path, numbers: Iterable[int]) -> None:
 def test_two_adapters_are_compared_on_what_neither_was_trained_on(
     tmp_path: Path, tiny_base: Path, run_here: Callable[[TrainingTask], list[Event]]
 ) -> None:
-    a = write_tiny_adapter(tmp_path / "a", tiny_base, seed=1)
-    b = write_tiny_adapter(tmp_path / "b", tiny_base, seed=2, target_modules=["q_proj", "up_proj"], r=2)
+    learned = [code(n) for n in range(10, 26)]
+    a = write_trained_adapter(tmp_path / "a", tiny_base, learned, steps=5)
+    b = write_trained_adapter(tmp_path / "b", tiny_base, learned, steps=40)
     write_record(a, range(4))
     write_record(b, [3, 4, 5])
     comparison = comparison_of(run_here(make_task(tmp_path, tiny_base, a, examples=14, compared_with=b)))
@@ -176,7 +177,9 @@ def test_two_adapters_are_compared_on_what_neither_was_trained_on(
     assert comparison.adapter_a.evaluation.loss.base == comparison.adapter_b.evaluation.loss.base
     assert comparison.loss.adapter_a == comparison.adapter_a.evaluation.loss.adapter
     assert comparison.loss.adapter_b == comparison.adapter_b.evaluation.loss.adapter
-    assert comparison.loss.low is not None
+    assert comparison.keep is Keep.ADAPTER_B, comparison.reason
+    assert comparison.loss.high is not None
+    assert comparison.loss.high < 0, "B was trained for longer"
 
     # One evaluation of B on the same text measures the same as the comparison.
     write_record(b, range(6))

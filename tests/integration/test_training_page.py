@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import anyio
 import pytest
@@ -15,6 +16,7 @@ from peft_core.config import Settings
 from peft_core.jobs.store import Store
 from peft_core.schemas.evaluation import Evaluation
 from peft_core.schemas.events import (
+    AdaptersCompared,
     CheckpointSaved,
     Evaluated,
     HeldOutMeasured,
@@ -27,10 +29,11 @@ from peft_core.schemas.events import (
     StepCompleted,
 )
 from peft_core.schemas.results import ErrorInfo, Metrics, Phase, Status
+from peft_core.schemas.training import EvaluatedAdapter
 from peft_core.system.lock import FileLock
 from server.app import build_server
 from tests.app_host import BROWSER, AppHost, app_host, chromium
-from tests.factories import make_evaluation, make_job, make_request, make_source
+from tests.factories import make_comparison, make_evaluation, make_job, make_request, make_source
 from tests.integration.test_report_in_browser import CONTRAST
 from tests.unit.evaluation.test_report import HOSTILE
 
@@ -232,6 +235,33 @@ async def test_the_page_wears_the_hosts_colours_only_if_they_are_complete(
         colours = {"--color-background-primary": "rgb(1, 2, 3)", "--color-text-primary": "white"}
         await host.notify("ui/notifications/host-context-changed", {"styles": {"variables": colours}})
         await host.app_frame.wait_for_function(f"{background} === 'rgb(1, 2, 3)'")
+
+
+async def test_a_comparison_shows_base_and_both_adapters_side_by_side(
+    browser: Browser, client: Client, store: Store
+) -> None:
+    evaluated = EvaluatedAdapter(adapter_path=Path("/a"), compared_with=Path("/b"))
+    store.insert(make_job(created_at=time.time(), request=make_request(evaluated=evaluated)))
+    for event in (
+        JobStarted(),
+        AdaptersCompared(comparison=make_comparison(cautions=("They differ.",))),
+        JobCompleted(adapter_path="/b", metrics=Metrics(base_loss=2.2)),
+    ):
+        store.append(JOB, event)
+    async with app_host(browser, client, width=350) as host:
+        await host.open("get_training_status", {"project_id": "web", "job_id": JOB, "wait_s": 0})
+        app = host.app
+        await expect(app.locator("#headline")).to_have_text("Keep adapter B")
+        await expect(app.locator("#message")).to_have_text("Keep web/b-02: its held-out loss is lower. They differ.")
+        row = app.locator("#metrics tr").first
+        await expect(row.locator("td[data-of]")).to_have_text(["9.00", "6.00", "6.00"])
+        await expect(row).to_contain_text("B is better")
+        await expect(app.locator("#basis")).to_contain_text("A is web/a-01, B is web/b-02. All on the same 40 examples")
+        await expect(app.locator(".quotes figcaption")).to_have_text(
+            ["Prompt", "Original", "Base model, 60 % similar", "A, 50 % similar", "B, 100 % similar"]
+        )
+        assert await overflow(host) <= 0
+        assert host.complaints == []
 
 
 async def test_hostile_texts_are_shown_as_text(browser: Browser, client: Client, store: Store) -> None:

@@ -78,7 +78,7 @@ def test_without_a_recorded_path_the_data_of_a_comparison_must_be_given(
         service._source_of_newest(adapters)
     records = make_request(source_kind="records")
     insert(settings, make_job("a", status=Status.COMPLETED, request=records))
-    with pytest.raises(InvalidArgument, match="no path is recorded"):
+    with pytest.raises(InvalidArgument, match="is not recorded here"):
         service._source_of_newest(adapters)
 
 
