@@ -44,6 +44,7 @@ class Job(FrozenModel):
     status: Status = Status.QUEUED
     phase: Phase | None = None
     detail: str = ""
+    phase_done: float = 0.0  # share of the phase
     note: str = ""  # shown after the job has ended, too
     device: str | None = None
     step: int = 0
@@ -140,8 +141,9 @@ def _change(job: Job, event: Event) -> dict[str, object] | None:  # noqa: PLR091
 
 def _progress(job: Job, event: Event) -> dict[str, object] | None:  # noqa: PLR0911, PLR0912, C901 -- one case per event
     match event:
-        case PhaseStarted(phase=phase, detail=detail) if not _precedes(phase, job.phase):
-            return {"phase": phase, "detail": detail}
+        case PhaseStarted(phase=phase, detail=detail, done=done) if not _precedes(phase, job.phase):
+            done = max(done, job.phase_done) if phase is job.phase else done
+            return {"phase": phase, "detail": detail, "phase_done": done}
         case DatasetPrepared(dataset=dataset):
             return {"dataset": dataset}
         case RunPlanned(device=device, total_steps=total, start_step=start):
@@ -215,8 +217,8 @@ _PHASE_BEGINS = {
     Phase.PUBLISHING: 99.0,
 }
 
-# For an evaluation, which spends half of its time on each model.
-_EVALUATION_BEGINS = {**_PHASE_BEGINS, Phase.EVALUATING_BASE: 10.0, Phase.EVALUATING_ADAPTER: 50.0}
+# For an evaluation, which completes prompts with all models in its last phase.
+_EVALUATION_BEGINS = {**_PHASE_BEGINS, Phase.EVALUATING_BASE: 10.0, Phase.EVALUATING_ADAPTER: 30.0}
 
 
 def progress_percent(job: Job) -> float:
@@ -225,9 +227,8 @@ def progress_percent(job: Job) -> float:
         return 100.0
     if job.phase is None:
         return 0.0
-    if job.request.evaluated is not None:
-        return _EVALUATION_BEGINS[job.phase]
-    begins = _PHASE_BEGINS[job.phase]
-    if job.phase is Phase.TRAINING and job.total_steps:
-        return round(begins + (_PHASE_BEGINS[Phase.EVALUATING_ADAPTER] - begins) * job.step / job.total_steps, 2)
-    return begins
+    begins = _PHASE_BEGINS if job.request.evaluated is None else _EVALUATION_BEGINS
+    begin = begins[job.phase]
+    end = min((other for other in begins.values() if other > begin), default=100.0)
+    done = job.step / job.total_steps if job.phase is Phase.TRAINING and job.total_steps else job.phase_done
+    return round(begin + (end - begin) * done, 2)

@@ -24,6 +24,7 @@ class PhaseStarted(FrozenModel):
     kind: Literal["phase_started"] = "phase_started"
     phase: Phase
     detail: str = ""  # "1200 of 4000 files"; shown to people unchanged
+    done: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the phase, where it is known
 
 
 class DatasetPrepared(FrozenModel):

@@ -122,17 +122,19 @@ def _measure(
     model.select(None)
     scores = [evaluator.score(objective, session.accelerator, stop)]
     session.emit(HeldOutMeasured(step=0, loss=mean_loss(scores[0].held_out), whole_set=True))
-    for number, name in enumerate(adapters, 1):
-        detail = f"adapter {number} of {len(adapters)}" if len(adapters) > 1 else ""
-        session.start_phase(Phase.EVALUATING_ADAPTER, detail)
+    # What remains: scores of the adapters, and completions of all.
+    work, labels = 2 * len(adapters) + 1, ["the adapter"] if len(adapters) == 1 else ["adapter A", "adapter B"]
+    for number, (name, label) in enumerate(zip(adapters, labels, strict=True)):
+        detail = label if len(adapters) > 1 else ""
+        session.start_phase(Phase.EVALUATING_ADAPTER, detail, done=number / work)
         model.select(name)
         scores.append(evaluator.score(objective, session.accelerator, stop))
-    models = "both models" if len(adapters) == 1 else "all three models"
-    session.start_phase(Phase.EVALUATING_ADAPTER, f"completing held-out prompts with {models}")
     undo_fusion(model.causal, model.causal)
     prompts = evaluator.choose_prompts(budget)
-    measured = []
-    for selected, scored in zip([None, *adapters], scores, strict=True):
+    measured: list[Measurement] = []
+    for selected, label, scored in zip([None, *adapters], ["the base model", *labels], scores, strict=True):
+        done = (len(adapters) + len(measured)) / work
+        session.start_phase(Phase.EVALUATING_ADAPTER, f"completing held-out prompts with {label}", done=done)
         model.select(selected)
         measured.append(evaluator.measure(scored, prompts, model.causal, stop))
     return measured, prompts

@@ -45,8 +45,9 @@ class Session:
     def paths(self) -> JobPaths:
         return JobPaths(self.task.job_dir)
 
-    def start_phase(self, phase: Phase, detail: str = "") -> None:
-        self.emit(PhaseStarted(phase=phase, detail=detail))
+    def start_phase(self, phase: Phase, detail: str = "", *, done: float = 0.0) -> None:
+        """Report a phase, or how far it has come. `done`: its share, where it is known."""
+        self.emit(PhaseStarted(phase=phase, detail=detail, done=done))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,7 +30,8 @@ from peft_core.schemas.events import (
     StoppedEarly,
 )
 from peft_core.schemas.results import ErrorInfo, Metrics, Phase, Status
-from tests.factories import make_evaluation, make_job
+from peft_core.schemas.training import EvaluatedAdapter
+from tests.factories import make_evaluation, make_job, make_request
 
 
 def step(number: int, loss: float = 2.0) -> StepCompleted:
@@ -125,6 +128,21 @@ def test_a_run_goes_from_the_queue_to_a_published_adapter() -> None:
     job = after(job, JobCompleted(adapter_path="/a", metrics=Metrics(adapter_loss=2.0)))
     assert (job.status, job.adapter_path, job.held_out_loss) == (Status.COMPLETED, "/a", 2.0)
     assert progress_percent(job) == 100.0
+
+
+def test_the_progress_of_an_evaluation_follows_the_share_of_its_phase() -> None:
+    evaluated = EvaluatedAdapter(adapter_path=Path("/a"), compared_with=Path("/b"))
+    job = after(make_job(request=make_request(evaluated=evaluated)), JobStarted())
+    percents = []
+    for phase, done in (
+        (Phase.EVALUATING_BASE, 0.0),
+        (Phase.EVALUATING_ADAPTER, 0.0),
+        (Phase.EVALUATING_ADAPTER, 0.4),
+        (Phase.EVALUATING_ADAPTER, 0.2),
+    ):
+        job = after(job, PhaseStarted(phase=phase, done=done))
+        percents.append(progress_percent(job))
+    assert percents == [10, 30, 57.2, 57.2], "it never goes back"
 
 
 def test_a_completed_job_accepts_no_event() -> None:
