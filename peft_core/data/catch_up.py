@@ -20,17 +20,15 @@ from enum import StrEnum
 from functools import cached_property
 from typing import NamedTuple
 
-from peft_core.data.examples import learned_text, printable_path
+from peft_core.data.examples import learned_text
 from peft_core.data.leakage import OVERLAP_THRESHOLD, TrainingFingerprint
 from peft_core.data.minhash import MinHashIndex
-from peft_core.data.selection import Selection
 from peft_core.data.snapshot import FileState, Snapshot, held_out_digests
-from peft_core.data.sources import walk_sources
 from peft_core.data.split import ExampleKey, Split, cap_per_file, choose_held_out, digest, distinct, order_key
-from peft_core.data.units import Unit, file_digest, units_of_file
+from peft_core.data.units import Unit, units_of_file
 from peft_core.data.walk import File
 from peft_core.errors import DataError
-from peft_core.schemas.dataset import CatchUpSpec, DataSource, Example, SourceKind, SourceSummary
+from peft_core.schemas.dataset import CatchUpSpec, Example
 
 MAX_CHANGED_HELD_OUT = 100  # examples; scoring three models on more would take longer than many a catch-up
 MAX_OLD_HELD_OUT = 60
@@ -150,10 +148,6 @@ def _is_barred(example: Example, changes: FileChanges) -> bool:
 
 def _lines(unit: Unit) -> _Lines:
     return _Lines(unit.start_line, unit.end_line)
-
-
-def path_of(file: File) -> str:
-    return printable_path(file.name)
 
 
 @dataclass(frozen=True)
@@ -291,54 +285,3 @@ def _sample(
 def _random(keys: Sequence[ExampleKey], positions: Sequence[int], count: int, seed: int) -> list[int]:
     """Return at most this many of the positions, in a random order that depends on the text of each example only."""
     return sorted(positions, key=lambda position: order_key(keys[position].digest.hex(), seed))[:count]
-
-
-# What has changed, without cutting anything into examples: quick enough for planning.
-
-
-class SourceChanges(NamedTuple):
-    """How the files of repositories differ from what an adapter was trained on; without the files that it held out."""
-
-    files: int
-    changed_files: int  # of `files`; new ones included
-    units: int
-    changed_units: int
-    records: int  # of other sources, which are compared when the job runs
-
-    @property
-    def share(self) -> float:
-        """Share of the units that are new or have changed, 0 to 1."""
-        return self.changed_units / self.units if self.units else 1.0
-
-    @property
-    def is_nothing(self) -> bool:
-        return not self.changed_units and not self.records
-
-    @property
-    def in_words(self) -> str:
-        if not self.files:
-            return f"what is new of {self.records} records"
-        return f"{self.changed_files} of {self.files} files are new or have changed, {self.share:.0%} of the code"
-
-
-def changes_in_sources(snapshot: Snapshot, source: SourceSummary, selection: Selection) -> SourceChanges:
-    """Compare repositories with what they were. `source`: with all its sources."""
-    main = [] if source.path is None else [DataSource(path=source.path, kind=source.kind, name=source.name)]
-    sources = [*main, *source.more_sources]
-    repositories = [each for each in sources if each.kind is SourceKind.REPOSITORY]
-    before = {file.path: file for file in snapshot.files}
-    files = changed_files = units = changed_units = 0
-    for file in walk_sources(repositories, selection).files if repositories else ():
-        old = before.get(path_of(file))
-        if old is not None and old.part == "held_out":
-            continue
-        files += 1
-        if old is not None and old.digest == file_digest(file):
-            units += len(old.unit_digests)
-            continue
-        found = units_of_file(file)
-        new = sum(unit.digest not in snapshot.units for unit in found)
-        units += len(found)
-        changed_units += new
-        changed_files += new > 0
-    return SourceChanges(files, changed_files, units, changed_units, records=source.examples or 0)

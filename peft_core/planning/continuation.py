@@ -6,6 +6,7 @@ what does is said in the answer, and the training starts from scratch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +22,18 @@ from peft_core.adapters.registry import Registry
 from peft_core.adapters.verify import verify_files
 from peft_core.base_models.resolve import candidates, resolve
 from peft_core.config import Settings
-from peft_core.data.catch_up import SourceChanges, changes_in_sources, nothing_to_catch_up
+from peft_core.data.catch_up import nothing_to_catch_up
+from peft_core.data.examples import printable_path
 from peft_core.data.leakage import read_fingerprint
 from peft_core.data.selection import Selection
 from peft_core.data.snapshot import Snapshot, read_snapshot
+from peft_core.data.sources import walk_sources
 from peft_core.errors import AdapterNotFound, InvalidArgument, sanitize
 from peft_core.schemas.base_model import Base
-from peft_core.schemas.dataset import SourceKind, SourceSummary
+from peft_core.schemas.dataset import DataSource, SourceKind, SourceSummary
 from peft_core.schemas.results import BaseMatch
 from peft_core.schemas.training import FROM_SCRATCH, ContinuedAdapter, TrainingConfig
+from peft_core.staleness.compare import compare
 
 FIELD = "config.continue_from"
 MAX_CHANGED_SHARE = 0.5  # of the units: beyond it, a training from scratch takes hardly longer and is the better one
@@ -43,6 +47,35 @@ class Adapters(NamedTuple):
     registry: Registry
     project_id: str | None  # None: a dry run, which belongs to no project
     trained_on: Callable[[str], str | None]  # a reference to the base model of the job that trained an adapter
+
+
+class SourceChanges(NamedTuple):
+    """How the files of repositories differ from what an adapter was trained on; without the files that it held out."""
+
+    files: int
+    changed_files: int  # of `files`; new ones included
+    units: int
+    changed_units: int  # extrapolated from a sample of the changed files, if they are many
+    records: int  # of other sources, which are compared when the job runs
+
+    @property
+    def share(self) -> float:
+        """Share of the units that are new or have changed, 0 to 1."""
+        return self.changed_units / self.units if self.units else 1.0
+
+    @property
+    def is_nothing(self) -> bool:
+        return not self.changed_units and not self.records
+
+    @property
+    def in_words(self) -> str:
+        if not self.files:
+            return f"what is new of {self.records} records"
+        return f"{self.changed_files} of {self.files} files are new or have changed, {self.percent} of the units"
+
+    @property
+    def percent(self) -> str:
+        return "less than 1 %" if self.share < 0.01 else f"{100 * self.share:.0f} %"
 
 
 class Continuation(NamedTuple):
@@ -134,9 +167,9 @@ def _continue_current(config: TrainingConfig, base: Base, source: SourceSummary,
     if not parent.snapshot.files or source.kind is not SourceKind.REPOSITORY:
         raise _Unsuitable("only trainings on repositories continue from the current adapter by default")
     continuation = _continue(config, source, parent)
-    share = continuation.changes.share if continuation.changes is not None else 0.0
-    if share > MAX_CHANGED_SHARE:
-        raise _Unsuitable(f"{share:.0%} of the code is new or has changed since {parent.name} was trained")
+    changes = continuation.changes
+    if changes is not None and changes.share > MAX_CHANGED_SHARE:
+        raise _Unsuitable(f"{changes.percent} of the units are new or have changed since {parent.name} was trained")
     return continuation
 
 
@@ -227,3 +260,21 @@ def _continue(config: TrainingConfig, source: SourceSummary, parent: _Parent) ->
         adapter_path=parent.path, adapter_id=parent.path.name, weights_sha256=parent.weights_sha256
     )
     return Continuation(config.model_copy(update=update), continued, changes, reason)
+
+
+def changes_in_sources(snapshot: Snapshot, source: SourceSummary, selection: Selection) -> SourceChanges:
+    """Compare repositories with what they were. `source`: with all its sources."""
+    main = [] if source.path is None else [DataSource(path=source.path, kind=source.kind, name=source.name)]
+    repositories = [each for each in (*main, *source.more_sources) if each.kind is SourceKind.REPOSITORY]
+    held_out = {file.path for file in snapshot.files if file.part == "held_out"}
+    found = walk_sources(repositories, selection).files if repositories else []
+    files = [file for file in found if printable_path(file.name) not in held_out]
+    changes = compare(snapshot, files)
+    changed = math.ceil(changes.units_unknown) or int(changes.is_estimate)
+    return SourceChanges(
+        files=len(files),
+        changed_files=changes.changed + changes.new,
+        units=round(changes.units_now),
+        changed_units=changed,
+        records=source.examples or 0,
+    )

@@ -16,7 +16,6 @@ Sources of the constants:
 
 from __future__ import annotations
 
-from peft_core.data.catch_up import SourceChanges
 from peft_core.errors import DataError, InvalidArgument
 from peft_core.planning.cost_model import TOKENS_PER_EXAMPLE, lora_parameters, steps_of, training_set
 from peft_core.schemas.base_model import ModelShape
@@ -72,7 +71,7 @@ def choose_defaults(
 
 
 def choose_catch_up(
-    given: TrainingConfig, full: TrainingConfig, source: SourceSummary, changes: SourceChanges
+    given: TrainingConfig, full: TrainingConfig, source: SourceSummary, changed: int
 ) -> tuple[TrainingConfig, CatchUpSpec, SourceSummary]:
     """Return the settings of a training that continues from an adapter, what it trains on, and the source reduced to that.
 
@@ -80,7 +79,7 @@ def choose_catch_up(
         given: The settings of the request, with what the adapter determines.
         full: The same, completed for a training from scratch.
         source: What the sources hold.
-        changes: How they differ from what the adapter was trained on.
+        changed: How many units and records may have changed since the adapter was trained.
     """
     config, limit = full, None
     train = training_set(source, given.held_out_fraction)
@@ -89,7 +88,7 @@ def choose_catch_up(
         config = config.model_copy(update={"num_epochs": 1.0, "max_steps": None})
     if given.learning_rate is None:
         config = config.model_copy(update={"learning_rate": float(f"{(full.learning_rate or 0) * CATCH_UP_RATE:.2g}")})
-    changed = min(train.examples, changes.changed_units + changes.records)
+    changed = min(train.examples, changed)
     examples = max(1, min(round(changed * (1 + REPLAY_SHARE)), train.examples, limit or train.examples))
     reduced = TrainingSetSize(examples=examples, tokens=max(1, round(train.tokens / train.examples * examples)))
     spec = CatchUpSpec(replay_share=REPLAY_SHARE, max_examples=limit)

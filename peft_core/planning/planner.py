@@ -87,8 +87,9 @@ def plan(
     speed, most_steps = speeds[0].tokens_per_second, settings.max_training_steps
     config, chosen = choose_defaults(config, base.shape, source, speed, most_steps=most_steps)
     catch_up, trained_on = None, source
-    if continuation.changes is not None:
-        config, catch_up, trained_on = choose_catch_up(given, config, source, continuation.changes)
+    if (changes := continuation.changes) is not None:
+        changed = changes.changed_units + changes.records
+        config, catch_up, trained_on = choose_catch_up(given, config, source, changed)
     chosen = " ".join(filter(None, [_why_longer(config, source), continuation.reason, "" if catch_up else chosen]))
     require_loadable(base)  # last of the checks, because it may take seconds
 

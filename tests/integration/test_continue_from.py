@@ -362,8 +362,19 @@ def test_most_of_the_code_changed_is_a_reason_to_start_from_scratch(place: Workp
         place.write(file, version=3)
     request = place.plan()
     assert request.continued is None
-    assert "% of the code is new or has changed since" in request.estimate.chosen
+    assert "% of the units are new or have changed since" in request.estimate.chosen
     assert place.plan(continue_from=PROJECT).continued is not None
+
+
+def test_a_change_that_must_not_be_trained_on_is_nothing_to_catch_up(place: Workplace) -> None:
+    place.write(file_of(place, "train"))  # as it was
+    with pytest.raises(DataError, match="Nothing to catch up"):
+        place.plan()
+    held_out = place.code / f"m{file_of(place, 'held_out')}.py"
+    place.write(file_of(place, "held_out"))
+    held_out.rename(place.code / "renamed.py")
+    with pytest.raises(DataError, match="Nothing to catch up"):
+        place.plan()
 
 
 def test_the_base_of_the_named_adapter_is_used_if_none_is_given(place: Workplace) -> None:

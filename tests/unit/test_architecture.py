@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "adapters": FOUNDATION | {"base_models"},
     "staleness": FOUNDATION | {"data"},
     "evaluation": FOUNDATION | {"adapters"},
-    "planning": FOUNDATION | {"adapters", "base_models", "data"},
+    "planning": FOUNDATION | {"adapters", "base_models", "data", "staleness"},
     "modeling": FOUNDATION | {"adapters", "base_models", "planning"},
     "evaluation.worker": FOUNDATION | {"adapters", "base_models", "data", "evaluation", "modeling", "planning"},
     "training": FOUNDATION

@@ -9,17 +9,16 @@ from typing import Any
 
 import pytest
 
-from peft_core.data.catch_up import MAX_OLD_HELD_OUT, MIN_REPLAYED, ParentData, changes_in_sources
+from peft_core.data.catch_up import MAX_OLD_HELD_OUT, MIN_REPLAYED, ParentData
 from peft_core.data.dataset import PreparedDataset, read_examples
 from peft_core.data.examples import learned_text
 from peft_core.data.leakage import TrainingFingerprint, read_fingerprint
 from peft_core.data.prepare import prepare
-from peft_core.data.selection import Selection
 from peft_core.data.snapshot import Snapshot, read_snapshot
 from peft_core.data.token_counter import EstimatedTokenCounter
 from peft_core.errors import DataError
 from peft_core.schemas.dataset import CatchUpSpec
-from tests.factories import make_dataset_spec, make_source
+from tests.factories import make_dataset_spec
 
 WORDS = [
     "alpha",
@@ -216,20 +215,6 @@ def test_without_a_change_there_is_nothing_to_catch_up(code: Path, parent: Paren
     with pytest.raises(DataError, match="Nothing to catch up") as caught:
         build(code, tmp_path / "second", parent, catch_up=SOME)
     assert caught.value.code == "nothing_to_catch_up"
-
-
-def test_changes_are_counted_without_what_is_held_out(code: Path, parent: ParentData) -> None:
-    source = make_source(path=code, examples=None)
-    nothing = changes_in_sources(parent.snapshot, source, Selection())
-    assert nothing.is_nothing
-    write(code, held_out_file(parent), changed={0: 2})
-    assert changes_in_sources(parent.snapshot, source, Selection()).is_nothing
-    write(code, trained_file(parent), changed={0: 2})
-    write(code, 50, 3, name="new.py")
-    changes = changes_in_sources(parent.snapshot, source, Selection())
-    assert (changes.changed_files, changes.files) == (2, len(parent.trained_files) + 1)
-    assert changes.changed_units == 4
-    assert changes.in_words == f"2 of {changes.files} files are new or have changed, {changes.share:.0%} of the code"
 
 
 def test_records_are_compared_by_their_content(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_core.data.catch_up import SourceChanges
 from peft_core.errors import DataError, InvalidArgument
 from peft_core.planning.cost_model import TOKENS_PER_EXAMPLE
 from peft_core.planning.defaults import (
@@ -178,14 +177,10 @@ def test_a_worker_rejects_settings_that_the_planner_would_have_chosen(missing: s
         require_complete(TrainingConfig.model_validate({**complete, missing: None}))
 
 
-def changes(units: int, changed: int) -> SourceChanges:
-    return SourceChanges(files=10, changed_files=2, units=units, changed_units=changed, records=0)
-
-
 def catch_up(units: int, changed: int, **given: Any) -> tuple[TrainingConfig, CatchUpSpec, SourceSummary]:
     config = TrainingConfig(**given)
     full, _ = chosen(units, config)
-    return choose_catch_up(config, full, source(units), changes(units, changed))
+    return choose_catch_up(config, full, source(units), changed)
 
 
 @pytest.mark.parametrize("units", [100, 400, 3000])
