@@ -325,14 +325,18 @@ def _place(sample: DataSample) -> str:
     return f"{sample.path}:{sample.start_line}-{sample.end_line}" if sample.start_line else sample.path
 
 
-def format_status(status: TrainingStatus, picture: bytes | None = None, *, is_new: bool = False) -> CallToolResult:
+def format_status(
+    status: TrainingStatus, picture: bytes | None = None, *, is_new: bool = False, preface: str = ""
+) -> CallToolResult:
     """Show the state of a job. `picture` is the loss curve as PNG, added after the text.
 
-    `is_new`: whether this answers the request of the job, so that the data are described however far it has come.
+    `is_new`: whether this answers the request of the job, so that the data are described however far it has come. `preface`: a
+    sentence before the summary.
     """
     status = for_client(status)
     unchanged = frozenset() if is_new else REQUESTED if status.status.is_final else REQUESTED | CHOSEN
-    result = tool_result(status, summarise(status, is_new=is_new), unchanged=unchanged)
+    summary = f"{preface} {summarise(status, is_new=is_new)}".lstrip()
+    result = tool_result(status, summary, unchanged=unchanged)
     if picture is not None:
         image = ImageContent(type="image", data=b64encode(picture).decode(), mime_type="image/png")
         result.content.append(image)
@@ -344,7 +348,8 @@ def format_refreshed(refreshed: Refreshed) -> CallToolResult:
     """Show the training that a user asked for as its job; otherwise, why there is none, or the one that starts by itself."""
     job = refreshed.job
     if job is not None and not job.only_while_free:
-        return format_status(job, is_new=True)
+        preface = f"{refreshed.reason}." if refreshed.outcome == "already_training" else ""
+        return format_status(job, is_new=True, preface=preface)
     return tool_result(refreshed, summarise_refresh(refreshed), in_summary=frozenset({"reason"}))
 
 

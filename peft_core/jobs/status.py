@@ -174,7 +174,7 @@ def _waiting(job: Job) -> NextStep:
     return NextStep(
         tool="refresh_project",
         arguments={"project_id": job.project_id},
-        reason="The training continues by itself once the machine is free; refresh_project runs it now.",
+        reason="The training runs by itself once the machine is free; refresh_project runs it now.",
     )
 
 

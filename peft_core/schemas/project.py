@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.results import NextStep, TrainingStatus
@@ -36,7 +36,17 @@ ALLOWED_RULES = (
     'must be "never", {"units": N} (percent of the code units that have changed, from 1 to 100) or {"commits": N} (commits '
     "since, from 1 to 100000)"
 )
-RetrainWhen = Literal["never"] | RetrainThreshold
+
+
+def _one_error(value: object, validate: ValidatorFunctionWrapHandler) -> object:
+    """Say once what is allowed, and not for each of the alternatives why it is none."""
+    try:
+        return validate(value)
+    except ValidationError as error:
+        raise ValueError(ALLOWED_RULES) from error
+
+
+RetrainWhen = Annotated[Literal["never"] | RetrainThreshold, WrapValidator(_one_error)]
 
 
 class Registration(FrozenModel):

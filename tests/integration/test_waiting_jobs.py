@@ -8,11 +8,14 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
+from peft_core.jobs.recovery import recover
 from peft_core.jobs.store import Store
 from peft_core.paths import DataPaths
-from peft_core.schemas.events import JobAskedFor, JobPostponed, JobStarted
+from peft_core.schemas.events import JobAskedFor, JobPostponed, JobResumed, JobStarted
 from peft_core.schemas.results import Status
+from peft_core.system.lock import FileLock
 from peft_core.system.machine_use import MachineUse
 from tests.factories import make_job
 from tests.integration.conftest import Spawn
@@ -118,6 +121,27 @@ def test_a_runner_that_is_killed_while_a_job_waits_leaves_it_to_the_next_one(
     describe_machine(paths.root, FREE)
     assert spawn().wait(timeout=60) == 0
     assert store.get("job").status is Status.FAILED
+
+
+def test_kill_9_in_the_middle_leaves_the_old_adapter_current_and_a_job_that_can_be_continued(
+    store: Store, spawn: Spawn, paths: DataPaths
+) -> None:
+    registry = Registry(paths)
+    paths.adapter("hangs", "old").mkdir(parents=True)
+    registry.set_current("hangs", "old")
+    store.insert(make_job("job", "hangs", only_while_free=True))
+    runner = spawn()
+    wait_until(lambda: store.get("job").step == 1, "the first step")
+    runner.kill()
+    runner.wait()
+    lock = FileLock(paths.runner_lock)
+    assert lock.acquire(timeout_s=60)  # the worker is gone as well
+    with lock:
+        recover(store, registry)
+    job = store.get("job")
+    assert (job.status, job.only_while_free) == (Status.INTERRUPTED, True)
+    assert paths.current("hangs").resolve().name == "old"
+    assert store.requeue("job", JobResumed()).only_while_free
 
 
 def test_the_position_in_the_queue_is_that_in_which_jobs_run(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import shlex
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,9 @@ from peft_core.jobs.state import Job
 from peft_core.jobs.status import not_started, status_of
 from peft_core.jobs.store import Store
 from peft_core.paths import DataPaths
+from peft_core.projects.registrations import Registrations
 from peft_core.schemas.evaluation import Verdict
+from peft_core.schemas.project import Registration, RetrainThreshold, RetrainWhen
 from peft_core.schemas.results import ErrorInfo, Status
 from peft_core.schemas.training import EvaluatedAdapter, ProjectId
 from server.cli import exit_codes
@@ -315,3 +319,116 @@ def test_disk_ends_with_code_2_if_something_named_is_kept(cli: Cli, paths: DataP
     assert [item["name"] for item in json.loads(out)["kept"]] == ["database"]
     assert not published.exists()
     assert paths.database.exists()
+
+
+# -- refresh -----------------------------------------------------------------------------------------------------------
+
+
+def register(paths: DataPaths, project_id: str, source: Path | None, rule: RetrainWhen = "never") -> None:
+    registration = Registration(
+        project_id=project_id, source=None if source is None else str(source), retrain_when=rule
+    )
+    Registrations(paths).change(project_id, lambda _: registration)
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    root = tmp_path / "code"
+    subprocess.run(["git", "init", "-q", str(root)], check=True)
+    return root
+
+
+def test_a_rule_is_set_for_the_projects_that_are_named(cli: Cli, paths: DataPaths, repository: Path) -> None:
+    for project in ("api", "web"):
+        register(paths, project, repository)
+    code, out, _ = cli("refresh", "web", "--retrain-when", "units=15")
+    assert code == exit_codes.DONE
+    assert out.startswith("web: ")
+    rules = {entry.project_id: entry.retrain_when for entry in Registrations(paths).all()}
+    assert rules == {"api": "never", "web": RetrainThreshold(units=15)}
+    assert cli("refresh", "--retrain-when", "never")[:2] == (
+        exit_codes.DONE,
+        "api: It is not retrained by itself from now on.\nweb: It is not retrained by itself from now on.\n",
+    )
+
+
+@pytest.mark.parametrize("rule", ["units=0", "units=101", "often", "10", "units=", "commits=-1", "percent=5"])
+def test_a_rule_that_is_none_is_refused(cli: Cli, paths: DataPaths, repository: Path, rule: str) -> None:
+    register(paths, "web", repository)
+    code, _, err = cli("refresh", "web", "--retrain-when", rule)
+    assert code == exit_codes.REFUSED
+    assert "never, units=N" in err
+
+
+def test_projects_that_cannot_be_checked_are_reported_with_exit_code_2(
+    cli: Cli, paths: DataPaths, repository: Path, tmp_path: Path
+) -> None:
+    register(paths, "web", tmp_path / "gone", RetrainThreshold(units=10))
+    register(paths, "never", repository)
+    code, out, _ = cli("refresh", "--if-due", "--json")
+    assert code == exit_codes.REFUSED
+    (project,) = json.loads(out)["projects"]
+    assert (project["project_id"], project["outcome"]) == ("web", "not_possible")
+    assert "does not exist any more" in project["reason"]
+
+
+def test_a_refresh_without_projects_says_so(cli: Cli) -> None:
+    for arguments in ((), ("--if-due",)):
+        code, out, _ = cli("refresh", *arguments)
+        assert (code, out) == (exit_codes.DONE, "No project is registered for this.\n")
+    code, _, err = cli("refresh", "web")
+    assert code == exit_codes.REFUSED
+    assert "peft-mcp train" in err
+
+
+def test_the_hook_is_installed_once_and_removed_without_a_trace(cli: Cli, paths: DataPaths, repository: Path) -> None:
+    register(paths, "web", repository)
+    hook = repository / ".git" / "hooks" / "post-commit"
+    code, out, err = cli("refresh", "web", "--install-hook", "--yes")
+    assert (code, out) == (exit_codes.DONE, f"Changed: {hook}\n")
+    assert "--retrain-when units=10" in err  # without a rule it has no effect
+    assert "crontab" in err
+    assert "launchd" in err
+    assert os.access(hook, os.X_OK)
+    assert cli("refresh", "--install-hook")[:2] == (exit_codes.DONE, "No hook was changed.\n")
+    assert cli("refresh", "web", "--remove-hook", "--yes")[0] == exit_codes.DONE
+    assert not hook.exists()
+
+
+def test_a_hook_is_not_changed_without_an_answer(cli: Cli, paths: DataPaths, repository: Path) -> None:
+    register(paths, "web", repository)
+    code, out, err = cli("refresh", "web", "--install-hook")
+    assert (code, out) == (exit_codes.REFUSED, "No hook was changed.\n")
+    assert "give --yes" in err
+    assert not (repository / ".git" / "hooks" / "post-commit").exists()
+
+
+@pytest.mark.parametrize(
+    ("answer", "agreed"), [("y\n", True), ("Yes\n", True), ("\n", False), ("n\n", False), ("", False)]
+)
+def test_a_question_on_a_terminal_is_agreed_to_only_by_yes(
+    monkeypatch: pytest.MonkeyPatch, answer: str, agreed: bool
+) -> None:
+    class Console(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stdin", Console(answer))
+    err = Console()
+    assert Terminal(io.StringIO(), err, as_json=False).confirm("Shall it?") is agreed
+    assert err.getvalue() == "Shall it? [y/N] "
+
+
+def test_projects_without_git_are_passed_over_unless_they_are_named(
+    cli: Cli, paths: DataPaths, repository: Path, tmp_path: Path
+) -> None:
+    register(paths, "chats", None)
+    register(paths, "plain", tmp_path)
+    register(paths, "web", repository)
+    code, out, err = cli("refresh", "--install-hook", "--yes")
+    assert code == exit_codes.DONE
+    assert out.count("post-commit") == 1
+    assert "chats: " in err
+    assert "plain: " in err
+    for project in ("chats", "plain"):
+        assert cli("refresh", project, "--install-hook", "--yes")[0] == exit_codes.REFUSED
