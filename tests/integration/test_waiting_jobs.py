@@ -48,7 +48,7 @@ def test_a_running_job_is_paused_with_a_checkpoint_and_continues_from_it(
     store: Store, spawn: Spawn, paths: DataPaths
 ) -> None:
     store.insert(make_job("job", "saves a checkpoint when stopped", only_while_free=True))
-    spawn()
+    runner = spawn()
     wait_until(lambda: store.get("job").step == 3, "the third step")
     describe_machine(paths.root, BUSY)
     wait_until(lambda: store.get("job").status is Status.QUEUED, "the pause")
@@ -59,6 +59,7 @@ def test_a_running_job_is_paused_with_a_checkpoint_and_continues_from_it(
     wait_until(lambda: store.get("job").step == 6, "the steps after the checkpoint")
     assert store.get("job").status is Status.IN_PROGRESS
     store.request_cancel("job")
+    assert runner.wait(timeout=60) == 0
 
 
 def test_a_job_that_was_asked_for_goes_first_and_pauses_one_that_was_not(store: Store, spawn: Spawn) -> None:
