@@ -9,6 +9,7 @@ there. A file that cannot be used is an error for a call that needs it. It never
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -96,14 +97,12 @@ class ProjectRegistry:
     def _code_of(self, project_id: str) -> str:
         project = self.find(project_id)
         if project is None:
-            raise InvalidArgument(
-                "training_data",
-                None,
-                "it must be the absolute path of a repository or a file, or a list of records. It may be omitted only for a "
-                f"project of Codebase Gardener, and its registry has none with the id {project_id!r}",
-            )
+            needed = "the absolute path of a repository or a file is required, unless records are given"
+            if os.path.lexists(self._paths.gardener_registry):
+                needed += f"; Codebase Gardener has no project with the id {project_id!r}"
+            raise InvalidArgument("training_data", None, needed)
         source = Path(project.source_path)
-        if not source.is_dir() and (table := self._table(project)) is not None:
+        if not _is_directory(source) and (table := self._table(project)) is not None:
             return table
         if not source.is_absolute():
             raise InvalidArgument(
@@ -119,12 +118,14 @@ class ProjectRegistry:
         """Return the LanceDB table of a project: alone in its vector store, or in the database of all projects."""
         if project.vector_store_path is not None:
             store = Path(project.vector_store_path)
-            tables = [store] if store.suffix == TABLE else sorted(store.glob(f"*{TABLE}"))
-            if len(tables) == 1 and tables[0].is_dir():
+            tables = [store] if store.suffix == TABLE else []
+            with suppress(OSError):
+                tables = tables or sorted(store.glob(f"*{TABLE}"))
+            if len(tables) == 1 and _is_directory(tables[0]):
                 return str(tables[0])
         name = f"project_{project.project_id.replace('-', '_')}{TABLE}"
         shared = [self._paths.root / database / name for database in DATABASES]
-        return next((str(table) for table in shared if table.is_dir()), None)
+        return next((str(table) for table in shared if _is_directory(table)), None)
 
     def show(self, project_id: str, status: Status) -> None:
         """Show the state of a project's training there, if the project is there. Problems are logged: nothing depends on it.
@@ -194,8 +195,12 @@ class ProjectRegistry:
             return str(current.resolve())
         given: str | None = entry.get("lora_adapter_path")
         path = Path(given) if isinstance(given, str) else None
-        gone = path is not None and path.parent == self._paths.adapters(project_id) and not path.is_dir()
+        gone = path is not None and path.parent == self._paths.adapters(project_id) and not _is_directory(path)
         return None if gone else given
+
+
+def _is_directory(path: Path) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112 -- False also for what is no possible path
 
 
 def _entries(registry: documents.Fields) -> dict[str, dict[str, Any]]:

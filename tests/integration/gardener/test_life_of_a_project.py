@@ -87,7 +87,7 @@ async def test_a_project_of_codebase_gardener_is_trained_switched_to_refreshed_a
         # 4. The project is removed there, with its directory.
         await manager.switch_project(api)
         gardener.remove_project(web)
-        with pytest.raises(InvalidArgument, match=f"its registry has none with the id '{web}'"):
+        with pytest.raises(InvalidArgument, match=f"Codebase Gardener has no project with the id '{web}'"):
             await manager.train_adapter(web)
         with pytest.raises(AdapterNotFound):
             await manager.switch_project(web)

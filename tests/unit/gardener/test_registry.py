@@ -119,7 +119,7 @@ def test_a_project_is_found_by_its_id_and_refused_by_its_name(paths: DataPaths, 
     with pytest.raises(InvalidArgument, match=f"is the name of a project .* must be its id: '{WEB}'"):
         registry.find("Web")
     assert registry.find("other") is None
-    with pytest.raises(InvalidArgument, match="its registry has none with the id 'other'"):
+    with pytest.raises(InvalidArgument, match="Codebase Gardener has no project with the id 'other'"):
         registry.data_of("other", None)
 
 
@@ -127,6 +127,17 @@ def test_a_relative_source_path_is_refused(paths: DataPaths, registry_file: Path
     registry_file.write_text(registry_file.read_text(encoding="utf-8").replace("/code/web", "code/web"))
     with pytest.raises(InvalidArgument, match="'code/web'; it must be an absolute path"):
         ProjectRegistry(paths).data_of(WEB, None)
+
+
+@pytest.mark.parametrize("impossible", ["/" + "x" * 5000, "/code/\0"])
+def test_impossible_paths_are_left_to_the_check_of_the_data(
+    paths: DataPaths, registry_file: Path, impossible: str
+) -> None:
+    content = load(registry_file)
+    content["projects"][WEB] |= {"source_path": impossible, "vector_store_path": impossible}
+    registry_file.write_text(json.dumps(content))
+    assert ProjectRegistry(paths).data_of(WEB, None) == impossible
+    assert ProjectRegistry(paths).data_of(WEB, impossible) == impossible
 
 
 def test_entries_that_are_no_projects_are_left_alone(paths: DataPaths, registry_file: Path) -> None:

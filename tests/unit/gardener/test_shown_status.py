@@ -104,5 +104,5 @@ async def test_a_training_without_data_needs_a_project_of_codebase_gardener(
         await manager.train_adapter(WEB)
     with pytest.raises(InvalidArgument, match=f"must be its id: '{WEB}'"):
         await manager.train_adapter("web")
-    with pytest.raises(InvalidArgument, match="training_data is missing: it must be the absolute path"):
+    with pytest.raises(InvalidArgument, match="training_data is missing: the absolute path"):
         await manager.train_adapter("other")
