@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from peft_core.schemas.events import (
@@ -88,8 +89,7 @@ def main() -> None:  # noqa: PLR0912 -- one case per script
             stopped: list[int] = []
             signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
             train(3, after=begun)
-            while not stopped:
-                time.sleep(0.02)
+            wait_for_the_parent_to_die(or_for=stopped)
             checkpoint.write_text(str(begun + 3))
             emit(CheckpointSaved(step=begun + 3))
             sys.exit(143)
@@ -102,9 +102,9 @@ def main() -> None:  # noqa: PLR0912 -- one case per script
             wait_for_the_parent_to_die()
 
 
-def wait_for_the_parent_to_die() -> None:
+def wait_for_the_parent_to_die(*, or_for: Sequence[int] = ()) -> None:
     parent = int(os.environ[PARENT_VARIABLE])
-    while os.getppid() == parent:
+    while os.getppid() == parent and not or_for:
         time.sleep(0.02)
 
 
