@@ -19,15 +19,7 @@ from pydantic import ValidationError
 
 from peft_core.errors import JobNotFound, JobStateError, StorageError, unwritable
 from peft_core.jobs.state import Job, apply, in_turn
-from peft_core.schemas.events import (
-    EVENT,
-    Event,
-    JobCancelled,
-    JobCompleted,
-    JobFailed,
-    JobInterrupted,
-    JobStarted,
-)
+from peft_core.schemas.events import EVENT, Event, JobCancelled
 from peft_core.schemas.results import Status
 from peft_core.system.packages import install_command
 
@@ -62,7 +54,6 @@ TRAININGS = """
     WHERE project_id = ? AND json_valid(state) AND json_extract(state, '$.request.evaluated') IS NULL ORDER BY turn DESC
 """
 UNFINISHED = (Status.QUEUED, Status.IN_PROGRESS)
-STATUS_EVENTS = (JobStarted, JobCompleted, JobFailed, JobCancelled, JobInterrupted)  # that `append` records
 
 
 class EndedJob(NamedTuple):
@@ -153,8 +144,9 @@ class Store:
             IllegalTransition: the event cannot follow the job's state; nothing is written.
         """
         with self._transaction() as db:
-            job = self._append(db, job_id, event)
-        if isinstance(event, STATUS_EVENTS):
+            before = self._get(db, job_id)
+            job = self._append(db, before, event)
+        if job.status is not before.status:
             self._announce(job)
         return job
 
@@ -173,7 +165,7 @@ class Store:
                     suggestions=["Nothing needs to be done."],
                 )
             if job.status is Status.QUEUED:
-                job = self._append(db, job_id, JobCancelled())
+                job = self._append(db, job, JobCancelled())
             else:
                 db.execute("UPDATE jobs SET cancel_requested = 1 WHERE job_id = ?", (job_id,))
         if job.status.is_final:
@@ -183,7 +175,7 @@ class Store:
     def requeue(self, job_id: str, event: Event) -> Job:
         """Put a job that ended early at the end of the queue."""
         with self._transaction() as db:
-            job = self._append(db, job_id, event)
+            job = self._append(db, self._get(db, job_id), event)
             db.execute(f"UPDATE jobs SET turn = {NEXT_TURN}, cancel_requested = 0 WHERE job_id = ?", (job_id,))  # noqa: S608 -- constant
         self._announce(job)
         return job
@@ -336,9 +328,9 @@ class Store:
             (job.job_id, job.project_id, job.status, job.model_dump_json()),
         )
 
-    def _append(self, db: sqlite3.Connection, job_id: str, event: Event) -> Job:
-        at = self._now()
-        job = apply(self._get(db, job_id), event, at)
+    def _append(self, db: sqlite3.Connection, before: Job, event: Event) -> Job:
+        at, job_id = self._now(), before.job_id
+        job = apply(before, event, at)
         db.execute(
             "INSERT INTO events (job_id, at, event) VALUES (?, ?, ?)", (job_id, at, EVENT.dump_json(event).decode())
         )

@@ -19,6 +19,7 @@ from peft_core.schemas.events import JobFailed, JobResumed, JobStarted, PhaseSta
 from peft_core.schemas.results import ErrorInfo, Phase, Status
 from peft_core.schemas.training import EvaluatedAdapter
 from tests.factories import make_job, make_request
+from tests.unit.adapters.test_registry import write_draft
 from tests.unit.gardener.conftest import WEB, adapter
 from tests.unit.gardener.test_registry import web
 
@@ -106,3 +107,11 @@ async def test_a_training_without_data_needs_a_project_of_codebase_gardener(
         await manager.train_adapter("web")
     with pytest.raises(InvalidArgument, match="training_data is missing: the absolute path"):
         await manager.train_adapter("other")
+
+
+async def test_a_deleted_adapter_is_not_shown_any_more(store: Store, paths: DataPaths, registry_file: Path) -> None:
+    published = Registry(paths).publish(write_draft(paths.root / "draft", "a"), WEB, "a")
+    store.insert(make_job("a", WEB, status=Status.COMPLETED))
+    assert web(registry_file)["lora_adapter_path"] == str(published)
+    await PEFTManager(Settings(data_dir=paths.root)).delete_adapter(WEB, "a")
+    assert (web(registry_file)["training_status"], web(registry_file)["lora_adapter_path"]) == ("not_started", None)
