@@ -6,7 +6,7 @@ base and adapter on examples that overlap a changed or new unit. The first row o
 adapter gains on unseen code of the version that it was trained on. Finished trainings and measurements are not repeated.
 
     pip download --no-deps --only-binary=:all: -d WHEELS mcp==1.9.0 mcp==1.9.4 ...  # every version below
-    python benchmarks/staleness.py --wheels WHEELS --work DIR [--steps 12] [--examples 40] [--packages mcp ...]
+    python benchmarks/staleness.py --wheels WHEELS --work DIR [--steps 12] [--examples 24] [--packages mcp ...]
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="data directory; finished runs in it are not repeated")
     parser.add_argument("--packages", nargs="+", default=list(VERSIONS), choices=list(VERSIONS))
     parser.add_argument("--steps", type=int, default=12, help="optimiser steps per training")
-    parser.add_argument("--examples", type=int, default=40, help="examples per version")
+    parser.add_argument("--examples", type=int, default=24, help="examples per version")
     anyio.run(replay, parser.parse_args())
 
 
@@ -147,12 +147,15 @@ def measure(package: str, status: TrainingStatus, options: argparse.Namespace) -
 
     oldest, *later = VERSIONS[package]
     held_out = read_examples(options.work / "jobs" / str(status.job_id) / "dataset" / "held_out.jsonl")
-    rows = [row_of(oldest, None, held_out)]
+    rows = [row_of(oldest, None, sampled(held_out, oldest, options))]
     for version in later:
         share, changed = changes_since(snapshot, unpacked(package, version, options), tokenizer)
-        sample = random.Random(version).sample(changed, min(options.examples, len(changed)))  # noqa: S311 -- no secret
-        rows.append(row_of(version, share, sample))
+        rows.append(row_of(version, share, sampled(changed, version, options)))
     return rows
+
+
+def sampled(examples: list[Example], seed: str, options: argparse.Namespace) -> list[Example]:
+    return random.Random(seed).sample(examples, min(options.examples, len(examples)))  # noqa: S311 -- no secret
 
 
 def changes_since(snapshot: Snapshot, source: Path, tokenizer: BaseTokenizer) -> tuple[float, list[Example]]:

@@ -16,6 +16,7 @@ import pytest
 from mcp.client import Client
 from mcp.server.subscriptions import ResourceUpdated
 
+from peft_core import PEFTManager, Settings
 from tests.clients import data_of, stdio_server, text_of
 
 pytestmark = pytest.mark.model
@@ -126,6 +127,10 @@ async def test_training_on_a_repository_gives_an_adapter_and_a_correct_report(
         assert info["manifest"]["metrics"]["adapter_loss"] == metrics["adapter_loss"]
         (listed,) = (await call(client, "list_adapters"))["adapters"]
         assert listed["current"]
+        async with PEFTManager(Settings(data_dir=data_dir)) as manager:
+            staleness = (await manager.get_adapter_info("std", compare_for_s=60)).staleness
+        assert staleness is not None
+        assert staleness.text.startswith("Up to date: none of its ")
         resource = await client.read_resource(f"training://{started['job_id']}")
         assert json.loads(resource.contents[0].text)["status"] == "completed"  # type: ignore[union-attr]
 
