@@ -14,21 +14,16 @@ from filelock import FileLock
 
 from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
-from peft_core.manager import PEFTManager
 from peft_core.modeling.convert import ensure_hf_directory
-from peft_core.paths import DataPaths
-from peft_core.schemas.results import Status
+from tests.e2e.main_job import MainJob, do_main_job
 from tests.tiny_models import write_tiny_base
 
-# Three steps may harm, but the tests need a current adapter.
-SHORT = {
-    "max_steps": 3,
-    "max_length": 128,
-    "batch_size": 2,
-    "held_out_fraction": 0.02,
-    "make_current": "always",
-    "allow_little_data": True,
-}
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give whichever test does the main job enough time for it, on a busy machine too."""
+    for item in items:
+        if "main_job" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(1800))
 
 
 @pytest.fixture(scope="session")
@@ -87,27 +82,17 @@ def stdlib_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return repository
 
 
-@pytest.fixture
-def trained(trained_once: Path, tmp_path: Path) -> Path:
-    """A test's own copy of a data directory with trained adapters of the projects 'wsgiref' and 'mime'."""
-    return shutil.copytree(trained_once, tmp_path / "trained", symlinks=True)
-
-
 @pytest.fixture(scope="session")
-def trained_once(shared: Path, converted_bases: Path, stdlib_repository: Path) -> Path:
-    """The data directory that `trained` copies."""
+def main_job(shared: Path, converted_bases: Path, stdlib_repository: Path) -> MainJob:
+    """The main job, done by one process of this session."""
 
-    async def train(data: Path) -> None:
-        (data / "base_models").symlink_to(converted_bases)
-        manager = PEFTManager(Settings(data_dir=data))
-        for project in ("wsgiref", "mime"):
-            await manager.train_adapter(project, str(stdlib_repository / project), SHORT)
-        for project in ("wsgiref", "mime"):
-            async for status in manager.watch_training(project):
-                last = status
-            assert last.status is Status.COMPLETED, last.error
-        # The runner deletes the checkpoint after it reported the end, so wait until it has exited.
-        with FileLock(DataPaths(data).runner_lock):
-            pass
+    def do(directory: Path) -> None:
+        anyio.run(do_main_job, directory, converted_bases, stdlib_repository)
 
-    return make_once(shared / "trained", lambda data: anyio.run(train, data))
+    return MainJob(make_once(shared / "main-job", do))
+
+
+@pytest.fixture
+def trained(main_job: MainJob, tmp_path: Path) -> Path:
+    """A test's own copy of a data directory with trained adapters of the projects 'wsgiref' and 'mime'."""
+    return shutil.copytree(main_job.data, tmp_path / "trained", symlinks=True)

@@ -11,7 +11,7 @@ import pytest
 from mcp.client import Client
 
 from tests.clients import stdio_server
-from tests.e2e.test_main_job import call, ended, wait_for
+from tests.e2e.test_main_job import call, wait_for_end
 
 pytestmark = pytest.mark.model
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.model
 async def evaluate(client: Client, adapter: str, data: object) -> dict[str, Any]:
     queued = await call(client, "evaluate_adapter", adapter_path=adapter, evaluation_data=data)
     assert (queued["status"], queued["kind"]) == ("queued", "evaluation")
-    return await wait_for(client, ended, queued["project_id"], queued["job_id"])
+    return await wait_for_end(client, queued["project_id"], queued["job_id"])
 
 
 async def test_an_adapter_is_evaluated_on_unseen_code_and_not_on_its_training_data(

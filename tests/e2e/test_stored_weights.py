@@ -15,7 +15,7 @@ from peft_core.manager import PEFTManager
 from peft_core.modeling.convert import ensure_hf_directory
 from peft_core.modeling.quantised import open_stored
 from peft_core.schemas.results import Status
-from tests.e2e.conftest import SHORT
+from tests.e2e.main_job import SHORT_ON_LITTLE_DATA
 
 pytestmark = pytest.mark.model
 
@@ -40,7 +40,7 @@ async def test_training_stays_within_a_memory_limit_and_near_its_estimate(
     """
     unlimited = await PEFTManager(Settings(data_dir=trained)).get_training_status("mime")
     manager = PEFTManager(Settings(data_dir=data_dir, max_memory_mb=840))
-    queued = await manager.train_adapter("mime", str(stdlib_repository / "mime"), SHORT)
+    queued = await manager.train_adapter("mime", str(stdlib_repository / "mime"), SHORT_ON_LITTLE_DATA)
     assert queued.estimate is not None
     assert "the base model's weights stay in their file" in queued.estimate.basis
     assert "gradient checkpointing is on" in queued.estimate.basis

@@ -20,7 +20,7 @@ import server.tasks
 from peft_core.config import Settings
 from server.app import build_server
 from tests.clients import data_of, stdio_server, text_of
-from tests.e2e.conftest import SHORT
+from tests.e2e.main_job import SHORT
 from tests.tiny_models import write_tiny_adapter
 
 pytestmark = pytest.mark.model

@@ -430,26 +430,6 @@ def test_a_rollback_is_recorded_in_manifest_and_model_card(tmp_path: Path, tiny_
     assert "at step 3 the loss is nan: rolled back to step 0, and continued with 1/4 of the learning rate" in card
 
 
-@pytest.mark.model
-def test_the_bundled_model_trains_within_two_gigabytes(tmp_path: Path) -> None:
-    task = make_task(tmp_path, None, rank=16, batch_size=4, max_steps=4)
-    code, events, err = run_worker(task)
-    assert code == 0, err
-    written = events[-1]
-    assert isinstance(written, AdapterWritten)
-    metrics = written.metrics
-    assert metrics.adapter_loss is not None
-    assert metrics.base_loss is not None
-    assert metrics.adapter_loss < metrics.base_loss
-    assert metrics.peak_memory_bytes is not None
-    assert metrics.peak_memory_bytes < 2e9
-    assert metrics.adapter_bytes is not None
-    assert metrics.adapter_bytes < 50e6
-    assert [
-        reason for reason in verify(task.job_dir / "adapter", task.request.base).reasons if reason.severity == "error"
-    ] == []
-
-
 def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
