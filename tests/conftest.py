@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
+from peft_core.base_models.resolve import resolve
+from peft_core.config import Settings
 from peft_core.modeling.environment import ENVIRONMENT
 
 ROOT = Path(__file__).parents[1]
@@ -84,3 +89,33 @@ def era(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def data_dir(tmp_path: Path) -> Path:
     return tmp_path / "data"
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of this test session, shared by all pytest-xdist processes."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+def make_once(directory: Path, make: Callable[[Path], None]) -> Path:
+    """Return the directory, made by the first process that asks; the others wait."""
+    done = directory.with_suffix(".done")
+    with FileLock(directory.with_suffix(".lock")):
+        if not done.exists():
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir()
+            make(directory)
+            done.touch()
+    return directory
+
+
+@pytest.fixture(scope="session")
+def converted_bases(shared: Path) -> Path:
+    """The converted bundled base, made by one process of this session."""
+    from peft_core.modeling.convert import ensure_hf_directory  # noqa: PLC0415 -- torch
+
+    def convert(cache: Path) -> None:
+        ensure_hf_directory(resolve(None, Settings(data_dir=cache)), cache, lambda _: None)
+
+    return make_once(shared / "bases", convert)

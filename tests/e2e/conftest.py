@@ -2,57 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import anyio
 import pytest
-from filelock import FileLock
 
-from peft_core.base_models.resolve import resolve
-from peft_core.config import Settings
-from peft_core.modeling.convert import ensure_hf_directory
+from tests.conftest import make_once
 from tests.e2e.main_job import MainJob, do_main_job
 from tests.tiny_models import write_tiny_base
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give whichever test does the main job enough time for it, on a busy machine too."""
-    for item in items:
-        if "main_job" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.timeout(1800))
-
-
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of this test session, shared by all pytest-xdist processes."""
-    own = tmp_path_factory.getbasetemp()
-    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-
-
-def make_once(directory: Path, make: Callable[[Path], None]) -> Path:
-    """Return the directory, made by the first process that asks; the others wait."""
-    done = directory.with_suffix(".done")
-    with FileLock(directory.with_suffix(".lock")):
-        if not done.exists():
-            shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir()
-            make(directory)
-            done.touch()
-    return directory
-
-
-@pytest.fixture(scope="session")
-def converted_bases(shared: Path) -> Path:
-    """The converted bundled base, shared by all data directories of this session."""
-
-    def convert(cache: Path) -> None:
-        ensure_hf_directory(resolve(None, Settings(data_dir=cache)), cache, lambda _: None)
-
-    return make_once(shared / "bases", convert)
+    """Give whichever test does the main job enough time for it, and do not let other processes wait for it meanwhile."""
+    using = [item for item in items if "main_job" in getattr(item, "fixturenames", ())]
+    for item in using:
+        item.add_marker(pytest.mark.timeout(1800))
+    rest = [item for item in items if item not in using[1:]]
+    later = next((place for place, item in enumerate(rest) if "survival" in item.path.parts), len(rest))
+    items[:] = [*rest[:later], *using[1:], *rest[later:]]
 
 
 @pytest.fixture(scope="session")

@@ -142,19 +142,27 @@ def test_stored_buffers_are_not_unknown_weights(tmp_path: Path) -> None:
     assert load_base(directory, torch.float32) is not None
 
 
-@pytest.mark.parametrize("architecture", ["phi", "deepseek_v3"])
-def test_a_model_without_a_layout_is_checked_by_transformers_before_a_job_is_queued(
-    architecture: str, tmp_path: Path
-) -> None:
-    directory = write_tiny_base(tmp_path / "base", architecture)
-    base = resolve(str(directory), Settings())
-    require_loadable(base)
+def rename_a_weight(directory: Path) -> str:
     name = next(name for name in load_file(directory / "model.safetensors") if ".0." in name)
     rewrite(directory, renamed(name, f"{name}.renamed"))
+    return name
+
+
+@pytest.mark.parametrize("architecture", ["phi", "deepseek_v3"])
+def test_a_model_without_a_layout_is_checked_against_transformers_class(architecture: str, tmp_path: Path) -> None:
+    directory = write_tiny_base(tmp_path / "base", architecture)
+    check_weights(directory)
+    name = rename_a_weight(directory)
+    with pytest.raises(BaseCheckpointError, match=f"missing {name}.*unknown {name}.renamed"):
+        check_weights(directory)
+
+
+def test_a_model_without_a_layout_is_checked_by_a_child_before_a_job_is_queued(tmp_path: Path) -> None:
+    directory = write_tiny_base(tmp_path / "base", "phi")
+    require_loadable(resolve(str(directory), Settings()))
+    name = rename_a_weight(directory)
     with pytest.raises(BaseCheckpointError, match=f"missing {name}.*unknown {name}.renamed"):
         require_loadable(resolve(str(directory), Settings()))
-    with pytest.raises(BaseCheckpointError, match=f"missing {name}"):
-        check_weights(directory)
 
 
 def change_config(directory: Path, **settings: object) -> None:

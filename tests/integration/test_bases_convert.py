@@ -191,17 +191,18 @@ def bundled() -> Base:
 
 
 @pytest.fixture(scope="session")
-def converted(bundled: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ensure_hf_directory(bundled, tmp_path_factory.mktemp("base_models"), ignore)
+def converted(bundled: Base, converted_bases: Path) -> Path:
+    return ensure_hf_directory(bundled, converted_bases, ignore)
 
 
-@pytest.mark.model
-def test_a_converted_base_is_held_by_the_process_that_uses_it_and_says_its_name(bundled: Base, converted: Path) -> None:
-    assert ensure_hf_directory(bundled, converted.parent, ignore) == converted
+def test_a_converted_base_is_held_by_the_process_that_uses_it_and_says_its_name(tmp_path: Path) -> None:
+    base = toy(tmp_path / "a.gguf")
+    converted = ensure_hf_directory(base, tmp_path / "cache", ignore)
+    assert ensure_hf_directory(base, tmp_path / "cache", ignore) == converted
     assert in_use.is_in_use(converted)
     in_use.keep_only(())
     assert not in_use.is_in_use(converted)
-    assert json.loads((converted / "config.json").read_text())["_name_or_path"] == bundled.name
+    assert json.loads((converted / "config.json").read_text())["_name_or_path"] == base.name
 
 
 @pytest.mark.model

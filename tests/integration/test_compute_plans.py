@@ -175,11 +175,11 @@ def test_an_accelerator_loads_a_base_model_in_its_own_formats(family: str, tmp_p
 @pytest.mark.model
 @pytest.mark.parametrize("leak", ["none", "one layer", "every layer"])
 def test_the_packing_probe_distinguishes_rounding_from_attention_leaks(
-    leak: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    leak: str, converted_bases: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on an accelerator, whose attention for many documents is another kernel than that for one."""
-    base = resolve(None, Settings(data_dir=tmp_path))
-    directory = ensure_hf_directory(base, tmp_path, lambda _: None)
+    base = resolve(None, Settings())
+    directory = ensure_hf_directory(base, converted_bases, lambda _: None)
     calls = count()
 
     def attend(

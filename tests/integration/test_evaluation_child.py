@@ -19,7 +19,7 @@ from peft_core.base_models.resolve import resolve
 from peft_core.base_models.tokenizer import load_tokenizer
 from peft_core.config import Settings
 from peft_core.data.leakage import FINGERPRINT_FILE_NAME, TrainingFingerprint
-from peft_core.errors import AdapterInUse
+from peft_core.errors import AdapterInUse, InvalidArgument
 from peft_core.evaluation.summary import mean_loss
 from peft_core.evaluation.worker import evaluator
 from peft_core.evaluation.worker.completions import choose_prompts, complete
@@ -128,11 +128,12 @@ def test_any_adapter_is_compared_with_its_base_model(tmp_path: Path, tiny_base: 
     assert evaluation.prompts > 5
 
 
-def test_exactly_the_examples_that_the_adapter_was_trained_on_are_excluded(tmp_path: Path, tiny_base: Path) -> None:
+def test_exactly_the_examples_that_the_adapter_was_trained_on_are_excluded(
+    tmp_path: Path, tiny_base: Path, run_here: Callable[[TrainingTask], list[Event]]
+) -> None:
     adapter = write_tiny_adapter(tmp_path / "adapter", tiny_base, seed=1)
     (adapter / FINGERPRINT_FILE_NAME).write_bytes(TrainingFingerprint.of([code(n) for n in range(3)]).to_bytes())
-    exit_code, events, err = run_worker(make_task(tmp_path, tiny_base, adapter))
-    assert exit_code == 0, err
+    events = run_here(make_task(tmp_path, tiny_base, adapter))
     (prepared,) = [event for event in events if isinstance(event, DatasetPrepared)]
     assert prepared.dataset.left_out["trained_on"] == 3
     assert (prepared.dataset.train_examples, prepared.dataset.held_out_examples) == (0, 9)
@@ -201,18 +202,16 @@ def test_identical_weights_give_no_difference(
 
 @pytest.mark.parametrize(("moved", "field"), [("data", "evaluation_data"), ("adapter", "adapter_path")])
 def test_paths_outside_the_allowed_roots_are_not_read_when_the_job_starts(
-    tmp_path: Path, tiny_base: Path, moved: str, field: str
+    tmp_path: Path, tiny_base: Path, run_here: Callable[[TrainingTask], list[Event]], moved: str, field: str
 ) -> None:
     adapter = write_tiny_adapter(tmp_path / "adapters" / "a", tiny_base, seed=1)
     (tmp_path / "code").mkdir()
     task = make_task(tmp_path / "code", tiny_base, adapter)
     left = tmp_path / ("adapters" if moved == "data" else "code")
     task = task.model_copy(update={"data_dir": tmp_path / "data", "allowed_roots": (left,)})
-    exit_code, events, _ = run_worker(task)
-    assert exit_code == 1
-    failed = events[-1]
-    assert isinstance(failed, JobFailed)
-    assert (failed.error.code, failed.error.message.partition(" ")[0]) == ("outside_allowed_roots", field)
+    with pytest.raises(InvalidArgument, match=f"^{field} ") as caught:
+        run_here(task)
+    assert caught.value.code == "outside_allowed_roots"
 
 
 def test_example_scores_add_up_to_the_held_out_loss(tiny_base: Path) -> None:

@@ -34,7 +34,7 @@ from peft_core.schemas.events import (
 from peft_core.schemas.results import Status
 from peft_core.schemas.task import TrainingTask
 from peft_core.system import child_process
-from tests.integration.test_training_child import ENDLESS, SHORT_RUN, make_task, read_until, run_worker
+from tests.integration.test_training_child import ENDLESS, SHORT_RUN, make_task, read_until, run_here
 from tests.tiny_models import write_tiny_base
 
 ROOT = Path(__file__).parents[2]
@@ -84,8 +84,7 @@ def test_two_launched_processes_train_like_one(tmp_path: Path, tiny_base: Path) 
     }  # the last step is smaller than the others
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    code, alone, err = run_worker(make_task(tmp_path / "one", str(tiny_base), **config))
-    assert code == 0, err
+    alone = run_here(make_task(tmp_path / "one", str(tiny_base), **config))
 
     with launched(make_task(tmp_path / "two", str(tiny_base), **config)) as process:
         out, err = process.communicate(timeout=300)

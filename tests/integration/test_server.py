@@ -137,17 +137,18 @@ UNSET = {
 }
 
 
-@pytest.mark.parametrize(("tool", "arguments"), UNSET.values(), ids=UNSET)
 async def test_null_and_empty_text_for_optional_arguments_are_the_same_as_omission(
-    connect: Connect, code: Path, tool: str, arguments: dict[str, Any]
+    connect: Connect, code: Path, subtests: pytest.Subtests
 ) -> None:
-    arguments = {name: str(code) if value == CODE else value for name, value in arguments.items()}
-    required = {name: arguments[name] for name in ("training_data", "project_id") if arguments.get(name)}
     async with connect() as client:
-        unset = await client.call_tool(tool, arguments)
-        omitted = await client.call_tool(tool, required)
-    assert not unset.is_error, text_of(unset)
-    assert data_of(unset) == data_of(omitted)
+        for case, (tool, given) in UNSET.items():
+            arguments = {name: str(code) if value == CODE else value for name, value in given.items()}
+            required = {name: arguments[name] for name in ("training_data", "project_id") if arguments.get(name)}
+            with subtests.test(case):
+                unset = await client.call_tool(tool, arguments)
+                omitted = await client.call_tool(tool, required)
+                assert not unset.is_error, text_of(unset)
+                assert data_of(unset) == data_of(omitted)
 
 
 async def test_tools_are_listed_in_a_line_that_every_client_can_read(data_dir: Path) -> None:
