@@ -24,6 +24,7 @@ from peft_core.modeling.adapter_model import ResidentModel
 from peft_core.modeling.convert import ensure_hf_directory
 from peft_core.modeling.device import DevicePlan
 from peft_core.modeling.load import check_weights, load_base, load_mapped
+from peft_core.planning import base_check
 from peft_core.planning.base_check import require_loadable
 from tests.tiny_models import VOCABULARY, tiny_model, write_tiny_base
 
@@ -157,7 +158,10 @@ def test_a_model_without_a_layout_is_checked_against_transformers_class(architec
         check_weights(directory)
 
 
-def test_a_model_without_a_layout_is_checked_by_a_child_before_a_job_is_queued(tmp_path: Path) -> None:
+def test_a_model_without_a_layout_is_checked_by_a_child_before_a_job_is_queued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base_check, "TIMEOUT_S", 500.0)  # the child imports torch, on a busy machine too
     directory = write_tiny_base(tmp_path / "base", "phi")
     require_loadable(resolve(str(directory), Settings()))
     name = rename_a_weight(directory)
