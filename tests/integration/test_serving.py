@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,25 @@ def published(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return data
 
 
-@pytest.fixture
-def settings(published: Path, base: Path, tmp_path: Path) -> Iterator[Settings]:
-    data = shutil.copytree(published, tmp_path / "data", symlinks=True)
+@contextmanager
+def served_data(published: Path, base: Path, place: Path) -> Iterator[Settings]:
+    data = shutil.copytree(published, place / "data", symlinks=True)
     settings = Settings(data_dir=data, default_base_model=str(base), log_level="WARNING")
     yield settings
     anyio.run(PEFTManager(settings).stop_serving)
+
+
+@pytest.fixture
+def settings(published: Path, base: Path, tmp_path: Path) -> Iterator[Settings]:
+    with served_data(published, base, tmp_path) as settings:
+        yield settings
+
+
+@pytest.fixture(scope="module")
+def serving(published: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """An endpoint for tests that leave it as it is."""
+    with served_data(published, base, tmp_path_factory.mktemp("served")) as settings:
+        yield anyio.run(serve, settings)
 
 
 async def serve(settings: Settings, **options: Any) -> Serving:
@@ -88,11 +101,11 @@ def process_of(serving: Serving) -> psutil.Process:
     return psutil.Process(listening.pid)
 
 
-async def test_fifty_concurrent_requests_are_answered_as_alone(settings: Settings) -> None:
-    serving = await serve(settings)
+async def test_fifty_concurrent_requests_are_answered_as_alone(serving: Serving) -> None:
     names = [model.name for model in serving.models]
     assert names == ["base-three", "base-two", "base-one", "base"]
     async with client_of(serving) as client:
+        before = (await client.get("/health")).json()["requests"]
         alone = {name: await text_from(client, name) for name in names}
         assert len(set(alone.values())) == 4
         answers: list[tuple[str, str]] = []
@@ -106,7 +119,7 @@ async def test_fifty_concurrent_requests_are_answered_as_alone(settings: Setting
         assert len(answers) == 50
         assert all(text == alone[name] for name, text in answers)
         health = (await client.get("/health")).json()
-        assert health["requests"] == 54
+        assert health["requests"] - before == 54
 
 
 async def test_each_interface_gives_the_same_text(settings: Settings) -> None:
@@ -186,8 +199,7 @@ async def test_a_killed_worker_gives_an_error_and_the_next_request_an_answer(set
         assert await text_from(client, "base-one") == expected
 
 
-async def test_wrong_requests_are_refused_in_the_form_of_the_interface(settings: Settings) -> None:
-    serving = await serve(settings)
+async def test_wrong_requests_are_refused_in_the_form_of_the_interface(serving: Serving) -> None:
     async with client_of(serving) as client:
 
         async def refused(path: str, **options: Any) -> tuple[int, str, str]:
@@ -256,8 +268,7 @@ async def test_the_default_model_can_be_changed_while_it_runs(settings: Settings
         assert response.json()["model"] == "base-two"
 
 
-async def test_a_client_that_leaves_during_a_stream_does_not_affect_the_next(settings: Settings) -> None:
-    serving = await serve(settings)
+async def test_a_client_that_leaves_during_a_stream_does_not_affect_the_next(serving: Serving) -> None:
     async with client_of(serving) as client:
         expected = await text_from(client, "base-one")
         request = {"model": "base-one", "prompt": "x", "max_tokens": 200, "temperature": 1.0, "stream": True}
