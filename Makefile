@@ -9,12 +9,16 @@ PEERS  := .venv-peers
 WORKERS  ?= 2
 PARALLEL  = --numprocesses $(WORKERS) --maxschedchunk 1
 
-.PHONY: demo test test-fast unit lint generated fuzz benchmark peers clean
+.PHONY: demo test test-fast unit lint style types tests generated fuzz benchmark peers clean
 
 demo: $(READY)  ## train on this project's own source through the real stdio server
 	$(BIN)/python examples/demo.py
 
-test: lint  ## everything: style, types, all tests; prints the slowest tests at the end
+# mypy has one thread, and the tests wait now and then, so they run side by side.
+test: style  ## everything: style, types, all tests; prints the slowest tests at the end
+	@$(MAKE) --no-print-directory --jobs 2 types tests
+
+tests: $(READY)
 	$(BIN)/python -m pytest $(PARALLEL) --durations 25 --durations-min 5
 
 test-fast: lint  ## without the tests that use the real model or kill processes
@@ -23,9 +27,13 @@ test-fast: lint  ## without the tests that use the real model or kill processes
 unit: $(READY)  ## the fast loop: unit tests that import no torch
 	$(BIN)/python -m pytest $(PARALLEL) --without-torch -m "not slow" tests/unit
 
-lint: $(READY)
+lint: style types
+
+style: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(READY)
 	$(BIN)/mypy
 
 generated: $(READY)  ## write what is derived from the code: docs/settings.md and server/output_schemas.json
