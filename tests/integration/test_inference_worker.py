@@ -114,22 +114,36 @@ CALLS: dict[str, Callable[[PEFTManager, str, str], Awaitable[Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", CALLS)
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 async def test_a_worker_that_dies_during_a_call_is_reported_and_the_next_load_starts_a_new_one(
-    manager: PEFTManager, adapters: list[str], base: str, kind: str, number: signal.Signals
+    manager: PEFTManager, adapters: list[str], base: str
 ) -> None:
     await manager.load_adapter(adapters[0], base)
     before = (await manager.generate(SHORT)).text
+    for kind, number in (("load", signal.SIGKILL), ("generate", signal.SIGSEGV), ("unload", signal.SIGKILL)):
+        error = await death_during(manager, lambda kind=kind: CALLS[kind](manager, adapters[1], base), number)
+        assert error.code == "host_died"
+        assert f"({kind})" in error.message
+        assert number.name in error.message
+        assert "load_adapter again" in str(error)
+        assert (await manager.list_adapters()).loaded.base_model is None
+        with pytest.raises(AdapterNotLoaded):
+            await manager.generate(SHORT)
+        assert (await manager.load_adapter(adapters[0], base)).status == "loaded"
+        assert (await manager.generate(SHORT)).text == before
+
+
+async def death_during(
+    manager: PEFTManager, call: Callable[[], Awaitable[Any]], number: signal.Signals
+) -> InferenceError:
+    """Kill the worker while it is busy with a call; return the error of the call."""
     pid = worker_pid(manager)
     os.kill(pid, signal.SIGSTOP)  # so that it dies while the call is in progress
     died: list[InferenceError] = []
 
-    async def call() -> None:
-        try:
-            await CALLS[kind](manager, adapters[1], base)
-        except InferenceError as error:
-            died.append(error)
+    async def expect_death() -> None:
+        with pytest.raises(InferenceError) as caught:
+            await call()
+        died.append(caught.value)
 
     async def poll_list() -> None:
         while not died:
@@ -137,20 +151,13 @@ async def test_a_worker_that_dies_during_a_call_is_reported_and_the_next_load_st
             await anyio.lowlevel.checkpoint()
 
     async with anyio.create_task_group() as group:
-        group.start_soon(call)
+        group.start_soon(expect_death)
         await until_a_request_is_sent(manager)
         group.start_soon(poll_list)
         os.kill(pid, number)
         os.kill(pid, signal.SIGCONT)
-    assert [error.code for error in died] == ["host_died"]
-    assert f"({kind})" in died[0].message
-    assert number.name in died[0].message
-    assert "load_adapter again" in str(died[0])
-    assert (await manager.list_adapters()).loaded.base_model is None
-    with pytest.raises(AdapterNotLoaded):
-        await manager.generate(SHORT)
-    assert (await manager.load_adapter(adapters[0], base)).status == "loaded"
-    assert (await manager.generate(SHORT)).text == before
+    (error,) = died
+    return error
 
 
 async def test_a_worker_that_is_killed_while_it_starts_is_reported(
@@ -334,22 +341,30 @@ async def test_a_cancelled_generation_stops_and_does_not_affect_the_next(
     assert [adapter.active for adapter in (await manager.list_adapters()).loaded.adapters] == [True]
 
 
-@pytest.mark.parametrize("stage", ["checking the adapter", "loading the adapter", "the adapter takes effect"])
 async def test_the_list_is_accurate_after_a_cancelled_load(
-    manager: PEFTManager, adapters: list[str], base: str, stage: str
+    manager: PEFTManager, adapters: list[str], base: str
 ) -> None:
-    await manager.load_adapter(adapters[0], base)
-    with anyio.CancelScope() as scope:
+    for stage in ("checking the adapter", "loading the adapter", "the adapter takes effect"):
+        await manager.load_adapter(adapters[0], base)
+        with anyio.CancelScope() as scope:
 
-        async def leave(_done: float, _total: float | None, message: str) -> None:
-            if message == stage:
-                scope.cancel()
+            async def leave(
+                _done: float,
+                _total: float | None,
+                message: str,
+                stage: str = stage,
+                leaving: anyio.CancelScope = scope,
+            ) -> None:
+                if message == stage:
+                    leaving.cancel()
 
-        await manager.load_adapter(adapters[1], base, on_progress=leave)
-    assert scope.cancelled_caught
-    loaded = (await manager.list_adapters()).loaded
-    active = next(adapter.adapter_path for adapter in loaded.adapters if adapter.active)
-    assert (await manager.generate(SHORT)).adapter_path == active
+            await manager.load_adapter(adapters[1], base, on_progress=leave)
+        assert scope.cancelled_caught, stage
+        loaded = (await manager.list_adapters()).loaded
+        active = next(adapter.adapter_path for adapter in loaded.adapters if adapter.active)
+        assert (await manager.generate(SHORT)).adapter_path == active
+        if any(adapter.adapter_path == adapters[1] for adapter in loaded.adapters):
+            await manager.unload_adapter(adapters[1])
 
 
 async def test_a_worker_that_cannot_start_says_what_to_check(tmp_path: Path, adapters: list[str], base: str) -> None:
