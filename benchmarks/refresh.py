@@ -24,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from peft_core.adapters.registry import Registry
@@ -36,6 +36,7 @@ from peft_core.data.prepare import prepare
 from peft_core.data.snapshot import read_snapshot
 from peft_core.planning.continuation import Adapters
 from peft_core.planning.planner import plan
+from peft_core.schemas.base_model import BUNDLED
 from peft_core.schemas.dataset import CatchUpSpec, DatasetSpec
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.task import JobRequest, TrainingTask
@@ -111,6 +112,7 @@ class Bench:
 
     def _plan(self, source: Path, continue_from: str | None, steps: int | None) -> JobRequest:
         config = TrainingConfig(
+            base_model=self.options.base,
             continue_from=continue_from,
             max_steps=steps,
             allow_little_data=True,
@@ -195,16 +197,18 @@ class Bench:
         """Prepare a dataset for a training from scratch that holds out the same examples as the update."""
         from peft_core.base_models.tokenizer import load_tokenizer  # noqa: PLC0415 -- for this alone
         from peft_core.data.examples import learned_text  # noqa: PLC0415
+        from peft_core.modeling.convert import ensure_hf_directory  # noqa: PLC0415
 
         job = self.settings.paths.job(f"{self.package}-{version}-continued-{self.label}".replace("=", "")).root
         update = TrainingTask.model_validate_json((job / "task.json").read_text())
         everything = CatchUpSpec(replay_share=1e9)
-        base_directory = next(path for path in self.settings.paths.base_models.iterdir() if path.is_dir())
+        silent: Callable[[str], None] = lambda _detail: None  # noqa: E731
+        base_directory = ensure_hf_directory(update.request.base, self.settings.paths.base_models, silent)
         prepared = prepare(
             update.request.dataset.model_copy(update={"catch_up": everything}),
             directory=directory,
             token_counter=load_tokenizer(base_directory),
-            report=lambda _detail: None,
+            report=silent,
             parent=self._parent_of(version),
         )
         held_out = (job / "dataset" / "held_out.jsonl").read_bytes()
@@ -326,6 +330,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, help="JSON lines; finished runs in it are not repeated")
     parser.add_argument("--packages", nargs="+", default=PACKAGES, metavar="NAME==V,V", help="versions, oldest first")
+    parser.add_argument("--base", default=BUNDLED, help="base model")
     parser.add_argument("--full-steps", type=int, help="steps of a full training; omit for the product's own choice")
     parser.add_argument("--work", type=Path, default=Path("refresh-work"), help="keeps code, bases and adapters")
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)

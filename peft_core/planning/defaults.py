@@ -12,6 +12,8 @@ Sources of the constants:
   proportional to hidden_size^-p, with p = 0.781 for Llama and 0.0775 for Qwen. The larger p is used for all families, because
   too low a rate learns a little less and too high a rate harms; for the same reason, smaller base models get no higher rate.
   It grows with the square root of the batch size, as usual for Adam (Malladi et al., arXiv 2205.10287).
+- Catching up: the share of examples keeps a training that continues from an adapter within a third of the time of one from
+  scratch. The learning rate and the share of replay are choices, to be measured with benchmarks/refresh.py.
 """
 
 from __future__ import annotations
