@@ -35,6 +35,7 @@ WITHOUT_OUTPUT_SCHEMA = {
     "compare_adapters",
     "cancel_training",
     "resume_training",
+    "refresh_project",
 }
 Connect = Callable[[], AbstractAsyncContextManager[Client]]
 
@@ -42,6 +43,7 @@ TOOLS = {
     "list_base_models",
     "inspect_training_data",
     "train_adapter",
+    "refresh_project",
     "evaluate_adapter",
     "compare_adapters",
     "get_training_status",
