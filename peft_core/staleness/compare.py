@@ -30,8 +30,8 @@ class Changes:
     deleted: int
     units_now: float
     units_unknown: float  # of those now, not in the snapshot
-    units_then: int
-    is_estimate: bool  # whether units are extrapolated from a sample of the changed files
+    units_then: float
+    is_estimate: bool  # whether units are extrapolated from a sample of the files
 
     @property
     def any(self) -> bool:
@@ -62,19 +62,22 @@ class _Sorted:
 def compare(snapshot: Snapshot, files: Sequence[File]) -> Changes:
     """Return what has changed since the snapshot was taken."""
     found = _sort(snapshot, files)
-    # Units of a file that the training did not cut are not known, so its changes cannot be counted.
     to_cut = [file for file, before in found.changed if before.units is not None] + found.new
-    units, unknown, is_estimate = _cut(to_cut, snapshot.units)
-    units_now = units + sum(len(file.unit_digests) for file in found.same)
+    units, unknown, is_sample = _cut(to_cut, snapshot.units)
+    # A short training cuts a random part of the files. The others are taken to be like those.
+    recorded = [file for file in snapshot.files if file.units is not None]
+    units_per_file = sum(len(file.unit_digests) for file in recorded) / max(1, len(recorded))
+    uncut_changed = units_per_file * sum(before.units is None for _, before in found.changed)
+    same = sum(units_per_file if file.units is None else len(file.unit_digests) for file in found.same)
     return Changes(
         files=len(found.same) + len(found.changed) + len(found.new) + found.deleted,
         changed=len(found.changed),
         new=len(found.new),
         deleted=found.deleted,
-        units_now=units_now,
-        units_unknown=unknown,
-        units_then=sum(len(file.unit_digests) for file in snapshot.files),
-        is_estimate=is_estimate,
+        units_now=same + units + uncut_changed,
+        units_unknown=unknown + (uncut_changed * unknown / units if units else 0.0),
+        units_then=units_per_file * len(snapshot.files),
+        is_estimate=is_sample or len(recorded) < len(snapshot.files),
     )
 
 

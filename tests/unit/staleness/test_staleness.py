@@ -192,6 +192,18 @@ def test_of_many_changed_files_a_sample_is_cut(tmp_path: Path, monkeypatch: pyte
     assert found == now(snapshot, root)
 
 
+def test_files_that_a_short_training_did_not_cut_count_like_the_others(tmp_path: Path):
+    root = committed(tmp_path / "r")
+    snapshot = snapshot_of(root, tmp_path / "out")
+    uncut = {f"module_{number}.py" for number in range(5)}
+    files = tuple(file.model_copy(update={"units": None} if file.path in uncut else {}) for file in snapshot.files)
+    for file in (0, 9):  # one that was cut, and one that was not
+        edit(root, file, "value", "amount")
+    found = now(snapshot.model_copy(update={"files": files}), root)
+    assert (found.files_changed, found.units_changed_percent) == (2, 20.0)
+    assert "about 20 % of the units" in found.text
+
+
 def test_another_code_base_is_recognised(tmp_path: Path):
     snapshot = snapshot_of(committed(tmp_path / "r"), tmp_path / "out")
     other = tmp_path / "other"
