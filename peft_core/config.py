@@ -108,7 +108,7 @@ class Settings(BaseSettings):
             description="Percent of the processors that other programs may use while a training runs that started by itself "
             "(retrain_when); above it the training pauses. It begins, or continues, below half of it. 100: it does not matter.",
         ),
-    ] = 50
+    ] = 30
     refresh_on_battery: Annotated[
         bool, Field(description="Whether a training that started by itself may run on battery power.")
     ] = False

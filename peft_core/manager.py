@@ -555,6 +555,8 @@ class PEFTManager:
     def _training_need(self) -> TrainingNeed | None:
         """Return the memory that the running job is still expected to allocate, or None if no job runs."""
         status = self._jobs.running_job()
+        if status is not None and status.only_while_free:
+            status = self._jobs.make_way()
         if status is None or status.estimate is None:
             return None
         allocated = status.peak_memory_bytes or 0

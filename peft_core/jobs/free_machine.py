@@ -18,9 +18,7 @@ BUSY_S = 30.0  # how long the load must exceed the limit before a running job is
 class Limits:
     """What counts as free."""
 
-    max_load: float = (
-        0.5  # share of the processors that other programs may use while the job runs; 1: it does not matter
-    )
+    max_load: float = 0.3  # share of the processors that others may use while the job runs; 1: it does not matter
     on_battery: bool = False
     quiet_s: float = 60.0  # how long the machine must have been free before the job begins, or continues
 
@@ -56,8 +54,13 @@ class FreeMachine:
         if self._free_since is None:
             self._free_since = now
         if now - self._free_since < self._limits.quiet_s:
-            return f"the machine must have been free for {self._limits.quiet_s:g} s"
+            return self.settling
         return ""
+
+    @property
+    def settling(self) -> str:
+        """The reason to wait while nothing else is one."""
+        return f"the machine must have been free for {self._limits.quiet_s:g} s"
 
     def why_pause(self, use: MachineUse, now: float) -> str:
         """Return why a running job must be paused; "" if it may continue."""

@@ -11,6 +11,7 @@ releasing it, so that a job inserted meanwhile is not forgotten.
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import signal
@@ -61,7 +62,8 @@ from peft_core.system.machine_use import MachineMeter, Measure
 WORKER = ["-m", "peft_core.worker"]
 LOCK_TIMEOUT_S = 5.0  # longer than any process that only probes the lock holds it
 POLL_INTERVAL_S = 0.25  # how often the runner checks whether the running job is to be cancelled
-MEASURE_INTERVAL_S = 5.0  # between two looks at how much others use the machine
+NICENESS = 15  # of a worker whose job started by itself: others get the processors first
+MEASURE_INTERVAL_S = 2.0  # between two looks at how much others use the machine
 GRACE_S = 20.0  # between SIGTERM and SIGKILL: enough time for a micro-batch and a checkpoint
 MAX_LINE = 1 << 20
 MAX_REPLAYED_EVENTS = 2000  # events that a resumed run may emit again
@@ -148,7 +150,8 @@ class Runner:
         )
         if not reason:
             return True
-        if reason != job.waits_for:
+        is_known = reason == job.waits_for or (job.waits_for and reason == self._machine.settling)
+        if not is_known:
             with suppress(IllegalTransition):  # it was cancelled, or asked for
                 self._store.append(job.job_id, JobPostponed(reason=reason))
         deadline = time.monotonic() + MEASURE_INTERVAL_S
@@ -212,6 +215,9 @@ class Runner:
                 pass_fds=[self._lock.descriptor],  # the queue stays locked until the worker is gone as well
             )
         async with process:
+            if job.only_while_free:
+                with suppress(OSError):
+                    os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
             try:
                 async with anyio.create_task_group() as group:
                     group.start_soon(self._end_on_request, job.job_id, process)

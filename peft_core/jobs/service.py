@@ -30,8 +30,11 @@ from peft_core.schemas.local_bases import LocalBases
 from peft_core.schemas.results import JobSummary, Status, TrainingDataReport, TrainingStatus
 from peft_core.schemas.task import JobRequest
 from peft_core.schemas.training import DataSelection, EvaluatedAdapter, TrainingConfig, project_id_from
+from peft_core.system.activity import active
 
 MAX_NAMED_PROJECTS = 10  # in an error
+MAKE_WAY_S = 15.0  # how long a call that needs the memory waits for the pause of a job
+POLL_INTERVAL_S = 0.25
 SPEED_HISTORY = 50  # newest completed jobs that are searched for a measured speed on the same base model and device
 
 
@@ -269,6 +272,19 @@ class JobService:
         running = self._store.in_state(Status.IN_PROGRESS) if self._store.exists else []
         return self._to_status(running[0]) if running else None
 
+    def make_way(self) -> TrainingStatus | None:
+        """Have a running job paused that started by itself, because a model is about to be used; return the job that runs then.
+
+        Waits for seconds at most: the pause takes a step and a checkpoint.
+        """
+        deadline = time.monotonic() + MAKE_WAY_S
+        with active(self._paths.model_activity):
+            while (running := self.running_job()) is not None and running.only_while_free:
+                if time.monotonic() >= deadline:
+                    break
+                time.sleep(POLL_INTERVAL_S)
+        return running
+
     def newest(self, count: int) -> list[JobSummary]:
         """Return the jobs that were queued last, newest first."""
         return list(map(summary_of, self._store.newest(count))) if self._store.exists else []
@@ -346,8 +362,10 @@ class JobService:
         self._store.request_cancel(job.job_id)
         return self._to_status(self._store.get(job.job_id))
 
-    def resume(self, job_id: str) -> TrainingStatus:
+    def resume(self, job_id: str, *, by_itself: bool = False) -> TrainingStatus:
         """Queue a job that ended early again; it continues from its last checkpoint.
+
+        Unless this happens by itself, a job that started by itself does not wait for a free machine from now on.
 
         Raises:
             JobStateError: it is running, waiting or completed.
@@ -366,7 +384,7 @@ class JobService:
                 code="not_resumable",
                 suggestions=["Call train_adapter" if status.is_final else "Call get_training_status to follow it"],
             ) from None
-        return self._start(job.job_id)
+        return self._start(job.job_id) if by_itself else self.ask_for(job.job_id)
 
     def base_of(self, job_id: str) -> str | None:
         """Return a reference to the base model that a job trained on, or None if this data directory has no such job."""

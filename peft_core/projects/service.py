@@ -244,7 +244,7 @@ class ProjectService:
                 return self._nothing(registration, "not_due", reason)
             if latest.status is Status.INTERRUPTED and latest.only_while_free:
                 reason = "The training that was interrupted continues from its last checkpoint"
-                job = self._jobs.resume(latest.job_id)
+                job = self._jobs.resume(latest.job_id, by_itself=True)
                 return self._nothing(registration, "queued", reason).model_copy(update={"job": job})
         return self._plan_if_changed(registration, rule, trainings)
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import psutil
+
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
 from peft_core.jobs.recovery import recover
+from peft_core.jobs.runner import NICENESS
 from peft_core.jobs.store import Store
 from peft_core.paths import DataPaths
 from peft_core.schemas.events import JobAskedFor, JobPostponed, JobResumed, JobStarted
@@ -35,7 +38,7 @@ def test_a_job_waits_until_the_machine_is_free_and_says_why(store: Store, spawn:
     store.insert(make_job("job", "fails", only_while_free=True))
     runner = spawn()
     wait_until(lambda: store.get("job").waits_for, "the reason")
-    assert store.get("job").waits_for == "other programs use more than 25 % of the processors"
+    assert store.get("job").waits_for == "other programs use more than 15 % of the processors"
     describe_machine(paths.root, MachineUse(load=0.0, on_battery=True))
     wait_until(lambda: "battery" in store.get("job").waits_for, "the next reason")
     describe_machine(paths.root, FREE)
@@ -50,10 +53,12 @@ def test_a_running_job_is_paused_with_a_checkpoint_and_continues_from_it(
     store.insert(make_job("job", "saves a checkpoint when stopped", only_while_free=True))
     runner = spawn()
     wait_until(lambda: store.get("job").step == 3, "the third step")
+    (worker,) = psutil.Process(runner.pid).children()
+    assert worker.nice() == NICENESS
     describe_machine(paths.root, BUSY)
     wait_until(lambda: store.get("job").status is Status.QUEUED, "the pause")
     paused = next(event for event in store.events("job") if isinstance(event, JobPostponed))
-    assert paused.reason == "other programs use more than 50 % of the processors"
+    assert paused.reason == "other programs use more than 30 % of the processors"
     assert (store.get("job").checkpoint_step, store.get("job").step) == (3, 3)
     describe_machine(paths.root, FREE)
     wait_until(lambda: store.get("job").step == 6, "the steps after the checkpoint")

@@ -17,6 +17,7 @@ from peft_core.schemas.results import ErrorInfo, Status
 from peft_core.schemas.staleness import Staleness
 from peft_core.schemas.training import TrainingConfig
 from peft_core.schemas.validation import parse_retrain_when
+from peft_core.system.activity import idle_seconds
 from tests.unit.projects.conftest import CHANGED, UP_TO_DATE, World, end, git, make_repository
 
 TENTH = RetrainThreshold(units=10)
@@ -385,3 +386,30 @@ def test_the_registration_is_json_that_people_can_read(trained: World, repositor
     document = json.loads(trained.paths.registration("web").read_text())
     assert document["source"] == str(repository)
     assert document["retrain_when"] == "never"
+
+
+def test_a_training_that_a_user_resumes_does_not_wait_for_a_free_machine(trained: World) -> None:
+    trained.staleness = CHANGED
+    trained.refresh(retrain_when=TENTH)
+    job = trained.jobs.trainings("web")[0].job_id
+    trained.store.append(job, JobCancelled())
+    trained.jobs.resume(job)
+    assert not trained.store.get(job).only_while_free
+
+
+def test_a_training_that_started_by_itself_makes_way_for_a_model(
+    trained: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained.staleness = CHANGED
+    trained.refresh(retrain_when=TENTH)
+    job = trained.jobs.trainings("web")[0].job_id
+    trained.store.append(job, JobStarted())
+    asked: list[float | None] = []
+
+    def pause(_: float) -> None:  # what the runner does when it sees that a model is in use
+        asked.append(idle_seconds(trained.paths.model_activity, time.time()))
+        trained.store.append(job, JobPostponed(reason="a loaded model is in use"))
+
+    monkeypatch.setattr("peft_core.jobs.service.time.sleep", pause)
+    assert trained.jobs.make_way() is None
+    assert asked == [0.0]
