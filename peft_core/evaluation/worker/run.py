@@ -11,7 +11,7 @@ from peft_core.adapters.files import read_adapter
 from peft_core.adapters.verify import verify_files
 from peft_core.data.exclusions import ExclusionReason
 from peft_core.data.leakage import TrainingFingerprint, read_fingerprint
-from peft_core.errors import DataError, InferenceError
+from peft_core.errors import DataError, InferenceError, sanitize
 from peft_core.evaluation.comparison import compare_adapters
 from peft_core.evaluation.summary import Measurement, mean_loss
 from peft_core.evaluation.worker.completions import Prompt, undo_fusion
@@ -94,7 +94,7 @@ def _result(
         return Evaluated(evaluation=evaluations[0])
     paths = list(evaluated.paths.values())
     a, b = (
-        ComparedAdapter(name=name, adapter_path=str(path), evaluation=evaluation.without_texts)
+        ComparedAdapter(name=sanitize(name), adapter_path=str(path), evaluation=evaluation.without_texts)
         for name, path, evaluation in zip(adapter_names(paths), paths, evaluations, strict=True)
     )
     comparison = compare_adapters(

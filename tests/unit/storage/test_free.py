@@ -251,8 +251,12 @@ def test_a_job_cannot_be_resumed_while_its_files_are_set_aside(kept: DataPaths, 
         assert not ended
 
 
-def test_an_adapter_that_waits_for_its_evaluation_is_kept(kept: DataPaths, store: Store, usage: Usage) -> None:
-    evaluated = EvaluatedAdapter(adapter_path=kept.adapter("web", DONE))
+@pytest.mark.parametrize("is_second", [False, True])
+def test_an_adapter_that_waits_for_its_evaluation_is_kept(
+    kept: DataPaths, store: Store, usage: Usage, is_second: bool
+) -> None:
+    paths = [kept.adapter("web", DONE), Path("/elsewhere/a")]
+    evaluated = EvaluatedAdapter(adapter_path=paths[is_second], compared_with=paths[not is_second])
     store.insert(make_job("20260104-000000-dddddd", request=make_request(evaluated=evaluated)))
     assert item(usage(), f"adapters/web/{DONE}").reason.startswith("Job 20260104-000000-dddddd evaluates it.")
 
