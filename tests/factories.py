@@ -177,6 +177,10 @@ def make_comparison(**changes: Any) -> AdapterComparison:
         b_similarity=1.0,
     )
     names = {"adapter_a": "web/a-01", "adapter_b": "web/b-02"}
+    losses = (
+        Comparison(base=2.2, adapter=1.8, change=-0.4, low=-0.5, high=-0.3),
+        Comparison(base=2.2, adapter=1.5, change=-0.7, low=-0.8, high=-0.6),
+    )
     return AdapterComparison(
         **{
             "keep": Keep.ADAPTER_B,
@@ -185,9 +189,9 @@ def make_comparison(**changes: Any) -> AdapterComparison:
                 field: ComparedAdapter(
                     name=name,
                     adapter_path=f"/data/projects/web/lora/{name[4:]}",
-                    evaluation=make_evaluation(seen_in_training=0.0).without_texts,
+                    evaluation=make_evaluation(seen_in_training=0.0, loss=loss).without_texts,
                 )
-                for field, name in names.items()
+                for (field, name), loss in zip(names.items(), losses, strict=True)
             },
             "loss": Difference(adapter_a=1.8, adapter_b=1.5, change=-0.3, low=-0.4, high=-0.2),
             "next_line": Difference(adapter_a=0.15, adapter_b=0.16, change=0.01, low=-0.02, high=0.04),

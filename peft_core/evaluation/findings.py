@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peft_core.schemas.evaluation import (
     AdapterComparison,
@@ -87,6 +87,7 @@ class Row:
     change: str
     interval: str
     tone: str  # of the interval: good, bad, quiet, or none
+    meaning: str  # of the interval, where the tone does not say it
     strip: tuple[float, float, float] | None  # interval's low end, change and high end on a scale from -1 to 1
 
 
@@ -215,9 +216,9 @@ def _rows_of_comparison(comparison: AdapterComparison) -> Iterator[Row]:
                 for each in (a, b)
             ),
         )
-        better = {None: "", True: "; B is better", False: "; A is better"}[metric.is_better(difference)]
-        row = _row(metric, difference, ())
-        yield Row(row.name, row.note, values, row.change, row.interval + better, "" if better else "quiet", row.strip)
+        meaning = {None: "", True: "B is better", False: "A is better"}[metric.is_better(difference)]
+        tone = "" if meaning else "quiet"  # a colour would not say which one is better
+        yield replace(_row(metric, difference, ()), values=values, tone=tone, meaning=meaning)
 
 
 def _row(metric: Metric, change: Comparison | Difference, values: Iterable[str]) -> Row:
@@ -232,6 +233,7 @@ def _row(metric: Metric, change: Comparison | Difference, values: Iterable[str])
         change=metric.text(change.change, sign=True),
         interval=metric.interval(change),
         tone={None: "quiet", True: "good", False: "bad"}[metric.is_better(change)],
+        meaning="",
         strip=strip,
     )
 
