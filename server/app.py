@@ -38,6 +38,7 @@ INSTRUCTIONS = (
     "and the repository's path, then get_training_status until the job has ended. "
     "The result says whether the adapter helps, measured on files it was not trained on; if it does, call load_adapter with "
     "the project id, then generate (compare_with_base=true shows the difference), and unload_adapter to free the memory. "
+    "refresh_project brings an adapter up to date with code that has changed. "
     "export_adapter takes an adapter to other runtimes, serve_adapter to editors. "
     "Jobs keep running after you disconnect and are found again by project id; list_adapters shows all adapters and which "
     "are loaded."
