@@ -192,7 +192,8 @@ def split_for_catch_up(
     known = [position for position in train if novelty[position] is Novelty.KNOWN]
     if not changed:
         raise nothing_to_catch_up()
-    changed, replayed = _sample(keys, changed, known, spec, seed)
+    # Another parent, another sample: the same one each time would leave the rest to be forgotten.
+    changed, replayed = _sample(keys, changed, known, spec, seed + int(parent.key[:8], 16))
     evaluated = [
         *_random(keys, [position for position in old if position in kept], MAX_OLD_HELD_OUT, seed),
         *_random(keys, [position for position in changed_held_out if position in kept], MAX_CHANGED_HELD_OUT, seed),

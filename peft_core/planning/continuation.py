@@ -38,6 +38,7 @@ from peft_core.staleness.compare import compare
 FIELD = "config.continue_from"
 MAX_CHANGED_SHARE = 0.5  # of the units: beyond it, a training from scratch takes hardly longer and is the better one
 _SAME_WEIGHTS = (BaseMatch.EXACT, BaseMatch.SAMPLED)
+_MAX_ALPHA = 4096  # of `TrainingConfig`
 _START_OVER = f"To train from scratch, set {FIELD} = '{FROM_SCRATCH}'"
 
 
@@ -101,7 +102,7 @@ class _Parent:
 
     @property
     def name(self) -> str:
-        return f"adapter {sanitize(self.path.name, limit=60)}"
+        return f"adapter {_name(self.path)}"
 
 
 def resolve_base(config: TrainingConfig, settings: Settings, adapters: Adapters | None) -> Base:
@@ -183,21 +184,19 @@ def _read_parent(path: Path, base: Base) -> _Parent:
     if not is_adapter(path):
         found = explain(path)
         raise AdapterNotFound(f"{FIELD} = {str(path)!r} cannot be used: {found.problem}", suggestions=[found.fix])
-    files = read_adapter(path, weights="scan")
+    problem = next(_problems(read_adapter(path), base), None)
     snapshot = read_snapshot(path)
-    problem = next(_problems(files, base), None)
     if problem is None and (snapshot is None or read_fingerprint(path) is None):
         problem = (
             "it has no readable record of its training data, as an adapter of an older version, so what it held out could not "
             "be kept out of training"
         )
-    if problem is not None:
-        raise _Unsuitable(f"adapter {sanitize(path.name, limit=60)} cannot be continued: {problem}")
-    assert files.manifest is not None  # noqa: S101 -- for the type checker, as the next three
-    assert files.settings is not None  # noqa: S101
-    assert files.sha256 is not None  # noqa: S101
-    assert snapshot is not None  # noqa: S101
-    return _Parent(path, files.manifest, files.settings, snapshot, files.sha256)
+    # The weights are read last: those of any other adapter may be gigabytes.
+    files = read_adapter(path, weights="skip" if problem else "scan")
+    problem = problem or next(_problems(files, base), None)
+    if problem is None and files.manifest and files.settings and files.sha256 and snapshot:
+        return _Parent(path, files.manifest, files.settings, snapshot, files.sha256)
+    raise _Unsuitable(f"adapter {_name(path)} cannot be continued: {problem or 'its files have just changed'}")
 
 
 def _problems(files: AdapterFiles, base: Base) -> Iterator[str]:
@@ -213,10 +212,17 @@ def _problems(files: AdapterFiles, base: Base) -> Iterator[str]:
     if manifest.harms:
         yield "its verdict is 'harms', so the training would begin worse than the base model"
     errors = [reason.message for reason in verify_files(files, base).reasons if reason.severity == "error"]
-    if errors or settings is None or files.sha256 is None:
+    if errors or settings is None:
         yield " ".join(errors[:2]) or "its files cannot be read"
     elif settings.rank_pattern or settings.alpha_pattern or settings.trained_biases != "none":
         yield "its modules have different ranks, alphas or biases, which those of a training here do not"
+    elif settings.alpha > _MAX_ALPHA:
+        yield f"its alpha is {settings.alpha:g}, and that of a training is at most {_MAX_ALPHA}"
+
+
+def _name(path: Path) -> str:
+    """Return an adapter's id for people: a directory may have any name."""
+    return sanitize(path.name, limit=60)
 
 
 def _conflict(config: TrainingConfig, parent: _Parent) -> InvalidArgument | None:
@@ -257,7 +263,7 @@ def _continue(config: TrainingConfig, source: SourceSummary, parent: _Parent) ->
         raise nothing_to_catch_up(parent.name)
     reason = f"Continues from {parent.name}: {changes.in_words}. {_START_OVER}."
     continued = ContinuedAdapter(
-        adapter_path=parent.path, adapter_id=parent.path.name, weights_sha256=parent.weights_sha256
+        adapter_path=parent.path, adapter_id=_name(parent.path), weights_sha256=parent.weights_sha256
     )
     return Continuation(config.model_copy(update=update), continued, changes, reason)
 

@@ -342,6 +342,11 @@ def test_broken_and_foreign_adapters_are_refused(place: Workplace, tmp_path: Pat
     (foreign / "adapter_manifest.json").unlink()
     assert "it has no manifest" in refusal(place, continue_from=str(foreign)).message
 
+    large = write_tiny_adapter(tmp_path / "large", place.base, 0, lora_alpha=5000)
+    assert (
+        "its alpha is 5000, and that of a training is at most 4096" in refusal(place, continue_from=str(large)).message
+    )
+
     mlx = tmp_path / "mlx"
     mlx.mkdir()
     save_file({"model.layers.0.self_attn.q_proj.lora_a": torch.ones(32, 4)}, mlx / "adapters.safetensors")
