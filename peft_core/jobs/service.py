@@ -248,7 +248,7 @@ class JobService:
             self._show(job)
 
     def _show(self, job: Job) -> None:
-        if job.request.evaluated is None:
+        if job.is_training:
             self._projects.show(job.project_id, job.status)
 
     def status_by_id(self, job_id: str) -> TrainingStatus:

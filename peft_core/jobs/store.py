@@ -198,7 +198,7 @@ class Store:
             yield row is None or row[0] not in UNFINISHED
 
     def _announce(self, job: Job) -> None:
-        if job.request.evaluated is None:
+        if job.is_training:
             self._on_status(job.project_id, job.status)
 
     # -- reading jobs --------------------------------------------------------------------------------------------------

@@ -46,37 +46,37 @@ def active_there(manager: PEFTManager) -> str:
     return active
 
 
-async def test_a_project_is_switched_to_and_back(manager: PEFTManager) -> None:
+async def test_a_switch_takes_effect_or_leaves_the_previous_adapter_active(
+    manager: PEFTManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 1. There and back.
     assert (await manager.switch_project("web")).how == "cold"
     assert active_there(manager) == "new"  # Codebase Gardener does not know this project
-    first = (await manager.generate(SHORT)).text
+    of_web = (await manager.generate(SHORT)).text
     assert (await manager.switch_project("api")).how == "warm"
     assert active_there(manager) == "api"
-    assert (await manager.generate(SHORT)).text != first
+    of_api = (await manager.generate(SHORT)).text
+    assert of_api != of_web
     again = await manager.switch_project("web")
     assert again.how == "switched"
     assert again.elapsed_s < 2
-    assert (await manager.generate(SHORT)).text == first
+    assert (await manager.generate(SHORT)).text == of_web
 
-
-async def test_a_project_without_an_adapter_or_with_a_damaged_one_changes_nothing(manager: PEFTManager) -> None:
+    # 2. A project without an adapter, and one whose adapter is damaged.
     await manager.switch_project("api")
     with pytest.raises(AdapterNotFound, match="'new'"):
         await manager.switch_project("new")
     weights = manager.settings.paths.adapter("web", "a-01") / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-8])
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-8])
     with pytest.raises(InferenceError, match="'web' was not switched to") as caught:
         await manager.switch_project("web")
     assert caught.value.code == "not_switched"
     assert (active(manager), active_there(manager)) == (["api"], "api")
-    await manager.generate(SHORT)
+    assert (await manager.generate(SHORT)).text == of_api
 
-
-async def test_the_previous_adapter_is_loaded_again_when_the_worker_dies_while_it_switches(
-    manager: PEFTManager, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await manager.switch_project("api")
-    before = (await manager.generate(SHORT)).text
+    # 3. The worker dies while it switches: the previous adapter is loaded again.
+    weights.write_bytes(whole)
     client = manager._inference._client
     ask = client.ask
 
@@ -90,4 +90,4 @@ async def test_the_previous_adapter_is_loaded_again_when_the_worker_dies_while_i
     with pytest.raises(InferenceError, match="killed"):
         await manager.switch_project("web")
     assert (active(manager), active_there(manager)) == (["api"], "api")
-    assert (await manager.generate(SHORT)).text == before
+    assert (await manager.generate(SHORT)).text == of_api
