@@ -15,6 +15,7 @@ from pathlib import Path
 
 from peft_core.schemas.events import (
     EVENT,
+    AdaptersCompared,
     AdapterWritten,
     CheckpointSaved,
     Evaluated,
@@ -27,7 +28,7 @@ from peft_core.schemas.events import (
 from peft_core.schemas.results import ErrorInfo, Metrics, Phase
 from peft_core.schemas.task import TrainingTask
 from peft_core.system.child_process import PARENT_VARIABLE
-from tests.factories import make_evaluation
+from tests.factories import make_comparison, make_evaluation
 
 
 def emit(event: Event) -> None:
@@ -83,6 +84,8 @@ def main() -> None:  # noqa: PLR0912 -- one case per script
             emit(AdapterWritten(metrics=Metrics()))
         case "evaluates":
             emit(Evaluated(evaluation=make_evaluation()))
+        case "compares":
+            emit(AdaptersCompared(comparison=make_comparison()))
         case "saves a checkpoint when stopped":
             checkpoint = Path(task.job_dir) / "steps"
             begun = int(checkpoint.read_text()) if checkpoint.exists() else 0

@@ -190,6 +190,22 @@ def test_two_adapters_are_compared_on_what_neither_was_trained_on(
     assert alone.evaluation.edit_similarity == comparison.adapter_b.evaluation.edit_similarity
 
 
+def test_a_comparison_without_enough_unseen_code_says_which_adapter_was_trained_on_it(
+    tmp_path: Path, tiny_base: Path, run_here: Callable[[TrainingTask], list[Event]]
+) -> None:
+    a, b = (write_tiny_adapter(tmp_path / name, tiny_base, seed=1) for name in ("a", "b"))
+    write_record(a, range(8))
+    write_record(b, range(6, 11))
+    with pytest.raises(DataError) as caught:
+        run_here(make_task(tmp_path, tiny_base, a, compared_with=b))
+    assert caught.value.code == "evaluation_overlaps_training"
+    assert (
+        "of 12 examples there are 6 that only adapter_a was trained on, 3 that only adapter_b was trained on, "
+        "2 that both were trained on, which leaves 1; at least 5 are needed"
+    ) in caught.value.message
+    assert len(str(caught.value)) < 400
+
+
 def test_identical_weights_give_no_difference(
     tmp_path: Path, tiny_base: Path, run_here: Callable[[TrainingTask], list[Event]]
 ) -> None:

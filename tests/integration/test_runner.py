@@ -28,7 +28,7 @@ from peft_core.schemas.task import TrainingTask
 from peft_core.schemas.training import EvaluatedAdapter, TrainingConfig
 from peft_core.system.failures import error_info
 from peft_core.system.lock import FileLock
-from tests.factories import make_evaluation, make_job, make_request
+from tests.factories import make_comparison, make_evaluation, make_job, make_request
 from tests.integration.conftest import Spawn
 from tests.integration.scripted_worker import step_completed
 from tests.model_files import write_model
@@ -240,6 +240,22 @@ def test_an_evaluation_job_completes_with_its_evaluation_and_a_report(
     assert (job.status, job.adapter_path) == (Status.COMPLETED, str(tmp_path / "adapter"))
     assert job.evaluation == make_evaluation().without_texts
     assert "return a + b" in (paths.job("job").root / "report.html").read_text()
+
+
+def test_a_comparison_job_completes_with_the_adapter_to_keep_and_a_report(
+    store: Store, spawn: Spawn, paths: DataPaths, tmp_path: Path
+) -> None:
+    job = make_job("job", "compares")
+    evaluated = EvaluatedAdapter(adapter_path=tmp_path / "a", compared_with=tmp_path / "b")
+    store.insert(job.model_copy(update={"request": job.request.model_copy(update={"evaluated": evaluated})}))
+    assert spawn().wait(timeout=60) == 0
+    job = store.get("job")
+    comparison = make_comparison()
+    assert (job.status, job.adapter_path) == (Status.COMPLETED, comparison.adapter_b.adapter_path)
+    assert job.comparison == comparison.without_texts
+    page = (paths.job("job").root / "report.html").read_text()
+    assert "Keep adapter B" in page
+    assert "return a + b" in page
 
 
 def test_a_training_job_with_an_evaluation_but_no_adapter_has_failed(store: Store, spawn: Spawn) -> None:

@@ -50,7 +50,7 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     paths = list(evaluated.paths.values())
     known = [read_fingerprint(path) for path in paths]
     data = prepare_data(session, known)
-    summary = _summary(data, adapter_names(paths))
+    summary = _summary(data, list(evaluated.paths))
     emit(DatasetPrepared(dataset=summary))
     evaluator = Evaluator(data.held_out, data.tokenizer, config.max_length, seed=config.seed)
     stop.check()
@@ -154,8 +154,8 @@ def _trained_on(summary: DatasetSummary) -> TrainedOn:
     )
 
 
-def _summary(data: RunData, names: Sequence[str]) -> DatasetSummary:
-    """Return the dataset's summary for the examples that the adapters with these names can be evaluated on.
+def _summary(data: RunData, adapters: Sequence[str]) -> DatasetSummary:
+    """Return the dataset's summary for the examples that can be evaluated. `adapters`: the fields that name them.
 
     Raises:
         DataError: there are too few of them.
@@ -169,7 +169,7 @@ def _summary(data: RunData, names: Sequence[str]) -> DatasetSummary:
     if left_out.total:
         raise DataError(
             f"The evaluation data overlaps the training data: of {left_out.total + usable} examples "
-            f"{_overlap_in_words(left_out, names)}, which leaves {usable}; at least {needed} are needed.",
+            f"{_overlap_in_words(left_out, adapters)}, which leaves {usable}; at least {needed} are needed.",
             code="evaluation_overlaps_training",
             suggestions=["Pass code that no adapter was trained on: newer files, or another part of the project"],
         )
@@ -180,9 +180,9 @@ def _summary(data: RunData, names: Sequence[str]) -> DatasetSummary:
     )
 
 
-def _overlap_in_words(left_out: TrainedOn, names: Sequence[str]) -> str:
-    if len(names) > 1:
-        return f"there are {left_out.in_words(names[0], names[1])}"
+def _overlap_in_words(left_out: TrainedOn, adapters: Sequence[str]) -> str:
+    if len(adapters) > 1:
+        return f"there are {left_out.in_words(adapters[0], adapters[1])}"
     also = f" and possibly on {left_out.uncertain} more" if left_out.uncertain else ""
     return f"the adapter was trained on {left_out.both}{also}"
 
