@@ -19,7 +19,7 @@ from peft_core.base_models.resolve import resolve
 from peft_core.base_models.tokenizer import load_tokenizer
 from peft_core.config import Settings
 from peft_core.data.leakage import FINGERPRINT_FILE_NAME, TrainingFingerprint
-from peft_core.errors import AdapterInUse, DataError
+from peft_core.errors import AdapterInUse, DataError, InvalidArgument
 from peft_core.evaluation.summary import mean_loss
 from peft_core.evaluation.worker import evaluator
 from peft_core.evaluation.worker.completions import choose_prompts, complete
