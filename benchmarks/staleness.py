@@ -3,7 +3,9 @@
 Versions of public packages are replayed as if they were commits. An adapter is trained on the oldest version, with the
 bundled base. For each later version: the share of its units that have changed, as the product reports it, and the loss of
 base and adapter on examples that overlap a changed or new unit. The first row of a package is its held-out files: what the
-adapter gains on unseen code of the version that it was trained on. Finished trainings and measurements are not repeated.
+adapter gains on unseen code of the version that it was trained on. The difference to that gain, times the share of the units
+that have changed, is what is lost over all code, if a new adapter would gain as much on it. Finished trainings and measurements
+are not repeated.
 
     pip download --no-deps --only-binary=:all: -d WHEELS mcp==1.9.0 mcp==1.9.4 ...  # every version below
     python benchmarks/staleness.py --wheels WHEELS --work DIR [--steps 12] [--examples 24] [--packages mcp ...]
@@ -89,14 +91,15 @@ async def replay(options: argparse.Namespace) -> None:
                 measured = measure(package, status, options)
                 saved.write_text(json.dumps([row.__dict__ for row in measured]), encoding="utf-8")
             rows += [Row(**row) for row in json.loads(saved.read_text(encoding="utf-8"))]
-    print("| trained on | measured on | units changed | examples | base | adapter | gain | of the gain when trained |")
+    print("| trained on | measured on | units changed | examples | base | adapter | gain | lost over all code |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
         first = next(other for other in rows if other.package == row.package)
         share = "held-out files" if row.share is None else f"{row.share:.0%}"
+        lost = "" if row.share is None else f"{row.share * (first.gain - row.gain):.3f}"
         print(
             f"| {row.package} {first.version} | {row.version} | {share} | {row.examples} | {row.base_loss:.3f} | "
-            f"{row.adapter_loss:.3f} | {row.gain:.3f} | {row.gain / first.gain:.0%} |"
+            f"{row.adapter_loss:.3f} | {row.gain:.3f} | {lost} |"
         )
 
 
