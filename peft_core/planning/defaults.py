@@ -18,6 +18,7 @@ Sources of the constants:
 
 from __future__ import annotations
 
+from peft_core.data.catch_up import MIN_REPLAYED
 from peft_core.errors import DataError, InvalidArgument
 from peft_core.planning.cost_model import TOKENS_PER_EXAMPLE, lora_parameters, steps_of, training_set
 from peft_core.schemas.base_model import ModelShape
@@ -91,7 +92,8 @@ def choose_catch_up(
     if given.learning_rate is None:
         config = config.model_copy(update={"learning_rate": float(f"{(full.learning_rate or 0) * CATCH_UP_RATE:.2g}")})
     changed = min(train.examples, changed)
-    examples = max(1, min(round(changed * (1 + REPLAY_SHARE)), train.examples, limit or train.examples))
+    replayed = max(MIN_REPLAYED, round(changed * REPLAY_SHARE))
+    examples = max(1, min(changed + replayed, train.examples, limit or train.examples))
     reduced = TrainingSetSize(examples=examples, tokens=max(1, round(train.tokens / train.examples * examples)))
     spec = CatchUpSpec(replay_share=REPLAY_SHARE, max_examples=limit)
     return config, spec, source.model_copy(update={"training_set": reduced, "cut_records": 0})

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from peft_core.schemas.frozen import ONE_TEXT_IS_A_LIST, FrozenModel
 
@@ -301,6 +301,7 @@ class TrainingConfig(DataSelection):
     ] = "unless_it_harms"
     continue_from: Annotated[
         str | None,
+        BeforeValidator(lambda given: FROM_SCRATCH if given is False else given),
         Field(
             description="Adapter or project to start from. Omit: the current adapter; 'none': from scratch.",
         ),
