@@ -29,7 +29,7 @@ class RetrainThreshold(FrozenModel):
     def in_words(self) -> str:
         if self.units is not None:
             return f"{self.units} % of the units have changed"
-        return f"{self.commits} commit{'' if self.commits == 1 else 's'} have been made"
+        return "a commit has been made" if self.commits == 1 else f"{self.commits} commits have been made"
 
 
 ALLOWED_RULES = (
