@@ -97,7 +97,7 @@ async def test_a_day_in_the_life(tmp_path: Path, data_dir: Path, monkeypatch: py
         assert checked.outcome == "not_due"
         assert "1 commit behind: 1 of 4 files changed" in checked.reason
 
-        # 3. After the second one the hook and the check of a server find at the same time that it is due. One training is queued.
+        # 3. After the second one the hook and a server's check both find that it is due. One training is queued.
         with FileLock(settings.paths.runner_lock) as lock:  # it does not begin before all have looked
             assert lock.acquire(TIMEOUT_S)
             change(repository, 1)
