@@ -148,7 +148,7 @@ class ProjectService:
     def plan_refresh(self, project_id: str, retrain_when: RetrainWhen | None) -> Refreshed | PlannedRefresh:
         """Decide what brings a project up to date; return what to pass to `start`, or why there is nothing to start.
 
-        With `retrain_when` the rule is registered, and followed at once: a training that is due starts by itself.
+        With `retrain_when` the rule is registered, and followed immediately: a training that is due starts by itself.
 
         Raises:
             PeftMcpError: the project is unknown or not registered, or its training cannot be planned.
