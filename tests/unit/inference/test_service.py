@@ -65,7 +65,7 @@ async def test_a_base_that_is_not_recorded_must_be_named(
 ) -> None:
     (adapter / "adapter_manifest.json").unlink()
     service = make_service(data_dir, default_base_model=str(base))
-    with pytest.raises(InvalidArgument, match=r"base_model is missing.*only its configuration names"):
+    with pytest.raises(InvalidArgument, match=r"base_model is missing.*only the configuration names"):
         await service.load(str(adapter), None, accept_unproven_base=True, on_progress=None)
     verified = service._adapters.verify(str(adapter), str(base), scan_weights=False)
     assert verified.verdict is BaseMatch.SHAPE_ONLY
