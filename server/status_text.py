@@ -70,7 +70,7 @@ def summarise_refresh(refreshed: Refreshed) -> str:
     parts = [f"{refreshed.project_id}: {refreshed.reason.rstrip('.')}."]
     if refreshed.job is not None:
         parts.append(f"Job {refreshed.job.job_id}: {headline(refreshed.job)}. It runs only while the machine is free.")
-    if isinstance(refreshed.retrain_when, RetrainThreshold) and refreshed.outcome != "not_due":
+    if isinstance(refreshed.retrain_when, RetrainThreshold):
         parts.append(f"It is retrained by itself when {refreshed.retrain_when.in_words}.")
     return " ".join(parts)
 

@@ -72,7 +72,8 @@ class SourceChanges(NamedTuple):
     def in_words(self) -> str:
         if not self.files:
             return f"what is new of {self.records} records"
-        return f"{self.changed_files} of {self.files} files are new or have changed, {self.percent} of the units"
+        files = f"{self.changed_files} of {self.files} files that it may learn from"
+        return f"{files} are new or have changed, {self.percent} of the units"
 
     @property
     def percent(self) -> str:

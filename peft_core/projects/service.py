@@ -262,8 +262,7 @@ class ProjectService:
             reason = "What has changed since the latest adapter is not known"
             return self._nothing(registration, "not_due", reason)
         if not _demands(rule, changes):
-            reason = f"{_what(changes)}; it is retrained when {rule.in_words}"
-            return self._nothing(registration, "not_due", reason)
+            return self._nothing(registration, "not_due", _what(changes))
         because = f"started by itself: {_what(changes)}"
         return self._plan(registration, source, because, trainings, only_while_free=True)
 

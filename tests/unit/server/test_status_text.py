@@ -9,10 +9,11 @@ import pytest
 from peft_core.jobs.state import Job
 from peft_core.jobs.status import status_of
 from peft_core.schemas.evaluation import Keep, Verdict
+from peft_core.schemas.project import Refreshed, RetrainThreshold
 from peft_core.schemas.results import ErrorInfo, Metrics, Phase, Status, TrainingStatus
 from peft_core.schemas.training import EvaluatedAdapter
 from peft_core.system.durations import format_duration, rough_age, rough_duration
-from server.status_text import for_client, headline, short_headline, subject, summarise
+from server.status_text import for_client, headline, short_headline, subject, summarise, summarise_refresh
 from tests.factories import make_comparison, make_evaluation, make_job, make_request, make_source
 
 NOTE = "at step 4 the loss is nan: rolled back to step 1, continued with 1/4 of the learning rate"
@@ -152,3 +153,15 @@ def test_only_the_client_of_the_server_is_advised_to_pass_wait_s() -> None:
 def test_other_next_steps_are_passed_on_unchanged() -> None:
     completed = status(make_job(status=Status.COMPLETED))
     assert for_client(completed) == completed
+
+
+def test_a_project_that_is_not_retrained_now_says_why_and_when_it_will_be() -> None:
+    refreshed = Refreshed(
+        project_id="web",
+        outcome="not_due",
+        reason="Its latest training ended less than 1 h ago",
+        retrain_when=RetrainThreshold(units=10),
+    )
+    assert summarise_refresh(refreshed) == (
+        "web: Its latest training ended less than 1 h ago. It is retrained by itself when 10 % of the units have changed."
+    )
