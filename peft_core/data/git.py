@@ -152,7 +152,7 @@ def _git(
     root: Path,
     *arguments: str,
     accept: Sequence[int] = (0,),
-    timeout_s: float = TIMEOUT_S,
+    timeout_s: float | None = None,  # None: TIMEOUT_S
     options: Sequence[str] = _SAFE_OPTIONS,
 ) -> bytes | None:
     program = shutil.which("git")
@@ -173,7 +173,7 @@ def _git(
     except OSError:
         return None
     with process:
-        output = _bounded_output(process, time.monotonic() + timeout_s)
+        output = _bounded_output(process, time.monotonic() + (TIMEOUT_S if timeout_s is None else timeout_s))
         if output is None:
             process.kill()
     return output if process.returncode in accept else None
