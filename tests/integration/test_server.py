@@ -93,10 +93,10 @@ async def test_the_tools_are_listed_with_title_description_schemas_and_hints(con
 
 
 @pytest.mark.parametrize("mode", ["legacy", "auto"])
-async def test_the_instructions_explain_the_workflow_in_four_sentences(data_dir: Path, mode: str) -> None:
+async def test_the_instructions_explain_the_workflow_in_five_sentences(data_dir: Path, mode: str) -> None:
     async with Client(stdio_server(data_dir), mode=mode) as client:
         assert client.instructions
-        assert client.instructions.count(". ") == 3
+        assert client.instructions.count(". ") == 4
         assert "train_adapter" in client.instructions
 
 
