@@ -37,7 +37,7 @@ def compare_with_parent(
 def _loss_change(
     before: Sequence[ExampleScore], after: Sequence[ExampleScore], selected: Sequence[bool]
 ) -> LossChange | None:
-    """Compare the scores of the selected examples; None if there are none."""
+    """Compare the scores of the selected examples; return None if nothing is selected."""
     pairs = [
         (first.file, PairedSum(first.loss, second.loss, first.tokens))
         for first, second, is_selected in zip(before, after, selected, strict=True)

@@ -334,7 +334,7 @@ def test_an_adapter_that_cannot_be_continued_is_refused_by_name_and_passed_over_
 def test_broken_and_foreign_adapters_are_refused(place: Workplace, tmp_path: Path) -> None:
     parent = current(place)
     assert "No adapter at '/no/such/adapter'" in refusal(place, continue_from="/no/such/adapter").message
-    assert "No adapter at 'nobody'" in refusal(place, continue_from="nobody").message
+    assert "No adapter at 'unknown-project'" in refusal(place, continue_from="unknown-project").message
     (tmp_path / "empty").mkdir()
     assert "does not contain" in refusal(place, continue_from=str(tmp_path / "empty")).message
 
