@@ -2,7 +2,7 @@
 
 A unit is a function, a method, a paragraph, or a run of statements without a blank line. Unlike examples, units depend on
 neither the tokenizer nor `max_length`, and an edit changes only the units that hold its lines. Digests ignore white space, so
-that a formatter that only indents differently changes nothing. They are not secret: anyone who knows a text can find its digest.
+that a formatter that only indents differently changes nothing. They are not secret: the digest of a known text can be computed.
 """
 
 from __future__ import annotations

@@ -7,10 +7,12 @@ A hook that exists keeps its lines: ours are a block between two marks, directly
 from __future__ import annotations
 
 import os
+import plistlib
 import re
 import shlex
 import stat
 import sys
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,17 +101,18 @@ def plan_removal(source: str, project_id: str) -> HookChange:
 def schedule_lines(environment: Mapping[str, str]) -> str:
     """Return how cron and launchd check all projects every hour."""
     settings = "".join(f"{name}={shlex.quote(value)} " for name, value in _kept(environment).items())
-    program = "".join(f"<string>{_xml(word)}</string>" for word in [*_program(), "refresh", "--if-due"])
-    variables = "".join(
-        f"<key>{name}</key><string>{_xml(value)}</string>" for name, value in _kept(environment).items()
-    )
+    command = [*_program(), "refresh", "--if-due"]
+    agent = {
+        "Label": "peft-mcp.refresh",
+        "ProgramArguments": command,
+        "EnvironmentVariables": _kept(environment),
+        "StartInterval": 3600,
+    }
     return (
         "To check all projects every hour instead:\n"
-        f"  cron (crontab -e): 17 * * * * {settings}{shlex.join(_program())} refresh --if-due\n"
+        f"  cron (crontab -e): 17 * * * * {settings}{shlex.join(command)}\n"
         "  launchd (~/Library/LaunchAgents/peft-mcp.refresh.plist, then launchctl load it):\n"
-        '    <plist version="1.0"><dict><key>Label</key><string>peft-mcp.refresh</string><key>ProgramArguments</key><array>'
-        f"{program}</array><key>EnvironmentVariables</key><dict>{variables}</dict><key>StartInterval</key>"
-        "<integer>3600</integer></dict></plist>"
+        + textwrap.indent(plistlib.dumps(agent, sort_keys=False).decode(), "    ").rstrip()
     )
 
 
@@ -175,7 +178,3 @@ def _kept(environment: Mapping[str, str]) -> dict[str, str]:
 def _program() -> list[str]:
     script = Path(sys.executable).with_name("peft-mcp")
     return [str(script)] if os.access(script, os.X_OK) else python_module("server")
-
-
-def _xml(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
