@@ -21,6 +21,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from peft_core.data.examples import learned_text
+from peft_core.data.exclusions import ExclusionReason
 from peft_core.data.leakage import OVERLAP_THRESHOLD, TrainingFingerprint
 from peft_core.data.minhash import MinHashIndex
 from peft_core.data.snapshot import FileState, Snapshot, held_out_digests
@@ -127,10 +128,8 @@ class ParentData:
         if changes.is_new or any(lines.overlap(example) for lines in changes.changed):
             is_barred = example.path not in self.held_out_files and _is_barred(example, changes)
             return Novelty.BARRED if is_barred else Novelty.CHANGED
-        return Novelty.BARRED if _is_barred(example, changes) or self._is_held_out(example) else Novelty.KNOWN
-
-    def _is_held_out(self, example: Example) -> bool:
-        return example.path in self.held_out_files
+        is_barred = example.path in self.held_out_files or _is_barred(example, changes)
+        return Novelty.BARRED if is_barred else Novelty.KNOWN
 
     def held_out_before(self, example: Example) -> bool:
         """Return whether the adapter or an ancestor held out an equal example."""
@@ -154,11 +153,8 @@ def _lines(unit: Unit) -> _Lines:
 class CatchUpSplit:
     parts: Split
     replayed: int  # training examples that the parent knows
-    unchanged: int  # known examples that are not replayed
-    held_out_before: int  # held out by an ancestor, and not evaluated now
-    trained_files: frozenset[
-        str
-    ]  # files that the adapter and its ancestors have been trained on, as far as they still exist
+    left_out: Counter[ExclusionReason]  # of every example that is neither trained on nor evaluated on
+    trained_files: frozenset[str]  # that the adapter and its ancestors have been trained on, as far as they still exist
 
 
 def split_for_catch_up(
@@ -185,9 +181,9 @@ def split_for_catch_up(
     untouched = {key.file for key, label in zip(keys, novelty, strict=True) if label is not Novelty.CHANGED}
     new = [key for key in keys if key.file not in untouched | held_out_files | parent.trained_files]
     held_out_files |= _new_held_out_files(new, held_out_fraction, seed, needed=not held_out_files)
-    old, changed_held_out, train = _candidates(keys, novelty, held_out_files, trained_on)
-    kept = distinct(keys, signatures, [*old, *train, *changed_held_out])
-    train = cap_per_file(keys, [position for position in train if position in kept])
+    old, changed_held_out, candidates = _candidates(keys, novelty, held_out_files, trained_on)
+    kept = distinct(keys, signatures, [*old, *candidates, *changed_held_out])
+    train = cap_per_file(keys, [position for position in candidates if position in kept])
     changed = [position for position in train if novelty[position] is Novelty.CHANGED]
     known = [position for position in train if novelty[position] is Novelty.KNOWN]
     if not changed:
@@ -204,18 +200,27 @@ def split_for_catch_up(
             code="nothing_to_evaluate_on",
             suggestions=("Train from scratch, with config.continue_from = 'none'",),
         )
-    duplicates = len({*old, *train, *changed_held_out} - kept)
-    barred = sum(label in (Novelty.HELD_OUT, Novelty.BARRED) for label in novelty)
+    used = {*changed, *replayed, *evaluated}
+    over_file_share = kept.intersection(candidates).difference(train)
+
+    def why_unused(position: int) -> ExclusionReason:
+        label, is_held_out = novelty[position], keys[position].file in held_out_files
+        if label in (Novelty.HELD_OUT, Novelty.BARRED) or (label is Novelty.KNOWN and is_held_out):
+            return ExclusionReason.HELD_OUT_BEFORE
+        if is_held_out and position in trained_on:
+            return ExclusionReason.SEEN_IN_TRAINING
+        if position not in kept:
+            return ExclusionReason.DUPLICATE
+        if position in over_file_share:
+            return ExclusionReason.OVER_FILE_SHARE
+        return ExclusionReason.UNCHANGED if label is Novelty.KNOWN else ExclusionReason.NOT_NEEDED
+
     return CatchUpSplit(
         parts=Split(
-            train=sorted([*changed, *replayed]),
-            held_out=sorted(evaluated),
-            held_out_files=sorted(held_out_files),
-            duplicates=duplicates,
+            train=sorted([*changed, *replayed]), held_out=sorted(evaluated), held_out_files=sorted(held_out_files)
         ),
         replayed=len(replayed),
-        unchanged=len(known) - len(replayed),
-        held_out_before=barred - sum(novelty[position] is Novelty.HELD_OUT for position in evaluated),
+        left_out=Counter(why_unused(position) for position in range(len(keys)) if position not in used),
         trained_files=frozenset(keys[position].file for position in train) - held_out_files,
     )
 

@@ -48,7 +48,7 @@ class ExclusionReason(StrEnum):
     NOT_INCLUDED = "not_included"  # by config.include
     OVER_FILE_SHARE = "over_file_share"  # of a file so large that it would dominate the training set
     NO_CODE = "no_code"
-    NOT_NEEDED = "not_needed"  # the run ends before it would read the file
+    NOT_NEEDED = "not_needed"  # the run ends before it would read the file, or use the example
     NOT_TEXT = "not_text"
     PLACEHOLDER = "placeholder"  # stands for a file elsewhere: git-annex, or a symbolic link that was written as a file
     SECRET = "secret"  # noqa: S105 - the name of a reason

@@ -349,8 +349,7 @@ class DatasetBuilder:
             seed=spec.seed,
         )
         self.replayed, self.trained_files = chosen.replayed, chosen.trained_files
-        self.left_out[ExclusionReason.UNCHANGED] += chosen.unchanged
-        self.left_out[ExclusionReason.HELD_OUT_BEFORE] += chosen.held_out_before
+        self.left_out.update(chosen.left_out)
         return chosen.parts
 
     def _last_changes(self) -> dict[str, int] | None:

@@ -208,6 +208,20 @@ def test_a_limit_drops_replay_first_and_keeps_a_quarter_of_it(code: Path, parent
     assert (dataset.summary.train_examples, dataset.summary.replayed_examples) == (60, 20)
     dataset = build(code, tmp_path / "tight", parent, catch_up=CatchUpSpec(replay_share=1.0, max_examples=20))
     assert (dataset.summary.train_examples, dataset.summary.replayed_examples) == (20, 5)
+    assert dataset.summary.left_out["not_needed"] == 25  # of 40 changed ones
+
+
+def test_every_example_is_used_or_counted_with_a_reason(code: Path, parent: ParentData, tmp_path: Path) -> None:
+    write(code, held_out_file(parent), changed={0: 2})
+    write(code, trained_file(parent), changed={0: 2, 1: 2})
+    whole = build(code, tmp_path / "second", parent, catch_up=SOME).summary
+    counted = whole.train_examples + whole.held_out_examples + sum(whole.left_out.values())
+    copied = (code / f"module_{trained_file(parent)}.py").read_text()
+    (code / "copy.py").write_text(copied)
+    more = build(code, tmp_path / "third", parent, catch_up=SOME).summary
+    examples = copied.count("def ")
+    assert more.left_out["duplicate"] == whole.left_out.get("duplicate", 0) + examples
+    assert more.train_examples + more.held_out_examples + sum(more.left_out.values()) == counted + examples
 
 
 def test_without_a_change_there_is_nothing_to_catch_up(code: Path, parent: ParentData, tmp_path: Path) -> None:
