@@ -37,6 +37,7 @@ MIN_REPLAYED = 16  # examples: a few changes alone would be learned by heart
 _MIN_REPLAY_SHARE = 0.25  # of the examples, if their number is limited
 _MIN_UNIT_CHARACTERS = 80  # shorter units, such as imports, are equal by chance
 _MAX_OVERSHOOT = 1.25
+_IF_DISTINCT = (ExclusionReason.UNCHANGED, ExclusionReason.NOT_NEEDED)  # why a distinct example is not used
 
 
 class Novelty(StrEnum):
@@ -202,27 +203,30 @@ def split_for_catch_up(
         )
     used = {*changed, *replayed, *evaluated}
     over_file_share = kept.intersection(candidates).difference(train)
-
-    def why_unused(position: int) -> ExclusionReason:
-        label, is_held_out = novelty[position], keys[position].file in held_out_files
-        if label in (Novelty.HELD_OUT, Novelty.BARRED) or (label is Novelty.KNOWN and is_held_out):
-            return ExclusionReason.HELD_OUT_BEFORE
-        if is_held_out and position in trained_on:
-            return ExclusionReason.SEEN_IN_TRAINING
-        if position not in kept:
-            return ExclusionReason.DUPLICATE
-        if position in over_file_share:
-            return ExclusionReason.OVER_FILE_SHARE
-        return ExclusionReason.UNCHANGED if label is Novelty.KNOWN else ExclusionReason.NOT_NEEDED
-
+    left_out: Counter[ExclusionReason] = Counter()
+    for position in set(range(len(keys))) - used:
+        is_held_out = keys[position].file in held_out_files
+        reason = _why_unused(novelty[position], is_held_out=is_held_out, is_trained_on=position in trained_on)
+        if reason in _IF_DISTINCT and position not in kept:
+            reason = ExclusionReason.DUPLICATE
+        left_out[ExclusionReason.OVER_FILE_SHARE if position in over_file_share else reason] += 1
     return CatchUpSplit(
         parts=Split(
             train=sorted([*changed, *replayed]), held_out=sorted(evaluated), held_out_files=sorted(held_out_files)
         ),
         replayed=len(replayed),
-        left_out=Counter(why_unused(position) for position in range(len(keys)) if position not in used),
+        left_out=left_out,
         trained_files=frozenset(keys[position].file for position in train) - held_out_files,
     )
+
+
+def _why_unused(label: Novelty, *, is_held_out: bool, is_trained_on: bool) -> ExclusionReason:
+    """Return why an example is neither trained on nor evaluated on, if it is no duplicate."""
+    if label in (Novelty.HELD_OUT, Novelty.BARRED) or (label is Novelty.KNOWN and is_held_out):
+        return ExclusionReason.HELD_OUT_BEFORE
+    if is_held_out and is_trained_on:
+        return ExclusionReason.SEEN_IN_TRAINING
+    return ExclusionReason.UNCHANGED if label is Novelty.KNOWN else ExclusionReason.NOT_NEEDED
 
 
 def nothing_to_catch_up(adapter: str = "the adapter to continue from") -> DataError:
