@@ -39,6 +39,7 @@ FIELD = "config.continue_from"
 MAX_CHANGED_SHARE = 0.5  # of the units: beyond it, a training from scratch takes hardly longer and is the better one
 _SAME_WEIGHTS = (BaseMatch.EXACT, BaseMatch.SAMPLED)
 _MAX_ALPHA = 4096  # of `TrainingConfig`
+_BY_TIME = "What it held out stays held out, and of new files random ones join it, whatever config.held_out_by says. "
 _START_OVER = f"To train from scratch, set {FIELD} = '{FROM_SCRATCH}'"
 
 
@@ -262,7 +263,8 @@ def _continue(config: TrainingConfig, source: SourceSummary, parent: _Parent) ->
     changes = changes_in_sources(parent.snapshot, source, selection)
     if changes.is_nothing:
         raise nothing_to_catch_up(parent.name)
-    reason = f"Continues from {parent.name}: {changes.in_words}. {_START_OVER}."
+    by_time = _BY_TIME if config.held_out_by == "time" else ""
+    reason = f"Continues from {parent.name}: {changes.in_words}. {by_time}{_START_OVER}."
     continued = ContinuedAdapter(
         adapter_path=parent.path, adapter_id=_name(parent.path), weights_sha256=parent.weights_sha256
     )

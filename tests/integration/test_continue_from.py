@@ -34,6 +34,7 @@ from peft_core.system import in_use
 from peft_core.system.cancellation import Cancelled, StopFlag
 from peft_core.training import run as training_run
 from tests.tiny_models import write_tiny_adapter, write_tiny_base
+from tests.unit.projects.conftest import git
 
 SETTINGS = {"rank": 4, "batch_size": 2, "max_length": 128, "allow_little_data": True, "learning_rate": 5e-3}
 PROJECT = "web"
@@ -158,6 +159,14 @@ def test_a_project_with_an_adapter_continues_from_it_by_default_and_the_answer_s
     scratch = place.plan(continue_from="none")
     assert (scratch.continued, scratch.catch_up, scratch.config.rank) == (None, None, 16)
     assert request.estimate.train_tokens < scratch.estimate.train_tokens / 3
+
+
+def test_an_update_says_that_a_split_by_time_does_not_apply_to_it(place: Workplace) -> None:
+    git(place.code, "init", "-q")
+    git(place.code, "add", ".")
+    git(place.code, "commit", "-q", "-m", "Start")
+    assert "whatever config.held_out_by says" in place.plan(held_out_by="time").estimate.chosen
+    assert "held_out_by" not in place.plan().estimate.chosen
 
 
 def test_an_update_starts_from_the_parents_weights_and_measures_both_kinds_of_held_out_code(place: Workplace) -> None:
