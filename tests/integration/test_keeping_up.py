@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import anyio
+import psutil
 import pytest
 from anyio.to_thread import run_sync
 from mcp.client import Client
@@ -51,6 +53,28 @@ async def wait_for_trainings(manager: PEFTManager, count: int) -> None:
             await manager.ensure_runner()
             await anyio.sleep(0.1)
     assert [job.status for job in trainings] == [Status.COMPLETED] * count
+
+
+async def kill_runner(settings: Settings, manager: PEFTManager) -> None:
+    """Kill the runner as soon as it has started a worker, and record that it is dead once its worker has ended."""
+    with anyio.fail_after(TIMEOUT_S):
+        while (worker := find_worker(settings)) is None:
+            await manager.ensure_runner()
+            await anyio.sleep(0.02)
+        runner = worker.parent()
+        assert runner is not None
+        runner.kill()
+        await run_sync(psutil.wait_procs, [runner, worker], TIMEOUT_S)
+        await manager.ensure_runner()
+
+
+def find_worker(settings: Settings) -> psutil.Process | None:
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            command = process.cmdline()
+            if "peft_core.worker" in command and command[-1].startswith(str(settings.data_dir)):
+                return process
+    return None
 
 
 def check(settings: Settings) -> None:
@@ -104,12 +128,19 @@ async def test_a_day_in_the_life(tmp_path: Path, data_dir: Path, monkeypatch: py
             await run_sync(check, settings)
             status = await call(settings, "get_training_status", project_id="web", wait_s=0)
             assert "It was started by itself: 2 commits behind: 2 of 4 files changed" in text_of(status)
+
+        # 4. In the middle of it the runner is killed. The adapter stays current, and the next check continues the training.
+        await kill_runner(settings, manager)
+        assert registry.current_path("web") == Path(first.adapter_path)
+        await manager.refresh_due(["web"])
         await wait_for_trainings(manager, 2)
         job = store.trainings("web")[0]
         assert job.only_while_free
         assert job.started_because.startswith("started by itself: 2 commits behind")
+        events = [event.kind for event in store.events(job.job_id)]
+        assert (events.count("job_interrupted"), events.count("job_resumed")) == (1, 1)
 
-        # 4. The new adapter is the current one, and there is nothing left to do.
+        # 5. The new adapter is the current one, and there is nothing left to do.
         second, earlier = registry.adapters("web")
         manifest = read_manifest(Path(second.adapter_path))
         assert manifest is not None
