@@ -35,6 +35,7 @@ from peft_core.data.leakage import read_fingerprint
 from peft_core.data.prepare import prepare
 from peft_core.data.snapshot import read_snapshot
 from peft_core.planning.continuation import Adapters
+from peft_core.planning.defaults import CATCH_UP_TIME
 from peft_core.planning.planner import plan
 from peft_core.schemas.base_model import BUNDLED
 from peft_core.schemas.dataset import CatchUpSpec, DatasetSpec
@@ -100,7 +101,7 @@ class Bench:
             if request.continued is None or request.catch_up is None:
                 raise SystemExit(f"{self.package} {version} is not an update: {request.estimate.chosen}")
             if self.options.full_steps:
-                limit = round(0.3 * self.options.full_steps * request.config.batch_size)
+                limit = round(CATCH_UP_TIME * self.options.full_steps * request.config.batch_size)
                 catch_up = request.catch_up.model_copy(update={"max_examples": limit})
                 request = request.model_copy(update={"catch_up": catch_up})
             continued = self._train(version, "continued", request)
