@@ -12,7 +12,7 @@ Held-out code comes in two parts, as in the product's report: what is new or has
 before. Times are CPU seconds of the whole training process, with one thread, without completions (which no loss depends on),
 so that other programs on the machine do not count. Finished runs are in the results file: an interrupted run continues.
 
-    python benchmarks/refresh.py --results FILE [--packages NAME==V,V,V ...] [--full-steps N] [--work DIR]
+    python benchmarks/refresh.py --results FILE [--packages NAME==V,V,V ...] [--full-steps N] [--arms ...] [--work DIR]
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ PACKAGES = (
     "structlog==23.1.0,24.1.0,25.1.0,25.4.0,26.1.0",
     "httpx==0.24.1,0.25.2,0.26.0,0.27.2,0.28.1",
 )
+ARMS = ("full", "short")
 MAX_LOSS_ABOVE_FULL = 0.02  # nats per token
 MAX_TIME_OF_FULL = 1 / 3
 
@@ -105,7 +106,7 @@ class Bench:
                 catch_up = request.catch_up.model_copy(update={"max_examples": limit})
                 request = request.model_copy(update={"catch_up": catch_up})
             continued = self._train(version, "continued", request)
-        for arm in ("full", "short"):
+        for arm in self.options.arms:
             if self._known(version, arm) is None:
                 batch = self._plan(source, FROM_SCRATCH, None).config.batch_size
                 steps = self.options.full_steps if arm == "full" else max(1, continued.examples // batch)
@@ -333,6 +334,7 @@ def main() -> None:
     parser.add_argument("--packages", nargs="+", default=PACKAGES, metavar="NAME==V,V", help="versions, oldest first")
     parser.add_argument("--base", default=BUNDLED, help="base model")
     parser.add_argument("--full-steps", type=int, help="steps of a full training; omit for the product's own choice")
+    parser.add_argument("--arms", nargs="*", default=ARMS, choices=ARMS, help="what an update is compared with")
     parser.add_argument("--work", type=Path, default=Path("refresh-work"), help="keeps code, bases and adapters")
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
