@@ -16,6 +16,7 @@ PeftMcpError
 ├── OllamaError          Ollama is absent, refuses, or takes too long
 ├── VllmError            vLLM is absent, refuses, or takes too long
 ├── Declined             the person was asked, and did not agree
+├── ClusterError         the Ray cluster does not answer, refuses, or cannot run the training
 ├── StorageError         the data directory: no space, no permission, a newer database
 └── TrainingError        the training itself failed
     └── NonFiniteError   a loss or gradient is NaN or Inf
@@ -171,6 +172,10 @@ class VllmError(PeftMcpError):
 
 class Declined(PeftMcpError):
     code = "declined"
+
+
+class ClusterError(PeftMcpError):
+    code = "cluster"
 
 
 class StorageError(PeftMcpError):

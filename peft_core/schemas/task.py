@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from peft_core.schemas.base_model import Base
+from peft_core.schemas.cluster import ClusterPlan
 from peft_core.schemas.dataset import CatchUpSpec, DatasetPurpose, DatasetSpec, DataSource, SourceKind, SourceSummary
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.results import Estimate
@@ -40,6 +41,7 @@ class JobRequest(FrozenModel):
     evaluated: EvaluatedAdapter | None = None  # set if the job evaluates adapters instead of training one
     continued: ContinuedAdapter | None = None  # set if a training does not start from scratch
     catch_up: CatchUpSpec | None = None  # set with `continued`
+    cluster: ClusterPlan | None = None  # set if the job runs on a cluster
 
     @property
     def purpose(self) -> DatasetPurpose:

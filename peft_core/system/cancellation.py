@@ -10,6 +10,8 @@ import time
 from peft_core.system.child_process import watch_parent
 
 CANCELLED_EXIT_CODE = 128 + signal.SIGTERM
+DETACHED_EXIT_CODE = 128 + signal.SIGHUP  # of a bridge that left a run on a cluster to itself
+INTERRUPTED_EXIT_CODE = 75  # EX_TEMPFAIL: of a bridge whose run on a cluster ended without a result, but can be resumed
 # An orphan must be gone within five seconds, because the lock that it shares blocks the next runner. A step and a checkpoint
 # usually take less time; if they do not, the run resumes from the previous checkpoint.
 _GRACE_S = 2.0

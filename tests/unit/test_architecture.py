@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "training": FOUNDATION
     | {"adapters", "base_models", "data", "evaluation", "evaluation.worker", "modeling", "planning"},
     "worker": FOUNDATION | {"evaluation.worker", "training", "modeling"},
+    "cluster": FOUNDATION | {"base_models", "data"},
     "ollama": FOUNDATION,
     "vllm": FOUNDATION,
     "llamacpp": FOUNDATION,

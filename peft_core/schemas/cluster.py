@@ -1,0 +1,64 @@
+"""Trainings on a Ray cluster: what a job reserves there, and what the cluster's nodes are."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from peft_core.schemas.base_model import Base
+from peft_core.schemas.frozen import FrozenModel
+
+ASK_ABOVE_BYTES = 2_000_000_000  # a base model that is larger is sent only if the person has agreed
+
+
+class ClusterPlan(FrozenModel):
+    """Where a job runs on a cluster, and what it reserves on one of its nodes."""
+
+    address: str  # of the setting when the job was planned: "ray://host:10001", "host:6379" or "auto"
+    gpus: Annotated[int, Field(ge=0)] = 0
+    cpus: Annotated[int, Field(ge=1)] = 1
+    memory_bytes: Annotated[int, Field(ge=0)] = 0  # 0: none is reserved
+    may_send_bytes: Annotated[int, Field(ge=0)] = ASK_ABOVE_BYTES  # of the base model, if a node does not have it
+
+
+class ClusterQuestion(FrozenModel):
+    """What `peft_core.cluster.probe` is asked."""
+
+    address: str
+    base: Base | None = None  # which nodes have it?
+
+
+class ClusterNode(FrozenModel):
+    """A node of a cluster: what Ray can reserve on it, and what torch computes on there."""
+
+    node_id: str
+    name: str  # of its host
+    problem: str = ""  # why it cannot train, as a sentence; empty if it can
+    cpus: float = 0.0  # that Ray can reserve in total
+    gpus: float = 0.0
+    memory_bytes: int = 0
+    free_cpus: float = 0.0  # that nothing has reserved now
+    free_gpus: float = 0.0
+    versions: dict[str, str] = {}  # by package; "python" and "ray" as well
+    device: str = "cpu"  # that torch uses there: "cuda" or "cpu"
+    device_name: str = ""  # of a GPU
+    device_memory_bytes: int = 0  # of one GPU
+    arithmetic: str = ""  # number formats, in words
+    cores: int = 1  # that torch uses there
+    cpu_bfloat16: bool = False  # see `system.machine.cpu_multiplies_bfloat16`
+    total_memory_bytes: int = 0  # of the machine or its container
+    available_memory_bytes: int = 0
+    has_base: bool | None = None  # None: it was not asked for, or is not known
+
+
+class ClusterAnswer(FrozenModel):
+    """What the probe found out."""
+
+    address: str
+    ray: str  # version
+    nodes: tuple[ClusterNode, ...]
+
+    @property
+    def usable(self) -> tuple[ClusterNode, ...]:
+        return tuple(node for node in self.nodes if not node.problem)
