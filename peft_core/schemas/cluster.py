@@ -40,7 +40,7 @@ class ClusterNode(FrozenModel):
     memory_bytes: int = 0
     free_cpus: float = 0.0  # that nothing has reserved now
     free_gpus: float = 0.0
-    versions: dict[str, str] = {}  # by package; "python" and "ray" as well
+    versions: dict[str, str] = Field(default_factory=dict)  # by package; "python" and "ray" as well
     device: str = "cpu"  # that torch uses there: "cuda" or "cpu"
     device_name: str = ""  # of a GPU
     device_memory_bytes: int = 0  # of one GPU
