@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from peft_core.errors import InvalidArgument
-from peft_core.modeling.mps import flops
+from peft_core.modeling import mps
 from peft_core.schemas.training import DeviceName, Precision
 from peft_core.system.machine import usable_cores
 
@@ -46,10 +46,10 @@ class DevicePlan:
 
 def describe() -> Machine:
     """Ask torch about this computer."""
-    mps, cuda = torch.backends.mps.is_available(), torch.cuda.is_available()
+    cuda = torch.cuda.is_available()
     return Machine(
-        mps=mps,
-        mps_bfloat16=mps and torch.backends.mps.is_macos_or_newer(14, 0),
+        mps=mps.is_available(),
+        mps_bfloat16=mps.has_bfloat16(),
         cuda=cuda,
         cuda_bfloat16=cuda and torch.cuda.is_bf16_supported(including_emulation=False),
     )
@@ -107,7 +107,7 @@ def device_memory_bytes(device: torch.device) -> int:
         case "cuda":
             return torch.cuda.max_memory_allocated(device)
         case "mps":
-            return torch.mps.driver_allocated_memory()
+            return mps.memory_bytes()
         case _:
             return 0
 
@@ -119,7 +119,7 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
         case "cuda":
             states["cuda"] = torch.cuda.get_rng_state(device)
         case "mps":
-            states["mps"] = torch.mps.get_rng_state()
+            states["mps"] = mps.rng_state()
     return states
 
 
@@ -130,7 +130,7 @@ def set_rng_state(device: torch.device, states: dict[str, torch.Tensor]) -> None
         case "cuda" if "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"], device)
         case "mps" if "mps" in states:
-            torch.mps.set_rng_state(states["mps"])
+            mps.set_rng_state(states["mps"])
 
 
 def timed(requested: DeviceName, machine: Machine, precision: Precision = "auto") -> Machine:
@@ -138,5 +138,5 @@ def timed(requested: DeviceName, machine: Machine, precision: Precision = "auto"
     if requested != "auto" or not machine.mps:
         return machine
     plans = choose("mps", machine, precision), choose("cpu", machine, precision)
-    mps, cpu = (flops(plan.device, plan.weights) for plan in plans)
-    return replace(machine, mps_flops=mps, cpu_flops=cpu)
+    of_mps, of_cpu = (mps.flops(plan.device, plan.weights) for plan in plans)
+    return replace(machine, mps_flops=of_mps, cpu_flops=of_cpu)

@@ -30,6 +30,7 @@ from peft_core.modeling.fused_ops import (
     RotationFunction,
 )
 from peft_core.modeling.load import FrozenLinear, matrix_of
+from peft_core.modeling.mps import can_fuse
 
 _log = structlog.get_logger(__name__)
 
@@ -52,7 +53,7 @@ def fuse(model: PeftModel) -> FusionStats:
     Not fused are modules with dropout, with weights that are neither float32 nor stored (`FrozenLinear`), with another
     activation or norm, or whose attention is not the one for packed documents. On MPS nothing is (see mps.py).
     """
-    if next(model.parameters()).device.type == "mps":
+    if not can_fuse(next(model.parameters()).device):
         return FusionStats(blocks=0, linears=0)
     inside: set[int] = set()
     blocks = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -143,3 +144,14 @@ def test_nothing_prints_to_standard_output() -> None:
         for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
                 assert any(keyword.arg == "file" for keyword in node.keywords), f"{label(path)}:{node.lineno}"
+
+
+def test_what_is_special_about_mps_is_in_one_file() -> None:
+    """The name stays elsewhere where devices are named: `device.choose`, tables by device, and plans without torch."""
+    for path in MODULES:
+        if label(path) == "peft_core/modeling/mps.py" or path.is_relative_to(ROOT / "peft_core" / "planning"):
+            continue
+        text = path.read_text()
+        assert "torch.mps" not in text, label(path)
+        assert "backends.mps" not in text, label(path)
+        assert not re.search(r'[!=]= "mps"', text) or label(path) == "peft_core/modeling/device.py", label(path)

@@ -23,6 +23,7 @@ from peft_core.evaluation.completion_points import (
 from peft_core.evaluation.summary import ExampleScore, mean_loss, require_finite
 from peft_core.modeling.batches import Document, join, pack, tokenise_segments
 from peft_core.modeling.memory import trim_if_above
+from peft_core.modeling.mps import sum_dtype
 from peft_core.modeling.objective import Objective
 from peft_core.schemas.dataset import Example
 from peft_core.system.cancellation import StopFlag
@@ -67,7 +68,7 @@ def score_examples(
     """
     was_training = objective.model.training
     objective.model.eval()
-    sums_D2 = torch.zeros(len(examples), 2, dtype=torch.float64 if accelerator.device.type != "mps" else torch.float32)
+    sums_D2 = torch.zeros(len(examples), 2, dtype=sum_dtype(accelerator.device))
     ends_line_V = _tokens_that_end_a_line(tokenizer)
     order = sorted(range(len(examples)), key=lambda index: (-len(examples[index].document), index))
     share = order[accelerator.process_index :: accelerator.num_processes]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peft_core.errors import InvalidArgument
-from peft_core.modeling import device as device_module
+from peft_core.modeling import mps
 from peft_core.modeling.device import Machine, choose, describe, rng_state, set_rng_state, timed
 from peft_core.modeling.mps import flops
 
@@ -102,7 +102,7 @@ def test_mps_and_cpu_are_timed_in_their_own_formats(monkeypatch: pytest.MonkeyPa
         asked.append((device, dtype))
         return {"mps": 2.4e12, "cpu": 1.1e12}[device]
 
-    monkeypatch.setattr(device_module, "flops", pretend)
+    monkeypatch.setattr(mps, "flops", pretend)
     machine = timed("auto", MAC)
     assert asked == [("mps", torch.bfloat16), ("cpu", torch.float32)]
     assert (machine.mps_flops, machine.cpu_flops) == (2.4e12, 1.1e12)
@@ -117,7 +117,7 @@ def test_mps_and_cpu_are_timed_in_their_own_formats(monkeypatch: pytest.MonkeyPa
 def test_nothing_is_timed_without_a_choice_between_mps_and_cpu(
     requested: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device_module, "flops", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(mps, "flops", lambda *_: pytest.fail("timed"))
     assert timed(requested, machine) is machine
 
 
