@@ -21,7 +21,7 @@ from peers import Figures, PeerTask
 
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument
-from peft_core.jobs.runner import WORKER
+from peft_core.jobs.running_job import WORKER
 from peft_core.paths import DataPaths
 from peft_core.planning.planner import plan
 from peft_core.schemas.base_model import Base, ModelShape

@@ -133,6 +133,13 @@ class Settings(BaseSettings):
     launcher: Annotated[
         str | None, Field(description="Command that starts each training, to use several GPUs: 'accelerate launch …'.")
     ] = None
+    cluster: Annotated[
+        str | None,
+        Field(
+            description="Address of a Ray cluster for trainings with run_on = 'cluster': 'ray://HOST:10001', or 'auto' on a "
+            "machine of the cluster."
+        ),
+    ] = None
     allowed_roots: Annotated[
         tuple[Path, ...] | None,
         NoDecode,

@@ -17,6 +17,7 @@ from peft_core.adapters.manifest import (
 )
 from peft_core.jobs.state import Job
 from peft_core.schemas.base_model import Base, Fingerprint, ModelShape
+from peft_core.schemas.cluster import ClusterPlan
 from peft_core.schemas.dataset import DatasetSpec, DatasetSummary, SourceSummary
 from peft_core.schemas.evaluation import (
     AdapterComparison,
@@ -105,6 +106,12 @@ def make_request(**changes: Any) -> JobRequest:
             ),
             **changes,
         }
+    )
+
+
+def make_cluster_plan(**changes: Any) -> ClusterPlan:
+    return ClusterPlan(
+        **{"address": "ray://head:10001", "gpus": 1, "cpus": 2, "memory_bytes": 4_000_000_000, **changes}
     )
 
 

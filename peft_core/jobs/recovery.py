@@ -15,8 +15,22 @@ from peft_core.schemas.results import ErrorInfo, Metrics, Status
 from peft_core.system.child_process import describe_exit, log_tail
 
 
+def without_process(store: Store) -> list[Job]:
+    """Return the jobs that a runner must start a process for, while none is alive.
+
+    These are the queued ones, and those in progress on a cluster, which do not end with a runner.
+    """
+    return [
+        job
+        for job in store.in_state(Status.QUEUED, Status.IN_PROGRESS)
+        if job.on_cluster or job.status is Status.QUEUED
+    ]
+
+
 def recover(store: Store, registry: Registry) -> None:
-    """Record the end of every job that is still marked as in progress. The caller must hold the queue's lock.
+    """Record the end of the jobs that are marked as in progress although nothing works on them.
+
+    The caller must hold the queue's lock. A job on a cluster continues, also to be cancelled: the next runner follows it.
 
     Raises:
         StorageError: The data directory cannot be written. The next call tries again.
@@ -25,6 +39,8 @@ def recover(store: Store, registry: Registry) -> None:
         event: Event
         if completed := completed_by(job, registry):
             event = completed
+        elif job.on_cluster:
+            continue
         elif store.cancel_requested(job.job_id):
             event = JobCancelled()
         else:

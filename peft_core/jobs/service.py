@@ -267,9 +267,10 @@ class JobService:
         return self._start(job_id)
 
     def running_job(self) -> TrainingStatus | None:
-        """Record dead jobs, then return the job that a runner is working on, or None."""
+        """Record dead jobs, then return the job that a runner is working on here, on no cluster, or None."""
         self.ensure_runner()
-        running = self._store.in_state(Status.IN_PROGRESS) if self._store.exists else []
+        jobs = self._store.in_state(Status.IN_PROGRESS) if self._store.exists else []
+        running = [job for job in jobs if not job.on_cluster]
         return self._to_status(running[0]) if running else None
 
     def make_way(self) -> TrainingStatus | None:

@@ -69,6 +69,10 @@ class Job(FrozenModel):
     def is_training(self) -> bool:
         return self.request.evaluated is None
 
+    @property
+    def on_cluster(self) -> bool:
+        return self.request.cluster is not None
+
 
 def in_turn(queued: Iterable[Job]) -> list[Job]:
     """Return queued jobs, which are in the order of the queue, as they are to run: those that a user asked for go first."""

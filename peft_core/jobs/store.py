@@ -273,8 +273,13 @@ class Store:
         return [EndedJob(job_id, project_id, bool(has_events)) for job_id, project_id, has_events in rows]
 
     def queue_position(self, job_id: str) -> int | None:
-        """Return 1 for the job that is next, counting a running job as ahead; None if the job is not queued."""
+        """Return 1 for the job that is next, counting running jobs as ahead; None if the job is not queued.
+
+        Jobs on this machine and jobs on the cluster do not wait for each other.
+        """
         jobs = self.in_state(*UNFINISHED)
+        of_cluster = any(job.on_cluster for job in jobs if job.job_id == job_id)
+        jobs = [job for job in jobs if job.on_cluster == of_cluster]
         waiting = [job.job_id for job in in_turn(job for job in jobs if job.status is Status.QUEUED)]
         return len(jobs) - len(waiting) + waiting.index(job_id) + 1 if job_id in waiting else None
 

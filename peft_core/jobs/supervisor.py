@@ -10,11 +10,10 @@ from contextlib import suppress
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
 from peft_core.errors import StorageError
-from peft_core.jobs.recovery import exit_error, recover
+from peft_core.jobs.recovery import exit_error, recover, without_process
 from peft_core.jobs.state import IllegalTransition, Job
 from peft_core.jobs.store import Store
 from peft_core.schemas.events import JobFailed
-from peft_core.schemas.results import Status
 from peft_core.system.child_process import open_log, python_module
 from peft_core.system.lock import FileLock
 
@@ -50,7 +49,7 @@ class RunnerSupervisor:
             lock.acquire()
 
     def ensure_runner(self) -> None:
-        """Recover jobs whose processes died, and start a runner if jobs are queued and none is alive.
+        """Recover jobs whose processes died, and start a runner if jobs need one and none is alive.
 
         Raises:
             StorageError: The data directory cannot be used, or no runner can be started (`NO_RUNNER`).
@@ -61,8 +60,8 @@ class RunnerSupervisor:
                 return  # a runner works, and looks at the queue again after releasing the lock
             with lock:
                 recover(self._store, self._registry)
-            queued = self._store.in_state(Status.QUEUED)
-            waiting = {(job.job_id, job.updated_at) for job in queued}
+            jobs = without_process(self._store)
+            waiting = {(job.job_id, job.updated_at) for job in jobs}
             if not waiting:
                 return
             if self._runner is not None:
@@ -70,7 +69,7 @@ class RunnerSupervisor:
                 if code is None and waiting <= self._queued_at_start:
                     return  # it is starting, and will find these jobs
                 if code is not None and self._is_hopeless(code, started_nothing=waiting >= self._queued_at_start):
-                    self._fail(queued[0], code)
+                    self._fail(jobs[0], code)
                     return
             # kill-point: server: a runner is about to be started
             self._runner = self._spawn_runner()

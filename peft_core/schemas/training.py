@@ -20,7 +20,7 @@ ProjectId = Annotated[
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*$",
         min_length=1,
         max_length=MAX_PROJECT_ID,
-        description="Your name for the project: letters, digits, '.', '-', '_' (at most 64). The same id groups its adapters.",
+        description="Your name for the project: letters, digits, '.', '-', '_'. It groups its adapters.",
     ),
 ]
 
@@ -92,8 +92,7 @@ class DataSelection(FrozenModel):
         ONE_TEXT_IS_A_LIST,
         Field(
             max_length=50,
-            description="Patterns, as in .gitignore, of the files to read. Omit: all code. One that names vendored or "
-            "generated files takes them in.",
+            description="Patterns, as in .gitignore, of the files to read, vendored ones too. Omit: all code.",
         ),
     ] = []  # noqa: RUF012 -- pydantic copies defaults
     exclude: Annotated[
@@ -107,9 +106,9 @@ class DataSelection(FrozenModel):
             description="More repositories or .jsonl files.",
         ),
     ] = []  # noqa: RUF012 -- pydantic copies defaults
-    skip_unusable_records: Annotated[bool, Field(description="Skip unusable records instead of refusing the file.")] = (
-        False
-    )
+    skip_unusable_records: Annotated[
+        bool, Field(json_schema_extra=ADVANCED, description="Skip unusable records instead of refusing the file.")
+    ] = False
 
     @model_validator(mode="after")
     def _patterns_are_understood(self) -> DataSelection:
@@ -274,7 +273,9 @@ class TrainingConfig(DataSelection):
     mixture: Annotated[TaskMixture, Field(description="Which code units are reformatted. Omit for plain text.")] = (
         TaskMixture()
     )
-    allow_little_data: Annotated[bool, Field(description="Train even with fewer than 50 units.")] = False
+    allow_little_data: Annotated[
+        bool, Field(json_schema_extra=ADVANCED, description="Train even with fewer than 50 units.")
+    ] = False
     seed: Annotated[
         int,
         Field(json_schema_extra=ADVANCED, ge=0, le=2**32 - 1, description="Same seed, machine and data: same result."),
@@ -283,6 +284,10 @@ class TrainingConfig(DataSelection):
         DeviceName,
         Field(json_schema_extra=ADVANCED, description="'auto' uses MPS (Apple silicon), else CUDA, else the CPU."),
     ] = "auto"
+    run_on: Annotated[
+        Literal["here", "cluster"],
+        Field(description="'cluster': on the user's Ray cluster, to which the data are sent."),
+    ] = "here"
     precision: Annotated[
         Precision,
         Field(

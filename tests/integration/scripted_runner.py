@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from peft_core.config import Settings
-from peft_core.jobs import free_machine, runner
+from peft_core.jobs import cluster_job, free_machine, runner, running_job
 from peft_core.system.files import atomic_write
 from peft_core.system.machine_use import MachineUse
 
@@ -30,8 +30,9 @@ def measure(data_dir: Path) -> MachineUse:
 
 if __name__ == "__main__":
     root = Path(sys.argv[1])
-    runner.WORKER = ["-m", "tests.integration.scripted_worker"]
-    runner.GRACE_S = 0.5
-    runner.POLL_INTERVAL_S = runner.MEASURE_INTERVAL_S = 0.05
+    running_job.WORKER = ["-m", "tests.integration.scripted_worker"]
+    cluster_job.BRIDGE = ["-m", "tests.integration.scripted_bridge"]
+    running_job.GRACE_S = 0.5
+    runner.POLL_INTERVAL_S = running_job.POLL_INTERVAL_S = running_job.MEASURE_INTERVAL_S = 0.05
     free_machine.BUSY_S = 0.0
     runner.run(Settings(data_dir=root, refresh_quiet_s=0.0), lambda: measure(root))

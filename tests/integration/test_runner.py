@@ -17,7 +17,7 @@ from peft_core.config import Settings
 from peft_core.errors import StorageError
 from peft_core.jobs import supervisor
 from peft_core.jobs.recovery import recover
-from peft_core.jobs.runner import RUNNER
+from peft_core.jobs.running_job import RUNNER
 from peft_core.jobs.service import JobService
 from peft_core.jobs.state import Job
 from peft_core.jobs.store import Store

@@ -13,7 +13,7 @@ import psutil
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
 from peft_core.jobs.recovery import recover
-from peft_core.jobs.runner import NICENESS
+from peft_core.jobs.running_job import NICENESS
 from peft_core.jobs.store import Store
 from peft_core.paths import DataPaths
 from peft_core.schemas.events import JobAskedFor, JobPostponed, JobResumed, JobStarted

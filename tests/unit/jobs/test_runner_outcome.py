@@ -10,9 +10,9 @@ import pytest
 
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
-from peft_core.jobs.runner import Runner
+from peft_core.jobs.free_machine import FreeMachine, Limits
+from peft_core.jobs.running_job import RunnerState, RunningJob
 from peft_core.jobs.store import Store
-from peft_core.paths import JobPaths
 from peft_core.schemas.events import Event, JobCancelled, JobFailed, JobInterrupted, JobPostponed, JobStarted
 from peft_core.schemas.results import ErrorInfo
 from peft_core.schemas.training import EvaluatedAdapter, TrainingConfig
@@ -35,12 +35,18 @@ class Ended:
         self.job = make_job(request=make_request(**request))
         self.store.insert(self.job)
         self.store.append(self.job.job_id, JobStarted())
-        lock = FileLock(self.paths.runner_lock)
-        self.runner = Runner(self.store, Registry(self.paths), lock, settings, lambda: MachineUse(load=0.0))
+        self.runner = RunnerState(
+            self.store,
+            Registry(self.paths),
+            settings,
+            FileLock(self.paths.runner_lock),
+            FreeMachine(Limits()),
+            lambda: MachineUse(load=0.0),
+        )
+        self.running = RunningJob(self.job, self.runner)
 
-    def outcome(self, last_event: Event | None, code: int) -> Event:
-        job_paths: JobPaths = self.paths.job(self.job.job_id)
-        return self.runner._outcome(self.store.get(self.job.job_id), job_paths, last_event, code)
+    def outcome(self, last_event: Event | None, code: int) -> Event | None:
+        return self.running._outcome(last_event, code)
 
 
 @pytest.mark.parametrize(("last_event", "code"), list(product((None, FAILED), (0, 1, -9, CANCELLED_EXIT_CODE))))
@@ -59,7 +65,7 @@ def test_a_worker_that_was_asked_to_stop_is_interrupted_even_if_it_reports_an_er
 ) -> None:
     ended = Ended(tmp_path)
     if is_stopping:
-        ended.runner._stop()
+        ended.runner.is_stopping = True
     outcome = ended.outcome(last_event, code)
     assert isinstance(outcome, JobInterrupted)
     assert outcome.reason.startswith("The training was asked to stop")
@@ -71,9 +77,9 @@ def test_a_paused_job_returns_to_the_queue_however_its_worker_ended(
     tmp_path: Path, last_event: Event | None, code: int
 ) -> None:
     ended = Ended(tmp_path)
-    ended.runner._pause = "the machine runs on its battery"
+    ended.running._pause = "the machine runs on its battery"
     assert ended.outcome(last_event, code) == JobPostponed(reason="the machine runs on its battery")
-    ended.runner._stop()
+    ended.runner.is_stopping = True
     assert isinstance(ended.outcome(last_event, code), JobInterrupted)
 
 
@@ -110,7 +116,7 @@ def test_a_job_whose_time_is_over_is_interrupted_with_its_limit(
     tmp_path: Path, last_event: Event | None, code: int
 ) -> None:
     ended = Ended(tmp_path, config=TrainingConfig(max_minutes=30))
-    ended.runner._ends_at = 0.0
+    ended.running._ends_at = 0.0
     assert ended.outcome(last_event, code) == JobInterrupted(
         reason="The time limit was reached: config.max_minutes = 30."
     )

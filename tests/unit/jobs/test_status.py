@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from peft_core.jobs.recovery import completed_evaluation
-from peft_core.jobs.runner import RUNNER
+from peft_core.jobs.running_job import RUNNER
 from peft_core.jobs.state import Job, apply
 from peft_core.jobs.status import not_started, status_of
 from peft_core.manager import PEFTManager
