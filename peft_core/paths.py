@@ -14,7 +14,8 @@
   base_models/{key}/                    base models converted from GGUF
   base_models/{key}.f16.gguf            base models in F16 for llama.cpp
   jobs/{job_id}/                        task.json, records.jsonl, dataset/, base_scores.json, checkpoint/,
-                                        adapter/ (until published), report.html (of an evaluation), train.log
+                                        cluster.json (on a cluster), adapter/ (until published), report.html (of an evaluation),
+                                        train.log
   projects/{project_id}/project.json    what the project is trained on, and when to retrain it
   projects/{project_id}/.project.lock   held while project.json is changed
   projects/{project_id}/lora/
@@ -23,6 +24,7 @@
     .lock                               held while an adapter is published or deleted
   projects/{project_id}/exports/
     {adapter_id}/{target}/              an exported adapter
+  cluster/runs/, cluster/bases/         on a node of a cluster: runs that take place there, base models that were sent
   .NAME.in_use                          beside a converted base, an adapter or a job: held by processes that read it
   .freed.*                              renamed there to be deleted (storage/)
 """
@@ -73,6 +75,10 @@ class JobPaths:
     @property
     def log(self) -> Path:
         return self.root / "train.log"
+
+    @property
+    def cluster(self) -> Path:
+        return self.root / "cluster.json"
 
 
 def adapter_names(adapters: Sequence[Path]) -> list[str]:
@@ -132,6 +138,14 @@ class DataPaths:
     @property
     def base_models(self) -> Path:
         return self.root / "base_models"
+
+    @property
+    def cluster_runs(self) -> Path:
+        return self.root / "cluster" / "runs"
+
+    @property
+    def cluster_bases(self) -> Path:
+        return self.root / "cluster" / "bases"
 
     @property
     def projects(self) -> Path:

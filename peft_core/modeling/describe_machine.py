@@ -33,6 +33,7 @@ def answer(_: MachineRequest) -> MachineAnswer:
         libraries={module.__name__: module.__version__ for module in (transformers, peft, accelerate)},
         device=plan.device,
         device_name=torch.cuda.get_device_name() if plan.device == "cuda" else "",
+        device_memory_bytes=torch.cuda.get_device_properties(0).total_memory if plan.device == "cuda" else 0,
         arithmetic=plan.note,
     )
 

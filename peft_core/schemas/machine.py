@@ -14,4 +14,5 @@ class MachineAnswer(FrozenModel):
     libraries: dict[str, str]  # name -> version
     device: str  # that `auto` takes
     device_name: str = ""  # of a GPU
+    device_memory_bytes: int = 0  # of a GPU
     arithmetic: str  # number formats, in words

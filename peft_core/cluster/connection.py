@@ -1,0 +1,115 @@
+"""Connect this process to a Ray cluster, and say in one sentence each what prevents it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import warnings
+from urllib.parse import urlsplit
+
+import grpc
+import ray
+from ray.exceptions import ActorUnavailableError, AuthenticationError, GetTimeoutError, RayActorError, RaySystemError
+
+from peft_core.cluster.remote_run import NAMESPACE
+from peft_core.errors import ClusterError, sanitize
+from peft_core.system.packages import install_command
+
+_CLIENT_PORT = 10001
+_ANSWER_S = 5.0  # for which the address may take to accept a connection
+_VERSIONS = re.compile(r"Ray: (?P<ray>\S+)\s+Python: (?P<python>\S+)")
+_AUTH = ("unauthenticated", "authentication", "auth token", "invalid token")
+# What Ray raises when the connection or the head node is gone. Whether an actor still exists is asked afterwards.
+LOST = (ConnectionError, GetTimeoutError, grpc.RpcError, RaySystemError, ActorUnavailableError)
+GONE = RayActorError
+
+
+def connect(address: str) -> None:
+    """Connect this process. The token is read by Ray (RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token).
+
+    Raises:
+        ClusterError: `cluster_unreachable`, `cluster_token`, `cluster_ray_version`, `cluster_python_version`.
+    """
+    _require_answer(address)
+    os.environ.setdefault("RAY_CLIENT_RECONNECT_GRACE_PERIOD", "5")  # seconds; the bridge waits longer, and says so
+    os.environ.setdefault("RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL", "minor")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:  # Ray raises several types, and RuntimeError for most reasons
+        ray.shutdown()
+        raise _explain(error, address) from error
+
+
+def disconnect() -> None:
+    ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Ask for a connection, which Ray itself would try for half a minute."""
+    place = host_and_port(address)
+    if place is None:
+        return
+    try:
+        socket.create_connection(place, timeout=_ANSWER_S).close()
+    except OSError as error:
+        raise unreachable(address, error.strerror or str(error)) from error
+
+
+def host_and_port(address: str) -> tuple[str, int] | None:
+    """Return where a cluster listens, or None for "auto".
+
+    Raises:
+        ClusterError: `cluster_address`: the address is malformed.
+    """
+    if address == "auto":
+        return None
+    try:
+        parts = urlsplit(address if "://" in address else f"gcs://{address}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if host is None or parts.scheme not in ("ray", "gcs") or (parts.scheme == "gcs" and port is None):
+        raise ClusterError(
+            f"CODEBASE_GARDENER_CLUSTER = {sanitize(repr(address))} cannot be used: must be ray://HOST:10001, or on a machine "
+            "of the cluster HOST:6379 or auto.",
+            code="cluster_address",
+        )
+    return host, port or _CLIENT_PORT
+
+
+def unreachable(address: str, reason: str) -> ClusterError:
+    return ClusterError(
+        f"The cluster at {sanitize(address)} does not answer: {sanitize(reason, limit=200)}.",
+        code="cluster_unreachable",
+        suggestions=["Check CODEBASE_GARDENER_CLUSTER, and that its head node runs and this machine may connect to it"],
+    )
+
+
+def _explain(error: Exception, address: str) -> ClusterError:
+    text = " ".join(str(error).split())
+    if isinstance(error, AuthenticationError) or any(sign in text.lower() for sign in _AUTH):
+        return ClusterError(
+            f"The cluster at {sanitize(address)} refused the token, or none was given.",
+            code="cluster_token",
+            suggestions=[
+                "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token, for the server's process"
+            ],
+        )
+    if "Version mismatch" in text and len(found := list(_VERSIONS.finditer(text))) == 2:
+        theirs, ours = found
+        if theirs["ray"] != ours["ray"]:
+            return ClusterError(
+                f"The cluster runs Ray {theirs['ray']}, but Ray {ours['ray']} is installed here; both must be equal.",
+                code="cluster_ray_version",
+                suggestions=[f"Install it here: {install_command('ray[client]==' + theirs['ray'])}"],
+            )
+        return ClusterError(
+            f"The cluster runs Python {theirs['python']}, but this machine {ours['python']}; major and minor must be equal.",
+            code="cluster_python_version",
+            suggestions=["Install peft-mcp here with that version of Python"],
+        )
+    return unreachable(address, f"{type(error).__name__}: {text}" if text else type(error).__name__)
