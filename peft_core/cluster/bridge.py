@@ -27,8 +27,8 @@ is connected, so that a resumed job continues from it even if the cluster is gon
 | the parent dies, or nothing reads the events | as SIGHUP |
 
 So a cancellation, a time limit or a pause is SIGTERM; a runner that ends itself sends SIGHUP. A stop takes a micro-batch, a
-checkpoint and its transfer; a bridge that is killed meanwhile has requested the stop nevertheless. Ray reads the token from the environment
-(RAY_AUTH_MODE=token, RAY_AUTH_TOKEN_PATH), never from arguments.
+checkpoint and its transfer; a bridge that is killed meanwhile has requested the stop nevertheless. Ray reads the token from
+the environment (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN_PATH), never from arguments.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def _amount(gpus: float, cpus: float, memory_bytes: int) -> str:
 
 
 def _options(plan: ClusterPlan, nodes: Sequence[ClusterNode], job_id: str) -> dict[str, Any]:
-    """Return the options of the run as a Ray task. Ray repeats it after the loss of a node; the coordinator limits how often."""
+    """Return the options of the run as a Ray task, which Ray repeats after the loss of a node; the coordinator limits that."""
     options: dict[str, Any] = {
         "num_gpus": plan.gpus,
         "num_cpus": plan.cpus,
