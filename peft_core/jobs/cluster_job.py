@@ -7,7 +7,6 @@ leaves the job in progress for the next one. `cluster/bridge.py` has the contrac
 from __future__ import annotations
 
 import signal
-from collections import Counter
 
 import anyio
 from anyio.abc import Process
@@ -18,23 +17,18 @@ from peft_core.schemas.events import AdapterWritten, Event, JobFailed, JobInterr
 from peft_core.system.cancellation import CANCELLED_EXIT_CODE, DETACHED_EXIT_CODE
 
 BRIDGE = ["-m", "peft_core.cluster.bridge"]
-GRACE_S = 90.0  # between SIGTERM and SIGKILL: the remote run writes a checkpoint, which is fetched
+GRACE_S = 120.0  # between SIGTERM and SIGKILL: the remote run writes a checkpoint, which is fetched
 MAX_DEATHS = 3  # of bridges in succession that recorded nothing
-MAX_FOLLOWED_EVENTS = 100_000
 
 
 class ClusterJob(RunningJob):
-    """A job in progress that trains on a cluster.
-
-    `attached`: an earlier runner has started it.
-    """
+    """A job in progress that trains on a cluster."""
 
     process_name = "bridge to the cluster"
 
-    def __init__(self, job: Job, runner: RunnerState, *, attached: bool) -> None:
+    def __init__(self, job: Job, runner: RunnerState) -> None:
         super().__init__(job, runner)
         self._ends_at = float("inf")  # the remote run keeps the time limit: it counts while this machine is off
-        self._attached = attached
         self._news = 0  # events that this bridge has recorded
         self._can_be_signalled = anyio.Event()
 
@@ -50,7 +44,6 @@ class ClusterJob(RunningJob):
             if deaths >= MAX_DEATHS:
                 return last_event, code
             self._log.warning("the bridge died and is started again", code=code)
-            self._attached = True
 
     def _module(self) -> list[str]:
         return BRIDGE
@@ -61,24 +54,21 @@ class ClusterJob(RunningJob):
     def _started(self, process: Process) -> None:
         """Leave the bridge its priority: it computes nothing."""
 
-    def _recorded(self) -> Counter[str]:
-        events = self._store.newest_events(self.job.job_id, MAX_FOLLOWED_EVENTS)
-        return Counter(event.model_dump_json() for event in events)
+    def _is_repeated(self, event: Event, recorded: list[str]) -> bool:
+        """Return whether this event of the remote run is recorded. A bridge that attaches to it repeats the newest ones.
 
-    def _is_repeated(self, event: Event, recorded: Counter[str]) -> bool:
-        """Return whether this event of the remote run is recorded. Each bridge emits all events from the first.
-
-        An event that happens twice is recorded twice, so each record is matched once. A job that was resumed passes through
-        its phases again.
+        They come in the order in which they were recorded, so that a new event is not taken for an equal one before them.
         """
         self._can_be_signalled.set()
-        is_phase_of_resumed = isinstance(event, PhaseStarted) and not self._attached
-        text = event.model_dump_json()
-        if not is_phase_of_resumed and recorded[text] > 0:
-            recorded[text] -= 1
-            return True
-        self._news += 1
-        return False
+        if isinstance(event, PhaseStarted):
+            return False
+        try:
+            position = recorded.index(event.model_dump_json())
+        except ValueError:
+            self._news += 1
+            return False
+        del recorded[: position + 1]
+        return True
 
     def _why_pause(self) -> str:
         return ""  # this machine may be in use

@@ -84,7 +84,7 @@ class Runner:
             signal.signal(number, lambda _number, _frame: self._stop())
         async with anyio.create_task_group() as group:
             for job in self._store.in_state(Status.IN_PROGRESS):
-                self._start(ClusterJob(job, self._state, attached=True), group)
+                self._start(ClusterJob(job, self._state), group)
             # kill-point: runner: the queue is about to be read
             while not self._state.is_stopping:
                 queued = in_turn(self._store.in_state(Status.QUEUED))
@@ -114,7 +114,7 @@ class Runner:
                 continue  # it was cancelled in between
             # kill-point: runner: the job is marked as started, nothing is done
             if started.on_cluster:
-                self._start(ClusterJob(started, self._state, attached=False), group)
+                self._start(ClusterJob(started, self._state), group)
             else:
                 self._start(RunningJob(started, self._state), group)
 

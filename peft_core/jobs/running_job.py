@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -189,7 +188,8 @@ class RunningJob:
         Raises:
             TrainingError: A line is too long.
         """
-        recorded = self._recorded()
+        events = self._store.newest_events(self.job.job_id, MAX_REPLAYED_EVENTS)
+        recorded = [event.model_dump_json() for event in reversed(events)]
         stream = BufferedByteReceiveStream(stdout)
         last_event: Event | None = None
         while True:
@@ -214,15 +214,10 @@ class RunningJob:
             except (ValueError, IllegalTransition) as error:
                 self._log.warning("unusable event", line=line[:200], error=str(error))
 
-    def _recorded(self) -> Counter[str]:
-        """Return the events that are recorded already and that the process may emit again, as JSON."""
-        events = self._store.newest_events(self.job.job_id, MAX_REPLAYED_EVENTS)
-        return Counter(event.model_dump_json() for event in events)
+    def _is_repeated(self, event: Event, recorded: list[str]) -> bool:
+        """Return whether the process emits an event again. A resumed run repeats what it emitted since its last checkpoint.
 
-    def _is_repeated(self, event: Event, recorded: Counter[str]) -> bool:
-        """Return whether this is a recorded event that the process emits again.
-
-        A resumed run first repeats what it emitted since its last checkpoint.
+        Phases are passed through again. `recorded`: the events that may be repeated, as JSON, the oldest first.
         """
         if isinstance(event, RunPlanned):
             recorded.clear()
