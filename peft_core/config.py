@@ -140,6 +140,9 @@ class Settings(BaseSettings):
             "machine of the cluster."
         ),
     ] = None
+    cluster_gpus: Annotated[
+        int, Field(ge=1, le=64, description="GPUs of one node that a training on the cluster uses, if it has GPUs.")
+    ] = 1
     allowed_roots: Annotated[
         tuple[Path, ...] | None,
         NoDecode,

@@ -47,7 +47,7 @@ MAX_NAMED_BASES = 20
 MAX_NAMED_ADAPTERS = 10
 # What a status repeats of the request, and what does not change while the job runs.
 REQUESTED = frozenset({"created_at", "updated_at", "training_data", "left_out_by_extension", "estimate"})
-CHOSEN = frozenset({"dataset", "base_model", "device", "log_path", "evaluation", "comparison", "metrics"})
+CHOSEN = frozenset({"dataset", "base_model", "device", "cluster", "log_path", "evaluation", "comparison", "metrics"})
 MAX_REASONS = 3
 MATCH_WORDS = {
     BaseMatch.EXACT: "this is the base model it was trained on",

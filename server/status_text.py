@@ -123,6 +123,8 @@ def _training_line(status: TrainingStatus) -> str:
         parts.append(f"{format_duration(status.eta_s)} left")
     if status.detail:
         parts.append(status.detail)
+    if status.node:
+        parts.append(f"on {status.node}")
     return ", ".join(parts)
 
 
@@ -130,7 +132,10 @@ def estimate_text(estimate: Estimate) -> str:
     time = f"about {rough_duration(estimate.seconds)}" if estimate.seconds else "unknown time"
     steps = f"{estimate.steps} steps, " if estimate.steps else ""
     chosen = f" {estimate.chosen}" if estimate.chosen else ""
-    return f"Estimate: {steps}{time}, {estimate.memory_bytes / 1e9:.1f} GB of memory ({estimate.basis}).{chosen}"
+    cluster = f" {estimate.cluster}" if estimate.cluster else ""
+    return (
+        f"Estimate: {steps}{time}, {estimate.memory_bytes / 1e9:.1f} GB of memory ({estimate.basis}).{chosen}{cluster}"
+    )
 
 
 def counted(count: int, noun: str) -> str:

@@ -196,7 +196,7 @@ class Attachment:
                 self._stop_requested = True
             answer = self._ask(position)
             for line in answer["lines"]:
-                self._pass_on(line)
+                self._pass_on(line, sanitize(answer["node"]))
             position += len(answer["lines"])
             if answer["lines"]:
                 self._record = self._record.model_copy(update={"position": position})
@@ -233,7 +233,7 @@ class Attachment:
             "starts it again there, from the last checkpoint that was fetched."
         )
 
-    def _pass_on(self, line: bytes) -> None:
+    def _pass_on(self, line: bytes, node: str) -> None:
         try:
             event = EVENT.validate_json(line)
         except ValidationError as error:
@@ -246,7 +246,7 @@ class Attachment:
         else:
             if isinstance(event, PhaseStarted):
                 self._phase, self._detail = event.phase, event.detail
-            self._emit(event)
+            self._emit(event.model_copy(update={"node": node}) if isinstance(event, RunPlanned) else event)
 
     def _report_waiting(self, answer: dict[str, Any]) -> None:
         """Say that the run has no node, once that has taken a moment."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 import secrets
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
@@ -66,14 +68,15 @@ class JobService:
             options: Limits on how many units or records are trained on.
 
         Raises:
-            InvalidArgument, AdapterNotFound, DataError, BaseCheckpointError, StorageError: the job cannot be run, and why.
+            InvalidArgument, AdapterNotFound, DataError, BaseCheckpointError, ClusterError, StorageError: it cannot be run.
         """
         from peft_core.planning.continuation import Adapters  # noqa: PLC0415
         from peft_core.planning.planner import plan  # noqa: PLC0415
 
         # kill-point: server: asked to train
         adapters = Adapters(self._registry, project_id, self.base_of)
-        draft = plan(training_data, config, self._settings, self._measured_speed, adapters)
+        speed = self._speed_on(config.run_on)
+        draft = plan(training_data, config, self._settings, speed, adapters)
         if options is None:
             return draft
         from peft_core.planning.defaults import count_units, too_little  # noqa: PLC0415
@@ -85,7 +88,7 @@ class JobService:
         if maximum is None or draft.estimate.steps * batch_size <= maximum:
             return draft
         steps = {"max_steps": max(1, maximum // batch_size), "num_epochs": None}
-        draft = plan(training_data, config.model_copy(update=steps), self._settings, self._measured_speed, adapters)
+        draft = plan(training_data, config.model_copy(update=steps), self._settings, speed, adapters)
         chosen = (
             f"{steps['max_steps']} steps, by config.max_training_chunks = {maximum}. {draft.estimate.chosen}".rstrip()
         )
@@ -141,7 +144,8 @@ class JobService:
         from peft_core.planning.inspection import inspect_training_data  # noqa: PLC0415
 
         adapters = Adapters(self._registry, None, self.base_of)
-        return inspect_training_data(training_data, config, self._settings, self._measured_speed, adapters)
+        speed = self._speed_on(config.run_on)
+        return inspect_training_data(training_data, config, self._settings, speed, adapters)
 
     def list_base_models(self) -> LocalBases:
         """List the base models on this machine, with what training each would take. Only headers are read."""
@@ -451,12 +455,17 @@ class JobService:
             cancel_requested=job.status is Status.IN_PROGRESS and self._store.cancel_requested(job.job_id),
         )
 
-    def _measured_speed(self, base: Base, device: str) -> float | None:
+    def _speed_on(self, place: Literal["here", "cluster"]) -> Callable[[Base, str], float | None]:
+        return partial(self._measured_speed, on_cluster=place == "cluster")
+
+    def _measured_speed(self, base: Base, device: str, *, on_cluster: bool = False) -> float | None:
         """Return the tokens per second of the newest completed run of the same base model on the same device."""
         if not self._store.exists:
             return None
         for job in self._store.last_completed(SPEED_HISTORY):
-            same_setup = job.device == device and job.request.base.fingerprint.same_weights(base.fingerprint)
-            if same_setup and job.metrics and job.metrics.tokens_per_second:
+            same_weights = job.request.base.fingerprint.same_weights(base.fingerprint)
+            if not same_weights or job.device != device or job.on_cluster != on_cluster:
+                continue
+            if job.metrics and job.metrics.tokens_per_second:
                 return job.metrics.tokens_per_second
         return None

@@ -47,6 +47,7 @@ class Job(FrozenModel):
     phase_done: float = 0.0  # share of the phase
     note: str = ""  # shown after the job has ended, too
     device: str | None = None
+    node: str = ""  # of a cluster, that trains
     step: int = 0
     total_steps: int | None = None
     loss: float | None = None
@@ -150,8 +151,8 @@ def _progress(job: Job, event: Event) -> dict[str, object] | None:  # noqa: PLR0
             return {"phase": phase, "detail": detail, "phase_done": done}
         case DatasetPrepared(dataset=dataset):
             return {"dataset": dataset}
-        case RunPlanned(device=device, total_steps=total, start_step=start):
-            return {"device": device, "total_steps": total, "step": start}
+        case RunPlanned(device=device, total_steps=total, start_step=start, node=node):
+            return {"device": device, "total_steps": total, "step": start, "node": node}
         case StepCompleted(step=step) if job.step < step <= (job.total_steps or 0):
             return {
                 "step": step,

@@ -15,6 +15,7 @@ from peft_core.system.durations import rough_duration
 from peft_core.system.packages import install_extra
 
 _TIME_FROM_FIRST_STEP = 0.8  # of the estimated time: what remains at least before the first step
+IN_BACKGROUND = "runs in the background, without this connection too"
 # Codes of failures that may not happen again in an unchanged run.
 RETRYABLE = ("killed", "died_silently", "runner_failed", "disk_full", "data_directory_unwritable", "adapters_busy")
 
@@ -65,6 +66,8 @@ def status_of(
         only_while_free=job.only_while_free or None,
         started_because=job.started_because,
         device=job.device or request.device,
+        cluster=request.cluster.address if request.cluster else None,
+        node=job.node,
         base_model=request.base.name,
         adapter_path=adapter,
         error=job.error,
@@ -180,11 +183,11 @@ def _waiting(job: Job) -> NextStep:
 
 def _running(job: Job, eta_s: float | None) -> NextStep:
     when = f"Ask again in about {rough_duration(eta_s)}" if eta_s is not None and eta_s > 90 else "Ask again soon"
+    where = "runs on the cluster, while this machine is off, too" if job.on_cluster else IN_BACKGROUND
     return NextStep(
         tool="get_training_status",
         arguments={"project_id": job.project_id, "job_id": job.job_id},
-        reason=f"The {job.request.noun} runs in the background, without this connection too. {when}; "
-        "cancel_training stops it.",
+        reason=f"The {job.request.noun} {where}. {when}; cancel_training stops it.",
     )
 
 

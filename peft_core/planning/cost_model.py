@@ -90,12 +90,18 @@ class CostedPlan(NamedTuple):
         return self._replace(reason=reason)
 
 
-def training_speed(base: Base, device: str, measured: float | None, *, uses_bf16_blocks: bool = False) -> Speed:
-    """Return the expected speed. `measured`: tokens per second of an earlier run on this base model and device."""
+def training_speed(
+    base: Base, device: str, measured: float | None, *, uses_bf16_blocks: bool = False, cores: int | None = None
+) -> Speed:
+    """Return the expected speed.
+
+    `measured`: tokens per second of an earlier run on this base model and device. `cores`: physical ones; None: those of this
+    machine.
+    """
     if measured:
         return Speed(measured, "speed of your last run on this base and device")
     if device == "cpu":
-        cores = usable_cores()
+        cores = cores or usable_cores()
         flops = cores * CPU_FLOPS_PER_CORE["bfloat16" if uses_bf16_blocks else "float32"]
         basis = f"rule of thumb for {cores} CPU cores; the status shows the measured speed"
         return Speed(flops / flops_per_token(base.shape), basis)

@@ -27,12 +27,13 @@ from peft_core.planning.cost_model import (
 )
 from peft_core.planning.defaults import choose_defaults
 from peft_core.planning.planner import choose_plan
+from peft_core.planning.target import this_machine
 from peft_core.schemas.base_model import BUNDLED, Base
 from peft_core.schemas.dataset import SourceKind, SourceSummary
 from peft_core.schemas.local_bases import BaseSource, LocalBase, LocalBases
 from peft_core.schemas.results import Estimate, NextStep
 from peft_core.schemas.training import TrainingConfig
-from peft_core.system.machine import cpu_multiplies_bfloat16, expected_device, total_memory_bytes
+from peft_core.system.machine import expected_device, total_memory_bytes
 
 MAX_LISTED = 100
 MAX_SECONDS = (
@@ -195,17 +196,17 @@ def _estimate(
     config = TrainingConfig(num_epochs=1.0)
     config = config.model_copy(update={"max_length": min(config.max_length, base.shape.context_length)})
     config, _ = choose_defaults(config, base.shape, _SOURCE, None)
-    measured = measured_speed(base, device)
+    measured, machine = measured_speed(base, device), this_machine(device)
     costed = [
         CostedPlan(
             plan,
             memory_bytes(config, base, device, plan),
             training_speed(base, device, measured, uses_bf16_blocks=uses_bf16_blocks(config, base, plan)),
         )
-        for plan in compute_plans(config, base, device, cpu_bfloat16=cpu_multiplies_bfloat16())
+        for plan in compute_plans(config, base, device, cpu_bfloat16=machine.cpu_bfloat16)
     ]
     try:
-        chosen = choose_plan(costed, config, base, device, settings)
+        chosen = choose_plan(costed, config, base, machine, settings)
     except InvalidArgument as error:
         return None, _without_path(error.message)
     total = total_memory_bytes()

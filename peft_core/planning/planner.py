@@ -6,7 +6,6 @@ Everything that can be rejected without loading a model is rejected here, before
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -37,12 +36,23 @@ from peft_core.planning.cost_model import (
 )
 from peft_core.planning.defaults import RANKS, choose_catch_up, choose_defaults
 from peft_core.planning.record_check import LIMITS, check_records
+from peft_core.planning.target import (
+    DATASET_BYTES_PER_TOKEN,
+    AskCluster,
+    Target,
+    ask_cluster,
+    describe,
+    on_cluster,
+    require_device,
+    reserve,
+    this_machine,
+)
 from peft_core.schemas.base_model import BUNDLED, Base
+from peft_core.schemas.cluster import ClusterAnswer
 from peft_core.schemas.dataset import DatasetPurpose, SourceKind, SourceSummary, TrainingData
 from peft_core.schemas.task import ComputePlan, JobRequest
 from peft_core.schemas.training import TrainingConfig
 from peft_core.system.allowed_paths import require_data_path
-from peft_core.system.machine import available_memory_bytes, cpu_multiplies_bfloat16, expected_device, why_no_cuda
 from peft_core.system.user_paths import user_path
 
 RESERVED_DISK_BYTES = 200_000_000  # left free for other programs
@@ -56,16 +66,18 @@ def plan(
     settings: Settings,
     measured_speed: Callable[[Base, str], float | None],
     adapters: Adapters | None = None,
+    *,
+    ask: AskCluster = ask_cluster,
 ) -> JobRequest:
     """Return the resolved request.
 
     `measured_speed(base, device)` returns the tokens per second of an earlier run, or None if there was none. `adapters`: those
-    that the training may continue from; without them it starts from scratch.
+    that the training may continue from; without them it starts from scratch. `ask`: what the user's cluster has.
 
     Raises:
-        InvalidArgument, AdapterNotFound, DataError, BaseCheckpointError, StorageError: the job cannot be run, and why.
+        InvalidArgument, AdapterNotFound, DataError, BaseCheckpointError, ClusterError, StorageError: the job cannot be run.
     """
-    device = _device(config)
+    device_here = require_device(config, settings)
     require_places(DatasetPurpose.TRAINING.field, training_data, config.more_sources, settings)
     base = resolve_base(config, settings, adapters)
     config = _within_context(config, base)
@@ -75,13 +87,17 @@ def plan(
     config = _with_settings(continuation.config, settings)
     _check_base(config, base)
 
-    measured = measured_speed(base, device)
-    plans = compute_plans(config, base, device, cpu_bfloat16=cpu_multiplies_bfloat16())
+    answer = None if settings.cluster is None or device_here is not None else ask(settings.cluster, base)
+    target = this_machine(device_here or "cpu") if answer is None else on_cluster(config, answer)
+    measured = measured_speed(base, target.device)
+    plans = compute_plans(config, base, target.device, cpu_bfloat16=target.cpu_bfloat16)
     speeds = [
-        training_speed(base, device, measured, uses_bf16_blocks=uses_bf16_blocks(config, base, compute))
+        training_speed(
+            base, target.device, measured, uses_bf16_blocks=uses_bf16_blocks(config, base, compute), cores=target.cores
+        )
         for compute in plans
     ]
-    longer = _longest_affordable(config, base, device, plans, settings)
+    longer = _longest_affordable(config, base, target, plans, settings)
     source, config = with_base(source, training_data, config, base, longer)
     given = config
     speed, most_steps = speeds[0].tokens_per_second, settings.max_training_steps
@@ -93,10 +109,10 @@ def plan(
     chosen = " ".join(filter(None, [_why_longer(config, source), continuation.reason, "" if catch_up else chosen]))
     require_loadable(base)  # last of the checks, because it may take seconds
 
-    sizes = [memory_bytes(config, base, device, compute) for compute in plans]
-    compute = choose_plan(list(map(CostedPlan, plans, sizes, speeds)), config, base, device, settings)
+    sizes = [memory_bytes(config, base, target.device, compute) for compute in plans]
+    compute = choose_plan(list(map(CostedPlan, plans, sizes, speeds)), config, base, target, settings)
     _check_disk(config, base, source, settings.data_dir)
-    return JobRequest(
+    request = JobRequest(
         source=source.path or Path(),
         source_kind=source.kind,
         source_name=source.name,
@@ -104,12 +120,26 @@ def plan(
         config=config,
         base=base,
         found=source,
-        device=device,
+        device=target.device,
         estimate=estimate(config, trained_on, compute, chosen),
         execution=compute.plan,
         continued=continuation.parent,
         catch_up=catch_up,
     )
+    return request if answer is None else _for_cluster(request, target, answer, settings)
+
+
+def _for_cluster(request: JobRequest, target: Target, answer: ClusterAnswer, settings: Settings) -> JobRequest:
+    """Return the request with what it reserves on the cluster, and what is sent there.
+
+    Raises:
+        ClusterError: No node has as much as it needs.
+    """
+    base, nodes, estimate = request.base, answer.nodes, request.estimate
+    plan = reserve(answer.address, target, base, estimate.memory_bytes, nodes, gpus=settings.cluster_gpus)
+    words, sent_bytes = describe(plan, target, base, request.found, nodes)
+    estimate = estimate.model_copy(update={"cluster": words, "sent_bytes": sent_bytes})
+    return request.model_copy(update={"cluster": plan, "estimate": estimate})
 
 
 def summarise(data: TrainingData, config: TrainingConfig, purpose: DatasetPurpose) -> SourceSummary:
@@ -159,6 +189,13 @@ def require_sources(request: JobRequest, settings: Settings) -> None:
     for source in request.more_sources:
         require_place("config.more_sources", str(source.path), settings)
     resolve(request.base.ref if request.base.ref == BUNDLED else str(request.base.path), settings)
+    if request.cluster is not None and request.cluster.address != settings.cluster:
+        raise InvalidArgument(
+            "CODEBASE_GARDENER_CLUSTER",
+            settings.cluster,
+            f"it must be {request.cluster.address!r}, the cluster that this training was planned for",
+            suggestions=["Set it again and restart the server, or call train_adapter"],
+        )
 
 
 def write_source(request: JobRequest, training_data: TrainingData, records: Path) -> JobRequest:
@@ -188,17 +225,6 @@ def write_source(request: JobRequest, training_data: TrainingData, records: Path
 
 
 # --- Checks ----------------------------------------------------------------------------------------------------------------
-
-
-def _device(config: TrainingConfig) -> str:
-    obstacles = {
-        "mps": None if sys.platform == "darwin" else "MPS is available on Apple silicon only",
-        "cuda": why_no_cuda(),
-    }
-    if (obstacle := obstacles.get(config.device)) is not None:
-        allowed = ["auto", *(device for device, reason in obstacles.items() if reason is None), "cpu"]
-        raise InvalidArgument("config.device", config.device, f"{obstacle}; allowed here: {', '.join(allowed)}")
-    return expected_device(config.device)
 
 
 def _check_source(config: TrainingConfig, base: Base, source: SourceSummary) -> None:
@@ -263,7 +289,7 @@ def _check_disk(config: TrainingConfig, base: Base, source: SourceSummary, data_
         # The adapter and its initial state; the checkpoint and two rollback states of four copies each, and one more that is
         # being written.
         + 4 * lora_parameters(config.lora_rank, base.shape) * 18
-        + 12 * source.estimated_tokens  # the dataset as JSON
+        + DATASET_BYTES_PER_TOKEN * source.estimated_tokens
         + RESERVED_DISK_BYTES
     )
     existing = data_dir
@@ -289,26 +315,27 @@ class MemoryLimit(NamedTuple):
     is_set: bool = True  # False: the memory available now, which may have changed when the job starts
 
 
-def _memory_limit(config: TrainingConfig, settings: Settings, device: str) -> MemoryLimit | None:
-    """Return the tighter of the caller's and the user's limit, otherwise what is available on this machine."""
-    limits = [("config.max_memory_mb", config.max_memory_mb), (_SETTING, settings.max_memory_mb)]
+def _memory_limit(config: TrainingConfig, settings: Settings, target: Target) -> MemoryLimit | None:
+    """Return the tighter of the caller's and the user's limit for this machine, otherwise what the target has."""
+    limits = [("config.max_memory_mb", config.max_memory_mb)]
+    limits += [(_SETTING, settings.max_memory_mb)] if target.is_here else []
     explicit = [MemoryLimit(field, megabytes) for field, megabytes in limits if megabytes is not None]
     if explicit:
         return min(explicit, key=lambda limit: limit.megabytes)
-    if device != "cpu":
-        return None  # the memory of an accelerator is not known without torch
-    return MemoryLimit("the memory available now", available_memory_bytes() // MB, is_set=False)
+    if target.memory_bytes is None:
+        return None
+    return MemoryLimit(target.memory, target.memory_bytes // MB, is_set=False)
 
 
 def choose_plan(
-    costed: Sequence[CostedPlan], config: TrainingConfig, base: Base, device: str, settings: Settings
+    costed: Sequence[CostedPlan], config: TrainingConfig, base: Base, target: Target, settings: Settings
 ) -> CostedPlan:
     """Return the fastest plan that fits the memory limit, with the reason why it is not the fastest of all.
 
     Raises:
         InvalidArgument: no plan fits a limit that was set.
     """
-    fastest, limit = costed[0], _memory_limit(config, settings, device)
+    fastest, limit = costed[0], _memory_limit(config, settings, target)
     if limit is None or fastest.memory_bytes <= limit.megabytes * MB:
         return fastest
     for candidate in costed:
@@ -317,10 +344,10 @@ def choose_plan(
             return candidate.because(f"; {measures}, to keep within {limit.field} = {limit.megabytes} MB")
     leanest = min(costed, key=lambda candidate: candidate.memory_bytes)
     if limit.is_set:
-        raise _over_limit(leanest, limit, config, base, device)
+        raise _over_limit(leanest, limit, config, base, target.device)
+    advice = ". Close other programs before it starts" if target.is_here else ""
     return leanest.because(
-        f"; more than {limit.field}, {limit.megabytes} MB, although {_describe(leanest.plan)}. Close other programs before "
-        "it starts"
+        f"; more than {limit.field}, {limit.megabytes} MB, although {_describe(leanest.plan)}{advice}"
     )
 
 
@@ -361,16 +388,16 @@ def _why_longer(config: TrainingConfig, source: SourceSummary) -> str:
 
 
 def _longest_affordable(
-    config: TrainingConfig, base: Base, device: str, plans: Sequence[ComputePlan], settings: Settings
+    config: TrainingConfig, base: Base, target: Target, plans: Sequence[ComputePlan], settings: Settings
 ) -> int | None:
     """Return the highest `max_length` that may be chosen for the request; None if the request gives one."""
     if "max_length" in config.model_fields_set:
         return None
-    limit = _memory_limit(config, settings, device)
+    limit = _memory_limit(config, settings, target)
 
     def fits(max_length: int) -> bool:
         longer = config.model_copy(update={"max_length": max_length, "rank": config.rank or RANKS[0]})
-        needed = min(memory_bytes(longer, base, device, compute) for compute in plans)
+        needed = min(memory_bytes(longer, base, target.device, compute) for compute in plans)
         return limit is None or needed <= limit.megabytes * MB
 
     affordable = (length for length in LIMITS if length <= base.shape.context_length and fits(length))

@@ -39,6 +39,7 @@ class RunPlanned(FrozenModel):
     device: str
     total_steps: int
     start_step: int = 0  # of the checkpoint that the run resumes from
+    node: str = ""  # of a cluster, that trains
 
 
 class StepCompleted(FrozenModel):

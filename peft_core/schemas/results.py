@@ -85,6 +85,8 @@ class Estimate(FrozenModel):
     memory_bytes: int
     basis: str  # where the estimate comes from, in words
     chosen: str = Field("", description="Settings that were chosen automatically, and why.")
+    cluster: str = Field("", description="Where on the cluster it trains, and what is sent there.")
+    sent_bytes: int = 0  # to the cluster, about
 
 
 class Metrics(FrozenModel):
@@ -132,6 +134,8 @@ class TrainingStatus(FrozenModel):
     only_while_free: bool | None = Field(None, description="True: it runs only while the machine is free.")
     started_because: str = Field("", description="Why the training was started, if not by train_adapter.")
     device: str | None = None
+    cluster: str | None = Field(None, description="Address of the Ray cluster that it trains on; null: this machine.")
+    node: str = Field("", description="Node of the cluster that trains.")
     base_model: str | None = None
     adapter_path: str | None = Field(
         None,

@@ -6,6 +6,7 @@ tools short.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 from mcp.server.mcpserver import Context
@@ -14,6 +15,7 @@ from pydantic import AfterValidator, Field
 
 from peft_core.errors import InvalidArgument
 from peft_core.manager import PEFTManager
+from peft_core.schemas.cluster import ASK_ABOVE_BYTES
 from peft_core.schemas.project import RetrainWhen
 from peft_core.schemas.results import Estimate, TrainingStatus
 from peft_core.schemas.training import DataSelection, ProjectId, TrainingConfig
@@ -88,21 +90,24 @@ async def train_adapter(
     manager = ctx.request_context.lifespan_context
     given = training_data is not None or records is not None
     data = _one_source("training_data", training_data, records) if given else None
-
-    async def approve(estimate: Estimate) -> None:
-        if estimate.seconds is not None and estimate.seconds > LONG_S:
-            await require_consent(ctx, long_training_question(project_id, estimate), "No training was started")
-
-    status = await manager.train_adapter(project_id, data, config, approve=approve)
+    status = await manager.train_adapter(project_id, data, config, approve=partial(_approve, ctx, project_id))
     if wait_s:
         status = await stream_progress(ctx, manager.watch_training(project_id, status.job_id, timeout_s=wait_s))
     return format_status(status, is_new=True)
 
 
-def long_training_question(project_id: str, estimate: Estimate) -> str:
+async def _approve(ctx: Context[PEFTManager, Any], project_id: str, estimate: Estimate) -> None:
+    """Ask the person before a training that takes long, or for which a large base model is sent."""
+    if (estimate.seconds or 0) > LONG_S or estimate.sent_bytes > ASK_ABOVE_BYTES:
+        await require_consent(ctx, training_question(project_id, estimate), "No training was started")
+
+
+def training_question(project_id: str, estimate: Estimate) -> str:
+    time = "an unknown time" if estimate.seconds is None else f"about {rough_duration(estimate.seconds)}"
+    cluster = f" {estimate.cluster}" if estimate.cluster else ""
     return (
-        f"Start a training for project {project_id} that takes about {rough_duration(estimate.seconds or 0)} and "
-        f"{estimate.memory_bytes / 1e9:.1f} GB of memory? It runs in the background, and can be stopped at any time."
+        f"Start a training for project {project_id} that takes {time} and {estimate.memory_bytes / 1e9:.1f} GB of memory?"
+        f"{cluster} It runs in the background, and can be stopped at any time."
     )
 
 
@@ -233,12 +238,8 @@ async def refresh_project(
     """Bring a project's adapter up to date with its code: trains in the background on the same source with the same settings,
     or says that nothing has changed. Returns the job, as train_adapter, or why there is none.
     """
-
-    async def approve(estimate: Estimate) -> None:
-        if estimate.seconds is not None and estimate.seconds > LONG_S:
-            await require_consent(ctx, long_training_question(project_id, estimate), "No training was started")
-
     manager = ctx.request_context.lifespan_context
+    approve = partial(_approve, ctx, project_id)
     return format_refreshed(await manager.refresh_project(project_id, retrain_when, approve=approve))
 
 

@@ -10,9 +10,10 @@ import pytest
 from peft_core.config import Settings
 from peft_core.data import table
 from peft_core.errors import DataError, InvalidArgument, PeftMcpError, StorageError
-from peft_core.planning import planner
+from peft_core.planning import planner, target
 from peft_core.planning.cost_model import CostedPlan, Speed
 from peft_core.planning.planner import choose_plan, plan, write_source
+from peft_core.planning.target import this_machine
 from peft_core.schemas.dataset import SourceKind
 from peft_core.schemas.task import ComputePlan
 from peft_core.schemas.training import TrainingConfig
@@ -99,8 +100,8 @@ def test_an_existing_job_directory_is_not_removed(tmp_path: Path) -> None:
 def test_an_unavailable_device_is_rejected_before_any_data_is_read(
     monkeypatch: pytest.MonkeyPatch, device: Any, system: str, why_no_cuda: str | None, expected: str
 ) -> None:
-    monkeypatch.setattr(planner.sys, "platform", system)
-    monkeypatch.setattr(planner, "why_no_cuda", lambda: why_no_cuda)
+    monkeypatch.setattr(target.sys, "platform", system)
+    monkeypatch.setattr(target, "why_no_cuda", lambda: why_no_cuda)
     with pytest.raises(InvalidArgument, match=expected) as caught:
         plan("/no/such/place", TrainingConfig(device=device), Settings(), lambda *_: None)
     assert caught.value.details["field"] == "config.device"
@@ -115,7 +116,9 @@ COSTED = [
 
 def chosen(limit_mb: int | None, setting_mb: int | None, data_dir: Path) -> CostedPlan:
     config = TrainingConfig(rank=16, max_length=4096, max_memory_mb=limit_mb)
-    return choose_plan(COSTED, config, make_base(), "cpu", Settings(data_dir=data_dir, max_memory_mb=setting_mb))
+    return choose_plan(
+        COSTED, config, make_base(), this_machine("cpu"), Settings(data_dir=data_dir, max_memory_mb=setting_mb)
+    )
 
 
 @pytest.mark.parametrize(
@@ -149,7 +152,7 @@ def test_a_training_that_no_lower_setting_makes_fit_needs_a_smaller_base(tmp_pat
 def test_too_little_available_memory_gives_a_warning_and_the_leanest_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planner, "available_memory_bytes", lambda: 500_000_000)
+    monkeypatch.setattr(target, "available_memory_bytes", lambda: 500_000_000)
     choice = chosen(None, None, tmp_path)
     assert choice.plan == SLOWER
     assert "more than the memory available now, 500 MB" in choice.reason
