@@ -27,6 +27,7 @@ from peft_core.planning.continuation import Adapters, plan_continuation, resolve
 from peft_core.planning.cost_model import (
     MICRO_TOKENS,
     CostedPlan,
+    Speed,
     compute_plans,
     estimate,
     lora_parameters,
@@ -89,14 +90,8 @@ def plan(
 
     answer = None if settings.cluster is None or device_here is not None else ask(settings.cluster, base)
     target = this_machine(device_here or "cpu") if answer is None else on_cluster(config, answer)
-    measured = measured_speed(base, target.device)
     plans = compute_plans(config, base, target.device, cpu_bfloat16=target.cpu_bfloat16)
-    speeds = [
-        training_speed(
-            base, target.device, measured, uses_bf16_blocks=uses_bf16_blocks(config, base, compute), cores=target.cores
-        )
-        for compute in plans
-    ]
+    speeds = _speeds(config, base, target, plans, measured_speed(base, target.device))
     longer = _longest_affordable(config, base, target, plans, settings)
     source, config = with_base(source, training_data, config, base, longer)
     given = config
@@ -127,6 +122,13 @@ def plan(
         catch_up=catch_up,
     )
     return request if answer is None else _for_cluster(request, target, answer, settings)
+
+
+def _speeds(
+    config: TrainingConfig, base: Base, target: Target, plans: Sequence[ComputePlan], measured: float | None
+) -> list[Speed]:
+    in_bf16 = [uses_bf16_blocks(config, base, compute) for compute in plans]
+    return [training_speed(base, target.device, measured, uses_bf16_blocks=use, cores=target.cores) for use in in_bf16]
 
 
 def _for_cluster(request: JobRequest, target: Target, answer: ClusterAnswer, settings: Settings) -> JobRequest:
