@@ -94,9 +94,8 @@ def plan(
     speeds = _speeds(config, base, target, plans, measured_speed(base, target.device))
     longer = _longest_affordable(config, base, target, plans, settings)
     source, config = with_base(source, training_data, config, base, longer)
-    given = config
-    speed, most_steps = speeds[0].tokens_per_second, settings.max_training_steps
-    config, chosen = choose_defaults(config, base.shape, source, speed, most_steps=most_steps)
+    given, speed, most = config, speeds[0].tokens_per_second, settings.max_training_steps
+    config, chosen = choose_defaults(config, base.shape, source, speed, most_steps=most)
     catch_up, trained_on = None, source
     if (changes := continuation.changes) is not None:
         changed = changes.changed_units + changes.records
@@ -104,7 +103,7 @@ def plan(
     chosen = " ".join(filter(None, [_why_longer(config, source), continuation.reason, "" if catch_up else chosen]))
     require_loadable(base)  # last of the checks, because it may take seconds
 
-    sizes = [memory_bytes(config, base, target.device, compute) for compute in plans]
+    sizes = (memory_bytes(config, base, target.device, compute) for compute in plans)
     compute = choose_plan(list(map(CostedPlan, plans, sizes, speeds)), config, base, target, settings)
     _check_disk(config, base, source, settings.data_dir)
     request = JobRequest(
