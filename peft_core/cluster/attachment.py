@@ -48,7 +48,6 @@ from peft_core.system.cancellation import Cancelled, StopFlag
 from peft_core.system.child_process import JsonLineWriter
 from peft_core.system.files import atomic_write
 
-REPLAYED = 200  # events that are emitted again after an attachment: the runner may have died before it stored them
 MAX_ADAPTER_BYTES = 4 << 30
 MAX_CHECKPOINT_BYTES = 16 << 30
 FOLLOWED_CHECKPOINT_BYTES = 1 << 30  # a larger one is fetched at the end only
@@ -70,7 +69,6 @@ class Record(FrozenModel):
     """JOB/cluster.json: what a later bridge of the job needs to know."""
 
     name: str  # of the coordinator
-    position: int = 0  # number of events that were emitted
     written: str = ""  # the last event, once JOB/adapter is complete
 
 
@@ -113,6 +111,7 @@ class Attachment:
             self._connect()
         else:
             self._reconnect()
+        self._remove_remains()
         if self._coordinator is None:
             self._start()
         return self._finish(self._follow())
@@ -136,8 +135,7 @@ class Attachment:
         """Connect to a cluster on which the job may run, for as long as patience lasts.
 
         Raises:
-            Interrupted: It does not answer.
-            ClusterError: It does, but refuses.
+            Interrupted: It does not answer, or refuses.
         """
         deadline = time.monotonic() + self._patience_s
         since = time.strftime("%H:%M")
@@ -146,9 +144,8 @@ class Attachment:
             try:
                 return self._connect()
             except ClusterError as error:
-                if error.code != "cluster_unreachable":
-                    raise
-                if time.monotonic() > deadline or self._stop.requested:
+                is_silent = error.code == "cluster_unreachable"
+                if not is_silent or time.monotonic() > deadline or self._stop.requested:
                     advice = "If the training still runs there, resuming attaches to it."
                     raise Interrupted(f"{error.message} {advice}") from error
             self._report(f"the cluster has not answered since {since}; the training continues there")
@@ -163,7 +160,20 @@ class Attachment:
         """Submit the run, under a name that is recorded first: a killed bridge leaves nothing that the next one cannot find."""
         self._record = Record(name=f"peft-mcp-{secrets.token_hex(4)}-{self._task.job_id}")
         self._save()
-        self._coordinator = submit(self._task, self._plan, self._record.name, self._report, self._stop)
+        try:
+            self._coordinator = submit(self._task, self._plan, self._record.name, self._report, self._stop)
+        except BaseException:
+            self._paths.cluster.unlink()  # nothing runs there
+            raise
+
+    def _remove_remains(self) -> None:
+        """Remove a run that was never submitted, or that was stopped for an earlier bridge, which did not live to see it."""
+        if self._coordinator is None:
+            return
+        answer = self._call("follow", 0, 0.0)
+        if answer["status"] == "new" or (answer["outcome"] == "stopped" and not answer["reason"]):
+            self._fetch_checkpoint(answer, limit=MAX_CHECKPOINT_BYTES)
+            self._delete()
 
     def _adapter_is_here(self) -> Event | None:
         """Return the last event if an earlier bridge has fetched the adapter, but the runner has not published it."""
@@ -174,22 +184,8 @@ class Attachment:
     # ---- Following
 
     def _follow(self) -> dict[str, Any]:
-        """Pass on events and fetch checkpoints until the run has ended; return the coordinator's last answer."""
-        assert self._record is not None  # noqa: S101 -- the run has been started
-        position = max(0, self._record.position - REPLAYED)
-        answer = self._ask(position)
-        if answer["status"] == "new":  # the bridge that created it was killed before it had sent everything
-            self._delete()
-            self._start()
-            position = 0
-        elif answer["outcome"] == "stopped" and not self._stop.requested:  # for an earlier bridge
-            self._fetch_checkpoint(answer, limit=MAX_CHECKPOINT_BYTES)
-            self._delete()
-            self._start()
-            position = 0
-        elif answer["phase"] in set(Phase):
-            self._phase = Phase(answer["phase"])
-            self._report("")
+        """Pass on all events and fetch checkpoints until the run has ended; return the coordinator's last answer."""
+        position = 0
         while True:
             if self._stop.requested and not self._stop_requested:
                 self._call("stop")
@@ -198,9 +194,6 @@ class Attachment:
             for line in answer["lines"]:
                 self._pass_on(line, sanitize(answer["node"]))
             position += len(answer["lines"])
-            if answer["lines"]:
-                self._record = self._record.model_copy(update={"position": position})
-                self._save()
             if answer["status"] == "ended" and position >= answer["total"]:
                 return answer
             self._fetch_checkpoint(answer, limit=FOLLOWED_CHECKPOINT_BYTES)
@@ -288,7 +281,7 @@ class Attachment:
         if outcome == "stopped" and self._stop.requested:
             raise Cancelled
         if outcome == "stopped":
-            raise Interrupted("The training was stopped on the cluster.")
+            raise Interrupted(sanitize(answer["reason"], limit=300) or "The training was stopped on the cluster.")
         if outcome == "lost":
             raise Interrupted(f"The training was lost on the cluster: {sanitize(answer['reason'], limit=300)}.")
         self._emit(self._last if isinstance(self._last, JobFailed) else self._failure(answer["reason"]))

@@ -8,15 +8,15 @@ sends it with the task to the cluster, and writes the events of the run there to
 no torch and little memory, and several bridges may run at a time.
 
 The run on the cluster does not depend on the bridge. A bridge that is killed leaves it alone, and the next bridge of the same
-job attaches to it: it emits the events that were missed (some of them again), and fetches the adapter. JOB/cluster.json
-remembers the run's name on the cluster, and how many events were emitted. JOB/checkpoint is kept up to date while the bridge
-is connected, so that a resumed job continues from it even if the cluster is gone.
+job attaches to it: it emits all events of the run from the first, and fetches the adapter. JOB/cluster.json remembers the run's
+name on the cluster. JOB/checkpoint is kept up to date while the bridge is connected, so that a resumed job continues from it
+even if the cluster is gone. The run itself keeps the time limit, `config.max_minutes`.
 
 | exit code | the last event | meaning |
 |---|---|---|
 | 0 | `AdapterWritten` | JOB/adapter is complete; nothing of the job is left on the cluster |
 | 1 | `JobFailed` | the run failed, or could not be started; nothing of the job is left on the cluster |
-| 75 | `JobInterrupted` | the cluster is gone, or does not answer; its reason is for the user. A new bridge resumes the job |
+| 75 | `JobInterrupted` | the cluster is gone or silent, or the time is over; a new bridge resumes the job |
 | 129 | any | detached: the run continues on the cluster, and a new bridge attaches to it |
 | 143 | any | stopped: the run has ended with a checkpoint, which is in JOB/checkpoint |
 
@@ -26,7 +26,7 @@ is connected, so that a resumed job continues from it even if the cluster is gon
 | SIGHUP | detach: exit immediately with 129 |
 | the parent dies, or nothing reads the events | as SIGHUP |
 
-So a cancellation, a time limit or a pause is SIGTERM; a runner that ends itself sends SIGHUP. A stop takes a micro-batch, a
+So a cancellation is SIGTERM; a runner that ends itself sends SIGHUP. A stop takes a micro-batch, a
 checkpoint and its transfer; a bridge that is killed meanwhile has requested the stop nevertheless. Ray reads the token from
 the environment (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN_PATH), never from arguments.
 """

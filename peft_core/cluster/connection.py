@@ -18,6 +18,7 @@ from peft_core.errors import ClusterError, sanitize
 from peft_core.system.packages import install_command
 
 _CLIENT_PORT = 10001
+_ATTEMPTS = 3
 _ANSWER_S = 5.0  # for which the address may take to accept a connection
 _VERSIONS = re.compile(r"Ray: (?P<ray>\S+)\s+Python: (?P<python>\S+)")
 _AUTH = ("unauthenticated", "authentication", "auth token", "invalid token")
@@ -32,16 +33,21 @@ def connect(address: str) -> None:
     Raises:
         ClusterError: `cluster_unreachable`, `cluster_token`, `cluster_ray_version`, `cluster_python_version`.
     """
-    _require_answer(address)
     os.environ.setdefault("RAY_CLIENT_RECONNECT_GRACE_PERIOD", "5")  # seconds; the bridge waits longer, and says so
     os.environ.setdefault("RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL", "minor")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:  # Ray raises several types, and RuntimeError for most reasons
-        ray.shutdown()
-        raise _explain(error, address) from error
+    for attempt in range(1, _ATTEMPTS + 1):
+        _require_answer(address)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:  # Ray raises several types, and RuntimeError for most reasons
+            ray.shutdown()
+            # A busy head node takes too long to start the process that serves a client.
+            if attempt == _ATTEMPTS or not isinstance(error, ConnectionAbortedError):
+                raise _explain(error, address) from error
+        else:
+            return
 
 
 def disconnect() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -24,8 +24,6 @@ HEAD = {"node:__internal_head__": 0.001}  # a resource that only the head node h
 MAX_EVENT_BYTES = 256 << 20  # of all events of a job
 MAX_ATTEMPTS = 4  # runs in a row that end without a newer checkpoint, for instance because nodes are lost
 SILENT_S = 15.0  # a run that has reported nothing for so long is lost, or on its way to another node
-UNUSED_S = 14 * 86_400.0  # after which a coordinator ends that no bridge has asked
-HOLDER_UNUSED_S = 1800.0
 CLAIM_S = 60.0  # a bridge that has sent no piece of a base for so long has died: another one may send it
 LEASE_S = 60.0  # between two signs of life of a coordinator to its holder
 _LINES_PER_ANSWER, _BYTES_PER_ANSWER = 500, 4 << 20
@@ -75,9 +73,12 @@ class Shelves:
 class _Actor:
     """What both actors share: the shelves, as methods of an actor, and an end."""
 
+    unused_s: float  # after which it ends
+
     def __init__(self) -> None:
         self._shelves = Shelves()
         self._used_at = time.monotonic()
+        self._watch: asyncio.Task[None] | None = None
 
     async def missing(self, listing: str) -> list[str]:
         self._touch()
@@ -101,25 +102,29 @@ class _Actor:
 
     def _touch(self) -> None:
         self._used_at = time.monotonic()
+        self._watch = self._watch or asyncio.create_task(self._end_when_unused())
 
-    async def _end_when_unused(self, limit_s: float, each: Callable[[], None] = lambda: None) -> None:
-        while time.monotonic() - self._used_at < limit_s:
-            each()
+    async def _end_when_unused(self) -> None:
+        while time.monotonic() - self._used_at < self.unused_s:
+            self._minute()
             await asyncio.sleep(LEASE_S)
         os._exit(0)
+
+    def _minute(self) -> None:
+        """Do what is to be done once a minute."""
 
 
 class BaseHolder(_Actor):
     """A base model's files on their way to the nodes: sent to the cluster once, whatever the number of jobs."""
 
+    unused_s = 1800.0
+
     def __init__(self) -> None:
         super().__init__()
         self._sender = ""
-        self._watch: asyncio.Task[None] | None = None
 
     async def claim(self, sender: str) -> str:
         """Return "sealed", or "send" to the one bridge that is to send the files, or "wait" to the others."""
-        self._watch = self._watch or asyncio.create_task(self._end_when_unused(HOLDER_UNUSED_S))
         if self._shelves.listing("base") is not None:
             self._touch()
             return "sealed"
@@ -141,35 +146,44 @@ class Coordinator(_Actor):
     "failed", "stopped" or "lost", and `reason` says why it was lost, or how it failed.
     """
 
+    unused_s = 14 * 86_400.0  # a laptop may stay closed for a while
+
     def __init__(self, job_id: str) -> None:
         super().__init__()
         self._job_id = job_id
         self._lines: list[bytes] = []
         self._bytes = 0
         self._status = "new"
-        self._outcome = self._reason = self._log = self._node = self._phase = ""
+        self._outcome = self._reason = self._log = self._node = ""
+        self._max_minutes: float | None = None
+        self._ends_at: float | None = None  # when the time limit is reached
         self._attempt = self._tries = self._checkpoint = 0
         self._reported_at = 0.0
         self._holder: Any = None
         self._run: Any = None  # reference to the remote run
-        self._tasks: list[asyncio.Task[None]] = []
+        self._end_of_run: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
 
     # ---- The bridge's side
 
-    async def start(self, options: dict[str, Any], holder: str | None) -> None:
-        """Submit the run, with these options of a Ray task. `holder`: the name of the actor that has its base model."""
+    async def start(self, options: dict[str, Any], holder: str | None, max_minutes: float | None) -> None:
+        """Submit the run.
+
+        Args:
+            options: Of the Ray task.
+            holder: The name of the actor that has its base model; None: the nodes have it.
+            max_minutes: After which the run is stopped, from its first beginning on.
+        """
         self._touch()
         if self._status != "new":
             return
         self._holder = None if holder is None else ray.get_actor(holder, namespace=NAMESPACE)
         self._status = "waiting"
+        self._max_minutes = max_minutes
         me = ray.get_runtime_context().current_actor
         self._run = ray.remote(train).options(**options).remote(me, self._job_id, holder)
-        self._tasks = [
-            asyncio.create_task(self._await_run()),
-            asyncio.create_task(self._end_when_unused(UNUSED_S, self._keep_holder)),
-        ]
+        self._end_of_run = asyncio.create_task(self._await_run())
+        self._minute()
 
     async def follow(self, position: int, wait_s: float) -> dict[str, Any]:
         """Return the events from `position` on and how the job stands; wait for a change if there is none yet."""
@@ -178,10 +192,11 @@ class Coordinator(_Actor):
             self._changed.clear()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), wait_s)
-        lines: list[bytes] = []
+        lines, size = [], 0
         for line in self._lines[position : position + _LINES_PER_ANSWER]:
             lines.append(line)
-            if sum(map(len, lines)) > _BYTES_PER_ANSWER:
+            size += len(line)
+            if size > _BYTES_PER_ANSWER:
                 break
         status = self._status
         if status == "running" and time.monotonic() - self._reported_at > SILENT_S:
@@ -194,7 +209,6 @@ class Coordinator(_Actor):
             "reason": self._reason,
             "log": self._log,
             "node": self._node,
-            "phase": self._phase,
             "attempt": self._attempt,
             "checkpoint": self._checkpoint,
         }
@@ -223,6 +237,8 @@ class Coordinator(_Actor):
             reason = f"{MAX_ATTEMPTS} attempts in a row ended without progress, the last one on {self._node}"
             self._end("lost", reason=reason)
             return None
+        if self._ends_at is None and self._max_minutes is not None:
+            self._ends_at = time.monotonic() + 60 * self._max_minutes
         self._attempt += 1
         self._node = node
         self._status = "running"
@@ -230,19 +246,21 @@ class Coordinator(_Actor):
         self._changed.set()
         return self._attempt
 
-    async def report(self, attempt: int, lines: list[bytes], phase: str) -> bool:
+    async def report(self, attempt: int, lines: list[bytes]) -> bool:
         """Take events. Return False if this attempt is to stop."""
         if attempt != self._attempt or self._status == "ended":
             return False
         self._reported_at = time.monotonic()
         self._bytes += sum(map(len, lines))
-        self._phase = phase or self._phase
         if self._bytes > MAX_EVENT_BYTES:
             self._end("failed", reason=f"the run wrote more than {MAX_EVENT_BYTES} bytes of events")
             return False
         if lines:
             self._lines += lines
             self._changed.set()
+        if self._ends_at is not None and time.monotonic() > self._ends_at and self._status == "running":
+            self._status = "stopping"
+            self._reason = f"The time limit was reached: config.max_minutes = {self._max_minutes:g}."
         return self._status != "stopping"
 
     async def checkpointed(self, attempt: int) -> None:
@@ -269,10 +287,10 @@ class Coordinator(_Actor):
 
     def _end(self, outcome: str, *, reason: str = "", log_tail: str = "") -> None:
         if self._status != "ended":
-            self._status, self._outcome, self._reason, self._log = "ended", outcome, reason, log_tail
+            self._status, self._outcome, self._reason, self._log = "ended", outcome, reason or self._reason, log_tail
             self._changed.set()
 
-    def _keep_holder(self) -> None:
+    def _minute(self) -> None:
         if self._holder is not None and self._status != "ended":
             self._holder.lease.remote()
 

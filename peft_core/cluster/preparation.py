@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from peft_core.base_models.tokenizer import load_tokenizer, require_rows
+from peft_core.base_models.tokenizer import BaseTokenizer, load_tokenizer, require_rows
 from peft_core.cluster.transfer import files_below
 from peft_core.data.catch_up import ParentData
 from peft_core.data.leakage import read_fingerprint
@@ -15,11 +16,14 @@ from peft_core.data.prepare import prepare
 from peft_core.data.snapshot import read_snapshot
 from peft_core.errors import TrainingError
 from peft_core.paths import JobPaths
+from peft_core.schemas.machine import TokenizerAnswer, TokenizerRequest
 from peft_core.schemas.task import TrainingTask
 from peft_core.system.allowed_paths import require_data_path
+from peft_core.system.child_process import run_json_child
 from peft_core.system.files import atomic_write
 
 _MANIFEST = "manifest.json"
+_TOKENIZER_S = 600.0  # most of it for importing transformers on a busy machine
 
 
 def prepare_dataset(task: TrainingTask, report: Callable[[str], None]) -> None:
@@ -30,7 +34,7 @@ def prepare_dataset(task: TrainingTask, report: Callable[[str], None]) -> None:
         TrainingError: `parent_unusable`: the adapter to continue from was deleted.
     """
     request = task.request
-    tokenizer = load_tokenizer(request.base.path)
+    tokenizer = _tokenizer(task)
     require_rows(tokenizer, request.base)
     prepare(
         request.dataset,
@@ -45,6 +49,27 @@ def prepare_dataset(task: TrainingTask, report: Callable[[str], None]) -> None:
             field=request.purpose.field,
         ),
     )
+
+
+def _tokenizer(task: TrainingTask) -> BaseTokenizer:
+    """Return the tokenizer that the worker will use. Another process reads that of a GGUF file, for it needs transformers.
+
+    Raises:
+        BaseCheckpointError, DataError: It cannot be read.
+    """
+    base = task.request.base
+    if base.format == "huggingface":
+        return load_tokenizer(base.path)
+    with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=task.job_dir) as directory:
+        run_json_child(
+            "peft_core.modeling.write_tokenizer",
+            TokenizerRequest(gguf=base.path, directory=Path(directory)),
+            TokenizerAnswer,
+            timeout_s=_TOKENIZER_S,
+            action=f"Reading the tokenizer of {base.name}",
+            on_timeout=["Close other programs, and resume the training"],
+        )
+        return load_tokenizer(Path(directory))
 
 
 def task_files(task: TrainingTask, wanted: str, directory: Path) -> list[tuple[str, Path]]:

@@ -69,8 +69,7 @@ def ask_nodes(base: Base | None, *, with_device: bool = False, timeout_s: float 
         task = ray.remote(_make_question()).options(num_cpus=0, max_retries=0, scheduling_strategy=strategy)
         questions[node["NodeID"]] = task.remote(wanted, deep)
     answers = _collect(questions, timeout_s)
-    free = _free_resources()
-    nodes = [_node(node, answers[node["NodeID"]], free.get(node["NodeID"], {})) for node in alive]
+    nodes = [_node(node, answers[node["NodeID"]]) for node in alive]
     known = {_kind(node): answer for node in alive if "device" in (answer := answers[node["NodeID"]])}
     return tuple(
         described.model_copy(update={name: facts[name] for name in _FACTS})
@@ -88,12 +87,17 @@ def _make_question() -> Callable[..., dict[str, Any]]:
         import socket  # noqa: PLC0415
         from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415
 
+        import ray  # noqa: PLC0415
+        from ray._private.state import available_resources_per_node  # noqa: PLC0415 -- it has no public name
+
         found: dict[str, Any] = {"name": socket.gethostname(), "versions": {"python": platform.python_version()}}
         for package in ("peft-mcp", "torch", "transformers", "peft", "ray"):
             try:
                 found["versions"][package] = version(package)
             except PackageNotFoundError:
                 continue
+        free = available_resources_per_node().get(ray.get_runtime_context().get_node_id(), {})
+        found |= {"free_cpus": free.get("CPU", 0.0), "free_gpus": free.get("GPU", 0.0)}
         try:
             from peft_core.cluster.node import describe  # noqa: PLC0415
         except ImportError as error:
@@ -119,19 +123,18 @@ def _collect(questions: dict[str, Any], timeout_s: float) -> dict[str, dict[str,
     return answers
 
 
-def _node(node: dict[str, Any], answer: dict[str, Any], free: dict[str, float]) -> ClusterNode:
+def _node(node: dict[str, Any], answer: dict[str, Any]) -> ClusterNode:
     resources = node["Resources"]
     facts = {name: value for name, value in answer.items() if name in ClusterNode.model_fields}
     return ClusterNode(
         **{
             "node_id": node["NodeID"],
             "name": node["NodeManagerHostname"],
+            "is_head": "node:__internal_head__" in resources,
             "problem": _problem(answer),
             "cpus": resources.get("CPU", 0.0),
             "gpus": resources.get("GPU", 0.0),
             "memory_bytes": int(resources.get("memory", 0)),
-            "free_cpus": free.get("CPU", 0.0),
-            "free_gpus": free.get("GPU", 0.0),
             **facts,
         }
     )
@@ -156,16 +159,6 @@ def own_version() -> str:
         return version(_PACKAGE)
     except PackageNotFoundError:  # it runs from a source tree
         return "unknown"
-
-
-def _free_resources() -> dict[str, dict[str, float]]:
-    """Return what nothing has reserved, by node."""
-    from ray._private.state import available_resources_per_node  # noqa: PLC0415 -- there is no public name
-
-    try:
-        return dict(available_resources_per_node())
-    except Exception:  # noqa: BLE001 -- a Ray client has no such table; the figures are for people
-        return {}
 
 
 def _kind(node: dict[str, Any]) -> tuple[Any, ...]:

@@ -41,6 +41,7 @@ NAMESPACE = "peft-mcp"
 MAX_TASK_BYTES = 8 << 30  # task, dataset and the adapter to continue from
 MAX_CHECKPOINT_BYTES = 32 << 30
 REPORT_S = 0.5  # between two reports, if there is nothing new
+SIGN_OF_LIFE_S = 5.0
 GRACE_S = 60.0  # between SIGTERM and SIGKILL: a micro-batch and a checkpoint
 MAX_LINE = 1 << 20  # bytes of an event
 _LOG_TAIL_BYTES = 16 << 10
@@ -62,13 +63,29 @@ def train(coordinator: Any, job_id: str, holder: str | None) -> None:
         return
     settings = Settings()
     try:
-        with _directory(settings) as directory:
+        with _signs_of_life(coordinator, attempt), _directory(settings) as directory:
             _Run(coordinator, attempt, JobPaths(directory), settings, holder).run()
     except PeftMcpError as error:
         log.warning("run_failed", job_id=job_id, error=str(error))
         event = JobFailed(error=error_info(error, TASK))
-        ray.get(coordinator.report.remote(attempt, [event.model_dump_json().encode()], ""))
+        ray.get(coordinator.report.remote(attempt, [event.model_dump_json().encode()]))
         ray.get(coordinator.ended.remote(attempt, "failed", "", ""))
+
+
+@contextmanager
+def _signs_of_life(coordinator: Any, attempt: int) -> Iterator[None]:
+    """Report regularly, so that the coordinator can tell a run that fetches gigabytes from one that is lost."""
+    done = threading.Event()
+
+    def report() -> None:
+        while not done.wait(SIGN_OF_LIFE_S):
+            coordinator.report.remote(attempt, [])
+
+    threading.Thread(target=report, name="signs-of-life", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 class _Run:
@@ -147,13 +164,11 @@ class _Run:
         is_wanted, kill_at, at_end = True, math.inf, False
         while not at_end:
             batch, at_end = _take(lines)
-            kinds = [_parse(line) for line in batch]
-            phase = next((event["phase"] for event in reversed(kinds) if event.get("kind") == "phase_started"), "")
-            goes_on = ray.get(self._coordinator.report.remote(self._attempt, batch, phase))
+            goes_on = ray.get(self._coordinator.report.remote(self._attempt, batch))
             if is_wanted and not goes_on:
                 is_wanted, kill_at = False, time.monotonic() + GRACE_S
                 worker.terminate()
-            if any(event.get("kind") == "checkpoint_saved" for event in kinds):
+            if any(_kind(line) == "checkpoint_saved" for line in batch):
                 self._send_checkpoint()
             if time.monotonic() > kill_at:
                 worker.kill()
@@ -254,12 +269,11 @@ def _take(lines: queue.Queue[bytes | None]) -> tuple[list[bytes], bool]:
     return batch, True
 
 
-def _parse(line: bytes) -> dict[str, Any]:
+def _kind(line: bytes) -> str:
     try:
-        event = json.loads(line)
-    except ValueError:
-        return {}
-    return event if isinstance(event, dict) else {}
+        return str(json.loads(line)["kind"])
+    except (ValueError, KeyError, TypeError):
+        return ""  # the bridge refuses it
 
 
 def _end(worker: subprocess.Popen[bytes]) -> None:

@@ -6,10 +6,12 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import ActorAlreadyExistsError
 
 from peft_core.base_models.fingerprint import fingerprint
 from peft_core.cluster import shelves
@@ -17,6 +19,7 @@ from peft_core.cluster.bases import files_to_send, identity
 from peft_core.cluster.coordinator import BaseHolder, Coordinator, actor_options
 from peft_core.cluster.preparation import prepare_dataset, task_files
 from peft_core.cluster.probe import ask_nodes
+from peft_core.cluster.remote_run import NAMESPACE
 from peft_core.cluster.transfer import files_below
 from peft_core.errors import ClusterError, sanitize
 from peft_core.paths import JobPaths
@@ -49,6 +52,19 @@ def submit(task: TrainingTask, plan: ClusterPlan, name: str, report: Report, sto
     wanted = identity(base)
     holder = None if all(node.has_base for node in suitable) else _send_base(base, wanted, plan, report, stop)
     coordinator: Any = ray.remote(Coordinator).options(**actor_options(name)).remote(task.job_id)
+    try:
+        _send_task(coordinator, task, wanted, report)
+        stop.check()
+        ray.get(coordinator.start.remote(_options(plan, nodes, task.job_id), holder, task.request.config.max_minutes))
+    except BaseException:
+        with suppress(Exception):  # the cluster may be gone
+            ray.kill(coordinator)
+        raise
+    return coordinator
+
+
+def _send_task(coordinator: Any, task: TrainingTask, wanted: str, report: Report) -> None:
+    """Send the task, the dataset, and the checkpoint of an earlier run if there is one."""
     paths = JobPaths(task.job_dir)
     with tempfile.TemporaryDirectory(prefix=".sending-", dir=paths.root) as directory:
         files = task_files(task, wanted, Path(directory))
@@ -57,9 +73,6 @@ def submit(task: TrainingTask, plan: ClusterPlan, name: str, report: Report, sto
         shelves.send(coordinator, "task", files)
     if (paths.checkpoint / "state.pt").is_file():
         shelves.send(coordinator, "checkpoint", checkpoint_files(paths))
-    stop.check()
-    ray.get(coordinator.start.remote(_options(plan, nodes, task.job_id), holder))
-    return coordinator
 
 
 def checkpoint_files(paths: JobPaths) -> list[tuple[str, Path]]:
@@ -75,10 +88,10 @@ def suitable_nodes(nodes: Sequence[ClusterNode], plan: ClusterPlan) -> list[Clus
         ClusterError: `cluster_no_package`: none has the same version of this package; `cluster_no_node`: none is large enough.
     """
     usable = [node for node in nodes if not node.problem]
-    if not usable:
-        reasons = list(dict.fromkeys(f"{node.name} {node.problem}" for node in nodes))
+    if not usable or any(node.is_head and node.problem for node in nodes):  # the coordinator runs on the head node
+        reasons = list(dict.fromkeys(f"{node.name} {node.problem}" for node in nodes if node.problem))
         raise ClusterError(
-            f"No node of the cluster can train: {sanitize('; '.join(reasons[:3]), limit=250)}.",
+            f"The cluster cannot train: {sanitize('; '.join(reasons[:3]), limit=250)}.",
             code="cluster_no_package",
             suggestions=["Install the same version of peft-mcp on the nodes as here, for the Python that Ray runs in"],
         )
@@ -117,6 +130,17 @@ def _options(plan: ClusterPlan, nodes: Sequence[ClusterNode], job_id: str) -> di
     return options
 
 
+def _holder(name: str) -> Any:
+    """Return the actor of this name, or create it. Ray's `get_if_exists` raises when two bridges create it together."""
+    while True:
+        with suppress(ValueError):  # there is none
+            return ray.get_actor(name, namespace=NAMESPACE)
+        with suppress(ActorAlreadyExistsError):
+            holder: Any = ray.remote(BaseHolder).options(**actor_options(name)).remote()
+            ray.get(holder.lease.remote())
+            return holder
+
+
 def _send_base(base: Base, wanted: str, plan: ClusterPlan, report: Report, stop: StopFlag) -> str:
     """Send a base model to the cluster, unless another job has sent it; return the name of the actor that has it."""
     if base.size_bytes > plan.may_send_bytes:
@@ -135,7 +159,7 @@ def _send_base(base: Base, wanted: str, plan: ClusterPlan, report: Report, stop:
             suggestions=["Call train_adapter again: it reads the base model's files anew"],
         )
     name = f"peft-mcp-base-{wanted[:24]}"
-    holder: Any = ray.remote(BaseHolder).options(**actor_options(name), get_if_exists=True).remote()
+    holder = _holder(name)
     me = secrets.token_hex(8)
     while True:
         claim: Any = ray.get(holder.claim.remote(me))

@@ -135,9 +135,26 @@ def _check_space(cache_dir: Path, base: Base) -> None:
         )
 
 
-def _convert(checkpoint: Checkpoint, target: Path, name: str) -> None:
+def write_tokenizer(path: Path, target: Path) -> None:
+    """Write what the conversion of a GGUF file contains besides weights: its tokenizer, and the configuration.
+
+    Raises:
+        BaseCheckpointError: The file cannot be used.
+    """
+    checkpoint = read_checkpoint(path)
+    config = _configuration(checkpoint)
+    config.save_pretrained(target)
+    _generation_config(checkpoint, config).save_pretrained(target)
+    _tokenizer(checkpoint, target).save_pretrained(target)
+
+
+def _configuration(checkpoint: Checkpoint) -> Any:
     settings = {name: value for name, value in checkpoint.config.items() if name != "model_type"}
-    config = AutoConfig.for_model(checkpoint.config["model_type"], **settings, dtype="float32")
+    return AutoConfig.for_model(checkpoint.config["model_type"], **settings, dtype="float32")
+
+
+def _convert(checkpoint: Checkpoint, target: Path, name: str) -> None:
+    config = _configuration(checkpoint)
     _check_names(checkpoint, config)
     config.save_pretrained(target)
     _add_to_config(target / "config.json", name)

@@ -34,6 +34,7 @@ class ClusterNode(FrozenModel):
 
     node_id: str
     name: str  # of its host
+    is_head: bool = False
     problem: str = ""  # why it cannot train, as a sentence; empty if it can
     cpus: float = 0.0  # that Ray can reserve in total
     gpus: float = 0.0

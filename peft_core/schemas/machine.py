@@ -1,6 +1,10 @@
-"""What torch can compute on here: the answer of `peft_core.modeling.describe_machine`."""
+"""Requests to children that import torch or transformers, and their answers: `peft_core.modeling.describe_machine`,
+`peft_core.modeling.write_tokenizer`.
+"""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from peft_core.schemas.frozen import FrozenModel
 
@@ -16,3 +20,12 @@ class MachineAnswer(FrozenModel):
     device_name: str = ""  # of a GPU
     device_memory_bytes: int = 0  # of a GPU
     arithmetic: str  # number formats, in words
+
+
+class TokenizerRequest(FrozenModel):
+    gguf: Path
+    directory: Path  # exists
+
+
+class TokenizerAnswer(FrozenModel):
+    """The files are written."""

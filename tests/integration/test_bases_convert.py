@@ -288,3 +288,16 @@ def test_the_tokenizer_preserves_code_and_separates_digits(converted: Path) -> N
         assert tokenizer.decode(tokenizer(text).input_ids) == text
     # The spaces before a digit stay together: GPT-2's pattern alone would leave the last one to the digit.
     assert tokenizer.tokenize("[\n    12") == ["[", "ĊĠĠĠĠ", "1", "2"]
+
+
+def test_the_tokenizer_that_is_written_alone_is_that_of_the_conversion(tmp_path: Path) -> None:
+    base = toy(tmp_path / "a.gguf")
+    converted = ensure_hf_directory(base, tmp_path / "cache", ignore)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    convert.write_tokenizer(base.path, alone)
+    names = {path.name for path in alone.iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} < names
+    assert "model.safetensors" not in names
+    for name in names - {"config.json"}:  # which has a name for people in the conversion
+        assert (alone / name).read_bytes() == (converted / name).read_bytes(), name
