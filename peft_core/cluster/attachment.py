@@ -192,7 +192,7 @@ class Attachment:
                 self._stop_requested = True
             answer = self._ask(position)
             for line in answer["lines"]:
-                self._pass_on(line, sanitize(answer["node"]))
+                self._pass_on(line)
             position += len(answer["lines"])
             if answer["status"] == "ended" and position >= answer["total"]:
                 return answer
@@ -226,7 +226,7 @@ class Attachment:
             "starts it again there, from the last checkpoint that was fetched."
         )
 
-    def _pass_on(self, line: bytes, node: str) -> None:
+    def _pass_on(self, line: bytes) -> None:
         try:
             event = EVENT.validate_json(line)
         except ValidationError as error:
@@ -239,7 +239,7 @@ class Attachment:
         else:
             if isinstance(event, PhaseStarted):
                 self._phase, self._detail = event.phase, event.detail
-            self._emit(event.model_copy(update={"node": node}) if isinstance(event, RunPlanned) else event)
+            self._emit(event)
 
     def _report_waiting(self, answer: dict[str, Any]) -> None:
         """Say that the run has no node, once that has taken a moment."""

@@ -33,7 +33,7 @@ from peft_core.paths import JobPaths
 from peft_core.schemas.events import JobFailed
 from peft_core.schemas.task import TrainingTask
 from peft_core.system.cancellation import CANCELLED_EXIT_CODE
-from peft_core.system.child_process import child_environment, describe_exit, python_module
+from peft_core.system.child_process import NODE_VARIABLE, child_environment, describe_exit, python_module
 from peft_core.system.failures import TaskKind, error_info
 from peft_core.system.lock import FileLock
 
@@ -223,7 +223,7 @@ def _processes(task: TrainingTask) -> int:
 
 
 def _environment(*, launched: bool) -> dict[str, str]:
-    environment = child_environment(launched=launched)
+    environment = {**child_environment(launched=launched), NODE_VARIABLE: socket.gethostname()}
     return {name: value for name, value in environment.items() if name not in _SECRETS}
 
 

@@ -7,18 +7,42 @@ leaves the job in progress for the next one. `cluster/bridge.py` has the contrac
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable, Sequence
 
 import anyio
 from anyio.abc import Process
 
 from peft_core.jobs.running_job import RunnerState, RunningJob, end_process
 from peft_core.jobs.state import Job
-from peft_core.schemas.events import AdapterWritten, Event, JobFailed, JobInterrupted, PhaseStarted
+from peft_core.schemas.events import AdapterWritten, Event, JobFailed, JobInterrupted, JobStarted, PhaseStarted
 from peft_core.system.cancellation import CANCELLED_EXIT_CODE, DETACHED_EXIT_CODE
 
 BRIDGE = ["-m", "peft_core.cluster.bridge"]
 GRACE_S = 120.0  # between SIGTERM and SIGKILL: the remote run writes a checkpoint, which is fetched
 MAX_DEATHS = 3  # of bridges in succession that recorded nothing
+MAX_REPEATED = 1_000_000  # events of a remote run, which keeps 256 MiB of them
+
+
+class RecordedEvents:
+    """The recorded events of a job. A bridge repeats those of the remote run, in the order in which they are recorded.
+
+    So each of them is matched once: a new event is not taken for an equal one before those that were matched.
+    """
+
+    def __init__(self, events: Sequence[Event]) -> None:
+        self._texts = [event.model_dump_json() for event in events]
+        starts = [place for place, event in enumerate(events) if isinstance(event, JobStarted)]
+        self._started_at = starts[-1] if starts else 0
+        self._place = 0  # behind the one that was matched last
+
+    def has(self, event: Event) -> bool:
+        """Return whether this event is recorded. A job that was resumed passes through its phases again."""
+        try:
+            found = self._texts.index(event.model_dump_json(), self._place)
+        except ValueError:
+            return False
+        self._place = found + 1
+        return not isinstance(event, PhaseStarted) or found > self._started_at
 
 
 class ClusterJob(RunningJob):
@@ -54,21 +78,17 @@ class ClusterJob(RunningJob):
     def _started(self, process: Process) -> None:
         """Leave the bridge its priority: it computes nothing."""
 
-    def _is_repeated(self, event: Event, recorded: list[str]) -> bool:
-        """Return whether this event of the remote run is recorded. A bridge that attaches to it repeats the newest ones.
+    def _repeats(self) -> Callable[[Event], bool]:
+        recorded = RecordedEvents(self._store.newest_events(self.job.job_id, MAX_REPEATED)[::-1])
 
-        They come in the order in which they were recorded, so that a new event is not taken for an equal one before them.
-        """
-        self._can_be_signalled.set()
-        if isinstance(event, PhaseStarted):
-            return False
-        try:
-            position = recorded.index(event.model_dump_json())
-        except ValueError:
+        def is_repeated(event: Event) -> bool:
+            self._can_be_signalled.set()
+            if recorded.has(event):
+                return True
             self._news += 1
             return False
-        del recorded[: position + 1]
-        return True
+
+        return is_repeated
 
     def _why_pause(self) -> str:
         return ""  # this machine may be in use

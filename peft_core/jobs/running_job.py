@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -188,8 +189,7 @@ class RunningJob:
         Raises:
             TrainingError: A line is too long.
         """
-        events = self._store.newest_events(self.job.job_id, MAX_REPLAYED_EVENTS)
-        recorded = [event.model_dump_json() for event in reversed(events)]
+        is_repeated = self._repeats()
         stream = BufferedByteReceiveStream(stdout)
         last_event: Event | None = None
         while True:
@@ -207,21 +207,27 @@ class RunningJob:
                 event = EVENT.validate_json(line)
                 if isinstance(event, AdapterWritten | JobFailed | JobInterrupted):
                     last_event = event
-                elif not self._is_repeated(event, recorded):
+                elif not is_repeated(event):
                     # kill-point: runner: an event of the worker is about to be recorded (pass 3)
                     self._store.append(self.job.job_id, event)
                     # kill-point: runner: an event of the worker is recorded (pass 8)
             except (ValueError, IllegalTransition) as error:
                 self._log.warning("unusable event", line=line[:200], error=str(error))
 
-    def _is_repeated(self, event: Event, recorded: list[str]) -> bool:
-        """Return whether the process emits an event again. A resumed run repeats what it emitted since its last checkpoint.
+    def _repeats(self) -> Callable[[Event], bool]:
+        """Return a function that says for each event of the process in turn whether it is recorded already.
 
-        Phases are passed through again. `recorded`: the events that may be repeated, as JSON, the oldest first.
+        A resumed run first repeats what it emitted since its last checkpoint, but passes through its phases again.
         """
-        if isinstance(event, RunPlanned):
-            recorded.clear()
-        return not isinstance(event, PhaseStarted) and event.model_dump_json() in recorded
+        newest = self._store.newest_events(self.job.job_id, MAX_REPLAYED_EVENTS)
+        recorded = {event.model_dump_json() for event in newest}
+
+        def is_repeated(event: Event) -> bool:
+            if isinstance(event, RunPlanned):
+                recorded.clear()
+            return not isinstance(event, PhaseStarted) and event.model_dump_json() in recorded
+
+        return is_repeated
 
     async def _end_on_request(self, process: Process) -> None:
         """Wait until the process is to be ended, and end it."""

@@ -208,7 +208,8 @@ def describe(
         if base_bytes
         else "; the base model is there"
     )
-    busy = not any(node.free_gpus >= plan.gpus and node.free_cpus >= plan.cpus for node in can_run)
+    is_known = any(node.free_gpus or node.free_cpus for node in nodes)  # a Ray client may not be given it
+    busy = is_known and not any(node.free_gpus >= plan.gpus and node.free_cpus >= plan.cpus for node in can_run)
     waits = " They are in use now, so it waits." if busy else ""
     return (
         f"It trains on {places} of the cluster at {plan.address} and reserves {_needs(plan)}{gpu}.{waits} Sent there: {sent}.",

@@ -35,6 +35,7 @@ from peft_core.system.failures import TaskKind, error_info
 
 PARENT_VARIABLE = "PEFT_MCP_PARENT"
 LAUNCHER = "launcher"
+NODE_VARIABLE = "PEFT_MCP_NODE"  # set for a worker on a cluster: the name of its node
 MAX_LOG_BYTES = 4 << 20
 POLL_INTERVAL_S = 0.25  # how often a child checks its parent's pid
 _TAIL_BYTES = 4096

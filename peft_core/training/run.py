@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -35,6 +36,7 @@ from peft_core.schemas.events import AdapterWritten, DatasetPrepared, Emit, Eval
 from peft_core.schemas.results import Metrics, Phase
 from peft_core.schemas.task import ComputePlan, TrainingTask
 from peft_core.system.cancellation import StopFlag
+from peft_core.system.child_process import NODE_VARIABLE
 from peft_core.training import lora
 from peft_core.training.checkpoint import Checkpoint, Progress, load_checkpoint, run_key
 from peft_core.training.loop import TrainingLoop
@@ -188,7 +190,9 @@ def _load_checkpoint(session: Session, key: str, order: Order) -> Checkpoint | N
     for event in checkpoint.recent if checkpoint is not None else ():
         session.emit(event)  # again, because the previous runner may have been killed before it stored the event
     start_step = checkpoint.progress.step if checkpoint is not None else 0
-    session.emit(RunPlanned(device=session.device.device, total_steps=order.total_steps, start_step=start_step))
+    node = os.environ.get(NODE_VARIABLE, "")
+    device = session.device.device
+    session.emit(RunPlanned(device=device, total_steps=order.total_steps, start_step=start_step, node=node))
     return checkpoint
 
 
