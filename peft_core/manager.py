@@ -36,6 +36,7 @@ from peft_core.schemas.generation import EngineChoice, Generation, GenerationReq
 from peft_core.schemas.job_report import JobReport
 from peft_core.schemas.local_bases import LocalBases
 from peft_core.schemas.project import Refreshed, Registration, RetrainWhen
+from peft_core.schemas.recommendation import BaseRecommendation
 from peft_core.schemas.results import (
     AdapterList,
     AdapterSummary,
@@ -112,9 +113,10 @@ class PEFTManager:
         await run_sync(self._refreshes.require_same_repository, project_id, draft)
         if approve is not None:
             await approve(draft.estimate)
+        better_base = await run_sync(self._jobs.better_base, draft, parsed)
         status = await run_sync(self._jobs.queue, project_id, draft, data)
         await run_sync(self._refreshes.register, project_id, draft, data, parsed)
-        return status
+        return status.model_copy(update={"better_base": better_base}) if better_base else status
 
     async def refresh_project(
         self,
@@ -200,6 +202,21 @@ class PEFTManager:
     async def list_base_models(self) -> LocalBases:
         """List the base models on this machine, also those of Ollama, LM Studio and llama.cpp. Takes seconds at most."""
         return await run_sync(self._jobs.list_base_models)
+
+    async def recommend_base(
+        self, project_id: str | None = None, training_data: str | Records | None = None
+    ) -> BaseRecommendation:
+        """Return up to three base models on this machine, the best for code first; what cannot be trained; what to download.
+
+        Nothing is downloaded. Takes seconds at most.
+
+        Args:
+            project_id: estimate for what this project was trained on, or for its code in Codebase Gardener.
+            training_data: estimate for this data, as for `train_adapter`. Without both, for 1000 examples.
+        """
+        project = None if project_id is None else _project_id(project_id)
+        data = None if training_data is None else plain_records(training_data)
+        return await run_sync(self._jobs.recommend_base, project, data, self._refreshes.data_of)
 
     async def would_download(self, base_model: str | None, *, unless_in_memory: bool = False) -> str | None:
         """Return the hub id of the model that a request with this base model would download first; None: it would not.

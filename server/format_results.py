@@ -22,6 +22,7 @@ from peft_core.schemas.export import ExportReport
 from peft_core.schemas.generation import Engine, Generation
 from peft_core.schemas.local_bases import LocalBase, LocalBases
 from peft_core.schemas.project import Refreshed
+from peft_core.schemas.recommendation import BaseRecommendation
 from peft_core.schemas.results import (
     AdapterList,
     AdapterSummary,
@@ -39,6 +40,7 @@ from peft_core.schemas.staleness import Staleness
 from peft_core.schemas.storage import DiskUsage, size_in_words
 from peft_core.system.durations import age_since, rough_duration
 from server.links import link_to_export, links_of_status
+from server.recommendation_text import recommendation_lines
 from server.status_text import estimate_text, for_client, summarise, summarise_refresh
 
 RESULT_IN_META = "peft-mcp/result"
@@ -278,6 +280,12 @@ def _base_line(base: LocalBase) -> str:
     if base.seconds_per_1000_examples:
         facts.append(f"about {rough_duration(base.seconds_per_1000_examples)} for 1000 examples")
     return f"{base.base_model}: {', '.join(facts)}"
+
+
+def format_recommendation(recommended: BaseRecommendation) -> CallToolResult:
+    """Show a line for each recommended base model, then what cannot be trained, and what to download."""
+    lines = recommendation_lines(recommended)
+    return tool_result(recommended, "\n".join(lines), in_summary=frozenset({"note"}), ending="\n")
 
 
 def _sample_text(sample: DataSample) -> str:

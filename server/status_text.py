@@ -55,6 +55,8 @@ def summarise(status: TrainingStatus, *, is_new: bool = False) -> str:
         parts.append(f"{purpose}: {status.training_data}. Base model: {status.base_model} on {status.device}.")
         if status.estimate:
             parts.append(estimate_text(status.estimate))
+    if status.better_base:
+        parts.append(status.better_base)
     if status.status is Status.COMPLETED:
         if status.evaluation:
             parts.append(evaluation_text(status.evaluation))

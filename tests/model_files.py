@@ -225,6 +225,15 @@ def gguf_bytes(
     return header + bytes(-len(header) % 32) + data
 
 
+def write_gguf(path: Path, tokens: Sequence[str] = (), *, name: str = "Tiny") -> Path:
+    """Write a GGUF file of the toy model in Q8_0, with these tokens at the end of its vocabulary."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    vocabulary = [f"t{i}" for i in range(48 - len(tokens))] + list(tokens)
+    changes = {"tokenizer.ggml.tokens": (ARRAY, (TEXT, vocabulary)), "general.name": (TEXT, name)}
+    path.write_bytes(gguf_bytes(GGUF_METADATA | changes, quantised=True))
+    return path
+
+
 def _text(text: str) -> bytes:
     raw = text.encode()
     return struct.pack("<Q", len(raw)) + raw

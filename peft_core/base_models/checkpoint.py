@@ -26,7 +26,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return _read(path, file_states(path))
 
 
-@functools.lru_cache(maxsize=32)  # of most machines, all models
+@functools.lru_cache(maxsize=128)  # more than `list_base_models` reads
 def _read(path: Path, states: FileStates) -> Checkpoint:  # noqa: ARG001 - part of the cache key
     return read_directory(path) if path.is_dir() else read_gguf_model(path)
 

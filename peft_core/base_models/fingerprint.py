@@ -90,7 +90,7 @@ def _content_hash(path: Path, states: FileStates) -> str:  # noqa: ARG001 - part
     return _combined_hash(hashes)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=128)
 def _fingerprint(path: Path, states: FileStates) -> Fingerprint:  # noqa: ARG001 - part of the cache key
     checkpoint = read_checkpoint(path)
     return Fingerprint(

@@ -11,9 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
@@ -29,10 +28,14 @@ from peft_core.schemas.dataset import DatasetSpec, SourceKind, TrainingData
 from peft_core.schemas.events import AdaptersCompared, Evaluated, JobAskedFor, JobResumed
 from peft_core.schemas.job_report import JobReport
 from peft_core.schemas.local_bases import LocalBases
+from peft_core.schemas.recommendation import BaseRecommendation
 from peft_core.schemas.results import JobSummary, Status, TrainingDataReport, TrainingStatus
 from peft_core.schemas.task import JobRequest
 from peft_core.schemas.training import DataSelection, EvaluatedAdapter, TrainingConfig, project_id_from
 from peft_core.system.activity import active
+
+if TYPE_CHECKING:
+    from peft_core.jobs.measured_speeds import MeasuredSpeeds
 
 MAX_NAMED_PROJECTS = 10  # in an error
 MAKE_WAY_S = 15.0  # how long a call that needs the memory waits for the pause of a job
@@ -75,7 +78,7 @@ class JobService:
 
         # kill-point: server: asked to train
         adapters = Adapters(self._registry, project_id, self.base_of)
-        speed = self._speed_on(config.run_on)
+        speed = self._measured_speeds(config.run_on).of
         draft = plan(training_data, config, self._settings, speed, adapters)
         if options is None:
             return draft
@@ -111,7 +114,7 @@ class JobService:
             evaluation_data, trained_on = self._source_of_newest(adapters)
             selection = trained_on if selection == DataSelection() else selection
         draft = plan_evaluation(
-            evaluated, evaluation_data, base, self._settings, self._measured_speed, selection=selection
+            evaluated, evaluation_data, base, self._settings, self._measured_speeds().of, selection=selection
         )
         return self.queue(self._project_of(*adapters), draft, evaluation_data)
 
@@ -144,14 +147,46 @@ class JobService:
         from peft_core.planning.inspection import inspect_training_data  # noqa: PLC0415
 
         adapters = Adapters(self._registry, None, self.base_of)
-        speed = self._speed_on(config.run_on)
+        speed = self._measured_speeds(config.run_on).of
         return inspect_training_data(training_data, config, self._settings, speed, adapters)
 
     def list_base_models(self) -> LocalBases:
         """List the base models on this machine, with what training each would take. Only headers are read."""
         from peft_core.planning.local_bases import list_base_models  # noqa: PLC0415
 
-        return list_base_models(self._settings, self._measured_speed)
+        return list_base_models(self._settings, self._measured_speeds().of)
+
+    def recommend_base(
+        self,
+        project_id: str | None,
+        training_data: TrainingData | None,
+        registered: Callable[[str], tuple[str, DataSelection]],
+    ) -> BaseRecommendation:
+        """Rank the base models on this machine for a training of this data, else of a project's, else of 1000 examples.
+
+        `registered(project_id)` returns the path that a project was trained on, and what was selected of it.
+
+        Raises:
+            JobNotFound, InvalidArgument, DataError, StorageError: the data cannot be read, or `registered` raises it.
+        """
+        from peft_core.planning.recommend_base import recommend_base  # noqa: PLC0415
+
+        selection, speeds = DataSelection(), self._measured_speeds()
+        if project_id is not None and training_data is None and self._projects.find(project_id) is None:
+            training_data, selection = registered(project_id)
+        elif project_id is not None:
+            training_data = self._projects.data_of(project_id, training_data)
+        return recommend_base(training_data, selection, self._settings, speeds.of, speeds.newest)
+
+    def better_base(self, draft: JobRequest, config: TrainingConfig) -> str:
+        """Return a sentence on a base model of this machine that suits code clearly better than the default, or nothing.
+
+        `draft` is what `plan` made of `config`.
+        """
+        from peft_core.planning.recommend_base import better_base  # noqa: PLC0415
+
+        speeds = self._measured_speeds()
+        return better_base(draft, config, self._settings, speeds.of, speeds.newest)
 
     def queue(self, project_id: str, draft: JobRequest, data: TrainingData) -> TrainingStatus:
         """Queue a job that `plan` has checked, with the same data, and make sure that a runner is alive.
@@ -455,17 +490,8 @@ class JobService:
             cancel_requested=job.status is Status.IN_PROGRESS and self._store.cancel_requested(job.job_id),
         )
 
-    def _speed_on(self, place: Literal["here", "cluster"]) -> Callable[[Base, str], float | None]:
-        return partial(self._measured_speed, on_cluster=place == "cluster")
+    def _measured_speeds(self, place: Literal["here", "cluster"] = "here") -> MeasuredSpeeds:
+        from peft_core.jobs.measured_speeds import MeasuredSpeeds  # noqa: PLC0415 -- not at the server's start
 
-    def _measured_speed(self, base: Base, device: str, *, on_cluster: bool = False) -> float | None:
-        """Return the tokens per second of the newest completed run of the same base model on the same device."""
-        if not self._store.exists:
-            return None
-        for job in self._store.last_completed(SPEED_HISTORY):
-            same_weights = job.request.base.fingerprint.same_weights(base.fingerprint)
-            if not same_weights or job.device != device or job.on_cluster != on_cluster:
-                continue
-            if job.metrics and job.metrics.tokens_per_second:
-                return job.metrics.tokens_per_second
-        return None
+        jobs = self._store.last_completed(SPEED_HISTORY) if self._store.exists else ()
+        return MeasuredSpeeds([job for job in jobs if job.on_cluster == (place == "cluster")])

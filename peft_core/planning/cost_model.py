@@ -108,6 +108,23 @@ def training_speed(
     return Speed(None, f"no run on this base and {device} yet; the status shows the measured speed")
 
 
+class MeasuredRun(NamedTuple):
+    """The speed of an earlier run on one device."""
+
+    base_model: str  # its name
+    shape: ModelShape
+    tokens_per_second: float
+
+
+def scaled_speed(run: MeasuredRun, shape: ModelShape) -> Speed:
+    """Return the speed that a run on another base model of the same device suggests, by the work for each token.
+
+    A larger base model uses a device better than a smaller one does, so this is too low for it, and too high for a smaller one.
+    """
+    speed = run.tokens_per_second * flops_per_token(run.shape) / flops_per_token(shape)
+    return Speed(speed, f"by size, from the speed of your last run on this device, with {run.base_model}")
+
+
 def flops_per_token(shape: ModelShape) -> float:
     """Return the work for one training token: forward, and the gradient of the input. Frozen weights have no gradient.
 

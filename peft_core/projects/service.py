@@ -24,7 +24,7 @@ from peft_core.schemas.project import Outcome, Refreshed, Registration, RetrainT
 from peft_core.schemas.results import Status
 from peft_core.schemas.staleness import Staleness
 from peft_core.schemas.task import JobRequest
-from peft_core.schemas.training import TrainingConfig
+from peft_core.schemas.training import DataSelection, TrainingConfig
 from peft_core.system.durations import rough_duration
 
 AFTER_FAILURE = 24  # times the usual interval between two trainings
@@ -132,6 +132,17 @@ class ProjectService:
                 suggestions=["Call train_adapter with the project's id and its training_data"],
             )
         return registration
+
+    def data_of(self, project_id: str) -> tuple[str, DataSelection]:
+        """Return the path that a project's latest training read, and what was selected of it.
+
+        Raises:
+            JobNotFound, InvalidArgument, StorageError: as for `registered`; or the path is gone, it is another repository now,
+                or the project was trained on inline records.
+        """
+        registration = self.registered(project_id)
+        selected = registration.config.model_dump(include=set(DataSelection.model_fields), exclude_unset=True)
+        return self._require_source(registration), DataSelection(**selected)
 
     def registrations(self, project_ids: Sequence[str] | None) -> list[Registration]:
         """Return the registrations of these projects; None: all that can be read.

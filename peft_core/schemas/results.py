@@ -137,6 +137,7 @@ class TrainingStatus(FrozenModel):
     cluster: str | None = Field(None, description="Address of the Ray cluster that it trains on; null: this machine.")
     node: str = Field("", description="Node of the cluster that trains.")
     base_model: str | None = None
+    better_base: str = Field("", description="A base model on this machine that suits code better than the default.")
     adapter_path: str | None = Field(
         None,
         description="The published or evaluated adapter, of two compared ones that to keep; set only if status is 'completed'.",

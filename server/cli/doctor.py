@@ -34,6 +34,7 @@ from peft_core.system.packages import install_command, install_extra
 from server.cli import exit_codes
 from server.cli.clients import find_clients
 from server.cli.terminal import Terminal, with_commands
+from server.recommendation_text import candidate_line, download_sentence
 
 TORCH_TIMEOUT_S = 300.0  # importing torch, transformers and PEFT from a slow disk takes a minute
 GIT_TIMEOUT_S = 20.0
@@ -68,6 +69,7 @@ async def doctor(manager: PEFTManager, _: Namespace, terminal: Terminal) -> int:
         *await _check("Python", partial(run_sync, _python)),
         *await _check("torch", partial(run_sync, _torch)),
         *await _check("base models", partial(_base_models, manager)),
+        *await _check("recommended base", partial(_recommended_base, manager)),
         *await _check("training", partial(_training, manager)),
         *await _check("memory", partial(run_sync, _memory, settings)),
         *await _check("disk", partial(run_sync, _disk, settings.data_dir)),
@@ -170,6 +172,17 @@ async def _base_models(manager: PEFTManager) -> Finding:
     others = len(listed.base_models) - len(trainable)
     rest = f"; {others} cannot be trained or were not examined" if others else ""
     return Finding(topic="base models", state="ok", message=f"{len(trainable)} can be trained: {names}{rest}")
+
+
+async def _recommended_base(manager: PEFTManager) -> Finding:
+    recommended = await manager.recommend_base()
+    topic = "recommended base"
+    if not recommended.candidates:
+        return Finding(topic=topic, state="advice", message="none: no base model here can be trained")
+    message = f"{candidate_line(recommended.candidates[0])} Estimated for {recommended.estimated_for}"
+    if (download := recommended.download) is not None:
+        return Finding(topic=topic, state="advice", message=message, fix=download_sentence(download))
+    return Finding(topic=topic, state="ok", message=message)
 
 
 async def _training(manager: PEFTManager) -> Finding:

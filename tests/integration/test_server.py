@@ -41,6 +41,7 @@ Connect = Callable[[], AbstractAsyncContextManager[Client]]
 
 TOOLS = {
     "list_base_models",
+    "recommend_base",
     "inspect_training_data",
     "train_adapter",
     "refresh_project",

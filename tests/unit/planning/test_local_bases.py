@@ -6,28 +6,16 @@ import time
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
 
 from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
 from peft_core.planning import local_bases
 from peft_core.planning.local_bases import list_base_models
 from peft_core.schemas.local_bases import LocalBase, LocalBases
-from tests.model_files import ARRAY, GGUF_METADATA, TEXT, gguf_bytes, write_cached, write_model
+from tests.model_files import GGUF_METADATA, TEXT, gguf_bytes, write_cached, write_gguf, write_model
 from tests.unit.base_models.test_ollama_store import Store
 
 FIM = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    home = tmp_path / "home" / "ada"
-    home.mkdir(parents=True)
-    monkeypatch.setenv("HOME", str(home))
-    for name in ("OLLAMA_MODELS", "LLAMA_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / ".cache" / "huggingface" / "hub"))
-    return home
 
 
 def listed(settings: Settings | None = None, speed: float | None = 1000.0) -> LocalBases:
@@ -36,13 +24,6 @@ def listed(settings: Settings | None = None, speed: float | None = 1000.0) -> Lo
 
 def by_name(bases: LocalBases) -> dict[str, LocalBase]:
     return {base.base_model: base for base in bases.base_models if base.source != "bundled"}
-
-
-def write_gguf(path: Path, tokens: list[str] | None = None) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    vocabulary = [f"t{i}" for i in range(48 - len(tokens or []))] + (tokens or [])
-    path.write_bytes(gguf_bytes(GGUF_METADATA | {"tokenizer.ggml.tokens": (ARRAY, (TEXT, vocabulary))}, quantised=True))
-    return path
 
 
 def test_models_of_every_program_are_listed_by_the_name_that_base_model_takes(home: Path, tmp_path: Path) -> None:
