@@ -344,7 +344,7 @@ def format_status(
     status = for_client(status)
     unchanged = frozenset() if is_new else REQUESTED if status.status.is_final else REQUESTED | CHOSEN
     summary = f"{preface} {summarise(status, is_new=is_new)}".lstrip()
-    result = tool_result(status, summary, unchanged=unchanged)
+    result = tool_result(status, summary, unchanged=unchanged, in_summary=frozenset({"better_base"}))
     if picture is not None:
         image = ImageContent(type="image", data=b64encode(picture).decode(), mime_type="image/png")
         result.content.append(image)

@@ -40,7 +40,7 @@ def read_fim_tokens(path: Path) -> FillInTheMiddle | None:
     if path.is_dir():
         raw = read_tokenizer(path / TOKENIZER)
         # Search the raw JSON for both ways to escape the token: parsing would take a second and ten times the memory.
-        return find_fim_tokens(lambda token: any(literal in raw for literal in json_literals(token)))
+        return find_fim_tokens(lambda token: any(literal in raw for literal in set(json_literals(token))))
     raw = _before_weights(path)
     return find_fim_tokens(lambda token: len(token.encode()).to_bytes(8, "little") + token.encode() in raw)
 

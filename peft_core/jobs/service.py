@@ -5,6 +5,7 @@ Every method blocks, `plan` for up to a second on a large repository; the manage
 
 from __future__ import annotations
 
+import logging
 import secrets
 import shutil
 import time
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
-from peft_core.errors import InvalidArgument, JobNotFound, JobStateError, StorageError
+from peft_core.errors import InvalidArgument, JobNotFound, JobStateError, PeftMcpError, StorageError
 from peft_core.gardener.names import PipelineOptions
 from peft_core.gardener.registry import ProjectRegistry
 from peft_core.jobs.state import IllegalTransition, Job
@@ -41,6 +42,8 @@ MAX_NAMED_PROJECTS = 10  # in an error
 MAKE_WAY_S = 15.0  # how long a call that needs the memory waits for the pause of a job
 POLL_INTERVAL_S = 0.25
 SPEED_HISTORY = 50  # newest completed jobs that are searched for a measured speed on the same base model and device
+
+log = logging.getLogger(__name__)  # structlog would slow the server's start down by 0.1 s
 
 
 class JobService:
@@ -186,7 +189,11 @@ class JobService:
         from peft_core.planning.recommend_base import better_base  # noqa: PLC0415
 
         speeds = self._measured_speeds()
-        return better_base(draft, config, self._settings, speeds.of, speeds.newest)
+        try:
+            return better_base(draft, config, self._settings, speeds.of, speeds.newest)
+        except (PeftMcpError, OSError) as error:  # a place of other programs' models must not prevent a training
+            log.warning("No better base model was looked for: %s", error)
+            return ""
 
     def queue(self, project_id: str, draft: JobRequest, data: TrainingData) -> TrainingStatus:
         """Queue a job that `plan` has checked, with the same data, and make sure that a runner is alive.

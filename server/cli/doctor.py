@@ -178,7 +178,7 @@ async def _recommended_base(manager: PEFTManager) -> Finding:
     recommended = await manager.recommend_base()
     topic = "recommended base"
     if not recommended.candidates:
-        return Finding(topic=topic, state="advice", message="none: no base model here can be trained")
+        return Finding(topic=topic, state="advice", message="no base model on this machine can be trained")
     message = f"{candidate_line(recommended.candidates[0])} Estimated for {recommended.estimated_for}"
     if (download := recommended.download) is not None:
         return Finding(topic=topic, state="advice", message=message, fix=download_sentence(download))

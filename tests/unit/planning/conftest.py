@@ -1,4 +1,4 @@
-"""A home directory without models."""
+"""A home directory without models, and as much time to read what a test puts there as a busy machine takes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+
+from peft_core.planning import local_bases, recommend_base
 
 
 @pytest.fixture
@@ -16,4 +18,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("OLLAMA_MODELS", "LLAMA_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / ".cache" / "huggingface" / "hub"))
+    for module in (local_bases, recommend_base):
+        monkeypatch.setattr(module, "MAX_SECONDS", 600.0)
     return home

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 from anyio.to_thread import run_sync
+from huggingface_hub import constants
 
 from peft_core.config import Settings
 from peft_core.manager import PEFTManager
+from peft_core.planning import local_bases, recommend_base, target
 from server.cli import doctor, exit_codes
 from server.cli.doctor import Diagnosis, Finding
 from server.cli.terminal import Terminal
+from tests.model_files import write_gguf
 
 UNUSED_PORT = "http://127.0.0.1:1"
 
@@ -47,6 +50,28 @@ async def test_a_default_base_model_that_cannot_be_used_prevents_training(tmp_pa
     assert (base.state, training.state) == ("problem", "problem")
     assert "CODEBASE_GARDENER_DEFAULT_BASE_MODEL" in base.fix
     assert "nothing" in training.message
+
+
+async def test_the_best_base_model_is_named_and_a_model_for_code_is_worth_downloading_if_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(target, "available_memory_bytes", lambda: 10**11)
+    monkeypatch.setattr(local_bases, "device_memory_bytes", lambda _: 10**11)
+    monkeypatch.setattr(local_bases, "MAX_SECONDS", 600.0)
+    monkeypatch.setattr(recommend_base, "_free_disk_bytes", lambda: 10**11)
+    async with PEFTManager(Settings(data_dir=tmp_path / "data")) as manager:
+        without = await doctor._recommended_base(manager)
+        fim = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
+        write_gguf(tmp_path / ".lmstudio" / "models" / "org" / "m" / "tiny-coder.gguf", fim)
+        with_coder = await doctor._recommended_base(manager)
+    assert (without.state, without.message.partition(" ")[0]) == ("advice", "bundled")
+    assert "hf download Qwen/Qwen2.5-Coder-" in without.fix
+    assert (with_coder.state, with_coder.fix) == ("ok", "")
+    assert with_coder.message.startswith(
+        "~/.lmstudio/models/org/m/tiny-coder.gguf: a model for code, with fill-in-the-mid"
+    )
 
 
 async def test_a_data_directory_that_cannot_be_written_prevents_training(tmp_path: Path) -> None:
