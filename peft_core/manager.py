@@ -29,6 +29,7 @@ from peft_core.inference.client import ProgressCallback, TextCallback
 from peft_core.inference.service import InferenceService, TrainingNeed
 from peft_core.jobs.handle import OnProgress, TrainingJob
 from peft_core.jobs.service import JobService
+from peft_core.jobs.sweep import of_all_runs
 from peft_core.projects.check import DueCheck
 from peft_core.projects.service import ProjectService
 from peft_core.schemas.export import ExportOptions, ExportReport
@@ -109,13 +110,13 @@ class PEFTManager:
         _refuse(options, "progress_update_interval", "start_training")
         given = None if training_data is None else plain_records(training_data)
         data = await run_sync(self._projects.data_of, project_id, given)
-        draft = await run_sync(self._jobs.plan, project_id, data, parsed, options)
-        await run_sync(self._refreshes.require_same_repository, project_id, draft)
+        drafts = await run_sync(self._jobs.plan_runs, project_id, data, parsed, options)
+        await run_sync(self._refreshes.require_same_repository, project_id, drafts[0])
         if approve is not None:
-            await approve(draft.estimate)
-        better_base = await run_sync(self._jobs.better_base, draft, parsed)
-        status = await run_sync(self._jobs.queue, project_id, draft, data)
-        await run_sync(self._refreshes.register, project_id, draft, data, parsed)
+            await approve(of_all_runs([draft.estimate for draft in drafts], parallel=drafts[0].cluster is not None))
+        better_base = await run_sync(self._jobs.better_base, drafts[0], parsed)
+        status = await run_sync(self._jobs.queue_runs, project_id, drafts, data)
+        await run_sync(self._refreshes.register, project_id, drafts[0], data, parsed)
         return status.model_copy(update={"better_base": better_base}) if better_base else status
 
     async def refresh_project(
@@ -181,6 +182,10 @@ class PEFTManager:
         if isinstance(config, Mapping) and "progress_update_interval" in config:
             progress_update_interval = parse_names(config)[1].progress_update_interval or 0.0
             config = {name: value for name, value in config.items() if name != "progress_update_interval"}
+        if parse_names(config)[0].sweep is not None:
+            raise InvalidArgument(
+                "config.sweep", None, "start_training starts one training; it belongs to train_adapter"
+            )
         status = await self.train_adapter(project_id, training_data, config)
         return TrainingJob(
             status,

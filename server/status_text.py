@@ -7,7 +7,7 @@ from pathlib import Path
 from peft_core.paths import adapter_names
 from peft_core.schemas.evaluation import AdapterComparison, Comparison, Difference, Evaluation, Keep
 from peft_core.schemas.project import Refreshed, RetrainThreshold
-from peft_core.schemas.results import Estimate, Phase, Status, TrainingStatus
+from peft_core.schemas.results import Estimate, Phase, Status, SweepStatus, TrainingStatus
 from peft_core.system.durations import format_duration, rough_duration
 
 MAX_HEADLINE = 200  # clients truncate longer progress messages
@@ -48,6 +48,8 @@ def summarise(status: TrainingStatus, *, is_new: bool = False) -> str:
     `is_new`: whether this answers the request of the job, so that the data are described however far it has come.
     """
     parts = [f"{subject(status)}: {headline(status)}."]
+    if status.sweep:
+        parts.append(sweep_text(status.sweep))
     if status.started_because and (is_new or not status.status.is_final):
         parts.append(f"It was {status.started_because.rstrip('.')}.")
     if status.training_data and is_new:
@@ -65,6 +67,18 @@ def summarise(status: TrainingStatus, *, is_new: bool = False) -> str:
         if status.report_path:
             parts.append(f"Report: {status.report_path}.")
     return " ".join(parts)
+
+
+def sweep_text(sweep: SweepStatus) -> str:
+    """Return how the runs of a sweep stand, in one sentence."""
+    runs = []
+    for run in sweep.runs:
+        loss = "" if run.held_out_loss is None else f", held-out loss {run.held_out_loss:.3f}"
+        verdict = f", {run.verdict.replace('_', ' ')}" if run.verdict else ""
+        mark = ", best so far" if run.job_id == sweep.best_job_id else ""
+        mark = mark.replace(" so far", "") if sweep.is_complete else mark
+        runs.append(f"{run.value:g} {run.status.replace('_', ' ')}{loss}{verdict}{mark}")
+    return f"Sweep of {sweep.setting}: {'; '.join(runs)}. Only an adapter that was the best when its run ended is published."
 
 
 def summarise_refresh(refreshed: Refreshed) -> str:

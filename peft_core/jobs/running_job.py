@@ -27,6 +27,7 @@ from peft_core.jobs.free_machine import FreeMachine
 from peft_core.jobs.recovery import completed_by, completed_evaluation, exit_error
 from peft_core.jobs.state import IllegalTransition, Job
 from peft_core.jobs.store import Store
+from peft_core.jobs.sweep import better_run
 from peft_core.paths import JobPaths
 from peft_core.schemas.events import (
     EVENT,
@@ -126,7 +127,7 @@ class RunningJob:
             self._store.append(job_id, event)
         if isinstance(event, JobCompleted):
             # kill-point: runner: the job is completed, its checkpoint still exists
-            delete_checkpoint(self._paths)
+            delete_remains(self._paths)
         self._log.info("ended", outcome=event.kind)
 
     # -- the process ---------------------------------------------------------------------------------------------------
@@ -301,6 +302,9 @@ class RunningJob:
     def _publish(self, written: AdapterWritten) -> Event:
         """Verify the adapter in the job's directory and publish it; return the event that ends the job."""
         job, adapter = self.job, self._paths.adapter
+        registry, runs = self._runner.registry, self._store.runs_of_sweep(job)
+        if better_run([run for run in runs if registry.published(run.project_id, run.job_id)], written.metrics):
+            return JobCompleted(adapter_path=None, metrics=written.metrics)
         # kill-point: runner: the adapter is about to be published
         self._store.append(job.job_id, PhaseStarted(phase=Phase.PUBLISHING))
         # kill-point: runner: the phase is publishing, the adapter is unchecked
@@ -316,7 +320,7 @@ class RunningJob:
             )
         self._write_report()
         # kill-point: runner: the adapter is checked
-        published = self._runner.registry.publish(adapter, job.project_id, job.job_id)
+        published = registry.publish(adapter, job.project_id, job.job_id)
         # kill-point: runner: the adapter is published, the job is not completed
         return JobCompleted(adapter_path=str(published), metrics=written.metrics)
 
@@ -348,6 +352,7 @@ async def end_process(process: Process, number: signal.Signals, grace_s: float) 
             process.kill()
 
 
-def delete_checkpoint(paths: JobPaths) -> None:
-    """Delete the checkpoint of a completed job, which is never resumed."""
-    shutil.rmtree(paths.checkpoint, ignore_errors=True)
+def delete_remains(paths: JobPaths) -> None:
+    """Delete the checkpoint of a completed job, which is never resumed, and an adapter that was not published."""
+    for directory in (paths.checkpoint, paths.adapter):
+        shutil.rmtree(directory, ignore_errors=True)

@@ -24,6 +24,7 @@ from peft_core.jobs.state import IllegalTransition, Job
 from peft_core.jobs.status import not_started, status_of, summary_of
 from peft_core.jobs.store import Store
 from peft_core.jobs.supervisor import RunnerSupervisor
+from peft_core.jobs.sweep import shown, status_of_sweep
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.dataset import DatasetSpec, SourceKind, TrainingData
 from peft_core.schemas.events import AdaptersCompared, Evaluated, JobAskedFor, JobResumed
@@ -32,7 +33,7 @@ from peft_core.schemas.local_bases import LocalBases
 from peft_core.schemas.recommendation import BaseRecommendation
 from peft_core.schemas.results import JobSummary, Status, TrainingDataReport, TrainingStatus
 from peft_core.schemas.task import JobRequest
-from peft_core.schemas.training import DataSelection, EvaluatedAdapter, TrainingConfig, project_id_from
+from peft_core.schemas.training import DataSelection, EvaluatedAdapter, SweepRun, TrainingConfig, project_id_from
 from peft_core.system.activity import active
 
 if TYPE_CHECKING:
@@ -100,6 +101,23 @@ class JobService:
         )
         return draft.model_copy(update={"estimate": draft.estimate.model_copy(update={"chosen": chosen})})
 
+    def plan_runs(
+        self,
+        project_id: str,
+        training_data: TrainingData,
+        config: TrainingConfig,
+        options: PipelineOptions | None = None,
+    ) -> list[JobRequest]:
+        """Plan each run of a sweep, as `plan`; without a sweep, one."""
+        drafts = [self.plan(project_id, training_data, run, options) for run in config.runs]
+        if config.sweep is None:
+            return drafts
+        sweep_id, setting = secrets.token_hex(6), config.sweep.setting
+        return [
+            draft.model_copy(update={"sweep": SweepRun(sweep_id=sweep_id, number=number, setting=setting)})
+            for number, draft in enumerate(drafts, 1)
+        ]
+
     def evaluate(
         self, evaluated: EvaluatedAdapter, base: Base, evaluation_data: TrainingData | None, selection: DataSelection
     ) -> TrainingStatus:
@@ -150,7 +168,7 @@ class JobService:
         from peft_core.planning.inspection import inspect_training_data  # noqa: PLC0415
 
         adapters = Adapters(self._registry, None, self.base_of)
-        speed = self._measured_speeds(config.run_on).of
+        speed, config = self._measured_speeds(config.run_on).of, config.runs[0]
         return inspect_training_data(training_data, config, self._settings, speed, adapters)
 
     def list_base_models(self) -> LocalBases:
@@ -196,23 +214,29 @@ class JobService:
             return ""
 
     def queue(self, project_id: str, draft: JobRequest, data: TrainingData) -> TrainingStatus:
-        """Queue a job that `plan` has checked, with the same data, and make sure that a runner is alive.
+        """Queue one job; see `queue_runs`."""
+        return self.queue_runs(project_id, [draft], data)
+
+    def queue_runs(self, project_id: str, drafts: Sequence[JobRequest], data: TrainingData) -> TrainingStatus:
+        """Queue the jobs that `plan_runs` has checked, with the same data, and make sure that a runner is alive.
+
+        Return the status of the first one.
 
         A training replaces those of the project that started by themselves and have not ended.
 
         Raises:
             DataError, StorageError: nothing was queued.
         """
-        job = self._new_job(project_id, draft, data)
-        replaced = self.trainings(project_id) if job.is_training else []
+        jobs = [self._new_job(project_id, draft, data) for draft in drafts]
+        replaced = self.trainings(project_id) if jobs[0].is_training else []
         # kill-point: server: the job is about to be queued
-        self._store.insert(job)
+        self._store.insert(*jobs)
         # kill-point: server: the job is queued, no runner works on it
         for other in replaced:
             if other.only_while_free and not other.status.is_final:
                 with suppress(JobStateError):  # it has ended meanwhile
                     self._store.request_cancel(other.job_id)
-        return self._start(job.job_id)
+        return self._start(jobs[0].job_id)
 
     def queue_refresh(
         self,
@@ -396,6 +420,8 @@ class JobService:
     def cancel(self, project_id: str, job_id: str | None) -> TrainingStatus:
         """Cancel a queued job immediately; ask the runner to cancel a running one, which takes seconds.
 
+        Without a job id, all runs of a sweep are cancelled.
+
         Raises:
             JobStateError: there is nothing to cancel.
         """
@@ -407,6 +433,10 @@ class JobService:
             )
         self._supervisor.ensure_runner_if_possible()
         self._store.request_cancel(job.job_id)
+        for run in self._store.runs_of_sweep(job) if job_id is None else []:
+            if not run.status.is_final:
+                with suppress(JobStateError):  # it has ended meanwhile, or is the one above
+                    self._store.request_cancel(run.job_id)
         return self._to_status(self._store.get(job.job_id))
 
     def resume(self, job_id: str, *, by_itself: bool = False) -> TrainingStatus:
@@ -456,7 +486,8 @@ class JobService:
 
     def _find(self, project_id: str, job_id: str | None) -> Job | None:
         if job_id is None:
-            return self._store.latest(project_id) if self._store.exists else None
+            latest = self._store.latest(project_id) if self._store.exists else None
+            return latest and shown(self._store.runs_of_sweep(latest), latest)
         self._require_database(job_id)
         job = self._store.get(job_id)
         if job.project_id != project_id:
@@ -495,6 +526,7 @@ class JobService:
             self._paths.job(job.job_id).log,
             now=time.time(),
             cancel_requested=job.status is Status.IN_PROGRESS and self._store.cancel_requested(job.job_id),
+            sweep=status_of_sweep(self._store.runs_of_sweep(job)),
         )
 
     def _measured_speeds(self, place: Literal["here", "cluster"] = "here") -> MeasuredSpeeds:

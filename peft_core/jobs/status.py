@@ -9,7 +9,7 @@ from peft_core.adapters.manifest import REPORT_NAME
 from peft_core.jobs.state import Job, progress_percent
 from peft_core.schemas.dataset import SourceSummary, describe_by_extension
 from peft_core.schemas.evaluation import AdapterComparison, ComparedAdapter, Keep, Verdict
-from peft_core.schemas.results import JobSummary, NextStep, Status, TrainingStatus
+from peft_core.schemas.results import JobSummary, NextStep, Status, SweepStatus, TrainingStatus
 from peft_core.schemas.task import JobRequest
 from peft_core.system.durations import rough_duration
 from peft_core.system.packages import install_extra
@@ -33,7 +33,13 @@ def not_started(project_id: str) -> TrainingStatus:
 
 
 def status_of(
-    job: Job, queue_position: int | None, log_path: Path, *, now: float, cancel_requested: bool = False
+    job: Job,
+    queue_position: int | None,
+    log_path: Path,
+    *,
+    now: float,
+    cancel_requested: bool = False,
+    sweep: SweepStatus | None = None,
 ) -> TrainingStatus:
     """Return the state of a job as users see it at the time `now`, in seconds since the epoch."""
     published = job.adapter_path is not None and Path(job.adapter_path).is_dir()  # it may have been deleted since
@@ -42,7 +48,7 @@ def status_of(
     running = job.status is Status.IN_PROGRESS
     stopping = cancel_requested and running
     eta_s = _eta_s(job, now)
-    step = _stopping(job) if stopping else _next_step(job, adapter, eta_s)
+    step = _stopping(job) if stopping else _next_step_in_sweep(job, sweep) or _next_step(job, adapter, eta_s)
     return TrainingStatus(
         job_id=job.job_id,
         project_id=job.project_id,
@@ -70,6 +76,7 @@ def status_of(
         node=job.node,
         base_model=request.base.name,
         adapter_path=adapter,
+        sweep=sweep,
         error=job.error,
         metrics=job.metrics,
         evaluation=job.evaluation,
@@ -189,6 +196,19 @@ def _running(job: Job, eta_s: float | None) -> NextStep:
         arguments={"project_id": job.project_id, "job_id": job.job_id},
         reason=f"The {job.request.noun} {where}. {when}; cancel_training stops it.",
     )
+
+
+def _next_step_in_sweep(job: Job, sweep: SweepStatus | None) -> NextStep | None:
+    """Return the next step after a completed run of a sweep: wait for the others, or look at the best."""
+    if sweep is None or job.status is not Status.COMPLETED or (sweep.is_complete and sweep.best_job_id == job.job_id):
+        return None
+    arguments = {"project_id": job.project_id}
+    if not sweep.is_complete:
+        reason = "Other runs of the sweep have not ended."
+        return NextStep(tool="get_training_status", arguments=arguments, reason=reason)
+    best = {"job_id": sweep.best_job_id} if sweep.best_job_id else {}
+    reason = "Another run of the sweep has the lowest held-out loss."
+    return NextStep(tool="get_training_status", arguments=arguments | best, reason=reason)
 
 
 def _next_step(job: Job, adapter: str | None, eta_s: float | None) -> NextStep:

@@ -116,10 +116,13 @@ class Store:
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
-    def insert(self, job: Job) -> None:
+    def insert(self, *jobs: Job) -> None:
+        """Insert jobs, all or none."""
         with self._transaction() as db:
-            self._insert(db, job)
-        self._announce(job)
+            for job in jobs:
+                self._insert(db, job)
+        for job in jobs:
+            self._announce(job)
 
     def insert_next_training(self, job: Job, latest: str | None) -> bool:
         """Insert a training if the project's latest one still has the id `latest`, and none is queued or running.
@@ -227,6 +230,14 @@ class Store:
         """Return a project's trainings, the one that was queued last first."""
         with self._connection() as db:
             return _parse_jobs(db.execute(TRAININGS, (project_id,)))
+
+    def runs_of_sweep(self, job: Job) -> list[Job]:
+        """Return all runs of the sweep that a job is part of, in order; none if it is not part of one."""
+        if (sweep := job.request.sweep) is None:
+            return []
+        others = [(other.request.sweep, other) for other in self.trainings(job.project_id)]
+        runs = [(run.number, other) for run, other in others if run is not None and run.sweep_id == sweep.sweep_id]
+        return [run for _, run in sorted(runs, key=lambda each: each[0])]
 
     def projects(self) -> list[str]:
         """Return the ids of all projects with jobs, the latest first."""

@@ -28,7 +28,9 @@ from peft_core.schemas.training import DataSelection, TrainingConfig
 from peft_core.system.durations import rough_duration
 
 AFTER_FAILURE = 24  # times the usual interval between two trainings
-_FROM_SCRATCH = frozenset({"continue_from"})  # settings of the first training that its successors do not repeat
+_FROM_SCRATCH = frozenset(
+    {"continue_from", "sweep"}
+)  # settings of the first training that its successors do not repeat
 
 log = logging.getLogger(__name__)  # structlog would slow the server's start down by 0.1 s
 

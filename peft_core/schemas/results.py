@@ -104,6 +104,26 @@ class Metrics(FrozenModel):
     adapter_bytes: int | None = None
 
 
+class SweepRunStatus(FrozenModel):
+    """One training of a sweep."""
+
+    job_id: str
+    value: float  # of the setting
+    status: Status
+    held_out_loss: float | None = None  # at its end
+    verdict: Verdict | None = None
+    published: bool = False  # it was the best of those that had ended
+
+
+class SweepStatus(FrozenModel):
+    """Trainings that differ in one setting; the adapter of the best becomes current, unless it harms."""
+
+    setting: str
+    best_job_id: str | None  # of those that have been completed
+    is_complete: bool
+    runs: list[SweepRunStatus]
+
+
 class TrainingStatus(FrozenModel):
     """The state of a job. Fields are null until they are known."""
 
@@ -142,6 +162,7 @@ class TrainingStatus(FrozenModel):
         None,
         description="The published or evaluated adapter, of two compared ones that to keep; set only if status is 'completed'.",
     )
+    sweep: SweepStatus | None = Field(None, description="All runs of the sweep that this job is part of.")
     error: ErrorInfo | None = None
     metrics: Metrics | None = None
     evaluation: Evaluation | None = Field(

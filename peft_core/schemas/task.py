@@ -10,7 +10,7 @@ from peft_core.schemas.cluster import ClusterPlan
 from peft_core.schemas.dataset import CatchUpSpec, DatasetPurpose, DatasetSpec, DataSource, SourceKind, SourceSummary
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.results import Estimate
-from peft_core.schemas.training import ContinuedAdapter, EvaluatedAdapter, TrainingConfig
+from peft_core.schemas.training import ContinuedAdapter, EvaluatedAdapter, SweepRun, TrainingConfig
 
 
 class ComputePlan(FrozenModel):
@@ -41,6 +41,7 @@ class JobRequest(FrozenModel):
     evaluated: EvaluatedAdapter | None = None  # set if the job evaluates adapters instead of training one
     continued: ContinuedAdapter | None = None  # set if a training does not start from scratch
     catch_up: CatchUpSpec | None = None  # set with `continued`
+    sweep: SweepRun | None = None  # set if it is one of several trainings of which the best is kept
     cluster: ClusterPlan | None = None  # set if the job runs on a cluster
 
     @property

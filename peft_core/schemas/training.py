@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from peft_core.schemas.frozen import ONE_TEXT_IS_A_LIST, FrozenModel
 
@@ -39,6 +39,7 @@ SETTINGS_URI = "settings://training"  # the resource that describes every settin
 ADVANCED = {"advanced": True}  # the tools' schemas describe such a setting only by its type
 # The default depends on the base model and the data, so it is not in the tools' schemas: forms submit each default they find.
 DEPENDS = {"default_depends": True}
+MAX_SWEEP_RUNS = 8
 _MAX_STARS = 4  # more would make matching slow
 Pattern = Annotated[str, Field(min_length=1, max_length=200)]
 
@@ -119,6 +120,37 @@ class DataSelection(FrozenModel):
         return self
 
 
+class Sweep(FrozenModel):
+    """Values of one setting to compare: each is trained with, and the adapter with the lowest held-out loss is kept."""
+
+    rank: list[Annotated[int, Field(ge=1, le=512)]] = []  # noqa: RUF012 -- pydantic copies defaults
+    learning_rate: list[Annotated[float, Field(gt=0, le=0.1)]] = []  # noqa: RUF012 -- as above
+
+    @model_validator(mode="after")
+    def _one_setting(self) -> Sweep:
+        if bool(self.rank) == bool(self.learning_rate):
+            raise ValueError("sweep must have one setting: rank or learning_rate")
+        if not 2 <= len(set(self.values)) == len(self.values) <= MAX_SWEEP_RUNS:
+            raise ValueError(f"sweep.{self.setting} must have 2 to {MAX_SWEEP_RUNS} values, all different")
+        return self
+
+    @property
+    def setting(self) -> Literal["rank", "learning_rate"]:
+        return "rank" if self.rank else "learning_rate"
+
+    @property
+    def values(self) -> list[int] | list[float]:
+        return self.rank or self.learning_rate
+
+
+class SweepRun(FrozenModel):
+    """The place of a training in a sweep."""
+
+    sweep_id: str
+    number: int  # 1-based
+    setting: Literal["rank", "learning_rate"]
+
+
 class TrainingConfig(DataSelection):
     """How to train. Omit all for a first run. Resource settings://training describes the others."""
 
@@ -184,17 +216,19 @@ class TrainingConfig(DataSelection):
         Literal["linear", "cosine", "constant"],
         Field(json_schema_extra=ADVANCED, description="Learning-rate schedule after warm-up."),
     ] = "linear"
+    sweep: Annotated[
+        Sweep | None,
+        WithJsonSchema({"type": "object", "description": "{rank: [...]} or {learning_rate: [...]}: keeps the best."}),
+    ] = None
     num_epochs: Annotated[
         float | None,
         Field(
             gt=0,
             le=100,
-            description="Passes over the data, instead of max_steps. Omit both to choose: at most 2 hours.",
+            description="Passes over the data, or max_steps. Omit both to choose: at most 2 hours.",
         ),
     ] = None
-    max_steps: Annotated[
-        int | None, Field(ge=1, le=1_000_000, description="Optimiser steps, instead of num_epochs.")
-    ] = None
+    max_steps: Annotated[int | None, Field(ge=1, le=1_000_000, description="Optimiser steps.")] = None
     max_minutes: Annotated[
         float | None,
         Field(
@@ -327,9 +361,20 @@ class TrainingConfig(DataSelection):
             raise ValueError(
                 f"num_epochs = {self.num_epochs:g} and max_steps = {self.max_steps} exclude each other: omit one of them"
             )
+        if self.sweep is not None and getattr(self, self.sweep.setting) is not None:
+            raise ValueError(
+                f"{self.sweep.setting} and sweep.{self.sweep.setting} exclude each other: omit one of them"
+            )
         if self.target_modules == []:
             raise ValueError("target_modules is empty: it must name at least one module, or be 'all-linear'")
         return self
+
+    @property
+    def runs(self) -> list[TrainingConfig]:
+        """The settings of each run of the sweep; without one, these."""
+        if self.sweep is None:
+            return [self]
+        return [self.model_copy(update={"sweep": None, self.sweep.setting: value}) for value in self.sweep.values]
 
     @property
     def lora_rank(self) -> int:
