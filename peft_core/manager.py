@@ -113,7 +113,7 @@ class PEFTManager:
         drafts = await run_sync(self._jobs.plan_runs, project_id, data, parsed, options)
         await run_sync(self._refreshes.require_same_repository, project_id, drafts[0])
         if approve is not None:
-            await approve(of_all_runs([draft.estimate for draft in drafts], parallel=drafts[0].cluster is not None))
+            await approve(of_all_runs(drafts))
         better_base = await run_sync(self._jobs.better_base, drafts[0], parsed)
         status = await run_sync(self._jobs.queue_runs, project_id, drafts, data)
         await run_sync(self._refreshes.register, project_id, drafts[0], data, parsed)
@@ -179,13 +179,12 @@ class PEFTManager:
             on_progress: a function or coroutine function, called with the status while the job is awaited.
             progress_update_interval: least number of seconds between two of its calls, except for the last.
         """
+        parsed, options = parse_names(config)
+        if parsed.sweep is not None:
+            raise InvalidArgument("config.sweep", None, "a handle follows one training; train_adapter takes it")
         if isinstance(config, Mapping) and "progress_update_interval" in config:
-            progress_update_interval = parse_names(config)[1].progress_update_interval or 0.0
+            progress_update_interval = options.progress_update_interval or 0.0
             config = {name: value for name, value in config.items() if name != "progress_update_interval"}
-        if parse_names(config)[0].sweep is not None:
-            raise InvalidArgument(
-                "config.sweep", None, "start_training starts one training; it belongs to train_adapter"
-            )
         status = await self.train_adapter(project_id, training_data, config)
         return TrainingJob(
             status,
@@ -599,5 +598,5 @@ def _project_id(value: str) -> str:
             "project_id",
             value,
             "letters, digits, '-', '_' and single dots, starting with a letter or digit, at most 64 characters",
-            suggestions=["Choose a short name, for instance the name of the repository's directory"],
+            suggestions=["Choose a short name, for instance that of the directory"],
         ) from error

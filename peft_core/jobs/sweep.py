@@ -10,14 +10,20 @@ from collections.abc import Sequence
 
 from peft_core.jobs.state import Job
 from peft_core.schemas.results import Estimate, Metrics, Status, SweepRunStatus, SweepStatus
+from peft_core.schemas.task import JobRequest
 
 
-def of_all_runs(estimates: Sequence[Estimate], *, parallel: bool) -> Estimate:
-    """Return what all runs take. `parallel`: they run on a cluster, at a time if it has the resources."""
-    first, seconds = estimates[0], [estimate.seconds for estimate in estimates if estimate.seconds is not None]
-    total = (max(seconds) if parallel else sum(seconds)) if len(seconds) == len(estimates) else None
-    memory = max(estimate.memory_bytes for estimate in estimates)
-    return first.model_copy(update={"seconds": total, "memory_bytes": memory})
+def of_all_runs(requests: Sequence[JobRequest]) -> Estimate:
+    """Return what all runs take: here one after the other, on a cluster at a time, if it has the resources."""
+    estimates = [request.estimate for request in requests]
+    seconds = [estimate.seconds for estimate in estimates if estimate.seconds is not None]
+    total = sum(seconds) if requests[0].cluster is None else max(seconds, default=0.0)
+    return estimates[0].model_copy(
+        update={
+            "seconds": total if len(seconds) == len(estimates) else None,
+            "memory_bytes": max(estimate.memory_bytes for estimate in estimates),
+        }
+    )
 
 
 def loss_of(metrics: Metrics | None) -> float:

@@ -15,13 +15,15 @@ from peft_core.jobs.service import JobService
 from peft_core.jobs.state import Job
 from peft_core.jobs.store import Store
 from peft_core.jobs.sweep import best, of_all_runs, shown, status_of_sweep
+from peft_core.schemas.cluster import ClusterPlan
 from peft_core.schemas.events import AdapterWritten, JobCompleted, JobFailed, JobStarted
 from peft_core.schemas.results import Estimate, Metrics, Status
+from peft_core.schemas.task import JobRequest
 from peft_core.schemas.training import Sweep, SweepRun, TrainingConfig
 from peft_core.system.lock import FileLock
 from peft_core.system.machine_use import MachineUse
 from server.status_text import sweep_text
-from tests.factories import make_job, make_request
+from tests.factories import make_cluster_plan, make_job, make_request
 from tests.model_files import write_model
 from tests.unit.adapters.test_registry import write_draft
 
@@ -92,11 +94,16 @@ def test_the_status_of_a_sweep_names_every_run_and_the_best() -> None:
 
 
 def test_what_a_sweep_takes_is_the_sum_of_its_runs_here_and_the_longest_on_a_cluster() -> None:
-    estimates = [
-        Estimate(train_tokens=1, steps=1, seconds=seconds, memory_bytes=memory, basis="")
-        for seconds, memory in ((60.0, 10), (90.0, 30))
-    ]
-    here, there = (of_all_runs(estimates, parallel=parallel) for parallel in (False, True))
+    def requests(cluster: ClusterPlan | None) -> list[JobRequest]:
+        return [
+            make_request(
+                cluster=cluster,
+                estimate=Estimate(train_tokens=1, steps=1, seconds=seconds, memory_bytes=memory, basis=""),
+            )
+            for seconds, memory in ((60.0, 10), (90.0, 30))
+        ]
+
+    here, there = of_all_runs(requests(None)), of_all_runs(requests(make_cluster_plan()))
     assert (here.seconds, there.seconds, here.memory_bytes) == (150.0, 90.0, 30)
 
 
