@@ -173,9 +173,7 @@ class PEFTManager:
         """Queue a training run as `train_adapter` does, and return a handle: `await job` waits for its end.
 
         Args:
-            project_id: the project that the adapter belongs to.
-            training_data: as for `train_adapter`.
-            config: as for `train_adapter`; or by the names of Codebase Gardener, also `progress_update_interval`.
+            project_id, training_data, config: as for `train_adapter`; config may also have `progress_update_interval`.
             on_progress: a function or coroutine function, called with the status while the job is awaited.
             progress_update_interval: least number of seconds between two of its calls, except for the last.
         """

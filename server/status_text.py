@@ -56,7 +56,7 @@ def summarise(status: TrainingStatus, *, is_new: bool = False) -> str:
         purpose = "Training data" if status.kind == "training" else "Evaluation data"
         parts.append(f"{purpose}: {status.training_data}. Base model: {status.base_model} on {status.device}.")
         if status.estimate:
-            parts.append(estimate_text(status.estimate))
+            parts.append(estimate_text(status.estimate, "Estimate of each run" if status.sweep else "Estimate"))
     if status.better_base:
         parts.append(status.better_base)
     if status.status is Status.COMPLETED:
@@ -144,7 +144,7 @@ def _training_line(status: TrainingStatus) -> str:
     return ", ".join(parts)
 
 
-def estimate_text(estimate: Estimate) -> str:
+def estimate_text(estimate: Estimate, title: str = "Estimate") -> str:
     time = f"about {rough_duration(estimate.seconds)}" if estimate.seconds else "unknown time"
     steps = f"{estimate.steps} steps, " if estimate.steps else ""
     chosen = f" {estimate.chosen}" if estimate.chosen else ""
