@@ -23,7 +23,7 @@ from peft_core.config import Settings
 from peft_core.errors import InvalidArgument, StorageError
 from peft_core.export.service import ExportService
 from peft_core.gardener.chunks import Records, plain_records
-from peft_core.gardener.names import PipelineOptions, parse_names
+from peft_core.gardener.names import PipelineOptions, parse_names, refuse
 from peft_core.gardener.registry import ProjectRegistry
 from peft_core.inference.client import ProgressCallback, TextCallback
 from peft_core.inference.service import InferenceService, TrainingNeed
@@ -107,7 +107,7 @@ class PEFTManager:
             approve: awaited with the estimate before anything is written; what it raises ends the call.
         """
         project_id, (parsed, options) = _project_id(project_id), parse_names(config)
-        _refuse(options, "progress_update_interval", "start_training")
+        refuse(options, "progress_update_interval", "start_training")
         given = None if training_data is None else plain_records(training_data)
         data = await run_sync(self._projects.data_of, project_id, given)
         drafts = await run_sync(self._jobs.plan_runs, project_id, data, parsed, options)
@@ -173,7 +173,9 @@ class PEFTManager:
         """Queue a training run as `train_adapter` does, and return a handle: `await job` waits for its end.
 
         Args:
-            project_id, training_data, config: as for `train_adapter`; config may also have `progress_update_interval`.
+            project_id: as for `train_adapter`.
+            training_data: as for `train_adapter`.
+            config: as for `train_adapter`; it may also have `progress_update_interval`.
             on_progress: a function or coroutine function, called with the status while the job is awaited.
             progress_update_interval: least number of seconds between two of its calls, except for the last.
         """
@@ -198,7 +200,7 @@ class PEFTManager:
         """Do a dry run of `train_adapter`: return the dataset's size, samples, exclusions and settings. Takes seconds."""
         parsed, options = parse_names(config)
         for name in PipelineOptions.model_fields:
-            _refuse(options, name, "start_training")
+            refuse(options, name, "start_training")
         return await run_sync(partial(self._jobs.inspect, plain_records(training_data), parsed))
 
     async def list_base_models(self) -> LocalBases:
@@ -580,12 +582,6 @@ class PEFTManager:
             return None
         allocated = status.peak_memory_bytes or 0
         return TrainingNeed(status.project_id, max(0, status.estimate.memory_bytes - allocated))
-
-
-def _refuse(options: PipelineOptions, name: str, method: str) -> None:
-    """Raise InvalidArgument for an option that another method takes."""
-    if (value := getattr(options, name)) is not None:
-        raise InvalidArgument(f"config.{name}", value, f"it has no effect here; it belongs to {method}")
 
 
 def _project_id(value: str) -> str:

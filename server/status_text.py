@@ -150,7 +150,7 @@ def estimate_text(estimate: Estimate, title: str = "Estimate") -> str:
     chosen = f" {estimate.chosen}" if estimate.chosen else ""
     cluster = f" {estimate.cluster}" if estimate.cluster else ""
     return (
-        f"Estimate: {steps}{time}, {estimate.memory_bytes / 1e9:.1f} GB of memory ({estimate.basis}).{chosen}{cluster}"
+        f"{title}: {steps}{time}, {estimate.memory_bytes / 1e9:.1f} GB of memory ({estimate.basis}).{chosen}{cluster}"
     )
 
 

@@ -76,6 +76,12 @@ def parse_names(config: TrainingConfig | Mapping[str, Any] | None) -> tuple[Trai
     return parse_config(ours), parsed
 
 
+def refuse(options: PipelineOptions, name: str, method: str) -> None:
+    """Raise InvalidArgument for an option that another method takes."""
+    if (value := getattr(options, name)) is not None:
+        raise InvalidArgument(f"config.{name}", value, f"it has no effect here; it belongs to {method}")
+
+
 def _megabytes(gigabytes: Any) -> Any:
     """Return what a limit in GB (10^9 bytes) is in MB; what is no number stays as it is, to be refused."""
     is_number = isinstance(gigabytes, int | float) and not isinstance(gigabytes, bool)
