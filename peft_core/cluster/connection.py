@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import grpc
 import ray
 from ray.exceptions import ActorUnavailableError, AuthenticationError, GetTimeoutError, RayActorError, RaySystemError
+from ray.util.client.logsclient import LogstreamClient
 
 from peft_core.cluster.remote_run import NAMESPACE
 from peft_core.errors import ClusterError, sanitize
@@ -19,6 +20,7 @@ from peft_core.system.packages import install_command
 
 _CLIENT_PORT = 10001
 _ATTEMPTS = 3
+_CLOSE_S = 5.0
 _ANSWER_S = 5.0  # for which the address may take to accept a connection
 _VERSIONS = re.compile(r"Ray: (?P<ray>\S+)\s+Python: (?P<python>\S+)")
 _AUTH = ("unauthenticated", "authentication", "auth token", "invalid token")
@@ -48,6 +50,16 @@ def connect(address: str) -> None:
                 raise _explain(error, address) from error
         else:
             return
+
+
+def _close_logs(client: LogstreamClient) -> None:
+    """Replace Ray's method, which waits for ever after the head node could not start the process that serves this client."""
+    client.request_queue.put(None)
+    if client.log_thread is not None:
+        client.log_thread.join(_CLOSE_S)
+
+
+LogstreamClient.close = _close_logs  # type: ignore[method-assign, assignment]
 
 
 def disconnect() -> None:
@@ -117,5 +129,10 @@ def _explain(error: Exception, address: str) -> ClusterError:
             f"The cluster runs Python {theirs['python']}, but this machine {ours['python']}; major and minor must be equal.",
             code="cluster_python_version",
             suggestions=["Install peft-mcp here with that version of Python"],
+        )
+    if isinstance(error, ConnectionAbortedError):
+        return unreachable(
+            address,
+            "its head node could not start the process that serves this client (see ray_client_server.err in Ray's logs there)",
         )
     return unreachable(address, f"{type(error).__name__}: {text}" if text else type(error).__name__)
