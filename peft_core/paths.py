@@ -10,6 +10,7 @@
   serving.json, serving.token           the endpoint's address and its token
   inference.used                        locked while a loaded model answers a request
   logs/                                 runner.log
+  device_checks/{key}.json              whether an accelerator of this machine computes what the CPU does (devices/)
   inspections/                          temporary files of inspect_training_data
   base_models/{key}/                    base models converted from GGUF
   base_models/{key}.f16.gguf            base models in F16 for llama.cpp
@@ -130,6 +131,10 @@ class DataPaths:
     @property
     def logs(self) -> Path:
         return self.root / "logs"
+
+    @property
+    def device_checks(self) -> Path:
+        return self.root / "device_checks"
 
     @property
     def inspections(self) -> Path:

@@ -15,10 +15,12 @@ from peft_core.adapters.manifest import (
     sha256_of,
     write_manifest,
 )
+from peft_core.devices.tolerance import tolerance
 from peft_core.jobs.state import Job
 from peft_core.schemas.base_model import Base, Fingerprint, ModelShape
 from peft_core.schemas.cluster import ClusterPlan
 from peft_core.schemas.dataset import DatasetSpec, DatasetSummary, SourceSummary
+from peft_core.schemas.device_check import DeviceCheck, DeviceKey, GradientDifference, Outcome
 from peft_core.schemas.evaluation import (
     AdapterComparison,
     ComparedAdapter,
@@ -127,6 +129,40 @@ def make_job(job_id: str = "20260101-000000-abcdef", project_id: str = "web", **
             "request": make_request(),
             "created_at": 0.0,
             "updated_at": 0.0,
+            **changes,
+        }
+    )
+
+
+def make_device_check(**changes: Any) -> DeviceCheck:
+    """Return a check of a GPU that agreed. `changes`: of the check or of its key."""
+    key = {
+        "machine": "0123456789ab",
+        "system": "Linux",
+        "device": "cuda",
+        "device_name": "NVIDIA H100",
+        "driver": "CUDA 12.8",
+        "torch": "2.13.0",
+        "number_format": "bfloat16",
+        "way": "llama with heads of 64; documents packed; head in chunks",
+    }
+    of_key = {name: changes.pop(name) for name in list(changes) if name in key}
+    rounding = GradientDifference(
+        loss=1e-3, gradient=0.03, worst=0.08, worst_tensor="layers.3.mlp.up_proj, A", scale=2e-3
+    )
+    return DeviceCheck(
+        **{
+            "key": DeviceKey(**{**key, **of_key}),
+            "outcome": Outcome.AGREES,
+            "difference": rounding,
+            "rounding": rounding,
+            "tolerance": tolerance(rounding),
+            "tokens": 256,
+            "layers": 30,
+            "total_layers": 30,
+            "measured_bytes": 1_100_000_000,
+            "expected_bytes": 1_000_000_000,
+            "checked_at": "2026-01-02T03:04:05+00:00",
             **changes,
         }
     )

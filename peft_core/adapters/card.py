@@ -145,6 +145,8 @@ def _training(manifest: Manifest) -> str:
         f"- {config.lr_scheduler} schedule after {config.warmup_ratio:.0%} warm-up; seed {config.seed}",
         f"- device: {run.device}; frozen weights in {run.weights_dtype}",
     ]
+    if run.device_check:
+        lines.append(f"- {run.device_check}")
     if run.continued_from is not None:
         lines.append(
             f"- continued from {run.continued_from}; {manifest.data.summary.replayed_examples} of the training examples were "

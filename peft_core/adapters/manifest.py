@@ -67,6 +67,7 @@ class RunRecord(FrozenModel):
     continued_from: str | None = None  # id of the adapter whose weights the run started from
     best_step: int | None = None  # the step whose weights were saved, if early stopping chose one
     computation: Computation | None = None
+    device_check: str = ""  # what people are to know of the comparison with the CPU; "" if there is nothing
     memory_saved: tuple[MemorySaved, ...] = ()  # one entry for each time that memory ran out
     rate_lowered: tuple[RateLowered, ...] = ()  # one entry for each rollback after a divergence
 

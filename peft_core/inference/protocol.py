@@ -28,6 +28,7 @@ class WorkerConfig(FrozenModel):
         None  # of the adapters that were trained here, and which are not deleted while they are loaded
     )
     activity_file: Path | None = None  # records that a model is in use, see `system.activity`
+    data_dir: Path | None = None  # for what the checks of this machine's devices found
     max_resident_adapters: int
     idle_s: float
     device: DeviceName = "auto"

@@ -51,6 +51,7 @@ class InferenceService:
         self._training = training
         self._loading: Counter[Path] = Counter()  # adapters with a load in progress
         config = WorkerConfig(
+            data_dir=settings.data_dir,
             base_models_dir=settings.paths.base_models,
             projects_dir=settings.paths.projects,
             activity_file=settings.paths.model_activity,

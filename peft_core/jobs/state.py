@@ -10,6 +10,7 @@ from peft_core.schemas.events import (
     AdaptersCompared,
     CheckpointSaved,
     DatasetPrepared,
+    DeviceChecked,
     Evaluated,
     Event,
     HeldOutMeasured,
@@ -179,6 +180,8 @@ def _progress(job: Job, event: Event) -> dict[str, object] | None:  # noqa: PLR0
             return {"step": back, "note": _add_note(job.note, text)}
         case MemorySaved(step=step):
             return {"note": _add_note(job.note, f"memory ran out at step {step}: {event.measure} from there on")}
+        case DeviceChecked():
+            return {"note": _add_note(job.note, event.note)} if event.note else {}
         case JobCompleted(adapter_path=path, metrics=metrics):
             held_out = metrics.adapter_loss if metrics.adapter_loss is not None else job.held_out_loss
             return {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -10,6 +12,7 @@ import torch
 
 from peft_core.errors import InvalidArgument
 from peft_core.modeling import mps
+from peft_core.schemas.device_check import NumberFormat
 from peft_core.schemas.training import DeviceName, Precision
 from peft_core.system.machine import usable_cores
 
@@ -53,6 +56,13 @@ def describe() -> Machine:
         cuda=cuda,
         cuda_bfloat16=cuda and torch.cuda.is_bf16_supported(including_emulation=False),
     )
+
+
+def without(machine: Machine, requested: DeviceName, distrusted: Collection[str]) -> Machine:
+    """Return the machine without devices that a check found to compute something else than the CPU, unless one is asked for."""
+    if requested != "auto":
+        return machine
+    return replace(machine, mps=machine.mps and "mps" not in distrusted, cuda=machine.cuda and "cuda" not in distrusted)
 
 
 def choose(requested: DeviceName, machine: Machine, precision: Precision = "auto") -> DevicePlan:
@@ -99,6 +109,50 @@ def use_cores() -> None:
     """Use one thread for each usable core, unless the user set OMP_NUM_THREADS."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(usable_cores())
+
+
+@dataclass(frozen=True)
+class DeviceIdentity:
+    """What an accelerator is called, and what drives it."""
+
+    name: str
+    driver: str
+    system: str
+
+
+def identify(device: torch.device) -> DeviceIdentity:
+    """Return the name of a device, the version of its driver, and the operating system, which drives Apple's GPUs."""
+    match device.type:
+        case "cuda":
+            driver = f"{'ROCm' if torch.version.hip else 'CUDA'} {torch.version.hip or torch.version.cuda}"
+            return DeviceIdentity(torch.cuda.get_device_name(device), driver, platform.system())
+        case "mps":
+            system = f"macOS {platform.mac_ver()[0]}"
+            return DeviceIdentity(mps.name(), system, system)
+        case _:
+            return DeviceIdentity(platform.machine(), "", platform.system())
+
+
+def number_format(weights: torch.dtype, device: torch.device) -> NumberFormat:
+    """Return the format of products with weights of this type: float32 products of a GPU may be rounded to TF32."""
+    if weights == torch.bfloat16:
+        return "bfloat16"
+    if weights == torch.float16:
+        return "float16"
+    return "tf32" if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest" else "float32"
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Let `device_memory_bytes` report what is held from now on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def release_memory(device: torch.device) -> None:
+    """Return the unused memory of torch's allocator to the device's driver. Does nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    mps.release_cache(device)
 
 
 def device_memory_bytes(device: torch.device) -> int:

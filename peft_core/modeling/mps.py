@@ -33,6 +33,12 @@ def has_bfloat16() -> bool:
     return is_available() and torch.backends.mps.is_macos_or_newer(14, 0)
 
 
+def name() -> str:
+    """Return the name of Apple's chip, such as "Apple M2 Pro"; "" where torch does not know it (before 2.10)."""
+    get_name = getattr(torch.backends.mps, "get_name", None)
+    return str(get_name()) if get_name is not None else ""
+
+
 def is_mps(device: torch.device) -> bool:
     return device.type == "mps"
 

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from peft_core.schemas.dataset import DatasetSummary
+from peft_core.schemas.device_check import DeviceCheck, Outcome
 from peft_core.schemas.evaluation import AdapterComparison, Evaluation
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.results import ErrorInfo, Metrics, Phase
@@ -105,6 +106,20 @@ class MemorySaved(FrozenModel):
         )
 
 
+class DeviceChecked(FrozenModel):
+    """The accelerator was compared with the CPU. If it may not train, the run continues on the CPU."""
+
+    kind: Literal["device_checked"] = "device_checked"
+    check: DeviceCheck
+
+    @property
+    def note(self) -> str:
+        """What people are to know; "" if all is as expected."""
+        if self.check.outcome is Outcome.AGREES and not self.check.memory_note:
+            return ""
+        return self.check.in_words if self.check.may_train else f"{self.check.in_words}; continued on the CPU"
+
+
 class Evaluated(FrozenModel):
     """Base model and adapter were compared on held-out text."""
 
@@ -176,6 +191,7 @@ Event = Annotated[
     | StoppedEarly
     | RateLowered
     | MemorySaved
+    | DeviceChecked
     | Evaluated
     | AdaptersCompared
     | AdapterWritten

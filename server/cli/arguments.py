@@ -48,7 +48,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     adapters.add_argument("project", nargs="?", help="only this project's")
     disk = _add(commands, "disk", "show what is kept on disk, and free what is named")
     disk.add_argument("--free", action="append", metavar="NAME", help="delete this item, as listed; may be repeated")
-    _add(commands, "doctor", "check what training and the clients need, and say what to do")
+    doctor = _add(commands, "doctor", "check what training and the clients need, and say what to do")
+    doctor.add_argument(
+        "--report",
+        metavar="FILE",
+        help="also write what the checks of this machine's GPU found, to send; it contains no code, path or name",
+    )
     serve = commands.add_parser("serve", help="serve the adapters of all projects to editors and scripts until Ctrl-C")
     serve.add_argument(
         "--port", type=int, default=DEFAULT_PORT, help="of 127.0.0.1; 0: a free one (default: %(default)s)"

@@ -18,10 +18,13 @@ from anyio.to_thread import run_sync
 from pydantic import Field
 
 from peft_core.config import Settings
-from peft_core.errors import PeftMcpError, sanitize
+from peft_core.devices.records import load_own
+from peft_core.devices.report import headline, is_problem, write_report
+from peft_core.errors import InvalidArgument, PeftMcpError, sanitize
 from peft_core.llamacpp import runtime
 from peft_core.manager import PEFTManager
 from peft_core.ollama import DEFAULT_ADDRESS, OllamaClient
+from peft_core.schemas.device_check import DeviceCheck
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.local_bases import LocalBases
 from peft_core.schemas.machine import MachineAnswer, MachineRequest
@@ -43,6 +46,8 @@ LITTLE_SPACE = 2_000_000_000  # bytes; a training with the bundled base model ne
 # A request as small as any: what prevents it prevents every training.
 SAMPLE = [{"text": f"def add_{number}(value):\n    return value + {number}\n"} for number in range(20)]
 _CPU_BUILD = "(without an NVIDIA GPU on Linux add --index-url https://download.pytorch.org/whl/cpu)"
+_ON_CPU = "Trainings use the CPU instead, and check the device again each time: update torch and the driver."
+_SEND_REPORT = "Send the report: peft-mcp doctor --report FILE"
 MARKS = {"ok": "ok      ", "advice": "advice  ", "problem": "PROBLEM "}
 
 
@@ -62,12 +67,16 @@ class Diagnosis(FrozenModel):
     findings: list[Finding]
 
 
-async def doctor(manager: PEFTManager, _: Namespace, terminal: Terminal) -> int:
-    terminal.note("Checking; importing torch may take a minute.")
+async def doctor(manager: PEFTManager, options: Namespace, terminal: Terminal) -> int:
     settings = manager.settings
+    if options.report is not None:
+        _write_report(settings, Path(options.report))
+        terminal.note(f"The report of the checked devices is in {options.report}.")
+    terminal.note("Checking; importing torch may take a minute.")
     findings = [
         *await _check("Python", partial(run_sync, _python)),
         *await _check("torch", partial(run_sync, _torch)),
+        *await _check("devices", partial(run_sync, _devices, settings)),
         *await _check("base models", partial(_base_models, manager)),
         *await _check("recommended base", partial(_recommended_base, manager)),
         *await _check("training", partial(_training, manager)),
@@ -140,6 +149,38 @@ def _torch() -> Finding:
     message = f"{found.torch} computes on {device}, {found.arithmetic}; {versions}"
     unused = _unused_gpu(found.device)
     return Finding(topic="torch", state="advice" if unused else "ok", message=message, fix=unused)
+
+
+def _devices(settings: Settings) -> list[Finding]:
+    """Show what the checks of this machine's accelerators found, for the newest torch that each was checked with."""
+    newest: dict[tuple[str, str, str], DeviceCheck] = {}
+    for check in load_own(settings.data_dir):
+        key = check.key
+        newest.setdefault((key.device, key.number_format, key.way), check)
+    return [
+        Finding(
+            topic="devices",
+            state="advice" if is_problem(check) else "ok",
+            message=headline(check),
+            fix="" if not is_problem(check) else _SEND_REPORT if check.may_train else f"{_ON_CPU} {_SEND_REPORT}",
+        )
+        for check in newest.values()
+    ]
+
+
+def _write_report(settings: Settings, file: Path) -> None:
+    """Write the report of all checks on this machine.
+
+    Raises:
+        InvalidArgument: the file cannot be written, or exists.
+    """
+    try:
+        with file.expanduser().open("x", encoding="utf-8") as stream:
+            stream.write(write_report(load_own(settings.data_dir)))
+    except OSError as error:
+        raise InvalidArgument(
+            "--report", str(file), f"must be a new file in a writable directory ({error.strerror})"
+        ) from error
 
 
 def _unused_gpu(device: str) -> str:

@@ -22,15 +22,17 @@ MAY_IMPORT = {
     "system": {"errors", "paths", "schemas"},
     "base_models": FOUNDATION,
     "data": FOUNDATION,
+    "devices": FOUNDATION,
     "data.worker": FOUNDATION | {"data"},
     "adapters": FOUNDATION | {"base_models"},
     "staleness": FOUNDATION | {"data"},
     "evaluation": FOUNDATION | {"adapters"},
     "planning": FOUNDATION | {"adapters", "base_models", "data", "staleness"},
     "modeling": FOUNDATION | {"adapters", "base_models", "planning"},
-    "evaluation.worker": FOUNDATION | {"adapters", "base_models", "data", "evaluation", "modeling", "planning"},
+    "evaluation.worker": FOUNDATION
+    | {"adapters", "base_models", "data", "devices", "evaluation", "modeling", "planning"},
     "training": FOUNDATION
-    | {"adapters", "base_models", "data", "evaluation", "evaluation.worker", "modeling", "planning"},
+    | {"adapters", "base_models", "data", "devices", "evaluation", "evaluation.worker", "modeling", "planning"},
     "worker": FOUNDATION | {"evaluation.worker", "training", "modeling"},
     "cluster": FOUNDATION | {"base_models", "data"},
     "ollama": FOUNDATION,
@@ -39,7 +41,7 @@ MAY_IMPORT = {
     "llamacpp.worker": FOUNDATION | {"adapters", "base_models", "llamacpp", "modeling", "ollama"},
     "inference": FOUNDATION | {"adapters", "base_models", "data", "planning"},
     "inference.worker": FOUNDATION
-    | {"adapters", "base_models", "inference", "llamacpp", "llamacpp.worker", "modeling"},
+    | {"adapters", "base_models", "devices", "inference", "llamacpp", "llamacpp.worker", "modeling"},
     "export": FOUNDATION | {"adapters", "base_models", "llamacpp", "ollama", "vllm"},
     "export.worker": FOUNDATION
     | {"adapters", "base_models", "data", "evaluation", "export", "llamacpp", "llamacpp.worker"}
@@ -52,7 +54,7 @@ MAY_IMPORT = {
     "manager": FOUNDATION
     | {"adapters", "export", "gardener", "inference", "jobs", "projects", "serving", "staleness", "storage"},
     "endpoint": FOUNDATION | {"manager", "serving"},
-    "server": FOUNDATION | {"adapters", "endpoint", "llamacpp", "manager", "ollama", "projects", "serving"},
+    "server": FOUNDATION | {"adapters", "devices", "endpoint", "llamacpp", "manager", "ollama", "projects", "serving"},
 }
 HEAVY = {"torch", "transformers", "peft", "accelerate", "numpy", "gguf", "safetensors", "lance", "pyarrow"}
 SQL_MODULES = ["peft_core/jobs/store.py"]

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import structlog
+import torch
 
 from peft_core.adapters.files import read_adapter
 from peft_core.adapters.verify import verify_files
 from peft_core.data.exclusions import ExclusionReason
 from peft_core.data.leakage import TrainingFingerprint, read_fingerprint
+from peft_core.devices.records import distrusted
 from peft_core.errors import DataError, InferenceError, sanitize
 from peft_core.evaluation.comparison import compare_adapters
 from peft_core.evaluation.summary import Measurement, mean_loss
@@ -41,7 +43,7 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     """
     evaluated, config = task.request.evaluated, task.request.config
     assert evaluated is not None, "this is a training task"  # noqa: S101 -- an error in the caller
-    session = start_session(task, emit, stop)
+    session = start_session(task, emit, stop, distrusted=distrusted(task.data_dir, torch.__version__))
 
     # 1. Text that no adapter was trained on.
     session.start_phase(Phase.PREPARING_DATA)

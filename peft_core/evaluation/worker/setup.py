@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import structlog
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from peft_core.base_models.tokenizer import BaseTokenizer, load_tokenizer, require_rows
 from peft_core.data.catch_up import ParentData
@@ -18,7 +19,7 @@ from peft_core.data.leakage import TrainingFingerprint
 from peft_core.data.prepare import prepare
 from peft_core.evaluation.worker.scoring import HeldOutExample, make_held_out_examples
 from peft_core.modeling.convert import ensure_hf_directory
-from peft_core.modeling.device import DevicePlan, choose, describe, timed, use_cores
+from peft_core.modeling.device import DevicePlan, Machine, choose, describe, timed, use_cores, without
 from peft_core.modeling.memory import set_malloc_keep, set_malloc_trim
 from peft_core.paths import DataPaths, JobPaths
 from peft_core.schemas.events import Emit, PhaseStarted
@@ -40,6 +41,7 @@ class Session:
     stop: StopFlag
     device: DevicePlan
     accelerator: Accelerator
+    device_note: str = ""  # what people are to know of the check of the device
 
     @property
     def paths(self) -> JobPaths:
@@ -60,8 +62,11 @@ class RunData:
     held_out: list[HeldOutExample]
 
 
-def start_session(task: TrainingTask, emit: Emit, stop: StopFlag) -> Session:
-    """Set up memory, threads and random generators of this process, and choose the device."""
+def start_session(task: TrainingTask, emit: Emit, stop: StopFlag, *, distrusted: Collection[str] = ()) -> Session:
+    """Set up memory, threads and random generators of this process, and choose the device.
+
+    `distrusted`: devices that 'auto' does not take. A training gives none, because it checks its device itself.
+    """
     config = task.request.config
     if task.request.execution.recompute_layers:
         set_malloc_trim()
@@ -70,14 +75,31 @@ def start_session(task: TrainingTask, emit: Emit, stop: StopFlag) -> Session:
     use_cores()
     # LoRA A and dropout are drawn from torch's global generators. Everything else has a generator of its own.
     torch.manual_seed(config.seed)
-    device = choose(config.device, timed(config.device, describe(), config.precision), config.precision)
+    machine = without(describe(), config.device, distrusted)
+    device = choose(config.device, timed(config.device, machine, config.precision), config.precision)
     _log.info("device_chosen", device=device.device, formats=device.note)
-    accelerator = Accelerator(
+    return Session(task, emit, stop, device, _accelerator(device))
+
+
+def start_on_cpu(session: Session) -> Session:
+    """Return a session on the CPU that takes the place of one on an accelerator, whose task was planned again for the CPU.
+
+    The random generator is that of a new session, so that the run equals one that was asked to train on the CPU.
+    """
+    config = session.task.request.config
+    AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001 -- accelerate's own tests use it; nothing else
+    # not torch.manual_seed: it would call a device that may have failed
+    torch.default_generator.manual_seed(config.seed)
+    plan = choose("cpu", Machine(), config.precision)
+    return replace(session, device=plan, accelerator=_accelerator(plan))
+
+
+def _accelerator(device: DevicePlan) -> Accelerator:
+    return Accelerator(
         cpu=device.device == "cpu",
         mixed_precision=device.autocast,
         step_scheduler_with_optimizer=False,  # one scheduler step per optimiser step for any number of processes
     )
-    return Session(task, emit, stop, device, accelerator)
 
 
 def prepare_data(

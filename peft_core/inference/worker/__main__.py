@@ -111,12 +111,16 @@ def main() -> int:
     # 2. torch, which takes seconds to import.
     # kill-point: inference worker, load_adapter: the process is starting
     prepare_environment()
+    import torch  # noqa: PLC0415
+
+    from peft_core.devices.records import distrusted  # noqa: PLC0415
     from peft_core.inference.worker.handlers import RequestHandler  # noqa: PLC0415
-    from peft_core.modeling.device import choose, describe, use_cores  # noqa: PLC0415
+    from peft_core.modeling.device import choose, describe, use_cores, without  # noqa: PLC0415
 
     use_cores()
     gc.freeze()  # the libraries' hundreds of thousands of objects need no scan at every unload
-    handler = RequestHandler(config, choose(config.device, describe()))
+    machine = without(describe(), config.device, distrusted(config.data_dir, torch.__version__))
+    handler = RequestHandler(config, choose(config.device, machine))
 
     # 3. Requests.
     while True:

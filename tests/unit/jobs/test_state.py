@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_core.jobs.state import RESUMABLE, IllegalTransition, Job, apply, in_turn, progress_percent
+from peft_core.schemas.device_check import Outcome
 from peft_core.schemas.events import (
     CheckpointSaved,
+    DeviceChecked,
     Evaluated,
     Event,
     HeldOutMeasured,
@@ -31,7 +33,7 @@ from peft_core.schemas.events import (
 )
 from peft_core.schemas.results import ErrorInfo, Metrics, Phase, Status
 from peft_core.schemas.training import EvaluatedAdapter
-from tests.factories import make_evaluation, make_job, make_request
+from tests.factories import make_device_check, make_evaluation, make_job, make_request
 
 
 def step(number: int, loss: float = 2.0) -> StepCompleted:
@@ -69,6 +71,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
         layers_computed_twice=st.booleans(),
         reason=st.just("cannot allocate"),
     ),
+    st.builds(DeviceChecked, check=st.just(make_device_check())),
     st.builds(Evaluated, evaluation=st.just(make_evaluation())),
     st.builds(JobCompleted, adapter_path=st.just("/a"), metrics=st.just(Metrics())),
     st.builds(JobFailed, error=st.just(PROBLEM)),
@@ -238,3 +241,17 @@ def test_a_job_that_a_user_asked_for_neither_waits_nor_stays_behind_others() -> 
 def test_a_job_that_is_asked_for_while_it_is_being_paused_is_next() -> None:
     job = after(make_job(only_while_free=True), JobStarted(), JobAskedFor(), JobPostponed(reason="busy"))
     assert (job.status, job.waits_for) == (Status.QUEUED, "")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "note"),
+    [
+        (Outcome.AGREES, ""),
+        (Outcome.SKIPPED, "cuda was not checked against the CPU: why"),
+        (Outcome.DIFFERS, "cuda computes something else than the CPU: why; continued on the CPU"),
+        (Outcome.OUT_OF_MEMORY, "cuda ran out of memory when it was checked: why; continued on the CPU"),
+    ],
+)
+def test_the_status_says_once_what_the_check_of_the_device_found(outcome: Outcome, note: str) -> None:
+    event = DeviceChecked(check=make_device_check(outcome=outcome, reason="why"))
+    assert after(make_job(), JobStarted(), event, event).note == note

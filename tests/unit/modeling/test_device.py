@@ -5,7 +5,7 @@ import torch
 
 from peft_core.errors import InvalidArgument
 from peft_core.modeling import mps
-from peft_core.modeling.device import Machine, choose, describe, rng_state, set_rng_state, timed
+from peft_core.modeling.device import Machine, choose, describe, rng_state, set_rng_state, timed, without
 from peft_core.modeling.mps import flops
 
 MAC = Machine(mps=True, mps_bfloat16=True)
@@ -123,3 +123,11 @@ def test_nothing_is_timed_without_a_choice_between_mps_and_cpu(
 
 def _all_flags() -> list[list[bool]]:
     return [[bool(n >> bit & 1) for bit in range(4)] for n in range(16)]
+
+
+def test_auto_does_not_take_a_distrusted_device_but_a_request_for_it_does() -> None:
+    both = replace(MAC, cuda=True, cuda_bfloat16=True)
+    assert choose("auto", without(both, "auto", {"mps"})).device == "cuda"
+    assert choose("auto", without(both, "auto", {"mps", "cuda"})).device == "cpu"
+    assert choose("mps", without(both, "mps", {"mps"})).device == "mps"
+    assert without(both, "auto", set()) == both

@@ -13,11 +13,15 @@ from anyio.to_thread import run_sync
 from huggingface_hub import constants
 
 from peft_core.config import Settings
+from peft_core.devices import records
+from peft_core.errors import InvalidArgument
 from peft_core.manager import PEFTManager
 from peft_core.planning import local_bases, recommend_base, target
+from peft_core.schemas.device_check import Outcome
 from server.cli import doctor, exit_codes
 from server.cli.doctor import Diagnosis, Finding
 from server.cli.terminal import Terminal
+from tests.factories import make_device_check
 from tests.model_files import write_gguf
 
 UNUSED_PORT = "http://127.0.0.1:1"
@@ -28,7 +32,7 @@ async def test_a_problem_gives_code_1_and_says_so_at_the_end(tmp_path: Path, mon
     monkeypatch.setenv("HOME", str(tmp_path))
     out, settings = io.StringIO(), Settings(data_dir=tmp_path / "data", default_base_model="/no/such/model")
     async with PEFTManager(settings) as manager:
-        code = await doctor.doctor(manager, Namespace(), Terminal(out, io.StringIO(), as_json=False))
+        code = await doctor.doctor(manager, Namespace(report=None), Terminal(out, io.StringIO(), as_json=False))
     assert code == exit_codes.NO
     assert "PROBLEM base models: the default, /no/such/model, cannot be trained" in out.getvalue()
     assert out.getvalue().endswith("Training is not possible: see PROBLEM above.\n")
@@ -132,3 +136,20 @@ def test_each_finding_is_a_line_with_its_remedy_below() -> None:
         "        -> Install it",
         "Training is not possible: see PROBLEM above.",
     ]
+
+
+def test_checked_devices_are_shown_with_what_to_do_and_written_to_a_new_file(tmp_path: Path) -> None:
+    settings, file = Settings(data_dir=tmp_path / "data"), tmp_path / "report.md"
+    assert doctor._devices(settings) == []
+    own = {"machine": records.machine_id()}
+    records.save(settings.data_dir, make_device_check(**own))
+    records.save(settings.data_dir, make_device_check(**own, device="mps", outcome=Outcome.DIFFERS, reason="why"))
+    found = sorted(doctor._devices(settings), key=lambda finding: finding.state)
+    assert [finding.state for finding in found] == ["advice", "ok"]
+    assert found[0].message.startswith("NVIDIA H100: mps computes something else than the CPU: why")
+    assert "Trainings use the CPU instead" in found[0].fix
+    assert "doctor --report FILE" in found[0].fix
+    doctor._write_report(settings, file)
+    assert file.read_text().count("## Check") == 2
+    with pytest.raises(InvalidArgument, match="--report"):
+        doctor._write_report(settings, file)
