@@ -79,6 +79,18 @@ def load_weights(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> None:
             parameter.copy_(tensors[name])
 
 
+def copy_of_weights(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Return a copy of what `weights` returns."""
+    return {name: parameter.detach().clone() for name, parameter in weights(model).items()}
+
+
+def blend(model: PeftModel, other: Mapping[str, torch.Tensor], share: float) -> None:
+    """Replace each weight by the mean of itself and of the one in `other`, which counts for `share`, 0 to 1."""
+    with torch.no_grad():
+        for name, parameter in weights(model).items():
+            parameter.lerp_(other[name], share)
+
+
 def build_optimizer(model: PeftModel, config: TrainingConfig) -> torch.optim.AdamW:
     """Return AdamW with a `lora_plus_ratio` times higher learning rate for B than for A (LoRA+, arXiv 2402.12354)."""
     groups: dict[Literal["A", "B"], list[nn.Parameter]] = {"A": [], "B": []}

@@ -20,6 +20,11 @@ from peft_core.modeling.adapter_model import tensors_of
 from peft_core.schemas.evaluation import CatchUp
 from peft_core.schemas.task import TrainingTask
 
+# The new adapter is the mean of the parent's weights and of those that the training ends with, as in "Robust fine-tuning of
+# zero-shot models" (Wortsman et al., arXiv 2109.01903): it predicts both new and old code better than either of them.
+# benchmarks/README.md has the measurement.
+SHARE_OF_PARENT = 0.5
+
 
 class Parent:
     """An adapter that was checked, with the bytes that were checked until `take_tensors`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -40,7 +40,7 @@ from peft_core.system.child_process import NODE_VARIABLE
 from peft_core.training import lora
 from peft_core.training.checkpoint import Checkpoint, Progress, load_checkpoint, run_key
 from peft_core.training.loop import TrainingLoop
-from peft_core.training.parent import Parent, read_parent
+from peft_core.training.parent import SHARE_OF_PARENT, Parent, read_parent
 from peft_core.training.save import write_adapter
 
 _log = structlog.get_logger(__name__)
@@ -67,6 +67,7 @@ class AdaptedModel:
     base: BaseModel
     peft: PeftModel
     fusion: FusionStats
+    parent_weights: Mapping[str, torch.Tensor] | None  # of the adapter that the training continues from
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,6 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     documents = _load_training_documents(session, data)
     evaluator = Evaluator(data.held_out, data.tokenizer, config.max_length, seed=config.seed)
     emit(DatasetPrepared(dataset=data.dataset.summary))
-    stop.check()
 
     # 2. Frozen base model, and the checkpoint if the run was interrupted.
     session.start_phase(Phase.LOADING_MODEL)
@@ -124,6 +124,7 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     del checkpoint  # it is at least as large as the adapter
     loop.run(work_afterwards=evaluator.work_after_training(loop.planned_tokens))
     # kill-point: worker: all steps are done
+    _blend_with_parent(adapted)
 
     # 5. Scores of the adapter.
     session.start_phase(Phase.EVALUATING_ADAPTER)
@@ -238,9 +239,15 @@ def _attach_adapter(session: Session, base: BaseModel, parent: Parent | None) ->
     if parent is not None:
         lora.load_weights(peft, parent.take_tensors())
     # kill-point: worker: the adapter is attached
-    adapted = AdaptedModel(base, peft, fuse(peft))
+    parent_weights = None if parent is None else lora.copy_of_weights(peft)
+    adapted = AdaptedModel(base, peft, fuse(peft), parent_weights)
     return_freed_memory()
     return adapted
+
+
+def _blend_with_parent(adapted: AdaptedModel) -> None:
+    if adapted.parent_weights is not None:
+        lora.blend(adapted.peft, adapted.parent_weights, SHARE_OF_PARENT)
 
 
 def _loss_of_sample(sample: Sequence[Document], held_out: Sequence[HeldOutExample], scores: Scores) -> float:

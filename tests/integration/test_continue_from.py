@@ -187,6 +187,12 @@ def test_an_update_starts_from_the_parents_weights_and_measures_both_kinds_of_he
     saved = load_file(parent / "adapter_model.safetensors")
     assert {name.replace(".default", "") for name in start} == saved.keys()
     assert all(torch.equal(tensor, saved[name.replace(".default", "")]) for name, tensor in start.items())
+    end = torch.load(task.job_dir / "checkpoint" / "state.pt", weights_only=True)
+    written = load_file(task.job_dir / "adapter" / "adapter_model.safetensors")
+    for name, tensor in end["adapter"].items():
+        stem = name.replace(".default", "")
+        assert torch.allclose(written[stem], (tensor + saved[stem]) / 2, atol=1e-7)
+        assert not torch.equal(tensor, saved[stem])
 
     evaluation = next(event.evaluation for event in place.events if isinstance(event, Evaluated))
     assert evaluation.catch_up is not None
