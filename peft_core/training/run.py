@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 import structlog
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
 
 from peft_core.adapters.manifest import Computation, DataRecord, RunRecord
 from peft_core.data.dataset import read_examples
@@ -25,19 +24,18 @@ from peft_core.modeling.activation_arena import ActivationArena
 from peft_core.modeling.batches import Document, Order, plan_order, tokenise
 from peft_core.modeling.device import device_memory_bytes
 from peft_core.modeling.fused_blocks import FusionStats, fuse
-from peft_core.modeling.load import load_planned, move, not_finite
+from peft_core.modeling.load import not_finite
 from peft_core.modeling.memory import peak_memory_bytes, return_freed_memory, seconds_alive, set_malloc_keep
-from peft_core.modeling.objective import Objective, probe_fast_paths
 from peft_core.modeling.threads import ThreadTuner
-from peft_core.planning.cost_model import uses_bf16_blocks
 from peft_core.planning.defaults import require_complete
 from peft_core.schemas.evaluation import Evaluation
 from peft_core.schemas.events import AdapterWritten, DatasetPrepared, Emit, Evaluated, HeldOutMeasured, RunPlanned
 from peft_core.schemas.results import Metrics, Phase
-from peft_core.schemas.task import ComputePlan, TrainingTask
+from peft_core.schemas.task import TrainingTask
 from peft_core.system.cancellation import StopFlag
 from peft_core.system.child_process import NODE_VARIABLE
 from peft_core.training import lora
+from peft_core.training.base import BaseModel, NeedsCheck, is_accelerator, load_on_checked_device
 from peft_core.training.checkpoint import Checkpoint, Progress, load_checkpoint, run_key
 from peft_core.training.loop import TrainingLoop
 from peft_core.training.parent import SHARE_OF_PARENT, Parent, read_parent
@@ -48,16 +46,6 @@ _log = structlog.get_logger(__name__)
 # Share of the estimated memory that malloc may keep between micro-batches if saved activations fragment the heap. If it keeps
 # everything, memory peaks a tenth above the estimate within a hundred steps. Costs 2 % of the speed.
 _MALLOC_KEEP_SHARE = 0.8
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """The loaded base model and how it computes."""
-
-    model: PreTrainedModel
-    compute_plan: ComputePlan  # the task's, unless the device has a number format of its own
-    uses_bf16_blocks: bool
-    objective: Objective
 
 
 @dataclass(frozen=True)
@@ -79,8 +67,8 @@ class TrainingSet:
     held_out: Sequence[Document]  # evaluated during training; a sample if the held-out set is large
 
 
-def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
-    """Train, and write the complete adapter to the job's directory.
+def run(task: TrainingTask, emit: Emit, stop: StopFlag, *, needs_check: NeedsCheck = is_accelerator) -> None:
+    """Train, and write the adapter to the job's directory. A device for which `needs_check` is true is checked first.
 
     Raises:
         PeftMcpError: a failure that the user can correct.
@@ -89,7 +77,6 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     config = task.request.config
     require_complete(config)
     session = start_session(task, emit, stop)
-    threads = ThreadTuner.for_training(session.device.device)
     parent = read_parent(task)
 
     # 1. Dataset. The base model's files come first, because examples are measured with its tokenizer.
@@ -99,9 +86,10 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     evaluator = Evaluator(data.held_out, data.tokenizer, config.max_length, seed=config.seed)
     emit(DatasetPrepared(dataset=data.dataset.summary))
 
-    # 2. Frozen base model, and the checkpoint if the run was interrupted.
+    # 2. Frozen base model on a device that computes correctly, and the checkpoint if the run was interrupted.
     session.start_phase(Phase.LOADING_MODEL)
-    base = _load_base(session, data)
+    session, base = load_on_checked_device(session, data, documents, needs_check)
+    task, threads = session.task, ThreadTuner.for_training(session.device.device)
     order = _plan_order(session, len(documents))
     stop.check()
     key = run_key(task, data.dataset.summary)
@@ -160,18 +148,6 @@ def _load_training_documents(session: Session, data: RunData) -> list[Document]:
                 suggestions=["Raise max_length, or shorten the prompts."],
             )
     return usable
-
-
-def _load_base(session: Session, data: RunData) -> BaseModel:
-    request, max_length = session.task.request, session.task.request.config.max_length
-    # kill-point: worker: the base model is about to be loaded
-    model, compute_plan = load_planned(request.base, data.base_directory, request.execution, session.device)
-    # kill-point: worker: the base model is loaded
-    model = move(model, session.accelerator.device)
-    uses_bf16 = uses_bf16_blocks(request.config, request.base, compute_plan)
-    objective = probe_fast_paths(model, max_length, uses_bf16_blocks=uses_bf16)
-    return_freed_memory()
-    return BaseModel(model, compute_plan, uses_bf16, objective)
 
 
 def _plan_order(session: Session, examples: int) -> Order:
@@ -357,6 +333,7 @@ def _write_adapter(
         config=request.config.model_copy(update={"base_model": None, "more_sources": [], "continue_from": None}),
         target_modules=lora.target_modules(adapted.peft),
         device=session.device.device,
+        device_check=session.device_note,
         weights_dtype="bfloat16" if base.compute_plan.weights == "bfloat16" else "float32",
         steps=progress.step,
         stopped_early_at=progress.step if progress.stopped_early else None,

@@ -17,15 +17,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
+from peft_core.devices import records
+from peft_core.errors import TrainingError
 from peft_core.evaluation.worker.setup import start_session
 from peft_core.modeling import memory
 from peft_core.modeling.quantised import Bf16Matrix
 from peft_core.planning import device_check as effort_of
 from peft_core.schemas.device_check import DeviceCheck, Outcome
+from peft_core.schemas.events import DeviceChecked, Event, HeldOutMeasured, RunPlanned, StepCompleted
 from peft_core.schemas.task import ComputePlan, TrainingTask
 from peft_core.schemas.training import TrainingConfig
 from peft_core.system.cancellation import StopFlag
+from peft_core.training import base as training_base
 from peft_core.training import device_check, lora
+from peft_core.training import run as training_run
 from peft_core.training.base import BaseModel, load_base_model
 from peft_core.training.device_check import Subject, check
 from tests.factories import change_request, make_request
@@ -242,3 +247,73 @@ def test_a_check_leaves_the_model_and_the_random_numbers_as_they_were(tmp_path: 
     assert [name for name, _ in base.model.named_modules()] == modules
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
     assert lora.attach(base.model, subject.session.task.request.config, "again") is not None
+
+
+# --- A whole training ------------------------------------------------------------------------------------------------------
+
+
+def train(task: TrainingTask, fault: Fault | None = None, *, checks: bool = True) -> list[Event]:
+    events: list[Event] = []
+    with WrongProducts(fault) if fault else nullcontext():
+        training_run.run(task, events.append, StopFlag(), needs_check=lambda _: checks)
+    return events
+
+
+def losses(events: list[Event]) -> list[float]:
+    return [event.loss for event in events if isinstance(event, StepCompleted | HeldOutMeasured)]
+
+
+def checks_in(events: list[Event]) -> list[DeviceCheck]:
+    return [event.check for event in events if isinstance(event, DeviceChecked)]
+
+
+@pytest.fixture
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Keep the number of threads, on which the last bits of a loss depend."""
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_one_thread")
+def test_a_device_that_agrees_trains_as_without_a_check_and_is_checked_once(tmp_path: Path, tiny_base: Path) -> None:
+    first = train(make_task(tmp_path / "a", tiny_base))
+    assert [found.outcome for found in checks_in(first)] == [Outcome.AGREES]
+    assert records.load(tmp_path / "a" / "data") == checks_in(first)
+    session = start_session(make_task(tmp_path / "a", tiny_base), first.append, StopFlag())
+    documents = tiny_documents((9, 9))
+    same, _ = training_base.load_on_checked_device(session, _Data(tiny_base), documents, lambda _: True)  # type: ignore[arg-type] -- it reads one field
+    assert same is session
+    assert len(checks_in(first)) == 1
+    plain = train(make_task(tmp_path / "b", tiny_base), checks=False)
+    assert losses(first) == pytest.approx(losses(plain), abs=2e-3)
+
+
+@pytest.mark.usefixtures("_one_thread")
+def test_a_training_continues_on_the_cpu_as_if_it_had_begun_there(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_base, "cpu_multiplies_bfloat16", lambda: False)
+    events = train(make_task(tmp_path / "a", tiny_base), mix_rows)
+    (event,) = (event for event in events if isinstance(event, DeviceChecked))
+    assert event.check.outcome is Outcome.DIFFERS
+    assert event.note.endswith("; continued on the CPU")
+    assert [event.device for event in events if isinstance(event, RunPlanned)] == ["cpu"]
+    card = (tmp_path / "a" / "job" / "adapter" / "README.md").read_text()
+    assert "computes something else than the CPU" in card
+    on_cpu = change_request(make_task(tmp_path / "b", tiny_base), execution=ComputePlan())
+    assert losses(events) == losses(train(on_cpu, checks=False))
+    assert not records.is_known(tmp_path / "a" / "data", event.check.key)  # the next training checks again
+
+
+def test_a_training_that_the_cpu_cannot_take_over_ends_with_one_error(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_base, "available_memory_bytes", lambda: 0)
+    monkeypatch.setattr(training_base, "memory_bytes", lambda: 1_000_000)
+    with pytest.raises(TrainingError, match="cannot continue on the CPU either") as caught:
+        train(make_task(tmp_path, tiny_base), mix_rows)
+    assert caught.value.code == "device_check_failed"
+    assert len(caught.value.message) < 400
