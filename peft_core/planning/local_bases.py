@@ -83,7 +83,7 @@ class TrainingCost(NamedTuple):
     estimate: Estimate | None  # None: this machine is too small for it
     reason: str = ""  # why there is no estimate, or why a slower plan than the fastest was chosen
     fits_now: bool = True  # into the memory that is free now
-    sees_everything: bool = True  # every example at least once
+    sees_everything: bool = True  # every example, or as many as the user's own limit of steps allows
 
 
 def list_base_models(settings: Settings, measured_speed: MeasuredSpeed) -> LocalBases:
@@ -228,6 +228,8 @@ def training_cost(base: Base, config: TrainingConfig, source: SourceSummary, mac
     plans = compute_plans(config, base, device, cpu_bfloat16=target.cpu_bfloat16)
     speeds = list(map(speed, plans))
     fastest, most_steps = speeds[0].tokens_per_second, settings.max_training_steps
+    in_time, _ = choose_defaults(config, base.shape, source, fastest)
+    ends_early = config.max_steps is None and in_time.max_steps is not None
     config, _ = choose_defaults(config, base.shape, source, fastest, most_steps=most_steps)
     sizes = [memory_bytes(config, base, device, plan) for plan in plans]
     try:
@@ -243,7 +245,7 @@ def training_cost(base: Base, config: TrainingConfig, source: SourceSummary, mac
         estimate(config, source, chosen),
         chosen.reason.removeprefix("; "),
         fits_now=target.memory_bytes is None or chosen.memory_bytes <= target.memory_bytes,
-        sees_everything=config.max_steps is None,
+        sees_everything=not ends_early,
     )
 
 

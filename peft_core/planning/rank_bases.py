@@ -42,7 +42,7 @@ class Candidate:
     parameters: int
     bits_per_weight: float
     fits_now: bool  # into the memory that is free
-    sees_everything: bool  # a training with default settings sees every example
+    sees_everything: bool  # a training with default settings sees every example, unless the user limits its steps
     steps: int  # of such a training
 
     @property

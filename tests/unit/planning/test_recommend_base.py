@@ -142,6 +142,13 @@ def test_a_model_for_code_that_two_hours_hardly_train_comes_after_the_bundled_on
     assert "too slow for this machine: the default limit of time ends its training after 3 %" in second.reason
 
 
+def test_the_users_own_limit_of_steps_speaks_against_no_base(home: Path) -> None:
+    write_coder(home)
+    first = recommended(settings=Settings(max_training_steps=20)).candidates[0]
+    assert (first.base_model, first.steps) == (CODER, 20)
+    assert first.reason == "a model for code, with fill-in-the-middle"
+
+
 def test_the_speed_of_another_base_model_is_scaled_by_size(home: Path) -> None:
     write_coder(home)
     run = MeasuredRun("SmolLM2-135M-Instruct", SMOLLM2_SHAPE, 500.0)
