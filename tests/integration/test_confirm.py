@@ -27,9 +27,12 @@ from pydantic import FileUrl
 from peft_core.adapters.manifest import write_manifest
 from peft_core.base_models import resolve
 from peft_core.config import Settings
+from peft_core.planning import target
+from peft_core.schemas.cluster import ClusterAnswer, ClusterNode
 from peft_core.system.lock import FileLock
 from server.app import build_server
 from server.tasks import EXTENSION_ID
+from server.tools import training
 from tests.clients import text_of
 from tests.factories import make_manifest
 from tests.model_files import write_adapter
@@ -219,6 +222,33 @@ async def test_without_forms_a_long_training_is_queued_and_the_answer_says_how_t
     assert result.structured_content is not None, text_of(result)
     assert result.structured_content["status"] == "queued"
     assert "cancel_training stops it" in text_of(result)
+
+
+@pytest.mark.usefixtures("busy_runner")
+@pytest.mark.parametrize(("has_base", "asked"), [(False, 1), (True, 0)])
+async def test_the_person_is_asked_before_a_large_base_model_is_sent_to_the_cluster(
+    data_dir: Path,
+    era: str,
+    long_training: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    has_base: bool,
+    asked: int,
+) -> None:
+    node = {"node_id": "1", "name": "gpu-1", "cpus": 8, "gpus": 1, "memory_bytes": 64_000_000_000, "device": "cuda"}
+    described = ClusterNode.model_validate({**node, "device_memory_bytes": 40_000_000_000, "has_base": has_base})
+    answer = ClusterAnswer(address="ray://head:10001", ray="2.60.0", nodes=(described,))
+    monkeypatch.setattr(target, "_ask", lambda *_: answer)
+    monkeypatch.setattr(training, "ASK_ABOVE_BYTES", 10_000_000)  # less than the bundled base has
+    monkeypatch.setenv("CODEBASE_GARDENER_CLUSTER", "ray://head:10001")
+    person = Person("accept")
+    config = {**long_training["config"], "max_steps": 2, "run_on": "cluster"}
+    result = await call(data_dir, era, person, "train_adapter", {**long_training, "config": config})
+    assert result.structured_content is not None, text_of(result)
+    assert result.structured_content["status"] == "queued"
+    assert "It trains on the node gpu-1 of the cluster at ray://head:10001 and reserves 1 GPU" in text_of(result)
+    assert len(person.asked) == asked
+    for question in person.asked:
+        assert "MB), which not all nodes have" in question
 
 
 @pytest.mark.usefixtures("busy_runner")
