@@ -7,10 +7,13 @@ import os
 import re
 import socket
 import warnings
+from typing import Any
 from urllib.parse import urlsplit
 
 import grpc
 import ray
+from ray._private.grpc_utils import init_grpc_channel
+from ray.core.generated import ray_client_pb2, ray_client_pb2_grpc
 from ray.exceptions import ActorUnavailableError, AuthenticationError, GetTimeoutError, RayActorError, RaySystemError
 from ray.util.client.logsclient import LogstreamClient
 
@@ -107,9 +110,27 @@ def unreachable(address: str, reason: str) -> ClusterError:
     )
 
 
+def _refuses_token(address: str) -> bool:
+    """Ask the head node for a sign of life: Ray's client reports a wrong token as a connection that timed out."""
+    place = host_and_port(address)
+    if place is None or not address.startswith("ray://"):
+        return False
+    channel = init_grpc_channel(f"{place[0]}:{place[1]}")
+    messages: Any = ray_client_pb2  # its names are made when it is imported
+    question = messages.ClusterInfoRequest(type=messages.ClusterInfoType.PING)
+    try:
+        stub = ray_client_pb2_grpc.RayletDriverStub(channel)
+        stub.ClusterInfo(question, timeout=_ANSWER_S, metadata=[("client_id", "peft-mcp")])
+    except grpc.RpcError as error:
+        return bool(error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED))
+    finally:
+        channel.close()
+    return False
+
+
 def _explain(error: Exception, address: str) -> ClusterError:
     text = " ".join(str(error).split())
-    if isinstance(error, AuthenticationError) or any(sign in text.lower() for sign in _AUTH):
+    if isinstance(error, AuthenticationError) or any(sign in text.lower() for sign in _AUTH) or _refuses_token(address):
         return ClusterError(
             f"The cluster at {sanitize(address)} refused the token, or none was given.",
             code="cluster_token",

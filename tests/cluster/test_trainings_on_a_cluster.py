@@ -1,0 +1,195 @@
+"""Trainings on real Ray processes: a head node and other nodes on this machine, with a token, and real bridges.
+
+The nodes have no base models of their own, so each one gets them through the object store. `hold` makes the workers of a node
+wait at a step, so that nothing here depends on time.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peft_core.paths import JobPaths
+from peft_core.schemas.cluster import ClusterPlan
+from peft_core.schemas.events import (
+    EVENT,
+    CheckpointSaved,
+    Event,
+    JobFailed,
+    PhaseStarted,
+    RunPlanned,
+    StepCompleted,
+)
+from peft_core.schemas.task import TrainingTask
+from peft_core.system.cancellation import CANCELLED_EXIT_CODE
+from peft_core.system.child_process import child_environment
+from tests.cluster.real_cluster import TestCluster, free_port
+from tests.factories import change_request
+from tests.integration.test_training_child import make_task
+from tests.model_files import write_model
+from tests.tiny_models import write_tiny_base
+
+pytestmark = [pytest.mark.survival, pytest.mark.timeout(900)]
+
+CONFIG = {"rank": 4, "batch_size": 2, "max_steps": 6, "max_length": 256, "precision": "float32"}
+WAIT_S = 300.0  # on a busy machine; no test waits for it
+
+
+class Bridge:
+    """A bridge process of a job, and the events that it has written."""
+
+    def __init__(self, task: TrainingTask, cluster: TestCluster, *options: str, **environment: str) -> None:
+        paths = JobPaths(task.job_dir)
+        paths.root.mkdir(exist_ok=True)
+        paths.task.write_text(task.model_dump_json())
+        self.events: list[Event] = []
+        with paths.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "peft_core.cluster.bridge", str(paths.task), *options],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**child_environment(), **cluster.environment, **environment},
+            )
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as stdout:
+            for line in stdout:
+                self.events.append(EVENT.validate_json(line))
+
+    def of(self, kind: type[Any]) -> list[Any]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+    def details(self) -> str:
+        return "\n".join(event.detail for event in self.of(PhaseStarted))
+
+    def until(self, condition: Callable[[Bridge], Any]) -> None:
+        deadline = time.monotonic() + WAIT_S
+        while not condition(self):
+            assert self.process.poll() is None, f"the bridge has ended:\n{self.events[-3:]}"
+            assert time.monotonic() < deadline, self.events[-3:]
+            time.sleep(0.02)
+
+    def end(self) -> int:
+        code = self.process.wait(WAIT_S)
+        self._reader.join()
+        return code
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
+    if sys.platform != "linux":
+        pytest.skip("the processes of a node are found through /proc")
+    with TestCluster(tmp_path_factory.mktemp("ray") / "cluster") as cluster:
+        cluster.add("a")
+        yield cluster
+
+
+@pytest.fixture
+def start(cluster: TestCluster) -> Iterator[Callable[..., Bridge]]:
+    """Start a bridge; it is killed at the end of the test if it still runs then."""
+    bridges: list[Bridge] = []
+
+    def bridge(task: TrainingTask, *options: str, **environment: str) -> Bridge:
+        bridges.append(Bridge(task, cluster, *options, **environment))
+        return bridges[-1]
+
+    yield bridge
+    for each in bridges:
+        each.process.kill()
+        each.end()
+
+
+@pytest.fixture(scope="module")
+def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model for the small worker, which does not load it."""
+    return write_tiny_base(tmp_path_factory.mktemp("bases") / "small", "qwen2")
+
+
+def task_for(cluster: TestCluster, directory: Path, base: Path, *, project: str = "small", **plan: Any) -> TrainingTask:
+    directory.mkdir(exist_ok=True)
+    task = make_task(directory, str(base), **CONFIG).model_copy(update={"project_id": project})
+    return change_request(task, cluster=ClusterPlan(**{"address": cluster.address, **plan}))
+
+
+def steps(bridge: Bridge) -> list[int]:
+    return [event.step for event in bridge.of(StepCompleted)]
+
+
+def test_a_run_that_is_stopped_leaves_its_checkpoint_here_and_continues_from_it(
+    cluster: TestCluster, start: Callable[..., Bridge], small_base: Path, tmp_path: Path
+) -> None:
+    cluster.hold("a", 4)
+    task = task_for(cluster, tmp_path, small_base)
+    bridge = start(task)
+    bridge.until(lambda each: 4 in steps(each) and each.of(CheckpointSaved))
+    bridge.send(signal.SIGTERM)
+    assert bridge.end() == CANCELLED_EXIT_CODE
+    saved = json.loads((JobPaths(task.job_dir).checkpoint / "state.pt").read_text())["step"]
+    assert saved == 5  # the worker ends the step that it is in
+
+    cluster.hold("a", None)
+    resumed = start(task)
+    assert resumed.end() == 0
+    assert [event.start_step for event in resumed.of(RunPlanned)] == [saved]
+    assert steps(resumed) == list(range(saved + 1, 7))
+
+
+def test_what_is_wrong_with_a_cluster_is_said_in_one_sentence(
+    cluster: TestCluster, start: Callable[..., Bridge], small_base: Path, tmp_path: Path
+) -> None:
+    other_token, other_version = tmp_path / "token", tmp_path / "site"
+    other_token.write_text("0" * 64)
+    metadata = other_version / "peft_mcp-9.9.9.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("Metadata-Version: 2.1\nName: peft-mcp\nVersion: 9.9.9\n")
+    cases: list[tuple[str, str, dict[str, Any], dict[str, str]]] = [
+        ("cluster_unreachable", "does not answer", {"address": f"ray://127.0.0.1:{free_port()}"}, {}),
+        ("cluster_token", "refused the token", {}, {"RAY_AUTH_TOKEN_PATH": str(other_token)}),
+        ("cluster_no_package", "but this machine has 9.9.9", {}, {"PYTHONPATH": str(other_version)}),
+        ("cluster_no_node", "64 CPUs", {"cpus": 64}, {}),
+    ]
+    bridges = [
+        start(task_for(cluster, tmp_path / code, small_base, **plan), **environment)
+        for code, _, plan, environment in cases
+    ]
+    for (code, words, _, _), bridge in zip(cases, bridges, strict=True):
+        assert bridge.end() == 1
+        failed = bridge.events[-1]
+        assert isinstance(failed, JobFailed)
+        assert failed.error.code == code, failed
+        assert words in failed.error.message
+        assert len(failed.error.message) < 400
+    assert other_token.read_text() not in str([bridge.events for bridge in bridges])
+
+
+def test_a_base_model_that_is_large_or_has_changed_is_not_sent(
+    cluster: TestCluster, start: Callable[..., Bridge], tmp_path: Path
+) -> None:
+    large = write_model(tmp_path / "large")
+    changed = write_model(tmp_path / "changed")
+    tasks = {
+        "cluster_base_large": task_for(cluster, tmp_path / "one", large, may_send_bytes=1000),
+        "cluster_base_differs": task_for(cluster, tmp_path / "two", changed),
+    }
+    weights = changed / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\1\2\3\4")
+    bridges = {code: start(task) for code, task in tasks.items()}
+    for code, bridge in bridges.items():
+        assert bridge.end() == 1
+        assert bridge.events[-1].error.code == code, bridge.events[-1]  # type: ignore[union-attr]
