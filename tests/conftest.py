@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+import gc
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import cache
 from pathlib import Path
 
@@ -36,6 +37,17 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("fast" if config.getoption("--without-torch") else "all")
     if config.getoption("--without-torch"):
         sys.modules.update(dict.fromkeys(HEAVY, None))  # type: ignore[arg-type] -- None makes `import torch` fail
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collect no garbage while modules are imported, and scan none of their objects later, as in the workers of the product."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -1,8 +1,11 @@
-"""Environment variables that torch and related libraries read when they are imported."""
+"""The import of torch and related libraries: the environment variables that they read, and its time."""
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 ENVIRONMENT = {
     # Waiting threads spin for microseconds, then yield their core. By default they spin for milliseconds, and one competing
@@ -26,3 +29,19 @@ def prepare_environment() -> None:
     # When tokenizers runs out of memory and prints a backtrace, it runs out again while it holds the print lock, and deadlocks.
     # Without a backtrace it exits.
     os.environ["RUST_BACKTRACE"] = "0"
+
+
+@contextmanager
+def importing_torch() -> Iterator[None]:
+    """Prepare the environment, and collect no garbage while the body imports torch and related libraries.
+
+    They make hundreds of thousands of objects that stay: without scanning these again and again, the import takes a quarter
+    less time. Later collections do not scan them either.
+    """
+    prepare_environment()
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 
 from peft_core.config import Settings
 from peft_core.errors import InvalidArgument
-from peft_core.modeling.environment import prepare_environment
+from peft_core.modeling.environment import importing_torch
 from peft_core.schemas.events import JobFailed
 from peft_core.schemas.task import TrainingTask
 from peft_core.system import logs
@@ -90,13 +90,14 @@ def main() -> int:
 def _run(task: TrainingTask, emit: JsonLineWriter, stop: StopFlag) -> None:
     """Import what the task needs, and run it. torch takes seconds to import, reads the environment, and may fail to load."""
     # kill-point: worker: the process is starting
-    prepare_environment()
     if task.kind == "train":
-        from peft_core.training.run import run as train  # noqa: PLC0415 -- torch
+        with importing_torch():
+            from peft_core.training.run import run as train  # noqa: PLC0415 -- torch
 
         train(task, emit, stop)
     else:
-        from peft_core.evaluation.worker.run import run as evaluate  # noqa: PLC0415 -- torch
+        with importing_torch():
+            from peft_core.evaluation.worker.run import run as evaluate  # noqa: PLC0415 -- torch
 
         evaluate(task, emit, stop)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from peft_core.export.request import ExportProgress, ExportRequest
-from peft_core.modeling.environment import prepare_environment
+from peft_core.modeling.environment import importing_torch
 from peft_core.schemas.export import ExportReport
 from peft_core.system import logs
 from peft_core.system.child_process import JsonLineWriter, answer_with_progress
@@ -23,12 +23,12 @@ TASK = TaskKind(
 
 
 def answer(request: ExportRequest, write: JsonLineWriter) -> ExportReport:
-    from peft_core.export.worker.run import export  # noqa: PLC0415 -- imports torch, which an error can already report
+    with importing_torch():
+        from peft_core.export.worker.run import export  # noqa: PLC0415 -- torch; an error can already be reported
 
     return export(request, lambda done, total, message: write(ExportProgress(done=done, total=total, message=message)))
 
 
 if __name__ == "__main__":
     logs.configure("INFO")
-    prepare_environment()
     sys.exit(answer_with_progress(ExportRequest, answer, TASK))

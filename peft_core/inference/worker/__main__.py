@@ -7,7 +7,6 @@ It exits when its standard input ends, because then the server is gone, and afte
 
 from __future__ import annotations
 
-import gc
 import os
 import queue
 import signal
@@ -30,7 +29,7 @@ from peft_core.inference.protocol import (
     Response,
     WorkerConfig,
 )
-from peft_core.modeling.environment import prepare_environment
+from peft_core.modeling.environment import importing_torch
 from peft_core.schemas.results import ErrorInfo
 from peft_core.system import logs
 from peft_core.system.activity import active
@@ -110,15 +109,14 @@ def main() -> int:
 
     # 2. torch, which takes seconds to import.
     # kill-point: inference worker, load_adapter: the process is starting
-    prepare_environment()
-    import torch  # noqa: PLC0415
+    with importing_torch():
+        import torch  # noqa: PLC0415
 
-    from peft_core.devices.records import distrusted  # noqa: PLC0415
-    from peft_core.inference.worker.handlers import RequestHandler  # noqa: PLC0415
-    from peft_core.modeling.device import choose, describe, use_cores, without  # noqa: PLC0415
+        from peft_core.devices.records import distrusted  # noqa: PLC0415
+        from peft_core.inference.worker.handlers import RequestHandler  # noqa: PLC0415
+        from peft_core.modeling.device import choose, describe, use_cores, without  # noqa: PLC0415
 
     use_cores()
-    gc.freeze()  # the libraries' hundreds of thousands of objects need no scan at every unload
     machine = without(describe(), config.device, distrusted(config.data_dir, torch.__version__))
     handler = RequestHandler(config, choose(config.device, machine))
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -23,7 +24,7 @@ def test_the_kind_of_the_task_selects_what_runs(kind: str, monkeypatch: pytest.M
     def stub(name: str) -> Any:
         return SimpleNamespace(run=lambda _task, _emit, _stop: ran.append(name))
 
-    monkeypatch.setattr(worker, "prepare_environment", lambda: None)
+    monkeypatch.setattr(worker, "importing_torch", contextlib.nullcontext)
     monkeypatch.setitem(sys.modules, "peft_core.training.run", stub("train"))
     monkeypatch.setitem(sys.modules, "peft_core.evaluation.worker.run", stub("evaluate"))
     task: Any = SimpleNamespace(kind=kind)
