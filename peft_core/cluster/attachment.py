@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from ray.exceptions import RayTaskError
 
 from peft_core.cluster import connection, shelves
-from peft_core.cluster.bridge import Interrupted, listen
+from peft_core.cluster.bridge import listen
 from peft_core.cluster.remote_run import NAMESPACE
 from peft_core.cluster.submission import submit
 from peft_core.errors import ClusterError, sanitize
@@ -44,7 +44,7 @@ from peft_core.schemas.events import (
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.results import ErrorInfo, Phase
 from peft_core.schemas.task import TrainingTask
-from peft_core.system.cancellation import Cancelled, StopFlag
+from peft_core.system.cancellation import Cancelled, Interrupted, StopFlag
 from peft_core.system.child_process import JsonLineWriter
 from peft_core.system.files import atomic_write
 

@@ -53,6 +53,7 @@ from peft_core.system.cancellation import (
     DETACHED_EXIT_CODE,
     INTERRUPTED_EXIT_CODE,
     Cancelled,
+    Interrupted,
     StopFlag,
 )
 from peft_core.system.child_process import (
@@ -72,10 +73,6 @@ TASK = TaskKind(
     memory_advice=("Close other programs.",),
 )
 PATIENCE_S = 900.0  # how long a cluster may be unreachable before a run on it counts as interrupted
-
-
-class Interrupted(Exception):
-    """The run on the cluster was lost, or cannot be reached, but the job can be resumed. Its text is for the user."""
 
 
 def main() -> int:

@@ -21,6 +21,10 @@ class Cancelled(Exception):
     """Raised at the next safe point after a request to stop."""
 
 
+class Interrupted(Exception):
+    """A run on a cluster was lost, or cannot be reached, but its job can be resumed. Its text is for the user."""
+
+
 class StopFlag:
     """Remembers that this process was asked to stop; the work checks it at its safe points."""
 
