@@ -168,8 +168,13 @@ class JobService:
         from peft_core.planning.inspection import inspect_training_data  # noqa: PLC0415
 
         adapters = Adapters(self._registry, None, self.base_of)
-        speed, config = self._measured_speeds(config.run_on).of, config.runs[0]
-        return inspect_training_data(training_data, config, self._settings, speed, adapters)
+        speed, runs = self._measured_speeds(config.run_on).of, config.runs
+        report = inspect_training_data(training_data, runs[0], self._settings, speed, adapters)
+        if config.sweep is None:
+            return report
+        first = f"This is the first of the sweep's {len(runs)} runs, which differ in {config.sweep.setting} only."
+        chosen = f"{report.estimate.chosen} {first}".strip()
+        return report.model_copy(update={"estimate": report.estimate.model_copy(update={"chosen": chosen})})
 
     def list_base_models(self) -> LocalBases:
         """List the base models on this machine, with what training each would take. Only headers are read."""

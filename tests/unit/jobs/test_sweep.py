@@ -147,6 +147,8 @@ def test_a_sweep_is_queued_and_cancelled_as_a_whole(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(jobs._supervisor, "ensure_runner", lambda: None)
     records = [{"text": f"def add_{n}(a, b):\n    return a + {n} * b\n"} for n in range(60)]
     config = TrainingConfig(base_model=str(write_model(tmp_path / "base")), max_length=128, sweep=Sweep(rank=[2, 4, 8]))
+    dry_run = jobs.inspect(records, config)
+    assert "This is the first of the sweep's 3 runs, which differ in rank only." in dry_run.estimate.chosen
     status = jobs.queue_runs("web", jobs.plan_runs("web", records, config), records)
     assert status.sweep is not None
     assert [each.value for each in status.sweep.runs] == [2.0, 4.0, 8.0]
