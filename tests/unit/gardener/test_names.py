@@ -64,7 +64,7 @@ def test_one_clear_error_says_what_cannot_be_used(config: dict[str, Any], messag
 
 async def test_the_number_of_chunks_is_limited_on_both_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manager = PEFTManager(Settings(data_dir=tmp_path / "data"))
-    monkeypatch.setattr(manager._jobs, "queue", lambda _project, draft, _data: draft)
+    monkeypatch.setattr(manager._jobs, "queue_runs", lambda _project, drafts, _data: drafts[0])
     with pytest.raises(DataError, match="at least 201 are needed") as caught:
         await manager.train_adapter("web", RECORDS, {"min_training_chunks": 201})
     assert "lower config.min_training_chunks" in caught.value.suggestions[-1]
