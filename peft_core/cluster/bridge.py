@@ -37,14 +37,13 @@ import argparse
 import os
 import signal
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import structlog
 from pydantic import ValidationError
 
 from peft_core.config import Settings
-from peft_core.errors import ClusterError, InvalidArgument
+from peft_core.errors import InvalidArgument
 from peft_core.schemas.events import JobFailed, JobInterrupted
 from peft_core.schemas.task import TrainingTask
 from peft_core.system import logs
@@ -64,7 +63,7 @@ from peft_core.system.child_process import (
     watch_parent,
 )
 from peft_core.system.failures import TaskKind, error_info
-from peft_core.system.packages import install_extra
+from peft_core.system.packages import require_ray
 
 TASK = TaskKind(
     name="connection to the cluster",
@@ -89,7 +88,7 @@ def main() -> int:
         task_file, patience_s = _parse(sys.argv[1:])
         task = _read_task(task_file)
         structlog.contextvars.bind_contextvars(job_id=task.job_id)
-        _require_ray()
+        require_ray()
         from peft_core.cluster.attachment import run  # noqa: PLC0415 -- imports Ray
 
         return run(task, emit, stop, patience_s=patience_s)
@@ -116,15 +115,6 @@ def listen(stop: StopFlag) -> None:
 def detach() -> None:
     """End this process immediately. Every file that it writes is renamed when it is complete, so nothing is left half done."""
     os._exit(DETACHED_EXIT_CODE)
-
-
-def _require_ray() -> None:
-    if find_spec("ray") is None:
-        raise ClusterError(
-            "Training on a cluster needs Ray, which is not installed here.",
-            code="cluster_extra_missing",
-            suggestions=[f"Install it: {install_extra('cluster')}"],
-        )
 
 
 def _parse(arguments: list[str]) -> tuple[Path, float]:

@@ -209,7 +209,6 @@ class Coordinator(_Actor):
             "reason": self._reason,
             "log": self._log,
             "node": self._node,
-            "attempt": self._attempt,
             "checkpoint": self._checkpoint,
         }
 

@@ -12,9 +12,7 @@ from peft_core.schemas.base_model import Base
 from peft_core.schemas.machine import MachineAnswer, MachineRequest
 from peft_core.system.child_process import run_json_child
 from peft_core.system.machine import (
-    available_memory_bytes,
     cpu_multiplies_bfloat16,
-    total_memory_bytes,
     usable_cores,
 )
 
@@ -30,8 +28,6 @@ def describe(wanted: tuple[str, str] | None, *, with_device: bool) -> dict[str, 
     facts: dict[str, Any] = {
         "cores": usable_cores(),
         "cpu_bfloat16": cpu_multiplies_bfloat16(),
-        "total_memory_bytes": total_memory_bytes(),
-        "available_memory_bytes": available_memory_bytes(),
     }
     if wanted is not None:
         base = Base.model_validate_json(wanted[0])
@@ -61,5 +57,4 @@ def _device() -> dict[str, Any]:
         "device": answer.device,
         "device_name": answer.device_name,
         "device_memory_bytes": answer.device_memory_bytes,
-        "arithmetic": answer.arithmetic,
     }

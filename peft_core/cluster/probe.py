@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -33,7 +33,7 @@ TASK = TaskKind(
 )
 ANSWER_S = 90.0  # for which all nodes together may take; importing torch from a slow disk takes half of it
 _PACKAGE = "peft-mcp"
-_FACTS = ("device", "device_name", "device_memory_bytes", "arithmetic")  # equal for all nodes of a kind
+_FACTS = ("device", "device_name", "device_memory_bytes")  # equal for all nodes of a kind
 
 
 def answer(question: ClusterQuestion) -> ClusterAnswer:
@@ -47,7 +47,7 @@ def answer(question: ClusterQuestion) -> ClusterAnswer:
         nodes = ask_nodes(question.base, with_device=True)
     finally:
         connection.disconnect()
-    return ClusterAnswer(address=question.address, ray=ray.__version__, nodes=nodes)
+    return ClusterAnswer(address=question.address, nodes=nodes)
 
 
 def ask_nodes(base: Base | None, *, with_device: bool = False, timeout_s: float = ANSWER_S) -> tuple[ClusterNode, ...]:
@@ -166,10 +166,6 @@ def _kind(node: dict[str, Any]) -> tuple[Any, ...]:
     resources = node["Resources"]
     types = sorted(name for name in resources if name.startswith("accelerator_type:"))
     return (resources.get("CPU"), resources.get("GPU"), round(resources.get("memory", 0) / 1e9), *types)
-
-
-def usable(nodes: Sequence[ClusterNode]) -> list[ClusterNode]:
-    return [node for node in nodes if not node.problem]
 
 
 if __name__ == "__main__":

@@ -164,8 +164,8 @@ class _Run:
         is_wanted, kill_at, at_end = True, math.inf, False
         while not at_end:
             batch, at_end = _take(lines)
-            goes_on = ray.get(self._coordinator.report.remote(self._attempt, batch))
-            if is_wanted and not goes_on:
+            may_continue = ray.get(self._coordinator.report.remote(self._attempt, batch))
+            if is_wanted and not may_continue:
                 is_wanted, kill_at = False, time.monotonic() + GRACE_S
                 worker.terminate()
             if any(_kind(line) == "checkpoint_saved" for line in batch):

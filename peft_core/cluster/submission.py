@@ -95,25 +95,15 @@ def suitable_nodes(nodes: Sequence[ClusterNode], plan: ClusterPlan) -> list[Clus
             code="cluster_no_package",
             suggestions=["Install the same version of peft-mcp on the nodes as here, for the Python that Ray runs in"],
         )
-    suitable = [
-        node
-        for node in usable
-        if node.gpus >= plan.gpus and node.cpus >= plan.cpus and node.memory_bytes >= plan.memory_bytes
-    ]
+    suitable = [node for node in usable if node.can_run(plan)]
     if suitable:
         return suitable
-    largest = max(usable, key=lambda node: (node.gpus, node.memory_bytes, node.cpus))
+    largest = max(usable, key=lambda node: (node.gpus, node.cpus >= 1, node.memory_bytes, node.cpus))
     raise ClusterError(
-        f"No node of the cluster has {_amount(plan.gpus, plan.cpus, plan.memory_bytes)}; the largest, {largest.name}, has "
-        f"{_amount(largest.gpus, largest.cpus, largest.memory_bytes)}.",
+        f"No node of the cluster has {plan.in_words}; the largest, {largest.name}, has {largest.in_words}.",
         code="cluster_no_node",
         suggestions=["Use a smaller base_model, rank or max_length, or add a node"],
     )
-
-
-def _amount(gpus: float, cpus: float, memory_bytes: int) -> str:
-    words = [f"{gpus:g} GPU{'' if gpus == 1 else 's'}", f"{cpus:g} CPU{'' if cpus == 1 else 's'}"]
-    return f"{', '.join(words)} and {memory_bytes / 1e9:.1f} GB of memory"
 
 
 def _options(plan: ClusterPlan, nodes: Sequence[ClusterNode], job_id: str) -> dict[str, Any]:

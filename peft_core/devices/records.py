@@ -41,7 +41,7 @@ def save(data_dir: Path, check: DeviceCheck) -> None:
 
 
 def load(data_dir: Path) -> list[DeviceCheck]:
-    """Return all records, the newest first. Files that are no records are ignored."""
+    """Return all records, the newest first. Other files are ignored."""
     paths = DataPaths(data_dir).device_checks.glob("*.json")
     found = (_read(path) for path in sorted(paths, key=_age, reverse=True)[:_MOST_RECORDS])
     return [check for check in found if check is not None]

@@ -1,5 +1,5 @@
 """Write the tokenizer of a GGUF file as its conversion has it, in a process of its own: a TokenizerRequest (JSON) on standard
-input, a TokenizerAnswer or an ErrorInfo on standard output. Whoever prepares a dataset without torch starts it.
+input, a TokenizerAnswer or an ErrorInfo on standard output. A process that prepares a dataset without torch starts it.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 from peft_core.config import Settings
 from peft_core.errors import ClusterError, DataError, InvalidArgument
@@ -24,7 +23,7 @@ from peft_core.system.machine import (
     usable_cores,
     why_no_cuda,
 )
-from peft_core.system.packages import install_extra
+from peft_core.system.packages import require_ray
 
 MAX_CPUS = 8  # that a training on a CPU of the cluster reserves; more make it little faster
 MAX_CPUS_PER_GPU = 4
@@ -79,12 +78,7 @@ def require_device(config: TrainingConfig, settings: Settings) -> str | None:
         )
     if config.device == "mps":
         raise InvalidArgument("config.device", "mps", "with run_on = 'cluster' it must be auto, cuda or cpu")
-    if find_spec("ray") is None:
-        raise ClusterError(
-            "Training on a cluster needs Ray, which is not installed here.",
-            code="cluster_extra_missing",
-            suggestions=[f"Install it: {install_extra('cluster')}"],
-        )
+    require_ray()
     return None
 
 
@@ -170,10 +164,10 @@ def reserve(
         cpus = max(1, min(int(node.cpus // max(1.0, node.gpus)), MAX_CPUS_PER_GPU))
         memory = HOST_BYTES + base.size_bytes
         plan = ClusterPlan(address=address, gpus=gpus, cpus=gpus * cpus, memory_bytes=memory)
-    if not (can_run := suitable(nodes, plan)):
+    if not (can_run := [each for each in nodes if each.can_run(plan)]):
         raise ClusterError(
-            f"No node of the cluster at {address} can ever run this training: it needs {_needs(plan)}, and the largest, "
-            f"{node.name}, has {node.gpus:g} GPUs, {node.cpus:g} CPUs and {node.memory_bytes / 1e9:.1f} GB for Ray.",
+            f"No node of the cluster at {address} can ever run this training: it needs {plan.in_words}, and the largest, "
+            f"{node.name}, has {node.in_words} for Ray.",
             code="cluster_too_small",
             suggestions=["Use a smaller base_model, rank or max_length, or add a larger node"],
         )
@@ -181,23 +175,11 @@ def reserve(
     return plan.model_copy(update={"may_send_bytes": max(ASK_ABOVE_BYTES, base.size_bytes if lacks_base else 0)})
 
 
-def suitable(nodes: Sequence[ClusterNode], plan: ClusterPlan) -> list[ClusterNode]:
-    """Return the nodes that can ever run a job."""
-    return [
-        node
-        for node in nodes
-        if not node.problem
-        and node.gpus >= plan.gpus
-        and node.cpus >= plan.cpus
-        and node.memory_bytes >= plan.memory_bytes
-    ]
-
-
 def describe(
     plan: ClusterPlan, target: Target, base: Base, source: SourceSummary, nodes: Sequence[ClusterNode]
 ) -> tuple[str, int]:
     """Return where a job will train and what is sent there, in words, and the bytes that are sent."""
-    can_run = suitable(nodes, plan)
+    can_run = [node for node in nodes if node.can_run(plan)]
     gpu = f" ({target.node.device_name})" if target.node is not None and target.node.device_name else ""
     places = f"one of {len(can_run)} nodes" if len(can_run) > 1 else f"the node {can_run[0].name}"
     data_bytes = DATASET_BYTES_PER_TOKEN * source.estimated_tokens
@@ -212,14 +194,9 @@ def describe(
     busy = is_known and not any(node.free_gpus >= plan.gpus and node.free_cpus >= plan.cpus for node in can_run)
     waits = " They are in use now, so it waits." if busy else ""
     return (
-        f"It trains on {places} of the cluster at {plan.address} and reserves {_needs(plan)}{gpu}.{waits} Sent there: {sent}.",
+        f"It trains on {places} of the cluster at {plan.address} and reserves {plan.in_words}{gpu}.{waits} Sent there: {sent}.",
         data_bytes + base_bytes,
     )
-
-
-def _needs(plan: ClusterPlan) -> str:
-    gpus = f"{plan.gpus} GPU{'' if plan.gpus == 1 else 's'}, " if plan.gpus else ""
-    return f"{gpus}{plan.cpus} CPU{'' if plan.cpus == 1 else 's'} and {plan.memory_bytes / 1e9:.1f} GB of memory"
 
 
 def _size(size_bytes: int) -> str:

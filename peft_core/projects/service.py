@@ -28,9 +28,7 @@ from peft_core.schemas.training import DataSelection, TrainingConfig
 from peft_core.system.durations import rough_duration
 
 AFTER_FAILURE = 24  # times the usual interval between two trainings
-_FROM_SCRATCH = frozenset(
-    {"continue_from", "sweep"}
-)  # settings of the first training that its successors do not repeat
+_NOT_REPEATED = {"continue_from", "sweep"}  # settings of a training that its successors do not take over
 
 log = logging.getLogger(__name__)  # structlog would slow the server's start down by 0.1 s
 
@@ -97,7 +95,7 @@ class ProjectService:
         source = str(draft.source) if isinstance(training_data, str) else None
         more = [str(other.path) for other in draft.more_sources]
         found = {"base_model": draft.base.reference} | ({"more_sources": more} if more else {})
-        given = config.model_dump(exclude_unset=True, exclude=set(_FROM_SCRATCH))
+        given = config.model_dump(exclude_unset=True, exclude=_NOT_REPEATED)
         registration = Registration(
             project_id=project_id,
             source=source,

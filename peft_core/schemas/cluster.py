@@ -21,6 +21,11 @@ class ClusterPlan(FrozenModel):
     memory_bytes: Annotated[int, Field(ge=0)] = 0  # 0: none is reserved
     may_send_bytes: Annotated[int, Field(ge=0)] = ASK_ABOVE_BYTES  # of the base model, if a node does not have it
 
+    @property
+    def in_words(self) -> str:
+        """What is reserved, such as "1 GPU, 4 CPUs and 2.0 GB of memory"."""
+        return resources_in_words(self.gpus, self.cpus, self.memory_bytes)
+
 
 class ClusterQuestion(FrozenModel):
     """What `peft_core.cluster.probe` is asked."""
@@ -45,21 +50,34 @@ class ClusterNode(FrozenModel):
     device: str = "cpu"  # that torch uses there: "cuda" or "cpu"
     device_name: str = ""  # of a GPU
     device_memory_bytes: int = 0  # of one GPU
-    arithmetic: str = ""  # number formats, in words
     cores: int = 1  # that torch uses there
     cpu_bfloat16: bool = False  # see `system.machine.cpu_multiplies_bfloat16`
-    total_memory_bytes: int = 0  # of the machine or its container
-    available_memory_bytes: int = 0
     has_base: bool | None = None  # None: it was not asked for, or is not known
+
+    @property
+    def in_words(self) -> str:
+        """What Ray can reserve on it in total."""
+        return resources_in_words(self.gpus, self.cpus, self.memory_bytes)
+
+    def can_run(self, plan: ClusterPlan) -> bool:
+        """Return whether it can ever run a job: it has no problem, and as much as the job reserves."""
+        is_large_enough = self.gpus >= plan.gpus and self.cpus >= plan.cpus and self.memory_bytes >= plan.memory_bytes
+        return is_large_enough and not self.problem
 
 
 class ClusterAnswer(FrozenModel):
     """What the probe found out."""
 
     address: str
-    ray: str  # version
     nodes: tuple[ClusterNode, ...]
 
     @property
     def usable(self) -> tuple[ClusterNode, ...]:
         return tuple(node for node in self.nodes if not node.problem)
+
+
+def resources_in_words(gpus: float, cpus: float, memory_bytes: int) -> str:
+    """Return "1 GPU, 4 CPUs and 2.0 GB of memory"; without GPUs if there are 0."""
+    amounts = [(gpus, "GPU"), (cpus, "CPU")] if gpus else [(cpus, "CPU")]
+    words = [f"{amount:g} {name}{'' if amount == 1 else 's'}" for amount, name in amounts]
+    return f"{', '.join(words)} and {memory_bytes / 1e9:.1f} GB of memory"

@@ -6,6 +6,8 @@ import shlex
 import sys
 from importlib.util import find_spec
 
+from peft_core.errors import ClusterError
+
 
 def install_command(requirement: str, *options: str) -> str:
     """Return the shell command that installs a package where this process imports from.
@@ -25,3 +27,13 @@ def install_command(requirement: str, *options: str) -> str:
 def install_extra(extra: str) -> str:
     """Return the shell command that adds an optional dependency of this package, such as `llamacpp`."""
     return install_command(f"peft-mcp[{extra}]")
+
+
+def require_ray() -> None:
+    """Raise ClusterError if Ray is not installed, which the extra `cluster` brings."""
+    if find_spec("ray") is None:
+        raise ClusterError(
+            "Training on a cluster needs Ray, which is not installed here.",
+            code="cluster_extra_missing",
+            suggestions=[f"Install it: {install_extra('cluster')}"],
+        )

@@ -236,7 +236,7 @@ async def test_the_person_is_asked_before_a_large_base_model_is_sent_to_the_clus
 ) -> None:
     node = {"node_id": "1", "name": "gpu-1", "cpus": 8, "gpus": 1, "memory_bytes": 64_000_000_000, "device": "cuda"}
     described = ClusterNode.model_validate({**node, "device_memory_bytes": 40_000_000_000, "has_base": has_base})
-    answer = ClusterAnswer(address="ray://head:10001", ray="2.60.0", nodes=(described,))
+    answer = ClusterAnswer(address="ray://head:10001", nodes=(described,))
     monkeypatch.setattr(target, "_ask", lambda *_: answer)
     monkeypatch.setattr(training, "ASK_ABOVE_BYTES", 10_000_000)  # less than the bundled base has
     monkeypatch.setenv("CODEBASE_GARDENER_CLUSTER", "ray://head:10001")

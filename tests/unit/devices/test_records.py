@@ -66,7 +66,7 @@ def test_checks_of_other_machines_that_share_the_directory_are_not_this_ones(tmp
 
 
 def test_paths_in_an_error_are_removed() -> None:
-    text = "OSError: no kernel in /home/me/secret/x.metallib or C:\\Users\\me\\y.dll for aten::mm"
+    text = "OSError: no kernel in /data/secret/x.metallib or C:\\Users\\me\\y.dll for aten::mm"
     assert records.without_paths(text) == "OSError: no kernel in … or … for aten::mm"
 
 

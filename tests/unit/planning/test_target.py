@@ -15,6 +15,7 @@ from peft_core.planning.planner import plan, require_sources
 from peft_core.schemas.cluster import ASK_ABOVE_BYTES, ClusterAnswer, ClusterNode
 from peft_core.schemas.task import ComputePlan, JobRequest
 from peft_core.schemas.training import TrainingConfig
+from peft_core.system import packages
 from tests.model_files import write_model
 
 ADDRESS = "ray://head:10001"
@@ -58,7 +59,7 @@ def planned(tmp_path: Path, *nodes: ClusterNode, **config: Any) -> JobRequest:
     records = [{"text": f"def add_{n}(a, b):\n    return a + {n} * b\n"} for n in range(60)]
     settings = Settings(data_dir=tmp_path / "data", cluster=ADDRESS)
     given = TrainingConfig(base_model=str(base), run_on="cluster", max_length=128, **config)
-    answer = ClusterAnswer(address=ADDRESS, ray="2.60.0", nodes=nodes)
+    answer = ClusterAnswer(address=ADDRESS, nodes=nodes)
     return plan(records, given, settings, lambda *_: None, ask=lambda *_: answer)
 
 
@@ -153,7 +154,7 @@ def test_a_cluster_is_needed_before_any_data_is_read() -> None:
 
 
 def test_the_extra_is_needed_for_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(target, "find_spec", lambda _: None)
+    monkeypatch.setattr(packages, "find_spec", lambda _: None)
     with pytest.raises(ClusterError) as caught:
         plan("/none", TrainingConfig(run_on="cluster"), Settings(cluster=ADDRESS), lambda *_: None)
     assert caught.value.code == "cluster_extra_missing"
