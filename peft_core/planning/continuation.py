@@ -279,7 +279,9 @@ def changes_in_sources(snapshot: Snapshot, source: SourceSummary, selection: Sel
     found = walk_sources(repositories, selection).files if repositories else []
     files = [file for file in found if printable_path(file.name) not in held_out]
     changes = compare(snapshot, files)
-    changed = math.ceil(changes.units_unknown) or int(changes.is_estimate)
+    # A file that was not cut into units, in a short training or now, may have a change that nothing is known of.
+    may_differ = changes.is_estimate and bool(changes.changed or changes.new)
+    changed = math.ceil(changes.units_unknown) or int(may_differ)
     return SourceChanges(
         files=len(files),
         changed_files=changes.changed + changes.new,

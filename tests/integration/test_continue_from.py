@@ -20,10 +20,11 @@ from peft_core.data.catch_up import ParentData
 from peft_core.data.dataset import read_examples
 from peft_core.data.examples import learned_text
 from peft_core.data.leakage import read_fingerprint
+from peft_core.data.selection import Selection
 from peft_core.data.snapshot import read_snapshot
 from peft_core.errors import AdapterNotFound, DataError, InvalidArgument, PeftMcpError, TrainingError
 from peft_core.evaluation.report import write_training_report
-from peft_core.planning.continuation import Adapters
+from peft_core.planning.continuation import Adapters, changes_in_sources
 from peft_core.planning.planner import plan
 from peft_core.schemas.evaluation import Verdict
 from peft_core.schemas.events import Evaluated, Event, PhaseStarted, RunPlanned, StepCompleted
@@ -384,6 +385,17 @@ def test_most_of_the_code_changed_is_a_reason_to_start_from_scratch(place: Workp
     assert request.continued is None
     assert "% of the units are new or have changed since" in request.estimate.chosen
     assert place.plan(continue_from=PROJECT).continued is not None
+
+
+def test_files_that_a_short_training_did_not_cut_into_units_are_no_change(trained: Workplace, place: Workplace) -> None:
+    snapshot = read_snapshot(current(trained))
+    assert snapshot is not None
+    uncut = snapshot.files[0].model_copy(update={"units": None})
+    snapshot = snapshot.model_copy(update={"files": (uncut, *snapshot.files[1:])})
+    found = trained.plan(continue_from="none").found
+    assert changes_in_sources(snapshot, found, Selection()).is_nothing
+    changed = place.plan(continue_from="none").found
+    assert not changes_in_sources(snapshot, changed, Selection()).is_nothing
 
 
 def test_a_change_that_must_not_be_trained_on_is_nothing_to_catch_up(place: Workplace) -> None:
