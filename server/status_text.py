@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from peft_core.paths import adapter_names
-from peft_core.schemas.evaluation import AdapterComparison, Comparison, Difference, Evaluation, Keep
+from peft_core.schemas.evaluation import AdapterComparison, Comparison, Difference, Evaluation, InFileMetric, Keep
 from peft_core.schemas.project import Refreshed, RetrainThreshold
 from peft_core.schemas.results import Estimate, Phase, Status, SweepStatus, TrainingStatus
 from peft_core.system.durations import format_duration, rough_duration
@@ -158,9 +158,16 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+_SHOWN_IN_FILE = (InFileMetric.LINES, InFileMetric.PROJECT_LINES, InFileMetric.PROJECT_NAMES)
+
+
 def evaluation_text(evaluation: Evaluation) -> str:
     """Return the measurements in one sentence. The verdict's reason already has the loss."""
-    percentages = (("next lines exact", evaluation.next_line), ("edit similarity", evaluation.edit_similarity))
+    percentages = (
+        *((metric.in_words, share) for metric, share in evaluation.in_file.items() if metric in _SHOWN_IN_FILE),
+        ("next lines exact", evaluation.next_line if InFileMetric.LINES not in evaluation.in_file else None),
+        ("edit similarity", evaluation.edit_similarity),
+    )
     parts = [
         f"{name} {100 * comparison.base:.1f} -> {100 * comparison.adapter:.1f} %{_interval(comparison, percent=True)}"
         for name, comparison in percentages
@@ -189,7 +196,12 @@ def comparison_text(comparison: AdapterComparison) -> str:
     of_a, of_b = comparison.adapter_a.evaluation, comparison.adapter_b.evaluation
     metrics = (
         ("held-out loss", of_a.loss, comparison.loss, False),
-        ("next lines exact", of_a.next_line, comparison.next_line, True),
+        *(
+            (metric.in_words, of_a.in_file[metric], difference, True)
+            for metric, difference in comparison.in_file.items()
+            if metric in _SHOWN_IN_FILE
+        ),
+        ("next lines exact", of_a.next_line, None if comparison.in_file else comparison.next_line, True),
         ("edit similarity", of_a.edit_similarity, comparison.edit_similarity, True),
         ("loss on general code", of_a.general_loss, comparison.general_loss, False),
     )

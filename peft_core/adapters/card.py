@@ -75,6 +75,7 @@ def _evaluation(evaluation: Evaluation | None) -> str:
         "loss": evaluation.loss,
         "next line exact": evaluation.next_line,
         "edit similarity": evaluation.edit_similarity,
+        **{metric.in_words: share for metric, share in evaluation.in_file.items()},
         "loss on general code": evaluation.general_loss,
     }
     rows = [

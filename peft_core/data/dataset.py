@@ -1,8 +1,9 @@
 """Write and read a prepared dataset.
 
 Files in the dataset directory of a job: train.jsonl and held_out.jsonl (one `Example` in JSON per line), trained_on.bin (the
-fingerprint of the training set, see `leakage.py`), for a training snapshot.json.gz (see `snapshot.py`), and manifest.json. The
-manifest is written last: a dataset without one is incomplete.
+fingerprint of the training set, see `leakage.py`), held_out_files.jsonl and names.json (see `held_out_files.py`), for a
+training snapshot.json.gz (see `snapshot.py`), and manifest.json. The manifest is written last: a dataset without one is
+incomplete.
 """
 
 from __future__ import annotations

@@ -62,6 +62,7 @@ class FileResult:
     left_out: Counter[str] = field(default_factory=Counter)  # by `ExclusionReason`
     secrets: list[tuple[str, int, str]] = field(default_factory=list)  # file, line, type
     definitions: int = 0  # functions, methods and classes, as `chunking.SplitFile` counts them
+    text: str = ""  # all code of a file, without secrets
 
 
 def keep_secrets(lines: Sequence[str]) -> tuple[list[str], list[Finding]]:
@@ -85,6 +86,7 @@ def examples_from_file(file: File, *, token_counter: TokenCounter, max_length: i
             lines, path=path, language=part.language, token_counter=token_counter, max_length=max_length
         )
         result.definitions += definitions
+        result.text += "".join(lines)
         if not chunks:
             result.left_out[ExclusionReason.NO_CODE] += 1
             result.not_read = ExclusionReason.NO_CODE if len(parts) == 1 else None

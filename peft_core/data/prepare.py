@@ -23,6 +23,7 @@ from typing import Any, TextIO
 from peft_core.data import git
 from peft_core.data.augment import reformat_example, require_fim_tokens
 from peft_core.data.catch_up import FileChanges, Novelty, ParentData, split_for_catch_up
+from peft_core.data.code_names import NameCollector
 from peft_core.data.dataset import (
     PreparedDataset,
     WriteStats,
@@ -42,6 +43,7 @@ from peft_core.data.examples import (
 )
 from peft_core.data.exclusions import ExclusionReason, Exclusions
 from peft_core.data.git import last_change_times
+from peft_core.data.held_out_files import write_held_out_files
 from peft_core.data.leakage import OVERLAP_THRESHOLD, TrainingFingerprint, remove_overlap, why_excluded
 from peft_core.data.minhash import NEAR_DUPLICATE_RULE, MinHashIndex
 from peft_core.data.records import Notes, Record, read_copy, read_file
@@ -99,7 +101,7 @@ def prepare(
     parent: ParentData | None = None,
     may_read: Callable[[Path], None] = lambda _source: None,
 ) -> PreparedDataset:
-    """Write train.jsonl, held_out.jsonl, trained_on.bin, snapshot.json.gz and manifest.json into the directory.
+    """Write the files of a dataset, which `dataset.py` lists, into the directory.
 
     Examples in `known`, the texts that the evaluated adapters were trained on, are excluded before anything is selected.
     `parent`: what the adapter that the training continues from records, if `spec.catch_up` is set.
@@ -133,8 +135,11 @@ def prepare(
         # kill-point: worker: the data are split, without a manifest
     finally:
         spool.unlink(missing_ok=True)
+    held_out = read_examples(directory / "held_out.jsonl")
+    if builder.files:
+        write_held_out_files(directory, builder.files, held_out, builder.names)
     if spec.purpose is DatasetPurpose.TRAINING:
-        write_snapshot(directory / SNAPSHOT_FILE_NAME, builder.snapshot(parts, directory))
+        write_snapshot(directory / SNAPSHOT_FILE_NAME, builder.snapshot(parts, held_out))
     prepared = builder.summarise(parts, written)
     write_manifest(directory, request, prepared, builder.details(parts))
     return prepared
@@ -175,6 +180,8 @@ class DatasetBuilder:
     _changes: FileChanges | None = None  # of the file that is being read, since the parent; None: records
     states: dict[str, RepositoryState] = field(default_factory=dict)  # by name of the source
     file_states: list[FileState] = field(default_factory=list)  # what the files of repositories were
+    files: Sequence[File] = ()  # of repositories, in the order of their names
+    names: NameCollector = field(default_factory=NameCollector)
 
     @property
     def _repositories(self) -> list[DataSource]:
@@ -214,6 +221,7 @@ class DatasetBuilder:
         for source in found.by_git:
             commit, dirty = git.head_state(source.path)
             self.states[source.name] = RepositoryState(name=source.name, commit=commit, dirty=dirty)
+        self.files = found.files
         enough = self._enough()
         files = found.files if enough is None else sorted(found.files, key=self._random_order)
         for number, file in enumerate(files):
@@ -229,6 +237,7 @@ class DatasetBuilder:
             )
             if result.not_read is not None:
                 self.not_read.add(result.not_read, file.name)
+            self.names.add(result.text)
             yield result
 
     def _record(self, file: File, *, cut: bool = True) -> None:
@@ -390,8 +399,8 @@ class DatasetBuilder:
             repositories=tuple(self.states.values()) if self.spec.more_sources else (),
         )
 
-    def snapshot(self, parts: Split, directory: Path) -> Snapshot:
-        """Return what the sources are. `directory` holds the examples that were written."""
+    def snapshot(self, parts: Split, held_out: Sequence[Example]) -> Snapshot:
+        """Return what the sources are. `held_out`: the examples that were written."""
         states = [self.states.get(source.name) for source in self._repositories]
         return take_snapshot(
             [
@@ -401,7 +410,7 @@ class DatasetBuilder:
             self.file_states,
             train={self.keys[position].file for position in parts.train} | self.trained_files,
             held_out=set(parts.held_out_files) if self.parent else {self.keys[each].file for each in parts.held_out},
-            held_out_examples=read_examples(directory / "held_out.jsonl"),
+            held_out_examples=held_out,
             held_out_before=self.parent.snapshot.held_out_ever if self.parent else (),
         )
 

@@ -60,6 +60,7 @@ def compare_adapters(
         loss=loss,
         next_line=changes.next_line and _difference(changes.next_line),
         edit_similarity=changes.edit_similarity and _difference(changes.edit_similarity),
+        in_file={metric: _difference(share.change) for metric, share in changes.in_file.items()},
         general_loss=changes.general_loss and _difference(changes.general_loss),
         left_out=left_out,
         shared_training=shared_training,

@@ -6,6 +6,7 @@ the end of the line. Lines are split between tokens and never inside one, becaus
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,10 +37,15 @@ class CompletionPoint:
     expected: str
 
 
+def split_rows(text: str) -> list[str]:
+    """Return the rows of a text with their ends, split at line feeds only, as editors and `data/chunking.py` count them."""
+    return io.StringIO(text, newline="\n").readlines()
+
+
 def find_lines(text: str, offsets: Offsets) -> Iterator[Line]:
     """Yield the lines that have enough word characters and begin at a token of their own. The first line is skipped."""
     token = begin = 0
-    for row, line in enumerate(text.splitlines(keepends=True)):
+    for row, line in enumerate(split_rows(text)):
         end = begin + len(line.rstrip("\r\n"))
         visible = begin + len(line) - len(line.lstrip())
         while token < len(offsets) and offsets[token][1] <= min(visible, end):
@@ -57,7 +63,7 @@ def find_lines(text: str, offsets: Offsets) -> Iterator[Line]:
 
 def find_completion_points(text: str, offsets: Offsets) -> list[CompletionPoint]:
     """Find the points inside an indented block, after some lines of code, and before a line that is no comment."""
-    rows = text.splitlines(keepends=True)
+    rows = split_rows(text)
     visible_before = [0]
     for row in rows:
         visible_before.append(visible_before[-1] + bool(row.strip()))

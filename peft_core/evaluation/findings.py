@@ -12,7 +12,9 @@ from peft_core.schemas.evaluation import (
     Continuation,
     Difference,
     Evaluation,
+    InFileMetric,
     Keep,
+    Share,
     Verdict,
 )
 
@@ -193,9 +195,17 @@ def _metrics(evaluation: Evaluation) -> Iterator[tuple[Metric, Comparison]]:
     prompts = f"of completions of up to three lines for {evaluation.prompts} prompts; higher is better"
     lines = f"share of {evaluation.lines} lines, each predicted from all lines before it; higher is better"
     general = "loss on code of Python's standard library, nats per token: rises if the adapter forgets; lower is better"
+    in_file = [
+        (Metric(metric.in_words.capitalize(), _in_file_note(metric, share), percent=True), share)
+        for metric, share in evaluation.in_file.items()
+    ]
     measured: Iterable[tuple[Metric, Comparison | None]] = (
         (Metric("Held-out loss", "nats per token; lower is better; decides", lower_is_better=True), evaluation.loss),
-        (Metric("Exact lines", lines, percent=True), evaluation.next_line),
+        *in_file,
+        (
+            Metric("Exact lines" if not in_file else "Exact lines of examples", lines, percent=True),
+            evaluation.next_line,
+        ),
         (Metric("Edit similarity", prompts, percent=True), evaluation.edit_similarity),
         (Metric("General code", general, lower_is_better=True), evaluation.general_loss),
     )
@@ -204,8 +214,26 @@ def _metrics(evaluation: Evaluation) -> Iterator[tuple[Metric, Comparison]]:
             yield metric, change
 
 
+def _in_file_note(metric: InFileMetric, share: Share) -> str:
+    places = f"{share.positions} in {share.files} {'file' if share.files == 1 else 'files'}"
+    meanings = {
+        InFileMetric.LINES: f"{places}, each predicted from the file above it, as in an editor; higher is better",
+        InFileMetric.PROJECT_LINES: f"{places}: those of the lines that use a name that the project defines",
+        InFileMetric.BLOCK_STARTS: f"{places}: those of the lines that begin a block",
+        InFileMetric.PROJECT_NAMES: f"{places}, each predicted from all text before it; higher is better",
+        InFileMetric.LINES_AFTER_20: f"{places}, each predicted from 20 to 24 lines above it alone",
+    }
+    return meanings[metric]
+
+
 def _rows_of_comparison(comparison: AdapterComparison) -> Iterator[Row]:
-    differences = (comparison.loss, comparison.next_line, comparison.edit_similarity, comparison.general_loss)
+    differences = (
+        comparison.loss,
+        *comparison.in_file.values(),
+        comparison.next_line,
+        comparison.edit_similarity,
+        comparison.general_loss,
+    )
     measured = [difference for difference in differences if difference is not None]
     of_both = zip(_metrics(comparison.adapter_a.evaluation), _metrics(comparison.adapter_b.evaluation), strict=True)
     for ((metric, a), (_, b)), difference in zip(of_both, measured, strict=True):

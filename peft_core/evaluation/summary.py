@@ -15,7 +15,7 @@ noise, and small models commonly lower the loss without changing either.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rapidfuzz import fuzz
@@ -29,7 +29,15 @@ from peft_core.evaluation.bootstrap import (
     compare,
     sum_by_file,
 )
-from peft_core.schemas.evaluation import Comparison, Continuation, Difference, Evaluation, Verdict
+from peft_core.schemas.evaluation import (
+    Comparison,
+    Continuation,
+    Difference,
+    Evaluation,
+    InFileMetric,
+    Share,
+    Verdict,
+)
 from peft_core.schemas.frozen import FrozenModel
 
 MIN_EFFECT = 0.01  # nats per token: 1 % of perplexity, which is less than two seeds differ by
@@ -49,12 +57,22 @@ class ExampleScore(FrozenModel):
     lines: int  # predicted exactly, given all lines before them
 
 
+class WindowScore(FrozenModel):
+    """How many positions of one kind a model predicts exactly in one window of a file."""
+
+    file: str
+    metric: InFileMetric
+    positions: int
+    right: int
+
+
 class Scores(FrozenModel):
     """How well one model predicts all examples."""
 
     key: str = ""  # of the training run
     held_out: tuple[ExampleScore, ...]
     general: tuple[ExampleScore, ...] = ()  # on code of Python's standard library
+    in_file: tuple[WindowScore, ...] = ()  # in the middle of whole held-out files
 
 
 @dataclass(frozen=True)
@@ -123,6 +141,7 @@ def summarise(base: Measurement, adapter: Measurement, prompts: Sequence[QuotedP
         adapter_perplexity=perplexity(loss.adapter),
         next_line=changes.next_line and _comparison(changes.next_line),
         edit_similarity=changes.edit_similarity and _comparison(changes.edit_similarity),
+        in_file={metric: _share(change) for metric, change in changes.in_file.items()},
         general_loss=general_loss,
         forgets=forgets(general_loss),
         files=len({score.file for score in held_out}),
@@ -139,6 +158,15 @@ def summarise(base: Measurement, adapter: Measurement, prompts: Sequence[QuotedP
 
 
 @dataclass(frozen=True)
+class ShareChange:
+    """A share of positions with two models."""
+
+    change: PairedChange
+    positions: int
+    files: int
+
+
+@dataclass(frozen=True)
 class Changes:
     """Every metric of two models that are measured on the same text. None: it was not measured."""
 
@@ -147,6 +175,7 @@ class Changes:
     next_line: PairedChange | None
     edit_similarity: PairedChange | None
     general_loss: PairedChange | None
+    in_file: Mapping[InFileMetric, ShareChange]
 
 
 def measure_changes(
@@ -177,7 +206,21 @@ def measure_changes(
         general_loss=_compare(
             [(one.file, PairedSum(one.loss, two.loss, one.tokens)) for one, two in general], "files", seed
         ),
+        in_file=_in_file(first.scores.in_file, second.scores.in_file, seed),
     )
+
+
+def _in_file(first: Sequence[WindowScore], second: Sequence[WindowScore], seed: int) -> dict[InFileMetric, ShareChange]:
+    """Compare two models in the same windows. Fewer than five files: windows are resampled."""
+    pairs = list(zip(first, second, strict=True))
+    changes = {}
+    for metric in InFileMetric:
+        counted = [(one, two) for one, two in pairs if one.metric is metric]
+        files = {one.file for one, _ in counted}
+        sums = [(one.file, PairedSum(one.right, two.right, one.positions)) for one, two in counted]
+        if (change := _compare(sums, choose_resampling_unit(files), seed)) is not None:
+            changes[metric] = ShareChange(change, sum(one.positions for one, _ in counted), len(files))
+    return changes
 
 
 def forgets(general_loss: Comparison | None) -> bool:
@@ -240,6 +283,10 @@ def _strip_lines(text: str) -> str:
 
 def _compare(sums: Sequence[tuple[str, PairedSum]], unit: ResamplingUnit, seed: int) -> PairedChange | None:
     return compare(sum_by_file(sums) if unit == "files" else [paired for _, paired in sums], seed=seed)
+
+
+def _share(share: ShareChange) -> Share:
+    return Share(**_comparison(share.change).model_dump(), positions=share.positions, files=share.files)
 
 
 def _comparison(change: PairedChange) -> Comparison:

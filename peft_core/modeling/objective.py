@@ -32,6 +32,7 @@ from peft_core.system.failures import describe_error, is_out_of_memory
 _log = structlog.get_logger(__name__)
 
 _PROBE_LENGTHS = (7, 5)
+_WINDOWS = ("sliding_window", "attention_chunk_size")  # settings that limit how far attention reaches
 # Tolerated rounding of logits in 16 bits, relative to their spread. Measured with the bundled base model: another attention
 # kernel 0.03, documents that attend to each other 0.7, a head that rounds its result 0.006.
 _PACKED_ROUNDING, _HEAD_ROUNDING = 0.1, 0.02
@@ -51,6 +52,13 @@ class Objective:
     capacity: int  # maximum tokens of a micro-batch; 0: one document each
     multiple_of: int | None = None  # of the tokens of every micro-batch, on devices that need few shapes
     recomputes: bool = False  # gradient checkpointing is on
+
+    @property
+    def context_tokens(self) -> int | None:
+        """The longest document that it computes as the model itself does; None: the configuration has no limit."""
+        names = ["max_position_embeddings", *(_WINDOWS if self.packed else ())]
+        limits = [getattr(self.model.config, name, None) for name in names]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def batches(self, documents: Iterable[Document], device: torch.device) -> Iterator[MicroBatch]:
         """Yield all documents, each once, in micro-batches."""
@@ -137,7 +145,7 @@ def probe_fast_paths(model: PreTrainedModel, max_length: int, *, uses_bf16_block
 
 def _can_pack(model: PreTrainedModel, max_length: int) -> bool:
     config = model.config
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    windows = [getattr(config, name, None) for name in _WINDOWS]
     if any(window is not None and window < max_length for window in windows) or not model._supports_attention_backend:  # noqa: SLF001 -- transformers' own flag, it has no public name
         return False
     attention.register()

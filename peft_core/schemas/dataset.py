@@ -265,6 +265,22 @@ class Example(FrozenModel):
         return "".join(segment.text for segment in self.segments)
 
 
+class HeldOutFile(FrozenModel):
+    """A file that held-out examples were cut from, without secrets."""
+
+    path: str  # as in the examples
+    language: str
+    text: str
+    rows: tuple[tuple[int, int], ...]  # of the held-out examples, 0-based and half-open; the rest is context
+
+
+class CodeNames(FrozenModel):
+    """The names of a code base, see `data/code_names.py`."""
+
+    defined: frozenset[str] = frozenset()
+    used: frozenset[str] = frozenset()  # all words
+
+
 def describe_by_extension(by_extension: Mapping[str, Mapping[str, int]]) -> str:
     """Return `30 .json, 2 .yml (no code); 12 .png (binary)`, or an empty text. The largest group comes first."""
     groups = sorted(by_extension.items(), key=lambda group: (-sum(group[1].values()), group[0]))

@@ -88,6 +88,35 @@ class CatchUp(FrozenModel):
         return f"Against {self.parent}, from which it continues: loss on changed held-out code {changed}; on old {old}."
 
 
+class InFileMetric(StrEnum):
+    """What is counted in the middle of whole held-out files, where an editor asks (docs/evaluation.md defines each)."""
+
+    LINES = "exact_lines"
+    PROJECT_LINES = "exact_lines_with_project_names"
+    BLOCK_STARTS = "exact_first_lines_of_blocks"
+    PROJECT_NAMES = "project_names_right"
+    LINES_AFTER_20 = "exact_lines_after_20_lines"
+
+    @property
+    def in_words(self) -> str:
+        """As in "exact lines in the file"."""
+        words = {
+            InFileMetric.LINES: "exact lines in the file",
+            InFileMetric.PROJECT_LINES: "exact lines with a project name",
+            InFileMetric.BLOCK_STARTS: "exact first lines of blocks",
+            InFileMetric.PROJECT_NAMES: "project names right",
+            InFileMetric.LINES_AFTER_20: "exact lines after 20 lines",
+        }
+        return words[self]
+
+
+class Share(Comparison):
+    """A share of positions, 0 to 1, with base model and adapter."""
+
+    positions: int
+    files: int = Field(description="That these positions are in.")
+
+
 class Evaluation(FrozenModel):
     """Base model and adapter compared on text that the adapter was not trained on."""
 
@@ -104,6 +133,10 @@ class Evaluation(FrozenModel):
     edit_similarity: Comparison | None = Field(
         None,
         description="Edit similarity of completions of up to three lines to the real ones, 0 to 1; higher is better.",
+    )
+    in_file: dict[InFileMetric, Share] = Field(
+        {},
+        description="Shares predicted exactly in whole held-out files, given what precedes in the file; higher is better.",
     )
     general_loss: Comparison | None = Field(
         None, description="Loss on general Python code from no project, in nats per token: shows forgetting."
@@ -226,6 +259,7 @@ class AdapterComparison(FrozenModel):
     loss: Difference = Field(description="Of the held-out loss, in nats per token; lower is better. It decides.")
     next_line: Difference | None = None
     edit_similarity: Difference | None = None
+    in_file: dict[InFileMetric, Difference] = {}  # noqa: RUF012 -- pydantic copies defaults
     general_loss: Difference | None = None
     left_out: TrainedOn = TrainedOn()
     shared_training: float | None = Field(

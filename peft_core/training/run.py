@@ -17,7 +17,7 @@ from peft_core.data.dataset import read_examples
 from peft_core.errors import DataError
 from peft_core.evaluation.summary import Scores, mean_loss, perplexity
 from peft_core.evaluation.worker.completions import undo_fusion
-from peft_core.evaluation.worker.evaluator import Evaluator, completion_budget_after_training, load_scores, save_scores
+from peft_core.evaluation.worker.evaluator import Evaluator, load_scores, save_scores, token_budget_after_training
 from peft_core.evaluation.worker.scoring import HeldOutExample, sample_for_training
 from peft_core.evaluation.worker.setup import RunData, Session, prepare_data, start_session
 from peft_core.modeling.activation_arena import ActivationArena
@@ -83,14 +83,14 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag, *, needs_check: NeedsChe
     session.start_phase(Phase.PREPARING_DATA)
     data = prepare_data(session, parent=None if parent is None else parent.data)
     documents = _load_training_documents(session, data)
-    evaluator = Evaluator(data.held_out, data.tokenizer, config.max_length, seed=config.seed)
+    evaluator = Evaluator(data, config.max_length, seed=config.seed)
     emit(DatasetPrepared(dataset=data.dataset.summary))
 
     # 2. Frozen base model on a device that computes correctly, and the checkpoint if the run was interrupted.
     session.start_phase(Phase.LOADING_MODEL)
     session, base = load_on_checked_device(session, data, documents, needs_check)
     task, threads = session.task, ThreadTuner.for_training(session.device.device)
-    order = _plan_order(session, len(documents))
+    order = _plan_order(session, documents, evaluator, base)
     stop.check()
     key = run_key(task, data.dataset.summary)
     checkpoint = _load_checkpoint(session, key, order)
@@ -150,15 +150,19 @@ def _load_training_documents(session: Session, data: RunData) -> list[Document]:
     return usable
 
 
-def _plan_order(session: Session, examples: int) -> Order:
+def _plan_order(session: Session, documents: Sequence[Document], evaluator: Evaluator, base: BaseModel) -> Order:
+    """Plan the steps, and how much of the held-out files is read so that it takes a tenth of their time."""
     config = session.task.request.config
-    return plan_order(
-        examples=examples,
+    order = plan_order(
+        examples=len(documents),
         batch_size=config.batch_size,
         num_epochs=config.num_epochs,
         max_steps=config.max_steps,
         seed=config.seed,
     )
+    tokens = order.tokens([len(document) for document in documents])
+    evaluator.choose_windows(base.objective, token_budget_after_training(tokens))
+    return order
 
 
 def _load_checkpoint(session: Session, key: str, order: Order) -> Checkpoint | None:
@@ -182,7 +186,7 @@ def _score_base(
         BaseCheckpointError: its outputs are NaN or Inf.
     """
     path = session.paths.base_scores
-    scores = load_scores(path, key, evaluator.held_out_examples) if is_resumed else None
+    scores = load_scores(path, key, evaluator) if is_resumed else None
     if scores is None:
         session.start_phase(Phase.EVALUATING_BASE)
         threads.keep_up()
@@ -198,11 +202,11 @@ def _score_base(
 def _score_parent(session: Session, base: BaseModel, evaluator: Evaluator, key: str, threads: ThreadTuner) -> Scores:
     """Return the scores of the adapter that the model holds now, the parent, which a resumed run finds on disk."""
     path = session.paths.parent_scores
-    scores = load_scores(path, key, evaluator.held_out_examples)
+    scores = load_scores(path, key, evaluator, more=False)
     if scores is None:
         session.start_phase(Phase.EVALUATING_BASE, "evaluating the adapter to continue from")
         threads.keep_up()
-        scores = evaluator.score(base.objective, session.accelerator, session.stop, key=key, general=False)
+        scores = evaluator.score(base.objective, session.accelerator, session.stop, key=key, more=False)
         if session.accelerator.is_main_process:
             save_scores(path, scores)
     return scores
@@ -294,7 +298,7 @@ def _evaluate(
         adapter_scores,
         base.model,
         adapted.peft.disable_adapter,
-        budget=completion_budget_after_training(progress.tokens),
+        budget=token_budget_after_training(progress.tokens),
         stop=session.stop,
     )
     return evaluation.model_copy(

@@ -12,67 +12,104 @@ from accelerate import Accelerator
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
-from peft_core.base_models.tokenizer import BaseTokenizer
+from peft_core.evaluation.positions import project_names
 from peft_core.evaluation.stdlib_code import stdlib_examples
 from peft_core.evaluation.summary import Measurement, QuotedPrompt, Scores, summarise
 from peft_core.evaluation.worker.completions import Prompt, choose_prompts, complete
-from peft_core.evaluation.worker.scoring import HeldOutExample, make_held_out_examples, score_examples
+from peft_core.evaluation.worker.scoring import make_held_out_examples, score_examples
+from peft_core.evaluation.worker.setup import RunData
+from peft_core.evaluation.worker.windows import WINDOW_TOKENS, Window, choose_windows, score_windows
 from peft_core.modeling.objective import Objective
 from peft_core.schemas.evaluation import Evaluation
 from peft_core.system.cancellation import StopFlag
 from peft_core.system.files import atomic_write
 
-MAX_PROMPTS = 48
-# Tokens that each model may spend on completions: fewer say nothing, more would not change the result.
-_MIN_COMPLETION_TOKENS, _MAX_COMPLETION_TOKENS = 1200, 12_000
-# Completions may take a tenth of the training time. Two models write, and training on a token costs as much as reading three.
+MAX_PROMPTS = 16
+# Tokens that each model may read and write besides the held-out examples: fewer say nothing, more would not change the result.
+_MIN_TOKENS, _MAX_TOKENS = 1200, 12_000
+# They may take a tenth of the training time. Two models are measured, and training on a token costs as much as reading three.
 _SHARE_OF_TRAINED_TOKENS = 0.1 * 3 / 2
+_SHARE_OF_COMPLETIONS = 1 / 3  # of these tokens; the windows of whole files take the rest
+_MIN_WINDOW_TOKENS, _LEAST_WINDOWS = 256, 6  # a short evaluation has smaller windows rather than few files
 
 _log = structlog.get_logger(__name__)
 
 
-def completion_budget(tokens: float) -> int:
-    """Limit a number of tokens that each model may spend on completions to what is useful."""
-    return round(min(_MAX_COMPLETION_TOKENS, max(_MIN_COMPLETION_TOKENS, tokens)))
+def token_budget(tokens: float) -> int:
+    """Limit a number of tokens that each model may read and write besides the held-out examples to what is useful."""
+    return round(min(_MAX_TOKENS, max(_MIN_TOKENS, tokens)))
 
 
-def completion_budget_after_training(trained_tokens: int) -> int:
-    """Return the number of tokens that each model may spend on completions after training on `trained_tokens`."""
-    return completion_budget(_SHARE_OF_TRAINED_TOKENS * trained_tokens)
+def token_budget_after_training(trained_tokens: int) -> int:
+    """Return that number after training on `trained_tokens`."""
+    return token_budget(_SHARE_OF_TRAINED_TOKENS * trained_tokens)
 
 
 class Evaluator:
-    """Scores models on held-out examples and on general code, and compares base model and adapter."""
+    """Scores models on held-out examples, in whole held-out files and on general code, and compares base model and adapter.
 
-    def __init__(
-        self, held_out: Sequence[HeldOutExample], tokenizer: BaseTokenizer, max_length: int, *, seed: int
-    ) -> None:
-        self._held_out = held_out
-        self._general = make_held_out_examples(stdlib_examples(), tokenizer, max_length)
-        self._tokenizer = tokenizer
+    `budget` limits the tokens that each model reads and writes besides the examples, see `token_budget`.
+    """
+
+    def __init__(self, data: RunData, max_length: int, *, seed: int) -> None:
+        self._data = data
+        self._held_out = data.held_out
+        self._max_length = max_length
+        self._general = make_held_out_examples(stdlib_examples(), data.tokenizer, max_length)
+        self._tokenizer = data.tokenizer
+        self._windows: list[Window] = []
         self.seed = seed
 
-    @property
-    def held_out_examples(self) -> int:
-        return len(self._held_out)
+    def choose_windows(self, objective: Objective, budget: int) -> None:
+        """Choose the windows of whole files that every model reads. Without this, none are read."""
+        budget -= self._completion_budget(budget)
+        limits = (WINDOW_TOKENS, 2 * self._max_length, max(_MIN_WINDOW_TOKENS, budget // _LEAST_WINDOWS))
+        context = objective.context_tokens
+        self._windows = choose_windows(
+            self._data.held_out_files,
+            project_names(self._data.names),
+            self._tokenizer,
+            length=min(limits) if context is None else min(*limits, context),
+            budget=budget,
+            seed=self.seed,
+        )
 
     def work_after_training(self, trained_tokens: int) -> float:
         """Return the work of scoring and comparing the adapter in tokens of training, each of which costs three of reading."""
-        scored = sum(len(example.document) for example in [*self._held_out, *self._general])
-        return (scored + 2 * completion_budget_after_training(trained_tokens)) / 3
+        documents = [each.document for each in (*self._held_out, *self._general)]
+        documents += [window.document for window in self._windows]
+        written = 2 * self._completion_budget(token_budget_after_training(trained_tokens))
+        return (sum(map(len, documents)) + written) / 3
 
     def score(
-        self, objective: Objective, accelerator: Accelerator, stop: StopFlag, *, key: str = "", general: bool = True
+        self, objective: Objective, accelerator: Accelerator, stop: StopFlag, *, key: str = "", more: bool = True
     ) -> Scores:
-        """Score the model in its present state. `general`: on general code as well."""
-        examples = [*self._held_out, *(self._general if general else ())]
+        """Score the model in its present state. `more`: on general code and in whole files as well."""
+        examples = [*self._held_out, *(self._general if more else ())]
         scores = score_examples(objective, examples, self._tokenizer, accelerator, stop)
         border = len(self._held_out)
-        return Scores(key=key, held_out=tuple(scores[:border]), general=tuple(scores[border:]))
+        windows = self._windows if more else ()
+        return Scores(
+            key=key,
+            held_out=tuple(scores[:border]),
+            general=tuple(scores[border:]),
+            in_file=tuple(score_windows(objective, windows, self._tokenizer, accelerator, stop)),
+        )
+
+    def are_comparable(self, scores: Scores, *, more: bool = True) -> bool:
+        """Return whether scores are of the same size as those that `score` returns."""
+        windows = self._windows if more else ()
+        positions = sum(len(target.metrics) for window in windows for target in window.targets)
+        return len(scores.held_out) == len(self._held_out) and positions == sum(
+            score.positions for score in scores.in_file
+        )
 
     def choose_prompts(self, budget: int) -> list[Prompt]:
-        """Choose the prompts that every model completes. `budget` limits the tokens per model."""
-        return choose_prompts(self._held_out, MAX_PROMPTS, budget, self.seed, self._tokenizer)
+        """Choose the prompts that every model completes."""
+        return choose_prompts(self._held_out, MAX_PROMPTS, self._completion_budget(budget), self.seed, self._tokenizer)
+
+    def _completion_budget(self, budget: int) -> int:
+        return round(_SHARE_OF_COMPLETIONS * budget) if self._data.held_out_files else budget
 
     def measure(
         self, scores: Scores, prompts: Sequence[Prompt], causal: PreTrainedModel, stop: StopFlag
@@ -115,10 +152,10 @@ def save_scores(path: Path, scores: Scores) -> None:
     atomic_write(path, scores.model_dump_json())
 
 
-def load_scores(path: Path, key: str, examples: int) -> Scores | None:
-    """Return the saved scores of the run with this key on so many held-out examples, or None."""
+def load_scores(path: Path, key: str, evaluator: Evaluator, *, more: bool = True) -> Scores | None:
+    """Return the saved scores of the run with this key, or None if there are none that `evaluator.score` would return."""
     try:
         scores = Scores.model_validate_json(path.read_bytes())
     except (OSError, ValidationError):
         return None
-    return scores if scores.key == key and len(scores.held_out) == examples else None
+    return scores if scores.key == key and evaluator.are_comparable(scores, more=more) else None

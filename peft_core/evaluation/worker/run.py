@@ -17,7 +17,7 @@ from peft_core.errors import DataError, InferenceError, sanitize
 from peft_core.evaluation.comparison import compare_adapters
 from peft_core.evaluation.summary import Measurement, mean_loss
 from peft_core.evaluation.worker.completions import Prompt, undo_fusion
-from peft_core.evaluation.worker.evaluator import Evaluator, completion_budget
+from peft_core.evaluation.worker.evaluator import Evaluator, token_budget
 from peft_core.evaluation.worker.setup import RunData, Session, prepare_data, require_adapter, start_session
 from peft_core.modeling.adapter_model import ResidentModel
 from peft_core.modeling.memory import return_freed_memory
@@ -54,7 +54,7 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     data = prepare_data(session, known)
     summary = _summary(data, list(evaluated.paths))
     emit(DatasetPrepared(dataset=summary))
-    evaluator = Evaluator(data.held_out, data.tokenizer, config.max_length, seed=config.seed)
+    evaluator = Evaluator(data, config.max_length, seed=config.seed)
     stop.check()
 
     # 2. Base model and adapters.
@@ -68,7 +68,8 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     stop.check()
 
     # 3. Scores and completions of each.
-    budget = completion_budget(2 * summary.held_out_tokens)
+    budget = token_budget(2 * summary.held_out_tokens)
+    evaluator.choose_windows(objective, budget)
     measured, prompts = _measure(session, model, names, evaluator, objective, budget)
 
     # 4. The summary.
@@ -118,7 +119,7 @@ def _measure(
     objective: Objective,
     budget: int,
 ) -> tuple[list[Measurement], list[Prompt]]:
-    """Measure the base model, then each adapter. `budget` limits the tokens that each spends on completions."""
+    """Measure the base model, then each adapter. `budget`: see `Evaluator`."""
     stop = session.stop
     session.start_phase(Phase.EVALUATING_BASE)
     model.select(None)

@@ -6,7 +6,7 @@ T tokens, N positions with a target, D examples, V vocabulary
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,7 +69,7 @@ def score_examples(
     was_training = objective.model.training
     objective.model.eval()
     sums_D2 = torch.zeros(len(examples), 2, dtype=sum_dtype(accelerator.device))
-    ends_line_V = _tokens_that_end_a_line(tokenizer)
+    ends_line_V = tokens_whose_text(tokenizer, lambda text: text.startswith(("\n", "\r")))
     order = sorted(range(len(examples)), key=lambda index: (-len(examples[index].document), index))
     share = order[accelerator.process_index :: accelerator.num_processes]
     with torch.no_grad(), accelerator.autocast():
@@ -182,14 +182,14 @@ def _count_exact_lines(example: HeldOutExample, likeliest_N: torch.Tensor, ends_
     )
 
 
-def _tokens_that_end_a_line(tokenizer: BaseTokenizer) -> torch.Tensor:
-    """Return a mask over the vocabulary: tokens that begin with a line end, and the end-of-text token.
+def tokens_whose_text(tokenizer: BaseTokenizer, is_meant: Callable[[str], bool]) -> torch.Tensor:
+    """Return a mask over the vocabulary: tokens whose text is meant, and the end-of-text token.
 
     It is longer than the vocabulary, because embedding matrices have unused rows at the end.
     """
     size = tokenizer.tokenizer.get_vocab_size()
     texts = tokenizer.tokenizer.decode_batch([[token] for token in range(size)], skip_special_tokens=False)
-    ends_line_V = torch.zeros(2 * size + 1024, dtype=torch.bool)
-    ends_line_V[:size] = torch.tensor([text.startswith(("\n", "\r")) for text in texts])
-    ends_line_V[tokenizer.end_of_text] = True
-    return ends_line_V
+    meant_V = torch.zeros(2 * size + 1024, dtype=torch.bool)
+    meant_V[:size] = torch.tensor([is_meant(text) for text in texts])
+    meant_V[tokenizer.end_of_text] = True
+    return meant_V

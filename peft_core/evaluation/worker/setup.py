@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from peft_core.base_models.tokenizer import BaseTokenizer, load_tokenizer, require_rows
 from peft_core.data.catch_up import ParentData
 from peft_core.data.dataset import PreparedDataset, read_examples
+from peft_core.data.held_out_files import read_code_names, read_held_out_files
 from peft_core.data.leakage import TrainingFingerprint
 from peft_core.data.prepare import prepare
 from peft_core.evaluation.worker.scoring import HeldOutExample, make_held_out_examples
@@ -22,6 +23,7 @@ from peft_core.modeling.convert import ensure_hf_directory
 from peft_core.modeling.device import DevicePlan, Machine, choose, describe, timed, use_cores, without
 from peft_core.modeling.memory import set_malloc_keep, set_malloc_trim
 from peft_core.paths import DataPaths, JobPaths
+from peft_core.schemas.dataset import CodeNames, HeldOutFile
 from peft_core.schemas.events import Emit, PhaseStarted
 from peft_core.schemas.results import Phase
 from peft_core.schemas.task import TrainingTask
@@ -60,6 +62,8 @@ class RunData:
     tokenizer: BaseTokenizer
     dataset: PreparedDataset
     held_out: list[HeldOutExample]
+    held_out_files: list[HeldOutFile]  # none if it was trained on records
+    names: CodeNames
 
 
 def start_session(task: TrainingTask, emit: Emit, stop: StopFlag, *, distrusted: Collection[str] = ()) -> Session:
@@ -133,7 +137,14 @@ def prepare_data(
             may_read=partial(require_source, task),
         )
     examples = read_examples(paths.dataset / "held_out.jsonl")
-    return RunData(directory, tokenizer, dataset, make_held_out_examples(examples, tokenizer, config.max_length))
+    return RunData(
+        base_directory=directory,
+        tokenizer=tokenizer,
+        dataset=dataset,
+        held_out=make_held_out_examples(examples, tokenizer, config.max_length),
+        held_out_files=read_held_out_files(paths.dataset),
+        names=read_code_names(paths.dataset),
+    )
 
 
 def require_source(task: TrainingTask, source: Path) -> None:

@@ -88,7 +88,9 @@ def test_a_repository_becomes_a_training_set_a_held_out_set_and_a_manifest(tmp_p
     assert manifest(tmp_path / "out")["held_out_files"] == sorted({example.path for example in held_out})
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "held_out.jsonl",
+        "held_out_files.jsonl",
         "manifest.json",
+        "names.json",
         "snapshot.json.gz",
         "train.jsonl",
         "trained_on.bin",

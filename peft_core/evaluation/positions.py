@@ -1,0 +1,136 @@
+"""Positions in a file at which an editor would ask for a completion, and what is to be predicted there.
+
+Lines are those of `completion_points.find_lines` in the rows that are held out. Three kinds are counted: all; those that use a
+name of the project; and first lines of blocks. Names of the project are also counted one by one.
+"""
+
+from __future__ import annotations
+
+import builtins
+import keyword
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
+
+from peft_core.evaluation.completion_points import Offsets, find_lines, split_rows
+from peft_core.evaluation.stdlib_code import stdlib_examples
+from peft_core.schemas.dataset import CodeNames, HeldOutFile
+from peft_core.schemas.evaluation import InFileMetric
+
+_WORD = re.compile(r"[^\W\d]\w*")
+# What a row ends with that opens a block, before a comment.
+_COLON_OPENS = re.compile(r":\s*(?:#.*)?$")
+_OPENS = re.compile(r"(?:[:{|]|=>|->|\b(?:do|then|else|begin|try))\s*(?:(?:#|//|--).*)?$")
+_INDENTED = frozenset({"python", "cython", "gdscript", "nim"})  # languages in which a brace opens no block
+_NO_CODE = tuple("#/*\"'")  # how comments and docstrings begin
+
+
+class NameUse(Protocol):
+    """An identifier in a text, see `data/code_names.py`."""
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+    @property
+    def is_definition(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Target:
+    """Tokens first..last-1, which are to be predicted from all tokens before them, and how they must end."""
+
+    metrics: tuple[InFileMetric, ...]
+    row: int
+    first: int
+    last: int
+    ends: bool  # the last token includes the end, or else token `last` must be predicted to end the line or the name
+
+    @property
+    def is_name(self) -> bool:
+        return self.metrics == (InFileMetric.PROJECT_NAMES,)
+
+    @property
+    def stop(self) -> int:
+        """The end of the tokens that it needs."""
+        return self.last + (not self.ends)
+
+
+def project_names(names: CodeNames) -> frozenset[str]:
+    """Return the names that a code base defines and that are not common in other code."""
+    return names.defined - _common_names()
+
+
+def find_targets(file: HeldOutFile, offsets: Offsets, uses: Sequence[NameUse], names: frozenset[str]) -> list[Target]:
+    """Return what is measured in a tokenised file, in order.
+
+    Args:
+        file: Its text, and the rows in which is measured.
+        offsets: Of its tokens.
+        uses: Identifiers in the text, in order.
+        names: Of the project.
+    """
+    held_out = {row for start, stop in file.rows for row in range(start, stop)}
+    rows = split_rows(file.text)
+    starts = [0]
+    for row in rows:
+        starts.append(starts[-1] + len(row))
+    used = [use for use in uses if not use.is_definition and file.text[use.start : use.end] in names]
+    named = list(_name_targets(used, offsets, starts, held_out))
+    rows_with_names = {target.row for target in named}
+    opened = set(_first_rows_of_blocks(rows, _COLON_OPENS if file.language in _INDENTED else _OPENS))
+    lines = [
+        Target(
+            (
+                InFileMetric.LINES,
+                *([InFileMetric.PROJECT_LINES] if line.row in rows_with_names else ()),
+                *([InFileMetric.BLOCK_STARTS] if line.row in opened else ()),
+            ),
+            line.row,
+            line.first,
+            line.last,
+            ends=line.includes_newline,
+        )
+        for line in find_lines(file.text, offsets)
+        if line.row in held_out
+    ]
+    found = [target for target in (*lines, *named) if target.stop <= len(offsets)]
+    return sorted(found, key=lambda target: (target.first, target.last))
+
+
+def _name_targets(
+    uses: Sequence[NameUse], offsets: Offsets, starts: Sequence[int], held_out: set[int]
+) -> Iterator[Target]:
+    token, row = 0, 0
+    for use in uses:
+        while starts[row + 1] <= use.start:
+            row += 1
+        while token < len(offsets) and offsets[token][1] <= use.start:
+            token += 1
+        last = token
+        while last < len(offsets) and offsets[last][0] < use.end:
+            last += 1
+        if row in held_out and last > token > 0 and offsets[last - 1][1] >= use.end:
+            yield Target((InFileMetric.PROJECT_NAMES,), row, token, last, ends=offsets[last - 1][1] > use.end)
+
+
+def _first_rows_of_blocks(rows: Sequence[str], opens: re.Pattern[str]) -> Iterator[int]:
+    """Yield the rows of code that follow a row that opens a block, and are indented further."""
+    opener = ""
+    for number, row in enumerate(rows):
+        visible = row.lstrip()
+        if not visible:
+            continue
+        indent = len(row) - len(visible)
+        if opener and indent > len(opener) - len(opener.lstrip()) and not visible.startswith(_NO_CODE):
+            yield number
+        opener = row if opens.search(row) else ""
+
+
+@cache
+def _common_names() -> frozenset[str]:
+    samples = {word for example in stdlib_examples() for word in _WORD.findall(example.text)}
+    return frozenset({*keyword.kwlist, *dir(builtins), *sys.stdlib_module_names, *samples})

@@ -1,0 +1,240 @@
+"""Whole held-out files, read in windows: what a model would write at each position, given what precedes it in the file.
+
+One forward pass answers for all positions of a window, because a greedy completion is exact if and only if each of its tokens
+is the most likely one after the real tokens before it. A window is what an editor sends: the path header, then the file up to
+the budget. Every position has at least half of the budget before it, where the file has as much.
+
+A column of a comparison is a state of the model and a context that is put before each window (`Window.after`). The windows are
+chosen once, so that all columns predict the same positions.
+
+T tokens
+"""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from accelerate import Accelerator
+
+from peft_core.base_models.tokenizer import BaseTokenizer
+from peft_core.data.code_names import find_uses
+from peft_core.data.languages import language_named
+from peft_core.data.path_header import path_comment
+from peft_core.evaluation.completion_points import split_rows
+from peft_core.evaluation.positions import Target, find_targets
+from peft_core.evaluation.summary import WindowScore
+from peft_core.evaluation.worker.scoring import tokens_whose_text
+from peft_core.modeling.batches import Document, join, pack
+from peft_core.modeling.memory import trim_if_above
+from peft_core.modeling.objective import Objective
+from peft_core.schemas.dataset import HeldOutFile, Segment
+from peft_core.schemas.evaluation import InFileMetric
+from peft_core.system.cancellation import StopFlag
+
+WINDOW_TOKENS = 1024  # at most
+_SHORT_CONTEXT_ROWS = 20  # as in the literature (Giagnorio et al., arXiv 2503.14201)
+_SHORT_ROWS = 5  # of a window with little context are measured; the last one has 24 rows before it
+_SHORT_SHARE = 0.25  # of the budget for windows with little context
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """A part of a file that is read in one pass. Targets are positions in the document's tokens."""
+
+    path: str
+    first_row: int  # of the file's text in it, 0-based
+    document: Document
+    targets: tuple[Target, ...]
+
+    def after(self, context: Sequence[int]) -> Window:
+        """Return the window behind the tokens of a context."""
+        size = len(context)
+        ids_T = torch.cat([torch.tensor(context, dtype=torch.int32), self.document.ids_T])
+        learn_T = torch.cat([torch.zeros(size, dtype=torch.bool), self.document.learn_T])
+        targets = tuple(replace(target, first=target.first + size, last=target.last + size) for target in self.targets)
+        return replace(self, document=Document(ids_T=ids_T, learn_T=learn_T), targets=targets)
+
+
+@dataclass(frozen=True, eq=False)
+class _TokenisedFile:
+    path: str
+    header: tuple[int, ...]  # tokens before the file's own
+    ids: tuple[int, ...]
+    first_of_row: tuple[int, ...]  # the first token that begins in each row or later
+    targets: tuple[Target, ...]
+
+    def window(self, start: int, targets: Sequence[Target], header: Sequence[int]) -> Window:
+        """Return the tokens from `start` on, as far as the targets need them."""
+        stop, shift = max(target.stop for target in targets), len(header) - start
+        ids_T = torch.tensor([*header, *self.ids[start:stop]], dtype=torch.int32)
+        learn_T = torch.zeros(len(ids_T), dtype=torch.bool)
+        for target in targets:
+            learn_T[target.first + shift : target.stop + shift] = True
+        shifted = tuple(replace(target, first=target.first + shift, last=target.last + shift) for target in targets)
+        return Window(
+            self.path, bisect_right(self.first_of_row, start) - 1, Document(ids_T=ids_T, learn_T=learn_T), shifted
+        )
+
+
+def choose_windows(
+    files: Sequence[HeldOutFile],
+    names: frozenset[str],
+    tokenizer: BaseTokenizer,
+    *,
+    length: int,
+    budget: int,
+    seed: int,
+) -> list[Window]:
+    """Choose windows of at most `length` tokens in all files in turn, together of at most `budget` tokens.
+
+    `names`: of the project, see `positions.project_names`.
+    """
+    generator = random.Random(f"windows/{seed}")  # noqa: S311 -- a sample, not a secret
+    tokenised = [_tokenise(file, names, tokenizer, length) for file in files]
+    generator.shuffle(tokenised)
+    long = [_shuffled(_windows(file, length), generator) for file in tokenised]
+    short = [_shuffled(_short_windows(file, tokenizer, length), generator) for file in tokenised]
+    chosen = _in_turn(short, round(_SHORT_SHARE * budget))
+    return [*_in_turn(long, budget - sum(len(window.document) for window in chosen)), *chosen]
+
+
+def score_windows(
+    objective: Objective, windows: Sequence[Window], tokenizer: BaseTokenizer, accelerator: Accelerator, stop: StopFlag
+) -> list[WindowScore]:
+    """Count in each window what the model in its present state predicts exactly. Processes divide the windows among them.
+
+    Raises:
+        Cancelled: on request, but only with a single process: the others would wait for this one.
+    """
+    was_training = objective.model.training
+    objective.model.eval()
+    sizes = [len(window.targets) for window in windows]
+    starts = list(accumulate(sizes, initial=0))
+    right = torch.zeros(starts[-1], device=accelerator.device)  # of all targets of all windows
+    ends = _Ends(tokenizer)
+    share = sorted(range(len(windows)), key=lambda index: (-len(windows[index].document), index))
+    share = share[accelerator.process_index :: accelerator.num_processes]
+    with torch.no_grad(), accelerator.autocast():
+        for group in pack([len(windows[index].document) for index in share], objective.capacity):
+            members = [share[position] for position in group]
+            documents = [windows[index].document for index in members]
+            _, likeliest_N = objective.scores(join(documents, accelerator.device, objective.multiple_of))
+            targets = [document.targets for document in documents]
+            for index, likeliest_n in zip(members, likeliest_N.cpu().split(targets), strict=True):
+                right[starts[index] : starts[index + 1]] = torch.tensor(ends.are_right(windows[index], likeliest_n))
+            trim_if_above()
+            if accelerator.num_processes == 1:
+                stop.check()
+    objective.model.train(was_training)
+    counted = accelerator.reduce(right, reduction="sum").tolist()
+    return [
+        score
+        for window, start, stop in zip(windows, starts, starts[1:], strict=False)
+        for score in _count(window, counted[start:stop])
+    ]
+
+
+def _count(window: Window, right: Sequence[float]) -> Iterator[WindowScore]:
+    for metric in dict.fromkeys(metric for target in window.targets for metric in target.metrics):
+        counted = [round(each) for target, each in zip(window.targets, right, strict=True) if metric in target.metrics]
+        yield WindowScore(file=window.path, metric=metric, positions=len(counted), right=sum(counted))
+
+
+class _Ends:
+    """Which tokens end a line or a name."""
+
+    def __init__(self, tokenizer: BaseTokenizer) -> None:
+        self._line_V = tokens_whose_text(tokenizer, lambda text: text.startswith(("\n", "\r")))
+        self._name_V = tokens_whose_text(tokenizer, lambda text: not (text[:1].isalnum() or text[:1] in ("_", "$")))
+
+    def are_right(self, window: Window, likeliest_N: torch.Tensor) -> list[bool]:
+        """Return for each target whether greedy decoding would write it exactly, given all tokens before it.
+
+        The token after a line must end it, but may contain any indentation of the next line.
+        """
+        ids_T = window.document.ids_T.long()
+        likeliest_T = torch.full_like(ids_T, -1)
+        likeliest_T[window.document.learn_T] = likeliest_N
+        is_exact_T = likeliest_T == ids_T
+        known_T = likeliest_T.clamp(min=0)
+        ends_line_T, ends_name_T = (is_exact_T | self._line_V[known_T]), (is_exact_T | self._name_V[known_T])
+        return [
+            bool(is_exact_T[target.first : target.last].all())
+            and (target.ends or bool((ends_name_T if target.is_name else ends_line_T)[target.last]))
+            for target in window.targets
+        ]
+
+
+def _tokenise(file: HeldOutFile, names: frozenset[str], tokenizer: BaseTokenizer, length: int) -> _TokenisedFile:
+    language = language_named(file.language)
+    comment = path_comment(file.path, language)
+    head, body = tokenizer.encode([Segment(text=comment, literal=True), Segment(text=file.text, literal=True)])
+    header = (*tokenizer.beginning, *(head.ids if len(head.ids) <= length // 4 else ()))
+    begins = [begin for begin, _ in body.offsets]
+    starts = accumulate(map(len, split_rows(file.text)), initial=0)
+    return _TokenisedFile(
+        path=file.path,
+        header=header or (tokenizer.end_of_text,),  # the first token of a document is predicted from nothing
+        ids=tuple(body.ids),
+        first_of_row=tuple(bisect_left(begins, start) for start in starts),
+        targets=tuple(find_targets(file, body.offsets, find_uses(file.text, language), names)),
+    )
+
+
+def _windows(file: _TokenisedFile, length: int) -> Iterator[Window]:
+    """Yield windows that measure each target once, behind as many tokens as half a window has."""
+    budget = length - len(file.header)
+    remaining = list(file.targets)
+    while remaining:
+        first = remaining[0]
+        start = 0 if first.stop <= budget else _row_start(file, first.first - budget // 2)
+        measured = [target for target in remaining if target.stop <= start + budget]
+        if measured:
+            yield file.window(start, measured, file.header)
+        remaining = [target for target in remaining if target.stop > start + budget]
+        if not measured:  # it is longer than half a window
+            remaining = remaining[1:]
+
+
+def _short_windows(file: _TokenisedFile, tokenizer: BaseTokenizer, length: int) -> Iterator[Window]:
+    """Yield windows with 20 rows before the first line that is measured, and no path header."""
+    lines = [target for target in file.targets if not target.is_name and target.row >= _SHORT_CONTEXT_ROWS]
+    header = tokenizer.beginning or (tokenizer.end_of_text,)
+    while lines:
+        first = lines[0].row
+        measured = [
+            replace(target, metrics=(InFileMetric.LINES_AFTER_20,))
+            for target in lines
+            if target.row < first + _SHORT_ROWS
+        ]
+        start = file.first_of_row[first - _SHORT_CONTEXT_ROWS]
+        if measured[-1].stop - start + len(header) <= length:
+            yield file.window(start, measured, header)
+        lines = lines[len(measured) :]
+
+
+def _row_start(file: _TokenisedFile, token: int) -> int:
+    """Return the last token up to this one with which a row begins."""
+    return max(first for first in file.first_of_row if first <= max(0, token))
+
+
+def _shuffled(windows: Iterator[Window], generator: random.Random) -> list[Window]:
+    made = list(windows)
+    generator.shuffle(made)
+    return made
+
+
+def _in_turn(windows: Sequence[Sequence[Window]], budget: int) -> list[Window]:
+    """Take a window of each file, then a second one of each, as long as the budget lasts."""
+    chosen: list[Window] = []
+    for turn in range(max(map(len, windows), default=0)):
+        for each in windows:
+            if turn < len(each) and len(each[turn].document) <= budget:
+                chosen.append(each[turn])
+                budget -= len(each[turn].document)
+    return chosen
