@@ -32,6 +32,7 @@ from peft_core.jobs.service import JobService
 from peft_core.jobs.sweep import of_all_runs
 from peft_core.projects.check import DueCheck
 from peft_core.projects.service import ProjectService
+from peft_core.retrieval.service import RetrievalService
 from peft_core.schemas.export import ExportOptions, ExportReport
 from peft_core.schemas.generation import EngineChoice, Generation, GenerationRequest
 from peft_core.schemas.job_report import JobReport
@@ -83,7 +84,8 @@ class PEFTManager:
         self._adapters = AdapterService(self.settings, registry, self._jobs.base_of)
         self._staleness = StalenessService(self.settings, self._jobs.dataset_of)
         self._exports = ExportService(self.settings, self._adapters)
-        self._inference = InferenceService(self.settings, self._adapters, self._training_need)
+        retrieval = RetrievalService(self.settings.paths, partial(self._staleness.within, COMPARE_WAIT_S))
+        self._inference = InferenceService(self.settings, self._adapters, self._training_need, retrieval)
         self._serving = ServingService(self.settings, registry)
         self._refreshes = ProjectService(self.settings, registry, self._jobs, self._staleness.of)
         self._due_check = DueCheck(self.settings)

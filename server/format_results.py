@@ -35,6 +35,7 @@ from peft_core.schemas.results import (
     TrainingStatus,
     UnloadedAdapter,
 )
+from peft_core.schemas.retrieval import Retrieved
 from peft_core.schemas.serving import Serving
 from peft_core.schemas.staleness import Staleness
 from peft_core.schemas.storage import DiskUsage, size_in_words
@@ -204,11 +205,19 @@ def format_generation(generation: Generation) -> CallToolResult:
         f"({generation.base_model} {adapter}{engine}; {generation.prompt_tokens} + {generation.completion_tokens} tokens, "
         f"{generation.finish_reason}, {generation.tokens_per_second:.0f} tokens/s)"
     )
+    if generation.retrieved is not None:
+        facts = f"{facts}\n{_retrieved_text(generation.retrieved)}"
     if generation.base_text is None or generation.adapter_path is None:
         return text_result(generation, generation.text, facts)
     return text_result(
         generation, f"With the adapter:\n{generation.text}", f"Base model:\n{generation.base_text}", facts
     )
+
+
+def _retrieved_text(retrieved: Retrieved) -> str:
+    units = ", ".join(f"{unit.path}:{unit.start_line}-{unit.end_line}" for unit in retrieved.units)
+    used = f"Code before the prompt ({retrieved.tokens} tokens, best of {retrieved.searched_units} units): {units}."
+    return " ".join(filter(None, [used if units else "No code before the prompt.", retrieved.note]))
 
 
 def format_export(report: ExportReport) -> CallToolResult:

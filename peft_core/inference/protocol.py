@@ -15,6 +15,7 @@ from peft_core.schemas.base_model import Base
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.generation import EngineChoice, GenerationRequest
 from peft_core.schemas.results import ErrorInfo, MemoryState
+from peft_core.schemas.retrieval import UnitSource
 from peft_core.schemas.training import DeviceName
 
 IDLE_EXIT = 75  # exit code of a worker that ended because no request came
@@ -59,6 +60,7 @@ class Generate(FrozenModel):
     adapter_path: Path | None = None  # None: the active one
     without_adapter: Base | None = None  # use the base model alone; this one if none is resident
     stream: bool = False  # report the text so far with the progress
+    units: UnitSource | None = None  # code to retrieve from; set if the request asks for it
 
 
 Command = Annotated[Load | Unload | Generate, Field(discriminator="kind")]

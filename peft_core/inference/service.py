@@ -24,9 +24,11 @@ from peft_core.errors import (
 )
 from peft_core.inference.client import InferenceClient, ProgressCallback, TextCallback
 from peft_core.inference.protocol import Generate, Load, Unload, WorkerConfig
+from peft_core.retrieval.service import RetrievalService
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.generation import EngineChoice, Generation, GenerationRequest
 from peft_core.schemas.results import LoadedAdapter, MemoryState, ResidentAdapter, UnloadedAdapter, nothing_was_loaded
+from peft_core.schemas.retrieval import UnitSource
 from peft_core.system.machine import available_memory_bytes, expected_device
 
 log = logging.getLogger(__name__)  # structlog would slow the server's start down by 0.1 s
@@ -44,11 +46,16 @@ class InferenceService:
     """`training` returns the memory that a running job still needs, or None."""
 
     def __init__(
-        self, settings: Settings, adapters: AdapterService, training: Callable[[], TrainingNeed | None]
+        self,
+        settings: Settings,
+        adapters: AdapterService,
+        training: Callable[[], TrainingNeed | None],
+        retrieval: RetrievalService,
     ) -> None:
         self._settings = settings
         self._adapters = adapters
         self._training = training
+        self._retrieval = retrieval
         self._loading: Counter[Path] = Counter()  # adapters with a load in progress
         config = WorkerConfig(
             data_dir=settings.data_dir,
@@ -161,15 +168,17 @@ class InferenceService:
 
         Raises:
             AdapterNotLoaded: no adapter is active, or the named one is not in memory.
-            InvalidArgument: the prompt is too long, its file is in no repository, or the base model does not support its form.
+            InvalidArgument: the prompt is too long, its file is in no repository, the base model does not support its form, or
+                there is no code to retrieve from.
         """
-        if use_base and adapter_path is not None:
+        if use_base and adapter_path is not None and not request.retrieve:
             raise InvalidArgument("use_base", use_base, f"adapter_path = {adapter_path!r} asks for an adapter")
-        path = None if adapter_path is None else self._loaded_path(adapter_path)
+        path = None if adapter_path is None or use_base else self._loaded_path(adapter_path)
+        units = await self._units(adapter_path if use_base else path) if request.retrieve else None
         base = await run_sync(self._base_without_adapter) if use_base else None
         request = await run_sync(_with_path_header, request)
         return await self._client.ask(
-            Generate(request=request, adapter_path=path, without_adapter=base, stream=on_text is not None),
+            Generate(request=request, adapter_path=path, without_adapter=base, stream=on_text is not None, units=units),
             Generation,
             on_progress,
             on_text,
@@ -191,6 +200,26 @@ class InferenceService:
                 f"Adapter {adapter.name} is loaded, so it was not deleted.",
                 suggestions=[f"Call unload_adapter(adapter_path={str(adapter)!r}) first"],
             )
+
+    async def _units(self, adapter: str | Path | None) -> UnitSource:
+        """Return where to retrieve code from: that of the named adapter, or of the active one.
+
+        Raises:
+            AdapterNotFound: there is no such adapter.
+            InvalidArgument: none is named and none is active, or its code is not kept.
+        """
+        if isinstance(adapter, str):
+            adapter = await run_sync(self._adapters.resolve, adapter)
+        if adapter is None:
+            adapter = next((Path(each.adapter_path) for each in self.resident.adapters if each.active), None)
+        if adapter is None:
+            raise InvalidArgument(
+                "retrieve",
+                True,
+                "no adapter is active, so it is not known whose code to search",
+                suggestions=["Set adapter_path to the project whose code is searched", "Or call load_adapter first"],
+            )
+        return await self._retrieval.source_of(adapter)
 
     # -- preconditions -------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from peft_core.schemas.frozen import ONE_TEXT_IS_A_LIST, FrozenModel
+from peft_core.schemas.retrieval import Retrieved
 
 MAX_TEXT = 2_000_000  # characters, more than any context holds
 
@@ -64,6 +65,12 @@ class GenerationRequest(FrozenModel):
     ] = Field([])
     compare_with_base: Annotated[
         bool, Field(description="Generate twice, with and without the adapter; see base_text.")
+    ] = False
+    retrieve: Annotated[
+        bool,
+        Field(
+            description="Put similar code of the training before the prompt. With use_base, adapter_path names whose code."
+        ),
     ] = False
 
     @model_validator(mode="before")
@@ -123,5 +130,6 @@ class Generation(FrozenModel):
     prompt_tokens: int
     completion_tokens: int
     finish_reason: Literal["stop", "length"]
+    retrieved: Retrieved | None = Field(None, description="Null unless retrieve was set.")
     elapsed_s: float = Field(description="Duration of the call, including the time in the queue.")
     tokens_per_second: float = Field(description="Speed for text, including prompt processing; without base_text.")

@@ -103,7 +103,10 @@ class Surroundings:
             return words, _lost_with_resumable(job, item.path)
         if job.request.evaluated is not None:
             return words, "Its HTML report, its data and its log; the results are kept."
-        return words, "Its prepared data and its log; the adapter that it published and its results are kept."
+        kept = (
+            "the adapter that it published and its results are kept, but generate(retrieve=true) finds no code any more"
+        )
+        return words, f"Its prepared data and its log; {kept}."
 
     # -- reasons -------------------------------------------------------------------------------------------------------
 

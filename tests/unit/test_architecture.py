@@ -39,9 +39,12 @@ MAY_IMPORT = {
     "vllm": FOUNDATION,
     "llamacpp": FOUNDATION,
     "llamacpp.worker": FOUNDATION | {"adapters", "base_models", "llamacpp", "modeling", "ollama"},
-    "inference": FOUNDATION | {"adapters", "base_models", "data", "planning"},
+    "retrieval": FOUNDATION | {"adapters", "data"},
+    "retrieval.worker": FOUNDATION | {"retrieval"},
+    "inference": FOUNDATION | {"adapters", "base_models", "data", "planning", "retrieval"},
     "inference.worker": FOUNDATION
-    | {"adapters", "base_models", "devices", "inference", "llamacpp", "llamacpp.worker", "modeling"},
+    | {"adapters", "base_models", "data", "devices", "inference", "llamacpp", "llamacpp.worker", "modeling"}
+    | {"retrieval", "retrieval.worker"},
     "export": FOUNDATION | {"adapters", "base_models", "llamacpp", "ollama", "vllm"},
     "export.worker": FOUNDATION
     | {"adapters", "base_models", "data", "evaluation", "export", "llamacpp", "llamacpp.worker"}
@@ -52,7 +55,18 @@ MAY_IMPORT = {
     "serving": FOUNDATION | {"adapters"},
     "storage": FOUNDATION | {"adapters", "base_models", "jobs"},
     "manager": FOUNDATION
-    | {"adapters", "export", "gardener", "inference", "jobs", "projects", "serving", "staleness", "storage"},
+    | {
+        "adapters",
+        "export",
+        "gardener",
+        "inference",
+        "jobs",
+        "projects",
+        "retrieval",
+        "serving",
+        "staleness",
+        "storage",
+    },
     "endpoint": FOUNDATION | {"manager", "serving"},
     "server": FOUNDATION | {"adapters", "devices", "endpoint", "llamacpp", "manager", "ollama", "projects", "serving"},
 }

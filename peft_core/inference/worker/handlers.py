@@ -20,6 +20,7 @@ from peft_core.inference.protocol import Command, Generate, Load, Unload, Worker
 from peft_core.inference.worker.adapter_cache import AdapterCache, CacheEntry, file_state
 from peft_core.inference.worker.llama_model import LlamaModel
 from peft_core.inference.worker.models import Completion, LoadedModel, choose_engine, encode
+from peft_core.inference.worker.retriever import Retriever
 from peft_core.inference.worker.torch_model import TorchModel
 from peft_core.modeling.adapter_model import ResidentModel, release_memory
 from peft_core.modeling.convert import ensure_hf_directory
@@ -53,6 +54,7 @@ class RequestHandler:
         self._plan = plan
         self._thread_tuner = DecodeThreadTuner(torch.get_num_threads())
         self._cache = AdapterCache(config.max_resident_adapters)
+        self._retriever = Retriever()
 
     @property
     def holds_nothing(self) -> bool:
@@ -241,7 +243,10 @@ class RequestHandler:
         started = time.monotonic()
         # kill-point: inference worker, generate: asked to generate
         model, path = self._select_for(command, on_progress)
-        request = command.request
+        request, retrieved = command.request, None
+        if command.units is not None:
+            on_progress(0, None, "looking for similar code")
+            request, retrieved = self._retriever.add_context(request, command.units, model)
         prompt = encode(request, model.tokenizer, model.base.name, model.context_length)
         both = request.compare_with_base and path is not None
         total = request.max_new_tokens * (2 if both else 1)
@@ -280,6 +285,7 @@ class RequestHandler:
             prompt_tokens=len(prompt.ids),
             completion_tokens=completion.tokens,
             finish_reason=completion.finish_reason,
+            retrieved=retrieved,
             elapsed_s=_seconds_since(started),
             tokens_per_second=round(completion.tokens / seconds, 1) if seconds else 0.0,
         )

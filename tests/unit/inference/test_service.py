@@ -16,6 +16,7 @@ from peft_core.errors import AdapterInUse, AdapterNotFound, AdapterNotLoaded, In
 from peft_core.inference import service as service_module
 from peft_core.inference.service import InferenceService, TrainingNeed
 from peft_core.manager import PEFTManager
+from peft_core.retrieval.service import RetrievalService
 from peft_core.schemas.generation import EngineChoice
 from peft_core.schemas.results import BaseMatch, DeletedAdapter, MemoryState, ResidentAdapter
 from tests.factories import SMOLLM2_SHAPE, make_base, record_base
@@ -37,7 +38,11 @@ def adapter(tmp_path: Path, base: Path) -> Path:
 def make_service(data_dir: Path, *, training: TrainingNeed | None = None, **settings: Any) -> InferenceService:
     chosen = Settings(data_dir=data_dir, **settings)
     adapters = AdapterService(chosen, Registry(chosen.paths), lambda _: None)
-    return InferenceService(chosen, adapters, lambda: training)
+
+    async def no_staleness(_: str) -> None:
+        return None
+
+    return InferenceService(chosen, adapters, lambda: training, RetrievalService(chosen.paths, no_staleness))
 
 
 def delete(service: InferenceService, project_id: str, adapter_id: str) -> DeletedAdapter:

@@ -1,0 +1,1 @@
+"""The index over code units, in the processes that hold models."""
