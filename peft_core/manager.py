@@ -53,13 +53,9 @@ from peft_core.schemas.results import (
 )
 from peft_core.schemas.serving import Serving, ServingStopped
 from peft_core.schemas.storage import DiskUsage
+from peft_core.schemas.study import StudyPlan
 from peft_core.schemas.training import DataSelection, EvaluatedAdapter, ProjectId, TrainingConfig
-from peft_core.schemas.validation import (
-    parse_export_options,
-    parse_generation,
-    parse_retrain_when,
-    parse_selection,
-)
+from peft_core.schemas.validation import parse_export_options, parse_generation, parse_retrain_when, parse_selection
 from peft_core.serving.service import ServingService
 from peft_core.staleness.service import COMPARE_WAIT_S, StalenessService
 from peft_core.storage.service import StorageService
@@ -223,6 +219,11 @@ class PEFTManager:
         project = None if project_id is None else _project_id(project_id)
         data = None if training_data is None else plain_records(training_data)
         return await run_sync(self._jobs.recommend_base, project, data, self._refreshes.data_of)
+
+    async def propose_study_plan(self, project_id: str, training_data: str | None = None) -> StudyPlan:
+        """Return what of a project's API is most worth study items. `training_data`: its directory, unless it is known."""
+        data_of = self._refreshes.data_of
+        return await run_sync(self._jobs.propose_study_plan, _project_id(project_id), training_data, data_of)
 
     async def would_download(self, base_model: str | None, *, unless_in_memory: bool = False) -> str | None:
         """Return the hub id of the model that a request with this base model would download first; None: it would not.

@@ -17,6 +17,7 @@ from mcp.types import CallToolResult, ImageContent, TextContent
 from pydantic import BaseModel
 
 from peft_core.adapters.info import AdapterInfo
+from peft_core.errors import sanitize
 from peft_core.schemas.dataset import describe_by_extension
 from peft_core.schemas.export import ExportReport
 from peft_core.schemas.generation import Engine, Generation
@@ -39,6 +40,7 @@ from peft_core.schemas.retrieval import Retrieved
 from peft_core.schemas.serving import Serving
 from peft_core.schemas.staleness import Staleness
 from peft_core.schemas.storage import DiskUsage, size_in_words
+from peft_core.schemas.study import StudyPlan
 from peft_core.system.durations import age_since, rough_duration
 from server.links import link_to_export, links_of_status
 from server.recommendation_text import recommendation_lines
@@ -322,6 +324,7 @@ def format_inspection(report: TrainingDataReport) -> CallToolResult:
         f"Held-out set: {report.held_out_examples} examples, about {report.held_out_tokens} tokens{held_out}.",
         f"Left out: {left_out or 'nothing'}.{secrets}",
         *([f"Files not read: {not_read}."] if not_read else []),
+        *([report.study.in_words] if report.study is not None else []),
         *(f"{advice}." for advice in report.advice),
         *([f"Not used: {', '.join(report.unused_keys)}."] if report.unused_keys else []),
         *(
@@ -336,6 +339,26 @@ def format_inspection(report: TrainingDataReport) -> CallToolResult:
         f"\n{report.next}",
     ]
     return text_result(report, "\n".join(lines))
+
+
+def format_study_plan(plan: StudyPlan) -> CallToolResult:
+    """Name what is worth writing about, with the reasons; the data have signatures, callers and excerpts."""
+    compared = f", compared with {plan.compared_with}" if plan.compared_with else ""
+    unread = f" {plan.unread_files} files were not read: in time, or for their syntax." if plan.unread_files else ""
+    most = (
+        f"The {len(plan.targets)} of {plan.definitions} APIs of {sanitize(plan.source)} that are most worth study items"
+    )
+    lines = [
+        f"{most}{compared}, the first most.{unread}",
+        *(f"- {each.study} ({each.path}:{each.start_line}): {', '.join(each.reasons)}" for each in plan.targets),
+        *(["Used together:"] if plan.pairs else []),
+        *(
+            f"- {pair.first} and {pair.second}, in {pair.together} functions, such as {pair.where}"
+            for pair in plan.pairs
+        ),
+        f"How to write them: {plan.record_format} For example: {json.dumps(plan.example, ensure_ascii=False)}",
+    ]
+    return tool_result(plan, "\n".join(lines), in_summary=frozenset({"record_format", "example"}), ending="\n")
 
 
 def _place(sample: DataSample) -> str:

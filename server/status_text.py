@@ -64,6 +64,8 @@ def summarise(status: TrainingStatus, *, is_new: bool = False) -> str:
             parts.append(evaluation_text(status.evaluation))
         if status.comparison:
             parts.append(comparison_text(status.comparison))
+        if status.dataset is not None and status.dataset.study is not None:
+            parts.append(status.dataset.study.in_words)
         if status.report_path:
             parts.append(f"Report: {status.report_path}.")
     return " ".join(parts)

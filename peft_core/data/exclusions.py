@@ -55,6 +55,11 @@ class ExclusionReason(StrEnum):
     SEEN_IN_TRAINING = "seen_in_training"  # held out, but half of its lines are in the training set
     SENSITIVE = "sensitive"
     SPECIAL = "special"
+    # Study items, see `data/study/items.py`.
+    STUDY_BROKEN_CODE = "study_item_does_not_parse"
+    STUDY_NAMES_NOTHING = "study_item_names_nothing"  # that the repository defines
+    STUDY_UNKNOWN_API = "study_item_of_unknown_api"
+    STUDY_UNKNOWN_NAME = "study_item_invents_names"
     SUBMODULE = "submodule"
     SYMLINK = "symlink"
     TINY = "tiny"

@@ -72,6 +72,8 @@ from peft_core.data.split import (
     split,
     with_canonical_digests,
 )
+from peft_core.data.study.index import index_files
+from peft_core.data.study.items import StudyItems
 from peft_core.data.token_counter import TokenCounter
 from peft_core.data.walk import File
 from peft_core.errors import DataError
@@ -182,6 +184,7 @@ class DatasetBuilder:
     file_states: list[FileState] = field(default_factory=list)  # what the files of repositories were
     files: Sequence[File] = ()  # of repositories, in the order of their names
     names: NameCollector = field(default_factory=NameCollector)
+    study: StudyItems | None = None  # set by the first study item
 
     @property
     def _repositories(self) -> list[DataSource]:
@@ -205,6 +208,9 @@ class DatasetBuilder:
             for source in self.spec.sources:
                 if source.kind is not SourceKind.REPOSITORY:
                     self._spool(self._from_records(source), stream, is_code=False)
+            if self.study is not None:
+                self.study.require_some()
+                self.left_out.update({reason: len(found) for reason, found in self.study.dropped.items()})
 
     def _spool(self, results: Iterator[FileResult], stream: TextIO, *, is_code: bool) -> None:
         for result in results:
@@ -216,12 +222,12 @@ class DatasetBuilder:
 
     def _from_repositories(self, repositories: Sequence[DataSource]) -> Iterator[FileResult]:
         found = walk_sources(repositories, Selection(self.spec.include, self.spec.exclude))
+        self.files = found.files
         self.left_out.update(found.exclusions.reasons)
         self.not_read.update(found.exclusions)
         for source in found.by_git:
             commit, dirty = git.head_state(source.path)
             self.states[source.name] = RepositoryState(name=source.name, commit=commit, dirty=dirty)
-        self.files = found.files
         enough = self._enough()
         files = found.files if enough is None else sorted(found.files, key=self._random_order)
         for number, file in enumerate(files):
@@ -261,20 +267,32 @@ class DatasetBuilder:
         notes = Notes()
         for number, record in enumerate(self._records(source, notes)):
             self.progress(f"{number} records")
+            checked = self._checked(record)
+            if checked is None:
+                continue
             result = examples_from_record(
-                record,
+                checked,
                 token_counter=self.token_counter,
                 max_length=self.spec.max_length,
                 redact=redact_secrets,
                 root=root,
                 skip=self.spec.skip_unusable_records,
             )
-            if source.prefix:
+            if source.prefix and not checked.study:
                 result.examples = [
                     example.model_copy(update={"path": f"{source.prefix}{example.path}"}) for example in result.examples
                 ]
             yield result
         self.left_out.update(notes.counts())
+
+    def _checked(self, record: Record) -> Record | None:
+        """Return a record that may be used: of study items, those that suit the repositories beside them."""
+        if not record.study or not self._trains:
+            return record
+        if self.study is None:
+            self.progress("reading the names of the repository for the study items")
+            self.study = StudyItems(index_files(self.files, [source.path for source in self._repositories]))
+        return self.study.accept(record)
 
     def _records(self, source: DataSource, notes: Notes) -> Iterator[Record]:
         spec = self.spec
@@ -390,6 +408,7 @@ class DatasetBuilder:
                 left_out_by_extension=self.not_read.by_extension,
                 secrets_removed=len(self.secrets),
                 replayed_examples=self.replayed,
+                study=self.study.summary(*self._paths(parts)) if self.study is not None else None,
                 told=dict(sorted(written.formats.items())),
                 sha256=written.sha256,
             ),
@@ -398,6 +417,11 @@ class DatasetBuilder:
             repository_dirty=state and state.dirty,
             repositories=tuple(self.states.values()) if self.spec.more_sources else (),
         )
+
+    def _paths(self, parts: Split) -> tuple[Iterator[str], Iterator[str]]:
+        """Return the paths of the examples that are trained on, and of those that are held out."""
+        train, held_out = ((self.keys[position].file for position in part) for part in (parts.train, parts.held_out))
+        return train, held_out
 
     def snapshot(self, parts: Split, held_out: Sequence[Example]) -> Snapshot:
         """Return what the sources are. `held_out`: the examples that were written."""

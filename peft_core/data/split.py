@@ -6,6 +6,7 @@ In: an `ExampleKey` per example and the MinHash signatures of their texts. Out: 
   several questions for one answer) form a group, and a group is held out as a whole.
 - Files are held out in the order of a hash of their name. A file keeps its position in that order whatever else is added or
   removed, so that the next training of a project is evaluated on nearly the same files.
+- The study items of one API are one file for this purpose, so that held-out items measure what is known of other APIs.
 - Only one example of equal or nearly equal ones remains, and training takes precedence: an example that resembles one in the
   training set is never held out.
 """
@@ -28,6 +29,8 @@ HELD_OUT_MAX_EXAMPLES = 200
 # One file gives at most a tenth of the training tokens, but is never cut below this many: small projects have few files.
 FILE_SHARE = 0.1
 FILE_MIN_TOKENS = 50_000
+# What the path of a study item's example begins with; the full name of its API follows, so that an API is split as a file is.
+STUDY_PREFIX = "study of "
 _NEVER_COMMITTED = 1 << 62  # as a commit time: later than any commit
 _MAX_OVERSHOOT = 1.25  # a file is skipped if it would take the held-out set beyond this multiple of its target
 
@@ -102,9 +105,12 @@ def split(
         # All files give one answer: `remove_overlap` separates the examples later.
         group_of_file = {file: file for file in group_of_file}
     group_keys = [key._replace(file=group_of_file[key.file]) for key in with_canonical_digests(keys, signatures)]
-    held_out_groups = choose_held_out(
-        group_keys, held_out_fraction, seed, changed or {}, min_train_groups=1 if training else 0
-    )
+    held_out_groups: set[str] = set()
+    for are_items in (False, True):  # study items have a held-out share of their own: a few of them say little else
+        of_kind = [key for key in group_keys if key.file.startswith(STUDY_PREFIX) is are_items]
+        held_out_groups |= choose_held_out(
+            of_kind, held_out_fraction, seed, changed or {}, min_train_groups=1 if training else 0
+        )
     held_out_files = {file for file, group in group_of_file.items() if group in held_out_groups}
     train = [position for position, key in enumerate(keys) if training and key.file not in held_out_files]
     held_out = [position for position, key in enumerate(keys) if key.file in held_out_files]

@@ -186,6 +186,7 @@ def with_parts(whole: SourceSummary, parts: Sequence[SourceSummary]) -> SourceSu
             "parts": tuple(parts),
             "files": sum(part.files for part in code or parts),
             "examples": sum(records) if records else None,
+            "study_items": sum(part.study_items for part in parts),
             "cut_records": sum(part.cut_records for part in parts),
             "estimated_tokens": sum(part.estimated_tokens for part in parts),
             "languages": dict(languages.most_common()),
@@ -288,17 +289,17 @@ def summarise_records(
     notes: Notes,
 ) -> SourceSummary:
     """Return what records hold. `path` is the file or table that they come from; `notes` are taken while they are read."""
-    count = size = 0
+    count = size = cut_records = study_items = 0
     needs_chat_template = False
     record_format: RecordFormat | None = None
     languages: Counter[str] = Counter()
     files: set[str] = set()
     keys: list[ExampleKey] = []
     distinct: set[int] = set()
-    cut_records = 0
     for record in records:
         count += 1
         record_format = record.format
+        study_items += bool(record.study)
         size += len(record.content.encode())
         if (text := hash(record.content)) not in distinct:
             distinct.add(text)
@@ -326,6 +327,7 @@ def summarise_records(
         path=path,
         files=len(files),
         examples=count,
+        study_items=study_items,
         cut_records=cut_records,
         estimated_tokens=round(size / BYTES_PER_TOKEN),
         languages=dict(languages.most_common()),

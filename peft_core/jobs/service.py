@@ -32,6 +32,7 @@ from peft_core.schemas.job_report import JobReport
 from peft_core.schemas.local_bases import LocalBases
 from peft_core.schemas.recommendation import BaseRecommendation
 from peft_core.schemas.results import JobSummary, Status, TrainingDataReport, TrainingStatus
+from peft_core.schemas.study import StudyPlan
 from peft_core.schemas.task import JobRequest
 from peft_core.schemas.training import DataSelection, EvaluatedAdapter, SweepRun, TrainingConfig, project_id_from
 from peft_core.system.activity import active
@@ -203,6 +204,22 @@ class JobService:
         elif project_id is not None:
             training_data = self._projects.data_of(project_id, training_data)
         return recommend_base(training_data, selection, self._settings, speeds.of, speeds.newest)
+
+    def propose_study_plan(
+        self, project_id: str, training_data: str | None, registered: Callable[[str], tuple[str, DataSelection]]
+    ) -> StudyPlan:
+        """Rank the API of a project's code, or of the code in this directory; see `recommend_base` for `registered`.
+
+        Raises:
+            JobNotFound, InvalidArgument, DataError, StorageError: there is no code to read, or `registered` raises it.
+        """
+        from peft_core.planning.study_plan import propose_study_plan  # noqa: PLC0415
+
+        selection, data = DataSelection(), training_data
+        if data is None and self._projects.find(project_id) is None:
+            data, selection = registered(project_id)
+        given = self._projects.data_of(project_id, data)
+        return propose_study_plan(project_id, given, selection, self._settings, self._registry.current_path(project_id))
 
     def better_base(self, draft: JobRequest, config: TrainingConfig) -> str:
         """Return a sentence on a base model of this machine that suits code clearly better than the default, or nothing.

@@ -107,6 +107,7 @@ def _report(request: JobRequest, preview: Preview, *, given: str) -> TrainingDat
         advice=list(request.found.advice),
         unused_keys=request.found.unused_keys,
         skipped=list(request.found.skipped),
+        study=dataset.study,
         secrets_removed=dataset.secrets_removed,
         held_out_files=preview.held_out_files,
         largest_files=preview.largest_files,

@@ -230,6 +230,20 @@ def write_source(request: JobRequest, training_data: TrainingData, records: Path
 
 def _check_source(config: TrainingConfig, base: Base, source: SourceSummary) -> None:
     """Check that the data suits the settings and the base model."""
+    if source.study_items and SourceKind.REPOSITORY not in {
+        source.kind,
+        *(other.kind for other in source.more_sources),
+    }:
+        raise InvalidArgument(
+            "training_data",
+            str(source.path or "records"),
+            f"{source.study_items} of its records are study items, whose answers are checked against the repository that they "
+            "are about, so they must be trained on together with it",
+            suggestions=[
+                "Write them into a .jsonl file; give the repository as training_data, and the file in config.more_sources",
+                "To train on them unchecked, delete the key 'study' from all records",
+            ],
+        )
     if config.held_out_by == "time":
         kinds = {source.kind, *(other.kind for other in source.more_sources)}
         if kinds != {SourceKind.REPOSITORY} or source.path is None:

@@ -169,6 +169,7 @@ class SourceSummary(FrozenModel):
     )
     sampled_files: int = 0  # files that were cut into examples for these numbers
     training_set: TrainingSetSize | None = None  # of a repository
+    study_items: int = 0  # of the records: they are checked against the repositories beside them
     cut_records: int = 0  # examples that distinct records become: a long text becomes several
     languages: dict[str, int]  # files per language
     without_grammar: dict[str, int] = {}  # noqa: RUF012 -- those of them that are cut at blank lines for want of a package
@@ -204,6 +205,29 @@ class SourceSummary(FrozenModel):
         return " ".join(filter(None, sentences))
 
 
+class StudyUse(FrozenModel):
+    """What became of the study items of a dataset. All items of one API are either trained on or held out."""
+
+    items: int
+    trained_on: int  # examples
+    held_out: int
+    apis: int  # that these are about
+    held_out_apis: int
+    dropped: tuple[SkippedRecords, ...] = ()
+
+    @property
+    def in_words(self) -> str:
+        """The counts in sentences, with the first example of each reason."""
+        dropped = sum(each.count for each in self.dropped)
+        others = f"{self.held_out_apis} other API{'' if self.held_out_apis == 1 else 's'}"
+        used = f"Study items: {self.items - dropped} of {self.items} can be used"
+        sentences = [f"{used}: {self.trained_on} examples to train on, {self.held_out} held out, about {others}."]
+        for each in self.dropped:
+            more = f" ({each.count})" if each.count > 1 else ""
+            sentences.append(f"Dropped, {each.reason.replace('_', ' ')}{more}: {each.example}")
+        return " ".join(sentences)
+
+
 class DatasetSummary(FrozenModel):
     """The size of a prepared dataset, and what was excluded from it."""
 
@@ -216,6 +240,7 @@ class DatasetSummary(FrozenModel):
     left_out_by_extension: dict[str, dict[str, int]] = {}  # noqa: RUF012 -- of files: reason -> extension -> count
     secrets_removed: int = 0
     replayed_examples: int = 0  # of the training examples: known to the adapter that the run continues from
+    study: StudyUse | None = None  # set if there are study items
     # Training examples per format: plainly, fill_in_the_middle, instruction.
     told: dict[str, int] = {}  # noqa: RUF012 -- pydantic copies defaults
     sha256: str = ""

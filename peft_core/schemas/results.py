@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from peft_core.errors import PeftMcpError
-from peft_core.schemas.dataset import DatasetSummary, SkippedRecords
+from peft_core.schemas.dataset import DatasetSummary, SkippedRecords, StudyUse
 from peft_core.schemas.evaluation import AdapterComparison, Evaluation, Keep, Verdict
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.generation import Engine
@@ -390,6 +390,7 @@ class TrainingDataReport(FrozenModel):
     advice: list[str] = Field([], description="What to do about files that are left out.")
     unused_keys: dict[str, int] = Field({}, description="Records per key that is not used, such as id.")
     skipped: list[SkippedRecords] = Field([], description="Records that cannot be used, per reason.")
+    study: StudyUse | None = Field(None, description="What becomes of the study items.")
     secrets_removed: int
     held_out_files: list[str] = Field(description="Files held out of training to evaluate on.")
     largest_files: dict[str, int] = Field(description="Training tokens of the largest files.")

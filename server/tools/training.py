@@ -21,7 +21,7 @@ from peft_core.schemas.results import Estimate, TrainingStatus
 from peft_core.schemas.training import DataSelection, ProjectId, TrainingConfig
 from peft_core.system.durations import rough_duration
 from server.confirm import require_consent
-from server.format_results import format_inspection, format_refreshed, format_status
+from server.format_results import format_inspection, format_refreshed, format_status, format_study_plan
 from server.progress import stream_progress
 from server.status_text import WAIT_S, short_headline
 from server.tools import make_tool
@@ -124,6 +124,19 @@ async def inspect_training_data(
     """
     data = _one_source("training_data", training_data, records)
     return format_inspection(await ctx.request_context.lifespan_context.inspect_training_data(data, config))
+
+
+async def propose_study_plan(
+    project_id: ProjectId,
+    ctx: Context[PEFTManager, Any],
+    training_data: Annotated[
+        str | None, Field(description="Directory of the code; omit for a project that was trained.")
+    ] = None,
+) -> CallToolResult:
+    """Say which functions and classes of a code base are most worth questions and answers that you write for training: most
+    called, undocumented, new since the last training; with signature, callers, excerpt, and the record format. Read-only.
+    """
+    return format_study_plan(await ctx.request_context.lifespan_context.propose_study_plan(project_id, training_data))
 
 
 async def evaluate_adapter(
@@ -246,6 +259,7 @@ async def refresh_project(
 TOOLS = [
     make_tool(train_adapter, "Train an adapter", meta=SHOWN_ON_PAGE),
     make_tool(inspect_training_data, "Inspect training data", reads=True),
+    make_tool(propose_study_plan, "Propose a study plan", reads=True),
     make_tool(refresh_project, "Refresh a project", repeatable=True),
     make_tool(evaluate_adapter, "Evaluate an adapter", meta=SHOWN_ON_PAGE),
     make_tool(compare_adapters, "Compare two adapters", meta=SHOWN_ON_PAGE),

@@ -32,6 +32,7 @@ from tests.model_files import write_adapter, write_model
 WITHOUT_OUTPUT_SCHEMA = {
     "generate",
     "inspect_training_data",
+    "propose_study_plan",
     "compare_adapters",
     "cancel_training",
     "resume_training",
@@ -43,6 +44,7 @@ TOOLS = {
     "list_base_models",
     "recommend_base",
     "inspect_training_data",
+    "propose_study_plan",
     "train_adapter",
     "refresh_project",
     "evaluate_adapter",

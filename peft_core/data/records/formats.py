@@ -75,7 +75,9 @@ _FORMS = {
     RecordFormat.TEXT: _Form((("text",),), _PLACE_KEYS),
     RecordFormat.COMPLETION: _Form((("prompt",), ("completion",)), (*_PLACE_KEYS, "tools")),
     RecordFormat.OUTPUT: _Form((("input",), ("output",)), _PLACE_KEYS),
-    RecordFormat.INSTRUCTION: _Form((_QUESTIONS, _ANSWERS), (*_INPUTS, *_SYSTEMS, *_PLACE_KEYS, "history", "text")),
+    RecordFormat.INSTRUCTION: _Form(
+        (_QUESTIONS, _ANSWERS), (*_INPUTS, *_SYSTEMS, *_PLACE_KEYS, "history", "text", "study")
+    ),
     RecordFormat.MESSAGES: _Form((("messages",),), (*_SYSTEMS, "tools", "functions", "prompt", "file_path")),
     RecordFormat.SHAREGPT: _Form((("conversations", "conversation"),), (*_SYSTEMS, "tools", "file_path")),
     RecordFormat.CHUNK: _Form(
@@ -114,6 +116,7 @@ class Record:
     language: str = "text"
     kind: str = RECORD
     start_line: int = 0
+    study: str = ""  # the API that it asks about, see `data/study`
 
     @property
     def needs_chat_template(self) -> bool:
@@ -330,6 +333,7 @@ def _instruction(value: Mapping[str, Any], place: Place) -> Record:
         _alpaca(instruction, texts["input"], texts["system"], turns),
         Conversation.learning_every_answer(messages),
         language=_language(value),
+        study=require_text(value["study"], "study", place).strip() if value.get("study") is not None else "",
     )
 
 
