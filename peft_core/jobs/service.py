@@ -217,7 +217,13 @@ class JobService:
 
         selection, data = DataSelection(), training_data
         if data is None and self._projects.find(project_id) is None:
-            data, selection = registered(project_id)
+            try:
+                data, selection = registered(project_id)
+            except InvalidArgument as error:
+                if error.code != "not_registered":
+                    raise
+                needed = f"the directory of the code is required, because project {project_id!r} was not trained here"
+                raise InvalidArgument("training_data", None, needed) from error
         given = self._projects.data_of(project_id, data)
         return propose_study_plan(project_id, given, selection, self._settings, self._registry.current_path(project_id))
 

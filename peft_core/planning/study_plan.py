@@ -46,7 +46,7 @@ def propose_study_plan(
         raise InvalidArgument(
             field,
             training_data if isinstance(training_data, str) else "records",
-            "a study plan is made of the code of a repository; it must be a directory",
+            "a study plan is made of the code of a repository; it must be a directory that exists",
             suggestions=["Give the absolute path of the repository as training_data"],
         )
     names = unique_names(paths)

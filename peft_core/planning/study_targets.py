@@ -226,7 +226,11 @@ class Ranking:
 
     def pairs(self) -> list[StudyPair]:
         """Return the definitions that most functions use together."""
-        known = {each.name: each for each in reversed(self.order[: 4 * MAX_TARGETS]) if self._calls(each) >= 2}
+        known = {
+            each.name: each
+            for each in reversed(self.order[: 4 * MAX_TARGETS])
+            if each.is_public and self._calls(each) >= 2
+        }
         used: defaultdict[str, set[str]] = defaultdict(set)
         for name in known:
             for place in self.index.calls_of(name):

@@ -125,7 +125,10 @@ class RepositoryIndex:
             return []
         candidates = [(each, components(each.qualified)) for each in self.by_name.get(parts[-1], [])]
         exact = [each for each, own in candidates if own[-len(parts) :] == parts]
-        return exact or [each for each, own in candidates if _leads_to(parts, own)]
+        inside = (
+            parts[1:] if len(parts) > 1 and parts[0] in self.packages else parts
+        )  # the package may be the directory itself
+        return exact or [each for each, own in candidates if _leads_to(parts, own) or _leads_to(inside, own)]
 
     def calls_of(self, name: str) -> list[Reference]:
         """Return the calls of a name, without those of a dependency's, such as `json.loads`."""
