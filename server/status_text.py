@@ -182,6 +182,8 @@ def evaluation_text(evaluation: Evaluation) -> str:
     caveats = "".join(f" {caveat}" for caveat in evaluation.caveats)
     if evaluation.catch_up is not None:
         caveats += f" {evaluation.catch_up.in_words}"
+    if evaluation.memorisation is not None:
+        caveats += f" {evaluation.memorisation.in_words}"
     size = f"{counted(evaluation.files, 'file')}, {counted(evaluation.examples, 'example')}"
     return f"{reason}; {', '.join(parts)}; {size}.{caveats}"
 

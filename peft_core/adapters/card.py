@@ -89,6 +89,7 @@ def _evaluation(evaluation: Evaluation | None) -> str:
         "| | base model | with this adapter | change | 95 % confidence interval |\n|---|---|---|---|---|\n"
         + "\n".join(rows)
         + (f"\n\n{evaluation.catch_up.in_words}" if evaluation.catch_up is not None else "")
+        + (f"\n\n{evaluation.memorisation.in_words}" if evaluation.memorisation is not None else "")
         + f"\n\nThe intervals come from a paired bootstrap over {evaluation.resampled}, for general code over its functions "
         f"({evaluation.files} files, {evaluation.examples} examples, {evaluation.lines} lines, {evaluation.prompts} prompts)."
     )

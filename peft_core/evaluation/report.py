@@ -19,7 +19,7 @@ from peft_core.errors import sanitize
 from peft_core.evaluation.findings import findings_of
 from peft_core.evaluation.loss_curve import HEIGHT, WIDTH, LossCurve, layout_chart, loss_curve
 from peft_core.paths import adapter_names
-from peft_core.schemas.evaluation import AdapterComparison, CatchUp, Evaluation
+from peft_core.schemas.evaluation import AdapterComparison, CatchUp, Evaluation, Memorisation
 from peft_core.schemas.events import AdaptersCompared, Evaluated, Event
 from peft_core.schemas.task import JobRequest
 from peft_core.system.durations import format_duration
@@ -42,6 +42,7 @@ def write_training_report(directory: Path, manifest: Manifest, events: Iterable[
         curve=loss_curve(events),
         tables={
             **_catch_up_tables(evaluation.catch_up),
+            "What it repeats of its training text": _memorisation_table(evaluation.memorisation),
             "Data": _data_table(manifest),
             "Training": _training_table(manifest),
         },
@@ -151,6 +152,15 @@ def _catch_up_tables(catch_up: CatchUp | None) -> dict[str, dict[str, str]]:
     if catch_up.loses:
         table["not made current"] = "it predicts the old held-out code worse than the adapter that it continues from"
     return {"Loss before and after the update, nats per token": table}
+
+
+def _memorisation_table(memorisation: Memorisation | None) -> dict[str, str]:
+    if memorisation is None:
+        return {"not measured": "the training was too short for it, or has no unit that is long enough"}
+    table = {"measured": memorisation.in_words}
+    if memorisation.adapter.text:
+        table["the adapter's longest run"] = memorisation.adapter.text
+    return table
 
 
 def _data_table(manifest: Manifest) -> dict[str, str]:

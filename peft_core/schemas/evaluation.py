@@ -117,6 +117,43 @@ class Share(Comparison):
     files: int = Field(description="That these positions are in.")
 
 
+class Repetition(FrozenModel):
+    """What one model repeats of training text when it continues the beginnings of training units."""
+
+    prompts: int = Field(description="After which all tokens that it writes are trained text, word for word.")
+    longest_tokens: int = Field(description="Longest run of written tokens that is somewhere in the training text.")
+    longest_lines: int
+    text: str = Field("", description="That run.")
+
+
+class Memorisation(FrozenModel):
+    """What an adapter repeats of its training text, and what the base model writes of it anyway; greedy decoding."""
+
+    prompts: int = Field(description="Beginnings of training units that each model continues.")
+    tokens: int = Field(description="Tokens that it writes after each.")
+    base: Repetition
+    adapter: Repetition
+
+    @property
+    def in_words(self) -> str:
+        """What was measured, in two sentences."""
+        return (
+            f"Of {self.prompts} beginnings of training units, the adapter continues {self.adapter.prompts} with {self.tokens} "
+            f"tokens of training text word for word (base model: {self.base.prompts}). The longest run that it repeats is "
+            f"{self._longest(self.adapter)} (base model: {self._longest(self.base)})."
+        )
+
+    @property
+    def without_texts(self) -> Memorisation:
+        """The measurement without texts from the project."""
+        base, adapter = (each.model_copy(update={"text": ""}) for each in (self.base, self.adapter))
+        return self.model_copy(update={"base": base, "adapter": adapter})
+
+    def _longest(self, of: Repetition) -> str:
+        lines = f" in {of.longest_lines} lines" if of.longest_lines > 1 else ""
+        return f"{of.longest_tokens} tokens{' or more' if of.longest_tokens == self.tokens else ''}{lines}"
+
+
 class Evaluation(FrozenModel):
     """Base model and adapter compared on text that the adapter was not trained on."""
 
@@ -159,6 +196,7 @@ class Evaluation(FrozenModel):
     )
     seconds: float = Field(0.0, description="Time that both models took for completions.")
     catch_up: CatchUp | None = Field(None, description="Comparison with the adapter that was continued, if any.")
+    memorisation: Memorisation | None = Field(None, description="What it repeats of its training text, if measured.")
     gains: tuple[Continuation, ...] = Field((), description="Completions that the adapter improves most.")
     losses: tuple[Continuation, ...] = Field((), description="Completions that it worsens most.")
 
@@ -179,7 +217,8 @@ class Evaluation(FrozenModel):
     @property
     def without_texts(self) -> Evaluation:
         """The evaluation without texts from the project, for publication with the adapter."""
-        return self.model_copy(update={"gains": (), "losses": ()})
+        memorisation = None if self.memorisation is None else self.memorisation.without_texts
+        return self.model_copy(update={"gains": (), "losses": (), "memorisation": memorisation})
 
 
 class Keep(StrEnum):

@@ -13,11 +13,13 @@ import torch
 from peft import PeftModel
 
 from peft_core.adapters.manifest import Computation, DataRecord, RunRecord
+from peft_core.base_models.tokenizer import BaseTokenizer
 from peft_core.data.dataset import read_examples
 from peft_core.errors import DataError
 from peft_core.evaluation.summary import Scores, mean_loss, perplexity
 from peft_core.evaluation.worker.completions import undo_fusion
 from peft_core.evaluation.worker.evaluator import Evaluator, load_scores, save_scores, token_budget_after_training
+from peft_core.evaluation.worker.memorisation import measure_memorisation, memorisation_work, prompts_after_training
 from peft_core.evaluation.worker.scoring import HeldOutExample, sample_for_training
 from peft_core.evaluation.worker.setup import RunData, Session, prepare_data, start_session
 from peft_core.modeling.activation_arena import ActivationArena
@@ -28,7 +30,7 @@ from peft_core.modeling.load import not_finite
 from peft_core.modeling.memory import peak_memory_bytes, return_freed_memory, seconds_alive, set_malloc_keep
 from peft_core.modeling.threads import ThreadTuner
 from peft_core.planning.defaults import require_complete
-from peft_core.schemas.evaluation import Evaluation
+from peft_core.schemas.evaluation import Evaluation, Memorisation
 from peft_core.schemas.events import AdapterWritten, DatasetPrepared, Emit, Evaluated, HeldOutMeasured, RunPlanned
 from peft_core.schemas.results import Metrics, Phase
 from peft_core.schemas.task import TrainingTask
@@ -110,7 +112,7 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag, *, needs_check: NeedsChe
     if checkpoint is not None:
         loop.restore(checkpoint)
     del checkpoint  # it is at least as large as the adapter
-    loop.run(work_afterwards=evaluator.work_after_training(loop.planned_tokens))
+    loop.run(work_afterwards=_work_afterwards(evaluator, loop.planned_tokens))
     # kill-point: worker: all steps are done
     _blend_with_parent(adapted)
 
@@ -122,7 +124,7 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag, *, needs_check: NeedsChe
 
     # 6. Completions of both models, and the adapter's files.
     if session.accelerator.is_main_process:
-        evaluation = _evaluate(session, adapted, evaluator, base_scores, scores, loop.progress)
+        evaluation = _evaluate(session, adapted, evaluator, data.tokenizer, base_scores, scores, loop)
         evaluation = _with_catch_up(evaluation, parent, data.held_out, parent_scores, scores)
         emit(Evaluated(evaluation=evaluation))
         _write_adapter(session, adapted, data, loop, mean_loss(scores.held_out), evaluation)
@@ -225,6 +227,11 @@ def _attach_adapter(session: Session, base: BaseModel, parent: Parent | None) ->
     return adapted
 
 
+def _work_afterwards(evaluator: Evaluator, trained_tokens: int) -> float:
+    """Return the work that follows the last step, in tokens of training."""
+    return evaluator.work_after_training(trained_tokens) + memorisation_work(trained_tokens)
+
+
 def _blend_with_parent(adapted: AdaptedModel) -> None:
     if adapted.parent_weights is not None:
         lora.blend(adapted.peft, adapted.parent_weights, SHARE_OF_PARENT)
@@ -282,9 +289,10 @@ def _evaluate(
     session: Session,
     adapted: AdaptedModel,
     evaluator: Evaluator,
+    tokenizer: BaseTokenizer,
     base_scores: Scores,
     adapter_scores: Scores,
-    progress: Progress,
+    loop: TrainingLoop,
 ) -> Evaluation:
     """Compare base model and adapter. The model cannot be trained afterwards."""
     session.start_phase(Phase.EVALUATING_ADAPTER, "completing held-out prompts with both models")
@@ -298,13 +306,14 @@ def _evaluate(
         adapter_scores,
         base.model,
         adapted.peft.disable_adapter,
-        budget=token_budget_after_training(progress.tokens),
+        budget=token_budget_after_training(loop.progress.tokens),
         stop=session.stop,
     )
     return evaluation.model_copy(
         update={
             "seen_in_training": 0.0,  # `prepare` separates held-out from training data
             "chosen_on_part": session.task.request.config.early_stopping_patience is not None,
+            "memorisation": _measure_memorisation(session, adapted, tokenizer, loop),
         }
     )
 
@@ -320,6 +329,22 @@ def _with_catch_up(
     if parent is None or before is None:
         return evaluation
     return evaluation.model_copy(update={"catch_up": parent.compare(held_out, before, after)})
+
+
+def _measure_memorisation(
+    session: Session, adapted: AdaptedModel, tokenizer: BaseTokenizer, loop: TrainingLoop
+) -> Memorisation | None:
+    """Measure how much training text the adapter repeats. Fusion must have been undone."""
+    session.start_phase(Phase.EVALUATING_ADAPTER, "looking for training text that it repeats")
+    return measure_memorisation(
+        adapted.base.model,
+        adapted.peft.disable_adapter,
+        loop.documents,
+        tokenizer,
+        limit=prompts_after_training(loop.progress.tokens),
+        seed=session.task.request.config.seed,
+        stop=session.stop,
+    )
 
 
 def _write_adapter(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from peft_core.adapters.card import render_card
 from peft_core.evaluation.loss_curve import HEIGHT, MAX_POINTS, WIDTH, LossCurve, layout_chart, loss_curve, render_png
 from peft_core.evaluation.report import render_report, write_training_report
-from peft_core.schemas.evaluation import Comparison, Continuation, Keep, Verdict
+from peft_core.schemas.evaluation import Comparison, Continuation, Keep, Memorisation, Repetition, Verdict
 from peft_core.schemas.events import Evaluated, Event, HeldOutMeasured, RateLowered, StepCompleted
 from peft_core.schemas.training import TrainingConfig
 from server.status_text import evaluation_text
@@ -172,6 +172,38 @@ def test_caveats_appear_on_page_card_and_status_line() -> None:
         )
     assert "training data is unknown" not in page.text
     assert make_evaluation().caveats == ()
+
+
+def test_what_an_adapter_repeats_is_on_page_card_and_in_the_answer(tmp_path: Path) -> None:
+    memorisation = Memorisation(
+        prompts=48,
+        tokens=50,
+        base=Repetition(prompts=0, longest_tokens=14, longest_lines=1, text="import sys"),
+        adapter=Repetition(prompts=3, longest_tokens=50, longest_lines=6, text=HOSTILE),
+    )
+    sentence = (
+        "Of 48 beginnings of training units, the adapter continues 3 with 50 tokens of training text word for word "
+        "(base model: 0). The longest run that it repeats is 50 tokens or more in 6 lines (base model: 14 tokens)."
+    )
+    evaluation = make_evaluation(memorisation=memorisation)
+    path = write_training_report(tmp_path, make_manifest("a-01"), [*EVENTS, Evaluated(evaluation=evaluation)])
+    assert path is not None
+    page = Page(path.read_text())
+    assert sentence in page.text
+    assert "<script>alert(1)</script>" in page.text
+    assert "script" not in page.tags
+    assert sentence in evaluation_text(evaluation)
+    assert HOSTILE not in evaluation_text(evaluation)
+    config = TrainingConfig(rank=16, learning_rate=5e-4)
+    card = render_card(make_manifest("a-01", config=config, evaluation=evaluation.without_texts))
+    assert sentence in card
+    assert "alert" not in evaluation.without_texts.model_dump_json()
+
+
+def test_a_report_says_that_memorisation_was_not_measured(tmp_path: Path) -> None:
+    path = write_training_report(tmp_path, make_manifest("a-01"), [*EVENTS, Evaluated(evaluation=make_evaluation())])
+    assert path is not None
+    assert "the training was too short for it" in Page(path.read_text()).text
 
 
 @pytest.mark.parametrize(
