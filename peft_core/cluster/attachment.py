@@ -30,6 +30,7 @@ from peft_core.schemas.events import (
     AdapterWritten,
     CheckpointSaved,
     DatasetPrepared,
+    DeviceChecked,
     Evaluated,
     Event,
     HeldOutMeasured,
@@ -58,8 +59,8 @@ WAITING_S = 3.0  # after which a run that has no node yet is reported as waiting
 _CHECKPOINT_FILES = ("base_scores.json", "parent_scores.json")
 # A worker emits these. Any other, such as JobCompleted with a path of this machine, is not the cluster's to say.
 _FROM_A_RUN = (
-    PhaseStarted, DatasetPrepared, RunPlanned, StepCompleted, HeldOutMeasured, CheckpointSaved, StoppedEarly, RateLowered,
-    MemorySaved, Evaluated, AdapterWritten, JobFailed,
+    PhaseStarted, DatasetPrepared, DeviceChecked, RunPlanned, StepCompleted, HeldOutMeasured, CheckpointSaved, StoppedEarly,
+    RateLowered, MemorySaved, Evaluated, AdapterWritten, JobFailed,
 )  # fmt: skip
 
 log = structlog.get_logger(__name__)

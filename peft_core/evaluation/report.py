@@ -191,6 +191,7 @@ def _training_table(manifest: Manifest) -> dict[str, str]:
         "learning rate": f"{rates}; {config.lr_scheduler} schedule, {config.warmup_ratio:.0%} warm-up",
         "seed": str(config.seed),
         "device": f"{run.device}, frozen weights in {run.weights_dtype}",
+        "check of the device": run.device_check,
         "speed": f"{metrics.tokens_per_second:.0f} tokens/s" if metrics.tokens_per_second else "",
         "total time": format_duration(metrics.wall_s) if metrics.wall_s else "",
         "peak memory": f"{metrics.peak_memory_bytes / 1e6:.0f} MB" if metrics.peak_memory_bytes else "",

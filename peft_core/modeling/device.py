@@ -166,6 +166,11 @@ def device_memory_bytes(device: torch.device) -> int:
             return 0
 
 
+def recommended_memory_bytes(device: torch.device) -> int | None:
+    """Return the most that should be taken of a device which shares the computer's memory; None for any other."""
+    return mps.recommended_memory_bytes() if device.type == "mps" else None
+
+
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     """Return the states of the random generators that dropout uses, by device type."""
     states = {"cpu": torch.get_rng_state()}

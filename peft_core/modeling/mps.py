@@ -53,6 +53,11 @@ def sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if is_mps(device) else torch.float64
 
 
+def recommended_memory_bytes() -> int:
+    """Return how much memory Metal recommends to take at most."""
+    return torch.mps.recommended_max_memory()
+
+
 def memory_bytes() -> int:
     """Return the memory that Metal's driver holds for this process."""
     return torch.mps.driver_allocated_memory()

@@ -80,9 +80,34 @@ def _reference_bytes(config: TrainingConfig, base: Base, tokens: int) -> int:
 def expected_device_bytes(request: JobRequest) -> int:
     """Return what a device is expected to hold during one micro-batch of the largest size: the estimate without optimiser."""
     config, base = request.config, request.base
-    after_a_step = 3 * 4 * lora_parameters(config.lora_rank, base.shape)  # Adam's two moments, the best weights
-    host = PROCESS_BYTES if request.device == "mps" else 0  # the estimate counts them, as they share one memory
-    return memory_bytes(config, base, request.device, request.execution) - after_a_step - host
+    return memory_bytes(config, base, request.device, request.execution) - _beside_a_micro_batch(request)
+
+
+def why_too_large(request: JobRequest, measured: int, *, limit_mb: int | None, recommended_bytes: int | None) -> str:
+    """Return as a clause why a run must not use a device of which its largest micro-batch takes `measured` bytes, "" if it may.
+
+    `limit_mb`: that of the user's settings; the request may have one too. `recommended_bytes`: the most that should be taken of
+    a device which shares the computer's memory: beyond that, all programs become slow. A device with memory of its own needs
+    no such limit, because smaller micro-batches follow when it is full.
+    """
+    limits = [
+        (f"the limit max_memory_mb is {limit} MB", limit * 1_000_000)
+        for limit in (limit_mb, request.config.max_memory_mb)
+        if limit is not None
+    ]
+    if recommended_bytes is not None:
+        limits.append((f"the system recommends at most {recommended_bytes / 1e9:.2f} GB", recommended_bytes))
+    needed = measured + _beside_a_micro_batch(request)
+    name, least = min(limits, key=lambda limit: limit[1], default=("", needed))
+    return f"the run takes {needed / 1e9:.2f} GB, and {name}" if needed > least else ""
+
+
+def _beside_a_micro_batch(request: JobRequest) -> int:
+    """Return what the estimate counts beside the device's memory during a micro-batch."""
+    after_a_step = (
+        3 * 4 * lora_parameters(request.config.lora_rank, request.base.shape)
+    )  # Adam's moments, the best weights
+    return after_a_step + (PROCESS_BYTES if request.device == "mps" else 0)  # which shares one memory with the process
 
 
 def on_cpu(

@@ -52,6 +52,7 @@ class Outcome(StrEnum):
     AGREES = "agrees"
     DIFFERS = "differs"
     OUT_OF_MEMORY = "out_of_memory"  # on the device
+    TOO_LARGE = "too_large"  # the run takes more of the device's memory than was estimated, and than it may take
     FAILED = "failed"  # the device raised another error
     SKIPPED = "skipped"
 
@@ -90,6 +91,8 @@ class DeviceCheck(FrozenModel):
                 text = f"{self.key.device} computes something else than the CPU: {self.reason}"
             case Outcome.OUT_OF_MEMORY:
                 text = f"{self.key.device} ran out of memory when it was checked: {self.reason}"
+            case Outcome.TOO_LARGE:
+                text = f"{self.key.device} would take too much memory: {self.reason}"
             case Outcome.FAILED:
                 text = f"{self.key.device} failed when it was checked: {self.reason}"
             case Outcome.SKIPPED:

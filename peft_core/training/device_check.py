@@ -27,6 +27,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from peft_core.config import Settings
 from peft_core.devices import records
 from peft_core.devices.tolerance import SIGNIFICANT_BITS, memory_note, needs_emulation, tolerance, why_different
 from peft_core.evaluation.worker.setup import Session
@@ -36,6 +37,7 @@ from peft_core.modeling.device import (
     forget_peak_memory,
     identify,
     number_format,
+    recommended_memory_bytes,
     release_memory,
     rng_state,
     set_rng_state,
@@ -45,7 +47,7 @@ from peft_core.modeling.load import FrozenEmbedding, FrozenLinear, load_base, lo
 from peft_core.modeling.memory import return_freed_memory
 from peft_core.modeling.objective import Objective
 from peft_core.modeling.quantised import FrozenMatrix, QuantisedMatrix
-from peft_core.planning.device_check import DOCUMENTS, Effort, expected_device_bytes, plan_effort
+from peft_core.planning.device_check import DOCUMENTS, Effort, expected_device_bytes, plan_effort, why_too_large
 from peft_core.schemas.device_check import DeviceCheck, DeviceKey, GradientDifference, Outcome
 from peft_core.system.failures import describe_error, is_out_of_memory
 from peft_core.system.machine import available_memory_bytes, usable_cores
@@ -172,11 +174,14 @@ def _compare(subject: Subject, result: DeviceCheck, effort: Effort) -> DeviceChe
     reason = why_different(difference, allowed)
     if differing:
         reason = f"{len(differing)} weights on it are not those of the file, such as {differing[0]}"
+    outcome, note = Outcome.DIFFERS if reason else Outcome.AGREES, memory_note(measured, expected)
+    if not reason and measured is not None and note and (reason := _why_too_large(subject, measured)):
+        outcome = Outcome.TOO_LARGE
     return result.model_copy(
         update={
-            "outcome": Outcome.DIFFERS if reason else Outcome.AGREES,
+            "outcome": outcome,
             "reason": reason,
-            "memory_note": problem or memory_note(measured, expected),
+            "memory_note": problem or note,
             "difference": difference,
             "rounding": rounding,
             "tolerance": allowed,
@@ -284,6 +289,12 @@ def _measure_memory(subject: Subject, adapted: PeftModel, objective: Objective) 
         tokens = sum(map(len, documents))
         return None, f"its memory is too small for {tokens} tokens, so that the training will compute fewer together"
     return device_memory_bytes(subject.device) or None, ""
+
+
+def _why_too_large(subject: Subject, measured: int) -> str:
+    limit_mb, recommended_bytes = Settings().max_memory_mb, recommended_memory_bytes(subject.device)
+    request = subject.session.task.request
+    return why_too_large(request, measured, limit_mb=limit_mb, recommended_bytes=recommended_bytes)
 
 
 def heaviest(documents: Sequence[Document], capacity: int, batch_size: int) -> list[Document]:

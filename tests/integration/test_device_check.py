@@ -222,6 +222,23 @@ def test_more_memory_than_estimated_is_noted(shared_subject: Subject, monkeypatc
     assert "were estimated" in found.memory_note
 
 
+@pytest.mark.usefixtures("_one_thread")
+def test_a_run_whose_memory_is_above_the_estimate_and_the_limit_continues_on_the_cpu(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task(tmp_path, tiny_base)
+    expected = effort_of.expected_device_bytes(task.request)
+    monkeypatch.setattr(device_check, "device_memory_bytes", lambda _: 2 * expected)
+    monkeypatch.setenv("CODEBASE_GARDENER_MAX_MEMORY_MB", str(3 * expected // 2_000_000))
+    events = train(task)
+    (event,) = (event for event in events if isinstance(event, DeviceChecked))
+    assert event.check.outcome is Outcome.TOO_LARGE
+    assert "the limit max_memory_mb is" in event.note
+    assert "were estimated; continued on the CPU" in event.note
+    assert [event.device for event in events if isinstance(event, RunPlanned)] == ["cpu"]
+    assert not records.is_known(tmp_path / "data", event.check.key)  # with less text, or another limit, it may train
+
+
 def test_the_first_layers_of_a_large_model_are_compared_alone(
     shared_subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -275,10 +275,13 @@ def test_the_loss_curve_renders_to_a_small_png() -> None:
 
 def test_the_report_of_a_training_contains_its_curve_and_completions(tmp_path: Path) -> None:
     manifest = make_manifest("a-01", evaluation=make_evaluation().without_texts)
+    run = manifest.run.model_copy(update={"device_check": "mps failed when it was checked; continued on the CPU"})
+    manifest = manifest.model_copy(update={"run": run})
     path = write_training_report(tmp_path, manifest, [*EVENTS, Evaluated(evaluation=make_evaluation())])
     assert path == tmp_path / "report.html"
     page = Page(path.read_text())
     assert "Adapter a-01" in page.text
     assert "return a + b" in page.text
     assert "9 examples, 900 tokens" in page.text
+    assert "mps failed when it was checked; continued on the CPU" in page.text
     assert write_training_report(tmp_path, make_manifest("a-01"), EVENTS) is None

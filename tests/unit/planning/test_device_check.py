@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from peft_core.errors import TrainingError
-from peft_core.planning.device_check import Effort, expected_device_bytes, on_cpu, plan_effort
+from peft_core.planning.device_check import Effort, expected_device_bytes, on_cpu, plan_effort, why_too_large
 from peft_core.schemas.device_check import Outcome
 from peft_core.schemas.task import ComputePlan, JobRequest
 from peft_core.schemas.training import TrainingConfig
@@ -50,6 +50,30 @@ def test_a_copy_that_does_not_fit_into_memory_is_skipped_with_the_reason() -> No
 def test_the_device_is_expected_to_hold_the_estimate_without_optimiser_and_process(device: str) -> None:
     request = make_request(device=device)
     assert 0 < expected_device_bytes(request) < request.estimate.memory_bytes * 3
+
+
+GB = 1_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("device", "limit_mb", "asked_mb", "recommended", "words"),
+    [
+        ("cuda", None, None, None, ""),  # smaller micro-batches follow when it is full
+        ("cuda", 4000, None, None, ""),
+        ("cuda", 2000, None, None, "the limit max_memory_mb is 2000 MB"),
+        ("cuda", 4000, 1500, None, "the limit max_memory_mb is 1500 MB"),
+        ("mps", None, None, 20 * GB, ""),
+        ("mps", None, None, 3 * GB, "the system recommends at most 3.00 GB"),
+        ("mps", 2500, None, 3 * GB, "the limit max_memory_mb is 2500 MB"),
+    ],
+)
+def test_a_device_is_too_small_only_where_a_limit_is_set_or_its_memory_is_that_of_the_computer(
+    device: str, limit_mb: int | None, asked_mb: int | None, recommended: int | None, words: str
+) -> None:
+    request = make_request(device=device, config=TrainingConfig(rank=16, max_memory_mb=asked_mb))
+    reason = why_too_large(request, 3 * GB, limit_mb=limit_mb, recommended_bytes=recommended)
+    assert words in reason
+    assert bool(reason) is bool(words)
 
 
 def planned(available: int = MUCH, limit_mb: int | None = None, **config: Any) -> JobRequest:
