@@ -170,9 +170,9 @@ class Settings(BaseSettings):
         Field(
             gt=0,
             le=86_400,
-            description="Seconds after which load_adapter and export_adapter answer that they are still at work, because "
-            "many clients give up after 60; the same call again waits for the result. Clients that follow MCP tasks do not "
-            "need it.",
+            description="Seconds after which load_adapter, export_adapter and calls that ask a cluster answer that they are "
+            "still at work, because many clients give up after 60; the same call again waits for the result. Clients that "
+            "follow MCP tasks do not need it.",
         ),
     ] = 45.0
     log_level: Annotated[

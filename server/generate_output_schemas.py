@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from peft_core.schemas.results import TrainingStatus
 from server.app import TOOLS
-from server.long_calls import LONG_TOOLS, StillWorking
+from server.long_calls import LONG_TOOLS, MAY_ASK_CLUSTER, StillWorking
 from server.tools import OUTPUT_SCHEMAS, result_model
 
 STATUS_TOOL = "get_training_status"
@@ -33,12 +33,10 @@ def output_schemas() -> dict[str, dict[str, Any]]:
 
 def _schema_of(tool: str, model: type[BaseModel]) -> dict[str, Any]:
     schema = short_output_schema(model.model_json_schema())
-    if tool in LONG_TOOLS:
-        return _or_still_working(schema)
     if model is TrainingStatus and tool != STATUS_TOOL:
         fields = {name: field for name, field in schema["properties"].items() if name in STATUS_FIELDS}
-        return {**schema, "properties": fields}
-    return schema
+        schema = {**schema, "properties": fields}
+    return _or_still_working(schema) if tool in LONG_TOOLS | MAY_ASK_CLUSTER else schema
 
 
 def _or_still_working(schema: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Calls that continue after their request was answered: a load or an export can take longer than clients wait for an answer.
+"""Calls that continue after their request was answered, because they can take longer than clients wait for an answer: a load,
+an export, and a training for which a cluster is asked what it has.
 
 A client with the extension for tasks follows such a call as a task (`tasks.py`). Any other gets an answer that the call is
 still at work, and makes the same call again to wait for its result.
@@ -26,7 +27,19 @@ from server.format_results import compact, tool_result
 from server.progress import recipient
 
 LONG_TOOLS = frozenset({"load_adapter", "export_adapter"})
+MAY_ASK_CLUSTER = frozenset({"train_adapter", "inspect_training_data", "refresh_project"})
 KEPT_S = 3600.0  # how long a result is kept for a client that does not ask for it
+
+
+def may_be_long(params: CallToolRequestParams) -> bool:
+    return params.name in LONG_TOOLS or _may_ask_cluster(params)
+
+
+def _may_ask_cluster(params: CallToolRequestParams) -> bool:
+    """Return whether the call may ask a cluster, which can take minutes. A refresh does if the project was trained there."""
+    config = (params.arguments or {}).get("config")
+    is_for_cluster = isinstance(config, Mapping) and config.get("run_on") == "cluster"
+    return params.name in MAY_ASK_CLUSTER and (is_for_cluster or params.name == "refresh_project")
 
 
 class StillWorking(BaseModel):
@@ -138,6 +151,8 @@ class LongCalls:
         arguments = compact(params.arguments or {})
         key = f"{params.name} {json.dumps(arguments, sort_keys=True)}"
         call = self._calls.get(key) or self._start(ctx, call_next, key)
+        if _may_ask_cluster(params) and not call.message:
+            call.message = "waiting for the answer of the cluster"
         result = await self._wait(key, call, ctx, patience_s)
         return result if result is not None else _still_working(params.name, arguments, call)
 

@@ -23,12 +23,13 @@ from peft_core.errors import JobNotFound, JobStateError, PeftMcpError
 from peft_core.manager import PEFTManager
 from peft_core.schemas.results import Status, TrainingStatus
 from server.format_results import format_status
-from server.long_calls import KEPT_S, LONG_TOOLS, LongCall, LongCalls
+from server.long_calls import KEPT_S, LongCall, LongCalls, may_be_long
 from server.status_text import headline, subject
 
 EXTENSION_ID = "io.modelcontextprotocol/tasks"
 REVISIONS = frozenset({"2026-07-28"})
 JOB_TOOLS = frozenset({"train_adapter", "evaluate_adapter", "compare_adapters", "resume_training", "refresh_project"})
+WAITING_S = 5.0  # more for a call that may itself wait for its job, for as long as clients wait
 PATIENCE_S = 3.0  # a load or an export that ends sooner is answered without a task
 MIN_POLL_S, MAX_POLL_S = 2.0, 60.0
 POLLS_PER_JOB = 20
@@ -65,12 +66,16 @@ class Tasks(Extension):
     ) -> HandlerResult:
         """Answer a long call with a task, if the client can follow one, and in time, if it cannot."""
         follows_tasks = _understands_tasks(ctx)
-        if params.name in LONG_TOOLS and self._calls is not None:
+        if may_be_long(params) and self._calls is not None:
+            starts_job = params.name in JOB_TOOLS
+            in_time_s = self._answer_within_s + (WAITING_S if starts_job else 0)
             if not follows_tasks:
-                return await self._calls.call_again(params, ctx, call_next, self._answer_within_s)
-            result = await self._calls.call(ctx, call_next, PATIENCE_S)
-            return {"resultType": "task", **call_to_wire(result)} if isinstance(result, LongCall) else result
-        result = await call_next(ctx)
+                return await self._calls.call_again(params, ctx, call_next, in_time_s)
+            result = await self._calls.call(ctx, call_next, in_time_s if starts_job else PATIENCE_S)
+            if isinstance(result, LongCall):
+                return {"resultType": "task", **call_to_wire(result)}
+        else:
+            result = await call_next(ctx)
         if follows_tasks and params.name in JOB_TOOLS and isinstance(result, CallToolResult) and not result.is_error:
             job_id = (result.structured_content or {}).get("job_id")  # a refresh may need no job
             if job_id is not None and not (status := await _manager(ctx).get_job(job_id)).status.is_final:

@@ -6,6 +6,7 @@ tools short.
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from typing import Annotated, Any
 
@@ -87,12 +88,12 @@ async def train_adapter(
     memory estimate; the job keeps running after you disconnect. Follow it with get_training_status. A project that was added
     in Codebase Gardener needs no training_data: give its id.
     """
-    manager = ctx.request_context.lifespan_context
+    manager, began = ctx.request_context.lifespan_context, time.monotonic()
     given = training_data is not None or records is not None
     data = _one_source("training_data", training_data, records) if given else None
     status = await manager.train_adapter(project_id, data, config, approve=partial(_approve, ctx, project_id))
-    if wait_s:
-        status = await stream_progress(ctx, manager.watch_training(project_id, status.job_id, timeout_s=wait_s))
+    if (left_s := wait_s - (time.monotonic() - began)) > 0:  # a cluster may have taken its time to answer
+        status = await stream_progress(ctx, manager.watch_training(project_id, status.job_id, timeout_s=left_s))
     return format_status(status, is_new=True)
 
 

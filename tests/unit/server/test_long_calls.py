@@ -9,7 +9,7 @@ import anyio
 import pytest
 from mcp.types import CallToolRequestParams, CallToolResult, TextContent
 
-from server.long_calls import LongCall, LongCalls
+from server.long_calls import LongCall, LongCalls, may_be_long
 from server.progress import recipient
 from tests.clients import data_of, text_of
 
@@ -134,3 +134,39 @@ async def test_a_call_that_ends_soon_is_not_kept(calls: LongCalls) -> None:
     work.may_end.set()
     result: Any = await calls.call(Request(), work, PATIENT_S)  # type: ignore[arg-type]
     assert text_of(result) == "result 2"
+
+
+@pytest.mark.parametrize(
+    ("tool", "config", "is_long"),
+    [
+        ("train_adapter", {"run_on": "cluster"}, True),
+        ("inspect_training_data", {"run_on": "cluster", "rank": 8}, True),
+        ("refresh_project", None, True),  # the project may have been trained there
+        ("train_adapter", {"run_on": "here"}, False),
+        ("train_adapter", None, False),
+        ("evaluate_adapter", {"run_on": "cluster"}, False),
+        ("load_adapter", None, True),
+    ],
+)
+def test_calls_that_may_ask_a_cluster_are_long(tool: str, config: dict[str, Any] | None, is_long: bool) -> None:
+    arguments = {"project_id": "web"} | ({} if config is None else {"config": config})
+    assert may_be_long(CallToolRequestParams(name=tool, arguments=arguments)) is is_long
+
+
+async def test_a_training_that_waits_for_a_cluster_is_queued_once_and_says_what_it_waits_for(calls: LongCalls) -> None:
+    started, may_end = 0, anyio.Event()
+
+    async def ask_cluster(_ctx: Any) -> CallToolResult:
+        nonlocal started
+        started += 1
+        await may_end.wait()
+        return CallToolResult(content=[TextContent(type="text", text="queued")])
+
+    given = {"project_id": "web", "config": {"run_on": "cluster"}}
+    call = CallToolRequestParams(name="train_adapter", arguments=given)
+    answer: Any = await calls.call_again(call, Request(), ask_cluster, IMPATIENT_S)  # type: ignore[arg-type]
+    assert "waiting for the answer of the cluster" in text_of(answer)
+    assert data_of(answer)["next_step"] == {"tool": "train_adapter", "arguments": given}
+    may_end.set()
+    answer = await calls.call_again(call, Request(), ask_cluster, PATIENT_S)  # type: ignore[arg-type]
+    assert (text_of(answer), started) == ("queued", 1)
