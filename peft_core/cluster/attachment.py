@@ -71,6 +71,7 @@ class Record(FrozenModel):
 
     name: str  # of the coordinator
     written: str = ""  # the last event, once JOB/adapter is complete
+    abandoned_at: str = ""  # the address of a cluster that could not be asked to stop the run
 
 
 def run(task: TrainingTask, emit: JsonLineWriter, stop: StopFlag, *, patience_s: float) -> int:
@@ -111,7 +112,11 @@ class Attachment:
             self._report("connecting to the cluster")
             self._connect()
         else:
+            if self._record.abandoned_at:
+                self._record = self._record.model_copy(update={"abandoned_at": ""})
+                self._save()
             self._reconnect()
+        self._stop_abandoned()
         self._remove_remains()
         if self._coordinator is None:
             self._start()
@@ -147,10 +152,37 @@ class Attachment:
             except ClusterError as error:
                 is_silent = error.code == "cluster_unreachable"
                 if not is_silent or time.monotonic() > deadline or self._stop.requested:
-                    advice = "If the training still runs there, resuming attaches to it."
-                    raise Interrupted(f"{error.message} {advice}") from error
+                    raise Interrupted(f"{error.message} {self._leave()}") from error
             self._report(f"the cluster has not answered since {since}; the training continues there")
             self._stop_or_sleep()
+
+    def _leave(self) -> str:
+        """Return what becomes of a run that is out of reach; if it was to stop, the next bridge that connects stops it."""
+        if not self._stop.requested:
+            return "If the training still runs there, resuming attaches to it."
+        assert self._record is not None  # noqa: S101 -- without one, nothing runs there
+        self._record = self._record.model_copy(update={"abandoned_at": self._plan.address})
+        self._save()
+        if self._stop_requested:
+            return "The training there was asked to stop before."
+        return (
+            "So it could not be asked to stop the training, which may continue there: the next training from here that uses "
+            "this cluster stops it, and resuming attaches to it."
+        )
+
+    def _stop_abandoned(self) -> None:
+        """End the runs of other jobs that were cancelled here while this cluster did not answer."""
+        for path in self._paths.root.parent.glob(f"*/{self._paths.cluster.name}"):
+            record = read_record(path)
+            if path == self._paths.cluster or record is None or record.abandoned_at != self._plan.address:
+                continue
+            try:
+                ray.kill(ray.get_actor(record.name, namespace=NAMESPACE))  # its run ends with it
+            except connection.LOST:
+                return  # the next bridge tries again
+            except (ValueError, connection.GONE):
+                log.info("abandoned_run_has_ended", name=record.name)
+            path.unlink(missing_ok=True)
 
     def _stop_or_sleep(self) -> None:
         deadline = time.monotonic() + RETRY_S

@@ -14,7 +14,15 @@ from anyio.abc import Process
 
 from peft_core.jobs.running_job import RunnerState, RunningJob, end_process
 from peft_core.jobs.state import Job
-from peft_core.schemas.events import AdapterWritten, Event, JobFailed, JobInterrupted, JobStarted, PhaseStarted
+from peft_core.schemas.events import (
+    AdapterWritten,
+    Event,
+    JobCancelled,
+    JobFailed,
+    JobInterrupted,
+    JobStarted,
+    PhaseStarted,
+)
 from peft_core.system.cancellation import CANCELLED_EXIT_CODE, DETACHED_EXIT_CODE
 
 BRIDGE = ["-m", "peft_core.cluster.bridge"]
@@ -114,6 +122,8 @@ class ClusterJob(RunningJob):
             return None
         if isinstance(last_event, JobFailed | JobInterrupted) and not is_cancelled:
             return last_event
+        if is_cancelled and isinstance(last_event, JobInterrupted):
+            return JobCancelled(note=last_event.reason.removesuffix("."))
         return super()._outcome(last_event, code)
 
     def _was_stopped(self, code: int) -> bool:

@@ -124,8 +124,9 @@ def _change(job: Job, event: Event) -> dict[str, object] | None:  # noqa: PLR091
     match job.status, event:
         case Status.QUEUED, JobStarted():
             return {"status": Status.IN_PROGRESS, "phase": Phase.STARTING, "detail": "", "waits_for": ""}
-        case ((Status.QUEUED | Status.IN_PROGRESS), JobCancelled()):
-            return {"status": Status.CANCELLED, "waits_for": ""}
+        case ((Status.QUEUED | Status.IN_PROGRESS), JobCancelled(note=note)):
+            notes = {"note": _add_note(job.note, note)} if note else {}
+            return {"status": Status.CANCELLED, "waits_for": "", **notes}
         case ((Status.QUEUED | Status.IN_PROGRESS), JobFailed(error=error)):
             return {"status": Status.FAILED, "error": error, "waits_for": ""}
         case Status.QUEUED, JobPostponed(reason=reason) if job.only_while_free:

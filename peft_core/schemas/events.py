@@ -154,6 +154,7 @@ class JobFailed(FrozenModel):
 
 class JobCancelled(FrozenModel):
     kind: Literal["job_cancelled"] = "job_cancelled"
+    note: str = ""  # what has not ended with the job
 
 
 class JobInterrupted(FrozenModel):

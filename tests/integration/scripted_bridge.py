@@ -13,14 +13,15 @@ import sys
 import time
 from pathlib import Path
 
-from peft_core.schemas.events import EVENT, Event, PhaseStarted
+from peft_core.schemas.events import EVENT, Event, JobInterrupted, PhaseStarted
 from peft_core.schemas.results import Phase
 from peft_core.schemas.task import TrainingTask
-from peft_core.system.cancellation import CANCELLED_EXIT_CODE, DETACHED_EXIT_CODE
+from peft_core.system.cancellation import CANCELLED_EXIT_CODE, DETACHED_EXIT_CODE, INTERRUPTED_EXIT_CODE
 from peft_core.system.child_process import PARENT_VARIABLE
 from tests.integration.scripted_worker import emit
 
 REMOTE, STARTS, CANCELLED = "remote.jsonl", "starts", "cancelled"
+OUT_OF_REACH = "The cluster does not answer. The training may continue there."
 
 
 def extend_remote_run(job_dir: Path, *events: Event) -> None:
@@ -41,6 +42,9 @@ def main() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     emit(PhaseStarted(phase=Phase.STARTING, detail="connecting"))
     follow(task, received)
+    if signal.SIGTERM in received and task.project_id == "out of reach":
+        emit(JobInterrupted(reason=OUT_OF_REACH))
+        sys.exit(INTERRUPTED_EXIT_CODE)
     if signal.SIGTERM in received:
         (task.job_dir / CANCELLED).touch()
         sys.exit(CANCELLED_EXIT_CODE)

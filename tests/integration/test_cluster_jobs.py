@@ -32,7 +32,7 @@ from peft_core.system.lock import FileLock
 from peft_core.system.machine_use import MachineUse
 from tests.factories import make_cluster_plan, make_job, make_request
 from tests.integration.conftest import Spawn
-from tests.integration.scripted_bridge import CANCELLED, STARTS, extend_remote_run
+from tests.integration.scripted_bridge import CANCELLED, OUT_OF_REACH, STARTS, extend_remote_run
 from tests.integration.scripted_runner import describe_machine
 from tests.integration.scripted_worker import step_completed
 from tests.integration.test_runner import wait_until
@@ -172,6 +172,19 @@ def test_a_cancellation_reaches_the_cluster(store: Store, spawn: Spawn, paths: D
     assert runner.wait(timeout=60) == 0
     assert store.get("job").status is Status.CANCELLED
     assert (paths.job("job").root / CANCELLED).exists()
+
+
+def test_a_cancellation_that_does_not_reach_the_cluster_ends_the_job_and_says_what_may_continue(
+    store: Store, spawn: Spawn, paths: DataPaths
+) -> None:
+    store.insert(cluster_job("job", "out of reach"))
+    let_run(paths, "job", PLANNED, step_completed(1))
+    runner = spawn()
+    wait_until(lambda: store.get("job").step == 1, "the first step")
+    store.request_cancel("job")
+    assert runner.wait(timeout=60) == 0
+    job = store.get("job")
+    assert (job.status, job.note) == (Status.CANCELLED, OUT_OF_REACH.removesuffix("."))
 
 
 def test_a_cancellation_reaches_the_cluster_if_no_runner_was_alive(
