@@ -28,6 +28,7 @@ from server.progress import recipient
 
 LONG_TOOLS = frozenset({"load_adapter", "export_adapter"})
 MAY_ASK_CLUSTER = frozenset({"train_adapter", "inspect_training_data", "refresh_project"})
+MAX_REPEATED = 1000  # characters of a call's arguments
 KEPT_S = 3600.0  # how long a result is kept for a client that does not ask for it
 
 
@@ -48,7 +49,7 @@ class StillWorking(BaseModel):
     status: Literal["working"] = "working"
     elapsed_s: float
     next: str
-    next_step: NextStep
+    next_step: NextStep | None  # None if its arguments are too long to repeat, such as inline records
 
 
 @dataclass(eq=False)
@@ -175,9 +176,13 @@ class LongCalls:
 
 
 def _still_working(tool: str, arguments: Mapping[str, Any], call: LongCall) -> HandlerResult:
-    step = NextStep(tool=tool, arguments=dict(arguments), reason="The same call again waits for its result.")
+    step: NextStep | None = None
+    sentence = f"Call {tool} again with the same arguments: that waits for its result."
+    if len(json.dumps(arguments)) <= MAX_REPEATED:
+        step = NextStep(tool=tool, arguments=dict(arguments), reason="The same call again waits for its result.")
+        sentence = step.sentence
     stage = f": {call.message}" if call.message else ""
     return tool_result(
-        StillWorking(elapsed_s=round(call.elapsed_s, 1), next=step.sentence, next_step=step),
+        StillWorking(elapsed_s=round(call.elapsed_s, 1), next=sentence, next_step=step),
         f"{tool} is still at work after {format_duration(call.elapsed_s)}{stage}.",
     )

@@ -86,6 +86,14 @@ async def test_the_same_call_again_waits_for_the_result(calls: LongCalls) -> Non
     assert text_of(result) == "result 2", "a result is fetched once; the next call loads again"
 
 
+async def test_records_are_not_repeated_in_the_answer_that_their_call_is_still_at_work(calls: LongCalls) -> None:
+    given = {"project_id": "web", "records": [{"text": "x" * 2000}]}
+    call = CallToolRequestParams(name="train_adapter", arguments=given)
+    answer: Any = await calls.call_again(call, Request(), Work(), IMPATIENT_S)  # type: ignore[arg-type]
+    assert "Call train_adapter again with the same arguments" in text_of(answer)
+    assert "xxx" not in str(answer)
+
+
 async def test_a_call_with_other_arguments_is_another_call(calls: LongCalls) -> None:
     work = Work()
     await calls.call_again(params(adapter_path="web"), Request(), work, IMPATIENT_S)  # type: ignore[arg-type]
