@@ -184,6 +184,8 @@ def evaluation_text(evaluation: Evaluation) -> str:
         caveats += f" {evaluation.catch_up.in_words}"
     if evaluation.memorisation is not None:
         caveats += f" {evaluation.memorisation.in_words}"
+    if evaluation.study is not None:
+        caveats += f" {evaluation.study.in_words}"
     size = f"{counted(evaluation.files, 'file')}, {counted(evaluation.examples, 'example')}"
     return f"{reason}; {', '.join(parts)}; {size}.{caveats}"
 

@@ -25,16 +25,16 @@ def compare_with_parent(
         after: Scores of the new adapter, in the same order.
         is_old: For each example, whether it was held out before; it is new or changed otherwise.
     """
-    old = _loss_change(before, after, is_old)
+    old = loss_change(before, after, is_old)
     return CatchUp(
         parent=parent,
-        changed=_loss_change(before, after, [not each for each in is_old]),
+        changed=loss_change(before, after, [not each for each in is_old]),
         old=old,
         loses=old is not None and old.low is not None and old.low > 0 and old.change >= MIN_EFFECT,
     )
 
 
-def _loss_change(
+def loss_change(
     before: Sequence[ExampleScore], after: Sequence[ExampleScore], selected: Sequence[bool]
 ) -> LossChange | None:
     """Compare the scores of the selected examples; return None if nothing is selected."""

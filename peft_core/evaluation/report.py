@@ -19,7 +19,7 @@ from peft_core.errors import sanitize
 from peft_core.evaluation.findings import findings_of
 from peft_core.evaluation.loss_curve import HEIGHT, WIDTH, LossCurve, layout_chart, loss_curve
 from peft_core.paths import adapter_names
-from peft_core.schemas.evaluation import AdapterComparison, CatchUp, Evaluation, Memorisation
+from peft_core.schemas.evaluation import AdapterComparison, CatchUp, Evaluation, Memorisation, StudyEffect
 from peft_core.schemas.events import AdaptersCompared, Evaluated, Event
 from peft_core.schemas.task import JobRequest
 from peft_core.system.durations import format_duration
@@ -43,6 +43,7 @@ def write_training_report(directory: Path, manifest: Manifest, events: Iterable[
         tables={
             **_catch_up_tables(evaluation.catch_up),
             "What it repeats of its training text": _memorisation_table(evaluation.memorisation),
+            **_study_tables(evaluation.study),
             "Data": _data_table(manifest),
             "Training": _training_table(manifest),
         },
@@ -161,6 +162,15 @@ def _memorisation_table(memorisation: Memorisation | None) -> dict[str, str]:
     if memorisation.adapter.text:
         table["the adapter's longest run"] = memorisation.adapter.text
     return table
+
+
+def _study_tables(study: StudyEffect | None) -> dict[str, dict[str, str]]:
+    if study is None:
+        return {}
+    table = {"held-out study items": study.items.in_words}
+    if study.others is not None:
+        table["other held-out text"] = study.others.in_words
+    return {"Loss of base model and adapter, nats per token": table}
 
 
 def _data_table(manifest: Manifest) -> dict[str, str]:

@@ -33,10 +33,13 @@ from peft_core.errors import InvalidArgument
 from peft_core.modeling import memory
 from peft_core.modeling.activation_arena import ActivationArena
 from peft_core.planning.defaults import default_learning_rate
+from peft_core.schemas.dataset import DataSource, SourceKind
 from peft_core.schemas.events import (
     EVENT,
     AdapterWritten,
     CheckpointSaved,
+    DatasetPrepared,
+    Evaluated,
     Event,
     HeldOutMeasured,
     JobFailed,
@@ -210,6 +213,40 @@ def test_gradient_checkpointing_returns_freed_memory_from_the_start(
     training_run.run(change_request(task, execution=compute_plan), lambda _event: None, StopFlag())
     assert set(sizes) == {memory._TRIM_THRESHOLD_BYTES if recompute else memory._KEEP_THRESHOLD_BYTES}
     memory.set_malloc_keep()  # restores what the other tests expect
+
+
+def test_a_run_with_study_items_reports_what_was_understood_of_apis_that_it_was_not_asked_about(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    repository = tmp_path / "code"
+    repository.mkdir()
+    items = []
+    for file in range(5):
+        names = [f"add_{file}_{n}" for n in range(8)]
+        (repository / f"m{file}.py").write_text(
+            "\n\n".join(f"def {name}(a):\n    return a + {file}\n" for name in names)
+        )
+        items += [
+            {"study": name, "question": f"How is {name} used?", "answer": f"As in `{name}({file})`."} for name in names
+        ]
+    items.append({"study": names[0], "question": "Which other?", "answer": "Call `subtract(1)`."})
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    more = (DataSource(path=tmp_path / "items.jsonl", kind=SourceKind.JSONL, name="items.jsonl"),)
+    task = make_task(tmp_path, str(tiny_base), **SHORT_RUN)
+    events = run_here(
+        change_request(task, source=repository, source_kind="repository", source_name="code", more_sources=more)
+    )
+    study = next(event.dataset.study for event in events if isinstance(event, DatasetPrepared))
+    assert study is not None
+    assert (study.items, study.dropped[0].count, study.dropped[0].example) == (
+        41,
+        1,
+        "Line 41: it uses subtract, which the repository does not have.",
+    )
+    effect = next(event.evaluation.study for event in events if isinstance(event, Evaluated))
+    assert effect is not None
+    assert effect.others is not None
+    assert (effect.items.examples, effect.items.files) == (study.held_out, study.held_out_apis)
 
 
 def read_until(process: subprocess.Popen[str], kind: type[Event]) -> list[Event]:
