@@ -143,6 +143,7 @@ def show(rows: list[Row], code_bases: list[str]) -> None:
         losses = f"{loss.base:.3f} -> {loss.adapter:.3f}"
         cells = [f"`{row.code_base}`", row.adapter, evaluation.verdict, losses, nats(loss)]
         print(f"| {' | '.join([*cells, *figures, time])} |")
+    show_columns(rows)
     print()
     for code_base in code_bases:
         own, control = (
@@ -154,6 +155,28 @@ def show(rows: list[Row], code_bases: list[str]) -> None:
         seconds = max(row.seconds or 0 for row in rows if row.code_base == code_base)
         within = "met" if seconds < TARGET_S else "MISSED"
         print(f"{code_base}: the control has {share:.0%} of the gain (target: under half); 15 minutes: {within}")
+
+
+def show_columns(rows: list[Row]) -> None:
+    """Print base model and adapter with and without retrieved code, where that was measured."""
+    print("\n| code base | column | loss | change | exact lines | change | lines |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        columns = row.evaluation.columns
+        for column in () if columns is None else columns.columns:
+            change, lines = column.loss_change, column.lines_change
+            cells = [
+                f"`{row.code_base}`",
+                f"{column.name.in_words}{' (best)' if columns and column.name is columns.best else ''}",
+                f"{column.loss:.3f}",
+                "" if change is None else f"{change.change:+.3f}{span(change.low, change.high, 1, 3)}",
+                f"{100 * column.exact_lines:.1f} %",
+                "" if lines is None else f"{100 * lines.change:+.1f}{span(lines.low, lines.high, 100, 1)}",
+                str(columns.lines if columns else 0),
+            ]
+            print(f"| {' | '.join(cells)} |")
+        if columns is not None and not columns.columns:
+            print(f"# {row.code_base}: {columns.text}")
 
 
 def nats(compared: Comparison | None) -> str:

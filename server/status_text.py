@@ -186,6 +186,8 @@ def evaluation_text(evaluation: Evaluation) -> str:
         caveats += f" {evaluation.memorisation.in_words}"
     if evaluation.study is not None:
         caveats += f" {evaluation.study.in_words}"
+    if evaluation.columns is not None:
+        caveats += f" {evaluation.columns.text}"
     size = f"{counted(evaluation.files, 'file')}, {counted(evaluation.examples, 'example')}"
     return f"{reason}; {', '.join(parts)}; {size}.{caveats}"
 

@@ -19,7 +19,15 @@ from peft_core.errors import sanitize
 from peft_core.evaluation.findings import findings_of
 from peft_core.evaluation.loss_curve import HEIGHT, WIDTH, LossCurve, layout_chart, loss_curve
 from peft_core.paths import adapter_names
-from peft_core.schemas.evaluation import AdapterComparison, CatchUp, Evaluation, Memorisation, StudyEffect
+from peft_core.schemas.evaluation import (
+    AdapterComparison,
+    CatchUp,
+    Column,
+    ColumnChange,
+    Evaluation,
+    Memorisation,
+    StudyEffect,
+)
 from peft_core.schemas.events import AdaptersCompared, Evaluated, Event
 from peft_core.schemas.task import JobRequest
 from peft_core.system.durations import format_duration
@@ -41,6 +49,7 @@ def write_training_report(directory: Path, manifest: Manifest, events: Iterable[
         result=evaluation,
         curve=loss_curve(events),
         tables={
+            **column_tables(evaluation),
             **_catch_up_tables(evaluation.catch_up),
             "What it repeats of its training text": _memorisation_table(evaluation.memorisation),
             **_study_tables(evaluation.study),
@@ -79,7 +88,7 @@ def write_evaluation_report(directory: Path, request: JobRequest, events: Iterab
         subtitle=f"Evaluated on {data}",
         result=results[-1],
         curve=None,
-        tables={"What was evaluated": table},
+        tables={**column_tables(results[-1]), "What was evaluated": table},
     )
     (directory / REPORT_NAME).write_text(page, encoding="utf-8")
 
@@ -138,6 +147,32 @@ def _environment() -> jinja2.Environment:
     environment.filters["printable"] = partial(sanitize, limit=None, keep="\n\t")
     environment.filters["points"] = lambda positions: " ".join(f"{x:g},{y:g}" for x, y in positions)
     return environment
+
+
+def column_tables(result: Evaluation | AdapterComparison) -> dict[str, dict[str, str]]:
+    """Return the table of base model and adapter with and without retrieved code, if it was measured."""
+    if not isinstance(result, Evaluation) or result.columns is None:
+        return {}
+    table = {column.name.in_words.removeprefix("the "): _column_in_words(column) for column in result.columns.columns}
+    return {"With similar code of the training before the prompt": {**table, "in words": result.columns.text}}
+
+
+def _column_in_words(column: Column) -> str:
+    loss, lines = f"loss {column.loss:.3f}", f"exact lines {100 * column.exact_lines:.1f} %"
+    if column.loss_change is not None:
+        loss += f" ({_change(column.loss_change, 1, 3)})"
+    if column.lines_change is not None:
+        lines += f" ({_change(column.lines_change, 100, 1)})"
+    return f"{loss}; {lines}"
+
+
+def _change(change: ColumnChange, factor: int, digits: int) -> str:
+    interval = (
+        "too little data for an interval"
+        if change.low is None or change.high is None
+        else f"95 % interval {factor * change.low:+.{digits}f} to {factor * change.high:+.{digits}f}"
+    )
+    return f"{factor * change.change:+.{digits}f}; {interval}"
 
 
 def _catch_up_tables(catch_up: CatchUp | None) -> dict[str, dict[str, str]]:

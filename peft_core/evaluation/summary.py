@@ -73,6 +73,8 @@ class Scores(FrozenModel):
     held_out: tuple[ExampleScore, ...]
     general: tuple[ExampleScore, ...] = ()  # on code of Python's standard library
     in_file: tuple[WindowScore, ...] = ()  # in the middle of whole held-out files
+    plain: tuple[ExampleScore, ...] = ()  # at the positions that are also measured with retrieved code
+    retrieved: tuple[ExampleScore, ...] = ()  # there, with retrieved code
 
 
 @dataclass(frozen=True)

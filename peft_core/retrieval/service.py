@@ -30,7 +30,7 @@ class RetrievalService:
         Raises:
             InvalidArgument: 'no_retrieval_index', 'other_retrieval_index', 'stale_retrieval_index'.
         """
-        source = await run_sync(self._source_of, adapter)
+        source = await run_sync(source_of, self._paths, adapter)
         staleness = await self._staleness_of(str(adapter))
         if staleness is None or staleness.in_brief == "up to date":
             return source
@@ -42,49 +42,56 @@ class RetrievalService:
             )
         return source.model_copy(update={"note": " ".join(filter(None, [source.note, staleness.text]))})
 
-    def _source_of(self, adapter: Path) -> UnitSource:
-        if not adapter.is_relative_to(self._paths.projects):
-            raise _refused(
-                f"{_name(adapter)} was not trained on this machine, so the code that it was trained on is not known",
-                "no_retrieval_index",
-                "Train an adapter on this code with train_adapter",
-            )
-        examples = self._examples(adapter)
-        missing = 0
-        manifest = read_manifest(adapter)
-        seen = {adapter.name}
-        while manifest is not None and (parent := manifest.run.continued_from) and parent not in seen:
-            seen.add(parent)
-            before = self._paths.job(parent).dataset / "train.jsonl"
-            missing += not before.is_file()
-            examples += [before] if before.is_file() else []
-            manifest = read_manifest(adapter.parent / parent)
-        noun = "training" if missing == 1 else "trainings"
-        note = f"The code of {missing} earlier {noun} that it continues was deleted." if missing else ""
-        return UnitSource(adapter_path=adapter, examples=tuple(examples), note=note)
 
-    def _examples(self, adapter: Path) -> list[Path]:
-        dataset, manifest = self._paths.job(adapter.name).dataset, read_manifest(adapter)
-        project = adapter.parent.parent.name
-        again = f"Train again on the same code: train_adapter(project_id={project!r}, training_data=...)"
-        try:
-            prepared = json.loads((dataset / "manifest.json").read_bytes())["dataset"]["summary"]["sha256"]
-        except (OSError, ValueError, KeyError, TypeError):
-            prepared = None
-        if prepared is None or not (dataset / "train.jsonl").is_file():
-            raise _refused(
-                f"the code that {_name(adapter)} was trained on is not kept any more: the files of job {adapter.name} were "
-                "deleted, or it was trained elsewhere",
-                "no_retrieval_index",
-                again,
-            )
-        if manifest is None or manifest.data.summary.sha256 != prepared:
-            raise _refused(
-                f"the files of job {adapter.name} hold another version of the code than {_name(adapter)} was trained on",
-                "other_retrieval_index",
-                again,
-            )
-        return [dataset / "train.jsonl"]
+def source_of(paths: DataPaths, adapter: Path) -> UnitSource:
+    """Return where the code units of an adapter are, whatever has become of the code since.
+
+    Raises:
+        InvalidArgument: 'no_retrieval_index', 'other_retrieval_index'.
+    """
+    if not adapter.is_relative_to(paths.projects):
+        raise _refused(
+            f"{_name(adapter)} was not trained on this machine, so the code that it was trained on is not known",
+            "no_retrieval_index",
+            "Train an adapter on this code with train_adapter",
+        )
+    examples = _examples(paths, adapter)
+    missing = 0
+    manifest = read_manifest(adapter)
+    seen = {adapter.name}
+    while manifest is not None and (parent := manifest.run.continued_from) and parent not in seen:
+        seen.add(parent)
+        before = paths.job(parent).dataset / "train.jsonl"
+        missing += not before.is_file()
+        examples += [before] if before.is_file() else []
+        manifest = read_manifest(adapter.parent / parent)
+    noun = "training" if missing == 1 else "trainings"
+    note = f"The code of {missing} earlier {noun} that it continues was deleted." if missing else ""
+    return UnitSource(adapter_path=adapter, examples=tuple(examples), note=note)
+
+
+def _examples(paths: DataPaths, adapter: Path) -> list[Path]:
+    dataset, manifest = paths.job(adapter.name).dataset, read_manifest(adapter)
+    project = adapter.parent.parent.name
+    again = f"Train again on the same code: train_adapter(project_id={project!r}, training_data=...)"
+    try:
+        prepared = json.loads((dataset / "manifest.json").read_bytes())["dataset"]["summary"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        prepared = None
+    if prepared is None or not (dataset / "train.jsonl").is_file():
+        raise _refused(
+            f"the code that {_name(adapter)} was trained on is not kept any more: the files of job {adapter.name} were "
+            "deleted, or it was trained elsewhere",
+            "no_retrieval_index",
+            again,
+        )
+    if manifest is None or manifest.data.summary.sha256 != prepared:
+        raise _refused(
+            f"the files of job {adapter.name} hold another version of the code than {_name(adapter)} was trained on",
+            "other_retrieval_index",
+            again,
+        )
+    return [dataset / "train.jsonl"]
 
 
 def _name(adapter: Path) -> str:

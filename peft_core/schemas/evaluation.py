@@ -167,6 +167,50 @@ class StudyEffect(FrozenModel):
         return f"Loss on held-out study items, about other APIs: {self.items.in_words}{others}."
 
 
+class ColumnName(StrEnum):
+    """A state of the model, and whether similar code of the training precedes the prompt."""
+
+    BASE = "base"
+    BASE_RETRIEVED = "base_with_retrieved_code"
+    ADAPTER = "adapter"
+    ADAPTER_RETRIEVED = "adapter_with_retrieved_code"
+
+    @property
+    def in_words(self) -> str:
+        state, _, retrieved = self.value.partition("_with_")
+        return f"the {'base model' if state == 'base' else state}{' with retrieved code' if retrieved else ''}"
+
+
+class ColumnChange(FrozenModel):
+    """A metric of a column minus that of the base model."""
+
+    change: float
+    low: float | None = Field(None, description="95 % confidence interval; null if there is too little data.")
+    high: float | None = None
+
+
+class Column(FrozenModel):
+    name: ColumnName
+    loss: float = Field(description="Nats per token; lower is better.")
+    exact_lines: float = Field(description="Share predicted exactly; higher is better.")
+    loss_change: ColumnChange | None = Field(None, description="Null for the base model itself.")
+    lines_change: ColumnChange | None = None
+
+
+class Columns(FrozenModel):
+    """Base model and adapter, each with and without retrieved code, on the same lines of held-out files."""
+
+    text: str = Field(description="Which one is best, or why nothing was measured.")
+    best: ColumnName | None = Field(
+        None, description="The simplest one that is not significantly worse than the one with the lowest loss."
+    )
+    columns: tuple[Column, ...] = ()
+    positions: int = 0
+    files: int = 0
+    lines: int = 0
+    tokens: int = 0
+
+
 class Evaluation(FrozenModel):
     """Base model and adapter compared on text that the adapter was not trained on."""
 
@@ -191,6 +235,7 @@ class Evaluation(FrozenModel):
     general_loss: Comparison | None = Field(
         None, description="Loss on general Python code from no project, in nats per token: shows forgetting."
     )
+    columns: Columns | None = Field(None, description="Whether retrieval does as well; null if it was not asked.")
     forgets: bool = Field(False, description="The loss on general code rises significantly.")
     chosen_on_part: bool = Field(False, description="Early stopping selected the weights on some of these examples.")
     files: int
@@ -222,6 +267,8 @@ class Evaluation(FrozenModel):
             sentences.append(
                 f"It forgets: the loss on general code rises by {self.general_loss.change:.3f} nats per token."
             )
+        if self.columns is not None and self.columns.best in (ColumnName.BASE, ColumnName.BASE_RETRIEVED):
+            sentences.append(f"The adapter is not needed on these lines: {self.columns.best.in_words} does as well.")
         if self.chosen_on_part:
             sentences.append(
                 "Early stopping chose the best state on a part of these examples, which flatters it a little."

@@ -165,7 +165,9 @@ def _plan_order(session: Session, documents: Sequence[Document], evaluator: Eval
         seed=config.seed,
     )
     tokens = order.tokens([len(document) for document in documents])
-    evaluator.choose_windows(base.objective, token_budget_after_training(tokens))
+    budget = token_budget_after_training(tokens)
+    evaluator.choose_windows(base.objective, budget)
+    evaluator.choose_positions(base.objective, budget, [session.paths.dataset / "train.jsonl"])
     return order
 
 

@@ -30,7 +30,17 @@ MAY_IMPORT = {
     "planning": FOUNDATION | {"adapters", "base_models", "data", "staleness"},
     "modeling": FOUNDATION | {"adapters", "base_models", "planning"},
     "evaluation.worker": FOUNDATION
-    | {"adapters", "base_models", "data", "devices", "evaluation", "modeling", "planning"},
+    | {
+        "adapters",
+        "base_models",
+        "data",
+        "devices",
+        "evaluation",
+        "modeling",
+        "planning",
+        "retrieval",
+        "retrieval.worker",
+    },
     "training": FOUNDATION
     | {"adapters", "base_models", "data", "devices", "evaluation", "evaluation.worker", "modeling", "planning"},
     "worker": FOUNDATION | {"evaluation.worker", "training", "modeling"},

@@ -12,10 +12,12 @@ from accelerate import Accelerator
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
+from peft_core.evaluation.columns import summarise_columns
 from peft_core.evaluation.positions import project_names
 from peft_core.evaluation.stdlib_code import stdlib_examples
 from peft_core.evaluation.summary import Measurement, QuotedPrompt, Scores, summarise
 from peft_core.evaluation.worker.completions import Prompt, choose_prompts, complete
+from peft_core.evaluation.worker.retrieved import POSITION_TOKENS, Positions, choose_positions
 from peft_core.evaluation.worker.scoring import make_held_out_examples, score_examples
 from peft_core.evaluation.worker.setup import RunData
 from peft_core.evaluation.worker.windows import WINDOW_TOKENS, Window, choose_windows, score_windows
@@ -58,6 +60,7 @@ class Evaluator:
         self._general = make_held_out_examples(stdlib_examples(), data.tokenizer, max_length)
         self._tokenizer = data.tokenizer
         self._windows: list[Window] = []
+        self._positions = Positions()
         self.seed = seed
 
     def choose_windows(self, objective: Objective, budget: int) -> None:
@@ -74,12 +77,27 @@ class Evaluator:
             seed=self.seed,
         )
 
+    def choose_positions(self, objective: Objective, budget: int, training_code: Sequence[Path]) -> None:
+        """Choose the positions at which retrieved code is compared with the adapter. Without this, there are none.
+
+        `training_code`: the files of training examples that are searched. `budget` comes on top of that of `choose_windows`.
+        """
+        limits = (POSITION_TOKENS, 2 * self._max_length, objective.context_tokens or POSITION_TOKENS)
+        self._positions = choose_positions(
+            self._data.held_out_files,
+            training_code,
+            self._tokenizer,
+            length=min(limits),
+            budget=budget,
+            seed=self.seed,
+        )
+
     def work_after_training(self, trained_tokens: int) -> float:
         """Return the work of scoring and comparing the adapter in tokens of training, each of which costs three of reading."""
         documents = [each.document for each in (*self._held_out, *self._general)]
         documents += [window.document for window in self._windows]
         written = 2 * self._completion_budget(token_budget_after_training(trained_tokens))
-        return (sum(map(len, documents)) + written) / 3
+        return (sum(map(len, documents)) + self._positions.tokens + written) / 3
 
     def score(
         self, objective: Objective, accelerator: Accelerator, stop: StopFlag, *, key: str = "", more: bool = True
@@ -88,20 +106,26 @@ class Evaluator:
         examples = [*self._held_out, *(self._general if more else ())]
         scores = score_examples(objective, examples, self._tokenizer, accelerator, stop)
         border = len(self._held_out)
-        windows = self._windows if more else ()
+        windows, positions = (self._windows, self._positions) if more else ((), Positions())
+        at_positions = [*positions.plain, *positions.retrieved]
+        columns = score_examples(objective, at_positions, self._tokenizer, accelerator, stop) if at_positions else []
         return Scores(
             key=key,
             held_out=tuple(scores[:border]),
             general=tuple(scores[border:]),
             in_file=tuple(score_windows(objective, windows, self._tokenizer, accelerator, stop)),
+            plain=tuple(columns[: len(positions.plain)]),
+            retrieved=tuple(columns[len(positions.plain) :]),
         )
 
     def are_comparable(self, scores: Scores, *, more: bool = True) -> bool:
         """Return whether scores are of the same size as those that `score` returns."""
         windows = self._windows if more else ()
-        positions = sum(len(target.metrics) for window in windows for target in window.targets)
-        return len(scores.held_out) == len(self._held_out) and positions == sum(
-            score.positions for score in scores.in_file
+        in_windows = sum(len(target.metrics) for window in windows for target in window.targets)
+        return (
+            len(scores.held_out) == len(self._held_out)
+            and in_windows == sum(score.positions for score in scores.in_file)
+            and len(scores.plain) == (len(self._positions.plain) if more else 0)
         )
 
     def choose_prompts(self, budget: int) -> list[Prompt]:
@@ -140,6 +164,8 @@ class Evaluator:
 
     def summarise(self, base: Measurement, adapter: Measurement, prompts: Sequence[Prompt]) -> Evaluation:
         evaluation = summarise(base, adapter, self.quote(prompts), seed=self.seed)
+        columns = summarise_columns(base.scores, adapter.scores, note=self._positions.note, seed=self.seed)
+        evaluation = evaluation.model_copy(update={"columns": columns})
         _log.info("evaluated", **evaluation.without_texts.model_dump(exclude={"gains", "losses"}))
         return evaluation
 

@@ -13,7 +13,7 @@ from peft_core.adapters.verify import verify_files
 from peft_core.data.exclusions import ExclusionReason
 from peft_core.data.leakage import TrainingFingerprint, read_fingerprint
 from peft_core.devices.records import distrusted
-from peft_core.errors import DataError, InferenceError, sanitize
+from peft_core.errors import DataError, InferenceError, InvalidArgument, sanitize
 from peft_core.evaluation.comparison import compare_adapters
 from peft_core.evaluation.summary import Measurement, mean_loss
 from peft_core.evaluation.worker.completions import Prompt, undo_fusion
@@ -22,7 +22,8 @@ from peft_core.evaluation.worker.setup import RunData, Session, prepare_data, re
 from peft_core.modeling.adapter_model import ResidentModel
 from peft_core.modeling.memory import return_freed_memory
 from peft_core.modeling.objective import Objective, probe_fast_paths
-from peft_core.paths import adapter_names
+from peft_core.paths import DataPaths, adapter_names
+from peft_core.retrieval.service import source_of
 from peft_core.schemas.dataset import DatasetPurpose, DatasetSummary
 from peft_core.schemas.evaluation import ComparedAdapter, TrainedOn
 from peft_core.schemas.events import AdaptersCompared, DatasetPrepared, Emit, Evaluated, HeldOutMeasured, RunPlanned
@@ -70,6 +71,7 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     # 3. Scores and completions of each.
     budget = token_budget(2 * summary.held_out_tokens)
     evaluator.choose_windows(objective, budget)
+    evaluator.choose_positions(objective, budget, _training_code(task, paths))
     measured, prompts = _measure(session, model, names, evaluator, objective, budget)
 
     # 4. The summary.
@@ -155,6 +157,17 @@ def _trained_on(summary: DatasetSummary) -> TrainedOn:
         both=count(ExclusionReason.TRAINED_ON),
         uncertain=count(ExclusionReason.MAYBE_TRAINED_ON),
     )
+
+
+def _training_code(task: TrainingTask, adapters: Sequence[Path]) -> list[Path]:
+    """Return the training examples of a single adapter, if it was trained here and they are kept."""
+    if task.data_dir is None or len(adapters) > 1:
+        return []
+    try:
+        return list(source_of(DataPaths(task.data_dir), adapters[0]).examples)
+    except InvalidArgument as error:
+        _log.info("retrieval_not_measured", reason=error.message)
+        return []
 
 
 def _summary(data: RunData, adapters: Sequence[str]) -> DatasetSummary:

@@ -49,7 +49,7 @@ class Retriever:
         context = compose(
             best,
             prompt=prompt,
-            count=lambda text: len(model.tokenizer.ids(text)),
+            count=lambda text: model.tokenizer.count([text])[0],
             budget=min(free, MAX_CONTEXT_TOKENS),
         )
         if context.too_long and not context.units:

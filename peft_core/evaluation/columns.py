@@ -1,0 +1,117 @@
+"""Which combination of adapter and retrieved code predicts held-out code best: from scores to a table with intervals.
+
+Every column predicts the same lines. A column is a state of the model, with or without similar code of the training before the
+prompt, as `generate(retrieve=true)` puts it there. The best column has the lowest loss, but the simplest one is preferred to
+those that cannot be distinguished from it: without the adapter, and without retrieval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from peft_core.evaluation.bootstrap import PairedSum, choose_resampling_unit, compare, sum_by_file
+from peft_core.evaluation.summary import ExampleScore, Scores, mean_loss
+from peft_core.schemas.evaluation import Column, ColumnChange, ColumnName, Columns
+
+MIN_POSITIONS = 5  # fewer give no interval
+
+
+def summarise_columns(base: Scores, adapter: Scores, *, note: str, seed: int = 0) -> Columns | None:
+    """Return the table; if there were too few positions, only `note`, which explains that; None without a note."""
+    scores = {
+        ColumnName.BASE: base.plain,
+        ColumnName.BASE_RETRIEVED: base.retrieved,
+        ColumnName.ADAPTER: adapter.plain,
+        ColumnName.ADAPTER_RETRIEVED: adapter.retrieved,
+    }
+    first = scores[ColumnName.BASE]
+    if not first:
+        return Columns(text=note) if note else None
+    best = _best(scores, seed)
+    return Columns(
+        best=best,
+        text=_text(scores, best, seed),
+        columns=tuple(_column(name, first, each, seed) for name, each in scores.items()),
+        positions=len(first),
+        files=len({score.file for score in first}),
+        lines=sum(score.total_lines for score in first),
+        tokens=sum(score.tokens for score in first),
+    )
+
+
+def _column(name: ColumnName, base: Sequence[ExampleScore], own: Sequence[ExampleScore], seed: int) -> Column:
+    is_base = name is ColumnName.BASE
+    lines = sum(score.lines for score in own) / max(1, sum(score.total_lines for score in own))
+    return Column(
+        name=name,
+        loss=round(mean_loss(own), 6),
+        exact_lines=round(lines, 6),
+        loss_change=None if is_base else loss_difference(base, own, seed),
+        lines_change=None if is_base else _difference(base, own, "lines", seed),
+    )
+
+
+def loss_difference(one: Sequence[ExampleScore], two: Sequence[ExampleScore], seed: int) -> ColumnChange:
+    """Return the loss of the second column minus that of the first, in nats per token."""
+    found = _difference(one, two, "loss", seed)
+    if found is None:
+        raise ValueError("nothing was measured")
+    return found
+
+
+def _difference(
+    one: Sequence[ExampleScore], two: Sequence[ExampleScore], metric: str, seed: int
+) -> ColumnChange | None:
+    pairs = [
+        (
+            a.file,
+            PairedSum(a.loss, b.loss, a.tokens) if metric == "loss" else PairedSum(a.lines, b.lines, a.total_lines),
+        )
+        for a, b in zip(one, two, strict=True)
+    ]
+    by_file = choose_resampling_unit(file for file, _ in pairs) == "files"
+    change = compare(sum_by_file(pairs) if by_file else [paired for _, paired in pairs], seed=seed)
+    if change is None:
+        return None
+    return ColumnChange(change=change.change, low=change.low, high=change.high)
+
+
+def _best(scores: Mapping[ColumnName, Sequence[ExampleScore]], seed: int) -> ColumnName:
+    """Return the simplest column that is not significantly worse than the one with the lowest loss."""
+    lowest = min(scores.values(), key=mean_loss)
+    for name in (ColumnName.BASE, ColumnName.BASE_RETRIEVED, ColumnName.ADAPTER, ColumnName.ADAPTER_RETRIEVED):
+        high = loss_difference(scores[name], lowest, seed).high
+        if scores[name] is lowest or high is None or high >= 0:
+            return name
+    raise AssertionError  # the lowest is among them
+
+
+def _text(scores: Mapping[ColumnName, Sequence[ExampleScore]], best: ColumnName, seed: int) -> str:
+    losses = {name: mean_loss(each) for name, each in scores.items()}
+    others = ", ".join(
+        f"{name.in_words} {losses[name]:.3f}" for name in sorted(losses, key=losses.__getitem__) if name is not best
+    )
+    close = [
+        name.in_words
+        for name in scores
+        if name is not best and not _differs(loss_difference(scores[best], scores[name], seed))
+    ]
+    chance = f" Its difference from {' and '.join(close)} may be chance." if close else ""
+    first = scores[best]
+    size = f"{len(first)} positions, {sum(score.total_lines for score in first)} lines"
+    return (
+        f"With and without similar code of the training before the prompt ({size}), {best.in_words} is best: "
+        f"loss {losses[best]:.3f}; {others}.{chance}{_ADVICE[best]}"
+    )
+
+
+def _differs(difference: ColumnChange) -> bool:
+    return difference.low is not None and difference.high is not None and not difference.low <= 0 <= difference.high
+
+
+_ADVICE = {
+    ColumnName.BASE: "",
+    ColumnName.BASE_RETRIEVED: " generate(use_base=true, adapter_path=PROJECT, retrieve=true) uses it.",
+    ColumnName.ADAPTER: "",
+    ColumnName.ADAPTER_RETRIEVED: " Use generate(retrieve=true).",
+}
