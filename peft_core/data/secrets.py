@@ -53,6 +53,34 @@ _PATTERNS = (
     ("npm Token", ("npm_",), r"\bnpm_[A-Za-z0-9]{36}"),
     ("DigitalOcean Token", ("dop_v1_", "doo_v1_"), r"\bdo[op]_v1_[a-f0-9]{64}"),
     ("Stripe Key", ("whsec_", "sk_test_"), r"\bwhsec_[A-Za-z0-9]{24,}|\bsk_test_[A-Za-z0-9]{24,}"),
+    ("OpenRouter Token", ("sk-or-v1-",), r"\bsk-or-v1-[a-f0-9]{64}"),
+    ("DeepSeek Token", ("sk-",), r"\bsk-[a-f0-9]{32}\b"),
+    ("Groq Token", ("gsk_",), r"\bgsk_[A-Za-z0-9]{40,}"),
+    ("xAI Token", ("xai-",), r"\bxai-[A-Za-z0-9]{60,}"),
+    ("Perplexity Token", ("pplx-",), r"\bpplx-[A-Za-z0-9]{40,}"),
+    ("NVIDIA Token", ("nvapi-",), r"\bnvapi-[\w-]{50,}"),
+    ("Replicate Token", ("r8_",), r"\br8_[A-Za-z0-9]{37}"),
+    ("LangSmith Token", ("lsv2_",), r"\blsv2_[a-z]{2}_[a-f0-9]{32}_[a-f0-9]{10}"),
+    ("Shopify Token", ("shpat_", "shpca_", "shppa_", "shpss_"), r"\bshp(?:at|ca|pa|ss)_[a-fA-F0-9]{32}"),
+    ("Vault Token", ("hvs.",), r"\bhvs\.[\w-]{24,}"),
+    ("Doppler Token", ("dp.",), r"\bdp\.(?:pt|st|ct)\.[\w.-]{40,}"),
+    ("Databricks Token", ("dapi",), r"\bdapi[a-f0-9]{32}"),
+    ("Linear Token", ("lin_api_",), r"\blin_api_[A-Za-z0-9]{40}"),
+    ("Notion Token", ("ntn_", "secret_"), r"\bntn_[A-Za-z0-9]{40,}|\bsecret_[A-Za-z0-9]{43}\b"),
+    ("Mailgun Key", ("key-",), r"\bkey-[a-f0-9]{32}\b"),
+    ("Django Secret Key", ("django-insecure-",), r"django-insecure-[^\s\"']{30,}"),
+    ("Postman Token", ("PMAK-",), r"\bPMAK-[a-f0-9]{24}-[a-f0-9]{34}"),
+    ("New Relic Key", ("NRAK-",), r"\bNRAK-[A-Z0-9]{27}"),
+    ("Supabase Token", ("sbp_",), r"\bsbp_[a-f0-9]{40}"),
+    ("PlanetScale Secret", ("pscale_",), r"\bpscale_(?:pw|tkn)_[\w.-]{32,}"),
+    ("Figma Token", ("figd_",), r"\bfigd_[\w-]{40,}"),
+    ("Grafana Token", ("glsa_",), r"\bglsa_[A-Za-z0-9]{32}_[a-f0-9]{8}"),
+    ("Pulumi Token", ("pul-",), r"\bpul-[a-f0-9]{40}"),
+    ("Terraform Token", (".atlasv1.",), r"\b[A-Za-z0-9]{14}\.atlasv1\.[\w-]{60,}"),
+    ("age Key", ("AGE-SECRET-KEY-",), r"\bAGE-SECRET-KEY-1[A-Z0-9]{58}"),
+    ("Webhook", ("/api/webhooks/", "/webhookb2/"), r"/api/webhooks/\d+/[\w-]{60,}|/webhookb2/[\w@/-]{60,}"),
+    ("Signed URL", ("sig=",), r"[?&]sig=[A-Za-z0-9%+/]{43,}"),
+    ("Password in a URL", ("://",), r"://:[^\s:/@\"'`{}<>$*]{8,}(?=@)|://[a-f0-9]{32}(?=@)"),
 )
 _KEY_BEGINS = re.compile(r"BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY|PuTTY-User-Key-File-\d")
 _KEY_ENDS = re.compile(r"END [A-Z0-9 ]{0,40}PRIVATE KEY|Private-MAC:")
@@ -63,16 +91,31 @@ _MAX_SEARCHED_VALUES = 1_000  # values whose other occurrences in the file are s
 _MAX_KEY_ROWS = 200  # where a key without an end is cut off; the longest keys have this many rows
 
 # password = "…" counts as a secret only if the literal looks random: most such literals in code are field names, prompts and
-# test values.
-_ASSIGNED = re.compile(
-    r"""(?:passw(?:or)?d|passphrase|secret|token|api_?key|access_?key|auth_?key|private_?key|credential)s?\w{0,40}["']?\]?
-        \s*(?:=|:|:=|=>|,)\s*[bruf]{0,2}["']([A-Za-z0-9+/=_.!@\#$%^&*~-]{16,200})["']""",
+# test values. Without quotes, as in shell scripts, YAML, URLs and comments, a name or an expression may follow, so the value
+# must have upper- and lower-case letters, or be hexadecimal.
+_NAME = (
+    r"(?:passw(?:or)?d|passphrase|pwd|secret|token|api_?key|access_?key|auth_?key|private_?key|credential)s?\w{0,40}"
+)
+_QUOTED = re.compile(
+    _NAME
+    + r"""\\?["']?\]?(?:\s*:\s*[\w.|\[\] ]{1,30}=|\s*(?:=|:|:=|=>|,)|\s+value=)
+        \s*[bruf]{0,2}\\?["'`]([A-Za-z0-9+/=_.!@\#$%^&*()|<>?~-]{16,200}?)\\?["'`]""",
     re.IGNORECASE | re.VERBOSE,
 )
-_ASSIGNED_MARKERS = ("pass", "secret", "token", "key", "credential")
+_UNQUOTED = re.compile(
+    rf"(?:{_NAME}(?:\s*[=:]\s*|\s+(?:is\s+)?|>)|\b(?:Bearer|Basic)\s+)([A-Za-z0-9+/=_-]{{16,200}})(?![\w.(\[])",
+    re.IGNORECASE,
+)
+_ASSIGNED_MARKERS = ("pass", "pwd", "secret", "token", "key", "credential", "bearer", "basic")
 _MIN_ENTROPY = 3.6  # bits per character; sixteen random hexadecimal digits have about 3.4, English words below 3.3
 _PLACEHOLDER = re.compile(r"example|sample|dummy|placeholder|change|your|test|xxx|abc|1234|fake|mock", re.IGNORECASE)
-_WORDS = re.compile(r"[A-Z]?[a-z]{3,}|[A-Z]{5,}")
+_WORDS = re.compile(r"[A-Z]?[a-z]{4,}|[A-Z]{5,}|(?<![A-Za-z0-9])[A-Za-z]{2,3}(?![A-Za-z0-9])")
+# Consonants as no English word has them. Without this, 1 of 40 random values of 20 letters and digits counts as words; with it,
+# 1 of 500.
+_NO_WORD = re.compile(
+    r"[bcdfghjklmnpqrstvwxz]{4}|[jqvxz][bcdfghjklmnpqrstvwxz]|[bcdfghjkmpqtvwxz]q|q[^u]", re.IGNORECASE
+)
+_HEX = re.compile(r"[a-f0-9]{32,}|[A-F0-9]{32,}")
 _BASIC_AUTH_PLACEHOLDER = re.compile(
     r"^(?:pass(?:word|wd)?|pw|pwd|secret|token|\*+|x+|\.+|[%$<{\[].*|.*[}>\])]|port|\d{1,5}.*|user.*)$", re.IGNORECASE
 )
@@ -169,15 +212,24 @@ def _basic_auth(plugin: Any) -> Callable[[str], list[str]]:
 
 
 def _assigned(line: str) -> Iterator[str]:
-    for value in _ASSIGNED.findall(line):
-        mixed = any(char.isdigit() for char in value) and any(char.isalpha() for char in value)
-        if mixed and _entropy(value) >= _MIN_ENTROPY and not _PLACEHOLDER.search(value) and not _is_wordy(value):
+    yield from filter(_is_random, _QUOTED.findall(line))
+    for value in _UNQUOTED.findall(line):
+        both_cases = any(char.isupper() for char in value) and any(char.islower() for char in value)
+        if (both_cases or _HEX.fullmatch(value)) and _is_random(value):
             yield value
 
 
+def _is_random(value: str) -> bool:
+    if _HEX.fullmatch(value):
+        return len(set(value)) >= 8
+    mixed = any(char.isdigit() for char in value) and any(char.isalpha() for char in value)
+    return mixed and _entropy(value) >= _MIN_ENTROPY and not _PLACEHOLDER.search(value) and not _is_wordy(value)
+
+
 def _is_wordy(value: str) -> bool:
-    """Return whether most of a value is words, as in names and paths but not in random values."""
-    return sum(len(word) for word in _WORDS.findall(value)) > len(value) / 2
+    """Return whether most letters of a value belong to words, as in names and paths but not in random values."""
+    words = (word for word in _WORDS.findall(value) if not _NO_WORD.search(word))
+    return sum(map(len, words)) > sum(map(str.isalpha, value)) / 2
 
 
 def _entropy(value: str) -> float:

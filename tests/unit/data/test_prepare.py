@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
+import string
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -387,6 +389,37 @@ SECRETS = {
     "basic auth": "https://admin:" + RANDOM[:12] + "@db.internal/x",
     "assignment": 'DB_PASSWORD = "' + RANDOM[:24] + '"',
 }
+HEX = "5d41402abc4b2a76b9719d911017c592"
+# Lines with a secret that has no form of its own: what stands before it says what it is.
+LINES_WITH_A_SECRET = [
+    f"DATABASE_PASSWORD={RANDOM[:24]}",
+    f"export SECRET_KEY={RANDOM}",
+    f"ENV API_TOKEN {RANDOM}",
+    f"  password: {RANDOM[:20]}",
+    f"  - DB_PASSWORD={RANDOM[:20]}",
+    f"secret_key_base: {HEX * 4}",
+    f"spring.datasource.password={RANDOM[:20]}",
+    f"aws_secret_access_key = {RANDOM}",
+    f'CONF = {{"pwd": "{RANDOM[:20]}"}}',
+    f"const clientSecret = `{RANDOM}`;",
+    f"const token: string = '{RANDOM}'",
+    f'os.environ.setdefault("API_KEY", "{RANDOM}")',
+    f"define('AUTH_KEY', '{RANDOM}|&(%<')",
+    f'"api_key = \\"{RANDOM}\\"\\n",',
+    f'<add key="ApiKey" value="{RANDOM}" />',
+    f"    <passphrase>{RANDOM[:20]}</passphrase>",
+    f"mysql -u root --password={RANDOM[:18]} db",
+    f"Server=tcp:x.example.net;User ID=app;Password={RANDOM[:16]};Encrypt=true",
+    f"jdbc:postgresql://db/x?user=app&password={RANDOM[:18]}",
+    f'URL = "https://api.example.net/v2/x?api_key={RANDOM}&q=1"',
+    f"redis://:{RANDOM[:20]}@cache:6379/0",
+    f'sentry_sdk.init("https://{HEX}@o12345.ingest.sentry.io/678")',
+    f"https://discord.com/api/webhooks/{'12' * 9}/{RANDOM * 2}",
+    f"?sv=2022-11-02&ss=b&sig={(RANDOM * 2)[:43]}%3D",
+    f'headers = {{"Authorization": "Bearer {RANDOM}"}}',
+    f"# password is {RANDOM[:16]}",
+    f"// token: {RANDOM}",
+]
 
 
 @pytest.mark.parametrize("name", SECRETS)
@@ -407,6 +440,19 @@ def test_a_secret_never_reaches_the_dataset(tmp_path: Path, name: str):
     assert any("class Client" in example.text for example in all_examples(tmp_path / "out")), (
         "the code around the secret is missing"
     )
+
+
+@pytest.mark.parametrize("line", LINES_WITH_A_SECRET)
+def test_a_secret_is_found_by_what_stands_before_it(line: str):
+    assert redact_secrets([f"{line}\n", "x = 1\n"])[0] == ["\n", "x = 1\n"]
+
+
+@pytest.mark.parametrize("line", ["DB_PASSWORD={}", "password = '{}'"])
+def test_random_values_are_seldom_taken_for_words(line: str):
+    generator = random.Random(0)  # noqa: S311 -- nothing here is secret
+    values = ["".join(generator.choices(string.ascii_letters + string.digits, k=24)) for _ in range(1000)]
+    missed = [value for value in values if not redact_secrets([line.format(value)])[1]]
+    assert len(missed) < 20  # most have no digit
 
 
 def test_no_line_of_a_private_key_reaches_the_dataset(tmp_path: Path):
@@ -447,6 +493,12 @@ def test_a_pair_with_a_secret_is_excluded(tmp_path: Path):
         "sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
         'task-id = "task-management-system-for-teams"',
         'key = "abcdefghijklmnopqrstuvwxyz0123456789"',
+        "private_key: Ed25519PrivateKey | Ed448PrivateKey",
+        "token = GitHubTokenV2Factory()",
+        "password=settings.DATABASE_PASSWORD_2",
+        "secret: SecretStr = Base64EncodedSecretString2",
+        "# token is checked by OAuth2PasswordRequestForm",
+        "redis://:${REDIS_PASSWORD}@cache:6379/0",
     ],
 )
 def test_code_that_only_mentions_secrets_is_not_excluded(line: str):
