@@ -177,8 +177,16 @@ class NameCheck:
         return name is None or (name in self.foreign and not self.index.defines(name)) or self._is_outside(name)
 
     def _is_outside(self, name: str) -> bool:
-        is_ours = self.index.defines(name) or name in self.index.modules or name in _SELF
-        return not is_ours and (name in self._builtins or name in self._standard)
+        return not self._is_of_repository(name) and (name in self._builtins or name in self._standard)
+
+    def _is_of_repository(self, name: str) -> bool:
+        """Return whether a name that an expression or an import begins with is the repository's.
+
+        `logging` is the language's module even if the repository has a `logging` somewhere inside.
+        """
+        if name in self.index.packages or name in _SELF:
+            return True
+        return name not in self._standard and (name in self.index.modules or self.index.defines(name))
 
     def _add_import(self, found: Occurrence, parsed: Parsed) -> None:
         """Sort an imported name: one of the repository has to exist there, another one of a known package is foreign."""
@@ -208,11 +216,7 @@ class NameCheck:
         packages = self.index.packages
         if any(text in packages or any(text.startswith(f"{each}/") for each in packages) for text in statement.texts):
             return True
-        return (
-            statement.root in (".", *_SELF)
-            or statement.root in self.index.modules
-            or self.index.defines(statement.root)
-        )
+        return statement.root == "." or self._is_of_repository(statement.root)
 
     def _add_foreign(self, parsed: Parsed) -> None:
         """Follow names that are bound to something of a dependency or of the language: their attributes cannot be known."""
@@ -227,7 +231,8 @@ class NameCheck:
                 value = node.child_by_field_name(value_field) if value_field else node.named_children[0]
                 if target is None or value is None or target == value:
                     continue
-                if self._is_foreign(first_name(value, parsed.raw)):
+                root = first_name(value, parsed.raw)
+                if root is not None and self._is_foreign(root):
                     bound = (each for each in occurrences(target, parsed.raw) if each.role is not Role.ACCESS)
                     self.foreign.update(each.name for each in bound if each.name not in ("self", "this"))
 
@@ -265,7 +270,7 @@ class NameCheck:
             return  # a plain word may be a parameter, a value, or a word of another language
         if len(parts) > 1 and self._is_foreign(parts[0]):
             return
-        for part in parts[1:] if not is_call else [*parts[1:-1], parts[-1]]:
+        for part in parts[1:] or parts:
             known = self._exists(part) or part in self.own or part in self.foreign or part in self.index.modules
             if not known and part not in self.index.words:
                 self.unknown[part] = None

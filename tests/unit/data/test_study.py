@@ -95,6 +95,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("study") / "shop"
     files = {
         "src/shop/client.py": PYTHON,
+        "src/shop/logging.py": "def setup(level):\n    return level\n",
         "web/shapes.ts": TYPESCRIPT,
         "store/store.go": GO,
         "parser/src/parser.rs": RUST,
@@ -173,6 +174,9 @@ GOOD = {
         "class Mine:\n    def __init__(self, client):\n        self.inner = client\n\n    def go(self):\n"
         "        return self.inner.fetch('x')\n\nMine(connect('x')).go()"
     ),
+    "a module of the language that the repository has, too": fenced(
+        "import logging\nfrom shop.logging import setup\nsetup(1)\nlogging.getLogger('x').setLevel(connect('x').fetch('y'))"
+    ),
     "a parameter that is called": fenced("def run(action):\n    return action(connect('x').fetch('y'))"),
     "text": "`Client.fetch(path)` returns a dict; see `src/shop/client.py`, `settings.toml` and `True`.",
     "a shell command": "Run it after `connect`:\n\n```console\n$ pip install shop\n```",
@@ -188,6 +192,11 @@ BAD = {
     "a method": (fenced("connect('x').fetch_everything()"), ExclusionReason.STUDY_UNKNOWN_NAME, "fetch_everything"),
     "a function": (fenced("disconnect(Client)"), ExclusionReason.STUDY_UNKNOWN_NAME, "disconnect"),
     "an import": (fenced("from shop.client import Pool\nconnect('x')"), ExclusionReason.STUDY_UNKNOWN_NAME, "Pool"),
+    "a method after a default": (
+        fenced("def f(client=None):\n    return client.reset() or connect('x')"),
+        ExclusionReason.STUDY_UNKNOWN_NAME,
+        "reset",
+    ),
     "a package": (fenced("import shoppe\nconnect('x')"), ExclusionReason.STUDY_UNKNOWN_NAME, "shoppe"),
     "a keyword": (
         fenced("Client(None).fetch('x', deadline=1)"),
