@@ -122,7 +122,8 @@ def check_item(record: Record, index: RepositoryIndex) -> str | Drop:
             ExclusionReason.STUDY_UNKNOWN_NAME,
             f"it uses {invented}, which the repository does not have",
         )
-    if target.name not in check.used and not check.used - builtin_names(language.name):
+    names_target = target.name in check.used or target.name in check.own  # an answer may write it
+    if not names_target and not check.used - builtin_names(language.name):
         hint = "code in Markdown stands in fences or in `backticks`; an answer that is code as a whole needs the key 'language'"
         return Drop(
             ExclusionReason.STUDY_NAMES_NOTHING, f"its answer names nothing that the repository defines ({hint})"

@@ -179,6 +179,7 @@ GOOD = {
     ),
     "a parameter that is called": fenced("def run(action):\n    return action(connect('x').fetch('y'))"),
     "text": "`Client.fetch(path)` returns a dict; see `src/shop/client.py`, `settings.toml` and `True`.",
+    "the definition itself": fenced("def fetch(self, path):\n    return path"),
     "a shell command": "Run it after `connect`:\n\n```console\n$ pip install shop\n```",
 }
 
