@@ -141,7 +141,12 @@ class Settings(BaseSettings):
         ),
     ] = None
     cluster_gpus: Annotated[
-        int, Field(ge=1, le=64, description="GPUs of one node that a training on the cluster uses, if it has GPUs.")
+        int,
+        Field(
+            ge=1,
+            le=64,
+            description="GPUs that a training on the cluster uses, if it has GPUs; of several nodes if none has so many.",
+        ),
     ] = 1
     allowed_roots: Annotated[
         tuple[Path, ...] | None,

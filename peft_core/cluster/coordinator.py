@@ -16,8 +16,10 @@ from typing import Any
 
 import ray
 import structlog
+from ray.util import remove_placement_group
 
 from peft_core.cluster.remote_run import NAMESPACE, train
+from peft_core.cluster.several_nodes import group_of_nodes
 from peft_core.cluster.transfer import Listing
 
 HEAD = {"node:__internal_head__": 0.001}  # a resource that only the head node has
@@ -161,18 +163,22 @@ class Coordinator(_Actor):
         self._reported_at = 0.0
         self._holder: Any = None
         self._run: Any = None  # reference to the remote run
+        self._group: Any = None  # of the nodes of a run that has several
         self._end_of_run: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
 
     # ---- The bridge's side
 
-    async def start(self, options: dict[str, Any], holder: str | None, max_minutes: float | None) -> None:
+    async def start(
+        self, options: dict[str, Any], holder: str | None, max_minutes: float | None, nodes: int = 1
+    ) -> None:
         """Submit the run.
 
         Args:
             options: Of the Ray task.
             holder: The name of the actor that has its base model; None: the nodes have it.
             max_minutes: After which the run is stopped, from its first beginning on.
+            nodes: On which it trains; the task leads it on the first of them.
         """
         self._touch()
         if self._status != "new":
@@ -180,6 +186,8 @@ class Coordinator(_Actor):
         self._holder = None if holder is None else ray.get_actor(holder, namespace=NAMESPACE)
         self._status = "waiting"
         self._max_minutes = max_minutes
+        if nodes > 1:
+            self._group, options = group_of_nodes(options, nodes)
         me = ray.get_runtime_context().current_actor
         self._run = ray.remote(train).options(**options).remote(me, self._job_id, holder)
         self._end_of_run = asyncio.create_task(self._await_run())
@@ -281,6 +289,8 @@ class Coordinator(_Actor):
         except Exception as error:  # noqa: BLE001 -- whatever Ray raises: the bridge shows it
             log.warning("run_lost", job_id=self._job_id, error=str(error))
             reason = f"{type(error).__name__}: {str(error).strip().rpartition(chr(10))[2]}"[:500]
+        if self._group is not None:
+            remove_placement_group(self._group)  # or its resources stay reserved until the adapter is fetched
         if self._status != "ended":
             self._end("lost", reason=reason)
 

@@ -26,10 +26,12 @@ import ray
 import structlog
 
 from peft_core.cluster import bases, shelves
+from peft_core.cluster.several_nodes import Partners, Rendezvous
 from peft_core.cluster.transfer import files_below
 from peft_core.config import Settings
 from peft_core.errors import ClusterError, PeftMcpError
 from peft_core.paths import JobPaths
+from peft_core.schemas.cluster import ClusterPlan
 from peft_core.schemas.events import JobFailed
 from peft_core.schemas.task import TrainingTask
 from peft_core.system.cancellation import CANCELLED_EXIT_CODE
@@ -43,8 +45,10 @@ MAX_CHECKPOINT_BYTES = 32 << 30
 REPORT_S = 0.5  # between two reports, if there is nothing new
 SIGN_OF_LIFE_S = 5.0
 GRACE_S = 60.0  # between SIGTERM and SIGKILL: a micro-batch and a checkpoint
+PARTNER_S = 30.0  # for which the end of a partner and that of the run may differ
 MAX_LINE = 1 << 20  # bytes of an event
 _LOG_TAIL_BYTES = 16 << 10
+_WHY_CHARACTERS = 2000  # of a partner's log
 _SECRETS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")  # a training needs no access to the cluster
 TASK = TaskKind(
     name="run on the cluster",
@@ -94,6 +98,7 @@ class _Run:
     def __init__(self, coordinator: Any, attempt: int, paths: JobPaths, settings: Settings, holder: str | None) -> None:
         self._coordinator, self._attempt = coordinator, attempt
         self._paths, self._settings, self._holder = paths, settings, holder
+        self._partners: Partners | None = None
 
     def run(self) -> None:
         """Fetch the task, run the worker, pass on its events and checkpoints, and hand over the adapter.
@@ -102,22 +107,57 @@ class _Run:
             ClusterError: What was fetched is not what it should be, or the base model is not here.
         """
         task = self._fetch()
-        self._paths.task.write_text(task.model_dump_json(), encoding="utf-8")
+        if not self._find_partners(task):
+            ray.get(self._coordinator.ended.remote(self._attempt, "stopped", "", ""))
+            return
+        meeting = None
+        if self._partners is not None:
+            meeting = self._partners.start(train_beside, self._coordinator, self._holder)
         with self._paths.log.open("wb") as log_file:
             worker = subprocess.Popen(  # noqa: S603 -- a module of ours
-                command(task, self._paths.task),
+                command(task, self._paths.task, meeting),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log_file,
                 cwd=self._paths.root,
-                env=_environment(launched=_processes(task) > 1),
+                env=_environment(launched=_plan_of(task).processes > 1),
             )
         try:
             is_wanted = self._follow(worker)
             code = worker.wait()
+            why = self._partners.why_failed(PARTNER_S, may_be_lost=code == 0 or not is_wanted) if self._partners else ""
         finally:
             _end(worker)
-        self._finish(code, is_wanted=is_wanted)
+            if self._partners is not None:
+                self._partners.end()
+        self._finish(code, is_wanted=is_wanted, why=why)
+
+    def run_beside(self, rendezvous: Rendezvous) -> str:
+        """Compute on one of several nodes; return why this has failed, "" if it has not."""
+        task = self._fetch()
+        with self._paths.log.open("wb") as log_file:
+            worker = subprocess.Popen(  # noqa: S603 -- a module of ours
+                command(task, self._paths.task, rendezvous),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log_file,
+                cwd=self._paths.root,
+                env=_environment(launched=True),
+            )
+        try:
+            code = worker.wait()
+        finally:
+            _end(worker)
+        return f"{describe_exit(code)}: {_tail(self._paths.log)[-_WHY_CHARACTERS:]}" if code else ""
+
+    def _find_partners(self, task: TrainingTask) -> bool:
+        """Wait for the other nodes of a run that has several; return whether the run is still wanted."""
+        plan = _plan_of(task)
+        if plan.nodes == 1:
+            return True
+        resources = {"num_gpus": plan.gpus, "num_cpus": plan.cpus, "memory": plan.memory_bytes or None}
+        self._partners = Partners(resources, plan.nodes)
+        return self._partners.wait_for_nodes(lambda: bool(ray.get(self._coordinator.report.remote(self._attempt, []))))
 
     def _fetch(self) -> TrainingTask:
         """Write the task's files and the newest checkpoint, and return the task with the paths of this node."""
@@ -134,7 +174,7 @@ class _Run:
         }
         if request.continued is not None:
             changes["continued"] = request.continued.model_copy(update={"adapter_path": root / "parent"})
-        return task.model_copy(
+        here = task.model_copy(
             update={
                 "request": request.model_copy(update=changes),
                 "job_dir": root,
@@ -143,6 +183,8 @@ class _Run:
                 "allowed_roots": (root,),
             }
         )
+        self._paths.task.write_text(here.model_dump_json(), encoding="utf-8")
+        return here
 
     def _base(self, task: TrainingTask, wanted: str) -> Path:
         base = task.request.base
@@ -170,21 +212,24 @@ class _Run:
                 worker.terminate()
             if any(_kind(line) == "checkpoint_saved" for line in batch):
                 self._send_checkpoint()
+            if kill_at == math.inf and self._partners is not None and self._partners.have_failed():
+                kill_at = time.monotonic() + PARTNER_S  # the worker notices, unless it still waits for that partner
             if time.monotonic() > kill_at:
                 worker.kill()
         return is_wanted
 
-    def _finish(self, code: int, *, is_wanted: bool) -> None:
+    def _finish(self, code: int, *, is_wanted: bool, why: str) -> None:
         """Hand over what the worker has left, and say how it ended."""
         tail = _tail(self._paths.log)
         if code == 0:
             shelves.send(self._coordinator, "adapter", files_below(self._paths.adapter))
             outcome, reason = "completed", ""
-        elif code == CANCELLED_EXIT_CODE:
+        elif code == CANCELLED_EXIT_CODE or not is_wanted:  # a launcher has an exit code of its own
             self._send_checkpoint()
             outcome, reason = ("lost", "its worker was asked to stop on the node") if is_wanted else ("stopped", "")
         else:
             outcome = "failed"
+            tail = f"{tail}\non another node: {why}" if why else tail
             reason = "" if code == 1 else f"The training process on {socket.gethostname()} {describe_exit(code)}."
         ray.get(self._coordinator.ended.remote(self._attempt, outcome, reason, tail))
 
@@ -206,20 +251,32 @@ class _Run:
                 ray.get(self._coordinator.checkpointed.remote(self._attempt))
 
 
-def command(task: TrainingTask, task_file: Path) -> list[str]:
+def train_beside(coordinator: Any, holder: str | None, rendezvous: Rendezvous) -> str:
+    """Compute on this node with the run that the rendezvous belongs to; return why this has failed, "" if it has not."""
+    settings = Settings()
+    try:
+        with _directory(settings) as directory:
+            return _Run(coordinator, 0, JobPaths(directory), settings, holder).run_beside(rendezvous)
+    except PeftMcpError as error:
+        return error.message
+
+
+def command(task: TrainingTask, task_file: Path, rendezvous: Rendezvous | None = None) -> list[str]:
     """Return the command that trains: the worker, in one process for each GPU that was reserved."""
-    processes = _processes(task)
+    processes = _plan_of(task).processes
     if processes == 1:
         return [*python_module("peft_core.worker"), str(task_file)]
+    here = ("--num_machines", "1", "--main_process_port", "0")
     return [
         *(*python_module("accelerate.commands.launch"), "--multi_gpu", "--num_processes", str(processes)),
-        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", *(rendezvous.arguments if rendezvous else here)),
         *("-m", "peft_core.worker", str(task_file)),
     ]
 
 
-def _processes(task: TrainingTask) -> int:
-    return max(1, task.request.cluster.gpus if task.request.cluster is not None else 1)
+def _plan_of(task: TrainingTask) -> ClusterPlan:
+    assert task.request.cluster is not None  # noqa: S101 -- it runs there
+    return task.request.cluster
 
 
 def _environment(*, launched: bool) -> dict[str, str]:

@@ -20,6 +20,7 @@ from peft_core.cluster.coordinator import BaseHolder, Coordinator, actor_options
 from peft_core.cluster.preparation import prepare_dataset, task_files
 from peft_core.cluster.probe import ask_nodes
 from peft_core.cluster.remote_run import NAMESPACE
+from peft_core.cluster.several_nodes import NodeLost
 from peft_core.cluster.transfer import files_below
 from peft_core.errors import ClusterError, sanitize
 from peft_core.paths import JobPaths
@@ -55,7 +56,8 @@ def submit(task: TrainingTask, plan: ClusterPlan, name: str, report: Report, sto
     try:
         _send_task(coordinator, task, wanted, report)
         stop.check()
-        ray.get(coordinator.start.remote(_options(plan, nodes, task.job_id), holder, task.request.config.max_minutes))
+        options, minutes = _options(plan, nodes, task.job_id), task.request.config.max_minutes
+        ray.get(coordinator.start.remote(options, holder, minutes, plan.nodes))
     except BaseException:
         with suppress(Exception):  # the cluster may be gone
             ray.kill(coordinator)
@@ -96,8 +98,14 @@ def suitable_nodes(nodes: Sequence[ClusterNode], plan: ClusterPlan) -> list[Clus
             suggestions=["Install the same version of peft-mcp on the nodes as here, for the Python that Ray runs in"],
         )
     suitable = [node for node in usable if node.can_run(plan)]
-    if suitable:
+    if len(suitable) >= plan.nodes:
         return suitable
+    if suitable:
+        raise ClusterError(
+            f"The training needs {plan.in_words}, and the cluster has {len(suitable)} such nodes.",
+            code="cluster_no_node",
+            suggestions=["Set CODEBASE_GARDENER_CLUSTER_GPUS to what fewer nodes have, or add a node"],
+        )
     largest = max(usable, key=lambda node: (node.gpus, node.cpus >= 1, node.memory_bytes, node.cpus))
     raise ClusterError(
         f"No node of the cluster has {plan.in_words}; the largest, {largest.name}, has {largest.in_words}.",
@@ -113,6 +121,7 @@ def _options(plan: ClusterPlan, nodes: Sequence[ClusterNode], job_id: str) -> di
         "num_cpus": plan.cpus,
         "memory": plan.memory_bytes or None,
         "max_retries": -1,
+        "retry_exceptions": [NodeLost],
         "name": f"peft-mcp {job_id}",
     }
     if refused := [node.node_id for node in nodes if node.problem]:

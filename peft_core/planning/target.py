@@ -153,8 +153,10 @@ def reserve(
 ) -> ClusterPlan:
     """Return what a run of `needed_bytes` on the target reserves. `gpus`: how many, if it computes on such.
 
+    If no node has so many GPUs, the run takes several nodes, as few as possible, with equally many of each.
+
     Raises:
-        ClusterError: No node has as much.
+        ClusterError: No node has as much, or too few have.
     """
     node = target.node
     assert node is not None  # noqa: S101 -- the target is a node
@@ -163,8 +165,11 @@ def reserve(
     else:
         cpus = max(1, min(int(node.cpus // max(1.0, node.gpus)), MAX_CPUS_PER_GPU))
         memory = HOST_BYTES + base.size_bytes
-        plan = ClusterPlan(address=address, gpus=gpus, cpus=gpus * cpus, memory_bytes=memory)
-    if not (can_run := [each for each in nodes if each.can_run(plan)]):
+        count = _nodes_for(gpus, nodes)
+        plan = ClusterPlan(
+            address=address, nodes=count, gpus=gpus // count, cpus=gpus // count * cpus, memory_bytes=memory
+        )
+    if len(can_run := [each for each in nodes if each.can_run(plan)]) < plan.nodes:
         raise ClusterError(
             f"No node of the cluster at {address} can ever run this training: it needs {plan.in_words}, and the largest, "
             f"{node.name}, has {node.in_words} for Ray.",
@@ -175,13 +180,25 @@ def reserve(
     return plan.model_copy(update={"may_send_bytes": max(ASK_ABOVE_BYTES, base.size_bytes if lacks_base else 0)})
 
 
+def _nodes_for(gpus: int, nodes: Sequence[ClusterNode]) -> int:
+    """Return the smallest number of nodes that have so many GPUs together, each the same number; 1 if none has."""
+    for count in range(1, len(nodes) + 1):
+        if gpus % count == 0 and sum(node.gpus >= gpus // count and not node.problem for node in nodes) >= count:
+            return count
+    return 1
+
+
 def describe(
     plan: ClusterPlan, target: Target, base: Base, source: SourceSummary, nodes: Sequence[ClusterNode]
 ) -> tuple[str, int]:
     """Return where a job will train and what is sent there, in words, and the bytes that are sent."""
     can_run = [node for node in nodes if node.can_run(plan)]
     gpu = f" ({target.node.device_name})" if target.node is not None and target.node.device_name else ""
-    places = f"one of {len(can_run)} nodes" if len(can_run) > 1 else f"the node {can_run[0].name}"
+    places = (
+        f"{plan.nodes if plan.nodes > 1 else 'one'} of {len(can_run)} nodes"
+        if len(can_run) > 1
+        else f"the node {can_run[0].name}"
+    )
     data_bytes = DATASET_BYTES_PER_TOKEN * source.estimated_tokens
     base_bytes = 0 if all(node.has_base for node in can_run) else base.size_bytes
     sent = f"the examples that the data are cut into (about {_size(data_bytes)}) and the settings"

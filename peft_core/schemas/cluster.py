@@ -13,9 +13,10 @@ ASK_ABOVE_BYTES = 2_000_000_000  # a base model that is larger is sent only if t
 
 
 class ClusterPlan(FrozenModel):
-    """Where a job runs on a cluster, and what it reserves on one of its nodes."""
+    """Where a job runs on a cluster, and what it reserves on each of its nodes, of which it usually needs one."""
 
     address: str  # of the setting when the job was planned: "ray://host:10001", "host:6379" or "auto"
+    nodes: Annotated[int, Field(ge=1)] = 1
     gpus: Annotated[int, Field(ge=0)] = 0
     cpus: Annotated[int, Field(ge=1)] = 1
     memory_bytes: Annotated[int, Field(ge=0)] = 0  # 0: none is reserved
@@ -24,7 +25,13 @@ class ClusterPlan(FrozenModel):
     @property
     def in_words(self) -> str:
         """What is reserved, such as "1 GPU, 4 CPUs and 2.0 GB of memory"."""
-        return resources_in_words(self.gpus, self.cpus, self.memory_bytes)
+        words = resources_in_words(self.gpus, self.cpus, self.memory_bytes)
+        return words if self.nodes == 1 else f"{words} on each of {self.nodes} nodes"
+
+    @property
+    def processes(self) -> int:
+        """How many processes train: one for each GPU, or one on each node without any."""
+        return self.nodes * max(1, self.gpus)
 
 
 class ClusterQuestion(FrozenModel):

@@ -46,8 +46,11 @@ def main() -> int:
     emit = json_line_writer(redirect_stdout(), on_closed=STOP.request)
     stop_on_signals(STOP)
     stop_without_parent(STOP, int(os.environ[PARENT_VARIABLE]))
+    task = TrainingTask.model_validate_json(Path(sys.argv[-1]).read_text())
+    # More parameters learn more, so that the runs of a sweep differ.
+    small_job.METRICS = small_job.METRICS.model_copy(update={"adapter_loss": 8 / task.request.config.lora_rank})
     try:
-        small_job.run(TrainingTask.model_validate_json(Path(sys.argv[-1]).read_text()), emit, STOP)
+        small_job.run(task, emit, STOP)
     except Cancelled:
         return CANCELLED_EXIT_CODE
     return 0

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +26,19 @@ from peft_core.schemas.events import (
     EVENT,
     CheckpointSaved,
     Event,
+    HeldOutMeasured,
     JobFailed,
+    JobInterrupted,
     PhaseStarted,
     RunPlanned,
     StepCompleted,
 )
 from peft_core.schemas.task import TrainingTask
-from peft_core.system.cancellation import CANCELLED_EXIT_CODE
+from peft_core.system.cancellation import CANCELLED_EXIT_CODE, INTERRUPTED_EXIT_CODE
 from peft_core.system.child_process import child_environment
 from tests.cluster.real_cluster import TestCluster, free_port
 from tests.factories import change_request
-from tests.integration.test_training_child import make_task
+from tests.integration.test_training_child import make_task, run_here
 from tests.model_files import write_model
 from tests.tiny_models import write_tiny_base
 
@@ -193,3 +197,150 @@ def test_a_base_model_that_is_large_or_has_changed_is_not_sent(
     for code, bridge in bridges.items():
         assert bridge.end() == 1
         assert bridge.events[-1].error.code == code, bridge.events[-1]  # type: ignore[union-attr]
+
+
+def saved_step(task: TrainingTask) -> int:
+    """Return the step of the checkpoint that is here."""
+    state = JobPaths(task.job_dir).checkpoint / "state.pt"
+    return int(json.loads(state.read_text())["step"]) if state.exists() else 0
+
+
+def jobs_on(cluster: TestCluster, node: str) -> set[str]:
+    tasks = [directory / "task.json" for directory in cluster.runs(node)]
+    return {json.loads(task.read_text())["job_id"] for task in tasks if task.exists()}
+
+
+def test_four_jobs_train_at_a_time_and_two_survive_the_loss_of_their_node_one_also_that_of_its_bridge(
+    cluster: TestCluster, start: Callable[..., Bridge], small_base: Path, tmp_path: Path
+) -> None:
+    cluster.add("b")
+    for node in ("a", "b"):
+        cluster.hold(node, 4)
+    tasks = [
+        task_for(cluster, tmp_path / name, small_base, cpus=2).model_copy(update={"job_id": f"20260101-000000-{name}"})
+        for name in ("aaaaaa", "bbbbbb", "cccccc", "dddddd")
+    ]
+    bridges = {task.job_id: start(task) for task in tasks}
+    for task in tasks:  # none goes on before the test lets it, so all four train at this moment
+        bridges[task.job_id].until(lambda _, task=task: saved_step(task) == 4)
+    on_a, on_b = jobs_on(cluster, "a"), jobs_on(cluster, "b")
+    assert (len(on_a), len(on_b), on_a | on_b) == (2, 2, set(bridges))
+
+    lost = next(task for task in tasks if task.job_id in on_b)
+    cluster.kill("b")
+    bridges[lost.job_id].process.kill()
+    bridges[lost.job_id].end()
+    cluster.hold("a", None)
+    bridges[lost.job_id] = start(lost)
+    for job_id, bridge in bridges.items():
+        assert bridge.end() == 0, bridge.events[-1]
+        assert steps(bridge) == [1, 2, 3, 4, 5, 6]
+        assert [event.start_step for event in bridge.of(RunPlanned)] == ([0, 4] if job_id in on_b else [0])
+
+
+def test_a_job_whose_cluster_is_gone_is_interrupted_and_continues_on_another_one_from_the_checkpoint_that_is_here(
+    cluster: TestCluster, start: Callable[..., Bridge], small_base: Path, tmp_path: Path
+) -> None:
+    with TestCluster(tmp_path / "mortal") as mortal:
+        mortal.add("x")
+        mortal.hold("x", 4)
+        task = task_for(mortal, tmp_path / "job", small_base)
+        bridge = start(task, "--patience", "1", RAY_AUTH_TOKEN_PATH=str(mortal.token))
+        bridge.until(lambda _: saved_step(task) == 4)
+        mortal.kill("head")
+        assert bridge.end() == INTERRUPTED_EXIT_CODE
+    assert bridge.events[-1] == JobInterrupted(reason=bridge.events[-1].reason)  # type: ignore[union-attr]
+    assert f"The cluster at {mortal.address} does not answer" in bridge.events[-1].reason  # type: ignore[union-attr]
+    resumed = start(change_request(task, cluster=ClusterPlan(address=cluster.address)))
+    assert resumed.end() == 0
+    assert [event.start_step for event in resumed.of(RunPlanned)] == [4]
+    assert steps(resumed) == [5, 6]
+
+
+class Relay:
+    """The way to a cluster, which a test can close: a port that forwards connections to the cluster's."""
+
+    def __init__(self, cluster: TestCluster) -> None:
+        self._port = int(cluster.address.rpartition(":")[2])
+        self.port = free_port()
+        self._listener: socket.socket | None = None
+        self._connections: list[socket.socket] = []
+
+    def open(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def close(self) -> None:
+        assert self._listener is not None
+        for each in (self._listener, *self._connections):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+        self._connections.clear()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):  # it was closed
+            while True:
+                here, _ = listener.accept()
+                there = socket.create_connection(("127.0.0.1", self._port))
+                self._connections += (here, there)
+                for pair in ((here, there), (there, here)):
+                    threading.Thread(target=self._forward, args=pair, daemon=True).start()
+
+    @staticmethod
+    def _forward(source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+
+def test_a_run_that_could_not_be_asked_to_stop_is_stopped_by_the_next_job_that_uses_the_cluster(
+    cluster: TestCluster, start: Callable[..., Bridge], small_base: Path, tmp_path: Path
+) -> None:
+    cluster.hold("a", 4)
+    relay = Relay(cluster)
+    relay.open()
+    jobs = tmp_path / "jobs"
+    jobs.mkdir()
+    address = f"ray://127.0.0.1:{relay.port}"
+    first, second = (
+        task_for(cluster, tmp_path / name, small_base, address=address).model_copy(update={"job_dir": jobs / name})
+        for name in ("first", "second")
+    )
+    bridge = start(first)
+    bridge.until(lambda _: saved_step(first) == 4)
+    (run,) = cluster.runs("a")
+    relay.close()
+    bridge.send(signal.SIGTERM)
+    assert bridge.end() == INTERRUPTED_EXIT_CODE
+    assert "could not be asked to stop the training" in bridge.events[-1].reason  # type: ignore[union-attr]
+    assert run.exists()
+    relay.open()
+    other = start(second)
+    other.until(lambda each: "asking the nodes" in each.details() and not run.exists())
+    cluster.hold("a", None)
+    assert other.end() == 0
+    assert not JobPaths(first.job_dir).cluster.exists()
+    relay.close()
+
+
+def test_a_run_on_two_nodes_has_the_losses_of_one_here(
+    cluster: TestCluster, start: Callable[..., Bridge], tmp_path: Path
+) -> None:
+    cluster.add("c")
+    base = write_tiny_base(tmp_path / "tiny")
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    alone.mkdir()
+    task = task_for(cluster, together, base, project="adds", nodes=2, cpus=2)
+    bridge = start(task)
+    assert bridge.end() == 0, bridge.events[-1]
+    cluster.kill("c")
+    here = run_here(make_task(alone, str(base), **CONFIG))
+
+    def losses(events: list[Event]) -> list[tuple[int, float]]:
+        return [(event.step, event.loss) for event in events if isinstance(event, StepCompleted | HeldOutMeasured)]
+
+    assert [step for step, _ in losses(bridge.events)] == [step for step, _ in losses(here)]
+    expected = [loss for _, loss in losses(here)]
+    assert [loss for _, loss in losses(bridge.events)] == pytest.approx(expected, rel=1e-4)

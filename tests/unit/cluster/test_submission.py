@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from peft_core.cluster import bases, connection
 from peft_core.cluster.preparation import prepare_dataset, task_files, without_paths
 from peft_core.cluster.probe import _problem, own_version
 from peft_core.cluster.remote_run import command
+from peft_core.cluster.several_nodes import Rendezvous
 from peft_core.cluster.submission import suitable_nodes
 from peft_core.config import Settings
 from peft_core.data.prepare import prepare
@@ -214,3 +216,19 @@ def test_several_gpus_of_a_node_are_used_by_as_many_processes(tmp_path: Path) ->
     two = command(change_request(task, cluster=plan(gpus=2)), file)
     assert two[3:7] == ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     assert two[-3:] == ["-m", "peft_core.worker", str(file)]
+
+
+def test_the_processes_of_several_nodes_meet_at_the_first_one(tmp_path: Path) -> None:
+    task = change_request(
+        make_task(tmp_path, resolve(str(write_model(tmp_path / "base")), Settings())), cluster=plan(nodes=2)
+    )
+    second = command(task, tmp_path / "task.json", Rendezvous("10.0.0.7", 2345, nodes=2, rank=1))
+    options = dict(pairwise(second))
+    assert (options["--num_processes"], options["--num_machines"], options["--machine_rank"]) == ("2", "2", "1")
+    assert (options["--main_process_ip"], options["--main_process_port"]) == ("10.0.0.7", "2345")
+
+
+def test_too_few_nodes_are_refused_before_anything_is_sent() -> None:
+    with pytest.raises(ClusterError, match="on each of 2 nodes, and the cluster has 1 such nodes") as caught:
+        suitable_nodes([node(), node(name="small", gpus=0)], plan(nodes=2))
+    assert caught.value.code == "cluster_no_node"

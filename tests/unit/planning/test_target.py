@@ -119,6 +119,30 @@ def test_a_large_base_model_may_be_sent_once_the_plan_is_approved(tmp_path: Path
     assert sent > 15 * GB
 
 
+@pytest.mark.parametrize(
+    ("gpus", "sizes", "nodes", "each"),
+    [(4, (4, 8), 1, 4), (8, (4, 8), 1, 8), (8, (4, 4, 4), 2, 4), (12, (8, 8), 2, 6), (6, (2, 2, 3), 3, 2)],
+)
+def test_more_gpus_than_a_node_has_are_taken_from_as_few_nodes_as_possible(
+    tmp_path: Path, gpus: int, sizes: tuple[int, ...], nodes: int, each: int
+) -> None:
+    request = planned(tmp_path, gpu_node())
+    cluster = [gpu_node(f"gpu-{number}", gpus=size) for number, size in enumerate(sizes)]
+    device = target.Target("cuda", 16, cpu_bfloat16=False, memory_bytes=40 * GB, node=cluster[0])
+    reserved = target.reserve(ADDRESS, device, request.base, GB, cluster, gpus=gpus)
+    assert (reserved.nodes, reserved.gpus, reserved.processes) == (nodes, each, gpus)
+    words, _ = target.describe(reserved, device, request.base, request.found, cluster)
+    assert (f"on each of {nodes} nodes" in words) is (nodes > 1)
+
+
+def test_more_gpus_than_the_cluster_can_give_are_refused(tmp_path: Path) -> None:
+    request, cluster = planned(tmp_path, gpu_node()), [gpu_node(), gpu_node("gpu-2")]
+    device = target.Target("cuda", 16, cpu_bfloat16=False, memory_bytes=40 * GB, node=cluster[0])
+    with pytest.raises(ClusterError, match="it needs 16 GPUs") as caught:
+        target.reserve(ADDRESS, device, request.base, GB, cluster, gpus=16)
+    assert caught.value.code == "cluster_too_small"
+
+
 def test_that_all_devices_are_in_use_is_said_before_the_training_waits(tmp_path: Path) -> None:
     assert "They are in use now, so it waits." in planned(tmp_path, gpu_node(free_gpus=0)).estimate.cluster
     for free in ({"free_gpus": 1}, {"free_gpus": 0, "free_cpus": 0}):  # the last: not known
