@@ -37,7 +37,11 @@ _NAME_SPAN = re.compile(r"@?[A-Za-z_$][\w$]*(?:(?:\.|::|->|#)[A-Za-z_$][\w$]*)*(
 _WORD = re.compile(r"[A-Za-z_$][\w$]*")
 _DATA_FILES = frozenset("cfg conf csv ini json jsonl lock log md toml txt xml yaml yml".split())  # noqa: SIM905
 # What a fragment may stand in, where a grammar wants more than statements at the top of a file.
+_ECMA_FRAMES = ("class A {{\n{}\n}}", "const a = {{\n{}\n}}")
 _FRAMES = {
+    "javascript": _ECMA_FRAMES,
+    "typescript": _ECMA_FRAMES,
+    "tsx": _ECMA_FRAMES,
     "php": ("<?php\n{}", "<?php\nclass A {{\n{}\n}}"),
     "rust": ("fn f() {{\n{}\n}}", "fn f() {{\n{};\n}}"),
     "java": ("class A {{\n{}\n}}", "class A {{ void f() {{\n{}\n}} }}", "class A {{ void f() {{\n{};\n}} }}"),

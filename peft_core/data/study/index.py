@@ -124,6 +124,8 @@ class RepositoryIndex:
         if not parts:
             return []
         candidates = [(each, components(each.qualified)) for each in self.by_name.get(parts[-1], [])]
+        if whole := [each for each, own in candidates if own == parts]:
+            return whole
         exact = [each for each, own in candidates if own[-len(parts) :] == parts]
         inside = (
             parts[1:] if len(parts) > 1 and parts[0] in self.packages else parts
