@@ -235,7 +235,9 @@ class Evaluation(FrozenModel):
     general_loss: Comparison | None = Field(
         None, description="Loss on general Python code from no project, in nats per token: shows forgetting."
     )
-    columns: Columns | None = Field(None, description="Whether retrieval does as well; null if it was not asked.")
+    columns: Columns | None = Field(
+        None, description="Whether retrieval does as well; null without training code to search, and in comparisons."
+    )
     forgets: bool = Field(False, description="The loss on general code rises significantly.")
     chosen_on_part: bool = Field(False, description="Early stopping selected the weights on some of these examples.")
     files: int
