@@ -132,12 +132,12 @@ def _largest_differences(
             line=prompt.line,
             prompt=prompt.text[-MAX_QUOTED_TEXT:],
             expected=quoted(prompt.expected),
-            base=quoted(prompt.indentation + base),
-            adapter_a=quoted(prompt.indentation + a),
-            adapter_b=quoted(prompt.indentation + b),
-            base_similarity=similarity(base, prompt),
-            a_similarity=similarity(a, prompt),
-            b_similarity=similarity(b, prompt),
+            base=quoted(prompt.indentation + base.text),
+            adapter_a=quoted(prompt.indentation + a.text),
+            adapter_b=quoted(prompt.indentation + b.text),
+            base_similarity=similarity(base.text, prompt),
+            a_similarity=similarity(a.text, prompt),
+            b_similarity=similarity(b.text, prompt),
         )
         for prompt, base, a, b in zip(prompts, *(each.completions for each in measured), strict=True)
     ]

@@ -195,10 +195,7 @@ def _metrics(evaluation: Evaluation) -> Iterator[tuple[Metric, Comparison]]:
     prompts = f"of completions of up to three lines for {evaluation.prompts} prompts; higher is better"
     lines = f"share of {evaluation.lines} lines, each predicted from all lines before it; higher is better"
     general = "loss on code of Python's standard library, nats per token: rises if the adapter forgets; lower is better"
-    in_file = [
-        (Metric(metric.in_words.capitalize(), _in_file_note(metric, share), percent=True), share)
-        for metric, share in evaluation.in_file.items()
-    ]
+    in_file = [(_in_file(metric, share), share) for metric, share in evaluation.in_file.items()]
     measured: Iterable[tuple[Metric, Comparison | None]] = (
         (Metric("Held-out loss", "nats per token; lower is better; decides", lower_is_better=True), evaluation.loss),
         *in_file,
@@ -214,16 +211,19 @@ def _metrics(evaluation: Evaluation) -> Iterator[tuple[Metric, Comparison]]:
             yield metric, change
 
 
-def _in_file_note(metric: InFileMetric, share: Share) -> str:
+def _in_file(metric: InFileMetric, share: Share) -> Metric:
     places = f"{share.positions} in {share.files} {'file' if share.files == 1 else 'files'}"
-    meanings = {
+    notes = {
         InFileMetric.LINES: f"{places}, each predicted from the file above it, as in an editor; higher is better",
         InFileMetric.PROJECT_LINES: f"{places}: those of the lines that use a name that the project defines",
         InFileMetric.BLOCK_STARTS: f"{places}: those of the lines that begin a block",
         InFileMetric.PROJECT_NAMES: f"{places}, each predicted from all text before it; higher is better",
         InFileMetric.LINES_AFTER_20: f"{places}, each predicted from 20 to 24 lines above it alone",
+        InFileMetric.INVENTED_NAMES: f"of {places}: they call or read a name that occurs nowhere; lower is better",
+        InFileMetric.STOPS: f"of {places}: after as many lines as are missing, given the text behind the gap",
     }
-    return meanings[metric]
+    name = metric.in_words
+    return Metric(f"{name[:1].upper()}{name[1:]}", notes[metric], metric.lower_is_better, percent=True)
 
 
 def _rows_of_comparison(comparison: AdapterComparison) -> Iterator[Row]:

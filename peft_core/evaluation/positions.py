@@ -6,21 +6,15 @@ name of the project; and first lines of blocks. Names of the project are also co
 
 from __future__ import annotations
 
-import builtins
-import keyword
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Protocol
 
 from peft_core.evaluation.completion_points import Offsets, find_lines, split_rows
-from peft_core.evaluation.stdlib_code import stdlib_examples
-from peft_core.schemas.dataset import CodeNames, HeldOutFile
+from peft_core.schemas.dataset import HeldOutFile
 from peft_core.schemas.evaluation import InFileMetric
 
-_WORD = re.compile(r"[^\W\d]\w*")
 # What a row ends with that opens a block, before a comment.
 _COLON_OPENS = re.compile(r":\s*(?:#.*)?$")
 _OPENS = re.compile(r"(?:[:{|]|=>|->|\b(?:do|then|else|begin|try))\s*(?:(?:#|//|--).*)?$")
@@ -59,11 +53,6 @@ class Target:
         return self.last + (not self.ends)
 
 
-def project_names(names: CodeNames) -> frozenset[str]:
-    """Return the names that a code base defines and that are not common in other code."""
-    return names.defined - _common_names()
-
-
 def find_targets(file: HeldOutFile, offsets: Offsets, uses: Sequence[NameUse], names: frozenset[str]) -> list[Target]:
     """Return what is measured in a tokenised file, in order.
 
@@ -71,7 +60,7 @@ def find_targets(file: HeldOutFile, offsets: Offsets, uses: Sequence[NameUse], n
         file: Its text, and the rows in which is measured.
         offsets: Of its tokens.
         uses: Identifiers in the text, in order.
-        names: Of the project.
+        names: Of the project, see `names.project_names`.
     """
     held_out = {row for start, stop in file.rows for row in range(start, stop)}
     rows = split_rows(file.text)
@@ -128,9 +117,3 @@ def _first_rows_of_blocks(rows: Sequence[str], opens: re.Pattern[str]) -> Iterat
         if opener and indent > len(opener) - len(opener.lstrip()) and not visible.startswith(_NO_CODE):
             yield number
         opener = row if opens.search(row) else ""
-
-
-@cache
-def _common_names() -> frozenset[str]:
-    samples = {word for example in stdlib_examples() for word in _WORD.findall(example.text)}
-    return frozenset({*keyword.kwlist, *dir(builtins), *sys.stdlib_module_names, *samples})

@@ -15,7 +15,7 @@ noise, and small models commonly lower the loss without changing either.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rapidfuzz import fuzz
@@ -86,6 +86,16 @@ class QuotedPrompt:
     text: str
     indentation: str  # at the end of the prompt, of the line that models write
     expected: str
+    fills_gap: bool = False  # the prompt has what follows as well
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote after a prompt."""
+
+    text: str = ""
+    has_ended: bool = False  # by itself, and not because of a limit
+    invents: bool | None = None  # a name that is not known; None: not measured
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,7 @@ class Measurement:
     """One model's scores, and what it wrote after each prompt. All models are measured on the same examples and prompts."""
 
     scores: Scores
-    completions: Sequence[str] = ()
+    completions: Sequence[Written] = ()
     seconds: float = 0.0  # for the completions
 
 
@@ -133,7 +143,8 @@ def summarise(base: Measurement, adapter: Measurement, prompts: Sequence[QuotedP
     general_loss = None if changes.general_loss is None else _comparison(changes.general_loss)
     verdict, reason = decide_verdict(loss, general_loss, unit=changes.unit)
     continuations = [
-        _to_continuation(*each) for each in zip(prompts, base.completions, adapter.completions, strict=True)
+        _to_continuation(prompt, one.text, two.text)
+        for prompt, one, two in zip(prompts, base.completions, adapter.completions, strict=True)
     ]
     return Evaluation(
         verdict=verdict,
@@ -187,7 +198,7 @@ def measure_changes(
     unit = choose_resampling_unit(score.file for score in first.scores.held_out)
     held_out = list(zip(first.scores.held_out, second.scores.held_out, strict=True))
     general = zip(first.scores.general, second.scores.general, strict=True)
-    written = zip(prompts, first.completions, second.completions, strict=True)
+    written = list(zip(prompts, first.completions, second.completions, strict=True))
     loss = _compare([(one.file, PairedSum(one.loss, two.loss, one.tokens)) for one, two in held_out], unit, seed)
     if loss is None:
         raise ValueError("nothing was measured")
@@ -199,7 +210,7 @@ def measure_changes(
         ),
         edit_similarity=_compare(
             [
-                (prompt.file, PairedSum(similarity(one, prompt), similarity(two, prompt), 1))
+                (prompt.file, PairedSum(similarity(one.text, prompt), similarity(two.text, prompt), 1))
                 for prompt, one, two in written
             ],
             unit,
@@ -208,20 +219,39 @@ def measure_changes(
         general_loss=_compare(
             [(one.file, PairedSum(one.loss, two.loss, one.tokens)) for one, two in general], "files", seed
         ),
-        in_file=_in_file(first.scores.in_file, second.scores.in_file, seed),
+        in_file=_in_file(
+            [
+                (one.file, one.metric, PairedSum(one.right, two.right, one.positions))
+                for one, two in zip(first.scores.in_file, second.scores.in_file, strict=True)
+            ]
+            + [sums for prompt, one, two in written for sums in _of_written(prompt, one, two)],
+            seed,
+        ),
     )
 
 
-def _in_file(first: Sequence[WindowScore], second: Sequence[WindowScore], seed: int) -> dict[InFileMetric, ShareChange]:
-    """Compare two models in the same windows. Fewer than five files: windows are resampled."""
-    pairs = list(zip(first, second, strict=True))
+def _of_written(prompt: QuotedPrompt, one: Written, two: Written) -> Iterator[tuple[str, InFileMetric, PairedSum]]:
+    """Yield what is counted in the completions of one prompt by two models."""
+    if one.invents is not None and two.invents is not None:
+        yield prompt.file, InFileMetric.INVENTED_NAMES, PairedSum(one.invents, two.invents, 1)
+    if prompt.fills_gap:
+        yield prompt.file, InFileMetric.STOPS, PairedSum(stops_in_place(one, prompt), stops_in_place(two, prompt), 1)
+
+
+def stops_in_place(written: Written, prompt: QuotedPrompt) -> bool:
+    """Return whether a model ends by itself after as many lines as are missing; blank ones do not count."""
+    lines = [len(_strip_lines(text).splitlines()) for text in (written.text, prompt.expected)]
+    return written.has_ended and lines[0] == lines[1]
+
+
+def _in_file(counted: Sequence[tuple[str, InFileMetric, PairedSum]], seed: int) -> dict[InFileMetric, ShareChange]:
+    """Compare two models by what was counted in (file, metric, sums). Fewer than five files: windows are resampled."""
     changes = {}
     for metric in InFileMetric:
-        counted = [(one, two) for one, two in pairs if one.metric is metric]
-        files = {one.file for one, _ in counted}
-        sums = [(one.file, PairedSum(one.right, two.right, one.positions)) for one, two in counted]
+        sums = [(file, paired) for file, each, paired in counted if each is metric]
+        files = {file for file, _ in sums}
         if (change := _compare(sums, choose_resampling_unit(files), seed)) is not None:
-            changes[metric] = ShareChange(change, sum(one.positions for one, _ in counted), len(files))
+            changes[metric] = ShareChange(change, round(sum(paired.weight for _, paired in sums)), len(files))
     return changes
 
 

@@ -96,6 +96,8 @@ class InFileMetric(StrEnum):
     BLOCK_STARTS = "exact_first_lines_of_blocks"
     PROJECT_NAMES = "project_names_right"
     LINES_AFTER_20 = "exact_lines_after_20_lines"
+    INVENTED_NAMES = "completions_with_invented_names"
+    STOPS = "completions_that_stop_in_place"
 
     @property
     def in_words(self) -> str:
@@ -106,8 +108,14 @@ class InFileMetric(StrEnum):
             InFileMetric.BLOCK_STARTS: "exact first lines of blocks",
             InFileMetric.PROJECT_NAMES: "project names right",
             InFileMetric.LINES_AFTER_20: "exact lines after 20 lines",
+            InFileMetric.INVENTED_NAMES: "completions with invented names",
+            InFileMetric.STOPS: "completions that stop in place",
         }
         return words[self]
+
+    @property
+    def lower_is_better(self) -> bool:
+        return self is InFileMetric.INVENTED_NAMES
 
 
 class Share(Comparison):
@@ -230,7 +238,7 @@ class Evaluation(FrozenModel):
     )
     in_file: dict[InFileMetric, Share] = Field(
         {},
-        description="Shares predicted exactly in whole held-out files, given what precedes in the file; higher is better.",
+        description="Shares in whole held-out files, given what precedes. Higher is better, except for invented names.",
     )
     general_loss: Comparison | None = Field(
         None, description="Loss on general Python code from no project, in nats per token: shows forgetting."

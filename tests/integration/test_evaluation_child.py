@@ -22,7 +22,8 @@ from peft_core.data.leakage import FINGERPRINT_FILE_NAME, TrainingFingerprint
 from peft_core.errors import AdapterInUse, DataError, InvalidArgument
 from peft_core.evaluation.summary import mean_loss
 from peft_core.evaluation.worker import evaluator
-from peft_core.evaluation.worker.completions import choose_prompts, complete
+from peft_core.evaluation.worker.completions import complete
+from peft_core.evaluation.worker.prompts import choose_prompts
 from peft_core.evaluation.worker.run import run
 from peft_core.evaluation.worker.scoring import held_out_loss, make_held_out_examples, score_examples
 from peft_core.evaluation.worker.setup import require_adapter

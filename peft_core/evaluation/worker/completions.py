@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,54 +14,16 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from peft_core.base_models.tokenizer import BaseTokenizer
-from peft_core.evaluation.completion_points import EXPECTED_LINES, CompletionPoint, sample_completion_points
-from peft_core.evaluation.summary import QuotedPrompt
-from peft_core.evaluation.worker.scoring import HeldOutExample
+from peft_core.evaluation.completion_points import EXPECTED_LINES
+from peft_core.evaluation.summary import Written
+from peft_core.evaluation.worker.prompts import MAX_NEW_TOKENS, Prompt
 from peft_core.planning.cost_model import MICRO_TOKENS
 from peft_core.system.cancellation import StopFlag
 from peft_core.system.failures import is_out_of_memory
 
-MAX_NEW_TOKENS = 32
-_PROMPT_TOKENS = 192  # the last ones before the completion point
 # Tokens of a batch, prompts and completions together. Caches and activations take 0.1 MB per token with the bundled model. A
 # GPU takes as many as in training, because there the time of a batch barely depends on its size.
-_BATCH_TOKENS = {"cpu": 1024, "mps": 1024, "cuda": MICRO_TOKENS["cuda"]}
-_QUOTED_PROMPT_LINES = 6  # in the report
-
-
-@dataclass(frozen=True)
-class Prompt:
-    example: HeldOutExample
-    point: CompletionPoint
-    ids: tuple[int, ...]
-
-    def quote(self, tokenizer: BaseTokenizer) -> QuotedPrompt:
-        """Return the last lines of the prompt, for people."""
-        example, text = self.example.example, tokenizer.text(self.ids)
-        visible = text.rstrip(" \t")
-        return QuotedPrompt(
-            file=example.path,
-            line=example.start_line + self.point.row if example.start_line else 0,
-            text="\n".join(visible.splitlines()[-_QUOTED_PROMPT_LINES:]),
-            indentation=text[len(visible) :],
-            expected=self.point.expected,
-        )
-
-
-def choose_prompts(
-    examples: Sequence[HeldOutExample], limit: int, max_tokens: int, seed: int, tokenizer: BaseTokenizer
-) -> list[Prompt]:
-    """Choose at most `limit` prompts that one model can complete within `max_tokens`, prompts included."""
-    prompts: list[Prompt] = []
-    for index, point in sample_completion_points([example.completion_points for example in examples], limit, seed):
-        ids = examples[index].document.ids_T[: point.first].tolist()
-        if len(ids) > _PROMPT_TOKENS:
-            ids = [*tokenizer.beginning, *ids[-_PROMPT_TOKENS:]]
-        max_tokens -= len(ids) + MAX_NEW_TOKENS
-        if max_tokens < 0:
-            break
-        prompts.append(Prompt(examples[index], point, tuple(ids)))
-    return prompts
+_BATCH_TOKENS = {"cpu": 2048, "mps": 2048, "cuda": MICRO_TOKENS["cuda"]}
 
 
 def undo_fusion(model: nn.Module, causal: PreTrainedModel) -> None:
@@ -76,12 +37,17 @@ def undo_fusion(model: nn.Module, causal: PreTrainedModel) -> None:
     model.eval()
 
 
-def complete(causal: PreTrainedModel, prompts: Sequence[Prompt], tokenizer: BaseTokenizer, stop: StopFlag) -> list[str]:
-    """Return up to three lines for each prompt, written with the adapter that is active, if any."""
+def complete(
+    causal: PreTrainedModel, prompts: Sequence[Prompt], tokenizer: BaseTokenizer, stop: StopFlag
+) -> list[Written]:
+    """Return up to three lines for each prompt, written with the adapter that is active, if any.
+
+    In a gap it may be four: only a model that goes beyond the gap writes them.
+    """
     end = tokenizer.end_of_text
     # The base model's own defaults (sampling, repetition penalties) would distort the comparison.
     causal.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)
-    texts = [""] * len(prompts)
+    written = [Written()] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))  # needs little padding
     lengths = [len(prompt.ids) + MAX_NEW_TOKENS for prompt in prompts]
     batches = deque(_batches(by_length, lengths, _BATCH_TOKENS[causal.device.type]))
@@ -89,17 +55,18 @@ def complete(causal: PreTrainedModel, prompts: Sequence[Prompt], tokenizer: Base
         stop.check()
         batch = batches.popleft()
         try:
-            completions = _complete_batch(causal, [prompts[index].ids for index in batch], tokenizer)
+            completions = _complete_batch(causal, [prompts[index] for index in batch], tokenizer)
         except (RuntimeError, MemoryError) as error:
             if len(batch) == 1 or not is_out_of_memory(error):
                 raise
             half = len(batch) // 2
             batches.extendleft((batch[half:], batch[:half]))
             continue
-        for index, ids in zip(batch, completions, strict=True):
+        for index, (ids, has_ended) in zip(batch, completions, strict=True):
             text = tokenizer.continuation(prompts[index].ids, ids)
-            texts[index] = "".join(text.splitlines(keepends=True)[:EXPECTED_LINES])
-    return texts
+            lines = text.splitlines(keepends=True)[: _line_limit(prompts[index])]
+            written[index] = Written("".join(lines), has_ended=has_ended)
+    return written
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
@@ -115,36 +82,51 @@ def _batches(order: Sequence[int], lengths: Sequence[int], max_tokens: int) -> I
 
 
 def _complete_batch(
-    causal: PreTrainedModel, prompts: Sequence[Sequence[int]], tokenizer: BaseTokenizer
-) -> list[list[int]]:
-    device, end = causal.device, tokenizer.end_of_text
-    longest = max(map(len, prompts))
+    causal: PreTrainedModel, prompts: Sequence[Prompt], tokenizer: BaseTokenizer
+) -> list[tuple[list[int], bool]]:
+    """Return the tokens that are written for each prompt, and whether the model ended by itself."""
+    device, end, ends = causal.device, tokenizer.end_of_text, _ends(tokenizer)
+    longest = max(len(prompt.ids) for prompt in prompts)
     ids_BT = torch.full((len(prompts), longest), end, device=device)
     mask_BT = torch.zeros_like(ids_BT)
     for row, prompt in enumerate(prompts):  # padded on the left, so that all completions begin in the same column
-        ids_BT[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
-        mask_BT[row, longest - len(prompt) :] = 1
+        ids_BT[row, longest - len(prompt.ids) :] = torch.tensor(prompt.ids, device=device)
+        mask_BT[row, longest - len(prompt.ids) :] = 1
+    limit = max(map(_line_limit, prompts))
     with torch.inference_mode():
         out_BT = causal.generate(  # type: ignore[operator]  # defined by a mixin
             input_ids=ids_BT,
             attention_mask=mask_BT,
             generation_config=GenerationConfig(
-                max_new_tokens=MAX_NEW_TOKENS, do_sample=False, eos_token_id=end, pad_token_id=end
+                max_new_tokens=MAX_NEW_TOKENS, do_sample=False, eos_token_id=ends, pad_token_id=end
             ),
-            stopping_criteria=StoppingCriteriaList([_StopAfterLines(tokenizer, longest)]),
+            stopping_criteria=StoppingCriteriaList([_StopAfterLines(tokenizer, longest, limit)]),
         )
     rows: list[list[int]] = out_BT[:, longest:].tolist()
-    return [row[: row.index(end)] if end in row else row for row in rows]
+    stops = [next((place for place, token in enumerate(row) if token in ends), None) for row in rows]
+    return [(row[:stop], stop is not None) for row, stop in zip(rows, stops, strict=True)]
+
+
+def _ends(tokenizer: BaseTokenizer) -> list[int]:
+    """Return the tokens with which a completion ends: end-of-text, and that of a gap."""
+    marks = tokenizer.fill_in_the_middle
+    end_of_gap = tokenizer.tokenizer.token_to_id(marks.end) if marks is not None and marks.end else None
+    return [tokenizer.end_of_text] if end_of_gap is None else [tokenizer.end_of_text, end_of_gap]
+
+
+def _line_limit(prompt: Prompt) -> int:
+    return EXPECTED_LINES + prompt.fills_gap
 
 
 class _StopAfterLines(StoppingCriteria):
-    """Stops a completion at the end of its third line."""
+    """Stops a completion at the end of its last line."""
 
-    def __init__(self, tokenizer: BaseTokenizer, prompt_length: int) -> None:
+    def __init__(self, tokenizer: BaseTokenizer, prompt_length: int, limit: int) -> None:
         self._tokenizer = tokenizer
+        self._limit = limit
         self._prompt_length = prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:  # noqa: ARG002 -- transformers' signature
         texts = [self._tokenizer.text(row) for row in input_ids[:, self._prompt_length :].tolist()]
-        is_done = [text.count("\n") >= EXPECTED_LINES for text in texts]
+        is_done = [text.count("\n") >= self._limit for text in texts]
         return torch.tensor(is_done, dtype=torch.bool, device=input_ids.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
@@ -13,10 +14,11 @@ from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from peft_core.evaluation.columns import summarise_columns
-from peft_core.evaluation.positions import project_names
+from peft_core.evaluation.names import invents_name, project_names
 from peft_core.evaluation.stdlib_code import stdlib_examples
 from peft_core.evaluation.summary import Measurement, QuotedPrompt, Scores, summarise
-from peft_core.evaluation.worker.completions import Prompt, choose_prompts, complete
+from peft_core.evaluation.worker.completions import complete
+from peft_core.evaluation.worker.prompts import Prompt, choose_file_prompts, choose_prompts
 from peft_core.evaluation.worker.retrieved import POSITION_TOKENS, Positions, choose_positions
 from peft_core.evaluation.worker.scoring import make_held_out_examples, score_examples
 from peft_core.evaluation.worker.setup import RunData
@@ -28,10 +30,10 @@ from peft_core.system.files import atomic_write
 
 MAX_PROMPTS = 16
 # Tokens that each model may read and write besides the held-out examples: fewer say nothing, more would not change the result.
-_MIN_TOKENS, _MAX_TOKENS = 1200, 12_000
+_MIN_TOKENS, _MAX_TOKENS = 1200, 14_000
 # They may take a tenth of the training time. Two models are measured, and training on a token costs as much as reading three.
 _SHARE_OF_TRAINED_TOKENS = 0.1 * 3 / 2
-_SHARE_OF_COMPLETIONS = 1 / 3  # of these tokens; the windows of whole files take the rest
+_SHARE_OF_COMPLETIONS = 0.4  # of these tokens; the windows of whole files take the rest
 _MIN_WINDOW_TOKENS, _LEAST_WINDOWS = 256, 6  # a short evaluation has smaller windows rather than few files
 
 _log = structlog.get_logger(__name__)
@@ -130,7 +132,10 @@ class Evaluator:
 
     def choose_prompts(self, budget: int) -> list[Prompt]:
         """Choose the prompts that every model completes."""
-        return choose_prompts(self._held_out, MAX_PROMPTS, self._completion_budget(budget), self.seed, self._tokenizer)
+        budget = self._completion_budget(budget)
+        if files := self._data.held_out_files:
+            return choose_file_prompts(files, MAX_PROMPTS, budget, self.seed, self._tokenizer)
+        return choose_prompts(self._held_out, MAX_PROMPTS, budget, self.seed, self._tokenizer)
 
     def _completion_budget(self, budget: int) -> int:
         return round(_SHARE_OF_COMPLETIONS * budget) if self._data.held_out_files else budget
@@ -143,8 +148,13 @@ class Evaluator:
         Fusion must have been undone (`undo_fusion`).
         """
         began = time.monotonic()
-        texts = complete(causal, prompts, self._tokenizer, stop)
-        return Measurement(scores, texts, time.monotonic() - began)
+        completions = complete(causal, prompts, self._tokenizer, stop)
+        if known := self._data.names.used:
+            completions = [
+                replace(written, invents=invents_name(written.text, self._tokenizer.text(prompt.ids), known))
+                for prompt, written in zip(prompts, completions, strict=True)
+            ]
+        return Measurement(scores, completions, time.monotonic() - began)
 
     def compare(
         self,
@@ -170,7 +180,7 @@ class Evaluator:
         return evaluation
 
     def quote(self, prompts: Sequence[Prompt]) -> list[QuotedPrompt]:
-        return [prompt.quote(self._tokenizer) for prompt in prompts]
+        return [prompt.quoted for prompt in prompts]
 
 
 def save_scores(path: Path, scores: Scores) -> None:

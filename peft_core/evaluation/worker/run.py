@@ -16,8 +16,9 @@ from peft_core.devices.records import distrusted
 from peft_core.errors import DataError, InferenceError, InvalidArgument, sanitize
 from peft_core.evaluation.comparison import compare_adapters
 from peft_core.evaluation.summary import Measurement, mean_loss
-from peft_core.evaluation.worker.completions import Prompt, undo_fusion
+from peft_core.evaluation.worker.completions import undo_fusion
 from peft_core.evaluation.worker.evaluator import Evaluator, token_budget
+from peft_core.evaluation.worker.prompts import Prompt
 from peft_core.evaluation.worker.setup import RunData, Session, prepare_data, require_adapter, start_session
 from peft_core.modeling.adapter_model import ResidentModel
 from peft_core.modeling.memory import return_freed_memory

@@ -13,7 +13,7 @@ T tokens
 from __future__ import annotations
 
 import random
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -24,15 +24,14 @@ from accelerate import Accelerator
 from peft_core.base_models.tokenizer import BaseTokenizer
 from peft_core.data.code_names import find_uses
 from peft_core.data.languages import language_named
-from peft_core.data.path_header import path_comment
-from peft_core.evaluation.completion_points import split_rows
 from peft_core.evaluation.positions import Target, find_targets
 from peft_core.evaluation.summary import WindowScore
 from peft_core.evaluation.worker.scoring import tokens_whose_text
+from peft_core.evaluation.worker.whole_files import TokenisedFile, tokenise_file
 from peft_core.modeling.batches import Document, join, pack
 from peft_core.modeling.memory import trim_if_above
 from peft_core.modeling.objective import Objective
-from peft_core.schemas.dataset import HeldOutFile, Segment
+from peft_core.schemas.dataset import HeldOutFile
 from peft_core.schemas.evaluation import InFileMetric
 from peft_core.system.cancellation import StopFlag
 
@@ -60,27 +59,6 @@ class Window:
         return replace(self, document=Document(ids_T=ids_T, learn_T=learn_T), targets=targets)
 
 
-@dataclass(frozen=True, eq=False)
-class _TokenisedFile:
-    path: str
-    header: tuple[int, ...]  # tokens before the file's own
-    ids: tuple[int, ...]
-    first_of_row: tuple[int, ...]  # the first token that begins in each row or later
-    targets: tuple[Target, ...]
-
-    def window(self, start: int, targets: Sequence[Target], header: Sequence[int]) -> Window:
-        """Return the tokens from `start` on, as far as the targets need them."""
-        stop, shift = max(target.stop for target in targets), len(header) - start
-        ids_T = torch.tensor([*header, *self.ids[start:stop]], dtype=torch.int32)
-        learn_T = torch.zeros(len(ids_T), dtype=torch.bool)
-        for target in targets:
-            learn_T[target.first + shift : target.stop + shift] = True
-        shifted = tuple(replace(target, first=target.first + shift, last=target.last + shift) for target in targets)
-        return Window(
-            self.path, bisect_right(self.first_of_row, start) - 1, Document(ids_T=ids_T, learn_T=learn_T), shifted
-        )
-
-
 def choose_windows(
     files: Sequence[HeldOutFile],
     names: frozenset[str],
@@ -95,10 +73,16 @@ def choose_windows(
     `names`: of the project, see `positions.project_names`.
     """
     generator = random.Random(f"windows/{seed}")  # noqa: S311 -- a sample, not a secret
-    tokenised = [_tokenise(file, names, tokenizer, length) for file in files]
-    generator.shuffle(tokenised)
-    long = [_shuffled(_windows(file, length), generator) for file in tokenised]
-    short = [_shuffled(_short_windows(file, tokenizer, length), generator) for file in tokenised]
+    beginning = tokenizer.beginning or (tokenizer.end_of_text,)  # the first token is predicted from nothing
+    long: list[list[Window]] = []
+    short: list[list[Window]] = []
+    for file in generator.sample(files, len(files)):
+        tokenised = tokenise_file(file, tokenizer, length)
+        uses = find_uses(file.text, language_named(file.language))
+        targets = find_targets(file, tokenised.offsets, uses, names)
+        head = (*beginning, *tokenised.header)
+        long.append(_shuffled(_windows(tokenised, targets, head, length), generator))
+        short.append(_shuffled(_short_windows(tokenised, targets, beginning, length), generator))
     chosen = _in_turn(short, round(_SHORT_SHARE * budget))
     return [*_in_turn(long, budget - sum(len(window.document) for window in chosen)), *chosen]
 
@@ -170,41 +154,26 @@ class _Ends:
         ]
 
 
-def _tokenise(file: HeldOutFile, names: frozenset[str], tokenizer: BaseTokenizer, length: int) -> _TokenisedFile:
-    language = language_named(file.language)
-    comment = path_comment(file.path, language)
-    head, body = tokenizer.encode([Segment(text=comment, literal=True), Segment(text=file.text, literal=True)])
-    header = (*tokenizer.beginning, *(head.ids if len(head.ids) <= length // 4 else ()))
-    begins = [begin for begin, _ in body.offsets]
-    starts = accumulate(map(len, split_rows(file.text)), initial=0)
-    return _TokenisedFile(
-        path=file.path,
-        header=header or (tokenizer.end_of_text,),  # the first token of a document is predicted from nothing
-        ids=tuple(body.ids),
-        first_of_row=tuple(bisect_left(begins, start) for start in starts),
-        targets=tuple(find_targets(file, body.offsets, find_uses(file.text, language), names)),
-    )
-
-
-def _windows(file: _TokenisedFile, length: int) -> Iterator[Window]:
-    """Yield windows that measure each target once, behind as many tokens as half a window has."""
-    budget = length - len(file.header)
-    remaining = list(file.targets)
+def _windows(file: TokenisedFile, targets: Sequence[Target], head: Sequence[int], length: int) -> Iterator[Window]:
+    """Yield windows that measure each target once, behind as many tokens as half a window has. `head` precedes each."""
+    budget = length - len(head)
+    remaining = list(targets)
     while remaining:
         first = remaining[0]
-        start = 0 if first.stop <= budget else _row_start(file, first.first - budget // 2)
+        start = 0 if first.stop <= budget else file.row_start(first.first - budget // 2)
         measured = [target for target in remaining if target.stop <= start + budget]
         if measured:
-            yield file.window(start, measured, file.header)
+            yield _window(file, start, measured, head)
         remaining = [target for target in remaining if target.stop > start + budget]
         if not measured:  # it is longer than half a window
             remaining = remaining[1:]
 
 
-def _short_windows(file: _TokenisedFile, tokenizer: BaseTokenizer, length: int) -> Iterator[Window]:
-    """Yield windows with 20 rows before the first line that is measured, and no path header."""
-    lines = [target for target in file.targets if not target.is_name and target.row >= _SHORT_CONTEXT_ROWS]
-    header = tokenizer.beginning or (tokenizer.end_of_text,)
+def _short_windows(
+    file: TokenisedFile, targets: Sequence[Target], head: Sequence[int], length: int
+) -> Iterator[Window]:
+    """Yield windows with 20 rows before the first line that is measured."""
+    lines = [target for target in targets if not target.is_name and target.row >= _SHORT_CONTEXT_ROWS]
     while lines:
         first = lines[0].row
         measured = [
@@ -213,14 +182,21 @@ def _short_windows(file: _TokenisedFile, tokenizer: BaseTokenizer, length: int) 
             if target.row < first + _SHORT_ROWS
         ]
         start = file.first_of_row[first - _SHORT_CONTEXT_ROWS]
-        if measured[-1].stop - start + len(header) <= length:
-            yield file.window(start, measured, header)
+        if measured[-1].stop - start + len(head) <= length:
+            yield _window(file, start, measured, head)
         lines = lines[len(measured) :]
 
 
-def _row_start(file: _TokenisedFile, token: int) -> int:
-    """Return the last token up to this one with which a row begins."""
-    return max(first for first in file.first_of_row if first <= max(0, token))
+def _window(file: TokenisedFile, start: int, targets: Sequence[Target], head: Sequence[int]) -> Window:
+    """Return the tokens from `start` on, as far as the targets need them."""
+    stop, shift = max(target.stop for target in targets), len(head) - start
+    ids_T = torch.tensor([*head, *file.ids[start:stop]], dtype=torch.int32)
+    learn_T = torch.zeros(len(ids_T), dtype=torch.bool)
+    for target in targets:
+        learn_T[target.first + shift : target.stop + shift] = True
+    shifted = tuple(replace(target, first=target.first + shift, last=target.last + shift) for target in targets)
+    row = bisect_right(file.first_of_row, start) - 1
+    return Window(file.file.path, row, Document(ids_T=ids_T, learn_T=learn_T), shifted)
 
 
 def _shuffled(windows: Iterator[Window], generator: random.Random) -> list[Window]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from peft_core.evaluation.comparison import SAME_CODE, cautions, compare_adapters, decide
-from peft_core.evaluation.summary import ExampleScore, Measurement, QuotedPrompt, Scores, summarise
+from peft_core.evaluation.summary import ExampleScore, Measurement, QuotedPrompt, Scores, Written, summarise
 from peft_core.schemas.evaluation import AdapterComparison, ComparedAdapter, Difference, Keep, TrainedOn, Verdict
 from tests.factories import make_evaluation
 
@@ -20,7 +20,7 @@ def measured(*losses: float, completion: str = "return y", general: float = 1.0)
         ExampleScore(file=f"f{n}.py", tokens=100, total_lines=10, loss=100 * each[n], lines=3) for n in range(FILES)
     ]
     rest = [ExampleScore(file=f"g{n}", tokens=100, total_lines=10, loss=100 * general, lines=3) for n in range(FILES)]
-    return Measurement(Scores(held_out=tuple(held_out), general=tuple(rest)), [completion] * FILES)
+    return Measurement(Scores(held_out=tuple(held_out), general=tuple(rest)), [Written(completion)] * FILES)
 
 
 def compared(a: Measurement, b: Measurement, base: Measurement | None = None) -> AdapterComparison:

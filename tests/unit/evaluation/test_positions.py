@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from peft_core.data.code_names import find_uses
 from peft_core.data.languages import language_named
-from peft_core.evaluation.positions import Target, find_targets, project_names
+from peft_core.evaluation.names import invents_name, project_names
+from peft_core.evaluation.positions import Target, find_targets
 from peft_core.schemas.dataset import CodeNames, HeldOutFile
 from peft_core.schemas.evaluation import InFileMetric
 
@@ -76,3 +77,20 @@ def test_targets_lie_in_their_rows_and_in_order(text: str, start: int, size: int
         assert start <= target.row < start + size
         assert written(target, text) in rows[target.row]
         assert target.stop <= len(text)
+
+
+@pytest.mark.parametrize(
+    ("completion", "invents"),
+    [
+        ("order.close_all()\n", False),
+        ("order.cancel_everything()\n", True),
+        ("    # order.cancel_everything()\n    x = 'a.bad_name()'\n", False),
+        ("name.strip().split(',')\n", False),
+        ("order.from_prompt()\n", False),
+        ("order.cut_of", False),
+        ("def new_helper(order):\n", False),
+        ("self->no_such_field = 1;\n", True),
+    ],
+)
+def test_a_name_is_invented_if_neither_project_nor_prompt_nor_python_has_it(completion: str, invents: bool) -> None:
+    assert invents_name(completion, "x = order.from_prompt()", {"order", "close_all"}) is invents

@@ -22,11 +22,14 @@ from peft_core.evaluation.summary import (
     Measurement,
     QuotedPrompt,
     Scores,
+    WindowScore,
+    Written,
     decide_verdict,
     edit_similarity,
+    stops_in_place,
     summarise,
 )
-from peft_core.schemas.evaluation import Comparison, Verdict
+from peft_core.schemas.evaluation import Comparison, InFileMetric, Verdict
 
 paired_sums = st.builds(
     PairedSum, first=st.floats(0, 1e4), second=st.floats(0, 1e4), weight=st.integers(1, 500).map(float)
@@ -178,12 +181,43 @@ def test_completion_points_are_inside_blocks_and_reproducible_for_a_seed() -> No
 
 def test_all_held_out_measurements_use_the_same_resampling_unit() -> None:
     prompts = [QuotedPrompt(f"f{n % 2}.py", 3, "x = 1\n", "", "return x") for n in range(8)]
-    base = Measurement(make_scores({f"f{n}.py": 2.0 for n in range(6)}, lines=2), ["return y"] * 8)
-    adapter = Measurement(make_scores({f"f{n}.py": 1.5 for n in range(6)}, lines=3), ["return x"] * 8)
+    base = Measurement(make_scores({f"f{n}.py": 2.0 for n in range(6)}, lines=2), [Written("return y")] * 8)
+    adapter = Measurement(make_scores({f"f{n}.py": 1.5 for n in range(6)}, lines=3), [Written("return x")] * 8)
     evaluation = summarise(base, adapter, prompts)
     assert (evaluation.resampled, evaluation.prompts) == ("files", 8)
     assert evaluation.edit_similarity is not None
     assert evaluation.edit_similarity.low is None, "two files are too few"
+
+
+def in_file(files: int, right: int) -> list[WindowScore]:
+    metric = InFileMetric.LINES
+    return [WindowScore(file=f"f{n % files}.py", metric=metric, positions=10, right=right) for n in range(6)]
+
+
+def test_positions_in_files_are_counted_with_an_interval_over_files_or_windows() -> None:
+    for files in (6, 2):
+        base, adapter = (
+            Measurement(make_scores({"a": 2.0}, lines=2).model_copy(update={"in_file": in_file(files, right)}))
+            for right in (2, 5)
+        )
+        share = summarise(base, adapter, []).in_file[InFileMetric.LINES]
+        assert (share.base, share.adapter, share.positions, share.files) == (0.2, 0.5, 60, files)
+        assert (share.low, share.high) == (0.3, 0.3)
+
+
+def test_what_was_not_measured_is_not_reported() -> None:
+    scores = make_scores({"a": 2.0}, lines=2)
+    prompts = [QuotedPrompt("a", 3, "x = 1\n", "", "return x")]
+    written = Measurement(scores, [Written("return y", invents=True, has_ended=True)])
+    assert set(summarise(written, written, prompts).in_file) == {InFileMetric.INVENTED_NAMES}
+    assert summarise(Measurement(scores), Measurement(scores), []).in_file == {}
+
+
+def test_a_completion_stops_in_place_if_it_ends_by_itself_after_the_missing_lines() -> None:
+    prompt = QuotedPrompt("a", 3, "x = 1\n", "", "y = 2\n\nreturn x\n", fills_gap=True)
+    assert stops_in_place(Written("z = 1\n    return 3", has_ended=True), prompt)
+    assert not stops_in_place(Written("z = 1\n    return 3"), prompt)
+    assert not stops_in_place(Written("z = 1\n", has_ended=True), prompt)
 
 
 @given(st.text(max_size=40), st.text(max_size=40))
@@ -212,7 +246,9 @@ def test_an_evaluation_contains_everything_that_was_measured() -> None:
     adapter = make_scores({f"f{n}.py": 1.5 + n / 10 for n in range(6)}, {f"g{n}": 1.1 for n in range(5)}, lines=3)
     prompts = [QuotedPrompt(file, 3, "x = 1\n", "    ", "    return x") for file in ("a.py", "b.py")]
     evaluation = summarise(
-        Measurement(base, ["return y", "return x"], 1.5), Measurement(adapter, ["return x", "pass"], 1.7), prompts
+        Measurement(base, [Written("return y"), Written("return x")], 1.5),
+        Measurement(adapter, [Written("return x"), Written("pass")], 1.7),
+        prompts,
     )
     assert evaluation.verdict is Verdict.HELPS
     assert evaluation.loss.change == pytest.approx(-0.5)
