@@ -70,7 +70,7 @@ def choose_windows(
 ) -> list[Window]:
     """Choose windows of at most `length` tokens in all files in turn, together of at most `budget` tokens.
 
-    `names`: of the project, see `positions.project_names`.
+    `names`: of the project, see `names.project_names`.
     """
     generator = random.Random(f"windows/{seed}")  # noqa: S311 -- a sample, not a secret
     beginning = tokenizer.beginning or (tokenizer.end_of_text,)  # the first token is predicted from nothing
