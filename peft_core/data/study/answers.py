@@ -188,7 +188,7 @@ class NameCheck:
 
         `logging` is the language's module even if the repository has a `logging` somewhere inside.
         """
-        if name in self.index.packages or name in _SELF:
+        if name in self.index.packages or name in self.index.own_imports or name in _SELF:
             return True
         return name not in self._standard and (name in self.index.modules or self.index.defines(name))
 

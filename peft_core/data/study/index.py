@@ -112,6 +112,11 @@ class RepositoryIndex:
         outside = {name for root, name in self.imports if root != "." and root not in self.modules}
         return frozenset(name for name in outside if name not in self.by_name and name not in self.modules)
 
+    @cached_property
+    def own_imports(self) -> frozenset[str]:
+        """The names that the repository imports from itself."""
+        return frozenset(name for root, name in self.imports if root == "." or root in self.packages)
+
     def takes_any_keyword(self, name: str) -> bool:
         """Return whether something of this name may be called with keywords that it does not name."""
         found = self.by_name.get(name, [])

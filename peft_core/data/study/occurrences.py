@@ -154,7 +154,8 @@ def first_name(node: Node | None, raw: bytes) -> str | None:
     """Return the name that an expression begins with; None if it begins with anything else."""
     while node is not None:
         if node.named_child_count == 0:
-            return raw[node.start_byte : node.end_byte].decode("utf-8", "replace") if _is_name(node.type) else None
+            is_name = _is_name(node.type) or node.type in ("this", "self", "super")
+            return raw[node.start_byte : node.end_byte].decode("utf-8", "replace") if is_name else None
         if "string" in node.type or node.type in ("list", "dictionary", "array", "object"):
             return None
         node = node.named_children[0]

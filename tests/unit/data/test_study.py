@@ -236,6 +236,12 @@ def test_an_item_is_dropped_with_the_reason_and_the_name(
             'import "fmt"\n\nfunc main() { fmt.Println(store.Open("a").Lookup("b")) }',
             'store.Open("a").Remove("b")',
         ),
+        (
+            "square",
+            "ts",
+            "class B {\n  go() {\n    return this.go(square(1));\n  }\n}",
+            "class B { go() { return this.vanish(square(1)); } }",
+        ),
         ("square", "ts", "async draw(size) {\n  return square(size).sides;\n}", "draw() { return square(1).corners; }"),
         (
             "make_parser",
