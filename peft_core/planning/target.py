@@ -201,7 +201,9 @@ def describe(
     )
     data_bytes = DATASET_BYTES_PER_TOKEN * source.estimated_tokens
     base_bytes = 0 if all(node.has_base for node in can_run) else base.size_bytes
-    sent = f"the examples that the data are cut into (about {_size(data_bytes)}), the held-out files, names in the code, settings"
+    sent = (
+        f"the examples that the data are cut into (about {_size(data_bytes)}), held-out files, names, and the settings"
+    )
     sent += (
         f", and the base model ({_size(base_bytes)}), which not all nodes have"
         if base_bytes

@@ -71,3 +71,16 @@ def test_a_completion_says_whether_the_model_ended_by_itself(tmp_path: Path) -> 
         model.get_input_embeddings().weight[tokenizer.end_of_text] = 100 * last_D
     (ended,) = complete(model, prompts, tokenizer, StopFlag())
     assert (ended.text, ended.has_ended) == ("", True)
+
+
+def test_a_completion_that_reached_its_last_line_has_not_ended_by_itself(tmp_path: Path) -> None:
+    tokenizer = tokenizer_in(tmp_path)
+    prompts = choose_file_prompts([make_file("a")], 2, 10_000, 0, tokenizer)
+    model = tiny_model()
+    newline = tokenizer.ids("\n")[-1]
+    with torch.no_grad():  # it writes line ends after the first prompt
+        last_D = model.model(torch.tensor([prompts[0].ids])).last_hidden_state[0, -1]
+        model.get_input_embeddings().weight[newline] = 100 * last_D
+    written = complete(model, prompts, tokenizer, StopFlag())
+    assert written[0].text == "\n\n\n"
+    assert not written[0].has_ended

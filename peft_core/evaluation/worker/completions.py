@@ -62,10 +62,12 @@ def complete(
             half = len(batch) // 2
             batches.extendleft((batch[half:], batch[:half]))
             continue
-        for index, (ids, has_ended) in zip(batch, completions, strict=True):
+        for index, (ids, ends) in zip(batch, completions, strict=True):
             text = tokenizer.continuation(prompts[index].ids, ids)
-            lines = text.splitlines(keepends=True)[: _line_limit(prompts[index])]
-            written[index] = Written("".join(lines), has_ended=has_ended)
+            limit = _line_limit(prompts[index])
+            # A completion that reached the limit is padded with the token that others end with.
+            has_ended = ends and text.count("\n") < limit
+            written[index] = Written("".join(text.splitlines(keepends=True)[:limit]), has_ended=has_ended)
     return written
 
 
