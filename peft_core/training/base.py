@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import structlog
 from transformers import PreTrainedModel
@@ -111,17 +112,22 @@ def _load_and_check(
     subject = device_check.Subject(
         session, data.base_directory, base.model, base.objective, base.compute_plan.recompute_layers, documents
     )
-    data_dir = session.task.data_dir
+    data_dir = _records_of(session)
     if data_dir is not None and records.is_known(data_dir, device_check.key_of(subject)):
         return base, None
     session.start_phase(Phase.LOADING_MODEL, f"comparing {session.device.device} with the CPU, once")
     return base, device_check.check(subject)
 
 
+def _records_of(session: Session) -> Path | None:
+    """Return the data directory that keeps the checks: on a cluster that of the node, which a task from elsewhere lacks."""
+    return session.task.data_dir if session.task.request.cluster is None else Settings().data_dir
+
+
 def _save(session: Session, check: DeviceCheck) -> None:
-    if session.task.data_dir is None:
+    if (data_dir := _records_of(session)) is None:
         return
     try:
-        records.save(session.task.data_dir, check)
+        records.save(data_dir, check)
     except OSError as error:  # the next training checks again
         _log.warning("device_check_not_saved", reason=describe_error(error))

@@ -33,7 +33,7 @@ from peft_core.training import device_check, lora
 from peft_core.training import run as training_run
 from peft_core.training.base import BaseModel, load_base_model
 from peft_core.training.device_check import Subject, check
-from tests.factories import change_request, make_request
+from tests.factories import change_request, make_cluster_plan, make_request
 from tests.tiny_models import tiny_documents, write_tiny_base
 
 BF16 = ComputePlan(weights="bfloat16")
@@ -306,6 +306,15 @@ def test_a_device_that_agrees_trains_as_without_a_check_and_is_checked_once(tmp_
     assert len(checks_in(first)) == 1
     plain = train(make_task(tmp_path / "b", tiny_base), checks=False)
     assert losses(first) == pytest.approx(losses(plain), abs=2e-3)
+
+
+def test_a_node_of_a_cluster_keeps_its_own_checks(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CODEBASE_GARDENER_DATA_DIR", str(tmp_path / "node"))
+    task = change_request(make_task(tmp_path / "a", tiny_base, max_steps=1), cluster=make_cluster_plan())
+    first = train(task.model_copy(update={"data_dir": None}))
+    assert records.load(tmp_path / "node") == checks_in(first)
 
 
 @pytest.mark.usefixtures("_one_thread")
