@@ -143,7 +143,9 @@ def on_cluster(config: TrainingConfig, answer: ClusterAnswer) -> Target:
         node = min(with_gpu, key=lambda node: (node.device_memory_bytes, node.cores))
         memory = node.device_memory_bytes or None
         return Target("cuda", node.cores, node.cpu_bfloat16, memory, f"the memory of the GPU on {node.name}", node)
-    node = max(answer.usable, key=lambda node: (node.memory_bytes, node.cores))
+    node = max(
+        answer.usable, key=lambda node: (node.cpus >= 1, node.memory_bytes, node.cores)
+    )  # a head node may have none
     cores = max(1, min(node.cores, MAX_CPUS))
     return Target("cpu", cores, node.cpu_bfloat16, node.memory_bytes, f"the memory of the node {node.name}", node)
 

@@ -119,6 +119,12 @@ def test_a_large_base_model_may_be_sent_once_the_plan_is_approved(tmp_path: Path
     assert sent > 15 * GB
 
 
+def test_a_training_on_cpus_is_not_planned_for_a_head_node_that_has_none_for_ray(tmp_path: Path) -> None:
+    request = planned(tmp_path, cpu_node("head", cpus=0, free_cpus=0, memory_bytes=64 * GB), cpu_node(cpus=6))
+    assert request.cluster is not None
+    assert request.cluster.cpus == 6
+
+
 @pytest.mark.parametrize(
     ("gpus", "sizes", "nodes", "each"),
     [(4, (4, 8), 1, 4), (8, (4, 8), 1, 8), (8, (4, 4, 4), 2, 4), (12, (8, 8), 2, 6), (6, (2, 2, 3), 3, 2)],
