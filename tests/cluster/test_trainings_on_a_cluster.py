@@ -18,8 +18,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
+from peft_core.config import Settings
+from peft_core.manager import PEFTManager
 from peft_core.paths import JobPaths
 from peft_core.schemas.cluster import ClusterPlan
 from peft_core.schemas.events import (
@@ -33,6 +36,7 @@ from peft_core.schemas.events import (
     RunPlanned,
     StepCompleted,
 )
+from peft_core.schemas.results import SweepRunStatus, TrainingStatus
 from peft_core.schemas.task import TrainingTask
 from peft_core.system.cancellation import CANCELLED_EXIT_CODE, INTERRUPTED_EXIT_CODE
 from peft_core.system.child_process import child_environment
@@ -255,6 +259,49 @@ def test_a_job_whose_cluster_is_gone_is_interrupted_and_continues_on_another_one
     assert resumed.end() == 0
     assert [event.start_step for event in resumed.of(RunPlanned)] == [4]
     assert steps(resumed) == [5, 6]
+
+
+def runs_of(status: TrainingStatus) -> tuple[SweepRunStatus, ...]:
+    return tuple(status.sweep.runs) if status.sweep is not None else ()
+
+
+async def until(
+    manager: PEFTManager, condition: Callable[[TrainingStatus], bool], job_id: str | None = None
+) -> TrainingStatus:
+    with anyio.fail_after(WAIT_S):
+        while not condition(status := await manager.get_training_status("small", job_id)):
+            assert status.error is None, status.error
+            await anyio.sleep(0.2)
+    return status
+
+
+async def test_the_runs_of_a_sweep_train_at_a_time_and_the_one_with_the_lowest_loss_is_published(
+    cluster: TestCluster, small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    settings = Settings(data_dir=tmp_path / "data", cluster=cluster.address)
+    manager, records = PEFTManager(settings), task_for(cluster, tmp_path / "records", small_base).request.source
+    cluster.add("d")  # each run reserves a whole node
+    for node in ("a", "d"):
+        cluster.hold(node, 4)
+    settings_of_runs = {name: value for name, value in CONFIG.items() if name != "rank"}
+    config = {**settings_of_runs, "base_model": str(small_base), "allow_little_data": True, "run_on": "cluster"}
+    config["sweep"] = {"rank": [4, 8]}
+    queued = await manager.train_adapter("small", str(records), config)
+    assert queued.sweep is not None
+    for run in runs_of(queued):  # none goes on before the test lets it, so both train at this moment
+        await until(manager, lambda status: status.step == 4, run.job_id)
+    for node in ("a", "d"):
+        cluster.hold(node, None)
+    ended = await until(manager, lambda status: status.sweep is not None and status.sweep.is_complete)
+    by_rank = {run.value: run for run in runs_of(ended)}
+    assert [by_rank[rank].held_out_loss for rank in (4, 8)] == [2.0, 1.0]
+    assert ended.sweep is not None
+    assert ended.sweep.best_job_id == by_rank[8].job_id
+    assert by_rank[8].published
+    assert ended.adapter_path is not None
+    cluster.kill("d")
 
 
 class Relay:
