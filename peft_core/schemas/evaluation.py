@@ -210,7 +210,7 @@ class Columns(FrozenModel):
 
     text: str = Field(description="Which one is best, or why nothing was measured.")
     best: ColumnName | None = Field(
-        None, description="The simplest one that is not significantly worse than the one with the lowest loss."
+        None, description="The one with the lowest loss; text says which others may be as good."
     )
     columns: tuple[Column, ...] = ()
     positions: int = 0
@@ -278,7 +278,9 @@ class Evaluation(FrozenModel):
                 f"It forgets: the loss on general code rises by {self.general_loss.change:.3f} nats per token."
             )
         if self.columns is not None and self.columns.best in (ColumnName.BASE, ColumnName.BASE_RETRIEVED):
-            sentences.append(f"The adapter is not needed on these lines: {self.columns.best.in_words} does as well.")
+            sentences.append(
+                f"Where retrieval is compared, {self.columns.best.in_words} has a lower loss than the adapter."
+            )
         if self.chosen_on_part:
             sentences.append(
                 "Early stopping chose the best state on a part of these examples, which flatters it a little."

@@ -49,7 +49,7 @@ def test_the_lowest_loss_is_best_and_every_change_has_an_interval() -> None:
         assert column.loss_change.low is not None
         assert column.loss_change.low <= column.loss_change.change
     assert (columns.positions, columns.files, columns.lines, columns.tokens) == (FILES, FILES, 10 * FILES, 100 * FILES)
-    assert "the adapter with retrieved code is best: loss 1.535; the adapter 1.755" in columns.text
+    assert "the adapter with retrieved code has the lowest loss, 1.535; the adapter 1.755" in columns.text
 
 
 def test_retrieval_alone_is_named_when_it_is_best() -> None:
@@ -57,11 +57,11 @@ def test_retrieval_alone_is_named_when_it_is_best() -> None:
     assert columns.best is ColumnName.BASE_RETRIEVED
     assert "generate(use_base=true" in columns.text
     evaluation = make_evaluation(columns=columns)
-    assert "the base model with retrieved code does as well" in evaluation.caveats[-1]
+    assert "the base model with retrieved code has a lower loss than the adapter" in evaluation.caveats[-1]
 
 
-def test_a_column_that_may_be_as_good_is_preferred_if_it_is_simpler() -> None:
-    noisy = [1.7 + (-1) ** number * number / 10 for number in range(FILES)]
+def test_too_little_data_does_not_make_the_base_model_as_good_as_the_adapter() -> None:
+    noisy = [1.8 + (-1) ** number * number / 10 for number in range(FILES)]
     columns = summarise_columns(
         Scores(held_out=(), plain=of_files([2.5] * FILES), retrieved=of_files([2.4] * FILES)),
         Scores(held_out=(), plain=of_files([1.7] * FILES), retrieved=of_files(noisy)),
