@@ -185,7 +185,7 @@ def evaluation_text(evaluation: Evaluation) -> str:
     if evaluation.memorisation is not None:
         caveats += f" {evaluation.memorisation.in_words}"
     if evaluation.study is not None:
-        caveats += f" {evaluation.study.in_words}"
+        caveats += f" Loss on held-out study items, about other APIs: {evaluation.study.in_words}."
     if evaluation.columns is not None:
         caveats += f" {evaluation.columns.text}"
     size = f"{counted(evaluation.files, 'file')}, {counted(evaluation.examples, 'example')}"

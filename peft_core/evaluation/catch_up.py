@@ -35,12 +35,12 @@ def compare_with_parent(
 
 
 def loss_change(
-    before: Sequence[ExampleScore], after: Sequence[ExampleScore], selected: Sequence[bool]
+    before: Sequence[ExampleScore], after: Sequence[ExampleScore], selected: Sequence[bool] | None = None
 ) -> LossChange | None:
-    """Compare the scores of the selected examples; return None if nothing is selected."""
+    """Compare the scores of the selected examples, or of all; return None if there are none."""
     pairs = [
         (first.file, PairedSum(first.loss, second.loss, first.tokens))
-        for first, second, is_selected in zip(before, after, selected, strict=True)
+        for first, second, is_selected in zip(before, after, selected or [True] * len(before), strict=True)
         if is_selected
     ]
     by_file = choose_resampling_unit(file for file, _ in pairs) == "files"

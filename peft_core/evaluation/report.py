@@ -25,8 +25,8 @@ from peft_core.schemas.evaluation import (
     Column,
     ColumnChange,
     Evaluation,
+    LossChange,
     Memorisation,
-    StudyEffect,
 )
 from peft_core.schemas.events import AdaptersCompared, Evaluated, Event
 from peft_core.schemas.task import JobRequest
@@ -52,7 +52,7 @@ def write_training_report(directory: Path, manifest: Manifest, events: Iterable[
             **column_tables(evaluation),
             **_catch_up_tables(evaluation.catch_up),
             "What it repeats of its training text": _memorisation_table(evaluation.memorisation),
-            **_study_tables(evaluation.study),
+            **_study_table(evaluation.study),
             "Data": _data_table(manifest),
             "Training": _training_table(manifest),
         },
@@ -199,13 +199,10 @@ def _memorisation_table(memorisation: Memorisation | None) -> dict[str, str]:
     return table
 
 
-def _study_tables(study: StudyEffect | None) -> dict[str, dict[str, str]]:
+def _study_table(study: LossChange | None) -> dict[str, dict[str, str]]:
     if study is None:
         return {}
-    table = {"held-out study items": study.items.in_words}
-    if study.others is not None:
-        table["other held-out text"] = study.others.in_words
-    return {"Loss of base model and adapter, nats per token": table}
+    return {"Held-out study items, about APIs that no trained item is about": {"loss": study.in_words}}
 
 
 def _data_table(manifest: Manifest) -> dict[str, str]:

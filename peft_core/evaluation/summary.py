@@ -75,6 +75,7 @@ class Scores(FrozenModel):
     in_file: tuple[WindowScore, ...] = ()  # in the middle of whole held-out files
     plain: tuple[ExampleScore, ...] = ()  # at the positions that are also measured with retrieved code
     retrieved: tuple[ExampleScore, ...] = ()  # there, with retrieved code
+    items: tuple[ExampleScore, ...] = ()  # on held-out study items
 
 
 @dataclass(frozen=True)

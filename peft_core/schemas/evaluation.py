@@ -162,19 +162,6 @@ class Memorisation(FrozenModel):
         return f"{of.longest_tokens} tokens{' or more' if of.longest_tokens == self.tokens else ''}{lines}"
 
 
-class StudyEffect(FrozenModel):
-    """Base model and adapter on held-out study items, whose APIs no trained item is about, and on the other held-out text."""
-
-    items: LossChange
-    others: LossChange | None = None
-
-    @property
-    def in_words(self) -> str:
-        """The comparison in one sentence."""
-        others = f"; on the other held-out text {self.others.in_words}" if self.others is not None else ""
-        return f"Loss on held-out study items, about other APIs: {self.items.in_words}{others}."
-
-
 class ColumnName(StrEnum):
     """A state of the model, and whether similar code of the training precedes the prompt."""
 
@@ -265,7 +252,9 @@ class Evaluation(FrozenModel):
     seconds: float = Field(0.0, description="Time that both models took for completions.")
     catch_up: CatchUp | None = Field(None, description="Comparison with the adapter that was continued, if any.")
     memorisation: Memorisation | None = Field(None, description="What it repeats of its training text, if measured.")
-    study: StudyEffect | None = Field(None, description="Loss on held-out study items, if any.")
+    study: LossChange | None = Field(
+        None, description="On held-out study items, about APIs that no trained item is about; not part of loss."
+    )
     gains: tuple[Continuation, ...] = Field((), description="Completions that the adapter improves most.")
     losses: tuple[Continuation, ...] = Field((), description="Completions that it worsens most.")
 

@@ -15,9 +15,7 @@ from peft import PeftModel
 from peft_core.adapters.manifest import Computation, DataRecord, RunRecord
 from peft_core.base_models.tokenizer import BaseTokenizer
 from peft_core.data.dataset import read_examples
-from peft_core.data.split import STUDY_PREFIX
 from peft_core.errors import DataError
-from peft_core.evaluation.study import study_effect
 from peft_core.evaluation.summary import Scores, mean_loss, perplexity
 from peft_core.evaluation.worker.completions import undo_fusion
 from peft_core.evaluation.worker.evaluator import Evaluator, load_scores, save_scores, token_budget_after_training
@@ -313,10 +311,8 @@ def _evaluate(
         budget=token_budget_after_training(loop.progress.tokens),
         stop=session.stop,
     )
-    is_item = [score.file.startswith(STUDY_PREFIX) for score in adapter_scores.held_out]
     return evaluation.model_copy(
         update={
-            "study": study_effect(base_scores.held_out, adapter_scores.held_out, is_item),
             "seen_in_training": 0.0,  # `prepare` separates held-out from training data
             "chosen_on_part": session.task.request.config.early_stopping_patience is not None,
             "memorisation": _measure_memorisation(session, adapted, tokenizer, loop),

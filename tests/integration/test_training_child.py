@@ -243,10 +243,12 @@ def test_a_run_with_study_items_reports_what_was_understood_of_apis_that_it_was_
         1,
         "Line 41: it uses subtract, which the repository does not have.",
     )
-    effect = next(event.evaluation.study for event in events if isinstance(event, Evaluated))
-    assert effect is not None
-    assert effect.others is not None
-    assert (effect.items.examples, effect.items.files) == (study.held_out, study.held_out_apis)
+    evaluation = next(event.evaluation for event in events if isinstance(event, Evaluated))
+    assert evaluation.study is not None
+    assert (evaluation.study.examples, evaluation.study.files) == (study.held_out, study.held_out_apis)
+    # They are not part of the loss that decides.
+    dataset = next(event.dataset for event in events if isinstance(event, DatasetPrepared))
+    assert evaluation.examples == dataset.held_out_examples - study.held_out
 
 
 def read_until(process: subprocess.Popen[str], kind: type[Event]) -> list[Event]:

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
+from peft_core.evaluation.catch_up import loss_change
 from peft_core.evaluation.columns import summarise_columns
 from peft_core.evaluation.names import invents_name, project_names
 from peft_core.evaluation.stdlib_code import stdlib_examples
@@ -96,7 +97,7 @@ class Evaluator:
 
     def work_after_training(self, trained_tokens: int) -> float:
         """Return the work of scoring and comparing the adapter in tokens of training, each of which costs three of reading."""
-        documents = [each.document for each in (*self._held_out, *self._general)]
+        documents = [each.document for each in (*self._held_out, *self._general, *self._data.held_out_items)]
         documents += [window.document for window in self._windows]
         written = 2 * self._completion_budget(token_budget_after_training(trained_tokens))
         return (sum(map(len, documents)) + self._positions.tokens + written) / 3
@@ -104,13 +105,14 @@ class Evaluator:
     def score(
         self, objective: Objective, accelerator: Accelerator, stop: StopFlag, *, key: str = "", more: bool = True
     ) -> Scores:
-        """Score the model in its present state. `more`: on general code and in whole files as well."""
+        """Score the model in its present state. `more`: not only on the held-out examples."""
         examples = [*self._held_out, *(self._general if more else ())]
         scores = score_examples(objective, examples, self._tokenizer, accelerator, stop)
         border = len(self._held_out)
         windows, positions = (self._windows, self._positions) if more else ((), Positions())
         at_positions = [*positions.plain, *positions.retrieved]
         columns = score_examples(objective, at_positions, self._tokenizer, accelerator, stop) if at_positions else []
+        items = self._data.held_out_items if more else []
         return Scores(
             key=key,
             held_out=tuple(scores[:border]),
@@ -118,6 +120,7 @@ class Evaluator:
             in_file=tuple(score_windows(objective, windows, self._tokenizer, accelerator, stop)),
             plain=tuple(columns[: len(positions.plain)]),
             retrieved=tuple(columns[len(positions.plain) :]),
+            items=tuple(score_examples(objective, items, self._tokenizer, accelerator, stop) if items else ()),
         )
 
     def are_comparable(self, scores: Scores, *, more: bool = True) -> bool:
@@ -128,6 +131,7 @@ class Evaluator:
             len(scores.held_out) == len(self._held_out)
             and in_windows == sum(score.positions for score in scores.in_file)
             and len(scores.plain) == (len(self._positions.plain) if more else 0)
+            and len(scores.items) == (len(self._data.held_out_items) if more else 0)
         )
 
     def choose_prompts(self, budget: int) -> list[Prompt]:
@@ -175,7 +179,8 @@ class Evaluator:
     def summarise(self, base: Measurement, adapter: Measurement, prompts: Sequence[Prompt]) -> Evaluation:
         evaluation = summarise(base, adapter, self.quote(prompts), seed=self.seed)
         columns = summarise_columns(base.scores, adapter.scores, note=self._positions.note, seed=self.seed)
-        evaluation = evaluation.model_copy(update={"columns": columns})
+        study = loss_change(base.scores.items, adapter.scores.items)
+        evaluation = evaluation.model_copy(update={"columns": columns, "study": study})
         _log.info("evaluated", **evaluation.without_texts.model_dump(exclude={"gains", "losses"}))
         return evaluation
 

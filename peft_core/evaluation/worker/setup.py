@@ -18,6 +18,7 @@ from peft_core.data.dataset import PreparedDataset, read_examples
 from peft_core.data.held_out_files import read_code_names, read_held_out_files
 from peft_core.data.leakage import TrainingFingerprint
 from peft_core.data.prepare import prepare
+from peft_core.data.split import STUDY_PREFIX
 from peft_core.evaluation.worker.scoring import HeldOutExample, make_held_out_examples
 from peft_core.modeling.convert import ensure_hf_directory
 from peft_core.modeling.device import DevicePlan, Machine, choose, describe, timed, use_cores, without
@@ -62,6 +63,7 @@ class RunData:
     tokenizer: BaseTokenizer
     dataset: PreparedDataset
     held_out: list[HeldOutExample]
+    held_out_items: list[HeldOutExample]  # study items: they say nothing about code, so they are measured on their own
     held_out_files: list[HeldOutFile]  # none if it was trained on records
     names: CodeNames
 
@@ -137,11 +139,14 @@ def prepare_data(
             may_read=partial(require_source, task),
         )
     examples = read_examples(paths.dataset / "held_out.jsonl")
+    items = [example for example in examples if example.path.startswith(STUDY_PREFIX)]
+    others = [example for example in examples if not example.path.startswith(STUDY_PREFIX)]
     return RunData(
         base_directory=directory,
         tokenizer=tokenizer,
         dataset=dataset,
-        held_out=make_held_out_examples(examples, tokenizer, config.max_length),
+        held_out=make_held_out_examples(others, tokenizer, config.max_length),
+        held_out_items=make_held_out_examples(items, tokenizer, config.max_length),
         held_out_files=read_held_out_files(paths.dataset),
         names=read_code_names(paths.dataset),
     )

@@ -20,7 +20,7 @@ from tests.factories import make_job
 # (version, hash of the stored fields). If this test fails, a released peft-mcp could not read what this one writes, or the
 # reverse: raise SCHEMA_VERSION, migrate older databases, and put both numbers here. While the version is unreleased, only
 # the hash changes.
-PINNED = (4, "494819d42fb1199f")
+PINNED = (4, "ce3161b385a4817b")
 
 
 def fields_of(schema: Any) -> Any:
