@@ -35,6 +35,10 @@ from peft_core.system.cancellation import StopFlag
 
 _log = structlog.get_logger(__name__)
 
+# Tokens for the comparison with retrieval, in those for the windows. A training can afford about ten positions, which show a
+# large difference only; here figures are all that is waited for.
+_POSITION_BUDGETS = 4
+
 
 def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     """Compare a base model with one adapter, or with two, on text that no adapter was trained on.
@@ -72,7 +76,7 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     # 3. Scores and completions of each.
     budget = token_budget(2 * summary.held_out_tokens)
     evaluator.choose_windows(objective, budget)
-    evaluator.choose_positions(objective, budget, _training_code(task, paths))
+    evaluator.choose_positions(objective, _POSITION_BUDGETS * budget, _training_code(task, paths))
     measured, prompts = _measure(session, model, names, evaluator, objective, budget)
 
     # 4. The summary.
