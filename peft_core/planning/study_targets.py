@@ -142,9 +142,8 @@ class Ranking:
     def _calls(self, definition: Definition) -> float:
         """Return how often a definition is probably called: definitions of one name share its calls."""
         alike = len(self.index.by_name[definition.name])
-        language = language_of_file(definition.path.rpartition("/")[2])
-        is_shared = language is not None and definition.name in builtin_names(language.name)
-        return len(self.index.calls_of(definition.name)) / alike * (_SHARED_NAME if is_shared else 1.0)
+        weight = _SHARED_NAME if _is_of_the_language(definition) else 1.0
+        return len(self.index.calls_of(definition.name)) / alike * weight
 
     @cached_property
     def changes(self) -> frozenset[str]:
@@ -198,6 +197,7 @@ class Ranking:
         alike = len(self.index.by_name[definition.name])
         if calls:
             shared = f" (a name that {alike} definitions share)" if alike > 1 else ""
+            shared = " (a name that the language has as well)" if _is_of_the_language(definition) else shared
             reasons.append(f"called {calls} {'time' if calls == 1 else 'times'} in the repository{shared}")
         if not definition.documented:
             reasons.append("undocumented")
@@ -229,7 +229,7 @@ class Ranking:
         known = {
             each.name: each
             for each in reversed(self.order[: 4 * MAX_TARGETS])
-            if each.is_public and self._calls(each) >= 2
+            if each.is_public and self._calls(each) >= 2 and not _is_of_the_language(each)
         }
         used: defaultdict[str, set[str]] = defaultdict(set)
         for name in known:
@@ -245,6 +245,12 @@ class Ranking:
             for pair, count in together.most_common(MAX_PAIRS)
             if count > 1
         ]
+
+
+def _is_of_the_language(definition: Definition) -> bool:
+    """Return whether the language has the name as well, so that most calls are probably not of this definition."""
+    language = language_of_file(definition.path.rpartition("/")[2])
+    return language is not None and definition.name in builtin_names(language.name)
 
 
 def _excerpt(lines: Sequence[str]) -> str:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import builtins
+import io
+import pathlib
+import re
 import sys
+from datetime import datetime
 from functools import cache
 
 _PYTHON_TYPES = (
@@ -21,6 +25,12 @@ _PYTHON_TYPES = (
     object,
     type,
     BaseException,
+    # Of the library: their methods are called everywhere, so that `path.exists()` says nothing about an `exists` of the code.
+    pathlib.Path,
+    io.TextIOWrapper,
+    re.Pattern,
+    re.Match,
+    datetime,
 )
 _ECMA = (
     "console log warn error Promise then catch finally all race resolve reject Object keys values entries assign "

@@ -76,6 +76,20 @@ def test_what_is_called_most_and_undocumented_comes_first(root: Path) -> None:
     assert [(pair.first, pair.second, pair.together) for pair in plan.pairs] == [("core.load", "core.parse", 2)]
 
 
+def test_calls_of_a_name_that_the_language_has_say_little(root: Path) -> None:
+    (root / "shelf.py").write_text(
+        "class Shelf:\n    def exists(self):\n        return True\n\n    def put_on(self, book):\n        return book\n"
+    )
+    uses = "".join(f"def use_{n}(path, shelf):\n    return path.exists(), shelf.put_on({n})\n\n" for n in range(9))
+    (root / "use.py").write_text(uses)
+    plan = plan_of(root)
+    names = [target.study for target in plan.targets]
+    assert names.index("shelf.Shelf.put_on") < names.index("shelf.Shelf.exists")
+    exists = next(target for target in plan.targets if target.study == "shelf.Shelf.exists")
+    assert exists.reasons[0] == "called 9 times in the repository (a name that the language has as well)"
+    assert all("exists" not in pair.first + pair.second for pair in plan.pairs)
+
+
 def test_no_secret_and_no_test_is_proposed(root: Path) -> None:
     plan = plan_of(root)
     assert "AKIA" not in plan.model_dump_json()
