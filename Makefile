@@ -8,7 +8,7 @@ PEERS  := .venv-peers
 
 # Parallel test processes. Some tests train, so each process more takes a core and up to 2 GB of memory.
 WORKERS  ?= 2
-PARALLEL  = --numprocesses $(WORKERS) --maxschedchunk 1
+PARALLEL  = --numprocesses $(WORKERS)
 
 # Hundreds of processes import the same modules: they keep the bytecode, even where the environment says otherwise.
 export PYTHONDONTWRITEBYTECODE =

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
@@ -37,6 +38,20 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("fast" if config.getoption("--without-torch") else "all")
     if config.getoption("--without-torch"):
         sys.modules.update(dict.fromkeys(HEAVY, None))  # type: ignore[arg-type] -- None makes `import torch` fail
+
+
+class OneProcessForTheCluster(LoadScopeScheduling):
+    """Gives each test to the next free process, and those of a Ray cluster, first, to one: two clusters would compete.
+
+    The groups of xdist would do, but their names are lost with pytest 9.2.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "tests/cluster" if nodeid.startswith("tests/cluster/") else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> OneProcessForTheCluster:
+    return OneProcessForTheCluster(config, log)
 
 
 @pytest.hookimpl(wrapper=True)
