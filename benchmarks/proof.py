@@ -1,8 +1,8 @@
-"""Does the adapter help? Compare base and adapter on three real code bases, with another code base's adapter as control.
+"""Does the adapter help? Compare base and adapter on several code bases, with another code base's adapter as control.
 
-Each code base is trained on with the product's defaults, through the manager; its own report is the first row. Then its
-adapter and that of another code base are evaluated on the same held-out files: the control's gain is what any Python code
-teaches; the rest is knowledge of the project. Trainings and evaluations that are in `--work` are not repeated.
+Each code base is trained on with the product's defaults, through the manager; its own report is the first row of each table.
+Then its adapter and that of another code base are compared on the text that neither was trained on: the control's gain is what
+any code teaches; the rest is knowledge of the project. What is in `--work` is not repeated.
 
     python benchmarks/proof.py --work DIR [--steps N] [--code-bases PATH ...] [--base BASE]
 """
@@ -10,17 +10,16 @@ teaches; the rest is knowledge of the project. Trainings and evaluations that ar
 from __future__ import annotations
 
 import argparse
-import json
 import sysconfig
 from dataclasses import dataclass
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
-from typing import Any
 
 import anyio
 
 from peft_core import PEFTManager, Settings, TrainingStatus
-from peft_core.schemas.evaluation import Comparison, Evaluation
+from peft_core.errors import JobNotFound
+from peft_core.schemas.evaluation import AdapterComparison, Comparison, Evaluation, InFileMetric
 from peft_core.schemas.results import Status
 
 # Packages whose current form dates from 2026, judging by their versions; the base was trained on code of 2024 and before.
@@ -61,12 +60,10 @@ async def prove(options: argparse.Namespace) -> None:
             assert status.evaluation is not None
             assert status.metrics is not None
             rows.append(Row(code_base, "own, as trained", status.evaluation, status.metrics.wall_s))
-            data = held_out_of(work, status, source_of(code_base))
             other = options.code_bases[number - 1]
-            for name in dict.fromkeys([code_base, other]):
-                path = trained[name].adapter_path
-                evaluation = await evaluated(manager, work, path, data, options.base)
-                rows.append(Row(code_base, "own" if name == code_base else f"control: {name}", evaluation, None))
+            if other != code_base:
+                own, control = await compared(manager, work, trained[code_base], trained[other], source_of(code_base))
+                rows += [Row(code_base, "own", own, None), Row(code_base, f"control: {other}", control, None)]
     show(rows, options.code_bases)
 
 
@@ -84,24 +81,33 @@ async def train(manager: PEFTManager, code_base: str, options: argparse.Namespac
     for adapter in (await manager.list_adapters(project)).adapters:
         return await manager.get_training_status(project, adapter.adapter_id)
     config = {"max_steps": options.steps, "base_model": options.base, "make_current": "always"}
-    status = await manager.get_training_status(project)
-    if status.status in (Status.NOT_STARTED, Status.FAILED):
+    try:
+        status = await manager.get_training_status(project)
+    except JobNotFound:
+        status = None
+    if status is None or status.status in (Status.NOT_STARTED, Status.FAILED):
         status = await manager.train_adapter(project, str(source_of(code_base)), config)
     elif status.status in (Status.CANCELLED, Status.INTERRUPTED):
         status = await manager.resume_training(str(status.job_id))
     return await ended(manager, status)
 
 
-async def evaluated(manager: PEFTManager, work: Path, adapter: str | None, data: Path, base: str | None) -> Evaluation:
-    """Return the evaluation of an adapter, from an earlier run if there is one."""
-    assert adapter is not None
-    saved = work / "evaluations" / f"{Path(adapter).name}-on-{data.stem}.json"
+async def compared(
+    manager: PEFTManager, work: Path, own: TrainingStatus, control: TrainingStatus, source: Path
+) -> tuple[Evaluation, Evaluation]:
+    """Return the evaluations of two adapters on one code base, from an earlier run if there is one."""
+    assert own.adapter_path is not None
+    assert control.adapter_path is not None
+    saved = work / "comparisons" / f"{own.project_id}-and-{control.project_id}.json"
     if not saved.exists():
-        status = await ended(manager, await manager.evaluate_adapter(adapter, str(data), base))
-        assert status.evaluation is not None
+        status = await ended(
+            manager, await manager.compare_adapters(own.adapter_path, control.adapter_path, str(source))
+        )
+        assert status.comparison is not None
         saved.parent.mkdir(exist_ok=True)
-        saved.write_text(status.evaluation.model_dump_json(), encoding="utf-8")
-    return Evaluation.model_validate_json(saved.read_bytes())
+        saved.write_text(status.comparison.model_dump_json(), encoding="utf-8")
+    comparison = AdapterComparison.model_validate_json(saved.read_bytes())
+    return comparison.adapter_a.evaluation, comparison.adapter_b.evaluation
 
 
 async def ended(manager: PEFTManager, status: TrainingStatus) -> TrainingStatus:
@@ -113,19 +119,6 @@ async def ended(manager: PEFTManager, status: TrainingStatus) -> TrainingStatus:
             print(f"# {latest.project_id}: {latest.kind}, {printed}", flush=True)
     assert latest.status is Status.COMPLETED, latest.error
     return latest
-
-
-def held_out_of(work: Path, status: TrainingStatus, source: Path) -> Path:
-    """Write the held-out files of a training as records, so that both adapters are evaluated on the same text."""
-    assert status.job_id is not None
-    manifest: dict[str, Any] = json.loads((work / "jobs" / status.job_id / "dataset" / "manifest.json").read_bytes())
-    data = work.with_name(f"{work.name}-held-out") / f"{status.project_id}.jsonl"
-    data.parent.mkdir(exist_ok=True)
-    with data.open("w", encoding="utf-8") as lines:
-        for name in manifest["held_out_files"]:
-            text = (source / name).read_text(encoding="utf-8")
-            lines.write(json.dumps({"content": text, "language": "python", "file_path": name}) + "\n")
-    return data
 
 
 def show(rows: list[Row], code_bases: list[str]) -> None:
@@ -143,9 +136,10 @@ def show(rows: list[Row], code_bases: list[str]) -> None:
         losses = f"{loss.base:.3f} -> {loss.adapter:.3f}"
         cells = [f"`{row.code_base}`", row.adapter, evaluation.verdict, losses, nats(loss)]
         print(f"| {' | '.join([*cells, *figures, time])} |")
+    show_in_file(rows)
     show_columns(rows)
     print()
-    for code_base in code_bases:
+    for code_base in code_bases if len(code_bases) > 1 else ():
         own, control = (
             [row for row in rows if row.code_base == code_base and row.adapter.startswith(kind)][-1]
             for kind in ("own", "control")
@@ -155,6 +149,19 @@ def show(rows: list[Row], code_bases: list[str]) -> None:
         seconds = max(row.seconds or 0 for row in rows if row.code_base == code_base)
         within = "met" if seconds < TARGET_S else "MISSED"
         print(f"{code_base}: the control has {share:.0%} of the gain (target: under half); 15 minutes: {within}")
+
+
+def show_in_file(rows: list[Row]) -> None:
+    """Print what an editor would see, where whole held-out files were read."""
+    metrics = list(InFileMetric)
+    print(f"\n| code base | adapter | {' | '.join(metric.in_words for metric in metrics)} |")
+    print(f"|---|---|{'---|' * len(metrics)}")
+    for row in rows:
+        cells = [
+            f"{percent(share)} of {share.positions}" if (share := row.evaluation.in_file.get(metric)) else ""
+            for metric in metrics
+        ]
+        print(f"| `{row.code_base}` | {row.adapter} | {' | '.join(cells)} |")
 
 
 def show_columns(rows: list[Row]) -> None:
