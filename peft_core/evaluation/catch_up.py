@@ -37,7 +37,7 @@ def compare_with_parent(
 def loss_change(
     before: Sequence[ExampleScore], after: Sequence[ExampleScore], selected: Sequence[bool] | None = None
 ) -> LossChange | None:
-    """Compare the scores of the selected examples, or of all; return None if there are none."""
+    """Compare the scores of the selected examples, or of all; return None without any."""
     pairs = [
         (first.file, PairedSum(first.loss, second.loss, first.tokens))
         for first, second, is_selected in zip(before, after, selected or [True] * len(before), strict=True)

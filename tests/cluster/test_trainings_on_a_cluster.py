@@ -225,7 +225,7 @@ def test_four_jobs_train_at_a_time_and_two_survive_the_loss_of_their_node_one_al
         for name in ("aaaaaa", "bbbbbb", "cccccc", "dddddd")
     ]
     bridges = {task.job_id: start(task) for task in tasks}
-    for task in tasks:  # none goes on before the test lets it, so all four train at this moment
+    for task in tasks:  # each waits until the test lets it continue, so all four train at this moment
         bridges[task.job_id].until(lambda _, task=task: saved_step(task) == 4)
     on_a, on_b = jobs_on(cluster, "a"), jobs_on(cluster, "b")
     assert (len(on_a), len(on_b), on_a | on_b) == (2, 2, set(bridges))
@@ -290,7 +290,7 @@ async def test_the_runs_of_a_sweep_train_at_a_time_and_the_one_with_the_lowest_l
     config["sweep"] = {"rank": [4, 8]}
     queued = await manager.train_adapter("small", str(records), config)
     assert queued.sweep is not None
-    for run in runs_of(queued):  # none goes on before the test lets it, so both train at this moment
+    for run in runs_of(queued):  # each waits until the test lets it continue, so both train at this moment
         await until(manager, lambda status: status.step == 4, run.job_id)
     for node in ("a", "d"):
         cluster.hold(node, None)

@@ -81,7 +81,7 @@ class Evaluator:
         )
 
     def choose_positions(self, objective: Objective, budget: int, training_code: Sequence[Path]) -> None:
-        """Choose the positions at which retrieved code is compared with the adapter. Without this, there are none.
+        """Choose the positions at which retrieved code is compared with the adapter. Without this call, nothing is compared.
 
         `training_code`: the files of training examples that are searched. `budget` comes on top of that of `choose_windows`.
         """
@@ -194,7 +194,7 @@ def save_scores(path: Path, scores: Scores) -> None:
 
 
 def load_scores(path: Path, key: str, evaluator: Evaluator, *, more: bool = True) -> Scores | None:
-    """Return the saved scores of the run with this key, or None if there are none that `evaluator.score` would return."""
+    """Return the saved scores of the run with this key, or None if `evaluator.score` would return others."""
     try:
         scores = Scores.model_validate_json(path.read_bytes())
     except (OSError, ValidationError):

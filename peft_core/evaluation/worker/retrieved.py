@@ -37,7 +37,7 @@ _MIN_ROWS = 3  # that are measured
 
 @dataclass(frozen=True)
 class Positions:
-    """The same positions twice. `note`: why there are none."""
+    """The same positions twice. `note`: why it is empty."""
 
     plain: tuple[HeldOutExample, ...] = ()
     retrieved: tuple[HeldOutExample, ...] = ()
