@@ -65,6 +65,12 @@ def sum_by_file(sums: Iterable[tuple[Hashable, PairedSum]]) -> list[PairedSum]:
     return list(totals.values())
 
 
+def compare_examples(sums: Sequence[tuple[Hashable, PairedSum]], *, seed: int = 0) -> PairedChange | None:
+    """Compare (file, sums) pairs, one for each example, by files if there are enough of them; else as `compare`."""
+    by_file = choose_resampling_unit(file for file, _ in sums) == "files"
+    return compare(sum_by_file(sums) if by_file else [paired for _, paired in sums], seed=seed)
+
+
 def compare(sums: Sequence[PairedSum], *, seed: int = 0) -> PairedChange | None:
     """Return the means of both models, their difference, and its confidence interval; None if nothing was measured.
 

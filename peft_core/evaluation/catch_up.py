@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peft_core.evaluation.bootstrap import PairedSum, choose_resampling_unit, compare, sum_by_file
+from peft_core.evaluation.bootstrap import PairedSum, compare_examples
 from peft_core.evaluation.summary import MIN_EFFECT, ExampleScore
 from peft_core.schemas.evaluation import CatchUp, LossChange
 
@@ -43,8 +43,7 @@ def loss_change(
         for first, second, is_selected in zip(before, after, selected or [True] * len(before), strict=True)
         if is_selected
     ]
-    by_file = choose_resampling_unit(file for file, _ in pairs) == "files"
-    compared = compare(sum_by_file(pairs) if by_file else [paired for _, paired in pairs])
+    compared = compare_examples(pairs)
     if compared is None:
         return None
     return LossChange(

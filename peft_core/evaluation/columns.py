@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from peft_core.evaluation.bootstrap import PairedSum, choose_resampling_unit, compare, sum_by_file
+from peft_core.evaluation.bootstrap import PairedSum, compare_examples
 from peft_core.evaluation.summary import ExampleScore, Scores, mean_loss
 from peft_core.schemas.evaluation import Column, ColumnChange, ColumnName, Columns
 
@@ -46,34 +46,22 @@ def _column(name: ColumnName, base: Sequence[ExampleScore], own: Sequence[Exampl
         name=name,
         loss=round(mean_loss(own), 6),
         exact_lines=round(lines, 6),
-        loss_change=None if is_base else loss_difference(base, own, seed),
-        lines_change=None if is_base else _difference(base, own, "lines", seed),
+        loss_change=None if is_base else _loss_change(base, own, seed),
+        lines_change=None if is_base else _lines_change(base, own, seed),
     )
 
 
-def loss_difference(one: Sequence[ExampleScore], two: Sequence[ExampleScore], seed: int) -> ColumnChange:
-    """Return the loss of the second column minus that of the first, in nats per token."""
-    found = _difference(one, two, "loss", seed)
-    if found is None:
-        raise ValueError("nothing was measured")
-    return found
+def _loss_change(one: Sequence[ExampleScore], two: Sequence[ExampleScore], seed: int) -> ColumnChange | None:
+    return _change([(a.file, PairedSum(a.loss, b.loss, a.tokens)) for a, b in zip(one, two, strict=True)], seed)
 
 
-def _difference(
-    one: Sequence[ExampleScore], two: Sequence[ExampleScore], metric: str, seed: int
-) -> ColumnChange | None:
-    pairs = [
-        (
-            a.file,
-            PairedSum(a.loss, b.loss, a.tokens) if metric == "loss" else PairedSum(a.lines, b.lines, a.total_lines),
-        )
-        for a, b in zip(one, two, strict=True)
-    ]
-    by_file = choose_resampling_unit(file for file, _ in pairs) == "files"
-    change = compare(sum_by_file(pairs) if by_file else [paired for _, paired in pairs], seed=seed)
-    if change is None:
-        return None
-    return ColumnChange(change=change.change, low=change.low, high=change.high)
+def _lines_change(one: Sequence[ExampleScore], two: Sequence[ExampleScore], seed: int) -> ColumnChange | None:
+    return _change([(a.file, PairedSum(a.lines, b.lines, a.total_lines)) for a, b in zip(one, two, strict=True)], seed)
+
+
+def _change(sums: Sequence[tuple[str, PairedSum]], seed: int) -> ColumnChange | None:
+    change = compare_examples(sums, seed=seed)
+    return None if change is None else ColumnChange(change=change.change, low=change.low, high=change.high)
 
 
 def _text(scores: Mapping[ColumnName, Sequence[ExampleScore]], best: ColumnName, seed: int) -> str:
@@ -84,7 +72,7 @@ def _text(scores: Mapping[ColumnName, Sequence[ExampleScore]], best: ColumnName,
     close = [
         name.in_words
         for name in scores
-        if name is not best and not _differs(loss_difference(scores[best], scores[name], seed))
+        if name is not best and not _differs(_loss_change(scores[best], scores[name], seed))
     ]
     chance = f" Its difference from {', '.join(close)} may be chance." if close else ""
     first = scores[best]
@@ -95,8 +83,10 @@ def _text(scores: Mapping[ColumnName, Sequence[ExampleScore]], best: ColumnName,
     )
 
 
-def _differs(difference: ColumnChange) -> bool:
-    return difference.low is not None and difference.high is not None and not difference.low <= 0 <= difference.high
+def _differs(change: ColumnChange | None) -> bool:
+    return (
+        change is not None and change.low is not None and change.high is not None and not change.low <= 0 <= change.high
+    )
 
 
 _ADVICE = {

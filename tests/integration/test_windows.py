@@ -80,7 +80,7 @@ def test_windows_with_little_context_have_twenty_lines_and_no_path(tokenizer: Ba
     for window in short:
         first = window.targets[0]
         before = text_of(window.document.ids_T[: first.first].tolist())
-        assert before.count("\n") == 20 == first.row - window.first_row
+        assert before.count("\n") == 20
         assert not before.startswith("#")
 
 
@@ -88,7 +88,7 @@ def test_the_budget_is_spread_over_the_files(tokenizer: BaseTokenizer) -> None:
     windows = choose(tokenizer, budget=1200)
     assert sum(len(window.document) for window in windows) <= 1200
     assert {window.path for window in windows} == {"m0.py", "m1.py", "m2.py"}
-    assert windows == [] or [w.path for w in windows] == [w.path for w in choose(tokenizer, budget=1200)]
+    assert [w.path for w in windows] == [w.path for w in choose(tokenizer, budget=1200)]
     assert choose(tokenizer, budget=10) == []
 
 
@@ -117,19 +117,3 @@ def test_a_line_is_exact_if_greedy_decoding_writes_it(tokenizer: BaseTokenizer, 
     counted = {metric: sum(score.right for score in scores if score.metric is metric) for metric in InFileMetric}
     assert counted == expected
     assert 0 < counted[InFileMetric.LINES] < sum(s.positions for s in scores if s.metric is InFileMetric.LINES)
-
-
-def test_a_context_before_a_window_changes_what_is_predicted_but_not_where(
-    tokenizer: BaseTokenizer, model: PreTrainedModel
-) -> None:
-    windows = choose(tokenizer, budget=1000, length=200)
-    objective = probe_fast_paths(model, 240)
-    context = tokenizer.ids("def unit_of(unit):\n    pass\n")
-    alone, after = (
-        score_windows(objective, each, tokenizer, Accelerator(cpu=True), StopFlag())
-        for each in (windows, [window.after(context) for window in windows])
-    )
-    assert [(s.file, s.metric, s.positions) for s in alone] == [(s.file, s.metric, s.positions) for s in after]
-    behind = windows[0].after(context)
-    assert behind.document.ids_T[len(context) :].tolist() == windows[0].document.ids_T.tolist()
-    assert behind.document.targets == windows[0].document.targets

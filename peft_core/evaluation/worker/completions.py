@@ -14,8 +14,8 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from peft_core.base_models.tokenizer import BaseTokenizer
-from peft_core.evaluation.completion_points import EXPECTED_LINES
 from peft_core.evaluation.summary import Written
+from peft_core.evaluation.worker.completion_points import EXPECTED_LINES
 from peft_core.evaluation.worker.prompts import MAX_NEW_TOKENS, Prompt
 from peft_core.planning.cost_model import MICRO_TOKENS
 from peft_core.system.cancellation import StopFlag

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 from peft_core.evaluation.catch_up import loss_change
 from peft_core.evaluation.columns import summarise_columns
-from peft_core.evaluation.names import invents_name, project_names
 from peft_core.evaluation.stdlib_code import stdlib_examples
 from peft_core.evaluation.summary import Measurement, QuotedPrompt, Scores, summarise
 from peft_core.evaluation.worker.completions import complete
+from peft_core.evaluation.worker.names import invents_name, project_names
 from peft_core.evaluation.worker.prompts import Prompt, choose_file_prompts, choose_prompts
 from peft_core.evaluation.worker.retrieved import POSITION_TOKENS, Positions, choose_positions
 from peft_core.evaluation.worker.scoring import make_held_out_examples, score_examples

@@ -11,14 +11,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from peft_core.base_models.tokenizer import BaseTokenizer
-from peft_core.evaluation.completion_points import (
+from peft_core.data.chunking import split_lines
+from peft_core.evaluation.summary import QuotedPrompt
+from peft_core.evaluation.worker.completion_points import (
     EXPECTED_LINES,
     CompletionPoint,
     find_completion_points,
     sample_completion_points,
-    split_rows,
 )
-from peft_core.evaluation.summary import QuotedPrompt
 from peft_core.evaluation.worker.scoring import HeldOutExample
 from peft_core.evaluation.worker.whole_files import TokenisedFile, tokenise_file
 from peft_core.schemas.dataset import HeldOutFile
@@ -89,7 +89,7 @@ def _prompt_of_example(example: HeldOutExample, point: CompletionPoint, tokenize
 
 def _points(file: TokenisedFile) -> list[CompletionPoint]:
     """Return the points in held-out rows. Of the expected lines, there are as many as a model can write."""
-    rows = split_rows(file.file.text)
+    rows = split_lines(file.file.text)
     last_row = {row: stop for start, stop in file.file.rows for row in range(start, stop)}
     points = []
     for point in find_completion_points(file.file.text, file.offsets):
@@ -109,7 +109,7 @@ def _prompt_of_file(file: TokenisedFile, point: CompletionPoint, tokenizer: Base
     free_tokens = _FILE_PROMPT_TOKENS - len(file.header) - _MARKS
     after: tuple[int, ...] = ()
     if marks is not None:
-        follows = file.first_of_row[point.row + len(split_rows(point.expected))]
+        follows = file.first_of_row[point.row + len(split_lines(point.expected))]
         after = file.ids[follows : follows + free_tokens // _SUFFIX_SHARE]
     start = max(0, point.first - free_tokens + len(after))
     start = next(first for first in file.first_of_row if first >= start)

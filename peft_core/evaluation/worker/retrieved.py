@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 
 from peft_core.base_models.tokenizer import BaseTokenizer
+from peft_core.data.chunking import split_lines
 from peft_core.data.dataset import read_examples
 from peft_core.data.languages import language_named
 from peft_core.data.path_header import path_comment
 from peft_core.evaluation.columns import MIN_POSITIONS
-from peft_core.evaluation.completion_points import Line, find_lines, split_rows
+from peft_core.evaluation.worker.completion_points import Line, find_lines
 from peft_core.evaluation.worker.scoring import HeldOutExample
 from peft_core.modeling.batches import Document
 from peft_core.retrieval.context import CANDIDATES, compose, last_lines
@@ -130,7 +131,7 @@ def _positions(file: HeldOutFile, tokenizer: BaseTokenizer, length: int) -> Iter
     header_text = path_comment(file.path, language_named(file.language))
     header, ids = _ids(tokenizer, header_text), tokenizer.encode([Segment(text=file.text, literal=True)])[0]
     begins = [begin for begin, _ in ids.offsets]
-    starts = list(accumulate(map(len, split_rows(file.text)), initial=0))
+    starts = list(accumulate(map(len, split_lines(file.text)), initial=0))
     first_of_row = [bisect_left(begins, start) for start in starts]
     lines = list(find_lines(file.text, ids.offsets))
     above_tokens = round((1 - _CONTEXT_SHARE - _MEASURED_SHARE) * length) - len(header)

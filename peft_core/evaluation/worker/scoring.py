@@ -13,14 +13,14 @@ import torch
 from accelerate import Accelerator
 
 from peft_core.base_models.tokenizer import BaseTokenizer, Tokens
-from peft_core.evaluation.completion_points import (
+from peft_core.evaluation.summary import ExampleScore, mean_loss, require_finite
+from peft_core.evaluation.worker.completion_points import (
     EXPECTED_LINES,
     CompletionPoint,
     Line,
     find_completion_points,
     find_lines,
 )
-from peft_core.evaluation.summary import ExampleScore, mean_loss, require_finite
 from peft_core.modeling.batches import Document, join, pack, tokenise_segments
 from peft_core.modeling.memory import trim_if_above
 from peft_core.modeling.mps import sum_dtype

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from peft_core.base_models.tokenizer import BaseTokenizer
+from peft_core.data.chunking import split_lines
 from peft_core.data.languages import language_named
 from peft_core.data.path_header import path_comment
-from peft_core.evaluation.completion_points import Offsets, split_rows
+from peft_core.evaluation.worker.completion_points import Offsets
 from peft_core.schemas.dataset import HeldOutFile, Segment
 
 _HEADER_SHARE = 4  # a path that would take more than 1/4 of the tokens is left out
@@ -33,7 +34,7 @@ def tokenise_file(file: HeldOutFile, tokenizer: BaseTokenizer, length: int) -> T
     comment = path_comment(file.path, language_named(file.language))
     header, body = tokenizer.encode([Segment(text=comment, literal=True), Segment(text=file.text, literal=True)])
     begins = [begin for begin, _ in body.offsets]
-    starts = accumulate(map(len, split_rows(file.text)), initial=0)
+    starts = accumulate(map(len, split_lines(file.text)), initial=0)
     return TokenisedFile(
         file=file,
         header=tuple(header.ids if _HEADER_SHARE * len(header.ids) <= length else ()),

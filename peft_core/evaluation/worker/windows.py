@@ -4,16 +4,12 @@ One forward pass answers for all positions of a window, because a greedy complet
 is the most likely one after the real tokens before it. A window is what an editor sends: the path header, then the file up to
 the budget. Every position has at least half of the budget before it, where the file has as much.
 
-A column of a comparison is a state of the model and a context that is put before each window (`Window.after`). The windows are
-chosen once, so that all columns predict the same positions.
-
 T tokens
 """
 
 from __future__ import annotations
 
 import random
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -24,8 +20,8 @@ from accelerate import Accelerator
 from peft_core.base_models.tokenizer import BaseTokenizer
 from peft_core.data.code_names import find_uses
 from peft_core.data.languages import language_named
-from peft_core.evaluation.positions import Target, find_targets
 from peft_core.evaluation.summary import WindowScore
+from peft_core.evaluation.worker.positions import Target, find_targets
 from peft_core.evaluation.worker.scoring import tokens_whose_text
 from peft_core.evaluation.worker.whole_files import TokenisedFile, tokenise_file
 from peft_core.modeling.batches import Document, join, pack
@@ -46,17 +42,8 @@ class Window:
     """A part of a file that is read in one pass. Targets are positions in the document's tokens."""
 
     path: str
-    first_row: int  # of the file's text in it, 0-based
     document: Document
     targets: tuple[Target, ...]
-
-    def after(self, context: Sequence[int]) -> Window:
-        """Return the window behind the tokens of a context."""
-        size = len(context)
-        ids_T = torch.cat([torch.tensor(context, dtype=torch.int32), self.document.ids_T])
-        learn_T = torch.cat([torch.zeros(size, dtype=torch.bool), self.document.learn_T])
-        targets = tuple(replace(target, first=target.first + size, last=target.last + size) for target in self.targets)
-        return replace(self, document=Document(ids_T=ids_T, learn_T=learn_T), targets=targets)
 
 
 def choose_windows(
@@ -195,8 +182,7 @@ def _window(file: TokenisedFile, start: int, targets: Sequence[Target], head: Se
     for target in targets:
         learn_T[target.first + shift : target.stop + shift] = True
     shifted = tuple(replace(target, first=target.first + shift, last=target.last + shift) for target in targets)
-    row = bisect_right(file.first_of_row, start) - 1
-    return Window(file.file.path, row, Document(ids_T=ids_T, learn_T=learn_T), shifted)
+    return Window(file.file.path, Document(ids_T=ids_T, learn_T=learn_T), shifted)
 
 
 def _shuffled(windows: Iterator[Window], generator: random.Random) -> list[Window]:

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from peft_core.data.code_names import find_uses
 from peft_core.data.languages import language_named
-from peft_core.evaluation.names import invents_name, project_names
-from peft_core.evaluation.positions import Target, find_targets
+from peft_core.evaluation.worker.names import invents_name, project_names
+from peft_core.evaluation.worker.positions import Target, find_targets
 from peft_core.schemas.dataset import CodeNames, HeldOutFile
 from peft_core.schemas.evaluation import InFileMetric
 

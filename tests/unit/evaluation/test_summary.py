@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_core.evaluation.bootstrap import MIN_UNITS, PairedSum, choose_resampling_unit, compare, sum_by_file
-from peft_core.evaluation.completion_points import find_completion_points, find_lines, sample_completion_points
 from peft_core.evaluation.stdlib_code import stdlib_examples
 from peft_core.evaluation.summary import (
     FORGETTING_THRESHOLD,
@@ -29,6 +28,7 @@ from peft_core.evaluation.summary import (
     stops_in_place,
     summarise,
 )
+from peft_core.evaluation.worker.completion_points import find_completion_points, find_lines, sample_completion_points
 from peft_core.schemas.evaluation import Comparison, InFileMetric, Verdict
 
 paired_sums = st.builds(

@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from peft_core.evaluation.completion_points import Offsets, find_lines, split_rows
+from peft_core.data.chunking import split_lines
+from peft_core.data.code_names import NameUse
+from peft_core.evaluation.worker.completion_points import Offsets, find_lines
 from peft_core.schemas.dataset import HeldOutFile
 from peft_core.schemas.evaluation import InFileMetric
 
@@ -20,17 +21,6 @@ _COLON_OPENS = re.compile(r":\s*(?:#.*)?$")
 _OPENS = re.compile(r"(?:[:{|]|=>|->|\b(?:do|then|else|begin|try))\s*(?:(?:#|//|--).*)?$")
 _INDENTED = frozenset({"python", "cython", "gdscript", "nim"})  # languages in which a brace opens no block
 _NO_CODE = tuple("#/*\"'")  # how comments and docstrings begin
-
-
-class NameUse(Protocol):
-    """An identifier in a text, see `data/code_names.py`."""
-
-    @property
-    def start(self) -> int: ...
-    @property
-    def end(self) -> int: ...
-    @property
-    def is_definition(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -63,7 +53,7 @@ def find_targets(file: HeldOutFile, offsets: Offsets, uses: Sequence[NameUse], n
         names: Of the project, see `names.project_names`.
     """
     held_out = {row for start, stop in file.rows for row in range(start, stop)}
-    rows = split_rows(file.text)
+    rows = split_lines(file.text)
     starts = [0]
     for row in rows:
         starts.append(starts[-1] + len(row))

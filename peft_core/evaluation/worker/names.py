@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import builtins
 import keyword
 import re
-import sys
 from collections.abc import Collection
 from functools import cache
 
+from peft_core.data.study.builtins import builtin_names, standard_modules
 from peft_core.evaluation.stdlib_code import stdlib_examples
 from peft_core.schemas.dataset import CodeNames
 
@@ -17,7 +16,6 @@ _CALL_OR_ATTRIBUTE = re.compile(r"(?:(?<=\.)|(?<=->)|(?<=::))([^\W\d]\w*)|([^\W\
 _NO_USE = re.compile(
     r"\b(?:def|class|func|fun|fn|function)\s+\w+|(?:#|//).*|\"(?:[^\"\\\n]|\\.)*\"?|'(?:[^'\\\n]|\\.)*'?"
 )
-_TYPES = (str, bytes, int, float, list, tuple, dict, set, BaseException, object, type)
 
 
 def project_names(names: CodeNames) -> frozenset[str]:
@@ -44,5 +42,4 @@ def invents_name(completion: str, prompt: str, known: Collection[str]) -> bool:
 def common_names() -> frozenset[str]:
     """Return names that code has whatever it is about: Python's keywords, builtins and modules, and those in samples of it."""
     samples = {word for example in stdlib_examples() for word in _WORD.findall(example.text)}
-    attributes = {name for each in _TYPES for name in dir(each)}
-    return frozenset({*keyword.kwlist, *dir(builtins), *attributes, *sys.stdlib_module_names, *samples})
+    return builtin_names("python") | standard_modules("python") | {*keyword.kwlist, *samples}

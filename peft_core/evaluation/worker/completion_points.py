@@ -6,10 +6,11 @@ the end of the line. Lines are split between tokens and never inside one, becaus
 
 from __future__ import annotations
 
-import io
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+from peft_core.data.chunking import split_lines
 
 Offsets = Sequence[tuple[int, int]]  # begin and end of each token in the text, in characters
 
@@ -37,15 +38,10 @@ class CompletionPoint:
     expected: str
 
 
-def split_rows(text: str) -> list[str]:
-    """Return the rows of a text with their ends, split at line feeds only, as editors and `data/chunking.py` count them."""
-    return io.StringIO(text, newline="\n").readlines()
-
-
 def find_lines(text: str, offsets: Offsets) -> Iterator[Line]:
     """Yield the lines that have enough word characters and begin at a token of their own. The first line is skipped."""
     token = begin = 0
-    for row, line in enumerate(split_rows(text)):
+    for row, line in enumerate(split_lines(text)):
         end = begin + len(line.rstrip("\r\n"))
         visible = begin + len(line) - len(line.lstrip())
         while token < len(offsets) and offsets[token][1] <= min(visible, end):
@@ -63,7 +59,7 @@ def find_lines(text: str, offsets: Offsets) -> Iterator[Line]:
 
 def find_completion_points(text: str, offsets: Offsets) -> list[CompletionPoint]:
     """Find the points inside an indented block, after some lines of code, and before a line that is no comment."""
-    rows = split_rows(text)
+    rows = split_lines(text)
     visible_before = [0]
     for row in rows:
         visible_before.append(visible_before[-1] + bool(row.strip()))
