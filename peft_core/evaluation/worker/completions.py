@@ -1,25 +1,21 @@
-"""Completion of prompts from held-out text by a model: greedy decoding, several prompts in a batch.
-
-B prompts, T tokens
-"""
+"""Completion of prompts from held-out text by a model, line by line."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel, StoppingCriteria
 
 from peft_core.base_models.tokenizer import BaseTokenizer
 from peft_core.evaluation.summary import Written
 from peft_core.evaluation.worker.completion_points import EXPECTED_LINES
+from peft_core.evaluation.worker.greedy import Continuation, write_greedily
 from peft_core.evaluation.worker.prompts import MAX_NEW_TOKENS, Prompt
 from peft_core.planning.cost_model import MICRO_TOKENS
 from peft_core.system.cancellation import StopFlag
-from peft_core.system.failures import is_out_of_memory
 
 # Tokens of a batch, prompts and completions together. Caches and activations take 0.1 MB per token with the bundled model. A
 # GPU takes as many as in training, because there the time of a batch barely depends on its size.
@@ -44,31 +40,28 @@ def complete(
 
     In a gap it may be four: only a model that goes beyond the gap writes them.
     """
-    end = tokenizer.end_of_text
-    # The base model's own defaults (sampling, repetition penalties) would distort the comparison.
-    causal.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)
-    written = [Written()] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))  # needs little padding
     lengths = [len(prompt.ids) + MAX_NEW_TOKENS for prompt in prompts]
-    batches = deque(_batches(by_length, lengths, _BATCH_TOKENS[causal.device.type]))
-    while batches:
-        stop.check()
-        batch = batches.popleft()
-        try:
-            completions = _complete_batch(causal, [prompts[index] for index in batch], tokenizer)
-        except (RuntimeError, MemoryError) as error:
-            if len(batch) == 1 or not is_out_of_memory(error):
-                raise
-            half = len(batch) // 2
-            batches.extendleft((batch[half:], batch[:half]))
-            continue
-        for index, (ids, ends) in zip(batch, completions, strict=True):
-            text = tokenizer.continuation(prompts[index].ids, ids)
-            limit = _line_limit(prompts[index])
-            # A completion that reached the limit is padded with the token that others end with.
-            has_ended = ends and text.count("\n") < limit
-            written[index] = Written("".join(text.splitlines(keepends=True)[:limit]), has_ended=has_ended)
-    return written
+    limit = max(map(_line_limit, prompts), default=0)
+    continuations = write_greedily(
+        causal,
+        [prompt.ids for prompt in prompts],
+        _batches(by_length, lengths, _BATCH_TOKENS[causal.device.type]),
+        max_new_tokens=MAX_NEW_TOKENS,
+        ends=_ends(tokenizer),
+        stop=stop,
+        stopping=lambda prompt_tokens: _StopAfterLines(tokenizer, prompt_tokens, limit),
+    )
+    return [
+        _written(prompt, continuation, tokenizer) for prompt, continuation in zip(prompts, continuations, strict=True)
+    ]
+
+
+def _written(prompt: Prompt, continuation: Continuation, tokenizer: BaseTokenizer) -> Written:
+    text, limit = tokenizer.continuation(prompt.ids, continuation.ids), _line_limit(prompt)
+    # A completion that reached the limit is padded with the token that others end with.
+    has_ended = continuation.has_ended and text.count("\n") < limit
+    return Written("".join(text.splitlines(keepends=True)[:limit]), has_ended=has_ended)
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
@@ -81,32 +74,6 @@ def _batches(order: Sequence[int], lengths: Sequence[int], max_tokens: int) -> I
         batch.append(index)
     if batch:
         yield batch
-
-
-def _complete_batch(
-    causal: PreTrainedModel, prompts: Sequence[Prompt], tokenizer: BaseTokenizer
-) -> list[tuple[list[int], bool]]:
-    """Return the tokens that are written for each prompt, and whether the model ended by itself."""
-    device, end, ends = causal.device, tokenizer.end_of_text, _ends(tokenizer)
-    longest = max(len(prompt.ids) for prompt in prompts)
-    ids_BT = torch.full((len(prompts), longest), end, device=device)
-    mask_BT = torch.zeros_like(ids_BT)
-    for row, prompt in enumerate(prompts):  # padded on the left, so that all completions begin in the same column
-        ids_BT[row, longest - len(prompt.ids) :] = torch.tensor(prompt.ids, device=device)
-        mask_BT[row, longest - len(prompt.ids) :] = 1
-    limit = max(map(_line_limit, prompts))
-    with torch.inference_mode():
-        out_BT = causal.generate(  # type: ignore[operator]  # defined by a mixin
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            generation_config=GenerationConfig(
-                max_new_tokens=MAX_NEW_TOKENS, do_sample=False, eos_token_id=ends, pad_token_id=end
-            ),
-            stopping_criteria=StoppingCriteriaList([_StopAfterLines(tokenizer, longest, limit)]),
-        )
-    rows: list[list[int]] = out_BT[:, longest:].tolist()
-    stops = [next((place for place, token in enumerate(row) if token in ends), None) for row in rows]
-    return [(row[:stop], stop is not None) for row, stop in zip(rows, stops, strict=True)]
 
 
 def _ends(tokenizer: BaseTokenizer) -> list[int]:

@@ -10,19 +10,18 @@ B prompts, T tokens of training text, W written tokens
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import structlog
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from peft_core.base_models.tokenizer import BaseTokenizer
+from peft_core.evaluation.worker.greedy import write_greedily
 from peft_core.modeling.batches import Document
 from peft_core.schemas.evaluation import Memorisation, Repetition
 from peft_core.system.cancellation import StopFlag
-from peft_core.system.failures import is_out_of_memory
 
 WRITTEN_TOKENS = 50
 _PROMPT_TOKENS = 64  # at most, with the headers above the unit
@@ -157,39 +156,12 @@ def _learned_piece(learn: Sequence[bool]) -> tuple[int, int]:
 def _continue(
     causal: PreTrainedModel, prompts: Sequence[Sequence[int]], tokenizer: BaseTokenizer, stop: StopFlag
 ) -> list[list[int]]:
-    """Write 50 tokens after each prompt, or fewer if the model ends the text, with the adapter that is active, if any."""
-    end = tokenizer.end_of_text
-    # The base model's own defaults (sampling, repetition penalties) would distort the comparison.
-    causal.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)
-    written: list[list[int]] = []
-    batches = deque(prompts[first : first + _BATCH_PROMPTS] for first in range(0, len(prompts), _BATCH_PROMPTS))
-    while batches:
-        stop.check()
-        batch = batches.popleft()
-        try:
-            written += _continue_batch(causal, batch, end)
-        except (RuntimeError, MemoryError) as error:
-            if len(batch) == 1 or not is_out_of_memory(error):
-                raise
-            half = len(batch) // 2
-            batches.extendleft((batch[half:], batch[:half]))
-    return written
-
-
-def _continue_batch(causal: PreTrainedModel, prompts: Sequence[Sequence[int]], end: int) -> list[list[int]]:
-    longest = max(map(len, prompts))
-    ids_BT = torch.full((len(prompts), longest), end)
-    mask_BT = torch.zeros_like(ids_BT)
-    for row, prompt in enumerate(prompts):  # padded on the left, so that all continuations begin in the same column
-        ids_BT[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask_BT[row, longest - len(prompt) :] = 1
-    config = GenerationConfig(max_new_tokens=WRITTEN_TOKENS, do_sample=False, eos_token_id=end, pad_token_id=end)
-    with torch.inference_mode():
-        out_BT = causal.generate(  # type: ignore[operator]  # defined by a mixin
-            input_ids=ids_BT.to(causal.device), attention_mask=mask_BT.to(causal.device), generation_config=config
-        )
-    rows: list[list[int]] = out_BT[:, longest:].tolist()
-    return [row[: row.index(end)] if end in row else row for row in rows]
+    """Write 50 tokens after each prompt, or fewer if the model ends the text."""
+    positions = range(len(prompts))
+    batches = [positions[first : first + _BATCH_PROMPTS] for first in range(0, len(prompts), _BATCH_PROMPTS)]
+    ends = [tokenizer.end_of_text]
+    written = write_greedily(causal, prompts, batches, max_new_tokens=WRITTEN_TOKENS, ends=ends, stop=stop)
+    return [continuation.ids for continuation in written]
 
 
 def _joined(texts: Sequence[torch.Tensor], *, separator: int) -> torch.Tensor:
