@@ -9,7 +9,6 @@ T tokens
 from __future__ import annotations
 
 import random
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, zip_longest
@@ -20,11 +19,10 @@ import torch
 from peft_core.base_models.tokenizer import BaseTokenizer
 from peft_core.data.chunking import split_lines
 from peft_core.data.dataset import read_examples
-from peft_core.data.languages import language_named
-from peft_core.data.path_header import path_comment
 from peft_core.evaluation.columns import MIN_POSITIONS
 from peft_core.evaluation.worker.completion_points import Line, find_lines
 from peft_core.evaluation.worker.scoring import HeldOutExample
+from peft_core.evaluation.worker.whole_files import tokenise_file
 from peft_core.modeling.batches import Document
 from peft_core.retrieval.context import CANDIDATES, compose, last_lines
 from peft_core.retrieval.units import units_of
@@ -128,12 +126,10 @@ def _with_contexts(
 
 def _positions(file: HeldOutFile, tokenizer: BaseTokenizer, length: int) -> Iterator[_Position]:
     """Yield a position in each held-out example that has enough rows."""
-    header_text = path_comment(file.path, language_named(file.language))
-    header, ids = _ids(tokenizer, header_text), tokenizer.encode([Segment(text=file.text, literal=True)])[0]
-    begins = [begin for begin, _ in ids.offsets]
+    tokenised = tokenise_file(file, tokenizer, length)
+    header, first_of_row = tokenised.header, tokenised.first_of_row
     starts = list(accumulate(map(len, split_lines(file.text)), initial=0))
-    first_of_row = [bisect_left(begins, start) for start in starts]
-    lines = list(find_lines(file.text, ids.offsets))
+    lines = list(find_lines(file.text, tokenised.offsets))
     above_tokens = round((1 - _CONTEXT_SHARE - _MEASURED_SHARE) * length) - len(header)
     for first, stop in file.rows:
         row = first + _KNOWN_ROWS
@@ -150,9 +146,9 @@ def _positions(file: HeldOutFile, tokenizer: BaseTokenizer, length: int) -> Iter
             if begin <= line.first and line.last + (not line.includes_newline) <= end
         )
         if end > begin and measured:
-            above = file.text[begins[top] : starts[row]]
-            shown = (*header, *ids.ids[top:end])
-            yield _Position(file.path, file.language, header_text + above, shown, begin + shift, measured)
+            above = file.text[tokenised.offsets[top][0] : starts[row]]
+            shown = (*header, *tokenised.ids[top:end])
+            yield _Position(file.path, file.language, tokenised.path_comment + above, shown, begin + shift, measured)
 
 
 def _ids(tokenizer: BaseTokenizer, text: str) -> list[int]:

@@ -66,26 +66,14 @@ def score_examples(
         NonFiniteError: the loss is NaN or infinite.
         Cancelled: on request, but only with a single process: the others would wait for this one.
     """
-    was_training = objective.model.training
-    objective.model.eval()
     sums_D2 = torch.zeros(len(examples), 2, dtype=sum_dtype(accelerator.device))
-    ends_line_V = tokens_whose_text(tokenizer, lambda text: text.startswith(("\n", "\r")))
-    order = sorted(range(len(examples)), key=lambda index: (-len(examples[index].document), index))
-    share = order[accelerator.process_index :: accelerator.num_processes]
-    with torch.no_grad(), accelerator.autocast():
-        for group in pack([len(examples[index].document) for index in share], objective.capacity):
-            members = [share[position] for position in group]
-            documents = [examples[index].document for index in members]
-            batch = join(documents, accelerator.device, objective.multiple_of)
-            loss_N, likeliest_N = (values.cpu() for values in objective.scores(batch))
-            sizes = [document.targets for document in documents]
-            for index, loss_n, likeliest_n in zip(members, loss_N.split(sizes), likeliest_N.split(sizes), strict=True):
-                exact_lines = _count_exact_lines(examples[index], likeliest_n, ends_line_V)
-                sums_D2[index] = torch.tensor([float(loss_n.double().sum()), exact_lines])
-            trim_if_above()
-            if accelerator.num_processes == 1:
-                stop.check()
-    objective.model.train(was_training)
+    ends_line_V = tokens_that_end_a_line(tokenizer)
+
+    def add(index: int, loss_n: torch.Tensor, likeliest_n: torch.Tensor) -> None:
+        exact_lines = _count_exact_lines(examples[index], likeliest_n, ends_line_V)
+        sums_D2[index] = torch.tensor([float(loss_n.double().sum()), exact_lines])
+
+    predict_documents(objective, [example.document for example in examples], accelerator, stop, add)
     sums_D2 = accelerator.reduce(sums_D2.to(accelerator.device), reduction="sum").cpu()
     scores = [
         ExampleScore(
@@ -99,6 +87,38 @@ def score_examples(
     ]
     mean_loss(scores)  # raises if it is not finite
     return scores
+
+
+def predict_documents(
+    objective: Objective,
+    documents: Sequence[Document],
+    accelerator: Accelerator,
+    stop: StopFlag,
+    add: Callable[[int, torch.Tensor, torch.Tensor], None],
+) -> None:
+    """Call `add` for each document, in any order. Processes divide the documents among them.
+
+    `add` gets the document's index, -log p [n] of its n targets, and the likeliest token [n] in place of each, on the CPU.
+
+    Raises:
+        Cancelled: on request, but only with a single process: the others would wait for this one.
+    """
+    was_training = objective.model.training
+    objective.model.eval()
+    order = sorted(range(len(documents)), key=lambda index: (-len(documents[index]), index))
+    share = order[accelerator.process_index :: accelerator.num_processes]
+    with torch.no_grad(), accelerator.autocast():
+        for group in pack([len(documents[index]) for index in share], objective.capacity):
+            members = [share[position] for position in group]
+            batch = join([documents[index] for index in members], accelerator.device, objective.multiple_of)
+            loss_N, likeliest_N = (values.cpu() for values in objective.scores(batch))
+            sizes = [documents[index].targets for index in members]
+            for index, loss_n, likeliest_n in zip(members, loss_N.split(sizes), likeliest_N.split(sizes), strict=True):
+                add(index, loss_n, likeliest_n)
+            trim_if_above()
+            if accelerator.num_processes == 1:
+                stop.check()
+    objective.model.train(was_training)
 
 
 def held_out_loss(
@@ -171,15 +191,25 @@ def _count_exact_lines(example: HeldOutExample, likeliest_N: torch.Tensor, ends_
 
     The token after a line must end it, but may contain any indentation of the next line.
     """
-    ids_T = example.document.ids_T.long()
-    likeliest_T = torch.full_like(ids_T, -1)
-    likeliest_T[example.document.learn_T] = likeliest_N
-    is_exact_T = likeliest_T == ids_T
-    ends_line_T = is_exact_T | ((likeliest_T >= 0) & ends_line_V[likeliest_T.clamp(min=0)])
+    is_exact_T, ends_line_T = find_exact(example.document, likeliest_N, ends_line_V)
     return sum(
         bool(is_exact_T[line.first : line.last].all()) and (line.includes_newline or bool(ends_line_T[line.last]))
         for line in example.lines
     )
+
+
+def find_exact(document: Document, likeliest_N: torch.Tensor, *ends_V: torch.Tensor) -> list[torch.Tensor]:
+    """Return where the likeliest token is the document's [T], and for each mask of ends, where it is that or an end [T]."""
+    ids_T = document.ids_T.long()
+    likeliest_T = torch.full_like(ids_T, -1)
+    likeliest_T[document.learn_T] = likeliest_N
+    is_exact_T = likeliest_T == ids_T
+    return [is_exact_T, *(is_exact_T | (likeliest_T >= 0) & end_V[likeliest_T.clamp(min=0)] for end_V in ends_V)]
+
+
+def tokens_that_end_a_line(tokenizer: BaseTokenizer) -> torch.Tensor:
+    """Return a mask over the vocabulary, see `tokens_whose_text`."""
+    return tokens_whose_text(tokenizer, lambda text: text.startswith(("\n", "\r")))
 
 
 def tokens_whose_text(tokenizer: BaseTokenizer, is_meant: Callable[[str], bool]) -> torch.Tensor:

@@ -13,13 +13,14 @@ from peft_core.data.path_header import path_comment
 from peft_core.evaluation.worker.completion_points import Offsets
 from peft_core.schemas.dataset import HeldOutFile, Segment
 
-_HEADER_SHARE = 4  # a path that would take more than 1/4 of the tokens is left out
+_HEADER_SHARE = 4
 
 
 @dataclass(frozen=True, eq=False)
 class TokenisedFile:
     file: HeldOutFile
-    header: tuple[int, ...]  # the path as a comment
+    path_comment: str  # empty if it would take more than a quarter of the length
+    header: tuple[int, ...]  # the same as tokens
     ids: tuple[int, ...]
     offsets: Offsets  # of the tokens in the file's text
     first_of_row: tuple[int, ...]  # the first token that begins in each row or later; at the end, the number of tokens
@@ -34,10 +35,12 @@ def tokenise_file(file: HeldOutFile, tokenizer: BaseTokenizer, length: int) -> T
     comment = path_comment(file.path, language_named(file.language))
     header, body = tokenizer.encode([Segment(text=comment, literal=True), Segment(text=file.text, literal=True)])
     begins = [begin for begin, _ in body.offsets]
+    has_header = _HEADER_SHARE * len(header.ids) <= length
     starts = accumulate(map(len, split_lines(file.text)), initial=0)
     return TokenisedFile(
         file=file,
-        header=tuple(header.ids if _HEADER_SHARE * len(header.ids) <= length else ()),
+        path_comment=comment if has_header else "",
+        header=tuple(header.ids if has_header else ()),
         ids=tuple(body.ids),
         offsets=body.offsets,
         first_of_row=tuple(bisect_left(begins, start) for start in starts),

@@ -22,10 +22,14 @@ from peft_core.data.code_names import find_uses
 from peft_core.data.languages import language_named
 from peft_core.evaluation.summary import WindowScore
 from peft_core.evaluation.worker.positions import Target, find_targets
-from peft_core.evaluation.worker.scoring import tokens_whose_text
+from peft_core.evaluation.worker.scoring import (
+    find_exact,
+    predict_documents,
+    tokens_that_end_a_line,
+    tokens_whose_text,
+)
 from peft_core.evaluation.worker.whole_files import TokenisedFile, tokenise_file
-from peft_core.modeling.batches import Document, join, pack
-from peft_core.modeling.memory import trim_if_above
+from peft_core.modeling.batches import Document
 from peft_core.modeling.objective import Objective
 from peft_core.schemas.dataset import HeldOutFile
 from peft_core.schemas.evaluation import InFileMetric
@@ -82,27 +86,15 @@ def score_windows(
     Raises:
         Cancelled: on request, but only with a single process: the others would wait for this one.
     """
-    was_training = objective.model.training
-    objective.model.eval()
-    sizes = [len(window.targets) for window in windows]
-    starts = list(accumulate(sizes, initial=0))
-    right = torch.zeros(starts[-1], device=accelerator.device)  # of all targets of all windows
+    starts = list(accumulate((len(window.targets) for window in windows), initial=0))
+    right = torch.zeros(starts[-1])  # of all targets of all windows
     ends = _Ends(tokenizer)
-    share = sorted(range(len(windows)), key=lambda index: (-len(windows[index].document), index))
-    share = share[accelerator.process_index :: accelerator.num_processes]
-    with torch.no_grad(), accelerator.autocast():
-        for group in pack([len(windows[index].document) for index in share], objective.capacity):
-            members = [share[position] for position in group]
-            documents = [windows[index].document for index in members]
-            _, likeliest_N = objective.scores(join(documents, accelerator.device, objective.multiple_of))
-            targets = [document.targets for document in documents]
-            for index, likeliest_n in zip(members, likeliest_N.cpu().split(targets), strict=True):
-                right[starts[index] : starts[index + 1]] = torch.tensor(ends.are_right(windows[index], likeliest_n))
-            trim_if_above()
-            if accelerator.num_processes == 1:
-                stop.check()
-    objective.model.train(was_training)
-    counted = accelerator.reduce(right, reduction="sum").tolist()
+
+    def add(index: int, _loss_n: torch.Tensor, likeliest_n: torch.Tensor) -> None:
+        right[starts[index] : starts[index + 1]] = torch.tensor(ends.are_right(windows[index], likeliest_n))
+
+    predict_documents(objective, [window.document for window in windows], accelerator, stop, add)
+    counted = accelerator.reduce(right.to(accelerator.device), reduction="sum").tolist()
     return [
         score
         for window, start, stop in zip(windows, starts, starts[1:], strict=False)
@@ -120,7 +112,7 @@ class _Ends:
     """Which tokens end a line or a name."""
 
     def __init__(self, tokenizer: BaseTokenizer) -> None:
-        self._line_V = tokens_whose_text(tokenizer, lambda text: text.startswith(("\n", "\r")))
+        self._line_V = tokens_that_end_a_line(tokenizer)
         self._name_V = tokens_whose_text(tokenizer, lambda text: not (text[:1].isalnum() or text[:1] in ("_", "$")))
 
     def are_right(self, window: Window, likeliest_N: torch.Tensor) -> list[bool]:
@@ -128,12 +120,7 @@ class _Ends:
 
         The token after a line must end it, but may contain any indentation of the next line.
         """
-        ids_T = window.document.ids_T.long()
-        likeliest_T = torch.full_like(ids_T, -1)
-        likeliest_T[window.document.learn_T] = likeliest_N
-        is_exact_T = likeliest_T == ids_T
-        known_T = likeliest_T.clamp(min=0)
-        ends_line_T, ends_name_T = (is_exact_T | self._line_V[known_T]), (is_exact_T | self._name_V[known_T])
+        is_exact_T, ends_line_T, ends_name_T = find_exact(window.document, likeliest_N, self._line_V, self._name_V)
         return [
             bool(is_exact_T[target.first : target.last].all())
             and (target.ends or bool((ends_name_T if target.is_name else ends_line_T)[target.last]))
