@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from peft_core.base_models.families import FAMILIES, has_fused_blocks, has_head_norms
+from peft_core.planning.evaluation_budget import EvaluationBudget, budget_after_training, budget_of_evaluation
 from peft_core.schemas.base_model import Base, ModelShape
 from peft_core.schemas.dataset import SourceSummary, TrainingSetSize
 from peft_core.schemas.results import Estimate
@@ -38,9 +39,6 @@ LOSS_POSITIONS = {"float32": 192, "bfloat16": 256}
 LOGITS_IN_FLOAT32 = 1 << 20
 MAX_HELD_OUT_EXAMPLES = 200
 GENERAL_TOKENS = 2600  # code from the standard library, which shows what the adapter forgets
-COMPLETION_BUDGET = (
-    14_000 + GENERAL_TOKENS
-)  # tokens that a model reads and writes besides the held-out examples at most
 ADAM_COPIES = 5  # adapter weights, gradients, two Adam moments, the best weights
 
 
@@ -169,9 +167,10 @@ def estimate(config: TrainingConfig, source: SourceSummary, compute: CostedPlan,
         source.estimated_tokens * config.held_out_fraction, MAX_HELD_OUT_EXAMPLES * TOKENS_PER_EXAMPLE
     )
     # A held-out measurement is a forward pass, which costs a third of a training step. It is made twice in full, and the
-    # samples in between add up to a third one. Completions take at most a tenth of the training time, and less of a long run.
-    completions = 2 / 3 * min(COMPLETION_BUDGET, 0.15 * tokens + GENERAL_TOKENS)
-    seconds = compute.speed.seconds(tokens + held_out_tokens + completions)
+    # samples in between add up to a third one. What else is measured is read by both models.
+    budget = budget_after_training(tokens)
+    measured = 2 / 3 * _read(budget, source) + budget.memorisation_work
+    seconds = compute.speed.seconds(tokens + held_out_tokens + measured)
     return Estimate(
         train_tokens=round(tokens),
         steps=steps,
@@ -186,9 +185,9 @@ def evaluation_estimate(
     base: Base, source: SourceSummary, device: str, measured: float | None, *, adapters: int
 ) -> Estimate:
     """Return what an evaluation takes: the base model and each adapter make a forward pass over the same text."""
-    tokens = (1 + adapters) * (
-        min(source.estimated_tokens, MAX_HELD_OUT_EXAMPLES * TOKENS_PER_EXAMPLE) + COMPLETION_BUDGET
-    )
+    held_out_tokens = min(source.estimated_tokens, MAX_HELD_OUT_EXAMPLES * TOKENS_PER_EXAMPLE)
+    budget = budget_of_evaluation(held_out_tokens)
+    tokens = (1 + adapters) * (held_out_tokens + _read(budget, source))
     speed = training_speed(base, device, measured)
     seconds = speed.seconds(tokens / 3)  # a forward pass is a third of a training step
     return Estimate(
@@ -198,6 +197,11 @@ def evaluation_estimate(
         memory_bytes=inference_memory_bytes(base.shape, device),
         basis=speed.basis,
     )
+
+
+def _read(budget: EvaluationBudget, source: SourceSummary) -> int:
+    """Return the tokens that a model reads and writes besides the held-out examples. Records have no files to read."""
+    return GENERAL_TOKENS + (budget.tokens if source.units else budget.completions)
 
 
 # --- Memory ----------------------------------------------------------------------------------------------------------------

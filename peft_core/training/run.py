@@ -18,8 +18,8 @@ from peft_core.data.dataset import read_examples
 from peft_core.errors import DataError
 from peft_core.evaluation.summary import Scores, mean_loss, perplexity
 from peft_core.evaluation.worker.completions import undo_fusion
-from peft_core.evaluation.worker.evaluator import Evaluator, load_scores, save_scores, token_budget_after_training
-from peft_core.evaluation.worker.memorisation import measure_memorisation, memorisation_work, prompts_after_training
+from peft_core.evaluation.worker.evaluator import Evaluator, load_scores, save_scores
+from peft_core.evaluation.worker.memorisation import measure_memorisation
 from peft_core.evaluation.worker.scoring import HeldOutExample, sample_for_training
 from peft_core.evaluation.worker.setup import RunData, Session, prepare_data, start_session
 from peft_core.modeling.activation_arena import ActivationArena
@@ -30,6 +30,7 @@ from peft_core.modeling.load import not_finite
 from peft_core.modeling.memory import peak_memory_bytes, return_freed_memory, seconds_alive, set_malloc_keep
 from peft_core.modeling.threads import ThreadTuner
 from peft_core.planning.defaults import require_complete
+from peft_core.planning.evaluation_budget import budget_after_training
 from peft_core.schemas.evaluation import Evaluation, Memorisation
 from peft_core.schemas.events import AdapterWritten, DatasetPrepared, Emit, Evaluated, HeldOutMeasured, RunPlanned
 from peft_core.schemas.results import Metrics, Phase
@@ -112,7 +113,7 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag, *, needs_check: NeedsChe
     if checkpoint is not None:
         loop.restore(checkpoint)
     del checkpoint  # it is at least as large as the adapter
-    loop.run(work_afterwards=_work_afterwards(evaluator, loop.planned_tokens))
+    loop.run(work_afterwards=evaluator.work_after_training(budget_after_training(loop.planned_tokens)))
     # kill-point: worker: all steps are done
     _blend_with_parent(adapted)
 
@@ -163,9 +164,9 @@ def _plan_order(session: Session, documents: Sequence[Document], evaluator: Eval
         seed=config.seed,
     )
     tokens = order.tokens([len(document) for document in documents])
-    budget = token_budget_after_training(tokens)
-    evaluator.choose_windows(base.objective, budget)
-    evaluator.choose_positions(base.objective, budget, [session.paths.dataset / "train.jsonl"])
+    budget = budget_after_training(tokens)
+    evaluator.choose_windows(base.objective, budget.windows)
+    evaluator.choose_positions(base.objective, budget.positions, [session.paths.dataset / "train.jsonl"])
     return order
 
 
@@ -227,11 +228,6 @@ def _attach_adapter(session: Session, base: BaseModel, parent: Parent | None) ->
     adapted = AdaptedModel(base, peft, fuse(peft), parent_weights)
     return_freed_memory()
     return adapted
-
-
-def _work_afterwards(evaluator: Evaluator, trained_tokens: int) -> float:
-    """Return the work that follows the last step, in tokens of training."""
-    return evaluator.work_after_training(trained_tokens) + memorisation_work(trained_tokens)
 
 
 def _blend_with_parent(adapted: AdaptedModel) -> None:
@@ -308,7 +304,7 @@ def _evaluate(
         adapter_scores,
         base.model,
         adapted.peft.disable_adapter,
-        budget=token_budget_after_training(loop.progress.tokens),
+        completion_tokens=budget_after_training(loop.progress.tokens).completions,
         stop=session.stop,
     )
     return evaluation.model_copy(
@@ -343,7 +339,7 @@ def _measure_memorisation(
         adapted.peft.disable_adapter,
         loop.documents,
         tokenizer,
-        limit=prompts_after_training(loop.progress.tokens),
+        limit=budget_after_training(loop.progress.tokens).memorisation_prompts,
         seed=session.task.request.config.seed,
         stop=session.stop,
     )

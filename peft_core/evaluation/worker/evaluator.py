@@ -25,36 +25,19 @@ from peft_core.evaluation.worker.scoring import make_held_out_examples, score_ex
 from peft_core.evaluation.worker.setup import RunData
 from peft_core.evaluation.worker.windows import WINDOW_TOKENS, Window, choose_windows, score_windows
 from peft_core.modeling.objective import Objective
+from peft_core.planning.evaluation_budget import EvaluationBudget
 from peft_core.schemas.evaluation import Evaluation
 from peft_core.system.cancellation import StopFlag
 from peft_core.system.files import atomic_write
 
 MAX_PROMPTS = 16
-# Tokens that each model may read and write besides the held-out examples: fewer say nothing, more would not change the result.
-_MIN_TOKENS, _MAX_TOKENS = 1200, 14_000
-# They may take a tenth of the training time. Two models are measured, and training on a token costs as much as reading three.
-_SHARE_OF_TRAINED_TOKENS = 0.1 * 3 / 2
-_SHARE_OF_COMPLETIONS = 0.4  # of these tokens; the windows of whole files take the rest
 _MIN_WINDOW_TOKENS, _LEAST_WINDOWS = 256, 6  # a short evaluation has smaller windows rather than few files
 
 _log = structlog.get_logger(__name__)
 
 
-def token_budget(tokens: float) -> int:
-    """Limit a number of tokens that each model may read and write besides the held-out examples to what is useful."""
-    return round(min(_MAX_TOKENS, max(_MIN_TOKENS, tokens)))
-
-
-def token_budget_after_training(trained_tokens: int) -> int:
-    """Return that number after training on `trained_tokens`."""
-    return token_budget(_SHARE_OF_TRAINED_TOKENS * trained_tokens)
-
-
 class Evaluator:
-    """Scores models on held-out examples, in whole held-out files and on general code, and compares base model and adapter.
-
-    `budget` limits the tokens that each model reads and writes besides the examples, see `token_budget`.
-    """
+    """Scores models on held-out examples, in whole held-out files and on general code, and compares base model and adapter."""
 
     def __init__(self, data: RunData, max_length: int, *, seed: int) -> None:
         self._data = data
@@ -66,24 +49,23 @@ class Evaluator:
         self._positions = Positions()
         self.seed = seed
 
-    def choose_windows(self, objective: Objective, budget: int) -> None:
-        """Choose the windows of whole files that every model reads. Without this, none are read."""
-        budget -= self._completion_budget(budget)
-        limits = (WINDOW_TOKENS, 2 * self._max_length, max(_MIN_WINDOW_TOKENS, budget // _LEAST_WINDOWS))
+    def choose_windows(self, objective: Objective, tokens: int) -> None:
+        """Choose the windows of whole files that every model reads. Without this call, none are read."""
+        limits = (WINDOW_TOKENS, 2 * self._max_length, max(_MIN_WINDOW_TOKENS, tokens // _LEAST_WINDOWS))
         context = objective.context_tokens
         self._windows = choose_windows(
             self._data.held_out_files,
             project_names(self._data.names),
             self._tokenizer,
             length=min(limits) if context is None else min(*limits, context),
-            budget=budget,
+            budget=tokens,
             seed=self.seed,
         )
 
-    def choose_positions(self, objective: Objective, budget: int, training_code: Sequence[Path]) -> None:
+    def choose_positions(self, objective: Objective, tokens: int, training_code: Sequence[Path]) -> None:
         """Choose the positions at which retrieved code is compared with the adapter. Without this call, nothing is compared.
 
-        `training_code`: the files of training examples that are searched. `budget` comes on top of that of `choose_windows`.
+        `training_code`: the files of training examples that are searched.
         """
         limits = (POSITION_TOKENS, 2 * self._max_length, objective.context_tokens or POSITION_TOKENS)
         self._positions = choose_positions(
@@ -91,16 +73,16 @@ class Evaluator:
             training_code,
             self._tokenizer,
             length=min(limits),
-            budget=budget,
+            budget=tokens,
             seed=self.seed,
         )
 
-    def work_after_training(self, trained_tokens: int) -> float:
+    def work_after_training(self, budget: EvaluationBudget) -> float:
         """Return the work of scoring and comparing the adapter in tokens of training, each of which costs three of reading."""
         documents = [each.document for each in (*self._held_out, *self._general, *self._data.held_out_items)]
         documents += [window.document for window in self._windows]
-        written = 2 * self._completion_budget(token_budget_after_training(trained_tokens))
-        return (sum(map(len, documents)) + self._positions.tokens + written) / 3
+        read = sum(map(len, documents)) + self._positions.tokens + 2 * budget.completions
+        return read / 3 + budget.memorisation_work
 
     def score(
         self, objective: Objective, accelerator: Accelerator, stop: StopFlag, *, key: str = "", more: bool = True
@@ -134,15 +116,11 @@ class Evaluator:
             and len(scores.items) == (len(self._data.held_out_items) if more else 0)
         )
 
-    def choose_prompts(self, budget: int) -> list[Prompt]:
+    def choose_prompts(self, tokens: int) -> list[Prompt]:
         """Choose the prompts that every model completes."""
-        budget = self._completion_budget(budget)
         if files := self._data.held_out_files:
-            return choose_file_prompts(files, MAX_PROMPTS, budget, self.seed, self._tokenizer)
-        return choose_prompts(self._held_out, MAX_PROMPTS, budget, self.seed, self._tokenizer)
-
-    def _completion_budget(self, budget: int) -> int:
-        return round(_SHARE_OF_COMPLETIONS * budget) if self._data.held_out_files else budget
+            return choose_file_prompts(files, MAX_PROMPTS, tokens, self.seed, self._tokenizer)
+        return choose_prompts(self._held_out, MAX_PROMPTS, tokens, self.seed, self._tokenizer)
 
     def measure(
         self, scores: Scores, prompts: Sequence[Prompt], causal: PreTrainedModel, stop: StopFlag
@@ -167,11 +145,11 @@ class Evaluator:
         causal: PreTrainedModel,
         without_adapter: Callable[[], AbstractContextManager[object]],
         *,
-        budget: int,
+        completion_tokens: int,
         stop: StopFlag,
     ) -> Evaluation:
         """Let both models complete prompts, and summarise everything. The adapter must be active; else as for `measure`."""
-        prompts = self.choose_prompts(budget)
+        prompts = self.choose_prompts(completion_tokens)
         with_adapter = self.measure(adapter, prompts, causal, stop)
         with without_adapter():
             return self.summarise(self.measure(base, prompts, causal, stop), with_adapter, prompts)

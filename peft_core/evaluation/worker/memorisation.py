@@ -20,32 +20,16 @@ from transformers import PreTrainedModel
 from peft_core.base_models.tokenizer import BaseTokenizer
 from peft_core.evaluation.worker.greedy import write_greedily
 from peft_core.modeling.batches import Document
+from peft_core.planning.evaluation_budget import MEMORISED_TOKENS, MEMORY_PROMPT_TOKENS
 from peft_core.schemas.evaluation import Memorisation, Repetition
 from peft_core.system.cancellation import StopFlag
 
-WRITTEN_TOKENS = 50
-_PROMPT_TOKENS = 64  # at most, with the headers above the unit
 _LEARNED_PROMPT_TOKENS = 32  # of the unit itself
-_MAX_PROMPTS = 48
-# Both models may take this share of the training time. With the bundled base on one CPU core, a written token costs up to three
-# trained ones, because each step reads all weights for eight tokens; a read token costs less than half of a trained one.
-_SHARE_OF_TRAINED_TOKENS = 0.03
-_TOKENS_PER_PROMPT = 2 * (3 * WRITTEN_TOKENS + _PROMPT_TOKENS / 2)
 _BATCH_PROMPTS = 8
 _CHUNK_TOKENS = 1 << 20  # of training text that is searched together
 _MULTIPLIER = 6364136223846793005  # of a rolling hash modulo 2^64; odd
 
 _log = structlog.get_logger(__name__)
-
-
-def prompts_after_training(trained_tokens: int) -> int:
-    """Return how many prompts both models can continue within their share of the time that so many tokens were trained."""
-    return min(_MAX_PROMPTS, int(_SHARE_OF_TRAINED_TOKENS * trained_tokens / _TOKENS_PER_PROMPT))
-
-
-def memorisation_work(trained_tokens: int) -> float:
-    """Return the work of measuring memorisation after training on so many tokens, in tokens of training."""
-    return prompts_after_training(trained_tokens) * _TOKENS_PER_PROMPT
 
 
 def measure_memorisation(
@@ -70,7 +54,7 @@ def measure_memorisation(
         base = _continue(causal, prompts, tokenizer, stop)
     memorisation = Memorisation(
         prompts=len(prompts),
-        tokens=WRITTEN_TOKENS,
+        tokens=MEMORISED_TOKENS,
         base=_repetition(base, trained, tokenizer),
         adapter=_repetition(with_adapter, trained, tokenizer),
     )
@@ -94,12 +78,12 @@ def choose_prompts(
         ids = trained[index].ids_T.tolist()
         first, last = _learned_piece(trained[index].learn_T.tolist())
         last -= ids[last - 1 : last] == [tokenizer.end_of_text]
-        if last - first < _LEARNED_PROMPT_TOKENS + WRITTEN_TOKENS:
+        if last - first < _LEARNED_PROMPT_TOKENS + MEMORISED_TOKENS:
             continue
         prompt = ids[: first + _LEARNED_PROMPT_TOKENS]
-        prompts.append(
-            tuple(prompt if len(prompt) <= _PROMPT_TOKENS else [*tokenizer.beginning, *prompt[-_PROMPT_TOKENS:]])
-        )
+        if len(prompt) > MEMORY_PROMPT_TOKENS:
+            prompt = [*tokenizer.beginning, *prompt[-MEMORY_PROMPT_TOKENS:]]
+        prompts.append(tuple(prompt))
     return prompts
 
 
@@ -135,7 +119,7 @@ def _repetition(written: Sequence[Sequence[int]], trained: Sequence[Document], t
     start, length = runs[row]
     text = tokenizer.text(written[row][start : start + length])
     return Repetition(
-        prompts=sum(length == WRITTEN_TOKENS for _, length in runs),
+        prompts=sum(length == MEMORISED_TOKENS for _, length in runs),
         longest_tokens=length,
         longest_lines=sum(bool(line.strip()) for line in text.splitlines()),
         text=text,
@@ -160,7 +144,7 @@ def _continue(
     positions = range(len(prompts))
     batches = [positions[first : first + _BATCH_PROMPTS] for first in range(0, len(prompts), _BATCH_PROMPTS)]
     ends = [tokenizer.end_of_text]
-    written = write_greedily(causal, prompts, batches, max_new_tokens=WRITTEN_TOKENS, ends=ends, stop=stop)
+    written = write_greedily(causal, prompts, batches, max_new_tokens=MEMORISED_TOKENS, ends=ends, stop=stop)
     return [continuation.ids for continuation in written]
 
 

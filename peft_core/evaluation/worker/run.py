@@ -17,13 +17,14 @@ from peft_core.errors import DataError, InferenceError, InvalidArgument, sanitiz
 from peft_core.evaluation.comparison import compare_adapters
 from peft_core.evaluation.summary import Measurement, mean_loss
 from peft_core.evaluation.worker.completions import undo_fusion
-from peft_core.evaluation.worker.evaluator import Evaluator, token_budget
+from peft_core.evaluation.worker.evaluator import Evaluator
 from peft_core.evaluation.worker.prompts import Prompt
 from peft_core.evaluation.worker.setup import RunData, Session, prepare_data, require_adapter, start_session
 from peft_core.modeling.adapter_model import ResidentModel
 from peft_core.modeling.memory import return_freed_memory
 from peft_core.modeling.objective import Objective, probe_fast_paths
 from peft_core.paths import DataPaths, adapter_names
+from peft_core.planning.evaluation_budget import budget_of_evaluation
 from peft_core.retrieval.service import source_of
 from peft_core.schemas.dataset import DatasetPurpose, DatasetSummary
 from peft_core.schemas.evaluation import ComparedAdapter, TrainedOn
@@ -34,10 +35,6 @@ from peft_core.schemas.training import EvaluatedAdapter
 from peft_core.system.cancellation import StopFlag
 
 _log = structlog.get_logger(__name__)
-
-# Tokens for the comparison with retrieval, in those for the windows. A training can afford about ten positions, which show a
-# large difference only; here figures are all that is waited for.
-_POSITION_BUDGETS = 4
 
 
 def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
@@ -74,10 +71,10 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     stop.check()
 
     # 3. Scores and completions of each.
-    budget = token_budget(2 * summary.held_out_tokens)
-    evaluator.choose_windows(objective, budget)
-    evaluator.choose_positions(objective, _POSITION_BUDGETS * budget, _training_code(task, paths))
-    measured, prompts = _measure(session, model, names, evaluator, objective, budget)
+    budget = budget_of_evaluation(summary.held_out_tokens)
+    evaluator.choose_windows(objective, budget.windows)
+    evaluator.choose_positions(objective, budget.positions, _training_code(task, paths))
+    measured, prompts = _measure(session, model, names, evaluator, objective, budget.completions)
 
     # 4. The summary.
     emit(_result(evaluated, known, summary, evaluator, measured, prompts))
@@ -124,9 +121,9 @@ def _measure(
     adapters: Sequence[str],
     evaluator: Evaluator,
     objective: Objective,
-    budget: int,
+    completion_tokens: int,
 ) -> tuple[list[Measurement], list[Prompt]]:
-    """Measure the base model, then each adapter. `budget`: see `Evaluator`."""
+    """Measure the base model, then each adapter."""
     stop = session.stop
     session.start_phase(Phase.EVALUATING_BASE)
     model.select(None)
@@ -140,7 +137,7 @@ def _measure(
         model.select(name)
         scores.append(evaluator.score(objective, session.accelerator, stop))
     undo_fusion(model.causal, model.causal)
-    prompts = evaluator.choose_prompts(budget)
+    prompts = evaluator.choose_prompts(completion_tokens)
     measured: list[Measurement] = []
     for selected, label, scored in zip([None, *adapters], ["the base model", *labels], scores, strict=True):
         done = (len(adapters) + len(measured)) / work

@@ -10,13 +10,11 @@ from hypothesis import strategies as st
 from peft_core.base_models.tokenizer import BaseTokenizer, load_tokenizer
 from peft_core.evaluation.worker import memorisation
 from peft_core.evaluation.worker.memorisation import (
-    WRITTEN_TOKENS,
     choose_prompts,
     longest_runs,
-    memorisation_work,
-    prompts_after_training,
 )
 from peft_core.modeling.batches import Document
+from peft_core.planning.evaluation_budget import MEMORISED_TOKENS
 from tests.tiny_models import write_tiny_tokenizer
 
 TOKENS = st.lists(st.integers(0, 2), max_size=12)
@@ -60,7 +58,7 @@ def test_the_longest_run_is_found_within_one_document(
 
 def test_a_prompt_ends_within_a_unit_of_which_fifty_more_tokens_follow(tokenizer: BaseTokenizer) -> None:
     header, unit = list(range(3, 13)), list(range(13, 95))
-    assert len(unit) == 32 + WRITTEN_TOKENS
+    assert len(unit) == 32 + MEMORISED_TOKENS
     exact, short = document(header + unit, context=10, end=True), document(header + unit[1:], context=10, end=True)
     assert choose_prompts([short, exact], tokenizer, 9, seed=0) == [tuple(header + unit[:32])]
 
@@ -75,10 +73,3 @@ def test_as_many_documents_are_asked_for_as_the_limit_allows(tokenizer: BaseToke
     documents = [document([3 + number] * 100) for number in range(20)]
     assert len(choose_prompts(documents, tokenizer, 5, seed=0)) == 5
     assert len(set(choose_prompts(documents, tokenizer, 99, seed=0))) == 20
-
-
-def test_the_measurement_takes_three_percent_of_the_training_and_has_a_limit() -> None:
-    assert prompts_after_training(0) == 0
-    for tokens in (1_000, 50_000, 200_000):
-        assert memorisation_work(tokens) <= 0.03 * tokens
-    assert prompts_after_training(10**7) == prompts_after_training(10**9) == 48
