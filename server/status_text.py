@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from peft_core.paths import adapter_names
-from peft_core.schemas.evaluation import AdapterComparison, Comparison, Difference, Evaluation, InFileMetric, Keep
+from peft_core.schemas.evaluation import (
+    AdapterComparison,
+    Comparison,
+    Difference,
+    Evaluation,
+    InFileMetric,
+    Keep,
+    Share,
+)
 from peft_core.schemas.project import Refreshed, RetrainThreshold
 from peft_core.schemas.results import Estimate, Phase, Status, SweepStatus, TrainingStatus
 from peft_core.system.durations import format_duration, rough_duration
@@ -171,7 +179,8 @@ def evaluation_text(evaluation: Evaluation) -> str:
         ("edit similarity", evaluation.edit_similarity),
     )
     parts = [
-        f"{name} {100 * comparison.base:.1f} -> {100 * comparison.adapter:.1f} %{_interval(comparison, percent=True)}"
+        f"{name} {100 * comparison.base:.1f} -> {100 * comparison.adapter:.1f} %{_positions(comparison)}"
+        f"{_interval(comparison, percent=True)}"
         for name, comparison in percentages
         if comparison is not None
     ]
@@ -235,6 +244,10 @@ def _three_values(name: str, base: float, difference: Difference, *, percent: bo
     interval = _interval(difference, percent=percent).strip(" ()")
     figures = " / ".join(f"{100 * value:.1f}" if percent else f"{value:.3f}" for value in values)
     return f"{name} {figures}{' %' if percent else ''}{f' (B - A {interval})' if interval else ''}"
+
+
+def _positions(comparison: Comparison) -> str:
+    return f" of {comparison.positions}" if isinstance(comparison, Share) else ""
 
 
 def _interval(comparison: Comparison | Difference, *, percent: bool = False) -> str:

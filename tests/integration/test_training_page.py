@@ -14,7 +14,7 @@ from playwright.async_api import Browser, expect
 
 from peft_core.config import Settings
 from peft_core.jobs.store import Store
-from peft_core.schemas.evaluation import Evaluation
+from peft_core.schemas.evaluation import Evaluation, InFileMetric, Share
 from peft_core.schemas.events import (
     AdaptersCompared,
     CheckpointSaved,
@@ -137,15 +137,17 @@ async def test_the_page_follows_a_job_from_training_to_its_verdict(
         await expect(app.locator("#pace")).to_contain_text("step 21")
         assert (await host.calls("get_training_status"))[0] == {"project_id": "web", "job_id": JOB, "wait_s": 0}
 
-        complete(store, make_evaluation())
+        lines = Share(base=0.1, adapter=0.15, change=0.05, low=0.01, high=0.09, positions=269, files=6)
+        complete(store, make_evaluation(in_file={InFileMetric.LINES: lines}))
         await expect(app.locator("#headline")).to_have_text("The adapter helps")
         await expect(app.locator("#progress")).to_be_hidden()
         await expect(app.locator("#cancel")).to_be_hidden()
-        perplexity, next_line, similarity, general = await app.locator("#metrics tr").all_inner_texts()
+        perplexity, exact_lines, similarity, general = await app.locator("#metrics tr").all_inner_texts()
         assert "9.00\n6.00" in re.sub(r"\s+", "\n", perplexity)
         assert "33 %" in perplexity
-        assert "10.0 %" in next_line
-        assert "+5.0 points" in next_line
+        assert "of 269 in whole files" in exact_lines
+        assert "10.0 %" in exact_lines
+        assert "+5.0 points" in exact_lines
         assert "too little data" in similarity
         assert "+0.050" in general
         await expect(app.locator("#adapter-loss")).to_contain_text("1.924")

@@ -8,12 +8,20 @@ import pytest
 
 from peft_core.jobs.state import Job
 from peft_core.jobs.status import status_of
-from peft_core.schemas.evaluation import Keep, Verdict
+from peft_core.schemas.evaluation import InFileMetric, Keep, Share, Verdict
 from peft_core.schemas.project import Refreshed, RetrainThreshold
 from peft_core.schemas.results import ErrorInfo, Metrics, Phase, Status, TrainingStatus
 from peft_core.schemas.training import EvaluatedAdapter
 from peft_core.system.durations import format_duration, rough_age, rough_duration
-from server.status_text import for_client, headline, short_headline, subject, summarise, summarise_refresh
+from server.status_text import (
+    evaluation_text,
+    for_client,
+    headline,
+    short_headline,
+    subject,
+    summarise,
+    summarise_refresh,
+)
 from tests.factories import make_comparison, make_evaluation, make_job, make_request, make_source
 
 NOTE = "at step 4 the loss is nan: rolled back to step 1, continued with 1/4 of the learning rate"
@@ -58,6 +66,13 @@ def test_an_age_is_in_its_largest_unit(seconds: float, words: str) -> None:
 def test_the_time_left_is_shown_in_every_phase() -> None:
     job = make_job(status=Status.IN_PROGRESS, phase=Phase.EVALUATING_ADAPTER, step=9, total_steps=9, ends_at=250.0)
     assert headline(status(job)) == "evaluating the adapter on the same held-out files, about 4 min left"
+
+
+def test_a_share_of_lines_is_given_with_their_number() -> None:
+    share = Share(base=0.186, adapter=0.223, change=0.037, low=-0.007, high=0.094, positions=269, files=4)
+    text = evaluation_text(make_evaluation(in_file={InFileMetric.LINES: share}))
+    assert "exact lines in the file 18.6 -> 22.3 % of 269 (-0.7 to +9.4), edit similarity 40.0 -> 50.0 %, " in text
+    assert "next lines exact" not in text
 
 
 def test_an_evaluation_is_named_as_such(tmp_path: Path) -> None:
