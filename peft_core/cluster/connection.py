@@ -22,7 +22,7 @@ from peft_core.errors import ClusterError, sanitize
 from peft_core.system.packages import install_command
 
 _CLIENT_PORT = 10001
-_ATTEMPTS = 3
+_ATTEMPTS = 8  # about ten seconds each
 _CLOSE_S = 5.0
 _ANSWER_S = 5.0  # for which the address may take to accept a connection
 _VERSIONS = re.compile(r"Ray: (?P<ray>\S+)\s+Python: (?P<python>\S+)")
@@ -48,7 +48,8 @@ def connect(address: str) -> None:
                 ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # Ray raises several types, and RuntimeError for most reasons
             ray.shutdown()
-            # A busy head node takes too long to start the process that serves a client.
+            # A busy head node takes too long to start the process that serves a client, or that process crashes, because it is
+            # forked while other threads of the head node use gRPC. On a busy machine, that happened three times in a row.
             if attempt == _ATTEMPTS or not isinstance(error, ConnectionAbortedError):
                 raise _explain(error, address) from error
         else:
