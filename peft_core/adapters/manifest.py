@@ -66,6 +66,7 @@ class RunRecord(FrozenModel):
     stopped_early_at: int | None = None
     continued_from: str | None = None  # id of the adapter whose weights the run started from
     best_step: int | None = None  # the step whose weights were saved, if early stopping chose one
+    scaled_by: float | None = None  # what the adapter adds was multiplied by this after the last step
     computation: Computation | None = None
     device_check: str = ""  # what people are to know of the comparison with the CPU; "" if there is nothing
     memory_saved: tuple[MemorySaved, ...] = ()  # one entry for each time that memory ran out

@@ -100,6 +100,11 @@ class TrainingLoop:
         self._longest = max(map(len, self.documents))
         self.planned_tokens = self.order.tokens([len(document) for document in self.documents])
 
+    @property
+    def passes(self) -> float:
+        """How often the steps so far went over the data."""
+        return self.progress.step * self.config.batch_size / len(self.documents)
+
     def run(self, *, work_afterwards: float = 0.0) -> None:
         """Run all remaining steps. The weights are then the last ones, or the best ones if early stopping is on.
 

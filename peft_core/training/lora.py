@@ -91,6 +91,14 @@ def blend(model: PeftModel, other: Mapping[str, torch.Tensor], share: float) -> 
             parameter.lerp_(other[name], share)
 
 
+def scale(model: PeftModel, factor: float) -> None:
+    """Multiply what the adapter adds to the base model."""
+    with torch.no_grad():
+        for name, parameter in weights(model).items():
+            if ".lora_B." in name:
+                parameter.mul_(factor)
+
+
 def build_optimizer(model: PeftModel, config: TrainingConfig) -> torch.optim.AdamW:
     """Return AdamW with a `lora_plus_ratio` times higher learning rate for B than for A (LoRA+, arXiv 2402.12354)."""
     groups: dict[Literal["A", "B"], list[nn.Parameter]] = {"A": [], "B": []}

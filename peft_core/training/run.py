@@ -49,6 +49,9 @@ _log = structlog.get_logger(__name__)
 # Share of the estimated memory that malloc may keep between micro-batches if saved activations fragment the heap. If it keeps
 # everything, memory peaks a tenth above the estimate within a hundred steps. Costs 2 % of the speed.
 _MALLOC_KEEP_SHARE = 0.8
+# After several passes over the data, models are surer than they are right, and forget. Taking what the adapter adds back to
+# this share undoes most of both and keeps the lines that became right. benchmarks/NOTES.md has the measurement.
+_REPEATED_PASSES, _SHARE_AFTER_REPETITION = 1.5, 0.8
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag, *, needs_check: NeedsChe
     del checkpoint  # it is at least as large as the adapter
     loop.run(work_afterwards=evaluator.work_after_training(budget_after_training(loop.planned_tokens)))
     # kill-point: worker: all steps are done
-    _blend_with_parent(adapted)
+    scaled_by = _moderate(adapted, loop)
 
     # 5. Scores of the adapter.
     session.start_phase(Phase.EVALUATING_ADAPTER)
@@ -128,7 +131,7 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag, *, needs_check: NeedsChe
         evaluation = _evaluate(session, adapted, evaluator, data.tokenizer, base_scores, scores, loop)
         evaluation = _with_catch_up(evaluation, parent, data.held_out, parent_scores, scores)
         emit(Evaluated(evaluation=evaluation))
-        _write_adapter(session, adapted, data, loop, mean_loss(scores.held_out), evaluation)
+        _write_adapter(session, adapted, data, loop, scaled_by, mean_loss(scores.held_out), evaluation)
     session.accelerator.end_training()  # a process that does not leave its group may end with SIGABRT
 
 
@@ -230,9 +233,20 @@ def _attach_adapter(session: Session, base: BaseModel, parent: Parent | None) ->
     return adapted
 
 
-def _blend_with_parent(adapted: AdaptedModel) -> None:
+def _moderate(adapted: AdaptedModel, loop: TrainingLoop) -> float:
+    """Take the weights back towards those of the parent, or after several passes towards the base model.
+
+    Return the factor by which what the adapter adds was multiplied, 1.0 if it was not.
+    """
     if adapted.parent_weights is not None:
         lora.blend(adapted.peft, adapted.parent_weights, SHARE_OF_PARENT)
+        return 1.0
+    if (
+        loop.best is not None or loop.passes < _REPEATED_PASSES
+    ):  # early stopping has chosen weights that are not too sure
+        return 1.0
+    lora.scale(adapted.peft, _SHARE_AFTER_REPETITION)
+    return _SHARE_AFTER_REPETITION
 
 
 def _loss_of_sample(sample: Sequence[Document], held_out: Sequence[HeldOutExample], scores: Scores) -> float:
@@ -350,6 +364,7 @@ def _write_adapter(
     adapted: AdaptedModel,
     data: RunData,
     loop: TrainingLoop,
+    scaled_by: float,
     adapter_loss: float,
     evaluation: Evaluation,
 ) -> None:
@@ -366,6 +381,7 @@ def _write_adapter(
         stopped_early_at=progress.step if progress.stopped_early else None,
         continued_from=request.continued.adapter_id if request.continued is not None else None,
         best_step=progress.best_step if loop.best is not None else None,
+        scaled_by=None if scaled_by == 1.0 else scaled_by,
         computation=Computation(
             execution=base.compute_plan,
             documents_packed=base.objective.packed,

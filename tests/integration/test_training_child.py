@@ -311,6 +311,22 @@ def test_a_run_writes_a_complete_adapter_that_plain_peft_can_load(tmp_path: Path
         assert torch.equal(tensor, saved[name.replace(".default", "")])
 
 
+def test_after_two_passes_the_adapter_adds_less_than_its_last_step_did(tmp_path: Path, tiny_base: Path) -> None:
+    task = make_task(tmp_path, str(tiny_base), rank=4, batch_size=8, num_epochs=2, max_length=256)
+    code, _, err = run_worker(task)
+    assert code == 0, err
+    adapter = task.job_dir / "adapter"
+    saved = load_file(adapter / "adapter_model.safetensors")
+    checkpoint = torch.load(task.job_dir / "checkpoint" / "state.pt", weights_only=True)
+    for name, tensor in checkpoint["adapter"].items():
+        expected = 0.8 * tensor if ".lora_B." in name else tensor
+        torch.testing.assert_close(saved[name.replace(".default", "")], expected)
+    manifest = read_manifest(adapter)
+    assert manifest is not None
+    assert manifest.run.scaled_by == 0.8
+    assert "multiplied by 0.8" in (adapter / "README.md").read_text()
+
+
 def test_sigterm_writes_a_checkpoint_that_the_next_process_resumes_from(tmp_path: Path, tiny_base: Path) -> None:
     task = make_task(tmp_path, str(tiny_base), **ENDLESS)
     with worker(task) as process:

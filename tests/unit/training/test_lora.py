@@ -64,3 +64,15 @@ def test_rslora_divides_alpha_by_the_square_root_of_the_rank() -> None:
     model = lora.attach(tiny_model(), TrainingConfig(rank=16, alpha=8, use_rslora=True), "tiny")
     layer: nn.Module = model.get_base_model().model.layers[0].self_attn.q_proj
     assert layer.scaling["default"] == pytest.approx(8 / 4)
+
+
+def test_scaling_multiplies_what_every_module_adds() -> None:
+    model = lora.attach(tiny_model(), TrainingConfig(rank=4), "tiny")
+    for weight in lora.weights(model).values():
+        nn.init.normal_(weight)
+    layers = [module for module in model.modules() if hasattr(module, "get_delta_weight")]
+    before = [layer.get_delta_weight("default") for layer in layers]
+    lora.scale(model, 0.8)
+    assert len(layers) == 14
+    for layer, delta in zip(layers, before, strict=True):
+        torch.testing.assert_close(layer.get_delta_weight("default"), 0.8 * delta)
