@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="data directory; finished runs in it are not repeated")
     parser.add_argument(
-        "--steps", type=int, default=None, help="optimiser steps per training; default: one pass over the code"
+        "--steps", type=int, default=None, help="most optimiser steps of a training; default: what the product chooses"
     )
     parser.add_argument(
         "--code-bases", nargs="+", default=CODE_BASES, metavar="PATH", help="relative to site-packages, or absolute"
@@ -53,7 +53,7 @@ def main() -> None:
 async def prove(options: argparse.Namespace) -> None:
     work = options.work.resolve()
     rows: list[Row] = []
-    async with PEFTManager(Settings(data_dir=work)) as manager:
+    async with PEFTManager(Settings(data_dir=work, max_training_steps=options.steps)) as manager:
         trained = {code_base: await train(manager, code_base, options) for code_base in options.code_bases}
         for number, code_base in enumerate(options.code_bases):
             status = trained[code_base]
@@ -72,7 +72,7 @@ def source_of(code_base: str) -> Path:
 
 
 def project_of(code_base: str, steps: int | None) -> str:
-    return f"{code_base.strip('/').replace('/', '-')}-{steps or 'epoch'}"[-60:].strip("-")
+    return f"{code_base.strip('/').replace('/', '-')}-{steps or 'default'}"[-60:].strip("-")
 
 
 async def train(manager: PEFTManager, code_base: str, options: argparse.Namespace) -> TrainingStatus:
@@ -80,7 +80,7 @@ async def train(manager: PEFTManager, code_base: str, options: argparse.Namespac
     project = project_of(code_base, options.steps)
     for adapter in (await manager.list_adapters(project)).adapters:
         return await manager.get_training_status(project, adapter.adapter_id)
-    config = {"max_steps": options.steps, "base_model": options.base, "make_current": "always"}
+    config = {"base_model": options.base, "make_current": "always"}
     try:
         status = await manager.get_training_status(project)
     except JobNotFound:

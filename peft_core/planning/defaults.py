@@ -3,9 +3,9 @@
 Sources of the constants:
 
 - Minimum size: Codebase Gardener trains on at least 50 units. A held-out tenth of fewer is too small to show a gain.
-- Epochs: a second and a third pass over a small code base are a rule of thumb, not a measurement. 22 steps of 4 examples lower
-  the held-out loss of the bundled base model by 0.6 nats, and further steps lower it further. Two hours is what a user who set
-  no duration may be made to wait.
+- Epochs: a second pass makes more lines right, a third one makes the model forget (benchmarks/NOTES.md, "Passes over the
+  data"). Three passes over very little code are a rule of thumb. Half an hour is what a better adapter is worth by default;
+  two hours is what a user who set no duration may be made to wait.
 - Rank: the arithmetic of "LoRA Without Regret" (Schulman et al., Thinking Machines Lab, 2025): a weight stores about two bits,
   and a token of code that the base model half knows has about one to teach.
 - Learning rate: measured on the bundled base model (benchmarks/recipes.py). Other sizes follow the rule of the same article:
@@ -29,6 +29,7 @@ from peft_core.schemas.training import TrainingConfig
 MIN_UNITS = 50
 FEW_STEPS = 60  # an epoch of fewer steps is made twice
 VERY_FEW_STEPS = 25  # an epoch of fewer steps is made three times
+TWO_EPOCHS_S = 30 * 60.0  # any epoch is made twice if that takes no longer
 DEFAULT_MAX_RUN_S = 2 * 3600.0
 RANKS = (16, 32, 64)
 TOKENS_PER_WEIGHT = 2.0
@@ -161,8 +162,8 @@ def _with_duration(
     if config.num_epochs is not None or config.max_steps is not None:
         return config, ""
     steps = steps_of(train.examples, 1, config.batch_size)
-    suited = 3 if steps < VERY_FEW_STEPS else 2 if steps < FEW_STEPS else 1
     epoch_s = train.tokens / tokens_per_second if tokens_per_second else 0.0
+    suited = _suited_epochs(steps, epoch_s)
     limit = f"the default limit is {_hours(DEFAULT_MAX_RUN_S)}"
     if epoch_s > DEFAULT_MAX_RUN_S:
         affordable = max(1, int(steps * DEFAULT_MAX_RUN_S / epoch_s))
@@ -171,14 +172,25 @@ def _with_duration(
             f"{limit}; set num_epochs = 1 for all of them."
         )
     epochs = next(count for count in range(suited, 0, -1) if count * epoch_s <= DEFAULT_MAX_RUN_S)
-    reason = (
-        f"{_EPOCHS[epochs]}, because about {train.examples} examples make {steps} steps"
-        if suited == 1
-        else f"{_EPOCHS[epochs]}, because about {train.examples} examples make only {steps} steps each"
-    )
+    examples = f"about {train.examples} examples make"
+    if steps < FEW_STEPS:
+        reason = f"{_EPOCHS[epochs]}, because {examples} only {steps} steps each"
+    elif epochs > 1:
+        reason = (
+            f"{_EPOCHS[epochs]}, which take less than {TWO_EPOCHS_S / 60:.0f} minutes: {examples} {steps} steps each"
+        )
+    else:
+        reason = f"One epoch, because {examples} {steps} steps"
     if epochs < suited:
         reason += f"; {_EPOCHS[suited].lower()} would take about {_hours(suited * epoch_s)} and {limit}"
     return config.model_copy(update={"num_epochs": float(epochs)}), f"{reason}."
+
+
+def _suited_epochs(steps: int, epoch_s: float) -> int:
+    """Return how often to go over the data. `steps` and `epoch_s`: of an epoch; 0 seconds: its time is not known."""
+    if steps < VERY_FEW_STEPS:
+        return 3
+    return 2 if steps < FEW_STEPS or 0 < 2 * epoch_s <= TWO_EPOCHS_S else 1
 
 
 def _with_rank(config: TrainingConfig, shape: ModelShape, train: TrainingSetSize) -> tuple[TrainingConfig, str]:

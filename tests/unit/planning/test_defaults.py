@@ -18,6 +18,7 @@ from peft_core.planning.defaults import (
     MIN_UNITS,
     RANKS,
     REPLAY_SHARE,
+    TWO_EPOCHS_S,
     choose_catch_up,
     choose_defaults,
     default_learning_rate,
@@ -36,11 +37,20 @@ def chosen(units: int, config: TrainingConfig | None = None, speed: float | None
     return choose_defaults(config or TrainingConfig(), SMOLLM2_SHAPE, source(units), speed)
 
 
-@pytest.mark.parametrize(("units", "epochs"), [(60, 3), (100, 3), (150, 2), (250, 2), (300, 1), (2000, 1)])
-def test_a_small_code_base_gets_more_than_one_epoch(units: int, epochs: int):
-    config, why = chosen(units)
+@pytest.mark.parametrize(("units", "epochs"), [(60, 3), (100, 3), (150, 2), (250, 2), (300, 1), (1000, 1)])
+def test_a_small_code_base_gets_more_than_one_epoch_on_a_slow_machine_as_well(units: int, epochs: int):
+    config, why = chosen(units, speed=30.0)
     assert (config.num_epochs, config.max_steps) == (epochs, None)
     assert f"about {round(units * 0.9)} examples" in why
+
+
+@given(units=st.integers(300, 5_000), speed=st.floats(200, 20_000))
+def test_a_second_epoch_is_made_if_both_take_at_most_half_an_hour(units: int, speed: float):
+    config, why = chosen(units, speed=speed)
+    both_s = 2 * units * TOKENS_PER_EXAMPLE * (1 - config.held_out_fraction) / speed
+    if abs(both_s - TWO_EPOCHS_S) > 60:  # the number of examples is rounded
+        assert config.num_epochs == (2 if both_s < TWO_EPOCHS_S else 1)
+    assert ("less than 30 minutes" in why) == (config.num_epochs == 2)
 
 
 @pytest.mark.parametrize("units", [5_000, 100_000, 2_000_000])
@@ -55,7 +65,7 @@ def test_a_run_without_a_requested_duration_stays_within_the_default_limit(units
     assert seconds <= DEFAULT_MAX_RUN_S * 1.01
 
 
-@given(units=st.integers(50, 400), speed=st.floats(0.5, 50))
+@given(units=st.integers(50, 400), speed=st.floats(0.5, 15))  # so slow that half an hour allows no further epoch
 def test_further_epochs_are_dropped_before_an_epoch_is_shortened(units: int, speed: float):
     config, why = chosen(units, speed=speed)
     share = 1 - config.held_out_fraction
