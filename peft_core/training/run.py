@@ -49,9 +49,9 @@ _log = structlog.get_logger(__name__)
 # Share of the estimated memory that malloc may keep between micro-batches if saved activations fragment the heap. If it keeps
 # everything, memory peaks a tenth above the estimate within a hundred steps. Costs 2 % of the speed.
 _MALLOC_KEEP_SHARE = 0.8
-# After several passes over the data, models are surer than they are right, and forget. Taking what the adapter adds back to
+# After more than one pass over the data, models are surer than they are right, and forget. Taking what the adapter adds back to
 # this share undoes most of both and keeps the lines that became right. benchmarks/NOTES.md has the measurement.
-_REPEATED_PASSES, _SHARE_AFTER_REPETITION = 1.5, 0.8
+_REPEATED_PASSES, _SHARE_AFTER_REPETITION = 1.2, 0.8
 
 
 @dataclass(frozen=True)
