@@ -98,7 +98,7 @@ def choose_positions(
     found = [position for turn in zip_longest(*of_files) for position in turn if position is not None]
     affordable = int(budget // ((2 - _CONTEXT_SHARE) * length))
     if min(affordable, len(found)) < MIN_POSITIONS:
-        limit = f"{len(found)} were found in the held-out files, and the time for {affordable} was left"
+        limit = f"there are {len(found)} positions in the held-out files, and there was time for {affordable}"
         return Positions(note=f"Whether retrieval does as well was not measured: {limit}; {MIN_POSITIONS} are needed.")
     return _with_contexts(found[:affordable], training_code, tokenizer, round(_CONTEXT_SHARE * length))
 

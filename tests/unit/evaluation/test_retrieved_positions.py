@@ -93,6 +93,6 @@ def test_the_budget_limits_positions_and_files_take_turns(tokenizer: BaseTokeniz
 def test_too_few_positions_are_counted_and_none_is_measured(tokenizer: BaseTokenizer, code: Path) -> None:
     small = chosen(tokenizer, code, files=2)
     assert (small.plain, small.retrieved) == ((), ())
-    assert "4 were found" in small.note
+    assert "there are 4 positions in the held-out files" in small.note
     assert f"{MIN_POSITIONS} are needed" in small.note
     assert chosen(tokenizer, code, files=0) == Positions()
