@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _MIN_TOKENS = 1200  # fewer say nothing
-# Windows of whole files give about a line for each 25 tokens: about a thousand lines, whose share of exact ones is known to
-# a few points. More narrow the interval little, because lines of a file resemble each other.
+# Windows of whole files give about a line for each 25 tokens, so a thousand lines at most, whose share of exact ones is known
+# to a few points. More lines would narrow the interval little, because lines of a file resemble each other.
 _MAX_TOKENS = 30_000
 _SHARE_OF_COMPLETIONS, _MAX_COMPLETION_TOKENS = 0.4, 5600  # 16 prompts
 # After a training, these and the positions for retrieval take a tenth of its time each.
