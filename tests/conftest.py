@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import structlog
 from filelock import FileLock
 from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
@@ -52,6 +53,14 @@ class OneProcessForTheCluster(LoadScopeScheduling):
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> OneProcessForTheCluster:
     return OneProcessForTheCluster(config, log)
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Generator[None, None, None]:
+    """Undo what a test that runs an entry point in this process configures: later tests capture logs."""
+    yield
+    if structlog.is_configured():
+        structlog.reset_defaults()
 
 
 @pytest.hookimpl(wrapper=True)
