@@ -7,6 +7,7 @@ import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from peft_core.adapters.registry import Registry
@@ -83,12 +84,21 @@ async def test_a_loaded_adapter_and_its_base_are_kept_until_they_are_unloaded(
     assert (await server.list_adapters()).adapters == []
 
 
+def export_workers() -> list[psutil.Process]:
+    return [
+        child for child in psutil.Process().children(recursive=True) if "peft_core.export.worker" in child.cmdline()
+    ]
+
+
 async def test_what_an_export_reads_is_kept(server: PEFTManager, other: PEFTManager) -> None:
     reasons: dict[str, str] = {}
 
     async def look(_done: float, _total: float | None, message: str) -> None:
         if message.startswith("writing") and not reasons:
+            (worker,) = export_workers()
+            worker.suspend()  # a small export would end before everything is looked at
             reasons.update({name: item.reason for name, item in (await items(server)).items()})
+            worker.resume()
 
     await other.export_adapter("web", "gguf-lora", on_progress=look)
     assert reasons[ADAPTER].startswith("It is in use. Possible reasons: an export runs; otherwise")
