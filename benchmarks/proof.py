@@ -10,6 +10,8 @@ any code teaches; the rest is knowledge of the project. What is in `--work` is n
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import sysconfig
 from dataclasses import dataclass
 from importlib.metadata import packages_distributions, version
@@ -21,6 +23,7 @@ from peft_core import PEFTManager, Settings, TrainingStatus
 from peft_core.errors import JobNotFound
 from peft_core.schemas.evaluation import AdapterComparison, Comparison, Evaluation, InFileMetric
 from peft_core.schemas.results import Status
+from peft_core.schemas.training import project_id_from
 
 # Packages whose current form dates from 2026, judging by their versions; the base was trained on code of 2024 and before.
 CODE_BASES = ("mcp/server", "huggingface_hub/cli", "httpx2")
@@ -71,13 +74,16 @@ def source_of(code_base: str) -> Path:
     return Path(sysconfig.get_paths()["purelib"]) / code_base  # an absolute path replaces the first part
 
 
-def project_of(code_base: str, steps: int | None) -> str:
-    return f"{code_base.strip('/').replace('/', '-')}-{steps or 'default'}"[-60:].strip("-")
+def project_of(code_base: str, steps: int | None, base: str | None) -> str:
+    """Return the project of a training: the end of the path, which can be read, and a hash of all that distinguishes it."""
+    identity = json.dumps([str(source_of(code_base).resolve()), steps, base])
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:10]
+    return project_id_from(f"{code_base[-50:]}-{digest}")
 
 
 async def train(manager: PEFTManager, code_base: str, options: argparse.Namespace) -> TrainingStatus:
     """Return the finished training of a code base, from an earlier run if there is one."""
-    project = project_of(code_base, options.steps)
+    project = project_of(code_base, options.steps, options.base)
     for adapter in (await manager.list_adapters(project)).adapters:
         return await manager.get_training_status(project, adapter.adapter_id)
     config = {"base_model": options.base, "make_current": "always"}
