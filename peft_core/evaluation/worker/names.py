@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection
 from functools import cache
 
+from peft_core.data.code_names import MIN_CHARACTERS
 from peft_core.data.study.builtins import builtin_names, standard_modules
 from peft_core.evaluation.stdlib_code import stdlib_examples
 from peft_core.schemas.dataset import CodeNames
@@ -30,11 +31,11 @@ def invents_name(completion: str, prompt: str, known: Collection[str]) -> bool:
         completion: What a model wrote. Comments, strings and definitions do not count, nor does a name at the very end, which
             may be cut off.
         prompt: Its words are known.
-        known: Names of the code base.
+        known: Names of the code base, which has no shorter ones than MIN_CHARACTERS: what is shorter is not invented.
     """
     code = _NO_USE.sub("", completion)
     written = {match[1] or match[2] for match in _CALL_OR_ATTRIBUTE.finditer(code) if match.end() < len(code)}
-    unknown = {name for name in written if name not in known} - common_names()
+    unknown = {name for name in written if len(name) >= MIN_CHARACTERS and name not in known} - common_names()
     return not unknown <= set(_WORD.findall(prompt))
 
 
