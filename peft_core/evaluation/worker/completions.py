@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, StoppingCriteria
 
 from peft_core.base_models.tokenizer import BaseTokenizer
+from peft_core.data.chunking import split_lines
 from peft_core.evaluation.summary import Written
 from peft_core.evaluation.worker.completion_points import EXPECTED_LINES
 from peft_core.evaluation.worker.greedy import Continuation, write_greedily
@@ -36,9 +37,9 @@ def undo_fusion(model: nn.Module, causal: PreTrainedModel) -> None:
 def complete(
     causal: PreTrainedModel, prompts: Sequence[Prompt], tokenizer: BaseTokenizer, stop: StopFlag
 ) -> list[Written]:
-    """Return up to three lines for each prompt, written with the adapter that is active, if any.
+    """Return for each prompt as many lines as are expected, written with the adapter that is active, if any.
 
-    In a gap it may be four: only a model that goes beyond the gap writes them.
+    In a gap there may be four: only a model that goes beyond the gap writes them.
     """
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))  # needs little padding
     lengths = [len(prompt.ids) + MAX_NEW_TOKENS for prompt in prompts]
@@ -84,7 +85,8 @@ def _ends(tokenizer: BaseTokenizer) -> list[int]:
 
 
 def _line_limit(prompt: Prompt) -> int:
-    return EXPECTED_LINES + prompt.fills_gap
+    """Without a gap, nothing says where to stop: a model that does is no better than one that writes the next line, too."""
+    return EXPECTED_LINES + 1 if prompt.fills_gap else len(split_lines(prompt.quoted.expected))
 
 
 class _StopAfterLines(StoppingCriteria):
