@@ -1,8 +1,7 @@
-"""The names of a code base: which ones it defines, and which occur in it at all; and where a file uses names.
+"""The names of a code base: which ones it defines, and which occur in it at all.
 
 Definitions are recognised by patterns, which is fast and works for every language: they may miss some, and take a parameter
-for a field. A single word in lower case does not count. Uses are identifiers of the syntax tree, so that words in comments and
-strings do not count either; a language without a grammar has none.
+for a field. A single word in lower case does not count. Where a file uses names: `name_uses.py`.
 """
 
 from __future__ import annotations
@@ -10,13 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-from peft_core.data.languages import Language
-from peft_core.data.syntax import parse_syntax
 from peft_core.schemas.dataset import CodeNames
 
-_MIN_CHARACTERS = 3  # shorter names are loop variables and the like
+MIN_CHARACTERS = 3  # shorter names are loop variables and the like
 _MAX_CHARACTERS = 80
 _MAX_NAMES = 500_000  # of a code base; a text that is no code may consist of random words
 
@@ -45,16 +41,7 @@ _DEFINITIONS = tuple(
     )
 )
 _ORDINARY = re.compile(r"_*[a-z]+|__\w+__")  # `read`, `name`, `_value`: any code has them
-_IDENTIFIERS = ("identifier", "constant", "name", "word")  # ends of the types of nodes
 _WORD = re.compile(r"[^\W\d][\w$]*")
-
-
-class NameUse(NamedTuple):
-    """An identifier in a text, in characters."""
-
-    start: int
-    end: int
-    is_definition: bool  # here the name is chosen: nothing before it says what it will be
 
 
 @dataclass(slots=True)
@@ -76,39 +63,10 @@ class NameCollector:
         return CodeNames(defined=frozenset(self.defined), used=frozenset(self.used))
 
 
-def find_uses(text: str, language: Language) -> list[NameUse]:
-    """Return the identifiers of a file in order, without those in comments and strings; none without a grammar."""
-    raw = text.encode()
-    root = None if language.grammar is None else parse_syntax(raw, language.grammar)
-    if root is None:
-        return []
-    uses, stack = [], [root]
-    while stack:
-        node = stack.pop()
-        if node.child_count:
-            stack.extend(node.children)
-        elif node.end_byte > node.start_byte and node.type.endswith(_IDENTIFIERS):  # empty: the parser missed one
-            parent = node.parent
-            named = None if parent is None else parent.child_by_field_name("name")
-            uses.append((node.start_byte, node.end_byte, named == node))
-    at = _character_offsets(raw) if len(raw) != len(text) else range(len(raw) + 1)
-    return sorted(NameUse(at[start], at[end], is_definition) for start, end, is_definition in uses)
-
-
 def words(text: str) -> frozenset[str]:
     """Return all words of a text that could be names."""
     return frozenset(_WORD.findall(text))
 
 
 def _usable(names: Iterable[str]) -> set[str]:
-    return {name for name in names if _MIN_CHARACTERS <= len(name) <= _MAX_CHARACTERS}
-
-
-def _character_offsets(raw: bytes) -> list[int]:
-    """Return for each byte of UTF-8 text the number of characters before it, and their total at the end."""
-    offsets, characters = [], 0
-    for byte in raw:
-        offsets.append(characters)
-        characters += byte & 0xC0 != 0x80
-    # A continuation byte has the offset of the next character, which no identifier begins or ends with.
-    return [*offsets, characters]
+    return {name for name in names if MIN_CHARACTERS <= len(name) <= _MAX_CHARACTERS}

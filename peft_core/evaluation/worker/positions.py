@@ -7,11 +7,11 @@ name of the project; and first lines of blocks. Names of the project are also co
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from peft_core.data.chunking import split_lines
-from peft_core.data.code_names import NameUse
+from peft_core.data.name_uses import FileSyntax, NameUse
 from peft_core.evaluation.worker.completion_points import Offsets, find_lines
 from peft_core.schemas.dataset import HeldOutFile
 from peft_core.schemas.evaluation import InFileMetric
@@ -43,13 +43,13 @@ class Target:
         return self.last + (not self.ends)
 
 
-def find_targets(file: HeldOutFile, offsets: Offsets, uses: Sequence[NameUse], names: frozenset[str]) -> list[Target]:
+def find_targets(file: HeldOutFile, offsets: Offsets, syntax: FileSyntax, names: frozenset[str]) -> list[Target]:
     """Return what is measured in a tokenised file, in order.
 
     Args:
         file: Its text, and the rows in which is measured.
         offsets: Of its tokens.
-        uses: Identifiers in the text, in order.
+        syntax: Of the file.
         names: Of the project, see `names.project_names`.
     """
     held_out = {row for start, stop in file.rows for row in range(start, stop)}
@@ -57,10 +57,11 @@ def find_targets(file: HeldOutFile, offsets: Offsets, uses: Sequence[NameUse], n
     starts = [0]
     for row in rows:
         starts.append(starts[-1] + len(row))
-    used = [use for use in uses if not use.is_definition and file.text[use.start : use.end] in names]
+    used = [use for use in syntax.uses if not use.is_definition and file.text[use.start : use.end] in names]
     named = list(_name_targets(used, offsets, starts, held_out))
     rows_with_names = {target.row for target in named}
-    opened = set(_first_rows_of_blocks(rows, _COLON_OPENS if file.language in _INDENTED else _OPENS))
+    opens = _COLON_OPENS if file.language in _INDENTED else _OPENS
+    opened = set(_first_rows_of_blocks(rows, syntax.prose, opens))
     lines = [
         Target(
             (
@@ -96,12 +97,12 @@ def _name_targets(
             yield Target((InFileMetric.PROJECT_NAMES,), row, token, last, ends=offsets[last - 1][1] > use.end)
 
 
-def _first_rows_of_blocks(rows: Sequence[str], opens: re.Pattern[str]) -> Iterator[int]:
-    """Yield the rows of code that follow a row that opens a block, and are indented further."""
+def _first_rows_of_blocks(rows: Sequence[str], prose: Collection[int], opens: re.Pattern[str]) -> Iterator[int]:
+    """Yield the first rows of code behind rows that open a block, if they are indented further. Prose is no code."""
     opener = ""
     for number, row in enumerate(rows):
         visible = row.lstrip()
-        if not visible:
+        if not visible or number in prose:
             continue
         indent = len(row) - len(visible)
         if opener and indent > len(opener) - len(opener.lstrip()) and not visible.startswith(_NO_CODE):

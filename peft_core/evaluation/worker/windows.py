@@ -18,8 +18,8 @@ import torch
 from accelerate import Accelerator
 
 from peft_core.base_models.tokenizer import BaseTokenizer
-from peft_core.data.code_names import find_uses
 from peft_core.data.languages import language_named
+from peft_core.data.name_uses import read_syntax
 from peft_core.evaluation.summary import WindowScore
 from peft_core.evaluation.worker.positions import Target, find_targets
 from peft_core.evaluation.worker.scoring import (
@@ -69,8 +69,8 @@ def choose_windows(
     short: list[list[Window]] = []
     for file in generator.sample(files, len(files)):
         tokenised = tokenise_file(file, tokenizer, length)
-        uses = find_uses(file.text, language_named(file.language))
-        targets = find_targets(file, tokenised.offsets, uses, names)
+        syntax = read_syntax(file.text, language_named(file.language))
+        targets = find_targets(file, tokenised.offsets, syntax, names)
         head = (*beginning, *tokenised.header)
         long.append(_shuffled(_windows(tokenised, targets, head, length), generator))
         short.append(_shuffled(_short_windows(tokenised, targets, beginning, length), generator))

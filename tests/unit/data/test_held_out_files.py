@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hypothesis import given
-from hypothesis import strategies as st
-
 from peft_core.data.chunking import split_lines
-from peft_core.data.code_names import NameCollector, find_uses
+from peft_core.data.code_names import NameCollector
 from peft_core.data.dataset import read_examples
 from peft_core.data.held_out_files import read_code_names, read_held_out_files
-from peft_core.data.languages import language_named
 from peft_core.data.leakage import TrainingFingerprint
 from peft_core.data.prepare import prepare
 from peft_core.data.token_counter import EstimatedTokenCounter
@@ -86,16 +82,3 @@ def test_definitions_are_found_in_languages_of_every_style() -> None:
     assert {"fetch_all", "open_files", "HttpPool", "max_size", "TokenStore", "loadToken", "HandleJob"} <= defined
     assert {"JobQueue", "parse_header", "FrameHeader", "frame_size", "findOrders", "frame_close"} <= defined
     assert defined.isdisjoint({"self", "int", "return", "fetch", "error"})
-
-
-def test_uses_are_identifiers_and_not_words_in_comments_or_strings() -> None:
-    text = 'def open_all(file):\n    # open_all is \u00e4 comment\n    return open_all(file, "open_all")\n'
-    uses = [(text[use.start : use.end], use.is_definition) for use in find_uses(text, language_named("python"))]
-    assert uses == [("open_all", True), ("file", False), ("open_all", False), ("file", False)]
-
-
-@given(st.lists(st.sampled_from(["x_1", "\u00e4\u00f6_u", "=", "\n", "'\U0001f600'", " "])).map("".join))
-def test_the_places_of_uses_are_characters_of_the_text(text: str) -> None:
-    for use in find_uses(text, language_named("python")):
-        assert text[use.start : use.end].strip("_1\u00e4\u00f6ux") == ""
-        assert use.start < use.end

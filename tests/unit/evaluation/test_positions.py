@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_core.data.code_names import find_uses
 from peft_core.data.languages import language_named
+from peft_core.data.name_uses import read_syntax
 from peft_core.evaluation.worker.names import invents_name, project_names
 from peft_core.evaluation.worker.positions import Target, find_targets
 from peft_core.schemas.dataset import CodeNames, HeldOutFile
@@ -29,7 +29,7 @@ def other_units(path):
 def targets_of(text: str, rows: tuple[tuple[int, int], ...], *names: str) -> list[Target]:
     file = HeldOutFile(path="a.py", language="python", text=text, rows=rows)
     characters = [(at, at + 1) for at in range(len(text))]
-    return find_targets(file, characters, find_uses(text, language_named("python")), frozenset(names))
+    return find_targets(file, characters, read_syntax(text, language_named("python")), frozenset(names))
 
 
 def written(target: Target, text: str = TEXT) -> str:
@@ -54,6 +54,20 @@ def test_lines_that_use_a_name_of_the_project_and_first_lines_of_blocks_are_mark
 def test_a_brace_opens_no_block_in_python() -> None:
     text = "x = {\n    'first': 1,\n    name: 2222,\n}\nwhile x:  # comment\n    step_one()\n"
     assert [t.row for t in targets_of(text, ((0, 6),)) if InFileMetric.BLOCK_STARTS in t.metrics] == [5]
+
+
+def test_prose_neither_opens_a_block_nor_is_its_first_line() -> None:
+    text = """def total(parts):
+    '''Add them up.
+
+    Args:
+        parts: The numbers to add up.
+    '''
+    # This is what counts:
+        # indented further
+    return sum(parts)
+"""
+    assert [t.row for t in targets_of(text, ((0, 9),)) if InFileMetric.BLOCK_STARTS in t.metrics] == [8]
 
 
 def test_names_of_other_code_are_no_names_of_the_project() -> None:
@@ -90,6 +104,7 @@ def test_targets_lie_in_their_rows_and_in_order(text: str, start: int, size: int
         ("order.cut_of", False),
         ("def new_helper(order):\n", False),
         ("self->no_such_field = 1;\n", True),
+        ("order.db.close_all().T\n", False),
     ],
 )
 def test_a_name_is_invented_if_neither_project_nor_prompt_nor_python_has_it(completion: str, invents: bool) -> None:
