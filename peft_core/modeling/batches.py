@@ -151,7 +151,18 @@ class Order:
     def step(self, step: int) -> list[int]:
         """Return the indices of the examples of a step (1-based). The last step may have fewer."""
         first = (step - 1) * self.batch_size
-        return [self._at(position) for position in range(first, min(first + self.batch_size, self.shown))]
+        return [self._at(position) for position in range(first, self.shown_by(step))]
+
+    def shown_by(self, step: int) -> int:
+        """Return how many examples the first steps show, with repetitions."""
+        return min(step * self.batch_size, self.shown)
+
+    def seen_by(self, step: int) -> list[int]:
+        """Return the indices of the examples that the first steps show, each once, in order of their number."""
+        shown = self.shown_by(step)
+        if shown >= self.examples:
+            return list(range(self.examples))
+        return sorted(self._at(position) for position in range(shown))
 
     def tokens(self, lengths: Sequence[int]) -> int:
         """Return the tokens of all steps together, for examples of these lengths."""

@@ -103,7 +103,7 @@ class TrainingLoop:
     @property
     def passes(self) -> float:
         """How often the steps so far went over the data."""
-        return self.progress.step * self.config.batch_size / len(self.documents)
+        return self.order.shown_by(self.progress.step) / len(self.documents)
 
     def run(self, *, work_afterwards: float = 0.0) -> None:
         """Run all remaining steps. The weights are then the last ones, or the best ones if early stopping is on.

@@ -242,7 +242,7 @@ def _moderate(adapted: AdaptedModel, loop: TrainingLoop) -> float:
         lora.blend(adapted.peft, adapted.parent_weights, SHARE_OF_PARENT)
         return 1.0
     # The weights that early stopping chooses, by their loss, are not too sure.
-    if loop.best is not None or loop.passes < _REPEATED_PASSES:
+    if loop.best is not None or loop.passes <= _REPEATED_PASSES:
         return 1.0
     lora.scale(adapted.peft, _SHARE_AFTER_REPETITION)
     return _SHARE_AFTER_REPETITION

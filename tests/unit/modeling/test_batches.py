@@ -33,6 +33,10 @@ def test_each_epoch_shows_every_example_once(examples: int, batch_size: int, epo
     for start in range(0, len(shown), examples):
         epoch = shown[start : start + examples]
         assert len(set(epoch)) == len(epoch)
+    for step in range(order.total_steps + 1):
+        so_far = [index for number in range(1, step + 1) for index in order.step(number)]
+        assert order.shown_by(step) == len(so_far)
+        assert order.seen_by(step) == sorted(set(so_far))
     lengths = [7 * n + 1 for n in range(examples)]
     assert order.tokens(lengths) == sum(lengths[index] for index in shown)
 

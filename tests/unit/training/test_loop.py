@@ -181,6 +181,15 @@ def test_the_loop_does_not_evaluate_after_the_last_step_without_early_stopping(t
     assert list(recorder.held_out()) == [2, 4, 6]
 
 
+def test_a_last_step_with_fewer_examples_counts_as_many_passes_as_it_shows(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"max_steps": None, "num_epochs": 1.0})
+    _, loop = uninterrupted(tmp_path, config)
+    assert loop.progress.step * config.batch_size > loop.order.shown == 10
+    assert loop.passes == 1.0
+    loop.progress.step = 3
+    assert loop.passes == 0.9
+
+
 @dataclass
 class Overflowing(Objective):
     """Overflows as a 16-bit number format would: returns inf once a weight of LoRA B exceeds the limit."""
