@@ -121,8 +121,8 @@ def _data(manifest: Manifest) -> str:
         f"{language} {count}" for language, count in sorted(manifest.data.languages.items(), key=lambda item: -item[1])
     )
     lines = [
-        f"- {summary.train_examples} training examples, {summary.train_tokens} tokens",
-        f"- {summary.held_out_examples} held-out examples, {summary.held_out_tokens} tokens",
+        f"- trained on {manifest.trained_on}",
+        f"- held out: {summary.held_out_examples} examples, {summary.held_out_tokens} tokens",
         f"- files by language: {languages or 'unknown'}",
         f"- secrets removed: {summary.secrets_removed}",
     ]
@@ -151,7 +151,7 @@ def _training(manifest: Manifest) -> str:
         lines.append(f"- {run.device_check}")
     if run.continued_from is not None:
         lines.append(
-            f"- continued from {run.continued_from}; {manifest.data.summary.replayed_examples} of the training examples were "
+            f"- continued from {run.continued_from}; {manifest.data.summary.replayed_examples} of the prepared examples were "
             "known to it, the others are new or have changed"
         )
     lines += [

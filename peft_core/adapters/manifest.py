@@ -63,6 +63,10 @@ class RunRecord(FrozenModel):
     device: str
     weights_dtype: str  # of the frozen base: "float32", "bfloat16"
     steps: int
+    examples_seen: int | None = (
+        None  # different ones that the weights were trained on; None: written by an older version
+    )
+    tokens_seen: int | None = None  # of those examples, each once
     stopped_early_at: int | None = None
     continued_from: str | None = None  # id of the adapter whose weights the run started from
     best_step: int | None = None  # the step whose weights were saved, if early stopping chose one
@@ -85,6 +89,16 @@ class Manifest(FrozenModel):
     evaluation: Evaluation | None = None  # without texts; None: not measured
     environment: dict[str, str]  # versions of python, torch, transformers, peft, accelerate, peft-mcp; platform
     files: dict[str, str]  # SHA-256 by file name, of every file except this manifest and the report
+
+    @property
+    def trained_on(self) -> str:
+        """How many examples the weights have seen. A short run, or one that stopped early, has not seen all."""
+        run, summary = self.run, self.data.summary
+        if run.examples_seen in (None, summary.train_examples):
+            return f"{summary.train_examples} examples, {summary.train_tokens} tokens"
+        return (
+            f"{run.examples_seen} of the {summary.train_examples} examples that were prepared, {run.tokens_seen} tokens"
+        )
 
     @property
     def harms(self) -> bool:

@@ -208,10 +208,10 @@ def _study_table(study: LossChange | None) -> dict[str, dict[str, str]]:
 def _data_table(manifest: Manifest) -> dict[str, str]:
     data, summary = manifest.data, manifest.data.summary
     table = {
-        "trained on": f"{summary.train_examples} examples, {summary.train_tokens} tokens",
+        "trained on": manifest.trained_on,
         "held out": f"{summary.held_out_examples} examples, {summary.held_out_tokens} tokens",
         "files": f"{summary.files} ({', '.join(f'{count} {name}' for name, count in data.languages.items())})",
-        "repeated": f"{summary.replayed_examples} of the examples, which were known"
+        "repeated": f"{summary.replayed_examples} of the prepared examples, which were known"
         if summary.replayed_examples
         else "",
         "excluded": ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in summary.left_out.items())

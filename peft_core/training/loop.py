@@ -105,6 +105,16 @@ class TrainingLoop:
         """How often the steps so far went over the data."""
         return self.order.shown_by(self.progress.step) / len(self.documents)
 
+    @property
+    def step_of_weights(self) -> int:
+        """The step whose weights `run` ends with."""
+        return self.progress.step if self.best is None else self.progress.best_step
+
+    @property
+    def seen(self) -> list[Document]:
+        """The documents that the weights which `run` ends with were trained on, each once."""
+        return [self.documents[index] for index in self.order.seen_by(self.step_of_weights)]
+
     def run(self, *, work_afterwards: float = 0.0) -> None:
         """Run all remaining steps. The weights are then the last ones, or the best ones if early stopping is on.
 

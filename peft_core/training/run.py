@@ -350,7 +350,7 @@ def _measure_memorisation(
     return measure_memorisation(
         adapted.base.model,
         adapted.peft.disable_adapter,
-        loop.documents,
+        loop.seen,
         tokenizer,
         limit=budget_after_training(loop.progress.tokens).memorisation_prompts,
         seed=session.task.request.config.seed,
@@ -369,7 +369,7 @@ def _write_adapter(
 ) -> None:
     session.start_phase(Phase.SAVING)
     request, progress, dataset = session.task.request, loop.progress, data.dataset
-    base, fusion = adapted.base, adapted.fusion
+    base, fusion, seen = adapted.base, adapted.fusion, loop.seen
     run_record = RunRecord(
         config=request.config.model_copy(update={"base_model": None, "more_sources": [], "continue_from": None}),
         target_modules=lora.target_modules(adapted.peft),
@@ -377,6 +377,8 @@ def _write_adapter(
         device_check=session.device_note,
         weights_dtype="bfloat16" if base.compute_plan.weights == "bfloat16" else "float32",
         steps=progress.step,
+        examples_seen=len(seen),
+        tokens_seen=sum(map(len, seen)),
         stopped_early_at=progress.step if progress.stopped_early else None,
         continued_from=request.continued.adapter_id if request.continued is not None else None,
         best_step=progress.best_step if loop.best is not None else None,

@@ -291,6 +291,7 @@ def test_a_run_writes_a_complete_adapter_that_plain_peft_can_load(tmp_path: Path
     manifest = read_manifest(adapter)
     assert manifest is not None
     assert manifest.metrics == written.metrics
+    assert manifest.run.examples_seen == 12 < manifest.data.summary.train_examples
     assert manifest.files == {name: sha256_of(adapter / name) for name in names - {"adapter_manifest.json"}}
     for name in names - binary:
         text = (adapter / name).read_text()

@@ -285,3 +285,18 @@ def test_the_report_of_a_training_contains_its_curve_and_completions(tmp_path: P
     assert "9 examples, 900 tokens" in page.text
     assert "mps failed when it was checked; continued on the CPU" in page.text
     assert write_training_report(tmp_path, make_manifest("a-01"), EVENTS) is None
+
+
+def test_page_and_card_count_the_examples_that_a_short_training_has_seen(tmp_path: Path) -> None:
+    config = TrainingConfig(rank=16, learning_rate=5e-4)
+    manifest = make_manifest("a-01", evaluation=make_evaluation().without_texts, config=config)
+    run = manifest.run.model_copy(update={"examples_seen": 4, "tokens_seen": 380})
+    short = manifest.model_copy(update={"run": run})
+    seen = "4 of the 9 examples that were prepared, 380 tokens"
+    assert f"- trained on {seen}\n" in render_card(short)
+    path = write_training_report(tmp_path, short, EVENTS)
+    assert path is not None
+    assert seen in Page(path.read_text()).text
+    whole = manifest.model_copy(update={"run": run.model_copy(update={"examples_seen": 9})})
+    for known in (whole, manifest):
+        assert "- trained on 9 examples, 900 tokens\n" in render_card(known)

@@ -174,6 +174,16 @@ def test_early_stopping_ends_with_the_best_weights(tmp_path: Path) -> None:
     assert stopped.step == stopped.best_step + 4
     final = held_out_loss(loop.objective, HELD_OUT, loop.accelerator, StopFlag())
     assert final == pytest.approx(measured[stopped.best_step], rel=1e-6)
+    assert loop.step_of_weights == stopped.best_step
+
+
+def test_only_documents_of_the_steps_that_led_to_the_weights_have_been_seen(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"max_steps": 2, "eval_steps": 1, "early_stopping_patience": 2})
+    _, loop = uninterrupted(tmp_path, config)
+    loop.progress.best_step = 1
+    assert list(map(id, loop.seen)) == [id(TRAIN[index]) for index in sorted(loop.order.step(1))]
+    loop.best = None  # as without early stopping
+    assert len(loop.seen) == 6
 
 
 def test_the_loop_does_not_evaluate_after_the_last_step_without_early_stopping(tmp_path: Path) -> None:
