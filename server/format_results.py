@@ -320,6 +320,7 @@ def format_inspection(report: TrainingDataReport) -> CallToolResult:
     size = f"{report.files} files" if report.records is None else f"{report.records} records"
     lines = [
         f"{report.training_data}, {size}.{unread}",
+        *([report.counted] if report.counted else []),
         f"Training set: {report.train_examples} examples, about {report.train_tokens} tokens.",
         f"Held-out set: {report.held_out_examples} examples, about {report.held_out_tokens} tokens{held_out}.",
         f"Left out: {left_out or 'nothing'}.{secrets}",

@@ -15,7 +15,7 @@ from peft_core.planning.cost_model import steps_of
 from peft_core.planning.planner import plan, write_source
 from peft_core.planning.preview import Preview, PreviewRequest
 from peft_core.schemas.base_model import Base
-from peft_core.schemas.dataset import Example, Segment, TrainingData
+from peft_core.schemas.dataset import DatasetSummary, Example, Segment, TrainingData
 from peft_core.schemas.results import DataSample, Estimate, NextStep, TrainingDataReport
 from peft_core.schemas.task import JobRequest
 from peft_core.schemas.training import TrainingConfig
@@ -72,6 +72,7 @@ def _preview(request: JobRequest, scratch: Path, settings: Settings) -> Preview:
         PreviewRequest(
             dataset=request.dataset,
             base=request.base,
+            parent=request.continued and request.continued.adapter_path,
             data_dir=settings.data_dir,
             allowed_roots=settings.allowed_roots,
         ),
@@ -99,6 +100,7 @@ def _report(request: JobRequest, preview: Preview, *, given: str) -> TrainingDat
         train_tokens=dataset.train_tokens,
         held_out_tokens=dataset.held_out_tokens,
         files=dataset.files,
+        counted=_counted(request, dataset),
         records=request.found.examples if request.found.units is None else None,
         unread_files=preview.unread_files,
         languages=preview.languages,
@@ -119,8 +121,20 @@ def _report(request: JobRequest, preview: Preview, *, given: str) -> TrainingDat
     )
 
 
+def _counted(request: JobRequest, dataset: DatasetSummary) -> str:
+    """Return what the counts are of, if it is not all of the data."""
+    if request.continued is None:
+        return ""
+    replayed = dataset.replayed_examples
+    return (
+        f"Counted is what the training that continues from adapter {request.continued.adapter_id} uses: "
+        f"{dataset.train_examples - replayed} training examples that are new or have changed, {replayed} known ones that it "
+        "repeats, and the held-out ones that it is measured on."
+    )
+
+
 def _estimate_of(preview: Preview, request: JobRequest) -> Estimate:
-    """Return the estimate with the steps and tokens of the dataset, if all of it was prepared."""
+    """Return the estimate with the steps and tokens of the dataset that was prepared, if it is the training's own."""
     dataset, estimate, config = preview.dataset, request.estimate, request.config
     if config.max_steps is not None or preview.unread_files:
         return estimate

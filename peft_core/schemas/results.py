@@ -378,6 +378,7 @@ class TrainingDataReport(FrozenModel):
     train_tokens: int
     held_out_tokens: int
     files: int = Field(description="Files with examples, including held-out ones.")
+    counted: str = Field("", description="What the counts are of, if an adapter is continued.")
     records: int | None = Field(None, description="Records that can be used; null for code.")
     unread_files: int = Field(
         0, description="Files not read, because the others suffice; not counted in the other fields."

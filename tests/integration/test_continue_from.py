@@ -25,10 +25,11 @@ from peft_core.data.snapshot import read_snapshot
 from peft_core.errors import AdapterNotFound, DataError, InvalidArgument, PeftMcpError, TrainingError
 from peft_core.evaluation.report import write_training_report
 from peft_core.planning.continuation import Adapters, changes_in_sources
+from peft_core.planning.inspection import inspect_training_data
 from peft_core.planning.planner import plan
 from peft_core.schemas.evaluation import Verdict
 from peft_core.schemas.events import Evaluated, Event, PhaseStarted, RunPlanned, StepCompleted
-from peft_core.schemas.results import Phase
+from peft_core.schemas.results import Phase, TrainingDataReport
 from peft_core.schemas.task import JobRequest, TrainingTask
 from peft_core.schemas.training import TrainingConfig
 from peft_core.system import in_use
@@ -59,10 +60,20 @@ class Workplace:
     def registry(self) -> Registry:
         return Registry(self.settings.paths)
 
-    def plan(self, project: str | None = PROJECT, **config: Any) -> JobRequest:
+    def _config(self, config: dict[str, Any]) -> TrainingConfig:
         given = {"base_model": str(self.base), **{k: v for k, v in SETTINGS.items() if k != "rank"}, **config}
-        adapters = Adapters(self.registry, project, lambda _adapter_id: str(self.base))
-        return plan(str(self.code), TrainingConfig(**given), self.settings, lambda *_: None, adapters)
+        return TrainingConfig(**given)
+
+    def _adapters(self, project: str | None) -> Adapters:
+        return Adapters(self.registry, project, lambda _adapter_id: str(self.base))
+
+    def plan(self, project: str | None = PROJECT, **config: Any) -> JobRequest:
+        return plan(str(self.code), self._config(config), self.settings, lambda *_: None, self._adapters(project))
+
+    def inspect(self, **config: Any) -> TrainingDataReport:
+        return inspect_training_data(
+            str(self.code), self._config(config), self.settings, lambda *_: None, self._adapters(None)
+        )
 
     def task(self, request: JobRequest) -> TrainingTask:
         self.jobs += 1
@@ -160,6 +171,22 @@ def test_a_project_with_an_adapter_continues_from_it_by_default_and_the_answer_s
     scratch = place.plan(continue_from="none")
     assert (scratch.continued, scratch.catch_up, scratch.config.rank) == (None, None, 16)
     assert request.estimate.train_tokens < scratch.estimate.train_tokens / 3
+
+
+def test_a_dry_run_of_an_update_counts_what_it_trains_on_and_is_measured_on(place: Workplace) -> None:
+    parent = current(place)
+    report, scratch = place.inspect(continue_from=PROJECT), place.inspect(continue_from="none")
+    task = place.task(place.plan(continue_from=PROJECT))
+    place.run(task)
+    dataset = manifest_of(place.publish(task)).data.summary
+    assert (report.train_examples, report.held_out_examples) == (dataset.train_examples, dataset.held_out_examples)
+    assert report.left_out == dataset.left_out
+    planned = [event.total_steps for event in place.events if isinstance(event, RunPlanned)]
+    assert report.estimate.steps == planned[-1]
+    assert report.estimate.train_tokens < scratch.estimate.train_tokens / 3
+    changed = dataset.train_examples - dataset.replayed_examples
+    assert f"continues from adapter {parent.name} uses: {changed} training examples that are new" in report.counted
+    assert not scratch.counted
 
 
 def test_an_update_says_that_a_split_by_time_does_not_apply_to_it(place: Workplace) -> None:
