@@ -76,20 +76,31 @@ def choose_defaults(
 
 
 def choose_catch_up(
-    given: TrainingConfig, full: TrainingConfig, source: SourceSummary, changed: int
-) -> tuple[TrainingConfig, CatchUpSpec, SourceSummary]:
+    given: TrainingConfig,
+    full: TrainingConfig,
+    source: SourceSummary,
+    changed: int,
+    *,
+    most_steps: int | None = None,
+) -> tuple[TrainingConfig, CatchUpSpec, SourceSummary, str]:
     """Return the settings of a training that continues from an adapter, what it trains on, and the source reduced to that.
+
+    The last result is a sentence on `most_steps`, if it limits the training.
 
     Args:
         given: The settings of the request, with what the adapter determines.
         full: The same, completed for a training from scratch.
         source: What the sources hold.
         changed: How many units and records may have changed since the adapter was trained.
+        most_steps: Limits a duration that is chosen here: the setting max_training_steps.
     """
-    config, limit = full, None
+    config, limit, reason = full, None, ""
     train = training_set(source, given.held_out_fraction)
     if given.num_epochs is None and given.max_steps is None:
         limit = max(MIN_UNITS, round(_full_examples(full, train) * CATCH_UP_TIME))
+        if most_steps is not None and most_steps * full.batch_size < limit:
+            limit = most_steps * full.batch_size
+            reason = f"At most {most_steps} steps, by the setting max_training_steps."
         config = config.model_copy(update={"num_epochs": 1.0, "max_steps": None})
     if given.learning_rate is None:
         config = config.model_copy(update={"learning_rate": float(f"{(full.learning_rate or 0) * CATCH_UP_RATE:.2g}")})
@@ -98,7 +109,7 @@ def choose_catch_up(
     examples = max(1, min(changed + replayed, train.examples, limit or train.examples))
     reduced = TrainingSetSize(examples=examples, tokens=max(1, round(train.tokens / train.examples * examples)))
     spec = CatchUpSpec(replay_share=REPLAY_SHARE, max_examples=limit)
-    return config, spec, source.model_copy(update={"training_set": reduced, "cut_records": 0})
+    return config, spec, source.model_copy(update={"training_set": reduced, "cut_records": 0}), reason
 
 
 def _full_examples(full: TrainingConfig, train: TrainingSetSize) -> float:

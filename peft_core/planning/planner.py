@@ -99,8 +99,8 @@ def plan(
     catch_up, trained_on = None, source
     if (changes := continuation.changes) is not None:
         changed = changes.changed_units + changes.records
-        config, catch_up, trained_on = choose_catch_up(given, config, source, changed)
-    chosen = " ".join(filter(None, [_why_longer(config, source), continuation.reason, "" if catch_up else chosen]))
+        config, catch_up, trained_on, chosen = choose_catch_up(given, config, source, changed, most_steps=most)
+    chosen = " ".join(filter(None, [_why_longer(config, source), continuation.reason, chosen]))
     require_loadable(base)  # last of the checks, because it may take seconds
 
     sizes = (memory_bytes(config, base, target.device, compute) for compute in plans)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_core.errors import DataError, InvalidArgument
-from peft_core.planning.cost_model import TOKENS_PER_EXAMPLE
+from peft_core.planning.cost_model import TOKENS_PER_EXAMPLE, steps_of
 from peft_core.planning.defaults import (
     CATCH_UP_RATE,
     DEFAULT_MAX_RUN_S,
@@ -190,7 +190,7 @@ def test_a_worker_rejects_settings_that_the_planner_would_have_chosen(missing: s
 def catch_up(units: int, changed: int, **given: Any) -> tuple[TrainingConfig, CatchUpSpec, SourceSummary]:
     config = TrainingConfig(**given)
     full, _ = chosen(units, config)
-    return choose_catch_up(config, full, source(units), changed)
+    return choose_catch_up(config, full, source(units), changed)[:3]
 
 
 @pytest.mark.parametrize("units", [100, 400, 3000])
@@ -205,6 +205,27 @@ def test_catching_up_takes_at_most_a_third_of_a_training_from_scratch(units: int
     in_full = full.max_steps * full.batch_size if full.max_steps else (full.num_epochs or 1) * 0.9 * units
     assert spec.max_examples <= max(MIN_UNITS, in_full / 3)
     assert config.learning_rate == pytest.approx(CATCH_UP_RATE * MEASURED_RATE)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 8])
+def test_catching_up_takes_no_more_steps_than_the_setting_allows(batch_size: int) -> None:
+    request = TrainingConfig(batch_size=batch_size)
+    full, _ = choose_defaults(request, SMOLLM2_SHAPE, source(1000), 150.0, most_steps=5)
+    config, spec, reduced, why = choose_catch_up(request, full, source(1000), 300, most_steps=5)
+    assert spec.max_examples is not None
+    assert reduced.training_set is not None
+    assert reduced.training_set.examples == spec.max_examples
+    assert steps_of(spec.max_examples, config.num_epochs or 0, batch_size) == 5
+    assert why == "At most 5 steps, by the setting max_training_steps."
+
+
+@pytest.mark.parametrize(("duration", "most_steps"), [({}, 100_000), ({"num_epochs": 2}, 5)])
+def test_the_setting_does_not_limit_a_shorter_or_a_given_duration(duration: dict[str, Any], most_steps: int) -> None:
+    request = TrainingConfig(**duration)
+    full, _ = choose_defaults(request, SMOLLM2_SHAPE, source(1000), 150.0, most_steps=most_steps)
+    limited = choose_catch_up(request, full, source(1000), 300, most_steps=most_steps)
+    assert limited == choose_catch_up(request, full, source(1000), 300)
+    assert not limited[-1]
 
 
 def test_a_given_duration_and_learning_rate_are_used_when_catching_up() -> None:
