@@ -182,11 +182,20 @@ def estimate(config: TrainingConfig, source: SourceSummary, compute: CostedPlan,
 
 
 def evaluation_estimate(
-    base: Base, source: SourceSummary, device: str, measured: float | None, *, adapters: int
+    base: Base,
+    source: SourceSummary,
+    device: str,
+    measured: float | None,
+    *,
+    adapters: int,
+    has_training_code: bool,
 ) -> Estimate:
-    """Return what an evaluation takes: the base model and each adapter make a forward pass over the same text."""
+    """Return what an evaluation takes: the base model and each adapter make a forward pass over the same text.
+
+    `has_training_code`: see `budget_of_evaluation`.
+    """
     held_out_tokens = min(source.estimated_tokens, MAX_HELD_OUT_EXAMPLES * TOKENS_PER_EXAMPLE)
-    budget = budget_of_evaluation(held_out_tokens)
+    budget = budget_of_evaluation(held_out_tokens, has_training_code=has_training_code)
     tokens = (1 + adapters) * (held_out_tokens + _read(budget, source))
     speed = training_speed(base, device, measured)
     seconds = speed.seconds(tokens / 3)  # a forward pass is a third of a training step

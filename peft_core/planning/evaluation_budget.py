@@ -49,11 +49,14 @@ def budget_after_training(trained_tokens: float) -> EvaluationBudget:
     return EvaluationBudget(*_windows_and_completions(tokens), positions=tokens, memorisation_prompts=prompts)
 
 
-def budget_of_evaluation(held_out_tokens: float) -> EvaluationBudget:
+def budget_of_evaluation(held_out_tokens: float, *, has_training_code: bool = True) -> EvaluationBudget:
+    """Return what each model reads and writes.
+
+    `has_training_code`: there is one adapter, and the code that it was trained on is kept; retrieval is not measured otherwise.
+    """
     tokens = _useful(2 * held_out_tokens)
-    return EvaluationBudget(
-        *_windows_and_completions(tokens), positions=min(_MAX_POSITION_TOKENS, _MORE_POSITIONS * tokens)
-    )
+    positions = min(_MAX_POSITION_TOKENS, _MORE_POSITIONS * tokens) if has_training_code else 0
+    return EvaluationBudget(*_windows_and_completions(tokens), positions=positions)
 
 
 def _useful(tokens: float) -> int:

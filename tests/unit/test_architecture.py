@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "adapters": FOUNDATION | {"base_models"},
     "staleness": FOUNDATION | {"data"},
     "evaluation": FOUNDATION | {"adapters"},
-    "planning": FOUNDATION | {"adapters", "base_models", "data", "staleness"},
+    "planning": FOUNDATION | {"adapters", "base_models", "data", "retrieval", "staleness"},
     "modeling": FOUNDATION | {"adapters", "base_models", "planning"},
     "evaluation.worker": FOUNDATION
     | {

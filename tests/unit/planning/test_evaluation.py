@@ -31,6 +31,7 @@ from tests.factories import (
     record_base,
 )
 from tests.model_files import model_shapes, write_adapter, write_model
+from tests.unit.retrieval.test_service import trained
 
 RECORDS = [
     {"text": f"def add_{n}(a, b):\n    total = a + b * {n}\n    return total\n", "path": f"m{n}.py"} for n in range(12)
@@ -192,6 +193,29 @@ def two(tmp_path: Path) -> tuple[Path, Path, Path]:
         manifest = make_manifest(adapter.name, base=resolve(str(base), Settings()), config=config)
         write_manifest(adapter, manifest)
     return a, b, base
+
+
+def test_only_an_adapter_whose_training_code_is_kept_takes_time_for_retrieval(tmp_path: Path, repository: Path) -> None:
+    settings = Settings(data_dir=tmp_path.resolve() / "data")
+    base = resolve(str(write_model(tmp_path / "base")), settings)
+    adapter, adapter_b = write_adapter(trained(settings.paths)), write_adapter(tmp_path / "b")
+
+    def seconds(other: Path | None = None) -> float:
+        request = plan_evaluation(
+            EvaluatedAdapter(adapter_path=adapter, compared_with=other, accept_unproven_base=True),
+            str(repository),
+            base,
+            settings,
+            lambda _base, _device: 100.0,
+            selection=DataSelection(),
+        )
+        assert request.estimate.seconds is not None
+        return request.estimate.seconds - 20
+
+    kept, compared = seconds(), seconds(adapter_b)
+    (settings.paths.job(adapter.name).dataset / "train.jsonl").unlink()
+    assert seconds() < kept / 2
+    assert compared == seconds(adapter_b) == pytest.approx(1.5 * seconds(), rel=0.01)
 
 
 def test_a_comparison_is_one_evaluation_of_three_models(tmp_path: Path, two: tuple[Path, Path, Path]) -> None:

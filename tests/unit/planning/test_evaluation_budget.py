@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,3 +37,9 @@ def test_a_long_training_and_a_large_repository_end_at_the_same_limits() -> None
 
 def test_a_short_training_is_measured_a_little() -> None:
     assert budget_after_training(0) == EvaluationBudget(720, 480, 1200, memorisation_prompts=0)
+
+
+def test_retrieval_is_not_measured_without_the_training_code() -> None:
+    with_code, without = budget_of_evaluation(5000), budget_of_evaluation(5000, has_training_code=False)
+    assert without == replace(with_code, positions=0)
+    assert without.tokens == with_code.tokens - with_code.positions
