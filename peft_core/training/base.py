@@ -42,6 +42,11 @@ class BaseModel:
     uses_bf16_blocks: bool
     objective: Objective
 
+    @property
+    def weights_dtype(self) -> str:
+        """The number format of the frozen weights. Those that stay in their file are computed with in float32."""
+        return "bfloat16" if self.compute_plan.weights == "bfloat16" else "float32"
+
 
 def is_accelerator(plan: DevicePlan) -> bool:
     return plan.device != "cpu"

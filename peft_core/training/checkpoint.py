@@ -121,6 +121,11 @@ def run_key(task: TrainingTask, dataset: DatasetSummary) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
+def scores_key(run: str, device: str, weights_dtype: str) -> str:
+    """Identify the scores of base model and parent: those of another device or number format differ by its rounding."""
+    return f"{run} on {device} in {weights_dtype}"
+
+
 def save_checkpoint(directory: Path, key: str, checkpoint: Checkpoint, file: str = _CHECKPOINT) -> None:
     """Replace the file atomically."""
     directory.mkdir(parents=True, exist_ok=True)

@@ -328,7 +328,9 @@ class TrainingLoop:
         self._set_weights(state.adapter)
         self.optimizer.load_state_dict(state.optimizer)
         self.scheduler.load_state_dict(state.scheduler)
-        self.progress, self.best, self.rollback = state.progress, state.best, state.rollback
+        # The base model may have been scored again since the state was saved.
+        self.progress = replace(state.progress, base_loss=self.progress.base_loss)
+        self.best, self.rollback = state.best, state.rollback
         self._rng = dict(state.rng)
         set_rng_state(self.accelerator.device, self._rng)
         # A rollback may load a state from before memory ran out; the run then keeps its reduced memory use.

@@ -39,7 +39,7 @@ from peft_core.system.cancellation import StopFlag
 from peft_core.system.child_process import NODE_VARIABLE
 from peft_core.training import lora
 from peft_core.training.base import BaseModel, NeedsCheck, is_accelerator, load_on_checked_device
-from peft_core.training.checkpoint import Checkpoint, Progress, load_checkpoint, run_key
+from peft_core.training.checkpoint import Checkpoint, Progress, load_checkpoint, run_key, scores_key
 from peft_core.training.loop import TrainingLoop
 from peft_core.training.parent import SHARE_OF_PARENT, Parent, read_parent
 from peft_core.training.save import write_adapter
@@ -188,12 +188,12 @@ def _load_checkpoint(session: Session, key: str, order: Order) -> Checkpoint | N
 def _score_base(
     session: Session, base: BaseModel, evaluator: Evaluator, key: str, threads: ThreadTuner, *, is_resumed: bool
 ) -> Scores:
-    """Return the base model's scores, which a resumed run finds on disk.
+    """Return the base model's scores, which a run that is resumed on the same device finds on disk.
 
     Raises:
         BaseCheckpointError: its outputs are NaN or Inf.
     """
-    path = session.paths.base_scores
+    path, key = session.paths.base_scores, scores_key(key, session.device.device, base.weights_dtype)
     scores = load_scores(path, key, evaluator) if is_resumed else None
     if scores is None:
         session.start_phase(Phase.EVALUATING_BASE)
@@ -208,8 +208,8 @@ def _score_base(
 
 
 def _score_parent(session: Session, base: BaseModel, evaluator: Evaluator, key: str, threads: ThreadTuner) -> Scores:
-    """Return the scores of the adapter that the model holds now, the parent, which a resumed run finds on disk."""
-    path = session.paths.parent_scores
+    """Return the scores of the adapter that the model holds now, the parent. They are kept as the base model's."""
+    path, key = session.paths.parent_scores, scores_key(key, session.device.device, base.weights_dtype)
     scores = load_scores(path, key, evaluator, more=False)
     if scores is None:
         session.start_phase(Phase.EVALUATING_BASE, "evaluating the adapter to continue from")
@@ -375,7 +375,7 @@ def _write_adapter(
         target_modules=lora.target_modules(adapted.peft),
         device=session.device.device,
         device_check=session.device_note,
-        weights_dtype="bfloat16" if base.compute_plan.weights == "bfloat16" else "float32",
+        weights_dtype=base.weights_dtype,
         steps=progress.step,
         examples_seen=len(seen),
         tokens_seen=sum(map(len, seen)),

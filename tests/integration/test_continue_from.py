@@ -279,7 +279,8 @@ def test_an_update_that_loses_on_the_old_held_out_code_does_not_become_current(p
     assert place.registry.current_path(PROJECT) is None  # nor does it later, when the current one is deleted
 
 
-def test_an_update_resumes_from_its_own_checkpoint(place: Workplace) -> None:
+@pytest.mark.parametrize("is_same_device", [True, False])
+def test_an_update_resumes_from_its_own_checkpoint(place: Workplace, is_same_device: bool) -> None:
     task = place.task(place.plan(max_steps=6))
     stop = StopFlag()
 
@@ -291,11 +292,21 @@ def test_an_update_resumes_from_its_own_checkpoint(place: Workplace) -> None:
     with pytest.raises(Cancelled):
         place.run(task, stop_at_three, stop)
     assert current(place) == parent
+    if not is_same_device:
+        for file in ("base_scores.json", "parent_scores.json"):
+            scores = json.loads((task.job_dir / file).read_text())
+            scores["key"] = scores["key"].replace(" on cpu in ", " on cuda in ")
+            (task.job_dir / file).write_text(json.dumps(scores))
     place.run(task)
     assert current(place) == parent  # until it is published
     assert next(event.start_step for event in place.events if isinstance(event, RunPlanned)) == 3
-    phases = [event.phase for event in place.events if isinstance(event, PhaseStarted)]
-    assert Phase.EVALUATING_BASE not in phases  # the scores of base and parent are on disk
+    scored = [
+        event.detail
+        for event in place.events
+        if isinstance(event, PhaseStarted) and event.phase is Phase.EVALUATING_BASE
+    ]
+    # The scores of base and parent are on disk.
+    assert scored == ([] if is_same_device else ["", "evaluating the adapter to continue from"])
     evaluation = next(event.evaluation for event in place.events if isinstance(event, Evaluated))
     assert evaluation.catch_up is not None
 

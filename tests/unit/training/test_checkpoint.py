@@ -21,6 +21,7 @@ from peft_core.training.checkpoint import (
     load_checkpoint,
     run_key,
     save_checkpoint,
+    scores_key,
 )
 from tests.factories import make_request
 
@@ -146,3 +147,10 @@ def test_the_run_key_depends_on_settings_base_model_and_data_only(tmp_path: Path
     assert key == run_key(task.model_copy(update={"job_id": "another", "job_dir": tmp_path / "elsewhere"}), DATASET)
     assert key != run_key(make_task(tmp_path, config=TrainingConfig(rank=8)), DATASET)
     assert key != run_key(task, DATASET.model_copy(update={"sha256": "e" * 64}))
+
+
+def test_scores_are_kept_for_one_device_and_number_format(tmp_path: Path) -> None:
+    key = run_key(make_task(tmp_path), DATASET)
+    places = [("cpu", "float32"), ("cuda", "float32"), ("cuda", "bfloat16")]
+    assert len({scores_key(key, *place) for place in places}) == 3
+    assert scores_key(key, "cpu", "float32") != scores_key("another", "cpu", "float32")

@@ -142,6 +142,18 @@ def test_a_resumed_run_continues_exactly_as_if_it_had_not_been_interrupted(tmp_p
         assert torch.equal(weight, expected_loop.weights[name])
 
 
+def test_a_resumed_run_compares_with_the_base_loss_that_it_measured_itself(tmp_path: Path) -> None:
+    first = Recorder(stop_after=3)
+    with pytest.raises(Cancelled):
+        make_loop(tmp_path, first).run()
+    checkpoint = load_checkpoint(tmp_path, "this run")
+    assert checkpoint is not None
+    loop = make_loop(tmp_path, Recorder())
+    loop.progress.base_loss = 4.75  # on another device, say
+    loop.restore(checkpoint)
+    assert (loop.progress.step, loop.progress.base_loss) == (3, 4.75)
+
+
 def test_a_stop_in_the_middle_of_a_step_checkpoints_the_last_completed_step(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"max_length": 8192, "batch_size": 10})
     reference = uninterrupted(tmp_path / "uninterrupted", config)[0].losses()
