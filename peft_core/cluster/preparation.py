@@ -73,7 +73,7 @@ def _tokenizer(task: TrainingTask) -> BaseTokenizer:
 
 
 def task_files(task: TrainingTask, wanted: str, directory: Path) -> list[tuple[str, Path]]:
-    """Return what is sent to the cluster, by name: the task, the dataset, and the adapter to continue from.
+    """Return what is sent to the cluster, by name: the task, the dataset, the adapter to continue from and its examples.
 
     No file has a path of this machine except the base model's, which the nodes may have at the same place. `directory`: for
     the files that differ from those here. `wanted`: the identity of the base model.
@@ -96,6 +96,7 @@ def task_files(task: TrainingTask, wanted: str, directory: Path) -> list[tuple[s
         ("dataset/manifest.json", directory / _MANIFEST),
         *((n, p) for n, p in files_below(JobPaths(task.job_dir).dataset, "dataset/") if p.name != _MANIFEST),
         *(files_below(continued.adapter_path, "parent/") if continued is not None else ()),
+        *((name.as_posix(), file) for name, file in zip(sent.earlier_examples, task.earlier_examples, strict=True)),
     ]
 
 
@@ -112,7 +113,13 @@ def without_paths(task: TrainingTask) -> TrainingTask:
         "continued": request.continued
         and request.continued.model_copy(update={"adapter_path": _name_only(request.continued.adapter_path)}),
     }
-    places = {"job_dir": Path("/job"), "base_models_dir": Path("/base_models"), "data_dir": None, "allowed_roots": None}
+    places = {
+        "job_dir": Path("/job"),
+        "base_models_dir": Path("/base_models"),
+        "earlier_examples": tuple(Path(f"earlier/{number}.jsonl") for number in range(len(task.earlier_examples))),
+        "data_dir": None,
+        "allowed_roots": None,
+    }
     return task.model_copy(update={"request": request.model_copy(update=changes), **places})
 
 

@@ -179,6 +179,7 @@ class _Run:
                 "request": request.model_copy(update=changes),
                 "job_dir": root,
                 "base_models_dir": self._settings.paths.base_models,
+                "earlier_examples": tuple(root / "earlier" / file.name for file in task.earlier_examples),
                 "data_dir": None,
                 "allowed_roots": (root,),
             }

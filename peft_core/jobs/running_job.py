@@ -29,6 +29,7 @@ from peft_core.jobs.state import IllegalTransition, Job
 from peft_core.jobs.store import Store
 from peft_core.jobs.sweep import better_run
 from peft_core.paths import JobPaths
+from peft_core.retrieval.service import earlier_examples
 from peft_core.schemas.events import (
     EVENT,
     AdapterWritten,
@@ -136,16 +137,7 @@ class RunningJob:
         """Run the job's process to its end; return its final event and its exit code."""
         self._paths.root.mkdir(parents=True, exist_ok=True)
         settings, paths = self._runner.settings, self._paths
-        task = TrainingTask(
-            job_id=self.job.job_id,
-            project_id=self.job.project_id,
-            request=self.job.request,
-            job_dir=paths.root,
-            base_models_dir=settings.paths.base_models,
-            data_dir=settings.paths.root,
-            allowed_roots=settings.allowed_roots,
-        )
-        paths.task.write_text(task.model_dump_json(), encoding="utf-8")
+        paths.task.write_text(self._task().model_dump_json(), encoding="utf-8")
         launcher = self._launcher()
         with paths.log.open("ab") as log_file:
             process = await anyio.open_process(
@@ -171,6 +163,22 @@ class RunningJob:
                 await self._end(process)
                 raise
         return last_event, code
+
+    def _task(self) -> TrainingTask:
+        """Return what the process is to do."""
+        job, settings = self.job, self._runner.settings
+        continued, adapters = job.request.continued, settings.paths.adapters(job.project_id)
+        earlier = earlier_examples(settings.paths, adapters, continued.adapter_id if continued is not None else None)
+        return TrainingTask(
+            job_id=job.job_id,
+            project_id=job.project_id,
+            request=job.request,
+            job_dir=self._paths.root,
+            base_models_dir=settings.paths.base_models,
+            earlier_examples=tuple(file for file in earlier if file.is_file()),
+            data_dir=settings.paths.root,
+            allowed_roots=settings.allowed_roots,
+        )
 
     def _module(self) -> list[str]:
         """Return the interpreter's arguments that start the module."""

@@ -138,7 +138,7 @@ def _for_cluster(request: JobRequest, target: Target, answer: ClusterAnswer, set
     """
     base, nodes, estimate = request.base, answer.nodes, request.estimate
     plan = reserve(answer.address, target, base, estimate.memory_bytes, nodes, gpus=settings.cluster_gpus)
-    words, sent_bytes = describe(plan, target, base, request.found, nodes)
+    words, sent_bytes = describe(plan, target, base, request.found, nodes, continues=request.continued is not None)
     estimate = estimate.model_copy(update={"cluster": words, "sent_bytes": sent_bytes})
     return request.model_copy(update={"cluster": plan, "estimate": estimate})
 

@@ -191,7 +191,13 @@ def _nodes_for(gpus: int, nodes: Sequence[ClusterNode]) -> int:
 
 
 def describe(
-    plan: ClusterPlan, target: Target, base: Base, source: SourceSummary, nodes: Sequence[ClusterNode]
+    plan: ClusterPlan,
+    target: Target,
+    base: Base,
+    source: SourceSummary,
+    nodes: Sequence[ClusterNode],
+    *,
+    continues: bool,
 ) -> tuple[str, int]:
     """Return where a job will train and what is sent there, in words, and the bytes that are sent."""
     can_run = [node for node in nodes if node.can_run(plan)]
@@ -205,6 +211,9 @@ def describe(
     base_bytes = 0 if all(node.has_base for node in can_run) else base.size_bytes
     sent = (
         f"the examples that the data are cut into (about {_size(data_bytes)}), held-out files, names, and the settings"
+    )
+    sent += (
+        ", the adapter that it continues and the examples that this one and its parents learned" if continues else ""
     )
     sent += (
         f", and the base model ({_size(base_bytes)}), which not all nodes have"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 
 from anyio.to_thread import run_sync
@@ -56,18 +56,31 @@ def source_of(paths: DataPaths, adapter: Path) -> UnitSource:
             "Train an adapter on this code with train_adapter",
         )
     examples = _examples(paths, adapter)
-    missing = 0
     manifest = read_manifest(adapter)
-    seen = {adapter.name}
-    while manifest is not None and (parent := manifest.run.continued_from) and parent not in seen:
-        seen.add(parent)
-        before = paths.job(parent).dataset / "train.jsonl"
-        missing += not before.is_file()
-        examples += [before] if before.is_file() else []
-        manifest = read_manifest(adapter.parent / parent)
+    parent = None if manifest is None else manifest.run.continued_from
+    earlier = earlier_examples(paths, adapter.parent, parent, seen={adapter.name})
+    examples += [file for file in earlier if file.is_file()]
+    missing = sum(not file.is_file() for file in earlier)
     noun = "training" if missing == 1 else "trainings"
     note = f"The code of {missing} earlier {noun} that it continues was deleted." if missing else ""
     return UnitSource(adapter_path=adapter, examples=tuple(examples), note=note)
+
+
+def earlier_examples(paths: DataPaths, adapters: Path, parent: str | None, *, seen: Collection[str] = ()) -> list[Path]:
+    """Return the training examples of an adapter and of those that it continues; files may have been deleted.
+
+    Args:
+        paths: Of the data directory.
+        adapters: The directory of the project's adapters.
+        parent: The adapter; None: there is none.
+        seen: Adapters that are not followed: a manifest may be forged.
+    """
+    line: list[str] = []
+    while parent is not None and parent not in (*line, *seen):
+        line.append(parent)
+        manifest = read_manifest(adapters / parent)
+        parent = None if manifest is None else manifest.run.continued_from
+    return [paths.job(adapter_id).dataset / "train.jsonl" for adapter_id in line]
 
 
 def _examples(paths: DataPaths, adapter: Path) -> list[Path]:

@@ -96,6 +96,7 @@ class TrainingTask(FrozenModel):
     request: JobRequest
     job_dir: Path  # see `paths.JobPaths`
     base_models_dir: Path  # cache of converted base models
+    earlier_examples: tuple[Path, ...] = ()  # training examples of the adapters that it continues
     data_dir: Path | None = None  # of the settings when the job starts; None for a task written by hand
     allowed_roots: tuple[Path, ...] | None = None  # of the settings when the job starts; None: no restriction
 

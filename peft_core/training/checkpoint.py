@@ -121,9 +121,13 @@ def run_key(task: TrainingTask, dataset: DatasetSummary) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def scores_key(run: str, device: str, weights_dtype: str) -> str:
-    """Identify the scores of base model and parent: those of another device or number format differ by its rounding."""
-    return f"{run} on {device} in {weights_dtype}"
+def scores_key(run: str, device: str, weights_dtype: str, earlier_trainings: int) -> str:
+    """Identify the scores of base model and parent.
+
+    Those of another device or number format differ by its rounding, and those on retrieved code by the trainings whose
+    examples are searched, which may be deleted before the run is resumed.
+    """
+    return f"{run} on {device} in {weights_dtype} with {earlier_trainings} earlier trainings"
 
 
 def save_checkpoint(directory: Path, key: str, checkpoint: Checkpoint, file: str = _CHECKPOINT) -> None:

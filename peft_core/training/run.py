@@ -169,7 +169,8 @@ def _plan_order(session: Session, documents: Sequence[Document], evaluator: Eval
     tokens = order.tokens([len(document) for document in documents])
     budget = budget_after_training(tokens)
     evaluator.choose_windows(base.objective, budget.windows)
-    evaluator.choose_positions(base.objective, budget.positions, [session.paths.dataset / "train.jsonl"])
+    searched = [session.paths.dataset / "train.jsonl", *session.task.earlier_examples]  # as generate(retrieve=true)
+    evaluator.choose_positions(base.objective, budget.positions, searched)
     return order
 
 
@@ -185,6 +186,10 @@ def _load_checkpoint(session: Session, key: str, order: Order) -> Checkpoint | N
     return checkpoint
 
 
+def _key_of_scores(session: Session, base: BaseModel, key: str) -> str:
+    return scores_key(key, session.device.device, base.weights_dtype, len(session.task.earlier_examples))
+
+
 def _score_base(
     session: Session, base: BaseModel, evaluator: Evaluator, key: str, threads: ThreadTuner, *, is_resumed: bool
 ) -> Scores:
@@ -193,7 +198,7 @@ def _score_base(
     Raises:
         BaseCheckpointError: its outputs are NaN or Inf.
     """
-    path, key = session.paths.base_scores, scores_key(key, session.device.device, base.weights_dtype)
+    path, key = session.paths.base_scores, _key_of_scores(session, base, key)
     scores = load_scores(path, key, evaluator) if is_resumed else None
     if scores is None:
         session.start_phase(Phase.EVALUATING_BASE)
@@ -209,7 +214,7 @@ def _score_base(
 
 def _score_parent(session: Session, base: BaseModel, evaluator: Evaluator, key: str, threads: ThreadTuner) -> Scores:
     """Return the scores of the adapter that the model holds now, the parent. They are kept as the base model's."""
-    path, key = session.paths.parent_scores, scores_key(key, session.device.device, base.weights_dtype)
+    path, key = session.paths.parent_scores, _key_of_scores(session, base, key)
     scores = load_scores(path, key, evaluator, more=False)
     if scores is None:
         session.start_phase(Phase.EVALUATING_BASE, "evaluating the adapter to continue from")

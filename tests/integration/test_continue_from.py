@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from peft_core.data.selection import Selection
 from peft_core.data.snapshot import read_snapshot
 from peft_core.errors import AdapterNotFound, DataError, InvalidArgument, PeftMcpError, TrainingError
 from peft_core.evaluation.report import write_training_report
+from peft_core.evaluation.worker.evaluator import Evaluator
 from peft_core.planning.continuation import Adapters, changes_in_sources
 from peft_core.planning.inspection import inspect_training_data
 from peft_core.planning.planner import plan
@@ -309,6 +310,23 @@ def test_an_update_resumes_from_its_own_checkpoint(place: Workplace, is_same_dev
     assert scored == ([] if is_same_device else ["", "evaluating the adapter to continue from"])
     evaluation = next(event.evaluation for event in place.events if isinstance(event, Evaluated))
     assert evaluation.catch_up is not None
+
+
+def test_an_update_compares_with_retrieval_from_its_parents_code_as_well(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[Path] = []
+
+    def stop(_evaluator: Evaluator, _objective: object, _tokens: int, training_code: Sequence[Path]) -> None:
+        searched.extend(training_code)
+        raise Cancelled
+
+    monkeypatch.setattr(Evaluator, "choose_positions", stop)
+    task = place.task(place.plan(max_steps=1))
+    before = place.settings.paths.job(current(place).name).dataset / "train.jsonl"
+    with pytest.raises(Cancelled):
+        place.run(task.model_copy(update={"earlier_examples": (before,)}))
+    assert searched == [task.job_dir / "dataset" / "train.jsonl", before]
 
 
 def test_the_parent_is_kept_while_it_is_read_and_its_absence_is_one_clear_failure(place: Workplace) -> None:

@@ -60,7 +60,7 @@ MAY_IMPORT = {
     | {"adapters", "base_models", "data", "evaluation", "export", "llamacpp", "llamacpp.worker"}
     | {"modeling", "ollama", "planning", "vllm"},
     "gardener": FOUNDATION,
-    "jobs": FOUNDATION | {"adapters", "evaluation", "gardener", "planning"},
+    "jobs": FOUNDATION | {"adapters", "evaluation", "gardener", "planning", "retrieval"},
     "projects": FOUNDATION | {"adapters", "data", "jobs", "staleness"},
     "serving": FOUNDATION | {"adapters"},
     "storage": FOUNDATION | {"adapters", "base_models", "jobs"},

@@ -135,6 +135,20 @@ def make_task(tmp_path: Path, base: Base) -> TrainingTask:
     return change_request(task, found=found, config=config)
 
 
+def test_the_examples_of_earlier_trainings_are_sent_with_the_task(tmp_path: Path) -> None:
+    earlier = [tmp_path / "jobs" / name / "train.jsonl" for name in ("a", "b")]
+    base = resolve(str(write_model(tmp_path / "base")), Settings())
+    task = make_task(tmp_path, base).model_copy(update={"earlier_examples": tuple(earlier)})
+    (task.job_dir / "dataset").mkdir()
+    (task.job_dir / "dataset" / "manifest.json").write_text('{"request": {}}')
+    files = dict(task_files(task, "identity", tmp_path))
+    assert {name: files[name] for name in files if "earlier" in name} == {
+        "earlier/0.jsonl": earlier[0],
+        "earlier/1.jsonl": earlier[1],
+    }
+    assert [str(file) for file in without_paths(task).earlier_examples] == ["earlier/0.jsonl", "earlier/1.jsonl"]
+
+
 def test_what_is_sent_names_no_path_of_this_machine_but_the_base_models_and_the_dataset_is_used_there(
     tmp_path: Path,
 ) -> None:

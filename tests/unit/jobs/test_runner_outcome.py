@@ -15,7 +15,7 @@ from peft_core.jobs.running_job import RunnerState, RunningJob
 from peft_core.jobs.store import Store
 from peft_core.schemas.events import Event, JobCancelled, JobFailed, JobInterrupted, JobPostponed, JobStarted
 from peft_core.schemas.results import ErrorInfo
-from peft_core.schemas.training import EvaluatedAdapter, TrainingConfig
+from peft_core.schemas.training import ContinuedAdapter, EvaluatedAdapter, TrainingConfig
 from peft_core.system.cancellation import CANCELLED_EXIT_CODE
 from peft_core.system.lock import FileLock
 from peft_core.system.machine_use import MachineUse
@@ -47,6 +47,17 @@ class Ended:
 
     def outcome(self, last_event: Event | None, code: int) -> Event | None:
         return self.running._outcome(last_event, code)
+
+
+def test_the_task_of_an_update_has_the_training_examples_of_its_parent(tmp_path: Path) -> None:
+    continued = ContinuedAdapter(adapter_id="a-01", adapter_path=tmp_path / "a-01", weights_sha256="0")
+    ended = Ended(tmp_path, continued=continued)
+    assert ended.running._task().earlier_examples == ()  # they were deleted
+    examples = ended.paths.job("a-01").dataset / "train.jsonl"
+    examples.parent.mkdir(parents=True)
+    examples.touch()
+    assert ended.running._task().earlier_examples == (examples,)
+    assert Ended(tmp_path / "scratch").running._task().earlier_examples == ()
 
 
 @pytest.mark.parametrize(("last_event", "code"), list(product((None, FAILED), (0, 1, -9, CANCELLED_EXIT_CODE))))

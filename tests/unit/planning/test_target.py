@@ -75,6 +75,15 @@ def test_a_node_with_a_gpu_is_planned_for_and_reserved(tmp_path: Path) -> None:
         "(NVIDIA A100). Sent there: "
     )
     assert "the base model is there" in request.estimate.cluster
+    assert "the adapter that it continues" not in request.estimate.cluster
+
+
+def test_a_training_that_continues_says_that_its_adapter_and_earlier_examples_are_sent(tmp_path: Path) -> None:
+    request, nodes = planned(tmp_path, gpu_node()), [gpu_node()]
+    assert request.cluster is not None
+    place = target.Target("cuda", 4, cpu_bfloat16=True, memory_bytes=None)
+    words, _ = target.describe(request.cluster, place, request.base, request.found, nodes, continues=True)
+    assert "the adapter that it continues and the examples that this one and its parents learned" in words
 
 
 def test_the_weakest_gpu_that_ray_may_choose_is_planned_for(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from peft_core.adapters.manifest import Manifest, write_manifest
 from peft_core.errors import InvalidArgument
 from peft_core.paths import DataPaths
-from peft_core.retrieval.service import RetrievalService
+from peft_core.retrieval.service import RetrievalService, earlier_examples
 from peft_core.schemas.staleness import Staleness
 from tests.factories import make_manifest
 
@@ -58,6 +58,23 @@ async def test_code_is_that_of_the_job_and_of_those_that_it_continues(paths: Dat
     source = await service(paths).source_of(adapter)
     assert source.examples == tuple(paths.job(name).dataset / "train.jsonl" for name in (NAME, PARENT))
     assert source.note == ""
+
+
+async def test_a_training_searches_the_code_that_its_adapter_will_search(paths: DataPaths) -> None:
+    grandparent = "20260101-000000-000000"
+    trained(paths, grandparent)
+    trained(paths, PARENT, continued_from=grandparent)
+    earlier = earlier_examples(paths, paths.adapters("web"), PARENT)
+    source = await service(paths).source_of(trained(paths, continued_from=PARENT))
+    assert source.examples == (paths.job(NAME).dataset / "train.jsonl", *earlier)
+    assert len(earlier) == 2
+    assert earlier_examples(paths, paths.adapters("web"), None) == []
+
+
+async def test_an_adapter_that_claims_to_continue_itself_has_its_code_once(paths: DataPaths) -> None:
+    trained(paths, PARENT, continued_from=NAME)
+    source = await service(paths).source_of(trained(paths, continued_from=PARENT))
+    assert len(source.examples) == 2
 
 
 async def test_code_of_an_earlier_training_that_is_gone_is_counted(paths: DataPaths) -> None:

@@ -149,8 +149,8 @@ def test_the_run_key_depends_on_settings_base_model_and_data_only(tmp_path: Path
     assert key != run_key(task, DATASET.model_copy(update={"sha256": "e" * 64}))
 
 
-def test_scores_are_kept_for_one_device_and_number_format(tmp_path: Path) -> None:
+def test_scores_are_kept_for_one_device_and_number_format_and_the_same_searched_code(tmp_path: Path) -> None:
     key = run_key(make_task(tmp_path), DATASET)
-    places = [("cpu", "float32"), ("cuda", "float32"), ("cuda", "bfloat16")]
-    assert len({scores_key(key, *place) for place in places}) == 3
-    assert scores_key(key, "cpu", "float32") != scores_key("another", "cpu", "float32")
+    places = [("cpu", "float32", 0), ("cuda", "float32", 0), ("cuda", "bfloat16", 0), ("cuda", "bfloat16", 1)]
+    assert len({scores_key(key, *place) for place in places}) == 4
+    assert scores_key(key, "cpu", "float32", 0) != scores_key("another", "cpu", "float32", 0)
