@@ -197,7 +197,7 @@ def describe(
     source: SourceSummary,
     nodes: Sequence[ClusterNode],
     *,
-    continues: bool,
+    continues: bool = False,
 ) -> tuple[str, int]:
     """Return where a job will train and what is sent there, in words, and the bytes that are sent."""
     can_run = [node for node in nodes if node.can_run(plan)]
