@@ -1,17 +1,18 @@
 """The names in an answer that nothing defines: neither the repository, nor what it imports, nor the language, nor the answer.
 
-An answer is Markdown, whose fenced code in a language of the repository is parsed and whose `code spans` are read as names; or
-it is code as a whole.
+An answer is Markdown, whose blocks of code in a language of the repository are parsed and whose `code spans` are read as names;
+or it is code as a whole.
 """
 
 from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
+
+from markdown_it import MarkdownIt
 
 from peft_core.data.languages import Language, language_named, language_of_file
 from peft_core.data.study.builtins import builtin_names, standard_modules
@@ -27,12 +28,17 @@ from peft_core.data.study.occurrences import (
     occurrences,
 )
 from peft_core.data.syntax import parse_syntax
+from peft_core.errors import sanitize
 
 if TYPE_CHECKING:
+    from markdown_it.token import Token
     from tree_sitter import Node
 
-_FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})[ \t]*([\w+#.-]*)[^\n]*\n(.*?)^ {0,3}\1[ \t]*$", re.DOTALL | re.MULTILINE)
-_SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+_MARKDOWN = MarkdownIt("commonmark", {"html": False})  # a fence inside of HTML is a fence
+# By CommonMark such a line belongs to the paragraph or the block of code before it, but people and models mean a fence.
+_INDENTED_FENCE = re.compile(r"^([ \t]*)(?:`{3,}[^`\n]*|~{3,}.*)$", re.MULTILINE)
+_TEXT_LABELS = ("", "markdown", "md")  # of fences that may have others inside
+_LABEL = re.compile(r"\s*(?:\{\.?)?([\w+#.-]*)")
 _NAME_SPAN = re.compile(r"@?[A-Za-z_$][\w$]*(?:(?:\.|::|->|#)[A-Za-z_$][\w$]*)*(\(.*\))?", re.DOTALL)
 _WORD = re.compile(r"[A-Za-z_$][\w$]*")
 _DATA_FILES = frozenset("cfg conf csv ini json jsonl lock log md toml txt xml yaml yml".split())  # noqa: SIM905
@@ -65,11 +71,17 @@ class Parsed(NamedTuple):
 
 
 class BrokenCode(NamedTuple):
-    """Code that does not parse."""
+    """Code that cannot be read. `problem`: "it does not parse at ...", for the answer."""
 
-    language: str
-    line: int  # 1-based, in the code
-    text: str
+    problem: str
+
+
+class _Block(NamedTuple):
+    """A block of code in Markdown."""
+
+    code: str
+    label: str = ""  # the language that its fence names
+    unclosed: str = ""  # the fence, if it is not closed
 
 
 @dataclass(slots=True)
@@ -84,23 +96,58 @@ class Answer:
 def read_answer(text: str, language: Language, index: RepositoryIndex, *, is_code: bool) -> Answer:
     """Parse an answer. `language` is that of its code where a fence does not name one."""
     answer = Answer()
-    for label, code in [("", text)] if is_code else _fenced(text):
-        own = language_named(label) if label else language
-        if own.grammar is None or own.name not in index.languages:
-            continue
-        parsed = _parse(textwrap.dedent(code), own)
-        if isinstance(parsed, BrokenCode):
-            answer.broken = answer.broken or parsed
-        elif parsed is not None:
-            answer.code.append(parsed)
-    if not is_code:
-        answer.spans = [span.strip() for span in _SPAN.findall(_FENCE.sub("", text))]
+    blocks, answer.spans = ([_Block(text)], []) if is_code else _read_markdown(text)
+    for block in blocks:
+        own = language_named(block.label) if block.label else language
+        if block.unclosed:
+            fence = sanitize(block.unclosed, limit=80)
+            answer.broken = answer.broken or BrokenCode(f"its fence {fence!r} is not closed")
+        elif own.grammar is not None and own.name in index.languages:
+            parsed = _parse(textwrap.dedent(block.code), own)
+            if isinstance(parsed, Parsed):
+                answer.code.append(parsed)
+            elif parsed is not None and (
+                block.label or is_code
+            ):  # a block without a label may be what a program prints
+                answer.broken = answer.broken or parsed
     return answer
 
 
-def _fenced(text: str) -> Iterator[tuple[str, str]]:
-    for _, label, code in _FENCE.findall(text):
-        yield label, code
+def _read_markdown(text: str) -> tuple[list[_Block], list[str]]:
+    """Return the blocks of code and the code spans of a text."""
+    blocks: list[_Block] = []
+    spans: list[str] = []
+    texts = [text]
+    while texts:
+        for token in _MARKDOWN.parse(f"{texts.pop()}\n"):
+            if token.type == "fence":
+                block = _fenced(token)
+                blocks.append(block)
+                texts += _from_fence(block.code)[1:] if block.label in _TEXT_LABELS else []
+            elif token.type == "inline":
+                spans += [child.content.strip() for child in token.children or () if child.type == "code_inline"]
+                texts += _from_fence(token.content)[1:]
+            elif token.type == "code_block":
+                before, *fenced = _from_fence(token.content)
+                blocks.append(_Block(before))
+                texts += fenced
+    return blocks, spans
+
+
+def _fenced(token: Token) -> _Block:
+    label = _LABEL.match(token.info)
+    first, end = token.map or (0, 0)
+    is_closed = end - first == token.content.count("\n") + 2
+    return _Block(token.content, label[1] if label else "", "" if is_closed else f"{token.markup}{token.info}")
+
+
+def _from_fence(text: str) -> list[str]:
+    """Return what is before a fence, and from the fence on, without the indentation of the fence, if there is one."""
+    fence = _INDENTED_FENCE.search(text)
+    if fence is None:
+        return [text]
+    indentation = re.compile(rf"^[ \t]{{0,{len(fence[1])}}}", re.MULTILINE)
+    return [text[: fence.start()], indentation.sub("", text[fence.start() :])]
 
 
 def _parse(code: str, language: Language) -> Parsed | BrokenCode | None:
@@ -118,7 +165,8 @@ def _parse(code: str, language: Language) -> Parsed | BrokenCode | None:
     assert first is not None  # noqa: S101 - for mypy
     row = _first_error(first)
     lines = code.split("\n")
-    return BrokenCode(language.name, row + 1, lines[min(row, len(lines) - 1)].strip())
+    line = sanitize(lines[min(row, len(lines) - 1)].strip(), limit=80)
+    return BrokenCode(f"it does not parse at line {row + 1} of its {language.name} code: {line!r}")
 
 
 def _first_error(root: Node) -> int:

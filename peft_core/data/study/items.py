@@ -112,8 +112,7 @@ def check_item(record: Record, index: RepositoryIndex) -> str | Drop:
     text = "\n\n".join(text for text, learned in record.texts if learned)
     answer = read_answer(text, language, index, is_code=is_code)
     if answer.broken is not None:
-        where = f"line {answer.broken.line} of its {answer.broken.language} code: {sanitize(answer.broken.text, limit=80)!r}"
-        return Drop(ExclusionReason.STUDY_BROKEN_CODE, f"it does not parse at {where}")
+        return Drop(ExclusionReason.STUDY_BROKEN_CODE, answer.broken.problem)
     check = NameCheck(answer, index, language)
     check.run()
     if check.unknown:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import keyword
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -284,6 +285,71 @@ def test_an_invented_call_never_passes(index: RepositoryIndex, name: str) -> Non
         dropped = check(index, "connect", fenced(f"connect('x')\n{code}"))
         assert isinstance(dropped, Drop)
         assert name in dropped.detail
+
+
+@st.composite
+def in_any_fence(draw: st.DrawFn, code: str) -> str:
+    """Write code in Markdown, in a fence that may be long, indented, in a list, in a quotation, in another fence, or open."""
+    mark, length = draw(st.sampled_from("`~")), draw(st.integers(3, 5))
+    label = draw(st.sampled_from(["", "python", " Py", "{.python}", 'python title="a.py"']))
+    closing = draw(st.sampled_from(["", mark * (length + draw(st.integers(0, 2)))]))
+    indentation, code_indentation = draw(st.integers(0, 9)) * " ", draw(st.sampled_from([None, 0, 2, 6]))
+    shown = textwrap.indent(code, indentation if code_indentation is None else code_indentation * " ")
+    lines = [f"{indentation}{mark * length}{label}", shown, *([f"{indentation}{closing}"] if closing else [])]
+    before = draw(st.sampled_from(["", "First:\n", "First:\n\n", "- First:\n", "1. First:\n\n", "# Title\n", "<p>\n"]))
+    after = draw(
+        st.sampled_from(["", "\nThat is all.", "\n\nThen call `connect`.", "\n\n```python\nconnect('x')\n```"])
+    )
+    text = f"{before}{chr(10).join(lines)}{after}"
+    return draw(st.sampled_from([text, textwrap.indent(text, "> "), f"- {text}", f"``````md\n{text}\n``````"]))
+
+
+@settings(max_examples=150)
+@given(
+    name=st.from_regex(r"zq[a-z]{3,12}", fullmatch=True).filter(lambda name: not keyword.iskeyword(name)),
+    data=st.data(),
+)
+def test_an_invented_call_passes_in_no_form_of_fence(index: RepositoryIndex, name: str, data: st.DataObject) -> None:
+    call = data.draw(
+        st.sampled_from([f"{name}(1)", f"client = connect('x')\nclient.{name}(1)", f"if connect('x'):\n    {name}()"])
+    )
+    answer = f"Use `connect`.\n\n{data.draw(in_any_fence(call))}"
+    assert isinstance(check(index, "connect", answer), Drop), answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        ("`connect`\n\n```python\nconnect('x')\nclient.invented()\n````", "invented"),  # closed by a longer one
+        ("`connect`\n\n1. First\n\n    ```python\n    invented()\n    ```", "invented"),
+        ("`connect`\n\n1. First\n       ```\n       invented()\n       ```\nThen more.", "invented"),
+        ("`connect`\n\n    invented()", "invented"),
+        ("`connect`\n\n````\n```python\ninvented()\n```\n````", "invented"),
+        ("`connect` and ``client.invented()``", "invented"),
+        ("`connect` and `client.invented(1,\n2)`", "invented"),
+        ("`connect`\n\n```python\nconnect('x')", "its fence '```python' is not closed"),
+        ("`connect`\n\n```\nTraceback:\n```\n\n`client.invented()`", "invented"),
+    ],
+)
+def test_code_is_found_however_it_is_fenced(index: RepositoryIndex, answer: str, problem: str) -> None:
+    dropped = check(index, "connect", answer)
+    assert isinstance(dropped, Drop)
+    assert problem in dropped.detail
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "```\nTraceback (most recent call last):\n  File 'a.py', line 3\nKeyError: 3\n```",
+        "```text\nclient.invented() failed\n```",
+        "    | a table | of names |",
+        '````python\ndef f():\n    """Example:\n\n    ```\n    connect(1)\n    ```\n    """\n````',
+        '```python\ndef f():\n    """Example:\n\n    ```\n    connect(1)\n    ```\n    """\n```',
+        "1. First\n   ```python\n   connect('x')\n   ```\n2. Then\n   - again\n\n     ~~~py\n     connect('y')\n     ~~~~",
+    ],
+)
+def test_text_and_well_formed_fences_are_no_reason_to_drop_an_answer(index: RepositoryIndex, block: str) -> None:
+    assert check(index, "connect", f"Call `connect`:\n\n{block}\n") == "shop.client.connect"
 
 
 @given(answer=st.text(alphabet=st.sampled_from("`~\n ab.(){}:=xé'\"#python"), min_size=1).filter(str.strip))
