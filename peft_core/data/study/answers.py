@@ -106,9 +106,7 @@ def read_answer(text: str, language: Language, index: RepositoryIndex, *, is_cod
             parsed = _parse(textwrap.dedent(block.code), own)
             if isinstance(parsed, Parsed):
                 answer.code.append(parsed)
-            elif parsed is not None and (
-                block.label or is_code
-            ):  # a block without a label may be what a program prints
+            elif parsed is not None and (block.label or is_code):  # other blocks may be what a program prints
                 answer.broken = answer.broken or parsed
     return answer
 
