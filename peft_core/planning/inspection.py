@@ -127,7 +127,7 @@ def _counted(request: JobRequest, dataset: DatasetSummary) -> str:
         return ""
     replayed = dataset.replayed_examples
     return (
-        f"Counted is what the training that continues from adapter {request.continued.adapter_id} uses: "
+        f"The counts are of the training that continues from adapter {request.continued.adapter_id}: "
         f"{dataset.train_examples - replayed} training examples that are new or have changed, {replayed} known ones that it "
         "repeats, and the held-out ones that it is measured on."
     )

@@ -186,7 +186,7 @@ def test_a_dry_run_of_an_update_counts_what_it_trains_on_and_is_measured_on(plac
     assert report.estimate.steps == planned[-1]
     assert report.estimate.train_tokens < scratch.estimate.train_tokens / 3
     changed = dataset.train_examples - dataset.replayed_examples
-    assert f"continues from adapter {parent.name} uses: {changed} training examples that are new" in report.counted
+    assert f"continues from adapter {parent.name}: {changed} training examples that are new" in report.counted
     assert not scratch.counted
 
 
