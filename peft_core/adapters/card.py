@@ -160,13 +160,8 @@ def _training(manifest: Manifest) -> str:
         for event in run.rate_lowered
     ]
     lines += [f"- memory ran out at step {event.step}: {event.measure} from then on" for event in run.memory_saved]
-    if run.scaled_by is not None:
-        lines.append(
-            f"- after the last step, what it adds to the base model was multiplied by {run.scaled_by:g}, because it went over "
-            "the data more than once"
-        )
-    if run.best_step is not None:
-        lines.append(f"- the weights are those of step {run.best_step}, the best on a held-out sample")
+    if run.weights_in_words:
+        lines.append(f"- the weights are {run.weights_in_words}")
     if manifest.metrics.wall_s is not None:
         lines.append(f"- total time: {manifest.metrics.wall_s:.0f} s")
     environment = ", ".join(f"{name} {version}" for name, version in manifest.environment.items())

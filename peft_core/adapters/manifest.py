@@ -71,10 +71,28 @@ class RunRecord(FrozenModel):
     continued_from: str | None = None  # id of the adapter whose weights the run started from
     best_step: int | None = None  # the step whose weights were saved, if early stopping chose one
     scaled_by: float | None = None  # what the adapter adds was multiplied by this after the last step
+    share_of_parent: float | None = (
+        None  # of the weights of `continued_from` in those that were saved; the rest is this run's
+    )
     computation: Computation | None = None
     device_check: str = ""  # what people are to know of the comparison with the CPU; "" if there is nothing
     memory_saved: tuple[MemorySaved, ...] = ()  # one entry for each time that memory ran out
     rate_lowered: tuple[RateLowered, ...] = ()  # one entry for each rollback after a divergence
+
+    @property
+    def weights_in_words(self) -> str:
+        """Which weights were saved, for people; "" if they are those that the last step left."""
+        step = f"step {self.steps if self.best_step is None else self.best_step}"
+        own = step if self.best_step is None else f"{step}, the best on a held-out sample"
+        if self.share_of_parent is not None:
+            share = 100 * self.share_of_parent
+            return f"{share:.0f} % those of the adapter that it continues, and {100 - share:.0f} % those of {own}"
+        if self.scaled_by is not None:
+            return (
+                f"those of {own}; what they add to the base model was multiplied by {self.scaled_by:g}, because the run went "
+                "over the data more than once"
+            )
+        return "" if self.best_step is None else f"those of {own}"
 
 
 class Manifest(FrozenModel):

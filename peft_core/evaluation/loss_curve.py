@@ -48,7 +48,7 @@ class LossCurve:
     steps: Points
     smooth: Points  # a moving average of `steps`
     held_out: Points  # on the sample that is evaluated during training
-    whole: Points = ()  # on all held-out examples: of the base model at step 0, and of the adapter
+    whole: Points = ()  # on all held-out examples: of the base model at step 0, and of the adapter at the step of its weights
 
     @property
     def is_empty(self) -> bool:

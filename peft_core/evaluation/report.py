@@ -230,6 +230,8 @@ def _training_table(manifest: Manifest) -> dict[str, str]:
         "base model": f"{manifest.base.name}, {manifest.base.shape.parameters / 1e6:.0f}M parameters",
         "LoRA": f"rank {config.rank}, alpha {config.lora_alpha:g}, on {', '.join(run.target_modules)}",
         "steps": f"{run.steps} of {config.batch_size} examples, at most {config.max_length} tokens each",
+        "continues": run.continued_from or "",
+        "weights": run.weights_in_words,
         "learning rate": f"{rates}; {config.lr_scheduler} schedule, {config.warmup_ratio:.0%} warm-up",
         "seed": str(config.seed),
         "device": f"{run.device}, frozen weights in {run.weights_dtype}",

@@ -428,6 +428,7 @@ class JobService:
             steps=curve.steps,
             smooth=curve.smooth,
             held_out=curve.held_out,
+            whole=curve.whole,
             caveats=evaluation.caveats if evaluation else comparison.cautions if comparison else (),
             gains=evaluation.gains if evaluation else (),
             losses=evaluation.losses if evaluation else (),

@@ -174,6 +174,7 @@ def _progress(job: Job, event: Event) -> dict[str, object] | None:  # noqa: PLR0
             return {"checkpoint_step": step}
         case StoppedEarly():
             text = f"stopped early at step {event.step}: the adapter is that of step {event.best_step}"
+            text += ", averaged with the one that it continues" if job.request.continued is not None else ""
             return {"note": _add_note(job.note, text)}
         case RateLowered(step=step, back_to_step=back) if back <= job.step:
             rate = f"1/{1 / event.factor:g} of the learning rate"

@@ -16,6 +16,7 @@ class JobReport(FrozenModel):
     steps: Points = ()
     smooth: Points = ()  # a moving average of `steps`
     held_out: Points = ()  # on the sample that is evaluated during training
+    whole: Points = ()  # on all held-out examples: of the base model at step 0, and of the adapter at the step of its weights
     caveats: tuple[str, ...] = ()  # sentences that qualify the verdict
     gains: tuple[Continuation, ...] = ()
     losses: tuple[Continuation, ...] = ()

@@ -65,6 +65,14 @@ class AdaptedModel:
 
 
 @dataclass(frozen=True)
+class Moderation:
+    """What was done to the weights after the last step, as `RunRecord` has it."""
+
+    scaled_by: float | None = None
+    share_of_parent: float | None = None
+
+
+@dataclass(frozen=True)
 class TrainingSet:
     """What the loop trains on and measures itself with."""
 
@@ -105,12 +113,12 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag, *, needs_check: NeedsChe
     sample = sample_for_training([example.document for example in data.held_out], config.seed)
     base_scores = _score_base(session, base, evaluator, key, threads, is_resumed=checkpoint is not None)
     base_loss = mean_loss(base_scores.held_out)
-    emit(HeldOutMeasured(step=0, loss=_loss_of_sample(sample, data.held_out, base_scores)))
     emit(HeldOutMeasured(step=0, loss=base_loss, whole_set=True))
 
     # 4. Training.
     adapted = _attach_adapter(session, base, parent)
     parent_scores = None if parent is None else _score_parent(session, base, evaluator, key, threads)
+    emit(HeldOutMeasured(step=0, loss=_loss_of_sample(sample, data.held_out, parent_scores or base_scores)))
     session.start_phase(Phase.TRAINING)
     loop = _build_loop(session, adapted, TrainingSet(documents, order, sample), base_loss, key, threads)
     if checkpoint is not None:
@@ -118,20 +126,20 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag, *, needs_check: NeedsChe
     del checkpoint  # it is at least as large as the adapter
     loop.run(work_afterwards=evaluator.work_after_training(budget_after_training(loop.planned_tokens)))
     # kill-point: worker: all steps are done
-    scaled_by = _moderate(adapted, loop)
+    moderation = _moderate(adapted, loop)
 
     # 5. Scores of the adapter.
     session.start_phase(Phase.EVALUATING_ADAPTER)
     threads.keep_up()
     scores = evaluator.score(base.objective, session.accelerator, stop)
-    emit(HeldOutMeasured(step=loop.progress.step, loss=mean_loss(scores.held_out), whole_set=True))
+    emit(HeldOutMeasured(step=loop.step_of_weights, loss=mean_loss(scores.held_out), whole_set=True))
 
     # 6. Completions of both models, and the adapter's files.
     if session.accelerator.is_main_process:
         evaluation = _evaluate(session, adapted, evaluator, data.tokenizer, base_scores, scores, loop)
         evaluation = _with_catch_up(evaluation, parent, data.held_out, parent_scores, scores)
         emit(Evaluated(evaluation=evaluation))
-        _write_adapter(session, adapted, data, loop, scaled_by, mean_loss(scores.held_out), evaluation)
+        _write_adapter(session, adapted, data, loop, moderation, mean_loss(scores.held_out), evaluation)
     session.accelerator.end_training()  # a process that does not leave its group may end with SIGABRT
 
 
@@ -238,19 +246,16 @@ def _attach_adapter(session: Session, base: BaseModel, parent: Parent | None) ->
     return adapted
 
 
-def _moderate(adapted: AdaptedModel, loop: TrainingLoop) -> float:
-    """Take the weights back towards those of the parent, or after several passes towards the base model.
-
-    Return the factor by which what the adapter adds was multiplied, 1.0 if it was not.
-    """
+def _moderate(adapted: AdaptedModel, loop: TrainingLoop) -> Moderation:
+    """Take the weights back towards those of the parent, or after several passes towards the base model."""
     if adapted.parent_weights is not None:
         lora.blend(adapted.peft, adapted.parent_weights, SHARE_OF_PARENT)
-        return 1.0
+        return Moderation(share_of_parent=SHARE_OF_PARENT)
     # The weights that early stopping chooses, by their loss, are not too sure.
     if loop.best is not None or loop.passes <= _REPEATED_PASSES:
-        return 1.0
+        return Moderation()
     lora.scale(adapted.peft, _SHARE_AFTER_REPETITION)
-    return _SHARE_AFTER_REPETITION
+    return Moderation(scaled_by=_SHARE_AFTER_REPETITION)
 
 
 def _loss_of_sample(sample: Sequence[Document], held_out: Sequence[HeldOutExample], scores: Scores) -> float:
@@ -368,7 +373,7 @@ def _write_adapter(
     adapted: AdaptedModel,
     data: RunData,
     loop: TrainingLoop,
-    scaled_by: float,
+    moderation: Moderation,
     adapter_loss: float,
     evaluation: Evaluation,
 ) -> None:
@@ -387,7 +392,8 @@ def _write_adapter(
         stopped_early_at=progress.step if progress.stopped_early else None,
         continued_from=request.continued.adapter_id if request.continued is not None else None,
         best_step=progress.best_step if loop.best is not None else None,
-        scaled_by=None if scaled_by == 1.0 else scaled_by,
+        scaled_by=moderation.scaled_by,
+        share_of_parent=moderation.share_of_parent,
         computation=Computation(
             execution=base.compute_plan,
             documents_packed=base.objective.packed,

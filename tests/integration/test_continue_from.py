@@ -23,7 +23,9 @@ from peft_core.data.leakage import read_fingerprint
 from peft_core.data.selection import Selection
 from peft_core.data.snapshot import read_snapshot
 from peft_core.errors import AdapterNotFound, DataError, InvalidArgument, PeftMcpError, TrainingError
+from peft_core.evaluation.loss_curve import loss_curve
 from peft_core.evaluation.report import write_training_report
+from peft_core.evaluation.summary import Scores, mean_loss
 from peft_core.evaluation.worker.evaluator import Evaluator
 from peft_core.planning.continuation import Adapters, changes_in_sources
 from peft_core.planning.inspection import inspect_training_data
@@ -236,6 +238,8 @@ def test_an_update_starts_from_the_parents_weights_and_measures_both_kinds_of_he
     adapter = place.publish(task)
     manifest = manifest_of(adapter)
     assert manifest.run.continued_from == parent.name
+    assert manifest.run.share_of_parent == 0.5
+    assert manifest.run.scaled_by is None
     assert manifest.evaluation is not None
     assert manifest.evaluation.catch_up == evaluation.catch_up
     assert manifest.data.summary.replayed_examples > 0
@@ -260,6 +264,24 @@ def test_an_update_starts_from_the_parents_weights_and_measures_both_kinds_of_he
             place.plan()
         suggestion = "To train again all the same, from scratch, set config.continue_from = 'none'"
         assert caught.value.suggestions == (suggestion,)
+
+
+def test_the_curve_of_an_update_begins_at_its_parent_and_ends_at_the_step_of_its_weights(place: Workplace) -> None:
+    # At so high a rate, the second step makes it worse.
+    task = place.task(place.plan(max_steps=6, early_stopping_patience=1, eval_steps=1, learning_rate=0.1))
+    place.run(task)
+    parent = Scores.model_validate_json((task.job_dir / "parent_scores.json").read_bytes())
+    curve = loss_curve(place.events)
+    manifest = manifest_of(task.job_dir / "adapter")
+    assert curve.held_out[0] == (0, pytest.approx(mean_loss(parent.held_out)))
+    measured = dict(curve.held_out[1:])
+    assert manifest.run.best_step == min(measured, key=measured.__getitem__) < manifest.run.steps
+    assert curve.whole == (
+        (0, manifest.metrics.base_loss),
+        (manifest.run.best_step, manifest.metrics.adapter_loss),
+    )
+    card = (task.job_dir / "adapter" / "README.md").read_text()
+    assert f"and 50 % those of step {manifest.run.best_step}, the best on a held-out sample" in card
 
 
 def test_an_update_that_loses_on_the_old_held_out_code_does_not_become_current(place: Workplace) -> None:

@@ -287,6 +287,38 @@ def test_the_report_of_a_training_contains_its_curve_and_completions(tmp_path: P
     assert write_training_report(tmp_path, make_manifest("a-01"), EVENTS) is None
 
 
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        ({}, ""),
+        ({"best_step": 2}, "those of step 2, the best on a held-out sample"),
+        ({"scaled_by": 0.8}, "those of step 3; what they add to the base model was multiplied by 0.8, because"),
+        ({"share_of_parent": 0.5}, "50 % those of the adapter that it continues, and 50 % those of step 3"),
+        (
+            {"share_of_parent": 0.5, "best_step": 2},
+            "50 % those of the adapter that it continues, and 50 % those of step 2, the best on a held-out sample",
+        ),
+    ],
+)
+def test_page_and_card_say_which_weights_were_saved(run: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    config = TrainingConfig(rank=16, learning_rate=5e-4)
+    manifest = make_manifest("a-02", evaluation=make_evaluation().without_texts, config=config)
+    if "share_of_parent" in run:
+        run = {**run, "continued_from": "a-01"}
+    manifest = manifest.model_copy(update={"run": manifest.run.model_copy(update=run)})
+    path = write_training_report(tmp_path, manifest, EVENTS)
+    assert path is not None
+    page = Page(path.read_text()).text
+    card = render_card(manifest)
+    if not expected:
+        assert "weights" not in page.replace("frozen weights", "")
+        assert "the weights are" not in card
+        return
+    assert expected in page
+    assert f"- the weights are {expected}" in card
+    assert ("a-01" in page) == ("continued from a-01" in card) == ("share_of_parent" in run)
+
+
 def test_page_and_card_count_the_examples_that_a_short_training_has_seen(tmp_path: Path) -> None:
     config = TrainingConfig(rank=16, learning_rate=5e-4)
     manifest = make_manifest("a-01", evaluation=make_evaluation().without_texts, config=config)

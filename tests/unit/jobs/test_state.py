@@ -32,7 +32,7 @@ from peft_core.schemas.events import (
     StoppedEarly,
 )
 from peft_core.schemas.results import ErrorInfo, Metrics, Phase, Status
-from peft_core.schemas.training import EvaluatedAdapter
+from peft_core.schemas.training import ContinuedAdapter, EvaluatedAdapter
 from tests.factories import make_device_check, make_evaluation, make_job, make_request
 
 
@@ -182,6 +182,15 @@ def test_a_rollback_resets_the_step_and_leaves_a_note() -> None:
     assert after(again, twice).note == job.note  # the same rollback, repeated after the checkpoint
     stopped = after(again, StoppedEarly(step=5, best_step=2))
     assert stopped.note == f"{job.note}; stopped early at step 5: the adapter is that of step 2"
+
+
+def test_an_update_that_stopped_early_is_said_to_be_averaged_with_its_parent() -> None:
+    continued = ContinuedAdapter(adapter_id="a-01", adapter_path=Path("/a-01"), weights_sha256="0")
+    job = after(
+        make_job(request=make_request(continued=continued)), JobStarted(), RunPlanned(device="cpu", total_steps=5)
+    )
+    note = after(job, StoppedEarly(step=5, best_step=2)).note
+    assert note == "stopped early at step 5: the adapter is that of step 2, averaged with the one that it continues"
 
 
 def test_a_rollback_to_a_step_that_was_not_reached_is_illegal() -> None:
