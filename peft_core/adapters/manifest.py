@@ -63,17 +63,13 @@ class RunRecord(FrozenModel):
     device: str
     weights_dtype: str  # of the frozen base: "float32", "bfloat16"
     steps: int
-    examples_seen: int | None = (
-        None  # different ones that the weights were trained on; None: written by an older version
-    )
+    examples_seen: int | None = None  # different ones that the weights were trained on; None: by an older version
     tokens_seen: int | None = None  # of those examples, each once
     stopped_early_at: int | None = None
     continued_from: str | None = None  # id of the adapter whose weights the run started from
     best_step: int | None = None  # the step whose weights were saved, if early stopping chose one
     scaled_by: float | None = None  # what the adapter adds was multiplied by this after the last step
-    share_of_parent: float | None = (
-        None  # of the weights of `continued_from` in those that were saved; the rest is this run's
-    )
+    share_of_parent: float | None = None  # with which the weights of `continued_from` count in the mean that was saved
     computation: Computation | None = None
     device_check: str = ""  # what people are to know of the comparison with the CPU; "" if there is nothing
     memory_saved: tuple[MemorySaved, ...] = ()  # one entry for each time that memory ran out
