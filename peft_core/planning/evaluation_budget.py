@@ -49,7 +49,7 @@ def budget_after_training(trained_tokens: float) -> EvaluationBudget:
     return EvaluationBudget(*_windows_and_completions(tokens), positions=tokens, memorisation_prompts=prompts)
 
 
-def budget_of_evaluation(held_out_tokens: float, *, has_training_code: bool = True) -> EvaluationBudget:
+def budget_of_evaluation(held_out_tokens: float, *, has_training_code: bool) -> EvaluationBudget:
     """Return what each model reads and writes.
 
     `has_training_code`: there is one adapter, and the code that it was trained on is kept; retrieval is not measured otherwise.

@@ -71,9 +71,10 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     stop.check()
 
     # 3. Scores and completions of each.
-    budget = budget_of_evaluation(summary.held_out_tokens)
+    training_code = _training_code(task, paths)
+    budget = budget_of_evaluation(summary.held_out_tokens, has_training_code=bool(training_code))
     evaluator.choose_windows(objective, budget.windows)
-    evaluator.choose_positions(objective, budget.positions, _training_code(task, paths))
+    evaluator.choose_positions(objective, budget.positions, training_code)
     measured, prompts = _measure(session, model, names, evaluator, objective, budget.completions)
 
     # 4. The summary.

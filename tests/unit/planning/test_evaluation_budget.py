@@ -30,7 +30,7 @@ def test_more_training_never_measures_less(one: float, other: float) -> None:
 
 
 def test_a_long_training_and_a_large_repository_end_at_the_same_limits() -> None:
-    longest, largest = budget_after_training(1e9), budget_of_evaluation(1e9)
+    longest, largest = budget_after_training(1e9), budget_of_evaluation(1e9, has_training_code=True)
     assert longest == EvaluationBudget(24_400, 5600, 30_000, memorisation_prompts=48)
     assert largest == EvaluationBudget(24_400, 5600, 56_000)
 
@@ -40,6 +40,6 @@ def test_a_short_training_is_measured_a_little() -> None:
 
 
 def test_retrieval_is_not_measured_without_the_training_code() -> None:
-    with_code, without = budget_of_evaluation(5000), budget_of_evaluation(5000, has_training_code=False)
+    with_code, without = (budget_of_evaluation(5000, has_training_code=kept) for kept in (True, False))
     assert without == replace(with_code, positions=0)
     assert without.tokens == with_code.tokens - with_code.positions
