@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from peft_core.data.languages import Language
-from peft_core.data.study.occurrences import Occurrence, Role, is_assigned, occurrences
+from peft_core.data.occurrences import Occurrence, Role, is_assigned, occurrences
 from peft_core.data.syntax import parse_syntax
 
 if TYPE_CHECKING:  # tree-sitter is loaded by the first file that needs it

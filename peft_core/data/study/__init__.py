@@ -1,7 +1,6 @@
 """Study items: questions and answers about the API of a repository, which an assistant writes and the training checks.
 
 - `definitions.py`: the functions, methods and classes of a file, with their names.
-- `occurrences.py`: the names in a syntax tree, and whether each is called, accessed, imported or defined.
 - `index.py`: what a whole repository defines, uses and imports.
 - `answers.py`: the names in an answer that nothing defines. `items.py`: which items are used, and why the others are not.
 - `builtins.py`: the names that a language has without an import.

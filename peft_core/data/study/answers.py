@@ -15,9 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from markdown_it import MarkdownIt
 
 from peft_core.data.languages import Language, language_named, language_of_file
-from peft_core.data.study.builtins import builtin_names, standard_modules
-from peft_core.data.study.index import RepositoryIndex
-from peft_core.data.study.occurrences import (
+from peft_core.data.occurrences import (
     Import,
     Occurrence,
     Role,
@@ -27,6 +25,8 @@ from peft_core.data.study.occurrences import (
     object_of,
     occurrences,
 )
+from peft_core.data.study.builtins import builtin_names, standard_modules
+from peft_core.data.study.index import RepositoryIndex
 from peft_core.data.syntax import parse_syntax
 from peft_core.errors import sanitize
 

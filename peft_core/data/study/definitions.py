@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from peft_core.data.grammars import Grammar
+from peft_core.data.occurrences import NAME_TYPE
 
 if TYPE_CHECKING:  # tree-sitter is loaded by the first file that needs it
     from tree_sitter import Node
 
-NAME_TYPE = re.compile(r"(?:^|_)(?:identifier|name|constant|alias|word)$")  # types of leaves that are names
 MAX_SIGNATURE = 240  # characters
 _MAX_SCOPES = 8
 _MAX_DECLARATORS = 8

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from peft_core.data.classification import NOTEBOOK
 from peft_core.data.examples import FileResult, parts_of_file, printable_path
 from peft_core.data.exclusions import ExclusionReason
+from peft_core.data.occurrences import Occurrence, Role, import_of, occurrences
 from peft_core.data.secrets import redact_secrets
 from peft_core.data.study.definitions import Definition, components, definitions_of, module_of
-from peft_core.data.study.occurrences import Occurrence, Role, import_of, occurrences
 from peft_core.data.syntax import parse_syntax
 from peft_core.data.walk import File
 from peft_core.errors import HeaderError

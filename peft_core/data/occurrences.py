@@ -11,11 +11,10 @@ from enum import Enum, auto
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from peft_core.data.study.definitions import NAME_TYPE
-
 if TYPE_CHECKING:
     from tree_sitter import Node
 
+NAME_TYPE = re.compile(r"(?:^|_)(?:identifier|name|constant|alias|word)$")  # types of leaves that are names
 _IMPORT = re.compile(
     r"(future_)?import(_from)?(_statement|_declaration)?|use_declaration|using_directive|preproc_include|namespace_use_declaration"
 )
