@@ -7,7 +7,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
@@ -96,7 +96,7 @@ def _project_in(arguments: dict[str, Any]) -> str | None:
 
 
 def build_server(settings: Settings) -> PEFTServer:
-    updates, tasks = TrainingUpdates(), Tasks(settings.answer_within_s)
+    updates, tasks = TrainingUpdates(), Tasks(settings.answer_within_s, read_only=read_only_tools(TOOLS))
 
     @asynccontextmanager
     async def lifespan(_: MCPServer[PEFTManager]) -> AsyncIterator[PEFTManager]:
@@ -129,6 +129,10 @@ def build_server(settings: Settings) -> PEFTServer:
     for prompt in PROMPTS:
         server.add_prompt(prompt)
     return server
+
+
+def read_only_tools(tools: Sequence[Tool]) -> frozenset[str]:
+    return frozenset(tool.name for tool in tools if tool.annotations is not None and tool.annotations.read_only_hint)
 
 
 def to_tool_error(error: ToolError | PeftMcpError, tool: Tool) -> ToolError:

@@ -46,8 +46,10 @@ class TaskUpdateParams(TaskParams):
 class Tasks(Extension):
     identifier = EXTENSION_ID
 
-    def __init__(self, answer_within_s: float) -> None:
+    def __init__(self, answer_within_s: float, *, read_only: frozenset[str] = frozenset()) -> None:
+        """`read_only`: the tools that change nothing."""
         self._answer_within_s = answer_within_s
+        self._read_only = read_only
         self._calls: LongCalls | None = None
 
     def start(self, group: TaskGroup) -> None:
@@ -66,12 +68,14 @@ class Tasks(Extension):
     ) -> HandlerResult:
         """Answer a long call with a task, if the client can follow one, and in time, if it cannot."""
         follows_tasks = _understands_tasks(ctx)
+        if self._calls is not None and (params.name not in self._read_only or params.name == "generate"):
+            self._calls.move_on(params)
         if may_be_long(params) and self._calls is not None:
             starts_job = params.name in JOB_TOOLS
             in_time_s = self._answer_within_s + (WAITING_S if starts_job else 0)
             if not follows_tasks:
                 return await self._calls.call_again(params, ctx, call_next, in_time_s)
-            result = await self._calls.call(ctx, call_next, in_time_s if starts_job else PATIENCE_S)
+            result = await self._calls.call(params, ctx, call_next, in_time_s if starts_job else PATIENCE_S)
             if isinstance(result, LongCall):
                 return {"resultType": "task", **call_to_wire(result)}
         else:

@@ -9,14 +9,18 @@ import anyio
 import pytest
 from mcp.types import CallToolRequestParams, CallToolResult, TextContent
 
+from server.app import TOOLS, read_only_tools
 from server.long_calls import LongCall, LongCalls, may_be_long
 from server.progress import recipient
+from server.tasks import Tasks
 from tests.clients import data_of, text_of
 
 PATIENT_S, IMPATIENT_S = 30.0, 0.01
 
 
 class Session:
+    client_capabilities = None  # it does not follow tasks
+
     def __init__(self) -> None:
         self.sent: list[str] = []
 
@@ -27,6 +31,8 @@ class Session:
 class Request:
     """What a call knows of the request that waits for it."""
 
+    protocol_version = "2025-11-25"
+
     def __init__(self) -> None:
         self.session: Any = Session()
 
@@ -34,8 +40,9 @@ class Request:
 class Work:
     """A tool that reports progress, and ends when the test lets it."""
 
-    def __init__(self, outcome: Exception | None = None) -> None:
+    def __init__(self, outcome: Exception | None = None, data: dict[str, Any] | None = None) -> None:
         self.outcome = outcome
+        self.data = data
         self.starts = 0
         self.was_cancelled = False
         self.may_end = anyio.Event()
@@ -53,7 +60,9 @@ class Work:
         await call.record(1, None, "done")
         if self.outcome is not None:
             raise self.outcome
-        return CallToolResult(content=[TextContent(type="text", text=f"result {self.starts}")])
+        return CallToolResult(
+            content=[TextContent(type="text", text=f"result {self.starts}")], structured_content=self.data
+        )
 
 
 @pytest.fixture
@@ -136,12 +145,81 @@ async def test_a_call_is_not_cancelled_while_another_request_waits_for_it(calls:
 
 async def test_a_call_that_ends_soon_is_not_kept(calls: LongCalls) -> None:
     work = Work()
-    kept = await calls.call(Request(), work, IMPATIENT_S)  # type: ignore[arg-type]
+    kept = await calls.call(params(), Request(), work, IMPATIENT_S)  # type: ignore[arg-type]
     assert isinstance(kept, LongCall)
     assert calls.get(kept.call_id) is kept
     work.may_end.set()
-    result: Any = await calls.call(Request(), work, PATIENT_S)  # type: ignore[arg-type]
+    result: Any = await calls.call(params(), Request(), work, PATIENT_S)  # type: ignore[arg-type]
     assert text_of(result) == "result 2"
+
+
+async def end_unfetched(calls: LongCalls, work: Work, call: CallToolRequestParams) -> None:
+    """Make a call that is answered before it ends, and let it end."""
+    await calls.call_again(call, Request(), work, IMPATIENT_S)  # type: ignore[arg-type]
+    work.may_end.set()
+    await anyio.wait_all_tasks_blocked()
+
+
+async def test_a_load_that_succeeded_is_made_again_and_not_replayed(calls: LongCalls) -> None:
+    work = Work(data={"status": "loaded"})
+    await end_unfetched(calls, work, params(adapter_path="web"))
+    answer: Any = await calls.call_again(params(adapter_path="web"), Request(), work, PATIENT_S)  # type: ignore[arg-type]
+    assert text_of(answer) == "result 2"
+
+
+@pytest.mark.parametrize("tool", ["load_adapter", "refresh_project", "export_adapter"])
+async def test_a_result_answers_an_equal_call_only_until_another_call_may_have_changed_it(
+    calls: LongCalls, tool: str
+) -> None:
+    work, call = Work(data={"status": "fallback"}), CallToolRequestParams(name=tool, arguments={"project_id": "web"})
+    await end_unfetched(calls, work, call)
+    calls.move_on(call)
+    answer: Any = await calls.call_again(call, Request(), work, PATIENT_S)  # type: ignore[arg-type]
+    assert text_of(answer) == "result 1", "an equal call fetches it"
+
+    work.may_end = anyio.Event()
+    await end_unfetched(calls, work, call)
+    calls.move_on(params(adapter_path="api"))
+    answer = await calls.call_again(call, Request(), work, PATIENT_S)  # type: ignore[arg-type]
+    assert text_of(answer) == "result 3"
+
+
+async def test_a_result_answers_an_equal_call_for_a_few_minutes_only(
+    calls: LongCalls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, call = Work(), CallToolRequestParams(name="refresh_project", arguments={"project_id": "web"})
+    await end_unfetched(calls, work, call)
+    monkeypatch.setattr("server.long_calls.REPEATED_WITHIN_S", -1.0)
+    answer: Any = await calls.call_again(call, Request(), work, PATIENT_S)  # type: ignore[arg-type]
+    assert text_of(answer) == "result 2"
+
+
+@pytest.mark.parametrize(("between", "text"), [("get_training_status", "result 1"), ("generate", "result 2")])
+async def test_a_client_that_only_looks_may_still_fetch_a_result_and_one_that_generates_has_moved_on(
+    between: str, text: str
+) -> None:
+    work, tasks = Work(), Tasks(IMPATIENT_S, read_only=read_only_tools(TOOLS))
+
+    async def other(_ctx: Any) -> None:
+        return None
+
+    async with anyio.create_task_group() as group:
+        tasks.start(group)
+        await tasks.intercept_tool_call(params(), Request(), work)  # type: ignore[arg-type]
+        work.may_end.set()
+        await anyio.wait_all_tasks_blocked()
+        await tasks.intercept_tool_call(CallToolRequestParams(name=between), Request(), other)  # type: ignore[arg-type]
+        answer: Any = await tasks.intercept_tool_call(params(), Request(), work)  # type: ignore[arg-type]
+    assert text_of(answer) == text
+
+
+async def test_a_call_that_is_still_at_work_is_joined_whatever_was_called_meanwhile(calls: LongCalls) -> None:
+    work = Work(data={"status": "loaded"})
+    await calls.call_again(params(adapter_path="web"), Request(), work, IMPATIENT_S)  # type: ignore[arg-type]
+    calls.move_on(params(adapter_path="api"))
+    work.may_end.set()
+    answer: Any = await calls.call_again(params(adapter_path="web"), Request(), work, PATIENT_S)  # type: ignore[arg-type]
+    assert text_of(answer) == "result 1"
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ async def test_an_error_of_the_operation_is_raised_as_it_is() -> None:
 
 async def test_the_progress_of_a_long_call_goes_to_the_call() -> None:
     context: Any = FakeContext()
-    call = LongCall()
+    call = LongCall("load_adapter")
     token = recipient.set(call)
     try:
         await with_progress(context, lambda report: report(0, None, "loading"))
