@@ -5,6 +5,7 @@ The lock, the hidden directory and its publication are the product's.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -17,5 +18,7 @@ if __name__ == "__main__":
     with FileLock(lock) as held:
         assert held.acquire(), "the lock of a dead export is still held"
         with staged(directory, token, overwrite=True) as staging:
-            for name in ("model.gguf", MANIFEST_NAME):
-                (staging / name).write_text(text)
+            (staging / "model.gguf").write_text(text)
+            files = [{"path": "model.gguf", "bytes": len(text), "sha256": ""}]
+            manifest = {"to": "merged", "format": "f16", "adapter_id": text, "files": files}
+            (staging / MANIFEST_NAME).write_text(json.dumps(manifest))

@@ -38,15 +38,16 @@ def visible(root: Path) -> set[str]:
     if not (root / "out" / "x").exists():
         return set()
     assert sorted(path.name for path in (root / "out" / "x").iterdir()) == NAMES
-    return {path.read_text() for path in (root / "out" / "x").iterdir()}
+    manifest = json.loads((root / "out" / "x" / MANIFEST_NAME).read_text())
+    return {(root / "out" / "x" / "model.gguf").read_text(), manifest["adapter_id"]}
 
 
 @pytest.mark.parametrize("point", EXPORT_WORKER, ids=str)
 def test_a_killed_export_leaves_the_older_one_or_the_new_one(tmp_path: Path, point: KillPoint) -> None:
-    assert export(tmp_path, "0001", "old") == 0
+    assert export(tmp_path, "00000001", "old") == 0
     armed = {**asdict(point), "action": "SIGKILL", "mark": str(tmp_path / "mark")}
     (tmp_path / "point.json").write_text(json.dumps(armed))
-    assert export(tmp_path, "0002", "new") == -signal.SIGKILL
+    assert export(tmp_path, "00000002", "new") == -signal.SIGKILL
     (tmp_path / "point.json").unlink()
     assert visible(tmp_path) in (set(), {"old"}, {"new"})
     is_moved_aside = visible(tmp_path) == set()
@@ -54,7 +55,7 @@ def test_a_killed_export_leaves_the_older_one_or_the_new_one(tmp_path: Path, poi
         (aside,) = (tmp_path / "out").glob(".x.replaced")
         assert sorted(path.name for path in aside.iterdir()) == NAMES
 
-    assert export(tmp_path, "0003", "newest") == 0
+    assert export(tmp_path, "00000003", "newest") == 0
     assert visible(tmp_path) == {"newest"}
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["x"]
 
@@ -63,6 +64,6 @@ def test_a_first_export_that_is_killed_is_not_visible(tmp_path: Path) -> None:
     (point,) = (point for point in EXPORT_WORKER if "written and compared" in point.state)
     armed = {**asdict(point), "action": "SIGKILL", "mark": str(tmp_path / "mark")}
     (tmp_path / "point.json").write_text(json.dumps(armed))
-    assert export(tmp_path, "0001", "new") == -signal.SIGKILL
+    assert export(tmp_path, "00000001", "new") == -signal.SIGKILL
     assert visible(tmp_path) == set()
     assert [path.name[:1] for path in (tmp_path / "out").iterdir()] == ["."]

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from peft_core.errors import InvalidArgument, StorageError
+from peft_core.export import output
 from peft_core.export.output import default_output, require_free, require_output, staged
 from peft_core.paths import DataPaths
+
+
+def manifest(*names: str) -> str:
+    files = [{"path": name, "bytes": 3, "sha256": "0"} for name in names]
+    return json.dumps({"to": "merged", "format": "f16", "adapter_id": "a", "files": files, "created_at": "today"})
 
 
 def write(directory: Path, token: str = "a", *, overwrite: bool = False, content: str = "new") -> None:  # noqa: S107
     with staged(directory, token, overwrite=overwrite) as staging:
         (staging / "file").write_text(content)
-        (staging / "export.json").write_text("{}")
+        (staging / "export.json").write_text(manifest("file"))
 
 
 def names(directory: Path) -> list[str]:
@@ -71,6 +78,77 @@ def test_what_is_no_export_is_never_replaced(tmp_path: Path, overwrite: bool) ->
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
 
 
+@pytest.mark.parametrize("text", ["{}", "", "[]", '{"name": "mine", "files": []}', "[" * 100_000])
+def test_a_file_called_export_json_does_not_make_an_export(tmp_path: Path, text: str) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "export.json").write_text(text)
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    with pytest.raises(InvalidArgument, match="something that is no export is already there") as refused:
+        write(tmp_path / "mine", overwrite=True)
+    assert refused.value.code == "export_exists"
+    assert names(tmp_path) == ["mine"]
+    assert names(tmp_path / "mine") == ["export.json", "thesis.txt"]
+
+
+def test_files_that_a_user_added_to_an_export_are_not_lost(tmp_path: Path) -> None:
+    write(tmp_path / "export", content="old")
+    (tmp_path / "export" / "checkpoints").mkdir()
+    for name in ("a.txt", "b.txt", "c.txt", "d.txt"):
+        (tmp_path / "export" / name).write_text("mine")
+    with pytest.raises(InvalidArgument, match=r"with a\.txt, b\.txt, c\.txt and 2 more beside it") as refused:
+        write(tmp_path / "export", overwrite=True)
+    assert refused.value.code == "export_exists"
+    assert len(names(tmp_path / "export")) == 7
+    assert names(tmp_path) == ["export"]
+
+
+def test_a_file_that_a_user_adds_while_the_export_is_replaced_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "export", content="old")
+    publish = output._publish
+
+    def add_first(staging: Path, directory: Path, replaced: Path) -> None:
+        (directory / "thesis.txt").write_text("years")
+        publish(staging, directory, replaced)
+
+    monkeypatch.setattr(output, "_publish", add_first)
+    write(tmp_path / "export", overwrite=True)
+    assert (tmp_path / "export" / "file").read_text() == "new"
+    assert names(tmp_path / ".export.replaced") == ["thesis.txt"]
+
+
+def test_a_manifest_names_no_file_outside_its_directory(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years")
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "export.json").write_text(manifest("../thesis.txt", str(tmp_path / "thesis.txt")))
+    write(tmp_path / "export", overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "years"
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+@pytest.mark.parametrize("content", ["thesis.txt", "export.json"])
+def test_a_directory_with_the_name_of_a_replaced_export_is_left_alone(
+    tmp_path: Path, is_there: bool, content: str
+) -> None:
+    if is_there:
+        write(tmp_path / "export", content="old")
+    (tmp_path / ".export.replaced").mkdir()
+    (tmp_path / ".export.replaced" / content).write_text("years")
+    with pytest.raises(InvalidArgument, match="holds something else, which is left alone") as refused:
+        write(tmp_path / "export", overwrite=True)
+    assert refused.value.code == "export_exists"
+    assert (tmp_path / ".export.replaced" / content).read_text() == "years"
+    assert names(tmp_path) == [".export.replaced", *["export"] * is_there]
+
+
+def test_what_is_only_named_like_a_half_written_export_is_left_alone(tmp_path: Path) -> None:
+    for name in (".e[x].exporting-notes", ".ex.exporting-deadbeef", ".e[x].exporting-deadbeef"):
+        (tmp_path / name).mkdir()
+    write(tmp_path / "e[x]")
+    assert names(tmp_path) == [".e[x].exporting-notes", ".ex.exporting-deadbeef", "e[x]"]
+
+
 def test_an_empty_directory_is_used(tmp_path: Path) -> None:
     (tmp_path / "export").mkdir()
     write(tmp_path / "export")
@@ -78,8 +156,8 @@ def test_an_empty_directory_is_used(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path: Path) -> None:
-    (tmp_path / ".export.exporting-dead").mkdir()
-    (tmp_path / ".export.exporting-dead" / "file").write_text("half")
+    (tmp_path / ".export.exporting-deadbeef").mkdir()
+    (tmp_path / ".export.exporting-deadbeef" / "file").write_text("half")
     write(tmp_path / "export")
     assert names(tmp_path) == ["export"]
 
