@@ -57,8 +57,9 @@ class SourceChanges(NamedTuple):
     files: int
     changed_files: int  # of `files`; new ones included
     units: int
-    changed_units: int  # extrapolated from a sample of the changed files, if they are many
+    changed_units: int
     records: int  # of other sources, which are compared when the job runs
+    is_estimate: bool = False  # whether units are extrapolated from a sample of the files
 
     @property
     def share(self) -> float:
@@ -78,7 +79,7 @@ class SourceChanges(NamedTuple):
 
     @property
     def percent(self) -> str:
-        return "less than 1 %" if self.share < 0.01 else f"{100 * self.share:.0f} %"
+        return "less than 1 %" if self.share < 0.01 else f"{'about ' * self.is_estimate}{100 * self.share:.0f} %"
 
 
 class Continuation(NamedTuple):
@@ -288,4 +289,5 @@ def changes_in_sources(snapshot: Snapshot, source: SourceSummary, selection: Sel
         units=round(changes.units_now),
         changed_units=changed,
         records=source.examples or 0,
+        is_estimate=changes.is_estimate,
     )

@@ -28,9 +28,11 @@ class Staleness(FrozenModel):
         if self.files is None:
             return ""
         percent, behind = self.units_changed_percent or 0, self.commits_behind or 0
+        files = (self.files_changed or 0) + (self.files_new or 0) if self.units_changed_percent is None else 0
         facts = [
             f"{behind} commit{'' if behind == 1 else 's'} behind" if behind else "",
             f"{percent:.0f} % of the units changed" if percent >= 1 else "",
+            f"{files} file{'' if files == 1 else 's'} changed" if files else "",
             "retrain it" if self.retrain else "",
         ]
         return ", ".join(filter(None, facts)) or "up to date"

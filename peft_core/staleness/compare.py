@@ -31,6 +31,9 @@ class Changes:
     units_now: float
     units_unknown: float  # of those now, not in the snapshot
     units_then: float
+    in_common: (
+        float | None
+    )  # the units that both are known to have, as a share of the smaller one, 0 to 1; None: none known
     is_estimate: bool  # whether units are extrapolated from a sample of the files
 
     @property
@@ -41,12 +44,6 @@ class Changes:
     def share(self) -> float | None:
         """The share of the units now that are not in the snapshot, 0 to 1; None if no units were recorded."""
         return self.units_unknown / self.units_now if self.units_now and self.units_then else None
-
-    @property
-    def in_common(self) -> float | None:
-        """The units that both have, as a share of the smaller one, 0 to 1; None if no units were recorded."""
-        smaller = min(self.units_now, self.units_then)
-        return min(1.0, (self.units_now - self.units_unknown) / smaller) if smaller else None
 
 
 @dataclass
@@ -64,19 +61,25 @@ def compare(snapshot: Snapshot, files: Sequence[File]) -> Changes:
     found = _sort(snapshot, files)
     to_cut = [file for file, before in found.changed if before.units is not None] + found.new
     units, unknown, is_sample = _cut(to_cut, snapshot.units)
-    # A short training cuts a random part of the files. The others are taken to be like those.
+    # A short training cuts a random part of the files. The others are taken to have as many units.
     recorded = [file for file in snapshot.files if file.units is not None]
     units_per_file = sum(len(file.unit_digests) for file in recorded) / max(1, len(recorded))
     uncut_changed = units_per_file * sum(before.units is None for _, before in found.changed)
+    # How much of them has changed is known from the files that were cut, if any of those has changed, and is otherwise taken to
+    # be everything: one more file of the usual size, wholly changed, is added to the evidence.
+    share = (unknown + units_per_file) / (units + units_per_file) if units_per_file else 1.0
     same = sum(units_per_file if file.units is None else len(file.unit_digests) for file in found.same)
+    units_then = units_per_file * len(snapshot.files)
+    smaller = min(same + units, units_then - uncut_changed)
     return Changes(
         files=len(found.same) + len(found.changed) + len(found.new) + found.deleted,
         changed=len(found.changed),
         new=len(found.new),
         deleted=found.deleted,
         units_now=same + units + uncut_changed,
-        units_unknown=unknown + (uncut_changed * unknown / units if units else 0.0),
-        units_then=units_per_file * len(snapshot.files),
+        units_unknown=unknown + uncut_changed * share,
+        units_then=units_then,
+        in_common=min(1.0, (same + units - unknown) / smaller) if smaller > 0 else None,
         is_estimate=is_sample or len(recorded) < len(snapshot.files),
     )
 

@@ -70,6 +70,6 @@ def _what(changes: Changes, commits: int | None, percent: float | None) -> str:
 
 
 def _percent(percent: float, *, about: bool) -> str:
-    if percent == 0:
+    if percent == 0 and not about:
         return "none"
     return "less than 1 %" if percent < 1 else f"{'about ' * about}{percent:.0f} %"

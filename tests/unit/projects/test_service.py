@@ -268,6 +268,15 @@ def test_a_training_starts_by_itself_when_its_rule_demands_it(
         assert refreshed.retrain_when == rule
 
 
+@pytest.mark.parametrize(("units", "due"), [(33, True), (34, False)])
+def test_where_no_units_were_recorded_a_file_that_has_changed_counts_as_a_whole(
+    trained: World, units: int, due: bool
+) -> None:
+    trained.refresh(retrain_when=RetrainThreshold(units=units))
+    trained.staleness = CHANGED.model_copy(update={"units_changed_percent": None, "files_changed": 3, "files_new": 1})
+    assert trained.check().outcome == ("queued" if due else "not_due")
+
+
 def test_commits_that_change_nothing_that_is_read_are_no_reason(trained: World) -> None:
     trained.refresh(retrain_when=RetrainThreshold(commits=1))
     trained.staleness = UP_TO_DATE.model_copy(update={"commits_behind": 50})

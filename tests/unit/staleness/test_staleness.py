@@ -204,6 +204,47 @@ def test_files_that_a_short_training_did_not_cut_count_like_the_others(tmp_path:
     assert "about 20 % of the units" in found.text
 
 
+def cut_only(snapshot: Snapshot, *cut: int) -> Snapshot:
+    """Return the snapshot of a short training, which cut these modules only."""
+    names = {f"module_{number}.py" for number in cut}
+    files = [file if file.path in names else file.model_copy(update={"units": None}) for file in snapshot.files]
+    return snapshot.model_copy(update={"files": tuple(files)})
+
+
+def test_changes_in_files_of_which_nothing_is_known_count(tmp_path: Path):
+    root = committed(tmp_path / "r")
+    snapshot = cut_only(snapshot_of(root, tmp_path / "out"), 0)
+    for file in range(1, FILES):
+        edit(root, file, f"def work_{file}_0(value", "def renamed(value")
+    found = now(snapshot, root)
+    assert (found.files_changed, found.units_changed_percent, found.retrain) == (9, 90.0, True)
+    assert found.text == (
+        "Not committed: 9 of 10 files changed, about 90 % of the units. Retrain it with refresh_project: it has not seen "
+        "enough of the code as it is now."
+    )
+
+
+def test_one_file_with_other_white_space_is_no_evidence_that_the_others_have_not_changed(tmp_path: Path):
+    root = committed(tmp_path / "r")
+    snapshot = cut_only(snapshot_of(root, tmp_path / "out"), 0, 1)
+    edit(root, 0, "\n    ", "\n        ")
+    for file in range(2, FILES):
+        edit(root, file, "value", "amount")
+    found = now(snapshot, root)
+    assert (found.files_changed, found.units_changed_percent) == (9, 40.0)
+    assert "about 40 % of the units" in found.text
+
+
+def test_of_a_snapshot_without_units_the_files_are_counted(tmp_path: Path):
+    root = committed(tmp_path / "r")
+    snapshot = cut_only(snapshot_of(root, tmp_path / "out"))
+    edit(root, 0, "value", "amount")
+    found = now(snapshot, root)
+    assert (found.files_changed, found.units_changed_percent, found.retrain) == (1, None, False)
+    assert found.text.startswith("Not committed: 1 of 10 files changed.")
+    assert found.in_brief == "1 file changed"
+
+
 def test_another_code_base_is_recognised(tmp_path: Path):
     snapshot = snapshot_of(committed(tmp_path / "r"), tmp_path / "out")
     other = tmp_path / "other"
