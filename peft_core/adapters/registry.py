@@ -264,6 +264,7 @@ class Registry:
             current=self._current(project_id) == path.name,
             created_at=manifest.created_at,
             base_model=manifest.base.name,
+            base_id=f"{manifest.base.fingerprint.architecture}-{manifest.base.fingerprint.sample}",
             base_perplexity=manifest.metrics.base_perplexity,
             adapter_perplexity=manifest.metrics.adapter_perplexity,
             verdict=manifest.evaluation.verdict if manifest.evaluation else None,

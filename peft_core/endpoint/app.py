@@ -193,17 +193,15 @@ class Endpoint:
         return await run_sync(served_models, listed.adapters)
 
     async def _find(self, name: str | None) -> _Choice:
-        """Return the model of this name, or the adapter of this project.
+        """Return the model of this name, or else the adapter of this project.
 
         Raises:
             UnknownModel: There is none.
         """
         models = await self._models()
-        for model in models:
+        for model in sorted(models, key=lambda model: model.name != name):  # a project may be called as a model is
             if name is not None and name in (model.name, model.project_id):
-                on_base = (other.project_id for other in models if other.base_model == model.base_model)
-                project = model.project_id or next(filter(None, on_base))
-                return _Choice(model.name, project, use_base=model.project_id is None)
+                return _Choice(model.name, model.loaded_with, use_base=model.project_id is None)
         raise UnknownModel("model", name, f"must be one of {', '.join(model.name for model in models) or 'none'}")
 
     # -- all requests --------------------------------------------------------------------------------------------------

@@ -193,6 +193,7 @@ class AdapterSummary(FrozenModel):
     current: bool = Field(description="Whether it is the project's current adapter, which the project id refers to.")
     created_at: str
     base_model: str
+    base_id: str = Field("", exclude=True)  # names are for people: two base models may have the same
     base_perplexity: float | None
     adapter_perplexity: float | None
     verdict: Verdict | None = Field(None, description="Effect on held-out files.")

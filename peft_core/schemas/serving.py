@@ -16,6 +16,7 @@ class ServedModel(FrozenModel):
     project_id: str | None = Field(description="Null for a base model alone.")
     base_model: str
     adapter_path: str | None = None
+    loaded_with: str = Field("", exclude=True)  # the project whose adapter is loaded, and its base model with it
 
 
 class EndpointState(FrozenModel):

@@ -2,27 +2,51 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
-from peft_core.adapters.names import base_model_name, model_name
+from peft_core.adapters.names import base_model_name, model_name, with_hash
 from peft_core.schemas.results import AdapterSummary
 from peft_core.schemas.serving import ServedModel
 
 
 def served_models(adapters: Sequence[AdapterSummary]) -> list[ServedModel]:
-    """Return each project's current adapter, and then the base models of all of them."""
+    """Return each project's current adapter, and then the base models of all of them. No two have the same name.
+
+    Several that would have one name all get a hash, in any order: otherwise a new adapter could take the name that an editor
+    uses for another. Only a base model keeps its name beside adapters.
+    """
     current = [adapter for adapter in adapters if adapter.current]
-    models = {
-        name: ServedModel(
-            name=name,
+    bases: dict[tuple[str, str], AdapterSummary] = {}  # the newest adapter on each
+    for adapter in current:
+        bases.setdefault((adapter.base_model, adapter.base_id), adapter)
+    of_bases = Counter(base_model_name(name) for name, _ in bases)
+    of_adapters = Counter(model_name(adapter.base_model, adapter.project_id) for adapter in current)
+
+    def adapter_name(adapter: AdapterSummary) -> str:
+        name = model_name(adapter.base_model, adapter.project_id)
+        is_free = of_adapters[name] == 1 and name not in of_bases
+        return name if is_free else with_hash(name, f"{adapter.base_model}\0{adapter.project_id}")
+
+    def base_name(adapter: AdapterSummary) -> str:
+        name = base_model_name(adapter.base_model)
+        return name if of_bases[name] == 1 else with_hash(name, f"{adapter.base_model}\0{adapter.base_id}")
+
+    return [
+        ServedModel(
+            name=adapter_name(adapter),
             project_id=adapter.project_id,
             base_model=adapter.base_model,
             adapter_path=adapter.adapter_path,
+            loaded_with=adapter.project_id,
         )
         for adapter in current
-        for name in [model_name(adapter.base_model, adapter.project_id)]
-    }
-    for adapter in current:
-        name = base_model_name(adapter.base_model)
-        models.setdefault(name, ServedModel(name=name, project_id=None, base_model=adapter.base_model))
-    return list(models.values())
+    ] + [
+        ServedModel(
+            name=base_name(adapter),
+            project_id=None,
+            base_model=adapter.base_model,
+            loaded_with=adapter.project_id,
+        )
+        for adapter in bases.values()
+    ]
