@@ -33,7 +33,7 @@ from peft_core.errors import InferenceError, InvalidArgument, PeftMcpError
 from peft_core.manager import PEFTManager
 from peft_core.schemas.generation import Generation, GenerationRequest
 from peft_core.schemas.serving import EndpointState, ServedModel
-from peft_core.serving.models import served_models
+from peft_core.serving.models import default_model, served_models
 from peft_core.serving.state import write_state
 
 MAX_BODY_BYTES = 8 << 20
@@ -104,8 +104,11 @@ class Endpoint:
         return JSONResponse({"object": "list", "data": data})
 
     async def _set_default(self, request: Request) -> Response:
-        model = await self._find(json.loads(await _body(request)).get("model"))
-        self.state = self.state.model_copy(update={"default_model": model.name})
+        project_id = json.loads(await _body(request)).get("project_id")
+        projects = [model.project_id for model in await self._models() if model.project_id is not None]
+        if project_id not in projects:
+            raise UnknownModel("project_id", project_id, f"must be one of {', '.join(projects) or 'none'}")
+        self.state = self.state.model_copy(update={"default_project": project_id})
         write_state(self.manager.settings.paths, self.state)
         return _model_response(self.state)
 
@@ -114,10 +117,10 @@ class Endpoint:
         return _model_response(self.state)
 
     async def warm_up(self) -> None:
-        """Load the default model's adapter, so that the first request does not wait for it."""
+        """Load the default adapter, so that the first request does not wait for it."""
         with suppress(PeftMcpError):  # the first request reports it
             async with self._turn:
-                model = await self._find(self.state.default_model)
+                model = await self._find(None)
                 await self.manager.load_adapter(model.project_id, compare_for_s=0)
 
     # -- generation ----------------------------------------------------------------------------------------------------
@@ -125,7 +128,7 @@ class Endpoint:
     def _answering(self, kind: type[AnyRequest]) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
             asked = parse(kind, await _body(request))
-            model = await self._find(request.path_params.get("model") or asked.model or self.state.default_model)
+            model = await self._find(request.path_params.get("model") or asked.model)
             if isinstance(asked, InfillRequest) and asked.only_warms_up:
                 return JSONResponse({"content": "", "model": model.name, "stop": True, "tokens_predicted": 0})
             generation = generation_of(asked)
@@ -193,12 +196,13 @@ class Endpoint:
         return await run_sync(served_models, listed.adapters)
 
     async def _find(self, name: str | None) -> _Choice:
-        """Return the model of this name, or else the adapter of this project.
+        """Return the model of this name, or else the adapter of this project; None: what answers if no model is named.
 
         Raises:
             UnknownModel: There is none.
         """
         models = await self._models()
+        name = name or default_model(models, self.state.default_project)  # for each request: adapters come and go
         for model in sorted(models, key=lambda model: model.name != name):  # a project may be called as a model is
             if name is not None and name in (model.name, model.project_id):
                 return _Choice(model.name, model.loaded_with, use_base=model.project_id is None)

@@ -37,7 +37,7 @@ def run(options: EndpointOptions, announce: Callable[[EndpointState], None]) -> 
                 address=f"http://127.0.0.1:{listening.getsockname()[1]}",
                 run_id=secrets.token_hex(8),
                 started_at=datetime.now(UTC).isoformat(timespec="seconds"),
-                default_model=options.default_model,
+                default_project=options.default_project,
             )
             anyio.run(_serve, options, state, listening, announce)
         paths.serving_state.unlink(missing_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from peft_core.schemas.frozen import FrozenModel
 
@@ -22,10 +22,12 @@ class ServedModel(FrozenModel):
 class EndpointState(FrozenModel):
     """What a running endpoint writes into the data directory, so that every server finds it."""
 
+    model_config = ConfigDict(extra="ignore")  # an endpoint of another version may still run
+
     address: str  # http://127.0.0.1:PORT
     run_id: str  # of this process: a reused port cannot be mistaken for it
     started_at: str
-    default_model: str | None = None  # for requests that name none
+    default_project: str | None = None  # answers requests that name no model; None: the one with the newest adapter
 
 
 class Serving(FrozenModel):

@@ -50,3 +50,13 @@ def served_models(adapters: Sequence[AdapterSummary]) -> list[ServedModel]:
         )
         for adapter in bases.values()
     ]
+
+
+def default_model(models: Sequence[ServedModel], project_id: str | None) -> str | None:
+    """Return the name of what answers requests that name no model: this project's adapter if it has one, else the newest.
+
+    `models`: as `served_models` returns them. None if nothing is served.
+    """
+    adapters = [model for model in models if model.project_id is not None]
+    own = [model for model in adapters if model.project_id == project_id]
+    return next((model.name for model in own or adapters), None)

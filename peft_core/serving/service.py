@@ -22,7 +22,7 @@ from peft_core.errors import InvalidArgument, ServingError
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.results import ErrorInfo
 from peft_core.schemas.serving import DEFAULT_PORT, EndpointState, ServedModel, Serving, ServingStopped
-from peft_core.serving.models import served_models
+from peft_core.serving.models import default_model, served_models
 from peft_core.serving.state import MAX_STATE_BYTES, read_state, token
 from peft_core.system.child_process import log_tail, open_log, python_module
 from peft_core.system.lock import FileLock
@@ -41,7 +41,7 @@ class EndpointOptions(FrozenModel):
 
     settings: Settings
     port: int = DEFAULT_PORT  # 0: a free one
-    default_model: str | None = None
+    default_project: str | None = None  # as in EndpointState
 
 
 class ServingService:
@@ -58,11 +58,10 @@ class ServingService:
             ServingError: It cannot be started: the port is taken, or it does not answer.
         """
         models = self._models(project_id)
-        default = next((model.name for model in models if project_id in (None, model.project_id)), None)
         running = self._find()
         if running is None:
             options = EndpointOptions(
-                settings=self._settings, port=DEFAULT_PORT if port is None else port, default_model=default
+                settings=self._settings, port=DEFAULT_PORT if port is None else port, default_project=project_id
             )
             running = self._start(options)
         elif port not in (None, 0) and not running.address.endswith(f":{port}"):
@@ -72,8 +71,8 @@ class ServingService:
                 f"the endpoint already runs at {running.address}",
                 suggestions=["Omit port to use it", "Or call stop_serving first"],
             )
-        elif project_id is not None and default != running.default_model:
-            running = self._call(running, "/default", {"model": default})
+        elif project_id not in (None, running.default_project):
+            running = self._call(running, "/default", {"project_id": project_id})
         return self._report(running, models)
 
     def stop(self) -> ServingStopped:
@@ -202,7 +201,7 @@ class ServingService:
 
     def _report(self, state: EndpointState, models: list[ServedModel]) -> Serving:
         adapters = [model.name for model in models if model.project_id is not None]
-        name = state.default_model or adapters[0]
+        name = default_model(models, state.default_project)
         token_path = self._paths.serving_token
         curl = (
             f"curl -s {state.address}/v1/completions -H \"Authorization: Bearer $(cat '{token_path}')\" "
@@ -214,7 +213,7 @@ class ServingService:
             address=state.address,
             token_path=str(token_path),
             models=models,
-            default_model=state.default_model,
+            default_model=name,
             started_at=state.started_at,
             usage=[
                 curl,

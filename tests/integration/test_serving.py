@@ -266,6 +266,10 @@ async def test_the_default_model_can_be_changed_while_it_runs(settings: Settings
     async with client_of(again) as client:
         response = await client.post("/v1/completions", json=PROMPT)
         assert response.json()["model"] == "base-two"
+        shutil.rmtree(settings.paths.projects / "two")
+        response = await client.post("/v1/completions", json=PROMPT)
+        assert response.json()["model"] == "base-three"
+    assert (await serve(settings)).default_model == "base-three"
 
 
 async def test_a_client_that_leaves_during_a_stream_does_not_affect_the_next(serving: Serving) -> None:

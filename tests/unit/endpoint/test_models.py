@@ -61,3 +61,34 @@ async def test_the_name_of_a_model_is_understood_before_the_id_of_a_project(
     publish(settings, "qwen2.5-coder-1.5b-web", CODER, "a-02")
     assert await answering(client, "qwen2.5-coder-1.5b-web") == "qwen2.5-coder-1.5b-web"
     assert await answering(client, "web") == "qwen2.5-coder-1.5b-web"
+
+
+async def test_without_a_model_the_newest_adapter_answers_as_long_as_no_project_was_chosen(
+    settings: Settings, client: httpx.AsyncClient
+) -> None:
+    assert (await client.post("/infill", json={"n_predict": 0})).status_code == 404
+    publish(settings, "web", CODER, "a-01")
+    assert await answering(client) == "qwen2.5-coder-1.5b-web"
+    publish(settings, "api", CODER, "a-02")
+    assert await answering(client) == "qwen2.5-coder-1.5b-api"
+
+
+async def test_the_chosen_project_answers_on_any_base_model_and_the_newest_adapter_after_its_deletion(
+    settings: Settings, client: httpx.AsyncClient
+) -> None:
+    publish(settings, "web", CODER, "a-01")
+    publish(settings, "api", CODER, "a-02")
+    assert (await client.post("/default", json={"project_id": "nope"})).status_code == 404
+    assert (await client.post("/default", json={"project_id": "web"})).status_code == 200
+    assert await answering(client) == "qwen2.5-coder-1.5b-web"
+    publish(settings, "web", "org/Other", "a-03")
+    publish(settings, "new", CODER, "a-04")
+    assert await answering(client) == "other-web"
+    shutil.rmtree(settings.paths.projects / "web")
+    assert await answering(client) == "qwen2.5-coder-1.5b-new"
+
+
+def test_the_state_of_an_endpoint_of_another_version_is_read() -> None:
+    state = {**STATE.model_dump(), "default_model": "base-web"}
+    del state["default_project"]
+    assert EndpointState.model_validate(state) == STATE
