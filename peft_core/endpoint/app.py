@@ -246,17 +246,12 @@ class _Reply:
     def whole(self, answer: Generation) -> dict[str, Any]:
         if isinstance(self._asked, InfillRequest):
             return self._infill(answer.text, answer)
-        usage = {
-            "prompt_tokens": answer.prompt_tokens,
-            "completion_tokens": answer.completion_tokens,
-            "total_tokens": answer.prompt_tokens + answer.completion_tokens,
-        }
         if isinstance(self._asked, ChatRequest):
             choice: dict[str, Any] = {"message": {"role": "assistant", "content": answer.text}}
         else:
             choice = {"text": answer.text}
         choice |= {"index": 0, "logprobs": None, "finish_reason": answer.finish_reason}
-        return self._envelope(choice, "") | {"usage": usage}
+        return self._envelope([choice], "") | {"usage": _usage(answer)}
 
     def part(self, text: str) -> str:
         """Return an event with more of the text."""
@@ -268,7 +263,10 @@ class _Reply:
         """Return the events that end the answer."""
         if isinstance(self._asked, InfillRequest):
             return [json.dumps(self._infill("", answer))]
-        return [self._chunk("", answer.finish_reason), "[DONE]"]
+        end = [self._chunk("", answer.finish_reason)]
+        if self._asked.wants_usage:
+            end.append(json.dumps(self._envelope([], ".chunk") | {"usage": _usage(answer)}))
+        return [*end, "[DONE]"]
 
     def _infill(self, text: str, answer: Generation) -> dict[str, Any]:
         return {
@@ -286,17 +284,25 @@ class _Reply:
         else:
             choice = {"text": text}
         choice |= {"index": 0, "logprobs": None, "finish_reason": finish_reason}
-        return json.dumps(self._envelope(choice, ".chunk"))
+        return json.dumps(self._envelope([choice], ".chunk") | ({"usage": None} if self._asked.wants_usage else {}))
 
-    def _envelope(self, choice: dict[str, Any], chunk: str) -> dict[str, Any]:
+    def _envelope(self, choices: list[dict[str, Any]], chunk: str) -> dict[str, Any]:
         kind = f"chat.completion{chunk}" if isinstance(self._asked, ChatRequest) else "text_completion"
         return {
             "id": self._id,
             "object": kind,
             "created": self._created,
             "model": self._model,
-            "choices": [choice],
+            "choices": choices,
         }
+
+
+def _usage(answer: Generation) -> dict[str, int]:
+    return {
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": answer.completion_tokens,
+        "total_tokens": answer.prompt_tokens + answer.completion_tokens,
+    }
 
 
 def _model_response(state: EndpointState) -> Response:

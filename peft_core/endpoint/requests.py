@@ -17,8 +17,19 @@ DEFAULT_MAX_TOKENS = 256
 Text = Annotated[str, Field(max_length=4_000_000)]
 
 
+Zero = Annotated[float, Field(ge=0, le=0)]
+One = Annotated[float, Field(ge=1, le=1)]
+ZeroOrLess = Annotated[float, Field(le=0)]
+NoEntries = Annotated[dict[str, Any], Field(max_length=0)]
+NoItems = Annotated[list[Any], Field(max_length=0)]
+
+
 class _TextFormat(BaseModel):
     type: Literal["text"]
+
+
+class _StreamOptions(BaseModel):
+    include_usage: bool | None = None
 
 
 class _Request(BaseModel):
@@ -38,12 +49,17 @@ class _Request(BaseModel):
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
     logprobs: Literal[False, 0] | None = None
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    presence_penalty: Zero | None = None
+    frequency_penalty: Zero | None = None
+    logit_bias: NoEntries | None = None
+    tools: NoItems | None = None
     response_format: _TextFormat | None = None
     grammar: Literal[""] | None = None
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with the number of tokens."""
+        return False
 
     def sampling(self, max_tokens: int | None) -> dict[str, Any]:
         given = {
@@ -56,7 +72,47 @@ class _Request(BaseModel):
         return {name: value for name, value in given.items() if value is not None}
 
 
-class CompletionRequest(_Request):
+class _OpenAIRequest(_Request):
+    """What completions and chat have in common. `/infill` leaves the rest to its fixed samplers."""
+
+    stream_options: _StreamOptions | None = None
+
+    # Each must have a value that changes nothing. OpenAI's:
+    functions: NoItems | None = None
+    function_call: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    # llama.cpp's:
+    top_k: ZeroOrLess | None = None
+    top_n_sigma: ZeroOrLess | None = None
+    min_p: Zero | None = None
+    typical_p: One | None = None
+    dynatemp_range: Zero | None = None
+    xtc_probability: Zero | None = None
+    dry_multiplier: Zero | None = None
+    mirostat: Zero | None = None
+    repeat_penalty: One | None = None
+    ignore_eos: Literal[False] | None = None
+    json_schema: None = None
+    chat_template_kwargs: NoEntries | None = None
+    # vLLM's:
+    repetition_penalty: One | None = None
+    min_tokens: Zero | None = None
+    stop_token_ids: NoItems | None = None
+    guided_json: None = None
+    guided_regex: None = None
+    guided_choice: None = None
+    guided_grammar: None = None
+    structured_outputs: None = None
+    chat_template: None = None
+    add_generation_prompt: Literal[True] | None = None
+    continue_final_message: Literal[False] | None = None
+
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage is True
+
+
+class CompletionRequest(_OpenAIRequest):
     """OpenAI's `/v1/completions`; with `suffix`, it fills in between."""
 
     prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=1)]
@@ -83,7 +139,7 @@ class _Message(BaseModel):
         return ChatMessage(role="system" if self.role == "developer" else self.role, content=text)
 
 
-class ChatRequest(_Request):
+class ChatRequest(_OpenAIRequest):
     """OpenAI's `/v1/chat/completions`."""
 
     messages: Annotated[list[_Message], Field(min_length=1)]

@@ -253,6 +253,10 @@ def describe_schema(node: Mapping[str, Any], root: Mapping[str, Any]) -> str:
         return repr(node["const"])
     if "enum" in node:
         return "one of " + ", ".join(map(repr, node["enum"]))
+    if "minimum" in node and node["minimum"] == node.get("maximum"):
+        return _number(node["minimum"])
+    if 0 in (node.get("maxItems"), node.get("maxProperties")):
+        return "empty"
     names = {"integer": "an integer", "number": "a number", "string": "a text", "boolean": "true or false"}
     names |= {"array": "a list", "object": "an object", "null": "null"}
     words = [names.get(node.get("type", ""), "")]
@@ -274,7 +278,8 @@ def _bounds(node: Mapping[str, Any]) -> list[str]:
     if "exclusiveMinimum" in node:
         words.append(f"greater than {_number(node['exclusiveMinimum'])}")
     if "maximum" in node:
-        words.append(f"{'to' if 'minimum' in node else 'and at most'} {_number(node['maximum'])}")
+        lead = "to" if "minimum" in node else "and at most" if "exclusiveMinimum" in node else "of at most"
+        words.append(f"{lead} {_number(node['maximum'])}")
     if "exclusiveMaximum" in node:
         words.append(f"and less than {_number(node['exclusiveMaximum'])}")
     return words

@@ -135,13 +135,23 @@ async def test_each_interface_gives_the_same_text(settings: Settings) -> None:
         assert (await client.post("/models/base-two/infill", json=body)).json()["content"] != whole
         assert (await client.post("/infill", json={**body, "n_predict": 0})).json()["content"] == ""
 
-        request = {**PROMPT, "model": "base-one", "suffix": "x", "stream": True}
+        request = {
+            **PROMPT,
+            "model": "base-one",
+            "suffix": "x",
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
         async with client.stream("POST", "/v1/completions", json=request) as response:
             events = [line.removeprefix("data: ") async for line in response.aiter_lines() if line]
         assert events[-1] == "[DONE]"
-        streamed = [json.loads(event)["choices"][0] for event in events[:-1]]
-        assert "".join(choice["text"] for choice in streamed) == whole
-        assert streamed[-1]["finish_reason"] == "length"
+        *chunks, usage = map(json.loads, events[:-1])
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole
+        assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+        assert all(chunk["usage"] is None for chunk in chunks)
+        assert (usage["choices"], usage["id"]) == ([], chunks[0]["id"])
+        assert usage["usage"]["completion_tokens"] == 12
+        assert usage["usage"]["total_tokens"] == 12 + usage["usage"]["prompt_tokens"]
 
         messages = [{"role": "user", "content": "abc"}]
         chat = await client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 8})

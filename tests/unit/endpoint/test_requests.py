@@ -71,19 +71,73 @@ def test_the_line_before_the_cursor_belongs_to_the_prefix_and_no_adapter_scale_i
         ("prompt", [1, 2]),
         ("prompt", ["a", "b"]),
         ("stop", ["x"] * 9),
+        ("functions", [{}]),
+        ("tool_choice", "required"),
+        ("tool_choice", {"type": "function", "function": {"name": "f"}}),
+        ("top_k", 40),
+        ("min_p", 0.05),
+        ("typical_p", 0.9),
+        ("repeat_penalty", 1.1),
+        ("repetition_penalty", 0.9),
+        ("mirostat", 2),
+        ("json_schema", {}),
+        ("chat_template_kwargs", {"enable_thinking": False}),
+        ("guided_regex", "a*"),
+        ("ignore_eos", True),
+        ("continue_final_message", True),
     ],
 )
 def test_what_would_change_the_text_and_is_not_supported_is_refused_by_field(field: str, value: Any) -> None:
-    with pytest.raises(InvalidArgument) as caught:
-        read(CompletionRequest, **{"prompt": "a", field: value})
-    assert caught.value.details["field"].startswith(field)
+    chat = {"messages": [{"role": "user", "content": "a"}]}
+    for kind, form in ((CompletionRequest, {"prompt": "a"}), (ChatRequest, chat)):
+        if field == "prompt" and kind is ChatRequest:
+            continue
+        with pytest.raises(InvalidArgument) as caught:
+            read(kind, **{**form, field: value})
+        assert caught.value.details["field"].startswith(field)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("top_k", 40, "must be a number of at most 0"),
+        ("repeat_penalty", 1.1, "must be 1."),
+        ("functions", [{}], "must be empty."),
+    ],
+)
+def test_the_error_says_which_value_changes_nothing(field: str, value: Any, allowed: str) -> None:
+    with pytest.raises(InvalidArgument, match=allowed):
+        read(CompletionRequest, prompt="a", **{field: value})
+
+
+NEUTRAL: dict[str, Any] = {
+    "n": 1,
+    "echo": False,
+    "logprobs": None,
+    "presence_penalty": 0,
+    "functions": [],
+    "tool_choice": "auto",
+    "top_k": -1,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "repeat_penalty": 1,
+    "mirostat": 0,
+    "json_schema": None,
+    "chat_template_kwargs": {},
+    "min_tokens": 0,
+    "user": "me",
+    "cache_prompt": True,
+}
 
 
 def test_values_that_change_nothing_and_unknown_fields_are_accepted() -> None:
-    request = read(
-        CompletionRequest, prompt="a", n=1, echo=False, logprobs=None, presence_penalty=0, user="me", cache_prompt=True
-    )
-    assert request.prompt == "a"
+    assert read(CompletionRequest, prompt="a", **NEUTRAL).prompt == "a"
+    assert read(ChatRequest, messages=[{"role": "user", "content": "a"}], **NEUTRAL).messages
+
+
+def test_an_editor_may_send_any_sampler_for_filling_in() -> None:
+    samplers = {"top_k": 40, "min_p": 0.05, "repeat_penalty": 1.1, "mirostat": 1}
+    assert read(InfillRequest, input_prefix="a", **samplers).temperature == 0.0
 
 
 @settings(max_examples=25, deadline=None)  # each error derives schemas
