@@ -31,7 +31,7 @@ from peft_core.endpoint.requests import (
 )
 from peft_core.errors import InferenceError, InvalidArgument, PeftMcpError
 from peft_core.manager import PEFTManager
-from peft_core.schemas.generation import Generation, GenerationRequest
+from peft_core.schemas.generation import MAX_SEED, Generation, GenerationRequest
 from peft_core.schemas.serving import EndpointState, ServedModel
 from peft_core.serving.models import default_model, served_models
 from peft_core.serving.state import write_state
@@ -131,7 +131,7 @@ class Endpoint:
             model = await self._find(request.path_params.get("model") or asked.model)
             if isinstance(asked, InfillRequest) and asked.only_warms_up:
                 return JSONResponse({"content": "", "model": model.name, "stop": True, "tokens_predicted": 0})
-            generation = generation_of(asked)
+            generation = generation_of(asked, random_seed=secrets.randbelow(MAX_SEED + 1))
             reply = _Reply(asked, model.name)
             if asked.stream:
                 return self._stream(model, generation, reply)

@@ -61,11 +61,11 @@ class _Request(BaseModel):
         """Whether a stream ends with the number of tokens."""
         return False
 
-    def sampling(self, max_tokens: int | None) -> dict[str, Any]:
+    def sampling(self, max_tokens: int | None, random_seed: int) -> dict[str, Any]:
         given = {
             "temperature": self.temperature,
             "top_p": self.top_p,
-            "seed": self.seed if self.seed is None or self.seed >= 0 else None,  # llama.cpp: -1 is random
+            "seed": random_seed if self.seed is None or self.seed < 0 else self.seed,  # llama.cpp: -1 is random
             "stop": [self.stop] if isinstance(self.stop, str) else self.stop,
             "max_new_tokens": DEFAULT_MAX_TOKENS if max_tokens is None or max_tokens < 0 else max_tokens,
         }
@@ -119,10 +119,10 @@ class CompletionRequest(_OpenAIRequest):
     suffix: Text | None = None
     max_tokens: int | None = None
 
-    def generation(self) -> dict[str, Any]:
+    def generation(self, random_seed: int) -> dict[str, Any]:
         prompt = self.prompt if isinstance(self.prompt, str) else self.prompt[0]
         form = {"prompt": prompt} if self.suffix is None else {"prefix": prompt, "suffix": self.suffix}
-        return {**form, **self.sampling(self.max_tokens)}
+        return {**form, **self.sampling(self.max_tokens, random_seed)}
 
 
 class _Part(BaseModel):
@@ -146,9 +146,12 @@ class ChatRequest(_OpenAIRequest):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
 
-    def generation(self) -> dict[str, Any]:
+    def generation(self, random_seed: int) -> dict[str, Any]:
         limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-        return {"messages": [message.plain().model_dump() for message in self.messages], **self.sampling(limit)}
+        return {
+            "messages": [message.plain().model_dump() for message in self.messages],
+            **self.sampling(limit, random_seed),
+        }
 
 
 class InfillRequest(_Request):
@@ -168,9 +171,9 @@ class InfillRequest(_Request):
         """Whether it asks for no text: the editor only wants the prompt to be read in advance."""
         return self.n_predict == 0
 
-    def generation(self) -> dict[str, Any]:
+    def generation(self, random_seed: int) -> dict[str, Any]:
         # llama.cpp's editors send samplers for their own server; a completion is the likeliest text here.
-        greedy = {**self.sampling(self.n_predict), "temperature": 0.0, "top_p": 1.0}
+        greedy = {**self.sampling(self.n_predict, random_seed), "temperature": 0.0, "top_p": 1.0}
         return {"prefix": self.input_prefix + self.prompt, "suffix": self.input_suffix, **greedy}
 
 
@@ -189,13 +192,13 @@ def parse(kind: type[AnyRequest], body: bytes) -> AnyRequest:
         raise invalid_argument(error, kind.model_json_schema()) from error
 
 
-def generation_of(request: AnyRequest) -> GenerationRequest:
-    """Return what to generate.
+def generation_of(request: AnyRequest, random_seed: int) -> GenerationRequest:
+    """Return what to generate. `random_seed`: for a request that gives none, so that asking again gives another text.
 
     Raises:
         InvalidArgument: A value is outside its range.
     """
     try:
-        return GenerationRequest.model_validate(request.generation())
+        return GenerationRequest.model_validate(request.generation(random_seed))
     except ValidationError as error:
         raise invalid_argument(error, GenerationRequest.model_json_schema()) from error

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from peft_core.schemas.frozen import ONE_TEXT_IS_A_LIST, FrozenModel
 from peft_core.schemas.retrieval import Retrieved
 
+MAX_SEED = 2**32 - 1
 MAX_TEXT = 2_000_000  # characters, more than any context holds
 
 
@@ -57,7 +58,7 @@ class GenerationRequest(FrozenModel):
     top_p: Annotated[
         float, Field(gt=0, le=1, description="Sample from the most likely tokens that make up this share.")
     ] = 1.0
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="Same seed, machine and request: same result.")] = 0
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED, description="Same seed, machine and request: same result.")] = 0
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=200)]],
         ONE_TEXT_IS_A_LIST,

@@ -160,6 +160,14 @@ async def test_each_interface_gives_the_same_text(settings: Settings) -> None:
         assert answer["content"]
 
 
+async def test_asking_again_gives_another_text_unless_a_seed_is_given(serving: Serving) -> None:
+    async with client_of(serving) as client:
+        fixed = [await text_from(client, "base-one", temperature=1.5, seed=0) for _ in range(2)]
+        assert len(set(fixed)) == 1
+        drawn = [await text_from(client, "base-one", temperature=1.5, **seed) for seed in ({}, {}, {"seed": -1})]
+        assert len(set(drawn)) == 3
+
+
 async def test_a_new_adapter_is_used_from_its_publication_on_and_no_request_is_lost(
     settings: Settings, base: Path
 ) -> None:

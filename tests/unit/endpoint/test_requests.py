@@ -22,7 +22,7 @@ from peft_core.schemas.generation import GenerationRequest
 
 
 def read(kind: type[AnyRequest], **body: Any) -> GenerationRequest:
-    return generation_of(parse(kind, json.dumps(body).encode()))
+    return generation_of(parse(kind, json.dumps(body).encode()), random_seed=7)
 
 
 def test_a_completion_with_a_suffix_fills_in_between() -> None:
@@ -135,6 +135,11 @@ def test_values_that_change_nothing_and_unknown_fields_are_accepted() -> None:
     assert read(ChatRequest, messages=[{"role": "user", "content": "a"}], **NEUTRAL).messages
 
 
+@pytest.mark.parametrize(("given", "used"), [({}, 7), ({"seed": None}, 7), ({"seed": -1}, 7), ({"seed": 0}, 0)])
+def test_a_seed_is_drawn_unless_one_is_given(given: dict[str, Any], used: int) -> None:
+    assert read(CompletionRequest, prompt="a", temperature=0.8, **given).seed == used
+
+
 def test_an_editor_may_send_any_sampler_for_filling_in() -> None:
     samplers = {"top_k": 40, "min_p": 0.05, "repeat_penalty": 1.1, "mirostat": 1}
     assert read(InfillRequest, input_prefix="a", **samplers).temperature == 0.0
@@ -145,6 +150,6 @@ def test_an_editor_may_send_any_sampler_for_filling_in() -> None:
 def test_any_body_is_read_or_refused(body: bytes | str) -> None:
     for kind in (CompletionRequest, ChatRequest, InfillRequest):
         try:
-            generation_of(parse(kind, body if isinstance(body, bytes) else body.encode()))
+            generation_of(parse(kind, body if isinstance(body, bytes) else body.encode()), 7)
         except InvalidArgument:
             continue
