@@ -82,7 +82,8 @@ class Settings(BaseSettings):
         Literal["auto", "torch", "llamacpp"],
         Field(
             description="What load_adapter and generate compute with: torch, or llama.cpp, which is several times faster on a "
-            "CPU. 'auto': llama.cpp on a CPU, if the extra llamacpp is installed, for base models of up to 3B parameters."
+            "CPU. 'auto': llama.cpp on a CPU, if the extra llamacpp is installed, for base models of up to 3B parameters. "
+            "llama.cpp takes at most 8192 tokens of prompt and answer together, torch as many as the base model."
         ),
     ] = "auto"
     load_during_training: Annotated[

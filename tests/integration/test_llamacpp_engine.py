@@ -9,9 +9,13 @@ import anyio
 import psutil
 import pytest
 
+from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
-from peft_core.errors import AdapterNotLoaded, InferenceError
+from peft_core.errors import AdapterNotLoaded, InferenceError, InvalidArgument
+from peft_core.inference.worker import llama_model
+from peft_core.inference.worker.models import encode
 from peft_core.manager import PEFTManager
+from peft_core.schemas.generation import GenerationRequest
 from server.format_results import format_loaded
 from tests.integration.test_inference_worker import worker_pid
 from tests.tiny_models import write_byte_level_tokenizer, write_tiny_adapter, write_tiny_base
@@ -151,3 +155,17 @@ async def test_a_prompt_beyond_the_context_is_refused(manager: PEFTManager, adap
     await manager.load_adapter(adapters[0], base)
     with pytest.raises(InferenceError, match="context of base has 256 tokens"):
         await manager.generate({"prompt": "x" * 300})
+
+
+def test_the_error_about_a_prompt_that_only_llama_cpp_does_not_take_names_its_limit_and_the_other_engine(
+    monkeypatch: pytest.MonkeyPatch, data_dir: Path, base: str
+) -> None:
+    monkeypatch.setattr(llama_model, "MAX_CONTEXT", 128)
+    resolved = resolve(base, Settings(data_dir=data_dir))
+    model = llama_model.LlamaModel.load(resolved, data_dir, "it was asked for", lambda _: None)
+    with pytest.raises(InvalidArgument, match=r"llama\.cpp is started with 128 of the 256 tokens") as caught:
+        encode(GenerationRequest(prompt="x" * 200), model)
+    assert "engine='torch'" in str(caught.value)
+    with pytest.raises(InvalidArgument, match="the context of base has 256 tokens") as caught:
+        encode(GenerationRequest(prompt="x" * 300), model)
+    assert "torch" not in str(caught.value)

@@ -247,7 +247,7 @@ class RequestHandler:
         if command.units is not None:
             on_progress(0, None, "looking for similar code")
             request, retrieved = self._retriever.add_context(request, command.units, model)
-        prompt = encode(request, model.tokenizer, model.base.name, model.context_length)
+        prompt = encode(request, model)
         both = request.compare_with_base and path is not None
         total = request.max_new_tokens * (2 if both else 1)
 

@@ -127,13 +127,14 @@ def _why_not_llamacpp(base: Base) -> str | None:
     return None
 
 
-def encode(request: GenerationRequest, tokenizer: BaseTokenizer, base_name: str, context_length: int) -> EncodedPrompt:
+def encode(request: GenerationRequest, model: LoadedModel) -> EncodedPrompt:
     """Encode the request in the format that the base model expects.
 
     Raises:
         InvalidArgument: it does not fit the context, or the base model does not support its form.
         DataError: the base model has no chat template, or the template rejects these messages.
     """
+    tokenizer = model.tokenizer
     field: str
     if request.messages is not None:
         rendered = tokenizer.render_prompt([message.model_dump() for message in request.messages])
@@ -146,19 +147,31 @@ def encode(request: GenerationRequest, tokenizer: BaseTokenizer, base_name: str,
             raise InvalidArgument(
                 "prefix",
                 request.prefix,
-                f"{base_name} has no fill-in-the-middle tokens; it takes prompt or messages",
+                f"{model.base.name} has no fill-in-the-middle tokens; it takes prompt or messages",
                 suggestions=["Pass the code before the cursor as prompt", "Or use a base model such as Qwen2.5-Coder"],
             )
         parts = tokens.prompt(request.prefix or "", request.suffix or "")
         field, prompt = "prefix", EncodedPrompt(tokenizer.ids(*parts), "fill_in_the_middle")
-    if len(prompt.ids) >= context_length:
-        raise InvalidArgument(
-            field,
-            f"{len(prompt.ids)} tokens",
-            f"the context of {base_name} has {context_length} tokens, of which at least one must be free for the result",
-            suggestions=["Shorten it: for code, the lines nearest to the cursor matter most"],
-        )
+    if len(prompt.ids) >= model.context_length:
+        raise _too_long(field, len(prompt.ids), model)
     return prompt
+
+
+def _too_long(field: str, tokens: int, model: LoadedModel) -> InvalidArgument:
+    whole = model.base.shape.context_length
+    allowed = f"the context of {model.base.name} has {whole} tokens"
+    suggestions = ["Shorten it: for code, the lines nearest to the cursor matter most"]
+    if tokens < whole:  # the engine is the limit
+        allowed = f"llama.cpp is started with {model.context_length} of the {whole} tokens of {model.base.name}'s context here"
+        suggestions.append(
+            "Or use torch, which takes all of them: load_adapter(engine='torch'), or the setting CODEBASE_GARDENER_ENGINE=torch"
+        )
+    return InvalidArgument(
+        field,
+        f"{tokens} tokens",
+        f"{allowed}, of which at least one must be free for the result",
+        suggestions=suggestions,
+    )
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int | None:

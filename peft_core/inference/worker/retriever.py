@@ -43,7 +43,7 @@ class Retriever:
                 suggestions=["Omit retrieve"],
             )
         prompt = _searched_text(request)
-        taken = len(encode(request, model.tokenizer, model.base.name, model.context_length).ids)
+        taken = len(encode(request, model).ids)
         free = model.context_length - taken - request.max_new_tokens
         best = index.best(last_lines(prompt), CANDIDATES)
         context = compose(
@@ -57,8 +57,8 @@ class Retriever:
                 "retrieve",
                 request.retrieve,
                 f"no matching unit fits ({context.too_long} tried): the prompt takes {taken} and the answer up to "
-                f"{request.max_new_tokens} of the {model.context_length} tokens of {model.base.name}, and units may take "
-                f"{MAX_CONTEXT_TOKENS}",
+                f"{request.max_new_tokens} of the {model.context_length} tokens that {model.base.name} has in "
+                f"{model.engine}, and units may take {MAX_CONTEXT_TOKENS}",
                 code="prompt_too_long_to_retrieve",
                 suggestions=["Shorten the prompt or lower max_new_tokens", "Or omit retrieve"],
             )
