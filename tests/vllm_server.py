@@ -22,6 +22,7 @@ class VllmServer:
         self.address = ""
         self.adapters: dict[str, Path] = {}
         self.permits_loading = True  # VLLM_ALLOW_RUNTIME_LORA_UPDATING
+        self.permits_unloading = True
         self.max_rank = 16
         self.key: str | None = None
         self.keys_seen: set[str | None] = set()
@@ -40,6 +41,8 @@ class VllmServer:
         return 200, f"Success: LoRA adapter '{name}' added successfully."
 
     def unload(self, name: str) -> tuple[int, Any]:
+        if not self.permits_unloading:
+            return _error(500, "InternalServerError", "The engine is busy.")
         if self.adapters.pop(name, None) is None:
             return _error(404, "NotFoundError", f"The lora adapter '{name}' cannot be found.")
         return 200, f"Success: LoRA adapter '{name}' removed successfully."

@@ -22,7 +22,7 @@ from peft_core.config import Settings
 from peft_core.errors import ExportError, InvalidArgument
 from peft_core.export.matching import refuse_mismatch
 from peft_core.export.output import default_output, require_free, require_output, staging_directory
-from peft_core.export.request import ExportProgress, ExportRequest, OllamaPlan
+from peft_core.export.request import MANIFEST_NAME, ExportProgress, ExportRequest, OllamaPlan
 from peft_core.export.targets import parse_format, parse_target
 from peft_core.export.vllm_plan import plan_vllm
 from peft_core.schemas.base_model import Base
@@ -50,7 +50,10 @@ class ExportService:
     async def export(
         self, adapter_path: str, to: str, options: ExportOptions, on_progress: ProgressCallback | None = None
     ) -> ExportReport:
-        """Write an adapter in another form and compare the written file with PEFT. Cancelling leaves nothing behind.
+        """Write an adapter in another form and compare the written file with PEFT.
+
+        Cancelling leaves no half-written directory. What is complete by then stays: the directory while vLLM loads it, and what
+        a running Ollama or vLLM has taken.
 
         Raises:
             AdapterNotFound, InvalidArgument, BaseCheckpointError, HeaderError: as `AdapterService.adapter_and_base`, and for an
@@ -144,7 +147,7 @@ class ExportService:
         if final is not None and code == 0:
             return ExportReport.model_validate_json(final)
         await run_sync(partial(shutil.rmtree, staging_directory(request.directory, request.token), ignore_errors=True))
-        raise _failure(final, code, log_tail(log_path, start=start, lines=1))
+        raise _failure(final, code, log_tail(log_path, start=start, lines=1), request.directory)
 
 
 async def _start(log: BinaryIO, log_path: Path) -> Process:
@@ -190,15 +193,22 @@ async def _kill(process: Process) -> None:
     await process.wait()
 
 
-def _failure(final: bytes | None, code: int, last_line: str) -> ExportError:
+def _failure(final: bytes | None, code: int, last_line: str, directory: Path) -> ExportError:
     """Return the error that the worker reported, or why it died."""
     try:
         problem = ErrorInfo.model_validate_json(final or b"")
     except ValidationError:
         return ExportError(
             f"The export process {describe_exit(code)}.{f' Its log ends with: {last_line}.' if last_line else ''} "
-            "Nothing was written.",
+            f"{_left(directory)}",
             code="export_died",
             suggestions=["Call export_adapter again", "The log is logs/export.log in the data directory"],
         )
     return ExportError(problem.message, code=problem.code, suggestions=problem.suggestions)
+
+
+def _left(directory: Path) -> str:
+    """Say what an export that died has left."""
+    if not (directory / MANIFEST_NAME).is_file():
+        return "Nothing was written."
+    return f"No half-written export is left: the one in {directory} is complete, and is this one or an earlier one."

@@ -70,7 +70,12 @@ class LoadedInVllm(FrozenModel):
     positions: int = 0
     mean_difference: float | None = Field(None, description="Of a next token's log-probability, in nats.")
     base_difference: float | None = Field(None, description="The same without the adapter.")
-    reason: str = Field("", description="Why it is not loaded, or was not compared.")
+    reason: str = Field("", description="Why it is not loaded, was not compared, or must not be used.")
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether it computes something else, and is loaded all the same: a reason beside the figures."""
+        return self.loaded and self.mean_difference is not None and bool(self.reason)
 
 
 class ExportedFile(FrozenModel):

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from peft_core.adapters.files import read_adapter
 from peft_core.adapters.verify import verify_files
@@ -86,17 +87,29 @@ def _with_vllm(report: ExportReport, loaded: LoadedInVllm) -> ExportReport:
         return report.model_copy(
             update={"vllm": loaded, "summary": f"NOT loaded into vLLM: {loaded.reason} {report.summary}"}
         )
+    where = f"{loaded.address}/v1"
+    unload = _post(f"{where}/unload_lora_adapter", {"lora_name": loaded.model})
+    if loaded.is_wrong:
+        summary = f"Do NOT use {loaded.model} in vLLM at {loaded.address}: {loaded.reason} {report.summary}"
+        step = f"Unload it from vLLM: {unload}"
+        return report.model_copy(
+            update={"vllm": loaded, "summary": summary, "usage": [step, *report.usage], "next": step, "next_step": None}
+        )
     if loaded.mean_difference is None:
         how = loaded.reason
     else:
         how = f"Next tokens' log-probabilities differ from PEFT's by {loaded.mean_difference:.4f} on average."
     here = f"Loaded into vLLM {loaded.version} at {loaded.address} as {loaded.model}. {how}"
-    ask = json.dumps({"model": loaded.model, "prompt": "def ", "max_tokens": 64})
-    curl = f"curl {loaded.address}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(ask)}"
-    usage = [curl, f"Unload it: POST /v1/unload_lora_adapter {json.dumps({'lora_name': loaded.model})}", *report.usage]
+    ask = _post(f"{where}/completions", {"model": loaded.model, "prompt": "def ", "max_tokens": 64})
+    usage = [ask, f"Unload it: {unload}", *report.usage]
     return report.model_copy(
-        update={"vllm": loaded, "summary": f"{report.summary} {here}", "usage": usage, "next": _run(usage[0])}
+        update={"vllm": loaded, "summary": f"{report.summary} {here}", "usage": usage, "next": _run(ask)}
     )
+
+
+def _post(address: str, body: dict[str, Any]) -> str:
+    """Return the command of a shell that sends JSON."""
+    return f"curl {address} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
 
 
 def _report(job: Job, written: Written, elapsed_s: float) -> ExportReport:

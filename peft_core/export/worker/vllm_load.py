@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -25,31 +26,61 @@ def load_in_vllm(job: Job, plan: VllmPlan) -> LoadedInVllm:
     job.say(f"loading the adapter into vLLM at {plan.address}")
     try:
         result = result.model_copy(update={"version": client.version()})
-        base = _load(client, name, job)
+        had_one = _make_way(client, name, overwrite=job.request.overwrite)
     except VllmError as error:
-        return result.model_copy(update={"reason": " ".join([error.message, *(f"{s}." for s in error.suggestions)])})
+        return result.model_copy(update={"reason": _in_words(error)})
+    gone = (
+        f" The earlier adapter {name} had been unloaded before, so vLLM does not serve it any more." if had_one else ""
+    )
+    try:
+        client.load(name, job.request.directory)
+        base = _base_of(client, name)
+    except VllmError as error:
+        return result.model_copy(update={"reason": f"{_in_words(error)}{gone}"})
     result = result.model_copy(update={"loaded": True, "base_model": base})
     if job.compared is None:
         return result.model_copy(update={"reason": "It was not compared there, because PEFT's results are missing."})
     try:
-        return _compare(client, result, *job.compared)
+        compared = _compare(client, result, *job.compared)
     except VllmError as error:
         return result.model_copy(update={"reason": f"It was not compared there: {error.message}"})
+    return compared if compared.loaded else compared.model_copy(update={"reason": f"{compared.reason}{gone}"})
 
 
-def _load(client: VllmClient, name: str, job: Job) -> str:
-    """Load it under the name, and return the name of its base model there."""
+def _in_words(error: VllmError) -> str:
+    return " ".join([error.message, *(f"{suggestion}." for suggestion in error.suggestions)])
+
+
+def _make_way(client: VllmClient, name: str, *, overwrite: bool) -> bool:
+    """Unload an adapter of this name if `overwrite`; return whether there was one.
+
+    Raises:
+        VllmError: The name belongs to something that is not replaced, or that is not unloaded.
+    """
     models = client.models()
-    if name in models:
-        if models[name] is None:
-            raise VllmError(f"vLLM serves a base model under the name {name}.", suggestions=["Give another model_name"])
-        if not job.request.overwrite:
-            raise VllmError(
-                f"vLLM has an adapter {name} already.", suggestions=["Give another model_name, or set overwrite=true"]
-            )
+    if name not in models:
+        return False
+    if models[name] is None:
+        raise VllmError(f"vLLM serves a base model under the name {name}.", suggestions=["Give another model_name"])
+    if not overwrite:
+        raise VllmError(
+            f"vLLM has an adapter {name} already.", suggestions=["Give another model_name, or set overwrite=true"]
+        )
+    try:
         client.unload(name)
-    client.load(name, job.request.directory)
-    models = client.models()
+    except VllmError as error:
+        raise VllmError(
+            f"The earlier adapter {name} could not be unloaded: {error.message}", suggestions=error.suggestions
+        ) from error
+    return True
+
+
+def _base_of(client: VllmClient, name: str) -> str:
+    """Return vLLM's name of the base model of an adapter that it has just accepted."""
+    try:
+        models = client.models()
+    except VllmError as error:
+        raise VllmError(f"vLLM has accepted {name}, but does not list its models: {error.message}") from error
     if name not in models:
         raise VllmError(f"vLLM has accepted the adapter, but does not list {name}.")
     return models[name] or ""
@@ -58,18 +89,26 @@ def _load(client: VllmClient, name: str, job: Job) -> str:
 def _compare(client: VllmClient, result: LoadedInVllm, text: HeldOutText, ours: Reference) -> LoadedInVllm:
     """Ask for the next tokens' log-probabilities; unload the adapter if they are not PEFT's."""
     difference = _difference(client, result.model, text, ours.with_adapter)
-    without = _difference(client, result.base_model, text, ours.without_adapter) if result.base_model else None
-    figures = {
-        "positions": text.positions,
-        "mean_difference": round(difference, 5),
-        "base_difference": None if without is None else round(without, 5),
-    }
+    without = None
+    if result.base_model:
+        with suppress(VllmError):  # it only says more about the cause
+            without = _difference(client, result.base_model, text, ours.without_adapter)
+    result = result.model_copy(
+        update={
+            "positions": text.positions,
+            "mean_difference": round(difference, 5),
+            "base_difference": None if without is None else round(without, 5),
+        }
+    )
     if difference < LIMIT:
-        return result.model_copy(update=figures)
-    client.unload(result.model)
-    cause = "its base model differs" if without is not None and without >= LIMIT else "the adapter differs"
-    reason = f"vLLM computes something else ({cause}: log-probabilities differ by {difference:.2f}), so it was unloaded again."
-    return result.model_copy(update={**figures, "loaded": False, "reason": reason})
+        return result
+    cause = "" if without is None else "its base model differs: " if without >= LIMIT else "the adapter differs: "
+    reason = f"vLLM computes something else ({cause}log-probabilities differ by {difference:.2f})"
+    try:
+        client.unload(result.model)
+    except VllmError as error:
+        return result.model_copy(update={"reason": f"{reason}, and it could not be unloaded again: {error.message}"})
+    return result.model_copy(update={"loaded": False, "reason": f"{reason}, so it was unloaded again."})
 
 
 def _difference(client: VllmClient, model: str, text: HeldOutText, ours: Sequence[Array]) -> float:

@@ -10,6 +10,7 @@ import pytest
 from peft_core.errors import InvalidArgument, StorageError
 from peft_core.export import output
 from peft_core.export.output import default_output, require_free, require_output, staged
+from peft_core.export.service import _failure
 from peft_core.paths import DataPaths
 
 
@@ -179,6 +180,14 @@ def test_something_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> Non
     with pytest.raises(InvalidArgument, match="already there"):
         write_while_another_program_writes()
     assert names(tmp_path) == ["export"]
+
+
+def test_an_export_that_died_is_complete_or_absent_and_says_which(tmp_path: Path) -> None:
+    assert "Nothing was written." in _failure(None, -9, "", tmp_path / "export").message
+    write(tmp_path / "export")
+    message = _failure(None, -9, "", tmp_path / "export").message
+    assert "Nothing was written" not in message
+    assert f"the one in {tmp_path / 'export'} is complete, and is this one or an earlier one." in message
 
 
 def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
