@@ -186,6 +186,11 @@ def present(value: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
     return [key for key in keys if value.get(key) is not None]
 
 
+def first_present(value: Mapping[str, Any], keys: Iterable[str]) -> Any:
+    """Return the value of the first key that has one which is not null, or None."""
+    return next((value[key] for key in present(value, keys)), None)
+
+
 def require_text(value: object, key: str, place: Place, *, may_be_blank: bool = False) -> str:
     if not isinstance(value, str):
         raise place.refuse(f"{key!r} is {type_in_words(value)}; it must be text")

@@ -388,7 +388,11 @@ def _messages(value: Mapping[str, Any], place: Place) -> Record:
 def _sharegpt(value: Mapping[str, Any], place: Place) -> Record:
     key = "conversations" if value.get("conversations") is not None else "conversation"
     turns = value.get(key)
-    if isinstance(turns, Sequence) and turns and all(isinstance(turn, Mapping) and "output" in turn for turn in turns):
+    if (
+        isinstance(turns, Sequence)
+        and all(isinstance(turn, Mapping) for turn in turns)
+        and any(turn.get("output") is not None for turn in turns)
+    ):
         value = {**value, key: list(_paired_messages(turns, place.part(f".{key}[]")))}
     return _chat(value, key, value.get("tools"), place)
 
@@ -423,12 +427,12 @@ def _chunk(value: Mapping[str, Any], place: Place) -> Record:
         first, last = _whole_number(value, start_key, place), _whole_number(value, end_key, place)
         if first is not None and last is not None and first > last:
             raise place.refuse(f"'{start_key}' ({first}) is greater than '{end_key}' ({last})")
-    score = value.get("complexity_score", 0.0)
-    if not isinstance(score, (int, float)) or isinstance(score, bool) or not score >= 0:
+    score = value.get("complexity_score")
+    if score is not None and (not isinstance(score, (int, float)) or isinstance(score, bool) or not score >= 0):
         raise place.refuse(f"'complexity_score' is {score!r:.80}; it must be a number of at least 0")
-    if not isinstance(value.get("metadata", {}), Mapping):
+    if not isinstance(value.get("metadata"), Mapping | None):
         raise place.refuse(f"'metadata' is {type_in_words(value['metadata'])}; it must be an object")
-    if not isinstance(value.get("dependencies", []), (list, tuple)):
+    if not isinstance(value.get("dependencies"), list | tuple | None):
         raise place.refuse(f"'dependencies' is {type_in_words(value['dependencies'])}; it must be a list")
     return Record(
         place.name,

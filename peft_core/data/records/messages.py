@@ -24,6 +24,7 @@ from peft_core.data.records.checks import (
     Place,
     SkipReason,
     check_keys,
+    first_present,
     parse_json,
     present,
     require_json,
@@ -109,12 +110,12 @@ def _message(value: object, name: str, place: Place) -> tuple[dict[str, Any], bo
     for keys in (("role", "from"), ("content", "value"), _REASONING):
         if len(given := present(value, keys)) > 1:
             raise place.refuse(f"{name} has {' and '.join(given)}, which mean the same; it must have one of them")
-    given_role = value.get("role", value.get("from"))
+    given_role = first_present(value, ("role", "from"))
     role = _ROLES.get(given_role.lower()) if isinstance(given_role, str) else None
     if role is None:
         raise place.refuse(f"the role of {name} is {sanitize(repr(given_role))}; it must be one of {_SHOWN_ROLES}")
     message: dict[str, Any] = {"role": role}
-    content = value.get("content", value.get("value"))
+    content = first_present(value, ("content", "value"))
     if role == "function_call":
         message = {"role": "assistant", "content": "", "tool_calls": _sharegpt_calls(content, name, place)}
     else:
@@ -148,7 +149,9 @@ def _content(content: object, message: dict[str, Any], name: str, place: Place) 
             texts.append(require_text(part, f"content of {name}", place, may_be_blank=True))
             continue
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind in _TEXT_PARTS or (isinstance(part, Mapping) and [*part] == ["text"]):  # Bedrock names no type
+        if kind in _TEXT_PARTS or (
+            isinstance(part, Mapping) and present(part, part) == ["text"]
+        ):  # Bedrock names no type
             check_keys(part, ("type", "text"), place.part(".content[]"), what="a text part")
             texts.append(require_text(part.get("text"), f"text of a part of {name}", place, may_be_blank=True))
         elif kind == "refusal":
@@ -260,7 +263,7 @@ def _call(value: object, name: str, place: Place) -> dict[str, Any]:
         raise place.refuse(f"{name} is {type_in_words(value)}; it must be an object with 'function'")
     call: dict[str, Any] = {"type": "function"}
     function = value
-    if "function" in value:
+    if value.get("function") is not None:
         check_keys(value, ("type", "id", "function"), place, harmless=("index",), what="a tool call")
         function = value["function"]
         if not isinstance(function, Mapping):
@@ -296,12 +299,14 @@ def _tools(value: object, place: Place) -> tuple[Mapping[str, Any], ...]:
     for number, each in enumerate(require_list(value, "tools", place), 1):
         given = parse_json(each, f"tool {number}", place) if isinstance(each, str) else each
         tool = require_json(given, f"tool {number}", place)
-        if isinstance(tool, dict) and "function" not in tool:
+        if isinstance(tool, dict) and tool.get("function") is None:
             kind = tool.get("type")
-            tool = {"type": kind, "function": {key: each for key, each in tool.items() if key != "type"}}
-            tool["type"] = "function" if kind is None else kind
+            tool = {
+                "type": kind,
+                "function": {key: each for key, each in tool.items() if key not in ("type", "function")},
+            }
         function = tool.get("function") if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or tool.get("type", "function") != "function":
+        if not isinstance(function, dict) or tool.get("type") not in ("function", None):
             raise place.refuse(f"tool {number} must be an object {{'type': 'function', 'function': {{'name': …}}}}")
         require_text(function.get("name"), f"name of tool {number}", place)
         tools.append({**tool, "type": "function"})

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft_core.data.records.checks import Notes
+from peft_core.data.records.checks import Notes, first_present
 from peft_core.data.token_counter import BYTES_PER_TOKEN
 
 _CLAUDE_TYPES = ("user", "assistant")
@@ -199,7 +199,7 @@ def _output(value: object, notes: Notes) -> str:
         except (ValueError, RecursionError):
             return str(value)
     if isinstance(value, Mapping):
-        value = value.get("output", value.get("content", ""))
+        value = first_present(value, ("output", "content"))
     return _text_of(value, notes)
 
 

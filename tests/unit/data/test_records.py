@@ -328,6 +328,45 @@ def test_harmless_keys_are_named_and_null_ones_are_absent():
     assert notes.unused == {"id": 1, "Source": 1, "meta": 1}
 
 
+UNION = {"role": None, "from": None, "content": None, "value": None, "input": None, "output": None}
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+        [{"role": "system", "value": "s"}, {"from": "human", "content": "a"}, {"from": "gpt", "value": "b"}],
+        [USER, {"role": "assistant", "value": "w", "tool_calls": [CALL]}, {"role": "tool", "value": "4"}, ANSWER],
+        [USER, {**ANSWER, "content": [{"text": "It is 4."}]}],
+        [USER, {"role": "assistant", "content": "", "tool_calls": [{"name": "add", "arguments": {"a": 2}}]}],
+    ],
+)
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_keys_that_a_union_of_two_schemas_fills_with_null_are_absent(turns: list[dict[str, Any]], key: str):
+    def in_a_table(turn: dict[str, Any]) -> dict[str, Any]:
+        parts, calls = turn.get("content"), turn.get("tool_calls")
+        filled = UNION | turn
+        if isinstance(parts, list):
+            filled["content"] = [{"type": None, **part} for part in parts]
+        if calls:
+            filled["tool_calls"] = [{"type": None, "function": None, **call} for call in calls]
+        return filled
+
+    assert messages(parse({key: [in_a_table(turn) for turn in turns]}, "line 1")) == messages(
+        parse({key: turns}, "line 1")
+    )
+
+
+def test_null_fields_of_tools_and_chunks_are_absent():
+    tools = [{"type": None, "function": None, "name": "add"}, {"type": None, "function": {"name": "sub"}}]
+    conversation = parse({"messages": [USER, ANSWER], "tools": tools}, "line 1").conversation
+    assert conversation is not None
+    assert [tool["function"] for tool in conversation.tools] == [{"name": "add"}, {"name": "sub"}]
+    chunk = {"content": "x = 1", "language": "python", "file_path": "a.py"}
+    absent = dict.fromkeys(("metadata", "dependencies", "complexity_score"))
+    assert parse(chunk | absent, "line 1").texts == parse(chunk, "line 1").texts
+
+
 @pytest.mark.parametrize(
     ("record", "words"),
     [
