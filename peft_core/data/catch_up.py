@@ -52,6 +52,7 @@ class Novelty(StrEnum):
 class _Lines(NamedTuple):
     first: int  # 1-based
     last: int  # inclusive
+    digest: str  # of the unit
 
     def overlap(self, example: Example) -> bool:
         return self.first <= example.end_line and example.start_line <= self.last
@@ -63,6 +64,10 @@ class FileChanges(NamedTuple):
     changed: tuple[_Lines, ...] = ()
     barred: tuple[_Lines, ...] = ()
     is_new: bool = False  # every example is, even one that has no unit
+
+    def changed_in(self, example: Example) -> frozenset[str]:
+        """Return the digests of the units that the parent does not know, as far as they are in an example."""
+        return frozenset(lines.digest for lines in self.changed if lines.overlap(example))
 
 
 UNCHANGED = FileChanges()
@@ -147,7 +152,7 @@ def _is_barred(example: Example, changes: FileChanges) -> bool:
 
 
 def _lines(unit: Unit) -> _Lines:
-    return _Lines(unit.start_line, unit.end_line)
+    return _Lines(unit.start_line, unit.end_line, unit.digest)
 
 
 @dataclass(frozen=True)
@@ -155,6 +160,7 @@ class CatchUpSplit:
     parts: Split
     replayed: int  # training examples that the parent knows
     left_out: Counter[ExclusionReason]  # of every example that is neither trained on nor evaluated on
+    postponed: frozenset[int]  # positions of changed examples that are over the limit
     trained_files: frozenset[str]  # that the adapter and its ancestors have been trained on, as far as they still exist
 
 
@@ -185,12 +191,12 @@ def split_for_catch_up(
     old, changed_held_out, candidates = _candidates(keys, novelty, held_out_files, trained_on)
     kept = distinct(keys, signatures, [*old, *candidates, *changed_held_out])
     train = cap_per_file(keys, [position for position in candidates if position in kept])
-    changed = [position for position in train if novelty[position] is Novelty.CHANGED]
+    to_learn = [position for position in train if novelty[position] is Novelty.CHANGED]
     known = [position for position in train if novelty[position] is Novelty.KNOWN]
-    if not changed:
+    if not to_learn:
         raise nothing_to_catch_up()
     # Another parent, another sample: the same one each time would leave the rest to be forgotten.
-    changed, replayed = _sample(keys, changed, known, spec, seed + int(parent.key[:8], 16))
+    changed, replayed = _sample(keys, to_learn, known, spec, seed + int(parent.key[:8], 16))
     evaluated = [
         *_random(keys, [position for position in old if position in kept], MAX_OLD_HELD_OUT, seed),
         *_random(keys, [position for position in changed_held_out if position in kept], MAX_CHANGED_HELD_OUT, seed),
@@ -201,10 +207,9 @@ def split_for_catch_up(
             code="nothing_to_evaluate_on",
             suggestions=("Train from scratch, with config.continue_from = 'none'",),
         )
-    used = {*changed, *replayed, *evaluated}
     over_file_share = kept.intersection(candidates).difference(train)
     left_out: Counter[ExclusionReason] = Counter()
-    for position in set(range(len(keys))) - used:
+    for position in set(range(len(keys))).difference(changed, replayed, evaluated):
         is_held_out = keys[position].file in held_out_files
         reason = _why_unused(novelty[position], is_held_out=is_held_out, is_trained_on=position in trained_on)
         if reason in _IF_DISTINCT and position not in kept:
@@ -216,6 +221,7 @@ def split_for_catch_up(
         ),
         replayed=len(replayed),
         left_out=left_out,
+        postponed=frozenset(to_learn).difference(changed),
         trained_files=frozenset(keys[position].file for position in train) - held_out_files,
     )
 

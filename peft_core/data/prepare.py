@@ -171,6 +171,8 @@ class DatasetBuilder:
     novelty: list[Novelty] = field(default_factory=list)  # of each example, if there is a parent
     trained_on: set[int] = field(default_factory=set)  # positions of changed examples that it knows most of
     replayed: int = 0
+    unknown_units: list[frozenset[str]] = field(default_factory=list)  # of each example, if there is a parent
+    postponed: frozenset[int] = frozenset()  # positions of changed examples that are left to the next training
     trained_files: frozenset[str] = frozenset()  # if there is a parent: also those that only it was trained on
     keys: list[ExampleKey] = field(default_factory=list)
     distinct: set[bytes] = field(default_factory=set)
@@ -313,6 +315,7 @@ class DatasetBuilder:
         same_side = b"" if reply is None else digest(reply)
         if self.parent is not None:
             self.novelty.append(self.parent.novelty(example, self._changes))
+            self.unknown_units.append(self._changes.changed_in(example) if self._changes else frozenset())
             if self.novelty[-1] is Novelty.CHANGED and self.parent.was_trained_on(example):
                 self.trained_on.add(len(self.keys))
         self.keys.append(ExampleKey(example.path, digest(f"{context}\0{learned}"), example.tokens, same_side))
@@ -376,6 +379,7 @@ class DatasetBuilder:
             seed=spec.seed,
         )
         self.replayed, self.trained_files = chosen.replayed, chosen.trained_files
+        self.postponed = chosen.postponed
         self.left_out.update(chosen.left_out)
         return chosen.parts
 
@@ -431,12 +435,24 @@ class DatasetBuilder:
                 SourceState(name=source.name, commit=state and state.commit, dirty=state and state.dirty)
                 for source, state in zip(self._repositories, states, strict=True)
             ],
-            self.file_states,
+            self._known_states(),
             train={self.keys[position].file for position in parts.train} | self.trained_files,
             held_out=set(parts.held_out_files) if self.parent else {self.keys[each].file for each in parts.held_out},
             held_out_examples=held_out,
             held_out_before=self.parent.snapshot.held_out_ever if self.parent else (),
         )
+
+    def _known_states(self) -> list[FileState]:
+        """Return what files were, without what is left to the next training, to which that is still new."""
+        units_of: dict[str, set[str]] = {}
+        for position in self.postponed:
+            units_of.setdefault(self.keys[position].file, set()).update(self.unknown_units[position])
+        postponed = set().union(*units_of.values())
+        return [
+            state.without(postponed) if state.path in units_of else state
+            for state in self.file_states
+            if units_of.get(state.path) != set()  # a new file that has no units is still new
+        ]
 
     def details(self, parts: Split) -> dict[str, Any]:
         """Return what the manifest records besides the summary: the rules, and their effect."""

@@ -19,7 +19,7 @@ from pydantic import Field
 from peft_core.data.examples import learned_text, printable_path
 from peft_core.data.secrets import redact_secrets
 from peft_core.data.split import digest
-from peft_core.data.units import UNIT_DIGEST_BYTES, file_digest, units_of_file
+from peft_core.data.units import FILE_DIGEST_BYTES, UNIT_DIGEST_BYTES, file_digest, units_of_file
 from peft_core.data.walk import File
 from peft_core.errors import HeaderError
 from peft_core.schemas.dataset import Example
@@ -33,6 +33,7 @@ MAX_FILES = 100_000
 MAX_HELD_OUT = 200_000  # digests of held-out examples; one training holds out at most 200
 _MAX_JSON_VALUES = 2_000_000
 _HEX_PER_UNIT = 2 * UNIT_DIGEST_BYTES
+_NO_DIGEST = "0" * 2 * FILE_DIGEST_BYTES
 
 Part = Literal["train", "held_out", "unused"]
 HeldOutDigest = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
@@ -50,6 +51,11 @@ class FileState(FrozenModel):
     def unit_digests(self) -> list[str]:
         units = self.units or ""
         return [units[start : start + _HEX_PER_UNIT] for start in range(0, len(units), _HEX_PER_UNIT)]
+
+    def without(self, units: Collection[str]) -> FileState:
+        """Return the state of a file of which some units are still to be trained on: it differs from any file."""
+        kept = "".join(unit for unit in self.unit_digests if unit not in units)
+        return self.model_copy(update={"digest": _NO_DIGEST, "units": kept})
 
 
 class SourceState(FrozenModel):

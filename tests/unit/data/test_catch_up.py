@@ -211,6 +211,27 @@ def test_a_limit_drops_replay_first_and_keeps_a_quarter_of_it(code: Path, parent
     assert dataset.summary.left_out["not_needed"] == 25  # of 40 changed ones
 
 
+def test_changed_code_over_the_limit_is_trained_on_by_the_next_trainings(
+    code: Path, parent: ParentData, tmp_path: Path
+) -> None:
+    held_out = texts(tmp_path / "first", "held_out")
+    changed = {trained_file(parent, number) for number in range(5)}
+    for file in changed:
+        write(code, file, changed=dict.fromkeys(range(4), 2))
+    trained: set[str] = set()
+    for generation, left in enumerate((8, 0)):
+        directory = tmp_path / f"generation-{generation}"
+        dataset = build(code, directory, parent, catch_up=CatchUpSpec(replay_share=0.0, max_examples=12))
+        new = texts(directory, "train")
+        assert not new & (trained | held_out)
+        trained |= new
+        assert dataset.summary.left_out.get("not_needed", 0) == left
+        parent = recorded(directory)
+    assert all(f"{file} {number} 2')" in "".join(trained) for file in changed for number in range(4))
+    with pytest.raises(DataError, match="Nothing to catch up"):
+        build(code, tmp_path / "last", parent, catch_up=SOME)
+
+
 def test_every_example_is_used_or_counted_with_a_reason(code: Path, parent: ParentData, tmp_path: Path) -> None:
     write(code, held_out_file(parent), changed={0: 2})
     write(code, trained_file(parent), changed={0: 2, 1: 2})
