@@ -235,9 +235,11 @@ def _why_unused(label: Novelty, *, is_held_out: bool, is_trained_on: bool) -> Ex
     return ExclusionReason.UNCHANGED if label is Novelty.KNOWN else ExclusionReason.NOT_NEEDED
 
 
-def nothing_to_catch_up(adapter: str = "the adapter to continue from") -> DataError:
+def nothing_to_catch_up(adapter: str = "the adapter to continue from", never_shown: str = "") -> DataError:
+    """Return the error. `never_shown`: a sentence on what the training of the adapter was too short for."""
+    nothing = f"Nothing to catch up: no code that can be trained on has changed since {adapter} was trained on it."
     return DataError(
-        f"Nothing to catch up: no code that can be trained on has changed since {adapter} was trained on it.",
+        f"{nothing} {never_shown}".rstrip(),
         code="nothing_to_catch_up",
         suggestions=("To train again all the same, from scratch, set config.continue_from = 'none'",),
     )

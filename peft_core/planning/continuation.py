@@ -107,6 +107,18 @@ class _Parent:
     def name(self) -> str:
         return f"adapter {_name(self.path)}"
 
+    @property
+    def never_shown(self) -> str:
+        """A sentence on the examples that the parent's training was too short for; empty if it has seen all."""
+        seen, prepared = self.manifest.run.examples_seen, self.manifest.data.summary.train_examples
+        if seen is None or seen >= prepared:
+            return ""
+        return (
+            f"But the training of {self.name} was short: it has seen {seen} of the {prepared} examples that were prepared, and "
+            "what it has not seen does not count as changed. To train on all of it, set config.continue_from = 'none' and "
+            "config.num_epochs = 1."
+        )
+
 
 def resolve_base(config: TrainingConfig, settings: Settings, adapters: Adapters | None) -> Base:
     """Return the base model to train on: the given one, else that of the adapter to continue from, else the default.
@@ -263,9 +275,10 @@ def _continue(config: TrainingConfig, source: SourceSummary, parent: _Parent) ->
     selection = Selection(tuple(config.include), tuple(config.exclude))
     changes = changes_in_sources(parent.snapshot, source, selection)
     if changes.is_nothing:
-        raise nothing_to_catch_up(parent.name)
+        raise nothing_to_catch_up(parent.name, parent.never_shown)
     by_time = _BY_TIME if config.held_out_by == "time" else ""
     reason = f"Continues from {parent.name}: {changes.in_words}. {by_time}{_START_OVER}."
+    reason = f"{reason} {parent.never_shown}".rstrip()
     continued = ContinuedAdapter(
         adapter_path=parent.path, adapter_id=_name(parent.path), weights_sha256=parent.weights_sha256
     )

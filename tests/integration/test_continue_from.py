@@ -490,3 +490,17 @@ def test_a_change_that_must_not_be_trained_on_is_nothing_to_catch_up(place: Work
 def test_the_base_of_the_named_adapter_is_used_if_none_is_given(place: Workplace) -> None:
     request = place.plan(base_model=None, continue_from=str(current(place)))
     assert request.base.path == place.base
+
+
+def test_what_a_short_training_has_not_seen_is_named_in_both_answers(place: Workplace) -> None:
+    adapter = current(place)
+    manifest = manifest_of(adapter)
+    prepared = manifest.data.summary.train_examples
+    rewrite_manifest(adapter, run=manifest.run.model_copy(update={"examples_seen": 4}))
+    expected = f"it has seen 4 of the {prepared} examples that were prepared"
+    assert expected in place.plan().estimate.chosen
+    place.write(file_of(place, "train"))  # as it was
+    with pytest.raises(DataError, match=expected) as caught:
+        place.plan()
+    assert caught.value.code == "nothing_to_catch_up"
+    assert "continue_from = 'none' and config.num_epochs = 1" in caught.value.message
