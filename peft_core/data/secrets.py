@@ -116,8 +116,10 @@ _NO_WORD = re.compile(
     r"[bcdfghjklmnpqrstvwxz]{4}|[jqvxz][bcdfghjklmnpqrstvwxz]|[bcdfghjkmpqtvwxz]q|q[^u]", re.IGNORECASE
 )
 _HEX = re.compile(r"[a-f0-9]{32,}|[A-F0-9]{32,}")
+# Documentation also has addresses with a port before markup with an @. A `%` begins a placeholder, or an escaped character.
 _BASIC_AUTH_PLACEHOLDER = re.compile(
-    r"^(?:pass(?:word|wd)?|pw|pwd|secret|token|\*+|x+|\.+|[%$<{\[].*|.*[}>\])]|port|\d{1,5}.*|user.*)$", re.IGNORECASE
+    r"(?:pass(?:word|wd)?|pw|pwd|secret|token|x+|\.+|[<{].*|%(?![0-9a-f]{2}).*|.*[}>]|port|\d{1,5}(?:[\"<>\\`|].*)?|user\w{0,4})",
+    re.IGNORECASE,
 )
 
 
@@ -208,7 +210,7 @@ def _detectors() -> tuple[_Detector, ...]:
 
 def _basic_auth(plugin: Any) -> Callable[[str], list[str]]:
     """Return a function that finds `user:password@host`, without the placeholders of documentation."""
-    return lambda line: [value for value in plugin.analyze_string(line) if not _BASIC_AUTH_PLACEHOLDER.match(value)]
+    return lambda line: [value for value in plugin.analyze_string(line) if not _BASIC_AUTH_PLACEHOLDER.fullmatch(value)]
 
 
 def _assigned(line: str) -> Iterator[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from peft_core.data.chunking import split_lines
@@ -453,6 +453,21 @@ def test_random_values_are_seldom_taken_for_words(line: str):
     values = ["".join(generator.choices(string.ascii_letters + string.digits, k=24)) for _ in range(1000)]
     missed = [value for value in values if not redact_secrets([line.format(value)])[1]]
     assert len(missed) < 20  # most have no digit
+
+
+@given(st.from_regex(r"([0-9A-Za-z_.~-]|%[0-9A-F]{2}){6,24}", fullmatch=True))
+@example("7fK2pQ9xLm")
+@example("12345678")
+@example("user7Kq2ZpX9v")
+@example("%40r7Kq2ZpX9v")
+def test_a_password_in_a_connection_url_is_found_whatever_it_begins_with(password: str):
+    assume(not re.fullmatch(r"passw(or)?d|secret|x+|\.+|user\w{0,4}", password, re.IGNORECASE))
+    assert redact_secrets([f'DATABASE = "postgres://app:{password}@db/x"\n'])[1]
+
+
+@pytest.mark.parametrize("password", ["8080", "user", "username", "user_pw", "password", "%s", "%PASSWORD%", '8080">a'])
+def test_a_placeholder_or_a_port_in_a_url_is_no_password(password: str):
+    assert redact_secrets([f"postgres://app:{password}@db/x\n"])[1] == []
 
 
 def test_no_line_of_a_private_key_reaches_the_dataset(tmp_path: Path):
