@@ -92,18 +92,22 @@ _MAX_KEY_ROWS = 200  # where a key without an end is cut off; the longest keys h
 
 # password = "…" counts as a secret only if the literal looks random: most such literals in code are field names, prompts and
 # test values. Without quotes, as in shell scripts, YAML, URLs and comments, a name or an expression may follow, so the value
-# must have upper- and lower-case letters, or be hexadecimal.
+# must have upper- and lower-case letters, or be hexadecimal. Of a longer value the first 200 characters are enough.
 _NAME = (
-    r"(?:passw(?:or)?d|passphrase|pwd|secret|token|api_?key|access_?key|auth_?key|private_?key|credential)s?\w{0,40}"
+    r"(?:passw(?:or)?d|passphrase|passcode|pass(?![a-z])|pwd|secret|token|credential|"
+    r"(?:api|access|account|auth|encryption|master|private|shared|signing|subscription)[_-]?key)s?[\w-]{0,40}"
 )
+_VALUE = r"[A-Za-z0-9+/=_.!@\#$%^&*()|<>?~-]"
 _QUOTED = re.compile(
     _NAME
-    + r"""\\?["']?\]?(?:\s*:\s*[\w.|\[\] ]{1,30}=|\s*(?:=|:|:=|=>|,)|\s+value=)
-        \s*[bruf]{0,2}\\?["'`]([A-Za-z0-9+/=_.!@\#$%^&*()|<>?~-]{16,200}?)\\?["'`]""",
+    + rf"""\\?["']?[\])]{{0,2}}
+        (?:\s*:\s*[\w.|\[\] ]{{1,30}}=|\s*(?:(?:\|\||\?\?|[:?!])?={{1,3}}>?|[:,{{]|or|\|\||\?\?|\?:)|\s+value=)
+        \s*[bruf]{{0,2}}\\?["'`]({_VALUE}{{16,199}}(?=\\?["'`])|{_VALUE}{{200}})""",
     re.IGNORECASE | re.VERBOSE,
 )
 _UNQUOTED = re.compile(
-    rf"(?:{_NAME}(?:\s*[=:]\s*|\s+(?:is\s+)?|>)|\b(?:Bearer|Basic)\s+)([A-Za-z0-9+/=_-]{{16,200}})(?![\w.(\[])",
+    rf"(?:{_NAME}(?:\s*[=:]\s*|\s+(?:is\s+)?|>)|\b(?:Bearer|Basic)\s+)"
+    r"([A-Za-z0-9+/=_-]{16,199}(?![\w.(\[])|[A-Za-z0-9+/=_-]{200})",
     re.IGNORECASE,
 )
 _ASSIGNED_MARKERS = ("pass", "pwd", "secret", "token", "key", "credential", "bearer", "basic")
@@ -116,9 +120,13 @@ _NO_WORD = re.compile(
     r"[bcdfghjklmnpqrstvwxz]{4}|[jqvxz][bcdfghjklmnpqrstvwxz]|[bcdfghjkmpqtvwxz]q|q[^u]", re.IGNORECASE
 )
 _HEX = re.compile(r"[a-f0-9]{32,}|[A-F0-9]{32,}")
+_SHORT_HEX = re.compile(r"[a-f0-9]{16,31}|[A-F0-9]{16,31}")  # has less entropy than other random values of its length
+_MIN_HEX_DIGITS = 8  # distinct ones; of sixteen random digits, 98 % have as many
+_PLACEHOLDER_WITHIN = 64  # characters; a long random value may contain a short word by chance
 # Documentation also has addresses with a port before markup with an @. A `%` begins a placeholder, or an escaped character.
 _BASIC_AUTH_PLACEHOLDER = re.compile(
-    r"(?:pass(?:word|wd)?|pw|pwd|secret|token|x+|\.+|[<{].*|%(?![0-9a-f]{2}).*|.*[}>]|port|\d{1,5}(?:[\"<>\\`|].*)?|user\w{0,4})",
+    r"(?:pass(?:word|wd)?|pw|pwd|secret|token|port|user\w{0,4}|x+|\.+"
+    r"|[<{].*|.*[}>]|%(?![0-9a-f]{2}).*|\d{1,5}(?:[\"<>\\`|].*)?)",
     re.IGNORECASE,
 )
 
@@ -223,9 +231,13 @@ def _assigned(line: str) -> Iterator[str]:
 
 def _is_random(value: str) -> bool:
     if _HEX.fullmatch(value):
-        return len(set(value)) >= 8
+        return len(set(value)) >= _MIN_HEX_DIGITS
     mixed = any(char.isdigit() for char in value) and any(char.isalpha() for char in value)
-    return mixed and _entropy(value) >= _MIN_ENTROPY and not _PLACEHOLDER.search(value) and not _is_wordy(value)
+    if not mixed or _PLACEHOLDER.search(value, 0, _PLACEHOLDER_WITHIN):
+        return False
+    if _SHORT_HEX.fullmatch(value):
+        return len(set(value)) >= _MIN_HEX_DIGITS
+    return _entropy(value) >= _MIN_ENTROPY and not _is_wordy(value)
 
 
 def _is_wordy(value: str) -> bool:

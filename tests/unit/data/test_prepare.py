@@ -419,6 +419,19 @@ LINES_WITH_A_SECRET = [
     f'headers = {{"Authorization": "Bearer {RANDOM}"}}',
     f"# password is {RANDOM[:16]}",
     f"// token: {RANDOM}",
+    f'{{"X-Api-Key": "{RANDOM}", "n": 1}}',
+    f"curl -H 'Ocp-Apim-Subscription-Key: {RANDOM}'",
+    f"curl --api-key {RANDOM}",
+    f'"private-key": "{RANDOM}"',
+    f'DB_PASS = "{RANDOM[:20]}"',
+    f"const smtpPass = '{RANDOM[:20]}'",
+    f"'pass' => '{RANDOM[:20]}',",
+    f'key = os.getenv("API_KEY") or "{RANDOM}"',
+    f"const key = process.env.API_KEY || '{RANDOM}'",
+    f'const key = process.env["API_KEY"] ?? "{RANDOM}"',
+    f'ENV.fetch("API_KEY") {{ "{RANDOM}" }}',
+    f'api_key = "{RANDOM * 9}"',
+    f"API_KEY={RANDOM * 9}",
 ]
 
 
@@ -470,6 +483,16 @@ def test_a_placeholder_or_a_port_in_a_url_is_no_password(password: str):
     assert redact_secrets([f"postgres://app:{password}@db/x\n"])[1] == []
 
 
+@given(
+    st.from_regex(r"[0-9a-f]{16,31}|[0-9A-F]{16,31}", fullmatch=True),
+    st.sampled_from(["token", "x-api-key", "DB_PASS"]),
+)
+def test_a_short_hexadecimal_key_in_quotes_is_found_if_its_digits_vary(value: str, name: str):
+    assume(len(set(value)) >= 8 and re.search(r"\d", value) and re.search("[a-f]", value, re.IGNORECASE))
+    assume(not re.search("abc|1234", value, re.IGNORECASE))
+    assert redact_secrets([f'"{name}": "{value}"\n'])[1]
+
+
 def test_no_line_of_a_private_key_reaches_the_dataset(tmp_path: Path):
     root = repository(tmp_path / "r")
     body = "\n".join((RANDOM * 2)[:64] for _ in range(20))
@@ -514,6 +537,9 @@ def test_a_pair_with_a_secret_is_excluded(tmp_path: Path):
         "secret: SecretStr = Base64EncodedSecretString2",
         "# token is checked by OAuth2PasswordRequestForm",
         "redis://:${REDIS_PASSWORD}@cache:6379/0",
+        'token = "0123456789abcdef"',
+        'bypass_cache = "correct-horse-battery"',
+        'os.getenv("API_KEY") or "your-api-key-goes-here-1234"',
     ],
 )
 def test_code_that_only_mentions_secrets_is_not_excluded(line: str):
