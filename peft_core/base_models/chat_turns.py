@@ -104,6 +104,19 @@ class TurnRenderer:
             raise TemplateRefusal(reason)
         return tuple(_segments(rendering, names) for rendering in self._renderings(hidden, _require_all_texts))
 
+    def render_prompt(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Segment, ...]:
+        """Return the segments of a prompt for the next assistant turn. Special tokens in the given texts stay text.
+
+        Raises:
+            TemplateRefusal: The template refuses these messages.
+        """
+        hidden, names = self._hide_special(Conversation(tuple(messages), (False,) * len(messages)))
+        text = self.template.render(hidden.messages, add_generation_prompt=True)
+        return tuple(_marked(text, names, learn=False))
+
+    def begins_with_special_token(self, text: str) -> bool:
+        return self._special_pattern is not None and self._special_pattern.match(text.lstrip()) is not None
+
     def _renderings(self, conversation: Conversation, check: Check) -> list[Rendering]:
         """Render a conversation in the first of the equivalent forms that the template writes completely."""
         forms = list(variants(conversation))
@@ -459,20 +472,19 @@ def _require_words(words: Sequence[Sequence[str]], conversation: Conversation, r
 def _segments(rendering: Rendering, names: Mapping[str, str]) -> tuple[Segment, ...]:
     """Return the segments of a rendering, with the special tokens of given texts in segments of their own."""
     segments: list[Segment] = []
-    pattern = re.compile(f"([{''.join(names)}])") if names else None
-
-    def add(text: str, *, learn: bool) -> None:
-        for part in pattern.split(text) if pattern else (text,):
-            if part:
-                literal = part in names
-                segments.append(Segment(text=names.get(part, part), learn=learn, literal=literal))
-
     position = 0
     for start, end in rendering.spans:
-        add(rendering.text[position:start], learn=False)
-        add(rendering.text[start:end], learn=True)
+        segments += _marked(rendering.text[position:start], names, learn=False)
+        segments += _marked(rendering.text[start:end], names, learn=True)
         position = end
     return tuple(segments)
+
+
+def _marked(text: str, names: Mapping[str, str], *, learn: bool) -> Iterator[Segment]:
+    """Yield the segments of a text in which placeholders stand for the special tokens of given texts."""
+    for part in re.split(f"([{''.join(names)}])", text) if names else (text,):
+        if part:
+            yield Segment(text=names.get(part, part), learn=learn, literal=part in names)
 
 
 def _alternatives(marks: frozenset[str]) -> re.Pattern[str] | None:

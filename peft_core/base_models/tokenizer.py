@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,11 +49,12 @@ class BaseTokenizer:
         sources = self.turns.template.sources
         return sources.default is not None or sources.tool_use is not None
 
-    def count(self, texts: Sequence[str]) -> list[int]:
-        """Return the number of tokens of each text as a continuation of other text, without special tokens."""
+    def count(self, texts: Sequence[str], *, literal: bool = False) -> list[int]:
+        """Return the number of tokens of each text as a continuation of other text; `literal` as in `Segment`."""
         marked = list(texts) if self._own_tokens is None else [_SENTINEL + text for text in texts]
         # "fast" omits the offsets of tokens, and is 1.6 times as fast.
-        encodings = self.tokenizer.encode_batch_fast(marked, add_special_tokens=False)
+        with self._reading(literal=literal):
+            encodings = self.tokenizer.encode_batch_fast(marked, add_special_tokens=False)
         return [len(encoding) - (self._own_tokens or 0) for encoding in encodings]
 
     def render_chat(self, conversation: Conversation) -> tuple[tuple[Segment, ...], ...]:
@@ -69,24 +71,28 @@ class BaseTokenizer:
         except TemplateRefusal as refusal:
             raise template_error(refusal) from refusal
 
-    def render_prompt(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """Render a conversation as a prompt for the next assistant turn.
+    def render_prompt(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Segment, ...]:
+        """Render a conversation as a prompt for the next assistant turn. What the messages say is literal.
 
         Raises:
             DataError: no chat template, or it refuses these messages.
         """
         self._require_template()
         try:
-            return self.turns.template.render(messages, add_generation_prompt=True)
+            return self.turns.render_prompt(messages)
         except TemplateRefusal as refusal:
             raise template_error(refusal) from refusal
 
-    def ids(self, *texts: str) -> list[int]:
-        """Return the tokens of these texts, tokenised one by one, after what the tokenizer puts before every text.
-
-        Special tokens in the texts are recognised: a rendered conversation contains them.
+    def written_prompt(self, prompt: str) -> Segment:
+        """Return a prompt that a user wrote. It is literal, like code in training, unless it begins with a special token: it is
+        a template written by hand then, such as that of fill-in-the-middle.
         """
-        ids = [token for tokens in self.encode([Segment(text=text) for text in texts]) for token in tokens.ids]
+        return Segment(text=prompt, literal=not self.turns.begins_with_special_token(prompt))
+
+    def ids(self, *pieces: str | Segment) -> list[int]:
+        """Return the tokens of one text, piece by piece, after what the tokenizer puts before every text. A str is literal."""
+        segments = [Segment(text=piece, literal=True) if isinstance(piece, str) else piece for piece in pieces]
+        ids = [token for tokens in self.encode(segments) for token in tokens.ids]
         return ids if tuple(ids[: len(self.beginning)]) == self.beginning else [*self.beginning, *ids]
 
     def encode(self, segments: Sequence[Segment]) -> list[Tokens]:
@@ -140,12 +146,17 @@ class BaseTokenizer:
 
     def _encode_alone(self, segment: Segment) -> Tokens:
         """Encode a segment as a text of its own."""
-        self.tokenizer.encode_special_tokens = segment.literal  # a second tokenizer would take 20 MB more
-        try:
+        with self._reading(literal=segment.literal):
             encoding = self.tokenizer.encode(segment.text, add_special_tokens=False)
+        return Tokens(encoding.ids, encoding.offsets)
+
+    @contextmanager
+    def _reading(self, *, literal: bool) -> Iterator[None]:
+        self.tokenizer.encode_special_tokens = literal  # a second tokenizer would take 20 MB more
+        try:
+            yield
         finally:
             self.tokenizer.encode_special_tokens = False
-        return Tokens(encoding.ids, encoding.offsets)
 
     def _encode_continuation(self, segment: Segment) -> Tokens:
         """Encode a segment as a continuation: after a sentinel, whose tokens are dropped."""
@@ -191,6 +202,7 @@ def load_tokenizer(directory: Path) -> BaseTokenizer:
     config = _json(directory / "tokenizer_config.json")
     special = special_tokens(config)
     _add_listed_tokens(tokenizer, config, directory)
+    _make_fim_tokens_special(tokenizer)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return BaseTokenizer(
@@ -217,6 +229,15 @@ def _add_listed_tokens(tokenizer: Tokenizer, config: Mapping[str, Any], director
                 f"its tokenizer_config.json lists {sanitize(text)!r} as token {number}, which in tokenizer.json is {found}",
                 "Write both with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
             )
+
+
+def _make_fim_tokens_special(tokenizer: Tokenizer) -> None:
+    """Make the FIM tokens special where they are not, as in Qwen2.5-Coder: others would be found in literal text, too."""
+    family = fim_tokens.find_fim_tokens(lambda token: tokenizer.token_to_id(token) is not None)
+    for token in tokenizer.get_added_tokens_decoder().values():
+        if family is not None and token.content in family and not token.special:
+            token.special = True
+            tokenizer.add_special_tokens([token])
 
 
 def _turn_renderer(tokenizer: Tokenizer, sources: TemplateSources, special: Mapping[str, str]) -> TurnRenderer:

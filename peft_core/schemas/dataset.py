@@ -264,11 +264,17 @@ class FillInTheMiddle(NamedTuple):
     middle: str  # empty: the suffix comes first, and the middle follows the prefix
     end: str = ""  # ends the middle; empty: the end-of-text token does
 
-    def prompt(self, before: str, after: str) -> tuple[str, ...]:
-        """Return the pieces of a FIM prompt, in the order that the family was trained on."""
+    def prompt(self, before: str, after: str) -> tuple[Segment, ...]:
+        """Return the segments of a FIM prompt, in the order that the family was trained on. The code is literal."""
+        prefix, suffix = Segment(text=self.prefix), Segment(text=self.suffix)
+        code_before, code_after = Segment(text=before, literal=True), Segment(text=after, literal=True)
         if not self.middle:
-            return (self.suffix, after, self.prefix, before)
-        return (self.prefix, before, self.suffix, after, self.middle)
+            return (suffix, code_after, prefix, code_before)
+        return (prefix, code_before, suffix, code_after, Segment(text=self.middle))
+
+    def prompt_text(self, before: str, after: str) -> str:
+        """Return a FIM prompt as text, in which runtimes without segments look for the tokens."""
+        return "".join(segment.text for segment in self.prompt(before, after))
 
 
 class Example(FrozenModel):

@@ -26,7 +26,12 @@ class GenerationRequest(FrozenModel):
     """
 
     prompt: Annotated[
-        str | None, Field(max_length=MAX_TEXT, description="Text to continue, such as the beginning of a function.")
+        str | None,
+        Field(
+            max_length=MAX_TEXT,
+            description="Text to continue, such as the beginning of a function. Special tokens in it count only if it begins "
+            "with one.",
+        ),
     ] = None
     file_path: Annotated[
         str | None,

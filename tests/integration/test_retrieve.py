@@ -59,6 +59,9 @@ async def test_similar_code_precedes_the_prompt_and_the_answer_says_which(manage
     assert nothing.retrieved.units == ()
     assert "nothing was added" in nothing.retrieved.note
 
+    with pytest.raises(InferenceError, match="begins with a special token, so it is a template"):
+        await manager.generate({**PROMPT, "prompt": "<end>open_store("})
+
     with pytest.raises(InferenceError, match="no matching unit fits") as caught:
         await manager.generate({**PROMPT, "max_new_tokens": 4096})
     assert caught.value.code == "prompt_too_long_to_retrieve"

@@ -53,7 +53,7 @@ def model_name(job: Job) -> str:
 def write_editor_settings(directory: Path, name: str, marks: FillInTheMiddle) -> None:
     """Write a file for each editor."""
     address = f"http://127.0.0.1:{PORT}"
-    prompt = "".join(marks.prompt("{{{prefix}}}", "{{{suffix}}}"))
+    prompt = marks.prompt_text("{{{prefix}}}", "{{{suffix}}}")
     vscode = {
         "llama-vscode.endpoint": address,
         "llama-vscode.lora_completion": "",  # otherwise it asks for the adapter at half its strength

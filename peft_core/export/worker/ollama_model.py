@@ -118,7 +118,7 @@ def _template(own: str | None, chat: str, marks: FillInTheMiddle | None) -> tupl
             "The base model has fill-in-the-middle tokens, but its chat template has no counterpart here: Ollama takes no "
             "`suffix` for this model. Send the whole prompt with raw=true instead."
         )
-    gap = "".join(marks.prompt("{{ .Prompt }}", "{{ .Suffix }}"))
+    gap = marks.prompt_text("{{ .Prompt }}", "{{ .Suffix }}")
     return f"{{{{ if .Suffix }}}}{gap}{{{{ else }}}}{rest}{{{{ end }}}}", ""
 
 

@@ -128,7 +128,7 @@ def _why_not_llamacpp(base: Base) -> str | None:
 
 
 def encode(request: GenerationRequest, model: LoadedModel) -> EncodedPrompt:
-    """Encode the request in the format that the base model expects.
+    """Encode the request in the format that the base model expects. Code and messages are literal, as in training.
 
     Raises:
         InvalidArgument: it does not fit the context, or the base model does not support its form.
@@ -138,9 +138,9 @@ def encode(request: GenerationRequest, model: LoadedModel) -> EncodedPrompt:
     field: str
     if request.messages is not None:
         rendered = tokenizer.render_prompt([message.model_dump() for message in request.messages])
-        field, prompt = "messages", EncodedPrompt(tokenizer.ids(rendered), "chat_template")
+        field, prompt = "messages", EncodedPrompt(tokenizer.ids(*rendered), "chat_template")
     elif request.prompt is not None:
-        field, prompt = "prompt", EncodedPrompt(tokenizer.ids(request.prompt), "text")
+        field, prompt = "prompt", EncodedPrompt(tokenizer.ids(tokenizer.written_prompt(request.prompt)), "text")
     else:
         tokens = tokenizer.fill_in_the_middle
         if tokens is None:

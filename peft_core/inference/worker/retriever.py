@@ -30,7 +30,7 @@ class Retriever:
         """Return the request with the best units before its prompt, and which ones they are.
 
         Raises:
-            InvalidArgument: 'prompt_too_long_to_retrieve', or as for `encode`; 'no_code_to_retrieve'.
+            InvalidArgument: 'prompt_too_long_to_retrieve', or as for `encode`; 'no_code_to_retrieve'; the prompt is a template.
             DataError: the dataset is damaged.
         """
         index = self._index_of(source, model.tokenizer)
@@ -42,6 +42,13 @@ class Retriever:
                 code="no_code_to_retrieve",
                 suggestions=["Omit retrieve"],
             )
+        if request.prompt is not None and not model.tokenizer.written_prompt(request.prompt).literal:
+            raise InvalidArgument(
+                "retrieve",
+                request.retrieve,
+                "the prompt begins with a special token, so it is a template, and it is not known where in it code belongs",
+                suggestions=["Give messages, or prefix and suffix, instead of the template", "Or omit retrieve"],
+            )
         prompt = _searched_text(request)
         taken = len(encode(request, model).ids)
         free = model.context_length - taken - request.max_new_tokens
@@ -49,7 +56,7 @@ class Retriever:
         context = compose(
             best,
             prompt=prompt,
-            count=lambda text: model.tokenizer.count([text])[0],
+            count=lambda text: model.tokenizer.count([text], literal=True)[0],
             budget=min(free, MAX_CONTEXT_TOKENS),
         )
         if context.too_long and not context.units:

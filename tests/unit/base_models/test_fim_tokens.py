@@ -33,7 +33,8 @@ def directory_with(path: Path, *tokens: str, ensure_ascii: bool = False) -> Path
 def test_every_set_of_fim_tokens_is_detected_in_both_formats(fim: FillInTheMiddle, tmp_path: Path) -> None:
     tokens = [token for token in fim if token]
     assert has_fim_tokens(gguf_with(tmp_path / "model.gguf", *tokens))
-    assert fim.prompt("before", "after").index("before") == fim.prompt("before", "after").index(fim.prefix) + 1
+    pieces = [segment.text for segment in fim.prompt("before", "after")]
+    assert pieces.index("before") == pieces.index(fim.prefix) + 1
     assert has_fim_tokens(directory_with(tmp_path / "plain", *tokens))
     assert has_fim_tokens(directory_with(tmp_path / "escaped", *tokens, ensure_ascii=True))
 

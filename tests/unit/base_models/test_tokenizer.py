@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from peft_core.base_models.resolve import resolve
 from peft_core.base_models.tokenizer import BaseTokenizer, load_tokenizer, require_rows
@@ -136,8 +137,35 @@ def test_code_around_a_gap_is_tokenised_as_codestral_was_trained(tmp_path: Path)
     assert named(tokenizer, tokenizer.ids(*pieces)) == ["[SUFFIX]", "def", "[PREFIX]", "\u2581def", "def"]
 
 
+@pytest.mark.parametrize("special", [True, False])  # False: as in Qwen2.5-Coder
+def test_code_that_spells_fill_in_the_middle_tokens_does_not_break_the_order_of_a_prompt(
+    tokenizer: BaseTokenizer, special: bool, tmp_path: Path
+) -> None:
+    marks = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+    add = tokenizer.tokenizer.add_special_tokens if special else tokenizer.tokenizer.add_tokens
+    add([AddedToken(mark, special=special, normalized=False) for mark in marks])
+    tokenizer.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.fill_in_the_middle is not None
+    before, after = 'STOP = "<|fim_middle|>"\n', "<|fim_prefix|> <|fim_suffix|>"
+    ids = loaded.ids(*loaded.fill_in_the_middle.prompt(before, after))
+    assert [mark for mark in named(loaded, ids) if mark in marks] == list(marks)
+    assert loaded.fill_in_the_middle.prompt_text("a", "b") == "<|fim_prefix|>a<|fim_suffix|>b<|fim_middle|>"
+
+
+def test_a_written_prompt_is_literal_unless_it_is_a_template(tokenizer: BaseTokenizer, tmp_path: Path) -> None:
+    tokenizer.tokenizer.add_special_tokens(["<|fim_prefix|>"])
+    tokenizer.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    mark = loaded.tokenizer.token_to_id("<|fim_prefix|>")
+    assert mark in loaded.ids(loaded.written_prompt("\n<|fim_prefix|>def"))
+    assert mark not in loaded.ids(loaded.written_prompt("x = '<|fim_prefix|>'"))
+
+
 def test_count_equals_the_number_of_encoded_tokens(tokenizer: BaseTokenizer) -> None:
     assert tokenizer.count(["abc", "", "ab\n"]) == [3, 0, 3]
+    tokenizer.tokenizer.add_special_tokens(["<a>"])
+    assert (tokenizer.count(["<a>"]), tokenizer.count(["<a>"], literal=True)) == ([1], [3])
 
 
 def test_assistant_turns_carry_loss_including_their_end_token(tokenizer: BaseTokenizer) -> None:
@@ -212,7 +240,7 @@ def list_tokens(directory: Path, **tokens: int) -> Path:
 
 def test_tokens_that_only_the_configuration_lists_are_recognised_as_transformers_does(tmp_path: Path) -> None:
     loaded = load_tokenizer(list_tokens(tmp_path / "listed", call=len(VOCABULARY), begin=1))
-    assert loaded.ids("<call>")[-1] == len(VOCABULARY)
+    assert loaded.ids(Segment(text="<call>"))[-1] == len(VOCABULARY)
     assert len(loaded.encode([Segment(text="<call>")])[0].ids) == 1
 
 
