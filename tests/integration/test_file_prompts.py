@@ -82,5 +82,5 @@ def test_a_completion_that_reached_its_last_line_has_not_ended_by_itself(tmp_pat
         last_D = model.model(torch.tensor([prompts[0].ids])).last_hidden_state[0, -1]
         model.get_input_embeddings().weight[newline] = 100 * last_D
     written = complete(model, prompts, tokenizer, StopFlag())
-    assert written[0].text == "\n\n\n"
+    assert written[0].text == "\n" * prompts[0].quoted.expected.count("\n") != "", "as many lines as are expected"
     assert not written[0].has_ended
