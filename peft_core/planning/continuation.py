@@ -109,14 +109,19 @@ class _Parent:
 
     @property
     def never_shown(self) -> str:
-        """A sentence on the examples that the parent's training was too short for; empty if it has seen all."""
-        seen, prepared = self.manifest.run.examples_seen, self.manifest.data.summary.train_examples
-        if seen is None or seen >= prepared:
+        """A sentence on what the parent's training was too short for; empty if it has seen all."""
+        run, prepared = self.manifest.run, self.manifest.data.summary.train_examples
+        seen = prepared if run.examples_seen is None else run.examples_seen
+        # Of a code base that is too large for its snapshot, no file has units.
+        unread = sum(file.part == "unused" and file.units is None for file in self.snapshot.files)
+        unread = unread if self.snapshot.units else 0
+        if seen >= prepared and not unread:
             return ""
+        files = f" of the files that were read, and {unread} files were not" if unread else ""
         return (
-            f"But the training of {self.name} was short: it has seen {seen} of the {prepared} examples that were prepared, and "
-            "what it has not seen does not count as changed. To train on all of it, set config.continue_from = 'none' and "
-            "config.num_epochs = 1."
+            f"But the training of {self.name} was short: it has seen {seen} of the {prepared} examples that were "
+            f"prepared{files}; what it has not seen does not count as changed. To train on all of it, set "
+            "config.continue_from = 'none' and config.num_epochs = 1."
         )
 
 

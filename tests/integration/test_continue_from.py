@@ -21,7 +21,7 @@ from peft_core.data.dataset import read_examples
 from peft_core.data.examples import learned_text
 from peft_core.data.leakage import read_fingerprint
 from peft_core.data.selection import Selection
-from peft_core.data.snapshot import read_snapshot
+from peft_core.data.snapshot import SNAPSHOT_FILE_NAME, read_snapshot, write_snapshot
 from peft_core.errors import AdapterNotFound, DataError, InvalidArgument, PeftMcpError, TrainingError
 from peft_core.evaluation.loss_curve import loss_curve
 from peft_core.evaluation.report import write_training_report
@@ -504,3 +504,10 @@ def test_what_a_short_training_has_not_seen_is_named_in_both_answers(place: Work
         place.plan()
     assert caught.value.code == "nothing_to_catch_up"
     assert "continue_from = 'none' and config.num_epochs = 1" in caught.value.message
+    snapshot = read_snapshot(adapter)
+    assert snapshot is not None
+    unread = [file.model_copy(update={"part": "unused", "units": None}) for file in snapshot.files[:2]]
+    write_snapshot(adapter / SNAPSHOT_FILE_NAME, snapshot.model_copy(update={"files": (*unread, *snapshot.files[2:])}))
+    rewrite_manifest(adapter, run=manifest.run)
+    with pytest.raises(DataError, match="of the files that were read, and 2 files were not"):
+        place.plan()
