@@ -117,7 +117,11 @@ class _Parent:
         unread = unread if self.snapshot.units else 0
         if seen >= prepared and not unread:
             return ""
-        files = f" of the files that were read, and {unread} files were not" if unread else ""
+        files = (
+            f" of the files that were read, and {unread} {'file was' if unread == 1 else 'files were'} not"
+            if unread
+            else ""
+        )
         return (
             f"But the training of {self.name} was short: it has seen {seen} of the {prepared} examples that were "
             f"prepared{files}; what it has not seen does not count as changed. To train on all of it, set "
