@@ -31,6 +31,7 @@ from peft_core.data.records.checks import (
 from peft_core.data.records.messages import parse_conversation
 from peft_core.schemas.conversation import Conversation
 
+_DRIVE = re.compile(r"[A-Za-z]:/")
 MAX_PATH = 4096  # characters of a file_path, which reports show
 _MESSAGES_AS_TEXT = re.compile(r'\s*\[\s*\{\s*"(?:role|content)"\s*:\s*"')
 RECORD = "record"  # the kind of examples that are not chunks of code
@@ -237,6 +238,8 @@ def _path(value: Mapping[str, Any], place: Place) -> str:
     if not isinstance(path, (str, os.PathLike)):
         raise place.refuse(f"'file_path' is {type_in_words(path)}; it must be text or null")
     text = os.fspath(path).replace("\\", "/")
+    if _DRIVE.match(text):  # absolute like any other path: the directories that all records share are private
+        text = f"/{text[0].upper()}{text[1:]}"
     require_encodable(text, "file_path", place)
     if len(text) > MAX_PATH:
         raise place.refuse(f"'file_path' has {len(text)} characters; it must have at most {MAX_PATH}")

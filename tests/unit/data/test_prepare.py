@@ -354,10 +354,13 @@ def test_a_pair_that_is_too_long_is_excluded_and_a_long_text_is_split(tmp_path: 
     assert "".join(example.text for example in chunks) == long
 
 
-def test_chunks_get_their_path_without_the_home_directory(tmp_path: Path):
+@pytest.mark.parametrize(
+    "home", ["/Users/alice/project", "C:\\Users\\alice\\project", "c:/Users/alice/project", "//nas/alice/project"]
+)
+def test_chunks_get_their_path_without_the_home_directory(tmp_path: Path, home: str):
     records = [
         {"content": f"fn f{n}() {{ body({n}); }}", "language": "rust", "chunk_type": "function", "start_line": 10,
-         "file_path": f"/Users/alice/project/src/{'a' if n % 2 else 'b/c'}.rs"}
+         "file_path": f"{home}/src/{'a' if n % 2 else 'b/c'}.rs"}
         for n in range(20)
     ]  # fmt: skip
     build(records_file(tmp_path, records), tmp_path / "out", "records")
