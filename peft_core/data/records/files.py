@@ -34,6 +34,7 @@ _UTF8_MARK = codecs.BOM_UTF8
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _GZIP_MARK = b"\x1f\x8b"
 _CHUNK = 1 << 16
+_LONGEST_TOKEN = 16  # characters of JSON without strings and numbers: -Infinity, an escape with two surrogates
 _SNIFFED = 20  # values that are looked at to recognise a transcript
 _NUMERIC = (
     "start_line",
@@ -249,7 +250,7 @@ class _JsonReader:
             try:
                 value, end = self._decoder.raw_decode(self._buffer, self._at)
             except json.JSONDecodeError as error:
-                if self._grow():
+                if self._may_be_cut_off(error) and self._grow():
                     continue
                 raise self._broken(error.msg, error.pos) from error
             except RecursionError as error:
@@ -271,6 +272,10 @@ class _JsonReader:
             yield self.value()
             if self.take(",", "]") == "]":
                 return
+
+    def _may_be_cut_off(self, error: json.JSONDecodeError) -> bool:
+        """Return whether the error may be due to the end of the buffer, and not to the file."""
+        return error.msg.startswith("Unterminated string") or len(self._buffer) - error.pos <= _LONGEST_TOKEN
 
     def _grow(self) -> bool:
         """Read more. Return False at the end of the file."""

@@ -118,6 +118,18 @@ def test_a_broken_file_is_refused_with_the_place(tmp_path: Path, name: str, cont
     assert str(caught.value).count(name) >= 1
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_mistake_in_a_large_json_file_is_named_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrapped: bool
+):
+    monkeypatch.setattr(files, "MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr(files, "_CHUNK", 64)
+    broken = json.dumps(RECORDS, indent=1).replace('"prompt": "double 3"', '"prompt" "double 3"')
+    content = f'{{"rows": {broken}}}' if wrapped else broken
+    with pytest.raises(DataError, match="Expecting ':' delimiter, in line 15"):
+        list(read_file(write(tmp_path, "data.json", content)))
+
+
 @pytest.mark.parametrize("name", ["data.txt", "data.xlsx", "data.jsonl.zst", "data.zip", "data", "json"])
 def test_another_type_of_file_is_refused_with_those_that_are_read(tmp_path: Path, name: str):
     with pytest.raises(
@@ -223,7 +235,7 @@ VALUES = st.recursive(
 
 @given(
     st.lists(st.fixed_dictionaries({"text": st.text(min_size=1).filter(str.strip), "meta": VALUES}), min_size=1),
-    st.integers(1, 40),
+    st.integers(1, 200),
 )
 def test_json_in_any_layout_is_read_like_json_lines(records: list[dict[str, Any]], chunk: int):
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
