@@ -24,6 +24,7 @@ from peft_core.schemas.dataset import Example
 
 MAX_NOTEBOOK_BYTES = 50_000_000  # most of a large notebook is pictures
 _MAX_CELLS = 10_000
+_MAX_CONTAINERS = 1_000_000  # lists and objects, which take up to 0.2 GB in memory; outputs may have more numbers
 _DEFAULT = "python"
 _PROSE_CELLS = frozenset({"md", "markdown", "latex"})
 _UNKNOWN = "?"  # the language of a cell that is left out
@@ -91,6 +92,8 @@ def read_notebook(path: str | Path) -> Notebook | ExclusionReason:
 
 def parse_notebook(text: str) -> Notebook | ExclusionReason:
     """Return the code of a notebook by language, or the reason why it is excluded."""
+    if text.count("[") + text.count("{") > _MAX_CONTAINERS:
+        return ExclusionReason.TOO_LARGE
     try:
         document = json.loads(text)
         kernel, cells = _kernel_language(document), list(_code_cells(document))

@@ -281,6 +281,8 @@ NOTEBOOK_KEYS = ["cells", "worksheets", "cell_type", "source", "input", "metadat
 def test_a_notebook_of_too_many_or_too_large_cells_is_too_large() -> None:
     assert parse_notebook(notebook(*["x = 1"] * 20_000)) == "too_large"
     assert parse_notebook(notebook(*["x = 1\n" * 100_000] * 2)) == "too_large"
+    bomb = json.dumps({"cells": [], "outputs": "LISTS"}).replace('"LISTS"', f"[{','.join(['[]'] * 1_000_000)}]")
+    assert parse_notebook(bomb) == "too_large", "lists of a few bytes take much more in memory"
 
 
 @given(
