@@ -62,9 +62,9 @@ def test_a_training_from_a_terminal_to_a_verdict(tmp_path: Path, tiny_base: str,
     options = ["--base-model", tiny_base, "--config", json.dumps(CONFIG), "--max-steps"]
 
     # 1. Relative paths are those of the working directory; the project has the file's name.
-    trained = peft_mcp("train", "adds.jsonl", *options, "3", "--json", cwd=tmp_path, env=environment)
+    trained = peft_mcp("train", "adds.jsonl", *options, "100", "--json", cwd=tmp_path, env=environment)
     status = json.loads(trained.stdout)
-    assert (status["project_id"], status["status"], status["step"]) == ("adds", "completed", 3)
+    assert (status["project_id"], status["status"], status["step"]) == ("adds", "completed", 100)
     assert Path(status["adapter_path"]).is_dir()
     lines = trained.stderr.splitlines()
     assert any(line.startswith("adds: training: step") for line in lines)
