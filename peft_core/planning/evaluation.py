@@ -13,7 +13,7 @@ from peft_core.paths import adapter_names
 from peft_core.planning.base_check import require_loadable
 from peft_core.planning.cost_model import evaluation_estimate
 from peft_core.planning.planner import require_memory, require_places, summarise, with_base
-from peft_core.retrieval.service import source_of
+from peft_core.retrieval.service import training_code
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.dataset import DatasetPurpose, SourceKind, SourceSummary, TrainingData
 from peft_core.schemas.results import BaseMatch
@@ -65,7 +65,8 @@ def plan_evaluation(
         source = source.model_copy(update={"advice": (*source.advice, advice)})
     require_loadable(base)
     device = expected_device("auto")
-    speed, has_code = measured_speed(base, device), _has_training_code(evaluated, settings)
+    speed = measured_speed(base, device)
+    has_code = evaluated.compared_with is None and bool(training_code(settings.paths, evaluated.adapter_path))
     adapters = len(evaluated.paths)
     estimate = evaluation_estimate(base, source, device, speed, adapters=adapters, has_training_code=has_code)
     require_memory(estimate.memory_bytes, base, device, settings)
@@ -81,17 +82,6 @@ def plan_evaluation(
         estimate=estimate,
         evaluated=evaluated,
     )
-
-
-def _has_training_code(evaluated: EvaluatedAdapter, settings: Settings) -> bool:
-    """Return whether there is one adapter, and the code that it was trained on is kept."""
-    if evaluated.compared_with is not None:
-        return False
-    try:
-        source_of(settings.paths, evaluated.adapter_path)
-    except InvalidArgument:
-        return False
-    return True
 
 
 def _advice_on_selection(

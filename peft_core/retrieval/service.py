@@ -66,6 +66,14 @@ def source_of(paths: DataPaths, adapter: Path) -> UnitSource:
     return UnitSource(adapter_path=adapter, examples=tuple(examples), note=note)
 
 
+def training_code(paths: DataPaths, adapter: Path) -> tuple[Path, ...]:
+    """Return the files of the examples that an adapter was trained on; none if they are not on this machine."""
+    try:
+        return source_of(paths, adapter).examples
+    except InvalidArgument:
+        return ()
+
+
 def earlier_examples(paths: DataPaths, adapters: Path, parent: str | None, *, seen: Collection[str] = ()) -> list[Path]:
     """Return the training examples of an adapter and of those that it continues; files may have been deleted.
 

@@ -13,7 +13,7 @@ from peft_core.adapters.verify import verify_files
 from peft_core.data.exclusions import ExclusionReason
 from peft_core.data.leakage import TrainingFingerprint, read_fingerprint
 from peft_core.devices.records import distrusted
-from peft_core.errors import DataError, InferenceError, InvalidArgument, sanitize
+from peft_core.errors import DataError, InferenceError, sanitize
 from peft_core.evaluation.comparison import compare_adapters
 from peft_core.evaluation.summary import Measurement, mean_loss
 from peft_core.evaluation.worker.completions import undo_fusion
@@ -25,7 +25,7 @@ from peft_core.modeling.memory import return_freed_memory
 from peft_core.modeling.objective import Objective, probe_fast_paths
 from peft_core.paths import DataPaths, adapter_names
 from peft_core.planning.evaluation_budget import budget_of_evaluation
-from peft_core.retrieval.service import source_of
+from peft_core.retrieval.service import training_code
 from peft_core.schemas.dataset import DatasetPurpose, DatasetSummary
 from peft_core.schemas.evaluation import ComparedAdapter, TrainedOn
 from peft_core.schemas.events import AdaptersCompared, DatasetPrepared, Emit, Evaluated, HeldOutMeasured, RunPlanned
@@ -71,10 +71,12 @@ def run(task: TrainingTask, emit: Emit, stop: StopFlag) -> None:
     stop.check()
 
     # 3. Scores and completions of each.
-    training_code = _training_code(task, paths)
-    budget = budget_of_evaluation(summary.held_out_tokens, has_training_code=bool(training_code))
+    searched: tuple[Path, ...] = ()  # a comparison of two adapters measures no retrieval
+    if task.data_dir is not None and len(paths) == 1:
+        searched = training_code(DataPaths(task.data_dir), paths[0])
+    budget = budget_of_evaluation(summary.held_out_tokens, has_training_code=bool(searched))
     evaluator.choose_windows(objective, budget.windows)
-    evaluator.choose_positions(objective, budget.positions, training_code)
+    evaluator.choose_positions(objective, budget.positions, searched)
     measured, prompts = _measure(session, model, names, evaluator, objective, budget.completions)
 
     # 4. The summary.
@@ -160,17 +162,6 @@ def _trained_on(summary: DatasetSummary) -> TrainedOn:
         both=count(ExclusionReason.TRAINED_ON),
         uncertain=count(ExclusionReason.MAYBE_TRAINED_ON),
     )
-
-
-def _training_code(task: TrainingTask, adapters: Sequence[Path]) -> list[Path]:
-    """Return the training examples of a single adapter, if it was trained here and they are kept."""
-    if task.data_dir is None or len(adapters) > 1:
-        return []
-    try:
-        return list(source_of(DataPaths(task.data_dir), adapters[0]).examples)
-    except InvalidArgument as error:
-        _log.info("retrieval_not_measured", reason=error.message)
-        return []
 
 
 def _summary(data: RunData, adapters: Sequence[str]) -> DatasetSummary:
