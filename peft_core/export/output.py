@@ -127,7 +127,7 @@ def _is_directory(path: Path) -> bool:
 
 
 def _not_exported(directory: Path) -> list[str] | None:
-    """Return the names in a directory that are no files of the export there, sorted; None if no export is there."""
+    """Return the sorted names in a directory that do not belong to the export there; None if no export is there."""
     exported = _exported(directory)
     if exported is None:
         return None

@@ -378,9 +378,7 @@ def _demands(rule: RetrainThreshold, changes: Staleness) -> bool:
         return False
     if rule.units is not None:
         percent = changes.units_changed_percent
-        if (
-            percent is None
-        ):  # no units were recorded, as of a very large code base: a file that has changed counts as a whole
+        if percent is None:  # no units were recorded, as of a very large code base: a changed file counts as a whole
             percent = 100 * ((changes.files_changed or 0) + (changes.files_new or 0)) / (changes.files or 1)
         return percent >= rule.units
     return rule.commits is not None and (changes.commits_behind or 0) >= rule.commits

@@ -33,7 +33,7 @@ class Changes:
     units_then: float
     in_common: (
         float | None
-    )  # the units that both are known to have, as a share of the smaller one, 0 to 1; None: none known
+    )  # units that both are known to have, as a share of the smaller one, 0 to 1; None: none known
     is_estimate: bool  # whether units are extrapolated from a sample of the files
 
     @property

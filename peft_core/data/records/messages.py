@@ -149,9 +149,8 @@ def _content(content: object, message: dict[str, Any], name: str, place: Place) 
             texts.append(require_text(part, f"content of {name}", place, may_be_blank=True))
             continue
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind in _TEXT_PARTS or (
-            isinstance(part, Mapping) and present(part, part) == ["text"]
-        ):  # Bedrock names no type
+        has_only_text = isinstance(part, Mapping) and present(part, part) == ["text"]  # Bedrock names no type
+        if kind in _TEXT_PARTS or has_only_text:
             check_keys(part, ("type", "text"), place.part(".content[]"), what="a text part")
             texts.append(require_text(part.get("text"), f"text of a part of {name}", place, may_be_blank=True))
         elif kind == "refusal":
