@@ -65,8 +65,11 @@ def summarise_source(
     also: Sequence[str] = (),
     held_out_fraction: float = 0.1,
     seed: int = 0,
+    beside_code: bool = False,
 ) -> SourceSummary:
     """Return what a data source holds, or several: `also` are paths of more repositories and files of records.
+
+    `beside_code`: the source adds to repositories, which hold enough, so that it may be a single record.
 
     Raises:
         InvalidArgument: the path does not exist, is not readable, or is neither a directory, a table nor a .jsonl file; or the
@@ -114,7 +117,7 @@ def summarise_source(
         return summarise_code_of([first])
     _require_paths(str(data), selection)
     records = read_file(path, max_length=max_length, skip=skip_unusable_records, notes=notes)
-    return summarise_records(SourceKind.JSONL, path, records, max_length, purpose, notes=notes)
+    return summarise_records(SourceKind.JSONL, path, records, max_length, purpose, notes=notes, beside_code=beside_code)
 
 
 def _require_paths(given: str, selection: Selection, also: Sequence[str] = ()) -> None:
@@ -145,7 +148,7 @@ def _summarise_several(
     also: Sequence[str],
     *,
     selection: Selection,
-    summarise_records_of: Callable[[Path], SourceSummary],
+    summarise_records_of: Callable[..., SourceSummary],
     summarise_code_of: Callable[[Sequence[DataSource]], SourceSummary],
 ) -> SourceSummary:
     """Return what several sources hold together."""
@@ -159,7 +162,11 @@ def _summarise_several(
     parts = [summarise_code_of(repositories)] if repositories else []
     if not repositories:
         _require_paths(", ".join(str(source.path) for source in sources), selection)
-    parts += [summarise_records_of(source.path) for source in sources if source.kind is not SourceKind.REPOSITORY]
+    parts += [
+        summarise_records_of(source.path, beside_code=bool(repositories))
+        for source in sources
+        if source.kind is not SourceKind.REPOSITORY
+    ]
     whole = parts[0].model_copy(
         update={
             "kind": first.kind,
@@ -287,8 +294,12 @@ def summarise_records(
     purpose: DatasetPurpose,
     *,
     notes: Notes,
+    beside_code: bool = False,
 ) -> SourceSummary:
-    """Return what records hold. `path` is the file or table that they come from; `notes` are taken while they are read."""
+    """Return what records hold. `path` is the file or table that they come from; `notes` are taken while they are read.
+
+    `beside_code`: as for `summarise_source`.
+    """
     count = size = cut_records = study_items = 0
     needs_chat_template = False
     record_format: RecordFormat | None = None
@@ -321,7 +332,8 @@ def summarise_records(
                 f"Give at least {purpose.min_examples} records, each {FORMATS}",
             ),
         )
-    require_enough_examples(keys, notes.counts(), where, purpose, advice=advice_on_records(notes.counts()))
+    if not beside_code:
+        require_enough_examples(keys, notes.counts(), where, purpose, advice=advice_on_records(notes.counts()))
     return SourceSummary(
         kind=kind,
         path=path,

@@ -585,6 +585,18 @@ def test_several_repositories_and_records_become_one_dataset(tmp_path: Path) -> 
     assert held_out.isdisjoint({example.path for example in read_examples(tmp_path / "out" / "train.jsonl")})
 
 
+def test_a_few_records_are_enough_beside_a_repository_and_not_by_themselves(tmp_path: Path) -> None:
+    code = modules(tmp_path / "app")
+    write(tmp_path, {"a.jsonl": json.dumps({"prompt": "What is it?", "completion": "An app."})})
+    write(tmp_path, {"b.jsonl": json.dumps({"prompt": "For whom?", "completion": "For people."})})
+    summary = summarise_source(str(code), also=[str(tmp_path / "a.jsonl")])
+    assert summary.examples == 1
+    _, examples = build(code, tmp_path / "out", **several(summary))
+    assert {"a.jsonl"} & {example.path.partition("/")[0] for example in examples}
+    with pytest.raises(DataError, match=r"a\.jsonl gives 1 distinct example"):
+        summarise_source(str(tmp_path / "a.jsonl"), also=[str(tmp_path / "b.jsonl")])
+
+
 def test_the_files_changed_last_in_any_of_several_repositories_are_held_out(tmp_path: Path) -> None:
     first, second = commit(modules(tmp_path / "old", 6)), modules(tmp_path / "new", 0)
     write(second, {f"lib/other_{n}.py": python(f"other{n}") for n in range(2)})
