@@ -65,11 +65,8 @@ def summarise_source(
     also: Sequence[str] = (),
     held_out_fraction: float = 0.1,
     seed: int = 0,
-    beside_code: bool = False,
 ) -> SourceSummary:
     """Return what a data source holds, or several: `also` are paths of more repositories and files of records.
-
-    `beside_code`: the source adds to repositories, which hold enough, so that it may be a single record.
 
     Raises:
         InvalidArgument: the path does not exist, is not readable, or is neither a directory, a table nor a .jsonl file; or the
@@ -77,18 +74,12 @@ def summarise_source(
         DataError: 'training_data_empty', 'no_code', 'too_few_examples', 'broken_record', 'mixed_formats', 'too_large'; for a
             table also the codes of `worker/table_reader.py`.
     """
-    notes = Notes()
     selection = selection or Selection()
     if not isinstance(data, (str, os.PathLike)):
         _require_paths("records in the call", selection, also)
-        if not data:
-            raise DataError(
-                f"{purpose.field} is an empty list.",
-                code="training_data_empty",
-                suggestions=(f"Give at least {purpose.min_examples} records, or the path of a repository.",),
-            )
-        records = numbered(data, skip=skip_unusable_records, notes=notes)
-        return summarise_records(SourceKind.RECORDS, None, records, max_length, purpose, notes=notes)
+        return _summarise_list(
+            data, max_length=max_length, purpose=purpose, skip_unusable_records=skip_unusable_records
+        )
     kind, path = _locate(os.fspath(data), purpose)
     if kind == "table":
         _require_paths(str(data), selection, also)
@@ -102,20 +93,37 @@ def summarise_source(
         held_out_fraction=held_out_fraction,
         seed=seed,
     )
+    summarise_file = partial(
+        _summarise_file, max_length=max_length, purpose=purpose, skip_unusable_records=skip_unusable_records
+    )
     if also:
-        summarise_records_of = partial(
-            summarise_source, max_length=max_length, purpose=purpose, skip_unusable_records=skip_unusable_records
-        )
         return _summarise_several(
-            first,
-            also,
-            selection=selection,
-            summarise_records_of=summarise_records_of,
-            summarise_code_of=summarise_code_of,
+            first, also, selection=selection, summarise_file=summarise_file, summarise_code_of=summarise_code_of
         )
     if kind is SourceKind.REPOSITORY:
         return summarise_code_of([first])
     _require_paths(str(data), selection)
+    return summarise_file(path)
+
+
+def _summarise_list(
+    data: Sequence[Mapping[str, Any]], *, max_length: int, purpose: DatasetPurpose, skip_unusable_records: bool
+) -> SourceSummary:
+    if not data:
+        raise DataError(
+            f"{purpose.field} is an empty list.",
+            code="training_data_empty",
+            suggestions=(f"Give at least {purpose.min_examples} records, or the path of a repository.",),
+        )
+    notes = Notes()
+    records = numbered(data, skip=skip_unusable_records, notes=notes)
+    return summarise_records(SourceKind.RECORDS, None, records, max_length, purpose, notes=notes)
+
+
+def _summarise_file(
+    path: Path, *, max_length: int, purpose: DatasetPurpose, skip_unusable_records: bool, beside_code: bool = False
+) -> SourceSummary:
+    notes = Notes()
     records = read_file(path, max_length=max_length, skip=skip_unusable_records, notes=notes)
     return summarise_records(SourceKind.JSONL, path, records, max_length, purpose, notes=notes, beside_code=beside_code)
 
@@ -148,7 +156,7 @@ def _summarise_several(
     also: Sequence[str],
     *,
     selection: Selection,
-    summarise_records_of: Callable[..., SourceSummary],
+    summarise_file: Callable[..., SourceSummary],
     summarise_code_of: Callable[[Sequence[DataSource]], SourceSummary],
 ) -> SourceSummary:
     """Return what several sources hold together."""
@@ -163,7 +171,7 @@ def _summarise_several(
     if not repositories:
         _require_paths(", ".join(str(source.path) for source in sources), selection)
     parts += [
-        summarise_records_of(source.path, beside_code=bool(repositories))
+        summarise_file(source.path, beside_code=bool(repositories))
         for source in sources
         if source.kind is not SourceKind.REPOSITORY
     ]
@@ -286,6 +294,35 @@ def _similar(path: Path) -> str | None:
     return f"Did you mean {path.parent / close[0]}?" if close else None
 
 
+class _Counts:
+    """What was counted while records were read. `size` is in bytes of UTF-8."""
+
+    def __init__(self, max_length: int, purpose: DatasetPurpose) -> None:
+        self._max_length = max_length
+        self._purpose = purpose
+        self.records = self.size = self.cut_records = self.study_items = 0
+        self.needs_chat_template = False
+        self.languages: Counter[str] = Counter()
+        self.files: set[str] = set()
+        self.keys: list[ExampleKey] = []
+        self._distinct: set[int] = set()
+
+    def add(self, record: Record) -> None:
+        self.records += 1
+        self.study_items += bool(record.study)
+        self.size += len(record.content.encode())
+        if (text := hash(record.content)) not in self._distinct:
+            self._distinct.add(text)
+            self.cut_records += _parts(record, self._max_length)
+        self.needs_chat_template = self.needs_chat_template or record.needs_chat_template
+        file = record.path or record.name
+        if file not in self.files:
+            self.files.add(file)
+            self.languages[record.language] += 1
+        if len(self.keys) < 50 * self._purpose.min_examples:  # more are not needed to see that there are enough
+            self.keys += _expected_examples(record, file, self._max_length, self._purpose)
+
+
 def summarise_records(
     kind: SourceKind,
     path: Path | None,
@@ -298,32 +335,13 @@ def summarise_records(
 ) -> SourceSummary:
     """Return what records hold. `path` is the file or table that they come from; `notes` are taken while they are read.
 
-    `beside_code`: as for `summarise_source`.
+    `beside_code`: the records add to repositories, which hold enough, so that a single record is enough here.
     """
-    count = size = cut_records = study_items = 0
-    needs_chat_template = False
-    record_format: RecordFormat | None = None
-    languages: Counter[str] = Counter()
-    files: set[str] = set()
-    keys: list[ExampleKey] = []
-    distinct: set[int] = set()
+    counts = _Counts(max_length, purpose)
     for record in records:
-        count += 1
-        record_format = record.format
-        study_items += bool(record.study)
-        size += len(record.content.encode())
-        if (text := hash(record.content)) not in distinct:
-            distinct.add(text)
-            cut_records += _parts(record, max_length)
-        needs_chat_template = needs_chat_template or record.needs_chat_template
-        file = record.path or record.name
-        if file not in files:
-            files.add(file)
-            languages[record.language] += 1
-        if len(keys) < 50 * purpose.min_examples:  # more are not needed to see that there are enough
-            keys += _expected_examples(record, file, max_length, purpose)
+        counts.add(record)
     where = str(path or purpose.field)
-    if record_format is None:
+    if not counts.records:
         raise DataError(
             f"{where} contains no {'usable ' * bool(notes.skipped)}records. Left out: {describe_exclusions(notes.counts())}.",
             code="training_data_empty",
@@ -333,18 +351,18 @@ def summarise_records(
             ),
         )
     if not beside_code:
-        require_enough_examples(keys, notes.counts(), where, purpose, advice=advice_on_records(notes.counts()))
+        require_enough_examples(counts.keys, notes.counts(), where, purpose, advice=advice_on_records(notes.counts()))
     return SourceSummary(
         kind=kind,
         path=path,
-        files=len(files),
-        examples=count,
-        study_items=study_items,
-        cut_records=cut_records,
-        estimated_tokens=round(size / BYTES_PER_TOKEN),
-        languages=dict(languages.most_common()),
+        files=len(counts.files),
+        examples=counts.records,
+        study_items=counts.study_items,
+        cut_records=counts.cut_records,
+        estimated_tokens=round(counts.size / BYTES_PER_TOKEN),
+        languages=dict(counts.languages.most_common()),
         left_out=dict(notes.counts()),
-        needs_chat_template=needs_chat_template,
+        needs_chat_template=counts.needs_chat_template,
         unused_keys=_most_used(notes.unused),
         skipped=tuple(
             SkippedRecords(reason=reason, count=each.count, first=tuple(each.first), example=each.example)
