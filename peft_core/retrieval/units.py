@@ -1,10 +1,17 @@
-"""The code units that an adapter was trained on, from the examples of its dataset."""
+"""The code units that an adapter was trained on, from the examples of its dataset and of those that it continues."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from peft_core.data.chunking import split_finely, split_lines
+from peft_core.data.dataset import read_examples
+from peft_core.data.languages import language_named
+from peft_core.data.snapshot import FileState, Snapshot, read_snapshot
+from peft_core.data.units import unit_digest
 from peft_core.schemas.dataset import Example, FillInTheMiddle, Segment
 
 
@@ -17,6 +24,51 @@ class CodeUnit:
     start_line: int  # 1-based
     end_line: int  # inclusive
     text: str
+
+
+def read_units(files: Sequence[Path], fill_in_the_middle: FillInTheMiddle | None) -> list[CodeUnit]:
+    """Return the code that an adapter was trained on, as it was when the adapter was trained, each text once.
+
+    Of earlier trainings, what had changed or been deleted by then is left out: a new version of it is in the first file.
+
+    Args:
+        files: train.jsonl of the adapter's dataset, then those of the adapters that it continues. What the code was lies beside
+            each, in the dataset's snapshot.
+        fill_in_the_middle: As for `units_of`.
+
+    Raises:
+        DataError: 'broken_dataset'.
+    """
+    if not files:
+        return []
+    newest, *earlier = files
+    units = {unit.text: unit for unit in units_of(read_examples(newest), fill_in_the_middle)}
+    now = read_snapshot(newest.parent) if earlier else None
+    for file in earlier:
+        found = units_of(read_examples(file), fill_in_the_middle)
+        for unit in found if now is None or not now.files else _still_there(found, read_snapshot(file.parent), now):
+            units.setdefault(unit.text, unit)
+    return list(units.values())
+
+
+def _still_there(units: Iterable[CodeUnit], then: Snapshot | None, now: Snapshot) -> Iterator[CodeUnit]:
+    """Yield the units that are in the code now: those of files that are the same, and of others if each part is known."""
+    before = {file.path: file.digest for file in then.files} if then is not None else {}
+    files = {file.path: file for file in now.files}
+    path_of = {file.digest: file.path for file in now.files}
+    for unit in units:
+        file, digest = files.get(unit.path), before.get(unit.path)
+        if file is not None and (file.digest == digest or _has(file, unit)):
+            yield unit
+        elif file is None and digest in path_of:  # it was moved
+            yield replace(unit, path=path_of[digest])
+
+
+def _has(file: FileState, unit: CodeUnit) -> bool:
+    """Return whether every function or paragraph of a unit is in a file. One that was cut in the middle is in none."""
+    lines = split_lines(textwrap.dedent(unit.text))
+    parts = ["".join(lines[part.start : part.end]) for part in split_finely(lines, language_named(unit.language))]
+    return bool(parts) and set(map(unit_digest, parts)) <= set(file.unit_digests)
 
 
 def units_of(examples: Iterable[Example], fill_in_the_middle: FillInTheMiddle | None) -> list[CodeUnit]:

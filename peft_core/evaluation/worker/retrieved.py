@@ -18,14 +18,13 @@ import torch
 
 from peft_core.base_models.tokenizer import BaseTokenizer
 from peft_core.data.chunking import split_lines
-from peft_core.data.dataset import read_examples
 from peft_core.evaluation.columns import MIN_POSITIONS
 from peft_core.evaluation.worker.completion_points import Line, find_lines
 from peft_core.evaluation.worker.scoring import HeldOutExample
 from peft_core.evaluation.worker.whole_files import tokenise_file
 from peft_core.modeling.batches import Document
 from peft_core.retrieval.context import CANDIDATES, compose, last_lines
-from peft_core.retrieval.units import units_of
+from peft_core.retrieval.units import read_units
 from peft_core.schemas.dataset import Example, HeldOutFile, Segment
 
 POSITION_TOKENS = 832  # of a document, at most
@@ -108,8 +107,7 @@ def _with_contexts(
 ) -> Positions:
     from peft_core.retrieval.worker.index import UnitIndex  # noqa: PLC0415 -- not for evaluations without positions
 
-    examples = (example for path in training_code for example in read_examples(path))
-    index = UnitIndex(units_of(examples, tokenizer.fill_in_the_middle))
+    index = UnitIndex(read_units(training_code, tokenizer.fill_in_the_middle))
     retrieved = []
     for position in positions:
         context = compose(

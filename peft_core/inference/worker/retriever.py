@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from peft_core.base_models.tokenizer import BaseTokenizer
-from peft_core.data.dataset import read_examples
 from peft_core.errors import InvalidArgument
 from peft_core.inference.worker.models import LoadedModel, encode
 from peft_core.retrieval.context import CANDIDATES, MAX_CONTEXT_TOKENS, Context, compose, last_lines
-from peft_core.retrieval.units import units_of
+from peft_core.retrieval.units import read_units
 from peft_core.schemas.generation import GenerationRequest
 from peft_core.schemas.retrieval import Retrieved, RetrievedUnit, UnitSource
 
@@ -76,8 +75,7 @@ class Retriever:
 
         known = self._source is not None and self._source.examples == source.examples
         if self._index is None or not known:
-            examples = (example for path in source.examples for example in read_examples(path))
-            self._index = UnitIndex(units_of(examples, tokenizer.fill_in_the_middle))
+            self._index = UnitIndex(read_units(source.examples, tokenizer.fill_in_the_middle))
             self._source = source
         return self._index
 
