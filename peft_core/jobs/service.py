@@ -493,18 +493,24 @@ class JobService:
         return self._start(job.job_id) if by_itself else self.ask_for(job.job_id)
 
     def base_of(self, job_id: str) -> str | None:
-        """Return a reference to the base model that a job trained on, or None if this data directory has no such job."""
-        try:
-            base = self._store.get(job_id).request.base if self._store.exists else None
-        except JobNotFound:
-            return None
-        return None if base is None else base.reference
+        """Return a reference to the base model that a job trained on, or None if no record of the job can be read."""
+        request = self._request_of(job_id)
+        return None if request is None else request.base.reference
 
     def dataset_of(self, job_id: str) -> DatasetSpec | None:
-        """Return what a job was trained on, with its selection, or None if this data directory has no such job."""
-        with suppress(JobNotFound):
-            return self._store.get(job_id).request.dataset if self._store.exists else None
-        return None
+        """Return what a job was trained on, with its selection, or None if no record of the job can be read."""
+        request = self._request_of(job_id)
+        return None if request is None else request.dataset
+
+    def _request_of(self, job_id: str) -> JobRequest | None:
+        """Return what a job was asked to do; None if that is not known, which must not affect the adapter that it published."""
+        try:
+            return self._store.get(job_id).request if self._store.exists else None
+        except JobNotFound:
+            return None
+        except StorageError as error:
+            log.warning("What adapter %s was trained on is not known: %s", job_id, error.message)
+            return None
 
     def _project_of(self, *adapters: Path) -> str:
         """Return the project of the first published adapter. One from another directory is a project named after that."""

@@ -53,6 +53,7 @@ TRAININGS = """
     SELECT job_id, state FROM jobs
     WHERE project_id = ? AND json_valid(state) AND json_extract(state, '$.request.evaluated') IS NULL ORDER BY turn DESC
 """
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 UNFINISHED = (Status.QUEUED, Status.IN_PROGRESS)
 
 
@@ -387,7 +388,20 @@ class Store:
                 db.execute("PRAGMA foreign_keys = ON")
                 yield db
             except sqlite3.DatabaseError as error:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED:  # the driver's own errors have no code
+                    raise self._damaged(error) from error
                 raise unwritable(self._path.parent, error) from error
+
+    def _damaged(self, error: sqlite3.DatabaseError) -> StorageError:
+        return StorageError(
+            f"The database of jobs {self._path} is damaged: {error}.",
+            code="damaged_database",
+            suggestions=[
+                f"Move it away, with {self._path.name}-wal and {self._path.name}-shm if they exist: train_adapter creates a new "
+                "one, and published adapters are not affected",
+                "Or restore it from a backup",
+            ],
+        )
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

@@ -23,7 +23,7 @@ COMPARE_WAIT_S = 2.5  # how long a call waits for comparisons: the first takes 0
 class StalenessService:
     """Compares adapters with their code.
 
-    `dataset_of(adapter_id)` returns what the job that trained an adapter was given, or None if there is no such job.
+    `dataset_of(adapter_id)` returns what the job that trained an adapter was given, or None if no record of the job can be read.
     """
 
     def __init__(self, settings: Settings, dataset_of: Callable[[str], DatasetSpec | None]) -> None:
@@ -38,7 +38,7 @@ class StalenessService:
             return None
         spec = self._dataset_of(adapter.name)
         if spec is None:
-            return unknown("the job that trained the adapter, which names it, was deleted.")
+            return unknown("the job that trained the adapter, which names it, was deleted or cannot be read.")
         repositories = [source for source in spec.sources if source.kind is SourceKind.REPOSITORY]
         if not repositories:
             return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,18 @@ def test_a_project_is_answered_with_its_latest_training_although_an_evaluation_f
     assert (status.job_id, status.kind) == ("new", "training")
     named = service.status_and_ensure_runner("web", "evaluation")
     assert (named.kind, named.evaluated_on) == ("evaluation", "/code/web")
+
+
+def test_what_an_adapter_was_trained_on_is_unknown_if_the_record_of_its_job_cannot_be_read(
+    settings: Settings, service: JobService
+) -> None:
+    insert(settings, make_job("known"), make_job("edited"))
+    with closing(sqlite3.connect(settings.paths.database)) as db, db:
+        db.execute("UPDATE jobs SET state = '{}' WHERE job_id = 'edited'")
+    assert (service.base_of("edited"), service.dataset_of("edited")) == (None, None)
+    assert service.base_of("known") is not None
+    settings.paths.database.write_bytes(b"no database any more" * 100)
+    assert (service.base_of("known"), service.dataset_of("known")) == (None, None)
 
 
 @pytest.mark.parametrize("newer", ["a", "b"])

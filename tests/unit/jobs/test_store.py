@@ -167,8 +167,22 @@ def test_processes_that_create_the_database_concurrently_share_it(tmp_path: Path
 
 def test_a_damaged_database_is_a_storage_error(store: Store, database: Path) -> None:
     database.write_bytes(b"this was a database once" * 100)
-    with pytest.raises(StorageError, match="not a database"):
+    with pytest.raises(StorageError, match=r"not a database.* Move it away.* published adapters") as caught:
         store.latest("web")
+    assert caught.value.code == "damaged_database"
+
+
+def test_a_database_with_damaged_pages_is_reported_as_damaged(store: Store, database: Path) -> None:
+    store.insert(make_job("a"))
+    with closing(sqlite3.connect(database)) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        page = db.execute("PRAGMA page_size").fetchone()[0]
+    with database.open("r+b") as file:
+        file.seek(page)
+        file.write(b"\xff" * (database.stat().st_size - page))
+    with pytest.raises(StorageError, match="is damaged: database disk image is malformed") as caught:
+        store.get("a")
+    assert caught.value.code == "damaged_database"
 
 
 def test_an_unusable_data_directory_is_reported_with_its_setting(tmp_path: Path) -> None:
