@@ -95,7 +95,9 @@ def summarise_refresh(refreshed: Refreshed) -> str:
     """Return what came of bringing a project up to date, and when it is retrained by itself, in sentences."""
     parts = [f"{refreshed.project_id}: {refreshed.reason.rstrip('.')}."]
     if refreshed.job is not None:
-        parts.append(f"Job {refreshed.job.job_id}: {headline(refreshed.job)}. It runs only while the machine is free.")
+        parts.append(f"Job {refreshed.job.job_id}: {headline(refreshed.job)}.")
+        if refreshed.job.only_while_free:
+            parts.append("It runs only while the machine is free.")
     if isinstance(refreshed.retrain_when, RetrainThreshold):
         parts.append(f"It is retrained by itself when {refreshed.retrain_when.in_words}.")
     return " ".join(parts)

@@ -64,9 +64,18 @@ def is_git_directory(root: Path) -> bool:
     return (root / "HEAD").is_file() and (root / "objects").is_dir() and (root / "refs").is_dir()
 
 
+def has_commit(root: Path) -> bool:
+    """Return whether a directory is in a git repository with a commit."""
+    return bool(_head(root))
+
+
+def _head(root: Path) -> bytes | None:
+    return _git(root, "rev-parse", "--verify", "--quiet", "HEAD^{commit}")
+
+
 def head_state(root: Path) -> tuple[str | None, bool | None]:
     """Return the commit of HEAD, and whether anything below root differs from it; None for what is unknown."""
-    commit = _git(root, "rev-parse", "--verify", "--quiet", "HEAD^{commit}")
+    commit = _head(root)
     if not commit:
         return None, None
     without_filters = _no_filters(root)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
-from peft_core.data.git import first_commits
+from peft_core.data.git import first_commits, has_commit
+from peft_core.data.table import LANCE_SUFFIX
 from peft_core.errors import DataError, InvalidArgument, PeftMcpError, StorageError
 from peft_core.jobs.service import JobService
 from peft_core.jobs.state import Job
@@ -165,11 +166,12 @@ class ProjectService:
             PeftMcpError: the project is unknown or not registered, or its training cannot be planned.
         """
         registration = self.registered(project_id)
-        if retrain_when is not None:
+        if retrain_when == "never":
             registration = self._set_rule(registration, retrain_when)
-            if retrain_when == "never":
-                return self._nothing(registration, "registered", "It is not retrained by itself from now on")
-            return self._plan_due(registration)
+            return self._nothing(registration, "registered", "It is not retrained by itself from now on")
+        if retrain_when is not None:
+            self._require_followable(registration, retrain_when)
+            return self._plan_due(self._set_rule(registration, retrain_when))
         trainings = self._jobs.trainings(project_id)
         if (unfinished := _unfinished(trainings)) is not None:
             status = self._jobs.ask_for(unfinished.job_id)
@@ -309,6 +311,27 @@ class ProjectService:
         return self._registrations.change(
             registration.project_id,
             lambda before: (before or registration).model_copy(update={"retrain_when": rule}),
+        )
+
+    def _require_followable(self, registration: Registration, rule: RetrainThreshold) -> None:
+        """Check that a rule can ever demand a training of a project.
+
+        Raises:
+            InvalidArgument: it compares what is not compared for this project, or the project's source cannot be read again.
+        """
+        project_id = registration.project_id
+        paths = [Path(source) for source in (self._require_source(registration), *registration.config.more_sources)]
+        repositories = [path for path in paths if path.is_dir() and path.suffix != LANCE_SUFFIX]
+        if not repositories:
+            needed = f"it needs a repository, but project {project_id!r} was trained on records, whose changes are not known"
+            advice = "Call refresh_project without retrain_when once the records have changed"
+        elif rule.commits is not None and not any(map(has_commit, repositories)):
+            needed = f"it needs the commits of a git repository, and {', '.join(map(str, repositories))} has none"
+            advice = 'Give {"units": N}, which compares the files'
+        else:
+            return
+        raise InvalidArgument(
+            "retrain_when", rule.model_dump(exclude_none=True), needed, suggestions=[advice], code="rule_without_effect"
         )
 
     def _require_source(self, registration: Registration) -> str:

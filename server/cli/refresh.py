@@ -8,7 +8,7 @@ from argparse import Namespace
 from anyio.to_thread import run_sync
 from pydantic import ValidationError
 
-from peft_core.errors import InvalidArgument
+from peft_core.errors import InvalidArgument, PeftMcpError
 from peft_core.manager import PEFTManager
 from peft_core.projects.hook import HookChange, plan_hook, plan_removal, schedule_lines
 from peft_core.schemas.frozen import FrozenModel
@@ -43,19 +43,31 @@ async def refresh(manager: PEFTManager, options: Namespace, terminal: Terminal) 
     named: list[str] | None = options.projects or None
     if options.install_hook or options.remove_hook:
         return await _change_hooks(manager, named, options, terminal)
-    if options.retrain_when is not None:
-        rule = rule_of(options.retrain_when)
-        projects = [entry.project_id for entry in await manager.registered_projects(named)]
-        return _show([await manager.refresh_project(project, rule) for project in projects], terminal)
-    if options.if_due:
+    if options.if_due and options.retrain_when is None:
         return _show(await manager.refresh_due(named), terminal)
+    rule = None if options.retrain_when is None else rule_of(options.retrain_when)
     projects = [entry.project_id for entry in await manager.registered_projects(named)]
-    if len(projects) == 1:
-        refreshed = await manager.refresh_project(projects[0])
-        if refreshed.job is None:
-            return _show([refreshed], terminal)
-        return await wait_unless(options, manager, refreshed.job, terminal)
-    return _show([await manager.refresh_project(project) for project in projects], terminal)
+    if len(projects) != 1:
+        return _show([await _refresh_one_of_many(manager, project, rule) for project in projects], terminal)
+    refreshed = await manager.refresh_project(projects[0], rule)
+    if rule is not None or refreshed.job is None:
+        return _show([refreshed], terminal)
+    return await wait_unless(options, manager, refreshed.job, terminal)
+
+
+async def _refresh_one_of_many(manager: PEFTManager, project: str, rule: RetrainWhen | None) -> Refreshed:
+    """Refresh a project; one that cannot be refreshed must not keep the others from it."""
+    try:
+        return await manager.refresh_project(project, rule)
+    except PeftMcpError as error:
+        (entry,) = await manager.registered_projects([project])
+        return Refreshed(
+            project_id=project,
+            outcome="not_possible",
+            reason=str(error),
+            retrain_when=entry.retrain_when,
+            source=entry.source,
+        )
 
 
 def rule_of(text: str) -> RetrainWhen:

@@ -138,18 +138,19 @@ def test_a_project_that_was_not_trained_here_is_refused_with_the_call_that_regis
 
 
 def test_a_project_whose_source_is_gone_is_refused_with_its_path(trained: World, repository: Path) -> None:
+    trained.refresh(retrain_when=RetrainThreshold(units=20))
     shutil.rmtree(repository)
     with pytest.raises(InvalidArgument, match="does not exist any more") as caught:
         trained.refresh()
     assert str(repository) in str(caught.value)
     assert caught.value.code == "source_gone"
-    trained.refresh(retrain_when="never")
     trained.staleness = CHANGED
-    assert trained.refresh(retrain_when="never").outcome == "registered"
     with pytest.raises(InvalidArgument):
         trained.refresh(retrain_when=TENTH)
+    assert trained.projects.registered("web").retrain_when == RetrainThreshold(units=20)
     assert trained.check().outcome == "not_possible"
     assert "does not exist any more" in trained.check().reason
+    assert trained.refresh(retrain_when="never").outcome == "registered"
 
 
 def test_a_project_that_was_trained_on_records_of_a_call_is_refused(world: World) -> None:
@@ -159,6 +160,24 @@ def test_a_project_that_was_trained_on_records_of_a_call_is_refused(world: World
     assert world.projects.registered("chats").source is None
     with pytest.raises(InvalidArgument, match="records that the call gave"):
         world.refresh("chats")
+
+
+def test_a_rule_that_could_never_have_an_effect_is_refused(world: World, tmp_path: Path) -> None:
+    file = tmp_path / "records.jsonl"
+    file.write_text("".join(f"{json.dumps(record)}\n" for record in RECORDS))
+    without_git = make_repository(tmp_path / "plain")
+    shutil.rmtree(without_git / ".git")
+    for project, data in (("call", RECORDS), ("file", str(file)), ("plain", str(without_git))):
+        world.train(data, project)
+    for project, rule, reason in (
+        ("call", TENTH, "records that the call gave"),
+        ("file", TENTH, "trained on records, whose changes are not known"),
+        ("plain", RetrainThreshold(commits=2), "needs the commits of a git repository, and .*plain has none"),
+    ):
+        with pytest.raises(InvalidArgument, match=reason):
+            world.refresh(project, rule)
+        assert world.projects.registered(project).retrain_when == "never"
+    assert world.refresh("plain", TENTH).retrain_when == TENTH
 
 
 def test_another_repository_at_the_same_path_is_refused(trained: World, repository: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from peft_core.jobs.store import Store
 from peft_core.paths import DataPaths
 from peft_core.projects.registrations import Registrations
 from peft_core.schemas.evaluation import Verdict
-from peft_core.schemas.project import Registration, RetrainThreshold, RetrainWhen
+from peft_core.schemas.project import Refreshed, Registration, RetrainThreshold, RetrainWhen
 from peft_core.schemas.results import ErrorInfo, Status
 from peft_core.schemas.training import EvaluatedAdapter, ProjectId
 from server.cli import exit_codes
@@ -34,6 +34,7 @@ from server.cli.follow import advice
 from server.cli.jobs import judge, project_of, training_config
 from server.cli.run import run
 from server.cli.terminal import Terminal
+from server.status_text import summarise_refresh
 from tests.factories import make_comparison, make_evaluation, make_job
 from tests.unit.storage.conftest import publish
 
@@ -370,6 +371,27 @@ def test_projects_that_cannot_be_checked_are_reported_with_exit_code_2(
     (project,) = json.loads(out)["projects"]
     assert (project["project_id"], project["outcome"]) == ("web", "not_possible")
     assert "does not exist any more" in project["reason"]
+
+
+def test_a_project_that_cannot_be_refreshed_does_not_keep_the_others_from_it(
+    cli: Cli, paths: DataPaths, repository: Path, tmp_path: Path
+) -> None:
+    register(paths, "first", tmp_path / "gone")
+    register(paths, "last", repository)
+    code, out, _ = cli("refresh", "--retrain-when", "units=10")
+    assert code == exit_codes.REFUSED
+    assert re.match(r"first: source = .* does not exist any more.*\nlast: .*retrained by itself when 10 %", out)
+    rules = {entry.project_id: entry.retrain_when for entry in Registrations(paths).all()}
+    assert rules == {"first": "never", "last": RetrainThreshold(units=10)}
+    assert [line.partition(":")[0] for line in cli("refresh")[1].splitlines()] == ["first", "last"]
+
+
+def test_a_training_that_was_asked_for_is_not_said_to_wait_for_a_free_machine() -> None:
+    job = status_of(make_job(), 1, Path("/none"), now=0.0)
+    asked_for = Refreshed(project_id="web", outcome="queued", reason="started to catch up", job=job)
+    by_itself = asked_for.model_copy(update={"job": job.model_copy(update={"only_while_free": True})})
+    free = "It runs only while the machine is free."
+    assert [free in summarise_refresh(refreshed) for refreshed in (asked_for, by_itself)] == [False, True]
 
 
 def test_a_refresh_without_projects_says_so(cli: Cli) -> None:
