@@ -41,15 +41,15 @@ _CELL_MAGICS = {
 _PLAIN_NAME = re.compile(r"[\w+#. -]{1,30}")
 _MAGIC = re.compile(r"\s*(%%?|#!)([\w.-]+)[^\S\n]*(.*)")
 _TIMING = re.compile(
-    r"(\s*)%(?:time|timeit|prun|memit)(?:\s+-\w+(?:\s+\d+)?)*\s+(?=\S)"
-)  # a command before a statement
+    r"^(\s*(?:\w[\w\s,.]*=\s*)?)%(?:time|timeit|prun|memit)(?:\s+-\w+(?:\s+\d+)?)*\s+(?=\S)"
+)  # a command before a statement, or before the value that a statement assigns
 # `%s` at the start of a line is part of a text, and `!=` of a condition.
-_COMMAND = re.compile(
+_PYTHON_COMMAND = re.compile(
     r"\s*(?:%{1,2}[A-Za-z_]\w|!(?!=)|\?{1,2}\w)|[\w.]+\?{1,2}\s*$|[\w\s,.]+=\s*(?:!(?!=)|%[A-Za-z_]\w)"
 )
-_COMMANDED = frozenset(
-    {"python", "julia", "csharp", "fsharp", "scala"}
-)  # languages in whose cells such lines are no code
+# In these languages `!` is an operator, and the remainder `%` may begin a line, which is then indented.
+_OTHER_COMMAND = re.compile(r"(?:%{1,2}|#!|[?;\]])[A-Za-z_]\w")
+_COMMANDS = {_DEFAULT: _PYTHON_COMMAND} | dict.fromkeys(("julia", "csharp", "fsharp", "scala"), _OTHER_COMMAND)
 
 
 @dataclass(slots=True)
@@ -192,13 +192,14 @@ def _without_commands(lines: list[str], language: str) -> tuple[list[tuple[int, 
     rows, commands = list(enumerate(lines)), 0
     if cell_language is not None:
         rows, commands, language = rows[first + 1 :], 1, cell_language
-    if language not in _COMMANDED:
+    command = _COMMANDS.get(language)
+    if command is None:
         return rows, language, commands
     kept: list[tuple[int, str]] = []
     continues = False
     for row, line in rows:
         timed = _TIMING.sub(r"\1", line)
-        is_command = continues or _COMMAND.match(timed) is not None
+        is_command = continues or command.match(timed) is not None
         commands += is_command or timed != line
         indent = timed[: len(timed) - len(timed.lstrip())]
         if not is_command:

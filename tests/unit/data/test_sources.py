@@ -226,6 +226,8 @@ def test_the_code_of_a_notebook_is_in_the_language_of_its_kernel(metadata: dict[
         ("!pip install \\\n  numpy\nx = 1", {"python": "x = 1\n"}),
         ("if x:\n    !ls\nelse:\n    y = 1", {"python": "if x:\n    pass\nelse:\n    y = 1\n"}),
         ("%time y = f(x)", {"python": "y = f(x)\n"}),
+        ("a, b = %time f(x)", {"python": "a, b = f(x)\n"}),
+        ("print('took %time s')", {"python": "print('took %time s')\n"}),
         ("files = !ls\ndf.head?\nx != 1", {"python": "x != 1\n"}),
         ("%%time\ny = f(x)", {"python": "y = f(x)\n"}),
         ("%%bash\nls -l", {"shell": "ls -l\n"}),
@@ -238,6 +240,19 @@ def test_the_code_of_a_notebook_is_in_the_language_of_its_kernel(metadata: dict[
 )
 def test_commands_of_a_notebook_are_left_out_and_other_languages_are_kept(cell: str, expected: dict[str, str]) -> None:
     assert code_of(notebook(cell)) == expected
+
+
+@pytest.mark.parametrize(
+    ("language", "commands", "code"),
+    [
+        ("julia", "?sin\n;ls\n]add Plots\n", "if !isempty(x)\n    y = !x\n    !y && z\nend\n"),
+        ("C#", "#!time\n", "var ok = a\n    %bar && !list.Any();\n!ok.Equals(b);\n"),
+        ("scala", "%profile\n", "val ok = !done\n  !ok\n"),
+    ],
+)
+def test_an_operator_that_is_a_command_in_python_is_code_elsewhere(language: str, commands: str, code: str) -> None:
+    found = code_of(notebook(f"{commands}{code}", kernelspec={"language": language}))
+    assert list(found.values()) == [code]
 
 
 def test_commands_and_cells_of_unknown_languages_are_counted() -> None:
