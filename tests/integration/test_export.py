@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +58,16 @@ def make(tmp_path: Path) -> Any:
         *,
         base_format: str = "huggingface",
         fill_in_the_middle: bool = False,
+        inside: str = ".",
         **config: Any,
     ) -> ExportReport:
-        base = write_tiny_base(tmp_path / "base", architecture)
+        root = tmp_path / inside
+        base = write_tiny_base(root / "base", architecture)
         write_byte_level_tokenizer(base, ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"] if fill_in_the_middle else [])
         if base_format == "gguf":
-            write_hf_gguf(resolve(str(base), Settings()), None, tmp_path / "base.gguf", "f32")
-            base = tmp_path / "base.gguf"
-        adapter = write_adapter(tmp_path / "adapter", base, architecture, **config)
+            write_hf_gguf(resolve(str(base), Settings()), None, root / "base.gguf", "f32")
+            base = root / "base.gguf"
+        adapter = write_adapter(root / "adapter", base, architecture, **config)
         request = ExportRequest(
             adapter_path=adapter,
             adapter_id="adapter",
@@ -71,7 +75,7 @@ def make(tmp_path: Path) -> Any:
             base_was_named=False,
             to=to,
             format=form,
-            directory=tmp_path / "out" / "export",
+            directory=root / "out" / "export",
             overwrite=False,
             token="0123",  # noqa: S106 -- a part of a directory's name
             held_out=None,
@@ -108,6 +112,14 @@ def test_a_lora_file_computes_in_llama_cpp_what_peft_computes(make: Any, archite
     metadata = read_gguf_header(Path(report.files[0].path)).metadata
     assert metadata["adapter.lora.alpha"] == 8.0
     assert metadata["peft_mcp.base.fingerprint.sample"] == report.base_fingerprint["sample"]
+
+
+def test_files_are_named_as_a_shell_and_a_modelfile_take_them(make: Any) -> None:
+    usage = make("llama", "gguf-lora", "f32", base_format="gguf", inside="it's a place, ü").usage
+    arguments = shlex.split(usage[0])
+    named = re.findall(r"`(?:FROM|ADAPTER) (.*?)`", usage[1])  # Ollama takes single quotes for a part of the name
+    assert named == [arguments[2], arguments[4]]
+    assert all(Path(name).is_file() for name in named)
 
 
 @pytest.mark.parametrize("mistake", ["rows of q and k in PEFT's order", "rsLoRA taken for LoRA"])

@@ -57,7 +57,12 @@ class Job:
     @property
     def base_gguf(self) -> str:
         """The base model's own GGUF file, quoted for a shell."""
-        return shlex.quote(str(self.base.path)) if self.base.format == "gguf" else "BASE.gguf"
+        return shlex.quote(self.base_gguf_path)
+
+    @property
+    def base_gguf_path(self) -> str:
+        """The same for a Modelfile, which takes a path as it is: single quotes would be a part of it."""
+        return str(self.base.path) if self.base.format == "gguf" else "BASE.gguf"
 
     @cached_property
     def hf_directory(self) -> Path:

@@ -45,12 +45,13 @@ def write_gguf_lora_target(job: Job) -> Written:
     )
     write_gguf_lora(job.lora, job.base, path, job.request.format)
     base, file = job.base_gguf, job.final(path.name)
+    instructions = f"`FROM {job.base_gguf_path}` and `ADAPTER {job.request.directory / path.name}`"
     return Written(
         form=f"a LoRA file for llama.cpp ({job.request.format.upper()})",
         verification=verify_lora(job, path),
         usage=[
             f"llama-server -m {base} --lora {file} --host 127.0.0.1",
-            f"Ollama up to 0.34.0: a Modelfile with `FROM {base}` and `ADAPTER {file}`; later versions take a merged model",
+            f"Ollama up to 0.34.0: a Modelfile with {instructions}; later versions take a merged model",
             f"The base model must be {job.base.name}: llama.cpp does not check it",
         ],
     )
@@ -89,7 +90,7 @@ def write_merged_target(job: Job) -> Written:
         verification=verification,
         usage=[
             f"llama-server -m {job.final(path.name)} --host 127.0.0.1",
-            f"Ollama: a Modelfile with `FROM {job.final(path.name)}`, then `ollama create NAME -f Modelfile`",
+            f"Ollama: a Modelfile with `FROM {job.request.directory / path.name}`, then `ollama create NAME -f Modelfile`",
             f"LM Studio: `lms import {job.final(path.name)}`",
         ],
     )
