@@ -314,7 +314,7 @@ def _ignore_rules(path: Path) -> GitIgnoreSpec:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as stream:
-            lines = stream.read(MAX_FILE_BYTES).decode("utf-8", "replace").splitlines()
+            lines = stream.read(MAX_FILE_BYTES).decode("utf-8-sig", "replace").splitlines()
         return GitIgnoreSpec.from_lines(lines)
     except (OSError, ValueError):  # git continues without a file that it cannot read, too
         return GitIgnoreSpec.from_lines([])

@@ -160,7 +160,7 @@ def test_unprintable_file_names_do_no_harm(tmp_path: Path):
 
 def test_without_git_the_gitignore_files_apply_and_the_deepest_takes_precedence(tmp_path: Path):
     repository(tmp_path)
-    (tmp_path / ".gitignore").write_text("*.gen.py\n/made/\nlocal_*.py\n")
+    (tmp_path / ".gitignore").write_text("\ufefflocal_*.py\n*.gen.py\n/made/\n", encoding="utf-8")
     (tmp_path / "src" / ".gitignore").write_text("!local_keep.py\n/only_here.py\n")
     for name in ("made/a.py", "src/local_keep.py", "src/local_drop.py", "src/only_here.py", "only_here.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
