@@ -131,7 +131,7 @@ _TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "
 class LoraSettings:
     """The validated settings that determine what the weights mean: LoRA adds scale * B @ A to a weight of the base model.
 
-    Keys of the patterns are names or dotted suffixes of names; `^` before a key: the full name.
+    Keys of the patterns, and excluded modules, are names or dotted suffixes of names; `^` before one: the full name.
     """
 
     rank: int
@@ -153,7 +153,7 @@ class LoraSettings:
 
         As in PEFT, `layers_to_transform` does not restrict targets that are full names.
         """
-        if any(suffix in self._excluded for suffix in dotted_suffixes(module)):
+        if any(name in self._excluded for name in (f"^{module}", *dotted_suffixes(module))):
             return False
         if self.target_modules is None or module in self._targets:
             return True
@@ -218,7 +218,7 @@ def _settings(config: Mapping[str, Any]) -> LoraSettings:
         rank_pattern=None if rank_expressions else rank_pattern,
         alpha_pattern={key: float(alpha) for key, alpha in alpha_pattern.items()},
         alpha_expressions=alpha_expressions,
-        exclude_modules=tuple(_names(config.get("exclude_modules"))) if targets is not None else (),
+        exclude_modules=_excluded_modules(config.get("exclude_modules")) if targets is not None else (),
         layers_to_transform=(layers,) if isinstance(layers, int) else tuple(layers or ()) or None,
         layers_pattern=tuple(_names(config.get("layers_pattern"))),
         trained_biases=config.get("bias") or "none",
@@ -262,6 +262,11 @@ def _literal_pattern(pattern: Mapping[str, _T] | None) -> tuple[dict[str, _T], t
         else:
             expressions.append(key)
     return literal, tuple(expressions)
+
+
+def _excluded_modules(value: object) -> tuple[str, ...]:
+    """Return what is excluded. PEFT matches a single text with full names, and each name of a list with their endings, too."""
+    return (f"^{value}",) if isinstance(value, str) and value else tuple(_names(value))
 
 
 def _names(value: object) -> list[Any]:

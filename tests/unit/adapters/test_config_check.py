@@ -189,6 +189,8 @@ def test_targets_that_cannot_be_read_literally_follow_from_the_weights(config: d
 def test_exclusions_and_named_layers_are_read_literally() -> None:
     settings = accepted(exclude_modules=["layers.1.self_attn.q_proj", "lm_head"])
     assert [settings.targets(Q_PROJ.format(i)) for i in range(3)] == [True, False, True]
+    assert accepted(exclude_modules="q_proj").targets(Q_PROJ.format(0)), "PEFT matches a single text with full names"
+    assert not accepted(exclude_modules=Q_PROJ.format(0)).targets(Q_PROJ.format(0))
     in_blocks = accepted(target_modules=["c_attn"], layers_to_transform=[1], layers_pattern="h")
     assert [in_blocks.targets(f"transformer.h.{i}.attn.c_attn") for i in range(2)] == [False, True]
     assert not in_blocks.targets("transformer.g.1.attn.c_attn")
