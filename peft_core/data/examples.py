@@ -111,7 +111,8 @@ def parts_of_file(file: File, path: str, result: FileResult) -> list[SourcePart]
     text = read_text(file.path, generated=file.is_named)
     if isinstance(text, ExclusionReason):
         return text
-    return [SourcePart(language_of_text(path, text, file.language), split_lines(text))]
+    language = language_of_text(path, text, file.language)
+    return ExclusionReason.NO_CODE if language is None else [SourcePart(language, split_lines(text))]
 
 
 def examples_from_record(

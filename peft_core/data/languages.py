@@ -244,15 +244,18 @@ def language_of_script(first_line: str) -> Language | None:
 
 
 # What a text holds although its extension belongs to another language: (extensions, its language, how a line begins that only
-# this language has). The first match decides.
+# this language has). The first match decides. No language: it is no code.
 _CONTENT_RULES = tuple(
-    (frozenset(extensions.split()), _BY_NAME[name], re.compile(rf"^[ \t]*({pattern})", re.MULTILINE))
+    (frozenset(extensions.split()), _BY_NAME[name] if name else None, re.compile(rf"^[ \t]*({pattern})", re.MULTILINE))
     for extensions, name, pattern in (
         (".m .h", "objective-c", r"@(interface|implementation|protocol|class|import)\b|#import\b"),
         (".m", "mathematica", r"\(\*"),
         (".m", "matlab", r"%|(function|classdef|clear|clc|close all|end)\b"),
         (".v", "coq", r"(Require|Theorem|Lemma|Inductive|Fixpoint|Definition|Proof|Qed)\b[^;\n]*$"),
         (".v .vsh", "v", r"(pub\s+)?fn\s+[\w(]|import [\w.]+$"),
+        (".ts", "", r"<!DOCTYPE TS>|<TS version="),  # translations of Qt
+        (".cls", "", r"\\(NeedsTeXFormat|ProvidesClass|ProvidesExplClass|LoadClass)\b"),  # LaTeX
+        (".pro", "make", r"(QT|CONFIG|TEMPLATE|TARGET|SOURCES|HEADERS|SUBDIRS)\s*[+*-]?="),  # qmake
         (".pl .pro .t", "prolog", r":-\s|[a-z]\w*\(.*\)\s*:-|[a-z]\w*\([^()\n]*\)\.$"),
         (".pl .t", "raku", r"use v6"),
         (".cls", "visualbasic", r"VERSION \d|Attribute VB_"),
@@ -265,8 +268,11 @@ _CONTENT_RULES = tuple(
 _HEAD = 20_000  # characters that are looked at
 
 
-def language_of_text(name: str, text: str, language: Language) -> Language:
-    """Return the language of a file from its text, where its extension is shared by several; otherwise the given one."""
+def language_of_text(name: str, text: str, language: Language) -> Language | None:
+    """Return the language of a file from its text, where its extension is shared by several; otherwise the given one.
+
+    None: the text is no code.
+    """
     extension = name[name.rfind(".") :].lower()
     head = text[:_HEAD]
     rules = (rule for rule in _CONTENT_RULES if extension in rule[0])
