@@ -393,12 +393,12 @@ class Store:
                 raise unwritable(self._path.parent, error) from error
 
     def _damaged(self, error: sqlite3.DatabaseError) -> StorageError:
+        parts = f"{self._path.name}-wal and {self._path.name}-shm"
         return StorageError(
             f"The database of jobs {self._path} is damaged: {error}.",
             code="damaged_database",
             suggestions=[
-                f"Move it away, with {self._path.name}-wal and {self._path.name}-shm if they exist: train_adapter creates a new "
-                "one, and published adapters are not affected",
+                f"Move it away, with {parts} if they exist: train_adapter creates a new one, and adapters are not affected",
                 "Or restore it from a backup",
             ],
         )

@@ -323,7 +323,9 @@ class ProjectService:
         paths = [Path(source) for source in (self._require_source(registration), *registration.config.more_sources)]
         repositories = [path for path in paths if path.is_dir() and path.suffix != LANCE_SUFFIX]
         if not repositories:
-            needed = f"it needs a repository, but project {project_id!r} was trained on records, whose changes are not known"
+            needed = (
+                f"it needs a repository, but project {project_id!r} was trained on records, whose changes are not known"
+            )
             advice = "Call refresh_project without retrain_when once the records have changed"
         elif rule.commits is not None and not any(map(has_commit, repositories)):
             needed = f"it needs the commits of a git repository, and {', '.join(map(str, repositories))} has none"

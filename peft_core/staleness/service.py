@@ -23,7 +23,7 @@ COMPARE_WAIT_S = 2.5  # how long a call waits for comparisons: the first takes 0
 class StalenessService:
     """Compares adapters with their code.
 
-    `dataset_of(adapter_id)` returns what the job that trained an adapter was given, or None if no record of the job can be read.
+    `dataset_of(adapter_id)` returns what the job that trained an adapter was given, or None if that cannot be read any more.
     """
 
     def __init__(self, settings: Settings, dataset_of: Callable[[str], DatasetSpec | None]) -> None:

@@ -167,7 +167,7 @@ def test_processes_that_create_the_database_concurrently_share_it(tmp_path: Path
 
 def test_a_damaged_database_is_a_storage_error(store: Store, database: Path) -> None:
     database.write_bytes(b"this was a database once" * 100)
-    with pytest.raises(StorageError, match=r"not a database.* Move it away.* published adapters") as caught:
+    with pytest.raises(StorageError, match=r"not a database.* Move it away.* adapters are not affected") as caught:
         store.latest("web")
     assert caught.value.code == "damaged_database"
 

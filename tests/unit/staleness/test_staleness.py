@@ -284,7 +284,10 @@ def test_where_nothing_can_be_said_the_reason_is_given(tmp_path: Path):
     root, directory = committed(tmp_path / "r"), adapter(tmp_path)
     spec = make_dataset_spec(root)
     reasons = {
-        "the job that trained the adapter, which names it, was deleted or cannot be read.": (adapter(tmp_path, "unknown"), spec),
+        "the job that trained the adapter, which names it, was deleted or cannot be": (
+            adapter(tmp_path, "unknown"),
+            spec,
+        ),
         "no readable snapshot.json.gz": (directory, spec),
         f"{tmp_path / 'gone'}, which it was trained on, does not exist": (
             directory,
