@@ -461,12 +461,26 @@ class JobService:
                 f"Nothing to cancel: no training was started for project {project_id!r}.", code="nothing_to_cancel"
             )
         self._supervisor.ensure_runner_if_possible()
+        if job.status.is_final and job_id is None:
+            self._require_no_other(job)
         self._store.request_cancel(job.job_id)
         for run in self._store.runs_of_sweep(job) if job_id is None else []:
             if not run.status.is_final:
                 with suppress(JobStateError):  # it has ended meanwhile, or is the one above
                     self._store.request_cancel(run.job_id)
         return self._to_status(self._store.get(job.job_id))
+
+    def _require_no_other(self, latest: Job) -> None:
+        """Raise JobStateError if a project's latest training has ended, but another job of it has not: an evaluation."""
+        unfinished = self._store.in_state(Status.QUEUED, Status.IN_PROGRESS)
+        others = [f"{job.request.noun} {job.job_id}" for job in unfinished if job.project_id == latest.project_id]
+        if others:
+            raise JobStateError(
+                f"The latest training of project {latest.project_id!r}, {latest.job_id}, cannot be cancelled: it is "
+                f"{latest.status}.",
+                code="job_already_ended",
+                suggestions=[f"To stop what has not ended, give its job_id: {', '.join(others)}"],
+            )
 
     def resume(self, job_id: str, *, by_itself: bool = False) -> TrainingStatus:
         """Queue a job that ended early again; it continues from its last checkpoint.

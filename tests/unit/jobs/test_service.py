@@ -10,12 +10,13 @@ import pytest
 
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
-from peft_core.errors import InvalidArgument, JobNotFound
+from peft_core.errors import InvalidArgument, JobNotFound, JobStateError
 from peft_core.jobs.service import JobService
 from peft_core.jobs.state import Job
 from peft_core.jobs.store import Store
 from peft_core.schemas.results import Status
 from peft_core.schemas.training import DataSelection, EvaluatedAdapter, TrainingConfig
+from peft_core.system.lock import FileLock
 from tests.factories import make_job, make_request
 
 
@@ -54,6 +55,21 @@ def test_a_project_is_answered_with_its_latest_training_although_an_evaluation_f
     assert (status.job_id, status.kind) == ("new", "training")
     named = service.status_and_ensure_runner("web", "evaluation")
     assert (named.kind, named.evaluated_on) == ("evaluation", "/code/web")
+
+
+def test_an_evaluation_that_runs_after_the_latest_training_is_named_when_that_cannot_be_cancelled(
+    settings: Settings, service: JobService
+) -> None:
+    waiting = evaluation("waiting").model_copy(update={"status": Status.QUEUED})
+    insert(settings, make_job("training", status=Status.COMPLETED), waiting, make_job("other", "api"))
+    with FileLock(settings.paths.runner_lock) as lock:
+        assert lock.acquire()  # no runner may start
+        with pytest.raises(JobStateError, match=r"training, cannot be cancelled.* job_id: evaluation waiting\.") as caught:
+            service.cancel("web", None)
+        assert caught.value.code == "job_already_ended"
+        assert service.cancel("web", "waiting").status is Status.CANCELLED
+        with pytest.raises(JobStateError, match="Nothing needs to be done"):
+            service.cancel("web", None)
 
 
 def test_what_an_adapter_was_trained_on_is_unknown_if_the_record_of_its_job_cannot_be_read(
