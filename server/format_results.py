@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from peft_core.adapters.info import AdapterInfo
 from peft_core.errors import sanitize
+from peft_core.schemas.counts import counted
 from peft_core.schemas.dataset import describe_by_extension
 from peft_core.schemas.export import ExportReport
 from peft_core.schemas.generation import Engine, Generation
@@ -136,7 +137,7 @@ def format_adapters(listed: AdapterList, *, now: float | None = None) -> CallToo
     left = listed.not_compared
     were = "was not compared with its" if left == 1 else "were not compared with their"
     open_question = f" {left} of them {were} code in time; get_adapter_info does it." if left else ""
-    return tool_result(listed, f"{count} adapter{'' if count == 1 else 's'}{names}.{memory}{open_question}")
+    return tool_result(listed, f"{counted(count, 'adapter')}{names}.{memory}{open_question}")
 
 
 def _adapter_line(adapter: AdapterSummary, now: float) -> str:
@@ -255,7 +256,7 @@ def format_disk_usage(usage: DiskUsage) -> CallToolResult:
         for item in usage.items
     ]
     if usage.omitted_items:
-        lines.append(f"- and {usage.omitted_items} smaller ones")
+        lines.append(f"- and {counted(usage.omitted_items, 'smaller one')}")
     result.content.insert(1, TextContent(type="text", text="\n".join(lines)))
     return result
 
@@ -271,11 +272,9 @@ def format_bases(listed: LocalBases) -> CallToolResult:
     if others:
         lines.append(f"{others} {'is' if others == 1 else 'are'} not trainable or not examined; `reason` says why.")
     if listed.omitted:
-        lines.append(f"{listed.omitted} further models are not listed.")
+        lines.append(f"Not listed: {counted(listed.omitted, 'further model')}.")
     count = len(listed.base_models)
-    head = (
-        f"{count} base model{'' if count == 1 else 's'} on this machine, {len(trainable)} trainable on {listed.device}"
-    )
+    head = f"{counted(count, 'base model')} on this machine, {len(trainable)} trainable on {listed.device}"
     return tool_result(listed, "\n".join([f"{head}:" if lines else f"{head}.", *lines]), ending="\n")
 
 
@@ -312,17 +311,20 @@ def format_inspection(report: TrainingDataReport) -> CallToolResult:
     """Show one page of text. Samples appear verbatim: code with escaped line breaks is hard to read."""
     left_out = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in report.left_out.items())
     not_read = describe_by_extension(report.left_out_by_extension)
-    secrets = f" {report.secrets_removed} lines with credentials are blanked." if report.secrets_removed else ""
-    unread = f" {report.unread_files} more files were not read." if report.unread_files else ""
+    blanked, unread = report.secrets_removed, report.unread_files
+    secrets = (
+        f" {counted(blanked, 'line')} with credentials {'is' if blanked == 1 else 'are'} blanked." if blanked else ""
+    )
+    not_sampled = f" {counted(unread, 'more file')} {'was' if unread == 1 else 'were'} not read." if unread else ""
     more = len(report.held_out_files) - MAX_NAMED_FILES
     names = ", ".join(report.held_out_files[:MAX_NAMED_FILES]) + (f" and {more} more" if more > 0 else "")
     held_out = f", from {names}" if names else ""
-    size = f"{report.files} files" if report.records is None else f"{report.records} records"
+    size = counted(report.files, "file") if report.records is None else counted(report.records, "record")
     lines = [
-        f"{report.training_data}, {size}.{unread}",
+        f"{report.training_data}, {size}.{not_sampled}",
         *([report.counted] if report.counted else []),
-        f"Training set: {report.train_examples} examples, about {report.train_tokens} tokens.",
-        f"Held-out set: {report.held_out_examples} examples, about {report.held_out_tokens} tokens{held_out}.",
+        f"Training set: {counted(report.train_examples, 'example')}, about {report.train_tokens} tokens.",
+        f"Held-out set: {counted(report.held_out_examples, 'example')}, about {report.held_out_tokens} tokens{held_out}.",
         f"Left out: {left_out or 'nothing'}.{secrets}",
         *([f"Files not read: {not_read}."] if not_read else []),
         *([report.study.in_words] if report.study is not None else []),
@@ -345,7 +347,9 @@ def format_inspection(report: TrainingDataReport) -> CallToolResult:
 def format_study_plan(plan: StudyPlan) -> CallToolResult:
     """Name what is worth writing about, with the reasons; the data have signatures, callers and excerpts."""
     compared = f", compared with {plan.compared_with}" if plan.compared_with else ""
-    unread = f" {plan.unread_files} files were not read: in time, or for their syntax." if plan.unread_files else ""
+    count = plan.unread_files
+    were_not = "was not" if count == 1 else "were not"
+    unread = f" {counted(count, 'file')} {were_not} read: in time, or for their syntax." if count else ""
     most = (
         f"The {len(plan.targets)} of {plan.definitions} APIs of {sanitize(plan.source)} that are most worth study items"
     )
@@ -354,7 +358,7 @@ def format_study_plan(plan: StudyPlan) -> CallToolResult:
         *(f"- {each.study} ({each.path}:{each.start_line}): {', '.join(each.reasons)}" for each in plan.targets),
         *(["Used together:"] if plan.pairs else []),
         *(
-            f"- {pair.first} and {pair.second}, in {pair.together} functions, such as {pair.where}"
+            f"- {pair.first} and {pair.second}, in {counted(pair.together, 'function')}, such as {pair.where}"
             for pair in plan.pairs
         ),
         f"How to write them: {plan.record_format} For example: {json.dumps(plan.example, ensure_ascii=False)}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from peft_core.errors import sanitize
+from peft_core.schemas.counts import counted
 from peft_core.schemas.recommendation import BaseRecommendation, DownloadableBase, RecommendedBase
 from peft_core.system.durations import rough_duration
 
@@ -35,7 +36,7 @@ def candidate_line(base: RecommendedBase, *, with_basis: bool = True) -> str:
     """Return for instance "ollama:coder:0.5b: a model for code, ...; 494M parameters in Q8_0, about 1 h for 225 steps, ..."."""
     facts = [
         f"{base.parameters / 1e6:.0f}M parameters{f' in {base.quantisation}' if base.quantisation else ''}",
-        f"{_time(base.seconds)} for {base.steps} steps",
+        f"{_time(base.seconds)} for {counted(base.steps, 'step')}",
         f"{base.memory_bytes / 1e9:.1f} GB of memory{f' ({base.basis})' if with_basis else ''}",
     ]
     copies = f" Also here as {', '.join(map(sanitize, base.same_model))}." if base.same_model else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from peft_core.paths import adapter_names
+from peft_core.schemas.counts import counted
 from peft_core.schemas.evaluation import (
     AdapterComparison,
     Comparison,
@@ -158,16 +159,12 @@ def _training_line(status: TrainingStatus) -> str:
 
 def estimate_text(estimate: Estimate, title: str = "Estimate") -> str:
     time = f"about {rough_duration(estimate.seconds)}" if estimate.seconds else "unknown time"
-    steps = f"{estimate.steps} steps, " if estimate.steps else ""
+    steps = f"{counted(estimate.steps, 'step')}, " if estimate.steps else ""
     chosen = f" {estimate.chosen}" if estimate.chosen else ""
     cluster = f" {estimate.cluster}" if estimate.cluster else ""
     return (
         f"{title}: {steps}{time}, {estimate.memory_bytes / 1e9:.1f} GB of memory ({estimate.basis}).{chosen}{cluster}"
     )
-
-
-def counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 _SHOWN_IN_FILE = (InFileMetric.LINES, InFileMetric.PROJECT_LINES, InFileMetric.PROJECT_NAMES)

@@ -6,6 +6,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from peft_core.adapters.manifest import Manifest
 from peft_core.base_models.hub_cache import parse_hub_ref
+from peft_core.schemas.counts import counted
 from peft_core.schemas.evaluation import Comparison, Evaluation
 
 
@@ -56,10 +57,10 @@ def _summary(manifest: Manifest) -> str:
 
 
 def _measured_effect(manifest: Manifest) -> str:
-    metrics = manifest.metrics
+    metrics, held_out = manifest.metrics, counted(manifest.data.summary.held_out_examples, "held-out example")
     return (
         "## Measured effect\n\n"
-        f"Measured on {manifest.data.summary.held_out_examples} held-out examples, from files that were not trained on:\n\n"
+        f"Measured on {held_out}, from files that were not trained on:\n\n"
         "| | loss (nats per token) | perplexity |\n|---|---|---|\n"
         f"| base model | {_number(metrics.base_loss)} | {_number(metrics.base_perplexity)} |\n"
         f"| with this adapter | {_number(metrics.adapter_loss)} | {_number(metrics.adapter_perplexity)} |"
@@ -91,7 +92,8 @@ def _evaluation(evaluation: Evaluation | None) -> str:
         + (f"\n\n{evaluation.catch_up.in_words}" if evaluation.catch_up is not None else "")
         + (f"\n\n{evaluation.memorisation.in_words}" if evaluation.memorisation is not None else "")
         + f"\n\nThe intervals come from a paired bootstrap over {evaluation.resampled}, for general code over its functions "
-        f"({evaluation.files} files, {evaluation.examples} examples, {evaluation.lines} lines, {evaluation.prompts} prompts)."
+        f"({counted(evaluation.files, 'file')}, {counted(evaluation.examples, 'example')}, "
+        f"{counted(evaluation.lines, 'line')}, {counted(evaluation.prompts, 'prompt')})."
     )
 
 
@@ -122,7 +124,7 @@ def _data(manifest: Manifest) -> str:
     )
     lines = [
         f"- trained on {manifest.trained_on}",
-        f"- held out: {summary.held_out_examples} examples, {summary.held_out_tokens} tokens",
+        f"- held out: {counted(summary.held_out_examples, 'example')}, {summary.held_out_tokens} tokens",
         f"- files by language: {languages or 'unknown'}",
         f"- secrets removed: {summary.secrets_removed}",
     ]
@@ -142,7 +144,7 @@ def _training(manifest: Manifest) -> str:
     lines = [
         f"- LoRA rank {config.rank}, alpha {config.lora_alpha:g}, scaled by {scaling}; dropout {config.dropout:g}",
         f"- modules: {', '.join(run.target_modules)}",
-        f"- {run.steps} steps of {config.batch_size} examples, at most {config.max_length} tokens each",
+        f"- {counted(run.steps, 'step')} of {counted(config.batch_size, 'example')}, at most {config.max_length} tokens each",
         f"- AdamW, learning rate {rates}",
         f"- {config.lr_scheduler} schedule after {config.warmup_ratio:.0%} warm-up; seed {config.seed}",
         f"- device: {run.device}; frozen weights in {run.weights_dtype}",

@@ -10,6 +10,7 @@ from peft_core.base_models.hub_cache import blob_of
 from peft_core.errors import HeaderError
 from peft_core.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from peft_core.schemas.base_model import Fingerprint, ModelShape
+from peft_core.schemas.counts import counted
 from peft_core.schemas.dataset import DatasetSummary, RepositoryState, SourceKind
 from peft_core.schemas.evaluation import Evaluation, Verdict
 from peft_core.schemas.events import MemorySaved, RateLowered
@@ -109,7 +110,7 @@ class Manifest(FrozenModel):
         """How many examples the weights have seen. A short run, or one that stopped early, has not seen all."""
         run, summary = self.run, self.data.summary
         if run.examples_seen in (None, summary.train_examples):
-            return f"{summary.train_examples} examples, {summary.train_tokens} tokens"
+            return f"{counted(summary.train_examples, 'example')}, {summary.train_tokens} tokens"
         return (
             f"{run.examples_seen} of the {summary.train_examples} examples that were prepared, {run.tokens_seen} tokens"
         )

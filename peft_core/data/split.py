@@ -22,6 +22,7 @@ from typing import NamedTuple
 from peft_core.data.exclusions import ExclusionReason
 from peft_core.data.minhash import MinHashIndex
 from peft_core.errors import DataError
+from peft_core.schemas.counts import counted
 from peft_core.schemas.dataset import DatasetPurpose
 
 # Evaluating base model and adapter on more examples takes minutes, and changes the result by less than its noise.
@@ -308,7 +309,7 @@ def require_enough_examples(
         return
     among = f" in {purpose.min_files}" if purpose.min_files > 1 else ""
     raise DataError(
-        f"{where} gives {_count_of(examples, 'distinct example')} in {_count_of(files, 'file or record', 'files or records')}; "
+        f"{where} gives {counted(examples, 'distinct example')} in {counted(files, 'file or record', 'files or records')}; "
         f"at least {purpose.min_examples} examples{among} are needed{purpose.needed_for}. "
         f"Left out: {describe_exclusions(left_out)}.",
         code="too_few_examples",
@@ -320,7 +321,7 @@ def require_enough_examples(
 def advice_on_records(left_out: Mapping[str, int]) -> tuple[str, ...]:
     """Return what the user may do if a source of records gives too few examples."""
     longer = left_out.get(ExclusionReason.TOO_LONG, 0)
-    raised = (f"Raise config.max_length: {_count_of(longer, 'record')} would take more tokens",) if longer else ()
+    raised = (f"Raise config.max_length: {counted(longer, 'record')} would take more tokens",) if longer else ()
     return (*raised, "Give more records, each with a text of its own")
 
 
@@ -332,7 +333,3 @@ def _advice_on(left_out: Mapping[str, int]) -> tuple[str, ...]:
 
 def describe_exclusions(left_out: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items())) or "nothing"
-
-
-def _count_of(count: int, singular: str, plural: str = "") -> str:
-    return f"{count} {singular if count == 1 else plural or singular + 's'}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from peft_core.schemas.counts import counted
 from peft_core.schemas.evaluation import (
     AdapterComparison,
     ComparedCompletion,
@@ -288,8 +289,8 @@ def _sentence(reason: str) -> str:
 
 
 def _size(evaluation: Evaluation) -> str:
-    files = f"{evaluation.files} {'file' if evaluation.files == 1 else 'files'}"
-    return f"{evaluation.examples} examples ({evaluation.tokens} tokens) from {files}"
+    examples, files = counted(evaluation.examples, "example"), counted(evaluation.files, "file")
+    return f"{examples} ({evaluation.tokens} tokens) from {files}"
 
 
 def _about_intervals(evaluation: Evaluation) -> str:

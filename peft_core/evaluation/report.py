@@ -19,6 +19,7 @@ from peft_core.errors import sanitize
 from peft_core.evaluation.findings import findings_of
 from peft_core.evaluation.loss_curve import HEIGHT, WIDTH, LossCurve, layout_chart, loss_curve
 from peft_core.paths import adapter_names
+from peft_core.schemas.counts import counted
 from peft_core.schemas.evaluation import (
     AdapterComparison,
     CatchUp,
@@ -209,7 +210,7 @@ def _data_table(manifest: Manifest) -> dict[str, str]:
     data, summary = manifest.data, manifest.data.summary
     table = {
         "trained on": manifest.trained_on,
-        "held out": f"{summary.held_out_examples} examples, {summary.held_out_tokens} tokens",
+        "held out": f"{counted(summary.held_out_examples, 'example')}, {summary.held_out_tokens} tokens",
         "files": f"{summary.files} ({', '.join(f'{count} {name}' for name, count in data.languages.items())})",
         "repeated": f"{summary.replayed_examples} of the prepared examples, which were known"
         if summary.replayed_examples
@@ -229,7 +230,7 @@ def _training_table(manifest: Manifest) -> dict[str, str]:
     table = {
         "base model": f"{manifest.base.name}, {manifest.base.shape.parameters / 1e6:.0f}M parameters",
         "LoRA": f"rank {config.rank}, alpha {config.lora_alpha:g}, on {', '.join(run.target_modules)}",
-        "steps": f"{run.steps} of {config.batch_size} examples, at most {config.max_length} tokens each",
+        "steps": f"{run.steps} of {counted(config.batch_size, 'example')}, at most {config.max_length} tokens each",
         "continues": run.continued_from or "",
         "weights": run.weights_in_words,
         "learning rate": f"{rates}; {config.lr_scheduler} schedule, {config.warmup_ratio:.0%} warm-up",

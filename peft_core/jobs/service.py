@@ -26,6 +26,7 @@ from peft_core.jobs.store import Store
 from peft_core.jobs.supervisor import RunnerSupervisor
 from peft_core.jobs.sweep import shown, status_of_sweep
 from peft_core.schemas.base_model import Base
+from peft_core.schemas.counts import counted
 from peft_core.schemas.dataset import DatasetSpec, SourceKind, TrainingData
 from peft_core.schemas.events import AdaptersCompared, Evaluated, JobAskedFor, JobResumed
 from peft_core.schemas.job_report import JobReport
@@ -95,11 +96,11 @@ class JobService:
         batch_size = draft.config.batch_size
         if maximum is None or draft.estimate.steps * batch_size <= maximum:
             return draft
-        steps = {"max_steps": max(1, maximum // batch_size), "num_epochs": None}
-        draft = plan(training_data, config.model_copy(update=steps), self._settings, speed, adapters)
-        chosen = (
-            f"{steps['max_steps']} steps, by config.max_training_chunks = {maximum}. {draft.estimate.chosen}".rstrip()
-        )
+        steps = max(1, maximum // batch_size)
+        limited = config.model_copy(update={"max_steps": steps, "num_epochs": None})
+        draft = plan(training_data, limited, self._settings, speed, adapters)
+        limit = f"{counted(steps, 'step')}, by config.max_training_chunks = {maximum}."
+        chosen = f"{limit} {draft.estimate.chosen}".rstrip()
         return draft.model_copy(update={"estimate": draft.estimate.model_copy(update={"chosen": chosen})})
 
     def plan_runs(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from peft_core.adapters.manifest import REPORT_NAME
 from peft_core.jobs.state import Job, progress_percent
+from peft_core.schemas.counts import counted
 from peft_core.schemas.dataset import SourceSummary, describe_by_extension
 from peft_core.schemas.evaluation import AdapterComparison, ComparedAdapter, Keep, Verdict
 from peft_core.schemas.results import JobSummary, NextStep, Status, SweepStatus, TrainingStatus
@@ -127,7 +128,7 @@ def _eta_s(job: Job, now: float) -> float | None:
 
 def _source_name(request: JobRequest) -> str:
     """Return what an evaluation read: a path, or the number of records that were given in the call."""
-    return str(request.found.path) if request.found.path else f"{request.found.examples} records"
+    return str(request.found.path) if request.found.path else counted(request.found.examples or 0, "record")
 
 
 def _compared(request: JobRequest) -> list[str]:
@@ -142,8 +143,10 @@ def _describe_training_data(job: Job) -> str:
     place = f" in {', '.join(map(str, paths))}" if source.path else ""
     by_count = sorted(source.languages.items(), key=lambda language: -language[1])
     languages = ", ".join(f"{count} {name}" for name, count in by_count)
-    code = f"{source.files} files ({languages})" if source.examples is None or source.units is not None else ""
-    records = f"{source.examples} records" if source.examples is not None else ""
+    code = (
+        f"{counted(source.files, 'file')} ({languages})" if source.examples is None or source.units is not None else ""
+    )
+    records = counted(source.examples, "record") if source.examples is not None else ""
     what = " and ".join(filter(None, [code, records])) + place
     not_read = describe_by_extension(source.left_out_by_extension)
     sentences = [
@@ -159,8 +162,8 @@ def _describe_training_data(job: Job) -> str:
 def _advice_on_grammars(source: SourceSummary) -> str:
     if not source.without_grammar:
         return ""
-    files = ", ".join(f"{count} {name}" for name, count in source.without_grammar.items())
-    return f"Cut at blank lines: {files} files; `{install_extra('languages')}` cuts them at their syntax"
+    files = ", ".join(counted(count, f"{name} file") for name, count in source.without_grammar.items())
+    return f"Cut at blank lines: {files}; `{install_extra('languages')}` cuts them at their syntax"
 
 
 def _report_path(directory: str | Path | None) -> str | None:

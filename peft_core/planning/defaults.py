@@ -23,6 +23,7 @@ from peft_core.data.catch_up import MIN_REPLAYED
 from peft_core.errors import DataError, InvalidArgument
 from peft_core.planning.cost_model import TOKENS_PER_EXAMPLE, lora_parameters, steps_of, training_set
 from peft_core.schemas.base_model import ModelShape
+from peft_core.schemas.counts import counted
 from peft_core.schemas.dataset import CatchUpSpec, SourceSummary, TrainingSetSize
 from peft_core.schemas.training import TrainingConfig
 
@@ -67,7 +68,7 @@ def choose_defaults(
     steps = config.max_steps or steps_of(train.examples, config.num_epochs or 1, config.batch_size)
     if is_open and most_steps is not None and steps > most_steps:
         config = config.model_copy(update={"max_steps": most_steps, "num_epochs": None})
-        duration = f"{most_steps} steps, by the setting max_training_steps."
+        duration = f"{counted(most_steps, 'step')}, by the setting max_training_steps."
     config, rank = _with_rank(config, shape, train)
     if config.learning_rate is None:
         rate = default_learning_rate(shape.hidden_size, config.batch_size)
@@ -100,7 +101,7 @@ def choose_catch_up(
         limit = max(MIN_UNITS, round(_full_examples(full, train) * CATCH_UP_TIME))
         if most_steps is not None and most_steps * full.batch_size < limit:
             limit = most_steps * full.batch_size
-            reason = f"At most {most_steps} steps, by the setting max_training_steps."
+            reason = f"At most {counted(most_steps, 'step')}, by the setting max_training_steps."
         config = config.model_copy(update={"num_epochs": 1.0, "max_steps": None})
     if given.learning_rate is None:
         config = config.model_copy(update={"learning_rate": float(f"{(full.learning_rate or 0) * CATCH_UP_RATE:.2g}")})

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from pydantic import Field
 
+from peft_core.schemas.counts import counted
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.training import HeldOutBy, TaskMixture
 
@@ -198,9 +199,8 @@ class SourceSummary(FrozenModel):
             sentences.append(f"Left out: {', '.join(parts)}.")
         for each in self.skipped:
             more = ", …" if each.count > len(each.first) else ""
-            noun = "record" if each.count == 1 else "records"
             sentences.append(
-                f"Skipped: {each.count} {noun}, {each.reason.replace('_', ' ')} ({', '.join(each.first)}{more})."
+                f"Skipped: {counted(each.count, 'record')}, {each.reason.replace('_', ' ')} ({', '.join(each.first)}{more})."
             )
         return " ".join(filter(None, sentences))
 
@@ -219,9 +219,11 @@ class StudyUse(FrozenModel):
     def in_words(self) -> str:
         """The counts in sentences, with the first example of each reason."""
         dropped = sum(each.count for each in self.dropped)
-        others = f"{self.held_out_apis} other API{'' if self.held_out_apis == 1 else 's'}"
+        others = counted(self.held_out_apis, "other API")
         used = f"Study items: {self.items - dropped} of {self.items} can be used"
-        sentences = [f"{used}: {self.trained_on} examples to train on, {self.held_out} held out, about {others}."]
+        sentences = [
+            f"{used}: {counted(self.trained_on, 'example')} to train on, {self.held_out} held out, about {others}."
+        ]
         for each in self.dropped:
             more = f" ({each.count})" if each.count > 1 else ""
             sentences.append(f"Dropped, {each.reason.replace('_', ' ')}{more}: {each.example}")

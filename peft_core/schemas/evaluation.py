@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from peft_core.schemas.counts import counted
 from peft_core.schemas.frozen import FrozenModel
 
 
@@ -65,8 +66,7 @@ class LossChange(FrozenModel):
         interval = (
             "" if self.low is None or self.high is None else f"95 % interval {self.low:+.3f} to {self.high:+.3f}; "
         )
-        examples = f"{self.examples} {'example' if self.examples == 1 else 'examples'}"
-        files = f"{self.files} {'file' if self.files == 1 else 'files'}"
+        examples, files = counted(self.examples, "example"), counted(self.files, "file")
         return f"{self.before:.3f} -> {self.after:.3f} ({interval}{examples} in {files})"
 
 
@@ -159,7 +159,7 @@ class Memorisation(FrozenModel):
 
     def _longest(self, of: Repetition) -> str:
         lines = f" in {of.longest_lines} lines" if of.longest_lines > 1 else ""
-        return f"{of.longest_tokens} tokens{' or more' if of.longest_tokens == self.tokens else ''}{lines}"
+        return f"{counted(of.longest_tokens, 'token')}{' or more' if of.longest_tokens == self.tokens else ''}{lines}"
 
 
 class ColumnName(StrEnum):

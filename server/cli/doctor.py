@@ -24,6 +24,7 @@ from peft_core.errors import InvalidArgument, PeftMcpError, sanitize
 from peft_core.llamacpp import runtime
 from peft_core.manager import PEFTManager
 from peft_core.ollama import DEFAULT_ADDRESS, OllamaClient
+from peft_core.schemas.counts import counted
 from peft_core.schemas.device_check import DeviceCheck
 from peft_core.schemas.frozen import FrozenModel
 from peft_core.schemas.local_bases import LocalBases
@@ -300,7 +301,7 @@ def _ollama(settings: Settings) -> Finding:
     if not status.reachable:
         message = f"{status.reason.rstrip('.')}; {needed}"
         return Finding(topic="Ollama", state="advice", message=message, fix="Start it with `ollama serve`")
-    message = f"{status.version or 'unknown version'} at {sanitize(status.address)} with {len(status.models)} models"
+    message = f"{status.version or 'unknown version'} at {sanitize(status.address)} with {counted(len(status.models), 'model')}"
     return Finding(topic="Ollama", state="ok", message=message)
 
 

@@ -6,6 +6,7 @@ import time
 from argparse import Namespace
 
 from peft_core.manager import PEFTManager
+from peft_core.schemas.counts import counted
 from peft_core.schemas.results import AdapterSummary
 from peft_core.schemas.storage import DiskUsage, size_in_words
 from peft_core.system.durations import age_since
@@ -45,7 +46,7 @@ def _disk_text(usage: DiskUsage) -> str:
     ]
     lines = [table(("NAME", "SIZE", "WHAT IT IS"), rows)] if rows else []
     if usage.omitted_items:
-        lines.append(f"and {usage.omitted_items} smaller ones")
+        lines.append(f"and {counted(usage.omitted_items, 'smaller one')}")
     return with_commands("\n".join([usage.summary, *lines]))
 
 

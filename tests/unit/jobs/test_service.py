@@ -64,7 +64,9 @@ def test_an_evaluation_that_runs_after_the_latest_training_is_named_when_that_ca
     insert(settings, make_job("training", status=Status.COMPLETED), waiting, make_job("other", "api"))
     with FileLock(settings.paths.runner_lock) as lock:
         assert lock.acquire()  # no runner may start
-        with pytest.raises(JobStateError, match=r"training, cannot be cancelled.* job_id: evaluation waiting\.") as caught:
+        with pytest.raises(
+            JobStateError, match=r"training, cannot be cancelled.* job_id: evaluation waiting\."
+        ) as caught:
             service.cancel("web", None)
         assert caught.value.code == "job_already_ended"
         assert service.cancel("web", "waiting").status is Status.CANCELLED

@@ -202,6 +202,27 @@ def test_an_inspection_names_what_is_not_read() -> None:
     assert f"{ADVICE}." in text.text
 
 
+def test_one_of_anything_is_counted_in_the_singular() -> None:
+    source = make_source().model_copy(
+        update={"files": 1, "languages": {"rust": 1}, "without_grammar": {"rust": 1}, "examples": 1, "units": 1}
+    )
+    request = make_request(found=source)
+    request = request.model_copy(update={"estimate": request.estimate.model_copy(update={"steps": 1})})
+    status = status_of(make_job(request=request), None, Path("none"), now=0.0)
+    of_training = format_status(status, is_new=True).content[0]
+    one = {"files": 1, "train_examples": 1, "held_out_examples": 1, "secrets_removed": 1, "unread_files": 1}
+    of_inspection = format_inspection(report_of(["a.rs"]).model_copy(update=one)).content[0]
+    assert isinstance(of_training, TextContent)
+    assert isinstance(of_inspection, TextContent)
+    assert "Training data: 1 file (1 rust) and 1 record in " in of_training.text
+    assert "Cut at blank lines: 1 rust file; " in of_training.text
+    assert "Estimate: 1 step, " in of_training.text
+    assert "code, 1 file. 1 more file was not read.\n" in of_inspection.text
+    assert "Training set: 1 example, " in of_inspection.text
+    assert "Held-out set: 1 example, " in of_inspection.text
+    assert "1 line with credentials is blanked." in of_inspection.text
+
+
 def test_keys_that_are_not_used_and_records_that_are_skipped_are_named_in_both_answers() -> None:
     skipped = SkippedRecords(reason="unknown_key", count=7, first=("line 4", "line 9"), example="Line 4 has 'mood'.")
     source = make_source(
