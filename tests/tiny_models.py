@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -129,8 +129,11 @@ def write_tiny_tokenizer(directory: Path, *, chat_template: str | None = TEMPLAT
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def write_byte_level_tokenizer(directory: Path, marks: Sequence[str] = ()) -> None:
-    """Replace the tokenizer by one that llama.cpp has, too: GPT-2's, with the same number of tokens."""
+def write_byte_level_tokenizer(directory: Path, marks: Sequence[str] = (), *, begins: bool = False) -> None:
+    """Replace the tokenizer by one that llama.cpp has, too: GPT-2's, with the same number of tokens.
+
+    `begins`: whether it puts <begin> before every text, and its configuration says nothing of that, as with Llama 3.
+    """
     tokens = [
         "<|endoftext|>",
         "<begin>",
@@ -146,6 +149,11 @@ def write_byte_level_tokenizer(directory: Path, marks: Sequence[str] = ()) -> No
     tokenizer.add_special_tokens([*tokens[:3], *marks])
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {"eos_token": tokens[0], "bos_token": tokens[0], "unk_token": tokens[0], "chat_template": TEMPLATE}
+    if begins:
+        begin = processors.TemplateProcessing(single=f"{tokens[1]} $A", special_tokens=[(tokens[1], 1)])
+        tokenizer.post_processor = begin  # type: ignore[assignment]  # typed as read-only
+        tokenizer.save(str(directory / "tokenizer.json"))
+        config["bos_token"] = tokens[1]
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 

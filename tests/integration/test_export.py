@@ -167,6 +167,19 @@ def test_a_merged_file_computes_in_llama_cpp_what_peft_computes(
     assert header.text("tokenizer.chat_template") == TEMPLATE
 
 
+def test_a_written_model_begins_and_ends_a_text_as_its_tokenizer_does(tmp_path: Path) -> None:
+    base = write_tiny_base(tmp_path / "base")
+    write_byte_level_tokenizer(base, begins=True)
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    del settings["eos_token"]
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    (base / "generation_config.json").write_text('{"eos_token_id": 2}')
+    write_hf_gguf(resolve(str(base), Settings()), None, tmp_path / "base.gguf", "f32")
+    metadata = read_gguf_header(tmp_path / "base.gguf").metadata
+    assert metadata["tokenizer.ggml.add_bos_token"] is True
+    assert (metadata["tokenizer.ggml.bos_token_id"], metadata["tokenizer.ggml.eos_token_id"]) == (1, 2)
+
+
 def test_merging_into_4_bits_is_done_if_asked_for_and_the_loss_is_said(make: Any) -> None:
     report = make("llama", "merged", "q4_0", base_format="gguf")
     assert report.verification.status == "verified"

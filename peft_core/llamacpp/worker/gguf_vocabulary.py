@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 from peft_core.base_models.families import SPLIT_RULES
+from peft_core.base_models.tokenizer import load_tokenizer
 from peft_core.llamacpp.worker.gguf_file import Value
 from peft_core.schemas.base_model import Base
 from peft_core.system.files import open_regular, read_exactly
@@ -58,9 +59,8 @@ def read_vocabulary(base: Base) -> dict[str, Value] | None:
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.add_bos_token": bool(config.get("add_bos_token")),
     }
-    for key in ("bos", "eos", "unk", "pad"):
+    for key in ("bos", "unk", "pad"):
         text = config.get(f"{key}_token")
         text = text.get("content") if isinstance(text, dict) else text
         if isinstance(text, str) and text in tokens:
@@ -68,6 +68,22 @@ def read_vocabulary(base: Base) -> dict[str, Value] | None:
             values[f"tokenizer.ggml.{name}_token_id"] = tokens.index(text)
     if (template := _chat_template(base, config)) is not None:
         values["tokenizer.chat_template"] = template
+    return values
+
+
+def read_beginning_and_end(base: Base) -> dict[str, Value]:
+    """Return what a directory's tokenizer puts before every text, and the token that ends one, as metadata.
+
+    Its configuration may name neither: Llama 3's BOS token is in tokenizer.json only. llama.cpp would take token 11 for a
+    missing end.
+    """
+    tokenizer = load_tokenizer(base.path)
+    values: dict[str, Value] = {
+        "tokenizer.ggml.add_bos_token": bool(tokenizer.beginning),
+        "tokenizer.ggml.eos_token_id": tokenizer.end_of_text,
+    }
+    if tokenizer.beginning:
+        values["tokenizer.ggml.bos_token_id"] = tokenizer.beginning[0]
     return values
 
 

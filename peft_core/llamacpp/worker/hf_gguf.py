@@ -20,7 +20,7 @@ from peft_core.base_models.families import LLAMA_CPP
 from peft_core.errors import ExportError, sanitize
 from peft_core.llamacpp.worker.gguf_file import GgufTensor, Value, encode, write_gguf
 from peft_core.llamacpp.worker.gguf_lora import llama_cpp_format, name_map, permuted
-from peft_core.llamacpp.worker.gguf_vocabulary import artificial_vocabulary, read_vocabulary
+from peft_core.llamacpp.worker.gguf_vocabulary import artificial_vocabulary, read_beginning_and_end, read_vocabulary
 from peft_core.llamacpp.worker.lora_pairs import Array, Lora
 from peft_core.llamacpp.worker.model_gguf import mark_of, row_blocks
 from peft_core.llamacpp.worker.quantise import converted, file_type, kinds_of
@@ -76,6 +76,8 @@ def write_hf_gguf(base: Base, lora: Lora | None, path: Path, kind: str) -> None:
                 ],
             )
         vocabulary = artificial_vocabulary(base.shape.vocab_size)
+    else:
+        vocabulary |= read_beginning_and_end(base)
     metadata = {key: encode(value) for key, value in {**_hyperparameters(base, checkpoint, kind), **vocabulary}.items()}
     metadata |= mark_of(lora)
     stored = list(_named(base, checkpoint))
