@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -97,6 +98,7 @@ class Settings(BaseSettings):
         int,
         Field(
             ge=1,
+            le=1_000_000,
             description="Finished jobs whose files, logs and history are retained. Those of older jobs are deleted; "
             "published adapters are not.",
         ),
@@ -199,10 +201,16 @@ class Settings(BaseSettings):
         level = value.upper() if isinstance(value, str) else value
         return "ERROR" if level == "CRITICAL" else level
 
+    @field_validator("launcher")
+    @classmethod
+    def _splits_into_words(cls, value: str | None) -> str | None:
+        shlex.split(value or "")  # as the runner does; quotation marks without an end are a ValueError
+        return value
+
     @field_validator("data_dir")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().resolve()  # paths are compared, so each must have one form
+        return _resolved(value)
 
     @field_validator("allowed_roots", mode="before")
     @classmethod
@@ -212,12 +220,23 @@ class Settings(BaseSettings):
     @field_validator("allowed_roots")
     @classmethod
     def _absolute_roots(cls, value: tuple[Path, ...] | None) -> tuple[Path, ...] | None:
-        roots = None if value is None else tuple(root.expanduser() for root in value)
-        for root in roots or ():
-            if not root.is_absolute():
+        for root in value or ():
+            if not (root.is_absolute() or str(root).startswith("~")):
                 raise ValueError(f"{root} must be an absolute path")
-        return None if roots is None else tuple(root.resolve() for root in roots)
+        return None if value is None else tuple(map(_resolved, value))
 
     @property
     def paths(self) -> DataPaths:
         return DataPaths(self.data_dir)
+
+
+def _resolved(path: Path) -> Path:
+    """Return a path with the home directory for `~` and without symbolic links: paths are compared, so each has one form.
+
+    Raises:
+        ValueError: the home directory is unknown, or the links form a loop.
+    """
+    try:
+        return path.expanduser().resolve()
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -23,6 +23,7 @@ from peft_core.planning.defaults import (
     choose_defaults,
     default_learning_rate,
     require_complete,
+    training_set,
 )
 from peft_core.schemas.dataset import CatchUpSpec, SourceSummary
 from peft_core.schemas.training import TrainingConfig
@@ -47,9 +48,8 @@ def test_a_small_code_base_gets_more_than_one_epoch_on_a_slow_machine_as_well(un
 @given(units=st.integers(300, 5_000), speed=st.floats(200, 20_000))
 def test_a_second_epoch_is_made_if_both_take_at_most_half_an_hour(units: int, speed: float):
     config, why = chosen(units, speed=speed)
-    both_s = 2 * units * TOKENS_PER_EXAMPLE * (1 - config.held_out_fraction) / speed
-    if abs(both_s - TWO_EPOCHS_S) > 60:  # the number of examples is rounded
-        assert config.num_epochs == (2 if both_s < TWO_EPOCHS_S else 1)
+    both_s = 2 * training_set(source(units), config.held_out_fraction).tokens / speed
+    assert config.num_epochs == (2 if both_s <= TWO_EPOCHS_S else 1)
     assert ("less than 30 minutes" in why) == (config.num_epochs == 2)
 
 
