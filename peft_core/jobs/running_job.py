@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import anyio
@@ -139,7 +139,7 @@ class RunningJob:
         settings, paths = self._runner.settings, self._paths
         paths.task.write_text(self._task().model_dump_json(), encoding="utf-8")
         launcher = self._launcher()
-        with paths.log.open("ab") as log_file:
+        with paths.log.open("ab") as log_file, _launcher_errors(launcher):
             process = await anyio.open_process(
                 [*(launcher or [sys.executable]), *self._module(), str(paths.task)],
                 stdin=subprocess.DEVNULL,
@@ -345,6 +345,23 @@ class RunningJob:
                 write_training_report(paths.adapter, manifest, self._store.events(job.job_id))
         except Exception:
             log.exception("no report", job_id=job.job_id)
+
+
+@contextmanager
+def _launcher_errors(launcher: Sequence[str]) -> Iterator[None]:
+    """Say of a launcher that cannot be started that it is the setting which has to be changed."""
+    try:
+        yield
+    except (FileNotFoundError, PermissionError) as error:
+        if not launcher:
+            raise
+        raise TrainingError(
+            f"The launcher {launcher[0]} cannot be started: {error.strerror}.",
+            code="launcher_not_started",
+            suggestions=[
+                "Set CODEBASE_GARDENER_LAUNCHER to the absolute path of a command, or unset it, and restart the server"
+            ],
+        ) from error
 
 
 async def end_process(process: Process, number: signal.Signals, grace_s: float) -> None:

@@ -18,7 +18,10 @@ from peft_core.system.packages import install_extra
 _TIME_FROM_FIRST_STEP = 0.8  # of the estimated time: what remains at least before the first step
 IN_BACKGROUND = "runs in the background, without this connection too"
 # Codes of failures that may not happen again in an unchanged run.
-RETRYABLE = ("killed", "died_silently", "runner_failed", "disk_full", "data_directory_unwritable", "adapters_busy")
+RETRYABLE = (
+    "killed", "died_silently", "runner_failed", "disk_full", "data_directory_unwritable", "adapters_busy",
+    "launcher_not_started",
+)  # fmt: skip
 
 
 def not_started(project_id: str) -> TrainingStatus:

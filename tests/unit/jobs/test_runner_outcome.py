@@ -14,7 +14,7 @@ from peft_core.jobs.free_machine import FreeMachine, Limits
 from peft_core.jobs.running_job import RunnerState, RunningJob
 from peft_core.jobs.store import Store
 from peft_core.schemas.events import Event, JobCancelled, JobFailed, JobInterrupted, JobPostponed, JobStarted
-from peft_core.schemas.results import ErrorInfo
+from peft_core.schemas.results import ErrorInfo, Status
 from peft_core.schemas.training import ContinuedAdapter, EvaluatedAdapter, TrainingConfig
 from peft_core.system.cancellation import CANCELLED_EXIT_CODE
 from peft_core.system.lock import FileLock
@@ -131,3 +131,17 @@ def test_a_job_whose_time_is_over_is_interrupted_with_its_limit(
     assert ended.outcome(last_event, code) == JobInterrupted(
         reason="The time limit was reached: config.max_minutes = 30."
     )
+
+
+async def test_a_launcher_that_does_not_exist_fails_the_job_by_the_name_of_its_setting(tmp_path: Path) -> None:
+    ended = Ended(tmp_path)
+    ended.runner.settings = ended.runner.settings.model_copy(update={"launcher": "no-such-launcher launch"})
+    with ended.runner.lock as lock:
+        assert lock.acquire()
+        await ended.running.run()
+    job = ended.store.get(ended.job.job_id)
+    assert job.error is not None
+    assert job.error.code == "launcher_not_started"
+    assert job.error.message == "The launcher no-such-launcher cannot be started: No such file or directory."
+    assert "CODEBASE_GARDENER_LAUNCHER" in job.error.suggestions[0]
+    assert job.status is Status.FAILED
