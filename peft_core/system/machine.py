@@ -15,6 +15,7 @@ _ROOT = Path("/")
 _DRIVERS = {"cuda": ("dev/nvidiactl", "usr/lib/wsl/lib/libcuda.so.1"), "hip": ("dev/kfd",)}
 # Files that suggest a GPU: WSL 2's device for any vendor, Jetson's, and a driver whose device files do not exist yet.
 _HINTS = ("dev/dxg", "dev/nvhost-gpu", "dev/nvmap", "proc/driver/nvidia/version")
+_VISIBLE = "CUDA_VISIBLE_DEVICES"  # torch reads it for GPUs of all vendors
 CGROUP = Path("/sys/fs/cgroup")
 _CPU_INFO = Path("/proc/cpuinfo")
 
@@ -25,6 +26,8 @@ def expected_device(requested: str, root: Path = _ROOT, builds: Collection[str] 
         return requested
     if sys.platform == "darwin" and platform.machine() == "arm64":
         return "mps"
+    if _gpus_are_hidden():
+        return "cpu"
     builds = torch_builds() if builds is None else builds
     drivers = (driver for build in builds for driver in _DRIVERS[build])
     return "cuda" if any((root / driver).exists() for driver in drivers) else "cpu"
@@ -36,10 +39,17 @@ def why_no_cuda(root: Path = _ROOT, builds: Collection[str] | None = None) -> st
         return "there is no CUDA on macOS"
     if not (torch_builds() if builds is None else builds):
         return "the installed torch supports CPUs only (pytorch.org/get-started has other builds)"
+    if _gpus_are_hidden():
+        return f"{_VISIBLE} hides all GPUs from the server"
     files = (*_DRIVERS["cuda"], *_DRIVERS["hip"], *_HINTS)
     if any((root / file).exists() for file in files):
         return None
     return "no GPU driver was found (no /dev/nvidiactl or /dev/kfd, for instance)"
+
+
+def _gpus_are_hidden() -> bool:
+    """Return whether the environment hides all GPUs: they are visible up to the first number that none of them has."""
+    return os.environ.get(_VISIBLE, "0").partition(",")[0].strip() in ("", "-1")
 
 
 def torch_builds() -> set[str]:

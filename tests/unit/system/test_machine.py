@@ -35,13 +35,28 @@ def test_an_explicitly_requested_device_is_expected_as_it_is() -> None:
     ],
 )
 def test_a_gpu_is_expected_if_its_driver_exists_and_refused_only_if_none_can_work(
-    tmp_path: Path, builds: set[str], file: str, expected: str, missing: str | None
+    tmp_path: Path, builds: set[str], file: str, expected: str, missing: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (tmp_path / file).parent.mkdir(parents=True)
     (tmp_path / file).touch()
     assert expected_device("auto", tmp_path, builds) == expected
     reason = why_no_cuda(tmp_path, builds)
     assert reason is None if missing is None else missing in str(reason)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no CUDA")
+@pytest.mark.parametrize(
+    ("visible", "expected"), [("", "cpu"), ("-1", "cpu"), ("-1,0", "cpu"), ("0", "cuda"), ("1,-1", "cuda")]
+)
+def test_no_gpu_is_expected_that_the_user_has_hidden(
+    tmp_path: Path, visible: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "nvidiactl").touch()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert expected_device("auto", tmp_path, {"cuda"}) == expected
+    assert (why_no_cuda(tmp_path, {"cuda"}) is None) == (expected == "cuda")
 
 
 @pytest.mark.parametrize(
