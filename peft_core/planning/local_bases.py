@@ -29,7 +29,7 @@ from peft_core.planning.cost_model import (
     uses_bf16_blocks,
 )
 from peft_core.planning.defaults import choose_defaults
-from peft_core.planning.planner import choose_plan
+from peft_core.planning.planner import choose_plan, with_settings
 from peft_core.planning.target import Target, this_machine
 from peft_core.schemas.base_model import BUNDLED, Base
 from peft_core.schemas.dataset import SourceKind, SourceSummary
@@ -224,6 +224,7 @@ def training_cost(base: Base, config: TrainingConfig, source: SourceSummary, mac
             base, device, measured, uses_bf16_blocks=uses_bf16_blocks(config, base, plan), cores=target.cores
         )
 
+    config = with_settings(config, settings)
     config = config.model_copy(update={"max_length": min(config.max_length, base.shape.context_length)})
     plans = compute_plans(config, base, device, cpu_bfloat16=target.cpu_bfloat16)
     speeds = list(map(speed, plans))

@@ -85,7 +85,7 @@ def plan(
     source = summarise(training_data, config, DatasetPurpose.TRAINING)
     _check_source(config, base, source)
     continuation = plan_continuation(config, base, source, adapters)
-    config = _with_settings(continuation.config, settings)
+    config = with_settings(continuation.config, settings)
     _check_base(config, base)
 
     answer = None if settings.cluster is None or device_here is not None else ask(settings.cluster, base)
@@ -366,7 +366,7 @@ def choose_plan(
     )
 
 
-def _with_settings(config: TrainingConfig, settings: Settings) -> TrainingConfig:
+def with_settings(config: TrainingConfig, settings: Settings) -> TrainingConfig:
     """Return the request's settings, with the user's for those that it does not give."""
     users = {"rank": settings.lora_rank, "alpha": settings.lora_alpha, "batch_size": settings.training_batch_size}
     given = config.model_fields_set

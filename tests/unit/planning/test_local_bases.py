@@ -85,6 +85,12 @@ def test_a_model_too_large_for_the_limit_is_not_trainable(home: Path, monkeypatc
     assert "estimated to take at least" in limited.reason
 
 
+def test_the_estimate_is_of_a_training_with_the_settings_of_the_user(home: Path) -> None:
+    write_gguf(home / ".lmstudio" / "models" / "o" / "m" / "a.gguf")
+    usual, own = (by_name(listed(settings)).popitem()[1] for settings in (Settings(), Settings(lora_rank=256)))
+    assert (own.memory_bytes or 0) > (usual.memory_bytes or 0)
+
+
 def test_projectors_later_parts_and_links_to_the_same_file_are_left_out(home: Path) -> None:
     models = home / ".lmstudio" / "models" / "o" / "m"
     store = Store(home / ".ollama" / "models")
