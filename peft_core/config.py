@@ -217,6 +217,16 @@ class Settings(BaseSettings):
     def _split(cls, value: object) -> object:
         return [part for part in value.split(os.pathsep) if part.strip()] or None if isinstance(value, str) else value
 
+    @field_validator("*", mode="before")  # the last validator of this mode is the first that runs
+    @classmethod
+    def _is_utf8(cls, value: object) -> object:
+        """Refuse bytes of a path that are not UTF-8: the runner gets the settings as JSON."""
+        try:
+            str(value).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("it must be UTF-8") from error
+        return value
+
     @field_validator("allowed_roots")
     @classmethod
     def _absolute_roots(cls, value: tuple[Path, ...] | None) -> tuple[Path, ...] | None:

@@ -201,7 +201,7 @@ class Registry:
                 return self._paths.current(adapter_path).resolve()
             path = user_path(adapter_path)
             if path.is_absolute():
-                require_allowed(field, path, self._allowed_roots, also=[self._paths.projects])
+                require_allowed(field, path.resolve(), self._allowed_roots, also=[self._paths.projects])
             if path.is_absolute() and path.is_dir():
                 return path.resolve()
             if path.is_absolute() and path.is_file():

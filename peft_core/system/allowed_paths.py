@@ -108,11 +108,19 @@ def require_output_path(path: Path, *, data_dir: Path, exports: Path, allowed_ro
 
 
 def require_allowed(field: str, path: Path, allowed_roots: Sequence[Path] | None, also: Sequence[Path] = ()) -> None:
-    """Check that a path is below one of `allowed_roots` or `also`. If `allowed_roots` is None, every path is allowed.
+    """Check that a path is below one of `allowed_roots` or `also`. If `allowed_roots` is None, every path in UTF-8 is allowed.
 
     Raises:
-        InvalidArgument: It is not (`outside_allowed_roots`).
+        InvalidArgument: It is not (`outside_allowed_roots`), or it has no form in JSON (`not_utf8`).
     """
+    if not _is_utf8(str(path)):
+        raise InvalidArgument(
+            field,
+            str(path),
+            "its name, or that of a directory above it, is not UTF-8, in which requests and answers are written",
+            code="not_utf8",
+            suggestions=("Rename it",),
+        )
     if allowed_roots is None:
         return
     target = real(path)
@@ -182,3 +190,12 @@ def _other_homes() -> set[Path]:
 
 def _is_below(target: Path, roots: Iterable[Path]) -> bool:
     return any(target.is_relative_to(form) for root in roots for form in (root, real(root)))
+
+
+def _is_utf8(name: str) -> bool:
+    """Return whether a file name can be written as UTF-8; Python keeps the bytes of one that cannot as surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

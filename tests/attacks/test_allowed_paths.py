@@ -320,3 +320,29 @@ def test_allowed_roots_limit_exports_too(tmp_path: Path) -> None:
         output(tmp_path / "elsewhere", tmp_path / "data", roots)
     assert refused.value.code == "outside_allowed_roots"
     assert output(tmp_path / "data" / "projects" / "web" / "exports" / "mine", tmp_path / "data", roots)
+
+
+async def test_a_path_that_has_no_form_in_json_is_refused_before_anything_is_written(
+    manager: PEFTManager, tmp_path: Path
+) -> None:
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    try:
+        code, base, adapter = filled(odd / "code"), write_model(odd / "base"), write_adapter(odd / "adapter")
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 only")
+    (tmp_path / "link").symlink_to(odd / "adapter")
+    good = filled(tmp_path / "code")
+    config = {"base_model": str(write_model(tmp_path / "base")), "allow_little_data": True}
+    for ask in (
+        lambda: manager.train_adapter("web", str(code), config),
+        lambda: manager.train_adapter("web", str(good), {**config, "base_model": str(base)}),
+        lambda: manager.train_adapter("web", str(good), {**config, "continue_from": str(adapter)}),
+        lambda: manager.verify_adapter_compatibility(str(adapter)),
+        lambda: manager.verify_adapter_compatibility(str(tmp_path / "link")),
+        lambda: manager.inspect_training_data(str(code), config),
+        lambda: manager.propose_study_plan("web", str(code)),
+    ):
+        with pytest.raises(InvalidArgument, match="is not UTF-8") as caught:
+            await ask()
+        assert caught.value.code == "not_utf8"
+    assert not manager.settings.data_dir.exists()

@@ -25,6 +25,8 @@ def test_the_settings_page_lists_the_settings_as_they_are() -> None:
         ("data_dir", "~nobody-of-this-name/data", "home directory"),
         ("allowed_roots", "/code:~nobody-of-this-name/code", "home directory"),
         ("allowed_roots", "code", "must be an absolute path"),
+        ("data_dir", "/data/caf\udce9", "it must be UTF-8"),
+        ("allowed_roots", "/code:/caf\udce9", "it must be UTF-8"),
         ("keep_runs", "99999999999999999999999", "less than or equal to 1000000"),
         ("launcher", "accelerate launch --config 'a b", "No closing quotation"),
     ],
