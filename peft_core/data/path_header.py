@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
-from peft_core.data.languages import NO_COMMENT, Language, language_of_file
+from peft_core.data.languages import NO_COMMENT, Language, language_of_file, language_of_text
 from peft_core.errors import InvalidArgument, sanitize
 
 
@@ -19,18 +19,21 @@ def path_comment(path: str, language: Language) -> str:
     return f"{opens}{shown}{closes}\n"
 
 
-def prompt_header(file_path: str) -> str:
+def prompt_header(file_path: str, code: str = "") -> str:
     """Return the header of a prompt that continues a file.
 
     Args:
         file_path: relative to the repository, as in training; an absolute path is taken relative to its git repository.
+        code: The prompt. As in training, it tells the language where several have the extension.
 
     Raises:
         InvalidArgument: an absolute path outside a git repository.
     """
     path = _relative_to_repository(file_path.strip())
     language = language_of_file(path.name)
-    return "" if language is None else path_comment(path.as_posix(), language)
+    if language is None:
+        return ""
+    return path_comment(path.as_posix(), language_of_text(path.name, code, language) or language)
 
 
 def _relative_to_repository(file_path: str) -> PurePosixPath:

@@ -307,7 +307,7 @@ def _with_path_header(request: GenerationRequest) -> GenerationRequest:
         return request
     from peft_core.data.path_header import prompt_header  # noqa: PLC0415 -- not at the server's start
 
-    header = prompt_header(request.file_path)
     field = "prompt" if request.prompt is not None else "prefix"
     code = getattr(request, field) or ""
+    header = prompt_header(request.file_path, code)
     return request.model_copy(update={field: code if code.startswith(header) else header + code, "file_path": None})

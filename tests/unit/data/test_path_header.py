@@ -25,6 +25,11 @@ def test_a_prompt_begins_with_the_path_as_training_writes_it(path: str, header: 
     assert prompt_header(path) == header
 
 
+def test_the_code_tells_the_language_where_several_have_the_extension() -> None:
+    assert prompt_header("src/fit.m") == "// src/fit.m\n"
+    assert prompt_header("src/fit.m", "function y = fit(x)\n") == "% src/fit.m\n"
+
+
 def test_an_absolute_path_is_taken_relative_to_its_repository(tmp_path: Path) -> None:
     (tmp_path / "project" / ".git").mkdir(parents=True)
     assert prompt_header(str(tmp_path / "project" / "src" / "app.py")) == "# src/app.py\n"
