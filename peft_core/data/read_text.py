@@ -30,6 +30,7 @@ _LFS_POINTER = re.compile(
 )
 _ANNEX_POINTER = re.compile(rb"/annex/objects/[A-Z0-9]+-|(\.\./)*\.git/annex/objects/")
 _MIN_PRINTABLE_SHARE = 0.98  # of the characters of text in UTF-16 or UTF-32 that has no byte-order mark
+_STRAY_BYTE = re.compile("[\udc80-\udcff]")  # as `surrogateescape` decodes a byte that is not UTF-8
 _ENCODINGS = ["cp1252", "cp1250", "cp1251", "koi8_r", "shift_jis", "euc_jp", "gb18030", "big5", "euc_kr"]
 
 
@@ -87,7 +88,7 @@ def decode(content: bytes) -> str | ExclusionReason:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        return _guess(content)
+        return _mostly_utf8(content) or _guess(content)
 
 
 def decode_head(head: bytes) -> str | ExclusionReason:
@@ -125,6 +126,19 @@ def _decoded_wide(content: bytes) -> str | ExclusionReason:
             if printable >= _MIN_PRINTABLE_SHARE * len(text) and 2 * ascii_characters >= len(text):
                 return text
     return ExclusionReason.BINARY
+
+
+def _mostly_utf8(content: bytes) -> str | None:
+    """Decode UTF-8 with a few bytes of Western text in it, as where someone's name was pasted; None if it is none.
+
+    In other encodings, pairs of bytes that are UTF-8 by chance are rare.
+    """
+    text = content.decode("utf-8-sig", "surrogateescape")
+    strays = len(_STRAY_BYTE.findall(text))
+    characters = sum(1 for character in text if character > "\x7f") - strays
+    if characters < 2 * strays:
+        return None
+    return _STRAY_BYTE.sub(lambda stray: bytes([ord(stray[0]) - 0xDC00]).decode("cp1252", "replace"), text)
 
 
 def _guess(content: bytes) -> str | ExclusionReason:

@@ -398,6 +398,11 @@ def test_ascii_in_wide_encodings_is_read_as_it_was_written(text: str, encoding: 
     assert decode(text.encode(encoding)) == text
 
 
+def test_a_few_western_bytes_in_a_text_in_utf_8_do_not_garble_the_rest_of_it() -> None:
+    text = "# Grüße, 日本\ndef total(prices):\n    return sum(prices)\n"
+    assert decode(text.encode() + "# José\n".encode("latin-1")) == f"{text}# José\n"
+
+
 # Git.
 
 
