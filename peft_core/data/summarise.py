@@ -45,7 +45,7 @@ from peft_core.data.split import ExampleKey, advice_on_records, describe_exclusi
 from peft_core.data.token_counter import BYTES_PER_TOKEN
 from peft_core.errors import DataError, InvalidArgument
 from peft_core.schemas.dataset import DatasetPurpose, DataSource, SkippedRecords, SourceKind, SourceSummary
-from peft_core.system.user_paths import path_advice, user_path
+from peft_core.system.user_paths import absolute_path, path_advice, user_path
 
 ALLOWED = (
     f"a repository directory, a file of records ({', '.join(SUFFIXES)}, each also with .gz; {table.PARQUET_SUFFIX}), a LanceDB "
@@ -268,7 +268,7 @@ def _existing_path(given: str, purpose: DatasetPurpose) -> tuple[Path, os.stat_r
     if not given.strip() or "\0" in given:
         _refuse(purpose, given, f"it must be {ALLOWED}")
     try:
-        path = user_path(given).absolute()
+        path = absolute_path(user_path(given))
     except RuntimeError:
         _refuse(purpose, given, "the user that it names has no home directory here; it must be an absolute path")
     try:

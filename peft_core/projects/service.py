@@ -321,7 +321,7 @@ class ProjectService:
         """
         project_id = registration.project_id
         paths = [Path(source) for source in (self._require_source(registration), *registration.config.more_sources)]
-        repositories = [path for path in paths if path.is_dir() and path.suffix != LANCE_SUFFIX]
+        repositories = [path for path in paths if path.is_dir() and path.suffix.lower() != LANCE_SUFFIX]
         if not repositories:
             needed = (
                 f"it needs a repository, but project {project_id!r} was trained on records, whose changes are not known"

@@ -39,6 +39,12 @@ def user_path(given: str) -> Path:
     return Path(_HOME.sub("~", text, count=1) if text.startswith("$") else text).expanduser()
 
 
+def absolute_path(path: Path) -> Path:
+    """Return the absolute form of a path, without `..`: what it only passes through may be gone when it is read again."""
+    path = path.absolute()
+    return path.resolve() if os.pardir in path.parts else path
+
+
 def path_advice(given: str) -> str | None:
     """Return what to do about a text that cannot be a path of this machine, or that names none; None if nothing is known."""
     text = given.strip().strip(_QUOTES)

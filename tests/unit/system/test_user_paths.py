@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_core.system.user_paths import path_advice, user_path
+from peft_core.system.user_paths import absolute_path, path_advice, user_path
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,15 @@ def test_what_is_no_path_here_is_answered_with_what_to_do(given: str, advice: st
 @pytest.mark.parametrize("given", ["/code/web", "~/code", "./code", "$HOME/code"])
 def test_an_ordinary_path_needs_no_advice(given: str) -> None:
     assert path_advice(given) is None
+
+
+def test_an_absolute_path_leads_there_without_the_directories_that_it_only_passes_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("here", "code", "far/away"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "link").symlink_to("far/away")
+    monkeypatch.chdir(tmp_path / "here")
+    assert absolute_path(Path("../code")) == tmp_path / "code"
+    assert absolute_path(tmp_path / "link" / ".." / "away") == tmp_path / "far" / "away"
+    assert absolute_path(tmp_path / "link") == tmp_path / "link"  # its target may change
