@@ -16,6 +16,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -45,6 +46,9 @@ def may_be_long(params: CallToolRequestParams) -> bool:
 def _may_ask_cluster(params: CallToolRequestParams) -> bool:
     """Return whether the call may ask a cluster, which can take minutes. A refresh does if the project was trained there."""
     config = (params.arguments or {}).get("config")
+    if isinstance(config, str):  # tools take JSON written as text, too
+        with suppress(ValueError, RecursionError):
+            config = json.loads(config)
     is_for_cluster = isinstance(config, Mapping) and config.get("run_on") == "cluster"
     return params.name in MAY_ASK_CLUSTER and (is_for_cluster or params.name == "refresh_project")
 

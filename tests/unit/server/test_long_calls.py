@@ -227,6 +227,8 @@ async def test_a_call_that_is_still_at_work_is_joined_whatever_was_called_meanwh
     [
         ("train_adapter", {"run_on": "cluster"}, True),
         ("inspect_training_data", {"run_on": "cluster", "rank": 8}, True),
+        ("train_adapter", '{"run_on": "cluster"}', True),
+        ("train_adapter", "{", False),
         ("refresh_project", None, True),  # the project may have been trained there
         ("train_adapter", {"run_on": "here"}, False),
         ("train_adapter", None, False),
@@ -234,7 +236,7 @@ async def test_a_call_that_is_still_at_work_is_joined_whatever_was_called_meanwh
         ("load_adapter", None, True),
     ],
 )
-def test_calls_that_may_ask_a_cluster_are_long(tool: str, config: dict[str, Any] | None, is_long: bool) -> None:
+def test_calls_that_may_ask_a_cluster_are_long(tool: str, config: dict[str, Any] | str | None, is_long: bool) -> None:
     arguments = {"project_id": "web"} | ({} if config is None else {"config": config})
     assert may_be_long(CallToolRequestParams(name=tool, arguments=arguments)) is is_long
 
