@@ -25,7 +25,8 @@ from peft_core.system.files import atomic_write, read_small
 HOOK = "post-commit"
 MAX_BYTES = 1 << 20
 _SHELLS = re.compile(rb"#! ?(/usr)?(/local)?/bin/(env )?(ba|da|k|z|a)?sh\b")
-_KEPT_SETTINGS = ("CODEBASE_GARDENER_DATA_DIR", "CODEBASE_GARDENER_ALLOWED_ROOTS")
+_DATA_DIR = "CODEBASE_GARDENER_DATA_DIR"
+_KEPT_SETTINGS = (_DATA_DIR, "CODEBASE_GARDENER_ALLOWED_ROOTS")
 _NEW = b"#!/bin/sh\n"
 
 
@@ -102,6 +103,7 @@ def schedule_lines(environment: Mapping[str, str]) -> str:
     """Return how cron and launchd check all projects every hour."""
     settings = "".join(f"{name}={shlex.quote(value)} " for name, value in _kept(environment).items())
     command = [*_program(), "refresh", "--if-due"]
+    line = f"{settings}{shlex.join(command)}".replace("%", r"\%")  # cron would take it for a line break
     agent = {
         "Label": "peft-mcp.refresh",
         "ProgramArguments": command,
@@ -110,7 +112,7 @@ def schedule_lines(environment: Mapping[str, str]) -> str:
     }
     return (
         "To check all projects every hour instead:\n"
-        f"  cron (crontab -e): 17 * * * * {settings}{shlex.join(command)}\n"
+        f"  cron (crontab -e): 17 * * * * {line}\n"
         "  launchd (~/Library/LaunchAgents/peft-mcp.refresh.plist, then launchctl load it):\n"
         + textwrap.indent(plistlib.dumps(agent, sort_keys=False).decode(), "    ").rstrip()
     )
@@ -171,8 +173,11 @@ def _pattern(project_id: str) -> re.Pattern[bytes]:
 
 
 def _kept(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the settings that the hook's environment may lack."""
-    return {name: environment[name] for name in _KEPT_SETTINGS if environment.get(name, "").strip()}
+    """Return the settings that the hook's environment may lack; a relative data directory is that of this process."""
+    kept = {name: environment[name] for name in _KEPT_SETTINGS if environment.get(name, "").strip()}
+    if (data_dir := kept.get(_DATA_DIR)) is not None and not data_dir.startswith("~"):
+        kept[_DATA_DIR] = str(Path(data_dir).absolute())
+    return kept
 
 
 def _program() -> list[str]:

@@ -171,6 +171,21 @@ def test_a_source_without_a_work_tree_is_refused_with_the_other_ways(tmp_path: P
         plan_hook(str(tmp_path / place), "web", SETTINGS)
 
 
+def test_a_relative_data_directory_stays_the_same_in_the_directory_of_the_hook(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    after = plan_hook(str(repository), "web", {"CODEBASE_GARDENER_DATA_DIR": "data"}).after
+    assert after is not None
+    assert f"CODEBASE_GARDENER_DATA_DIR={tmp_path}/data ".encode() in after
+    assert "CODEBASE_GARDENER_DATA_DIR='~/data'" in schedule_lines({"CODEBASE_GARDENER_DATA_DIR": "~/data"})
+
+
+def test_a_percent_sign_is_no_line_break_for_cron() -> None:
+    cron = schedule_lines({"CODEBASE_GARDENER_DATA_DIR": "/a%20b"}).splitlines()[1]
+    assert r"CODEBASE_GARDENER_DATA_DIR=/a\%20b" in cron
+
+
 def test_the_lines_for_cron_and_launchd_have_the_data_directory_and_the_command() -> None:
     lines = schedule_lines({"CODEBASE_GARDENER_DATA_DIR": "/a & b"})
     assert "CODEBASE_GARDENER_DATA_DIR='/a & b'" in lines
