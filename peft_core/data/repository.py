@@ -9,7 +9,7 @@ from peft_core.data.exclusions import ExclusionReason, Exclusions
 from peft_core.data.grammars import without_grammar
 from peft_core.data.records import FORMATS
 from peft_core.data.sample import RepositorySample, sample_repository
-from peft_core.data.selection import Selection
+from peft_core.data.selection import UNMATCHED_PATTERN, Selection
 from peft_core.data.sources import SourceFiles, walk_sources
 from peft_core.data.split import describe_exclusions, require_enough_examples
 from peft_core.errors import DataError, InvalidArgument
@@ -67,6 +67,7 @@ def _require_matches(selection: Selection, where: str) -> None:
             f"it matches no file in {where}; a pattern must be as in .gitignore, relative to the directory, such as 'src/' or "
             "'*.sql'",
             suggestions=("Correct the pattern, or omit it. Files that git ignores are not listed",),
+            code=UNMATCHED_PATTERN,
         )
 
 

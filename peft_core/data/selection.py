@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # pathspec takes 100 ms to import, and few requests need it
 
     from pathspec import GitIgnoreSpec
 
+UNMATCHED_PATTERN = "pattern_matches_no_file"  # the code of the error about one
 _WILDCARDS = "*?[]!"
 _TAKEN_IN = {
     ExclusionReason.VENDORED,

@@ -15,8 +15,9 @@ from pathlib import Path
 from peft_core.adapters.registry import Registry
 from peft_core.config import Settings
 from peft_core.data.git import first_commits, has_commit
+from peft_core.data.selection import UNMATCHED_PATTERN
 from peft_core.data.table import LANCE_SUFFIX
-from peft_core.errors import DataError, InvalidArgument, PeftMcpError, StorageError
+from peft_core.errors import DataError, InvalidArgument, PeftMcpError, StorageError, sanitize
 from peft_core.jobs.service import JobService
 from peft_core.jobs.state import Job
 from peft_core.projects.registrations import Registrations
@@ -285,7 +286,7 @@ class ProjectService:
         self, registration: Registration, source: str, because: str, trainings: Sequence[Job], *, only_while_free: bool
     ) -> Refreshed | PlannedRefresh:
         try:
-            draft = self._jobs.plan(registration.project_id, source, registration.config)
+            draft, gone = self._plan_with_what_is_there(registration.project_id, source, registration.config)
         except DataError as error:
             if error.code != "nothing_to_catch_up":
                 raise
@@ -293,10 +294,29 @@ class ProjectService:
         return PlannedRefresh(
             registration=registration,
             draft=draft,
-            because=because,
+            because="; ".join([because, *gone]),
             only_while_free=only_while_free,
             latest=trainings[0].job_id if trainings else None,
         )
+
+    def _plan_with_what_is_there(
+        self, project_id: str, source: str, config: TrainingConfig
+    ) -> tuple[JobRequest, list[str]]:
+        """Plan a training without the patterns whose files were deleted since they were given; name these in sentences.
+
+        Raises:
+            PeftMcpError: it cannot be planned.
+        """
+        gone: list[str] = []
+        while True:
+            try:
+                return self._jobs.plan(project_id, source, config), gone
+            except InvalidArgument as error:
+                shorter = _without_unmatched(config, error)
+                if shorter is None:
+                    raise
+                config = shorter
+                gone.append(f"{error.details['field']} = {error.details['value']} matches no file any more")
 
     def _changes(self, registration: Registration) -> Staleness | None:
         """Return what has changed since the project's newest adapter was trained; None if there is none, or it is not known.
@@ -386,6 +406,21 @@ class ProjectService:
 
 def _unfinished(trainings: Sequence[Job]) -> Job | None:
     return next((job for job in trainings if not job.status.is_final), None)
+
+
+def _without_unmatched(config: TrainingConfig, error: InvalidArgument) -> TrainingConfig | None:
+    """Return the settings without the pattern that the error is about; None if it is about something else.
+
+    The last pattern of `include` stays: without it, all files would be trained on.
+    """
+    if error.code != UNMATCHED_PATTERN:
+        return None
+    field = str(error.details["field"]).removeprefix("config.")
+    patterns: list[str] = getattr(config, field)
+    rest = [pattern for pattern in patterns if sanitize(repr(pattern)) != error.details["value"]]
+    if len(rest) == len(patterns) or (field == "include" and not rest):
+        return None
+    return config.model_copy(update={field: rest})
 
 
 def _differs(changes: Staleness) -> bool:

@@ -79,6 +79,41 @@ def test_nothing_is_queued_if_nothing_has_changed(trained: World) -> None:
     assert len(trained.jobs.trainings("web")) == 1
 
 
+def test_a_pattern_whose_files_were_deleted_does_not_stop_a_project_from_being_retrained(
+    world: World, repository: Path
+) -> None:
+    (repository / "legacy").mkdir()
+    (repository / "legacy" / "old.py").write_text("def old(value):\n    return value\n")
+    selected = {"exclude": ["legacy/"], "include": ["add_*.py", "legacy/"]}
+    world.config = TrainingConfig.model_validate({**world.config.model_dump(exclude_unset=True), **selected})
+    job_id = world.train(str(repository)).job_id
+    assert job_id is not None
+    end(world, job_id)
+    shutil.rmtree(repository / "legacy")
+    world.staleness = CHANGED
+    refreshed = world.refresh()
+    assert refreshed.outcome == "queued"
+    assert "config.exclude = 'legacy/' matches no file any more" in refreshed.reason
+    config = world.jobs.trainings("web")[0].request.config
+    assert (config.include, config.exclude) == (["add_*.py"], [])
+    assert world.projects.registered("web").config.exclude == ["legacy/"], "it may come back"
+
+
+def test_a_project_of_which_nothing_that_was_included_is_left_is_not_trained_on_everything(
+    world: World, repository: Path
+) -> None:
+    world.config = world.config.model_copy(update={"include": ["add_*.py"]})
+    job_id = world.train(str(repository)).job_id
+    assert job_id is not None
+    end(world, job_id)
+    for file in repository.glob("add_*.py"):
+        file.rename(file.with_name(file.name.replace("add", "sum")))
+    git(repository, "add", "--all")
+    world.staleness = CHANGED
+    with pytest.raises(InvalidArgument, match=r"config.include = 'add_\*.py' cannot be used: it matches no file"):
+        world.refresh()
+
+
 def test_a_project_that_has_changed_is_trained_with_the_same_settings_and_says_why(
     trained: World, repository: Path
 ) -> None:
