@@ -319,9 +319,12 @@ def format_inspection(report: TrainingDataReport) -> CallToolResult:
     more = len(report.held_out_files) - MAX_NAMED_FILES
     names = ", ".join(report.held_out_files[:MAX_NAMED_FILES]) + (f" and {more} more" if more > 0 else "")
     held_out = f", from {names}" if names else ""
-    size = counted(report.files, "file") if report.records is None else counted(report.records, "record")
+    code = report.files if report.records is None else report.code_files
+    counts = [(code, "file"), (report.records, "record")]
+    size = " and ".join(counted(count, noun) for count, noun in counts if count is not None)
+    places = ", ".join([report.training_data, *report.config.more_sources])
     lines = [
-        f"{report.training_data}, {size}.{not_sampled}",
+        f"{places}, {size}.{not_sampled}",
         *([report.counted] if report.counted else []),
         f"Training set: {counted(report.train_examples, 'example')}, about {report.train_tokens} tokens.",
         f"Held-out set: {counted(report.held_out_examples, 'example')}, about {report.held_out_tokens} tokens{held_out}.",

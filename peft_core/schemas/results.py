@@ -381,6 +381,7 @@ class TrainingDataReport(FrozenModel):
     files: int = Field(description="Files with examples, including held-out ones.")
     counted: str = Field("", description="What the counts are of, if an adapter is continued.")
     records: int | None = Field(None, description="Records that can be used; null for code.")
+    code_files: int | None = Field(None, description="Of `files`, those of repositories beside the records.")
     unread_files: int = Field(
         0, description="Files not read, because the others suffice; not counted in the other fields."
     )

@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
+from peft_core.config import Settings
 from peft_core.errors import InvalidArgument
+from peft_core.manager import PEFTManager
 from peft_core.planning.preview import PreviewRequest, preview
 from tests.factories import make_base, make_dataset_spec
+from tests.model_files import write_model
 from tests.unit.data.test_prepare import repository
 
 
@@ -36,3 +39,15 @@ def test_a_preview_of_a_forbidden_path_is_rejected(tmp_path: Path) -> None:
         preview(request_of(inside, tmp_path / "data"))
     with pytest.raises(InvalidArgument, match="allowed_roots"):
         preview(request_of(repository(tmp_path / "code"), tmp_path / "data", allowed_roots=(tmp_path / "other",)))
+
+
+async def test_records_beside_code_are_counted_as_records(tmp_path: Path) -> None:
+    code = repository(tmp_path / "code")
+    records = tmp_path / "records.jsonl"
+    records.write_text("".join(f'{{"text": "Number {n} is {n * n}, squared."}}\n' for n in range(60)))
+    base = write_model(tmp_path / "base")
+    async with PEFTManager(Settings(data_dir=tmp_path / "data")) as manager:
+        report = await manager.inspect_training_data(
+            str(records), {"base_model": str(base), "max_steps": 3, "more_sources": [str(code)]}
+        )
+    assert (report.records, report.code_files) == (60, len(list(code.rglob("*.py"))))

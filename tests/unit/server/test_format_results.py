@@ -194,6 +194,20 @@ def test_the_answer_of_a_new_job_names_what_is_not_read_however_far_the_job_has_
     assert status.left_out_by_extension == NOT_READ
 
 
+def test_an_inspection_counts_records_beside_code_as_records() -> None:
+    report = report_of([])
+    beside_code = {
+        "training_data": "/data/chat.jsonl",
+        "files": 85,
+        "records": 80,
+        "code_files": 5,
+        "config": report.config.model_copy(update={"more_sources": ["/code/web"]}),
+    }
+    text = format_inspection(report.model_copy(update=beside_code)).content[0]
+    assert isinstance(text, TextContent)
+    assert text.text.startswith("/data/chat.jsonl, /code/web, 5 files and 80 records.\n")
+
+
 def test_an_inspection_names_what_is_not_read() -> None:
     report = report_of([]).model_copy(update={"left_out_by_extension": NOT_READ, "advice": [ADVICE]})
     text = format_inspection(report).content[0]
