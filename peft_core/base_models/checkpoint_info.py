@@ -52,6 +52,7 @@ class GgufVocabulary:
     split_rule: str | None  # a key of SPLIT_RULES; None: a SentencePiece vocabulary, which needs none
     adds_bos: bool  # a BOS token begins every text
     end_of_turn: int | None  # the token that ends a turn of a chat, if the file names one
+    adds_space: bool = True  # a SentencePiece vocabulary puts a space before every text
 
 
 @dataclass(frozen=True)

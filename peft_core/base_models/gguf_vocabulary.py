@@ -46,6 +46,7 @@ def read_vocabulary(path: Path, header: GgufHeader, rows: int) -> GgufVocabulary
         split_rule=split_rule,
         adds_bos=bool(adds_bos),
         end_of_turn=end_of_turn if end_of_turn is not None and 0 <= end_of_turn < size else None,
+        adds_space=header.metadata.get(f"{_KEY}.add_space_prefix", True) is not False,
     )
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from peft_core.base_models.checkpoint import read_checkpoint
@@ -39,7 +39,7 @@ from peft_core.system import in_use
 from peft_core.system.files import fsync_directory, fsync_file, open_regular, read_exactly
 from peft_core.system.lock import FileLock
 
-FORMAT = 3  # version of the result; increment it to invalidate cached conversions
+FORMAT = 4  # version of the result; increment it to invalidate cached conversions
 BLOCK_BYTES = 4 << 20  # quantised rows that are converted at a time
 _SLACK_BYTES = 64 << 20  # tokenizer, configuration, file system
 _TEMPORARY = ".converting-"
@@ -258,6 +258,8 @@ def _tokenizer(checkpoint: Checkpoint, target: Path) -> PreTrainedTokenizerFast:
         return tokenizer
     if vocabulary.split_rule is not None:
         _set_split(tokenizer.backend_tokenizer, SPLIT_RULES[vocabulary.split_rule])
+    elif not vocabulary.adds_space:
+        _add_no_space(tokenizer.backend_tokenizer)
     tokenizer.add_bos_token = vocabulary.adds_bos  # type: ignore[misc]  # mypy does not see the setter
     tokenizer.add_eos_token = False  # type: ignore[misc]  # examples get their own
     tokenizer.update_post_processor()
@@ -279,3 +281,9 @@ def _set_split(tokenizer: Tokenizer, rule: SplitRule) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     if rule.whole_words_first:
         tokenizer.model.ignore_merges = True
+
+
+def _add_no_space(tokenizer: Tokenizer) -> None:
+    """Let a SentencePiece tokenizer put no space before a text: transformers (5.23) reads the setting, but does not use it."""
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])

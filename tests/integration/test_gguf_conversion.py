@@ -22,7 +22,7 @@ from peft_core.modeling.convert import ensure_hf_directory
 from peft_core.modeling.device import DevicePlan
 from peft_core.modeling.load import load_base, load_mapped
 from tests.integration.test_bases_convert import TOKENS, TOY, toy
-from tests.model_files import ARRAY, BOOL, GGUF_SHAPES, TEXT, U32, gguf_bytes
+from tests.model_files import ARRAY, BOOL, F32, GGUF_SHAPES, TEXT, U32, gguf_bytes
 
 TEXT_TO_SPLIT = "x = 1234567 + don't\n    HTTPServer"
 LLAMA3 = ["x", " =", " ", "123", "456", "7", " +", " don", "'t", "\n", "   ", " HTTPServer"]
@@ -112,6 +112,26 @@ def test_the_file_s_own_word_on_bos_and_eos_is_followed_for_bos_alone(tmp_path: 
     made = tokenizer_of(tmp_path, **BOS, **LLAMA_BPE, **flags)
     assert made.beginning == ()
     assert made.tokenizer.encode("ab").ids == made.tokenizer.encode("ab", add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("adds_space", [True, False])
+def test_a_sentencepiece_vocabulary_puts_a_space_before_a_text_unless_the_file_says_otherwise(
+    tmp_path: Path, adds_space: bool
+) -> None:
+    tokens = ["<unk>", "<s>", "</s>", "\u2581", *"abcdefghijklmnopqrstuvwxyz0123456789_()[]{}=+-"][:48]
+    made = tokenizer_of(
+        tmp_path,
+        tokenizer__ggml__model=(TEXT, "llama"),
+        tokenizer__ggml__tokens=(ARRAY, (TEXT, tokens)),
+        tokenizer__ggml__scores=(ARRAY, (F32, [0.0] * len(tokens))),
+        tokenizer__ggml__token_type=(ARRAY, (U32, [2, 3, 3] + [1] * (len(tokens) - 3))),
+        tokenizer__ggml__bos_token_id=(U32, 1),
+        **({} if adds_space else {"tokenizer__ggml__add_space_prefix": (BOOL, False)}),
+    )
+    ids = made.ids("ab ab")
+    assert [tokens[token] for token in ids] == ["<s>", *["\u2581"] * adds_space, "a", "b", "\u2581", "a", "b"]
+    assert made.text(ids) == "ab ab"
+    assert made.text(made.ids(" ab")[-3:]) == ("ab" if adds_space else " ab")
 
 
 def test_a_turn_ends_with_the_file_s_end_of_turn_token(tmp_path: Path) -> None:
