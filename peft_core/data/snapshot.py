@@ -52,6 +52,10 @@ class FileState(FrozenModel):
         units = self.units or ""
         return [units[start : start + _HEX_PER_UNIT] for start in range(0, len(units), _HEX_PER_UNIT)]
 
+    def is_same_file(self, other: FileState) -> bool:
+        """Return whether both have the same bytes. A file of which something is still to be trained on is like no other."""
+        return self.digest == other.digest != _NO_DIGEST
+
     def without(self, units: Collection[str]) -> FileState:
         """Return the state of a file of which some units are still to be trained on: it differs from any file."""
         kept = "".join(unit for unit in self.unit_digests if unit not in units)

@@ -53,15 +53,16 @@ def read_units(files: Sequence[Path], fill_in_the_middle: FillInTheMiddle | None
 
 def _still_there(units: Iterable[CodeUnit], then: Snapshot | None, now: Snapshot) -> Iterator[CodeUnit]:
     """Yield the units that are in the code now: those of files that are the same, and of others if each part is known."""
-    before = {file.path: file.digest for file in then.files} if then is not None else {}
+    before = {file.path: file for file in then.files} if then is not None else {}
     files = {file.path: file for file in now.files}
-    path_of = {file.digest: file.path for file in now.files}
+    by_digest = {file.digest: file for file in now.files}
     for unit in units:
-        file, digest = files.get(unit.path), before.get(unit.path)
-        if file is not None and (file.digest == digest or _has(file, unit)):
+        was, file = before.get(unit.path), files.get(unit.path)
+        moved = by_digest.get(was.digest) if was is not None and file is None else None
+        if file is not None and ((was is not None and was.is_same_file(file)) or _has(file, unit)):
             yield unit
-        elif file is None and digest in path_of:  # it was moved
-            yield replace(unit, path=path_of[digest])
+        elif was is not None and moved is not None and was.is_same_file(moved):
+            yield replace(unit, path=moved.path)
 
 
 def _has(file: FileState, unit: CodeUnit) -> bool:

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from peft_core.data.examples import examples_from_file, keep_secrets
-from peft_core.data.snapshot import SNAPSHOT_FILE_NAME, Snapshot, state_of, take_snapshot, write_snapshot
+from peft_core.data.snapshot import (
+    SNAPSHOT_FILE_NAME,
+    Snapshot,
+    read_snapshot,
+    state_of,
+    take_snapshot,
+    write_snapshot,
+)
 from peft_core.data.token_counter import EstimatedTokenCounter
 from peft_core.data.walk import walk
 from peft_core.retrieval.units import CodeUnit, read_units
@@ -79,3 +86,13 @@ def test_all_code_is_found_where_an_update_records_no_files(tmp_path: Path) -> N
     files = [dataset(tmp_path / "after", AFTER, "nothing"), dataset(tmp_path / "before", BEFORE)]
     write_snapshot(tmp_path / "after" / SNAPSHOT_FILE_NAME, Snapshot())
     assert len(lines_of(read_units(files, None))) == 5
+
+
+def test_files_of_which_something_was_left_to_the_next_training_are_not_taken_for_one_another(tmp_path: Path) -> None:
+    before, after = dataset(tmp_path / "before", BEFORE), dataset(tmp_path / "after", AFTER, "nothing")
+    for file, name in ((before, "deleted.py"), (after, "store.py")):
+        snapshot = read_snapshot(file.parent)
+        assert snapshot is not None
+        states = tuple(state.without([]) if state.path == name else state for state in snapshot.files)
+        write_snapshot(file.parent / SNAPSHOT_FILE_NAME, snapshot.model_copy(update={"files": states}))
+    assert "deleted" not in "".join(unit.text for unit in read_units([after, before], None))
