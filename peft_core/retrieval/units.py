@@ -26,7 +26,7 @@ class CodeUnit:
     text: str
 
 
-def read_units(files: Sequence[Path], fill_in_the_middle: FillInTheMiddle | None) -> list[CodeUnit]:
+def read_units(files: Sequence[Path], families: Sequence[FillInTheMiddle]) -> list[CodeUnit]:
     """Return the code that an adapter was trained on, as it was when the adapter was trained, each text once.
 
     Of earlier trainings, what had changed or been deleted by then is left out: a new version of it is in the first file.
@@ -34,7 +34,7 @@ def read_units(files: Sequence[Path], fill_in_the_middle: FillInTheMiddle | None
     Args:
         files: train.jsonl of the adapter's dataset, then those of the adapters that it continues. What the code was lies beside
             each, in the dataset's snapshot.
-        fill_in_the_middle: As for `units_of`.
+        families: As for `units_of`.
 
     Raises:
         DataError: 'broken_dataset'.
@@ -42,10 +42,10 @@ def read_units(files: Sequence[Path], fill_in_the_middle: FillInTheMiddle | None
     if not files:
         return []
     newest, *earlier = files
-    units = {unit.text: unit for unit in units_of(read_examples(newest), fill_in_the_middle)}
+    units = {unit.text: unit for unit in units_of(read_examples(newest), families)}
     now = read_snapshot(newest.parent) if earlier else None
     for file in earlier:
-        found = units_of(read_examples(file), fill_in_the_middle)
+        found = units_of(read_examples(file), families)
         for unit in found if now is None or not now.files else _still_there(found, read_snapshot(file.parent), now):
             units.setdefault(unit.text, unit)
     return list(units.values())
@@ -72,14 +72,15 @@ def _has(file: FileState, unit: CodeUnit) -> bool:
     return bool(parts) and set(map(unit_digest, parts)) <= set(file.unit_digests)
 
 
-def units_of(examples: Iterable[Example], fill_in_the_middle: FillInTheMiddle | None) -> list[CodeUnit]:
+def units_of(examples: Iterable[Example], families: Sequence[FillInTheMiddle]) -> list[CodeUnit]:
     """Return the code in training examples, each text once; records, such as conversations, have none.
 
-    `fill_in_the_middle`: the base model's tokens, with which some examples were reordered.
+    `families`: the tokens for fill-in-the-middle of all base models. With those of the adapter's some examples were reordered,
+    and the model that the code is put before may be another one.
     """
     units: dict[str, CodeUnit] = {}
     for example in examples:
-        segments = _in_file_order(example.segments, fill_in_the_middle)
+        segments = _in_file_order(example.segments, families)
         text = "".join(segment.text for segment in segments if segment.learn and segment.literal)
         if text.strip() and example.start_line:
             unit = CodeUnit(example.path, example.language, example.start_line, example.end_line, text)
@@ -87,10 +88,11 @@ def units_of(examples: Iterable[Example], fill_in_the_middle: FillInTheMiddle | 
     return list(units.values())
 
 
-def _in_file_order(segments: Sequence[Segment], tokens: FillInTheMiddle | None) -> Sequence[Segment]:
+def _in_file_order(segments: Sequence[Segment], families: Sequence[FillInTheMiddle]) -> Sequence[Segment]:
     """Return the segments as in the file. See `FillInTheMiddle.prompt` for the order in which they are trained on."""
     marks = {segment.text: position for position, segment in enumerate(segments) if not segment.literal}
-    if tokens is None or tokens.prefix not in marks or tokens.suffix not in marks:
+    tokens = next((each for each in families if each.prefix in marks and each.suffix in marks), None)
+    if tokens is None:
         return segments
     if not tokens.middle:
         border = marks[tokens.prefix]

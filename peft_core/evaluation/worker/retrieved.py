@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from peft_core.base_models.families import FIM_TOKENS
 from peft_core.base_models.tokenizer import BaseTokenizer
 from peft_core.data.chunking import split_lines
 from peft_core.evaluation.columns import MIN_POSITIONS
@@ -107,7 +108,7 @@ def _with_contexts(
 ) -> Positions:
     from peft_core.retrieval.worker.index import UnitIndex  # noqa: PLC0415 -- not for evaluations without positions
 
-    index = UnitIndex(read_units(training_code, tokenizer.fill_in_the_middle))
+    index = UnitIndex(read_units(training_code, FIM_TOKENS))
     retrieved = []
     for position in positions:
         context = compose(

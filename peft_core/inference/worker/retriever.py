@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from peft_core.base_models.tokenizer import BaseTokenizer
+from peft_core.base_models.families import FIM_TOKENS
 from peft_core.errors import InvalidArgument
 from peft_core.inference.worker.models import LoadedModel, encode
 from peft_core.retrieval.context import CANDIDATES, MAX_CONTEXT_TOKENS, Context, compose, last_lines
@@ -32,7 +32,7 @@ class Retriever:
             InvalidArgument: 'prompt_too_long_to_retrieve', or as for `encode`; 'no_code_to_retrieve'; the prompt is a template.
             DataError: the dataset is damaged.
         """
-        index = self._index_of(source, model.tokenizer)
+        index = self._index_of(source)
         if not index.units:
             raise InvalidArgument(
                 "retrieve",
@@ -70,12 +70,12 @@ class Retriever:
             )
         return _with_context(request, context), _describe(source, context, len(index.units))
 
-    def _index_of(self, source: UnitSource, tokenizer: BaseTokenizer) -> UnitIndex:
+    def _index_of(self, source: UnitSource) -> UnitIndex:
         from peft_core.retrieval.worker.index import UnitIndex  # noqa: PLC0415 -- few requests need it
 
         known = self._source is not None and self._source.examples == source.examples
         if self._index is None or not known:
-            self._index = UnitIndex(read_units(source.examples, tokenizer.fill_in_the_middle))
+            self._index = UnitIndex(read_units(source.examples, FIM_TOKENS))
             self._source = source
         return self._index
 

@@ -64,8 +64,8 @@ def lines_of(units: list[CodeUnit]) -> list[tuple[str, str]]:
 
 def test_code_that_was_changed_or_deleted_before_an_update_is_not_found(tmp_path: Path) -> None:
     before = dataset(tmp_path / "before", BEFORE)
-    assert len(lines_of(read_units([before], None))) == 5
-    units = read_units([dataset(tmp_path / "after", AFTER, "store.py"), before], None)
+    assert len(lines_of(read_units([before], ()))) == 5
+    units = read_units([dataset(tmp_path / "after", AFTER, "store.py"), before], ())
     assert lines_of(units) == [
         ("place/now.py", "def moved(self, path):"),
         ("same.py", "def load(self, path):"),
@@ -77,15 +77,15 @@ def test_code_that_was_changed_or_deleted_before_an_update_is_not_found(tmp_path
 
 def test_unchanged_functions_of_a_changed_file_are_found_though_the_update_did_not_repeat_them(tmp_path: Path) -> None:
     files = [dataset(tmp_path / "after", AFTER, "nothing"), dataset(tmp_path / "before", BEFORE)]
-    assert ("store.py", "def kept(self, path):") in lines_of(read_units(files, None))
+    assert ("store.py", "def kept(self, path):") in lines_of(read_units(files, ()))
     (tmp_path / "before" / SNAPSHOT_FILE_NAME).unlink()  # as on a cluster, to which only the examples are sent
-    assert ("same.py", "def load(self, path):") in lines_of(read_units(files, None))
+    assert ("same.py", "def load(self, path):") in lines_of(read_units(files, ()))
 
 
 def test_all_code_is_found_where_an_update_records_no_files(tmp_path: Path) -> None:
     files = [dataset(tmp_path / "after", AFTER, "nothing"), dataset(tmp_path / "before", BEFORE)]
     write_snapshot(tmp_path / "after" / SNAPSHOT_FILE_NAME, Snapshot())
-    assert len(lines_of(read_units(files, None))) == 5
+    assert len(lines_of(read_units(files, ()))) == 5
 
 
 def test_files_of_which_something_was_left_to_the_next_training_are_not_taken_for_one_another(tmp_path: Path) -> None:
@@ -95,4 +95,4 @@ def test_files_of_which_something_was_left_to_the_next_training_are_not_taken_fo
         assert snapshot is not None
         states = tuple(state.without([]) if state.path == name else state for state in snapshot.files)
         write_snapshot(file.parent / SNAPSHOT_FILE_NAME, snapshot.model_copy(update={"files": states}))
-    assert "deleted" not in "".join(unit.text for unit in read_units([after, before], None))
+    assert "deleted" not in "".join(unit.text for unit in read_units([after, before], ()))

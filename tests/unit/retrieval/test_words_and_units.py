@@ -57,7 +57,7 @@ def test_a_unit_is_the_code_of_the_file_in_whichever_format_it_was_trained_on(
         example_of(CODE), TaskMixture(fill_in_the_middle=1), Coder(), max_length=512, seed=seed
     )
     assert drawn is ExampleFormat.FILL_IN_THE_MIDDLE
-    assert units_of([example], tokens) == [CodeUnit("a/b.py", "python", 7, 12, CODE)]
+    assert units_of([example], FIM_TOKENS) == [CodeUnit("a/b.py", "python", 7, 12, CODE)]
 
 
 def test_an_instruction_gives_its_answer_as_a_unit() -> None:
@@ -65,11 +65,11 @@ def test_an_instruction_gives_its_answer_as_a_unit() -> None:
         example_of(CODE), TaskMixture(instructions=1), EstimatedTokenCounter(), max_length=512, seed=0
     )
     assert drawn is ExampleFormat.INSTRUCTION
-    (unit,) = units_of([example], None)
+    (unit,) = units_of([example], FIM_TOKENS)
     assert unit.text == CODE.rstrip("\n")
 
 
 def test_records_and_repeated_texts_are_not_units() -> None:
     record = Example(segments=(Segment(text="Question"),), path="record 3", language="text", kind="record")
-    assert units_of([record], None) == []
-    assert len(units_of([example_of(CODE), example_of(CODE, path="a/copy.py")], None)) == 1
+    assert units_of([record], FIM_TOKENS) == []
+    assert len(units_of([example_of(CODE), example_of(CODE, path="a/copy.py")], FIM_TOKENS)) == 1
