@@ -58,6 +58,23 @@ async def follow(manager: PEFTManager, job: TrainingStatus, terminal: Terminal) 
     return Followed(latest, interrupted)
 
 
+async def follow_all(manager: PEFTManager, job: TrainingStatus, terminal: Terminal) -> Followed:
+    """Do as `follow`; of a sweep, follow each run until all have ended, and return the best one.
+
+    Raises:
+        PeftMcpError: as for `follow`.
+    """
+    followed = await follow(manager, job, terminal)
+    while followed.status.sweep is not None and not followed.interrupted:
+        shown = await manager.get_training_status(job.project_id)
+        if shown.sweep is None or job.job_id not in {run.job_id for run in shown.sweep.runs}:
+            break  # of a newer training
+        if shown.sweep.is_complete:
+            return Followed(shown)
+        followed = await follow(manager, shown, terminal)
+    return followed
+
+
 def report(status: TrainingStatus, terminal: Terminal, *, is_new: bool = False) -> None:
     """Print the state of a job, and what to do next."""
     terminal.result(status, summarise(status, is_new=is_new))

@@ -18,7 +18,7 @@ from peft_core.schemas.training import project_id_from
 from peft_core.system.durations import rough_age
 from peft_core.system.user_paths import user_path
 from server.cli import exit_codes
-from server.cli.follow import Followed, follow, report
+from server.cli.follow import Followed, follow, follow_all, report
 from server.cli.terminal import Terminal, table
 from server.status_text import headline, summarise
 
@@ -70,7 +70,7 @@ async def show_status(manager: PEFTManager, options: Namespace, terminal: Termin
         return await _list_jobs(manager, options, terminal)
     status = await manager.get_training_status(options.project, options.job)
     if options.wait and status.job_id is not None and not status.status.is_final:
-        followed = await follow(manager, status, terminal)
+        followed = await (follow if options.job else follow_all)(manager, status, terminal)
         report(followed.status, terminal)
         return followed.exit_code
     report(status, terminal)
@@ -123,7 +123,7 @@ async def wait_unless(
         report(queued, terminal, is_new=True)
         return exit_codes.DONE
     terminal.note(summarise(queued, is_new=True))
-    followed = await follow(manager, queued, terminal)
+    followed = await follow_all(manager, queued, terminal)
     report(followed.status, terminal)
     if demanded is not None and followed.exit_code == exit_codes.DONE:
         return judge(followed.status, demanded, terminal)

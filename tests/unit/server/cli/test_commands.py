@@ -8,7 +8,8 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,23 @@ from peft_core.errors import InvalidArgument
 from peft_core.jobs.state import Job
 from peft_core.jobs.status import not_started, status_of
 from peft_core.jobs.store import Store
+from peft_core.manager import PEFTManager
 from peft_core.paths import DataPaths
 from peft_core.projects.registrations import Registrations
 from peft_core.schemas.evaluation import Verdict
+from peft_core.schemas.events import JobCompleted, JobStarted
 from peft_core.schemas.project import Refreshed, Registration, RetrainThreshold, RetrainWhen
-from peft_core.schemas.results import ErrorInfo, Status
-from peft_core.schemas.training import EvaluatedAdapter, ProjectId
+from peft_core.schemas.results import ErrorInfo, Metrics, Status, TrainingStatus
+from peft_core.schemas.training import EvaluatedAdapter, ProjectId, SweepRun, TrainingConfig
+from peft_core.system.lock import FileLock
 from server.cli import exit_codes
 from server.cli.arguments import parse_arguments
-from server.cli.follow import advice
+from server.cli.follow import advice, follow_all
 from server.cli.jobs import judge, project_of, training_config
 from server.cli.run import run
 from server.cli.terminal import Terminal
 from server.status_text import summarise_refresh
-from tests.factories import make_comparison, make_evaluation, make_job
+from tests.factories import make_comparison, make_evaluation, make_job, make_request
 from tests.unit.storage.conftest import publish
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -320,6 +324,38 @@ def test_disk_ends_with_code_2_if_something_named_is_kept(cli: Cli, paths: DataP
     assert [item["name"] for item in json.loads(out)["kept"]] == ["database"]
     assert not published.exists()
     assert paths.database.exists()
+
+
+async def test_the_runs_of_a_sweep_are_followed_to_the_best_one(paths: DataPaths) -> None:
+    sweep = SweepRun(sweep_id="s", number=1, setting="rank")
+    requests = [
+        make_request(config=TrainingConfig(rank=rank), sweep=sweep.model_copy(update={"number": rank}))
+        for rank in (1, 2, 3)
+    ]
+    insert(paths, *(make_job(f"run-{request.sweep.number}", request=request) for request in requests if request.sweep))
+    store, losses, seen = Store(paths.database, lambda: 0.0), iter((3.0, 1.0, 2.0)), []
+
+    class EndsWhatItShows(Terminal):
+        @contextmanager
+        def progress(self) -> Iterator[Callable[[TrainingStatus], None]]:
+            def show(status: TrainingStatus) -> None:
+                if not status.status.is_final:
+                    job_id = str(status.job_id)
+                    seen.append(job_id)
+                    store.append(job_id, JobStarted())
+                    store.append(job_id, JobCompleted(adapter_path=None, metrics=Metrics(adapter_loss=next(losses))))
+
+            yield show
+
+    async with PEFTManager(Settings(data_dir=paths.root)) as manager:
+        with FileLock(paths.runner_lock) as lock:
+            assert lock.acquire()  # no runner may start
+            first = await manager.get_training_status("web", "run-1")
+            followed = await follow_all(manager, first, EndsWhatItShows(io.StringIO(), io.StringIO(), as_json=False))
+    assert seen == ["run-1", "run-2", "run-3"]
+    assert followed.status.sweep is not None
+    assert (followed.status.job_id, followed.status.sweep.is_complete) == ("run-2", True)
+    assert followed.exit_code == exit_codes.DONE
 
 
 # -- refresh -----------------------------------------------------------------------------------------------------------
