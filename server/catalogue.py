@@ -7,13 +7,17 @@ its low-level server.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
 
 from mcp.server.context import ServerRequestContext
 from mcp.server.mcpserver import MCPServer
+from mcp.shared.exceptions import MCPError
 from mcp.types import (
+    INTERNAL_ERROR,
     Annotations,
     CompleteRequestParams,
     CompleteResult,
@@ -25,7 +29,7 @@ from mcp.types import (
     ResourceTemplateReference,
 )
 
-from peft_core.errors import sanitize
+from peft_core.errors import PeftMcpError, sanitize
 from peft_core.manager import PEFTManager
 from peft_core.schemas.results import AdapterSummary, JobSummary
 from peft_core.system.durations import epoch_seconds, rough_age
@@ -42,12 +46,13 @@ def add_catalogue(mcp: MCPServer[PEFTManager]) -> None:
     async def list_resources(
         ctx: ServerRequestContext[PEFTManager, Any], _: PaginatedRequestParams | None
     ) -> ListResourcesResult:
-        return ListResourcesResult(
-            resources=[*await mcp.list_resources(), *await current_resources(ctx.lifespan_context, time.time())]
-        )
+        with _errors_with_text():
+            current = await current_resources(ctx.lifespan_context, time.time())
+        return ListResourcesResult(resources=[*await mcp.list_resources(), *current])
 
     async def complete(ctx: ServerRequestContext[PEFTManager, Any], params: CompleteRequestParams) -> CompleteResult:
-        known = await _known_values(ctx.lifespan_context, params.ref, params.argument.name)
+        with _errors_with_text():
+            known = await _known_values(ctx.lifespan_context, params.ref, params.argument.name)
         typed = params.argument.value.casefold()
         matching = [value for value in known if value.casefold().startswith(typed)]
         return CompleteResult(
@@ -61,6 +66,15 @@ def add_catalogue(mcp: MCPServer[PEFTManager]) -> None:
     low_level = mcp._lowlevel_server  # noqa: SLF001 -- see the module's docstring
     low_level.add_request_handler("resources/list", PaginatedRequestParams, list_resources)
     low_level.add_request_handler("completion/complete", CompleteRequestParams, complete)
+
+
+@contextmanager
+def _errors_with_text() -> Iterator[None]:
+    """Convert errors of the core to those whose text reaches a client, such as that of a damaged database."""
+    try:
+        yield
+    except PeftMcpError as error:
+        raise MCPError(code=INTERNAL_ERROR, message=str(error)) from error
 
 
 async def current_resources(manager: PEFTManager, now: float) -> list[Resource]:

@@ -323,7 +323,7 @@ class UnloadedAdapter(FrozenModel):
 
 
 def nothing_was_loaded(memory_bytes: int) -> UnloadedAdapter:
-    step = NextStep(tool="load_adapter", missing=("adapter_path",), reason="Nothing was loaded.")
+    step = NextStep(tool="load_adapter", missing=("adapter_path",), reason="There is nothing to unload.")
     return UnloadedAdapter(
         status="nothing_loaded",
         adapter_path=None,

@@ -7,7 +7,9 @@ import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import pytest
 from mcp.client import Client
+from mcp.shared.exceptions import MCPError
 from mcp.types import Completion, PromptReference, Resource, ResourceTemplateReference
 
 from peft_core.adapters.manifest import write_manifest
@@ -51,6 +53,16 @@ async def complete(
     ((name, value),) = typed.items()
     async with Client(build_server(Settings(data_dir=data_dir)), mode=era) as client:
         return (await client.complete(ref, {"name": name, "value": value})).completion
+
+
+async def test_what_prevents_a_list_of_resources_reaches_the_client(data_dir: Path, era: str) -> None:
+    store(data_dir)
+    (data_dir / "peft.db").write_bytes(b"no database any more" * 100)
+    template = ResourceTemplateReference(uri="training://{job_id}")
+    async with Client(build_server(Settings(data_dir=data_dir)), mode=era) as client:
+        for ask in (client.list_resources, lambda: client.complete(template, {"name": "job_id", "value": "2"})):
+            with pytest.raises(MCPError, match=r"database of jobs .* is damaged: .* Move it away"):
+                await ask()
 
 
 async def test_adapters_are_listed_newest_first_with_verdict_and_age(data_dir: Path, era: str) -> None:
