@@ -85,6 +85,16 @@ async def test_a_later_version_gets_merged_weights_with_the_bases_template(bench
     assert OllamaClient(bench.server.address).generate("x", "mine").adapter_applied
 
 
+async def test_a_chat_template_that_ollama_does_not_know_is_said(bench: Bench, tmp_path: Path) -> None:
+    bench.server.version = "0.35.0"
+    base = write_tiny_base(tmp_path / "chat", "llama")
+    write_byte_level_tokenizer(base)
+    bench.adapter = write_adapter(tmp_path / "of chat", base, "llama")
+    report = await bench.export(base_model=str(base))
+    assert report.ollama_model == "mine:latest"
+    assert any("no counterpart of the base model's chat template" in warning for warning in report.warnings)
+
+
 async def test_without_a_server_files_and_the_command_are_written(bench: Bench) -> None:
     report = await bench.export(address="http://127.0.0.1:9")
     assert report.ollama_model is None

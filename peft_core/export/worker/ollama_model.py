@@ -29,6 +29,7 @@ MODELFILE = "Modelfile"
 CONTEXT_TOKENS = 4096  # Ollama's own default; more takes memory
 _SECONDS = 600.0  # limit of each upload and of the creation, plus:
 _SECONDS_PER_BYTE = 1 / 20e6
+_NO_TEMPLATE = ("", "{{ .Prompt }}")  # of a model in Ollama
 _CHATML = "<|im_start|>"
 _CHATML_TEMPLATE = """{{ range .Messages }}<|im_start|>{{ .Role }}
 {{ .Content }}<|im_end|>
@@ -195,6 +196,11 @@ def _create(job: Job, plan: OllamaPlan, file: Path, recipe: Recipe) -> str:
         return f"{plan.model} is there now, but Ollama shows no adapter in it"
     if ".Suffix" in (recipe.template or "") and ".Suffix" not in shown.template:
         job.warnings.append("Ollama did not take over the template for fill-in-the-middle.")
+    if job.base.has_chat_template and not (by_adapter or recipe.template) and shown.template in _NO_TEMPLATE:
+        job.warnings.append(
+            f"Ollama knows no counterpart of the base model's chat template: `ollama run {plan.model}` and /api/chat send the "
+            "bare text, which the model was not trained to answer. Add a TEMPLATE to the Modelfile, and create it again."
+        )
     return ""
 
 
