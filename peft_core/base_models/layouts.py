@@ -18,6 +18,7 @@ from peft_core.base_models.checkpoint_info import join_some, unusable
 from peft_core.errors import BaseCheckpointError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TIED = "tie_word_embeddings"
 
 Shape = tuple[int, ...]
 
@@ -61,7 +62,7 @@ _GLM = {**_ATTENTION, "mlp.gate_up_proj": "GH", _DOWN: "HI", _BEFORE: "H", _AFTE
 _GEMMA2 = {**_LLAMA, "pre_feedforward_layernorm": "H", _AFTER_MLP: "H"}
 _ATTENTION_BIAS = {"attention_bias": _QKVO}
 _LLAMA_BIASES = {"attention_bias": _QKVO, "mlp_bias": (_GATE, _UP, _DOWN)}
-_TIED = {"tie_word_embeddings": True}
+_TIED = {TIED: True}
 
 # By `model_type`.
 LAYOUTS: dict[str, Layout] = {
@@ -160,8 +161,7 @@ LAYOUTS: dict[str, Layout] = {
 def is_tied(config: Mapping[str, Any]) -> bool:
     """Return whether a configuration makes the output head the embedding."""
     layout = LAYOUTS.get(config["model_type"])
-    name = "tie_word_embeddings"
-    return bool(layout.setting(config, name) if layout is not None else config.get(name))
+    return bool(layout.setting(config, TIED) if layout is not None else config.get(TIED))
 
 
 def expected_shapes(config: Mapping[str, Any]) -> dict[str, Shape] | None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from peft_core.base_models.families import FAMILIES, LLAMA_CPP
 from peft_core.base_models.gguf import read_gguf_header
@@ -59,10 +59,15 @@ def make(tmp_path: Path) -> Any:
         base_format: str = "huggingface",
         fill_in_the_middle: bool = False,
         inside: str = ".",
+        own_head: bool = False,
         **config: Any,
     ) -> ExportReport:
         root = tmp_path / inside
         base = write_tiny_base(root / "base", architecture)
+        if own_head:  # although its configuration says that it is the embedding
+            tensors = load_file(base / "model.safetensors")
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0)
+            save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
         write_byte_level_tokenizer(base, ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"] if fill_in_the_middle else [])
         if base_format == "gguf":
             write_hf_gguf(resolve(str(base), Settings()), None, root / "base.gguf", "f32")
@@ -198,6 +203,20 @@ def test_a_directory_computes_in_peft_what_the_adapter_computes(make: Any, to: s
     assert report.verification.effect > 0.3
     for file in Path(report.directory).iterdir():
         assert str(tmp_path) not in file.read_bytes().decode("latin-1"), file
+
+
+def test_a_merged_directory_says_that_its_output_head_is_not_the_embedding(make: Any) -> None:
+    report = make("llama", "merged", "huggingface", own_head=True)
+    assert report.verification.status == "verified"
+    config = json.loads((Path(report.directory) / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False, "the file has a head of its own, which vLLM would not load otherwise"
+
+
+@pytest.mark.parametrize("to", ["vllm", "mlx"])
+def test_a_base_that_other_programs_load_without_its_output_head_is_warned_of(make: Any, to: str) -> None:
+    assert any(
+        'set "tie_word_embeddings": false' in warning for warning in make("llama", to, "f32", own_head=True).warnings
+    )
 
 
 def test_a_normalised_directory_needs_none_of_the_settings_that_servers_ignore(make: Any) -> None:

@@ -11,8 +11,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from peft_core.base_models.checkpoint import read_checkpoint
 from peft_core.base_models.checkpoint_info import TensorInfo
 from peft_core.base_models.huggingface import INDEX, SINGLE, read_json
+from peft_core.base_models.layouts import TIED
 from peft_core.base_models.safetensors import read_header
 from peft_core.errors import ExportError
 from peft_core.export.worker.job import Job
@@ -48,7 +50,8 @@ def write_merged_directory(job: Job) -> str:
     weights = max(types, key=types.__getitem__)
     if (source / INDEX).is_file() and len(shards) > 1:
         (job.directory / INDEX).write_bytes((source / INDEX).read_bytes())
-    _write_config(source, job.directory, weights)
+    tied = bool(read_checkpoint(job.base.path).config[TIED])
+    _write_config(source, job.directory, weights, tied=tied)
     for name in COMPANIONS:
         file = source / name
         if file.is_file() and file.stat().st_size <= MAX_COMPANION_BYTES:
@@ -111,8 +114,13 @@ def _converted(block: Array, dtype: str, name: str) -> Array:
     return data
 
 
-def _write_config(source: Path, target: Path, weights: str) -> None:
+def _write_config(source: Path, target: Path, weights: str, *, tied: bool) -> None:
+    """Write the base model's configuration with the type of the weights, and with what holds of its output head.
+
+    transformers keeps a stored head that differs from the embedding, whatever the configuration says; vLLM and mlx-lm do not.
+    """
     config = read_json(source / "config.json")
+    config[TIED] = tied
     for key in ("dtype", "torch_dtype"):
         if key in config or key == "dtype":
             config[key] = _TYPES[weights][0]

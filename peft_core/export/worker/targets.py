@@ -5,7 +5,9 @@ from __future__ import annotations
 import shlex
 
 from peft_core.adapters.manifest import CARD_NAME
+from peft_core.base_models.checkpoint import read_checkpoint
 from peft_core.base_models.huggingface import read_json
+from peft_core.base_models.layouts import TIED, is_tied
 from peft_core.export.worker import editors
 from peft_core.export.worker.directories import write_for_hub, write_mlx, write_normalised
 from peft_core.export.worker.job import Job, Written
@@ -35,6 +37,15 @@ LOST = {
     "q4_1": "59 %",
     "q4_0": "32 %",
 }
+
+
+def _warn_of_own_head(job: Job) -> None:
+    """Warn of a base model whose configuration says that its output head is the embedding, although it has one of its own."""
+    if is_tied(read_json(job.hf_directory / "config.json")) and not read_checkpoint(job.base.path).config[TIED]:
+        job.warnings.append(
+            f"The config.json of {job.base.name} says that its output head is the embedding, but its weights have a head of "
+            f'its own, which vLLM and mlx-lm then do not load: set "{TIED}": false there before you serve it.'
+        )
 
 
 def write_gguf_lora_target(job: Job) -> Written:
@@ -99,6 +110,7 @@ def write_merged_target(job: Job) -> Written:
 def write_vllm_target(job: Job) -> Written:
     """PEFT's format, normalised so that vLLM, SGLang and other servers read the same out of it."""
     write_normalised(job)
+    _warn_of_own_head(job)
     base, name_and_path = shlex.quote(str(job.hf_directory)), f"{job.name}={job.final()}"
     rank = next(size for size in VLLM_RANKS if size >= job.lora.rank)
     return Written(
@@ -115,6 +127,7 @@ def write_vllm_target(job: Job) -> Written:
 
 def write_mlx_target(job: Job) -> Written:
     write_mlx(job)
+    _warn_of_own_head(job)
     base = shlex.quote(str(job.hf_directory))
     return Written(
         form="an adapter for mlx-lm",
