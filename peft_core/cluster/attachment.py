@@ -56,6 +56,7 @@ FOLLOW_S = 1.0  # for which the coordinator waits for an event; also how soon a 
 ANSWER_S = 30.0  # after which a coordinator that does not answer counts as unreachable
 RETRY_S = 2.0  # between two attempts to connect
 WAITING_S = 3.0  # after which a run that has no node yet is reported as waiting
+_TEMPORARY = (".receiving-*", ".sending-*", ".tokenizer-*")  # directories in that of the job
 _CHECKPOINT_FILES = ("base_scores.json", "parent_scores.json")
 # A worker emits these. Any other, such as JobCompleted with a path of this machine, is not the cluster's to say.
 _FROM_A_RUN = (
@@ -105,6 +106,7 @@ class Attachment:
         self._waiting_since: float | None = None
 
     def run(self) -> int:
+        self._delete_left_behind()
         if (written := self._adapter_is_here()) is not None:
             self._emit(written)
             return 0
@@ -121,6 +123,12 @@ class Attachment:
         if self._coordinator is None:
             self._start()
         return self._finish(self._follow())
+
+    def _delete_left_behind(self) -> None:
+        """Delete what an earlier bridge of the job was sending or receiving when it detached or was killed."""
+        for pattern in _TEMPORARY:
+            for directory in self._paths.root.glob(pattern):
+                shutil.rmtree(directory, ignore_errors=True)
 
     # ---- Starting and attaching
 

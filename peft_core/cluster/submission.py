@@ -26,6 +26,7 @@ from peft_core.errors import ClusterError, sanitize
 from peft_core.paths import JobPaths
 from peft_core.schemas.base_model import Base
 from peft_core.schemas.cluster import ClusterNode, ClusterPlan
+from peft_core.schemas.counts import counted
 from peft_core.schemas.task import TrainingTask
 from peft_core.system.cancellation import StopFlag
 
@@ -102,7 +103,7 @@ def suitable_nodes(nodes: Sequence[ClusterNode], plan: ClusterPlan) -> list[Clus
         return suitable
     if suitable:
         raise ClusterError(
-            f"The training needs {plan.in_words}, and the cluster has {len(suitable)} such nodes.",
+            f"The training needs {plan.in_words}, and the cluster has {counted(len(suitable), 'such node')}.",
             code="cluster_no_node",
             suggestions=["Set CODEBASE_GARDENER_CLUSTER_GPUS to what fewer nodes have, or add a node"],
         )

@@ -243,6 +243,6 @@ def test_the_processes_of_several_nodes_meet_at_the_first_one(tmp_path: Path) ->
 
 
 def test_too_few_nodes_are_refused_before_anything_is_sent() -> None:
-    with pytest.raises(ClusterError, match="on each of 2 nodes, and the cluster has 1 such nodes") as caught:
+    with pytest.raises(ClusterError, match="on each of 2 nodes, and the cluster has 1 such node\\.") as caught:
         suitable_nodes([node(), node(name="small", gpus=0)], plan(nodes=2))
     assert caught.value.code == "cluster_no_node"
