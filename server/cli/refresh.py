@@ -8,7 +8,7 @@ from argparse import Namespace
 from anyio.to_thread import run_sync
 from pydantic import ValidationError
 
-from peft_core.errors import InvalidArgument, PeftMcpError
+from peft_core.errors import InvalidArgument, PeftMcpError, StorageError
 from peft_core.manager import PEFTManager
 from peft_core.projects.hook import HookChange, plan_hook, plan_removal, schedule_lines
 from peft_core.schemas.frozen import FrozenModel
@@ -99,14 +99,15 @@ async def _change_hooks(manager: PEFTManager, named: list[str] | None, options: 
         plan = _plan_hook if options.install_hook else _plan_removal
         try:
             change = await run_sync(plan, registration)
-        except InvalidArgument as error:
+            agreed = change.is_nothing or options.yes or terminal.confirm(_question(registration, change))
+            if agreed and not change.is_nothing:
+                change.apply()
+        except (InvalidArgument, StorageError) as error:
             if named is not None:
                 raise
             terminal.note(f"{registration.project_id}: {error.message}")
+            refused = refused or isinstance(error, StorageError)
             continue
-        agreed = change.is_nothing or options.yes or terminal.confirm(_question(registration, change))
-        if agreed and not change.is_nothing:
-            change.apply()
         refused = refused or not agreed
         terminal.note(_hook_note(registration, change, agreed=agreed))
         results.append(

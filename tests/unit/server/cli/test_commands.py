@@ -490,3 +490,17 @@ def test_projects_without_git_are_passed_over_unless_they_are_named(
     assert "plain: " in err
     for project in ("chats", "plain"):
         assert cli("refresh", project, "--install-hook", "--yes")[0] == exit_codes.REFUSED
+
+
+def test_a_hook_that_cannot_be_written_does_not_keep_the_others_from_it(
+    cli: Cli, paths: DataPaths, repository: Path, tmp_path: Path
+) -> None:
+    odd = tmp_path / "odd"
+    subprocess.run(["git", "init", "-q", "--template=", str(odd)], check=True)
+    (odd / ".git" / "hooks").write_text("not a directory")
+    register(paths, "api", odd)
+    register(paths, "web", repository)
+    code, out, err = cli("refresh", "--install-hook", "--yes")
+    assert code == exit_codes.REFUSED
+    assert out == f"Changed: {repository}/.git/hooks/post-commit\n"
+    assert re.search(r"api: The hook .*odd/\.git/hooks/post-commit cannot be written", err)
