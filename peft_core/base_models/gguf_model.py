@@ -246,14 +246,16 @@ def _config(files: _GgufFiles, architecture: str, family: GgufFormat) -> dict[st
 def _rope(files: _GgufFiles, architecture: str, head_dim: int) -> dict[str, Any]:
     path, header = files.first, files.header
     theta = _rounded(header.number(f"{architecture}.rope.freq_base"), 10_000.0)
-    scaling = header.text(f"{architecture}.rope.scaling.type") or "none"
     if ROPE_FACTORS in header.tensors:
         return _llama3_rope(files, theta, head_dim)
-    if scaling == "none":
+    # As in llama.cpp, a factor without a type is linear; files of 2023 have it under the second name.
+    scaling = header.text(f"{architecture}.rope.scaling.type") or "linear"
+    factors = (header.number(f"{architecture}.rope.{name}") for name in ("scaling.factor", "scale_linear"))
+    factor = next((_rounded(factor, 1.0) for factor in factors if factor), 1.0)
+    if scaling == "none" or (scaling == "linear" and factor == 1):
         return {"rope_type": "default", "rope_theta": theta}
-    factor = header.number(f"{architecture}.rope.scaling.factor")
-    if scaling == "linear" and factor:
-        return {"rope_type": "linear", "rope_theta": theta, "factor": _rounded(factor, 1.0)}
+    if scaling == "linear" and 0 < factor < math.inf:
+        return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
     raise unusable(path, f"its rotary embedding is scaled by {scaling!r}, which is not supported", USE_OTHER_MODEL)
 
 

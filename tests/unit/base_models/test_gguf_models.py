@@ -14,7 +14,7 @@ from peft_core.base_models.resolve import resolve
 from peft_core.config import Settings
 from peft_core.errors import BaseCheckpointError, HeaderError, InvalidArgument
 from peft_core.schemas.base_model import Base
-from tests.model_files import ARRAY, GGUF_METADATA, GGUF_SHAPES, TEXT, U32, gguf_bytes, weights
+from tests.model_files import ARRAY, F32, GGUF_METADATA, GGUF_SHAPES, TEXT, U32, gguf_bytes, weights
 
 Metadata = dict[str, tuple[int, Any]]
 PRE, ADD_BOS = "tokenizer.ggml.pre", "tokenizer.ggml.add_bos_token"
@@ -226,3 +226,23 @@ def test_a_quantisation_that_cannot_be_unpacked_is_refused_when_requested(tmp_pa
     as_integers = content.replace(entry + struct.pack("<I", 0), entry + struct.pack("<I", 26))
     message = refusal(write(tmp_path / "x.gguf", as_integers))
     assert "formats that cannot be unpacked: I32 (output_norm.weight)" in message
+
+
+SCALING = "llama.rope.scaling"
+
+
+@pytest.mark.parametrize(
+    ("keys", "factor"),
+    [
+        ({}, None),
+        ({f"{SCALING}.type": (TEXT, "linear"), f"{SCALING}.factor": (F32, 4.0)}, 4.0),
+        ({f"{SCALING}.factor": (F32, 4.0)}, 4.0),
+        ({"llama.rope.scale_linear": (F32, 8.0)}, 8.0),
+        ({"llama.rope.scale_linear": (F32, 1.0)}, None),
+        ({f"{SCALING}.type": (TEXT, "linear")}, None),
+        ({f"{SCALING}.type": (TEXT, "none"), f"{SCALING}.factor": (F32, 4.0)}, None),
+    ],
+)
+def test_the_rotary_embedding_is_scaled_as_in_llama_cpp(keys: Metadata, factor: float | None, tmp_path: Path) -> None:
+    rope = read_checkpoint(write(tmp_path / "x.gguf", gguf_bytes(GGUF_METADATA | keys))).config["rope_parameters"]
+    assert (rope["rope_type"], rope.get("factor")) == ("default" if factor is None else "linear", factor)
