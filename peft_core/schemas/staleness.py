@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from peft_core.schemas.counts import counted
 from peft_core.schemas.frozen import FrozenModel
 
 
@@ -28,11 +29,11 @@ class Staleness(FrozenModel):
         if self.files is None:
             return ""
         percent, behind = self.units_changed_percent or 0, self.commits_behind or 0
-        files = (self.files_changed or 0) + (self.files_new or 0) if self.units_changed_percent is None else 0
+        files = (self.files_changed or 0) + (self.files_new or 0) + (self.files_deleted or 0)
+        in_files = f"{counted(files, 'file')} changed" if files else ""
         facts = [
-            f"{behind} commit{'' if behind == 1 else 's'} behind" if behind else "",
-            f"{percent:.0f} % of the units changed" if percent >= 1 else "",
-            f"{files} file{'' if files == 1 else 's'} changed" if files else "",
+            f"{counted(behind, 'commit')} behind" if behind else "",
+            f"{percent:.0f} % of the units changed" if percent >= 1 else in_files,
             "retrain it" if self.retrain else "",
         ]
         return ", ".join(filter(None, facts)) or "up to date"

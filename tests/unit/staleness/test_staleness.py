@@ -245,6 +245,17 @@ def test_of_a_snapshot_without_units_the_files_are_counted(tmp_path: Path):
     assert found.in_brief == "1 file changed"
 
 
+def test_code_of_which_files_were_only_deleted_is_not_up_to_date(tmp_path: Path):
+    root = committed(tmp_path / "r")
+    snapshot = snapshot_of(root, tmp_path / "out")
+    assert now(snapshot, root).in_brief == "up to date"
+    for file in sorted(root.glob("*.py"))[:2]:
+        file.unlink()
+    found = now(snapshot, root)
+    assert (found.files_deleted, found.units_changed_percent) == (2, 0.0)
+    assert found.in_brief == "2 files changed"
+
+
 def test_another_code_base_is_recognised(tmp_path: Path):
     snapshot = snapshot_of(committed(tmp_path / "r"), tmp_path / "out")
     other = tmp_path / "other"
