@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from peft_core.adapters.manifest import REPORT_NAME
-from peft_core.jobs.state import Job, progress_percent
+from peft_core.jobs.state import RESUMABLE, Job, progress_percent
 from peft_core.schemas.counts import counted
 from peft_core.schemas.dataset import SourceSummary, describe_by_extension
 from peft_core.schemas.evaluation import AdapterComparison, ComparedAdapter, Keep, Verdict
@@ -51,7 +51,7 @@ def status_of(
     request = job.request
     running = job.status is Status.IN_PROGRESS
     stopping = cancel_requested and running
-    eta_s = _eta_s(job, now)
+    job, eta_s = _without_freed_checkpoint(job, log_path.parent), _eta_s(job, now)
     step = _stopping(job) if stopping else _next_step_in_sweep(job, sweep) or _next_step(job, adapter, eta_s)
     return TrainingStatus(
         job_id=job.job_id,
@@ -215,6 +215,12 @@ def _next_step_in_sweep(job: Job, sweep: SweepStatus | None) -> NextStep | None:
     best = {"job_id": sweep.best_job_id} if sweep.best_job_id else {}
     reason = "Another run of the sweep has the lowest held-out loss."
     return NextStep(tool="get_training_status", arguments=arguments | best, reason=reason)
+
+
+def _without_freed_checkpoint(job: Job, directory: Path) -> Job:
+    """Return a job that ended early as one without a checkpoint, if its files were freed."""
+    is_gone = job.status in RESUMABLE and not job.on_cluster and not (directory / "checkpoint").is_dir()
+    return job.model_copy(update={"checkpoint_step": None}) if is_gone else job
 
 
 def _next_step(job: Job, adapter: str | None, eta_s: float | None) -> NextStep:

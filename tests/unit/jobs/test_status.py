@@ -205,8 +205,11 @@ def test_a_job_that_is_to_be_cancelled_is_stopping(checkpoint: int | None, kept:
     assert status.next.startswith(f"The training is stopping, which takes seconds; {kept}. ")
 
 
-def test_a_job_without_a_checkpoint_is_not_said_to_continue_from_one() -> None:
-    job = make_job(status=Status.CANCELLED)
-    assert "from the start" in status_of(job, None, Path("/none/train.log"), now=0.0).next
-    job = make_job(status=Status.CANCELLED, checkpoint_step=2)
-    assert "from its last checkpoint" in status_of(job, None, Path("/none/train.log"), now=0.0).next
+def test_a_job_without_a_checkpoint_is_not_said_to_continue_from_one(tmp_path: Path) -> None:
+    def next_of(**changes: Any) -> str:
+        return status_of(make_job(status=Status.CANCELLED, **changes), None, tmp_path / "train.log", now=0.0).next
+
+    assert "from the start" in next_of()
+    assert "from the start" in next_of(checkpoint_step=2)  # it was freed
+    (tmp_path / "checkpoint").mkdir()
+    assert "from its last checkpoint" in next_of(checkpoint_step=2)
