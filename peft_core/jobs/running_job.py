@@ -353,7 +353,7 @@ def _launcher_errors(launcher: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, PermissionError) as error:
-        if not launcher:
+        if not launcher or error.filename != launcher[0]:  # it may be the job's directory that is gone
             raise
         raise TrainingError(
             f"The launcher {launcher[0]} cannot be started: {error.strerror}.",

@@ -42,7 +42,8 @@ def user_path(given: str) -> Path:
 def absolute_path(path: Path) -> Path:
     """Return the absolute form of a path, without `..`: what it only passes through may be gone when it is read again."""
     path = path.absolute()
-    return path.resolve() if os.pardir in path.parts else path
+    # Unlike `Path.resolve`, `realpath` accepts a loop of links; an error when the path is read then names it.
+    return Path(os.path.realpath(path)) if os.pardir in path.parts else path
 
 
 def path_advice(given: str) -> str | None:

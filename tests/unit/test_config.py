@@ -22,8 +22,8 @@ def test_the_settings_page_lists_the_settings_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "problem"),
     [
-        ("data_dir", "~nobody-of-this-name/data", "home directory"),
-        ("allowed_roots", "/code:~nobody-of-this-name/code", "home directory"),
+        ("data_dir", "~no-such-user/data", "home directory"),
+        ("allowed_roots", "/code:~no-such-user/code", "home directory"),
         ("allowed_roots", "code", "must be an absolute path"),
         ("data_dir", "/data/caf\udce9", "it must be UTF-8"),
         ("allowed_roots", "/code:/caf\udce9", "it must be UTF-8"),

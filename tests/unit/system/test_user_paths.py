@@ -76,3 +76,5 @@ def test_an_absolute_path_leads_there_without_the_directories_that_it_only_passe
     assert absolute_path(Path("../code")) == tmp_path / "code"
     assert absolute_path(tmp_path / "link" / ".." / "away") == tmp_path / "far" / "away"
     assert absolute_path(tmp_path / "link") == tmp_path / "link"  # its target may change
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert absolute_path(tmp_path / "code" / ".." / "loop").name == "loop"  # reading it says what is wrong
